@@ -1,0 +1,59 @@
+# Each target sets up what it needs in .venv; the stamps there make the second time quick.
+
+PYTHON ?= python3
+CONFIG ?= config/model_config.yaml
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+CSRC := $(wildcard src/amalgam/kernels/csrc/*.h src/amalgam/kernels/csrc/*.cpp)
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check bench format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## install into .venv and build the native kernels
+
+serve: $(INSTALLED) ## serve the demo model (CONFIG=FILE for another one, ARGS="--port 9000" for flags)
+	$(BIN)/python main.py --config $(CONFIG) $(ARGS)
+
+test: $(INSTALLED_DEV) ## run the tests (ARGS="-k name" for some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED_DEV) ## formatting, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+bench: $(INSTALLED) ## load time, memory and tokens/s of the demo model
+	$(BIN)/amalgam bench --config $(CONFIG) $(ARGS)
+
+format: $(INSTALLED_DEV) ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CSRC)
+
+clean: ## remove .venv, caches, build output and the demo model's derived checkpoints
+	rm -rf $(VENV) build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache models/demo-*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r $(1)
+	@$(BIN)/python -c 'from amalgam.kernels import native; print(native.why_unavailable() or f"Native kernels: {native.isa()}")'
+endef
+
+$(INSTALLED): requirements.txt pyproject.toml CMakeLists.txt $(CSRC)
+	$(call install,requirements.txt)
+	@touch $@
+
+$(INSTALLED_DEV): requirements-dev.txt requirements.txt pyproject.toml CMakeLists.txt $(CSRC)
+	$(call install,requirements-dev.txt)
+	@touch $(INSTALLED) $@

@@ -1,0 +1,28 @@
+"""One running Transformer out of several checkpoints of the same model in different precisions.
+
+`LLM` and `SamplingParams` are imported at first use, so that `import amalgam` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from amalgam.engine.request import SamplingParams
+    from amalgam.llm import LLM
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+__version__ = "0.1.0"
+
+_HOMES = {"LLM": "amalgam.llm", "SamplingParams": "amalgam.engine.request"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

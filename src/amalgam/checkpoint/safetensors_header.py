@@ -1,0 +1,194 @@
+"""The header of a safetensors file, taken from somebody we do not trust.
+
+In: a file. Out: one `TensorEntry` per tensor, each proven to lie inside the file and to overlap no other. Reads the
+header only, never the data, and refuses what would be slow or large to parse before parsing it.
+
+Layout (https://huggingface.co/docs/safetensors):
+
+    0        8                8 + N                                       end of file
+    | u64 N  | N bytes of JSON | data; data_offsets [begin, end) count from here |
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+
+from amalgam.checkpoint.source import parse_json
+from amalgam.errors import CheckpointError, describe
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+PREFIX_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+# A header describes data. One that is larger than its data was made to be slow to read; small models are excused.
+SMALL_HEADER_BYTES = 2**20
+# About 500,000 tensors. Commas bound every kind of bomb (tensors, shapes, metadata) and, unlike keys, have no escapes.
+MAX_COMMAS = 3_000_000
+MAX_RANK = 8
+MAX_ELEMENTS = 2**60
+_KEYS = {"dtype", "shape", "data_offsets"}
+_LFS_MAGIC = b"version "
+_DAMAGED = "The file is damaged or hostile: download it again from a source that you trust."
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a checkpoint, not read yet.
+
+    `offset` counts bytes from the start of the file; None where the container does not tell (`.bin`).
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the elements in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: Path) -> list[TensorEntry]:
+    """The tensors of a safetensors file, by rising offset.
+
+    Raises:
+        CheckpointError: truncated, damaged or hostile; names the file, the tensor and the value.
+    """
+    try:
+        with file.open("rb") as stream:
+            return _read(file, stream)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}).", remedy="Check the file.") from error
+
+
+def _read(file: Path, stream: BinaryIO) -> list[TensorEntry]:
+    file_bytes = os.fstat(stream.fileno()).st_size
+    prefix = stream.read(PREFIX_BYTES)
+    if prefix == _LFS_MAGIC:
+        _refuse(file, "is a Git LFS pointer, not the weights", "Run `git lfs pull` in its folder.")
+    if len(prefix) < PREFIX_BYTES:
+        _refuse(file, f"has {file_bytes} bytes, fewer than the {PREFIX_BYTES} that every safetensors file begins with")
+    header_bytes = int.from_bytes(prefix, "little")
+    data_start = PREFIX_BYTES + header_bytes
+    if header_bytes > MAX_HEADER_BYTES:
+        _refuse(file, f"announces a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    if data_start > file_bytes:
+        _refuse(file, f"is truncated: it has {file_bytes} bytes, its header alone needs {data_start}")
+    if header_bytes > max(SMALL_HEADER_BYTES, file_bytes - data_start):
+        _refuse(file, f"has a header of {header_bytes} bytes for only {file_bytes - data_start} bytes of data")
+    _check_commas(file, stream, header_bytes)
+
+    stream.seek(PREFIX_BYTES)
+    raw = stream.read(header_bytes)
+    if not raw.startswith(b"{"):
+        _refuse(file, f"has a header that begins with {raw[:8]!r} instead of '{{'")
+    header = parse_json(raw, f"The header of {file}")  # an object: it begins with a brace
+    _check_metadata(file, header.pop("__metadata__", {}))
+    entries = [_entry(file, data_start, name, info) for name, info in header.items()]
+    _check_ranges(file, file_bytes, entries)
+    return entries
+
+
+def _check_commas(file: Path, stream: BinaryIO, header_bytes: int) -> None:
+    num_commas = 0
+    remaining = header_bytes
+    while chunk := stream.read(min(remaining, 2**20)):
+        num_commas += chunk.count(b",")
+        remaining -= len(chunk)
+        if num_commas > MAX_COMMAS:
+            _refuse(file, f"has a header with over {MAX_COMMAS} commas, which means over half a million tensors")
+
+
+def _check_metadata(file: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict):
+        _refuse(file, f"has __metadata__ {describe(metadata)} instead of an object of strings")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            _refuse(file, f"has __metadata__ {describe(key)} of {describe(value)} instead of a string")
+
+
+def _entry(file: Path, data_start: int, name: str, info: Any) -> TensorEntry:
+    def refuse(what: str) -> NoReturn:
+        _refuse(file, f"describes tensor {describe(name)} {what}")
+
+    if not name or not name.isprintable():
+        refuse("with a name that is empty or unprintable")
+    if not isinstance(info, dict) or info.keys() != _KEYS:
+        refuse(f"as {describe(info)} instead of by dtype, shape and data_offsets")
+    dtype = DTYPES.get(info["dtype"]) if isinstance(info["dtype"], str) else None
+    if dtype is None:
+        refuse(f"with dtype {describe(info['dtype'])}; known are {', '.join(DTYPES)}")
+    shape = info["shape"]
+    if not isinstance(shape, list):
+        refuse(f"with shape {describe(shape)} instead of a list")
+    if len(shape) > MAX_RANK:
+        refuse(f"with {len(shape)} dimensions; at most {MAX_RANK} are allowed")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        refuse(f"with shape {describe(shape)} instead of a list of integers of at least 0")
+    # Empty tensors count too: their strides must fit 64 bits.
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        refuse(f"with shape {describe(shape)}; at most {MAX_ELEMENTS} elements are allowed")
+    offsets = info["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
+        refuse(f"with data_offsets {describe(offsets)} instead of two integers")
+    begin, end = offsets
+    if not 0 <= begin <= end:
+        refuse(f"with data_offsets {describe(offsets)}, which do not rise from 0 or above")
+    entry = TensorEntry(name, dtype, tuple(shape), file, data_start + begin)
+    if end - begin != entry.nbytes:
+        refuse(
+            f"with data_offsets {describe(offsets)}, {describe(end - begin)} bytes, but its shape {shape} of "
+            f"{info['dtype']} takes {entry.nbytes}"
+        )
+    return entry
+
+
+def _check_ranges(file: Path, file_bytes: int, entries: list[TensorEntry]) -> None:
+    """Sort `entries` by offset; they must lie in the file and not overlap. Holes are harmless."""
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    end = 0
+    previous = ""
+    for entry in entries:
+        assert entry.offset is not None
+        if entry.offset < end:
+            _refuse(
+                file,
+                f"describes tensor {describe(entry.name)} at byte {entry.offset}, which overlaps tensor "
+                f"{describe(previous)} that ends at byte {end}",
+            )
+        end = entry.offset + entry.nbytes
+        previous = entry.name
+    if end > file_bytes:
+        _refuse(
+            file,
+            f"is truncated or damaged: its tensors end at byte {describe(end)} (tensor {describe(previous)}), "
+            f"the file has {file_bytes} bytes",
+        )
+
+
+def _refuse(file: Path, what: str, remedy: str = _DAMAGED) -> NoReturn:
+    raise CheckpointError(f"{file} {what}.", remedy=remedy)

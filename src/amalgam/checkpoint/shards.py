@@ -1,0 +1,185 @@
+"""One weight file each: what is in it, and its tensors.
+
+In: a safetensors or `.bin` file. Out: `TensorEntry`s and CPU tensors that share the file's pages. Must never know how
+files are grouped into a checkpoint.
+
+A view is handed out only while the file is the one that was opened. A file that somebody truncates *after* that can
+still end the process with SIGBUS when the missing pages are touched, as with every memory-mapped reader: replace a
+checkpoint's files by renaming new ones into place, never by rewriting them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+import torch
+
+from amalgam.checkpoint.safetensors_header import DTYPES, TensorEntry, read_header
+from amalgam.errors import CheckpointError, describe
+
+Identity = tuple[str, int, int, int]
+MAX_PICKLE_BYTES = 64 * 2**20
+# Without it, Linux refuses to map a file larger than the machine's memory writably, although we never write.
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+class Shard(Protocol):
+    """A weight file, described when constructed and read on demand by any number of threads."""
+
+    file: Path
+    identity: Identity
+    entries: list[TensorEntry]
+
+    def read(self, entry: TensorEntry) -> torch.Tensor: ...
+    def release(self, entry: TensorEntry) -> None: ...
+    def close(self) -> None: ...
+
+
+def identify(file: Path, status: os.stat_result | None = None) -> Identity:
+    """(path, mtime in ns, bytes, inode) of a file as it is now.
+
+    Raises:
+        CheckpointError: the file is gone.
+    """
+    try:
+        status = status or file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}).", remedy="Put the file back.") from error
+    return str(file), status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def check_unchanged(opened: Identity, now: Identity) -> None:
+    """Raise CheckpointError unless a file is still the one that was opened."""
+    if now != opened:
+        raise CheckpointError(
+            f"{opened[0]} has changed since it was opened: it had {opened[2]} bytes and now has {now[2]}.",
+            remedy="Load the checkpoint again.",
+        )
+
+
+class SafetensorsShard:
+    """A safetensors file, mapped privately when first read: writing to a view does not reach the file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.identity = identify(file)  # before the header, so that a change in between is noticed
+        self.entries = read_header(file)
+        self._map: mmap.mmap | None = None
+        self._lock = threading.Lock()
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        check_unchanged(self.identity, identify(self.file))
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        assert entry.offset is not None
+        pages = self._mapped()
+        if entry.offset % entry.dtype.itemsize:  # kernels may fault on unaligned elements
+            raw = bytearray(pages[entry.offset : entry.offset + entry.nbytes])
+            return torch.frombuffer(raw, dtype=entry.dtype).view(entry.shape)
+        count = entry.nbytes // entry.dtype.itemsize
+        return torch.frombuffer(pages, dtype=entry.dtype, count=count, offset=entry.offset).view(entry.shape)
+
+    def release(self, entry: TensorEntry) -> None:
+        assert entry.offset is not None
+        pages = self._map
+        first = -(-entry.offset // mmap.PAGESIZE) * mmap.PAGESIZE  # pages shared with a neighbour stay
+        last = (entry.offset + entry.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if pages is not None and last > first:
+            pages.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def close(self) -> None:
+        with self._lock:
+            self._map = None  # unmapped when the last view is gone
+
+    def _mapped(self) -> mmap.mmap:
+        with self._lock:
+            if self._map is None:
+                try:
+                    with self.file.open("rb") as stream:
+                        check_unchanged(self.identity, identify(self.file, os.fstat(stream.fileno())))
+                        self._map = mmap.mmap(
+                            stream.fileno(),
+                            self.identity[2],
+                            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                        )
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{self.file} cannot be mapped ({error}).", remedy="Check its permissions and `ulimit -v`."
+                    ) from error
+            return self._map
+
+
+class PickleShard:
+    """A zip-based `.bin` of torch: a state dict whose pickle may name nothing but tensors."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.identity = identify(file)
+        self._tensors: dict[str, torch.Tensor] | None = _load_state_dict(file)
+        self._lock = threading.Lock()
+        self.entries = [
+            TensorEntry(name, tensor.dtype, tuple(tensor.shape), file, None) for name, tensor in self._tensors.items()
+        ]
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        check_unchanged(self.identity, identify(self.file))
+        with self._lock:
+            if self._tensors is None:
+                self._tensors = _load_state_dict(self.file)
+            return self._tensors[entry.name]
+
+    def release(self, entry: TensorEntry) -> None:
+        """Nothing: torch owns the mapping."""
+
+    def close(self) -> None:
+        with self._lock:
+            self._tensors = None
+
+
+def _load_state_dict(file: Path) -> dict[str, torch.Tensor]:
+    def refuse(what: str, cause: Exception | None = None) -> NoReturn:
+        raise CheckpointError(
+            f"{file} {what}.", remedy="Download it from a source that you trust, or convert it to safetensors."
+        ) from cause
+
+    try:
+        with file.open("rb") as stream:
+            if stream.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+                refuse("is not a zip-based torch file; bare pickles are never opened")
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    refuse(f"holds the compressed record {describe(record.filename)}, which a state dict never has")
+                if record.filename.endswith(".pkl") and record.file_size > MAX_PICKLE_BYTES:
+                    refuse(f"holds a pickle of {record.file_size} bytes; at most {MAX_PICKLE_BYTES} are allowed")
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        refuse(f"cannot be read ({error})", error)
+    except Exception as error:  # the unpickler raises whatever the damaged bytes lead it into
+        if name := re.search(r"GLOBAL (\S+)", str(error)):
+            refuse(f"pickles {describe(name[1])}, which is no tensor; nothing of it was run", error)
+        refuse(f"is damaged ({type(error).__name__})", error)
+
+    if not isinstance(state, dict):
+        refuse(f"holds a {type(state).__name__} instead of a state dict")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not name or not name.isprintable():
+            refuse(f"holds the key {describe(name)}, which is no tensor name")
+        if not isinstance(tensor, torch.Tensor):
+            refuse(f"holds {describe(tensor)} under {describe(name)}; only tensors are allowed in a state dict")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
+            refuse(f"holds {describe(name)} as {tensor.dtype}, {tensor.layout} on {tensor.device}, which is not served")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # stride 0: a few bytes would become any number
+            refuse(f"stores fewer bytes of {describe(name)} than its shape {tuple(tensor.shape)} takes")
+    return {name: tensor.detach() for name, tensor in state.items()}

@@ -1,0 +1,159 @@
+"""Where a checkpoint's files are.
+
+In: a path or hub id. Out: a local folder, and small JSON files or checked paths inside it. Every file name that comes
+out of a checkpoint passes `member`, so that nothing outside the folder is ever opened. Must never know tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from amalgam.errors import CheckpointError, describe
+
+MAX_JSON_BYTES = 16 * 2**20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(path_or_hub_id: str) -> Path:
+    """The local folder of a checkpoint: an existing folder, else a hub repository (downloaded or from the cache).
+
+    Pickles (`*.bin`) are downloaded only from repositories without safetensors.
+
+    Raises:
+        CheckpointError: no such folder, and no hub id or not to be had from the hub.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path_or_hub_id.strip() and path.is_dir():
+        return path.absolute()
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file, not a folder.", remedy="Give the folder that holds the checkpoint.")
+    if not _HUB_ID.fullmatch(path_or_hub_id):
+        raise CheckpointError(
+            f"There is no folder {describe(str(path.absolute()), 400)}.",
+            remedy="Give the folder that holds config.json and the weights, or a hub id such as org/name.",
+        )
+    return _download(path_or_hub_id)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(hub_id, allow_patterns=["*.bin"], ignore_patterns=["*/*"])
+    except Exception as error:  # the hub client documents no common base: HTTP, cache and OS errors
+        reason = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(
+            f"There is no folder {str(Path(hub_id).absolute())!r}, and {hub_id!r} could not be had from the hub "
+            f"({type(error).__name__}: {describe(reason, 300)}).",
+            remedy="Give an existing folder, correct the hub id, set HF_ENDPOINT to a mirror that you can reach, "
+            "or download the repository first and set HF_HUB_OFFLINE=1.",
+        ) from error
+    return folder
+
+
+def member(folder: Path, name: str) -> Path:
+    """Path of the regular file `name` of `folder`.
+
+    Symbolic links must stay inside the folder, or, in the hub's cache (`models--org--name/snapshots/revision`), inside
+    the folder of that repository, because the cache links its files to `models--org--name/blobs`.
+
+    Raises:
+        CheckpointError: not a plain file name, leads out of the folder, or there is no such file.
+    """
+    if not name or not name.isprintable() or name in (".", "..") or "/" in name or "\\" in name:
+        raise CheckpointError(
+            f"{folder} names the file {describe(name)}, which is not a plain file name.",
+            remedy="Files must lie in the checkpoint's own folder.",
+        )
+    try:
+        root, file = folder.resolve(strict=True), (folder / name).resolve(strict=True)
+        is_file = file.is_file()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        if isinstance(error, FileNotFoundError) and not (folder / name).is_symlink():
+            raise CheckpointError(f"{folder} has no file {describe(name)}.", remedy="Complete the download.") from None
+        raise CheckpointError(
+            f"{folder / name} cannot be opened ({error}).", remedy="Repair the link, or download the file again."
+        ) from error
+    for parent in root.parents:
+        if parent.name.startswith("models--") and root.relative_to(parent).parts[0] == "snapshots":
+            root = parent
+            break
+    if not file.is_relative_to(root):
+        raise CheckpointError(
+            f"{folder / name} is a link to {file}, outside of its folder.",
+            remedy="Copy or hard-link the file into the folder, or use the folder that it really lies in.",
+        )
+    if not is_file:
+        raise CheckpointError(f"{folder / name} is not a regular file.", remedy="Remove it from the checkpoint.")
+    return folder / name
+
+
+def read_json(folder: Path, name: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in file `name` of `folder`.
+
+    Args:
+        limit: largest size in bytes.
+
+    Raises:
+        CheckpointError: no such file, outside of the folder, too large, or not a valid object (see `parse_json`).
+    """
+    file = member(folder, name)
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}).", remedy="Check its permissions.") from error
+    if len(raw) > limit:
+        raise CheckpointError(
+            f"{file} has {file.stat().st_size} bytes; at most {limit} are allowed.",
+            remedy="Download the file again, or check that it is what its name says.",
+        )
+    value = parse_json(raw, str(file))
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{file} holds {describe(value)} instead of a JSON object.", remedy="Download the file again."
+        )
+    return value
+
+
+def parse_json(raw: bytes, where: str) -> Any:
+    """RFC 8259 JSON in UTF-8, without what two readers would read differently: repeated keys, NaN, infinite numbers.
+
+    Raises:
+        CheckpointError: not such JSON; `where` says which file.
+    """
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # also of decode()
+        reason = str(error)
+    raise CheckpointError(f"{where} holds invalid JSON: {reason}.", remedy="Correct it or download it again.")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = sorted(name for name, _ in pairs)
+        repeated = next(name for name, following in pairwise(names) if name == following)
+        raise ValueError(f"the key {describe(repeated)} appears twice")
+    return result
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {describe(text)} is out of range")
+    return value

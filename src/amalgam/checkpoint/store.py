@@ -1,0 +1,166 @@
+"""A checkpoint folder as one lazy mapping from tensor names to tensors.
+
+In: a folder. Out: `TensorStore`. Decides which files are the checkpoint, checks that they agree with the index and
+with each other, and leaves the bytes to the shards. Must never know what a tensor's name means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from amalgam.checkpoint.safetensors_header import TensorEntry
+from amalgam.checkpoint.shards import Identity, PickleShard, SafetensorsShard, Shard, identify
+from amalgam.checkpoint.source import member, read_json
+from amalgam.errors import CheckpointError, describe
+
+__all__ = ["TensorEntry", "TensorStore"]
+
+MAX_INDEX_BYTES = 64 * 2**20
+
+
+class TensorStore(Mapping[str, TensorEntry]):
+    """The tensors of a checkpoint folder. Threads may read it at the same time.
+
+    Opening reads headers only (`.bin`: the pickles, with torch's weights-only unpickler).
+    """
+
+    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+        self.folder = folder
+        self.files = tuple(shard.file for shard in shards)
+        self._shards = {shard.file: shard for shard in shards}
+        self._entries: dict[str, TensorEntry] = {}
+        for shard in shards:
+            for entry in shard.entries:
+                other = self._entries.setdefault(entry.name, entry)
+                if other is not entry:
+                    raise CheckpointError(
+                        f"Tensor {describe(entry.name)} is both in {other.file} and in {entry.file.name}.",
+                        remedy="Keep one copy of the weights in the folder, or add the index that chooses.",
+                    )
+
+    @classmethod
+    def open(cls, folder: Path) -> TensorStore:
+        """Index the checkpoint in `folder`.
+
+        The first of these that exists: `model.safetensors.index.json`, `model.safetensors`, another
+        `*.safetensors.index.json`, all `*.safetensors`, `pytorch_model.bin.index.json`, `pytorch_model.bin`, all
+        `pytorch_model-*.bin`.
+
+        Raises:
+            CheckpointError: no folder, no weights, a missing or damaged file, or an index that its files contradict.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"There is no folder {folder}.", remedy="Correct the path of the checkpoint.")
+        listing = _list_files(folder)
+        opener = SafetensorsShard if listing.names[0].endswith(".safetensors") else PickleShard
+        shards: list[Shard] = [opener(member(folder, name)) for name in listing.names]
+        if listing.weight_map is not None:
+            _check_index(folder / listing.index, listing.weight_map, shards)
+        if not any(shard.entries for shard in shards):
+            raise CheckpointError(f"{folder} holds no tensors, only empty files.", remedy="Download it again.")
+        return cls(folder, shards)
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A CPU tensor that shares the file's pages (a copy if its elements are not aligned in the file).
+
+        The file stays mapped while the tensor lives, also after `close`.
+
+        Raises:
+            CheckpointError: no such tensor, or its file has changed since it was opened.
+        """
+        entry, shard = self._find(name)
+        return shard.read(entry)
+
+    def release(self, name: str) -> None:
+        """Give back the memory of a tensor's pages; they are read again from the file when touched again."""
+        entry, shard = self._find(name)
+        shard.release(entry)
+
+    def identity(self, name: str) -> Identity:
+        """(file, mtime in ns, bytes, inode) of the tensor's file now: differs once the file has changed.
+
+        Take it *before* `read`, which fails when the file has changed since `open`: then it belongs to what was read.
+        """
+        return identify(self._find(name)[0].file)
+
+    def close(self) -> None:
+        """Let go of the files; views that were handed out stay valid. Reading again maps them again."""
+        for shard in self._shards.values():
+            shard.close()
+
+    def _find(self, name: str) -> tuple[TensorEntry, Shard]:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.folder} has no tensor {describe(name)}.", remedy="Correct the name.")
+        return entry, self._shards[entry.file]
+
+
+@dataclass(frozen=True)
+class _Listing:
+    names: list[str]
+    index: str = ""
+    weight_map: dict[str, str] | None = None
+
+
+def _list_files(folder: Path) -> _Listing:
+    present = sorted(path.name for path in folder.iterdir())
+    for single, suffix, shard_prefix in (
+        ("model.safetensors", ".safetensors", ""),
+        ("pytorch_model.bin", ".bin", "pytorch_model-"),
+    ):
+        if f"{single}.index.json" in present:
+            return _read_index(folder, f"{single}.index.json", suffix)
+        if single in present:
+            return _Listing([single])
+        indices = [name for name in present if name.startswith(shard_prefix) and name.endswith(f"{suffix}.index.json")]
+        if len(indices) > 1:
+            _refuse(folder, f"has several index files: {', '.join(map(describe, indices))}", "Keep the one to use.")
+        if indices:
+            return _read_index(folder, indices[0], suffix)
+        shards = [name for name in present if name.startswith(shard_prefix) and name.endswith(suffix)]
+        if shards:
+            return _Listing(shards)
+    raise CheckpointError(
+        f"{folder} has no weights; it holds {describe(present, 300) if present else 'nothing'}.",
+        remedy="Give a folder with *.safetensors or pytorch_model*.bin files.",
+    )
+
+
+def _read_index(folder: Path, index: str, suffix: str) -> _Listing:
+    weight_map = read_json(folder, index, MAX_INDEX_BYTES).get("weight_map")
+    file = folder / index
+    if not isinstance(weight_map, dict) or not weight_map:
+        _refuse(file, f"has weight_map {describe(weight_map)} instead of an object from tensor to file")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name.endswith(suffix):
+            _refuse(file, f"puts tensor {describe(tensor)} in {describe(name)} instead of in a *{suffix} file")
+    return _Listing(sorted(set(weight_map.values())), index, weight_map)
+
+
+def _check_index(index: Path, weight_map: dict[str, str], shards: list[Shard]) -> None:
+    found = {(entry.name, shard.file.name) for shard in shards for entry in shard.entries}
+    listed = set(weight_map.items())
+    for tensor, name in sorted(listed - found)[:1]:
+        _refuse(index, f"puts tensor {describe(tensor)} in {describe(name)}, which does not have it")
+    for tensor, name in sorted(found - listed)[:1]:
+        other = weight_map.get(tensor)
+        where = f"puts it in {describe(other)}" if other else "does not list it"
+        _refuse(index, f"does not fit: {describe(name)} has tensor {describe(tensor)}, the index {where}")
+
+
+def _refuse(path: Path, what: str, remedy: str = "Download the checkpoint again: its files must fit.") -> NoReturn:
+    raise CheckpointError(f"{path} {what}.", remedy=remedy)

@@ -1,0 +1,160 @@
+"""Tensors → a checkpoint folder.
+
+In: named tensors, one at a time, so that a model larger than memory can be written. Out: safetensors shards and their
+index. A reader sees all of them or none.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from amalgam.checkpoint.safetensors_header import DTYPES, PREFIX_BYTES, TensorEntry
+from amalgam.errors import CheckpointError, describe
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends, and is removed when it fails.
+
+    Raises:
+        CheckpointError: `path` exists and is not an empty folder.
+    """
+    path = path.absolute()
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise CheckpointError(f"{path} exists already.", remedy="Remove it or choose another folder.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with _writing(path):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with _writing(path):
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error}).", remedy="Check space and permissions.") from error
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write `tensors` as `model.safetensors`, or as numbered shards with an index when they do not fit one.
+
+    Holds one tensor in memory at a time. Files get their names only when all are complete. For a whole folder that
+    appears at once, write into `new_folder`.
+
+    Args:
+        folder: created if missing; must not hold safetensors yet.
+        metadata: further strings for each file's `__metadata__`.
+        max_shard_bytes: most bytes of data in one file; a larger tensor gets a file of its own.
+
+    Raises:
+        CheckpointError: the folder has weights already, a name repeats, a dtype has no safetensors name, disk full.
+    """
+    if any(folder.glob("*.safetensors*")):
+        raise CheckpointError(f"{folder} holds safetensors already.", remedy="Choose an empty folder.")
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".shards-") as temporary:
+            shards = _write_shards(Path(temporary), tensors, {"format": "pt", **(metadata or {})}, max_shard_bytes)
+            if len(shards) == 1:
+                shards[0].file.rename(folder / "model.safetensors")
+                return
+            names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+            index = {
+                "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+                "weight_map": {
+                    tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard.names
+                },
+            }
+            # The index first: a folder that was left halfway then misses files instead of looking complete.
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
+            for shard, name in zip(shards, names, strict=True):
+                shard.file.rename(folder / name)
+
+
+@dataclass(frozen=True)
+class _Written:
+    file: Path
+    names: list[str]
+    nbytes: int
+
+
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], metadata: dict[str, str], max_shard_bytes: int
+) -> list[_Written]:
+    """Collect each shard's data in a spill file, because its header comes first but is known last."""
+    shards: list[_Written] = []
+    names: set[str] = set()
+    entries: list[TensorEntry] = []
+    with tempfile.TemporaryFile(dir=folder) as spill:
+
+        def finish() -> None:
+            spill.flush()
+            file = folder / str(len(shards))
+            _write_shard(file, entries, spill, metadata)
+            shards.append(_Written(file, [entry.name for entry in entries], spill.tell()))
+            entries.clear()
+            spill.seek(0)
+            spill.truncate()
+
+        for name, tensor in tensors:
+            if name in names or name == "__metadata__" or not name or not name.isprintable():
+                raise CheckpointError(
+                    f"Tensor name {describe(name)} is used twice or not allowed.", remedy="Rename it."
+                )
+            if tensor.dtype not in _NAMES:
+                raise CheckpointError(
+                    f"Tensor {describe(name)} is {tensor.dtype}, which safetensors files here cannot hold.",
+                    remedy=f"Convert it to one of {', '.join(_NAMES.values())}.",
+                )
+            if entries and spill.tell() + tensor.nbytes > max_shard_bytes:
+                finish()
+            names.add(name)
+            entries.append(TensorEntry(name, tensor.dtype, tuple(tensor.shape), folder, spill.tell()))
+            spill.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        if not names:
+            raise CheckpointError(f"There are no tensors to write into {folder.parent}.", remedy="Check the source.")
+        finish()
+    return shards
+
+
+def _write_shard(file: Path, entries: list[TensorEntry], spill: IO[bytes], metadata: dict[str, str]) -> None:
+    # Widest elements first keeps all of them aligned: the format allows no holes.
+    entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with file.open("wb") as out:
+        out.write(len(raw).to_bytes(PREFIX_BYTES, "little") + raw)
+        if end:
+            with mmap.mmap(spill.fileno(), end, access=mmap.ACCESS_READ) as pages, memoryview(pages) as view:
+                for entry in entries:
+                    assert entry.offset is not None
+                    out.write(view[entry.offset : entry.offset + entry.nbytes])

@@ -1,0 +1,111 @@
+"""`amalgam plan`."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Annotated, Any
+
+import typer
+
+from amalgam.cli.options import with_settings
+from amalgam.config import Settings
+
+
+@with_settings
+def command(
+    settings: Settings,
+    explain: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Say which rule decides for this weight, and why.")
+    ] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="List every weight.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Check the weight mapping and show which source each weight comes from. Reads headers only."""
+    import torch
+
+    from amalgam.cli.console import progress_bar
+    from amalgam.models.loader import ModelLoader
+    from amalgam.tools.quantize import ensure_derived
+
+    with progress_bar() as progress:
+        ensure_derived(settings, progress)
+    loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), settings.engine.load_threads)
+    plan = loader.make_plan()
+    if explain is not None:
+        _explain(plan.explain(explain), as_json)
+        return
+    planned = loader.check(plan)
+    if as_json or show_all:
+        _list(planned, as_json)
+    else:
+        _summarise(planned)
+
+
+def _explain(explanation: Any, as_json: bool) -> None:
+    from amalgam.cli.console import out, print_json
+
+    choice = explanation.choice
+    if as_json:
+        print_json(
+            {
+                "name": choice.name,
+                "source": choice.source,
+                "why": explanation.why,
+                "matching_rules": [rule.model_dump() for rule in explanation.matching],
+                "default_source": explanation.default_source,
+            }
+        )
+        return
+    out.print(f"{choice.name} comes from {choice.source}: {explanation.why}.", markup=False, highlight=False)
+    for rank, rule in enumerate(explanation.matching, 1):
+        mark = "wins" if rank == 1 else "loses"
+        out.print(f"  {rank}. {rule.pattern} → {rule.source}  ({mark})", markup=False, highlight=False)
+
+
+def _rows(planned: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": weight.choice.name,
+            "source": weight.choice.source,
+            "format": (weight.quantize_to or weight.stored.format).name,
+            "shape": list(weight.slot.shape),
+            "bytes": weight.stored.nbytes,
+            "reason": weight.choice.reason,
+            "rule": weight.choice.rule and weight.choice.rule.model_dump(),
+        }
+        for weight in planned
+    ]
+
+
+def _list(planned: Any, as_json: bool) -> None:
+    from rich.table import Table
+
+    from amalgam.cli.console import human_bytes, out, print_json
+
+    rows = _rows(planned)
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("weight", "source", "format", "shape", "bytes", "why")
+    for row in rows:
+        table.add_row(row["name"], row["source"], row["format"], str(row["shape"]), human_bytes(row["bytes"]), row["reason"])
+    out.print(table)
+
+
+def _summarise(planned: Any) -> None:
+    from rich.table import Table
+
+    from amalgam.cli.console import human_bytes, out
+
+    counts: Counter[tuple[str, str, str]] = Counter()
+    sizes: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+    for weight in planned:
+        key = (weight.slot.role, weight.choice.source, (weight.quantize_to or weight.stored.format).name)
+        counts[key] += 1
+        sizes[key] += weight.stored.nbytes
+    table = Table("role", "source", "format", "weights", "bytes")
+    for key in sorted(counts):
+        table.add_row(*key, str(counts[key]), human_bytes(sizes[key]))
+    table.add_section()
+    table.add_row("all", "", "", str(sum(counts.values())), human_bytes(sum(sizes.values())))
+    out.print(table)

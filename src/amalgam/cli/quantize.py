@@ -1,0 +1,51 @@
+"""`amalgam quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a bf16, fp16 or fp32 checkpoint.")],
+    out_folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    format_name: Annotated[str, typer.Option("--format", "-f", help="fp8, int8 or int4.")],
+    group_size: Annotated[
+        int | None, typer.Option(min=1, help="int4: inputs that share a scale. Default: 128, or less where needed.")
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="fp8: one scale per tensor, channel or block (128×128). Default: channel.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Make an fp8, int8 or int4 checkpoint of a model (compressed-tensors layout, rounding to nearest)."""
+    from rich.table import Table
+
+    from amalgam.cli.console import human_bytes, out, print_json, progress_bar
+    from amalgam.precision.format import QuantizeOptions
+    from amalgam.tools.quantize import quantize_checkpoint
+
+    with progress_bar() as progress:
+        report = quantize_checkpoint(checkpoint, out_folder, format_name, QuantizeOptions(group_size, scale), progress)
+    if as_json:
+        roles = {
+            name: {
+                "weights": role.num_weights,
+                "bytes_before": role.bytes_before,
+                "bytes_after": role.bytes_after,
+                "relative_error": role.error,
+            }
+            for name, role in report.roles.items()
+        }
+        totals = {"bytes_before": report.bytes_before, "bytes_after": report.bytes_after}
+        print_json({"folder": str(report.folder), "format": report.format, **totals, "roles": roles})
+        return
+    table = Table("role", "weights", "before", "after", "relative error", title=f"{report.folder} ({report.format})")
+    for name, role in report.roles.items():
+        error = f"{role.error:.2%}" if role.squared_norm else "–"
+        table.add_row(name, str(role.num_weights), human_bytes(role.bytes_before), human_bytes(role.bytes_after), error)
+    table.add_section()
+    table.add_row("all", "", human_bytes(report.bytes_before), human_bytes(report.bytes_after), "")
+    out.print(table)

@@ -1,0 +1,378 @@
+"""Every setting, as frozen pydantic models.
+
+In: a YAML file, `AMALGAM_*` environment variables and command-line overrides, in rising order of precedence.
+Out: one immutable `Settings`. The only module that reads the environment. The command line's help and
+`docs/configuration.md` are generated from the field descriptions here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from amalgam.errors import ConfigError, describe
+
+ENV_PREFIX = "AMALGAM_"
+BASE_SOURCE = "base"
+MAX_CONFIG_BYTES = 16 * 2**20
+NATIVE_ISA_VARIABLE = "AMALGAM_NATIVE_ISA"
+NATIVE_ISAS = ("portable", "avx2", "avx512")  # slowest first
+_SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+_PATH_SUFFIX = "_path"
+
+SourceName = Annotated[str, StringConstraints(pattern=_SOURCE_NAME)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+
+class Rule(_Section):
+    """One rule of the weight mapping."""
+
+    pattern: str = Field(min_length=1, max_length=1024)
+    """Logical weight name, or a pattern: `*`, `?`, `[abc]`, `{a,b}` and `{0-15}`."""
+    source: SourceName
+    """The source that matching weights come from."""
+
+
+class DerivedSource(_Section):
+    """How to make a source that does not exist yet: quantize the base checkpoint into the source's folder."""
+
+    format: Literal["fp8", "int8", "int4"]
+    """Precision of the linear weights."""
+    group_size: int | None = Field(default=None, ge=1, le=65536)
+    """Inputs that share a scale (int4). None: 128, or the largest power of two below it that divides the inputs."""
+    scale: Literal["tensor", "channel", "block"] | None = None
+    """Granularity of the scales (fp8: tensor, channel or block of 128×128; int8: channel)."""
+
+
+class MixedPrecisionSettings(_Section):
+    """Where each weight comes from. Every `<name>_path` key declares a source called `<name>`."""
+
+    sources: dict[SourceName, str] = Field(default_factory=dict)
+    """Name → folder or hub id, for sources whose names do not fit a `<name>_path` key."""
+    weight_mapping: dict[str, SourceName] = Field(default_factory=dict)
+    """Logical name or pattern → source. Exact names win, then the most specific pattern."""
+    rules: tuple[Rule, ...] = ()
+    """The same as an ordered list: among equally specific patterns the later wins."""
+    default_source: SourceName = BASE_SOURCE
+    """Source of weights that no rule names."""
+    derived: dict[SourceName, DerivedSource] = Field(default_factory=dict)
+    """Sources to make from `base_path` at first use when their folder is absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_paths(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        result: dict[str, Any] = {}
+        sources: dict[str, Any] = dict(data.get("sources") or {})
+        for key, value in data.items():
+            if isinstance(key, str) and key.endswith(_PATH_SUFFIX) and key not in cls.model_fields:
+                name = key.removesuffix(_PATH_SUFFIX)
+                if name in sources:
+                    raise ValueError(f"source {name!r} is declared twice, as {key} and in sources")
+                sources[name] = value
+            else:
+                result[key] = value
+        if BASE_SOURCE in sources:
+            raise ValueError(f"source name {BASE_SOURCE!r} is taken by model.base_path")
+        result["sources"] = sources
+        return result
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> MixedPrecisionSettings:
+        known = {BASE_SOURCE, *self.sources}
+        used = [(f"weight_mapping[{name!r}]", source) for name, source in self.weight_mapping.items()]
+        used += [(f"rules[{i}] ({rule.pattern!r})", rule.source) for i, rule in enumerate(self.rules)]
+        used += [("default_source", self.default_source), *((f"derived[{name!r}]", name) for name in self.derived)]
+        for where, source in used:
+            if source not in known:
+                raise ValueError(
+                    f"{where} names source {source!r}, which nobody declared. Declared: "
+                    f"{', '.join(sorted(known))}. Add {source}{_PATH_SUFFIX} or correct the name"
+                )
+        return self
+
+    @property
+    def all_rules(self) -> tuple[Rule, ...]:
+        """`weight_mapping` and `rules` as one ordered list."""
+        mapped = (Rule(pattern=pattern, source=source) for pattern, source in self.weight_mapping.items())
+        return (*mapped, *self.rules)
+
+
+class ModelSettings(_Section):
+    """The model and its checkpoints."""
+
+    name: str = ""
+    """Name shown to clients. Empty: the folder's name."""
+    base_path: str
+    """Folder or hub id with config.json, the tokenizer and the default weights."""
+    mixed_precision: MixedPrecisionSettings = MixedPrecisionSettings()
+    """Further sources and the rules that choose among them."""
+
+
+class InferenceSettings(_Section):
+    """How the model runs."""
+
+    max_seq_length: int = Field(default=4096, ge=1, le=2**24)
+    """Most tokens in one sequence, prompt and answer together."""
+    max_batch_size: int = Field(default=32, ge=1, le=4096)
+    """Most sequences in one step."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of activations and of the KV cache."""
+    device_map: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto | cpu | cuda | cuda:N."""
+    load_in_8bit: bool = False
+    """Quantize wide linear weights that no rule names to int8 while loading."""
+    load_in_4bit: bool = False
+    """The same to int4 in groups of 128."""
+
+    @model_validator(mode="after")
+    def _check_one_width(self) -> InferenceSettings:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit are both true: choose one")
+        return self
+
+
+class EngineSettings(_Section):
+    """The step loop and the KV cache."""
+
+    max_step_tokens: int = Field(default=512, ge=1, le=2**20)
+    """Most tokens in one step; longer prompts are computed in chunks."""
+    block_size: int = Field(default=16, ge=1, le=1024)
+    """Tokens in one KV block."""
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    """Size of the KV cache. None: room for max_batch_size sequences of max_seq_length, within a quarter of memory."""
+    max_queue: int = Field(default=1024, ge=1, le=2**20)
+    """Most requests waiting; more are refused with 503."""
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
+    """Compute threads. None: PyTorch's choice."""
+    load_threads: int = Field(default=4, ge=1, le=256)
+    """Threads that read and pack weights."""
+
+
+class ServerSettings(_Section):
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """Port to listen on; 0 lets the system choose."""
+    max_workers: int = Field(default=4, ge=1, le=256)
+    """Threads for tokenizing and file reading."""
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    """Largest request body; more is refused with 413."""
+    max_batch_prompts: int = Field(default=256, ge=1, le=65536)
+    """Most prompts in one /batch_generate."""
+    drain_seconds: float = Field(default=30.0, ge=0)
+    """How long requests in flight may run on after SIGTERM."""
+    export_dir: str = "expert_stats"
+    """Folder that /export_expert_stats writes to."""
+
+
+class StatisticsSettings(_Section):
+    """Expert statistics."""
+
+    enabled: bool = True
+    """Count which experts the traffic activates."""
+    bucket_seconds: float = Field(default=5.0, gt=0, le=3600)
+    """Resolution of the time windows."""
+    history_minutes: float = Field(default=60.0, gt=0, le=7 * 24 * 60)
+    """Longest time window."""
+    recent_activations: int = Field(default=256, ge=0, le=65536)
+    """How many recent activations to keep."""
+
+
+class Settings(_Section):
+    """Everything, as `config/model_config.yaml` holds it."""
+
+    model: ModelSettings
+    """The model and its checkpoints."""
+    inference: InferenceSettings = InferenceSettings()
+    """How the model runs."""
+    server: ServerSettings = ServerSettings()
+    """The HTTP server."""
+    engine: EngineSettings = EngineSettings()
+    """The step loop and the KV cache."""
+    statistics: StatisticsSettings = StatisticsSettings()
+    """Expert statistics."""
+
+    def replace(self, **sections: Any) -> Settings:
+        """A new object with whole sections exchanged, validated again."""
+        return build_settings({**self.model_dump(), **sections})
+
+
+def build_settings(data: Mapping[str, Any]) -> Settings:
+    """Validate a nested mapping.
+
+    Raises:
+        ConfigError: naming each offending key, its value and what is allowed.
+    """
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("Configuration is invalid:\n" + "\n".join(_explain(error))) from None
+
+
+def load_settings(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read settings from a YAML file, the environment and dotted overrides (`{"server.port": 80}`).
+
+    Relative model paths in the file are taken from the file's folder; those in overrides and the environment from the
+    working directory.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds unknown or invalid keys.
+    """
+    data = _read_yaml(Path(path)) if path is not None else {}
+    environment = os.environ if environ is None else environ
+    for key, value in _from_environment(environment).items():
+        _set(data, key, value)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _set(data, key, value)
+    return build_settings(data)
+
+
+def setting_keys() -> dict[str, str]:
+    """Every scalar setting as dotted key → description; the source of flags, environment names and the reference."""
+    keys: dict[str, str] = {}
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for name, info in section.model_fields.items():
+            kind = info.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                walk(kind, f"{prefix}{name}.")
+            else:
+                keys[prefix + name] = info.description or ""
+
+    walk(Settings, "")
+    return keys
+
+
+def environment_name(key: str) -> str:
+    """`server.max_workers` → `AMALGAM_SERVER_MAX_WORKERS`."""
+    return ENV_PREFIX + key.replace(".", "_").upper()
+
+
+def native_isa_limit(environ: Mapping[str, str] | None = None) -> str | None:
+    """Highest instruction set that the native kernels may use, from `AMALGAM_NATIVE_ISA`; None: no limit.
+
+    A limit above what the processor has changes nothing. Not a setting, because it is for testing and for narrowing
+    down a fault, and kernels are chosen before settings are read.
+
+    Raises:
+        ConfigError: the value is none of `NATIVE_ISAS`.
+    """
+    limit = (os.environ if environ is None else environ).get(NATIVE_ISA_VARIABLE)
+    if limit is not None and limit not in NATIVE_ISAS:
+        raise ConfigError(f"{NATIVE_ISA_VARIABLE} is {describe(limit)}.", remedy=f"Allowed: {', '.join(NATIVE_ISAS)}.")
+    return limit
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"Configuration file {str(path)!r} does not exist.", remedy="Give its path with --config.")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"Configuration file {str(path)!r} has more than {MAX_CONFIG_BYTES} bytes.")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"Configuration file {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"Configuration file {str(path)!r} holds {describe(data)}.", remedy="Expected a mapping.")
+    _anchor_paths(data, path.resolve().parent)
+    return data
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys, which YAML forbids and PyYAML silently merges."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key_node.value!r} stands twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
+    """Make the file's relative model paths absolute where they exist or look like paths; hub ids stay as they are."""
+
+    def anchor(value: Any) -> Any:
+        if not isinstance(value, str) or not value or os.path.isabs(os.path.expanduser(value)):
+            return value
+        candidate = folder / value
+        looks_like_path = value.startswith(".") or value.count("/") != 1
+        return os.path.normpath(candidate) if looks_like_path or candidate.exists() else value
+
+    model = data.get("model")
+    if not isinstance(model, dict):
+        return
+    if "base_path" in model:
+        model["base_path"] = anchor(model["base_path"])
+    mixed = model.get("mixed_precision")
+    if isinstance(mixed, dict):
+        for key in mixed:
+            if isinstance(key, str) and key.endswith(_PATH_SUFFIX):
+                mixed[key] = anchor(mixed[key])
+        if isinstance(mixed.get("sources"), dict):
+            mixed["sources"] = {name: anchor(value) for name, value in mixed["sources"].items()}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    known = {environment_name(key): key for key in setting_keys()}
+    values: dict[str, Any] = {}
+    for name, text in environ.items():
+        if not name.startswith(ENV_PREFIX) or name == NATIVE_ISA_VARIABLE:
+            continue
+        if name not in known:
+            raise ConfigError(
+                f"Environment variable {name} is not a setting.", remedy="docs/configuration.md lists their names."
+            )
+        try:
+            values[known[name]] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            values[known[name]] = text
+    return values
+
+
+def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = data.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{parent} is {describe(child)}.", remedy="Expected a mapping.")
+        data = child
+    data[last] = value
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"  {key}: unknown setting. Remove it or correct its name.")
+        elif item["type"] == "missing":
+            lines.append(f"  {key}: is required.")
+        elif item["type"] == "value_error":
+            lines.append(f"  {key}: {item['ctx']['error']}.")
+        else:
+            lines.append(f"  {key}: is {describe(item['input'])}. {item['msg']}.")
+    return lines

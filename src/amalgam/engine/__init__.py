@@ -1,0 +1,1 @@
+"""Requests → tokens. Knows nothing of HTTP."""

@@ -1,0 +1,72 @@
+"""The blocking front: many prompts in, all their answers out.
+
+In: prompts as token ids. Out: `Generation`s, in order. Must never know: the step loop, tensors, HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import Protocol
+
+from amalgam.engine.request import Generation, OutputSink, RequestOutput, SamplingParams
+from amalgam.errors import RequestError
+
+
+class Submitter(Protocol):
+    """The part of the engine that this needs."""
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, sink: OutputSink) -> int: ...
+
+    def cancel(self, request_id: int) -> None: ...
+
+
+def generate(
+    engine: Submitter,
+    prompts_ids: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    max_in_flight: int,
+) -> list[Generation]:
+    """See `Engine.generate`. At most `max_in_flight` requests are submitted at a time, so that the queue holds them."""
+    per_prompt = [params] * len(prompts_ids) if isinstance(params, SamplingParams) else list(params)
+    if len(per_prompt) != len(prompts_ids):
+        raise RequestError(
+            f"There are {len(prompts_ids)} prompts and {len(per_prompt)} sampling parameters.",
+            remedy="Give one for all, or one for each.",
+        )
+    arrived: SimpleQueue[tuple[int, RequestOutput]] = SimpleQueue()
+    outputs: list[list[RequestOutput]] = [[] for _ in prompts_ids]
+    in_flight: dict[int, int] = {}  # index → request id
+    num_submitted = 0
+
+    def submit(index: int) -> None:
+        request_id = engine.submit(prompts_ids[index], per_prompt[index], lambda output: arrived.put((index, output)))
+        in_flight[index] = request_id
+
+    try:
+        while num_submitted < len(prompts_ids) or in_flight:
+            if num_submitted < len(prompts_ids) and len(in_flight) < max_in_flight:
+                submit(num_submitted)
+                num_submitted += 1
+                continue
+            index, output = arrived.get()
+            outputs[index].append(output)
+            if output.is_finished:
+                del in_flight[index]
+    finally:
+        for request_id in in_flight.values():
+            engine.cancel(request_id)
+    return [_collect(parts) for parts in outputs]
+
+
+def _collect(outputs: Sequence[RequestOutput]) -> Generation:
+    last = outputs[-1]
+    assert last.finish_reason is not None
+    assert last.usage is not None
+    return Generation(
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        error=last.error,
+    )

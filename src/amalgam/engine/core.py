@@ -1,0 +1,318 @@
+"""The engine: step() = schedule, run, sample, commit, in a thread of its own; and its fronts, blocking and asynchronous.
+
+In: prompts as token ids, from any thread. Out: `RequestOutput`s, to each request's sink. Must never know: HTTP,
+checkpoints, plans.
+
+Whatever the fronts and the step loop share is guarded by one condition, which is never held while a step computes or
+a sink is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+
+import torch
+
+from amalgam.config import Settings
+from amalgam.engine.answers import end, take_token
+from amalgam.engine.batch import generate
+from amalgam.engine.blocks import BlockPool
+from amalgam.engine.request import (
+    MAX_SEED,
+    EngineStatus,
+    FinishReason,
+    Generation,
+    OutputSink,
+    Request,
+    RequestOutput,
+    RequestStatus,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+)
+from amalgam.engine.runner import Runner
+from amalgam.engine.scheduler import Scheduler
+from amalgam.errors import RequestError, UnavailableError, describe
+from amalgam.models.context import RoutingObserver
+from amalgam.models.decoder import Decoder
+from amalgam.models.weights import WeightVersion
+from amalgam.text import TextStream, Tokenizer
+
+logger = logging.getLogger("amalgam.engine")
+
+_MAX_FAILURES = 3  # steps in a row
+_FATAL = (MemoryError, torch.OutOfMemoryError)
+
+_Deliveries = list[tuple[Request, RequestOutput]]
+
+
+class Engine:
+    """Serves one decoder, and at any moment one or more of its weight versions.
+
+    Args:
+        version: weight version of new requests until `set_version` gives another.
+        device, dtype: of the KV cache.
+        observer: sees which experts each token was routed to.
+
+    Raises:
+        ConfigError: the KV cache would not hold one sequence of the longest length.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        version: WeightVersion,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        device: torch.device,
+        dtype: torch.dtype,
+        observer: RoutingObserver | None = None,
+    ) -> None:
+        max_sequence_tokens = min(settings.inference.max_seq_length, decoder.spec.max_positions)
+        self._runner = Runner(decoder, settings, max_sequence_tokens, device, dtype, observer)
+        self._tokenizer = tokenizer
+        self._vocab_size = decoder.spec.vocab_size
+        self._max_queue = settings.engine.max_queue
+        self._thread = threading.Thread(target=self._loop, name="amalgam-engine", daemon=True)
+        self._num_failures = 0  # steps in a row; of the step thread
+
+        self._condition = threading.Condition()  # guards everything below
+        self._scheduler = Scheduler(
+            version,
+            BlockPool(self._runner.num_blocks),
+            block_size=settings.engine.block_size,
+            max_batch_size=settings.inference.max_batch_size,
+            max_step_tokens=settings.engine.max_step_tokens,
+            max_sequence_tokens=max_sequence_tokens,
+            max_queue=settings.engine.max_queue,
+        )
+        self._requests: dict[int, Request] = {}  # until their last output has been delivered
+        self._cancelled: list[Request] = []
+        self._next_id = 1
+        self._is_draining = False
+        self._end: UnavailableError | None = None  # why nothing is computed any more
+
+    def start(self) -> None:
+        """Start the step loop; requests submitted before wait for it."""
+        self._thread.start()
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, sink: OutputSink) -> int:
+        """Queue a request and return its id. Any thread.
+
+        Args:
+            sink: takes the request's outputs in the step thread, so it must be quick; the last one `is_finished`.
+
+        Raises:
+            RequestError: the prompt is empty or holds something that is not a token id of the model.
+            PromptTooLongError: the prompt leaves no room for a new token.
+            OverloadedError: the queue is full.
+            UnavailableError: the engine is draining, has stopped or has failed.
+        """
+        self._scheduler.check_prompt_length(len(prompt_ids))  # before anything that takes time in its length
+        self._check_token_ids(prompt_ids)
+        seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
+        text = TextStream(self._tokenizer, params.stop)
+        with self._condition:
+            if self._end is not None:
+                raise self._end
+            if self._is_draining:
+                raise UnavailableError("The engine is draining.", remedy="Send the request to another server.")
+            request = Request(self._next_id, list(prompt_ids), params, sink, seed, text)
+            self._scheduler.add(request)
+            self._next_id += 1
+            self._requests[request.request_id] = request
+            self._condition.notify_all()
+            return request.request_id
+
+    def cancel(self, request_id: int) -> None:
+        """End a request; its slot and blocks are free before the next step. A finished one stays as it is."""
+        with self._condition:
+            request = self._requests.get(request_id)
+            if request is not None and not request.is_cancelled:
+                request.is_cancelled = True
+                self._cancelled.append(request)
+
+    async def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of one request as they come; leaving early cancels it. Close it, as with `contextlib.aclosing`.
+
+        Raises:
+            The errors of `submit`, at the first step of the iteration.
+        """
+        loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        request_id = self.submit(prompt_ids, params, lambda output: _hand_over(loop, outputs, output))
+        is_finished = False
+        try:
+            while not is_finished:
+                output = await outputs.get()
+                is_finished = output.is_finished
+                yield output
+        finally:
+            if not is_finished:
+                self.cancel(request_id)
+
+    def generate(
+        self, prompts_ids: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Generation]:
+        """Run requests to their end and return the answers in order. Blocks; an interrupt cancels them.
+
+        Args:
+            params: for all prompts, or one for each.
+
+        Raises:
+            The errors of `submit`. A request that fails later has its error in its `Generation`.
+        """
+        return generate(self, prompts_ids, params, max_in_flight=self._max_queue)
+
+    def set_version(self, version: WeightVersion) -> None:
+        """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""
+        with self._condition:
+            self._scheduler.version = version
+
+    def status(self) -> EngineStatus:
+        """A consistent view of the moment."""
+        with self._condition:
+            return EngineStatus(
+                is_alive=self._end is None and self._thread.is_alive(),
+                is_draining=self._is_draining,
+                num_running=len(self._scheduler.running),
+                num_waiting=len(self._scheduler.waiting),
+                num_free_blocks=self._scheduler.pool.num_free,
+                num_blocks=self._scheduler.pool.num_blocks,
+                versions=self._scheduler.count_by_version(),
+            )
+
+    def drain(self, timeout_seconds: float) -> bool:
+        """Refuse new requests and wait for those in flight; False if some are left when the time is over."""
+        with self._condition:
+            self._is_draining = True
+            return self._condition.wait_for(lambda: not self._requests, timeout_seconds)
+
+    def stop(self) -> None:
+        """End every request with an error and wait for the step loop to end. Harmless when repeated."""
+        with self._condition:
+            self._end = self._end or UnavailableError("The engine has been stopped.", remedy="Start it again.")
+            self._condition.notify_all()
+        if self._thread is threading.current_thread():
+            return
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._abandon()
+
+    def _loop(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._deliver(self._remove_cancelled())
+                self._deliver(self._step())
+        except BaseException as error:
+            self._fail(error)
+        self._abandon()
+
+    def _wait_for_work(self) -> bool:
+        with self._condition:
+            self._condition.wait_for(lambda: self._end is not None or self._scheduler.has_requests)
+            return self._end is None
+
+    def _remove_cancelled(self) -> _Deliveries:
+        with self._condition:
+            requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
+            self._cancelled.clear()
+            return self._finish(requests, FinishReason.CANCELLED)
+
+    def _step(self) -> _Deliveries:
+        """One step. When it returns, nothing here refers to the plan any more, nor to its weight version."""
+        with self._condition:
+            plan = self._scheduler.schedule()
+        if plan is None:
+            return []
+        try:
+            result = self._runner.execute(plan)
+        except Exception as error:
+            return self._give_up(plan, error)
+        self._num_failures = 0
+        with self._condition:
+            self._scheduler.commit(plan)
+            return self._take(plan, result)
+
+    def _take(self, plan: StepPlan, result: StepResult) -> _Deliveries:
+        """Add the step's tokens to their requests and end those that are complete or have failed."""
+        deliveries: _Deliveries = []
+        now = time.monotonic()
+        for item in plan.scheduled:
+            request = item.request
+            if request.is_cancelled or not item.needs_sample:
+                continue
+            if (error := result.errors.get(request.request_id)) is not None:
+                deliveries += self._finish([request], FinishReason.ERROR, error)
+                continue
+            token_id = result.next_token_ids[request.request_id]
+            output = take_token(request, token_id, self._tokenizer.eos_token_ids, now)
+            if output.is_finished:
+                self._scheduler.finish(request)
+            deliveries.append((request, output))
+        return deliveries
+
+    def _give_up(self, plan: StepPlan, error: Exception) -> _Deliveries:
+        """End the requests of a step that failed; the third in a row, or a lack of memory, ends the engine."""
+        logger.error("A step of %d requests failed.", len(plan.scheduled), exc_info=error)
+        error.__traceback__ = None  # its frames hold the step's tensors and weights, and the error lives on
+        self._num_failures += 1
+        if self._num_failures >= _MAX_FAILURES or isinstance(error, _FATAL):
+            self._fail(error)
+        with self._condition:
+            return self._finish([item.request for item in plan.scheduled], FinishReason.ERROR, error)
+
+    def _finish(self, requests: Sequence[Request], reason: FinishReason, error: Exception | None = None) -> _Deliveries:
+        now = time.monotonic()
+        deliveries = [(request, end(request, reason, now, error=error)) for request in requests]
+        for request in requests:
+            self._scheduler.finish(request)
+        return deliveries
+
+    def _deliver(self, deliveries: _Deliveries) -> None:
+        for request, output in deliveries:
+            try:
+                request.sink(output)
+            except Exception as error:
+                logger.warning("Nobody takes the outputs of request %d: it ends.", request.request_id, exc_info=error)
+                self.cancel(request.request_id)
+        with self._condition:
+            for request, output in deliveries:
+                if output.is_finished:
+                    del self._requests[request.request_id]
+            self._condition.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        logger.critical("The engine has failed and ends.", exc_info=error)
+        with self._condition:
+            self._end = UnavailableError(
+                f"The engine has failed: {describe(str(error) or type(error).__name__, 400)}.",
+                remedy="Restart the server; its log has the cause.",
+            )
+
+    def _abandon(self) -> None:
+        """Answer everyone who is left. Runs after the last step."""
+        with self._condition:
+            assert self._end is not None
+            requests = [r for r in self._requests.values() if r.status is not RequestStatus.FINISHED]
+            deliveries = self._finish(requests, FinishReason.ERROR, self._end)
+        self._deliver(deliveries)
+
+    def _check_token_ids(self, prompt_ids: Sequence[int]) -> None:
+        if not prompt_ids:
+            raise RequestError("The prompt has no tokens.", remedy="Give at least one.")
+        for index, token_id in enumerate(prompt_ids):
+            if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
+                raise RequestError(
+                    f"Token {index} of the prompt is {describe(token_id)}.",
+                    remedy=f"Allowed: an integer from 0 to {self._vocab_size - 1}.",
+                )
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue[RequestOutput], output: RequestOutput) -> None:
+    loop.call_soon_threadsafe(outputs.put_nowait, output)

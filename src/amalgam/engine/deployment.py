@@ -1,0 +1,272 @@
+"""The composition root: settings in, a running model out, with live changes of its weights.
+
+What the server, the command line and the Python interface use. Must never know: HTTP, terminals, statistics.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from amalgam.config import Rule, Settings
+from amalgam.engine.core import Engine
+from amalgam.errors import ConfigError, ConflictError, PlanError
+from amalgam.kernels import ops
+from amalgam.models.context import RoutingObserver
+from amalgam.models.decoder import Decoder
+from amalgam.models.loader import LoadedVersion, ModelLoader, Progress
+from amalgam.models.spec import ModelSpec
+from amalgam.models.weights import WeightVersion
+from amalgam.text import Tokenizer
+
+ObserverFactory = Callable[[ModelSpec], RoutingObserver]
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """One weight whose origin differs between two versions."""
+
+    name: str
+    source_before: str
+    source_after: str
+    format_before: str
+    format_after: str
+
+
+@dataclass(frozen=True)
+class RemapResult:
+    """A new weight version went live. `changed` is empty if it holds exactly the same bytes as the one before."""
+
+    version: int
+    previous_version: int
+    fingerprint: str
+    changed: list[WeightChange]
+    num_loaded: int
+    loaded_bytes: int
+    shared_bytes: int
+    seconds: float
+
+
+class Deployment:
+    """A loaded model, its engine, and the rules that its weights follow now."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loader: ModelLoader,
+        loaded: LoadedVersion,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        observer: RoutingObserver | None,
+    ) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.observer = observer
+        self.loaded_seconds = loaded.seconds
+        self._loader = loader
+        self._version = loaded.version
+        self._rules = settings.model.mixed_precision.all_rules
+        self._remap = threading.Lock()
+
+    @classmethod
+    def open(
+        cls, settings: Settings, observer: ObserverFactory | None = None, progress: Progress | None = None
+    ) -> Deployment:
+        """Load the model and start its engine.
+
+        Args:
+            observer: makes what sees the expert routing, given the model's spec.
+            progress: called while weights load.
+
+        Raises:
+            AmalgamError: whatever is wrong with settings, checkpoints or plan, before anything is half loaded.
+        """
+        if settings.engine.num_threads is not None:
+            torch.set_num_threads(settings.engine.num_threads)
+        device = choose_device(settings.inference.device_map)
+        dtype: torch.dtype = getattr(torch, settings.inference.dtype)
+        loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
+        plan = loader.make_plan()
+        loader.check(plan)
+        tokenizer = Tokenizer.load(loader.base_folder)
+        tokenizer.check_vocabulary(loader.spec.vocab_size)
+        loaded = loader.build(plan, version_id=1, progress=progress)
+        max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
+        settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
+        decoder = Decoder(loader.spec, max_positions, dtype, device)
+        watcher = observer(loader.spec) if observer is not None and loader.spec.num_experts else None
+        engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, watcher)
+        engine.start()
+        return cls(settings, loader, loaded, engine, tokenizer, watcher)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._loader.spec
+
+    @property
+    def version(self) -> WeightVersion:
+        """The newest weight version, which new requests start on."""
+        return self._version
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return self._rules
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.model.name or self._loader.base_folder.name
+
+    def update_weight_mapping(self, mapping: Mapping[str, str]) -> RemapResult:
+        """Add rules (name or pattern → source), build a new version and let new requests start on it.
+
+        Requests in flight finish on their version. A rule for a pattern that has one already replaces it. Blocking.
+
+        Raises:
+            ConflictError: another change is under way.
+            PlanError, CheckpointError: the mapping cannot be fulfilled; nothing has changed.
+        """
+        if not mapping:
+            raise PlanError("weight_mapping is empty.", remedy="Give at least one name or pattern and its source.")
+        kept = tuple(rule for rule in self._rules if rule.pattern not in mapping)
+        added = tuple(Rule(pattern=pattern, source=source) for pattern, source in mapping.items())
+        with self._changing():
+            return self._go_live(self._loader, (*kept, *added))
+
+    def reload_weights(self) -> RemapResult:
+        """Build a new version under the same rules from the files as they are now; unchanged weights are shared.
+
+        Raises:
+            ConflictError: another change is under way.
+            PlanError, CheckpointError: the files do not fit any more; nothing has changed.
+        """
+        with self._changing():
+            return self._go_live(self._loader.reopen(), self._rules)
+
+    def model_info(self) -> dict[str, Any]:
+        """What `GET /model_info` answers: architecture, sizes, sources, weights and bytes by precision, memory."""
+        spec, version = self.spec, self._version
+        by_format: dict[str, dict[str, int]] = defaultdict(lambda: {"weights": 0, "parameters": 0, "bytes": 0})
+        by_source: dict[str, dict[str, int]] = defaultdict(lambda: {"weights": 0, "bytes": 0})
+        for origin in version.origins.values():
+            for row in (by_format[origin.format], by_source[origin.source]):
+                row["weights"] += 1
+                row["bytes"] += origin.nbytes
+            by_format[origin.format]["parameters"] += math.prod(origin.shape)
+        status = self.engine.status()
+        attention = spec.layers[0].attention
+        return {
+            "model": self.model_name,
+            "architecture": self._loader.family.architectures[0],
+            "family": spec.family,
+            "sizes": {
+                "layers": spec.num_layers,
+                "moe_layers": len(spec.moe_layer_ids),
+                "hidden_size": spec.hidden_size,
+                "vocab_size": spec.vocab_size,
+                "experts_per_layer": spec.num_experts,
+                "active_experts_per_token": spec.num_active_experts,
+                "kv_heads": attention.kv_shape[0],
+                "max_seq_length": self.settings.inference.max_seq_length,
+            },
+            "parameters": {"total": spec.num_parameters, "active_per_token": spec.num_active_parameters},
+            "sources": {
+                name: {"path": path, **by_source.get(name, {"weights": 0, "bytes": 0})}
+                for name, path in self._loader.sources.items()
+            },
+            "precisions": dict(by_format),
+            "rules": [rule.model_dump() for rule in self._rules],
+            "default_source": self.settings.model.mixed_precision.default_source,
+            "weight_version": {
+                "version": version.version_id,
+                "fingerprint": version.fingerprint,
+                "requests_by_version": {str(key): count for key, count in status.versions.items()},
+            },
+            "memory": {
+                "weights_bytes": version.nbytes,
+                "kv_cache_bytes": self.engine.kv_cache_bytes,
+                "process_peak_bytes": peak_memory_bytes(),
+            },
+            "kv_blocks": {"total": status.num_blocks, "free": status.num_free_blocks},
+            "device": str(self._loader.device),
+            "dtype": self.settings.inference.dtype,
+            "compute_threads": torch.get_num_threads(),
+            "kernels": ops.backends(),
+            "load_seconds": round(self.loaded_seconds, 3),
+        }
+
+    def close(self) -> None:
+        """Stop the engine; requests that still run end with an error."""
+        self.engine.stop()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Refuses instead of waiting: the second of two re-maps must not silently follow the first."""
+        if not self._remap.acquire(blocking=False):
+            raise ConflictError("Another change of the weights is under way.", remedy="Try again when it is done.")
+        try:
+            yield
+        finally:
+            self._remap.release()
+
+    def _go_live(self, loader: ModelLoader, rules: tuple[Rule, ...]) -> RemapResult:
+        started = time.monotonic()
+        before = self._version
+        loaded = loader.build(loader.make_plan(rules), before.version_id + 1, before)
+        after = loaded.version
+        changed = [
+            WeightChange(
+                after.origins[slot].name,
+                before.origins[slot].source,
+                after.origins[slot].source,
+                before.origins[slot].format,
+                after.origins[slot].format,
+            )
+            for slot in after.keys
+            if after.keys[slot] != before.keys[slot]
+        ]
+        self.engine.set_version(after)
+        self._loader, self._version, self._rules = loader, after, rules
+        return RemapResult(
+            version=after.version_id,
+            previous_version=before.version_id,
+            fingerprint=after.fingerprint,
+            changed=changed,
+            num_loaded=loaded.num_loaded,
+            loaded_bytes=loaded.loaded_bytes,
+            shared_bytes=loaded.shared_bytes,
+            seconds=time.monotonic() - started,
+        )
+
+
+def choose_device(device_map: str) -> torch.device:
+    """`auto` takes CUDA if there is one.
+
+    Raises:
+        ConfigError: the asked-for CUDA device does not exist.
+    """
+    if device_map == "cpu" or (device_map == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    index = int(device_map.partition(":")[2] or 0)
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"inference.device_map is {device_map!r}, and {torch.cuda.device_count()} CUDA devices are visible.",
+            remedy="Choose cpu or auto, or install a CUDA build of PyTorch.",
+        )
+    return torch.device("cuda", index)
+
+
+def peak_memory_bytes() -> int:
+    """Most resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

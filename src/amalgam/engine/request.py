@@ -1,0 +1,242 @@
+"""The nouns that cross the engine's borders: plain dataclasses, no torch.
+
+In: what a caller wants (`SamplingParams`). Inside: a `Request` and the record of one step (`StepPlan`, `StepResult`).
+Out: what the caller sees as tokens arrive (`RequestOutput`) or at the end (`Generation`), and `EngineStatus`.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from amalgam.errors import RequestError, describe
+
+if TYPE_CHECKING:
+    from amalgam.models.weights import WeightVersion
+    from amalgam.text import TextStream
+
+MAX_SEED = 2**63 - 1
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to turn logits into tokens. `temperature` 0 or `do_sample` false is greedy.
+
+    `stop` may be given as one string or a list too. Without a `seed` each request draws its own.
+
+    Raises:
+        RequestError: a value is out of range; the message names the field, the value and the range.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 50  # 0: no limit
+    min_p: float = 0.0
+    do_sample: bool = True
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check_int("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _check_int("top_k", self.top_k, 0, 2**31 - 1)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, MAX_SEED)
+        _check_bool("do_sample", self.do_sample)
+        _check_bool("ignore_eos", self.ignore_eos)
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0.0
+
+
+def _check_int(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} is {describe(value)}.", remedy=f"Allowed: an integer from {low} to {high}.")
+
+
+def _check_float(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= value <= high or (low_open and value == low):
+        bound = "above" if low_open else "from"
+        raise RequestError(f"{name} is {describe(value)}.", remedy=f"Allowed: a number {bound} {low} to {high}.")
+
+
+def _check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {describe(value)}.", remedy="Allowed: true or false.")
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    is_list = isinstance(strings, list | tuple) and len(strings) <= MAX_STOP_STRINGS
+    if not is_list or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARACTERS for s in strings):
+        raise RequestError(
+            f"stop is {describe(value)}.",
+            remedy=f"Give at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters.",
+        )
+    return tuple(strings)
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # end-of-sequence token or stop string
+    LENGTH = "length"  # max_new_tokens reached
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step added to one request. The last one carries `finish_reason`."""
+
+    request_id: int
+    text: str  # new text since the last output
+    token_ids: tuple[int, ...]  # new tokens since the last output
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    usage: Usage | None = None  # on the last output
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Figures of one finished request; times in seconds."""
+
+    num_prompt_tokens: int
+    num_new_tokens: int  # an end-of-sequence token included
+    queue_seconds: float
+    first_token_seconds: float  # from arrival; total_seconds if there was none
+    total_seconds: float
+    version: int  # the weight version that answered; 0 if the request never ran
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole answer: every `RequestOutput` of one request put together."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    error: Exception | None = None  # set when finish_reason is ERROR
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What the engine is doing at one moment."""
+
+    is_alive: bool  # the step loop runs
+    is_draining: bool
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    versions: Mapping[int, int]  # weight version id → requests bound to it; the newest is always there
+
+
+OutputSink = Callable[[RequestOutput], None]
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence and how far it has been computed.
+
+    `token_ids` is prompt + generated; `num_computed` of them have their keys and values in `block_ids`. Each step
+    lets `num_computed` catch up with `len(token_ids)`: there is no prefill phase and no decode phase.
+    `num_recorded` is how many tokens the expert statistics have seen; it does not fall when a request is preempted
+    and computed again, which keeps the counts exact.
+
+    Only the step thread touches a request after `Scheduler.add`, but for `is_cancelled`.
+    """
+
+    request_id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    sink: OutputSink
+    seed: int = 0
+    text: TextStream | None = None
+    version: WeightVersion | None = None  # bound at first admission, dropped at the end
+    max_new_tokens: int = 0  # as in params until the scheduler lowers it to what fits
+    status: RequestStatus = RequestStatus.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_recorded: int = 0
+    is_cancelled: bool = False
+    arrived_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    first_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = self.token_ids or list(self.prompt_ids)
+        self.max_new_tokens = self.max_new_tokens or self.params.max_new_tokens
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """One request's share of a step: its tokens `[start, start + num_tokens)`, whose KV lies in `block_ids`."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    block_ids: tuple[int, ...]
+    num_unrecorded: int  # how many of these tokens, from the end, the expert statistics have not seen
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether these tokens catch up with all known ones, so that the last one's logits give the next token."""
+        return self.end == len(self.request.token_ids)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: which requests, how many tokens each, which blocks, and the one weight version that runs them."""
+
+    version: WeightVersion
+    scheduled: tuple[ScheduledRequest, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave, by request id: the next token of each request that needed one, or why there is none."""
+
+    next_token_ids: dict[int, int]
+    errors: dict[int, Exception] = field(default_factory=dict)

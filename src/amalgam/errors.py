@@ -1,0 +1,102 @@
+"""Every error a user can cause.
+
+One base class; the HTTP status and the exit code stand on the class, so that the server and the command line
+translate an error without knowing it. A message says what is wrong, names the offending value, and says what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class AmalgamError(Exception):
+    """Base of all errors with a user-facing message.
+
+    Args:
+        what: what is wrong, naming the offending value.
+        remedy: what the user can do about it; appended as a second sentence.
+    """
+
+    http_status = 400
+    exit_code = 2
+    code = "invalid_request"
+
+    def __init__(self, what: str, *, remedy: str = "") -> None:
+        super().__init__(f"{what} {remedy}".strip())
+        self.what = what
+        self.remedy = remedy
+
+
+class ConfigError(AmalgamError):
+    """A setting is missing, unknown or out of range."""
+
+    code = "invalid_config"
+
+
+class CheckpointError(AmalgamError):
+    """A checkpoint's files are missing, damaged or unsafe."""
+
+    http_status = 422
+    exit_code = 3
+    code = "invalid_checkpoint"
+
+
+class UnsupportedError(AmalgamError):
+    """A model family, format or option that this build does not serve."""
+
+    http_status = 422
+    exit_code = 3
+    code = "unsupported"
+
+
+class PlanError(AmalgamError):
+    """A weight mapping that cannot be fulfilled."""
+
+    http_status = 422
+    exit_code = 4
+    code = "invalid_plan"
+
+
+class RequestError(AmalgamError):
+    """A generation request with values out of range."""
+
+    http_status = 422
+    code = "invalid_request"
+
+
+class PromptTooLongError(RequestError):
+    """Prompt plus new tokens do not fit the model's sequence length or the KV cache."""
+
+    http_status = 413
+    code = "prompt_too_long"
+
+
+class ConflictError(AmalgamError):
+    """Another change of the weights is under way."""
+
+    http_status = 409
+    exit_code = 5
+    code = "conflict"
+
+
+class OverloadedError(AmalgamError):
+    """The waiting queue is full."""
+
+    http_status = 503
+    exit_code = 6
+    code = "overloaded"
+    retry_after_seconds = 1
+
+
+class UnavailableError(AmalgamError):
+    """The engine is loading, draining or dead."""
+
+    http_status = 503
+    exit_code = 6
+    code = "unavailable"
+
+
+def describe(value: Any, limit: int = 120) -> str:
+    """`repr` of a user's value, shortened and safe to print on one line."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"

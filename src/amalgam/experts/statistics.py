@@ -1,0 +1,202 @@
+"""Snapshot → the answer of `/expert_stats`.
+
+In: an `ExpertSnapshot`. Out: plain JSON-able values. Must never know how the counts were made or how they travel.
+
+Every figure covers the snapshot's window (`window` in the answer), except `uptime`, and `last_activation`, which looks
+back to the last reset. Times are Unix seconds. Each part's function says what its fields mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from amalgam.errors import RequestError, describe
+from amalgam.experts.history import GENERATED, PROMPT
+from amalgam.experts.tracker import ExpertSnapshot
+
+DEFAULT_TOP_K = 10
+
+
+def describe_experts(snapshot: ExpertSnapshot, top_k: int | None = None) -> dict[str, Any]:
+    """The whole answer: window, summary, layers, experts, the `top_k` busiest and the most recent activations.
+
+    Args:
+        top_k: how many of the busiest; None: 10, or all where there are fewer.
+
+    Raises:
+        RequestError: `top_k` is not an integer from 1 to the number of experts in all layers.
+    """
+    num_top = _check_top_k(top_k, snapshot)
+    experts = _rows(expert_columns(snapshot))
+    order = np.argsort(-snapshot.tally.counts.sum(axis=0).reshape(-1), kind="stable")[:num_top]
+    return {
+        "window": window(snapshot),
+        "summary": summary(snapshot),
+        "layer_stats": layer_rows(snapshot),
+        "expert_stats": experts,
+        "top_experts": [experts[index] for index in order.tolist()],
+        "recent_activations": recent_rows(snapshot),
+    }
+
+
+def window(snapshot: ExpertSnapshot) -> dict[str, Any]:
+    """The stretch of time the figures cover.
+
+    `minutes` is what was asked for, null for all since the last reset. `start` is the true start: a little before
+    `end - 60 × minutes` where older history is kept in coarser steps, and never before the last reset.
+    """
+    return {
+        "minutes": snapshot.minutes,
+        "start": snapshot.window_start,
+        "end": snapshot.window_end,
+        "seconds": snapshot.window_seconds,
+    }
+
+
+def summary(snapshot: ExpertSnapshot) -> dict[str, Any]:
+    """Totals. `total_activations` = `total_tokens` × `active_experts_per_token` × `total_layers`.
+
+    `total_layers` counts the layers that have experts, `total_experts` is layers × `experts_per_layer`, and `uptime` is
+    seconds since counting began, resets or not.
+    """
+    tally, num_layers = snapshot.tally, len(snapshot.layer_ids)
+    activations, tokens = int(tally.counts.sum()), int(tally.num_tokens.sum())
+    requests = int(tally.num_requests)
+    return {
+        "total_activations": activations,
+        "prompt_activations": int(tally.counts[PROMPT].sum()),
+        "generated_activations": int(tally.counts[GENERATED].sum()),
+        "total_tokens": tokens,
+        "prompt_tokens": int(tally.num_tokens[PROMPT]),
+        "generated_tokens": int(tally.num_tokens[GENERATED]),
+        "total_requests": requests,
+        "total_layers": num_layers,
+        "total_experts": num_layers * snapshot.num_experts,
+        "experts_per_layer": snapshot.num_experts,
+        "active_experts_per_token": snapshot.num_active_experts,
+        "uptime": snapshot.window_end - snapshot.started_at,
+        "rates": {
+            "activations_per_second": _per_second(activations, snapshot),
+            "tokens_per_second": _per_second(tokens, snapshot),
+            "requests_per_second": _per_second(requests, snapshot),
+        },
+    }
+
+
+def layer_rows(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:
+    """One row per layer, in order.
+
+    `mean_activations_per_second` is per expert. `max_to_mean`, `coefficient_of_variation` and `normalized_entropy`
+    measure balance (see `balance`); null where nothing was activated.
+    """
+    if not snapshot.layer_ids:
+        return []
+    counted = _count_columns(snapshot, axis=-1)
+    columns: dict[str, list[Any]] = {
+        "layer_id": list(snapshot.layer_ids),
+        **counted,
+        "mean_activations_per_second": [rate / snapshot.num_experts for rate in counted["activations_per_second"]],
+        "num_experts": [snapshot.num_experts] * len(snapshot.layer_ids),
+        "num_used_experts": np.count_nonzero(snapshot.tally.counts.sum(axis=0), axis=-1).tolist(),
+        **{name: _nullable(values) for name, values in balance(snapshot.tally.counts.sum(axis=0)).items()},
+    }
+    return _rows(columns)
+
+
+def expert_columns(snapshot: ExpertSnapshot) -> dict[str, list[Any]]:
+    """A column per field, a row per expert, by layer and expert id.
+
+    `layer_share` is the expert's part of its layer's activations (0 to 1), `gate_mass` the sum of the gate weights it
+    was given, `last_activation` null if it was never activated.
+    """
+    counts = snapshot.tally.counts.sum(axis=0)
+    num_layers, num_experts = counts.shape
+    share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    return {
+        "layer_id": np.repeat(np.array(snapshot.layer_ids, np.int64), num_experts).tolist(),
+        "expert_id": np.tile(np.arange(num_experts), num_layers).tolist(),
+        **_count_columns(snapshot),
+        "layer_share": share.reshape(-1).tolist(),
+        "last_activation": _nullable(snapshot.last_activation.reshape(-1)),
+    }
+
+
+def recent_rows(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:
+    """The latest activations, newest first: one row per step, layer and expert, with its number of tokens."""
+    return [
+        {
+            "timestamp": item.timestamp,
+            "layer_id": item.layer_id,
+            "expert_id": item.expert_id,
+            "token_count": item.num_prompt_tokens + item.num_generated_tokens,
+            "prompt_count": item.num_prompt_tokens,
+            "generated_count": item.num_generated_tokens,
+        }
+        for item in reversed(snapshot.recent)
+    ]
+
+
+def balance(counts: npt.NDArray[np.integer]) -> dict[str, npt.NDArray[np.float64]]:
+    """How evenly each layer uses its experts, from `counts` [layers, experts]; NaN for a layer without activations.
+
+    Returns, each [layers]:
+        max_to_mean: the busiest expert against the mean; 1 is even, the number of experts is the worst.
+        coefficient_of_variation: standard deviation over mean; 0 is even.
+        normalized_entropy: Shannon entropy over its maximum; 1 is even, 0 is one expert only.
+    """
+    num_experts = counts.shape[-1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = counts.mean(axis=-1)
+        share = counts / counts.sum(axis=-1, keepdims=True)
+        entropy = -np.where(share > 0, share * np.log(share), share).sum(axis=-1)
+        return {
+            "max_to_mean": counts.max(axis=-1, initial=0) / mean,
+            "coefficient_of_variation": counts.std(axis=-1) / mean,
+            "normalized_entropy": entropy / np.log(max(num_experts, 2)),
+        }
+
+
+def _count_columns(snapshot: ExpertSnapshot, axis: int | None = None) -> dict[str, list[Any]]:
+    """The columns that layers and experts share, summed over `axis` of the grids."""
+
+    def column(grid: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return (grid if axis is None else grid.sum(axis=axis)).reshape(-1)
+
+    prompt, generated = (column(snapshot.tally.counts[phase]) for phase in (PROMPT, GENERATED))
+    return {
+        "activation_count": (prompt + generated).tolist(),
+        "prompt_count": prompt.tolist(),
+        "generated_count": generated.tolist(),
+        "gate_mass": column(snapshot.tally.gate_mass.sum(axis=0)).tolist(),
+        "activations_per_second": _per_second(prompt + generated, snapshot).tolist(),
+    }
+
+
+def _per_second(count: Any, snapshot: ExpertSnapshot) -> Any:
+    """`count` over the window; 0 for a window without length."""
+    return count / snapshot.window_seconds if snapshot.window_seconds > 0 else count * 0.0
+
+
+def _nullable(values: npt.NDArray[np.float64]) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]
+
+
+def _rows(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _check_top_k(top_k: int | None, snapshot: ExpertSnapshot) -> int:
+    num_experts = len(snapshot.layer_ids) * snapshot.num_experts
+    if top_k is None:
+        return min(DEFAULT_TOP_K, num_experts)
+    if not num_experts:
+        raise RequestError(f"top_k is {describe(top_k)}.", remedy="Leave it out: this model has no experts.")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        raise RequestError(
+            f"top_k is {describe(top_k)}.",
+            remedy=f"Allowed: an integer from 1 to {num_experts} (this model's experts in all layers).",
+        )
+    return top_k

@@ -1,0 +1,1 @@
+"""Arithmetic on packed weights. Knows nothing of names or plans."""

@@ -1,0 +1,124 @@
+"""The compiled CPU kernels, on torch tensors.
+
+In: CPU tensors. Out: new CPU tensors with the meaning that `amalgam.kernels.reference` gives; a row's bits do not
+depend on the other rows. Must never know: packed layouts' names in checkpoints, plans, requests.
+
+The extension is loaded at first use. It is absent where no C++ compiler was found at installation; then
+`why_unavailable` says what to do, and `amalgam.kernels.ops` takes the torch path.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from amalgam.config import NATIVE_ISAS, native_isa_limit
+from amalgam.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from amalgam import _native
+
+_FLOAT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_REMEDY = (
+    "Install a C++17 compiler (g++ or clang++) and Python's headers, then run `pip install -e .` in the project's "
+    "folder again; until then PyTorch's operators do the work."
+)
+
+
+def is_available() -> bool:
+    """Whether the extension is there and loads."""
+    return why_unavailable() is None
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """What keeps the extension from loading and what to do about it; None if it loads."""
+    try:
+        import amalgam._native  # noqa: F401
+    except ModuleNotFoundError:
+        problem = "The native kernels are not built: amalgam was installed without a compiler, or is not installed."
+    except ImportError as error:
+        problem = f"The native kernels do not load: {error}."
+    else:
+        return None
+    return f"{problem} {_REMEDY}"
+
+
+def isa() -> str:
+    """Instruction set in use: avx512, avx2 or portable. `AMALGAM_NATIVE_ISA` lowers it.
+
+    Raises:
+        UnsupportedError: the extension is not available.
+        ConfigError: `AMALGAM_NATIVE_ISA` has a value that is not allowed.
+    """
+    return _kernels().isa
+
+
+def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether `rms_norm` takes these tensors; depends on types, devices and the last dimension only."""
+    return (
+        is_available()
+        and x.dtype in _FLOAT_TYPES
+        and weight.dtype in _FLOAT_TYPES
+        and x.device.type == weight.device.type == "cpu"
+        and x.dim() > 0
+        and weight.shape == x.shape[-1:]
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019), as Llama computes it.
+
+    float32 inside, rounded to x's type before the multiplication with the weight in x's type.
+
+    Args:
+        x: float32 or bfloat16 `[..., hidden]`.
+        weight: float32 or bfloat16 `[hidden]`.
+
+    Raises:
+        UnsupportedError: the extension is not available.
+        ValueError: other types, devices or shapes.
+    """
+    kernels = _kernels()
+    if not supports_rms_norm(x, weight):
+        raise ValueError(
+            f"rms_norm of {x.dtype} {tuple(x.shape)} on {x.device} with a weight of {weight.dtype} "
+            f"{tuple(weight.shape)} on {weight.device}; expected float32 or bfloat16 [..., hidden] and [hidden] on cpu"
+        )
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    hidden = weight.numel()
+    if out.numel():
+        kernels.rms_norm(
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            rows=x.numel() // hidden,
+            hidden=hidden,
+            eps=eps,
+            x_dtype=_dtype(x.dtype),
+            weight_dtype=_dtype(weight.dtype),
+        )
+    return out
+
+
+@functools.cache
+def _kernels() -> _native.Kernels:
+    reason = why_unavailable()
+    if reason is not None:
+        raise UnsupportedError(reason)
+    from amalgam import _native
+
+    limit = native_isa_limit()
+    allowed = NATIVE_ISAS if limit is None else NATIVE_ISAS[: NATIVE_ISAS.index(limit) + 1]
+    return _native.kernels([isa for isa in _native.supported_isas() if isa in allowed][-1])
+
+
+@functools.cache
+def _dtype(dtype: torch.dtype) -> _native.DType:
+    from amalgam import _native
+
+    return _native.DType[_FLOAT_TYPES[dtype]]

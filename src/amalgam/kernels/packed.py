@@ -1,0 +1,111 @@
+"""The weights that kernels read.
+
+In: tensors in one of the runtime layouts below. Out: nothing; these are nouns.
+Must never know: checkpoint names, files, plans, layers.
+
+Runtime layouts (`PackedWeight.layout`), all row-major over `[out, in]`:
+
+    dense     weight: float [out, in] (or any shape for embeddings, norms, biases)
+    scaled8   weight: float8_e4m3fn or int8 [out, in]
+              scale:  float32 [ceil(out / block_rows), ceil(in / block_columns)]
+    int4      weight: uint8 [out, in / 2], input 2k in the low nibble of byte k and 2k + 1 in the high one
+              scale:  float [out, in / group_size]
+              zero:   uint8 [out, in / group_size], absent when symmetric (then 8)
+              group:  int32 [in], the group of each input; absent when input i is in group i // group_size
+
+A layout that no kernel knows still works: every packed weight carries the function that expands it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Unpack = Callable[["PackedWeight"], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """One weight in a runtime layout, immutable and shared between weight versions.
+
+    Attributes:
+        layout: name of the arrangement; kernels dispatch on it.
+        shape: logical shape, `(out, in)` for a linear weight.
+        parts: the tensors, named as in the module docstring.
+        block: `(rows, columns)` that share one scale; `(1, group_size)` for int4.
+        unpack: expands to the logical shape in float32 (floating layouts: in their own type); the weight's meaning.
+    """
+
+    layout: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, Tensor]
+    unpack: Unpack
+    block: tuple[int, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def dense(self) -> Tensor:
+        """The tensor of a dense weight."""
+        assert self.layout == "dense", self.layout
+        return self.parts["weight"]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Expand to `shape`; float32 arithmetic, one rounding to `dtype` at the end."""
+        expanded = self.unpack(self)
+        return expanded if dtype is None else expanded.to(dtype)
+
+    def to(self, device: torch.device) -> PackedWeight:
+        """The same weight on another device; itself if it is there already."""
+        parts = {name: part.to(device) for name, part in self.parts.items()}
+        if all(parts[name] is part for name, part in self.parts.items()):
+            return self
+        return PackedWeight(self.layout, self.shape, parts, self.unpack, self.block)
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """The three projections of one expert, each in its own layout, with optional biases of shape `[out]`."""
+
+    gate: PackedWeight
+    up: PackedWeight
+    down: PackedWeight
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertTable:
+    """All experts of one layer. `cache` is where a kernel backend keeps what it derives from them once."""
+
+    experts: Sequence[Expert]
+    cache: dict[str, object] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __getitem__(self, expert_id: int) -> Expert:
+        return self.experts[expert_id]
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Which rows of a step belong to which sequence, and where each sequence's keys and values lie.
+
+    Attributes:
+        query_starts: int64 `[sequences + 1]` on the CPU; rows `[query_starts[s], query_starts[s + 1])` are sequence s.
+        context_lengths: int64 `[sequences]` on the CPU; tokens with keys and values, this step's included.
+        block_tables: int64 `[sequences, blocks]` on the KV cache's device; rows padded with any valid block id.
+        block_size: tokens in one block.
+    """
+
+    query_starts: Tensor
+    context_lengths: Tensor
+    block_tables: Tensor
+    block_size: int

@@ -1,0 +1,270 @@
+"""Every operator in plain torch: the specification that all other backends are tested against.
+
+In: activations and packed weights. Out: activations. Must never know: names, plans, requests.
+
+**Batch invariance.** A row's result must have the same bits whatever other rows share the call. Matrix products of a
+library change their order of accumulation with the number of rows, so here every product has a fixed shape: rows are
+computed in tiles of `_TILE_ROWS`, the last one padded with zeros. Attention works in tiles of query positions against
+tiles of keys, both aligned to absolute positions, so that neither the chunk a token came in nor its neighbours matter.
+Activations are written with `exp` and division because torch's vectorised `silu` and `sigmoid` differ from their own
+scalar tails in the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from amalgam.kernels.packed import AttentionBatch, ExpertTable, PackedWeight
+
+# 8 rows: on a CPU a matrix product still runs near the memory's speed; a GPU needs more to be busy.
+_TILE_ROWS = {"cpu": 8, "cuda": 64}
+_QUERY_TILE = 8
+_KEY_TILE = 64
+
+
+# --- Layouts: what the bits mean -------------------------------------------------------------------------------------
+
+
+def unpack_dense(weight: PackedWeight) -> Tensor:
+    """The stored tensor itself."""
+    return weight.parts["weight"]
+
+
+def unpack_scaled8(weight: PackedWeight) -> Tensor:
+    """`value × scale` in float32, scale repeated over blocks of `weight.block` and cropped at the edges."""
+    assert weight.block is not None
+    rows, columns = weight.shape
+    scale = weight.parts["scale"]
+    if scale.shape[0] > 1:
+        scale = scale.repeat_interleave(weight.block[0], 0)[:rows]
+    if scale.shape[1] > 1:
+        scale = scale.repeat_interleave(weight.block[1], 1)[:, :columns]
+    return weight.parts["weight"].float() * scale
+
+
+def unpack_int4(weight: PackedWeight) -> Tensor:
+    """`(nibble - zero) × scale` in float32."""
+    assert weight.block is not None
+    nibbles = unpack_nibbles(weight.parts["weight"])
+    scale = weight.parts["scale"].float()
+    zero = weight.parts.get("zero")
+    group = weight.parts.get("group")
+    if group is not None:
+        index = group.long()
+        offset: Tensor | float = zero.float()[:, index] if zero is not None else 8.0
+        return (nibbles.float() - offset) * scale[:, index]
+    rows, columns = weight.shape
+    grouped = nibbles.float().view(rows, columns // weight.block[1], weight.block[1])
+    offset = zero.float().unsqueeze(-1) if zero is not None else 8.0
+    return ((grouped - offset) * scale.unsqueeze(-1)).view(rows, columns)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 `[rows, n]` → uint8 `[rows, 2n]`, the low nibble first."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """uint8 `[rows, 2n]` with values below 16 → uint8 `[rows, n]`, the low nibble first."""
+    pairs = values.view(*values.shape[:-1], -1, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+# --- Operators ---------------------------------------------------------------------------------------------------------
+
+
+def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of an embedding: `[tokens]` → `[tokens, hidden]` in `dtype`."""
+    table = weight.parts["weight"] if weight.layout == "dense" else weight.dequantize()
+    return functional.embedding(token_ids, table).to(dtype)
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + b`: `[rows, in]` → `[rows, out]` in x's type.
+
+    Quantized weights are expanded to x's type; a floating weight of another type is not rounded to x's type: the
+    product is then computed in the wider of the two.
+    """
+    expanded = weight.dequantize(None if weight.layout == "dense" else x.dtype)
+    compute = torch.promote_types(x.dtype, expanded.dtype)
+    result = _tiled_product(x.to(compute), expanded.to(compute))
+    if bias is not None:
+        result = result + bias.to(compute)
+    return result.to(x.dtype)
+
+
+def _tiled_product(x: Tensor, weight: Tensor) -> Tensor:
+    tile = _TILE_ROWS[x.device.type]
+    rows = x.shape[0]
+    padding = -rows % tile
+    if padding:
+        x = functional.pad(x, (0, 0, 0, padding))
+    if x.shape[0] == tile:
+        return functional.linear(x, weight)[:rows]
+    return torch.cat([functional.linear(part, weight) for part in x.split(tile)])[:rows]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019), as Llama computes it.
+
+    float32 inside, rounded to x's type before the multiplication with the weight.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021) on the first r dimensions of each head, halves paired with each other.
+
+    x: `[tokens, heads, head_dim]`; cos, sin: float32 `[tokens, r / 2]`.
+    """
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Logistic function in float32, the same bits for a value wherever it stands in a tensor."""
+    return 1.0 / (1.0 + torch.exp(-x.float()))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) × up` (Shazeer 2020), silu in float32."""
+    wide = gate.float()
+    return (wide / (1.0 + torch.exp(-wide))).to(gate.dtype) * up
+
+
+def moe(x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable) -> Tensor:
+    """Mixture of experts: `Σₖ gate_weights[t, k] × expert(expert_ids[t, k])(x[t])`, each expert a SwiGLU MLP.
+
+    x: `[tokens, hidden]`; expert_ids: int64 `[tokens, k]`; gate_weights: float `[tokens, k]`. Returns `[tokens, hidden]`.
+    Loops over the active experts only; the sum over k has a fixed order.
+    """
+    tokens, k = expert_ids.shape
+    flat = expert_ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=len(experts)).tolist()
+    outputs = x.new_empty(tokens * k, x.shape[1])
+    start = 0
+    for expert_id, count in enumerate(counts):
+        if count == 0:
+            continue
+        rows = order[start : start + count]
+        start += count
+        expert = experts[expert_id]
+        inputs = x[rows // k]
+        gate = linear(inputs, expert.gate, expert.gate_bias)
+        up = linear(inputs, expert.up, expert.up_bias)
+        outputs[rows] = linear(swiglu(gate, up), expert.down, expert.down_bias)
+    outputs = outputs.view(tokens, k, -1)
+    weights = gate_weights.float()
+    total = outputs[:, 0].float() * weights[:, :1]
+    for slot in range(1, k):
+        total = total + outputs[:, slot].float() * weights[:, slot : slot + 1]
+    return total.to(x.dtype)
+
+
+def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
+    """Store this step's keys and values: `cache[slot_ids[t]] = new[t]`."""
+    keys.index_copy_(0, slot_ids, key)
+    values.index_copy_(0, slot_ids, value)
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention over a paged cache with an online softmax (Milakov & Gimelshein 2018; Kwon et al. 2023).
+
+    query: `[tokens, heads, d]`; keys: `[slots, kv_heads, d]`; values: `[slots, kv_heads, v]`. A token at position p sees
+    the keys at `max(0, p - window + 1) .. p`. `sinks`: one logit per head that takes part in the softmax without a value.
+    Returns `[tokens, heads, v]` in query's type; float32 inside.
+    """
+    device = query.device
+    heads, kv_heads, value_dim = query.shape[1], keys.shape[1], values.shape[2]
+    shared = heads // kv_heads
+
+    # One tile per (sequence, position // tile); a token's row in its tile is position % tile.
+    lengths = batch.query_starts.diff()
+    first = batch.context_lengths - lengths
+    first_tile, last_tile = first // _QUERY_TILE, (batch.context_lengths - 1) // _QUERY_TILE
+    tiles_per_sequence = last_tile - first_tile + 1
+    tile_starts = tiles_per_sequence.cumsum(0) - tiles_per_sequence
+    sequence_of_token = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    position = torch.arange(query.shape[0]) - batch.query_starts[:-1][sequence_of_token] + first[sequence_of_token]
+    tile_of_token = (tile_starts - first_tile)[sequence_of_token] + position // _QUERY_TILE
+    sequence_of_tile = torch.repeat_interleave(torch.arange(len(lengths)), tiles_per_sequence)
+    num_tiles = len(sequence_of_tile)
+    base_position = (torch.arange(num_tiles) - tile_starts[sequence_of_tile] + first_tile[sequence_of_tile]) * _QUERY_TILE
+    num_keys = torch.minimum(base_position + _QUERY_TILE, batch.context_lengths[sequence_of_tile])
+
+    tile_index, row_index = tile_of_token.to(device), (position % _QUERY_TILE).to(device)
+    tiles = query.new_zeros((num_tiles, _QUERY_TILE, heads, query.shape[2]), dtype=torch.float32)
+    tiles[tile_index, row_index] = query.float() * scale
+    # [tiles, kv_heads, rows × shared heads, d]: the heads that share a key stand together.
+    tiles = tiles.view(num_tiles, _QUERY_TILE, kv_heads, shared, -1).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    row_position = (base_position[:, None] + torch.arange(_QUERY_TILE)).to(device)
+
+    rows = _QUERY_TILE * shared
+    if sinks is None:
+        maximum = tiles.new_full((num_tiles, kv_heads, rows), -torch.inf)
+        total = tiles.new_zeros((num_tiles, kv_heads, rows))
+    else:
+        per_row = sinks.float().view(1, kv_heads, 1, shared).expand(num_tiles, -1, _QUERY_TILE, -1)
+        maximum = per_row.reshape(num_tiles, kv_heads, rows).clone()
+        total = torch.ones_like(maximum)
+    output = tiles.new_zeros((num_tiles, kv_heads, rows, value_dim))
+
+    for key_start in range(0, int(num_keys.max()), _KEY_TILE):
+        is_active = num_keys > key_start
+        if window is not None:
+            is_active &= base_position - window + 1 < key_start + _KEY_TILE
+        active = is_active.nonzero().flatten()
+        if len(active) == 0:
+            continue
+        key_position = torch.arange(key_start, key_start + _KEY_TILE)
+        exists = key_position < batch.context_lengths[sequence_of_tile[active], None]
+        block_index = (key_position // batch.block_size).clamp(max=batch.block_tables.shape[1] - 1).to(device)
+        offset = (key_position % batch.block_size).to(device)
+        sequences, exists, active = sequence_of_tile[active].to(device), exists.to(device), active.to(device)
+        slots = batch.block_tables[sequences][:, block_index] * batch.block_size + offset
+        key = keys[slots].permute(0, 2, 3, 1).float()  # [active, kv_heads, d, key tile]
+        # What lies beyond the sequence is another's: a zero weight would still spread its NaN.
+        value = values[slots].float().masked_fill(~exists[:, :, None, None], 0.0).permute(0, 2, 1, 3)
+
+        distance = row_position[active][:, :, None] - key_position.to(device)
+        visible = (distance >= 0) & exists[:, None, :]
+        if window is not None:
+            visible &= distance < window
+        visible = visible.repeat_interleave(shared, dim=1).unsqueeze(1)
+        scores = _batched_product(tiles[active], key).masked_fill(~visible, -torch.inf)
+
+        old_maximum = maximum[active]
+        new_maximum = torch.maximum(old_maximum, scores.amax(-1))
+        safe = new_maximum.masked_fill(new_maximum == -torch.inf, 0.0)  # a row that has seen nothing yet
+        weights = torch.exp(scores - safe.unsqueeze(-1))
+        correction = torch.exp(old_maximum - safe)
+        total[active] = total[active] * correction + weights.sum(-1)
+        output[active] = output[active] * correction.unsqueeze(-1) + _batched_product(weights, value)
+        maximum[active] = new_maximum
+
+    output = output / total.unsqueeze(-1)
+    output = output.view(num_tiles, kv_heads, _QUERY_TILE, shared, value_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    return output[tile_index, row_index].to(query.dtype)
+
+
+def _batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` over the two leading dimensions; contiguous operands, so that every product takes the same path."""
+    shape = (*a.shape[:2], a.shape[2], b.shape[3])
+    return torch.bmm(a.flatten(0, 1).contiguous(), b.flatten(0, 1).contiguous()).view(shape)

@@ -1,0 +1,122 @@
+"""The same engine without a server: `from amalgam import LLM, SamplingParams`.
+
+Also where a deployment gets its surroundings, for every front end: derived sources made, experts watched.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amalgam.config import Settings, load_settings
+from amalgam.engine.deployment import Deployment, RemapResult
+from amalgam.engine.request import Generation, RequestOutput, SamplingParams
+from amalgam.errors import ConfigError
+from amalgam.experts.statistics import describe_experts
+from amalgam.experts.tracker import ExpertTracker
+from amalgam.models.loader import Progress
+from amalgam.models.spec import ModelSpec
+from amalgam.tools.quantize import ensure_derived
+
+
+def open_deployment(settings: Settings, progress: Progress | None = None) -> Deployment:
+    """Make the sources that are to be derived, load the model and watch its experts.
+
+    Raises:
+        AmalgamError: whatever is wrong with settings, checkpoints or plan.
+    """
+
+    def tracker(spec: ModelSpec) -> ExpertTracker:
+        return ExpertTracker(spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics)
+
+    ensure_derived(settings, progress)
+    return Deployment.open(settings, tracker if settings.statistics.enabled else None, progress)
+
+
+class LLM:
+    """A model in this process.
+
+    Args:
+        config: a YAML file as `amalgam serve --config` takes it; or
+        model: a checkpoint folder or hub id, served as it is.
+        settings: dotted settings on top, `{"inference.dtype": "float32"}`.
+
+    Raises:
+        AmalgamError: whatever is wrong with settings, checkpoints or plan.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | None = None,
+        model: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if (config is None) == (model is None):
+            raise ConfigError("Give either config or model.", remedy='For instance LLM(model="models/demo").')
+        overrides = dict(settings or {})
+        if model is not None:
+            overrides["model.base_path"] = str(model)
+        self._deployment = open_deployment(load_settings(config, overrides), progress)
+
+    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Generation]:
+        """Answer all prompts together; results in their order."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        token_ids = [self._deployment.tokenizer.encode(text) for text in texts]
+        return self._deployment.engine.generate(token_ids, params or SamplingParams())
+
+    def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Answer one prompt piece by piece; leaving the iterator early cancels the request.
+
+        Raises:
+            AmalgamError: the request cannot be served, or failed on its way.
+        """
+        outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+        engine = self._deployment.engine
+        token_ids = self._deployment.tokenizer.encode(prompt)
+        request_id = engine.submit(token_ids, params or SamplingParams(), outputs.put)
+        try:
+            while True:
+                output = outputs.get()
+                if output.error is not None:
+                    raise output.error
+                yield output
+                if output.is_finished:
+                    return
+        finally:
+            engine.cancel(request_id)
+
+    def update_weight_mapping(self, mapping: Mapping[str, str]) -> RemapResult:
+        """Change where weights come from; requests in flight finish on what they started with."""
+        return self._deployment.update_weight_mapping(mapping)
+
+    def reload_weights(self) -> RemapResult:
+        """Take the files as they are now."""
+        return self._deployment.reload_weights()
+
+    def expert_stats(self, top_k: int | None = None, minutes: float | None = None) -> dict[str, Any]:
+        """Which experts the traffic has activated; the answer of `GET /expert_stats`.
+
+        Raises:
+            ConfigError: the model has no experts, or statistics are switched off.
+        """
+        tracker = self._deployment.observer
+        if not isinstance(tracker, ExpertTracker):
+            raise ConfigError("This model's experts are not counted: it has none, or statistics.enabled is false.")
+        return describe_experts(tracker.snapshot(minutes), top_k)
+
+    def model_info(self) -> dict[str, Any]:
+        """Architecture, sizes, sources, precisions and memory; the answer of `GET /model_info`."""
+        return self._deployment.model_info()
+
+    def close(self) -> None:
+        """Stop the engine and free the weights."""
+        self._deployment.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Packed weights → logits. Knows nothing of requests."""

@@ -1,0 +1,108 @@
+"""What a step hands to the decoder besides tokens and weights: positions, the KV cache, the observer of routing.
+
+In: from the engine's runner. Out: nothing; these are nouns. Always an argument, never a global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels.packed import AttentionBatch
+
+if TYPE_CHECKING:
+    from amalgam.models.rope import Rope
+    from amalgam.models.spec import ModelSpec
+
+__all__ = ["AttentionBatch", "BlockContext", "KVCache", "RoutingObserver", "StepContext", "TokenSpan"]
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """One request's rows in a step: `[start, stop)`.
+
+    Rows before `record_from` were recorded in an earlier step (a preempted request is computed again); rows from
+    `generated_from` on are generated tokens, those before it prompt tokens. Both are clamped to `[start, stop]`.
+    """
+
+    request_id: int
+    start: int
+    stop: int
+    record_from: int
+    generated_from: int
+
+
+class RoutingObserver(Protocol):
+    """Sees which experts each token was routed to. Called in the step thread only."""
+
+    def begin_step(self, spans: Sequence[TokenSpan]) -> None:
+        """A step starts; its rows belong to these requests."""
+
+    def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        """Routing of one layer: int64 and float `[tokens, top_k]`, perhaps on a GPU."""
+
+    def end_step(self) -> None:
+        """The step succeeded. A step without this call did not happen."""
+
+    def count_request(self) -> None:
+        """A request was admitted."""
+
+
+class KVCache:
+    """Keys and values of all layers, as slots `[num_blocks × block_size, kv_heads, dim]`."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], block_size: int) -> None:
+        self.keys = keys
+        self.values = values
+        self.block_size = block_size
+
+    @classmethod
+    def allocate(
+        cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Zeroed storage; untouched pages cost no memory on the CPU."""
+        slots = num_blocks * block_size
+
+        def zeros(heads: int, dim: int) -> Tensor:
+            return torch.zeros((slots, heads, dim), dtype=dtype, device=device)
+
+        keys = [zeros(heads, key_dim) for heads, key_dim, _ in spec.kv_shapes]
+        values = [zeros(heads, value_dim) for heads, _, value_dim in spec.kv_shapes]
+        return cls(keys, values, block_size)
+
+    @staticmethod
+    def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers."""
+        return sum(heads * (key + value) for heads, key, value in spec.kv_shapes) * block_size * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One step as the decoder sees it.
+
+    Attributes:
+        positions: int64 `[tokens]`, each token's place in its sequence.
+        slot_ids: int64 `[tokens]`, where each token's key and value go: `block_id × block_size + offset`.
+        attention: which rows belong to which sequence.
+        kv: the cache.
+        observer: sees the routing, if anybody wants to.
+    """
+
+    positions: Tensor
+    slot_ids: Tensor
+    attention: AttentionBatch
+    kv: KVCache
+    observer: RoutingObserver | None = None
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """A step as one layer's blocks see it: the step, the layer, and cos and sin of the step's positions by rope."""
+
+    step: StepContext
+    layer_id: int
+    rotary: Mapping[Rope, tuple[Tensor, Tensor]]

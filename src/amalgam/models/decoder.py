@@ -1,0 +1,53 @@
+"""The one generic decoder: token ids in, logits out, with the weight version that it is handed.
+
+    token ids ─ embedding ─┬────────────────┬+──┬──────────┬+── … ── norm ─ hidden ─ head ─ logits
+                           └ norm ─ attention┘  └ norm ─ mlp┘
+                             (one layer; the blocks are chosen by ModelSpec.layers)
+
+Must never know: requests, files, plans.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels import ops
+from amalgam.models.context import BlockContext, StepContext
+from amalgam.models.spec import ModelSpec
+from amalgam.models.weights import WeightVersion
+
+
+class Decoder:
+    """Stateless apart from the rotary tables; one instance serves every weight version."""
+
+    def __init__(self, spec: ModelSpec, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        ropes = {layer.attention.rope for layer in spec.layers} - {None}
+        self._rope_tables = {rope: rope.tables(max_positions, device) for rope in ropes if rope is not None}
+
+    def forward(self, token_ids: Tensor, context: StepContext, weights: WeightVersion) -> Tensor:
+        """Run one step: int64 `[tokens]` → hidden states `[tokens, hidden]` after the last norm.
+
+        Writes the tokens' keys and values to the cache and shows the routing to the observer.
+        """
+        eps = self.spec.norm_eps
+        rotary = {
+            rope: (cos[context.positions], sin[context.positions]) for rope, (cos, sin) in self._rope_tables.items()
+        }
+        x = ops.embedding(token_ids, weights["embedding"], self.dtype)
+        for layer_id, layer in enumerate(self.spec.layers):
+            block = BlockContext(context, layer_id, rotary)
+            prefix = f"layers.{layer_id}"
+            normed = ops.rms_norm(x, weights[f"{prefix}.attention_norm"].dense, eps)
+            x = x + layer.attention(normed, weights.block(f"{prefix}.attention"), block)
+            normed = ops.rms_norm(x, weights[f"{prefix}.mlp_norm"].dense, eps)
+            x = x + layer.mlp(normed, weights.block(f"{prefix}.mlp"), block)
+        return ops.rms_norm(x, weights["norm"].dense, eps)
+
+    def logits(self, hidden: Tensor, weights: WeightVersion) -> Tensor:
+        """`[rows, hidden]` → float32 `[rows, vocabulary]`; a tied head is the embedding."""
+        head = weights["embedding"] if self.spec.has_tied_head else weights["head"]
+        return ops.linear(hidden, head).float()

@@ -1,0 +1,1 @@
+"""One file per model family; each exports `FAMILY` (see `amalgam.models.spec`)."""

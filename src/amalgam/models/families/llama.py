@@ -1,0 +1,61 @@
+"""Llama 2 and 3 (`LlamaForCausalLM`): dense, grouped queries, SwiGLU, no biases unless the config says so."""
+
+from __future__ import annotations
+
+from amalgam.models.layers import Attention, DenseMlp
+from amalgam.models.naming import ATTENTION, DECODER, MLP
+from amalgam.models.rope import read_rope
+from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
+
+
+def read_attention(
+    config: ConfigReader,
+    *,
+    default_theta: float = 10000.0,
+    default_head_dim: int | None = None,
+    has_bias: bool = False,
+) -> Attention:
+    """The attention that Llama's relatives share; a family changes what differs with `dataclasses.replace`."""
+    heads = config.int("num_attention_heads")
+    kv_heads = config.int("num_key_value_heads", default=heads)
+    head_dim = config.int("head_dim", default=default_head_dim or max(1, config.int("hidden_size") // heads))
+    if heads % kv_heads:
+        config.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
+    return Attention(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=read_rope(config, head_dim, default_theta),
+        norm_eps=config.float("rms_norm_eps", default=1e-6),
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+    )
+
+
+def read_model(config: ConfigReader, family: str, layers: tuple[LayerSpec, ...]) -> ModelSpec:
+    """The parts of a spec that do not depend on the blocks."""
+    config.expect("hidden_act", "silu", "swish")
+    return ModelSpec(
+        family=family,
+        hidden_size=config.int("hidden_size"),
+        vocab_size=config.int("vocab_size"),
+        max_positions=config.int("max_position_embeddings"),
+        norm_eps=config.float("rms_norm_eps", default=1e-6),
+        has_tied_head=config.bool("tie_word_embeddings", default=False),
+        layers=layers,
+    )
+
+
+def _read_spec(config: ConfigReader) -> ModelSpec:
+    attention = read_attention(config, has_bias=config.bool("attention_bias", default=False))
+    mlp = DenseMlp(config.int("intermediate_size"), has_bias=config.bool("mlp_bias", default=False))
+    return read_model(config, "llama", (LayerSpec(attention, mlp),) * config.int("num_hidden_layers"))
+
+
+FAMILY = Family(
+    name="llama",
+    architectures=("LlamaForCausalLM",),
+    read_spec=_read_spec,
+    names={**DECODER, **ATTENTION, **MLP},
+    tiny_config={"num_key_value_heads": 2, "intermediate_size": 128},
+)

@@ -1,0 +1,53 @@
+"""Qwen3-MoE (`Qwen3MoeForCausalLM`): Qwen3's attention, experts in most layers, a dense MLP in the others."""
+
+from __future__ import annotations
+
+from amalgam.models.families.llama import read_model
+from amalgam.models.families.qwen3 import read_qwen3_attention
+from amalgam.models.layers import DenseMlp, SparseMoe
+from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, HEAD_NORMS, MLP
+from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
+
+
+def is_sparse(config: ConfigReader, layer_id: int) -> bool:
+    """Whether a layer has experts: not listed in `mlp_only_layers`, and every `decoder_sparse_step`-th."""
+    step = config.int("decoder_sparse_step", default=1)
+    dense = config.get("mlp_only_layers", default=[])
+    if not isinstance(dense, list):
+        config.refuse("mlp_only_layers", dense, "a list of layer numbers")
+    return layer_id not in dense and (layer_id + 1) % step == 0
+
+
+def _read_spec(config: ConfigReader) -> ModelSpec:
+    num_experts = config.int("num_experts", "num_local_experts")
+    moe = SparseMoe(
+        num_experts=num_experts,
+        num_active_experts=config.int("num_experts_per_tok"),
+        intermediate_size=config.int("moe_intermediate_size"),
+        normalises=config.bool("norm_topk_prob", default=False),
+    )
+    if moe.num_active_experts > num_experts:
+        config.refuse("num_experts_per_tok", moe.num_active_experts, f"at most num_experts {num_experts}")
+    dense = DenseMlp(config.int("intermediate_size"))
+    layers = tuple(
+        LayerSpec(attention, moe if is_sparse(config, layer_id) else dense)
+        for layer_id, attention in enumerate(read_qwen3_attention(config))
+    )
+    return read_model(config, "qwen3_moe", layers)
+
+
+FAMILY = Family(
+    name="qwen3_moe",
+    architectures=("Qwen3MoeForCausalLM",),
+    read_spec=_read_spec,
+    names={**DECODER, **ATTENTION, **HEAD_NORMS, **MLP, **EXPERTS},
+    tiny_config={
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+)

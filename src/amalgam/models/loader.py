@@ -1,0 +1,255 @@
+"""The only place where checkpoint, plan and spec meet: sources and rules in, a weight version out.
+
+In: settings of the model. Out: `ModelLoader`, which checks a whole plan before it reads a byte and then loads what the
+previous version does not already hold. Must never know: requests.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
+from amalgam.errors import CheckpointError, PlanError
+from amalgam.kernels.packed import PackedWeight
+from amalgam.models.spec import Family, ModelSpec, Slot, read_spec
+from amalgam.models.weights import Origin, Part, WeightVersion
+from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
+from amalgam.precision.plan import Choice, Plan
+from amalgam.precision.source import CONFIG_NAME, Source
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedWeight:
+    """One slot of a checked plan, ready to be loaded."""
+
+    slot: Slot
+    choice: Choice
+    source: Source
+    stored: StoredWeight
+    quantize_to: WeightFormat | None  # quantize while loading
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for weights that are packed from the same bytes in the same way."""
+        target = self.quantize_to.name if self.quantize_to else None
+        return (*self.source.identity(self.stored), target)
+
+    def load(self, device: torch.device) -> PackedWeight:
+        packed = self.source.load(self.stored)
+        if self.quantize_to is not None:
+            quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
+            packed = self.quantize_to.pack(quantized, self.slot.shape)
+        return packed.to(device)
+
+    def origin(self, packed: PackedWeight) -> Origin:
+        stored = self.stored
+        return Origin(
+            name=self.choice.name,
+            slot=self.slot.name,
+            source=self.source.name,
+            format=(self.quantize_to or stored.format).name,
+            stored_format=stored.format.name,
+            shape=self.slot.shape,
+            nbytes=packed.nbytes,
+            rule=self.choice.reason,
+            parts=tuple(Part(e.name, str(e.file), e.offset, e.nbytes) for e in stored.parts.values()),
+        )
+
+
+class ModelLoader:
+    """A model's family, spec and sources; builds weight versions from rules.
+
+    Attributes:
+        family, spec: read from the base checkpoint's config.json.
+        names: logical name of every weight, in order of use.
+    """
+
+    def __init__(self, model: ModelSettings, inference: InferenceSettings, device: torch.device, threads: int) -> None:
+        """Open the base checkpoint and read its config.
+
+        Raises:
+            CheckpointError, UnsupportedError: no such folder, damaged files, an unknown family.
+        """
+        self.device = device
+        self._threads = threads
+        self._inference = inference
+        self._mixed = model.mixed_precision
+        self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
+        self._sources: dict[str, Source] = {}
+        base = self._source(BASE_SOURCE)
+        if not base.config:
+            raise CheckpointError(f"{base.folder} has no {CONFIG_NAME}.", remedy="base_path needs one.")
+        self.base_folder = base.folder
+        self.family, self.spec = read_spec(base.config, str(base.folder / CONFIG_NAME))
+        self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._slots)
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Name → path or hub id of every declared source, whether in use or not."""
+        return dict(self._paths)
+
+    def make_plan(self, rules: Sequence[Rule] | None = None) -> Plan:
+        """Which source each weight comes from, by the given rules or the configured ones.
+
+        Raises:
+            PlanError: a rule matches nothing or names a source that nobody declared.
+        """
+        rules = self._mixed.all_rules if rules is None else rules
+        for rule in rules:
+            if rule.source not in self._paths:
+                raise PlanError(
+                    f"Rule {rule.pattern!r} names source {rule.source!r}, which nobody declared.",
+                    remedy=f"Declared: {', '.join(sorted(self._paths))}.",
+                )
+        return Plan(self._slots, rules, self._mixed.default_source)
+
+    def check(self, plan: Plan) -> list[PlannedWeight]:
+        """Find every weight of a plan in its source and compare shapes; reads headers only.
+
+        Raises:
+            PlanError: a source lacks a weight or has it in another shape.
+            CheckpointError: a source is damaged, of another model, or holds weights that the model has no place for.
+        """
+        planned = [self._check_weight(slot, plan[name]) for name, slot in self._slots.items()]
+        for source in {id(weight.source): weight.source for weight in planned}.values():
+            self._check_source(source)
+        return planned
+
+    def build(
+        self, plan: Plan, version_id: int, previous: WeightVersion | None = None, progress: Progress | None = None
+    ) -> LoadedVersion:
+        """Check the plan, load what `previous` does not hold, and return a new version.
+
+        Memory at its peak: the new weights, and per loading thread one more copy of the tensor it works on.
+        """
+        started = time.monotonic()
+        planned = self.check(plan)
+        keys = {weight.slot.name: weight.key for weight in planned}
+        shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
+        missing = [weight for weight in planned if weight.slot.name not in shared]
+        weights = {**shared, **self._load(missing, progress)}
+        origins = {weight.slot.name: weight.origin(weights[weight.slot.name]) for weight in planned}
+        version = WeightVersion(version_id, weights, origins, keys)
+        return LoadedVersion(
+            version=version,
+            num_loaded=len(missing),
+            loaded_bytes=sum(weights[weight.slot.name].nbytes for weight in missing),
+            shared_bytes=sum(weight.nbytes for weight in shared.values()),
+            seconds=time.monotonic() - started,
+        )
+
+    def reopen(self) -> ModelLoader:
+        """The same model from the files as they are now.
+
+        Raises:
+            CheckpointError: the base checkpoint is now another model.
+        """
+        model = ModelSettings(base_path=self._paths[BASE_SOURCE], mixed_precision=self._mixed)
+        fresh = ModelLoader(model, self._inference, self.device, self._threads)
+        if fresh.spec != self.spec:
+            raise CheckpointError(
+                f"{fresh.base_folder / CONFIG_NAME} describes another model than the one being served.",
+                remedy="Restart the server to serve it.",
+            )
+        return fresh
+
+    def _source(self, name: str) -> Source:
+        if name not in self._sources:
+            self._sources[name] = Source.open(name, self._paths[name])
+        return self._sources[name]
+
+    def _check_weight(self, slot: Slot, choice: Choice) -> PlannedWeight:
+        source = self._source(choice.source)
+        stored = source.weights.get(choice.name)
+        if stored is None:
+            raise PlanError(
+                f"Source {choice.source!r} ({source.folder}) has no weight {choice.name!r} ({choice.reason}).",
+                remedy="Choose another source for it.",
+            )
+        if stored.shape != slot.shape:
+            raise PlanError(
+                f"Weight {choice.name!r} has shape {list(stored.shape)} in source {choice.source!r} ({source.folder}).",
+                remedy=f"The model's config.json makes it {list(slot.shape)}: is this a checkpoint of the same model?",
+            )
+        if not slot.is_linear and not stored.is_wide and slot.role != "embedding":
+            raise PlanError(
+                f"Weight {choice.name!r} is stored as {stored.format.name} in source {choice.source!r}.",
+                remedy=f"A {slot.role} must be floating: choose another source for it.",
+            )
+        return PlannedWeight(slot, choice, source, stored, self._quantize_to(slot, choice, stored))
+
+    def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WeightFormat | None:
+        """`load_in_8bit` and `load_in_4bit` concern wide linear weights that no rule names; the head stays wide."""
+        if choice.rule is not None or not stored.is_wide or not slot.is_linear or slot.role == "head":
+            return None
+        if self._inference.load_in_8bit:
+            return get_format("int8")
+        return get_format("int4") if self._inference.load_in_4bit else None
+
+    def _check_source(self, source: Source) -> None:
+        where = str(source.folder / CONFIG_NAME)
+        if source.config and source.name != BASE_SOURCE:
+            _, spec = read_spec(source.config, where)
+            if replace(spec, max_positions=0) != replace(self.spec, max_positions=0):
+                raise CheckpointError(
+                    f"{where} describes another model than {self.base_folder / CONFIG_NAME}.",
+                    remedy=f"Source {source.name!r} must be a checkpoint of the same model.",
+                )
+        tied = {"lm_head.weight"} if self.spec.has_tied_head else set()
+        leftovers = [
+            name
+            for name in source.weights
+            if name not in self._slots and name not in tied and not self.family.is_ignored(name)
+        ]
+        if leftovers:
+            raise CheckpointError(
+                f"{source.folder} holds {len(leftovers)} weights that family {self.family.name!r} has no place for: "
+                f"{', '.join(leftovers[:5])}{' …' if len(leftovers) > 5 else ''}.",
+                remedy="Is config.json of the same model?",
+            )
+
+    def _load(self, planned: Sequence[PlannedWeight], progress: Progress | None) -> dict[str, PackedWeight]:
+        total = sum(weight.stored.nbytes for weight in planned)
+        done = 0
+        lock = threading.Lock()
+
+        def load(weight: PlannedWeight) -> PackedWeight:
+            nonlocal done
+            packed = weight.load(self.device)
+            if progress is not None:
+                with lock:
+                    done += weight.stored.nbytes
+                    progress("Loading weights", done, total)
+            return packed
+
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="load") as pool:
+            futures = {weight.slot.name: pool.submit(load, weight) for weight in planned}
+            finished, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+            if any(future.exception() is not None for future in finished):
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise next(error for future in finished if (error := future.exception()) is not None)
+            return {slot: future.result() for slot, future in futures.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedVersion:
+    """A new weight version and what making it cost."""
+
+    version: WeightVersion
+    num_loaded: int
+    loaded_bytes: int
+    shared_bytes: int
+    seconds: float

@@ -1,0 +1,40 @@
+"""Published names that most families share, as slot pattern → checkpoint name (see `Family.names`).
+
+Biases of a projection follow from its weight: a slot `q_bias` is published as `….q_proj.bias`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_LAYER = "model.layers.{}"
+
+DECODER = {
+    "embedding": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layers.{}.attention_norm": f"{_LAYER}.input_layernorm.weight",
+    "layers.{}.mlp_norm": f"{_LAYER}.post_attention_layernorm.weight",
+}
+
+
+def with_biases(names: Mapping[str, str]) -> dict[str, str]:
+    """The same names and those of the biases beside them."""
+    biases = {f"{slot}_bias": f"{name.removesuffix('.weight')}.bias" for slot, name in names.items()}
+    return {**names, **biases}
+
+
+ATTENTION = with_biases(
+    {f"layers.{{}}.attention.{part}": f"{_LAYER}.self_attn.{part}_proj.weight" for part in ("q", "k", "v", "o")}
+)
+HEAD_NORMS = {f"layers.{{}}.attention.{part}": f"{_LAYER}.self_attn.{part}.weight" for part in ("q_norm", "k_norm")}
+MLP = with_biases(
+    {f"layers.{{}}.mlp.{part}": f"{_LAYER}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+)
+EXPERTS = {
+    "layers.{}.mlp.router": f"{_LAYER}.mlp.gate.weight",
+    **{
+        f"layers.{{}}.mlp.experts.{{}}.{part}": f"{_LAYER}.mlp.experts.{{}}.{part}_proj.weight"
+        for part in ("gate", "up", "down")
+    },
+}

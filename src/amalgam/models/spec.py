@@ -1,0 +1,278 @@
+"""What a model is: sizes and block choices, and the discovery of the families that read them from a config.json.
+
+In: a Hugging Face `config.json`. Out: a `ModelSpec`, a `Family`.
+Must never know: checkpoints' files, precisions, requests.
+
+To add a family, write a file in `models/families/` that exports `FAMILY`; outside the package, point the entry point
+`amalgam.families` at such an object.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from amalgam.errors import CheckpointError, UnsupportedError, describe
+from amalgam.models.context import BlockContext
+from amalgam.models.rope import Rope
+from amalgam.models.weights import BlockWeights
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A weight's place in the decoder.
+
+    Attributes:
+        name: `layers.3.attention.q`, unique in the model.
+        shape: logical shape, `(out, in)` for a linear weight.
+        role: embedding, head, norm, bias, router, attention, mlp, expert or shared_expert.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the weight multiplies activations and may be quantized."""
+        return self.role in {"attention", "mlp", "expert", "shared_expert", "head"}
+
+
+class Block(Protocol):
+    """An attention or MLP block: its sizes, its slots (relative to its own prefix) and its arithmetic.
+
+    A frozen dataclass, so that the specs of two checkpoints can be compared.
+    """
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]: ...
+
+    def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor: ...
+
+
+class AttentionBlock(Block, Protocol):
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(kv_heads, key_dim, value_dim) of one token in the cache."""
+
+    @property
+    def rope(self) -> Rope | None: ...
+
+
+class MlpBlock(Block, Protocol):
+    @property
+    def num_experts(self) -> int:
+        """0 for a dense MLP."""
+
+    @property
+    def num_active_experts(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer."""
+
+    attention: AttentionBlock
+    mlp: MlpBlock
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes and block choices of a whole decoder.
+
+    `max_positions` is the longest sequence that the checkpoint declares.
+    """
+
+    family: str
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    has_tied_head: bool
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(self.layers) if layer.mlp.num_experts)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts in the widest layer; 0 for a dense model."""
+        return max((layer.mlp.num_experts for layer in self.layers), default=0)
+
+    @property
+    def num_active_experts(self) -> int:
+        return max((layer.mlp.num_active_experts for layer in self.layers), default=0)
+
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(kv_heads, key_dim, value_dim) of each layer."""
+        return tuple(layer.attention.kv_shape for layer in self.layers)
+
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """Every weight of the decoder, in order of use."""
+        hidden = self.hidden_size
+        slots = [Slot("embedding", (self.vocab_size, hidden), "embedding")]
+        for index, layer in enumerate(self.layers):
+            prefix = f"layers.{index}"
+            slots.append(Slot(f"{prefix}.attention_norm", (hidden,), "norm"))
+            slots += _prefixed(f"{prefix}.attention", layer.attention.slots(hidden))
+            slots.append(Slot(f"{prefix}.mlp_norm", (hidden,), "norm"))
+            slots += _prefixed(f"{prefix}.mlp", layer.mlp.slots(hidden))
+        slots.append(Slot("norm", (hidden,), "norm"))
+        if not self.has_tied_head:
+            slots.append(Slot("head", (self.vocab_size, hidden), "head"))
+        return tuple(slots)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(slot.shape) for slot in self.slots)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses: of a layer's experts only the active ones."""
+        idle = 0
+        for layer in self.layers:
+            if layer.mlp.num_experts:
+                expert = sum(math.prod(s.shape) for s in layer.mlp.slots(self.hidden_size) if s.role == "expert")
+                idle += expert * (layer.mlp.num_experts - layer.mlp.num_active_experts) // layer.mlp.num_experts
+        return self.num_parameters - idle
+
+
+def _prefixed(prefix: str, slots: Iterator[Slot]) -> Iterator[Slot]:
+    return (Slot(f"{prefix}.{slot.name}", slot.shape, slot.role) for slot in slots)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular to one model family.
+
+    Attributes:
+        name: short name, `qwen3_moe`.
+        architectures: entries of config.json's `architectures` that it serves.
+        read_spec: config → spec; fails on values that it does not understand.
+        names: slot pattern → the published checkpoint's name; `{}` stands for a number, in order.
+        ignored: regular expressions of checkpoint tensors that hold no weight.
+        tiny_config: keyword arguments of the Hugging Face configuration class for the parity test.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    read_spec: Callable[[ConfigReader], ModelSpec]
+    names: Mapping[str, str]
+    ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    tiny_config: Mapping[str, Any] = field(default_factory=dict)
+
+    def logical_name(self, slot: Slot) -> str:
+        """The published checkpoint's name of a slot: `model.layers.3.self_attn.q_proj.weight`."""
+        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", slot.name)
+        return self.names[re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", slot.name)].format(*numbers)
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a checkpoint tensor may be left over."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+
+class ConfigReader:
+    """Typed access to a config.json; every complaint names the key, its value and the file.
+
+    Keys may have synonyms: the first that is present counts.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config = config
+        self._where = where
+
+    def get(self, *keys: str, default: Any = None) -> Any:
+        """The value of the first key that is present and not null."""
+        return next((self._config[key] for key in keys if self._config.get(key) is not None), default)
+
+    def int(self, *keys: str, default: int | None = None, low: int = 1) -> int:
+        value = self.get(*keys, default=default)
+        if value is None:
+            raise CheckpointError(f"{self._where} has no {' or '.join(keys)}.", remedy="Add the key: it is required.")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+            self.refuse(keys[0], value, f"an integer from {low}")
+        return int(value)
+
+    def float(self, *keys: str, default: float | None = None) -> float:
+        value = self.get(*keys, default=default)
+        if value is None:
+            raise CheckpointError(f"{self._where} has no {' or '.join(keys)}.", remedy="Add the key: it is required.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self.refuse(keys[0], value, "a finite number")
+        return float(value)
+
+    def bool(self, *keys: str, default: bool) -> bool:
+        value = self.get(*keys, default=default)
+        if not isinstance(value, bool):
+            self.refuse(keys[0], value, "true or false")
+        return bool(value)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """A nested object; empty if absent or null."""
+        value = self.get(key, default={})
+        if not isinstance(value, Mapping):
+            self.refuse(key, value, "an object")
+        return dict(value)
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """Fail unless a key is absent, null, or one of the values that the family's code implements."""
+        value = self.get(key)
+        if value is not None and value not in allowed:
+            self.refuse(key, value, " or ".join(map(repr, allowed)))
+
+    def refuse(self, key: str, value: Any, allowed: str) -> None:
+        raise UnsupportedError(f"{self._where} has {key} = {describe(value)}.", remedy=f"Supported: {allowed}.")
+
+
+@cache
+def all_families() -> tuple[Family, ...]:
+    """Every family of `models/families/` and of the entry points `amalgam.families`."""
+    from amalgam.models import families
+
+    found: list[Family] = []
+    for module_info in sorted(pkgutil.iter_modules(families.__path__), key=lambda info: info.name):
+        module = importlib.import_module(f"{families.__name__}.{module_info.name}")
+        if hasattr(module, "FAMILY"):
+            found.append(module.FAMILY)
+    found += [entry.load() for entry in entry_points(group="amalgam.families")]
+    return tuple(found)
+
+
+def find_family(config: Mapping[str, Any], where: str) -> Family:
+    """The family that serves a config's architecture.
+
+    Raises:
+        CheckpointError: the config names no architecture.
+        UnsupportedError: no family serves it; the message lists those that there are.
+    """
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise CheckpointError(
+            f"{where} has architectures = {describe(architectures)}.", remedy="Expected a list with the model's class."
+        )
+    for family in all_families():
+        if architectures[0] in family.architectures:
+            return family
+    known = ", ".join(sorted(name for family in all_families() for name in family.architectures))
+    raise UnsupportedError(f"Architecture {describe(architectures[0])} is not supported.", remedy=f"Supported: {known}.")
+
+
+def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]:
+    """Family and spec of a config.json; `where` names the file in messages."""
+    family = find_family(config, where)
+    return family, family.read_spec(ConfigReader(config, where))

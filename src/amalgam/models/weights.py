@@ -1,0 +1,135 @@
+"""A weight version: an immutable map from slots to packed weights, and where each of them came from.
+
+In: packed weights and their origins. Out: `WeightVersion`. Must never know: requests.
+
+Packed weights are shared between versions, so that a re-map costs only what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one weight came from: one line of the manifest."""
+
+    name: str  # logical name
+    slot: str
+    source: str
+    format: str  # as loaded; differs from the stored format when quantized while loading
+    stored_format: str
+    shape: tuple[int, ...]
+    nbytes: int  # packed, in memory
+    rule: str  # why this source
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a source that a weight was made from."""
+
+    tensor: str
+    file: str
+    offset: int | None  # bytes from the file's start; None inside a .bin
+    nbytes: int
+
+
+class BlockWeights(Mapping[str, PackedWeight]):
+    """The weights of one block, by their name within it."""
+
+    def __init__(self, weights: Mapping[str, PackedWeight]) -> None:
+        self._weights = dict(weights)
+
+    def __getitem__(self, name: str) -> PackedWeight:
+        return self._weights[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def vector(self, name: str) -> Tensor | None:
+        """A bias or norm as a tensor, None if the block has none."""
+        weight = self._weights.get(name)
+        return None if weight is None else weight.dense
+
+    @cached_property
+    def experts(self) -> ExpertTable:
+        """`experts.<n>.{gate,up,down}[_bias]` as a table, in order of n."""
+        ids = {int(name.split(".")[1]) for name in self._weights if name.startswith("experts.")}
+
+        def expert(expert_id: int) -> Expert:
+            prefix = f"experts.{expert_id}."
+            matrices = (self._weights[prefix + part] for part in ("gate", "up", "down"))
+            biases = (self.vector(f"{prefix}{part}_bias") for part in ("gate", "up", "down"))
+            return Expert(*matrices, *biases)
+
+        return ExpertTable(tuple(expert(expert_id) for expert_id in sorted(ids)))
+
+
+class WeightVersion:
+    """All weights of one model under one plan. Never changes; a re-map makes a new one.
+
+    Attributes:
+        version_id: 1, 2, … in order of creation.
+        origins: slot → where it came from; with `fingerprint`, the provenance manifest.
+        keys: slot → identity of the bytes and the way they were packed; equal keys share one packed weight.
+    """
+
+    def __init__(
+        self,
+        version_id: int,
+        weights: Mapping[str, PackedWeight],
+        origins: Mapping[str, Origin],
+        keys: Mapping[str, tuple[Any, ...]],
+    ) -> None:
+        self.version_id = version_id
+        self.origins = dict(origins)
+        self.keys = dict(keys)
+        self._weights = dict(weights)
+        blocks: dict[str, dict[str, PackedWeight]] = {}
+        for slot, weight in self._weights.items():
+            block, local = split_slot(slot)
+            blocks.setdefault(block, {})[local] = weight
+        self._blocks = {name: BlockWeights(block) for name, block in blocks.items()}
+
+    def __getitem__(self, slot: str) -> PackedWeight:
+        return self._weights[slot]
+
+    def get(self, slot: str) -> PackedWeight | None:
+        return self._weights.get(slot)
+
+    def block(self, name: str) -> BlockWeights:
+        """The weights of `layers.<n>.attention` or `layers.<n>.mlp`."""
+        return self._blocks[name]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self._weights.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the version by content: 16 hexadecimal digits over every weight's origin, not over rules or ids."""
+        lines = []
+        for slot, origin in sorted(self.origins.items()):
+            record = asdict(origin)
+            del record["rule"]
+            lines.append(json.dumps([slot, record, self.keys[slot]], sort_keys=True, default=str))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def split_slot(slot: str) -> tuple[str, str]:
+    """`layers.3.mlp.experts.7.gate` → (`layers.3.mlp`, `experts.7.gate`); outside the layers the block is empty."""
+    parts = slot.split(".", 3)
+    return (".".join(parts[:3]), parts[3]) if len(parts) == 4 else ("", slot)

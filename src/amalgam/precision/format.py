@@ -1,0 +1,173 @@
+"""The contract of a weight format, and the discovery of the files that fulfil it.
+
+In: tensors by name and a checkpoint's declared quantization. Out: packed weights.
+Must never know: layers, families, requests.
+
+A *format* is a published layout: one logical weight (`model.layers.0.mlp.up_proj.weight`) stored as one or more tensors
+(`….weight_packed`, `….weight_scale`). To add one, write a file in `precision/formats/` that exports `FORMAT` (or
+`FORMATS`); outside the package, point the entry point `amalgam.formats` at such an object.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amalgam.checkpoint.store import TensorEntry
+from amalgam.errors import CheckpointError, UnsupportedError
+from amalgam.kernels.packed import PackedWeight
+
+WEIGHT_SUFFIX = "weight"
+Read = Callable[[TensorEntry], Tensor]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One logical weight as a source publishes it.
+
+    Attributes:
+        name: logical name, `model.layers.0.mlp.up_proj.weight`.
+        format: the format that recognised it.
+        shape: logical shape, `(out, in)` for a linear weight.
+        parts: role (the suffix after the module's name) → tensor.
+        block: `(rows, columns)` that share one scale, where the format has scales.
+    """
+
+    name: str
+    format: WeightFormat
+    shape: tuple[int, ...]
+    parts: Mapping[str, TensorEntry]
+    block: tuple[int, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.parts.values())
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the values are stored unquantized."""
+        return self.format.is_wide
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What `quantize` may be asked for; None leaves the choice to the format."""
+
+    group_size: int | None = None
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized weight in its published layout: tensors by suffix, ready to be written or packed."""
+
+    tensors: Mapping[str, Tensor]
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A quantization as compressed-tensors declares it: the layout's name and its `QuantizationArgs`."""
+
+    layout: str
+    arguments: Mapping[str, Any]
+
+
+class WeightFormat(ABC):
+    """One family of layouts. Stateless."""
+
+    name: str
+    """Short name shown to users: `bf16`, `fp8`, `int4`."""
+    is_wide = False
+    """Whether the values are stored unquantized."""
+    can_quantize = False
+    """Whether `quantize` works; otherwise the format is read-only."""
+    required: frozenset[str] = frozenset({WEIGHT_SUFFIX})
+    """Suffixes that a weight of this format always has."""
+    optional: frozenset[str] = frozenset()
+    """Suffixes that it may have; nothing else may be present."""
+
+    @abstractmethod
+    def recognise(
+        self, name: str, parts: Mapping[str, TensorEntry], quantization: Mapping[str, Any]
+    ) -> StoredWeight | None:
+        """The weight that `parts` (whose suffixes fit) hold, or None if another format's.
+
+        Raises:
+            CheckpointError: it is this format's, but its shapes or types contradict each other.
+        """
+
+    @abstractmethod
+    def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
+        """Pack one weight; the result shares no memory with the file."""
+
+    def quantize(self, weight: Tensor, options: QuantizeOptions) -> Quantized:
+        """Quantize a float `[out, in]` weight into the published layout."""
+        raise UnsupportedError(f"Format {self.name!r} is read-only.", remedy="Choose fp8, int8 or int4.")
+
+    def pack(self, quantized: Quantized, shape: tuple[int, ...]) -> PackedWeight:
+        """Pack what `quantize` made, without a file in between."""
+        raise UnsupportedError(f"Format {self.name!r} is read-only.")
+
+    def scheme(self, quantized: Quantized, options: QuantizeOptions) -> Scheme:
+        """How a checkpoint declares what `quantize` made."""
+        raise UnsupportedError(f"Format {self.name!r} is read-only.")
+
+    @abstractmethod
+    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:  # noqa: B008
+        """Bytes of a packed weight of this shape."""
+
+
+@cache
+def all_formats() -> tuple[WeightFormat, ...]:
+    """Every format of `precision/formats/` and of the entry points `amalgam.formats`."""
+    from amalgam.precision import formats
+
+    found: list[WeightFormat] = []
+    for module_info in sorted(pkgutil.iter_modules(formats.__path__), key=lambda info: info.name):
+        module = importlib.import_module(f"{formats.__name__}.{module_info.name}")
+        found += getattr(module, "FORMATS", ()) or (module.FORMAT,)
+    found += [entry.load() for entry in entry_points(group="amalgam.formats")]
+    return tuple(found)
+
+
+def get_format(name: str) -> WeightFormat:
+    """The format called `name`.
+
+    Raises:
+        UnsupportedError: there is none; the message lists the names.
+    """
+    for weight_format in all_formats():
+        if weight_format.name == name:
+            return weight_format
+    known = ", ".join(sorted({f.name for f in all_formats()}))
+    raise UnsupportedError(f"Format {name!r} is unknown.", remedy=f"Known formats: {known}.")
+
+
+def expect_shape(name: str, entry: TensorEntry, allowed: tuple[int, ...]) -> None:
+    """Raise CheckpointError unless a tensor has the shape that its neighbours imply."""
+    if entry.shape != allowed:
+        raise CheckpointError(
+            f"Tensor {entry.name!r} of weight {name!r} has shape {list(entry.shape)} in {entry.file.name}.",
+            remedy=f"Expected {list(allowed)}.",
+        )
+
+
+def expect_dtype(name: str, entry: TensorEntry, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise CheckpointError unless a tensor has one of the allowed types."""
+    if entry.dtype not in allowed:
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in allowed)
+        raise CheckpointError(
+            f"Tensor {entry.name!r} of weight {name!r} has type {str(entry.dtype).removeprefix('torch.')} "
+            f"in {entry.file.name}.",
+            remedy=f"Expected {kinds}.",
+        )

@@ -1,0 +1,48 @@
+"""Unquantized weights: float32, bfloat16, float16, each kept in its own type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from amalgam.checkpoint.store import TensorEntry
+from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.reference import unpack_dense
+from amalgam.precision.format import WEIGHT_SUFFIX, QuantizeOptions, Read, StoredWeight, WeightFormat
+
+
+class Floating(WeightFormat):
+    """One floating type; biases, norms and embeddings of any rank as well as linear weights."""
+
+    is_wide = True
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name = name
+        self.dtype = dtype
+
+    def recognise(
+        self, name: str, parts: Mapping[str, TensorEntry], quantization: Mapping[str, Any]
+    ) -> StoredWeight | None:
+        entry = parts[WEIGHT_SUFFIX]
+        return StoredWeight(name, self, entry.shape, parts) if entry.dtype == self.dtype else None
+
+    def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
+        return dense(read(stored.parts[WEIGHT_SUFFIX]).clone())
+
+    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:  # noqa: B008
+        return math.prod(shape) * self.dtype.itemsize
+
+
+def dense(tensor: torch.Tensor) -> PackedWeight:
+    """A floating tensor of any shape as a packed weight."""
+    return PackedWeight("dense", tuple(tensor.shape), {"weight": tensor}, unpack_dense)
+
+
+FORMATS = (
+    Floating("fp32", torch.float32),
+    Floating("bf16", torch.bfloat16),
+    Floating("fp16", torch.float16),
+)

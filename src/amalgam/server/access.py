@@ -1,0 +1,103 @@
+"""One log line per request, and clients that leave.
+
+In: ASGI messages. Out: log lines, 500 for unexpected errors, cancellation. Must never know: what an endpoint does.
+Middleware is plain ASGI, because wrapping responses slows event streams several times over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import traceback
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from amalgam.server.errors import error_response
+
+CLIENT_LEFT = 499  # nginx's status for a request whose client closed the connection
+MAX_PATH_CHARS = 200
+
+logger = logging.getLogger("amalgam.server")
+T = TypeVar("T")
+
+
+class AccessLog:
+    """Gives each request an id and one log line, and turns unexpected errors into 500.
+
+    The line holds neither query nor body, for those may hold prompts and keys.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = scope.setdefault("state", {})["request_id"] = secrets.token_hex(6)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = CLIENT_LEFT
+        except Exception as error:
+            log_unexpected(error, request_id)
+            if status == 0:
+                await error_response(error, request_id)(scope, receive, send_with_id)
+        finally:
+            path = one_line(scope["path"][:MAX_PATH_CHARS])
+            milliseconds = (time.perf_counter() - started) * 1e3
+            logger.info("%s %s %d %.1f ms %s", scope["method"], path, status, milliseconds, request_id)
+
+
+def one_line(text: str) -> str:
+    """`text` with everything escaped that could end a log line or steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def log_unexpected(error: Exception, request_id: str) -> None:
+    """One line without the error's message, which may quote a prompt; the whole trace at level DEBUG."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    logger.error("internal error %s %s at %s", request_id, type(error).__name__, where)
+    logger.debug("internal error %s", request_id, exc_info=error)
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`; cancel it as soon as the client closes the connection.
+
+    Only for requests whose body has been read. ASGI servers do not cancel handlers by themselves.
+
+    Raises:
+        ClientDisconnect: the client has left.
+    """
+    task = asyncio.ensure_future(work)
+    departure = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, departure}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        departure.cancel()
+        await asyncio.gather(task, departure, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

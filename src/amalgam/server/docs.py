@@ -1,0 +1,117 @@
+"""The OpenAPI schema as one HTML page: no scripts, nothing fetched from elsewhere.
+
+In: the schema that FastAPI derives from the routes. Out: a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+import orjson
+
+CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+code { font: 14px ui-monospace, monospace; } h2 { margin: 2.5rem 0 0; font-size: 1.1rem; }
+h2 code { font-size: 1.1rem; } h3 { font-size: .9rem; margin: 1rem 0 .2rem; }
+table { border-collapse: collapse; width: 100%; } th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
+border-bottom: 1px solid var(--line); } th { font-weight: 600; background: var(--soft); }
+.method { display: inline-block; min-width: 3.2rem; font-weight: 700; }
+"""
+
+
+def render_docs(schema: dict[str, Any]) -> str:
+    """A page with every endpoint, its fields, their defaults and what its answer holds."""
+    info = schema["info"]
+    sections = [
+        _section(path, method.upper(), operation, schema)
+        for path, methods in schema["paths"].items()
+        for method, operation in methods.items()
+    ]
+    title = f"{escape(info['title'])} {escape(info['version'])}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head>'
+        f"<body><h1>{title}</h1><p>{escape(info.get('description', ''))} "
+        f'The same as a schema: <a href="openapi.json">openapi.json</a>.</p>{"".join(sections)}</body></html>'
+    )
+
+
+def _section(path: str, method: str, operation: dict[str, Any], schema: dict[str, Any]) -> str:
+    html = f'<h2><span class="method">{escape(method)}</span> <code>{escape(path)}</code></h2>'
+    html += f"<p>{escape(operation.get('description', ''))}</p>"
+    query = [parameter for parameter in operation.get("parameters", []) if parameter["in"] == "query"]
+    fields = {
+        "properties": {item["name"]: {**item["schema"], "description": item.get("description", "")} for item in query},
+        "required": [item["name"] for item in query if item.get("required")],
+    }
+    html += _table("Query", fields, schema)
+    body = _json_schema(operation.get("requestBody", {}))
+    html += _table("Body", _resolve(body, schema), schema)
+    answer = _json_schema(operation.get("responses", {}).get("200", {}))
+    return html + _table("Answer", _resolve(answer, schema), schema)
+
+
+def _json_schema(content: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = content.get("content", {}).get("application/json", {}).get("schema", {})
+    return result
+
+
+def _resolve(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """Follow `$ref`, and take the object out of "object or null"."""
+    for option in part.get("anyOf", []):
+        if "$ref" in option:
+            part = option
+    if "$ref" in part:
+        name = part["$ref"].rpartition("/")[2]
+        part = schema["components"]["schemas"][name]
+    return part
+
+
+def _table(title: str, fields: dict[str, Any], schema: dict[str, Any]) -> str:
+    properties = fields.get("properties")
+    if not properties:
+        return ""
+    required = fields.get("required", [])
+    is_answer = title == "Answer"
+    rows = "".join(
+        f"<tr><td><code>{escape(name)}</code></td><td>{escape(_kind(field, schema))}</td>"
+        + ("" if is_answer else f"<td>{escape(_default(field, name in required))}</td>")
+        + f"<td>{escape(field.get('description', ''))}</td></tr>"
+        for name, field in sorted(properties.items(), key=lambda item: item[0] not in required and not is_answer)
+    )
+    default_head = "" if is_answer else "<th>Default</th>"
+    return f"<h3>{title}</h3><table><tr><th>Field</th><th>Type</th>{default_head}<th></th></tr>{rows}</table>"
+
+
+def _default(field: dict[str, Any], is_required: bool) -> str:
+    if is_required:
+        return "required"
+    return orjson.dumps(field["default"]).decode() if "default" in field else "none"
+
+
+def _kind(field: dict[str, Any], schema: dict[str, Any]) -> str:
+    if "anyOf" in field:
+        return " or ".join(_kind(option, schema) for option in field["anyOf"])
+    if "$ref" in field:
+        target = _resolve(field, schema)
+        return _kind(target, schema) if "enum" in target else "{" + ", ".join(target.get("properties", {})) + "}"
+    if "enum" in field:
+        return " or ".join(orjson.dumps(value).decode() for value in field["enum"])
+    if "const" in field:
+        return orjson.dumps(field["const"]).decode()
+    kind = str(field.get("type", "any"))
+    if kind == "array":
+        kind = f"list of {_kind(field.get('items', {}), schema)}"
+    return " ".join([kind, *_bounds(field)])
+
+
+def _bounds(field: dict[str, Any]) -> Iterator[str]:
+    words = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    for key, word in words.items():
+        if key in field:
+            yield f"{word} {field[key]:.15g}"

@@ -1,0 +1,138 @@
+"""Prompts → answers. The bridge between the handlers and the engine's asynchronous front.
+
+In: token ids and sampling parameters. Out: completions, or server-sent events. Must never know: request models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from amalgam.engine.request import RequestOutput, SamplingParams, Usage
+from amalgam.errors import AmalgamError, UnavailableError
+from amalgam.server.access import log_unexpected, unless_client_leaves
+from amalgam.server.errors import error_content
+
+if TYPE_CHECKING:
+    from amalgam.engine.core import Engine
+
+END_OF_STREAM = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request: its new text and its figures."""
+
+    text: str
+    finish_reason: str
+    usage: Usage
+
+
+async def complete(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+    """Run one request to its end. Cancelling the caller cancels the request."""
+    texts = []
+    async with aclosing(_outputs(engine, prompt_ids, params)) as outputs:
+        async for output in outputs:
+            texts.append(output.text)
+    assert output.finish_reason is not None
+    assert output.usage is not None
+    return Completion("".join(texts), output.finish_reason, output.usage)
+
+
+async def complete_all(
+    engine: Engine, prompts_ids: Sequence[Sequence[int]], params: SamplingParams
+) -> list[Completion]:
+    """Run all requests at once. If one fails, the others are cancelled and its error is raised, with its index."""
+
+    async def complete_one(index: int, prompt_ids: Sequence[int]) -> Completion:
+        try:
+            return await complete(engine, prompt_ids, params)
+        except AmalgamError as error:
+            error.add_note(f"This is prompts[{index}]")
+            raise
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(complete_one(index, ids)) for index, ids in enumerate(prompts_ids)]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def start_stream(
+    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams
+) -> AsyncGenerator[RequestOutput, None]:
+    """Submit a request and wait for its first output, so that an early error still gets its own HTTP status."""
+    outputs = _outputs(engine, prompt_ids, params)
+    first = await anext(outputs)
+
+    async def all_outputs() -> AsyncGenerator[RequestOutput, None]:
+        async with aclosing(outputs):
+            yield first
+            async for output in outputs:
+                yield output
+
+    return all_outputs()
+
+
+async def _outputs(
+    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams
+) -> AsyncGenerator[RequestOutput, None]:
+    """The engine's outputs, with a failed last one raised as its error."""
+    async with aclosing(engine.stream(prompt_ids, params)) as outputs:
+        async for output in outputs:
+            if output.error is not None:
+                raise output.error
+            if output.is_finished and output.usage is None:
+                raise UnavailableError("The server ended this request.", remedy="Send it again.")
+            yield output
+
+
+class EventStream(Response):
+    """Server-sent events, one `data:` line of JSON each, ended with `data: [DONE]` whatever happens.
+
+    Args:
+        outputs: closed when the stream ends, also when the client leaves.
+        describe_output: an output → the event's fields.
+        request_id: named in the log and in the error event of an unexpected failure.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        outputs: AsyncGenerator[RequestOutput, None],
+        describe_output: Callable[[RequestOutput], dict[str, Any]],
+        request_id: str,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._outputs = outputs
+        self._describe_output = describe_output
+        self._request_id = request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await unless_client_leaves(receive, self._send_events(send))
+
+    async def _send_events(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with aclosing(self._outputs) as outputs:
+                async for output in outputs:
+                    if output.text or output.is_finished:
+                        await self._send_event(send, self._describe_output(output))
+        except Exception as error:
+            if not isinstance(error, AmalgamError):
+                log_unexpected(error, self._request_id)
+            await self._send_event(send, error_content(error, self._request_id))
+        await send({"type": "http.response.body", "body": END_OF_STREAM, "more_body": False})
+
+    async def _send_event(self, send: Send, fields: dict[str, Any]) -> None:
+        await send({"type": "http.response.body", "body": b"data: %b\n\n" % orjson.dumps(fields), "more_body": True})

@@ -1,0 +1,197 @@
+"""The native REST interface: generation, and what is being served.
+
+In: prompts and sampling parameters. Out: text with its figures, at once or as it comes. Weights and expert statistics,
+the rest of the interface, are in `admin`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import APIRouter
+from pydantic import BaseModel, BeforeValidator, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from amalgam import __version__
+from amalgam.engine.request import MAX_SEED, MAX_STOP_STRINGS, RequestOutput, SamplingParams, Usage
+from amalgam.errors import RequestError
+from amalgam.server.access import unless_client_leaves
+from amalgam.server.body import Body, StrictRoute
+from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
+from amalgam.server.errors import OrjsonResponse
+from amalgam.server.generation import Completion, EventStream, complete, complete_all, start_stream
+from amalgam.server.service import Status
+
+MAX_INT = 2**31 - 1
+
+router = APIRouter(route_class=StrictRoute, tags=["native"])
+
+StopString = Annotated[str, Field(min_length=1)]
+
+
+def _as_list(value: Any) -> Any:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+class SamplingFields(Body):
+    max_new_tokens: int = Field(default=SamplingParams.max_new_tokens, ge=1, le=MAX_INT)
+    """Most tokens to generate; less if prompt and answer would exceed the model's sequence length."""
+    temperature: float = Field(default=SamplingParams.temperature, ge=0, le=100)
+    """Divides the logits; 0 is greedy."""
+    top_p: float = Field(default=SamplingParams.top_p, gt=0, le=1)
+    """Sample from the smallest set of tokens with this much probability."""
+    top_k: int = Field(default=SamplingParams.top_k, ge=0, le=MAX_INT)
+    """Sample from this many of the likeliest tokens; 0: no limit."""
+    min_p: float = Field(default=SamplingParams.min_p, ge=0, le=1)
+    """Leave out tokens less likely than this share of the likeliest one."""
+    do_sample: bool = SamplingParams.do_sample
+    """False: always take the likeliest token."""
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    """The same seed gives the same answer. None: a different one each time."""
+    stop: Annotated[
+        list[StopString],
+        Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
+        BeforeValidator(_as_list, json_schema_input_type=str | list[StopString] | None),
+    ] = Field(default_factory=list)
+    """Where to end: a string or several. The answer does not hold it."""
+    repetition_penalty: float = Field(default=SamplingParams.repetition_penalty, gt=0, le=100)
+    """Above 1: tokens that have appeared become less likely."""
+
+    def sampling_params(self) -> SamplingParams:
+        fields = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        return SamplingParams(**{**fields, "stop": tuple(self.stop)})
+
+
+class GenerateBody(SamplingFields):
+    prompt: str = Field(min_length=1)
+    """The text to continue."""
+    stream: bool = False
+    """Answer with server-sent events as the text comes, ended with `data: [DONE]`."""
+
+
+class BatchGenerateBody(SamplingFields):
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, fail_fast=True)
+    """The texts to continue; at most `server.max_batch_prompts`."""
+    stream: Literal[False] = False
+    """Only /generate streams."""
+
+
+class Timings(BaseModel):
+    queue_seconds: float
+    first_token_seconds: float
+    total_seconds: float
+    tokens_per_second: float
+
+
+class CompletionFigures(BaseModel):
+    prompt_tokens: int
+    generated_tokens: int
+    total_tokens: int
+    finish_reason: str
+    timings: Timings
+    weight_version: int
+
+    @classmethod
+    def of(cls, usage: Usage, finish_reason: str, **fields: Any) -> Self:
+        seconds = usage.total_seconds - usage.queue_seconds
+        return cls(
+            prompt_tokens=usage.num_prompt_tokens,
+            generated_tokens=usage.num_new_tokens,
+            total_tokens=usage.num_prompt_tokens + usage.num_new_tokens,
+            finish_reason=finish_reason,
+            timings=Timings(
+                queue_seconds=usage.queue_seconds,
+                first_token_seconds=usage.first_token_seconds,
+                total_seconds=usage.total_seconds,
+                tokens_per_second=usage.num_new_tokens / seconds if seconds > 0 else 0.0,
+            ),
+            weight_version=usage.version,
+            **fields,
+        )
+
+
+class GenerateAnswer(CompletionFigures):
+    generated_text: str
+
+
+class BatchGenerateAnswer(BaseModel):
+    prompts: list[str]
+    generated_texts: list[str]
+    details: list[CompletionFigures]
+
+
+class RootAnswer(BaseModel):
+    status: Status
+    model: str
+    version: str
+    weight_version: int | None
+    uptime_seconds: float
+
+
+@router.get("/")
+async def root(service: ServiceArgument) -> RootAnswer:
+    """What is served here, and whether it can be used."""
+    return RootAnswer(
+        status=service.status,
+        model=service.model_name,
+        version=__version__,
+        weight_version=service.weight_version,
+        uptime_seconds=service.uptime_seconds,
+    )
+
+
+@router.post("/generate", dependencies=[Admission], response_model=GenerateAnswer)
+async def generate(
+    body: GenerateBody, request: Request, service: ServiceArgument, request_id: RequestId
+) -> GenerateAnswer | Response:
+    """Continue one prompt."""
+    params = body.sampling_params()
+
+    async def answer() -> GenerateAnswer | Response:
+        [prompt_ids] = await service.encode([body.prompt])
+        engine = service.deployment.engine
+        if body.stream:
+            return EventStream(await start_stream(engine, prompt_ids, params), _event_fields, request_id)
+        return _generate_answer(await complete(engine, prompt_ids, params))
+
+    return await unless_client_leaves(request.receive, answer())
+
+
+@router.post("/batch_generate", dependencies=[Admission])
+async def batch_generate(body: BatchGenerateBody, request: Request, service: ServiceArgument) -> BatchGenerateAnswer:
+    """Continue several prompts together. The answers are in the prompts' order; one error fails all."""
+    limit = service.settings.server.max_batch_prompts
+    if len(body.prompts) > limit:
+        raise RequestError(f"prompts has {len(body.prompts)} entries.", remedy=f"Allowed: at most {limit}.")
+    params = body.sampling_params()
+
+    async def answer() -> list[Completion]:
+        prompts_ids = await service.encode(body.prompts)
+        return await complete_all(service.deployment.engine, prompts_ids, params)
+
+    completions = await unless_client_leaves(request.receive, answer())
+    return BatchGenerateAnswer(
+        prompts=body.prompts,
+        generated_texts=[item.text for item in completions],
+        details=[CompletionFigures.of(item.usage, item.finish_reason) for item in completions],
+    )
+
+
+@router.get("/model_info", response_model=dict[str, Any])
+async def model_info(service: ServiceArgument) -> Response:
+    """Architecture, sizes, parameters, sources, weights and bytes by precision, memory, devices."""
+    return OrjsonResponse(await asyncio.to_thread(service.deployment.model_info))
+
+
+def _generate_answer(completion: Completion) -> GenerateAnswer:
+    return GenerateAnswer.of(completion.usage, completion.finish_reason, generated_text=completion.text)
+
+
+def _event_fields(output: RequestOutput) -> dict[str, Any]:
+    if output.usage is None or output.finish_reason is None:
+        return {"text": output.text}
+    return {"text": output.text, **CompletionFigures.of(output.usage, output.finish_reason).model_dump()}

@@ -1,0 +1,188 @@
+"""What the handlers share: the deployment once it is loaded, the server's status, and the work in flight.
+
+In: a callable that opens a deployment, run in a thread of its own so that the server answers meanwhile.
+Out: the deployment, or the reason why there is none. Must never know: HTTP, tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import TYPE_CHECKING, TypeVar
+
+from amalgam.config import Settings
+from amalgam.errors import OverloadedError, UnavailableError
+
+if TYPE_CHECKING:
+    from amalgam.engine.deployment import Deployment
+
+logger = logging.getLogger("amalgam.server")
+T = TypeVar("T")
+
+
+class Status(enum.StrEnum):
+    LOADING = "loading"
+    HEALTHY = "healthy"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Service:
+    """The state of one server.
+
+    Args:
+        open_deployment: opens the model; blocking, called once in a thread by `start`.
+    """
+
+    def __init__(self, settings: Settings, open_deployment: Callable[[], Deployment]) -> None:
+        self.settings = settings
+        self.num_active = 0  # requests admitted and not yet answered; touched by the event loop only
+        self._started_at = time.monotonic()
+        self._open_deployment = open_deployment
+        self._deployment: Deployment | None = None
+        self._load_error: Exception | None = None
+        self._is_draining = False
+        self._is_closed = False
+        self._num_encoding = 0
+        self._workers = ThreadPoolExecutor(settings.server.max_workers, thread_name_prefix="amalgam-worker")
+
+    def start(self) -> None:
+        """Begin to load; returns at once."""
+        threading.Thread(target=self._load, name="amalgam-load", daemon=True).start()
+
+    def _load(self) -> None:
+        try:
+            deployment = self._open_deployment()
+        except Exception as error:
+            self._load_error = error
+            return
+        self._deployment = deployment
+        logger.info("ready after %.1f s: %s", self.uptime_seconds, deployment.model_name)
+        if self._is_closed:
+            deployment.close()
+
+    def drain(self) -> None:
+        """Admit nothing more; what has been admitted goes on."""
+        self._is_draining = True
+
+    def abort(self) -> None:
+        """End what is still in flight with an error. Blocking."""
+        if self._deployment is not None:
+            self._deployment.engine.stop()
+
+    def close(self) -> None:
+        """Release the deployment and the threads. Blocking."""
+        self._is_closed = True
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        if self._deployment is not None:
+            self._deployment.close()
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the server cannot go on: the model did not load, or the engine has died."""
+        if self._load_error is not None:
+            return self._load_error
+        if self._deployment is None or self._is_closed or self._deployment.engine.status().is_alive:
+            return None
+        return UnavailableError("The engine has stopped.", remedy="Restart the server; its log has the cause.")
+
+    @property
+    def status(self) -> Status:
+        if self.failure is not None:
+            return Status.FAILED
+        if self._is_draining:
+            return Status.DRAINING
+        return Status.LOADING if self._deployment is None else Status.HEALTHY
+
+    @property
+    def deployment(self) -> Deployment:
+        """
+        Raises:
+            UnavailableError: it is still loading, or has failed.
+        """
+        if self._deployment is None or self.failure is not None:
+            raise UnavailableError(f"The server is {self.status}.", remedy="GET /ready tells when it takes requests.")
+        return self._deployment
+
+    @property
+    def has_loaded(self) -> bool:
+        return self._deployment is not None
+
+    def check_ready(self) -> None:
+        """
+        Raises:
+            UnavailableError: the server is loading, draining or has failed.
+        """
+        if (status := self.status) is not Status.HEALTHY:
+            raise UnavailableError(f"The server is {status}.", remedy="GET /ready tells when it takes requests.")
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Count one request as in flight for as long as the context lasts.
+
+        Raises:
+            UnavailableError: see `check_ready`.
+        """
+        self.check_ready()
+        self.num_active += 1
+        try:
+            yield
+        finally:
+            self.num_active -= 1
+
+    async def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, made in the worker threads.
+
+        Raises:
+            OverloadedError: the queue is full. Checked first, so that overload costs no tokenizing.
+        """
+        deployment = self.deployment
+        max_queue = self.settings.engine.max_queue
+        if deployment.engine.status().num_waiting + self._num_encoding >= max_queue:
+            raise OverloadedError(f"{max_queue} requests are waiting already.", remedy="Try again later.")
+        self._num_encoding += len(prompts)
+        try:
+            loop = asyncio.get_running_loop()
+            encode = deployment.tokenizer.encode
+            return await asyncio.gather(*(loop.run_in_executor(self._workers, encode, prompt) for prompt in prompts))
+        finally:
+            self._num_encoding -= len(prompts)
+
+    @property
+    def model_name(self) -> str:
+        if self._deployment is not None:
+            return self._deployment.model_name
+        return self.settings.model.name or PurePath(self.settings.model.base_path).name
+
+    @property
+    def weight_version(self) -> int | None:
+        """The version that new requests start on; None while loading."""
+        return None if self._deployment is None else self._deployment.engine.version.version_id
+
+    @property
+    def uptime_seconds(self) -> float:
+        """Since the server started; the model may have been loaded later."""
+        return time.monotonic() - self._started_at
+
+
+async def in_own_thread(call: Callable[[], T]) -> T:
+    """Run a blocking call in a daemon thread: unlike a pool's, it takes no turn from others and delays no exit."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, only abandoned
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="amalgam-call", daemon=True).start()
+    return await asyncio.wrap_future(future)

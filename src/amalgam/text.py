@@ -1,0 +1,238 @@
+"""Text ↔ token ids: the tokenizer, its chat template, and the stream that turns tokens into text as they come.
+
+In: a model folder; strings and chat messages; one token id after another. Out: token ids; text that is safe to show.
+Must never know: tensors, requests, HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amalgam.errors import CheckpointError, RequestError, UnsupportedError, describe
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_EOS_FILES = ("config.json", "generation_config.json")
+_MAX_JSON_BYTES = 64 * 2**20
+_MESSAGE_FIELDS = {"role", "content"}
+_UNDECODABLE = "\ufffd"
+_MAX_HELD_TOKENS = 64
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Any thread may use it; encoding and decoding release the interpreter lock.
+
+    Args:
+        wrapped: a tokenizer of transformers that is backed by the tokenizers library.
+        eos_token_ids: the ids that end an answer.
+    """
+
+    def __init__(self, wrapped: Any, eos_token_ids: frozenset[int]) -> None:
+        self._wrapped = wrapped
+        self._backend = wrapped.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read a folder's tokenizer. Code that the folder brings along or refers to is never run.
+
+        Raises:
+            CheckpointError: there is none, or its files are damaged.
+            UnsupportedError: it does not run on the tokenizers library.
+        """
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise CheckpointError(
+                f"Folder {str(folder)!r} has no tokenizer.",
+                remedy=f"Put one of these files there: {', '.join(_TOKENIZER_FILES)}.",
+            )
+        from transformers import AutoTokenizer  # 1 to 3 s, most of it torch
+
+        try:
+            wrapped = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # transformers and tokenizers raise all kinds, bare Exception included
+            raise CheckpointError(
+                f"The tokenizer in {str(folder)!r} cannot be read: {describe(str(error), 400)}.",
+                remedy="Copy its files again from the published checkpoint; custom code is not run.",
+            ) from error
+        if getattr(wrapped, "backend_tokenizer", None) is None:
+            raise UnsupportedError(
+                f"The tokenizer in {str(folder)!r} is a {type(wrapped).__name__}, which is slow.",
+                remedy="Add a tokenizer.json.",
+            )
+        tokenizer = cls(wrapped, _eos_token_ids(folder, wrapped.eos_token_id))
+        if not tokenizer.vocab_size:
+            raise CheckpointError(f"The tokenizer in {str(folder)!r} is empty.", remedy="Copy its files again.")
+        return tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._wrapped.chat_template)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """
+        Raises:
+            CheckpointError: the tokenizer can give ids that a model with `vocab_size` embeddings does not have.
+        """
+        if self.vocab_size > vocab_size:
+            raise CheckpointError(
+                f"The tokenizer has {self.vocab_size} tokens and the model's embedding {vocab_size} rows.",
+                remedy="Tokenizer and weights belong to different models; use those of one checkpoint.",
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the tokens that the tokenizer puts around every text.
+
+        Raises:
+            RequestError: the text holds lone surrogates.
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, `[{"role": …, "content": …}, …]`, up to where the assistant goes on.
+
+        Raises:
+            RequestError: there is no chat template, it refuses the messages, or they are malformed.
+        """
+        if not self.has_chat_template:
+            raise RequestError("This model has no chat template.", remedy="Send a plain prompt.")
+        _check_messages(messages)
+        try:
+            # A sandbox runs the template; it is the model's, so that its mistakes can be of any kind.
+            text = self._wrapped.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            raise RequestError(
+                f"The model's chat template refuses the messages: {describe(str(error), 400)}.",
+                remedy="Send roles in the order that the model expects.",
+            ) from error
+        return self._encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens and ids beyond the vocabulary give none."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"The text has a lone surrogate at character {error.start}: {describe(text[error.start])}.",
+                remedy="Send valid Unicode.",
+            ) from None
+        # Unlike `encode`, the batch call lets other threads run meanwhile.
+        token_ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return token_ids
+
+
+class TextStream:
+    """The text of one request, token by token.
+
+    All that `push` and `finish` return, put together, is `decode` of all tokens, up to the first stop string. Held
+    back are characters whose bytes have not all come, and text that may be the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._max_stop = max(map(len, self._stop), default=0)
+        self._held = ""  # decoded, but may begin a stop string
+        # Tokens are decoded after the last ones shown, as decoders treat the first token of a text differently.
+        self._window: list[int] = []
+        self._num_shown = 0  # tokens of the window
+        self._shown = ""  # their text
+        self.is_stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns new text that is safe to show."""
+        if self.is_stopped:
+            return ""
+        return self._release(self._detokenize(token_id), is_last=False)
+
+    def finish(self) -> str:
+        """No token follows; returns what was held back."""
+        if self.is_stopped:
+            return ""
+        return self._release(self._tokenizer.decode(self._window)[len(self._shown) :], is_last=True)
+
+    def _detokenize(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        num_held = len(self._window) - self._num_shown
+        # No character has so many bytes: this is noise, and to wait on would make each token dearer than the last.
+        is_noise = num_held > _MAX_HELD_TOKENS
+        new = text[len(self._shown) :]
+        if not new or (text.endswith(_UNDECODABLE) and not is_noise):
+            return ""
+        self._window = self._window[self._num_shown :]
+        self._num_shown = len(self._window)
+        self._shown = self._tokenizer.decode(self._window)
+        return new
+
+    def _release(self, new: str, *, is_last: bool) -> str:
+        text = self._held + new
+        found = [position for position in map(text.find, self._stop) if position >= 0]
+        if found:
+            self.is_stopped = True
+            self._held = ""
+            return text[: min(found)]
+        num_held = 0 if is_last else self._num_chars_of_begun_stop(text)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def _num_chars_of_begun_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        for length in range(min(self._max_stop - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RequestError(f"messages is {describe(messages)}.", remedy="Give a list with at least one message.")
+    for index, message in enumerate(messages):
+        is_complete = isinstance(message, Mapping) and set(message) == _MESSAGE_FIELDS
+        if not is_complete or not all(isinstance(value, str) for value in message.values()):
+            raise RequestError(
+                f"messages[{index}] is {describe(message)}.",
+                remedy="Give an object with a role and a content, both strings, and nothing else.",
+            )
+
+
+def _eos_token_ids(folder: Path, tokenizer_eos_id: int | None) -> frozenset[int]:
+    """What the tokenizer, config.json and generation_config.json name as the end of a sequence."""
+    token_ids = set() if tokenizer_eos_id is None else {tokenizer_eos_id}
+    for name in _EOS_FILES:
+        value = _read_json(folder / name).get("eos_token_id")
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int and token_id >= 0 for token_id in values):
+            raise CheckpointError(
+                f"{str(folder / name)!r} has eos_token_id = {describe(value)}.",
+                remedy="Expected a token id, a list of them, or null.",
+            )
+        token_ids.update(values)
+    return frozenset(token_ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
+        data = json.loads(path.read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is not valid JSON: {error}.", remedy="Copy it again from the published checkpoint."
+        ) from None
+    return data

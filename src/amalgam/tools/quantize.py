@@ -1,0 +1,201 @@
+"""One checkpoint → the same model in another precision, in compressed-tensors' layouts.
+
+In: a wide checkpoint. Out: a folder that `amalgam`, transformers and vLLM can read, and a report of bytes and errors.
+Attention, MLP and expert projections are quantized; embeddings, head, routers, norms and biases stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amalgam.checkpoint.source import resolve
+from amalgam.checkpoint.writer import new_folder, write_checkpoint
+from amalgam.config import Settings
+from amalgam.errors import CheckpointError, ConfigError
+from amalgam.models.loader import Progress
+from amalgam.models.spec import Slot, read_spec
+from amalgam.precision.format import QuantizeOptions, Scheme, StoredWeight, WeightFormat, get_format
+from amalgam.precision.source import CONFIG_NAME, Source
+
+# What makes a folder usable besides weights: tokenizer, chat template, generation defaults.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
+
+
+@dataclass
+class RoleReport:
+    """What quantizing did to the weights of one role. `error` is the root mean square of (new - old) / old, overall."""
+
+    num_weights: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+    @property
+    def error(self) -> float:
+        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+
+@dataclass
+class QuantizeReport:
+    """What `quantize_checkpoint` wrote."""
+
+    folder: Path
+    format: str
+    roles: dict[str, RoleReport] = field(default_factory=dict)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(role.bytes_before for role in self.roles.values())
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(role.bytes_after for role in self.roles.values())
+
+
+def quantize_checkpoint(
+    checkpoint: str,
+    out_folder: Path,
+    format_name: str,
+    options: QuantizeOptions = QuantizeOptions(),  # noqa: B008  (immutable)
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize the linear weights of `checkpoint` into `out_folder`, which appears complete or not at all.
+
+    Raises:
+        CheckpointError: the folder exists, or the checkpoint is damaged or holds no wide linear weights.
+        ConfigError: an option that the format does not take, or a group size that does not divide.
+    """
+    weight_format = get_format(format_name)
+    source = Source.open("base", checkpoint)
+    if not source.config:
+        raise CheckpointError(f"{source.folder} has no {CONFIG_NAME}.", remedy="The model's sizes stand in it.")
+    family, spec = read_spec(source.config, str(source.folder / CONFIG_NAME))
+    slots = {family.logical_name(slot): slot for slot in spec.slots}
+    missing = [name for name in slots if name not in source.weights]
+    if missing:
+        raise CheckpointError(f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.")
+    if not any(slot.is_linear and source.weights[name].is_wide for name, slot in slots.items()):
+        raise CheckpointError(f"{source.folder} is quantized already.", remedy="Give the bf16, fp16 or fp32 checkpoint.")
+    writer = _Quantizer(source, weight_format, options, QuantizeReport(out_folder, format_name), progress)
+    with new_folder(out_folder) as temporary:
+        write_checkpoint(temporary, writer.tensors(slots))
+        config = {**source.config, "quantization_config": writer.quantization_config(slots)}
+        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for file in {file for pattern in _COPIED for file in source.folder.glob(pattern)}:
+            if file.name != CONFIG_NAME and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, temporary / file.name)
+    return writer.report
+
+
+def ensure_derived(settings: Settings, progress: Progress | None = None) -> list[QuantizeReport]:
+    """Make the sources under `mixed_precision.derived` whose folders do not exist yet, from the base checkpoint."""
+    mixed = settings.model.mixed_precision
+    reports = []
+    for name, derived in mixed.derived.items():
+        folder = Path(mixed.sources[name]).expanduser()
+        if not folder.exists():
+            options = QuantizeOptions(derived.group_size, derived.scale)
+            base = str(resolve(settings.model.base_path))
+            reports.append(quantize_checkpoint(base, folder, derived.format, options, progress))
+    return reports
+
+
+class _Quantizer:
+    """Quantizes weight by weight while they are written, and remembers how."""
+
+    def __init__(
+        self,
+        source: Source,
+        weight_format: WeightFormat,
+        options: QuantizeOptions,
+        report: QuantizeReport,
+        progress: Progress | None,
+    ) -> None:
+        self.report = report
+        self._source = source
+        self._format = weight_format
+        self._options = options
+        self._progress = progress
+        self._schemes: dict[str, tuple[Scheme, list[str]]] = {}
+
+    def tensors(self, slots: dict[str, Slot]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the new checkpoint."""
+        total = sum(self._source.weights[name].nbytes for name in slots)
+        done = 0
+        for name, slot in slots.items():
+            stored = self._source.weights[name]
+            if slot.is_linear and slot.role != "head" and stored.is_wide:
+                yield from self._quantize(name, slot, stored)
+            else:
+                for entry in stored.parts.values():
+                    yield entry.name, self._source.store.read(entry.name)
+                self._count(slot, stored.nbytes, stored.nbytes)
+            done += stored.nbytes
+            if self._progress is not None:
+                self._progress(f"Quantizing to {self._format.name}", done, total)
+
+    def _quantize(self, name: str, slot: Slot, stored: StoredWeight) -> Iterator[tuple[str, torch.Tensor]]:
+        wide = self._source.load(stored).dequantize()
+        if not bool(torch.isfinite(wide).all()):
+            raise CheckpointError(f"Weight {name!r} in {self._source.folder} holds NaN or infinity.")
+        try:
+            quantized = self._format.quantize(wide, self._options)
+        except ConfigError as error:
+            raise ConfigError(f"Weight {name!r}: {error.what}", remedy=error.remedy) from None
+        module = name.removesuffix(".weight")
+        for suffix, tensor in quantized.tensors.items():
+            yield f"{module}.{suffix}", tensor
+        scheme = self._format.scheme(quantized, self._options)
+        self._schemes.setdefault(json.dumps(scheme.arguments), (scheme, []))[1].append(module)
+        restored = self._format.pack(quantized, slot.shape).dequantize()
+        size = sum(tensor.nbytes for tensor in quantized.tensors.values())
+        role = self._count(slot, stored.nbytes, size)
+        role.squared_error += float((restored - wide.float()).square().sum())
+        role.squared_norm += float(wide.float().square().sum())
+
+    def _count(self, slot: Slot, before: int, after: int) -> RoleReport:
+        role = self.report.roles.setdefault(slot.role, RoleReport())
+        role.num_weights += 1
+        role.bytes_before += before
+        role.bytes_after += after
+        return role
+
+    def quantization_config(self, slots: dict[str, Slot]) -> dict[str, Any]:
+        """`quantization_config` as compressed-tensors 0.20 reads it: weight-only groups, one per scheme.
+
+        One scheme applies to all linear layers by class; several name their modules.
+        """
+        quantized = {module for _, modules in self._schemes.values() for module in modules}
+        ignore = [
+            module
+            for name, slot in slots.items()
+            if slot.role in {"head", "router"} and (module := name.removesuffix(".weight")) not in quantized
+        ]
+        groups = {
+            f"group_{index}": {
+                "targets": ["Linear"] if len(self._schemes) == 1 else modules,
+                "weights": dict(scheme.arguments),
+                "input_activations": None,
+                "output_activations": None,
+                "format": scheme.layout,
+            }
+            for index, (scheme, modules) in enumerate(self._schemes.values())
+        }
+        layouts = {scheme.layout for scheme, _ in self._schemes.values()}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": layouts.pop(),
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": ["lm_head", *(module for module in ignore if module != "lm_head")],
+            "kv_cache_scheme": None,
+        }

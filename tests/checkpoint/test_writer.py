@@ -1,0 +1,147 @@
+"""Writing a checkpoint: any reader gets back the bytes, and nobody sees half a folder."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from amalgam.checkpoint import TensorStore, new_folder, write_checkpoint
+from amalgam.checkpoint.safetensors_header import DTYPES
+from amalgam.errors import CheckpointError
+
+
+def raw(tensor: torch.Tensor) -> list[int]:
+    return tensor.contiguous().view(-1).view(torch.uint8).tolist()
+
+
+def every_dtype() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.randn(3, 5, generator=generator).abs()
+    return {f"t.{name}": numbers.to(dtype) for name, dtype in DTYPES.items()}
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 200])
+def test_round_trip_of_every_dtype(max_shard_bytes: int, tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    tensors = every_dtype() | {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4, dtype=torch.float16),
+        "transposed": base.T,
+        "slice": base[1],
+        "tied": base[1],
+        "parameter": torch.nn.Parameter(base),
+    }
+    write_checkpoint(tmp_path, tensors.items(), {"made_by": "test"}, max_shard_bytes)
+    store = TensorStore.open(tmp_path)
+    assert set(store) == set(tensors)
+    for name, tensor in tensors.items():
+        back = store.read(name)
+        assert (back.dtype, back.shape, raw(back)) == (tensor.dtype, tensor.shape, raw(tensor.detach())), name
+        if store[name].nbytes:
+            assert store[name].offset % tensor.dtype.itemsize == 0  # so that every reader can map it
+    for file in store.files:
+        with safe_open(file, "pt") as reference:
+            assert reference.metadata() == {"format": "pt", "made_by": "test"}
+            for name in reference.keys():  # noqa: SIM118, not a mapping
+                assert raw(reference.get_tensor(name)) == raw(tensors[name].detach())
+
+
+def test_shards_are_numbered_bounded_and_indexed(tmp_path: Path) -> None:
+    sizes = [40, 40, 40, 500, 10]
+    tensors = [(f"t{i}", torch.zeros(size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
+    write_checkpoint(tmp_path, iter(tensors), max_shard_bytes=100)
+    names = [f"model-{number:05}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(sizes)}
+    assert [index["weight_map"][f"t{i}"] for i in range(5)] == [names[0], names[0], names[1], names[2], names[3]]
+
+
+def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
+    produced: list[weakref.ref[torch.Tensor]] = []
+
+    def produce() -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(20):
+            assert sum(ref() is not None for ref in produced) <= 1
+            tensor = torch.zeros(10)
+            produced.append(weakref.ref(tensor))
+            yield f"t{i}", tensor
+            del tensor
+
+    write_checkpoint(tmp_path, produce())
+    assert len(TensorStore.open(tmp_path)) == 20
+
+
+@pytest.mark.parametrize(
+    ("tensors", "value"),
+    [
+        ([("a", torch.zeros(1)), ("a", torch.zeros(1))], "'a'"),
+        ([("__metadata__", torch.zeros(1))], "'__metadata__'"),
+        ([("a\nb", torch.zeros(1))], r"'a\nb'"),
+        ([("a", torch.zeros(1, dtype=torch.complex64))], "complex64"),
+        ([], "no tensors"),
+    ],
+)
+def test_refused_tensors_leave_the_folder_empty(
+    tensors: list[tuple[str, torch.Tensor]], value: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        write_checkpoint(tmp_path, tensors)
+    assert value in caught.value.what
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, [("a", torch.ones(1))])
+    with pytest.raises(CheckpointError, match="holds safetensors already"):
+        write_checkpoint(tmp_path, [("a", torch.zeros(1))])
+    assert TensorStore.open(tmp_path).read("a").item() == 1
+
+
+def test_new_folder_appears_when_complete(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with new_folder(target) as folder:
+        assert folder.parent == target.parent
+        assert not target.exists()
+        (folder / "config.json").write_text("{}")
+        write_checkpoint(folder, [("a", torch.ones(2))])
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+def test_new_folder_vanishes_on_failure(error: type[BaseException], tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "model") as folder:
+            (folder / "config.json").write_text("{}")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_folder_replaces_only_an_empty_folder(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    with new_folder(target) as folder:
+        (folder / "x").touch()
+    for existing in (target, target / "x"):
+        with pytest.raises(CheckpointError, match="exists already"), new_folder(existing):
+            pytest.fail("must not be entered")
+    with pytest.raises(CheckpointError, match="cannot be written"), new_folder(target / "x" / "y"):
+        pytest.fail("must not be entered")
+
+
+def test_folder_that_somebody_else_filled_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with pytest.raises(CheckpointError, match="cannot be written"), new_folder(target):
+        write_checkpoint(target, [("a", torch.ones(2))])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert list(TensorStore.open(target)) == ["a"]

@@ -1,0 +1,74 @@
+"""Random steps and their count by brute force, for the tests of the expert statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from amalgam.config import StatisticsSettings
+from amalgam.experts.tracker import ExpertTracker
+from amalgam.models.context import TokenSpan
+
+LAYER_IDS = (1, 2, 4)  # layers 0 and 3 are dense
+NUM_EXPERTS = 8
+TOP_K = 2
+START = 1_000_000.0
+
+
+class Clock:
+    """A clock that tests move."""
+
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_tracker(clock: Clock, **settings: float) -> ExpertTracker:
+    return ExpertTracker(LAYER_IDS, NUM_EXPERTS, TOP_K, StatisticsSettings.model_validate(settings), clock)
+
+
+def span(
+    num_rows: int, start: int = 0, *, record_from: int | None = None, generated_from: int | None = None
+) -> TokenSpan:
+    """Rows `[start, start + num_rows)`; all new prompt tokens unless told otherwise."""
+    stop = start + num_rows
+    return TokenSpan(
+        request_id=0,
+        start=start,
+        stop=stop,
+        record_from=start if record_from is None else record_from,
+        generated_from=stop if generated_from is None else generated_from,
+    )
+
+
+def route(rng: np.random.Generator, num_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Expert ids and gate weights `[rows, k]` for each layer."""
+    return [
+        (np.argsort(rng.random((num_rows, NUM_EXPERTS)))[:, :TOP_K], rng.random((num_rows, TOP_K)).astype(np.float32))
+        for _ in LAYER_IDS
+    ]
+
+
+def run_step(
+    tracker: ExpertTracker,
+    spans: Sequence[TokenSpan],
+    routing: list[tuple[np.ndarray, np.ndarray]],
+    *,
+    fails: bool = False,
+) -> None:
+    """One step; one that fails stops after the first layer."""
+    tracker.begin_step(spans)
+    for layer_id, (expert_ids, gate_weights) in zip(LAYER_IDS, routing, strict=True):
+        tracker.observe(layer_id, torch.from_numpy(expert_ids), torch.from_numpy(gate_weights))
+        if fails:
+            return
+    tracker.end_step()
+
+
+def run_tokens(tracker: ExpertTracker, num_tokens: int, seed: int = 0) -> None:
+    """One step of one request's `num_tokens` prompt tokens."""
+    run_step(tracker, [span(num_tokens)], route(np.random.default_rng(seed), num_tokens))

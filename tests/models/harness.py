@@ -1,0 +1,73 @@
+"""Runs the decoder without an engine: sequences with their own cache blocks, any chunking, any grouping into steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from amalgam.config import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.models.context import AttentionBatch, KVCache, RoutingObserver, StepContext
+from amalgam.models.decoder import Decoder
+from amalgam.models.loader import ModelLoader
+from amalgam.models.weights import WeightVersion
+
+CPU = torch.device("cpu")
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    mixed: MixedPrecisionSettings | None = None,
+    max_positions: int = 256,
+) -> tuple[Decoder, WeightVersion]:
+    """Decoder and first weight version of a checkpoint folder."""
+    model = ModelSettings(base_path=str(folder), mixed_precision=mixed or MixedPrecisionSettings())
+    loader = ModelLoader(model, InferenceSettings(), CPU, threads=1)
+    version = loader.build(loader.make_plan(), 1).version
+    return Decoder(loader.spec, max_positions, dtype, CPU), version
+
+
+class Runner:
+    """Feeds chunks of sequences to a decoder. Blocks are handed out in a scattered order, as in a busy server."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        version: WeightVersion,
+        *,
+        num_sequences: int = 8,
+        blocks_each: int = 16,
+        block_size: int = 4,
+        observer: RoutingObserver | None = None,
+    ) -> None:
+        self.decoder, self.version, self.block_size, self.observer = decoder, version, block_size, observer
+        num_blocks = num_sequences * blocks_each
+        self.kv = KVCache.allocate(decoder.spec, num_blocks, block_size, decoder.dtype, CPU)
+        self.tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).view(num_sequences, -1)
+        self.lengths = [0] * num_sequences
+
+    def step(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
+        """Run one step: sequence → its next tokens. Returns sequence → logits `[tokens, vocabulary]`."""
+        sequences = list(chunks)
+        counts = [len(chunks[s]) for s in sequences]
+        positions = torch.cat([torch.arange(self.lengths[s], self.lengths[s] + len(chunks[s])) for s in sequences])
+        tables = self.tables[sequences]
+        row_of = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts))
+        slots = tables[row_of, positions // self.block_size] * self.block_size + positions % self.block_size
+        for sequence in sequences:
+            self.lengths[sequence] += len(chunks[sequence])
+        batch = AttentionBatch(
+            query_starts=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()]),
+            context_lengths=torch.tensor([self.lengths[s] for s in sequences]),
+            block_tables=tables,
+            block_size=self.block_size,
+        )
+        context = StepContext(positions, slots, batch, self.kv, self.observer)
+        token_ids = torch.tensor([token for s in sequences for token in chunks[s]])
+        with torch.inference_mode():
+            hidden = self.decoder.forward(token_ids, context, self.version)
+            logits = self.decoder.logits(hidden, self.version)
+        return dict(zip(sequences, logits.split(counts), strict=True))

@@ -1,0 +1,68 @@
+"""Servers to test against: real ports, real uvicorn, a fake model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from amalgam.config import Settings
+from amalgam.server.lifecycle import DrainingServer, listen
+from amalgam.server.service import Service
+from tests.server.fakes import FakeDeployment, fake_settings
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+@contextmanager
+def serving(settings: Settings, open_deployment: Callable[[], Any]) -> Iterator[str]:
+    """A server in a thread; yields its base URL. The model may still be loading."""
+    listener = listen(settings.server)
+    server = DrainingServer(Service(settings, open_deployment))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield "http://{}:{}".format(*listener.getsockname())
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def deployment() -> FakeDeployment:
+    return FakeDeployment()
+
+
+@pytest.fixture
+def url(deployment: FakeDeployment) -> Iterator[str]:
+    """Base URL of a server that is ready with `deployment`."""
+    settings = fake_settings(port=0, max_body_bytes=8 * 2**20, max_batch_prompts=4)
+    with serving(settings, lambda: deployment) as base_url:
+        wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
+        yield base_url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def shared_client() -> Iterator[httpx.Client]:
+    """One server for tests that leave no trace on it."""
+    with serving(fake_settings(port=0), FakeDeployment) as base_url:
+        wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
+        with httpx.Client(base_url=base_url, timeout=10) as client:
+            yield client

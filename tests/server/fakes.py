@@ -1,0 +1,139 @@
+"""A deployment without a model: the server's side of the engine's interface, with controllable speed and faults.
+
+Run as a script it serves: `fakes.py PORT DRAIN_SECONDS LOAD_SECONDS STEP_SECONDS [FAULT]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from amalgam.config import Settings, build_settings
+from amalgam.engine.request import FinishReason, RequestOutput, SamplingParams, Usage
+from amalgam.errors import CheckpointError, OverloadedError, PromptTooLongError, UnavailableError
+from amalgam.server import run
+
+FAIL = "fail"  # a prompt that makes the engine raise
+MAX_SEQ_LENGTH = 64
+
+
+@dataclass
+class FakeEngine:
+    """Answers `w0 w1 ...`, one word a step; several requests at once."""
+
+    step_seconds: float = 0.0
+    max_queue: int = 8
+    is_alive: bool = True
+    is_stopped: bool = False
+    num_submitted: int = 0
+    num_waiting: int = 0
+    running: set[int] = field(default_factory=set)
+    version: Any = field(default_factory=lambda: SimpleNamespace(version_id=1))
+
+    async def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        if self.is_stopped or not self.is_alive:
+            raise UnavailableError("The engine has stopped.")
+        if len(prompt_ids) >= MAX_SEQ_LENGTH:
+            raise PromptTooLongError(f"The prompt has {len(prompt_ids)} tokens.", remedy=f"Allowed: {MAX_SEQ_LENGTH}.")
+        if len(self.running) >= self.max_queue:
+            raise OverloadedError("The queue is full.")
+        self.num_submitted += 1
+        request_id, started = self.num_submitted, time.monotonic()
+        self.running.add(request_id)
+        count = params.max_new_tokens
+        try:
+            for index in range(count):
+                await asyncio.sleep(self.step_seconds)
+                if self.is_stopped or not self.is_alive:
+                    yield self._failed(request_id, UnavailableError("The engine has stopped."))
+                    return
+                if prompt_ids == encode(FAIL) and index == 1:
+                    yield self._failed(request_id, RuntimeError(f"the prompt was {FAIL}"))
+                    return
+                is_last = index == count - 1
+                seconds = time.monotonic() - started
+                usage = Usage(len(prompt_ids), count, 0.0, seconds, seconds, self.version.version_id)
+                reason = FinishReason.LENGTH if is_last else None
+                yield RequestOutput(request_id, f"w{index} ", (index,), reason, usage=usage if is_last else None)
+        finally:
+            self.running.discard(request_id)
+
+    def _failed(self, request_id: int, error: Exception) -> RequestOutput:
+        return RequestOutput(request_id, "", (), FinishReason.ERROR, error=error)
+
+    def status(self) -> Any:
+        return SimpleNamespace(is_alive=self.is_alive, num_running=len(self.running), num_waiting=self.num_waiting)
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+def encode(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+@dataclass
+class FakeDeployment:
+    engine: FakeEngine = field(default_factory=FakeEngine)
+    observer: Any = None
+    model_name: str = "fake"
+    remap_seconds: float = 0.0
+    is_closed: bool = False
+    encode: Callable[[str], list[int]] = encode
+
+    @property
+    def tokenizer(self) -> Any:
+        return SimpleNamespace(encode=self.encode)
+
+    def model_info(self) -> dict[str, Any]:
+        return {"architecture": "fake", "weight_version": self.engine.version.version_id}
+
+    def update_weight_mapping(self, mapping: dict[str, str]) -> Any:
+        time.sleep(self.remap_seconds)
+        before = self.engine.version.version_id
+        self.engine.version = SimpleNamespace(version_id=before + 1)
+        changed = [WeightChange(name, "base", source) for name, source in mapping.items()]
+        return SimpleNamespace(
+            version=before + 1, previous_version=before, fingerprint="f", changed=changed, num_loaded=len(changed),
+            loaded_bytes=2, shared_bytes=3, seconds=self.remap_seconds,
+        )  # fmt: skip
+
+    def reload_weights(self) -> Any:
+        return self.update_weight_mapping({})
+
+    def close(self) -> None:
+        self.engine.stop()
+        self.is_closed = True
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    name: str
+    source_before: str
+    source_after: str
+
+
+def fake_settings(**server: Any) -> Settings:
+    return build_settings({"model": {"base_path": "fake"}, "server": server})
+
+
+def main(port: str, drain_seconds: str, load_seconds: str, step_seconds: str, fault: str = "") -> None:
+    def open_deployment() -> Any:
+        time.sleep(float(load_seconds))
+        if fault == "load":
+            raise CheckpointError("Shard 'a.safetensors' is missing.", remedy="Download it again.")
+        deployment = FakeDeployment(FakeEngine(step_seconds=float(step_seconds)))
+        if fault == "die":
+            deployment.engine.is_alive = False
+        return deployment
+
+    run(fake_settings(port=int(port), drain_seconds=float(drain_seconds)), open_deployment)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

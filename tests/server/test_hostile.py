@@ -1,0 +1,237 @@
+"""Requests that no client should send: each is refused in the one shape, and the next good request works."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import wait_until
+from tests.server.fakes import FakeDeployment
+
+JSON = {"Content-Type": "application/json"}
+GOOD = {"prompt": "a", "max_new_tokens": 1}
+
+
+def with_field(name: str, value: str, path: str = "/generate") -> tuple[str, bytes]:
+    """A good body with one field's JSON text exchanged."""
+    start = {"/generate": b'{"prompt":"a",', "/batch_generate": b'{"prompts":["a"],'}[path]
+    return path, start + f'"{name}":{value}}}'.encode()
+
+
+BAD_NUMBERS = ["-1", "9223372036854775808", "1e999", "-1e999", "NaN", "Infinity", "true", '"1"', "[1]", "{}", "9" * 400]
+INTEGERS = ["max_new_tokens", "top_k", "seed"]
+FLOATS = ["temperature", "top_p", "min_p", "repetition_penalty"]
+
+CORPUS: dict[str, tuple[str, bytes]] = {
+    **{f"{name}={value[:9]}": with_field(name, value) for name in INTEGERS + FLOATS for value in BAD_NUMBERS},
+    **{f"{name}=1.5": with_field(name, "1.5") for name in INTEGERS},
+    **{f"batch {name}=true": with_field(name, "true", "/batch_generate") for name in INTEGERS + FLOATS},
+    **{f"{name}=0": with_field(name, "0") for name in ("max_new_tokens", "top_p", "repetition_penalty")},
+    **{f"{name}=null": with_field(name, "null") for name in ("max_new_tokens", "temperature", "do_sample", "stream")},
+    "temperature above": with_field("temperature", "100.001"),
+    "top_p above": with_field("top_p", "1.0000001"),
+    "max_new_tokens above": with_field("max_new_tokens", str(2**31)),
+    "bool as number": with_field("do_sample", "1"),
+    "bool as string": with_field("stream", '"true"'),
+    "empty stop": with_field("stop", '[""]'),
+    "stop of numbers": with_field("stop", "[1,2]"),
+    "stop too many": with_field("stop", json.dumps(["x"] * 17)),
+    "unknown field": with_field("temprature", "0.5"),
+    "prototype": with_field("__proto__", "{}"),
+    "key twice": with_field("prompt", '"b"'),
+    "nested key twice": ("/update_weight_mapping", b'{"weight_mapping":{"a":"base","a":"int4"}}'),
+    "prompt missing": ("/generate", b"{}"),
+    "prompt empty": ("/generate", b'{"prompt":""}'),
+    "prompt null": ("/generate", b'{"prompt":null}'),
+    "prompt number": ("/generate", b'{"prompt":7}'),
+    "prompt list": ("/generate", b'{"prompt":["a"]}'),
+    "prompt lone surrogate": ("/generate", b'{"prompt":"\\ud800"}'),
+    "key lone surrogate": ("/generate", b'{"prompt":"a","\\udfff":1}'),
+    "prompt control character": ("/generate", b'{"prompt":"a\x00b"}'),
+    "prompt not UTF-8": ("/generate", b'{"prompt":"\xff\xfe"}'),
+    "prompt too long": ("/generate", json.dumps({"prompt": "a" * 5000}).encode()),
+    "byte order mark": ("/generate", b'\xef\xbb\xbf{"prompt":"a"}'),
+    "UTF-16": ("/generate", '{"prompt":"a"}'.encode("utf-16")),
+    "empty body": ("/generate", b""),
+    "white space": ("/generate", b"  \n"),
+    "not JSON": ("/generate", b"hello"),
+    "form": ("/generate", b"prompt=a&top_k=1"),
+    "cut off": ("/generate", b'{"prompt":"a"'),
+    "trailing comma": ("/generate", b'{"prompt":"a",}'),
+    "single quotes": ("/generate", b"{'prompt':'a'}"),
+    "two values": ("/generate", b'{"prompt":"a"}{"prompt":"b"}'),
+    "array": ("/generate", b'["a"]'),
+    "string": ("/generate", b'"a"'),
+    "null": ("/generate", b"null"),
+    "number": ("/generate", b"1"),
+    "deep arrays": ("/generate", b"[" * 100_000),
+    "deep objects": ("/generate", b'{"prompt":' * 100_000),
+    "deep and closed": ("/generate", b'{"prompt":' + b"[" * 900 + b"]" * 900 + b"}"),
+    "many keys": ("/generate", json.dumps({f"k{i}": i for i in range(200_000)}).encode()),
+    "long key": ("/generate", json.dumps({"k" * 1_000_000: 1}).encode()),
+    "long array": ("/batch_generate", b'{"prompts":[' + b"0," * 2_000_000 + b"0]}"),
+    "9 MB body": ("/generate", json.dumps({"prompt": "a" * 9_000_000}).encode()),
+    "no prompts": ("/batch_generate", b'{"prompts":[]}'),
+    "prompts string": ("/batch_generate", b'{"prompts":"a"}'),
+    "prompts mixed": ("/batch_generate", b'{"prompts":["a",1,null]}'),
+    "batch stream": ("/batch_generate", b'{"prompts":["a"],"stream":true}'),
+    "empty mapping": ("/update_weight_mapping", b'{"weight_mapping":{}}'),
+    "mapping list": ("/update_weight_mapping", b'{"weight_mapping":["a"]}'),
+    "mapping to number": ("/update_weight_mapping", b'{"weight_mapping":{"a":4}}'),
+    "reload field": ("/reload_weights", b'{"force":true}'),
+    "reset field": ("/reset_expert_stats", b'{"layer":1}'),
+    "export format": ("/export_expert_stats", b'{"format":"../../etc/passwd"}'),
+    "stats top_k 0": ("/expert_stats", b'{"top_k":0}'),
+    "stats top_k true": ("/expert_stats", b'{"top_k":true}'),
+    "stats minutes 0": ("/expert_stats", b'{"minutes":0}'),
+    "stats minutes NaN": ("/expert_stats", b'{"minutes":NaN}'),
+}
+
+
+def check_error(response: httpx.Response) -> dict[str, Any]:
+    assert 400 <= response.status_code < 500, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert error["type"]
+    assert len(error["message"]) < 1000
+    return error
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_corpus(shared_client: httpx.Client, name: str) -> None:
+    path, body = CORPUS[name]
+    check_error(shared_client.post(path, content=body, headers=JSON))
+    assert shared_client.post("/generate", json=GOOD).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("", 415), ("application/json; charset=utf-8", 200)],
+)
+def test_only_json_is_read(shared_client: httpx.Client, content_type: str, status: int) -> None:
+    response = shared_client.post("/generate", content=json.dumps(GOOD), headers={"Content-Type": content_type})
+    assert response.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /nowhere", 404),
+        ("POST /generate/", 404),
+        ("GET /../../etc/passwd", 404),
+        ("GET /generate", 405),
+        ("DELETE /", 405),
+        ("POST /health", 405),
+        ("GET /expert_stats?top_k=true", 422),
+        ("GET /expert_stats?top_k=0", 422),
+        ("GET /expert_stats?minutes=nan", 422),
+        ("GET /expert_stats?minutes=1e999", 422),
+        ("GET /expert_stats?topk=1", 422),
+        ("GET /model_info?verbose=1", 422),
+        ("POST /generate?temperature=0", 422),
+    ],
+)
+def test_wrong_requests(shared_client: httpx.Client, request_line: str, status: int) -> None:
+    method, path = request_line.split()
+    response = shared_client.request(method, path, **({"json": GOOD} if method == "POST" else {}))
+    assert response.status_code == status
+    check_error(response)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: -5\r\n\r\n{}",
+        b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+        b"POST /generate HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET /\x00 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 20_000,
+    ],
+)
+def test_what_is_not_http_gets_the_same_shape(shared_client: httpx.Client, head: bytes) -> None:
+    url = httpx.URL(shared_client.base_url)
+    with socket.create_connection((url.host, url.port), timeout=5) as connection:
+        connection.sendall(head)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    status, _, rest = answer.partition(b"\r\n")
+    assert status.split()[1].startswith(b"4")
+    assert json.loads(rest.partition(b"\r\n\r\n")[2])["error"]["message"]
+    assert shared_client.get("/").status_code == 200
+
+
+def test_an_undeclared_long_body_is_cut_off(shared_client: httpx.Client) -> None:
+    def chunks() -> Any:
+        for _ in range(10):
+            yield b" " * 2**20
+
+    response = shared_client.post("/generate", content=chunks(), headers=JSON)
+    assert response.status_code == 413
+    assert str(8 * 2**20) in check_error(response)["message"]
+
+
+def test_messages_name_field_value_and_what_is_allowed(shared_client: httpx.Client) -> None:
+    error = check_error(shared_client.post("/generate", json={**GOOD, "top_p": 1.5}))
+    assert error["param"] == "top_p"
+    for part in ("top_p", "1.5", "less than or equal to 1"):
+        assert part in error["message"]
+    error = check_error(shared_client.post("/batch_generate", json={"prompts": ["a", 7]}))
+    assert error["param"] == "prompts[1]"
+    assert "temprature" in check_error(shared_client.post("/generate", json={**GOOD, "temprature": 1}))["message"]
+
+
+def test_a_refused_number_costs_little(shared_client: httpx.Client) -> None:
+    started = time.monotonic()
+    for _ in range(20):
+        check_error(shared_client.post("/generate", json={**GOOD, "top_k": -1}))
+    assert (time.monotonic() - started) / 20 < 0.05
+
+
+def test_nothing_refused_for_overload_is_tokenized(client: httpx.Client, deployment: FakeDeployment) -> None:
+    deployment.engine.num_waiting = 10**6
+    deployment.encode = lambda text: pytest.fail("tokenized")
+    response = client.post("/generate", json=GOOD)
+    assert (response.status_code, response.json()["error"]["type"]) == (503, "overloaded")
+    assert "retry-after" in response.headers
+
+
+def test_unexpected_errors_give_an_id_and_no_more(
+    client: httpx.Client, deployment: FakeDeployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    def encode(text: str) -> list[int]:
+        raise RuntimeError(f"cannot encode {text}")
+
+    deployment.encode = encode
+    with caplog.at_level(logging.INFO, "amalgam.server"):
+        response = client.post("/generate", json={"prompt": "my secret"})
+    request_id = response.headers["x-request-id"]
+    assert response.status_code == 500
+    assert request_id in response.json()["error"]["message"]
+    assert "RuntimeError" not in response.text
+    line = next(record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
+    assert request_id in line
+    assert "RuntimeError" in line
+    assert "\n" not in line
+    assert "secret" not in caplog.text
+
+
+def test_one_log_line_per_request_without_prompts(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "httpx")
+    with caplog.at_level(logging.INFO, "amalgam.server"):
+        response = client.post("/generate", json={"prompt": "my secret", "max_new_tokens": 1})
+        client.get("/x%0AERROR%1B[31m forged?key=secret")
+        wait_until(lambda: len(caplog.records) == 2)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("POST /generate 200 ")
+    assert response.headers["x-request-id"] in lines[0]
+    assert lines[1].startswith("GET /x\\nERROR\\x1b[31m forged 404 ")
+    assert "secret" not in caplog.text

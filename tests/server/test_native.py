@@ -1,0 +1,177 @@
+"""Generation and what is served, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from amalgam import __version__
+from tests.server.conftest import wait_until
+from tests.server.fakes import FAIL, MAX_SEQ_LENGTH, FakeDeployment
+
+FIGURES = {"prompt_tokens", "generated_tokens", "total_tokens", "finish_reason", "timings", "weight_version"}
+TIMINGS = {"queue_seconds", "first_token_seconds", "total_seconds", "tokens_per_second"}
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The stream's events; the last is the string `[DONE]`."""
+    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    return [json.loads(line) for line in lines[:-1]] + lines[-1:]
+
+
+def test_root_tells_who_serves_what(client: httpx.Client) -> None:
+    answer = client.get("/").json()
+    assert answer["status"] == "healthy"
+    assert (answer["model"], answer["version"], answer["weight_version"]) == ("fake", __version__, 1)
+    assert answer["uptime_seconds"] > 0
+
+
+def test_generate(client: httpx.Client) -> None:
+    answer = client.post("/generate", json={"prompt": "你好", "max_new_tokens": 3}).json()
+    assert answer.keys() == FIGURES | {"generated_text"}
+    assert answer["generated_text"] == "w0 w1 w2 "
+    assert (answer["prompt_tokens"], answer["generated_tokens"], answer["total_tokens"]) == (2, 3, 5)
+    assert (answer["finish_reason"], answer["weight_version"]) == ("length", 1)
+    assert answer["timings"].keys() == TIMINGS
+
+
+def test_generate_has_the_promised_defaults(client: httpx.Client) -> None:
+    properties = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
+    defaults = {name: field.get("default") for name, field in properties.items()}
+    promised = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "do_sample": True, "stream": False}
+    assert promised.items() <= defaults.items()
+    assert client.post("/generate", json={"prompt": "x"}).json()["generated_tokens"] == 512
+
+
+@pytest.mark.parametrize("stop", ["a", ["a", "b"], [], None])
+def test_stop_is_a_string_or_a_list(client: httpx.Client, stop: Any) -> None:
+    assert client.post("/generate", json={"prompt": "x", "max_new_tokens": 1, "stop": stop}).status_code == 200
+
+
+def test_stream(client: httpx.Client) -> None:
+    with client.stream("POST", "/generate", json={"prompt": "hi", "max_new_tokens": 3, "stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *pieces, last, done = events(response)
+    assert pieces == [{"text": "w0 "}, {"text": "w1 "}]
+    assert last.keys() == FIGURES | {"text"}
+    assert (last["text"], last["finish_reason"], last["total_tokens"]) == ("w2 ", "length", 5)
+    assert last["timings"].keys() == TIMINGS
+    assert done == "[DONE]"
+
+
+def test_a_stream_that_fails_ends_with_an_error_and_done(client: httpx.Client) -> None:
+    with client.stream("POST", "/generate", json={"prompt": FAIL, "stream": True}) as response:
+        first, error, done = events(response)
+    assert first == {"text": "w0 "}
+    assert error["error"]["type"] == "internal_error"
+    assert done == "[DONE]"
+
+
+def test_a_stream_that_cannot_start_answers_with_its_status(client: httpx.Client) -> None:
+    response = client.post("/generate", json={"prompt": "x" * MAX_SEQ_LENGTH, "stream": True})
+    assert response.status_code == 413
+    assert response.json()["error"]["type"] == "prompt_too_long"
+
+
+def test_batch_generate_keeps_the_order(client: httpx.Client) -> None:
+    prompts = ["a", "bbb", "cc"]
+    answer = client.post("/batch_generate", json={"prompts": prompts, "max_new_tokens": 2}).json()
+    assert answer["prompts"] == prompts
+    assert answer["generated_texts"] == ["w0 w1 "] * 3
+    assert [item["prompt_tokens"] for item in answer["details"]] == [1, 3, 2]
+    assert all(item.keys() == FIGURES for item in answer["details"])
+
+
+def test_batch_prompts_are_in_the_engine_together(client: httpx.Client, deployment: FakeDeployment) -> None:
+    deployment.engine.step_seconds = 0.05
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/batch_generate", json={"prompts": ["a"] * 4, "max_new_tokens": 20})
+        wait_until(lambda: len(deployment.engine.running) == 4)
+        assert answer.result().status_code == 200
+
+
+def test_one_bad_prompt_fails_the_batch_and_frees_the_rest(client: httpx.Client, deployment: FakeDeployment) -> None:
+    prompts = ["a", "b", "x" * MAX_SEQ_LENGTH]
+    response = client.post("/batch_generate", json={"prompts": prompts})
+    assert response.status_code == 413
+    assert "prompts[2]" in response.json()["error"]["message"]
+    assert deployment.engine.running == set()
+
+
+def test_batches_are_bounded(client: httpx.Client) -> None:
+    response = client.post("/batch_generate", json={"prompts": ["a"] * 5})
+    assert response.status_code == 422
+    assert "at most 4" in response.json()["error"]["message"]
+
+
+def test_requests_run_together(client: httpx.Client, deployment: FakeDeployment) -> None:
+    deployment.engine.step_seconds = 0.05
+    body = {"prompt": "a", "max_new_tokens": 20}
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(client.post, "/generate", json=body) for _ in range(6)]
+        wait_until(lambda: len(deployment.engine.running) == 6)
+        assert [answer.result().status_code for answer in answers] == [200] * 6
+
+
+def test_overload_is_refused_with_retry_after(client: httpx.Client, deployment: FakeDeployment) -> None:
+    deployment.engine.max_queue = 0
+    response = client.post("/generate", json={"prompt": "a"})
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "overloaded"
+    assert int(response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("path", ["/generate", "/batch_generate"])
+def test_a_client_that_leaves_cancels_its_requests(url: str, deployment: FakeDeployment, path: str) -> None:
+    deployment.engine.step_seconds = 0.01
+    prompt = {"prompt": "a"} if path == "/generate" else {"prompts": ["a", "b"]}
+    with httpx.Client(base_url=url) as client, pytest.raises(httpx.ReadTimeout):
+        client.post(path, json={**prompt, "max_new_tokens": 10_000}, timeout=0.3)
+    assert deployment.engine.num_submitted > 0
+    wait_until(lambda: not deployment.engine.running, seconds=1)
+
+
+def test_a_client_that_leaves_a_stream_cancels_it(url: str, deployment: FakeDeployment) -> None:
+    deployment.engine.step_seconds = 0.01
+    body = {"prompt": "a", "max_new_tokens": 10_000, "stream": True}
+    with httpx.Client(base_url=url) as client, client.stream("POST", "/generate", json=body) as response:
+        next(response.iter_lines())
+    wait_until(lambda: not deployment.engine.running, seconds=1)
+
+
+def test_model_info(client: httpx.Client) -> None:
+    assert client.get("/model_info").json() == {"architecture": "fake", "weight_version": 1}
+
+
+def test_docs_list_every_endpoint_and_fetch_nothing(client: httpx.Client) -> None:
+    page = client.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    for path in client.get("/openapi.json").json()["paths"]:
+        assert f"<code>{path}</code>" in page.text
+    for field in ("max_new_tokens", "repetition_penalty", "weight_mapping", "minutes"):
+        assert f"<code>{field}</code>" in page.text
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert "<script" not in page.text
+
+
+def test_health_answers_quickly_while_prompts_are_encoded(client: httpx.Client, deployment: FakeDeployment) -> None:
+    blocked = threading.Event()
+
+    def encode(text: str) -> list[int]:
+        blocked.wait(5)
+        return [1]
+
+    deployment.encode = encode
+    with ThreadPoolExecutor(8) as pool:
+        answers = [
+            pool.submit(client.post, "/generate", json={"prompt": "a", "max_new_tokens": 1}) for _ in range(8)
+        ]
+        assert client.get("/health", timeout=0.5).status_code == 200
+        blocked.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 8

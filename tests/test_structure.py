@@ -1,0 +1,121 @@
+"""Rules on the tree that the linters cannot check."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "amalgam"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
+CODE_RUNNERS = {"eval", "exec", "compile", "pickle", "marshal", "shelve", "dill", "cloudpickle"}
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def nodes(module: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+
+
+def places(module: Path, found: list[ast.AST]) -> list[str]:
+    return [f"{module.relative_to(ROOT)}:{node.lineno}" for node in found if isinstance(node, ast.expr | ast.stmt)]
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def pinned(file: str) -> dict[str, Requirement]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    parsed = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    return {str(canonicalize_name(requirement.name)): requirement for requirement in parsed}
+
+
+def declared() -> tuple[list[Requirement], list[Requirement]]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    runtime, dev = project["dependencies"], project["optional-dependencies"]["dev"]
+    return [Requirement(text) for text in runtime], [Requirement(text) for text in dev]
+
+
+def test_only_config_reads_the_environment() -> None:
+    found: list[str] = []
+    for module in MODULES:
+        if module != PACKAGE / "config.py":
+            uses = [
+                node
+                for node in nodes(module)
+                if (isinstance(node, ast.Attribute) and ast.unparse(node) in ENVIRONMENT)
+                or ENVIRONMENT.intersection(imported_names(node))
+            ]
+            found += places(module, uses)
+    assert found == []
+
+
+def test_nothing_runs_code_from_data() -> None:
+    found: list[str] = []
+    for module in MODULES:
+        for node in nodes(module):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                weights_only = any(
+                    keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in node.keywords
+                )
+                if called in CODE_RUNNERS or (called.endswith("torch.load") and not weights_only):
+                    found += places(module, [node])
+            elif any(name.split(".")[0] in CODE_RUNNERS or name == "torch.load" for name in imported_names(node)):
+                found += places(module, [node])
+    assert found == []
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    runtime, _ = declared()
+    allowed = {canonicalize_name(requirement.name) for requirement in runtime} | {"amalgam", "triton"}
+    distributions = packages_distributions()
+    undeclared: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in nodes(module):
+            for name in (name.split(".")[0] for name in imported_names(node)):
+                owners = {canonicalize_name(owner) for owner in distributions.get(name, [name])}
+                if name not in sys.stdlib_module_names and not owners & allowed:
+                    undeclared.setdefault(name, []).extend(places(module, [node]))
+    assert undeclared == {}
+
+
+@pytest.mark.parametrize(("file", "extra"), [("requirements.txt", False), ("requirements-dev.txt", True)])
+def test_every_dependency_is_pinned_within_its_bounds(file: str, extra: bool) -> None:
+    pins = pinned(file)
+    wanted = {str(canonicalize_name(requirement.name)): requirement for requirement in declared()[extra]}
+    assert pins.keys() == wanted.keys()
+    for name, pin in pins.items():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        assert wanted[name].specifier.contains(specifier.version), f"{pin} is outside {wanted[name]}"
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    broken = []
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for match in LINK.finditer(document.read_text(encoding="utf-8")):
+            target = (match[1] or match[2]).split("#")[0]
+            if target and ":" not in target and not (document.parent / target).exists():
+                broken.append(f"{document.relative_to(ROOT)} → {target}")
+    assert broken == []
+
+
+def test_every_document_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    documents = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    assert {name for name in documents if f"]({name}" not in readme} == set()
