@@ -15,7 +15,7 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
@@ -51,7 +51,7 @@ class MixedPrecisionAPIClient:
         """Continue a prompt. `params`: max_new_tokens, temperature, top_p, top_k, do_sample, seed, stop, ..."""
         return self._call("POST", "/generate", {"prompt": prompt, **params})
 
-    def stream_text(self, prompt: str, **params: Any) -> Iterator[str]:
+    def stream_text(self, prompt: str, **params: Any) -> Generator[str, None, None]:
         """Continue a prompt; yields the text as it comes. Leaving the loop early cancels the request."""
         body = {"prompt": prompt, **params, "stream": True}
         with self._open("POST", "/generate", body) as response:

@@ -134,8 +134,8 @@ class Tokenizer:
 class TextStream:
     """The text of one request, token by token.
 
-    All that `push` and `finish` return, put together, is `decode` of all tokens, up to the first stop string. Held
-    back are characters whose bytes have not all come, and text that may be the beginning of a stop string.
+    All that `push` and `finish` return, put together, is `decode` of all tokens, up to the stop string that is complete
+    first. Held back are characters whose bytes have not all come, and text that may begin a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:

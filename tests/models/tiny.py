@@ -39,8 +39,8 @@ def tiny_model(family: Family, **changes: Any) -> Any:
     return model
 
 
-def save_tiny(family: Family, folder: Path, **changes: Any) -> Any:
+def save_tiny(family: Family, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Make a tiny model and save it in `folder`; returns the Hugging Face model."""
-    model = tiny_model(family, **changes)
+    model = tiny_model(family, **changes).to(dtype)
     model.save_pretrained(folder)
     return model

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from amalgam.config import Settings
+from amalgam.server import create_app
 from amalgam.server.lifecycle import DrainingServer, listen
 from amalgam.server.service import Service
 from tests.server.fakes import FakeDeployment, fake_settings
@@ -28,7 +29,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 def serving(settings: Settings, open_deployment: Callable[[], Any]) -> Iterator[str]:
     """A server in a thread; yields its base URL. The model may still be loading."""
     listener = listen(settings.server)
-    server = DrainingServer(Service(settings, open_deployment))
+    service = Service(settings, open_deployment)
+    server = DrainingServer(create_app(service), service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -87,6 +87,10 @@ class FakeDeployment:
     encode: Callable[[str], list[int]] = encode
 
     @property
+    def version(self) -> Any:
+        return self.engine.version
+
+    @property
     def tokenizer(self) -> Any:
         return SimpleNamespace(encode=self.encode)
 
@@ -97,7 +101,7 @@ class FakeDeployment:
         time.sleep(self.remap_seconds)
         before = self.engine.version.version_id
         self.engine.version = SimpleNamespace(version_id=before + 1)
-        changed = [WeightChange(name, "base", source) for name, source in mapping.items()]
+        changed = [WeightChange(name, "base", source, "bf16", source) for name, source in mapping.items()]
         return SimpleNamespace(
             version=before + 1, previous_version=before, fingerprint="f", changed=changed, num_loaded=len(changed),
             loaded_bytes=2, shared_bytes=3, seconds=self.remap_seconds,
@@ -116,6 +120,8 @@ class WeightChange:
     name: str
     source_before: str
     source_after: str
+    format_before: str
+    format_after: str
 
 
 def fake_settings(**server: Any) -> Settings:

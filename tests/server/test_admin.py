@@ -43,7 +43,8 @@ def test_update_weight_mapping(client: httpx.Client) -> None:
     answer = client.post("/update_weight_mapping", json={"weight_mapping": {"a.weight": "int4"}}).json()
     assert answer.keys() == REMAP
     assert (answer["previous_version"], answer["weight_version"], answer["num_changed"]) == (1, 2, 1)
-    assert answer["changed"] == [{"name": "a.weight", "source_before": "base", "source_after": "int4"}]
+    formats = {"format_before": "bf16", "format_after": "int4"}
+    assert answer["changed"] == [{"name": "a.weight", "source_before": "base", "source_after": "int4", **formats}]
     assert client.get("/").json()["weight_version"] == 2
 
 

@@ -26,7 +26,9 @@ def start() -> Iterator[Start]:
     """Starts the fake server: `start(drain_seconds, load_seconds, step_seconds, fault)` → process, base URL."""
     processes = []
 
-    def start(drain: float = 5, load: float = 0, step: float = 0.01, fault: str = "") -> tuple[subprocess.Popen[str], str]:
+    def start(
+        drain: float = 5, load: float = 0, step: float = 0.01, fault: str = ""
+    ) -> tuple[subprocess.Popen[str], str]:
         port = free_port()
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.server.fakes", str(port), str(drain), str(load), str(step), fault],

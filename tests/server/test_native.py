@@ -43,7 +43,14 @@ def test_generate(client: httpx.Client) -> None:
 def test_generate_has_the_promised_defaults(client: httpx.Client) -> None:
     properties = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
     defaults = {name: field.get("default") for name, field in properties.items()}
-    promised = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "do_sample": True, "stream": False}
+    promised = {
+        "max_new_tokens": 512,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 50,
+        "do_sample": True,
+        "stream": False,
+    }
     assert promised.items() <= defaults.items()
     assert client.post("/generate", json={"prompt": "x"}).json()["generated_tokens"] == 512
 
@@ -169,9 +176,7 @@ def test_health_answers_quickly_while_prompts_are_encoded(client: httpx.Client, 
 
     deployment.encode = encode
     with ThreadPoolExecutor(8) as pool:
-        answers = [
-            pool.submit(client.post, "/generate", json={"prompt": "a", "max_new_tokens": 1}) for _ in range(8)
-        ]
+        answers = [pool.submit(client.post, "/generate", json={"prompt": "a", "max_new_tokens": 1}) for _ in range(8)]
         assert client.get("/health", timeout=0.5).status_code == 200
         blocked.set()
         assert [answer.result().status_code for answer in answers] == [200] * 8

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from amalgam.models.loader import Progress as ProgressCallback
+if TYPE_CHECKING:
+    from amalgam.models.loader import Progress as ProgressCallback
 
 # Results go to stdout; what accompanies them to stderr, so that a pipe sees results only.
 out = Console()

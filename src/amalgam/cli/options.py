@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 import yaml
 
-from amalgam.config import Settings, environment_name, load_settings, setting_keys
+from amalgam.config import environment_name, load_settings, setting_keys
 from amalgam.errors import ConfigError
 
 SHORT = {"server.host": "--host", "server.port": "--port", "model.base_path": "--model"}
@@ -19,8 +19,13 @@ SHORT = {"server.host": "--host", "server.port": "--port", "model.base_path": "-
 _STRUCTURED = ("sources", "weight_mapping", "rules", "derived")
 
 
-def with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a verb `--config`, `--source`, `--map` and a flag for every setting; it receives `settings: Settings`."""
+def with_settings(function: Callable[..., Any] | None = None, *, needs_model: bool = True) -> Callable[..., Any]:
+    """Give a verb `--config`, `--source`, `--map` and a flag for every setting; it receives `settings: Settings`.
+
+    A verb that can do without a model sees an empty `model.base_path` when none is given.
+    """
+    if function is None:
+        return functools.partial(with_settings, needs_model=needs_model)
     flags = {_parameter(key): key for key in setting_keys() if key.rpartition(".")[2] not in _STRUCTURED}
 
     @functools.wraps(function)
@@ -34,8 +39,8 @@ def with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
         rules = [_pair(item, "--map", "pattern=source") for item in arguments.pop("map_")]
         if rules:
             overrides[f"{mixed}.rules"] = [{"pattern": pattern, "source": source} for pattern, source in rules]
-        if config is None and overrides["model.base_path"] is None:
-            raise ConfigError("No model is given.", remedy="Give --config FILE or --model FOLDER.")
+        if not needs_model and config is None and overrides["model.base_path"] is None:
+            overrides["model.base_path"] = ""
         return function(settings=load_settings(config, overrides), **arguments)
 
     hints = {

@@ -88,7 +88,9 @@ def _list(planned: Any, as_json: bool) -> None:
         return
     table = Table("weight", "source", "format", "shape", "bytes", "why")
     for row in rows:
-        table.add_row(row["name"], row["source"], row["format"], str(row["shape"]), human_bytes(row["bytes"]), row["reason"])
+        table.add_row(
+            row["name"], row["source"], row["format"], str(row["shape"]), human_bytes(row["bytes"]), row["reason"]
+        )
     out.print(table)
 
 

@@ -1,4 +1,4 @@
-"""The engine: step() = schedule, run, sample, commit, in a thread of its own; and its fronts, blocking and asynchronous.
+"""The engine: schedule, run, sample, commit, step after step in a thread of its own, and the ways to ask it.
 
 In: prompts as token ids, from any thread. Out: `RequestOutput`s, to each request's sink. Must never know: HTTP,
 checkpoints, plans.
@@ -9,7 +9,6 @@ a sink is called.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 import threading
@@ -19,8 +18,8 @@ from collections.abc import AsyncGenerator, Sequence
 import torch
 
 from amalgam.config import Settings
+from amalgam.engine import fronts
 from amalgam.engine.answers import end, take_token
-from amalgam.engine.batch import generate
 from amalgam.engine.blocks import BlockPool
 from amalgam.engine.request import (
     MAX_SEED,
@@ -34,10 +33,11 @@ from amalgam.engine.request import (
     SamplingParams,
     StepPlan,
     StepResult,
+    check_token_ids,
 )
 from amalgam.engine.runner import Runner
 from amalgam.engine.scheduler import Scheduler
-from amalgam.errors import RequestError, UnavailableError, describe
+from amalgam.errors import UnavailableError, describe
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
@@ -95,7 +95,7 @@ class Engine:
         self._cancelled: list[Request] = []
         self._next_id = 1
         self._is_draining = False
-        self._end: UnavailableError | None = None  # why nothing is computed any more
+        self._end_reason: str | None = None  # why nothing is computed any more
 
     def start(self) -> None:
         """Start the step loop; requests submitted before wait for it."""
@@ -114,12 +114,12 @@ class Engine:
             UnavailableError: the engine is draining, has stopped or has failed.
         """
         self._scheduler.check_prompt_length(len(prompt_ids))  # before anything that takes time in its length
-        self._check_token_ids(prompt_ids)
+        check_token_ids(prompt_ids, self._vocab_size)
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
         text = TextStream(self._tokenizer, params.stop)
         with self._condition:
-            if self._end is not None:
-                raise self._end
+            if self._end_reason is not None:
+                raise self._unavailable()
             if self._is_draining:
                 raise UnavailableError("The engine is draining.", remedy="Send the request to another server.")
             request = Request(self._next_id, list(prompt_ids), params, sink, seed, text)
@@ -133,52 +133,48 @@ class Engine:
         """End a request; its slot and blocks are free before the next step. A finished one stays as it is."""
         with self._condition:
             request = self._requests.get(request_id)
-            if request is not None and not request.is_cancelled:
-                request.is_cancelled = True
-                self._cancelled.append(request)
+            if request is None or request.is_cancelled or request.status is RequestStatus.FINISHED:
+                return
+            request.is_cancelled = True
+            self._cancelled.append(request)
 
-    async def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one request as they come; leaving early cancels it. Close it, as with `contextlib.aclosing`.
 
-        Raises:
-            The errors of `submit`, at the first step of the iteration.
+        Raises the errors of `submit` when the iteration begins.
         """
-        loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        request_id = self.submit(prompt_ids, params, lambda output: _hand_over(loop, outputs, output))
-        is_finished = False
-        try:
-            while not is_finished:
-                output = await outputs.get()
-                is_finished = output.is_finished
-                yield output
-        finally:
-            if not is_finished:
-                self.cancel(request_id)
+        return fronts.stream(self, prompt_ids, params)
 
     def generate(
         self, prompts_ids: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Generation]:
         """Run requests to their end and return the answers in order. Blocks; an interrupt cancels them.
 
-        Args:
-            params: for all prompts, or one for each.
-
-        Raises:
-            The errors of `submit`. A request that fails later has its error in its `Generation`.
+        `params` is for all prompts, or one for each. Raises the errors of `submit`; a request that fails later has its
+        error in its `Generation`.
         """
-        return generate(self, prompts_ids, params, max_in_flight=self._max_queue)
+        return fronts.generate(self, prompts_ids, params, max_in_flight=self._max_queue)
 
     def set_version(self, version: WeightVersion) -> None:
         """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""
         with self._condition:
             self._scheduler.version = version
 
+    @property
+    def version(self) -> WeightVersion:
+        """The weight version of new requests."""
+        return self._scheduler.version
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Size of the KV cache."""
+        return self._runner.kv_cache_bytes
+
     def status(self) -> EngineStatus:
         """A consistent view of the moment."""
         with self._condition:
             return EngineStatus(
-                is_alive=self._end is None and self._thread.is_alive(),
+                is_alive=self._end_reason is None and self._thread.is_alive(),
                 is_draining=self._is_draining,
                 num_running=len(self._scheduler.running),
                 num_waiting=len(self._scheduler.waiting),
@@ -196,7 +192,7 @@ class Engine:
     def stop(self) -> None:
         """End every request with an error and wait for the step loop to end. Harmless when repeated."""
         with self._condition:
-            self._end = self._end or UnavailableError("The engine has been stopped.", remedy="Start it again.")
+            self._end_reason = self._end_reason or "has been stopped"
             self._condition.notify_all()
         if self._thread is threading.current_thread():
             return
@@ -207,7 +203,6 @@ class Engine:
     def _loop(self) -> None:
         try:
             while self._wait_for_work():
-                self._deliver(self._remove_cancelled())
                 self._deliver(self._step())
         except BaseException as error:
             self._fail(error)
@@ -215,19 +210,17 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._condition:
-            self._condition.wait_for(lambda: self._end is not None or self._scheduler.has_requests)
-            return self._end is None
-
-    def _remove_cancelled(self) -> _Deliveries:
-        with self._condition:
-            requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
-            self._cancelled.clear()
-            return self._finish(requests, FinishReason.CANCELLED)
+            self._condition.wait_for(lambda: self._end_reason is not None or self._scheduler.has_requests)
+            return self._end_reason is None
 
     def _step(self) -> _Deliveries:
         """One step. When it returns, nothing here refers to the plan any more, nor to its weight version."""
         with self._condition:
+            requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
+            self._cancelled.clear()
+            cancelled = self._finish(requests, FinishReason.CANCELLED)
             plan = self._scheduler.schedule()
+        self._deliver(cancelled)
         if plan is None:
             return []
         try:
@@ -260,7 +253,8 @@ class Engine:
     def _give_up(self, plan: StepPlan, error: Exception) -> _Deliveries:
         """End the requests of a step that failed; the third in a row, or a lack of memory, ends the engine."""
         logger.error("A step of %d requests failed.", len(plan.scheduled), exc_info=error)
-        error.__traceback__ = None  # its frames hold the step's tensors and weights, and the error lives on
+        # The error lives on with the caller; its frames hold the step's tensors and weights.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         self._num_failures += 1
         if self._num_failures >= _MAX_FAILURES or isinstance(error, _FATAL):
             self._fail(error)
@@ -290,29 +284,17 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         logger.critical("The engine has failed and ends.", exc_info=error)
         with self._condition:
-            self._end = UnavailableError(
-                f"The engine has failed: {describe(str(error) or type(error).__name__, 400)}.",
-                remedy="Restart the server; its log has the cause.",
-            )
+            self._end_reason = f"has failed with {type(error).__name__}: {describe(str(error), 400)}"
 
     def _abandon(self) -> None:
-        """Answer everyone who is left. Runs after the last step."""
+        """Answer everyone who is left. Runs after the last step, and after whatever may have gone wrong in it."""
         with self._condition:
-            assert self._end is not None
-            requests = [r for r in self._requests.values() if r.status is not RequestStatus.FINISHED]
-            deliveries = self._finish(requests, FinishReason.ERROR, self._end)
+            now = time.monotonic()
+            requests = list(self._requests.values())
+            deliveries = [(r, end(r, FinishReason.ERROR, now, error=self._unavailable())) for r in requests]
+            self._scheduler.clear()
+            self._cancelled.clear()
         self._deliver(deliveries)
 
-    def _check_token_ids(self, prompt_ids: Sequence[int]) -> None:
-        if not prompt_ids:
-            raise RequestError("The prompt has no tokens.", remedy="Give at least one.")
-        for index, token_id in enumerate(prompt_ids):
-            if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
-                raise RequestError(
-                    f"Token {index} of the prompt is {describe(token_id)}.",
-                    remedy=f"Allowed: an integer from 0 to {self._vocab_size - 1}.",
-                )
-
-
-def _hand_over(loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue[RequestOutput], output: RequestOutput) -> None:
-    loop.call_soon_threadsafe(outputs.put_nowait, output)
+    def _unavailable(self) -> UnavailableError:
+        return UnavailableError(f"The engine {self._end_reason}.", remedy="Restart it; the log has the cause.")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from amalgam.errors import RequestError, describe
 
@@ -80,15 +80,30 @@ def _check_bool(name: str, value: bool) -> None:
         raise RequestError(f"{name} is {describe(value)}.", remedy="Allowed: true or false.")
 
 
-def _stop_strings(value: object) -> tuple[str, ...]:
+def _stop_strings(value: Any) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
-    is_list = isinstance(strings, list | tuple) and len(strings) <= MAX_STOP_STRINGS
-    if not is_list or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARACTERS for s in strings):
+    is_short_list = isinstance(strings, list | tuple) and len(strings) <= MAX_STOP_STRINGS
+    if not is_short_list or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARACTERS for s in strings):
         raise RequestError(
             f"stop is {describe(value)}.",
             remedy=f"Give at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters.",
         )
     return tuple(strings)
+
+
+def check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """
+    Raises:
+        RequestError: the prompt is empty, or something in it is not a token id of the model.
+    """
+    if not prompt_ids:
+        raise RequestError("The prompt has no tokens.", remedy="Give at least one.")
+    for index, token_id in enumerate(prompt_ids):
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"Token {index} of the prompt is {describe(token_id)}.",
+                remedy=f"Allowed: an integer from 0 to {vocab_size - 1}.",
+            )
 
 
 class RequestStatus(enum.Enum):
@@ -211,15 +226,11 @@ class ScheduledRequest:
     num_tokens: int
     block_ids: tuple[int, ...]
     num_unrecorded: int  # how many of these tokens, from the end, the expert statistics have not seen
+    needs_sample: bool  # these tokens catch up with all known ones: the last one's logits give the next token
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
-
-    @property
-    def needs_sample(self) -> bool:
-        """Whether these tokens catch up with all known ones, so that the last one's logits give the next token."""
-        return self.end == len(self.request.token_ids)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amalgam.config import Settings
-from amalgam.engine.request import ScheduledRequest, StepPlan, StepResult
+from amalgam.engine.request import StepPlan, StepResult
 from amalgam.engine.sampler import sample
 from amalgam.errors import ConfigError
 from amalgam.models.context import AttentionBatch, KVCache, RoutingObserver, StepContext, TokenSpan
@@ -52,6 +52,11 @@ class Runner:
         self._block_size = settings.engine.block_size
         self.num_blocks = choose_num_blocks(decoder.spec, settings, max_sequence_tokens, device, dtype)
         self._kv = KVCache.allocate(decoder.spec, self.num_blocks, self._block_size, dtype, device)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Size of the KV cache."""
+        return sum(tensor.nbytes for tensor in (*self._kv.keys, *self._kv.values))
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:

@@ -113,6 +113,12 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.version = None
 
+    def clear(self) -> None:
+        """Forget all requests, whatever state an error has left them in."""
+        self.pool = BlockPool(self.pool.num_blocks)
+        self.waiting.clear()
+        self.running.clear()
+
     def count_by_version(self) -> dict[int, int]:
         """Weight version id → requests that are bound to it; the newest version is always there."""
         bound = [request.version for request in (*self.running, *self.waiting) if request.version is not None]
@@ -189,8 +195,14 @@ class Scheduler:
 
     def _share_of(self, request: Request, num_tokens: int) -> ScheduledRequest:
         end = request.num_computed + num_tokens
-        num_unrecorded = min(num_tokens, max(0, end - request.num_recorded))
-        return ScheduledRequest(request, request.num_computed, num_tokens, tuple(request.block_ids), num_unrecorded)
+        return ScheduledRequest(
+            request,
+            start=request.num_computed,
+            num_tokens=num_tokens,
+            block_ids=tuple(request.block_ids),
+            num_unrecorded=min(num_tokens, max(0, end - request.num_recorded)),
+            needs_sample=end == len(request.token_ids),
+        )
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

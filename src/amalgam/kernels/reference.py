@@ -24,7 +24,7 @@ _QUERY_TILE = 8
 _KEY_TILE = 64
 
 
-# --- Layouts: what the bits mean -------------------------------------------------------------------------------------
+# --- Layouts: what the bits mean ---
 
 
 def unpack_dense(weight: PackedWeight) -> Tensor:
@@ -72,7 +72,7 @@ def pack_nibbles(values: Tensor) -> Tensor:
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
-# --- Operators ---------------------------------------------------------------------------------------------------------
+# --- Operators ---
 
 
 def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -142,7 +142,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def moe(x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable) -> Tensor:
     """Mixture of experts: `Σₖ gate_weights[t, k] × expert(expert_ids[t, k])(x[t])`, each expert a SwiGLU MLP.
 
-    x: `[tokens, hidden]`; expert_ids: int64 `[tokens, k]`; gate_weights: float `[tokens, k]`. Returns `[tokens, hidden]`.
+    x: `[tokens, hidden]`; expert_ids: int64 and gate_weights: float, both `[tokens, k]`. Returns `[tokens, hidden]`.
     Loops over the active experts only; the sum over k has a fixed order.
     """
     tokens, k = expert_ids.shape
@@ -187,9 +187,9 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention over a paged cache with an online softmax (Milakov & Gimelshein 2018; Kwon et al. 2023).
 
-    query: `[tokens, heads, d]`; keys: `[slots, kv_heads, d]`; values: `[slots, kv_heads, v]`. A token at position p sees
-    the keys at `max(0, p - window + 1) .. p`. `sinks`: one logit per head that takes part in the softmax without a value.
-    Returns `[tokens, heads, v]` in query's type; float32 inside.
+    query: `[tokens, heads, d]`; keys: `[slots, kv_heads, d]`; values: `[slots, kv_heads, v]`. A token at position p
+    sees the keys at `max(0, p - window + 1) .. p`. `sinks`: one logit per head that takes part in the softmax without
+    a value. Returns `[tokens, heads, v]` in query's type; float32 inside.
     """
     device = query.device
     heads, kv_heads, value_dim = query.shape[1], keys.shape[1], values.shape[2]
@@ -206,7 +206,9 @@ def paged_attention(
     tile_of_token = (tile_starts - first_tile)[sequence_of_token] + position // _QUERY_TILE
     sequence_of_tile = torch.repeat_interleave(torch.arange(len(lengths)), tiles_per_sequence)
     num_tiles = len(sequence_of_tile)
-    base_position = (torch.arange(num_tiles) - tile_starts[sequence_of_tile] + first_tile[sequence_of_tile]) * _QUERY_TILE
+    base_position = (
+        torch.arange(num_tiles) - tile_starts[sequence_of_tile] + first_tile[sequence_of_tile]
+    ) * _QUERY_TILE
     num_keys = torch.minimum(base_position + _QUERY_TILE, batch.context_lengths[sequence_of_tile])
 
     tile_index, row_index = tile_of_token.to(device), (position % _QUERY_TILE).to(device)

@@ -17,8 +17,9 @@ import torch
 
 from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
+from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
-from amalgam.models.spec import Family, ModelSpec, Slot, read_spec
+from amalgam.models.spec import Slot, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
 from amalgam.precision.plan import Choice, Plan
@@ -48,7 +49,8 @@ class PlannedWeight:
         if self.quantize_to is not None:
             quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
             packed = self.quantize_to.pack(quantized, self.slot.shape)
-        return packed.to(device)
+        packed = packed.to(device)
+        return ops.prepare(packed) if self.slot.is_linear else packed
 
     def origin(self, packed: PackedWeight) -> Origin:
         stored = self.stored

@@ -28,9 +28,7 @@ ATTENTION = with_biases(
     {f"layers.{{}}.attention.{part}": f"{_LAYER}.self_attn.{part}_proj.weight" for part in ("q", "k", "v", "o")}
 )
 HEAD_NORMS = {f"layers.{{}}.attention.{part}": f"{_LAYER}.self_attn.{part}.weight" for part in ("q_norm", "k_norm")}
-MLP = with_biases(
-    {f"layers.{{}}.mlp.{part}": f"{_LAYER}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
-)
+MLP = with_biases({f"layers.{{}}.mlp.{part}": f"{_LAYER}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")})
 EXPERTS = {
     "layers.{}.mlp.router": f"{_LAYER}.mlp.gate.weight",
     **{

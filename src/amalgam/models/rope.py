@@ -23,7 +23,7 @@ class Rope:
     Attributes:
         theta: base of the geometric series of frequencies.
         rotary_dim: how many dimensions of each head turn; even.
-        kind: default, linear (positions divided by factor) or llama3 (low frequencies divided, a smooth passage between).
+        kind: default, linear (all frequencies divided) or llama3 (low ones divided, a smooth passage between).
         parameters: what the kind needs, as sorted (key, value) pairs.
     """
 

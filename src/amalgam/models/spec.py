@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
@@ -235,7 +235,8 @@ class ConfigReader:
         if value is not None and value not in allowed:
             self.refuse(key, value, " or ".join(map(repr, allowed)))
 
-    def refuse(self, key: str, value: Any, allowed: str) -> None:
+    def refuse(self, key: str, value: Any, allowed: str) -> NoReturn:
+        """Fail because a key has a value that is not supported."""
         raise UnsupportedError(f"{self._where} has {key} = {describe(value)}.", remedy=f"Supported: {allowed}.")
 
 
@@ -269,7 +270,9 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
         if architectures[0] in family.architectures:
             return family
     known = ", ".join(sorted(name for family in all_families() for name in family.architectures))
-    raise UnsupportedError(f"Architecture {describe(architectures[0])} is not supported.", remedy=f"Supported: {known}.")
+    raise UnsupportedError(
+        f"Architecture {describe(architectures[0])} is not supported.", remedy=f"Supported: {known}."
+    )
 
 
 def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]:

@@ -71,9 +71,9 @@ class BlockWeights(Mapping[str, PackedWeight]):
 
         def expert(expert_id: int) -> Expert:
             prefix = f"experts.{expert_id}."
-            matrices = (self._weights[prefix + part] for part in ("gate", "up", "down"))
-            biases = (self.vector(f"{prefix}{part}_bias") for part in ("gate", "up", "down"))
-            return Expert(*matrices, *biases)
+            gate, up, down = (self._weights[prefix + part] for part in ("gate", "up", "down"))
+            gate_bias, up_bias, down_bias = (self.vector(f"{prefix}{part}_bias") for part in ("gate", "up", "down"))
+            return Expert(gate, up, down, gate_bias, up_bias, down_bias)
 
         return ExpertTable(tuple(expert(expert_id) for expert_id in sorted(ids)))
 

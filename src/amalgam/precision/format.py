@@ -123,7 +123,7 @@ class WeightFormat(ABC):
         raise UnsupportedError(f"Format {self.name!r} is read-only.")
 
     @abstractmethod
-    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:  # noqa: B008
+    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         """Bytes of a packed weight of this shape."""
 
 

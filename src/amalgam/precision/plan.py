@@ -20,6 +20,7 @@ from amalgam.errors import PlanError, describe
 
 _WILDCARDS = frozenset("*?[{")
 _MAX_RANGE = 65536
+_MAX_STARS = 8
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,12 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     Raises:
         PlanError: a bracket or brace is not closed, or a range is empty or too long.
     """
+    # A run of stars means one star. More than a few would make matching exponential.
+    pattern = re.sub(r"\*+", "*", pattern)
+    if pattern.count("*") > _MAX_STARS:
+        raise PlanError(
+            f"Pattern {describe(pattern)} holds {pattern.count('*')} stars.", remedy="At most 8 are allowed."
+        )
     parts: list[str] = []
     position = 0
     while position < len(pattern):
@@ -150,8 +157,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
             continue
         parts.append({"*": ".*", "?": "."}.get(character) or re.escape(character))
         position += 1
-    # A run of stars means one star; as it stands it would make matching exponential.
-    return re.compile(re.sub(r"(?:\.\*)+", ".*", "".join(parts)), re.DOTALL)
+    return re.compile("".join(parts), re.DOTALL)
 
 
 def _one_of(pattern: str, body: str) -> str:
@@ -174,7 +180,9 @@ def _alternatives(pattern: str, body: str) -> str:
             continue
         low, high = int(bounds[1]), int(bounds[2])
         if not low <= high < low + _MAX_RANGE:
-            raise PlanError(f"Pattern {describe(pattern)} holds the range {option}.", remedy="Give low-high, low first.")
+            raise PlanError(
+                f"Pattern {describe(pattern)} holds the range {option}.", remedy="Give low-high, low first."
+            )
         options += map(str, range(low, high + 1))
     return f"(?:{'|'.join(options)})"
 

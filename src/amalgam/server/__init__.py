@@ -4,7 +4,6 @@
 with its request and answer beside it; `Service` is what they share.
 """
 
-from amalgam.server.app import create_app
-from amalgam.server.lifecycle import run
+from amalgam.server.app import create_app, run
 
 __all__ = ["create_app", "run"]

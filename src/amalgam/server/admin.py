@@ -14,6 +14,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from amalgam.config import SourceName
 from amalgam.errors import UnavailableError, UnsupportedError
 from amalgam.server.body import MAX_JSON_KEYS, Body, NoFields, StrictRoute
 from amalgam.server.dependencies import Admission, ServiceArgument
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 router = APIRouter(route_class=StrictRoute)
 
 LogicalName = Annotated[str, Field(min_length=1, max_length=1024)]
-SourceName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class UpdateWeightMappingBody(Body):
@@ -42,6 +42,8 @@ class WeightChangeAnswer(BaseModel):
     name: str
     source_before: str
     source_after: str
+    format_before: str
+    format_after: str
 
 
 class RemapAnswer(BaseModel):
@@ -50,6 +52,7 @@ class RemapAnswer(BaseModel):
     previous_version: int
     fingerprint: str
     num_changed: int
+    """Weights whose origin differs; 0 if both versions hold the same bytes."""
     changed: list[WeightChangeAnswer]
     num_loaded: int
     """Weights read from files; the others are shared with the previous version."""

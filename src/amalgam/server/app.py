@@ -1,26 +1,57 @@
-"""The application: routers, limits, errors and documentation put together.
+"""The application: routers, limits, errors and documentation put together, and served.
 
-In: a `Service`. Out: an ASGI application that loads the model in the background. Must never know: tensors.
+In: settings and a callable that opens the model. Out: HTTP until a signal arrives. Must never know: tensors.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 
 from amalgam import __version__
+from amalgam.config import Settings
 from amalgam.server import admin, native
 from amalgam.server.access import AccessLog
 from amalgam.server.body import BodyLimit
 from amalgam.server.docs import CONTENT_SECURITY_POLICY, render_docs
 from amalgam.server.errors import ErrorAnswer, OrjsonResponse, register_error_handlers
+from amalgam.server.lifecycle import DrainingServer, listen
 from amalgam.server.service import Service
 
+if TYPE_CHECKING:
+    from amalgam.engine.deployment import Deployment
+
 ROUTERS = (native.router, admin.router)
+
+logger = logging.getLogger("amalgam.server")
+
+
+def run(settings: Settings, open_deployment: Callable[[], Deployment]) -> int:
+    """Serve until SIGTERM or SIGINT, finish what is in flight, and return the exit code 0.
+
+    The port opens at once; `open_deployment` runs in a thread, and its requests are refused with 503 meanwhile. A
+    second signal ends the process at once. Blocking; to be called in the main thread.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+        Exception: what `open_deployment` raised, or an UnavailableError if the engine died.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    listener = listen(settings.server)
+    service = Service(settings, open_deployment)
+    server = DrainingServer(create_app(service), service)
+    host, port = listener.getsockname()[:2]
+    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    server.run(sockets=[listener])
+    if server.failure is not None:
+        raise server.failure
+    return 0
 
 
 def create_app(service: Service) -> FastAPI:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from amalgam.engine.request import RequestOutput, SamplingParams, Usage
-from amalgam.errors import AmalgamError, UnavailableError
+from amalgam.errors import AmalgamError, RequestError, UnavailableError
 from amalgam.server.access import log_unexpected, unless_client_leaves
 from amalgam.server.errors import error_content
 
@@ -54,7 +54,7 @@ async def complete_all(
     async def complete_one(index: int, prompt_ids: Sequence[int]) -> Completion:
         try:
             return await complete(engine, prompt_ids, params)
-        except AmalgamError as error:
+        except RequestError as error:
             error.add_note(f"This is prompts[{index}]")
             raise
 

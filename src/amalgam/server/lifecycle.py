@@ -1,6 +1,6 @@
 """From the open port to the exit: serve, drain on a signal, stop.
 
-In: settings and a callable that opens the model. Out: returns when the drain is done, raises when serving failed.
+In: an application and the service behind it. Out: a server that returns when its drain is done or the service failed.
 uvicorn closes its port on the first signal, so that readiness could not say 503 and streams would be cut: the drain is
 ours, and uvicorn's shutdown begins when nothing is in flight.
 """
@@ -12,25 +12,19 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import h11
 import orjson
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from amalgam.config import ServerSettings, Settings
+from amalgam.config import ServerSettings
 from amalgam.errors import AmalgamError, ConfigError
-from amalgam.server.access import one_line
-from amalgam.server.app import create_app
 from amalgam.server.errors import error_content
 from amalgam.server.service import Service
-
-if TYPE_CHECKING:
-    from amalgam.engine.deployment import Deployment
 
 MIN_DRAIN_SECONDS = 1.0  # an idle server too stays up this long, so that a balancer's probe can see the 503
 FAILURE_SECONDS = 3.0  # how long a server whose engine died goes on answering before it exits
@@ -38,26 +32,6 @@ BACKLOG = 2048
 CLOSE_SECONDS = 5  # for responses to leave after the drain
 
 logger = logging.getLogger("amalgam.server")
-
-
-def run(settings: Settings, open_deployment: Callable[[], Deployment]) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is in flight and return.
-
-    The second signal ends the process at once. Blocking; to be called in the main thread.
-
-    Raises:
-        ConfigError: the address cannot be listened on.
-        Exception: what `open_deployment` raised, or an UnavailableError if the engine died.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    listener = listen(settings.server)
-    service = Service(settings, open_deployment)
-    server = DrainingServer(service)
-    host, port = listener.getsockname()[:2]
-    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    server.run(sockets=[listener])
-    if server.failure is not None:
-        raise server.failure
 
 
 def listen(settings: ServerSettings) -> socket.socket:
@@ -92,10 +66,10 @@ class DrainingServer(uvicorn.Server):
     flight, or `drain_seconds` have passed and the rest has been ended with an error, uvicorn shuts down.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         super().__init__(
             uvicorn.Config(
-                create_app(service),
+                app,
                 http=JSONErrorProtocol,  # on h11: httptools accepts headers of many megabytes
                 ws="none",
                 lifespan="on",
@@ -128,8 +102,6 @@ class DrainingServer(uvicorn.Server):
     def _watch_for_failure(self) -> None:
         if self.failure is None:
             self.failure, self._failed_at = self._service.failure, time.monotonic()
-            if self.failure is not None:
-                logger.error("cannot serve: %s", one_line(str(self.failure)))
         elif not self._service.has_loaded or time.monotonic() - self._failed_at > FAILURE_SECONDS:
             self.should_exit = True
 

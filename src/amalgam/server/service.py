@@ -165,7 +165,7 @@ class Service:
     @property
     def weight_version(self) -> int | None:
         """The version that new requests start on; None while loading."""
-        return None if self._deployment is None else self._deployment.engine.version.version_id
+        return None if self._deployment is None else self._deployment.version.version_id
 
     @property
     def uptime_seconds(self) -> float:

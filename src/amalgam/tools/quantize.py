@@ -65,7 +65,7 @@ def quantize_checkpoint(
     checkpoint: str,
     out_folder: Path,
     format_name: str,
-    options: QuantizeOptions = QuantizeOptions(),  # noqa: B008  (immutable)
+    options: QuantizeOptions = QuantizeOptions(),
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize the linear weights of `checkpoint` into `out_folder`, which appears complete or not at all.
@@ -84,7 +84,9 @@ def quantize_checkpoint(
     if missing:
         raise CheckpointError(f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.")
     if not any(slot.is_linear and source.weights[name].is_wide for name, slot in slots.items()):
-        raise CheckpointError(f"{source.folder} is quantized already.", remedy="Give the bf16, fp16 or fp32 checkpoint.")
+        raise CheckpointError(
+            f"{source.folder} is quantized already.", remedy="Give the bf16, fp16 or fp32 checkpoint."
+        )
     writer = _Quantizer(source, weight_format, options, QuantizeReport(out_folder, format_name), progress)
     with new_folder(out_folder) as temporary:
         write_checkpoint(temporary, writer.tensors(slots))

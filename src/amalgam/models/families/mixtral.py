@@ -1,4 +1,4 @@
-"""Mixtral (`MixtralForCausalLM`): Llama's attention, experts in every layer, published as w1 (gate), w3 (up), w2 (down)."""
+"""Mixtral (`MixtralForCausalLM`): Llama's attention, experts in every layer; w1 is gate, w3 up, w2 down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (`Qwen2ForCausalLM`): Llama with biases on query, key and value, and windows in the upper layers."""
+"""Qwen2 and Qwen2.5 (`Qwen2ForCausalLM`): Llama with biases on query, key and value; windows in the upper layers."""
 
 from __future__ import annotations
 

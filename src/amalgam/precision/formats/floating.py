@@ -32,7 +32,7 @@ class Floating(WeightFormat):
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         return dense(read(stored.parts[WEIGHT_SUFFIX]).clone())
 
-    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:  # noqa: B008
+    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         return math.prod(shape) * self.dtype.itemsize
 
 

@@ -143,7 +143,7 @@ class Int4(WeightFormat):
         }
         return Scheme("pack-quantized", arguments)
 
-    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:  # noqa: B008
+    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape
         return rows * columns // 2 + 2 * rows * (columns // self._group_size(columns, options))
 

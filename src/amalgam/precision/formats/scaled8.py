@@ -72,11 +72,15 @@ class Scaled8(WeightFormat):
         assert stored.block is not None
         scale = next(read(stored.parts[suffix]) for suffix in SCALE_NAMES if suffix in stored.parts)
         grid = _scale_grid(stored.shape, stored.block)
-        return self._packed(read(stored.parts[WEIGHT_SUFFIX]).clone(), scale.float().reshape(grid).clone(), stored.block)
+        return self._packed(
+            read(stored.parts[WEIGHT_SUFFIX]).clone(), scale.float().reshape(grid).clone(), stored.block
+        )
 
     def pack(self, quantized: Quantized, shape: tuple[int, ...]) -> PackedWeight:
         scale = quantized.tensors["weight_scale"].float()
-        return self._packed(quantized.tensors[WEIGHT_SUFFIX], scale.reshape(_scale_grid(shape, quantized.block)), quantized.block)
+        return self._packed(
+            quantized.tensors[WEIGHT_SUFFIX], scale.reshape(_scale_grid(shape, quantized.block)), quantized.block
+        )
 
     def _packed(self, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> PackedWeight:
         return PackedWeight("scaled8", tuple(weight.shape), {"weight": weight, "scale": scale}, unpack_scaled8, block)
@@ -110,7 +114,7 @@ class Scaled8(WeightFormat):
             arguments["block_structure"] = list(FP8_BLOCK)
         return Scheme("float-quantized" if self.dtype.is_floating_point else "int-quantized", arguments)
 
-    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:  # noqa: B008
+    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         return math.prod(shape) + 4 * math.prod(_scale_grid(shape, self._block_of(shape, options)))
 
     def _scale(self, options: QuantizeOptions) -> str:
@@ -147,9 +151,7 @@ def _declared_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     return int(declared[0]), int(declared[1])
 
 
-def _block(
-    name: str, shape: tuple[int, ...], scale: TensorEntry, declared: tuple[int, int] | None
-) -> tuple[int, int]:
+def _block(name: str, shape: tuple[int, ...], scale: TensorEntry, declared: tuple[int, int] | None) -> tuple[int, int]:
     """Which weights share a scale, from the scale's shape."""
     rows, columns = shape
     if math.prod(scale.shape) == 1:

@@ -1,11 +1,12 @@
-"""The blocking front: many prompts in, all their answers out.
+"""From sinks, which the step thread calls, to what callers wait on: an asynchronous stream, or a list of answers.
 
-In: prompts as token ids. Out: `Generation`s, in order. Must never know: the step loop, tensors, HTTP.
+In: prompts as token ids. Out: `RequestOutput`s, `Generation`s. Must never know: the step loop, tensors, HTTP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -14,11 +15,33 @@ from amalgam.errors import RequestError
 
 
 class Submitter(Protocol):
-    """The part of the engine that this needs."""
+    """What the fronts need of the engine."""
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, sink: OutputSink) -> int: ...
 
     def cancel(self, request_id: int) -> None: ...
+
+
+async def stream(
+    engine: Submitter, prompt_ids: Sequence[int], params: SamplingParams
+) -> AsyncGenerator[RequestOutput, None]:
+    """See `Engine.stream`."""
+    loop = asyncio.get_running_loop()
+    outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+
+    def sink(output: RequestOutput) -> None:
+        loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+    request_id = engine.submit(prompt_ids, params, sink)
+    is_finished = False
+    try:
+        while not is_finished:
+            output = await outputs.get()
+            is_finished = output.is_finished
+            yield output
+    finally:
+        if not is_finished:
+            engine.cancel(request_id)
 
 
 def generate(
@@ -27,7 +50,7 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams],
     max_in_flight: int,
 ) -> list[Generation]:
-    """See `Engine.generate`. At most `max_in_flight` requests are submitted at a time, so that the queue holds them."""
+    """See `Engine.generate`. At most `max_in_flight` requests are submitted at a time, so that the queue holds."""
     per_prompt = [params] * len(prompts_ids) if isinstance(params, SamplingParams) else list(params)
     if len(per_prompt) != len(prompts_ids):
         raise RequestError(

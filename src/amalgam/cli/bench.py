@@ -1,0 +1,69 @@
+"""`amalgam bench`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from amalgam.cli.options import with_settings
+from amalgam.config import Settings
+
+
+@with_settings(needs_model=False)
+def command(
+    settings: Settings,
+    shape: Annotated[
+        str | None, typer.Option(help="Time this shape with random weights instead of a model: S.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Format of the shape's weights: bf16, fp8, int8, int4, … or mixed.")
+    ] = "bf16",
+    prompts: Annotated[str, typer.Option(help="Prompt lengths.")] = "128,512",
+    batches: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1,8,16",
+    num_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence decodes.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 3,
+) -> None:
+    """Measure load time, memory, prompt and decoding speed. The last line is one JSON object."""
+    import orjson
+    from rich.table import Table
+
+    from amalgam.cli.console import human_bytes, out, progress_bar
+    from amalgam.errors import ConfigError
+    from amalgam.llm import open_deployment
+    from amalgam.tools import bench
+
+    chosen: dict[str, Any] = {
+        "prompts": _numbers("--prompts", prompts),
+        "batches": _numbers("--batches", batches),
+        "num_tokens": num_tokens,
+        "repeats": repeats,
+    }
+    with progress_bar() as progress:
+        if shape is not None:
+            report = bench.bench_shape(shape, weights, settings, progress=progress, **chosen)
+        elif settings.model.base_path:
+            deployment = open_deployment(settings, progress)
+            try:
+                report = bench.bench_model(deployment, **chosen)
+            finally:
+                deployment.close()
+        else:
+            raise ConfigError("Nothing to measure.", remedy="Give --config FILE, --model FOLDER or --shape S.")
+    sizes = ", ".join(f"{name} {human_bytes(size)}" for name, size in report.weights.items())
+    table = Table("measurement", "median", "unit", "all rounds", title=f"{report.model}: {sizes}")
+    for item in report.measurements:
+        table.add_row(item.name, f"{item.value:.2f}", item.unit, "  ".join(f"{value:.1f}" for value in item.repeats))
+    out.print(table)
+    last = {"command": ["amalgam", *sys.argv[1:]], "commit": bench.commit(), **report.as_json()}
+    typer.echo(orjson.dumps(last).decode())
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    from amalgam.errors import ConfigError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() and 0 < int(part) <= 65536 for part in parts):
+        raise ConfigError(f"{flag} is {text!r}.", remedy="Expected numbers separated by commas, for instance 1,8,16.")
+    return [int(part) for part in parts]

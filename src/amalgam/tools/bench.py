@@ -1,0 +1,278 @@
+"""Speed and memory of a whole model, measured through the engine as traffic would see it.
+
+In: settings of a real model, or the name of a shape whose weights are made on the fly. Out: a `BenchReport`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from amalgam.config import Settings
+from amalgam.engine.core import Engine
+from amalgam.engine.deployment import Deployment, choose_device, peak_memory_bytes
+from amalgam.engine.request import RequestOutput, SamplingParams
+from amalgam.errors import ConfigError
+from amalgam.kernels import ops
+from amalgam.kernels.packed import PackedWeight
+from amalgam.models.decoder import Decoder
+from amalgam.models.loader import Progress
+from amalgam.models.spec import ModelSpec, read_spec
+from amalgam.models.weights import WeightVersion
+from amalgam.precision.format import QuantizeOptions, get_format
+from amalgam.precision.formats.floating import dense
+from amalgam.text import Tokenizer
+
+PROMPT_LENGTHS = (128, 512)
+BATCH_SIZES = (1, 8, 16)
+_SHORT_PROMPT = 8  # tokens of context before decoding is timed
+
+# Shape S: eight layers of Qwen3-30B-A3B's block, half of its experts. 2.70 billion parameters, 0.52 active per token.
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "S": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    }
+}
+# What `--weights mixed` means: attention and head wide, every other expert int4, the others fp8.
+_MIXED = "mixed"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure with its repeats; `value` is their median."""
+
+    name: str
+    unit: str
+    value: float
+    repeats: tuple[float, ...] = ()
+
+
+@dataclass
+class BenchReport:
+    """Everything that one run measured, and on what."""
+
+    model: str
+    weights: dict[str, int]  # format → bytes
+    measurements: list[Measurement] = field(default_factory=list)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench_model(
+    deployment: Deployment,
+    *,
+    prompts: Sequence[int] = PROMPT_LENGTHS,
+    batches: Sequence[int] = BATCH_SIZES,
+    num_tokens: int = 32,
+    repeats: int = 3,
+) -> BenchReport:
+    """Time a loaded model: load, memory, prompt and decoding speed."""
+    info = deployment.model_info()
+    formats = {name: row["bytes"] for name, row in info["precisions"].items()}
+    report = BenchReport(deployment.model_name, formats, hardware=hardware(), kernels=ops.backends())
+    report.measurements.append(Measurement("load", "s", deployment.loaded_seconds))
+    longest = deployment.settings.inference.max_seq_length - num_tokens
+    fitting = [length for length in prompts if length <= longest]
+    report.measurements += measure_engine(deployment.engine, deployment.spec, fitting, batches, num_tokens, repeats)
+    report.measurements.append(Measurement("peak memory", "MiB", peak_memory_bytes() / 2**20))
+    return report
+
+
+def bench_shape(
+    name: str,
+    weights: str,
+    settings: Settings,
+    *,
+    prompts: Sequence[int] = PROMPT_LENGTHS,
+    batches: Sequence[int] = BATCH_SIZES,
+    num_tokens: int = 32,
+    repeats: int = 3,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Time a shape with random weights in one format, or `mixed`.
+
+    Raises:
+        ConfigError: no such shape.
+        UnsupportedError: no such format, or one that cannot quantize.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"Shape {name!r} is unknown.", remedy=f"Known shapes: {', '.join(SHAPES)}.")
+    device = choose_device(settings.inference.device_map)
+    dtype: torch.dtype = getattr(torch, settings.inference.dtype)
+    _, spec = read_spec(SHAPES[name], f"shape {name}")
+    started = time.monotonic()
+    version, formats = random_weights(spec, weights, dtype, device, progress)
+    made_seconds = time.monotonic() - started
+    max_tokens = max(prompts, default=0) + _SHORT_PROMPT + num_tokens
+    inference = settings.inference.model_dump() | {"max_seq_length": max_tokens, "max_batch_size": max(batches)}
+    settings = settings.replace(inference=inference, engine=settings.engine.model_dump() | {"max_step_tokens": 512})
+    engine = Engine(
+        Decoder(spec, max_tokens, dtype, device), version, _word_tokenizer(spec.vocab_size), settings, device, dtype
+    )
+    engine.start()
+    try:
+        report = BenchReport(f"shape {name}, {weights}", formats, hardware=hardware(), kernels=ops.backends())
+        report.measurements.append(Measurement("make weights", "s", made_seconds))
+        report.measurements += measure_engine(engine, spec, prompts, batches, num_tokens, repeats)
+        report.measurements.append(Measurement("peak memory", "MiB", peak_memory_bytes() / 2**20))
+    finally:
+        engine.stop()
+    return report
+
+
+def measure_engine(
+    engine: Engine, spec: ModelSpec, prompts: Sequence[int], batches: Sequence[int], num_tokens: int, repeats: int
+) -> list[Measurement]:
+    """Prompt and decoding speed in tokens per second; the contestants take turns, so that a disturbance hits all."""
+    decode_steps = max(2, num_tokens)
+    timings: dict[str, list[float]] = {f"prompt of {length}": [] for length in prompts}
+    timings |= {f"decode {batch} sequence{'s' if batch > 1 else ''}": [] for batch in batches}
+    for repeat in range(repeats + 1):  # the first round warms up
+        measured = [_prompt_speed(engine, spec, length, repeat) for length in prompts]
+        measured += [_decode_speed(engine, spec, batch, decode_steps, repeat) for batch in batches]
+        if repeat:
+            for samples, value in zip(timings.values(), measured, strict=True):
+                samples.append(value)
+    return [Measurement(name, "tokens/s", median(samples), tuple(samples)) for name, samples in timings.items()]
+
+
+def _prompt_speed(engine: Engine, spec: ModelSpec, length: int, seed: int) -> float:
+    params = SamplingParams(max_new_tokens=1, do_sample=False, ignore_eos=True)
+    started = time.monotonic()
+    engine.generate([_random_ids(spec, length, seed)], params)
+    return length / (time.monotonic() - started)
+
+
+def _decode_speed(engine: Engine, spec: ModelSpec, batch: int, num_tokens: int, seed: int) -> float:
+    """Tokens per second of `batch` sequences between the first step that all take part in and the last."""
+    params = SamplingParams(max_new_tokens=num_tokens, do_sample=False, ignore_eos=True)
+    arrivals: dict[int, list[float]] = {}
+
+    def sink(output: RequestOutput) -> None:
+        arrivals.setdefault(output.request_id, []).extend([time.monotonic()] * len(output.token_ids))
+
+    ids = [engine.submit(_random_ids(spec, _SHORT_PROMPT, seed + i), params, sink) for i in range(batch)]
+    while engine.status().num_running or engine.status().num_waiting:
+        time.sleep(0.005)
+    first = max(arrivals[request_id][0] for request_id in ids)
+    last = max(arrivals[request_id][-1] for request_id in ids)
+    num_decoded = sum(time_ > first for times in arrivals.values() for time_ in times)
+    return num_decoded / (last - first)
+
+
+def _random_ids(spec: ModelSpec, length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(0, spec.vocab_size, (length,), generator=generator).tolist()
+    return ids
+
+
+def random_weights(
+    spec: ModelSpec, weights: str, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+) -> tuple[WeightVersion, dict[str, int]]:
+    """Weights for every slot, each in memory of its own; one random tensor per shape and format is drawn and copied.
+
+    Returns the version and its bytes by format.
+    """
+    templates: dict[tuple[tuple[int, ...], str], PackedWeight] = {}
+    made: dict[str, PackedWeight] = {}
+    sizes: dict[str, int] = {}
+    experts = cycle(("int4", "fp8"))
+    for index, slot in enumerate(spec.slots):
+        name = "wide"
+        if slot.is_linear:
+            name = weights if weights != _MIXED else next(experts) if slot.role == "expert" else "bf16"
+        key = (slot.shape, name)
+        if key not in templates:
+            templates[key] = _random_weight(slot.shape, name, dtype)
+        weight = _copy(templates[key]).to(device)
+        made[slot.name] = ops.prepare(weight) if slot.is_linear else weight
+        sizes[name] = sizes.get(name, 0) + made[slot.name].nbytes
+        if progress is not None:
+            progress("Making weights", index + 1, len(spec.slots))
+    return WeightVersion(1, made, {}, {}), sizes
+
+
+def _random_weight(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> PackedWeight:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * (0.02 if len(shape) > 1 else 1)
+    if name == "wide":
+        return dense(tensor.to(dtype))
+    wide = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name in wide:
+        return dense(tensor.to(wide[name]))
+    weight_format = get_format(name)
+    quantized = weight_format.quantize(tensor.to(torch.bfloat16), QuantizeOptions())
+    return weight_format.pack(quantized, shape)
+
+
+def _copy(weight: PackedWeight) -> PackedWeight:
+    parts = {name: part.clone() for name, part in weight.parts.items()}
+    return PackedWeight(weight.layout, weight.shape, parts, weight.unpack, weight.block)
+
+
+def _word_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer with one word per id, for models that exist only as a shape."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend(WordLevel({f"w{index}": index for index in range(vocab_size)}, unk_token="w0"))
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were measured on."""
+    found: dict[str, Any] = {
+        "processor": next(_cpu_models(), platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "compute_threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu_models() -> Iterator[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                yield line.partition(":")[2].strip()
+
+
+def commit() -> str:
+    """The checked-out commit of the project, empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

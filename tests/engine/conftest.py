@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from amalgam.engine.core import Engine
+from amalgam.text import Tokenizer
+from tests.engine.fakes import FakeDecoder, FakeVersion, make_settings
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.load(DEMO)
+
+
+@pytest.fixture
+def make_engine(tokenizer):
+    """Engines over a `FakeDecoder`, stopped at the end; their settings are those of `make_settings`."""
+    engines = []
+
+    def make(decoder=None, version=None, observer=None, starts=True, **settings):
+        engine = Engine(
+            decoder or FakeDecoder(),
+            version or FakeVersion(1),
+            tokenizer,
+            make_settings(**settings),
+            torch.device("cpu"),
+            torch.float32,
+            observer,
+        )
+        engines.append((engine, decoder))
+        if starts:
+            engine.start()
+        return engine
+
+    yield make
+    for engine, decoder in engines:
+        if decoder is not None:
+            decoder.gate.set()
+        engine.stop()

@@ -1,0 +1,35 @@
+import pytest
+
+from amalgam.engine.blocks import BlockPool
+
+
+def test_blocks_are_handed_out_once_and_come_back():
+    pool = BlockPool(4)
+    first, second = pool.allocate(3), pool.allocate(1)
+    assert sorted(first + second) == [0, 1, 2, 3]
+    assert pool.num_free == 0
+    pool.free(first)
+    assert pool.num_free == 3
+    assert sorted(pool.allocate(3)) == sorted(first)
+
+
+def test_a_shared_block_is_free_when_its_last_holder_frees_it():
+    pool = BlockPool(2)
+    blocks = pool.allocate(1)
+    pool.share(blocks)
+    pool.free(blocks)
+    assert pool.num_free == 1
+    pool.free(blocks)
+    assert pool.num_free == 2
+
+
+def test_misuse_is_an_assertion():
+    pool = BlockPool(2)
+    blocks = pool.allocate(1)
+    pool.free(blocks)
+    with pytest.raises(AssertionError, match="freed twice"):
+        pool.free(blocks)
+    with pytest.raises(AssertionError, match="cannot be shared"):
+        pool.share(blocks)
+    with pytest.raises(AssertionError, match="3 blocks wanted, 2 free"):
+        pool.allocate(3)

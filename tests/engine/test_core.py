@@ -1,0 +1,525 @@
+"""The whole engine over a decoder that notices every wrong block, version and order."""
+
+import _thread
+import asyncio
+import gc
+import logging
+import queue
+import random
+import threading
+import time
+import weakref
+from contextlib import aclosing
+
+import pytest
+
+from amalgam.engine.request import FinishReason, SamplingParams
+from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
+from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
+
+GREEDY = SamplingParams(max_new_tokens=12, do_sample=False, ignore_eos=True)
+TINY_CACHE = {"max_seq_length": 64, "kv_cache_bytes": kv_cache_bytes(20)}
+
+
+def random_prompts(count, max_length=50, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, max_length))] for _ in range(count)]
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+def is_at_rest(engine):
+    status = engine.status()
+    return status.num_running == status.num_waiting == 0 and status.num_free_blocks == status.num_blocks
+
+
+class Outputs:
+    """A sink that keeps what it gets."""
+
+    def __init__(self):
+        self.all = []
+        self._done = threading.Event()
+
+    def __call__(self, output):
+        self.all.append(output)
+        if output.is_finished:
+            assert not self._done.is_set(), "a second last output"
+            self._done.set()
+
+    def last(self):
+        assert self._done.wait(10), "never finished"
+        return self.all[-1]
+
+    @property
+    def token_ids(self):
+        return tuple(token_id for output in self.all for token_id in output.token_ids)
+
+
+@pytest.fixture
+def submit():
+    def submit(engine, prompt_ids, params=GREEDY):
+        outputs = Outputs()
+        outputs.request_id = engine.submit(prompt_ids, params, outputs)
+        return outputs
+
+    return submit
+
+
+def held_engine(make_engine, **settings):
+    """An engine whose first step begins and does not end before `decoder.gate` is set."""
+    decoder = FakeDecoder()
+    decoder.gate.clear()
+    return make_engine(decoder, **settings), decoder
+
+
+class TestAnswers:
+    def test_concurrent_requests_get_the_tokens_that_they_get_alone(self, make_engine):
+        prompts = random_prompts(40)
+        engine = make_engine(**TINY_CACHE)
+        answers = engine.generate(prompts, GREEDY)
+        assert [answer.token_ids for answer in answers] == [greedy_tokens(prompt, 12) for prompt in prompts]
+        assert is_at_rest(engine)
+
+    def test_sampled_answers_depend_on_the_seed_and_not_on_the_company(self, make_engine):
+        prompts = random_prompts(12, seed=1)
+        params = [SamplingParams(max_new_tokens=10, seed=i, ignore_eos=True, top_k=i * 20) for i in range(12)]
+        alone = make_engine(max_seq_length=64, max_batch_size=1, max_step_tokens=7)
+        together = make_engine(**TINY_CACHE)
+        expected = [answer.token_ids for answer in alone.generate(prompts, params)]
+        assert [answer.token_ids for answer in together.generate(prompts, params)] == expected
+
+    def test_without_a_seed_answers_differ(self, make_engine):
+        params = SamplingParams(max_new_tokens=8, temperature=5.0, top_k=0, top_p=1.0, ignore_eos=True)
+        answers = make_engine().generate([[5]] * 4, params)
+        assert len({answer.token_ids for answer in answers}) == 4
+
+    def test_an_end_of_sequence_token_ends_the_answer_without_text(self, make_engine, tokenizer):
+        eos = next(iter(tokenizer.eos_token_ids))
+        prompt = next([token] for token in range(VOCAB_SIZE) if greedy_tokens([token], 1) == (eos,))
+        engine = make_engine()
+        (answer,) = engine.generate([prompt], SamplingParams(max_new_tokens=5, do_sample=False))
+        assert (answer.token_ids, answer.text, answer.finish_reason) == ((eos,), "", FinishReason.STOP)
+        (answer,) = engine.generate([prompt], SamplingParams(max_new_tokens=5, do_sample=False, ignore_eos=True))
+        assert (len(answer.token_ids), answer.finish_reason) == (5, FinishReason.LENGTH)
+
+    def test_a_stop_string_ends_the_answer_before_it(self, make_engine, tokenizer):
+        prompt = [77, 78]
+        text = tokenizer.decode(greedy_tokens(prompt, 12))
+        stop = text[len(text) // 2 :][:3]
+        params = SamplingParams(max_new_tokens=12, do_sample=False, ignore_eos=True, stop=(stop,))
+        (answer,) = make_engine().generate([prompt], params)
+        assert answer.text == text[: text.index(stop)]
+        assert answer.finish_reason is FinishReason.STOP
+        assert len(answer.token_ids) < 12
+
+    def test_streamed_text_is_the_text_of_all_tokens(self, make_engine, tokenizer, submit):
+        outputs = submit(make_engine(), [9, 8, 7])
+        outputs.last()
+        assert "".join(output.text for output in outputs.all) == tokenizer.decode(outputs.token_ids)
+        assert [len(output.token_ids) for output in outputs.all] == [1] * 12
+
+    def test_the_last_output_has_the_figures(self, make_engine, submit):
+        outputs = submit(make_engine(), [9, 8, 7])
+        usage = outputs.last().usage
+        assert (usage.num_prompt_tokens, usage.num_new_tokens, usage.version) == (3, 12, 1)
+        assert 0 <= usage.queue_seconds <= usage.first_token_seconds <= usage.total_seconds
+        assert all(output.usage is None for output in outputs.all[:-1])
+
+    def test_an_answer_ends_with_the_longest_sequence(self, make_engine):
+        engine = make_engine(max_seq_length=20)
+        (answer,) = engine.generate([[5] * 15], SamplingParams(max_new_tokens=500, ignore_eos=True))
+        assert (len(answer.token_ids), answer.finish_reason) == (5, FinishReason.LENGTH)
+
+    def test_the_model_limits_the_sequence_too(self, make_engine):
+        decoder = FakeDecoder()
+        decoder.spec.max_positions = 20
+        with pytest.raises(PromptTooLongError, match="at most 20 fit"):
+            make_engine(decoder, max_seq_length=200).generate([[5] * 20], GREEDY)
+
+    def test_more_prompts_than_the_queue_holds_are_answered(self, make_engine):
+        prompts = random_prompts(30, max_length=5)
+        answers = make_engine(max_queue=3).generate(prompts, GREEDY)
+        assert [answer.token_ids for answer in answers] == [greedy_tokens(prompt, 12) for prompt in prompts]
+
+    def test_prompts_and_parameters_must_be_as_many(self, make_engine):
+        with pytest.raises(RequestError, match="2 prompts and 1 sampling parameters"):
+            make_engine().generate([[5], [6]], [GREEDY])
+
+
+class TestRefusals:
+    def test_a_prompt_that_cannot_be_served(self, make_engine):
+        engine = make_engine(max_seq_length=20)
+        with pytest.raises(PromptTooLongError, match=r"has 20 tokens.*at most 20 fit"):
+            engine.submit([5] * 20, GREEDY, print)
+        with pytest.raises(RequestError, match="no tokens"):
+            engine.submit([], GREEDY, print)
+        with pytest.raises(RequestError, match="Token 1 of the prompt is 8192"):
+            engine.submit([5, VOCAB_SIZE], GREEDY, print)
+        assert is_at_rest(engine)
+
+    def test_a_full_queue(self, make_engine, submit):
+        engine = make_engine(starts=False, max_queue=2)
+        outputs = [submit(engine, [5]), submit(engine, [6])]
+        with pytest.raises(OverloadedError):
+            submit(engine, [7])
+        engine.start()
+        assert {output.last().finish_reason for output in outputs} == {FinishReason.LENGTH}
+
+
+class TestCancelling:
+    def test_a_running_and_a_waiting_request(self, make_engine, submit):
+        engine, decoder = held_engine(make_engine, max_batch_size=2)
+        first, second, waiting = [submit(engine, [token]) for token in (5, 6, 7)]
+        wait_until(lambda: engine.status().num_running == 2)
+        for outputs in (second, waiting):
+            engine.cancel(outputs.request_id)
+            engine.cancel(outputs.request_id)
+        decoder.gate.set()
+        for outputs in (second, waiting):
+            assert outputs.last().finish_reason is FinishReason.CANCELLED
+            assert outputs.token_ids == ()
+        assert waiting.last().usage.version == 0
+        first.last()
+        assert first.token_ids == greedy_tokens([5], 12)
+        wait_until(lambda: is_at_rest(engine))
+
+    def test_slot_and_blocks_are_free_in_the_next_step(self, make_engine, submit):
+        decoder = FakeDecoder()
+        engine = make_engine(decoder, max_seq_length=64, max_batch_size=1, kv_cache_bytes=kv_cache_bytes(16))
+        steps = []
+        endless = SamplingParams(max_new_tokens=60, do_sample=False, ignore_eos=True)
+
+        def on_step(token_ids):
+            steps.append(token_ids)
+            if len(steps) == 3:
+                engine.cancel(first.request_id)
+
+        decoder.on_step = on_step
+        decoder.gate.clear()
+        first, second = submit(engine, [5], endless), submit(engine, [6, 7])
+        decoder.gate.set()
+        second.last()
+        assert steps[3] == [6, 7]
+        assert len(first.token_ids) == 2
+
+    def test_what_is_over_or_unknown_is_left_alone(self, make_engine, submit):
+        engine = make_engine()
+        outputs = submit(engine, [5])
+        assert outputs.last().finish_reason is FinishReason.LENGTH
+        engine.cancel(outputs.request_id)
+        engine.cancel(12345)
+        assert engine.generate([[6]], GREEDY)[0].token_ids == greedy_tokens([6], 12)
+
+    def test_an_interrupt_cancels_what_generate_began(self, make_engine):
+        decoder = FakeDecoder()
+        engine = make_engine(decoder)
+        num_steps = 0
+
+        def on_step(token_ids):
+            nonlocal num_steps
+            num_steps += 1
+            if num_steps == 3:
+                _thread.interrupt_main()
+
+        decoder.on_step = on_step
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[5], [6]], SamplingParams(max_new_tokens=250, do_sample=False, ignore_eos=True))
+        wait_until(lambda: is_at_rest(engine))
+        assert num_steps < 250
+
+    def test_a_refused_prompt_cancels_the_others_of_its_call(self, make_engine):
+        engine = make_engine(max_seq_length=64)
+        with pytest.raises(PromptTooLongError):
+            engine.generate([[5], [6] * 64], GREEDY)
+        wait_until(lambda: is_at_rest(engine))
+
+
+class TestStream:
+    def test_outputs_arrive_in_the_event_loop(self, make_engine):
+        engine = make_engine()
+
+        async def collect(prompt):
+            return [output async for output in engine.stream(prompt, GREEDY)]
+
+        async def collect_all():
+            return await asyncio.gather(*(collect([token]) for token in range(10, 18)))
+
+        for token, outputs in zip(range(10, 18), asyncio.run(collect_all()), strict=True):
+            assert tuple(o.token_ids[0] for o in outputs) == greedy_tokens([token], 12)
+            assert outputs[-1].is_finished
+
+    @pytest.mark.parametrize("leaves_by", ["break", "task"])
+    def test_leaving_early_frees_slot_and_blocks(self, make_engine, leaves_by):
+        engine = make_engine(max_seq_length=1000)
+        endless = SamplingParams(max_new_tokens=900, do_sample=False, ignore_eos=True)
+
+        async def read(limit):
+            async with aclosing(engine.stream([5, 6], endless)) as outputs:
+                number = 0
+                async for _ in outputs:
+                    number += 1
+                    if number == limit:
+                        break
+
+        async def leave():
+            if leaves_by == "break":
+                await read(limit=2)
+            else:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(read(limit=900), timeout=0.02)
+
+        asyncio.run(leave())
+        wait_until(lambda: is_at_rest(engine))
+
+    def test_errors_of_submit_come_when_the_iteration_begins(self, make_engine):
+        engine = make_engine(max_seq_length=20)
+        with pytest.raises(PromptTooLongError):
+            asyncio.run(anext(engine.stream([5] * 20, GREEDY)))
+
+    def test_an_event_loop_that_is_gone_does_not_hurt_the_engine(self, make_engine):
+        engine, decoder = held_engine(make_engine)
+        loop = asyncio.new_event_loop()
+        outputs = engine.stream([5], GREEDY)
+        pending = loop.create_task(anext(outputs))
+        loop.run_until_complete(asyncio.sleep(0.01))
+        pending.cancel()
+        engine.cancel = lambda request_id: None  # as if the loop had died before it could cancel
+        loop.run_until_complete(asyncio.gather(pending, return_exceptions=True))
+        del engine.cancel
+        loop.close()
+        decoder.gate.set()
+        assert engine.generate([[6]], GREEDY)[0].token_ids == greedy_tokens([6], 12)
+        wait_until(lambda: is_at_rest(engine))
+
+
+class TestFailures:
+    def failing_decoder(self, error=None):
+        decoder = FakeDecoder()
+
+        def on_step(token_ids):
+            if 666 in token_ids:
+                raise error or RuntimeError("the kernel broke")
+
+        decoder.on_step = on_step
+        return decoder
+
+    def test_a_step_that_fails_ends_its_requests_and_no_others(self, make_engine, submit):
+        decoder = self.failing_decoder()
+        engine = make_engine(decoder, max_step_tokens=4)
+        decoder.gate.clear()
+        failing, waiting = submit(engine, [5, 666, 5, 5]), submit(engine, [6])
+        decoder.gate.set()
+        last = failing.last()
+        assert last.finish_reason is FinishReason.ERROR
+        assert str(last.error) == "the kernel broke"
+        waiting.last()
+        assert waiting.token_ids == greedy_tokens([6], 12)
+        assert engine.status().is_alive
+        wait_until(lambda: is_at_rest(engine))
+
+    def test_failures_with_successes_between_do_not_end_the_engine(self, make_engine):
+        engine = make_engine(self.failing_decoder())
+        for _ in range(4):
+            assert engine.generate([[666]], GREEDY)[0].finish_reason is FinishReason.ERROR
+            assert engine.generate([[6]], GREEDY)[0].token_ids == greedy_tokens([6], 12)
+
+    @pytest.mark.parametrize(("error", "num_steps"), [(None, 3), (MemoryError("no memory"), 1)])
+    def test_failures_in_a_row_or_lack_of_memory_end_it(self, make_engine, submit, error, num_steps):
+        engine = make_engine(self.failing_decoder(error), starts=False, max_batch_size=1)
+        failing = [submit(engine, [666]) for _ in range(num_steps)]
+        waiting = [submit(engine, [6]) for _ in range(3)]
+        engine.start()
+        for outputs in failing:
+            assert not isinstance(outputs.last().error, UnavailableError)
+        for outputs in waiting:
+            assert isinstance(outputs.last().error, UnavailableError)
+            assert "has failed with" in str(outputs.last().error)
+        wait_until(lambda: not engine.status().is_alive)
+        assert is_at_rest(engine)
+        with pytest.raises(UnavailableError, match="has failed"):
+            submit(engine, [6])
+
+    def test_an_error_of_the_loop_itself_answers_everyone(self, make_engine, submit, monkeypatch):
+        engine = make_engine(starts=False)
+        outputs = [submit(engine, [5]), submit(engine, [6])]
+        monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 / 0)
+        engine.start()
+        assert all(isinstance(output.last().error, UnavailableError) for output in outputs)
+        wait_until(lambda: not engine.status().is_alive)
+
+    def test_logits_that_are_not_finite_end_their_request_only(self, make_engine, submit):
+        decoder = FakeDecoder()
+        decoder.nan_token = 666
+        engine = make_engine(decoder, starts=False)
+        bad, good = submit(engine, [5, 666]), submit(engine, [6])
+        engine.start()
+        assert bad.last().finish_reason is FinishReason.ERROR
+        assert "NaN" in str(bad.last().error)
+        good.last()
+        assert good.token_ids == greedy_tokens([6], 12)
+        wait_until(lambda: is_at_rest(engine))
+
+    def test_a_sink_that_raises_ends_its_request_only(self, make_engine, submit):
+        engine = make_engine(starts=False)
+        num_calls = 0
+
+        def broken_sink(output):
+            nonlocal num_calls
+            num_calls += 1
+            raise ValueError("nobody listens")
+
+        engine.submit([5], GREEDY, broken_sink)
+        good = submit(engine, [6])
+        engine.start()
+        good.last()
+        assert good.token_ids == greedy_tokens([6], 12)
+        wait_until(lambda: is_at_rest(engine))
+        assert num_calls == 2  # the first output, and that it was cancelled
+
+
+class TestVersions:
+    def test_each_answer_is_that_of_exactly_one_version(self, make_engine, submit):
+        decoder = FakeDecoder()
+        engine = make_engine(decoder, **TINY_CACHE)
+        prompts = random_prompts(60, seed=3)
+        outputs = []
+        for index, prompt in enumerate(prompts):
+            if index % 20 == 19:
+                engine.set_version(FakeVersion(engine.version.version_id + 1))
+            outputs.append(submit(engine, prompt))
+            time.sleep(0.002)
+        versions = [output.last().usage.version for output in outputs]
+        for prompt, output, version in zip(prompts, outputs, versions, strict=True):
+            assert output.token_ids == greedy_tokens(prompt, 12, version)
+        assert set(versions) == {1, 2, 3, 4}
+        wait_until(lambda: is_at_rest(engine))
+
+    def test_requests_in_flight_finish_on_theirs_and_new_ones_start_on_the_newest(self, make_engine, submit):
+        engine, decoder = held_engine(make_engine)
+        old = submit(engine, [5])
+        wait_until(lambda: engine.status().num_running == 1)
+        engine.set_version(FakeVersion(2))
+        new = submit(engine, [5])
+        assert engine.status().versions == {1: 1, 2: 0}
+        decoder.gate.set()
+        assert (old.last().usage.version, new.last().usage.version) == (1, 2)
+        assert old.token_ids == greedy_tokens([5], 12, version_id=1)
+        assert new.token_ids == greedy_tokens([5], 12, version_id=2)
+        assert engine.status().versions == {2: 0}
+
+    def test_an_old_version_is_let_go_with_its_last_request(self, make_engine):
+        decoder = FakeDecoder()
+        engine = make_engine(decoder, version=(version := FakeVersion(1)))
+        old = weakref.ref(version)
+        released = queue.SimpleQueue()
+        decoder.gate.clear()
+        engine.submit([5], GREEDY, lambda output: output.is_finished and released.put(old()))
+        wait_until(lambda: engine.status().num_running == 1)
+        engine.set_version(FakeVersion(2))
+        del version
+        gc.disable()
+        try:
+            decoder.gate.set()
+            assert released.get(timeout=10) is None  # gone even before the last output arrives
+        finally:
+            gc.enable()
+
+    def test_an_old_version_is_let_go_when_its_last_step_fails(self, make_engine, submit, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("amalgam.engine"), "disabled", True)  # pytest keeps what is logged
+        decoder = FakeDecoder()
+        engine = make_engine(decoder, version=(version := FakeVersion(1)))
+        old = weakref.ref(version)
+        decoder.on_step = lambda token_ids: 1 / 0
+        decoder.gate.clear()
+        outputs = submit(engine, [5])
+        wait_until(lambda: engine.status().num_running == 1)
+        engine.set_version(FakeVersion(2))
+        del version
+        decoder.gate.set()
+        assert isinstance(outputs.last().error, ZeroDivisionError)
+        gc.collect()
+        wait_until(lambda: old() is None)
+
+
+class TestEnd:
+    def test_drain_refuses_new_requests_and_waits_for_the_others(self, make_engine, submit):
+        engine, decoder = held_engine(make_engine)
+        outputs = submit(engine, [5])
+        assert not engine.drain(timeout_seconds=0.01)
+        assert engine.status().is_draining
+        with pytest.raises(UnavailableError, match="draining"):
+            submit(engine, [6])
+        decoder.gate.set()
+        assert engine.drain(timeout_seconds=10)
+        assert outputs.last().finish_reason is FinishReason.LENGTH
+        assert engine.status().is_alive
+
+    def test_stop_answers_everyone(self, make_engine, submit):
+        engine, decoder = held_engine(make_engine, max_batch_size=1)
+        outputs = [submit(engine, [5]), submit(engine, [6])]
+        wait_until(lambda: engine.status().num_running == 1)
+        threading.Timer(0.05, decoder.gate.set).start()
+        engine.stop()
+        for output in outputs:
+            assert output.last().finish_reason is FinishReason.ERROR
+            assert isinstance(output.last().error, UnavailableError)
+            assert output.last().usage is not None
+        assert is_at_rest(engine)
+        assert not engine.status().is_alive
+        with pytest.raises(UnavailableError, match="stopped"):
+            submit(engine, [6])
+        engine.stop()
+
+    def test_stop_before_start_answers_too(self, make_engine, submit):
+        engine = make_engine(starts=False)
+        outputs = submit(engine, [5])
+        assert not engine.status().is_alive
+        engine.stop()
+        assert isinstance(outputs.last().error, UnavailableError)
+
+    def test_a_sink_may_stop_the_engine(self, make_engine):
+        engine = make_engine()
+        engine.submit([5], GREEDY, lambda output: engine.stop())
+        wait_until(lambda: not engine.status().is_alive)
+
+
+class RecordingObserver:
+    def __init__(self):
+        self.num_requests = 0
+        self.num_prompt = self.num_generated = 0
+        self._spans = None
+
+    def begin_step(self, spans):
+        self._spans = spans
+        self._rows = 0
+
+    def observe(self, layer_id, expert_ids, gate_weights):
+        self._rows = len(expert_ids)
+
+    def end_step(self):
+        assert self._spans[-1].stop == self._rows
+        for span in self._spans:
+            first_generated = max(span.record_from, span.generated_from)
+            self.num_prompt += max(0, min(span.generated_from, span.stop) - span.record_from)
+            self.num_generated += span.stop - first_generated
+
+    def count_request(self):
+        self.num_requests += 1
+
+
+def test_the_observer_sees_every_token_once_whatever_is_preempted(make_engine):
+    observer = RecordingObserver()
+    prompts = random_prompts(40, seed=5)
+    num_steps = []
+    decoder = FakeDecoder()
+    decoder.on_step = lambda token_ids: num_steps.append(len(token_ids))
+    make_engine(decoder, observer=observer, **TINY_CACHE).generate(prompts, GREEDY)
+    num_prompt = sum(map(len, prompts))
+    num_generated = 40 * 11  # the token sampled last never runs through the model
+    assert sum(num_steps) > num_prompt + num_generated, "nothing was preempted, so this test shows nothing"
+    assert (observer.num_requests, observer.num_prompt, observer.num_generated) == (40, num_prompt, num_generated)

@@ -1,0 +1,55 @@
+import pytest
+
+from amalgam.engine.request import SamplingParams, check_token_ids
+from amalgam.errors import RequestError
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", True),
+        ("max_new_tokens", 2**63),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", "hot"),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("min_p", float("inf")),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("do_sample", "no"),
+        ("ignore_eos", None),
+        ("stop", ("",)),
+        ("stop", ("x",) * 17),
+        ("stop", ("x" * 1025,)),
+        ("stop", (1,)),
+        ("stop", 5),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field, value):
+    with pytest.raises(RequestError, match=f"^{field} is "):
+        SamplingParams(**{field: value})
+
+
+def test_stop_may_be_a_string_or_a_list():
+    assert SamplingParams(stop="end").stop == ("end",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+def test_greedy_is_no_sampling_or_no_temperature():
+    assert SamplingParams(do_sample=False).is_greedy
+    assert SamplingParams(temperature=0.0).is_greedy
+    assert not SamplingParams().is_greedy
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "message"),
+    [([], "no tokens"), ([1, 8], "Token 1 .* is 8"), ([-1], "is -1"), ([True], "is True"), ([1.0], "is 1.0")],
+)
+def test_a_prompt_holds_token_ids_of_the_model(prompt_ids, message):
+    with pytest.raises(RequestError, match=message):
+        check_token_ids(prompt_ids, vocab_size=8)

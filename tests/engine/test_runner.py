@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from amalgam.engine.request import Request, SamplingParams, ScheduledRequest, StepPlan
+from amalgam.engine.runner import Runner, available_bytes, choose_num_blocks, token_spans
+from amalgam.errors import ConfigError
+from amalgam.models.context import TokenSpan
+from tests.engine.fakes import FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes, make_settings
+
+CPU = torch.device("cpu")
+
+
+def make_item(request_id, start, num_tokens, *, prompt=(5, 6, 7, 8, 9, 10), generated=(), blocks=(), num_recorded=0):
+    params = SamplingParams(do_sample=False)
+    request = Request(request_id, list(prompt), params, sink=lambda output: None, num_recorded=num_recorded)
+    request.token_ids += generated
+    end = start + num_tokens
+    num_unrecorded = min(num_tokens, max(0, end - num_recorded))
+    return ScheduledRequest(request, start, num_tokens, tuple(blocks), num_unrecorded, end == len(request.token_ids))
+
+
+def num_blocks(max_sequence_tokens=256, **settings):
+    spec = FakeDecoder().spec
+    return choose_num_blocks(spec, make_settings(**settings), max_sequence_tokens, CPU, torch.float32)
+
+
+def test_a_step_mixes_chunks_and_single_tokens_over_scattered_blocks():
+    runner = Runner(FakeDecoder(), make_settings(kv_cache_bytes=kv_cache_bytes(70)), 256, CPU, torch.float32)
+    version = FakeVersion(1)
+    first = make_item(1, 0, 4, blocks=(9, 3))
+    assert runner.execute(StepPlan(version, (first,))).next_token_ids == {}
+    rest = make_item(1, 4, 2, blocks=(9, 3))
+    whole = make_item(2, 0, 3, prompt=(11, 12, 13), blocks=(68,))
+    result = runner.execute(StepPlan(version, (rest, whole)))
+    assert result.next_token_ids == {1: greedy_tokens((5, 6, 7, 8, 9, 10), 1)[0], 2: greedy_tokens((11, 12, 13), 1)[0]}
+
+
+def test_spans_tell_what_to_count_and_as_what():
+    plan = StepPlan(
+        FakeVersion(1),
+        (
+            make_item(1, 0, 4),  # the prompt's first part
+            make_item(2, 4, 3, generated=(1,)),  # its end and a generated token
+            make_item(3, 6, 1, generated=(1,), num_recorded=6),  # a generated token
+            make_item(4, 0, 8, generated=(1, 2), num_recorded=7),  # computed again after a preemption
+            make_item(5, 0, 4, num_recorded=6),  # again, and all of it known
+        ),
+    )
+    assert token_spans(plan) == [
+        TokenSpan(1, 0, 4, record_from=0, generated_from=4),
+        TokenSpan(2, 4, 7, record_from=4, generated_from=6),
+        TokenSpan(3, 7, 8, record_from=7, generated_from=7),
+        TokenSpan(4, 8, 16, record_from=15, generated_from=14),
+        TokenSpan(5, 16, 20, record_from=20, generated_from=20),
+    ]
+
+
+def test_the_cache_takes_what_the_setting_allows():
+    assert num_blocks(kv_cache_bytes=kv_cache_bytes(100) + 1) == 100
+
+
+def test_without_a_setting_the_cache_holds_a_full_batch():
+    assert num_blocks(max_sequence_tokens=99, max_batch_size=3) == 3 * 25
+
+
+def test_without_a_setting_the_cache_takes_a_quarter_of_memory_at_most(monkeypatch):
+    monkeypatch.setattr("amalgam.engine.runner.available_bytes", lambda device: 4 * kv_cache_bytes(80))
+    assert num_blocks(max_batch_size=8) == 80
+
+
+def test_a_cache_too_small_for_one_sequence_is_refused_with_both_numbers(monkeypatch):
+    with pytest.raises(ConfigError, match=rf"takes {kv_cache_bytes(64)} bytes, and engine.kv_cache_bytes is 1000"):
+        num_blocks(kv_cache_bytes=1000)
+    monkeypatch.setattr("amalgam.engine.runner.available_bytes", lambda device: 4000)
+    with pytest.raises(ConfigError, match="a quarter of the available memory is 1000"):
+        num_blocks()
+
+
+def test_available_memory_is_a_plausible_number():
+    assert 2**20 < available_bytes(CPU) < 2**50

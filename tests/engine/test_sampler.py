@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from amalgam.engine.request import Request, SamplingParams
+from amalgam.engine.sampler import NonFiniteLogitsError, choose, sample, uniform
+
+VOCAB_SIZE = 300
+
+
+def make_request(request_id=0, prompt=(1, 2, 3), generated=(), seed=0, **params):
+    params = SamplingParams(**{"top_k": 0, "top_p": 1.0, "temperature": 1.0, **params})
+    request = Request(request_id, list(prompt), params, sink=lambda output: None, seed=seed)
+    request.token_ids += generated
+    return request
+
+
+def make_logits(num_rows, seed=0, vocab_size=VOCAB_SIZE):
+    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def transformers_probabilities(logits, request):
+    params = request.params
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(params.repetition_penalty)])
+    processors.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        processors.append(TopKLogitsWarper(params.top_k))
+    processors.append(TopPLogitsWarper(params.top_p))
+    processors.append(MinPLogitsWarper(params.min_p))
+    return processors(torch.tensor([request.token_ids]), logits.clone()).softmax(dim=1)[0].double()
+
+
+PARAMS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.0, "top_p": 0.8},
+    {"top_k": 7},
+    {"top_k": 40, "top_p": 0.9, "temperature": 0.7},
+    {"min_p": 0.1},
+    {"repetition_penalty": 1.3, "top_k": 20, "top_p": 0.95, "min_p": 0.02},
+    {"repetition_penalty": 0.7, "top_p": 0.5},
+    {"top_p": 1e-6},
+    {"top_k": 10_000},
+]
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_the_distribution_is_that_of_transformers(params):
+    """4,000 draws hit exactly the tokens that transformers leaves, as often as it says."""
+    num_draws = 4000
+    logits = make_logits(1)
+    occurred = logits[0].topk(4).indices.tolist()  # so that the penalty matters
+    requests = [
+        make_request(i, prompt=occurred[:2], generated=occurred[2:], seed=i, **params) for i in range(num_draws)
+    ]
+    expected = transformers_probabilities(logits, requests[0])
+    drawn = sample(logits.expand(num_draws, -1), requests).next_token_ids.values()
+    counts = torch.bincount(torch.tensor(list(drawn)), minlength=VOCAB_SIZE).double()
+    assert set(counts.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
+    likely = expected * num_draws > 10
+    deviation = (counts - expected * num_draws).abs() / (expected * num_draws).sqrt()
+    assert deviation[likely].max() < 5
+
+
+def test_choosing_follows_the_cumulative_distribution():
+    scores = np.log([0.5, 0.2, 0.3])
+    params = SamplingParams(temperature=1.0, top_p=1.0, top_k=0)
+    assert [choose(scores, params, u) for u in (0.0, 0.49, 0.51, 0.69, 0.71, 1 - 2**-53)] == [0, 0, 1, 1, 2, 2]
+    only_two = SamplingParams(temperature=1.0, top_p=0.75, top_k=0)  # 0.5 and 0.3
+    assert [choose(scores, only_two, u) for u in (0.0, 0.62, 0.63, 1 - 2**-53)] == [0, 0, 2, 2]
+
+
+def test_ties_at_the_k_th_place_all_stay():
+    logits = torch.tensor([[1.0, 5.0, 5.0, 5.0, 0.0]])
+    drawn = {sample(logits, [make_request(seed=seed, top_k=2)]).next_token_ids[0] for seed in range(100)}
+    assert drawn == {1, 2, 3}
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = make_logits(1)
+    result = sample(logits, [make_request(temperature=1e-300)])
+    assert result.next_token_ids[0] == int(logits.argmax())
+
+
+@pytest.mark.parametrize("params", [{"do_sample": False}, {"temperature": 0.0}])
+def test_greedy_takes_the_best_and_the_first_among_equals(params):
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
+    assert sample(logits, [make_request(prompt=[0], **params)]).next_token_ids == {0: 1}
+
+
+def test_the_repetition_penalty_holds_for_greedy_requests_too():
+    logits = torch.tensor([[0.1, 3.0, 2.0, -1.0]])
+    requests = [make_request(0, prompt=[1], do_sample=False, repetition_penalty=2.0)]
+    assert sample(logits, requests).next_token_ids == {0: 2}
+    assert logits.tolist()[0] == pytest.approx([0.1, 3.0, 2.0, -1.0])  # the caller's logits stay as they are
+
+
+def test_a_row_does_not_depend_on_the_others_to_the_bit():
+    rng = np.random.default_rng(0)
+    params = [*PARAMS, {"do_sample": False}, {"do_sample": False, "repetition_penalty": 1.2}]
+    requests, rows = [], []
+    for index in range(60):
+        generated = rng.integers(0, VOCAB_SIZE, size=rng.integers(0, 20)).tolist()
+        requests.append(make_request(index, generated=generated, seed=index, **params[index % len(params)]))
+        rows.append(make_logits(1, seed=index)[0].bfloat16().float())  # with ties, as bfloat16 gives them
+    logits = torch.stack(rows)
+    alone = {i: sample(logits[i : i + 1], [requests[i]]).next_token_ids[i] for i in range(60)}
+    for _ in range(20):
+        chosen = rng.permutation(60)[: rng.integers(1, 40)].tolist()
+        together = sample(logits[chosen], [requests[i] for i in chosen]).next_token_ids
+        assert together == {i: alone[i] for i in chosen}
+
+
+def test_the_uniform_number_is_a_function_of_seed_and_index():
+    assert uniform(7, 3) == uniform(7, 3)
+    numbers = [uniform(seed, index) for seed in (0, 1, 2**63 - 1) for index in range(1000)]
+    assert len(set(numbers)) == len(numbers)
+    assert all(0 <= number < 1 for number in numbers)
+    assert np.mean(numbers) == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_same_seed_draws_anew_for_each_token():
+    logits = make_logits(1)
+    draws = [sample(logits, [make_request(generated=[5] * n, seed=3)]).next_token_ids[0] for n in range(20)]
+    assert len(set(draws)) > 5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_fail_their_request_only(bad):
+    logits = make_logits(3)
+    logits[1, 17] = bad
+    requests = [make_request(i, seed=i) for i in range(3)]
+    result = sample(logits, requests)
+    assert set(result.next_token_ids) == {0, 2}
+    assert isinstance(result.errors[1], NonFiniteLogitsError)
+    assert result.errors[1].http_status == 500

@@ -1,0 +1,276 @@
+"""The scheduler against a simulated model: no tensors, but a cache in which every wrong block is noticed."""
+
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from amalgam.engine.blocks import BlockPool
+from amalgam.engine.request import Request, RequestStatus, SamplingParams
+from amalgam.engine.scheduler import Scheduler
+from amalgam.errors import OverloadedError, PromptTooLongError
+
+BLOCK_SIZE = 4
+
+
+def make_version(version_id):
+    return SimpleNamespace(version_id=version_id)
+
+
+def make_scheduler(
+    num_blocks=64, max_batch_size=8, max_step_tokens=32, max_sequence_tokens=200, max_queue=1000, version=None
+):
+    return Scheduler(
+        version or make_version(1),
+        BlockPool(num_blocks),
+        block_size=BLOCK_SIZE,
+        max_batch_size=max_batch_size,
+        max_step_tokens=max_step_tokens,
+        max_sequence_tokens=max_sequence_tokens,
+        max_queue=max_queue,
+    )
+
+
+def make_request(request_id, num_prompt, num_new=4):
+    prompt = [(request_id * 31 + i) % 97 for i in range(num_prompt)]
+    return Request(request_id, prompt, SamplingParams(max_new_tokens=num_new), sink=lambda output: None)
+
+
+def next_token(token_ids, version_id):
+    return (sum((token + 1) * (17 * place + 3) for place, token in enumerate(token_ids)) + version_id) % 97
+
+
+def expected_tokens(request_prompt, num_new, version_id):
+    token_ids = list(request_prompt)
+    for _ in range(num_new):
+        token_ids.append(next_token(token_ids, version_id))
+    return token_ids
+
+
+class Simulation:
+    """Runs steps as a runner would, with a list for the KV cache and `next_token` for the model."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.cache = [None] * (scheduler.pool.num_blocks * BLOCK_SIZE)
+        self.num_times_recorded = Counter()  # (request, place) → times
+        self.versions = {}  # request id → version ids that it ran on
+        self.finished = []
+
+    def step(self):
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return None
+        for item in plan.scheduled:
+            self._compute(item, plan.version.version_id)
+        self.scheduler.commit(plan)
+        for item in plan.scheduled:
+            request = item.request
+            if item.needs_sample:
+                request.token_ids.append(self._read(request, item, plan.version.version_id))
+                if request.num_new_tokens == request.max_new_tokens:
+                    self.scheduler.finish(request)
+                    self.finished.append(request)
+        return plan
+
+    def run(self, limit=100_000):
+        plans = []
+        while (plan := self.step()) is not None:
+            plans.append(plan)
+            assert len(plans) < limit, "no progress"
+        return plans
+
+    def _compute(self, item, version_id):
+        request = item.request
+        assert item.start == request.num_computed
+        self.versions.setdefault(request.request_id, set()).add(version_id)
+        for place in range(item.start, item.end):
+            self.cache[self._slot(item, place)] = (request.request_id, place, request.token_ids[place], version_id)
+            if place >= item.end - item.num_unrecorded:
+                self.num_times_recorded[request.request_id, place] += 1
+
+    def _read(self, request, item, version_id):
+        entries = [self.cache[self._slot(item, place)] for place in range(item.end)]
+        for place, entry in enumerate(entries):
+            assert entry == (request.request_id, place, request.token_ids[place], version_id)
+        return next_token([entry[2] for entry in entries], version_id)
+
+    def _slot(self, item, place):
+        return item.block_ids[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+
+
+def shares(plan):
+    return [(item.request.request_id, item.start, item.num_tokens) for item in plan.scheduled]
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_sampled_once_at_its_end():
+    scheduler = make_scheduler(max_step_tokens=10)
+    scheduler.add(make_request(1, num_prompt=25, num_new=2))
+    plans = Simulation(scheduler).run()
+    assert [shares(plan) for plan in plans] == [[(1, 0, 10)], [(1, 10, 10)], [(1, 20, 5)], [(1, 25, 1)]]
+    assert [plan.scheduled[0].needs_sample for plan in plans] == [False, False, True, True]
+
+
+def test_running_requests_come_before_waiting_ones():
+    scheduler = make_scheduler(max_step_tokens=10)
+    simulation = Simulation(scheduler)
+    scheduler.add(make_request(1, num_prompt=4, num_new=9))
+    simulation.step()
+    scheduler.add(make_request(2, num_prompt=30))
+    assert [shares(simulation.step()) for _ in range(2)] == [[(1, 4, 1), (2, 0, 9)], [(1, 5, 1), (2, 9, 9)]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "num_admitted"),
+    [({}, 6), ({"max_batch_size": 2}, 2), ({"max_step_tokens": 20}, 3), ({"num_blocks": 8}, 3)],
+)
+def test_admission_keeps_to_sequences_tokens_and_blocks(limits, num_admitted):
+    scheduler = make_scheduler(**{"max_step_tokens": 64, **limits})
+    for request_id in range(6):
+        scheduler.add(make_request(request_id, num_prompt=8))  # 2 blocks
+    assert len(scheduler.schedule().scheduled) == num_admitted
+    assert len(scheduler.waiting) == 6 - num_admitted
+
+
+def test_the_request_admitted_last_gives_its_blocks_back_and_keeps_its_tokens():
+    scheduler = make_scheduler(num_blocks=5)
+    simulation = Simulation(scheduler)
+    first, second = make_request(1, num_prompt=7, num_new=10), make_request(2, num_prompt=4, num_new=9)
+    scheduler.add(first)
+    scheduler.add(second)
+    for _ in range(6):
+        simulation.step()
+    assert second.status is RequestStatus.WAITING
+    assert first.status is RequestStatus.RUNNING
+    assert second.num_new_tokens > 0
+    assert (second.num_computed, second.block_ids) == (0, [])
+    assert second.num_recorded == len(second.token_ids) - 1
+    third = make_request(3, num_prompt=1, num_new=1)
+    scheduler.add(third)
+    assert list(scheduler.waiting) == [second, third]
+    simulation.run()
+    for request in (first, second):
+        assert request.token_ids == expected_tokens(request.prompt_ids, request.max_new_tokens, 1)
+    assert set(simulation.num_times_recorded.values()) == {1}
+
+
+def test_a_request_keeps_the_version_of_its_first_admission_through_preemption():
+    scheduler = make_scheduler(num_blocks=5)
+    simulation = Simulation(scheduler)
+    first, second = make_request(1, num_prompt=7, num_new=10), make_request(2, num_prompt=4, num_new=9)
+    scheduler.add(first)
+    scheduler.add(second)
+    simulation.step()
+    scheduler.version = make_version(2)
+    third = make_request(3, num_prompt=4, num_new=2)
+    scheduler.add(third)
+    simulation.run()
+    assert simulation.versions == {1: {1}, 2: {1}, 3: {2}}
+
+
+def test_a_waiting_request_gets_the_version_that_is_newest_when_it_is_admitted():
+    scheduler = make_scheduler(max_batch_size=1)
+    simulation = Simulation(scheduler)
+    for request_id in (1, 2):
+        scheduler.add(make_request(request_id, num_prompt=4))
+    simulation.step()
+    scheduler.version = make_version(2)
+    simulation.run()
+    assert simulation.versions == {1: {1}, 2: {2}}
+
+
+def test_versions_take_turns():
+    scheduler = make_scheduler()
+    simulation = Simulation(scheduler)
+    for version_id in (1, 2, 3):
+        scheduler.version = make_version(version_id)
+        scheduler.add(make_request(version_id, num_prompt=4, num_new=20))
+        simulation.step()
+    assert scheduler.count_by_version() == {1: 1, 2: 1, 3: 1}
+    turns = [simulation.step().version.version_id for _ in range(12)]
+    assert turns == [1, 2, 3] * 4
+    simulation.run()
+    assert scheduler.count_by_version() == {3: 0}
+
+
+def test_a_prompt_that_never_fits_is_refused_with_both_numbers():
+    with pytest.raises(PromptTooLongError, match=r"has 50 tokens.*at most 50 fit"):
+        make_scheduler(max_sequence_tokens=50).add(make_request(1, num_prompt=50))
+    with pytest.raises(PromptTooLongError, match=r"has 40 tokens.*at most 40 fit"):
+        make_scheduler(num_blocks=10).add(make_request(1, num_prompt=40))
+
+
+def test_an_answer_ends_where_the_sequence_must():
+    scheduler = make_scheduler(num_blocks=10)
+    request = make_request(1, num_prompt=35, num_new=1000)
+    scheduler.add(request)
+    Simulation(scheduler).run()
+    assert len(request.token_ids) == 40
+
+
+def test_the_queue_has_a_limit():
+    scheduler = make_scheduler(max_queue=2)
+    for request_id in (1, 2):
+        scheduler.add(make_request(request_id, num_prompt=4))
+    with pytest.raises(OverloadedError, match="max_queue is 2"):
+        scheduler.add(make_request(3, num_prompt=4))
+
+
+def test_a_request_that_leaves_frees_its_blocks_at_once():
+    scheduler = make_scheduler(max_batch_size=1)
+    running, waiting = make_request(1, num_prompt=30), make_request(2, num_prompt=4)
+    scheduler.add(running)
+    scheduler.add(waiting)
+    Simulation(scheduler).step()
+    scheduler.finish(running)
+    scheduler.finish(waiting)
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+    assert not scheduler.has_requests
+    assert scheduler.schedule() is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_traffic_gets_the_right_tokens_and_leaves_nothing_behind(seed):
+    """Hundreds of requests that come, leave early, and share a pool that is far too small, over changing versions."""
+    rng = random.Random(seed)
+    scheduler = make_scheduler(
+        num_blocks=rng.randint(8, 30),
+        max_batch_size=rng.randint(1, 12),
+        max_step_tokens=rng.randint(1, 40),
+        max_sequence_tokens=rng.randint(20, 100),
+    )
+    simulation = Simulation(scheduler)
+    requests, cancelled = {}, set()
+    for step in range(100_000):
+        if len(requests) < 250 and rng.random() < 0.4:
+            num_prompt = rng.randint(1, scheduler.max_sequence_tokens - 1)
+            request = make_request(len(requests), num_prompt, num_new=rng.randint(1, 30))
+            requests[request.request_id] = request
+            scheduler.add(request)
+        if rng.random() < 0.05:
+            in_flight = [*scheduler.running, *scheduler.waiting]
+            if in_flight:
+                request = rng.choice(in_flight)
+                cancelled.add(request.request_id)
+                scheduler.finish(request)
+        if rng.random() < 0.02:
+            scheduler.version = make_version(scheduler.version.version_id + 1)
+        plan = simulation.step()
+        if plan is not None:
+            assert sum(item.num_tokens for item in plan.scheduled) <= scheduler._max_step_tokens
+            assert len(scheduler.running) <= scheduler._max_batch_size
+            assert {item.request.request_id for item in plan.scheduled}.isdisjoint(cancelled)
+        elif len(requests) == 250:
+            break
+    assert step < 99_999, "no progress"
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+    assert {request.request_id for request in simulation.finished} == set(requests) - cancelled
+    for request in simulation.finished:
+        (version_id,) = simulation.versions[request.request_id]
+        assert request.token_ids == expected_tokens(request.prompt_ids, request.max_new_tokens, version_id)
+        # The token sampled last never runs through the model.
+        places = range(len(request.token_ids) - 1)
+        assert all(simulation.num_times_recorded[request.request_id, place] == 1 for place in places)
+        assert simulation.num_times_recorded[request.request_id, len(places)] == 0
+    assert set(simulation.num_times_recorded.values()) == {1}

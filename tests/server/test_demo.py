@@ -1,0 +1,163 @@
+"""The server with the demo model behind it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from amalgam.config import build_settings
+from amalgam.engine.deployment import Deployment
+from amalgam.llm import open_deployment
+from tests.server.conftest import serving, wait_until
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+MAX_TOKENS = 128
+PROMPTS = ["It was a dark night, and", "床前明月光，", "def fibonacci(n):\n"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, Deployment]]:
+    settings = build_settings(
+        {
+            "model": {
+                "base_path": str(DEMO),
+                "mixed_precision": {
+                    "int8_path": str(tmp_path_factory.mktemp("int8") / "demo"),
+                    "derived": {"int8": {"format": "int8"}},
+                },
+            },
+            "inference": {"device_map": "cpu", "max_seq_length": MAX_TOKENS},
+            "engine": {"num_threads": 1},
+            "server": {"port": 0},
+        }
+    )
+    opened: list[Deployment] = []
+
+    def open_and_keep() -> Deployment:
+        opened.append(open_deployment(settings))
+        return opened[0]
+
+    with serving(settings, open_and_keep) as base_url, httpx.Client(base_url=base_url, timeout=60) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200, 60)
+        yield client, opened[0]
+
+
+def generate(client: httpx.Client, prompt: str = PROMPTS[0], **fields: Any) -> dict[str, Any]:
+    response = client.post("/generate", json={"prompt": prompt, "max_new_tokens": 12, "seed": 1, **fields})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def is_idle(deployment: Deployment) -> bool:
+    status = deployment.engine.status()
+    return not status.num_running and not status.num_waiting and status.num_free_blocks == status.num_blocks
+
+
+def test_streamed_text_is_the_whole_text(demo: tuple[httpx.Client, Deployment]) -> None:
+    client, _ = demo
+    for prompt in PROMPTS:
+        whole = generate(client, prompt)
+        with client.stream(
+            "POST", "/generate", json={"prompt": prompt, "max_new_tokens": 12, "seed": 1, "stream": True}
+        ) as stream:
+            lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+        pieces = [httpx.Response(200, text=line).json() for line in lines[:-1]]
+        assert "".join(piece["text"] for piece in pieces) == whole["generated_text"]
+        assert pieces[-1]["generated_tokens"] == whole["generated_tokens"] == 12
+
+
+def test_a_batch_equals_its_prompts_alone(demo: tuple[httpx.Client, Deployment]) -> None:
+    client, _ = demo
+    alone = [generate(client, prompt)["generated_text"] for prompt in PROMPTS]
+    batch = client.post("/batch_generate", json={"prompts": PROMPTS, "max_new_tokens": 12, "seed": 1}).json()
+    assert batch["generated_texts"] == alone
+
+
+def test_what_does_not_fit(demo: tuple[httpx.Client, Deployment]) -> None:
+    client, _ = demo
+    clipped = client.post("/generate", json={"prompt": PROMPTS[0], "temperature": 0}).json()
+    assert (clipped["total_tokens"], clipped["finish_reason"]) == (MAX_TOKENS, "length")
+    response = client.post("/generate", json={"prompt": "night " * 400})
+    assert response.status_code == 413
+    message = response.json()["error"]["message"]
+    assert str(MAX_TOKENS) in message
+    assert any(part.isdigit() and int(part) > MAX_TOKENS for part in message.split())
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_leaving_frees_the_engine(demo: tuple[httpx.Client, Deployment], is_stream: bool) -> None:
+    client, deployment = demo
+    body = {"prompt": PROMPTS[0], "temperature": 0, "stream": is_stream}
+    with httpx.Client(base_url=client.base_url) as leaver:
+        if is_stream:
+            with leaver.stream("POST", "/generate", json=body) as response:
+                next(response.iter_lines())
+                assert not is_idle(deployment)
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                leaver.post("/generate", json=body, timeout=0.2)
+    wait_until(lambda: is_idle(deployment), 1)
+
+
+def test_statistics_are_exact(demo: tuple[httpx.Client, Deployment]) -> None:
+    client, deployment = demo
+    client.post("/reset_expert_stats")
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda prompt: generate(client, prompt), PROMPTS * 2))
+    # The last token of each request is sampled and never computed.
+    num_tokens = sum(answer["total_tokens"] - 1 for answer in answers)
+    wait_until(lambda: is_idle(deployment), 1)
+    summary = client.get("/expert_stats").json()["summary"]
+    assert summary["total_requests"] == 6
+    assert summary["total_tokens"] == num_tokens
+    assert summary["total_activations"] == num_tokens * 4 * 6  # active experts × layers
+
+
+def test_weights_change_under_load_without_an_error(demo: tuple[httpx.Client, Deployment]) -> None:
+    client, _ = demo
+    info = client.get("/model_info").json()
+    assert info["sources"].keys() == {"base", "int8"}
+    before = generate(client, temperature=0)
+    with ThreadPoolExecutor(5) as pool:
+        load = [pool.submit(generate, client, temperature=0) for _ in range(12)]
+        remap = client.post("/update_weight_mapping", json={"weight_mapping": {"model.layers.*.mlp.experts.*": "int8"}})
+        answers = [item.result() for item in load]
+    assert remap.status_code == 200, remap.text
+    assert remap.json()["num_changed"] == 6 * 16 * 3
+    after = generate(client, temperature=0)
+    assert after["weight_version"] == remap.json()["weight_version"] == before["weight_version"] + 1
+    texts = {item["weight_version"]: item["generated_text"] for item in (before, after)}
+    assert all(item["generated_text"] == texts[item["weight_version"]] for item in answers)
+
+    reload = client.post("/reload_weights").json()
+    assert (reload["num_changed"], reload["previous_version"]) == (0, after["weight_version"])
+
+
+def test_a_mapping_that_cannot_be_fulfilled_changes_nothing(demo: tuple[httpx.Client, Deployment]) -> None:
+    client, _ = demo
+    version = client.get("/").json()["weight_version"]
+    for mapping in ({"model.layers.99.*": "int8"}, {"model.layers.0.*": "fp3"}, {"[": "int8"}, {"*": "../etc"}):
+        response = client.post("/update_weight_mapping", json={"weight_mapping": mapping})
+        assert 400 <= response.status_code < 500, response.text
+        assert response.json()["error"]["message"]
+    assert client.get("/").json()["weight_version"] == version
+    assert generate(client)["generated_tokens"] == 12
+
+
+def test_the_expert_tracking_example_prints_the_busiest(demo: tuple[httpx.Client, Deployment]) -> None:
+    client, _ = demo
+    command = [sys.executable, "examples/test_expert_tracking.py", "--base-url", str(client.base_url)]
+    result = subprocess.run(
+        [*command, "--max-new-tokens", "4"], cwd=DEMO.parents[1], capture_output=True, text=True, timeout=60, check=True
+    )
+    for domain in ("English prose", "Chinese verse", "Python"):
+        assert f"{domain}: " in result.stdout
+    assert result.stdout.count("layer  expert  activations  of its layer") == 3
