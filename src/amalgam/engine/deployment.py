@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from amalgam.config import Rule, Settings
+from amalgam.config import Rule, Settings, build_rules
 from amalgam.engine.core import Engine
 from amalgam.errors import ConfigError, ConflictError, PlanError
 from amalgam.kernels import ops
@@ -139,7 +139,7 @@ class Deployment:
         if not mapping:
             raise PlanError("weight_mapping is empty.", remedy="Give at least one name or pattern and its source.")
         kept = tuple(rule for rule in self._rules if rule.pattern not in mapping)
-        added = tuple(Rule(pattern=pattern, source=source) for pattern, source in mapping.items())
+        added = build_rules(mapping)
         with self._changing():
             return self._go_live(self._loader, (*kept, *added))
 
