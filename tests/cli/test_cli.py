@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.conftest import DEMO, ROOT
 
 from amalgam.cli import VERBS, main
 from amalgam.config import setting_keys
-from tests.conftest import DEMO, ROOT
 
 EXPERT = "model.layers.0.mlp.experts.0.down_proj.weight"
 

@@ -178,7 +178,7 @@ def test_reload_takes_the_files_as_they_are_now(derived: Path, tmp_path: Path) -
         assert len(differing) == 1
 
         file.write_bytes(data[: len(data) // 2])
-        with pytest.raises(CheckpointError, match="model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             deployment.reload_weights()
         assert deployment.version.version_id == 3
         assert deployment.engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=2))[0].error is None
