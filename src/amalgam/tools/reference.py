@@ -21,7 +21,7 @@ One YAML file (`--config`), environment variables and flags, in rising order of 
 
 Relative model paths in the file start at the file's folder. Every `<name>_path` under `mixed_precision` declares a
 source called `<name>`; `base` is `base_path`. A pattern matches whole logical names: `*` any characters, `?` one,
-`[abc]` one of them, `{{a,b}}` alternatives, `{{0-15}}` whole numbers. An exact name wins, then the pattern with the most
+`[abc]` one of them, `{{a,b}}` alternatives, `{{0-15}}` whole numbers. An exact name wins, then the pattern with more
 literal characters, then the later rule, then `default_source`. `amalgam plan --explain NAME` says which and why.
 
 `{NATIVE_ISA_VARIABLE}` ({", ".join(NATIVE_ISAS)}) makes the native kernels use a lower instruction set than the
