@@ -87,7 +87,7 @@ else:
     loader.check(plan)
     before = peak_memory_bytes()
     version = loader.build(plan, 1).version
-    largest = max(weight.nbytes for weight in version.origins.values())
+    largest = max(version[slot].nbytes for slot in version.origins)
     print(peak_memory_bytes() - before, version.nbytes, largest)
 """
     for step in ("write", "load"):

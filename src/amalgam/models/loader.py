@@ -52,7 +52,9 @@ class PlannedWeight:
         packed = packed.to(device)
         return ops.prepare(packed) if self.slot.is_linear else packed
 
-    def origin(self, packed: PackedWeight) -> Origin:
+    @property
+    def origin(self) -> Origin:
+        """Where it comes from, one line of the manifest."""
         stored = self.stored
         return Origin(
             name=self.choice.name,
@@ -61,7 +63,6 @@ class PlannedWeight:
             format=(self.quantize_to or stored.format).name,
             stored_format=stored.format.name,
             shape=self.slot.shape,
-            nbytes=packed.nbytes,
             rule=self.choice.reason,
             parts=tuple(Part(e.name, str(e.file), e.offset, e.nbytes) for e in stored.parts.values()),
         )
@@ -143,7 +144,7 @@ class ModelLoader:
         shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
         missing = [weight for weight in planned if weight.slot.name not in shared]
         weights = {**shared, **self._load(missing, progress)}
-        origins = {weight.slot.name: weight.origin(weights[weight.slot.name]) for weight in planned}
+        origins = {weight.slot.name: weight.origin for weight in planned}
         version = WeightVersion(version_id, weights, origins, keys)
         return LoadedVersion(
             version=version,
