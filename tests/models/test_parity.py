@@ -32,6 +32,7 @@ GROUP_LIMITED = {
     "topk_method": "group_limited_greedy",
     "n_group": 4,
     "topk_group": 2,
+    "num_experts_per_tok": 3,  # with 2 the two best groups would always hold the two best experts
     "routed_scaling_factor": 16.0,
     "attention_bias": True,
     "rope_scaling": {

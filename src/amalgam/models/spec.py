@@ -238,6 +238,10 @@ class ConfigReader:
         """The value of the first key that is present and not null."""
         return next((self._config[key] for key in keys if self._config.get(key) is not None), default)
 
+    def present(self, *keys: str) -> str:
+        """The synonym that counts, for messages; the first if none is there."""
+        return next((key for key in keys if self._config.get(key) is not None), keys[0])
+
     def is_null(self, key: str) -> bool:
         """Whether a key is there and null, where that means something else than its absence."""
         return key in self._config and self._config[key] is None
@@ -247,7 +251,7 @@ class ConfigReader:
         if value is None:
             raise CheckpointError(f"{self._where} has no {' or '.join(keys)}.", remedy="Add the key: it is required.")
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            self.refuse(keys[0], value, f"an integer from {low}")
+            self.refuse(self.present(*keys), value, f"an integer from {low}")
         return int(value)
 
     def float(self, *keys: str, default: float | None = None) -> float:
@@ -255,13 +259,13 @@ class ConfigReader:
         if value is None:
             raise CheckpointError(f"{self._where} has no {' or '.join(keys)}.", remedy="Add the key: it is required.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self.refuse(keys[0], value, "a finite number")
+            self.refuse(self.present(*keys), value, "a finite number")
         return float(value)
 
     def bool(self, *keys: str, default: bool) -> bool:
         value = self.get(*keys, default=default)
         if not isinstance(value, bool):
-            self.refuse(keys[0], value, "true or false")
+            self.refuse(self.present(*keys), value, "true or false")
         return bool(value)
 
     def mapping(self, key: str) -> Mapping[str, Any]:

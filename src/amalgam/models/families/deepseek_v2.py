@@ -170,7 +170,8 @@ def read_groups(config: ConfigReader, default_groups: int, default_kept: int) ->
     if num_experts % groups:
         config.refuse("n_group", groups, f"a divisor of the {num_experts} experts of a layer")
     if not kept <= groups or kept * (num_experts // groups) < num_active:
-        config.refuse("topk_group", kept, f"at most n_group {groups}, with at least {num_active} experts in them")
+        enough = f"with at least num_experts_per_tok {num_active} experts in them"
+        config.refuse("topk_group", kept, f"at most n_group {groups}, {enough}")
     return ExpertGroups(groups, kept)
 
 

@@ -16,9 +16,10 @@ NORM_EPS = 1e-5
 def read_expert_counts(config: ConfigReader) -> tuple[int, int]:
     """Experts of a layer, and how many of them a token goes to."""
     num_experts = config.int("num_experts", "num_local_experts", "n_routed_experts")
-    num_active = config.int("num_experts_per_tok", "moe_top_k", "num_experts_per_token")
+    names = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token")
+    num_active = config.int(*names)
     if num_active > num_experts:
-        config.refuse("num_experts_per_tok", num_active, f"at most the {num_experts} experts of a layer")
+        config.refuse(config.present(*names), num_active, f"at most the {num_experts} experts of a layer")
     return num_experts, num_active
 
 
