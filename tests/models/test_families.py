@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
 from amalgam.models.spec import ModelSpec, all_families, read_spec
+from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.models.harness import Runner, load_model
 from tests.models.tiny import BASE_CONFIG, save_tiny, write_checkpoint
@@ -122,9 +123,15 @@ def test_gpt2_is_the_same_without_its_prefix(tmp_path: Path) -> None:
     assert all(name.startswith("transformer.") for name in tensors)
     short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     short["h.0.attn.bias"] = torch.ones(1, 1, 256, 256)
-    write_checkpoint(tmp_path / "short", json.loads((tmp_path / "long" / "config.json").read_text()), short)
+    config = json.loads((tmp_path / "long" / "config.json").read_text())
+    write_checkpoint(tmp_path / "short", config, short)
     expected, logits = (Runner(*load_model(tmp_path / folder)).step({0: PROMPT})[0] for folder in ("long", "short"))
     assert torch.equal(logits, expected)
+    assert analyze_checkpoint(str(tmp_path / "short")).notes == analyze_checkpoint(str(tmp_path / "long")).notes == ()
+
+    write_checkpoint(tmp_path / "short", config, {**short, "transformer.wte.weight": short["wte.weight"].clone()})
+    with pytest.raises(CheckpointError, match=r"no place for: wte\.weight"):
+        load_model(tmp_path / "short")
 
 
 @pytest.mark.parametrize("target", ["int8", "int4"])
@@ -142,9 +149,7 @@ def test_quantized_gpt2_is_not_transposed(tmp_path: Path, target: str) -> None:
 @pytest.mark.parametrize("target", ["int8", "int4"])
 def test_routers_and_biases_stay_wide(tmp_path: Path, name: str, target: str) -> None:
     """Quantizing leaves them alone, and the result runs near the original."""
-    reference = save_tiny(
-        FAMILIES[name], tmp_path / "wide", **({} if name != "xverse" else {"tie_word_embeddings": False})
-    )
+    reference = save_tiny(FAMILIES[name], tmp_path / "wide")
     quantize_checkpoint(str(tmp_path / "wide"), tmp_path / target, target)
     decoder, version = load_model(tmp_path / target)
     for slot in decoder.spec.slots:

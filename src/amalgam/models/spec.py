@@ -215,11 +215,11 @@ class Family:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def with_optional_prefix(self, weights: Mapping[str, T], names: Container[str]) -> dict[str, T]:
-        """A checkpoint's weights under the model's `names`: completed where a name without the prefix is none."""
+        """A checkpoint's weights under the model's `names`: completed where only the prefix is missing."""
 
         def complete(name: str) -> str:
             longer = self.optional_prefix + name
-            return longer if name not in names and longer in names else name
+            return longer if name not in names and longer in names and longer not in weights else name
 
         return {complete(name): weight for name, weight in weights.items()}
 
