@@ -114,7 +114,7 @@ class WeightVersion:
         return self._weights.get(slot)
 
     def block(self, name: str) -> BlockWeights:
-        """The weights of `layers.<n>.attention` or `layers.<n>.mlp`."""
+        """The weights of `layers.<n>.attention` or `layers.<n>.mlp`; with an empty name those outside the blocks."""
         return self._blocks[name]
 
     @property
