@@ -69,7 +69,7 @@ class KVCache:
         slots = num_blocks * block_size
 
         def zeros(heads: int, dim: int) -> Tensor:
-            if device.type != "cpu":
+            if device.type != "cpu" or not heads * dim:
                 return torch.zeros((slots, heads, dim), dtype=dtype, device=device)
             # torch.zeros writes every page; numpy asks the system for pages that are zero already.
             raw = np.zeros(slots * heads * dim * dtype.itemsize, dtype=np.uint8)
