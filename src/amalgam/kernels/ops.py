@@ -6,10 +6,13 @@ Semantics, shapes and types of every operator are those of `amalgam.kernels.refe
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from amalgam.kernels import native, reference
-from amalgam.kernels.reference import embedding, linear, moe, paged_attention, rotate, sigmoid, swiglu, write_kv
+from amalgam.kernels import native, panels, reference
+from amalgam.kernels.packed import ExpertTable, PackedWeight
+from amalgam.kernels.panels import prepare
+from amalgam.kernels.reference import paged_attention, sigmoid, write_kv
 
 __all__ = [
     "backends",
@@ -17,12 +20,37 @@ __all__ = [
     "linear",
     "moe",
     "paged_attention",
+    "prepare",
     "rms_norm",
     "rotate",
     "sigmoid",
     "swiglu",
     "write_kv",
 ]
+
+_COMPILED = frozenset({"embedding", "linear", "moe", "rms_norm", "rotate", "swiglu"})
+_NOT_OPERATORS = frozenset({"backends", "prepare"})
+
+
+def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """See `reference.embedding`."""
+    if panels.supports_embedding(token_ids, weight):
+        return panels.embedding(token_ids, weight, dtype)
+    return reference.embedding(token_ids, weight, dtype)
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """See `reference.linear`."""
+    if panels.supports_linear(x, weight):
+        return panels.linear(x, weight, bias)
+    return reference.linear(x, weight, bias)
+
+
+def moe(x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable) -> Tensor:
+    """See `reference.moe`."""
+    if panels.supports_moe(x, experts):
+        return panels.moe(x, expert_ids, gate_weights, experts)
+    return reference.moe(x, expert_ids, gate_weights, experts)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,7 +60,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return reference.rms_norm(x, weight, eps)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `reference.rotate`."""
+    if native.supports_rotate(x, cos, sin):
+        return native.rotate(x, cos, sin)
+    return reference.rotate(x, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `reference.swiglu`."""
+    if native.supports_swiglu(gate, up):
+        return native.swiglu(gate, up)
+    return reference.swiglu(gate, up)
+
+
 def backends() -> dict[str, str]:
-    """Operator → backend on the CPU: what `GET /model_info` and `amalgam bench` report."""
+    """Operator → backend on the CPU: what `GET /model_info` and `amalgam bench` report.
+
+    Products run compiled where their weight is in panels, which `prepare` makes of every layout that fits.
+    """
     compiled = f"native ({native.isa()})" if native.is_available() else "torch"
-    return {name: compiled if name == "rms_norm" else "torch" for name in __all__ if name != "backends"}
+    return {name: compiled if name in _COMPILED else "torch" for name in __all__ if name not in _NOT_OPERATORS}
