@@ -32,9 +32,7 @@ class Matrix:
 
 @final
 class Experts:
-    def add(
-        self, gate: Matrix, up: Matrix, down: Matrix, gate_bias: int, up_bias: int, down_bias: int
-    ) -> None: ...
+    def add(self, gate: Matrix, up: Matrix, down: Matrix, gate_bias: int, up_bias: int, down_bias: int) -> None: ...
 
 @final
 class Kernels:

@@ -194,9 +194,8 @@ class _Pointers:
         self.table = _native.Experts()
         self._biases: list[Tensor] = []
         for expert in experts.experts:
-            matrices = (_matrix(weight) for weight in (expert.gate, expert.up, expert.down))
-            biases = (self._bias(bias) for bias in (expert.gate_bias, expert.up_bias, expert.down_bias))
-            self.table.add(*matrices, *biases)
+            biases = [self._bias(bias) for bias in (expert.gate_bias, expert.up_bias, expert.down_bias)]
+            self.table.add(_matrix(expert.gate), _matrix(expert.up), _matrix(expert.down), *biases)
 
     def _bias(self, bias: Tensor | None) -> int:
         if bias is None:
@@ -206,7 +205,11 @@ class _Pointers:
 
 
 def _expert_pointers(experts: ExpertTable) -> _Pointers | None:
-    return _Pointers(experts) if len(experts) and all(_is_packed(expert, experts[0]) for expert in experts.experts) else None
+    return (
+        _Pointers(experts)
+        if len(experts) and all(_is_packed(expert, experts[0]) for expert in experts.experts)
+        else None
+    )
 
 
 def _is_packed(expert: Expert, first: Expert) -> bool:

@@ -17,7 +17,9 @@ import torch
 
 from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
+from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.panels import Activation
 from amalgam.models.spec import Family, ModelSpec, Slot, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
@@ -36,6 +38,7 @@ class PlannedWeight:
     source: Source
     stored: StoredWeight
     quantize_to: WeightFormat | None  # quantize while loading
+    activation: Activation | None  # what bfloat16 activations become for integer weights; None: nothing is multiplied
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -48,7 +51,8 @@ class PlannedWeight:
         if self.quantize_to is not None:
             quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
             packed = self.quantize_to.pack(quantized, self.slot.shape)
-        return packed.to(device)
+        packed = packed.to(device)
+        return packed if self.activation is None else ops.prepare(packed, self.activation)
 
     def origin(self, packed: PackedWeight) -> Origin:
         stored = self.stored
@@ -189,7 +193,11 @@ class ModelLoader:
                 f"Weight {choice.name!r} is stored as {stored.format.name} in source {choice.source!r}.",
                 remedy=f"A {slot.role} must be floating: choose another source for it.",
             )
-        return PlannedWeight(slot, choice, source, stored, self._quantize_to(slot, choice, stored))
+        is_multiplied = (
+            slot.is_linear or slot.role == "router" or (slot.role == "embedding" and self.spec.has_tied_head)
+        )
+        activation = self._inference.activation if is_multiplied else None
+        return PlannedWeight(slot, choice, source, stored, self._quantize_to(slot, choice, stored), activation)
 
     def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WeightFormat | None:
         """`load_in_8bit` and `load_in_4bit` concern wide linear weights that no rule names; the head stays wide."""

@@ -21,7 +21,7 @@ constexpr size_t kRegionBytes = size_t{64} << 20;
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
 class Arena {
-   public:
+ public:
     uint8_t* allocate(size_t bytes) {
         bytes = round_up(std::max<size_t>(bytes, 1), kAlignment);
         std::lock_guard<std::mutex> lock(mutex_);
@@ -62,7 +62,7 @@ class Arena {
         }
     }
 
-   private:
+ private:
     using Ranges = std::map<uint8_t*, size_t>;
 
     Ranges::iterator add_region(size_t bytes) {

@@ -67,16 +67,23 @@ int64_t rows_per_item(int64_t row_elements) { return std::max<int64_t>(1, kEleme
 
 void rms_norm(const Kernels& table, uintptr_t x, uintptr_t weight, uintptr_t out, int64_t rows, int64_t hidden,
               float eps, DType x_dtype, DType weight_dtype, int threads) {
-    const RmsNormArgs args{pointer<const void>(x), pointer<const void>(weight), pointer<void>(out), hidden, eps,
-                           x_dtype, weight_dtype};
+    const RmsNormArgs args{
+        pointer<const void>(x), pointer<const void>(weight), pointer<void>(out), hidden, eps, x_dtype, weight_dtype};
     parallel_ranges(rows, rows_per_item(hidden), threads,
                     [&](int64_t first, int64_t end) { table.rms_norm(args, first, end); });
 }
 
 void rotate(const Kernels& table, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t out, int64_t tokens,
             int64_t token_stride, int64_t heads, int64_t head_dim, int64_t half, DType dtype, int threads) {
-    const RotateArgs args{pointer<const void>(x), pointer<const float>(cos), pointer<const float>(sin),
-                          pointer<void>(out), token_stride, heads, head_dim, half, dtype};
+    const RotateArgs args{pointer<const void>(x),
+                          pointer<const float>(cos),
+                          pointer<const float>(sin),
+                          pointer<void>(out),
+                          token_stride,
+                          heads,
+                          head_dim,
+                          half,
+                          dtype};
     parallel_ranges(tokens, rows_per_item(heads * head_dim), threads,
                     [&](int64_t first, int64_t end) { table.rotate(args, first, end); });
 }
@@ -108,17 +115,19 @@ void unpack_matrix(const Kernels& table, const PackedMatrix& weight, uintptr_t o
     unpack(table, weight.matrix(), pointer<float>(out), threads);
 }
 
-void embedding_rows(const Kernels& table, const PackedMatrix& weight, uintptr_t row_ids, int64_t num_ids,
-                    uintptr_t out, DType out_dtype, int threads) {
-    embedding(table, weight.matrix(), pointer<const int64_t>(row_ids), num_ids, pointer<void>(out), out_dtype,
-              threads);
+void embedding_rows(const Kernels& table, const PackedMatrix& weight, uintptr_t row_ids, int64_t num_ids, uintptr_t out,
+                    DType out_dtype, int threads) {
+    embedding(table, weight.matrix(), pointer<const int64_t>(row_ids), num_ids, pointer<void>(out), out_dtype, threads);
 }
 
 void linear_rows(const Kernels& table, const PackedMatrix& weight, uintptr_t x, uintptr_t out, int64_t rows,
                  DType x_dtype, uintptr_t bias, DType bias_dtype, int threads) {
-    linear({&table, threads},
-           {&weight.matrix(), pointer<const void>(x), x_dtype, rows, {pointer<const void>(bias), bias_dtype},
-            pointer<void>(out)});
+    linear({&table, threads}, {&weight.matrix(),
+                               pointer<const void>(x),
+                               x_dtype,
+                               rows,
+                               {pointer<const void>(bias), bias_dtype},
+                               pointer<void>(out)});
 }
 
 // Reads every byte of the weights once, as fast as a plain loop can: the yardstick of benchmarks/kernels.py.
@@ -160,9 +169,8 @@ void add_expert(Experts& table, std::shared_ptr<PackedMatrix> gate, std::shared_
         {std::move(gate), std::move(up), std::move(down), bias(gate_bias), bias(up_bias), bias(down_bias)});
 }
 
-void moe_layer(const Kernels& table, const Experts& experts, uintptr_t x, uintptr_t expert_ids,
-               uintptr_t gate_weights, uintptr_t out, int64_t tokens, int64_t num_active, DType x_dtype,
-               int threads) {
+void moe_layer(const Kernels& table, const Experts& experts, uintptr_t x, uintptr_t expert_ids, uintptr_t gate_weights,
+               uintptr_t out, int64_t tokens, int64_t num_active, DType x_dtype, int threads) {
     moe({&table, threads},
         {&experts.experts, pointer<const void>(x), x_dtype, tokens, pointer<const int64_t>(expert_ids),
          pointer<const float>(gate_weights), num_active, pointer<void>(out)});
@@ -205,11 +213,12 @@ NB_MODULE(_native, module) {
         .def("unpack", &unpack_matrix, "weight"_a, "out"_a, "threads"_a, Unlocked())
         .def("embedding", &embedding_rows, "weight"_a, "row_ids"_a, "num_ids"_a, "out"_a, "out_dtype"_a, "threads"_a,
              Unlocked())
-        .def("linear", &linear_rows, "weight"_a, "x"_a, "out"_a, "rows"_a, "x_dtype"_a, "bias"_a, "bias_dtype"_a, "threads"_a, Unlocked())
+        .def("linear", &linear_rows, "weight"_a, "x"_a, "out"_a, "rows"_a, "x_dtype"_a, "bias"_a, "bias_dtype"_a,
+             "threads"_a, Unlocked())
         .def("moe", &moe_layer, "experts"_a, "x"_a, "expert_ids"_a, "gate_weights"_a, "out"_a, "tokens"_a,
              "num_active"_a, "x_dtype"_a, "threads"_a, Unlocked());
-    module.def("pack", &pack, "format"_a, "rows"_a, "columns"_a, "weight"_a, "scale"_a, "scale_dtype"_a,
-               "scale_rows"_a, "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, Unlocked());
+    module.def("pack", &pack, "format"_a, "rows"_a, "columns"_a, "weight"_a, "scale"_a, "scale_dtype"_a, "scale_rows"_a,
+               "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, Unlocked());
     module.def("checksum", &checksum, "weights"_a, "threads"_a, Unlocked());
     module.def("supported_isas", &supported_isas);
     module.def("kernels", &kernels, "isa"_a, nb::rv_policy::reference);

@@ -1,8 +1,7 @@
-#include "simd_avx2.h"
-
 #include "activations.h"
 #include "product.h"
 #include "rms_norm.h"
+#include "simd_avx2.h"
 
 namespace amalgam {
 

@@ -1,8 +1,7 @@
-#include "simd_avx512.h"
-
 #include "activations.h"
 #include "product.h"
 #include "rms_norm.h"
+#include "simd_avx512.h"
 
 namespace amalgam {
 

@@ -1,8 +1,7 @@
-#include "simd_portable.h"
-
 #include "activations.h"
 #include "product.h"
 #include "rms_norm.h"
+#include "simd_portable.h"
 
 namespace amalgam {
 

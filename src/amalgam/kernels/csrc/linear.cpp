@@ -7,8 +7,8 @@
 namespace amalgam {
 namespace {
 
-constexpr int64_t kRowsPerItem = 128;    // their activations stay in the second-level cache
-constexpr int64_t kItemsPerThread = 8;   // so that a thread that was held up does not hold up the others
+constexpr int64_t kRowsPerItem = 128;   // their activations stay in the second-level cache
+constexpr int64_t kItemsPerThread = 8;  // so that a thread that was held up does not hold up the others
 
 }  // namespace
 

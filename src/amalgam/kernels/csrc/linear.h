@@ -37,7 +37,7 @@ struct MoeArgs {
     const void* x;  // [tokens, hidden], dense
     DType x_dtype;
     int64_t tokens;
-    const int64_t* expert_ids;   // [tokens, num_active]
+    const int64_t* expert_ids;  // [tokens, num_active]
     const float* gate_weights;  // [tokens, num_active]
     int64_t num_active;
     void* out;  // [tokens, hidden], of the type of x

@@ -11,8 +11,9 @@
 //     fp16      i0 i0 i1 i1                                    2 inputs
 //     fp32      i0 i0 i0 i0                                    1 input
 //
-// Inputs are padded to a multiple of 8, where activations are zero, and rows to a multiple of 16. Scales and zero points stand apart as
-// [panels, groups, 16], scales in their stored type; [panels, groups, 1] where the rows of every panel share theirs.
+// Inputs are padded to a multiple of 8, where activations are zero, and rows to a multiple of 16. Scales and zero
+// points stand apart as [panels, groups, 16], scales in their stored type; [panels, groups, 1] where the rows of every
+// panel share theirs.
 #pragma once
 
 #include <cstdint>

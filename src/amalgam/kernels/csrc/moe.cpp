@@ -52,13 +52,13 @@ Routing sort_by_expert(const MoeArgs& args, Workspace& workspace) {
 
 // Activations of the tokens, made once for all experts that read the same form.
 class TokenOperands {
-   public:
+ public:
     TokenOperands(const MoeArgs& args, const Routing& routing, Workspace& workspace)
         : args_(args), routing_(routing), workspace_(workspace) {}
 
     Activations get(const Matrix& weight, Operand kind, const Active& expert) {
         const int32_t* tokens = routing_.tokens + expert.first_slot;
-        if (weight.order != nullptr) {  // an order of its own: only its tokens, already gathered
+        if (gather_order(weight, kind) != nullptr) {  // an order of its own: only its tokens, already gathered
             return add(weight, kind, tokens, expert.rows);
         }
         Activations x{kind, accumulation_chunk(weight, kind), weight.columns, args_.x, nullptr, nullptr, tokens};
@@ -78,7 +78,7 @@ class TokenOperands {
 
     const std::vector<Conversion>& conversions() const { return conversions_; }
 
-   private:
+ private:
     Activations add(const Matrix& weight, Operand kind, const int32_t* index, int64_t rows) {
         conversions_.emplace_back();
         return plan_conversion(weight, kind, args_.x, args_.x_dtype, index, rows, workspace_, &conversions_.back());
@@ -138,8 +138,9 @@ void moe(const Execution& execution, const MoeArgs& args) {
         const auto side = [&](const PackedMatrix& weight, const Bias& bias) {
             const Matrix& matrix = weight.matrix();
             const Operand kind = operand_for(matrix, args.x_dtype);
-            return ProductArgs{&matrix, operands.get(matrix, kind, expert), bias, inner + expert.first_slot * width,
-                               DType::kFloat32, width};
+            return ProductArgs{
+                &matrix, operands.get(matrix, kind, expert), bias, inner + expert.first_slot * width, DType::kFloat32,
+                width};
         };
         gate_up.push_back({side(*expert.weights->gate, expert.weights->gate_bias),
                            side(*expert.weights->up, expert.weights->up_bias)});
@@ -157,11 +158,11 @@ void moe(const Execution& execution, const MoeArgs& args) {
         Activations operand{kind, accumulation_chunk(matrix, kind), width, x, nullptr, nullptr, nullptr};
         if (!is_operand(matrix, kind, DType::kFloat32)) {
             conversions.emplace_back();
-            operand = plan_conversion(matrix, kind, x, DType::kFloat32, nullptr, expert.rows, workspace,
-                                      &conversions.back());
+            operand =
+                plan_conversion(matrix, kind, x, DType::kFloat32, nullptr, expert.rows, workspace, &conversions.back());
         }
-        down.push_back({&matrix, operand, expert.weights->down_bias, parts + expert.first_slot * hidden,
-                        DType::kFloat32, hidden});
+        down.push_back(
+            {&matrix, operand, expert.weights->down_bias, parts + expert.first_slot * hidden, DType::kFloat32, hidden});
     }
     run_conversions(execution, conversions);
     run_items(execution, routing, routing.active.front().weights->down->matrix().num_panels(), down, kernels.product);

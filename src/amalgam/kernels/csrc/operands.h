@@ -13,9 +13,14 @@ struct Conversion {
     int64_t rows;
 };
 
+// Packed input → input for products of this kind; those in float32 take the inputs in their own order, like all others.
+inline const int32_t* gather_order(const Matrix& weight, Operand kind) {
+    return kind == Operand::kFloat32 ? nullptr : weight.order;
+}
+
 // `x` as it is, where the product can read it so.
 inline bool is_operand(const Matrix& weight, Operand kind, DType x_dtype) {
-    if (weight.order != nullptr || weight.columns != weight.padded_columns()) return false;
+    if (gather_order(weight, kind) != nullptr || weight.columns != weight.padded_columns()) return false;
     return (kind == Operand::kBfloat16 && x_dtype == DType::kBfloat16) ||
            (kind == Operand::kFloat32 && x_dtype == DType::kFloat32);
 }
@@ -26,8 +31,8 @@ inline Activations plan_conversion(const Matrix& weight, Operand kind, const voi
     const int64_t stride = weight.padded_columns();
     const int64_t chunk = accumulation_chunk(weight, kind);
     const int64_t num_chunks = (stride + chunk - 1) / chunk;
-    ConvertArgs args{x, x_dtype, weight.columns, index, weight.order, weight.columns, kind, chunk, stride, nullptr,
-                     nullptr, nullptr};
+    ConvertArgs args{x,      x_dtype, weight.columns, index,  gather_order(weight, kind), weight.columns, kind, chunk,
+                     stride, nullptr, nullptr,        nullptr};
     switch (kind) {
         case Operand::kInt8:
             args.values = workspace.take<int8_t>(rows * stride);

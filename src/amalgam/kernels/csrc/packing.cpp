@@ -198,7 +198,8 @@ void embedding(const Kernels& kernels, const Matrix& matrix, const int64_t* row_
                DType out_dtype, int num_threads) {
     for (int64_t i = 0; i < num_ids; ++i) {
         if (row_ids[i] < 0 || row_ids[i] >= matrix.rows) {
-            throw std::out_of_range("id " + std::to_string(row_ids[i]) + " of " + std::to_string(matrix.rows) + " rows");
+            throw std::out_of_range("id " + std::to_string(row_ids[i]) + " of " + std::to_string(matrix.rows) +
+                                    " rows");
         }
     }
     parallel_for(num_ids, num_threads, [&](int64_t i) {

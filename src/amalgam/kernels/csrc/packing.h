@@ -28,7 +28,7 @@ struct PackArgs {
 
 // Owns the memory of a Matrix: lines, scales and zero points one after the other.
 class PackedMatrix {
-   public:
+ public:
     // Null if the weight holds something that panels cannot: NaN in fp8.
     static std::shared_ptr<PackedMatrix> pack(const PackArgs& args);
 
@@ -42,7 +42,7 @@ class PackedMatrix {
     int64_t zero_offset() const { return zero_offset_; }
     int64_t nbytes() const { return nbytes_; }
 
-   private:
+ private:
     explicit PackedMatrix(const PackArgs& args);
 
     Matrix matrix_{};

@@ -39,7 +39,7 @@ bool spin(Ready&& ready, std::chrono::microseconds limit) {
 }
 
 class Pool {
-   public:
+ public:
     void run(int64_t num_items, int num_threads, PoolTask task, void* context) {
         std::unique_lock<std::mutex> running(run_mutex_, std::try_to_lock);
         if (num_threads <= 1 || num_items <= 1 || !running.owns_lock()) {
@@ -66,7 +66,7 @@ class Pool {
         while (!spin([this] { return num_inside_ == 0; }, kSpinTime)) std::this_thread::yield();
     }
 
-   private:
+ private:
     void work(int worker) {
         uint64_t seen = 0;
         for (;;) {

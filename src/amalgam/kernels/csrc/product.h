@@ -15,8 +15,8 @@
 namespace amalgam {
 namespace {
 
-constexpr int kMaxRows = 128;               // rows whose sums are kept at once
-constexpr int64_t kPieceBytes = 8 * 1024;   // of a panel in the first-level cache, as the inner loop reads it
+constexpr int kMaxRows = 128;              // rows whose sums are kept at once
+constexpr int64_t kPieceBytes = 8 * 1024;  // of a panel in the first-level cache, as the inner loop reads it
 constexpr int64_t kPrefetchBytes = 4096;
 
 struct Sums {
@@ -34,7 +34,8 @@ inline Access access_of(const Matrix& w, Operand operand, int64_t rows) {
         case Operand::kInt8:
             return {w.format, false};
         case Operand::kBfloat16:
-            if (w.format == Format::kFp8) return rows <= kTileRows ? Access{w.format, false} : Access{Format::kBfloat16, true};
+            if (w.format == Format::kFp8)
+                return rows <= kTileRows ? Access{w.format, false} : Access{Format::kBfloat16, true};
             return {Format::kBfloat16, w.format != Format::kBfloat16};
         default:
             return {Format::kFloat32, w.format != Format::kFloat32};
@@ -189,7 +190,8 @@ void gate_up(const GateUpArgs& args, int64_t first_row, int64_t end_row, int64_t
             add_bias(args.gate.bias, panel, width, rows, gate);
             add_bias(args.up.bias, panel, width, rows, up);
             for (int64_t i = 0; i < rows; ++i) {
-                for (int lane = 0; lane < kPanelRows; ++lane) gate.row[i][lane] = silu(gate.row[i][lane]) * up.row[i][lane];
+                for (int lane = 0; lane < kPanelRows; ++lane)
+                    gate.row[i][lane] = silu(gate.row[i][lane]) * up.row[i][lane];
             }
             float* out = static_cast<float*>(args.gate.out) + row * args.gate.out_stride + panel * kPanelRows;
             write_panel(gate, rows, width, out, args.gate.out_stride);

@@ -68,9 +68,7 @@ inline __m256i dot_half(__m256i sum, __m256i w_unsigned, __m256i x) {
     const __m256i pairs = _mm256_maddubs_epi16(w_unsigned, x);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) {
-    return {dot_half(sum.a, w.a, x), dot_half(sum.b, w.b, x)};
-}
+inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) { return {dot_half(sum.a, w.a, x), dot_half(sum.b, w.b, x)}; }
 // The weight's sign goes over to the activation, which is never -128.
 inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) {
     return {dot_half(sum.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a)),
@@ -86,10 +84,10 @@ inline void store_pairs(uint8_t* line, Pairs v) {
 // A product of two bfloat16 is exact in float32, so that this rounds as often as a fused instruction.
 inline __m256 dot_pairs_half(__m256 sum, __m256i w, __m256i x) {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-    const __m256 second = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)),
-                                        _mm256_castsi256_ps(_mm256_and_si256(x, high)));
-    const __m256 first = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)),
-                                       _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)));
+    const __m256 second =
+        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)));
+    const __m256 first =
+        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)));
     return _mm256_add_ps(_mm256_add_ps(sum, second), first);
 }
 inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) {

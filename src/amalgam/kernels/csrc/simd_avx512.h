@@ -50,18 +50,16 @@ inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32
 
 inline Pairs load_pairs(const uint8_t* line) { return _mm512_load_si512(line); }
 inline void store_pairs(uint8_t* line, Pairs v) { _mm512_store_si512(line, v); }
-inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
-}
+inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
 
 // A code in the high byte of each word → bfloat16 of its value / 256. Normal numbers: exponent and mantissa move into
 // place and the rest of the new exponent, which never carries, is set by an OR. Subnormal ones come from a table.
 inline __m512i fp8_words(__m512i code, __m512i low_code) {
-    const __m512i subnormals = _mm512_castsi128_si512(
-        _mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));
+    const __m512i subnormals =
+        _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));
     const __m512i shifted = _mm512_srai_epi16(code, 4);
-    const __m512i normal =
-        _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(static_cast<short>(0x87f0)), _mm512_set1_epi16(0x3800), 0xea);
+    const __m512i normal = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(static_cast<short>(0x87f0)),
+                                                     _mm512_set1_epi16(0x3800), 0xea);
     const __mmask32 is_subnormal = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x7800));
     const __m512i value = _mm512_mask_permutexvar_epi16(normal, is_subnormal, low_code, subnormals);
     return _mm512_ternarylogic_epi32(code, _mm512_set1_epi16(static_cast<short>(0x8000)), value, 0xea);

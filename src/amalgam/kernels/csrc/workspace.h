@@ -11,7 +11,7 @@ namespace amalgam {
 
 // Hands out 64-byte aligned pieces; all are free again when the next Workspace of this thread begins.
 class Workspace {
-   public:
+ public:
     Workspace() : blocks_(blocks()) {
         // What was scattered over several blocks last time fits one now.
         if (blocks_.size() > 1) {
@@ -34,7 +34,7 @@ class Workspace {
         return static_cast<T*>(data);
     }
 
-   private:
+ private:
     struct Block {
         char* data;
         size_t size;
