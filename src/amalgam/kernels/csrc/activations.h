@@ -46,11 +46,11 @@ inline void quantize_chunk(const float* x, int64_t count, int8_t* values, float*
 
 template <class X>
 void convert_row(const ConvertArgs& args, const X* x, int64_t row) {
-    const int64_t num_chunks = (args.stride + args.chunk - 1) / args.chunk;
+    const int64_t num_chunks = (args.padded_columns + args.chunk - 1) / args.chunk;
     alignas(64) float wide[kChunk];
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         const int64_t first = chunk * args.chunk;
-        const int64_t padded = std::min(args.chunk, args.stride - first);
+        const int64_t padded = std::min(args.chunk, args.padded_columns - first);
         const int64_t count = std::clamp<int64_t>(args.columns - first, 0, padded);
         gather(x, args.order, first, count, wide);
         for (int64_t i = count; i < padded; ++i) wide[i] = 0.0f;

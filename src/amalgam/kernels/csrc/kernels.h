@@ -30,6 +30,7 @@ struct ConvertArgs {
     const int32_t* index;
     const int32_t* order;
     int64_t columns;
+    int64_t padded_columns;
     Operand kind;
     int64_t chunk;
     int64_t stride;

@@ -1,7 +1,7 @@
+#define AMALGAM_SIMD_AVX2
 #include "activations.h"
 #include "product.h"
 #include "rms_norm.h"
-#include "simd_avx2.h"
 
 namespace amalgam {
 

@@ -1,7 +1,7 @@
+#define AMALGAM_SIMD_AVX512
 #include "activations.h"
 #include "product.h"
 #include "rms_norm.h"
-#include "simd_avx512.h"
 
 namespace amalgam {
 

@@ -1,7 +1,6 @@
 #include "activations.h"
 #include "product.h"
 #include "rms_norm.h"
-#include "simd_portable.h"
 
 namespace amalgam {
 

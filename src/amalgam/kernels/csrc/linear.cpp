@@ -17,7 +17,7 @@ void linear(const Execution& execution, const LinearArgs& args) {
     Workspace workspace;
     const Operand kind = operand_for(weight, args.x_dtype);
     Activations x{kind, accumulation_chunk(weight, kind), weight.columns, args.x, nullptr, nullptr, nullptr};
-    if (!is_operand(weight, kind, args.x_dtype)) {
+    if (!is_operand(weight, kind, args.x_dtype, args.rows)) {
         std::vector<Conversion> conversion(1);
         x = plan_conversion(weight, kind, args.x, args.x_dtype, nullptr, args.rows, workspace, conversion.data());
         run_conversions(execution, conversion);

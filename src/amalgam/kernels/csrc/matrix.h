@@ -100,6 +100,10 @@ inline Operand operand_for(const Matrix& weight, DType x_dtype) {
     }
 }
 
+inline int64_t operand_bytes(Operand operand) {
+    return operand == Operand::kInt8 ? 1 : operand == Operand::kBfloat16 ? 2 : 4;
+}
+
 // Inputs whose products are summed before they join an output's total: a constant of the weight and the operand, so
 // that every row is summed in the same order. It divides the group, because a chunk's sum is multiplied by its scale;
 // float32 products have no scale and share one order for all formats.

@@ -62,7 +62,7 @@ class TokenOperands {
             return add(weight, kind, tokens, expert.rows);
         }
         Activations x{kind, accumulation_chunk(weight, kind), weight.columns, args_.x, nullptr, nullptr, tokens};
-        if (is_operand(weight, kind, args_.x_dtype)) return x;
+        if (is_operand(weight, kind, args_.x_dtype, args_.tokens)) return x;
         for (const Activations& known : shared_) {
             if (known.kind == kind && known.chunk == x.chunk) {
                 x = known;
@@ -156,7 +156,7 @@ void moe(const Execution& execution, const MoeArgs& args) {
         const Operand kind = operand_for(matrix, args.x_dtype);
         const float* x = inner + expert.first_slot * width;
         Activations operand{kind, accumulation_chunk(matrix, kind), width, x, nullptr, nullptr, nullptr};
-        if (!is_operand(matrix, kind, DType::kFloat32)) {
+        if (!is_operand(matrix, kind, DType::kFloat32, expert.rows)) {
             conversions.emplace_back();
             operand =
                 plan_conversion(matrix, kind, x, DType::kFloat32, nullptr, expert.rows, workspace, &conversions.back());

@@ -18,9 +18,14 @@ inline const int32_t* gather_order(const Matrix& weight, Operand kind) {
     return kind == Operand::kFloat32 ? nullptr : weight.order;
 }
 
-// `x` as it is, where the product can read it so.
-inline bool is_operand(const Matrix& weight, Operand kind, DType x_dtype) {
-    if (gather_order(weight, kind) != nullptr || weight.columns != weight.padded_columns()) return false;
+// Rows whose strides are a power of two fall on the same lines of the first-level cache: where more rows than this
+// meet, they are copied with a line in between.
+constexpr int64_t kMaxDirectRows = 4;
+
+// Whether the product can read `rows` rows of x as they are.
+inline bool is_operand(const Matrix& weight, Operand kind, DType x_dtype, int64_t rows) {
+    if (rows > kMaxDirectRows || gather_order(weight, kind) != nullptr || weight.columns != weight.padded_columns())
+        return false;
     return (kind == Operand::kBfloat16 && x_dtype == DType::kBfloat16) ||
            (kind == Operand::kFloat32 && x_dtype == DType::kFloat32);
 }
@@ -28,11 +33,13 @@ inline bool is_operand(const Matrix& weight, Operand kind, DType x_dtype) {
 // Memory for `rows` rows in the form that a product with this weight reads; `conversion` fills it.
 inline Activations plan_conversion(const Matrix& weight, Operand kind, const void* x, DType x_dtype,
                                    const int32_t* index, int64_t rows, Workspace& workspace, Conversion* conversion) {
-    const int64_t stride = weight.padded_columns();
+    const int64_t padded = weight.padded_columns();
+    const int64_t stride = padded + kLineBytes / operand_bytes(kind);
     const int64_t chunk = accumulation_chunk(weight, kind);
-    const int64_t num_chunks = (stride + chunk - 1) / chunk;
-    ConvertArgs args{x,      x_dtype, weight.columns, index,  gather_order(weight, kind), weight.columns, kind, chunk,
-                     stride, nullptr, nullptr,        nullptr};
+    const int64_t num_chunks = (padded + chunk - 1) / chunk;
+    ConvertArgs args{
+        x,      x_dtype, weight.columns, index,  gather_order(weight, kind), weight.columns, padded, kind, chunk,
+        stride, nullptr, nullptr,        nullptr};
     switch (kind) {
         case Operand::kInt8:
             args.values = workspace.take<int8_t>(rows * stride);

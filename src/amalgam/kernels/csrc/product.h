@@ -15,8 +15,8 @@
 namespace amalgam {
 namespace {
 
-constexpr int kMaxRows = 128;              // rows whose sums are kept at once
-constexpr int64_t kPieceBytes = 8 * 1024;  // of a panel in the first-level cache, as the inner loop reads it
+constexpr int kMaxRows = 128;               // rows whose sums are kept at once
+constexpr int64_t kPieceBytes = 16 * 1024;  // of a panel in the first-level cache, as the inner loop reads it
 constexpr int64_t kPrefetchBytes = 4096;
 
 struct Sums {
@@ -49,6 +49,7 @@ inline void expand_piece(const Matrix& w, Operand operand, int64_t panel, int64_
         const uint8_t* line = w.panel(panel) + first / 4 * kLineBytes;
         for (int64_t input = first; input < end; input += 4, line += kLineBytes, out += 2 * kLineBytes) {
             Pairs low, high;
+            prefetch(line + kPrefetchBytes);
             load_fp8(line, low, high);
             store_pairs(out, low);
             store_pairs(out + kLineBytes, high);
@@ -58,10 +59,6 @@ inline void expand_piece(const Matrix& w, Operand operand, int64_t panel, int64_
     } else {
         expand_pairs<Format::kInt8>(w, panel, first, end, out);
     }
-}
-
-inline int64_t operand_bytes(Operand operand) {
-    return operand == Operand::kInt8 ? 1 : operand == Operand::kBfloat16 ? 2 : 4;
 }
 
 inline TileRows tile_rows(const Activations& x, int64_t first_row, int64_t rows, int64_t num_chunks, int64_t chunk,
@@ -107,8 +104,6 @@ void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int
     int64_t step = num_chunks;
     if (rows > kTileRows || access.expands) {
         step = std::max<int64_t>(1, kPieceBytes / (run.chunk * line_bytes_per_input));
-    } else {
-        run.prefetch = kPrefetchBytes;
     }
     const int64_t num_tiles = (rows + kTileRows - 1) / kTileRows;
     std::memset(sums.row, 0, sizeof(float) * kPanelRows * static_cast<size_t>(rows));
@@ -124,6 +119,7 @@ void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int
         }
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
             const int64_t begin = rows * tile / num_tiles, count = rows * (tile + 1) / num_tiles - begin;
+            run.prefetch = tile == 0 && !access.expands ? kPrefetchBytes : 0;
             const TileRows values = tile_rows(x, first_row + begin, count, num_chunks, chunk, run.chunk);
             tile_function(x.kind, access.lines, count)(run, values, sums.row[begin]);
         }

@@ -9,6 +9,7 @@ namespace amalgam {
 namespace {
 
 constexpr int kTileRows = 4;
+constexpr int kPairSums = 1;
 constexpr int32_t kInt8Bias = 0;
 
 struct Floats {

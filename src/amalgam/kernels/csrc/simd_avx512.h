@@ -9,6 +9,7 @@ namespace amalgam {
 namespace {
 
 constexpr int kTileRows = 8;
+constexpr int kPairSums = 2;
 constexpr int32_t kInt8Bias = 128;
 
 using Floats = __m512;
@@ -52,22 +53,30 @@ inline Pairs load_pairs(const uint8_t* line) { return _mm512_load_si512(line); }
 inline void store_pairs(uint8_t* line, Pairs v) { _mm512_store_si512(line, v); }
 inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
 
-// A code in the high byte of each word → bfloat16 of its value / 256. Normal numbers: exponent and mantissa move into
-// place and the rest of the new exponent, which never carries, is set by an OR. Subnormal ones come from a table.
-inline __m512i fp8_words(__m512i code, __m512i low_code) {
-    const __m512i subnormals =
+// A code in the high byte of each word → bfloat16 of its value / 256, for normal numbers: exponent and mantissa move
+// into place, and what the new exponent has in addition never carries, so that an OR sets it.
+inline __m512i fp8_normal(__m512i code) {
+    return _mm512_ternarylogic_epi32(_mm512_srai_epi16(code, 4), _mm512_set1_epi16(static_cast<short>(0x87f0)),
+                                     _mm512_set1_epi16(0x3800), 0xea);
+}
+// Replaces what comes from subnormal codes, by a table; low_code has the code in the low byte.
+inline __m512i fp8_subnormal(__m512i value, __m512i code, __m512i low_code) {
+    const __m512i table =
         _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));
-    const __m512i shifted = _mm512_srai_epi16(code, 4);
-    const __m512i normal = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(static_cast<short>(0x87f0)),
-                                                     _mm512_set1_epi16(0x3800), 0xea);
     const __mmask32 is_subnormal = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x7800));
-    const __m512i value = _mm512_mask_permutexvar_epi16(normal, is_subnormal, low_code, subnormals);
+    value = _mm512_mask_permutexvar_epi16(value, is_subnormal, low_code, table);
     return _mm512_ternarylogic_epi32(code, _mm512_set1_epi16(static_cast<short>(0x8000)), value, 0xea);
 }
 inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
     const __m512i v = _mm512_load_si512(line);
-    first = fp8_words(_mm512_slli_epi16(v, 8), v);
-    second = fp8_words(v, _mm512_srli_epi16(v, 8));
+    const __m512i high = _mm512_slli_epi16(v, 8);
+    first = fp8_normal(high);
+    second = fp8_normal(v);
+    // One weight in ten thousand or so is subnormal: most lines have none.
+    if (__builtin_expect(_mm512_testn_epi8_mask(v, _mm512_set1_epi8(0x78)) != 0, 0)) {
+        first = fp8_subnormal(first, high, v);
+        second = fp8_subnormal(second, v, _mm512_srli_epi16(v, 8));
+    }
 }
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }

@@ -9,6 +9,7 @@ namespace amalgam {
 namespace {
 
 constexpr int kTileRows = 4;  // rows whose sums stay in registers while a line is used
+constexpr int kPairSums = 1;  // sums that pairs of bfloat16 inputs are dealt out to; 1 or 2
 // dot_int8 sums (stored byte - 128 + kInt8Bias) * x: what is left for the caller to subtract, times the sum of x.
 constexpr int32_t kInt8Bias = 0;
 

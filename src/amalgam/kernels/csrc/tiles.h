@@ -2,11 +2,10 @@
 //
 // For every output element, on every instruction set: within a chunk the products are summed from zero, inputs in
 // order; the chunk's sum, times its scale, joins the total, chunks in order. Sums of int8 products are exact integers.
-//
-// Include one of simd_*.h first.
 #pragma once
 
 #include "kernels.h"
+#include "simd.h"
 
 namespace amalgam {
 namespace {
@@ -75,11 +74,11 @@ struct Totals {
     Floats row[M];
 
     explicit Totals(const float* y) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m) row[m] = load_floats(y + m * kPanelRows);
     }
     void store(float* y) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m) store_floats(y + m * kPanelRows, row[m]);
     }
 };
@@ -96,7 +95,7 @@ void int8_tile(const Run& run, const TileRows& x, float* y) {
     int64_t at = 0;
     for (int64_t chunk = run.first_chunk, local = 0; chunk < run.end_chunk; ++chunk, ++local) {
         Ints sum[M];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const int32_t bias = -x.sum[m][local];
             if constexpr (F == Format::kInt8) {
@@ -111,18 +110,18 @@ void int8_tile(const Run& run, const TileRows& x, float* y) {
             if constexpr (F == Format::kInt4) {
                 Bytes low, high;
                 load_nibbles(line, low, high);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int m = 0; m < M; ++m) {
                     sum[m] = dot_nibbles(sum[m], low, broadcast4(x.values[m] + at));
                     sum[m] = dot_nibbles(sum[m], high, broadcast4(x.values[m] + at + 4));
                 }
             } else {
                 const Bytes w = load_int8(line);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int m = 0; m < M; ++m) sum[m] = dot_int8(sum[m], w, broadcast4(x.values[m] + at));
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const Floats factor = mul(scale, broadcast_float(x.scale[m] + local));
             total.row[m] = add(total.row[m], mul(to_floats(sum[m]), factor));
@@ -132,26 +131,30 @@ void int8_tile(const Run& run, const TileRows& x, float* y) {
     total.store(y);
 }
 
+// Sums of one chunk over lines of fp8 or of bfloat16 pairs. Pairs go to kPairSums sums in turn, because one sum would
+// have to wait for itself; for every number of rows, so that all rows are summed in the same order.
 template <bool kIsFp8, int M>
-inline void pairs_lines(const uint8_t*& line, int64_t num_inputs, int64_t ahead, const TileRows& x, int64_t at,
-                        Floats* sum) {
-    constexpr int kInputs = kIsFp8 ? 4 : 2;
-    for (const int64_t end = at + num_inputs; at < end; at += kInputs, line += kLineBytes) {
+inline const uint8_t* sum_pairs(const uint8_t* line, int64_t num_inputs, int64_t ahead, const TileRows& x, int64_t at,
+                                Floats (*sum)[M]) {
+    for (const int64_t end = at + num_inputs; at < end; at += 4) {
+        Pairs first, second;
         prefetch(line + ahead);
         if constexpr (kIsFp8) {
-            Pairs first, second;
             load_fp8(line, first, second);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                sum[m] = dot_pairs(sum[m], first, broadcast4(x.values[m] + 2 * at));
-                sum[m] = dot_pairs(sum[m], second, broadcast4(x.values[m] + 2 * at + 4));
-            }
+            line += kLineBytes;
         } else {
-            const Pairs w = load_pairs(line);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) sum[m] = dot_pairs(sum[m], w, broadcast4(x.values[m] + 2 * at));
+            prefetch(line + kLineBytes + ahead);
+            first = load_pairs(line);
+            second = load_pairs(line + kLineBytes);
+            line += 2 * kLineBytes;
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            sum[0][m] = dot_pairs(sum[0][m], first, broadcast4(x.values[m] + 2 * at));
+            sum[kPairSums - 1][m] = dot_pairs(sum[kPairSums - 1][m], second, broadcast4(x.values[m] + 2 * at + 4));
         }
     }
+    return line;
 }
 
 // y [M, 16] += bfloat16 activations times fp8 lines, or times bfloat16 pairs.
@@ -163,14 +166,15 @@ void bfloat16_tile(const Run& run, const TileRows& x, float* y) {
     const uint8_t* line = run.lines;
     int64_t at = 0;
     for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk) {
-        Floats sum[M];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sum[m] = zero_floats();
-        pairs_lines<kIsFp8, M>(line, run.inputs(chunk), run.prefetch, x, at, sum);
+        Floats sum[kPairSums][M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) sum[0][m] = sum[kPairSums - 1][m] = zero_floats();
+        line = sum_pairs<kIsFp8, M>(line, run.inputs(chunk), run.prefetch, x, at, sum);
         at += run.inputs(chunk);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-            total.row[m] = add(total.row[m], run.scale != nullptr ? mul(sum[m], scale) : sum[m]);
+            const Floats both = kPairSums == 2 ? add(sum[0][m], sum[kPairSums - 1][m]) : sum[0][m];
+            total.row[m] = add(total.row[m], run.scale != nullptr ? mul(both, scale) : both);
         }
         if (run.scale != nullptr && cursor.next() && chunk + 1 < run.end_chunk) scale = load_scale(run, cursor.group);
     }
@@ -185,18 +189,18 @@ void float32_tile(const Run& run, const TileRows& x, float* y) {
     int64_t at = 0;
     for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk) {
         Floats sum[M];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m) sum[m] = zero_floats();
         for (const int64_t end = at + run.inputs(chunk); at < end; ++at, line += kLineBytes) {
             prefetch(line + run.prefetch);
             const Floats w = load_floats(reinterpret_cast<const float*>(line));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
                 const float* value = reinterpret_cast<const float*>(x.values[m]) + at;
                 sum[m] = add(sum[m], mul(w, broadcast_float(value)));
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m) total.row[m] = add(total.row[m], sum[m]);
     }
     total.store(y);
