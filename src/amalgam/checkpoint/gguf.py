@@ -73,6 +73,10 @@ class BlockType:
     num_elements: int
     num_bytes: int
 
+    def logical_shape(self, packed: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in elements of a tensor whose last dimension counts a row's bytes."""
+        return (*packed[:-1], packed[-1] // self.num_bytes * self.num_elements)
+
 
 BLOCK_TYPES = {
     2: BlockType("Q4_0", 32, 18),

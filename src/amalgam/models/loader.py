@@ -19,9 +19,10 @@ from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
-from amalgam.models.spec import Slot, read_spec
+from amalgam.models.spec import ModelSpec, Slot, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
+from amalgam.precision.formats.floating import dense
 from amalgam.precision.plan import Choice, Plan
 from amalgam.precision.source import CONFIG_NAME, Source
 
@@ -45,14 +46,16 @@ class PlannedWeight:
         return (*self.source.identity(self.stored), target)
 
     def load(self, device: torch.device) -> PackedWeight:
-        packed = self.source.load(self.stored)
+        packed = read_weight(self.source, self.stored, self.slot)
         if self.quantize_to is not None:
             quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
             packed = self.quantize_to.pack(quantized, self.slot.shape)
         packed = packed.to(device)
         return ops.prepare(packed) if self.slot.is_linear else packed
 
-    def origin(self, packed: PackedWeight) -> Origin:
+    @property
+    def origin(self) -> Origin:
+        """Where it comes from, one line of the manifest."""
         stored = self.stored
         return Origin(
             name=self.choice.name,
@@ -61,10 +64,19 @@ class PlannedWeight:
             format=(self.quantize_to or stored.format).name,
             stored_format=stored.format.name,
             shape=self.slot.shape,
-            nbytes=packed.nbytes,
             rule=self.choice.reason,
             parts=tuple(Part(e.name, str(e.file), e.offset, e.nbytes) for e in stored.parts.values()),
         )
+
+
+def read_weight(source: Source, stored: StoredWeight, slot: Slot) -> PackedWeight:
+    """One weight in the slot's orientation, whichever the source stores it in.
+
+    Raises:
+        CheckpointError: see `Source.load`.
+    """
+    packed = source.load(stored)
+    return dense(packed.dense.t().contiguous()) if slot.is_transposed and stored.is_wide else packed
 
 
 class ModelLoader:
@@ -87,8 +99,7 @@ class ModelLoader:
         self._inference = inference
         self._mixed = model.mixed_precision
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
-        self._sources: dict[str, Source] = {}
-        base = self._source(BASE_SOURCE)
+        base = Source.open(BASE_SOURCE, model.base_path)
         if not base.config:
             raise CheckpointError(base.config_place, remedy=f"base_path needs a {CONFIG_NAME}.")
         self.base_folder = base.folder
@@ -96,6 +107,7 @@ class ModelLoader:
         self._base_place = base.config_place
         self.family, self.spec = read_spec(base.config, base.config_place)
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
+        self._sources = {BASE_SOURCE: self._with_logical_names(base)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,7 +158,7 @@ class ModelLoader:
         shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
         missing = [weight for weight in planned if weight.slot.name not in shared]
         weights = {**shared, **self._load(missing, progress)}
-        origins = {weight.slot.name: weight.origin(weights[weight.slot.name]) for weight in planned}
+        origins = {weight.slot.name: weight.origin for weight in planned}
         version = WeightVersion(version_id, weights, origins, keys)
         return LoadedVersion(
             version=version,
@@ -173,8 +185,11 @@ class ModelLoader:
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:
-            self._sources[name] = Source.open(name, self._paths[name])
+            self._sources[name] = self._with_logical_names(Source.open(name, self._paths[name]))
         return self._sources[name]
+
+    def _with_logical_names(self, source: Source) -> Source:
+        return replace(source, weights=self.family.with_optional_prefix(source.weights, self._slots))
 
     def _check_weight(self, slot: Slot, choice: Choice) -> PlannedWeight:
         source = self._source(choice.source)
@@ -184,10 +199,11 @@ class ModelLoader:
                 f"Source {choice.source!r} ({source.folder}) has no weight {choice.name!r} ({choice.reason}).",
                 remedy="Choose another source for it.",
             )
-        if stored.shape != slot.shape:
+        expected = slot.shape[::-1] if slot.is_transposed and stored.is_wide else slot.shape
+        if stored.shape != expected:
             raise PlanError(
                 f"Weight {choice.name!r} has shape {list(stored.shape)} in source {choice.source!r} ({source.folder}).",
-                remedy=f"The model's config.json makes it {list(slot.shape)}: is this a checkpoint of the same model?",
+                remedy=f"The model's config.json makes it {list(expected)}: is this a checkpoint of the same model?",
             )
         if not slot.is_linear and not stored.is_wide and slot.role != "embedding":
             raise PlanError(
@@ -205,11 +221,12 @@ class ModelLoader:
         return get_format("int4") if self._inference.load_in_4bit else None
 
     def _check_source(self, source: Source) -> None:
+        spec = self.spec
         if source.config and source.name != BASE_SOURCE:
             _, spec = read_spec(source.config, source.config_place)
             if source.store.metadata:  # GGUF has no word for a tied head: it leaves the head out, or writes it twice
                 spec = replace(spec, has_tied_head=self.spec.has_tied_head)
-            if replace(spec, max_positions=0) != replace(self.spec, max_positions=0):
+            if _comparable(spec) != _comparable(self.spec):
                 raise CheckpointError(
                     f"{source.config_place} describes another model than {self._base_place}.",
                     remedy=f"Source {source.name!r} must be a checkpoint of the same model.",
@@ -218,7 +235,7 @@ class ModelLoader:
         leftovers = [
             name
             for name in source.weights
-            if name not in self._slots and name not in tied and not self.family.is_ignored(name)
+            if name not in self._slots and name not in tied and not self.family.is_ignored(name, spec)
         ]
         if leftovers:
             raise CheckpointError(
@@ -248,6 +265,11 @@ class ModelLoader:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise next(error for future in finished if (error := future.exception()) is not None)
             return {slot: future.result() for slot, future in futures.items()}
+
+
+def _comparable(spec: ModelSpec) -> ModelSpec:
+    """What two checkpoints of one model must agree in."""
+    return replace(spec, max_positions=0, num_draft_layers=0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,3 +36,15 @@ EXPERTS = {
         for part in ("gate", "up", "down")
     },
 }
+# Mixtral's: w1 is gate, w3 up, w2 down.
+NUMBERED_EXPERTS = {
+    "layers.{}.mlp.router": f"{_LAYER}.block_sparse_moe.gate.weight",
+    **{
+        f"layers.{{}}.mlp.experts.{{}}.{part}": f"{_LAYER}.block_sparse_moe.experts.{{}}.{published}.weight"
+        for part, published in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    },
+}
+SHARED_EXPERTS = {
+    f"layers.{{}}.mlp.shared.{part}": f"{_LAYER}.mlp.shared_experts.{part}_proj.weight"
+    for part in ("gate", "up", "down")
+}

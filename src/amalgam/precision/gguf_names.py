@@ -20,22 +20,29 @@ from torch import Tensor
 
 from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError, describe
+from amalgam.precision.format import WEIGHT_SUFFIX
+from amalgam.precision.formats.gguf_latent import KEY_PART, VALUE_PART
 
 ARCHITECTURE_KEY = "general.architecture"
 Arrange = Callable[[Tensor], Tensor]
 
 _LAYER = "model.layers.{}"
 _NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
+_LATENT = re.compile(r"blk\.(\d{1,6})\.attn_([kv])_b\.weight")
 # Not weights: the configuration is made from them (`precision.gguf_config`).
 _ROPE_TABLES = re.compile(r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A logical weight in a GGUF file: the bytes, and how their rows come into the published order."""
+    """A logical weight in a GGUF file: its tensors by role, and how their rows come into the published order."""
 
-    entry: TensorEntry
+    parts: Mapping[str, TensorEntry]
     arrange: Arrange | None = None
+
+
+def _piece(entry: TensorEntry, arrange: Arrange | None = None) -> Piece:
+    return Piece({WEIGHT_SUFFIX: entry}, arrange)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,22 @@ def translate(store: TensorStore) -> Iterator[tuple[str, Piece]]:
         layer = re.match(r"blk\.(\d{1,6})\.", name)
         if _ROPE_TABLES.fullmatch(name) or (layer is not None and int(layer[1]) in draft_layers):
             continue
+        latent = _LATENT.fullmatch(name)
+        if latent is not None:
+            piece = _latent(store, latent[1])
+            if latent[2] == "k":
+                yield f"{_LAYER.format(latent[1])}.self_attn.kv_b_proj.weight", piece
+            continue
         yield from _pieces(store, naming, name, entry)
+
+
+def _latent(store: TensorStore, layer: str) -> Piece:
+    """Keys and values of latent attention, which were one weight."""
+    key, value = f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight"
+    for name in (key, value):
+        if name not in store:
+            _refuse(f"{store.files[0]} has one of {key!r} and {value!r}, but not the other", "Download it again.")
+    return Piece({KEY_PART: store[key], VALUE_PART: store[value]})
 
 
 def _draft_layers(store: TensorStore) -> range:
@@ -122,19 +144,19 @@ def _experts(
     shape = (entry.shape[1] // num_targets, *entry.shape[2:])
     for expert in range(entry.shape[0]):
         start = (expert * num_targets + index) * prod(shape)
-        yield target.format(*numbers, expert), Piece(entry.part(start, shape))
+        yield target.format(*numbers, expert), _piece(entry.part(start, shape))
 
 
 def _whole(store: TensorStore, naming: Naming, stem: str, suffix: str, entry: TensorEntry) -> Piece:
     if naming.has_pairs and stem in ("blk.{}.attn_q", "blk.{}.attn_k"):
-        return Piece(entry, _from_pairs(entry, _num_heads(store, stem, entry)))
+        return _piece(entry, _from_pairs(entry, _num_heads(store, stem, entry)))
     if stem == "blk.{}.ffn_gate_inp_shexp" and len(entry.shape) == 1:
-        return Piece(replace(entry, shape=(1, *entry.shape)))
+        return _piece(replace(entry, shape=(1, *entry.shape)))
     is_projection = stem.startswith("blk.") and suffix == "weight" and len(entry.shape) == 2
     if naming.has_transposed and is_projection and entry.encoding is None:
         rows, columns = entry.shape
-        return Piece(replace(entry, shape=(columns, rows)), lambda stored: stored.view(rows, columns).t())
-    return Piece(entry)
+        return _piece(replace(entry, shape=(columns, rows)), lambda stored: stored.view(rows, columns).t())
+    return _piece(entry)
 
 
 def _num_heads(store: TensorStore, stem: str, entry: TensorEntry) -> int:

@@ -101,7 +101,7 @@ def _recognise_gguf(store: TensorStore, quantization: Mapping[str, Any]) -> Iter
     """Every tensor is a whole weight, or a part of one that holds many; its type is in its header."""
     formats = all_formats()
     for name, piece in gguf_names.translate(store):
-        stored = _recognise(name, {WEIGHT_SUFFIX: piece.entry}, {}, formats)
+        stored = _recognise(name, piece.parts, {}, formats)
         yield name, replace(stored, arrange=piece.arrange)
 
 

@@ -214,11 +214,13 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         num_shards = len(store.files)
 
     weights = {}
+    if family is not None:
+        found = family.with_optional_prefix(found, slots)
     for name, weight in found.items():
         slot = slots.get(name)
         if slot is not None:
             weights[name] = Weight(slot.role, weight.format, weight.shape or slot.shape, weight.nbytes)
-        elif family is None or not family.is_ignored(name):
+        elif family is None or spec is None or not family.is_ignored(name, spec):
             weights[name] = weight
     if spec is not None:
         notes += _compare(weights, slots, spec)

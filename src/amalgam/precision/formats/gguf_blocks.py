@@ -59,8 +59,7 @@ class GgufFormat(WeightFormat):
         entry = parts[WEIGHT_SUFFIX]
         if entry.encoding != self.type.name:
             return None
-        columns = entry.shape[-1] // self.type.num_bytes * self.type.num_elements
-        shape = (*entry.shape[:-1], columns)
+        shape = self.type.logical_shape(entry.shape)
         if len(shape) != 2:
             raise CheckpointError(
                 f"Tensor {entry.name!r} of weight {name!r} has type {self.type.name} and shape {list(shape)} "
@@ -72,14 +71,20 @@ class GgufFormat(WeightFormat):
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         entry = stored.parts[WEIGHT_SUFFIX]
         raw = read(entry)
-        blocks = raw.reshape(-1, self.type.num_bytes)
-        if not self._is_finite(blocks):
+        self.check_finite(stored.name, entry, raw)
+        return self._pack(raw, stored.shape)
+
+    def check_finite(self, name: str, entry: TensorEntry, raw: Tensor) -> None:
+        """Raise CheckpointError if a tensor of this type has a scale that is no number."""
+        if not self._is_finite(raw.reshape(-1, self.type.num_bytes)):
             raise CheckpointError(
-                f"Tensor {entry.name!r} of weight {stored.name!r} has a scale that is NaN or infinite in "
-                f"{entry.file.name}.",
+                f"Tensor {entry.name!r} of weight {name!r} has a scale that is NaN or infinite in {entry.file.name}.",
                 remedy="The file is damaged: download it again.",
             )
-        return self._pack(raw, stored.shape)
+
+    def expand(self, raw: Tensor) -> Tensor:
+        """Stored bytes of any rank → float32."""
+        return self._decode(raw.reshape(-1, self.type.num_bytes)).view(self.type.logical_shape(tuple(raw.shape)))
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         return math.prod(shape) // self.type.num_elements * self.type.num_bytes
@@ -91,8 +96,7 @@ class GgufFormat(WeightFormat):
         return PackedWeight(self.name, shape, {"weight": raw.clone()}, self._unpack, (1, self.type.num_elements))
 
     def _unpack(self, weight: PackedWeight) -> Tensor:
-        blocks = weight.parts["weight"].view(-1, self.type.num_bytes)
-        return self._decode(blocks).view(weight.shape)
+        return self.expand(weight.parts["weight"])
 
 
 class _Q4_0(GgufFormat):  # noqa: N801 - ggml's name
