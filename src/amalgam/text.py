@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from amalgam.errors import CheckpointError, RequestError, UnsupportedError, describe
+from amalgam.text_gguf import build_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _EOS_FILES = ("config.json", "generation_config.json")
@@ -38,14 +39,21 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, gguf_metadata: Mapping[str, Any] | None = None) -> Tokenizer:
         """Read a folder's tokenizer. Code that the folder brings along or refers to is never run.
+
+        Args:
+            folder: a folder, or a GGUF file.
+            gguf_metadata: the checkpoint's metadata if it is GGUF; used if the folder has no tokenizer's files.
 
         Raises:
             CheckpointError: there is none, or its files are damaged.
             UnsupportedError: it does not run on the tokenizers library.
         """
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            if gguf_metadata:
+                wrapped, ends = build_tokenizer(gguf_metadata, str(folder))
+                return cls(wrapped, ends | _eos_token_ids(folder, None))
             raise CheckpointError(
                 f"Folder {str(folder)!r} has no tokenizer.",
                 remedy=f"Put one of these files there: {', '.join(_TOKENIZER_FILES)}.",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -57,7 +57,8 @@ _DAMAGED = "The file is damaged or hostile: download it again from a source that
 class TensorEntry:
     """One tensor of a checkpoint, not read yet.
 
-    `offset` counts bytes from the start of the file; None where the container does not tell (`.bin`).
+    `offset` counts bytes from the start of the file; None where the container does not tell (`.bin`). `encoding` is
+    the ggml type of a quantized GGUF tensor: its `dtype` is then uint8 and its last dimension a row's bytes.
     """
 
     name: str
@@ -65,11 +66,18 @@ class TensorEntry:
     shape: tuple[int, ...]
     file: Path
     offset: int | None
+    encoding: str | None = None
 
     @property
     def nbytes(self) -> int:
         """Size of the elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, start: int, shape: tuple[int, ...]) -> TensorEntry:
+        """The elements from `start` on, in row-major order, as a tensor of `shape`: one expert of a stack of them."""
+        assert self.offset is not None
+        assert 0 <= start <= start + math.prod(shape) <= math.prod(self.shape), (self, start, shape)
+        return replace(self, offset=self.offset + start * self.dtype.itemsize, shape=shape)
 
 
 def read_header(file: Path) -> list[TensorEntry]:
@@ -109,7 +117,7 @@ def _read(file: Path, stream: BinaryIO) -> list[TensorEntry]:
     header = parse_json(raw, f"The header of {file}")  # an object: it begins with a brace
     _check_metadata(file, header.pop("__metadata__", {}))
     entries = [_entry(file, data_start, name, info) for name, info in header.items()]
-    _check_ranges(file, file_bytes, entries)
+    check_ranges(file, file_bytes, entries)
     return entries
 
 
@@ -167,7 +175,7 @@ def _entry(file: Path, data_start: int, name: str, info: Any) -> TensorEntry:
     return entry
 
 
-def _check_ranges(file: Path, file_bytes: int, entries: list[TensorEntry]) -> None:
+def check_ranges(file: Path, file_bytes: int, entries: list[TensorEntry]) -> None:
     """Sort `entries` by offset; they must lie in the file and not overlap. Holes are harmless."""
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     end = 0

@@ -1,7 +1,7 @@
 """One weight file each: what is in it, and its tensors.
 
-In: a safetensors or `.bin` file. Out: `TensorEntry`s and CPU tensors that share the file's pages. Must never know how
-files are grouped into a checkpoint.
+In: a safetensors or `.bin` file (GGUF: `checkpoint.gguf`). Out: `TensorEntry`s and CPU tensors that share the file's
+pages. Must never know how files are grouped into a checkpoint.
 
 A view is handed out only while the file is the one that was opened. A file that somebody truncates *after* that can
 still end the process with SIGBUS when the missing pages are touched, as with every memory-mapped reader: replace a
@@ -65,13 +65,16 @@ def check_unchanged(opened: Identity, now: Identity) -> None:
         )
 
 
-class SafetensorsShard:
-    """A safetensors file, mapped privately when first read: writing to a view does not reach the file."""
+class MappedShard:
+    """A file of raw tensors, mapped privately when first read: writing to a view does not reach the file.
 
-    def __init__(self, file: Path) -> None:
+    Reads any entry that lies within the file, so also a part of a tensor.
+    """
+
+    def __init__(self, file: Path, identity: Identity, entries: list[TensorEntry]) -> None:
         self.file = file
-        self.identity = identify(file)  # before the header, so that a change in between is noticed
-        self.entries = read_header(file)
+        self.identity = identity
+        self.entries = entries
         self._map: mmap.mmap | None = None
         self._lock = threading.Lock()
 
@@ -116,6 +119,14 @@ class SafetensorsShard:
                         f"{self.file} cannot be mapped ({error}).", remedy="Check its permissions and `ulimit -v`."
                     ) from error
             return self._map
+
+
+class SafetensorsShard(MappedShard):
+    """A safetensors file."""
+
+    def __init__(self, file: Path) -> None:
+        identity = identify(file)  # before the header, so that a change in between is noticed
+        super().__init__(file, identity, read_header(file))
 
 
 class PickleShard:

@@ -1,7 +1,8 @@
 """Where a checkpoint's files are.
 
-In: a path or hub id. Out: a local folder, and small JSON files or checked paths inside it. Every file name that comes
-out of a checkpoint passes `member`, so that nothing outside the folder is ever opened. Must never know tensors.
+In: a path or hub id. Out: a local folder or `.gguf` file, and small JSON files or checked paths inside it. Every file
+name that comes out of a checkpoint passes `member`, so that nothing outside the folder is ever opened. Must never know
+tensors.
 """
 
 from __future__ import annotations
@@ -23,20 +24,25 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 def resolve(path_or_hub_id: str) -> Path:
     """The local folder of a checkpoint: an existing folder, else a hub repository (downloaded or from the cache).
 
-    Pickles (`*.bin`) are downloaded only from repositories without safetensors.
+    A `.gguf` file is a checkpoint by itself: its own path is returned. Pickles (`*.bin`) are downloaded only from
+    repositories without safetensors.
 
     Raises:
-        CheckpointError: no such folder, and no hub id or not to be had from the hub.
+        CheckpointError: no such folder or file, and no hub id or not to be had from the hub.
     """
     path = Path(path_or_hub_id).expanduser()
     if path_or_hub_id.strip() and path.is_dir():
         return path.absolute()
     if path.is_file():
-        raise CheckpointError(f"{path} is a file, not a folder.", remedy="Give the folder that holds the checkpoint.")
+        if path.suffix == ".gguf":
+            return path.absolute()
+        raise CheckpointError(
+            f"{path} is a file, not a folder.", remedy="Give the folder that holds the checkpoint, or a .gguf file."
+        )
     if not _HUB_ID.fullmatch(path_or_hub_id):
         raise CheckpointError(
             f"There is no folder {describe(str(path.absolute()), 400)}.",
-            remedy="Give the folder that holds config.json and the weights, or a hub id such as org/name.",
+            remedy="Give a .gguf file, the folder that holds config.json and weights, or a hub id such as org/name.",
         )
     return _download(path_or_hub_id)
 

@@ -1,18 +1,20 @@
-"""A checkpoint folder as one lazy mapping from tensor names to tensors.
+"""A checkpoint as one lazy mapping from tensor names to tensors.
 
-In: a folder. Out: `TensorStore`. Decides which files are the checkpoint, checks that they agree with the index and
-with each other, and leaves the bytes to the shards. Must never know what a tensor's name means.
+In: a folder or a `.gguf` file. Out: `TensorStore`. Decides which files are the checkpoint, checks that they agree with
+the index and with each other, and leaves the bytes to the shards. Must never know what a tensor's name means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
+from amalgam.checkpoint.gguf import SUFFIX as GGUF_SUFFIX
+from amalgam.checkpoint.gguf import GgufShard, list_split, open_split
 from amalgam.checkpoint.safetensors_header import TensorEntry
 from amalgam.checkpoint.shards import Identity, PickleShard, SafetensorsShard, Shard, identify
 from amalgam.checkpoint.source import member, read_json
@@ -24,13 +26,18 @@ MAX_INDEX_BYTES = 64 * 2**20
 
 
 class TensorStore(Mapping[str, TensorEntry]):
-    """The tensors of a checkpoint folder. Threads may read it at the same time.
+    """The tensors of a checkpoint. Threads may read it at the same time.
 
     Opening reads headers only (`.bin`: the pickles, with torch's weights-only unpickler).
+
+    Attributes:
+        folder: the checkpoint's folder; the `.gguf` file itself where one was named.
+        metadata: what a GGUF checkpoint says about its model, by key; empty for other containers.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self.folder = folder
+        self.metadata: Mapping[str, Any] = shards[0].metadata if isinstance(shards[0], GgufShard) else {}
         self.files = tuple(shard.file for shard in shards)
         self._shards = {shard.file: shard for shard in shards}
         self._entries: dict[str, TensorEntry] = {}
@@ -45,18 +52,22 @@ class TensorStore(Mapping[str, TensorEntry]):
 
     @classmethod
     def open(cls, folder: Path) -> TensorStore:
-        """Index the checkpoint in `folder`.
+        """Index the checkpoint in `folder`, or a `.gguf` file together with the other parts if it is split.
 
-        The first of these that exists: `model.safetensors.index.json`, `model.safetensors`, another
+        Of a folder the first of these that exists: `model.safetensors.index.json`, `model.safetensors`, another
         `*.safetensors.index.json`, all `*.safetensors`, `pytorch_model.bin.index.json`, `pytorch_model.bin`, all
-        `pytorch_model-*.bin`.
+        `pytorch_model-*.bin`, the one model in `*.gguf`.
 
         Raises:
             CheckpointError: no folder, no weights, a missing or damaged file, or an index that its files contradict.
         """
+        if folder.suffix == GGUF_SUFFIX and folder.is_file():
+            return cls(folder, open_split(list_split(folder)))
         if not folder.is_dir():
             raise CheckpointError(f"There is no folder {folder}.", remedy="Correct the path of the checkpoint.")
         listing = _list_files(folder)
+        if listing.names[0].endswith(GGUF_SUFFIX):
+            return cls(folder, open_split([member(folder, name) for name in listing.names]))
         opener = SafetensorsShard if listing.names[0].endswith(".safetensors") else PickleShard
         shards: list[Shard] = [opener(member(folder, name)) for name in listing.names]
         if listing.weight_map is not None:
@@ -74,36 +85,40 @@ class TensorStore(Mapping[str, TensorEntry]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, tensor: str | TensorEntry) -> torch.Tensor:
         """A CPU tensor that shares the file's pages (a copy if its elements are not aligned in the file).
 
         The file stays mapped while the tensor lives, also after `close`.
 
+        Args:
+            tensor: its name, or an entry that describes part of a tensor (`TensorEntry.part`).
+
         Raises:
             CheckpointError: no such tensor, or its file has changed since it was opened.
         """
-        entry, shard = self._find(name)
+        entry, shard = self._find(tensor)
         return shard.read(entry)
 
-    def release(self, name: str) -> None:
+    def release(self, tensor: str | TensorEntry) -> None:
         """Give back the memory of a tensor's pages; they are read again from the file when touched again."""
-        entry, shard = self._find(name)
+        entry, shard = self._find(tensor)
         shard.release(entry)
 
-    def identity(self, name: str) -> Identity:
+    def identity(self, tensor: str | TensorEntry) -> Identity:
         """(file, mtime in ns, bytes, inode) of the tensor's file now: differs once the file has changed.
 
         Take it *before* `read`, which fails when the file has changed since `open`: then it belongs to what was read.
         """
-        return identify(self._find(name)[0].file)
+        return identify(self._find(tensor)[0].file)
 
     def close(self) -> None:
         """Let go of the files; views that were handed out stay valid. Reading again maps them again."""
         for shard in self._shards.values():
             shard.close()
 
-    def _find(self, name: str) -> tuple[TensorEntry, Shard]:
-        entry = self._entries.get(name)
+    def _find(self, tensor: str | TensorEntry) -> tuple[TensorEntry, Shard]:
+        name = tensor if isinstance(tensor, str) else tensor.name
+        entry = self._entries.get(name) if isinstance(tensor, str) else tensor
         if entry is None:
             raise CheckpointError(f"{self.folder} has no tensor {describe(name)}.", remedy="Correct the name.")
         return entry, self._shards[entry.file]
@@ -134,9 +149,17 @@ def _list_files(folder: Path) -> _Listing:
         shards = [name for name in present if name.startswith(shard_prefix) and name.endswith(suffix)]
         if shards:
             return _Listing(shards)
+    ggufs = [name for name in present if name.endswith(GGUF_SUFFIX)]
+    if ggufs:
+        names = [file.name for file in list_split(folder / ggufs[0])]
+        if names != ggufs:
+            _refuse(
+                folder, f"holds several GGUF models: {', '.join(map(describe, ggufs))}", "Give the path of one file."
+            )
+        return _Listing(names)
     raise CheckpointError(
         f"{folder} has no weights; it holds {describe(present, 300) if present else 'nothing'}.",
-        remedy="Give a folder with *.safetensors or pytorch_model*.bin files.",
+        remedy="Give a folder with *.safetensors, pytorch_model*.bin or *.gguf files.",
     )
 
 

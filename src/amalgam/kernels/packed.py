@@ -12,6 +12,7 @@ Runtime layouts (`PackedWeight.layout`), all row-major over `[out, in]`:
               scale:  float [out, in / group_size]
               zero:   uint8 [out, in / group_size], absent when symmetric (then 8)
               group:  int32 [in], the group of each input; absent when input i is in group i // group_size
+    gguf_*    weight: uint8 [out, row_bytes], rows of ggml blocks (`precision.formats.gguf_blocks`, `gguf_k`)
 
     panels_*  what the native CPU kernels read: int4, int8, fp8, bf16, fp16, fp32 (`csrc/matrix.h` has the drawing)
               weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
@@ -60,6 +61,17 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def has_own_rows(self) -> bool:
+        """Whether every row has scales of its own, so that it can be expanded alone."""
+        return self.block is None or self.block[0] == 1
+
+    def take_rows(self, rows: Tensor) -> PackedWeight:
+        """A weight of some rows, in the given order; only where `has_own_rows`."""
+        assert self.has_own_rows
+        parts = {name: part if name == "group" else part[rows] for name, part in self.parts.items()}
+        return PackedWeight(self.layout, (len(rows), *self.shape[1:]), parts, self.unpack, self.block)
 
     @property
     def dense(self) -> Tensor:

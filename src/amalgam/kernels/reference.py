@@ -77,6 +77,8 @@ def pack_nibbles(values: Tensor) -> Tensor:
 
 def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Rows of an embedding: `[tokens]` → `[tokens, hidden]` in `dtype`."""
+    if weight.layout != "dense" and weight.has_own_rows:
+        return weight.take_rows(token_ids).dequantize(dtype)
     table = weight.parts["weight"] if weight.layout == "dense" else weight.dequantize()
     return functional.embedding(token_ids, table).to(dtype)
 

@@ -87,6 +87,7 @@ class ModelLoader:
     """A model's family, spec and sources; builds weight versions from rules.
 
     Attributes:
+        base_folder, base_metadata: the base checkpoint's folder (or `.gguf` file) and GGUF metadata.
         family, spec: read from the base checkpoint's config.json.
         names: logical name of every weight, in order of use.
     """
@@ -104,9 +105,11 @@ class ModelLoader:
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
         base = Source.open(BASE_SOURCE, model.base_path)
         if not base.config:
-            raise CheckpointError(f"{base.folder} has no {CONFIG_NAME}.", remedy="base_path needs one.")
+            raise CheckpointError(base.config_place, remedy=f"base_path needs a {CONFIG_NAME}.")
         self.base_folder = base.folder
-        self.family, self.spec = read_spec(base.config, str(base.folder / CONFIG_NAME))
+        self.base_metadata = base.store.metadata
+        self._base_place = base.config_place
+        self.family, self.spec = read_spec(base.config, base.config_place)
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
         self._sources = {BASE_SOURCE: self._with_logical_names(base)}
 
@@ -179,7 +182,7 @@ class ModelLoader:
         fresh = ModelLoader(model, self._inference, self.device, self._threads)
         if fresh.spec != self.spec:
             raise CheckpointError(
-                f"{fresh.base_folder / CONFIG_NAME} describes another model than the one being served.",
+                f"{fresh._base_place} describes another model than the one being served.",
                 remedy="Restart the server to serve it.",
             )
         return fresh
@@ -226,13 +229,14 @@ class ModelLoader:
         return get_format("int4") if self._inference.load_in_4bit else None
 
     def _check_source(self, source: Source) -> None:
-        where = str(source.folder / CONFIG_NAME)
         spec = self.spec
         if source.config and source.name != BASE_SOURCE:
-            _, spec = read_spec(source.config, where)
+            _, spec = read_spec(source.config, source.config_place)
+            if source.store.metadata:  # GGUF has no word for a tied head: it leaves the head out, or writes it twice
+                spec = replace(spec, has_tied_head=self.spec.has_tied_head)
             if _comparable(spec) != _comparable(self.spec):
                 raise CheckpointError(
-                    f"{where} describes another model than {self.base_folder / CONFIG_NAME}.",
+                    f"{source.config_place} describes another model than {self._base_place}.",
                     remedy=f"Source {source.name!r} must be a checkpoint of the same model.",
                 )
         tied = {"lm_head.weight"} if self.spec.has_tied_head else set()

@@ -40,6 +40,7 @@ class StoredWeight:
         shape: logical shape, `(out, in)` for a linear weight.
         parts: role (the suffix after the module's name) → tensor.
         block: `(rows, columns)` that share one scale, where the format has scales.
+        arrange: brings the stored rows into the published order; None if they are in it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class StoredWeight:
     shape: tuple[int, ...]
     parts: Mapping[str, TensorEntry]
     block: tuple[int, int] | None = None
+    arrange: Callable[[Tensor], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -1,13 +1,14 @@
-"""A source: a checkpoint folder with a name, its tensors grouped into logical weights.
+"""A source: a checkpoint with a name, its tensors grouped into logical weights.
 
-In: a folder. Out: `Source.weights`, logical name → `StoredWeight`, each recognised by exactly one format.
+In: a folder or a `.gguf` file. Out: `Source.weights`, logical name → `StoredWeight`, each recognised by exactly one
+format.
 Must never know: layers, families, plans.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from amalgam.checkpoint.source import read_json, resolve
 from amalgam.checkpoint.store import TensorEntry, TensorStore
-from amalgam.errors import CheckpointError
+from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.kernels.packed import PackedWeight
+from amalgam.precision import gguf_config, gguf_names
 from amalgam.precision.format import WEIGHT_SUFFIX, StoredWeight, WeightFormat, all_formats
 
 CONFIG_NAME = "config.json"
@@ -30,7 +32,9 @@ class Source:
 
     Attributes:
         name: as the configuration calls it.
-        config: its config.json, empty if it has none.
+        folder: the checkpoint's folder; the `.gguf` file itself where one was named.
+        config: its config.json, or what its metadata say instead; empty if it has neither.
+        config_place: where `config` stands, for messages; why there is none, if it is empty.
         weights: logical name → the weight that it stores.
     """
 
@@ -38,6 +42,7 @@ class Source:
     folder: Path
     store: TensorStore
     config: Mapping[str, Any]
+    config_place: str
     weights: Mapping[str, StoredWeight]
 
     @classmethod
@@ -48,12 +53,13 @@ class Source:
             CheckpointError: no such folder, damaged files, or tensors that no format recognises, by name.
         """
         folder = resolve(path_or_hub_id)
-        config = read_json(folder, CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
         store = TensorStore.open(folder)
+        config, place = _read_config(store)
         quantization = config.get("quantization_config") or {}
         if not isinstance(quantization, Mapping):
-            raise CheckpointError(f"quantization_config in {folder / CONFIG_NAME} is not an object.")
-        return cls(name, folder, store, config, dict(_recognise_all(store, quantization)))
+            raise CheckpointError(f"quantization_config in {place} is not an object.")
+        recognise = _recognise_gguf if store.metadata else _recognise_all
+        return cls(name, folder, store, config, place, dict(recognise(store, quantization)))
 
     def load(self, stored: StoredWeight) -> PackedWeight:
         """Read and pack one weight, and give the file's pages back.
@@ -63,18 +69,40 @@ class Source:
         """
 
         def read(entry: TensorEntry) -> Tensor:
-            return self.store.read(entry.name)
+            tensor = self.store.read(entry)
+            return tensor if stored.arrange is None else stored.arrange(tensor)
 
         try:
             return stored.format.load(stored, read)
         finally:
             for entry in stored.parts.values():
-                self.store.release(entry.name)
+                self.store.release(entry)
 
     def identity(self, stored: StoredWeight) -> tuple[Any, ...]:
         """Equal for two weights exactly if they come from the same unchanged bytes."""
-        parts = ((entry.offset, entry.nbytes, self.store.identity(entry.name)) for entry in stored.parts.values())
+        parts = ((entry.offset, entry.nbytes, self.store.identity(entry)) for entry in stored.parts.values())
         return (stored.name, stored.format.name, *parts)
+
+
+def _read_config(store: TensorStore) -> tuple[dict[str, Any], str]:
+    """The configuration and where it stands, or an empty one and why there is none."""
+    folder = store.folder
+    if (folder / CONFIG_NAME).is_file():
+        return read_json(folder, CONFIG_NAME), str(folder / CONFIG_NAME)
+    if not store.metadata:
+        return {}, f"{folder} has no {CONFIG_NAME}."
+    try:
+        return gguf_config.read_config(store), f"{store.files[0]} (metadata)"
+    except UnsupportedError as error:
+        return {}, str(error)
+
+
+def _recognise_gguf(store: TensorStore, quantization: Mapping[str, Any]) -> Iterator[tuple[str, StoredWeight]]:
+    """Every tensor is a whole weight, or a part of one that holds many; its type is in its header."""
+    formats = all_formats()
+    for name, piece in gguf_names.translate(store):
+        stored = _recognise(name, piece.parts, {}, formats)
+        yield name, replace(stored, arrange=piece.arrange)
 
 
 def _recognise_all(store: TensorStore, quantization: Mapping[str, Any]) -> Iterator[tuple[str, StoredWeight]]:

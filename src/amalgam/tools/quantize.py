@@ -77,8 +77,8 @@ def quantize_checkpoint(
     weight_format = get_format(format_name)
     source = Source.open("base", checkpoint)
     if not source.config:
-        raise CheckpointError(f"{source.folder} has no {CONFIG_NAME}.", remedy="The model's sizes stand in it.")
-    family, spec = read_spec(source.config, str(source.folder / CONFIG_NAME))
+        raise CheckpointError(source.config_place, remedy=f"The model's sizes stand in {CONFIG_NAME}.")
+    family, spec = read_spec(source.config, source.config_place)
     slots = {family.logical_name(slot): slot for slot in spec.slots}
     source = replace(source, weights=family.with_optional_prefix(source.weights, slots))
     missing = [name for name in slots if name not in source.weights]
@@ -138,8 +138,15 @@ class _Quantizer:
             stored = self._source.weights[name]
             if slot.is_linear and slot.role != "head" and stored.is_wide:
                 yield from self._quantize(name, slot, stored)
+            elif stored.is_wide:
+                yield name, self._source.load(stored).dense
             else:
                 for entry in stored.parts.values():
+                    if entry.encoding is not None:
+                        raise CheckpointError(
+                            f"Weight {name!r} is {entry.encoding} in {entry.file}, which safetensors cannot hold.",
+                            remedy="Quantize from a GGUF file of F32, F16 or BF16.",
+                        )
                     yield entry.name, self._source.store.read(entry.name)
                 self._count(slot, stored.nbytes, stored.nbytes)
             done += stored.nbytes

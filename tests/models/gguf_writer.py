@@ -1,0 +1,243 @@
+"""A published checkpoint → a GGUF file, by the rules of llama.cpp's converter, with the `gguf` package's writer.
+
+Names come from that package's own table (`gguf.get_tensor_name_map`), so that ours is tested against it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "MixtralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2moe",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "OlmoeForCausalLM": "olmoe",
+    "DeepseekV2ForCausalLM": "deepseek2",
+    "DeepseekV3ForCausalLM": "deepseek2",
+    "Glm4MoeForCausalLM": "glm4moe",
+    "GptOssForCausalLM": "gpt-oss",
+    "GPT2LMHeadModel": "gpt2",
+    "XverseForCausalLM": "xverse",
+}
+KIND = gguf.GGMLQuantizationType
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.(weight|bias)")
+_PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+def write_gguf(
+    folder: Path,
+    file: Path,
+    kind: gguf.GGMLQuantizationType = KIND.F32,
+    *,
+    fuses_gate_up: bool = False,
+    stacks_experts: bool = True,
+    splits_latent: bool = False,
+    edit: Callable[[gguf.GGUFWriter], None] | None = None,
+    **options: Any,
+) -> Path:
+    """Write the checkpoint in `folder` as `file`; matrices in `kind`, vectors and routers in float32."""
+    config = json.loads((folder / "config.json").read_text())
+    architecture = ARCHITECTURES[config["architectures"][0]]
+    writer = gguf.GGUFWriter(file, architecture, **options)
+    _write_metadata(writer, config, architecture, splits_latent)
+    if edit is not None:
+        edit(writer)
+    tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    converted = _converted(tensors, config, architecture, fuses_gate_up, stacks_experts)
+    if splits_latent:
+        converted = _split_latent(converted, config)
+    for name, array in converted.items():
+        is_wide = array.ndim == 1 or name.endswith((".bias", "ffn_gate_inp.weight")) or "norm" in name
+        if is_wide or kind == KIND.F32:
+            writer.add_tensor(name, np.ascontiguousarray(array))
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _converted(
+    tensors: Mapping[str, np.ndarray], config: dict[str, Any], architecture: str, fuses: bool, stacks: bool
+) -> dict[str, np.ndarray]:
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    table = gguf.get_tensor_name_map(arch, layers)
+    result: dict[str, np.ndarray] = {}
+    experts: defaultdict[tuple[str, str, str], dict[int, np.ndarray]] = defaultdict(dict)
+    for name, array in tensors.items():
+        if match := _EXPERT.fullmatch(name):
+            experts[match[1], _PARTS[match[3]], match[4]][int(match[2])] = array
+            continue
+        if architecture == "gpt-oss" and ".experts." in name:
+            result |= _gpt_oss_experts(name, array)
+            continue
+        if architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            array = array.T
+        if architecture in ("llama", "xverse") and (part := re.search(r"\.([qk])_proj\.", name)):
+            heads = config["num_attention_heads"]
+            array = _permute(array, heads if part[1] == "q" else config.get("num_key_value_heads", heads))
+        if name.endswith("e_score_correction_bias"):
+            name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        if name.endswith("sinks"):
+            name += ".weight"
+        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        result[found] = array
+    for (layer, part, suffix), by_expert in experts.items():
+        prefix = f"blk.{layer}.ffn_{part}"
+        if stacks:
+            result[f"{prefix}_exps.{suffix}"] = np.stack([by_expert[i] for i in range(len(by_expert))])
+        else:
+            result |= {f"{prefix}.{i}.{suffix}": array for i, array in by_expert.items()}
+    if fuses:
+        for layer in {layer for layer, *_ in experts}:
+            parts = [result.pop(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up")]
+            result[f"blk.{layer}.ffn_gate_up_exps.weight"] = np.concatenate(parts, axis=1)
+    scaling = config.get("rope_parameters") or {}
+    if scaling.get("rope_type") == "llama3":
+        result["rope_freqs.weight"] = _llama3_divisors(config, scaling)
+    return result
+
+
+def _gpt_oss_experts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    layer = re.search(r"\.(\d+)\.", name)
+    assert layer is not None
+    prefix = f"blk.{layer[1]}.ffn_"
+    is_bias = name.endswith("_bias")
+    suffix = "bias" if is_bias else "weight"
+    rows = array if is_bias else array.transpose(0, 2, 1)
+    if "down_proj" in name:
+        return {f"{prefix}down_exps.{suffix}": rows}
+    return {f"{prefix}gate_exps.{suffix}": rows[:, ::2], f"{prefix}up_exps.{suffix}": rows[:, 1::2]}
+
+
+def _split_latent(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str, np.ndarray]:
+    result = {}
+    for name, array in tensors.items():
+        if not name.endswith("attn_kv_b.weight"):
+            result[name] = array
+            continue
+        heads = array.reshape(config["num_attention_heads"], -1, array.shape[1])
+        key, value = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
+        prefix = name.removesuffix("kv_b.weight")
+        result |= {f"{prefix}k_b.weight": key.transpose(0, 2, 1), f"{prefix}v_b.weight": value}
+    return result
+
+
+def _permute(array: np.ndarray, heads: int) -> np.ndarray:
+    """`LlamaModel.permute` of the converter."""
+    split = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return split.swapaxes(1, 2).reshape(array.shape)
+
+
+def _llama3_divisors(config: dict[str, Any], scaling: dict[str, Any]) -> np.ndarray:
+    dim = config["head_dim"]
+    frequencies = 1.0 / (scaling["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    low, high, original = (
+        scaling[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    divisors = []
+    for frequency in frequencies:
+        wavelength = 2 * np.pi / float(frequency)
+        if wavelength < original / high:
+            divisors.append(1.0)
+        elif wavelength > original / low:
+            divisors.append(scaling["factor"])
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
+    return np.array(divisors, np.float32)
+
+
+def _write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str, splits_latent: bool) -> None:
+    def number(*keys: str) -> Any:
+        return next((config[key] for key in keys if config.get(key) is not None), None)
+
+    heads = number("num_attention_heads", "n_head")
+    writer.add_block_count(number("num_hidden_layers", "n_layer"))
+    writer.add_context_length(number("max_position_embeddings", "n_positions"))
+    writer.add_embedding_length(number("hidden_size", "n_embd"))
+    writer.add_feed_forward_length(number("intermediate_size", "n_inner") or 4 * number("hidden_size", "n_embd"))
+    writer.add_head_count(heads)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    if architecture == "gpt2":
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+        return
+    writer.add_head_count_kv(1 if splits_latent else number("num_key_value_heads", "num_attention_heads"))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+        if rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            if rope.get("mscale_all_dim"):
+                writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    if architecture == "deepseek2":
+        _write_latent_attention(writer, config, splits_latent)
+    else:
+        head_dim = number("head_dim") or config["hidden_size"] // heads
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+        writer.add_vocab_size(config["vocab_size"])
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if config.get("clip_qkv"):
+        writer.add_clamp_kqv(config["clip_qkv"])
+    if config.get("sliding_window") and architecture in ("llama", "gpt-oss"):
+        writer.add_sliding_window(config["sliding_window"])
+    experts = number("num_experts", "num_local_experts", "n_routed_experts")
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if architecture in ("qwen2moe", "qwen3moe", "deepseek2", "glm4moe"):
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if architecture == "gpt-oss":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if architecture == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if architecture in ("deepseek2", "glm4moe"):
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        is_sigmoid = config["architectures"][0] != "DeepseekV2ForCausalLM"
+        writer.add_expert_gating_func(
+            gguf.ExpertGatingFuncType.SIGMOID if is_sigmoid else gguf.ExpertGatingFuncType.SOFTMAX
+        )
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+
+
+def _write_latent_attention(writer: gguf.GGUFWriter, config: dict[str, Any], splits: bool) -> None:
+    """Until 2025 with `attn_kv_b` in one piece; then split, and described as it runs on the latent vector."""
+    if config.get("q_lora_rank") is not None:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(config["kv_lora_rank"])
+    key_dim, rope_dim = config["qk_nope_head_dim"] + config["qk_rope_head_dim"], config["qk_rope_head_dim"]
+    if splits:
+        writer.add_key_length(config["kv_lora_rank"] + rope_dim)
+        writer.add_value_length(config["kv_lora_rank"])
+        writer.add_key_length_mla(key_dim)
+        writer.add_value_length_mla(config["v_head_dim"])
+    else:
+        writer.add_key_length(key_dim)
+        writer.add_value_length(config["v_head_dim"])
+    writer.add_rope_dimension_count(rope_dim)
