@@ -19,9 +19,11 @@ from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
-from amalgam.models.spec import Slot, read_spec
+from amalgam.models.spec import Slot, fused_tensors, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
+from amalgam.precision.formats.floating import dense
+from amalgam.precision.fused import FusedTensor
 from amalgam.precision.plan import Choice, Plan
 from amalgam.precision.source import CONFIG_NAME, Source
 
@@ -44,11 +46,18 @@ class PlannedWeight:
         target = self.quantize_to.name if self.quantize_to else None
         return (*self.source.identity(self.stored), target)
 
+    @property
+    def is_expanded(self) -> bool:
+        """Whether it is dequantized while loading: some tools quantize routers, ours work in float32."""
+        return self.slot.role == "router" and not self.stored.is_wide
+
     def load(self, device: torch.device) -> PackedWeight:
         packed = self.source.load(self.stored)
         if self.quantize_to is not None:
             quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
             packed = self.quantize_to.pack(quantized, self.slot.shape)
+        if self.is_expanded:
+            packed = dense(packed.dequantize())
         packed = packed.to(device)
         return ops.prepare(packed) if self.slot.is_linear else packed
 
@@ -58,7 +67,7 @@ class PlannedWeight:
             name=self.choice.name,
             slot=self.slot.name,
             source=self.source.name,
-            format=(self.quantize_to or stored.format).name,
+            format="fp32" if self.is_expanded else (self.quantize_to or stored.format).name,
             stored_format=stored.format.name,
             shape=self.slot.shape,
             nbytes=packed.nbytes,
@@ -87,11 +96,13 @@ class ModelLoader:
         self._mixed = model.mixed_precision
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
         self._sources: dict[str, Source] = {}
+        self._base_fused: Sequence[FusedTensor] = ()
         base = self._source(BASE_SOURCE)
         if not base.config:
             raise CheckpointError(f"{base.folder} has no {CONFIG_NAME}.", remedy="base_path needs one.")
         self.base_folder = base.folder
         self.family, self.spec = read_spec(base.config, str(base.folder / CONFIG_NAME))
+        self._base_fused = self.family.fused
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
 
     @property
@@ -170,8 +181,12 @@ class ModelLoader:
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:
-            self._sources[name] = Source.open(name, self._paths[name])
+            self._sources[name] = Source.open(name, self._paths[name], self._fused)
         return self._sources[name]
+
+    def _fused(self, config: Mapping[str, Any]) -> Sequence[FusedTensor]:
+        """The fused tensors of a source; one without a config.json is of the base checkpoint's family."""
+        return fused_tensors(config) if config else self._base_fused
 
     def _check_weight(self, slot: Slot, choice: Choice) -> PlannedWeight:
         source = self._source(choice.source)
@@ -186,7 +201,7 @@ class ModelLoader:
                 f"Weight {choice.name!r} has shape {list(stored.shape)} in source {choice.source!r} ({source.folder}).",
                 remedy=f"The model's config.json makes it {list(slot.shape)}: is this a checkpoint of the same model?",
             )
-        if not slot.is_linear and not stored.is_wide and slot.role != "embedding":
+        if not slot.is_linear and not stored.is_wide and slot.role not in {"embedding", "router"}:
             raise PlanError(
                 f"Weight {choice.name!r} is stored as {stored.format.name} in source {choice.source!r}.",
                 remedy=f"A {slot.role} must be floating: choose another source for it.",

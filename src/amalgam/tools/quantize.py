@@ -21,8 +21,15 @@ from amalgam.checkpoint.writer import new_folder, write_checkpoint
 from amalgam.config import Settings
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.models.loader import Progress
-from amalgam.models.spec import Slot, read_spec
-from amalgam.precision.format import QuantizeOptions, Scheme, StoredWeight, WeightFormat, get_format
+from amalgam.models.spec import Slot, fused_tensors, read_spec
+from amalgam.precision.format import (
+    WEIGHT_SUFFIX,
+    QuantizeOptions,
+    Scheme,
+    StoredWeight,
+    WeightFormat,
+    get_format,
+)
 from amalgam.precision.source import CONFIG_NAME, Source
 
 # What makes a folder usable besides weights: tokenizer, chat template, generation defaults.
@@ -75,7 +82,7 @@ def quantize_checkpoint(
         ConfigError: an option that the format does not take, or a group size that does not divide.
     """
     weight_format = get_format(format_name)
-    source = Source.open("base", checkpoint)
+    source = Source.open("base", checkpoint, fused_tensors)
     if not source.config:
         raise CheckpointError(f"{source.folder} has no {CONFIG_NAME}.", remedy="The model's sizes stand in it.")
     family, spec = read_spec(source.config, str(source.folder / CONFIG_NAME))
@@ -83,9 +90,11 @@ def quantize_checkpoint(
     missing = [name for name in slots if name not in source.weights]
     if missing:
         raise CheckpointError(f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.")
-    if not any(slot.is_linear and source.weights[name].is_wide for name, slot in slots.items()):
+    narrow = [name for name in slots if not source.weights[name].is_wide]
+    if narrow:
         raise CheckpointError(
-            f"{source.folder} is quantized already.", remedy="Give the bf16, fp16 or fp32 checkpoint."
+            f"{source.folder} is quantized already: {len(narrow)} weights, for instance {narrow[0]!r}.",
+            remedy="Give the bf16, fp16 or fp32 checkpoint.",
         )
     writer = _Quantizer(source, weight_format, options, QuantizeReport(out_folder, format_name), progress)
     with new_folder(out_folder) as temporary:
@@ -138,8 +147,7 @@ class _Quantizer:
             if slot.is_linear and slot.role != "head" and stored.is_wide:
                 yield from self._quantize(name, slot, stored)
             else:
-                for entry in stored.parts.values():
-                    yield entry.name, self._source.store.read(entry.name)
+                yield name, self._source.read(stored.parts[WEIGHT_SUFFIX])
                 self._count(slot, stored.nbytes, stored.nbytes)
             done += stored.nbytes
             if self._progress is not None:

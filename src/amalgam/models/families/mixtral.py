@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from amalgam.models.families.llama import read_attention, read_model
 from amalgam.models.layers import SparseMoe
-from amalgam.models.naming import ATTENTION, DECODER
+from amalgam.models.naming import ATTENTION, DECODER, fused_experts
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
+from amalgam.precision.fused import FusedTensor
 
 NORM_EPS = 1e-5
 _MOE = "model.layers.{}.block_sparse_moe"
@@ -47,6 +48,10 @@ FAMILY = Family(
             for part, published in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
         },
     },
+    fused=(
+        *fused_experts(f"{_MOE}.experts.{{}}", "w1", "w3", "w2"),
+        FusedTensor("model.layers.{}.mlp.gate", (f"{_MOE}.gate",), is_stacked=False),
+    ),
     tiny_config={
         "num_key_value_heads": 2,
         "intermediate_size": 128,
