@@ -13,6 +13,9 @@ Runtime layouts (`PackedWeight.layout`), all row-major over `[out, in]`:
               zero:   uint8 [out, in / group_size], absent when symmetric (then 8)
               group:  int32 [in], the group of each input; absent when input i is in group i // group_size
 
+    panels_*  what the native CPU kernels read: int4, int8, fp8, bf16, fp16, fp32 (`csrc/matrix.h` has the drawing)
+              weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
+
 A layout that no kernel knows still works: every packed weight carries the function that expands it.
 """
 
@@ -26,6 +29,8 @@ from torch import Tensor
 
 Unpack = Callable[["PackedWeight"], Tensor]
 
+FLOATING_LAYOUTS = frozenset({"dense", "panels_bf16", "panels_fp16", "panels_fp32"})
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
@@ -37,6 +42,7 @@ class PackedWeight:
         parts: the tensors, named as in the module docstring.
         block: `(rows, columns)` that share one scale; `(1, group_size)` for int4.
         unpack: expands to the logical shape in float32 (floating layouts: in their own type); the weight's meaning.
+        native: what the compiled kernels know it by; None in layouts that are not theirs.
     """
 
     layout: str
@@ -44,6 +50,12 @@ class PackedWeight:
     parts: Mapping[str, Tensor]
     unpack: Unpack
     block: tuple[int, int] | None = None
+    native: object = None
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the values are stored as they are, in a floating type of their own."""
+        return self.layout in FLOATING_LAYOUTS
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +77,7 @@ class PackedWeight:
         parts = {name: part.to(device) for name, part in self.parts.items()}
         if all(parts[name] is part for name, part in self.parts.items()):
             return self
+        assert self.native is None, f"{self.layout} is for the CPU only"
         return PackedWeight(self.layout, self.shape, parts, self.unpack, self.block)
 
 
