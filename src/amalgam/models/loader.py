@@ -19,6 +19,7 @@ from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.panels import ActivationType
 from amalgam.models.spec import ModelSpec, Slot, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
@@ -38,6 +39,7 @@ class PlannedWeight:
     source: Source
     stored: StoredWeight
     quantize_to: WeightFormat | None  # quantize while loading
+    activation: ActivationType | None  # what bfloat16 activations become for integer weights; None: nothing is multiplied
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -51,7 +53,7 @@ class PlannedWeight:
             quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
             packed = self.quantize_to.pack(quantized, self.slot.shape)
         packed = packed.to(device)
-        return ops.prepare(packed) if self.slot.is_linear else packed
+        return packed if self.activation is None else ops.prepare(packed, self.activation)
 
     @property
     def origin(self) -> Origin:
@@ -207,7 +209,11 @@ class ModelLoader:
                 f"Weight {choice.name!r} is stored as {stored.format.name} in source {choice.source!r}.",
                 remedy=f"A {slot.role} must be floating: choose another source for it.",
             )
-        return PlannedWeight(slot, choice, source, stored, self._quantize_to(slot, choice, stored))
+        is_multiplied = (
+            slot.is_linear or slot.role == "router" or (slot.role == "embedding" and self.spec.has_tied_head)
+        )
+        activation = self._inference.activation if is_multiplied else None
+        return PlannedWeight(slot, choice, source, stored, self._quantize_to(slot, choice, stored), activation)
 
     def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WeightFormat | None:
         """`load_in_8bit` and `load_in_4bit` concern wide linear weights that no rule names; the head stays wide."""
