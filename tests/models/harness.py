@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from amalgam.config import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.kernels import ops
 from amalgam.models.context import AttentionBatch, KVCache, RoutingObserver, StepContext
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import ModelLoader
 from amalgam.models.weights import WeightVersion
+from amalgam.precision.formats.floating import dense
 
 CPU = torch.device("cpu")
 
@@ -28,6 +30,14 @@ def load_model(
     loader = ModelLoader(model, InferenceSettings(), CPU, threads=1)
     version = loader.build(loader.make_plan(), 1).version
     return Decoder(loader.spec, max_positions, dtype, CPU), version
+
+
+def hand_built(version: WeightVersion, dtype: torch.dtype = torch.float32) -> WeightVersion:
+    """The same weights as plain tensors of one type, multiplied by the same backend."""
+    by_hand = {slot: dense(version[slot].dequantize(dtype)) for slot in version.origins}
+    multiplied = {slot for slot in by_hand if version[slot].layout.startswith("panels")}
+    by_hand |= {slot: ops.prepare(by_hand[slot]) for slot in multiplied}
+    return WeightVersion(2, by_hand, version.origins, version.keys)
 
 
 class Runner:

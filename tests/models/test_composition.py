@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from amalgam.config import MixedPrecisionSettings
-from amalgam.kernels import ops, panels
+from amalgam.kernels import panels
 from amalgam.models.families.qwen3_moe import FAMILY
-from amalgam.models.weights import WeightVersion
 from amalgam.precision.format import QuantizeOptions
-from amalgam.precision.formats.floating import dense
 from amalgam.tools.quantize import quantize_checkpoint
-from tests.models.harness import Runner, load_model
+from tests.models.harness import Runner, hand_built, load_model
 from tests.models.tiny import save_tiny
 
 SOURCES = ("bf16", "fp8", "int8", "int4")
@@ -80,11 +78,9 @@ def test_equals_the_model_of_dequantized_tensors(
     formats = Counter(origin.format for origin in version.origins.values() if ".experts." in origin.slot)
     assert set(formats) == set(SOURCES)
 
-    by_hand = {slot: dense(version[slot].dequantize().to(dtype)) for slot in version.origins}
-    multiplied = {slot for slot in by_hand if version[slot].layout != "dense"}
-    by_hand |= {slot: ops.prepare(by_hand[slot]) for slot in multiplied}
-    hand_built = WeightVersion(2, by_hand, version.origins, version.keys)
-    composed, expected = (Runner(decoder, v).step({0: PROMPT, 3: PROMPT[5:9]}) for v in (version, hand_built))
+    composed, expected = (
+        Runner(decoder, v).step({0: PROMPT, 3: PROMPT[5:9]}) for v in (version, hand_built(version, dtype))
+    )
     assert torch.equal(composed[0], expected[0])
     assert torch.equal(composed[3], expected[3])
 

@@ -19,11 +19,9 @@ from amalgam.checkpoint import TensorStore
 from amalgam.config import MixedPrecisionSettings
 from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
 from amalgam.models.spec import all_families
-from amalgam.models.weights import WeightVersion
-from amalgam.precision.formats.floating import dense
 from amalgam.precision.source import Source
 from tests.models.gguf_writer import ARCHITECTURES, KIND, write_gguf
-from tests.models.harness import Runner, load_model
+from tests.models.harness import Runner, hand_built, load_model
 from tests.models.tiny import save_tiny
 
 TOLERANCE = 1e-4
@@ -99,9 +97,7 @@ def test_every_weight_is_what_the_tool_makes_of_it(
         assert torch.equal(version[slot].dequantize(torch.float32), torch.from_numpy(weight)), slot
     assert num_quantized > 10
 
-    by_hand = {slot: dense(version[slot].dequantize(torch.float32)) for slot in version.origins}
-    hand_built = WeightVersion(2, by_hand, version.origins, version.keys)
-    composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built))
+    composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built(version)))
     assert torch.equal(composed, expected)
 
 
@@ -159,9 +155,7 @@ class TestMixed:
         decoder, version = load_model(checkpoints / "hf", mixed=mixed)
         formats = {(o.source, o.format) for o in version.origins.values() if ".experts." in o.slot}
         assert formats == {("base", "fp32"), ("q8_0", "gguf_q8_0"), ("q4_0", "gguf_q4_0")}
-        by_hand = {slot: dense(version[slot].dequantize(torch.float32)) for slot in version.origins}
-        hand_built = WeightVersion(2, by_hand, version.origins, version.keys)
-        composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built))
+        composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built(version)))
         assert torch.equal(composed, expected)
 
     def test_safetensors_with_gguf_as_the_base(self, checkpoints: Path) -> None:
@@ -196,19 +190,20 @@ class TestMixed:
     def test_a_quantized_weight_where_none_may_be(self, checkpoints: Path, tmp_path: Path) -> None:
         def norm(writer: gguf.GGUFWriter) -> None:
             raw = gguf.quants.quantize(np.ones((8, 64), np.float32), KIND.Q8_0)
-            writer.add_tensor("blk.0.ffn_gate_inp.weight", raw, raw_dtype=KIND.Q8_0)
+            writer.add_tensor("blk.0.ffn_norm.weight", raw, raw_dtype=KIND.Q8_0)
 
         tensors = load_file(checkpoints / "hf" / "model.safetensors")
-        router = "model.layers.0.mlp.gate.weight"
+        norm_name = "model.layers.0.post_attention_layernorm.weight"
         (tmp_path / "hf").mkdir()
         from safetensors.torch import save_file
 
         save_file(
-            {name: tensor for name, tensor in tensors.items() if name != router}, tmp_path / "hf" / "model.safetensors"
+            {name: tensor for name, tensor in tensors.items() if name != norm_name},
+            tmp_path / "hf" / "model.safetensors",
         )
         (tmp_path / "hf" / "config.json").write_bytes((checkpoints / "hf" / "config.json").read_bytes())
         file = write_gguf(tmp_path / "hf", tmp_path / "model.gguf", edit=norm)
-        with pytest.raises(PlanError, match="router must be floating"):
+        with pytest.raises(AmalgamError, match="post_attention_layernorm"):
             load_model(file)
 
 

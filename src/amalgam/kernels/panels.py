@@ -42,6 +42,8 @@ _SCALED8 = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 _DENSE_TYPES = {f"panels_{name}": dtype for dtype, name in _DENSE.items()}
 _UNIT = 8  # a group is a multiple of this many inputs
 _CACHE_KEY = "native"
+# The layouts that `prepare` turns into panels where groups and scales allow it.
+COMPILED_LAYOUTS = frozenset({"dense", "scaled8", "int4"})
 
 
 def prepare(weight: PackedWeight, activation: ActivationType = "int8") -> PackedWeight:

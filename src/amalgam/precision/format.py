@@ -117,6 +117,8 @@ class WeightFormat(ABC):
     """Suffixes that a weight of this format always has."""
     optional: frozenset[str] = frozenset()
     """Suffixes that it may have; nothing else may be present."""
+    layouts: tuple[str, ...]
+    """The runtime layouts that `load` gives (`kernels.packed`)."""
     anchor: str | None = None
     """Set where the other suffixes are everyday words (`scale`, `shape`): they belong to it only beside this one."""
     methods: frozenset[str] = frozenset()

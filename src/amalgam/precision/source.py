@@ -103,6 +103,7 @@ class Source:
 
         try:
             packed = stored.format.load(stored, read)
+            assert packed.layout.removesuffix("_columns") in stored.format.layouts, (stored.format.name, packed.layout)
             finished = finish(packed)
             views = {id(part) for part in packed.parts.values()} if stored.is_wide else set()
             if any(id(part) in views for part in finished.parts.values()):

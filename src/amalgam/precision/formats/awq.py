@@ -39,6 +39,7 @@ _NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 class Awq(WeightFormat):
     """AutoAWQ's GEMM version."""
 
+    layouts = ("int4",)
     name = "awq-int4"
     required = frozenset({"qweight", "qzeros", "scales"})
     methods = frozenset({"awq", "auto-round"})

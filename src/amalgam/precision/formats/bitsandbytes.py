@@ -61,6 +61,8 @@ class _State:
 class BitsAndBytes4(WeightFormat):
     """NF4 or FP4: a table of 16 values, and a scale per block."""
 
+    layouts = ("table4",)
+
     methods = _METHODS
 
     def __init__(self, kind: str) -> None:
@@ -143,6 +145,7 @@ class BitsAndBytes4(WeightFormat):
 class BitsAndBytes8(WeightFormat):
     """LLM.int8: rows of int8 and the largest magnitude of each."""
 
+    layouts = ("scaled8",)
     name = "bnb-int8"
     required = frozenset({WEIGHT_SUFFIX, "SCB"})
     optional = frozenset({"weight_format"})

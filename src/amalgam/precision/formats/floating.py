@@ -23,6 +23,7 @@ from amalgam.precision.fused import TensorPart
 class Floating(WeightFormat):
     """One floating type; biases, norms and embeddings of any rank as well as linear weights."""
 
+    layouts = ("dense",)
     is_wide = True
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:

@@ -46,9 +46,12 @@ class GgufFormat(WeightFormat):
         halves: byte offsets of a block's f16 fields.
     """
 
+    _layout: str | None = None
+
     def __init__(self, type_name: str, decode: Decode, halves: tuple[int, ...]) -> None:
         self.type: BlockType = TYPES[type_name]
         self.name = f"gguf_{type_name.lower()}"
+        self.layouts = (self._layout or self.name,)
         self._decode = decode
         self._halves = halves
 
@@ -99,6 +102,8 @@ class GgufFormat(WeightFormat):
 class _Q4_0(GgufFormat):  # noqa: N801 - ggml's name
     """As int4 in groups of 32 with f16 scales and the zero at 8: the same product in float32."""
 
+    _layout = "int4"
+
     def _pack(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
         blocks = raw.view(shape[0], -1, self.type.num_bytes)
         parts = {
@@ -110,6 +115,8 @@ class _Q4_0(GgufFormat):  # noqa: N801 - ggml's name
 
 class _Q8_0(GgufFormat):  # noqa: N801
     """As int8 in groups of 32 with float32 scales: the same product in float32."""
+
+    _layout = "scaled8"
 
     def _pack(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
         blocks = raw.view(shape[0], -1, self.type.num_bytes)

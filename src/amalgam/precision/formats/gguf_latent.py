@@ -29,6 +29,7 @@ KEY_PART, VALUE_PART = "gguf_k_b", "gguf_v_b"
 class GgufLatent(WeightFormat):
     """Two GGUF tensors that are one weight."""
 
+    layouts = ("dense",)
     name = "gguf_latent"
     required = frozenset({KEY_PART, VALUE_PART})
 

@@ -39,6 +39,8 @@ from amalgam.precision.integers import WIDTHS, from_codes, from_nibbles, group_i
 class Gptq(WeightFormat):
     """GPTQ's words with a number of bits."""
 
+    layouts = ("int4", "scaled8", "affine8")
+
     required = frozenset({"qweight", "qzeros", "scales"})
     optional = frozenset({"g_idx"})
     methods = frozenset({"gptq", "auto-round"})

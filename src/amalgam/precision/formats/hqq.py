@@ -53,6 +53,7 @@ _IRRELEVANT = frozenset(
 class Hqq(WeightFormat):
     """HQQ with unquantized scales and zero points."""
 
+    layouts = ("int4", "scaled8", "affine4", "affine8", "cyclic4", "cyclic8")
     name = "hqq"
     anchor = "W_q"
     required = frozenset({"W_q", "scale", "zero", "shape", "axis", "nbits", "packing"})

@@ -38,6 +38,7 @@ from amalgam.precision.integers import from_codes
 class ModelOptInt4(WeightFormat):
     """ModelOpt's int4 with AWQ scales."""
 
+    layouts = ("int4",)
     name = "modelopt-int4"
     required = frozenset({WEIGHT_SUFFIX, "weight_scale"})
     optional = frozenset({"pre_quant_scale", *ACTIVATION_SUFFIXES})

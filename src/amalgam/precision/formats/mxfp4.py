@@ -40,6 +40,7 @@ _LARGEST = 252
 class Mxfp4(WeightFormat):
     """E2M1 with E8M0 scales."""
 
+    layouts = ("table4",)
     name = "mxfp4"
     required = frozenset({"weight_packed", "weight_scale"})
     optional = ACTIVATION_SUFFIXES

@@ -36,6 +36,7 @@ _LARGEST = 246
 class Mxfp8(WeightFormat):
     """E4M3 with E8M0 scales per 32 inputs."""
 
+    layouts = ("scaled8",)
     name = "mxfp8"
     required = frozenset({WEIGHT_SUFFIX, "weight_scale"})
     optional = ACTIVATION_SUFFIXES

@@ -41,6 +41,8 @@ _FLOAT8 = torch.float8_e4m3fn
 class Nvfp4(WeightFormat):
     """NVFP4 under one tool's names."""
 
+    layouts = ("table4",)
+
     number = "float"
 
     def __init__(self, name: str, values: str, whole: str, operation: str, methods: frozenset[str]) -> None:

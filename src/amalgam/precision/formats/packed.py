@@ -49,6 +49,8 @@ _PER_WORD = 8
 class PackedInt(WeightFormat):
     """compressed-tensors `pack-quantized` with a number of bits."""
 
+    layouts = ("int4", "scaled8", "affine8")
+
     required = frozenset({"weight_packed", "weight_scale", "weight_shape"})
     optional = frozenset({"weight_zero_point", "weight_g_idx", *ACTIVATION_SUFFIXES})
     methods = frozenset({"compressed-tensors", "auto-round"})

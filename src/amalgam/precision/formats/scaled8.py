@@ -49,6 +49,7 @@ FP8_BLOCK = (128, 128)
 class Scaled8(WeightFormat):
     """8-bit values times scales."""
 
+    layouts = ("scaled8", "affine8")
     can_quantize = True
     optional = frozenset({*SCALE_NAMES, "weight_zero_point", "pre_quant_scale", *ACTIVATION_SUFFIXES})
     methods = frozenset({"compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "auto-round"})

@@ -1,0 +1,145 @@
+"""The parts of the docs that the code itself describes: settings, formats, families.
+
+In: nothing. Out: Markdown. `python -m amalgam.tools.document` writes the files; a test compares them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from amalgam.config import NATIVE_ISA_VARIABLE, NATIVE_ISAS, Settings, environment_name, setting_keys
+from amalgam.kernels.panels import COMPILED_LAYOUTS
+from amalgam.models.spec import all_families
+from amalgam.precision.format import all_formats
+
+_INTRODUCTION = f"""# Configuration
+
+One YAML file (`--config`), environment variables and flags, in rising order of precedence. A flag is the key itself:
+`--inference.max_seq_length 2048`; `--host`, `--port` and `--model` are short for `--server.host`, `--server.port` and
+`--model.base_path`. `--source NAME=FOLDER` and `--map PATTERN=SOURCE` add a source and a rule. Unknown keys are errors.
+
+Relative model paths in the file start at the file's folder. Every `<name>_path` under `mixed_precision` declares a
+source called `<name>`; `base` is `base_path`. A pattern matches whole logical names: `*` any characters, `?` one,
+`[abc]` one of them, `{{a,b}}` alternatives, `{{0-15}}` whole numbers. An exact name wins, then the pattern with more
+literal characters, then the later rule, then `default_source`. `amalgam plan --explain NAME` says which and why.
+
+`{NATIVE_ISA_VARIABLE}` ({", ".join(NATIVE_ISAS)}) makes the native kernels use a lower instruction set than the
+processor has.
+"""
+
+_SUPPORT = """# What is read, and how it runs
+
+Any mix of these formats, in any layer, down to one projection of one expert. Checkpoints: safetensors (sharded or not,
+experts one by one or fused), PyTorch `.bin`, GGUF. Whatever is not listed is refused by name.
+
+*Compiled*: `linear`, `moe` and `embedding` run in the native kernels, provided that groups are multiples of 8 inputs;
+otherwise, and for layouts without a kernel, the weight is expanded and multiplied by PyTorch. On a GPU everything runs
+through PyTorch.
+"""
+_FAMILIES = """## Families
+
+Each is proven against its Hugging Face class in float32 (XVERSE against an independent float64 implementation). Rotary
+positions: default, linear, dynamic, llama3, yarn, longrope. Sliding windows where the config has them.
+"""
+
+
+def configuration() -> str:
+    """Every setting: `docs/configuration.md`."""
+    sections = [_INTRODUCTION]
+    descriptions = setting_keys()
+    for name, info in Settings.model_fields.items():
+        rows = [
+            f"## {name}",
+            "",
+            info.description or "",
+            "",
+            "| key | default | meaning | environment |",
+            "|---|---|---|---|",
+        ]
+        for key, description in descriptions.items():
+            if key.startswith(f"{name}."):
+                default, description = _default(key), description.replace("|", "\\|")
+                rows.append(f"| `{key}` | {default} | {description} | `{environment_name(key)}` |")
+        sections.append("\n".join(rows) + "\n")
+    return "\n".join(sections)
+
+
+def _default(key: str) -> str:
+    section: type[BaseModel] = Settings
+    *parents, last = key.split(".")
+    for parent in parents:
+        annotation: Any = section.model_fields[parent].annotation
+        section = annotation if isinstance(annotation, type) else get_args(annotation)[0]
+    field = section.model_fields[last]
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return (
+        "–"
+        if value is None or value in ("", (), {})
+        else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    )
+
+
+def support() -> str:
+    """What is read, and how it runs: `docs/support.md`."""
+    lines = [_SUPPORT, "| format | published by | `quantize` makes it | in memory | products on the CPU | on a GPU |"]
+    lines.append("|---|---|---|---|---|---|")
+    for weight_format in sorted(all_formats(), key=lambda f: (not f.is_wide, f.name)):
+        methods = ", ".join(sorted(weight_format.methods)) or ("GGUF" if "gguf" in weight_format.name else "–")
+        compiled = [layout for layout in weight_format.layouts if layout in COMPILED_LAYOUTS]
+        cpu = (
+            "compiled" if len(compiled) == len(weight_format.layouts) else "compiled or torch" if compiled else "torch"
+        )
+        makes = "yes" if weight_format.can_quantize else "–"
+        lines.append(
+            f"| {weight_format.name} | {methods} | {makes} | {', '.join(weight_format.layouts)} | {cpu} | torch |"
+        )
+    lines += ["", _FAMILIES, "| family | architectures | attention | experts | other |", "|---|---|---|---|---|"]
+    for family in all_families():
+        names = {name.removeprefix("layers.{}.") for name in family.names}
+        has = _features(names)
+        fused = "fused tensors read too" if family.fused else ""
+        cells = [", ".join(has[column]) or "–" for column in ("attention", "experts")]
+        other = ", ".join(filter(None, [*has["other"], fused])) or "–"
+        lines.append(f"| {family.name} | {', '.join(family.architectures)} | {' | '.join(cells)} | {other} |")
+    return "\n".join(lines) + "\n"
+
+
+def _features(slots: set[str]) -> dict[str, list[str]]:
+    """What a family's slots say about it."""
+    known = {
+        "attention": {
+            "attention.q": "q, k, v apart",
+            "attention.qkv": "q, k, v in one",
+            "attention.kv_b": "latent (MLA)",
+            "attention.q_norm": "norms on q and k",
+            "attention.sinks": "sinks",
+        },
+        "experts": {
+            "mlp.experts.{}.gate": "routed",
+            "mlp.shared.gate": "shared",
+            "mlp.shared_gate": "gate on the shared",
+            "mlp.router_correction": "correction bias",
+            "mlp.router_bias": "router bias",
+            "mlp.experts.{}.gate_bias": "biases",
+        },
+        "other": {
+            "mlp.gate": "dense MLP layers",
+            "mlp.up": "",
+            "attention_norm_bias": "LayerNorm",
+            "position_embedding": "learned positions",
+            "head_bias": "head bias",
+        },
+    }
+    return {column: [text for slot, text in rows.items() if slot in slots and text] for column, rows in known.items()}
+
+
+FILES = {Path("docs/configuration.md"): configuration, Path("docs/support.md"): support}
+
+if __name__ == "__main__":
+    for path, render in FILES.items():
+        path.write_text(render(), encoding="utf-8")
