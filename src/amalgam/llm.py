@@ -12,7 +12,7 @@ from typing import Any
 
 from amalgam.config import Settings, load_settings
 from amalgam.engine.deployment import Deployment, RemapResult
-from amalgam.engine.request import Generation, RequestOutput, SamplingParams
+from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
 from amalgam.experts.statistics import describe_experts
 from amalgam.experts.tracker import ExpertTracker
@@ -29,7 +29,13 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
     """
 
     def tracker(spec: ModelSpec) -> ExpertTracker:
-        return ExpertTracker(spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics)
+        model = settings.model.name or Path(settings.model.base_path).name
+        result = ExpertTracker(
+            spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics, model=model
+        )
+        if settings.statistics.file:
+            result.keep_in(Path(settings.statistics.file))
+        return result
 
     ensure_derived(settings, progress)
     return Deployment.open(settings, tracker if settings.statistics.enabled else None, progress)
@@ -61,11 +67,24 @@ class LLM:
             overrides["model.base_path"] = str(model)
         self._deployment = open_deployment(load_settings(config, overrides), progress)
 
-    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Generation]:
-        """Answer all prompts together; results in their order."""
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        domain: str | None = None,
+        routed_experts: bool = False,
+    ) -> list[Generation]:
+        """Answer all prompts together; results in their order.
+
+        Args:
+            domain: a label under which the expert statistics count these prompts apart.
+            routed_experts: each result's `trace` tells the experts of every token.
+        """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         token_ids = [self._deployment.tokenizer.encode(text) for text in texts]
-        return self._deployment.engine.generate(token_ids, params or SamplingParams())
+        observation = Observation(domain, routed_experts)
+        return self._deployment.engine.generate(token_ids, params or SamplingParams(), observation)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Answer one prompt piece by piece; leaving the iterator early cancels the request.
