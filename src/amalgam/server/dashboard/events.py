@@ -22,9 +22,11 @@ from amalgam.errors import OverloadedError
 from amalgam.server.access import unless_client_leaves
 from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.service import Service, Status
+from amalgam.server.serving import describe_serving
 
 INTERVAL_SECONDS = 2.0
 MAX_VIEWERS = 256
+NUM_POINTS = 4  # more than come up between two events
 
 logger = logging.getLogger("amalgam.server")
 
@@ -131,13 +133,26 @@ def hub_of(state: Any, service: Service) -> EventHub:
 
 
 def describe_event(service: Service) -> dict[str, Any]:
-    """The fields of one event. Serving figures come without their history: a page reads that once."""
-    return {
+    """The fields of one event. Any thread.
+
+    Of the serving figures' history it holds the end: a page reads the rest once. `remapped_at` and `statistics_version`
+    change when there are new entries in `/remaps` and new counts.
+    """
+    fields = {
         "status": service.status,
         "model": service.model_name,
         "uptime": service.uptime_seconds,
         "weight_version": service.weight_version,
-        "num_remaps": None,
+        "remapped_at": None,
         "statistics_version": None,
         "serving": None,
+    }
+    if not service.has_loaded or service.status is Status.FAILED:
+        return fields
+    serving = describe_serving(service)
+    remaps = service.deployment.remaps
+    return fields | {
+        "remapped_at": remaps[-1].at if remaps else None,
+        "statistics_version": serving.prompt_tokens + serving.generated_tokens,
+        "serving": serving.model_copy(update={"series": serving.series[-NUM_POINTS:]}).model_dump(),
     }

@@ -30,13 +30,15 @@ export function percent(value, digits = 1) {
   return isMissing(value) ? NONE : format({ style: "percent", maximumFractionDigits: digits }).format(value);
 }
 
+const UNITS = [
+  [1e-3, 1e-6, ["µs", "微秒"]], [1, 1e-3, ["ms", "毫秒"]], [120, 1, ["s", "秒"]], [7200, 60, ["min", "分钟"]],
+  [172800, 3600, ["h", "小时"]], [Infinity, 86400, ["d", "天"]],
+];
+
 export function seconds(value) {
   if (isMissing(value)) return NONE;
-  if (value < 0.001) return `${short(value * 1e6)} µs`;
-  if (value < 1) return `${short(value * 1e3)} ms`;
-  if (value < 120) return `${short(value)} s`;
-  if (value < 7200) return `${short(value / 60)} min`;
-  return value < 172800 ? `${short(value / 3600)} h` : `${short(value / 86400)} d`;
+  const [, size, unit] = UNITS.find(([limit]) => value < limit);
+  return `${short(value / size)} ${unit[language() === "zh" ? 1 : 0]}`;
 }
 
 export function bytes(value) {
@@ -53,7 +55,7 @@ export function bytes(value) {
 
 // Times the even share: 1 is what every expert would have if all were used alike.
 export function times(value) {
-  return isMissing(value) ? NONE : `${short(value)}×`;
+  return isMissing(value) ? NONE : `${value < 10 ? number(value, 2) : short(value)}×`;
 }
 
 export function clock(unixSeconds) {

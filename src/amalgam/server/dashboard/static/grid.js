@@ -7,6 +7,7 @@ import { css, toCss } from "./theme.js";
 const LABEL_WIDTH = 34;
 const LABEL_HEIGHT = 16;
 const MARGIN_WIDTH = 62;
+const NARROW = 480;
 const MIN_CELL_WIDTH = 4.5;
 const GAP_FROM = 9; // cells of this size have a line between them
 
@@ -49,6 +50,10 @@ export class CellGrid {
     this.drawOverlay();
   }
 
+  margins() { // on a narrow screen only the first
+    return (this.data.margins ?? []).slice(0, this.host.clientWidth < NARROW ? 1 : undefined);
+  }
+
   place(row, column) {
     return this.inverse ? this.inverse[row][column] : column;
   }
@@ -58,13 +63,14 @@ export class CellGrid {
   }
 
   layout() {
-    const { rowNames, numColumns, margins = [] } = this.data;
+    const { rowNames, numColumns } = this.data;
+    const margins = this.margins();
     const numRows = rowNames.length;
     const marginWidth = margins.length * MARGIN_WIDTH;
     const available = this.host.clientWidth - LABEL_WIDTH - marginWidth;
     const cellWidth = Math.max(this.options.minCellWidth ?? MIN_CELL_WIDTH, available / numColumns);
     const height = this.options.height ?? 420;
-    const cellHeight = Math.min(this.options.maxCellHeight ?? 26, Math.max(4, Math.floor(height / numRows)));
+    const cellHeight = Math.min(this.options.maxCellHeight ?? 26, Math.max(this.options.minCellHeight ?? 4, Math.floor(height / numRows)));
     this.size = {
       cellWidth, cellHeight, marginWidth,
       gridWidth: cellWidth * numColumns,
@@ -147,7 +153,8 @@ export class CellGrid {
   }
 
   drawMargins(context) {
-    const { margins = [], rowNames } = this.data;
+    const { rowNames } = this.data;
+    const margins = this.margins();
     const { cellHeight, gridWidth } = this.size;
     margins.forEach((margin, index) => {
       const left = LABEL_WIDTH + gridWidth + index * MARGIN_WIDTH + 8;

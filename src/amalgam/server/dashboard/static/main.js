@@ -129,7 +129,7 @@ async function onEvent(event) {
     return;
   }
   if (!isLoaded) return;
-  if (event.num_remaps !== before?.num_remaps || event.weight_version !== before?.weight_version) {
+  if (event.remapped_at !== before?.remapped_at || event.weight_version !== before?.weight_version) {
     await Promise.all([loadInfo(), loadPrecision(), loadRemaps()]);
   }
   if (event.statistics_version !== before?.statistics_version) emit("statistics");

@@ -1,6 +1,6 @@
 // How concentrated the use is, which experts go together, and how far it has drifted.
 
-import { get } from "../api.js";
+import { get, post } from "../api.js";
 import { choose, hasExperts, offers, on, state } from "../app.js";
 import { chart } from "../charts.js";
 import { fill, h, setOptions, table } from "../dom.js";
@@ -9,11 +9,11 @@ import { CellGrid, legend } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { css, pick, scale, empty } from "../theme.js";
 import { control, frame, note, select } from "./panel.js";
-import { divergence } from "./usage.js";
+import { divergence, loadTraffic, trafficOptions } from "./usage.js";
 
 const REFRESH_MS = 10000;
 const OCTAVES = 2;
-const NUM_PAIRS = 6;
+const NUM_PAIRS = 5;
 
 export function create() {
   return [concentrationPanel(), coactivationPanel(), driftPanel()].map(throttled);
@@ -115,7 +115,7 @@ function coactivationPanel() {
     h("div", { class: "controls" }, control("layer", layer), control("relation", relation)), message, host, figures), { wide: "third" });
   let answer = null; // {rows, columns, lift [[..]], counts [[..]], sampledTokens, isSymmetric}
   const grid = new CellGrid(host, {
-    height: 250, maxCellHeight: 18, minCellWidth: 2.5,
+    height: 260, maxCellHeight: 18, minCellWidth: 2, minCellHeight: 2,
     onPick: (row) => choose(answer.layerId, row),
     describe: (row, column) => [
       answer.isSymmetric ? `${row} · ${column}` : `${row} → ${column}`,
@@ -139,8 +139,12 @@ function coactivationPanel() {
     const layerId = layer.value;
     if (layerId === "") return;
     const isNext = relation.value === "next" && offers("/experts/transitions");
+    if (isNext && layer.selectedIndex === layer.options.length - 1) {
+      fill(message, note(t("no_next_layer")));
+      return;
+    }
     const raw = await get(isNext ? "experts/transitions" : "experts/coactivation", { layer_id: layerId });
-    answer = isNext ? readPairs(raw, raw.matrix ?? raw.transitions ?? raw.counts, false) : readPairs(raw, raw.pairs, true);
+    answer = isNext ? readPairs(raw, raw.matrix, false) : readPairs(raw, raw.pairs, true);
     fill(message);
     redraw();
   }
@@ -212,10 +216,14 @@ function driftPanel() {
   const plot = h("div", { class: "chart chart-square", dataset: { chart: "drift" } });
   const figures = h("p", { class: "figures" });
   const message = h("div", { class: "panel-note" });
+  const name = h("input", { type: "text", maxlength: "100", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", id: "set-name", dataset: { i18nPlaceholder: "set_name" } });
+  const keep = h("button", { type: "button", id: "set-save", dataset: { i18n: "save_set" }, onclick: () => save().catch(fail) });
   const node = frame("drift", "drift", "drift_hint", h("div", {},
-    h("div", { class: "controls" }, control("now_side", now), control("reference_side", reference)), message, plot, figures), { wide: "third" });
+    h("div", { class: "controls" }, control("now_side", now), control("reference_side", reference)), message, plot, figures,
+    h("div", { class: "buttons" }, name, keep)), { wide: "third" });
   let answer = null;
   let labels = [];
+  let sets = [];
 
   function fail(error) {
     fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
@@ -223,11 +231,7 @@ function driftPanel() {
 
   function words() {
     const isFirst = !now.value;
-    const sides = [
-      ...[1, 5, 15, 60].map((n) => [`minutes:${n}`, t("window_minutes", n)]),
-      ...labels.map((item) => [`label:${item.label}`, `${t("label")}: ${item.label}`]),
-      ["all", t("window_all")],
-    ];
+    const sides = trafficOptions(labels, sets);
     setOptions(now, sides);
     setOptions(reference, sides);
     if (isFirst) {
@@ -242,11 +246,21 @@ function driftPanel() {
     redraw();
   }
 
-  async function refresh() {
-    if (offers("/experts/labels")) {
-      labels = (await get("experts/labels")).labels;
-      words();
+  async function save() {
+    if (!name.value || !name.checkValidity()) {
+      name.focus();
+      return;
     }
+    const saved = await post("experts/sets", { name: name.value });
+    name.value = "";
+    await refresh();
+    reference.value = `saved:${saved.name}`;
+    await read();
+  }
+
+  async function refresh() {
+    ({ labels, sets } = await loadTraffic());
+    words();
     await read();
   }
 

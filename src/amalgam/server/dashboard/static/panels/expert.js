@@ -44,7 +44,7 @@ function card(expert) {
     use ? h("dl", { class: "facts" },
       fact(t("activations"), format.number(use.activations),
         t("prompt_generated", format.short(use.prompt_activations), format.short(use.generated_activations))),
-      fact(t("share"), format.percent(use.share), `${format.times(use.share * expert.num_experts)} ${t("of_even")}`),
+      fact(t("share_of_layer"), format.percent(use.share), t("of_even", format.times(use.share * expert.num_experts))),
       fact(t("rank"), t("rank_of", use.rank, expert.num_experts)),
       fact(t("gate_mass"), format.short(use.gate_mass),
         use.activations ? t("mean_gate", format.short(use.gate_mass / use.activations)) : ""),
@@ -97,9 +97,17 @@ function hintsPanel() {
 
 function hint(item) {
   const text = language() === "zh" ? item.text_zh ?? item.text : item.text;
-  const hasCell = Number.isInteger(item.layer_id) && Number.isInteger(item.expert_id);
   const content = [h("i", { class: "dot" }), h("span", {}, text)];
+  const follow = whereTo(item);
   return h("li", { dataset: { severity: item.severity, kind: item.kind } },
-    hasCell ? h("button", { type: "button", class: "plain", onclick: () => choose(item.layer_id, item.expert_id) }, content)
-      : h("div", { class: "plain" }, content));
+    follow ? h("button", { type: "button", class: "plain", onclick: follow }, content) : h("div", { class: "plain" }, content));
+}
+
+// What a click on a hint shows: the comparison it speaks of, its expert, its list of experts, or its layer.
+function whereTo({ kind, figures, layer_id: layerId, expert_id: expertId }) {
+  if (kind === "domain") return () => emit("compare", { a: `label:${figures.label}`, b: "all" });
+  if (kind === "drift") return () => emit("compare", { a: `minutes:${figures.minutes}`, b: "all" });
+  if (Number.isInteger(expertId)) return () => choose(layerId, expertId);
+  if (figures?.experts) return () => emit("highlight", figures.experts.map((cell) => [cell.layer_id, cell.expert_id]));
+  return Number.isInteger(layerId) ? () => emit("highlight", [[layerId]]) : null;
 }

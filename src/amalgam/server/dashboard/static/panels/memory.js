@@ -30,7 +30,7 @@ function memoryPanel() {
         tile(t("peak"), format.bytes(info.memory.process_peak_bytes))),
       h("div", { class: "stack" }, rows.map((row) => h("i", { vars: { "--part": `${(row.bytes / total) * 100}%`, "--color": row.color }, title: row.name }))),
       table([t("format"), t("weights_count"), t("parameters"), t("size"), t("share_short"), t("bits_per_parameter")], rows.map((row) => h("tr", {},
-        h("td", {}, h("i", { class: "swatch", vars: { "--color": row.color } }), row.name),
+        h("td", { class: "num" }, h("i", { class: "swatch", vars: { "--color": row.color } }), row.name),
         h("td", { class: "num" }, format.number(row.weights)),
         h("td", { class: "num" }, format.short(row.parameters)),
         h("td", { class: "num" }, format.bytes(row.bytes)),
@@ -53,7 +53,7 @@ function remapPanel() {
     const { remaps } = state;
     fill(body, remaps.length
       ? table([t("when"), t("version"), t("changed"), t("read"), t("took"), t("result")], [...remaps].reverse().map((remap) => h("tr", {},
-        h("td", {}, format.clock(remap.at)),
+        h("td", { class: "num" }, format.clock(remap.at)),
         h("td", {}, remap.ok ? `v${remap.previous_version} → v${remap.version}` : `v${remap.previous_version ?? ""}`),
         h("td", { class: "num" }, format.number(remap.num_changed)),
         h("td", { class: "num" }, format.bytes(remap.loaded_bytes)),

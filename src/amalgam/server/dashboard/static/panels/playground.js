@@ -117,13 +117,14 @@ export function create() {
       } else {
         answer = { prompt: prompt.value, text: "" };
         showMode();
-        const body = { prompt: answer.prompt, stream: true, max_new_tokens: Number(maxTokens.value), ...sampling() };
+        const body = { prompt: answer.prompt, stream: true, routed_experts: hasExperts() || undefined, max_new_tokens: Number(maxTokens.value), ...sampling() };
         await stream("generate", body, (event) => {
           check(event);
           if (event.text) take(event.text);
           if (event.finish_reason) {
             last = event;
             reason = event.finish_reason;
+            if (event.routed_experts) count(event.routed_experts.layer_ids, event.routed_experts.expert_ids);
           }
         }, running.signal);
       }
@@ -140,21 +141,24 @@ export function create() {
     const speed = generated > 1 ? ((generated - 1) / (ended - first)) * 1000 : null;
     figures.textContent = t("generation_figures", last.prompt_tokens ?? "–", generated,
       format.seconds((last.timings?.first_token_seconds ?? (first - begun) / 1000)), format.short(speed), reasonText(reason));
-    await showExperts();
+    if (!counts) await traceText();
+    redraw();
   }
 
-  // The routing of exactly these tokens, by a trace of the whole text: it is not counted in the statistics.
-  async function showExperts() {
-    if (!hasExperts() || !offers("/experts/trace")) return;
+  function count(layerIds, experts) {
+    const numExperts = state.info.sizes.experts_per_layer;
+    const values = layerIds.map(() => new Array(numExperts).fill(0));
+    for (const layers of experts) layers.forEach((ids, row) => ids.forEach((id) => { values[row][id] += 1; }));
+    counts = { layerIds, values, numExperts };
+  }
+
+  // For answers that come without their routing: chats, and those that were stopped.
+  async function traceText() {
     const text = isChat() ? messages.at(-1).content : answer.prompt + answer.text;
-    if (!text) return;
+    if (!hasExperts() || !offers("/experts/trace") || !text) return;
     try {
-      const trace = await post("experts/trace", { text, chat: false });
-      const numExperts = state.info.sizes.experts_per_layer;
-      const values = trace.layer_ids.map(() => new Array(numExperts).fill(0));
-      for (const layers of trace.experts) layers.forEach((ids, row) => ids.forEach((id) => { values[row][id] += 1; }));
-      counts = { layerIds: trace.layer_ids, values, numExperts };
-      redraw();
+      const trace = await post("experts/trace", { text });
+      count(trace.layer_ids, trace.experts);
     } catch (error) {
       fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
     }

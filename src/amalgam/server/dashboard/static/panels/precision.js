@@ -12,6 +12,7 @@ import { control, frame, note, select } from "./panel.js";
 
 const HOT = [1.25, 1.5, 2, 3, 4];
 const COLD = [0.75, 0.5, 0.25, 0.1];
+const CLEARLY = 0.75;
 const MAX_TIP_NAME = 40;
 
 export function create() {
@@ -50,7 +51,7 @@ export function create() {
   let isApplying = false;
 
   const grid = new CellGrid(host, {
-    height: 430, maxCellHeight: 34,
+    height: 430, maxCellHeight: 40,
     onPick: (row, expertId, event) => {
       const key = `${row}/${expertId}`;
       if (event.shiftKey || event.ctrlKey || event.metaKey) {
@@ -69,7 +70,7 @@ export function create() {
     },
     describe: (row, expertId) => [
       t("cell_name", map.layerIds[row], expertId),
-      ...(use?.[row] ? [`${format.times(use[row][expertId])} ${t("of_even")}`] : []),
+      ...(use?.[row] ? [t("of_even", format.times(use[row][expertId]))] : []),
       ...map.projections.map((projection, part) => {
         const cell = map.cell(row, expertId, part);
         return `${projection}: ${cell.format} · ${cell.source.slice(0, MAX_TIP_NAME)} · ${format.bytes(cell.bytes)}`;
@@ -185,12 +186,13 @@ export function create() {
         const before = map.cell(row, expertId, part);
         const name = map.name(row, expertId, part);
         state.staged.delete(name);
-        if (before.source === source.value) return;
+        if (!name || before.source === source.value) return;
         state.staged.set(name, { name, layerId: map.layerIds[row], expertId, projection, source: source.value, before });
         isAny = true;
       });
     }
     fill(outcome, isAny ? null : note(t("already")));
+    selected = new Map();
     emit("staged");
   }
 
@@ -263,8 +265,8 @@ export function create() {
     if (row >= 0) selectCells([[row, expert.expert_id]]);
   });
   words();
-  hot.value = "1.5";
-  cold.value = "0.5";
+  hot.value = "2"; // as in the hints of the server
+  cold.value = "0.25";
   onLanguage(words);
   showSelection();
   return [mapPanel, { id: "stage", node: stageNode, redraw: showSelection }];
@@ -280,7 +282,7 @@ function expertRanges(items) {
     parts.push(j > i ? `${ids[i]}–${ids[j]}` : `${ids[i]}`);
     i = j;
   }
-  const projections = [...new Set(items.map((item) => item.projection))];
+  const projections = ["gate", "up", "down"].filter((name) => items.some((item) => item.projection === name));
   const isWhole = items.length === ids.length * 3;
   return `${parts.join(", ")}${isWhole ? "" : ` · ${projections.join(", ")}`}`;
 }
@@ -303,38 +305,36 @@ function readMap(answer) {
     totalBytes += size;
   });
   const formats = [...seen.values()];
-  for (const item of formats) item.bits = answer.bits?.[item.name] ?? null;
+  for (const item of formats) {
+    const row = state.info?.precisions?.[item.name]; // bytes and parameters of all weights in this format
+    item.bits = row ? (row.bytes * 8) / row.parameters : null;
+  }
   formats.sort((a, b) => (b.bits ?? 0) - (a.bits ?? 0) || a.name.localeCompare(b.name));
   formats.forEach((item, index) => { item.place = formats.length > 1 ? 1 - index / (formats.length - 1) : 1; });
   const byName = new Map(formats.map((item) => [item.name, item]));
-  const widths = [...new Set(formats.map((item) => item.bits))].sort((a, b) => a - b);
   const formatAt = (row, expert, part) => byName.get(answer.formats[row][expert][part]);
   return {
-    layerIds, numExperts, projections, formats, formatAt, widths, totalBytes,
-    bitsPerLayer: answer.formats.map((row) => {
-      let sum = 0;
-      for (const parts of row) for (const name of parts) sum += byName.get(name).bits ?? 0;
-      return sum / (numExperts * projections.length);
-    }),
+    layerIds, numExperts, projections, formats, formatAt, totalBytes,
+    bits: answer.bits, // per expert
+    wideBits: answer.wide_bits,
+    narrowBits: answer.narrow_bits,
+    bitsPerLayer: answer.bits.map((row) => row.reduce((sum, bits) => sum + bits, 0) / numExperts),
     cell: (row, expert, part) => ({
       format: answer.formats[row][expert][part], source: answer.sources[row][expert][part], bytes: answer.bytes[row][expert][part],
     }),
     sizeFrom: (source, projection) => sizes.get(`${projections.indexOf(projection)}/${source}`) ?? null,
-    name: (row, expert, part) => (answer.names?.[part] ?? `model.layers.{layer}.mlp.experts.{expert}.${projections[part]}_proj.weight`)
-      .replace("{layer}", layerIds[row]).replace("{expert}", expert),
+    name: (row, expert, part) => answer.names[row][expert][part],
   };
 }
 
+// Narrow: clearly below the widest expert. Wide: clearly above the narrowest.
 function findMarked(map, use, hotFrom, coldTo) {
   const hotNarrow = [];
   const coldWide = [];
-  if (!use || map.widths.length < 2) return { hotNarrow, coldWide };
-  const narrowest = map.widths[0];
-  const widest = map.widths.at(-1);
-  use.forEach((row, index) => row?.forEach((value, expert) => {
-    const bits = map.projections.map((_, part) => map.formatAt(index, expert, part).bits);
-    if (value >= hotFrom && bits.some((width) => width === narrowest)) hotNarrow.push([index, expert]);
-    else if (value <= coldTo && bits.some((width) => width === widest)) coldWide.push([index, expert]);
+  use?.forEach((row, index) => row?.forEach((value, expert) => {
+    const bits = map.bits[index][expert];
+    if (value >= hotFrom && bits < CLEARLY * map.wideBits) hotNarrow.push([index, expert]);
+    else if (value <= coldTo && bits * CLEARLY > map.narrowBits) coldWide.push([index, expert]);
   }));
   return { hotNarrow, coldWide };
 }

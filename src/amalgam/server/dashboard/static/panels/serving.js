@@ -10,6 +10,8 @@ import { css } from "../theme.js";
 import { frame, note } from "./panel.js";
 
 const KEPT_SECONDS = 600;
+const STEP_SECONDS = 2;
+const LEAST_SECONDS = 120;
 
 export function create() {
   const tiles = h("div", { class: "tiles" });
@@ -20,7 +22,7 @@ export function create() {
     h("figure", {}, h("figcaption", { dataset: { i18n: "load" } }), load)));
   const node = frame("serving", "serving", "serving_hint", body, { wide: "full" });
   let serving = null;
-  let points = [];
+  let known = [];
 
   async function refresh() {
     if (!offers("/serving")) {
@@ -28,7 +30,7 @@ export function create() {
       return;
     }
     serving = await get("serving");
-    points = serving.series;
+    known = serving.series;
     redraw();
   }
 
@@ -36,22 +38,22 @@ export function create() {
     if (!event.serving || !serving) return;
     serving = event.serving;
     for (const point of event.serving.series ?? []) {
-      const last = points.at(-1);
-      if (last && point.t < last.t) continue;
-      if (last && point.t === last.t) points.pop();
-      points.push(point);
+      const index = known.findLastIndex((item) => item.t <= point.t);
+      if (known[index]?.t === point.t) known[index] = point;
+      else known.splice(index + 1, 0, point);
     }
-    const oldest = serving.now - KEPT_SECONDS;
-    points = points.filter((point) => point.t >= oldest);
+    known = known.filter((point) => point.t >= serving.now - KEPT_SECONDS);
     if (panel.isVisible && !document.hidden) redraw();
   }
 
   function redraw() {
     if (!serving) return;
     fill(tiles, tileList(serving));
+    const points = known.filter((point) => point.t + STEP_SECONDS <= serving.now); // the last is not full yet
     const times = points.map((point) => format.plotTime(point.t));
-    const range = [format.plotTime(serving.now - KEPT_SECONDS), format.plotTime(serving.now)];
-    const shown = state.remaps.filter((remap) => remap.ok && remap.at >= serving.now - KEPT_SECONDS);
+    const start = Math.max(serving.now - KEPT_SECONDS, Math.min(points[0]?.t ?? Infinity, serving.now - LEAST_SECONDS));
+    const range = [format.plotTime(start), format.plotTime(serving.now)];
+    const shown = state.remaps.filter((remap) => remap.ok && remap.at >= start);
     const marks = {
       shapes: shown.map((remap) => ({
         type: "line", xref: "x", yref: "paper", x0: format.plotTime(remap.at), x1: format.plotTime(remap.at), y0: 0, y1: 1,
@@ -77,7 +79,7 @@ export function create() {
     ], {
       ...marks, xaxis: time, margin: { l: 40, r: 44, t: 8, b: 28 },
       yaxis: { rangemode: "tozero", nticks: 4 },
-      yaxis2: { overlaying: "y", side: "right", range: [0, 1], tickformat: ".0%", nticks: 4, showgrid: false },
+      yaxis2: { overlaying: "y", side: "right", range: [0, 1], tickformat: ".0%", tickvals: [0, 0.5, 1], showgrid: false },
     });
   }
 

@@ -12,6 +12,8 @@ import { control, frame, note, select } from "./panel.js";
 const OCTAVES = 3; // the scale ends at 8 times and an eighth of the even share
 const WINDOWS = [1, 5, 15, 60];
 const LIVE_MS = 4000;
+const IDLE_MS = 30000;
+const NUM_BUSIEST = 12;
 
 export function create() {
   const view = select(changed, { id: "usage-view" });
@@ -25,6 +27,7 @@ export function create() {
   const order = select(redraw, { id: "usage-order" });
   const live = h("input", { type: "checkbox", checked: true, id: "usage-live" });
   const figures = h("p", { class: "figures" });
+  const busiest = h("div", { class: "busiest", id: "usage-busiest" });
   const legendHost = h("div");
   const host = h("div", { class: "grid-host", id: "usage-grid" });
   const message = h("div");
@@ -36,15 +39,17 @@ export function create() {
     h("a", { class: "button", href: "experts/report", target: "_blank", rel: "noopener", dataset: { i18n: "report" } }),
     h("a", { class: "button", href: "experts/heatmap.png", target: "_blank", rel: "noopener" }, "PNG"),
   ];
-  const node = frame("usage", "usage", "usage_hint", h("div", {}, controls, message, host, h("div", { class: "below" }, legendHost, figures)),
+  const node = frame("usage", "usage", "usage_hint", h("div", {}, controls, message, host, h("div", { class: "below" }, legendHost, figures), busiest),
     { wide: "main", tools: links });
 
   let data = null; // {kind: "use" | "difference", answer}
   let labels = [];
+  let sets = [];
   let lastRead = 0;
   let isStale = false;
+  let highlighted = [];
   const grid = new CellGrid(host, {
-    height: 430, maxCellHeight: 34,
+    height: 430, maxCellHeight: 40,
     onPick: (row, expertId) => choose(data.answer.layer_ids[row], expertId),
     describe: (row, expertId) => describeCell(data, row, expertId),
   });
@@ -70,11 +75,7 @@ export function create() {
 
   function labelOptions() {
     setOptions(label, [["", t("label_all")], ...labels.map((item) => [item.label, t("label_tokens", item.label, format.short(item.tokens))])]);
-    const sides = [
-      ["all", t("window_all")],
-      ...WINDOWS.map((n) => [`minutes:${n}`, t("window_minutes", n)]),
-      ...labels.map((item) => [`label:${item.label}`, `${t("label")}: ${item.label}`]),
-    ];
+    const sides = trafficOptions(labels, sets);
     const isFirst = !sideA.value;
     setOptions(sideA, sides);
     setOptions(sideB, sides);
@@ -116,8 +117,8 @@ export function create() {
   });
 
   async function refresh() {
-    if (hasExperts() && offers("/experts/labels")) {
-      labels = (await get("experts/labels")).labels;
+    if (hasExperts()) {
+      ({ labels, sets } = await loadTraffic());
       labelOptions();
     }
     showControls();
@@ -128,6 +129,7 @@ export function create() {
     if (!data) return;
     grid.show(data.kind === "use" ? useView(data.answer, order.value) : differenceView(data.answer, order.value));
     mark();
+    showBusiest();
     const { answer } = data;
     if (data.kind === "use") {
       fill(legendHost, legend(scale("diverging"), [[0, "⅛×"], [1 / 3, "½×"], [0.5, "1×"], [2 / 3, "2×"], [1, "8×"]], [[empty(), t("never_used"), "boxed"]]));
@@ -139,16 +141,54 @@ export function create() {
     }
   }
 
-  function mark() {
-    const { chosen } = state;
-    const row = chosen && data ? data.answer.layer_ids.indexOf(chosen.layerId) : -1;
-    grid.setOutlines(row < 0 ? [] : [{ cells: [[row, chosen.expertId]], color: css("--accent") }]);
+  function showBusiest() {
+    const { answer } = data;
+    const columns = numExperts(answer);
+    const isUse = data.kind === "use";
+    const cells = [];
+    (isUse ? relativeUse(answer.values) : answer.difference).forEach((row, index) => row?.forEach((value, expertId) => {
+      if (value) cells.push([Math.abs(value), index, expertId, value]);
+    }));
+    cells.sort((a, b) => b[0] - a[0]);
+    fill(busiest, cells.length ? h("span", { class: "quiet" }, t(isUse ? "busiest" : "most_different")) : null,
+      cells.slice(0, NUM_BUSIEST).map(([, index, expertId, value]) => h("button", {
+        type: "button", class: "cell-chip", title: t("cell_name", answer.layer_ids[index], expertId),
+        onclick: () => choose(answer.layer_ids[index], expertId),
+      }, h("span", {}, `L${answer.layer_ids[index]}·E${expertId}`),
+      h("b", {}, isUse ? format.percent(value / columns) : signed(value)))));
   }
 
-  on("chosen", mark);
+  function mark() {
+    const { chosen } = state;
+    if (!data) return;
+    const { layer_ids: layerIds } = data.answer;
+    const cells = highlighted.flatMap(([layerId, expertId]) => {
+      const row = layerIds.indexOf(layerId);
+      return expertId === undefined ? Array.from({ length: numExperts(data.answer) }, (_, id) => [row, id]) : [[row, expertId]];
+    });
+    const row = chosen ? layerIds.indexOf(chosen.layerId) : -1;
+    if (row >= 0) cells.push([row, chosen.expertId]);
+    grid.setOutlines([{ cells: cells.filter(([index]) => index >= 0), color: css("--mark-cell") }]);
+  }
+
+  on("chosen", () => {
+    highlighted = [];
+    mark();
+  });
+  on("highlight", (cells) => { // [layer id, expert id]; no expert: the whole layer
+    highlighted = cells;
+    mark();
+  });
+  on("compare", ({ a, b }) => {
+    view.value = "difference";
+    sideA.value = a;
+    sideB.value = b;
+    changed();
+  });
   on("statistics", () => { isStale = true; });
   on("event", () => {
-    if (!isStale || performance.now() - lastRead < LIVE_MS) return;
+    const age = performance.now() - lastRead;
+    if (age < (isStale ? LIVE_MS : IDLE_MS)) return; // windows move on and counts are reset without new tokens
     if (!panel.isVisible) panel.isDirty = true;
     else if (live.checked && !document.hidden) refresh().catch(fail);
   });
@@ -159,6 +199,7 @@ export function create() {
   return [panel];
 }
 
+const signed = (share) => `${share > 0 ? "+" : ""}${format.percent(share)}`;
 const numExperts = (answer) => answer.num_experts ?? answer.difference?.[0]?.length ?? 0;
 
 function useView(answer, order) {
@@ -209,9 +250,27 @@ function column(rows, name) {
   return Array.isArray(rows) ? rows.map((row) => row?.[name] ?? null) : rows?.[name] ?? [];
 }
 
+// [value, text] of everything that /experts/compare takes.
+export function trafficOptions(labels, sets) {
+  return [
+    ["all", t("window_all")],
+    ...WINDOWS.map((n) => [`minutes:${n}`, t("window_minutes", n)]),
+    ...labels.map((item) => [`label:${item.label}`, `${t("label")}: ${item.label}`]),
+    ...sets.map((name) => [`saved:${name}`, t("saved_set", name)]),
+  ];
+}
+
+export async function loadTraffic() {
+  const [labels, sets] = await Promise.all([
+    offers("/experts/labels") ? get("experts/labels").then((answer) => answer.labels) : [],
+    offers("/experts/sets") ? get("experts/sets").then((answer) => answer.sets) : [],
+  ]);
+  return { labels, sets };
+}
+
 export function divergence(answer) {
   const value = answer.jensen_shannon;
-  return { perLayer: value?.per_layer ?? value?.layers ?? [], mean: value?.mean ?? null };
+  return { perLayer: value?.by_layer ?? [], mean: value?.mean ?? null };
 }
 
 function meanDivergence(answer) {
@@ -227,7 +286,7 @@ function orderBy(rows) {
 function describeCell({ kind, answer }, row, expertId) {
   const name = t("cell_name", answer.layer_ids[row], expertId);
   if (kind === "difference") {
-    return [name, `A − B: ${format.percent(answer.difference[row][expertId], 2)}`];
+    return [name, `A − B: ${signed(answer.difference[row][expertId])}`];
   }
   const value = answer.values[row][expertId];
   const sum = answer.values[row].reduce((a, b) => a + b, 0);
@@ -235,6 +294,6 @@ function describeCell({ kind, answer }, row, expertId) {
   return [
     name,
     `${format.short(value)} · ${format.percent(value / sum)} ${t("share")}`,
-    `${format.times((value / sum) * answer.values[row].length)} ${t("of_even")}`,
+    t("of_even", format.times((value / sum) * answer.values[row].length)),
   ];
 }
