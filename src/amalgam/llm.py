@@ -14,7 +14,8 @@ from amalgam.config import Settings, load_settings
 from amalgam.engine.deployment import Deployment, RemapResult
 from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
-from amalgam.experts.statistics import describe_experts
+from amalgam.experts.overview import survey
+from amalgam.experts.saved import replace_file, to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.loader import Progress
 from amalgam.models.spec import ModelSpec
@@ -121,14 +122,25 @@ class LLM:
         Raises:
             ConfigError: the model has no experts, or statistics are switched off.
         """
-        tracker = self._deployment.observer
-        if not isinstance(tracker, ExpertTracker):
-            raise ConfigError("This model's experts are not counted: it has none, or statistics.enabled is false.")
-        return describe_experts(tracker.snapshot(minutes), top_k)
+        return survey(self._tracker(), self._deployment.version, minutes).as_json(top_k)
+
+    def save_expert_stats(self, path: str | Path) -> None:
+        """Write a saved set (.npz), to compare, to merge, or as `statistics.reference`.
+
+        Raises:
+            ConfigError: the model has no experts, or statistics are switched off.
+        """
+        replace_file(Path(path), to_bytes(self._tracker().saved_set()))
 
     def model_info(self) -> dict[str, Any]:
         """Architecture, sizes, sources, precisions and memory; the answer of `GET /model_info`."""
         return self._deployment.model_info()
+
+    def _tracker(self) -> ExpertTracker:
+        tracker = self._deployment.observer
+        if not isinstance(tracker, ExpertTracker):
+            raise ConfigError("This model's experts are not counted: it has none, or statistics.enabled is false.")
+        return tracker
 
     def close(self) -> None:
         """Stop the engine and free the weights."""

@@ -182,6 +182,30 @@ def named_path(folder: str | Path, name: str) -> Path:
     return Path(folder) / (check_name(name) + _SUFFIX)
 
 
+def load_named(folder: str | Path, name: str) -> SavedSet:
+    """
+    Raises:
+        RequestError: there is no set of that name in `folder`.
+        CheckpointError: it is damaged.
+    """
+    path = named_path(folder, name)
+    if not is_plain_file(path):
+        known = ", ".join(list_names(folder)[:20]) or "none yet"
+        raise RequestError(f"There is no saved set {describe(name)}.", remedy=f"Saved sets: {known}.")
+    return load(path)
+
+
+def list_names(folder: str | Path) -> list[str]:
+    """The saved sets in a folder, by name."""
+    paths = Path(folder).glob(f"*{_SUFFIX}")
+    return sorted(path.stem for path in paths if _SAFE_NAME.fullmatch(path.name) and is_plain_file(path))
+
+
+def is_plain_file(path: Path) -> bool:
+    """A link might lead out of the folder."""
+    return path.is_file() and not path.is_symlink()
+
+
 def write_file(folder: str | Path, name: str, content: str | bytes) -> Path:
     """Write `content` to the file `name` in `folder`, which is made if absent, and return its path.
 

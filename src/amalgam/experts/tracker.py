@@ -138,6 +138,7 @@ class ExpertTracker:
         self._routing: dict[int, tuple[Tensor, Tensor]] = {}
 
         self._lock = threading.Lock()  # guards everything below
+        self.revision = 0  # changes whenever the statistics do
         self._latest = clock()
         self._started_at = self._latest
         self._pending: list[Step] = []
@@ -184,6 +185,7 @@ class ExpertTracker:
             step = Step(self._advance(), spans, expert_ids, gate_weights)
             self._pending.append(step)
             self._num_pending_rows += step.num_rows
+            self.revision += 1
             if self._num_pending_rows >= _MAX_PENDING_ROWS or len(self._pending) >= _MAX_PENDING_STEPS:
                 self._sum_up()
 
@@ -291,6 +293,7 @@ class ExpertTracker:
                 seconds=now - self._cleared_at,
             )
             self._clear(now)
+            self.revision += 1
             return result
 
     def saved_set(self, *, with_history: bool = False) -> SavedSet:
