@@ -1,4 +1,4 @@
-"""The page at `/dashboard`: plain HTML, CSS and ES modules in `static/`, fed by the JSON endpoints and one event stream.
+"""The page at `/dashboard`: plain HTML, CSS and ES modules in `static/`, fed by JSON endpoints and an event stream.
 
 In: requests of browsers. Out: files and events. Must never know: tensors, how experts are counted.
 """

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from fastapi import APIRouter
@@ -23,6 +23,9 @@ from amalgam.server.access import unless_client_leaves
 from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.service import Service, Status
 from amalgam.server.serving import describe_serving
+
+if TYPE_CHECKING:
+    from amalgam.experts.tracker import ExpertTracker
 
 INTERVAL_SECONDS = 2.0
 MAX_VIEWERS = 256
@@ -39,7 +42,7 @@ class EventHub:
     Belongs to the event loop.
     """
 
-    def __init__(self, describe: Callable[[], dict[str, Any]], interval: float = INTERVAL_SECONDS) -> None:
+    def __init__(self, describe: Callable[[], dict[str, Any]], interval: float) -> None:
         self.num_described = 0
         self._describe = describe
         self._interval = interval
@@ -128,7 +131,7 @@ def hub_of(state: Any, service: Service) -> EventHub:
     """The hub of one application, made at first use."""
     hub: EventHub | None = getattr(state, "dashboard_hub", None)
     if hub is None:
-        hub = state.dashboard_hub = EventHub(lambda: describe_event(service))
+        hub = state.dashboard_hub = EventHub(lambda: describe_event(service), INTERVAL_SECONDS)
     return hub
 
 
@@ -150,9 +153,9 @@ def describe_event(service: Service) -> dict[str, Any]:
     if not service.has_loaded or service.status is Status.FAILED:
         return fields
     serving = describe_serving(service)
-    remaps = service.deployment.remaps
+    remaps, observer = service.deployment.remaps, service.deployment.observer
     return fields | {
         "remapped_at": remaps[-1].at if remaps else None,
-        "statistics_version": serving.prompt_tokens + serving.generated_tokens,
+        "statistics_version": None if observer is None else cast("ExpertTracker", observer).revision,
         "serving": serving.model_copy(update={"series": serving.series[-NUM_POINTS:]}).model_dump(),
     }

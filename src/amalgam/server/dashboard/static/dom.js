@@ -46,6 +46,13 @@ export function field(label, control) {
   return h("label", { class: "field" }, h("span", {}, label), control);
 }
 
+// Leaves in the browser's performance entries how long an update takes until it has been painted.
+export function timed(name, update) {
+  const start = performance.now();
+  update();
+  requestAnimationFrame(() => setTimeout(() => performance.measure(name, { start }), 0));
+}
+
 // At most one call at a time, and one more afterwards if it was asked for meanwhile.
 export function coalesced(call) {
   let running = null;

@@ -1,13 +1,12 @@
 // The precision of every expert's projections on the heatmap's grid, and changes of it: chosen, staged, applied.
 
-import { post } from "../api.js";
+import { get, post } from "../api.js";
 import { choose, emit, hasExperts, loadInfo, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
-import { fill, h, setOptions, table } from "../dom.js";
+import { fill, h, setOptions, table, timed } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { css, pick, scale, toCss } from "../theme.js";
-import { get } from "../api.js";
 import { control, frame, note, select } from "./panel.js";
 
 const HOT = [1.25, 1.5, 2, 3, 4];
@@ -110,7 +109,7 @@ export function create() {
     }
     use = relativeUse((await get("experts/grid")).values);
     adopt();
-    redraw();
+    timed("precision-update", redraw);
   }
 
   function redraw() {

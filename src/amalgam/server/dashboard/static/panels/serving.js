@@ -67,7 +67,7 @@ export function create() {
     const line = (name, values, color, extra = {}) => ({
       type: "scatter", mode: "lines", name, x: times, y: values, line: { color, width: 1.6, ...extra.line }, ...extra.trace,
     });
-    const time = { type: "date", range, nticks: 6, tickformat: "%H:%M", hoverformat: "%H:%M:%S" };
+    const time = { type: "date", range, nticks: 6, tickformat: serving.now - start < 300 ? "%H:%M:%S" : "%H:%M", hoverformat: "%H:%M:%S" };
     chart(throughput, [
       line(t("generated_rate"), points.map((point) => point.generated_tps), css("--series-1"), { trace: { fill: "tozeroy", fillcolor: css("--series-1-soft") } }),
       line(t("prompt_rate"), points.map((point) => point.prompt_tps), css("--series-2")),

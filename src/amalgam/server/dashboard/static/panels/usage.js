@@ -2,7 +2,7 @@
 
 import { get } from "../api.js";
 import { choose, hasExperts, offers, on, relativeUse, state, emit } from "../app.js";
-import { coalesced, fill, h, setOptions } from "../dom.js";
+import { coalesced, fill, h, setOptions, timed } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid, legend } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
@@ -110,10 +110,8 @@ export function create() {
       state.grid = data.answer;
       emit("grid");
     }
-    performance.mark("usage-data");
     fill(message);
-    redraw();
-    requestAnimationFrame(() => performance.measure("usage-update", "usage-data"));
+    timed("usage-update", redraw);
   });
 
   async function refresh() {
@@ -188,7 +186,7 @@ export function create() {
   on("statistics", () => { isStale = true; });
   on("event", () => {
     const age = performance.now() - lastRead;
-    if (age < (isStale ? LIVE_MS : IDLE_MS)) return; // windows move on and counts are reset without new tokens
+    if (age < (isStale ? LIVE_MS : IDLE_MS)) return; // windows move on without new tokens
     if (!panel.isVisible) panel.isDirty = true;
     else if (live.checked && !document.hidden) refresh().catch(fail);
   });
