@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from amalgam import LLM, SamplingParams
-from amalgam.errors import ConfigError, PromptTooLongError
+from amalgam.errors import ConfigError, PromptTooLongError, UnsupportedError
+from amalgam.experts.saved import load
 from tests.conftest import DEMO, ROOT
 
 GREEDY = SamplingParams(max_new_tokens=12, do_sample=False)
@@ -49,6 +50,32 @@ def test_remap_and_statistics(llm: LLM) -> None:
     assert result.version == 2
     assert llm.generate("The old man", GREEDY)[0].usage.version == 2
     assert llm.model_info()["precisions"]["fp8"]["weights"] == 287
+
+
+def test_domains_and_routed_experts(tmp_path: Path) -> None:
+    with LLM(model=DEMO, settings={"inference.max_seq_length": 64}) as llm:
+        [answer] = llm.generate("The old man", GREEDY, domain="prose", routed_experts=True)
+        assert answer.trace is not None
+        num_tokens = answer.usage.num_prompt_tokens + answer.usage.num_new_tokens - 1
+        assert answer.trace.expert_ids.shape == answer.trace.gate_weights.shape == (num_tokens, 6, 4)
+        assert llm.generate("The old man", GREEDY)[0].trace is None
+        statistics = llm.expert_stats()
+        assert statistics["labels"] == [{"label": "prose", "tokens": num_tokens}]
+        assert statistics["summary"]["total_tokens"] == 2 * num_tokens
+        llm.save_expert_stats(tmp_path / "a.npz")
+        assert load(tmp_path / "a.npz").labels["prose"].num_tokens.sum() == num_tokens
+    with LLM(model=DEMO, settings={"statistics.enabled": False}) as llm, pytest.raises(UnsupportedError):
+        llm.generate("The old man", GREEDY, domain="prose")
+
+
+def test_statistics_survive_a_restart(tmp_path: Path) -> None:
+    settings = {"inference.max_seq_length": 64, "statistics.file": str(tmp_path / "kept.npz")}
+    totals = []
+    for _ in range(2):
+        with LLM(model=DEMO, settings=settings) as llm:
+            llm.generate("The old man", GREEDY)
+            totals.append(llm.expert_stats()["summary"]["total_tokens"])
+    assert totals[1] == 2 * totals[0] > 0
 
 
 def test_bad_input_is_refused() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from amalgam.config import Settings, load_settings
 from amalgam.engine.deployment import Deployment, RemapResult
-from amalgam.engine.request import Generation, RequestOutput, SamplingParams
+from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
-from amalgam.experts.statistics import describe_experts
+from amalgam.experts.overview import survey
+from amalgam.experts.saved import replace_file, to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.loader import Progress
 from amalgam.models.spec import ModelSpec
@@ -29,7 +30,13 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
     """
 
     def tracker(spec: ModelSpec) -> ExpertTracker:
-        return ExpertTracker(spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics)
+        model = settings.model.name or Path(settings.model.base_path).name
+        result = ExpertTracker(
+            spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics, model=model
+        )
+        if settings.statistics.file:
+            result.keep_in(Path(settings.statistics.file))
+        return result
 
     ensure_derived(settings, progress)
     return Deployment.open(settings, tracker if settings.statistics.enabled else None, progress)
@@ -61,11 +68,24 @@ class LLM:
             overrides["model.base_path"] = str(model)
         self._deployment = open_deployment(load_settings(config, overrides), progress)
 
-    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Generation]:
-        """Answer all prompts together; results in their order."""
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        domain: str | None = None,
+        routed_experts: bool = False,
+    ) -> list[Generation]:
+        """Answer all prompts together; results in their order.
+
+        Args:
+            domain: a label under which the expert statistics count these prompts apart.
+            routed_experts: each result's `trace` tells the experts of every token.
+        """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         token_ids = [self._deployment.tokenizer.encode(text) for text in texts]
-        return self._deployment.engine.generate(token_ids, params or SamplingParams())
+        observation = Observation(domain, routed_experts)
+        return self._deployment.engine.generate(token_ids, params or SamplingParams(), observation)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Answer one prompt piece by piece; leaving the iterator early cancels the request.
@@ -102,14 +122,25 @@ class LLM:
         Raises:
             ConfigError: the model has no experts, or statistics are switched off.
         """
-        tracker = self._deployment.observer
-        if not isinstance(tracker, ExpertTracker):
-            raise ConfigError("This model's experts are not counted: it has none, or statistics.enabled is false.")
-        return describe_experts(tracker.snapshot(minutes), top_k)
+        return survey(self._tracker(), self._deployment.version, minutes).as_json(top_k)
+
+    def save_expert_stats(self, path: str | Path) -> None:
+        """Write a saved set (.npz), to compare, to merge, or as `statistics.reference`.
+
+        Raises:
+            ConfigError: the model has no experts, or statistics are switched off.
+        """
+        replace_file(Path(path), to_bytes(self._tracker().saved_set()))
 
     def model_info(self) -> dict[str, Any]:
         """Architecture, sizes, sources, precisions and memory; the answer of `GET /model_info`."""
         return self._deployment.model_info()
+
+    def _tracker(self) -> ExpertTracker:
+        tracker = self._deployment.observer
+        if not isinstance(tracker, ExpertTracker):
+            raise ConfigError("This model's experts are not counted: it has none, or statistics.enabled is false.")
+        return tracker
 
     def close(self) -> None:
         """Stop the engine and free the weights."""

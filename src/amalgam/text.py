@@ -121,6 +121,11 @@ class Tokenizer:
             ) from error
         return self._encode(text, add_special_tokens=False)
 
+    def token_text(self, token_id: int) -> str:
+        """One token as text, special ones too; bytes that are no whole character show as �."""
+        text: str = self._backend.decode([token_id], skip_special_tokens=False)
+        return text
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids; special tokens and ids beyond the vocabulary give none."""
         text: str = self._backend.decode(token_ids, skip_special_tokens=True)

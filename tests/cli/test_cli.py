@@ -12,6 +12,7 @@ from tests.conftest import DEMO, ROOT
 
 from amalgam.cli import VERBS, main
 from amalgam.config import setting_keys
+from amalgam.experts.saved import load
 
 EXPERT = "model.layers.0.mlp.experts.0.down_proj.weight"
 
@@ -129,6 +130,31 @@ def test_bench_ends_with_one_json_object(capsys: pytest.CaptureFixture[str]) -> 
     assert report["hardware"]["cores"]
 
 
+def test_a_prompt_is_analysed_token_by_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    english, verse, both = (tmp_path / f"{name}.npz" for name in ("english", "verse", "both"))
+    text = "The old man looked at the sea"
+    code, out, _ = run(capsys, "experts", "--prompt", text, "--model", str(DEMO), "--json", "--save", str(english))
+    assert code == 0
+    answer = json.loads(out)
+    assert "".join(token["text"] for token in answer["tokens"]) == text
+    assert answer["layer_ids"] == list(range(6))
+    assert [len(layer) for token in answer["experts"] for layer in token] == [4] * 6 * len(answer["tokens"])
+    code, out, _ = run(
+        capsys, "experts", "--prompt", "明月几时有", "--model", str(DEMO), "--layer", "2", "--save", str(verse)
+    )
+    assert code == 0
+    assert "layer 2" in out and "layer 3" not in out
+    code, out, _ = run(capsys, "experts", "--compare", str(english), str(verse), "--json")
+    assert code == 0
+    assert json.loads(out)["jensen_shannon"]["mean"] > 0.1
+    code, out, _ = run(capsys, "experts", "--compare", str(english), str(verse))
+    assert code == 0 and "Jensen-Shannon" in out
+    code, _, _ = run(capsys, "experts", "--merge", str(english), "--merge", str(verse), "--save", str(both))
+    assert code == 0
+    sets = [load(path) for path in (english, verse, both)]
+    assert sets[2].total.counts.sum() == sets[0].total.counts.sum() + sets[1].total.counts.sum()
+
+
 BAD = {
     "no model": (["plan"], 2, "--config"),
     "no such file": (["plan", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
@@ -153,6 +179,16 @@ BAD = {
     "an unknown shape": (["bench", "--shape", "XXL"], 2, "XXL"),
     "nothing to measure": (["bench"], 2, "--shape"),
     "no server": (["experts", "--url", "http://127.0.0.1:9"], 6, "127.0.0.1:9"),
+    "a prompt for no model": (["experts", "--prompt", "x"], 2, "--model"),
+    "a layer that does not exist": (["experts", "--prompt", "x", "--model", str(DEMO), "--layer", "9"], 2, "9"),
+    "two analyses at once": (["experts", "--prompt", "x", "--merge", "a.npz"], 2, "--merge"),
+    "a merge to nowhere": (["experts", "--merge", "a.npz"], 2, "--save"),
+    "a saved set that is none": (["experts", "--merge", "README.md", "--save", "/tmp/never"], 3, "README.md"),
+    "nothing to compare with": (
+        ["experts", "--compare", "all", "saved:x", "--url", "http://127.0.0.1:9"],
+        6,
+        "127.0.0.1:9",
+    ),
 }
 
 

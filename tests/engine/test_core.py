@@ -508,7 +508,7 @@ class RecordingObserver:
             self.num_prompt += max(0, min(span.generated_from, span.stop) - span.record_from)
             self.num_generated += span.stop - first_generated
 
-    def count_request(self):
+    def count_request(self, label):
         self.num_requests += 1
 
 

@@ -49,8 +49,8 @@ def test_spans_tell_what_to_count_and_as_what():
     )
     assert token_spans(plan) == [
         TokenSpan(1, 0, 4, record_from=0, generated_from=4),
-        TokenSpan(2, 4, 7, record_from=4, generated_from=6),
-        TokenSpan(3, 7, 8, record_from=7, generated_from=7),
+        TokenSpan(2, 4, 7, record_from=4, generated_from=6, position=4),
+        TokenSpan(3, 7, 8, record_from=7, generated_from=7, position=6),
         TokenSpan(4, 8, 16, record_from=15, generated_from=14),
         TokenSpan(5, 16, 20, record_from=20, generated_from=20),
     ]

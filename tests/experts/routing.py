@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,16 +33,16 @@ def make_tracker(clock: Clock, **settings: float) -> ExpertTracker:
 
 
 def span(
-    num_rows: int, start: int = 0, *, record_from: int | None = None, generated_from: int | None = None
+    num_rows: int, start: int = 0, *, record_from: int | None = None, generated_from: int | None = None, **others: Any
 ) -> TokenSpan:
     """Rows `[start, start + num_rows)`; all new prompt tokens unless told otherwise."""
     stop = start + num_rows
     return TokenSpan(
-        request_id=0,
         start=start,
         stop=stop,
         record_from=start if record_from is None else record_from,
         generated_from=stop if generated_from is None else generated_from,
+        **{"request_id": 0, **others},
     )
 
 
@@ -59,6 +60,7 @@ def run_step(
     routing: list[tuple[np.ndarray, np.ndarray]],
     *,
     fails: bool = False,
+    rejected: Mapping[int, int] | None = None,
 ) -> None:
     """One step; one that fails stops after the first layer."""
     tracker.begin_step(spans)
@@ -66,7 +68,7 @@ def run_step(
         tracker.observe(layer_id, torch.from_numpy(expert_ids), torch.from_numpy(gate_weights))
         if fails:
             return
-    tracker.end_step()
+    tracker.end_step(rejected)
 
 
 def run_tokens(tracker: ExpertTracker, num_tokens: int, seed: int = 0) -> None:

@@ -13,9 +13,21 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from amalgam.config import Settings, build_settings
-from amalgam.engine.request import FinishReason, RequestOutput, SamplingParams, Usage
+from amalgam.engine.deployment import RemapRecord
+from amalgam.engine.meter import Meter
+from amalgam.engine.request import (
+    EngineStatus,
+    FinishReason,
+    Observation,
+    RequestOutput,
+    SamplingParams,
+    Usage,
+)
 from amalgam.errors import CheckpointError, OverloadedError, PromptTooLongError, UnavailableError
+from amalgam.models.context import RoutingTrace
 from amalgam.server import run
 
 FAIL = "fail"  # a prompt that makes the engine raise
@@ -33,9 +45,14 @@ class FakeEngine:
     num_submitted: int = 0
     num_waiting: int = 0
     running: set[int] = field(default_factory=set)
-    version: Any = field(default_factory=lambda: SimpleNamespace(version_id=1))
+    version: Any = field(default_factory=lambda: FakeVersion(1))
+    meter: Meter = field(default_factory=Meter)
+    observations: list[Observation] = field(default_factory=list)
 
-    async def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
+    async def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
+    ) -> AsyncIterator[RequestOutput]:
+        self.observations.append(observation)
         if self.is_stopped or not self.is_alive:
             raise UnavailableError("The engine has stopped.")
         if len(prompt_ids) >= MAX_SEQ_LENGTH:
@@ -59,7 +76,14 @@ class FakeEngine:
                 seconds = time.monotonic() - started
                 usage = Usage(len(prompt_ids), count, 0.0, seconds, seconds, self.version.version_id)
                 reason = FinishReason.LENGTH if is_last else None
-                yield RequestOutput(request_id, f"w{index} ", (index,), reason, usage=usage if is_last else None)
+                trace = fake_trace(len(prompt_ids) + count - 1) if is_last and observation.wants_trace else None
+                output = RequestOutput(
+                    request_id, f"w{index} ", (index,), reason, usage=usage if is_last else None, trace=trace
+                )
+                self.meter.add_step(len(prompt_ids) if index == 0 else 0, 1, len(self.running), 0, 0)
+                if is_last:
+                    self.meter.add_finished(output)
+                yield output
         finally:
             self.running.discard(request_id)
 
@@ -67,10 +91,32 @@ class FakeEngine:
         return RequestOutput(request_id, "", (), FinishReason.ERROR, error=error)
 
     def status(self) -> Any:
-        return SimpleNamespace(is_alive=self.is_alive, num_running=len(self.running), num_waiting=self.num_waiting)
+        return EngineStatus(
+            is_alive=self.is_alive,
+            is_draining=False,
+            num_running=len(self.running),
+            num_waiting=self.num_waiting,
+            num_free_blocks=6,
+            num_blocks=8,
+            versions={self.version.version_id: len(self.running)},
+        )
 
     def stop(self) -> None:
         self.is_stopped = True
+
+
+class FakeVersion:
+    """A weight version whose experts all have one precision."""
+
+    def __init__(self, version_id: int) -> None:
+        self.version_id = version_id
+        self.origins: dict[str, Any] = {}
+
+
+def fake_trace(num_tokens: int) -> RoutingTrace:
+    """Token i goes to experts i % 4 and 3 in both layers."""
+    expert_ids = np.array([[[i % 4, 3]] * 2 for i in range(num_tokens)], np.int16).reshape(num_tokens, 2, 2)
+    return RoutingTrace((0, 2), expert_ids, np.full(expert_ids.shape, 0.5, np.float32))
 
 
 def encode(text: str) -> list[int]:
@@ -85,6 +131,7 @@ class FakeDeployment:
     remap_seconds: float = 0.0
     is_closed: bool = False
     encode: Callable[[str], list[int]] = encode
+    remaps: list[RemapRecord] = field(default_factory=list)
 
     @property
     def version(self) -> Any:
@@ -92,7 +139,7 @@ class FakeDeployment:
 
     @property
     def tokenizer(self) -> Any:
-        return SimpleNamespace(encode=self.encode)
+        return SimpleNamespace(encode=self.encode, token_text=chr)
 
     def model_info(self) -> dict[str, Any]:
         return {"architecture": "fake", "weight_version": self.engine.version.version_id}
@@ -100,7 +147,8 @@ class FakeDeployment:
     def update_weight_mapping(self, mapping: dict[str, str]) -> Any:
         time.sleep(self.remap_seconds)
         before = self.engine.version.version_id
-        self.engine.version = SimpleNamespace(version_id=before + 1)
+        self.engine.version = FakeVersion(before + 1)
+        self.remaps.append(RemapRecord(time.time(), before + 1, before, len(mapping), 2, self.remap_seconds))
         changed = [WeightChange(name, "base", source, "bf16", source) for name, source in mapping.items()]
         return SimpleNamespace(
             version=before + 1, previous_version=before, fingerprint="f", changed=changed, num_loaded=len(changed),

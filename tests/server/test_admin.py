@@ -1,42 +1,19 @@
-"""Weights, expert statistics, health."""
+"""Weights, health."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
-from amalgam.config import StatisticsSettings
 from amalgam.errors import ConflictError, PlanError
-from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.context import TokenSpan
-from tests.server.conftest import serving, wait_until
-from tests.server.fakes import FakeDeployment, fake_settings
+from tests.server.fakes import FakeDeployment
 
 REMAP = {
     "weight_version", "previous_version", "fingerprint", "num_changed", "changed", "num_loaded", "loaded_bytes",
     "shared_bytes", "seconds",
 }  # fmt: skip
-NUM_TOKENS = 6
-
-
-@pytest.fixture
-def deployment() -> FakeDeployment:
-    """With statistics of one step: 6 tokens, 2 layers, 4 experts of which expert 3 and one other are active."""
-    tracker = ExpertTracker([0, 2], num_experts=4, top_k=2, settings=StatisticsSettings())
-    tracker.begin_step([TokenSpan(1, 0, NUM_TOKENS, 0, 4)])
-    for layer_id in (0, 2):
-        expert_ids = torch.tensor([[3, row % 2] for row in range(NUM_TOKENS)])
-        tracker.observe(layer_id, expert_ids, torch.full((NUM_TOKENS, 2), 0.5))
-    tracker.end_step()
-    tracker.count_request()
-    return FakeDeployment(observer=tracker)
 
 
 def test_update_weight_mapping(client: httpx.Client) -> None:
@@ -79,58 +56,6 @@ def test_a_refused_mapping_has_its_status(
     response = client.post("/update_weight_mapping", json={"weight_mapping": {"x": "base"}})
     assert response.status_code == status
     assert str(error) in response.json()["error"]["message"]
-
-
-def test_expert_stats(client: httpx.Client) -> None:
-    answer = client.get("/expert_stats").json()
-    summary = answer["summary"]
-    assert summary["total_activations"] == NUM_TOKENS * 2 * 2
-    assert (summary["total_tokens"], summary["total_requests"]) == (NUM_TOKENS, 1)
-    assert (summary["total_layers"], summary["total_experts"]) == (2, 8)
-    assert summary["uptime"] >= 0
-    assert answer["expert_stats"][0].keys() >= {"layer_id", "expert_id", "activation_count", "last_activation"}
-    assert [item["layer_id"] for item in answer["layer_stats"]] == [0, 2]
-    assert [(item["layer_id"], item["expert_id"]) for item in answer["top_experts"][:2]] == [(0, 3), (2, 3)]
-    assert answer["top_experts"][0]["activation_count"] == NUM_TOKENS
-    assert answer["recent_activations"]
-
-
-def test_expert_stats_take_parameters_either_way(client: httpx.Client) -> None:
-    by_query = client.get("/expert_stats", params={"top_k": 3, "minutes": 5}).json()
-    by_body = client.post("/expert_stats", json={"top_k": 3, "minutes": 5}).json()
-    for answer in (by_query, by_body):
-        assert len(answer["top_experts"]) == 3
-        assert answer["window"]["minutes"] == 5
-        assert answer["summary"]["total_tokens"] == NUM_TOKENS
-    assert client.post("/expert_stats").status_code == 200
-    assert client.post("/expert_stats", json={"top_k": 9}).status_code == 422
-    assert client.post("/expert_stats", json={"minutes": 1e9}).status_code == 422
-
-
-@pytest.mark.parametrize("body", [{}, {"json": {}}])
-def test_reset_expert_stats(client: httpx.Client, body: dict[str, object]) -> None:
-    answer = client.post("/reset_expert_stats", **body).json()  # type: ignore[arg-type]
-    assert (answer["activations"], answer["tokens"], answer["requests"]) == (NUM_TOKENS * 4, NUM_TOKENS, 1)
-    assert client.get("/expert_stats").json()["summary"]["total_activations"] == 0
-
-
-def test_export_expert_stats(deployment: FakeDeployment, tmp_path: Path) -> None:
-    folder = tmp_path / "exports"
-    with serving(fake_settings(port=0, export_dir=str(folder)), lambda: deployment) as base_url:
-        wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
-        as_json = httpx.post(base_url + "/export_expert_stats").json()
-        as_csv = httpx.post(base_url + "/export_expert_stats", json={"format": "csv"}).json()
-    assert json.loads(as_json["content"])["summary"]["total_tokens"] == NUM_TOKENS
-    rows = list(csv.DictReader(io.StringIO(as_csv["content"])))
-    assert sum(int(row["activation_count"]) for row in rows) == NUM_TOKENS * 4
-    for answer in (as_json, as_csv):
-        assert (folder / answer["file_name"]).read_text(encoding="utf-8") == answer["content"]
-
-
-def test_a_model_without_statistics_says_so(shared_client: httpx.Client) -> None:
-    response = shared_client.get("/expert_stats")
-    assert response.status_code == 422
-    assert "statistics.enabled" in response.json()["error"]["message"]
 
 
 def test_health_and_ready(client: httpx.Client, deployment: FakeDeployment) -> None:

@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -21,11 +22,13 @@ from amalgam.config import Settings
 from amalgam.engine import fronts
 from amalgam.engine.answers import end, take_token
 from amalgam.engine.blocks import BlockPool
+from amalgam.engine.meter import Meter
 from amalgam.engine.request import (
     MAX_SEED,
     EngineStatus,
     FinishReason,
     Generation,
+    Observation,
     OutputSink,
     Request,
     RequestOutput,
@@ -37,7 +40,7 @@ from amalgam.engine.request import (
 )
 from amalgam.engine.runner import Runner
 from amalgam.engine.scheduler import Scheduler
-from amalgam.errors import UnavailableError, describe
+from amalgam.errors import UnavailableError, UnsupportedError, describe
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
@@ -48,6 +51,7 @@ logger = logging.getLogger("amalgam.engine")
 _MAX_FAILURES = 3  # steps in a row
 _FATAL = (MemoryError, torch.OutOfMemoryError)
 
+_UNLABELLED = Observation()
 _Deliveries = list[tuple[Request, RequestOutput]]
 
 
@@ -80,6 +84,7 @@ class Engine:
         self._max_queue = settings.engine.max_queue
         self._thread = threading.Thread(target=self._loop, name="amalgam-engine", daemon=True)
         self._num_failures = 0  # steps in a row; of the step thread
+        self.meter = Meter()
 
         self._condition = threading.Condition()  # guards everything below
         self._scheduler = Scheduler(
@@ -101,14 +106,22 @@ class Engine:
         """Start the step loop; requests submitted before wait for it."""
         self._thread.start()
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, sink: OutputSink) -> int:
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        sink: OutputSink,
+        observation: Observation = _UNLABELLED,
+    ) -> int:
         """Queue a request and return its id. Any thread.
 
         Args:
             sink: takes the request's outputs in the step thread, so it must be quick; the last one `is_finished`.
 
         Raises:
-            RequestError: the prompt is empty or holds something that is not a token id of the model.
+            RequestError: the prompt is empty or holds something that is not a token id of the model, or the expert
+                statistics cannot take the label.
+            UnsupportedError: a label or a trace without expert statistics.
             PromptTooLongError: the prompt leaves no room for a new token.
             OverloadedError: the queue is full.
             UnavailableError: the engine is draining, has stopped or has failed.
@@ -122,7 +135,9 @@ class Engine:
                 raise self._unavailable()
             if self._is_draining:
                 raise UnavailableError("The engine is draining.", remedy="Send the request to another server.")
-            request = Request(self._next_id, list(prompt_ids), params, sink, seed, text)
+            request = Request(self._next_id, list(prompt_ids), params, sink, seed, text, observation)
+            self._scheduler.check_room()
+            self._admit_observation(request)
             self._scheduler.add(request)
             self._next_id += 1
             self._requests[request.request_id] = request
@@ -138,22 +153,27 @@ class Engine:
             request.is_cancelled = True
             self._cancelled.append(request)
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+    def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation = _UNLABELLED
+    ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one request as they come; leaving early cancels it. Close it, as with `contextlib.aclosing`.
 
         Raises the errors of `submit` when the iteration begins.
         """
-        return fronts.stream(self, prompt_ids, params)
+        return fronts.stream(self, prompt_ids, params, observation)
 
     def generate(
-        self, prompts_ids: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts_ids: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        observation: Observation = _UNLABELLED,
     ) -> list[Generation]:
         """Run requests to their end and return the answers in order. Blocks; an interrupt cancels them.
 
         `params` is for all prompts, or one for each. Raises the errors of `submit`; a request that fails later has its
         error in its `Generation`.
         """
-        return fronts.generate(self, prompts_ids, params, max_in_flight=self._max_queue)
+        return fronts.generate(self, prompts_ids, params, observation, max_in_flight=self._max_queue)
 
     def set_version(self, version: WeightVersion) -> None:
         """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""
@@ -230,7 +250,9 @@ class Engine:
         self._num_failures = 0
         with self._condition:
             self._scheduler.commit(plan)
-            return self._take(plan, result)
+            deliveries = self._take(plan, result)
+            self._measure(plan, deliveries)
+            return deliveries
 
     def _take(self, plan: StepPlan, result: StepResult) -> _Deliveries:
         """Add the step's tokens to their requests and end those that are complete or have failed."""
@@ -268,8 +290,35 @@ class Engine:
             self._scheduler.finish(request)
         return deliveries
 
+    def _admit_observation(self, request: Request) -> None:
+        observation, observer = request.observation, self._runner.observer
+        if observation.label is None and not observation.wants_trace:
+            return
+        if observer is None:
+            raise UnsupportedError(
+                "Labels and traces of routed experts need expert statistics.",
+                remedy="Set statistics.enabled, and serve a model with experts.",
+            )
+        num_tokens = request.num_prompt_tokens + request.max_new_tokens
+        num_traced = min(num_tokens, self._scheduler.max_sequence_tokens) if observation.wants_trace else 0
+        observer.admit(request.request_id, observation.label if observation.is_counted else None, num_traced)
+
+    def _measure(self, plan: StepPlan, deliveries: _Deliveries) -> None:
+        num_prompt = 0
+        for item in plan.scheduled:  # what a preemption made the step compute again does not count
+            num_prompt += max(0, min(item.end, item.request.num_prompt_tokens) - (item.end - item.num_unrecorded))
+        scheduler = self._scheduler
+        num_used = scheduler.pool.num_blocks - scheduler.pool.num_free
+        num_new = sum(len(output.token_ids) for _, output in deliveries)
+        self.meter.add_step(num_prompt, num_new, len(scheduler.running), len(scheduler.waiting), num_used)
+
     def _deliver(self, deliveries: _Deliveries) -> None:
+        observer = self._runner.observer
         for request, output in deliveries:
+            if output.is_finished:
+                self.meter.add_finished(output)
+                if observer is not None and request.observation.wants_trace:
+                    output = replace(output, trace=observer.take_trace(request.request_id))
             try:
                 request.sink(output)
             except Exception as error:

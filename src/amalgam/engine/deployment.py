@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 from amalgam.config import Rule, Settings, build_rules
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import peak_memory_bytes
-from amalgam.errors import ConfigError, ConflictError, PlanError
+from amalgam.errors import ConfigError, ConflictError, PlanError, describe
 from amalgam.kernels import ops
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
@@ -29,6 +29,7 @@ from amalgam.models.weights import WeightVersion, manifest
 from amalgam.text import Tokenizer
 
 ObserverFactory = Callable[[ModelSpec], RoutingObserver]
+MAX_REMAPS = 256  # that are remembered
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ class RemapResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class RemapRecord:
+    """One attempt to change the weights."""
+
+    at: float  # when it ended, Unix seconds
+    version: int  # in use afterwards
+    previous_version: int
+    num_changed: int
+    loaded_bytes: int
+    seconds: float
+    error: str | None = None  # why it changed nothing
+
+
 class Deployment:
     """A loaded model, its engine, and the rules that its weights follow now."""
 
@@ -77,6 +91,7 @@ class Deployment:
         self._version = loaded.version
         self._rules = settings.model.mixed_precision.all_rules
         self._remap = threading.Lock()
+        self._remaps: deque[RemapRecord] = deque(maxlen=MAX_REMAPS)
 
     @classmethod
     def open(
@@ -121,6 +136,11 @@ class Deployment:
     @property
     def rules(self) -> tuple[Rule, ...]:
         return self._rules
+
+    @property
+    def remaps(self) -> list[RemapRecord]:
+        """The latest attempts to change the weights, oldest first."""
+        return list(self._remaps)
 
     @property
     def model_name(self) -> str:
@@ -210,16 +230,24 @@ class Deployment:
         return {"version": version.version_id, **manifest(version.fingerprint, version.origins)}
 
     def close(self) -> None:
-        """Stop the engine; requests that still run end with an error."""
+        """Stop the engine; requests that still run end with an error. Statistics that are to be kept are saved."""
         self.engine.stop()
+        if self.observer is not None:
+            self.observer.close()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Refuses instead of waiting: the second of two re-maps must not silently follow the first."""
         if not self._remap.acquire(blocking=False):
             raise ConflictError("Another change of the weights is under way.", remedy="Try again when it is done.")
+        started, version_id = time.monotonic(), self._version.version_id
         try:
             yield
+        except Exception as error:
+            seconds = time.monotonic() - started
+            reason = describe(str(error), 400)
+            self._remaps.append(RemapRecord(time.time(), version_id, version_id, 0, 0, seconds, reason))
+            raise
         finally:
             self._remap.release()
 
@@ -241,7 +269,7 @@ class Deployment:
         ]
         self.engine.set_version(after)
         self._loader, self._version, self._rules = loader, after, rules
-        return RemapResult(
+        result = RemapResult(
             version=after.version_id,
             previous_version=before.version_id,
             fingerprint=after.fingerprint,
@@ -251,6 +279,17 @@ class Deployment:
             shared_bytes=loaded.shared_bytes,
             seconds=time.monotonic() - started,
         )
+        self._remaps.append(
+            RemapRecord(
+                time.time(),
+                result.version,
+                result.previous_version,
+                len(changed),
+                result.loaded_bytes,
+                result.seconds,
+            )
+        )
+        return result
 
 
 def choose_device(device_map: str) -> torch.device:

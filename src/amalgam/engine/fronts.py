@@ -10,20 +10,22 @@ from collections.abc import AsyncGenerator, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
-from amalgam.engine.request import Generation, OutputSink, RequestOutput, SamplingParams
+from amalgam.engine.request import Generation, Observation, OutputSink, RequestOutput, SamplingParams
 from amalgam.errors import RequestError
 
 
 class Submitter(Protocol):
     """What the fronts need of the engine."""
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, sink: OutputSink) -> int: ...
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, sink: OutputSink, observation: Observation
+    ) -> int: ...
 
     def cancel(self, request_id: int) -> None: ...
 
 
 async def stream(
-    engine: Submitter, prompt_ids: Sequence[int], params: SamplingParams
+    engine: Submitter, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
 ) -> AsyncGenerator[RequestOutput, None]:
     """See `Engine.stream`."""
     loop = asyncio.get_running_loop()
@@ -32,7 +34,7 @@ async def stream(
     def sink(output: RequestOutput) -> None:
         loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-    request_id = engine.submit(prompt_ids, params, sink)
+    request_id = engine.submit(prompt_ids, params, sink, observation)
     is_finished = False
     try:
         while not is_finished:
@@ -48,6 +50,7 @@ def generate(
     engine: Submitter,
     prompts_ids: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
+    observation: Observation,
     max_in_flight: int,
 ) -> list[Generation]:
     """See `Engine.generate`. At most `max_in_flight` requests are submitted at a time, so that the queue holds."""
@@ -63,8 +66,9 @@ def generate(
     num_submitted = 0
 
     def submit(index: int) -> None:
-        request_id = engine.submit(prompts_ids[index], per_prompt[index], lambda output: arrived.put((index, output)))
-        in_flight[index] = request_id
+        in_flight[index] = engine.submit(
+            prompts_ids[index], per_prompt[index], lambda output: arrived.put((index, output)), observation
+        )
 
     try:
         while num_submitted < len(prompts_ids) or in_flight:
@@ -92,4 +96,5 @@ def _collect(outputs: Sequence[RequestOutput]) -> Generation:
         finish_reason=last.finish_reason,
         usage=last.usage,
         error=last.error,
+        trace=last.trace,
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from amalgam.errors import RequestError, describe
 
 if TYPE_CHECKING:
+    from amalgam.models.context import RoutingTrace
     from amalgam.models.weights import WeightVersion
     from amalgam.text import TextStream
 
@@ -61,6 +62,21 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the expert statistics make of a request.
+
+    Attributes:
+        label: counted under this name too.
+        wants_trace: the last output carries the experts of each token.
+        is_counted: False keeps the request out of all statistics.
+    """
+
+    label: str | None = None
+    wants_trace: bool = False
+    is_counted: bool = True
 
 
 def _check_int(name: str, value: int, low: int, high: int) -> None:
@@ -129,6 +145,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     usage: Usage | None = None  # on the last output
+    trace: RoutingTrace | None = None  # on the last output, if wanted
 
     @property
     def is_finished(self) -> bool:
@@ -156,6 +173,7 @@ class Generation:
     finish_reason: FinishReason
     usage: Usage
     error: Exception | None = None  # set when finish_reason is ERROR
+    trace: RoutingTrace | None = None  # if wanted
 
 
 @dataclass(frozen=True)
@@ -192,6 +210,7 @@ class Request:
     sink: OutputSink
     seed: int = 0
     text: TextStream | None = None
+    observation: Observation = Observation()
     version: WeightVersion | None = None  # bound at first admission, dropped at the end
     max_new_tokens: int = 0  # as in params until the scheduler lowers it to what fits
     status: RequestStatus = RequestStatus.WAITING

@@ -56,14 +56,19 @@ class Runner:
         """Size of the KV cache."""
         return sum(tensor.nbytes for tensor in (*self._kv.keys, *self._kv.values))
 
+    @property
+    def observer(self) -> RoutingObserver | None:
+        return self._observer
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute a step: its keys and values go to the cache, its routing to the observer."""
         token_ids, context = self._build(plan)
         if self._observer is not None:
             for item in plan.scheduled:
-                if item.request.num_recorded == 0:  # its first step
-                    self._observer.count_request()
+                request = item.request
+                if request.num_recorded == 0 and request.observation.is_counted:  # its first step
+                    self._observer.count_request(request.observation.label)
             self._observer.begin_step(token_spans(plan))
         hidden = self._decoder.forward(token_ids, context, plan.version)
         if self._observer is not None:
@@ -116,7 +121,20 @@ def token_spans(plan: StepPlan) -> list[TokenSpan]:
     for item in plan.scheduled:
         stop = start + item.num_tokens
         num_prompt = min(max(item.request.num_prompt_tokens - item.start, 0), item.num_tokens)
-        spans.append(TokenSpan(item.request.request_id, start, stop, stop - item.num_unrecorded, start + num_prompt))
+        observation = item.request.observation
+        spans.append(
+            TokenSpan(
+                item.request.request_id,
+                start,
+                stop,
+                record_from=stop - item.num_unrecorded,
+                generated_from=start + num_prompt,
+                label=observation.label,
+                position=item.start,
+                is_counted=observation.is_counted,
+                wants_trace=observation.wants_trace,
+            )
+        )
         start = stop
     return spans
 

@@ -68,13 +68,20 @@ class Scheduler:
             OverloadedError: the queue is full.
         """
         self.check_prompt_length(request.num_prompt_tokens)
+        self.check_room()
+        request.max_new_tokens = min(request.max_new_tokens, self.max_sequence_tokens - request.num_prompt_tokens)
+        self.waiting.append(request)
+
+    def check_room(self) -> None:
+        """
+        Raises:
+            OverloadedError: the queue is full.
+        """
         if len(self.waiting) >= self._max_queue:
             raise OverloadedError(
                 f"{len(self.waiting)} requests are waiting already, and max_queue is {self._max_queue}.",
                 remedy="Try again later.",
             )
-        request.max_new_tokens = min(request.max_new_tokens, self.max_sequence_tokens - request.num_prompt_tokens)
-        self.waiting.append(request)
 
     def check_prompt_length(self, num_tokens: int) -> None:
         """

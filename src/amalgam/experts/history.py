@@ -87,9 +87,13 @@ class History:
         self._closed: list[Bucket] = []  # oldest first
         self._open: Bucket | None = None
 
+    def tick(self, now: float) -> int:
+        """The number of the tick that time `now` lies in."""
+        return int(now // self._tick_seconds)
+
     def at(self, now: float) -> Tally:
         """The tally that takes what happens at time `now` (seconds, never falling)."""
-        tick = int(now // self._tick_seconds)
+        tick = self.tick(now)
         if self._open is None or self._open.first < tick:
             if self._open is not None:
                 closed = Bucket(self._open.first, self._open.stop, self._open.tally.compact())
@@ -107,6 +111,12 @@ class History:
     def start_of(self, bucket: Bucket) -> float:
         """When `bucket` begins, in seconds."""
         return bucket.first * self._tick_seconds
+
+    def restore(self, buckets: Iterable[Bucket], now: float) -> None:
+        """Start with buckets of an earlier run, oldest first; those of the future and those too old are left out."""
+        tick = self.tick(now)
+        closed = [Bucket(bucket.first, bucket.stop, bucket.tally.compact()) for bucket in buckets]
+        self._closed, self._open = self._merged([bucket for bucket in closed if bucket.stop <= tick], tick), None
 
     def clear(self) -> None:
         self._closed, self._open = [], None
@@ -129,6 +139,27 @@ class History:
                 bucket = Bucket(older.first, bucket.stop, older.tally + bucket.tally)
             result.append(bucket)
         return result
+
+
+class DecayingRate:
+    """Activations per second, weighted by age: the weight halves every `half_life` seconds. Times in seconds."""
+
+    def __init__(self, num_layers: int, num_experts: int, half_life: float, now: float) -> None:
+        self._mean_life = half_life / np.log(2)
+        self._started_at = self._latest = now
+        self._weighted = np.zeros((num_layers, num_experts))
+
+    def add(self, counts: npt.NDArray[np.integer], now: float) -> None:
+        """Add what happened at time `now`, which never falls."""
+        self._weighted *= np.exp((self._latest - now) / self._mean_life)
+        self._weighted += counts
+        self._latest = now
+
+    def read(self, now: float) -> npt.NDArray[np.float64]:
+        """The rate at time `now`; before much time has passed, the mean since the start."""
+        fading = np.exp((self._latest - now) / self._mean_life)
+        seen = -np.expm1((self._started_at - max(now, self._started_at + 1)) / self._mean_life)
+        return np.asarray(self._weighted * fading / (self._mean_life * seen))
 
 
 def total(buckets: Iterable[Bucket], num_layers: int, num_experts: int) -> Tally:

@@ -1,7 +1,7 @@
-"""Snapshot → files.
+"""Statistics → files.
 
-In: an `ExpertSnapshot` and the name of a format. Out: a file's name, media type and text; on request the file itself,
-inside the folder given and nowhere else. Must never know who asked.
+In: an `Overview` and the name of a format. Out: a file's name, media type and content. Must never know who asked, or
+where the file goes (`saved.write_file` puts it into a folder).
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
-from amalgam.errors import ConfigError, RequestError, describe
-from amalgam.experts.statistics import describe_experts, expert_columns
-from amalgam.experts.tracker import ExpertSnapshot
+from amalgam.errors import RequestError, describe
+from amalgam.experts.html_report import render_html
+from amalgam.experts.overview import Overview, survey
+from amalgam.experts.parquet import write_parquet
+from amalgam.experts.png import heatmap_png
+from amalgam.experts.saved import to_bytes
+from amalgam.experts.statistics import expert_columns, relative_share
+from amalgam.experts.tracker import ExpertTracker
+from amalgam.models.weights import WeightVersion
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+FORMATS = ("json", "csv", "parquet", "npz", "png", "html")
 
 
 @dataclass(frozen=True)
@@ -29,66 +32,79 @@ class Export:
 
     file_name: str
     media_type: str
-    text: str
+    content: bytes
+
+    @property
+    def is_text(self) -> bool:
+        return self.media_type.startswith(("text/", "application/json"))
 
 
-def export(snapshot: ExpertSnapshot, format: str = "json") -> Export:
-    """The statistics as `json` (everything `/expert_stats` answers) or `csv` (a line per expert).
+def export(
+    tracker: ExpertTracker,
+    format: str = "json",
+    *,
+    version: WeightVersion | None = None,
+    minutes: float | None = None,
+    model: str = "",
+) -> Export:
+    """The statistics as a file.
+
+    Args:
+        format: `json` (everything `/expert_stats` answers), `csv` or `parquet` (a row per expert), `npz` (a saved set,
+            labels and pairs included), `png` (a heatmap), `html` (a report).
+        version: whose precisions the report shows.
 
     Raises:
-        RequestError: `format` is none of these.
+        RequestError: `format` is none of these, `minutes` is out of range, or is given for `npz`.
     """
-    if not isinstance(format, str) or format not in _WRITERS:
-        raise RequestError(f"format is {describe(format)}.", remedy=f"Allowed: {', '.join(_WRITERS)}.")
+    if not isinstance(format, str) or format not in FORMATS:
+        raise RequestError(f"format is {describe(format)}.", remedy=f"Allowed: {', '.join(FORMATS)}.")
+    if format == "npz":
+        if minutes is not None:
+            raise RequestError(
+                f"minutes is {describe(minutes)}.", remedy="Leave it out: npz holds all since the reset."
+            )
+        saved = tracker.saved_set()
+        return Export(_file_name(saved.end, format), "application/x-npz", to_bytes(saved))
+    overview = survey(tracker, version, minutes)
     media_type, write = _WRITERS[format]
-    moment = datetime.fromtimestamp(snapshot.window_end, UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-    return Export(f"expert_stats_{moment}.{format}", media_type, write(snapshot))
+    return Export(_file_name(overview.snapshot.window_end, format), media_type, write(overview, model))
 
 
-def write_export(folder: str | Path, name: str, content: str) -> Path:
-    """Write `content` to the file `name` in `folder`, which is made if absent, and return its path.
-
-    The file appears complete or not at all. It never lies outside `folder`: a symbolic link of that name is replaced,
-    not followed.
-
-    Raises:
-        RequestError: `name` is not a plain file name.
-        ConfigError: the folder cannot be written to.
-    """
-    if not _SAFE_NAME.fullmatch(name):
-        raise RequestError(f"File name {describe(name)} is not a plain name.", remedy="Use letters, digits, . _ and -.")
-    target = Path(folder) / name
-    partial = target.with_name(f".{name}.{uuid.uuid4().hex}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("x", encoding="utf-8", newline="") as file:
-                file.write(content)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write to the export folder {str(folder)!r}: {error.strerror}.",
-            remedy="Set server.export_dir to a folder that can be written to.",
-        ) from None
-    return target
+def _file_name(moment: float, format: str) -> str:
+    return f"expert_stats_{datetime.fromtimestamp(moment, UTC).strftime('%Y%m%dT%H%M%S.%fZ')}.{format}"
 
 
-def _write_json(snapshot: ExpertSnapshot) -> str:
-    return json.dumps(describe_experts(snapshot), indent=1, allow_nan=False)
+def _json(overview: Overview, model: str) -> bytes:
+    return json.dumps(overview.as_json(), indent=1, allow_nan=False).encode()
 
 
-def _write_csv(snapshot: ExpertSnapshot) -> str:
+def _csv(overview: Overview, model: str) -> bytes:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    columns = expert_columns(snapshot)
+    columns = expert_columns(overview.snapshot)
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-    return out.getvalue()
+    return out.getvalue().encode()
 
 
-_WRITERS: dict[str, tuple[str, Callable[[ExpertSnapshot], str]]] = {
-    "json": ("application/json", _write_json),
-    "csv": ("text/csv", _write_csv),
+def _parquet(overview: Overview, model: str) -> bytes:
+    return write_parquet(expert_columns(overview.snapshot))
+
+
+def _png(overview: Overview, model: str) -> bytes:
+    snapshot = overview.snapshot
+    return heatmap_png(relative_share(snapshot.tally.counts.sum(axis=0)), snapshot.layer_ids)
+
+
+def _html(overview: Overview, model: str) -> bytes:
+    return render_html(overview, model).encode()
+
+
+_WRITERS: dict[str, tuple[str, Callable[[Overview, str], bytes]]] = {
+    "json": ("application/json", _json),
+    "csv": ("text/csv", _csv),
+    "parquet": ("application/vnd.apache.parquet", _parquet),
+    "png": ("image/png", _png),
+    "html": ("text/html", _html),
 }

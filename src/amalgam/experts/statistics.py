@@ -18,6 +18,9 @@ from amalgam.experts.history import GENERATED, PROMPT
 from amalgam.experts.tracker import ExpertSnapshot
 
 DEFAULT_TOP_K = 10
+HOT = 2.0  # times an even share
+COVERAGES = (50, 90, 99)
+PHASES = {"all": slice(0, 2), "prompt": slice(PROMPT, PROMPT + 1), "generated": slice(GENERATED, GENERATED + 1)}
 
 
 def describe_experts(snapshot: ExpertSnapshot, top_k: int | None = None) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def describe_experts(snapshot: ExpertSnapshot, top_k: int | None = None) -> dict
         "expert_stats": experts,
         "top_experts": [experts[index] for index in order.tolist()],
         "recent_activations": recent_rows(snapshot),
+        "labels": label_rows(snapshot),
     }
 
 
@@ -89,19 +93,25 @@ def summary(snapshot: ExpertSnapshot) -> dict[str, Any]:
 def layer_rows(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:
     """One row per layer, in order.
 
-    `mean_activations_per_second` is per expert. `max_to_mean`, `coefficient_of_variation` and `normalized_entropy`
-    measure balance (see `balance`); null where nothing was activated.
+    `mean_activations_per_second` is per expert. `num_hot_experts` have at least `HOT` times an even share,
+    `num_dead_experts` were never used. `max_to_mean` and what follows it measure balance (see `balance`); null where
+    nothing was activated. `coverage` says how many experts take 50, 90 and 99% of the layer's activations.
     """
     if not snapshot.layer_ids:
         return []
     counted = _count_columns(snapshot, axis=-1)
+    counts = snapshot.tally.counts.sum(axis=0)
+    num_used = np.count_nonzero(counts, axis=-1)
     columns: dict[str, list[Any]] = {
         "layer_id": list(snapshot.layer_ids),
         **counted,
         "mean_activations_per_second": [rate / snapshot.num_experts for rate in counted["activations_per_second"]],
         "num_experts": [snapshot.num_experts] * len(snapshot.layer_ids),
-        "num_used_experts": np.count_nonzero(snapshot.tally.counts.sum(axis=0), axis=-1).tolist(),
-        **{name: _nullable(values) for name, values in balance(snapshot.tally.counts.sum(axis=0)).items()},
+        "num_used_experts": num_used.tolist(),
+        "num_dead_experts": (snapshot.num_experts - num_used).tolist(),
+        "num_hot_experts": np.count_nonzero(relative_share(counts) >= HOT, axis=-1).tolist(),
+        **{name: _nullable(values) for name, values in balance(counts).items()},
+        "coverage": coverage(counts),
     }
     return _rows(columns)
 
@@ -110,7 +120,8 @@ def expert_columns(snapshot: ExpertSnapshot) -> dict[str, list[Any]]:
     """A column per field, a row per expert, by layer and expert id.
 
     `layer_share` is the expert's part of its layer's activations (0 to 1), `gate_mass` the sum of the gate weights it
-    was given, `last_activation` null if it was never activated.
+    was given, `decaying_rate` activations per second with recent ones weighing more (whatever the window),
+    `last_activation` null if it was never activated.
     """
     counts = snapshot.tally.counts.sum(axis=0)
     num_layers, num_experts = counts.shape
@@ -120,6 +131,7 @@ def expert_columns(snapshot: ExpertSnapshot) -> dict[str, list[Any]]:
         "expert_id": np.tile(np.arange(num_experts), num_layers).tolist(),
         **_count_columns(snapshot),
         "layer_share": share.reshape(-1).tolist(),
+        "decaying_rate": snapshot.decaying_rate.reshape(-1).tolist(),
         "last_activation": _nullable(snapshot.last_activation.reshape(-1)),
     }
 
@@ -139,24 +151,100 @@ def recent_rows(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:
     ]
 
 
+def label_rows(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:
+    """The labels that requests had since the last reset, with their tokens."""
+    return [{"label": label, "tokens": num_tokens} for label, num_tokens in snapshot.labels.items()]
+
+
 def balance(counts: npt.NDArray[np.integer]) -> dict[str, npt.NDArray[np.float64]]:
     """How evenly each layer uses its experts, from `counts` [layers, experts]; NaN for a layer without activations.
 
     Returns, each [layers]:
         max_to_mean: the busiest expert against the mean; 1 is even, the number of experts is the worst.
+        mean_to_max: its inverse, the part of the capacity in use if experts ran in parallel.
+        max_violation: `max_to_mean` - 1 (MaxVio; Wang et al. 2024).
         coefficient_of_variation: standard deviation over mean; 0 is even.
         normalized_entropy: Shannon entropy over its maximum; 1 is even, 0 is one expert only.
+        gini: half the mean difference of two experts over the mean; 0 is even, 1 - 1/experts is one expert only.
     """
     num_experts = counts.shape[-1]
+    ranks = 2 * np.arange(1, num_experts + 1) - num_experts - 1
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = counts.mean(axis=-1)
         share = counts / counts.sum(axis=-1, keepdims=True)
         entropy = -np.where(share > 0, share * np.log(share), share).sum(axis=-1)
+        max_to_mean = counts.max(axis=-1, initial=0) / mean
         return {
-            "max_to_mean": counts.max(axis=-1, initial=0) / mean,
+            "max_to_mean": max_to_mean,
+            "mean_to_max": 1 / max_to_mean,
+            "max_violation": max_to_mean - 1,
             "coefficient_of_variation": counts.std(axis=-1) / mean,
             "normalized_entropy": entropy / np.log(max(num_experts, 2)),
+            "gini": (np.sort(share, axis=-1) * ranks).sum(axis=-1) / num_experts,
         }
+
+
+def relative_share(counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Each expert's part of its layer over an even part, [layers, experts]; 0 for a layer without activations."""
+    totals = counts.sum(axis=-1, keepdims=True)
+    return np.asarray(counts / np.where(totals > 0, totals, 1) * counts.shape[-1])
+
+
+def coverage(counts: npt.NDArray[np.integer]) -> list[dict[str, int | None]]:
+    """How many experts, the busiest first, take 50, 90 and 99% of each layer's activations; null if there are none."""
+    cumulative = np.cumsum(-np.sort(-counts, axis=-1), axis=-1)
+    totals = counts.sum(axis=-1)
+    needed = {str(percent): (cumulative * 100 < percent * totals[:, None]).sum(axis=-1) + 1 for percent in COVERAGES}
+    return [
+        {name: int(numbers[row]) if total else None for name, numbers in needed.items()}
+        for row, total in enumerate(totals.tolist())
+    ]
+
+
+def grid(snapshot: ExpertSnapshot, phase: str = "all", measure: str = "count") -> dict[str, Any]:
+    """One number per layer and expert, with each layer's balance; what a heatmap needs.
+
+    Args:
+        phase: `all`, `prompt` or `generated`.
+        measure: `count` or `gate_mass`.
+    """
+    phases = PHASES[phase]
+    values = {"count": snapshot.tally.counts, "gate_mass": snapshot.tally.gate_mass}[measure][phases].sum(axis=0)
+    counts = snapshot.tally.counts[phases].sum(axis=0)
+    figures = {name: _nullable(column) for name, column in balance(counts).items()}
+    rows = _rows({"layer_id": list(snapshot.layer_ids), **figures, "coverage": coverage(counts)})
+    return {
+        "layer_ids": list(snapshot.layer_ids),
+        "num_experts": snapshot.num_experts,
+        "num_active_experts": snapshot.num_active_experts,
+        "phase": phase,
+        "measure": measure,
+        "label": snapshot.label,
+        "values": values.tolist(),
+        "total_tokens": int(snapshot.tally.num_tokens[phases].sum()),
+        "total_requests": int(snapshot.tally.num_requests),
+        "window": window(snapshot),
+        "balance": rows,
+    }
+
+
+def concentration(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:
+    """Per layer, the Lorenz curve (`lorenz[i]`: the part of the activations that the i least used experts take), Gini
+    and coverage.
+    """
+    counts = snapshot.tally.counts.sum(axis=0)
+    totals = np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    curves = np.concatenate(
+        [np.zeros((len(counts), 1)), np.cumsum(np.sort(counts, axis=-1), axis=-1) / totals], axis=-1
+    )
+    return _rows(
+        {
+            "layer_id": list(snapshot.layer_ids),
+            "lorenz": curves.tolist(),
+            "gini": _nullable(balance(counts)["gini"]),
+            "coverage": coverage(counts),
+        }
+    )
 
 
 def _count_columns(snapshot: ExpertSnapshot, axis: int | None = None) -> dict[str, list[Any]]:

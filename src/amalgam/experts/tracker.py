@@ -4,7 +4,8 @@ In: the routing of each step, from the step thread (`models.context.RoutingObser
 thread. Must never know HTTP, tokens' text, or which experts are stored in which format.
 
 A step is counted as a whole, in `end_step`, or not at all; so at every moment
-`activations = tokens × active experts × MoE layers`.
+`activations = tokens × active experts × MoE layers`. Steps are kept as they are and summed up together, when there are
+some dozens or somebody asks: for each to be summed up alone would cost several times as much.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,12 +25,19 @@ from torch import Tensor
 
 from amalgam.config import StatisticsSettings
 from amalgam.errors import RequestError, describe
-from amalgam.experts.history import GENERATED, NUM_PHASES, PROMPT, History, Tally, total
+from amalgam.experts.history import GENERATED, NUM_PHASES, PROMPT, DecayingRate, History, Tally, total
+from amalgam.experts.keeper import Keeper
+from amalgam.experts.labels import LabelTallies
+from amalgam.experts.pairs import PairCounter
+from amalgam.experts.recording import Rows, Step
+from amalgam.experts.saved import SavedSet
+from amalgam.experts.traces import TraceStore
 
 if TYPE_CHECKING:
-    from amalgam.models.context import TokenSpan
+    from amalgam.models.context import RoutingTrace, TokenSpan
 
-_UNCOUNTED = NUM_PHASES  # the phase of rows that were recorded before, or belong to nobody
+_MAX_PENDING_ROWS = 256
+_MAX_PENDING_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,9 @@ class ExpertSnapshot:
     tally: Tally
     last_activation: npt.NDArray[np.float64]  # [layers, experts], since the last reset whatever the window; NaN: never
     recent: tuple[RecentActivation, ...]  # within the window, oldest first
+    decaying_rate: npt.NDArray[np.float64]  # [layers, experts], activations per second; whatever the window
+    labels: Mapping[str, int]  # label → tokens, since the last reset whatever the window
+    label: str | None = None  # the tally is that of this label only
 
     @property
     def window_seconds(self) -> float:
@@ -73,6 +85,17 @@ class ResetResult:
 
 
 @dataclass(frozen=True)
+class LayerPairs:
+    """One layer's pairs of experts, over a sample of the tokens."""
+
+    num_tokens: int  # sampled since the last reset
+    sampling: int  # one token in so many; 0: none
+    together: npt.NDArray[np.int64]  # [experts, experts]; on the diagonal, uses
+    onward: npt.NDArray[np.int64] | None  # [experts, experts of the next layer]; None for the last layer
+    next_layer_id: int | None
+
+
+@dataclass(frozen=True)
 class _StepRecord:
     """The last cells that one step used, compact: `cells` are indices into the flattened [layers, experts] grid."""
 
@@ -84,15 +107,14 @@ class _StepRecord:
 class ExpertTracker:
     """The `RoutingObserver` that keeps the statistics.
 
-    `begin_step`, `observe` and `end_step` belong to the step thread; everything else may be called by any. `observe`
-    only keeps what it is given, `end_step` adds it up on the device in a few operations over all layers and reads one
-    grid back.
+    `begin_step`, `observe` and `end_step` belong to the step thread; everything else may be called by any.
 
     Args:
         moe_layer_ids: decoder layer ids that have experts, in order.
         num_experts: experts per layer.
         top_k: active experts per token and layer.
         clock: seconds; the statistics' time never runs back even if the clock does.
+        model: its name, for saved sets.
     """
 
     def __init__(
@@ -102,22 +124,39 @@ class ExpertTracker:
         top_k: int,
         settings: StatisticsSettings,
         clock: Callable[[], float] = time.time,
+        model: str = "",
     ) -> None:
-        self._layer_ids = tuple(moe_layer_ids)
-        self._num_experts = num_experts
+        self.layer_ids = tuple(moe_layer_ids)
+        self.num_experts = num_experts
+        self.settings = settings
         self._top_k = top_k
-        self._settings = settings
         self._clock = clock
+        self._model = model
+        self._keeper: Keeper | None = None
 
         self._spans: Sequence[TokenSpan] | None = None  # of the step under way
         self._routing: dict[int, tuple[Tensor, Tensor]] = {}
 
         self._lock = threading.Lock()  # guards everything below
+        self.revision = 0  # changes whenever the statistics do
         self._latest = clock()
         self._started_at = self._latest
-        grid = (len(self._layer_ids), num_experts)
+        self._pending: list[Step] = []
+        self._num_pending_rows = 0
+        grid = (len(self.layer_ids), num_experts)
         self._history = History(*grid, settings.bucket_seconds, settings.history_minutes * 60)
+        self._labels = LabelTallies(*grid, settings.max_labels)
+        self._pairs = PairCounter(*grid, settings.pair_sampling)
+        self._traces = TraceStore(self.layer_ids, top_k, settings.trace_bytes)
         self._clear(self._latest)
+
+    def admit(self, request_id: int, label: str | None, num_traced_tokens: int) -> None:
+        """See `RoutingObserver.admit`."""
+        with self._lock:
+            if label is not None:
+                self._labels.admit(label)
+            if num_traced_tokens:
+                self._traces.admit(request_id, num_traced_tokens)
 
     def begin_step(self, spans: Sequence[TokenSpan]) -> None:
         """Start a step. Whatever a step before it left unfinished is forgotten."""
@@ -131,40 +170,62 @@ class ExpertTracker:
         """
         self._routing[layer_id] = expert_ids, gate_weights
 
-    def end_step(self) -> None:
-        """Count the step."""
-        spans, routing = self._spans, [self._routing[layer_id] for layer_id in self._layer_ids]
+    @torch.inference_mode()
+    def end_step(self, rejected: Mapping[int, int] | None = None) -> None:
+        """Count the step; see `RoutingObserver.end_step`."""
+        spans, routing = self._spans, [self._routing[layer_id] for layer_id in self.layer_ids]
         assert spans is not None, "end_step without begin_step"
         self._spans = None
         self._routing.clear()
-        step = count_step(spans, routing, self._num_experts)
+        if rejected:
+            spans = [replace(span, stop=span.stop - rejected.get(span.request_id, 0)) for span in spans]
+        expert_ids = torch.stack([ids for ids, _ in routing]) if routing else None
+        gate_weights = torch.stack([weights for _, weights in routing]) if routing else None
         with self._lock:
-            now = self._now()
-            self._total.add(step)
-            self._history.at(now).add(step)
-            counts = step.counts.reshape(NUM_PHASES, -1)
-            cells = np.flatnonzero(counts[PROMPT] + counts[GENERATED])
-            self._last_activation.reshape(-1)[cells] = now
-            self._remember(now, cells, counts)
+            step = Step(self._advance(), spans, expert_ids, gate_weights)
+            self._pending.append(step)
+            self._num_pending_rows += step.num_rows
+            self.revision += 1
+            if self._num_pending_rows >= _MAX_PENDING_ROWS or len(self._pending) >= _MAX_PENDING_STEPS:
+                self._sum_up()
 
-    def count_request(self) -> None:
+    def count_request(self, label: str | None = None) -> None:
         """Count one request."""
         with self._lock:
-            for tally in (self._total, self._history.at(self._now())):
+            tallies = [self._total, self._history.at(self._advance())]
+            if label is not None and (tally := self._labels.tally(label)) is not None:
+                tallies.append(tally)
+            for tally in tallies:
                 tally.num_requests[...] += 1
 
-    def snapshot(self, minutes: float | None = None) -> ExpertSnapshot:
+    def take_trace(self, request_id: int) -> RoutingTrace | None:
+        """See `RoutingObserver.take_trace`."""
+        with self._lock:
+            self._sum_up()
+            return self._traces.take(request_id)
+
+    def snapshot(self, minutes: float | None = None, label: str | None = None) -> ExpertSnapshot:
         """The statistics of the last `minutes`; None: since the start or the last reset.
 
+        Args:
+            label: of requests with this label only.
+
         Raises:
-            RequestError: `minutes` is not a number above 0 and at most `statistics.history_minutes`.
+            RequestError: `minutes` is not a number above 0 and at most `statistics.history_minutes`, nothing is counted
+                under `label`, or both are given.
         """
         if minutes is not None:
             self._check_minutes(minutes)
+            if label is not None:
+                raise RequestError(
+                    "minutes and label are given together.", remedy="Give one of them: labels are not kept over time."
+                )
         with self._lock:
-            now = self._now()
+            now = self._advance()
+            self._sum_up()
             if minutes is None:
-                start, tally, buckets = self._cleared_at, self._total.copy(), []
+                tally = self._total.copy() if label is None else self._labels.get(label)
+                start, buckets = self._cleared_at, []
             else:
                 start = now - minutes * 60
                 buckets = self._history.since(start)
@@ -172,12 +233,14 @@ class ExpertTracker:
                     start = min(start, self._history.start_of(buckets[0]))
                 start = max(start, self._cleared_at)
             last_activation = self._last_activation.copy()
+            decaying_rate = self._decaying.read(now)
+            labels = self._labels.num_tokens()
             records = list(self._records)
         if minutes is not None:  # closed buckets never change, so the step thread need not wait for their sum
             tally = total(buckets, *last_activation.shape)
         return ExpertSnapshot(
-            layer_ids=self._layer_ids,
-            num_experts=self._num_experts,
+            layer_ids=self.layer_ids,
+            num_experts=self.num_experts,
             num_active_experts=self._top_k,
             started_at=self._started_at,
             minutes=minutes,
@@ -186,12 +249,43 @@ class ExpertTracker:
             tally=tally,
             last_activation=last_activation,
             recent=self._expand([record for record in records if record.timestamp >= start]),
+            decaying_rate=decaying_rate,
+            labels=labels,
+            label=label,
         )
 
-    def reset(self) -> ResetResult:
-        """Forget everything counted so far. A step under way is counted afterwards."""
+    def layer_pairs(self, layer_id: int) -> LayerPairs:
+        """Which experts of one layer work together, and which of the next follow them.
+
+        Raises:
+            RequestError: the layer has no experts.
+        """
+        if isinstance(layer_id, bool) or layer_id not in self.layer_ids:
+            raise RequestError(
+                f"layer_id is {describe(layer_id)}.", remedy=f"Layers with experts: {describe(list(self.layer_ids))}."
+            )
+        index = self.layer_ids.index(layer_id)
         with self._lock:
-            now = self._now()
+            self._sum_up()
+            if self._pairs.sampling:
+                num_tokens, together, onward = self._pairs.layer(index)
+            else:
+                num_tokens, together, onward = 0, np.zeros((self.num_experts, self.num_experts), np.int64), None
+        is_last = index == len(self.layer_ids) - 1
+        next_layer_id = None if is_last else self.layer_ids[index + 1]
+        return LayerPairs(num_tokens, self._pairs.sampling, together, onward, next_layer_id)
+
+    def label_tallies(self) -> dict[str, Tally]:
+        """The counts of each label since the last reset."""
+        with self._lock:
+            self._sum_up()
+            return self._labels.copy()
+
+    def reset(self) -> ResetResult:
+        """Forget everything counted so far, labels too. A step under way is counted afterwards."""
+        with self._lock:
+            now = self._advance()
+            self._sum_up()
             result = ResetResult(
                 num_activations=int(self._total.counts.sum()),
                 num_tokens=int(self._total.num_tokens.sum()),
@@ -199,37 +293,148 @@ class ExpertTracker:
                 seconds=now - self._cleared_at,
             )
             self._clear(now)
+            self.revision += 1
             return result
+
+    def saved_set(self, *, with_history: bool = False) -> SavedSet:
+        """Everything counted since the last reset, to be written to a file."""
+        with self._lock:
+            now = self._advance()
+            self._sum_up()
+            return SavedSet(
+                model=self._model,
+                layer_ids=self.layer_ids,
+                num_experts=self.num_experts,
+                num_active_experts=self._top_k,
+                start=self._cleared_at,
+                end=now,
+                total=self._total.copy(),
+                last_activation=self._last_activation.copy(),
+                labels=self._labels.copy(),
+                pairs=self._pairs.read() if self._pairs.sampling else None,
+                buckets=tuple(self._history.since(-np.inf)) if with_history else (),
+            )
+
+    def restore(self, saved: SavedSet, where: str) -> None:
+        """Go on from a saved set; nothing has been counted yet.
+
+        Raises:
+            ConfigError: it is of another model.
+        """
+        saved.check_fits(self.layer_ids, self.num_experts, where)
+        with self._lock:
+            now = self._advance()
+            self._cleared_at = min(saved.start, now)
+            self._total.add(saved.total)
+            self._last_activation[...] = np.fmin(saved.last_activation, now)
+            for label, tally in saved.labels.items():
+                if (mine := self._labels.tally(label)) is not None:
+                    mine.add(tally)
+            if saved.pairs is not None:
+                self._pairs.restore(saved.pairs)
+            self._history.restore(saved.buckets, now)
+
+    def keep_in(self, path: Path) -> None:
+        """Go on from the statistics in a file, if there is one, and write them to it now and then and at the end.
+
+        Raises:
+            CheckpointError: the file is damaged.
+            ConfigError: it is of another model.
+        """
+        self._keeper = Keeper(self, path, self.settings.save_seconds)
+
+    def close(self) -> None:
+        """No step follows; the last statistics are saved if they are to be kept."""
+        if self._keeper is not None:
+            self._keeper.close()
+            self._keeper = None
 
     @property
     def nbytes(self) -> int:
-        """Memory that the counters and the history hold."""
+        """Memory that the counters, the history and the traces hold, or may come to hold."""
         with self._lock:
             records = sum(record.cells.nbytes + record.counts.nbytes for record in self._records)
-            return self._history.nbytes + self._total.nbytes + self._last_activation.nbytes + records
+            parts = (self._history, self._total, self._last_activation, self._labels, self._pairs, self._traces)
+            return records + sum(part.nbytes for part in parts)
 
     def _clear(self, now: float) -> None:
-        grid = (len(self._layer_ids), self._num_experts)
+        grid = (len(self.layer_ids), self.num_experts)
         self._cleared_at = now
         self._total = Tally.zeros(*grid)
         self._last_activation = np.full(grid, np.nan)
         self._records: deque[_StepRecord] = deque()
         self._num_recorded = 0
+        self._decaying = DecayingRate(*grid, self.settings.half_life_minutes * 60, now)
         self._history.clear()
+        self._labels.clear()
+        self._pairs.clear()
 
-    def _now(self) -> float:
-        self._latest = max(self._latest, self._clock())
+    def _advance(self) -> float:
+        """The time; what is pending is summed up before a tick of the history ends."""
+        before = self._latest
+        self._latest = max(before, self._clock())
+        if self._pending and self._history.tick(before) != self._history.tick(self._latest):
+            self._sum_up()
         return self._latest
 
-    def _remember(self, now: float, cells: npt.NDArray[np.int64], counts: npt.NDArray[np.integer]) -> None:
-        """Keep the step's last cells, and of older steps only those that are needed to fill the list."""
-        limit = self._settings.recent_activations
-        cells = cells[max(0, len(cells) - limit) :]
-        if not len(cells):
+    def _sum_up(self) -> None:
+        """Count the pending steps, all of which lie in one tick of the history."""
+        if not self._pending:
             return
-        self._records.append(_StepRecord(now, cells, counts[:, cells]))
-        self._num_recorded += len(cells)
-        while self._num_recorded - len(self._records[0].cells) >= limit:
+        steps, self._pending, self._num_pending_rows = self._pending, [], 0
+        rows = Rows.read(steps, self.num_experts)
+        now, starts = steps[-1].timestamp, np.cumsum([0, *(step.num_rows for step in steps)])
+        for step, first in zip(steps, starts.tolist(), strict=False):
+            self._take_spans(step, rows, first)
+        counted = rows.counted
+        tally = counted.tally()
+        self._total.add(tally)
+        self._history.at(now).add(tally)
+        self._decaying.add(tally.counts.sum(axis=0), now)
+        self._pairs.add(counted)
+        times = np.repeat([step.timestamp for step in steps], np.diff(starts))[rows.is_counted]
+        # Of several values for one cell the last is kept, and rows are in the order of their steps.
+        values = np.broadcast_to(times[None, :, None], counted.cells.shape)
+        self._last_activation.reshape(-1)[counted.cells.reshape(-1)] = values.reshape(-1)
+        self._remember(steps, rows, starts.tolist())
+
+    def _take_spans(self, step: Step, rows: Rows, first: int) -> None:
+        """Labels and traces of one step, whose rows begin at `first`."""
+        of_label: dict[str, list[slice]] = {}
+        of_step: Rows | None = None
+        for span in step.spans:
+            if span.label is None and not span.wants_trace:
+                continue
+            of_step = rows[slice(first, first + step.num_rows)] if of_step is None else of_step
+            if span.wants_trace:
+                self._traces.add(span, of_step)
+            if span.label is not None:
+                of_label.setdefault(span.label, []).append(slice(max(span.start, span.record_from), span.stop))
+        for label, slices in of_label.items():
+            tally = self._labels.tally(label)
+            if of_step is not None and tally is not None:
+                index = np.concatenate([np.arange(part.start, part.stop) for part in slices])
+                of_step[index].counted.add_to(tally)
+
+    def _remember(self, steps: Sequence[Step], rows: Rows, starts: Sequence[int]) -> None:
+        """Keep the steps' last cells, and of older steps only those that are needed to fill the list."""
+        limit = self.settings.recent_activations
+        num_cells = len(self.layer_ids) * self.num_experts
+        added: list[_StepRecord] = []
+        num_missing = limit
+        for step, first, stop in reversed(list(zip(steps, starts[:-1], starts[1:], strict=True))):
+            if num_missing <= 0:
+                break
+            of_step = rows[slice(first, stop)].counted
+            counts = np.bincount(of_step.phased_cells, minlength=NUM_PHASES * num_cells).reshape(NUM_PHASES, num_cells)
+            cells = np.flatnonzero(counts[PROMPT] + counts[GENERATED])[-limit:]
+            if len(cells):
+                added.append(_StepRecord(step.timestamp, cells, counts[:, cells]))
+                num_missing -= len(cells)
+        for record in reversed(added):
+            self._records.append(record)
+            self._num_recorded += len(record.cells)
+        while self._records and self._num_recorded - len(self._records[0].cells) >= limit:
             self._num_recorded -= len(self._records.popleft().cells)
 
     def _expand(self, records: Sequence[_StepRecord]) -> tuple[RecentActivation, ...]:
@@ -237,54 +442,16 @@ class ExpertTracker:
         for record in records:
             rows = zip(record.cells.tolist(), *record.counts.tolist(), strict=True)
             for cell, num_prompt, num_generated in rows:
-                row, expert_id = divmod(cell, self._num_experts)
-                layer_id = self._layer_ids[row]
+                row, expert_id = divmod(cell, self.num_experts)
+                layer_id = self.layer_ids[row]
                 expanded.append(RecentActivation(record.timestamp, layer_id, expert_id, num_prompt, num_generated))
-        return tuple(expanded[max(0, len(expanded) - self._settings.recent_activations) :])
+        return tuple(expanded[max(0, len(expanded) - self.settings.recent_activations) :])
 
     def _check_minutes(self, minutes: float) -> None:
-        limit = self._settings.history_minutes
+        limit = self.settings.history_minutes
         is_number = isinstance(minutes, int | float) and not isinstance(minutes, bool)
         if not is_number or not 0 < minutes <= limit:
             raise RequestError(
                 f"minutes is {describe(minutes)}.",
                 remedy=f"Allowed: a number above 0 up to {limit:g} (statistics.history_minutes).",
             )
-
-
-@torch.inference_mode()
-def count_step(spans: Sequence[TokenSpan], routing: Sequence[tuple[Tensor, Tensor]], num_experts: int) -> Tally:
-    """Add up one step on the routing's device and read the result back.
-
-    Args:
-        routing: per MoE layer, expert ids and gate weights, each [tokens, top_k].
-    """
-    num_rows = len(routing[0][0]) if routing else max((span.stop for span in spans), default=0)
-    phases = _row_phases(spans, num_rows)
-    num_tokens = np.bincount(phases, minlength=NUM_PHASES + 1)[:NUM_PHASES]
-    if not routing:
-        return replace(Tally.zeros(0, num_experts), num_tokens=num_tokens)
-    expert_ids = torch.stack([ids for ids, _ in routing])  # [layers, tokens, top_k]
-    gate_weights = torch.stack([weights for _, weights in routing]).double()
-    device, num_cells = expert_ids.device, len(routing) * num_experts
-    layers = torch.arange(0, num_cells, num_experts, device=device).view(-1, 1, 1)
-    rows = torch.from_numpy(phases * num_cells).to(device).view(1, -1, 1)
-    cells = (expert_ids + layers + rows).view(-1)  # into [phases + 1, layers, experts], the last plane uncounted
-
-    def grid(values: Tensor) -> np.ndarray:
-        planes = torch.zeros((NUM_PHASES + 1) * num_cells, dtype=values.dtype, device=device)
-        planes.scatter_add_(0, cells, values)
-        return planes[: NUM_PHASES * num_cells].cpu().numpy().reshape(NUM_PHASES, len(routing), num_experts)
-
-    return Tally(grid(torch.ones_like(cells)), grid(gate_weights.view(-1)), num_tokens, np.zeros((), np.int64))
-
-
-def _row_phases(spans: Sequence[TokenSpan], num_rows: int) -> npt.NDArray[np.int64]:
-    """The phase of each row of a step, [tokens]; rows recorded before, and rows of no span, are uncounted."""
-    phases = np.full(num_rows, _UNCOUNTED, np.int64)
-    for span in spans:
-        first = max(span.start, span.record_from)
-        turn = min(max(first, span.generated_from), span.stop)
-        phases[first:turn] = PROMPT
-        phases[turn : span.stop] = GENERATED
-    return phases

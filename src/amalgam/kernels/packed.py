@@ -25,9 +25,6 @@ Runtime layouts (`PackedWeight.layout`), all row-major over `[out, in]`:
     panels_*  what the native CPU kernels read: int4, int8, fp8, bf16, fp16, fp32 (`csrc/matrix.h` has the drawing)
               weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
 
-    panels_*  what the native CPU kernels read: int4, int8, fp8, bf16, fp16, fp32 (`csrc/matrix.h` has the drawing)
-              weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
-
 A layout that no kernel knows still works: every packed weight carries the function that expands it.
 """
 
@@ -76,7 +73,7 @@ class PackedWeight:
     @property
     def has_own_rows(self) -> bool:
         """Whether every row has scales of its own, so that it can be expanded alone."""
-        return self.block is None or self.block[0] == 1
+        return self.native is None and (self.block is None or self.block[0] == 1)
 
     def take_rows(self, rows: Tensor) -> PackedWeight:
         """A weight of some rows, in the given order; only where `has_own_rows`."""

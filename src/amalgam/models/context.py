@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from amalgam.models.rope import Rope
     from amalgam.models.spec import ModelSpec
 
-__all__ = ["AttentionBatch", "BlockContext", "KVCache", "RoutingObserver", "StepContext", "TokenSpan"]
+__all__ = ["AttentionBatch", "BlockContext", "KVCache", "RoutingObserver", "RoutingTrace", "StepContext", "TokenSpan"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class TokenSpan:
 
     Rows before `record_from` were recorded in an earlier step (a preempted request is computed again); rows from
     `generated_from` on are generated tokens, those before it prompt tokens. Both are clamped to `[start, stop]`.
+
+    Attributes:
+        label: what the client calls this kind of request, if anything.
+        position: place of row `start` in its sequence.
+        is_counted: whether the statistics take these rows.
+        wants_trace: whether the request wants to know its own routing.
     """
 
     request_id: int
@@ -35,10 +42,38 @@ class TokenSpan:
     stop: int
     record_from: int
     generated_from: int
+    label: str | None = None
+    position: int = 0
+    is_counted: bool = True
+    wants_trace: bool = False
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Which experts each token of one request was routed to, in order of the tokens.
+
+    The last token of an answer is never fed back and has no row. Rows of tokens that were not computed for this
+    request (their keys and values were there already) hold -1 and weight 0.
+    """
+
+    layer_ids: tuple[int, ...]
+    expert_ids: npt.NDArray[np.int16]  # [tokens, layers, k], the heaviest first
+    gate_weights: npt.NDArray[np.float32]  # [tokens, layers, k]
 
 
 class RoutingObserver(Protocol):
-    """Sees which experts each token was routed to. Called in the step thread only."""
+    """Sees which experts each token was routed to.
+
+    `begin_step`, `observe`, `end_step` and `count_request` are called in the step thread only, the rest in any.
+    """
+
+    def admit(self, request_id: int, label: str | None, num_traced_tokens: int) -> None:
+        """A request that has a label, or wants a trace of at most so many tokens, is about to be queued.
+
+        Raises:
+            RequestError: the label is one too many, or the trace too long to be kept.
+            OverloadedError: other requests' traces take the memory that there is.
+        """
 
     def begin_step(self, spans: Sequence[TokenSpan]) -> None:
         """A step starts; its rows belong to these requests."""
@@ -46,11 +81,21 @@ class RoutingObserver(Protocol):
     def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
         """Routing of one layer: int64 and float `[tokens, top_k]`, perhaps on a GPU."""
 
-    def end_step(self) -> None:
-        """The step succeeded. A step without this call did not happen."""
+    def end_step(self, rejected: Mapping[int, int] | None = None) -> None:
+        """The step succeeded. A step without this call did not happen.
 
-    def count_request(self) -> None:
-        """A request was admitted."""
+        Args:
+            rejected: request id → how many rows at the end of its span were proposals that did not come true.
+        """
+
+    def count_request(self, label: str | None) -> None:
+        """A request had its first step."""
+
+    def take_trace(self, request_id: int) -> RoutingTrace | None:
+        """The trace of a request that has ended, which is then forgotten; None if it kept none."""
+
+    def close(self) -> None:
+        """No step follows."""
 
 
 class KVCache:

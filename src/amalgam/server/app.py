@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse
 
 from amalgam import __version__
 from amalgam.config import Settings
-from amalgam.server import admin, native
+from amalgam.server import admin, dashboard, experts, native, serving
 from amalgam.server.access import AccessLog
 from amalgam.server.body import BodyLimit
 from amalgam.server.docs import CONTENT_SECURITY_POLICY, render_docs
@@ -27,7 +27,7 @@ from amalgam.server.service import Service
 if TYPE_CHECKING:
     from amalgam.engine.deployment import Deployment
 
-ROUTERS = (native.router, admin.router)
+ROUTERS = (native.router, experts.router, admin.router, serving.router, dashboard.router)
 
 logger = logging.getLogger("amalgam.server")
 

@@ -57,10 +57,10 @@ class ErrorAnswer(BaseModel):
 
 
 class OrjsonResponse(JSONResponse):
-    """JSON through orjson: never emits NaN, and takes integers as keys."""
+    """JSON through orjson: never emits NaN, and takes integers as keys and arrays as lists."""
 
     def render(self, content: Any) -> bytes:
-        return orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS)
+        return orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
 
 
 def error_content(error: Exception, request_id: str = "") -> dict[str, Any]:

@@ -15,13 +15,14 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from amalgam.engine.request import RequestOutput, SamplingParams, Usage
+from amalgam.engine.request import Observation, RequestOutput, SamplingParams, Usage
 from amalgam.errors import AmalgamError, RequestError, UnavailableError
 from amalgam.server.access import log_unexpected, unless_client_leaves
 from amalgam.server.errors import error_content
 
 if TYPE_CHECKING:
     from amalgam.engine.core import Engine
+    from amalgam.models.context import RoutingTrace
 
 END_OF_STREAM = b"data: [DONE]\n\n"
 
@@ -33,27 +34,30 @@ class Completion:
     text: str
     finish_reason: str
     usage: Usage
+    trace: RoutingTrace | None
 
 
-async def complete(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+async def complete(
+    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
+) -> Completion:
     """Run one request to its end. Cancelling the caller cancels the request."""
     texts = []
-    async with aclosing(_outputs(engine, prompt_ids, params)) as outputs:
+    async with aclosing(_outputs(engine, prompt_ids, params, observation)) as outputs:
         async for output in outputs:
             texts.append(output.text)
     assert output.finish_reason is not None
     assert output.usage is not None
-    return Completion("".join(texts), output.finish_reason, output.usage)
+    return Completion("".join(texts), output.finish_reason, output.usage, output.trace)
 
 
 async def complete_all(
-    engine: Engine, prompts_ids: Sequence[Sequence[int]], params: SamplingParams
+    engine: Engine, prompts_ids: Sequence[Sequence[int]], params: SamplingParams, observation: Observation
 ) -> list[Completion]:
     """Run all requests at once. If one fails, the others are cancelled and its error is raised, with its index."""
 
     async def complete_one(index: int, prompt_ids: Sequence[int]) -> Completion:
         try:
-            return await complete(engine, prompt_ids, params)
+            return await complete(engine, prompt_ids, params, observation)
         except RequestError as error:
             error.add_note(f"This is prompts[{index}]")
             raise
@@ -67,10 +71,10 @@ async def complete_all(
 
 
 async def start_stream(
-    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams
+    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
 ) -> AsyncGenerator[RequestOutput, None]:
     """Submit a request and wait for its first output, so that an early error still gets its own HTTP status."""
-    outputs = _outputs(engine, prompt_ids, params)
+    outputs = _outputs(engine, prompt_ids, params, observation)
     first = await anext(outputs)
 
     async def all_outputs() -> AsyncGenerator[RequestOutput, None]:
@@ -83,10 +87,10 @@ async def start_stream(
 
 
 async def _outputs(
-    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams
+    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
 ) -> AsyncGenerator[RequestOutput, None]:
     """The engine's outputs, with a failed last one raised as its error."""
-    async with aclosing(engine.stream(prompt_ids, params)) as outputs:
+    async with aclosing(engine.stream(prompt_ids, params, observation)) as outputs:
         async for output in outputs:
             if output.error is not None:
                 raise output.error
@@ -135,4 +139,5 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": END_OF_STREAM, "more_body": False})
 
     async def _send_event(self, send: Send, fields: dict[str, Any]) -> None:
-        await send({"type": "http.response.body", "body": b"data: %b\n\n" % orjson.dumps(fields), "more_body": True})
+        body = b"data: %b\n\n" % orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
+        await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -7,15 +7,22 @@ the rest of the interface, are in `admin`.
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from fastapi import APIRouter
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from amalgam import __version__
-from amalgam.engine.request import MAX_SEED, MAX_STOP_STRINGS, RequestOutput, SamplingParams, Usage
+from amalgam.engine.request import (
+    MAX_SEED,
+    MAX_STOP_STRINGS,
+    Observation,
+    RequestOutput,
+    SamplingParams,
+    Usage,
+)
 from amalgam.errors import RequestError
 from amalgam.server.access import unless_client_leaves
 from amalgam.server.body import Body, StrictRoute
@@ -23,6 +30,9 @@ from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.errors import OrjsonResponse
 from amalgam.server.generation import Completion, EventStream, complete, complete_all, start_stream
 from amalgam.server.service import Status
+
+if TYPE_CHECKING:
+    from amalgam.models.context import RoutingTrace
 
 MAX_INT = 2**31 - 1
 
@@ -66,14 +76,24 @@ class SamplingFields(Body):
         return SamplingParams(**{**fields, "stop": tuple(self.stop)})
 
 
-class GenerateBody(SamplingFields):
+class ObservedFields(SamplingFields):
+    domain: str | None = Field(default=None, min_length=1, max_length=64)
+    """A label under which the expert statistics count this request apart."""
+    routed_experts: bool = False
+    """Answer with the experts that each token was routed to."""
+
+    def observation(self) -> Observation:
+        return Observation(self.domain, self.routed_experts)
+
+
+class GenerateBody(ObservedFields):
     prompt: str = Field(min_length=1)
     """The text to continue."""
     stream: bool = False
     """Answer with server-sent events as the text comes, ended with `data: [DONE]`."""
 
 
-class BatchGenerateBody(SamplingFields):
+class BatchGenerateBody(ObservedFields):
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, fail_fast=True)
     """The texts to continue; at most `server.max_batch_prompts`."""
     stream: Literal[False] = False
@@ -87,6 +107,15 @@ class Timings(BaseModel):
     tokens_per_second: float
 
 
+class RoutedExperts(BaseModel):
+    layer_ids: list[int]
+    """The layers that have experts."""
+    expert_ids: list[list[list[int]]]
+    """Per token (of prompt and answer, but for the last), per layer: its experts, the heaviest first."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
 class CompletionFigures(BaseModel):
     prompt_tokens: int
     generated_tokens: int
@@ -94,6 +123,10 @@ class CompletionFigures(BaseModel):
     finish_reason: str
     timings: Timings
     weight_version: int
+    routed_experts: RoutedExperts | None = None
+    """Only if asked for."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     @classmethod
     def of(cls, usage: Usage, finish_reason: str, **fields: Any) -> Self:
@@ -144,41 +177,53 @@ async def root(service: ServiceArgument) -> RootAnswer:
     )
 
 
-@router.post("/generate", dependencies=[Admission], response_model=GenerateAnswer)
+@router.post("/generate", dependencies=[Admission], response_model=GenerateAnswer, response_model_exclude_none=True)
 async def generate(
     body: GenerateBody, request: Request, service: ServiceArgument, request_id: RequestId
 ) -> GenerateAnswer | Response:
     """Continue one prompt."""
-    params = body.sampling_params()
+    params, observation = body.sampling_params(), body.observation()
 
     async def answer() -> GenerateAnswer | Response:
         [prompt_ids] = await service.encode([body.prompt])
         engine = service.deployment.engine
         if body.stream:
-            return EventStream(await start_stream(engine, prompt_ids, params), _event_fields, request_id)
-        return _generate_answer(await complete(engine, prompt_ids, params))
+            return EventStream(await start_stream(engine, prompt_ids, params, observation), _event_fields, request_id)
+        completion = await complete(engine, prompt_ids, params, observation)
+        result = GenerateAnswer.of(completion.usage, completion.finish_reason, generated_text=completion.text)
+        if completion.trace is None:
+            return result
+        return await asyncio.to_thread(OrjsonResponse, _with_experts(result, completion.trace))
 
     return await unless_client_leaves(request.receive, answer())
 
 
-@router.post("/batch_generate", dependencies=[Admission])
-async def batch_generate(body: BatchGenerateBody, request: Request, service: ServiceArgument) -> BatchGenerateAnswer:
+@router.post(
+    "/batch_generate", dependencies=[Admission], response_model=BatchGenerateAnswer, response_model_exclude_none=True
+)
+async def batch_generate(
+    body: BatchGenerateBody, request: Request, service: ServiceArgument
+) -> BatchGenerateAnswer | Response:
     """Continue several prompts together. The answers are in the prompts' order; one error fails all."""
     limit = service.settings.server.max_batch_prompts
     if len(body.prompts) > limit:
         raise RequestError(f"prompts has {len(body.prompts)} entries.", remedy=f"Allowed: at most {limit}.")
-    params = body.sampling_params()
+    params, observation = body.sampling_params(), body.observation()
 
     async def answer() -> list[Completion]:
         prompts_ids = await service.encode(body.prompts)
-        return await complete_all(service.deployment.engine, prompts_ids, params)
+        return await complete_all(service.deployment.engine, prompts_ids, params, observation)
 
     completions = await unless_client_leaves(request.receive, answer())
-    return BatchGenerateAnswer(
+    result = BatchGenerateAnswer(
         prompts=body.prompts,
         generated_texts=[item.text for item in completions],
         details=[CompletionFigures.of(item.usage, item.finish_reason) for item in completions],
     )
+    if not body.routed_experts:
+        return result
+    details = [_with_experts(figures, item.trace) for figures, item in zip(result.details, completions, strict=True)]
+    return await asyncio.to_thread(OrjsonResponse, {**result.model_dump(exclude_none=True), "details": details})
 
 
 @router.get("/model_info", response_model=dict[str, Any])
@@ -187,11 +232,16 @@ async def model_info(service: ServiceArgument) -> Response:
     return OrjsonResponse(await asyncio.to_thread(service.deployment.model_info))
 
 
-def _generate_answer(completion: Completion) -> GenerateAnswer:
-    return GenerateAnswer.of(completion.usage, completion.finish_reason, generated_text=completion.text)
-
-
 def _event_fields(output: RequestOutput) -> dict[str, Any]:
     if output.usage is None or output.finish_reason is None:
         return {"text": output.text}
-    return {"text": output.text, **CompletionFigures.of(output.usage, output.finish_reason).model_dump()}
+    figures = CompletionFigures.of(output.usage, output.finish_reason)
+    return {"text": output.text, **_with_experts(figures, output.trace)}
+
+
+def _with_experts(figures: CompletionFigures, trace: RoutingTrace | None) -> dict[str, Any]:
+    """An answer's fields, with `RoutedExperts` as arrays: for long answers, lists of millions would stall the loop."""
+    fields = figures.model_dump(exclude_none=True)
+    if trace is not None:
+        fields["routed_experts"] = {"layer_ids": list(trace.layer_ids), "expert_ids": trace.expert_ids}
+    return fields

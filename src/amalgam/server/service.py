@@ -138,8 +138,11 @@ class Service:
         finally:
             self.num_active -= 1
 
-    async def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+    async def encode(self, prompts: Sequence[str], *, as_chat: bool = False) -> list[list[int]]:
         """Token ids of each prompt, made in the worker threads.
+
+        Args:
+            as_chat: each prompt is a user's message, and the chat template is put around it.
 
         Raises:
             OverloadedError: the queue is full. Checked first, so that overload costs no tokenizing.
@@ -151,7 +154,13 @@ class Service:
         self._num_encoding += len(prompts)
         try:
             loop = asyncio.get_running_loop()
-            encode = deployment.tokenizer.encode
+            tokenizer = deployment.tokenizer
+
+            def encode(prompt: str) -> list[int]:
+                if as_chat:
+                    return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+                return tokenizer.encode(prompt)
+
             return await asyncio.gather(*(loop.run_in_executor(self._workers, encode, prompt) for prompt in prompts))
         finally:
             self._num_encoding -= len(prompts)

@@ -1,0 +1,160 @@
+// Puts the page together: panels, language, theme, and the event stream that tells when something has changed.
+
+import { stream } from "./api.js";
+import { emit, loadInfo, loadPaths, loadPrecision, loadRemaps, on, state } from "./app.js";
+import { h } from "./dom.js";
+import * as format from "./format.js";
+import { language, onLanguage, setLanguage, startLanguage, t } from "./i18n.js";
+import { onTheme, toggleTheme } from "./theme.js";
+import * as analysis from "./panels/analysis.js";
+import * as expert from "./panels/expert.js";
+import * as inspector from "./panels/inspector.js";
+import * as memory from "./panels/memory.js";
+import * as playground from "./panels/playground.js";
+import * as precision from "./panels/precision.js";
+import * as serving from "./panels/serving.js";
+import * as usage from "./panels/usage.js";
+
+// Each module makes its panels: [{id, node, refresh, redraw}]. `refresh` reads from the server, when the panel comes
+// into view and when `dirtyOn` says that what it shows has changed; `redraw` shows the same in another language or theme.
+const MODULES = [serving, usage, expert, precision, inspector, analysis, memory, playground];
+const NAV = ["serving", "usage", "precision", "inspector", "analysis", "memory", "playground"];
+const RECONNECT_MS = [1000, 2000, 5000, 10000];
+
+const panels = [];
+let isLoaded = false;
+
+function build() {
+  const main = document.getElementById("panels");
+  for (const module of MODULES) {
+    for (const panel of module.create()) {
+      panel.isVisible = false;
+      panel.isDirty = true;
+      main.append(panel.node);
+      panels.push(panel);
+      for (const name of panel.dirtyOn ?? []) on(name, () => markDirty(panel));
+    }
+  }
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      const panel = panels.find((item) => item.node === entry.target);
+      panel.isVisible = entry.isIntersecting;
+      refreshIfDue(panel);
+    }
+  }, { rootMargin: "120px" });
+  for (const panel of panels) seen.observe(panel.node);
+  document.addEventListener("visibilitychange", () => panels.forEach(refreshIfDue));
+
+  const nav = document.getElementById("nav");
+  nav.append(...NAV.map((id) => h("a", { href: `#${id}`, dataset: { i18n: `nav_${id}` } })));
+}
+
+function markDirty(panel) {
+  panel.isDirty = true;
+  refreshIfDue(panel);
+}
+
+async function refreshIfDue(panel) {
+  if (!isLoaded || !panel.isDirty || !panel.isVisible || document.hidden) return;
+  panel.isDirty = false;
+  await attempt(panel);
+}
+
+async function attempt(panel) {
+  const error = panel.node.querySelector(".panel-error");
+  try {
+    await panel.refresh?.();
+    error?.remove();
+  } catch (failure) {
+    const text = failure.message || String(failure);
+    if (error) error.firstChild.textContent = text;
+    else {
+      const again = h("button", { type: "button", onclick: () => attempt(panel) }, t("retry"));
+      panel.node.querySelector(".panel-body").prepend(h("div", { class: "panel-error", role: "alert" }, h("span", {}, text), again));
+    }
+  }
+}
+
+function translate() {
+  document.title = t("title");
+  for (const node of document.querySelectorAll("[data-i18n]")) node.textContent = t(node.dataset.i18n);
+  for (const node of document.querySelectorAll("[data-i18n-label]")) {
+    node.setAttribute("aria-label", t(node.dataset.i18nLabel));
+    node.title = t(node.dataset.i18nLabel);
+  }
+  for (const node of document.querySelectorAll("[data-i18n-placeholder]")) node.placeholder = t(node.dataset.i18nPlaceholder);
+  showHeader();
+}
+
+function redraw() {
+  translate();
+  for (const panel of panels) panel.redraw?.();
+}
+
+function showHeader(status = state.event?.status ?? "connecting") {
+  const event = state.event;
+  document.getElementById("model").textContent = event?.model ?? "";
+  const badge = document.getElementById("status");
+  badge.dataset.status = status;
+  badge.lastElementChild.textContent = t(`status_${status}`);
+  document.getElementById("version").textContent = event?.weight_version ? t("weight_version", event.weight_version) : "";
+  document.getElementById("uptime").textContent = event ? t("uptime", format.seconds(Math.round(event.uptime))) : "";
+}
+
+async function load() {
+  await loadPaths();
+  await Promise.all([loadInfo(), loadPrecision(), loadRemaps()]);
+  isLoaded = true;
+  translate();
+  for (const panel of panels) markDirty(panel);
+  document.documentElement.dataset.loaded = "true";
+}
+
+let isLoading = false;
+
+async function onEvent(event) {
+  const before = state.event;
+  state.event = event;
+  showHeader();
+  emit("event", event);
+  const isReady = event.status === "healthy" || event.status === "draining";
+  const isRestarted = before && event.uptime < before.uptime;
+  if (isReady && (!isLoaded || isRestarted) && !isLoading) {
+    isLoading = true;
+    try {
+      await load();
+    } finally {
+      isLoading = false;
+    }
+    return;
+  }
+  if (!isLoaded) return;
+  if (event.remapped_at !== before?.remapped_at || event.weight_version !== before?.weight_version) {
+    await Promise.all([loadInfo(), loadPrecision(), loadRemaps()]);
+  }
+  if (event.statistics_version !== before?.statistics_version) emit("statistics");
+}
+
+async function follow() {
+  for (let tries = 0; ; tries += 1) {
+    try {
+      await stream("dashboard/events", undefined, (event) => {
+        tries = 0;
+        onEvent(event).catch(() => { state.event = null; }); // the next event tries again
+      });
+    } catch {
+      // told by the badge
+    }
+    showHeader("disconnected");
+    await new Promise((resolve) => { setTimeout(resolve, RECONNECT_MS[Math.min(tries, RECONNECT_MS.length - 1)]); });
+  }
+}
+
+startLanguage();
+build();
+document.getElementById("language").addEventListener("click", () => setLanguage(language() === "zh" ? "en" : "zh"));
+document.getElementById("theme").addEventListener("click", toggleTheme);
+onLanguage(redraw);
+onTheme(redraw);
+translate();
+follow();

@@ -1,0 +1,283 @@
+// How concentrated the use is, which experts go together, and how far it has drifted.
+
+import { get, post } from "../api.js";
+import { choose, hasExperts, offers, on, state } from "../app.js";
+import { chart } from "../charts.js";
+import { fill, h, setOptions, table } from "../dom.js";
+import * as format from "../format.js";
+import { CellGrid, legend } from "../grid.js";
+import { onLanguage, t } from "../i18n.js";
+import { css, pick, scale, empty } from "../theme.js";
+import { control, frame, note, select } from "./panel.js";
+import { divergence, loadTraffic, trafficOptions } from "./usage.js";
+
+const REFRESH_MS = 10000;
+const OCTAVES = 2;
+const NUM_PAIRS = 5;
+
+export function create() {
+  return [concentrationPanel(), coactivationPanel(), driftPanel()].map(throttled);
+}
+
+// Follows the statistics, but not with every event.
+function throttled(panel) {
+  let last = -Infinity;
+  const { refresh } = panel;
+  panel.refresh = async () => {
+    if (!hasExperts()) {
+      fill(panel.node.querySelector(".panel-note"), note(t("no_experts")));
+      return;
+    }
+    last = performance.now();
+    await refresh();
+  };
+  on("statistics", () => {
+    if (performance.now() - last < REFRESH_MS) return;
+    if (panel.isVisible && !document.hidden) panel.refresh().catch(() => {});
+    else panel.isDirty = true;
+  });
+  return panel;
+}
+
+function concentrationPanel() {
+  const plot = h("div", { class: "chart chart-square", dataset: { chart: "lorenz" } });
+  const figures = h("div");
+  const node = frame("analysis", "concentration", "concentration_hint", h("div", {}, h("div", { class: "panel-note" }), plot, figures), { wide: "third" });
+  let answer = null;
+
+  async function refresh() {
+    answer = await get("experts/concentration");
+    redraw();
+  }
+
+  function redraw() {
+    if (!answer) return;
+    const layers = layersOf(answer).filter((layer) => layer.points.length);
+    const x = [];
+    const y = [];
+    for (const { points } of layers) {
+      points.forEach(([share, use]) => { x.push(share); y.push(use); });
+      x.push(null);
+      y.push(null);
+    }
+    const mean = meanCurve(layers);
+    const axis = { range: [0, 1], tickformat: ".0%", tickvals: [0, 0.25, 0.5, 0.75, 1] };
+    chart(plot, [
+      { type: "scatter", mode: "lines", name: t("each_layer"), x, y, line: { color: css("--series-1-soft"), width: 1 }, hoverinfo: "skip" },
+      { type: "scatter", mode: "lines", name: t("all_layers"), x: mean.x, y: mean.y, line: { color: css("--series-1"), width: 2.4 }, hovertemplate: "%{y:.1%}" },
+      { type: "scatter", mode: "lines", name: t("even"), x: [0, 1], y: [0, 1], line: { color: css("--muted"), width: 1, dash: "dot" }, hoverinfo: "skip" },
+    ], {
+      margin: { l: 48, r: 18, t: 8, b: 40 }, hovermode: "x",
+      xaxis: { ...axis, title: { text: t("experts_share"), standoff: 6, font: { size: 11 } } },
+      yaxis: axis,
+    });
+    fill(figures, h("div", { class: "tiles small" }, ["50", "90", "99"].map((part) => {
+      const values = layers.map((layer) => layer.coverage?.[part]).filter(Number.isFinite);
+      const average = values.length ? values.reduce((a, b) => a + b, 0) / values.length : null;
+      const numExperts = answer.num_experts ?? state.info.sizes.experts_per_layer;
+      return h("div", { class: "tile" }, h("span", {}, t("coverage", part)),
+        h("b", {}, t("coverage_value", format.number(average, 1), numExperts)),
+        h("small", {}, values.length ? `${Math.min(...values)} … ${Math.max(...values)}` : ""));
+    })));
+  }
+
+  return { id: "analysis", node, refresh, redraw };
+}
+
+function layersOf(answer) {
+  return (answer.layers ?? []).map((layer) => {
+    const raw = layer.lorenz ?? [];
+    const points = Array.isArray(raw[0]) ? raw : raw.map((value, index) => [index / (raw.length - 1), value]);
+    return { layerId: layer.layer_id, points: busiestFirst(points), coverage: layer.coverage };
+  });
+}
+
+// A Lorenz curve usually runs from the least used up; ours shows what the busiest cover.
+function busiestFirst(points) {
+  const isConvex = points.length > 2 && points.some(([share, use]) => use < share - 1e-9);
+  return isConvex ? points.map(([share, use]) => [1 - share, 1 - use]).reverse() : points;
+}
+
+function meanCurve(layers) {
+  if (!layers.length) return { x: [], y: [] };
+  const x = layers[0].points.map(([share]) => share);
+  const y = x.map((_, index) => layers.reduce((sum, layer) => sum + (layer.points[index]?.[1] ?? 1), 0) / layers.length);
+  return { x, y };
+}
+
+function coactivationPanel() {
+  const layer = select(() => read().catch(fail), { id: "pairs-layer" });
+  const relation = select(() => read().catch(fail), { id: "pairs-relation" });
+  const host = h("div", { class: "grid-host", id: "pairs-grid" });
+  const figures = h("div");
+  const message = h("div", { class: "panel-note" });
+  const node = frame("coactivation", "coactivation", "coactivation_hint", h("div", {},
+    h("div", { class: "controls" }, control("layer", layer), control("relation", relation)), message, host, figures), { wide: "third" });
+  let answer = null; // {rows, columns, lift [[..]], counts [[..]], sampledTokens, isSymmetric}
+  const grid = new CellGrid(host, {
+    height: 260, maxCellHeight: 18, minCellWidth: 2, minCellHeight: 2,
+    onPick: (row) => choose(answer.layerId, row),
+    describe: (row, column) => [
+      answer.isSymmetric ? `${row} · ${column}` : `${row} → ${column}`,
+      `${t("tokens")}: ${format.number(answer.counts[row][column])}`,
+      `${t("lift")}: ${format.times(answer.lift[row][column])}`,
+    ],
+  });
+  node.grid = grid;
+
+  function fail(error) {
+    fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
+  }
+
+  function words() {
+    const ids = state.grid?.layer_ids ?? state.precision?.layer_ids ?? [];
+    setOptions(layer, ids.map((id) => [id, t("layer_n", id)]));
+    setOptions(relation, [["within", t("within")], ["next", t("to_next")]]);
+  }
+
+  async function read() {
+    const layerId = layer.value;
+    if (layerId === "") return;
+    const isNext = relation.value === "next" && offers("/experts/transitions");
+    if (isNext && layer.selectedIndex === layer.options.length - 1) {
+      fill(message, note(t("no_next_layer")));
+      return;
+    }
+    const raw = await get(isNext ? "experts/transitions" : "experts/coactivation", { layer_id: layerId });
+    answer = isNext ? readPairs(raw, raw.matrix, false) : readPairs(raw, raw.pairs, true);
+    fill(message);
+    redraw();
+  }
+
+  async function refresh() {
+    if (!layer.value) words();
+    await read();
+  }
+
+  function redraw() {
+    if (!answer) return;
+    const size = answer.counts.length;
+    const columns = answer.counts[0]?.length ?? 0;
+    const colors = new Uint32Array(size * columns);
+    const table_ = scale("diverging");
+    for (let row = 0; row < size; row += 1) {
+      for (let column = 0; column < columns; column += 1) {
+        const lift = answer.lift[row][column];
+        colors[row * columns + column] = lift > 0 ? pick(table_, (Math.log2(lift) / OCTAVES + 1) / 2) : empty();
+      }
+    }
+    grid.show({ rowNames: Array.from({ length: size }, (_, i) => i), numColumns: columns, colors, label: t("grid_label", t("coactivation"), size, columns) });
+    fill(figures,
+      legend(table_, [[0, "¼×"], [0.5, "1×"], [1, "4×"]], [[empty(), t("never"), "boxed"]]),
+      h("p", { class: "figures" }, t("sampled", format.number(answer.sampledTokens))),
+      table([t("pair"), t("tokens"), t("lift")], topPairs(answer).map(([row, column]) => h("tr", {},
+        h("td", {}, answer.isSymmetric ? `${row} · ${column}` : `${row} → ${column}`),
+        h("td", { class: "num" }, format.number(answer.counts[row][column])),
+        h("td", { class: "num" }, format.times(answer.lift[row][column]))))));
+  }
+
+  on("show-coactivation", (expert) => {
+    words();
+    layer.value = String(expert.layer_id);
+    relation.value = "within";
+    read().catch(fail);
+  });
+  on("info", () => { if (!layer.options.length) words(); });
+  words();
+  onLanguage(words);
+  return { id: "coactivation", node, refresh, redraw };
+}
+
+// Lift: the pair's count over what independent choices with the same totals would give.
+function readPairs(raw, counts, isSymmetric) {
+  const rowSums = counts.map((row, r) => row.reduce((sum, value, c) => sum + (isSymmetric && r === c ? 0 : value), 0));
+  const columnSums = (counts[0] ?? []).map((_, c) => counts.reduce((sum, row, r) => sum + (isSymmetric && r === c ? 0 : row[c]), 0));
+  const total = rowSums.reduce((a, b) => a + b, 0);
+  const self = isSymmetric && total ? rowSums.reduce((sum, value, i) => sum + (value * columnSums[i]) / total / total, 0) : 0;
+  const lift = counts.map((row, r) => row.map((value, c) => {
+    if (isSymmetric && r === c) return 0;
+    const expected = ((rowSums[r] * columnSums[c]) / (total || 1)) / (1 - self || 1);
+    return expected > 0 ? value / expected : 0;
+  }));
+  return { layerId: raw.layer_id, counts, lift, sampledTokens: raw.sampled_tokens, isSymmetric };
+}
+
+function topPairs({ counts, lift, isSymmetric }) {
+  const pairs = [];
+  counts.forEach((row, r) => row.forEach((count, c) => {
+    if (count >= 5 && (!isSymmetric || c > r)) pairs.push([r, c, lift[r][c] * Math.sqrt(count)]);
+  }));
+  return pairs.sort((a, b) => b[2] - a[2]).slice(0, NUM_PAIRS);
+}
+
+function driftPanel() {
+  const now = select(() => read().catch(fail), { id: "drift-now" });
+  const reference = select(() => read().catch(fail), { id: "drift-reference" });
+  const plot = h("div", { class: "chart chart-square", dataset: { chart: "drift" } });
+  const figures = h("p", { class: "figures" });
+  const message = h("div", { class: "panel-note" });
+  const name = h("input", { type: "text", maxlength: "100", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", id: "set-name", dataset: { i18nPlaceholder: "set_name" } });
+  const keep = h("button", { type: "button", id: "set-save", dataset: { i18n: "save_set" }, onclick: () => save().catch(fail) });
+  const node = frame("drift", "drift", "drift_hint", h("div", {},
+    h("div", { class: "controls" }, control("now_side", now), control("reference_side", reference)), message, plot, figures,
+    h("div", { class: "buttons" }, name, keep)), { wide: "third" });
+  let answer = null;
+  let labels = [];
+  let sets = [];
+
+  function fail(error) {
+    fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
+  }
+
+  function words() {
+    const isFirst = !now.value;
+    const sides = trafficOptions(labels, sets);
+    setOptions(now, sides);
+    setOptions(reference, sides);
+    if (isFirst) {
+      now.value = "minutes:5";
+      reference.value = "all";
+    }
+  }
+
+  async function read() {
+    answer = await get("experts/compare", { a: now.value, b: reference.value });
+    fill(message);
+    redraw();
+  }
+
+  async function save() {
+    if (!name.value || !name.checkValidity()) {
+      name.focus();
+      return;
+    }
+    const saved = await post("experts/sets", { name: name.value });
+    name.value = "";
+    await refresh();
+    reference.value = `saved:${saved.name}`;
+    await read();
+  }
+
+  async function refresh() {
+    ({ labels, sets } = await loadTraffic());
+    words();
+    await read();
+  }
+
+  function redraw() {
+    if (!answer) return;
+    const { perLayer, mean } = divergence(answer);
+    chart(plot, [{
+      type: "bar", x: answer.layer_ids, y: perLayer, marker: { color: css("--series-1") }, hovertemplate: "%{y:.4f}", name: "",
+    }], {
+      showlegend: false, margin: { l: 44, r: 12, t: 8, b: 40 }, bargap: 0.25,
+      xaxis: { title: { text: t("layer"), standoff: 6, font: { size: 11 } }, dtick: Math.ceil(answer.layer_ids.length / 12) },
+      yaxis: { range: [0, Math.max(0.05, ...perLayer.filter(Number.isFinite)) * 1.1], nticks: 5 },
+    });
+    figures.textContent = t("mean_divergence", format.short(mean));
+  }
+
+  words();
+  onLanguage(words);
+  return { id: "drift", node, refresh, redraw };
+}

@@ -1,0 +1,113 @@
+// The chosen expert: its use, and where each of its projections comes from. Below it, the server's hints.
+
+import { get } from "../api.js";
+import { choose, emit, offers, on, state } from "../app.js";
+import { fill, h, table } from "../dom.js";
+import * as format from "../format.js";
+import { language, t } from "../i18n.js";
+import { frame, note } from "./panel.js";
+
+const HINTS_MS = 15000;
+
+export function create() {
+  return [expertPanel(), hintsPanel()];
+}
+
+function expertPanel() {
+  const body = h("div", { id: "expert-card" });
+  const node = frame("expert", "expert_title", null, body, { wide: "side" });
+  let answer = null;
+
+  async function refresh() {
+    const { chosen } = state;
+    if (chosen) answer = await get("dashboard/expert", { layer_id: chosen.layerId, expert_id: chosen.expertId });
+    redraw();
+  }
+
+  function redraw() {
+    fill(body, answer ? card(answer) : note(t("expert_none")));
+  }
+
+  const panel = { id: "expert", node, refresh, redraw };
+  const reload = () => { panel.refresh().catch((error) => fill(body, h("div", { class: "panel-error", role: "alert" }, error.message))); };
+  on("chosen", reload);
+  on("precision", () => answer && reload());
+  on("grid", () => answer && reload());
+  return panel;
+}
+
+function card(expert) {
+  const { use, projections } = expert;
+  const total = projections.reduce((sum, item) => sum + item.bytes, 0);
+  return [
+    h("h3", {}, t("cell_name", expert.layer_id, expert.expert_id)),
+    use ? h("dl", { class: "facts" },
+      fact(t("activations"), format.number(use.activations),
+        t("prompt_generated", format.short(use.prompt_activations), format.short(use.generated_activations))),
+      fact(t("share_of_layer"), format.percent(use.share), t("of_even", format.times(use.share * expert.num_experts))),
+      fact(t("rank"), t("rank_of", use.rank, expert.num_experts)),
+      fact(t("gate_mass"), format.short(use.gate_mass),
+        use.activations ? t("mean_gate", format.short(use.gate_mass / use.activations)) : ""),
+      fact(t("last_activation"), use.last_activation ? format.clock(use.last_activation) : t("never")),
+      fact(t("in_memory"), format.bytes(total))) : null,
+    table([t("projection"), t("source"), t("format"), t("bits"), t("size")], projections.map((item) =>
+      h("tr", {}, h("td", { title: item.name }, item.projection), h("td", { title: item.reason }, item.source), h("td", {}, item.format),
+        h("td", { class: "num" }, format.number(item.bits, 2)), h("td", { class: "num" }, format.bytes(item.bytes))))),
+    h("div", { class: "buttons" },
+      h("button", { type: "button", onclick: () => { emit("stage-expert", expert); jump("precision"); } }, t("stage_this")),
+      h("button", { type: "button", onclick: () => { emit("show-coactivation", expert); jump("coactivation"); } }, t("show_coactivation"))),
+  ];
+}
+
+function fact(name, value, detail = "") {
+  return h("div", {}, h("dt", {}, name), h("dd", {}, h("b", {}, value), detail ? h("small", {}, detail) : null));
+}
+
+function jump(id) {
+  document.getElementById(id).scrollIntoView({ block: "start" });
+}
+
+function hintsPanel() {
+  const body = h("ul", { class: "hints", id: "hint-list" });
+  const node = frame("hints", "hints", null, body, { wide: "side" });
+  let lastRead = -Infinity;
+
+  async function refresh() {
+    if (!offers("/experts/hints")) {
+      fill(body, note(t("not_available", "/experts/hints")));
+      return;
+    }
+    lastRead = performance.now();
+    state.hints = (await get("experts/hints")).hints;
+    redraw();
+  }
+
+  function redraw() {
+    fill(body, state.hints.length ? state.hints.map(hint) : h("li", { class: "note" }, t("no_hints")));
+  }
+
+  const panel = { id: "hints", node, refresh, redraw, dirtyOn: ["precision"] };
+  on("statistics", () => {
+    if (performance.now() - lastRead < HINTS_MS) return;
+    if (panel.isVisible) refresh().catch(() => {});
+    else panel.isDirty = true;
+  });
+  return panel;
+}
+
+function hint(item) {
+  const text = language() === "zh" ? item.text_zh ?? item.text : item.text;
+  const content = [h("i", { class: "dot" }), h("span", {}, text)];
+  const follow = whereTo(item);
+  return h("li", { dataset: { severity: item.severity, kind: item.kind } },
+    follow ? h("button", { type: "button", class: "plain", onclick: follow }, content) : h("div", { class: "plain" }, content));
+}
+
+// What a click on a hint shows: the comparison it speaks of, its expert, its list of experts, or its layer.
+function whereTo({ kind, figures, layer_id: layerId, expert_id: expertId }) {
+  if (kind === "domain") return () => emit("compare", { a: `label:${figures.label}`, b: "all" });
+  if (kind === "drift") return () => emit("compare", { a: `minutes:${figures.minutes}`, b: "all" });
+  if (Number.isInteger(expertId)) return () => choose(layerId, expertId);
+  if (figures?.experts) return () => emit("highlight", figures.experts.map((cell) => [cell.layer_id, cell.expert_id]));
+  return Number.isInteger(layerId) ? () => emit("highlight", [[layerId]]) : null;
+}

@@ -1,0 +1,160 @@
+// A text's tokens and, for each, the experts that the router gave it, layer by layer.
+
+import { post } from "../api.js";
+import { choose, hasExperts, offers } from "../app.js";
+import { fill, h, setOptions, table } from "../dom.js";
+import * as format from "../format.js";
+import { CellGrid } from "../grid.js";
+import { onLanguage, t } from "../i18n.js";
+import { expertColor } from "../theme.js";
+import { frame, note, select } from "./panel.js";
+
+const EXAMPLE = "It was a dark night. 床前明月光，疑是地上霜。 def fibonacci(n):";
+
+export function create() {
+  const text = h("textarea", { id: "trace-text", rows: "4", value: EXAMPLE, spellcheck: "false" });
+  const chat = h("input", { type: "checkbox", id: "trace-chat" });
+  const run = h("button", { type: "button", class: "primary", id: "trace-run", onclick: trace });
+  const message = h("div");
+  const layer = select(redraw, { id: "trace-layer" });
+  const chips = h("div", { class: "chips", id: "trace-tokens" });
+  const host = h("div", { class: "grid-host", id: "trace-grid" });
+  const detail = h("div", { class: "trace-detail", id: "trace-detail" });
+  const result = h("div", { hidden: true },
+    h("div", { class: "trace-columns" },
+      h("div", {},
+        h("label", { class: "field inline" }, h("span", { dataset: { i18n: "color_by" } }), layer), chips,
+        h("h3", { dataset: { i18n: "routes" } }), host),
+      detail));
+  const node = frame("inspector", "inspector", "inspector_hint", h("div", {},
+    h("div", { class: "trace-form" }, text,
+      h("div", { class: "buttons" }, h("label", { class: "check" }, chat, h("span", { dataset: { i18n: "as_chat" } })), run)),
+    message, result), { wide: "full" });
+
+  let answer = null;
+  let token = 0;
+  let isRunning = false;
+  const grid = new CellGrid(host, {
+    height: 200, maxCellHeight: 18, minCellWidth: 9,
+    onPick: (row, index) => {
+      layer.value = String(row);
+      pickToken(index);
+    },
+    describe: (row, index) => [
+      `${t("token_n", index + 1)} · ${t("layer_n", answer.layer_ids[row])}`, visible(answer.tokens[index].text),
+      ...top(index, row).map(([expertId, weight]) => `${t("expert_n", expertId)} · ${t("gate_weight", format.percent(weight))}`),
+    ],
+  });
+  node.grid = grid;
+
+  async function trace() {
+    if (isRunning || !text.value) return;
+    isRunning = true;
+    showButton();
+    fill(message);
+    try {
+      answer = await post("experts/trace", { text: text.value, chat: chat.checked });
+      token = 0;
+      setOptions(layer, layerOptions());
+      redraw();
+    } catch (error) {
+      fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
+    } finally {
+      isRunning = false;
+      showButton();
+    }
+  }
+
+  const layerOptions = () => (answer?.layer_ids ?? []).map((id, index) => [index, t("layer_n", id)]);
+
+  // [expert id, gate weight] of one token in one layer, heaviest first.
+  function top(index, row) {
+    const weights = answer.gate_weights[index][row];
+    return answer.experts[index][row].map((expertId, k) => [expertId, weights[k]]).sort((a, b) => b[1] - a[1]);
+  }
+
+  function pickToken(index) {
+    token = index;
+    showTokens();
+    showDetail();
+  }
+
+  function redraw() {
+    showButton();
+    if (!answer) return;
+    result.hidden = false;
+    showTokens();
+    showDetail();
+    const numTokens = answer.tokens.length;
+    const colors = new Uint32Array(answer.layer_ids.length * numTokens);
+    answer.layer_ids.forEach((_, row) => answer.tokens.forEach((_token, index) => {
+      const [expertId, weight] = top(index, row)[0];
+      colors[row * numTokens + index] = packed(expertColor(expertId, weight));
+    }));
+    grid.show({
+      rowNames: answer.layer_ids, numColumns: numTokens, colors,
+      columnNames: answer.tokens.map((_, index) => index + 1), label: t("grid_label", t("routes"), answer.layer_ids.length, numTokens),
+    });
+  }
+
+  function showButton() {
+    run.textContent = isRunning ? t("tracing") : t("trace");
+    run.disabled = isRunning;
+  }
+
+  function showTokens() {
+    const row = Number(layer.value);
+    fill(chips, answer.tokens.map((item, index) => {
+      const [expertId, weight] = top(index, row)[0];
+      return h("button", {
+        type: "button", class: index === token ? "chip chosen" : "chip", "aria-pressed": String(index === token),
+        vars: { "--color": expertColor(expertId, weight) }, title: `${t("token_id", item.id)} · ${t("expert_n", expertId)}`,
+        onclick: () => pickToken(index),
+      }, h("span", {}, visible(item.text)), h("small", {}, String(expertId)));
+    }));
+  }
+
+  function showDetail() {
+    const item = answer.tokens[token];
+    fill(detail,
+      h("h3", {}, `${t("token_n", token + 1)} `, h("code", {}, visible(item.text)), ` ${t("token_id", item.id)}`),
+      table([t("layer"), t("experts_by_gate")], answer.layer_ids.map((layerId, row) => h("tr", {},
+        h("td", { class: "num" }, String(layerId)),
+        h("td", { class: "routes" }, top(token, row).map(([expertId, weight]) => h("button", {
+          type: "button", class: "route", vars: { "--part": `${Math.round(weight * 100)}%`, "--color": expertColor(expertId, weight) },
+          title: t("gate_weight", format.percent(weight)), onclick: () => choose(layerId, expertId),
+        }, h("b", {}, String(expertId)), h("small", {}, format.percent(weight, 0)))))))));
+  }
+
+  const panel = {
+    id: "inspector", node, redraw,
+    refresh: () => {
+      if (!hasExperts() || !offers("/experts/trace")) {
+        fill(message, note(t("no_experts")));
+        run.disabled = true;
+      }
+    },
+  };
+  showButton();
+  onLanguage(() => setOptions(layer, layerOptions()));
+  return [panel];
+}
+
+// Whitespace that matters, made visible.
+function visible(text) {
+  return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·") || "∅";
+}
+
+let probe = null;
+const known = new Map();
+
+function packed(color) {
+  if (!known.has(color)) {
+    probe ??= document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    probe.fillStyle = color;
+    probe.fillRect(0, 0, 1, 1);
+    const [r, g, b] = probe.getImageData(0, 0, 1, 1).data;
+    known.set(color, (255 << 24) | (b << 16) | (g << 8) | r);
+  }
+  return known.get(color);
+}

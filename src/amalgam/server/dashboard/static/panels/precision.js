@@ -1,0 +1,339 @@
+// The precision of every expert's projections on the heatmap's grid, and changes of it: chosen, staged, applied.
+
+import { get, post } from "../api.js";
+import { choose, emit, hasExperts, loadInfo, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
+import { fill, h, setOptions, table, timed } from "../dom.js";
+import * as format from "../format.js";
+import { CellGrid } from "../grid.js";
+import { onLanguage, t } from "../i18n.js";
+import { css, pick, scale, toCss } from "../theme.js";
+import { control, frame, note, select } from "./panel.js";
+
+const HOT = [1.25, 1.5, 2, 3, 4];
+const COLD = [0.75, 0.5, 0.25, 0.1];
+const CLEARLY = 0.75;
+const MAX_TIP_NAME = 40;
+
+export function create() {
+  const show = select(redraw, { id: "precision-show" });
+  const hot = select(redraw, { id: "precision-hot" });
+  const cold = select(redraw, { id: "precision-cold" });
+  const host = h("div", { class: "grid-host", id: "precision-grid" });
+  const legendHost = h("div", { class: "legend" });
+  const message = h("div");
+  const mapNode = frame("precision", "precision", "precision_hint", h("div", {},
+    h("div", { class: "controls" }, control("show", show), control("hot_from", hot), control("cold_to", cold)),
+    message, host, h("div", { class: "below" }, legendHost)), { wide: "main" });
+
+  const source = select(undefined, { id: "stage-source" });
+  const boxes = new Map();
+  const boxHost = h("div", { class: "boxes" });
+  const count = h("b", { id: "stage-count" });
+  const list = h("div", { id: "stage-list" });
+  const outcome = h("div", { id: "stage-outcome", role: "status" });
+  const chooseHot = h("button", { type: "button", id: "select-hot-narrow", onclick: () => selectCells(marked.hotNarrow) });
+  const chooseCold = h("button", { type: "button", id: "select-cold-wide", onclick: () => selectCells(marked.coldWide) });
+  const chooseLayer = h("button", { type: "button", onclick: selectLayer });
+  const clear = h("button", { type: "button", onclick: () => selectCells([]) });
+  const stage = h("button", { type: "button", id: "stage-add", onclick: stageSelected });
+  const apply = h("button", { type: "button", class: "primary", id: "stage-apply", onclick: applyStaged });
+  const discard = h("button", { type: "button", onclick: () => { state.staged.clear(); emit("staged"); } });
+  const stageNode = frame("stage", "stage", null, h("div", {},
+    h("p", {}, count), h("div", { class: "buttons" }, chooseHot, chooseCold, chooseLayer, clear),
+    h("div", { class: "stage-form" }, boxHost, h("label", { class: "field" }, h("span", { dataset: { i18n: "take_from" } }), source), stage),
+    h("h3", { dataset: { i18n: "staged" } }), list, h("div", { class: "buttons" }, apply, discard), outcome), { wide: "side" });
+
+  let map = null; // of the grid: rows, formats by width, marks
+  let selected = new Map(); // "row/expert" → [row, expert]
+  let marked = { hotNarrow: [], coldWide: [] };
+  let use = null; // relative use since the last reset
+  let isApplying = false;
+
+  const grid = new CellGrid(host, {
+    height: 430, maxCellHeight: 40,
+    onPick: (row, expertId, event) => {
+      const key = `${row}/${expertId}`;
+      if (event.shiftKey || event.ctrlKey || event.metaKey) {
+        if (selected.has(key)) selected.delete(key);
+        else selected.set(key, [row, expertId]);
+      } else {
+        selected = new Map([[key, [row, expertId]]]);
+      }
+      choose(map.layerIds[row], expertId);
+      showSelection();
+    },
+    onSelect: (cells, event) => {
+      if (!event.shiftKey) selected = new Map();
+      for (const [row, expertId] of cells) selected.set(`${row}/${expertId}`, [row, expertId]);
+      showSelection();
+    },
+    describe: (row, expertId) => [
+      t("cell_name", map.layerIds[row], expertId),
+      ...(use?.[row] ? [t("of_even", format.times(use[row][expertId]))] : []),
+      ...map.projections.map((projection, part) => {
+        const cell = map.cell(row, expertId, part);
+        return `${projection}: ${cell.format} · ${cell.source.slice(0, MAX_TIP_NAME)} · ${format.bytes(cell.bytes)}`;
+      }),
+    ],
+  });
+  mapNode.grid = grid;
+
+  function words() {
+    const projections = map?.projections ?? [];
+    setOptions(show, [["split", t("show_split")], ...projections.map((name, index) => [index, name])]);
+    setOptions(hot, HOT.map((value) => [value, format.times(value)]));
+    setOptions(cold, COLD.map((value) => [value, format.times(value)]));
+    chooseLayer.textContent = t("select_layer");
+    clear.textContent = t("clear_selection");
+    stage.textContent = t("stage_add");
+    discard.textContent = t("discard");
+  }
+
+  function adopt() {
+    if (!state.precision) return;
+    map = readMap(state.precision);
+    setOptions(source, Object.keys(state.info?.sources ?? {}).map((name) => [name, name]));
+    fill(boxHost, map.projections.map((name) => {
+      const box = boxes.get(name) ?? h("input", { type: "checkbox", checked: true });
+      boxes.set(name, box);
+      return h("label", { class: "check" }, box, h("span", {}, name));
+    }));
+    words();
+  }
+
+  async function refresh() {
+    if (!hasExperts() || !state.precision) {
+      fill(message, note(t("no_experts")));
+      showSelection();
+      return;
+    }
+    use = relativeUse((await get("experts/grid")).values);
+    adopt();
+    timed("precision-update", redraw);
+  }
+
+  function redraw() {
+    showSelection();
+    if (!map) return;
+    const parts = show.value === "split" ? map.projections.length : 1;
+    const colors = new Uint32Array(map.layerIds.length * map.numExperts * parts);
+    const table = scale("widths");
+    let at = 0;
+    for (let row = 0; row < map.layerIds.length; row += 1) {
+      for (let expert = 0; expert < map.numExperts; expert += 1) {
+        for (let part = 0; part < parts; part += 1) {
+          const cell = map.formatAt(row, expert, parts === 1 ? Number(show.value) : part);
+          colors[at] = pick(table, cell.place);
+          at += 1;
+        }
+      }
+    }
+    marked = findMarked(map, use, Number(hot.value), Number(cold.value));
+    grid.show({
+      rowNames: map.layerIds, numColumns: map.numExperts, parts, colors, outlines: [],
+      label: t("grid_label", t("precision"), map.layerIds.length, map.numExperts),
+      margins: [{
+        title: t("bits"), values: map.bitsPerLayer, low: 0, high: Math.max(16, ...map.bitsPerLayer), text: (value) => format.number(value, 2),
+      }],
+    });
+    fill(legendHost,
+      map.formats.map((item) => h("span", { class: "legend-item" },
+        h("i", { class: "swatch", vars: { "--color": toCss(pick(table, item.place)) } }),
+        `${item.name} · ${t("bits_each", format.number(item.bits, 2))} · ${t("format_share", format.number(item.count))}`)),
+      h("span", { class: "legend-item" }, h("i", { class: "swatch outline hot" }), t("hot_narrow", marked.hotNarrow.length)),
+      h("span", { class: "legend-item" }, h("i", { class: "swatch outline cold" }), t("cold_wide", marked.coldWide.length)),
+      map.formats.length < 2 ? h("span", { class: "quiet" }, t("one_width")) : null);
+    showSelection();
+  }
+
+  function showSelection() {
+    count.textContent = t("selected", selected.size);
+    chooseHot.textContent = `${t("select_hot_narrow")} (${marked.hotNarrow.length})`;
+    chooseCold.textContent = `${t("select_cold_wide")} (${marked.coldWide.length})`;
+    stage.disabled = !selected.size;
+    clear.disabled = !selected.size;
+    showStaged();
+    if (!map || !grid.data) return;
+    const stagedCells = new Map();
+    for (const item of state.staged.values()) {
+      const row = map.layerIds.indexOf(item.layerId);
+      stagedCells.set(`${row}/${item.expertId}`, [row, item.expertId]);
+    }
+    grid.setOutlines([
+      { cells: marked.hotNarrow, color: css("--hot") },
+      { cells: marked.coldWide, color: css("--cold"), dash: true },
+      { cells: [...stagedCells.values()], color: css("--staged"), mark: true },
+      { cells: [...selected.values()], color: css("--text") },
+    ]);
+  }
+
+  function selectCells(cells) {
+    selected = new Map(cells.map((cell) => [cell.join("/"), cell]));
+    showSelection();
+  }
+
+  function selectLayer() {
+    const rows = selected.size ? new Set([...selected.values()].map(([row]) => row)) : new Set([0]);
+    selectCells([...rows].flatMap((row) => Array.from({ length: map.numExperts }, (_, expert) => [row, expert])));
+  }
+
+  function stageSelected() {
+    let isAny = false;
+    for (const [row, expertId] of selected.values()) {
+      map.projections.forEach((projection, part) => {
+        if (!boxes.get(projection).checked) return;
+        const before = map.cell(row, expertId, part);
+        const name = map.name(row, expertId, part);
+        state.staged.delete(name);
+        if (!name || before.source === source.value) return;
+        state.staged.set(name, { name, layerId: map.layerIds[row], expertId, projection, source: source.value, before });
+        isAny = true;
+      });
+    }
+    fill(outcome, isAny ? null : note(t("already")));
+    selected = new Map();
+    emit("staged");
+  }
+
+  function showStaged() {
+    const groups = new Map();
+    for (const item of state.staged.values()) {
+      const key = JSON.stringify([item.layerId, item.source, item.before.source]);
+      if (!groups.has(key)) groups.set(key, { layerId: item.layerId, from: item.before.source, to: item.source, items: [] });
+      groups.get(key).items.push(item);
+    }
+    apply.textContent = isApplying ? t("applying") : `${t("apply")} (${state.staged.size})`;
+    apply.disabled = isApplying || !state.staged.size;
+    discard.disabled = isApplying || !state.staged.size;
+    if (!groups.size) {
+      fill(list, note(t("nothing_staged")));
+      return;
+    }
+    const rows = [...groups.values()].map((group) => h("tr", {},
+      h("td", { class: "num" }, String(group.layerId)),
+      h("td", {}, expertRanges(group.items)),
+      h("td", {}, `${group.from} → ${group.to}`),
+      h("td", { class: "num" }, String(group.items.length)),
+      h("td", {}, h("button", {
+        type: "button", class: "plain", "aria-label": t("remove"), title: t("remove"),
+        onclick: () => { for (const item of group.items) state.staged.delete(item.name); emit("staged"); },
+      }, "×"))));
+    fill(list, table([t("layer"), t("nav_usage"), t("source"), t("weights_count"), ""], rows), note(sizeChange()));
+  }
+
+  function sizeChange() {
+    let difference = 0;
+    for (const item of state.staged.values()) {
+      const size = map.sizeFrom(item.source, item.projection);
+      if (size === null) return t("size_unknown", item.source);
+      difference += size - item.before.bytes;
+    }
+    const sign = difference > 0 ? "+" : "";
+    return t("size_change", format.bytes(map.totalBytes), format.bytes(map.totalBytes + difference), `${sign}${format.percent(difference / map.totalBytes)}`);
+  }
+
+  async function applyStaged() {
+    isApplying = true;
+    fill(outcome);
+    showStaged();
+    try {
+      const mapping = Object.fromEntries([...state.staged.values()].map((item) => [item.name, item.source]));
+      const answer = await post("update_weight_mapping", { weight_mapping: mapping });
+      state.staged.clear();
+      selected.clear();
+      fill(outcome, h("p", { class: "good" }, t("applied", answer.weight_version, format.number(answer.num_changed),
+        format.bytes(answer.loaded_bytes), format.seconds(answer.seconds))));
+      await Promise.all([loadInfo(), loadPrecision(), loadRemaps()]);
+    } catch (error) {
+      fill(outcome, h("div", { class: "panel-error", role: "alert" }, error.message));
+    } finally {
+      isApplying = false;
+      emit("staged");
+    }
+  }
+
+  const mapPanel = { id: "precision", node: mapNode, refresh, redraw };
+  on("precision", () => {
+    adopt();
+    redraw();
+  });
+  on("info", adopt);
+  on("staged", showSelection);
+  on("stage-expert", (expert) => {
+    const row = map?.layerIds.indexOf(expert.layer_id) ?? -1;
+    if (row >= 0) selectCells([[row, expert.expert_id]]);
+  });
+  words();
+  hot.value = "2"; // as in the hints of the server
+  cold.value = "0.25";
+  onLanguage(words);
+  showSelection();
+  return [mapPanel, { id: "stage", node: stageNode, redraw: showSelection }];
+}
+
+// "0–3, 7" and, where only some projections of the experts are staged, which.
+function expertRanges(items) {
+  const ids = [...new Set(items.map((item) => item.expertId))].sort((a, b) => a - b);
+  const parts = [];
+  for (let i = 0; i < ids.length; i += 1) {
+    let j = i;
+    while (ids[j + 1] === ids[j] + 1) j += 1;
+    parts.push(j > i ? `${ids[i]}–${ids[j]}` : `${ids[i]}`);
+    i = j;
+  }
+  const projections = ["gate", "up", "down"].filter((name) => items.some((item) => item.projection === name));
+  const isWhole = items.length === ids.length * 3;
+  return `${parts.join(", ")}${isWhole ? "" : ` · ${projections.join(", ")}`}`;
+}
+
+// The answer of /experts/precision_map, with widths and sizes looked up once.
+function readMap(answer) {
+  const { layer_ids: layerIds, num_experts: numExperts, projections } = answer;
+  const seen = new Map();
+  const sizes = new Map(); // source → projection → bytes of one weight
+  let totalBytes = 0;
+  const each = (visit) => answer.formats.forEach((row, r) => row.forEach((parts, e) => parts.forEach((name, p) => visit(name, r, e, p))));
+  each((name, row, expert, part) => {
+    const size = answer.bytes[row][expert][part];
+    const source = answer.sources[row][expert][part];
+    const item = seen.get(name) ?? { name, count: 0, bytes: 0 };
+    item.count += 1;
+    item.bytes += size;
+    seen.set(name, item);
+    sizes.set(`${part}/${source}`, size);
+    totalBytes += size;
+  });
+  const formats = [...seen.values()];
+  for (const item of formats) {
+    const row = state.info?.precisions?.[item.name]; // bytes and parameters of all weights in this format
+    item.bits = row ? (row.bytes * 8) / row.parameters : null;
+  }
+  formats.sort((a, b) => (b.bits ?? 0) - (a.bits ?? 0) || a.name.localeCompare(b.name));
+  formats.forEach((item, index) => { item.place = formats.length > 1 ? 1 - index / (formats.length - 1) : 1; });
+  const byName = new Map(formats.map((item) => [item.name, item]));
+  const formatAt = (row, expert, part) => byName.get(answer.formats[row][expert][part]);
+  return {
+    layerIds, numExperts, projections, formats, formatAt, totalBytes,
+    bits: answer.bits, // per expert
+    wideBits: answer.wide_bits,
+    narrowBits: answer.narrow_bits,
+    bitsPerLayer: answer.bits.map((row) => row.reduce((sum, bits) => sum + bits, 0) / numExperts),
+    cell: (row, expert, part) => ({
+      format: answer.formats[row][expert][part], source: answer.sources[row][expert][part], bytes: answer.bytes[row][expert][part],
+    }),
+    sizeFrom: (source, projection) => sizes.get(`${projections.indexOf(projection)}/${source}`) ?? null,
+    name: (row, expert, part) => answer.names[row][expert][part],
+  };
+}
+
+// Narrow: clearly below the widest expert. Wide: clearly above the narrowest.
+function findMarked(map, use, hotFrom, coldTo) {
+  const hotNarrow = [];
+  const coldWide = [];
+  use?.forEach((row, index) => row?.forEach((value, expert) => {
+    const bits = map.bits[index][expert];
+    if (value >= hotFrom && bits < CLEARLY * map.wideBits) hotNarrow.push([index, expert]);
+    else if (value <= coldTo && bits * CLEARLY > map.narrowBits) coldWide.push([index, expert]);
+  }));
+  return { hotNarrow, coldWide };
+}

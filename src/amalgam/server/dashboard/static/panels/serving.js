@@ -1,0 +1,113 @@
+// Throughput, latency, queue and KV cache, now and over the last ten minutes, with the re-maps marked.
+
+import { get } from "../api.js";
+import { offers, on, state } from "../app.js";
+import { chart } from "../charts.js";
+import { fill, h } from "../dom.js";
+import * as format from "../format.js";
+import { t } from "../i18n.js";
+import { css } from "../theme.js";
+import { frame, note } from "./panel.js";
+
+const KEPT_SECONDS = 600;
+const STEP_SECONDS = 2;
+const LEAST_SECONDS = 120;
+
+export function create() {
+  const tiles = h("div", { class: "tiles" });
+  const throughput = h("div", { class: "chart chart-low", dataset: { chart: "throughput" } });
+  const load = h("div", { class: "chart chart-low", dataset: { chart: "load" } });
+  const body = h("div", {}, tiles, h("div", { class: "two" },
+    h("figure", {}, h("figcaption", { dataset: { i18n: "throughput" } }), throughput),
+    h("figure", {}, h("figcaption", { dataset: { i18n: "load" } }), load)));
+  const node = frame("serving", "serving", "serving_hint", body, { wide: "full" });
+  let serving = null;
+  let known = [];
+
+  async function refresh() {
+    if (!offers("/serving")) {
+      fill(tiles, note(t("not_available", "/serving")));
+      return;
+    }
+    serving = await get("serving");
+    known = serving.series;
+    redraw();
+  }
+
+  function follow(event) {
+    if (!event.serving || !serving) return;
+    serving = event.serving;
+    for (const point of event.serving.series ?? []) {
+      const index = known.findLastIndex((item) => item.t <= point.t);
+      if (known[index]?.t === point.t) known[index] = point;
+      else known.splice(index + 1, 0, point);
+    }
+    known = known.filter((point) => point.t >= serving.now - KEPT_SECONDS);
+    if (panel.isVisible && !document.hidden) redraw();
+  }
+
+  function redraw() {
+    if (!serving) return;
+    fill(tiles, tileList(serving));
+    const points = known.filter((point) => point.t + STEP_SECONDS <= serving.now); // the last is not full yet
+    const times = points.map((point) => format.plotTime(point.t));
+    const start = Math.max(serving.now - KEPT_SECONDS, Math.min(points[0]?.t ?? Infinity, serving.now - LEAST_SECONDS));
+    const range = [format.plotTime(start), format.plotTime(serving.now)];
+    const shown = state.remaps.filter((remap) => remap.ok && remap.at >= start);
+    const marks = {
+      shapes: shown.map((remap) => ({
+        type: "line", xref: "x", yref: "paper", x0: format.plotTime(remap.at), x1: format.plotTime(remap.at), y0: 0, y1: 1,
+        line: { color: css("--mark"), width: 1.5, dash: "dot" },
+      })),
+      annotations: shown.map((remap) => ({
+        xref: "x", yref: "paper", x: format.plotTime(remap.at), y: 1, yanchor: "top", xanchor: "left", showarrow: false,
+        text: `v${Number(remap.version)}`, font: { size: 10, color: css("--mark") }, hovertext: t("remap_mark", Number(remap.version)),
+      })),
+    };
+    const line = (name, values, color, extra = {}) => ({
+      type: "scatter", mode: "lines", name, x: times, y: values, line: { color, width: 1.6, ...extra.line }, ...extra.trace,
+    });
+    const time = { type: "date", range, nticks: 6, tickformat: serving.now - start < 300 ? "%H:%M:%S" : "%H:%M", hoverformat: "%H:%M:%S" };
+    chart(throughput, [
+      line(t("generated_rate"), points.map((point) => point.generated_tps), css("--series-1"), { trace: { fill: "tozeroy", fillcolor: css("--series-1-soft") } }),
+      line(t("prompt_rate"), points.map((point) => point.prompt_tps), css("--series-2")),
+    ], { ...marks, xaxis: time, yaxis: { rangemode: "tozero", nticks: 4 } });
+    chart(load, [
+      line(t("running"), points.map((point) => point.running), css("--series-1"), { line: { shape: "hv" } }),
+      line(t("waiting_name"), points.map((point) => point.waiting), css("--series-3"), { line: { shape: "hv" } }),
+      line(t("kv_used"), points.map((point) => kvShare(point, serving)), css("--series-2"), { trace: { yaxis: "y2" } }),
+    ], {
+      ...marks, xaxis: time, margin: { l: 40, r: 44, t: 8, b: 28 },
+      yaxis: { rangemode: "tozero", nticks: 4 },
+      yaxis2: { overlaying: "y", side: "right", range: [0, 1], tickformat: ".0%", tickvals: [0, 0.5, 1], showgrid: false },
+    });
+  }
+
+  on("event", follow);
+  on("remaps", redraw);
+  const panel = { id: "serving", node, refresh, redraw };
+  return [panel];
+}
+
+function kvShare(point, serving) {
+  const total = serving.kv?.total_blocks;
+  return total ? point.kv_used / total : null;
+}
+
+function tileList(serving) {
+  const { throughput, latency, kv } = serving;
+  const spread = (measure) => `p90 ${format.seconds(measure?.p90)} · p99 ${format.seconds(measure?.p99)}`;
+  return [
+    tile(t("generated_rate"), format.short(throughput?.generated_tokens_per_second), t("tokens_per_second")),
+    tile(t("prompt_rate"), format.short(throughput?.prompt_tokens_per_second), t("tokens_per_second")),
+    tile(`${t("first_token")} · ${t("median")}`, format.seconds(latency?.first_token?.p50), spread(latency?.first_token)),
+    tile(`${t("per_token")} · ${t("median")}`, format.seconds(latency?.per_token?.p50), spread(latency?.per_token)),
+    tile(t("running"), format.number(serving.running), t("waiting", format.number(serving.queue))),
+    tile(t("kv_cache"), kv?.total_blocks ? format.percent(kv.used_blocks / kv.total_blocks) : "–",
+      kv ? t("kv_blocks", format.number(kv.used_blocks), format.number(kv.total_blocks)) : ""),
+  ];
+}
+
+function tile(name, value, detail) {
+  return h("div", { class: "tile" }, h("span", {}, name), h("b", {}, value), h("small", {}, detail));
+}

@@ -1,0 +1,297 @@
+// The heatmap of layers × experts, of one set of counts or of the difference of two.
+
+import { get } from "../api.js";
+import { choose, hasExperts, offers, on, relativeUse, state, emit } from "../app.js";
+import { coalesced, fill, h, setOptions, timed } from "../dom.js";
+import * as format from "../format.js";
+import { CellGrid, legend } from "../grid.js";
+import { onLanguage, t } from "../i18n.js";
+import { css, empty, pick, scale } from "../theme.js";
+import { control, frame, note, select } from "./panel.js";
+
+const OCTAVES = 3; // the scale ends at 8 times and an eighth of the even share
+const WINDOWS = [1, 5, 15, 60];
+const LIVE_MS = 4000;
+const IDLE_MS = 30000;
+const NUM_BUSIEST = 12;
+
+export function create() {
+  const view = select(changed, { id: "usage-view" });
+  const measure = select(changed, { id: "usage-measure" });
+  const phase = select(changed, { id: "usage-phase" });
+  const span = select(changed, { id: "usage-window" });
+  const minutes = h("input", { type: "number", min: "0.1", step: "any", value: "30", onchange: changed, class: "short", "aria-label": "minutes" });
+  const label = select(changed, { id: "usage-label" });
+  const sideA = select(changed, { id: "usage-a" });
+  const sideB = select(changed, { id: "usage-b" });
+  const order = select(redraw, { id: "usage-order" });
+  const live = h("input", { type: "checkbox", checked: true, id: "usage-live" });
+  const figures = h("p", { class: "figures" });
+  const busiest = h("div", { class: "busiest", id: "usage-busiest" });
+  const legendHost = h("div");
+  const host = h("div", { class: "grid-host", id: "usage-grid" });
+  const message = h("div");
+  const ofUse = [control("measure", measure), control("phase", phase), control("window", span), minutes, control("label", label)];
+  const ofDifference = [control("side_a", sideA), control("side_b", sideB)];
+  const controls = h("div", { class: "controls" }, control("view", view), ofUse, ofDifference, control("order", order),
+    h("label", { class: "check" }, live, h("span", { dataset: { i18n: "live" } })));
+  const links = [
+    h("a", { class: "button", href: "experts/report", target: "_blank", rel: "noopener", dataset: { i18n: "report" } }),
+    h("a", { class: "button", href: "experts/heatmap.png", target: "_blank", rel: "noopener" }, "PNG"),
+  ];
+  const node = frame("usage", "usage", "usage_hint", h("div", {}, controls, message, host, h("div", { class: "below" }, legendHost, figures), busiest),
+    { wide: "main", tools: links });
+
+  let data = null; // {kind: "use" | "difference", answer}
+  let labels = [];
+  let sets = [];
+  let lastRead = 0;
+  let isStale = false;
+  let highlighted = [];
+  const grid = new CellGrid(host, {
+    height: 430, maxCellHeight: 40,
+    onPick: (row, expertId) => choose(data.answer.layer_ids[row], expertId),
+    describe: (row, expertId) => describeCell(data, row, expertId),
+  });
+  node.grid = grid;
+
+  function changed() {
+    showControls();
+    read().catch(fail);
+  }
+
+  function fail(error) {
+    fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
+  }
+
+  function words() {
+    setOptions(view, [["use", t("view_use")], ["difference", t("view_difference")]]);
+    setOptions(measure, [["count", t("measure_count")], ["gate_mass", t("measure_gate_mass")]]);
+    setOptions(phase, ["all", "prompt", "generated"].map((name) => [name, t(`phase_${name}`)]));
+    setOptions(span, [["", t("window_all")], ...WINDOWS.map((n) => [n, t("window_minutes", n)]), ["other", t("window_other")]]);
+    setOptions(order, [["id", t("order_id")], ["use", t("order_use")]]);
+    labelOptions();
+  }
+
+  function labelOptions() {
+    setOptions(label, [["", t("label_all")], ...labels.map((item) => [item.label, t("label_tokens", item.label, format.short(item.tokens))])]);
+    const sides = trafficOptions(labels, sets);
+    const isFirst = !sideA.value;
+    setOptions(sideA, sides);
+    setOptions(sideB, sides);
+    if (isFirst) sideA.value = labels.length ? `label:${labels[0].label}` : "minutes:5";
+  }
+
+  function showControls() {
+    const isDifference = view.value === "difference";
+    for (const item of ofUse) item.hidden = isDifference;
+    for (const item of ofDifference) item.hidden = !isDifference;
+    minutes.hidden = isDifference || span.value !== "other";
+    // A label is counted since the reset, not by window.
+    label.disabled = span.value !== "";
+    span.disabled = label.value !== "";
+  }
+
+  const read = coalesced(async () => {
+    if (!hasExperts()) {
+      fill(message, note(t("no_experts")));
+      return;
+    }
+    lastRead = performance.now();
+    isStale = false;
+    if (view.value === "difference") {
+      data = { kind: "difference", answer: await get("experts/compare", { a: sideA.value, b: sideB.value }) };
+    } else {
+      const query = {
+        measure: measure.value, phase: phase.value, label: label.value,
+        minutes: span.value === "other" ? minutes.value : span.value,
+      };
+      data = { kind: "use", answer: await get("experts/grid", query) };
+      state.grid = data.answer;
+      emit("grid");
+    }
+    fill(message);
+    timed("usage-update", redraw);
+  });
+
+  async function refresh() {
+    if (hasExperts()) {
+      ({ labels, sets } = await loadTraffic());
+      labelOptions();
+    }
+    showControls();
+    await read();
+  }
+
+  function redraw() {
+    if (!data) return;
+    grid.show(data.kind === "use" ? useView(data.answer, order.value) : differenceView(data.answer, order.value));
+    mark();
+    showBusiest();
+    const { answer } = data;
+    if (data.kind === "use") {
+      fill(legendHost, legend(scale("diverging"), [[0, "⅛×"], [1 / 3, "½×"], [0.5, "1×"], [2 / 3, "2×"], [1, "8×"]], [[empty(), t("never_used"), "boxed"]]));
+      figures.textContent = answer.total_tokens
+        ? t("tokens_counted", format.number(answer.total_tokens), format.seconds(answer.window.seconds)) : t("no_data");
+    } else {
+      fill(legendHost, legend(scale("diverging"), [[0, "−2"], [0.5, "0"], [1, "+2"]]), h("span", { class: "quiet" }, t("difference_scale")));
+      figures.textContent = t("mean_divergence", format.short(meanDivergence(answer)));
+    }
+  }
+
+  function showBusiest() {
+    const { answer } = data;
+    const columns = numExperts(answer);
+    const isUse = data.kind === "use";
+    const cells = [];
+    (isUse ? relativeUse(answer.values) : answer.difference).forEach((row, index) => row?.forEach((value, expertId) => {
+      if (value) cells.push([Math.abs(value), index, expertId, value]);
+    }));
+    cells.sort((a, b) => b[0] - a[0]);
+    fill(busiest, cells.length ? h("span", { class: "quiet" }, t(isUse ? "busiest" : "most_different")) : null,
+      cells.slice(0, NUM_BUSIEST).map(([, index, expertId, value]) => h("button", {
+        type: "button", class: "cell-chip", title: t("cell_name", answer.layer_ids[index], expertId),
+        onclick: () => choose(answer.layer_ids[index], expertId),
+      }, h("span", {}, `L${answer.layer_ids[index]}·E${expertId}`),
+      h("b", {}, isUse ? format.percent(value / columns) : signed(value)))));
+  }
+
+  function mark() {
+    const { chosen } = state;
+    if (!data) return;
+    const { layer_ids: layerIds } = data.answer;
+    const cells = highlighted.flatMap(([layerId, expertId]) => {
+      const row = layerIds.indexOf(layerId);
+      return expertId === undefined ? Array.from({ length: numExperts(data.answer) }, (_, id) => [row, id]) : [[row, expertId]];
+    });
+    const row = chosen ? layerIds.indexOf(chosen.layerId) : -1;
+    if (row >= 0) cells.push([row, chosen.expertId]);
+    grid.setOutlines([{ cells: cells.filter(([index]) => index >= 0), color: css("--mark-cell") }]);
+  }
+
+  on("chosen", () => {
+    highlighted = [];
+    mark();
+  });
+  on("highlight", (cells) => { // [layer id, expert id]; no expert: the whole layer
+    highlighted = cells;
+    mark();
+  });
+  on("compare", ({ a, b }) => {
+    view.value = "difference";
+    sideA.value = a;
+    sideB.value = b;
+    changed();
+  });
+  on("statistics", () => { isStale = true; });
+  on("event", () => {
+    const age = performance.now() - lastRead;
+    if (age < (isStale ? LIVE_MS : IDLE_MS)) return; // windows move on without new tokens
+    if (!panel.isVisible) panel.isDirty = true;
+    else if (live.checked && !document.hidden) refresh().catch(fail);
+  });
+  words();
+  showControls();
+  onLanguage(words);
+  const panel = { id: "usage", node, refresh, redraw };
+  return [panel];
+}
+
+const signed = (share) => `${share > 0 ? "+" : ""}${format.percent(share)}`;
+const numExperts = (answer) => answer.num_experts ?? answer.difference?.[0]?.length ?? 0;
+
+function useView(answer, order) {
+  const relative = relativeUse(answer.values);
+  const columns = numExperts(answer);
+  const colors = new Uint32Array(answer.layer_ids.length * columns);
+  const table = scale("diverging");
+  const blank = empty();
+  relative.forEach((row, index) => {
+    for (let column = 0; column < columns; column += 1) {
+      const value = row ? row[column] : 0;
+      colors[index * columns + column] = value > 0 ? pick(table, (Math.log2(value) / OCTAVES + 1) / 2) : blank;
+    }
+  });
+  const { balance } = answer;
+  return {
+    rowNames: answer.layer_ids, numColumns: columns, colors,
+    order: order === "use" ? orderBy(answer.values) : null,
+    label: t("grid_label", t("usage"), answer.layer_ids.length, columns),
+    margins: [
+      { title: t("max_to_mean"), values: column(balance, "max_to_mean"), low: 1, high: Math.max(4, ...finite(column(balance, "max_to_mean"))), text: format.times },
+      { title: t("entropy"), values: column(balance, "normalized_entropy"), low: 0, high: 1, text: (value) => format.percent(value, 0) },
+      { title: t("gini"), values: column(balance, "gini"), low: 0, high: 1, text: format.short },
+    ],
+  };
+}
+
+function differenceView(answer, order) {
+  const columns = numExperts(answer);
+  const colors = new Uint32Array(answer.layer_ids.length * columns);
+  const table = scale("diverging");
+  answer.difference.forEach((row, index) => {
+    for (let place = 0; place < columns; place += 1) {
+      colors[index * columns + place] = pick(table, (row[place] * columns) / 4 + 0.5);
+    }
+  });
+  const { perLayer } = divergence(answer);
+  return {
+    rowNames: answer.layer_ids, numColumns: columns, colors,
+    order: order === "use" ? orderBy(answer.difference) : null,
+    label: t("grid_label", t("view_difference"), answer.layer_ids.length, columns),
+    margins: [{ title: t("jensen_shannon"), values: perLayer, low: 0, high: Math.max(0.1, ...finite(perLayer)), text: format.short }],
+  };
+}
+
+// Helper for both shapes in which a list per layer may come: a list, or one object per layer.
+function column(rows, name) {
+  return Array.isArray(rows) ? rows.map((row) => row?.[name] ?? null) : rows?.[name] ?? [];
+}
+
+// [value, text] of everything that /experts/compare takes.
+export function trafficOptions(labels, sets) {
+  return [
+    ["all", t("window_all")],
+    ...WINDOWS.map((n) => [`minutes:${n}`, t("window_minutes", n)]),
+    ...labels.map((item) => [`label:${item.label}`, `${t("label")}: ${item.label}`]),
+    ...sets.map((name) => [`saved:${name}`, t("saved_set", name)]),
+  ];
+}
+
+export async function loadTraffic() {
+  const [labels, sets] = await Promise.all([
+    offers("/experts/labels") ? get("experts/labels").then((answer) => answer.labels) : [],
+    offers("/experts/sets") ? get("experts/sets").then((answer) => answer.sets) : [],
+  ]);
+  return { labels, sets };
+}
+
+export function divergence(answer) {
+  const value = answer.jensen_shannon;
+  return { perLayer: value?.by_layer ?? [], mean: value?.mean ?? null };
+}
+
+function meanDivergence(answer) {
+  return divergence(answer).mean;
+}
+
+const finite = (values) => values.filter((value) => Number.isFinite(value));
+
+function orderBy(rows) {
+  return rows.map((row) => Uint16Array.from(row.keys()).sort((a, b) => row[b] - row[a] || a - b));
+}
+
+function describeCell({ kind, answer }, row, expertId) {
+  const name = t("cell_name", answer.layer_ids[row], expertId);
+  if (kind === "difference") {
+    return [name, `A − B: ${signed(answer.difference[row][expertId])}`];
+  }
+  const value = answer.values[row][expertId];
+  const sum = answer.values[row].reduce((a, b) => a + b, 0);
+  if (!sum) return [name, t("never_used")];
+  return [
+    name,
+    `${format.short(value)} · ${format.percent(value / sum)} ${t("share")}`,
+    t("of_even", format.times((value / sum) * answer.values[row].length)),
+  ];
+}

@@ -1,0 +1,83 @@
+"""The meter counts, keeps ten minutes, and no more."""
+
+from __future__ import annotations
+
+from amalgam.engine.meter import NUM_LATENCIES, NUM_POINTS, POINT_SECONDS, Meter
+from amalgam.engine.request import FinishReason, RequestOutput, Usage
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def finished(num_new: int = 5, first: float = 0.2, total: float = 1.0) -> RequestOutput:
+    return RequestOutput(1, "", (), FinishReason.LENGTH, usage=Usage(3, num_new, 0.0, first, total, 1))
+
+
+def test_steps_of_one_point_are_added_up() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    meter.add_step(10, 1, 2, 3, 4)
+    clock.now += POINT_SECONDS / 2
+    meter.add_step(0, 2, 1, 0, 5)
+    reading = meter.read()
+    [point] = reading.points
+    assert (point.num_prompt_tokens, point.num_new_tokens) == (10, 3)
+    assert (point.num_running, point.num_waiting, point.num_used_blocks) == (1, 0, 5)
+    assert (reading.num_prompt_tokens, reading.num_new_tokens) == (10, 3)
+
+
+def test_gaps_are_filled_with_nothing_computed_in_the_same_state() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    meter.add_step(10, 1, 2, 3, 4)
+    clock.now += 5 * POINT_SECONDS
+    points = meter.read().points
+    assert [point.time for point in points] == [1000 + POINT_SECONDS * index for index in range(6)]
+    assert [point.num_new_tokens for point in points] == [1, 0, 0, 0, 0, 0]
+    assert {point.num_running for point in points} == {2}
+
+
+def test_memory_is_bounded_and_old_points_leave() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    for _ in range(1000):
+        clock.now += POINT_SECONDS
+        meter.add_step(1, 1, 1, 0, 1)
+        for _ in range(5):
+            meter.add_finished(finished())
+    reading = meter.read()
+    assert len(reading.points) == NUM_POINTS
+    assert len(reading.latencies) <= NUM_LATENCIES
+    assert reading.points[-1].time - reading.points[0].time == (NUM_POINTS - 1) * POINT_SECONDS
+    clock.now += 3600
+    reading = meter.read()
+    assert len(reading.points) == NUM_POINTS and not any(point.num_new_tokens for point in reading.points)
+    assert reading.latencies == []
+    assert reading.num_new_tokens == 1000 and reading.finished == {FinishReason.LENGTH: 5000}
+
+
+def test_latencies_of_requests_with_tokens_only() -> None:
+    meter = Meter(Clock())
+    meter.add_finished(finished())
+    meter.add_finished(finished(num_new=1, first=0.3, total=0.3))
+    meter.add_finished(finished(num_new=0))
+    meter.add_finished(RequestOutput(1, "", (), FinishReason.ERROR))
+    reading = meter.read()
+    assert [latency.per_token for latency in reading.latencies] == [0.2, None]
+    assert sum(reading.first_token.counts) == 2 and sum(reading.per_token.counts) == 1
+    assert reading.first_token.sum == 0.5
+    assert reading.finished == {FinishReason.LENGTH: 3, FinishReason.ERROR: 1}
+
+
+def test_a_clock_that_jumps_back_loses_nothing() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    clock.now += 100
+    meter.add_step(1, 1, 0, 0, 0)
+    clock.now -= 50
+    meter.add_step(1, 1, 0, 0, 0)
+    assert sum(point.num_new_tokens for point in meter.read().points) == 2

@@ -1,0 +1,147 @@
+"""A headless Chromium to open pages with, if the machine has one; nothing is downloaded.
+
+In: an address. Out: the page as a user has it, and what its browser complained about.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+WAIT_SECONDS = 20.0
+INTERNAL_SCHEMES = ("about", "blob", "chrome", "data")  # the first page of a new browser is its own
+
+
+class Page:
+    """One tab."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self.complaints: list[str] = []
+        self.addresses: list[str] = []
+
+    def open(self, url: str) -> None:
+        """Open the dashboard at `url` and wait until its first figures are there."""
+        self.driver.get(url)
+        self.wait("return document.documentElement.dataset.loaded === 'true'")
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """Run JavaScript in the page."""
+        return self.driver.execute_script(script, *arguments)
+
+    def wait(self, condition: str | Callable[[], Any], *arguments: Any) -> Any:
+        """Wait until a script or a function gives something truthy, and return that."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            result = condition() if callable(condition) else self.run(condition, *arguments)
+            if result:
+                return result
+            assert time.monotonic() < deadline, f"waited in vain: {condition}"
+            time.sleep(0.05)
+
+    def text(self, selector: str) -> str:
+        """The text of the first element."""
+        result: str = self.run("return document.querySelector(arguments[0]).textContent", selector)
+        return result
+
+    def count(self, selector: str) -> int:
+        """How many elements there are."""
+        result: int = self.run("return document.querySelectorAll(arguments[0]).length", selector)
+        return result
+
+    def show(self, selector: str) -> Any:
+        """Scroll an element into view."""
+        element = self.driver.find_element("css selector", selector)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        return element
+
+    def click(self, selector: str) -> None:
+        """Click as a user does."""
+        self.show(selector).click()
+
+    def choose(self, selector: str, value: str) -> None:
+        """Choose an option of a select."""
+        script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
+        self.run(script, self.show(selector), value)
+
+    def click_cell(self, panel: str, row: int, column: int, *, shift: bool = False) -> None:
+        """Click a cell of a panel's grid with the mouse."""
+        self.show(f"#{panel} .grid-overlay")
+        self.wait("return document.getElementById(arguments[0]).grid.data !== null", panel)
+        center = "return document.getElementById(arguments[0]).grid.center(arguments[1], arguments[2])"
+        point = self.run(center, panel, row, column)
+        fields = {**point, "button": "left", "clickCount": 1, "modifiers": 8 if shift else 0}
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            self.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": kind, **fields})
+
+    def emulate(self, width: int = 1440, height: int = 900, *, is_mobile: bool = False, is_dark: bool = False) -> None:
+        """Another screen."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_mobile}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def collect(self) -> None:
+        """Read the browser's logs: complaints (errors, refused content) and all addresses it turned to."""
+        for entry in self.driver.get_log("browser"):
+            if entry["level"] != "INFO":
+                self.complaints.append(entry["message"])
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                self.addresses.append(message["params"]["request"]["url"])
+
+    def strangers(self, url: str) -> set[str]:
+        """Hosts other than that of `url` that the page turned to."""
+        self.collect()
+        parts = (urlsplit(address) for address in self.addresses)
+        return {
+            part.geturl()
+            for part in parts
+            if part.scheme not in INTERNAL_SCHEMES and (part.scheme, part.netloc) != ("http", urlsplit(url).netloc)
+        }
+
+
+@contextmanager
+def open_browser(profile: Path, language: str = "en") -> Iterator[Page]:
+    """A browser with an empty profile in the folder `profile`. Skips the test if there is none on this machine."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver_path = shutil.which("chromedriver")
+    if binary is None or driver_path is None:
+        pytest.skip("chromium and chromedriver are not installed (Debian: apt install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    flags = (*FLAGS, f"--user-data-dir={profile}", f"--lang={language}", f"--accept-lang={language}")
+    for flag in flags:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(driver_path, log_output=os.devnull)
+    driver = webdriver.Chrome(options=options, service=service)
+    try:
+        page = Page(driver)
+        page.emulate()
+        yield page
+    finally:
+        driver.quit()

@@ -1,0 +1,279 @@
+"""The dashboard's files and event stream, without a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from amalgam.server.dashboard import events, pages
+from amalgam.server.dashboard.events import EventHub
+from tests.server.conftest import serving, wait_until
+from tests.server.fakes import FakeDeployment, fake_settings
+from tests.server.large import LargeDeployment
+
+OWN = {name: file.content.decode() for name, file in pages.files().items() if name != pages.PLOTLY}
+SCRIPTS = {name: text for name, text in OWN.items() if name.endswith(".js")}
+NUM_VIEWERS = 20
+
+
+@pytest.fixture(scope="module")
+def large() -> Iterator[httpx.Client]:
+    deployment = LargeDeployment()
+    with serving(fake_settings(port=0), lambda: deployment) as url, httpx.Client(base_url=url, timeout=10) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200, 30)
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/dashboard", *(f"/dashboard/static/{name}" for name in pages.files())])
+def test_files_come_with_a_strict_policy(shared_client: httpx.Client, path: str) -> None:
+    response = shared_client.get(path)
+    assert response.status_code == 200
+    policy = response.headers["content-security-policy"]
+    assert policy.startswith("default-src 'self';")
+    assert "unsafe" not in policy and "data:" not in policy and "*" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    again = shared_client.get(path, headers={"If-None-Match": response.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    plain = shared_client.get(path, headers={"Accept-Encoding": "identity"})
+    assert "content-encoding" not in plain.headers
+    assert plain.content == response.content
+
+
+def test_what_is_no_file_of_the_page(shared_client: httpx.Client) -> None:
+    for name in (
+        "",
+        "nothing.js",
+        "../pages.py",
+        "..%2fpages.py",
+        "%2e%2e/pages.py",
+        "panels",
+        "panels/",
+        "/etc/passwd",
+    ):
+        assert shared_client.get(f"/dashboard/static/{name}").status_code == 404, name
+    assert shared_client.post("/dashboard", json={}).status_code == 405
+
+
+def test_the_page_holds_no_inline_code_and_names_only_its_own_files() -> None:
+    page = OWN[pages.PAGE]
+    for pattern in (r"<script(?![^>]*\ssrc=)", r"<style", r"\sstyle=", r"\son\w+=", r"https?://", r"//"):
+        assert not re.search(pattern, page), pattern
+    found = re.findall(r'(?:src|href)="dashboard/static/([^"]+)"', page)
+    assert found
+    assert set(found) <= set(OWN)
+    for name, text in SCRIPTS.items():
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|https?://", text
+        ), name
+        for path in re.findall(r'from "([^"]+)"', text):
+            folder = name.rpartition("/")[0]
+            parts = [part for part in f"{folder}/{path}".split("/") if part not in ("", ".")]
+            while ".." in parts:
+                index = parts.index("..")
+                del parts[index - 1 : index + 1]
+            assert "/".join(parts) in SCRIPTS, (name, path)
+
+
+def test_every_word_exists_in_both_languages() -> None:
+    words = dict(
+        re.findall(r'^  (\w+): \["((?:[^"\\]|\\.)*)", "(?:[^"\\]|\\.)*"\],$', SCRIPTS["i18n.js"], re.MULTILINE)
+    )
+    rows = re.findall(r'^  \w+: \["((?:[^"\\]|\\.)*)", "((?:[^"\\]|\\.)*)"\],$', SCRIPTS["i18n.js"], re.MULTILINE)
+    assert len(rows) > 100
+    for english, chinese in rows:
+        assert english and chinese
+        assert sorted(re.findall(r"\{\d\}", english)) == sorted(re.findall(r"\{\d\}", chinese)), english
+    used: set[str] = set()
+    for name, text in OWN.items():
+        if name != "i18n.js":
+            used.update(re.findall(r'\bt\("(\w+)"', text))
+            used.update(re.findall(r'(?:data-i18n(?:-\w+)?=|i18n\w*: )"(\w+)"', text))
+            used.update(re.findall(r'control\("(\w+)"', text))
+    assert used - set(words) == set()
+
+
+def test_one_expert(large: httpx.Client) -> None:
+    answer = large.get("/dashboard/expert", params={"layer_id": 3, "expert_id": 20}).json()
+    stats = large.get("/expert_stats").json()["expert_stats"]
+    [row] = [row for row in stats if (row["layer_id"], row["expert_id"]) == (3, 20)]
+    use = answer["use"]
+    assert use["activations"] == row["activation_count"]
+    assert use["share"] == pytest.approx(row["layer_share"])
+    assert use["gate_mass"] == pytest.approx(row["gate_mass"])
+    busier = [
+        other for other in stats if other["layer_id"] == 3 and other["activation_count"] > row["activation_count"]
+    ]
+    assert use["rank"] == len(busier) + 1
+    assert [item["projection"] for item in answer["projections"]] == ["gate", "up", "down"]
+    assert {item["bits"] for item in answer["projections"]} <= {4.0, 8.0, 16.0}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "",
+        "layer_id=0",
+        "layer_id=0&expert_id=128",
+        "layer_id=94&expert_id=0",
+        "layer_id=-1&expert_id=0",
+        "layer_id=x&expert_id=0",
+        "layer_id=9223372036854775808&expert_id=0",
+    ],
+)
+def test_no_such_expert(large: httpx.Client, query: str) -> None:
+    response = large.get(f"/dashboard/expert?{query}")
+    assert 400 <= response.status_code < 500
+    assert response.json()["error"]["message"]
+
+
+def test_a_large_grid_is_quick(large: httpx.Client) -> None:
+    large.get("/experts/grid")
+    seconds = []
+    for _ in range(50):
+        started = time.perf_counter()
+        assert large.get("/experts/grid").status_code == 200
+        seconds.append(time.perf_counter() - started)
+    assert sorted(seconds)[25] < 0.05
+
+
+def test_events_tell_what_goes_on(client: httpx.Client, deployment: FakeDeployment) -> None:
+    client.post("/update_weight_mapping", json={"weight_mapping": {"a": "fp8"}})
+    client.post("/generate", json={"prompt": "a", "max_new_tokens": 3})
+    [event] = read_events(client, 1)
+    assert (event["status"], event["model"], event["weight_version"]) == ("healthy", "fake", 2)
+    assert event["remapped_at"] == deployment.remaps[-1].at
+    assert event["serving"]["generated_tokens"] == 3
+    assert len(event["serving"]["series"]) <= events.NUM_POINTS
+
+
+def test_events_come_while_the_model_loads() -> None:
+    may_load = threading.Event()
+
+    def open_deployment() -> FakeDeployment:
+        may_load.wait(10)
+        return FakeDeployment()
+
+    with serving(fake_settings(port=0), open_deployment) as url, httpx.Client(base_url=url) as client:
+        [event] = read_events(client, 1)
+        may_load.set()
+    assert (event["status"], event["serving"], event["weight_version"]) == ("loading", None, None)
+
+
+def test_all_viewers_share_one_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    describe = events.describe_event
+
+    def count(service: Any) -> dict[str, Any]:
+        calls.append(time.monotonic())
+        return {**describe(service), "number": len(calls)}
+
+    monkeypatch.setattr(events, "describe_event", count)
+    monkeypatch.setattr(events, "INTERVAL_SECONDS", 0.2)
+    with serving(fake_settings(port=0), LargeDeployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200, 30)
+
+        def view(_: int) -> list[int]:
+            with httpx.Client(base_url=url, timeout=10) as client:
+                return [event["number"] for event in read_events(client, 5)]
+
+        with ThreadPoolExecutor(NUM_VIEWERS) as pool:
+            futures = [pool.submit(view, index) for index in range(NUM_VIEWERS)]
+            slowest = 0.0
+            for _ in range(20):
+                started = time.perf_counter()
+                assert httpx.get(url + "/health").status_code == 200
+                slowest = max(slowest, time.perf_counter() - started)
+            seen = [future.result() for future in futures]
+        assert slowest < 0.5
+        assert len(calls) < 15  # and not 5 for each of 20
+        assert all(numbers == sorted(set(numbers)) for numbers in seen)
+        time.sleep(0.5)
+        num_calls = len(calls)
+        time.sleep(0.7)
+        assert len(calls) == num_calls  # nobody watches
+
+
+def test_too_many_viewers_are_refused(monkeypatch: pytest.MonkeyPatch, client: httpx.Client) -> None:
+    monkeypatch.setattr(events, "MAX_VIEWERS", 1)
+    with client.stream("GET", "/dashboard/events") as response:
+        next(response.iter_lines())
+        refused = client.get("/dashboard/events")
+        assert refused.status_code == 503
+        assert "retry-after" in refused.headers
+    wait_until(lambda: num_viewers_allow(client))
+
+
+def num_viewers_allow(client: httpx.Client) -> bool:
+    with client.stream("GET", "/dashboard/events") as response:
+        return response.status_code == 200
+
+
+def test_a_slow_viewer_misses_events_and_a_failure_ends_nothing() -> None:
+    numbers = iter(range(1000))
+
+    def describe() -> dict[str, Any]:
+        if (number := next(numbers)) == 2:
+            raise RuntimeError("once")
+        return {"number": number}
+
+    async def watch() -> list[int]:
+        hub = EventHub(describe, 0.01)
+        with hub.watch() as quick, hub.watch() as slow:
+            while hub.num_described < 10:
+                await quick.get()
+            assert slow.qsize() == 1
+            first = orjson.loads((await slow.get())[6:])["number"]
+            second = orjson.loads((await slow.get())[6:])["number"]
+            assert hub.num_viewers == 2
+        assert hub.num_viewers == 0
+        return [first, second]
+
+    first, second = asyncio.run(watch())
+    assert 9 <= first < second
+
+
+def test_a_drain_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "INTERVAL_SECONDS", 0.1)
+    states: list[str] = []
+    service_of: list[Any] = []
+    describe = events.describe_event
+
+    def keep(service: Any) -> dict[str, Any]:
+        service_of.append(service)
+        return describe(service)
+
+    monkeypatch.setattr(events, "describe_event", keep)
+    with serving(fake_settings(port=0), FakeDeployment) as url, httpx.Client(base_url=url, timeout=10) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        with client.stream("GET", "/dashboard/events") as response:
+            for line in response.iter_lines():
+                if line:
+                    states.append(orjson.loads(line[6:])["status"])
+                    service_of[-1].drain()
+    assert states[0] == "healthy"
+    assert states[-1] == "draining"
+
+
+def read_events(client: httpx.Client, count: int) -> list[dict[str, Any]]:
+    """The next `count` events; then leaves."""
+    found: list[dict[str, Any]] = []
+    with client.stream("GET", "/dashboard/events") as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        for line in response.iter_lines():
+            if line:
+                found.append(orjson.loads(line.removeprefix("data: ")))
+            if len(found) == count:
+                break
+    return found

@@ -1,0 +1,263 @@
+"""The dashboard in a browser: with the demo model behind it, and with the statistics of a large one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from amalgam.config import build_settings
+from amalgam.llm import open_deployment
+from tests.conftest import DEMO
+from tests.server.browser import Page, open_browser
+from tests.server.conftest import serving, wait_until
+from tests.server.fakes import fake_settings
+from tests.server.large import LABELS, NUM_EXPERTS, NUM_LAYERS, LargeDeployment
+
+DOMAINS = {
+    "prose": ["It was a dark night, and", "The old captain looked at the sea"],
+    "宋词": ["床前明月光，", "明月几时有，"],
+    "<i>code</i>": ["def fibonacci(n):\n", "import os\n\nclass Path:"],
+}
+PANELS = (
+    *("serving", "usage", "expert", "hints", "precision", "stage", "inspector", "analysis", "coactivation", "drift"),
+    *("memory", "remaps", "playground"),
+)
+UPDATE_SECONDS = 0.2  # a page update at 94 × 128
+BUSY_FACTOR = 2.0  # the machine that runs the tests also runs the server
+
+
+@pytest.fixture(scope="module")
+def demo_url(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with the demo model in three precisions, after some traffic in three domains."""
+    settings = build_settings(
+        {
+            "model": {
+                "name": "demo",
+                "base_path": str(DEMO),
+                "mixed_precision": {
+                    "fp8_path": str(derived / "fp8"),
+                    "int4_path": str(derived / "int4"),
+                    "weight_mapping": {
+                        "model.layers.*.mlp.experts.*": "int4",
+                        "model.layers.*.mlp.experts.{0-3}.*": "fp8",
+                    },
+                },
+            },
+            "inference": {"device_map": "cpu", "max_seq_length": 256},
+            "engine": {"num_threads": 1},
+            "statistics": {"pair_sampling": 1},
+            "server": {"port": 0, "export_dir": str(tmp_path_factory.mktemp("exports"))},
+        }
+    )
+    with serving(settings, lambda: open_deployment(settings)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200, 60)
+        bodies = [
+            {"prompt": prompt, "max_new_tokens": 40, "domain": domain, "seed": seed}
+            for domain, prompts in DOMAINS.items()
+            for prompt in prompts
+            for seed in range(2)
+        ]
+        with ThreadPoolExecutor(6) as pool:
+            codes = list(pool.map(lambda body: client.post("/generate", json=body).status_code, bodies))
+        assert set(codes) == {200}
+        yield url
+
+
+@pytest.fixture(scope="module")
+def large_url() -> Iterator[str]:
+    deployment = LargeDeployment()
+    with serving(fake_settings(port=0), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200, 30)
+        yield url
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    with open_browser(tmp_path / "profile") as page:
+        yield page
+
+
+def show_everything(page: Page) -> None:
+    """Scroll past every panel, and wait until each has its figures."""
+    for panel in PANELS:
+        page.show(f"#{panel}")
+        page.wait("return !document.querySelector('#' + arguments[0] + ' .panel-error')", panel)
+    for chart in ("throughput", "load", "lorenz", "drift"):
+        page.show(f"[data-chart={chart}]")
+        page.wait("return document.querySelector(`[data-chart=${arguments[0]}] .main-svg`) !== null", chart)
+    for grid in ("usage", "precision", "coactivation"):
+        page.show(f"#{grid}")
+        page.wait("return document.getElementById(arguments[0]).grid.data !== null", grid)
+    assert page.count(".panel") == len(PANELS)
+
+
+def assert_clean(page: Page, url: str) -> None:
+    assert page.strangers(url) == set()
+    assert page.complaints == []
+    assert page.addresses
+
+
+def test_every_panel_is_fed(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    show_everything(page)
+    assert page.text("#model") == "demo"
+    assert page.text("#status span") == "healthy"
+    page.wait("return document.querySelectorAll('#serving .tile').length === 6")
+    assert page.count("#usage-busiest button") == 12
+    assert page.count("#hint-list li[data-severity]") > 0
+    assert page.text("#memory-body").count("int4") == 2  # as a format and as a source
+    [bars] = page.run("return [document.querySelector('[data-chart=throughput]').data[0].y.length]")
+    assert bars > 0
+    assert page.count("#analysis .tile") == 3
+    assert page.count("#coactivation tbody tr") > 0
+    assert_clean(page, demo_url)
+
+
+def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    page.click_cell("usage", 2, 5)
+    page.wait("return document.querySelector('#expert-card h3')?.textContent === 'Layer 2 · Expert 5'")
+    stats = httpx.get(demo_url + "/expert_stats").json()["expert_stats"]
+    [row] = [row for row in stats if (row["layer_id"], row["expert_id"]) == (2, 5)]
+    assert f"{row['activation_count']:,}" in page.text("#expert-card .facts")
+    assert page.text("#expert-card tbody").count("int4") == 6  # source and format of three projections
+
+    values = "return document.getElementById('usage').grid.data"
+    by_count = page.run(values + ".colors.join()")
+    page.choose("#usage-phase", "prompt")
+    page.wait(values + ".colors.join() !== arguments[0]", by_count)
+    page.choose("#usage-phase", "all")
+    page.choose("#usage-measure", "gate_mass")
+    page.choose("#usage-window", "5")
+    page.wait("return !document.querySelector('#usage .panel-error')")
+    page.choose("#usage-order", "use")
+    page.wait(values + ".order !== null")
+    page.choose("#usage-window", "")
+    page.choose("#usage-label", "<i>code</i>")
+    page.wait("return document.querySelector('#usage-label').value === '<i>code</i>'")
+
+    page.choose("#usage-view", "difference")
+    page.choose("#usage-a", "label:宋词")
+    page.choose("#usage-b", "label:prose")
+    page.wait("return document.querySelector('#usage .figures').textContent.includes('divergence')")
+    divergence = httpx.get(demo_url + "/experts/compare", params={"a": "label:宋词", "b": "label:prose"}).json()
+    mean = divergence["jensen_shannon"]["mean"]
+    assert mean > 0.05  # the domains use different experts
+    page.wait(f"return document.querySelector('#usage .figures').textContent.includes('{mean:.3g}')")
+    assert_clean(page, demo_url)
+
+
+def test_a_staged_change_goes_live(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    version = httpx.get(demo_url + "/").json()["weight_version"]
+    page.click_cell("precision", 1, 4)
+    page.click_cell("precision", 3, 9, shift=True)
+    page.wait("return document.querySelector('#stage-count').textContent === '2 experts selected'")
+    page.choose("#stage-source", "fp8")
+    page.click("#stage-add")
+    page.wait("return document.querySelectorAll('#stage-list tbody tr').length === 2")
+    page.click("#stage-apply")
+    page.wait("return document.querySelector('#stage-outcome').textContent.includes('6 weights changed')")
+    assert httpx.get(demo_url + "/").json()["weight_version"] == version + 1
+    sources = httpx.get(demo_url + "/experts/precision_map").json()["sources"]
+    assert sources[1][4] == sources[3][9] == ["fp8"] * 3
+    page.wait("return document.querySelector('#version').textContent === arguments[0]", f"weights v{version + 1}")
+    page.wait("return document.querySelector('#remap-body').textContent.includes(arguments[0])", f"v{version + 1}")
+    page.show("#serving")
+    page.wait("return document.querySelector('[data-chart=throughput]').layout?.shapes?.length > 0")
+    assert_clean(page, demo_url)
+
+
+def test_tokens_and_their_experts(page: Page, demo_url: str) -> None:
+    text = "The moon 明月"
+    trace = httpx.post(demo_url + "/experts/trace", json={"text": text}).json()
+    page.open(demo_url + "/dashboard")
+    page.run("arguments[0].value = arguments[1]", page.show("#trace-text"), text)
+    page.click("#trace-run")
+    page.wait("return document.querySelectorAll('#trace-tokens .chip').length === arguments[0]", len(trace["tokens"]))
+    page.click("#trace-tokens .chip:last-child")
+    shown = page.run(
+        "return [...document.querySelectorAll('#trace-detail .routes')]"
+        ".map(row => [...row.querySelectorAll('b')].map(item => Number(item.textContent)))"
+    )
+    assert [sorted(row) for row in shown] == [sorted(row) for row in trace["experts"][-1]]
+    page.click("#trace-detail .route")
+    page.wait("return document.querySelector('#expert-card h3') !== null")
+    assert_clean(page, demo_url)
+
+
+def test_the_playground_streams(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    page.run("arguments[0].value = '12'", page.show("#play-max"))
+    page.run("arguments[0].value = 'prose'", page.show("#play-domain"))
+    page.click("#play-start")
+    page.wait("return document.querySelector('#play-figures').textContent.includes('12 generated tokens')")
+    assert "tokens/s" in page.text("#play-figures")
+    assert len(page.text("#play-output")) > len("It was a dark night, and") + 5
+    page.wait("return document.getElementById('playground').grid.data !== null")
+    assert_clean(page, demo_url)
+
+
+def test_languages_themes_and_a_telephone(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    assert page.text("#usage h2") == "Expert use"
+    page.click("#language")
+    assert page.text("#usage h2") == "专家使用"
+    page.click("#theme")
+    assert page.run("return document.documentElement.dataset.theme") == "dark"
+    page.open(demo_url + "/dashboard")  # both are remembered
+    assert page.text("#usage h2") == "专家使用"
+    assert page.run("return document.documentElement.dataset.theme") == "dark"
+    show_everything(page)
+    page.emulate(390, 844, is_mobile=True)
+    show_everything(page)
+    assert page.run("return document.documentElement.scrollWidth") <= 390
+    page.click_cell("usage", 1, 1)
+    page.wait("return document.querySelector('#expert-card h3')?.textContent === '第 1 层 · 专家 1'")
+    assert_clean(page, demo_url)
+
+
+@pytest.mark.parametrize(("language", "title"), [("zh-CN", "专家使用"), ("en", "Expert use")])
+def test_the_browser_chooses_the_language(tmp_path: Path, large_url: str, language: str, title: str) -> None:
+    with open_browser(tmp_path / "profile", language) as page:
+        page.emulate(is_dark=True)
+        page.open(large_url + "/dashboard")
+        assert page.text("#usage h2") == title
+        assert page.run("return document.documentElement.dataset.theme") == "dark"
+
+
+def test_a_large_grid_stays_fluid_and_hostile_names_inert(page: Page, large_url: str) -> None:
+    page.open(large_url + "/dashboard")
+    show_everything(page)
+    page.click_cell("usage", NUM_LAYERS - 1, NUM_EXPERTS - 1)
+    page.wait("return document.querySelector('#expert-card h3')?.textContent.includes('127')")
+    for name in ("usage-update", "precision-update"):
+        page.wait("return performance.getEntriesByName(arguments[0]).length > 0", name)
+        durations = page.run("return performance.getEntriesByName(arguments[0]).map(entry => entry.duration)", name)
+        assert max(durations) < UPDATE_SECONDS * BUSY_FACTOR * 1e3, (name, durations)
+
+    page.choose("#usage-view", "difference")
+    page.choose("#usage-a", f"label:{LABELS[0]}")
+    page.wait("return document.querySelector('#usage .figures').textContent.includes('divergence')")
+    page.click("#trace-run")
+    page.wait("return document.querySelectorAll('#trace-tokens .chip').length > 0")
+    page.click_cell("precision", 0, 1)
+    page.click("#stage-add")
+    page.wait("return document.querySelectorAll('#stage-list tbody tr').length === 1")
+    assert page.count("img") == 1  # the page's own
+    assert page.run("return window.hacked ?? null") is None
+    assert "<img src=x" in page.text("#model")
+    assert "<img src=x" in page.text("#stage-list")
+    assert "<img src=x" in page.text("#memory-body")
+    assert_clean(page, large_url)
+
+
+def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
+    with serving(fake_settings(port=0), LargeDeployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200, 30)
+        page.open(url + "/dashboard")
+    page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")

@@ -1,0 +1,105 @@
+"""How the serving goes, for people and for Prometheus."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import httpx
+import pytest
+import torch
+
+from amalgam.config import StatisticsSettings
+from amalgam.engine.deployment import RemapRecord
+from amalgam.experts.tracker import ExpertTracker
+from amalgam.models.context import TokenSpan
+from tests.server.conftest import serving
+from tests.server.fakes import FakeDeployment, FakeEngine, fake_settings
+
+LINE = re.compile(r'(amalgam_[a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? (\S+)')
+
+
+def samples(text: str) -> dict[tuple[str, str], float]:
+    """Metric and labels → value; every line must be well formed, every metric have its help and type before it."""
+    found, typed = {}, set()
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            typed.add(line.split()[2])
+        elif not line.startswith("# HELP "):
+            match = LINE.fullmatch(line)
+            assert match, line
+            assert any(match[1].startswith(name) for name in typed)
+            assert (match[1], match[2] or "") not in found
+            found[match[1], match[2] or ""] = float(match[3])
+    return found
+
+
+def test_serving_counts_what_was_served(client: httpx.Client, deployment: FakeDeployment) -> None:
+    before = client.get("/serving").json()
+    assert before["series"] == [] and before["latency"]["first_token"] == {"p50": None, "p90": None, "p99": None}
+    deployment.engine.step_seconds = 0.01
+    for _ in range(3):
+        client.post("/generate", json={"prompt": "abcde", "max_new_tokens": 4})
+    answer = client.get("/serving").json()
+    assert (answer["prompt_tokens"], answer["generated_tokens"]) == (15, 12)
+    assert answer["finished"] == {"length": 3}
+    assert answer["throughput"]["generated_tokens_per_second"] > 0
+    assert answer["latency"]["num_requests"] == 3
+    assert answer["latency"]["first_token"]["p50"] <= answer["latency"]["first_token"]["p99"]
+    assert answer["kv"] == {"used_blocks": 2, "total_blocks": 8}
+    assert sum(point["generated_tps"] for point in answer["series"]) * 2 == 12
+    assert answer["series"][-1].keys() == {"t", "prompt_tps", "generated_tps", "running", "waiting", "kv_used"}
+    assert abs(answer["now"] - time.time()) < 5
+
+
+def test_remaps_are_remembered(client: httpx.Client, deployment: FakeDeployment) -> None:
+    assert client.get("/remaps").json() == {"remaps": []}
+    client.post("/update_weight_mapping", json={"weight_mapping": {"a": "b"}})
+    deployment.remaps.append(RemapRecord(time.time(), 2, 2, 0, 0, 0.1, "Pattern <b> matches nothing."))
+    first, second = client.get("/remaps").json()["remaps"]
+    assert first.items() >= {"version": 2, "previous_version": 1, "num_changed": 1, "ok": True}.items()
+    assert "error" not in first
+    assert (second["ok"], second["error"]) == (False, "Pattern <b> matches nothing.")
+
+
+def test_metrics_are_prometheus_text(client: httpx.Client, deployment: FakeDeployment) -> None:
+    deployment.observer = ExpertTracker([0, 2], 4, 2, StatisticsSettings())
+    deployment.observer.begin_step([TokenSpan(1, 0, 6, 0, 4)])
+    for layer_id in (0, 2):
+        deployment.observer.observe(layer_id, torch.tensor([[3, row % 2] for row in range(6)]), torch.ones(6, 2))
+    deployment.observer.end_step()
+    deployment.model_name = 'a"b\\c\n<d>'
+    client.post("/generate", json={"prompt": "abcde", "max_new_tokens": 4})
+    client.post("/update_weight_mapping", json={"weight_mapping": {"a": "b"}})
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    found = samples(response.text)
+    assert found["amalgam_ready", ""] == 1
+    assert found["amalgam_generated_tokens_total", ""] == 4
+    assert found["amalgam_requests_finished_total", 'reason="length"'] == 1
+    assert (
+        found["amalgam_first_token_seconds_bucket", 'le="+Inf"'] == found["amalgam_first_token_seconds_count", ""] == 1
+    )
+    buckets = [value for (name, _), value in found.items() if name == "amalgam_request_seconds_bucket"]
+    assert buckets == sorted(buckets)
+    assert found["amalgam_weight_version", ""] == 2
+    assert found["amalgam_remaps", 'result="ok"'] == 1
+    assert found["amalgam_expert_max_to_mean", 'layer="2"'] == 2
+    assert found["amalgam_expert_activations", 'phase="prompt"'] == 16
+    assert not any("expert=" in labels for _, labels in found)
+
+
+def test_metrics_of_a_server_that_loads() -> None:
+    def never() -> FakeDeployment:
+        time.sleep(1)
+        return FakeDeployment(FakeEngine())
+
+    with serving(fake_settings(port=0), never) as base_url:
+        found = samples(httpx.get(base_url + "/metrics").text)
+        assert found["amalgam_ready", ""] == 0
+        assert httpx.get(base_url + "/serving").status_code == 503
+
+
+@pytest.mark.parametrize("path", ["/serving", "/metrics", "/remaps"])
+def test_no_query_is_taken(shared_client: httpx.Client, path: str) -> None:
+    assert shared_client.get(path + "?x=1").status_code == 422
