@@ -15,6 +15,9 @@
 namespace nb = nanobind;
 
 namespace amalgam {
+
+void bind_attention(nb::module_& module);  // attention_bindings.cpp
+
 namespace {
 
 // Slowest first, those that this processor and operating system can run.
@@ -64,6 +67,7 @@ NB_MODULE(_native, module) {
         .def_prop_ro("isa", [](const amalgam::Kernels& table) { return table.isa; })
         .def("rms_norm", &amalgam::rms_norm, "x"_a, "weight"_a, "out"_a, "rows"_a, "hidden"_a, "eps"_a, "x_dtype"_a,
              "weight_dtype"_a, nb::call_guard<nb::gil_scoped_release>());
+    amalgam::bind_attention(module);
     module.def("supported_isas", &amalgam::supported_isas);
     module.def("kernels", &amalgam::kernels, "isa"_a, nb::rv_policy::reference);
 }

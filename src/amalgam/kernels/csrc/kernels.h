@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace amalgam {
+#include "matrix.h"
 
-enum class DType : int { kFloat32, kBfloat16 };
+namespace amalgam {
 
 // out[r, i] = cast(x[r, i] / sqrt(mean(x[r]^2) + eps)) * weight[i], where cast goes from float32 to the type of x, and
 // weight is cast to it too. All arrays are dense and row-major; out has the type of x and may be x itself.
