@@ -109,7 +109,8 @@ Work divide(const AttentionPlan& plan, const AttentionArgs& args, int num_thread
     for (const auto& sequence : plan.sequences()) {
         Cut cut = cut_sequence(args, sequence);
         const bool splits = splits_all || (num_threads > 1 && sequence.num_tokens <= cut.positions);
-        for (int64_t count = splits_all ? split : whole; count < wanted && cut.heads > 1; count *= 2) {
+        // One head alone is read in small pieces, so that heads are kept apart only where a thread would be idle.
+        for (int64_t count = splits_all ? split : whole; count < num_threads && cut.heads > 1; count *= 2) {
             cut.heads = (cut.heads + 1) / 2;
         }
         for_each_item(plan, args, sequence, cut, [&](const AttentionItem& item) {

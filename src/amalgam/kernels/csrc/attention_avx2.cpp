@@ -5,6 +5,7 @@ namespace amalgam {
 namespace {
 
 constexpr int kAccumulators = 4;
+constexpr bool kFusesPacking = false;
 
 inline Floats broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 inline Floats subtract(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
@@ -55,6 +56,8 @@ inline Floats store_bfloat16(float* out, Floats v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xd8));
     return {_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)};
 }
+
+inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 inline void transpose(const float* const* rows, float* out, int64_t stride) {
     for (int half = 0; half < 2; ++half, rows += 8, out += 8) {

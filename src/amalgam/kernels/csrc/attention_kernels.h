@@ -17,6 +17,15 @@
 
 #include "attention.h"
 
+// For functions whose arrays must end up in registers.
+#if defined(__GNUC__)
+#define AMALGAM_INLINE inline __attribute__((always_inline))
+#define AMALGAM_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define AMALGAM_INLINE inline
+#define AMALGAM_INLINE_LAMBDA
+#endif
+
 namespace amalgam {
 namespace {
 
@@ -48,8 +57,7 @@ struct FloatArithmetic {
     static Floats multiply_add(Floats sum, const Line& line, const Word& word) { return fused(line, word, sum); }
 };
 
-// 2^x for x <= 0 to about 1 unit in the last place, 0 below 2^-126; NaN stays. Only operations that are rounded the
-// same way everywhere. Coefficients: Cephes exp2f.
+// 2^x for x <= 0 to about 1 unit in the last place, 0 below 2^-126; NaN stays; 2^0 is 1. Coefficients: Cephes exp2f.
 inline Floats exp2_lanes(Floats x) {
     const Floats rounder = broadcast(12582912.0f);  // 1.5 * 2^23: the sum's last bits are the nearest integer
     const Floats shifted = add(x, rounder);
@@ -57,7 +65,7 @@ inline Floats exp2_lanes(Floats x) {
     Floats result = broadcast(1.535336188319500e-4f);
     for (const float coefficient : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
                                     2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f}) {
-        result = add(mul(result, fraction), broadcast(coefficient));
+        result = fused(result, fraction, broadcast(coefficient));
     }
     return zero_below(scale_exponent(result, shifted), x, -126.0f);
 }
@@ -77,25 +85,57 @@ inline float sum_lanes(const float* lanes) {
     return sum[0];
 }
 
-// Brings the next tile's cache lines closer, a few keys at each call, while this one is computed.
-struct Prefetcher {
-    const int64_t* slots = nullptr;
-    int64_t num_keys = 0;
-    int64_t step = 0;
-    int64_t next = 0;
-    const uint8_t *keys = nullptr, *values = nullptr;
-    int64_t key_stride = 0, value_stride = 0, key_bytes = 0, value_bytes = 0;
+// Brings the next tile closer while this one is computed, a few cache lines at each stop: a processor holds a handful of
+// requests to memory and waits when there are more. They go to the second-level cache, because the first one is full
+// of what is being used.
+class Prefetcher {
+   public:
+    // A key's or value's bytes, all of an item's heads together: in memory they are neighbours.
+    struct Source {
+        const uint8_t* data = nullptr;
+        int64_t slot_bytes = 0, row_bytes = 0;
 
-    void advance() {
-        const int64_t end = std::min(next + step, num_keys);
-        for (; next < end; ++next) {
-            if (slots[next] < 0) continue;
-            const uint8_t* key = keys + slots[next] * key_stride;
-            for (int64_t at = 0; at < key_bytes; at += kLineBytes) prefetch(key + at);
-            const uint8_t* value = values + slots[next] * value_stride;
-            for (int64_t at = 0; at < value_bytes; at += kLineBytes) prefetch(value + at);
-        }
+        int64_t pieces() const { return (row_bytes + kPieceBytes - 1) / kPieceBytes; }
+    };
+
+    Prefetcher() = default;  // fetches nothing
+    Prefetcher(const int64_t* slots, int64_t num_keys, const Source& keys, const Source& values, int64_t num_stops)
+        : slots_(slots),
+          num_keys_(num_keys),
+          source_(keys),
+          values_(values),
+          num_pieces_(num_keys * (keys.pieces() + values.pieces())),
+          num_stops_(num_stops) {}
+
+    void stop() {
+        for (credit_ += num_pieces_; credit_ >= num_stops_ && slots_ != nullptr; credit_ -= num_stops_) fetch();
     }
+
+   private:
+    static constexpr int64_t kPieceBytes = 4 * kLineBytes;
+
+    void fetch() {
+        if (slots_[key_] >= 0) {
+            const uint8_t* piece = source_.data + slots_[key_] * source_.slot_bytes + at_;
+            const int64_t bytes = std::min(kPieceBytes, source_.row_bytes - at_);
+            for (int64_t line = 0; line < bytes; line += kLineBytes) prefetch_far(piece + line);
+        }
+        at_ += kPieceBytes;
+        if (at_ < source_.row_bytes) return;
+        at_ = 0;
+        if (++key_ < num_keys_) return;
+        key_ = 0;
+        if (is_at_values_) slots_ = nullptr;
+        source_ = values_;
+        is_at_values_ = true;
+    }
+
+    const int64_t* slots_ = nullptr;
+    int64_t num_keys_ = 0;
+    Source source_, values_;
+    bool is_at_values_ = false;
+    int64_t num_pieces_ = 0, num_stops_ = 1;
+    int64_t credit_ = 0, key_ = 0, at_ = 0;
 };
 
 // c [M, N * 16] = c * factor + a b; without factors, c = a b. a: rows of words; b: lines, b_stride floats from step to
@@ -139,7 +179,7 @@ inline void multiply_blocks(const float* a, int64_t a_stride, const float* b, in
     int64_t block = 0;
     for (; block + kBlocks <= blocks; block += kBlocks) {
         multiply<A, M, kBlocks>(a, a_stride, b + block * kLanes, b_stride, steps, c + block * kLanes, c_stride, factor);
-        prefetcher.advance();
+        prefetcher.stop();
     }
     for (; block < blocks; ++block) {
         multiply<A, M, 1>(a, a_stride, b + block * kLanes, b_stride, steps, c + block * kLanes, c_stride, factor);
@@ -151,6 +191,7 @@ struct Tile {
     int64_t first_key;
     int64_t num_blocks;        // of 16 keys, up to the last that any row sees
     int64_t slots[kTileKeys];  // -1: not seen by any row; it may not exist
+    bool is_run[kTileBlocks];  // whether a block's keys stand one after the other
 };
 
 template <class A>
@@ -164,6 +205,9 @@ class Attention {
         query_stride_ = round_up(key_steps_, kLanes);
         value_dim_ = padded_value_dim(args);
         factor_ = args.scale * kLog2E;
+        constexpr DType kDType = A::kElements == 2 ? DType::kBfloat16 : DType::kFloat32;
+        reads_directly_ = head_rows_ <= kTileRows && args.keys.dtype == kDType && args.values.dtype == kDType &&
+                          args.keys.dim % (kLanes * A::kElements) == 0 && args.values.dim % (2 * kLanes) == 0;
         float* at = scratch;
         const auto take = [&](int64_t count) {
             float* piece = at;
@@ -297,35 +341,26 @@ class Attention {
             const int64_t next_key = tile->first_key + kTileKeys;
             const bool is_last = next_key >= item_.end_key;  // the first tile of the next range is fetched, too
             if (!is_last) locate(next_key, *next);
-            for (int64_t head = 0; head < item_.num_kv_heads; ++head) {
-                const bool is_last_head = head + 1 == item_.num_kv_heads;
-                Prefetcher prefetcher;
-                if (!is_last_head) {
-                    aim(prefetcher, *tile, head + 1);
-                } else if (!is_last) {
-                    aim(prefetcher, *next, 0);
-                }
-                attend_tile(*tile, head, prefetcher);
-            }
+            Prefetcher prefetcher = is_last ? Prefetcher() : fetch(*next);
+            for (int64_t head = 0; head < item_.num_kv_heads; ++head) attend_tile(*tile, head, prefetcher);
             if (next_key >= end_key) return;
             std::swap(tile, next);
         }
     }
 
-    void aim(Prefetcher& prefetcher, const Tile& tile, int64_t head) const {
-        const CacheView &keys = args_.keys, &values = args_.values;
-        head += item_.first_kv_head;
-        prefetcher.slots = tile.slots;
-        prefetcher.num_keys = tile.num_blocks * kLanes;
-        prefetcher.keys = static_cast<const uint8_t*>(advance(keys.data, keys.dtype, head * keys.head_stride));
-        prefetcher.values = static_cast<const uint8_t*>(advance(values.data, values.dtype, head * values.head_stride));
-        prefetcher.key_stride = keys.slot_stride * dtype_bytes(keys.dtype);
-        prefetcher.value_stride = values.slot_stride * dtype_bytes(values.dtype);
-        prefetcher.key_bytes = keys.dim * dtype_bytes(keys.dtype);
-        prefetcher.value_bytes = values.dim * dtype_bytes(values.dtype);
-        // attend_tile comes by about so often: packing, and for each row its softmax and half a product.
-        const int64_t stops = 2 * kTileBlocks + head_rows_ + head_rows_ / 2;
-        prefetcher.step = (prefetcher.num_keys + stops - 1) / stops;
+    Prefetcher fetch(const Tile& tile) const {
+        // About as often as attend_tile comes by.
+        const int64_t stops = reads_directly_ ? kTileBlocks * key_steps_ / 4 + head_rows_ +
+                                                    kTileKeys / 8 * value_dim_ / (head_rows_ <= 4 ? 4 : 2) / kLanes
+                                              : 2 * kTileBlocks + 2 * head_rows_;
+        return Prefetcher(tile.slots, tile.num_blocks * kLanes, source(args_.keys), source(args_.values),
+                          item_.num_kv_heads * stops);
+    }
+
+    Prefetcher::Source source(const CacheView& cache) const {
+        const int64_t bytes = dtype_bytes(cache.dtype);
+        return {static_cast<const uint8_t*>(cache.data) + item_.first_kv_head * cache.head_stride * bytes,
+                cache.slot_stride * bytes, ((item_.num_kv_heads - 1) * cache.head_stride + cache.dim) * bytes};
     }
 
     void locate(int64_t first_key, Tile& tile) const {
@@ -341,11 +376,19 @@ class Attention {
                 ++block;
             }
         }
+        for (int i = 0; i < kTileBlocks; ++i) {
+            const int64_t* slots = tile.slots + i * kLanes;
+            tile.is_run[i] = slots[0] >= 0;
+            for (int key = 1; key < kLanes; ++key) tile.is_run[i] &= slots[key] == slots[0] + key;
+        }
     }
 
     // --- One tile of keys, one KV head ---
 
     void attend_tile(const Tile& tile, int64_t head, Prefetcher& prefetcher) {
+        if constexpr (kFusesPacking) {
+            if (reads_directly_) return attend_directly<kTileRows>(tile, head, prefetcher);
+        }
         if (args_.keys.dtype == DType::kFloat32) {
             pack_keys<float>(tile, head, prefetcher);
         } else {
@@ -379,57 +422,171 @@ class Attention {
         if (last_position < tile.first_key) return;
         multiply_blocks<A, M>(query_ + row * query_stride_, query_stride_, keys_, kTileKeys, key_steps_, scores_,
                               kTileKeys, nullptr, blocks, prefetcher);
-        float factors[M];
-        for (int m = 0; m < M; ++m) {
-            const int64_t last = item_.first_position + (local + m) / shared_ - tile.first_key;
-            const int64_t first = args_.window > 0 ? last - args_.window + 1 : 0;
-            factors[m] = softmax(m, row + m, blocks, first, last);
-            prefetcher.advance();
-        }
+        alignas(64) float factors[kLanes];
+        softmax<M>(tile, row, local, blocks, factors, prefetcher);
         multiply_blocks<A, M>(weights_, kTileKeys / A::kElements, values_, value_dim_, blocks * kLanes / A::kElements,
                               output_ + row * value_dim_, value_dim_, factors, value_dim_ / kLanes, prefetcher);
     }
 
-    // Scores of a row → weights; keys [first, last] of the tile are visible. Returns what older results are to be
-    // multiplied with.
-    float softmax(int m, int64_t row, int64_t blocks, int64_t first, int64_t last) {
-        const bool is_whole = first <= 0 && last >= blocks * kLanes - 1;
+    // Scores of M rows → weights. `factors`: what the rows' older results are to be multiplied with.
+    template <int M>
+    void softmax(const Tile& tile, int64_t row, int64_t local, int64_t blocks, float* factors, Prefetcher& prefetcher) {
+        static_assert(M <= kLanes);
+        alignas(64) float old_maximum[kLanes] = {}, new_maximum[kLanes] = {};
         const Floats factor = broadcast(factor_);
-        Floats score[kTileBlocks];
-        Floats highest = broadcast(maximum_[row]);
-#pragma GCC unroll 4
-        for (int block = 0; block < kTileBlocks; ++block) {
-            score[block] = broadcast(kNegativeInfinity);
-            if (block >= blocks) continue;
-            score[block] = mul(load_floats(scores_ + m * kTileKeys + block * kLanes), factor);
-            if (!is_whole) {
-                const int64_t start = block * kLanes;
-                score[block] = keep_range(score[block], static_cast<int>(std::clamp<int64_t>(first - start, 0, kLanes)),
-                                          static_cast<int>(std::clamp<int64_t>(last + 1 - start, 0, kLanes)));
+        for (int m = 0; m < M; ++m) {
+            const int64_t last = item_.first_position + (local + m) / shared_ - tile.first_key;
+            const int64_t first = args_.window > 0 ? last - args_.window + 1 : 0;
+            const bool is_whole = first <= 0 && last >= blocks * kLanes - 1;
+            float* scores = scores_ + m * kTileKeys;
+            old_maximum[m] = maximum_[row + m];
+            Floats highest = broadcast(old_maximum[m]);
+            for (int64_t key = 0; key < blocks * kLanes; key += kLanes) {
+                Floats score = mul(load_floats(scores + key), factor);
+                if (!is_whole) {
+                    score = keep_range(score, static_cast<int>(std::clamp<int64_t>(first - key, 0, kLanes)),
+                                       static_cast<int>(std::clamp<int64_t>(last + 1 - key, 0, kLanes)));
+                }
+                store_floats(scores + key, score);
+                highest = maximum(score, highest);
             }
-            highest = maximum(score[block], highest);
+            maximum_[row + m] = highest_lane(highest);
+            new_maximum[m] = maximum_[row + m] == kNegativeInfinity ? 0.0f : maximum_[row + m];  // nothing seen yet
         }
-        const float old_maximum = maximum_[row];
-        const float new_maximum = highest_lane(highest);
-        const float safe = new_maximum == kNegativeInfinity ? 0.0f : new_maximum;  // nothing seen yet
-        const float correction = old_maximum == new_maximum ? 1.0f : exp2_scalar(old_maximum - safe);
-        maximum_[row] = new_maximum;
-        const Floats offset = broadcast(safe);
-        Floats total = mul(load_floats(total_ + row * kLanes), broadcast(correction));
-        float* weights = weights_ + m * (kTileKeys / A::kElements);
-#pragma GCC unroll 4
-        for (int block = 0; block < kTileBlocks; ++block) {
-            if (block >= blocks) continue;
-            Floats weight = exp2_lanes(subtract(score[block], offset));
-            if constexpr (A::kElements == 2) {
-                weight = store_bfloat16(weights + block * kLanes / 2, weight);
-            } else {
-                store_floats(weights + block * kLanes, weight);
+        store_floats(factors, exp2_lanes(subtract(load_floats(old_maximum), load_floats(new_maximum))));
+        for (int m = 0; m < M; ++m) {
+            const float* scores = scores_ + m * kTileKeys;
+            float* weights = weights_ + m * (kTileKeys / A::kElements);
+            float* totals = total_ + (row + m) * kLanes;
+            const Floats offset = broadcast(new_maximum[m]);
+            Floats total = mul(load_floats(totals), broadcast(factors[m]));
+            for (int64_t key = 0; key < blocks * kLanes; key += kLanes) {
+                Floats weight = exp2_lanes(subtract(load_floats(scores + key), offset));
+                if constexpr (A::kElements == 2) {
+                    weight = store_bfloat16(weights + key / 2, weight);
+                } else {
+                    store_floats(weights + key, weight);
+                }
+                total = add(total, weight);
             }
-            total = add(total, weight);
+            store_floats(totals, total);
+            prefetcher.stop();
         }
-        store_floats(total_ + row * kLanes, total);
-        return correction;
+    }
+
+    // --- Few rows: the same products straight from the cache, without storing packed tiles ---
+
+    template <int M>
+    void attend_directly(const Tile& tile, int64_t head, Prefetcher& prefetcher) {
+        if constexpr (M > 1) {
+            if (head_rows_ < M) return attend_directly<M - 1>(tile, head, prefetcher);
+        }
+        using Element = typename A::Element;
+        const int64_t row = head * head_rows_;
+        const int64_t last_position = item_.first_position + (M - 1) / shared_;
+        if (last_position < tile.first_key) return;
+        const int64_t blocks = std::min(tile.num_blocks, (last_position - tile.first_key + kLanes) / kLanes);
+        for (int64_t block = 0; block < blocks; ++block) {
+            with_rows<Element>(args_.keys, tile, block, head, [&](auto key) {
+                score_keys<M>(key, row, scores_ + block * kLanes, prefetcher);
+            });
+        }
+        alignas(64) float factors[kLanes];
+        softmax<M>(tile, row, 0, blocks, factors, prefetcher);
+        constexpr int kBlocks = M <= 4 ? 4 : 2;
+        int64_t dim = 0;
+        for (; dim + kBlocks * kLanes <= args_.values.dim; dim += kBlocks * kLanes) {
+            add_values<M, kBlocks>(tile, blocks, head, dim, factors, prefetcher);
+        }
+        for (; dim < args_.values.dim; dim += 2 * kLanes) add_values<M, 2>(tile, blocks, head, dim, factors, prefetcher);
+    }
+
+    // Calls function(at), where at(i) is the address of the block's i-th row in the cache.
+    template <class T, class Function>
+    AMALGAM_INLINE void with_rows(const CacheView& cache, const Tile& tile, int64_t block, int64_t head,
+                                  Function&& function) const {
+        const int64_t* slots = tile.slots + block * kLanes;
+        if (tile.is_run[block]) {
+            const T* first = at_slot<T>(cache, slots[0], head);
+            const int64_t stride = cache.slot_stride;
+            function([=](int i) { return first + i * stride; });
+        } else {
+            const T* rows[kLanes];
+            for (int i = 0; i < kLanes; ++i) rows[i] = at_slot<T>(cache, slots[i], head);
+            function([&](int i) { return rows[i]; });
+        }
+    }
+
+    // Scores of M rows and 16 keys. Each transposed line is used at once.
+    template <int M, class Key>
+    AMALGAM_INLINE void score_keys(Key key, int64_t row, float* scores, Prefetcher& prefetcher) {
+        Floats sum[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) sum[m] = zero_floats();
+        const float* query = query_ + row * query_stride_;
+        for (int64_t step = 0; step < key_steps_; step += 4) {
+            typename A::Line line[4];
+            transpose_four([&](int i) { return reinterpret_cast<const float*>(key(i)) + step; }, line);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                    sum[m] = A::multiply_add(sum[m], line[i], A::word(query + m * query_stride_ + step + i));
+                }
+            }
+            prefetcher.stop();
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) store_floats(scores + m * kTileKeys, sum[m]);
+    }
+
+    // The values of one step, key and perhaps the next one.
+    template <int N, class Value>
+    AMALGAM_INLINE static void load_values(Value value, int key, int64_t dim, typename A::Line* line) {
+        if constexpr (A::kElements == 2) {
+#pragma GCC unroll 2
+            for (int n = 0; n < N; n += 2) {
+                interleave_two(&value(key)[dim + n * kLanes].bits, &value(key + 1)[dim + n * kLanes].bits, line + n);
+            }
+        } else {
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) line[n] = load_floats(value(key) + dim + n * kLanes);
+        }
+    }
+
+    // output [M rows, N * 16 dimensions] = output * factors + weights × values.
+    template <int M, int N>
+    void add_values(const Tile& tile, int64_t blocks, int64_t head, int64_t dim, const float* factors,
+                    Prefetcher& prefetcher) {
+        float* output = output_ + head * head_rows_ * value_dim_ + dim;
+        Floats sum[M][N];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const Floats factor = broadcast_float(factors + m);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) sum[m][n] = mul(load_floats(output + m * value_dim_ + n * kLanes), factor);
+        }
+        const float* weights = weights_;
+        for (int64_t block = 0; block < blocks; ++block) {
+            with_rows<typename A::Element>(args_.values, tile, block, head, [&](auto value) AMALGAM_INLINE_LAMBDA {
+                for (int key = 0; key < kLanes; key += A::kElements, ++weights) {
+                    typename A::Line line[N];
+                    load_values<N>(value, key, dim, line);
+#pragma GCC unroll 8
+                    for (int m = 0; m < M; ++m) {
+                        const typename A::Word word = A::word(weights + m * (kTileKeys / A::kElements));
+#pragma GCC unroll 4
+                        for (int n = 0; n < N; ++n) sum[m][n] = A::multiply_add(sum[m][n], line[n], word);
+                    }
+                    if (key % 8 == 0) prefetcher.stop();
+                }
+            });
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) store_floats(output + m * value_dim_ + n * kLanes, sum[m][n]);
+        }
     }
 
     // --- Packing ---
@@ -461,7 +618,7 @@ class Attention {
                 }
                 transpose(from, keys_ + dim / A::kElements * kTileKeys + block * kLanes, kTileKeys);
             }
-            prefetcher.advance();
+            prefetcher.stop();
         }
     }
 
@@ -484,7 +641,7 @@ class Attention {
                 copy(first, dims, line, value_dim_);
             }
             line += value_dim_;
-            if (key % kLanes == 0) prefetcher.advance();
+            if (key % kLanes == 0) prefetcher.stop();
         }
     }
 
@@ -507,6 +664,7 @@ class Attention {
     const AttentionItem& item_;
     int64_t shared_, head_rows_, rows_, key_steps_, query_stride_, value_dim_, scratch_floats_;
     float factor_;  // scores in powers of 2
+    bool reads_directly_;
     float *query_, *keys_, *values_, *scores_, *weights_, *zeros_;
     float *maximum_, *total_, *output_;
     float *merged_maximum_, *merged_total_, *merged_output_;

@@ -8,6 +8,8 @@ namespace amalgam {
 namespace {
 
 constexpr int kAccumulators = 4;  // blocks of 16 sums that stay in registers
+// Whether there are enough registers to use what was packed at once; then transpose_four and interleave_two are needed.
+constexpr bool kFusesPacking = false;
 
 inline Floats broadcast(float value) { return broadcast_float(&value); }
 inline Floats subtract(const Floats& a, const Floats& b) {
@@ -43,6 +45,7 @@ inline Floats store_bfloat16(float* out, const Floats& v) {
     }
     return each_float([&](int lane) { return as_float(uint32_t{bfloat16_bits(v.lane[lane])} << 16); });
 }
+inline void prefetch_far(const uint8_t*) {}  // to the second-level cache
 // out[word][row] = rows[row][word] for 16 rows of 16 words; `stride` floats between the results.
 inline void transpose(const float* const* rows, float* out, int64_t stride) {
     for (int word = 0; word < kPanelRows; ++word) {
