@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amalgam.kernels import native, panels, reference
-from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
+from amalgam.kernels import attention, native, panels, reference
+from amalgam.kernels.packed import SWIGLU, Activation, AttentionBatch, ExpertTable, PackedWeight
 from amalgam.kernels.panels import prepare
-from amalgam.kernels.reference import layer_norm, paged_attention, per_head, sigmoid, write_kv
+from amalgam.kernels.reference import layer_norm, per_head, sigmoid
 
 __all__ = [
     "backends",
@@ -30,7 +30,7 @@ __all__ = [
     "write_kv",
 ]
 
-_COMPILED = frozenset({"embedding", "linear", "moe", "rms_norm", "rotate", "swiglu"})
+_COMPILED = frozenset({"embedding", "linear", "moe", "paged_attention", "rms_norm", "rotate", "swiglu", "write_kv"})
 _NOT_OPERATORS = frozenset({"backends", "prepare"})
 
 
@@ -76,6 +76,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if native.supports_swiglu(gate, up):
         return native.swiglu(gate, up)
     return reference.swiglu(gate, up)
+
+
+def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
+    """See `reference.write_kv`."""
+    if attention.supports_write_kv(keys, values, key, value, slot_ids):
+        attention.write_kv(keys, values, key, value, slot_ids)
+    else:
+        reference.write_kv(keys, values, key, value, slot_ids)
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `reference.paged_attention`."""
+    if attention.supports_paged_attention(query, keys, values, batch):
+        return attention.paged_attention(query, keys, values, batch, scale=scale, window=window, sinks=sinks)
+    return reference.paged_attention(query, keys, values, batch, scale=scale, window=window, sinks=sinks)
 
 
 def backends() -> dict[str, str]:

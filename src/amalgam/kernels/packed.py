@@ -151,9 +151,11 @@ class AttentionBatch:
         context_lengths: int64 `[sequences]` on the CPU; tokens with keys and values, this step's included.
         block_tables: int64 `[sequences, blocks]` on the KV cache's device; rows padded with any valid block id.
         block_size: tokens in one block.
+        cache: where a kernel backend keeps what it derives from the others once per step.
     """
 
     query_starts: Tensor
     context_lengths: Tensor
     block_tables: Tensor
     block_size: int
+    cache: dict[str, object] = field(default_factory=dict, compare=False, repr=False)

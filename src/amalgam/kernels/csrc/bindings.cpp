@@ -24,6 +24,9 @@
 namespace nb = nanobind;
 
 namespace amalgam {
+
+void bind_attention(nb::module_& module);  // attention_bindings.cpp
+
 namespace {
 
 // Slowest first, those that this processor and operating system can run.
@@ -229,4 +232,5 @@ NB_MODULE(_native, module) {
     module.def("checksum", &checksum, "weights"_a, "threads"_a, Unlocked());
     module.def("supported_isas", &supported_isas);
     module.def("kernels", &kernels, "isa"_a, nb::rv_policy::reference);
+    bind_attention(module);
 }

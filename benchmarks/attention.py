@@ -1,0 +1,142 @@
+"""Paged attention alone: decoding against a plain read of the same keys and values, prompts in GFLOP/s.
+
+    python benchmarks/attention.py [--dtype float32] [--heads 32 --kv-heads 4 --head-dim 128] [--repeats 20]
+
+Prints a table, and as the last line one JSON object. Every case and its plain read take turns over several layers'
+caches, so that what is read is not in a cache of the processor and a disturbance hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amalgam import _native
+from amalgam.kernels import attention, native
+from amalgam.kernels.packed import AttentionBatch
+from amalgam.tools.bench import commit, hardware
+
+DECODE = [(context, sequences) for sequences in (1, 16) for context in (128, 1024, 8192)]
+PROMPTS = (512, 2048)
+BLOCK_SIZE = 16
+CACHE_BYTES = 256 << 20  # read in turn before the first is read again
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def empty_cache(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory as the engine's cache takes it."""
+    raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+def make_batch(lengths: list[int], contexts: list[int], generator: torch.Generator) -> tuple[AttentionBatch, int]:
+    """Sequences over scattered blocks; the batch and the number of blocks."""
+    counts = [-(-context // BLOCK_SIZE) for context in contexts]
+    order = torch.randperm(sum(counts), generator=generator)
+    tables = torch.zeros(len(contexts), max(counts), dtype=torch.int64)
+    for row, ids in enumerate(order.split(counts)):
+        tables[row, : len(ids)] = ids
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    return AttentionBatch(starts, torch.tensor(contexts), tables, BLOCK_SIZE), sum(counts)
+
+
+def take_turns(contestants: list[Callable[[int], object]], repeats: int) -> list[list[float]]:
+    """Seconds of each contestant's calls; they are called one after the other with the number of the turn."""
+    times: list[list[float]] = [[] for _ in contestants]
+    for turn in range(-2, repeats):
+        for contestant, seconds in zip(contestants, times, strict=True):
+            started = time.perf_counter()
+            contestant(turn)
+            if turn >= 0:
+                seconds.append(time.perf_counter() - started)
+    return times
+
+
+def measure(options: argparse.Namespace, lengths: list[int], contexts: list[int]) -> dict[str, float]:
+    dtype = getattr(torch, options.dtype)
+    generator = torch.Generator().manual_seed(0)
+    batch, num_blocks = make_batch(lengths, contexts, generator)
+    shape = (num_blocks * BLOCK_SIZE, options.kv_heads, options.head_dim)
+    num_bytes = 2 * sum(contexts) * options.kv_heads * options.head_dim * dtype.itemsize
+    layers = max(2, min(64, CACHE_BYTES // num_bytes))
+    caches = []
+    for _ in range(layers):
+        pair = empty_cache(shape, dtype), empty_cache(shape, dtype)
+        for cache in pair:
+            cache.normal_(generator=generator)
+        caches.append(pair)
+    query = torch.randn(sum(lengths), options.heads, options.head_dim, generator=generator).to(dtype)
+    threads = torch.get_num_threads()
+
+    def attend(turn: int) -> None:
+        keys, values = caches[turn % layers]
+        attention.paged_attention(query, keys, values, batch, scale=options.head_dim**-0.5)
+
+    def read(turn: int) -> None:
+        for cache in caches[turn % layers]:
+            _native.read_memory(cache.data_ptr(), cache.nbytes, threads)
+
+    # Half a round apart, so that neither finds in the processor's cache what the other has read.
+    ours, plain = take_turns([attend, lambda turn: read(turn + layers // 2)], options.repeats)
+    flops = sum(
+        4 * options.heads * options.head_dim * sum(range(context - length + 1, context + 1))
+        for length, context in zip(lengths, contexts, strict=True)
+    )
+    return {
+        "microseconds": median(ours) * 1e6,
+        "gigabytes_per_second": num_bytes / median(ours) / 1e9,
+        "plain_read": num_bytes / median(plain) / 1e9,
+        "share_of_plain_read": median(b / a for a, b in zip(ours, plain, strict=True)),
+        "gflops": flops / median(ours) / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=BYTES, default="bfloat16")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--isa", choices=_native.supported_isas(), default=native.isa())
+    parser.add_argument("--only", choices=("decode", "prompt"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    native.isa = lambda: options.isa  # type: ignore[method-assign]
+
+    cases = {f"decode {n} × {context}": ([1] * n, [context] * n) for context, n in DECODE}
+    cases |= {f"prompt of {length}": ([length], [length]) for length in PROMPTS}
+    results: dict[str, dict[str, float]] = {}
+    print(f"{'case':<18} {'µs':>10} {'GB/s':>7} {'plain':>7} {'share':>6} {'GFLOP/s':>8}")
+    for name, (lengths, contexts) in cases.items():
+        if options.only and not name.startswith(options.only):
+            continue
+        row = results[name] = measure(options, lengths, contexts)
+        print(
+            f"{name:<18} {row['microseconds']:10.1f} {row['gigabytes_per_second']:7.1f} {row['plain_read']:7.1f} "
+            f"{row['share_of_plain_read']:6.2f} {row['gflops']:8.1f}",
+            flush=True,
+        )
+    record = {
+        "command": sys.argv,
+        "commit": commit(),
+        "hardware": hardware(),
+        "isa": options.isa,
+        "shape": {"heads": options.heads, "kv_heads": options.kv_heads, "head_dim": options.head_dim},
+        "dtype": options.dtype,
+        "results": results,
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

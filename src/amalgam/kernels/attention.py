@@ -1,0 +1,218 @@
+"""Compiled attention over a paged cache, and the write to that cache, on torch tensors.
+
+In: CPU tensors and an `AttentionBatch`. Out: activations with the meaning that `amalgam.kernels.reference` gives; a
+token's bits depend neither on its neighbours, nor on how its prompt was cut into chunks, nor on the number of threads.
+Must never know: plans of precisions, requests, layers.
+
+With a query and a cache in bfloat16, products are of bfloat16 pairs summed in float32, and the softmax's weights are
+rounded to bfloat16 before they multiply the values; their total is that of the rounded weights. Otherwise everything is
+float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels import native
+from amalgam.kernels.packed import AttentionBatch
+
+if TYPE_CHECKING:
+    from amalgam import _native
+
+_TYPES = (torch.float32, torch.bfloat16)
+_CACHE_KEY = "native attention"
+
+
+def supports_paged_attention(query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> bool:
+    """Whether `paged_attention` takes these tensors; depends on types and devices only."""
+    return (
+        native.is_available()
+        and query.dtype in _TYPES
+        and keys.dtype in _TYPES
+        and values.dtype in _TYPES
+        and query.is_cpu
+        and keys.is_cpu
+        and values.is_cpu
+        and batch.block_tables.is_cpu
+    )
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention over a paged cache; see `reference.paged_attention`.
+
+    query: `[tokens, heads, d]`; keys: `[slots, kv_heads, d]`; values: `[slots, kv_heads, v]`; float32 or bfloat16 each.
+    sinks: `[heads]`. Returns `[tokens, heads, v]` in query's type.
+
+    Raises:
+        ValueError: shapes, types or block tables that do not fit together.
+    """
+    plan = _plan(batch)
+    tokens, heads, key_dim = query.shape
+    slots, kv_heads, value_dim = values.shape
+    if (
+        keys.shape != (slots, kv_heads, key_dim)
+        or heads % kv_heads
+        or plan.num_tokens != tokens
+        or plan.num_slots > slots
+        or not supports_paged_attention(query, keys, values, batch)
+        or (window is not None and window < 1)
+        or (sinks is not None and sinks.shape != (heads,))
+    ):
+        raise ValueError(
+            f"attention of {query.dtype} {tuple(query.shape)} over {keys.dtype} {tuple(keys.shape)} and {values.dtype} "
+            f"{tuple(values.shape)} with {plan.num_tokens} tokens, {plan.num_slots} slots, window {window} and sinks "
+            f"{None if sinks is None else tuple(sinks.shape)}; expected float32 or bfloat16 [tokens, heads, d], "
+            "[slots, kv_heads, d] and [slots, kv_heads, v] on cpu, heads a multiple of kv_heads, a window of at least 1"
+        )
+    query, keys, values = _dense_rows(query), _dense_rows(keys), _dense_rows(values)
+    out = torch.empty((tokens, heads, value_dim), dtype=query.dtype)
+    if sinks is not None:
+        sinks = sinks.to("cpu", torch.float32).contiguous()
+    if out.numel():
+        token_stride, head_stride, _ = query.stride()
+        key_slot, key_head, _ = keys.stride()
+        value_slot, value_head, _ = values.stride()
+        _table(native.isa()).attend(
+            plan,
+            query.data_ptr(),
+            query.dtype is torch.bfloat16,
+            token_stride,
+            head_stride,
+            heads,
+            keys.data_ptr(),
+            keys.dtype is torch.bfloat16,
+            key_slot,
+            key_head,
+            key_dim,
+            values.data_ptr(),
+            values.dtype is torch.bfloat16,
+            value_slot,
+            value_head,
+            value_dim,
+            kv_heads,
+            out.data_ptr(),
+            scale,
+            window or 0,
+            0 if sinks is None else sinks.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return out
+
+
+def supports_write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> bool:
+    """Whether `write_kv` takes these tensors; depends on types, devices and the cache's layout only."""
+    return (
+        native.is_available()
+        and key.dtype is keys.dtype
+        and value.dtype is values.dtype
+        and slot_ids.dtype is torch.int64
+        and keys.is_cpu
+        and values.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+        and slot_ids.is_cpu
+        and keys.is_contiguous()
+        and values.is_contiguous()
+    )
+
+
+def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
+    """`keys[slot_ids[t]] = key[t]`, likewise values; of the same type each, the caches contiguous.
+
+    Raises:
+        ValueError: shapes or types that do not fit together.
+        IndexError: a slot that the cache does not have; nothing is written.
+    """
+    tokens = slot_ids.shape[0]
+    slots = keys.shape[0]
+    if (
+        key.shape != (tokens, *keys.shape[1:])
+        or value.shape != (tokens, *values.shape[1:])
+        or values.shape[0] != slots
+        or not supports_write_kv(keys, values, key, value, slot_ids)
+    ):
+        raise ValueError(
+            f"write of {key.dtype} {tuple(key.shape)} and {value.dtype} {tuple(value.shape)} to {keys.dtype} "
+            f"{tuple(keys.shape)} and {values.dtype} {tuple(values.shape)} at {slot_ids.dtype} {tuple(slot_ids.shape)}"
+        )
+    if tokens == 0:
+        return
+    from amalgam import _native
+
+    key, value, slot_ids = key.contiguous(), value.contiguous(), slot_ids.contiguous()
+    key_bytes, value_bytes = key.nbytes // tokens, value.nbytes // tokens
+    _native.write_kv(
+        key.data_ptr(),
+        key_bytes,
+        keys.data_ptr(),
+        key_bytes,
+        key_bytes,
+        value.data_ptr(),
+        value_bytes,
+        values.data_ptr(),
+        value_bytes,
+        value_bytes,
+        slot_ids.data_ptr(),
+        tokens,
+        slots,
+        torch.get_num_threads(),
+    )
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _plan(batch: AttentionBatch) -> _native.AttentionPlan:
+    """The batch's sequences as the kernels read them; made by the first layer of a step."""
+    plan = batch.cache.get(_CACHE_KEY)
+    if plan is None:
+        plan = batch.cache[_CACHE_KEY] = _make_plan(batch)
+    return plan  # type: ignore[return-value]
+
+
+def _make_plan(batch: AttentionBatch) -> _native.AttentionPlan:
+    from amalgam import _native
+
+    starts, lengths, tables = batch.query_starts, batch.context_lengths, batch.block_tables
+    if (
+        not starts.dtype == lengths.dtype == tables.dtype == torch.int64
+        or starts.shape != (len(lengths) + 1,)
+        or tables.shape[0] != len(lengths)
+        or tables.dim() != 2
+        or not (starts.is_cpu and lengths.is_cpu and tables.is_cpu)
+    ):
+        raise ValueError(
+            f"an attention batch of {starts.dtype} {tuple(starts.shape)}, {lengths.dtype} {tuple(lengths.shape)} and "
+            f"{tables.dtype} {tuple(tables.shape)}; expected int64 [sequences + 1], [sequences] and [sequences, blocks]"
+        )
+    starts, lengths, tables = starts.contiguous(), lengths.contiguous(), tables.contiguous()
+    return _native.AttentionPlan(
+        starts.data_ptr(),
+        lengths.data_ptr(),
+        len(lengths),
+        tables.data_ptr(),
+        tables.stride(0),
+        tables.shape[1],
+        batch.block_size,
+    )
+
+
+@functools.cache
+def _table(isa: str) -> _native.AttentionKernels:
+    from amalgam import _native
+
+    return _native.attention_kernels(isa)

@@ -1,0 +1,105 @@
+// Exposes attention to Python; called by bindings.cpp. amalgam/kernels/attention.py has checked the tensors.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "attention.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+
+namespace amalgam {
+namespace {
+
+const AttentionKernels& attention_kernels(const std::string& isa) {
+    const AttentionKernels* tables[] = {
+        &kPortableAttention,
+#ifdef AMALGAM_X86
+        &kAvx2Attention,
+        &kAvx512Attention,
+#endif
+    };
+    for (const AttentionKernels* table : tables) {
+        if (isa == table->isa) return *table;
+    }
+    throw std::invalid_argument("attention is not built for " + isa);
+}
+
+void make_plan(AttentionPlan* self, uintptr_t query_starts, uintptr_t context_lengths, int64_t num_sequences,
+               uintptr_t block_tables, int64_t table_stride, int64_t num_blocks, int64_t block_size) {
+    new (self) AttentionPlan(reinterpret_cast<const int64_t*>(query_starts),
+                             reinterpret_cast<const int64_t*>(context_lengths), num_sequences,
+                             reinterpret_cast<const int64_t*>(block_tables), table_stride, num_blocks, block_size);
+}
+
+void attend(const AttentionKernels& table, const AttentionPlan& plan, uintptr_t query, bool query_is_bfloat16,
+            int64_t query_token_stride, int64_t query_head_stride, int64_t heads, uintptr_t keys,
+            bool keys_are_bfloat16, int64_t key_slot_stride, int64_t key_head_stride, int64_t key_dim, uintptr_t values,
+            bool values_are_bfloat16, int64_t value_slot_stride, int64_t value_head_stride, int64_t value_dim,
+            int64_t kv_heads, uintptr_t out, float scale, int64_t window, uintptr_t sinks, int threads) {
+    const auto dtype = [](bool is_bfloat16) { return is_bfloat16 ? DType::kBfloat16 : DType::kFloat32; };
+    const auto view = [&](uintptr_t data, bool is_bfloat16, int64_t slot_stride, int64_t head_stride, int64_t dim) {
+        return CacheView{reinterpret_cast<const void*>(data), dtype(is_bfloat16), slot_stride, head_stride, dim};
+    };
+    const AttentionArgs args{reinterpret_cast<const void*>(query),
+                             dtype(query_is_bfloat16),
+                             query_token_stride,
+                             query_head_stride,
+                             view(keys, keys_are_bfloat16, key_slot_stride, key_head_stride, key_dim),
+                             view(values, values_are_bfloat16, value_slot_stride, value_head_stride, value_dim),
+                             reinterpret_cast<void*>(out),
+                             heads,
+                             kv_heads,
+                             scale,
+                             window,
+                             reinterpret_cast<const float*>(sinks)};
+    paged_attention(table, plan, args, threads);
+}
+
+void write(uintptr_t key, int64_t key_stride, uintptr_t keys, int64_t keys_stride, int64_t key_bytes, uintptr_t value,
+           int64_t value_stride, uintptr_t values, int64_t values_stride, int64_t value_bytes, uintptr_t slot_ids,
+           int64_t num_tokens, int64_t num_slots, int threads) {
+    write_kv({reinterpret_cast<const void*>(key), key_stride, reinterpret_cast<void*>(keys), keys_stride, key_bytes},
+             {reinterpret_cast<const void*>(value), value_stride, reinterpret_cast<void*>(values), values_stride,
+              value_bytes},
+             reinterpret_cast<const int64_t*>(slot_ids), num_tokens, num_slots, threads);
+}
+
+// Reads memory once, as fast as a plain loop can: the yardstick of benchmarks/attention.py.
+uint64_t read_memory(uintptr_t address, int64_t bytes, int threads) {
+    constexpr int64_t kWordsPerItem = 1 << 15;
+    std::atomic<uint64_t> total{0};
+    parallel_ranges(bytes / 8, kWordsPerItem, threads, [&](int64_t first, int64_t end) {
+        const auto* words = reinterpret_cast<const uint64_t*>(address);
+        uint64_t sums[8] = {};
+        for (; first + 8 <= end; first += 8) {
+#pragma GCC unroll 8
+            for (int lane = 0; lane < 8; ++lane) sums[lane] += words[first + lane];
+        }
+        for (const uint64_t sum : sums) total += sum;
+    });
+    return total;
+}
+
+}  // namespace
+
+// Arguments are positional: the calls are made in every layer of every step, and matching names costs time.
+void bind_attention(nb::module_& module) {
+    using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+    nb::class_<AttentionPlan>(module, "AttentionPlan")
+        .def("__init__", &make_plan)
+        .def_prop_ro("num_tokens", &AttentionPlan::num_tokens)
+        .def_prop_ro("num_slots", &AttentionPlan::num_slots);
+    nb::class_<AttentionKernels>(module, "AttentionKernels")
+        .def_prop_ro("isa", [](const AttentionKernels& table) { return table.isa; })
+        .def("attend", &attend, Unlocked());
+    module.def("attention_kernels", &attention_kernels, nb::rv_policy::reference);
+    module.def("read_memory", &read_memory, Unlocked());
+    module.def("write_kv", &write, Unlocked());
+}
+
+}  // namespace amalgam
