@@ -21,7 +21,7 @@ from amalgam.checkpoint.store import MAX_INDEX_BYTES
 from amalgam.errors import AmalgamError, CheckpointError, describe
 from amalgam.models.spec import Family, ModelSpec, Slot, read_spec
 from amalgam.precision.format import WEIGHT_SUFFIX, WeightFormat, all_formats
-from amalgam.precision.source import CONFIG_NAME
+from amalgam.precision.source import CONFIG_NAME, Source
 from amalgam.tools.roles import ROLES, role_by_name
 
 UNRECOGNISED = "unrecognised"
@@ -188,16 +188,23 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         CheckpointError: no such folder, no weights, or a damaged index, config or header.
     """
     folder = _locate(path_or_hub_id)
-    config = read_json(folder, CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    source = Source.open(path_or_hub_id, str(folder)) if _is_gguf(folder) else None
+    if source is not None:
+        config, place = source.config, source.config_place
+    else:
+        config, place = (
+            read_json(folder, CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {},
+            str(folder / CONFIG_NAME),
+        )
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
         raise CheckpointError(
-            f"{folder / CONFIG_NAME} has quantization_config {describe(quantization)}.", remedy="Expected an object."
+            f"{place} has quantization_config {describe(quantization)}.", remedy="Expected an object."
         )
-    family, spec, notes = _read_family(config, folder)
+    family, spec, notes = _read_family(config, place)
     slots = {family.logical_name(slot): slot for slot in spec.slots} if family and spec else {}
 
-    index = _read_index(folder)
+    index = _read_index(folder) if source is None else None
     missing = index.missing_shards if index else []
     if index is not None and missing:
         shards = set(index.weight_map.values())
@@ -208,6 +215,12 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
             + ("parameters computed from config.json." if slots else "parameters unknown.")
         )
         num_shards = len(shards)
+    elif source is not None:
+        found = {
+            name: Weight(role_by_name(name), stored.format.name, stored.shape, stored.nbytes)
+            for name, stored in source.weights.items()
+        }
+        num_shards = len(source.store.files)
     else:
         store = TensorStore.open(folder)
         found = _by_headers(store, quantization, notes)
@@ -251,11 +264,19 @@ def _locate(path_or_hub_id: str) -> Path:
     return resolve(path_or_hub_id)
 
 
-def _read_family(config: Mapping[str, Any], folder: Path) -> tuple[Family | None, ModelSpec | None, list[str]]:
+def _is_gguf(folder: Path) -> bool:
+    """Whether `TensorStore` would open GGUF."""
+    if folder.is_file():
+        return True
+    suffixes = {path.suffix for path in folder.iterdir()}
+    return ".gguf" in suffixes and not suffixes & {".safetensors", ".bin"}
+
+
+def _read_family(config: Mapping[str, Any], place: str) -> tuple[Family | None, ModelSpec | None, list[str]]:
     if not config:
-        return None, None, [f"{folder} has no {CONFIG_NAME}: layers and roles are told by the names."]
+        return None, None, [f"There is no {place}: layers and roles are told by the names."]
     try:
-        return *read_spec(config, str(folder / CONFIG_NAME)), []
+        return *read_spec(config, place), []
     except AmalgamError as error:
         return None, None, [f"Layers and roles are told by the names: {error}"]
 
