@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from amalgam.config import InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
+from amalgam.engine.memory import peak_memory_bytes
 from amalgam.models.loader import ModelLoader
 from amalgam.models.spec import Slot, read_spec
 from amalgam.tools.analyze import analyze_checkpoint
@@ -94,7 +94,7 @@ def write_sparse(folder: Path, config: dict[str, Any], precision: str) -> None:
 
 def measure_composition(root: Path) -> dict[str, float]:
     """Seconds of each stage and the peak memory of a process that does nothing else."""
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    baseline = peak_memory_bytes() / 2**20
     marks = [time.monotonic()]
     analysis = analyze_checkpoint(str(root / "bf16"))
     marks.append(time.monotonic())
@@ -121,7 +121,7 @@ def measure_composition(root: Path) -> dict[str, float]:
         "parameters": float(analysis.total.parameters or 0),
         **dict(zip(("analyze", "plan", "check", "manifest"), stages, strict=True)),
         "all": marks[-1] - marks[0],
-        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak MiB": peak_memory_bytes() / 2**20,
         "peak MiB before": baseline,
     }
 

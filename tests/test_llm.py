@@ -67,7 +67,7 @@ import sys, torch
 from pathlib import Path
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.config import InferenceSettings, ModelSettings
-from amalgam.engine.deployment import peak_memory_bytes
+from amalgam.engine.memory import peak_memory_bytes
 from amalgam.models.loader import ModelLoader
 import json, resource
 config = json.loads(Path({str(DEMO / "config.json")!r}).read_text()) | dict(

@@ -1,11 +1,38 @@
-"""What the compiled extension offers; amalgam.kernels.native is its only user."""
+"""What the compiled extension offers; amalgam.kernels.native and amalgam.kernels.panels are its only users.
+
+Arrays are addresses; 0 means none. Every call that computes releases the GIL.
+"""
 
 from enum import Enum
 from typing import final
 
+from torch import Tensor
+
 class DType(Enum):
     float32 = 0
     bfloat16 = 1
+    float16 = 2
+
+class Format(Enum):
+    int4 = 0
+    int8 = 1
+    fp8 = 2
+    bf16 = 3
+    fp16 = 4
+    fp32 = 5
+
+@final
+class Matrix:
+    @property
+    def memory(self) -> Tensor: ...
+    @property
+    def scale_offset(self) -> int: ...
+    @property
+    def zero_offset(self) -> int: ...
+
+@final
+class Experts:
+    def add(self, gate: Matrix, up: Matrix, down: Matrix, gate_bias: int, up_bias: int, down_bias: int) -> None: ...
 
 @final
 class Kernels:
@@ -21,7 +48,66 @@ class Kernels:
         eps: float,
         x_dtype: DType,
         weight_dtype: DType,
+        threads: int,
+    ) -> None: ...
+    def rotate(
+        self,
+        x: int,
+        cos: int,
+        sin: int,
+        out: int,
+        tokens: int,
+        token_stride: int,
+        heads: int,
+        head_dim: int,
+        half: int,
+        dtype: DType,
+        threads: int,
+    ) -> None: ...
+    def swiglu(self, gate: int, up: int, out: int, elements: int, dtype: DType, threads: int) -> None: ...
+    def unpack(self, weight: Matrix, out: int, threads: int) -> None: ...
+    def embedding(
+        self, weight: Matrix, row_ids: int, num_ids: int, out: int, out_dtype: DType, threads: int
+    ) -> None: ...
+    def linear(
+        self,
+        weight: Matrix,
+        x: int,
+        out: int,
+        rows: int,
+        x_dtype: DType,
+        bias: int,
+        bias_dtype: DType,
+        threads: int,
+    ) -> None: ...
+    def moe(
+        self,
+        experts: Experts,
+        x: int,
+        expert_ids: int,
+        gate_weights: int,
+        out: int,
+        tokens: int,
+        num_active: int,
+        x_dtype: DType,
+        threads: int,
     ) -> None: ...
 
+def pack(
+    format: Format,
+    rows: int,
+    columns: int,
+    weight: int,
+    scale: int,
+    scale_dtype: DType,
+    scale_rows: int,
+    scale_columns: int,
+    block_rows: int,
+    block_columns: int,
+    zero: int,
+    order: int,
+    quantizes: bool,
+) -> Matrix | None: ...
+def checksum(weights: list[Matrix], threads: int) -> int: ...
 def supported_isas() -> list[str]: ...
 def kernels(isa: str) -> Kernels: ...

@@ -129,6 +129,8 @@ class InferenceSettings(_Section):
     """Most sequences in one step."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of activations and of the KV cache."""
+    activation: Literal["int8", "bf16"] = "int8"
+    """int8 | bf16: what bfloat16 activations become for int4 and int8 weights on the CPU. int8 is fastest."""
     device_map: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto | cpu | cuda | cuda:N."""
     load_in_8bit: bool = False

@@ -20,29 +20,13 @@ TYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture
-def use_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Forces an instruction set the way a user does; skips where the processor or the build lacks it."""
-
-    def use(isa: str) -> None:
-        if not native.is_available():
-            pytest.skip(str(native.why_unavailable()))
-        monkeypatch.setenv(NATIVE_ISA_VARIABLE, isa)
-        native._kernels.cache_clear()
-        if native.isa() != isa:
-            pytest.skip(f"this processor has no {isa}")
-
-    yield use
-    native._kernels.cache_clear()
-
-
-@pytest.fixture
 def missing_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "amalgam._native", None)
     native.why_unavailable.cache_clear()
-    native._kernels.cache_clear()
+    native.kernels.cache_clear()
     yield
     native.why_unavailable.cache_clear()
-    native._kernels.cache_clear()
+    native.kernels.cache_clear()
 
 
 def sample(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -31,7 +31,9 @@ def write_source(folder: Path, weight_format: WeightFormat, weight: torch.Tensor
     write_checkpoint(folder, [(f"x.{suffix}", tensor) for suffix, tensor in quantized.tensors.items()])
     scheme = weight_format.scheme(quantized, options)
     groups = {"group_0": {"targets": ["Linear"], "weights": dict(scheme.arguments)}}
-    (folder / "config.json").write_text(json.dumps({"quantization_config": {"config_groups": groups}}))
+    (folder / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}})
+    )
     return Source.open("test", str(folder))
 
 
@@ -123,7 +125,9 @@ def test_qwen_block_scales_multiply_and_ragged_edges_are_cropped(tmp_path: Path)
     weight = torch.randn(200, 150).to(torch.float8_e4m3fn)
     scale = torch.rand(2, 2)
     write_checkpoint(tmp_path, [("x.weight", weight), ("x.weight_scale_inv", scale)])
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"weight_block_size": [128, 128]}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}})
+    )
     source = Source.open("test", str(tmp_path))
     restored = source.load(source.weights["x.weight"]).dequantize()
     row, column = torch.arange(200) // 128, torch.arange(150) // 128
@@ -182,6 +186,10 @@ def test_lying_shape_and_group_index_are_refused_when_read(tmp_path: Path) -> No
     ):
         folder = tmp_path / name
         write_checkpoint(folder, list({**good, name: tensor}.items()))
+        arguments = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
+        group = {"targets": ["Linear"], "weights": arguments, "format": "pack-quantized"}
+        declared = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+        (folder / "config.json").write_text(json.dumps({"quantization_config": declared}))
         source = Source.open("test", str(folder))
         with pytest.raises(CheckpointError) as error:
             source.load(source.weights["x.weight"])

@@ -6,8 +6,6 @@ What the server, the command line and the Python interface use. Must never know:
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -20,6 +18,7 @@ import torch
 
 from amalgam.config import Rule, Settings, build_rules
 from amalgam.engine.core import Engine
+from amalgam.engine.memory import peak_memory_bytes
 from amalgam.errors import ConfigError, ConflictError, PlanError
 from amalgam.kernels import ops
 from amalgam.models.context import RoutingObserver
@@ -269,9 +268,3 @@ def choose_device(device_map: str) -> torch.device:
             remedy="Choose cpu or auto, or install a CUDA build of PyTorch.",
         )
     return torch.device("cuda", index)
-
-
-def peak_memory_bytes() -> int:
-    """Most resident memory that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -21,7 +21,8 @@ from amalgam.errors import UnsupportedError
 if TYPE_CHECKING:
     from amalgam import _native
 
-_FLOAT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FLOAT_TYPES = (torch.float32, torch.bfloat16)
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _REMEDY = (
     "Install a C++17 compiler (g++ or clang++) and Python's headers, then run `pip install -e .` in the project's "
     "folder again; until then PyTorch's operators do the work."
@@ -54,15 +55,15 @@ def isa() -> str:
         UnsupportedError: the extension is not available.
         ConfigError: `AMALGAM_NATIVE_ISA` has a value that is not allowed.
     """
-    return _kernels().isa
+    return kernels().isa
 
 
 def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether `rms_norm` takes these tensors; depends on types, devices and the last dimension only."""
     return (
         is_available()
-        and x.dtype in _FLOAT_TYPES
-        and weight.dtype in _FLOAT_TYPES
+        and x.dtype in FLOAT_TYPES
+        and weight.dtype in FLOAT_TYPES
         and x.device.type == weight.device.type == "cpu"
         and x.dim() > 0
         and weight.shape == x.shape[-1:]
@@ -82,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         UnsupportedError: the extension is not available.
         ValueError: other types, devices or shapes.
     """
-    kernels = _kernels()
+    table = kernels()
     if not supports_rms_norm(x, weight):
         raise ValueError(
             f"rms_norm of {x.dtype} {tuple(x.shape)} on {x.device} with a weight of {weight.dtype} "
@@ -92,21 +93,96 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     hidden = weight.numel()
     if out.numel():
-        kernels.rms_norm(
+        table.rms_norm(
             x=x.data_ptr(),
             weight=weight.data_ptr(),
             out=out.data_ptr(),
             rows=x.numel() // hidden,
             hidden=hidden,
             eps=eps,
-            x_dtype=_dtype(x.dtype),
-            weight_dtype=_dtype(weight.dtype),
+            x_dtype=native_dtype(x.dtype),
+            weight_dtype=native_dtype(weight.dtype),
+            threads=torch.get_num_threads(),
+        )
+    return out
+
+
+def supports_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `rotate` takes these tensors."""
+    return (
+        is_available()
+        and x.dtype in FLOAT_TYPES
+        and cos.dtype == sin.dtype == torch.float32
+        and x.device.type == cos.device.type == sin.device.type == "cpu"
+        and x.dim() == 3
+        and cos.shape == sin.shape
+        and cos.shape[0] == x.shape[0]
+        and 2 * cos.shape[1] <= x.shape[2]
+    )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding; see `reference.rotate`."""
+    if not supports_rotate(x, cos, sin):
+        raise ValueError(f"rotate of {x.dtype} {tuple(x.shape)} by {cos.dtype} {tuple(cos.shape)} on {x.device}")
+    tokens, heads, head_dim = x.shape
+    if x.stride()[1:] != (head_dim, 1):
+        x = x.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    if out.numel():
+        kernels().rotate(
+            x=x.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            out=out.data_ptr(),
+            tokens=tokens,
+            token_stride=x.stride(0),
+            heads=heads,
+            head_dim=head_dim,
+            half=cos.shape[1],
+            dtype=native_dtype(x.dtype),
+            threads=torch.get_num_threads(),
+        )
+    return out
+
+
+def supports_swiglu(gate: Tensor, up: Tensor) -> bool:
+    """Whether `swiglu` takes these tensors."""
+    return (
+        is_available()
+        and gate.dtype == up.dtype
+        and gate.dtype in FLOAT_TYPES
+        and gate.device.type == up.device.type == "cpu"
+        and gate.shape == up.shape
+    )
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) × up`; see `reference.swiglu`."""
+    if not supports_swiglu(gate, up):
+        raise ValueError(f"swiglu of {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}")
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if out.numel():
+        kernels().swiglu(
+            gate=gate.data_ptr(),
+            up=up.data_ptr(),
+            out=out.data_ptr(),
+            elements=out.numel(),
+            dtype=native_dtype(out.dtype),
+            threads=torch.get_num_threads(),
         )
     return out
 
 
 @functools.cache
-def _kernels() -> _native.Kernels:
+def kernels() -> _native.Kernels:
+    """The table of compiled functions for this processor.
+
+    Raises:
+        UnsupportedError: the extension is not available.
+    """
     reason = why_unavailable()
     if reason is not None:
         raise UnsupportedError(reason)
@@ -118,7 +194,8 @@ def _kernels() -> _native.Kernels:
 
 
 @functools.cache
-def _dtype(dtype: torch.dtype) -> _native.DType:
+def native_dtype(dtype: torch.dtype) -> _native.DType:
+    """A floating type as the extension calls it."""
     from amalgam import _native
 
-    return _native.DType[_FLOAT_TYPES[dtype]]
+    return _native.DType[_NAMES[dtype]]

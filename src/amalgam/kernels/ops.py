@@ -6,22 +6,13 @@ Semantics, shapes and types of every operator are those of `amalgam.kernels.refe
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from amalgam.kernels import native, reference
-from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import (
-    embedding,
-    layer_norm,
-    linear,
-    moe,
-    paged_attention,
-    per_head,
-    rotate,
-    sigmoid,
-    swiglu,
-    write_kv,
-)
+from amalgam.kernels import native, panels, reference
+from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
+from amalgam.kernels.panels import prepare
+from amalgam.kernels.reference import layer_norm, paged_attention, per_head, sigmoid, write_kv
 
 __all__ = [
     "backends",
@@ -39,10 +30,31 @@ __all__ = [
     "write_kv",
 ]
 
+_COMPILED = frozenset({"embedding", "linear", "moe", "rms_norm", "rotate", "swiglu"})
+_NOT_OPERATORS = frozenset({"backends", "prepare"})
 
-def prepare(weight: PackedWeight) -> PackedWeight:
-    """A linear weight in the layout that the fastest backend on its device reads; the same values."""
-    return weight
+
+def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """See `reference.embedding`."""
+    if panels.supports_embedding(token_ids, weight):
+        return panels.embedding(token_ids, weight, dtype)
+    return reference.embedding(token_ids, weight, dtype)
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """See `reference.linear`."""
+    if panels.supports_linear(x, weight):
+        return panels.linear(x, weight, bias)
+    return reference.linear(x, weight, bias)
+
+
+def moe(
+    x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+) -> Tensor:
+    """See `reference.moe`."""
+    if activation == SWIGLU and panels.supports_moe(x, experts):
+        return panels.moe(x, expert_ids, gate_weights, experts)
+    return reference.moe(x, expert_ids, gate_weights, experts, activation)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -52,7 +64,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return reference.rms_norm(x, weight, eps)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `reference.rotate`."""
+    if native.supports_rotate(x, cos, sin):
+        return native.rotate(x, cos, sin)
+    return reference.rotate(x, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `reference.swiglu`."""
+    if native.supports_swiglu(gate, up):
+        return native.swiglu(gate, up)
+    return reference.swiglu(gate, up)
+
+
 def backends() -> dict[str, str]:
-    """Operator → backend on the CPU: what `GET /model_info` and `amalgam bench` report."""
+    """Operator → backend on the CPU: what `GET /model_info` and `amalgam bench` report.
+
+    Products run compiled where their weight is in panels, which `prepare` makes of every layout that fits.
+    """
     compiled = f"native ({native.isa()})" if native.is_available() else "torch"
-    return {name: compiled if name == "rms_norm" else "torch" for name in __all__ if name != "backends"}
+    return {name: compiled if name in _COMPILED else "torch" for name in __all__ if name not in _NOT_OPERATORS}

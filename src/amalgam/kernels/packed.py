@@ -12,7 +12,18 @@ Runtime layouts (`PackedWeight.layout`), all row-major over `[out, in]`:
               scale:  float [out, in / group_size]
               zero:   uint8 [out, in / group_size], absent when symmetric (then 8)
               group:  int32 [in], the group of each input; absent when input i is in group i // group_size
+    affine4   as int4, but zero: float, always present (HQQ)
+    affine8   weight: uint8 [out, in]; scale, zero (float, always present) and group as affine4
+    cyclic4   weight as int4; scale, zero: float [cycle], both for element e in row-major order at e % cycle
+    cyclic8   weight: uint8 [out, in]; scale, zero as cyclic4
+    table4    weight as int4, an index into table: float32 [16] (NF4, FP4, MXFP4, NVFP4)
+              scale:  float, float8_e4m3fn or float8_e8m0fnu [out, in / group_size]
+              factor: float32 [], multiplies every scale, or divisor: float32 [], divides every scale; or neither
+    X_columns layout X and columns: float32 [in], which multiply the expanded weight (ModelOpt's pre_quant_scale)
     gguf_*    weight: uint8 [out, row_bytes], rows of ggml blocks (`precision.formats.gguf_blocks`, `gguf_k`)
+
+    panels_*  what the native CPU kernels read: int4, int8, fp8, bf16, fp16, fp32 (`csrc/matrix.h` has the drawing)
+              weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
 
 A layout that no kernel knows still works: every packed weight carries the function that expands it.
 """
@@ -27,6 +38,8 @@ from torch import Tensor
 
 Unpack = Callable[["PackedWeight"], Tensor]
 
+FLOATING_LAYOUTS = frozenset({"dense", "panels_bf16", "panels_fp16", "panels_fp32"})
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
@@ -36,8 +49,9 @@ class PackedWeight:
         layout: name of the arrangement; kernels dispatch on it.
         shape: logical shape, `(out, in)` for a linear weight.
         parts: the tensors, named as in the module docstring.
-        block: `(rows, columns)` that share one scale; `(1, group_size)` for int4.
+        block: `(rows, columns)` that share one scale; `(1, group_size)` for layouts with groups.
         unpack: expands to the logical shape in float32 (floating layouts: in their own type); the weight's meaning.
+        native: what the compiled kernels know it by; None in layouts that are not theirs.
     """
 
     layout: str
@@ -45,6 +59,12 @@ class PackedWeight:
     parts: Mapping[str, Tensor]
     unpack: Unpack
     block: tuple[int, int] | None = None
+    native: object = None
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the values are stored as they are, in a floating type of their own."""
+        return self.layout in FLOATING_LAYOUTS
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +97,7 @@ class PackedWeight:
         parts = {name: part.to(device) for name, part in self.parts.items()}
         if all(parts[name] is part for name, part in self.parts.items()):
             return self
+        assert self.native is None, f"{self.layout} is for the CPU only"
         return PackedWeight(self.layout, self.shape, parts, self.unpack, self.block)
 
 

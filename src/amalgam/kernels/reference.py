@@ -89,7 +89,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     Quantized weights are expanded to x's type; a floating weight of another type is not rounded to x's type: the
     product is then computed in the wider of the two.
     """
-    expanded = weight.dequantize(None if weight.layout == "dense" else x.dtype)
+    expanded = weight.dequantize(None if weight.is_floating else x.dtype)
     compute = torch.promote_types(x.dtype, expanded.dtype)
     result = _tiled_product(x.to(compute), expanded.to(compute))
     if bias is not None:

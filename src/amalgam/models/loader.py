@@ -19,10 +19,12 @@ from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
-from amalgam.models.spec import ModelSpec, Slot, read_spec
+from amalgam.kernels.panels import ActivationPrecision
+from amalgam.models.spec import ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
 from amalgam.precision.formats.floating import dense
+from amalgam.precision.fused import FusedTensor
 from amalgam.precision.plan import Choice, Plan
 from amalgam.precision.source import CONFIG_NAME, Source
 
@@ -38,6 +40,9 @@ class PlannedWeight:
     source: Source
     stored: StoredWeight
     quantize_to: WeightFormat | None  # quantize while loading
+    activation: (
+        ActivationPrecision | None
+    )  # what bfloat16 activations become for integer weights; None: nothing is multiplied
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -45,13 +50,20 @@ class PlannedWeight:
         target = self.quantize_to.name if self.quantize_to else None
         return (*self.source.identity(self.stored), target)
 
+    @property
+    def is_expanded(self) -> bool:
+        """Whether it is dequantized while loading: some tools quantize routers, ours work in float32."""
+        return self.slot.role == "router" and not self.stored.is_wide
+
     def load(self, device: torch.device) -> PackedWeight:
         packed = read_weight(self.source, self.stored, self.slot)
         if self.quantize_to is not None:
             quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
             packed = self.quantize_to.pack(quantized, self.slot.shape)
+        if self.is_expanded:
+            packed = dense(packed.dequantize())
         packed = packed.to(device)
-        return ops.prepare(packed) if self.slot.is_linear else packed
+        return packed if self.activation is None else ops.prepare(packed, self.activation)
 
     @property
     def origin(self) -> Origin:
@@ -61,7 +73,7 @@ class PlannedWeight:
             name=self.choice.name,
             slot=self.slot.name,
             source=self.source.name,
-            format=(self.quantize_to or stored.format).name,
+            format="fp32" if self.is_expanded else (self.quantize_to or stored.format).name,
             stored_format=stored.format.name,
             shape=self.slot.shape,
             rule=self.choice.reason,
@@ -99,13 +111,15 @@ class ModelLoader:
         self._inference = inference
         self._mixed = model.mixed_precision
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
-        base = Source.open(BASE_SOURCE, model.base_path)
+        self._base_fused: Sequence[FusedTensor] = ()
+        base = Source.open(BASE_SOURCE, model.base_path, self._fused)
         if not base.config:
             raise CheckpointError(base.config_place, remedy=f"base_path needs a {CONFIG_NAME}.")
         self.base_folder = base.folder
         self.base_metadata = base.store.metadata
         self._base_place = base.config_place
         self.family, self.spec = read_spec(base.config, base.config_place)
+        self._base_fused = self.family.fused
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
         self._sources = {BASE_SOURCE: self._with_logical_names(base)}
 
@@ -185,11 +199,16 @@ class ModelLoader:
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:
-            self._sources[name] = self._with_logical_names(Source.open(name, self._paths[name]))
+            source = Source.open(name, self._paths[name], self._fused)
+            self._sources[name] = self._with_logical_names(source)
         return self._sources[name]
 
     def _with_logical_names(self, source: Source) -> Source:
         return replace(source, weights=self.family.with_optional_prefix(source.weights, self._slots))
+
+    def _fused(self, config: Mapping[str, Any]) -> Sequence[FusedTensor]:
+        """The fused tensors of a source; one without a config.json is of the base checkpoint's family."""
+        return fused_tensors(config) if config else self._base_fused
 
     def _check_weight(self, slot: Slot, choice: Choice) -> PlannedWeight:
         source = self._source(choice.source)
@@ -205,12 +224,16 @@ class ModelLoader:
                 f"Weight {choice.name!r} has shape {list(stored.shape)} in source {choice.source!r} ({source.folder}).",
                 remedy=f"The model's config.json makes it {list(expected)}: is this a checkpoint of the same model?",
             )
-        if not slot.is_linear and not stored.is_wide and slot.role != "embedding":
+        if not slot.is_linear and not stored.is_wide and slot.role not in {"embedding", "router"}:
             raise PlanError(
                 f"Weight {choice.name!r} is stored as {stored.format.name} in source {choice.source!r}.",
                 remedy=f"A {slot.role} must be floating: choose another source for it.",
             )
-        return PlannedWeight(slot, choice, source, stored, self._quantize_to(slot, choice, stored))
+        is_multiplied = (
+            slot.is_linear or slot.role == "router" or (slot.role == "embedding" and self.spec.has_tied_head)
+        )
+        activation = self._inference.activation if is_multiplied else None
+        return PlannedWeight(slot, choice, source, stored, self._quantize_to(slot, choice, stored), activation)
 
     def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WeightFormat | None:
         """`load_in_8bit` and `load_in_4bit` concern wide linear weights that no rule names; the head stays wide."""

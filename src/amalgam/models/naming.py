@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from amalgam.precision.fused import FusedTensor
+
 _LAYER = "model.layers.{}"
 
 DECODER = {
@@ -48,3 +50,21 @@ SHARED_EXPERTS = {
     f"layers.{{}}.mlp.shared.{part}": f"{_LAYER}.mlp.shared_experts.{part}_proj.weight"
     for part in ("gate", "up", "down")
 }
+
+
+def fused_experts(
+    logical: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[FusedTensor, ...]:
+    """All experts of a layer in two tensors, as transformers 5 keeps them in memory and publishes newer models.
+
+    Args:
+        logical: the experts' logical prefix, `model.layers.{}.mlp.experts.{}`.
+    """
+    stored = f"{_LAYER}.mlp.experts"
+    return (
+        FusedTensor(f"{stored}.gate_up_proj", (f"{logical}.{gate}", f"{logical}.{up}")),
+        FusedTensor(f"{stored}.down_proj", (f"{logical}.{down}",)),
+    )
+
+
+FUSED_EXPERTS = fused_experts(f"{_LAYER}.mlp.experts.{{}}")

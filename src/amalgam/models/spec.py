@@ -25,6 +25,7 @@ from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.models.context import BlockContext
 from amalgam.models.rope import Rope
 from amalgam.models.weights import BlockWeights
+from amalgam.precision.fused import FusedTensor
 
 T = TypeVar("T")
 
@@ -191,6 +192,7 @@ class Family:
         names: slot pattern → the published checkpoint's name; `{}` stands for a number, in order.
         ignored: regular expressions of checkpoint tensors that hold no weight.
         optional_prefix: what some checkpoints leave out at the start of all names.
+        fused: checkpoint tensors that hold several weights, or one under another name.
         tiny_config: keyword arguments of the Hugging Face configuration class for the parity test.
     """
 
@@ -200,6 +202,7 @@ class Family:
     names: Mapping[str, str]
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     optional_prefix: str = ""
+    fused: tuple[FusedTensor, ...] = ()
     tiny_config: Mapping[str, Any] = field(default_factory=dict)
 
     def logical_name(self, slot: Slot) -> str:
@@ -319,6 +322,13 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     raise UnsupportedError(
         f"Architecture {describe(architectures[0])} is not supported.", remedy=f"Supported: {known}."
     )
+
+
+def fused_tensors(config: Mapping[str, Any]) -> tuple[FusedTensor, ...]:
+    """The fused tensors of a config's family; none if no family serves it (`Source.open` takes this function)."""
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    return next((family.fused for family in all_families() if name in family.architectures), ())
 
 
 def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]:

@@ -17,17 +17,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from amalgam.checkpoint.store import TensorEntry
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.kernels.packed import PackedWeight
+from amalgam.precision.declared import UNDECLARED, Declared
+from amalgam.precision.fused import TensorPart
 
 WEIGHT_SUFFIX = "weight"
-Read = Callable[[TensorEntry], Tensor]
+# What quantizers store beside a weight for the activations, which stay wide here.
+ACTIVATION_SUFFIXES = frozenset({"input_scale", "input_zero_point", "input_global_scale", "activation_scale"})
+Read = Callable[[TensorPart], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,20 @@ class StoredWeight:
         name: logical name, `model.layers.0.mlp.up_proj.weight`.
         format: the format that recognised it.
         shape: logical shape, `(out, in)` for a linear weight.
-        parts: role (the suffix after the module's name) → tensor.
+        parts: role (the suffix after the module's name) → tensor, or the slice of a fused one.
         block: `(rows, columns)` that share one scale, where the format has scales.
+        bits: of one value, where the format is not wide.
+        declared: what the checkpoint declares for the module.
         arrange: brings the stored rows into the published order; None if they are in it.
     """
 
     name: str
     format: WeightFormat
     shape: tuple[int, ...]
-    parts: Mapping[str, TensorEntry]
+    parts: Mapping[str, TensorPart]
     block: tuple[int, int] | None = None
+    bits: int | None = None
+    declared: Declared = UNDECLARED
     arrange: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -58,6 +65,19 @@ class StoredWeight:
     def is_wide(self) -> bool:
         """Whether the values are stored unquantized."""
         return self.format.is_wide
+
+
+@dataclass(frozen=True)
+class ModuleContext:
+    """What is known of a module besides its tensors' headers.
+
+    Attributes:
+        declared: what the checkpoint declares for it.
+        read: reads one of its tensors; only for small ones that hold shapes and settings instead of weights.
+    """
+
+    declared: Declared
+    read: Read
 
 
 @dataclass(frozen=True)
@@ -97,11 +117,15 @@ class WeightFormat(ABC):
     """Suffixes that a weight of this format always has."""
     optional: frozenset[str] = frozenset()
     """Suffixes that it may have; nothing else may be present."""
+    anchor: str | None = None
+    """Set where the other suffixes are everyday words (`scale`, `shape`): they belong to it only beside this one."""
+    methods: frozenset[str] = frozenset()
+    """The `quant_method`s whose checkpoints hold it; empty: not compared."""
+    number: str | None = None
+    """Kind of the stored values, `int` or `float`; None: not compared."""
 
     @abstractmethod
-    def recognise(
-        self, name: str, parts: Mapping[str, TensorEntry], quantization: Mapping[str, Any]
-    ) -> StoredWeight | None:
+    def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         """The weight that `parts` (whose suffixes fit) hold, or None if another format's.
 
         Raises:
@@ -155,7 +179,24 @@ def get_format(name: str) -> WeightFormat:
     raise UnsupportedError(f"Format {name!r} is unknown.", remedy=f"Known formats: {known}.")
 
 
-def expect_shape(name: str, entry: TensorEntry, allowed: tuple[int, ...]) -> None:
+def owned(tensor: Tensor) -> Tensor:
+    """A contiguous copy that shares nothing with a file's pages."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def finite(stored: StoredWeight, role: str, tensor: Tensor) -> Tensor:
+    """A part's data; raise CheckpointError if it holds NaN or infinity."""
+    wide = tensor if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor.float()
+    if not bool(torch.isfinite(wide).all()):
+        part = stored.parts[role]
+        raise CheckpointError(
+            f"Tensor {part.name!r} of weight {stored.name!r} holds NaN or infinity in {part.file.name}.",
+            remedy="The file is damaged, or its quantization failed: download it again or quantize anew.",
+        )
+    return tensor
+
+
+def expect_shape(name: str, entry: TensorPart, allowed: tuple[int, ...]) -> None:
     """Raise CheckpointError unless a tensor has the shape that its neighbours imply."""
     if entry.shape != allowed:
         raise CheckpointError(
@@ -164,7 +205,16 @@ def expect_shape(name: str, entry: TensorEntry, allowed: tuple[int, ...]) -> Non
         )
 
 
-def expect_dtype(name: str, entry: TensorEntry, allowed: tuple[torch.dtype, ...]) -> None:
+def refuse_part(name: str, entry: TensorPart, remedy: str) -> NoReturn:
+    """Raise CheckpointError about a tensor whose type or shape cannot be."""
+    raise CheckpointError(
+        f"Tensor {entry.name!r} of weight {name!r} has type {str(entry.dtype).removeprefix('torch.')} and shape "
+        f"{list(entry.shape)} in {entry.file.name}.",
+        remedy=remedy,
+    )
+
+
+def expect_dtype(name: str, entry: TensorPart, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise CheckpointError unless a tensor has one of the allowed types."""
     if entry.dtype not in allowed:
         kinds = ", ".join(str(kind).removeprefix("torch.") for kind in allowed)

@@ -1,14 +1,15 @@
 """A source: a checkpoint with a name, its tensors grouped into logical weights.
 
-In: a folder or a `.gguf` file. Out: `Source.weights`, logical name → `StoredWeight`, each recognised by exactly one
-format.
+In: a folder or a `.gguf` file, and which of its tensors are fused. Out: `Source.weights`, logical name →
+`StoredWeight`, each recognised by exactly one format and in agreement with what the checkpoint declares.
 Must never know: layers, families, plans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,26 @@ from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.kernels.packed import PackedWeight
 from amalgam.precision import gguf_config, gguf_names
-from amalgam.precision.format import WEIGHT_SUFFIX, StoredWeight, WeightFormat, all_formats
+from amalgam.precision.declared import Declaration, read_declaration
+from amalgam.precision.format import (
+    WEIGHT_SUFFIX,
+    ModuleContext,
+    Read,
+    StoredWeight,
+    WeightFormat,
+    all_formats,
+)
+from amalgam.precision.fused import FusedTensor, TensorPart, TensorSlice, split_fused, whole_of
 
 CONFIG_NAME = "config.json"
+# config.json → how the checkpoint's fused tensors hold logical weights.
+FusedTable = Callable[[Mapping[str, Any]], Sequence[FusedTensor]]
 # Suffixes that name a tensor of their own rather than a part of `<module>.weight`.
 _WHOLE = frozenset({WEIGHT_SUFFIX, "bias"})
+# Scales of a quantized KV cache and of attention: no weights, and ours is not quantized.
+_CACHE_SUFFIXES = frozenset(
+    {"k_scale", "v_scale", "q_scale", "kv_scale", "prob_output_scale", "k_zero_point", "v_zero_point", "output_scale"}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,20 +62,28 @@ class Source:
     weights: Mapping[str, StoredWeight]
 
     @classmethod
-    def open(cls, name: str, path_or_hub_id: str) -> Source:
-        """Open a checkpoint; reads headers only.
+    def open(cls, name: str, path_or_hub_id: str, fused: FusedTable = lambda config: ()) -> Source:
+        """Open a checkpoint; reads headers, and of some formats the small tensors that hold a weight's shape.
+
+        Args:
+            fused: config.json → its fused tensors (`amalgam.models.spec.fused_tensors`).
 
         Raises:
-            CheckpointError: no such folder, damaged files, or tensors that no format recognises, by name.
+            CheckpointError: no such folder, damaged files, tensors that no format recognises, or that contradict what
+                the checkpoint declares, by name.
+            UnsupportedError: it declares a quantization that is not served.
         """
         folder = resolve(path_or_hub_id)
         store = TensorStore.open(folder)
         config, place = _read_config(store)
-        quantization = config.get("quantization_config") or {}
-        if not isinstance(quantization, Mapping):
-            raise CheckpointError(f"quantization_config in {place} is not an object.")
-        recognise = _recognise_gguf if store.metadata else _recognise_all
-        return cls(name, folder, store, config, place, dict(recognise(store, quantization)))
+        if store.metadata:
+            return cls(name, folder, store, config, place, dict(_recognise_gguf(store)))
+        declaration = read_declaration(folder, config)
+        weights = {
+            name: recognise(name, parts, declaration, reader(store))
+            for name, parts in group_parts(store, fused(config), declaration).items()
+        }
+        return cls(name, folder, store, config, place, weights)
 
     def load(self, stored: StoredWeight) -> PackedWeight:
         """Read and pack one weight, and give the file's pages back.
@@ -67,21 +91,38 @@ class Source:
         Raises:
             CheckpointError: its file has changed since it was opened, or its data contradict its header.
         """
+        plain = reader(self.store)
 
-        def read(entry: TensorEntry) -> Tensor:
-            tensor = self.store.read(entry)
-            return tensor if stored.arrange is None else stored.arrange(tensor)
+        def read(part: TensorPart) -> Tensor:
+            return plain(part) if stored.arrange is None else stored.arrange(plain(part))
 
         try:
             return stored.format.load(stored, read)
         finally:
-            for entry in stored.parts.values():
-                self.store.release(entry)
+            for part in stored.parts.values():
+                self.store.release(whole_of(part))
+
+    def read(self, part: TensorPart) -> Tensor:
+        """A part's data as the file has it; shares the file's pages."""
+        return reader(self.store)(part)
 
     def identity(self, stored: StoredWeight) -> tuple[Any, ...]:
         """Equal for two weights exactly if they come from the same unchanged bytes."""
-        parts = ((entry.offset, entry.nbytes, self.store.identity(entry)) for entry in stored.parts.values())
+        parts = (
+            (part.name, part.offset, part.nbytes, self.store.identity(whole_of(part))) for part in stored.parts.values()
+        )
         return (stored.name, stored.format.name, *parts)
+
+
+def reader(store: TensorStore) -> Read:
+    """Reads tensors and slices of tensors from a store."""
+
+    def read(part: TensorPart) -> Tensor:
+        if isinstance(part, TensorSlice):
+            return part.of(store.read(part.whole))
+        return store.read(part)
+
+    return read
 
 
 def _read_config(store: TensorStore) -> tuple[dict[str, Any], str]:
@@ -97,53 +138,149 @@ def _read_config(store: TensorStore) -> tuple[dict[str, Any], str]:
         return {}, str(error)
 
 
-def _recognise_gguf(store: TensorStore, quantization: Mapping[str, Any]) -> Iterator[tuple[str, StoredWeight]]:
+def _recognise_gguf(store: TensorStore) -> Iterator[tuple[str, StoredWeight]]:
     """Every tensor is a whole weight, or a part of one that holds many; its type is in its header."""
-    formats = all_formats()
     for name, piece in gguf_names.translate(store):
-        stored = _recognise(name, piece.parts, {}, formats)
+        stored = recognise(name, piece.parts, Declaration(), reader(store))
         yield name, replace(stored, arrange=piece.arrange)
 
 
-def _recognise_all(store: TensorStore, quantization: Mapping[str, Any]) -> Iterator[tuple[str, StoredWeight]]:
-    formats = all_formats()
-    for name, parts in _group(store, formats).items():
-        stored = _recognise(name, parts, quantization, formats)
-        yield name, stored
+def group_parts(
+    tensors: Mapping[str, TensorEntry], fused: Sequence[FusedTensor], declaration: Declaration
+) -> dict[str, dict[str, TensorPart]]:
+    """Logical name → role → tensor or slice.
 
-
-def _group(store: TensorStore, formats: tuple[WeightFormat, ...]) -> dict[str, dict[str, TensorEntry]]:
-    """Logical name → suffix → tensor. A module's weight and what belongs to it stand together, all else alone."""
-    companions = {suffix for f in formats for suffix in f.required | f.optional} - _WHOLE
-    groups: dict[str, dict[str, TensorEntry]] = {}
-    for tensor_name, entry in store.items():
-        module, _, suffix = tensor_name.rpartition(".")
-        if module and suffix in companions:
-            groups.setdefault(f"{module}.{WEIGHT_SUFFIX}", {})[suffix] = entry
-        else:
-            groups.setdefault(tensor_name, {})[WEIGHT_SUFFIX] = entry
+    Raises:
+        CheckpointError: a fused tensor has an impossible shape, or a weight is both fused and alone.
+    """
+    block = declaration.default.block
+    pieces, others = split_fused(tensors, fused, block[0] if block else None)
+    groups: dict[str, dict[str, TensorPart]] = {
+        name: {role: tensors[tensor] for role, tensor in roles.items()} for name, roles in group_names(others).items()
+    }
+    for piece in pieces:
+        parts = groups.setdefault(piece.weight, {})
+        if piece.role in parts:
+            raise CheckpointError(
+                f"Weight {piece.weight!r} is stored twice: as {parts[piece.role].name!r} and as {piece.part.name!r}.",
+                remedy="Remove one of them.",
+            )
+        parts[piece.role] = piece.part
     return groups
 
 
-def _recognise(
-    name: str,
-    parts: Mapping[str, TensorEntry],
-    quantization: Mapping[str, Any],
-    formats: tuple[WeightFormat, ...],
-) -> StoredWeight:
-    suffixes = parts.keys()
-    for weight_format in formats:
-        if weight_format.required <= suffixes <= weight_format.required | weight_format.optional:
-            stored = weight_format.recognise(name, parts, quantization)
-            if stored is not None:
-                return stored
-    found = ", ".join(f"{suffix} {str(e.dtype).removeprefix('torch.')} {list(e.shape)}" for suffix, e in parts.items())
+def group_names(tensors: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Logical name → role → tensor, told by names: a module's weight and what belongs to it, all else alone.
+
+    `x.weight_packed` and `x.weight_scale` are parts of `x.weight`; scales of a KV cache are left out.
+    """
+    names = list(tensors)
+    known = set(names)
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        module, role = _split(name, known)
+        if role in _CACHE_SUFFIXES and module:
+            continue
+        if role == WEIGHT_SUFFIX:
+            groups.setdefault(module, {})[WEIGHT_SUFFIX] = name
+        else:
+            groups.setdefault(f"{module}.{WEIGHT_SUFFIX}", {})[role] = name
+    return groups
+
+
+def _split(name: str, known: set[str]) -> tuple[str, str]:
+    """(module, companion suffix), or (name, "weight") for a tensor of its own."""
+    companions, generic = _companions()
+    start = len(name)
+    for _ in range(3):  # `weight.quant_state.bitsandbytes__nf4` is the longest suffix
+        start = name.rfind(".", 0, start)
+        if start <= 0:
+            break
+        module, suffix = name[:start], name[start + 1 :]
+        if suffix in companions or suffix in _CACHE_SUFFIXES:
+            return module, suffix
+        if suffix in generic and f"{module}.{generic[suffix]}" in known:
+            return module, suffix
+    return name, WEIGHT_SUFFIX
+
+
+@cache
+def _companions() -> tuple[frozenset[str], Mapping[str, str]]:
+    """Suffixes that always belong to a weight, and those that do beside an anchor."""
+    formats = all_formats()
+    always = {s for f in formats if f.anchor is None for s in f.required | f.optional} - _WHOLE
+    generic = {s: f.anchor for f in formats if f.anchor is not None for s in (f.required | f.optional) - _WHOLE}
+    return frozenset(always), generic
+
+
+def recognise(name: str, parts: Mapping[str, TensorPart], declaration: Declaration, read: Read) -> StoredWeight:
+    """The weight that `parts` hold, in agreement with its declaration.
+
+    Raises:
+        CheckpointError: no format recognises it, or the declaration says something else.
+    """
+    declared = declaration.of(name.removesuffix(f".{WEIGHT_SUFFIX}"))
+    context = ModuleContext(declared, read)
+    for weight_format in fitting(parts):
+        stored = weight_format.recognise(name, parts, context)
+        if stored is not None:
+            stored = replace(stored, declared=declared)
+            _check_declared(stored)
+            return stored
+    found = ", ".join(f"{e.name} {str(e.dtype).removeprefix('torch.')} {list(e.shape)}" for e in parts.values())
     raise CheckpointError(
         f"Weight {name!r} in {store_name(parts)} has tensors that no format recognises: {found}.",
-        remedy=f"Known formats: {', '.join(sorted({f.name for f in formats}))}.",
+        remedy=f"Known formats: {', '.join(sorted({f.name for f in all_formats()}))}.",
     )
 
 
-def store_name(parts: Mapping[str, TensorEntry]) -> str:
+def fitting(roles: Iterable[str]) -> list[WeightFormat]:
+    """The formats whose suffixes these are."""
+    found = frozenset(roles)
+    return [f for f in all_formats() if f.required <= found <= f.required | f.optional]
+
+
+def _check_declared(stored: StoredWeight) -> None:
+    """Raise CheckpointError if the tensors are not what the checkpoint declares."""
+    declared, weight_format = stored.declared, stored.format
+    if declared.method is None:
+        return
+    if stored.is_wide:
+        if declared.is_quantized and len(stored.shape) == 2 and stored.name.endswith(f".{WEIGHT_SUFFIX}"):
+            _contradict(stored, "quantized", f"plain {weight_format.name}")
+        return
+    if declared.is_quantized is False:
+        _contradict(stored, "not quantized", weight_format.name)
+    if weight_format.methods and declared.method not in weight_format.methods:
+        _contradict(stored, f"quant_method {declared.method}", f"{weight_format.name} of another tool")
+    if None not in (declared.bits, stored.bits) and declared.bits != stored.bits:
+        _contradict(stored, f"{declared.bits} bits", f"{stored.bits} bits")
+    if None not in (declared.number, weight_format.number) and declared.number != weight_format.number:
+        _contradict(stored, f"type {declared.number}", weight_format.name)
+    expected = declared.block_of(stored.shape) if len(stored.shape) == 2 else None
+    if (
+        expected is not None
+        and stored.block is not None
+        and _effective(expected, stored) != _effective(stored.block, stored)
+    ):
+        _contradict(stored, f"a scale per {_words(expected)}", f"one per {_words(stored.block)}")
+
+
+def _effective(block: tuple[int, int], stored: StoredWeight) -> tuple[int, int]:
+    return min(block[0], stored.shape[0]), min(block[1], stored.shape[1])
+
+
+def _words(block: tuple[int, int]) -> str:
+    return f"{block[0]} × {block[1]} weights"
+
+
+def _contradict(stored: StoredWeight, says: str, holds: str) -> None:
+    raise CheckpointError(
+        f"{stored.declared.where} declares {stored.name!r} as {says}, but {store_name(stored.parts)} holds {holds}.",
+        remedy="Do the config and the weights belong to the same checkpoint?",
+    )
+
+
+def store_name(parts: Mapping[str, TensorPart]) -> str:
     """The files that a weight's tensors stand in, for messages."""
-    return ", ".join(sorted({str(entry.file) for entry in parts.values()}))
+    return ", ".join(sorted({str(part.file) for part in parts.values()}))

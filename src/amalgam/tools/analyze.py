@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 from amalgam.checkpoint import TensorStore, read_json, resolve
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
 from amalgam.errors import AmalgamError, CheckpointError, describe
-from amalgam.models.spec import Family, ModelSpec, Slot, read_spec
-from amalgam.precision.format import WEIGHT_SUFFIX, WeightFormat, all_formats
-from amalgam.precision.source import CONFIG_NAME, Source
+from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
+from amalgam.precision.declared import Declaration, read_declaration
+from amalgam.precision.format import WEIGHT_SUFFIX
+from amalgam.precision.source import CONFIG_NAME, Source, fitting, group_names, group_parts, reader, recognise
 from amalgam.tools.roles import ROLES, role_by_name
 
 UNRECOGNISED = "unrecognised"
@@ -29,8 +30,6 @@ UNQUANTIZED = "unquantized"  # as the names say, where no config.json says which
 
 _INDEXES = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-# `quant_method` or `format` of a quantization_config, where the names leave a choice.
-_DECLARED = {"fp8": "fp8", "float-quantized": "fp8", "int-quantized": "int8"}
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.")
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
@@ -192,23 +191,22 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
     if source is not None:
         config, place = source.config, source.config_place
     else:
-        config, place = (
-            read_json(folder, CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {},
-            str(folder / CONFIG_NAME),
-        )
-    quantization = config.get("quantization_config") or {}
-    if not isinstance(quantization, Mapping):
-        raise CheckpointError(
-            f"{place} has quantization_config {describe(quantization)}.", remedy="Expected an object."
-        )
+        place = str(folder / CONFIG_NAME)
+        config = read_json(folder, CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     family, spec, notes = _read_family(config, place)
     slots = {family.logical_name(slot): slot for slot in spec.slots} if family and spec else {}
+    declaration = Declaration()
+    if source is None:
+        try:
+            declaration = read_declaration(folder, config)
+        except AmalgamError as error:
+            notes.append(f"Formats are told without the declared quantization: {error}")
 
     index = _read_index(folder) if source is None else None
     missing = index.missing_shards if index else []
     if index is not None and missing:
         shards = set(index.weight_map.values())
-        found = _by_names(index.weight_map, config, quantization)
+        found = _by_names(index.weight_map, config, declaration)
         notes.append(
             f"{len(missing)} of {len(shards)} shards are missing, for instance {missing[0]}: "
             f"told by the names in {index.name}, bytes by its metadata.total_size, "
@@ -223,7 +221,7 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         num_shards = len(source.store.files)
     else:
         store = TensorStore.open(folder)
-        found = _by_headers(store, quantization, notes)
+        found = _by_headers(store, config, declaration, notes)
         num_shards = len(store.files)
 
     weights = {}
@@ -274,7 +272,7 @@ def _is_gguf(folder: Path) -> bool:
 
 def _read_family(config: Mapping[str, Any], place: str) -> tuple[Family | None, ModelSpec | None, list[str]]:
     if not config:
-        return None, None, [f"There is no {place}: layers and roles are told by the names."]
+        return None, None, [f"Without a configuration ({place}), layers and roles are told by the names."]
     try:
         return *read_spec(config, place), []
     except AmalgamError as error:
@@ -321,59 +319,41 @@ def _read_index(folder: Path) -> _Index | None:
     return _Index(name, weight_map, None if size is None else int(size), missing)
 
 
-def _group(tensors: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Logical name → suffix → tensor: `….weight_packed` and `….weight_scale` belong to `….weight`."""
-    companions = {suffix for f in all_formats() for suffix in f.required | f.optional} - {WEIGHT_SUFFIX, "bias"}
-    groups: dict[str, dict[str, str]] = {}
-    for tensor in tensors:
-        module, _, suffix = tensor.rpartition(".")
-        if module and suffix in companions:
-            groups.setdefault(f"{module}.{WEIGHT_SUFFIX}", {})[suffix] = tensor
-        else:
-            groups.setdefault(tensor, {})[WEIGHT_SUFFIX] = tensor
-    return groups
-
-
-def _fitting(suffixes: Iterable[str]) -> list[WeightFormat]:
-    found = frozenset(suffixes)
-    return [f for f in all_formats() if f.required <= found <= f.required | f.optional]
-
-
-def _by_names(tensors: Iterable[str], config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Weight]:
+def _by_names(tensors: Iterable[str], config: Mapping[str, Any], declaration: Declaration) -> dict[str, Weight]:
     dtype = config.get("dtype") or config.get("torch_dtype")
     wide = _DTYPES.get(dtype, UNQUANTIZED) if isinstance(dtype, str) else UNQUANTIZED
-    declared = {_DECLARED.get(str(quantization.get(key))) for key in ("quant_method", "format")}
+    declared = declaration.default
 
     @cache
-    def format_of(suffixes: frozenset[str]) -> str:
-        if suffixes == {WEIGHT_SUFFIX}:
+    def format_of(roles: frozenset[str]) -> str:
+        if roles == {WEIGHT_SUFFIX}:
             return wide
-        names = [f.name for f in _fitting(suffixes) if not f.is_wide]
-        return " or ".join([n for n in names if n in declared] or names) or UNRECOGNISED
+        formats = [f for f in fitting(roles) if not f.is_wide]
+        if declared.method is not None:  # as far as it leaves a choice
+            formats = [f for f in formats if declared.method in f.methods] or formats
+        if declared.number is not None:
+            formats = [f for f in formats if f.number in (None, declared.number)] or formats
+        return " or ".join(f.name for f in formats) or UNRECOGNISED
 
     return {
         name: Weight(role_by_name(name), format_of(frozenset(parts)), None, None)
-        for name, parts in _group(tensors).items()
+        for name, parts in group_names(tensors).items()
     }
 
 
-def _by_headers(store: TensorStore, quantization: Mapping[str, Any], notes: list[str]) -> dict[str, Weight]:
+def _by_headers(
+    store: TensorStore, config: Mapping[str, Any], declaration: Declaration, notes: list[str]
+) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     problems: list[str] = []
-    for name, tensors in _group(store).items():
-        parts = {suffix: store[tensor] for suffix, tensor in tensors.items()}
+    for name, parts in group_parts(store, fused_tensors(config), declaration).items():
         label, shape = UNRECOGNISED, None
-        why = ", ".join(f"{entry.name} {str(entry.dtype).removeprefix('torch.')}" for entry in parts.values())
         try:
-            recognised = (f.recognise(name, parts, quantization) for f in _fitting(parts))
-            stored = next((weight for weight in recognised if weight is not None), None)
-            if stored is not None:
-                label, shape = stored.format.name, stored.shape
+            stored = recognise(name, parts, declaration, reader(store))
+            label, shape = stored.format.name, stored.shape
         except CheckpointError as error:
-            why = str(error)
-        if label == UNRECOGNISED:
-            problems.append(why)
-        weights[name] = Weight(role_by_name(name), label, shape, sum(entry.nbytes for entry in parts.values()))
+            problems.append(str(error))
+        weights[name] = Weight(role_by_name(name), label, shape, sum(part.nbytes for part in parts.values()))
     if problems:
         notes.append(f"No format recognises {len(problems)} weights, for instance {describe(problems[0], 400)}.")
     return weights

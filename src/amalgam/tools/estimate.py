@@ -10,14 +10,13 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from amalgam.config import Settings
 from amalgam.engine.deployment import choose_device
-from amalgam.engine.runner import available_bytes
+from amalgam.engine.memory import available_bytes, resident_bytes
 from amalgam.errors import AmalgamError
 from amalgam.models.context import KVCache
 from amalgam.models.loader import ModelLoader, PlannedWeight
@@ -128,16 +127,6 @@ def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: t
     inner = max(widths, default=0) + max(experts, default=0) * max(1, spec.num_active_experts)
     per_token = (4 * spec.hidden_size + 2 * inner) * max(dtype.itemsize, _ACCUMULATOR_BYTES)
     return step_tokens * per_token + 2 * batch_size * spec.vocab_size * _ACCUMULATOR_BYTES
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def _uniform(planned: Sequence[PlannedWeight], others: int, process: int, available: int) -> list[UniformEstimate]:

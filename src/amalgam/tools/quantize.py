@@ -21,8 +21,14 @@ from amalgam.checkpoint.writer import new_folder, write_checkpoint
 from amalgam.config import Settings
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.models.loader import Progress, read_weight
-from amalgam.models.spec import Slot, read_spec
-from amalgam.precision.format import QuantizeOptions, Scheme, StoredWeight, WeightFormat, get_format
+from amalgam.models.spec import Slot, fused_tensors, read_spec
+from amalgam.precision.format import (
+    QuantizeOptions,
+    Scheme,
+    StoredWeight,
+    WeightFormat,
+    get_format,
+)
 from amalgam.precision.source import CONFIG_NAME, Source
 
 # What makes a folder usable besides weights: tokenizer, chat template, generation defaults.
@@ -75,7 +81,7 @@ def quantize_checkpoint(
         ConfigError: an option that the format does not take, or a group size that does not divide.
     """
     weight_format = get_format(format_name)
-    source = Source.open("base", checkpoint)
+    source = Source.open("base", checkpoint, fused_tensors)
     if not source.config:
         raise CheckpointError(source.config_place, remedy=f"The model's sizes stand in {CONFIG_NAME}.")
     family, spec = read_spec(source.config, source.config_place)
@@ -84,9 +90,11 @@ def quantize_checkpoint(
     missing = [name for name in slots if name not in source.weights]
     if missing:
         raise CheckpointError(f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.")
-    if not any(slot.is_linear and source.weights[name].is_wide for name, slot in slots.items()):
+    narrow = [name for name in slots if not source.weights[name].is_wide]
+    if narrow:
         raise CheckpointError(
-            f"{source.folder} is quantized already.", remedy="Give the bf16, fp16 or fp32 checkpoint."
+            f"{source.folder} is quantized already: {len(narrow)} weights, for instance {narrow[0]!r}.",
+            remedy="Give the bf16, fp16 or fp32 checkpoint.",
         )
     writer = _Quantizer(source, weight_format, options, QuantizeReport(out_folder, format_name), progress)
     with new_folder(out_folder) as temporary:
@@ -136,18 +144,10 @@ class _Quantizer:
         done = 0
         for name, slot in slots.items():
             stored = self._source.weights[name]
-            if slot.is_linear and slot.role != "head" and stored.is_wide:
+            if slot.is_linear and slot.role != "head":
                 yield from self._quantize(name, slot, stored)
-            elif stored.is_wide:
-                yield name, self._source.load(stored).dense
             else:
-                for entry in stored.parts.values():
-                    if entry.encoding is not None:
-                        raise CheckpointError(
-                            f"Weight {name!r} is {entry.encoding} in {entry.file}, which safetensors cannot hold.",
-                            remedy="Quantize from a GGUF file of F32, F16 or BF16.",
-                        )
-                    yield entry.name, self._source.store.read(entry.name)
+                yield name, self._source.load(stored).dense
                 self._count(slot, stored.nbytes, stored.nbytes)
             done += stored.nbytes
             if self._progress is not None:

@@ -1,7 +1,9 @@
+#include "activations.h"
+#include "product.h"
 #include "rms_norm.h"
 
 namespace amalgam {
 
-const Kernels kPortableKernels = {"portable", rms_norm};
+const Kernels kPortableKernels = {"portable", convert, product, gate_up, combine, expand, rms_norm, rotate, swiglu};
 
 }  // namespace amalgam

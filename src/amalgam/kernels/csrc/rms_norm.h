@@ -6,52 +6,14 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "float_types.h"
 #include "kernels.h"
 
 namespace amalgam {
-// Internal linkage on purpose: each translation unit needs its own code, compiled for its own instruction set. With
-// external linkage the linker would keep one copy for all, and AVX-512 code could run on a machine without it.
 namespace {
 
 constexpr int kLanes = 16;
-
-struct Bfloat16 {
-    uint16_t bits;
-};
-
-inline float widen(float value) { return value; }
-
-inline float widen(Bfloat16 value) {
-    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-inline void narrow(float value, float* out) { *out = value; }
-
-// To nearest, ties to even; a NaN stays a quiet NaN.
-inline void narrow(float value, Bfloat16* out) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    out->bits = static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded);
-}
-
-// The value as X holds it; exact, and so without work, where X is at least as wide as T.
-template <class X, class T>
-inline float round_to(T value) {
-    if constexpr (sizeof(X) < sizeof(T)) {
-        X narrowed;
-        narrow(value, &narrowed);
-        return widen(narrowed);
-    } else {
-        return widen(value);
-    }
-}
 
 template <class X>
 float sum_of_squares(const X* x, int64_t size) {
@@ -74,11 +36,11 @@ float sum_of_squares(const X* x, int64_t size) {
 }
 
 template <class X, class W>
-void rms_norm_rows(const RmsNormArgs& args) {
-    const X* x = static_cast<const X*>(args.x);
+void rms_norm_rows(const RmsNormArgs& args, int64_t first, int64_t end) {
     const W* weight = static_cast<const W*>(args.weight);
-    X* out = static_cast<X*>(args.out);
-    for (int64_t row = 0; row < args.rows; ++row, x += args.hidden, out += args.hidden) {
+    for (int64_t row = first; row < end; ++row) {
+        const X* x = static_cast<const X*>(args.x) + row * args.hidden;
+        X* out = static_cast<X*>(args.out) + row * args.hidden;
         const float mean = sum_of_squares(x, args.hidden) / static_cast<float>(args.hidden);
         const float scale = 1.0f / std::sqrt(mean + args.eps);
         for (int64_t i = 0; i < args.hidden; ++i) {
@@ -88,19 +50,19 @@ void rms_norm_rows(const RmsNormArgs& args) {
 }
 
 template <class X>
-void rms_norm_rows(const RmsNormArgs& args) {
+void rms_norm_rows(const RmsNormArgs& args, int64_t first, int64_t end) {
     if (args.weight_dtype == DType::kFloat32) {
-        rms_norm_rows<X, float>(args);
+        rms_norm_rows<X, float>(args, first, end);
     } else {
-        rms_norm_rows<X, Bfloat16>(args);
+        rms_norm_rows<X, Bfloat16>(args, first, end);
     }
 }
 
-void rms_norm(const RmsNormArgs& args) {
+void rms_norm(const RmsNormArgs& args, int64_t first, int64_t end) {
     if (args.x_dtype == DType::kFloat32) {
-        rms_norm_rows<float>(args);
+        rms_norm_rows<float>(args, first, end);
     } else {
-        rms_norm_rows<Bfloat16>(args);
+        rms_norm_rows<Bfloat16>(args, first, end);
     }
 }
 

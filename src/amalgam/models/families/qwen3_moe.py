@@ -6,7 +6,7 @@ from amalgam.models.families.llama import read_model
 from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.families.qwen3 import read_qwen3_attention
 from amalgam.models.layers import Attention, DenseMlp, SoftmaxRouter, SparseMoe
-from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, HEAD_NORMS, MLP
+from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, HEAD_NORMS, MLP
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
 
 
@@ -41,6 +41,7 @@ FAMILY = Family(
     architectures=("Qwen3MoeForCausalLM",),
     read_spec=_read_spec,
     names={**DECODER, **ATTENTION, **HEAD_NORMS, **MLP, **EXPERTS},
+    fused=FUSED_EXPERTS,
     tiny_config={
         "num_key_value_heads": 2,
         "head_dim": 32,

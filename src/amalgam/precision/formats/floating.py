@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from amalgam.checkpoint.store import TensorEntry
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import unpack_dense
-from amalgam.precision.format import WEIGHT_SUFFIX, QuantizeOptions, Read, StoredWeight, WeightFormat
+from amalgam.precision.format import (
+    WEIGHT_SUFFIX,
+    ModuleContext,
+    QuantizeOptions,
+    Read,
+    StoredWeight,
+    WeightFormat,
+    owned,
+)
+from amalgam.precision.fused import TensorPart
 
 
 class Floating(WeightFormat):
@@ -23,14 +30,12 @@ class Floating(WeightFormat):
         self.name = name
         self.dtype = dtype
 
-    def recognise(
-        self, name: str, parts: Mapping[str, TensorEntry], quantization: Mapping[str, Any]
-    ) -> StoredWeight | None:
+    def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         entry = parts[WEIGHT_SUFFIX]
         return StoredWeight(name, self, entry.shape, parts) if entry.dtype == self.dtype else None
 
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
-        return dense(read(stored.parts[WEIGHT_SUFFIX]).clone())
+        return dense(owned(read(stored.parts[WEIGHT_SUFFIX])))
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         return math.prod(shape) * self.dtype.itemsize

@@ -19,17 +19,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from amalgam.checkpoint.gguf import BLOCK_TYPES, BlockType
-from amalgam.checkpoint.store import TensorEntry
 from amalgam.errors import CheckpointError
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import pack_nibbles, unpack_int4, unpack_scaled8
-from amalgam.precision.format import WEIGHT_SUFFIX, QuantizeOptions, Read, StoredWeight, WeightFormat
+from amalgam.precision.format import WEIGHT_SUFFIX, ModuleContext, QuantizeOptions, Read, StoredWeight, WeightFormat
+from amalgam.precision.fused import TensorPart
 
 Decode = Callable[[Tensor], Tensor]
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
@@ -53,9 +52,7 @@ class GgufFormat(WeightFormat):
         self._decode = decode
         self._halves = halves
 
-    def recognise(
-        self, name: str, parts: Mapping[str, TensorEntry], quantization: Mapping[str, Any]
-    ) -> StoredWeight | None:
+    def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         entry = parts[WEIGHT_SUFFIX]
         if entry.encoding != self.type.name:
             return None
@@ -74,7 +71,7 @@ class GgufFormat(WeightFormat):
         self.check_finite(stored.name, entry, raw)
         return self._pack(raw, stored.shape)
 
-    def check_finite(self, name: str, entry: TensorEntry, raw: Tensor) -> None:
+    def check_finite(self, name: str, entry: TensorPart, raw: Tensor) -> None:
         """Raise CheckpointError if a tensor of this type has a scale that is no number."""
         if not self._is_finite(raw.reshape(-1, self.type.num_bytes)):
             raise CheckpointError(

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from amalgam.checkpoint.store import TensorEntry
 from amalgam.errors import CheckpointError
 from amalgam.kernels.packed import PackedWeight
-from amalgam.precision.format import QuantizeOptions, Read, StoredWeight, WeightFormat, get_format
+from amalgam.precision.format import ModuleContext, QuantizeOptions, Read, StoredWeight, WeightFormat, get_format
 from amalgam.precision.formats.floating import dense
 from amalgam.precision.formats.gguf_blocks import TYPES, GgufFormat
+from amalgam.precision.fused import TensorPart
 
 KEY_PART, VALUE_PART = "gguf_k_b", "gguf_v_b"
 
@@ -33,9 +32,7 @@ class GgufLatent(WeightFormat):
     name = "gguf_latent"
     required = frozenset({KEY_PART, VALUE_PART})
 
-    def recognise(
-        self, name: str, parts: Mapping[str, TensorEntry], quantization: Mapping[str, Any]
-    ) -> StoredWeight | None:
+    def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         key, value = parts[KEY_PART], parts[VALUE_PART]
         key_shape, value_shape = _logical_shape(key), _logical_shape(value)
         if (
@@ -65,11 +62,11 @@ class GgufLatent(WeightFormat):
         return math.prod(shape) * torch.float32.itemsize
 
 
-def _logical_shape(entry: TensorEntry) -> tuple[int, ...]:
+def _logical_shape(entry: TensorPart) -> tuple[int, ...]:
     return entry.shape if entry.encoding is None else TYPES[entry.encoding].logical_shape(entry.shape)
 
 
-def _expand(name: str, entry: TensorEntry, raw: Tensor) -> Tensor:
+def _expand(name: str, entry: TensorPart, raw: Tensor) -> Tensor:
     if entry.encoding is None:
         return raw
     weight_format = get_format(f"gguf_{entry.encoding.lower()}")

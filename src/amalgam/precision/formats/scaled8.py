@@ -1,8 +1,9 @@
 """8-bit weights with scales: fp8 (E4M3) and int8, per tensor, per output channel, per group or per block.
 
-Published as compressed-tensors `float-quantized` and `int-quantized` (`weight`, `weight_scale`) and as DeepSeek's and
-Qwen's fp8 (`weight`, `weight_scale_inv`, which despite its name multiplies). `value × scale` is the weight. Activation
-scales may be present and are not used: activations stay wide.
+Published as compressed-tensors `float-quantized` and `int-quantized`, by ModelOpt, fbgemm and AutoFP8 (`weight`,
+`weight_scale`), and as DeepSeek's and Qwen's fp8 (`weight`, `weight_scale_inv`, which despite its name multiplies).
+`(value - weight_zero_point) × scale` is the weight; only compressed-tensors' int8 has zero points. ModelOpt's
+`pre_quant_scale` multiplies the inputs. Scales of activations are not used: activations stay wide.
 
 fp8 values: OCP E4M3 without infinities, largest 448. Scales are made as compressed-tensors makes them:
 amax / 448 for fp8, amax / 127.5 for int8 (rounded half to even, clamped to -128..127).
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.checkpoint.store import TensorEntry
 from amalgam.errors import CheckpointError, ConfigError
+from amalgam.kernels.layouts import scale_columns, unpack_affine8
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import unpack_scaled8
+from amalgam.precision.declared import Declared
 from amalgam.precision.format import (
+    ACTIVATION_SUFFIXES,
     WEIGHT_SUFFIX,
+    ModuleContext,
     Quantized,
     QuantizeOptions,
     Read,
@@ -30,7 +34,12 @@ from amalgam.precision.format import (
     StoredWeight,
     WeightFormat,
     expect_dtype,
+    expect_shape,
+    finite,
+    owned,
+    refuse_part,
 )
+from amalgam.precision.fused import TensorPart
 
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,40 +50,60 @@ class Scaled8(WeightFormat):
     """8-bit values times scales."""
 
     can_quantize = True
-    optional = frozenset({*SCALE_NAMES, "input_scale"})
+    optional = frozenset({*SCALE_NAMES, "weight_zero_point", "pre_quant_scale", *ACTIVATION_SUFFIXES})
+    methods = frozenset({"compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "auto-round"})
 
     def __init__(self, name: str, dtype: torch.dtype, largest: float, divisor: float, scales: tuple[str, ...]) -> None:
         self.name = name
         self.dtype = dtype
         self.scales = scales
+        self.number = "float" if dtype.is_floating_point else "int"
         self._largest = largest
         self._divisor = divisor
 
-    def recognise(
-        self, name: str, parts: Mapping[str, TensorEntry], quantization: Mapping[str, Any]
-    ) -> StoredWeight | None:
+    def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         weight = parts[WEIGHT_SUFFIX]
         if weight.dtype != self.dtype:
             return None
         scales = [suffix for suffix in SCALE_NAMES if suffix in parts]
-        if len(scales) != 1 or len(weight.shape) != 2:
+        if len(scales) != 1 or len(weight.shape) != 2 or 0 in weight.shape:
             raise CheckpointError(
                 f"Weight {name!r} has type {self.name} and shape {list(weight.shape)} with scales {scales} "
                 f"in {weight.file.name}.",
                 remedy="Expected two dimensions and exactly one of weight_scale, weight_scale_inv.",
             )
         scale = parts[scales[0]]
-        expect_dtype(name, scale, SCALE_DTYPES)
-        block = _block(name, weight.shape, scale, _declared_block(quantization))
-        return StoredWeight(name, self, weight.shape, parts, block)
+        powers = (torch.float8_e8m0fnu, *((torch.uint8,) if context.declared.layout == "ue8m0" else ()))
+        expect_dtype(name, scale, SCALE_DTYPES + (powers if self.number == "float" else ()))
+        block = _block(name, (weight.shape[0], weight.shape[1]), scale, context.declared)
+        if "weight_zero_point" in parts:
+            zero = parts["weight_zero_point"]
+            if self.number == "float" or block[0] not in (1, weight.shape[0]):
+                refuse_part(name, zero, "Only int8 per tensor, channel or group has zero points.")
+            expect_dtype(name, zero, (torch.int8,))
+            expect_shape(name, zero, scale.shape)
+        if "pre_quant_scale" in parts:
+            expect_dtype(name, parts["pre_quant_scale"], SCALE_DTYPES)
+            expect_shape(name, parts["pre_quant_scale"], (weight.shape[1],))
+        return StoredWeight(name, self, weight.shape, parts, block, 8)
 
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         assert stored.block is not None
-        scale = next(read(stored.parts[suffix]) for suffix in SCALE_NAMES if suffix in stored.parts)
-        grid = _scale_grid(stored.shape, stored.block)
-        return self._packed(
-            read(stored.parts[WEIGHT_SUFFIX]).clone(), scale.float().reshape(grid).clone(), stored.block
-        )
+        role = next(suffix for suffix in SCALE_NAMES if suffix in stored.parts)
+        scale = read(stored.parts[role])
+        if scale.dtype == torch.uint8:
+            scale = scale.view(torch.float8_e8m0fnu)
+        scale = finite(stored, role, owned(scale.float()).reshape(_scale_grid(stored.shape, stored.block)))
+        weight = owned(read(stored.parts[WEIGHT_SUFFIX]))
+        if "weight_zero_point" in stored.parts:
+            zero = read(stored.parts["weight_zero_point"]).float().reshape(scale.shape)
+            packed = _asymmetric(weight, scale, zero, stored.block)
+        else:
+            packed = self._packed(weight, scale, stored.block)
+        if "pre_quant_scale" in stored.parts:
+            columns = finite(stored, "pre_quant_scale", read(stored.parts["pre_quant_scale"]))
+            return scale_columns(packed, owned(columns))
+        return packed
 
     def pack(self, quantized: Quantized, shape: tuple[int, ...]) -> PackedWeight:
         scale = quantized.tensors["weight_scale"].float()
@@ -138,35 +167,46 @@ def _scale_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, in
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
-def _declared_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block size that the checkpoint declares: the shapes alone cannot tell it at ragged edges."""
-    declared = quantization.get("weight_block_size")
-    if declared is None:
-        for group in (quantization.get("config_groups") or {}).values():
-            declared = declared or ((group or {}).get("weights") or {}).get("block_structure")
-    if isinstance(declared, str):
-        declared = [int(part) for part in declared.lower().split("x") if part.isdigit()]
-    if not isinstance(declared, list) or len(declared) != 2:
-        return None
-    return int(declared[0]), int(declared[1])
+def _asymmetric(weight: Tensor, scale: Tensor, zero: Tensor, block: tuple[int, int]) -> PackedWeight:
+    """int8 with zero points: bytes and zero points both raised by 128."""
+    rows = weight.shape[0]
+    parts = {
+        "weight": (weight.view(torch.uint8) ^ 128),
+        "scale": owned(scale.expand(rows, -1)),
+        "zero": owned((zero + 128).expand(rows, -1)),
+    }
+    return PackedWeight("affine8", tuple(weight.shape), parts, unpack_affine8, (1, block[1]))
 
 
-def _block(name: str, shape: tuple[int, ...], scale: TensorEntry, declared: tuple[int, int] | None) -> tuple[int, int]:
-    """Which weights share a scale, from the scale's shape."""
+def _block(name: str, shape: tuple[int, int], scale: TensorPart, declared: Declared) -> tuple[int, int]:
+    """Which weights share a scale: as declared, else told by the scale's shape."""
+    expected = declared.block_of(shape)
+    block = _block_of_shape(shape, scale.shape, expected)
+    if block is None:
+        wanted = "one scale, one per row, or one per group of columns (blocks need a declaration)"
+        if expected is not None:
+            wanted = f"a scale per {expected[0]} × {expected[1]} weights, as declared"
+        refuse_part(name, scale, f"A weight of shape {list(shape)} takes {wanted}.")
+    return block
+
+
+def _block_of_shape(
+    shape: tuple[int, int], found: tuple[int, ...], expected: tuple[int, int] | None
+) -> tuple[int, int] | None:
     rows, columns = shape
-    if math.prod(scale.shape) == 1:
+    if len(found) == 4 and found[1] == found[3] == 1:  # ModelOpt's blocks
+        found = (found[0], found[2])
+    if expected is not None:
+        grid = _scale_grid(shape, expected)
+        if found == grid or (math.prod(found) == math.prod(grid) and (1 in grid and len(found) < 2)):
+            return expected
+    elif math.prod(found) == 1:
         return rows, columns
-    if scale.shape in ((rows,), (rows, 1)):
+    elif found in ((rows,), (rows, 1)):
         return 1, columns
-    if declared is not None and scale.shape == _scale_grid(shape, declared):
-        return declared
-    if len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] > 0 and columns % scale.shape[1] == 0:
-        return 1, columns // scale.shape[1]
-    raise CheckpointError(
-        f"Scale {scale.name!r} of weight {name!r} has shape {list(scale.shape)} in {scale.file.name}.",
-        remedy=f"A weight of shape {list(shape)} takes one scale, one per row, one per group of columns, "
-        f"or one per block of the declared size ({declared or 'none declared'}).",
-    )
+    elif len(found) == 2 and found[0] == rows and found[1] > 0 and columns % found[1] == 0:
+        return 1, columns // found[1]
+    return None
 
 
 FORMATS = (

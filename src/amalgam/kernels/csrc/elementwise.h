@@ -1,0 +1,114 @@
+// Work on activations one element at a time: SwiGLU, rotary embedding, the weighted sum over experts.
+#pragma once
+
+#include <limits>
+
+#include "float_types.h"
+#include "kernels.h"
+
+namespace amalgam {
+namespace {
+
+// e^x to 2 units in the last place (range reduction and polynomial of the Cephes library), the same bits wherever the
+// compiler vectorises it. Above 88 it is infinite, below -87 it stays at the smallest normal results.
+inline float exponential(float argument) {
+    float x = argument > 88.0f ? 88.0f : argument;
+    x = x < -87.0f ? -87.0f : x;
+    constexpr float kRounder = 12582912.0f;
+    const float shifted = x * 1.44269504088896341f + kRounder;
+    const float power = shifted - kRounder;
+    const float r = (x - power * 0.693359375f) - power * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const float mantissa = (p * (r * r) + r) + 1.0f;
+    const float result = mantissa * as_float((as_bits(shifted) - as_bits(kRounder) + 127) << 23);
+    return argument > 88.0f ? std::numeric_limits<float>::infinity() : result;
+}
+
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+template <class T>
+void swiglu_range(const SwigluArgs& args, int64_t first, int64_t end) {
+    const T* gate = static_cast<const T*>(args.gate);
+    const T* up = static_cast<const T*>(args.up);
+    T* out = static_cast<T*>(args.out);
+    for (int64_t i = first; i < end; ++i) {
+        T rounded;
+        narrow(silu(widen(gate[i])), &rounded);
+        narrow(widen(rounded) * widen(up[i]), &out[i]);
+    }
+}
+
+void swiglu(const SwigluArgs& args, int64_t first, int64_t end) {
+    if (args.dtype == DType::kFloat32) {
+        swiglu_range<float>(args, first, end);
+    } else {
+        swiglu_range<Bfloat16>(args, first, end);
+    }
+}
+
+template <class T>
+void rotate_tokens(const RotateArgs& args, int64_t first, int64_t end) {
+    const int64_t half = args.half;
+    for (int64_t token = first; token < end; ++token) {
+        const T* x = static_cast<const T*>(args.x) + token * args.token_stride;
+        T* out = static_cast<T*>(args.out) + token * args.heads * args.head_dim;
+        const float* cos = args.cos + token * half;
+        const float* sin = args.sin + token * half;
+        for (int64_t head = 0; head < args.heads; ++head, x += args.head_dim, out += args.head_dim) {
+            for (int64_t i = 0; i < half; ++i) {
+                const float a = widen(x[i]), b = widen(x[half + i]);
+                narrow(a * cos[i] - b * sin[i], &out[i]);
+                narrow(b * cos[i] + a * sin[i], &out[half + i]);
+            }
+            for (int64_t i = 2 * half; i < args.head_dim; ++i) out[i] = x[i];
+        }
+    }
+}
+
+void rotate(const RotateArgs& args, int64_t first_token, int64_t end_token) {
+    if (args.dtype == DType::kFloat32) {
+        rotate_tokens<float>(args, first_token, end_token);
+    } else {
+        rotate_tokens<Bfloat16>(args, first_token, end_token);
+    }
+}
+
+template <class Out>
+void combine_tokens(const CombineArgs& args, int64_t first, int64_t end) {
+    constexpr int64_t kPart = 256;
+    for (int64_t token = first; token < end; ++token) {
+        const int32_t* slots = args.slots + token * args.num_active;
+        const float* weights = args.gate_weights + token * args.num_active;
+        Out* out = static_cast<Out*>(args.out) + token * args.hidden;
+        for (int64_t start = 0; start < args.hidden; start += kPart) {
+            const int64_t count = args.hidden - start < kPart ? args.hidden - start : kPart;
+            float total[kPart];
+            for (int64_t k = 0; k < args.num_active; ++k) {
+                const float* part = args.parts + slots[k] * args.hidden + start;
+                const float weight = weights[k];
+                if (k == 0) {
+                    for (int64_t i = 0; i < count; ++i) total[i] = part[i] * weight;
+                } else {
+                    for (int64_t i = 0; i < count; ++i) total[i] += part[i] * weight;
+                }
+            }
+            for (int64_t i = 0; i < count; ++i) narrow(total[i], &out[start + i]);
+        }
+    }
+}
+
+void combine(const CombineArgs& args, int64_t first_token, int64_t end_token) {
+    if (args.out_dtype == DType::kFloat32) {
+        combine_tokens<float>(args, first_token, end_token);
+    } else {
+        combine_tokens<Bfloat16>(args, first_token, end_token);
+    }
+}
+
+}  // namespace
+}  // namespace amalgam

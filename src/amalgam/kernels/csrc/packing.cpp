@@ -1,0 +1,224 @@
+#include "packing.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "arena.h"
+#include "float_types.h"
+#include "pool.h"
+
+namespace amalgam {
+namespace {
+
+int64_t align(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
+
+// Spreads four nibbles over the low halves of four bytes.
+uint32_t spread(uint32_t nibbles) {
+    nibbles = (nibbles | nibbles << 8) & 0x00ff00ff;
+    return (nibbles | nibbles << 4) & 0x0f0f0f0f;
+}
+
+// Four bytes of a row → one lane of a line.
+template <Format F>
+uint32_t encode(uint32_t word) {
+    if constexpr (F == Format::kInt4) return spread(word & 0xffff) | spread(word >> 16) << 4;
+    if constexpr (F == Format::kInt8) return word ^ 0x80808080;
+    if constexpr (F == Format::kFp8) return (word & 0xff0000ff) | (word >> 8 & 0xff00) | (word & 0xff00) << 8;
+    return word;
+}
+
+// The high bit of each byte that is an E4M3 NaN.
+uint32_t fp8_nan(uint32_t word) { return ((word & 0x7f7f7f7f) + 0x01010101) & 0x80808080; }
+
+uint32_t load_partial(const uint8_t* from, int64_t bytes) {
+    uint32_t word = 0;
+    std::memcpy(&word, from, static_cast<size_t>(bytes));
+    return word;
+}
+
+// Up to 16 rows of `row_bytes` bytes → the lines of one panel. Returns false at a NaN of fp8.
+template <Format F>
+bool pack_panel(const uint8_t* rows, int64_t num_rows, int64_t row_bytes, int64_t num_lines, uint8_t* out) {
+    auto* lanes = reinterpret_cast<uint32_t*>(out);
+    const int64_t full_lines = row_bytes / 4;
+    uint32_t nan = 0;
+    for (int64_t line = 0; line < num_lines; ++line, lanes += kPanelRows) {
+        const int64_t bytes = line < full_lines ? 4 : std::max<int64_t>(row_bytes - 4 * line, 0);
+        for (int64_t row = 0; row < kPanelRows; ++row) {
+            const uint8_t* from = rows + row * row_bytes + 4 * line;
+            const uint32_t word = row < num_rows ? load_partial(from, bytes) : 0;
+            if (F == Format::kFp8) nan |= fp8_nan(word);
+            lanes[row] = encode<F>(word);
+        }
+    }
+    return nan == 0;
+}
+
+// Whole panels, the bulk of every weight: no tests inside the loop.
+template <Format F>
+bool pack_whole_panel(const uint8_t* rows, int64_t row_bytes, uint8_t* out) {
+    auto* lanes = reinterpret_cast<uint32_t*>(out);
+    uint32_t nan = 0;
+    for (int64_t line = 0; line < row_bytes / 4; ++line, lanes += kPanelRows) {
+        for (int64_t row = 0; row < kPanelRows; ++row) {
+            uint32_t word;
+            std::memcpy(&word, rows + row * row_bytes + 4 * line, sizeof word);
+            if (F == Format::kFp8) nan |= fp8_nan(word);
+            lanes[row] = encode<F>(word);
+        }
+    }
+    return nan == 0;
+}
+
+template <Format F>
+bool pack_lines(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
+    const int64_t row_bytes = (matrix.columns * Matrix::bits(F) + 7) / 8;
+    const int64_t num_lines = matrix.panel_bytes() / kLineBytes;
+    std::vector<uint8_t> ordered;
+    for (int64_t panel = 0; panel < matrix.num_panels(); ++panel, out += matrix.panel_bytes()) {
+        const int64_t num_rows = std::min<int64_t>(kPanelRows, matrix.rows - panel * kPanelRows);
+        const uint8_t* rows = weight + panel * kPanelRows * row_bytes;
+        if (matrix.order != nullptr) {
+            ordered.assign(static_cast<size_t>(num_rows * row_bytes), 0);
+            for (int64_t row = 0; row < num_rows; ++row) {
+                for (int64_t i = 0; i < matrix.columns; ++i) {
+                    const int32_t source = matrix.order[i];
+                    const int nibble = rows[row * row_bytes + source / 2] >> source % 2 * 4 & 15;
+                    ordered[static_cast<size_t>(row * row_bytes + i / 2)] |= static_cast<uint8_t>(nibble << i % 2 * 4);
+                }
+            }
+            rows = ordered.data();
+        }
+        const bool is_whole = num_rows == kPanelRows && row_bytes == 4 * num_lines;
+        const bool is_packed = is_whole ? pack_whole_panel<F>(rows, row_bytes, out)
+                                        : pack_panel<F>(rows, num_rows, row_bytes, num_lines, out);
+        if (!is_packed) return false;
+    }
+    return true;
+}
+
+bool pack_lines(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
+    switch (matrix.format) {
+        case Format::kInt4:
+            return pack_lines<Format::kInt4>(matrix, weight, out);
+        case Format::kInt8:
+            return pack_lines<Format::kInt8>(matrix, weight, out);
+        case Format::kFp8:
+            return pack_lines<Format::kFp8>(matrix, weight, out);
+        case Format::kBfloat16:
+        case Format::kFloat16:
+            return pack_lines<Format::kBfloat16>(matrix, weight, out);
+        default:
+            return pack_lines<Format::kFloat32>(matrix, weight, out);
+    }
+}
+
+// [grid rows, groups] → [panels, groups, lanes].
+template <class T>
+void pack_grid(const Matrix& matrix, const T* grid, int64_t block_rows, int lanes, T* out) {
+    for (int64_t panel = 0; panel < matrix.num_panels(); ++panel) {
+        for (int64_t group = 0; group < matrix.num_groups; ++group) {
+            for (int lane = 0; lane < lanes; ++lane) {
+                const int64_t row = panel * kPanelRows + lane;
+                *out++ = row < matrix.rows ? grid[row / block_rows * matrix.num_groups + group] : T{};
+            }
+        }
+    }
+}
+
+}  // namespace
+
+PackedMatrix::PackedMatrix(const PackArgs& args) {
+    matrix_.format = args.format;
+    matrix_.rows = args.rows;
+    matrix_.columns = args.columns;
+    matrix_.quantizes = args.quantizes;
+    matrix_.num_groups = args.scale != nullptr ? args.scale_columns : 0;
+    matrix_.group = matrix_.num_groups > 1 ? args.block_columns : matrix_.padded_columns();
+    matrix_.scale_dtype = args.scale_dtype;
+    matrix_.scale_lanes = args.scale_rows == 1 || args.block_rows % kPanelRows == 0 ? 1 : kPanelRows;
+    const int64_t panels = matrix_.num_panels(), grid = panels * matrix_.num_groups;
+    const int64_t scale_bytes = grid * matrix_.scale_lanes * dtype_bytes(args.scale_dtype);
+    scale_offset_ = panels * matrix_.panel_bytes();
+    zero_offset_ = scale_offset_ + align(scale_bytes);
+    nbytes_ = zero_offset_ + (args.zero != nullptr ? grid * kPanelRows : 0);
+    memory_ = allocate_weight(static_cast<size_t>(nbytes_));
+    matrix_.lines = memory_;
+    if (args.order != nullptr) {
+        order_.assign(args.order, args.order + args.columns);
+        position_.resize(order_.size());
+        for (size_t i = 0; i < order_.size(); ++i) position_[static_cast<size_t>(order_[i])] = static_cast<int32_t>(i);
+        matrix_.order = order_.data();
+        matrix_.position = position_.data();
+    }
+    if (args.scale != nullptr) {
+        void* scale = memory_ + scale_offset_;
+        matrix_.scale = scale;
+        const int64_t block_rows = args.scale_rows == 1 ? args.rows : args.block_rows;
+        if (dtype_bytes(args.scale_dtype) == 4) {
+            pack_grid(matrix_, static_cast<const uint32_t*>(args.scale), block_rows, matrix_.scale_lanes,
+                      static_cast<uint32_t*>(scale));
+        } else {
+            pack_grid(matrix_, static_cast<const uint16_t*>(args.scale), block_rows, matrix_.scale_lanes,
+                      static_cast<uint16_t*>(scale));
+        }
+    }
+    if (args.zero != nullptr) {
+        matrix_.zero = memory_ + zero_offset_;
+        pack_grid(matrix_, args.zero, 1, kPanelRows, memory_ + zero_offset_);
+    }
+}
+
+std::shared_ptr<PackedMatrix> PackedMatrix::pack(const PackArgs& args) {
+    std::shared_ptr<PackedMatrix> packed(new PackedMatrix(args));
+    const bool is_packed = pack_lines(packed->matrix_, static_cast<const uint8_t*>(args.weight), packed->memory_);
+    return is_packed ? packed : nullptr;
+}
+
+PackedMatrix::~PackedMatrix() { free_weight(memory_); }
+
+void unpack(const Kernels& kernels, const Matrix& matrix, float* out, int num_threads) {
+    parallel_for(matrix.num_panels(), num_threads, [&](int64_t panel) {
+        alignas(64) float piece[kChunk * kPanelRows];
+        const int64_t rows = std::min<int64_t>(kPanelRows, matrix.rows - panel * kPanelRows);
+        for (int64_t first = 0; first < matrix.columns; first += kChunk) {
+            const int64_t end = std::min<int64_t>(first + kChunk, matrix.columns);
+            kernels.expand(matrix, panel, first, end, piece);
+            for (int64_t row = 0; row < rows; ++row) {
+                float* to = out + (panel * kPanelRows + row) * matrix.columns;
+                for (int64_t i = first; i < end; ++i) to[i] = piece[(i - first) * kPanelRows + row];
+            }
+        }
+    });
+}
+
+void embedding(const Kernels& kernels, const Matrix& matrix, const int64_t* row_ids, int64_t num_ids, void* out,
+               DType out_dtype, int num_threads) {
+    for (int64_t i = 0; i < num_ids; ++i) {
+        if (row_ids[i] < 0 || row_ids[i] >= matrix.rows) {
+            throw std::out_of_range("id " + std::to_string(row_ids[i]) + " of " + std::to_string(matrix.rows) +
+                                    " rows");
+        }
+    }
+    parallel_for(num_ids, num_threads, [&](int64_t i) {
+        alignas(64) float piece[kChunk * kPanelRows];
+        const int64_t panel = row_ids[i] / kPanelRows, lane = row_ids[i] % kPanelRows;
+        void* row = advance(out, out_dtype, i * matrix.columns);
+        for (int64_t first = 0; first < matrix.columns; first += kChunk) {
+            const int64_t end = std::min<int64_t>(first + kChunk, matrix.columns);
+            kernels.expand(matrix, panel, first, end, piece);
+            for (int64_t column = first; column < end; ++column) {
+                const float value = piece[(column - first) * kPanelRows + lane];
+                if (out_dtype == DType::kFloat32) {
+                    static_cast<float*>(row)[column] = value;
+                } else {
+                    narrow(value, static_cast<Bfloat16*>(row) + column);
+                }
+            }
+        }
+    });
+}
+
+}  // namespace amalgam

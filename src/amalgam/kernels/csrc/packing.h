@@ -1,0 +1,61 @@
+// Row-major weights → panels (matrix.h), and back to values.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace amalgam {
+
+// A weight as PackedWeight holds it. Element [r, i] has the scale at [r / block_rows, i / block_columns].
+struct PackArgs {
+    Format format;
+    int64_t rows;
+    int64_t columns;
+    const void* weight;  // [rows, columns]; int4: input 2k in the low nibble of byte k
+    const void* scale;   // [scale_rows, scale_columns], or null
+    DType scale_dtype;
+    int64_t scale_rows;
+    int64_t scale_columns;
+    int64_t block_rows;
+    int64_t block_columns;
+    const uint8_t* zero;   // int4: [rows, scale_columns], or null
+    const int32_t* order;  // int4: packed input → input, or null
+    bool quantizes;        // see Matrix
+};
+
+// Owns the memory of a Matrix: lines, scales and zero points one after the other.
+class PackedMatrix {
+ public:
+    // Null if the weight holds something that panels cannot: NaN in fp8.
+    static std::shared_ptr<PackedMatrix> pack(const PackArgs& args);
+
+    ~PackedMatrix();
+    PackedMatrix(const PackedMatrix&) = delete;
+    PackedMatrix& operator=(const PackedMatrix&) = delete;
+
+    const Matrix& matrix() const { return matrix_; }
+    uint8_t* memory() const { return memory_; }
+    int64_t scale_offset() const { return scale_offset_; }
+    int64_t zero_offset() const { return zero_offset_; }
+    int64_t nbytes() const { return nbytes_; }
+
+ private:
+    explicit PackedMatrix(const PackArgs& args);
+
+    Matrix matrix_{};
+    std::vector<int32_t> order_, position_;
+    int64_t scale_offset_ = 0, zero_offset_ = 0, nbytes_ = 0;
+    uint8_t* memory_ = nullptr;
+};
+
+// out [rows, columns]: the weight's exact values.
+void unpack(const Kernels& kernels, const Matrix& matrix, float* out, int num_threads);
+
+// out [num_ids, columns]: rows of the weight. Throws std::out_of_range.
+void embedding(const Kernels& kernels, const Matrix& matrix, const int64_t* row_ids, int64_t num_ids, void* out,
+               DType out_dtype, int num_threads);
+
+}  // namespace amalgam

@@ -1,0 +1,124 @@
+// One panel line in two registers: AVX2. See simd_portable.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include "float_types.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int kTileRows = 4;
+constexpr int kPairSums = 1;
+constexpr int32_t kInt8Bias = 0;
+
+struct Floats {
+    __m256 a, b;
+};
+struct Words {
+    __m256i a, b;
+};
+using Ints = Words;
+using Bytes = Words;
+using Pairs = Words;
+using Operand4 = __m256i;
+
+inline Floats zero_floats() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Floats broadcast_float(const float* p) { return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p)}; }
+inline Floats load_floats(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store_floats(float* p, Floats v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+}
+inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+
+inline Ints broadcast_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+inline Ints zero_times(const uint8_t* zero, int32_t factor) {
+    const __m256i by = _mm256_set1_epi32(factor);
+    const __m256i a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero)));
+    const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero + 8)));
+    return {_mm256_mullo_epi32(a, by), _mm256_mullo_epi32(b, by)};
+}
+inline Floats to_floats(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+
+inline int32_t load_word(const void* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return word;
+}
+inline Operand4 broadcast4(const void* p) { return _mm256_set1_epi32(load_word(p)); }
+
+inline Words load_words(const uint8_t* line) {
+    const auto* p = reinterpret_cast<const __m256i*>(line);
+    return {_mm256_load_si256(p), _mm256_load_si256(p + 1)};
+}
+inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const Words v = load_words(line);
+    low = {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
+    high = {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), mask)};
+}
+inline Bytes load_int8(const uint8_t* line) {
+    const __m256i offset = _mm256_set1_epi8(static_cast<char>(0x80));
+    const Words v = load_words(line);
+    return {_mm256_xor_si256(v.a, offset), _mm256_xor_si256(v.b, offset)};
+}
+// Sums of two products fit 16 bits: 2 * 15 * 127 here, 2 * 128 * 127 below.
+inline __m256i dot_half(__m256i sum, __m256i w_unsigned, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w_unsigned, x);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) { return {dot_half(sum.a, w.a, x), dot_half(sum.b, w.b, x)}; }
+// The weight's sign goes over to the activation, which is never -128.
+inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) {
+    return {dot_half(sum.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a)),
+            dot_half(sum.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b))};
+}
+
+inline Pairs load_pairs(const uint8_t* line) { return load_words(line); }
+inline void store_pairs(uint8_t* line, Pairs v) {
+    auto* p = reinterpret_cast<__m256i*>(line);
+    _mm256_store_si256(p, v.a);
+    _mm256_store_si256(p + 1, v.b);
+}
+// A product of two bfloat16 is exact in float32, so that this rounds as often as a fused instruction.
+inline __m256 dot_pairs_half(__m256 sum, __m256i w, __m256i x) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    const __m256 second =
+        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)));
+    const __m256 first =
+        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)));
+    return _mm256_add_ps(_mm256_add_ps(sum, second), first);
+}
+inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) {
+    return {dot_pairs_half(sum.a, w.a, x), dot_pairs_half(sum.b, w.b, x)};
+}
+
+// A code in the high byte of each word → bfloat16 of its value / 256; `low_code` has the code in the low byte and zeros
+// above. Normal numbers by moving bits, subnormal ones from a table whose halves are looked up side by side.
+inline __m256i fp8_words(__m256i code, __m256i low_code) {
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0, static_cast<char>(0x80), static_cast<char>(0xc0), 0, 0x20, 0x40, 0x60,  // low bytes
+                      0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38));                                // high bytes
+    const __m256i magnitude = _mm256_and_si256(_mm256_srai_epi16(code, 4), _mm256_set1_epi16(0x07f0));
+    const __m256i normal = _mm256_or_si256(magnitude, _mm256_set1_epi16(0x3800));
+    const __m256i fraction = _mm256_and_si256(low_code, _mm256_set1_epi16(7));
+    const __m256i index =
+        _mm256_or_si256(_mm256_or_si256(fraction, _mm256_slli_epi16(fraction, 8)), _mm256_set1_epi16(0x0800));
+    const __m256i is_normal = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x007f));
+    const __m256i value = _mm256_blendv_epi8(_mm256_shuffle_epi8(table, index), normal, is_normal);
+    return _mm256_or_si256(value, _mm256_and_si256(code, _mm256_set1_epi16(static_cast<short>(0x8000))));
+}
+inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
+    const Words v = load_words(line);
+    const __m256i low = _mm256_set1_epi16(0x00ff);
+    first = {fp8_words(_mm256_slli_epi16(v.a, 8), _mm256_and_si256(v.a, low)),
+             fp8_words(_mm256_slli_epi16(v.b, 8), _mm256_and_si256(v.b, low))};
+    second = {fp8_words(v.a, _mm256_srli_epi16(v.a, 8)), fp8_words(v.b, _mm256_srli_epi16(v.b, 8))};
+}
+
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace amalgam

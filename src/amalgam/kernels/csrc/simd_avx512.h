@@ -1,0 +1,85 @@
+// One panel line per register: AVX-512 with VNNI and BF16. See simd_portable.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include "float_types.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int kTileRows = 8;
+constexpr int kPairSums = 2;
+constexpr int32_t kInt8Bias = 128;
+
+using Floats = __m512;
+using Ints = __m512i;
+using Bytes = __m512i;
+using Pairs = __m512i;
+using Operand4 = __m512i;
+
+inline Floats zero_floats() { return _mm512_setzero_ps(); }
+inline Floats broadcast_float(const float* p) { return _mm512_set1_ps(*p); }
+inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+
+inline Ints broadcast_int(int32_t v) { return _mm512_set1_epi32(v); }
+inline Ints zero_times(const uint8_t* zero, int32_t factor) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero)));
+    return _mm512_mullo_epi32(wide, _mm512_set1_epi32(factor));
+}
+inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+
+inline int32_t load_word(const void* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return word;
+}
+inline Operand4 broadcast4(const void* p) { return _mm512_set1_epi32(load_word(p)); }
+
+inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    const __m512i v = _mm512_load_si512(line);
+    low = _mm512_and_si512(v, mask);
+    high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+}
+inline Bytes load_int8(const uint8_t* line) { return _mm512_load_si512(line); }
+inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
+
+inline Pairs load_pairs(const uint8_t* line) { return _mm512_load_si512(line); }
+inline void store_pairs(uint8_t* line, Pairs v) { _mm512_store_si512(line, v); }
+inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+
+// A code in the high byte of each word → bfloat16 of its value / 256, for normal numbers: exponent and mantissa move
+// into place, and what the new exponent has in addition never carries, so that an OR sets it.
+inline __m512i fp8_normal(__m512i code) {
+    return _mm512_ternarylogic_epi32(_mm512_srai_epi16(code, 4), _mm512_set1_epi16(static_cast<short>(0x87f0)),
+                                     _mm512_set1_epi16(0x3800), 0xea);
+}
+// Replaces what comes from subnormal codes, by a table; low_code has the code in the low byte.
+inline __m512i fp8_subnormal(__m512i value, __m512i code, __m512i low_code) {
+    const __m512i table =
+        _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));
+    const __mmask32 is_subnormal = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x7800));
+    value = _mm512_mask_permutexvar_epi16(value, is_subnormal, low_code, table);
+    return _mm512_ternarylogic_epi32(code, _mm512_set1_epi16(static_cast<short>(0x8000)), value, 0xea);
+}
+inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
+    const __m512i v = _mm512_load_si512(line);
+    const __m512i high = _mm512_slli_epi16(v, 8);
+    first = fp8_normal(high);
+    second = fp8_normal(v);
+    // One weight in ten thousand or so is subnormal: most lines have none.
+    if (__builtin_expect(_mm512_testn_epi8_mask(v, _mm512_set1_epi8(0x78)) != 0, 0)) {
+        first = fp8_subnormal(first, high, v);
+        second = fp8_subnormal(second, v, _mm512_srli_epi16(v, 8));
+    }
+}
+
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace amalgam

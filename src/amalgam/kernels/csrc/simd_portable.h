@@ -1,0 +1,127 @@
+// What the products need of a processor, in plain C++: the meaning that the other simd_*.h files must have.
+//
+// Sixteen lanes, one per output row of a panel.
+#pragma once
+
+#include "float_types.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int kTileRows = 4;  // rows whose sums stay in registers while a line is used
+constexpr int kPairSums = 1;  // sums that pairs of bfloat16 inputs are dealt out to; 1 or 2
+// dot_int8 sums (stored byte - 128 + kInt8Bias) * x: what is left for the caller to subtract, times the sum of x.
+constexpr int32_t kInt8Bias = 0;
+
+struct Floats {
+    float lane[kPanelRows];
+};
+struct Ints {
+    int32_t lane[kPanelRows];
+};
+struct Bytes {  // 4 inputs of each lane
+    int8_t byte[kLineBytes];
+};
+struct Pairs {  // 2 bfloat16 inputs of each lane
+    uint32_t lane[kPanelRows];
+};
+struct Operand4 {  // 4 bytes or 2 bfloat16 of one row of activations
+    uint32_t word;
+};
+
+template <class Function>
+inline Floats each_float(Function&& function) {
+    Floats result;
+    for (int lane = 0; lane < kPanelRows; ++lane) result.lane[lane] = function(lane);
+    return result;
+}
+
+inline Floats zero_floats() {
+    return each_float([](int) { return 0.0f; });
+}
+inline Floats broadcast_float(const float* p) {
+    return each_float([=](int) { return *p; });
+}
+inline Floats load_floats(const float* p) {
+    return each_float([=](int lane) { return p[lane]; });
+}
+inline void store_floats(float* p, const Floats& v) { std::memcpy(p, v.lane, sizeof v); }
+inline Floats add(const Floats& a, const Floats& b) {
+    return each_float([&](int lane) { return a.lane[lane] + b.lane[lane]; });
+}
+inline Floats mul(const Floats& a, const Floats& b) {
+    return each_float([&](int lane) { return a.lane[lane] * b.lane[lane]; });
+}
+
+inline Ints broadcast_int(int32_t v) {
+    Ints result;
+    for (int32_t& lane : result.lane) lane = v;
+    return result;
+}
+inline Ints zero_times(const uint8_t* zero, int32_t factor) {
+    Ints result;
+    for (int lane = 0; lane < kPanelRows; ++lane) result.lane[lane] = zero[lane] * factor;
+    return result;
+}
+inline Floats to_floats(const Ints& v) {
+    return each_float([&](int lane) { return static_cast<float>(v.lane[lane]); });
+}
+
+inline Operand4 broadcast4(const void* p) {
+    Operand4 result;
+    std::memcpy(&result.word, p, sizeof result.word);
+    return result;
+}
+
+inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
+    for (int i = 0; i < kLineBytes; ++i) {
+        low.byte[i] = static_cast<int8_t>(line[i] & 15);
+        high.byte[i] = static_cast<int8_t>(line[i] >> 4);
+    }
+}
+inline Bytes load_int8(const uint8_t* line) {
+    Bytes result;
+    for (int i = 0; i < kLineBytes; ++i) result.byte[i] = static_cast<int8_t>(line[i] ^ 0x80);
+    return result;
+}
+// sum[lane] += w[lane] · x, exact.
+inline Ints dot_int8(const Ints& sum, const Bytes& w, Operand4 x) {
+    int32_t factor[4];
+    for (int i = 0; i < 4; ++i) factor[i] = static_cast<int8_t>(x.word >> (8 * i));
+    Ints result;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const int8_t* byte = w.byte + 4 * lane;
+        result.lane[lane] =
+            sum.lane[lane] + byte[0] * factor[0] + byte[1] * factor[1] + byte[2] * factor[2] + byte[3] * factor[3];
+    }
+    return result;
+}
+inline Ints dot_nibbles(const Ints& sum, const Bytes& w, Operand4 x) { return dot_int8(sum, w, x); }
+
+inline Pairs load_pairs(const uint8_t* line) {
+    Pairs result;
+    std::memcpy(result.lane, line, sizeof result);
+    return result;
+}
+inline void store_pairs(uint8_t* line, const Pairs& v) { std::memcpy(line, v.lane, sizeof v); }
+// sum[lane] = (sum[lane] + w1 x1) + w0 x0: the order of vdpbf16ps. The products are exact.
+inline Floats dot_pairs(const Floats& sum, const Pairs& w, Operand4 x) {
+    const float second = as_float(x.word & 0xffff0000), first = as_float(x.word << 16);
+    return each_float([&](int lane) {
+        return sum.lane[lane] + as_float(w.lane[lane] & 0xffff0000) * second + as_float(w.lane[lane] << 16) * first;
+    });
+}
+// Inputs 0, 1 and 2, 3 of an fp8 line as bfloat16 pairs of value / 256.
+inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
+    const auto bits = [](uint32_t code) { return as_bits(widen_e4m3(code & 0xff) * 0x1p-8f); };
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const uint8_t* byte = line + 4 * lane;
+        first.lane[lane] = bits(byte[0]) >> 16 | (bits(byte[2]) & 0xffff0000);
+        second.lane[lane] = bits(byte[1]) >> 16 | (bits(byte[3]) & 0xffff0000);
+    }
+}
+
+inline void prefetch(const uint8_t*) {}
+
+}  // namespace
+}  // namespace amalgam

@@ -1,0 +1,233 @@
+// The inner loops: a tile of up to kTileRows rows of activations times a run of chunks of one panel.
+//
+// For every output element, on every instruction set: within a chunk the products are summed from zero, inputs in
+// order; the chunk's sum, times its scale, joins the total, chunks in order. Sums of int8 products are exact integers.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace amalgam {
+namespace {
+
+// Chunks [first_chunk, end_chunk) of a panel.
+struct Run {
+    const uint8_t* lines;  // at the first chunk
+    int64_t first_chunk;
+    int64_t end_chunk;
+    int64_t chunk;             // inputs
+    int64_t chunks_per_group;  // at least all of them: one group
+    int64_t padded_columns;
+    const void* scale;  // at the panel's first group, or null
+    DType scale_dtype;
+    int scale_lanes;
+    const uint8_t* zero;  // at the panel's first group, or null
+    int64_t prefetch;     // bytes; how far ahead to read
+    float factor;         // multiplies every scale; a power of two
+
+    int64_t inputs(int64_t index) const {
+        const int64_t left = padded_columns - index * chunk;
+        return left < chunk ? left : chunk;
+    }
+};
+
+// Rows of activations, each at the first input of the run; chunk scales and sums at the first chunk.
+struct TileRows {
+    const uint8_t* values[kTileRows];
+    const float* scale[kTileRows];
+    const int32_t* sum[kTileRows];
+};
+
+inline Floats load_scale(const Run& run, int64_t group) {
+    alignas(64) float wide[kPanelRows];
+    if (run.scale_lanes == 1) {
+        float value;
+        widen_all(advance(run.scale, run.scale_dtype, group), run.scale_dtype, 1, &value);
+        value *= run.factor;
+        return broadcast_float(&value);
+    }
+    widen_all(advance(run.scale, run.scale_dtype, group * kPanelRows), run.scale_dtype, kPanelRows, wide);
+    for (float& lane : wide) lane *= run.factor;
+    return load_floats(wide);
+}
+
+// Follows the group that a chunk is in, without a division per chunk.
+struct GroupCursor {
+    int64_t group, left, chunks_per_group;
+
+    explicit GroupCursor(const Run& run)
+        : group(run.first_chunk / run.chunks_per_group),
+          left(run.chunks_per_group - run.first_chunk % run.chunks_per_group),
+          chunks_per_group(run.chunks_per_group) {}
+
+    // To the next chunk; whether it is in another group.
+    bool next() {
+        if (--left > 0) return false;
+        left = chunks_per_group;
+        ++group;
+        return true;
+    }
+};
+
+template <int M>
+struct Totals {
+    Floats row[M];
+
+    explicit Totals(const float* y) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) row[m] = load_floats(y + m * kPanelRows);
+    }
+    void store(float* y) const {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) store_floats(y + m * kPanelRows, row[m]);
+    }
+};
+
+// y [M, 16] += int8 activations times int4 or int8 weights.
+template <Format F, int M>
+void int8_tile(const Run& run, const TileRows& x, float* y) {
+    static_assert(F == Format::kInt4 || F == Format::kInt8);
+    constexpr int kInputs = Matrix::inputs_per_line(F);
+    Totals<M> total(y);
+    GroupCursor cursor(run);
+    Floats scale = load_scale(run, cursor.group);
+    const uint8_t* line = run.lines;
+    int64_t at = 0;
+    for (int64_t chunk = run.first_chunk, local = 0; chunk < run.end_chunk; ++chunk, ++local) {
+        Ints sum[M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const int32_t bias = -x.sum[m][local];
+            if constexpr (F == Format::kInt8) {
+                sum[m] = broadcast_int(bias * kInt8Bias);
+            } else {
+                sum[m] = run.zero != nullptr ? zero_times(run.zero + cursor.group * kPanelRows, bias)
+                                             : broadcast_int(bias * 8);
+            }
+        }
+        for (const int64_t end = at + run.inputs(chunk); at < end; at += kInputs, line += kLineBytes) {
+            prefetch(line + run.prefetch);
+            if constexpr (F == Format::kInt4) {
+                Bytes low, high;
+                load_nibbles(line, low, high);
+#pragma GCC unroll 16
+                for (int m = 0; m < M; ++m) {
+                    sum[m] = dot_nibbles(sum[m], low, broadcast4(x.values[m] + at));
+                    sum[m] = dot_nibbles(sum[m], high, broadcast4(x.values[m] + at + 4));
+                }
+            } else {
+                const Bytes w = load_int8(line);
+#pragma GCC unroll 16
+                for (int m = 0; m < M; ++m) sum[m] = dot_int8(sum[m], w, broadcast4(x.values[m] + at));
+            }
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const Floats factor = mul(scale, broadcast_float(x.scale[m] + local));
+            total.row[m] = add(total.row[m], mul(to_floats(sum[m]), factor));
+        }
+        if (cursor.next() && chunk + 1 < run.end_chunk) scale = load_scale(run, cursor.group);
+    }
+    total.store(y);
+}
+
+// Sums of one chunk over lines of fp8 or of bfloat16 pairs. Pairs go to kPairSums sums in turn, because one sum would
+// have to wait for itself; for every number of rows, so that all rows are summed in the same order.
+template <bool kIsFp8, int M>
+inline const uint8_t* sum_pairs(const uint8_t* line, int64_t num_inputs, int64_t ahead, const TileRows& x, int64_t at,
+                                Floats (*sum)[M]) {
+    for (const int64_t end = at + num_inputs; at < end; at += 4) {
+        Pairs first, second;
+        prefetch(line + ahead);
+        if constexpr (kIsFp8) {
+            load_fp8(line, first, second);
+            line += kLineBytes;
+        } else {
+            prefetch(line + kLineBytes + ahead);
+            first = load_pairs(line);
+            second = load_pairs(line + kLineBytes);
+            line += 2 * kLineBytes;
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            sum[0][m] = dot_pairs(sum[0][m], first, broadcast4(x.values[m] + 2 * at));
+            sum[kPairSums - 1][m] = dot_pairs(sum[kPairSums - 1][m], second, broadcast4(x.values[m] + 2 * at + 4));
+        }
+    }
+    return line;
+}
+
+// y [M, 16] += bfloat16 activations times fp8 lines, or times bfloat16 pairs.
+template <bool kIsFp8, int M>
+void bfloat16_tile(const Run& run, const TileRows& x, float* y) {
+    Totals<M> total(y);
+    GroupCursor cursor(run);
+    Floats scale = run.scale != nullptr ? load_scale(run, cursor.group) : zero_floats();
+    const uint8_t* line = run.lines;
+    int64_t at = 0;
+    for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk) {
+        Floats sum[kPairSums][M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) sum[0][m] = sum[kPairSums - 1][m] = zero_floats();
+        line = sum_pairs<kIsFp8, M>(line, run.inputs(chunk), run.prefetch, x, at, sum);
+        at += run.inputs(chunk);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const Floats both = kPairSums == 2 ? add(sum[0][m], sum[kPairSums - 1][m]) : sum[0][m];
+            total.row[m] = add(total.row[m], run.scale != nullptr ? mul(both, scale) : both);
+        }
+        if (run.scale != nullptr && cursor.next() && chunk + 1 < run.end_chunk) scale = load_scale(run, cursor.group);
+    }
+    total.store(y);
+}
+
+// y [M, 16] += float32 activations times float32 lines.
+template <int M>
+void float32_tile(const Run& run, const TileRows& x, float* y) {
+    Totals<M> total(y);
+    const uint8_t* line = run.lines;
+    int64_t at = 0;
+    for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk) {
+        Floats sum[M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) sum[m] = zero_floats();
+        for (const int64_t end = at + run.inputs(chunk); at < end; ++at, line += kLineBytes) {
+            prefetch(line + run.prefetch);
+            const Floats w = load_floats(reinterpret_cast<const float*>(line));
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+                const float* value = reinterpret_cast<const float*>(x.values[m]) + at;
+                sum[m] = add(sum[m], mul(w, broadcast_float(value)));
+            }
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) total.row[m] = add(total.row[m], sum[m]);
+    }
+    total.store(y);
+}
+
+using TileFunction = void (*)(const Run&, const TileRows&, float*);
+
+template <int M>
+TileFunction tile_of(Operand operand, Format lines) {
+    switch (operand) {
+        case Operand::kInt8:
+            return lines == Format::kInt4 ? int8_tile<Format::kInt4, M> : int8_tile<Format::kInt8, M>;
+        case Operand::kBfloat16:
+            return lines == Format::kFp8 ? bfloat16_tile<true, M> : bfloat16_tile<false, M>;
+        default:
+            return float32_tile<M>;
+    }
+}
+
+// The loop for `rows` rows, at most kTileRows, over lines of this format (after expansion, if any).
+template <int M = kTileRows>
+inline TileFunction tile_function(Operand operand, Format lines, int64_t rows) {
+    if constexpr (M > 1) {
+        if (rows < M) return tile_function<M - 1>(operand, lines, rows);
+    }
+    return tile_of<M>(operand, lines);
+}
+
+}  // namespace
+}  // namespace amalgam

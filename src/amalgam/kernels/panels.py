@@ -1,0 +1,291 @@
+"""Linear weights in the compiled kernels' own layout: packing, products, the fused mixture of experts.
+
+In: packed weights in the layouts of `amalgam.kernels.packed`, activations. Out: the same weights in panels, products.
+Must never know: names, plans, requests.
+
+Packing loses nothing: values, scales and zero points keep their bits and types, and `unpack` gives what the source
+gave. What does not fit stays as it is and runs through the reference:
+
+- scales must belong to one row and a group of inputs whose size is a multiple of 8, to all inputs of a row, or to a
+  block whose width is such a multiple;
+- with an activation order, every group must hold the same number of inputs;
+- fp8 must hold no NaN.
+
+Arithmetic depends on the type of the activations:
+
+- bfloat16 with int4 or int8: activations are quantized to int8 per token and group of up to 128 inputs (the largest
+  divisor of the weight's group, in steps of 8), products are exact integers, scales are applied in float32;
+  `activation="bf16"` instead multiplies bfloat16 by the integers;
+- bfloat16 with fp8 or bf16: products of bfloat16, sums and scales in float32;
+- otherwise, and always for float32 activations: the weight's values in float32, summed in one order that is the same
+  for all layouts, so that a quantized weight and its expanded copy give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels import native
+from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+
+if TYPE_CHECKING:
+    from amalgam import _native
+
+ActivationPrecision = Literal["int8", "bf16"]
+
+_DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_SCALED8 = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
+_DENSE_TYPES = {f"panels_{name}": dtype for dtype, name in _DENSE.items()}
+_UNIT = 8  # a group is a multiple of this many inputs
+_CACHE_KEY = "native"
+
+
+def prepare(weight: PackedWeight, activation: ActivationPrecision = "int8") -> PackedWeight:
+    """The weight in panels; itself where that is not possible.
+
+    Args:
+        activation: what bfloat16 activations become for integer weights.
+    """
+    packed = _pack(weight, activation) if _fits(weight) else None
+    if packed is None:
+        return weight
+    memory, scale_offset, zero_offset = packed.memory, packed.scale_offset, packed.zero_offset
+    name = _format_name(weight)
+    parts = {"weight": memory[: _lines_nbytes(weight, name)]}
+    scale, zero = weight.parts.get("scale"), weight.parts.get("zero")
+    if scale is not None:
+        end = zero_offset if zero is not None else memory.numel()
+        lanes = 16 if zero is not None or _scale_is_per_row(weight) else 1
+        shape = (-(-weight.shape[0] // 16), scale.shape[1], lanes)
+        count = shape[0] * shape[1] * shape[2] * scale.element_size()
+        assert scale_offset + count <= end
+        parts["scale"] = memory[scale_offset : scale_offset + count].view(scale.dtype).view(shape)
+        if zero is not None:
+            parts["zero"] = memory[zero_offset:].view(shape)
+    if "group" in weight.parts:
+        parts["group"] = weight.parts["group"]
+    return PackedWeight(f"panels_{name}", weight.shape, parts, unpack, weight.block, packed)
+
+
+def unpack(weight: PackedWeight) -> Tensor:
+    """The values of a weight in panels: float32, or its own type where the layout is floating."""
+    out = torch.empty(weight.shape, dtype=torch.float32)
+    if out.numel():
+        native.kernels().unpack(_matrix(weight), out.data_ptr(), torch.get_num_threads())
+    return out.to(_DENSE_TYPES.get(weight.layout, torch.float32))
+
+
+def supports_embedding(row_ids: Tensor, weight: PackedWeight) -> bool:
+    """Whether `embedding` takes these."""
+    return weight.native is not None and row_ids.device.type == "cpu" and row_ids.dtype == torch.int64
+
+
+def embedding(row_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of a weight in panels; see `reference.embedding`.
+
+    Raises:
+        IndexError: an id without a row.
+    """
+    out_type = dtype if dtype in native.FLOAT_TYPES else torch.float32
+    row_ids = row_ids.contiguous()
+    out = torch.empty((*row_ids.shape, weight.shape[1]), dtype=out_type)
+    native.kernels().embedding(
+        weight=_matrix(weight),
+        row_ids=row_ids.data_ptr(),
+        num_ids=row_ids.numel(),
+        out=out.data_ptr(),
+        out_dtype=native.native_dtype(out_type),
+        threads=torch.get_num_threads(),
+    )
+    return out.to(dtype)
+
+
+def supports_linear(x: Tensor, weight: PackedWeight) -> bool:
+    """Whether `linear` takes these; float16 activations are computed in float32."""
+    return (
+        weight.native is not None
+        and x.device.type == "cpu"
+        and (x.dtype in native.FLOAT_TYPES or x.dtype == torch.float16)
+    )
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + b`, `[rows, in]` → `[rows, out]` in x's type; the arithmetic is that of the module docstring.
+
+    Raises:
+        ValueError: shapes or types that do not fit together.
+    """
+    rows, columns = weight.shape
+    if x.dim() != 2 or x.shape[1] != columns or (bias is not None and bias.shape != (rows,)):
+        shape = None if bias is None else tuple(bias.shape)
+        raise ValueError(f"linear of {tuple(x.shape)} with a weight of {weight.shape} and a bias of {shape}")
+    if x.dtype not in native.FLOAT_TYPES:
+        return linear(x.float(), weight, bias).to(x.dtype)
+    if bias is not None:
+        bias = bias.contiguous()
+    x = x.contiguous()
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    if out.numel():
+        native.kernels().linear(
+            weight=_matrix(weight),
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            rows=x.shape[0],
+            x_dtype=native.native_dtype(x.dtype),
+            bias=0 if bias is None else bias.data_ptr(),
+            bias_dtype=native.native_dtype(torch.float32 if bias is None else bias.dtype),
+            threads=torch.get_num_threads(),
+        )
+    return out
+
+
+def supports_moe(x: Tensor, experts: ExpertTable) -> bool:
+    """Whether `moe` takes these: every projection of every expert in panels."""
+    if x.device.type != "cpu" or not (x.dtype in native.FLOAT_TYPES or x.dtype == torch.float16):
+        return False
+    if _CACHE_KEY not in experts.cache:
+        experts.cache[_CACHE_KEY] = _expert_pointers(experts)
+    return experts.cache[_CACHE_KEY] is not None
+
+
+def moe(x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable) -> Tensor:
+    """The mixture of experts in one call; see `reference.moe`. Between the operators everything stays float32.
+
+    Raises:
+        IndexError: an expert id without an expert.
+        ValueError: shapes that do not fit together.
+    """
+    if not supports_moe(x, experts):
+        raise ValueError("moe needs every projection in panels")
+    pointers = experts.cache[_CACHE_KEY]
+    assert isinstance(pointers, _Pointers)
+    if x.dim() != 2 or x.shape[1] != experts[0].gate.shape[1]:
+        raise ValueError(f"moe of {tuple(x.shape)} with experts of {experts[0].gate.shape}")
+    if expert_ids.dim() != 2 or expert_ids.shape[0] != x.shape[0] or gate_weights.shape != expert_ids.shape:
+        raise ValueError(f"moe with ids {tuple(expert_ids.shape)} and gate weights {tuple(gate_weights.shape)}")
+    if x.dtype not in native.FLOAT_TYPES:
+        return moe(x.float(), expert_ids, gate_weights, experts).to(x.dtype)
+    x, ids, weights = x.contiguous(), expert_ids.long().contiguous(), gate_weights.float().contiguous()
+    out = torch.empty_like(x)
+    if out.numel():
+        native.kernels().moe(
+            experts=pointers.table,
+            x=x.data_ptr(),
+            expert_ids=ids.data_ptr(),
+            gate_weights=weights.data_ptr(),
+            out=out.data_ptr(),
+            tokens=x.shape[0],
+            num_active=ids.shape[1],
+            x_dtype=native.native_dtype(x.dtype),
+            threads=torch.get_num_threads(),
+        )
+    return out
+
+
+class _Pointers:
+    """An ExpertTable as the extension reads it; keeps alive what it points to."""
+
+    def __init__(self, experts: ExpertTable) -> None:
+        from amalgam import _native
+
+        self.table = _native.Experts()
+        self._biases: list[Tensor] = []
+        for expert in experts.experts:
+            biases = [self._bias(bias) for bias in (expert.gate_bias, expert.up_bias, expert.down_bias)]
+            self.table.add(_matrix(expert.gate), _matrix(expert.up), _matrix(expert.down), *biases)
+
+    def _bias(self, bias: Tensor | None) -> int:
+        if bias is None:
+            return 0
+        self._biases.append(bias.float().contiguous())
+        return self._biases[-1].data_ptr()
+
+
+def _expert_pointers(experts: ExpertTable) -> _Pointers | None:
+    return (
+        _Pointers(experts)
+        if len(experts) and all(_is_packed(expert, experts[0]) for expert in experts.experts)
+        else None
+    )
+
+
+def _is_packed(expert: Expert, first: Expert) -> bool:
+    weights, like = (expert.gate, expert.up, expert.down), (first.gate, first.up, first.down)
+    if any(weight.native is None for weight in weights):
+        return False
+    width, hidden = first.gate.shape
+    biases = ((expert.gate_bias, width), (expert.up_bias, width), (expert.down_bias, hidden))
+    return (
+        all(weight.shape == other.shape for weight, other in zip(weights, like, strict=True))
+        and first.up.shape == (width, hidden)
+        and first.down.shape == (hidden, width)
+        and all(bias is None or bias.shape == (size,) for bias, size in biases)
+    )
+
+
+def _matrix(weight: PackedWeight) -> _native.Matrix:
+    from amalgam import _native
+
+    assert isinstance(weight.native, _native.Matrix), weight.layout
+    return weight.native
+
+
+def _format_name(weight: PackedWeight) -> str:
+    dtype = weight.parts["weight"].dtype
+    return {"dense": _DENSE.get(dtype, ""), "scaled8": _SCALED8.get(dtype, ""), "int4": "int4"}.get(weight.layout, "")
+
+
+def _fits(weight: PackedWeight) -> bool:
+    if not native.is_available() or weight.native is not None or len(weight.shape) != 2:
+        return False
+    if not all(weight.shape) or not _format_name(weight):
+        return False
+    if any(part.device.type != "cpu" for part in weight.parts.values()):
+        return False
+    scale, group = weight.parts.get("scale"), weight.parts.get("group")
+    if scale is None:
+        return True
+    assert weight.block is not None
+    if scale.shape[1] > 1 and weight.block[1] % _UNIT:
+        return False
+    return group is None or bool((torch.bincount(group.long(), minlength=scale.shape[1]) == weight.block[1]).all())
+
+
+def _pack(weight: PackedWeight, activation: ActivationPrecision) -> _native.Matrix | None:
+    from amalgam import _native
+
+    parts = {name: part.contiguous() for name, part in weight.parts.items()}
+    scale, zero, group = parts.get("scale"), parts.get("zero"), parts.get("group")
+    # Inputs of a group side by side, in the order they have.
+    order = None if group is None else torch.argsort(group.long(), stable=True).to(torch.int32)
+    rows, columns = weight.shape
+    block = weight.block or (rows, columns)
+    return _native.pack(
+        format=_native.Format[_format_name(weight)],
+        rows=rows,
+        columns=columns,
+        weight=parts["weight"].data_ptr(),
+        scale=0 if scale is None else scale.data_ptr(),
+        scale_dtype=native.native_dtype(torch.float32 if scale is None else scale.dtype),
+        scale_rows=1 if scale is None else scale.shape[0],
+        scale_columns=1 if scale is None else scale.shape[1],
+        block_rows=block[0],
+        block_columns=block[1],
+        zero=0 if zero is None else zero.data_ptr(),
+        order=0 if order is None else order.data_ptr(),
+        quantizes=activation == "int8",
+    )
+
+
+def _scale_is_per_row(weight: PackedWeight) -> bool:
+    assert weight.block is not None
+    return weight.parts["scale"].shape[0] > 1 and weight.block[0] % 16 != 0
+
+
+def _lines_nbytes(weight: PackedWeight, name: str) -> int:
+    rows, columns = weight.shape
+    bits = {"int4": 4, "int8": 8, "fp8": 8, "bf16": 16, "fp16": 16, "fp32": 32}[name]
+    return -(-rows // 16) * 16 * (-(-columns // _UNIT) * _UNIT) * bits // 8

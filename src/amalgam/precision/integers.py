@@ -1,0 +1,98 @@
+"""Integers of 2, 3, 4 or 8 bits in groups of inputs: published words → the runtime layout that holds the same values.
+
+In: codes, scales, zero points, groups. Out: a `PackedWeight`: 2 to 4 bits become `int4` (a value keeps its distance
+from its zero point), 8 bits `scaled8` if they are symmetric and in order, `affine8` otherwise.
+Must never know: checkpoint names, layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amalgam.errors import CheckpointError
+from amalgam.kernels.layouts import unpack_affine8
+from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.reference import pack_nibbles, unpack_int4, unpack_nibbles, unpack_scaled8
+
+WIDTHS = (2, 3, 4, 8)
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 `[rows, n]` → uint8 `[rows, 32 n // bits]`: each row one little-endian stream of bits, low bits first."""
+    stream = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if bits == 8:
+        return stream
+    if bits == 4:
+        return unpack_nibbles(stream)
+    if bits == 2:
+        return torch.stack([(stream >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+    assert bits == 3, bits
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 3)).unflatten(-1, (-1, 3)).int()
+    triple = stream[..., 0] | stream[..., 1] << 8 | stream[..., 2] << 16  # 8 values of 3 bits
+    values = torch.stack([(triple >> shift) & 7 for shift in range(0, 24, 3)], dim=-1).flatten(-2)
+    return values[..., : words.shape[-1] * 32 // 3].to(torch.uint8)
+
+
+def unpack_whole(words: Tensor, bits: int) -> Tensor:
+    """int32 `[rows, n]` → uint8 `[rows, n × (32 // bits)]`: no value crosses a word, the top bits are unused."""
+    mask = (1 << bits) - 1
+    values = [(words >> (bits * position)) & mask for position in range(32 // bits)]
+    return torch.stack(values, dim=-1).flatten(-2).to(torch.uint8)
+
+
+def from_codes(
+    codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None = None, group: Tensor | None = None
+) -> PackedWeight:
+    """`(code - zero) × scale` as a packed weight.
+
+    Args:
+        codes: uint8 `[out, in]`, below `2^bits`.
+        scale: float `[out, groups]`.
+        zero: integers `[out, groups]`, 0 to `2^bits`; None: `2^(bits - 1)` everywhere.
+        group: int32 `[in]`, the group of each input; None: in order.
+    """
+    shape = (codes.shape[0], codes.shape[1])
+    middle = 1 << (bits - 1)
+    if zero is not None and bool((zero == middle).all()):
+        zero = None
+    if bits <= 4 and shape[1] % 2 == 0:
+        if zero is None:
+            codes = codes + (8 - middle)
+        return from_nibbles(pack_nibbles(codes), shape, scale, zero, group)
+    block = (1, shape[1] // scale.shape[1])
+    if bits == 8 and zero is None and group is None:
+        signed = (codes ^ 128).view(torch.int8)  # code - 128
+        return PackedWeight("scaled8", shape, {"weight": signed, "scale": scale.float()}, unpack_scaled8, block)
+    parts = {"weight": codes.contiguous(), "scale": scale}
+    parts["zero"] = torch.full(scale.shape, float(middle)) if zero is None else zero.float().contiguous()
+    if group is not None:
+        parts["group"] = group
+    return PackedWeight("affine8", shape, parts, unpack_affine8, block)
+
+
+def from_nibbles(
+    nibbles: Tensor, shape: tuple[int, int], scale: Tensor, zero: Tensor | None = None, group: Tensor | None = None
+) -> PackedWeight:
+    """`(nibble - zero) × scale`: the `int4` layout. zero: integers 0 to 16 `[out, groups]`, None: 8 everywhere."""
+    parts = {"weight": nibbles, "scale": scale}
+    if zero is not None and not bool((zero == 8).all()):
+        parts["zero"] = zero.to(torch.uint8).contiguous()
+    if group is not None:
+        parts["group"] = group
+    return PackedWeight("int4", shape, parts, unpack_int4, (1, shape[1] // scale.shape[1]))
+
+
+def group_index(weight: str, tensor: str, index: Tensor, columns: int, groups: int) -> Tensor | None:
+    """A stored `g_idx` as int32; None if it says what the order of inputs says anyway.
+
+    Raises:
+        CheckpointError: it names a group that does not exist.
+    """
+    low, high = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
+    if low < 0 or high >= groups:
+        raise CheckpointError(
+            f"Tensor {tensor!r} of weight {weight!r} holds groups {low}..{high}.", remedy=f"Allowed: 0..{groups - 1}."
+        )
+    in_order = torch.arange(columns) // (columns // groups)
+    return None if torch.equal(index.long(), in_order) else index.to(torch.int32, copy=True).contiguous()

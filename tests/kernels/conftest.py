@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from amalgam.config import NATIVE_ISA_VARIABLE, NATIVE_ISAS
+from amalgam.kernels import native
+
+
+@pytest.fixture
+def use_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Forces an instruction set the way a user does; skips where the processor or the build lacks it."""
+
+    def use(isa: str) -> None:
+        if not native.is_available():
+            pytest.skip(str(native.why_unavailable()))
+        monkeypatch.setenv(NATIVE_ISA_VARIABLE, isa)
+        native.kernels.cache_clear()
+        if native.isa() != isa:
+            pytest.skip(f"this processor has no {isa}")
+
+    yield use
+    native.kernels.cache_clear()
+
+
+@pytest.fixture(params=NATIVE_ISAS)
+def isa(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> str:
+    """Each instruction set in turn, in use."""
+    use_isa(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def use_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

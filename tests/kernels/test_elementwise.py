@@ -1,0 +1,92 @@
+"""Rotary embedding, SwiGLU and the pool that they share with the products."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from amalgam.kernels import native, ops, reference
+
+TYPES = (torch.float32, torch.bfloat16)
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.why_unavailable()))
+
+
+def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.usefixtures("isa")
+def test_rotate(dtype: torch.dtype) -> None:
+    for tokens, heads, head_dim, rotated in ((1, 1, 2, 2), (5, 3, 24, 24), (7, 4, 64, 32), (300, 8, 128, 128)):
+        x = sample(tokens, heads, head_dim, dtype=dtype)
+        angles = sample(tokens, rotated // 2, seed=1)
+        cos, sin = angles.cos(), angles.sin()
+        assert torch.equal(native.rotate(x, cos, sin), reference.rotate(x, cos, sin))
+    parts = sample(6, 3 * 64, dtype=dtype)[:, 64:128].view(6, 2, 32)  # a view into a wider product
+    cos, sin = sample(6, 16).cos(), sample(6, 16).sin()
+    assert torch.equal(native.rotate(parts, cos, sin), reference.rotate(parts, cos, sin))
+    assert native.rotate(x[:0], cos[:0, :64].repeat(1, 4), sin[:0, :64].repeat(1, 4)).shape == (0, 8, 128)
+    assert not native.supports_rotate(x, cos, sin)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.usefixtures("isa")
+def test_swiglu(dtype: torch.dtype) -> None:
+    for size in (1, 15, 17, 1000):
+        gate, up = sample(3, size, dtype=dtype) * 5, sample(3, size, dtype=dtype, seed=1)
+        torch.testing.assert_close(native.swiglu(gate, up), reference.swiglu(gate, up))
+    extremes = torch.tensor([0.0, -0.0, 1e-20, 88.0, -88.0, 1e4, -1e4, 3e38, -3e38, torch.inf, torch.nan]).to(dtype)
+    ones = torch.ones_like(extremes)
+    torch.testing.assert_close(
+        native.swiglu(extremes, ones), reference.swiglu(extremes, ones), equal_nan=True, atol=1e-30, rtol=1e-6
+    )
+
+
+def test_elements_have_the_same_bits_wherever_they_stand(use_isa: Callable[[str], None]) -> None:
+    gate, up = sample(100_003) * 4, sample(100_003, seed=1)
+    use_isa("portable")
+    expected = native.swiglu(gate, up)
+    assert torch.equal(native.swiglu(gate[5:77], up[5:77]), expected[5:77])
+    for isa in ("avx2", "avx512"):
+        use_isa(isa)
+        assert torch.equal(native.swiglu(gate, up), expected)
+
+
+@pytest.mark.usefixtures("isa")
+def test_long_rms_norm_runs_in_parallel_with_the_same_bits(use_threads: Callable[[int], None]) -> None:
+    x, weight = sample(500, 256), sample(256, seed=1)
+    use_threads(1)
+    expected = native.rms_norm(x, weight, 1e-6)
+    use_threads(3)
+    assert torch.equal(native.rms_norm(x, weight, 1e-6), expected)
+
+
+def test_many_threads_may_call_at_once(use_threads: Callable[[int], None]) -> None:
+    use_threads(3)
+    gate, up = sample(300_000), sample(300_000, seed=1)
+    expected = native.swiglu(gate, up)
+    results: list[bool] = []
+
+    def work() -> None:
+        for _ in range(20):
+            results.append(torch.equal(native.swiglu(gate, up), expected))
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 100 and all(results)
+
+
+def test_backends_are_reported(use_isa: Callable[[str], None]) -> None:
+    use_isa("portable")
+    backends = ops.backends()
+    assert backends["linear"] == backends["moe"] == backends["embedding"] == "native (portable)"
+    assert backends["paged_attention"] == "torch"
+    assert "prepare" not in backends

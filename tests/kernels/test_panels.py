@@ -1,0 +1,268 @@
+"""Linear weights in panels, against the reference: every layout, every instruction set."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.kernels import native, ops, panels, reference
+from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.reference import unpack_dense
+from tests.kernels.weights import SHAPES, dense, every_layout, int4, scaled8
+
+# Relative to the largest result. bf16: both sides round the result, the reference the weights too; int8 activations
+# are off by up to 1/254 of a group's largest.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.01}
+QUANTIZED_TOLERANCE = 0.04
+ROWS = (1, 2, 5, 8, 9, 20)
+WIDE = (40, 264)
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.why_unavailable()))
+
+
+def activations(rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    result = x.double() @ weight.dequantize(torch.float64).T
+    return result if bias is None else result + bias.double()
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    return float((result.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("isa")
+def test_panels_hold_the_same_values(shape: tuple[int, int]) -> None:
+    for name, weight in every_layout(shape).items():
+        packed = ops.prepare(weight)
+        assert packed.layout.startswith("panels_"), name
+        assert packed.shape == weight.shape and packed.is_floating == weight.is_floating
+        original, restored = weight.dequantize(), packed.dequantize()
+        assert restored.dtype == original.dtype, name
+        assert torch.equal(restored, original), name
+        assert packed.parts["weight"].data_ptr() % 64 == 0
+        scale = weight.parts.get("scale")
+        assert scale is None or packed.parts["scale"].dtype == scale.dtype
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("isa")
+def test_linear_means_what_the_reference_says(shape: tuple[int, int]) -> None:
+    for name, weight in every_layout(shape).items():
+        packed = ops.prepare(weight)
+        for rows in ROWS:
+            for dtype, tolerance in TOLERANCE.items():
+                x = activations(rows, shape[1], dtype)
+                result = ops.linear(x, packed)
+                assert result.dtype == dtype and result.shape == (rows, shape[0])
+                if dtype == torch.bfloat16 and packed.layout in ("panels_int4", "panels_int8"):
+                    tolerance = QUANTIZED_TOLERANCE
+                assert error(result, exact(x, weight)) < tolerance, (name, rows, dtype)
+
+
+@pytest.mark.usefixtures("isa")
+def test_reference_takes_panels() -> None:
+    for name, weight in every_layout(WIDE).items():
+        for dtype in TOLERANCE:
+            x = activations(3, WIDE[1], dtype)
+            assert torch.equal(reference.linear(x, ops.prepare(weight)), reference.linear(x, weight)), name
+
+
+@pytest.mark.usefixtures("isa")
+def test_wide_activations_for_integer_weights() -> None:
+    for name, weight in every_layout(WIDE).items():
+        packed = ops.prepare(weight, activation="bf16")
+        for rows in (1, 9):
+            x = activations(rows, WIDE[1], torch.bfloat16)
+            assert error(ops.linear(x, packed), exact(x, weight)) < TOLERANCE[torch.bfloat16], (name, rows)
+
+
+def quantize_activations(x: Tensor, chunk: int) -> Tensor:
+    """What int8 activations stand for, in float64: symmetric, per token and chunk."""
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % chunk)).view(x.shape[0], -1, chunk)
+    largest = padded.abs().amax(-1, keepdim=True)
+    values = (padded * (127.0 / largest)).round()
+    return (values.double() * (largest / 127.0).double()).flatten(1)[:, : x.shape[1]]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("group", "chunk"), [(8, 8), (24, 24), (128, 128), (192, 96), (384, 128)])
+def test_activations_are_quantized_per_token_and_group(group: int, chunk: int) -> None:
+    weight = int4((32, 384), group, has_zero=True)
+    x = activations(6, 384, torch.bfloat16) * torch.logspace(-3, 3, 384).bfloat16()
+    expected = quantize_activations(x, chunk) @ weight.dequantize(torch.float64).T
+    assert error(ops.linear(x, ops.prepare(weight)), expected) < 0.005  # the rounding of the result
+
+
+@pytest.mark.usefixtures("isa")
+def test_extreme_integers_do_not_saturate() -> None:
+    """All weights and activations at their limits: sums of pairs of products exceed 16 bits."""
+    for value, code in ((-128, -128), (127, 127)):
+        parts = {"weight": torch.full((16, 256), code, dtype=torch.int8), "scale": torch.ones(16, 1)}
+        weight = PackedWeight("scaled8", (16, 256), parts, reference.unpack_scaled8, (1, 256))
+        for sign in (1, -1):
+            x = torch.full((3, 256), 127.0 * sign).bfloat16()
+            expected = torch.full((3, 16), 127.0 * sign * value * 256).bfloat16()
+            torch.testing.assert_close(ops.linear(x, ops.prepare(weight)), expected, rtol=0.005, atol=0)
+
+
+@pytest.mark.usefixtures("isa")
+def test_every_fp8_code_is_right() -> None:
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    weight = PackedWeight(
+        "scaled8",
+        (254, 8),
+        {"weight": codes[:, None].repeat(1, 8).view(torch.float8_e4m3fn), "scale": torch.ones(1, 1)},
+        reference.unpack_scaled8,
+        (254, 8),
+    )
+    packed = ops.prepare(weight)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    assert expected.abs()[expected != 0].min() == 2**-9
+    for position in range(8):
+        for rows in (1, 12):  # in registers, and expanded beforehand
+            x = torch.zeros(rows, 8, dtype=torch.bfloat16)
+            x[:, position] = 1.0
+            assert torch.equal(ops.linear(x, packed).float(), expected.expand(rows, -1)), position
+
+
+@pytest.mark.usefixtures("isa")
+def test_float32_results_do_not_depend_on_the_layout() -> None:
+    """A quantized weight and the dense weight of its values give the same bits."""
+    for shape in ((33, 200), (48, 384)):
+        for name, weight in every_layout(shape).items():
+            values = weight.dequantize(torch.float32)
+            plain = PackedWeight("dense", shape, {"weight": values}, unpack_dense)
+            for rows in (1, 7, 30):
+                x = activations(rows, shape[1], torch.float32)
+                assert torch.equal(ops.linear(x, ops.prepare(weight)), ops.linear(x, ops.prepare(plain))), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.usefixtures("isa")
+def test_a_row_is_the_same_alone_in_a_batch_and_on_any_number_of_threads(
+    use_threads: Callable[[int], None], dtype: torch.dtype
+) -> None:
+    for name, weight in every_layout((130, 264)).items():
+        for activation in ("int8", "bf16"):
+            packed = ops.prepare(weight, activation)  # type: ignore[arg-type]
+            x = activations(150, 264, dtype)
+            use_threads(1)
+            alone = torch.cat([ops.linear(x[row : row + 1], packed) for row in range(0, 150, 7)])
+            together = ops.linear(x, packed)
+            assert torch.equal(together[::7], alone), name
+            assert torch.equal(ops.linear(x[3:12], packed), together[3:12]), name
+            for threads in (2, 3):
+                use_threads(threads)
+                assert torch.equal(ops.linear(x, packed), together), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_integer_and_float32_products_have_the_same_bits_on_every_instruction_set(
+    use_isa: Callable[[str], None], dtype: torch.dtype
+) -> None:
+    layouts = every_layout((33, 200))
+    if dtype == torch.bfloat16:
+        layouts = {name: weight for name, weight in layouts.items() if name.startswith(("int", "fp16", "fp32"))}
+    x = activations(11, 200, dtype)
+    use_isa("portable")
+    expected = {name: ops.linear(x, ops.prepare(weight)) for name, weight in layouts.items()}
+    for isa in ("avx2", "avx512"):
+        use_isa(isa)
+        for name, weight in layouts.items():
+            assert torch.equal(ops.linear(x, ops.prepare(weight)), expected[name]), (isa, name)
+
+
+@pytest.mark.parametrize("bias_type", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.usefixtures("isa")
+def test_bias(dtype: torch.dtype, bias_type: torch.dtype) -> None:
+    weight, bias = dense((37, 72), torch.bfloat16), activations(1, 37, torch.float32, 5)[0].to(bias_type) * 3
+    for rows in (1, 10):
+        x = activations(rows, 72, dtype)
+        assert error(ops.linear(x, ops.prepare(weight), bias), exact(x, weight, bias)) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("isa")
+def test_embedding_reads_rows_from_panels() -> None:
+    ids = torch.tensor([0, 129, 16, 15, 15, 77])
+    for name, weight in every_layout((130, 264)).items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            result = ops.embedding(ids, ops.prepare(weight), dtype)
+            assert torch.equal(result, reference.embedding(ids, weight, dtype)), (name, dtype)
+    packed = ops.prepare(dense((5, 8), torch.float32))
+    for wrong in (-1, 5):
+        with pytest.raises(IndexError, match=f"id {wrong}"):
+            ops.embedding(torch.tensor([0, wrong]), packed, torch.float32)
+
+
+def test_what_does_not_fit_stays_as_it_is() -> None:
+    unequal = int4((16, 64), 32, has_order=True)
+    unequal.parts["group"][0] = 1 - unequal.parts["group"][0]
+    nan = scaled8((16, 64), torch.float8_e4m3fn, (16, 64))
+    nan.parts["weight"].view(torch.uint8)[3, 5] = 0xFF
+    vector = PackedWeight("dense", (64,), {"weight": torch.ones(64)}, unpack_dense)
+    for weight in (unequal, nan, vector, int4((16, 60), 12), dense((4, 4), torch.float64)):
+        assert ops.prepare(weight) is weight
+    packed = ops.prepare(dense((4, 8), torch.float32))
+    assert ops.prepare(packed) is packed
+    with pytest.raises(ValueError, match="linear of"):
+        ops.linear(torch.ones(2, 9), packed)
+
+
+def test_odd_widths_without_groups_fit() -> None:
+    for columns in (1, 5, 13, 131):
+        for weight in (
+            dense((18, columns), torch.bfloat16),
+            dense((18, columns), torch.float32),
+            scaled8((18, columns), torch.int8, (1, columns)),
+            scaled8((18, columns), torch.float8_e4m3fn, (128, 128)),
+        ):
+            packed = ops.prepare(weight)
+            assert packed is not weight
+            assert torch.equal(packed.dequantize(), weight.dequantize())
+            x = activations(9, columns, torch.float32)
+            assert error(ops.linear(x, packed), exact(x, weight)) < TOLERANCE[torch.float32]
+
+
+def test_empty_steps_and_float16_activations() -> None:
+    weight = ops.prepare(dense((18, 40), torch.float16))
+    assert ops.linear(torch.empty(0, 40), weight).shape == (0, 18)
+    x = activations(3, 40, torch.float16)
+    assert ops.linear(x, weight).dtype == torch.float16
+    assert error(ops.linear(x, weight), exact(x, weight)) < 2e-3
+
+
+@pytest.mark.usefixtures("isa")
+def test_nan_and_infinity_are_not_lost() -> None:
+    for name, weight in every_layout(WIDE).items():
+        for dtype in TOLERANCE:
+            x = activations(3, WIDE[1], dtype)
+            x[1, 7] = torch.nan
+            result = ops.linear(x, ops.prepare(weight))
+            assert result[1].isnan().all(), name
+            assert result[[0, 2]].isfinite().all(), name
+
+
+def test_memory_is_given_back() -> None:
+    weight = ops.prepare(dense((512, 512), torch.float32))
+    matrix = weakref.ref(weight) if weight.native is None else weight
+    lines = weight.parts["weight"]
+    expected = lines.clone()
+    del weight, matrix
+    gc.collect()
+    assert torch.equal(lines, expected)  # a part keeps the memory alive
+    address = lines.data_ptr()
+    del lines
+    gc.collect()
+    addresses = {ops.prepare(dense((512, 512), torch.float32)).parts["weight"].data_ptr() for _ in range(20)}
+    assert address in addresses or len(addresses) < 5  # freed memory is used again
+    assert panels.supports_linear(torch.ones(1, 8), ops.prepare(dense((8, 8), torch.float32)))

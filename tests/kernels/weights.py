@@ -1,0 +1,81 @@
+"""Random weights in every layout, with the awkward corners: odd sizes, zero points, activation orders, subnormals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.reference import pack_nibbles, unpack_dense, unpack_int4, unpack_scaled8
+
+# (out, in)
+SHAPES = ((16, 128), (1, 8), (33, 200), (48, 384), (7, 1000), (130, 264))
+
+
+def dense(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> PackedWeight:
+    values = _normal(shape, seed).to(dtype)
+    return PackedWeight("dense", shape, {"weight": values}, unpack_dense)
+
+
+def int4(
+    shape: tuple[int, int],
+    group: int,
+    *,
+    scale_type: torch.dtype = torch.bfloat16,
+    has_zero: bool = False,
+    has_order: bool = False,
+    seed: int = 0,
+) -> PackedWeight:
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    groups = columns // group
+    parts = {
+        "weight": pack_nibbles(torch.randint(0, 16, shape, dtype=torch.uint8, generator=generator)),
+        "scale": (torch.rand((rows, groups), generator=generator) * 0.1 + 0.01).to(scale_type),
+    }
+    if has_zero:
+        parts["zero"] = torch.randint(0, 16, (rows, groups), dtype=torch.uint8, generator=generator)
+    if has_order:
+        order = torch.randperm(columns, generator=generator)
+        parts["group"] = (torch.arange(columns) // group)[order].to(torch.int32)
+    return PackedWeight("int4", shape, parts, unpack_int4, (1, group))
+
+
+def scaled8(shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int], seed: int = 0) -> PackedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    if dtype == torch.float8_e4m3fn:
+        codes[codes & 0x7F == 0x7F] = 0x05  # not NaN but a subnormal; one code in 16 is one anyway
+    grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    scale = torch.rand(grid, generator=generator) * 0.1 + 0.01
+    return PackedWeight("scaled8", shape, {"weight": codes.view(dtype), "scale": scale}, unpack_scaled8, block)
+
+
+def every_layout(shape: tuple[int, int], seed: int = 0) -> dict[str, PackedWeight]:
+    """Name → weight, for each layout that the shape allows."""
+    columns = shape[1]
+    fp8, int8 = torch.float8_e4m3fn, torch.int8
+    weights = {
+        "fp32": dense(shape, torch.float32, seed),
+        "bf16": dense(shape, torch.bfloat16, seed),
+        "fp16": dense(shape, torch.float16, seed),
+        "fp8-tensor": scaled8(shape, fp8, shape, seed),
+        "fp8-channel": scaled8(shape, fp8, (1, columns), seed),
+        "fp8-block": scaled8(shape, fp8, (128, 128), seed),
+        "fp8-block-odd": scaled8(shape, fp8, (24, 40), seed),
+        "int8-channel": scaled8(shape, int8, (1, columns), seed),
+        "int8-tensor": scaled8(shape, int8, shape, seed),
+        "int8-block": scaled8(shape, int8, (128, 128), seed),
+    }
+    if columns % 2 == 0:
+        weights["int4-channel"] = int4(shape, columns, scale_type=torch.float32, has_zero=True, seed=seed)
+        for index, group in enumerate(size for size in (8, 24, 40, 64, 128, 192) if columns % size == 0):
+            scale_type = (torch.bfloat16, torch.float16, torch.float32)[index % 3]
+            weights[f"int4-{group}"] = int4(shape, group, scale_type=scale_type, seed=seed)
+            weights[f"int4-{group}-zero"] = int4(shape, group, scale_type=scale_type, has_zero=True, seed=seed)
+            weights[f"int4-{group}-order"] = int4(shape, group, has_zero=group > 8, has_order=True, seed=seed)
+    return weights
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
