@@ -89,6 +89,9 @@ class Kernels:
         out: int,
         tokens: int,
         num_active: int,
+        alpha: float,
+        offset: float,
+        limit: float,
         x_dtype: DType,
         threads: int,
     ) -> None: ...

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels import native, ops, panels, reference
-from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+from amalgam.kernels.packed import SWIGLU, Activation, Expert, ExpertTable, PackedWeight
 from amalgam.kernels.reference import unpack_dense
 from tests.kernels.weights import every_layout
 
@@ -50,7 +50,7 @@ def routing(tokens: int, experts: int, k: int, seed: int = 2) -> tuple[Tensor, T
     return ids, torch.rand((tokens, k), generator=generator)
 
 
-def exact(x: Tensor, ids: Tensor, weights: Tensor, experts: list[Expert]) -> Tensor:
+def exact(x: Tensor, ids: Tensor, weights: Tensor, experts: list[Expert], activation: Activation = SWIGLU) -> Tensor:
     def product(inputs: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         result = inputs @ weight.dequantize(torch.float64).T
         return result if bias is None else result + bias.double()
@@ -61,7 +61,10 @@ def exact(x: Tensor, ids: Tensor, weights: Tensor, experts: list[Expert]) -> Ten
             expert = experts[expert_id]
             gate = product(x[token].double(), expert.gate, expert.gate_bias)
             up = product(x[token].double(), expert.up, expert.up_bias)
-            result[token] += weight * product(torch.nn.functional.silu(gate) * up, expert.down, expert.down_bias)
+            if activation.limit is not None:
+                gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+            inner = gate * torch.sigmoid(activation.alpha * gate) * (up + activation.offset)
+            result[token] += weight * product(inner, expert.down, expert.down_bias)
     return result
 
 
@@ -94,6 +97,17 @@ def test_every_layout(dtype: torch.dtype) -> None:
         assert error(ops.moe(x, ids, weights, packed(experts)), exact(x, ids, weights, experts)) < TOLERANCE[dtype], (
             name
         )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.usefixtures("isa")
+def test_other_activations(dtype: torch.dtype) -> None:
+    experts = mixed_experts(3, has_bias=True)
+    x = random(5, HIDDEN).to(dtype)
+    ids, weights = routing(5, 3, 2)
+    for activation in (Activation(1.702, 1.0, 7.0), Activation(0.5, 0.0, 0.25), Activation(offset=-2.0)):
+        result = ops.moe(x, ids, weights, packed(experts), activation)
+        assert error(result, exact(x, ids, weights, experts, activation)) < TOLERANCE[dtype]
 
 
 @pytest.mark.usefixtures("isa")

@@ -52,8 +52,8 @@ def moe(
     x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
 ) -> Tensor:
     """See `reference.moe`."""
-    if activation == SWIGLU and panels.supports_moe(x, experts):
-        return panels.moe(x, expert_ids, gate_weights, experts)
+    if panels.supports_moe(x, experts):
+        return panels.moe(x, expert_ids, gate_weights, experts, activation)
     return reference.moe(x, expert_ids, gate_weights, experts, activation)
 
 

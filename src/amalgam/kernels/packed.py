@@ -25,6 +25,9 @@ Runtime layouts (`PackedWeight.layout`), all row-major over `[out, in]`:
     panels_*  what the native CPU kernels read: int4, int8, fp8, bf16, fp16, fp32 (`csrc/matrix.h` has the drawing)
               weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
 
+    panels_*  what the native CPU kernels read: int4, int8, fp8, bf16, fp16, fp32 (`csrc/matrix.h` has the drawing)
+              weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
+
 A layout that no kernel knows still works: every packed weight carries the function that expands it.
 """
 

@@ -23,18 +23,19 @@ Arithmetic depends on the type of the activations:
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from amalgam.kernels import native
-from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+from amalgam.kernels.packed import SWIGLU, Activation, Expert, ExpertTable, PackedWeight
 
 if TYPE_CHECKING:
     from amalgam import _native
 
-ActivationPrecision = Literal["int8", "bf16"]
+ActivationType = Literal["int8", "bf16"]
 
 _DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _SCALED8 = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
@@ -43,7 +44,7 @@ _UNIT = 8  # a group is a multiple of this many inputs
 _CACHE_KEY = "native"
 
 
-def prepare(weight: PackedWeight, activation: ActivationPrecision = "int8") -> PackedWeight:
+def prepare(weight: PackedWeight, activation: ActivationType = "int8") -> PackedWeight:
     """The weight in panels; itself where that is not possible.
 
     Args:
@@ -151,7 +152,9 @@ def supports_moe(x: Tensor, experts: ExpertTable) -> bool:
     return experts.cache[_CACHE_KEY] is not None
 
 
-def moe(x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable) -> Tensor:
+def moe(
+    x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+) -> Tensor:
     """The mixture of experts in one call; see `reference.moe`. Between the operators everything stays float32.
 
     Raises:
@@ -167,7 +170,7 @@ def moe(x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTabl
     if expert_ids.dim() != 2 or expert_ids.shape[0] != x.shape[0] or gate_weights.shape != expert_ids.shape:
         raise ValueError(f"moe with ids {tuple(expert_ids.shape)} and gate weights {tuple(gate_weights.shape)}")
     if x.dtype not in native.FLOAT_TYPES:
-        return moe(x.float(), expert_ids, gate_weights, experts).to(x.dtype)
+        return moe(x.float(), expert_ids, gate_weights, experts, activation).to(x.dtype)
     x, ids, weights = x.contiguous(), expert_ids.long().contiguous(), gate_weights.float().contiguous()
     out = torch.empty_like(x)
     if out.numel():
@@ -179,6 +182,9 @@ def moe(x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTabl
             out=out.data_ptr(),
             tokens=x.shape[0],
             num_active=ids.shape[1],
+            alpha=activation.alpha,
+            offset=activation.offset,
+            limit=math.inf if activation.limit is None else activation.limit,
             x_dtype=native.native_dtype(x.dtype),
             threads=torch.get_num_threads(),
         )
@@ -254,7 +260,7 @@ def _fits(weight: PackedWeight) -> bool:
     return group is None or bool((torch.bincount(group.long(), minlength=scale.shape[1]) == weight.block[1]).all())
 
 
-def _pack(weight: PackedWeight, activation: ActivationPrecision) -> _native.Matrix | None:
+def _pack(weight: PackedWeight, activation: ActivationType) -> _native.Matrix | None:
     from amalgam import _native
 
     parts = {name: part.contiguous() for name, part in weight.parts.items()}

@@ -19,7 +19,7 @@ from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.panels import ActivationPrecision
+from amalgam.kernels.panels import ActivationType
 from amalgam.models.spec import ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
@@ -40,9 +40,7 @@ class PlannedWeight:
     source: Source
     stored: StoredWeight
     quantize_to: WeightFormat | None  # quantize while loading
-    activation: (
-        ActivationPrecision | None
-    )  # what bfloat16 activations become for integer weights; None: nothing is multiplied
+    activation: ActivationType | None  # of bfloat16 activations for integer weights; None: nothing is multiplied
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -56,7 +54,11 @@ class PlannedWeight:
         return self.slot.role == "router" and not self.stored.is_wide
 
     def load(self, device: torch.device) -> PackedWeight:
-        packed = read_weight(self.source, self.stored, self.slot)
+        """Read, arrange and pack it for a device."""
+        return self.source.load(self.stored, lambda packed: self._finish(packed, device))
+
+    def _finish(self, packed: PackedWeight, device: torch.device) -> PackedWeight:
+        packed = oriented(packed, self.stored, self.slot)
         if self.quantize_to is not None:
             quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
             packed = self.quantize_to.pack(quantized, self.slot.shape)
@@ -81,13 +83,8 @@ class PlannedWeight:
         )
 
 
-def read_weight(source: Source, stored: StoredWeight, slot: Slot) -> PackedWeight:
-    """One weight in the slot's orientation, whichever the source stores it in.
-
-    Raises:
-        CheckpointError: see `Source.load`.
-    """
-    packed = source.load(stored)
+def oriented(packed: PackedWeight, stored: StoredWeight, slot: Slot) -> PackedWeight:
+    """A weight in the slot's orientation, whichever the source stores it in."""
     return dense(packed.dense.t().contiguous()) if slot.is_transposed and stored.is_wide else packed
 
 

@@ -28,11 +28,13 @@ from amalgam.precision.format import (
     StoredWeight,
     WeightFormat,
     all_formats,
+    owned,
 )
 from amalgam.precision.fused import FusedTensor, TensorPart, TensorSlice, split_fused, whole_of
 
 CONFIG_NAME = "config.json"
 # config.json → how the checkpoint's fused tensors hold logical weights.
+Finish = Callable[[PackedWeight], PackedWeight]
 FusedTable = Callable[[Mapping[str, Any]], Sequence[FusedTensor]]
 # Suffixes that name a tensor of their own rather than a part of `<module>.weight`.
 _WHOLE = frozenset({WEIGHT_SUFFIX, "bias"})
@@ -85,8 +87,11 @@ class Source:
         }
         return cls(name, folder, store, config, place, weights)
 
-    def load(self, stored: StoredWeight) -> PackedWeight:
-        """Read and pack one weight, and give the file's pages back.
+    def load(self, stored: StoredWeight, finish: Finish = lambda packed: packed) -> PackedWeight:
+        """Read and pack one weight, and give the file's pages back; the result shares no memory with the file.
+
+        Args:
+            finish: what is to become of the packed weight while the pages are there; saves a copy of its own.
 
         Raises:
             CheckpointError: its file has changed since it was opened, or its data contradict its header.
@@ -97,7 +102,13 @@ class Source:
             return plain(part) if stored.arrange is None else stored.arrange(plain(part))
 
         try:
-            return stored.format.load(stored, read)
+            packed = stored.format.load(stored, read)
+            finished = finish(packed)
+            views = {id(part) for part in packed.parts.values()} if stored.is_wide else set()
+            if any(id(part) in views for part in finished.parts.values()):
+                parts = {role: owned(part) for role, part in finished.parts.items()}
+                finished = replace(finished, parts=parts)
+            return finished
         finally:
             for part in stored.parts.values():
                 self.store.release(whole_of(part))

@@ -20,7 +20,7 @@ from amalgam.checkpoint.source import resolve
 from amalgam.checkpoint.writer import new_folder, write_checkpoint
 from amalgam.config import Settings
 from amalgam.errors import CheckpointError, ConfigError
-from amalgam.models.loader import Progress, read_weight
+from amalgam.models.loader import Progress, oriented
 from amalgam.models.spec import Slot, fused_tensors, read_spec
 from amalgam.precision.format import (
     QuantizeOptions,
@@ -154,7 +154,7 @@ class _Quantizer:
                 self._progress(f"Quantizing to {self._format.name}", done, total)
 
     def _quantize(self, name: str, slot: Slot, stored: StoredWeight) -> Iterator[tuple[str, torch.Tensor]]:
-        wide = read_weight(self._source, stored, slot).dequantize()
+        wide = self._source.load(stored, lambda packed: oriented(packed, stored, slot)).dequantize()
         if not bool(torch.isfinite(wide).all()):
             raise CheckpointError(f"Weight {name!r} in {self._source.folder} holds NaN or infinity.")
         try:

@@ -170,10 +170,17 @@ void add_expert(Experts& table, std::shared_ptr<PackedMatrix> gate, std::shared_
 }
 
 void moe_layer(const Kernels& table, const Experts& experts, uintptr_t x, uintptr_t expert_ids, uintptr_t gate_weights,
-               uintptr_t out, int64_t tokens, int64_t num_active, DType x_dtype, int threads) {
-    moe({&table, threads},
-        {&experts.experts, pointer<const void>(x), x_dtype, tokens, pointer<const int64_t>(expert_ids),
-         pointer<const float>(gate_weights), num_active, pointer<void>(out)});
+               uintptr_t out, int64_t tokens, int64_t num_active, float alpha, float offset, float limit, DType x_dtype,
+               int threads) {
+    moe({&table, threads}, {&experts.experts,
+                            pointer<const void>(x),
+                            x_dtype,
+                            tokens,
+                            pointer<const int64_t>(expert_ids),
+                            pointer<const float>(gate_weights),
+                            num_active,
+                            {alpha, offset, limit},
+                            pointer<void>(out)});
 }
 
 }  // namespace
@@ -216,7 +223,7 @@ NB_MODULE(_native, module) {
         .def("linear", &linear_rows, "weight"_a, "x"_a, "out"_a, "rows"_a, "x_dtype"_a, "bias"_a, "bias_dtype"_a,
              "threads"_a, Unlocked())
         .def("moe", &moe_layer, "experts"_a, "x"_a, "expert_ids"_a, "gate_weights"_a, "out"_a, "tokens"_a,
-             "num_active"_a, "x_dtype"_a, "threads"_a, Unlocked());
+             "num_active"_a, "alpha"_a, "offset"_a, "limit"_a, "x_dtype"_a, "threads"_a, Unlocked());
     module.def("pack", &pack, "format"_a, "rows"_a, "columns"_a, "weight"_a, "scale"_a, "scale_dtype"_a, "scale_rows"_a,
                "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, Unlocked());
     module.def("checksum", &checksum, "weights"_a, "threads"_a, Unlocked());

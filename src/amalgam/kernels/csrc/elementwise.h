@@ -31,6 +31,14 @@ inline float exponential(float argument) {
 
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
+// Comparisons are written so that a NaN stays.
+inline float join(const Gating& gating, float gate, float up) {
+    gate = gate > gating.limit ? gating.limit : gate;
+    up = up > gating.limit ? gating.limit : up;
+    up = up < -gating.limit ? -gating.limit : up;
+    return gate / (1.0f + exponential(-gating.alpha * gate)) * (up + gating.offset);
+}
+
 template <class T>
 void swiglu_range(const SwigluArgs& args, int64_t first, int64_t end) {
     const T* gate = static_cast<const T*>(args.gate);

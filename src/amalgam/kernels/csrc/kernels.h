@@ -54,10 +54,19 @@ struct ProductArgs {
     int64_t out_stride;
 };
 
-// out[r, n] = silu(gate) * up, the two products that read the same tokens; out is float32.
+// How gate and up meet: min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (up within +-limit, + offset). SwiGLU
+// has alpha 1, offset 0 and an infinite limit.
+struct Gating {
+    float alpha;
+    float offset;
+    float limit;
+};
+
+// out[r, n] = gate and up joined, the two products that read the same tokens; out is float32.
 struct GateUpArgs {
     ProductArgs gate;  // its out is the result; up's is not used
     ProductArgs up;
+    Gating gating;
 };
 
 // out[t] = sum over k of gate_weights[t, k] * parts[slots[t, k]], in the order of k.

@@ -40,6 +40,7 @@ struct MoeArgs {
     const int64_t* expert_ids;  // [tokens, num_active]
     const float* gate_weights;  // [tokens, num_active]
     int64_t num_active;
+    Gating gating;
     void* out;  // [tokens, hidden], of the type of x
 };
 

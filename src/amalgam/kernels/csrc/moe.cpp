@@ -143,7 +143,7 @@ void moe(const Execution& execution, const MoeArgs& args) {
                 width};
         };
         gate_up.push_back({side(*expert.weights->gate, expert.weights->gate_bias),
-                           side(*expert.weights->up, expert.weights->up_bias)});
+                           side(*expert.weights->up, expert.weights->up_bias), args.gating});
     }
     run_conversions(execution, operands.conversions());
     run_items(execution, routing, first.num_panels(), gate_up, kernels.gate_up);

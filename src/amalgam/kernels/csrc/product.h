@@ -178,6 +178,7 @@ void product(const ProductArgs& args, int64_t first_row, int64_t end_row, int64_
 
 void gate_up(const GateUpArgs& args, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
     Sums gate, up;
+    const Gating gating = args.gating;
     for_row_blocks(first_row, end_row, [&](int64_t row, int64_t rows) {
         for (int64_t panel = first_panel; panel < end_panel; ++panel) {
             const int width = panel_width(*args.gate.weight, panel);
@@ -186,8 +187,9 @@ void gate_up(const GateUpArgs& args, int64_t first_row, int64_t end_row, int64_t
             add_bias(args.gate.bias, panel, width, rows, gate);
             add_bias(args.up.bias, panel, width, rows, up);
             for (int64_t i = 0; i < rows; ++i) {
-                for (int lane = 0; lane < kPanelRows; ++lane)
-                    gate.row[i][lane] = silu(gate.row[i][lane]) * up.row[i][lane];
+                for (int lane = 0; lane < kPanelRows; ++lane) {
+                    gate.row[i][lane] = join(gating, gate.row[i][lane], up.row[i][lane]);
+                }
             }
             float* out = static_cast<float*>(args.gate.out) + row * args.gate.out_stride + panel * kPanelRows;
             write_panel(gate, rows, width, out, args.gate.out_stride);

@@ -1,7 +1,8 @@
 // The inner loops: a tile of up to kTileRows rows of activations times a run of chunks of one panel.
 //
-// For every output element, on every instruction set: within a chunk the products are summed from zero, inputs in
-// order; the chunk's sum, times its scale, joins the total, chunks in order. Sums of int8 products are exact integers.
+// For every output element: within a chunk the products are summed from zero, inputs in order (bfloat16 pairs are dealt
+// out to kPairSums sums); the chunk's sum, times its scale, joins the total, chunks in order. Sums of int8 products are
+// exact integers.
 #pragma once
 
 #include "kernels.h"
@@ -168,7 +169,7 @@ void bfloat16_tile(const Run& run, const TileRows& x, float* y) {
     for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk) {
         Floats sum[kPairSums][M];
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) sum[0][m] = sum[kPairSums - 1][m] = zero_floats();
+        for (int m = 0; m < kPairSums * M; ++m) sum[m / M][m % M] = zero_floats();
         line = sum_pairs<kIsFp8, M>(line, run.inputs(chunk), run.prefetch, x, at, sum);
         at += run.inputs(chunk);
 #pragma GCC unroll 16

@@ -84,7 +84,7 @@ class LatentAttention:
         rotated_key = self._rotate(compressed[:, None, self.latent_rank :], context)
 
         expand = weights["kv_b"]
-        matrices = expand.dequantize(None if expand.layout == "dense" else x.dtype)
+        matrices = expand.dequantize(None if expand.is_floating else x.dtype)
         matrices = matrices.view(self.num_heads, self.nope_dim + self.value_dim, self.latent_rank)
         to_keys, to_values = matrices[:, : self.nope_dim], matrices[:, self.nope_dim :]
         query = torch.cat((ops.per_head(query[..., : self.nope_dim], to_keys), rotated_query), dim=-1)

@@ -16,7 +16,6 @@ from amalgam.precision.format import (
     Read,
     StoredWeight,
     WeightFormat,
-    owned,
 )
 from amalgam.precision.fused import TensorPart
 
@@ -35,7 +34,8 @@ class Floating(WeightFormat):
         return StoredWeight(name, self, entry.shape, parts) if entry.dtype == self.dtype else None
 
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
-        return dense(owned(read(stored.parts[WEIGHT_SUFFIX])))
+        # A view of the file: whoever packs it copies it, and `Source.load` does where nobody has.
+        return dense(read(stored.parts[WEIGHT_SUFFIX]))
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         return math.prod(shape) * self.dtype.itemsize
