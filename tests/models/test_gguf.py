@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from amalgam.checkpoint import TensorStore
 from amalgam.config import MixedPrecisionSettings
 from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
+from amalgam.kernels import ops
 from amalgam.models.spec import all_families
 from amalgam.models.weights import WeightVersion
 from amalgam.precision.formats.floating import dense
@@ -68,6 +69,14 @@ def logits_of(path: Path, mixed: MixedPrecisionSettings | None = None) -> torch.
     return Runner(*load_model(path, mixed=mixed), blocks_each=40).step({0: PROMPT})[0]
 
 
+def dequantized(version: WeightVersion) -> WeightVersion:
+    """The same weights as floating numbers, made ready for the kernels like those that they stand for."""
+    by_hand = {slot: dense(version[slot].dequantize(torch.float32)) for slot in version.origins}
+    ready = [slot for slot in by_hand if not version[slot].layout.startswith(("dense", "gguf_"))]
+    by_hand |= {slot: ops.prepare(by_hand[slot]) for slot in ready}
+    return WeightVersion(2, by_hand, version.origins, version.keys)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_alone_it_computes_what_hugging_face_does(case: str, tmp_path: Path) -> None:
     family, changes, options = CASES[case]
@@ -99,9 +108,7 @@ def test_every_weight_is_what_the_tool_makes_of_it(
         assert torch.equal(version[slot].dequantize(torch.float32), torch.from_numpy(weight)), slot
     assert num_quantized > 10
 
-    by_hand = {slot: dense(version[slot].dequantize(torch.float32)) for slot in version.origins}
-    hand_built = WeightVersion(2, by_hand, version.origins, version.keys)
-    composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built))
+    composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, dequantized(version)))
     assert torch.equal(composed, expected)
 
 
@@ -159,9 +166,7 @@ class TestMixed:
         decoder, version = load_model(checkpoints / "hf", mixed=mixed)
         formats = {(o.source, o.format) for o in version.origins.values() if ".experts." in o.slot}
         assert formats == {("base", "fp32"), ("q8_0", "gguf_q8_0"), ("q4_0", "gguf_q4_0")}
-        by_hand = {slot: dense(version[slot].dequantize(torch.float32)) for slot in version.origins}
-        hand_built = WeightVersion(2, by_hand, version.origins, version.keys)
-        composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built))
+        composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, dequantized(version)))
         assert torch.equal(composed, expected)
 
     def test_safetensors_with_gguf_as_the_base(self, checkpoints: Path) -> None:
