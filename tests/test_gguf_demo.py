@@ -59,6 +59,16 @@ def test_quantized_it_still_speaks(files: dict[str, Path]) -> None:
     assert answer.text.strip()
 
 
+def test_analyze_tells_what_is_in_it(files: dict[str, Path]) -> None:
+    result = CliRunner().invoke(app, ["analyze", str(files["q8_0"]), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["family"], found["num_layers"], found["num_experts_per_layer"]) == ("qwen3_moe", 6, [16])
+    assert found["roles"]["expert"]["weights"] == 6 * 16 * 3
+    assert set(found["formats"]) == {"fp32", "gguf_q8_0"}
+    assert found["notes"] == []
+
+
 def test_plan_of_safetensors_and_gguf(files: dict[str, Path], tmp_path: Path) -> None:
     quantize_checkpoint(str(DEMO), tmp_path / "fp8", "fp8", QuantizeOptions())
     (tmp_path / "model.gguf").symlink_to(files["q4_0"])

@@ -152,9 +152,8 @@ def _read_config(store: TensorStore) -> tuple[dict[str, Any], str]:
 
 def _recognise_gguf(store: TensorStore) -> Iterator[tuple[str, StoredWeight]]:
     """Every tensor is a whole weight, or a part of one that holds many; its type is in its header."""
-    declaration = read_declaration(store.folder, {})
     for name, piece in gguf_names.translate(store):
-        stored = recognise(name, piece.parts, declaration, reader(store))
+        stored = recognise(name, piece.parts, Declaration(), reader(store))
         yield name, replace(stored, arrange=piece.arrange)
 
 

@@ -22,7 +22,7 @@ from amalgam.errors import AmalgamError, CheckpointError, describe
 from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.precision.declared import Declaration, read_declaration
 from amalgam.precision.format import WEIGHT_SUFFIX
-from amalgam.precision.source import CONFIG_NAME, fitting, group_names, group_parts, reader, recognise
+from amalgam.precision.source import CONFIG_NAME, Source, fitting, group_names, group_parts, reader, recognise
 from amalgam.tools.roles import ROLES, role_by_name
 
 UNRECOGNISED = "unrecognised"
@@ -187,16 +187,22 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         CheckpointError: no such folder, no weights, or a damaged index, config or header.
     """
     folder = _locate(path_or_hub_id)
-    config = read_json(folder, CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
-    family, spec, notes = _read_family(config, folder)
+    source = Source.open(path_or_hub_id, str(folder)) if _is_gguf(folder) else None
+    if source is not None:
+        config, place = source.config, source.config_place
+    else:
+        place = str(folder / CONFIG_NAME)
+        config = read_json(folder, CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    family, spec, notes = _read_family(config, place)
     slots = {family.logical_name(slot): slot for slot in spec.slots} if family and spec else {}
     declaration = Declaration()
-    try:
-        declaration = read_declaration(folder, config)
-    except AmalgamError as error:
-        notes.append(f"Formats are told without the declared quantization: {error}")
+    if source is None:
+        try:
+            declaration = read_declaration(folder, config)
+        except AmalgamError as error:
+            notes.append(f"Formats are told without the declared quantization: {error}")
 
-    index = _read_index(folder)
+    index = _read_index(folder) if source is None else None
     missing = index.missing_shards if index else []
     if index is not None and missing:
         shards = set(index.weight_map.values())
@@ -207,6 +213,12 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
             + ("parameters computed from config.json." if slots else "parameters unknown.")
         )
         num_shards = len(shards)
+    elif source is not None:
+        found = {
+            name: Weight(role_by_name(name), stored.format.name, stored.shape, stored.nbytes)
+            for name, stored in source.weights.items()
+        }
+        num_shards = len(source.store.files)
     else:
         store = TensorStore.open(folder)
         found = _by_headers(store, config, declaration, notes)
@@ -250,11 +262,19 @@ def _locate(path_or_hub_id: str) -> Path:
     return resolve(path_or_hub_id)
 
 
-def _read_family(config: Mapping[str, Any], folder: Path) -> tuple[Family | None, ModelSpec | None, list[str]]:
+def _is_gguf(folder: Path) -> bool:
+    """Whether `TensorStore` would open GGUF."""
+    if folder.is_file():
+        return True
+    suffixes = {path.suffix for path in folder.iterdir()}
+    return ".gguf" in suffixes and not suffixes & {".safetensors", ".bin"}
+
+
+def _read_family(config: Mapping[str, Any], place: str) -> tuple[Family | None, ModelSpec | None, list[str]]:
     if not config:
-        return None, None, [f"{folder} has no {CONFIG_NAME}: layers and roles are told by the names."]
+        return None, None, [f"Without a configuration ({place}), layers and roles are told by the names."]
     try:
-        return *read_spec(config, str(folder / CONFIG_NAME)), []
+        return *read_spec(config, place), []
     except AmalgamError as error:
         return None, None, [f"Layers and roles are told by the names: {error}"]
 
