@@ -223,6 +223,18 @@ def build_settings(data: Mapping[str, Any]) -> Settings:
         raise ConfigError("Configuration is invalid:\n" + "\n".join(_explain(error))) from None
 
 
+def build_rules(mapping: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Rules from name or pattern → source, in order.
+
+    Raises:
+        ConfigError: an empty pattern or an impossible source name.
+    """
+    try:
+        return tuple(Rule(pattern=pattern, source=source) for pattern, source in mapping.items())
+    except ValidationError as error:
+        raise ConfigError("weight_mapping is invalid:\n" + "\n".join(_explain(error))) from None
+
+
 def load_settings(
     path: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -370,7 +382,7 @@ def _explain(error: ValidationError) -> list[str]:
         if item["type"] == "extra_forbidden":
             lines.append(f"  {key}: unknown setting. Remove it or correct its name.")
         elif item["type"] == "missing":
-            lines.append(f"  {key}: is required.")
+            lines.append(f"  {key}: is required. Give --config FILE, or set it by its flag or environment variable.")
         elif item["type"] == "value_error":
             lines.append(f"  {key}: {item['ctx']['error']}.")
         else:

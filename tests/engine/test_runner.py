@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from amalgam.engine.memory import available_bytes
 from amalgam.engine.request import Request, SamplingParams, ScheduledRequest, StepPlan
-from amalgam.engine.runner import Runner, available_bytes, choose_num_blocks, token_spans
+from amalgam.engine.runner import Runner, choose_num_blocks, token_spans
 from amalgam.errors import ConfigError
 from amalgam.models.context import TokenSpan
 from tests.engine.fakes import FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes, make_settings

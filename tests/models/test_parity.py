@@ -1,4 +1,4 @@
-"""Each family against the Hugging Face class on tiny random models, in float32."""
+"""Each family against the Hugging Face class (XVERSE: its description in numpy) on tiny random models, in float32."""
 
 from __future__ import annotations
 
@@ -9,11 +9,43 @@ import torch
 
 from amalgam.models.spec import Family, all_families
 from tests.models.harness import Runner, load_model
-from tests.models.tiny import save_tiny
+from tests.models.tiny import EOS, Reference, save_tiny
 
 TOLERANCE = 1e-4
 LENGTHS = (37, 5, 61, 1)
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 256,
+    "short_factor": [1.0, 1.1, 1.3, 1.5, 1.8, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0],
+}
+GROUP_LIMITED = {
+    "q_lora_rank": 32,
+    "topk_method": "group_limited_greedy",
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,  # with 2 the two best groups would always hold the two best experts
+    "routed_scaling_factor": 16.0,
+    "attention_bias": True,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 64,
+    },
+}
+# Case → changes to its family's tiny configuration; the case's name starts with the family's.
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama_biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "llama_rope_llama3": {
@@ -27,9 +59,59 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "llama_rope_linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    "llama_rope_dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    "llama_rope_yarn": {"rope_parameters": YARN},
+    "llama_rope_yarn_all": {
+        "rope_parameters": {
+            **YARN,
+            "beta_fast": 8.0,
+            "beta_slow": 2.0,
+            "mscale": 1.3,
+            "mscale_all_dim": 0.6,
+            "truncate": False,
+        }
+    },
+    "llama_rope_longrope": {"rope_parameters": LONGROPE},
+    "llama_rope_longrope_factor": {"rope_parameters": {**LONGROPE, "factor": 3.0}},
+    "mistral_full": {"sliding_window": None, "tie_word_embeddings": True},
     "qwen2_window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "mixtral_window": {"sliding_window": 8},
     "qwen3_moe_mixed": {"mlp_only_layers": [0], "norm_topk_prob": False, "attention_bias": True},
+    "qwen2_moe_mixed": {
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": True,
+        "qkv_bias": False,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "olmoe_clipped": {"clip_qkv": 0.5, "norm_topk_prob": True, "attention_bias": True},
+    "deepseek_v2_group_limited": GROUP_LIMITED,
+    "deepseek_v3_full_query": {"q_lora_rank": None, "attention_bias": True, "n_group": 1, "topk_group": 1},
+    "deepseek_v3_halves": {"rope_interleave": False, "norm_topk_prob": False, "rope_scaling": None},
+    "glm4_moe_plain": {
+        "use_qk_norm": False,
+        "attention_bias": False,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.7,
+        "partial_rotary_factor": 1.0,
+    },
+    "gpt_oss_layer_types": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "swiglu_limit": 0.3,
+        "swiglu_alpha": 1.2,
+    },
+    "gpt2_untied": {"tie_word_embeddings": False, "n_inner": 96},
+    "phimoe_longrope": {
+        "lm_head_bias": False,
+        "attention_bias": False,
+        "router_jitter_noise": 0.01,
+        "sliding_window": 16,
+        "rope_parameters": {**LONGROPE, "short_mscale": 1.24, "long_mscale": 1.3},
+    },
+    "xverse_dense": {"num_experts": None, "moe_top_k": None, "num_shared_experts": None, "rope_theta": 10000.0},
 }
 
 
@@ -45,7 +127,7 @@ def _cases() -> list[tuple[str, Family, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module", params=_cases(), ids=lambda case: case[0])
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Runner]:
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, Any]:
     name, family, changes = request.param
     folder = tmp_path_factory.mktemp(name)
     return save_tiny(family, folder, **changes), load_model(folder)
@@ -57,11 +139,6 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, 256, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def _expected(reference: Any, prompt: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        return reference(torch.tensor([prompt])).logits[0].float()
-
-
 def _runner(models: Any) -> Runner:
     return Runner(*models[1], num_sequences=len(LENGTHS), blocks_each=40)
 
@@ -70,7 +147,7 @@ def test_whole_prompt(models: Any, prompts: list[list[int]]) -> None:
     runner = _runner(models)
     for sequence, prompt in enumerate(prompts):
         logits = runner.step({sequence: prompt})[sequence]
-        torch.testing.assert_close(logits, _expected(models[0], prompt), atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(logits, models[0].logits(prompt), atol=TOLERANCE, rtol=0)
 
 
 def test_batched_chunked_and_cached(models: Any, prompts: list[list[int]]) -> None:
@@ -90,7 +167,7 @@ def test_batched_chunked_and_cached(models: Any, prompts: list[list[int]]) -> No
         for sequence, logits in runner.step(chunks).items():
             collected[sequence].append(logits)
     for prompt, parts in zip(prompts, collected, strict=True):
-        torch.testing.assert_close(torch.cat(parts), _expected(models[0], prompt), atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(torch.cat(parts), models[0].logits(prompt), atol=TOLERANCE, rtol=0)
 
 
 def test_chunks_and_neighbours_change_no_bit(models: Any, prompts: list[list[int]]) -> None:
@@ -104,17 +181,14 @@ def test_chunks_and_neighbours_change_no_bit(models: Any, prompts: list[list[int
 
 
 def test_greedy_tokens_equal(models: Any, prompts: list[list[int]]) -> None:
-    reference, _ = models
     prompt = prompts[0]
-    expected = reference.generate(
-        torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0
-    )[0, len(prompt) :].tolist()
+    expected = models[0].greedy(prompt, 64)
     runner = _runner(models)
     logits = runner.step({0: prompt})[0][-1]
     tokens: list[int] = []
     while len(tokens) < 64:
         logits = logits.clone()
-        logits[2] = -torch.inf  # min_new_tokens forbids the end of the sequence
+        logits[EOS] = -torch.inf
         tokens.append(int(logits.argmax()))
         logits = runner.step({0: [tokens[-1]]})[0][-1]
     assert tokens == expected

@@ -1,13 +1,17 @@
-"""Tiny random models of the Hugging Face classes, saved as checkpoints."""
+"""Tiny random models, saved as checkpoints, and the references that their logits are compared with."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from amalgam.models.spec import Family
+from tests.models import xverse
 
 BASE_CONFIG = {
     "vocab_size": 256,
@@ -19,28 +23,75 @@ BASE_CONFIG = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+EOS = 2
+
+
+class Reference(Protocol):
+    """An independent implementation of a model."""
+
+    def logits(self, prompt: list[int]) -> Tensor:
+        """float32 `[tokens, vocabulary]`."""
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """The most likely continuation that does not end."""
+
+
+class HuggingFace:
+    """A model of a Hugging Face class."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def logits(self, prompt: list[int]) -> Tensor:
+        with torch.inference_mode():
+            result: Tensor = self.model(torch.tensor([prompt])).logits[0].float()
+        return result
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        answer = self.model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        tokens: list[int] = answer[0, len(prompt) :].tolist()
+        return tokens
 
 
 def tiny_model(family: Family, **changes: Any) -> Any:
-    """A float32 model of the family's Hugging Face class. Norms and biases get random values: left at 1 and 0 they
-    would prove nothing."""
+    """A float32 model of the family's Hugging Face class, with random values everywhere: norms left at 1, biases and
+    router corrections left at 0 would prove nothing."""
     import transformers
 
     model_class = getattr(transformers, family.architectures[0])
     config = model_class.config_class(**{**BASE_CONFIG, **family.tiny_config, **changes})
     torch.manual_seed(7)
     model = model_class._from_config(config, experts_implementation="eager", attn_implementation="eager").float().eval()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.2)
+        for name, tensor in [*model.named_parameters(), *buffers]:
+            if "bias" in name or name.endswith("sinks"):
+                tensor.normal_(0, 0.2)
+            elif tensor.dim() == 1:
+                tensor.uniform_(0.5, 1.5)
             else:
-                parameter.mul_(4.0)  # the default 0.02 makes every logit alike
+                tensor.mul_(4.0)  # the default 0.02 makes every logit alike
     return model
 
 
-def save_tiny(family: Family, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Make a tiny model and save it in `folder`; returns the Hugging Face model."""
+def save_tiny(family: Family, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Reference:
+    """Make a tiny model and save it in `folder`."""
+    if family.name == "xverse":
+        return xverse.save(folder, {**BASE_CONFIG, **family.tiny_config, **changes}, dtype)
     model = tiny_model(family, **changes).to(dtype)
     model.save_pretrained(folder)
-    return model
+    return HuggingFace(model)
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """A checkpoint of the given tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")

@@ -161,3 +161,11 @@ def test_the_expert_tracking_example_prints_the_busiest(demo: tuple[httpx.Client
     for domain in ("English prose", "Chinese verse", "Python"):
         assert f"{domain}: " in result.stdout
     assert result.stdout.count("layer  expert  activations  of its layer") == 3
+
+
+def test_the_manifest_names_every_weight(demo: tuple[httpx.Client, Deployment]) -> None:
+    client, deployment = demo
+    document = client.get("/manifest").json()
+    assert document["fingerprint"] == deployment.version.fingerprint
+    assert len(document["weights"]) == len(deployment.version.origins)
+    assert all(part["nbytes"] for weight in document["weights"] for part in weight["parts"])

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from amalgam.errors import AmalgamError
 
 # In the order of a user's day. `amalgam.cli.<verb>` exports `command`; its docstring is the help text.
-VERBS = ("serve", "generate", "chat", "plan", "quantize", "analyze", "experts", "bench")
+VERBS = ("serve", "generate", "chat", "plan", "quantize", "analyze", "estimate", "experts", "bench")
 
 
 class _Verbs(TyperGroup):

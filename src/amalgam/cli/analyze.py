@@ -17,7 +17,7 @@ def _precision(role: str) -> Any:
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(metavar="[FOLDER_OR_HUB_ID]", help="The checkpoint.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="FOLDER_OR_HUB_ID", help="The checkpoint.")] = None,
     model_path: Annotated[
         str | None, typer.Option("--model_path", "--model-path", metavar="DIR", help="The same, as an option.")
     ] = None,
@@ -38,7 +38,7 @@ def command(
     shared_expert: Annotated[str | None, _precision("shared_expert")] = None,
     embedding: Annotated[str | None, _precision("embedding")] = None,
     head: Annotated[str | None, _precision("head")] = None,
-    force: Annotated[bool, typer.Option(help="Replace OUT.yaml.", rich_help_panel="Export")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.yaml.", rich_help_panel="Export")] = False,
 ) -> None:
     """Show a checkpoint's layers, experts, sizes and formats, from headers or index; write a configuration for it."""
     from amalgam.cli.console import print_json

@@ -9,6 +9,7 @@ import typer
 
 from amalgam.cli.options import with_settings
 from amalgam.config import Settings
+from amalgam.errors import ConfigError
 
 
 @with_settings
@@ -18,6 +19,12 @@ def command(
         str | None, typer.Option(metavar="NAME", help="Say which rule decides for this weight, and why.")
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="List every weight.")] = False,
+    show_manifest: Annotated[
+        bool, typer.Option("--manifest", help="Print the provenance of every weight as JSON.")
+    ] = False,
+    sha256: Annotated[
+        bool, typer.Option("--sha256", help="With --manifest: digest every tensor; reads all of it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check the weight mapping and show which source each weight comes from. Reads headers only."""
@@ -27,6 +34,8 @@ def command(
     from amalgam.models.loader import ModelLoader
     from amalgam.tools.quantize import ensure_derived
 
+    if sha256 and not show_manifest:
+        raise ConfigError("--sha256 is given without --manifest.", remedy="Add --manifest.")
     with progress_bar() as progress:
         ensure_derived(settings, progress)
     loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), settings.engine.load_threads)
@@ -35,6 +44,14 @@ def command(
         _explain(plan.explain(explain), as_json)
         return
     planned = loader.check(plan)
+    if show_manifest:
+        from amalgam.cli.console import print_json
+        from amalgam.tools.manifest import plan_manifest
+
+        with progress_bar() as progress:
+            document = plan_manifest(planned, settings.engine.load_threads if sha256 else None, progress)
+        print_json(document)
+        return
     if as_json or show_all:
         _list(planned, as_json)
     else:

@@ -6,8 +6,6 @@ What the server, the command line and the Python interface use. Must never know:
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -18,15 +16,16 @@ from typing import Any
 
 import torch
 
-from amalgam.config import Rule, Settings
+from amalgam.config import Rule, Settings, build_rules
 from amalgam.engine.core import Engine
+from amalgam.engine.memory import peak_memory_bytes
 from amalgam.errors import ConfigError, ConflictError, PlanError
 from amalgam.kernels import ops
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import LoadedVersion, ModelLoader, Progress
 from amalgam.models.spec import ModelSpec
-from amalgam.models.weights import WeightVersion
+from amalgam.models.weights import WeightVersion, manifest
 from amalgam.text import Tokenizer
 
 ObserverFactory = Callable[[ModelSpec], RoutingObserver]
@@ -139,7 +138,7 @@ class Deployment:
         if not mapping:
             raise PlanError("weight_mapping is empty.", remedy="Give at least one name or pattern and its source.")
         kept = tuple(rule for rule in self._rules if rule.pattern not in mapping)
-        added = tuple(Rule(pattern=pattern, source=source) for pattern, source in mapping.items())
+        added = build_rules(mapping)
         with self._changing():
             return self._go_live(self._loader, (*kept, *added))
 
@@ -158,10 +157,10 @@ class Deployment:
         spec, version = self.spec, self._version
         by_format: dict[str, dict[str, int]] = defaultdict(lambda: {"weights": 0, "parameters": 0, "bytes": 0})
         by_source: dict[str, dict[str, int]] = defaultdict(lambda: {"weights": 0, "bytes": 0})
-        for origin in version.origins.values():
+        for slot, origin in version.origins.items():
             for row in (by_format[origin.format], by_source[origin.source]):
                 row["weights"] += 1
-                row["bytes"] += origin.nbytes
+                row["bytes"] += version[slot].nbytes
             by_format[origin.format]["parameters"] += math.prod(origin.shape)
         status = self.engine.status()
         attention = spec.layers[0].attention
@@ -204,6 +203,11 @@ class Deployment:
             "kernels": ops.backends(),
             "load_seconds": round(self.loaded_seconds, 3),
         }
+
+    def manifest(self) -> dict[str, Any]:
+        """Where every weight of the newest version came from."""
+        version = self._version
+        return {"version": version.version_id, **manifest(version.fingerprint, version.origins)}
 
     def close(self) -> None:
         """Stop the engine; requests that still run end with an error."""
@@ -264,9 +268,3 @@ def choose_device(device_map: str) -> torch.device:
             remedy="Choose cpu or auto, or install a CUDA build of PyTorch.",
         )
     return torch.device("cuda", index)
-
-
-def peak_memory_bytes() -> int:
-    """Most resident memory that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,9 +5,7 @@ In: a `StepPlan`. Out: a `StepResult`. Must never know: queues, text, threads.
 
 from __future__ import annotations
 
-import os
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from amalgam.config import Settings
+from amalgam.engine.memory import available_bytes
 from amalgam.engine.request import StepPlan, StepResult
 from amalgam.engine.sampler import sample
 from amalgam.errors import ConfigError
@@ -23,7 +22,6 @@ from amalgam.models.decoder import Decoder
 from amalgam.models.spec import ModelSpec
 
 _MEMORY_SHARE = 4  # without a setting the cache takes at most one part in four of the available memory
-_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroups 2 and 1
 
 
 class Runner:
@@ -147,23 +145,3 @@ def choose_num_blocks(
             remedy="Raise engine.kv_cache_bytes or lower inference.max_seq_length.",
         )
     return num_blocks
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # MemAvailable counts the page cache in, which the pages of a checkpoint just read have filled.
-    for line in _read_lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limits = chain.from_iterable(map(_read_lines, _CONTAINER_LIMITS))
-    return min([available, *(int(limit) for limit in limits if limit.isdecimal())])
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

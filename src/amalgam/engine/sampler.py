@@ -39,12 +39,16 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> StepResult:
         requests: in the order of the rows.
     """
     logits = _penalize(logits, requests)
-    is_finite = torch.isfinite(logits).all(dim=1).tolist()
-    chosen = logits.argmax(dim=1).tolist()
-    for row, token_id in _sample_rows(logits, requests, is_finite):
-        chosen[row] = token_id
+    is_finite = (logits.amax(dim=1).isfinite() & logits.amin(dim=1).isfinite()).tolist()  # both let NaN through
+    token_ids: dict[int, int] = {}
+    greedy = [row for row, request in enumerate(requests) if is_finite[row] and request.params.is_greedy]
+    if greedy:
+        token_ids |= zip(greedy, _rows(logits, greedy).argmax(dim=1).tolist(), strict=True)
+    drawn = [row for row, request in enumerate(requests) if is_finite[row] and not request.params.is_greedy]
+    if drawn:
+        token_ids |= zip(drawn, _draw(_rows(logits, drawn), [requests[row] for row in drawn]), strict=True)
     return StepResult(
-        {request.request_id: chosen[row] for row, request in enumerate(requests) if is_finite[row]},
+        {requests[row].request_id: token_id for row, token_id in token_ids.items()},
         {request.request_id: _non_finite(request) for row, request in enumerate(requests) if not is_finite[row]},
     )
 
@@ -68,16 +72,24 @@ def choose(scores: npt.NDArray[np.float64], params: SamplingParams, u: float) ->
     with np.errstate(over="ignore"):  # a tiny temperature: all but the best get weight 0
         weights = np.exp((scores - scores.max()) / params.temperature)
     if params.top_p < 1.0:
-        order = np.argsort(weights, kind="stable")
-        cumulative = np.cumsum(weights[order])
-        is_tail = cumulative <= (1.0 - params.top_p) * cumulative[-1]
-        is_tail[-1] = False
-        weights[order[is_tail]] = 0.0
+        weights[_tail(weights, 1.0 - params.top_p)] = 0.0
     if params.min_p > 0.0:
         weights[weights < params.min_p] = 0.0  # the best has weight 1
     cumulative = np.cumsum(weights)
-    index = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-    return min(index, int(np.flatnonzero(weights)[-1]))
+    total = cumulative[-1]
+    last = np.searchsorted(cumulative, total)  # where rounding up may lead, and no further
+    return int(min(np.searchsorted(cumulative, u * total, side="right"), last))
+
+
+def _tail(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.int64]:
+    """The candidates of least weight that together hold at most `share` of it, never all of them."""
+    limit = share * weights.sum()
+    is_negligible = weights <= limit / len(weights)  # together within the limit, so they need no sorting
+    others = np.flatnonzero(~is_negligible)
+    others = others[np.argsort(weights[others], kind="stable")]
+    cumulative = weights[is_negligible].sum() + np.cumsum(weights[others])
+    num_more = min(int(np.searchsorted(cumulative, limit, side="right")), len(others) - 1)
+    return np.concatenate((np.flatnonzero(is_negligible), others[:num_more]))
 
 
 def _penalize(logits: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -94,23 +106,21 @@ def _penalize(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return logits.index_put((row_ids, token_ids), penalized)  # a token that occurred twice is written the same twice
 
 
-def _sample_rows(logits: Tensor, requests: Sequence[Request], is_finite: Sequence[bool]) -> list[tuple[int, int]]:
-    """(row, token id) of the requests that are not greedy."""
-    rows = [row for row, request in enumerate(requests) if is_finite[row] and not request.params.is_greedy]
-    if not rows:
-        return []
-    logits = logits[rows]
+def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """The next token of each request, none of them greedy."""
     vocab_size = logits.shape[1]
-    top_k = [min(requests[row].params.top_k or vocab_size, vocab_size) for row in rows]
-    thresholds = _thresholds(logits, top_k)
-    sampled = []
-    for row, scores, threshold in zip(rows, logits.cpu().numpy(), thresholds, strict=True):
-        request = requests[row]
+    thresholds = _thresholds(logits, [min(request.params.top_k or vocab_size, vocab_size) for request in requests])
+    token_ids = []
+    for request, scores, threshold in zip(requests, logits.cpu().numpy(), thresholds, strict=True):
         # All tokens that are as good as the k-th, as in transformers: ties then need no order.
-        token_ids = np.flatnonzero(scores >= threshold)
+        candidates = np.flatnonzero(scores >= threshold)
         u = uniform(request.seed, request.num_new_tokens)
-        sampled.append((row, int(token_ids[choose(scores[token_ids].astype(np.float64), request.params, u)])))
-    return sampled
+        token_ids.append(int(candidates[choose(scores[candidates].astype(np.float64), request.params, u)]))
+    return token_ids
 
 
 def _thresholds(logits: Tensor, top_k: Sequence[int]) -> list[float]:
@@ -120,7 +130,7 @@ def _thresholds(logits: Tensor, top_k: Sequence[int]) -> list[float]:
     limited = [row for row, k in enumerate(top_k) if k < vocab_size]
     if limited:
         kth = torch.tensor([[top_k[row] - 1] for row in limited], device=logits.device)
-        largest = logits[limited].topk(int(kth.max()) + 1, dim=1).values
+        largest = _rows(logits, limited).topk(int(kth.max()) + 1, dim=1).values
         for row, value in zip(limited, largest.gather(1, kth)[:, 0].tolist(), strict=True):
             limits[row] = value
     return limits

@@ -10,14 +10,27 @@ from torch import Tensor
 
 from amalgam.kernels import native, reference
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import embedding, linear, moe, paged_attention, rotate, sigmoid, swiglu, write_kv
+from amalgam.kernels.reference import (
+    embedding,
+    layer_norm,
+    linear,
+    moe,
+    paged_attention,
+    per_head,
+    rotate,
+    sigmoid,
+    swiglu,
+    write_kv,
+)
 
 __all__ = [
     "backends",
     "embedding",
+    "layer_norm",
     "linear",
     "moe",
     "paged_attention",
+    "per_head",
     "prepare",
     "rms_norm",
     "rotate",

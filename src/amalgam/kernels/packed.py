@@ -76,6 +76,21 @@ class PackedWeight:
         return PackedWeight(self.layout, self.shape, parts, self.unpack, self.block)
 
 
+@dataclass(frozen=True)
+class Activation:
+    """How the gate and up projections of a gated MLP meet: `g × sigmoid(alpha × g) × (u + offset)`.
+
+    With a `limit`, first g = min(gate, limit) and u = up within ±limit. The defaults make it SwiGLU (Shazeer 2020).
+    """
+
+    alpha: float = 1.0
+    offset: float = 0.0
+    limit: float | None = None
+
+
+SWIGLU = Activation()
+
+
 @dataclass(frozen=True, eq=False)
 class Expert:
     """The three projections of one expert, each in its own layout, with optional biases of shape `[out]`."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amalgam.kernels.packed import AttentionBatch, ExpertTable, PackedWeight
+from amalgam.kernels.packed import SWIGLU, Activation, AttentionBatch, ExpertTable, PackedWeight
 
 # 8 rows: on a CPU a matrix product still runs near the memory's speed; a GPU needs more to be busy.
 _TILE_ROWS = {"cpu": 8, "cuda": 64}
@@ -106,6 +106,18 @@ def _tiled_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([functional.linear(part, weight) for part in x.split(tile)])[:rows]
 
 
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Every head times its own matrix: `[tokens, heads, in]` by `[heads, in, out]` → `[tokens, heads, out]`.
+
+    In the wider of the two types, rounded to x's at the end.
+    """
+    compute = torch.promote_types(x.dtype, weight.dtype)
+    tile, tokens = _TILE_ROWS[x.device.type], x.shape[0]
+    padded = functional.pad(x.to(compute), (0, 0, 0, 0, 0, -tokens % tile)).transpose(0, 1)
+    products = [torch.bmm(part.contiguous(), weight.to(compute)) for part in padded.split(tile, dim=1)]
+    return torch.cat(products, dim=1).transpose(0, 1)[:tokens].to(x.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019), as Llama computes it.
 
@@ -114,6 +126,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight.to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last dimension (Ba et al. 2016), in float32."""
+    return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -139,8 +156,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (wide / (1.0 + torch.exp(-wide))).to(gate.dtype) * up
 
 
-def moe(x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable) -> Tensor:
-    """Mixture of experts: `Σₖ gate_weights[t, k] × expert(expert_ids[t, k])(x[t])`, each expert a SwiGLU MLP.
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """Gate and up projection joined as `Activation` says, in float32; plain SwiGLU as `swiglu` does it."""
+    if activation == SWIGLU:
+        return swiglu(gate, up)
+    wide, factor = gate.float(), up.float()
+    if activation.limit is not None:
+        wide = wide.clamp(max=activation.limit)
+        factor = factor.clamp(-activation.limit, activation.limit)
+    return (wide / (1.0 + torch.exp(-activation.alpha * wide)) * (factor + activation.offset)).to(gate.dtype)
+
+
+def moe(
+    x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+) -> Tensor:
+    """Mixture of experts: `Σₖ gate_weights[t, k] × expert(expert_ids[t, k])(x[t])`, each expert a gated MLP.
 
     x: `[tokens, hidden]`; expert_ids: int64 and gate_weights: float, both `[tokens, k]`. Returns `[tokens, hidden]`.
     Loops over the active experts only; the sum over k has a fixed order.
@@ -160,7 +190,7 @@ def moe(x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTabl
         inputs = x[rows // k]
         gate = linear(inputs, expert.gate, expert.gate_bias)
         up = linear(inputs, expert.up, expert.up_bias)
-        outputs[rows] = linear(swiglu(gate, up), expert.down, expert.down_bias)
+        outputs[rows] = linear(gated(gate, up, activation), expert.down, expert.down_bias)
     outputs = outputs.view(tokens, k, -1)
     weights = gate_weights.float()
     total = outputs[:, 0].float() * weights[:, :1]

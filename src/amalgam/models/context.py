@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,11 +65,15 @@ class KVCache:
     def allocate(
         cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Zeroed storage; untouched pages cost no memory on the CPU."""
+        """Zeroed storage; on the CPU, pages cost no memory until they are used."""
         slots = num_blocks * block_size
 
         def zeros(heads: int, dim: int) -> Tensor:
-            return torch.zeros((slots, heads, dim), dtype=dtype, device=device)
+            if device.type != "cpu" or not heads * dim:
+                return torch.zeros((slots, heads, dim), dtype=dtype, device=device)
+            # torch.zeros writes every page; numpy asks the system for pages that are zero already.
+            raw = np.zeros(slots * heads * dim * dtype.itemsize, dtype=np.uint8)
+            return torch.from_numpy(raw).view(dtype).view(slots, heads, dim)
 
         keys = [zeros(heads, key_dim) for heads, key_dim, _ in spec.kv_shapes]
         values = [zeros(heads, value_dim) for heads, _, value_dim in spec.kv_shapes]

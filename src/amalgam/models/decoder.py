@@ -33,21 +33,24 @@ class Decoder:
 
         Writes the tokens' keys and values to the cache and shows the routing to the observer.
         """
-        eps = self.spec.norm_eps
+        norm, outside = self.spec.norm, weights.block("")
         rotary = {
             rope: (cos[context.positions], sin[context.positions]) for rope, (cos, sin) in self._rope_tables.items()
         }
         x = ops.embedding(token_ids, weights["embedding"], self.dtype)
+        if self.spec.has_position_embedding:
+            x = x + ops.embedding(context.positions, weights["positions"], self.dtype)
         for layer_id, layer in enumerate(self.spec.layers):
             block = BlockContext(context, layer_id, rotary)
             prefix = f"layers.{layer_id}"
-            normed = ops.rms_norm(x, weights[f"{prefix}.attention_norm"].dense, eps)
+            normed = norm(x, outside, f"{prefix}.attention_norm")
             x = x + layer.attention(normed, weights.block(f"{prefix}.attention"), block)
-            normed = ops.rms_norm(x, weights[f"{prefix}.mlp_norm"].dense, eps)
+            normed = norm(x, outside, f"{prefix}.mlp_norm")
             x = x + layer.mlp(normed, weights.block(f"{prefix}.mlp"), block)
-        return ops.rms_norm(x, weights["norm"].dense, eps)
+        return norm(x, outside, "norm")
 
     def logits(self, hidden: Tensor, weights: WeightVersion) -> Tensor:
         """`[rows, hidden]` → float32 `[rows, vocabulary]`; a tied head is the embedding."""
         head = weights["embedding"] if self.spec.has_tied_head else weights["head"]
-        return ops.linear(hidden, head).float()
+        bias = weights["head_bias"].dense if self.spec.has_head_bias else None
+        return ops.linear(hidden, head, bias).float()

@@ -1,4 +1,4 @@
-"""The blocks that most families share: attention, dense MLP, mixture of experts.
+"""The blocks that several families share: norms, attention, dense MLP, mixture of experts.
 
 In: activations, one block's weights, a `BlockContext`. Out: activations. Must never know: requests, files, precisions.
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from amalgam.kernels import ops
+from amalgam.kernels.packed import SWIGLU, Activation
 from amalgam.models.context import BlockContext
 from amalgam.models.rope import Rope
 from amalgam.models.spec import Slot
@@ -21,10 +23,42 @@ from amalgam.models.weights import BlockWeights
 
 
 @dataclass(frozen=True)
+class RmsNorm:
+    """See `ops.rms_norm`."""
+
+    eps: float
+
+    def slots(self, name: str, width: int) -> Iterator[Slot]:
+        yield Slot(name, (width,), "norm")
+
+    def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor:
+        return ops.rms_norm(x, weights[name].dense, self.eps)
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """See `ops.layer_norm`."""
+
+    eps: float
+
+    def slots(self, name: str, width: int) -> Iterator[Slot]:
+        yield Slot(name, (width,), "norm")
+        yield Slot(f"{name}_bias", (width,), "bias")
+
+    def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor:
+        return ops.layer_norm(x, weights[name].dense, weights[f"{name}_bias"].dense, self.eps)
+
+
+@dataclass(frozen=True)
 class Attention:
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions.
 
+    A family whose projections differ overrides `slots` and `project`. A slot `sinks` (one logit per head, see
+    `ops.paged_attention`) is used if there is one.
+
     Attributes:
+        rope: None: the model has positions in its embedding.
+        norm_eps: of the head norms.
         has_qkv_bias, has_output_bias: whether the projections have biases.
         has_head_norm: RMSNorm over each query and key head before the rotation (Qwen3).
         window: a token sees this many positions, itself included; None: all before it.
@@ -33,8 +67,8 @@ class Attention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: Rope
-    norm_eps: float
+    rope: Rope | None
+    norm_eps: float = 1e-6
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     has_head_norm: bool = False
@@ -60,22 +94,33 @@ class Attention:
 
     def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
         tokens = x.shape[0]
-        query = ops.linear(x, weights["q"], weights.vector("q_bias")).view(tokens, self.num_heads, -1)
-        key = ops.linear(x, weights["k"], weights.vector("k_bias")).view(tokens, self.num_kv_heads, -1)
-        value = ops.linear(x, weights["v"], weights.vector("v_bias")).view(tokens, self.num_kv_heads, -1)
+        query, key, value = (part.view(tokens, -1, self.head_dim) for part in self.project(x, weights))
         if self.has_head_norm:
             query = ops.rms_norm(query, weights["q_norm"].dense, self.norm_eps)
             key = ops.rms_norm(key, weights["k_norm"].dense, self.norm_eps)
-        cos, sin = context.rotary[self.rope]
-        query, key = ops.rotate(query, cos, sin), ops.rotate(key, cos, sin)
+        if self.rope is not None:
+            cos, sin = context.rotary[self.rope]
+            query, key = ops.rotate(query, cos, sin), ops.rotate(key, cos, sin)
 
         step = context.step
         keys, values = step.kv.keys[context.layer_id], step.kv.values[context.layer_id]
         ops.write_kv(keys, values, key, value, step.slot_ids)
         attended = ops.paged_attention(
-            query, keys, values, step.attention, scale=self.head_dim**-0.5, window=self.window
+            query,
+            keys,
+            values,
+            step.attention,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            sinks=weights.vector("sinks"),
         )
         return ops.linear(attended.flatten(1), weights["o"], weights.vector("o_bias"))
+
+    def project(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """`[tokens, hidden]` → queries `[tokens, num_heads × head_dim]`, keys and values of the kv heads."""
+        query = ops.linear(x, weights["q"], weights.vector("q_bias"))
+        key = ops.linear(x, weights["k"], weights.vector("k_bias"))
+        return query, key, ops.linear(x, weights["v"], weights.vector("v_bias"))
 
 
 @dataclass(frozen=True)
@@ -88,48 +133,107 @@ class DenseMlp:
     num_active_experts: int = 0
 
     def slots(self, hidden_size: int) -> Iterator[Slot]:
-        return _swiglu_slots("", hidden_size, self.intermediate_size, "mlp", has_bias=self.has_bias)
+        return _gated_slots("", hidden_size, self.intermediate_size, "mlp", has_bias=self.has_bias)
 
     def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
-        gate = ops.linear(x, weights["gate"], weights.vector("gate_bias"))
-        up = ops.linear(x, weights["up"], weights.vector("up_bias"))
-        return ops.linear(ops.swiglu(gate, up), weights["down"], weights.vector("down_bias"))
+        return _swiglu_mlp(x, weights, "")
+
+
+class Router(Protocol):
+    """Chooses each token's experts: a frozen dataclass of its sizes. Works in float32 throughout, since which expert
+    a token goes to must not hang on a rounding."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def num_active_experts(self) -> int: ...
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]: ...
+
+    def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+        """Expert ids int64 and gate weights float32, both `[tokens, k]`, the router's first choice first."""
 
 
 @dataclass(frozen=True)
-class SparseMoe:
-    """Mixture of SwiGLU experts with a softmax router (Shazeer et al. 2017; Fedus et al. 2022).
+class SoftmaxRouter:
+    """Probabilities over all experts, the top k kept (Shazeer et al. 2017; Fedus et al. 2022).
 
-    Probabilities over all experts, the top k kept; `normalises` divides them by their sum.
-    The router always works in float32: which expert a token goes to must not hang on a rounding.
+    `normalises` divides them by their sum, to which `sum_eps` is added.
     """
 
     num_experts: int
     num_active_experts: int
-    intermediate_size: int
     normalises: bool
+    sum_eps: float = 0.0
 
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         yield Slot("router", (self.num_experts, hidden_size), "router")
-        for expert_id in range(self.num_experts):
-            yield from _swiglu_slots(f"experts.{expert_id}.", hidden_size, self.intermediate_size, "expert")
 
-    def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
-        expert_ids, gate_weights = self.route(x, weights)
-        if context.step.observer is not None:
-            context.step.observer.observe(context.layer_id, expert_ids, gate_weights)
-        return ops.moe(x, expert_ids, gate_weights, weights.experts)
-
-    def route(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-        """Expert ids int64 and gate weights float32, both `[tokens, k]`, the heaviest first."""
+    def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
         probabilities = torch.softmax(ops.linear(x.float(), weights["router"]), dim=-1)
         gate_weights, expert_ids = torch.topk(probabilities, self.num_active_experts, dim=-1)
         if self.normalises:
-            gate_weights = gate_weights / gate_weights.sum(-1, keepdim=True)
+            gate_weights = gate_weights / (gate_weights.sum(-1, keepdim=True) + self.sum_eps)
         return expert_ids, gate_weights
 
 
-def _swiglu_slots(prefix: str, hidden: int, width: int, role: str, *, has_bias: bool = False) -> Iterator[Slot]:
+@dataclass(frozen=True)
+class SparseMoe:
+    """Mixture of gated experts, perhaps beside shared ones that every token passes.
+
+    Attributes:
+        shared_size: width of the shared experts, which are one SwiGLU MLP; 0: none.
+        has_shared_gate: the shared experts' output is multiplied by a sigmoid of a projection of x (Qwen2-MoE).
+    """
+
+    router: Router
+    intermediate_size: int
+    activation: Activation = SWIGLU
+    has_bias: bool = False
+    shared_size: int = 0
+    has_shared_gate: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.num_experts
+
+    @property
+    def num_active_experts(self) -> int:
+        return self.router.num_active_experts
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        yield from self.router.slots(hidden_size)
+        for expert_id in range(self.num_experts):
+            prefix = f"experts.{expert_id}."
+            yield from _gated_slots(prefix, hidden_size, self.intermediate_size, "expert", has_bias=self.has_bias)
+        if self.shared_size:
+            yield from _gated_slots("shared.", hidden_size, self.shared_size, "shared_expert")
+        if self.has_shared_gate:
+            yield Slot("shared_gate", (1, hidden_size), "router")
+
+    def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
+        expert_ids, gate_weights = self.router(x, weights)
+        if context.step.observer is not None:
+            context.step.observer.observe(context.layer_id, expert_ids, gate_weights)
+        routed = ops.moe(x, expert_ids, gate_weights, weights.experts, self.activation)
+        if not self.shared_size:
+            return routed
+        shared = _swiglu_mlp(x, weights, "shared.")
+        if self.has_shared_gate:
+            shared = (ops.sigmoid(ops.linear(x.float(), weights["shared_gate"])) * shared.float()).to(x.dtype)
+        return routed + shared
+
+
+def _swiglu_mlp(x: Tensor, weights: BlockWeights, prefix: str) -> Tensor:
+    gate, up = (
+        ops.linear(x, weights[f"{prefix}{part}"], weights.vector(f"{prefix}{part}_bias")) for part in ("gate", "up")
+    )
+    return ops.linear(ops.swiglu(gate, up), weights[f"{prefix}down"], weights.vector(f"{prefix}down_bias"))
+
+
+def _gated_slots(prefix: str, hidden: int, width: int, role: str, *, has_bias: bool = False) -> Iterator[Slot]:
+    """The three projections of a gated MLP and their biases."""
     for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
         yield Slot(f"{prefix}{name}", shape, role)
         if has_bias:

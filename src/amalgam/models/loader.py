@@ -19,7 +19,7 @@ from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
-from amalgam.models.spec import Slot, fused_tensors, read_spec
+from amalgam.models.spec import ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
 from amalgam.precision.formats.floating import dense
@@ -52,7 +52,7 @@ class PlannedWeight:
         return self.slot.role == "router" and not self.stored.is_wide
 
     def load(self, device: torch.device) -> PackedWeight:
-        packed = self.source.load(self.stored)
+        packed = read_weight(self.source, self.stored, self.slot)
         if self.quantize_to is not None:
             quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
             packed = self.quantize_to.pack(quantized, self.slot.shape)
@@ -61,7 +61,9 @@ class PlannedWeight:
         packed = packed.to(device)
         return ops.prepare(packed) if self.slot.is_linear else packed
 
-    def origin(self, packed: PackedWeight) -> Origin:
+    @property
+    def origin(self) -> Origin:
+        """Where it comes from, one line of the manifest."""
         stored = self.stored
         return Origin(
             name=self.choice.name,
@@ -70,10 +72,19 @@ class PlannedWeight:
             format="fp32" if self.is_expanded else (self.quantize_to or stored.format).name,
             stored_format=stored.format.name,
             shape=self.slot.shape,
-            nbytes=packed.nbytes,
             rule=self.choice.reason,
             parts=tuple(Part(e.name, str(e.file), e.offset, e.nbytes) for e in stored.parts.values()),
         )
+
+
+def read_weight(source: Source, stored: StoredWeight, slot: Slot) -> PackedWeight:
+    """One weight in the slot's orientation, whichever the source stores it in.
+
+    Raises:
+        CheckpointError: see `Source.load`.
+    """
+    packed = source.load(stored)
+    return dense(packed.dense.t().contiguous()) if slot.is_transposed and stored.is_wide else packed
 
 
 class ModelLoader:
@@ -95,15 +106,13 @@ class ModelLoader:
         self._inference = inference
         self._mixed = model.mixed_precision
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
-        self._sources: dict[str, Source] = {}
-        self._base_fused: Sequence[FusedTensor] = ()
-        base = self._source(BASE_SOURCE)
+        base = Source.open(BASE_SOURCE, model.base_path, fused_tensors)
         if not base.config:
             raise CheckpointError(f"{base.folder} has no {CONFIG_NAME}.", remedy="base_path needs one.")
         self.base_folder = base.folder
         self.family, self.spec = read_spec(base.config, str(base.folder / CONFIG_NAME))
-        self._base_fused = self.family.fused
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
+        self._sources = {BASE_SOURCE: self._with_logical_names(base)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -154,7 +163,7 @@ class ModelLoader:
         shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
         missing = [weight for weight in planned if weight.slot.name not in shared]
         weights = {**shared, **self._load(missing, progress)}
-        origins = {weight.slot.name: weight.origin(weights[weight.slot.name]) for weight in planned}
+        origins = {weight.slot.name: weight.origin for weight in planned}
         version = WeightVersion(version_id, weights, origins, keys)
         return LoadedVersion(
             version=version,
@@ -181,12 +190,16 @@ class ModelLoader:
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:
-            self._sources[name] = Source.open(name, self._paths[name], self._fused)
+            source = Source.open(name, self._paths[name], self._fused)
+            self._sources[name] = self._with_logical_names(source)
         return self._sources[name]
 
     def _fused(self, config: Mapping[str, Any]) -> Sequence[FusedTensor]:
         """The fused tensors of a source; one without a config.json is of the base checkpoint's family."""
-        return fused_tensors(config) if config else self._base_fused
+        return fused_tensors(config) if config else self.family.fused
+
+    def _with_logical_names(self, source: Source) -> Source:
+        return replace(source, weights=self.family.with_optional_prefix(source.weights, self._slots))
 
     def _check_weight(self, slot: Slot, choice: Choice) -> PlannedWeight:
         source = self._source(choice.source)
@@ -196,10 +209,11 @@ class ModelLoader:
                 f"Source {choice.source!r} ({source.folder}) has no weight {choice.name!r} ({choice.reason}).",
                 remedy="Choose another source for it.",
             )
-        if stored.shape != slot.shape:
+        expected = slot.shape[::-1] if slot.is_transposed and stored.is_wide else slot.shape
+        if stored.shape != expected:
             raise PlanError(
                 f"Weight {choice.name!r} has shape {list(stored.shape)} in source {choice.source!r} ({source.folder}).",
-                remedy=f"The model's config.json makes it {list(slot.shape)}: is this a checkpoint of the same model?",
+                remedy=f"The model's config.json makes it {list(expected)}: is this a checkpoint of the same model?",
             )
         if not slot.is_linear and not stored.is_wide and slot.role not in {"embedding", "router"}:
             raise PlanError(
@@ -218,9 +232,10 @@ class ModelLoader:
 
     def _check_source(self, source: Source) -> None:
         where = str(source.folder / CONFIG_NAME)
+        spec = self.spec
         if source.config and source.name != BASE_SOURCE:
             _, spec = read_spec(source.config, where)
-            if replace(spec, max_positions=0) != replace(self.spec, max_positions=0):
+            if _comparable(spec) != _comparable(self.spec):
                 raise CheckpointError(
                     f"{where} describes another model than {self.base_folder / CONFIG_NAME}.",
                     remedy=f"Source {source.name!r} must be a checkpoint of the same model.",
@@ -229,7 +244,7 @@ class ModelLoader:
         leftovers = [
             name
             for name in source.weights
-            if name not in self._slots and name not in tied and not self.family.is_ignored(name)
+            if name not in self._slots and name not in tied and not self.family.is_ignored(name, spec)
         ]
         if leftovers:
             raise CheckpointError(
@@ -259,6 +274,11 @@ class ModelLoader:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise next(error for future in finished if (error := future.exception()) is not None)
             return {slot: future.result() for slot, future in futures.items()}
+
+
+def _comparable(spec: ModelSpec) -> ModelSpec:
+    """What two checkpoints of one model must agree in."""
+    return replace(spec, max_positions=0, num_draft_layers=0)
 
 
 @dataclass(frozen=True, eq=False)

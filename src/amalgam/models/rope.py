@@ -1,19 +1,34 @@
 """Rotary position embeddings: frequencies of each variant, tables of cosines and sines.
 
 In: a config.json's rope settings. Out: a `Rope`, comparable and hashable, and its tables.
+Must never know: requests. A table holds for every token of every request, whatever stands beside it in a step; where
+the Hugging Face classes look at the longest sequence of the batch, we look at what the server was started with:
+
+- *dynamic* changes nothing up to `max_position_embeddings`, and longer sequences are refused; so it equals the Hugging
+  Face classes wherever it is used.
+- *longrope* takes its long factors for all tokens if sequences above `original_max_position_embeddings` are served at
+  all (`inference.max_seq_length`), else the short ones.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from amalgam.models.spec import ConfigReader
+
+
+class Scaling(Protocol):
+    """A variant: a frozen dataclass of its parameters."""
+
+    def __call__(self, rope: Rope, num_positions: int) -> tuple[Tensor, float]:
+        """Frequencies float32 `[rotary_dim / 2]`, and what cosines and sines are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -23,74 +38,262 @@ class Rope:
     Attributes:
         theta: base of the geometric series of frequencies.
         rotary_dim: how many dimensions of each head turn; even.
-        kind: default, linear (all frequencies divided) or llama3 (low ones divided, a smooth passage between).
-        parameters: what the kind needs, as sorted (key, value) pairs.
+        scaling: None: the plain series.
     """
 
     theta: float
     rotary_dim: int
-    kind: str = "default"
-    parameters: tuple[tuple[str, float], ...] = ()
+    scaling: Scaling | None = None
 
-    def inverse_frequencies(self) -> Tensor:
-        """float32 `[rotary_dim / 2]` on the CPU, computed as the Hugging Face classes do."""
+    def periods(self) -> Tensor:
+        """Positions per radian without scaling, float32 `[rotary_dim / 2]`, computed as the Hugging Face classes do."""
         exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.int64).float() / self.rotary_dim
-        frequencies = 1.0 / (self.theta**exponents)
-        parameters = dict(self.parameters)
-        if self.kind == "linear":
-            return frequencies / parameters["factor"]
-        if self.kind == "llama3":
-            return _llama3(frequencies, parameters)
-        return frequencies
+        return torch.pow(self.theta, exponents)
 
     def tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 `[num_positions, rotary_dim / 2]`."""
-        angles = torch.outer(torch.arange(num_positions).float(), self.inverse_frequencies())
-        return angles.cos().to(device), angles.sin().to(device)
+        frequencies, factor = 1.0 / self.periods(), 1.0
+        if self.scaling is not None:
+            frequencies, factor = self.scaling(self, num_positions)
+        angles = torch.outer(torch.arange(num_positions).float(), frequencies)
+        return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
 
 
-def _llama3(frequencies: Tensor, parameters: dict[str, float]) -> Tensor:
-    factor, original = parameters["factor"], parameters["original_max_position_embeddings"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    wavelengths = 2 * math.pi / frequencies
-    smooth = (original / wavelengths - low) / (high - low)
-    between = (1 - smooth) * frequencies / factor + smooth * frequencies
-    slowed = torch.where(wavelengths > original / low, frequencies / factor, frequencies)
-    is_between = (wavelengths <= original / low) & (wavelengths >= original / high)
-    return torch.where(is_between, between, slowed)
+@dataclass(frozen=True)
+class Linear:
+    """All frequencies divided (Chen et al. 2023)."""
+
+    factor: float
+
+    def __call__(self, rope: Rope, num_positions: int) -> tuple[Tensor, float]:
+        return 1.0 / rope.periods() / self.factor, 1.0
 
 
-_PARAMETERS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+@dataclass(frozen=True)
+class Llama3:
+    """Low frequencies divided, high ones kept, a smooth passage between (Llama 3.1)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: float
+
+    def __call__(self, rope: Rope, num_positions: int) -> tuple[Tensor, float]:
+        frequencies = 1.0 / rope.periods()
+        wavelengths = 2 * math.pi / frequencies
+        low, high, original = self.low_freq_factor, self.high_freq_factor, self.original_max_positions
+        smooth = (original / wavelengths - low) / (high - low)
+        between = (1 - smooth) * frequencies / self.factor + smooth * frequencies
+        slowed = torch.where(wavelengths > original / low, frequencies / self.factor, frequencies)
+        is_between = (wavelengths <= original / low) & (wavelengths >= original / high)
+        return torch.where(is_between, between, slowed), 1.0
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Frequencies divided by a ramp over the dimensions, attention sharpened (Peng et al. 2023).
+
+    A dimension that turns more than `beta_fast` times in the original length is kept, one that turns less than
+    `beta_slow` times is divided by `factor`; `truncates` rounds the ends of the ramp to whole dimensions.
+    """
+
+    factor: float
+    original_max_positions: float
+    beta_fast: float
+    beta_slow: float
+    truncates: bool
+    attention_factor: float
+
+    def __call__(self, rope: Rope, num_positions: int) -> tuple[Tensor, float]:
+        periods = rope.periods()
+        low, high = self._dimension(rope, self.beta_fast), self._dimension(rope, self.beta_slow)
+        if self.truncates:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rope.rotary_dim - 1)
+        if low == high:
+            high += 0.001
+        kept = 1 - ((torch.arange(len(periods), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+        frequencies = 1.0 / (self.factor * periods) * (1 - kept) + 1.0 / periods * kept
+        return frequencies, self.attention_factor
+
+    def _dimension(self, rope: Rope, turns: float) -> float:
+        """The dimension, a fraction, that turns so many times in the original length."""
+        ratio = self.original_max_positions / (turns * 2 * math.pi)
+        return rope.rotary_dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """A factor of its own for each frequency, one set for short and one for long contexts (Ding et al. 2024)."""
+
+    original_max_positions: float
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    short_attention_factor: float
+    long_attention_factor: float
+
+    def __call__(self, rope: Rope, num_positions: int) -> tuple[Tensor, float]:
+        is_long = num_positions > self.original_max_positions
+        factors = torch.tensor(self.long_factors if is_long else self.short_factors, dtype=torch.float32)
+        attention_factor = self.long_attention_factor if is_long else self.short_attention_factor
+        return 1.0 / (factors * rope.periods()), attention_factor
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """How much YaRN sharpens attention: `0.1 × weight × ln(factor) + 1`."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+# --- Reading a config.json ---
+
+_LARGEST = 2.0**63
+
+
+class RopeSettings:
+    """The rope settings of a config.json: `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
+
+    def __init__(self, config: ConfigReader) -> None:
+        new, old = config.mapping("rope_parameters"), config.mapping("rope_scaling")
+        if new and old and new != old:
+            config.refuse("rope_scaling", old, "either it or rope_parameters")
+        self._config = config
+        self._values = {key: value for key, value in (new or old).items() if value is not None}
+        self.kind = self._values.get("rope_type", self._values.get("type", "default"))
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
+            config.refuse("rope_type", self.kind, ", ".join(_KINDS))
+
+    def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
+        """A number above `above`; required without a default."""
+        value = self._values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < _LARGEST:
+            self._config.refuse(f"rope {key}", value, f"a number above {above:g} for rope type {self.kind}")
+        return float(value)
+
+    def optional(self, key: str) -> float | None:
+        """A number, None if absent; 0 counts as absent, as in the Hugging Face classes."""
+        return self.number(key) if self._values.get(key) else None
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of numbers above 0."""
+        values = self._values.get(key)
+        if not isinstance(values, list) or not all(isinstance(v, int | float) and 0 < v < _LARGEST for v in values):
+            self._config.refuse(f"rope {key}", values, f"a list of numbers above 0 for rope type {self.kind}")
+        return tuple(map(float, values))
+
+    def bool(self, key: str, default: bool) -> bool:
+        value = self._values.get(key, default)
+        if not isinstance(value, bool):
+            self._config.refuse(f"rope {key}", value, "true or false")
+        return bool(value)
+
+    def original_max_positions(self) -> float:
+        """The length before stretching; a key beside the settings counts before one in them."""
+        key = "original_max_position_embeddings"
+        value = self._config.int(key, default=0, low=0)
+        return float(value) if value > 1 else self.number(key, default=self.max_positions, above=1)
+
+    @property
+    def max_positions(self) -> int:
+        return self._config.int("max_position_embeddings")
+
+    def refuse_unknown(self, known: set[str]) -> None:
+        """Fail on a setting that would otherwise be ignored."""
+        for key in sorted(self._values.keys() - known):
+            allowed = f"{', '.join(sorted(known))} for rope type {self.kind}"
+            self._config.refuse(f"rope {key}", self._values[key], allowed)
+
+
+def _read_dynamic(settings: RopeSettings) -> None:
+    settings.number("factor")  # of no effect within max_position_embeddings: see the module's docstring
+
+
+def _read_linear(settings: RopeSettings) -> Linear:
+    return Linear(settings.number("factor"))
+
+
+def _read_llama3(settings: RopeSettings) -> Llama3:
+    low = settings.number("low_freq_factor")
+    return Llama3(
+        factor=settings.number("factor"),
+        low_freq_factor=low,
+        high_freq_factor=settings.number("high_freq_factor", above=low),
+        original_max_positions=settings.original_max_positions(),
+    )
+
+
+def _read_yarn(settings: RopeSettings) -> Yarn:
+    factor = settings.number("factor")
+    weight, weight_all = settings.optional("mscale"), settings.optional("mscale_all_dim")
+    attention_factor = yarn_scale(factor)
+    if weight is not None and weight_all is not None:
+        attention_factor = yarn_scale(factor, weight) / yarn_scale(factor, weight_all)
+    return Yarn(
+        factor=factor,
+        original_max_positions=settings.original_max_positions(),
+        beta_fast=settings.optional("beta_fast") or 32.0,
+        beta_slow=settings.optional("beta_slow") or 1.0,
+        truncates=settings.bool("truncate", default=True),
+        attention_factor=settings.number("attention_factor", default=attention_factor),
+    )
+
+
+def _read_longrope(settings: RopeSettings) -> LongRope:
+    original = settings.original_max_positions()
+    factor = settings.number("factor", default=settings.max_positions / original)
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    attention_factor = settings.number("attention_factor", default=default)
+    return LongRope(
+        original_max_positions=original,
+        short_factors=settings.numbers("short_factor"),
+        long_factors=settings.numbers("long_factor"),
+        short_attention_factor=settings.number("short_mscale", default=attention_factor),
+        long_attention_factor=settings.number("long_mscale", default=attention_factor),
+    )
+
+
+# The last two say how the checkpoint came about.
+_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
+# Rope type → reader of its scaling, and the settings that it understands.
+_KINDS: Mapping[str, tuple[Callable[[RopeSettings], Scaling | None], set[str]]] = {
+    "default": (lambda settings: None, set()),
+    "linear": (_read_linear, {"factor"}),
+    "dynamic": (_read_dynamic, {"factor"}),
+    "llama3": (_read_llama3, {"factor", "low_freq_factor", "high_freq_factor"}),
+    "yarn": (
+        _read_yarn,
+        {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "longrope": (
+        _read_longrope,
+        {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
+    ),
 }
 
 
-def read_rope(config: ConfigReader, head_dim: int, default_theta: float) -> Rope:
-    """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
+def read_rope(
+    config: ConfigReader, head_dim: int, default_theta: float = 10000.0, default_fraction: float = 1.0
+) -> Rope:
+    """The rotary embedding that a config.json describes.
+
+    Args:
+        head_dim: dimensions of a head, of which `partial_rotary_factor` (else `default_fraction`) turn.
 
     Raises:
-        UnsupportedError: an unknown rope type or a missing parameter.
+        UnsupportedError: an unknown rope type or setting, a missing or impossible value.
     """
-    settings = {**config.mapping("rope_scaling"), **config.mapping("rope_parameters")}
-    kind = settings.get("rope_type", settings.get("type")) or "default"
-    if kind not in _PARAMETERS:
-        config.refuse("rope_type", kind, ", ".join(_PARAMETERS))
-    theta = settings.get("rope_theta")
-    fraction = settings.get("partial_rotary_factor", config.float("partial_rotary_factor", default=1.0))
-    parameters = []
-    for key in _PARAMETERS[kind]:
-        value = settings.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            config.refuse(f"rope {key}", value, f"a number above 0 for rope type {kind}")
-        parameters.append((key, float(value)))
+    settings = RopeSettings(config)
+    read_scaling, known = _KINDS[settings.kind]
+    settings.refuse_unknown(_COMMON | known)
+    fraction = settings.number(
+        "partial_rotary_factor", default=config.float("partial_rotary_factor", default=default_fraction)
+    )
     rotary_dim = int(head_dim * fraction)
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
         config.refuse("partial_rotary_factor", fraction, f"an even share of head_dim {head_dim}")
-    return Rope(
-        float(theta) if theta is not None else config.float("rope_theta", default=default_theta),
-        rotary_dim,
-        kind,
-        tuple(sorted(parameters)),
-    )
+    theta = settings.number("rope_theta", default=config.float("rope_theta", default=default_theta), above=1)
+    scaling = read_scaling(settings)
+    if isinstance(scaling, LongRope):
+        for key, factors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):
+            if len(factors) != rotary_dim // 2:
+                config.refuse(f"rope {key}", factors, f"{rotary_dim // 2} numbers, one for each frequency")
+    return Rope(theta, rotary_dim, scaling)

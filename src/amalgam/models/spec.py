@@ -13,11 +13,11 @@ import importlib
 import math
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.metadata import entry_points
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from amalgam.models.context import BlockContext
 from amalgam.models.rope import Rope
 from amalgam.models.weights import BlockWeights
 from amalgam.precision.fused import FusedTensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,26 @@ class Slot:
         name: `layers.3.attention.q`, unique in the model.
         shape: logical shape, `(out, in)` for a linear weight.
         role: embedding, head, norm, bias, router, attention, mlp, expert or shared_expert.
+        is_transposed: unquantized checkpoints store the weight as `(in, out)` (GPT-2's `Conv1D`).
     """
 
     name: str
     shape: tuple[int, ...]
     role: str
+    is_transposed: bool = False
 
     @property
     def is_linear(self) -> bool:
         """Whether the weight multiplies activations and may be quantized."""
         return self.role in {"attention", "mlp", "expert", "shared_expert", "head"}
+
+
+class Norm(Protocol):
+    """A norm over the hidden size: a frozen dataclass, like a block."""
+
+    def slots(self, name: str, width: int) -> Iterator[Slot]: ...
+
+    def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor: ...
 
 
 class Block(Protocol):
@@ -89,16 +101,24 @@ class LayerSpec:
 class ModelSpec:
     """Sizes and block choices of a whole decoder.
 
-    `max_positions` is the longest sequence that the checkpoint declares.
+    Attributes:
+        max_positions: the longest sequence that the checkpoint declares.
+        norm: before every block and after the last one.
+        has_position_embedding: positions are learned vectors, added to the embedding (GPT-2).
+        num_draft_layers: layers behind the last one that predict further tokens; checkpoints may hold them, the
+            decoder has no use for them.
     """
 
     family: str
     hidden_size: int
     vocab_size: int
     max_positions: int
-    norm_eps: float
+    norm: Norm
     has_tied_head: bool
     layers: tuple[LayerSpec, ...]
+    has_head_bias: bool = False
+    has_position_embedding: bool = False
+    num_draft_layers: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -127,15 +147,19 @@ class ModelSpec:
         """Every weight of the decoder, in order of use."""
         hidden = self.hidden_size
         slots = [Slot("embedding", (self.vocab_size, hidden), "embedding")]
+        if self.has_position_embedding:
+            slots.append(Slot("positions", (self.max_positions, hidden), "embedding"))
         for index, layer in enumerate(self.layers):
             prefix = f"layers.{index}"
-            slots.append(Slot(f"{prefix}.attention_norm", (hidden,), "norm"))
+            slots += self.norm.slots(f"{prefix}.attention_norm", hidden)
             slots += _prefixed(f"{prefix}.attention", layer.attention.slots(hidden))
-            slots.append(Slot(f"{prefix}.mlp_norm", (hidden,), "norm"))
+            slots += self.norm.slots(f"{prefix}.mlp_norm", hidden)
             slots += _prefixed(f"{prefix}.mlp", layer.mlp.slots(hidden))
-        slots.append(Slot("norm", (hidden,), "norm"))
+        slots += self.norm.slots("norm", hidden)
         if not self.has_tied_head:
             slots.append(Slot("head", (self.vocab_size, hidden), "head"))
+        if self.has_head_bias:
+            slots.append(Slot("head_bias", (self.vocab_size,), "bias"))
         return tuple(slots)
 
     @property
@@ -154,7 +178,7 @@ class ModelSpec:
 
 
 def _prefixed(prefix: str, slots: Iterator[Slot]) -> Iterator[Slot]:
-    return (Slot(f"{prefix}.{slot.name}", slot.shape, slot.role) for slot in slots)
+    return (replace(slot, name=f"{prefix}.{slot.name}") for slot in slots)
 
 
 @dataclass(frozen=True)
@@ -168,6 +192,7 @@ class Family:
         names: slot pattern → the published checkpoint's name; `{}` stands for a number, in order.
         ignored: regular expressions of checkpoint tensors that hold no weight.
         fused: checkpoint tensors that hold several weights, or one under another name.
+        optional_prefix: what some checkpoints leave out at the start of all names.
         tiny_config: keyword arguments of the Hugging Face configuration class for the parity test.
     """
 
@@ -177,6 +202,7 @@ class Family:
     names: Mapping[str, str]
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     fused: tuple[FusedTensor, ...] = ()
+    optional_prefix: str = ""
     tiny_config: Mapping[str, Any] = field(default_factory=dict)
 
     def logical_name(self, slot: Slot) -> str:
@@ -184,9 +210,21 @@ class Family:
         numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", slot.name)
         return self.names[re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", slot.name)].format(*numbers)
 
-    def is_ignored(self, name: str) -> bool:
+    def is_ignored(self, name: str, spec: ModelSpec) -> bool:
         """Whether a checkpoint tensor may be left over."""
+        layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
+        if layer is not None and 0 <= int(layer[1]) - spec.num_layers < spec.num_draft_layers:
+            return True
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+    def with_optional_prefix(self, weights: Mapping[str, T], names: Container[str]) -> dict[str, T]:
+        """A checkpoint's weights under the model's `names`: completed where only the prefix is missing."""
+
+        def complete(name: str) -> str:
+            longer = self.optional_prefix + name
+            return longer if name not in names and longer in names and longer not in weights else name
+
+        return {complete(name): weight for name, weight in weights.items()}
 
 
 class ConfigReader:
@@ -203,12 +241,20 @@ class ConfigReader:
         """The value of the first key that is present and not null."""
         return next((self._config[key] for key in keys if self._config.get(key) is not None), default)
 
+    def present(self, *keys: str) -> str:
+        """The synonym that counts, for messages; the first if none is there."""
+        return next((key for key in keys if self._config.get(key) is not None), keys[0])
+
+    def is_null(self, key: str) -> bool:
+        """Whether a key is there and null, where that means something else than its absence."""
+        return key in self._config and self._config[key] is None
+
     def int(self, *keys: str, default: int | None = None, low: int = 1) -> int:
         value = self.get(*keys, default=default)
         if value is None:
             raise CheckpointError(f"{self._where} has no {' or '.join(keys)}.", remedy="Add the key: it is required.")
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            self.refuse(keys[0], value, f"an integer from {low}")
+            self.refuse(self.present(*keys), value, f"an integer from {low}")
         return int(value)
 
     def float(self, *keys: str, default: float | None = None) -> float:
@@ -216,13 +262,13 @@ class ConfigReader:
         if value is None:
             raise CheckpointError(f"{self._where} has no {' or '.join(keys)}.", remedy="Add the key: it is required.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self.refuse(keys[0], value, "a finite number")
+            self.refuse(self.present(*keys), value, "a finite number")
         return float(value)
 
     def bool(self, *keys: str, default: bool) -> bool:
         value = self.get(*keys, default=default)
         if not isinstance(value, bool):
-            self.refuse(keys[0], value, "true or false")
+            self.refuse(self.present(*keys), value, "true or false")
         return bool(value)
 
     def mapping(self, key: str) -> Mapping[str, Any]:

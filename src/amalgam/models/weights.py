@@ -8,7 +8,6 @@ Packed weights are shared between versions, so that a re-map costs only what cha
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,7 +28,6 @@ class Origin:
     format: str  # as loaded; differs from the stored format when quantized while loading
     stored_format: str
     shape: tuple[int, ...]
-    nbytes: int  # packed, in memory
     rule: str  # why this source
     parts: tuple[Part, ...]
 
@@ -40,8 +38,13 @@ class Part:
 
     tensor: str
     file: str
-    offset: int | None  # bytes from the file's start; None inside a .bin
+    offset: int | None  # bytes from the file's start; None inside a .bin and for bytes that are not one run
     nbytes: int
+
+    @property
+    def key(self) -> str:
+        """Names the part among all sources."""
+        return f"{self.file}:{self.tensor}"
 
 
 class BlockWeights(Mapping[str, PackedWeight]):
@@ -111,7 +114,7 @@ class WeightVersion:
         return self._weights.get(slot)
 
     def block(self, name: str) -> BlockWeights:
-        """The weights of `layers.<n>.attention` or `layers.<n>.mlp`."""
+        """The weights of `layers.<n>.attention` or `layers.<n>.mlp`; with an empty name those outside the blocks."""
         return self._blocks[name]
 
     @property
@@ -120,13 +123,39 @@ class WeightVersion:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the version by content: 16 hexadecimal digits over every weight's origin, not over rules or ids."""
-        lines = []
-        for slot, origin in sorted(self.origins.items()):
-            record = asdict(origin)
-            del record["rule"]
-            lines.append(json.dumps([slot, record, self.keys[slot]], sort_keys=True, default=str))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        """Names the version by what it holds; see `fingerprint`."""
+        return fingerprint(self.origins, self.keys)
+
+
+def fingerprint(origins: Mapping[str, Origin], keys: Mapping[str, tuple[Any, ...]]) -> str:
+    """16 hexadecimal digits over every weight's origin and the state of its files, not over rules or version ids.
+
+    Two versions with one fingerprint hold the same bytes. File state is path, modification time, size and inode; only
+    the manifest's SHA-256 digests compare files across machines.
+    """
+    digest = hashlib.sha256()
+    for slot in sorted(origins):
+        origin = origins[slot]
+        record = (slot, origin.name, origin.source, origin.format, origin.shape, keys[slot])
+        digest.update(repr(record).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def manifest(version: str, origins: Mapping[str, Origin], digests: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The provenance of every weight as JSON.
+
+    Args:
+        version: the fingerprint.
+        digests: SHA-256 of each part, by `Part.key`, where they have been computed.
+    """
+    weights = []
+    for origin in origins.values():
+        record = asdict(origin)
+        for part, entry in zip(origin.parts, record["parts"], strict=True):
+            if digests is not None:
+                entry["sha256"] = digests[part.key]
+        weights.append(record)
+    return {"fingerprint": version, "weights": weights}
 
 
 def split_slot(slot: str) -> tuple[str, str]:

@@ -196,7 +196,7 @@ def recognise(name: str, parts: Mapping[str, TensorPart], declaration: Declarati
             stored = replace(stored, declared=declared)
             _check_declared(stored)
             return stored
-    found = ", ".join(f"{role} {str(e.dtype).removeprefix('torch.')} {list(e.shape)}" for role, e in parts.items())
+    found = ", ".join(f"{e.name} {str(e.dtype).removeprefix('torch.')} {list(e.shape)}" for e in parts.values())
     raise CheckpointError(
         f"Weight {name!r} in {store_name(parts)} has tensors that no format recognises: {found}.",
         remedy=f"Known formats: {', '.join(sorted({f.name for f in all_formats()}))}.",

@@ -116,6 +116,12 @@ async def reload_weights(service: ServiceArgument, body: NoFields | None = None)
     return _remap_answer(await in_own_thread(service.deployment.reload_weights))
 
 
+@router.get("/manifest", tags=["weights"], response_model=dict[str, Any])
+async def manifest(service: ServiceArgument) -> Response:
+    """Where every weight comes from: source, file, offset, bytes, format, and the rule that chose it."""
+    return OrjsonResponse(await in_own_thread(service.deployment.manifest))
+
+
 @router.get("/expert_stats", tags=["experts"], response_model=dict[str, Any])
 async def get_expert_stats(service: ServiceArgument, query: Annotated[ExpertStatsQuery, Query()]) -> Response:
     """Which experts the traffic uses: summary, layers, experts, the busiest, the most recent."""

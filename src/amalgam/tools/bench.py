@@ -20,7 +20,8 @@ import torch
 
 from amalgam.config import Settings
 from amalgam.engine.core import Engine
-from amalgam.engine.deployment import Deployment, choose_device, peak_memory_bytes
+from amalgam.engine.deployment import Deployment, choose_device
+from amalgam.engine.memory import peak_memory_bytes
 from amalgam.engine.request import RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
 from amalgam.kernels import ops

@@ -25,7 +25,7 @@ from amalgam.tools.analyze import UNQUANTIZED, Analysis
 from amalgam.tools.roles import template
 
 # Roles that may have a precision, and what is said where a model has no such weights. Head last, as in the model.
-ROLES = {
+_ABSENT = {
     "embedding": "the model has no embedding",
     "attention": "the model has no attention weights",
     "mlp": "the model has no dense MLP layers",
@@ -96,10 +96,10 @@ def export_config(analysis: Analysis, out: Path, precisions: Mapping[str, str], 
     rules: list[RoleRule] = []
     sources: dict[str, _NewSource] = {}
     notes: list[str] = []
-    for role in (role for role in ROLES if role in precisions):
+    for role in (role for role in _ABSENT if role in precisions):
         precision, held = precisions[role], set(analysis.formats_of(role))
         if role not in roles.values():
-            notes.append(f"{role}: {ROLES[role]}, so {precision} gets no rule.")
+            notes.append(f"{role}: {_ABSENT[role]}, so {precision} gets no rule.")
             continue
         if precision == BASE_SOURCE or held == {precision}:
             notes.append(f"{role}: {precision} is what the base checkpoint holds, so it needs no rule.")
@@ -109,7 +109,9 @@ def export_config(analysis: Analysis, out: Path, precisions: Mapping[str, str], 
         if source.is_derived and role in _LEFT_WIDE:
             notes.append(f"{role}: stays as it is in the {precision} checkpoint that is made from base_path.")
         if not source.exists and {precision, *held} <= _wide_names():
-            notes.append(f"{role}: the base checkpoint holds {', '.join(held)}; name that to need no {precision} one.")
+            notes.append(
+                f"{role}: the base checkpoint holds {', '.join(sorted(held))}; name that to need no {precision} one."
+            )
     text = _render(analysis, out, rules, list(sources.values()), notes)
     build_settings(yaml.safe_load(text))
     try:

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from amalgam.checkpoint.source import resolve
 from amalgam.checkpoint.writer import new_folder, write_checkpoint
 from amalgam.config import Settings
 from amalgam.errors import CheckpointError, ConfigError
-from amalgam.models.loader import Progress
+from amalgam.models.loader import Progress, read_weight
 from amalgam.models.spec import Slot, fused_tensors, read_spec
 from amalgam.precision.format import (
     WEIGHT_SUFFIX,
@@ -87,6 +87,7 @@ def quantize_checkpoint(
         raise CheckpointError(f"{source.folder} has no {CONFIG_NAME}.", remedy="The model's sizes stand in it.")
     family, spec = read_spec(source.config, str(source.folder / CONFIG_NAME))
     slots = {family.logical_name(slot): slot for slot in spec.slots}
+    source = replace(source, weights=family.with_optional_prefix(source.weights, slots))
     missing = [name for name in slots if name not in source.weights]
     if missing:
         raise CheckpointError(f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.")
@@ -154,7 +155,7 @@ class _Quantizer:
                 self._progress(f"Quantizing to {self._format.name}", done, total)
 
     def _quantize(self, name: str, slot: Slot, stored: StoredWeight) -> Iterator[tuple[str, torch.Tensor]]:
-        wide = self._source.load(stored).dequantize()
+        wide = read_weight(self._source, stored, slot).dequantize()
         if not bool(torch.isfinite(wide).all()):
             raise CheckpointError(f"Weight {name!r} in {self._source.folder} holds NaN or infinity.")
         try:

@@ -30,13 +30,13 @@ def _role_of_template(name: str) -> str:
     def has(pattern: str) -> bool:
         return any(re.search(pattern, part) for part in (*modules, leaf))
 
-    # In order: a norm or bias is one wherever it stands, and an expert is no MLP although its path says so. The tower
-    # of another modality is no part of the decoder.
+    # In order: a router's bias decides as the router does; a norm or bias is one wherever it stands; an expert is no
+    # MLP although its path says so. The tower of another modality is no part of the decoder.
     customs = (
         ("other", has("visual|vision|audio")),
-        ("norm", bool(re.search(r"norm|^ln(_|\d|$)", last))),
-        ("bias", leaf == "bias" or leaf.endswith("_bias")),
         ("router", last in ("gate", "shared_expert_gate") or has("router")),
+        ("bias", leaf in ("bias", "sinks") or leaf.endswith("_bias")),
+        ("norm", bool(re.search(r"norm|^ln(_|\d|$)", last))),
         ("shared_expert", has("^shared_(expert|mlp)")),
         ("expert", has("^experts$")),
         ("head", bool(re.search("lm_head|embed_out", last)) or name == "output.weight"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from amalgam.models.layers import Attention, DenseMlp
+from amalgam.models.layers import Attention, DenseMlp, RmsNorm
 from amalgam.models.naming import ATTENTION, DECODER, MLP
 from amalgam.models.rope import read_rope
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
+
+NORM_EPS = 1e-6
 
 
 def read_attention(
@@ -13,6 +15,8 @@ def read_attention(
     *,
     default_theta: float = 10000.0,
     default_head_dim: int | None = None,
+    default_eps: float = NORM_EPS,
+    default_rotary: float = 1.0,
     has_bias: bool = False,
 ) -> Attention:
     """The attention that Llama's relatives share; a family changes what differs with `dataclasses.replace`."""
@@ -25,14 +29,16 @@ def read_attention(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        rope=read_rope(config, head_dim, default_theta),
-        norm_eps=config.float("rms_norm_eps", default=1e-6),
+        rope=read_rope(config, head_dim, default_theta, default_rotary),
+        norm_eps=config.float("rms_norm_eps", default=default_eps),
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
     )
 
 
-def read_model(config: ConfigReader, family: str, layers: tuple[LayerSpec, ...]) -> ModelSpec:
+def read_model(
+    config: ConfigReader, family: str, layers: tuple[LayerSpec, ...], *, default_eps: float = NORM_EPS
+) -> ModelSpec:
     """The parts of a spec that do not depend on the blocks."""
     config.expect("hidden_act", "silu", "swish")
     return ModelSpec(
@@ -40,7 +46,7 @@ def read_model(config: ConfigReader, family: str, layers: tuple[LayerSpec, ...])
         hidden_size=config.int("hidden_size"),
         vocab_size=config.int("vocab_size"),
         max_positions=config.int("max_position_embeddings"),
-        norm_eps=config.float("rms_norm_eps", default=1e-6),
+        norm=RmsNorm(config.float("rms_norm_eps", default=default_eps)),
         has_tied_head=config.bool("tie_word_embeddings", default=False),
         layers=layers,
     )

@@ -10,20 +10,25 @@ from amalgam.models.naming import ATTENTION, DECODER, MLP
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
 
 
+def by_layer_type(
+    config: ConfigReader, attention: Attention, window: int, default_types: list[str]
+) -> tuple[Attention, ...]:
+    """One attention per layer, as `layer_types` says: full, or with a window."""
+    types = config.get("layer_types", default=default_types)
+    known = {"full_attention": attention, "sliding_attention": replace(attention, window=window)}
+    if not isinstance(types, list) or len(types) != len(default_types) or not all(kind in known for kind in types):
+        config.refuse("layer_types", types, f"{len(default_types)} of {', '.join(known)}")
+    return tuple(known[kind] for kind in types)
+
+
 def windowed(config: ConfigReader, attention: Attention) -> tuple[Attention, ...]:
     """One attention per layer: `layer_types` decides, else windows from layer `max_window_layers` on."""
     num_layers = config.int("num_hidden_layers")
     if not config.bool("use_sliding_window", default=False):
         return (attention,) * num_layers
-    local = replace(attention, window=config.int("sliding_window"))
-    types = config.get("layer_types")
-    if types is None:
-        first = config.int("max_window_layers", default=num_layers, low=0)
-        types = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
-    known = {"full_attention": attention, "sliding_attention": local}
-    if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
-        config.refuse("layer_types", types, f"{num_layers} of {', '.join(known)}")
-    return tuple(known[kind] for kind in types)
+    first = config.int("max_window_layers", default=num_layers, low=0)
+    types = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
+    return by_layer_type(config, attention, config.int("sliding_window"), types)
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:

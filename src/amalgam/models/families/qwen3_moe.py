@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from amalgam.models.families.llama import read_model
+from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.families.qwen3 import read_qwen3_attention
-from amalgam.models.layers import DenseMlp, SparseMoe
+from amalgam.models.layers import Attention, DenseMlp, SoftmaxRouter, SparseMoe
 from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, HEAD_NORMS, MLP
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
 
@@ -18,22 +19,21 @@ def is_sparse(config: ConfigReader, layer_id: int) -> bool:
     return layer_id not in dense and (layer_id + 1) % step == 0
 
 
-def _read_spec(config: ConfigReader) -> ModelSpec:
-    num_experts = config.int("num_experts", "num_local_experts")
-    moe = SparseMoe(
-        num_experts=num_experts,
-        num_active_experts=config.int("num_experts_per_tok"),
-        intermediate_size=config.int("moe_intermediate_size"),
-        normalises=config.bool("norm_topk_prob", default=False),
-    )
-    if moe.num_active_experts > num_experts:
-        config.refuse("num_experts_per_tok", moe.num_active_experts, f"at most num_experts {num_experts}")
+def read_sparse_layers(
+    config: ConfigReader, attentions: tuple[Attention, ...], moe: SparseMoe
+) -> tuple[LayerSpec, ...]:
+    """`moe` in the layers that have experts, a dense MLP in the others."""
     dense = DenseMlp(config.int("intermediate_size"))
-    layers = tuple(
+    return tuple(
         LayerSpec(attention, moe if is_sparse(config, layer_id) else dense)
-        for layer_id, attention in enumerate(read_qwen3_attention(config))
+        for layer_id, attention in enumerate(attentions)
     )
-    return read_model(config, "qwen3_moe", layers)
+
+
+def _read_spec(config: ConfigReader) -> ModelSpec:
+    router = SoftmaxRouter(*read_expert_counts(config), normalises=config.bool("norm_topk_prob", default=False))
+    moe = SparseMoe(router, config.int("moe_intermediate_size"))
+    return read_model(config, "qwen3_moe", read_sparse_layers(config, read_qwen3_attention(config), moe))
 
 
 FAMILY = Family(

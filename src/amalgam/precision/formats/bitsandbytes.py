@@ -62,6 +62,7 @@ class BitsAndBytes4(WeightFormat):
     """NF4 or FP4: a table of 16 values, and a scale per block."""
 
     methods = _METHODS
+    bits = 4
 
     def __init__(self, kind: str) -> None:
         self.name = f"bnb-{kind}"
@@ -148,6 +149,7 @@ class BitsAndBytes8(WeightFormat):
     optional = frozenset({"weight_format"})
     methods = _METHODS
     number = "int"
+    bits = 8
 
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         weight, largest = parts[WEIGHT_SUFFIX], parts["SCB"]

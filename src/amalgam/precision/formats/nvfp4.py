@@ -42,6 +42,7 @@ class Nvfp4(WeightFormat):
     """NVFP4 under one tool's names."""
 
     number = "float"
+    bits = 4
 
     def __init__(self, name: str, values: str, whole: str, operation: str, methods: frozenset[str]) -> None:
         self.name = name

@@ -1,0 +1,49 @@
+"""`amalgam estimate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from amalgam.cli.options import with_settings
+from amalgam.config import Settings
+
+
+@with_settings
+def command(
+    settings: Settings,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence. Default: max_seq_length.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time. Default: max_batch_size.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Say how much memory a model will need, and whether it fits this machine. Reads headers only."""
+    from rich.table import Table
+
+    from amalgam.cli.console import human_bytes, out, print_json, progress_bar
+    from amalgam.tools.estimate import estimate
+    from amalgam.tools.quantize import ensure_derived
+
+    with progress_bar() as progress:
+        ensure_derived(settings, progress)
+    result = estimate(settings, length, batch)
+    if as_json:
+        print_json(result.as_json())
+        return
+    table = Table("memory for", "bytes", title=f"{result.batch_size} sequences of {result.seq_length} tokens")
+    for name, size in result.weights.items():
+        table.add_row(f"weights in {name}", human_bytes(size))
+    table.add_row(f"KV cache ({human_bytes(result.kv_bytes_per_token)} per token)", human_bytes(result.kv_bytes))
+    table.add_row("workspace of a step", human_bytes(result.workspace_bytes))
+    table.add_row("the program itself", human_bytes(result.process_bytes))
+    table.add_section()
+    table.add_row("all", human_bytes(result.total_bytes))
+    table.add_row("available now", human_bytes(result.available_bytes))
+    out.print(table)
+    verdict = "fits" if result.fits else "does NOT fit"
+    out.print(f"It {verdict}. Beside the weights there is room for {result.max_tokens_that_fit:,} tokens of context.")
+    uniform = Table("all linear weights in", "weights", "all", "fits", title="The same model in one precision")
+    for row in result.uniform:
+        sizes = (human_bytes(row.weights_bytes), human_bytes(row.total_bytes))
+        uniform.add_row(row.format, *sizes, "yes" if row.fits else "no")
+    out.print(uniform)

@@ -1,0 +1,40 @@
+"""Mistral (`MistralForCausalLM`): Llama with a sliding window in every layer, or in none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from amalgam.models.families.llama import read_attention, read_model
+from amalgam.models.layers import DenseMlp
+from amalgam.models.naming import ATTENTION, DECODER, MLP
+from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
+
+WINDOW = 4096  # the configuration class's default, where the key is missing
+
+
+def read_window(config: ConfigReader, default: int | None = None) -> int | None:
+    """`sliding_window` of all layers; null means none."""
+    if config.is_null("sliding_window") or config.get("sliding_window", default=default) is None:
+        return None
+    return config.int("sliding_window", default=default)
+
+
+def _read_spec(config: ConfigReader) -> ModelSpec:
+    window = read_window(config, default=WINDOW)
+    config.expect("layer_types", ["full_attention" if window is None else "sliding_attention"] * _num_layers(config))
+    attention = replace(read_attention(config), window=window)
+    mlp = DenseMlp(config.int("intermediate_size"))
+    return read_model(config, "mistral", (LayerSpec(attention, mlp),) * _num_layers(config))
+
+
+def _num_layers(config: ConfigReader) -> int:
+    return config.int("num_hidden_layers")
+
+
+FAMILY = Family(
+    name="mistral",
+    architectures=("MistralForCausalLM",),
+    read_spec=_read_spec,
+    names={**DECODER, **ATTENTION, **MLP},
+    tiny_config={"num_key_value_heads": 2, "intermediate_size": 128, "head_dim": 32, "sliding_window": 8},
+)

@@ -1,0 +1,57 @@
+"""OLMoE (`OlmoeForCausalLM`): RMSNorm over the whole query and key projections, experts in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from amalgam.kernels import ops
+from amalgam.models.families.llama import read_attention, read_model
+from amalgam.models.families.mixtral import read_expert_counts
+from amalgam.models.layers import Attention, SoftmaxRouter, SparseMoe
+from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, HEAD_NORMS
+from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
+from amalgam.models.weights import BlockWeights
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class OlmoeAttention(Attention):
+    """`clip`: queries, keys and values are kept within ±clip; None: as they are."""
+
+    clip: float | None = None
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        yield from super().slots(hidden_size)
+        yield Slot("q_norm", (self.num_heads * self.head_dim,), "norm")
+        yield Slot("k_norm", (self.num_kv_heads * self.head_dim,), "norm")
+
+    def project(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().project(x, weights)
+        query = ops.rms_norm(query, weights["q_norm"].dense, self.norm_eps)
+        key = ops.rms_norm(key, weights["k_norm"].dense, self.norm_eps)
+        if self.clip is None:
+            return query, key, value
+        return query.clamp(-self.clip, self.clip), key.clamp(-self.clip, self.clip), value.clamp(-self.clip, self.clip)
+
+
+def _read_spec(config: ConfigReader) -> ModelSpec:
+    common = read_attention(config, default_eps=NORM_EPS, has_bias=config.bool("attention_bias", default=False))
+    clip = None if config.get("clip_qkv") is None else config.float("clip_qkv")
+    attention = OlmoeAttention(**vars(common), clip=clip)
+    router = SoftmaxRouter(*read_expert_counts(config), normalises=config.bool("norm_topk_prob", default=False))
+    layers = (LayerSpec(attention, SparseMoe(router, config.int("intermediate_size"))),)
+    return read_model(config, "olmoe", layers * config.int("num_hidden_layers"), default_eps=NORM_EPS)
+
+
+FAMILY = Family(
+    name="olmoe",
+    architectures=("OlmoeForCausalLM",),
+    read_spec=_read_spec,
+    names={**DECODER, **ATTENTION, **HEAD_NORMS, **EXPERTS},
+    fused=FUSED_EXPERTS,
+    tiny_config={"num_key_value_heads": 2, "intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
+)

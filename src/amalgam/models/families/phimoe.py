@@ -1,0 +1,90 @@
+"""Phi-3.5-MoE (`PhimoeForCausalLM`): LayerNorm, biases, two experts chosen one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels import ops
+from amalgam.models.families.llama import read_attention, read_model
+from amalgam.models.families.mistral import read_window
+from amalgam.models.families.mixtral import read_expert_counts
+from amalgam.models.layers import LayerNorm, SparseMoe
+from amalgam.models.naming import ATTENTION, DECODER, FUSED_NUMBERED_EXPERTS, NUMBERED_EXPERTS, with_biases
+from amalgam.models.rope import RopeSettings
+from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
+from amalgam.models.weights import BlockWeights
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class SparseMixer:
+    """The best expert, then the best of the others (Liu et al. 2024, "GRIN: GRadient-INformed MoE").
+
+    Each is weighted by a softmax over the candidates within a relative distance of `2 × jitter` of it; the two weights
+    do not sum to 1.
+    """
+
+    num_experts: int
+    jitter: float
+    num_active_experts: int = 2
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        yield Slot("router", (self.num_experts, hidden_size), "router")
+
+    def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+        logits = ops.linear(x.float(), weights["router"])
+        first, first_weight = self._choose(logits, logits)
+        second, second_weight = self._choose(logits.scatter(1, first, -torch.inf), logits)
+        return torch.cat((first, second), dim=-1), torch.cat((first_weight, second_weight), dim=-1)
+
+    def _choose(self, candidates: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        best, expert_id = candidates.max(dim=-1, keepdim=True)
+        distance = (best - logits) / torch.maximum(logits.abs(), best)
+        near = candidates.masked_fill(distance > 2 * self.jitter, -torch.inf)
+        return expert_id, torch.softmax(near, dim=-1).gather(1, expert_id)
+
+
+def _read_spec(config: ConfigReader) -> ModelSpec:
+    kind = RopeSettings(config).kind
+    if kind not in ("default", "longrope"):
+        config.refuse("rope_type", kind, "default or longrope for this family")
+    attention = read_attention(
+        config,
+        default_theta=1e6,
+        default_eps=NORM_EPS,
+        has_bias=config.bool("attention_bias", default=False),
+    )
+    attention = replace(attention, window=read_window(config))
+    num_experts, num_active = read_expert_counts(config)
+    router = SparseMixer(num_experts, jitter=config.float("router_jitter_noise", default=0.01))
+    if num_active != router.num_active_experts:
+        config.refuse("num_experts_per_tok", num_active, "2: the router makes two choices")
+    layers = (LayerSpec(attention, SparseMoe(router, config.int("intermediate_size"))),)
+    return replace(
+        read_model(config, "phimoe", layers * config.int("num_hidden_layers")),
+        norm=LayerNorm(config.float("rms_norm_eps", default=NORM_EPS)),
+        has_head_bias=config.bool("lm_head_bias", default=False),
+    )
+
+
+FAMILY = Family(
+    name="phimoe",
+    architectures=("PhimoeForCausalLM", "PhiMoEForCausalLM"),
+    read_spec=_read_spec,
+    names={**with_biases(DECODER), **ATTENTION, **NUMBERED_EXPERTS},
+    fused=FUSED_NUMBERED_EXPERTS,
+    tiny_config={
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "router_jitter_noise": 0.3,
+    },
+)

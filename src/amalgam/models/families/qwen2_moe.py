@@ -1,0 +1,57 @@
+"""Qwen1.5-MoE and Qwen2-MoE (`Qwen2MoeForCausalLM`): Qwen2's attention, experts beside a gated shared expert."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from amalgam.models.families.llama import read_attention, read_model
+from amalgam.models.families.mixtral import read_expert_counts
+from amalgam.models.families.qwen2 import windowed
+from amalgam.models.families.qwen3_moe import read_sparse_layers
+from amalgam.models.layers import SoftmaxRouter, SparseMoe
+from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, MLP
+from amalgam.models.spec import ConfigReader, Family, ModelSpec
+
+_MLP = "model.layers.{}.mlp"
+
+
+def _read_spec(config: ConfigReader) -> ModelSpec:
+    if config.bool("use_sliding_window", default=False) and config.get("layer_types") is None:
+        # The published code and today's class choose different layers.
+        config.refuse("use_sliding_window", True, "false, or true with layer_types")
+    attention = replace(read_attention(config), has_qkv_bias=config.bool("qkv_bias", default=True))
+    moe = SparseMoe(
+        router=SoftmaxRouter(*read_expert_counts(config), normalises=config.bool("norm_topk_prob", default=False)),
+        intermediate_size=config.int("moe_intermediate_size"),
+        shared_size=config.int("shared_expert_intermediate_size"),
+        has_shared_gate=True,
+    )
+    return read_model(config, "qwen2_moe", read_sparse_layers(config, windowed(config, attention), moe))
+
+
+FAMILY = Family(
+    name="qwen2_moe",
+    architectures=("Qwen2MoeForCausalLM",),
+    read_spec=_read_spec,
+    names={
+        **DECODER,
+        **ATTENTION,
+        **MLP,
+        **EXPERTS,
+        "layers.{}.mlp.shared_gate": f"{_MLP}.shared_expert_gate.weight",
+        **{
+            f"layers.{{}}.mlp.shared.{part}": f"{_MLP}.shared_expert.{part}_proj.weight"
+            for part in ("gate", "up", "down")
+        },
+    },
+    fused=FUSED_EXPERTS,
+    tiny_config={
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [],
+    },
+)

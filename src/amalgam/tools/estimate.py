@@ -1,0 +1,143 @@
+"""Memory that a model will need, before it is loaded.
+
+In: settings. Out: `Estimate`: weights by precision, KV cache, workspace, this process without a model, and what the
+machine has. Reads headers only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from amalgam.config import Settings
+from amalgam.engine.deployment import choose_device
+from amalgam.engine.memory import available_bytes, resident_bytes
+from amalgam.errors import AmalgamError
+from amalgam.models.context import KVCache
+from amalgam.models.loader import ModelLoader, PlannedWeight
+from amalgam.models.spec import ModelSpec
+from amalgam.precision.format import QuantizeOptions, all_formats
+from amalgam.text import Tokenizer
+
+_ACCUMULATOR_BYTES = 4
+
+
+@dataclass(frozen=True)
+class UniformEstimate:
+    """All linear weights in one format, everything else as it is."""
+
+    format: str
+    weights_bytes: int
+    total_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, and what they allow.
+
+    Attributes:
+        weights: format → bytes in memory under the plan.
+        process_bytes: resident memory of this process, which has a tokenizer and no weights.
+        workspace_bytes: activations of the largest step.
+        kv_bytes_per_token: keys and values of one token over all layers.
+        max_tokens_that_fit: sequences × length that the rest of the memory holds.
+    """
+
+    seq_length: int
+    batch_size: int
+    weights: dict[str, int]
+    weights_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes: int
+    workspace_bytes: int
+    process_bytes: int
+    total_bytes: int
+    available_bytes: int
+    fits: bool
+    max_tokens_that_fit: int
+    uniform: tuple[UniformEstimate, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(settings: Settings, seq_length: int | None = None, batch_size: int | None = None) -> Estimate:
+    """Memory for `batch_size` sequences of `seq_length` tokens; both from the settings if not given.
+
+    Raises:
+        AmalgamError: the plan cannot be fulfilled.
+    """
+    device = choose_device(settings.inference.device_map)
+    dtype: torch.dtype = getattr(torch, settings.inference.dtype)
+    loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
+    planned = loader.check(loader.make_plan())
+    spec = loader.spec
+    seq_length = seq_length or min(settings.inference.max_seq_length, spec.max_positions)
+    batch_size = batch_size or settings.inference.max_batch_size
+
+    weights: dict[str, int] = defaultdict(int)
+    for weight in planned:
+        weights[(weight.quantize_to or weight.stored.format).name] += memory_bytes(weight)
+    per_block = KVCache.bytes_per_block(spec, settings.engine.block_size, dtype)
+    blocks = batch_size * math.ceil(seq_length / settings.engine.block_size)
+    workspace = workspace_bytes(spec, min(settings.engine.max_step_tokens, batch_size * seq_length), batch_size, dtype)
+    Tokenizer.load(loader.base_folder)  # the largest part of a process without weights: it counts below
+    process = resident_bytes() if device.type == "cpu" else 0
+    available = available_bytes(device)
+    fixed = sum(weights.values()) + workspace
+    kv_bytes = blocks * per_block
+    # What this process holds already is not available any more, so it counts in the total but not against the rest.
+    room = available - fixed
+    return Estimate(
+        seq_length=seq_length,
+        batch_size=batch_size,
+        weights=dict(weights),
+        weights_bytes=sum(weights.values()),
+        kv_bytes_per_token=per_block // settings.engine.block_size,
+        kv_bytes=kv_bytes,
+        workspace_bytes=workspace,
+        process_bytes=process,
+        total_bytes=fixed + kv_bytes + process,
+        available_bytes=available,
+        fits=fixed + kv_bytes <= available,
+        max_tokens_that_fit=max(0, room // per_block) * settings.engine.block_size,
+        uniform=tuple(_uniform(planned, workspace + kv_bytes, process, available)),
+    )
+
+
+def memory_bytes(weight: PlannedWeight) -> int:
+    """Bytes of a weight in memory: as stored, or as the format it is quantized to while loading."""
+    if weight.quantize_to is not None:
+        return weight.quantize_to.nbytes(weight.slot.shape)
+    return weight.stored.nbytes
+
+
+def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: torch.dtype) -> int:
+    """Activations of the largest step: residual, one block's inner values per token, and the logits."""
+    widths = [math.prod(slot.shape[:1]) for slot in spec.slots if slot.role in {"attention", "mlp", "shared_expert"}]
+    experts = [slot.shape[0] for slot in spec.slots if slot.role == "expert"]
+    inner = max(widths, default=0) + max(experts, default=0) * max(1, spec.num_active_experts)
+    per_token = (4 * spec.hidden_size + 2 * inner) * max(dtype.itemsize, _ACCUMULATOR_BYTES)
+    return step_tokens * per_token + 2 * batch_size * spec.vocab_size * _ACCUMULATOR_BYTES
+
+
+def _uniform(planned: Sequence[PlannedWeight], others: int, process: int, available: int) -> list[UniformEstimate]:
+    """The same model with all linear weights but the head in one format, for each format that takes them."""
+    kept = sum(memory_bytes(weight) for weight in planned if not weight.slot.is_linear or weight.slot.role == "head")
+    shapes = [weight.slot.shape for weight in planned if weight.slot.is_linear and weight.slot.role != "head"]
+    results = []
+    for weight_format in all_formats():
+        if not (weight_format.is_wide or weight_format.can_quantize):
+            continue
+        try:
+            size = kept + sum(weight_format.nbytes(shape, QuantizeOptions()) for shape in shapes)
+        except AmalgamError:  # a shape that the format cannot hold
+            continue
+        results.append(UniformEstimate(weight_format.name, size, size + others + process, size + others <= available))
+    return sorted(results, key=lambda result: -result.weights_bytes)

@@ -1,0 +1,166 @@
+"""The verbs as a user types them: exit codes, messages, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import DEMO, ROOT
+
+from amalgam.cli import VERBS, main
+from amalgam.config import setting_keys
+
+EXPERT = "model.layers.0.mlp.experts.0.down_proj.weight"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for verb in VERBS:
+        assert f" {verb} " in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, verb, "--help")
+    assert code == 0
+    assert f"amalgam {verb}" in out
+
+
+def test_a_verb_imports_no_torch_before_it_needs_it() -> None:
+    program = "import sys; from amalgam.cli import main; main(['serve', '--help']); print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT / "src")},
+        check=True,
+    )
+    assert result.stdout.rstrip().endswith("False")
+
+
+def test_generate_answers_in_json(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--config", str(demo_config), "--max-new-tokens", "8", "--seed", "1", "--json")
+    code, out, _ = run(capsys, "generate", "The old man", "明月", *arguments)
+    assert code == 0
+    answers = json.loads(out)
+    assert [answer["prompt"] for answer in answers] == ["The old man", "明月"]
+    assert all(answer["generated_text"] and answer["usage"]["num_new_tokens"] <= 8 for answer in answers)
+
+
+def test_settings_are_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "generate", "--help")
+    assert code == 0
+    flags = [line for line in out.splitlines() if "--inference.d" in line]
+    assert len(flags) == sum(key.startswith("inference.d") for key in setting_keys())
+    code, _, err = run(capsys, "generate", "x", "--model", str(DEMO), "--inference.dtype", "float8")
+    assert code == 2
+    assert "inference.dtype" in err
+    assert "'float8'" in err
+
+
+def test_plan_explains_which_rule_won(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "--config", str(demo_config), "--explain", EXPERT)
+    assert code == 0
+    assert "exact name beats the pattern" in " ".join(out.split())
+    code, out, _ = run(capsys, "plan", "--config", str(demo_config), "--json", "--explain", EXPERT)
+    explanation = json.loads(out)
+    assert explanation["source"] == "base"
+    assert [rule["source"] for rule in explanation["matching_rules"]] == ["base", "fp8", "int4"]
+
+
+def test_plan_lists_every_weight(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "--config", str(demo_config), "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert len(rows) == 344
+    assert rows[EXPERT]["format"] == "bf16"
+    assert rows[EXPERT.replace("experts.0", "experts.1")]["format"] == "fp8"
+    assert rows[EXPERT.replace("experts.0", "experts.9")]["format"] == "int4"
+    code, out, _ = run(capsys, "plan", "--config", str(demo_config))
+    assert code == 0
+    assert "344" in out
+
+
+def test_map_and_source_flags(derived: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", str(DEMO), "--source", f"small={derived / 'int4'}", "--map", "*.experts.*=small")
+    code, out, _ = run(capsys, "plan", *flags, "--json")
+    assert code == 0
+    assert sum(row["source"] == "small" for row in json.loads(out)) == 288
+
+
+def test_quantize_reports_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out_folder = tmp_path / "int8"
+    code, out, _ = run(capsys, "quantize", str(DEMO), str(out_folder), "--format", "int8", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["roles"]["expert"]["weights"] == 288
+    assert 0 < report["roles"]["expert"]["relative_error"] < 0.02
+    assert report["bytes_after"] < 0.6 * report["bytes_before"]
+    assert sorted(path.name for path in out_folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    code, _, err = run(capsys, "quantize", str(DEMO), str(out_folder), "--format", "int8")
+    assert code == 3
+    assert "exists already" in err
+
+
+def test_bench_ends_with_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--prompts", "16", "--batches", "1,2", "--num-tokens", "2", "--repeats", "1")
+    code, out, _ = run(capsys, "bench", "--model", str(DEMO), *sizes)
+    assert code == 0
+    report = json.loads(out.splitlines()[-1])
+    names = [item["name"] for item in report["measurements"]]
+    assert names == ["load", "prompt of 16", "decode 1 sequence", "decode 2 sequences", "peak memory"]
+    assert all(item["value"] > 0 for item in report["measurements"])
+    assert report["hardware"]["cores"]
+
+
+BAD = {
+    "no model": (["plan"], 2, "--config"),
+    "no such file": (["plan", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+    "no such folder": (["plan", "--model", "/nowhere/at/all"], 3, "/nowhere/at/all"),
+    "a source nobody declared": (["plan", "--model", str(DEMO), "--map", "*=int3"], 2, "int3"),
+    "a rule that matches nothing": (
+        ["plan", "--model", str(DEMO), "--source", f"x={DEMO}", "--map", "model.layers.6.*=x"],
+        4,
+        "model.layers.6.*",
+    ),
+    "a rule without a source": (["plan", "--model", str(DEMO), "--map", "abc"], 2, "'abc'"),
+    "an unknown option": (["plan", "--modell", str(DEMO)], 2, "--modell"),
+    "an unknown verb": (["plann"], 2, "plann"),
+    "an unknown weight": (["plan", "--model", str(DEMO), "--explain", "model.norm.wight"], 4, "model.norm.weight"),
+    "an unknown format": (["quantize", str(DEMO), "/tmp/never", "--format", "int3"], 3, "int3"),
+    "a group that does not divide": (
+        ["quantize", str(DEMO), "/tmp/never", "--format", "int4", "--group-size", "48"],
+        2,
+        "48",
+    ),
+    "a temperature out of range": (["generate", "x", "--model", str(DEMO), "--temperature", "-1"], 2, "-1"),
+    "an unknown shape": (["bench", "--shape", "XXL"], 2, "XXL"),
+    "nothing to measure": (["bench"], 2, "--shape"),
+    "no server": (["experts", "--url", "http://127.0.0.1:9"], 6, "127.0.0.1:9"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_get_a_message_and_an_exit_code(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, expected, message = BAD[case]
+    code, _, err = run(capsys, *arguments)
+    assert code == expected
+    assert message in err
+    assert "Traceback" not in err
+    assert not Path("/tmp/never").exists()

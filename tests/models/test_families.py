@@ -1,0 +1,169 @@
+"""What families read from a config.json: the same defaults as the Hugging Face classes, and nothing guessed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+
+from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
+from amalgam.models.spec import ModelSpec, all_families, read_spec
+from amalgam.tools.analyze import analyze_checkpoint
+from amalgam.tools.quantize import quantize_checkpoint
+from tests.models.harness import Runner, load_model
+from tests.models.tiny import BASE_CONFIG, save_tiny, write_checkpoint
+
+FAMILIES = {family.name: family for family in all_families()}
+PROMPT = list(range(3, 40))
+
+
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    """A family's tiny config.json, as the Hugging Face class would save it."""
+    import transformers
+
+    family = FAMILIES[name]
+    settings = {**BASE_CONFIG, **family.tiny_config, **changes}
+    if name == "xverse":
+        return {**settings, "architectures": list(family.architectures)}
+    config_class = getattr(transformers, family.architectures[0]).config_class
+    config: dict[str, Any] = config_class(**settings, architectures=list(family.architectures)).to_dict()
+    return config
+
+
+def spec_of(config: dict[str, Any]) -> ModelSpec:
+    return read_spec(config, "config.json")[1]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"xverse"}))
+def test_a_missing_key_means_what_the_hugging_face_class_makes_of_it(name: str) -> None:
+    """Or it is refused, or the weights would have other shapes, which loading refuses."""
+    import transformers
+
+    config_class = getattr(transformers, FAMILIES[name].architectures[0]).config_class
+    config = config_of(name)
+    read = 0
+    for key in config.keys() - {"architectures"}:
+        reduced = {k: v for k, v in config.items() if k != key}
+        try:
+            completed = config_class.from_dict(json.loads(json.dumps(reduced))).to_dict()
+            spec, expected = spec_of(reduced), spec_of({**completed, "architectures": config["architectures"]})
+        except (AmalgamError, StrictDataclassError):
+            continue  # refused, or a default that contradicts the tiny sizes
+        if spec.slots == expected.slots:
+            assert spec == expected, key
+            read += 1
+    assert read > 10
+
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"hidden_act": "gelu"}) for name in sorted(FAMILIES.keys() - {"gpt2"})),
+    *((name, {"num_experts_per_tok": 0}) for name in ("mixtral", "olmoe", "deepseek_v2", "gpt_oss")),
+    ("mixtral", {"num_experts_per_tok": 5}),
+    ("xverse", {"moe_top_k": 9}),
+    ("xverse", {"norm_topk_prob": False}),
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"]}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}),
+    ("gpt_oss", {"layer_types": ["full_attention", "linear_attention"]}),
+    ("gpt_oss", {"rope_parameters": None}),
+    ("gpt2", {"activation_function": "relu"}),
+    ("gpt2", {"scale_attn_weights": False}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", {"add_cross_attention": True}),
+    ("gpt2", {"n_head": 5}),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}),
+    ("deepseek_v2", {"scoring_func": "sigmoid"}),
+    ("deepseek_v2", {"norm_topk_prob": True}),
+    ("deepseek_v2", {"moe_layer_freq": 2}),
+    ("deepseek_v2", {"mlp_bias": True}),
+    ("deepseek_v2", {"num_key_value_heads": 2}),
+    ("deepseek_v3", {"topk_method": "greedy"}),
+    ("deepseek_v3", {"scoring_func": "softmax"}),
+    ("deepseek_v3", {"n_group": 3}),
+    ("deepseek_v3", {"n_group": 8}),
+    ("deepseek_v3", {"topk_group": 5}),
+    ("deepseek_v3", {"num_experts_per_tok": 5}),
+    ("glm4_moe", {"scoring_func": "softmax"}),
+    ("phimoe", {"num_experts_per_tok": 1}),
+    ("phimoe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), REFUSED, ids=str)
+def test_values_that_are_not_understood_are_refused_by_name(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        spec_of({**config_of(name), **changes})
+    assert any(key in str(error.value) for key in changes) or "rope_type" in str(error.value)
+
+
+def test_layers_for_multi_token_prediction_are_left_alone(tmp_path: Path) -> None:
+    """As many as the config declares, and no other surplus layer."""
+    save_tiny(FAMILIES["deepseek_v3"], tmp_path)
+    config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    extra = {name.replace("layers.1.", "layers.2."): t.clone() for name, t in tensors.items() if "layers.1." in name}
+    extra["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
+    write_checkpoint(tmp_path, {**config, "num_nextn_predict_layers": 1}, {**tensors, **extra})
+    load_model(tmp_path)
+
+    write_checkpoint(tmp_path, {**config, "num_nextn_predict_layers": 0}, {**tensors, **extra})
+    with pytest.raises(CheckpointError, match=r"has no place for: model\.layers\.2"):
+        load_model(tmp_path)
+
+
+def test_gpt2_is_the_same_without_its_prefix(tmp_path: Path) -> None:
+    """As `openai-community/gpt2` is published, with the causal masks of old checkpoints."""
+    save_tiny(FAMILIES["gpt2"], tmp_path / "long")
+    tensors = load_file(tmp_path / "long" / "model.safetensors")
+    assert all(name.startswith("transformer.") for name in tensors)
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    short["h.0.attn.bias"] = torch.ones(1, 1, 256, 256)
+    config = json.loads((tmp_path / "long" / "config.json").read_text())
+    write_checkpoint(tmp_path / "short", config, short)
+    expected, logits = (Runner(*load_model(tmp_path / folder)).step({0: PROMPT})[0] for folder in ("long", "short"))
+    assert torch.equal(logits, expected)
+    assert analyze_checkpoint(str(tmp_path / "short")).notes == analyze_checkpoint(str(tmp_path / "long")).notes == ()
+
+    write_checkpoint(tmp_path / "short", config, {**short, "transformer.wte.weight": short["wte.weight"].clone()})
+    with pytest.raises(CheckpointError, match=r"no place for: wte\.weight"):
+        load_model(tmp_path / "short")
+
+
+@pytest.mark.parametrize("target", ["int8", "int4"])
+def test_quantized_gpt2_is_not_transposed(tmp_path: Path, target: str) -> None:
+    """`Conv1D` weights are `(in, out)` unquantized only: scales belong to outputs."""
+    reference = save_tiny(FAMILIES["gpt2"], tmp_path / "wide")
+    quantize_checkpoint(str(tmp_path / "wide"), tmp_path / target, target)
+    decoder, version = load_model(tmp_path / target)
+    assert version["layers.0.mlp.up"].shape == (256, 64)
+    logits, expected = Runner(decoder, version).step({0: PROMPT})[0], reference.logits(PROMPT)
+    assert 0 < float((logits - expected).norm() / expected.norm()) < {"int8": 0.03, "int4": 0.3}[target]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "gpt_oss", "phimoe", "xverse", "glm4_moe"])
+@pytest.mark.parametrize("target", ["int8", "int4"])
+def test_routers_and_biases_stay_wide(tmp_path: Path, name: str, target: str) -> None:
+    """Quantizing leaves them alone, and the result runs near the original."""
+    reference = save_tiny(FAMILIES[name], tmp_path / "wide")
+    quantize_checkpoint(str(tmp_path / "wide"), tmp_path / target, target)
+    decoder, version = load_model(tmp_path / target)
+    for slot in decoder.spec.slots:
+        is_quantized = version.origins[slot.name].format == target
+        assert is_quantized == (slot.role in {"attention", "mlp", "expert", "shared_expert"}), slot
+    logits, expected = Runner(decoder, version).step({0: PROMPT})[0], reference.logits(PROMPT)
+    # A token near the edge between two experts may choose the other one: the median tells.
+    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(errors.median()) < {"int8": 0.05, "int4": 0.6}[target]
+
+
+def test_expert_names_are_the_published_ones() -> None:
+    """One name for each weight, and every slot has one."""
+    for name, family in FAMILIES.items():
+        names = [family.logical_name(slot) for slot in spec_of(config_of(name)).slots]
+        assert len(set(names)) == len(names)
+        assert not any(re.search(r"[{}]", published) for published in names)

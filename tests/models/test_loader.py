@@ -1,0 +1,168 @@
+"""Whatever does not fit is refused by name before a byte of a weight is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from amalgam.checkpoint.store import TensorStore
+from amalgam.checkpoint.writer import write_checkpoint
+from amalgam.config import InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
+from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
+from amalgam.models.families.qwen3_moe import FAMILY
+from amalgam.models.loader import ModelLoader
+from amalgam.models.spec import all_families, read_spec
+from amalgam.models.weights import WeightVersion
+from tests.models.tiny import BASE_CONFIG, save_tiny
+
+CPU = torch.device("cpu")
+UP = "model.layers.0.mlp.experts.3.up_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(FAMILY, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    store = TensorStore.open(folder)
+    tensors = {name: store.read(name).clone() for name in store}
+    change(tensors)
+    for file in store.files:
+        file.unlink()
+    write_checkpoint(folder, tensors.items())
+
+
+def build(base: Path, *rules: tuple[str, str], **sources: Path) -> WeightVersion:
+    mixed = MixedPrecisionSettings(
+        sources={name: str(path) for name, path in sources.items()},
+        rules=tuple(Rule(pattern=pattern, source=source) for pattern, source in rules),
+    )
+    loader = ModelLoader(ModelSettings(base_path=str(base), mixed_precision=mixed), InferenceSettings(), CPU, 2)
+    return loader.build(loader.make_plan(), 1).version
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "absent"}, "hidden_size"),
+        ({"num_experts": "absent", "num_local_experts": "absent"}, "num_experts"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"num_experts_per_tok": 99}, "num_experts_per_tok = 99"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_parameters": {"rope_type": "quantum"}}, "rope_type = 'quantum'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "factor = -1"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
+        ({"architectures": ["NoSuchModel"]}, "NoSuchModel"),
+        ({"architectures": []}, "architectures"),
+        ({"num_hidden_layers": 3}, "model.layers.2."),
+        ({"num_hidden_layers": 1}, "model.layers.1."),
+        ({"moe_intermediate_size": 48}, "[48, 64]"),
+        ({"num_experts": 9, "num_local_experts": 9}, "model.layers.0.mlp."),
+        ({"vocab_size": 300}, "[300, 64]"),
+    ],
+)
+def test_a_config_that_does_not_fit(copy: Path, changes: dict[str, Any], message: str) -> None:
+    change_config(copy, **changes)
+    with pytest.raises(AmalgamError) as error:
+        build(copy)
+    assert message in str(error.value)
+
+
+def test_a_missing_tensor_and_a_leftover_one(copy: Path) -> None:
+    change_tensors(copy, lambda tensors: tensors.update({"model.layers.0.mlp.extra.weight": torch.ones(4, 4)}))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.extra\.weight"):
+        build(copy)
+    change_tensors(copy, lambda tensors: [tensors.pop(name) for name in ("model.layers.0.mlp.extra.weight", UP)])
+    with pytest.raises(PlanError, match=UP):
+        build(copy)
+
+
+def test_a_source_with_another_shape(tiny: Path, copy: Path) -> None:
+    change_tensors(copy, lambda tensors: tensors.update({UP: torch.ones(16, 64)}))
+    with pytest.raises(PlanError) as error:
+        build(tiny, (UP, "other"), other=copy)
+    assert "[16, 64]" in str(error.value)
+    assert "[32, 64]" in str(error.value)
+
+
+def test_a_source_of_another_model(tiny: Path, copy: Path) -> None:
+    change_config(copy, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(CheckpointError, match="another model"):
+        build(tiny, (UP, "other"), other=copy)
+
+
+def test_an_integer_norm(tiny: Path, copy: Path) -> None:
+    quantized = {NORM: torch.ones(1, 64, dtype=torch.int8), NORM + "_scale": torch.ones(1)}
+    change_tensors(copy, lambda tensors: tensors.update(quantized))
+    with pytest.raises(AmalgamError, match=NORM):
+        build(tiny, (NORM, "other"), other=copy)
+
+
+def test_a_source_that_is_not_used_is_not_opened(tiny: Path) -> None:
+    assert build(tiny, other=Path("/nowhere")).nbytes > 0
+    with pytest.raises(CheckpointError, match="/nowhere"):
+        build(tiny, (UP, "other"), other=Path("/nowhere"))
+
+
+def test_a_shard_that_vanishes_while_loading_leaves_nothing_behind(copy: Path) -> None:
+    loader = ModelLoader(ModelSettings(base_path=str(copy)), InferenceSettings(), CPU, 2)
+    plan = loader.make_plan()
+    loader.check(plan)
+    (copy / "model.safetensors").write_bytes(b"changed")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        loader.build(plan, 1)
+
+
+def test_a_bin_checkpoint_gives_the_same_model(tiny: Path, tmp_path: Path) -> None:
+    store = TensorStore.open(tiny)
+    torch.save({name: store.read(name).clone() for name in store}, tmp_path / "pytorch_model.bin")
+    shutil.copy(tiny / "config.json", tmp_path)
+    first, second = build(tiny), build(tmp_path)
+    for slot in first.origins:
+        assert torch.equal(first[slot].dequantize(), second[slot].dequantize())
+    assert first.fingerprint != second.fingerprint
+
+
+def test_the_manifest_says_where_every_byte_came_from(tiny: Path) -> None:
+    version = build(tiny)
+    for origin in version.origins.values():
+        (part,) = origin.parts
+        with open(part.file, "rb") as file:
+            file.seek(part.offset or 0)
+            raw = torch.frombuffer(bytearray(file.read(part.nbytes)), dtype=torch.float32)
+        assert torch.equal(raw.view(origin.shape), version[origin.slot].dequantize())
+
+
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+def test_every_slot_has_a_name_of_its_own(family: Any) -> None:
+    config = {**BASE_CONFIG, **family.tiny_config, "architectures": [family.architectures[0]]}
+    _, spec = read_spec(config, "tiny")
+    names = [family.logical_name(slot) for slot in spec.slots]
+    assert len(set(names)) == len(names) == len({slot.name for slot in spec.slots})
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UnsupportedError, match="Qwen3MoeForCausalLM"):
+        read_spec({"architectures": ["GPTNeoXForCausalLM"]}, "config.json")

@@ -1,0 +1,132 @@
+"""Every command in both READMEs runs and answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+READMES = ("README.md", "README.zh-CN.md")
+ADDRESS = "http://127.0.0.1:8080"
+
+
+def commands(name: str, language: str = "bash") -> list[str]:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()] if language == "bash" else blocks
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """What `make serve` runs, on a free port."""
+    process = subprocess.Popen(
+        [sys.executable, "main.py", "--config", "config/model_config.yaml", "--port", "0"],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    address = None
+    for line in process.stderr:
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            address = found[0]
+            break
+    assert address, "the server names its address"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{address}/ready", timeout=5)
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield address
+    process.terminate()
+    assert process.wait(60) == 0
+
+
+def test_both_languages_show_the_same_commands() -> None:
+    assert len(commands(READMES[0])) == len(commands(READMES[1])) > 10
+    shapes = [[re.sub(r'"prompt": "[^"]*"|"[^"]*"$', "…", line) for line in commands(name)] for name in READMES]
+    assert shapes[0] == shapes[1]
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for name in READMES:
+        for line in commands(name):
+            if line.startswith("make "):
+                assert re.search(rf"^{line.split()[1]}:", makefile, re.MULTILINE), line
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_requests(name: str, server: str) -> None:
+    curls = [line for line in commands(name) if line.startswith("curl")]
+    assert len(curls) == 6
+    for line in curls:
+        words = shlex.split(line.replace(ADDRESS, server))
+        result = subprocess.run([*words, "--silent", "--fail-with-body"], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, (line, result.stdout)
+        if "-N" in words:
+            assert result.stdout.rstrip().endswith("[DONE]")
+            continue
+        answer = json.loads(result.stdout)
+        if words[1].endswith("/generate"):
+            assert answer["generated_text"].strip()
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_local_commands(name: str, server: str, tmp_path: Path) -> None:
+    lines = [line for line in commands(name) if line.startswith(".venv/bin/")]
+    assert len(lines) == 7
+    for line in lines:
+        words = shlex.split(line.replace("/tmp/demo-int8", str(tmp_path / "int8")))
+        program = words[0].rpartition("/")[2]
+        start = [sys.executable] if program == "python" else [sys.executable, "-m", "amalgam.cli"]
+        where = {"examples/test_expert_tracking.py": ["--base-url", server], "experts": ["--url", server]}
+        result = subprocess.run(
+            [*start, *words[1:], *where.get(words[1], [])],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, (line, result.stderr)
+        assert result.stdout.strip(), line
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_python(name: str) -> None:
+    (program,) = commands(name, "python")
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "layer_id" in result.stdout
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_configuration(name: str) -> None:
+    import yaml
+
+    from amalgam.config import build_settings
+
+    (text,) = commands(name, "yaml")
+    settings = build_settings(yaml.safe_load(text))
+    assert set(settings.model.mixed_precision.sources) == {"fp8", "int4"}

@@ -1,0 +1,62 @@
+"""What is estimated is what a process then takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amalgam.cli import main
+from amalgam.config import load_settings
+from amalgam.tools.estimate import estimate
+from tests.conftest import ROOT
+
+FILL_THE_CACHE = """
+import sys
+from amalgam import LLM, SamplingParams
+settings = {"inference.max_batch_size": 4, "inference.max_seq_length": 1024, "engine.num_threads": 1}
+with LLM(config=sys.argv[1], settings=settings) as llm:
+    prompts = [f"{index} " + "word " * 900 for index in range(4)]
+    answers = llm.generate(prompts, SamplingParams(max_new_tokens=1000, ignore_eos=True, do_sample=False))
+    assert all(a.usage.num_prompt_tokens + a.usage.num_new_tokens == 1024 for a in answers)
+    print(llm.model_info()["memory"]["process_peak_bytes"])
+"""
+
+
+def test_the_demo_takes_what_was_estimated(demo_config: Path) -> None:
+    """Peak memory of a process that fills its whole KV cache, within 15%."""
+    code = (
+        "import sys, json; from amalgam.cli import main; sys.exit(main(['estimate', '--config', sys.argv[1], '--json',"
+        " '--length', '1024', '--batch', '4']))"
+    )
+    environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    outputs = []
+    for program in (code, FILL_THE_CACHE):
+        command = [sys.executable, "-c", program, str(demo_config)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert result.returncode == 0, result.stderr
+        outputs.append(json.loads(result.stdout))
+    estimated, peak = outputs[0]["total_bytes"], outputs[1]
+    assert 0.85 * peak <= estimated <= 1.15 * peak
+
+
+def test_weights_are_exact_and_kv_grows_with_length_and_batch(demo_config: Path) -> None:
+    settings = load_settings(demo_config, environ={})
+    small, large = estimate(settings, 128, 1), estimate(settings, 256, 4)
+    assert set(small.weights) == {"bf16", "fp8", "int4"}
+    assert large.kv_bytes == 8 * small.kv_bytes == 8 * 128 * small.kv_bytes_per_token
+    assert small.kv_bytes_per_token == 6 * 2 * 2 * 64 * 2
+    sizes = {row.format: row.weights_bytes for row in small.uniform}
+    assert sizes["fp32"] > sizes["bf16"] > sizes["int8"] > sizes["int4"]
+    assert small.fits
+    assert small.max_tokens_that_fit > 1000
+
+
+def test_the_command_says_whether_it_fits(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--config", str(demo_config)]) == 0
+    assert "It fits." in capsys.readouterr().out
+    assert main(["estimate", "--config", str(demo_config), "--batch", "100000000"]) == 0
+    assert "does NOT fit" in capsys.readouterr().out
