@@ -265,10 +265,10 @@ def _regex(reader: _Reader, key: str, patterns: Iterable[str], *, anywhere: bool
     return lambda module: any((p.search if anywhere else p.match)(module) for p in compiled)
 
 
-def _left_alone(reader: _Reader, method: str, *keys: str) -> tuple[tuple[Matches, Declared], ...]:
+def _left_alone(reader: _Reader, base: Declared, *keys: str) -> tuple[tuple[Matches, Declared], ...]:
     """The rule of a list of modules that are not quantized; `*` in an entry stands for any text."""
     entries = reader.names(*keys)
-    spared = Declared(method, reader.where, is_quantized=False)
+    spared = replace(base, is_quantized=False)
     rules: list[tuple[Matches, Declared]] = []
     if plain := [entry for entry in entries if "*" not in entry]:
         rules.append((_within(plain), spared))
@@ -316,7 +316,7 @@ def _compressed_tensors(reader: _Reader, method: str) -> Declaration:
         default = by_class.get("Linear") or next(iter(by_class.values()))
         if len({replace(declared, where="") for declared in by_class.values()}) > 1 and "Linear" not in by_class:
             reader.unsupported("config_groups", list(by_class), "one class of modules, or Linear among them")
-    spared = Declared(method, reader.where, is_quantized=False)
+    spared = replace(default, is_quantized=False)
     ignored = reader.names("ignore")
     if patterns := [entry[3:] for entry in ignored if entry.startswith("re:")]:
         rules.insert(0, (_regex(reader, "ignore", patterns), spared))
@@ -393,12 +393,12 @@ def _fp8(reader: _Reader, method: str) -> Declaration:
     )
     if declared.layout not in ("float", "ue8m0"):
         reader.unsupported("scale_fmt", declared.layout, "float, ue8m0")
-    return Declaration(declared, rules=_left_alone(reader, method, "modules_to_not_convert", "ignored_layers"))
+    return Declaration(declared, rules=_left_alone(reader, declared, "modules_to_not_convert", "ignored_layers"))
 
 
 def _fbgemm_fp8(reader: _Reader, method: str) -> Declaration:
     declared = Declared(method, reader.where, bits=8, number="float", strategy="channel")
-    return Declaration(declared, rules=_left_alone(reader, method, "modules_to_not_convert"))
+    return Declaration(declared, rules=_left_alone(reader, declared, "modules_to_not_convert"))
 
 
 _MODELOPT = {
@@ -429,15 +429,16 @@ def _modelopt(reader: _Reader, method: str) -> Declaration:
             declared if declared.strategy != "group" or group_size is None else replace(declared, group_size=group_size)
         )
 
-    rules = _left_alone(reader, "modelopt", "exclude_modules", "ignore")
+    plain = Declared("modelopt", reader.where)
+    rules = _left_alone(reader, plain, "exclude_modules", "ignore")
     if reader.text("quant_algo", default="").upper() != "MIXED_PRECISION":
         if reader.get("quant_algo") is None:  # only the cache is quantized
-            return Declaration(Declared("modelopt", reader.where), rules=rules)
+            return Declaration(plain, rules=rules)
         return Declaration(algorithm(reader), rules=rules)
     layers = {
         name: replace(algorithm(inner), is_quantized=True) for name, inner in reader.objects("quantized_layers").items()
     }
-    return Declaration(Declared("modelopt", reader.where), layers, rules)
+    return Declaration(plain, layers, rules)
 
 
 _WIDTHS = (2, 3, 4, 8)
@@ -484,7 +485,7 @@ def _awq(reader: _Reader, method: str) -> Declaration:
     default = _int_settings(reader, base)
     if default.bits not in (None, 4):
         reader.unsupported("bits", default.bits, "4")
-    return Declaration(default, rules=_left_alone(reader, method, "modules_to_not_convert"))
+    return Declaration(default, rules=_left_alone(reader, default, "modules_to_not_convert"))
 
 
 _AUTO_ROUND = {
@@ -535,7 +536,7 @@ def _bitsandbytes(reader: _Reader, method: str) -> Declaration:
         default = Declared(method, reader.where, layout="int8", bits=8, number="int", strategy="channel")
     else:
         reader.refuse("load_in_8bit", reader.get("load_in_8bit"), "load_in_8bit or load_in_4bit to be true")
-    return Declaration(default, rules=_left_alone(reader, method, "llm_int8_skip_modules"))
+    return Declaration(default, rules=_left_alone(reader, default, "llm_int8_skip_modules"))
 
 
 def _hqq(reader: _Reader, method: str) -> Declaration:
@@ -550,19 +551,20 @@ def _hqq(reader: _Reader, method: str) -> Declaration:
             inner.refuse("weight_quant_params", None, "an object")
         return Declared(method, reader.where, bits=weights.integer("nbits", allowed=(1, 2, 3, 4, 5, 6, 8)))
 
-    rules = list(_left_alone(reader, method, "skip_modules"))
+    plain = Declared(method, reader.where)
+    rules = list(_left_alone(reader, plain, "skip_modules"))
     inner = reader.object("quant_config")
     if inner is None:
-        return Declaration(Declared(method, reader.where), rules=tuple(rules))
+        return Declaration(plain, rules=tuple(rules))
     if "weight_quant_params" in inner.config:
         return Declaration(settings(inner), rules=tuple(rules))
     rules += [(_within([tag]), settings(tagged)) for tag, tagged in reader.objects("quant_config").items()]
-    return Declaration(Declared(method, reader.where), rules=tuple(rules))
+    return Declaration(plain, rules=tuple(rules))
 
 
 def _mxfp4(reader: _Reader, method: str) -> Declaration:
     declared = Declared(method, reader.where, bits=4, number="float", strategy="group", group_size=32)
-    return Declaration(declared, rules=_left_alone(reader, method, "modules_to_not_convert"))
+    return Declaration(declared, rules=_left_alone(reader, declared, "modules_to_not_convert"))
 
 
 _METHODS: dict[str, Callable[[_Reader, str], Declaration]] = {
