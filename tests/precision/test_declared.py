@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
-from amalgam.precision.declared import Declared, parse_declaration, read_declaration
+from amalgam.precision.declared import Declared
+from amalgam.precision.quant_config import parse_declaration, read_declaration
 from amalgam.precision.source import Source
 from tests.precision.layouts import LAYOUTS, ct
 

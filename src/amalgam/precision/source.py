@@ -18,7 +18,7 @@ from amalgam.checkpoint.source import read_json, resolve
 from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError
 from amalgam.kernels.packed import PackedWeight
-from amalgam.precision.declared import Declaration, read_declaration
+from amalgam.precision.declared import Declaration
 from amalgam.precision.format import (
     WEIGHT_SUFFIX,
     ModuleContext,
@@ -28,6 +28,7 @@ from amalgam.precision.format import (
     all_formats,
 )
 from amalgam.precision.fused import FusedTensor, TensorPart, TensorSlice, split_fused, whole_of
+from amalgam.precision.quant_config import read_declaration
 
 CONFIG_NAME = "config.json"
 # config.json → how the checkpoint's fused tensors hold logical weights.

@@ -20,8 +20,9 @@ from amalgam.checkpoint import TensorStore, read_json, resolve
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
-from amalgam.precision.declared import Declaration, Declared, read_declaration
+from amalgam.precision.declared import Declaration, Declared
 from amalgam.precision.format import WEIGHT_SUFFIX
+from amalgam.precision.quant_config import read_declaration
 from amalgam.precision.source import CONFIG_NAME, fitting, group_names, group_parts, reader, recognise
 from amalgam.tools.roles import ROLES, role_by_name
 
