@@ -66,7 +66,6 @@ def logits_of(path: Path, mixed: MixedPrecisionSettings | None = None) -> torch.
     return Runner(*load_model(path, mixed=mixed), blocks_each=40).step({0: PROMPT})[0]
 
 
-
 @pytest.mark.parametrize("case", CASES)
 def test_alone_it_computes_what_hugging_face_does(case: str, tmp_path: Path) -> None:
     family, changes, options = CASES[case]

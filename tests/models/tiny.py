@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from amalgam.models.spec import Family
@@ -87,24 +87,7 @@ def save_tiny(family: Family, folder: Path, dtype: torch.dtype = torch.float32, 
         return xverse.save(folder, {**BASE_CONFIG, **family.tiny_config, **changes}, dtype)
     model = tiny_model(family, **changes).to(dtype)
     model.save_pretrained(folder)
-    if family.name == "gpt_oss":
-        split_fused_experts(folder)
     return HuggingFace(model)
-
-
-def split_fused_experts(folder: Path) -> None:
-    """gpt-oss: all experts of a layer in one tensor `(in, out)`, columns of gate and up in turn → one by one."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    for name in [name for name in tensors if ".experts." in name]:
-        module, _, projection = name.rpartition(".")
-        leaf = "bias" if projection.endswith("_bias") else "weight"
-        for expert, tensor in enumerate(tensors.pop(name)):
-            rows = tensor if leaf == "bias" else tensor.t()
-            parts = {"down_proj": rows} if "down" in projection else {"gate_proj": rows[0::2], "up_proj": rows[1::2]}
-            for part, values in parts.items():
-                tensors[f"{module}.{expert}.{part}.{leaf}"] = values.contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -240,7 +240,10 @@ def test_an_index_of_235_billion_parameters_is_read_in_seconds(tmp_path: Path) -
         tensors += [f"{name.removesuffix('weight')}{suffix}" for suffix in suffixes]
     assert len(tensors) > 145_000
     write_index(tmp_path, tensors, total_size=10)
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_235B))
+    arguments = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+    groups = {"group_0": {"targets": ["Linear"], "weights": arguments, "format": "pack-quantized"}}
+    declared = {"quant_method": "compressed-tensors", "config_groups": groups}
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN3_235B, "quantization_config": declared}))
     started = time.process_time()
     found = analyze_checkpoint(str(tmp_path))
     written = export(found, tmp_path / "out.yaml", attention="bf16", expert="int4")

@@ -108,15 +108,13 @@ class ModelLoader:
         self._inference = inference
         self._mixed = model.mixed_precision
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
-        self._base_fused: Sequence[FusedTensor] = ()
-        base = Source.open(BASE_SOURCE, model.base_path, self._fused)
+        base = Source.open(BASE_SOURCE, model.base_path, fused_tensors)
         if not base.config:
             raise CheckpointError(base.config_place, remedy=f"base_path needs a {CONFIG_NAME}.")
         self.base_folder = base.folder
         self.base_metadata = base.store.metadata
         self._base_place = base.config_place
         self.family, self.spec = read_spec(base.config, base.config_place)
-        self._base_fused = self.family.fused
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
         self._sources = {BASE_SOURCE: self._with_logical_names(base)}
 
@@ -200,12 +198,12 @@ class ModelLoader:
             self._sources[name] = self._with_logical_names(source)
         return self._sources[name]
 
-    def _with_logical_names(self, source: Source) -> Source:
-        return replace(source, weights=self.family.with_optional_prefix(source.weights, self._slots))
-
     def _fused(self, config: Mapping[str, Any]) -> Sequence[FusedTensor]:
         """The fused tensors of a source; one without a config.json is of the base checkpoint's family."""
-        return fused_tensors(config) if config else self._base_fused
+        return fused_tensors(config) if config else self.family.fused
+
+    def _with_logical_names(self, source: Source) -> Source:
+        return replace(source, weights=self.family.with_optional_prefix(source.weights, self._slots))
 
     def _check_weight(self, slot: Slot, choice: Choice) -> PlannedWeight:
         source = self._source(choice.source)

@@ -53,18 +53,33 @@ SHARED_EXPERTS = {
 
 
 def fused_experts(
-    logical: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    logical: str, parts: tuple[str, str, str], *, is_transposed: bool = False, is_interleaved: bool = False
 ) -> tuple[FusedTensor, ...]:
     """All experts of a layer in two tensors, as transformers 5 keeps them in memory and publishes newer models.
 
     Args:
         logical: the experts' logical prefix, `model.layers.{}.mlp.experts.{}`.
+        parts: logical names of gate, up and down.
     """
     stored = f"{_LAYER}.mlp.experts"
+    gate, up, down = (f"{logical}.{part}" for part in parts)
     return (
-        FusedTensor(f"{stored}.gate_up_proj", (f"{logical}.{gate}", f"{logical}.{up}")),
-        FusedTensor(f"{stored}.down_proj", (f"{logical}.{down}",)),
+        FusedTensor(f"{stored}.gate_up_proj", (gate, up), True, is_transposed, is_interleaved),
+        FusedTensor(f"{stored}.down_proj", (down,), True, is_transposed),
     )
 
 
-FUSED_EXPERTS = fused_experts(f"{_LAYER}.mlp.experts.{{}}")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FUSED_EXPERTS = fused_experts(f"{_LAYER}.mlp.experts.{{}}", _PROJECTIONS)
+# gpt-oss: wide experts lie `[in, out]`, and gate and up alternate in any precision.
+FUSED_ALTERNATING_EXPERTS = fused_experts(
+    f"{_LAYER}.mlp.experts.{{}}", _PROJECTIONS, is_transposed=True, is_interleaved=True
+)
+# Mixtral's under the names of transformers 5, which also renames the router.
+FUSED_NUMBERED_EXPERTS = (
+    *fused_experts(f"{_LAYER}.block_sparse_moe.experts.{{}}", ("w1", "w3", "w2")),
+    *(
+        FusedTensor(f"{_LAYER}.mlp.{router}", (f"{_LAYER}.block_sparse_moe.gate",), is_stacked=False)
+        for router in ("gate", "router")
+    ),
+)

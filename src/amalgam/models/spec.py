@@ -191,8 +191,8 @@ class Family:
         read_spec: config → spec; fails on values that it does not understand.
         names: slot pattern → the published checkpoint's name; `{}` stands for a number, in order.
         ignored: regular expressions of checkpoint tensors that hold no weight.
-        optional_prefix: what some checkpoints leave out at the start of all names.
         fused: checkpoint tensors that hold several weights, or one under another name.
+        optional_prefix: what some checkpoints leave out at the start of all names.
         tiny_config: keyword arguments of the Hugging Face configuration class for the parity test.
     """
 
@@ -201,8 +201,8 @@ class Family:
     read_spec: Callable[[ConfigReader], ModelSpec]
     names: Mapping[str, str]
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
-    optional_prefix: str = ""
     fused: tuple[FusedTensor, ...] = ()
+    optional_prefix: str = ""
     tiny_config: Mapping[str, Any] = field(default_factory=dict)
 
     def logical_name(self, slot: Slot) -> str:

@@ -38,7 +38,7 @@ class Part:
 
     tensor: str
     file: str
-    offset: int | None  # bytes from the file's start; None inside a .bin
+    offset: int | None  # bytes from the file's start; None inside a .bin and for bytes that are not one run
     nbytes: int
 
     @property

@@ -125,6 +125,16 @@ class WeightFormat(ABC):
     """The `quant_method`s whose checkpoints hold it; empty: not compared."""
     number: str | None = None
     """Kind of the stored values, `int` or `float`; None: not compared."""
+    bits: int | None = None
+    """Of a stored value, where it is the same for every weight of the format; None: not compared."""
+
+    def is_possible(self, declared: Declared) -> bool:
+        """Whether a declaration leaves room for this format; for weights whose headers are not there."""
+        return (
+            (declared.method is None or not self.methods or declared.method in self.methods)
+            and (None in (declared.number, self.number) or declared.number == self.number)
+            and (None in (declared.bits, self.bits) or declared.bits == self.bits)
+        )
 
     @abstractmethod
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:

@@ -20,7 +20,7 @@ from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.kernels.packed import PackedWeight
 from amalgam.precision import gguf_config, gguf_names
-from amalgam.precision.declared import Declaration, read_declaration
+from amalgam.precision.declared import Declaration
 from amalgam.precision.format import (
     WEIGHT_SUFFIX,
     ModuleContext,
@@ -31,6 +31,7 @@ from amalgam.precision.format import (
     owned,
 )
 from amalgam.precision.fused import FusedTensor, TensorPart, TensorSlice, split_fused, whole_of
+from amalgam.precision.quant_config import read_declaration
 
 CONFIG_NAME = "config.json"
 # config.json → how the checkpoint's fused tensors hold logical weights.

@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 
 from amalgam.checkpoint import TensorStore, read_json, resolve
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
-from amalgam.errors import AmalgamError, CheckpointError, describe
+from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
-from amalgam.precision.declared import Declaration, read_declaration
+from amalgam.precision.declared import Declaration, Declared
 from amalgam.precision.format import WEIGHT_SUFFIX
+from amalgam.precision.quant_config import read_declaration
 from amalgam.precision.source import CONFIG_NAME, Source, fitting, group_names, group_parts, reader, recognise
 from amalgam.tools.roles import ROLES, role_by_name
 
@@ -199,7 +200,7 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
     if source is None:
         try:
             declaration = read_declaration(folder, config)
-        except AmalgamError as error:
+        except UnsupportedError as error:
             notes.append(f"Formats are told without the declared quantization: {error}")
 
     index = _read_index(folder) if source is None else None
@@ -322,21 +323,19 @@ def _read_index(folder: Path) -> _Index | None:
 def _by_names(tensors: Iterable[str], config: Mapping[str, Any], declaration: Declaration) -> dict[str, Weight]:
     dtype = config.get("dtype") or config.get("torch_dtype")
     wide = _DTYPES.get(dtype, UNQUANTIZED) if isinstance(dtype, str) else UNQUANTIZED
-    declared = declaration.default
 
     @cache
-    def format_of(roles: frozenset[str]) -> str:
+    def format_of(roles: frozenset[str], declared: Declared) -> str:
         if roles == {WEIGHT_SUFFIX}:
             return wide
         formats = [f for f in fitting(roles) if not f.is_wide]
-        if declared.method is not None:  # as far as it leaves a choice
-            formats = [f for f in formats if declared.method in f.methods] or formats
-        if declared.number is not None:
-            formats = [f for f in formats if f.number in (None, declared.number)] or formats
-        return " or ".join(f.name for f in formats) or UNRECOGNISED
+        return " or ".join(f.name for f in formats if f.is_possible(declared)) or UNRECOGNISED
+
+    def module_of(name: str) -> str:
+        return name.removesuffix(f".{WEIGHT_SUFFIX}")
 
     return {
-        name: Weight(role_by_name(name), format_of(frozenset(parts)), None, None)
+        name: Weight(role_by_name(name), format_of(frozenset(parts), declaration.of(module_of(name))), None, None)
         for name, parts in group_names(tensors).items()
     }
 

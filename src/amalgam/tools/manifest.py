@@ -16,6 +16,7 @@ import torch
 
 from amalgam.models.loader import PlannedWeight, Progress
 from amalgam.models.weights import fingerprint, manifest
+from amalgam.precision.fused import whole_of
 
 
 def plan_manifest(
@@ -43,11 +44,11 @@ def _digest_all(planned: Sequence[PlannedWeight], threads: int, progress: Progre
     def digest(weight: PlannedWeight) -> list[tuple[str, str]]:
         nonlocal done
         digests = []
-        for part in weight.origin.parts:
-            tensor = weight.source.store.read(part.tensor)
+        for part, stored in zip(weight.origin.parts, weight.stored.parts.values(), strict=True):
+            tensor = weight.source.read(stored)
             raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
             digests.append((part.key, hashlib.sha256(raw.data).hexdigest()))
-            weight.source.store.release(part.tensor)
+            weight.source.store.release(whole_of(stored).name)
         if progress is not None:
             with lock:
                 done += weight.stored.nbytes

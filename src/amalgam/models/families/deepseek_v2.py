@@ -16,7 +16,7 @@ from amalgam.models.context import BlockContext
 from amalgam.models.families.llama import read_model
 from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.layers import DenseMlp, Router, SparseMoe
-from amalgam.models.naming import DECODER, EXPERTS, MLP, SHARED_EXPERTS, with_biases
+from amalgam.models.naming import DECODER, EXPERTS, FUSED_EXPERTS, MLP, SHARED_EXPERTS, with_biases
 from amalgam.models.rope import Rope, RopeSettings, read_rope, yarn_scale
 from amalgam.models.spec import AttentionBlock, ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
@@ -234,6 +234,7 @@ FAMILY = Family(
     architectures=("DeepseekV2ForCausalLM",),
     read_spec=_read_spec,
     names={**DECODER, **LATENT_ATTENTION, **MLP, **EXPERTS, **SHARED_EXPERTS},
+    fused=FUSED_EXPERTS,
     tiny_config={
         "num_key_value_heads": 4,
         "intermediate_size": 128,

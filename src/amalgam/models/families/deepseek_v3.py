@@ -21,7 +21,7 @@ from amalgam.models.families.deepseek_v2 import (
 )
 from amalgam.models.families.llama import read_model
 from amalgam.models.families.mixtral import read_expert_counts
-from amalgam.models.naming import DECODER, EXPERTS, MLP, SHARED_EXPERTS
+from amalgam.models.naming import DECODER, EXPERTS, FUSED_EXPERTS, MLP, SHARED_EXPERTS
 from amalgam.models.spec import ConfigReader, Family, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
 
@@ -97,6 +97,7 @@ FAMILY = Family(
     architectures=("DeepseekV3ForCausalLM",),
     read_spec=_read_spec,
     names={**DECODER, **LATENT_ATTENTION, **MLP, **CORRECTED_EXPERTS},
+    fused=FUSED_EXPERTS,
     tiny_config={
         "num_key_value_heads": 4,
         "intermediate_size": 128,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from amalgam.models.families.deepseek_v2 import read_moe_layers
 from amalgam.models.families.deepseek_v3 import CORRECTED_EXPERTS, read_corrected_router, with_draft_layers
 from amalgam.models.families.llama import read_attention, read_model
-from amalgam.models.naming import ATTENTION, DECODER, HEAD_NORMS, MLP
+from amalgam.models.naming import ATTENTION, DECODER, FUSED_EXPERTS, HEAD_NORMS, MLP
 from amalgam.models.spec import ConfigReader, Family, ModelSpec
 
 NORM_EPS = 1e-5
@@ -29,6 +29,7 @@ FAMILY = Family(
     architectures=("Glm4MoeForCausalLM",),
     read_spec=_read_spec,
     names={**DECODER, **ATTENTION, **HEAD_NORMS, **MLP, **CORRECTED_EXPERTS},
+    fused=FUSED_EXPERTS,
     tiny_config={
         "num_key_value_heads": 2,
         "head_dim": 32,

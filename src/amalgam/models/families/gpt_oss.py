@@ -17,7 +17,7 @@ from amalgam.models.families.llama import read_attention, read_model
 from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.families.qwen2 import by_layer_type
 from amalgam.models.layers import Attention, RmsNorm, SparseMoe
-from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, with_biases
+from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_ALTERNATING_EXPERTS, with_biases
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
 
@@ -95,6 +95,7 @@ FAMILY = Family(
         "layers.{}.attention.sinks": "model.layers.{}.self_attn.sinks",
         **with_biases({**EXPERTS, "layers.{}.mlp.router": "model.layers.{}.mlp.router.weight"}),
     },
+    fused=FUSED_ALTERNATING_EXPERTS,
     tiny_config={
         "num_key_value_heads": 2,
         "head_dim": 16,

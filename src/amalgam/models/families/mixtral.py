@@ -7,12 +7,10 @@ from dataclasses import replace
 from amalgam.models.families.llama import read_attention, read_model
 from amalgam.models.families.mistral import read_window
 from amalgam.models.layers import SoftmaxRouter, SparseMoe
-from amalgam.models.naming import ATTENTION, DECODER, NUMBERED_EXPERTS, fused_experts
+from amalgam.models.naming import ATTENTION, DECODER, FUSED_NUMBERED_EXPERTS, NUMBERED_EXPERTS
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
-from amalgam.precision.fused import FusedTensor
 
 NORM_EPS = 1e-5
-_MOE = "model.layers.{}.block_sparse_moe"
 
 
 def read_expert_counts(config: ConfigReader) -> tuple[int, int]:
@@ -38,10 +36,7 @@ FAMILY = Family(
     architectures=("MixtralForCausalLM",),
     read_spec=_read_spec,
     names={**DECODER, **ATTENTION, **NUMBERED_EXPERTS},
-    fused=(
-        *fused_experts(f"{_MOE}.experts.{{}}", "w1", "w3", "w2"),
-        FusedTensor("model.layers.{}.mlp.gate", (f"{_MOE}.gate",), is_stacked=False),
-    ),
+    fused=FUSED_NUMBERED_EXPERTS,
     tiny_config={
         "num_key_value_heads": 2,
         "intermediate_size": 128,

@@ -11,7 +11,7 @@ from amalgam.kernels import ops
 from amalgam.models.families.llama import read_attention, read_model
 from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.layers import Attention, SoftmaxRouter, SparseMoe
-from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, HEAD_NORMS
+from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, HEAD_NORMS
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
 
@@ -52,5 +52,6 @@ FAMILY = Family(
     architectures=("OlmoeForCausalLM",),
     read_spec=_read_spec,
     names={**DECODER, **ATTENTION, **HEAD_NORMS, **EXPERTS},
+    fused=FUSED_EXPERTS,
     tiny_config={"num_key_value_heads": 2, "intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
 )

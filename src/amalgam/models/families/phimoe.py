@@ -13,7 +13,7 @@ from amalgam.models.families.llama import read_attention, read_model
 from amalgam.models.families.mistral import read_window
 from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.layers import LayerNorm, SparseMoe
-from amalgam.models.naming import ATTENTION, DECODER, NUMBERED_EXPERTS, with_biases
+from amalgam.models.naming import ATTENTION, DECODER, FUSED_NUMBERED_EXPERTS, NUMBERED_EXPERTS, with_biases
 from amalgam.models.rope import RopeSettings
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
@@ -77,6 +77,7 @@ FAMILY = Family(
     architectures=("PhimoeForCausalLM", "PhiMoEForCausalLM"),
     read_spec=_read_spec,
     names={**with_biases(DECODER), **ATTENTION, **NUMBERED_EXPERTS},
+    fused=FUSED_NUMBERED_EXPERTS,
     tiny_config={
         "num_key_value_heads": 2,
         "intermediate_size": 64,

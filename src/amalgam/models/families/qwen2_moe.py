@@ -9,7 +9,7 @@ from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.families.qwen2 import windowed
 from amalgam.models.families.qwen3_moe import read_sparse_layers
 from amalgam.models.layers import SoftmaxRouter, SparseMoe
-from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, MLP
+from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, MLP
 from amalgam.models.spec import ConfigReader, Family, ModelSpec
 
 _MLP = "model.layers.{}.mlp"
@@ -44,6 +44,7 @@ FAMILY = Family(
             for part in ("gate", "up", "down")
         },
     },
+    fused=FUSED_EXPERTS,
     tiny_config={
         "num_key_value_heads": 2,
         "intermediate_size": 128,

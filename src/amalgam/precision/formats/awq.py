@@ -44,6 +44,7 @@ class Awq(WeightFormat):
     required = frozenset({"qweight", "qzeros", "scales"})
     methods = frozenset({"awq", "auto-round"})
     number = "int"
+    bits = 4
 
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         if context.declared.layout != "awq":

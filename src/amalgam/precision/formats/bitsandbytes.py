@@ -64,6 +64,7 @@ class BitsAndBytes4(WeightFormat):
     layouts = ("table4",)
 
     methods = _METHODS
+    bits = 4
 
     def __init__(self, kind: str) -> None:
         self.name = f"bnb-{kind}"
@@ -151,6 +152,7 @@ class BitsAndBytes8(WeightFormat):
     optional = frozenset({"weight_format"})
     methods = _METHODS
     number = "int"
+    bits = 8
 
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         weight, largest = parts[WEIGHT_SUFFIX], parts["SCB"]

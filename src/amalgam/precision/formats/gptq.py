@@ -45,6 +45,7 @@ class Gptq(WeightFormat):
     optional = frozenset({"g_idx"})
     methods = frozenset({"gptq", "auto-round"})
     number = "int"
+    bits: int
 
     def __init__(self, bits: int) -> None:
         self.name = f"gptq-int{bits}"

@@ -44,6 +44,7 @@ class ModelOptInt4(WeightFormat):
     optional = frozenset({"pre_quant_scale", *ACTIVATION_SUFFIXES})
     methods = frozenset({"modelopt"})
     number = "int"
+    bits = 4
 
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         weight, scale = parts[WEIGHT_SUFFIX], parts["weight_scale"]

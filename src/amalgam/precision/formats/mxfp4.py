@@ -46,6 +46,7 @@ class Mxfp4(WeightFormat):
     optional = ACTIVATION_SUFFIXES
     methods = frozenset({"compressed-tensors", "auto-round", "mxfp4"})
     number = "float"
+    bits = 4
 
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         packed, scale = parts["weight_packed"], parts["weight_scale"]

@@ -14,6 +14,7 @@ import torch
 
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import unpack_scaled8
+from amalgam.precision.declared import Declared
 from amalgam.precision.format import (
     ACTIVATION_SUFFIXES,
     WEIGHT_SUFFIX,
@@ -42,6 +43,14 @@ class Mxfp8(WeightFormat):
     optional = ACTIVATION_SUFFIXES
     methods = frozenset({"compressed-tensors", "modelopt", "auto-round"})
     number = "float"
+    bits = 8
+
+    def is_possible(self, declared: Declared) -> bool:
+        return (
+            super().is_possible(declared)
+            and declared.group_size in (None, GROUP)
+            and declared.strategy in (None, "group")
+        )
 
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         weight, scale = parts[WEIGHT_SUFFIX], parts["weight_scale"]

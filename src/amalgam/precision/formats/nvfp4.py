@@ -44,6 +44,7 @@ class Nvfp4(WeightFormat):
     layouts = ("table4",)
 
     number = "float"
+    bits = 4
 
     def __init__(self, name: str, values: str, whole: str, operation: str, methods: frozenset[str]) -> None:
         self.name = name

@@ -55,6 +55,7 @@ class PackedInt(WeightFormat):
     optional = frozenset({"weight_zero_point", "weight_g_idx", *ACTIVATION_SUFFIXES})
     methods = frozenset({"compressed-tensors", "auto-round"})
     number = "int"
+    bits: int
 
     def __init__(self, name: str, bits: int) -> None:
         self.name = name

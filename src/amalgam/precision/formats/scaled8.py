@@ -51,6 +51,7 @@ class Scaled8(WeightFormat):
 
     layouts = ("scaled8", "affine8")
     can_quantize = True
+    bits = 8
     optional = frozenset({*SCALE_NAMES, "weight_zero_point", "pre_quant_scale", *ACTIVATION_SUFFIXES})
     methods = frozenset({"compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "auto-round"})
 
@@ -61,6 +62,10 @@ class Scaled8(WeightFormat):
         self.number = "float" if dtype.is_floating_point else "int"
         self._largest = largest
         self._divisor = divisor
+
+    def is_possible(self, declared: Declared) -> bool:
+        is_mx = declared.layout in ("mxfp8-quantized", "MXFP8")
+        return super().is_possible(declared) and not is_mx
 
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         weight = parts[WEIGHT_SUFFIX]

@@ -1,0 +1,124 @@
+"""Typed access to a declared quantization, and what its entries name.
+
+In: objects of somebody's JSON. Out: checked values and predicates over module names; every complaint names the key, its
+value and the file. Must never know: what a method means.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from amalgam.errors import CheckpointError, UnsupportedError, describe
+from amalgam.precision.declared import Matches
+
+_MAX_PATTERN = 1000
+_MAX_REPEATS = 8
+_NESTED_REPEAT = re.compile(r"\((?:[^()\\]|\\.)*(?<!\\)[*+](?:[^()\\]|\\.)*\)[*+{]")
+
+
+class Reader:
+    """Typed access to a declaration; every complaint names the key, its value and the file."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self.config = config
+        self.where = where
+
+    def get(self, *keys: str) -> Any:
+        return next((self.config[key] for key in keys if self.config.get(key) is not None), None)
+
+    def integer(self, *keys: str, allowed: Iterable[int] | None = None, low: int | None = None) -> int | None:
+        value = self.get(*keys)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
+            self.refuse(keys[0], value, "an integer" if low is None else f"an integer from {low}")
+        if allowed is not None and value not in allowed:
+            self.refuse(keys[0], value, ", ".join(map(str, allowed)))
+        return int(value)
+
+    def group_size(self, *keys: str) -> int | None:
+        """A number of inputs, or -1 for all."""
+        value = self.integer(*keys)
+        if value is not None and value < 1 and value != -1:
+            self.refuse(keys[0], value, "a positive number, or -1 for whole rows")
+        return value
+
+    def text(self, *keys: str, default: str | None = None) -> str:
+        value = self.get(*keys)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            self.refuse(keys[0], value, "a string")
+        return str(value)
+
+    def flag(self, *keys: str) -> bool | None:
+        value = self.get(*keys)
+        if value is not None and not isinstance(value, bool):
+            self.refuse(keys[0], value, "true or false")
+        return value if isinstance(value, bool) else None
+
+    def names(self, *keys: str) -> list[str]:
+        value = self.get(*keys)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            self.refuse(keys[0], value, "a list of names")
+        return list(value)
+
+    def objects(self, key: str) -> dict[str, Reader]:
+        """An object of objects; empty if absent."""
+        value = self.get(key) or {}
+        if not isinstance(value, Mapping) or not all(isinstance(inner, Mapping) for inner in value.values()):
+            self.refuse(key, value, "an object of objects")
+        return {name: Reader(inner, f"{self.where} ({key}: {name})") for name, inner in value.items()}
+
+    def object(self, key: str) -> Reader | None:
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            self.refuse(key, value, "an object")
+        return Reader(value, f"{self.where} ({key})")
+
+    def refuse(self, key: str, value: Any, allowed: str) -> NoReturn:
+        raise CheckpointError(f"{self.where} declares {key} {describe(value)}.", remedy=f"Expected {allowed}.")
+
+    def unsupported(self, key: str, value: Any, allowed: str) -> NoReturn:
+        raise UnsupportedError(f"{self.where} declares {key} {describe(value)}.", remedy=f"Supported: {allowed}.")
+
+
+def within(entries: Iterable[str]) -> Matches:
+    """Whole parts of a name: `mlp.gate` is in `model.layers.3.mlp.gate`, not in `….mlp.gate_proj`."""
+    wanted = {tuple(entry.removesuffix(".weight").split(".")) for entry in entries if entry}
+    lengths = {len(entry) for entry in wanted}
+
+    def matches(module: str) -> bool:
+        parts = tuple(module.split("."))
+        return any(
+            parts[start : start + length] in wanted for length in lengths for start in range(len(parts) - length + 1)
+        )
+
+    return matches
+
+
+def regex(reader: Reader, key: str, patterns: Iterable[str], *, anywhere: bool = False) -> Matches:
+    """Patterns matched from the start of a name (or anywhere), not bound to its end."""
+    compiled = []
+    for pattern in patterns:
+        repeats = len(re.findall(r"(?<!\\)[*+]", pattern))
+        if len(pattern) > _MAX_PATTERN or repeats > _MAX_REPEATS or _NESTED_REPEAT.search(pattern):
+            reader.refuse(key, pattern, f"patterns of at most {_MAX_REPEATS} repetitions, none within another")
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            reader.refuse(key, pattern, f"a regular expression ({error})")
+    return lambda module: any((p.search if anywhere else p.match)(module) for p in compiled)
+
+
+def wildcards(entries: Iterable[str]) -> Matches:
+    """Shell wildcards over the whole name, or over the name of a module that it lies in."""
+    pattern = re.compile("|".join(fnmatch.translate(entry).replace(r"\Z", r"(?=\.|\Z)") for entry in entries))
+    return lambda module: pattern.match(module) is not None
