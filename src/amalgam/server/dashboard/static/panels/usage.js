@@ -49,7 +49,7 @@ export function create() {
   let isStale = false;
   let highlighted = [];
   const grid = new CellGrid(host, {
-    height: 430, maxCellHeight: 40,
+    height: 430, maxCellHeight: 52,
     onPick: (row, expertId) => choose(data.answer.layer_ids[row], expertId),
     describe: (row, expertId) => describeCell(data, row, expertId),
   });
