@@ -137,6 +137,25 @@ def test_no_such_expert(large: httpx.Client, query: str) -> None:
     assert response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"messages": []},
+        {"messages": [{"role": "robot", "content": "a"}]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": "a", "name": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}], "stream": True},
+        {"messages": [{"role": "user", "content": "a"}] * 513},
+        {"messages": [{"role": "user", "content": "a"}], "temperature": -1},
+    ],
+)
+def test_what_is_no_chat(shared_client: httpx.Client, body: dict[str, Any]) -> None:
+    response = shared_client.post("/dashboard/chat", json=body)
+    assert response.status_code == 422
+    assert response.json()["error"]["message"]
+
+
 def test_a_large_grid_is_quick(large: httpx.Client) -> None:
     large.get("/experts/grid")
     seconds = []

@@ -199,7 +199,29 @@ def test_the_playground_streams(page: Page, demo_url: str) -> None:
     assert "tokens/s" in page.text("#play-figures")
     assert len(page.text("#play-output")) > len("It was a dark night, and") + 5
     page.wait("return document.getElementById('playground').grid.data !== null")
+
+    page.choose("#play-mode", "chat")
+    for turn in (1, 2):
+        page.run("arguments[0].value = 'Tell me of the sea'", page.show("#play-prompt"))
+        page.click("#play-start")
+        page.wait("return document.querySelectorAll('#play-output .assistant').length === arguments[0]", turn)
+        page.wait("return document.querySelector('#play-figures').textContent.includes('first after')")
+    assert page.text("#play-output").count("Tell me of the sea") == 2
     assert_clean(page, demo_url)
+
+
+def test_the_playground_stops_and_tells_errors(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    page.run("arguments[0].value = '200'", page.show("#play-max"))
+    page.click("#play-start")
+    page.wait("return document.querySelector('#play-figures').textContent.includes('tokens/s')")
+    page.click("#play-start")
+    page.wait("return document.querySelector('#play-figures').textContent.includes('stopped')")
+    wait_until(lambda: httpx.get(demo_url + "/serving").json()["running"] == 0)
+    assert_clean(page, demo_url)
+    page.run("arguments[0].value = '0'", page.show("#play-max"))
+    page.click("#play-start")
+    page.wait("return document.querySelector('#playground .panel-error')?.textContent.includes('max_new_tokens')")
 
 
 def test_languages_themes_and_a_telephone(page: Page, demo_url: str) -> None:

@@ -306,7 +306,8 @@ async def trace(body: TraceBody, request: Request, service: ServiceArgument) -> 
     """Run a text through the model and tell the experts and gate weights of each of its tokens, layer by layer."""
 
     async def answer() -> Response:
-        [token_ids] = await service.encode([body.text], as_chat=body.chat)
+        prompt = [{"role": "user", "content": body.text}] if body.chat else body.text
+        [token_ids] = await service.encode([prompt])
         params = SamplingParams(max_new_tokens=1, do_sample=False)
         observation = Observation(wants_trace=True, is_counted=body.record)
         result = await complete(service.deployment.engine, token_ids, params, observation)

@@ -188,7 +188,7 @@ async def generate(
         [prompt_ids] = await service.encode([body.prompt])
         engine = service.deployment.engine
         if body.stream:
-            return EventStream(await start_stream(engine, prompt_ids, params, observation), _event_fields, request_id)
+            return EventStream(await start_stream(engine, prompt_ids, params, observation), event_fields, request_id)
         completion = await complete(engine, prompt_ids, params, observation)
         result = GenerateAnswer.of(completion.usage, completion.finish_reason, generated_text=completion.text)
         if completion.trace is None:
@@ -232,7 +232,8 @@ async def model_info(service: ServiceArgument) -> Response:
     return OrjsonResponse(await asyncio.to_thread(service.deployment.model_info))
 
 
-def _event_fields(output: RequestOutput) -> dict[str, Any]:
+def event_fields(output: RequestOutput) -> dict[str, Any]:
+    """The fields of one event of a stream; the last one has the figures."""
     if output.usage is None or output.finish_reason is None:
         return {"text": output.text}
     figures = CompletionFigures.of(output.usage, output.finish_reason)

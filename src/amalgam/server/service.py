@@ -12,7 +12,7 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import PurePath
@@ -138,11 +138,11 @@ class Service:
         finally:
             self.num_active -= 1
 
-    async def encode(self, prompts: Sequence[str], *, as_chat: bool = False) -> list[list[int]]:
+    async def encode(self, prompts: Sequence[str | Sequence[Mapping[str, str]]]) -> list[list[int]]:
         """Token ids of each prompt, made in the worker threads.
 
         Args:
-            as_chat: each prompt is a user's message, and the chat template is put around it.
+            prompts: texts, or the messages of chats, `[{"role": …, "content": …}, …]`.
 
         Raises:
             OverloadedError: the queue is full. Checked first, so that overload costs no tokenizing.
@@ -156,10 +156,8 @@ class Service:
             loop = asyncio.get_running_loop()
             tokenizer = deployment.tokenizer
 
-            def encode(prompt: str) -> list[int]:
-                if as_chat:
-                    return tokenizer.encode_chat([{"role": "user", "content": prompt}])
-                return tokenizer.encode(prompt)
+            def encode(prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+                return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
             return await asyncio.gather(*(loop.run_in_executor(self._workers, encode, prompt) for prompt in prompts))
         finally:

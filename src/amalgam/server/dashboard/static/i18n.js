@@ -132,7 +132,7 @@ const WORDS = {
   cold_wide: ["cold and wide ({0})", "冷而宽（{0}）"],
   staged_mark: ["staged ({0})", "已暂存（{0}）"],
   one_width: ["All weights have one width: nothing is narrow or wide.", "所有权重位宽相同，没有宽窄之分。"],
-  format_share: ["{0} weights", "{0} 个权重"],
+  format_share: ["weights: {0}", "{0} 个权重"],
   bits_each: ["{0} bits", "{0} 位"],
 
   stage: ["Change the precision", "更改精度"],

@@ -54,7 +54,7 @@ function remapPanel() {
     fill(body, remaps.length
       ? table([t("when"), t("version"), t("changed"), t("read"), t("took"), t("result")], [...remaps].reverse().map((remap) => h("tr", {},
         h("td", { class: "num" }, format.clock(remap.at)),
-        h("td", {}, remap.ok ? `v${remap.previous_version} → v${remap.version}` : `v${remap.previous_version ?? ""}`),
+        h("td", { class: "num" }, remap.ok ? `v${remap.previous_version} → v${remap.version}` : `v${remap.previous_version ?? ""}`),
         h("td", { class: "num" }, format.number(remap.num_changed)),
         h("td", { class: "num" }, format.bytes(remap.loaded_bytes)),
         h("td", { class: "num" }, format.seconds(remap.seconds)),

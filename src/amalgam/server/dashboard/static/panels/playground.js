@@ -46,9 +46,7 @@ export function create() {
   const isChat = () => mode.value === "chat";
 
   function words() {
-    const modes = [["text", t("mode_text")]];
-    if (offers("/v1/chat/completions")) modes.push(["chat", t("mode_chat")]);
-    setOptions(mode, modes);
+    setOptions(mode, [["text", t("mode_text")], ["chat", t("mode_chat")]]);
     showMode();
   }
 
@@ -57,6 +55,7 @@ export function create() {
     renew.textContent = t("new_chat");
     start.textContent = running ? t("stop") : t("generate");
     start.classList.toggle("stop", Boolean(running));
+    mode.disabled = Boolean(running);
     showOutput();
   }
 
@@ -83,66 +82,51 @@ export function create() {
     used.hidden = true;
     figures.textContent = "";
     fill(message);
-    const begun = performance.now();
-    let pieces = 0;
-    let first = null;
-    let shownAt = 0;
+    const options = { max_new_tokens: Number(maxTokens.value), routed_experts: hasExperts() || undefined, ...sampling() };
+    const said = prompt.value;
+    let body;
+    if (isChat()) {
+      messages.push({ role: "user", content: said }, { role: "assistant", content: "" });
+      prompt.value = "";
+      body = { ...options, messages: messages.slice(0, -1) };
+    } else {
+      answer = { prompt: said, text: "" };
+      body = { ...options, prompt: said, stream: true };
+    }
+    showMode();
+    const clock = new Stopwatch();
     let last = {};
-    const take = (text) => {
-      const now = performance.now();
-      first ??= now;
-      pieces += 1;
-      if (isChat()) messages.at(-1).content += text;
-      else answer.text += text;
-      showOutput();
-      if (now - shownAt > SPEED_MS && pieces > 1) {
-        shownAt = now;
-        figures.textContent = t("speed", format.short(((pieces - 1) / (now - first)) * 1000));
-      }
-    };
-    let reason = null;
     try {
-      if (isChat()) {
-        messages.push({ role: "user", content: prompt.value }, { role: "assistant", content: "" });
-        prompt.value = "";
-        showMode();
-        const body = { model: state.event.model, messages: messages.slice(0, -1), stream: true, max_tokens: Number(maxTokens.value), stream_options: { include_usage: true }, ...sampling() };
-        await stream("v1/chat/completions", body, (event) => {
-          check(event);
-          const choice = event.choices?.[0];
-          if (choice?.delta?.content) take(choice.delta.content);
-          if (choice?.finish_reason) reason = choice.finish_reason;
-          if (event.usage) last = { prompt_tokens: event.usage.prompt_tokens, generated_tokens: event.usage.completion_tokens };
-        }, running.signal);
-      } else {
-        answer = { prompt: prompt.value, text: "" };
-        showMode();
-        const body = { prompt: answer.prompt, stream: true, routed_experts: hasExperts() || undefined, max_new_tokens: Number(maxTokens.value), ...sampling() };
-        await stream("generate", body, (event) => {
-          check(event);
-          if (event.text) take(event.text);
-          if (event.finish_reason) {
-            last = event;
-            reason = event.finish_reason;
-            if (event.routed_experts) count(event.routed_experts.layer_ids, event.routed_experts.expert_ids);
-          }
-        }, running.signal);
-      }
+      await stream(isChat() ? "dashboard/chat" : "generate", body, (event) => {
+        if (event.error) throw new Error(event.error.message);
+        if (event.text) take(event.text, clock);
+        if (event.finish_reason) last = event;
+      }, running.signal);
     } catch (error) {
-      if (error.name === "AbortError") reason = "cancelled";
+      if (error.name === "AbortError") last = { finish_reason: "cancelled" };
       else fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
+      if (isChat() && !messages.at(-1).content) { // as if it had not been said
+        messages.splice(-2);
+        prompt.value = said;
+      }
     } finally {
       running = null;
       showMode();
     }
-    if (first === null) return;
-    const ended = performance.now();
-    const generated = last.generated_tokens ?? pieces;
-    const speed = generated > 1 ? ((generated - 1) / (ended - first)) * 1000 : null;
+    if (!clock.pieces) return;
+    if (last.routed_experts) count(last.routed_experts.layer_ids, last.routed_experts.expert_ids);
+    else await traceText();
+    const generated = last.generated_tokens ?? clock.pieces;
     figures.textContent = t("generation_figures", last.prompt_tokens ?? "–", generated,
-      format.seconds((last.timings?.first_token_seconds ?? (first - begun) / 1000)), format.short(speed), reasonText(reason));
-    if (!counts) await traceText();
+      format.seconds(last.timings?.first_token_seconds ?? clock.waited), format.short(clock.speed(generated)), reasonText(last.finish_reason));
     redraw();
+  }
+
+  function take(text, clock) {
+    if (isChat()) messages.at(-1).content += text;
+    else answer.text += text;
+    showOutput();
+    if (clock.tick()) figures.textContent = t("speed", format.short(clock.speed(clock.pieces)));
   }
 
   function count(layerIds, experts) {
@@ -152,7 +136,7 @@ export function create() {
     counts = { layerIds, values, numExperts };
   }
 
-  // For answers that come without their routing: chats, and those that were stopped.
+  // For answers that were stopped: they end without their routing.
   async function traceText() {
     const text = isChat() ? messages.at(-1).content : answer.prompt + answer.text;
     if (!hasExperts() || !offers("/experts/trace") || !text) return;
@@ -180,8 +164,32 @@ export function create() {
   return [{ id: "playground", node, redraw, refresh: words }];
 }
 
-function check(event) {
-  if (event.error) throw new Error(event.error.message);
+// Times pieces of text as they come.
+class Stopwatch {
+  constructor() {
+    this.pieces = 0;
+    this.begun = performance.now();
+    this.shown = this.begun;
+  }
+
+  // One more piece; tells now and then that it is time to show the speed.
+  tick() {
+    this.latest = performance.now();
+    this.first ??= this.latest;
+    this.pieces += 1;
+    if (this.pieces < 2 || this.latest - this.shown < SPEED_MS) return false;
+    this.shown = this.latest;
+    return true;
+  }
+
+  get waited() {
+    return (this.first - this.begun) / 1000;
+  }
+
+  // Tokens per second after the first, if `tokens` have come so far.
+  speed(tokens) {
+    return tokens > 1 ? ((tokens - 1) / (this.latest - this.first)) * 1000 : null;
+  }
 }
 
 function reasonText(reason) {

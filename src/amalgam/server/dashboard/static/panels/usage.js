@@ -49,7 +49,7 @@ export function create() {
   let isStale = false;
   let highlighted = [];
   const grid = new CellGrid(host, {
-    height: 430, maxCellHeight: 40,
+    height: 430, maxCellHeight: 52,
     onPick: (row, expertId) => choose(data.answer.layer_ids[row], expertId),
     describe: (row, expertId) => describeCell(data, row, expertId),
   });
@@ -134,7 +134,7 @@ export function create() {
       figures.textContent = answer.total_tokens
         ? t("tokens_counted", format.number(answer.total_tokens), format.seconds(answer.window.seconds)) : t("no_data");
     } else {
-      fill(legendHost, legend(scale("diverging"), [[0, "−2"], [0.5, "0"], [1, "+2"]]), h("span", { class: "quiet" }, t("difference_scale")));
+      fill(legendHost, h("div", { class: "legend" }, legend(scale("diverging"), [[0, "−2"], [0.5, "0"], [1, "+2"]]), h("span", { class: "quiet" }, t("difference_scale"))));
       figures.textContent = t("mean_divergence", format.short(meanDivergence(answer)));
     }
   }

@@ -1,0 +1,46 @@
+"""The playground's chat: messages in, the same event stream as `/generate` out.
+
+In: a conversation and sampling parameters. Out: server-sent events. Must never know: what a chat template does.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from amalgam.server.access import unless_client_leaves
+from amalgam.server.body import Body, StrictRoute
+from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
+from amalgam.server.generation import EventStream, start_stream
+from amalgam.server.native import ObservedFields, event_fields
+
+MAX_MESSAGES = 512
+
+router = APIRouter(route_class=StrictRoute, include_in_schema=False)
+
+
+class Message(Body):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatBody(ObservedFields):
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    """The conversation so far, oldest first."""
+
+
+@router.post("/dashboard/chat", dependencies=[Admission])
+async def chat(body: ChatBody, request: Request, service: ServiceArgument, request_id: RequestId) -> Response:
+    """Go on with a conversation, as the model's chat template has it."""
+    params, observation = body.sampling_params(), body.observation()
+
+    async def answer() -> Response:
+        [prompt_ids] = await service.encode([[message.model_dump() for message in body.messages]])
+        outputs = await start_stream(service.deployment.engine, prompt_ids, params, observation)
+        return EventStream(outputs, event_fields, request_id)
+
+    return await unless_client_leaves(request.receive, answer())
