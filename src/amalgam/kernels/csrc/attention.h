@@ -89,7 +89,9 @@ struct AttentionKernels {
     const char* isa;
     // Floats of 64-byte aligned scratch memory that an item needs.
     int64_t (*scratch_floats)(const AttentionArgs&, const AttentionItem&);
-    void (*attend)(const AttentionArgs&, const AttentionItem&, float* scratch);
+    // `next`: what this thread will probably compute next, or null; its first keys are fetched towards the end.
+    // is_first: that was not done for this item.
+    void (*attend)(const AttentionArgs&, const AttentionItem&, const AttentionItem* next, bool is_first, float* scratch);
     // Merges the partial results of num_ranges items that differ in their keys only, `stride` floats apart.
     void (*merge)(const AttentionArgs&, const AttentionItem&, int64_t num_ranges, int64_t stride, float* scratch);
 };
