@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -108,14 +109,24 @@ def rows_of(layer: Layer, sequence: int, first: int, last: int, *, forgets: bool
     return replace(layer, query=layer.query[start + first : start + last], keys=keys, values=values, batch=batch)
 
 
-def assert_as_reference(layer: Layer) -> None:
-    """Close to the reference in float32 over the same values; bfloat16 products round the softmax's weights."""
-    result = layer.run()
-    assert result.dtype == layer.query.dtype
+def in_float32(layer: Layer) -> Tensor:
+    """What the reference makes of the same values without rounding."""
     wide = replace(layer, query=layer.query.float(), keys=layer.keys.float(), values=layer.values.float())
-    expected = wide.run(reference.paged_attention)
-    tolerance = 1e-5 if layer.query.dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(result.float(), expected, rtol=tolerance, atol=tolerance)
+    return wide.run(reference.paged_attention)
+
+
+@functools.cache
+def expected_of(case: Case, seed: int) -> Tensor:
+    """Computed once for all instruction sets."""
+    return in_float32(make(case, seed))
+
+
+def assert_as_reference(case: Case, seed: int = 0) -> None:
+    """Close to float32 over the same values; products in bfloat16 round the softmax's weights."""
+    result = make(case, seed).run()
+    assert result.dtype == case.query_type
+    tolerance = 1e-5 if case.query_type == torch.float32 else 1e-2
+    torch.testing.assert_close(result.float(), expected_of(case, seed), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("query_type", TYPES)
@@ -134,13 +145,10 @@ def assert_as_reference(layer: Layer) -> None:
         Case(sequences=((1, 200), (3, 150)), window=1, has_sinks=True),
         Case(sequences=((1, 200), (40, 150)), heads=8, window=64, has_sinks=True, key_dim=32, value_dim=32),
     ],
-    ids=str,
 )
 @pytest.mark.usefixtures("isa")
-def test_attention_means_what_the_reference_says(
-    case: Case, query_type: torch.dtype, cache_type: torch.dtype
-) -> None:
-    assert_as_reference(make(replace(case, query_type=query_type, cache_type=cache_type)))
+def test_attention_means_what_the_reference_says(case: Case, query_type: torch.dtype, cache_type: torch.dtype) -> None:
+    assert_as_reference(replace(case, query_type=query_type, cache_type=cache_type))
 
 
 @pytest.mark.usefixtures("isa")
@@ -150,7 +158,7 @@ def test_attention_of_random_shapes() -> None:
     def pick(*choices: int) -> int:
         return choices[int(torch.randint(len(choices), (), generator=generator))]
 
-    for seed in range(40):
+    for seed in range(20):
         sequences = []
         for _ in range(pick(1, 2, 5)):
             length = pick(1, 1, 2, 9, 40)
@@ -167,31 +175,27 @@ def test_attention_of_random_shapes() -> None:
             has_sinks=bool(pick(0, 1)),
             query_type=TYPES[pick(0, 1)],
         )
-        assert_as_reference(make(case, seed))
+        assert_as_reference(case, seed)
 
 
 @pytest.mark.parametrize("query_type", TYPES)
 @pytest.mark.usefixtures("isa")
 def test_attention_over_many_ranges_of_keys(query_type: torch.dtype) -> None:
     """Contexts at and around the places where the work is cut."""
-    contexts = (1023, 1024, 1025, 2048, 3100)
-    sequences = tuple((1, context) for context in contexts) + ((70, 2080),)
+    sequences = ((1, 1024), (1, 1025), (1, 2048), (1, 3100), (20, 2060))
     case = Case(sequences=sequences, heads=4, kv_heads=1, key_dim=32, value_dim=32, query_type=query_type)
-    assert_as_reference(make(case))
-    assert_as_reference(make(replace(case, window=1030, has_sinks=True)))
+    assert_as_reference(case)
+    assert_as_reference(replace(case, window=1030, has_sinks=True))
 
 
-@pytest.mark.parametrize("window", [None, 50, 1500])
-@pytest.mark.parametrize("shared", [1, 8])
+@pytest.mark.parametrize(("shared", "window"), [(1, None), (8, None), (8, 50), (2, 1500)])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.usefixtures("isa")
 def test_bits_depend_neither_on_chunks_nor_on_neighbours(
     dtype: torch.dtype, shared: int, window: int | None, use_threads: Callable[[int], None]
 ) -> None:
     sequences = ((1, 37), (90, 1100), (1, 2100), (90, 90))
-    layer = make(
-        Case(sequences, 2 * shared, 2, 32, 32, window=window, has_sinks=window == 50, query_type=dtype)
-    )
+    layer = make(Case(sequences, 2 * shared, 2, 32, 32, window=window, has_sinks=window == 50, query_type=dtype))
     use_threads(1)
     whole = layer.run()
     use_threads(2)
@@ -199,9 +203,9 @@ def test_bits_depend_neither_on_chunks_nor_on_neighbours(
     starts = layer.batch.query_starts.tolist()
     for sequence, (length, _) in enumerate(sequences):
         expected = whole[starts[sequence] : starts[sequence + 1]]
-        for chunk in (1, 7, 64):
+        for chunk in (1, 23):
             if chunk == 1:  # as if each were generated
-                cuts = sorted({0, 1, length // 2, length - 1})
+                cuts = sorted({0, length // 2, length - 1})
                 parts = [(cut, cut + 1) for cut in cuts]
             else:
                 parts = [(first, min(first + chunk, length)) for first in range(0, length, chunk)]
@@ -258,7 +262,8 @@ def test_attention_reads_views_of_one_cache() -> None:
 @pytest.mark.usefixtures("isa")
 def test_large_scores_and_special_values(dtype: torch.dtype) -> None:
     layer = make(Case(((5, 100),), query_type=dtype))
-    assert_as_reference(replace(layer, query=layer.query * 100))
+    large = replace(layer, query=layer.query * 100)  # scores in the hundreds have few bits behind the point
+    torch.testing.assert_close(large.run().float(), in_float32(large), rtol=1e-2, atol=1e-2)
     layer.query[2, 1, 3] = torch.nan
     result = layer.run()
     assert result[2, 1].isnan().all()

@@ -20,7 +20,7 @@ constexpr int64_t kBytesPerWrite = int64_t{1} << 18;
 
 // 64-byte aligned memory that grows and is kept by its thread for the next call.
 class Buffer {
-   public:
+ public:
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -38,7 +38,7 @@ class Buffer {
         return data_;
     }
 
-   private:
+ private:
     float* data_ = nullptr;
     int64_t size_ = 0;
 };

@@ -85,11 +85,11 @@ inline float sum_lanes(const float* lanes) {
     return sum[0];
 }
 
-// Brings the next tile closer while this one is computed, a few cache lines at each stop: a processor holds a handful of
-// requests to memory and waits when there are more. They go to the second-level cache, because the first one is full
+// Brings the next tile closer while this one is computed, a few cache lines at each stop: a processor holds a handful
+// of requests to memory and waits when there are more. They go to the second-level cache, because the first one is full
 // of what is being used.
 class Prefetcher {
-   public:
+ public:
     // A key's or value's bytes, all of an item's heads together: in memory they are neighbours.
     struct Source {
         const uint8_t* data = nullptr;
@@ -111,7 +111,7 @@ class Prefetcher {
         for (credit_ += num_pieces_; credit_ >= num_stops_ && slots_ != nullptr; credit_ -= num_stops_) fetch();
     }
 
-   private:
+ private:
     static constexpr int64_t kPieceBytes = 4 * kLineBytes;
 
     void fetch() {
@@ -196,7 +196,7 @@ struct Tile {
 
 template <class A>
 class Attention {
-   public:
+ public:
     Attention(const AttentionArgs& args, const AttentionItem& item, float* scratch) : args_(args), item_(item) {
         shared_ = args.heads / args.kv_heads;
         head_rows_ = item.num_positions * shared_;
@@ -264,7 +264,7 @@ class Attention {
         write_output();
     }
 
-   private:
+ private:
     // --- Rows: [kv head, position, shared head] ---
 
     void gather_query() {
@@ -502,9 +502,8 @@ class Attention {
         if (last_position < tile.first_key) return;
         const int64_t blocks = std::min(tile.num_blocks, (last_position - tile.first_key + kLanes) / kLanes);
         for (int64_t block = 0; block < blocks; ++block) {
-            with_rows<Element>(args_.keys, tile, block, head, [&](auto key) {
-                score_keys<M>(key, row, scores_ + block * kLanes, prefetcher);
-            });
+            with_rows<Element>(args_.keys, tile, block, head,
+                               [&](auto key) { score_keys<M>(key, row, scores_ + block * kLanes, prefetcher); });
         }
         alignas(64) float factors[kLanes];
         softmax<M>(tile, row, 0, blocks, factors, prefetcher);
@@ -513,7 +512,8 @@ class Attention {
         for (; dim + kBlocks * kLanes <= args_.values.dim; dim += kBlocks * kLanes) {
             add_values<M, kBlocks>(tile, blocks, head, dim, factors, prefetcher);
         }
-        for (; dim < args_.values.dim; dim += 2 * kLanes) add_values<M, 2>(tile, blocks, head, dim, factors, prefetcher);
+        for (; dim < args_.values.dim; dim += 2 * kLanes)
+            add_values<M, 2>(tile, blocks, head, dim, factors, prefetcher);
     }
 
     // Calls function(at), where at(i) is the address of the block's i-th row in the cache.
