@@ -64,7 +64,8 @@ def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
         is_available()
         and x.dtype in FLOAT_TYPES
         and weight.dtype in FLOAT_TYPES
-        and x.device.type == weight.device.type == "cpu"
+        and x.is_cpu
+        and weight.is_cpu
         and x.dim() > 0
         and weight.shape == x.shape[-1:]
     )

@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -19,7 +20,7 @@ constexpr int64_t kBytesPerWrite = int64_t{1} << 18;
 
 // 64-byte aligned memory that grows and is kept by its thread for the next call.
 class Buffer {
-   public:
+ public:
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -37,7 +38,7 @@ class Buffer {
         return data_;
     }
 
-   private:
+ private:
     float* data_ = nullptr;
     int64_t size_ = 0;
 };
@@ -181,9 +182,19 @@ void paged_attention(const AttentionKernels& kernels, const AttentionPlan& plan,
                      int num_threads) {
     Work work = divide(plan, args, num_threads);
     add_ranges(args, work);
-    parallel_for(static_cast<int64_t>(work.items.size()), num_threads, [&](int64_t i) {
-        const AttentionItem& item = work.items[static_cast<size_t>(i)];
-        kernels.attend(args, item, scratch_buffer.get(kernels.scratch_floats(args, item)));
+    const size_t num_items = work.items.size();
+    const int num_workers = static_cast<int>(std::min<size_t>(static_cast<size_t>(num_threads), num_items));
+    std::atomic<size_t> num_taken{0};
+    parallel_for(num_workers, num_workers, [&](int64_t) {
+        const AttentionItem* guess = nullptr;
+        for (size_t i; (i = num_taken.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
+            const AttentionItem& item = work.items[i];
+            const bool is_fetched = &item == guess;
+            // While this one is computed, every other thread takes one.
+            const size_t next = num_taken.load(std::memory_order_relaxed) + static_cast<size_t>(num_workers) - 1;
+            guess = next < num_items ? &work.items[next] : nullptr;
+            kernels.attend(args, item, guess, !is_fetched, scratch_buffer.get(kernels.scratch_floats(args, item)));
+        }
     });
     parallel_for(static_cast<int64_t>(work.merges.size()), num_threads, [&](int64_t i) {
         const Merge& merge = work.merges[static_cast<size_t>(i)];

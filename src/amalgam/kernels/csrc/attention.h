@@ -19,7 +19,7 @@ constexpr int64_t kRangeKeys = 1024;
 
 // A step's sequences, copied from the tensors of AttentionBatch; the same for all layers.
 class AttentionPlan {
-   public:
+ public:
     struct Sequence {
         int64_t first_token;  // row of the query tensor
         int64_t num_tokens;
@@ -39,7 +39,7 @@ class AttentionPlan {
     int64_t num_tokens() const { return num_tokens_; }
     int64_t num_slots() const { return num_slots_; }  // slots that a cache needs at least
 
-   private:
+ private:
     std::vector<Sequence> sequences_;
     std::vector<int32_t> block_ids_;
     int64_t block_size_;
@@ -89,7 +89,10 @@ struct AttentionKernels {
     const char* isa;
     // Floats of 64-byte aligned scratch memory that an item needs.
     int64_t (*scratch_floats)(const AttentionArgs&, const AttentionItem&);
-    void (*attend)(const AttentionArgs&, const AttentionItem&, float* scratch);
+    // `next`: what this thread will probably compute next, or null; its first keys are fetched towards the end.
+    // is_first: that was not done for this item.
+    void (*attend)(const AttentionArgs&, const AttentionItem&, const AttentionItem* next, bool is_first,
+                   float* scratch);
     // Merges the partial results of num_ranges items that differ in their keys only, `stride` floats apart.
     void (*merge)(const AttentionArgs&, const AttentionItem&, int64_t num_ranges, int64_t stride, float* scratch);
 };

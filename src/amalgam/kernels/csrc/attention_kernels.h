@@ -85,11 +85,11 @@ inline float sum_lanes(const float* lanes) {
     return sum[0];
 }
 
-// Brings the next tile closer while this one is computed, a few cache lines at each stop: a processor holds a handful of
-// requests to memory and waits when there are more. They go to the second-level cache, because the first one is full
+// Brings the next tile closer while this one is computed, a few cache lines at each stop: a processor holds a handful
+// of requests to memory and waits when there are more. They go to the second-level cache, because the first one is full
 // of what is being used.
 class Prefetcher {
-   public:
+ public:
     // A key's or value's bytes, all of an item's heads together: in memory they are neighbours.
     struct Source {
         const uint8_t* data = nullptr;
@@ -111,7 +111,7 @@ class Prefetcher {
         for (credit_ += num_pieces_; credit_ >= num_stops_ && slots_ != nullptr; credit_ -= num_stops_) fetch();
     }
 
-   private:
+ private:
     static constexpr int64_t kPieceBytes = 4 * kLineBytes;
 
     void fetch() {
@@ -196,7 +196,7 @@ struct Tile {
 
 template <class A>
 class Attention {
-   public:
+ public:
     Attention(const AttentionArgs& args, const AttentionItem& item, float* scratch) : args_(args), item_(item) {
         shared_ = args.heads / args.kv_heads;
         head_rows_ = item.num_positions * shared_;
@@ -231,13 +231,14 @@ class Attention {
 
     int64_t scratch_floats() const { return scratch_floats_; }
 
-    void attend() {
+    void attend(const AttentionItem* following, bool is_first) {
         std::fill_n(zeros_, std::max(args_.keys.dim, args_.values.dim) + kLanes, 0.0f);
+        if (is_first) fetch_start();
         gather_query();
         if (item_.partial == nullptr) begin_merge();
         for (int64_t first = item_.first_key; first < item_.end_key;) {
             const int64_t end = std::min(first / kRangeKeys * kRangeKeys + kRangeKeys, item_.end_key);
-            attend_range(first, end);
+            attend_range(first, end, following);
             if (item_.partial == nullptr) {
                 for (int64_t row = 0; row < rows_; ++row) {
                     merge_row(row, maximum_[row], sum_lanes(total_ + row * kLanes), output_ + row * value_dim_);
@@ -263,7 +264,7 @@ class Attention {
         write_output();
     }
 
-   private:
+ private:
     // --- Rows: [kv head, position, shared head] ---
 
     void gather_query() {
@@ -330,48 +331,62 @@ class Attention {
         std::copy_n(output_, rows_ * value_dim_, item_.partial + 2 * rows_);
     }
 
-    void attend_range(int64_t first_key, int64_t end_key) {
+    void attend_range(int64_t first_key, int64_t end_key, const AttentionItem* following) {
         std::fill_n(maximum_, rows_, kNegativeInfinity);
         std::fill_n(total_, rows_ * kLanes, 0.0f);
         std::fill_n(output_, rows_ * value_dim_, 0.0f);
         Tile tiles[2];
         Tile *tile = &tiles[0], *next = &tiles[1];
-        locate(first_key / kTileKeys * kTileKeys, *tile);
+        locate(item_, first_key / kTileKeys * kTileKeys, *tile);
         for (;;) {
             const int64_t next_key = tile->first_key + kTileKeys;
-            const bool is_last = next_key >= item_.end_key;  // the first tile of the next range is fetched, too
-            if (!is_last) locate(next_key, *next);
-            Prefetcher prefetcher = is_last ? Prefetcher() : fetch(*next);
+            Prefetcher prefetcher;
+            if (next_key < item_.end_key) {  // perhaps in the next range
+                locate(item_, next_key, *next);
+                prefetcher = fetch(item_, *next, num_stops());
+            } else if (following != nullptr) {
+                locate(*following, following->first_key / kTileKeys * kTileKeys, *next);
+                prefetcher = fetch(*following, *next, num_stops());
+            }
             for (int64_t head = 0; head < item_.num_kv_heads; ++head) attend_tile(*tile, head, prefetcher);
             if (next_key >= end_key) return;
             std::swap(tile, next);
         }
     }
 
-    Prefetcher fetch(const Tile& tile) const {
-        // About as often as attend_tile comes by.
-        const int64_t stops = reads_directly_ ? kTileBlocks * key_steps_ / 4 + head_rows_ +
-                                                    kTileKeys / 8 * value_dim_ / (head_rows_ <= 4 ? 4 : 2) / kLanes
-                                              : 2 * kTileBlocks + 2 * head_rows_;
-        return Prefetcher(tile.slots, tile.num_blocks * kLanes, source(args_.keys), source(args_.values),
-                          item_.num_kv_heads * stops);
+    // How often computing a tile comes by a prefetcher, about.
+    int64_t num_stops() const {
+        if (!reads_directly_) return item_.num_kv_heads * 2 * (kTileBlocks + head_rows_);
+        const int64_t values = kTileKeys / 8 * value_dim_ / (head_rows_ <= 4 ? 4 : 2) / kLanes;
+        return item_.num_kv_heads * (kTileBlocks * key_steps_ / 4 + head_rows_ + values);
     }
 
-    Prefetcher::Source source(const CacheView& cache) const {
+    Prefetcher fetch(const AttentionItem& item, const Tile& tile, int64_t num_stops) const {
+        return Prefetcher(tile.slots, tile.num_blocks * kLanes, source(args_.keys, item), source(args_.values, item),
+                          num_stops);
+    }
+
+    static Prefetcher::Source source(const CacheView& cache, const AttentionItem& item) {
         const int64_t bytes = dtype_bytes(cache.dtype);
-        return {static_cast<const uint8_t*>(cache.data) + item_.first_kv_head * cache.head_stride * bytes,
-                cache.slot_stride * bytes, ((item_.num_kv_heads - 1) * cache.head_stride + cache.dim) * bytes};
+        return {static_cast<const uint8_t*>(cache.data) + item.first_kv_head * cache.head_stride * bytes,
+                cache.slot_stride * bytes, ((item.num_kv_heads - 1) * cache.head_stride + cache.dim) * bytes};
     }
 
-    void locate(int64_t first_key, Tile& tile) const {
+    void fetch_start() const {
+        Tile tile;
+        locate(item_, item_.first_key / kTileKeys * kTileKeys, tile);
+        fetch(item_, tile, 1).stop();
+    }
+
+    static void locate(const AttentionItem& item, int64_t first_key, Tile& tile) {
         tile.first_key = first_key;
-        const int64_t end = std::min<int64_t>(item_.end_key - first_key, kTileKeys);
+        const int64_t end = std::min<int64_t>(item.end_key - first_key, kTileKeys);
         tile.num_blocks = (end + kLanes - 1) / kLanes;
-        int64_t block = first_key / item_.block_size, offset = first_key % item_.block_size;
+        int64_t block = first_key / item.block_size, offset = first_key % item.block_size;
         for (int64_t key = 0; key < kTileKeys; ++key) {
-            const bool is_seen = key < end && first_key + key >= item_.first_key;
-            tile.slots[key] = is_seen ? item_.block_ids[block] * item_.block_size + offset : -1;
-            if (++offset == item_.block_size) {
+            const bool is_seen = key < end && first_key + key >= item.first_key;
+            tile.slots[key] = is_seen ? item.block_ids[block] * item.block_size + offset : -1;
+            if (++offset == item.block_size) {
                 offset = 0;
                 ++block;
             }
@@ -487,9 +502,8 @@ class Attention {
         if (last_position < tile.first_key) return;
         const int64_t blocks = std::min(tile.num_blocks, (last_position - tile.first_key + kLanes) / kLanes);
         for (int64_t block = 0; block < blocks; ++block) {
-            with_rows<Element>(args_.keys, tile, block, head, [&](auto key) {
-                score_keys<M>(key, row, scores_ + block * kLanes, prefetcher);
-            });
+            with_rows<Element>(args_.keys, tile, block, head,
+                               [&](auto key) { score_keys<M>(key, row, scores_ + block * kLanes, prefetcher); });
         }
         alignas(64) float factors[kLanes];
         softmax<M>(tile, row, 0, blocks, factors, prefetcher);
@@ -498,7 +512,8 @@ class Attention {
         for (; dim + kBlocks * kLanes <= args_.values.dim; dim += kBlocks * kLanes) {
             add_values<M, kBlocks>(tile, blocks, head, dim, factors, prefetcher);
         }
-        for (; dim < args_.values.dim; dim += 2 * kLanes) add_values<M, 2>(tile, blocks, head, dim, factors, prefetcher);
+        for (; dim < args_.values.dim; dim += 2 * kLanes)
+            add_values<M, 2>(tile, blocks, head, dim, factors, prefetcher);
     }
 
     // Calls function(at), where at(i) is the address of the block's i-th row in the cache.
@@ -680,11 +695,12 @@ int64_t attention_scratch(const AttentionArgs& args, const AttentionItem& item) 
                                 : Attention<FloatArithmetic>(args, item, nullptr).scratch_floats();
 }
 
-void attend(const AttentionArgs& args, const AttentionItem& item, float* scratch) {
+void attend(const AttentionArgs& args, const AttentionItem& item, const AttentionItem* next, bool is_first,
+            float* scratch) {
     if (works_in_pairs(args)) {
-        Attention<PairArithmetic>(args, item, scratch).attend();
+        Attention<PairArithmetic>(args, item, scratch).attend(next, is_first);
     } else {
-        Attention<FloatArithmetic>(args, item, scratch).attend();
+        Attention<FloatArithmetic>(args, item, scratch).attend(next, is_first);
     }
 }
 

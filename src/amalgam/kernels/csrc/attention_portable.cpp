@@ -24,9 +24,8 @@ inline Floats maximum(const Floats& a, const Floats& b) {
 inline float highest_lane(const Floats& v) { return *std::max_element(v.lane, v.lane + kPanelRows); }
 // Lanes [first, end), minus infinity elsewhere.
 inline Floats keep_range(const Floats& v, int first, int end) {
-    return each_float([&](int lane) {
-        return lane >= first && lane < end ? v.lane[lane] : -std::numeric_limits<float>::infinity();
-    });
+    return each_float(
+        [&](int lane) { return lane >= first && lane < end ? v.lane[lane] : -std::numeric_limits<float>::infinity(); });
 }
 // v times two to the power of the integer in the low bits of `exponent`.
 inline Floats scale_exponent(const Floats& v, const Floats& exponent) {

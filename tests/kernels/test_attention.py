@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.config import NATIVE_ISAS
+from amalgam.kernels import attention, native, ops, reference
+from amalgam.kernels.packed import AttentionBatch
+
+TYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=NATIVE_ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set in turn, in use; skips where the processor or the build lacks it."""
+    use_isa(monkeypatch, request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def use_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def use_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    if not native.is_available():
+        pytest.skip(str(native.why_unavailable()))
+    from amalgam import _native
+
+    if isa not in _native.supported_isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setattr(native, "isa", lambda: isa)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences (rows of this step, context) and the sizes of one layer; `cache_type` is the query's if left out."""
+
+    sequences: tuple[tuple[int, int], ...] = ((3, 40), (1, 7), (20, 20))
+    heads: int = 4
+    kv_heads: int = 2
+    key_dim: int = 64
+    value_dim: int = 64
+    block_size: int = 16
+    window: int | None = None
+    has_sinks: bool = False
+    query_type: torch.dtype = torch.float32
+    cache_type: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    batch: AttentionBatch
+    sinks: Tensor | None
+    case: Case
+
+    def run(self, function: Callable[..., Tensor] = attention.paged_attention) -> Tensor:
+        scale = self.case.key_dim**-0.5
+        return function(
+            self.query, self.keys, self.values, self.batch, scale=scale, window=self.case.window, sinks=self.sinks
+        )
+
+
+def make(case: Case, seed: int = 0) -> Layer:
+    """Scattered blocks; every slot that no sequence has written to holds NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-context // case.block_size) for _, context in case.sequences]
+    num_blocks = sum(counts) + 3
+    order = torch.randperm(num_blocks, generator=generator)
+    tables = torch.zeros(len(counts), max(counts), dtype=torch.int64)
+    cache_type = case.cache_type or case.query_type
+    keys = torch.full((num_blocks * case.block_size, case.kv_heads, case.key_dim), torch.nan, dtype=cache_type)
+    values = torch.full((num_blocks * case.block_size, case.kv_heads, case.value_dim), torch.nan, dtype=cache_type)
+    for row, ((_, context), ids) in enumerate(zip(case.sequences, order.split([*counts, 3])[:-1], strict=True)):
+        tables[row, : len(ids)] = ids
+        slots = (ids[:, None] * case.block_size + torch.arange(case.block_size)).flatten()[:context]
+        keys[slots] = torch.randn(context, *keys.shape[1:], generator=generator).to(cache_type)
+        values[slots] = torch.randn(context, *values.shape[1:], generator=generator).to(cache_type)
+    lengths = torch.tensor([length for length, _ in case.sequences])
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    contexts = torch.tensor([context for _, context in case.sequences])
+    query = torch.randn(int(starts[-1]), case.heads, case.key_dim, generator=generator).to(case.query_type)
+    sinks = torch.randn(case.heads, generator=generator) if case.has_sinks else None
+    return Layer(query, keys, values, AttentionBatch(starts, contexts, tables, case.block_size), sinks, case)
+
+
+def rows_of(layer: Layer, sequence: int, first: int, last: int, *, forgets: bool = True) -> Layer:
+    """Rows [first, last) of one sequence alone, as a step of their own; `forgets`: later keys are not there yet."""
+    start, stop = layer.batch.query_starts[sequence : sequence + 2].tolist()
+    context = int(layer.batch.context_lengths[sequence]) - (stop - start) + last
+    table = layer.batch.block_tables[sequence : sequence + 1]
+    keys, values, block = layer.keys, layer.values, layer.batch.block_size
+    if forgets:
+        keys, values = keys.clone(), values.clone()
+        position = torch.arange(context, int(layer.batch.context_lengths[sequence]))
+        slots = table[0][position // block] * block + position % block
+        keys[slots], values[slots] = torch.nan, torch.nan
+    batch = AttentionBatch(torch.tensor([0, last - first]), torch.tensor([context]), table, block)
+    return replace(layer, query=layer.query[start + first : start + last], keys=keys, values=values, batch=batch)
+
+
+def in_float32(layer: Layer) -> Tensor:
+    """What the reference makes of the same values without rounding."""
+    wide = replace(layer, query=layer.query.float(), keys=layer.keys.float(), values=layer.values.float())
+    return wide.run(reference.paged_attention)
+
+
+@functools.cache
+def expected_of(case: Case, seed: int) -> Tensor:
+    """Computed once for all instruction sets."""
+    return in_float32(make(case, seed))
+
+
+def assert_as_reference(case: Case, seed: int = 0) -> None:
+    """Close to float32 over the same values; products in bfloat16 round the softmax's weights."""
+    result = make(case, seed).run()
+    assert result.dtype == case.query_type
+    tolerance = 1e-5 if case.query_type == torch.float32 else 1e-2
+    torch.testing.assert_close(result.float(), expected_of(case, seed), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("query_type", TYPES)
+@pytest.mark.parametrize("cache_type", TYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(sequences=((1, 1),)),
+        Case(sequences=((1, 300), (1, 1), (1, 64), (1, 65)), heads=8, kv_heads=1, key_dim=128, value_dim=128),
+        Case(sequences=((7, 130), (1, 63)), heads=5, kv_heads=5, key_dim=80, value_dim=80, block_size=4),
+        Case(sequences=((33, 90), (1, 129)), heads=16, kv_heads=1, key_dim=192, value_dim=128, block_size=64),
+        Case(sequences=((1, 70), (2, 70)), heads=9, kv_heads=3, key_dim=96, value_dim=96, block_size=32),
+        Case(sequences=((5, 17), (1, 40)), heads=6, kv_heads=3, key_dim=17, value_dim=23, block_size=5),
+        Case(sequences=((70, 200),), heads=7, kv_heads=1, window=33),
+        Case(sequences=((1, 200), (3, 150)), window=1, has_sinks=True),
+        Case(sequences=((1, 200), (40, 150)), heads=8, window=64, has_sinks=True, key_dim=32, value_dim=32),
+    ],
+)
+@pytest.mark.usefixtures("isa")
+def test_attention_means_what_the_reference_says(case: Case, query_type: torch.dtype, cache_type: torch.dtype) -> None:
+    assert_as_reference(replace(case, query_type=query_type, cache_type=cache_type))
+
+
+@pytest.mark.usefixtures("isa")
+def test_attention_of_random_shapes() -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def pick(*choices: int) -> int:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    for seed in range(20):
+        sequences = []
+        for _ in range(pick(1, 2, 5)):
+            length = pick(1, 1, 2, 9, 40)
+            sequences.append((length, length + pick(0, 1, 15, 16, 63, 100)))
+        kv_heads = pick(1, 2, 3)
+        case = Case(
+            sequences=tuple(sequences),
+            heads=kv_heads * pick(1, 2, 3, 4, 7, 8, 16),
+            kv_heads=kv_heads,
+            key_dim=pick(8, 32, 64, 80, 96, 128),
+            value_dim=pick(8, 32, 64, 80, 96, 128),
+            block_size=pick(4, 8, 16, 48, 64),
+            window=pick(0, 0, 1, 20, 64) or None,
+            has_sinks=bool(pick(0, 1)),
+            query_type=TYPES[pick(0, 1)],
+        )
+        assert_as_reference(case, seed)
+
+
+@pytest.mark.parametrize("query_type", TYPES)
+@pytest.mark.usefixtures("isa")
+def test_attention_over_many_ranges_of_keys(query_type: torch.dtype) -> None:
+    """Contexts at and around the places where the work is cut."""
+    sequences = ((1, 1024), (1, 1025), (1, 2048), (1, 3100), (20, 2060))
+    case = Case(sequences=sequences, heads=4, kv_heads=1, key_dim=32, value_dim=32, query_type=query_type)
+    assert_as_reference(case)
+    assert_as_reference(replace(case, window=1030, has_sinks=True))
+
+
+@pytest.mark.parametrize(("shared", "window"), [(1, None), (8, None), (8, 50), (2, 1500)])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.usefixtures("isa")
+def test_bits_depend_neither_on_chunks_nor_on_neighbours(
+    dtype: torch.dtype, shared: int, window: int | None, use_threads: Callable[[int], None]
+) -> None:
+    sequences = ((1, 37), (90, 1100), (1, 2100), (90, 90))
+    layer = make(Case(sequences, 2 * shared, 2, 32, 32, window=window, has_sinks=window == 50, query_type=dtype))
+    use_threads(1)
+    whole = layer.run()
+    use_threads(2)
+    assert torch.equal(layer.run(), whole)
+    starts = layer.batch.query_starts.tolist()
+    for sequence, (length, _) in enumerate(sequences):
+        expected = whole[starts[sequence] : starts[sequence + 1]]
+        for chunk in (1, 23):
+            if chunk == 1:  # as if each were generated
+                cuts = sorted({0, length // 2, length - 1})
+                parts = [(cut, cut + 1) for cut in cuts]
+            else:
+                parts = [(first, min(first + chunk, length)) for first in range(0, length, chunk)]
+            for first, last in parts:
+                assert torch.equal(rows_of(layer, sequence, first, last).run(), expected[first:last])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.usefixtures("isa")
+def test_packed_and_direct_tiles_give_the_same_bits(dtype: torch.dtype) -> None:
+    """One row of 8 heads is read straight from the cache, many rows go through packed tiles; runs and single slots."""
+    layer = make(Case(((40, 700),), 8, 1, 128, 128, query_type=dtype))
+    whole = layer.run()
+    scattered = make(Case(((40, 700),), 8, 1, 128, 128, block_size=4, query_type=dtype))
+    position = torch.arange(700)
+
+    def slots_of(other: Layer) -> Tensor:
+        return other.batch.block_tables[0][position // other.case.block_size] * other.case.block_size + (
+            position % other.case.block_size
+        )
+
+    scattered.keys[slots_of(scattered)] = layer.keys[slots_of(layer)]
+    scattered.values[slots_of(scattered)] = layer.values[slots_of(layer)]
+    scattered = replace(scattered, query=layer.query)
+    assert torch.equal(scattered.run(), whole)
+    for row in (0, 13, 39):
+        assert torch.equal(rows_of(layer, 0, row, row + 1).run(), whole[row : row + 1])
+        assert torch.equal(rows_of(scattered, 0, row, row + 1).run(), whole[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_avx2_and_avx512_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(Case(((40, 200), (1, 1100)), 8, 2, 64, 96, query_type=dtype))
+    results = []
+    for isa in ("avx2", "avx512"):
+        use_isa(monkeypatch, isa)
+        results.append(layer.run())
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.usefixtures("isa")
+def test_attention_reads_views_of_one_cache() -> None:
+    """As latent attention stores it: values are the first part of the keys; and queries of a wider tensor."""
+    layer = make(Case(((4, 50),), 4, 1, 48, 48))
+    values = layer.keys[..., :32]
+    wide = torch.cat((layer.query, layer.query), -1)[..., :48]
+    assert not values.is_contiguous() and not wide.is_contiguous()
+    viewed = replace(layer, query=wide, values=values)
+    assert torch.equal(viewed.run(), replace(layer, values=values.contiguous()).run())
+    torch.testing.assert_close(viewed.run(), viewed.run(reference.paged_attention))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.usefixtures("isa")
+def test_large_scores_and_special_values(dtype: torch.dtype) -> None:
+    layer = make(Case(((5, 100),), query_type=dtype))
+    large = replace(layer, query=layer.query * 100)  # scores in the hundreds have few bits behind the point
+    torch.testing.assert_close(large.run().float(), in_float32(large), rtol=1e-2, atol=1e-2)
+    layer.query[2, 1, 3] = torch.nan
+    result = layer.run()
+    assert result[2, 1].isnan().all()
+    result[2, 1] = 0
+    assert not result.isnan().any()
+
+
+@pytest.mark.usefixtures("isa")
+def test_attention_of_an_empty_step() -> None:
+    layer = make(Case(((1, 5),)))
+    batch = AttentionBatch(torch.tensor([0]), torch.empty(0, dtype=torch.int64), torch.zeros(0, 1).long(), 16)
+    assert replace(layer, query=layer.query[:0], batch=batch).run().shape == (0, 4, 64)
+
+
+def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_isa(monkeypatch, "portable")
+    layer = make(Case())
+    broken = [
+        replace(layer, query=layer.query[1:]),
+        replace(layer, query=layer.query[:, :3]),
+        replace(layer, query=layer.query.double()),
+        replace(layer, keys=layer.keys[:, :1]),
+        replace(layer, keys=layer.keys[:8], values=layer.values[:8]),
+        replace(layer, sinks=torch.zeros(3)),
+        replace(layer, case=replace(layer.case, window=0)),
+    ]
+    for wrong in broken:
+        with pytest.raises(ValueError, match="attention of"):
+            wrong.run()
+    batch = layer.batch
+    contradictions = [
+        replace(batch, context_lengths=batch.context_lengths * 50, cache={}),
+        replace(batch, context_lengths=batch.context_lengths * 0, cache={}),
+        replace(batch, block_tables=batch.block_tables - 100, cache={}),
+        replace(batch, block_tables=batch.block_tables.int(), cache={}),
+        replace(batch, block_size=0, cache={}),
+    ]
+    for contradiction in contradictions:
+        with pytest.raises(ValueError, match=r"contradict|block id|an attention batch|block size"):
+            replace(layer, batch=contradiction).run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_write_kv_means_what_the_reference_says(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_isa(monkeypatch, "portable")
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (0, 1, 5, 300):
+        slot_ids = torch.randperm(512, generator=generator)[:tokens]
+        new = [torch.randn(tokens, 3, dim, generator=generator).to(dtype) for dim in (24, 16)]
+        ours = [torch.zeros(512, 3, dim, dtype=dtype) for dim in (24, 16)]
+        expected = [cache.clone() for cache in ours]
+        attention.write_kv(*ours, *new, slot_ids)
+        reference.write_kv(*expected, *new, slot_ids)
+        assert torch.equal(ours[0], expected[0])
+        assert torch.equal(ours[1], expected[1])
+
+
+def test_write_kv_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_isa(monkeypatch, "portable")
+    keys, values, new = torch.zeros(8, 2, 4), torch.zeros(8, 2, 4), torch.ones(2, 2, 4)
+    for slot in (-1, 8):
+        with pytest.raises(IndexError, match=f"slot {slot} is not"):
+            attention.write_kv(keys, values, new, new, torch.tensor([0, slot]))
+    assert not keys.any()
+    for arguments in ((new[:1], new), (new, new[..., :2]), (new.double(), new), (new, new.bfloat16())):
+        with pytest.raises(ValueError, match="write of"):
+            attention.write_kv(keys, values, *arguments, torch.tensor([0, 1]))
+
+
+def test_operators_take_the_compiled_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.is_available():
+        pytest.skip(str(native.why_unavailable()))
+    assert ops.backends()["paged_attention"] == ops.backends()["write_kv"] == f"native ({native.isa()})"
+    layer = make(Case())
+    result = layer.run(ops.paged_attention)
+    assert torch.equal(result, layer.run())
+    half = replace(layer, query=layer.query.half(), keys=layer.keys.half(), values=layer.values.half())
+    assert not attention.supports_paged_attention(half.query, half.keys, half.values, half.batch)
+    torch.testing.assert_close(half.run(ops.paged_attention).float(), result, rtol=1e-2, atol=1e-2)
