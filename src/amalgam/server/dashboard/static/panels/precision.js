@@ -109,10 +109,14 @@ export function create() {
     }
     use = relativeUse((await get("experts/grid")).values);
     adopt();
-    timed("precision-update", redraw);
+    redraw();
   }
 
   function redraw() {
+    timed("precision-update", draw);
+  }
+
+  function draw() {
     showSelection();
     if (!map) return;
     const parts = show.value === "split" ? map.projections.length : 1;

@@ -111,7 +111,7 @@ export function create() {
       emit("grid");
     }
     fill(message);
-    timed("usage-update", redraw);
+    redraw();
   });
 
   async function refresh() {
@@ -124,7 +124,10 @@ export function create() {
   }
 
   function redraw() {
-    if (!data) return;
+    if (data) timed("usage-update", draw);
+  }
+
+  function draw() {
     grid.show(data.kind === "use" ? useView(data.answer, order.value) : differenceView(data.answer, order.value));
     mark();
     showBusiest();
