@@ -111,6 +111,10 @@ class FakeVersion:
     def __init__(self, version_id: int) -> None:
         self.version_id = version_id
         self.origins: dict[str, Any] = {}
+        self.weights: dict[str, Any] = {}
+
+    def __getitem__(self, slot: str) -> Any:
+        return self.weights[slot]
 
 
 def fake_trace(num_tokens: int) -> RoutingTrace:

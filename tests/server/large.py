@@ -43,7 +43,8 @@ class LargeVersion(FakeVersion):
                 name = f"model.layers.{layer_id}.mlp.experts.{expert_id}.{part}_proj.weight"
                 nbytes = SHAPE[0] * SHAPE[1] * BITS[format_name] // 8
                 source = source_of(format_name)
-                self.origins[slot] = Origin(name, slot, source, format_name, format_name, SHAPE, nbytes, HOSTILE, ())
+                self.origins[slot] = Origin(name, slot, source, format_name, format_name, SHAPE, HOSTILE, ())
+                self.weights[slot] = SimpleNamespace(nbytes=nbytes)
 
 
 class LargeDeployment(FakeDeployment):
