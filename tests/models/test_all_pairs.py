@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from amalgam.config import MixedPrecisionSettings
 from amalgam.models.families.qwen3_moe import FAMILY
-from amalgam.models.weights import WeightVersion
-from amalgam.precision.formats.floating import dense
-from tests.models.harness import Runner, load_model
+from tests.models.harness import Runner, hand_built, load_model
 from tests.models.tiny import tiny_model
 from tests.precision.layouts import LAYOUTS
 
@@ -73,10 +71,9 @@ def test_equals_the_model_of_dequantized_weights(tmp_path: Path) -> None:
         found = [version.origins[f"layers.{layer}.mlp.experts.{expert}.down"].format for expert in range(16)]
         assert found == [LAYOUTS[name].format for name in names]
 
-    by_hand = {slot: dense(version[slot].dequantize().float()) for slot in version.origins}
-    hand_built = WeightVersion(2, by_hand, version.origins, version.keys)
     composed, expected = (
-        Runner(decoder, v, num_sequences=1, blocks_each=2).step({0: [3, 7, 5]})[0] for v in (version, hand_built)
+        Runner(decoder, v, num_sequences=1, blocks_each=2).step({0: [3, 7, 5]})[0]
+        for v in (version, hand_built(version))
     )
     assert bool(torch.isfinite(expected).all())
     assert torch.equal(composed, expected)

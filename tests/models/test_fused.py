@@ -51,7 +51,7 @@ def test_a_fused_source_mixes_with_others(tmp_path: Path) -> None:
     up = version.origins["layers.1.mlp.experts.3.up"].parts[0]
     assert up.tensor == "model.layers.1.mlp.experts.gate_up_proj[3, 128:256]"
     raw = (tmp_path / "fused/model.safetensors").read_bytes()[up.offset : up.offset + up.nbytes]
-    expected = version["layers.1.mlp.experts.3.up"].dense
+    expected = version["layers.1.mlp.experts.3.up"].dequantize()
     assert torch.equal(torch.frombuffer(bytearray(raw), dtype=torch.float32).view(expected.shape), expected)
 
 

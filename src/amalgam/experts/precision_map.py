@@ -89,9 +89,10 @@ def _build(version: WeightVersion, layer_ids: tuple[int, ...], num_experts: int)
     for row, layer_id in enumerate(layer_ids):
         for expert_id in range(num_experts):
             for part, projection in enumerate(PROJECTIONS):
-                origin = version.origins.get(f"layers.{layer_id}.mlp.experts.{expert_id}.{projection}")
+                slot = f"layers.{layer_id}.mlp.experts.{expert_id}.{projection}"
+                origin = version.origins.get(slot)
                 if origin is not None:
-                    nbytes[row, expert_id, part] = version[origin.slot].nbytes
+                    nbytes[row, expert_id, part] = version[slot].nbytes
                     num_parameters[row, expert_id, part] = math.prod(origin.shape)
     bits = 8 * nbytes.sum(axis=-1) / np.maximum(num_parameters.sum(axis=-1), 1)
     return PrecisionMap(layer_ids, num_experts, names("name"), names("format"), names("source"), nbytes, bits)
