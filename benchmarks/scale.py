@@ -66,7 +66,12 @@ def published(name: str, slot: Slot, precision: str) -> Tensors:
 def write_sparse(folder: Path, config: dict[str, Any], precision: str) -> None:
     """A checkpoint whose shards have true headers and holes for data."""
     folder.mkdir()
-    quantization = {"fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    arguments = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    groups = {"group_0": {"targets": ["Linear"], "weights": arguments, "format": "pack-quantized"}}
+    quantization = {
+        "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "int4": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups},
+    }
     extra = {"quantization_config": quantization[precision]} if precision in quantization else {}
     (folder / "config.json").write_text(json.dumps({**config, **extra}))
     family, spec = read_spec(config, "config.json")
