@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,21 +80,29 @@ def test_a_remap_under_load_gives_each_answer_one_mapping(deployment: Deployment
             indices = list(range(32))
             answers.extend(zip(indices, run(deployment, indices), strict=True))
 
+    def wait_for_answers_of(version: int) -> None:
+        deadline = time.monotonic() + 60
+        while not stop.is_set() and version not in {answer.usage.version for _, answer in list(answers)}:
+            assert time.monotonic() < deadline, f"no answers of version {version}"
+            time.sleep(0.05)
+
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(traffic) for _ in range(2)]
         versions = []
-        for mapping in mappings:
-            threading.Event().wait(0.3)
-            result = deployment.update_weight_mapping(mapping)
-            versions.append(result.version)
-        stop.set()
+        try:
+            wait_for_answers_of(1)
+            for mapping in mappings:
+                versions.append(deployment.update_weight_mapping(mapping).version)
+                wait_for_answers_of(versions[-1])
+        finally:
+            stop.set()
         for future in running:
             future.result()
 
     for mapping, version in zip(mappings, versions, strict=True):
         deployment.update_weight_mapping(mapping)
         expected[version] = [answer.token_ids for answer in run(deployment, list(range(32)))]
-    assert {answer.usage.version for _, answer in answers} >= {1, versions[-1]}
+    assert {answer.usage.version for _, answer in answers} == {1, *versions}
     for index, answer in answers:
         assert answer.error is None
         assert answer.token_ids == expected[answer.usage.version][index]

@@ -47,7 +47,7 @@ def test_leaving_a_stream_early_cancels_it(url: str, deployment: FakeDeployment)
     stream = MixedPrecisionAPIClient(url).stream_text("a", max_new_tokens=10_000)
     assert next(stream) == "w0 "
     stream.close()
-    wait_until(lambda: not deployment.engine.running, 1)
+    wait_until(lambda: not deployment.engine.running)
 
 
 def test_no_server_is_a_clear_error() -> None:

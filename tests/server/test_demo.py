@@ -99,12 +99,13 @@ def test_leaving_frees_the_engine(demo: tuple[httpx.Client, Deployment], is_stre
     with httpx.Client(base_url=client.base_url) as leaver:
         if is_stream:
             with leaver.stream("POST", "/generate", json=body) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()  # dropped, it would close the connection
+                next(lines)
                 assert not is_idle(deployment)
         else:
             with pytest.raises(httpx.ReadTimeout):
                 leaver.post("/generate", json=body, timeout=0.2)
-    wait_until(lambda: is_idle(deployment), 1)
+    wait_until(lambda: is_idle(deployment))
 
 
 def test_statistics_are_exact(demo: tuple[httpx.Client, Deployment]) -> None:
@@ -114,7 +115,7 @@ def test_statistics_are_exact(demo: tuple[httpx.Client, Deployment]) -> None:
         answers = list(pool.map(lambda prompt: generate(client, prompt), PROMPTS * 2))
     # The last token of each request is sampled and never computed.
     num_tokens = sum(answer["total_tokens"] - 1 for answer in answers)
-    wait_until(lambda: is_idle(deployment), 1)
+    wait_until(lambda: is_idle(deployment))
     summary = client.get("/expert_stats").json()["summary"]
     assert summary["total_requests"] == 6
     assert summary["total_tokens"] == num_tokens

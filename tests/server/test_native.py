@@ -140,7 +140,7 @@ def test_a_client_that_leaves_cancels_its_requests(url: str, deployment: FakeDep
     with httpx.Client(base_url=url) as client, pytest.raises(httpx.ReadTimeout):
         client.post(path, json={**prompt, "max_new_tokens": 10_000}, timeout=0.3)
     assert deployment.engine.num_submitted > 0
-    wait_until(lambda: not deployment.engine.running, seconds=1)
+    wait_until(lambda: not deployment.engine.running)
 
 
 def test_a_client_that_leaves_a_stream_cancels_it(url: str, deployment: FakeDeployment) -> None:
@@ -148,7 +148,7 @@ def test_a_client_that_leaves_a_stream_cancels_it(url: str, deployment: FakeDepl
     body = {"prompt": "a", "max_new_tokens": 10_000, "stream": True}
     with httpx.Client(base_url=url) as client, client.stream("POST", "/generate", json=body) as response:
         next(response.iter_lines())
-    wait_until(lambda: not deployment.engine.running, seconds=1)
+    wait_until(lambda: not deployment.engine.running)
 
 
 def test_model_info(client: httpx.Client) -> None:
