@@ -6,6 +6,7 @@ import gc
 import logging
 import queue
 import random
+import signal
 import threading
 import time
 import weakref
@@ -225,10 +226,16 @@ class TestCancelling:
             num_steps += 1
             if num_steps == 3:
                 _thread.interrupt_main()
+            elif num_steps > 3:
+                time.sleep(0.02)  # the main thread sees the interrupt before the answers are complete
 
         decoder.on_step = on_step
-        with pytest.raises(KeyboardInterrupt):
-            engine.generate([[5], [6]], SamplingParams(max_new_tokens=250, do_sample=False, ignore_eos=True))
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate([[5], [6]], SamplingParams(max_new_tokens=250, do_sample=False, ignore_eos=True))
+        finally:
+            signal.signal(signal.SIGINT, handler)
         wait_until(lambda: is_at_rest(engine))
         assert num_steps < 250
 

@@ -9,9 +9,10 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import cycle
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,9 +27,10 @@ from amalgam.engine.request import RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
+from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import Progress
-from amalgam.models.spec import ModelSpec, read_spec
+from amalgam.models.spec import ModelSpec, Slot, read_spec
 from amalgam.models.weights import WeightVersion
 from amalgam.precision.format import QuantizeOptions, get_format
 from amalgam.precision.formats.floating import dense
@@ -58,8 +60,8 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": False,
     }
 }
-# What `--weights mixed` means: attention and head wide, every other expert int4, the others fp8.
-_MIXED = "mixed"
+# What `--weights mixed` stands for; see `random_weights`.
+_MIXED = "bf16+int4/fp8"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class BenchReport:
     """Everything that one run measured, and on what."""
 
     model: str
-    weights: dict[str, int]  # format → bytes
+    weights: dict[str, int]  # format or layout → bytes
     measurements: list[Measurement] = field(default_factory=list)
     hardware: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
@@ -117,7 +119,42 @@ def bench_shape(
     repeats: int = 3,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Time a shape with random weights in one format, or `mixed`.
+    """Time a shape with random weights; see `random_weights` for what `weights` may be.
+
+    Raises:
+        ConfigError: no such shape.
+        UnsupportedError: no such format, or one that cannot quantize.
+    """
+    started = time.monotonic()
+    max_tokens = max(prompts, default=0) + _SHORT_PROMPT + num_tokens
+    with shape_engine(
+        name, weights, settings, max_tokens=max_tokens, max_batch=max(batches, default=1), progress=progress
+    ) as (engine, spec):
+        made = Measurement("make weights", "s", time.monotonic() - started)
+        sizes = bytes_by_layout(engine.version)
+        report = BenchReport(f"shape {name}, {weights}", sizes, hardware=hardware(), kernels=ops.backends())
+        report.measurements.append(made)
+        report.measurements += measure_engine(engine, spec, prompts, batches, num_tokens, repeats)
+        report.measurements.append(Measurement("peak memory", "MiB", peak_memory_bytes() / 2**20))
+    return report
+
+
+@contextmanager
+def shape_engine(
+    name: str,
+    weights: str,
+    settings: Settings,
+    *,
+    max_tokens: int,
+    max_batch: int,
+    progress: Progress | None = None,
+    observer: Callable[[ModelSpec], RoutingObserver] | None = None,
+) -> Iterator[tuple[Engine, ModelSpec]]:
+    """A running engine over a shape with random weights.
+
+    Args:
+        max_tokens: of the longest sequence.
+        max_batch: sequences that run together.
 
     Raises:
         ConfigError: no such shape.
@@ -128,64 +165,70 @@ def bench_shape(
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     _, spec = read_spec(SHAPES[name], f"shape {name}")
-    started = time.monotonic()
-    version, formats = random_weights(spec, weights, dtype, device, progress)
-    made_seconds = time.monotonic() - started
-    max_tokens = max(prompts, default=0) + _SHORT_PROMPT + num_tokens
-    inference = settings.inference.model_dump() | {"max_seq_length": max_tokens, "max_batch_size": max(batches)}
+    version = random_weights(spec, weights, dtype, device, progress)
+    inference = settings.inference.model_dump() | {"max_seq_length": max_tokens, "max_batch_size": max_batch}
     settings = settings.replace(inference=inference, engine=settings.engine.model_dump() | {"max_step_tokens": 512})
     engine = Engine(
-        Decoder(spec, max_tokens, dtype, device), version, _word_tokenizer(spec.vocab_size), settings, device, dtype
+        Decoder(spec, max_tokens, dtype, device),
+        version,
+        _word_tokenizer(spec.vocab_size),
+        settings,
+        device,
+        dtype,
+        observer(spec) if observer is not None else None,
     )
     engine.start()
     try:
-        report = BenchReport(f"shape {name}, {weights}", formats, hardware=hardware(), kernels=ops.backends())
-        report.measurements.append(Measurement("make weights", "s", made_seconds))
-        report.measurements += measure_engine(engine, spec, prompts, batches, num_tokens, repeats)
-        report.measurements.append(Measurement("peak memory", "MiB", peak_memory_bytes() / 2**20))
+        yield engine, spec
     finally:
         engine.stop()
-    return report
 
 
 def measure_engine(
     engine: Engine, spec: ModelSpec, prompts: Sequence[int], batches: Sequence[int], num_tokens: int, repeats: int
 ) -> list[Measurement]:
     """Prompt and decoding speed in tokens per second; the contestants take turns, so that a disturbance hits all."""
-    decode_steps = max(2, num_tokens)
     timings: dict[str, list[float]] = {f"prompt of {length}": [] for length in prompts}
     timings |= {f"decode {batch} sequence{'s' if batch > 1 else ''}": [] for batch in batches}
     for repeat in range(repeats + 1):  # the first round warms up
-        measured = [_prompt_speed(engine, spec, length, repeat) for length in prompts]
-        measured += [_decode_speed(engine, spec, batch, decode_steps, repeat) for batch in batches]
+        measured = [length / prompt_seconds(engine, spec, length, repeat) for length in prompts]
+        measured += [batch / step_seconds(engine, spec, batch, num_tokens, repeat) for batch in batches]
         if repeat:
             for samples, value in zip(timings.values(), measured, strict=True):
                 samples.append(value)
     return [Measurement(name, "tokens/s", median(samples), tuple(samples)) for name, samples in timings.items()]
 
 
-def _prompt_speed(engine: Engine, spec: ModelSpec, length: int, seed: int) -> float:
-    params = SamplingParams(max_new_tokens=1, do_sample=False, ignore_eos=True)
+def prompt_seconds(engine: Engine, spec: ModelSpec, length: int, seed: int) -> float:
+    """From handing in a prompt of random tokens to its first new token."""
     started = time.monotonic()
-    engine.generate([_random_ids(spec, length, seed)], params)
-    return length / (time.monotonic() - started)
+    engine.generate([_random_ids(spec, length, seed)], _sampling(1, seed))
+    return time.monotonic() - started
 
 
-def _decode_speed(engine: Engine, spec: ModelSpec, batch: int, num_tokens: int, seed: int) -> float:
-    """Tokens per second of `batch` sequences between the first step that all take part in and the last."""
-    params = SamplingParams(max_new_tokens=num_tokens, do_sample=False, ignore_eos=True)
+def step_seconds(
+    engine: Engine, spec: ModelSpec, batch: int, num_tokens: int, seed: int, context: int = _SHORT_PROMPT
+) -> float:
+    """The median step in which `batch` sequences decode, all of them after `context` tokens."""
     arrivals: dict[int, list[float]] = {}
 
     def sink(output: RequestOutput) -> None:
         arrivals.setdefault(output.request_id, []).extend([time.monotonic()] * len(output.token_ids))
 
-    ids = [engine.submit(_random_ids(spec, _SHORT_PROMPT, seed + i), params, sink) for i in range(batch)]
+    params = [_sampling(max(2, num_tokens), seed + index) for index in range(batch)]
+    ids = [engine.submit(_random_ids(spec, context, seed + i), params[i], sink) for i in range(batch)]
     while engine.status().num_running or engine.status().num_waiting:
         time.sleep(0.005)
-    first = max(arrivals[request_id][0] for request_id in ids)
-    last = max(arrivals[request_id][-1] for request_id in ids)
-    num_decoded = sum(time_ > first for times in arrivals.values() for time_ in times)
-    return num_decoded / (last - first)
+    everyone = max(arrivals[request_id][0] for request_id in ids)  # from here on all take part
+    first = [time_ for time_ in arrivals[ids[0]] if time_ >= everyone]
+    until = min(arrivals[request_id][-1] for request_id in ids)
+    times = [time_ for time_ in first if time_ <= until]
+    return median(b - a for a, b in pairwise(times))
+
+
+def _sampling(num_tokens: int, seed: int) -> SamplingParams:
+    """Sampled, not the likeliest: with random weights greedy sequences soon repeat one token, and so its experts."""
+    return SamplingParams(max_new_tokens=num_tokens, temperature=1.0, seed=seed, ignore_eos=True)
 
 
 def _random_ids(spec: ModelSpec, length: int, seed: int) -> list[int]:
@@ -196,28 +239,49 @@ def _random_ids(spec: ModelSpec, length: int, seed: int) -> list[int]:
 
 def random_weights(
     spec: ModelSpec, weights: str, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
-) -> tuple[WeightVersion, dict[str, int]]:
+) -> WeightVersion:
     """Weights for every slot, each in memory of its own; one random tensor per shape and format is drawn and copied.
 
-    Returns the version and its bytes by format.
+    Args:
+        weights: a format for all linear weights, or `OTHERS+EXPERTS` with a format for the experts' own, or
+            `OTHERS+A/B` for experts of which a random half is in A and the rest in B; `mixed` is bf16+int4/fp8.
     """
     templates: dict[tuple[tuple[int, ...], str], PackedWeight] = {}
     made: dict[str, PackedWeight] = {}
-    sizes: dict[str, int] = {}
-    experts = cycle(("int4", "fp8"))
+    format_of = _expert_formats(spec, _MIXED if weights == "mixed" else weights)
     for index, slot in enumerate(spec.slots):
-        name = "wide"
-        if slot.is_linear:
-            name = weights if weights != _MIXED else next(experts) if slot.role == "expert" else "bf16"
-        key = (slot.shape, name)
+        key = (slot.shape, format_of(slot) if slot.is_linear else "wide")
         if key not in templates:
-            templates[key] = _random_weight(slot.shape, name, dtype)
+            templates[key] = _random_weight(*key, dtype)
         weight = _copy(templates[key]).to(device)
         made[slot.name] = ops.prepare(weight) if slot.is_linear else weight
-        sizes[name] = sizes.get(name, 0) + made[slot.name].nbytes
         if progress is not None:
             progress("Making weights", index + 1, len(spec.slots))
-    return WeightVersion(1, made, {}, {}), sizes
+    return WeightVersion(1, made, {}, {})
+
+
+def _expert_formats(spec: ModelSpec, weights: str) -> Callable[[Slot], str]:
+    others, _, experts = weights.partition("+")
+    formats = (experts or others).split("/")
+    generator = torch.Generator().manual_seed(0)
+    # Every layer has as many experts of each format, in an order of its own.
+    orders = [torch.randperm(spec.num_experts, generator=generator).tolist() for _ in spec.layers]
+
+    def format_of(slot: Slot) -> str:
+        if slot.role != "expert":
+            return others
+        layer, expert = (int(part) for part in slot.name.split(".") if part.isdigit())
+        return formats[orders[layer][expert] % len(formats)]
+
+    return format_of
+
+
+def bytes_by_layout(version: WeightVersion) -> dict[str, int]:
+    """Memory of a version's weights."""
+    sizes: dict[str, int] = {}
+    for weight in version.weights:
+        sizes[weight.layout] = sizes.get(weight.layout, 0) + weight.nbytes
+    return sizes
 
 
 def _random_weight(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> PackedWeight:
