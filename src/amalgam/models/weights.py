@@ -8,7 +8,7 @@ Packed weights are shared between versions, so that a re-map costs only what cha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -116,6 +116,11 @@ class WeightVersion:
     def block(self, name: str) -> BlockWeights:
         """The weights of `layers.<n>.attention` or `layers.<n>.mlp`; with an empty name those outside the blocks."""
         return self._blocks[name]
+
+    @property
+    def weights(self) -> Collection[PackedWeight]:
+        """All of them."""
+        return self._weights.values()
 
     @property
     def nbytes(self) -> int:

@@ -265,7 +265,7 @@ def _expert_formats(spec: ModelSpec, weights: str) -> Callable[[Slot], str]:
     formats = (experts or others).split("/")
     generator = torch.Generator().manual_seed(0)
     # Every layer has as many experts of each format, in an order of its own.
-    orders = [torch.randperm(spec.num_experts, generator=generator).tolist() for _ in spec.layers]
+    orders: list[list[int]] = [torch.randperm(spec.num_experts, generator=generator).tolist() for _ in spec.layers]
 
     def format_of(slot: Slot) -> str:
         if slot.role != "expert":

