@@ -158,16 +158,16 @@ def ratios(subject: Timings, peer: Timings, scenario: str) -> list[float]:
 
 def report(name: str, timings: Sequence[Timings]) -> None:
     keys = [f"{scenario} {size}" for scenario, size in SCENARIOS]
-    print(f"\n{name}, tokens/s" + "".join(f"{key:>14}" for key in keys))
+    print(f"\n{name}, tokens/s" + "".join(f"{key:>18}" for key in keys))
     for timing in timings:
         speeds = [int(key.split()[1]) / statistics.median(timing.seconds[key]) for key in keys]
-        print(f"{timing.engine:>24}" + "".join(f"{speed:14.1f}" for speed in speeds))
+        print(f"{timing.engine:>24}" + "".join(f"{speed:18.1f}" for speed in speeds))
     subject, *peers = timings
     for peer in peers:
         print(f"{'× ' + peer.engine:>24}", end="")
         for key in keys:
             samples = ratios(subject, peer, key)
-            print(f"{statistics.median(samples):7.2f}" + f"{f' {min(samples):.2f}–{max(samples):.2f}':>7}"[:7], end="")
+            print(f"{f'{statistics.median(samples):.2f} ({min(samples):.2f}–{max(samples):.2f})':>18}", end="")
         print()
     share = [r / d for r, d in zip(subject.seconds["read 1"], subject.seconds["decode 1"], strict=True)]
     print(f"{'read bandwidth':>24}: one sequence reads its weights at {statistics.median(share):.0%} of a plain read")

@@ -23,9 +23,9 @@ MAX_TOKENS, MAX_BATCH = 8192 + 64, 16
 STEPS = 24
 
 
-def load() -> Measure:
+def load(stack: ExitStack) -> Measure:
     settings = load_settings(None, {"model.base_path": "", "engine.kv_cache_bytes": 2 << 30}, {})
-    engine, spec = ExitStack().enter_context(
+    engine, spec = stack.enter_context(
         bench.shape_engine("S", sys.argv[1], settings, max_tokens=MAX_TOKENS, max_batch=MAX_BATCH)
     )
     seeds = count()
@@ -55,4 +55,5 @@ def load() -> Measure:
     return measure
 
 
-answer(load)
+with ExitStack() as running:
+    answer(lambda: load(running))

@@ -111,6 +111,30 @@ def pack(
     order: int,
     quantizes: bool,
 ) -> Matrix | None: ...
+def choose_experts(
+    scores: int,
+    tokens: int,
+    experts: int,
+    k: int,
+    normalises: bool,
+    sum_eps: float,
+    ids: int,
+    weights: int,
+    threads: int,
+) -> None: ...
+def draw(
+    logits: int,
+    rows: int,
+    vocabulary: int,
+    top_k: int,
+    temperature: int,
+    top_p: int,
+    min_p: int,
+    seed: int,
+    index: int,
+    tokens: int,
+    threads: int,
+) -> None: ...
 def checksum(weights: list[Matrix], threads: int) -> int: ...
 
 @final

@@ -10,8 +10,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from amalgam.engine import sampler
 from amalgam.engine.request import Request, SamplingParams
 from amalgam.engine.sampler import NonFiniteLogitsError, choose, sample, uniform
+from amalgam.kernels import native
 
 VOCAB_SIZE = 300
 
@@ -142,3 +144,53 @@ def test_logits_that_are_not_finite_fail_their_request_only(bad):
     assert set(result.next_token_ids) == {0, 2}
     assert isinstance(result.errors[1], NonFiniteLogitsError)
     assert result.errors[1].http_status == 500
+
+
+@pytest.mark.skipif(not native.is_available(), reason="needs the native kernels")
+class TestCompiled:
+    """The extension draws the tokens that the arithmetic written here draws."""
+
+    @pytest.mark.parametrize("vocab_size", [1, 2, 63, 64, 65, 300, 5000])
+    @pytest.mark.parametrize("params", PARAMS, ids=str)
+    def test_draws_the_same_tokens(self, vocab_size, params):
+        for seed in range(12):
+            logits = make_logits(5, seed, vocab_size)
+            if seed % 3 == 1:
+                logits = logits.round()  # ties, also at the k-th
+            requests = [
+                make_request(row, prompt=(0,), generated=[0] * row, seed=seed * 2**59, **params) for row in range(5)
+            ]
+            assert sampler._sample_compiled(logits, requests) == sampler._sample(logits, requests)
+
+    def test_extremes(self):
+        logits = make_logits(8, vocab_size=1000)
+        logits[1, 17], logits[2, 999], logits[3, 0] = float("nan"), float("inf"), -float("inf")
+        logits[4] = 0.0
+        logits[5] *= 1e30
+        requests = [make_request(row, temperature=1e-300 if row == 6 else 1.0, do_sample=row != 7) for row in range(8)]
+        tokens = sampler._sample_compiled(logits, requests)
+        assert tokens == sampler._sample(logits, requests)
+        assert tokens[1:4] == [-1, -1, -1]
+        assert tokens[5:] == logits[5:].argmax(dim=1).tolist()
+
+    def test_equal_logits_are_drawn_by_the_generator_alone(self):
+        """With 2^16 equal logits the token is the first 16 bits of the number that decides."""
+        logits = torch.zeros(1, 2**16)
+        for seed in (0, 1, 2**63 + 5, 2**64 - 1):
+            for index in (0, 1, 77):
+                request = make_request(seed=seed, generated=[0] * index)
+                assert sampler._sample_compiled(logits, [request]) == [int(uniform(seed, index) * 2**16)]
+
+    def test_refuses_what_does_not_fit(self):
+        good = {
+            "top_k": np.array([1]),
+            "temperature": np.ones(1),
+            "top_p": np.ones(1),
+            "min_p": np.zeros(1),
+            "seed": np.zeros(1, np.uint64),
+            "index": np.zeros(1, np.uint64),
+        }
+        for name, value in [("top_k", np.array([0])), ("top_k", np.array([6])), ("seed", np.zeros(2, np.uint64))]:
+            with pytest.raises(ValueError, match="draw from"):
+                native.draw(torch.zeros(1, 5), **{**good, name: value})
+        assert native.draw(torch.zeros(1, 5), **good) in ([0], [1], [2], [3], [4])

@@ -90,3 +90,26 @@ def test_backends_are_reported(use_isa: Callable[[str], None]) -> None:
     assert backends["linear"] == backends["moe"] == backends["embedding"] == "native (portable)"
     assert backends["sigmoid"] == "torch"
     assert "prepare" not in backends
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+def test_choose_experts(normalises: bool) -> None:
+    for tokens, experts, k in ((1, 1, 1), (3, 8, 2), (70, 64, 8), (200, 128, 128), (5, 130, 7)):
+        scores = sample(tokens, experts) * 4
+        ids, weights = native.choose_experts(scores, k, normalises=normalises, sum_eps=1e-3)
+        expected_ids, expected = reference.choose_experts(scores, k, normalises=normalises, sum_eps=1e-3)
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(weights, expected, rtol=2e-6, atol=1e-12)
+        alone, _ = native.choose_experts(scores[-1:], k, normalises=normalises, sum_eps=1e-3)
+        assert torch.equal(alone[0], ids[-1])
+
+
+def test_choose_experts_of_what_has_no_order() -> None:
+    ids, _ = native.choose_experts(torch.zeros(1, 6), 3, normalises=True, sum_eps=0.0)
+    assert ids.tolist() == [[0, 1, 2]]
+    odd = torch.tensor([[float("nan")] * 6, [1.0, float("nan"), 2.0, float("inf"), 0.0, -float("inf")]])
+    ids, _ = native.choose_experts(odd, 4, normalises=True, sum_eps=0.0)
+    assert all(len(set(row)) == 4 and set(row) <= set(range(6)) for row in ids.tolist())
+    with pytest.raises(ValueError, match="best 7"):
+        native.choose_experts(torch.zeros(1, 6), 7, normalises=True, sum_eps=0.0)
+    assert native.choose_experts(torch.zeros(0, 6), 2, normalises=True, sum_eps=0.0)[0].shape == (0, 2)

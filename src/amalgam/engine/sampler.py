@@ -19,6 +19,7 @@ from torch import Tensor
 
 from amalgam.engine.request import Request, SamplingParams, StepResult
 from amalgam.errors import AmalgamError
+from amalgam.kernels import native
 
 
 class NonFiniteLogitsError(AmalgamError):
@@ -39,18 +40,41 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> StepResult:
         requests: in the order of the rows.
     """
     logits = _penalize(logits, requests)
+    token_ids = _sample_compiled(logits, requests) if native.supports_draw(logits) else _sample(logits, requests)
+    return StepResult(
+        {r.request_id: token_id for r, token_id in zip(requests, token_ids, strict=True) if token_id >= 0},
+        {r.request_id: _non_finite(r) for r, token_id in zip(requests, token_ids, strict=True) if token_id < 0},
+    )
+
+
+def _sample_compiled(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """`_sample` in the extension, all rows in one call."""
+    vocab_size = logits.shape[1]
+    params = [request.params for request in requests]
+    return native.draw(
+        logits,
+        top_k=np.array([min(p.top_k or vocab_size, vocab_size) for p in params]),
+        temperature=np.array([0.0 if p.is_greedy else p.temperature for p in params]),
+        top_p=np.array([p.top_p for p in params], dtype=np.float64),
+        min_p=np.array([p.min_p for p in params], dtype=np.float64),
+        seed=np.array([request.seed for request in requests], dtype=np.uint64),
+        index=np.array([request.num_new_tokens for request in requests], dtype=np.uint64),
+    )
+
+
+def _sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """The next token of each request; -1 where a logit is not finite."""
     is_finite = (logits.amax(dim=1).isfinite() & logits.amin(dim=1).isfinite()).tolist()  # both let NaN through
-    token_ids: dict[int, int] = {}
+    token_ids = [-1] * len(requests)
     greedy = [row for row, request in enumerate(requests) if is_finite[row] and request.params.is_greedy]
     if greedy:
-        token_ids |= zip(greedy, _rows(logits, greedy).argmax(dim=1).tolist(), strict=True)
+        for row, token_id in zip(greedy, _rows(logits, greedy).argmax(dim=1).tolist(), strict=True):
+            token_ids[row] = token_id
     drawn = [row for row, request in enumerate(requests) if is_finite[row] and not request.params.is_greedy]
     if drawn:
-        token_ids |= zip(drawn, _draw(_rows(logits, drawn), [requests[row] for row in drawn]), strict=True)
-    return StepResult(
-        {requests[row].request_id: token_id for row, token_id in token_ids.items()},
-        {request.request_id: _non_finite(request) for row, request in enumerate(requests) if not is_finite[row]},
-    )
+        for row, token_id in zip(drawn, _draw(_rows(logits, drawn), [requests[row] for row in drawn]), strict=True):
+            token_ids[row] = token_id
+    return token_ids
 
 
 def uniform(seed: int, index: int) -> float:

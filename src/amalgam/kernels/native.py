@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -175,6 +177,93 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             threads=torch.get_num_threads(),
         )
     return out
+
+
+def supports_choose_experts(scores: Tensor) -> bool:
+    """Whether `choose_experts` takes these scores."""
+    return is_available() and scores.is_cpu and scores.dtype == torch.float32 and scores.dim() == 2
+
+
+def choose_experts(scores: Tensor, k: int, *, normalises: bool, sum_eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.choose_experts`; of equal probabilities the smaller id comes first."""
+    from amalgam import _native
+
+    if not supports_choose_experts(scores) or not 0 < k <= scores.shape[1]:
+        raise ValueError(f"the best {k} of {scores.dtype} {tuple(scores.shape)} on {scores.device}")
+    tokens, experts = scores.shape
+    scores = scores.contiguous()
+    ids = torch.empty((tokens, k), dtype=torch.int64)
+    weights = torch.empty((tokens, k), dtype=torch.float32)
+    _native.choose_experts(
+        scores=scores.data_ptr(),
+        tokens=tokens,
+        experts=experts,
+        k=k,
+        normalises=normalises,
+        sum_eps=sum_eps,
+        ids=ids.data_ptr(),
+        weights=weights.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return ids, weights
+
+
+def supports_draw(logits: Tensor) -> bool:
+    """Whether `draw` takes these logits."""
+    return (
+        is_available() and logits.is_cpu and logits.dtype == torch.float32 and logits.dim() == 2 and logits.numel() > 0
+    )
+
+
+def draw(
+    logits: Tensor,
+    *,
+    top_k: npt.NDArray[np.int64],
+    temperature: npt.NDArray[np.float64],
+    top_p: npt.NDArray[np.float64],
+    min_p: npt.NDArray[np.float64],
+    seed: npt.NDArray[np.uint64],
+    index: npt.NDArray[np.uint64],
+) -> list[int]:
+    """The next token of each row of logits, -1 where one of them is not finite.
+
+    Args:
+        logits: float32 `[rows, vocabulary]`.
+        top_k: 1 to the size of the vocabulary; this and the others `[rows]`.
+        temperature: 0 takes the first of the largest logits, and the rest is not used.
+        top_p, min_p: shares, as in `SamplingParams`.
+        seed, index: of the number that decides.
+
+    Raises:
+        ValueError: types, shapes or a `top_k` that do not fit.
+    """
+    from amalgam import _native
+
+    arrays = (top_k, temperature, top_p, min_p, seed, index)
+    rows, vocab_size = logits.shape
+    if (
+        not supports_draw(logits)
+        or any(array.shape != (rows,) or array.itemsize != 8 or not array.flags.c_contiguous for array in arrays)
+        or not ((top_k > 0) & (top_k <= vocab_size)).all()
+    ):
+        raise ValueError(f"draw from {logits.dtype} {tuple(logits.shape)} on {logits.device} with top_k {top_k}")
+    logits = logits.contiguous()
+    tokens = np.empty(rows, dtype=np.int64)
+    _native.draw(
+        logits=logits.data_ptr(),
+        rows=rows,
+        vocabulary=vocab_size,
+        top_k=top_k.ctypes.data,
+        temperature=temperature.ctypes.data,
+        top_p=top_p.ctypes.data,
+        min_p=min_p.ctypes.data,
+        seed=seed.ctypes.data,
+        index=index.ctypes.data,
+        tokens=tokens.ctypes.data,
+        threads=torch.get_num_threads(),
+    )
+    found: list[int] = tokens.tolist()
+    return found
 
 
 @functools.cache

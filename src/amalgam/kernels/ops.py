@@ -16,6 +16,7 @@ from amalgam.kernels.reference import layer_norm, per_head, sigmoid
 
 __all__ = [
     "backends",
+    "choose_experts",
     "embedding",
     "layer_norm",
     "linear",
@@ -30,7 +31,9 @@ __all__ = [
     "write_kv",
 ]
 
-_COMPILED = frozenset({"embedding", "linear", "moe", "paged_attention", "rms_norm", "rotate", "swiglu", "write_kv"})
+_COMPILED = frozenset(
+    {"choose_experts", "embedding", "linear", "moe", "paged_attention", "rms_norm", "rotate", "swiglu", "write_kv"}
+)
 _NOT_OPERATORS = frozenset({"backends", "prepare"})
 
 
@@ -55,6 +58,13 @@ def moe(
     if panels.supports_moe(x, experts):
         return panels.moe(x, expert_ids, gate_weights, experts, activation)
     return reference.moe(x, expert_ids, gate_weights, experts, activation)
+
+
+def choose_experts(scores: Tensor, k: int, *, normalises: bool, sum_eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """See `reference.choose_experts`."""
+    if native.supports_choose_experts(scores):
+        return native.choose_experts(scores, k, normalises=normalises, sum_eps=sum_eps)
+    return reference.choose_experts(scores, k, normalises=normalises, sum_eps=sum_eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -235,10 +235,9 @@ def _is_packed(expert: Expert, first: Expert) -> bool:
 
 
 def _matrix(weight: PackedWeight) -> _native.Matrix:
-    from amalgam import _native
-
-    assert isinstance(weight.native, _native.Matrix), weight.layout
-    return weight.native
+    """What the extension knows a weight in panels by."""
+    matrix: _native.Matrix = weight.native  # type: ignore[assignment]
+    return matrix
 
 
 def _format_name(weight: PackedWeight) -> str:

@@ -130,6 +130,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight.to(x.dtype)
 
 
+def choose_experts(scores: Tensor, k: int, *, normalises: bool, sum_eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The k experts of the largest softmax probability (Shazeer et al. 2017), the first choice first.
+
+    Args:
+        scores: float32 `[tokens, experts]`.
+        normalises: divide the k probabilities by their sum + `sum_eps`.
+
+    Returns ids int64 and gate weights float32, both `[tokens, k]`.
+    """
+    gate_weights, expert_ids = torch.topk(torch.softmax(scores, dim=-1), k, dim=-1)
+    if normalises:
+        gate_weights = gate_weights / (gate_weights.sum(-1, keepdim=True) + sum_eps)
+    return expert_ids, gate_weights
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm over the last dimension (Ba et al. 2016), in float32."""
     return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)

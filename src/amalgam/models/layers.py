@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from amalgam.kernels import ops
@@ -171,11 +170,8 @@ class SoftmaxRouter:
         yield Slot("router", (self.num_experts, hidden_size), "router")
 
     def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-        probabilities = torch.softmax(ops.linear(x.float(), weights["router"]), dim=-1)
-        gate_weights, expert_ids = torch.topk(probabilities, self.num_active_experts, dim=-1)
-        if self.normalises:
-            gate_weights = gate_weights / (gate_weights.sum(-1, keepdim=True) + self.sum_eps)
-        return expert_ids, gate_weights
+        scores = ops.linear(x.float(), weights["router"])
+        return ops.choose_experts(scores, self.num_active_experts, normalises=self.normalises, sum_eps=self.sum_eps)
 
 
 @dataclass(frozen=True)

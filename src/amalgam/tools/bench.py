@@ -254,7 +254,7 @@ def random_weights(
         if key not in templates:
             templates[key] = _random_weight(*key, dtype)
         weight = _copy(templates[key]).to(device)
-        made[slot.name] = ops.prepare(weight) if slot.is_linear else weight
+        made[slot.name] = ops.prepare(weight) if slot.is_linear or slot.role == "router" else weight
         if progress is not None:
             progress("Making weights", index + 1, len(spec.slots))
     return WeightVersion(1, made, {}, {})

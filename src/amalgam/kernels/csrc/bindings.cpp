@@ -20,6 +20,7 @@
 #include "linear.h"
 #include "packing.h"
 #include "pool.h"
+#include "selection.h"
 
 namespace nb = nanobind;
 
@@ -133,6 +134,21 @@ void linear_rows(const Kernels& table, const PackedMatrix& weight, uintptr_t x, 
                                pointer<void>(out)});
 }
 
+void choose_experts_of(uintptr_t scores, int64_t tokens, int64_t experts, int64_t k, bool normalises, float sum_eps,
+                       uintptr_t ids, uintptr_t weights, int threads) {
+    choose_experts(
+        {pointer<const float>(scores), experts, k, normalises, sum_eps, pointer<int64_t>(ids), pointer<float>(weights)},
+        tokens, threads);
+}
+
+void draw_tokens(uintptr_t logits, int64_t rows, int64_t vocabulary, uintptr_t top_k, uintptr_t temperature,
+                 uintptr_t top_p, uintptr_t min_p, uintptr_t seed, uintptr_t index, uintptr_t tokens, int threads) {
+    draw({pointer<const float>(logits), vocabulary, pointer<const int64_t>(top_k), pointer<const double>(temperature),
+          pointer<const double>(top_p), pointer<const double>(min_p), pointer<const uint64_t>(seed),
+          pointer<const uint64_t>(index), pointer<int64_t>(tokens)},
+         rows, threads);
+}
+
 // Reads every byte of the weights once, as fast as a plain loop can: the yardstick of benchmarks/kernels.py.
 uint64_t checksum(const std::vector<std::shared_ptr<PackedMatrix>>& weights, int threads) {
     constexpr int64_t kBytesPerItem = 1 << 18;
@@ -229,6 +245,10 @@ NB_MODULE(_native, module) {
              "num_active"_a, "alpha"_a, "offset"_a, "limit"_a, "x_dtype"_a, "threads"_a, Unlocked());
     module.def("pack", &pack, "format"_a, "rows"_a, "columns"_a, "weight"_a, "scale"_a, "scale_dtype"_a, "scale_rows"_a,
                "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, Unlocked());
+    module.def("choose_experts", &choose_experts_of, "scores"_a, "tokens"_a, "experts"_a, "k"_a, "normalises"_a,
+               "sum_eps"_a, "ids"_a, "weights"_a, "threads"_a, Unlocked());
+    module.def("draw", &draw_tokens, "logits"_a, "rows"_a, "vocabulary"_a, "top_k"_a, "temperature"_a, "top_p"_a,
+               "min_p"_a, "seed"_a, "index"_a, "tokens"_a, "threads"_a, Unlocked());
     module.def("checksum", &checksum, "weights"_a, "threads"_a, Unlocked());
     module.def("supported_isas", &supported_isas);
     module.def("kernels", &kernels, "isa"_a, nb::rv_policy::reference);

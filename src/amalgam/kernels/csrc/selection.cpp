@@ -1,0 +1,202 @@
+#include "selection.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "exponential.h"
+#include "pool.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int64_t kTokensPerItem = 64;
+constexpr int64_t kLane = 64;  // values that are looked at together before one by one
+
+void choose_for_token(const TopExpertsArgs& args, int64_t token, std::vector<float>& probabilities) {
+    const float* scores = args.scores + token * args.experts;
+    float largest = scores[0];
+    for (int64_t i = 1; i < args.experts; ++i) largest = scores[i] > largest ? scores[i] : largest;
+    float* p = probabilities.data();
+    for (int64_t i = 0; i < args.experts; ++i) p[i] = exponential(scores[i] - largest);
+    const float total = std::accumulate(p, p + args.experts, 0.0f);
+    for (int64_t i = 0; i < args.experts; ++i) p[i] /= total;
+
+    int64_t* ids = args.ids + token * args.k;
+    float* weights = args.weights + token * args.k;
+    int64_t count = 0;
+    for (int64_t i = 0; i < args.experts; ++i) {
+        if (count == args.k && !(p[i] > weights[count - 1])) continue;
+        int64_t at = count < args.k ? count++ : count - 1;
+        for (; at > 0 && p[i] > weights[at - 1]; --at) {
+            weights[at] = weights[at - 1];
+            ids[at] = ids[at - 1];
+        }
+        weights[at] = p[i];
+        ids[at] = i;
+    }
+    if (args.normalises) {
+        const float sum = std::accumulate(weights, weights + args.k, 0.0f) + args.sum_eps;
+        for (int64_t i = 0; i < args.k; ++i) weights[i] /= sum;
+    }
+}
+
+// Not NaN, not infinite: 0 times anything else is 0.
+bool all_finite(const float* values, int64_t count) {
+    float sums[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        for (int lane = 0; lane < 16; ++lane) sums[lane] += values[i + lane] * 0.0f;
+    }
+    for (; i < count; ++i) sums[0] += values[i] * 0.0f;
+    float total = 0;
+    for (const float sum : sums) total += sum;
+    return total == 0.0f;
+}
+
+float maximum(const float* values, int64_t count) {
+    float largest[16];
+    std::fill(largest, largest + 16, values[0]);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        for (int lane = 0; lane < 16; ++lane) {
+            largest[lane] = values[i + lane] > largest[lane] ? values[i + lane] : largest[lane];
+        }
+    }
+    for (; i < count; ++i) largest[0] = values[i] > largest[0] ? values[i] : largest[0];
+    return *std::max_element(largest, largest + 16);
+}
+
+// Calls function(index) for every value of at least `limit`, which the function may raise.
+template <class Function>
+void for_each_at_least(const float* values, int64_t count, const float& limit, Function&& function) {
+    for (int64_t start = 0; start < count; start += kLane) {
+        const int64_t size = std::min(kLane, count - start);
+        if (maximum(values + start, size) < limit) continue;
+        for (int64_t i = start; i < start + size; ++i) {
+            if (values[i] >= limit) function(i);
+        }
+    }
+}
+
+// The k-th largest value, k from 1 to count. Keeps the best seen so far in a buffer that is cut back to k when full.
+float kth_largest(const float* values, int64_t count, int64_t k, std::vector<float>& best) {
+    best.clear();
+    float limit = -std::numeric_limits<float>::infinity();
+    const auto cut = [&] {
+        std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), std::greater<>());
+        best.resize(static_cast<size_t>(k));
+        limit = best.back();
+    };
+    const size_t room = static_cast<size_t>(k) + std::max<size_t>(64, static_cast<size_t>(k));
+    for_each_at_least(values, count, limit, [&](int64_t i) {
+        best.push_back(values[i]);
+        if (best.size() >= room) cut();
+    });
+    cut();
+    return limit;
+}
+
+struct Scratch {
+    std::vector<float> best;
+    std::vector<int64_t> candidates, others;
+    std::vector<double> weights;
+};
+
+// Sets the weights of the least likely candidates, which together hold at most `share`, to 0; never all of them.
+void cut_tail(double share, Scratch& scratch) {
+    std::vector<double>& weights = scratch.weights;
+    const double limit = share * std::accumulate(weights.begin(), weights.end(), 0.0);
+    const double negligible = limit / static_cast<double>(weights.size());  // together within the limit: need no order
+    scratch.others.clear();
+    double tail = 0.0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        if (weights[i] <= negligible) {
+            tail += weights[i];
+            weights[i] = 0.0;
+        } else {
+            scratch.others.push_back(static_cast<int64_t>(i));
+        }
+    }
+    std::stable_sort(scratch.others.begin(), scratch.others.end(), [&](int64_t a, int64_t b) {
+        return weights[static_cast<size_t>(a)] < weights[static_cast<size_t>(b)];
+    });
+    for (size_t i = 0; i + 1 < scratch.others.size(); ++i) {
+        double& weight = weights[static_cast<size_t>(scratch.others[i])];
+        if ((tail += weight) > limit) break;
+        weight = 0.0;
+    }
+}
+
+int64_t draw_row(const DrawArgs& args, int64_t row, Scratch& scratch) {
+    const float* logits = args.logits + row * args.vocabulary;
+    if (!all_finite(logits, args.vocabulary)) return -1;
+    const float largest = maximum(logits, args.vocabulary);
+    if (args.temperature[row] == 0.0) return std::find(logits, logits + args.vocabulary, largest) - logits;
+
+    const int64_t k = args.top_k[row];
+    const float threshold = k < args.vocabulary ? kth_largest(logits, args.vocabulary, k, scratch.best)
+                                                : -std::numeric_limits<float>::infinity();
+    scratch.candidates.clear();
+    for_each_at_least(logits, args.vocabulary, threshold, [&](int64_t i) { scratch.candidates.push_back(i); });
+    scratch.weights.clear();
+    for (const int64_t i : scratch.candidates) {
+        const double below = static_cast<double>(logits[i]) - static_cast<double>(largest);
+        scratch.weights.push_back(std::exp(below / args.temperature[row]));
+    }
+    if (args.top_p[row] < 1.0) cut_tail(1.0 - args.top_p[row], scratch);
+    if (args.min_p[row] > 0.0) {
+        for (double& weight : scratch.weights) weight = weight < args.min_p[row] ? 0.0 : weight;  // the best has 1
+    }
+    std::vector<double>& cumulative = scratch.weights;
+    std::partial_sum(cumulative.begin(), cumulative.end(), cumulative.begin());
+    const double total = cumulative.back();
+    const auto last = std::lower_bound(cumulative.begin(), cumulative.end(), total);  // no rounding leads further
+    const double u = uniform(args.seed[row], args.index[row]);
+    const auto chosen = std::min(std::upper_bound(cumulative.begin(), cumulative.end(), u * total), last);
+    return scratch.candidates[static_cast<size_t>(chosen - cumulative.begin())];
+}
+
+struct Product {
+    uint64_t high, low;
+};
+
+Product multiply(uint64_t a, uint64_t b) {
+    const uint64_t a0 = a & 0xffffffff, a1 = a >> 32, b0 = b & 0xffffffff, b1 = b >> 32;
+    const uint64_t middle = a1 * b0 + (a0 * b0 >> 32);
+    const uint64_t carry = (middle & 0xffffffff) + a0 * b1;
+    return {a1 * b1 + (middle >> 32) + (carry >> 32), a * b};
+}
+
+}  // namespace
+
+void choose_experts(const TopExpertsArgs& args, int64_t tokens, int threads) {
+    parallel_ranges(tokens, kTokensPerItem, threads, [&](int64_t first, int64_t end) {
+        std::vector<float> probabilities(static_cast<size_t>(args.experts));
+        for (int64_t token = first; token < end; ++token) choose_for_token(args, token, probabilities);
+    });
+}
+
+void draw(const DrawArgs& args, int64_t rows, int threads) {
+    parallel_for(rows, threads, [&](int64_t row) {
+        thread_local Scratch scratch;
+        args.tokens[row] = draw_row(args, row, scratch);
+    });
+}
+
+double uniform(uint64_t seed, uint64_t index) {
+    uint64_t counter[4] = {1, 0, 0, 0}, key[2] = {seed, index};
+    for (int round = 0; round < 10; ++round) {
+        const Product even = multiply(0xd2e7470ee14c6c93, counter[0]), odd = multiply(0xca5a826395121157, counter[2]);
+        counter[0] = odd.high ^ counter[1] ^ key[0];
+        counter[1] = odd.low;
+        counter[2] = even.high ^ counter[3] ^ key[1];
+        counter[3] = even.low;
+        key[0] += 0x9e3779b97f4a7c15;
+        key[1] += 0xbb67ae8584caa73b;
+    }
+    return static_cast<double>(counter[0] >> 11) * 0x1p-53;
+}
+
+}  // namespace amalgam
