@@ -31,8 +31,9 @@ check: $(INSTALLED_DEV) ## formatting, lint, types, import rules
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
-bench: $(INSTALLED) ## load time, memory and tokens/s of the demo model
+bench: $(INSTALLED) ## load time, memory and tokens/s of the demo model; planning and loading at scale
 	$(BIN)/amalgam bench --config $(CONFIG) $(ARGS)
+	$(BIN)/python benchmarks/scale.py
 
 format: $(INSTALLED_DEV) ## format and fix what can be fixed
 	$(BIN)/ruff format .

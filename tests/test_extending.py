@@ -42,7 +42,7 @@ def installed(extension: dict[str, types.ModuleType], monkeypatch: pytest.Monkey
         "amalgam.formats": [EntryPoint(extension["halves"].FORMAT)],
         "amalgam.families": [EntryPoint(extension["tiny_llama"].FAMILY)],
     }
-    caches = (formats.all_formats, spec.all_families, source._companions)
+    caches = (formats.all_formats, spec.all_families, source._companions, source.fitting)
     for module in (formats, spec):
         monkeypatch.setattr(module, "entry_points", lambda group: found[group])
     for cached in caches:

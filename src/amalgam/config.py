@@ -115,7 +115,7 @@ class ModelSettings(_Section):
     name: str = ""
     """Name shown to clients. Empty: the folder's name."""
     base_path: str
-    """Folder or hub id with config.json, the tokenizer and the default weights."""
+    """Folder, `.gguf` file or hub id (`org/name`, `org/name:file.gguf`): configuration, tokenizer, default weights."""
     mixed_precision: MixedPrecisionSettings = MixedPrecisionSettings()
     """Further sources and the rules that choose among them."""
 

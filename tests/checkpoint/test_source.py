@@ -48,14 +48,32 @@ def test_hub_pickles_only_without_safetensors(
     def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         assert (hub_id, ignore_patterns) == ("org/name", ["*/*"])
         asked.extend(allow_patterns)
-        if has_safetensors:
-            (tmp_path / "model.safetensors").touch()
+        (tmp_path / ("model.safetensors" if has_safetensors else "pytorch_model.bin")).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("org/name") == tmp_path
     assert {"*.safetensors", "*.json"} <= set(asked)
     assert ("*.bin" in asked) is not has_safetensors
+
+
+def test_a_gguf_file_of_a_hub_repository_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert hub_id == "org/name"
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name, wanted in (("m-Q4_0.gguf", "m-Q4_0.gguf"), ("m-00001-of-00002.gguf", "m-*-of-00002.gguf")):
+        (tmp_path / name).touch()
+        assert resolve(f"org/name:{name}") == tmp_path / name
+        assert asked[-1] == [wanted]
+    with pytest.raises(CheckpointError, match=r"has no file 'absent\.gguf'"):
+        resolve("org/name:absent.gguf")
+    with pytest.raises(CheckpointError, match=r"neither .* name the file: org/name:NAME\.gguf"):
+        resolve("org/name")
 
 
 def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,10 @@ def build(base: Path, *rules: tuple[str, str], **sources: Path) -> WeightVersion
         ({"moe_intermediate_size": 48}, "[48, 64]"),
         ({"num_experts": 9, "num_local_experts": 9}, "model.layers.0.mlp."),
         ({"vocab_size": 300}, "[300, 64]"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers = 1073741824"),
+        ({"num_hidden_layers": 10**6}, "at most 1024 layers"),
+        ({"num_experts": 2**30, "num_local_experts": 2**30}, "2147483648 experts in 2 layers"),
+        ({"num_experts": 10**5, "num_local_experts": 10**5}, "at most 65536 in all"),
     ],
 )
 def test_a_config_that_does_not_fit(copy: Path, changes: dict[str, Any], message: str) -> None:

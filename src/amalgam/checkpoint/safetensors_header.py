@@ -49,6 +49,7 @@ MAX_COMMAS = 3_000_000
 MAX_RANK = 8
 MAX_ELEMENTS = 2**60
 _KEYS = {"dtype", "shape", "data_offsets"}
+_SIZE_TYPES = {int}  # not bool, which is an int to isinstance
 _LFS_MAGIC = b"version "
 _DAMAGED = "The file is damaged or hostile: download it again from a source that you trust."
 
@@ -155,24 +156,25 @@ def _entry(file: Path, data_start: int, name: str, info: Any) -> TensorEntry:
         refuse(f"with shape {describe(shape)} instead of a list")
     if len(shape) > MAX_RANK:
         refuse(f"with {len(shape)} dimensions; at most {MAX_RANK} are allowed")
-    if not all(type(size) is int and size >= 0 for size in shape):
+    if not _SIZE_TYPES.issuperset(map(type, shape)) or min(shape, default=0) < 0:
         refuse(f"with shape {describe(shape)} instead of a list of integers of at least 0")
     # Empty tensors count too: their strides must fit 64 bits.
-    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+    num_elements = math.prod(shape)
+    if (num_elements or math.prod(max(size, 1) for size in shape)) > MAX_ELEMENTS:
         refuse(f"with shape {describe(shape)}; at most {MAX_ELEMENTS} elements are allowed")
     offsets = info["data_offsets"]
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _SIZE_TYPES.issuperset(map(type, offsets)):
         refuse(f"with data_offsets {describe(offsets)} instead of two integers")
     begin, end = offsets
     if not 0 <= begin <= end:
         refuse(f"with data_offsets {describe(offsets)}, which do not rise from 0 or above")
-    entry = TensorEntry(name, dtype, tuple(shape), file, data_start + begin)
-    if end - begin != entry.nbytes:
+    nbytes = num_elements * dtype.itemsize
+    if end - begin != nbytes:
         refuse(
             f"with data_offsets {describe(offsets)}, {describe(end - begin)} bytes, but its shape {shape} of "
-            f"{info['dtype']} takes {entry.nbytes}"
+            f"{info['dtype']} takes {nbytes}"
         )
-    return entry
+    return TensorEntry(name, dtype, tuple(shape), file, data_start + begin)
 
 
 def check_ranges(file: Path, file_bytes: int, entries: list[TensorEntry]) -> None:

@@ -175,7 +175,7 @@ def _read_index(folder: Path, index: str, suffix: str) -> _Listing:
 
 
 def _check_index(index: Path, weight_map: dict[str, str], shards: list[Shard]) -> None:
-    found = {(entry.name, shard.file.name) for shard in shards for entry in shard.entries}
+    found = {(entry.name, name) for shard in shards for name in [shard.file.name] for entry in shard.entries}
     listed = set(weight_map.items())
     for tensor, name in sorted(listed - found)[:1]:
         _refuse(index, f"puts tensor {describe(tensor)} in {describe(name)}, which does not have it")

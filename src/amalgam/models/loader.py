@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from amalgam.checkpoint.collector import collector_paused
 from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import ops
@@ -97,6 +98,7 @@ class ModelLoader:
         names: logical name of every weight, in order of use.
     """
 
+    @collector_paused()
     def __init__(self, model: ModelSettings, inference: InferenceSettings, device: torch.device, threads: int) -> None:
         """Open the base checkpoint and read its config.
 
@@ -142,6 +144,7 @@ class ModelLoader:
                 )
         return Plan(self._slots, rules, self._mixed.default_source)
 
+    @collector_paused()
     def check(self, plan: Plan) -> list[PlannedWeight]:
         """Find every weight of a plan in its source and compare shapes; reads headers only.
 

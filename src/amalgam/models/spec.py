@@ -28,6 +28,11 @@ from amalgam.models.weights import BlockWeights
 from amalgam.precision.fused import FusedTensor
 
 T = TypeVar("T")
+# Several times what the largest published models have. Every layer and expert becomes an object, before any file is
+# asked whether it holds them.
+MAX_LAYERS = 1024
+MAX_EXPERTS = 2**16
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 
 
 @dataclass(frozen=True)
@@ -332,6 +337,23 @@ def fused_tensors(config: Mapping[str, Any]) -> tuple[FusedTensor, ...]:
 
 
 def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]:
-    """Family and spec of a config.json; `where` names the file in messages."""
+    """Family and spec of a config.json; `where` names the file in messages.
+
+    Raises:
+        CheckpointError: a key is missing.
+        UnsupportedError: no family serves it, or a value is not supported. More layers or experts than any model has
+            are refused before anything is made of them.
+    """
     family = find_family(config, where)
-    return family, family.read_spec(ConfigReader(config, where))
+    reader = ConfigReader(config, where)
+    for key in _LAYER_COUNTS:
+        if isinstance(config.get(key), int) and config[key] > MAX_LAYERS:
+            reader.refuse(key, config[key], f"at most {MAX_LAYERS} layers")
+    spec = family.read_spec(reader)
+    num_experts = sum(layer.mlp.num_experts for layer in spec.layers)
+    if num_experts > MAX_EXPERTS:
+        raise UnsupportedError(
+            f"{where} describes {describe(num_experts)} experts in {spec.num_layers} layers.",
+            remedy=f"Supported: at most {MAX_EXPERTS} in all. Is the file damaged?",
+        )
+    return family, spec

@@ -155,10 +155,11 @@ def split_fused(
         CheckpointError: a fused tensor's shape cannot be what the table says.
     """
     by_name = {fused.stored + suffix: (fused, suffix) for fused in table for suffix in _SUFFIXES}
+    ends = tuple({stored.rpartition("{}")[2] for stored in by_name})  # a quick look before the regular expression
     pieces: list[Piece] = []
     others: list[str] = []
     for name, entry in tensors.items():
-        found = by_name.get(_NUMBER.sub("{}", name)) if by_name else None
+        found = by_name.get(_NUMBER.sub("{}", name)) if name.endswith(ends) else None
         if found is None:
             others.append(name)
             continue

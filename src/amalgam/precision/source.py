@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from amalgam.checkpoint.collector import collector_paused
+from amalgam.checkpoint.shards import Identity
 from amalgam.checkpoint.source import read_json, resolve
 from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError
@@ -65,6 +67,7 @@ class Source:
     weights: Mapping[str, StoredWeight]
 
     @classmethod
+    @collector_paused()
     def open(cls, name: str, path_or_hub_id: str, fused: FusedTable = lambda config: ()) -> Source:
         """Open a checkpoint; reads headers, and of some formats the small tensors that hold a weight's shape.
 
@@ -121,9 +124,11 @@ class Source:
 
     def identity(self, stored: StoredWeight) -> tuple[Any, ...]:
         """Equal for two weights exactly if they come from the same unchanged bytes."""
-        parts = (
-            (part.name, part.offset, part.nbytes, self.store.identity(whole_of(part))) for part in stored.parts.values()
-        )
+        files: dict[Path, Identity] = {}  # a weight's parts mostly lie in one file: ask for its state once
+        for part in stored.parts.values():
+            if part.file not in files:
+                files[part.file] = self.store.identity(whole_of(part))
+        parts = ((part.name, part.offset, part.nbytes, files[part.file]) for part in stored.parts.values())
         return (stored.name, stored.format.name, *parts)
 
 
@@ -234,11 +239,12 @@ def recognise(name: str, parts: Mapping[str, TensorPart], declaration: Declarati
     """
     declared = declaration.of(name.removesuffix(f".{WEIGHT_SUFFIX}"))
     context = ModuleContext(declared, read)
-    for weight_format in fitting(parts):
+    for weight_format in fitting(frozenset(parts)):
         stored = weight_format.recognise(name, parts, context)
         if stored is not None:
-            stored = replace(stored, declared=declared)
-            _check_declared(stored)
+            if declared.method is not None:
+                stored = replace(stored, declared=declared)
+                _check_declared(stored)
             return stored
     found = ", ".join(f"{e.name} {str(e.dtype).removeprefix('torch.')} {list(e.shape)}" for e in parts.values())
     raise CheckpointError(
@@ -247,17 +253,15 @@ def recognise(name: str, parts: Mapping[str, TensorPart], declaration: Declarati
     )
 
 
-def fitting(roles: Iterable[str]) -> list[WeightFormat]:
+@lru_cache(maxsize=1024)  # a checkpoint has few sets of suffixes, but a hostile one may have any number
+def fitting(roles: frozenset[str]) -> tuple[WeightFormat, ...]:
     """The formats whose suffixes these are."""
-    found = frozenset(roles)
-    return [f for f in all_formats() if f.required <= found <= f.required | f.optional]
+    return tuple(f for f in all_formats() if f.required <= roles <= f.required | f.optional)
 
 
 def _check_declared(stored: StoredWeight) -> None:
     """Raise CheckpointError if the tensors are not what the checkpoint declares."""
     declared, weight_format = stored.declared, stored.format
-    if declared.method is None:
-        return
     if stored.is_wide:
         if declared.is_quantized and len(stored.shape) == 2 and stored.name.endswith(f".{WEIGHT_SUFFIX}"):
             _contradict(stored, "quantized", f"plain {weight_format.name}")

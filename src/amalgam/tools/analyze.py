@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from amalgam.checkpoint import TensorStore, read_json, resolve
+from amalgam.checkpoint.collector import collector_paused
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
@@ -179,6 +180,7 @@ class Analysis:
         }
 
 
+@collector_paused()
 def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
     """Analyze a checkpoint by its headers, or by its index alone where files are missing.
 

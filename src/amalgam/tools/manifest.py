@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from amalgam.checkpoint.collector import collector_paused
 from amalgam.models.loader import PlannedWeight, Progress
 from amalgam.models.weights import fingerprint, manifest
 from amalgam.precision.fused import whole_of
 
 
+@collector_paused()
 def plan_manifest(
     planned: Sequence[PlannedWeight], digest_threads: int | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def _digest_all(planned: Sequence[PlannedWeight], threads: int, progress: Progre
             tensor = weight.source.read(stored)
             raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
             digests.append((part.key, hashlib.sha256(raw.data).hexdigest()))
-            weight.source.store.release(whole_of(stored).name)
+            weight.source.store.release(whole_of(stored))
         if progress is not None:
             with lock:
                 done += weight.stored.nbytes
