@@ -135,7 +135,7 @@ def bench_shape(
     inference = settings.inference.model_dump() | {"max_seq_length": max_tokens, "max_batch_size": max(batches)}
     settings = settings.replace(inference=inference, engine=settings.engine.model_dump() | {"max_step_tokens": 512})
     engine = Engine(
-        Decoder(spec, max_tokens, dtype, device), version, _word_tokenizer(spec.vocab_size), settings, device, dtype
+        Decoder(spec, max_tokens, dtype, device), version, word_tokenizer(spec.vocab_size), settings, device, dtype
     )
     engine.start()
     try:
@@ -237,7 +237,7 @@ def _copy(weight: PackedWeight) -> PackedWeight:
     return PackedWeight(weight.layout, weight.shape, parts, weight.unpack, weight.block)
 
 
-def _word_tokenizer(vocab_size: int) -> Tokenizer:
+def word_tokenizer(vocab_size: int) -> Tokenizer:
     """A tokenizer with one word per id, for models that exist only as a shape."""
     from tokenizers import Tokenizer as Backend
     from tokenizers.models import WordLevel
