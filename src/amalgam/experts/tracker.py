@@ -187,7 +187,8 @@ class ExpertTracker:
             # with the caches full of weights, would cost more than all of them together later.
             expert_ids, gate_weights = torch.stack(list(expert_ids)), torch.stack(list(gate_weights))
         with self._lock:
-            self._pending.append(Step(self._advance(), spans, num_rows, expert_ids, gate_weights))
+            step = Step(self._advance(), spans, num_rows, expert_ids, gate_weights)  # which may take what was pending
+            self._pending.append(step)
             self._num_pending_rows += num_rows
             self.revision += 1
             if self._num_pending_rows >= _MAX_PENDING_ROWS or len(self._pending) >= _MAX_PENDING_STEPS:
