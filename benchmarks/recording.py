@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -105,14 +106,18 @@ def decode_seconds(engine: Engine, num_sequences: int, num_tokens: int, observat
     """Seconds per step between the first step that all sequences take part in and the end of the last."""
     params = SamplingParams(max_new_tokens=num_tokens, do_sample=False, ignore_eos=True)
     arrivals: dict[int, list[float]] = {}
+    finished: SimpleQueue[RequestOutput] = SimpleQueue()
 
     def sink(output: RequestOutput) -> None:
         arrivals.setdefault(output.request_id, []).append(time.perf_counter())
+        if output.is_finished:
+            finished.put(output)
 
     for index in range(num_sequences):
         engine.submit([(index * PROMPT_TOKENS + i) % 1000 for i in range(PROMPT_TOKENS)], params, sink, observation)
-    while engine.status().num_running or engine.status().num_waiting:
-        time.sleep(0.005)
+    for _ in range(num_sequences):
+        if (error := finished.get().error) is not None:
+            raise error
     first = max(times[0] for times in arrivals.values())
     last = max(times[-1] for times in arrivals.values())
     return (last - first) / (num_tokens - 1)
@@ -181,13 +186,13 @@ def main() -> None:
         for engine in engines.values():
             engine.stop()
 
-    table = Table("recording", "sequences", "tokens/s", "cost %", "quartiles %", "µs/step", "% of a step")
+    table = Table("recording", "seqs", "tokens/s", "cost %", "quartiles %", "µs/step", "% of a step")
     for result in results:
         low, high = (f"{100 * value:+.2f}" for value in result.quartiles)
         speed, cost = f"{result.tokens_per_second:.1f}", f"{100 * result.cost:+.2f}"
         own = f"{result.microseconds_per_step:.0f}", f"{100 * result.share_of_step:.2f}"
         table.add_row(result.recording, str(result.sequences), speed, cost, f"{low} to {high}", *own)
-    Console().print(table)
+    Console(width=100).print(table)
     rows = [asdict(result) for result in results]
     print(json.dumps({"command": sys.argv, "commit": commit(), "hardware": hardware(), "results": rows}))
 
