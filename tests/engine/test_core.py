@@ -174,9 +174,10 @@ class TestRefusals:
 
 class TestCancelling:
     def test_a_running_and_a_waiting_request(self, make_engine, submit):
-        engine, decoder = held_engine(make_engine, max_batch_size=2)
+        engine, decoder = held_engine(make_engine, starts=False, max_batch_size=2)
         first, second, waiting = [submit(engine, [token]) for token in (5, 6, 7)]
-        wait_until(lambda: engine.status().num_running >= 1)  # the first step may have begun before the second came
+        engine.start()  # only now, so that the first step takes both
+        wait_until(lambda: engine.status().num_running == 2)
         for outputs in (second, waiting):
             engine.cancel(outputs.request_id)
             engine.cancel(outputs.request_id)
@@ -216,20 +217,36 @@ class TestCancelling:
         engine.cancel(12345)
         assert engine.generate([[6]], GREEDY)[0].token_ids == greedy_tokens([6], 12)
 
-    def test_an_interrupt_cancels_what_generate_began(self, make_engine):
+    def test_an_interrupt_cancels_what_generate_began(self, make_engine, monkeypatch):
         decoder = FakeDecoder()
         engine = make_engine(decoder)
-        num_steps = 0
+        begun, cancelled, steps = [], set(), []
+        has_begun, is_over = threading.Event(), threading.Event()
+        submit, cancel = engine.submit, engine.cancel
+
+        def noted_submit(*arguments):
+            begun.append(submit(*arguments))
+            if len(begun) == 2:
+                has_begun.set()
+            return begun[-1]
+
+        def noted_cancel(request_id):
+            cancel(request_id)
+            cancelled.add(request_id)
+            if len(cancelled) == 2:
+                is_over.set()
 
         def on_step(token_ids):
-            nonlocal num_steps
-            num_steps += 1
-            if num_steps == 3:
+            steps.append(token_ids)
+            if len(steps) == 3:
+                assert has_begun.wait(10)
                 _thread.interrupt_main()
-            elif num_steps > 3:
-                time.sleep(0.02)  # the main thread sees the interrupt before the answers are complete
+            if len(steps) >= 3:
+                is_over.wait(0.1)  # the interrupt is seen when an output arrives, however late the main thread runs
 
         decoder.on_step = on_step
+        monkeypatch.setattr(engine, "submit", noted_submit)
+        monkeypatch.setattr(engine, "cancel", noted_cancel)
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         try:
             with pytest.raises(KeyboardInterrupt):
@@ -237,7 +254,8 @@ class TestCancelling:
         finally:
             signal.signal(signal.SIGINT, handler)
         wait_until(lambda: is_at_rest(engine))
-        assert num_steps < 250
+        assert cancelled == set(begun)
+        assert len(steps) < 250
 
     def test_a_refused_prompt_cancels_the_others_of_its_call(self, make_engine):
         engine = make_engine(max_seq_length=64)
@@ -262,8 +280,17 @@ class TestStream:
 
     @pytest.mark.parametrize("leaves_by", ["break", "task"])
     def test_leaving_early_frees_slot_and_blocks(self, make_engine, leaves_by):
-        engine = make_engine(max_seq_length=1000)
+        decoder = FakeDecoder()
+        engine = make_engine(decoder, max_seq_length=1000)
         endless = SamplingParams(max_new_tokens=900, do_sample=False, ignore_eos=True)
+        has_left, steps = threading.Event(), []
+
+        def on_step(token_ids):
+            steps.append(token_ids)
+            if len(steps) == 4:  # the answer cannot end before its reader has left
+                assert has_left.wait(10)
+
+        decoder.on_step = on_step
 
         async def read(limit):
             async with aclosing(engine.stream([5, 6], endless)) as outputs:
@@ -281,7 +308,9 @@ class TestStream:
                     await asyncio.wait_for(read(limit=900), timeout=0.02)
 
         asyncio.run(leave())
+        has_left.set()
         wait_until(lambda: is_at_rest(engine))
+        assert len(steps) <= 4
 
     def test_errors_of_submit_come_when_the_iteration_begins(self, make_engine):
         engine = make_engine(max_seq_length=20)
@@ -397,9 +426,9 @@ class TestVersions:
         outputs = []
         for index, prompt in enumerate(prompts):
             if index % 20 == 19:
+                wait_until(lambda: outputs[-10].all)  # it came after the last change, so that each version has requests
                 engine.set_version(FakeVersion(engine.version.version_id + 1))
             outputs.append(submit(engine, prompt))
-            time.sleep(0.002)
         versions = [output.last().usage.version for output in outputs]
         for prompt, output, version in zip(prompts, outputs, versions, strict=True):
             assert output.token_ids == greedy_tokens(prompt, 12, version)
@@ -470,8 +499,15 @@ class TestEnd:
         engine, decoder = held_engine(make_engine, max_batch_size=1)
         outputs = [submit(engine, [5]), submit(engine, [6])]
         wait_until(lambda: engine.status().num_running == 1)
-        threading.Timer(0.05, decoder.gate.set).start()
+
+        def open_gate():
+            wait_until(lambda: not engine.status().is_alive)  # `stop` has begun
+            decoder.gate.set()
+
+        opener = threading.Thread(target=open_gate)
+        opener.start()
         engine.stop()
+        opener.join()
         for output in outputs:
             assert output.last().finish_reason is FinishReason.ERROR
             assert isinstance(output.last().error, UnavailableError)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -248,8 +247,8 @@ def big_tracker(**settings: Any) -> ExpertTracker:
     return tracker
 
 
-def test_a_large_grid_stays_fluid_while_steps_run() -> None:
-    """The aim is 50 ms at p99 on a quiet machine; the bound here leaves room for a busy one."""
+def test_a_large_grid_is_consistent_while_steps_run() -> None:
+    """How long it takes, benchmarks/dashboard.py says."""
     tracker, is_done = big_tracker(), threading.Event()
 
     def run() -> None:
@@ -263,14 +262,10 @@ def test_a_large_grid_stays_fluid_while_steps_run() -> None:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        for read in (lambda: grid(tracker.snapshot()), lambda: grid(tracker.snapshot(60))):
-            seconds = []
+        for minutes in (None, 60):
             for _ in range(50):
-                started = time.perf_counter()
-                read()
-                seconds.append(time.perf_counter() - started)
-            assert np.median(seconds) < 0.05
-            assert np.quantile(seconds, 0.9) < 0.25
+                answer = grid(tracker.snapshot(minutes))
+                assert {sum(row) for row in answer["values"]} == {answer["total_tokens"] * 8}
     finally:
         is_done.set()
         thread.join()

@@ -29,7 +29,7 @@ FLAGS = (
     "--disable-sync",
     "--hide-scrollbars",
 )
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0  # ends what would hang; a busy machine takes some
 INTERNAL_SCHEMES = ("about", "blob", "chrome", "data")  # the first page of a new browser is its own
 
 

@@ -18,7 +18,8 @@ from amalgam.server.service import Service
 from tests.server.fakes import FakeDeployment, fake_settings
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for what must come; the time only ends what would hang."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -37,7 +38,7 @@ def serving(settings: Settings, open_deployment: Callable[[], Any]) -> Iterator[
         yield "http://{}:{}".format(*listener.getsockname())
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -57,7 +58,7 @@ def url(deployment: FakeDeployment) -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=10) as client:
+    with httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 
@@ -66,5 +67,5 @@ def shared_client() -> Iterator[httpx.Client]:
     """One server for tests that leave no trace on it."""
     with serving(fake_settings(port=0), FakeDeployment) as base_url:
         wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
-        with httpx.Client(base_url=base_url, timeout=10) as client:
+        with httpx.Client(base_url=base_url, timeout=60) as client:
             yield client

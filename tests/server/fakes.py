@@ -1,12 +1,15 @@
 """A deployment without a model: the server's side of the engine's interface, with controllable speed and faults.
 
-Run as a script it serves: `fakes.py PORT DRAIN_SECONDS LOAD_SECONDS STEP_SECONDS [FAULT]`.
+Run as a script it serves: `fakes.py PORT DRAIN_SECONDS [HELD] [FAULT]`. What is HELD waits for a line on the standard
+input: `load` (the model), `steps` (after two tokens) or `exit` (of a server that is drained or has failed).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +31,7 @@ from amalgam.engine.request import (
 )
 from amalgam.errors import CheckpointError, OverloadedError, PromptTooLongError, UnavailableError
 from amalgam.models.context import RoutingTrace
-from amalgam.server import run
+from amalgam.server import lifecycle, run
 
 FAIL = "fail"  # a prompt that makes the engine raise
 MAX_SEQ_LENGTH = 64
@@ -36,9 +39,14 @@ MAX_SEQ_LENGTH = 64
 
 @dataclass
 class FakeEngine:
-    """Answers `w0 w1 ...`, one word a step; several requests at once."""
+    """Answers `w0 w1 ...`, one word a step; several requests at once.
+
+    Attributes:
+        held_at: requests wait after so many tokens, until this is None.
+    """
 
     step_seconds: float = 0.0
+    held_at: int | None = None
     max_queue: int = 8
     is_alive: bool = True
     is_stopped: bool = False
@@ -66,6 +74,10 @@ class FakeEngine:
         try:
             for index in range(count):
                 await asyncio.sleep(self.step_seconds)
+                while (  # noqa: ASYNC110 – tests change these in other threads
+                    self.held_at is not None and index >= self.held_at and self.is_alive and not self.is_stopped
+                ):
+                    await asyncio.sleep(0.002)
                 if self.is_stopped or not self.is_alive:
                     yield self._failed(request_id, UnavailableError("The engine has stopped."))
                     return
@@ -132,7 +144,6 @@ class FakeDeployment:
     engine: FakeEngine = field(default_factory=FakeEngine)
     observer: Any = None
     model_name: str = "fake"
-    remap_seconds: float = 0.0
     is_closed: bool = False
     encode: Callable[[str], list[int]] = encode
     remaps: list[RemapRecord] = field(default_factory=list)
@@ -149,14 +160,13 @@ class FakeDeployment:
         return {"architecture": "fake", "weight_version": self.engine.version.version_id}
 
     def update_weight_mapping(self, mapping: dict[str, str]) -> Any:
-        time.sleep(self.remap_seconds)
         before = self.engine.version.version_id
         self.engine.version = FakeVersion(before + 1)
-        self.remaps.append(RemapRecord(time.time(), before + 1, before, len(mapping), 2, self.remap_seconds))
+        self.remaps.append(RemapRecord(time.time(), before + 1, before, len(mapping), 2, 0.0))
         changed = [WeightChange(name, "base", source, "bf16", source) for name, source in mapping.items()]
         return SimpleNamespace(
             version=before + 1, previous_version=before, fingerprint="f", changed=changed, num_loaded=len(changed),
-            loaded_bytes=2, shared_bytes=3, seconds=self.remap_seconds,
+            loaded_bytes=2, shared_bytes=3, seconds=0.0,
         )  # fmt: skip
 
     def reload_weights(self) -> Any:
@@ -180,15 +190,27 @@ def fake_settings(**server: Any) -> Settings:
     return build_settings({"model": {"base_path": "fake"}, "server": server})
 
 
-def main(port: str, drain_seconds: str, load_seconds: str, step_seconds: str, fault: str = "") -> None:
+def main(port: str, drain_seconds: str, held: str = "", fault: str = "") -> None:
+    engine = FakeEngine(is_alive=fault != "die", held_at=2 if held == "steps" else None)
+    is_released = threading.Event()
+
+    def release() -> None:
+        sys.stdin.readline()
+        is_released.set()
+        engine.held_at = None
+        if held == "exit":
+            lifecycle.MIN_DRAIN_SECONDS = lifecycle.FAILURE_SECONDS = 0.0
+
     def open_deployment() -> Any:
-        time.sleep(float(load_seconds))
+        if held == "load":
+            is_released.wait()
         if fault == "load":
             raise CheckpointError("Shard 'a.safetensors' is missing.", remedy="Download it again.")
-        deployment = FakeDeployment(FakeEngine(step_seconds=float(step_seconds)))
-        if fault == "die":
-            deployment.engine.is_alive = False
-        return deployment
+        return FakeDeployment(engine)
+
+    if held == "exit":
+        lifecycle.MIN_DRAIN_SECONDS = lifecycle.FAILURE_SECONDS = math.inf
+    threading.Thread(target=release, daemon=True).start()
 
     run(fake_settings(port=int(port), drain_seconds=float(drain_seconds)), open_deployment)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -32,14 +34,26 @@ def test_reload_weights(client: httpx.Client, body: dict[str, object]) -> None:
     assert answer["weight_version"] == 2
 
 
-def test_generation_goes_on_during_a_remap(client: httpx.Client, deployment: FakeDeployment) -> None:
-    deployment.remap_seconds = 0.5
+def test_generation_goes_on_during_a_remap(
+    client: httpx.Client, deployment: FakeDeployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+    update = deployment.update_weight_mapping
+
+    def held_update(mapping: dict[str, str]) -> Any:
+        has_begun.set()
+        assert may_end.wait(60)
+        return update(mapping)
+
+    monkeypatch.setattr(deployment, "update_weight_mapping", held_update, raising=False)
     with ThreadPoolExecutor(1) as pool:
         remap = pool.submit(client.post, "/reload_weights")
+        assert has_begun.wait(60)
         for _ in range(5):
             answer = client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).json()
             assert answer["weight_version"] == 1
         assert not remap.done()
+        may_end.set()
         assert remap.result().status_code == 200
 
 

@@ -43,9 +43,10 @@ def test_a_refused_request_raises(url: str) -> None:
 
 
 def test_leaving_a_stream_early_cancels_it(url: str, deployment: FakeDeployment) -> None:
-    deployment.engine.step_seconds = 0.01
-    stream = MixedPrecisionAPIClient(url).stream_text("a", max_new_tokens=10_000)
+    deployment.engine.held_at = 1
+    stream = MixedPrecisionAPIClient(url).stream_text("a")
     assert next(stream) == "w0 "
+    assert deployment.engine.running
     stream.close()
     wait_until(lambda: not deployment.engine.running)
 

@@ -26,7 +26,6 @@ PANELS = (
     *("serving", "usage", "expert", "hints", "precision", "stage", "inspector", "analysis", "coactivation", "drift"),
     *("memory", "remaps", "playground"),
 )
-UPDATE_SECONDS = 0.2  # a page update at 94 × 128
 UPDATE_OFTEN = """
     const [selector, name, done] = arguments;
     const select = document.querySelector(selector);
@@ -84,7 +83,7 @@ def demo_url(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def large_url() -> Iterator[str]:
     deployment = LargeDeployment()
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200, 30)
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
         yield url
 
 
@@ -121,7 +120,7 @@ def test_every_panel_is_fed(page: Page, demo_url: str) -> None:
     assert page.text("#status span") == "healthy"
     page.wait("return document.querySelectorAll('#serving .tile').length === 6")
     assert page.count("#usage-busiest button") == 12
-    assert page.count("#hint-list li[data-severity]") > 0
+    assert page.count("#hint-list li[data-severity]") == int(page.text("#hint-count")) > 0
     assert page.text("#memory-body").count("int4") == 2  # as a format and as a source
     [bars] = page.run("return [document.querySelector('[data-chart=throughput]').data[0].y.length]")
     assert bars > 0
@@ -223,14 +222,26 @@ def test_the_playground_streams(page: Page, demo_url: str) -> None:
     assert_clean(page, demo_url)
 
 
-def test_the_playground_stops_and_tells_errors(page: Page, demo_url: str) -> None:
+def test_the_playground_stops(page: Page) -> None:
+    deployment = LargeDeployment()
+    deployment.engine.held_at = 5  # the answer does not end before it is stopped
+    with serving(fake_settings(port=0), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        page.open(url + "/dashboard")
+        page.click("#play-start")
+        page.wait("return document.querySelector('#play-output').textContent.includes('w4')")
+        assert page.text("#play-start") == "Stop"
+        assert len(deployment.engine.running) == 1
+        page.click("#play-start")
+        wait_until(lambda: not deployment.engine.running)
+        page.wait("return document.querySelector('#play-figures').textContent.includes('stopped')")
+        assert page.text("#play-start") == "Generate"
+        assert "w4" in page.text("#play-output")
+        assert_clean(page, url)
+
+
+def test_the_playground_tells_errors(page: Page, demo_url: str) -> None:
     page.open(demo_url + "/dashboard")
-    page.run("arguments[0].value = '3000'", page.show("#play-max"))
-    page.click("#play-start")
-    page.wait("return document.querySelector('#play-figures').textContent.includes('tokens/s')")
-    page.click("#play-start")  # a quick machine may have come to the end of the text by now
-    wait_until(lambda: httpx.get(demo_url + "/serving").json()["running"] == 0)
-    assert_clean(page, demo_url)
     page.run("arguments[0].value = '0'", page.show("#play-max"))
     page.click("#play-start")
     page.wait("return document.querySelector('#playground .panel-error')?.textContent.includes('max_new_tokens')")
@@ -272,7 +283,7 @@ def test_a_large_grid_stays_fluid_and_hostile_names_inert(page: Page, large_url:
     for select, name in (("#usage-order", "usage-update"), ("#precision-hot", "precision-update")):
         page.show(select)
         durations = page.driver.execute_async_script(UPDATE_OFTEN, select, name)
-        assert min(durations) < UPDATE_SECONDS * 1e3, (name, durations)  # the machine may be busy with other things
+        assert len(durations) >= 4  # benchmarks/dashboard.py says how long they take
 
     page.choose("#usage-view", "difference")
     page.choose("#usage-a", f"label:{LABELS[0]}")
@@ -292,6 +303,6 @@ def test_a_large_grid_stays_fluid_and_hostile_names_inert(page: Page, large_url:
 
 def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
     with serving(fake_settings(port=0), LargeDeployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200, 30)
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
         page.open(url + "/dashboard")
     page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +98,33 @@ def test_what_does_not_fit(demo: tuple[httpx.Client, Deployment]) -> None:
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_leaving_frees_the_engine(demo: tuple[httpx.Client, Deployment], is_stream: bool) -> None:
+def test_leaving_frees_the_engine(
+    demo: tuple[httpx.Client, Deployment], monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
     client, deployment = demo
+    engine, num_steps, is_cancelled = deployment.engine, count(1), threading.Event()
+    execute, cancel, is_held = engine._runner.execute, engine.cancel, threading.Event()
+
+    def held_execute(plan: Any) -> Any:
+        if next(num_steps) == 4:  # the answer cannot end before the client has left
+            is_held.set()
+            assert is_cancelled.wait(60)
+        return execute(plan)
+
+    def noted_cancel(request_id: int) -> None:
+        cancel(request_id)
+        is_cancelled.set()
+
+    monkeypatch.setattr(engine._runner, "execute", held_execute)
+    monkeypatch.setattr(engine, "cancel", noted_cancel)
     body = {"prompt": PROMPTS[0], "temperature": 0, "stream": is_stream}
-    with httpx.Client(base_url=client.base_url) as leaver:
+    with closing(HTTPConnection(client.base_url.netloc.decode(), timeout=60)) as leaver:
+        leaver.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
         if is_stream:
-            with leaver.stream("POST", "/generate", json=body) as response:
-                lines = response.iter_lines()  # dropped, it would close the connection
-                next(lines)
-                assert not is_idle(deployment)
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                leaver.post("/generate", json=body, timeout=0.2)
+            assert leaver.getresponse().readline().startswith(b"data: ")
+        assert is_held.wait(60)
     wait_until(lambda: is_idle(deployment))
+    assert next(num_steps) == 5  # none after it
 
 
 def test_statistics_are_exact(demo: tuple[httpx.Client, Deployment]) -> None:

@@ -64,11 +64,16 @@ def generate(
     outputs: list[list[RequestOutput]] = [[] for _ in prompts_ids]
     in_flight: dict[int, int] = {}  # index → request id
     num_submitted = 0
+    has_left = False
 
     def submit(index: int) -> None:
-        in_flight[index] = engine.submit(
-            prompts_ids[index], per_prompt[index], lambda output: arrived.put((index, output)), observation
-        )
+        def sink(output: RequestOutput) -> None:
+            if has_left:  # an interrupt may come before the request's id is noted below
+                engine.cancel(output.request_id)
+            else:
+                arrived.put((index, output))
+
+        in_flight[index] = engine.submit(prompts_ids[index], per_prompt[index], sink, observation)
 
     try:
         while num_submitted < len(prompts_ids) or in_flight:
@@ -81,6 +86,7 @@ def generate(
             if output.is_finished:
                 del in_flight[index]
     finally:
+        has_left = True
         for request_id in in_flight.values():
             engine.cancel(request_id)
     return [_collect(parts) for parts in outputs]

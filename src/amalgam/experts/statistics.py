@@ -8,6 +8,7 @@ back to the last reset. Times are Unix seconds. Each part's function says what i
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -273,7 +274,8 @@ def _nullable(values: npt.NDArray[np.float64]) -> list[float | None]:
 
 
 def _rows(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    # Without a loop of our own: a grid of 94 × 128 experts has twelve thousand rows.
+    return list(map(dict, map(zip, repeat(tuple(columns)), zip(*columns.values(), strict=True))))
 
 
 def _check_top_k(top_k: int | None, snapshot: ExpertSnapshot) -> int:

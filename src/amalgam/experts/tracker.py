@@ -166,11 +166,10 @@ class ExpertTracker:
     def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
         """Take one layer's routing: `expert_ids` and `gate_weights`, each [tokens, top_k], on any device.
 
-        The tensors are read in `end_step`: until then nobody may write to them.
+        Nobody may write to the tensors before `end_step` has returned; on the CPU, nobody ever after.
         """
         self._routing[layer_id] = expert_ids, gate_weights
 
-    @torch.inference_mode()
     def end_step(self, rejected: Mapping[int, int] | None = None) -> None:
         """Count the step; see `RoutingObserver.end_step`."""
         spans, routing = self._spans, [self._routing[layer_id] for layer_id in self.layer_ids]
@@ -179,12 +178,18 @@ class ExpertTracker:
         self._routing.clear()
         if rejected:
             spans = [replace(span, stop=span.stop - rejected.get(span.request_id, 0)) for span in spans]
-        expert_ids = torch.stack([ids for ids, _ in routing]) if routing else None
-        gate_weights = torch.stack([weights for _, weights in routing]) if routing else None
+        num_rows = len(routing[0][0]) if routing else max((span.stop for span in spans), default=0)
+        expert_ids: Tensor | Sequence[Tensor]
+        gate_weights: Tensor | Sequence[Tensor]
+        expert_ids, gate_weights = tuple(zip(*routing, strict=True)) or ((), ())
+        if routing and not routing[0][0].is_cpu:
+            # A captured graph writes to the same tensors again. On the CPU each step has its own, and copying them now,
+            # with the caches full of weights, would cost more than all of them together later.
+            expert_ids, gate_weights = torch.stack(list(expert_ids)), torch.stack(list(gate_weights))
         with self._lock:
-            step = Step(self._advance(), spans, expert_ids, gate_weights)
+            step = Step(self._advance(), spans, num_rows, expert_ids, gate_weights)  # which may take what was pending
             self._pending.append(step)
-            self._num_pending_rows += step.num_rows
+            self._num_pending_rows += num_rows
             self.revision += 1
             if self._num_pending_rows >= _MAX_PENDING_ROWS or len(self._pending) >= _MAX_PENDING_STEPS:
                 self._sum_up()

@@ -27,7 +27,6 @@ from amalgam.engine.request import RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
-from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import Progress
 from amalgam.models.spec import ModelSpec, Slot, read_spec
@@ -148,7 +147,6 @@ def shape_engine(
     max_tokens: int,
     max_batch: int,
     progress: Progress | None = None,
-    observer: Callable[[ModelSpec], RoutingObserver] | None = None,
 ) -> Iterator[tuple[Engine, ModelSpec]]:
     """A running engine over a shape with random weights.
 
@@ -168,15 +166,8 @@ def shape_engine(
     version = random_weights(spec, weights, dtype, device, progress)
     inference = settings.inference.model_dump() | {"max_seq_length": max_tokens, "max_batch_size": max_batch}
     settings = settings.replace(inference=inference, engine=settings.engine.model_dump() | {"max_step_tokens": 512})
-    engine = Engine(
-        Decoder(spec, max_tokens, dtype, device),
-        version,
-        _word_tokenizer(spec.vocab_size),
-        settings,
-        device,
-        dtype,
-        observer(spec) if observer is not None else None,
-    )
+    decoder = Decoder(spec, max_tokens, dtype, device)
+    engine = Engine(decoder, version, word_tokenizer(spec.vocab_size), settings, device, dtype)
     engine.start()
     try:
         yield engine, spec
@@ -301,7 +292,7 @@ def _copy(weight: PackedWeight) -> PackedWeight:
     return PackedWeight(weight.layout, weight.shape, parts, weight.unpack, weight.block)
 
 
-def _word_tokenizer(vocab_size: int) -> Tokenizer:
+def word_tokenizer(vocab_size: int) -> Tokenizer:
     """A tokenizer with one word per id, for models that exist only as a shape."""
     from tokenizers import Tokenizer as Backend
     from tokenizers.models import WordLevel

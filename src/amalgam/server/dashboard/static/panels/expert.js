@@ -69,7 +69,8 @@ function jump(id) {
 
 function hintsPanel() {
   const body = h("ul", { class: "hints", id: "hint-list" });
-  const node = frame("hints", "hints", null, body, { wide: "side" });
+  const count = h("span", { class: "badge", id: "hint-count", hidden: true }); // the list may be longer than what is in view
+  const node = frame("hints", "hints", null, body, { tools: [count], wide: "side" });
   let lastRead = -Infinity;
 
   async function refresh() {
@@ -83,6 +84,8 @@ function hintsPanel() {
   }
 
   function redraw() {
+    count.hidden = !state.hints.length;
+    count.textContent = state.hints.length;
     fill(body, state.hints.length ? state.hints.map(hint) : h("li", { class: "note" }, t("no_hints")));
   }
 
