@@ -213,6 +213,7 @@ class Deployment:
             },
             "memory": {
                 "weights_bytes": version.nbytes,
+                "mapped_bytes": version.mapped_bytes,
                 "kv_cache_bytes": self.engine.kv_cache_bytes,
                 "process_peak_bytes": peak_memory_bytes(),
             },

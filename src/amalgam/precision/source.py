@@ -7,14 +7,17 @@ Must never know: layers, families, plans.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from amalgam.checkpoint.shards import Identity
 from amalgam.checkpoint.source import read_json, resolve
 from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError
@@ -125,6 +128,15 @@ class Source:
             (part.name, part.offset, part.nbytes, self.store.identity(whole_of(part))) for part in stored.parts.values()
         )
         return (stored.name, stored.format.name, *parts)
+
+    def files_of(self, stored: StoredWeight) -> set[Identity]:
+        """The files that a weight's parts stand in, as they are now."""
+        return {self.store.identity(whole_of(part)) for part in stored.parts.values()}
+
+    @cached_property
+    def config_digest(self) -> str:
+        """Tells configurations apart: what a tensor's bytes mean can depend on them."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def reader(store: TensorStore) -> Read:
