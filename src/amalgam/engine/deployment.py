@@ -113,7 +113,7 @@ class Deployment:
         loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
         plan = loader.make_plan()
         loader.check(plan)
-        tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
+        tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, loader.cache_folder)
         tokenizer.check_vocabulary(loader.spec.vocab_size)
         loaded = loader.build(plan, version_id=1, progress=progress)
         max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)

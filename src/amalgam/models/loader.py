@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ import torch
 from amalgam.checkpoint.shards import Identity
 from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
-from amalgam.kernels import native, ops
+from amalgam.kernels import mapped, native, ops
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.panels import COMPILED_LAYOUTS, ActivationType
+from amalgam.kernels.panels import ActivationType
 from amalgam.models.packed_cache import PackedCache, key_of
 from amalgam.models.spec import ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
@@ -50,9 +51,9 @@ class PlannedWeight:
     quantize_to: WeightFormat | None  # quantize while loading
     activation: ActivationType | None  # of bfloat16 activations for integer weights; None: nothing is multiplied
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Equal for weights that are packed from the same bytes in the same way."""
+        """Equal for weights that are packed from the same bytes in the same way; taken when first asked for."""
         target = self.quantize_to.name if self.quantize_to else None
         return (*self.source.identity(self.stored), target)
 
@@ -123,6 +124,7 @@ class ModelLoader:
         base_folder, base_metadata: the base checkpoint's folder (or `.gguf` file) and GGUF metadata.
         family, spec: read from the base checkpoint's config.json.
         names: logical name of every weight, in order of use.
+        cache_folder: where the packed cache is; None without one.
     """
 
     def __init__(self, model: ModelSettings, inference: InferenceSettings, device: torch.device, threads: int) -> None:
@@ -134,7 +136,7 @@ class ModelLoader:
         self.device = device
         self._threads = threads
         self._inference = inference
-        self._cache_folder = _cache_folder(inference, device)
+        self.cache_folder = _cache_folder(inference, device)
         self._mixed = model.mixed_precision
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
         base = Source.open(BASE_SOURCE, model.base_path, fused_tensors)
@@ -185,7 +187,7 @@ class ModelLoader:
 
     def maps(self, weight_format: WeightFormat) -> bool:
         """Whether weights of a format become pages of the packed cache instead of memory of the process."""
-        return self._cache_folder is not None and COMPILED_LAYOUTS.issuperset(weight_format.layouts)
+        return self.cache_folder is not None and mapped.LAYOUTS.issuperset(weight_format.layouts)
 
     def build(
         self, plan: Plan, version_id: int, previous: WeightVersion | None = None, progress: Progress | None = None
@@ -297,9 +299,9 @@ class ModelLoader:
 
     def _load(self, planned: Sequence[PlannedWeight], progress: Progress | None) -> dict[str, PackedWeight]:
         """The weights by slot, from the packed cache where there is one and it has them."""
-        if self._cache_folder is None or not planned:
+        if self.cache_folder is None or not planned:
             return _only(self._read(planned, progress))
-        cache = PackedCache(self._cache_folder)
+        cache = PackedCache(self.cache_folder)
         keys = {weight.slot.name: weight.cache_key for weight in planned}
         found = self._find(cache, planned, keys)
         missing = [weight for weight in planned if weight.slot.name not in found]

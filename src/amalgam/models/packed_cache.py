@@ -154,4 +154,7 @@ def _read_entries(path: Path) -> dict[str, tuple[PackedFile, Any]]:
     for name, *state in file.index["sources"]:
         if identify(Path(name)) != (name, *state):
             raise ValueError(f"{name} has changed")
-    return {key: (file, entry) for key, entry in file.index["weights"].items()}
+    weights = file.index["weights"]
+    if not isinstance(weights, dict):
+        raise TypeError("its weights are no object")
+    return {key: (file, entry) for key, entry in weights.items()}

@@ -90,9 +90,8 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
     per_block = KVCache.bytes_per_block(spec, settings.engine.block_size, dtype)
     blocks = batch_size * math.ceil(seq_length / settings.engine.block_size)
     workspace = workspace_bytes(spec, min(settings.engine.max_step_tokens, batch_size * seq_length), batch_size, dtype)
-    Tokenizer.load(
-        loader.base_folder, loader.base_metadata
-    )  # the largest part of a process without weights: it counts below
+    # The largest part of a process without weights: it counts below.
+    Tokenizer.load(loader.base_folder, loader.base_metadata)
     process = resident_bytes() if device.type == "cpu" else 0
     available = available_bytes(device)
     mapped = sum(weight.nbytes for weight in planned if loader.maps(weight.format))
