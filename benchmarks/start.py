@@ -2,7 +2,7 @@
 
 Shape S with random int4 weights (1.6 GB) is written once into `--folder`. Then servers are started one after the
 other, each a process of its own with all its imports, timed from its creation to the first `/ready` that answers 200,
-and on to the first answered token:
+and on to the first answered token. `cpu` is the processor time until ready, which other load disturbs less:
 
     source       no packed cache: reads the checkpoint and packs
     fill         an empty packed cache: reads, packs and writes it
@@ -43,7 +43,7 @@ from amalgam.tools.bench import SHAPES, commit, hardware
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.005
 LIMIT_SECONDS = 600
-FIGURES = ("ready s", "load s", "first token s", "anonymous MiB")
+FIGURES = ("ready s", "cpu s", "load s", "first token s", "anonymous MiB")
 
 
 def write_shape(folder: Path) -> None:
@@ -114,12 +114,14 @@ def start(model: Path, cache: Path | None, flags: list[str]) -> dict[str, float]
                     raise SystemExit(f"{' '.join(command)} did not get ready:\n{log.read().decode()}")
                 time.sleep(POLL_SECONDS)
             ready = time.monotonic() - started
+            cpu = cpu_seconds(server.pid)
             ask(port, "/generate", {"prompt": "a", "max_new_tokens": 1, "do_sample": False})
             answered = time.monotonic() - started
             info = ask(port, "/model_info")
             assert info is not None
             return {
                 "ready s": ready,
+                "cpu s": cpu,
                 "load s": info["load_seconds"],
                 "first token s": answered,
                 "anonymous MiB": anonymous_bytes(server.pid) / 2**20,
@@ -141,6 +143,12 @@ def ask(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, A
         if body is not None:
             raise
         return None
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far: what being ready takes on a machine that does nothing else."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def anonymous_bytes(pid: int) -> int:
