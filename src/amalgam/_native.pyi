@@ -26,6 +26,8 @@ class Matrix:
     @property
     def memory(self) -> Tensor: ...
     @property
+    def scale_lanes(self) -> int: ...
+    @property
     def scale_offset(self) -> int: ...
     @property
     def zero_offset(self) -> int: ...
@@ -135,6 +137,24 @@ def draw(
     tokens: int,
     threads: int,
 ) -> None: ...
+def view(
+    format: Format,
+    rows: int,
+    columns: int,
+    memory: int,
+    nbytes: int,
+    scale_dtype: DType,
+    num_groups: int,
+    group: int,
+    scale_lanes: int,
+    has_zero: bool,
+    order: int,
+    quantizes: bool,
+    owner: object,
+) -> Matrix: ...
+
+layout_version: int
+
 def checksum(weights: list[Matrix], threads: int) -> int: ...
 
 @final

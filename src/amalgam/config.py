@@ -137,6 +137,8 @@ class InferenceSettings(_Section):
     """Quantize wide linear weights that no rule names to int8 while loading."""
     load_in_4bit: bool = False
     """The same to int4 in groups of 128."""
+    packed_cache: str = ""
+    """Folder that keeps packed weights, so that later starts map them and need not read and pack. Empty: none."""
 
     @model_validator(mode="after")
     def _check_one_width(self) -> InferenceSettings:

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from amalgam.errors import CheckpointError, RequestError, UnsupportedError, describe
+from amalgam.text_cache import read_through
 from amalgam.text_gguf import build_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+# What transformers looks at, and more.
+_READ = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 _EOS_FILES = ("config.json", "generation_config.json")
 _MAX_JSON_BYTES = 64 * 2**20
 _MESSAGE_FIELDS = {"role", "content"}
@@ -39,12 +42,15 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @classmethod
-    def load(cls, folder: Path, gguf_metadata: Mapping[str, Any] | None = None) -> Tokenizer:
+    def load(
+        cls, folder: Path, gguf_metadata: Mapping[str, Any] | None = None, cache_folder: Path | None = None
+    ) -> Tokenizer:
         """Read a folder's tokenizer. Code that the folder brings along or refers to is never run.
 
         Args:
             folder: a folder, or a GGUF file.
             gguf_metadata: the checkpoint's metadata if it is GGUF; used if the folder has no tokenizer's files.
+            cache_folder: keeps what was read, so that the next start need not import transformers; not for GGUF.
 
         Raises:
             CheckpointError: there is none, or its files are damaged.
@@ -58,15 +64,11 @@ class Tokenizer:
                 f"Folder {str(folder)!r} has no tokenizer.",
                 remedy=f"Put one of these files there: {', '.join(_TOKENIZER_FILES)}.",
             )
-        from transformers import AutoTokenizer  # 1 to 3 s, most of it torch
-
-        try:
-            wrapped = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # transformers and tokenizers raise all kinds, bare Exception included
-            raise CheckpointError(
-                f"The tokenizer in {str(folder)!r} cannot be read: {describe(str(error), 400)}.",
-                remedy="Copy its files again from the published checkpoint; custom code is not run.",
-            ) from error
+        if cache_folder is None:
+            wrapped = _read_folder(folder)
+        else:
+            files = sorted({file for pattern in _READ for file in folder.glob(pattern)})
+            wrapped = read_through(cache_folder, folder, files, lambda: _read_folder(folder))
         if getattr(wrapped, "backend_tokenizer", None) is None:
             raise UnsupportedError(
                 f"The tokenizer in {str(folder)!r} is a {type(wrapped).__name__}, which is slow.",
@@ -205,6 +207,18 @@ class TextStream:
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+def _read_folder(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # 1 to 3 s, most of it torch
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise all kinds, bare Exception included
+        raise CheckpointError(
+            f"The tokenizer in {str(folder)!r} cannot be read: {describe(str(error), 400)}.",
+            remedy="Copy its files again from the published checkpoint; custom code is not run.",
+        ) from error
 
 
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:

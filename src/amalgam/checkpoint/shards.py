@@ -27,7 +27,7 @@ from amalgam.errors import CheckpointError, describe
 Identity = tuple[str, int, int, int]
 MAX_PICKLE_BYTES = 64 * 2**20
 # Without it, Linux refuses to map a file larger than the machine's memory writably, although we never write.
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -111,7 +111,7 @@ class MappedShard:
                         self._map = mmap.mmap(
                             stream.fileno(),
                             self.identity[2],
-                            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
                             prot=mmap.PROT_READ | mmap.PROT_WRITE,
                         )
                 except OSError as error:

@@ -33,6 +33,8 @@ def command(
     table = Table("memory for", "bytes", title=f"{result.batch_size} sequences of {result.seq_length} tokens")
     for name, size in result.weights.items():
         table.add_row(f"weights in {name}", human_bytes(size))
+    if result.mapped_bytes:
+        table.add_row("less what the packed cache maps", f"-{human_bytes(result.mapped_bytes)}")
     table.add_row(f"KV cache ({human_bytes(result.kv_bytes_per_token)} per token)", human_bytes(result.kv_bytes))
     table.add_row("workspace of a step", human_bytes(result.workspace_bytes))
     table.add_row("the program itself", human_bytes(result.process_bytes))

@@ -113,7 +113,7 @@ class Deployment:
         loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
         plan = loader.make_plan()
         loader.check(plan)
-        tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
+        tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, loader.cache_folder)
         tokenizer.check_vocabulary(loader.spec.vocab_size)
         loaded = loader.build(plan, version_id=1, progress=progress)
         max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
@@ -213,6 +213,7 @@ class Deployment:
             },
             "memory": {
                 "weights_bytes": version.nbytes,
+                "mapped_bytes": version.mapped_bytes,
                 "kv_cache_bytes": self.engine.kv_cache_bytes,
                 "process_peak_bytes": peak_memory_bytes(),
             },

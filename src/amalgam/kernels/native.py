@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from amalgam import _native
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16)
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _REMEDY = (
     "Install a C++17 compiler (g++ or clang++) and Python's headers, then run `pip install -e .` in the project's "
     "folder again; until then PyTorch's operators do the work."
@@ -288,4 +288,4 @@ def native_dtype(dtype: torch.dtype) -> _native.DType:
     """A floating type as the extension calls it."""
     from amalgam import _native
 
-    return _native.DType[_NAMES[dtype]]
+    return _native.DType[NAMES[dtype]]

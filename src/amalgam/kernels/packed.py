@@ -52,6 +52,7 @@ class PackedWeight:
         block: `(rows, columns)` that share one scale; `(1, group_size)` for layouts with groups.
         unpack: expands to the logical shape in float32 (floating layouts: in their own type); the weight's meaning.
         native: what the compiled kernels know it by; None in layouts that are not theirs.
+        is_mapped: its bytes are a file's pages, which the system can give up and read again.
     """
 
     layout: str
@@ -60,6 +61,7 @@ class PackedWeight:
     unpack: Unpack
     block: tuple[int, int] | None = None
     native: object = None
+    is_mapped: bool = False
 
     @property
     def is_floating(self) -> bool:

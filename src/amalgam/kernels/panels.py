@@ -24,6 +24,7 @@ Arithmetic depends on the type of the activations:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -46,6 +47,33 @@ _CACHE_KEY = "native"
 COMPILED_LAYOUTS = frozenset({"dense", "scaled8", "int4"})
 
 
+@dataclass(frozen=True)
+class Panels:
+    """What a weight in panels is, without its bytes.
+
+    Attributes:
+        name: the layout without `panels_`.
+        block: see `PackedWeight`.
+        scale_dtype, num_groups, scale_lanes: of the scales; 0 groups where there are none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    block: tuple[int, int] | None
+    scale_dtype: torch.dtype
+    num_groups: int
+    scale_lanes: int
+    has_zero: bool
+
+    @classmethod
+    def of(cls, weight: PackedWeight) -> Panels:
+        """Those of a weight in panels."""
+        scale = weight.parts.get("scale")
+        dtype, num_groups, lanes = (torch.float32, 0, 1) if scale is None else (scale.dtype, *scale.shape[1:])
+        name = weight.layout.removeprefix("panels_")
+        return cls(name, weight.shape, weight.block, dtype, num_groups, lanes, "zero" in weight.parts)
+
+
 def prepare(weight: PackedWeight, activation: ActivationType = "int8") -> PackedWeight:
     """The weight in panels; itself where that is not possible.
 
@@ -55,22 +83,83 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8") -> Packed
     packed = _pack(weight, activation) if _fits(weight) else None
     if packed is None:
         return weight
-    memory, scale_offset, zero_offset = packed.memory, packed.scale_offset, packed.zero_offset
-    name = _format_name(weight)
-    parts = {"weight": memory[: _lines_nbytes(weight, name)]}
-    scale, zero = weight.parts.get("scale"), weight.parts.get("zero")
-    if scale is not None:
-        end = zero_offset if zero is not None else memory.numel()
-        lanes = 16 if zero is not None or _scale_is_per_row(weight) else 1
-        shape = (-(-weight.shape[0] // 16), scale.shape[1], lanes)
-        count = shape[0] * shape[1] * shape[2] * scale.element_size()
-        assert scale_offset + count <= end
-        parts["scale"] = memory[scale_offset : scale_offset + count].view(scale.dtype).view(shape)
-        if zero is not None:
-            parts["zero"] = memory[zero_offset:].view(shape)
-    if "group" in weight.parts:
-        parts["group"] = weight.parts["group"]
-    return PackedWeight(f"panels_{name}", weight.shape, parts, unpack, weight.block, packed)
+    scale = weight.parts.get("scale")
+    panels = Panels(
+        name=_format_name(weight),
+        shape=weight.shape,
+        block=weight.block,
+        scale_dtype=torch.float32 if scale is None else scale.dtype,
+        num_groups=0 if scale is None else scale.shape[1],
+        scale_lanes=packed.scale_lanes,
+        has_zero="zero" in weight.parts,
+    )
+    return _with_parts(packed, packed.memory, panels, weight.parts.get("group"))
+
+
+def view(memory: Tensor, panels: Panels, group: Tensor | None, activation: ActivationType) -> PackedWeight:
+    """A weight whose panels lie in memory already, as `native_memory` gave them; shares the memory and never writes.
+
+    Args:
+        memory: uint8 `[bytes]` from a 64-byte boundary on.
+        group: int32 `[in]`, the group of each input; None where they lie in order.
+        activation: see `prepare`.
+
+    Raises:
+        ValueError: such panels do not exist, or take another number of bytes.
+    """
+    from amalgam import _native
+
+    if len(panels.shape) != 2 or panels.name not in _native.Format.__members__:
+        raise ValueError(f"there are no panels of {panels.name!r} and shape {panels.shape}")
+    if panels.scale_dtype not in native.NAMES or (panels.num_groups and panels.block is None):
+        raise ValueError(f"panels of {panels.name!r} with scales of {panels.scale_dtype} in blocks of {panels.block}")
+    order = None if group is None else _order(group)
+    if order is not None and order.shape != panels.shape[1:]:
+        raise ValueError(f"{order.numel()} inputs of {panels.shape[1]} have a group")
+    packed = _native.view(
+        format=_native.Format[panels.name],
+        rows=panels.shape[0],
+        columns=panels.shape[1],
+        memory=memory.data_ptr(),
+        nbytes=memory.numel(),
+        scale_dtype=native.native_dtype(panels.scale_dtype),
+        num_groups=panels.num_groups,
+        group=0 if panels.block is None else panels.block[1],
+        scale_lanes=panels.scale_lanes,
+        has_zero=panels.has_zero,
+        order=0 if order is None else order.data_ptr(),
+        quantizes=activation == "int8",
+        owner=memory,
+    )
+    return _with_parts(packed, memory, panels, group)
+
+
+def native_memory(weight: PackedWeight) -> Tensor:
+    """The bytes of a weight in panels, uint8 `[bytes]`: all of it but its `group`. Shared, not to be written."""
+    return _matrix(weight).memory
+
+
+def layout_version() -> int:
+    """Changes whenever the same panels become other bytes."""
+    native.kernels()
+    from amalgam import _native
+
+    return _native.layout_version
+
+
+def _with_parts(packed: _native.Matrix, memory: Tensor, panels: Panels, group: Tensor | None) -> PackedWeight:
+    """A matrix of the extension as a packed weight: its parts are slices of its memory."""
+    parts = {"weight": memory[: packed.scale_offset]}
+    if panels.num_groups:
+        grid = (-(-panels.shape[0] // 16), panels.num_groups)
+        end = packed.scale_offset + math.prod(grid) * panels.scale_lanes * panels.scale_dtype.itemsize
+        scale = memory[packed.scale_offset : end].view(panels.scale_dtype)
+        parts["scale"] = scale.view(*grid, panels.scale_lanes)
+        if panels.has_zero:
+            parts["zero"] = memory[packed.zero_offset :].view(*grid, 16)
+    if group is not None:
+        parts["group"] = group
+    return PackedWeight(f"panels_{panels.name}", panels.shape, parts, unpack, panels.block, packed)
 
 
 def unpack(weight: PackedWeight) -> Tensor:
@@ -266,8 +355,7 @@ def _pack(weight: PackedWeight, activation: ActivationType) -> _native.Matrix | 
 
     parts = {name: part.contiguous() for name, part in weight.parts.items()}
     scale, zero, group = parts.get("scale"), parts.get("zero"), parts.get("group")
-    # Inputs of a group side by side, in the order they have.
-    order = None if group is None else torch.argsort(group.long(), stable=True).to(torch.int32)
+    order = None if group is None else _order(group)
     rows, columns = weight.shape
     block = weight.block or (rows, columns)
     return _native.pack(
@@ -287,12 +375,6 @@ def _pack(weight: PackedWeight, activation: ActivationType) -> _native.Matrix | 
     )
 
 
-def _scale_is_per_row(weight: PackedWeight) -> bool:
-    assert weight.block is not None
-    return weight.parts["scale"].shape[0] > 1 and weight.block[0] % 16 != 0
-
-
-def _lines_nbytes(weight: PackedWeight, name: str) -> int:
-    rows, columns = weight.shape
-    bits = {"int4": 4, "int8": 8, "fp8": 8, "bf16": 16, "fp16": 16, "fp32": 32}[name]
-    return -(-rows // 16) * 16 * (-(-columns // _UNIT) * _UNIT) * bits // 8
+def _order(group: Tensor) -> Tensor:
+    """Inputs of a group side by side, in the order they have."""
+    return torch.argsort(group.long(), stable=True).to(torch.int32)

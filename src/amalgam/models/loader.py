@@ -6,21 +6,29 @@ previous version does not already hold. Must never know: requests.
 
 from __future__ import annotations
 
+import errno
+import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from amalgam.checkpoint.collector import collector_paused
+from amalgam.checkpoint.shards import Identity
 from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
-from amalgam.kernels import ops
+from amalgam.kernels import mapped, native, ops
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.panels import ActivationType
+from amalgam.models.packed_cache import PackedCache, key_of
 from amalgam.models.spec import ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
@@ -29,6 +37,7 @@ from amalgam.precision.fused import FusedTensor
 from amalgam.precision.plan import Choice, Plan
 from amalgam.precision.source import CONFIG_NAME, Source
 
+logger = logging.getLogger("amalgam.models")
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
@@ -43,11 +52,31 @@ class PlannedWeight:
     quantize_to: WeightFormat | None  # quantize while loading
     activation: ActivationType | None  # of bfloat16 activations for integer weights; None: nothing is multiplied
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Equal for weights that are packed from the same bytes in the same way."""
+        """Equal for weights that are packed from the same bytes in the same way; taken when first asked for."""
         target = self.quantize_to.name if self.quantize_to else None
         return (*self.source.identity(self.stored), target)
+
+    @property
+    def cache_key(self) -> str:
+        """Names its packed bytes for other processes: `key`, and all else that they depend on.
+
+        Panels are the same bytes for every type of activation, so only whether there is one counts.
+        """
+        stored, slot = self.stored, self.slot
+        packing = (slot.shape, slot.is_transposed, self.is_expanded, self.activation is not None)
+        return key_of(self.key, packing, stored.block, stored.bits, stored.declared, self.source.config_digest)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory, by its format: as stored, or as it is quantized while loading."""
+        return self.stored.nbytes if self.quantize_to is None else self.quantize_to.nbytes(self.slot.shape)
+
+    @property
+    def format(self) -> WeightFormat:
+        """As it is packed: as stored, or as it is quantized while loading."""
+        return self.quantize_to or self.stored.format
 
     @property
     def is_expanded(self) -> bool:
@@ -76,7 +105,7 @@ class PlannedWeight:
             name=self.choice.name,
             slot=self.slot.name,
             source=self.source.name,
-            format="fp32" if self.is_expanded else (self.quantize_to or stored.format).name,
+            format="fp32" if self.is_expanded else self.format.name,
             stored_format=stored.format.name,
             shape=self.slot.shape,
             rule=self.choice.reason,
@@ -96,6 +125,7 @@ class ModelLoader:
         base_folder, base_metadata: the base checkpoint's folder (or `.gguf` file) and GGUF metadata.
         family, spec: read from the base checkpoint's config.json.
         names: logical name of every weight, in order of use.
+        cache_folder: where the packed cache is; None without one.
     """
 
     @collector_paused()
@@ -108,6 +138,7 @@ class ModelLoader:
         self.device = device
         self._threads = threads
         self._inference = inference
+        self.cache_folder = _cache_folder(inference, device)
         self._mixed = model.mixed_precision
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
         base = Source.open(BASE_SOURCE, model.base_path, fused_tensors)
@@ -156,6 +187,10 @@ class ModelLoader:
         for source in {id(weight.source): weight.source for weight in planned}.values():
             self._check_source(source)
         return planned
+
+    def maps(self, weight_format: WeightFormat) -> bool:
+        """Whether weights of a format become pages of the packed cache instead of memory of the process."""
+        return self.cache_folder is not None and mapped.LAYOUTS.issuperset(weight_format.layouts)
 
     def build(
         self, plan: Plan, version_id: int, previous: WeightVersion | None = None, progress: Progress | None = None
@@ -266,18 +301,77 @@ class ModelLoader:
             )
 
     def _load(self, planned: Sequence[PlannedWeight], progress: Progress | None) -> dict[str, PackedWeight]:
+        """The weights by slot, from the packed cache where there is one and it has them."""
+        if self.cache_folder is None or not planned:
+            return _only(self._read(planned, progress))
+        cache = PackedCache(self.cache_folder)
+        keys = {weight.slot.name: weight.cache_key for weight in planned}
+        found = self._find(cache, planned, keys)
+        missing = [weight for weight in planned if weight.slot.name not in found]
+        if missing:
+            found |= self._fill(cache, missing, keys, progress)
+        num_bytes = sum(weight.nbytes for weight in found.values() if weight.is_mapped)
+        logger.info(
+            "packed cache %s: %d of %d weights were there, %d MiB are mapped",
+            cache.folder,
+            len(planned) - len(missing),
+            len(planned),
+            num_bytes >> 20,
+        )
+        return found
+
+    def _find(
+        self, cache: PackedCache, planned: Sequence[PlannedWeight], keys: Mapping[str, str]
+    ) -> dict[str, PackedWeight]:
+        found = {w.slot.name: cache.find(keys[w.slot.name], w.slot.shape, w.activation) for w in planned}
+        return _only(found)
+
+    def _fill(
+        self, cache: PackedCache, missing: Sequence[PlannedWeight], keys: Mapping[str, str], progress: Progress | None
+    ) -> dict[str, PackedWeight]:
+        """Write weights into the cache and map them from there; a weight leaves memory as soon as it is written."""
+        by_source: dict[int, list[PlannedWeight]] = {}
+        for weight in missing:
+            by_source.setdefault(id(weight.source), []).append(weight)
+        try:
+            _check_room(cache.folder, sum(weight.nbytes for weight in missing))
+            with ExitStack() as stack:
+                files = {
+                    source: stack.enter_context(cache.new_file(_files_of(weights)))
+                    for source, weights in by_source.items()
+                }
+
+                def keep(weight: PlannedWeight, packed: PackedWeight) -> PackedWeight | None:
+                    return None if files[id(weight.source)].add(keys[weight.slot.name], packed) else packed
+
+                weights = _only(self._read(missing, progress, keep))
+                for file in files.values():
+                    file.commit()
+        except OSError as error:
+            logger.warning("The packed cache in %s cannot be written (%s); going on without.", cache.folder, error)
+            return _only(self._read(missing, progress))
+        written = [weight for weight in missing if weight.slot.name not in weights]
+        weights |= self._find(cache, written, keys)
+        lost = [weight for weight in missing if weight.slot.name not in weights]
+        return {**weights, **_only(self._read(lost, None))}
+
+    def _read(
+        self, planned: Sequence[PlannedWeight], progress: Progress | None, keep: Keep | None = None
+    ) -> dict[str, PackedWeight | None]:
+        """Read and pack in threads; slot → what `keep` makes of the packed weight."""
         total = sum(weight.stored.nbytes for weight in planned)
         done = 0
         lock = threading.Lock()
 
-        def load(weight: PlannedWeight) -> PackedWeight:
+        def load(weight: PlannedWeight) -> PackedWeight | None:
             nonlocal done
             packed = weight.load(self.device)
+            kept = packed if keep is None else keep(weight, packed)
             if progress is not None:
                 with lock:
                     done += weight.stored.nbytes
                     progress("Loading weights", done, total)
-            return packed
+            return kept
 
         with ThreadPoolExecutor(self._threads, thread_name_prefix="load") as pool:
             futures = {weight.slot.name: pool.submit(load, weight) for weight in planned}
@@ -286,6 +380,37 @@ class ModelLoader:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise next(error for future in finished if (error := future.exception()) is not None)
             return {slot: future.result() for slot, future in futures.items()}
+
+
+Keep = Callable[[PlannedWeight, PackedWeight], PackedWeight | None]
+
+
+def _only(weights: Mapping[str, PackedWeight | None]) -> dict[str, PackedWeight]:
+    return {slot: weight for slot, weight in weights.items() if weight is not None}
+
+
+def _cache_folder(inference: InferenceSettings, device: torch.device) -> Path | None:
+    """Where the packed cache is; None, with a warning if it was asked for, where there can be none."""
+    if not inference.packed_cache:
+        return None
+    if device.type != "cpu" or not native.is_available():
+        reason = native.why_unavailable() or f"it is for the CPU, and the model runs on {device}"
+        logger.warning("inference.packed_cache is not used: %s", reason)
+        return None
+    return Path(inference.packed_cache).expanduser().absolute()
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    """Raise OSError where the disk is too full, before hours of packing rather than after them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise OSError(errno.ENOSPC, f"{nbytes} bytes are needed and {free} are free")
+
+
+def _files_of(weights: Sequence[PlannedWeight]) -> list[Identity]:
+    """The checkpoint files that weights come from, as they were when their bytes were named."""
+    return sorted({identity for weight in weights for identity in weight.source.files_of(weight.stored)})
 
 
 def _comparable(spec: ModelSpec) -> ModelSpec:

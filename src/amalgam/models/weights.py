@@ -126,6 +126,11 @@ class WeightVersion:
     def nbytes(self) -> int:
         return sum(weight.nbytes for weight in self._weights.values())
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Those of them that are a packed cache's pages and not this process's memory."""
+        return sum(weight.nbytes for weight in self._weights.values() if weight.is_mapped)
+
     @cached_property
     def fingerprint(self) -> str:
         """Names the version by what it holds; see `fingerprint`."""

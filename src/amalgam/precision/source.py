@@ -7,9 +7,11 @@ Must never know: layers, families, plans.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,15 @@ class Source:
                 files[part.file] = self.store.identity(whole_of(part))
         parts = ((part.name, part.offset, part.nbytes, files[part.file]) for part in stored.parts.values())
         return (stored.name, stored.format.name, *parts)
+
+    def files_of(self, stored: StoredWeight) -> set[Identity]:
+        """The files that a weight's parts stand in, as they are now."""
+        return {self.store.identity(whole_of(part)) for part in stored.parts.values()}
+
+    @cached_property
+    def config_digest(self) -> str:
+        """Tells configurations apart: what a tensor's bytes mean can depend on them."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def reader(store: TensorStore) -> Read:

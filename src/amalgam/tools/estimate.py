@@ -42,7 +42,9 @@ class Estimate:
     """Bytes, and what they allow.
 
     Attributes:
-        weights: format → bytes in memory under the plan.
+        weights: format → bytes under the plan.
+        mapped_bytes: those of them that are pages of the packed cache. The system keeps them in memory that nothing
+            else needs and reads them again when they are touched, so that they need not fit and are not in the total.
         process_bytes: resident memory of this process, which has a tokenizer and no weights.
         workspace_bytes: activations of the largest step.
         kv_bytes_per_token: keys and values of one token over all layers.
@@ -53,6 +55,7 @@ class Estimate:
     batch_size: int
     weights: dict[str, int]
     weights_bytes: int
+    mapped_bytes: int
     kv_bytes_per_token: int
     kv_bytes: int
     workspace_bytes: int
@@ -83,16 +86,16 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
 
     weights: dict[str, int] = defaultdict(int)
     for weight in planned:
-        weights[(weight.quantize_to or weight.stored.format).name] += memory_bytes(weight)
+        weights[weight.format.name] += weight.nbytes
     per_block = KVCache.bytes_per_block(spec, settings.engine.block_size, dtype)
     blocks = batch_size * math.ceil(seq_length / settings.engine.block_size)
     workspace = workspace_bytes(spec, min(settings.engine.max_step_tokens, batch_size * seq_length), batch_size, dtype)
-    Tokenizer.load(
-        loader.base_folder, loader.base_metadata
-    )  # the largest part of a process without weights: it counts below
+    # The largest part of a process without weights: it counts below.
+    Tokenizer.load(loader.base_folder, loader.base_metadata)
     process = resident_bytes() if device.type == "cpu" else 0
     available = available_bytes(device)
-    fixed = sum(weights.values()) + workspace
+    mapped = sum(weight.nbytes for weight in planned if loader.maps(weight.format))
+    fixed = sum(weights.values()) - mapped + workspace
     kv_bytes = blocks * per_block
     # What this process holds already is not available any more, so it counts in the total but not against the rest.
     room = available - fixed
@@ -101,6 +104,7 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
         batch_size=batch_size,
         weights=dict(weights),
         weights_bytes=sum(weights.values()),
+        mapped_bytes=mapped,
         kv_bytes_per_token=per_block // settings.engine.block_size,
         kv_bytes=kv_bytes,
         workspace_bytes=workspace,
@@ -109,15 +113,8 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
         available_bytes=available,
         fits=fixed + kv_bytes <= available,
         max_tokens_that_fit=max(0, room // per_block) * settings.engine.block_size,
-        uniform=tuple(_uniform(planned, workspace + kv_bytes, process, available)),
+        uniform=tuple(_uniform(loader, planned, workspace + kv_bytes, process, available)),
     )
-
-
-def memory_bytes(weight: PlannedWeight) -> int:
-    """Bytes of a weight in memory: as stored, or as the format it is quantized to while loading."""
-    if weight.quantize_to is not None:
-        return weight.quantize_to.nbytes(weight.slot.shape)
-    return weight.stored.nbytes
 
 
 def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: torch.dtype) -> int:
@@ -129,17 +126,23 @@ def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: t
     return step_tokens * per_token + 2 * batch_size * spec.vocab_size * _ACCUMULATOR_BYTES
 
 
-def _uniform(planned: Sequence[PlannedWeight], others: int, process: int, available: int) -> list[UniformEstimate]:
+def _uniform(
+    loader: ModelLoader, planned: Sequence[PlannedWeight], others: int, process: int, available: int
+) -> list[UniformEstimate]:
     """The same model with all linear weights but the head in one format, for each format that takes them."""
-    kept = sum(memory_bytes(weight) for weight in planned if not weight.slot.is_linear or weight.slot.role == "head")
-    shapes = [weight.slot.shape for weight in planned if weight.slot.is_linear and weight.slot.role != "head"]
+    is_kept = [not weight.slot.is_linear or weight.slot.role == "head" for weight in planned]
+    kept = [weight for weight, keep in zip(planned, is_kept, strict=True) if keep]
+    kept_bytes = sum(weight.nbytes for weight in kept)
+    in_memory = sum(weight.nbytes for weight in kept if not loader.maps(weight.format)) + others
+    shapes = [weight.slot.shape for weight, keep in zip(planned, is_kept, strict=True) if not keep]
     results = []
     for weight_format in all_formats():
         if not (weight_format.is_wide or weight_format.can_quantize):
             continue
         try:
-            size = kept + sum(weight_format.nbytes(shape, QuantizeOptions()) for shape in shapes)
+            size = sum(weight_format.nbytes(shape, QuantizeOptions()) for shape in shapes)
         except AmalgamError:  # a shape that the format cannot hold
             continue
-        results.append(UniformEstimate(weight_format.name, size, size + others + process, size + others <= available))
+        needed = in_memory + (0 if loader.maps(weight_format) else size)
+        results.append(UniformEstimate(weight_format.name, kept_bytes + size, needed + process, needed <= available))
     return sorted(results, key=lambda result: -result.weights_bytes)

@@ -107,12 +107,20 @@ std::shared_ptr<PackedMatrix> pack(Format format, int64_t rows, int64_t columns,
                                pointer<const uint8_t>(zero), pointer<const int32_t>(order), quantizes});
 }
 
+// The caller keeps the memory alive.
+std::shared_ptr<PackedMatrix> view(Format format, int64_t rows, int64_t columns, uintptr_t memory, int64_t nbytes,
+                                   DType scale_dtype, int64_t num_groups, int64_t group, int scale_lanes, bool has_zero,
+                                   uintptr_t order, bool quantizes, nb::handle /*owner*/) {
+    return PackedMatrix::view({format, rows, columns, pointer<const uint8_t>(memory), nbytes, scale_dtype, num_groups,
+                               group, scale_lanes, has_zero, pointer<const int32_t>(order), quantizes});
+}
+
 using Memory = nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>, nb::device::cpu>;
 
 // The matrix's bytes as a tensor that keeps it alive.
 Memory memory(nb::handle self) {
     const auto& packed = nb::cast<const PackedMatrix&>(self);
-    return Memory(packed.memory(), {static_cast<size_t>(packed.nbytes())}, self);
+    return Memory(const_cast<uint8_t*>(packed.memory()), {static_cast<size_t>(packed.nbytes())}, self);
 }
 
 void unpack_matrix(const Kernels& table, const PackedMatrix& weight, uintptr_t out, int threads) {
@@ -224,6 +232,7 @@ NB_MODULE(_native, module) {
         .value("fp32", Format::kFloat32);
     nb::class_<PackedMatrix>(module, "Matrix")
         .def_prop_ro("memory", &memory)
+        .def_prop_ro("scale_lanes", [](const PackedMatrix& packed) { return packed.matrix().scale_lanes; })
         .def_prop_ro("scale_offset", &PackedMatrix::scale_offset)
         .def_prop_ro("zero_offset", &PackedMatrix::zero_offset);
     nb::class_<Experts>(module, "Experts")
@@ -249,6 +258,10 @@ NB_MODULE(_native, module) {
                "sum_eps"_a, "ids"_a, "weights"_a, "threads"_a, Unlocked());
     module.def("draw", &draw_tokens, "logits"_a, "rows"_a, "vocabulary"_a, "top_k"_a, "temperature"_a, "top_p"_a,
                "min_p"_a, "seed"_a, "index"_a, "tokens"_a, "threads"_a, Unlocked());
+    module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "nbytes"_a, "scale_dtype"_a,
+               "num_groups"_a, "group"_a, "scale_lanes"_a, "has_zero"_a, "order"_a, "quantizes"_a, "owner"_a,
+               nb::keep_alive<0, 13>());
+    module.attr("layout_version") = kLayoutVersion;
     module.def("checksum", &checksum, "weights"_a, "threads"_a, Unlocked());
     module.def("supported_isas", &supported_isas);
     module.def("kernels", &kernels, "isa"_a, nb::rv_policy::reference);

@@ -13,7 +13,9 @@
 //
 // Inputs are padded to a multiple of 8, where activations are zero, and rows to a multiple of 16. Scales and zero
 // points stand apart as [panels, groups, 16], scales in their stored type; [panels, groups, 1] where the rows of every
-// panel share theirs.
+// panel share theirs. Lines, scales and zero points lie one after the other, each from a 64-byte boundary on.
+//
+// The same for all instruction sets. Files hold it (models/packed_cache.py): raise kLayoutVersion with every change.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +27,7 @@ enum class Format : int { kInt4, kInt8, kFp8, kBfloat16, kFloat16, kFloat32 };
 // What a product multiplies: int8 x int4 or int8 exactly; bfloat16 pairs into float32; float32.
 enum class Operand : int { kInt8, kBfloat16, kFloat32 };
 
+constexpr int kLayoutVersion = 1;
 constexpr int kPanelRows = 16;
 constexpr int kLineBytes = 64;
 constexpr int kColumnUnit = 8;  // inputs are padded to a multiple

@@ -128,6 +128,27 @@ void pack_grid(const Matrix& matrix, const T* grid, int64_t block_rows, int lane
     }
 }
 
+void require(bool condition, const std::string& message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+// Whether sizes that somebody wrote into a file can be those of a weight; products rely on it.
+void check_sizes(const ViewArgs& args) {
+    constexpr int64_t kMost = int64_t{1} << 30;  // so that the products of sizes below stay within 64 bits
+    const bool is_integer = args.format == Format::kInt4 || args.format == Format::kInt8;
+    require(args.rows > 0 && args.rows <= kMost && args.columns > 0 && args.columns <= kMost,
+            "a weight must have between 1 and 2^30 rows and columns");
+    require(reinterpret_cast<uintptr_t>(args.memory) % kLineBytes == 0, "panels must begin at a 64-byte boundary");
+    require(args.num_groups > 0 == (is_integer || args.format == Format::kFp8),
+            "int4, int8 and fp8 have scales and nothing else has");
+    require(args.scale_lanes == 1 || args.scale_lanes == kPanelRows, "a scale must belong to 1 or 16 rows");
+    require(!args.has_zero || args.format == Format::kInt4, "only int4 has zero points");
+    require(args.order == nullptr || args.format == Format::kInt4, "only int4 has an order of inputs");
+    if (args.num_groups <= 1) return;
+    require(args.group > 0 && args.group % kColumnUnit == 0, "a group must be a multiple of 8 inputs");
+    require(args.num_groups == (args.columns + args.group - 1) / args.group, "the groups do not cover the inputs");
+}
+
 }  // namespace
 
 PackedMatrix::PackedMatrix(const PackArgs& args) {
@@ -139,23 +160,12 @@ PackedMatrix::PackedMatrix(const PackArgs& args) {
     matrix_.group = matrix_.num_groups > 1 ? args.block_columns : matrix_.padded_columns();
     matrix_.scale_dtype = args.scale_dtype;
     matrix_.scale_lanes = args.scale_rows == 1 || args.block_rows % kPanelRows == 0 ? 1 : kPanelRows;
-    const int64_t panels = matrix_.num_panels(), grid = panels * matrix_.num_groups;
-    const int64_t scale_bytes = grid * matrix_.scale_lanes * dtype_bytes(args.scale_dtype);
-    scale_offset_ = panels * matrix_.panel_bytes();
-    zero_offset_ = scale_offset_ + align(scale_bytes);
-    nbytes_ = zero_offset_ + (args.zero != nullptr ? grid * kPanelRows : 0);
-    memory_ = allocate_weight(static_cast<size_t>(nbytes_));
-    matrix_.lines = memory_;
-    if (args.order != nullptr) {
-        order_.assign(args.order, args.order + args.columns);
-        position_.resize(order_.size());
-        for (size_t i = 0; i < order_.size(); ++i) position_[static_cast<size_t>(order_[i])] = static_cast<int32_t>(i);
-        matrix_.order = order_.data();
-        matrix_.position = position_.data();
-    }
+    set_order(args.order);
+    set_offsets(args.zero != nullptr);
+    owned_ = allocate_weight(static_cast<size_t>(nbytes_));
+    set_memory(owned_, args.zero != nullptr);
     if (args.scale != nullptr) {
-        void* scale = memory_ + scale_offset_;
-        matrix_.scale = scale;
+        void* scale = owned_ + scale_offset_;
         const int64_t block_rows = args.scale_rows == 1 ? args.rows : args.block_rows;
         if (dtype_bytes(args.scale_dtype) == 4) {
             pack_grid(matrix_, static_cast<const uint32_t*>(args.scale), block_rows, matrix_.scale_lanes,
@@ -166,18 +176,67 @@ PackedMatrix::PackedMatrix(const PackArgs& args) {
         }
     }
     if (args.zero != nullptr) {
-        matrix_.zero = memory_ + zero_offset_;
-        pack_grid(matrix_, args.zero, 1, kPanelRows, memory_ + zero_offset_);
+        pack_grid(matrix_, args.zero, 1, kPanelRows, owned_ + zero_offset_);
     }
+}
+
+PackedMatrix::PackedMatrix(const ViewArgs& args) {
+    check_sizes(args);
+    matrix_.format = args.format;
+    matrix_.rows = args.rows;
+    matrix_.columns = args.columns;
+    matrix_.quantizes = args.quantizes;
+    matrix_.num_groups = args.num_groups;
+    matrix_.group = args.num_groups > 1 ? args.group : matrix_.padded_columns();
+    matrix_.scale_dtype = args.scale_dtype;
+    matrix_.scale_lanes = args.scale_lanes;
+    set_offsets(args.has_zero);
+    require(nbytes_ == args.nbytes,
+            "a weight of this layout takes " + std::to_string(nbytes_) + " bytes, not " + std::to_string(args.nbytes));
+    set_memory(args.memory, args.has_zero);
+    set_order(args.order);
+}
+
+void PackedMatrix::set_offsets(bool has_zero) {
+    const int64_t panels = matrix_.num_panels(), grid = panels * matrix_.num_groups;
+    scale_offset_ = panels * matrix_.panel_bytes();
+    zero_offset_ = scale_offset_ + align(grid * matrix_.scale_lanes * dtype_bytes(matrix_.scale_dtype));
+    nbytes_ = zero_offset_ + (has_zero ? grid * kPanelRows : 0);
+}
+
+void PackedMatrix::set_memory(const uint8_t* memory, bool has_zero) {
+    matrix_.lines = memory;
+    if (matrix_.num_groups > 0) matrix_.scale = memory + scale_offset_;
+    if (has_zero) matrix_.zero = memory + zero_offset_;
+}
+
+void PackedMatrix::set_order(const int32_t* order) {
+    if (order == nullptr) return;
+    order_.assign(order, order + matrix_.columns);
+    position_.assign(order_.size(), -1);
+    for (size_t i = 0; i < order_.size(); ++i) {
+        const int32_t input = order_[i];
+        require(input >= 0 && input < matrix_.columns && position_[static_cast<size_t>(input)] < 0,
+                "the order of the inputs is no permutation");
+        position_[static_cast<size_t>(input)] = static_cast<int32_t>(i);
+    }
+    matrix_.order = order_.data();
+    matrix_.position = position_.data();
 }
 
 std::shared_ptr<PackedMatrix> PackedMatrix::pack(const PackArgs& args) {
     std::shared_ptr<PackedMatrix> packed(new PackedMatrix(args));
-    const bool is_packed = pack_lines(packed->matrix_, static_cast<const uint8_t*>(args.weight), packed->memory_);
+    const bool is_packed = pack_lines(packed->matrix_, static_cast<const uint8_t*>(args.weight), packed->owned_);
     return is_packed ? packed : nullptr;
 }
 
-PackedMatrix::~PackedMatrix() { free_weight(memory_); }
+std::shared_ptr<PackedMatrix> PackedMatrix::view(const ViewArgs& args) {
+    return std::shared_ptr<PackedMatrix>(new PackedMatrix(args));
+}
+
+PackedMatrix::~PackedMatrix() {
+    if (owned_ != nullptr) free_weight(owned_);
+}
 
 void unpack(const Kernels& kernels, const Matrix& matrix, float* out, int num_threads) {
     parallel_for(matrix.num_panels(), num_threads, [&](int64_t panel) {

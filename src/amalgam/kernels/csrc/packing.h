@@ -26,29 +26,53 @@ struct PackArgs {
     bool quantizes;        // see Matrix
 };
 
-// Owns the memory of a Matrix: lines, scales and zero points one after the other.
+// A weight that is in panels already, as another PackedMatrix had them in its memory.
+struct ViewArgs {
+    Format format;
+    int64_t rows;
+    int64_t columns;
+    const uint8_t* memory;  // nbytes, from a 64-byte boundary on
+    int64_t nbytes;
+    DType scale_dtype;
+    int64_t num_groups;  // 0: no scale
+    int64_t group;       // inputs that share a scale, where there are several groups
+    int scale_lanes;     // 16 or 1
+    bool has_zero;
+    const int32_t* order;  // a permutation of the inputs, or null
+    bool quantizes;
+};
+
+// A Matrix and its memory: lines, scales and zero points one after the other.
 class PackedMatrix {
  public:
     // Null if the weight holds something that panels cannot: NaN in fp8.
     static std::shared_ptr<PackedMatrix> pack(const PackArgs& args);
+
+    // Reads the caller's memory, which must outlive it. Throws std::invalid_argument unless the sizes are possible and
+    // what the layout takes is exactly `nbytes`, so that no product reads outside.
+    static std::shared_ptr<PackedMatrix> view(const ViewArgs& args);
 
     ~PackedMatrix();
     PackedMatrix(const PackedMatrix&) = delete;
     PackedMatrix& operator=(const PackedMatrix&) = delete;
 
     const Matrix& matrix() const { return matrix_; }
-    uint8_t* memory() const { return memory_; }
+    const uint8_t* memory() const { return matrix_.lines; }
     int64_t scale_offset() const { return scale_offset_; }
     int64_t zero_offset() const { return zero_offset_; }
     int64_t nbytes() const { return nbytes_; }
 
  private:
     explicit PackedMatrix(const PackArgs& args);
+    explicit PackedMatrix(const ViewArgs& args);
+    void set_order(const int32_t* order);
+    void set_offsets(bool has_zero);
+    void set_memory(const uint8_t* memory, bool has_zero);
 
     Matrix matrix_{};
     std::vector<int32_t> order_, position_;
     int64_t scale_offset_ = 0, zero_offset_ = 0, nbytes_ = 0;
-    uint8_t* memory_ = nullptr;
+    uint8_t* owned_ = nullptr;  // null: the memory is somebody else's
 };
 
 // out [rows, columns]: the weight's exact values.
