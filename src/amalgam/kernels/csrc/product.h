@@ -176,23 +176,21 @@ void product(const ProductArgs& args, int64_t first_row, int64_t end_row, int64_
     });
 }
 
+// All gate panels first: a weight is then read as one long stream. Their sums wait in the result's place.
 void gate_up(const GateUpArgs& args, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
-    Sums gate, up;
+    product(args.gate, first_row, end_row, first_panel, end_panel);
+    Sums up;
     const Gating gating = args.gating;
+    const int64_t stride = args.gate.out_stride;
     for_row_blocks(first_row, end_row, [&](int64_t row, int64_t rows) {
         for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-            const int width = panel_width(*args.gate.weight, panel);
-            panel_product(*args.gate.weight, args.gate.x, row, rows, panel, gate);
+            const int width = panel_width(*args.up.weight, panel);
             panel_product(*args.up.weight, args.up.x, row, rows, panel, up);
-            add_bias(args.gate.bias, panel, width, rows, gate);
             add_bias(args.up.bias, panel, width, rows, up);
-            for (int64_t i = 0; i < rows; ++i) {
-                for (int lane = 0; lane < kPanelRows; ++lane) {
-                    gate.row[i][lane] = join(gating, gate.row[i][lane], up.row[i][lane]);
-                }
+            float* out = static_cast<float*>(args.gate.out) + row * stride + panel * kPanelRows;
+            for (int64_t i = 0; i < rows; ++i, out += stride) {
+                for (int lane = 0; lane < width; ++lane) out[lane] = join(gating, out[lane], up.row[i][lane]);
             }
-            float* out = static_cast<float*>(args.gate.out) + row * args.gate.out_stride + panel * kPanelRows;
-            write_panel(gate, rows, width, out, args.gate.out_stride);
         }
     });
 }

@@ -25,6 +25,7 @@ inline void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints broadcast_int(int32_t v) { return _mm512_set1_epi32(v); }
 inline Ints zero_times(const uint8_t* zero, int32_t factor) {
     const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero)));

@@ -53,6 +53,11 @@ inline Floats mul(const Floats& a, const Floats& b) {
     return each_float([&](int lane) { return a.lane[lane] * b.lane[lane]; });
 }
 
+inline Ints add(const Ints& a, const Ints& b) {
+    Ints result;
+    for (int i = 0; i < 16; ++i) result.lane[i] = a.lane[i] + b.lane[i];
+    return result;
+}
 inline Ints broadcast_int(int32_t v) {
     Ints result;
     for (int32_t& lane : result.lane) lane = v;

@@ -84,48 +84,74 @@ struct Totals {
     }
 };
 
+// How many sums of each element run side by side: a single one would have to wait for itself. Integers may be added in
+// any order.
+constexpr int num_chains(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+
+// One line of int4 or int8 weights, added to the sums from `chain` on.
+template <Format F, int M>
+inline void add_line(const uint8_t* line, const TileRows& x, int64_t at, int chain, Ints (*sum)[M]) {
+    constexpr int kChains = num_chains(M);
+    if constexpr (F == Format::kInt4) {
+        Bytes low, high;
+        load_nibbles(line, low, high);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            Ints& first = sum[chain % kChains][m];
+            first = dot_nibbles(first, low, broadcast4(x.values[m] + at));
+            Ints& second = sum[(chain + 1) % kChains][m];
+            second = dot_nibbles(second, high, broadcast4(x.values[m] + at + 4));
+        }
+    } else {
+        const Bytes w = load_int8(line);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            Ints& only = sum[chain % kChains][m];
+            only = dot_int8(only, w, broadcast4(x.values[m] + at));
+        }
+    }
+}
+
 // y [M, 16] += int8 activations times int4 or int8 weights.
 template <Format F, int M>
 void int8_tile(const Run& run, const TileRows& x, float* y) {
     static_assert(F == Format::kInt4 || F == Format::kInt8);
-    constexpr int kInputs = Matrix::inputs_per_line(F);
+    constexpr int kInputs = Matrix::inputs_per_line(F), kSumsPerLine = F == Format::kInt4 ? 2 : 1;
+    constexpr int kChains = num_chains(M), kLines = kChains > kSumsPerLine ? kChains / kSumsPerLine : 1;
     Totals<M> total(y);
     GroupCursor cursor(run);
     Floats scale = load_scale(run, cursor.group);
     const uint8_t* line = run.lines;
     int64_t at = 0;
     for (int64_t chunk = run.first_chunk, local = 0; chunk < run.end_chunk; ++chunk, ++local) {
-        Ints sum[M];
+        Ints sum[kChains][M];
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const int32_t bias = -x.sum[m][local];
             if constexpr (F == Format::kInt8) {
-                sum[m] = broadcast_int(bias * kInt8Bias);
+                sum[0][m] = broadcast_int(bias * kInt8Bias);
             } else {
-                sum[m] = run.zero != nullptr ? zero_times(run.zero + cursor.group * kPanelRows, bias)
-                                             : broadcast_int(bias * 8);
+                sum[0][m] = run.zero != nullptr ? zero_times(run.zero + cursor.group * kPanelRows, bias)
+                                                : broadcast_int(bias * 8);
+            }
+#pragma GCC unroll 16
+            for (int chain = 1; chain < kChains; ++chain) sum[chain][m] = broadcast_int(0);
+        }
+        const int64_t end = at + run.inputs(chunk);
+        for (; at + kLines * kInputs <= end; at += kLines * kInputs, line += kLines * kLineBytes) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kLines; ++i) {
+                prefetch(line + i * kLineBytes + run.prefetch);
+                add_line<F, M>(line + i * kLineBytes, x, at + i * kInputs, i * kSumsPerLine, sum);
             }
         }
-        for (const int64_t end = at + run.inputs(chunk); at < end; at += kInputs, line += kLineBytes) {
-            prefetch(line + run.prefetch);
-            if constexpr (F == Format::kInt4) {
-                Bytes low, high;
-                load_nibbles(line, low, high);
-#pragma GCC unroll 16
-                for (int m = 0; m < M; ++m) {
-                    sum[m] = dot_nibbles(sum[m], low, broadcast4(x.values[m] + at));
-                    sum[m] = dot_nibbles(sum[m], high, broadcast4(x.values[m] + at + 4));
-                }
-            } else {
-                const Bytes w = load_int8(line);
-#pragma GCC unroll 16
-                for (int m = 0; m < M; ++m) sum[m] = dot_int8(sum[m], w, broadcast4(x.values[m] + at));
-            }
-        }
+        for (; at < end; at += kInputs, line += kLineBytes) add_line<F, M>(line, x, at, 0, sum);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+            for (int chain = 1; chain < kChains; ++chain) sum[0][m] = add(sum[0][m], sum[chain][m]);
             const Floats factor = mul(scale, broadcast_float(x.scale[m] + local));
-            total.row[m] = add(total.row[m], mul(to_floats(sum[m]), factor));
+            total.row[m] = add(total.row[m], mul(to_floats(sum[0][m]), factor));
         }
         if (cursor.next() && chunk + 1 < run.end_chunk) scale = load_scale(run, cursor.group);
     }
