@@ -3,6 +3,7 @@
 Arrays are addresses; 0 means none. Every call that computes releases the GIL.
 """
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import final
 
@@ -40,9 +41,12 @@ class Experts:
 class Kernels:
     @property
     def isa(self) -> str: ...
+    # By position: matching names costs time in every layer of every step.
     def rms_norm(
         self,
         x: int,
+        delta: int,
+        total: int,
         weight: int,
         out: int,
         rows: int,
@@ -72,14 +76,21 @@ class Kernels:
         self, weight: Matrix, row_ids: int, num_ids: int, out: int, out_dtype: DType, threads: int
     ) -> None: ...
     def linear(
+        self, x: int, rows: int, x_dtype: DType, outputs: Sequence[tuple[object, int, DType, int]], threads: int
+    ) -> None:
+        """`outputs`: weight, bias, type of the bias, where the product goes."""
+
+    def route(
         self,
         weight: Matrix,
         x: int,
-        out: int,
         rows: int,
         x_dtype: DType,
-        bias: int,
-        bias_dtype: DType,
+        k: int,
+        normalises: bool,
+        sum_eps: float,
+        ids: int,
+        gate_weights: int,
         threads: int,
     ) -> None: ...
     def moe(
@@ -113,17 +124,6 @@ def pack(
     order: int,
     quantizes: bool,
 ) -> Matrix | None: ...
-def choose_experts(
-    scores: int,
-    tokens: int,
-    experts: int,
-    k: int,
-    normalises: bool,
-    sum_eps: float,
-    ids: int,
-    weights: int,
-    threads: int,
-) -> None: ...
 def draw(
     logits: int,
     rows: int,
@@ -198,6 +198,39 @@ class AttentionKernels:
         value_head_stride: int,
         value_dim: int,
         kv_heads: int,
+        out: int,
+        scale: float,
+        window: int,
+        sinks: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def attend_cached(
+        self,
+        kernels: Kernels,
+        plan: AttentionPlan,
+        query: int,
+        query_stride: int,
+        key: int,
+        key_stride: int,
+        value: int,
+        value_stride: int,
+        is_bfloat16: bool,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        value_dim: int,
+        query_norm: int,
+        key_norm: int,
+        norm_is_bfloat16: bool,
+        eps: float,
+        cos: int,
+        sin: int,
+        half: int,
+        keys: int,
+        values: int,
+        slot_ids: int,
+        num_slots: int,
         out: int,
         scale: float,
         window: int,

@@ -306,6 +306,55 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
             replace(layer, batch=contradiction).run()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("rotated", [0, 32, 64])
+@pytest.mark.parametrize(
+    "case",
+    [Case(), Case(((1, 300), (1, 1), (40, 90)), 8, 2, 64, 32, window=17, has_sinks=True)],
+    ids=["plain", "window"],
+)
+@pytest.mark.usefixtures("isa")
+def test_cached_attention_is_its_parts_in_one_call(
+    case: Case, dtype: torch.dtype, has_norm: bool, rotated: int
+) -> None:
+    layer = make(replace(case, query_type=dtype))
+    tokens, heads, dim = layer.query.shape
+    sizes = [heads * dim, case.kv_heads * dim, case.kv_heads * case.value_dim]
+    generator = torch.Generator().manual_seed(1)
+    projections = torch.randn(tokens, sum(sizes), generator=generator).to(dtype)
+    angles = torch.randn(tokens, rotated // 2, generator=generator)
+    places = [
+        (table[position // case.block_size] * case.block_size + position % case.block_size)
+        for table, (length, context) in zip(layer.batch.block_tables, case.sequences, strict=True)
+        for position in range(context - length, context)
+    ]
+
+    def run(function: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = layer.keys.clone(), layer.values.clone()
+        out = function(
+            *projections.split(sizes, dim=1),
+            keys=keys,
+            values=values,
+            slot_ids=torch.stack(places),
+            batch=layer.batch,
+            norms=(torch.linspace(0.5, 1.5, dim), torch.linspace(1.5, 0.5, dim)) if has_norm else None,
+            norm_eps=1e-6,
+            rotary=(angles.cos(), angles.sin()) if rotated else None,
+            scale=dim**-0.5,
+            window=case.window,
+            sinks=layer.sinks,
+        )
+        return out, keys.nan_to_num(), values.nan_to_num()
+
+    together = run(attention.cached_attention)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "supports_cached_attention", lambda *_: False)
+        in_parts = run(ops.cached_attention)
+    for one, other in zip(together, in_parts, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_write_kv_means_what_the_reference_says(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     use_isa(monkeypatch, "portable")

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from amalgam.kernels import native, ops, reference
+from amalgam.kernels import native, ops, panels, reference
+from amalgam.precision.formats.floating import dense
 
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -92,24 +93,46 @@ def test_backends_are_reported(use_isa: Callable[[str], None]) -> None:
     assert "prepare" not in backends
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.usefixtures("isa")
+def test_add_rms_norm(dtype: torch.dtype) -> None:
+    for rows, hidden in ((1, 5), (3, 64), (40, 1030)):
+        x, delta, weight = sample(rows, hidden, dtype=dtype), sample(rows, hidden, dtype=dtype, seed=1), sample(hidden)
+        total, normed = native.add_rms_norm(x, delta, weight, 1e-6)
+        assert torch.equal(total, x + delta)
+        assert torch.equal(normed, native.rms_norm(total, weight, 1e-6))
+    with pytest.raises(ValueError, match="after adding"):
+        native.add_rms_norm(x, delta[:, :5], weight, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("normalises", [False, True])
-def test_choose_experts(normalises: bool) -> None:
-    for tokens, experts, k in ((1, 1, 1), (3, 8, 2), (70, 64, 8), (200, 128, 128), (5, 130, 7)):
-        scores = sample(tokens, experts) * 4
-        ids, weights = native.choose_experts(scores, k, normalises=normalises, sum_eps=1e-3)
-        expected_ids, expected = reference.choose_experts(scores, k, normalises=normalises, sum_eps=1e-3)
+@pytest.mark.usefixtures("isa")
+def test_route(dtype: torch.dtype, normalises: bool) -> None:
+    for tokens, experts, hidden, k in (
+        (1, 1, 8, 1),
+        (3, 8, 24, 2),
+        (70, 64, 32, 8),
+        (200, 128, 16, 128),
+        (5, 130, 40, 7),
+    ):
+        x, weight = sample(tokens, hidden, dtype=dtype), dense(sample(experts, hidden, seed=1))
+        packed = ops.prepare(weight)
+        ids, weights = panels.route(x, packed, k, normalises=normalises, sum_eps=1e-3)
+        expected_ids, expected = reference.route(x, weight, k, normalises=normalises, sum_eps=1e-3)
         assert torch.equal(ids, expected_ids)
-        torch.testing.assert_close(weights, expected, rtol=2e-6, atol=1e-12)
-        alone, _ = native.choose_experts(scores[-1:], k, normalises=normalises, sum_eps=1e-3)
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-7)
+        alone, _ = panels.route(x[-1:], packed, k, normalises=normalises, sum_eps=1e-3)
         assert torch.equal(alone[0], ids[-1])
 
 
-def test_choose_experts_of_what_has_no_order() -> None:
-    ids, _ = native.choose_experts(torch.zeros(1, 6), 3, normalises=True, sum_eps=0.0)
-    assert ids.tolist() == [[0, 1, 2]]
-    odd = torch.tensor([[float("nan")] * 6, [1.0, float("nan"), 2.0, float("inf"), 0.0, -float("inf")]])
-    ids, _ = native.choose_experts(odd, 4, normalises=True, sum_eps=0.0)
-    assert all(len(set(row)) == 4 and set(row) <= set(range(6)) for row in ids.tolist())
-    with pytest.raises(ValueError, match="best 7"):
-        native.choose_experts(torch.zeros(1, 6), 7, normalises=True, sum_eps=0.0)
-    assert native.choose_experts(torch.zeros(0, 6), 2, normalises=True, sum_eps=0.0)[0].shape == (0, 2)
+def test_route_of_what_has_no_order() -> None:
+    eye = ops.prepare(dense(torch.eye(8)))
+    ids, weights = panels.route(torch.zeros(1, 8), eye, 3, normalises=True, sum_eps=0.0)
+    assert (ids.tolist(), weights.tolist()) == ([[0, 1, 2]], [[pytest.approx(1 / 3)] * 3])
+    odd = torch.tensor([[float("nan")] * 8, [1.0, float("nan"), 2.0, float("inf"), 0.0, -float("inf"), 3.0, 4.0]])
+    ids, _ = panels.route(odd, eye, 4, normalises=True, sum_eps=0.0)
+    assert all(len(set(row)) == 4 and set(row) <= set(range(8)) for row in ids.tolist())
+    with pytest.raises(ValueError, match="to 9"):
+        panels.route(torch.zeros(1, 8), eye, 9, normalises=True, sum_eps=0.0)
+    assert panels.route(torch.zeros(0, 8), eye, 2, normalises=True, sum_eps=0.0)[0].shape == (0, 2)

@@ -68,6 +68,21 @@ def test_linear_means_what_the_reference_says(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.usefixtures("isa")
+def test_several_weights_in_one_call_give_what_each_gives_alone() -> None:
+    """All layouts at once, gathered ones among them, of different heights and with and without biases."""
+    layouts = [
+        ops.prepare(weight) for shape in (WIDE, (5, WIDE[1]), (200, WIDE[1])) for weight in every_layout(shape).values()
+    ]
+    biases = [None if index % 3 else torch.randn(weight.shape[0]) for index, weight in enumerate(layouts)]
+    for rows in (0, 1, 3, 9, 130):
+        for dtype in (*TOLERANCE, torch.float16):
+            x = activations(rows, WIDE[1], dtype)
+            together = ops.linears(x, layouts, biases)
+            for result, weight, bias in zip(together, layouts, biases, strict=True):
+                assert torch.equal(result, ops.linear(x, weight, bias)), (weight.layout, rows, dtype)
+
+
+@pytest.mark.usefixtures("isa")
 def test_reference_takes_panels() -> None:
     for name, weight in every_layout(WIDE).items():
         for dtype in TOLERANCE:

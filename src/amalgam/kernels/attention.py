@@ -112,6 +112,134 @@ def paged_attention(
     return out
 
 
+def supports_cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch
+) -> bool:
+    """Whether `cached_attention` takes these tensors; depends on types, devices and the cache's layout only."""
+    return (
+        query.dtype is key.dtype is value.dtype is keys.dtype is values.dtype
+        and supports_paged_attention(query, keys, values, batch)
+        and key.is_cpu
+        and value.is_cpu
+        and keys.is_contiguous()
+        and values.is_contiguous()
+    )
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    keys: Tensor,
+    values: Tensor,
+    slot_ids: Tensor,
+    batch: AttentionBatch,
+    norms: tuple[Tensor, Tensor] | None,
+    norm_eps: float,
+    rotary: tuple[Tensor, Tensor] | None,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `ops.cached_attention`, which all of this is in one call.
+
+    Raises:
+        ValueError: shapes or types that do not fit together.
+        IndexError: a slot that the cache does not have; nothing is written.
+    """
+    plan = _plan(batch)
+    tokens = query.shape[0]
+    slots, kv_heads, dim = keys.shape
+    value_dim = values.shape[2]
+    heads = query.shape[1] // dim if dim else 0
+    cos, sin = rotary or (None, None)
+    query_norm, key_norm = norms or (None, None)
+    if (
+        not supports_cached_attention(query, key, value, keys, values, batch)
+        or query.shape != (tokens, heads * dim)
+        or key.shape != (tokens, kv_heads * dim)
+        or value.shape != (tokens, kv_heads * value_dim)
+        or values.shape != (slots, kv_heads, value_dim)
+        or heads % kv_heads
+        or plan.num_tokens != tokens
+        or plan.num_slots > slots
+        or slot_ids.shape != (tokens,)
+        or slot_ids.dtype is not torch.int64
+        or (window is not None and window < 1)
+        or (sinks is not None and sinks.shape != (heads,))
+        or any(
+            norm is not None and (norm.shape != (dim,) or norm.dtype not in _TYPES) for norm in (query_norm, key_norm)
+        )
+        or (query_norm is not None and key_norm is not None and query_norm.dtype is not key_norm.dtype)
+        or (cos is not None and sin is not None and not _is_rotary(cos, sin, tokens, dim))
+    ):
+        raise ValueError(
+            f"attention of {query.dtype} {tuple(query.shape)}, {key.dtype} {tuple(key.shape)} and {value.dtype} "
+            f"{tuple(value.shape)} over caches of {keys.dtype} {tuple(keys.shape)} and {values.dtype} "
+            f"{tuple(values.shape)} with {plan.num_tokens} tokens, {plan.num_slots} slots and window {window}"
+        )
+    out = torch.empty((tokens, heads * value_dim), dtype=query.dtype)
+    if not out.numel():
+        return out
+    query, key, value = (part if part.stride(1) == 1 else part.contiguous() for part in (query, key, value))
+    slot_ids = slot_ids.contiguous()
+    if query_norm is not None and key_norm is not None:
+        query_norm, key_norm = query_norm.contiguous(), key_norm.contiguous()
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    if sinks is not None:
+        sinks = sinks.to("cpu", torch.float32).contiguous()
+    _table(native.isa()).attend_cached(
+        native.kernels(),
+        plan,
+        query.data_ptr(),
+        query.stride(0),
+        key.data_ptr(),
+        key.stride(0),
+        value.data_ptr(),
+        value.stride(0),
+        query.dtype is torch.bfloat16,
+        heads,
+        kv_heads,
+        dim,
+        value_dim,
+        0 if query_norm is None else query_norm.data_ptr(),
+        0 if key_norm is None else key_norm.data_ptr(),
+        query_norm is not None and query_norm.dtype is torch.bfloat16,
+        norm_eps,
+        0 if cos is None else cos.data_ptr(),
+        0 if sin is None else sin.data_ptr(),
+        0 if cos is None else cos.shape[1],
+        keys.data_ptr(),
+        values.data_ptr(),
+        slot_ids.data_ptr(),
+        slots,
+        out.data_ptr(),
+        scale,
+        window or 0,
+        0 if sinks is None else sinks.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _is_norm(weight: Tensor, dim: int) -> bool:
+    return weight.shape == (dim,) and weight.dtype in _TYPES and weight.is_cpu
+
+
+def _is_rotary(cos: Tensor, sin: Tensor, tokens: int, dim: int) -> bool:
+    return (
+        cos.dtype is sin.dtype is torch.float32
+        and cos.shape == sin.shape
+        and cos.dim() == 2
+        and cos.shape[0] == tokens
+        and 2 * cos.shape[1] <= dim
+        and cos.is_cpu
+        and sin.is_cpu
+    )
+
+
 def supports_write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> bool:
     """Whether `write_kv` takes these tensors; depends on types, devices and the cache's layout only."""
     return (

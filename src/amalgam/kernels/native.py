@@ -86,28 +86,52 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         UnsupportedError: the extension is not available.
         ValueError: other types, devices or shapes.
     """
-    table = kernels()
     if not supports_rms_norm(x, weight):
-        raise ValueError(
-            f"rms_norm of {x.dtype} {tuple(x.shape)} on {x.device} with a weight of {weight.dtype} "
-            f"{tuple(weight.shape)} on {weight.device}; expected float32 or bfloat16 [..., hidden] and [hidden] on cpu"
-        )
-    x, weight = x.contiguous(), weight.contiguous()
+        raise ValueError(_unfit_for_norm(x, weight))
+    x = x.contiguous()
     out = torch.empty_like(x)
+    _rms_norm(x, 0, 0, weight, out, eps)
+    return out
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x + delta`, and that after `rms_norm`; x and delta of one shape and type.
+
+    Raises:
+        UnsupportedError, ValueError: as `rms_norm`.
+    """
+    if not supports_rms_norm(x, weight) or delta.shape != x.shape or delta.dtype != x.dtype or not delta.is_cpu:
+        raise ValueError(f"{_unfit_for_norm(x, weight)}, after adding {delta.dtype} {tuple(delta.shape)}")
+    x, delta = x.contiguous(), delta.contiguous()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _rms_norm(x, delta.data_ptr(), total.data_ptr(), weight, out, eps)
+    return total, out
+
+
+def _unfit_for_norm(x: Tensor, weight: Tensor) -> str:
+    return (
+        f"rms_norm of {x.dtype} {tuple(x.shape)} on {x.device} with a weight of {weight.dtype} "
+        f"{tuple(weight.shape)} on {weight.device}; expected float32 or bfloat16 [..., hidden] and [hidden] on cpu"
+    )
+
+
+def _rms_norm(x: Tensor, delta: int, total: int, weight: Tensor, out: Tensor, eps: float) -> None:
+    weight = weight.contiguous()
     hidden = weight.numel()
     if out.numel():
-        table.rms_norm(
-            x=x.data_ptr(),
-            weight=weight.data_ptr(),
-            out=out.data_ptr(),
-            rows=x.numel() // hidden,
-            hidden=hidden,
-            eps=eps,
-            x_dtype=native_dtype(x.dtype),
-            weight_dtype=native_dtype(weight.dtype),
-            threads=torch.get_num_threads(),
+        kernels().rms_norm(
+            x.data_ptr(),
+            delta,
+            total,
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // hidden,
+            hidden,
+            eps,
+            native_dtype(x.dtype),
+            native_dtype(weight.dtype),
+            torch.get_num_threads(),
         )
-    return out
 
 
 def supports_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -135,17 +159,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
         kernels().rotate(
-            x=x.data_ptr(),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            out=out.data_ptr(),
-            tokens=tokens,
-            token_stride=x.stride(0),
-            heads=heads,
-            head_dim=head_dim,
-            half=cos.shape[1],
-            dtype=native_dtype(x.dtype),
-            threads=torch.get_num_threads(),
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            out.data_ptr(),
+            tokens,
+            x.stride(0),
+            heads,
+            head_dim,
+            cos.shape[1],
+            native_dtype(x.dtype),
+            torch.get_num_threads(),
         )
     return out
 
@@ -177,35 +201,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             threads=torch.get_num_threads(),
         )
     return out
-
-
-def supports_choose_experts(scores: Tensor) -> bool:
-    """Whether `choose_experts` takes these scores."""
-    return is_available() and scores.is_cpu and scores.dtype == torch.float32 and scores.dim() == 2
-
-
-def choose_experts(scores: Tensor, k: int, *, normalises: bool, sum_eps: float) -> tuple[Tensor, Tensor]:
-    """See `reference.choose_experts`; of equal probabilities the smaller id comes first."""
-    from amalgam import _native
-
-    if not supports_choose_experts(scores) or not 0 < k <= scores.shape[1]:
-        raise ValueError(f"the best {k} of {scores.dtype} {tuple(scores.shape)} on {scores.device}")
-    tokens, experts = scores.shape
-    scores = scores.contiguous()
-    ids = torch.empty((tokens, k), dtype=torch.int64)
-    weights = torch.empty((tokens, k), dtype=torch.float32)
-    _native.choose_experts(
-        scores=scores.data_ptr(),
-        tokens=tokens,
-        experts=experts,
-        k=k,
-        normalises=normalises,
-        sum_eps=sum_eps,
-        ids=ids.data_ptr(),
-        weights=weights.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
-    return ids, weights
 
 
 def supports_draw(logits: Tensor) -> bool:

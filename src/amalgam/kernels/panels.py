@@ -24,6 +24,7 @@ Arithmetic depends on the type of the activations:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -210,28 +211,73 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     Raises:
         ValueError: shapes or types that do not fit together.
     """
-    rows, columns = weight.shape
-    if x.dim() != 2 or x.shape[1] != columns or (bias is not None and bias.shape != (rows,)):
-        shape = None if bias is None else tuple(bias.shape)
-        raise ValueError(f"linear of {tuple(x.shape)} with a weight of {weight.shape} and a bias of {shape}")
+    return linears(x, (weight,), (bias,))[0]
+
+
+def linears(x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """`linear` of the same rows with several weights, in one call.
+
+    Raises:
+        ValueError: shapes or types that do not fit together.
+    """
+    for weight, bias in zip(weights, biases, strict=True):
+        rows, columns = weight.shape
+        if x.dim() != 2 or x.shape[1] != columns or (bias is not None and bias.shape != (rows,)):
+            shape = None if bias is None else tuple(bias.shape)
+            raise ValueError(f"linear of {tuple(x.shape)} with a weight of {weight.shape} and a bias of {shape}")
     if x.dtype not in native.FLOAT_TYPES:
-        return linear(x.float(), weight, bias).to(x.dtype)
-    if bias is not None:
-        bias = bias.contiguous()
+        return [out.to(x.dtype) for out in linears(x.float(), weights, biases)]
     x = x.contiguous()
-    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    if out.numel():
+    results = [torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype) for weight in weights]
+    if x.shape[0]:
+        kept = [None if bias is None else bias.contiguous() for bias in biases]
+        outputs = [
+            (
+                weight.native,
+                0 if bias is None else bias.data_ptr(),
+                native.native_dtype(torch.float32 if bias is None else bias.dtype),
+                out.data_ptr(),
+            )
+            for weight, bias, out in zip(weights, kept, results, strict=True)
+        ]
         native.kernels().linear(
-            weight=_matrix(weight),
-            x=x.data_ptr(),
-            out=out.data_ptr(),
-            rows=x.shape[0],
-            x_dtype=native.native_dtype(x.dtype),
-            bias=0 if bias is None else bias.data_ptr(),
-            bias_dtype=native.native_dtype(torch.float32 if bias is None else bias.dtype),
-            threads=torch.get_num_threads(),
+            x.data_ptr(), x.shape[0], native.native_dtype(x.dtype), outputs, torch.get_num_threads()
         )
-    return out
+    return results
+
+
+def supports_route(x: Tensor, weight: PackedWeight) -> bool:
+    """Whether `route` takes these."""
+    return weight.native is not None and x.device.type == "cpu" and x.dtype in native.FLOAT_TYPES and x.dim() == 2
+
+
+def route(x: Tensor, weight: PackedWeight, k: int, *, normalises: bool, sum_eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.route`; of equal probabilities the smaller id comes first.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    num_experts, hidden = weight.shape
+    if not supports_route(x, weight) or x.shape[1] != hidden or not 0 < k <= num_experts:
+        raise ValueError(f"routing of {x.dtype} {tuple(x.shape)} by {weight.shape} to {k}")
+    x = x.contiguous()
+    tokens = x.shape[0]
+    ids = torch.empty((tokens, k), dtype=torch.int64)
+    gate_weights = torch.empty((tokens, k), dtype=torch.float32)
+    if tokens:
+        native.kernels().route(
+            _matrix(weight),
+            x.data_ptr(),
+            tokens,
+            native.native_dtype(x.dtype),
+            k,
+            normalises,
+            sum_eps,
+            ids.data_ptr(),
+            gate_weights.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return ids, gate_weights
 
 
 def supports_moe(x: Tensor, experts: ExpertTable) -> bool:
@@ -266,18 +312,18 @@ def moe(
     out = torch.empty_like(x)
     if out.numel():
         native.kernels().moe(
-            experts=pointers.table,
-            x=x.data_ptr(),
-            expert_ids=ids.data_ptr(),
-            gate_weights=weights.data_ptr(),
-            out=out.data_ptr(),
-            tokens=x.shape[0],
-            num_active=ids.shape[1],
-            alpha=activation.alpha,
-            offset=activation.offset,
-            limit=math.inf if activation.limit is None else activation.limit,
-            x_dtype=native.native_dtype(x.dtype),
-            threads=torch.get_num_threads(),
+            pointers.table,
+            x.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            ids.shape[1],
+            activation.alpha,
+            activation.offset,
+            math.inf if activation.limit is None else activation.limit,
+            native.native_dtype(x.dtype),
+            torch.get_num_threads(),
         )
     return out
 

@@ -130,15 +130,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight.to(x.dtype)
 
 
-def choose_experts(scores: Tensor, k: int, *, normalises: bool, sum_eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The k experts of the largest softmax probability (Shazeer et al. 2017), the first choice first.
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x + delta`, and that after `rms_norm`."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
+def route(x: Tensor, weight: PackedWeight, k: int, *, normalises: bool, sum_eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The k experts of the largest softmax probability (Shazeer et al. 2017), the first choice first; in float32.
 
     Args:
-        scores: float32 `[tokens, experts]`.
+        x: `[tokens, hidden]`.
+        weight: of the router, `[experts, hidden]`.
         normalises: divide the k probabilities by their sum + `sum_eps`.
 
     Returns ids int64 and gate weights float32, both `[tokens, k]`.
     """
+    scores = linear(x.float(), weight)
     gate_weights, expert_ids = torch.topk(torch.softmax(scores, dim=-1), k, dim=-1)
     if normalises:
         gate_weights = gate_weights / (gate_weights.sum(-1, keepdim=True) + sum_eps)

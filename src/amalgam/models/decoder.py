@@ -40,14 +40,16 @@ class Decoder:
         x = ops.embedding(token_ids, weights["embedding"], self.dtype)
         if self.spec.has_position_embedding:
             x = x + ops.embedding(context.positions, weights["positions"], self.dtype)
+        normed = norm(x, outside, "layers.0.attention_norm")
         for layer_id, layer in enumerate(self.spec.layers):
             block = BlockContext(context, layer_id, rotary)
             prefix = f"layers.{layer_id}"
-            normed = norm(x, outside, f"{prefix}.attention_norm")
-            x = x + layer.attention(normed, weights.block(f"{prefix}.attention"), block)
-            normed = norm(x, outside, f"{prefix}.mlp_norm")
-            x = x + layer.mlp(normed, weights.block(f"{prefix}.mlp"), block)
-        return norm(x, outside, "norm")
+            delta = layer.attention(normed, weights.block(f"{prefix}.attention"), block)
+            x, normed = norm.after(x, delta, outside, f"{prefix}.mlp_norm")
+            delta = layer.mlp(normed, weights.block(f"{prefix}.mlp"), block)
+            is_last = layer_id + 1 == len(self.spec.layers)
+            x, normed = norm.after(x, delta, outside, "norm" if is_last else f"layers.{layer_id + 1}.attention_norm")
+        return normed
 
     def logits(self, hidden: Tensor, weights: WeightVersion) -> Tensor:
         """`[rows, hidden]` → float32 `[rows, vocabulary]`; a tied head is the embedding."""

@@ -33,6 +33,9 @@ class RmsNorm:
     def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor:
         return ops.rms_norm(x, weights[name].dense, self.eps)
 
+    def after(self, x: Tensor, delta: Tensor, weights: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x, delta, weights[name].dense, self.eps)
+
 
 @dataclass(frozen=True)
 class LayerNorm:
@@ -46,6 +49,9 @@ class LayerNorm:
 
     def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor:
         return ops.layer_norm(x, weights[name].dense, weights[f"{name}_bias"].dense, self.eps)
+
+    def after(self, x: Tensor, delta: Tensor, weights: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
+        return x + delta, self(x + delta, weights, name)
 
 
 @dataclass(frozen=True)
@@ -92,34 +98,30 @@ class Attention:
             yield Slot("k_norm", (self.head_dim,), "norm")
 
     def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
-        tokens = x.shape[0]
-        query, key, value = (part.view(tokens, -1, self.head_dim) for part in self.project(x, weights))
-        if self.has_head_norm:
-            query = ops.rms_norm(query, weights["q_norm"].dense, self.norm_eps)
-            key = ops.rms_norm(key, weights["k_norm"].dense, self.norm_eps)
-        if self.rope is not None:
-            cos, sin = context.rotary[self.rope]
-            query, key = ops.rotate(query, cos, sin), ops.rotate(key, cos, sin)
-
         step = context.step
-        keys, values = step.kv.keys[context.layer_id], step.kv.values[context.layer_id]
-        ops.write_kv(keys, values, key, value, step.slot_ids)
-        attended = ops.paged_attention(
+        query, key, value = self.project(x, weights)
+        attended = ops.cached_attention(
             query,
-            keys,
-            values,
-            step.attention,
+            key,
+            value,
+            keys=step.kv.keys[context.layer_id],
+            values=step.kv.values[context.layer_id],
+            slot_ids=step.slot_ids,
+            batch=step.attention,
+            norms=(weights["q_norm"].dense, weights["k_norm"].dense) if self.has_head_norm else None,
+            norm_eps=self.norm_eps,
+            rotary=None if self.rope is None else context.rotary[self.rope],
             scale=self.head_dim**-0.5,
             window=self.window,
             sinks=weights.vector("sinks"),
         )
-        return ops.linear(attended.flatten(1), weights["o"], weights.vector("o_bias"))
+        return ops.linear(attended, weights["o"], weights.vector("o_bias"))
 
     def project(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
         """`[tokens, hidden]` → queries `[tokens, num_heads × head_dim]`, keys and values of the kv heads."""
-        query = ops.linear(x, weights["q"], weights.vector("q_bias"))
-        key = ops.linear(x, weights["k"], weights.vector("k_bias"))
-        return query, key, ops.linear(x, weights["v"], weights.vector("v_bias"))
+        biases = [weights.vector(f"{name}_bias") for name in ("q", "k", "v")] if self.has_qkv_bias else None
+        query, key, value = ops.linears(x, (weights["q"], weights["k"], weights["v"]), biases)
+        return query, key, value
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,8 @@ class SoftmaxRouter:
         yield Slot("router", (self.num_experts, hidden_size), "router")
 
     def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-        scores = ops.linear(x.float(), weights["router"])
-        return ops.choose_experts(scores, self.num_active_experts, normalises=self.normalises, sum_eps=self.sum_eps)
+        router, k = weights["router"], self.num_active_experts
+        return ops.route(x, router, k, normalises=self.normalises, sum_eps=self.sum_eps)
 
 
 @dataclass(frozen=True)
@@ -222,9 +224,9 @@ class SparseMoe:
 
 
 def _swiglu_mlp(x: Tensor, weights: BlockWeights, prefix: str) -> Tensor:
-    gate, up = (
-        ops.linear(x, weights[f"{prefix}{part}"], weights.vector(f"{prefix}{part}_bias")) for part in ("gate", "up")
-    )
+    names = (f"{prefix}gate", f"{prefix}up")
+    biases = [weights.vector(f"{name}_bias") for name in names]
+    gate, up = ops.linears(x, [weights[name] for name in names], biases)
     return ops.linear(ops.swiglu(gate, up), weights[f"{prefix}down"], weights.vector(f"{prefix}down_bias"))
 
 

@@ -64,6 +64,9 @@ class Norm(Protocol):
 
     def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor: ...
 
+    def after(self, x: Tensor, delta: Tensor, weights: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
+        """`x + delta`, and its norm."""
+
 
 class Block(Protocol):
     """An attention or MLP block: its sizes, its slots (relative to its own prefix) and its arithmetic.

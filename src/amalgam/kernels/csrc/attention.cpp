@@ -203,14 +203,18 @@ void paged_attention(const AttentionKernels& kernels, const AttentionPlan& plan,
     });
 }
 
-void write_kv(const WriteArgs& keys, const WriteArgs& values, const int64_t* slot_ids, int64_t num_tokens,
-              int64_t num_slots, int num_threads) {
+void check_slots(const int64_t* slot_ids, int64_t num_tokens, int64_t num_slots) {
     for (int64_t token = 0; token < num_tokens; ++token) {
         if (slot_ids[token] < 0 || slot_ids[token] >= num_slots) {
             throw std::out_of_range("slot " + std::to_string(slot_ids[token]) + " is not in the cache of " +
                                     std::to_string(num_slots) + " slots");
         }
     }
+}
+
+void write_kv(const WriteArgs& keys, const WriteArgs& values, const int64_t* slot_ids, int64_t num_tokens,
+              int64_t num_slots, int num_threads) {
+    check_slots(slot_ids, num_tokens, num_slots);
     const int64_t row_bytes = std::max<int64_t>(1, keys.row_bytes + values.row_bytes);
     parallel_ranges(num_tokens, std::max<int64_t>(1, kBytesPerWrite / row_bytes), num_threads,
                     [&](int64_t first, int64_t end) {

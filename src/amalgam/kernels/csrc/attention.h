@@ -124,6 +124,9 @@ struct WriteArgs {
     int64_t row_bytes;
 };
 
+// Throws std::out_of_range at a slot that is not in [0, num_slots).
+void check_slots(const int64_t* slot_ids, int64_t num_tokens, int64_t num_slots);
+
 // Throws std::out_of_range, before anything is written, at a slot that is not in [0, num_slots).
 void write_kv(const WriteArgs& keys, const WriteArgs& values, const int64_t* slot_ids, int64_t num_tokens,
               int64_t num_slots, int num_threads);

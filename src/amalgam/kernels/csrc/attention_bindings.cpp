@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention.h"
+#include "cached_attention.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -60,6 +60,47 @@ void attend(const AttentionKernels& table, const AttentionPlan& plan, uintptr_t 
     paged_attention(table, plan, args, threads);
 }
 
+// Keys and values lie dense in their caches; strides of the rows are in elements.
+void attend_cached(const AttentionKernels& table, const Kernels& kernels, const AttentionPlan& plan, uintptr_t query,
+                   int64_t query_stride, uintptr_t key, int64_t key_stride, uintptr_t value, int64_t value_stride,
+                   bool is_bfloat16, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim,
+                   uintptr_t query_norm, uintptr_t key_norm, bool norm_is_bfloat16, float eps, uintptr_t cos,
+                   uintptr_t sin, int64_t half, uintptr_t keys, uintptr_t values, uintptr_t slot_ids, int64_t num_slots,
+                   uintptr_t out, float scale, int64_t window, uintptr_t sinks, int threads) {
+    const auto data = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    const auto floats = [](uintptr_t address) { return reinterpret_cast<const float*>(address); };
+    const auto type = [](bool is_half) { return is_half ? DType::kBfloat16 : DType::kFloat32; };
+    const DType dtype = type(is_bfloat16);
+    CachedAttentionArgs args{};
+    args.query = data(query);
+    args.key = data(key);
+    args.value = data(value);
+    args.dtype = dtype;
+    args.query_stride = query_stride;
+    args.key_stride = key_stride;
+    args.value_stride = value_stride;
+    args.query_norm = data(query_norm);
+    args.key_norm = data(key_norm);
+    args.norm_dtype = type(norm_is_bfloat16);
+    args.eps = eps;
+    args.cos = floats(cos);
+    args.sin = floats(sin);
+    args.half = half;
+    args.keys = data(keys);
+    args.values = data(values);
+    args.slot_ids = reinterpret_cast<const int64_t*>(slot_ids);
+    args.num_slots = num_slots;
+    args.attention.keys = {data(keys), dtype, kv_heads * dim, dim, dim};
+    args.attention.values = {data(values), dtype, kv_heads * value_dim, value_dim, value_dim};
+    args.attention.out = data(out);
+    args.attention.heads = heads;
+    args.attention.kv_heads = kv_heads;
+    args.attention.scale = scale;
+    args.attention.window = window;
+    args.attention.sinks = floats(sinks);
+    cached_attention(kernels, table, plan, args, threads);
+}
+
 void write(uintptr_t key, int64_t key_stride, uintptr_t keys, int64_t keys_stride, int64_t key_bytes, uintptr_t value,
            int64_t value_stride, uintptr_t values, int64_t values_stride, int64_t value_bytes, uintptr_t slot_ids,
            int64_t num_tokens, int64_t num_slots, int threads) {
@@ -96,7 +137,8 @@ void bind_attention(nb::module_& module) {
         .def_prop_ro("num_slots", &AttentionPlan::num_slots);
     nb::class_<AttentionKernels>(module, "AttentionKernels")
         .def_prop_ro("isa", [](const AttentionKernels& table) { return table.isa; })
-        .def("attend", &attend, Unlocked());
+        .def("attend", &attend, Unlocked())
+        .def("attend_cached", &attend_cached, Unlocked());
     module.def("attention_kernels", &attention_kernels, nb::rv_policy::reference);
     module.def("read_memory", &read_memory, Unlocked());
     module.def("write_kv", &write, Unlocked());

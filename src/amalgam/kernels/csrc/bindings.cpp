@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -69,10 +71,17 @@ constexpr int64_t kElementsPerItem = 1 << 15;
 
 int64_t rows_per_item(int64_t row_elements) { return std::max<int64_t>(1, kElementsPerItem / row_elements); }
 
-void rms_norm(const Kernels& table, uintptr_t x, uintptr_t weight, uintptr_t out, int64_t rows, int64_t hidden,
-              float eps, DType x_dtype, DType weight_dtype, int threads) {
-    const RmsNormArgs args{
-        pointer<const void>(x), pointer<const void>(weight), pointer<void>(out), hidden, eps, x_dtype, weight_dtype};
+void rms_norm(const Kernels& table, uintptr_t x, uintptr_t delta, uintptr_t sum, uintptr_t weight, uintptr_t out,
+              int64_t rows, int64_t hidden, float eps, DType x_dtype, DType weight_dtype, int threads) {
+    const RmsNormArgs args{pointer<const void>(x),
+                           pointer<const void>(delta),
+                           pointer<void>(sum),
+                           pointer<const void>(weight),
+                           pointer<void>(out),
+                           hidden,
+                           eps,
+                           x_dtype,
+                           weight_dtype};
     parallel_ranges(rows, rows_per_item(hidden), threads,
                     [&](int64_t first, int64_t end) { table.rms_norm(args, first, end); });
 }
@@ -132,21 +141,27 @@ void embedding_rows(const Kernels& table, const PackedMatrix& weight, uintptr_t 
     embedding(table, weight.matrix(), pointer<const int64_t>(row_ids), num_ids, pointer<void>(out), out_dtype, threads);
 }
 
-void linear_rows(const Kernels& table, const PackedMatrix& weight, uintptr_t x, uintptr_t out, int64_t rows,
-                 DType x_dtype, uintptr_t bias, DType bias_dtype, int threads) {
-    linear({&table, threads}, {&weight.matrix(),
-                               pointer<const void>(x),
-                               x_dtype,
-                               rows,
-                               {pointer<const void>(bias), bias_dtype},
-                               pointer<void>(out)});
+// Weight, bias or 0, the bias's type, where the product goes.
+using Output = std::tuple<std::shared_ptr<PackedMatrix>, uintptr_t, DType, uintptr_t>;
+
+void linear_rows(const Kernels& table, uintptr_t x, int64_t rows, DType x_dtype, const std::vector<Output>& outputs,
+                 int threads) {
+    std::vector<Projection> projections;
+    for (const auto& [weight, bias, bias_dtype, out] : outputs) {
+        projections.push_back({&weight->matrix(), {pointer<const void>(bias), bias_dtype}, pointer<void>(out)});
+    }
+    linear({&table, threads}, {pointer<const void>(x), x_dtype, rows}, projections);
 }
 
-void choose_experts_of(uintptr_t scores, int64_t tokens, int64_t experts, int64_t k, bool normalises, float sum_eps,
-                       uintptr_t ids, uintptr_t weights, int threads) {
-    choose_experts(
-        {pointer<const float>(scores), experts, k, normalises, sum_eps, pointer<int64_t>(ids), pointer<float>(weights)},
-        tokens, threads);
+void route_tokens(const Kernels& table, const PackedMatrix& weight, uintptr_t x, int64_t rows, DType x_dtype, int64_t k,
+                  bool normalises, float sum_eps, uintptr_t ids, uintptr_t weights, int threads) {
+    route({&table, threads}, {{pointer<const void>(x), x_dtype, rows},
+                              &weight.matrix(),
+                              k,
+                              normalises,
+                              sum_eps,
+                              pointer<int64_t>(ids),
+                              pointer<float>(weights)});
 }
 
 void draw_tokens(uintptr_t logits, int64_t rows, int64_t vocabulary, uintptr_t top_k, uintptr_t temperature,
@@ -238,24 +253,20 @@ NB_MODULE(_native, module) {
     nb::class_<Experts>(module, "Experts")
         .def(nb::init<>())
         .def("add", &add_expert, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a);
+    // What every layer of every step calls takes its arguments by position: matching names costs time.
     nb::class_<Kernels>(module, "Kernels")
         .def_prop_ro("isa", [](const Kernels& table) { return table.isa; })
-        .def("rms_norm", &amalgam::rms_norm, "x"_a, "weight"_a, "out"_a, "rows"_a, "hidden"_a, "eps"_a, "x_dtype"_a,
-             "weight_dtype"_a, "threads"_a, Unlocked())
-        .def("rotate", &amalgam::rotate, "x"_a, "cos"_a, "sin"_a, "out"_a, "tokens"_a, "token_stride"_a, "heads"_a,
-             "head_dim"_a, "half"_a, "dtype"_a, "threads"_a, Unlocked())
+        .def("rms_norm", &amalgam::rms_norm, Unlocked())
+        .def("rotate", &amalgam::rotate, Unlocked())
         .def("swiglu", &amalgam::swiglu, "gate"_a, "up"_a, "out"_a, "elements"_a, "dtype"_a, "threads"_a, Unlocked())
         .def("unpack", &unpack_matrix, "weight"_a, "out"_a, "threads"_a, Unlocked())
         .def("embedding", &embedding_rows, "weight"_a, "row_ids"_a, "num_ids"_a, "out"_a, "out_dtype"_a, "threads"_a,
              Unlocked())
-        .def("linear", &linear_rows, "weight"_a, "x"_a, "out"_a, "rows"_a, "x_dtype"_a, "bias"_a, "bias_dtype"_a,
-             "threads"_a, Unlocked())
-        .def("moe", &moe_layer, "experts"_a, "x"_a, "expert_ids"_a, "gate_weights"_a, "out"_a, "tokens"_a,
-             "num_active"_a, "alpha"_a, "offset"_a, "limit"_a, "x_dtype"_a, "threads"_a, Unlocked());
+        .def("linear", &linear_rows, Unlocked())
+        .def("route", &route_tokens, Unlocked())
+        .def("moe", &moe_layer, Unlocked());
     module.def("pack", &pack, "format"_a, "rows"_a, "columns"_a, "weight"_a, "scale"_a, "scale_dtype"_a, "scale_rows"_a,
                "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, Unlocked());
-    module.def("choose_experts", &choose_experts_of, "scores"_a, "tokens"_a, "experts"_a, "k"_a, "normalises"_a,
-               "sum_eps"_a, "ids"_a, "weights"_a, "threads"_a, Unlocked());
     module.def("draw", &draw_tokens, "logits"_a, "rows"_a, "vocabulary"_a, "top_k"_a, "temperature"_a, "top_p"_a,
                "min_p"_a, "seed"_a, "index"_a, "tokens"_a, "threads"_a, Unlocked());
     module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "nbytes"_a, "scale_dtype"_a,

@@ -81,9 +81,12 @@ struct CombineArgs {
 };
 
 // out[r, i] = cast(x[r, i] / sqrt(mean(x[r]^2) + eps)) * weight[i], where cast goes from float32 to the type of x, and
-// weight is cast to it too. All arrays are dense and row-major; out has the type of x and may be x itself.
+// weight is cast to it too. All arrays are dense and row-major; out has the type of x and may be x itself. With a
+// delta, x is first replaced by cast(x + delta), which goes to `sum`.
 struct RmsNormArgs {
     const void* x;       // [rows, hidden]
+    const void* delta;   // [rows, hidden] of the type of x, or null
+    void* sum;           // [rows, hidden] where there is a delta
     const void* weight;  // [hidden]
     void* out;           // [rows, hidden]
     int64_t hidden;

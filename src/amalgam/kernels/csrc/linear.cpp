@@ -2,37 +2,90 @@
 
 #include <algorithm>
 
+#include "float_types.h"
 #include "operands.h"
+#include "selection.h"
 
 namespace amalgam {
 namespace {
 
-constexpr int64_t kRowsPerItem = 128;   // their activations stay in the second-level cache
+constexpr int64_t kRowsPerItem = 128;  // their activations stay in the second-level cache
+constexpr int64_t kElementsPerItem = 1 << 15;
 constexpr int64_t kItemsPerThread = 8;  // so that a thread that was held up does not hold up the others
 
 }  // namespace
 
-void linear(const Execution& execution, const LinearArgs& args) {
-    const Matrix& weight = *args.weight;
+void linear(const Execution& execution, const LinearArgs& args, const std::vector<Projection>& projections) {
     Workspace workspace;
-    const Operand kind = operand_for(weight, args.x_dtype);
-    Activations x{kind, accumulation_chunk(weight, kind), weight.columns, args.x, nullptr, nullptr, nullptr};
-    if (!is_operand(weight, kind, args.x_dtype, args.rows)) {
-        std::vector<Conversion> conversion(1);
-        x = plan_conversion(weight, kind, args.x, args.x_dtype, nullptr, args.rows, workspace, conversion.data());
-        run_conversions(execution, conversion);
+    std::vector<ProductArgs> products;
+    std::vector<Conversion> conversions;
+    for (const Projection& projection : projections) {
+        const Matrix& weight = *projection.weight;
+        const Operand kind = operand_for(weight, args.x_dtype);
+        Activations x{kind, accumulation_chunk(weight, kind), weight.columns, args.x, nullptr, nullptr, nullptr};
+        if (!is_operand(weight, kind, args.x_dtype, args.rows)) {
+            const bool is_gathered = gather_order(weight, kind) != nullptr;
+            const auto known = std::find_if(products.begin(), products.end(), [&](const ProductArgs& other) {
+                return !is_gathered && gather_order(*other.weight, kind) == nullptr && other.x.values != args.x &&
+                       other.x.kind == kind && other.x.chunk == x.chunk;
+            });
+            if (known != products.end()) {
+                x = known->x;
+            } else {
+                conversions.emplace_back();
+                x = plan_conversion(weight, kind, args.x, args.x_dtype, nullptr, args.rows, workspace,
+                                    &conversions.back());
+            }
+        }
+        products.push_back({&weight, x, projection.bias, projection.out, args.x_dtype, weight.rows});
     }
-    const ProductArgs product{&weight, x, args.bias, args.out, args.x_dtype, weight.rows};
-    const int64_t panels = weight.num_panels();
+    run_conversions(execution, conversions);
+
+    struct Item {
+        const ProductArgs* product;
+        int64_t first_row, first_panel, end_panel;
+    };
     const int64_t row_blocks = (args.rows + kRowsPerItem - 1) / kRowsPerItem;
     const int64_t wanted = std::max<int64_t>(1, execution.num_threads * kItemsPerThread / row_blocks);
-    const int64_t step = (panels + wanted - 1) / wanted;
-    const int64_t panel_blocks = (panels + step - 1) / step;
-    parallel_for(row_blocks * panel_blocks, execution.num_threads, [&](int64_t item) {
-        const int64_t row = item / panel_blocks * kRowsPerItem, panel = item % panel_blocks * step;
-        execution.kernels->product(product, row, std::min(row + kRowsPerItem, args.rows), panel,
-                                   std::min(panel + step, panels));
+    int64_t total = 0;
+    for (const ProductArgs& product : products) total += product.weight->num_panels();
+    const int64_t step = (total + wanted - 1) / wanted;
+    std::vector<Item> items;
+    for (int64_t row = 0; row < args.rows; row += kRowsPerItem) {
+        for (const ProductArgs& product : products) {
+            const int64_t panels = product.weight->num_panels();
+            for (int64_t panel = 0; panel < panels; panel += step) {
+                items.push_back({&product, row, panel, std::min(panel + step, panels)});
+            }
+        }
+    }
+    parallel_for(static_cast<int64_t>(items.size()), execution.num_threads, [&](int64_t i) {
+        const Item& item = items[static_cast<size_t>(i)];
+        execution.kernels->product(*item.product, item.first_row, std::min(item.first_row + kRowsPerItem, args.rows),
+                                   item.first_panel, item.end_panel);
     });
+}
+
+void route(const Execution& execution, const RouteArgs& args) {
+    // Not from the workspace, which belongs to the product.
+    static thread_local std::vector<float> wide, scores;
+    LinearArgs x = args.x;
+    const size_t elements = static_cast<size_t>(x.rows * args.weight->columns);
+    if (x.x_dtype != DType::kFloat32) {
+        if (wide.size() < elements) wide.resize(elements);
+        float* out = wide.data();
+        parallel_ranges(
+            static_cast<int64_t>(elements), kElementsPerItem, execution.num_threads, [&](int64_t first, int64_t end) {
+                widen_all(advance(x.x, x.x_dtype, first), x.x_dtype, static_cast<int>(end - first), out + first);
+            });
+        x.x = out;
+        x.x_dtype = DType::kFloat32;
+    }
+    const size_t count = static_cast<size_t>(x.rows * args.weight->rows);
+    if (scores.size() < count) scores.resize(count);
+    linear(execution, x, {{args.weight, {nullptr, DType::kFloat32}, scores.data()}});
+    choose_experts({scores.data(), args.weight->rows, args.k, args.normalises, args.sum_eps, args.ids, args.weights},
+                   x.rows, execution.num_threads);
 }
 
 }  // namespace amalgam

@@ -16,16 +16,35 @@ struct Execution {
     int num_threads;
 };
 
-struct LinearArgs {
+// One weight that is multiplied, and where the product goes.
+struct Projection {
     const Matrix* weight;
-    const void* x;  // [rows, columns], dense
-    DType x_dtype;
-    int64_t rows;
     Bias bias;
     void* out;  // [rows, weight rows], of the type of x
 };
 
-void linear(const Execution& execution, const LinearArgs& args);
+struct LinearArgs {
+    const void* x;  // [rows, columns], dense
+    DType x_dtype;
+    int64_t rows;
+};
+
+// Products of the same rows with several weights of as many columns; their activations are made once where they are
+// the same, and the threads share all panels.
+void linear(const Execution& execution, const LinearArgs& args, const std::vector<Projection>& projections);
+
+// Router: the scores of x in float32, then `choose_experts` (selection.h) over them.
+struct RouteArgs {
+    LinearArgs x;
+    const Matrix* weight;  // [experts, columns]
+    int64_t k;
+    bool normalises;
+    float sum_eps;
+    int64_t* ids;    // [rows, k]
+    float* weights;  // [rows, k]
+};
+
+void route(const Execution& execution, const RouteArgs& args);
 
 struct ExpertWeights {
     std::shared_ptr<PackedMatrix> gate, up, down;

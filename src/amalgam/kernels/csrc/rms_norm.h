@@ -41,6 +41,12 @@ void rms_norm_rows(const RmsNormArgs& args, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
         const X* x = static_cast<const X*>(args.x) + row * args.hidden;
         X* out = static_cast<X*>(args.out) + row * args.hidden;
+        if (args.delta != nullptr) {
+            const X* delta = static_cast<const X*>(args.delta) + row * args.hidden;
+            X* sum = static_cast<X*>(args.sum) + row * args.hidden;
+            for (int64_t i = 0; i < args.hidden; ++i) narrow(widen(x[i]) + widen(delta[i]), &sum[i]);
+            x = sum;
+        }
         const float mean = sum_of_squares(x, args.hidden) / static_cast<float>(args.hidden);
         const float scale = 1.0f / std::sqrt(mean + args.eps);
         for (int64_t i = 0; i < args.hidden; ++i) {

@@ -31,6 +31,9 @@ class WideRmsNorm(RmsNorm):
     def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor:
         return ops.rms_norm(x.float(), weights[name].dense, self.eps).to(x.dtype)
 
+    def after(self, x: Tensor, delta: Tensor, weights: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
+        return x + delta, self(x + delta, weights, name)
+
 
 @dataclass(frozen=True)
 class SinkAttention(Attention):
