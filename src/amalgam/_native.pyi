@@ -239,6 +239,62 @@ class AttentionKernels:
         /,
     ) -> None: ...
 
+@final
+class Stack:
+    def __init__(self) -> None: ...
+    def begin_layer(
+        self,
+        projections: Sequence[tuple[object, int, DType]],
+        norms: Sequence[tuple[int, DType]],
+        head_norm_eps: float,
+        norm_eps: float,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int,
+        sinks: int,
+        rope: int,
+        /,
+    ) -> None: ...
+    def set_dense(
+        self,
+        gate: tuple[object, int, DType],
+        up: tuple[object, int, DType],
+        down: tuple[object, int, DType],
+        /,
+    ) -> None: ...
+    def set_mixture(
+        self,
+        router: object,
+        num_active: int,
+        normalises: bool,
+        sum_eps: float,
+        experts: Experts,
+        alpha: float,
+        offset: float,
+        limit: float,
+        /,
+    ) -> None: ...
+    def run(
+        self,
+        kernels: Kernels,
+        attention: AttentionKernels,
+        plan: AttentionPlan,
+        x: int,
+        normed: int,
+        dtype: DType,
+        hidden: int,
+        ropes: Sequence[tuple[int, int, int]],
+        caches: Sequence[tuple[int, int]],
+        slot_ids: int,
+        num_slots: int,
+        expert_ids: int,
+        gate_weights: int,
+        threads: int,
+        /,
+    ) -> None: ...
+
 def attention_kernels(isa: str, /) -> AttentionKernels: ...
 def read_memory(address: int, nbytes: int, threads: int, /) -> int: ...
 def write_kv(

@@ -59,7 +59,7 @@ def paged_attention(
     Raises:
         ValueError: shapes, types or block tables that do not fit together.
     """
-    plan = _plan(batch)
+    plan = plan_of(batch)
     tokens, heads, key_dim = query.shape
     slots, kv_heads, value_dim = values.shape
     if (
@@ -85,7 +85,7 @@ def paged_attention(
         token_stride, head_stride, _ = query.stride()
         key_slot, key_head, _ = keys.stride()
         value_slot, value_head, _ = values.stride()
-        _table(native.isa()).attend(
+        table(native.isa()).attend(
             plan,
             query.data_ptr(),
             query.dtype is torch.bfloat16,
@@ -148,7 +148,7 @@ def cached_attention(
         ValueError: shapes or types that do not fit together.
         IndexError: a slot that the cache does not have; nothing is written.
     """
-    plan = _plan(batch)
+    plan = plan_of(batch)
     tokens = query.shape[0]
     slots, kv_heads, dim = keys.shape
     value_dim = values.shape[2]
@@ -190,7 +190,7 @@ def cached_attention(
         cos, sin = cos.contiguous(), sin.contiguous()
     if sinks is not None:
         sinks = sinks.to("cpu", torch.float32).contiguous()
-    _table(native.isa()).attend_cached(
+    table(native.isa()).attend_cached(
         native.kernels(),
         plan,
         query.data_ptr(),
@@ -304,7 +304,7 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _plan(batch: AttentionBatch) -> _native.AttentionPlan:
+def plan_of(batch: AttentionBatch) -> _native.AttentionPlan:
     """The batch's sequences as the kernels read them; made by the first layer of a step."""
     plan = batch.cache.get(_CACHE_KEY)
     if plan is None:
@@ -340,7 +340,7 @@ def _make_plan(batch: AttentionBatch) -> _native.AttentionPlan:
 
 
 @functools.cache
-def _table(isa: str) -> _native.AttentionKernels:
+def table(isa: str) -> _native.AttentionKernels:
     from amalgam import _native
 
     return _native.attention_kernels(isa)

@@ -328,6 +328,13 @@ def moe(
     return out
 
 
+def native_experts(experts: ExpertTable) -> _native.Experts:
+    """The table as the extension reads it; the table keeps it alive. Only where `supports_moe`."""
+    pointers = experts.cache[_CACHE_KEY]
+    assert isinstance(pointers, _Pointers)
+    return pointers.table
+
+
 class _Pointers:
     """An ExpertTable as the extension reads it; keeps alive what it points to."""
 

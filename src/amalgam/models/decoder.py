@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels import ops
+from amalgam.kernels.stack import Stack
 from amalgam.models.context import BlockContext, StepContext
 from amalgam.models.spec import ModelSpec
+from amalgam.models.stack import stack_of
 from amalgam.models.weights import WeightVersion
 
 
@@ -41,6 +43,9 @@ class Decoder:
         if self.spec.has_position_embedding:
             x = x + ops.embedding(context.positions, weights["positions"], self.dtype)
         normed = norm(x, outside, "layers.0.attention_norm")
+        stack = stack_of(self.spec, weights, list(rotary))
+        if stack is not None and stack.takes(x, context.kv.keys, context.kv.values):
+            return self._run(stack, x, normed, list(rotary.values()), context)
         for layer_id, layer in enumerate(self.spec.layers):
             block = BlockContext(context, layer_id, rotary)
             prefix = f"layers.{layer_id}"
@@ -49,6 +54,24 @@ class Decoder:
             delta = layer.mlp(normed, weights.block(f"{prefix}.mlp"), block)
             is_last = layer_id + 1 == len(self.spec.layers)
             x, normed = norm.after(x, delta, outside, "norm" if is_last else f"layers.{layer_id + 1}.attention_norm")
+        return normed
+
+    def _run(
+        self, stack: Stack, x: Tensor, normed: Tensor, rotary: list[tuple[Tensor, Tensor]], context: StepContext
+    ) -> Tensor:
+        """The layers in one call."""
+        expert_ids, gate_weights = stack.run(
+            x,
+            normed,
+            rotary=rotary,
+            keys=context.kv.keys,
+            values=context.kv.values,
+            slot_ids=context.slot_ids,
+            batch=context.attention,
+        )
+        if context.observer is not None:
+            for index, layer_id in enumerate(self.spec.moe_layer_ids):
+                context.observer.observe(layer_id, expert_ids[index], gate_weights[index])
         return normed
 
     def logits(self, hidden: Tensor, weights: WeightVersion) -> Tensor:

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "experts.h"
 #include "kernels.h"
 #include "linear.h"
 #include "packing.h"
@@ -29,6 +30,7 @@ namespace nb = nanobind;
 namespace amalgam {
 
 void bind_attention(nb::module_& module);  // attention_bindings.cpp
+void bind_stack(nb::module_& module);      // stack_bindings.cpp
 
 namespace {
 
@@ -199,10 +201,6 @@ uint64_t checksum(const std::vector<std::shared_ptr<PackedMatrix>>& weights, int
     return total;
 }
 
-struct Experts {
-    std::vector<ExpertWeights> experts;
-};
-
 // Biases are float32 and kept alive by the caller; 0: none.
 void add_expert(Experts& table, std::shared_ptr<PackedMatrix> gate, std::shared_ptr<PackedMatrix> up,
                 std::shared_ptr<PackedMatrix> down, uintptr_t gate_bias, uintptr_t up_bias, uintptr_t down_bias) {
@@ -277,4 +275,5 @@ NB_MODULE(_native, module) {
     module.def("supported_isas", &supported_isas);
     module.def("kernels", &kernels, "isa"_a, nb::rv_policy::reference);
     bind_attention(module);
+    bind_stack(module);
 }

@@ -44,6 +44,8 @@ void rms_norm_rows(const RmsNormArgs& args, int64_t first, int64_t end) {
         if (args.delta != nullptr) {
             const X* delta = static_cast<const X*>(args.delta) + row * args.hidden;
             X* sum = static_cast<X*>(args.sum) + row * args.hidden;
+            // x and sum may be the same row: no element depends on another.
+#pragma GCC ivdep
             for (int64_t i = 0; i < args.hidden; ++i) narrow(widen(x[i]) + widen(delta[i]), &sum[i]);
             x = sum;
         }

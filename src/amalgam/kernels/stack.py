@@ -1,0 +1,237 @@
+"""Decoder layers one after the other in one call of the extension.
+
+In: the weights of standard layers, all in panels. Out: a `Stack` that runs them and gives, bit for bit, what the
+operators of `amalgam.kernels.ops` give one by one. Must never know: names, plans, requests.
+
+Between two products a layer's many small calls would fetch Python's code and data back into caches that the weights
+have just filled: with one sequence that was a fifth of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels import attention, native, panels
+from amalgam.kernels.packed import Activation, AttentionBatch, ExpertTable, PackedWeight
+
+if TYPE_CHECKING:
+    from amalgam import _native
+
+Projection = tuple[PackedWeight, Tensor | None]  # with its bias
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """Grouped-query attention as `ops.linears`, `ops.cached_attention` and `ops.linear` compute it."""
+
+    projections: tuple[Projection, Projection, Projection, Projection]  # query, key, value, out
+    head_norms: tuple[Tensor, Tensor] | None
+    head_norm_eps: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    sinks: Tensor | None
+    rope: int | None  # which of the tables that `Stack.run` is given
+
+
+@dataclass(frozen=True, eq=False)
+class DenseLayer:
+    """SwiGLU MLP."""
+
+    gate: Projection
+    up: Projection
+    down: Projection
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureLayer:
+    """Mixture of experts as `ops.route` and `ops.moe` compute it."""
+
+    router: PackedWeight
+    num_active: int
+    normalises: bool
+    sum_eps: float
+    experts: ExpertTable
+    activation: Activation
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayer:
+    """x + attention(normed), its norm, + mlp of that, and the norm that comes next."""
+
+    attention: AttentionLayer
+    mlp: DenseLayer | MixtureLayer
+    mlp_norm: Tensor
+    next_norm: Tensor
+
+
+class Stack:
+    """Layers that are run in one call. Keeps alive what it needs of them."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], norm_eps: float) -> None:
+        """
+        Raises:
+            ValueError: `fits` does not hold.
+        """
+        from amalgam import _native
+
+        if not fits(layers):
+            raise ValueError("a stack needs its weights in panels, and float32 or bfloat16 beside them")
+        self._layers = layers
+        self._kept: list[Tensor] = []
+        self._native = _native.Stack()
+        self._num_active = [layer.mlp.num_active for layer in layers if isinstance(layer.mlp, MixtureLayer)]
+        for layer in layers:
+            self._add(layer, norm_eps)
+
+    def takes(self, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+        """Whether `run` takes these activations and caches."""
+        return (
+            x.is_cpu
+            and x.dtype in native.FLOAT_TYPES
+            and all(c.is_cpu and c.dtype is x.dtype and c.is_contiguous() for c in (*keys, *values))
+        )
+
+    def run(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        *,
+        rotary: Sequence[tuple[Tensor, Tensor]],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        slot_ids: Tensor,
+        batch: AttentionBatch,
+    ) -> tuple[Tensor, Tensor]:
+        """All layers; `x` and `normed` become the residual stream after the last one and its norm.
+
+        Args:
+            x, normed: `[tokens, hidden]`, both contiguous and of one type.
+            rotary: cos and sin, float32 `[tokens, r / 2]`, one pair for each rope.
+            keys, values: each layer's cache, `[slots, kv_heads, head_dim]` of the type of x.
+            slot_ids: int64 `[tokens]`.
+
+        Returns ids int64 and gate weights float32 of the experts, `[mixtures, tokens, k]`.
+
+        Raises:
+            ValueError: shapes or types that do not fit together.
+            IndexError: a slot that the cache does not have.
+        """
+        tokens, hidden = x.shape
+        plan = attention.plan_of(batch)
+        num_slots = keys[0].shape[0]
+        shapes = [(num_slots, a.attention.num_kv_heads, a.attention.head_dim) for a in self._layers]
+        if (
+            not self.takes(x, keys, values)
+            or normed.shape != x.shape
+            or normed.dtype is not x.dtype
+            or not (x.is_contiguous() and normed.is_contiguous())
+            or hidden != self._layers[0].attention.projections[0][0].shape[1]
+            or [tuple(c.shape) for c in keys] != shapes
+            or [tuple(c.shape) for c in values] != shapes
+            or plan.num_tokens != tokens
+            or plan.num_slots > num_slots
+            or slot_ids.shape != (tokens,)
+            or slot_ids.dtype is not torch.int64
+            or not all(cos.shape == sin.shape == (tokens, cos.shape[1]) for cos, sin in rotary)
+        ):
+            raise ValueError(f"a stack of {len(shapes)} layers cannot run {x.dtype} {tuple(x.shape)}")
+        rotary = [(cos.contiguous(), sin.contiguous()) for cos, sin in rotary]
+        slot_ids = slot_ids.contiguous()
+        k = self._num_active[0] if self._num_active else 0
+        ids = torch.empty((len(self._num_active), tokens, k), dtype=torch.int64)
+        gate_weights = torch.empty((len(self._num_active), tokens, k), dtype=torch.float32)
+        if tokens:
+            self._native.run(
+                native.kernels(),
+                attention.table(native.isa()),
+                plan,
+                x.data_ptr(),
+                normed.data_ptr(),
+                native.native_dtype(x.dtype),
+                hidden,
+                [(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in rotary],
+                [(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)],
+                slot_ids.data_ptr(),
+                num_slots,
+                ids.data_ptr(),
+                gate_weights.data_ptr(),
+                torch.get_num_threads(),
+            )
+        return ids, gate_weights
+
+    def _add(self, layer: DecoderLayer, norm_eps: float) -> None:
+        part, mlp = layer.attention, layer.mlp
+        norms = (*(part.head_norms or (None, None)), layer.mlp_norm, layer.next_norm)
+        self._native.begin_layer(
+            [self._projection(projection) for projection in part.projections],
+            [self._vector(norm) for norm in norms],
+            part.head_norm_eps,
+            norm_eps,
+            part.num_heads,
+            part.num_kv_heads,
+            part.head_dim,
+            part.scale,
+            part.window or 0,
+            self._vector(None if part.sinks is None else part.sinks.float())[0],
+            -1 if part.rope is None else part.rope,
+        )
+        if isinstance(mlp, DenseLayer):
+            self._native.set_dense(*(self._projection(projection) for projection in (mlp.gate, mlp.up, mlp.down)))
+            return
+        activation = mlp.activation
+        self._native.set_mixture(
+            mlp.router.native,
+            mlp.num_active,
+            mlp.normalises,
+            mlp.sum_eps,
+            panels.native_experts(mlp.experts),
+            activation.alpha,
+            activation.offset,
+            math.inf if activation.limit is None else activation.limit,
+        )
+
+    def _projection(self, projection: Projection) -> tuple[object, int, _native.DType]:
+        weight, bias = projection
+        return weight.native, *self._vector(bias)
+
+    def _vector(self, vector: Tensor | None) -> tuple[int, _native.DType]:
+        if vector is None:
+            return 0, native.native_dtype(torch.float32)
+        self._kept.append(vector.contiguous())
+        return self._kept[-1].data_ptr(), native.native_dtype(vector.dtype)
+
+
+def fits(layers: Sequence[DecoderLayer]) -> bool:
+    """Whether the extension can run these layers: it is there, weights are in panels, all mixtures choose alike."""
+    mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, MixtureLayer)]
+    return (
+        native.is_available()
+        and len(layers) > 0
+        and len({mixture.num_active for mixture in mixtures}) <= 1
+        and all(_fits(layer) for layer in layers)
+    )
+
+
+def _fits(layer: DecoderLayer) -> bool:
+    part, mlp = layer.attention, layer.mlp
+    projections: tuple[Projection, ...] = part.projections
+    vectors = [layer.mlp_norm, layer.next_norm, *(part.head_norms or ())]
+    if part.head_norms is not None and part.head_norms[0].dtype is not part.head_norms[1].dtype:
+        return False
+    if isinstance(mlp, DenseLayer):
+        projections = (*projections, mlp.gate, mlp.up, mlp.down)
+    elif mlp.router.native is None or not panels.supports_moe(torch.empty(0), mlp.experts):
+        return False
+    biases = [bias for _, bias in projections if bias is not None]
+    return all(weight.native is not None for weight, _ in projections) and all(
+        vector.is_cpu and vector.dtype in native.FLOAT_TYPES for vector in (*vectors, *biases)
+    )
