@@ -147,6 +147,21 @@ class TestAnswers:
         answers = make_engine(max_queue=3).generate(prompts, GREEDY)
         assert [answer.token_ids for answer in answers] == [greedy_tokens(prompt, 12) for prompt in prompts]
 
+    def test_what_is_submitted_between_steps_begins_in_one(self, make_engine):
+        engine, order, done = make_engine(), [], threading.Semaphore(0)
+
+        def sink(output):
+            order.append(output.request_id)
+            if output.is_finished:
+                done.release()
+
+        with engine.between_steps():
+            first = engine.submit([5], SamplingParams(max_new_tokens=3, ignore_eos=True), sink)
+            time.sleep(0.05)  # steps enough for the first to end, were it alone
+            second = engine.submit([6], SamplingParams(max_new_tokens=3, ignore_eos=True), sink)
+        assert done.acquire(timeout=10) and done.acquire(timeout=10)
+        assert order == [first, second] * 3
+
     def test_prompts_and_parameters_must_be_as_many(self, make_engine):
         with pytest.raises(RequestError, match="2 prompts and 1 sampling parameters"):
             make_engine().generate([[5], [6]], [GREEDY])

@@ -13,7 +13,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -143,6 +144,12 @@ class Engine:
             self._requests[request.request_id] = request
             self._condition.notify_all()
             return request.request_id
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Requests that are submitted inside enter the queue together: no step begins before the last of them."""
+        with self._condition:
+            yield
 
     def cancel(self, request_id: int) -> None:
         """End a request; its slot and blocks are free before the next step. A finished one stays as it is."""

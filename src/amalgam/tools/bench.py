@@ -200,20 +200,31 @@ def prompt_seconds(engine: Engine, spec: ModelSpec, length: int, seed: int) -> f
 def step_seconds(
     engine: Engine, spec: ModelSpec, batch: int, num_tokens: int, seed: int, context: int = _SHORT_PROMPT
 ) -> float:
-    """The median step in which `batch` sequences decode, all of them after `context` tokens."""
+    """The median step in which `batch` sequences decode, all of them after `context` tokens.
+
+    Raises:
+        ConfigError: the prompts take so many steps that the first sequence ends before the last one decodes.
+    """
     arrivals: dict[int, list[float]] = {}
 
     def sink(output: RequestOutput) -> None:
         arrivals.setdefault(output.request_id, []).extend([time.monotonic()] * len(output.token_ids))
 
     params = [_sampling(max(2, num_tokens), seed + index) for index in range(batch)]
-    ids = [engine.submit(_random_ids(spec, context, seed + i), params[i], sink) for i in range(batch)]
+    prompts = [_random_ids(spec, context, seed + index) for index in range(batch)]
+    with engine.between_steps():
+        ids = [engine.submit(prompt, chosen, sink) for prompt, chosen in zip(prompts, params, strict=True)]
     while engine.status().num_running or engine.status().num_waiting:
         time.sleep(0.005)
-    everyone = max(arrivals[request_id][0] for request_id in ids)  # from here on all take part
-    first = [time_ for time_ in arrivals[ids[0]] if time_ >= everyone]
+    latest = max((arrivals[request_id] for request_id in ids), key=lambda times: times[0])
     until = min(arrivals[request_id][-1] for request_id in ids)
-    times = [time_ for time_ in first if time_ <= until]
+    times = latest[: 1 + sum(time_ < until for time_ in latest)]  # a step delivers to one sequence after another
+    if len(times) < 2:
+        raise ConfigError(
+            f"No step had all of {batch} sequences: with {num_tokens} tokens each, the first has ended before the last "
+            "one's prompt is computed.",
+            remedy="Raise --num-tokens or engine.max_step_tokens.",
+        )
     return median(b - a for a, b in pairwise(times))
 
 
