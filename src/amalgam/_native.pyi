@@ -125,6 +125,7 @@ def pack(
     quantizes: bool,
 ) -> Matrix | None: ...
 def draw(
+    kernels: Kernels,
     logits: int,
     rows: int,
     vocabulary: int,

@@ -181,6 +181,14 @@ class TestCompiled:
                 request = make_request(seed=seed, generated=[0] * index)
                 assert sampler._sample_compiled(logits, [request]) == [int(uniform(seed, index) * 2**16)]
 
+    def test_the_smallest_top_p_leaves_one(self):
+        """Also where rounding makes its complement the whole, and all are equally likely."""
+        requests = [make_request(row, seed=row, top_p=1e-300) for row in range(3)]
+        logits = torch.stack((make_logits(1, vocab_size=100)[0], torch.zeros(100), torch.full((100,), 7.25)))
+        tokens = sampler._sample_compiled(logits, requests)
+        assert tokens == sampler._sample(logits, requests)
+        assert tokens[0] == logits[0].argmax()
+
     def test_refuses_what_does_not_fit(self):
         good = {
             "top_k": np.array([1]),

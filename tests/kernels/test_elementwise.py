@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,3 +137,26 @@ def test_route_of_what_has_no_order() -> None:
     with pytest.raises(ValueError, match="to 9"):
         panels.route(torch.zeros(1, 8), eye, 9, normalises=True, sum_eps=0.0)
     assert panels.route(torch.zeros(0, 8), eye, 2, normalises=True, sum_eps=0.0)[0].shape == (0, 2)
+
+
+def test_tokens_are_drawn_alike_on_every_instruction_set(use_isa: Callable[[str], None]) -> None:
+    rows, vocab_size = 64, 1003
+    logits = sample(rows, vocab_size) * torch.linspace(0.01, 1e3, rows)[:, None]  # from level to steep
+
+    def draw() -> list[int]:
+        return native.draw(
+            logits,
+            top_k=np.where(np.arange(rows) % 2, 300, vocab_size),
+            temperature=np.linspace(0.1, 3, rows),
+            top_p=np.where(np.arange(rows) % 3, 0.9, 1.0),
+            min_p=np.where(np.arange(rows) % 5, 0.0, 0.01),
+            seed=np.arange(rows, dtype=np.uint64),
+            index=np.arange(rows, dtype=np.uint64),
+        )
+
+    use_isa("portable")
+    expected = draw()
+    assert len(set(expected)) > rows / 2
+    for isa in ("avx2", "avx512"):
+        use_isa(isa)
+        assert draw() == expected

@@ -108,7 +108,8 @@ def choose(scores: npt.NDArray[np.float64], params: SamplingParams, u: float) ->
 def _tail(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.int64]:
     """The candidates of least weight that together hold at most `share` of it, never all of them."""
     limit = share * weights.sum()
-    is_negligible = weights <= limit / len(weights)  # together within the limit, so they need no sorting
+    # Together within the limit, so they need no sorting; the likeliest stays whatever is rounded.
+    is_negligible = (weights <= limit / len(weights)) & (weights < weights.max())
     others = np.flatnonzero(~is_negligible)
     others = others[np.argsort(weights[others], kind="stable")]
     cumulative = weights[is_negligible].sum() + np.cumsum(weights[others])

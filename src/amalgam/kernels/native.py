@@ -245,6 +245,7 @@ def draw(
     logits = logits.contiguous()
     tokens = np.empty(rows, dtype=np.int64)
     _native.draw(
+        kernels=kernels(),
         logits=logits.data_ptr(),
         rows=rows,
         vocabulary=vocab_size,

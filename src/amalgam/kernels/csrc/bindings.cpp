@@ -166,9 +166,11 @@ void route_tokens(const Kernels& table, const PackedMatrix& weight, uintptr_t x,
                               pointer<float>(weights)});
 }
 
-void draw_tokens(uintptr_t logits, int64_t rows, int64_t vocabulary, uintptr_t top_k, uintptr_t temperature,
-                 uintptr_t top_p, uintptr_t min_p, uintptr_t seed, uintptr_t index, uintptr_t tokens, int threads) {
-    draw({pointer<const float>(logits), vocabulary, pointer<const int64_t>(top_k), pointer<const double>(temperature),
+void draw_tokens(const Kernels& kernels, uintptr_t logits, int64_t rows, int64_t vocabulary, uintptr_t top_k,
+                 uintptr_t temperature, uintptr_t top_p, uintptr_t min_p, uintptr_t seed, uintptr_t index,
+                 uintptr_t tokens, int threads) {
+    draw(kernels,
+         {pointer<const float>(logits), vocabulary, pointer<const int64_t>(top_k), pointer<const double>(temperature),
           pointer<const double>(top_p), pointer<const double>(min_p), pointer<const uint64_t>(seed),
           pointer<const uint64_t>(index), pointer<int64_t>(tokens)},
          rows, threads);
@@ -265,8 +267,8 @@ NB_MODULE(_native, module) {
         .def("moe", &moe_layer, Unlocked());
     module.def("pack", &pack, "format"_a, "rows"_a, "columns"_a, "weight"_a, "scale"_a, "scale_dtype"_a, "scale_rows"_a,
                "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, Unlocked());
-    module.def("draw", &draw_tokens, "logits"_a, "rows"_a, "vocabulary"_a, "top_k"_a, "temperature"_a, "top_p"_a,
-               "min_p"_a, "seed"_a, "index"_a, "tokens"_a, "threads"_a, Unlocked());
+    module.def("draw", &draw_tokens, "kernels"_a, "logits"_a, "rows"_a, "vocabulary"_a, "top_k"_a, "temperature"_a,
+               "top_p"_a, "min_p"_a, "seed"_a, "index"_a, "tokens"_a, "threads"_a, Unlocked());
     module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "nbytes"_a, "scale_dtype"_a,
                "num_groups"_a, "group"_a, "scale_lanes"_a, "has_zero"_a, "order"_a, "quantizes"_a, "owner"_a,
                nb::keep_alive<0, 13>());

@@ -1,4 +1,5 @@
-// Work on activations one element at a time: SwiGLU, rotary embedding, the weighted sum over experts.
+// Work on activations one element at a time: SwiGLU, rotary embedding, the weighted sum over experts, the softmax of
+// sampling.
 #pragma once
 
 #include "exponential.h"
@@ -94,6 +95,14 @@ void combine(const CombineArgs& args, int64_t first_token, int64_t end_token) {
         combine_tokens<float>(args, first_token, end_token);
     } else {
         combine_tokens<Bfloat16>(args, first_token, end_token);
+    }
+}
+
+void boltzmann(const BoltzmannArgs& args, double* weights) {
+    const double largest = static_cast<double>(args.largest), temperature = args.temperature;
+    const float* logits = args.logits;
+    for (int64_t i = 0; i < args.count; ++i) {
+        weights[i] = exponential_below_0((static_cast<double>(logits[i]) - largest) / temperature);
     }
 }
 

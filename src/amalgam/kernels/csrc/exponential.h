@@ -28,5 +28,31 @@ inline float exponential(float argument) {
     return argument > 88.0f ? std::numeric_limits<float>::infinity() : result;
 }
 
+// e^x for x <= 0 to 2 units in the last place, 0 below -708: Cody and Waite's range reduction, then the Taylor series,
+// whose first omitted term is below 10^-17.
+inline double exponential_below_0(double argument) {
+    const double x = argument < -708.0 ? -708.0 : argument;
+    constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52: the sum's last bits are the nearest integer
+    const double shifted = x * 1.4426950408889634 + kRounder;
+    const double power = shifted - kRounder;
+    const double r = (x - power * 6.93145751953125e-1) - power * 1.42860682030941723212e-6;
+    double p = 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    const double result = p * as_double((as_bits(shifted) - as_bits(kRounder) + 1023) << 52);
+    return argument < -708.0 ? 0.0 : result;
+}
+
 }  // namespace
 }  // namespace amalgam

@@ -33,6 +33,18 @@ inline uint32_t as_bits(float value) {
     return bits;
 }
 
+inline double as_double(uint64_t bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint64_t as_bits(double value) {
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
 inline float widen(float value) { return value; }
 
 inline float widen(Bfloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }

@@ -116,6 +116,14 @@ struct SwigluArgs {
     DType dtype;
 };
 
+// weights[i] = e^((logits[i] - largest) / temperature), each finite and at most 1.
+struct BoltzmannArgs {
+    const float* logits;
+    int64_t count;
+    float largest;
+    double temperature;
+};
+
 struct Kernels {
     const char* isa;
     void (*convert)(const ConvertArgs&, int64_t first_row, int64_t end_row);
@@ -127,6 +135,7 @@ struct Kernels {
     void (*rms_norm)(const RmsNormArgs&, int64_t first_row, int64_t end_row);
     void (*rotate)(const RotateArgs&, int64_t first_token, int64_t end_token);
     void (*swiglu)(const SwigluArgs&, int64_t first, int64_t end);
+    void (*boltzmann)(const BoltzmannArgs&, double* weights);
 };
 
 extern const Kernels kPortableKernels;

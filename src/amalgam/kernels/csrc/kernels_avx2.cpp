@@ -5,6 +5,6 @@
 
 namespace amalgam {
 
-const Kernels kAvx2Kernels = {"avx2", convert, product, gate_up, combine, expand, rms_norm, rotate, swiglu};
+const Kernels kAvx2Kernels = {"avx2", convert, product, gate_up, combine, expand, rms_norm, rotate, swiglu, boltzmann};
 
 }  // namespace amalgam

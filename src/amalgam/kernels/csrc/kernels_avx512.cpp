@@ -5,6 +5,7 @@
 
 namespace amalgam {
 
-const Kernels kAvx512Kernels = {"avx512", convert, product, gate_up, combine, expand, rms_norm, rotate, swiglu};
+const Kernels kAvx512Kernels = {"avx512", convert,  product, gate_up, combine,
+                                expand,   rms_norm, rotate,  swiglu,  boltzmann};
 
 }  // namespace amalgam

@@ -4,6 +4,7 @@
 
 namespace amalgam {
 
-const Kernels kPortableKernels = {"portable", convert, product, gate_up, combine, expand, rms_norm, rotate, swiglu};
+const Kernels kPortableKernels = {"portable", convert,  product, gate_up, combine,
+                                  expand,     rms_norm, rotate,  swiglu,  boltzmann};
 
 }  // namespace amalgam

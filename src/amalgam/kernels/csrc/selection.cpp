@@ -98,64 +98,98 @@ float kth_largest(const float* values, int64_t count, int64_t k, std::vector<flo
     return limit;
 }
 
+// What is kept from row to row, so that nothing is allocated.
 struct Scratch {
     std::vector<float> best;
     std::vector<int64_t> candidates, others;
-    std::vector<double> weights;
+    std::vector<double> weights, sums;
 };
 
 // Sets the weights of the least likely candidates, which together hold at most `share`, to 0; never all of them.
-void cut_tail(double share, Scratch& scratch) {
-    std::vector<double>& weights = scratch.weights;
-    const double limit = share * std::accumulate(weights.begin(), weights.end(), 0.0);
-    const double negligible = limit / static_cast<double>(weights.size());  // together within the limit: need no order
-    scratch.others.clear();
+void cut_tail(double share, double* weights, int64_t count, std::vector<int64_t>& others) {
+    const double limit = share * std::accumulate(weights, weights + count, 0.0);
+    others.resize(static_cast<size_t>(count));
+    std::iota(others.begin(), others.end(), 0);
+    // What is at most the n-th part of the room left for n candidates fits in without being sorted.
     double tail = 0.0;
-    for (size_t i = 0; i < weights.size(); ++i) {
-        if (weights[i] <= negligible) {
-            tail += weights[i];
-            weights[i] = 0.0;
-        } else {
-            scratch.others.push_back(static_cast<int64_t>(i));
+    for (size_t size = 0; size != others.size() && tail < limit;) {
+        size = others.size();
+        const double negligible = (limit - tail) / static_cast<double>(size);
+        size_t kept = 0;
+        for (const int64_t i : others) {
+            const bool is_kept = weights[i] > negligible || weights[i] == 1.0;  // the likeliest, whatever is rounded
+            tail += is_kept ? 0.0 : weights[i];
+            weights[i] = is_kept ? weights[i] : 0.0;
+            others[kept] = i;
+            kept += is_kept;
         }
+        others.resize(kept);
     }
-    std::stable_sort(scratch.others.begin(), scratch.others.end(), [&](int64_t a, int64_t b) {
-        return weights[static_cast<size_t>(a)] < weights[static_cast<size_t>(b)];
-    });
-    for (size_t i = 0; i + 1 < scratch.others.size(); ++i) {
-        double& weight = weights[static_cast<size_t>(scratch.others[i])];
+    std::stable_sort(others.begin(), others.end(), [&](int64_t a, int64_t b) { return weights[a] < weights[b]; });
+    for (size_t i = 0; i + 1 < others.size(); ++i) {
+        double& weight = weights[others[i]];
         if ((tail += weight) > limit) break;
         weight = 0.0;
     }
 }
 
-int64_t draw_row(const DrawArgs& args, int64_t row, Scratch& scratch) {
+// Index of the first weight up to which the sum exceeds u of the total. Weights are summed in blocks: one long chain of
+// additions would wait for itself.
+int64_t at_quantile(const double* weights, int64_t count, double u, std::vector<double>& sums) {
+    sums.clear();
+    for (int64_t start = 0; start < count; start += kLane) {
+        double lanes[8] = {};
+        const double* block = weights + start;
+        const int64_t size = std::min(kLane, count - start);
+        int64_t i = 0;
+        for (; i + 8 <= size; i += 8) {
+            for (int lane = 0; lane < 8; ++lane) lanes[lane] += block[i + lane];
+        }
+        for (; i < size; ++i) lanes[0] += block[i];
+        sums.push_back(std::accumulate(lanes, lanes + 8, 0.0));
+    }
+    double left = u * std::accumulate(sums.begin(), sums.end(), 0.0);
+    size_t block = 0, last = sums.size() - 1;  // the last one that holds anything, where rounding leads beyond
+    while (sums[last] == 0.0) --last;
+    while (block < last && left >= sums[block]) left -= sums[block++];
+    const int64_t start = static_cast<int64_t>(block) * kLane;
+    int64_t chosen = start;
+    for (int64_t i = start; i < std::min(start + kLane, count); ++i) {
+        if (weights[i] == 0.0) continue;
+        chosen = i;
+        if ((left -= weights[i]) < 0.0) break;
+    }
+    return chosen;
+}
+
+int64_t draw_row(const Kernels& kernels, const DrawArgs& args, int64_t row, Scratch& scratch) {
     const float* logits = args.logits + row * args.vocabulary;
     if (!all_finite(logits, args.vocabulary)) return -1;
     const float largest = maximum(logits, args.vocabulary);
     if (args.temperature[row] == 0.0) return std::find(logits, logits + args.vocabulary, largest) - logits;
 
     const int64_t k = args.top_k[row];
-    const float threshold = k < args.vocabulary ? kth_largest(logits, args.vocabulary, k, scratch.best)
-                                                : -std::numeric_limits<float>::infinity();
-    scratch.candidates.clear();
-    for_each_at_least(logits, args.vocabulary, threshold, [&](int64_t i) { scratch.candidates.push_back(i); });
-    scratch.weights.clear();
-    for (const int64_t i : scratch.candidates) {
-        const double below = static_cast<double>(logits[i]) - static_cast<double>(largest);
-        scratch.weights.push_back(std::exp(below / args.temperature[row]));
+    const bool takes_all = k == args.vocabulary;
+    std::vector<int64_t>& candidates = scratch.candidates;
+    candidates.clear();
+    if (!takes_all) {
+        const float threshold = kth_largest(logits, args.vocabulary, k, scratch.best);
+        scratch.best.clear();  // from here on the candidates' logits
+        for_each_at_least(logits, args.vocabulary, threshold, [&](int64_t i) {
+            candidates.push_back(i);
+            scratch.best.push_back(logits[i]);
+        });
     }
-    if (args.top_p[row] < 1.0) cut_tail(1.0 - args.top_p[row], scratch);
+    const int64_t count = takes_all ? args.vocabulary : static_cast<int64_t>(candidates.size());
+    if (static_cast<int64_t>(scratch.weights.size()) < count) scratch.weights.resize(static_cast<size_t>(count));
+    double* weights = scratch.weights.data();
+    kernels.boltzmann({takes_all ? logits : scratch.best.data(), count, largest, args.temperature[row]}, weights);
+    if (args.top_p[row] < 1.0) cut_tail(1.0 - args.top_p[row], weights, count, scratch.others);
     if (args.min_p[row] > 0.0) {
-        for (double& weight : scratch.weights) weight = weight < args.min_p[row] ? 0.0 : weight;  // the best has 1
+        for (int64_t i = 0; i < count; ++i) weights[i] = weights[i] < args.min_p[row] ? 0.0 : weights[i];  // best: 1
     }
-    std::vector<double>& cumulative = scratch.weights;
-    std::partial_sum(cumulative.begin(), cumulative.end(), cumulative.begin());
-    const double total = cumulative.back();
-    const auto last = std::lower_bound(cumulative.begin(), cumulative.end(), total);  // no rounding leads further
-    const double u = uniform(args.seed[row], args.index[row]);
-    const auto chosen = std::min(std::upper_bound(cumulative.begin(), cumulative.end(), u * total), last);
-    return scratch.candidates[static_cast<size_t>(chosen - cumulative.begin())];
+    const int64_t chosen = at_quantile(weights, count, uniform(args.seed[row], args.index[row]), scratch.sums);
+    return takes_all ? chosen : candidates[static_cast<size_t>(chosen)];
 }
 
 struct Product {
@@ -178,10 +212,10 @@ void choose_experts(const TopExpertsArgs& args, int64_t tokens, int threads) {
     });
 }
 
-void draw(const DrawArgs& args, int64_t rows, int threads) {
+void draw(const Kernels& kernels, const DrawArgs& args, int64_t rows, int threads) {
     parallel_for(rows, threads, [&](int64_t row) {
         thread_local Scratch scratch;
-        args.tokens[row] = draw_row(args, row, scratch);
+        args.tokens[row] = draw_row(kernels, args, row, scratch);
     });
 }
 

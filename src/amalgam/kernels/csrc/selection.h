@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace amalgam {
 
 // softmax over each row of scores, its k largest probabilities in descending order (equal ones: smaller index first),
@@ -32,7 +34,7 @@ struct DrawArgs {
     int64_t* tokens;            // [rows]; -1 where a logit is not finite
 };
 
-void draw(const DrawArgs& args, int64_t rows, int threads);
+void draw(const Kernels& kernels, const DrawArgs& args, int64_t rows, int threads);
 
 // The number in [0, 1) that Philox 4x64-10 (Salmon et al. 2011) gives for a key, as numpy's generator does.
 double uniform(uint64_t seed, uint64_t index);
