@@ -76,7 +76,13 @@ class Kernels:
         self, weight: Matrix, row_ids: int, num_ids: int, out: int, out_dtype: DType, threads: int
     ) -> None: ...
     def linear(
-        self, x: int, rows: int, x_dtype: DType, outputs: Sequence[tuple[object, int, DType, int]], threads: int
+        self,
+        x: int,
+        rows: int,
+        x_dtype: DType,
+        outputs: Sequence[tuple[object, int, DType, int]],
+        out_dtype: DType,
+        threads: int,
     ) -> None:
         """`outputs`: weight, bias, type of the bias, where the product goes."""
 
@@ -127,17 +133,10 @@ def pack(
 def draw(
     kernels: Kernels,
     logits: int,
-    rows: int,
     vocabulary: int,
-    top_k: int,
-    temperature: int,
-    top_p: int,
-    min_p: int,
-    seed: int,
-    index: int,
-    tokens: int,
+    rows: Sequence[tuple[int, float, float, float, int, int]],
     threads: int,
-) -> None: ...
+) -> list[int]: ...
 def view(
     format: Format,
     rows: int,
@@ -286,6 +285,8 @@ class Stack:
         normed: int,
         dtype: DType,
         hidden: int,
+        positions: int,
+        num_positions: int,
         ropes: Sequence[tuple[int, int, int]],
         caches: Sequence[tuple[int, int]],
         slot_ids: int,

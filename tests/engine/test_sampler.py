@@ -190,15 +190,10 @@ class TestCompiled:
         assert tokens[0] == logits[0].argmax()
 
     def test_refuses_what_does_not_fit(self):
-        good = {
-            "top_k": np.array([1]),
-            "temperature": np.ones(1),
-            "top_p": np.ones(1),
-            "min_p": np.zeros(1),
-            "seed": np.zeros(1, np.uint64),
-            "index": np.zeros(1, np.uint64),
-        }
-        for name, value in [("top_k", np.array([0])), ("top_k", np.array([6])), ("seed", np.zeros(2, np.uint64))]:
-            with pytest.raises(ValueError, match="draw from"):
-                native.draw(torch.zeros(1, 5), **{**good, name: value})
-        assert native.draw(torch.zeros(1, 5), **good) in ([0], [1], [2], [3], [4])
+        good = native.DrawParams(top_k=1, temperature=1.0, top_p=1.0, min_p=0.0, seed=0, place=0)
+        for top_k in (0, 6):
+            with pytest.raises(ValueError, match=f"top_k {top_k} of 5"):
+                native.draw(torch.zeros(1, 5), [good._replace(top_k=top_k)])
+        with pytest.raises(ValueError, match="draw 2 rows from"):
+            native.draw(torch.zeros(1, 5), [good, good])
+        assert native.draw(torch.zeros(1, 5), [good]) in ([0], [1], [2], [3], [4])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
@@ -143,20 +142,20 @@ def test_tokens_are_drawn_alike_on_every_instruction_set(use_isa: Callable[[str]
     rows, vocab_size = 64, 1003
     logits = sample(rows, vocab_size) * torch.linspace(0.01, 1e3, rows)[:, None]  # from level to steep
 
-    def draw() -> list[int]:
-        return native.draw(
-            logits,
-            top_k=np.where(np.arange(rows) % 2, 300, vocab_size),
-            temperature=np.linspace(0.1, 3, rows),
-            top_p=np.where(np.arange(rows) % 3, 0.9, 1.0),
-            min_p=np.where(np.arange(rows) % 5, 0.0, 0.01),
-            seed=np.arange(rows, dtype=np.uint64),
-            index=np.arange(rows, dtype=np.uint64),
+    params = [
+        native.DrawParams(
+            top_k=300 if row % 2 else vocab_size,
+            temperature=0.1 + row / 20,
+            top_p=0.9 if row % 3 else 1.0,
+            min_p=0.0 if row % 5 else 0.01,
+            seed=row,
+            place=row,
         )
-
+        for row in range(rows)
+    ]
     use_isa("portable")
-    expected = draw()
+    expected = native.draw(logits, params)
     assert len(set(expected)) > rows / 2
     for isa in ("avx2", "avx512"):
         use_isa(isa)
-        assert draw() == expected
+        assert native.draw(logits, params) == expected

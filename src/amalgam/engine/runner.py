@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from itertools import chain
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -63,7 +61,7 @@ class Runner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute a step: its keys and values go to the cache, its routing to the observer."""
-        token_ids, context = self._build(plan)
+        token_ids, last_rows, context = self._build(plan)
         if self._observer is not None:
             for item in plan.scheduled:
                 request = item.request
@@ -74,44 +72,43 @@ class Runner:
         if self._observer is not None:
             self._observer.end_step()
 
-        last_rows = context.attention.query_starts[1:] - 1
-        sampled = [index for index, item in enumerate(plan.scheduled) if item.needs_sample]
+        sampled = [item.request for item in plan.scheduled if item.needs_sample]
         if not sampled:
             return StepResult({})
-        logits = self._decoder.logits(hidden[last_rows[sampled].to(self._device)], plan.version)
-        return sample(logits, [plan.scheduled[index].request for index in sampled])
+        if len(sampled) < len(hidden):  # otherwise every request has one row, its last
+            hidden = hidden.index_select(0, last_rows)
+        return sample(self._decoder.logits(hidden, plan.version), sampled)
 
-    def _build(self, plan: StepPlan) -> tuple[Tensor, StepContext]:
-        """Token ids and context of a step; rows are the requests' tokens, one request after the other."""
-        items = plan.scheduled
-        starts = np.array([item.start for item in items])
-        counts = np.array([item.num_tokens for item in items])
-        query_starts = np.concatenate(([0], np.cumsum(counts)))
-        sequence_of_row = np.repeat(np.arange(len(items)), counts)
-        positions = np.arange(query_starts[-1]) - np.repeat(query_starts[:-1] - starts, counts)
+    def _build(self, plan: StepPlan) -> tuple[Tensor, Tensor, StepContext]:
+        """Token ids, the rows whose logits are wanted, and the context; rows are one request's tokens after another's.
 
-        num_blocks = np.array([len(item.block_ids) for item in items])
-        block_tables = np.zeros((len(items), num_blocks.max()), dtype=np.int64)
-        # Row-major order of a mask is the order of the concatenated block ids.
-        is_used = np.arange(num_blocks.max()) < num_blocks[:, None]
-        block_tables[is_used] = np.fromiter(chain.from_iterable(item.block_ids for item in items), dtype=np.int64)
-        blocks = block_tables[sequence_of_row, positions // self._block_size]
-        slot_ids = blocks * self._block_size + positions % self._block_size
-
-        tokens = chain.from_iterable(item.request.token_ids[item.start : item.end] for item in items)
-        attention = AttentionBatch(
-            query_starts=torch.from_numpy(query_starts),
-            context_lengths=torch.from_numpy(starts + counts),
-            block_tables=self._to_device(block_tables),
-            block_size=self._block_size,
-        )
-        context = StepContext(
-            self._to_device(positions), self._to_device(slot_ids), attention, self._kv, self._observer
-        )
-        return self._to_device(np.fromiter(tokens, dtype=np.int64, count=len(positions))), context
-
-    def _to_device(self, array: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        Plain lists and one tensor: a step of few tokens pays for the number of calls, not for the elements.
+        """
+        items, block_size = plan.scheduled, self._block_size
+        width = max(len(item.block_ids) for item in items)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slot_ids: list[int] = []
+        tables: list[int] = []
+        query_starts, last_rows = [0], []
+        for item in items:
+            block_ids, places = item.block_ids, range(item.start, item.end)
+            token_ids += item.request.token_ids[item.start : item.end]
+            positions += places
+            slot_ids += [block_ids[place // block_size] * block_size + place % block_size for place in places]
+            tables += block_ids
+            tables += [0] * (width - len(block_ids))
+            query_starts.append(len(token_ids))
+            if item.needs_sample:
+                last_rows.append(len(token_ids) - 1)
+        context_lengths = [item.end for item in items]
+        parts = (token_ids, positions, slot_ids, last_rows, tables, query_starts, context_lengths)
+        sizes = [len(part) for part in parts]
+        together = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
+        tokens, places_, slots, last, table, _, _ = together.to(self._device).split(sizes)
+        *_, starts, lengths = together.split(sizes)
+        batch = AttentionBatch(starts, lengths, table.view(len(items), width), block_size)
+        return tokens, last, StepContext(places_, slots, batch, self._kv, self._observer)
 
 
 def token_spans(plan: StepPlan) -> list[TokenSpan]:

@@ -50,16 +50,12 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> StepResult:
 def _sample_compiled(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     """`_sample` in the extension, all rows in one call."""
     vocab_size = logits.shape[1]
-    params = [request.params for request in requests]
-    return native.draw(
-        logits,
-        top_k=np.array([min(p.top_k or vocab_size, vocab_size) for p in params]),
-        temperature=np.array([0.0 if p.is_greedy else p.temperature for p in params]),
-        top_p=np.array([p.top_p for p in params], dtype=np.float64),
-        min_p=np.array([p.min_p for p in params], dtype=np.float64),
-        seed=np.array([request.seed for request in requests], dtype=np.uint64),
-        index=np.array([request.num_new_tokens for request in requests], dtype=np.uint64),
-    )
+    rows = []
+    for request in requests:
+        p = request.params
+        top_k, temperature = min(p.top_k or vocab_size, vocab_size), 0.0 if p.is_greedy else p.temperature
+        rows.append(native.DrawParams(top_k, temperature, p.top_p, p.min_p, request.seed, request.num_new_tokens))
+    return native.draw(logits, rows)
 
 
 def _sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:

@@ -10,10 +10,9 @@ The extension is loaded at first use. It is absent where no C++ compiler was fou
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -210,56 +209,36 @@ def supports_draw(logits: Tensor) -> bool:
     )
 
 
-def draw(
-    logits: Tensor,
-    *,
-    top_k: npt.NDArray[np.int64],
-    temperature: npt.NDArray[np.float64],
-    top_p: npt.NDArray[np.float64],
-    min_p: npt.NDArray[np.float64],
-    seed: npt.NDArray[np.uint64],
-    index: npt.NDArray[np.uint64],
-) -> list[int]:
-    """The next token of each row of logits, -1 where one of them is not finite.
+class DrawParams(NamedTuple):
+    """How `draw` chooses a row's next token.
 
-    Args:
-        logits: float32 `[rows, vocabulary]`.
-        top_k: 1 to the size of the vocabulary; this and the others `[rows]`.
+    Attributes:
+        top_k: 1 to the size of the vocabulary.
         temperature: 0 takes the first of the largest logits, and the rest is not used.
         top_p, min_p: shares, as in `SamplingParams`.
-        seed, index: of the number that decides.
+        seed, place: of the number that decides; 0 to 2^64 - 1 each.
+    """
+
+    top_k: int
+    temperature: float
+    top_p: float
+    min_p: float
+    seed: int
+    place: int
+
+
+def draw(logits: Tensor, rows: Sequence[DrawParams]) -> list[int]:
+    """The next token of each row of logits, float32 `[rows, vocabulary]`; -1 where one of them is not finite.
 
     Raises:
         ValueError: types, shapes or a `top_k` that do not fit.
     """
     from amalgam import _native
 
-    arrays = (top_k, temperature, top_p, min_p, seed, index)
-    rows, vocab_size = logits.shape
-    if (
-        not supports_draw(logits)
-        or any(array.shape != (rows,) or array.itemsize != 8 or not array.flags.c_contiguous for array in arrays)
-        or not ((top_k > 0) & (top_k <= vocab_size)).all()
-    ):
-        raise ValueError(f"draw from {logits.dtype} {tuple(logits.shape)} on {logits.device} with top_k {top_k}")
+    if not supports_draw(logits) or logits.shape[0] != len(rows):
+        raise ValueError(f"draw {len(rows)} rows from {logits.dtype} {tuple(logits.shape)} on {logits.device}")
     logits = logits.contiguous()
-    tokens = np.empty(rows, dtype=np.int64)
-    _native.draw(
-        kernels=kernels(),
-        logits=logits.data_ptr(),
-        rows=rows,
-        vocabulary=vocab_size,
-        top_k=top_k.ctypes.data,
-        temperature=temperature.ctypes.data,
-        top_p=top_p.ctypes.data,
-        min_p=min_p.ctypes.data,
-        seed=seed.ctypes.data,
-        index=index.ctypes.data,
-        tokens=tokens.ctypes.data,
-        threads=torch.get_num_threads(),
-    )
-    found: list[int] = tokens.tolist()
-    return found
+    return _native.draw(kernels(), logits.data_ptr(), logits.shape[1], rows, torch.get_num_threads())
 
 
 @functools.cache

@@ -205,16 +205,26 @@ def supports_linear(x: Tensor, weight: PackedWeight) -> bool:
     )
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + b`, `[rows, in]` → `[rows, out]` in x's type; the arithmetic is that of the module docstring.
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`x Wᵀ + b`, `[rows, in]` → `[rows, out]`; the arithmetic is that of the module docstring.
+
+    Args:
+        out_dtype: of the result, whose sums are rounded to it alone; x's type if None.
 
     Raises:
         ValueError: shapes or types that do not fit together.
     """
-    return linears(x, (weight,), (bias,))[0]
+    return linears(x, (weight,), (bias,), out_dtype)[0]
 
 
-def linears(x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def linears(
+    x: Tensor,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[Tensor | None],
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
     """`linear` of the same rows with several weights, in one call.
 
     Raises:
@@ -225,10 +235,11 @@ def linears(x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor 
         if x.dim() != 2 or x.shape[1] != columns or (bias is not None and bias.shape != (rows,)):
             shape = None if bias is None else tuple(bias.shape)
             raise ValueError(f"linear of {tuple(x.shape)} with a weight of {weight.shape} and a bias of {shape}")
-    if x.dtype not in native.FLOAT_TYPES:
-        return [out.to(x.dtype) for out in linears(x.float(), weights, biases)]
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if x.dtype not in native.FLOAT_TYPES or out_dtype not in native.FLOAT_TYPES:
+        return [out.to(out_dtype) for out in linears(x.float(), weights, biases)]
     x = x.contiguous()
-    results = [torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype) for weight in weights]
+    results = [torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype) for weight in weights]
     if x.shape[0]:
         kept = [None if bias is None else bias.contiguous() for bias in biases]
         outputs = [
@@ -241,7 +252,12 @@ def linears(x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor 
             for weight, bias, out in zip(weights, kept, results, strict=True)
         ]
         native.kernels().linear(
-            x.data_ptr(), x.shape[0], native.native_dtype(x.dtype), outputs, torch.get_num_threads()
+            x.data_ptr(),
+            x.shape[0],
+            native.native_dtype(x.dtype),
+            outputs,
+            native.native_dtype(out_dtype),
+            torch.get_num_threads(),
         )
     return results
 

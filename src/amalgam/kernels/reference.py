@@ -83,8 +83,10 @@ def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Te
     return functional.embedding(token_ids, table).to(dtype)
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + b`: `[rows, in]` → `[rows, out]` in x's type.
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`x Wᵀ + b`: `[rows, in]` → `[rows, out]` in `out_dtype`, x's type if None.
 
     Quantized weights are expanded to x's type; a floating weight of another type is not rounded to x's type: the
     product is then computed in the wider of the two.
@@ -94,7 +96,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     result = _tiled_product(x.to(compute), expanded.to(compute))
     if bias is not None:
         result = result + bias.to(compute)
-    return result.to(x.dtype)
+    return result.to(x.dtype if out_dtype is None else out_dtype)
 
 
 def _tiled_product(x: Tensor, weight: Tensor) -> Tensor:

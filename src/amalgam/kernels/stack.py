@@ -10,6 +10,7 @@ have just filled: with one sequence that was a fifth of a step.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -73,6 +74,15 @@ class DecoderLayer:
     next_norm: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Caches:
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    dtype: torch.dtype | None  # None: they are not such as a stack takes
+    num_slots: int
+    addresses: list[tuple[int, int]]
+
+
 class Stack:
     """Layers that are run in one call. Keeps alive what it needs of them."""
 
@@ -88,26 +98,24 @@ class Stack:
         self._layers = layers
         self._kept: list[Tensor] = []
         self._native = _native.Stack()
+        self._caches: _Caches | None = None
         self._num_active = [layer.mlp.num_active for layer in layers if isinstance(layer.mlp, MixtureLayer)]
         for layer in layers:
             self._add(layer, norm_eps)
 
-    def takes(self, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+    def takes(self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> bool:
         """Whether `run` takes these activations and caches."""
-        return (
-            x.is_cpu
-            and x.dtype in native.FLOAT_TYPES
-            and all(c.is_cpu and c.dtype is x.dtype and c.is_contiguous() for c in (*keys, *values))
-        )
+        return x.is_cpu and x.dtype in native.FLOAT_TYPES and self._bind(keys, values).dtype is x.dtype
 
     def run(
         self,
         x: Tensor,
         normed: Tensor,
         *,
-        rotary: Sequence[tuple[Tensor, Tensor]],
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
+        positions: Tensor,
+        tables: Sequence[tuple[Tensor, Tensor]],
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
         slot_ids: Tensor,
         batch: AttentionBatch,
     ) -> tuple[Tensor, Tensor]:
@@ -115,37 +123,33 @@ class Stack:
 
         Args:
             x, normed: `[tokens, hidden]`, both contiguous and of one type.
-            rotary: cos and sin, float32 `[tokens, r / 2]`, one pair for each rope.
+            positions, slot_ids: int64 `[tokens]`, contiguous.
+            tables: cos and sin of all positions, float32 `[positions, r / 2]`, one pair for each rope.
             keys, values: each layer's cache, `[slots, kv_heads, head_dim]` of the type of x.
-            slot_ids: int64 `[tokens]`.
 
         Returns ids int64 and gate weights float32 of the experts, `[mixtures, tokens, k]`.
 
         Raises:
             ValueError: shapes or types that do not fit together.
-            IndexError: a slot that the cache does not have.
+            IndexError: a slot that the cache does not have, or a position that is not in the tables.
         """
         tokens, hidden = x.shape
         plan = attention.plan_of(batch)
-        num_slots = keys[0].shape[0]
-        shapes = [(num_slots, a.attention.num_kv_heads, a.attention.head_dim) for a in self._layers]
+        caches = self._bind(keys, values)
         if (
             not self.takes(x, keys, values)
             or normed.shape != x.shape
             or normed.dtype is not x.dtype
             or not (x.is_contiguous() and normed.is_contiguous())
             or hidden != self._layers[0].attention.projections[0][0].shape[1]
-            or [tuple(c.shape) for c in keys] != shapes
-            or [tuple(c.shape) for c in values] != shapes
             or plan.num_tokens != tokens
-            or plan.num_slots > num_slots
-            or slot_ids.shape != (tokens,)
-            or slot_ids.dtype is not torch.int64
-            or not all(cos.shape == sin.shape == (tokens, cos.shape[1]) for cos, sin in rotary)
+            or plan.num_slots > caches.num_slots
+            or any(ids.shape != (tokens,) or ids.dtype is not torch.int64 for ids in (slot_ids, positions))
+            or not (slot_ids.is_contiguous() and positions.is_contiguous())
+            or any(cos.shape != sin.shape for cos, sin in tables)
         ):
-            raise ValueError(f"a stack of {len(shapes)} layers cannot run {x.dtype} {tuple(x.shape)}")
-        rotary = [(cos.contiguous(), sin.contiguous()) for cos, sin in rotary]
-        slot_ids = slot_ids.contiguous()
+            raise ValueError(f"a stack of {len(self._layers)} layers cannot run {x.dtype} {tuple(x.shape)}")
+        tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in tables]
         k = self._num_active[0] if self._num_active else 0
         ids = torch.empty((len(self._num_active), tokens, k), dtype=torch.int64)
         gate_weights = torch.empty((len(self._num_active), tokens, k), dtype=torch.float32)
@@ -158,15 +162,35 @@ class Stack:
                 normed.data_ptr(),
                 native.native_dtype(x.dtype),
                 hidden,
-                [(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in rotary],
-                [(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)],
+                positions.data_ptr(),
+                min((len(cos) for cos, _ in tables), default=sys.maxsize),
+                [(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in tables],
+                caches.addresses,
                 slot_ids.data_ptr(),
-                num_slots,
+                caches.num_slots,
                 ids.data_ptr(),
                 gate_weights.data_ptr(),
                 torch.get_num_threads(),
             )
         return ids, gate_weights
+
+    def _bind(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> _Caches:
+        """What `run` has to know of the caches, which are the same step after step."""
+        if self._caches is None or self._caches.keys is not keys or self._caches.values is not values:
+            self._caches = self._look_at(keys, values)
+        return self._caches
+
+    def _look_at(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> _Caches:
+        tensors = (*keys, *values)
+        dtype, num_slots = (tensors[0].dtype, len(tensors[0])) if tensors else (torch.float32, 0)
+        shapes = [(num_slots, a.attention.num_kv_heads, a.attention.head_dim) for a in self._layers]
+        fits = (
+            [tuple(c.shape) for c in keys] == [tuple(c.shape) for c in values] == shapes
+            and dtype in native.FLOAT_TYPES
+            and all(c.is_cpu and c.dtype is dtype and c.is_contiguous() for c in tensors)
+        )
+        addresses = [(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)] if fits else []
+        return _Caches(keys, values, dtype if fits else None, num_slots, addresses)
 
     def _add(self, layer: DecoderLayer, norm_eps: float) -> None:
         part, mlp = layer.attention, layer.mlp

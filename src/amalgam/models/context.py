@@ -101,9 +101,9 @@ class RoutingObserver(Protocol):
 class KVCache:
     """Keys and values of all layers, as slots `[num_blocks × block_size, kv_heads, dim]`."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], block_size: int) -> None:
-        self.keys = keys
-        self.values = values
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], block_size: int) -> None:
+        self.keys = tuple(keys)
+        self.values = tuple(values)
         self.block_size = block_size
 
     @classmethod

@@ -36,16 +36,16 @@ class Decoder:
         Writes the tokens' keys and values to the cache and shows the routing to the observer.
         """
         norm, outside = self.spec.norm, weights.block("")
-        rotary = {
-            rope: (cos[context.positions], sin[context.positions]) for rope, (cos, sin) in self._rope_tables.items()
-        }
         x = ops.embedding(token_ids, weights["embedding"], self.dtype)
         if self.spec.has_position_embedding:
             x = x + ops.embedding(context.positions, weights["positions"], self.dtype)
         normed = norm(x, outside, "layers.0.attention_norm")
-        stack = stack_of(self.spec, weights, list(rotary))
+        stack = stack_of(self.spec, weights, list(self._rope_tables))
         if stack is not None and stack.takes(x, context.kv.keys, context.kv.values):
-            return self._run(stack, x, normed, list(rotary.values()), context)
+            return self._run(stack, x, normed, context)
+        rotary = {
+            rope: (cos[context.positions], sin[context.positions]) for rope, (cos, sin) in self._rope_tables.items()
+        }
         for layer_id, layer in enumerate(self.spec.layers):
             block = BlockContext(context, layer_id, rotary)
             prefix = f"layers.{layer_id}"
@@ -56,14 +56,13 @@ class Decoder:
             x, normed = norm.after(x, delta, outside, "norm" if is_last else f"layers.{layer_id + 1}.attention_norm")
         return normed
 
-    def _run(
-        self, stack: Stack, x: Tensor, normed: Tensor, rotary: list[tuple[Tensor, Tensor]], context: StepContext
-    ) -> Tensor:
+    def _run(self, stack: Stack, x: Tensor, normed: Tensor, context: StepContext) -> Tensor:
         """The layers in one call."""
         expert_ids, gate_weights = stack.run(
             x,
             normed,
-            rotary=rotary,
+            positions=context.positions,
+            tables=list(self._rope_tables.values()),
             keys=context.kv.keys,
             values=context.kv.values,
             slot_ids=context.slot_ids,
@@ -78,4 +77,4 @@ class Decoder:
         """`[rows, hidden]` → float32 `[rows, vocabulary]`; a tied head is the embedding."""
         head = weights["embedding"] if self.spec.has_tied_head else weights["head"]
         bias = weights["head_bias"].dense if self.spec.has_head_bias else None
-        return ops.linear(hidden, head, bias).float()
+        return ops.linear(hidden, head, bias, torch.float32)

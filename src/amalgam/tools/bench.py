@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -206,16 +207,19 @@ def step_seconds(
         ConfigError: the prompts take so many steps that the first sequence ends before the last one decodes.
     """
     arrivals: dict[int, list[float]] = {}
+    ended = threading.Semaphore(0)
 
     def sink(output: RequestOutput) -> None:
         arrivals.setdefault(output.request_id, []).extend([time.monotonic()] * len(output.token_ids))
+        if output.is_finished:
+            ended.release()
 
     params = [_sampling(max(2, num_tokens), seed + index) for index in range(batch)]
     prompts = [_random_ids(spec, context, seed + index) for index in range(batch)]
     with engine.between_steps():
         ids = [engine.submit(prompt, chosen, sink) for prompt, chosen in zip(prompts, params, strict=True)]
-    while engine.status().num_running or engine.status().num_waiting:
-        time.sleep(0.005)
+    for _ in ids:
+        ended.acquire()  # looking at the engine's status now and then would take a core from it
     latest = max((arrivals[request_id] for request_id in ids), key=lambda times: times[0])
     until = min(arrivals[request_id][-1] for request_id in ids)
     times = latest[: 1 + sum(time_ < until for time_ in latest)]  # a step delivers to one sequence after another

@@ -147,17 +147,17 @@ void embedding_rows(const Kernels& table, const PackedMatrix& weight, uintptr_t 
 using Output = std::tuple<std::shared_ptr<PackedMatrix>, uintptr_t, DType, uintptr_t>;
 
 void linear_rows(const Kernels& table, uintptr_t x, int64_t rows, DType x_dtype, const std::vector<Output>& outputs,
-                 int threads) {
+                 DType out_dtype, int threads) {
     std::vector<Projection> projections;
     for (const auto& [weight, bias, bias_dtype, out] : outputs) {
         projections.push_back({&weight->matrix(), {pointer<const void>(bias), bias_dtype}, pointer<void>(out)});
     }
-    linear({&table, threads}, {pointer<const void>(x), x_dtype, rows}, projections);
+    linear({&table, threads}, {pointer<const void>(x), x_dtype, rows, out_dtype}, projections);
 }
 
 void route_tokens(const Kernels& table, const PackedMatrix& weight, uintptr_t x, int64_t rows, DType x_dtype, int64_t k,
                   bool normalises, float sum_eps, uintptr_t ids, uintptr_t weights, int threads) {
-    route({&table, threads}, {{pointer<const void>(x), x_dtype, rows},
+    route({&table, threads}, {{pointer<const void>(x), x_dtype, rows, x_dtype},
                               &weight.matrix(),
                               k,
                               normalises,
@@ -166,14 +166,21 @@ void route_tokens(const Kernels& table, const PackedMatrix& weight, uintptr_t x,
                               pointer<float>(weights)});
 }
 
-void draw_tokens(const Kernels& kernels, uintptr_t logits, int64_t rows, int64_t vocabulary, uintptr_t top_k,
-                 uintptr_t temperature, uintptr_t top_p, uintptr_t min_p, uintptr_t seed, uintptr_t index,
-                 uintptr_t tokens, int threads) {
-    draw(kernels,
-         {pointer<const float>(logits), vocabulary, pointer<const int64_t>(top_k), pointer<const double>(temperature),
-          pointer<const double>(top_p), pointer<const double>(min_p), pointer<const uint64_t>(seed),
-          pointer<const uint64_t>(index), pointer<int64_t>(tokens)},
-         rows, threads);
+using DrawTuple = std::tuple<int64_t, double, double, double, uint64_t, uint64_t>;
+
+std::vector<int64_t> draw_tokens(const Kernels& kernels, uintptr_t logits, int64_t vocabulary,
+                                 const std::vector<DrawTuple>& rows, int threads) {
+    std::vector<DrawParams> params;
+    for (const auto& [top_k, temperature, top_p, min_p, seed, index] : rows) {
+        if (top_k < 1 || top_k > vocabulary) {
+            throw std::invalid_argument("top_k " + std::to_string(top_k) + " of " + std::to_string(vocabulary) +
+                                        " tokens");
+        }
+        params.push_back({top_k, temperature, top_p, min_p, seed, index});
+    }
+    std::vector<int64_t> tokens(rows.size());
+    draw(kernels, pointer<const float>(logits), vocabulary, params, tokens.data(), threads);
+    return tokens;
 }
 
 // Reads every byte of the weights once, as fast as a plain loop can: the yardstick of benchmarks/kernels.py.
@@ -267,8 +274,7 @@ NB_MODULE(_native, module) {
         .def("moe", &moe_layer, Unlocked());
     module.def("pack", &pack, "format"_a, "rows"_a, "columns"_a, "weight"_a, "scale"_a, "scale_dtype"_a, "scale_rows"_a,
                "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, Unlocked());
-    module.def("draw", &draw_tokens, "kernels"_a, "logits"_a, "rows"_a, "vocabulary"_a, "top_k"_a, "temperature"_a,
-               "top_p"_a, "min_p"_a, "seed"_a, "index"_a, "tokens"_a, "threads"_a, Unlocked());
+    module.def("draw", &draw_tokens, Unlocked());
     module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "nbytes"_a, "scale_dtype"_a,
                "num_groups"_a, "group"_a, "scale_lanes"_a, "has_zero"_a, "order"_a, "quantizes"_a, "owner"_a,
                nb::keep_alive<0, 13>());

@@ -18,7 +18,7 @@ char* room(Bytes& buffer, int64_t bytes) {
     return buffer.data();
 }
 
-// One token's heads, normed and rotated, from `x` to `out`, which do not overlap.
+// Some of a token's heads, normed and rotated, from `x` to `out`, which do not overlap.
 void place_heads(const Kernels& kernels, const CachedAttentionArgs& args, int64_t token, int64_t heads, const void* x,
                  const void* norm, void* out) {
     static thread_local Bytes buffer;
@@ -30,7 +30,8 @@ void place_heads(const Kernels& kernels, const CachedAttentionArgs& args, int64_
         x = normed;
     }
     if (args.cos != nullptr) {
-        const float *cos = args.cos + token * args.half, *sin = args.sin + token * args.half;
+        const int64_t row = args.positions != nullptr ? args.positions[token] : token;
+        const float *cos = args.cos + row * args.half, *sin = args.sin + row * args.half;
         kernels.rotate({x, cos, sin, out, size, heads, dim, args.half, args.dtype}, 0, 1);
     } else if (x != out) {
         std::memcpy(out, x, static_cast<size_t>(bytes));
@@ -52,16 +53,21 @@ void cached_attention(const Kernels& kernels, const AttentionKernels& attention,
     const auto at = [&](const void* data, int64_t elements) {
         return static_cast<char*>(const_cast<void*>(data)) + elements * item_bytes;
     };
-    const int64_t tokens_per_item = std::max<int64_t>(1, kElementsPerItem / (query_size + key_size));
-    parallel_ranges(tokens, tokens_per_item, num_threads, [&](int64_t first, int64_t end) {
-        for (int64_t token = first; token < end; ++token) {
-            const int64_t slot = args.slot_ids[token];
-            place_heads(kernels, args, token, heads, at(args.query, token * args.query_stride), args.query_norm,
-                        queries + token * query_size * item_bytes);
-            place_heads(kernels, args, token, kv_heads, at(args.key, token * args.key_stride), args.key_norm,
-                        at(args.keys, slot * key_size));
-            std::memcpy(at(args.values, slot * value_size), at(args.value, token * args.value_stride),
-                        static_cast<size_t>(value_size * item_bytes));
+    // A unit is a token's KV head and the query heads that share it.
+    const int64_t units = tokens * kv_heads, shared = heads / kv_heads;
+    const int64_t dim = attend.keys.dim, value_dim = attend.values.dim;
+    const int64_t few = (units + num_threads - 1) / num_threads, many = kElementsPerItem / ((shared + 2) * dim);
+    parallel_ranges(units, std::max<int64_t>(1, std::min(few, many)), num_threads, [&](int64_t first, int64_t end) {
+        for (int64_t unit = first; unit < end; ++unit) {
+            const int64_t token = unit / kv_heads, head = unit % kv_heads, slot = args.slot_ids[token];
+            const int64_t query = head * shared * dim;
+            place_heads(kernels, args, token, shared, at(args.query, token * args.query_stride + query),
+                        args.query_norm, queries + (token * query_size + query) * item_bytes);
+            place_heads(kernels, args, token, 1, at(args.key, token * args.key_stride + head * dim), args.key_norm,
+                        at(args.keys, slot * key_size + head * dim));
+            std::memcpy(at(args.values, slot * value_size + head * value_dim),
+                        at(args.value, token * args.value_stride + head * value_dim),
+                        static_cast<size_t>(value_dim * item_bytes));
         }
     });
     attend.query = queries;

@@ -18,8 +18,9 @@ struct CachedAttentionArgs {
     const void* key_norm;
     DType norm_dtype;
     float eps;
-    const float* cos;  // [tokens, half] or null: no rotation
+    const float* cos;  // [tokens, half], or by position; null: no rotation
     const float* sin;
+    const int64_t* positions;  // [tokens], rows of cos and sin; null: they are by token
     int64_t half;
     void* keys;    // [slots, kv heads, dim]
     void* values;  // [slots, kv heads, value dim]

@@ -37,7 +37,7 @@ void linear(const Execution& execution, const LinearArgs& args, const std::vecto
                                     &conversions.back());
             }
         }
-        products.push_back({&weight, x, projection.bias, projection.out, args.x_dtype, weight.rows});
+        products.push_back({&weight, x, projection.bias, projection.out, args.out_dtype, weight.rows});
     }
     run_conversions(execution, conversions);
 
@@ -83,6 +83,7 @@ void route(const Execution& execution, const RouteArgs& args) {
     }
     const size_t count = static_cast<size_t>(x.rows * args.weight->rows);
     if (scores.size() < count) scores.resize(count);
+    x.out_dtype = DType::kFloat32;
     linear(execution, x, {{args.weight, {nullptr, DType::kFloat32}, scores.data()}});
     choose_experts({scores.data(), args.weight->rows, args.k, args.normalises, args.sum_eps, args.ids, args.weights},
                    x.rows, execution.num_threads);

@@ -27,6 +27,7 @@ struct LinearArgs {
     const void* x;  // [rows, columns], dense
     DType x_dtype;
     int64_t rows;
+    DType out_dtype;
 };
 
 // Products of the same rows with several weights of as many columns; their activations are made once where they are

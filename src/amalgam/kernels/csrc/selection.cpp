@@ -162,33 +162,32 @@ int64_t at_quantile(const double* weights, int64_t count, double u, std::vector<
     return chosen;
 }
 
-int64_t draw_row(const Kernels& kernels, const DrawArgs& args, int64_t row, Scratch& scratch) {
-    const float* logits = args.logits + row * args.vocabulary;
-    if (!all_finite(logits, args.vocabulary)) return -1;
-    const float largest = maximum(logits, args.vocabulary);
-    if (args.temperature[row] == 0.0) return std::find(logits, logits + args.vocabulary, largest) - logits;
+int64_t draw_row(const Kernels& kernels, const float* logits, int64_t vocabulary, const DrawParams& params,
+                 Scratch& scratch) {
+    if (!all_finite(logits, vocabulary)) return -1;
+    const float largest = maximum(logits, vocabulary);
+    if (params.temperature == 0.0) return std::find(logits, logits + vocabulary, largest) - logits;
 
-    const int64_t k = args.top_k[row];
-    const bool takes_all = k == args.vocabulary;
+    const bool takes_all = params.top_k == vocabulary;
     std::vector<int64_t>& candidates = scratch.candidates;
     candidates.clear();
     if (!takes_all) {
-        const float threshold = kth_largest(logits, args.vocabulary, k, scratch.best);
+        const float threshold = kth_largest(logits, vocabulary, params.top_k, scratch.best);
         scratch.best.clear();  // from here on the candidates' logits
-        for_each_at_least(logits, args.vocabulary, threshold, [&](int64_t i) {
+        for_each_at_least(logits, vocabulary, threshold, [&](int64_t i) {
             candidates.push_back(i);
             scratch.best.push_back(logits[i]);
         });
     }
-    const int64_t count = takes_all ? args.vocabulary : static_cast<int64_t>(candidates.size());
+    const int64_t count = takes_all ? vocabulary : static_cast<int64_t>(candidates.size());
     if (static_cast<int64_t>(scratch.weights.size()) < count) scratch.weights.resize(static_cast<size_t>(count));
     double* weights = scratch.weights.data();
-    kernels.boltzmann({takes_all ? logits : scratch.best.data(), count, largest, args.temperature[row]}, weights);
-    if (args.top_p[row] < 1.0) cut_tail(1.0 - args.top_p[row], weights, count, scratch.others);
-    if (args.min_p[row] > 0.0) {
-        for (int64_t i = 0; i < count; ++i) weights[i] = weights[i] < args.min_p[row] ? 0.0 : weights[i];  // best: 1
+    kernels.boltzmann({takes_all ? logits : scratch.best.data(), count, largest, params.temperature}, weights);
+    if (params.top_p < 1.0) cut_tail(1.0 - params.top_p, weights, count, scratch.others);
+    if (params.min_p > 0.0) {
+        for (int64_t i = 0; i < count; ++i) weights[i] = weights[i] < params.min_p ? 0.0 : weights[i];  // best: 1
     }
-    const int64_t chosen = at_quantile(weights, count, uniform(args.seed[row], args.index[row]), scratch.sums);
+    const int64_t chosen = at_quantile(weights, count, uniform(params.seed, params.index), scratch.sums);
     return takes_all ? chosen : candidates[static_cast<size_t>(chosen)];
 }
 
@@ -212,10 +211,11 @@ void choose_experts(const TopExpertsArgs& args, int64_t tokens, int threads) {
     });
 }
 
-void draw(const Kernels& kernels, const DrawArgs& args, int64_t rows, int threads) {
-    parallel_for(rows, threads, [&](int64_t row) {
+void draw(const Kernels& kernels, const float* logits, int64_t vocabulary, const std::vector<DrawParams>& rows,
+          int64_t* tokens, int threads) {
+    parallel_for(static_cast<int64_t>(rows.size()), threads, [&](int64_t row) {
         thread_local Scratch scratch;
-        args.tokens[row] = draw_row(kernels, args, row, scratch);
+        tokens[row] = draw_row(kernels, logits + row * vocabulary, vocabulary, rows[static_cast<size_t>(row)], scratch);
     });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
@@ -21,20 +22,19 @@ struct TopExpertsArgs {
 
 void choose_experts(const TopExpertsArgs& args, int64_t tokens, int threads);
 
-// The next token of each row: what amalgam/engine/sampler.py says, in the same order and in double precision.
-struct DrawArgs {
-    const float* logits;  // [rows, vocabulary]
-    int64_t vocabulary;
-    const int64_t* top_k;       // [rows], 1 to vocabulary
-    const double* temperature;  // [rows], above 0; 0: the first of the largest logits
-    const double* top_p;        // [rows], above 0 to 1
-    const double* min_p;        // [rows], 0 to 1
-    const uint64_t* seed;       // [rows]
-    const uint64_t* index;      // [rows], place of the token in its answer
-    int64_t* tokens;            // [rows]; -1 where a logit is not finite
+// How a row's next token is chosen: what amalgam/engine/sampler.py says, in the same order and in double precision.
+struct DrawParams {
+    int64_t top_k;       // 1 to the size of the vocabulary
+    double temperature;  // above 0; 0: the first of the largest logits
+    double top_p;        // above 0 to 1
+    double min_p;        // 0 to 1
+    uint64_t seed;
+    uint64_t index;  // place of the token in its answer
 };
 
-void draw(const Kernels& kernels, const DrawArgs& args, int64_t rows, int threads);
+// tokens[row] is -1 where a logit is not finite. logits: [rows, vocabulary].
+void draw(const Kernels& kernels, const float* logits, int64_t vocabulary, const std::vector<DrawParams>& rows,
+          int64_t* tokens, int threads);
 
 // The number in [0, 1) that Philox 4x64-10 (Salmon et al. 2011) gives for a key, as numpy's generator does.
 double uniform(uint64_t seed, uint64_t index);

@@ -1,6 +1,8 @@
 #include "stack.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "pool.h"
 
@@ -46,6 +48,7 @@ class Step {
             args.cos = args_.cos[rope];
             args.sin = args_.sin[rope];
             args.half = args_.half[rope];
+            args.positions = args_.positions;
         }
         args.keys = args_.keys[index];
         args.values = args_.values[index];
@@ -60,7 +63,7 @@ class Step {
         args.attention.window = layer.window;
         args.attention.sinks = layer.sinks;
         cached_attention(*execution_.kernels, attention_, plan_, args, execution_.num_threads);
-        linear(execution_, {attended, args_.dtype, tokens_}, {projection(layer.out, delta)});
+        linear(execution_, {attended, args_.dtype, tokens_, args_.dtype}, {projection(layer.out, delta)});
     }
 
     // normed → delta
@@ -84,7 +87,7 @@ class Step {
         const SwigluArgs args{gate, up, joined, args_.dtype};
         parallel_ranges(elements, kElementsPerItem, execution_.num_threads,
                         [&](int64_t first, int64_t end) { execution_.kernels->swiglu(args, first, end); });
-        linear(execution_, {joined, args_.dtype, tokens_}, {projection(layer.down, delta)});
+        linear(execution_, {joined, args_.dtype, tokens_, args_.dtype}, {projection(layer.down, delta)});
     }
 
     // x + delta → x, its norm → normed
@@ -102,7 +105,7 @@ class Step {
     }
 
  private:
-    LinearArgs input() const { return {args_.normed, args_.dtype, tokens_}; }
+    LinearArgs input() const { return {args_.normed, args_.dtype, tokens_, args_.dtype}; }
 
     static Projection projection(const Weight& weight, void* out) {
         return {&weight.matrix->matrix(), weight.bias, out};
@@ -120,6 +123,13 @@ class Step {
 
 void run_stack(const Kernels& kernels, const AttentionKernels& attention, const AttentionPlan& plan,
                const std::vector<StackLayer>& layers, const StackArgs& args, int num_threads) {
+    for (int64_t token = 0; token < plan.num_tokens(); ++token) {
+        const int64_t position = args.positions[token];
+        if (position < 0 || position >= args.num_positions) {
+            throw std::out_of_range("position " + std::to_string(position) + " of " +
+                                    std::to_string(args.num_positions));
+        }
+    }
     static thread_local std::vector<char> buffer;
     Step step(kernels, attention, plan, args, num_threads);
     char* delta = step.room(buffer, plan.num_tokens() * args.hidden);

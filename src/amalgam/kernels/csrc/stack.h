@@ -45,7 +45,9 @@ struct StackArgs {
     void* normed;  // [tokens, hidden], its norm; likewise
     DType dtype;   // of both, and of the caches
     int64_t hidden;
-    std::vector<const float*> cos, sin;  // by rope: [tokens, half]
+    const int64_t* positions;            // [tokens], rows of cos and sin
+    int64_t num_positions;               // rows that all of them have
+    std::vector<const float*> cos, sin;  // by rope: [positions, half]
     std::vector<int64_t> half;
     std::vector<void*> keys, values;  // by layer: [slots, kv heads, head dim]
     const int64_t* slot_ids;
@@ -54,6 +56,7 @@ struct StackArgs {
     float* gate_weights;  // likewise
 };
 
+// Throws std::out_of_range at a position or a slot that there is not.
 void run_stack(const Kernels& kernels, const AttentionKernels& attention, const AttentionPlan& plan,
                const std::vector<StackLayer>& layers, const StackArgs& args, int num_threads);
 

@@ -75,7 +75,7 @@ void set_mixture(Stack& stack, std::shared_ptr<PackedMatrix> router, int64_t num
 
 // ropes: cos, sin and half of each; caches: keys and values of each layer.
 void run(const Stack& stack, const Kernels& kernels, const AttentionKernels& attention, const AttentionPlan& plan,
-         uintptr_t x, uintptr_t normed, DType dtype, int64_t hidden,
+         uintptr_t x, uintptr_t normed, DType dtype, int64_t hidden, uintptr_t positions, int64_t num_positions,
          const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t>>& ropes,
          const std::vector<std::tuple<uintptr_t, uintptr_t>>& caches, uintptr_t slot_ids, int64_t num_slots,
          uintptr_t expert_ids, uintptr_t gate_weights, int threads) {
@@ -84,6 +84,8 @@ void run(const Stack& stack, const Kernels& kernels, const AttentionKernels& att
     args.normed = reinterpret_cast<void*>(normed);
     args.dtype = dtype;
     args.hidden = hidden;
+    args.positions = reinterpret_cast<const int64_t*>(positions);
+    args.num_positions = num_positions;
     for (const auto& [cos, sin, half] : ropes) {
         args.cos.push_back(reinterpret_cast<const float*>(cos));
         args.sin.push_back(reinterpret_cast<const float*>(sin));
