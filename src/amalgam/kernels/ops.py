@@ -47,9 +47,7 @@ def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Te
     return reference.embedding(token_ids, weight, dtype)
 
 
-def linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
     """See `reference.linear`."""
     if panels.supports_linear(x, weight):
         return panels.linear(x, weight, bias, out_dtype)

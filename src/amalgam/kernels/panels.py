@@ -205,9 +205,7 @@ def supports_linear(x: Tensor, weight: PackedWeight) -> bool:
     )
 
 
-def linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
     """`x Wᵀ + b`, `[rows, in]` → `[rows, out]`; the arithmetic is that of the module docstring.
 
     Args:

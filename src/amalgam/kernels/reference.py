@@ -83,9 +83,7 @@ def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Te
     return functional.embedding(token_ids, table).to(dtype)
 
 
-def linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
     """`x Wᵀ + b`: `[rows, in]` → `[rows, out]` in `out_dtype`, x's type if None.
 
     Quantized weights are expanded to x's type; a floating weight of another type is not rounded to x's type: the
