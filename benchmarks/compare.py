@@ -42,7 +42,8 @@ class Engine:
 
 
 def ours(weights: str, *extra: tuple[str, int]) -> Engine:
-    return Engine("with_amalgam.py", weights, extra=(("read", 1), *extra))
+    reads = tuple(("read", size) for scenario, size in SCENARIOS if scenario == "decode")
+    return Engine("with_amalgam.py", weights, extra=(*reads, *extra))
 
 
 LLAMA = {kind: Engine("with_llama_cpp.py", f"S-{kind}.gguf", "llama") for kind in ("bf16", "Q4_0", "Q8_0")}
@@ -169,8 +170,11 @@ def report(name: str, timings: Sequence[Timings]) -> None:
             samples = ratios(subject, peer, key)
             print(f"{f'{statistics.median(samples):.2f} ({min(samples):.2f}–{max(samples):.2f})':>18}", end="")
         print()
-    share = [r / d for r, d in zip(subject.seconds["read 1"], subject.seconds["decode 1"], strict=True)]
-    print(f"{'read bandwidth':>24}: one sequence reads its weights at {statistics.median(share):.0%} of a plain read")
+    for size in (size for scenario, size in SCENARIOS if scenario == "decode"):
+        seconds = zip(subject.seconds[f"read {size}"], subject.seconds[f"decode {size}"], strict=True)
+        share = statistics.median(read / step for read, step in seconds)
+        label = f"decode {size}"
+        print(f"{label:>24}: a plain read of the same weights takes {share:.0%} of the step")
     if name == "mixed":
         _, int4, fp8, _ = timings
         for key in keys:

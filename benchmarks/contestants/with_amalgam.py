@@ -1,43 +1,68 @@
 """amalgam over shape S with random weights: `with_amalgam.py WEIGHTS`, as `amalgam bench --shape S` takes them.
 
-Beside the common scenarios: `read` (a plain read of as many bytes as one decoding step of one sequence reads, from the
-same buffers) and `context` (one decoding step after so many tokens).
+Beside the common scenarios: `read` (a plain read of the weights that one decoding step of so many sequences reads, from
+the same buffers) and `context` (one decoding step after so many tokens).
 """
 
 from __future__ import annotations
 
-import random
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count
 
 import torch
 from protocol import Measure, answer
+from torch import Tensor
 
 from amalgam import _native
 from amalgam.config import load_settings
+from amalgam.models.context import RoutingTrace, TokenSpan
 from amalgam.tools import bench
 
 MAX_TOKENS, MAX_BATCH = 8192 + 64, 16
 STEPS = 24
 
 
+class LastStep:
+    """An observer that knows which experts the last step used."""
+
+    def __init__(self) -> None:
+        self.expert_ids: dict[int, Tensor] = {}
+
+    def begin_step(self, spans: Sequence[TokenSpan]) -> None: ...
+
+    def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        self.expert_ids[layer_id] = expert_ids
+
+    def end_step(self, rejected: Mapping[int, int] | None = None) -> None: ...
+
+    def admit(self, request_id: int, label: str | None, num_traced_tokens: int) -> None: ...
+
+    def count_request(self, label: str | None) -> None: ...
+
+    def take_trace(self, request_id: int) -> RoutingTrace | None: ...
+
+    def close(self) -> None: ...
+
+
 def load(stack: ExitStack) -> Measure:
     settings = load_settings(None, {"model.base_path": "", "engine.kv_cache_bytes": 2 << 30}, {})
+    last_step = LastStep()
     engine, spec = stack.enter_context(
-        bench.shape_engine("S", sys.argv[1], settings, max_tokens=MAX_TOKENS, max_batch=MAX_BATCH)
+        bench.shape_engine("S", sys.argv[1], settings, max_tokens=MAX_TOKENS, max_batch=MAX_BATCH, observer=last_step)
     )
     seeds = count()
     others = [engine.version[slot.name] for slot in spec.slots if slot.is_linear and slot.role != "expert"]
-    names = [f"layers.{layer}.mlp.experts" for layer in spec.moe_layer_ids]
 
-    def read() -> float:
-        """The wide part, and of each layer the experts that one token takes."""
+    def read(size: int) -> float:
+        bench.step_seconds(engine, spec, size, 3, next(seeds))
         weights = list(others)
-        for name in names:
-            for expert in random.sample(range(spec.num_experts), spec.num_active_experts):
-                weights += [engine.version[f"{name}.{expert}.{part}"] for part in ("gate", "up", "down")]
+        for layer_id, expert_ids in last_step.expert_ids.items():
+            for expert in expert_ids.unique().tolist():
+                name = f"layers.{layer_id}.mlp.experts.{expert}"
+                weights += [engine.version[f"{name}.{part}"] for part in ("gate", "up", "down")]
         matrices = [weight.native for weight in weights]
         started = time.perf_counter()
         _native.checksum(matrices, torch.get_num_threads())
@@ -50,7 +75,7 @@ def load(stack: ExitStack) -> Measure:
             return bench.step_seconds(engine, spec, size, STEPS, next(seeds))
         if scenario == "context":
             return bench.step_seconds(engine, spec, 1, STEPS, next(seeds), context=size)
-        return read()
+        return read(size)
 
     return measure
 

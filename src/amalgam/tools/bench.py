@@ -28,6 +28,7 @@ from amalgam.engine.request import RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
+from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import Progress
 from amalgam.models.spec import ModelSpec, Slot, read_spec
@@ -148,12 +149,14 @@ def shape_engine(
     max_tokens: int,
     max_batch: int,
     progress: Progress | None = None,
+    observer: RoutingObserver | None = None,
 ) -> Iterator[tuple[Engine, ModelSpec]]:
     """A running engine over a shape with random weights.
 
     Args:
         max_tokens: of the longest sequence.
         max_batch: sequences that run together.
+        observer: sees which experts each token is routed to.
 
     Raises:
         ConfigError: no such shape.
@@ -168,7 +171,7 @@ def shape_engine(
     inference = settings.inference.model_dump() | {"max_seq_length": max_tokens, "max_batch_size": max_batch}
     settings = settings.replace(inference=inference, engine=settings.engine.model_dump() | {"max_step_tokens": 512})
     decoder = Decoder(spec, max_tokens, dtype, device)
-    engine = Engine(decoder, version, word_tokenizer(spec.vocab_size), settings, device, dtype)
+    engine = Engine(decoder, version, word_tokenizer(spec.vocab_size), settings, device, dtype, observer)
     engine.start()
     try:
         yield engine, spec
