@@ -83,6 +83,8 @@ class Contestant:
     """A running engine that is stopped unless it is asked."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
+        self._name = f"{engine.script} {engine.argument}"
+        log = folder / f"{self._name.replace('/', '-').replace(' ', '-')}.log"
         model = folder / engine.argument
         environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
         environment.pop("PYTHONPATH", None)
@@ -91,14 +93,14 @@ class Contestant:
             [python, str(CONTESTANTS / engine.script), str(model) if engine.environment else engine.argument],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(folder / f"{engine.script}.log").open("w"),
+            stderr=log.open("w"),
             text=True,
             env=environment,
             start_new_session=True,
         )
         if (first := self._reply()) != "ready":
             self.close()
-            raise RuntimeError(f"{engine.script} {engine.argument}: {first or 'died'}; see its log in {folder}")
+            raise RuntimeError(f"{self._name}: {first or 'died'}; see {log}")
         self._signal(signal.SIGSTOP)
 
     def ask(self, scenario: str, size: int) -> float:
@@ -107,7 +109,10 @@ class Contestant:
         try:
             self._process.stdin.write(f"{scenario} {size}\n")
             self._process.stdin.flush()
-            return float(self._reply())
+            reply = self._reply()
+            if not reply:
+                raise RuntimeError(f"{self._name} died at {scenario} {size}; its log is in the folder")
+            return float(reply)
         finally:
             self._signal(signal.SIGSTOP)
 

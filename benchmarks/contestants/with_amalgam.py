@@ -54,7 +54,11 @@ def load(stack: ExitStack) -> Measure:
         bench.shape_engine("S", sys.argv[1], settings, max_tokens=MAX_TOKENS, max_batch=MAX_BATCH, observer=last_step)
     )
     seeds = count()
-    others = [engine.version[slot.name] for slot in spec.slots if slot.is_linear and slot.role != "expert"]
+    others = [
+        engine.version[slot.name]
+        for slot in spec.slots
+        if slot.role == "router" or (slot.is_linear and slot.role != "expert")
+    ]
 
     def read(size: int) -> float:
         bench.step_seconds(engine, spec, size, 3, next(seeds))

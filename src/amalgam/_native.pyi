@@ -1,4 +1,4 @@
-"""What the compiled extension offers; amalgam.kernels.native and amalgam.kernels.panels are its only users.
+"""What the compiled extension offers; used by amalgam.kernels and its benchmarks only.
 
 Arrays are addresses; 0 means none. Every call that computes releases the GIL.
 """

@@ -29,6 +29,7 @@ from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.loader import LoadedVersion, ModelLoader
 from amalgam.models.weights import WeightVersion
 from amalgam.precision.format import QuantizeOptions
+from amalgam.precision.formats.floating import dense
 from amalgam.precision.source import Source
 from amalgam.tools.estimate import estimate
 from amalgam.tools.quantize import quantize_checkpoint
@@ -180,6 +181,14 @@ def test_impossible_descriptions_are_refused(path: tuple[Any, ...], value: Any) 
     memory = [aligned(run) for run in mapped.runs(weight)]
     with pytest.raises(ValueError, match=r"\w"):
         mapped.restore(change(mapped.describe(weight), path, value), memory, "int8")
+
+
+def test_a_dense_weight_is_as_long_as_it_says() -> None:
+    """Its address is all that a kernel gets."""
+    description = mapped.describe(dense(torch.zeros(2048, dtype=torch.bfloat16)))
+    changed = change(change(description, ("parts", "weight", 1), [1]), ("runs",), [2])
+    with pytest.raises(ValueError, match=r"a dense weight of shape \(2048,\)"):
+        mapped.restore(changed, [aligned(torch.zeros(2, dtype=torch.uint8))], "int8")
 
 
 def test_panels_must_be_aligned() -> None:

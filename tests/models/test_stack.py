@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from amalgam.config import MixedPrecisionSettings
 from amalgam.kernels import native
+from amalgam.kernels.packed import AttentionBatch
+from amalgam.kernels.stack import MixtureLayer, Stack, fits
 from amalgam.models import decoder as decoder_module
+from amalgam.models.context import KVCache
 from amalgam.models.spec import all_families
 from amalgam.models.stack import stack_of
 from amalgam.precision.format import QuantizeOptions
@@ -96,3 +100,79 @@ def test_a_weight_outside_the_panels(tmp_path: Path, monkeypatch: pytest.MonkeyP
         _, version = load_model(tmp_path)
     decoder, _ = load_model(tmp_path)
     assert stack_of(decoder.spec, version, list(decoder._rope_tables)) is None
+
+
+def test_what_does_not_agree_is_not_run(tmp_path: Path) -> None:
+    """The extension is given addresses: sizes are looked at before."""
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    decoder, version = load_model(tmp_path)
+    stack = stack_of(decoder.spec, version, list(decoder._rope_tables))
+    assert stack is not None
+    layer = stack._layers[0]
+    part, mlp = layer.attention, layer.mlp
+    assert isinstance(mlp, MixtureLayer)
+    assert part.head_norms is not None
+    assert fits([layer])
+    query, *others = part.projections
+    wrong = [
+        replace(layer, mlp_norm=layer.mlp_norm[:-1]),
+        replace(layer, next_norm=layer.next_norm.double()),
+        replace(layer, mlp=replace(mlp, num_active=len(mlp.experts) + 1)),
+        replace(layer, mlp=replace(mlp, router=query[0])),
+        *(
+            replace(layer, attention=replace(part, **change))
+            for change in (
+                {"num_kv_heads": 3},
+                {"head_dim": 2 * part.head_dim},
+                {"window": 0},
+                {"sinks": torch.zeros(part.num_heads - 1)},
+                {"head_norms": (part.head_norms[0], part.head_norms[1][:-1])},
+                {"head_norms": (part.head_norms[0], part.head_norms[1].bfloat16())},
+                {"projections": ((query[0], torch.zeros(1)), *others)},
+                {"projections": (others[0], query, *others[1:])},
+            )
+        ),
+    ]
+    for one in wrong:
+        assert not fits([one])
+        with pytest.raises(ValueError, match="needs its weights"):
+            Stack([one], 1e-6)
+    assert not fits([])
+
+
+def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    decoder, version = load_model(tmp_path)
+    stack = stack_of(decoder.spec, version, list(decoder._rope_tables))
+    assert stack is not None
+    spec = decoder.spec
+    kv = KVCache.allocate(spec, 2, 16, torch.float32, torch.device("cpu"))
+    x = torch.zeros(3, stack._layers[0].mlp_norm.shape[0])
+    good = {
+        "positions": torch.arange(3),
+        "tables": list(decoder._rope_tables.values()),
+        "keys": kv.keys,
+        "values": kv.values,
+        "slot_ids": torch.arange(3),
+        "batch": AttentionBatch(torch.tensor([0, 3]), torch.tensor([3]), torch.tensor([[0]]), 16),
+    }
+    stack.run(x.clone(), x.clone(), **good)
+    (cos, sin), *_ = good["tables"]
+    wrong = [
+        {"positions": torch.arange(4)},
+        {"positions": torch.arange(3).int()},
+        {"slot_ids": torch.arange(6)[::2]},
+        {"tables": []},
+        {"tables": [(cos, sin[:, :-1])]},
+        {"tables": [(cos.double(), sin.double())]},
+        {"tables": [(cos.repeat(1, 9), sin.repeat(1, 9))]},
+        {"keys": kv.keys[:1]},
+        {"values": tuple(value.bfloat16() for value in kv.values)},
+        {"keys": tuple(key[:4] for key in kv.keys)},
+    ]
+    for change in wrong:
+        with pytest.raises(ValueError, match="cannot run"):
+            stack.run(x.clone(), x.clone(), **{**good, **change})
+    for change in ({"positions": torch.tensor([0, 1, len(cos)])}, {"slot_ids": torch.tensor([0, 1, 32])}):
+        with pytest.raises(IndexError):
+            stack.run(x.clone(), x.clone(), **{**good, **change})

@@ -3,8 +3,8 @@
 In: prompts as token ids, from any thread. Out: `RequestOutput`s, to each request's sink. Must never know: HTTP,
 checkpoints, plans.
 
-Whatever the fronts and the step loop share is guarded by one condition, which is never held while a step computes or
-a sink is called.
+Whatever the fronts and the step loop share is guarded by one condition, which the loop never holds while a step
+computes or a sink is called.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ In: float32 logits, one row for each request. Out: each request's next token, or
 Must never know: the model, the step, other requests' logits.
 
 A token depends on its own logits, the request's parameters and seed, and its place in the answer, never on what
-shares the step. Work over the whole vocabulary is done for all rows at once, with operations that give each row the
-same bits in any company; what remains are a request's candidates, which are chosen from by themselves.
+shares the step. In the extension each row is chosen from by itself. Without it, work over the whole vocabulary is
+done for all rows at once, with operations that give each row the same bits in any company.
 """
 
 from __future__ import annotations

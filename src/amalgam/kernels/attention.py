@@ -168,9 +168,7 @@ def cached_attention(
         or slot_ids.dtype is not torch.int64
         or (window is not None and window < 1)
         or (sinks is not None and sinks.shape != (heads,))
-        or any(
-            norm is not None and (norm.shape != (dim,) or norm.dtype not in _TYPES) for norm in (query_norm, key_norm)
-        )
+        or any(norm is not None and not _is_norm(norm, dim) for norm in (query_norm, key_norm))
         or (query_norm is not None and key_norm is not None and query_norm.dtype is not key_norm.dtype)
         or (cos is not None and sin is not None and not _is_rotary(cos, sin, tokens, dim))
     ):

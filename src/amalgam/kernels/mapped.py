@@ -108,6 +108,8 @@ def restore(description: Mapping[str, Any], memory: Sequence[Tensor], activation
     if unpack is None or len(memory) != len(parts):
         raise ValueError(f"layout {layout!r} has {len(memory)} runs")
     tensors = {name: _typed(run, *parts[name]) for name, run in zip(parts, memory, strict=True)}
+    if layout == "dense" and (set(tensors) != {"weight"} or tensors["weight"].shape != shape):
+        raise ValueError(f"a dense weight of shape {shape} has {parts}")
     return PackedWeight(layout, shape, tensors, unpack, block)
 
 

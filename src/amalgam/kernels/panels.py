@@ -318,7 +318,12 @@ def moe(
     assert isinstance(pointers, _Pointers)
     if x.dim() != 2 or x.shape[1] != experts[0].gate.shape[1]:
         raise ValueError(f"moe of {tuple(x.shape)} with experts of {experts[0].gate.shape}")
-    if expert_ids.dim() != 2 or expert_ids.shape[0] != x.shape[0] or gate_weights.shape != expert_ids.shape:
+    if (
+        expert_ids.dim() != 2
+        or expert_ids.shape[0] != x.shape[0]
+        or expert_ids.shape[1] == 0
+        or gate_weights.shape != expert_ids.shape
+    ):
         raise ValueError(f"moe with ids {tuple(expert_ids.shape)} and gate weights {tuple(gate_weights.shape)}")
     if x.dtype not in native.FLOAT_TYPES:
         return moe(x.float(), expert_ids, gate_weights, experts, activation).to(x.dtype)

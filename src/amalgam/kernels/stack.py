@@ -99,6 +99,11 @@ class Stack:
         self._kept: list[Tensor] = []
         self._native = _native.Stack()
         self._caches: _Caches | None = None
+        # By rope, the narrowest head that it turns.
+        self._rope_limits: dict[int, int] = {}
+        for part in (layer.attention for layer in layers):
+            if part.rope is not None:
+                self._rope_limits[part.rope] = min(part.head_dim, self._rope_limits.get(part.rope, part.head_dim))
         self._num_active = [layer.mlp.num_active for layer in layers if isinstance(layer.mlp, MixtureLayer)]
         for layer in layers:
             self._add(layer, norm_eps)
@@ -144,9 +149,9 @@ class Stack:
             or hidden != self._layers[0].attention.projections[0][0].shape[1]
             or plan.num_tokens != tokens
             or plan.num_slots > caches.num_slots
-            or any(ids.shape != (tokens,) or ids.dtype is not torch.int64 for ids in (slot_ids, positions))
-            or not (slot_ids.is_contiguous() and positions.is_contiguous())
-            or any(cos.shape != sin.shape for cos, sin in tables)
+            or not normed.is_cpu
+            or not all(_is_index(ids, tokens) for ids in (slot_ids, positions))
+            or not self._takes_tables(tables)
         ):
             raise ValueError(f"a stack of {len(self._layers)} layers cannot run {x.dtype} {tuple(x.shape)}")
         tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in tables]
@@ -173,6 +178,17 @@ class Stack:
                 torch.get_num_threads(),
             )
         return ids, gate_weights
+
+    def _takes_tables(self, tables: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        return len(tables) >= len(self._rope_limits) and all(
+            table.is_cpu
+            and table.dtype is torch.float32
+            and table.shape == cos.shape
+            and table.dim() == 2
+            and 2 * table.shape[1] <= self._rope_limits.get(index, sys.maxsize)
+            for index, (cos, sin) in enumerate(tables)
+            for table in (cos, sin)
+        )
 
     def _bind(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> _Caches:
         """What `run` has to know of the caches, which are the same step after step."""
@@ -234,28 +250,57 @@ class Stack:
         return self._kept[-1].data_ptr(), native.native_dtype(vector.dtype)
 
 
+def _is_index(ids: Tensor, size: int) -> bool:
+    return ids.is_cpu and ids.shape == (size,) and ids.dtype is torch.int64 and ids.is_contiguous()
+
+
 def fits(layers: Sequence[DecoderLayer]) -> bool:
-    """Whether the extension can run these layers: it is there, weights are in panels, all mixtures choose alike."""
+    """Whether the extension, which is given addresses, can run these layers: weights in panels, shapes that agree."""
+    if not native.is_available() or not layers:
+        return False
+    hidden = layers[0].mlp_norm.shape[0]
     mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, MixtureLayer)]
+    return len({mixture.num_active for mixture in mixtures}) <= 1 and all(
+        _fits_attention(layer.attention, hidden)
+        and _fits_mlp(layer.mlp, hidden)
+        and _is_vector(layer.mlp_norm, hidden)
+        and _is_vector(layer.next_norm, hidden)
+        for layer in layers
+    )
+
+
+def _fits_attention(part: AttentionLayer, hidden: int) -> bool:
+    query_size, key_size = part.num_heads * part.head_dim, part.num_kv_heads * part.head_dim
+    shapes = (query_size, hidden), (key_size, hidden), (key_size, hidden), (hidden, query_size)
+    norms: Sequence[Tensor] = part.head_norms or ()
     return (
-        native.is_available()
-        and len(layers) > 0
-        and len({mixture.num_active for mixture in mixtures}) <= 1
-        and all(_fits(layer) for layer in layers)
+        part.num_kv_heads > 0
+        and part.num_heads % part.num_kv_heads == 0
+        and (part.window is None or part.window > 0)
+        and all(_is_projection(*pair) for pair in zip(part.projections, shapes, strict=True))
+        and all(_is_vector(norm, part.head_dim) and norm.dtype is norms[0].dtype for norm in norms)
+        and (part.sinks is None or _is_vector(part.sinks, part.num_heads))
     )
 
 
-def _fits(layer: DecoderLayer) -> bool:
-    part, mlp = layer.attention, layer.mlp
-    projections: tuple[Projection, ...] = part.projections
-    vectors = [layer.mlp_norm, layer.next_norm, *(part.head_norms or ())]
-    if part.head_norms is not None and part.head_norms[0].dtype is not part.head_norms[1].dtype:
-        return False
+def _fits_mlp(mlp: DenseLayer | MixtureLayer, hidden: int) -> bool:
     if isinstance(mlp, DenseLayer):
-        projections = (*projections, mlp.gate, mlp.up, mlp.down)
-    elif mlp.router.native is None or not panels.supports_moe(torch.empty(0), mlp.experts):
-        return False
-    biases = [bias for _, bias in projections if bias is not None]
-    return all(weight.native is not None for weight, _ in projections) and all(
-        vector.is_cpu and vector.dtype in native.FLOAT_TYPES for vector in (*vectors, *biases)
+        width = mlp.gate[0].shape[0]
+        inner = (mlp.gate, (width, hidden)), (mlp.up, (width, hidden)), (mlp.down, (hidden, width))
+        return all(_is_projection(projection, shape) for projection, shape in inner)
+    return (
+        1 <= mlp.num_active <= len(mlp.experts)
+        and mlp.router.native is not None
+        and mlp.router.shape == (len(mlp.experts), hidden)
+        and mlp.experts[0].gate.shape[1] == hidden
+        and panels.supports_moe(torch.empty(0), mlp.experts)
     )
+
+
+def _is_projection(projection: Projection, shape: tuple[int, int]) -> bool:
+    weight, bias = projection
+    return weight.native is not None and weight.shape == shape and (bias is None or _is_vector(bias, shape[0]))
+
+
+def _is_vector(vector: Tensor, size: int) -> bool:
+    return vector.is_cpu and vector.shape == (size,) and vector.dtype in native.FLOAT_TYPES

@@ -197,7 +197,9 @@ def measure_engine(
 def prompt_seconds(engine: Engine, spec: ModelSpec, length: int, seed: int) -> float:
     """From handing in a prompt of random tokens to its first new token."""
     started = time.monotonic()
-    engine.generate([_random_ids(spec, length, seed)], _sampling(1, seed))
+    (answer,) = engine.generate([_random_ids(spec, length, seed)], _sampling(1, seed))
+    if answer.error is not None:
+        raise answer.error
     return time.monotonic() - started
 
 
@@ -210,11 +212,13 @@ def step_seconds(
         ConfigError: the prompts take so many steps that the first sequence ends before the last one decodes.
     """
     arrivals: dict[int, list[float]] = {}
+    errors: list[Exception] = []
     ended = threading.Semaphore(0)
 
     def sink(output: RequestOutput) -> None:
         arrivals.setdefault(output.request_id, []).extend([time.monotonic()] * len(output.token_ids))
         if output.is_finished:
+            errors.extend([output.error] if output.error else [])
             ended.release()
 
     params = [_sampling(max(2, num_tokens), seed + index) for index in range(batch)]
@@ -223,6 +227,8 @@ def step_seconds(
         ids = [engine.submit(prompt, chosen, sink) for prompt, chosen in zip(prompts, params, strict=True)]
     for _ in ids:
         ended.acquire()  # looking at the engine's status now and then would take a core from it
+    if errors:
+        raise errors[0]
     latest = max((arrivals[request_id] for request_id in ids), key=lambda times: times[0])
     until = min(arrivals[request_id][-1] for request_id in ids)
     times = latest[: 1 + sum(time_ < until for time_ in latest)]  # a step delivers to one sequence after another

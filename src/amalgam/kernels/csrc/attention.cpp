@@ -127,7 +127,7 @@ Work divide(const AttentionPlan& plan, const AttentionArgs& args, int num_thread
 }
 
 // Cuts what is to be merged later into items of their own. Longer ones first, so that the threads end together.
-void add_ranges(const AttentionArgs& args, Work& work) {
+void add_ranges(Work& work) {
     int64_t total = 0;
     for (const Merge& merge : work.merges) total += merge.num_ranges * merge.stride;
     float* partial = total > 0 ? partial_buffer.get(total) : nullptr;
@@ -181,7 +181,7 @@ AttentionPlan::AttentionPlan(const int64_t* query_starts, const int64_t* context
 void paged_attention(const AttentionKernels& kernels, const AttentionPlan& plan, const AttentionArgs& args,
                      int num_threads) {
     Work work = divide(plan, args, num_threads);
-    add_ranges(args, work);
+    add_ranges(work);
     const size_t num_items = work.items.size();
     const int num_workers = static_cast<int>(std::min<size_t>(static_cast<size_t>(num_threads), num_items));
     std::atomic<size_t> num_taken{0};

@@ -150,6 +150,7 @@ void linear_rows(const Kernels& table, uintptr_t x, int64_t rows, DType x_dtype,
                  DType out_dtype, int threads) {
     std::vector<Projection> projections;
     for (const auto& [weight, bias, bias_dtype, out] : outputs) {
+        if (!weight) throw std::invalid_argument("a weight is not in panels");
         projections.push_back({&weight->matrix(), {pointer<const void>(bias), bias_dtype}, pointer<void>(out)});
     }
     linear({&table, threads}, {pointer<const void>(x), x_dtype, rows, out_dtype}, projections);
@@ -192,6 +193,7 @@ uint64_t checksum(const std::vector<std::shared_ptr<PackedMatrix>>& weights, int
     };
     std::vector<Item> items;
     for (const auto& weight : weights) {
+        if (!weight) throw std::invalid_argument("a weight is not in panels");
         for (int64_t at = 0; at < weight->nbytes(); at += kBytesPerItem) {
             items.push_back({weight->memory() + at, std::min(kBytesPerItem, weight->nbytes() - at)});
         }

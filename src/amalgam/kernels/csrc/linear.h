@@ -20,14 +20,14 @@ struct Execution {
 struct Projection {
     const Matrix* weight;
     Bias bias;
-    void* out;  // [rows, weight rows], of the type of x
+    void* out;  // [rows, weight rows]
 };
 
 struct LinearArgs {
     const void* x;  // [rows, columns], dense
     DType x_dtype;
     int64_t rows;
-    DType out_dtype;
+    DType out_dtype;  // of all products
 };
 
 // Products of the same rows with several weights of as many columns; their activations are made once where they are

@@ -9,6 +9,10 @@
 #include "float_types.h"
 #include "pool.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace amalgam {
 namespace {
 
@@ -56,17 +60,55 @@ bool pack_panel(const uint8_t* rows, int64_t num_rows, int64_t row_bytes, int64_
     return nan == 0;
 }
 
-// Whole panels, the bulk of every weight: no tests inside the loop.
+// in [16 rows][16 words] → out [16 words][16 rows].
+void transpose(const uint32_t (*in)[kPanelRows], uint32_t* out) {
+#if defined(__SSE2__)
+    const auto load = [&](int row, int word) { return _mm_load_si128(reinterpret_cast<const __m128i*>(&in[row][word])); };
+    for (int row = 0; row < kPanelRows; row += 4) {
+        for (int word = 0; word < kPanelRows; word += 4) {
+            const __m128i a = load(row, word), b = load(row + 1, word), c = load(row + 2, word), d = load(row + 3, word);
+            const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
+            const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
+            auto* to = reinterpret_cast<__m128i*>(out + word * kPanelRows + row);
+            constexpr int kLine = kPanelRows / 4;
+            _mm_store_si128(to, _mm_unpacklo_epi64(ab_low, cd_low));
+            _mm_store_si128(to + kLine, _mm_unpackhi_epi64(ab_low, cd_low));
+            _mm_store_si128(to + 2 * kLine, _mm_unpacklo_epi64(ab_high, cd_high));
+            _mm_store_si128(to + 3 * kLine, _mm_unpackhi_epi64(ab_high, cd_high));
+        }
+    }
+#else
+    for (int word = 0; word < kPanelRows; ++word) {
+        for (int row = 0; row < kPanelRows; ++row) out[word * kPanelRows + row] = in[row][word];
+    }
+#endif
+}
+
+// Whole panels, the bulk of every weight. A row is read by cache lines: rows whose distance is a power of two fall on
+// the same few places of the first-level cache and would drive each other out between one word and the next.
 template <Format F>
 bool pack_whole_panel(const uint8_t* rows, int64_t row_bytes, uint8_t* out) {
-    auto* lanes = reinterpret_cast<uint32_t*>(out);
+    constexpr int64_t kBlockBytes = 4 * kPanelRows;
     uint32_t nan = 0;
-    for (int64_t line = 0; line < row_bytes / 4; ++line, lanes += kPanelRows) {
+    int64_t at = 0;
+    for (; at + kBlockBytes <= row_bytes; at += kBlockBytes, out += kPanelRows * kLineBytes) {
+        alignas(64) uint32_t block[kPanelRows][kPanelRows];
+        for (int64_t row = 0; row < kPanelRows; ++row) {
+            uint32_t* words = block[row];
+            std::memcpy(words, rows + row * row_bytes + at, kBlockBytes);
+            for (int i = 0; i < kPanelRows; ++i) {
+                if (F == Format::kFp8) nan |= fp8_nan(words[i]);
+                words[i] = encode<F>(words[i]);
+            }
+        }
+        transpose(block, reinterpret_cast<uint32_t*>(out));
+    }
+    for (; at < row_bytes; at += 4, out += kLineBytes) {
         for (int64_t row = 0; row < kPanelRows; ++row) {
             uint32_t word;
-            std::memcpy(&word, rows + row * row_bytes + 4 * line, sizeof word);
+            std::memcpy(&word, rows + row * row_bytes + at, sizeof word);
             if (F == Format::kFp8) nan |= fp8_nan(word);
-            lanes[row] = encode<F>(word);
+            reinterpret_cast<uint32_t*>(out)[row] = encode<F>(word);
         }
     }
     return nan == 0;
@@ -139,7 +181,7 @@ void check_sizes(const ViewArgs& args) {
     require(args.rows > 0 && args.rows <= kMost && args.columns > 0 && args.columns <= kMost,
             "a weight must have between 1 and 2^30 rows and columns");
     require(reinterpret_cast<uintptr_t>(args.memory) % kLineBytes == 0, "panels must begin at a 64-byte boundary");
-    require(args.num_groups > 0 == (is_integer || args.format == Format::kFp8),
+    require((args.num_groups > 0) == (is_integer || args.format == Format::kFp8),
             "int4, int8 and fp8 have scales and nothing else has");
     require(args.scale_lanes == 1 || args.scale_lanes == kPanelRows, "a scale must belong to 1 or 16 rows");
     require(!args.has_zero || args.format == Format::kInt4, "only int4 has zero points");

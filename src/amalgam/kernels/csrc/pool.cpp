@@ -3,8 +3,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -64,6 +66,7 @@ class Pool {
         // A worker that comes later finds the job closed, so that nobody waits for one that is still waking up.
         is_open_ = false;
         while (!spin([this] { return num_inside_ == 0; }, kSpinTime)) std::this_thread::yield();
+        if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
     }
 
  private:
@@ -88,7 +91,13 @@ class Pool {
         for (;;) {
             const int64_t item = next_item_.fetch_add(1, std::memory_order_relaxed);
             if (item >= num_items_) return;
-            task_(context_, item);
+            try {
+                task_(context_, item);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(error_mutex_);
+                if (!error_) error_ = std::current_exception();
+                next_item_ = num_items_;
+            }
         }
     }
 
@@ -104,6 +113,8 @@ class Pool {
     std::atomic<uint64_t> generation_{0};
     alignas(64) std::atomic<int64_t> next_item_{0};
     alignas(64) std::atomic<int> num_inside_{0};
+    std::mutex error_mutex_;
+    std::exception_ptr error_;  // the first that a task has thrown
     std::mutex sleep_mutex_;
     std::condition_variable wake_;
     std::atomic<int> num_sleepers_{0};

@@ -1,9 +1,10 @@
-// Exposes decoder layers in one call to Python; called by bindings.cpp. amalgam/kernels/stack.py has checked it all.
+// Exposes decoder layers in one call to Python; called by bindings.cpp. amalgam/kernels/stack.py checks types and shapes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <stdexcept>
 #include <tuple>
 
 #include "experts.h"
@@ -23,6 +24,7 @@ struct Stack {
 
 Weight weight(const WeightTuple& tuple) {
     const auto& [matrix, bias, dtype] = tuple;
+    if (!matrix) throw std::invalid_argument("a weight is not in panels");
     return {matrix, {reinterpret_cast<const void*>(bias), dtype}};
 }
 
