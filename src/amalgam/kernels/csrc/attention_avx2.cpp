@@ -57,8 +57,6 @@ inline Floats store_bfloat16(float* out, Floats v) {
     return {_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)};
 }
 
-inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
-
 inline void transpose(const float* const* rows, float* out, int64_t stride) {
     for (int half = 0; half < 2; ++half, rows += 8, out += 8) {
 #pragma GCC unroll 4

@@ -31,8 +31,6 @@ inline Floats store_bfloat16(float* out, Floats v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
 }
 
-inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
-
 inline void set_line(__m512* line, __m512d v) { *line = _mm512_castpd_ps(v); }
 inline void set_line(__m512i* line, __m512d v) { *line = _mm512_castpd_si512(v); }
 

@@ -44,7 +44,6 @@ inline Floats store_bfloat16(float* out, const Floats& v) {
     }
     return each_float([&](int lane) { return as_float(uint32_t{bfloat16_bits(v.lane[lane])} << 16); });
 }
-inline void prefetch_far(const uint8_t*) {}  // to the second-level cache
 // out[word][row] = rows[row][word] for 16 rows of 16 words; `stride` floats between the results.
 inline void transpose(const float* const* rows, float* out, int64_t stride) {
     for (int word = 0; word < kPanelRows; ++word) {

@@ -63,10 +63,13 @@ bool pack_panel(const uint8_t* rows, int64_t num_rows, int64_t row_bytes, int64_
 // in [16 rows][16 words] → out [16 words][16 rows].
 void transpose(const uint32_t (*in)[kPanelRows], uint32_t* out) {
 #if defined(__SSE2__)
-    const auto load = [&](int row, int word) { return _mm_load_si128(reinterpret_cast<const __m128i*>(&in[row][word])); };
+    const auto load = [&](int row, int word) {
+        return _mm_load_si128(reinterpret_cast<const __m128i*>(&in[row][word]));
+    };
     for (int row = 0; row < kPanelRows; row += 4) {
         for (int word = 0; word < kPanelRows; word += 4) {
-            const __m128i a = load(row, word), b = load(row + 1, word), c = load(row + 2, word), d = load(row + 3, word);
+            const __m128i a = load(row, word), b = load(row + 1, word), c = load(row + 2, word),
+                          d = load(row + 3, word);
             const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
             const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
             auto* to = reinterpret_cast<__m128i*>(out + word * kPanelRows + row);

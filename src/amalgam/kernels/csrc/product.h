@@ -16,8 +16,8 @@ namespace amalgam {
 namespace {
 
 constexpr int kMaxRows = 128;               // rows whose sums are kept at once
+constexpr int64_t kMaxSharers = 4;          // tiles that ask for what the next ones read
 constexpr int64_t kPieceBytes = 16 * 1024;  // of a panel in the first-level cache, as the inner loop reads it
-constexpr int64_t kPrefetchBytes = 4096;
 
 struct Sums {
     alignas(64) float row[kMaxRows][kPanelRows];
@@ -49,7 +49,6 @@ inline void expand_piece(const Matrix& w, Operand operand, int64_t panel, int64_
         const uint8_t* line = w.panel(panel) + first / 4 * kLineBytes;
         for (int64_t input = first; input < end; input += 4, line += kLineBytes, out += 2 * kLineBytes) {
             Pairs low, high;
-            prefetch(line + kPrefetchBytes);
             load_fp8(line, low, high);
             store_pairs(out, low);
             store_pairs(out + kLineBytes, high);
@@ -99,6 +98,7 @@ void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int
     alignas(64) uint8_t piece[kPieceBytes];
     const Access access = access_of(w, x.kind, rows);
     const int64_t line_bytes_per_input = kLineBytes / Matrix::inputs_per_line(access.lines);
+    const int64_t bytes_per_input = kLineBytes / Matrix::inputs_per_line(w.format);
     Run run = whole_panel(w, x.kind, panel);
     const int64_t num_chunks = run.end_chunk;
     int64_t step = num_chunks;
@@ -110,16 +110,22 @@ void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int
     for (int64_t chunk = 0; chunk < num_chunks; chunk += step) {
         run.first_chunk = chunk;
         run.end_chunk = std::min(chunk + step, num_chunks);
-        const int64_t first = chunk * run.chunk;
+        const int64_t first = chunk * run.chunk, end = std::min(run.end_chunk * run.chunk, run.padded_columns);
         if (access.expands) {
-            expand_piece(w, x.kind, panel, first, std::min(run.end_chunk * run.chunk, run.padded_columns), piece);
+            expand_piece(w, x.kind, panel, first, end, piece);
             run.lines = piece;
         } else {
             run.lines = w.panel(panel) + first * line_bytes_per_input;
         }
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
             const int64_t begin = rows * tile / num_tiles, count = rows * (tile + 1) / num_tiles - begin;
-            run.prefetch = tile == 0 && !access.expands ? kPrefetchBytes : 0;
+            if (num_tiles > 1 || access.expands) {
+                // The first tiles share the asking for the next piece: none waits for memory while others only compute.
+                const int64_t lines = (end - first) * bytes_per_input / kLineBytes;
+                const int64_t sharers = std::min(num_tiles, kMaxSharers), share = (lines + sharers - 1) / sharers;
+                run.ahead = w.panel(panel) + end * bytes_per_input + tile * share * kLineBytes;
+                run.ahead_lines = tile < sharers ? share : 0;
+            }
             const TileRows values = tile_rows(x, first_row + begin, count, num_chunks, chunk, run.chunk);
             tile_function(x.kind, access.lines, count)(run, values, sums.row[begin]);
         }

@@ -127,6 +127,7 @@ inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
 }
 
 inline void prefetch(const uint8_t*) {}
+inline void prefetch_far(const uint8_t*) {}  // to the second-level cache
 
 }  // namespace
 }  // namespace amalgam

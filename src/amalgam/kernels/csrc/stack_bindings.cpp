@@ -1,4 +1,5 @@
-// Exposes decoder layers in one call to Python; called by bindings.cpp. amalgam/kernels/stack.py checks types and shapes.
+// Exposes decoder layers in one call to Python; called by bindings.cpp. amalgam/kernels/stack.py checks types and
+// shapes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>

@@ -22,9 +22,10 @@ struct Run {
     const void* scale;  // at the panel's first group, or null
     DType scale_dtype;
     int scale_lanes;
-    const uint8_t* zero;  // at the panel's first group, or null
-    int64_t prefetch;     // bytes; how far ahead to read
-    float factor;         // multiplies every scale; a power of two
+    const uint8_t* zero;   // at the panel's first group, or null
+    const uint8_t* ahead;  // what to ask for while these lines are computed; null: the lines themselves
+    int64_t ahead_lines;   // how much of it
+    float factor;          // multiplies every scale; a power of two
 
     int64_t inputs(int64_t index) const {
         const int64_t left = padded_columns - index * chunk;
@@ -68,6 +69,43 @@ struct GroupCursor {
         ++group;
         return true;
     }
+};
+
+// Asks for what comes next. Where there is little to compute, into the first-level cache. It keeps track of a few dozen
+// lines under way and waits when there are more: tiles that compute long enough for that to matter ask farther ahead,
+// for lines in the second-level cache, and compute meanwhile.
+template <bool kIsWide, int M>
+class Ahead {
+ public:
+    explicit Ahead(const Run& run)
+        : distance_(run.ahead != nullptr ? 0
+                    : kIsFar             ? 8192
+                                         : 4096),
+          next_(run.ahead),
+          left_(run.ahead != nullptr ? run.ahead_lines : 0),
+          lines_per_chunk_(left_ / (run.end_chunk - run.first_chunk) + 1) {}
+
+    // At each line. Where something else is asked for, the line is here, and asking costs nothing.
+    void at_line(const uint8_t* line) const {
+        if constexpr (kIsFar) {
+            prefetch_far(line + distance_);
+        } else {
+            prefetch(line + distance_);
+        }
+    }
+
+    // At each chunk, a handful of lines.
+    void at_chunk() {
+        const int64_t count = left_ < lines_per_chunk_ ? left_ : lines_per_chunk_;
+        for (int64_t i = 0; i < count; ++i, next_ += kLineBytes) prefetch_far(next_);
+        left_ -= count;
+    }
+
+ private:
+    static constexpr bool kIsFar = M >= (kIsWide ? 4 : 2);
+    int64_t distance_;
+    const uint8_t* next_;
+    int64_t left_, lines_per_chunk_;
 };
 
 template <int M>
@@ -119,11 +157,13 @@ void int8_tile(const Run& run, const TileRows& x, float* y) {
     constexpr int kInputs = Matrix::inputs_per_line(F), kSumsPerLine = F == Format::kInt4 ? 2 : 1;
     constexpr int kChains = num_chains(M), kLines = kChains > kSumsPerLine ? kChains / kSumsPerLine : 1;
     Totals<M> total(y);
+    Ahead<false, M> ahead(run);
     GroupCursor cursor(run);
     Floats scale = load_scale(run, cursor.group);
     const uint8_t* line = run.lines;
     int64_t at = 0;
     for (int64_t chunk = run.first_chunk, local = 0; chunk < run.end_chunk; ++chunk, ++local) {
+        ahead.at_chunk();
         Ints sum[kChains][M];
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
@@ -141,7 +181,7 @@ void int8_tile(const Run& run, const TileRows& x, float* y) {
         for (; at + kLines * kInputs <= end; at += kLines * kInputs, line += kLines * kLineBytes) {
 #pragma GCC unroll 16
             for (int i = 0; i < kLines; ++i) {
-                prefetch(line + i * kLineBytes + run.prefetch);
+                ahead.at_line(line + i * kLineBytes);
                 add_line<F, M>(line + i * kLineBytes, x, at + i * kInputs, i * kSumsPerLine, sum);
             }
         }
@@ -161,16 +201,16 @@ void int8_tile(const Run& run, const TileRows& x, float* y) {
 // Sums of one chunk over lines of fp8 or of bfloat16 pairs. Pairs go to kPairSums sums in turn, because one sum would
 // have to wait for itself; for every number of rows, so that all rows are summed in the same order.
 template <bool kIsFp8, int M>
-inline const uint8_t* sum_pairs(const uint8_t* line, int64_t num_inputs, int64_t ahead, const TileRows& x, int64_t at,
-                                Floats (*sum)[M]) {
+inline const uint8_t* sum_pairs(const uint8_t* line, int64_t num_inputs, const Ahead<!kIsFp8, M>& ahead,
+                                const TileRows& x, int64_t at, Floats (*sum)[M]) {
     for (const int64_t end = at + num_inputs; at < end; at += 4) {
         Pairs first, second;
-        prefetch(line + ahead);
+        ahead.at_line(line);
         if constexpr (kIsFp8) {
             load_fp8(line, first, second);
             line += kLineBytes;
         } else {
-            prefetch(line + kLineBytes + ahead);
+            ahead.at_line(line + kLineBytes);
             first = load_pairs(line);
             second = load_pairs(line + kLineBytes);
             line += 2 * kLineBytes;
@@ -188,15 +228,17 @@ inline const uint8_t* sum_pairs(const uint8_t* line, int64_t num_inputs, int64_t
 template <bool kIsFp8, int M>
 void bfloat16_tile(const Run& run, const TileRows& x, float* y) {
     Totals<M> total(y);
+    Ahead<!kIsFp8, M> ahead(run);
     GroupCursor cursor(run);
     Floats scale = run.scale != nullptr ? load_scale(run, cursor.group) : zero_floats();
     const uint8_t* line = run.lines;
     int64_t at = 0;
     for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk) {
+        ahead.at_chunk();
         Floats sum[kPairSums][M];
 #pragma GCC unroll 16
         for (int m = 0; m < kPairSums * M; ++m) sum[m / M][m % M] = zero_floats();
-        line = sum_pairs<kIsFp8, M>(line, run.inputs(chunk), run.prefetch, x, at, sum);
+        line = sum_pairs<kIsFp8, M>(line, run.inputs(chunk), ahead, x, at, sum);
         at += run.inputs(chunk);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
@@ -212,14 +254,16 @@ void bfloat16_tile(const Run& run, const TileRows& x, float* y) {
 template <int M>
 void float32_tile(const Run& run, const TileRows& x, float* y) {
     Totals<M> total(y);
+    Ahead<true, M> ahead(run);
     const uint8_t* line = run.lines;
     int64_t at = 0;
     for (int64_t chunk = run.first_chunk; chunk < run.end_chunk; ++chunk) {
+        ahead.at_chunk();
         Floats sum[M];
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) sum[m] = zero_floats();
         for (const int64_t end = at + run.inputs(chunk); at < end; ++at, line += kLineBytes) {
-            prefetch(line + run.prefetch);
+            ahead.at_line(line);
             const Floats w = load_floats(reinterpret_cast<const float*>(line));
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
