@@ -58,6 +58,9 @@ class TimedObserver:
     def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
         self._timed(self._tracker.observe, layer_id, expert_ids, gate_weights)
 
+    def observe_all(self, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        self._timed(self._tracker.observe_all, expert_ids, gate_weights)
+
     def end_step(self, rejected: Mapping[int, int] | None = None) -> None:
         self.num_steps += 1
         self._timed(self._tracker.end_step, rejected)

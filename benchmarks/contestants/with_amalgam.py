@@ -26,15 +26,17 @@ STEPS = 24
 
 
 class LastStep:
-    """An observer that knows which experts the last step used."""
+    """An observer that knows which experts the last step used; shape S's layers run in one call."""
 
     def __init__(self) -> None:
-        self.expert_ids: dict[int, Tensor] = {}
+        self.expert_ids: Tensor | None = None
 
     def begin_step(self, spans: Sequence[TokenSpan]) -> None: ...
 
-    def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
-        self.expert_ids[layer_id] = expert_ids
+    def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None: ...
+
+    def observe_all(self, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        self.expert_ids = expert_ids
 
     def end_step(self, rejected: Mapping[int, int] | None = None) -> None: ...
 
@@ -63,7 +65,8 @@ def load(stack: ExitStack) -> Measure:
     def read(size: int) -> float:
         bench.step_seconds(engine, spec, size, 3, next(seeds))
         weights = list(others)
-        for layer_id, expert_ids in last_step.expert_ids.items():
+        assert last_step.expert_ids is not None
+        for layer_id, expert_ids in zip(spec.moe_layer_ids, last_step.expert_ids, strict=True):
             for expert in expert_ids.unique().tolist():
                 name = f"layers.{layer_id}.mlp.experts.{expert}"
                 weights += [engine.version[f"{name}.{part}"] for part in ("gate", "up", "down")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from amalgam.kernels.packed import AttentionBatch
 from amalgam.kernels.stack import MixtureLayer, Stack, fits
 from amalgam.models import decoder as decoder_module
 from amalgam.models.context import KVCache
+from amalgam.models.decoder import Decoder
 from amalgam.models.spec import all_families
 from amalgam.models.stack import stack_of
 from amalgam.precision.format import QuantizeOptions
@@ -30,18 +32,23 @@ FAMILIES = {family.name: family for family in all_families()}
 
 
 class Observer:
-    """Keeps the routing of the last step."""
+    """Keeps all routing."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer_ids: Sequence[int]) -> None:
+        self.layer_ids = layer_ids  # those that have experts
         self.seen: list[tuple[int, Tensor, Tensor]] = []
 
     def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
         self.seen.append((layer_id, expert_ids.clone(), gate_weights.clone()))
 
+    def observe_all(self, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        for index, (ids, weights) in enumerate(zip(expert_ids, gate_weights, strict=True)):
+            self.observe(self.layer_ids[index], ids, weights)
 
-def run(model: tuple[object, object]) -> tuple[list[Tensor], list[tuple[int, Tensor, Tensor]]]:
+
+def run(model: tuple[Decoder, object]) -> tuple[list[Tensor], list[tuple[int, Tensor, Tensor]]]:
     """Logits and routing of a prompt, its second chunk beside another prompt, and a decoding step."""
-    observer = Observer()
+    observer = Observer(model[0].spec.moe_layer_ids)
     runner = Runner(*model, observer=observer)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(2)
     prompt = torch.randint(3, 256, (60,), generator=generator).tolist()

@@ -27,17 +27,16 @@ _UNCOUNTED = NUM_PHASES  # the phase of rows that were recorded before, or belon
 
 @dataclass(frozen=True)
 class Step:
-    """One step that succeeded. The tensors are the step's own: nobody writes to them any more.
-
-    `expert_ids` and `gate_weights` are one tensor [layers, tokens, k], or one [tokens, k] for each layer; of a model
-    without experts, none.
-    """
+    """One step that succeeded. The tensors are the step's own: nobody writes to them any more."""
 
     timestamp: float
     spans: Sequence[TokenSpan]
-    num_rows: int
-    expert_ids: Tensor | Sequence[Tensor]
-    gate_weights: Tensor | Sequence[Tensor]
+    expert_ids: Tensor  # [layers, rows, k]
+    gate_weights: Tensor  # [layers, rows, k]
+
+    @property
+    def num_rows(self) -> int:
+        return self.expert_ids.shape[1]
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,9 @@ class Rows:
     def read(cls, steps: Sequence[Step], num_experts: int) -> Rows:
         """Read steps back from their device."""
         phases = np.concatenate([row_phases(step.spans, step.num_rows) for step in steps])
-        if not len(steps[0].expert_ids):
-            empty = np.zeros((0, len(phases), 0))
-            return cls(empty.astype(np.int16), empty.astype(np.float32), phases, num_experts)
         return cls(
-            _joined([step.expert_ids for step in steps]).to(torch.int16).cpu().numpy(),
-            _joined([step.gate_weights for step in steps]).float().cpu().numpy(),
+            torch.cat([step.expert_ids for step in steps], dim=1).to(torch.int16).cpu().numpy(),
+            torch.cat([step.gate_weights for step in steps], dim=1).float().cpu().numpy(),
             phases,
             num_experts,
         )
@@ -130,8 +126,3 @@ def row_phases(spans: Sequence[TokenSpan], num_rows: int) -> npt.NDArray[np.int6
         if turn < span.stop:
             phases[turn : span.stop] = bytes([GENERATED]) * (span.stop - turn)
     return np.frombuffer(phases, np.uint8).astype(np.int64)
-
-
-def _joined(parts: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
-    """Steps' tensors, [layers, rows, k]."""
-    return torch.stack([torch.cat(layer) for layer in zip(*parts, strict=True)])

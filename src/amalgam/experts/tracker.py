@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,7 @@ class _StepRecord:
 class ExpertTracker:
     """The `RoutingObserver` that keeps the statistics.
 
-    `begin_step`, `observe` and `end_step` belong to the step thread; everything else may be called by any.
+    `begin_step`, `observe`, `observe_all` and `end_step` belong to the step thread; everything else, to any.
 
     Args:
         moe_layer_ids: decoder layer ids that have experts, in order.
@@ -135,7 +135,8 @@ class ExpertTracker:
         self._keeper: Keeper | None = None
 
         self._spans: Sequence[TokenSpan] | None = None  # of the step under way
-        self._routing: dict[int, tuple[Tensor, Tensor]] = {}
+        self._routing: dict[int, tuple[Tensor, Tensor]] = {}  # layer by layer
+        self._routing_of_all: tuple[Tensor, Tensor] | None = None  # or at once
 
         self._lock = threading.Lock()  # guards everything below
         self.revision = 0  # changes whenever the statistics do
@@ -160,34 +161,31 @@ class ExpertTracker:
 
     def begin_step(self, spans: Sequence[TokenSpan]) -> None:
         """Start a step. Whatever a step before it left unfinished is forgotten."""
-        self._spans = spans
+        self._spans, self._routing_of_all = spans, None
         self._routing.clear()
 
     def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
         """Take one layer's routing: `expert_ids` and `gate_weights`, each [tokens, top_k], on any device.
 
-        Nobody may write to the tensors before `end_step` has returned; on the CPU, nobody ever after.
+        Nobody may write to the tensors before `end_step` has returned.
         """
         self._routing[layer_id] = expert_ids, gate_weights
 
+    def observe_all(self, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        """Take all layers' routing, each [layers, tokens, top_k]. On the CPU, nobody may write to them ever after."""
+        self._routing_of_all = expert_ids, gate_weights
+
     def end_step(self, rejected: Mapping[int, int] | None = None) -> None:
         """Count the step; see `RoutingObserver.end_step`."""
-        spans, routing = self._spans, [self._routing[layer_id] for layer_id in self.layer_ids]
+        spans = self._spans
         assert spans is not None, "end_step without begin_step"
         self._spans = None
-        self._routing.clear()
         if rejected:
-            spans = [replace(span, stop=span.stop - rejected.get(span.request_id, 0)) for span in spans]
-        num_rows = len(routing[0][0]) if routing else max((span.stop for span in spans), default=0)
-        expert_ids: Tensor | Sequence[Tensor]
-        gate_weights: Tensor | Sequence[Tensor]
-        expert_ids, gate_weights = tuple(zip(*routing, strict=True)) or ((), ())
-        if routing and not routing[0][0].is_cpu:
-            # A captured graph writes to the same tensors again. On the CPU each step has its own, and copying them now,
-            # with the caches full of weights, would cost more than all of them together later.
-            expert_ids, gate_weights = torch.stack(list(expert_ids)), torch.stack(list(gate_weights))
+            spans = [span._replace(stop=span.stop - rejected.get(span.request_id, 0)) for span in spans]
+        expert_ids, gate_weights = self._take_routing(max((span.stop for span in spans), default=0))
+        num_rows = expert_ids.shape[1]
         with self._lock:
-            step = Step(self._advance(), spans, num_rows, expert_ids, gate_weights)  # which may take what was pending
+            step = Step(self._advance(), spans, expert_ids, gate_weights)  # which may take what was pending
             self._pending.append(step)
             self._num_pending_rows += num_rows
             self.revision += 1
@@ -373,6 +371,19 @@ class ExpertTracker:
         self._history.clear()
         self._labels.clear()
         self._pairs.clear()
+
+    def _take_routing(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """The routing of the step under way, each [layers, rows, top_k]; `num_rows` are there if nobody has experts."""
+        of_all, self._routing_of_all = self._routing_of_all, None
+        if of_all is None:
+            layers = [self._routing[layer_id] for layer_id in self.layer_ids]
+            self._routing.clear()
+            if not layers:
+                return torch.empty((0, num_rows, 0), dtype=torch.int64), torch.empty((0, num_rows, 0))
+            return torch.stack([ids for ids, _ in layers]), torch.stack([weights for _, weights in layers])
+        expert_ids, gate_weights = of_all
+        # A captured graph writes to the same tensors again. On the CPU each step has its own.
+        return of_all if expert_ids.is_cpu else (expert_ids.clone(), gate_weights.clone())
 
     def _advance(self) -> float:
         """The time; what is pending is summed up before a tick of the history ends."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["AttentionBatch", "BlockContext", "KVCache", "RoutingObserver", "RoutingTrace", "StepContext", "TokenSpan"]
 
 
-@dataclass(frozen=True)
-class TokenSpan:
+class TokenSpan(NamedTuple):
     """One request's rows in a step: `[start, stop)`.
 
     Rows before `record_from` were recorded in an earlier step (a preempted request is computed again); rows from
@@ -64,7 +63,7 @@ class RoutingTrace:
 class RoutingObserver(Protocol):
     """Sees which experts each token was routed to.
 
-    `begin_step`, `observe`, `end_step` and `count_request` are called in the step thread only, the rest in any.
+    From `begin_step` to `end_step`, and `count_request`, are called in the step thread only, the rest in any.
     """
 
     def admit(self, request_id: int, label: str | None, num_traced_tokens: int) -> None:
@@ -80,6 +79,9 @@ class RoutingObserver(Protocol):
 
     def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
         """Routing of one layer: int64 and float `[tokens, top_k]`, perhaps on a GPU."""
+
+    def observe_all(self, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        """Routing of all layers that have experts, in order, instead of one by one: `[layers, tokens, top_k]`."""
 
     def end_step(self, rejected: Mapping[int, int] | None = None) -> None:
         """The step succeeded. A step without this call did not happen.

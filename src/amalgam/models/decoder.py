@@ -68,9 +68,8 @@ class Decoder:
             slot_ids=context.slot_ids,
             batch=context.attention,
         )
-        if context.observer is not None:
-            for index, layer_id in enumerate(self.spec.moe_layer_ids):
-                context.observer.observe(layer_id, expert_ids[index], gate_weights[index])
+        if context.observer is not None and len(expert_ids):
+            context.observer.observe_all(expert_ids, gate_weights)
         return normed
 
     def logits(self, hidden: Tensor, weights: WeightVersion) -> Tensor:
