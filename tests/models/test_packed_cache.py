@@ -430,11 +430,12 @@ def test_a_disk_that_is_too_small(
 
 def test_a_failed_load_leaves_nothing_behind(folders: Path, cache: Path) -> None:
     opened = loader(folders, cache)
-    plan = opened.make_plan()
-    opened.check(plan)
-    os.utime(folders / "int4" / "model.safetensors", ns=(1, 1))
+
+    def change(*_: object) -> None:
+        os.utime(folders / "int4" / "model.safetensors", ns=(1, 1))
+
     with pytest.raises(CheckpointError, match="has changed"):
-        opened.build(plan, 1)
+        opened.build(opened.make_plan(), 1, progress=change)
     assert list(cache.iterdir()) == []
 
 

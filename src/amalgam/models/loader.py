@@ -28,6 +28,7 @@ from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import mapped, native, ops
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.panels import ActivationType
+from amalgam.models.agreement import check_agreement
 from amalgam.models.packed_cache import PackedCache, key_of
 from amalgam.models.spec import ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
@@ -177,15 +178,16 @@ class ModelLoader:
 
     @collector_paused()
     def check(self, plan: Plan) -> list[PlannedWeight]:
-        """Find every weight of a plan in its source and compare shapes; reads headers only.
+        """Find every weight of a plan in its source and compare shapes; reads headers and a few small tensors.
 
         Raises:
-            PlanError: a source lacks a weight or has it in another shape.
+            PlanError: a source lacks a weight or has it in another shape, or sources that share a block disagree.
             CheckpointError: a source is damaged, of another model, or holds weights that the model has no place for.
         """
         planned = [self._check_weight(slot, plan[name]) for name, slot in self._slots.items()]
         for source in {id(weight.source): weight.source for weight in planned}.values():
             self._check_source(source)
+        check_agreement(planned)
         return planned
 
     def maps(self, weight_format: WeightFormat) -> bool:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from amalgam.checkpoint.collector import collector_paused
@@ -102,6 +104,25 @@ class Source:
         Raises:
             CheckpointError: its file has changed since it was opened, or its data contradict its header.
         """
+        with self._packed(stored) as packed:
+            finished = finish(packed)
+            views = {id(part) for part in packed.parts.values()} if stored.is_wide else set()
+            if any(id(part) in views for part in finished.parts.values()):
+                parts = {role: owned(part) for role, part in finished.parts.items()}
+                finished = replace(finished, parts=parts)
+            return finished
+
+    def values(self, name: str) -> Tensor | None:
+        """A weight's values, float32; None if there is no such weight. Raises the errors of `load`."""
+        stored = self.weights.get(name)
+        if stored is None:
+            return None
+        with self._packed(stored) as packed:
+            return packed.dequantize().to(torch.float32, copy=True)
+
+    @contextmanager
+    def _packed(self, stored: StoredWeight) -> Iterator[PackedWeight]:
+        """A weight that may share the file's pages, which are given back at the end."""
         plain = reader(self.store)
 
         def read(part: TensorPart) -> Tensor:
@@ -110,12 +131,7 @@ class Source:
         try:
             packed = stored.format.load(stored, read)
             assert packed.layout.removesuffix("_columns") in stored.format.layouts, (stored.format.name, packed.layout)
-            finished = finish(packed)
-            views = {id(part) for part in packed.parts.values()} if stored.is_wide else set()
-            if any(id(part) in views for part in finished.parts.values()):
-                parts = {role: owned(part) for role, part in finished.parts.items()}
-                finished = replace(finished, parts=parts)
-            return finished
+            yield packed
         finally:
             for part in stored.parts.values():
                 self.store.release(whole_of(part))

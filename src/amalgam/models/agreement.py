@@ -1,0 +1,113 @@
+"""Whether weights of different sources can stand behind each other.
+
+In: the planned weights. Out: nothing, or the error. Must never know: which tool made a source.
+
+Some tools move scales between weights that follow each other and leave no word of it: AWQ (Lin et al. 2023,
+arXiv:2306.00978) and SmoothQuant (Xiao et al. 2022, arXiv:2211.10438) divide a norm by factors and multiply the
+projections behind it by them, or up and down of one MLP; rotations make all norms ones. Each such checkpoint is right
+by itself. A projection of it behind another one's norm gives garbage, and no shape tells. So where a block takes
+weights from several sources, their norms must be the same, and where a factor could be shared by two projections of
+different sources, one of them is read from both.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from amalgam.errors import PlanError
+
+if TYPE_CHECKING:
+    from amalgam.models.loader import PlannedWeight
+
+# Norms are stored as they are or cast to 16 bits, which moves them by less than half of a hundredth.
+_NORM_TOLERANCE = 0.01
+# The second projection of each pair multiplies what the first one gives, channel by channel.
+_PAIRS = (("up", "down"), ("v", "o"))
+# Rounding to 2 bits leaves the rows' lengths within a few percent of each other, and a row's direction within 0.9.
+_MAX_SPREAD = 0.15
+_MIN_COSINE = 0.5
+_REMEDY = (
+    "Tools such as AWQ and SmoothQuant move scales from one weight into the next; or these are different models. "
+    "Take {what} from one source."
+)
+
+
+def check_agreement(planned: Sequence[PlannedWeight]) -> None:
+    """Compare norms, and one example of each kind of pair, between the sources that share a block; reads those.
+
+    Raises:
+        PlanError: two weights that follow each other come from sources that disagree, by name.
+    """
+    if len({id(weight.source) for weight in planned}) < 2:
+        return
+    blocks: dict[str, list[PlannedWeight]] = defaultdict(list)
+    for weight in planned:
+        blocks[_block(weight.slot.name)].append(weight)
+    for weights in blocks.values():
+        _check_norms(weights)
+    _check_pairs({weight.slot.name: weight for weight in planned})
+
+
+def _block(slot: str) -> str:
+    """`layers.3.attention` for its projections and norms; `` for the last norm and the head."""
+    parts = slot.split(".")
+    return ".".join([*parts[:2], parts[2].split("_")[0]]) if parts[0] == "layers" else ""
+
+
+def _check_norms(weights: Iterable[PlannedWeight]) -> None:
+    norms = [weight for weight in weights if weight.slot.role == "norm"]
+    users = {weight.source.name: weight for weight in weights if weight.slot.is_linear or weight.slot.role == "router"}
+    for norm in norms:
+        others = [user for user in users.values() if user.source is not norm.source]
+        used = norm.source.values(norm.choice.name) if others else None
+        for user in others:
+            theirs = user.source.values(norm.choice.name)
+            if used is None or theirs is None or theirs.shape != used.shape:
+                continue
+            difference = (theirs - used).abs() - _NORM_TOLERANCE * torch.maximum(theirs.abs(), used.abs())
+            if bool((difference > 1e-5 * used.abs().max()).any()):
+                raise PlanError(
+                    f"Weight {user.choice.name!r} would come from source {user.source.name!r}, and "
+                    f"{norm.choice.name!r} before it from {norm.source.name!r}, but these sources disagree in the "
+                    "latter.",
+                    remedy=_REMEDY.format(what="the norm and all weights of its block"),
+                )
+
+
+def _check_pairs(weights: Mapping[str, PlannedWeight]) -> None:
+    seen: set[tuple[str, str, str]] = set()
+    for slot, second in weights.items():
+        prefix, _, last = slot.rpartition(".")
+        for before, after in _PAIRS:
+            first = weights.get(f"{prefix}.{before}") if last == after else None
+            if first is None or first.source is second.source:
+                continue
+            key = (after, first.source.name, second.source.name)
+            if key in seen:
+                continue
+            seen.add(key)
+            one, other = (source.values(first.choice.name) for source in (first.source, second.source))
+            if one is not None and other is not None and one.shape == other.shape and not _is_same(one, other):
+                raise PlanError(
+                    f"Weight {second.choice.name!r} would come from source {second.source.name!r}, and "
+                    f"{first.choice.name!r} before it from {first.source.name!r}, but these sources disagree in the "
+                    "latter by more than rounding.",
+                    remedy=_REMEDY.format(what="both"),
+                )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices are one, rounded in different ways: their rows point the same way, all equally long."""
+    lengths = one.norm(dim=1), other.norm(dim=1)
+    is_there = (lengths[0] > 0) & (lengths[1] > 0)
+    if not bool(is_there.any()):
+        return True
+    cosine = ((one * other).sum(dim=1) / (lengths[0] * lengths[1]))[is_there]
+    ratio = (lengths[0] / lengths[1])[is_there].log()
+    spread = (ratio - ratio.median()).abs().mean()
+    return bool(cosine.mean() > _MIN_COSINE) and bool(spread < _MAX_SPREAD)

@@ -1,0 +1,152 @@
+"""Sources that are right by themselves and wrong together are refused; what belongs together is taken."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.checkpoint.store import TensorStore
+from amalgam.checkpoint.writer import write_checkpoint
+from amalgam.config import MixedPrecisionSettings
+from amalgam.errors import PlanError
+from amalgam.models.families.qwen3_moe import FAMILY
+from amalgam.precision.format import QuantizeOptions
+from amalgam.tools.quantize import quantize_checkpoint
+from tests.models.harness import Runner, load_model
+from tests.models.tiny import save_tiny
+
+LAYER = "model.layers.0"
+NORM, INPUT_NORM = f"{LAYER}.post_attention_layernorm.weight", f"{LAYER}.input_layernorm.weight"
+EXPERTS = f"{LAYER}.mlp.experts"
+HEAD_DIM = 32
+PROMPT = [5, 9, 200, 31, 77, 140]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_tiny(FAMILY, folder)
+    return folder
+
+
+def factors(size: int) -> Tensor:
+    """As a smoothing tool finds them: around 1, far from equal."""
+    return torch.exp(torch.randn(size, generator=torch.Generator().manual_seed(0)))
+
+
+def fold_norm(tensors: dict[str, Tensor]) -> None:
+    """SmoothQuant over one norm, and what AWQ does first."""
+    scale = factors(tensors[NORM].shape[0])
+    tensors[NORM] /= scale
+    for name, tensor in tensors.items():
+        if name.startswith(EXPERTS) and not name.endswith("down_proj.weight") or name == f"{LAYER}.mlp.gate.weight":
+            tensor *= scale
+
+
+def fold_pair(first: str, second: str) -> Callable[[dict[str, Tensor]], None]:
+    """AWQ over two projections."""
+
+    def fold(tensors: dict[str, Tensor]) -> None:
+        scale = factors(tensors[first].shape[0])
+        tensors[first] /= scale[:, None]
+        # Heads that share a value share its factors.
+        heads = scale.view(-1, HEAD_DIM).repeat_interleave(tensors[second].shape[1] // len(scale), dim=0).flatten()
+        tensors[second] *= heads
+
+    return fold
+
+
+def train_on(tensors: dict[str, Tensor]) -> None:
+    """Another model of the same shape."""
+    generator = torch.Generator().manual_seed(1)
+    for tensor in tensors.values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+
+
+def changed(base: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    shutil.copytree(base, folder)
+    store = TensorStore.open(folder)
+    tensors = {name: store.read(name).clone() for name in store}
+    change(tensors)
+    (folder / "model.safetensors").unlink()
+    write_checkpoint(folder, tensors.items())
+    return folder
+
+
+def logits(base: Path, other: Path | None = None, mapping: Mapping[str, str] | None = None) -> Tensor:
+    mixed = MixedPrecisionSettings(sources={} if other is None else {"other": str(other)}, weight_mapping=mapping or {})
+    return Runner(*load_model(base, mixed=mixed)).step({0: PROMPT})[0]
+
+
+UP_DOWN = fold_pair(f"{EXPERTS}.3.up_proj.weight", f"{EXPERTS}.3.down_proj.weight")
+VALUE_OUT = fold_pair(f"{LAYER}.self_attn.v_proj.weight", f"{LAYER}.self_attn.o_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("fold", "together", "apart", "named"),
+    [
+        (fold_norm, [f"{LAYER}.mlp.*", NORM], [f"{EXPERTS}.*"], NORM),
+        (fold_norm, [f"{LAYER}.mlp.*", NORM], [f"{EXPERTS}.5.gate_proj.weight"], NORM),
+        (fold_norm, [f"{LAYER}.mlp.*", NORM], [NORM], NORM),
+        (UP_DOWN, [f"{EXPERTS}.3.*"], [f"{EXPERTS}.3.down_proj.weight"], f"{EXPERTS}.3.up_proj.weight"),
+        (UP_DOWN, [f"{EXPERTS}.3.*"], [f"{EXPERTS}.3.up_proj.weight"], f"{EXPERTS}.3.up_proj.weight"),
+        (VALUE_OUT, [f"{LAYER}.self_attn.*"], [f"{LAYER}.self_attn.o_proj.weight"], f"{LAYER}.self_attn.v_proj.weight"),
+    ],
+)
+def test_moved_scales(
+    base: Path,
+    tmp_path: Path,
+    fold: Callable[[dict[str, Tensor]], None],
+    together: list[str],
+    apart: list[str],
+    named: str,
+) -> None:
+    other = changed(base, tmp_path / "other", fold)
+    expected = logits(base)
+    torch.testing.assert_close(logits(other), expected, atol=1e-4, rtol=1e-4)  # the same function, elsewhere
+    mixed = logits(base, other, dict.fromkeys(together, "other"))
+    torch.testing.assert_close(mixed, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(PlanError) as error:
+        logits(base, other, dict.fromkeys(apart, "other"))
+    assert named in str(error.value)
+    assert "'other'" in str(error.value)
+
+
+def test_another_training(base: Path, tmp_path: Path) -> None:
+    other = changed(base, tmp_path / "other", train_on)
+    with pytest.raises(PlanError, match="different models"):
+        logits(base, other, {f"{EXPERTS}.*": "other"})
+
+
+@pytest.mark.parametrize("target", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_no_disagreement(base: Path, tmp_path: Path, target: str, dtype: torch.dtype) -> None:
+    """Norms cast to 16 bits, every pair split between the sources."""
+
+    def cast(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].to(dtype)
+
+    narrow = changed(base, tmp_path / "narrow", cast)
+    options = QuantizeOptions(group_size=16) if target == "int4" else QuantizeOptions()
+    quantize_checkpoint(str(narrow), tmp_path / "other", target, options)
+    mapping = {
+        f"{EXPERTS}.*.down_proj.weight": "other",
+        "model.layers.1.self_attn.v_proj.weight": "other",
+        NORM: "other",
+    }
+    logits(base, tmp_path / "other", mapping)
+
+
+def test_a_source_without_norms_is_taken(base: Path, tmp_path: Path) -> None:
+    def keep_experts(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." not in name]:
+            del tensors[name]
+
+    other = changed(base, tmp_path / "other", keep_experts)
+    torch.testing.assert_close(logits(base, other, {f"{EXPERTS}.*": "other"}), logits(base))
