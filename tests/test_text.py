@@ -87,8 +87,26 @@ class TestTokenizer:
     def test_the_vocabulary_must_fit_the_embedding(self, tokenizer):
         tokenizer.check_vocabulary(8192)
         tokenizer.check_vocabulary(9000)
-        with pytest.raises(CheckpointError, match="8192 tokens and the model's embedding 8191 rows"):
-            tokenizer.check_vocabulary(8191)
+        for others in (8191, 32_000):
+            with pytest.raises(CheckpointError, match=f"8192 tokens and the model's embedding {others} rows"):
+                tokenizer.check_vocabulary(others)
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool.jinja"])
+    def test_no_link_leads_out_of_the_folder(self, demo_copy, tmp_path_factory, name):
+        outside = tmp_path_factory.mktemp("outside") / "secret"
+        outside.write_text("{{ 'secret' }}")
+        (demo_copy / name).parent.mkdir(exist_ok=True)
+        (demo_copy / name).unlink(missing_ok=True)
+        (demo_copy / name).symlink_to(outside)
+        with pytest.raises(CheckpointError, match="outside of its folder"):
+            Tokenizer.load(demo_copy)
+
+    def test_no_linked_folder_leads_out_either(self, demo_copy, tmp_path_factory):
+        outside = tmp_path_factory.mktemp("outside")
+        (outside / "tool.jinja").write_text("{{ 'secret' }}")
+        (demo_copy / "additional_chat_templates").symlink_to(outside)
+        with pytest.raises(CheckpointError, match="outside of its folder"):
+            Tokenizer.load(demo_copy)
 
     def test_a_lone_surrogate_is_refused(self, tokenizer):
         with pytest.raises(RequestError, match="lone surrogate at character 2"):

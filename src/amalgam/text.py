@@ -64,10 +64,11 @@ class Tokenizer:
                 f"Folder {str(folder)!r} has no tokenizer.",
                 remedy=f"Put one of these files there: {', '.join(_TOKENIZER_FILES)}.",
             )
+        files = sorted({file for pattern in _READ for file in folder.glob(pattern)})
+        _check_links(folder, files)
         if cache_folder is None:
             wrapped = _read_folder(folder)
         else:
-            files = sorted({file for pattern in _READ for file in folder.glob(pattern)})
             wrapped = read_through(cache_folder, folder, files, lambda: _read_folder(folder))
         if getattr(wrapped, "backend_tokenizer", None) is None:
             raise UnsupportedError(
@@ -86,9 +87,10 @@ class Tokenizer:
     def check_vocabulary(self, vocab_size: int) -> None:
         """
         Raises:
-            CheckpointError: the tokenizer can give ids that a model with `vocab_size` embeddings does not have.
+            CheckpointError: the tokenizer can give ids that a model with `vocab_size` embeddings does not have, or so
+                few of those that it has that it is another model's. Embeddings are padded by a few percent at most.
         """
-        if self.vocab_size > vocab_size:
+        if not vocab_size // 2 <= self.vocab_size <= vocab_size:
             raise CheckpointError(
                 f"The tokenizer has {self.vocab_size} tokens and the model's embedding {vocab_size} rows.",
                 remedy="Tokenizer and weights belong to different models; use those of one checkpoint.",
@@ -207,6 +209,14 @@ class TextStream:
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+def _check_links(folder: Path, files: Sequence[Path]) -> None:
+    """Raise CheckpointError if one of the files lies outside of the folder: a library, which does not ask, reads them."""
+    from amalgam.checkpoint.source import member, member_folder  # with torch
+
+    for file in files:
+        member(folder if file.parent == folder else member_folder(folder, file.parent.name), file.name)
 
 
 def _read_folder(folder: Path) -> Any:

@@ -234,6 +234,22 @@ def missing_shard(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
 
 
+def missing_shard_without_index(folder: Path) -> None:
+    two_shards(folder)
+    (folder / "model-00001-of-00002.safetensors").unlink()
+
+
+def missing_pickle(folder: Path) -> None:
+    bin_shards(folder)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+
+
+def extra_shard(folder: Path) -> None:
+    save_file({"a": A, "b": B}, folder / "model-00001-of-00002.safetensors")
+    save_file({"c": B}, folder / "model-00002-of-00002.safetensors")
+    write_index(folder, dict.fromkeys("ab", "model-00001-of-00002.safetensors"))
+
+
 def index_names_unknown_tensor(folder: Path) -> None:
     single(folder)
     write_index(folder, {"a": "model.safetensors", "b": "model.safetensors", "ghost": "model.safetensors"})
@@ -301,6 +317,9 @@ REFUSED_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (only_config, "it holds ['config.json']"),
     "no tensors": (only_empty_files, "holds no tensors"),
     "missing shard": (missing_shard, "'model-00002-of-00002.safetensors'"),
+    "missing shard without an index": (missing_shard_without_index, "no shard 'model-00001-of-00002.safetensors'"),
+    "missing pickle": (missing_pickle, "no shard 'pytorch_model-00002-of-00002.bin'"),
+    "extra shard": (extra_shard, "'model-00002-of-00002.safetensors', which its index does not name"),
     "index names an unknown tensor": (index_names_unknown_tensor, "'ghost'"),
     "index leaves a tensor out": (index_leaves_tensor_out, "'b', the index does not list it"),
     "index swaps the shards": (index_swaps_shards, "'a' in 'model-00002-of-00002.safetensors'"),

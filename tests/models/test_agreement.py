@@ -13,7 +13,7 @@ from torch import Tensor
 from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.config import MixedPrecisionSettings
-from amalgam.errors import PlanError
+from amalgam.errors import CheckpointError, PlanError
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.precision.format import QuantizeOptions
 from amalgam.tools.quantize import quantize_checkpoint
@@ -44,7 +44,7 @@ def fold_norm(tensors: dict[str, Tensor]) -> None:
     scale = factors(tensors[NORM].shape[0])
     tensors[NORM] /= scale
     for name, tensor in tensors.items():
-        if name.startswith(EXPERTS) and not name.endswith("down_proj.weight") or name == f"{LAYER}.mlp.gate.weight":
+        if (name.startswith(EXPERTS) and not name.endswith("down_proj.weight")) or name == f"{LAYER}.mlp.gate.weight":
             tensor *= scale
 
 
@@ -141,6 +141,20 @@ def test_rounding_is_no_disagreement(base: Path, tmp_path: Path, target: str, dt
         NORM: "other",
     }
     logits(base, tmp_path / "other", mapping)
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda weight: weight.to(torch.float16), lambda weight: weight[:100]])
+def test_a_tied_config_beside_a_head_of_its_own(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    folder = tmp_path / "tied"
+    save_tiny(FAMILY, folder, tie_word_embeddings=True)
+    expected = logits(folder)
+
+    def add(head: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+        return lambda tensors: tensors.update({"lm_head.weight": head(tensors["model.embed_tokens.weight"])})
+
+    assert torch.equal(logits(changed(folder, tmp_path / "twice", add(torch.clone))), expected)
+    with pytest.raises(CheckpointError, match="lm_head.weight"):
+        logits(changed(folder, tmp_path / "other", add(change)))
 
 
 def test_a_source_without_norms_is_taken(base: Path, tmp_path: Path) -> None:

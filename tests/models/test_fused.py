@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,18 @@ def test_impossible_tensors_are_refused_by_name(case: str, tmp_path: Path) -> No
         open_source(tmp_path / "model", tensors, block)
     assert message in str(error.value)
     assert "experts." in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [[2**30, 2, 0], [2**20, 2, 1]])
+def test_more_experts_than_any_model_has_are_refused_at_once(shape: list[int], tmp_path: Path) -> None:
+    write(tmp_path, {NAME: torch.ones(1, 2, 1)})
+    size = 4 * math.prod(shape)
+    header = json.dumps({NAME: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    with pytest.raises(CheckpointError, match="parts"):
+        Source.open("test", str(tmp_path), lambda config: qwen3_moe.FAMILY.fused)
 
 
 def test_a_transposed_tensor_must_be_wide(tmp_path: Path) -> None:

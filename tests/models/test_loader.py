@@ -85,6 +85,8 @@ def build(base: Path, *rules: tuple[str, str], **sources: Path) -> WeightVersion
         ({"num_hidden_layers": 10**6}, "at most 1024 layers"),
         ({"num_experts": 2**30, "num_local_experts": 2**30}, "2147483648 experts in 2 layers"),
         ({"num_experts": 10**5, "num_local_experts": 10**5}, "at most 65536 in all"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps = -1"),
     ],
 )
 def test_a_config_that_does_not_fit(copy: Path, changes: dict[str, Any], message: str) -> None:

@@ -107,8 +107,10 @@ REFUSED = {
         {**ct("pack-quantized", **INT4), "ignore": ["re:(unclosed"]},
         "unclosed",
     ),
-    "a pattern that takes forever": ({**ct("pack-quantized", **INT4), "ignore": ["re:(a+)+$"]}, "(a+)+"),
-    "a pattern of many repetitions": ({**GPTQ, "dynamic": {".*" * 20: {}}}, "repetitions"),
+    "a pattern of unbounded size": ({**GPTQ, "dynamic": {"(a{1000}){1000}(?!b)": {}}}, "repetitions"),
+    "look-around that takes forever": ({**ct("pack-quantized", **INT4), "ignore": ["re:(?!x)(a|a)*$"]}, "(a|a)*"),
+    "look-around of many repetitions": ({**GPTQ, "dynamic": {"(?!x)" + ".*" * 20: {}}}, "repetitions"),
+    "more patterns than names": ({**GPTQ, "dynamic": {f"a{i}.*": {} for i in range(10_000)}}, "8193 patterns"),
     "gptq of another layout": ({**GPTQ, "checkpoint_format": "marlin"}, "marlin"),
     "gptq in bytes": ({**GPTQ, "pack_dtype": "int8"}, "pack_dtype 'int8'"),
     "gptq of five bits": ({**GPTQ, "bits": 5}, "bits 5"),
@@ -145,6 +147,29 @@ def test_what_is_not_understood_is_refused_by_name(case: str) -> None:
     with pytest.raises((UnsupportedError, CheckpointError)) as error:
         parse_declaration(config, "config.json")
     assert message in str(error.value) and "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["(.|.)*!", "(a|a)*$", "(a|aa)+b", "(a+)+$", ".*" * 30 + "!", "(a*)*(a*)*b"])
+def test_patterns_take_time_linear_in_the_name(pattern: str) -> None:
+    declaration = parse_declaration({**ct("pack-quantized", **INT4), "ignore": [f"re:{pattern}"]}, "config.json")
+    for rule, _ in declaration.rules:
+        rule("a" * 4000)  # with a backtracking engine, the age of the universe
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matching", "others"),
+    [
+        (r".*mlp\.gate$", ["model.layers.3.mlp.gate"], ["model.layers.3.mlp.gate_proj"]),
+        (r"^(?!.*shared).*experts.*$", ["m.experts.3.up_proj"], ["m.shared.experts.3.up_proj", "m.mlp"]),
+        (r"model\.layers\.(?:0|1)\.", ["model.layers.1.mlp"], ["model.layers.2.mlp", "x.model.layers.1.mlp"]),
+    ],
+)
+def test_patterns_with_and_without_look_around(pattern: str, matching: list[str], others: list[str]) -> None:
+    declaration = parse_declaration({**ct("pack-quantized", **INT4), "ignore": [f"re:{pattern}"]}, "config.json")
+    for name in matching:
+        assert declaration.of(name).is_quantized is False
+    for name in others:
+        assert declaration.of(name).is_quantized is not False
 
 
 def test_side_files_declare_what_config_does_not(tmp_path: Path) -> None:

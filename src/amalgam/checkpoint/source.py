@@ -87,6 +87,25 @@ def member(folder: Path, name: str) -> Path:
     Raises:
         CheckpointError: not a plain file name, leads out of the folder, or there is no such file.
     """
+    if not _resolve_member(folder, name).is_file():
+        raise CheckpointError(f"{folder / name} is not a regular file.", remedy="Remove it from the checkpoint.")
+    return folder / name
+
+
+def member_folder(folder: Path, name: str) -> Path:
+    """Path of the folder `name` in `folder`, under the same rule."""
+    if not _resolve_member(folder, name).is_dir():
+        raise CheckpointError(f"{folder / name} is not a folder.", remedy="Remove it from the checkpoint.")
+    return folder / name
+
+
+def is_present(path: Path) -> bool:
+    """Whether there is anything by that name; what is no file, or a link to nowhere, is then refused by `member`."""
+    return path.is_symlink() or path.exists()
+
+
+def _resolve_member(folder: Path, name: str) -> Path:
+    """Where `name` really lies."""
     if not name or not name.isprintable() or name in (".", "..") or "/" in name or "\\" in name:
         raise CheckpointError(
             f"{folder} names the file {describe(name)}, which is not a plain file name.",
@@ -94,7 +113,6 @@ def member(folder: Path, name: str) -> Path:
         )
     try:
         root, file = folder.resolve(strict=True), (folder / name).resolve(strict=True)
-        is_file = file.is_file()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         if isinstance(error, FileNotFoundError) and not (folder / name).is_symlink():
             raise CheckpointError(f"{folder} has no file {describe(name)}.", remedy="Complete the download.") from None
@@ -110,9 +128,7 @@ def member(folder: Path, name: str) -> Path:
             f"{folder / name} is a link to {file}, outside of its folder.",
             remedy="Copy or hard-link the file into the folder, or use the folder that it really lies in.",
         )
-    if not is_file:
-        raise CheckpointError(f"{folder / name} is not a regular file.", remedy="Remove it from the checkpoint.")
-    return folder / name
+    return file
 
 
 def read_json(folder: Path, name: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the index and with each other, and leaves the bytes to the shards. Must never kn
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from amalgam.errors import CheckpointError, describe
 __all__ = ["TensorEntry", "TensorStore"]
 
 MAX_INDEX_BYTES = 64 * 2**20
+_NUMBERED = re.compile(r"(.{1,200})-(\d{5})-of-(\d{5,6})(\.safetensors|\.bin)")
 
 
 class TensorStore(Mapping[str, TensorEntry]):
@@ -72,6 +74,7 @@ class TensorStore(Mapping[str, TensorEntry]):
         shards: list[Shard] = [opener(member(folder, name)) for name in listing.names]
         if listing.weight_map is not None:
             _check_index(folder / listing.index, listing.weight_map, shards)
+        _check_shards(folder, listing.names)
         if not any(shard.entries for shard in shards):
             raise CheckpointError(f"{folder} holds no tensors, only empty files.", remedy="Download it again.")
         return cls(folder, shards)
@@ -183,6 +186,23 @@ def _check_index(index: Path, weight_map: dict[str, str], shards: list[Shard]) -
         other = weight_map.get(tensor)
         where = f"puts it in {describe(other)}" if other else "does not list it"
         _refuse(index, f"does not fit: {describe(name)} has tensor {describe(tensor)}, the index {where}")
+
+
+def _check_shards(folder: Path, names: Sequence[str]) -> None:
+    """Raise CheckpointError if shards that count themselves, `model-00002-of-00005.safetensors`, are not all used."""
+    used = set(names)
+    for series in {(found[1], found[3], found[4]) for name in names if (found := _NUMBERED.fullmatch(name))}:
+        stem, count, suffix = series
+        present = {
+            path.name
+            for path in folder.iterdir()
+            if (found := _NUMBERED.fullmatch(path.name)) and (found[1], found[3], found[4]) == series
+        }
+        for name in sorted(present - used)[:1]:
+            _refuse(folder, f"has the shard {describe(name)}, which its index does not name")
+        for number in range(1, min(int(count), len(present) + 1) + 1):
+            if (name := f"{stem}-{number:05}-of-{count}{suffix}") not in present:
+                _refuse(folder, f"has no shard {describe(name)}, but others of its {int(count)}")
 
 
 def _refuse(path: Path, what: str, remedy: str = "Download the checkpoint again: its files must fit.") -> NoReturn:

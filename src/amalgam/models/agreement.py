@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from amalgam.errors import PlanError
+from amalgam.errors import CheckpointError, PlanError
 
 if TYPE_CHECKING:
     from amalgam.models.loader import PlannedWeight
+    from amalgam.precision.format import StoredWeight
+    from amalgam.precision.source import Source
 
 # Norms are stored as they are or cast to 16 bits, which moves them by less than half of a hundredth.
 _NORM_TOLERANCE = 0.01
@@ -31,6 +33,7 @@ _PAIRS = (("up", "down"), ("v", "o"))
 # Rounding to 2 bits leaves the rows' lengths within a few percent of each other, and a row's direction within 0.9.
 _MAX_SPREAD = 0.15
 _MIN_COSINE = 0.5
+_EVERY_ROW = 61  # of the hundreds of megabytes of a head
 _REMEDY = (
     "Tools such as AWQ and SmoothQuant move scales from one weight into the next; or these are different models. "
     "Take {what} from one source."
@@ -51,6 +54,26 @@ def check_agreement(planned: Sequence[PlannedWeight]) -> None:
     for weights in blocks.values():
         _check_norms(weights)
     _check_pairs({weight.slot.name: weight for weight in planned})
+
+
+def check_tied_head(source: Source, embedding: str, head: str) -> None:
+    """Compare a head that a tied checkpoint stores nevertheless with its embedding.
+
+    Raises:
+        CheckpointError: they differ, so that the head is one of its own and the config is wrong, or the other way round.
+    """
+    found = [source.weights[name] for name in (embedding, head) if name in source.weights]
+    if len(found) == 2 and not (all(weight.is_wide for weight in found) and _have_same_rows(source, *found)):
+        raise CheckpointError(
+            f"{source.config_place} ties the head to the embedding, but {source.folder} has a {head!r} of its own.",
+            remedy="Set tie_word_embeddings to false in config.json if it is to be used, or remove the tensor.",
+        )
+
+
+def _have_same_rows(source: Source, *weights: StoredWeight) -> bool:
+    """Whether a sample of two wide weights is the same: one that was trained by itself differs in every row."""
+    first, second = (source.read(part)[::_EVERY_ROW] for weight in weights for part in weight.parts.values())
+    return torch.equal(first.float(), second.float())
 
 
 def _block(slot: str) -> str:

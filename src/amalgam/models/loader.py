@@ -28,7 +28,7 @@ from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import mapped, native, ops
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.panels import ActivationType
-from amalgam.models.agreement import check_agreement
+from amalgam.models.agreement import check_agreement, check_tied_head
 from amalgam.models.packed_cache import PackedCache, key_of
 from amalgam.models.spec import ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
@@ -39,6 +39,8 @@ from amalgam.precision.plan import Choice, Plan
 from amalgam.precision.source import CONFIG_NAME, Source
 
 logger = logging.getLogger("amalgam.models")
+
+HEAD = "lm_head.weight"  # of every family
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
@@ -289,7 +291,9 @@ class ModelLoader:
                     f"{source.config_place} describes another model than {self._base_place}.",
                     remedy=f"Source {source.name!r} must be a checkpoint of the same model.",
                 )
-        tied = {"lm_head.weight"} if self.spec.has_tied_head else set()
+        tied = {HEAD} if self.spec.has_tied_head else set()
+        if tied and not source.store.metadata:  # a GGUF file does not declare it, and may hold both in other precisions
+            check_tied_head(source, self.family.logical_name(self.spec.slots[0]), HEAD)
         leftovers = [
             name
             for name in source.weights

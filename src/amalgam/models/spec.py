@@ -13,6 +13,7 @@ import importlib
 import math
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -265,12 +266,13 @@ class ConfigReader:
             self.refuse(self.present(*keys), value, f"an integer from {low}")
         return int(value)
 
-    def float(self, *keys: str, default: float | None = None) -> float:
+    def float(self, *keys: str, default: float | None = None, low: float = -sys.float_info.max) -> float:
         value = self.get(*keys, default=default)
         if value is None:
             raise CheckpointError(f"{self._where} has no {' or '.join(keys)}.", remedy="Add the key: it is required.")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self.refuse(self.present(*keys), value, "a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= sys.float_info.max:
+            least = "" if low < 0 else f" of at least {low:g}"
+            self.refuse(self.present(*keys), value, f"a finite number{least}")
         return float(value)
 
     def bool(self, *keys: str, default: bool) -> bool:

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from amalgam.checkpoint.store import TensorEntry
-from amalgam.errors import CheckpointError
+from amalgam.errors import CheckpointError, describe
 
 # What follows a fused tensor's stored name → the part's role, and the logical weight's last name.
 _SUFFIXES = {
@@ -38,6 +39,8 @@ _SUFFIXES = {
 }
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
+# Every expert's part becomes an object before any config is asked; the largest published models have 200,000.
+MAX_PIECES = 2**19
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,23 @@ def split_fused(
         weight = tensors.get(name[: len(name) - len(suffix)]) or tensors.get(
             f"{name[: len(name) - len(suffix)]}.weight"
         )
-        pieces += _split(entry, fused, suffix, weight, block_rows, _NUMBER.findall(name))
+        parts = _split(entry, fused, suffix, weight, block_rows, _NUMBER.findall(name))
+        pieces += islice(parts, MAX_PIECES + 1 - len(pieces))
+        check_num_pieces(len(pieces), entry)
     return pieces, others
+
+
+def check_num_pieces(num_pieces: int, entry: TensorEntry) -> None:
+    """
+    Raises:
+        CheckpointError: stacks of experts have more parts than any model; `entry` is the last one looked at.
+    """
+    if num_pieces > MAX_PIECES:
+        raise CheckpointError(
+            f"Tensor {describe(entry.name)} in {entry.file} has shape {list(entry.shape)}: with it, stacks of experts "
+            f"have more than {MAX_PIECES} parts.",
+            remedy="No model has so many experts: is the file damaged?",
+        )
 
 
 def _split(

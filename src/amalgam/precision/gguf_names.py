@@ -22,6 +22,7 @@ from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.precision.format import WEIGHT_SUFFIX
 from amalgam.precision.formats.gguf_latent import KEY_PART, VALUE_PART
+from amalgam.precision.fused import check_num_pieces
 
 ARCHITECTURE_KEY = "general.architecture"
 Arrange = Callable[[Tensor], Tensor]
@@ -75,7 +76,7 @@ def translate(store: TensorStore) -> Iterator[tuple[str, Piece]]:
             f"{store.files[0]} is of architecture {describe(architecture)}, whose tensor names are not known.",
             remedy=f"Known: {', '.join(sorted(NAMINGS))}.",
         )
-    draft_layers = _draft_layers(store)
+    draft_layers, num_pieces = _draft_layers(store), 0
     for name, entry in store.items():
         layer = re.match(r"blk\.(\d{1,6})\.", name)
         if _ROPE_TABLES.fullmatch(name) or (layer is not None and int(layer[1]) in draft_layers):
@@ -86,7 +87,9 @@ def translate(store: TensorStore) -> Iterator[tuple[str, Piece]]:
             if latent[2] == "k":
                 yield f"{_LAYER.format(latent[1])}.self_attn.kv_b_proj.weight", piece
             continue
-        yield from _pieces(store, naming, name, entry)
+        for num_pieces, piece in enumerate(_pieces(store, naming, name, entry), num_pieces + 1):
+            check_num_pieces(num_pieces, entry)
+            yield piece
 
 
 def _latent(store: TensorStore, layer: str) -> Piece:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from amalgam.checkpoint.source import read_json
+from amalgam.checkpoint.source import is_present, read_json
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.precision.declared import Declaration
 from amalgam.precision.quant_methods import METHODS
@@ -37,7 +37,7 @@ def read_declaration(folder: Path, config: Mapping[str, Any]) -> Declaration:
     if declared:
         found = parse_declaration(declared, str(folder / "config.json"))
     for name in _SIDE_FILES:
-        if (folder / name).is_file():
+        if is_present(folder / name):
             side = _parse_side_file(read_json(folder, name), name, str(folder / name))
             if side is not None:
                 found = side if found is None else _same(found, side)

@@ -11,20 +11,24 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.precision.declared import Matches
 
 _MAX_PATTERN = 1000
-_MAX_REPEATS = 8
-_NESTED_REPEAT = re.compile(r"\((?:[^()\\]|\\.)*(?<!\\)[*+](?:[^()\\]|\\.)*\)[*+{]")
+_MAX_PATTERNS = 8192
+_MAX_REPEATS = 3
 
 
 class Reader:
     """Typed access to a declaration; every complaint names the key, its value and the file."""
 
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str, outer: Reader | None = None) -> None:
         self.config = config
         self.where = where
+        self._outer = outer
+        self._num_patterns = 0
 
     def get(self, *keys: str) -> Any:
         return next((self.config[key] for key in keys if self.config.get(key) is not None), None)
@@ -73,7 +77,7 @@ class Reader:
         value = self.get(key) or {}
         if not isinstance(value, Mapping) or not all(isinstance(inner, Mapping) for inner in value.values()):
             self.refuse(key, value, "an object of objects")
-        return {name: Reader(inner, f"{self.where} ({key}: {name})") for name, inner in value.items()}
+        return {name: Reader(inner, f"{self.where} ({key}: {name})", self) for name, inner in value.items()}
 
     def object(self, key: str) -> Reader | None:
         value = self.get(key)
@@ -81,7 +85,15 @@ class Reader:
             return None
         if not isinstance(value, Mapping):
             self.refuse(key, value, "an object")
-        return Reader(value, f"{self.where} ({key})")
+        return Reader(value, f"{self.where} ({key})", self)
+
+    def count_patterns(self, key: str, number: int) -> None:
+        """Refuse more patterns, in the whole declaration, than can be tried on every weight's name."""
+        if self._outer is not None:
+            return self._outer.count_patterns(key, number)
+        self._num_patterns += number
+        if self._num_patterns > _MAX_PATTERNS:
+            self.refuse(key, f"{self._num_patterns} patterns", f"at most {_MAX_PATTERNS}")
 
     def refuse(self, key: str, value: Any, allowed: str) -> NoReturn:
         raise CheckpointError(f"{self.where} declares {key} {describe(value)}.", remedy=f"Expected {allowed}.")
@@ -106,16 +118,30 @@ def within(entries: Iterable[str]) -> Matches:
 
 def regex(reader: Reader, key: str, patterns: Iterable[str], *, anywhere: bool = False) -> Matches:
     """Patterns matched from the start of a name (or anywhere), not bound to its end."""
-    compiled = []
-    for pattern in patterns:
-        repeats = len(re.findall(r"(?<!\\)[*+]", pattern))
-        if len(pattern) > _MAX_PATTERN or repeats > _MAX_REPEATS or _NESTED_REPEAT.search(pattern):
-            reader.refuse(key, pattern, f"patterns of at most {_MAX_REPEATS} repetitions, none within another")
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            reader.refuse(key, pattern, f"a regular expression ({error})")
-    return lambda module: any((p.search if anywhere else p.match)(module) for p in compiled)
+    compiled = [_compiled(reader, key, pattern, anywhere=anywhere) for pattern in patterns]
+    reader.count_patterns(key, len(compiled))
+    return lambda module: any(matches(module) for matches in compiled)
+
+
+def _compiled(reader: Reader, key: str, pattern: str, *, anywhere: bool) -> Matches:
+    """Anybody may have written the pattern, so it runs in time linear in the name, with pydantic's Rust engine.
+
+    That engine has no look-around. A pattern which needs it is Python's to match, if it cannot take long.
+    """
+    if len(pattern) > _MAX_PATTERN:
+        reader.refuse(key, pattern, f"patterns of at most {_MAX_PATTERN} characters")
+    text = pattern if anywhere else f"^(?:{pattern})"
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=text, regex_engine="rust-regex")).isinstance_python
+    except SchemaError:
+        pass
+    try:
+        python = re.compile(text)
+    except re.error as error:
+        reader.refuse(key, pattern, f"a regular expression ({error})")
+    if len(re.findall(r"(?<!\\)[*+{]", pattern)) > _MAX_REPEATS or re.search(r"\)[*+{]", pattern):
+        reader.refuse(key, pattern, f"patterns with look-around of at most {_MAX_REPEATS} repetitions, none of a group")
+    return lambda module: python.search(module) is not None
 
 
 def wildcards(entries: Iterable[str]) -> Matches:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from amalgam.checkpoint.collector import collector_paused
 from amalgam.checkpoint.shards import Identity
-from amalgam.checkpoint.source import read_json, resolve
+from amalgam.checkpoint.source import is_present, read_json, resolve
 from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.kernels.packed import PackedWeight
@@ -173,7 +173,7 @@ def reader(store: TensorStore) -> Read:
 def _read_config(store: TensorStore) -> tuple[dict[str, Any], str]:
     """The configuration and where it stands, or an empty one and why there is none."""
     folder = store.folder
-    if (folder / CONFIG_NAME).is_file():
+    if is_present(folder / CONFIG_NAME):
         return read_json(folder, CONFIG_NAME), str(folder / CONFIG_NAME)
     if not store.metadata:
         return {}, f"{folder} has no {CONFIG_NAME}."

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from amalgam.checkpoint import TensorStore, read_json, resolve
 from amalgam.checkpoint.collector import collector_paused
+from amalgam.checkpoint.source import is_present
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
@@ -195,7 +196,7 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         config, place = source.config, source.config_place
     else:
         place = str(folder / CONFIG_NAME)
-        config = read_json(folder, CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+        config = read_json(folder, CONFIG_NAME) if is_present(folder / CONFIG_NAME) else {}
     family, spec, notes = _read_family(config, place)
     slots = {family.logical_name(slot): slot for slot in spec.slots} if family and spec else {}
     declaration = Declaration()

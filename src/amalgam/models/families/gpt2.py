@@ -69,7 +69,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
         hidden_size=hidden,
         vocab_size=config.int("vocab_size"),
         max_positions=config.int("n_positions", "max_position_embeddings"),
-        norm=LayerNorm(config.float("layer_norm_epsilon", default=1e-5)),
+        norm=LayerNorm(config.float("layer_norm_epsilon", default=1e-5, low=0)),
         has_tied_head=config.bool("tie_word_embeddings", default=True),
         layers=(LayerSpec(attention, mlp),) * config.int("n_layer", "num_hidden_layers"),
         has_position_embedding=True,

@@ -85,7 +85,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     window = config.int("sliding_window", default=128)
     attentions = by_layer_type(config, SinkAttention(**vars(common)), window, types)
     spec = read_model(config, "gpt_oss", tuple(LayerSpec(attention, moe) for attention in attentions))
-    return replace(spec, norm=WideRmsNorm(config.float("rms_norm_eps", default=NORM_EPS)))
+    return replace(spec, norm=WideRmsNorm(config.float("rms_norm_eps", default=NORM_EPS, low=0)))
 
 
 FAMILY = Family(

@@ -30,7 +30,7 @@ def read_attention(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rope=read_rope(config, head_dim, default_theta, default_rotary),
-        norm_eps=config.float("rms_norm_eps", default=default_eps),
+        norm_eps=config.float("rms_norm_eps", default=default_eps, low=0),
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
     )
@@ -46,7 +46,7 @@ def read_model(
         hidden_size=config.int("hidden_size"),
         vocab_size=config.int("vocab_size"),
         max_positions=config.int("max_position_embeddings"),
-        norm=RmsNorm(config.float("rms_norm_eps", default=default_eps)),
+        norm=RmsNorm(config.float("rms_norm_eps", default=default_eps, low=0)),
         has_tied_head=config.bool("tie_word_embeddings", default=False),
         layers=layers,
     )

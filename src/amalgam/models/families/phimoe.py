@@ -67,7 +67,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     layers = (LayerSpec(attention, SparseMoe(router, config.int("intermediate_size"))),)
     return replace(
         read_model(config, "phimoe", layers * config.int("num_hidden_layers")),
-        norm=LayerNorm(config.float("rms_norm_eps", default=NORM_EPS)),
+        norm=LayerNorm(config.float("rms_norm_eps", default=NORM_EPS, low=0)),
         has_head_bias=config.bool("lm_head_bias", default=False),
     )
 

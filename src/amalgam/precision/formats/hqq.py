@@ -11,7 +11,7 @@ Source: hqq/core/quantize.py and bitpack.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Hqq(WeightFormat):
             return [int(value) for value in context.read(part).reshape(-1).tolist()]
 
         shape, axis, bits = small("shape"), small("axis"), small("nbits")
-        packing = "".join(chr(code) for code in small("packing"))
+        packing = _text(small("packing"))
         if len(shape) != 2 or not all(0 < size < 2**31 for size in shape):
             refuse_part(name, parts["shape"], f"It says {shape}; expected [out, in].")
         if axis not in ([0], [1]) or packing not in _PACKINGS or len(bits) != 1:
@@ -126,7 +126,7 @@ class Hqq(WeightFormat):
 
     def _codes(self, stored: StoredWeight, read: Read, count: int, groups: int) -> Tensor:
         """The matrix M, flattened."""
-        packing = "".join(chr(code) for code in read(stored.parts["packing"]).tolist())
+        packing = _text(read(stored.parts["packing"]).reshape(-1).tolist())
         dtype, bits, per_word = _PACKINGS[packing]
         rows, columns = (groups, count // groups) if stored.block is not None else (count // groups, groups)
         words = read(stored.parts["W_q"]).contiguous().view(-1).view(dtype).view(-1, columns)
@@ -137,6 +137,10 @@ class Hqq(WeightFormat):
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape
         return rows * columns // 2 + 4 * rows * -(-columns // (options.group_size or 64))
+
+
+def _text(codes: Sequence[int]) -> str:
+    return "".join(chr(code) if 0 <= code < 128 else "\N{REPLACEMENT CHARACTER}" for code in codes)
 
 
 FORMAT = Hqq()
