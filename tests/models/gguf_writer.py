@@ -53,7 +53,7 @@ def write_gguf(
     config = json.loads((folder / "config.json").read_text())
     architecture = ARCHITECTURES[config["architectures"][0]]
     writer = gguf.GGUFWriter(file, architecture, **options)
-    _write_metadata(writer, config, architecture, splits_latent)
+    write_metadata(writer, config, architecture, splits_latent)
     if edit is not None:
         edit(writer)
     tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -166,7 +166,7 @@ def _llama3_divisors(config: dict[str, Any], scaling: dict[str, Any]) -> np.ndar
     return np.array(divisors, np.float32)
 
 
-def _write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str, splits_latent: bool) -> None:
+def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str, splits_latent: bool) -> None:
     def number(*keys: str) -> Any:
         return next((config[key] for key in keys if config.get(key) is not None), None)
 

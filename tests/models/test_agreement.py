@@ -143,7 +143,9 @@ def test_rounding_is_no_disagreement(base: Path, tmp_path: Path, target: str, dt
     logits(base, tmp_path / "other", mapping)
 
 
-@pytest.mark.parametrize("change", [torch.zeros_like, lambda weight: weight.to(torch.float16), lambda weight: weight[:100]])
+@pytest.mark.parametrize(
+    "change", [torch.zeros_like, lambda weight: weight.to(torch.float16), lambda weight: weight[:100]]
+)
 def test_a_tied_config_beside_a_head_of_its_own(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
     folder = tmp_path / "tied"
     save_tiny(FAMILY, folder, tie_word_embeddings=True)

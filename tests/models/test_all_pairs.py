@@ -1,75 +1,103 @@
 """Every pair of published layouts among the experts of one layer: equal to the model of dequantized weights.
 
 A layer has 16 experts in 16 layouts, and every token goes to all of them; the layers are chosen so that each two
-layouts meet in one of them.
+layouts meet in one of them. GGUF's blocks are 256 inputs long, so its types meet one layout of each other format in a
+wider model.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from amalgam.config import MixedPrecisionSettings
 from amalgam.models.families.qwen3_moe import FAMILY
+from amalgam.precision.format import all_formats
+from tests.models.gguf_writer import write_metadata
 from tests.models.harness import Runner, hand_built, load_model
 from tests.models.tiny import tiny_model
 from tests.precision.layouts import LAYOUTS
+from tests.precision.test_gguf_formats import TYPES, plausible_blocks
 
-# Blocks of 8 layouts; a layer holds two blocks, so that each two layouts meet.
-_NAMES = list(LAYOUTS)
-_BLOCKS = [(_NAMES + _NAMES)[start : start + 8] for start in range(0, len(_NAMES), 8)]
-LAYERS = [first + second for first, second in combinations(_BLOCKS, 2)]
-SIZES = {
-    "num_hidden_layers": len(LAYERS),
-    "hidden_size": 64,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "moe_intermediate_size": 32,
-    "num_experts": 16,
-    "num_experts_per_tok": 16,
-    "vocab_size": 32,
-}
+GGUF = [name for name in TYPES if TYPES[name].num_elements > 1]
+ONE_OF_EACH_FORMAT = list({layout.format: name for name, layout in LAYOUTS.items()}.values())
+NUM_EXPERTS = 16
 
 
-def test_each_two_layouts_meet() -> None:
-    met = {frozenset(pair) for layer in LAYERS for pair in combinations(layer, 2)}
-    assert met >= {frozenset(pair) for pair in combinations(LAYOUTS, 2)}
+def layers_of(names: Sequence[str]) -> list[list[str]]:
+    """The layouts of each layer's experts: blocks of 8 layouts, two blocks in a layer, so that each two meet."""
+    blocks = [[*names, *names][start : start + 8] for start in range(0, len(names), 8)]
+    return [first + second for first, second in combinations(blocks, 2)]
 
 
-def test_equals_the_model_of_dequantized_weights(tmp_path: Path) -> None:
-    model = tiny_model(FAMILY, **SIZES).to(torch.bfloat16)
+def format_of(name: str) -> str:
+    return f"gguf_{name.lower()}" if name in GGUF else LAYOUTS[name].format
+
+
+CASES = {"layouts": (list(LAYOUTS), (32, 64)), "formats and GGUF": (GGUF + ONE_OF_EACH_FORMAT, (256, 256))}
+
+
+def test_no_format_is_left_out() -> None:
+    names, _ = CASES["formats and GGUF"]
+    no_expert = {"gguf_latent"}  # keys and values of latent attention
+    assert {format_of(name) for name in names} >= {f.name for f in all_formats() if not f.is_wide} - no_expert
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_two_layouts_meet(case: str) -> None:
+    names, _ = CASES[case]
+    met = {frozenset(pair) for layer in layers_of(names) for pair in combinations(layer, 2)}
+    assert met >= {frozenset(pair) for pair in combinations(names, 2)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_model_of_dequantized_weights(case: str, tmp_path: Path) -> None:
+    names, (width, hidden) = CASES[case]
+    layers = layers_of(names)
+    sizes = {
+        "num_hidden_layers": len(layers),
+        "hidden_size": hidden,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "moe_intermediate_size": width,
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": NUM_EXPERTS,
+        "vocab_size": 32,
+    }
+    model = tiny_model(FAMILY, **sizes).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base/config.json").read_text())
     kept = {n: t for n, t in load_file(tmp_path / "base/model.safetensors").items() if ".experts." not in n}
     save_file(kept, tmp_path / "base/model.safetensors", {"format": "pt"})
 
     torch.manual_seed(11)
-    tensors: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    mapping = {}
-    for layer, names in enumerate(LAYERS):
-        for expert, name in enumerate(names):
-            prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-            mapping[f"{prefix}.*"] = name
-            for part, shape in (("gate", (32, 64)), ("up", (32, 64)), ("down", (64, 32))):
-                for suffix, tensor in LAYOUTS[name].make(*shape).items():
-                    tensors[name][f"{prefix}.{part}_proj.{suffix}"] = tensor
-    for name, stored in tensors.items():
-        (tmp_path / name).mkdir()
-        save_file(stored, tmp_path / name / "model.safetensors", {"format": "pt"})
-        declared = {"quantization_config": LAYOUTS[name].quantization} if LAYOUTS[name].quantization else {}
-        (tmp_path / name / "config.json").write_text(json.dumps({**config, **declared}))
-
-    mixed = MixedPrecisionSettings(sources={name: str(tmp_path / name) for name in tensors}, weight_mapping=mapping)
+    places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for layer, layouts in enumerate(layers):
+        for expert, name in enumerate(layouts):
+            places[name].append((layer, expert))
+    sources = {
+        name: write_gguf(tmp_path, config, name, found) if name in GGUF else write(tmp_path, config, name, found)
+        for name, found in places.items()
+    }
+    mapping = {
+        f"model.layers.{layer}.mlp.experts.{expert}.*": name for name in places for layer, expert in places[name]
+    }
+    mixed = MixedPrecisionSettings(sources=sources, weight_mapping=mapping)
     decoder, version = load_model(tmp_path / "base", mixed=mixed, max_positions=16)
-    for layer, names in enumerate(LAYERS):
-        found = [version.origins[f"layers.{layer}.mlp.experts.{expert}.down"].format for expert in range(16)]
-        assert found == [LAYOUTS[name].format for name in names]
+    for layer, layouts in enumerate(layers):
+        found = [version.origins[f"layers.{layer}.mlp.experts.{expert}.down"].stored_format for expert in range(16)]
+        assert found == [format_of(name) for name in layouts]
 
     composed, expected = (
         Runner(decoder, v, num_sequences=1, blocks_each=2).step({0: [3, 7, 5]})[0]
@@ -77,3 +105,44 @@ def test_equals_the_model_of_dequantized_weights(tmp_path: Path) -> None:
     )
     assert bool(torch.isfinite(expected).all())
     assert torch.equal(composed, expected)
+
+
+def shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    width, hidden = config["moe_intermediate_size"], config["hidden_size"]
+    return {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+
+
+def write(root: Path, config: dict[str, Any], name: str, places: Sequence[tuple[int, int]]) -> str:
+    """A checkpoint with nothing but these experts, in one layout."""
+    (root / name).mkdir()
+    tensors = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.{suffix}": tensor
+        for layer, expert in places
+        for part, shape in shapes(config).items()
+        for suffix, tensor in LAYOUTS[name].make(*shape).items()
+    }
+    save_file(tensors, root / name / "model.safetensors", {"format": "pt"})
+    declared = {"quantization_config": LAYOUTS[name].quantization} if LAYOUTS[name].quantization else {}
+    (root / name / "config.json").write_text(json.dumps({**config, **declared}))
+    return str(root / name)
+
+
+def write_gguf(root: Path, config: dict[str, Any], name: str, places: Sequence[tuple[int, int]]) -> str:
+    """A GGUF file with the stacks of these layers."""
+    file = root / f"{name}.gguf"
+    writer = gguf.GGUFWriter(file, "qwen3moe")
+    write_metadata(writer, config, "qwen3moe", False)
+    hidden = config["hidden_size"]
+    for tensor, rows in (("token_embd", 32), ("output", 32), ("blk.0.ffn_gate_inp", NUM_EXPERTS)):  # their sizes count
+        writer.add_tensor(f"{tensor}.weight", np.zeros((rows, hidden), np.float32))
+    for layer in sorted({layer for layer, _ in places}):
+        for part, (rows, columns) in shapes(config).items():
+            blocks_each = columns // TYPES[name].num_elements
+            blocks = plausible_blocks(name, NUM_EXPERTS * rows, blocks_each, seed=layer)
+            stack = np.ascontiguousarray(blocks.reshape(NUM_EXPERTS, rows, -1))
+            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", stack, raw_dtype=gguf.GGMLQuantizationType[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(file)

@@ -50,6 +50,16 @@ def random_blocks(name: str, rows: int = ROWS, blocks_each: int = 3, seed: int =
     return blocks.reshape(rows, -1)
 
 
+def plausible_blocks(name: str, rows: int, blocks_each: int, seed: int) -> np.ndarray:
+    """The same with scales as a model has them, so that its layers compute nothing infinite."""
+    blocks = random_blocks(name, rows, blocks_each, seed).reshape(-1, TYPES[name].num_bytes)
+    for offset in HALVES[name]:
+        blocks[:, offset : offset + 2] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
+    if name == "MXFP4":
+        blocks[:, 0] = 118
+    return blocks.reshape(rows, -1)
+
+
 def load(name: str, raw: np.ndarray) -> PackedWeight:
     entry = TensorEntry("w", torch.uint8, raw.shape, Path("model.gguf"), 0, name)
     weight_format = get_format(f"gguf_{name.lower()}")

@@ -60,7 +60,7 @@ def check_tied_head(source: Source, embedding: str, head: str) -> None:
     """Compare a head that a tied checkpoint stores nevertheless with its embedding.
 
     Raises:
-        CheckpointError: they differ, so that the head is one of its own and the config is wrong, or the other way round.
+        CheckpointError: they differ: either the head is one of its own and the config wrong, or the head is left over.
     """
     found = [source.weights[name] for name in (embedding, head) if name in source.weights]
     if len(found) == 2 and not (all(weight.is_wide for weight in found) and _have_same_rows(source, *found)):

@@ -189,6 +189,8 @@ class ModelLoader:
         planned = [self._check_weight(slot, plan[name]) for name, slot in self._slots.items()]
         for source in {id(weight.source): weight.source for weight in planned}.values():
             self._check_source(source)
+        for target, columns in {(w.quantize_to, w.slot.shape[1]) for w in planned if w.quantize_to is not None}:
+            target.quantize(torch.zeros(1, columns), QuantizeOptions())  # whether it can at all
         check_agreement(planned)
         return planned
 

@@ -83,11 +83,12 @@ def translate(store: TensorStore) -> Iterator[tuple[str, Piece]]:
             continue
         latent = _LATENT.fullmatch(name)
         if latent is not None:
-            piece = _latent(store, latent[1])
+            both = _latent(store, latent[1])
             if latent[2] == "k":
-                yield f"{_LAYER.format(latent[1])}.self_attn.kv_b_proj.weight", piece
+                yield f"{_LAYER.format(latent[1])}.self_attn.kv_b_proj.weight", both
             continue
-        for num_pieces, piece in enumerate(_pieces(store, naming, name, entry), num_pieces + 1):
+        for piece in _pieces(store, naming, name, entry):
+            num_pieces += 1
             check_num_pieces(num_pieces, entry)
             yield piece
 

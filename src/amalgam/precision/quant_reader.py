@@ -90,7 +90,8 @@ class Reader:
     def count_patterns(self, key: str, number: int) -> None:
         """Refuse more patterns, in the whole declaration, than can be tried on every weight's name."""
         if self._outer is not None:
-            return self._outer.count_patterns(key, number)
+            self._outer.count_patterns(key, number)
+            return
         self._num_patterns += number
         if self._num_patterns > _MAX_PATTERNS:
             self.refuse(key, f"{self._num_patterns} patterns", f"at most {_MAX_PATTERNS}")
