@@ -212,7 +212,7 @@ class TextStream:
 
 
 def _check_links(folder: Path, files: Sequence[Path]) -> None:
-    """Raise CheckpointError if one of the files lies outside of the folder: the library that reads them does not ask."""
+    """Raise CheckpointError if a file lies outside of the folder: the library that reads them does not ask."""
     from amalgam.checkpoint.source import member, member_folder  # with torch
 
     for file in files:

@@ -143,9 +143,7 @@ def test_rounding_is_no_disagreement(base: Path, tmp_path: Path, target: str, dt
     logits(base, tmp_path / "other", mapping)
 
 
-@pytest.mark.parametrize(
-    "change", [torch.zeros_like, lambda weight: weight.to(torch.float16), lambda weight: weight[:100]]
-)
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda weight: weight * 2, lambda weight: weight[:100]])
 def test_a_tied_config_beside_a_head_of_its_own(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
     folder = tmp_path / "tied"
     save_tiny(FAMILY, folder, tie_word_embeddings=True)
@@ -155,7 +153,7 @@ def test_a_tied_config_beside_a_head_of_its_own(tmp_path: Path, change: Callable
         return lambda tensors: tensors.update({"lm_head.weight": head(tensors["model.embed_tokens.weight"])})
 
     assert torch.equal(logits(changed(folder, tmp_path / "twice", add(torch.clone))), expected)
-    with pytest.raises(CheckpointError, match="lm_head.weight"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         logits(changed(folder, tmp_path / "other", add(change)))
 
 

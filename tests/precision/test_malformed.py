@@ -63,6 +63,9 @@ def damages(layout: Layout) -> Iterator[tuple[str, Damage]]:
             yield f"{suffix} infinite", lambda t, s=suffix: poison(t[s], float("inf"))  # type: ignore[misc]
     for suffix in layout.grouped:
         yield f"{suffix} whose groups do not divide", lambda t, s=suffix: t.update({s: three_groups(t[s])})  # type: ignore[misc]
+    if layout.format == "hqq":
+        for code in (-1, 0x110000):
+            yield f"packing with code {code}", lambda t, c=code: t.update(packing=torch.tensor([c]))  # type: ignore[misc]
     if layout.index:
         yield "group out of range", lambda t: t[layout.index].view(-1)[3:4].fill_(COLUMNS)  # type: ignore[index]
         yield "negative group", lambda t: t[layout.index].view(-1)[3:4].fill_(-1)  # type: ignore[index]
