@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from amalgam.checkpoint import TensorStore
-from amalgam.checkpoint.shards import PickleShard
+from amalgam.checkpoint.shards import SMALL_BYTES, PickleShard
 from amalgam.errors import CheckpointError
 
 A = torch.arange(6, dtype=torch.float32).view(2, 3)
@@ -108,23 +108,27 @@ def test_every_layout_of_a_folder_is_read(build: Callable[[Path], None], tmp_pat
         store.close()  # reading again opens again
 
 
-def test_reading_shares_the_files_pages_and_never_writes_them(tmp_path: Path) -> None:
-    single(tmp_path)
+@pytest.mark.parametrize("large", [True, False])
+def test_reading_never_writes_the_file_and_a_large_tensor_shares_its_pages(tmp_path: Path, large: bool) -> None:
+    expected = torch.arange(SMALL_BYTES if large else 6, dtype=torch.float32)
+    save_file({"a": expected}, tmp_path / "model.safetensors")
     store = TensorStore.open(tmp_path)
     view = store.read("a")
-    assert view.data_ptr() == store.read("a").data_ptr()
+    assert (view.data_ptr() == store.read("a").data_ptr()) is large
     view.zero_()
-    assert torch.equal(TensorStore.open(tmp_path).read("a"), A)
+    assert torch.equal(TensorStore.open(tmp_path).read("a"), expected)
 
 
-def test_view_outlives_the_store(tmp_path: Path) -> None:
-    single(tmp_path)
+@pytest.mark.parametrize("large", [True, False])
+def test_view_outlives_the_store(tmp_path: Path, large: bool) -> None:
+    expected = torch.arange(SMALL_BYTES if large else 6, dtype=torch.float32)
+    save_file({"a": expected}, tmp_path / "model.safetensors")
     store = TensorStore.open(tmp_path)
     view = store.read("a")
     store.close()
     del store
     (tmp_path / "model.safetensors").unlink()
-    assert torch.equal(view, A)
+    assert torch.equal(view, expected)
 
 
 def resident_bytes() -> int:

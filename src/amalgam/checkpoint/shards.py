@@ -16,6 +16,9 @@ import re
 import sys
 import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -28,6 +31,7 @@ Identity = tuple[str, int, int, int]
 MAX_PICKLE_BYTES = 64 * 2**20
 # Without it, Linux refuses to map a file larger than the machine's memory writably, although we never write.
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+SMALL_BYTES = 2**16
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -68,7 +72,8 @@ def check_unchanged(opened: Identity, now: Identity) -> None:
 class MappedShard:
     """A file of raw tensors, mapped privately when first read: writing to a view does not reach the file.
 
-    Reads any entry that lies within the file, so also a part of a tensor.
+    Reads any entry that lies within the file, so also a part of a tensor. A small one is copied out of the file,
+    because touching a mapped page that is not in memory brings in megabytes around it.
     """
 
     def __init__(self, file: Path, identity: Identity, entries: list[TensorEntry]) -> None:
@@ -83,6 +88,8 @@ class MappedShard:
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
         assert entry.offset is not None
+        if entry.nbytes <= SMALL_BYTES:
+            return torch.frombuffer(self._copied(entry.offset, entry.nbytes), dtype=entry.dtype).view(entry.shape)
         pages = self._mapped()
         if entry.offset % entry.dtype.itemsize:  # kernels may fault on unaligned elements
             raw = bytearray(pages[entry.offset : entry.offset + entry.nbytes])
@@ -102,23 +109,36 @@ class MappedShard:
         with self._lock:
             self._map = None  # unmapped when the last view is gone
 
+    def _copied(self, offset: int, nbytes: int) -> bytearray:
+        with self._opened() as stream:
+            stream.seek(offset)
+            raw = bytearray(stream.read(nbytes))
+        if len(raw) < nbytes:  # shortened since
+            check_unchanged(self.identity, identify(self.file))
+        return raw
+
     def _mapped(self) -> mmap.mmap:
         with self._lock:
             if self._map is None:
-                try:
-                    with self.file.open("rb") as stream:
-                        check_unchanged(self.identity, identify(self.file, os.fstat(stream.fileno())))
-                        self._map = mmap.mmap(
-                            stream.fileno(),
-                            self.identity[2],
-                            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
-                            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                        )
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{self.file} cannot be mapped ({error}).", remedy="Check its permissions and `ulimit -v`."
-                    ) from error
+                with self._opened() as stream:
+                    self._map = mmap.mmap(
+                        stream.fileno(),
+                        self.identity[2],
+                        flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+                        prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                    )
             return self._map
+
+    @contextmanager
+    def _opened(self) -> Iterator[FileIO]:
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                check_unchanged(self.identity, identify(self.file, os.fstat(stream.fileno())))
+                yield stream
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.file} cannot be read ({error}).", remedy="Check its permissions and `ulimit -v`."
+            ) from error
 
 
 class SafetensorsShard(MappedShard):
