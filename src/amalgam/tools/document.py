@@ -35,14 +35,19 @@ _SUPPORT = """# What is read, and how it runs
 Any mix of these formats, in any layer, down to one projection of one expert. Checkpoints: safetensors (sharded or not,
 experts one by one or fused), PyTorch `.bin`, GGUF. Whatever is not listed is refused by name.
 
-*Compiled*: `linear`, `moe` and `embedding` run in the native kernels, provided that groups are multiples of 8 inputs;
-otherwise, and for layouts without a kernel, the weight is expanded and multiplied by PyTorch. On a GPU everything runs
-through PyTorch.
+*native*: in the extension, provided that groups are multiples of 8 inputs. *expanded*: dequantized at every use and
+multiplied by PyTorch, as every quantized weight is on a GPU. *either*: by group and scale. `moe` runs natively where all experts of
+the layer do; otherwise expert by expert. Routers are float32 whatever they are stored in; norms, biases and
+sinks must be floating.
 """
 _FAMILIES = """## Families
 
 Each is proven against its Hugging Face class in float32 (XVERSE against an independent float64 implementation). Rotary
-positions: default, linear, dynamic, llama3, yarn, longrope. Sliding windows where the config has them.
+positions: default, linear, dynamic, llama3, yarn, longrope. Sliding windows and a head tied to the embedding where the
+config has them. Where the Hugging Face classes look at the longest sequence of a batch, a table here holds for all
+requests: *dynamic* serves up to `max_position_embeddings`, where it equals the default, and refuses longer sequences;
+*longrope* takes its long factors for every token if `inference.max_seq_length` is above
+`original_max_position_embeddings`, and its short ones otherwise.
 """
 
 
@@ -86,18 +91,17 @@ def _default(key: str) -> str:
 
 def support() -> str:
     """What is read, and how it runs: `docs/support.md`."""
-    lines = [_SUPPORT, "| format | published by | `quantize` makes it | in memory | products on the CPU | on a GPU |"]
-    lines.append("|---|---|---|---|---|---|")
+    operations = ("linear", "moe", "embedding")
+    lines = [_SUPPORT, "| format | published by | `quantize` makes it | in memory |"]
+    lines[-1] += "".join(f" {operation}, CPU |" for operation in operations) + " all three, GPU |"
+    lines.append("|---|---|---|---|---|---|---|---|")
     for weight_format in sorted(all_formats(), key=lambda f: (not f.is_wide, f.name)):
         methods = ", ".join(sorted(weight_format.methods)) or ("GGUF" if "gguf" in weight_format.name else "–")
         compiled = [layout for layout in weight_format.layouts if layout in COMPILED_LAYOUTS]
-        cpu = (
-            "compiled" if len(compiled) == len(weight_format.layouts) else "compiled or torch" if compiled else "torch"
-        )
+        cpu = "native" if len(compiled) == len(weight_format.layouts) else "either" if compiled else "expanded"
         makes = "yes" if weight_format.can_quantize else "–"
-        lines.append(
-            f"| {weight_format.name} | {methods} | {makes} | {', '.join(weight_format.layouts)} | {cpu} | torch |"
-        )
+        cells = [weight_format.name, methods, makes, ", ".join(weight_format.layouts), *[cpu] * len(operations)]
+        lines.append(f"| {' | '.join(cells)} | {'PyTorch' if weight_format.is_wide else 'expanded'} |")
     lines += ["", _FAMILIES, "| family | architectures | attention | experts | other |", "|---|---|---|---|---|"]
     for family in all_families():
         names = {name.removeprefix("layers.{}.") for name in family.names}
@@ -131,7 +135,7 @@ def _features(slots: set[str]) -> dict[str, list[str]]:
             "mlp.gate": "dense MLP layers",
             "mlp.up": "",
             "attention_norm_bias": "LayerNorm",
-            "position_embedding": "learned positions",
+            "positions": "learned positions",
             "head_bias": "head bias",
         },
     }

@@ -53,13 +53,15 @@ class Scaled8(WeightFormat):
     can_quantize = True
     bits = 8
     optional = frozenset({*SCALE_NAMES, "weight_zero_point", "pre_quant_scale", *ACTIVATION_SUFFIXES})
-    methods = frozenset({"compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "auto-round"})
 
     def __init__(self, name: str, dtype: torch.dtype, largest: float, divisor: float, scales: tuple[str, ...]) -> None:
         self.name = name
         self.dtype = dtype
         self.scales = scales
         self.number = "float" if dtype.is_floating_point else "int"
+        self.methods = frozenset({"compressed-tensors", "modelopt", "auto-round"})
+        if dtype.is_floating_point:
+            self.methods |= {"fp8", "fbgemm_fp8"}
         self._largest = largest
         self._divisor = divisor
 
