@@ -36,9 +36,9 @@ Any mix of these formats, in any layer, down to one projection of one expert. Ch
 experts one by one or fused), PyTorch `.bin`, GGUF. Whatever is not listed is refused by name.
 
 *native*: in the extension, provided that groups are multiples of 8 inputs. *expanded*: dequantized at every use and
-multiplied by PyTorch, as every quantized weight is on a GPU. *either*: by group and scale. `moe` runs natively where all experts of
-the layer do; otherwise expert by expert. Routers are float32 whatever they are stored in; norms, biases and
-sinks must be floating.
+multiplied by PyTorch, as every quantized weight is on a GPU. *either*: by group and scale. `moe` runs natively where
+all experts of the layer do; otherwise expert by expert. Routers are float32 whatever they are stored in; norms, biases
+and sinks must be floating.
 """
 _FAMILIES = """## Families
 
