@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from amalgam.cli.options import with_settings
@@ -14,13 +15,20 @@ if TYPE_CHECKING:
 @with_settings
 def command(settings: Settings) -> int:
     """Start the HTTP server."""
+    # Imports and loading make a million objects that all stay. Looking for garbage among them takes a tenth of the
+    # time until the server is ready, and would hold up steps later on.
+    gc.disable()
     from amalgam.cli.console import progress_bar
     from amalgam.server.app import run
 
     def load() -> Deployment:
-        from amalgam.llm import open_deployment  # seconds; the port is open meanwhile
+        try:
+            from amalgam.llm import open_deployment  # seconds; the port is open meanwhile
 
-        with progress_bar() as progress:
-            return open_deployment(settings, progress)
+            with progress_bar() as progress:
+                return open_deployment(settings, progress)
+        finally:
+            gc.freeze()
+            gc.enable()
 
     return run(settings, load)
