@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 
@@ -313,7 +312,8 @@ class Engine:
     def _measure(self, plan: StepPlan, deliveries: _Deliveries) -> None:
         num_prompt = 0
         for item in plan.scheduled:  # what a preemption made the step compute again does not count
-            num_prompt += max(0, min(item.end, item.request.num_prompt_tokens) - (item.end - item.num_unrecorded))
+            if item.start < item.request.num_prompt_tokens:
+                num_prompt += max(0, min(item.end, item.request.num_prompt_tokens) - (item.end - item.num_unrecorded))
         scheduler = self._scheduler
         num_used = scheduler.pool.num_blocks - scheduler.pool.num_free
         num_new = sum(len(output.token_ids) for _, output in deliveries)
@@ -325,7 +325,7 @@ class Engine:
             if output.is_finished:
                 self.meter.add_finished(output)
                 if observer is not None and request.observation.wants_trace:
-                    output = replace(output, trace=observer.take_trace(request.request_id))
+                    output = output._replace(trace=observer.take_trace(request.request_id))
             try:
                 request.sink(output)
             except Exception as error:

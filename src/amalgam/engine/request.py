@@ -1,4 +1,4 @@
-"""The nouns that cross the engine's borders: plain dataclasses, no torch.
+"""The nouns that cross the engine's borders, no torch: dataclasses, and named tuples where every step makes many.
 
 In: what a caller wants (`SamplingParams`). Inside: a `Request` and the record of one step (`StepPlan`, `StepResult`).
 Out: what the caller sees as tokens arrive (`RequestOutput`) or at the end (`Generation`), and `EngineStatus`.
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from amalgam.errors import RequestError, describe
 
@@ -135,8 +135,7 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What one step added to one request. The last one carries `finish_reason`."""
 
     request_id: int
@@ -236,8 +235,7 @@ class Request:
         return len(self.token_ids) - len(self.prompt_ids)
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """One request's share of a step: its tokens `[start, start + num_tokens)`, whose KV lies in `block_ids`."""
 
     request: Request

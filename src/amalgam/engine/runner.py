@@ -95,7 +95,8 @@ class Runner:
             block_ids, places = item.block_ids, range(item.start, item.end)
             token_ids += item.request.token_ids[item.start : item.end]
             positions += places
-            slot_ids += [block_ids[place // block_size] * block_size + place % block_size for place in places]
+            for place in places:
+                slot_ids.append(block_ids[place // block_size] * block_size + place % block_size)
             tables += block_ids
             tables += [0] * (width - len(block_ids))
             query_starts.append(len(token_ids))
