@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from amalgam.config import StatisticsSettings
 from amalgam.engine.memory import available_bytes
 from amalgam.engine.request import Request, SamplingParams, ScheduledRequest, StepPlan
 from amalgam.engine.runner import Runner, choose_num_blocks, token_spans
 from amalgam.errors import ConfigError
+from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.context import TokenSpan
 from tests.engine.fakes import FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes, make_settings
 
@@ -54,6 +56,26 @@ def test_spans_tell_what_to_count_and_as_what():
         TokenSpan(4, 8, 16, record_from=15, generated_from=14),
         TokenSpan(5, 16, 20, record_from=20, generated_from=20),
     ]
+
+
+def test_a_step_that_fails_counts_neither_tokens_nor_requests():
+    decoder, tracker = FakeDecoder(), ExpertTracker((0,), 8, 2, StatisticsSettings())
+    settings = make_settings(kv_cache_bytes=kv_cache_bytes(70))
+    runner = Runner(decoder, settings, 256, CPU, torch.float32, tracker)
+    plan = StepPlan(FakeVersion(1), (make_item(1, 0, 6, blocks=(0, 1)), make_item(2, 0, 6, blocks=(2, 3))))
+
+    def fail(token_ids):
+        raise ValueError("no luck")
+
+    decoder.on_step = fail
+    with pytest.raises(ValueError, match="no luck"):
+        runner.execute(plan)
+    tally = tracker.snapshot().tally
+    assert (tally.num_requests, tally.num_tokens.sum(), tally.counts.sum()) == (0, 0, 0)
+    decoder.on_step = lambda token_ids: None
+    runner.execute(plan)
+    tally = tracker.snapshot().tally
+    assert (tally.num_requests, tally.num_tokens.sum(), tally.counts.sum()) == (2, 12, 24)
 
 
 def test_the_cache_takes_what_the_setting_allows():

@@ -63,14 +63,14 @@ class Runner:
         """Compute a step: its keys and values go to the cache, its routing to the observer."""
         token_ids, last_rows, context = self._build(plan)
         if self._observer is not None:
-            for item in plan.scheduled:
-                request = item.request
-                if request.num_recorded == 0 and request.observation.is_counted:  # its first step
-                    self._observer.count_request(request.observation.label)
             self._observer.begin_step(token_spans(plan))
         hidden = self._decoder.forward(token_ids, context, plan.version)
         if self._observer is not None:
             self._observer.end_step()
+            for item in plan.scheduled:  # not before: a step that fails counts nothing
+                request = item.request
+                if request.num_recorded == 0 and request.observation.is_counted:  # its first step
+                    self._observer.count_request(request.observation.label)
 
         sampled = [item.request for item in plan.scheduled if item.needs_sample]
         if not sampled:
