@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from amalgam import LLM, SamplingParams
+from amalgam.config import StatisticsSettings
 from amalgam.errors import ConfigError, PromptTooLongError, UnsupportedError
-from amalgam.experts.saved import load
+from amalgam.experts.saved import load, to_bytes
+from amalgam.experts.tracker import ExpertTracker
 from tests.conftest import DEMO, ROOT
 
 GREEDY = SamplingParams(max_new_tokens=12, do_sample=False)
@@ -76,6 +78,24 @@ def test_statistics_survive_a_restart(tmp_path: Path) -> None:
             llm.generate("The old man", GREEDY)
             totals.append(llm.expert_stats()["summary"]["total_tokens"])
     assert totals[1] == 2 * totals[0] > 0
+
+
+def test_a_reference_is_checked_at_the_start_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "reference.npz"
+    settings = {"inference.max_seq_length": 64, "statistics.reference": str(path)}
+    with pytest.raises(ConfigError, match=r"statistics\.reference is .*reference\.npz.*No such file.*saved set"):
+        LLM(model=DEMO, settings=settings)
+    other = ExpertTracker((0, 1), 8, 2, StatisticsSettings(), model="other")
+    path.write_bytes(to_bytes(other.saved_set()))
+    with pytest.raises(ConfigError, match=r"other\.npz.*2 layers of 8 experts, and this model has 6 of 16"):
+        LLM(model=DEMO, settings=settings | {"statistics.reference": str(path.rename(tmp_path / "other.npz"))})
+    with LLM(model=DEMO, settings={"inference.max_seq_length": 64}) as llm:
+        llm.generate("The old man", GREEDY)
+        llm.save_expert_stats(path)
+    with LLM(model=DEMO, settings=settings) as llm:
+        path.unlink()
+        llm.generate("The old man", GREEDY)
+        assert llm.expert_stats()["drift"]["reference"] == "statistics.reference, demo"
 
 
 def test_bad_input_is_refused() -> None:

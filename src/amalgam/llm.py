@@ -13,8 +13,8 @@ from typing import Any
 from amalgam.config import Settings, load_settings
 from amalgam.engine.deployment import Deployment, RemapResult
 from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
-from amalgam.errors import ConfigError
-from amalgam.experts.overview import survey
+from amalgam.errors import AmalgamError, ConfigError
+from amalgam.experts.overview import drift, survey
 from amalgam.experts.saved import replace_file, to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.loader import Progress
@@ -34,12 +34,28 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         result = ExpertTracker(
             spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics, model=model
         )
+        if settings.statistics.reference:
+            _check_reference(result)
         if settings.statistics.file:
             result.keep_in(Path(settings.statistics.file))
         return result
 
     ensure_derived(settings, progress)
     return Deployment.open(settings, tracker if settings.statistics.enabled else None, progress)
+
+
+def _check_reference(tracker: ExpertTracker) -> None:
+    """
+    Raises:
+        ConfigError: `statistics.reference` cannot be used.
+    """
+    try:
+        drift(tracker)  # reads the reference and keeps it: the first answer would be too late to refuse it
+    except AmalgamError as error:
+        raise ConfigError(
+            f"statistics.reference is {tracker.settings.reference!r}, which cannot be used. {error.what}",
+            remedy="Name a saved set of this model, or leave it out to compare with what was counted since the start.",
+        ) from None
 
 
 class LLM:
