@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
+import re
+import struct
+import tracemalloc
+import warnings
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,74 +71,220 @@ def test_merged_sets_are_the_traffic_of_both() -> None:
         saved.merge([first, other])
 
 
+def members(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def zipped(files: Mapping[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def array(values: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
 def rewritten(content: bytes, **changes: Any) -> bytes:
     """A saved set with some arrays exchanged (None: left out), or keys of its meta."""
-    with np.load(io.BytesIO(content)) as arrays:
-        members = dict(arrays)
-    meta = json.loads(members["meta"].tobytes())
+    files = members(content)
+    meta = json.loads(np.load(io.BytesIO(files["meta.npy"])).tobytes())
     for name, value in changes.items():
         if name in meta:
             meta[name] = value
         elif value is None:
-            del members[name]
+            del files[f"{name}.npy"]
         else:
-            members[name] = value
-    members["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    buffer = io.BytesIO()
-    np.savez(buffer, **members)
-    return buffer.getvalue()
+            files[f"{name}.npy"] = value if isinstance(value, bytes) else array(value)
+    if "meta" not in changes:
+        files["meta.npy"] = array(np.frombuffer(json.dumps(meta).encode(), np.uint8))
+    return zipped(files)
+
+
+def npy(shape: str, descr: str = "'<i8'", data: bytes = b"") -> bytes:
+    """A `.npy` file whose header claims `shape`."""
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n" + data
+
+
+def in_directory(content: bytes, offset: int, value: bytes) -> bytes:
+    """A zip file with a field of every entry of its directory exchanged."""
+    data, place = bytearray(content), content.find(b"PK\x01\x02")
+    while place >= 0:
+        data[place + offset : place + offset + len(value)] = value
+        place = content.find(b"PK\x01\x02", place + 4)
+    return bytes(data)
+
+
+def garbled(content: bytes) -> bytes:
+    data = bytearray(content)
+    for place in range(100, len(data) // 2, 37):
+        data[place] ^= 0xFF
+    return bytes(data)
+
+
+class Canary:
+    def __reduce__(self) -> Any:
+        return (Path("/tmp/amalgam-canary-fired").touch, ())
 
 
 def pickled() -> bytes:
-    class Canary:
-        def __reduce__(self) -> Any:
-            return (Path("/tmp/amalgam-canary-fired").touch, ())
-
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        array = io.BytesIO()
-        np.lib.format.write_array(array, np.array([Canary()], object), allow_pickle=True)
-        archive.writestr("meta.npy", array.getvalue())
+    np.lib.format.write_array(buffer, np.array([Canary()], object), allow_pickle=True)
     return buffer.getvalue()
 
 
-DAMAGE = {
-    "empty": lambda content: b"",
-    "cut off": lambda content: content[: len(content) // 2],
-    "no zip": lambda content: b"x" * 1000,
-    "a pickle": lambda content: pickle.dumps({"a": 1}),
-    "an array of objects": lambda content: pickled(),
-    "no counts": lambda content: rewritten(content, counts=None),
-    "counts of another shape": lambda content: rewritten(content, counts=np.zeros((2, 3, 9), np.int64)),
-    "counts below zero": lambda content: rewritten(content, counts=np.full((2, 3, 8), -1)),
-    "counts as text": lambda content: rewritten(content, counts=np.full((2, 3, 8), "a")),
-    "infinite mass": lambda content: rewritten(content, gate_mass=np.full((2, 3, 8), np.inf)),
-    "another version": lambda content: rewritten(content, version=99),
-    "impossible sizes": lambda content: rewritten(content, num_experts=-8),
-    "sizes of 2^40": lambda content: rewritten(content, num_experts=2**40),
-    "labels that are none": lambda content: rewritten(content, labels=[1, 2]),
-    "too many labels": lambda content: rewritten(content, labels=["a", "b", "c"]),
-    "times that run back": lambda content: rewritten(content, end=0),
-    "no time": lambda content: rewritten(content, start=float("nan")),
-    "no meta": lambda content: rewritten(content, last_activation=np.zeros((1, 1))),
+def twice(content: bytes) -> bytes:
+    buffer = io.BytesIO(content)
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "a") as archive:
+        warnings.simplefilter("ignore")
+        archive.writestr("counts.npy", members(content)["gate_mass.npy"])
+    return buffer.getvalue()
+
+
+GRID = (2, 3, 8)
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "no counts": ({"counts": None}, "it has no counts"),
+    "no requests of labels": ({"label_num_requests": None}, "it has no label_num_requests"),
+    "counts of another shape": ({"counts": np.zeros((2, 3, 9), np.int64)}, r"counts has shape \(2, 3, 9\)"),
+    "counts below zero": ({"counts": np.full(GRID, -1)}, "counts is below zero"),
+    "counts that are no numbers": ({"counts": np.full(GRID, np.nan)}, "counts has .* type float64"),
+    "counts near 2^63": ({"counts": np.full(GRID, 2**63 - 1)}, "absurdly large"),
+    "counts near 2^64": ({"counts": np.full(GRID, 2**64 - 1, np.uint64)}, "absurdly large"),
+    "counts that are not those of the tokens": ({"counts": np.full(GRID, 5)}, "not tokens × active experts"),
+    "counts as text": ({"counts": np.full(GRID, "a")}, "counts is no plain array"),
+    "infinite mass": ({"gate_mass": np.full(GRID, np.inf)}, "gate_mass is below zero, absurdly large"),
+    "mass that is no number": ({"gate_mass": np.full(GRID, np.nan)}, "gate_mass is .* no number"),
+    "mass of 1e308": ({"gate_mass": np.full(GRID, 1e308)}, "gate_mass is .* absurdly large"),
+    "tokens below zero": ({"num_tokens": np.full(2, -5)}, "num_tokens is below zero"),
+    "tokens that are no numbers": ({"num_tokens": np.full(2, np.nan)}, "num_tokens has .* float64"),
+    "requests below zero": ({"num_requests": np.array(-1)}, "num_requests is below zero"),
+    "infinite last activation": ({"last_activation": np.full(GRID[1:], np.inf)}, "impossible time"),
+    "last activation of another shape": ({"last_activation": np.zeros((1, 1))}, "last_activation has shape"),
+    "pairs below zero": ({"together": np.full((3, 8, 8), -1)}, "together has pairs below zero"),
+    "more pairs than tokens": ({"onward": np.full((2, 8, 8), 99)}, "onward has .* more than sampled"),
+    "more sampled tokens than tokens": ({"pair_tokens": np.array(11)}, "pair_tokens is 11, of 10"),
+    "pairs without their number": ({"pair_tokens": None}, "it has no pair_tokens"),
+    "ticks that run back": ({"bucket_ticks": np.array([[7, 7]])}, "bucket_ticks is no row"),
+    "ticks below zero": ({"bucket_ticks": np.array([[-9, -8]])}, "bucket_ticks is no row"),
+    "ticks without their tallies": ({"bucket_ticks": np.array([[1, 2], [2, 3]])}, "bucket_counts has shape"),
+    "ticks that claim 10^17 rows": ({"bucket_ticks": npy(f"({10**17}, 2)")}, "bucket_ticks is cut off"),
+    "ticks without rows": ({"bucket_ticks": np.array(5)}, "IndexError"),
+    "a shape of 2^50": ({"counts": npy(f"({2**50},)")}, "counts has shape"),
+    "a shape of 10^30": ({"counts": npy(f"({10**30},)")}, "counts is no plain array"),
+    "a shape below zero": ({"counts": npy("(-5,)")}, "counts is no plain array"),
+    "a shape that nests": ({"counts": npy("(" * 300 + "1" + ")" * 300)}, "counts is no plain array"),
+    "a header that does not end": ({"counts": npy("(2, '''")}, "counts is no plain array"),
+    "a type of a gigabyte": ({"counts": npy("(10,)", "'V1000000000'")}, "counts is no plain array"),
+    "a type of objects": ({"counts": pickled()}, "counts is no plain array"),
+    "a member that is no array": ({"counts": b"x" * 100}, "counts is no plain array"),
+    "an empty member": ({"counts": b""}, "counts is no plain array"),
+    "an array that is cut off": ({"counts": npy("(2, 3, 8)", data=b"\0" * 100)}, "counts is cut off"),
+    "an array that goes on": ({"counts": npy("(2, 3, 8)", data=b"\0" * 999)}, "more or fewer bytes"),
+    "no meta": ({"meta": None}, "it has no meta"),
+    "a meta that is no JSON": ({"meta": np.frombuffer(b"{nope", np.uint8)}, "JSONDecodeError"),
+    "a meta that is a list": ({"meta": np.frombuffer(b"[]", np.uint8)}, "version"),
+    "a meta that nests": ({"meta": np.frombuffer(b"[" * 100_000, np.uint8)}, "RecursionError"),
+    "another version": ({"version": 99}, "its version is unknown"),
+    "sizes below zero": ({"num_experts": -8}, "num_experts has -8"),
+    "sizes of 2^40": ({"num_experts": 2**40}, "num_experts has 1099511627776"),
+    "layers twice": ({"layer_ids": [1, 1, 2]}, "layer_ids is"),
+    "layers that are none": ({"layer_ids": [1, True, 4]}, "layer_ids has True"),
+    "a million layers": ({"layer_ids": list(range(1_000_000))}, "meta takes"),
+    "more active experts than there are": ({"num_active_experts": 2**30}, "num_active_experts has"),
+    "another model's active experts": ({"num_active_experts": 3}, "not tokens × active experts"),
+    "a model that steers the terminal": ({"model": "\x1b]0;x\x07"}, "model is"),
+    "a model that is none": ({"model": ["a"]}, "model is"),
+    "labels that are none": ({"labels": [1, 2]}, "domain is 1"),
+    "labels that steer the terminal": ({"labels": ["en", "\x1b[31m"]}, "domain is .*x1b"),
+    "labels with half a character": ({"labels": ["en", "\ud800"]}, "domain is .*ud800"),
+    "labels of too many characters": ({"labels": ["en", "z" * 65]}, "domain is 'zzz"),
+    "a label twice": ({"labels": ["en", "en"]}, "a label is there twice"),
+    "too many labels": ({"labels": ["a", "b", "c"]}, "label_counts has shape"),
+    "labels in no list": ({"labels": "en"}, "labels is 'en'"),
+    "times that run back": ({"end": 0}, "before its start"),
+    "no time": ({"start": float("nan")}, "start is nan, which is no time"),
+    "a time long before the universe": ({"start": -1e300}, r"start is -1e\+300"),
+    "a time that no float holds": ({"start": 10**400}, "start is 1000"),
+    "a time long after the sun": ({"end": 1e18}, r"end is 1e\+18"),
+    "a time as text": ({"start": "now"}, "start is 'now'"),
+}
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda content: b"", "BadZipFile"),
+    "cut off": (lambda content: content[: len(content) // 2], "BadZipFile"),
+    "no zip": (lambda content: b"x" * 1000, "BadZipFile"),
+    "a pickle": (lambda content: pickle.dumps({"a": Canary()}), "BadZipFile"),
+    "garbled": (garbled, ""),
+    "encrypted": (lambda content: in_directory(content, 8, b"\x01\x00"), "encrypted"),
+    "compressed by an unknown method": (lambda content: in_directory(content, 10, b"\x63\x00"), "uncommon way"),
+    "compressed as bzip2": (lambda content: zipped(members(content), zipfile.ZIP_BZIP2), "uncommon way"),
+    "compressed as LZMA": (lambda content: garbled(zipped(members(content), zipfile.ZIP_LZMA)), "uncommon way"),
+    "a member twice": (twice, "'counts.npy' twice"),
+    "members that claim 2 GiB each": (
+        lambda content: in_directory(content, 24, b"\xff\xff\xff\x7f"),
+        "unpacks to more than",
+    ),
+    "a meta of 50 MB": (
+        lambda content: rewritten(content, meta=npy("(50000000,)", "'|u1'", b"\0" * 50_000_000)),
+        "meta takes 50000000 bytes",
+    ),
+    "counts of 50 MB": (
+        lambda content: rewritten(content, counts=npy("(6250000,)", data=b"\0" * 50_000_000)),
+        "counts has shape",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_set_is_refused(case: str) -> None:
-    content = DAMAGE[case](saved.to_bytes(busy_tracker(0).saved_set()))
-    with pytest.raises(CheckpointError, match="the file is not a saved set"):
-        saved.from_bytes(content, "the file")
+@pytest.mark.parametrize("case", [*CHANGES, *DAMAGE])
+def test_a_malformed_set_is_refused_by_name_and_takes_no_memory(case: str) -> None:
+    content = zipped(members(saved.to_bytes(busy_tracker(0).saved_set(with_history=True))))
+    if case in CHANGES:
+        changes, message = CHANGES[case]
+        content = rewritten(content, **changes)
+    else:
+        damage, message = DAMAGE[case]
+        content = damage(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="the file is not a saved set") as caught:
+            saved.from_bytes(content, "the file")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert re.search(message, str(caught.value))
+    assert peak < 2**21
     assert not Path("/tmp/amalgam-canary-fired").exists()
 
 
-def test_a_set_that_unpacks_to_too_much_is_refused_before_it_does() -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("meta.npy", b"\0" * 50_000_000)
-    assert len(buffer.getvalue()) < 100_000
-    with pytest.raises(CheckpointError, match="too many bytes"):
-        saved.from_bytes(buffer.getvalue(), "it")
+def test_a_set_with_flipped_bytes_is_refused_or_still_a_set() -> None:
+    rng = np.random.default_rng(0)
+    content = saved.to_bytes(busy_tracker(0).saved_set())
+    for _ in range(500):
+        data = bytearray(content)
+        for place in rng.integers(0, len(data), 3):
+            data[place] = rng.integers(0, 256)
+        with contextlib.suppress(CheckpointError):
+            saved.to_bytes(saved.from_bytes(bytes(data), "it"))
+
+
+def test_other_active_experts_are_another_model_s() -> None:
+    settings = make_tracker(Clock()).settings
+    first, other = (ExpertTracker(LAYER_IDS, 8, top_k, settings, Clock()) for top_k in (TOP_K, 3))
+    with pytest.raises(ConfigError, match="It was counted with 3 active experts per token, and this model has 2"):
+        first.restore(other.saved_set(), "It")
+    with pytest.raises(ConfigError, match="active experts"):
+        saved.merge([first.saved_set(), other.saved_set()])
+
+
+def test_a_model_s_name_is_written_printable() -> None:
+    settings = make_tracker(Clock()).settings
+    tracker = ExpertTracker(LAYER_IDS, 8, TOP_K, settings, Clock(), model="a\n\udcff明")
+    assert saved.from_bytes(saved.to_bytes(tracker.saved_set()), "it").model == "a\ufffd\ufffd明"
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "", ".", "..", ".x", "a\n", "a\0", "<b>", "a" * 300])

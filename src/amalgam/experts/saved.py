@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import uuid
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,16 +28,20 @@ import numpy.typing as npt
 
 from amalgam.errors import CheckpointError, ConfigError, RequestError, describe
 from amalgam.experts.history import NUM_PHASES, Bucket, Tally
-from amalgam.experts.labels import MAX_LABEL_CHARS
+from amalgam.experts.labels import check_label
+from amalgam.experts.npz import ArrayFile
 from amalgam.experts.pairs import PairCounts
 
 _VERSION = 1
-_MAX_FILE_BYTES = 2**31
+_MAX_BYTES = 2**30  # of the file, and of what it unpacks to
 _MAX_META_BYTES = 2**20
+_MAX_LAYERS, _MAX_EXPERTS = 1024, 65536  # as of a model
+_MAX_MODEL_CHARS = 1024
+_MAX_COUNT = 2**46  # nothing counts so far, and a layer's sum stays within int64
+_LAST_TIME = 253_402_300_800.0  # the year 10000, Unix seconds
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _TALLY_FIELDS = ("counts", "gate_mass", "num_tokens", "num_requests")
 _SUFFIX = ".npz"
-_DAMAGE = (ValueError, LookupError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,13 @@ class SavedSet:
     pairs: PairCounts | None = None
     buckets: tuple[Bucket, ...] = ()
 
-    def check_fits(self, layer_ids: Sequence[int], num_experts: int, where: str) -> None:
+    def check_fits(
+        self, layer_ids: Sequence[int], num_experts: int, where: str, num_active_experts: int | None = None
+    ) -> None:
         """
+        Args:
+            num_active_experts: None where only shares are compared.
+
         Raises:
             ConfigError: these are the statistics of another model.
         """
@@ -68,6 +74,12 @@ class SavedSet:
             raise ConfigError(
                 f"{where} holds {len(self.layer_ids)} layers of {self.num_experts} experts, and this model has "
                 f"{len(layer_ids)} of {num_experts}.",
+                remedy="Use statistics of the same model.",
+            )
+        if num_active_experts not in (None, self.num_active_experts):
+            raise ConfigError(
+                f"{where} was counted with {self.num_active_experts} active experts per token, and this model has "
+                f"{num_active_experts}.",
                 remedy="Use statistics of the same model.",
             )
 
@@ -84,7 +96,7 @@ def merge(sets: Sequence[SavedSet]) -> SavedSet:
     labels: dict[str, Tally] = {}
     last = np.full_like(first.last_activation, np.nan)
     for item in sets:
-        item.check_fits(first.layer_ids, first.num_experts, f"The set of {item.model!r}")
+        item.check_fits(first.layer_ids, first.num_experts, f"The set of {item.model!r}", first.num_active_experts)
         total.add(item.total)
         last = np.fmax(last, item.last_activation)
         for label, tally in item.labels.items():
@@ -101,7 +113,7 @@ def to_bytes(saved: SavedSet) -> bytes:
     """The file's content."""
     meta = {
         "version": _VERSION,
-        "model": saved.model,
+        "model": "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in saved.model),
         "layer_ids": saved.layer_ids,
         "num_experts": saved.num_experts,
         "num_active_experts": saved.num_active_experts,
@@ -137,7 +149,7 @@ def from_bytes(content: bytes, where: str) -> SavedSet:
     """
     try:
         return _parse(content)
-    except _DAMAGE as error:
+    except Exception as error:  # the zip and JSON readers of the standard library raise a dozen kinds for a bad file
         raise CheckpointError(
             f"{where} is not a saved set of expert statistics ({type(error).__name__}: {describe(str(error))}).",
             remedy="Save one with `amalgam experts --save FILE.npz`.",
@@ -151,8 +163,8 @@ def load(path: str | Path) -> SavedSet:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise OSError(f"more than {_MAX_FILE_BYTES} bytes")
+        if path.stat().st_size > _MAX_BYTES:
+            raise OSError(f"more than {_MAX_BYTES} bytes")
         content = path.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
@@ -257,80 +269,124 @@ def _stacked(name: str, arrays: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDA
 
 
 def _parse(content: bytes) -> SavedSet:
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what the file claims to hold, before any of it is unpacked
-        sizes = {item.filename: item.file_size for item in archive.infolist()}
-    if sum(sizes.values()) > _MAX_FILE_BYTES or sizes["meta.npy"] > _MAX_META_BYTES:
-        raise ValueError("it unpacks to too many bytes")
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        meta = json.loads(arrays["meta"].tobytes())
-        if not isinstance(meta, dict) or meta["version"] != _VERSION:
-            raise ValueError("its version is unknown")
-        layer_ids = tuple(_whole(value) for value in meta["layer_ids"])
-        num_experts, labels = _whole(meta["num_experts"]), meta["labels"]
-        if not isinstance(meta["model"], str) or not isinstance(labels, list):
-            raise ValueError("meta is malformed")
-        if not all(isinstance(label, str) and 0 < len(label) <= MAX_LABEL_CHARS for label in labels):
-            raise ValueError("a label is malformed")
-        grid = (len(layer_ids), num_experts)
-        ticks = arrays["bucket_ticks"] if "bucket_ticks" in arrays else np.zeros((0, 2), np.int64)
-        _check(ticks, (len(ticks), 2))
-        label_tallies = _tallies(arrays, "label_", len(labels), grid)
-        bucket_tallies = _tallies(arrays, "bucket_", len(ticks), grid)
-        start, end = float(meta["start"]), float(meta["end"])
-        if not math.isfinite(start) or not math.isfinite(end) or start > end:
-            raise ValueError("its times are impossible")
-        return SavedSet(
-            model=meta["model"],
-            layer_ids=layer_ids,
-            num_experts=num_experts,
-            num_active_experts=_whole(meta["num_active_experts"]),
-            start=start,
-            end=end,
-            total=_tally([arrays[name] for name in _TALLY_FIELDS], grid),
-            last_activation=_check(arrays["last_activation"], grid).astype(np.float64),
-            labels=dict(zip(labels, label_tallies, strict=True)),
-            pairs=_pairs(arrays, grid),
-            buckets=tuple(
-                Bucket(first, stop, tally) for (first, stop), tally in zip(ticks.tolist(), bucket_tallies, strict=True)
-            ),
-        )
-
-
-def _tallies(arrays: Any, prefix: str, count: int, grid: tuple[int, int]) -> list[Tally]:
-    if not count:
-        return []
-    columns = [arrays[prefix + name] for name in _TALLY_FIELDS]
-    return [_tally([column[index] for column in columns], grid) for index in range(count)]
-
-
-def _tally(columns: Sequence[npt.NDArray[Any]], grid: tuple[int, int]) -> Tally:
-    counts, gate_mass, num_tokens, num_requests = columns
-    if (counts < 0).any() or not np.isfinite(gate_mass).all():
-        raise ValueError("its counts are impossible")
-    return Tally(
-        _check(counts, (NUM_PHASES, *grid)).astype(np.int64),
-        _check(gate_mass, (NUM_PHASES, *grid)).astype(np.float64),
-        _check(num_tokens, (NUM_PHASES,)).astype(np.int64),
-        _check(num_requests, ()).astype(np.int64),
+    file = ArrayFile(content, _MAX_BYTES)
+    [num_meta_bytes] = file.shape("meta")
+    if num_meta_bytes > _MAX_META_BYTES:
+        raise ValueError(f"meta takes {num_meta_bytes} bytes")
+    meta = json.loads(file.read("meta", (num_meta_bytes,), "u").tobytes())
+    if not isinstance(meta, dict) or meta["version"] != _VERSION:
+        raise ValueError("its version is unknown")
+    layer_ids = tuple(_whole("layer_ids", value, _MAX_LAYERS) for value in _list(meta, "layer_ids"))
+    if len(layer_ids) > _MAX_LAYERS or list(layer_ids) != sorted(set(layer_ids)):
+        raise ValueError(f"layer_ids is {describe(layer_ids)}")
+    num_experts = _whole("num_experts", meta["num_experts"], _MAX_EXPERTS)
+    top_k = _whole("num_active_experts", meta["num_active_experts"], num_experts)
+    model, labels = meta["model"], _list(meta, "labels")
+    if not isinstance(model, str) or len(model) > _MAX_MODEL_CHARS or not model.isprintable():
+        raise ValueError(f"model is {describe(model)}")
+    for label in labels:
+        check_label(label)
+    if len(set(labels)) != len(labels):
+        raise ValueError("a label is there twice")
+    start, end = _time(meta, "start"), _time(meta, "end")
+    if start > end:
+        raise ValueError(f"it ends at {end}, before its start at {start}")
+    grid = (len(layer_ids), num_experts)
+    [total] = _tallies(file, "", (), grid, top_k)
+    last_activation = file.read("last_activation", grid, "f")
+    if not (np.isnan(last_activation) | _is_time(last_activation)).all():
+        raise ValueError("last_activation has an impossible time")
+    return SavedSet(
+        model=model,
+        layer_ids=layer_ids,
+        num_experts=num_experts,
+        num_active_experts=top_k,
+        start=start,
+        end=end,
+        total=total,
+        last_activation=last_activation.astype(np.float64),
+        labels=dict(zip(labels, _tallies(file, "label_", (len(labels),), grid, top_k), strict=True)),
+        pairs=_pairs(file, grid, int(total.num_tokens.sum())),
+        buckets=_buckets(file, grid, top_k),
     )
 
 
-def _pairs(arrays: Any, grid: tuple[int, int]) -> PairCounts | None:
-    if "together" not in arrays:
+def _tallies(
+    file: ArrayFile, prefix: str, count: tuple[int] | tuple[()], grid: tuple[int, int], top_k: int
+) -> list[Tally]:
+    """One tally, or `count` of them from arrays that have a leading axis."""
+    if count == (0,):
+        return []
+    num_layers, _ = grid
+    counts = file.read(f"{prefix}counts", (*count, NUM_PHASES, *grid), "iu")
+    gate_mass = file.read(f"{prefix}gate_mass", (*count, NUM_PHASES, *grid), "f")
+    num_tokens = file.read(f"{prefix}num_tokens", (*count, NUM_PHASES), "iu")
+    num_requests = file.read(f"{prefix}num_requests", count, "iu")
+    for name, array in (("counts", counts), ("num_tokens", num_tokens), ("num_requests", num_requests)):
+        if (array < 0).any() or (array > _MAX_COUNT).any():
+            raise ValueError(f"{prefix}{name} is below zero or absurdly large")
+    if not ((gate_mass >= 0) & (gate_mass <= _MAX_COUNT)).all():
+        raise ValueError(f"{prefix}gate_mass is below zero, absurdly large or no number")
+    expected = np.broadcast_to(num_tokens[..., None].astype(np.int64) * top_k, (*count, NUM_PHASES, num_layers))
+    if not np.array_equal(counts.sum(axis=-1, dtype=np.int64), expected):
+        raise ValueError(f"{prefix}counts is not tokens × active experts in each layer")
+    columns = (counts, gate_mass, num_tokens, num_requests)
+    types = (np.int64, np.float64, np.int64, np.int64)
+    arrays: list[Any] = [column.astype(kind) for column, kind in zip(columns, types, strict=True)]
+    if not count:
+        return [Tally(*arrays)]
+    return [Tally(*(np.asarray(array[index]) for array in arrays)) for index in range(*count)]
+
+
+def _buckets(file: ArrayFile, grid: tuple[int, int], top_k: int) -> tuple[Bucket, ...]:
+    if "bucket_ticks" not in file:
+        return ()
+    count = file.shape("bucket_ticks")[0]
+    ticks = file.read("bucket_ticks", (count, 2), "i")
+    # One after another: each ends after it begins, and begins no earlier than the one before it ends.
+    least_steps = np.tile([1, 0], count)[:-1]
+    if not ((ticks >= 0) & (ticks <= _MAX_COUNT)).all() or (np.diff(ticks.reshape(-1)) < least_steps).any():
+        raise ValueError("bucket_ticks is no row of stretches of time")
+    tallies = _tallies(file, "bucket_", (count,), grid, top_k)
+    return tuple(Bucket(first, stop, tally) for (first, stop), tally in zip(ticks.tolist(), tallies, strict=True))
+
+
+def _pairs(file: ArrayFile, grid: tuple[int, int], num_tokens: int) -> PairCounts | None:
+    if "together" not in file:
         return None
     num_layers, num_experts = grid
-    together = _check(arrays["together"], (num_layers, num_experts, num_experts)).astype(np.int64)
-    onward = _check(arrays["onward"], (max(num_layers - 1, 0), num_experts, num_experts)).astype(np.int64)
-    return PairCounts(int(_check(arrays["pair_tokens"], ())), together, onward)
+    num_sampled = int(file.read("pair_tokens", (), "iu"))
+    if not 0 <= num_sampled <= num_tokens:
+        raise ValueError(f"pair_tokens is {num_sampled}, of {num_tokens} tokens")
+    matrices = []
+    for name, num_matrices in (("together", num_layers), ("onward", max(num_layers - 1, 0))):
+        matrix = file.read(name, (num_matrices, num_experts, num_experts), "iu")
+        if ((matrix < 0) | (matrix > num_sampled)).any():
+            raise ValueError(f"{name} has pairs below zero, or more than sampled tokens")
+        matrices.append(matrix.astype(np.int64))
+    return PairCounts(num_sampled, *matrices)
 
 
-def _check(array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    if array.shape != shape or array.dtype.kind not in "iuf":
-        raise ValueError(f"an array has shape {array.shape} and type {array.dtype}, not {shape}")
-    return array
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise ValueError(f"{describe(value)} is not a whole number")
+def _list(meta: dict[str, Any], name: str) -> list[Any]:
+    value = meta[name]
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {describe(value)}, which is no list")
     return value
+
+
+def _whole(name: str, value: Any, limit: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
+        raise ValueError(f"{name} has {describe(value)}, which is no whole number up to {limit}")
+    return value
+
+
+def _time(meta: dict[str, Any], name: str) -> float:
+    value = meta[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_time(value):
+        raise ValueError(f"{name} is {describe(value)}, which is no time")
+    return float(value)
+
+
+def _is_time(value: Any) -> Any:
+    """Whether Unix seconds, or an array of them, lie before the year 10000."""
+    return (value >= 0) & (value < _LAST_TIME)

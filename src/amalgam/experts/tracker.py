@@ -324,7 +324,7 @@ class ExpertTracker:
         Raises:
             ConfigError: it is of another model.
         """
-        saved.check_fits(self.layer_ids, self.num_experts, where)
+        saved.check_fits(self.layer_ids, self.num_experts, where, self._top_k)
         with self._lock:
             now = self._advance()
             self._cleared_at = min(saved.start, now)
