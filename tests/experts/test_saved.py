@@ -212,6 +212,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "a time long before the universe": ({"start": -1e300}, r"start is -1e\+300"),
     "a time that no float holds": ({"start": 10**400}, "start is 1000"),
     "a time long after the sun": ({"end": 1e18}, r"end is 1e\+18"),
+    "ticks without length": ({"tick_seconds": 0}, "tick_seconds is 0"),
+    "ticks of no number": ({"tick_seconds": float("nan")}, "tick_seconds is nan"),
     "a time as text": ({"start": "now"}, "start is 'now'"),
 }
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -331,6 +333,59 @@ def test_statistics_survive_a_restart(tmp_path: Path) -> None:
     assert third.snapshot().tally.num_tokens.sum() == 15
     assert third.layer_pairs(1).num_tokens == 15
     third.close()
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5, 5.0, 7.0, 10.0, 60.0, 3600.0])
+def test_windows_survive_another_bucket_length(tmp_path: Path, seconds: float) -> None:
+    path, clock = tmp_path / "statistics.npz", Clock()
+    first = make_tracker(clock)
+    first.keep_in(path)
+    for _ in range(300):  # half an hour, a token every six seconds
+        run_tokens(first, 1)
+        clock.now += 6
+    run_tokens(first, 1)
+    first.close()
+    second = make_tracker(clock, bucket_seconds=seconds)
+    second.keep_in(path)
+    assert second.snapshot(60).tally.num_tokens.sum() == 301
+    run_tokens(second, 1)
+    for minutes in (1, 5, 20):  # a window begins early by a bucket of either run, and by a twenty-fourth
+        expected, slack = minutes * 10 + 2, (max(seconds, 5) + 5 + minutes * 60 / 24) / 6 + 1
+        assert -1 <= second.snapshot(minutes).tally.num_tokens.sum() - expected <= slack
+    second.close()
+    third = make_tracker(clock)
+    third.keep_in(path)
+    assert third.snapshot(60).tally.num_tokens.sum() == 302
+    assert third.snapshot(60).tally.counts.sum() == 302 * TOP_K * len(LAYER_IDS)
+    third.close()
+
+
+def test_a_restart_within_a_tick_loses_nothing(tmp_path: Path) -> None:
+    path, clock = tmp_path / "statistics.npz", Clock()
+    for total in (1, 2, 3):
+        tracker = make_tracker(clock)
+        tracker.keep_in(path)
+        run_tokens(tracker, 1)
+        assert tracker.snapshot(1).tally.num_tokens.sum() == total
+        tracker.close()
+
+
+def test_a_file_that_does_not_name_its_ticks_is_read_with_the_former_default(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock()
+    content = saved.to_bytes(busy_tracker(0, clock).saved_set(with_history=True))
+    tracker = make_tracker(clock, bucket_seconds=10)
+    tracker.restore(saved.from_bytes(rewritten(content, tick_seconds=None), "it"), "The file")
+    assert tracker.snapshot(1).tally.num_tokens.sum() == 10
+    assert "The file does not say its statistics.bucket_seconds" in caplog.text
+
+
+def test_labels_that_find_no_room_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = make_tracker(Clock(), max_labels=1)
+    tracker.restore(busy_tracker(0).saved_set(), "The file")
+    assert list(tracker.snapshot().labels) == ["en"]
+    assert "The file has 2 labels, and statistics.max_labels is 1: the last 1 of them are dropped" in caplog.text
 
 
 def test_a_file_of_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:

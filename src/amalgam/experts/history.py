@@ -6,6 +6,7 @@ In: tallies and the time. Out: the tallies of a stretch of time. Must never know
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -112,11 +113,24 @@ class History:
         """When `bucket` begins, in seconds."""
         return bucket.first * self._tick_seconds
 
-    def restore(self, buckets: Iterable[Bucket], now: float) -> None:
-        """Start with buckets of an earlier run, oldest first; those of the future and those too old are left out."""
-        tick = self.tick(now)
-        closed = [Bucket(bucket.first, bucket.stop, bucket.tally.compact()) for bucket in buckets]
-        self._closed, self._open = self._merged([bucket for bucket in closed if bucket.stop <= tick], tick), None
+    def restore(self, buckets: Iterable[Bucket], tick_seconds: float, now: float) -> None:
+        """Start with buckets of an earlier run, oldest first; those of the future and those too old are left out.
+
+        Args:
+            tick_seconds: length of their ticks; where ours are longer, a bucket is taken to begin a little early.
+        """
+        tick, scale = self.tick(now), tick_seconds / self._tick_seconds
+        taken: list[Bucket] = []
+        for bucket in buckets:
+            first, stop = (math.floor(number * scale) for number in (bucket.first, bucket.stop))
+            if first <= tick:
+                # The present tick is still being added to, so that nothing else may reach into it.
+                stop = tick + 1 if first == tick else min(max(stop, first + 1), tick)
+                taken.append(Bucket(first, stop, bucket.tally.compact()))
+        self._closed, self._open = self._merged(taken, tick), None
+        if self._closed and self._closed[-1].first == tick:
+            latest = self._closed.pop()
+            self._open = Bucket(tick, tick + 1, Tally.zeros(*self._grid) + latest.tally)
 
     def clear(self) -> None:
         self._closed, self._open = [], None
@@ -130,7 +144,7 @@ class History:
         """`buckets` without those too old, and with neighbours merged that share a cell of their age's width."""
         result: list[Bucket] = []
         for bucket in buckets:
-            age = tick - bucket.stop
+            age = max(tick - bucket.stop, 0)
             if age >= self._kept_ticks:
                 continue
             width = 1 << ((age // BUCKETS_PER_WIDTH + 1).bit_length() - 1)

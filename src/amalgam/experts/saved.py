@@ -4,7 +4,8 @@ In and out: `SavedSet`, bytes and files. Must never know: the tracker.
 
 Layout of the file (numpy arrays, never pickled), version 1:
 
-    meta              uint8: JSON {version, model, layer_ids, num_experts, num_active_experts, start, end, labels}
+    meta              uint8: JSON {version, model, layer_ids, num_experts, num_active_experts, start, end, labels,
+                      tick_seconds: what a tick of the history takes; old files lack it}
     counts, gate_mass, num_tokens, num_requests            the `Tally` of everything
     label_counts, label_gate_mass, label_num_tokens, label_num_requests    the same with a leading axis, one per label
     last_activation   float64 [layers, experts], Unix seconds, NaN: never
@@ -59,6 +60,7 @@ class SavedSet:
     labels: dict[str, Tally] = field(default_factory=dict)
     pairs: PairCounts | None = None
     buckets: tuple[Bucket, ...] = ()
+    tick_seconds: float | None = None  # None: a file of before it was written down
 
     def check_fits(
         self, layer_ids: Sequence[int], num_experts: int, where: str, num_active_experts: int | None = None
@@ -105,7 +107,15 @@ def merge(sets: Sequence[SavedSet]) -> SavedSet:
             pairs = _add_pairs(pairs, item.pairs)
     start, end = min(item.start for item in sets), max(item.end for item in sets)
     return replace(
-        first, start=start, end=end, total=total, last_activation=last, labels=labels, pairs=pairs, buckets=()
+        first,
+        start=start,
+        end=end,
+        total=total,
+        last_activation=last,
+        labels=labels,
+        pairs=pairs,
+        buckets=(),
+        tick_seconds=None,
     )
 
 
@@ -120,6 +130,7 @@ def to_bytes(saved: SavedSet) -> bytes:
         "start": saved.start,
         "end": saved.end,
         "labels": list(saved.labels),
+        "tick_seconds": saved.tick_seconds,
     }
     arrays: dict[str, npt.NDArray[Any]] = {
         "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
@@ -308,6 +319,7 @@ def _parse(content: bytes) -> SavedSet:
         labels=dict(zip(labels, _tallies(file, "label_", (len(labels),), grid, top_k), strict=True)),
         pairs=_pairs(file, grid, int(total.num_tokens.sum())),
         buckets=_buckets(file, grid, top_k),
+        tick_seconds=_tick_seconds(meta),
     )
 
 
@@ -384,6 +396,15 @@ def _time(meta: dict[str, Any], name: str) -> float:
     value = meta[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not _is_time(value):
         raise ValueError(f"{name} is {describe(value)}, which is no time")
+    return float(value)
+
+
+def _tick_seconds(meta: dict[str, Any]) -> float | None:
+    value = meta.get("tick_seconds")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LAST_TIME:
+        raise ValueError(f"tick_seconds is {describe(value)}")
     return float(value)
 
 

@@ -10,6 +10,7 @@ some dozens or somebody asks: for each to be summed up alone would cost several 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 _MAX_PENDING_ROWS = 256
 _MAX_PENDING_STEPS = 64
+_FORMER_TICK_SECONDS = 5.0  # the default when files did not hold it yet
+
+logger = logging.getLogger("amalgam.experts")
 
 
 @dataclass(frozen=True)
@@ -316,6 +320,7 @@ class ExpertTracker:
                 labels=self._labels.copy(),
                 pairs=self._pairs.read() if self._pairs.sampling else None,
                 buckets=tuple(self._history.since(-np.inf)) if with_history else (),
+                tick_seconds=self.settings.bucket_seconds if with_history else None,
             )
 
     def restore(self, saved: SavedSet, where: str) -> None:
@@ -335,7 +340,21 @@ class ExpertTracker:
                     mine.add(tally)
             if saved.pairs is not None:
                 self._pairs.restore(saved.pairs)
-            self._history.restore(saved.buckets, now)
+            self._history.restore(saved.buckets, saved.tick_seconds or _FORMER_TICK_SECONDS, now)
+        if num_dropped := max(len(saved.labels) - self.settings.max_labels, 0):
+            logger.warning(
+                "%s has %d labels, and statistics.max_labels is %d: the last %d of them are dropped.",
+                where,
+                len(saved.labels),
+                self.settings.max_labels,
+                num_dropped,
+            )
+        if saved.buckets and saved.tick_seconds is None:
+            logger.warning(
+                "%s does not say its statistics.bucket_seconds; its windows are read as if it had been %g.",
+                where,
+                _FORMER_TICK_SECONDS,
+            )
 
     def keep_in(self, path: Path) -> None:
         """Go on from the statistics in a file, if there is one, and write them to it now and then and at the end.
