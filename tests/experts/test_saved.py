@@ -289,10 +289,22 @@ def test_a_model_s_name_is_written_printable() -> None:
     assert saved.from_bytes(saved.to_bytes(tracker.saved_set()), "it").model == "a\ufffd\ufffd明"
 
 
-@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "", ".", "..", ".x", "a\n", "a\0", "<b>", "a" * 300])
-def test_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["../a", "/etc/passwd", "a/b", "", ".", "..", ".x", "a\n", "a\0", "<b>", "a" * 201, ".npz", "a.npz.npz", None],
+)
+def test_names_stay_in_their_folder(tmp_path: Path, name: Any) -> None:
     with pytest.raises(RequestError, match="name is"):
         saved.load_named(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["a", "a.b", "npz", "x.npz", "a" * 196, "a" * 197, "a" * 200])
+def test_a_set_is_found_under_the_name_it_was_saved_by(tmp_path: Path, name: str) -> None:
+    path = saved.named_path(tmp_path, name)
+    saved.write_file(tmp_path, path.name, saved.to_bytes(busy_tracker(0).saved_set()))
+    (tmp_path / "x.npz.npz").write_bytes(b"of somebody else")  # no name leads to it
+    assert saved.list_names(tmp_path) == [name.removesuffix(".npz")]
+    assert saved.load_named(tmp_path, saved.list_names(tmp_path)[0]).total.num_tokens.sum() == 10
 
 
 def test_a_link_is_no_saved_set(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ _MAX_LAYERS, _MAX_EXPERTS = 1024, 65536  # as of a model
 _MAX_MODEL_CHARS = 1024
 _MAX_COUNT = 2**46  # nothing counts so far, and a layer's sum stays within int64
 _LAST_TIME = 253_402_300_800.0  # the year 10000, Unix seconds
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_MAX_NAME_CHARS = 200  # of a set
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TALLY_FIELDS = ("counts", "gate_mass", "num_tokens", "num_requests")
 _SUFFIX = ".npz"
 
@@ -184,16 +185,18 @@ def load(path: str | Path) -> SavedSet:
 
 
 def check_name(name: str) -> str:
-    """A saved set's name, which is its file's name without `.npz`.
+    """A saved set's name, which is its file's name without `.npz`; the file's name is taken too.
 
     Raises:
         RequestError: not a plain name.
     """
-    if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
-        raise RequestError(
-            f"name is {describe(name)}.", remedy="Use a letter or digit, then letters, digits, . _ and -; at most 200."
-        )
-    return name.removesuffix(_SUFFIX)
+    if isinstance(name, str) and _is_name(short := name.removesuffix(_SUFFIX)):
+        return short
+    raise RequestError(
+        f"name is {describe(name)}.",
+        remedy=f"Use a letter or digit, then letters, digits, . _ and -; at most {_MAX_NAME_CHARS}, and not {_SUFFIX} "
+        "twice.",
+    )
 
 
 def named_path(folder: str | Path, name: str) -> Path:
@@ -221,7 +224,7 @@ def load_named(folder: str | Path, name: str) -> SavedSet:
 def list_names(folder: str | Path) -> list[str]:
     """The saved sets in a folder, by name."""
     paths = Path(folder).glob(f"*{_SUFFIX}")
-    return sorted(path.stem for path in paths if _SAFE_NAME.fullmatch(path.name) and is_plain_file(path))
+    return sorted(path.stem for path in paths if _is_name(path.stem) and is_plain_file(path))
 
 
 def is_plain_file(path: Path) -> bool:
@@ -239,7 +242,7 @@ def write_file(folder: str | Path, name: str, content: str | bytes) -> Path:
         RequestError: `name` is not a plain file name.
         ConfigError: the folder cannot be written to.
     """
-    if not _SAFE_NAME.fullmatch(name):
+    if not _SAFE_NAME.fullmatch(name) or len(name) > _MAX_NAME_CHARS + len(_SUFFIX):
         raise RequestError(f"File name {describe(name)} is not a plain name.", remedy="Use letters, digits, . _ and -.")
     try:
         return replace_file(Path(folder) / name, content)
@@ -265,6 +268,11 @@ def replace_file(target: Path, content: str | bytes) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _is_name(text: str) -> bool:
+    # A name that ends as files do would name two files: its own, and the one without the second ending.
+    return len(text) <= _MAX_NAME_CHARS and not text.endswith(_SUFFIX) and _SAFE_NAME.fullmatch(text) is not None
 
 
 def _add_pairs(first: PairCounts | None, second: PairCounts) -> PairCounts:
