@@ -177,7 +177,7 @@ def test_a_file_is_written_complete(tmp_path: Path) -> None:
     assert {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()} == {"a.csv": "again"}
 
 
-@pytest.mark.parametrize("name", ["../a", "/tmp/a", "a/b", "a\\b", "", ".", "..", ".hidden", "a\n", "a\0", "a" * 201])
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "a/b", "a\\b", "", ".", "..", ".hidden", "a\n", "a\0", "a" * 205])
 def test_a_name_that_is_not_plain_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RequestError, match="plain name"):
         write_file(tmp_path / "exports", name, "text")
@@ -192,6 +192,18 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
     write_file(folder, "a.json", "{}")
     assert outside.read_text() == "untouched"
     assert (folder / "a.json").read_text() == "{}"
+
+
+def test_a_full_folder_takes_no_more_files(tmp_path: Path) -> None:
+    for index in range(1000):
+        (tmp_path / f"{index}.json").touch()
+    with pytest.raises(ConfigError, match=r"export folder .*holds 1000 files.*Remove .*server\.export_dir") as caught:
+        write_file(tmp_path, "a.json", "{}")
+    assert str(tmp_path) in str(caught.value)
+    assert not (tmp_path / "a.json").exists()
+    assert write_file(tmp_path, "7.json", "{}").read_text() == "{}"  # in place of the old one
+    (tmp_path / "8.json").unlink()
+    assert write_file(tmp_path, "a.json", "{}").exists()
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:

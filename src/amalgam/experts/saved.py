@@ -41,6 +41,7 @@ _MAX_MODEL_CHARS = 1024
 _MAX_COUNT = 2**46  # nothing counts so far, and a layer's sum stays within int64
 _LAST_TIME = 253_402_300_800.0  # the year 10000, Unix seconds
 _MAX_NAME_CHARS = 200  # of a set
+_MAX_FILES = 1000  # in the export folder; a client could fill the disk
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TALLY_FIELDS = ("counts", "gate_mass", "num_tokens", "num_requests")
 _SUFFIX = ".npz"
@@ -240,12 +241,18 @@ def write_file(folder: str | Path, name: str, content: str | bytes) -> Path:
 
     Raises:
         RequestError: `name` is not a plain file name.
-        ConfigError: the folder cannot be written to.
+        ConfigError: the folder cannot be written to, or is full.
     """
     if not _SAFE_NAME.fullmatch(name) or len(name) > _MAX_NAME_CHARS + len(_SUFFIX):
         raise RequestError(f"File name {describe(name)} is not a plain name.", remedy="Use letters, digits, . _ and -.")
+    target = Path(folder) / name
     try:
-        return replace_file(Path(folder) / name, content)
+        if not target.exists() and _num_files(target.parent) >= _MAX_FILES:
+            raise ConfigError(
+                f"The export folder {str(folder)!r} holds {_MAX_FILES} files, the most that are kept there.",
+                remedy="Remove those that are not needed, or set server.export_dir to another folder.",
+            )
+        return replace_file(target, content)
     except OSError as error:
         raise ConfigError(
             f"Cannot write to the export folder {str(folder)!r}: {error.strerror}.",
@@ -273,6 +280,10 @@ def replace_file(target: Path, content: str | bytes) -> Path:
 def _is_name(text: str) -> bool:
     # A name that ends as files do would name two files: its own, and the one without the second ending.
     return len(text) <= _MAX_NAME_CHARS and not text.endswith(_SUFFIX) and _SAFE_NAME.fullmatch(text) is not None
+
+
+def _num_files(folder: Path) -> int:
+    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
 
 
 def _add_pairs(first: PairCounts | None, second: PairCounts) -> PairCounts:
