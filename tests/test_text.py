@@ -75,6 +75,17 @@ class TestTokenizer:
     def test_decoding_gives_the_text_back(self, tokenizer, name):
         assert tokenizer.decode(tokenizer.encode(TEXTS[name])) == TEXTS[name]
 
+    @pytest.mark.parametrize("name", set(TEXTS) - {"special"})
+    def test_the_bytes_of_the_tokens_are_those_of_the_text(self, tokenizer, name):
+        token_ids = tokenizer.encode(TEXTS[name])
+        assert b"".join(map(tokenizer.token_bytes, token_ids)) == TEXTS[name].encode()
+
+    def test_bytes_that_are_spelled_out_are_bytes(self):
+        backend = Backend(models.BPE({"<0xE6>": 0, "a": 1}, [], byte_fallback=True))
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        spelled = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+        assert [spelled.token_bytes(token_id) for token_id in (0, 1)] == [b"\xe6", b"a"]
+
     def test_special_tokens_have_no_text(self, tokenizer):
         assert tokenizer.decode(tokenizer.encode(TEXTS["special"])) == "onetwo three"
 

@@ -7,6 +7,7 @@ Must never know: tensors, requests, HTTP.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ _MAX_JSON_BYTES = 64 * 2**20
 _MESSAGE_FIELDS = {"role", "content"}
 _UNDECODABLE = "\ufffd"
 _MAX_HELD_TOKENS = 64
+
+
+def _byte_letters() -> dict[str, int]:
+    """How byte-level BPE spells bytes: printable Latin-1 as itself, the others in order from U+0100 (as GPT-2 did)."""
+    as_themselves = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = [byte for byte in range(256) if byte not in as_themselves]
+    return {chr(byte): byte for byte in as_themselves} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_letters()
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells them
 
 
 class Tokenizer:
@@ -129,6 +141,15 @@ class Tokenizer:
         """One token as text, special ones too; bytes that are no whole character show as �."""
         text: str = self._backend.decode([token_id], skip_special_tokens=False)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token as UTF-8, and one that is part of a character as the bytes that it stands for."""
+        text, piece = self.token_text(token_id), self._backend.id_to_token(token_id) or ""
+        if found := _BYTE_PIECE.fullmatch(piece):
+            return bytes.fromhex(found[1])
+        if _UNDECODABLE in text and all(letter in _BYTE_OF_LETTER for letter in piece):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+        return text.encode()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids; special tokens and ids beyond the vocabulary give none."""

@@ -19,6 +19,7 @@ class PromptTrace:
 
     token_ids: tuple[int, ...]
     texts: tuple[str, ...]
+    token_bytes: tuple[bytes, ...]  # the same, exact where a character is spread over several tokens
     num_prompt_tokens: int
     routing: RoutingTrace
 
@@ -50,4 +51,5 @@ def trace_prompt(deployment: Deployment, text: str, *, as_chat: bool = False, ma
     assert answer.trace is not None
     computed = (*token_ids, *answer.token_ids)[: len(answer.trace.expert_ids)]
     texts = tuple(tokenizer.token_text(token_id) for token_id in computed)
-    return PromptTrace(computed, texts, len(token_ids), answer.trace)
+    token_bytes = tuple(tokenizer.token_bytes(token_id) for token_id in computed)
+    return PromptTrace(computed, texts, token_bytes, len(token_ids), answer.trace)
