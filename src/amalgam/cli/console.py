@@ -45,6 +45,11 @@ def print_json(value: Any) -> None:
     typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
 
 
+def escaped(text: str) -> str:
+    """`text` on one line, with everything escaped that could steer a terminal."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def human_bytes(count: float) -> str:
     """1234567 → `1.2 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
