@@ -107,7 +107,7 @@ def test_png_shows_hot_red_cold_blue_and_unused_grey() -> None:
     relative = np.ones((3, 8))
     relative[0, 0], relative[1, 1], relative[2, 2] = 8, 1 / 8, 0
     pixels = decode_png(heatmap_png(relative, LAYER_IDS)).astype(int)
-    left, top, cell = 60, 26, 32
+    left, top, cell = 60, 40, 32
     hot, cold, unused, even = (
         pixels[top + cell * row + 16, left + cell * expert + 16] for row, expert in ((0, 0), (1, 1), (2, 2), (0, 5))
     )
@@ -121,6 +121,29 @@ def test_png_shows_hot_red_cold_blue_and_unused_grey() -> None:
 def test_png_of_any_size(shape: tuple[int, int]) -> None:
     pixels = decode_png(heatmap_png(np.ones(shape), range(shape[0])))
     assert pixels.shape[1] < 2400
+
+
+def test_png_has_a_title_axes_and_a_legend() -> None:
+    def drawn(captions: tuple[str, ...]) -> np.ndarray:
+        return (decode_png(heatmap_png(np.ones((3, 8)), LAYER_IDS, captions)) == 40).all(axis=-1)
+
+    bare, titled = drawn(()), drawn(("Demo", "10 tokens"))
+    height = titled.shape[0] - bare.shape[0]
+    np.testing.assert_array_equal(titled[height + 8 :], bare[8:])
+    assert bare[:40, 60:108].any() and bare[24:40, :60].any()  # EXPERT above the numbers, LAYER beside them
+    assert bare[:, -100:].any()  # what the colours mean
+    lines = [titled[8:18], titled[24:34]]
+    assert all(line.any() for line in lines) and not titled[18:24].any()
+    np.testing.assert_array_equal(drawn(("dEMO", "10 tokens")), titled)
+    assert (drawn(("Memo", "10 tokens")) != titled).any()
+    hostile = ("<script>\n明月\ud800" * 100, "\x1b[31m")  # cut, and marks for what has no letter
+    assert drawn(hostile).shape == titled.shape
+
+
+def test_the_picture_names_its_model(tracker: ExpertTracker) -> None:
+    first, second = (decode_png(export(tracker, "png", model=name).content) for name in ("demo", "other"))
+    assert first.shape == second.shape and (first != second).any()
+    assert (first[40:] == second[40:]).all()
 
 
 class Page(HTMLParser):

@@ -1,4 +1,4 @@
-"""A grid of numbers → a PNG heatmap with axes and a colour bar.
+"""A grid of numbers → a PNG heatmap with a title, axes and a legend.
 
 In: an array. Out: bytes. Follows the PNG specification (ISO/IEC 15948), true colour, 8 bits, no interlacing.
 
@@ -20,15 +20,23 @@ _STOPS = ((5, 48, 97), (67, 147, 195), (209, 229, 240), (247, 247, 247), (253, 2
 _UNUSED = (64, 64, 64)
 _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
 _SCALE = 2  # pixels of one dot of a letter
-# 3 × 5 dots, five rows of three bits.
+_LINE = 8 * _SCALE
+_MARGIN = 8
+_MIN_WIDTH, _LEGEND_WIDTH, _LEGEND_HEIGHT = 256, 126, 124
+# 3 × 5 dots, five rows of three bits. Small letters are written as capitals, what is not here as a question mark.
 _FONT = {
     "0": 0b111101101101111, "1": 0b010110010010111, "2": 0b111001111100111, "3": 0b111001111001111,
     "4": 0b101101111001001, "5": 0b111100111001111, "6": 0b111100111101111, "7": 0b111001010010010,
-    "8": 0b111101111101111, "9": 0b111101111001111, "/": 0b001001010100100, "X": 0b101101010101101,
-    "A": 0b010101111101101, "E": 0b111100110100111, "L": 0b100100100100111, "P": 0b110101110100100,
-    "R": 0b110101110101101, "S": 0b111100111001111, "T": 0b111010010010010, "Y": 0b101101010010010,
-    "H": 0b101101111101101, "U": 0b101101101101111, "N": 0b110101101101101, "D": 0b110101101101110,
-    "V": 0b101101101101010, " ": 0,
+    "8": 0b111101111101111, "9": 0b111101111001111, "A": 0b010101111101101, "B": 0b110101110101110,
+    "C": 0b111100100100111, "D": 0b110101101101110, "E": 0b111100110100111, "F": 0b111100110100100,
+    "G": 0b111100101101111, "H": 0b101101111101101, "I": 0b111010010010111, "J": 0b001001001101111,
+    "K": 0b101101110101101, "L": 0b100100100100111, "M": 0b101111111101101, "N": 0b110101101101101,
+    "O": 0b010101101101010, "P": 0b110101110100100, "Q": 0b010101101110011, "R": 0b110101110101101,
+    "S": 0b011100010001110, "T": 0b111010010010010, "U": 0b101101101101111, "V": 0b101101101101010,
+    "W": 0b101101111111101, "X": 0b101101010101101, "Y": 0b101101010010010, "Z": 0b111001010100111,
+    "/": 0b001001010100100, "-": 0b000000111000000, "_": 0b000000000000111, ".": 0b000000000000010,
+    ",": 0b000000000010100, ":": 0b000010000010000, "(": 0b001010010010001, ")": 0b100010010010100,
+    "+": 0b000010111010000, "=": 0b000111000111000, "?": 0b111001011000010, " ": 0,
 }  # fmt: skip
 _Pixels = npt.NDArray[np.uint8]  # [height, width, 3]
 
@@ -43,26 +51,41 @@ def encode_png(pixels: _Pixels) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(map(_chunk, *zip(*chunks, strict=True)))
 
 
-def heatmap_png(relative_share: npt.NDArray[np.float64], layer_ids: Sequence[int]) -> bytes:
+def heatmap_png(
+    relative_share: npt.NDArray[np.float64], layer_ids: Sequence[int], captions: Sequence[str] = ()
+) -> bytes:
     """Layers down, experts across; red is above an even share, blue below, grey never used.
+
+        captions
+               EXPERT
+        LAYER  0   1   2  …      legend
+            0  ▒▒▒▒▒▒▒▒▒▒▒▒
 
     Args:
         relative_share: `[layers, experts]`, 1 is an even share.
+        captions: lines above it, cut where they are too long; the first is the title.
     """
     num_layers, num_experts = relative_share.shape
     cell = int(np.clip(1024 // max(num_experts, 1), 4, 32))
-    left, top, right, bottom = 60, 26, 110, 14
-    width, height = left + cell * max(num_experts, 8) + right, top + max(cell * num_layers, 110) + bottom
+    left, top = 60, _MARGIN + _LINE * (len(captions) + 2)
+    grid_width = max(cell * num_experts, _MIN_WIDTH)
+    width, height = left + grid_width + _LEGEND_WIDTH, top + max(cell * num_layers, _LEGEND_HEIGHT) + _MARGIN
     image = np.full((height, width, 3), _BACKGROUND, np.uint8)
+    for index, caption in enumerate(captions):
+        room = (width - 2 * _MARGIN) // _text_width("0")
+        text = caption if len(caption) <= room else caption[: room - 2] + ".."
+        _write(image, _MARGIN, _MARGIN + _LINE * index, text)
     colours = _colours(relative_share)
     cells = colours.repeat(cell, axis=0).repeat(cell, axis=1)
     image[top : top + cells.shape[0], left : left + cells.shape[1]] = cells
-    _write(image, 4, 6, "LAYER")
+    _write(image, left, top - 2 * _LINE, "EXPERT")
+    _write(image, _MARGIN, top - _LINE, "LAYER")
     for row in range(0, num_layers, _stride(num_layers, cell, 16)):
-        _write(image, 10, top + cell * row + (cell - 5 * _SCALE) // 2, str(layer_ids[row]))
+        text = str(layer_ids[row])
+        _write(image, left - _MARGIN - _text_width(text), top + cell * row + (cell - 5 * _SCALE) // 2, text)
     for expert_id in range(0, num_experts, _stride(num_experts, cell, 40)):
-        _write(image, left + cell * expert_id, 6, str(expert_id))
-    _colour_bar(image, left + cell * max(num_experts, 8) + 16, top)
+        _write(image, left + cell * expert_id, top - _LINE, str(expert_id))
+    _legend(image, left + grid_width + 2 * _MARGIN, top)
     return encode_png(image)
 
 
@@ -76,21 +99,26 @@ def _colours(relative_share: npt.NDArray[np.float64]) -> _Pixels:
     return colours
 
 
-def _colour_bar(image: _Pixels, left: int, top: int) -> None:
-    levels = np.linspace(RANGE, -RANGE, 70)
-    image[top : top + 70, left : left + 14] = _colours(2.0**levels)[:, None]
-    for text, offset in (("8X EVEN", 0), ("1X", 30), ("1/8X", 60)):
+def _legend(image: _Pixels, left: int, top: int) -> None:
+    levels = np.linspace(RANGE, -RANGE, 90)
+    image[top : top + 90, left : left + 14] = _colours(2.0**levels)[:, None]
+    for text, offset in (("8X EVEN", 0), ("2X", 25), ("EVEN", 40), ("1/2X", 55), ("1/8X", 80)):
         _write(image, left + 20, top + offset, text)
-    image[top + 84 : top + 98, left : left + 14] = _UNUSED
-    _write(image, left + 20, top + 86, "UNUSED")
+    image[top + 102 : top + 116, left : left + 14] = _UNUSED
+    _write(image, left + 20, top + 104, "NEVER USED")
 
 
 def _write(image: _Pixels, left: int, top: int, text: str) -> None:
-    for index, letter in enumerate(text):
-        dots = np.array([int(bit) for bit in f"{_FONT[letter]:015b}"], bool).reshape(5, 3)
+    for index, letter in enumerate(text.upper()):
+        dots = np.array([int(bit) for bit in f"{_FONT.get(letter, _FONT['?']):015b}"], bool).reshape(5, 3)
         dots = dots.repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)
-        x = left + index * 4 * _SCALE
-        image[top : top + dots.shape[0], x : x + dots.shape[1]][dots] = _INK
+        x = left + index * _text_width("0")
+        place = image[top : top + dots.shape[0], x : x + dots.shape[1]]
+        place[dots[: place.shape[0], : place.shape[1]]] = _INK
+
+
+def _text_width(text: str) -> int:
+    return 4 * _SCALE * len(text)
 
 
 def _stride(count: int, cell: int, pixels: int) -> int:

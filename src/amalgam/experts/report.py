@@ -94,7 +94,12 @@ def _parquet(overview: Overview, model: str) -> bytes:
 
 def _png(overview: Overview, model: str) -> bytes:
     snapshot = overview.snapshot
-    return heatmap_png(relative_share(snapshot.tally.counts.sum(axis=0)), snapshot.layer_ids)
+    window = "since the last reset" if snapshot.minutes is None else f"in the last {snapshot.minutes:g} minutes"
+    captions = (
+        f"Expert use of {model or 'a model without a name'}",
+        f"{snapshot.tally.num_tokens.sum()} tokens {window}",
+    )
+    return heatmap_png(relative_share(snapshot.tally.counts.sum(axis=0)), snapshot.layer_ids, captions)
 
 
 def _html(overview: Overview, model: str) -> bytes:
