@@ -178,6 +178,11 @@ BAD = {
     "a temperature out of range": (["generate", "x", "--model", str(DEMO), "--temperature", "-1"], 2, "-1"),
     "an unknown shape": (["bench", "--shape", "XXL"], 2, "XXL"),
     "nothing to measure": (["bench"], 2, "--shape"),
+    "a reference that is not there": (
+        ["generate", "x", "--model", str(DEMO), "--statistics.reference", "nowhere.npz"],
+        2,
+        "statistics.reference is 'nowhere.npz'",
+    ),
     "no server": (["experts", "--url", "http://127.0.0.1:9"], 6, "127.0.0.1:9"),
     "a prompt for no model": (["experts", "--prompt", "x"], 2, "--model"),
     "a layer that does not exist": (["experts", "--prompt", "x", "--model", str(DEMO), "--layer", "9"], 2, "9"),

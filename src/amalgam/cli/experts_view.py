@@ -91,7 +91,7 @@ def _head(statistics: dict[str, Any]) -> list[Text]:
         f"{_rate(summary['rates']['activations_per_second'])} {since}",
     ]
     if labels := statistics.get("labels"):
-        lines.append("Tokens by domain: " + ", ".join(f"{row['label']} {row['tokens']}" for row in labels))
+        lines.append("Tokens by domain: " + ", ".join(f"{escaped(row['label'])} {row['tokens']}" for row in labels))
     return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
 
 
@@ -111,7 +111,9 @@ def _busiest(rows: Sequence[dict[str, Any]]) -> RenderableType:
 
 
 def _hints(statistics: dict[str, Any]) -> list[Text]:
-    return [Text(f"• {hint['text']}", _MARKS.get(hint["severity"], "")) for hint in statistics.get("hints", [])]
+    return [
+        Text(f"• {escaped(hint['text'])}", _MARKS.get(hint["severity"], "")) for hint in statistics.get("hints", [])
+    ]
 
 
 def _wrapped(texts: Sequence[Text], width: int) -> list[Text]:

@@ -34,7 +34,7 @@ from amalgam.experts.npz import ArrayFile
 from amalgam.experts.pairs import PairCounts
 
 _VERSION = 1
-_MAX_BYTES = 2**30  # of the file, and of what it unpacks to
+_MAX_BYTES = 2**31  # of the file, and of what it unpacks to
 _MAX_META_BYTES = 2**20
 _MAX_LAYERS, _MAX_EXPERTS = 1024, 65536  # as of a model
 _MAX_MODEL_CHARS = 1024
