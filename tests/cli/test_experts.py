@@ -179,6 +179,7 @@ def test_the_server_s_address_is_that_of_the_settings(capsys: pytest.CaptureFixt
 MODEL = ["--model", str(DEMO)]
 MISTAKES = {
     "watching as JSON": (["--watch", "--json"], "--watch and --json are given together"),
+    "one layer as JSON": (["--prompt", "x", *MODEL, "--layer", "1", "--json"], "--layer and --json are given together"),
     "watching without a screen": (["--watch"], "--watch needs a terminal"),
     "watching a prompt": (["--watch", "--prompt", "x", *MODEL], "--watch is given together with --prompt"),
     "a chat without a prompt": (["--chat"], "--chat is given alone. It goes with --prompt"),
@@ -190,6 +191,9 @@ MISTAKES = {
     "a merger as JSON": (["--merge", "a.npz", "--save", "c.npz", "--json"], "--json is given together with --merge"),
     "an address for a prompt": (["--prompt", "x", "--url", "http://a", *MODEL], "--url is given together"),
     "an address that is none": (["--url", "localhost:8080"], "--url is 'localhost:8080'"),
+    "an address without a host": (["--url", "http://"], "--url is 'http://'"),
+    "an address that is cut off": (["--url", "http://[::1"], "--url is 'http://[::1'"),
+    "an address with a word for a port": (["--url", "http://a:b"], "--url is 'http://a:b'"),
     "a layer that does not exist": (["--prompt", "x", *MODEL, "--layer", "77"], "--layer is 77. Layers with experts"),
     "a prompt for no model": (["--prompt", ""], "--model"),
 }
@@ -215,6 +219,16 @@ def test_a_file_that_is_not_there_is_called_so(saved: Path, capsys: pytest.Captu
     assert code == 3 and "Cannot read 'typo.npz': No such file" in err
     code, _, err = run(capsys, "--compare", str(saved), "saved:x")
     assert code == 2 and "'saved:x' is a set of the server" in err
+
+
+@pytest.mark.parametrize("target", ["", "folder"])
+def test_a_place_that_takes_no_file_is_named(
+    saved: Path, target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    Path("folder").mkdir()
+    code, _, err = run(capsys, "--merge", str(saved), "--save", target)
+    assert code == 2 and "Cannot write" in err and "Choose another --save" in err
 
 
 def test_sets_of_different_models_are_not_compared(

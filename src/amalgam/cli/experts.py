@@ -106,15 +106,21 @@ def _check_combination(given: set[str]) -> None:
         owners = [owner or "a server's statistics" for owner, taken in _TAKES.items() if flag in taken]
         where = f"together with {kind}" if kind else "alone"
         raise ConfigError(f"{flag} is given {where}.", remedy=f"It goes with {' or '.join(owners)}.")
-    if {"--watch", "--json"} <= given:
-        raise ConfigError("--watch and --json are given together.", remedy="Give one of them.")
+    for flag in ("--watch", "--layer"):  # JSON is printed once, and has all layers
+        if {flag, "--json"} <= given:
+            raise ConfigError(f"{flag} and --json are given together.", remedy="Give one of them.")
 
 
 def _address(url: str | None, server: ServerSettings) -> str:
     if url is None:
         host = _EVERY_ADDRESS.get(server.host, server.host)
         return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise ConfigError(f"--url is {url!r}.", remedy="Expected an address like http://127.0.0.1:8080.")
     return url.rstrip("/")
 
@@ -251,8 +257,9 @@ def _write(path: Path, content: bytes) -> None:
 
     try:
         replace_file(path, content)
-    except OSError as error:
-        raise ConfigError(f"Cannot write {str(path)!r}: {error.strerror}.", remedy="Choose another --save.") from None
+    except (OSError, ValueError) as error:  # the latter for a path without a file's name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Cannot write {str(path)!r}: {reason}.", remedy="Choose another --save.") from None
     err.print(f"Saved {path} ({human_bytes(len(content))}).", markup=False, highlight=False)
 
 
