@@ -143,6 +143,7 @@ def encode(text: str) -> list[int]:
 class FakeDeployment:
     engine: FakeEngine = field(default_factory=FakeEngine)
     observer: Any = None
+    num_experts: int = 0
     model_name: str = "fake"
     is_closed: bool = False
     encode: Callable[[str], list[int]] = encode
@@ -157,7 +158,15 @@ class FakeDeployment:
         return SimpleNamespace(encode=self.encode, token_text=chr)
 
     def model_info(self) -> dict[str, Any]:
-        return {"architecture": "fake", "weight_version": self.engine.version.version_id}
+        row = {"weights": 1, "bytes": 2}
+        return {
+            "architecture": "fake",
+            "sizes": {"layers": 2, "experts_per_layer": self.num_experts},
+            "sources": {"base": {"path": "fake", **row}},
+            "precisions": {"bf16": {"parameters": 1, **row}},
+            "memory": {"weights_bytes": 2, "kv_cache_bytes": 0, "process_peak_bytes": 0},
+            "weight_version": self.engine.version.version_id,
+        }
 
     def update_weight_mapping(self, mapping: dict[str, str]) -> Any:
         before = self.engine.version.version_id

@@ -53,7 +53,7 @@ class LargeDeployment(FakeDeployment):
     spec = SimpleNamespace(num_experts=NUM_EXPERTS)
 
     def __init__(self) -> None:
-        super().__init__(FakeEngine(version=LargeVersion(1)), make_tracker(), HOSTILE % "model")
+        super().__init__(FakeEngine(version=LargeVersion(1)), make_tracker(), model_name=HOSTILE % "model")
 
     def model_info(self) -> dict[str, Any]:
         weights = [origin.format for origin in self.version.origins.values()]

@@ -14,7 +14,7 @@ from amalgam.llm import open_deployment
 from tests.conftest import DEMO
 from tests.server.browser import Page, open_browser
 from tests.server.conftest import serving, wait_until
-from tests.server.fakes import fake_settings
+from tests.server.fakes import FakeDeployment, fake_settings
 from tests.server.large import LABELS, NUM_EXPERTS, NUM_LAYERS, LargeDeployment
 
 DOMAINS = {
@@ -26,6 +26,7 @@ PANELS = (
     *("serving", "usage", "expert", "hints", "precision", "stage", "inspector", "analysis", "coactivation", "drift"),
     *("memory", "remaps", "playground"),
 )
+NEED_STATISTICS = tuple(name for name in PANELS if name not in ("serving", "memory", "remaps", "playground"))
 UPDATE_OFTEN = """
     const [selector, name, done] = arguments;
     const select = document.querySelector(selector);
@@ -238,6 +239,44 @@ def test_the_playground_stops(page: Page) -> None:
         assert page.text("#play-start") == "Generate"
         assert "w4" in page.text("#play-output")
         assert_clean(page, url)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "reasons"),
+    [
+        (0, ("This model has no experts.", "此模型没有专家。")),
+        (
+            8,
+            (
+                "The use of experts is not counted here: statistics.enabled is off.",
+                "此处不统计专家的使用：statistics.enabled 未开启。",
+            ),
+        ),
+    ],
+    ids=["dense", "statistics off"],
+)
+def test_a_server_that_counts_no_experts(page: Page, num_experts: int, reasons: tuple[str, str]) -> None:
+    deployment = FakeDeployment(num_experts=num_experts)
+    with serving(fake_settings(port=0), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        page.open(url + "/dashboard")
+        explained = "return document.querySelector(`#${arguments[0]} .panel-empty`)?.checkVisibility()"
+        for panel in NEED_STATISTICS:
+            page.show(f"#{panel}")
+            page.wait(explained, panel)
+            assert page.text(f"#{panel} .panel-empty") == reasons[0]
+        assert page.count(".panel-empty") == len(NEED_STATISTICS)
+        page.show("#serving")
+        page.wait("return document.querySelectorAll('#serving .tile').length === 6")
+        assert "bf16" in page.text("#memory-body")
+        page.run("arguments[0].value = '5'", page.show("#play-max"))
+        page.click("#play-start")
+        page.wait("return document.querySelector('#play-figures').textContent.includes('5 generated tokens')")
+        assert page.count(".panel-error") == 0
+        page.click("#language")
+        assert {page.text(f"#{panel} .panel-empty") for panel in NEED_STATISTICS} == {reasons[1]}
+        assert_clean(page, url)
+    assert [item.wants_trace for item in deployment.engine.observations] == [False]
 
 
 def test_the_playground_tells_errors(page: Page, demo_url: str) -> None:

@@ -157,8 +157,8 @@ def test_a_client_that_leaves_a_stream_cancels_it(url: str, deployment: FakeDepl
     wait_until(lambda: not deployment.engine.running)
 
 
-def test_model_info(client: httpx.Client) -> None:
-    assert client.get("/model_info").json() == {"architecture": "fake", "weight_version": 1}
+def test_model_info(client: httpx.Client, deployment: FakeDeployment) -> None:
+    assert client.get("/model_info").json() == deployment.model_info()
 
 
 def test_docs_list_every_endpoint_and_fetch_nothing(client: httpx.Client) -> None:

@@ -14,9 +14,9 @@ export function emit(event, detail) {
 }
 
 export const state = {
-  paths: new Set(), // what this server offers
   event: null, // the latest event of the stream
   info: null, // GET /model_info
+  statistics: null, // GET /dashboard/statistics
   grid: null, // GET /experts/grid as the usage panel shows it
   precision: null, // GET /experts/precision_map
   hints: [],
@@ -25,25 +25,21 @@ export const state = {
   staged: new Map(), // weight name → {name, layerId, expertId, projection, source}
 };
 
-export const offers = (path) => state.paths.has(path);
-
-export async function loadPaths() {
-  state.paths = new Set(Object.keys((await get("openapi.json")).paths));
-}
-
 export async function loadInfo() {
   state.info = await get("model_info");
   emit("info");
 }
 
+export async function loadStatistics() {
+  state.statistics = await get("dashboard/statistics");
+}
+
 export async function loadPrecision() {
-  if (!offers("/experts/precision_map")) return;
-  state.precision = await get("experts/precision_map");
+  state.precision = hasStatistics() ? await get("experts/precision_map") : null;
   emit("precision");
 }
 
 export async function loadRemaps() {
-  if (!offers("/remaps")) return;
   state.remaps = (await get("remaps")).remaps;
   emit("remaps");
 }
@@ -53,7 +49,13 @@ export function choose(layerId, expertId) {
   emit("chosen");
 }
 
-export const hasExperts = () => Boolean(state.info?.sizes?.experts_per_layer) && offers("/experts/grid");
+export const hasStatistics = () => Boolean(state.statistics?.is_counted);
+
+// The word for why panels about experts are empty; null where they are not.
+export function whyEmpty() {
+  if (hasStatistics()) return null;
+  return state.info?.sizes.experts_per_layer ? "no_statistics" : "no_experts";
+}
 
 // Shares of a layer's use, as multiples of the even share: [layers][experts]; null for a layer without use.
 export function relativeUse(values) {

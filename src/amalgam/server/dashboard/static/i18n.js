@@ -28,8 +28,8 @@ const WORDS = {
 
   loading: ["Loading…", "加载中…"],
   no_data: ["Nothing counted yet. Send a request, or use the playground below.", "尚无统计。请发送请求，或使用下方的试用区。"],
-  no_experts: ["This model has no experts, or their use is not counted (statistics.enabled).", "此模型没有专家，或未开启统计（statistics.enabled）。"],
-  not_available: ["This server does not offer {0}.", "此服务器不提供 {0}。"],
+  no_experts: ["This model has no experts.", "此模型没有专家。"],
+  no_statistics: ["The use of experts is not counted here: statistics.enabled is off.", "此处不统计专家的使用：statistics.enabled 未开启。"],
   retry: ["Retry", "重试"],
   all: ["all", "全部"],
   none: ["none", "无"],

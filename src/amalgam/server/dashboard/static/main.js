@@ -1,7 +1,7 @@
 // Puts the page together: panels, language, theme, and the event stream that tells when something has changed.
 
 import { stream } from "./api.js";
-import { emit, loadInfo, loadPaths, loadPrecision, loadRemaps, on, state } from "./app.js";
+import { emit, loadInfo, loadPrecision, loadRemaps, loadStatistics, on, state, whyEmpty } from "./app.js";
 import { h } from "./dom.js";
 import * as format from "./format.js";
 import { language, onLanguage, setLanguage, startLanguage, t } from "./i18n.js";
@@ -10,6 +10,7 @@ import * as analysis from "./panels/analysis.js";
 import * as expert from "./panels/expert.js";
 import * as inspector from "./panels/inspector.js";
 import * as memory from "./panels/memory.js";
+import { explainEmpty } from "./panels/panel.js";
 import * as playground from "./panels/playground.js";
 import * as precision from "./panels/precision.js";
 import * as serving from "./panels/serving.js";
@@ -17,6 +18,7 @@ import * as usage from "./panels/usage.js";
 
 // Each module makes its panels: [{id, node, refresh, redraw}]. `refresh` reads from the server, when the panel comes
 // into view and when `dirtyOn` says that what it shows has changed; `redraw` shows the same in another language or theme.
+// With `needsStatistics` a panel says why it is empty where nothing is counted, and reads nothing.
 const MODULES = [serving, usage, expert, precision, inspector, analysis, memory, playground];
 const NAV = ["serving", "usage", "precision", "inspector", "analysis", "memory", "playground"];
 const RECONNECT_MS = [1000, 2000, 5000, 10000];
@@ -61,6 +63,11 @@ async function refreshIfDue(panel) {
 }
 
 async function attempt(panel) {
+  if (panel.needsStatistics) {
+    const reason = whyEmpty();
+    explainEmpty(panel.node, reason);
+    if (reason !== null) return;
+  }
   const error = panel.node.querySelector(".panel-error");
   try {
     await panel.refresh?.();
@@ -102,7 +109,7 @@ function showHeader(status = state.event?.status ?? "connecting") {
 }
 
 async function load() {
-  await loadPaths();
+  await loadStatistics();
   await Promise.all([loadInfo(), loadPrecision(), loadRemaps()]);
   isLoaded = true;
   translate();

@@ -1,7 +1,7 @@
 // How concentrated the use is, which experts go together, and how far it has drifted.
 
 import { get, post } from "../api.js";
-import { choose, hasExperts, offers, on, state } from "../app.js";
+import { choose, on, state } from "../app.js";
 import { chart } from "../charts.js";
 import { fill, h, setOptions, table } from "../dom.js";
 import * as format from "../format.js";
@@ -23,11 +23,8 @@ export function create() {
 function throttled(panel) {
   let last = -Infinity;
   const { refresh } = panel;
+  panel.needsStatistics = true;
   panel.refresh = async () => {
-    if (!hasExperts()) {
-      fill(panel.node.querySelector(".panel-note"), note(t("no_experts")));
-      return;
-    }
     last = performance.now();
     await refresh();
   };
@@ -42,7 +39,7 @@ function throttled(panel) {
 function concentrationPanel() {
   const plot = h("div", { class: "chart chart-square", dataset: { chart: "lorenz" } });
   const figures = h("div");
-  const node = frame("analysis", "concentration", "concentration_hint", h("div", {}, h("div", { class: "panel-note" }), plot, figures), { wide: "third" });
+  const node = frame("analysis", "concentration", "concentration_hint", h("div", {}, plot, figures), { wide: "third" });
   let answer = null;
 
   async function refresh() {
@@ -110,7 +107,7 @@ function coactivationPanel() {
   const relation = select(() => read().catch(fail), { id: "pairs-relation" });
   const host = h("div", { class: "grid-host", id: "pairs-grid" });
   const figures = h("div");
-  const message = h("div", { class: "panel-note" });
+  const message = h("div");
   const node = frame("coactivation", "coactivation", "coactivation_hint", h("div", {},
     h("div", { class: "controls" }, control("layer", layer), control("relation", relation)), message, host, figures), { wide: "third" });
   let answer = null; // {rows, columns, lift [[..]], counts [[..]], sampledTokens, isSymmetric}
@@ -138,7 +135,7 @@ function coactivationPanel() {
   async function read() {
     const layerId = layer.value;
     if (layerId === "") return;
-    const isNext = relation.value === "next" && offers("/experts/transitions");
+    const isNext = relation.value === "next";
     if (isNext && layer.selectedIndex === layer.options.length - 1) {
       fill(message, note(t("no_next_layer")));
       return;
@@ -215,7 +212,7 @@ function driftPanel() {
   const reference = select(() => read().catch(fail), { id: "drift-reference" });
   const plot = h("div", { class: "chart chart-square", dataset: { chart: "drift" } });
   const figures = h("p", { class: "figures" });
-  const message = h("div", { class: "panel-note" });
+  const message = h("div");
   const name = h("input", { type: "text", maxlength: "100", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]*", id: "set-name", dataset: { i18nPlaceholder: "set_name" } });
   const keep = h("button", { type: "button", id: "set-save", dataset: { i18n: "save_set" }, onclick: () => save().catch(fail) });
   const node = frame("drift", "drift", "drift_hint", h("div", {},

@@ -1,7 +1,7 @@
 // The chosen expert: its use, and where each of its projections comes from. Below it, the server's hints.
 
 import { get } from "../api.js";
-import { choose, emit, offers, on, state } from "../app.js";
+import { choose, emit, on, state } from "../app.js";
 import { fill, h, table } from "../dom.js";
 import * as format from "../format.js";
 import { language, t } from "../i18n.js";
@@ -28,7 +28,7 @@ function expertPanel() {
     fill(body, answer ? card(answer) : note(t("expert_none")));
   }
 
-  const panel = { id: "expert", node, refresh, redraw };
+  const panel = { id: "expert", node, refresh, redraw, needsStatistics: true };
   const reload = () => { panel.refresh().catch((error) => fill(body, h("div", { class: "panel-error", role: "alert" }, error.message))); };
   on("chosen", reload);
   on("precision", () => answer && reload());
@@ -74,10 +74,6 @@ function hintsPanel() {
   let lastRead = -Infinity;
 
   async function refresh() {
-    if (!offers("/experts/hints")) {
-      fill(body, note(t("not_available", "/experts/hints")));
-      return;
-    }
     lastRead = performance.now();
     state.hints = (await get("experts/hints")).hints;
     redraw();
@@ -89,7 +85,7 @@ function hintsPanel() {
     fill(body, state.hints.length ? state.hints.map(hint) : h("li", { class: "note" }, t("no_hints")));
   }
 
-  const panel = { id: "hints", node, refresh, redraw, dirtyOn: ["precision"] };
+  const panel = { id: "hints", node, refresh, redraw, dirtyOn: ["precision"], needsStatistics: true };
   on("statistics", () => {
     if (performance.now() - lastRead < HINTS_MS) return;
     if (panel.isVisible) refresh().catch(() => {});

@@ -1,13 +1,13 @@
 // A text's tokens and, for each, the experts that the router gave it, layer by layer.
 
 import { post } from "../api.js";
-import { choose, hasExperts, offers } from "../app.js";
+import { choose } from "../app.js";
 import { fill, h, setOptions, table } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { expertColor } from "../theme.js";
-import { frame, note, select } from "./panel.js";
+import { frame, select } from "./panel.js";
 
 const EXAMPLE = "It was a dark night. 床前明月光，疑是地上霜。 def fibonacci(n):";
 
@@ -126,18 +126,9 @@ export function create() {
         }, h("b", {}, String(expertId)), h("small", {}, format.percent(weight, 0)))))))));
   }
 
-  const panel = {
-    id: "inspector", node, redraw,
-    refresh: () => {
-      if (!hasExperts() || !offers("/experts/trace")) {
-        fill(message, note(t("no_experts")));
-        run.disabled = true;
-      }
-    },
-  };
   showButton();
   onLanguage(() => setOptions(layer, layerOptions()));
-  return [panel];
+  return [{ id: "inspector", node, redraw, needsStatistics: true }];
 }
 
 // Whitespace that matters, made visible.

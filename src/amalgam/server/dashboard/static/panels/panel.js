@@ -1,6 +1,7 @@
 // The frame around every panel.
 
 import { h } from "../dom.js";
+import { t } from "../i18n.js";
 
 export function frame(id, title, hint, body, { tools = [], wide = "" } = {}) {
   return h("section", { id, class: `panel ${wide}` },
@@ -9,6 +10,14 @@ export function frame(id, title, hint, body, { tools = [], wide = "" } = {}) {
       hint ? h("p", { dataset: { i18n: hint } }) : null,
       h("div", { class: "panel-tools" }, tools)),
     h("div", { class: "panel-body" }, body));
+}
+
+// Puts one sentence, the word `reason`, in place of what a panel shows; null: shows it again.
+export function explainEmpty(node, reason) {
+  const body = node.querySelector(".panel-body");
+  body.querySelector(":scope > .panel-empty")?.remove();
+  node.classList.toggle("is-empty", reason !== null);
+  if (reason !== null) body.append(h("p", { class: "note panel-empty", dataset: { i18n: reason } }, t(reason)));
 }
 
 export function select(onChange, attributes = {}) {

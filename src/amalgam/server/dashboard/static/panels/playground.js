@@ -1,7 +1,7 @@
 // Generation as it streams, with its speed and the experts that it used.
 
 import { post, stream } from "../api.js";
-import { choose, hasExperts, offers, state } from "../app.js";
+import { choose, hasStatistics, state } from "../app.js";
 import { fill, h, setOptions } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
@@ -19,6 +19,7 @@ export function create() {
   const topP = h("input", { type: "number", min: "0.01", max: "1", step: "0.05", value: "0.9" });
   const seed = h("input", { type: "number", min: "0", step: "1", dataset: { i18nPlaceholder: "any_seed" } });
   const domain = h("input", { type: "text", maxlength: "64", dataset: { i18nPlaceholder: "domain_hint" }, id: "play-domain" });
+  const domainField = control("domain", domain);
   const start = h("button", { type: "button", class: "primary", id: "play-start", onclick: () => (running ? running.abort() : generate()) });
   const renew = h("button", { type: "button", onclick: () => { messages = []; showOutput(); } });
   const output = h("div", { class: "output", id: "play-output", "aria-live": "polite" });
@@ -27,7 +28,7 @@ export function create() {
   const host = h("div", { class: "grid-host", id: "play-grid" });
   const used = h("div", { hidden: true }, h("h3", { dataset: { i18n: "experts_used" } }), h("p", { class: "quiet", dataset: { i18n: "experts_used_hint" } }), host);
   const fields = h("div", { class: "play-fields" }, control("mode", mode), control("max_tokens", maxTokens), control("temperature", temperature),
-    control("top_p", topP), control("seed", seed), control("domain", domain));
+    control("top_p", topP), control("seed", seed), domainField);
   const node = frame("playground", "playground", null, h("div", { class: "play" },
     h("div", {}, prompt, fields, h("div", { class: "buttons" }, start, renew), message),
     h("div", {}, output, figures, used)), { wide: "full" });
@@ -51,6 +52,7 @@ export function create() {
   }
 
   function showMode() {
+    domainField.hidden = !hasStatistics(); // a label is counted or refused
     renew.hidden = !isChat();
     renew.textContent = t("new_chat");
     start.textContent = running ? t("stop") : t("generate");
@@ -72,7 +74,7 @@ export function create() {
 
   function sampling() {
     const number = (node) => (node.value === "" ? undefined : Number(node.value));
-    return { temperature: number(temperature), top_p: number(topP), seed: number(seed), domain: domain.value || undefined };
+    return { temperature: number(temperature), top_p: number(topP), seed: number(seed), domain: (hasStatistics() && domain.value) || undefined };
   }
 
   async function generate() {
@@ -82,7 +84,7 @@ export function create() {
     used.hidden = true;
     figures.textContent = "";
     fill(message);
-    const options = { max_new_tokens: Number(maxTokens.value), routed_experts: hasExperts() || undefined, ...sampling() };
+    const options = { max_new_tokens: Number(maxTokens.value), routed_experts: hasStatistics() || undefined, ...sampling() };
     const said = prompt.value;
     let body;
     if (isChat()) {
@@ -139,7 +141,7 @@ export function create() {
   // For answers that were stopped: they end without their routing.
   async function traceText() {
     const text = isChat() ? messages.at(-1).content : answer.prompt + answer.text;
-    if (!hasExperts() || !offers("/experts/trace") || !text) return;
+    if (!hasStatistics() || !text) return;
     try {
       const trace = await post("experts/trace", { text });
       count(trace.layer_ids, trace.experts);

@@ -1,7 +1,7 @@
 // The precision of every expert's projections on the heatmap's grid, and changes of it: chosen, staged, applied.
 
 import { get, post } from "../api.js";
-import { choose, emit, hasExperts, loadInfo, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
+import { choose, emit, loadInfo, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
 import { fill, h, setOptions, table, timed } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
@@ -20,10 +20,9 @@ export function create() {
   const cold = select(redraw, { id: "precision-cold" });
   const host = h("div", { class: "grid-host", id: "precision-grid" });
   const legendHost = h("div", { class: "legend" });
-  const message = h("div");
   const mapNode = frame("precision", "precision", "precision_hint", h("div", {},
     h("div", { class: "controls" }, control("show", show), control("hot_from", hot), control("cold_to", cold)),
-    message, host, h("div", { class: "below" }, legendHost)), { wide: "main" });
+    host, h("div", { class: "below" }, legendHost)), { wide: "main" });
 
   const source = select(undefined, { id: "stage-source" });
   const boxes = new Map();
@@ -102,11 +101,6 @@ export function create() {
   }
 
   async function refresh() {
-    if (!hasExperts() || !state.precision) {
-      fill(message, note(t("no_experts")));
-      showSelection();
-      return;
-    }
     use = relativeUse((await get("experts/grid")).values);
     adopt();
     redraw();
@@ -256,7 +250,7 @@ export function create() {
     }
   }
 
-  const mapPanel = { id: "precision", node: mapNode, refresh, redraw };
+  const mapPanel = { id: "precision", node: mapNode, refresh, redraw, needsStatistics: true };
   on("precision", () => {
     adopt();
     redraw();
@@ -272,7 +266,7 @@ export function create() {
   cold.value = "0.25";
   onLanguage(words);
   showSelection();
-  return [mapPanel, { id: "stage", node: stageNode, redraw: showSelection }];
+  return [mapPanel, { id: "stage", node: stageNode, redraw: showSelection, needsStatistics: true }];
 }
 
 // "0–3, 7" and, where only some projections of the experts are staged, which.

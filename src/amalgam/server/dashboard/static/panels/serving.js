@@ -1,13 +1,13 @@
 // Throughput, latency, queue and KV cache, now and over the last ten minutes, with the re-maps marked.
 
 import { get } from "../api.js";
-import { offers, on, state } from "../app.js";
+import { on, state } from "../app.js";
 import { chart } from "../charts.js";
 import { fill, h } from "../dom.js";
 import * as format from "../format.js";
 import { t } from "../i18n.js";
 import { css } from "../theme.js";
-import { frame, note } from "./panel.js";
+import { frame } from "./panel.js";
 
 const KEPT_SECONDS = 600;
 const STEP_SECONDS = 2;
@@ -25,10 +25,6 @@ export function create() {
   let known = [];
 
   async function refresh() {
-    if (!offers("/serving")) {
-      fill(tiles, note(t("not_available", "/serving")));
-      return;
-    }
     serving = await get("serving");
     known = serving.series;
     redraw();

@@ -1,13 +1,13 @@
 // The heatmap of layers × experts, of one set of counts or of the difference of two.
 
 import { get } from "../api.js";
-import { choose, hasExperts, offers, on, relativeUse, state, emit } from "../app.js";
+import { choose, emit, hasStatistics, on, relativeUse, state } from "../app.js";
 import { coalesced, fill, h, setOptions, timed } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid, legend } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { css, empty, pick, scale } from "../theme.js";
-import { control, frame, note, select } from "./panel.js";
+import { control, frame, select } from "./panel.js";
 
 const OCTAVES = 3; // the scale ends at 8 times and an eighth of the even share
 const WINDOWS = [1, 5, 15, 60];
@@ -93,10 +93,6 @@ export function create() {
   }
 
   const read = coalesced(async () => {
-    if (!hasExperts()) {
-      fill(message, note(t("no_experts")));
-      return;
-    }
     lastRead = performance.now();
     isStale = false;
     if (view.value === "difference") {
@@ -115,10 +111,8 @@ export function create() {
   });
 
   async function refresh() {
-    if (hasExperts()) {
-      ({ labels, sets } = await loadTraffic());
-      labelOptions();
-    }
+    ({ labels, sets } = await loadTraffic());
+    labelOptions();
     showControls();
     await read();
   }
@@ -189,14 +183,14 @@ export function create() {
   on("statistics", () => { isStale = true; });
   on("event", () => {
     const age = performance.now() - lastRead;
-    if (age < (isStale ? LIVE_MS : IDLE_MS)) return; // windows move on without new tokens
+    if (!hasStatistics() || age < (isStale ? LIVE_MS : IDLE_MS)) return; // windows move on without new tokens
     if (!panel.isVisible) panel.isDirty = true;
     else if (live.checked && !document.hidden) refresh().catch(fail);
   });
   words();
   showControls();
   onLanguage(words);
-  const panel = { id: "usage", node, refresh, redraw };
+  const panel = { id: "usage", node, refresh, redraw, needsStatistics: true };
   return [panel];
 }
 
@@ -263,8 +257,8 @@ export function trafficOptions(labels, sets) {
 
 export async function loadTraffic() {
   const [labels, sets] = await Promise.all([
-    offers("/experts/labels") ? get("experts/labels").then((answer) => answer.labels) : [],
-    offers("/experts/sets") ? get("experts/sets").then((answer) => answer.sets) : [],
+    get("experts/labels").then((answer) => answer.labels),
+    get("experts/sets").then((answer) => answer.sets),
   ]);
   return { labels, sets };
 }
