@@ -231,6 +231,24 @@ def test_report_and_heatmap(client: httpx.Client) -> None:
     assert image.headers["content-type"] == "image/png" and image.content.startswith(b"\x89PNG")
 
 
+def test_a_reference_that_cannot_be_used_costs_only_the_drift(deployment: FakeDeployment, tmp_path: Path) -> None:
+    reference = tmp_path / "gone.npz"
+    settings = StatisticsSettings(reference=str(reference))
+    deployment.observer = ExpertTracker([0, 2], num_experts=4, top_k=2, settings=settings)
+    with serving(fake_settings(port=0, export_dir=str(tmp_path)), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        with httpx.Client(base_url=url, timeout=60) as client:
+            metrics = client.get("/metrics")
+            assert metrics.status_code == 200
+            assert "amalgam_expert_gini" in metrics.text and "drift" not in metrics.text
+            for path in ("/experts/heatmap.png", "/experts/report", "/experts/hints", "/experts/grid"):
+                assert client.get(path).status_code == 200, path
+            for name in ("json", "csv", "parquet", "npz", "png", "html"):
+                assert client.post("/export_expert_stats", json={"format": name}).status_code == 200, name
+            drift = client.get("/expert_stats").json()["drift"]
+            assert drift.keys() == {"error"} and str(reference) in drift["error"]
+
+
 def test_precision_map_and_hints(client: httpx.Client) -> None:
     answer = client.get("/experts/precision_map").json()
     assert answer["projections"] == ["gate", "up", "down"]

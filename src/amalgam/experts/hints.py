@@ -55,7 +55,7 @@ def find_hints(
 
     Args:
         labels: counts of each label.
-        drift: as `overview.drift` gives it.
+        drift: as `overview.drift_or_reason` gives it.
     """
     num_tokens = int(snapshot.tally.num_tokens.sum())
     if num_tokens < MIN_TOKENS or not snapshot.layer_ids:

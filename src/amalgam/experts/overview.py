@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from amalgam.errors import RequestError, describe
+from amalgam.errors import AmalgamError, RequestError, describe
 from amalgam.experts import saved
 from amalgam.experts.comparison import compare, jensen_shannon, mean_or_none
 from amalgam.experts.hints import Hint, find_hints
@@ -31,7 +31,7 @@ class Overview:
 
     snapshot: ExpertSnapshot
     precisions: PrecisionMap | None
-    drift: dict[str, Any]
+    drift: dict[str, Any]  # as `drift_or_reason` gives it
     hints: list[Hint]
 
     def as_json(self, top_k: int | None = None) -> dict[str, Any]:
@@ -52,11 +52,10 @@ def survey(tracker: ExpertTracker, version: WeightVersion | None, minutes: float
 
     Raises:
         RequestError: `minutes` is out of range.
-        AmalgamError: `statistics.reference` cannot be used.
     """
     snapshot = tracker.snapshot(minutes)
     precisions = None if version is None else precision_map(version, tracker.layer_ids, tracker.num_experts)
-    drifted = drift(tracker)
+    drifted = drift_or_reason(tracker)
     return Overview(snapshot, precisions, drifted, find_hints(snapshot, precisions, tracker.label_tallies(), drifted))
 
 
@@ -90,6 +89,14 @@ def drift(tracker: ExpertTracker) -> dict[str, Any]:
             "mean": mean_or_none(divergence),
         },
     }
+
+
+def drift_or_reason(tracker: ExpertTracker) -> dict[str, Any]:
+    """`drift`, or `{"error": why}`: without their reference the counts are as good as ever."""
+    try:
+        return drift(tracker)
+    except AmalgamError as error:
+        return {"error": str(error)}
 
 
 def compare_traffic(tracker: ExpertTracker, first: str, second: str, folder: str) -> dict[str, Any]:

@@ -99,7 +99,9 @@ def add_experts(text: MetricsText, summary: Mapping[str, Any], layers: Iterable[
 
 
 def add_drift(text: MetricsText, layer_ids: Iterable[int], drift: Mapping[str, Any]) -> None:
-    """How the last minutes differ from the reference, by layer."""
+    """How the last minutes differ from the reference, by layer; nothing if the reference cannot be used."""
+    if "error" in drift:
+        return
     pairs = zip(layer_ids, drift["jensen_shannon"]["by_layer"], strict=True)
     samples = [({"layer": layer_id}, value) for layer_id, value in pairs if value is not None]
     help_text = f"Jensen-Shannon divergence of the last {drift['minutes']:g} minutes from the reference, in bits."

@@ -192,13 +192,13 @@ def render_metrics(service: Service) -> str:
     num_failed = sum(record.error is not None for record in deployment.remaps)
     metrics.add_remaps(text, len(deployment.remaps) - num_failed, num_failed, deployment.version.version_id)
     if deployment.observer is not None:
-        from amalgam.experts.overview import drift
+        from amalgam.experts.overview import drift_or_reason
         from amalgam.experts.statistics import layer_rows, summary
 
         tracker = tracker_of(deployment)
         snapshot = tracker.snapshot()
         metrics.add_experts(text, summary(snapshot), layer_rows(snapshot))
-        metrics.add_drift(text, tracker.layer_ids, drift(tracker))
+        metrics.add_drift(text, tracker.layer_ids, drift_or_reason(tracker))
     return text.render()
 
 
