@@ -12,6 +12,7 @@ import pytest
 from amalgam.errors import AmalgamError, RequestError
 from amalgam.experts import saved
 from amalgam.experts.comparison import compare, jensen_shannon
+from amalgam.experts.hints import Hint
 from amalgam.experts.overview import compare_traffic, drift, survey
 from amalgam.experts.precision_map import precision_map
 from amalgam.experts.statistics import balance, concentration, coverage, grid
@@ -112,11 +113,36 @@ def test_any_two_kinds_of_traffic_are_compared(tmp_path: Any) -> None:
     assert compare_traffic(tracker, "label:en", "minutes:1", folder)["jensen_shannon"]["mean"] == 0
     assert compare_traffic(tracker, "all", "all", folder)["jensen_shannon"]["mean"] == 0
     assert compare_traffic(tracker, "saved:monday", "all", folder)["jensen_shannon"]["mean"] > 0
+    rest = compare_traffic(tracker, "rest:zh", "label:zh", folder)
+    assert rest["difference"][0][:4] == [0.5, 0.5, -0.5, -0.5]
+    before = compare_traffic(tracker, "before:1", "saved:monday", folder)  # monday's counts are all that came before
+    assert before["difference"][0] == [0] * NUM_EXPERTS and before["jensen_shannon"]["mean"] == 0
+    assert compare_traffic(tracker, "before:30", "all", folder)["jensen_shannon"]["mean"] is None
+
+
+def test_gate_mass_and_one_phase_are_compared(tmp_path: Any) -> None:
+    tracker = make_tracker(Clock())
+    for label, gates, num_prompt in (("a", (0.9, 0.1), 10), ("b", (0.1, 0.9), 0)):
+        tracker.admit(0, label, 0)
+        routing = (np.tile([[0, 1]], (10, 1)), np.tile(np.array([gates], np.float32), (10, 1)))
+        run_step(tracker, [span(10, generated_from=num_prompt, label=label)], [routing] * len(LAYER_IDS))
+
+    def difference(first: str, second: str, **what: str) -> list[float]:
+        answer = compare_traffic(tracker, first, second, str(tmp_path), **what)
+        assert {name: answer[name] for name in what} == what
+        return answer["difference"][0][:2]  # type: ignore[no-any-return]
+
+    assert difference("label:a", "label:b") == [0, 0]
+    assert difference("label:a", "label:b", measure="gate_mass") == pytest.approx([0.8, -0.8])
+    assert difference("label:a", "rest:a", measure="gate_mass") == pytest.approx([0.8, -0.8])
+    assert difference("label:a", "label:b", phase="prompt") == [0.5, 0.5]  # b has no prompt tokens
+    assert difference("all", "label:a", phase="prompt", measure="gate_mass") == pytest.approx([0, 0])
 
 
 @pytest.mark.parametrize(
     "text", ["", "everything", "label:", "label:nobody", "minutes:", "minutes:x", "minutes:-5", "minutes:nan",
-             "minutes:1e999", "saved:", "saved:none", "saved:../x", "saved:/etc/passwd", "file:/etc/passwd"],
+             "minutes:1e999", "before:", "before:x", "before:1e9", "rest:", "rest:nobody", "reference", "reference:x",
+             "saved:", "saved:none", "saved:../x", "saved:/etc/passwd", "file:/etc/passwd"],
 )  # fmt: skip
 def test_traffic_that_does_not_exist_is_refused(text: str, tmp_path: Any) -> None:
     with pytest.raises(RequestError):
@@ -136,13 +162,25 @@ def test_drift_from_before_and_from_a_reference(tmp_path: Any) -> None:
     assert figures["jensen_shannon"]["mean"] == 1
     [hint] = [hint for hint in survey(tracker, None).hints if hint.kind == "drift"]
     assert hint.severity == "warning" and "1.00 bits" in hint.text
+    assert hint.compare == {"a": "minutes:5", "b": "before:5"}
+    assert compare_traffic(tracker, **sides(hint))["jensen_shannon"] == figures["jensen_shannon"]
 
     referring = make_tracker(clock, reference=str(path))
     run_experts(referring, [0, 1], 300)
     assert drift(referring)["jensen_shannon"]["mean"] == 0
     assert "reference" in drift(referring)["reference"]
+    run_experts(referring, [6, 7], 300)
+    [hint] = [hint for hint in survey(referring, None).hints if hint.kind == "drift"]
+    assert hint.compare == {"a": "minutes:5", "b": "reference"}
+    assert compare_traffic(referring, **sides(hint))["jensen_shannon"]["mean"] == hint.figures["jensen_shannon"]
     with pytest.raises(AmalgamError, match="Cannot read"):
         drift(make_tracker(clock, reference=str(tmp_path / "nowhere.npz")))
+
+
+def sides(hint: Hint) -> dict[str, str]:
+    """A hint's comparison, as arguments."""
+    assert hint.compare is not None
+    return {"first": hint.compare["a"], "second": hint.compare["b"], "folder": ""}
 
 
 class Version:
@@ -199,6 +237,7 @@ def test_hints_name_what_stands_out_with_their_figures() -> None:
     assert {"layer_id": 1, "expert_id": 3} in unused.figures["experts"]
     domain = hints[kinds.index("domain")]
     assert domain.figures["label"] == "verse" and domain.figures["jensen_shannon"] == pytest.approx(1)
+    assert compare_traffic(tracker, **sides(domain))["jensen_shannon"]["mean"] == domain.figures["jensen_shannon"]
 
 
 def test_an_unbalanced_layer_is_named() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from amalgam.config import build_settings
+from amalgam.config import StatisticsSettings, build_settings
 from amalgam.llm import open_deployment
 from tests.conftest import DEMO
 from tests.server.browser import Page, open_browser
@@ -72,7 +72,7 @@ def demo_url(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             {"prompt": prompt, "max_new_tokens": 40, "domain": domain, "seed": seed}
             for domain, prompts in DOMAINS.items()
             for prompt in prompts
-            for seed in range(2)
+            for seed in range(3)
         ]
         with ThreadPoolExecutor(6) as pool:
             codes = list(pool.map(lambda body: client.post("/generate", json=body).status_code, bodies))
@@ -99,7 +99,7 @@ def show_everything(page: Page) -> None:
     for panel in PANELS:
         page.show(f"#{panel}")
         page.wait("return !document.querySelector('#' + arguments[0] + ' .panel-error')", panel)
-    for chart in ("throughput", "load", "lorenz", "drift"):
+    for chart in ("throughput", "load", "lorenz"):
         page.show(f"[data-chart={chart}]")
         page.wait("return document.querySelector(`[data-chart=${arguments[0]}] .main-svg`) !== null", chart)
     for grid in ("usage", "precision", "coactivation"):
@@ -153,6 +153,7 @@ def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
     page.choose("#usage-label", "<i>code</i>")
     page.wait("return document.querySelector('#usage-label').value === '<i>code</i>'")
 
+    page.choose("#usage-measure", "count")
     page.choose("#usage-view", "difference")
     page.choose("#usage-a", "label:宋词")
     page.choose("#usage-b", "label:prose")
@@ -162,6 +163,60 @@ def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
     assert mean > 0.05  # the domains use different experts
     page.wait(f"return document.querySelector('#usage .figures').textContent.includes('{mean:.3g}')")
     assert_clean(page, demo_url)
+
+
+def test_a_hint_shows_the_comparison_that_it_speaks_of(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    page.show("#hints")
+    page.wait("return document.querySelector('#hint-list [data-kind=domain]') !== null")
+    [hint, *_] = [hint for hint in httpx.get(demo_url + "/experts/hints").json()["hints"] if hint["kind"] == "domain"]
+    page.choose("#usage-measure", "gate_mass")
+    page.click("#hint-list [data-kind=domain] button")
+    said = f"divergence {hint['figures']['jensen_shannon']:.3g} bits"
+    page.wait("return document.querySelector('#usage .figures').textContent.includes(arguments[0])", said)
+    chosen = "return ['a', 'b'].map((side) => document.querySelector(`#usage-${side}`).value)"
+    assert page.run(chosen) == [hint["compare"]["a"], hint["compare"]["b"]]
+
+    page.choose("#usage-measure", "gate_mass")
+    page.choose("#usage-phase", "generated")
+    query = {**hint["compare"], "measure": "gate_mass", "phase": "generated"}
+    mean = httpx.get(demo_url + "/experts/compare", params=query).json()["jensen_shannon"]["mean"]
+    said = f"divergence {mean:.3g} bits"
+    page.wait("return document.querySelector('#usage .figures').textContent.includes(arguments[0])", said)
+    assert_clean(page, demo_url)
+
+
+def test_drift_is_explained_until_there_is_some(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    page.show("#drift")
+    page.wait("return document.querySelector('#drift .figures').textContent.includes('nothing to compare')")
+    assert page.run("return document.querySelector('#drift-reference').value") == "before:5"
+    assert not page.run("return document.querySelector('[data-chart=drift]').checkVisibility()")
+    page.choose("#drift-reference", "label:prose")
+    page.wait("return document.querySelector('[data-chart=drift] .main-svg')?.checkVisibility()")
+    assert "divergence" in page.text("#drift .figures")
+    assert_clean(page, demo_url)
+
+
+def test_windows_are_those_that_the_server_keeps(page: Page) -> None:
+    deployment = LargeDeployment()
+    deployment.observer.settings = StatisticsSettings(history_minutes=3)
+    with serving(fake_settings(port=0), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        page.open(url + "/dashboard")
+        page.show("#usage")
+        options = "return [...document.querySelector(arguments[0]).options].map((option) => option.value)"
+        page.wait("return document.querySelector('#usage-window').options.length > 2")
+        assert page.run(options, "#usage-window") == ["", "1", "3", "other"]
+        assert page.run("return document.querySelector('#usage .short').max") == "3"
+        page.show("#drift")
+        page.wait("return document.querySelector('#drift-now').value === 'minutes:3'")
+        sides = page.run(options, "#drift-now")
+        assert sides[:5] == ["all", "minutes:1", "before:1", "minutes:3", "before:3"]
+        assert set(sides[5:]) == {f"{kind}:{label}" for kind in ("label", "rest") for label in LABELS}
+        for side in sides:
+            assert httpx.get(url + "/experts/compare", params={"a": side}).status_code == 200, side
+        assert_clean(page, url)
 
 
 def test_a_staged_change_goes_live(page: Page, demo_url: str) -> None:

@@ -40,7 +40,11 @@ def mean_or_none(values: npt.NDArray[np.float64]) -> float | None:
 
 
 def compare(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> dict[str, Any]:
-    """Difference of the shares (first − second) and divergence, by layer and on average; null: unknown."""
+    """Difference of the shares (first − second) and divergence, by layer and on average; null: unknown.
+
+    Args:
+        first, second: counts or gate mass, [layers, experts].
+    """
     divergence = jensen_shannon(first, second)
     return {
         "difference": (shares(first) - shares(second)).tolist(),

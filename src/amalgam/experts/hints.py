@@ -40,6 +40,7 @@ class Hint:
     figures: dict[str, Any] = field(default_factory=dict)
     layer_id: int | None = None
     expert_id: int | None = None
+    compare: dict[str, str] | None = None  # the sides `a` and `b` of the comparison that shows it
 
     def as_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -191,6 +192,7 @@ def _domains(snapshot: ExpertSnapshot, labels: Mapping[str, Tally]) -> Iterator[
             f"第 {layer_id} 层差别最大（{most:.2f} 比特）。",
             {"label": label, "jensen_shannon": mean, "tokens": num_tokens, "layer_jensen_shannon": most},
             layer_id,
+            compare={"a": f"label:{label}", "b": f"rest:{label}"},
         )
 
 
@@ -211,6 +213,7 @@ def _drifted(drift: Mapping[str, Any]) -> Iterator[Hint]:
             "tokens": drift["tokens"],
             "reference_tokens": drift["reference_tokens"],
         },
+        compare=drift["compare"],
     )
 
 

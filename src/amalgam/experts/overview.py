@@ -10,19 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from amalgam.config import StatisticsSettings
 from amalgam.errors import AmalgamError, RequestError, describe
 from amalgam.experts import saved
 from amalgam.experts.comparison import compare, jensen_shannon, mean_or_none
 from amalgam.experts.hints import Hint, find_hints
+from amalgam.experts.history import Tally
 from amalgam.experts.precision_map import PrecisionMap, precision_map
-from amalgam.experts.statistics import describe_experts
+from amalgam.experts.statistics import describe_experts, measured
 from amalgam.experts.tracker import ExpertSnapshot, ExpertTracker
 from amalgam.models.weights import WeightVersion
 
 DRIFT_MINUTES = 5.0
 SINCE_RESET = "since the last reset"
+TRAFFIC = ("all", "label:NAME", "rest:NAME", "minutes:N", "before:N", "reference", "saved:NAME")
+"""What can be compared: everything since the last reset; the requests with a label, and all others; the last minutes,
+and what came before them; `statistics.reference`; a saved set.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,30 +70,36 @@ def drift(tracker: ExpertTracker) -> dict[str, Any]:
     Raises:
         AmalgamError: the reference is missing, damaged or of another model.
     """
-    settings = tracker.settings
-    minutes = min(DRIFT_MINUTES, settings.history_minutes)
+    minutes = drift_minutes(tracker.settings)
     recent = tracker.snapshot(minutes).tally
-    if settings.reference:
-        reference = _load_reference(settings.reference)
-        where = f"statistics.reference {settings.reference!r}"
-        reference.check_fits(tracker.layer_ids, tracker.num_experts, where)
-        counts, num_tokens, name = reference.total.counts.sum(axis=0), reference.total.num_tokens.sum(), reference.model
-        name = f"statistics.reference, {name}"
+    if tracker.settings.reference:
+        saved_set = _reference(tracker)
+        reference, name = saved_set.total, f"statistics.reference, {saved_set.model}"
     else:
-        everything = tracker.snapshot().tally
-        counts = np.maximum(everything.counts.sum(axis=0) - recent.counts.sum(axis=0), 0)
-        num_tokens, name = max(everything.num_tokens.sum() - recent.num_tokens.sum(), 0), SINCE_RESET
-    divergence = jensen_shannon(recent.counts.sum(axis=0), counts)
+        reference, name = _before(tracker, minutes), SINCE_RESET
+    divergence = jensen_shannon(recent.counts.sum(axis=0), reference.counts.sum(axis=0))
     return {
         "minutes": minutes,
         "tokens": int(recent.num_tokens.sum()),
         "reference": name,
-        "reference_tokens": int(num_tokens),
+        "reference_tokens": int(reference.num_tokens.sum()),
+        "compare": drift_sides(tracker.settings),
         "jensen_shannon": {
             "by_layer": [None if np.isnan(value) else value for value in divergence.tolist()],
             "mean": mean_or_none(divergence),
         },
     }
+
+
+def drift_minutes(settings: StatisticsSettings) -> float:
+    """How long the recent past is."""
+    return min(DRIFT_MINUTES, settings.history_minutes)
+
+
+def drift_sides(settings: StatisticsSettings) -> dict[str, str]:
+    """The two sides of the drift, as `compare_traffic` takes them."""
+    minutes = repr(drift_minutes(settings)).removesuffix(".0")
+    return {"a": f"minutes:{minutes}", "b": "reference" if settings.reference else f"before:{minutes}"}
 
 
 def drift_or_reason(tracker: ExpertTracker) -> dict[str, Any]:
@@ -99,40 +110,84 @@ def drift_or_reason(tracker: ExpertTracker) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def compare_traffic(tracker: ExpertTracker, first: str, second: str, folder: str) -> dict[str, Any]:
-    """Compare two of: `all`, `label:NAME`, `minutes:N`, `saved:NAME` (a saved set in `folder`).
+def compare_traffic(
+    tracker: ExpertTracker, first: str, second: str, folder: str, phase: str = "all", measure: str = "count"
+) -> dict[str, Any]:
+    """Compare two kinds of traffic, each one of `TRAFFIC`.
+
+    Args:
+        folder: where saved sets are.
+        phase, measure: as in `statistics.grid`.
 
     Raises:
         AmalgamError: one of them is nothing of the kind, or unknown.
     """
+    tallies = [_tally_of(tracker, text, folder) for text in (first, second)]
     return {
         "a": first,
         "b": second,
+        "phase": phase,
+        "measure": measure,
         "layer_ids": list(tracker.layer_ids),
         "num_experts": tracker.num_experts,
-        **compare(_counts_of(tracker, first, folder), _counts_of(tracker, second, folder)),
+        **compare(*(measured(tally, phase, measure) for tally in tallies)),
     }
 
 
-def _counts_of(tracker: ExpertTracker, text: str, folder: str) -> npt.NDArray[np.integer]:
-    kind, _, name = text.partition(":")
+def _tally_of(tracker: ExpertTracker, text: str, folder: str) -> Tally:
     if text == "all":
-        return np.asarray(tracker.snapshot().tally.counts.sum(axis=0))
-    if kind == "label" and name:
-        return np.asarray(tracker.snapshot(label=name).tally.counts.sum(axis=0))
-    if kind == "minutes" and name:
-        try:
-            minutes = float(name)
-        except ValueError:
-            raise RequestError(f"{describe(text)} has no number of minutes.", remedy="Write minutes:5.") from None
-        return np.asarray(tracker.snapshot(minutes).tally.counts.sum(axis=0))
-    if kind == "saved" and name:
-        loaded = saved.load_named(folder, name)
-        loaded.check_fits(tracker.layer_ids, tracker.num_experts, f"The saved set {name!r}")
-        return np.asarray(loaded.total.counts.sum(axis=0))
-    raise RequestError(
-        f"{describe(text)} names no traffic.", remedy="Allowed: all, label:NAME, minutes:N or saved:NAME."
+        return tracker.snapshot().tally
+    if text == "reference":
+        return _reference(tracker).total
+    kind, _, name = text.partition(":")
+    if name:
+        if kind == "label":
+            return tracker.snapshot(label=name).tally
+        if kind == "rest":
+            part = tracker.snapshot(label=name).tally
+            return _without(tracker.snapshot().tally, part)
+        if kind == "minutes":
+            return tracker.snapshot(_minutes_in(text)).tally
+        if kind == "before":
+            return _before(tracker, _minutes_in(text))
+        if kind == "saved":
+            loaded = saved.load_named(folder, name)
+            loaded.check_fits(tracker.layer_ids, tracker.num_experts, f"The saved set {name!r}")
+            return loaded.total
+    raise RequestError(f"{describe(text)} names no traffic.", remedy=f"Allowed: {', '.join(TRAFFIC)}.")
+
+
+def _minutes_in(text: str) -> float:
+    try:
+        return float(text.partition(":")[2])
+    except ValueError:
+        raise RequestError(f"{describe(text)} has no number of minutes.", remedy="Write minutes:5.") from None
+
+
+def _before(tracker: ExpertTracker, minutes: float) -> Tally:
+    """What was counted since the last reset, but for the last `minutes`."""
+    recent = tracker.snapshot(minutes).tally
+    return _without(tracker.snapshot().tally, recent)
+
+
+def _without(whole: Tally, part: Tally) -> Tally:
+    """`whole` less `part`, where a reset may have come between the two, and gate mass is rounded."""
+    counts = np.maximum(whole.counts - part.counts, 0)
+    return Tally(
+        counts=counts,
+        gate_mass=np.where(counts > 0, np.maximum(whole.gate_mass - part.gate_mass, 0), 0),
+        num_tokens=np.maximum(whole.num_tokens - part.num_tokens, 0),
+        num_requests=np.maximum(whole.num_requests - part.num_requests, 0),
     )
+
+
+def _reference(tracker: ExpertTracker) -> saved.SavedSet:
+    path = tracker.settings.reference
+    if not path:
+        raise RequestError("There is no reference.", remedy="Set statistics.reference to a saved set.")
+    reference = _load_reference(path)
+    reference.check_fits(tracker.layer_ids, tracker.num_experts, f"statistics.reference {path!r}")
+    return reference
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amalgam.errors import RequestError, describe
-from amalgam.experts.history import GENERATED, PROMPT
+from amalgam.experts.history import GENERATED, PROMPT, Tally
 from amalgam.experts.tracker import ExpertSnapshot
 
 DEFAULT_TOP_K = 10
@@ -210,8 +210,7 @@ def grid(snapshot: ExpertSnapshot, phase: str = "all", measure: str = "count") -
         measure: `count` or `gate_mass`.
     """
     phases = PHASES[phase]
-    values = {"count": snapshot.tally.counts, "gate_mass": snapshot.tally.gate_mass}[measure][phases].sum(axis=0)
-    counts = snapshot.tally.counts[phases].sum(axis=0)
+    counts = measured(snapshot.tally, phase)
     figures = {name: _nullable(column) for name, column in balance(counts).items()}
     rows = _rows({"layer_id": list(snapshot.layer_ids), **figures, "coverage": coverage(counts)})
     return {
@@ -221,12 +220,18 @@ def grid(snapshot: ExpertSnapshot, phase: str = "all", measure: str = "count") -
         "phase": phase,
         "measure": measure,
         "label": snapshot.label,
-        "values": values.tolist(),
+        "values": measured(snapshot.tally, phase, measure).tolist(),
         "total_tokens": int(snapshot.tally.num_tokens[phases].sum()),
         "total_requests": int(snapshot.tally.num_requests),
         "window": window(snapshot),
         "balance": rows,
     }
+
+
+def measured(tally: Tally, phase: str = "all", measure: str = "count") -> npt.NDArray[Any]:
+    """One number per layer and expert, [layers, experts]; the arguments as in `grid`."""
+    values: npt.NDArray[Any] = {"count": tally.counts, "gate_mass": tally.gate_mass}[measure]
+    return np.asarray(values[PHASES[phase]].sum(axis=0))
 
 
 def concentration(snapshot: ExpertSnapshot) -> list[dict[str, Any]]:

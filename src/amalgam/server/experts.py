@@ -56,18 +56,24 @@ class ExpertStatsQuery(ExpertStatsBody):
     model_config = ConfigDict(strict=False)
 
 
-class GridQuery(WindowQuery):
+class MeasureQuery(Body):
+    model_config = ConfigDict(strict=False)
+
     phase: Literal["all", "prompt", "generated"] = "all"
     """Prompt tokens, generated tokens, or both."""
     measure: Literal["count", "gate_mass"] = "count"
     """Activations, or the sum of their gate weights."""
+
+
+class GridQuery(WindowQuery, MeasureQuery):
     label: str | None = Field(default=None, max_length=64)
     """Only requests with this `domain`, since the last reset; not together with minutes."""
 
 
-class CompareQuery(Body):
+class CompareQuery(MeasureQuery):
     a: str = Field(max_length=_MAX_NAME + 16)
-    """all, label:NAME, minutes:N or saved:NAME."""
+    """all, label:NAME, rest:NAME (all but that label), minutes:N, before:N (all but the last N minutes), reference
+    (statistics.reference) or saved:NAME."""
     b: str = Field(default="all", max_length=_MAX_NAME + 16)
     """The same; what `a` is compared with."""
 
@@ -214,7 +220,7 @@ async def get_comparison(service: ServiceArgument, query: Annotated[CompareQuery
     def answer(tracker: ExpertTracker) -> Response:
         from amalgam.experts.overview import compare_traffic
 
-        return OrjsonResponse(compare_traffic(tracker, query.a, query.b, folder))
+        return OrjsonResponse(compare_traffic(tracker, query.a, query.b, folder, query.phase, query.measure))
 
     return await _in_worker(service, answer)
 

@@ -9,7 +9,7 @@ import { CellGrid, legend } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { css, pick, scale, empty } from "../theme.js";
 import { control, frame, note, select } from "./panel.js";
-import { divergence, loadTraffic, trafficOptions } from "./usage.js";
+import { divergence, loadTraffic, setSides } from "./usage.js";
 
 const REFRESH_MS = 10000;
 const OCTAVES = 2;
@@ -227,14 +227,7 @@ function driftPanel() {
   }
 
   function words() {
-    const isFirst = !now.value;
-    const sides = trafficOptions(labels, sets);
-    setOptions(now, sides);
-    setOptions(reference, sides);
-    if (isFirst) {
-      now.value = "minutes:5";
-      reference.value = "all";
-    }
+    setSides(now, reference, labels, sets, state.statistics?.drift);
   }
 
   async function read() {
@@ -264,6 +257,9 @@ function driftPanel() {
   function redraw() {
     if (!answer) return;
     const { perLayer, mean } = divergence(answer);
+    plot.hidden = mean === null;
+    figures.textContent = mean === null ? t("no_divergence") : t("mean_divergence", format.short(mean));
+    if (plot.hidden) return;
     chart(plot, [{
       type: "bar", x: answer.layer_ids, y: perLayer, marker: { color: css("--series-1") }, hovertemplate: "%{y:.4f}", name: "",
     }], {
@@ -271,7 +267,6 @@ function driftPanel() {
       xaxis: { title: { text: t("layer"), standoff: 6, font: { size: 11 } }, dtick: Math.ceil(answer.layer_ids.length / 12) },
       yaxis: { range: [0, Math.max(0.05, ...perLayer.filter(Number.isFinite)) * 1.1], nticks: 5 },
     });
-    figures.textContent = t("mean_divergence", format.short(mean));
   }
 
   words();

@@ -103,9 +103,8 @@ function hint(item) {
 }
 
 // What a click on a hint shows: the comparison it speaks of, its expert, its list of experts, or its layer.
-function whereTo({ kind, figures, layer_id: layerId, expert_id: expertId }) {
-  if (kind === "domain") return () => emit("compare", { a: `label:${figures.label}`, b: "all" });
-  if (kind === "drift") return () => emit("compare", { a: `minutes:${figures.minutes}`, b: "all" });
+function whereTo({ compare, figures, layer_id: layerId, expert_id: expertId }) {
+  if (compare) return () => emit("compare", compare);
   if (Number.isInteger(expertId)) return () => choose(layerId, expertId);
   if (figures?.experts) return () => emit("highlight", figures.experts.map((cell) => [cell.layer_id, cell.expert_id]));
   return Number.isInteger(layerId) ? () => emit("highlight", [[layerId]]) : null;

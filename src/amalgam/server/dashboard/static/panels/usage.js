@@ -10,7 +10,7 @@ import { css, empty, pick, scale } from "../theme.js";
 import { control, frame, select } from "./panel.js";
 
 const OCTAVES = 3; // the scale ends at 8 times and an eighth of the even share
-const WINDOWS = [1, 5, 15, 60];
+const SPAN_MINUTES = 30; // until another is typed
 const LIVE_MS = 4000;
 const IDLE_MS = 30000;
 const NUM_BUSIEST = 12;
@@ -20,7 +20,7 @@ export function create() {
   const measure = select(changed, { id: "usage-measure" });
   const phase = select(changed, { id: "usage-phase" });
   const span = select(changed, { id: "usage-window" });
-  const minutes = h("input", { type: "number", min: "0.1", step: "any", value: "30", onchange: changed, class: "short", "aria-label": "minutes" });
+  const minutes = h("input", { type: "number", min: "0.1", step: "any", onchange: changed, class: "short", dataset: { i18nLabel: "minutes" } });
   const label = select(changed, { id: "usage-label" });
   const sideA = select(changed, { id: "usage-a" });
   const sideB = select(changed, { id: "usage-b" });
@@ -31,9 +31,10 @@ export function create() {
   const legendHost = h("div");
   const host = h("div", { class: "grid-host", id: "usage-grid" });
   const message = h("div");
-  const ofUse = [control("measure", measure), control("phase", phase), control("window", span), minutes, control("label", label)];
+  const ofUse = [control("window", span), minutes, control("label", label)];
   const ofDifference = [control("side_a", sideA), control("side_b", sideB)];
-  const controls = h("div", { class: "controls" }, control("view", view), ofUse, ofDifference, control("order", order),
+  const controls = h("div", { class: "controls" }, control("view", view), control("measure", measure), control("phase", phase),
+    ofUse, ofDifference, control("order", order),
     h("label", { class: "check" }, live, h("span", { dataset: { i18n: "live" } })));
   const links = [
     h("a", { class: "button", href: "experts/report", target: "_blank", rel: "noopener", dataset: { i18n: "report" } }),
@@ -68,18 +69,12 @@ export function create() {
     setOptions(view, [["use", t("view_use")], ["difference", t("view_difference")]]);
     setOptions(measure, [["count", t("measure_count")], ["gate_mass", t("measure_gate_mass")]]);
     setOptions(phase, ["all", "prompt", "generated"].map((name) => [name, t(`phase_${name}`)]));
-    setOptions(span, [["", t("window_all")], ...WINDOWS.map((n) => [n, t("window_minutes", n)]), ["other", t("window_other")]]);
+    setOptions(span, [["", t("window_all")], ...windows().map((n) => [n, windowName(n)]), ["other", t("window_other")]]);
     setOptions(order, [["id", t("order_id")], ["use", t("order_use")]]);
-    labelOptions();
-  }
-
-  function labelOptions() {
     setOptions(label, [["", t("label_all")], ...labels.map((item) => [item.label, t("label_tokens", item.label, format.short(item.tokens))])]);
-    const sides = trafficOptions(labels, sets);
-    const isFirst = !sideA.value;
-    setOptions(sideA, sides);
-    setOptions(sideB, sides);
-    if (isFirst) sideA.value = labels.length ? `label:${labels[0].label}` : "minutes:5";
+    setSides(sideA, sideB, labels, sets, labels.length ? labelSides(labels[0].label) : state.statistics?.drift);
+    minutes.max = Math.max(...windows());
+    minutes.value ||= Math.min(SPAN_MINUTES, minutes.max);
   }
 
   function showControls() {
@@ -96,7 +91,9 @@ export function create() {
     lastRead = performance.now();
     isStale = false;
     if (view.value === "difference") {
-      data = { kind: "difference", answer: await get("experts/compare", { a: sideA.value, b: sideB.value }) };
+      data = { kind: "difference", answer: await get("experts/compare", {
+        a: sideA.value, b: sideB.value, measure: measure.value, phase: phase.value,
+      }) };
     } else {
       const query = {
         measure: measure.value, phase: phase.value, label: label.value,
@@ -112,7 +109,7 @@ export function create() {
 
   async function refresh() {
     ({ labels, sets } = await loadTraffic());
-    labelOptions();
+    words();
     showControls();
     await read();
   }
@@ -176,8 +173,10 @@ export function create() {
   });
   on("compare", ({ a, b }) => {
     view.value = "difference";
-    sideA.value = a;
-    sideB.value = b;
+    measure.value = "count";
+    phase.value = "all";
+    chooseTraffic(sideA, a);
+    chooseTraffic(sideB, b);
     changed();
   });
   on("statistics", () => { isStale = true; });
@@ -245,14 +244,43 @@ function column(rows, name) {
   return Array.isArray(rows) ? rows.map((row) => row?.[name] ?? null) : rows?.[name] ?? [];
 }
 
-// [value, text] of everything that /experts/compare takes.
-export function trafficOptions(labels, sets) {
-  return [
-    ["all", t("window_all")],
-    ...WINDOWS.map((n) => [`minutes:${n}`, t("window_minutes", n)]),
-    ...labels.map((item) => [`label:${item.label}`, `${t("label")}: ${item.label}`]),
-    ...sets.map((name) => [`saved:${name}`, t("saved_set", name)]),
+const windows = () => state.statistics?.windows ?? [];
+const windowName = (n) => (n < 120 ? t("window_minutes", format.number(n, 1)) : t("window_hours", format.number(n / 60, 1)));
+const labelSides = (name) => ({ a: `label:${name}`, b: `rest:${name}` });
+
+// Offers both selects everything that /experts/compare takes; at first they are at `sides`.
+export function setSides(selectA, selectB, labels, sets, sides) {
+  if (!state.statistics?.is_counted) return;
+  const values = [
+    "all", ...(state.statistics.has_reference ? ["reference"] : []),
+    ...windows().flatMap((n) => [`minutes:${n}`, `before:${n}`]),
+    ...labels.flatMap((item) => Object.values(labelSides(item.label))),
+    ...sets.map((name) => `saved:${name}`),
   ];
+  const isFirst = !selectA.value;
+  for (const [node, first] of [[selectA, sides.a], [selectB, sides.b]]) {
+    setOptions(node, values.map((value) => [value, trafficName(value)]));
+    if (isFirst) node.value = first;
+  }
+}
+
+// Chooses traffic that may be newer than the options are.
+function chooseTraffic(node, value) {
+  if (![...node.options].some((option) => option.value === value)) node.append(h("option", { value }, trafficName(value)));
+  node.value = value;
+}
+
+function trafficName(value) {
+  const [, kind, name] = value.match(/^(\w+):?(.*)$/s);
+  switch (kind) {
+    case "all": return t("window_all");
+    case "reference": return t("reference_file");
+    case "minutes": return windowName(Number(name));
+    case "before": return t("before_window", windowName(Number(name)));
+    case "label": return t("label_side", name);
+    case "rest": return t("rest_side", name);
+    default: return t("saved_set", name);
+  }
 }
 
 export async function loadTraffic() {
