@@ -214,6 +214,26 @@ def test_the_precision_map_has_every_projection() -> None:
     assert found["bytes_by_format"] == {"bf16": 3 * 4 * 600, "int2": 3 * 4 * 75}
 
 
+class ThreeWidths(Version):
+    """Expert 7 has 8 bits: narrower than the widest, wider than the narrowest."""
+
+    def __getitem__(self, slot: str) -> SimpleNamespace:
+        return SimpleNamespace(nbytes=100) if ".experts.7." in slot else super().__getitem__(slot)
+
+
+def test_narrow_and_wide_have_one_definition() -> None:
+    tracker, version = make_tracker(Clock()), ThreeWidths()
+    found = precision_map(version, LAYER_IDS, NUM_EXPERTS)  # type: ignore[arg-type]
+    assert found.is_narrow.tolist() == [[True] * 4 + [False] * 3 + [True]] * 3
+    assert found.is_wide.tolist() == [[False] * 4 + [True] * 4] * 3
+    assert found.as_json()["is_wide"] == found.is_wide.tolist()
+    run_experts(tracker, [4, 5, 6], 900)
+    [cold] = [hint for hint in survey(tracker, version).hints if hint.kind == "cold_wide"]  # type: ignore[arg-type]
+    assert cold.figures["experts"] == [{"layer_id": layer_id, "expert_id": 7} for layer_id in LAYER_IDS]
+    assert cold.figures["wide_bits"] == 8
+    assert (cold.figures["bytes"], cold.figures["saved_bytes"]) == (3 * 300, 3 * 225)
+
+
 def test_hints_name_what_stands_out_with_their_figures() -> None:
     tracker, version = make_tracker(Clock()), Version()
     tracker.admit(0, "verse", 0)

@@ -23,7 +23,6 @@ MIN_TOKENS = 256  # below, differences are chance
 COLD = 0.25  # times an even share
 MIN_USES = 20  # an expert that an even use would have taken so often may be called unused
 DIVERGENCE = 0.1  # bits; two halves of the same traffic stay below a tenth of it
-NARROW = 0.75  # of the widest expert's bits
 MAX_PER_KIND = 5
 MAX_LISTED = 64
 SEVERITIES = ("warning", "notice", "info")
@@ -75,7 +74,7 @@ def find_hints(
 def _hot_narrow(snapshot: ExpertSnapshot, precisions: PrecisionMap) -> Iterator[Hint]:
     relative = relative_share(snapshot.tally.counts.sum(axis=0))
     wide = precisions.wide_bits
-    is_found = (relative >= HOT) & (precisions.bits < NARROW * wide) & (precisions.bits > 0)
+    is_found = (relative >= HOT) & precisions.is_narrow
     cells = np.argwhere(is_found)
     order = np.argsort(-relative[is_found], kind="stable")[:MAX_PER_KIND]
     for row, expert_id in cells[order].tolist():
@@ -99,20 +98,25 @@ def _hot_narrow(snapshot: ExpertSnapshot, precisions: PrecisionMap) -> Iterator[
 
 
 def _cold_wide(snapshot: ExpertSnapshot, precisions: PrecisionMap) -> Iterator[Hint]:
-    wide, narrow = precisions.wide_bits, precisions.narrow_bits
     relative = relative_share(snapshot.tally.counts.sum(axis=0))
-    is_found = (relative <= COLD) & (precisions.bits >= wide) & (narrow < NARROW * wide)
+    is_found = (relative <= COLD) & precisions.is_wide
     if not is_found.any():
         return
-    num_found, size = int(is_found.sum()), int(precisions.nbytes.sum(axis=-1)[is_found].sum())
-    saved = int(size * (1 - narrow / wide))
+    bits, narrow = precisions.bits[is_found], precisions.narrow_bits
+    sizes = precisions.nbytes.sum(axis=-1)[is_found]
+    num_found, wide, size, saved = (
+        len(bits),
+        float(bits.max()),
+        int(sizes.sum()),
+        int((sizes * (1 - narrow / bits)).sum()),
+    )
     yield Hint(
         "cold_wide",
         "info",
-        f"{num_found} experts with at most a quarter of the mean use are kept in the widest format ({wide:.1f} bits, "
-        f"{_megabytes(size)}); at {narrow:.1f} bits they would take {_megabytes(saved)} less.",
-        f"{num_found} 个使用量不超过平均值四分之一的专家保存在最宽的格式中（{wide:.1f} 位，{_megabytes(size)}）；"
-        f"改为 {narrow:.1f} 位可节省 {_megabytes(saved)}。",
+        f"{num_found} experts with at most a quarter of the mean use are kept in wide formats (up to {wide:.1f} bits, "
+        f"{_megabytes(size)}); at the narrowest's {narrow:.1f} bits they would take {_megabytes(saved)} less.",
+        f"{num_found} 个使用量不超过平均值四分之一的专家保存在较宽的格式中（至多 {wide:.1f} 位，{_megabytes(size)}）；"
+        f"改为最窄的 {narrow:.1f} 位可节省 {_megabytes(saved)}。",
         {
             "num_experts": num_found,
             "bytes": size,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from amalgam.models.weights import WeightVersion
 
 PROJECTIONS = ("gate", "up", "down")
+CLEARLY = 0.75  # of the bits that something is compared with
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,17 @@ class PrecisionMap:
     @property
     def narrow_bits(self) -> float:
         """Bits of the narrowest expert."""
-        return float(self.bits.min()) if self.bits.size else 0.0
+        return float(self.bits.min(initial=self.wide_bits, where=self.bits > 0))
+
+    @property
+    def is_narrow(self) -> npt.NDArray[np.bool_]:
+        """Which experts are clearly narrower than the widest, [layers, experts]."""
+        return (self.bits > 0) & (self.bits < CLEARLY * self.wide_bits)
+
+    @property
+    def is_wide(self) -> npt.NDArray[np.bool_]:
+        """Which experts are clearly wider than the narrowest, [layers, experts]; of three widths, one can be both."""
+        return CLEARLY * self.bits > self.narrow_bits
 
     def bytes_by_format(self) -> dict[str, int]:
         """Bytes of the experts in each format, the largest first."""
@@ -62,6 +73,8 @@ class PrecisionMap:
             "bits": self.bits.tolist(),
             "wide_bits": self.wide_bits,
             "narrow_bits": self.narrow_bits,
+            "is_narrow": self.is_narrow.tolist(),
+            "is_wide": self.is_wide.tolist(),
             "bytes_by_format": self.bytes_by_format(),
         }
 

@@ -32,10 +32,14 @@ async def statistics(service: ServiceArgument) -> Response:
 
 
 def describe_statistics(service: Service) -> dict[str, Any]:
-    """The answer; `is_counted` alone where nothing is. `windows` are minutes, the last of them all that is kept."""
+    """The answer; `is_counted` alone where nothing is. `windows` are minutes, the last of them all that is kept;
+    `hot_from` and `cold_to`, in even shares, are those of the hints.
+    """
     if service.deployment.observer is None:
         return {"is_counted": False}
+    from amalgam.experts.hints import COLD
     from amalgam.experts.overview import drift_minutes, drift_sides
+    from amalgam.experts.statistics import HOT
 
     settings = cast("ExpertTracker", service.deployment.observer).settings
     kept = settings.history_minutes
@@ -44,4 +48,6 @@ def describe_statistics(service: Service) -> dict[str, Any]:
         "windows": sorted({minutes for minutes in MINUTES if minutes < kept} | {drift_minutes(settings), kept}),
         "drift": drift_sides(settings),
         "has_reference": bool(settings.reference),
+        "hot_from": HOT,
+        "cold_to": COLD,
     }
