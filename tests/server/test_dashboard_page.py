@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,19 @@ PANELS = (
     *("serving", "usage", "expert", "hints", "precision", "stage", "inspector", "analysis", "coactivation", "drift"),
     *("memory", "remaps", "playground"),
 )
+COLORS_OF_CELL = """
+    const grid = document.getElementById(arguments[0]).grid;
+    const context = grid.overlay.getContext("2d");
+    const [x, y] = [grid.x(grid.place(arguments[1], arguments[2])), grid.y(arguments[1]) + grid.size.cellHeight / 2];
+    const at = (dx) => [...context.getImageData(Math.round(x + dx), Math.round(y), 1, 1).data].slice(0, 3);
+    const paint = document.createElement("canvas").getContext("2d");
+    const color = (name) => {
+        paint.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(name);
+        paint.fillRect(0, 0, 1, 1);
+        return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    return {edge: at(0), inner: at(1), hot: color("--hot"), staged: color("--staged")};
+"""
 NEED_STATISTICS = tuple(name for name in PANELS if name not in ("serving", "memory", "remaps", "playground"))
 UPDATE_OFTEN = """
     const [selector, name, done] = arguments;
@@ -163,6 +177,34 @@ def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
     assert mean > 0.05  # the domains use different experts
     page.wait(f"return document.querySelector('#usage .figures').textContent.includes('{mean:.3g}')")
     assert_clean(page, demo_url)
+
+
+def test_the_precision_map_marks_what_the_hints_name(page: Page, large_url: str) -> None:
+    hints = httpx.get(large_url + "/experts/hints", timeout=60).json()["hints"]
+    counts = {hint["kind"]: hint["figures"].get("num_experts", hint["figures"].get("num_found")) for hint in hints}
+    page.open(large_url + "/dashboard")
+    page.show("#precision")
+    page.wait("return document.getElementById('precision').grid.data !== null")
+    assert page.text("#select-hot-narrow") == f"Select hot and narrow ({counts['hot_narrow']})"
+    assert page.text("#select-cold-wide") == f"Select cold and wide ({counts['cold_wide']})"
+    assert page.text("#staged-count") == "staged (0)"
+    page.click("#select-hot-narrow")
+    page.choose("#stage-source", "source-8")
+    page.click("#stage-add")
+    page.wait("return document.querySelector('#staged-count').textContent !== 'staged (0)'")
+    outlines = page.run("return document.getElementById('precision').grid.data.outlines")
+    [hot, _, staged, _] = [{tuple(cell) for cell in outline["cells"]} for outline in outlines]
+    assert staged and staged <= hot  # the rest have that source already
+    assert page.text("#staged-count") == f"staged ({len(staged)})"
+
+    # A staged cell shows both: red at its edge, green within.
+    row, column = min(staged)
+    colors = page.run(COLORS_OF_CELL, "precision", row, column)
+
+    def is_nearer(color: str, this: str, that: str) -> bool:  # lines between two pixels are blended
+        return math.dist(colors[color], colors[this]) < math.dist(colors[color], colors[that])
+
+    assert is_nearer("edge", "hot", "staged") and is_nearer("inner", "staged", "hot")
 
 
 def test_a_hint_shows_the_comparison_that_it_speaks_of(page: Page, demo_url: str) -> None:

@@ -31,7 +31,7 @@ export class CellGrid {
   }
 
   // data: rowNames, numColumns, parts (1 or 3), colors: Uint32Array [rows × columns × parts],
-  // margins: [{title, values, low, high, text(value)}], outlines: [{cells: [[row, column]], color, dash}],
+  // margins: [{title, values, low, high, text(value)}], outlines: [{cells: [[row, column]], color, dash, isInner}],
   // order: per row the column shown at each place (null: as they are), label: for screen readers, columnStep
   show(data) {
     this.data = data;
@@ -183,20 +183,23 @@ export class CellGrid {
     const { outlines = [] } = this.data;
     const { cellWidth, cellHeight } = this.size;
     const line = cellWidth < 8 || cellHeight < 8 ? 1 : 2;
-    for (const { cells, color, dash, mark } of outlines) {
+    for (const { cells, color, dash, isInner } of outlines) {
+      const inset = isInner ? line : 0; // within another outline, which stays to be seen
       context.strokeStyle = color;
       context.fillStyle = color;
       context.lineWidth = line;
       context.setLineDash(dash && line > 1 ? [4, 3] : []);
       for (const [row, column] of cells) {
-        const x = this.x(this.place(row, column));
-        const y = this.y(row);
-        context.strokeRect(x + line / 2, y + line / 2, cellWidth - line, cellHeight - line);
-        if (mark && cellHeight >= GAP_FROM) {
+        const x = this.x(this.place(row, column)) + inset;
+        const y = this.y(row) + inset;
+        const width = cellWidth - 2 * inset;
+        const height = cellHeight - 2 * inset;
+        context.strokeRect(x + line / 2, y + line / 2, width - line, height - line);
+        if (isInner && cellHeight >= GAP_FROM) {
           context.beginPath();
-          context.moveTo(x + cellWidth, y);
-          context.lineTo(x + cellWidth - 8, y);
-          context.lineTo(x + cellWidth, y + 8);
+          context.moveTo(x + width, y);
+          context.lineTo(x + width - 8, y);
+          context.lineTo(x + width, y + 8);
           context.fill();
         }
       }

@@ -11,7 +11,6 @@ import { control, frame, note, select } from "./panel.js";
 
 const HOT = [1.25, 1.5, 2, 3, 4];
 const COLD = [0.75, 0.5, 0.25, 0.1];
-const CLEARLY = 0.75;
 const MAX_TIP_NAME = 40;
 
 export function create() {
@@ -20,6 +19,7 @@ export function create() {
   const cold = select(redraw, { id: "precision-cold" });
   const host = h("div", { class: "grid-host", id: "precision-grid" });
   const legendHost = h("div", { class: "legend" });
+  const stagedCount = h("span", { id: "staged-count" });
   const mapNode = frame("precision", "precision", "precision_hint", h("div", {},
     h("div", { class: "controls" }, control("show", show), control("hot_from", hot), control("cold_to", cold)),
     host, h("div", { class: "below" }, legendHost)), { wide: "main" });
@@ -80,8 +80,8 @@ export function create() {
   function words() {
     const projections = map?.projections ?? [];
     setOptions(show, [["split", t("show_split")], ...projections.map((name, index) => [index, name])]);
-    setOptions(hot, HOT.map((value) => [value, format.times(value)]));
-    setOptions(cold, COLD.map((value) => [value, format.times(value)]));
+    thresholds(hot, HOT, state.statistics?.hot_from);
+    thresholds(cold, COLD, state.statistics?.cold_to);
     chooseLayer.textContent = t("select_layer");
     clear.textContent = t("clear_selection");
     stage.textContent = t("stage_add");
@@ -140,6 +140,7 @@ export function create() {
         `${item.name} · ${t("bits_each", format.number(item.bits, 2))} · ${t("format_share", format.number(item.count))}`)),
       h("span", { class: "legend-item" }, h("i", { class: "swatch outline hot" }), t("hot_narrow", marked.hotNarrow.length)),
       h("span", { class: "legend-item" }, h("i", { class: "swatch outline cold" }), t("cold_wide", marked.coldWide.length)),
+      h("span", { class: "legend-item" }, h("i", { class: "swatch outline staged" }), stagedCount),
       map.formats.length < 2 ? h("span", { class: "quiet" }, t("one_width")) : null);
     showSelection();
   }
@@ -157,10 +158,11 @@ export function create() {
       const row = map.layerIds.indexOf(item.layerId);
       stagedCells.set(`${row}/${item.expertId}`, [row, item.expertId]);
     }
+    stagedCount.textContent = t("staged_mark", stagedCells.size);
     grid.setOutlines([
       { cells: marked.hotNarrow, color: css("--hot") },
       { cells: marked.coldWide, color: css("--cold"), dash: true },
-      { cells: [...stagedCells.values()], color: css("--staged"), mark: true },
+      { cells: [...stagedCells.values()], color: css("--staged"), isInner: true },
       { cells: [...selected.values()], color: css("--text") },
     ]);
   }
@@ -262,8 +264,6 @@ export function create() {
     if (row >= 0) selectCells([[row, expert.expert_id]]);
   });
   words();
-  hot.value = "2"; // as in the hints of the server
-  cold.value = "0.25";
   onLanguage(words);
   showSelection();
   return [mapPanel, { id: "stage", node: stageNode, redraw: showSelection, needsStatistics: true }];
@@ -282,6 +282,14 @@ function expertRanges(items) {
   const projections = ["gate", "up", "down"].filter((name) => items.some((item) => item.projection === name));
   const isWhole = items.length === ids.length * 3;
   return `${parts.join(", ")}${isWhole ? "" : ` · ${projections.join(", ")}`}`;
+}
+
+// At first the hints' own threshold is chosen.
+function thresholds(node, values, ofHints) {
+  if (ofHints === undefined) return;
+  const isFirst = !node.value;
+  setOptions(node, [...new Set([...values, ofHints])].map((value) => [value, format.times(value)]));
+  if (isFirst) node.value = ofHints;
 }
 
 // The answer of /experts/precision_map, with widths and sizes looked up once.
@@ -312,9 +320,8 @@ function readMap(answer) {
   const formatAt = (row, expert, part) => byName.get(answer.formats[row][expert][part]);
   return {
     layerIds, numExperts, projections, formats, formatAt, totalBytes,
-    bits: answer.bits, // per expert
-    wideBits: answer.wide_bits,
-    narrowBits: answer.narrow_bits,
+    isNarrow: answer.is_narrow, // per expert
+    isWide: answer.is_wide,
     bitsPerLayer: answer.bits.map((row) => row.reduce((sum, bits) => sum + bits, 0) / numExperts),
     cell: (row, expert, part) => ({
       format: answer.formats[row][expert][part], source: answer.sources[row][expert][part], bytes: answer.bytes[row][expert][part],
@@ -324,14 +331,12 @@ function readMap(answer) {
   };
 }
 
-// Narrow: clearly below the widest expert. Wide: clearly above the narrowest.
 function findMarked(map, use, hotFrom, coldTo) {
   const hotNarrow = [];
   const coldWide = [];
   use?.forEach((row, index) => row?.forEach((value, expert) => {
-    const bits = map.bits[index][expert];
-    if (value >= hotFrom && bits < CLEARLY * map.wideBits) hotNarrow.push([index, expert]);
-    else if (value <= coldTo && bits * CLEARLY > map.narrowBits) coldWide.push([index, expert]);
+    if (value >= hotFrom && map.isNarrow[index][expert]) hotNarrow.push([index, expert]);
+    else if (value <= coldTo && map.isWide[index][expert]) coldWide.push([index, expert]);
   }));
   return { hotNarrow, coldWide };
 }
