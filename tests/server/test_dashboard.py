@@ -129,6 +129,8 @@ def test_one_expert(large: httpx.Client) -> None:
         "layer_id=-1&expert_id=0",
         "layer_id=x&expert_id=0",
         "layer_id=9223372036854775808&expert_id=0",
+        "layer_id=0&expert_id=0&expert_id=1",
+        "layer_id=0&expert_id=0&minutes=5",
     ],
 )
 def test_no_such_expert(large: httpx.Client, query: str) -> None:

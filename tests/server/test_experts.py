@@ -159,6 +159,16 @@ def test_pairs_and_concentration(client: httpx.Client) -> None:
     assert client.get("/experts/coactivation", params={"layer_id": 2**70}).status_code == 422
 
 
+@pytest.mark.parametrize(
+    "query",
+    ["expert_stats?top_k=1&top_k=2", "experts/grid?minutes=1&minutes=1", "experts/coactivation?layer_id=0&layer_id=2"],
+)
+def test_a_query_says_each_thing_once(client: httpx.Client, query: str) -> None:
+    response = client.get(f"/{query}")
+    assert response.status_code == 422
+    assert "stands 2 times" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("domain", HOSTILE)
 def test_a_domain_is_counted_and_stays_a_name(client: httpx.Client, deployment: FakeDeployment, domain: str) -> None:
     tracker = deployment.observer

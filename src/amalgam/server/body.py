@@ -6,6 +6,7 @@ In: raw ASGI messages. Out: parsed bodies for the handlers. Must never know: wha
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from amalgam.errors import RequestError
+from amalgam.errors import RequestError, describe
 from amalgam.server.errors import BodyTooLargeError, InvalidJSONError, MediaTypeError, error_response
 
 MAX_JSON_KEYS = 100_000
@@ -73,7 +74,7 @@ class JSONRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route that parses its body strictly, and refuses query parameters that it does not declare."""
+    """A route that parses its body strictly, and refuses query parameters that it does not declare or gets twice."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -82,12 +83,19 @@ class StrictRoute(APIRoute):
             request = JSONRequest(request.scope, request.receive)
             if request.query_params and not self.dependant.query_params:
                 raise RequestError(f"{self.path} takes no query.", remedy="Leave out what follows the question mark.")
+            _check_no_key_twice(request)
             if self.body_field is not None and await request.body():
                 _check_media_type(request.headers.get("content-type", ""))
                 await request.json()  # here, since FastAPI would hide the message of an error raised further in
             return await handle(request)
 
         return handle_strictly
+
+
+def _check_no_key_twice(request: Request) -> None:
+    for key, count in Counter(key for key, _ in request.query_params.multi_items()).items():
+        if count > 1:
+            raise RequestError(f"{describe(key)} stands {count} times in the query.", remedy="Give it once.")
 
 
 def _check_media_type(value: str) -> None:

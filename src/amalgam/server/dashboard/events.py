@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from amalgam.errors import OverloadedError
 from amalgam.server.access import unless_client_leaves
+from amalgam.server.body import StrictRoute
 from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.service import Service, Status
 from amalgam.server.serving import describe_serving
@@ -33,7 +34,7 @@ NUM_POINTS = 4  # more than come up between two events
 
 logger = logging.getLogger("amalgam.server")
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(route_class=StrictRoute, include_in_schema=False)
 
 
 class EventHub:

@@ -11,9 +11,11 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import APIRouter, Query
+from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
 from amalgam.errors import RequestError
+from amalgam.server.body import Body, StrictRoute
 from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.errors import OrjsonResponse
 
@@ -23,16 +25,21 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("gate", "up", "down")
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(route_class=StrictRoute, include_in_schema=False)
+
+
+class ExpertQuery(Body):
+    model_config = ConfigDict(strict=False)  # a query holds nothing but strings
+
+    layer_id: int = Field(ge=0)
+    expert_id: int = Field(ge=0)
 
 
 @router.get("/dashboard/expert")
-async def expert(
-    service: ServiceArgument, layer_id: Annotated[int, Query(ge=0)], expert_id: Annotated[int, Query(ge=0)]
-) -> Response:
+async def expert(service: ServiceArgument, query: Annotated[ExpertQuery, Query()]) -> Response:
     """The use since the last reset, and the projections, of one expert."""
-    deployment = service.deployment
-    return OrjsonResponse(await asyncio.to_thread(describe_expert, deployment, layer_id, expert_id))
+    answer = await asyncio.to_thread(describe_expert, service.deployment, query.layer_id, query.expert_id)
+    return OrjsonResponse(answer)
 
 
 def describe_expert(deployment: Deployment, layer_id: int, expert_id: int) -> dict[str, Any]:
