@@ -47,6 +47,18 @@ class WindowQuery(WindowBody):
     model_config = ConfigDict(strict=False)  # a query holds nothing but strings
 
 
+class SharedQuery(Body):
+    model_config = ConfigDict(strict=False)
+
+    statistics_version: int | None = Field(default=None, ge=0)
+    """As the dashboard's events tell it: an answer of this version or later will do, even if it was made for somebody
+    else in the last two seconds. null: it is made now."""
+
+
+class SharedWindowQuery(WindowQuery, SharedQuery):
+    pass
+
+
 class ExpertStatsBody(WindowBody):
     top_k: int | None = Field(default=None, ge=1)
     """How many of the busiest experts; null: 10, or all where there are fewer."""
@@ -56,9 +68,7 @@ class ExpertStatsQuery(ExpertStatsBody):
     model_config = ConfigDict(strict=False)
 
 
-class MeasureQuery(Body):
-    model_config = ConfigDict(strict=False)
-
+class MeasureQuery(SharedQuery):
     phase: Literal["all", "prompt", "generated"] = "all"
     """Prompt tokens, generated tokens, or both."""
     measure: Literal["count", "gate_mass"] = "count"
@@ -78,9 +88,7 @@ class CompareQuery(MeasureQuery):
     """The same; what `a` is compared with."""
 
 
-class LayerQuery(Body):
-    model_config = ConfigDict(strict=False)
-
+class LayerQuery(SharedQuery):
     layer_id: int = Field(ge=0)
     """A decoder layer that has experts."""
 
@@ -192,24 +200,24 @@ async def export_expert_stats(service: ServiceArgument, body: ExportBody | None 
 async def get_grid(service: ServiceArgument, query: Annotated[GridQuery, Query()]) -> Response:
     """One number per layer and expert, and each layer's balance."""
 
-    def answer(tracker: ExpertTracker) -> Response:
-        from amalgam.experts.statistics import grid
+    def answer(tracker: ExpertTracker) -> dict[str, Any]:
+        from amalgam.experts import statistics
 
-        return OrjsonResponse(grid(tracker.snapshot(query.minutes, query.label), query.phase, query.measure))
+        return statistics.grid(tracker.snapshot(query.minutes, query.label), query.phase, query.measure)
 
-    return await _in_worker(service, answer)
+    return await _shared(service, "grid", query, answer)
 
 
 @router.get("/experts/labels", response_model=dict[str, Any])
-async def get_labels(service: ServiceArgument) -> Response:
+async def get_labels(service: ServiceArgument, query: Annotated[SharedQuery, Query()]) -> Response:
     """The labels (`domain`) that requests have had since the last reset."""
 
-    def answer(tracker: ExpertTracker) -> Response:
+    def answer(tracker: ExpertTracker) -> dict[str, Any]:
         from amalgam.experts.statistics import label_rows
 
-        return OrjsonResponse({"labels": label_rows(tracker.snapshot()), "max_labels": tracker.settings.max_labels})
+        return {"labels": label_rows(tracker.snapshot()), "max_labels": tracker.settings.max_labels}
 
-    return await _in_worker(service, answer)
+    return await _shared(service, "labels", query, answer)
 
 
 @router.get("/experts/compare", response_model=dict[str, Any])
@@ -217,80 +225,76 @@ async def get_comparison(service: ServiceArgument, query: Annotated[CompareQuery
     """Difference of the shares (a − b) and Jensen-Shannon divergence of two windows, labels or saved sets."""
     folder = service.settings.server.export_dir
 
-    def answer(tracker: ExpertTracker) -> Response:
+    def answer(tracker: ExpertTracker) -> dict[str, Any]:
         from amalgam.experts.overview import compare_traffic
 
-        return OrjsonResponse(compare_traffic(tracker, query.a, query.b, folder, query.phase, query.measure))
+        return compare_traffic(tracker, query.a, query.b, folder, query.phase, query.measure)
 
-    return await _in_worker(service, answer)
+    return await _shared(service, "compare", query, answer)
 
 
 @router.get("/experts/coactivation", response_model=dict[str, Any])
 async def get_coactivation(service: ServiceArgument, query: Annotated[LayerQuery, Query()]) -> Response:
     """How many sampled tokens used two experts of a layer together; on the diagonal, one of them."""
 
-    def answer(tracker: ExpertTracker) -> Response:
+    def answer(tracker: ExpertTracker) -> dict[str, Any]:
         pairs = tracker.layer_pairs(query.layer_id)
-        return OrjsonResponse(
-            {
-                "layer_id": query.layer_id,
-                "num_experts": tracker.num_experts,
-                "pairs": pairs.together.tolist(),
-                "sampled_tokens": pairs.num_tokens,
-                "sampling": pairs.sampling,
-            }
-        )
+        return {
+            "layer_id": query.layer_id,
+            "num_experts": tracker.num_experts,
+            "pairs": pairs.together.tolist(),
+            "sampled_tokens": pairs.num_tokens,
+            "sampling": pairs.sampling,
+        }
 
-    return await _in_worker(service, answer)
+    return await _shared(service, "coactivation", query, answer)
 
 
 @router.get("/experts/transitions", response_model=dict[str, Any])
 async def get_transitions(service: ServiceArgument, query: Annotated[LayerQuery, Query()]) -> Response:
     """How many sampled tokens used an expert of a layer (row) and then one of the next layer (column)."""
 
-    def answer(tracker: ExpertTracker) -> Response:
+    def answer(tracker: ExpertTracker) -> dict[str, Any]:
         pairs = tracker.layer_pairs(query.layer_id)
         if pairs.next_layer_id is None:
             raise RequestError(f"layer_id is {query.layer_id}.", remedy="No layer with experts follows this one.")
         matrix = [] if pairs.onward is None else pairs.onward.tolist()
-        return OrjsonResponse(
-            {
-                "layer_id": query.layer_id,
-                "next_layer_id": pairs.next_layer_id,
-                "num_experts": tracker.num_experts,
-                "matrix": matrix,
-                "sampled_tokens": pairs.num_tokens,
-                "sampling": pairs.sampling,
-            }
-        )
+        return {
+            "layer_id": query.layer_id,
+            "next_layer_id": pairs.next_layer_id,
+            "num_experts": tracker.num_experts,
+            "matrix": matrix,
+            "sampled_tokens": pairs.num_tokens,
+            "sampling": pairs.sampling,
+        }
 
-    return await _in_worker(service, answer)
+    return await _shared(service, "transitions", query, answer)
 
 
 @router.get("/experts/concentration", response_model=dict[str, Any])
-async def get_concentration(service: ServiceArgument, query: Annotated[WindowQuery, Query()]) -> Response:
+async def get_concentration(service: ServiceArgument, query: Annotated[SharedWindowQuery, Query()]) -> Response:
     """Per layer, the Lorenz curve, Gini, and how many experts take 50, 90 and 99% of the activations."""
 
-    def answer(tracker: ExpertTracker) -> Response:
+    def answer(tracker: ExpertTracker) -> dict[str, Any]:
         from amalgam.experts.statistics import concentration, window
 
         snapshot = tracker.snapshot(query.minutes)
-        return OrjsonResponse({"window": window(snapshot), "layers": concentration(snapshot)})
+        return {"window": window(snapshot), "layers": concentration(snapshot)}
 
-    return await _in_worker(service, answer)
+    return await _shared(service, "concentration", query, answer)
 
 
 @router.get("/experts/hints", response_model=dict[str, Any])
-async def get_hints(service: ServiceArgument, query: Annotated[WindowQuery, Query()]) -> Response:
+async def get_hints(service: ServiceArgument, query: Annotated[SharedWindowQuery, Query()]) -> Response:
     """What the statistics suggest, in English and Chinese, each with its figures; the most important first."""
 
-    def answer(tracker: ExpertTracker) -> Response:
+    def answer(tracker: ExpertTracker) -> dict[str, Any]:
         from amalgam.experts.overview import survey
 
         overview = survey(tracker, service.deployment.version, query.minutes)
-        return OrjsonResponse({"hints": [hint.as_json() for hint in overview.hints]})
+        return {"hints": [hint.as_json() for hint in overview.hints]}
 
-    return await _in_worker(service, answer)
+    return await _shared(service, "hints", query, answer)
 
 
 @router.get("/experts/precision_map", response_model=dict[str, Any])
@@ -377,7 +381,9 @@ async def save_set(body: SaveSetBody, service: ServiceArgument) -> SavedSetAnswe
         num_tokens = int(result.total.num_tokens.sum())
         return SavedSetAnswer(name=path.stem, file_name=path.name, tokens=num_tokens, labels=list(result.labels))
 
-    return await _in_worker(service, save)
+    result = await _in_worker(service, save)
+    service.shared_answers.forget()  # of the set that was replaced
+    return result
 
 
 def tracker_of(deployment: Deployment) -> ExpertTracker:
@@ -395,6 +401,26 @@ def tracker_of(deployment: Deployment) -> ExpertTracker:
 async def _in_worker(service: Service, work: Callable[[ExpertTracker], T]) -> T:
     tracker = tracker_of(service.deployment)
     return await asyncio.to_thread(work, tracker)
+
+
+async def _shared(
+    service: Service, name: str, query: SharedQuery, work: Callable[[ExpertTracker], dict[str, Any]]
+) -> Response:
+    tracker = tracker_of(service.deployment)
+    return await share(service, name, query, lambda: work(tracker))
+
+
+async def share(service: Service, name: str, query: SharedQuery, work: Callable[[], dict[str, Any]]) -> Response:
+    """What `work` gives, called in a thread unless somebody else's answer to the same query will do."""
+    observer = service.deployment.observer
+    revision = 0 if observer is None else cast("ExpertTracker", observer).revision
+    key = (name, service.weight_version, query.model_copy(update={"statistics_version": None}))
+
+    def make() -> bytes:
+        return bytes(OrjsonResponse(work()).body)
+
+    content = await service.shared_answers.get(key, query.statistics_version, revision, make)
+    return Response(content, media_type=OrjsonResponse.media_type)
 
 
 async def _expert_stats(service: Service, query: ExpertStatsBody) -> Response:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from amalgam.config import Settings
 from amalgam.errors import OverloadedError, UnavailableError
+from amalgam.server.sharing import SharedAnswers
 
 if TYPE_CHECKING:
     from amalgam.engine.deployment import Deployment
@@ -45,6 +46,7 @@ class Service:
     def __init__(self, settings: Settings, open_deployment: Callable[[], Deployment]) -> None:
         self.settings = settings
         self.num_active = 0  # requests admitted and not yet answered; touched by the event loop only
+        self.shared_answers = SharedAnswers()
         self._started_at = time.monotonic()
         self._open_deployment = open_deployment
         self._deployment: Deployment | None = None

@@ -6,18 +6,17 @@ would be megabytes for a large model.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import APIRouter, Query
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from amalgam.errors import RequestError
-from amalgam.server.body import Body, StrictRoute
+from amalgam.server.body import StrictRoute
 from amalgam.server.dependencies import ServiceArgument
-from amalgam.server.errors import OrjsonResponse
+from amalgam.server.experts import SharedQuery, share
 
 if TYPE_CHECKING:
     from amalgam.engine.deployment import Deployment
@@ -28,9 +27,7 @@ PROJECTIONS = ("gate", "up", "down")
 router = APIRouter(route_class=StrictRoute, include_in_schema=False)
 
 
-class ExpertQuery(Body):
-    model_config = ConfigDict(strict=False)  # a query holds nothing but strings
-
+class ExpertQuery(SharedQuery):
     layer_id: int = Field(ge=0)
     expert_id: int = Field(ge=0)
 
@@ -38,8 +35,8 @@ class ExpertQuery(Body):
 @router.get("/dashboard/expert")
 async def expert(service: ServiceArgument, query: Annotated[ExpertQuery, Query()]) -> Response:
     """The use since the last reset, and the projections, of one expert."""
-    answer = await asyncio.to_thread(describe_expert, service.deployment, query.layer_id, query.expert_id)
-    return OrjsonResponse(answer)
+    deployment = service.deployment
+    return await share(service, "expert", query, lambda: describe_expert(deployment, query.layer_id, query.expert_id))
 
 
 def describe_expert(deployment: Deployment, layer_id: int, expert_id: int) -> dict[str, Any]:

@@ -25,6 +25,11 @@ export const state = {
   staged: new Map(), // weight name → {name, layerId, expertId, projection, source}
 };
 
+// Statistics at least as new as the latest event's: all pages that had the event can be given the same answer.
+export function getStatistics(path, query = {}) {
+  return get(path, { ...query, statistics_version: state.event?.statistics_version });
+}
+
 export async function loadInfo() {
   state.info = await get("model_info");
   emit("info");

@@ -1,7 +1,7 @@
 // How concentrated the use is, which experts go together, and how far it has drifted.
 
-import { get, post } from "../api.js";
-import { choose, on, state } from "../app.js";
+import { post } from "../api.js";
+import { choose, getStatistics, on, state } from "../app.js";
 import { chart } from "../charts.js";
 import { fill, h, setOptions, table } from "../dom.js";
 import * as format from "../format.js";
@@ -43,7 +43,7 @@ function concentrationPanel() {
   let answer = null;
 
   async function refresh() {
-    answer = await get("experts/concentration");
+    answer = await getStatistics("experts/concentration");
     redraw();
   }
 
@@ -140,7 +140,7 @@ function coactivationPanel() {
       fill(message, note(t("no_next_layer")));
       return;
     }
-    const raw = await get(isNext ? "experts/transitions" : "experts/coactivation", { layer_id: layerId });
+    const raw = await getStatistics(isNext ? "experts/transitions" : "experts/coactivation", { layer_id: layerId });
     answer = isNext ? readPairs(raw, raw.matrix, false) : readPairs(raw, raw.pairs, true);
     fill(message);
     redraw();
@@ -231,7 +231,7 @@ function driftPanel() {
   }
 
   async function read() {
-    answer = await get("experts/compare", { a: now.value, b: reference.value });
+    answer = await getStatistics("experts/compare", { a: now.value, b: reference.value });
     fill(message);
     redraw();
   }

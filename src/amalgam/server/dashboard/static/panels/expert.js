@@ -1,7 +1,6 @@
 // The chosen expert: its use, and where each of its projections comes from. Below it, the server's hints.
 
-import { get } from "../api.js";
-import { choose, emit, on, state } from "../app.js";
+import { choose, emit, getStatistics, on, state } from "../app.js";
 import { fill, h, table } from "../dom.js";
 import * as format from "../format.js";
 import { language, t } from "../i18n.js";
@@ -20,7 +19,7 @@ function expertPanel() {
 
   async function refresh() {
     const { chosen } = state;
-    if (chosen) answer = await get("dashboard/expert", { layer_id: chosen.layerId, expert_id: chosen.expertId });
+    if (chosen) answer = await getStatistics("dashboard/expert", { layer_id: chosen.layerId, expert_id: chosen.expertId });
     redraw();
   }
 
@@ -75,7 +74,7 @@ function hintsPanel() {
 
   async function refresh() {
     lastRead = performance.now();
-    state.hints = (await get("experts/hints")).hints;
+    state.hints = (await getStatistics("experts/hints")).hints;
     redraw();
   }
 

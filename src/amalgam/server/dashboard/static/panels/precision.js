@@ -1,7 +1,7 @@
 // The precision of every expert's projections on the heatmap's grid, and changes of it: chosen, staged, applied.
 
-import { get, post } from "../api.js";
-import { choose, emit, loadInfo, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
+import { post } from "../api.js";
+import { choose, emit, getStatistics, loadInfo, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
 import { fill, h, setOptions, table, timed } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
@@ -101,7 +101,7 @@ export function create() {
   }
 
   async function refresh() {
-    use = relativeUse((await get("experts/grid")).values);
+    use = relativeUse((await getStatistics("experts/grid")).values);
     adopt();
     redraw();
   }

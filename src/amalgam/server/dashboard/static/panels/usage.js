@@ -1,7 +1,7 @@
 // The heatmap of layers × experts, of one set of counts or of the difference of two.
 
 import { get } from "../api.js";
-import { choose, emit, hasStatistics, on, relativeUse, state } from "../app.js";
+import { choose, emit, getStatistics, hasStatistics, on, relativeUse, state } from "../app.js";
 import { coalesced, fill, h, setOptions, timed } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid, legend } from "../grid.js";
@@ -91,7 +91,7 @@ export function create() {
     lastRead = performance.now();
     isStale = false;
     if (view.value === "difference") {
-      data = { kind: "difference", answer: await get("experts/compare", {
+      data = { kind: "difference", answer: await getStatistics("experts/compare", {
         a: sideA.value, b: sideB.value, measure: measure.value, phase: phase.value,
       }) };
     } else {
@@ -99,7 +99,7 @@ export function create() {
         measure: measure.value, phase: phase.value, label: label.value,
         minutes: span.value === "other" ? minutes.value : span.value,
       };
-      data = { kind: "use", answer: await get("experts/grid", query) };
+      data = { kind: "use", answer: await getStatistics("experts/grid", query) };
       state.grid = data.answer;
       emit("grid");
     }
@@ -285,7 +285,7 @@ function trafficName(value) {
 
 export async function loadTraffic() {
   const [labels, sets] = await Promise.all([
-    get("experts/labels").then((answer) => answer.labels),
+    getStatistics("experts/labels").then((answer) => answer.labels),
     get("experts/sets").then((answer) => answer.sets),
   ]);
   return { labels, sets };
