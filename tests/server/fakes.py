@@ -155,7 +155,12 @@ class FakeDeployment:
 
     @property
     def tokenizer(self) -> Any:
-        return SimpleNamespace(encode=self.encode, token_text=chr)
+        return SimpleNamespace(
+            encode=self.encode,
+            encode_chat=lambda messages: self.encode(messages[-1]["content"]),
+            token_text=chr,
+            token_bytes=lambda token_id: chr(token_id).encode(),
+        )
 
     def model_info(self) -> dict[str, Any]:
         row = {"weights": 1, "bytes": 2}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from amalgam.experts.report import Export
     from amalgam.experts.tracker import ExpertTracker
     from amalgam.models.context import RoutingTrace
+    from amalgam.text import Tokenizer
 
 # The modules of amalgam.experts are imported in worker threads: they import torch, and the port opens before that.
 
@@ -313,7 +314,10 @@ async def get_precision_map(service: ServiceArgument) -> Response:
 
 @router.post("/experts/trace", dependencies=[Admission], response_model=dict[str, Any])
 async def trace(body: TraceBody, request: Request, service: ServiceArgument) -> Response:
-    """Run a text through the model and tell the experts and gate weights of each of its tokens, layer by layer."""
+    """Run a text through the model and tell the experts and gate weights of each of its tokens, layer by layer.
+
+    A token that is not made of whole characters has its `bytes`, in hexadecimal digits, beside its `text`.
+    """
 
     async def answer() -> Response:
         prompt = [{"role": "user", "content": body.text}] if body.chat else body.text
@@ -439,12 +443,17 @@ def _export(deployment: Deployment, tracker: ExpertTracker, format: str, minutes
 
 
 def _trace_answer(deployment: Deployment, token_ids: list[int], trace: RoutingTrace) -> Response:
-    tokens = [{"id": token_id, "text": deployment.tokenizer.token_text(token_id)} for token_id in token_ids]
     return OrjsonResponse(
         {
-            "tokens": tokens,
+            "tokens": [_token(deployment.tokenizer, token_id) for token_id in token_ids],
             "layer_ids": list(trace.layer_ids),
             "experts": trace.expert_ids,
             "gate_weights": trace.gate_weights,
         }
     )
+
+
+def _token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
+    text, content = tokenizer.token_text(token_id), tokenizer.token_bytes(token_id)
+    fields = {"id": token_id, "text": text}
+    return fields if content == text.encode() else {**fields, "bytes": content.hex()}

@@ -12,7 +12,7 @@ import { frame, select } from "./panel.js";
 const EXAMPLE = "It was a dark night. 床前明月光，疑是地上霜。 def fibonacci(n):";
 
 export function create() {
-  const text = h("textarea", { id: "trace-text", rows: "4", value: EXAMPLE, spellcheck: "false" });
+  const text = h("textarea", { id: "trace-text", rows: "4", value: EXAMPLE, spellcheck: "false", dataset: { i18nLabel: "text" } });
   const chat = h("input", { type: "checkbox", id: "trace-chat" });
   const run = h("button", { type: "button", class: "primary", id: "trace-run", onclick: trace });
   const message = h("div");
@@ -41,7 +41,7 @@ export function create() {
       pickToken(index);
     },
     describe: (row, index) => [
-      `${t("token_n", index + 1)} · ${t("layer_n", answer.layer_ids[row])}`, visible(answer.tokens[index].text),
+      `${t("token_n", index + 1)} · ${t("layer_n", answer.layer_ids[row])}`, visible(answer.tokens[index]),
       ...top(index, row).map(([expertId, weight]) => `${t("expert_n", expertId)} · ${t("gate_weight", format.percent(weight))}`),
     ],
   });
@@ -93,7 +93,7 @@ export function create() {
     }));
     grid.show({
       rowNames: answer.layer_ids, numColumns: numTokens, colors,
-      columnNames: answer.tokens.map((_, index) => index + 1), label: t("grid_label", t("routes"), answer.layer_ids.length, numTokens),
+      columnNames: answer.tokens.map((_, index) => index + 1), label: t("grid_label_tokens", t("routes"), answer.layer_ids.length, numTokens),
     });
   }
 
@@ -110,14 +110,14 @@ export function create() {
         type: "button", class: index === token ? "chip chosen" : "chip", "aria-pressed": String(index === token),
         vars: { "--color": expertColor(expertId, weight) }, title: `${t("token_id", item.id)} · ${t("expert_n", expertId)}`,
         onclick: () => pickToken(index),
-      }, h("span", {}, visible(item.text)), h("small", {}, String(expertId)));
+      }, h("span", {}, visible(item)), h("small", {}, String(expertId)));
     }));
   }
 
   function showDetail() {
     const item = answer.tokens[token];
     fill(detail,
-      h("h3", {}, `${t("token_n", token + 1)} `, h("code", {}, visible(item.text)), ` ${t("token_id", item.id)}`),
+      h("h3", {}, `${t("token_n", token + 1)} `, h("code", {}, visible(item)), ` ${t("token_id", item.id)}`),
       table([t("layer"), t("experts_by_gate")], answer.layer_ids.map((layerId, row) => h("tr", {},
         h("td", { class: "num" }, String(layerId)),
         h("td", { class: "routes" }, top(token, row).map(([expertId, weight]) => h("button", {
@@ -131,8 +131,9 @@ export function create() {
   return [{ id: "inspector", node, redraw, needsStatistics: true }];
 }
 
-// Whitespace that matters, made visible.
-function visible(text) {
+// Whitespace that matters, made visible; of a part of a character, its bytes.
+function visible({ text, bytes }) {
+  if (bytes) return `⟨${bytes.match(/../g).join(" ")}⟩`;
   return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·") || "∅";
 }
 
