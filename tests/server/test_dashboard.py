@@ -94,13 +94,21 @@ def test_every_word_exists_in_both_languages() -> None:
     for english, chinese in rows:
         assert english and chinese
         assert sorted(re.findall(r"\{\d\}", english)) == sorted(re.findall(r"\{\d\}", chinese)), english
-    used: set[str] = set()
-    for name, text in OWN.items():
-        if name != "i18n.js":
-            used.update(re.findall(r'\bt\("(\w+)"', text))
-            used.update(re.findall(r'(?:data-i18n(?:-\w+)?=|i18n\w*: )"(\w+)"', text))
-            used.update(re.findall(r'control\("(\w+)"', text))
+    texts = "\n".join(text for name, text in OWN.items() if name != "i18n.js")
+    used = {word for argument in re.findall(r"\bt\(([^()]*)\)", texts) for word in re.findall(r'"(\w+)"', argument)}
+    used.update(re.findall(r'\bt\("(\w+)"', texts))
+    used.update(re.findall(r'(?:data-i18n(?:-\w+)?=|i18n\w*: )"(\w+)"', texts))
+    used.update(re.findall(r'control\("(\w+)"', texts))
+    for title, hint in re.findall(r'frame\("\w+", "(\w+)", (?:"(\w+)"|null),', texts):
+        used.update({title, hint} - {""})
     assert used - set(words) == set()
+    assert {"busiest", "most_different", "precision_hint", "stage"} <= used  # one of each kind
+
+    prefixes = set(re.findall(r"`(\w+_)\$\{", texts))  # of words that are put together: `status_${status}`
+    assert all(any(word.startswith(prefix) for word in words) for prefix in prefixes)
+    literals = set(re.findall(r'"(\w+)"', texts))
+    assert {word for word in words if word not in literals and not word.startswith(tuple(prefixes))} == set()
+    assert re.findall(r'(?:"aria-label"|title|placeholder): "[^"]+"', texts) == []  # English whatever the language
 
 
 def test_one_expert(large: httpx.Client) -> None:

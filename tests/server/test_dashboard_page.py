@@ -283,12 +283,19 @@ def test_a_staged_change_goes_live(page: Page, demo_url: str) -> None:
 
 
 def test_tokens_and_their_experts(page: Page, demo_url: str) -> None:
-    text = "The moon 明月"
+    text = "The moon 明月 銀"
     trace = httpx.post(demo_url + "/experts/trace", json={"text": text}).json()
+    parts = [bytes.fromhex(token["bytes"]) if "bytes" in token else token["text"].encode() for token in trace["tokens"]]
+    assert b"".join(parts) == text.encode()
+    split = [token["bytes"] for token in trace["tokens"] if "bytes" in token]
+    assert bytes.fromhex("".join(split)).decode() == "銀"
     page.open(demo_url + "/dashboard")
     page.run("arguments[0].value = arguments[1]", page.show("#trace-text"), text)
     page.click("#trace-run")
     page.wait("return document.querySelectorAll('#trace-tokens .chip').length === arguments[0]", len(trace["tokens"]))
+    shown = page.text("#trace-tokens")
+    assert "�" not in shown
+    assert all(f"⟨{bytes.fromhex(part).hex(' ')}⟩" in shown for part in split)
     page.click("#trace-tokens .chip:last-child")
     shown = page.run(
         "return [...document.querySelectorAll('#trace-detail .routes')]"
@@ -320,12 +327,17 @@ def test_the_playground_streams(page: Page, demo_url: str) -> None:
     assert_clean(page, demo_url)
 
 
-def test_the_playground_stops(page: Page) -> None:
+@pytest.mark.parametrize(
+    ("mode", "caption"),
+    [("text", "in this answer and its prompt"), ("chat", "in this answer alone, without the conversation before it")],
+)
+def test_the_playground_stops(page: Page, mode: str, caption: str) -> None:
     deployment = LargeDeployment()
     deployment.engine.held_at = 5  # the answer does not end before it is stopped
     with serving(fake_settings(port=0), lambda: deployment) as url:
         wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
         page.open(url + "/dashboard")
+        page.choose("#play-mode", mode)
         page.click("#play-start")
         page.wait("return document.querySelector('#play-output').textContent.includes('w4')")
         assert page.text("#play-start") == "Stop"
@@ -335,6 +347,8 @@ def test_the_playground_stops(page: Page) -> None:
         page.wait("return document.querySelector('#play-figures').textContent.includes('stopped')")
         assert page.text("#play-start") == "Generate"
         assert "w4" in page.text("#play-output")
+        deployment.engine.held_at = None
+        page.wait("return document.querySelector('#play-used').textContent.includes(arguments[0])", caption)
         assert_clean(page, url)
 
 
@@ -381,6 +395,32 @@ def test_the_playground_tells_errors(page: Page, demo_url: str) -> None:
     page.run("arguments[0].value = '0'", page.show("#play-max"))
     page.click("#play-start")
     page.wait("return document.querySelector('#playground .panel-error')?.textContent.includes('max_new_tokens')")
+
+
+def test_nothing_stays_in_the_other_language(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    page.run("arguments[0].value = '3'", page.show("#play-max"))
+    page.click("#play-start")
+    page.wait("return document.querySelector('#play-figures').textContent.includes('3 generated tokens')")
+    page.click("#trace-run")
+    page.wait("return document.querySelectorAll('#trace-tokens .chip').length > 0")
+    page.show("#coactivation")
+    page.wait("return document.getElementById('coactivation').grid.data !== null")
+    page.click_cell("usage", 1, 2)
+    page.wait("return document.querySelector('#expert-card tbody td[title^=pattern]') !== null")
+    assert "weight halves every 5 min" in page.text("#expert-card")
+    label = "return document.querySelector(`#${arguments[0]} .grid-overlay`).getAttribute('aria-label')"
+    assert "experts by" in page.run(label, "coactivation") and "tokens." in page.run(label, "inspector")
+    assert page.run("return document.querySelector('#usage .short').getAttribute('aria-label')") == "Minutes"
+    assert page.text("#usage .tip strong") == "Layer 1 · Expert 2"
+
+    page.run("document.getElementById('language').click()")  # without the pointer, which would leave the grid
+    assert page.text("#usage .tip strong") == "第 1 层 · 专家 2"
+    assert "生成 3 词元" in page.text("#play-figures")
+    assert "experts" not in page.run(label, "coactivation") + page.run(label, "inspector")
+    assert page.run("return document.querySelector('#usage .short').getAttribute('aria-label')") == "分钟"
+    assert page.count("#expert-card tbody td[title^=模式]") == 3
+    assert_clean(page, demo_url)
 
 
 def test_languages_themes_and_a_telephone(page: Page, demo_url: str) -> None:

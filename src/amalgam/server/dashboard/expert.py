@@ -73,7 +73,9 @@ def describe_expert(deployment: Deployment, layer_id: int, expert_id: int) -> di
 
 
 def _use(deployment: Deployment, layer_id: int, expert_id: int) -> dict[str, Any] | None:
-    """None if nothing is counted. `rank` 1 is the busiest of the layer; `share` is the part of the layer's use."""
+    """None if nothing is counted. `rank` 1 is the busiest of the layer; `share` is the part of the layer's use,
+    `decaying_rate` activations per second with recent ones weighing more.
+    """
     if deployment.observer is None:
         return None
     snapshot = cast("ExpertTracker", deployment.observer).snapshot()
@@ -86,6 +88,7 @@ def _use(deployment: Deployment, layer_id: int, expert_id: int) -> dict[str, Any
         "prompt_activations": prompt,
         "generated_activations": generated,
         "gate_mass": float(snapshot.tally.gate_mass[:, row, expert_id].sum()),
+        "decaying_rate": float(snapshot.decaying_rate[row, expert_id]),
         "share": (prompt + generated) / max(int(layer.sum()), 1),
         "rank": int((layer > prompt + generated).sum()) + 1,
         "last_activation": None if math.isnan(last) else last,

@@ -47,6 +47,7 @@ def describe_statistics(service: Service) -> dict[str, Any]:
         "is_counted": True,
         "windows": sorted({minutes for minutes in MINUTES if minutes < kept} | {drift_minutes(settings), kept}),
         "drift": drift_sides(settings),
+        "half_life_minutes": settings.half_life_minutes,
         "has_reference": bool(settings.reference),
         "hot_from": HOT,
         "cold_to": COLD,

@@ -41,6 +41,8 @@ export class CellGrid {
       return inverse;
     });
     this.overlay.setAttribute("aria-label", data.label ?? "");
+    if (this.cursor && (this.cursor.row >= data.rowNames.length || this.cursor.place >= data.numColumns)) this.point(null);
+    this.describeCursor();
     this.draw();
   }
 
@@ -306,6 +308,13 @@ export class CellGrid {
     overlay.addEventListener("blur", () => this.point(null));
   }
 
+  describeCursor() {
+    if (!this.cursor || !this.options.describe) return;
+    const { row, place } = this.cursor;
+    const lines = this.options.describe(row, this.column(row, place));
+    this.tip.replaceChildren(...lines.map((line, index) => h(index ? "div" : "strong", {}, line)));
+  }
+
   point(cell, x = 0, y = 0) {
     const isSame = cell?.row === this.cursor?.row && cell?.place === this.cursor?.place;
     this.cursor = cell;
@@ -314,10 +323,7 @@ export class CellGrid {
       this.tip.hidden = true;
       return;
     }
-    if (!isSame) {
-      const lines = this.options.describe(cell.row, this.column(cell.row, cell.place));
-      this.tip.replaceChildren(...lines.map((line, index) => h(index ? "div" : "strong", {}, line)));
-    }
+    if (!isSame) this.describeCursor();
     this.tip.hidden = false;
     const width = this.tip.offsetWidth;
     const left = Math.min(x + 14, window.innerWidth - width - 8);

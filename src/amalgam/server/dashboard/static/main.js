@@ -76,7 +76,7 @@ async function attempt(panel) {
     const text = failure.message || String(failure);
     if (error) error.firstChild.textContent = text;
     else {
-      const again = h("button", { type: "button", onclick: () => attempt(panel) }, t("retry"));
+      const again = h("button", { type: "button", dataset: { i18n: "retry" }, onclick: () => attempt(panel) }, t("retry"));
       panel.node.querySelector(".panel-body").prepend(h("div", { class: "panel-error", role: "alert" }, h("span", {}, text), again));
     }
   }

@@ -163,7 +163,7 @@ function coactivationPanel() {
         colors[row * columns + column] = lift > 0 ? pick(table_, (Math.log2(lift) / OCTAVES + 1) / 2) : empty();
       }
     }
-    grid.show({ rowNames: Array.from({ length: size }, (_, i) => i), numColumns: columns, colors, label: t("grid_label", t("coactivation"), size, columns) });
+    grid.show({ rowNames: Array.from({ length: size }, (_, i) => i), numColumns: columns, colors, label: t("grid_label_pairs", t("coactivation"), size, columns) });
     fill(figures,
       legend(table_, [[0, "¼×"], [0.5, "1×"], [1, "4×"]], [[empty(), t("never"), "boxed"]]),
       h("p", { class: "figures" }, t("sampled", format.number(answer.sampledTokens))),

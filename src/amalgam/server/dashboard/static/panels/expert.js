@@ -47,15 +47,25 @@ function card(expert) {
       fact(t("rank"), t("rank_of", use.rank, expert.num_experts)),
       fact(t("gate_mass"), format.short(use.gate_mass),
         use.activations ? t("mean_gate", format.short(use.gate_mass / use.activations)) : ""),
+      fact(t("decaying_rate"), t("per_second", format.short(use.decaying_rate)),
+        t("half_life", format.number(state.statistics.half_life_minutes, 1))),
       fact(t("last_activation"), use.last_activation ? format.clock(use.last_activation) : t("never")),
       fact(t("in_memory"), format.bytes(total))) : null,
     table([t("projection"), t("source"), t("format"), t("bits"), t("size")], projections.map((item) =>
-      h("tr", {}, h("td", { title: item.name }, item.projection), h("td", { title: item.reason }, item.source), h("td", {}, item.format),
+      h("tr", {}, h("td", { title: item.name }, item.projection), h("td", { title: reasonText(item.reason) }, item.source), h("td", {}, item.format),
         h("td", { class: "num" }, format.number(item.bits, 2)), h("td", { class: "num" }, format.bytes(item.bytes))))),
     h("div", { class: "buttons" },
       h("button", { type: "button", onclick: () => { emit("stage-expert", expert); jump("precision"); } }, t("stage_this")),
       h("button", { type: "button", onclick: () => { emit("show-coactivation", expert); jump("coactivation"); } }, t("show_coactivation"))),
   ];
+}
+
+// Why a weight comes from its source, as the plan says it.
+function reasonText(reason) {
+  const [, kind, pattern] = reason.match(/^(exact name|pattern|no rule)\b ?(.*)$/s) ?? [];
+  if (kind === "exact name") return t("reason_exact");
+  if (kind === "pattern") return t("reason_pattern", pattern);
+  return kind === "no rule" ? t("reason_default") : reason;
 }
 
 function fact(name, value, detail = "") {

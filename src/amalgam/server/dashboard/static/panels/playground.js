@@ -26,7 +26,8 @@ export function create() {
   const figures = h("p", { class: "figures", id: "play-figures" });
   const message = h("div");
   const host = h("div", { class: "grid-host", id: "play-grid" });
-  const used = h("div", { hidden: true }, h("h3", { dataset: { i18n: "experts_used" } }), h("p", { class: "quiet", dataset: { i18n: "experts_used_hint" } }), host);
+  const usedHint = h("p", { class: "quiet", id: "play-used" });
+  const used = h("div", { hidden: true }, h("h3", { dataset: { i18n: "experts_used" } }), usedHint, host);
   const fields = h("div", { class: "play-fields" }, control("mode", mode), control("max_tokens", maxTokens), control("temperature", temperature),
     control("top_p", topP), control("seed", seed), domainField);
   const node = frame("playground", "playground", null, h("div", { class: "play" },
@@ -36,7 +37,8 @@ export function create() {
   let running = null;
   let messages = []; // of the chat
   let answer = null; // {prompt, text}
-  let counts = null; // [layers][experts] tokens
+  let result = null; // the figures of the last answer
+  let counts = null; // {layerIds, values [layers][experts] tokens, numExperts, isAnswerOnly}
   const grid = new CellGrid(host, {
     height: 150, maxCellHeight: 16,
     onPick: (row, expertId) => choose(counts.layerIds[row], expertId),
@@ -55,6 +57,7 @@ export function create() {
     domainField.hidden = !hasStatistics(); // a label is counted or refused
     renew.hidden = !isChat();
     renew.textContent = t("new_chat");
+    prompt.setAttribute("aria-label", t(isChat() ? "message" : "prompt"));
     start.textContent = running ? t("stop") : t("generate");
     start.classList.toggle("stop", Boolean(running));
     mode.disabled = Boolean(running);
@@ -80,7 +83,7 @@ export function create() {
   async function generate() {
     if (!prompt.value) return;
     running = new AbortController();
-    counts = null;
+    result = counts = null;
     used.hidden = true;
     figures.textContent = "";
     fill(message);
@@ -119,8 +122,10 @@ export function create() {
     if (last.routed_experts) count(last.routed_experts.layer_ids, last.routed_experts.expert_ids);
     else await traceText();
     const generated = last.generated_tokens ?? clock.pieces;
-    figures.textContent = t("generation_figures", last.prompt_tokens ?? "–", generated,
-      format.seconds(last.timings?.first_token_seconds ?? clock.waited), format.short(clock.speed(generated)), reasonText(last.finish_reason));
+    result = {
+      promptTokens: last.prompt_tokens ?? null, generated, speed: clock.speed(generated), reason: last.finish_reason,
+      waited: last.timings?.first_token_seconds ?? clock.waited,
+    };
     redraw();
   }
 
@@ -131,20 +136,20 @@ export function create() {
     if (clock.tick()) figures.textContent = t("speed", format.short(clock.speed(clock.pieces)));
   }
 
-  function count(layerIds, experts) {
+  function count(layerIds, experts, isAnswerOnly = false) {
     const numExperts = state.info.sizes.experts_per_layer;
     const values = layerIds.map(() => new Array(numExperts).fill(0));
     for (const layers of experts) layers.forEach((ids, row) => ids.forEach((id) => { values[row][id] += 1; }));
-    counts = { layerIds, values, numExperts };
+    counts = { layerIds, values, numExperts, isAnswerOnly };
   }
 
-  // For answers that were stopped: they end without their routing.
+  // For answers that were stopped: they end without their routing. Of a chat there is no text that holds all of it.
   async function traceText() {
     const text = isChat() ? messages.at(-1).content : answer.prompt + answer.text;
     if (!hasStatistics() || !text) return;
     try {
       const trace = await post("experts/trace", { text });
-      count(trace.layer_ids, trace.experts);
+      count(trace.layer_ids, trace.experts, isChat());
     } catch (error) {
       fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
     }
@@ -152,8 +157,13 @@ export function create() {
 
   function redraw() {
     showMode();
+    if (result) {
+      figures.textContent = t("generation_figures", format.number(result.promptTokens), format.number(result.generated),
+        format.seconds(result.waited), format.short(result.speed), reasonText(result.reason));
+    }
     if (!counts) return;
     used.hidden = false;
+    usedHint.textContent = t(counts.isAnswerOnly ? "experts_used_in_answer" : "experts_used_hint");
     const table = scale("sequential");
     const blank = empty();
     const highest = Math.max(1, ...counts.values.flat());

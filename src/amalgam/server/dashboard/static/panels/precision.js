@@ -47,6 +47,7 @@ export function create() {
   let marked = { hotNarrow: [], coldWide: [] };
   let use = null; // relative use since the last reset
   let isApplying = false;
+  let told = () => null; // how the last change went, in the language of the moment
 
   const grid = new CellGrid(host, {
     height: 430, maxCellHeight: 40,
@@ -190,7 +191,7 @@ export function create() {
         isAny = true;
       });
     }
-    fill(outcome, isAny ? null : note(t("already")));
+    tell(() => (isAny ? null : note(t("already"))));
     selected = new Map();
     emit("staged");
   }
@@ -232,20 +233,25 @@ export function create() {
     return t("size_change", format.bytes(map.totalBytes), format.bytes(map.totalBytes + difference), `${sign}${format.percent(difference / map.totalBytes)}`);
   }
 
+  function tell(what) {
+    told = what;
+    fill(outcome, told());
+  }
+
   async function applyStaged() {
     isApplying = true;
-    fill(outcome);
+    tell(() => null);
     showStaged();
     try {
       const mapping = Object.fromEntries([...state.staged.values()].map((item) => [item.name, item.source]));
       const answer = await post("update_weight_mapping", { weight_mapping: mapping });
       state.staged.clear();
       selected.clear();
-      fill(outcome, h("p", { class: "good" }, t("applied", answer.weight_version, format.number(answer.num_changed),
+      tell(() => h("p", { class: "good" }, t("applied", answer.weight_version, format.number(answer.num_changed),
         format.bytes(answer.loaded_bytes), format.seconds(answer.seconds))));
       await Promise.all([loadInfo(), loadPrecision(), loadRemaps()]);
     } catch (error) {
-      fill(outcome, h("div", { class: "panel-error", role: "alert" }, error.message));
+      tell(() => h("div", { class: "panel-error", role: "alert" }, error.message));
     } finally {
       isApplying = false;
       emit("staged");
@@ -265,6 +271,7 @@ export function create() {
   });
   words();
   onLanguage(words);
+  onLanguage(() => tell(told));
   showSelection();
   return [mapPanel, { id: "stage", node: stageNode, redraw: showSelection, needsStatistics: true }];
 }
