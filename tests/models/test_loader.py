@@ -113,6 +113,13 @@ def test_a_source_with_another_shape(tiny: Path, copy: Path) -> None:
     assert "[32, 64]" in str(error.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite(copy: Path, value: float) -> None:
+    change_tensors(copy, lambda tensors: tensors[NORM][7:8].fill_(value))
+    with pytest.raises(CheckpointError, match=rf"{NORM}.*holds NaN or infinity"):
+        build(copy)
+
+
 def test_a_source_of_another_model(tiny: Path, copy: Path) -> None:
     change_config(copy, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     with pytest.raises(CheckpointError, match="another model"):

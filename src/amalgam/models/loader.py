@@ -92,6 +92,11 @@ class PlannedWeight:
 
     def _finish(self, packed: PackedWeight, device: torch.device) -> PackedWeight:
         packed = oriented(packed, self.stored, self.slot)
+        if len(self.slot.shape) == 1 and not bool(packed.dense.isfinite().all()):
+            raise CheckpointError(
+                f"Weight {self.choice.name!r} of source {self.source.name!r} ({self.source.folder}) holds NaN or infinity.",
+                remedy="Every token would be computed as NaN. Download the checkpoint again.",
+            )
         if self.quantize_to is not None:
             quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
             packed = self.quantize_to.pack(quantized, self.slot.shape)
