@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from amalgam.config import BASE_SOURCE, InferenceSettings, MixedPrecisionSettings, ModelSettings
 from amalgam.errors import CheckpointError
+from amalgam.kernels import reference
 from amalgam.models.families import gpt_oss, mixtral, qwen3_moe
 from amalgam.models.loader import ModelLoader
 from amalgam.models.spec import Family, all_families, fused_tensors
+from amalgam.precision.fused import FusedTensor
 from amalgam.precision.source import Source
 from amalgam.tools.manifest import plan_manifest
 from amalgam.tools.quantize import quantize_checkpoint
@@ -102,6 +104,37 @@ def test_fused_fp8_blocks_keep_their_scales(tmp_path: Path) -> None:
             spread = scales[expert, 2 * position + rows // 16][:, torch.arange(48) // 16]
             expected = values[expert, 20 * position : 20 * position + 20].float() * spread
             assert torch.equal(source.load(stored).dequantize(), expected)
+
+
+def test_transposed_tensors_hold_gate_columns_before_up_columns(tmp_path: Path) -> None:
+    """Llama 4: `[experts, in, 2 out]`, no alternation, down transposed too; no family here has it, a plugin may."""
+    experts, inputs, outputs = 3, 8, 5
+    prefix = "model.layers.7.feed_forward.experts"
+    gate_up, down = torch.randn(experts, inputs, 2 * outputs), torch.randn(experts, outputs, inputs)
+    write(tmp_path, {f"{prefix}.gate_up_proj": gate_up, f"{prefix}.down_proj": down})
+    stored = "model.layers.{}.feed_forward.experts"
+    table = (
+        FusedTensor(
+            f"{stored}.gate_up_proj",
+            (f"{stored}.{{}}.gate_proj", f"{stored}.{{}}.up_proj"),
+            is_transposed=True,
+        ),
+        FusedTensor(f"{stored}.down_proj", (f"{stored}.{{}}.down_proj",), is_transposed=True),
+    )
+    source = Source.open("test", str(tmp_path), lambda config: table)
+    for expert in range(experts):
+        expected = {
+            "gate_proj": gate_up[expert, :, :outputs].t(),
+            "up_proj": gate_up[expert, :, outputs:].t(),
+            "down_proj": down[expert].t(),
+        }
+        for part, weight in expected.items():
+            found = source.weights.pop(f"{prefix}.{expert}.{part}.weight")
+            assert torch.equal(source.load(found).dequantize(), weight)
+            x = torch.randn(2, weight.shape[1])
+            torch.testing.assert_close(reference.linear(x, source.load(found)), x @ weight.t())
+    assert not source.weights
+    assert found.parts["weight"].name == f"{prefix}.down_proj[2, :, 0:8]"
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], block: list[int] | None = None) -> None:

@@ -11,8 +11,9 @@ import torch
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.kernels import reference
-from amalgam.precision.format import QuantizeOptions, WeightFormat, all_formats, get_format
+from amalgam.precision.format import ACTIVATION_SUFFIXES, QuantizeOptions, WeightFormat, all_formats, get_format
 from amalgam.precision.source import Source
+from tests.precision.layouts import LAYOUTS
 
 CASES = [
     (get_format("fp8"), QuantizeOptions(scale="tensor"), 0.04),
@@ -132,6 +133,38 @@ def test_qwen_block_scales_multiply_and_ragged_edges_are_cropped(tmp_path: Path)
     restored = source.load(source.weights["x.weight"]).dequantize()
     row, column = torch.arange(200) // 128, torch.arange(150) // 128
     assert torch.equal(restored, weight.float() * scale[row][:, column])
+
+
+BESIDE_ACTIVATIONS = [
+    name for name, layout in LAYOUTS.items() if get_format(layout.format).optional >= ACTIVATION_SUFFIXES
+]
+# As quantizers store them: per tensor, for all inputs, and one NaN, which no weight may have.
+ACTIVATION_SCALES = {
+    "input_scale": torch.tensor([0.037]),
+    "input_zero_point": torch.tensor([-5], dtype=torch.int8),
+    "input_global_scale": torch.tensor(700.0),
+    "activation_scale": torch.full((1, 128), float("nan"), dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_ACTIVATIONS)
+def test_scales_of_activations_change_no_weight(name: str, tmp_path: Path) -> None:
+    """Activations stay wide, so that what static quantization found for them is read past."""
+    assert ACTIVATION_SCALES.keys() == ACTIVATION_SUFFIXES
+    torch.manual_seed(4)
+    tensors = LAYOUTS[name].make(64, 128)
+    sources = []
+    for folder, more in ((tmp_path / "alone", {}), (tmp_path / "beside", ACTIVATION_SCALES)):
+        write_checkpoint(folder, [(f"x.{suffix}", tensor) for suffix, tensor in {**tensors, **more}.items()])
+        (folder / "config.json").write_text(json.dumps({"quantization_config": LAYOUTS[name].quantization}))
+        sources.append(Source.open("test", str(folder)))
+    alone, beside = (source.load(source.weights["x.weight"]) for source in sources)
+    assert [list(source.weights) for source in sources] == [["x.weight"], ["x.weight"]]
+    assert (alone.layout, alone.block) == (beside.layout, beside.block)
+    assert alone.parts.keys() == beside.parts.keys()
+    assert torch.equal(alone.dequantize(), beside.dequantize())
+    x = torch.randn(3, 128)
+    assert torch.equal(reference.linear(x, alone), reference.linear(x, beside))
 
 
 BROKEN = {
