@@ -30,7 +30,8 @@ LAYOUTS = {
     },
     "cyclic4": {"hqq-int2-axis0", "hqq-int4-axis0"},
     "table4": {
-        *("bnb-fp4", "bnb-nf4", "bnb-nf4-nested", "bnb-nf4-nested-ragged", "ct-mxfp4", "ct-nvfp4", "modelopt-nvfp4"),
+        *("bnb-fp4", "bnb-fp4-nested", "bnb-nf4", "bnb-nf4-nested", "bnb-nf4-nested-ragged"),
+        *("ct-mxfp4", "ct-nvfp4", "modelopt-nvfp4"),
     },
     "int4_columns": {"modelopt-int4"},
 }

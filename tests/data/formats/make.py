@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -134,6 +136,7 @@ def bitsandbytes() -> None:
         ("nf4", "nf4", False, (16, 64)),
         ("fp4", "fp4", False, (16, 64)),
         ("nf4-nested", "nf4", True, (48, 512)),
+        ("fp4-nested", "fp4", True, (24, 128)),
         ("nf4-nested-ragged", "nf4", True, (20, 96)),
     ):
         packed, state = bnb.quantize_4bit(weight(*shape), blocksize=64, quant_type=kind, compress_statistics=nested)
@@ -176,33 +179,33 @@ def gptqmodel() -> None:
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     group = 32
-    for bits in (2, 3, 4, 8):
-        for symmetric in (True, False):
-            for version in ("gptq", "gptq_v2"):
-                is_ordered = not (version == "gptq" and not symmetric)
-                wide = weight(32, 64)
-                layer = TorchLinear(
-                    bits=bits, group_size=group, sym=symmetric, desc_act=not is_ordered, in_features=64,
-                    out_features=32, bias=False, pack_dtype=torch.int32, register_buffers=True,
-                )  # fmt: skip
-                index = torch.arange(64) // group if is_ordered else torch.randperm(64) // group
-                order = torch.argsort(index, stable=True)
-                scale, zero = _affine(wide[:, order], bits, group, symmetric)
-                scale = scale.half().float()
-                linear = torch.nn.Linear(64, 32, bias=False)
-                linear.weight.data = wide.clone()
-                layer.pack_original(linear, scale, zero, index.to(torch.int32))
-                layer.post_init()
-                expected = layer.dequantize_weight().t()  # half precision, [out, in]
-                if version == "gptq":
-                    convert_gptq_v2_to_v1_format_module(layer, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
-                tensors = {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
-                config = {
-                    "quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric,
-                    "desc_act": not is_ordered, "checkpoint_format": version,
-                }  # fmt: skip
-                kind = "symmetric" if symmetric else "asymmetric"
-                save(f"{version.replace('_', '-')}-int{bits}-{kind}", tensors, expected, config)
+    versions = [(bits, sym, v) for bits in (2, 3, 4, 8) for sym in (True, False) for v in ("gptq", "gptq_v2")]
+    cases = [(*case, case[2] == "gptq_v2" or case[1], "") for case in versions]
+    cases += [(*case, False, "-unordered") for case in versions if case[0] == 4 and (case[2] == "gptq_v2" or case[1])]
+    for bits, symmetric, version, is_ordered, more in cases:
+        wide = weight(32, 64)
+        layer = TorchLinear(
+            bits=bits, group_size=group, sym=symmetric, desc_act=not is_ordered, in_features=64,
+            out_features=32, bias=False, pack_dtype=torch.int32, register_buffers=True,
+        )  # fmt: skip
+        index = torch.arange(64) // group if is_ordered else torch.randperm(64) // group
+        order = torch.argsort(index, stable=True)
+        scale, zero = _affine(wide[:, order], bits, group, symmetric)
+        scale = scale.half().float()
+        linear = torch.nn.Linear(64, 32, bias=False)
+        linear.weight.data = wide.clone()
+        layer.pack_original(linear, scale, zero, index.to(torch.int32))
+        layer.post_init()
+        expected = layer.dequantize_weight().t()  # half precision, [out, in]
+        if version == "gptq":
+            convert_gptq_v2_to_v1_format_module(layer, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
+        tensors = {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
+        config = {
+            "quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric,
+            "desc_act": not is_ordered, "checkpoint_format": version,
+        }  # fmt: skip
+        kind = "symmetric" if symmetric else "asymmetric"
+        save(f"{version.replace('_', '-')}-int{bits}-{kind}{more}", tensors, expected, config)
     wide = weight(32, 64)
     scale, zero = _affine(wide, 4, group, symmetric=False)
     scale = scale.half().float()
@@ -244,6 +247,24 @@ def autoround() -> None:
             }  # fmt: skip
             name = packing.replace("auto_round", "autoround").replace(":auto_gptq", "-gptq")
             save(f"{name}-int{bits}", {n: getattr(layer, n) for n in ("qweight", "qzeros", "scales")}, expected, config)
+
+    from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
+
+    for symmetric in (False, True):
+        wide = weight(32, 64)
+        scale, zero = _affine(wide, 4, 32, symmetric)
+        linear = torch.nn.Linear(64, 32, bias=False)
+        linear.weight.data = wide.clone()
+        # As its exporter calls it: one zero point for all where the quantization is symmetric.
+        zeros = int(zero.flatten()[0]) if symmetric else zero.t().contiguous()
+        layer = WQLinear_GEMM.from_linear(linear, 4, 32, scales=scale.t().contiguous(), zeros=zeros, device="cpu")
+        expected = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, 32).t()
+        tensors = {n: getattr(layer, n) for n in ("qweight", "qzeros", "scales")}
+        config = {
+            "quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": symmetric, "data_type": "int",
+            "packing_format": "auto_round:auto_awq",
+        }  # fmt: skip
+        save(f"autoround-awq-int4{'-symmetric' if symmetric else ''}", tensors, expected, config)
 
 
 def hqq() -> None:
@@ -296,6 +317,41 @@ def modelopt() -> None:
     config = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
     tensors = {"weight": packed._quantized_data, "weight_scale": scale.view(2, 1, 1, 1)}
     save("modelopt-fp8-block", tensors, expected.bfloat16(), config)
+    with torch.enable_grad():
+        _modelopt_export()
+
+
+def _modelopt_export() -> None:
+    """One projection of a tiny Llama that the tool calibrated and exported, with the declaration that it wrote."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.quantization.qtensor import FP8QTensor
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    for name, recipe in (("fp8", mtq.FP8_DEFAULT_CFG), ("fp8-channel", mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG)):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**small, **heads, architectures=["LlamaForCausalLM"])).bfloat16()
+        prompts = torch.randint(3, 64, (4, 16))
+        mtq.quantize(model, recipe, lambda model, prompts=prompts: model(prompts))
+        tensors, config = _exported(
+            lambda folder, model=model: export_hf_checkpoint(model, export_dir=folder), "q_proj"
+        )
+        scale = tensors["weight_scale"]
+        packed = FP8QTensor(tensors["weight"].shape, torch.float32, tensors["weight"])
+        expected = packed.dequantize(torch.float32, scale=scale.view(-1, 1) if scale.dim() else scale)
+        save(f"modelopt-{name}", tensors, expected, config)
+
+
+def _exported(export: Callable[[str], None], projection: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors by suffix of the first layer's projection, and the declaration, of a model that a tool writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        export(folder)
+        stored = load_file(f"{folder}/model.safetensors")
+        config = json.loads(Path(folder, "config.json").read_text())["quantization_config"]
+    prefix = f"model.layers.0.self_attn.{projection}."
+    return {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}, config
 
 
 if __name__ == "__main__":
