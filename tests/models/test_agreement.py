@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from amalgam.checkpoint.store import TensorStore
@@ -164,3 +165,62 @@ def test_a_source_without_norms_is_taken(base: Path, tmp_path: Path) -> None:
 
     other = changed(base, tmp_path / "other", keep_experts)
     torch.testing.assert_close(logits(base, other, {f"{EXPERTS}.*": "other"}), logits(base))
+
+
+SMOOTHED = Path(__file__).parents[1] / "data" / "smoothed"  # its README tells which tool moved which scales where
+
+
+def smoothed_logits(name: str, other: str | None = None, *mapped: str) -> Tensor:
+    tensors = load_file(SMOOTHED / "expected.safetensors")
+    mixed = MixedPrecisionSettings(
+        sources={} if other is None else {"other": str(SMOOTHED / other)}, weight_mapping=dict.fromkeys(mapped, "other")
+    )
+    return Runner(*load_model(SMOOTHED / name, mixed=mixed)).step({0: tensors["prompt"].tolist()})[0]
+
+
+@pytest.mark.parametrize("name", ["base", "awq", "awq-pairs", "smoothquant", "smoothquant-experts"])
+def test_a_smoothed_checkpoint_alone_equals_its_own_expansion(name: str) -> None:
+    """The Hugging Face class over the weights as compressed-tensors expands them."""
+    expected = load_file(SMOOTHED / "expected.safetensors")[name]
+    torch.testing.assert_close(smoothed_logits(name), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "mapped", "moved"),
+    [
+        ("awq", f"{EXPERTS}.*", NORM),
+        ("awq", f"{EXPERTS}.2.down_proj.weight", NORM),
+        ("awq", f"{LAYER}.self_attn.q_proj.weight", INPUT_NORM),
+        ("awq-pairs", f"{EXPERTS}.*.down_proj.weight", "up_proj.weight"),
+        ("awq-pairs", f"{EXPERTS}.*.up_proj.weight", "up_proj.weight"),
+        ("awq-pairs", f"{LAYER}.self_attn.o_proj.weight", "v_proj.weight"),
+        ("smoothquant", f"{LAYER}.self_attn.q_proj.weight", INPUT_NORM),
+        ("smoothquant-experts", f"{EXPERTS}.*", NORM),
+        ("smoothquant-experts", f"{LAYER}.mlp.gate.weight", NORM),
+    ],
+)
+def test_scales_that_a_tool_moved_are_noticed(name: str, mapped: str, moved: str) -> None:
+    """Both ways round: its weights behind the original's, and the original's behind its."""
+    for base, other in (("base", name), (name, "base")):
+        with pytest.raises(PlanError, match="sources disagree") as error:
+            smoothed_logits(base, other, mapped)
+        assert moved in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "mapped", "error"),
+    [
+        ("awq", (f"{LAYER}.mlp.*", NORM), 0.3),
+        ("awq", (f"{LAYER}.self_attn.*", INPUT_NORM), 0.3),
+        ("awq-pairs", (f"{EXPERTS}.*",), 0.3),
+        ("awq-pairs", (f"{EXPERTS}.1.*",), 0.3),
+        ("smoothquant", (f"{EXPERTS}.*",), 0.05),
+        ("smoothquant", (f"{LAYER}.self_attn.*", INPUT_NORM), 0.05),
+        ("smoothquant-experts", (f"{LAYER}.mlp.*", NORM), 0.05),
+    ],
+)
+def test_what_a_tool_moved_together_is_taken_together(name: str, mapped: tuple[str, ...], error: float) -> None:
+    """No more than the tool's own rounding away from the original."""
+    expected = load_file(SMOOTHED / "expected.safetensors")["base"]
+    found = smoothed_logits("base", name, *mapped)
+    assert 0 < float((found - expected).norm() / expected.norm()) < error
