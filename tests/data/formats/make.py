@@ -1,6 +1,7 @@
 """Makes the golden files of this folder with the tools that publish each layout; see README.md.
 
-python make.py compressed_tensors | transformers | bitsandbytes | gptqmodel | autoround | hqq | modelopt
+python make.py TOOL, one of: compressed_tensors, llm_compressor, transformers, bitsandbytes, gptqmodel, autoround, hqq,
+modelopt
 """
 
 from __future__ import annotations
@@ -102,6 +103,39 @@ def compressed_tensors() -> None:
     case("nvfp4", "nvfp4-pack-quantized", weight(8, 64, f32), **nvfp4)
     case("mxfp4", "mxfp4-pack-quantized", weight(8, 64, f32), **{**nvfp4, "strategy": "group", "group_size": 32})
     case("mxfp8", "mxfp8-quantized", weight(8, 64, f32), **fp8, strategy="group", group_size=32)
+
+
+def llm_compressor() -> None:
+    """One projection of the tiny model in ../smoothed, calibrated and saved, with the declaration that it wrote."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM
+
+    def case(name: str, modifier: Any) -> None:
+        torch.manual_seed(1)
+        samples = [
+            {"input_ids": torch.randint(3, 32, (32,)), "attention_mask": torch.ones(32).long()} for _ in range(8)
+        ]
+        model = AutoModelForCausalLM.from_pretrained(HERE.parent / "smoothed" / "base", dtype=torch.bfloat16)
+        oneshot(model=model, recipe=modifier, dataset=DataLoader(samples), num_calibration_samples=8, max_seq_length=32)
+        tensors, config = _exported(model.save_pretrained, "o_proj")
+        group = config["config_groups"]["group_0"]
+        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**group["weights"]))
+        compressor = BaseCompressor.get_value_from_registry(group["format"])
+        expected = compressor.decompress(copy.deepcopy(tensors), scheme)["weight"]
+        save(f"llm-compressor-{name}", tensors, expected, config)
+
+    spared = ["lm_head", "re:.*mlp.gate$"]
+    case("fp8-static", QuantizationModifier(targets="Linear", scheme="FP8", ignore=spared))
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "actorder": "weight"}
+    for name, is_symmetric in (("symmetric", True), ("asymmetric", False)):
+        group = {"targets": ["Linear"], "weights": {**weights, "symmetric": is_symmetric}}
+        case(f"gptq-int4-{name}", GPTQModifier(ignore=spared, config_groups={"group_0": group}))
 
 
 def transformers() -> None:
