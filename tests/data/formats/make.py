@@ -1,7 +1,7 @@
 """Makes the golden files of this folder with the tools that publish each layout; see README.md.
 
-python make.py TOOL, one of: compressed_tensors, llm_compressor, transformers, bitsandbytes, gptqmodel, autoround, hqq,
-modelopt
+python make.py TOOL, one of: compressed_tensors, compressed_tensors_old, llm_compressor, transformers, bitsandbytes,
+gptqmodel, autoround, hqq, modelopt
 """
 
 from __future__ import annotations
@@ -103,6 +103,37 @@ def compressed_tensors() -> None:
     case("nvfp4", "nvfp4-pack-quantized", weight(8, 64, f32), **nvfp4)
     case("mxfp4", "mxfp4-pack-quantized", weight(8, 64, f32), **{**nvfp4, "strategy": "group", "group_size": 32})
     case("mxfp8", "mxfp8-quantized", weight(8, 64, f32), **fp8, strategy="group", group_size=32)
+
+
+def compressed_tensors_old() -> None:
+    """What versions before 0.18 wrote and later ones cannot: `weight_g_idx`, and three bits ten to a word."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    compressor = BaseCompressor.load_from_registry("pack-quantized")
+    for bits, is_symmetric, is_ordered in ((4, True, False), (4, False, False), (3, True, True), (3, False, True)):
+        wide = weight(10, 64)
+        order = torch.arange(64) if is_ordered else torch.randperm(64)
+        grouped = wide[:, order].view(10, 4, 16)
+        arguments = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 16, "symmetric": is_symmetric}
+        args = QuantizationArgs(**arguments, actorder=None if is_ordered else "group")
+        scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+        index = None if is_ordered else torch.empty(64, dtype=torch.int32)
+        if index is not None:
+            index[order] = torch.arange(64, dtype=torch.int32) // 16
+        parts = compressor.compress_weight(wide, scale, args, zero, index)
+        tensors = {**parts, "weight_scale": scale, **({} if index is None else {"weight_g_idx": index})}
+        if is_symmetric:
+            expected = compressor.decompress_weight(tensors, args)
+        else:  # this version packs zero points and does not unpack them
+            values = quantize(wide, scale, zero, args, dtype=torch.int8, g_idx=index)
+            expected = dequantize(values, scale, zero, args, g_idx=index)
+        group = {"targets": ["Linear"], "weights": json.loads(args.model_dump_json(exclude_none=True))}
+        config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+        kind = "symmetric" if is_symmetric else "asymmetric"
+        save(f"ct-old-int{bits}-{kind}{'' if is_ordered else '-unordered'}", tensors, expected, config)
 
 
 def llm_compressor() -> None:
