@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -224,3 +224,54 @@ def test_what_a_tool_moved_together_is_taken_together(name: str, mapped: tuple[s
     expected = load_file(SMOOTHED / "expected.safetensors")["base"]
     found = smoothed_logits("base", name, *mapped)
     assert 0 < float((found - expected).norm() / expected.norm()) < error
+
+
+def fold_pairs(spread: float, experts: Iterable[int]) -> Callable[[dict[str, Tensor]], None]:
+    """AWQ over up and down of some experts of layer 1 and, where it found less to move, by less."""
+
+    def fold(tensors: dict[str, Tensor]) -> None:
+        for expert in experts:
+            name = f"model.layers.1.mlp.experts.{expert}"
+            scale = factors(tensors[f"{name}.up_proj.weight"].shape[0]) ** spread
+            tensors[f"{name}.up_proj.weight"] /= scale[:, None]
+            tensors[f"{name}.down_proj.weight"] *= scale
+
+    return fold
+
+
+def round_to(bits: int) -> Callable[[dict[str, Tensor]], None]:
+    def fold(tensors: dict[str, Tensor]) -> None:
+        for tensor in (tensor for tensor in tensors.values() if tensor.dim() == 2):
+            groups = tensor.view(-1, 16)
+            low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+            step = (high - low) / ((1 << bits) - 1)
+            groups.copy_(((groups - low) / step).round() * step + low)
+
+    return fold
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("spread", [0.05, 0.1, 0.2])
+def test_factors_near_one_are_noticed(base: Path, tmp_path: Path, spread: float, bits: int) -> None:
+    """Rows' lengths alone tell less than coarse rounding does; the columns behind them tell the rest."""
+
+    def fold(tensors: dict[str, Tensor]) -> None:
+        fold_pairs(spread, range(8))(tensors)
+        round_to(bits)(tensors)
+
+    other = changed(base, tmp_path / "other", fold)
+    with pytest.raises(PlanError, match=r"up_proj.*disagree in the latter"):
+        logits(base, other, {"model.layers.1.mlp.experts.*.down_proj.weight": "other"})
+
+
+def test_more_than_one_pair_is_looked_at(base: Path, tmp_path: Path) -> None:
+    """A tool may leave the first experts as they were."""
+    other = changed(base, tmp_path / "other", fold_pairs(1.0, range(4, 8)))
+    with pytest.raises(PlanError, match=r"layers\.1\.mlp\.experts\.[4-7]\.up_proj"):
+        logits(base, other, {f"{EXPERTS.replace('.0', '.*')}.*.down_proj.weight": "other"})
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("mapped", ["*.experts.*.down_proj.weight", "*.experts.*.up_proj.weight", "*.v_proj.weight"])
+def test_coarse_rounding_is_no_disagreement(base: Path, tmp_path: Path, mapped: str, bits: int) -> None:
+    logits(base, changed(base, tmp_path / "other", round_to(bits)), {mapped: "other"})
