@@ -116,7 +116,7 @@ REFUSED = {
     "gptq of five bits": ({**GPTQ, "bits": 5}, "bits 5"),
     "gptq of bits as text": ({**GPTQ, "bits": "4"}, "bits '4'"),
     "awq of another version": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "gemv"),
-    "awq without zero points": ({"quant_method": "awq", "bits": 4, "zero_point": False}, "zero_point"),
+    "awq with zero points as text": ({"quant_method": "awq", "bits": 4, "zero_point": "no"}, "zero_point"),
     "awq of eight bits": ({"quant_method": "awq", "bits": 8}, "bits 8"),
     "autoround of another packing": ({"quant_method": "auto-round", "packing_format": "auto_round:mlx"}, "mlx"),
     "autoround of floats": ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "mx_fp"),
@@ -283,6 +283,15 @@ def test_zero_points_that_are_neither_version_are_refused(tmp_path: Path) -> Non
     config = {**LAYOUTS["gptq-int4-unordered"].quantization, "sym": True}
     source = open_as(tmp_path, "gptq-int4-unordered", config)
     with pytest.raises(CheckpointError, match="sym: true"):
+        source.load(source.weights["m.x.weight"])
+
+
+@pytest.mark.parametrize(("name", "more"), [("awq", {"zero_point": False}), ("autoround-awq", {"sym": True})])
+def test_awq_that_declares_no_zero_points_and_has_some_is_refused(
+    name: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    source = open_as(tmp_path, name, {**LAYOUTS[name].quantization, **more})
+    with pytest.raises(CheckpointError, match="symmetric weights"):
         source.load(source.weights["m.x.weight"])
 
 

@@ -219,9 +219,9 @@ def _awq(reader: Reader, method: str) -> Declaration:
     version = reader.text("version", default="gemm").lower()
     if version != "gemm":
         reader.unsupported("version", version, "gemm")
-    if reader.flag("zero_point") is False:
-        reader.unsupported("zero_point", False, "true; AWQ without zero points has no published GEMM layout")
-    base = Declared(method, reader.where, layout="awq", number="int", strategy="group")
+    # Without zero points AutoAWQ has no layout; AutoRound, symmetric by default, stores the middle as one.
+    is_symmetric = True if reader.flag("zero_point") is False else None
+    base = Declared(method, reader.where, layout="awq", number="int", strategy="group", is_symmetric=is_symmetric)
     default = _int_settings(reader, base)
     if default.bits not in (None, 4):
         reader.unsupported("bits", default.bits, "4")

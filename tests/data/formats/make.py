@@ -330,6 +330,23 @@ def autoround() -> None:
             "packing_format": "auto_round:auto_awq",
         }  # fmt: skip
         save(f"autoround-awq-int4{'-symmetric' if symmetric else ''}", tensors, expected, config)
+    with torch.enable_grad():
+        _autoround_export()
+
+
+def _autoround_export() -> None:
+    """One projection of a tiny Llama that the tool rounded and exported for AutoAWQ, symmetric as is its default."""
+    from auto_round import AutoRound
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
+
+    model = _tiny_llama(hidden_size=64, intermediate_size=64, head_dim=32)
+    tokenizer = type("NoTokenizer", (), {"save_pretrained": lambda *_, **__: None, "name_or_path": ""})()
+    rounder = AutoRound(
+        model, tokenizer=tokenizer, bits=4, group_size=32, iters=0, disable_opt_rtn=True, device_map="cpu"
+    )
+    tensors, config = _exported(lambda folder: rounder.quantize_and_save(folder, format="auto_awq"), "k_proj")
+    expected = dequantize_gemm(tensors["qweight"], tensors["qzeros"], tensors["scales"], 4, 32).t()
+    save("awq-int4-symmetric", tensors, expected, config)
 
 
 def hqq() -> None:
@@ -391,13 +408,9 @@ def _modelopt_export() -> None:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from modelopt.torch.quantization.qtensor import FP8QTensor
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     for name, recipe in (("fp8", mtq.FP8_DEFAULT_CFG), ("fp8-channel", mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG)):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**small, **heads, architectures=["LlamaForCausalLM"])).bfloat16()
+        model = _tiny_llama(hidden_size=32, intermediate_size=48, head_dim=16).bfloat16()
         prompts = torch.randint(3, 64, (4, 16))
         mtq.quantize(model, recipe, lambda model, prompts=prompts: model(prompts))
         tensors, config = _exported(
@@ -409,12 +422,22 @@ def _modelopt_export() -> None:
         save(f"modelopt-{name}", tensors, expected, config)
 
 
-def _exported(export: Callable[[str], None], projection: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _tiny_llama(**sizes: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=1, **heads, **sizes, architectures=["LlamaForCausalLM"])
+    return LlamaForCausalLM(config)
+
+
+def _exported(export: Callable[[str], Any], projection: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by suffix of the first layer's projection, and the declaration, of a model that a tool writes."""
     with tempfile.TemporaryDirectory() as folder:
         export(folder)
-        stored = load_file(f"{folder}/model.safetensors")
-        config = json.loads(Path(folder, "config.json").read_text())["quantization_config"]
+        (written,) = Path(folder).rglob("config.json")  # AutoRound adds a folder of its own
+        stored = load_file(written.with_name("model.safetensors"))
+        config = json.loads(written.read_text())["quantization_config"]
     prefix = f"model.layers.0.self_attn.{projection}."
     return {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}, config
 

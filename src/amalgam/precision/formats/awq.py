@@ -5,7 +5,8 @@
     scales   float [groups, out]
 
 Word c of a row holds outputs 8c .. 8c + 7; nibble n, lowest first, is output 8c + (0, 2, 4, 6, 1, 3, 5, 7)[n].
-`w[o, i] = (q[i, o] - z[g, o]) × scales[g, o]`; zero points are stored as they are.
+`w[o, i] = (q[i, o] - z[g, o]) × scales[g, o]`; zero points are stored as they are, all 8 where a file declares
+`zero_point` false (AutoRound).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from amalgam.precision.fused import TensorPart
 from amalgam.precision.integers import from_codes, unpack_words
 
 _NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+_MIDDLE = 8
 
 
 class Awq(WeightFormat):
@@ -72,7 +74,14 @@ class Awq(WeightFormat):
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         scale = owned(finite(stored, "scales", read(stored.parts["scales"])).t())
         codes = owned(_unpack(read(stored.parts["qweight"])).t())
-        return from_codes(codes, 4, scale, _unpack(read(stored.parts["qzeros"])).t().short())
+        zero = _unpack(read(stored.parts["qzeros"])).t().short()
+        if stored.declared.is_symmetric and bool((zero != _MIDDLE).any()):
+            refuse_part(
+                stored.name,
+                stored.parts["qzeros"],
+                f"{stored.declared.where} declares symmetric weights, whose zero points are all {_MIDDLE}.",
+            )
+        return from_codes(codes, 4, scale, zero)
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape
