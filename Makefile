@@ -11,10 +11,10 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench format clean
+.PHONY: help setup serve test check sanitize bench format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## install into .venv and build the native kernels
 
@@ -30,6 +30,17 @@ check: $(INSTALLED_DEV) ## formatting, lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+# In an environment of its own. The second library is there because the first one looks for its functions in it.
+sanitize: ## the tests that run the kernels, under AddressSanitizer
+	$(PYTHON) -m venv build/sanitize
+	CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer" build/sanitize/bin/python -m pip install -q -r requirements-dev.txt
+	for isa in avx512 avx2 portable; do \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 AMALGAM_NATIVE_ISA=$$isa build/sanitize/bin/python -m pytest -q tests/kernels \
+	  tests/models/test_stack.py tests/models/test_packed_cache.py tests/models/test_composition.py \
+	  tests/engine/test_sampler.py || exit 1; \
+	done
 
 bench: $(INSTALLED) ## load time, memory and tokens/s of the demo model; planning and loading at scale
 	$(BIN)/amalgam bench --config $(CONFIG) $(ARGS)
