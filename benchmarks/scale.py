@@ -32,10 +32,10 @@ from amalgam.cli.console import out, progress_bar
 from amalgam.config import EngineSettings, InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
 from amalgam.engine.memory import available_bytes, peak_memory_bytes
 from amalgam.models.loader import ModelLoader
+from amalgam.models.manifest import plan_manifest
 from amalgam.models.spec import ModelSpec, Slot, read_spec
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.bench import SHAPES, commit, hardware
-from amalgam.tools.manifest import plan_manifest
 
 QWEN3_235B = {
     **SHAPES["S"],

@@ -68,7 +68,7 @@ def test_transformers_is_not_imported(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from amalgam.text import Tokenizer;"
         "assert Tokenizer.load(Path(sys.argv[1]), cache_folder=Path(sys.argv[2])).encode('one two');"
-        "assert 'transformers' not in sys.modules and 'torch' not in sys.modules"
+        "assert 'transformers' not in sys.modules"
     )
     command = [sys.executable, "-c", code, str(folder), str(tmp_path / "cache")]
     subprocess.run(command, env={"PYTHONPATH": str(ROOT / "src")}, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -225,5 +226,21 @@ def test_quantizing_while_loading_spares_what_rules_name(flag: str, derived: Pat
         assert formats["model.layers.0.mlp.gate.weight"] == "bf16"
         assert formats["model.embed_tokens.weight"] == "bf16"
         assert deployment.model_info()["precisions"][target]["weights"] == 6 * (4 + 48) - 1
+    finally:
+        deployment.close()
+
+
+def test_digests_are_of_the_version_that_is_served_or_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(DEMO, folder)
+    deployment = Deployment.open(build_settings({"model": {"base_path": str(folder)}}))
+    try:
+        assert deployment.manifest(sha256=True)["fingerprint"] == deployment.version.fingerprint
+        for file in folder.glob("*.safetensors"):
+            os.utime(file, ns=(1, 1))
+        with pytest.raises(CheckpointError, match="has changed"):
+            deployment.manifest(sha256=True)
+        deployment.reload_weights()
+        assert deployment.manifest(sha256=True)["version"] == 2
     finally:
         deployment.close()

@@ -17,10 +17,10 @@ from amalgam.errors import CheckpointError
 from amalgam.kernels import reference
 from amalgam.models.families import gpt_oss, mixtral, qwen3_moe
 from amalgam.models.loader import ModelLoader
+from amalgam.models.manifest import plan_manifest
 from amalgam.models.spec import Family, all_families, fused_tensors
 from amalgam.precision.fused import FusedTensor
 from amalgam.precision.source import Source
-from amalgam.tools.manifest import plan_manifest
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.models.harness import CPU, Runner, load_model
 from tests.models.tiny import HuggingFace, tiny_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -189,3 +190,12 @@ def test_the_manifest_names_every_weight(demo: tuple[httpx.Client, Deployment]) 
     assert document["fingerprint"] == deployment.version.fingerprint
     assert len(document["weights"]) == len(deployment.version.origins)
     assert all(part["nbytes"] for weight in document["weights"] for part in weight["parts"])
+    digested = client.get("/manifest?sha256=true").json()
+    assert digested["fingerprint"] == document["fingerprint"]
+    for weight in digested["weights"]:
+        for part in weight["parts"]:
+            with open(part["file"], "rb") as file:
+                file.seek(part["offset"])
+                assert hashlib.sha256(file.read(part["nbytes"])).hexdigest() == part.pop("sha256")
+    assert digested == document
+    assert client.get("/manifest?sha256=perhaps").status_code == 422

@@ -46,7 +46,7 @@ def command(
     planned = loader.check(plan)
     if show_manifest:
         from amalgam.cli.console import print_json
-        from amalgam.tools.manifest import plan_manifest
+        from amalgam.models.manifest import plan_manifest
 
         with progress_bar() as progress:
             document = plan_manifest(planned, settings.engine.load_threads if sha256 else None, progress)

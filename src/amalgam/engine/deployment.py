@@ -24,6 +24,7 @@ from amalgam.kernels import ops
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import LoadedVersion, ModelLoader, Progress
+from amalgam.models.manifest import plan_manifest
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion, manifest
 from amalgam.text import Tokenizer
@@ -90,7 +91,7 @@ class Deployment:
         self._loader = loader
         self._version = loaded.version
         self._rules = settings.model.mixed_precision.all_rules
-        self._remap = threading.Lock()
+        self._remap, self._digest = threading.Lock(), threading.Lock()
         self._remaps: deque[RemapRecord] = deque(maxlen=MAX_REMAPS)
 
     @classmethod
@@ -225,10 +226,26 @@ class Deployment:
             "load_seconds": round(self.loaded_seconds, 3),
         }
 
-    def manifest(self) -> dict[str, Any]:
-        """Where every weight of the newest version came from."""
-        version = self._version
-        return {"version": version.version_id, **manifest(version.fingerprint, version.origins)}
+    def manifest(self, *, sha256: bool = False) -> dict[str, Any]:
+        """Where every weight of the newest version came from.
+
+        Args:
+            sha256: with digests of the files' bytes, all of which are read. Blocking.
+
+        Raises:
+            CheckpointError: a file has changed since the version was built from it.
+            ConflictError: digests are being computed already.
+        """
+        version, loader, rules = self._version, self._loader, self._rules
+        if not sha256:
+            return {"version": version.version_id, **manifest(version.fingerprint, version.origins)}
+        if not self._digest.acquire(blocking=False):
+            raise ConflictError("Digests are being computed already.", remedy="Try again when they are done.")
+        try:
+            planned = loader.check(loader.make_plan(rules))
+            return {"version": version.version_id, **plan_manifest(planned, self.settings.engine.load_threads)}
+        finally:
+            self._digest.release()
 
     def close(self) -> None:
         """Stop the engine; requests that still run end with an error. Statistics that are to be kept are saved."""

@@ -94,7 +94,8 @@ class PlannedWeight:
         packed = oriented(packed, self.stored, self.slot)
         if len(self.slot.shape) == 1 and not bool(packed.dense.isfinite().all()):
             raise CheckpointError(
-                f"Weight {self.choice.name!r} of source {self.source.name!r} ({self.source.folder}) holds NaN or infinity.",
+                f"Weight {self.choice.name!r} in source {self.source.name!r} ({self.source.folder}) holds NaN or "
+                "infinity.",
                 remedy="Every token would be computed as NaN. Download the checkpoint again.",
             )
         if self.quantize_to is not None:

@@ -75,9 +75,13 @@ async def reload_weights(service: ServiceArgument, body: NoFields | None = None)
 
 
 @router.get("/manifest", tags=["weights"], response_model=dict[str, Any])
-async def manifest(service: ServiceArgument) -> Response:
-    """Where every weight comes from: source, file, offset, bytes, format, and the rule that chose it."""
-    return OrjsonResponse(await in_own_thread(service.deployment.manifest))
+async def manifest(service: ServiceArgument, sha256: bool = False) -> Response:
+    """Where every weight comes from: source, file, offset, bytes, format, and the rule that chose it.
+
+    `sha256=true` adds the digest of each tensor's bytes, for which all files are read.
+    """
+    make = service.deployment.manifest
+    return OrjsonResponse(await in_own_thread(lambda: make(sha256=sha256)))
 
 
 @router.get("/health", tags=["operation"], response_model=StatusAnswer)

@@ -12,7 +12,7 @@ import torch
 from amalgam.cli import main
 from amalgam.config import load_settings
 from amalgam.models.loader import ModelLoader
-from amalgam.tools.manifest import plan_manifest
+from amalgam.models.manifest import plan_manifest
 
 
 def test_it_names_the_version_and_digests_its_bytes(demo_config: Path) -> None:
