@@ -92,6 +92,10 @@ class History:
         """The number of the tick that time `now` lies in."""
         return int(now // self._tick_seconds)
 
+    def end_of_tick(self, now: float) -> float:
+        """When the tick that time `now` lies in is over."""
+        return (self.tick(now) + 1) * self._tick_seconds
+
     def at(self, now: float) -> Tally:
         """The tally that takes what happens at time `now` (seconds, never falling)."""
         tick = self.tick(now)

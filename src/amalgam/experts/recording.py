@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +25,14 @@ if TYPE_CHECKING:
 _UNCOUNTED = NUM_PHASES  # the phase of rows that were recorded before, or belong to nobody
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step that succeeded. The tensors are the step's own: nobody writes to them any more."""
 
     timestamp: float
     spans: Sequence[TokenSpan]
+    num_rows: int
     expert_ids: Tensor  # [layers, rows, k]
     gate_weights: Tensor  # [layers, rows, k]
-
-    @property
-    def num_rows(self) -> int:
-        return self.expert_ids.shape[1]
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ class ExpertTracker:
         self.revision = 0  # changes whenever the statistics do
         self._latest = clock()
         self._started_at = self._latest
+        self._tick_end = -np.inf
         self._pending: list[Step] = []
         self._num_pending_rows = 0
         grid = (len(self.layer_ids), num_experts)
@@ -186,11 +187,17 @@ class ExpertTracker:
         self._spans = None
         if rejected:
             spans = [span._replace(stop=span.stop - rejected.get(span.request_id, 0)) for span in spans]
-        expert_ids, gate_weights = self._take_routing(max((span.stop for span in spans), default=0))
-        num_rows = expert_ids.shape[1]
+        routing, self._routing_of_all = self._routing_of_all, None
+        if routing is None:
+            routing = self._layer_by_layer(spans)
+        elif not routing[
+            0
+        ].is_cpu:  # a captured graph writes to the same tensors again; on the CPU each step has its own
+            routing = routing[0].clone(), routing[1].clone()
+        num_rows = routing[0].shape[1]
         with self._lock:
-            step = Step(self._advance(), spans, expert_ids, gate_weights)  # which may take what was pending
-            self._pending.append(step)
+            now = self._advance()  # which may take what was pending
+            self._pending.append(Step(now, spans, num_rows, *routing))
             self._num_pending_rows += num_rows
             self.revision += 1
             if self._num_pending_rows >= _MAX_PENDING_ROWS or len(self._pending) >= _MAX_PENDING_STEPS:
@@ -391,25 +398,21 @@ class ExpertTracker:
         self._labels.clear()
         self._pairs.clear()
 
-    def _take_routing(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """The routing of the step under way, each [layers, rows, top_k]; `num_rows` are there if nobody has experts."""
-        of_all, self._routing_of_all = self._routing_of_all, None
-        if of_all is None:
-            layers = [self._routing[layer_id] for layer_id in self.layer_ids]
-            self._routing.clear()
-            if not layers:
-                return torch.empty((0, num_rows, 0), dtype=torch.int64), torch.empty((0, num_rows, 0))
-            return torch.stack([ids for ids, _ in layers]), torch.stack([weights for _, weights in layers])
-        expert_ids, gate_weights = of_all
-        # A captured graph writes to the same tensors again. On the CPU each step has its own.
-        return of_all if expert_ids.is_cpu else (expert_ids.clone(), gate_weights.clone())
+    def _layer_by_layer(self, spans: Sequence[TokenSpan]) -> tuple[Tensor, Tensor]:
+        """The routing of the step under way as one, each [layers, rows, top_k]."""
+        layers = [self._routing[layer_id] for layer_id in self.layer_ids]
+        self._routing.clear()
+        if not layers:
+            num_rows = max((span.stop for span in spans), default=0)
+            return torch.empty((0, num_rows, 0), dtype=torch.int64), torch.empty((0, num_rows, 0))
+        return torch.stack([ids for ids, _ in layers]), torch.stack([weights for _, weights in layers])
 
     def _advance(self) -> float:
-        """The time; what is pending is summed up before a tick of the history ends."""
-        before = self._latest
-        self._latest = max(before, self._clock())
-        if self._pending and self._history.tick(before) != self._history.tick(self._latest):
+        """The time; what is pending is summed up when a tick of the history is over."""
+        self._latest = max(self._latest, self._clock())
+        if self._latest >= self._tick_end:
             self._sum_up()
+            self._tick_end = self._history.end_of_tick(self._latest)
         return self._latest
 
     def _sum_up(self) -> None:
