@@ -227,7 +227,7 @@ class Deployment:
         }
 
     def manifest(self, *, sha256: bool = False) -> dict[str, Any]:
-        """Where every weight of the newest version came from.
+        """Where every weight of the newest version came from, and the layout that it has in memory.
 
         Args:
             sha256: with digests of the files' bytes, all of which are read. Blocking.
@@ -237,13 +237,16 @@ class Deployment:
             ConflictError: digests are being computed already.
         """
         version, loader, rules = self._version, self._loader, self._rules
-        if not sha256:
-            return {"version": version.version_id, **manifest(version.fingerprint, version.origins)}
+        document = self._digested(loader, rules) if sha256 else manifest(version.fingerprint, version.origins)
+        for weight in document["weights"]:
+            weight["layout"] = version[weight["slot"]].layout
+        return {"version": version.version_id, **document}
+
+    def _digested(self, loader: ModelLoader, rules: tuple[Rule, ...]) -> dict[str, Any]:
         if not self._digest.acquire(blocking=False):
             raise ConflictError("Digests are being computed already.", remedy="Try again when they are done.")
         try:
-            planned = loader.check(loader.make_plan(rules))
-            return {"version": version.version_id, **plan_manifest(planned, self.settings.engine.load_threads)}
+            return plan_manifest(loader.check(loader.make_plan(rules)), self.settings.engine.load_threads)
         finally:
             self._digest.release()
 

@@ -76,8 +76,9 @@ async def reload_weights(service: ServiceArgument, body: NoFields | None = None)
 
 @router.get("/manifest", tags=["weights"], response_model=dict[str, Any])
 async def manifest(service: ServiceArgument, sha256: bool = False) -> Response:
-    """Where every weight comes from: source, file, offset, bytes, format, and the rule that chose it.
+    """Where every weight comes from: source, file, offset, bytes, format, the rule that chose it; and its layout.
 
+    Layouts in `panels_…` run in the native kernels, others through PyTorch, expanded at each use unless dense.
     `sha256=true` adds the digest of each tensor's bytes, for which all files are read.
     """
     make = service.deployment.manifest
