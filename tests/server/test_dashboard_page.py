@@ -482,3 +482,22 @@ def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
         wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
         page.open(url + "/dashboard")
     page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")
+
+
+def test_the_precision_map_follows_the_traffic(page: Page, demo_url: str) -> None:
+    """An open page marks what has become hot since. Last, because it forgets the traffic that other tests look at."""
+    httpx.post(demo_url + "/reset_expert_stats")
+    page.open(demo_url + "/dashboard")
+    page.choose("#precision-hot", "1.25")
+    hot = "return document.querySelector('#precision .swatch.hot').parentNode.textContent"
+    assert page.run(hot) == "hot and narrow (0)"
+    body = {"prompt": "It was a dark night, and", "max_new_tokens": 48, "seed": 1}
+    httpx.post(demo_url + "/generate", json=body, timeout=60).raise_for_status()
+    page.wait(f"{hot} !== 'hot and narrow (0)'")
+    grid, precision = (httpx.get(f"{demo_url}/experts/{name}").json() for name in ("grid", "precision_map"))
+    marked = sum(
+        value * len(row) >= 1.25 * sum(row) and is_narrow
+        for row, narrow in zip(grid["values"], precision["is_narrow"], strict=True)
+        for value, is_narrow in zip(row, narrow, strict=True)
+    )
+    page.wait(f"{hot} === arguments[0]", f"hot and narrow ({marked})")

@@ -8,7 +8,7 @@ import * as format from "../format.js";
 import { CellGrid, legend } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { css, pick, scale, empty } from "../theme.js";
-import { control, frame, note, select } from "./panel.js";
+import { control, followStatistics, frame, note, select } from "./panel.js";
 import { divergence, loadTraffic, setSides } from "./usage.js";
 
 const REFRESH_MS = 10000;
@@ -16,24 +16,8 @@ const OCTAVES = 2;
 const NUM_PAIRS = 5;
 
 export function create() {
-  return [concentrationPanel(), coactivationPanel(), driftPanel()].map(throttled);
-}
-
-// Follows the statistics, but not with every event.
-function throttled(panel) {
-  let last = -Infinity;
-  const { refresh } = panel;
-  panel.needsStatistics = true;
-  panel.refresh = async () => {
-    last = performance.now();
-    await refresh();
-  };
-  on("statistics", () => {
-    if (performance.now() - last < REFRESH_MS) return;
-    if (panel.isVisible && !document.hidden) panel.refresh().catch(() => {});
-    else panel.isDirty = true;
-  });
-  return panel;
+  const panels = [concentrationPanel(), coactivationPanel(), driftPanel()];
+  return panels.map((panel) => followStatistics({ ...panel, needsStatistics: true }, REFRESH_MS));
 }
 
 function concentrationPanel() {

@@ -4,7 +4,7 @@ import { choose, emit, getStatistics, on, state } from "../app.js";
 import { fill, h, table } from "../dom.js";
 import * as format from "../format.js";
 import { language, t } from "../i18n.js";
-import { frame, note } from "./panel.js";
+import { followStatistics, frame, note } from "./panel.js";
 
 const HINTS_MS = 15000;
 
@@ -80,10 +80,8 @@ function hintsPanel() {
   const body = h("ul", { class: "hints", id: "hint-list" });
   const count = h("span", { class: "badge", id: "hint-count", hidden: true }); // the list may be longer than what is in view
   const node = frame("hints", "hints", null, body, { tools: [count], wide: "side" });
-  let lastRead = -Infinity;
 
   async function refresh() {
-    lastRead = performance.now();
     state.hints = (await getStatistics("experts/hints")).hints;
     redraw();
   }
@@ -94,13 +92,7 @@ function hintsPanel() {
     fill(body, state.hints.length ? state.hints.map(hint) : h("li", { class: "note" }, t("no_hints")));
   }
 
-  const panel = { id: "hints", node, refresh, redraw, dirtyOn: ["precision"], needsStatistics: true };
-  on("statistics", () => {
-    if (performance.now() - lastRead < HINTS_MS) return;
-    if (panel.isVisible) refresh().catch(() => {});
-    else panel.isDirty = true;
-  });
-  return panel;
+  return followStatistics({ id: "hints", node, refresh, redraw, dirtyOn: ["precision"], needsStatistics: true }, HINTS_MS);
 }
 
 function hint(item) {

@@ -1,5 +1,6 @@
 // The frame around every panel.
 
+import { on } from "../app.js";
 import { h } from "../dom.js";
 import { t } from "../i18n.js";
 
@@ -18,6 +19,25 @@ export function explainEmpty(node, reason) {
   body.querySelector(":scope > .panel-empty")?.remove();
   node.classList.toggle("is-empty", reason !== null);
   if (reason !== null) body.append(h("p", { class: "note panel-empty", dataset: { i18n: reason } }, t(reason)));
+}
+
+// Reads a panel again when the statistics have changed, at most every `everyMs`; the last change is never left out.
+export function followStatistics(panel, everyMs) {
+  const { refresh } = panel;
+  let last = -Infinity;
+  let timer = null;
+  panel.refresh = async () => {
+    last = performance.now();
+    await refresh();
+  };
+  on("statistics", () => {
+    timer ??= setTimeout(() => {
+      timer = null;
+      if (panel.isVisible && !document.hidden) panel.refresh().catch(() => {});
+      else panel.isDirty = true;
+    }, Math.max(0, last + everyMs - performance.now()));
+  });
+  return panel;
 }
 
 export function select(onChange, attributes = {}) {

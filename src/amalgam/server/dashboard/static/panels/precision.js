@@ -7,11 +7,12 @@ import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { css, pick, scale, toCss } from "../theme.js";
-import { control, frame, note, select } from "./panel.js";
+import { control, followStatistics, frame, note, select } from "./panel.js";
 
 const HOT = [1.25, 1.5, 2, 3, 4];
 const COLD = [0.75, 0.5, 0.25, 0.1];
 const MAX_TIP_NAME = 40;
+const REFRESH_MS = 10000;
 
 export function create() {
   const show = select(redraw, { id: "precision-show" });
@@ -258,7 +259,7 @@ export function create() {
     }
   }
 
-  const mapPanel = { id: "precision", node: mapNode, refresh, redraw, needsStatistics: true };
+  const mapPanel = followStatistics({ id: "precision", node: mapNode, refresh, redraw, needsStatistics: true }, REFRESH_MS);
   on("precision", () => {
     adopt();
     redraw();
