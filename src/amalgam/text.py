@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ _UNDECODABLE = "\ufffd"
 _MAX_HELD_TOKENS = 64
 
 
-def _byte_letters() -> dict[str, int]:
+@cache
+def _byte_of_letter() -> dict[str, int]:
     """How byte-level BPE spells bytes: printable Latin-1 as itself, the others in order from U+0100 (as GPT-2 did)."""
     as_themselves = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in as_themselves]
     return {chr(byte): byte for byte in as_themselves} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-_BYTE_OF_LETTER = _byte_letters()
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells them
 
 
@@ -147,8 +148,9 @@ class Tokenizer:
         text, piece = self.token_text(token_id), self._backend.id_to_token(token_id) or ""
         if found := _BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(found[1])
-        if _UNDECODABLE in text and all(letter in _BYTE_OF_LETTER for letter in piece):
-            return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+        letters = _byte_of_letter()
+        if _UNDECODABLE in text and all(letter in letters for letter in piece):
+            return bytes(letters[letter] for letter in piece)
         return text.encode()
 
     def decode(self, token_ids: Sequence[int]) -> str:

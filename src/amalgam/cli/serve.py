@@ -15,20 +15,22 @@ if TYPE_CHECKING:
 @with_settings
 def command(settings: Settings) -> int:
     """Start the HTTP server."""
-    # Imports and loading make a million objects that all stay. Looking for garbage among them takes a tenth of the
-    # time until the server is ready, and would hold up steps later on.
+    # Imports and loading make a million objects that all stay. Looking for garbage among them takes time until the
+    # server is ready, and would hold up steps later on.
     gc.disable()
-    from amalgam.cli.console import progress_bar
-    from amalgam.server.app import run
+    try:
+        from amalgam.cli.console import progress_bar
+        from amalgam.server.app import run
 
-    def load() -> Deployment:
-        try:
+        def load() -> Deployment:
             from amalgam.llm import open_deployment  # seconds; the port is open meanwhile
 
             with progress_bar() as progress:
-                return open_deployment(settings, progress)
-        finally:
+                deployment = open_deployment(settings, progress)
             gc.freeze()
             gc.enable()
+            return deployment
 
-    return run(settings, load)
+        return run(settings, load)
+    finally:
+        gc.enable()

@@ -113,10 +113,10 @@ class Deployment:
         dtype: torch.dtype = getattr(torch, settings.inference.dtype)
         loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
         plan = loader.make_plan()
-        loader.check(plan)
+        planned = loader.check(plan)  # before anything that takes longer
         tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, loader.cache_folder)
         tokenizer.check_vocabulary(loader.spec.vocab_size)
-        loaded = loader.build(plan, version_id=1, progress=progress)
+        loaded = loader.build(plan, version_id=1, progress=progress, planned=planned)
         max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
         settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
         decoder = Decoder(loader.spec, max_positions, dtype, device)

@@ -205,14 +205,22 @@ class ModelLoader:
         return self.cache_folder is not None and mapped.LAYOUTS.issuperset(weight_format.layouts)
 
     def build(
-        self, plan: Plan, version_id: int, previous: WeightVersion | None = None, progress: Progress | None = None
+        self,
+        plan: Plan,
+        version_id: int,
+        previous: WeightVersion | None = None,
+        progress: Progress | None = None,
+        planned: Sequence[PlannedWeight] | None = None,
     ) -> LoadedVersion:
         """Check the plan, load what `previous` does not hold, and return a new version.
+
+        Args:
+            planned: what `check` has just made of the plan, which is then not checked again.
 
         Memory at its peak: the new weights, and per loading thread one more copy of the tensor it works on.
         """
         started = time.monotonic()
-        planned = self.check(plan)
+        planned = self.check(plan) if planned is None else planned
         keys = {weight.slot.name: weight.key for weight in planned}
         shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
         missing = [weight for weight in planned if weight.slot.name not in shared]
