@@ -33,17 +33,23 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Engine:
-    """How to start a contestant: a script, its argument, and the environment that it runs in (ours if empty)."""
+    """How to start a contestant: a script, its argument, and the environment that it runs in (ours if empty).
+
+    Attributes:
+        options: further arguments, as they are.
+        extra: scenarios that only it answers.
+    """
 
     script: str
     argument: str
     environment: str = ""
-    extra: tuple[tuple[str, int], ...] = ()  # scenarios that only it answers
+    options: tuple[str, ...] = ()
+    extra: tuple[tuple[str, int], ...] = ()
 
 
-def ours(weights: str, *extra: tuple[str, int]) -> Engine:
+def ours(weights: str, *extra: tuple[str, int], options: tuple[str, ...] = ()) -> Engine:
     reads = tuple(("read", size) for scenario, size in SCENARIOS if scenario == "decode")
-    return Engine("with_amalgam.py", weights, extra=(*reads, *extra))
+    return Engine("with_amalgam.py", weights, options=options, extra=(*reads, *extra))
 
 
 LLAMA = {kind: Engine("with_llama_cpp.py", f"S-{kind}.gguf", "llama") for kind in ("bf16", "Q4_0", "Q8_0")}
@@ -57,7 +63,12 @@ COMPARISONS: dict[str, dict[str, Engine]] = {
         "transformers bf16": Engine("with_transformers.py", "S", "transformers"),
     },
     "bf16-vllm": {"amalgam bf16": ours("bf16"), "vllm bf16": Engine("with_vllm.py", "S", "vllm")},
-    "fp8": {"amalgam fp8": ours("fp8"), "amalgam bf16": ours("bf16")},
+    # bf16 in 16 bits a weight, and in the 12 that it is kept in unless told otherwise.
+    "fp8": {
+        "amalgam fp8": ours("fp8"),
+        "amalgam bf16, 16 bits": ours("bf16", options=("inference.bf16_coding=false",)),
+        "amalgam bf16": ours("bf16"),
+    },
     # Attention and head bf16; a random half of each layer's experts int4, the others fp8.
     "mixed": {
         "amalgam bf16+int4/fp8": ours("bf16+int4/fp8"),
@@ -83,14 +94,19 @@ class Contestant:
     """A running engine that is stopped unless it is asked."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
-        self._name = f"{engine.script} {engine.argument}"
+        self._name = " ".join((engine.script, engine.argument, *engine.options))
         log = folder / f"{self._name.replace('/', '-').replace(' ', '-')}.log"
         model = folder / engine.argument
         environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
         environment.pop("PYTHONPATH", None)
         python = str(folder / engine.environment / "bin/python") if engine.environment else sys.executable
         self._process = subprocess.Popen(
-            [python, str(CONTESTANTS / engine.script), str(model) if engine.environment else engine.argument],
+            [
+                python,
+                str(CONTESTANTS / engine.script),
+                str(model) if engine.environment else engine.argument,
+                *engine.options,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),

@@ -162,9 +162,9 @@ def main() -> None:
 
     _, spec = read_spec(SHAPES["S"], "shape S")
     device, dtype = torch.device("cpu"), torch.bfloat16
-    version = random_weights(spec, arguments.weights, dtype, device)
     longest = PROMPT_TOKENS + arguments.tokens
     settings = make_settings(longest, max(arguments.sequences))
+    version = random_weights(spec, arguments.weights, settings.inference, device)
     decoder = Decoder(spec, longest, dtype, device)
     tokenizer = word_tokenizer(spec.vocab_size)
     observers = {

@@ -1,4 +1,4 @@
-"""amalgam over shape S with random weights: `with_amalgam.py WEIGHTS`, as `amalgam bench --shape S` takes them.
+"""amalgam over shape S with random weights: `with_amalgam.py WEIGHTS [SETTING=VALUE ...]`; see `amalgam bench`.
 
 Beside the common scenarios: `read` (a plain read of the weights that one decoding step of so many sequences reads, from
 the same buffers) and `context` (one decoding step after so many tokens).
@@ -50,7 +50,8 @@ class LastStep:
 
 
 def load(stack: ExitStack) -> Measure:
-    settings = load_settings(None, {"model.base_path": "", "engine.kv_cache_bytes": 2 << 30}, {})
+    chosen = dict(option.split("=", 1) for option in sys.argv[2:])
+    settings = load_settings(None, {"model.base_path": "", "engine.kv_cache_bytes": 2 << 30, **chosen}, {})
     last_step = LastStep()
     engine, spec = stack.enter_context(
         bench.shape_engine("S", sys.argv[1], settings, max_tokens=MAX_TOKENS, max_batch=MAX_BATCH, observer=last_step)

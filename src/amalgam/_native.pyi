@@ -21,11 +21,14 @@ class Format(Enum):
     bf16 = 3
     fp16 = 4
     fp32 = 5
+    bf16_coded = 6
 
 @final
 class Matrix:
     @property
     def memory(self) -> Tensor: ...
+    @property
+    def format(self) -> Format: ...
     @property
     def scale_lanes(self) -> int: ...
     @property
@@ -129,6 +132,7 @@ def pack(
     zero: int,
     order: int,
     quantizes: bool,
+    codes: bool,
 ) -> Matrix | None: ...
 def draw(
     kernels: Kernels,

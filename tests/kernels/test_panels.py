@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from amalgam.kernels import native, ops, reference
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import unpack_dense
-from tests.kernels.weights import SHAPES, dense, every_layout, int4, scaled8
+from tests.kernels.weights import SHAPES, coded, dense, every_layout, int4, scaled8, scattered
 
 # Relative to the largest result. bf16: both sides round the result, the reference the weights too; int8 activations
 # are off by up to 1/254 of a group's largest.
@@ -50,6 +51,36 @@ def test_panels_hold_the_same_values(shape: tuple[int, int]) -> None:
         assert packed.parts["weight"].data_ptr() % 64 == 0
         scale = weight.parts.get("scale")
         assert scale is None or packed.parts["scale"].dtype == scale.dtype
+
+
+@pytest.mark.usefixtures("isa")
+def test_bf16_is_coded_without_loss_where_it_gains() -> None:
+    for shape in ((16, 128), (33, 200), (7, 1000), (130, 264)):
+        weight = coded(shape)
+        packed = ops.prepare(weight)
+        assert packed.layout == "panels_bf16_coded"
+        assert packed.nbytes < 2 * math.prod(size + -size % unit for size, unit in zip(shape, (16, 8), strict=True))
+        assert torch.equal(packed.dequantize().view(torch.int16), weight.dense.view(torch.int16))  # -0.0 is kept
+        assert ops.prepare(weight, codes=False).layout == "panels_bf16"
+    assert ops.prepare(coded((1, 8))).layout == "panels_bf16"
+    assert ops.prepare(scattered((16, 128))).layout == "panels_bf16"
+
+
+@pytest.mark.usefixtures("isa")
+def test_the_whole_range_of_bf16_can_be_coded() -> None:
+    """Every exponent, NaN and infinity among them, and windows at both ends of the exponents."""
+    bits = torch.cat([torch.arange(start, 65536, 128, dtype=torch.int32) for start in (0, 1, 127)]).to(torch.int16)
+    for base in (0.0, 1.2e-38, 3.3e38):
+        values = torch.full((512, len(bits)), base).bfloat16()
+        values[3] = bits.view(torch.bfloat16)
+        packed = ops.prepare(PackedWeight("dense", tuple(values.shape), {"weight": values}, unpack_dense))
+        assert packed.layout == "panels_bf16_coded", base
+        restored = packed.dequantize()
+        assert torch.equal(restored.isnan(), values.isnan())
+        is_number = ~values.isnan()
+        assert torch.equal(restored[is_number].view(torch.int16), values[is_number].view(torch.int16))
+    subnormal = PackedWeight("dense", (16, 512), {"weight": torch.full((16, 512), 1e-39).bfloat16()}, unpack_dense)
+    assert ops.prepare(subnormal).layout == "panels_bf16"
 
 
 @pytest.mark.parametrize("shape", SHAPES)

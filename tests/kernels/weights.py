@@ -17,6 +17,24 @@ def dense(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> PackedWe
     return PackedWeight("dense", shape, {"weight": values}, unpack_dense)
 
 
+def coded(shape: tuple[int, int], seed: int = 0) -> PackedWeight:
+    """bf16 whose exponents are close together, as trained ones are, but for one value in a thousand."""
+    weight = dense(shape, torch.bfloat16, seed)
+    values = weight.dense.view(-1)
+    values[::2000] *= 64
+    values[500::2000] *= 2**-30
+    values[1::77] = 0.0
+    values[2::77] = -0.0
+    return weight
+
+
+def scattered(shape: tuple[int, int], seed: int = 0) -> PackedWeight:
+    """bf16 whose exponents have no 15 in a row that would do for most."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.ldexp(_normal(shape, seed), torch.randint(-16, 16, shape, generator=generator))
+    return PackedWeight("dense", shape, {"weight": values.bfloat16()}, unpack_dense)
+
+
 def int4(
     shape: tuple[int, int],
     group: int,
@@ -57,7 +75,8 @@ def every_layout(shape: tuple[int, int], seed: int = 0) -> dict[str, PackedWeigh
     fp8, int8 = torch.float8_e4m3fn, torch.int8
     weights = {
         "fp32": dense(shape, torch.float32, seed),
-        "bf16": dense(shape, torch.bfloat16, seed),
+        "bf16": coded(shape, seed),
+        "bf16-scattered": scattered(shape, seed),
         "fp16": dense(shape, torch.float16, seed),
         "fp8-tensor": scaled8(shape, fp8, shape, seed),
         "fp8-channel": scaled8(shape, fp8, (1, columns), seed),

@@ -16,7 +16,8 @@ Arithmetic depends on the type of the activations:
 - bfloat16 with int4 or int8: activations are quantized to int8 per token and group of up to 128 inputs (the largest
   divisor of the weight's group, in steps of 8), products are exact integers, scales are applied in float32;
   `activation="bf16"` instead multiplies bfloat16 by the integers;
-- bfloat16 with fp8 or bf16: products of bfloat16, sums and scales in float32;
+- bfloat16 with fp8 or bf16: products of bfloat16, sums and scales in float32; coded bf16 adds the few values that its
+  code has no place for at the end;
 - otherwise, and always for float32 activations: the weight's values in float32, summed in one order that is the same
   for all layouts, so that a quantized weight and its expanded copy give the same bits.
 """
@@ -41,7 +42,8 @@ ActivationType = Literal["int8", "bf16"]
 
 _DENSE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _SCALED8 = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
-_DENSE_TYPES = {f"panels_{name}": dtype for dtype, name in _DENSE.items()}
+_CODED = "bf16_coded"
+_DENSE_TYPES = {f"panels_{name}": dtype for dtype, name in _DENSE.items()} | {f"panels_{_CODED}": torch.bfloat16}
 _UNIT = 8  # a group is a multiple of this many inputs
 _CACHE_KEY = "native"
 # The layouts that `prepare` turns into panels where groups and scales allow it.
@@ -75,18 +77,20 @@ class Panels:
         return cls(name, weight.shape, weight.block, dtype, num_groups, lanes, "zero" in weight.parts)
 
 
-def prepare(weight: PackedWeight, activation: ActivationType = "int8") -> PackedWeight:
+def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes: bool = True) -> PackedWeight:
     """The weight in panels; itself where that is not possible.
 
     Args:
         activation: what bfloat16 activations become for integer weights.
+        codes: whether bf16 is stored in 12 bits a value, without loss, where its exponents allow it. That takes a
+            quarter off what a product reads; products in float32 become slower.
     """
-    packed = _pack(weight, activation) if _fits(weight) else None
+    packed = _pack(weight, activation, codes) if _fits(weight) else None
     if packed is None:
         return weight
     scale = weight.parts.get("scale")
     panels = Panels(
-        name=_format_name(weight),
+        name=packed.format.name,
         shape=weight.shape,
         block=weight.block,
         scale_dtype=torch.float32 if scale is None else scale.dtype,
@@ -95,6 +99,15 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8") -> Packed
         has_zero="zero" in weight.parts,
     )
     return _with_parts(packed, packed.memory, panels, weight.parts.get("group"))
+
+
+def coded_bytes(shape: tuple[int, ...]) -> int:
+    """Most bytes that a coded weight `[out, in]` takes; its own size in bf16 where coding it would gain nothing."""
+    rows, columns = shape
+    num_panels = -(-rows // 16)
+    lines = num_panels * 16 * -(-columns // _UNIT) * _UNIT * 3 // 2
+    windows = -(-num_panels // 64) * 64 + -(-(num_panels + 1) // 16) * 64
+    return min(lines + windows + rows * columns // 512 * 8, 2 * rows * columns)
 
 
 def view(memory: Tensor, panels: Panels, group: Tensor | None, activation: ActivationType) -> PackedWeight:
@@ -158,6 +171,8 @@ def _with_parts(packed: _native.Matrix, memory: Tensor, panels: Panels, group: T
         parts["scale"] = scale.view(*grid, panels.scale_lanes)
         if panels.has_zero:
             parts["zero"] = memory[packed.zero_offset :].view(*grid, 16)
+    elif packed.scale_offset < memory.numel():
+        parts["exceptions"] = memory[packed.scale_offset :]
     if group is not None:
         parts["group"] = group
     return PackedWeight(f"panels_{panels.name}", panels.shape, parts, unpack, panels.block, packed)
@@ -422,7 +437,7 @@ def _fits(weight: PackedWeight) -> bool:
     return group is None or bool((torch.bincount(group.long(), minlength=scale.shape[1]) == weight.block[1]).all())
 
 
-def _pack(weight: PackedWeight, activation: ActivationType) -> _native.Matrix | None:
+def _pack(weight: PackedWeight, activation: ActivationType, codes: bool) -> _native.Matrix | None:
     from amalgam import _native
 
     parts = {name: part.contiguous() for name, part in weight.parts.items()}
@@ -444,6 +459,7 @@ def _pack(weight: PackedWeight, activation: ActivationType) -> _native.Matrix | 
         zero=0 if zero is None else zero.data_ptr(),
         order=0 if order is None else order.data_ptr(),
         quantizes=activation == "int8",
+        codes=codes,
     )
 
 

@@ -25,7 +25,7 @@ from amalgam.checkpoint.collector import collector_paused
 from amalgam.checkpoint.shards import Identity
 from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
-from amalgam.kernels import mapped, native, ops
+from amalgam.kernels import mapped, native, ops, panels
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.panels import ActivationType
 from amalgam.models.agreement import check_agreement, check_tied_head
@@ -54,6 +54,7 @@ class PlannedWeight:
     stored: StoredWeight
     quantize_to: WeightFormat | None  # quantize while loading
     activation: ActivationType | None  # of bfloat16 activations for integer weights; None: nothing is multiplied
+    codes: bool  # whether bf16 is coded in memory
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -68,13 +69,18 @@ class PlannedWeight:
         Panels are the same bytes for every type of activation, so only whether there is one counts.
         """
         stored, slot = self.stored, self.slot
-        packing = (slot.shape, slot.is_transposed, self.is_expanded, self.activation is not None)
+        packing = (slot.shape, slot.is_transposed, self.is_expanded, self.activation is not None, self.codes)
         return key_of(self.key, packing, stored.block, stored.bits, stored.declared, self.source.config_digest)
 
     @property
     def nbytes(self) -> int:
-        """Its size in memory, by its format: as stored, or as it is quantized while loading."""
+        """Its size by its format: as stored, or as it is quantized while loading."""
         return self.stored.nbytes if self.quantize_to is None else self.quantize_to.nbytes(self.slot.shape)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes in memory: `nbytes`, or less where bf16 is coded, as weights that were trained can be."""
+        return panels.coded_bytes(self.slot.shape) if self.codes else self.nbytes
 
     @property
     def format(self) -> WeightFormat:
@@ -104,7 +110,7 @@ class PlannedWeight:
         if self.is_expanded:
             packed = dense(packed.dequantize())
         packed = packed.to(device)
-        return packed if self.activation is None else ops.prepare(packed, self.activation)
+        return packed if self.activation is None else ops.prepare(packed, self.activation, codes=self.codes)
 
     @property
     def origin(self) -> Origin:
@@ -120,6 +126,11 @@ class PlannedWeight:
             rule=self.choice.reason,
             parts=tuple(Part(e.name, str(e.file), e.offset, e.nbytes) for e in stored.parts.values()),
         )
+
+
+def codes_bf16(slot: Slot, inference: InferenceSettings) -> bool:
+    """Whether the CPU codes the bf16 weight of a slot; what is multiplied in float32 gains nothing from it."""
+    return inference.bf16_coding and inference.dtype == "bfloat16" and slot.role != "router" and native.is_available()
 
 
 def oriented(packed: PackedWeight, stored: StoredWeight, slot: Slot) -> PackedWeight:
@@ -199,6 +210,18 @@ class ModelLoader:
             target.quantize(torch.zeros(1, columns), QuantizeOptions())  # whether it can at all
         check_agreement(planned)
         return planned
+
+    def memory_bytes(self, slot: Slot, weight_format: WeightFormat) -> int:
+        """What the weight of a slot that is multiplied would take in memory in a format.
+
+        Raises:
+            UnsupportedError: the format cannot hold this shape.
+        """
+        size = weight_format.nbytes(slot.shape, QuantizeOptions())
+        return panels.coded_bytes(slot.shape) if self._codes(slot, weight_format) else size
+
+    def _codes(self, slot: Slot, weight_format: WeightFormat) -> bool:
+        return weight_format.name == "bf16" and self.device.type == "cpu" and codes_bf16(slot, self._inference)
 
     def maps(self, weight_format: WeightFormat) -> bool:
         """Whether weights of a format become pages of the packed cache instead of memory of the process."""
@@ -286,7 +309,9 @@ class ModelLoader:
             slot.is_linear or slot.role == "router" or (slot.role == "embedding" and self.spec.has_tied_head)
         )
         activation = self._inference.activation if is_multiplied else None
-        return PlannedWeight(slot, choice, source, stored, self._quantize_to(slot, choice, stored), activation)
+        quantize_to = self._quantize_to(slot, choice, stored)
+        codes = is_multiplied and self._codes(slot, quantize_to or stored.format)
+        return PlannedWeight(slot, choice, source, stored, quantize_to, activation, codes)
 
     def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WeightFormat | None:
         """`load_in_8bit` and `load_in_4bit` concern wide linear weights that no rule names; the head stays wide."""

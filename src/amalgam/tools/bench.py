@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from amalgam.config import Settings
+from amalgam.config import InferenceSettings, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.deployment import Deployment, choose_device
 from amalgam.engine.memory import peak_memory_bytes
@@ -30,7 +30,7 @@ from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
-from amalgam.models.loader import Progress
+from amalgam.models.loader import Progress, codes_bf16
 from amalgam.models.spec import ModelSpec, Slot, read_spec
 from amalgam.models.weights import WeightVersion
 from amalgam.precision.format import QuantizeOptions, get_format
@@ -167,7 +167,7 @@ def shape_engine(
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     _, spec = read_spec(SHAPES[name], f"shape {name}")
-    version = random_weights(spec, weights, dtype, device, progress)
+    version = random_weights(spec, weights, settings.inference, device, progress)
     inference = settings.inference.model_dump() | {"max_seq_length": max_tokens, "max_batch_size": max_batch}
     settings = settings.replace(inference=inference, engine=settings.engine.model_dump() | {"max_step_tokens": 512})
     decoder = Decoder(spec, max_tokens, dtype, device)
@@ -253,7 +253,11 @@ def _random_ids(spec: ModelSpec, length: int, seed: int) -> list[int]:
 
 
 def random_weights(
-    spec: ModelSpec, weights: str, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    spec: ModelSpec,
+    weights: str,
+    inference: InferenceSettings,
+    device: torch.device,
+    progress: Progress | None = None,
 ) -> WeightVersion:
     """Weights for every slot, each in memory of its own; one random tensor per shape and format is drawn and copied.
 
@@ -261,6 +265,7 @@ def random_weights(
         weights: a format for all linear weights, or `OTHERS+EXPERTS` with a format for the experts' own, or
             `OTHERS+A/B` for experts of which a random half is in A and the rest in B; `mixed` is bf16+int4/fp8.
     """
+    dtype: torch.dtype = getattr(torch, inference.dtype)
     templates: dict[tuple[tuple[int, ...], str], PackedWeight] = {}
     made: dict[str, PackedWeight] = {}
     format_of = _expert_formats(spec, _MIXED if weights == "mixed" else weights)
@@ -269,7 +274,9 @@ def random_weights(
         if key not in templates:
             templates[key] = _random_weight(*key, dtype)
         weight = _copy(templates[key]).to(device)
-        made[slot.name] = ops.prepare(weight) if slot.is_linear or slot.role == "router" else weight
+        if slot.is_linear or slot.role == "router":
+            weight = ops.prepare(weight, inference.activation, codes=codes_bf16(slot, inference))
+        made[slot.name] = weight
         if progress is not None:
             progress("Making weights", index + 1, len(spec.slots))
     return WeightVersion(1, made, {}, {})

@@ -21,7 +21,7 @@ from amalgam.errors import AmalgamError
 from amalgam.models.context import KVCache
 from amalgam.models.loader import ModelLoader, PlannedWeight
 from amalgam.models.spec import ModelSpec
-from amalgam.precision.format import QuantizeOptions, all_formats
+from amalgam.precision.format import all_formats
 from amalgam.text import Tokenizer
 
 _ACCUMULATOR_BYTES = 4
@@ -42,7 +42,7 @@ class Estimate:
     """Bytes, and what they allow.
 
     Attributes:
-        weights: format → bytes under the plan.
+        weights: format → bytes in memory under the plan.
         mapped_bytes: those of them that are pages of the packed cache. The system keeps them in memory that nothing
             else needs and reads them again when they are touched, so that they need not fit and are not in the total.
         process_bytes: resident memory of this process, which has a tokenizer and no weights.
@@ -86,7 +86,7 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
 
     weights: dict[str, int] = defaultdict(int)
     for weight in planned:
-        weights[weight.format.name] += weight.nbytes
+        weights[weight.format.name] += weight.memory_bytes
     per_block = KVCache.bytes_per_block(spec, settings.engine.block_size, dtype)
     blocks = batch_size * math.ceil(seq_length / settings.engine.block_size)
     workspace = workspace_bytes(spec, min(settings.engine.max_step_tokens, batch_size * seq_length), batch_size, dtype)
@@ -94,7 +94,7 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
     Tokenizer.load(loader.base_folder, loader.base_metadata)
     process = resident_bytes() if device.type == "cpu" else 0
     available = available_bytes(device)
-    mapped = sum(weight.nbytes for weight in planned if loader.maps(weight.format))
+    mapped = sum(weight.memory_bytes for weight in planned if loader.maps(weight.format))
     fixed = sum(weights.values()) - mapped + workspace
     kv_bytes = blocks * per_block
     # What this process holds already is not available any more, so it counts in the total but not against the rest.
@@ -132,15 +132,15 @@ def _uniform(
     """The same model with all linear weights but the head in one format, for each format that takes them."""
     is_kept = [not weight.slot.is_linear or weight.slot.role == "head" for weight in planned]
     kept = [weight for weight, keep in zip(planned, is_kept, strict=True) if keep]
-    kept_bytes = sum(weight.nbytes for weight in kept)
-    in_memory = sum(weight.nbytes for weight in kept if not loader.maps(weight.format)) + others
-    shapes = [weight.slot.shape for weight, keep in zip(planned, is_kept, strict=True) if not keep]
+    kept_bytes = sum(weight.memory_bytes for weight in kept)
+    in_memory = sum(weight.memory_bytes for weight in kept if not loader.maps(weight.format)) + others
+    slots = [weight.slot for weight, keep in zip(planned, is_kept, strict=True) if not keep]
     results = []
     for weight_format in all_formats():
         if not (weight_format.is_wide or weight_format.can_quantize):
             continue
         try:
-            size = sum(weight_format.nbytes(shape, QuantizeOptions()) for shape in shapes)
+            size = sum(loader.memory_bytes(slot, weight_format) for slot in slots)
         except AmalgamError:  # a shape that the format cannot hold
             continue
         needed = in_memory + (0 if loader.maps(weight_format) else size)

@@ -112,10 +112,10 @@ void swiglu(const Kernels& table, uintptr_t gate, uintptr_t up, uintptr_t out, i
 
 std::shared_ptr<PackedMatrix> pack(Format format, int64_t rows, int64_t columns, uintptr_t weight, uintptr_t scale,
                                    DType scale_dtype, int64_t scale_rows, int64_t scale_columns, int64_t block_rows,
-                                   int64_t block_columns, uintptr_t zero, uintptr_t order, bool quantizes) {
+                                   int64_t block_columns, uintptr_t zero, uintptr_t order, bool quantizes, bool codes) {
     return PackedMatrix::pack({format, rows, columns, pointer<const void>(weight), pointer<const void>(scale),
                                scale_dtype, scale_rows, scale_columns, block_rows, block_columns,
-                               pointer<const uint8_t>(zero), pointer<const int32_t>(order), quantizes});
+                               pointer<const uint8_t>(zero), pointer<const int32_t>(order), quantizes, codes});
 }
 
 // The caller keeps the memory alive.
@@ -253,9 +253,11 @@ NB_MODULE(_native, module) {
         .value("fp8", Format::kFp8)
         .value("bf16", Format::kBfloat16)
         .value("fp16", Format::kFloat16)
-        .value("fp32", Format::kFloat32);
+        .value("fp32", Format::kFloat32)
+        .value("bf16_coded", Format::kCodedBfloat16);
     nb::class_<PackedMatrix>(module, "Matrix")
         .def_prop_ro("memory", &memory)
+        .def_prop_ro("format", [](const PackedMatrix& packed) { return packed.matrix().format; })
         .def_prop_ro("scale_lanes", [](const PackedMatrix& packed) { return packed.matrix().scale_lanes; })
         .def_prop_ro("scale_offset", &PackedMatrix::scale_offset)
         .def_prop_ro("zero_offset", &PackedMatrix::zero_offset);
@@ -275,7 +277,8 @@ NB_MODULE(_native, module) {
         .def("route", &route_tokens, Unlocked())
         .def("moe", &moe_layer, Unlocked());
     module.def("pack", &pack, "format"_a, "rows"_a, "columns"_a, "weight"_a, "scale"_a, "scale_dtype"_a, "scale_rows"_a,
-               "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, Unlocked());
+               "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, "codes"_a,
+               Unlocked());
     module.def("draw", &draw_tokens, Unlocked());
     module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "nbytes"_a, "scale_dtype"_a,
                "num_groups"_a, "group"_a, "scale_lanes"_a, "has_zero"_a, "order"_a, "quantizes"_a, "owner"_a,

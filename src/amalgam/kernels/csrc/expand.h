@@ -1,6 +1,7 @@
 // Weights taken out of their panels: as floats, exactly, or as bfloat16 pairs that still lack their scale.
 #pragma once
 
+#include "coded.h"
 #include "float_types.h"
 #include "matrix.h"
 
@@ -103,6 +104,8 @@ void expand(const Matrix& w, int64_t panel, int64_t first, int64_t end, float* o
             return expand_floats<Format::kFloat16>(w, panel, first, end, out);
         case Format::kFloat32:
             return expand_floats<Format::kFloat32>(w, panel, first, end, out);
+        case Format::kCodedBfloat16:
+            return expand_coded_floats(w, panel, first, end, out);
     }
 }
 

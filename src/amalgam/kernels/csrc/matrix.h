@@ -11,6 +11,8 @@
 //     fp16      i0 i0 i1 i1                                    2 inputs
 //     fp32      i0 i0 i0 i0                                    1 input
 //
+// The seventh format, bfloat16 in 12 bits, takes three lines for 8 inputs: coded.h.
+//
 // Inputs are padded to a multiple of 8, where activations are zero, and rows to a multiple of 16. Scales and zero
 // points stand apart as [panels, groups, 16], scales in their stored type; [panels, groups, 1] where the rows of every
 // panel share theirs. Lines, scales and zero points lie one after the other, each from a 64-byte boundary on.
@@ -23,15 +25,22 @@
 namespace amalgam {
 
 enum class DType : int { kFloat32, kBfloat16, kFloat16 };
-enum class Format : int { kInt4, kInt8, kFp8, kBfloat16, kFloat16, kFloat32 };
+enum class Format : int { kInt4, kInt8, kFp8, kBfloat16, kFloat16, kFloat32, kCodedBfloat16 };
 // What a product multiplies: int8 x int4 or int8 exactly; bfloat16 pairs into float32; float32.
 enum class Operand : int { kInt8, kBfloat16, kFloat32 };
 
-constexpr int kLayoutVersion = 1;
+constexpr int kLayoutVersion = 2;
 constexpr int kPanelRows = 16;
 constexpr int kLineBytes = 64;
 constexpr int kColumnUnit = 8;  // inputs are padded to a multiple
 constexpr int kChunk = 128;     // most inputs whose products are summed before they join the total
+
+// A value of a coded weight whose exponent is outside of its panel's window.
+struct Exception {
+    int32_t column;
+    uint16_t lane;
+    uint16_t bits;  // bfloat16
+};
 
 struct Matrix {
     Format format;
@@ -47,11 +56,20 @@ struct Matrix {
     const int32_t* order;     // packed input → input of the product; null: the same
     const int32_t* position;  // its inverse
     bool quantizes;           // integer formats: whether bfloat16 activations are quantized to int8
+    // Coded bfloat16 only (coded.h). Those of panel p are [exception_starts[p], exception_starts[p + 1]).
+    const uint8_t* windows;  // [panels]
+    const int32_t* exception_starts;
+    const Exception* exceptions;
 
     int64_t num_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
     int64_t padded_columns() const { return (columns + kColumnUnit - 1) / kColumnUnit * kColumnUnit; }
-    int64_t panel_bytes() const { return padded_columns() / inputs_per_line(format) * kLineBytes; }
+    int64_t panel_bytes() const { return padded_columns() * bytes_per_input(format); }
     const uint8_t* panel(int64_t index) const { return lines + index * panel_bytes(); }
+
+    // Of all 16 rows of a panel.
+    static constexpr int bytes_per_input(Format format) {
+        return format == Format::kCodedBfloat16 ? 3 * kLineBytes / 8 : kLineBytes / inputs_per_line(format);
+    }
 
     static constexpr int inputs_per_line(Format format) {
         switch (format) {
@@ -97,6 +115,7 @@ inline Operand operand_for(const Matrix& weight, DType x_dtype) {
             return weight.quantizes ? Operand::kInt8 : Operand::kBfloat16;
         case Format::kFp8:
         case Format::kBfloat16:
+        case Format::kCodedBfloat16:
             return Operand::kBfloat16;
         default:
             return Operand::kFloat32;

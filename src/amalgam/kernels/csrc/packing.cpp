@@ -6,6 +6,7 @@
 #include <string>
 
 #include "arena.h"
+#include "coding.h"
 #include "float_types.h"
 #include "pool.h"
 
@@ -196,8 +197,8 @@ void check_sizes(const ViewArgs& args) {
 
 }  // namespace
 
-PackedMatrix::PackedMatrix(const PackArgs& args) {
-    matrix_.format = args.format;
+PackedMatrix::PackedMatrix(const PackArgs& args, Format format, int64_t num_exceptions) {
+    matrix_.format = format;
     matrix_.rows = args.rows;
     matrix_.columns = args.columns;
     matrix_.quantizes = args.quantizes;
@@ -206,7 +207,7 @@ PackedMatrix::PackedMatrix(const PackArgs& args) {
     matrix_.scale_dtype = args.scale_dtype;
     matrix_.scale_lanes = args.scale_rows == 1 || args.block_rows % kPanelRows == 0 ? 1 : kPanelRows;
     set_order(args.order);
-    set_offsets(args.zero != nullptr);
+    set_offsets(args.zero != nullptr, num_exceptions);
     owned_ = allocate_weight(static_cast<size_t>(nbytes_));
     set_memory(owned_, args.zero != nullptr);
     if (args.scale != nullptr) {
@@ -235,18 +236,30 @@ PackedMatrix::PackedMatrix(const ViewArgs& args) {
     matrix_.group = args.num_groups > 1 ? args.group : matrix_.padded_columns();
     matrix_.scale_dtype = args.scale_dtype;
     matrix_.scale_lanes = args.scale_lanes;
-    set_offsets(args.has_zero);
+    set_offsets(args.has_zero, 0);
+    if (args.format == Format::kCodedBfloat16 && args.nbytes > nbytes_) nbytes_ = args.nbytes;  // with exceptions
     require(nbytes_ == args.nbytes,
             "a weight of this layout takes " + std::to_string(nbytes_) + " bytes, not " + std::to_string(args.nbytes));
     set_memory(args.memory, args.has_zero);
     set_order(args.order);
+    if (args.format == Format::kCodedBfloat16) {
+        set_coding(read_coding(matrix_, args.memory + scale_offset_, nbytes_ - scale_offset_));
+    }
 }
 
-void PackedMatrix::set_offsets(bool has_zero) {
+void PackedMatrix::set_coding(Coding coding) {
+    coding_ = std::move(coding);
+    matrix_.windows = coding_.windows.data();
+    matrix_.exception_starts = coding_.exception_starts.data();
+    matrix_.exceptions = coding_.exceptions.data();
+}
+
+void PackedMatrix::set_offsets(bool has_zero, int64_t num_exceptions) {
     const int64_t panels = matrix_.num_panels(), grid = panels * matrix_.num_groups;
     scale_offset_ = panels * matrix_.panel_bytes();
     zero_offset_ = scale_offset_ + align(grid * matrix_.scale_lanes * dtype_bytes(matrix_.scale_dtype));
     nbytes_ = zero_offset_ + (has_zero ? grid * kPanelRows : 0);
+    if (matrix_.format == Format::kCodedBfloat16) nbytes_ += CodingLayout(panels, num_exceptions).nbytes;
 }
 
 void PackedMatrix::set_memory(const uint8_t* memory, bool has_zero) {
@@ -270,7 +283,16 @@ void PackedMatrix::set_order(const int32_t* order) {
 }
 
 std::shared_ptr<PackedMatrix> PackedMatrix::pack(const PackArgs& args) {
-    std::shared_ptr<PackedMatrix> packed(new PackedMatrix(args));
+    if (args.format == Format::kBfloat16 && args.codes) {
+        const auto* values = static_cast<const uint16_t*>(args.weight);
+        Survey found = survey(values, args.rows, args.columns);
+        if (is_worth_coding(found.num_exceptions, args.rows, args.columns)) {
+            std::shared_ptr<PackedMatrix> coded(new PackedMatrix(args, Format::kCodedBfloat16, found.num_exceptions));
+            coded->set_coding(encode(coded->matrix_, std::move(found.windows), values, coded->owned_));
+            return coded;
+        }
+    }
+    std::shared_ptr<PackedMatrix> packed(new PackedMatrix(args, args.format, 0));
     const bool is_packed = pack_lines(packed->matrix_, static_cast<const uint8_t*>(args.weight), packed->owned_);
     return is_packed ? packed : nullptr;
 }

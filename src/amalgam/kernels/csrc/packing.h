@@ -24,6 +24,7 @@ struct PackArgs {
     const uint8_t* zero;   // int4: [rows, scale_columns], or null
     const int32_t* order;  // int4: packed input → input, or null
     bool quantizes;        // see Matrix
+    bool codes;            // bf16: whether to store it in 12 bits where few values are exceptions (coded.h)
 };
 
 // A weight that is in panels already, as another PackedMatrix had them in its memory.
@@ -42,7 +43,15 @@ struct ViewArgs {
     bool quantizes;
 };
 
-// A Matrix and its memory: lines, scales and zero points one after the other.
+// What a coded weight has besides its lines, as Matrix describes it.
+struct Coding {
+    std::vector<uint8_t> windows;
+    std::vector<int32_t> exception_starts;
+    std::vector<Exception> exceptions;
+};
+
+// A Matrix and its memory: lines, scales and zero points one after the other; of a coded weight, lines, windows, starts
+// and exceptions.
 class PackedMatrix {
  public:
     // Null if the weight holds something that panels cannot: NaN in fp8.
@@ -58,19 +67,22 @@ class PackedMatrix {
 
     const Matrix& matrix() const { return matrix_; }
     const uint8_t* memory() const { return matrix_.lines; }
+    // Where the lines end.
     int64_t scale_offset() const { return scale_offset_; }
     int64_t zero_offset() const { return zero_offset_; }
     int64_t nbytes() const { return nbytes_; }
 
  private:
-    explicit PackedMatrix(const PackArgs& args);
+    PackedMatrix(const PackArgs& args, Format format, int64_t num_exceptions);
     explicit PackedMatrix(const ViewArgs& args);
     void set_order(const int32_t* order);
-    void set_offsets(bool has_zero);
+    void set_offsets(bool has_zero, int64_t num_exceptions);
     void set_memory(const uint8_t* memory, bool has_zero);
+    void set_coding(Coding coding);
 
     Matrix matrix_{};
     std::vector<int32_t> order_, position_;
+    Coding coding_;
     int64_t scale_offset_ = 0, zero_offset_ = 0, nbytes_ = 0;
     uint8_t* owned_ = nullptr;  // null: the memory is somebody else's
 };

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "coded.h"
 #include "elementwise.h"
 #include "expand.h"
 #include "tiles.h"
@@ -34,7 +35,7 @@ inline Access access_of(const Matrix& w, Operand operand, int64_t rows) {
         case Operand::kInt8:
             return {w.format, false};
         case Operand::kBfloat16:
-            if (w.format == Format::kFp8)
+            if (w.format == Format::kFp8 || w.format == Format::kCodedBfloat16)
                 return rows <= kTileRows ? Access{w.format, false} : Access{Format::kBfloat16, true};
             return {Format::kBfloat16, w.format != Format::kBfloat16};
         default:
@@ -53,6 +54,8 @@ inline void expand_piece(const Matrix& w, Operand operand, int64_t panel, int64_
             store_pairs(out, low);
             store_pairs(out + kLineBytes, high);
         }
+    } else if (w.format == Format::kCodedBfloat16) {
+        expand_codes(w, panel, first, end, out);
     } else if (w.format == Format::kInt4) {
         expand_pairs<Format::kInt4>(w, panel, first, end, out);
     } else {
@@ -83,6 +86,7 @@ inline Run whole_panel(const Matrix& w, Operand operand, int64_t panel) {
     run.chunks_per_group = w.num_groups > 1 ? w.group / run.chunk : run.end_chunk;
     run.factor = 1.0f;
     run.lines = w.panel(panel);
+    if (w.windows != nullptr) run.window = w.windows[panel];
     if (w.scale != nullptr && operand != Operand::kFloat32) {
         run.scale = advance(w.scale, w.scale_dtype, panel * w.num_groups * w.scale_lanes);
         run.scale_dtype = w.scale_dtype;
@@ -97,8 +101,8 @@ inline Run whole_panel(const Matrix& w, Operand operand, int64_t panel) {
 void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows, int64_t panel, Sums& sums) {
     alignas(64) uint8_t piece[kPieceBytes];
     const Access access = access_of(w, x.kind, rows);
-    const int64_t line_bytes_per_input = kLineBytes / Matrix::inputs_per_line(access.lines);
-    const int64_t bytes_per_input = kLineBytes / Matrix::inputs_per_line(w.format);
+    const int64_t line_bytes_per_input = Matrix::bytes_per_input(access.lines);
+    const int64_t bytes_per_input = Matrix::bytes_per_input(w.format);
     Run run = whole_panel(w, x.kind, panel);
     const int64_t num_chunks = run.end_chunk;
     int64_t step = num_chunks;
@@ -129,6 +133,9 @@ void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int
             const TileRows values = tile_rows(x, first_row + begin, count, num_chunks, chunk, run.chunk);
             tile_function(x.kind, access.lines, count)(run, values, sums.row[begin]);
         }
+    }
+    if (w.format == Format::kCodedBfloat16 && x.kind == Operand::kBfloat16) {
+        add_exceptions(w, panel, x, first_row, rows, sums.row);
     }
 }
 

@@ -119,6 +119,34 @@ inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
     second = {fp8_words(v.a, _mm256_srli_epi16(v.a, 8)), fp8_words(v.b, _mm256_srli_epi16(v.b, 8))};
 }
 
+// What the nibbles of a coded line add to the high and low bytes of bfloat16 (coded.h).
+struct Codes {
+    __m256i high, low;
+};
+inline Codes load_codes(const uint8_t* high, const uint8_t* low) {
+    const auto load = [](const uint8_t* table) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    };
+    return {load(high), load(low)};
+}
+inline void coded_half(__m256i rest, __m256i code, const Codes& codes, __m256i& first, __m256i& second) {
+    const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
+    const __m256i high = _mm256_or_si256(_mm256_and_si256(rest, sign), _mm256_shuffle_epi8(codes.high, code));
+    const __m256i low = _mm256_or_si256(_mm256_andnot_si256(sign, rest), _mm256_shuffle_epi8(codes.low, code));
+    first = _mm256_unpacklo_epi8(low, high);
+    second = _mm256_unpackhi_epi8(low, high);
+}
+inline void coded_pairs(const Words& rest, const Bytes& code, const Codes& codes, Pairs* out) {
+    coded_half(rest.a, code.a, codes, out[0].a, out[1].a);
+    coded_half(rest.b, code.b, codes, out[0].b, out[1].b);
+}
+inline void load_coded(const uint8_t* lines, const Codes& codes, Pairs* out) {
+    Bytes first, second;
+    load_nibbles(lines + 2 * kLineBytes, first, second);
+    coded_pairs(load_words(lines), first, codes, out);
+    coded_pairs(load_words(lines + kLineBytes), second, codes, out + 2);
+}
+
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 // Into the second-level cache.
 inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }

@@ -80,6 +80,31 @@ inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
     }
 }
 
+// What the nibbles of a coded line add to the high and low bytes of bfloat16 (coded.h).
+struct Codes {
+    __m512i high, low;
+};
+inline Codes load_codes(const uint8_t* high, const uint8_t* low) {
+    const auto load = [](const uint8_t* table) {
+        return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    };
+    return {load(high), load(low)};
+}
+inline void coded_pairs(__m512i rest, __m512i code, const Codes& codes, Pairs* out) {
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    // (rest & sign) | exponent, (rest & ~sign) | exponent
+    const __m512i high = _mm512_ternarylogic_epi32(rest, sign, _mm512_shuffle_epi8(codes.high, code), 0xea);
+    const __m512i low = _mm512_ternarylogic_epi32(rest, sign, _mm512_shuffle_epi8(codes.low, code), 0xba);
+    out[0] = _mm512_unpacklo_epi8(low, high);
+    out[1] = _mm512_unpackhi_epi8(low, high);
+}
+inline void load_coded(const uint8_t* lines, const Codes& codes, Pairs* out) {
+    Bytes first, second;
+    load_nibbles(lines + 2 * kLineBytes, first, second);
+    coded_pairs(_mm512_load_si512(lines), first, codes, out);
+    coded_pairs(_mm512_load_si512(lines + kLineBytes), second, codes, out + 2);
+}
+
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 // Into the second-level cache.
 inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }

@@ -126,6 +126,29 @@ inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
     }
 }
 
+// What the nibbles of a coded line add to the high and low bytes of bfloat16 (coded.h).
+struct Codes {
+    uint16_t exponent[16];
+};
+inline Codes load_codes(const uint8_t* high, const uint8_t* low) {
+    Codes codes;
+    for (int i = 0; i < 16; ++i) codes.exponent[i] = static_cast<uint16_t>(high[i] << 8 | low[i]);
+    return codes;
+}
+// Three lines → inputs 0, 1 and 2, 3 and 4, 5 and 6, 7.
+inline void load_coded(const uint8_t* lines, const Codes& codes, Pairs* out) {
+    const auto value = [&](int half, int at) {
+        const uint32_t rest = lines[half * kLineBytes + at], code = lines[2 * kLineBytes + at] >> 4 * half & 15;
+        return (rest & 0x80) << 8 | (rest & 0x7f) | codes.exponent[code];
+    };
+    for (int pair = 0; pair < 4; ++pair) {
+        for (int lane = 0; lane < kPanelRows; ++lane) {
+            const int at = lane / 4 * 16 + pair % 2 * 8 + lane % 4 * 2;
+            out[pair].lane[lane] = value(pair / 2, at) | value(pair / 2, at + 1) << 16;
+        }
+    }
+}
+
 inline void prefetch(const uint8_t*) {}
 inline void prefetch_far(const uint8_t*) {}  // to the second-level cache
 

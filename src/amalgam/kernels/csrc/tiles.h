@@ -5,6 +5,7 @@
 // exact integers.
 #pragma once
 
+#include "coded.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -25,6 +26,7 @@ struct Run {
     const uint8_t* zero;   // at the panel's first group, or null
     const uint8_t* ahead;  // what to ask for while these lines are computed; null: the lines themselves
     int64_t ahead_lines;   // how much of it
+    uint8_t window;        // of a coded panel
     float factor;          // multiplies every scale; a power of two
 
     int64_t inputs(int64_t index) const {
@@ -198,37 +200,56 @@ void int8_tile(const Run& run, const TileRows& x, float* y) {
     total.store(y);
 }
 
-// Sums of one chunk over lines of fp8 or of bfloat16 pairs. Pairs go to kPairSums sums in turn, because one sum would
-// have to wait for itself; for every number of rows, so that all rows are summed in the same order.
-template <bool kIsFp8, int M>
-inline const uint8_t* sum_pairs(const uint8_t* line, int64_t num_inputs, const Ahead<!kIsFp8, M>& ahead,
-                                const TileRows& x, int64_t at, Floats (*sum)[M]) {
-    for (const int64_t end = at + num_inputs; at < end; at += 4) {
-        Pairs first, second;
-        ahead.at_line(line);
-        if constexpr (kIsFp8) {
-            load_fp8(line, first, second);
-            line += kLineBytes;
-        } else {
-            ahead.at_line(line + kLineBytes);
-            first = load_pairs(line);
-            second = load_pairs(line + kLineBytes);
-            line += 2 * kLineBytes;
-        }
+// Two pairs of inputs, from `at` on. They go to kPairSums sums in turn, because one sum would have to wait for itself;
+// for every number of rows, so that all rows are summed in the same order.
+template <int M>
+inline void add_pairs(const Pairs& first, const Pairs& second, const TileRows& x, int64_t at, Floats (*sum)[M]) {
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            sum[0][m] = dot_pairs(sum[0][m], first, broadcast4(x.values[m] + 2 * at));
-            sum[kPairSums - 1][m] = dot_pairs(sum[kPairSums - 1][m], second, broadcast4(x.values[m] + 2 * at + 4));
-        }
+    for (int m = 0; m < M; ++m) {
+        sum[0][m] = dot_pairs(sum[0][m], first, broadcast4(x.values[m] + 2 * at));
+        sum[kPairSums - 1][m] = dot_pairs(sum[kPairSums - 1][m], second, broadcast4(x.values[m] + 2 * at + 4));
     }
-    return line;
 }
 
-// y [M, 16] += bfloat16 activations times fp8 lines, or times bfloat16 pairs.
-template <bool kIsFp8, int M>
+// How a step through the lines of a format becomes bfloat16 pairs.
+template <Format F>
+struct PairLines;
+
+template <>
+struct PairLines<Format::kBfloat16> {
+    static constexpr int kLines = 2, kPairs = 2;
+    explicit PairLines(const Run&) {}
+    void load(const uint8_t* line, Pairs* out) const {
+        out[0] = load_pairs(line);
+        out[1] = load_pairs(line + kLineBytes);
+    }
+};
+
+template <>
+struct PairLines<Format::kFp8> {
+    static constexpr int kLines = 1, kPairs = 2;
+    explicit PairLines(const Run&) {}
+    void load(const uint8_t* line, Pairs* out) const { load_fp8(line, out[0], out[1]); }
+};
+
+template <>
+struct PairLines<Format::kCodedBfloat16> {
+    static constexpr int kLines = 3, kPairs = 4;
+    explicit PairLines(const Run& run) : codes_(codes_of(run.window)) {}
+    void load(const uint8_t* line, Pairs* out) const { load_coded(line, codes_, out); }
+
+ private:
+    Codes codes_;
+};
+
+// y [M, 16] += bfloat16 activations times lines that become bfloat16 pairs.
+template <Format F, int M>
 void bfloat16_tile(const Run& run, const TileRows& x, float* y) {
+    constexpr bool kIsWide = F != Format::kFp8;
+    constexpr int kPairs = PairLines<F>::kPairs, kLines = PairLines<F>::kLines;
+    const PairLines<F> lines(run);
     Totals<M> total(y);
-    Ahead<!kIsFp8, M> ahead(run);
+    Ahead<kIsWide, M> ahead(run);
     GroupCursor cursor(run);
     Floats scale = run.scale != nullptr ? load_scale(run, cursor.group) : zero_floats();
     const uint8_t* line = run.lines;
@@ -238,8 +259,14 @@ void bfloat16_tile(const Run& run, const TileRows& x, float* y) {
         Floats sum[kPairSums][M];
 #pragma GCC unroll 16
         for (int m = 0; m < kPairSums * M; ++m) sum[m / M][m % M] = zero_floats();
-        line = sum_pairs<kIsFp8, M>(line, run.inputs(chunk), ahead, x, at, sum);
-        at += run.inputs(chunk);
+        for (const int64_t end = at + run.inputs(chunk); at < end; at += 2 * kPairs, line += kLines * kLineBytes) {
+            Pairs pairs[kPairs];
+#pragma GCC unroll 3
+            for (int i = 0; i < kLines; ++i) ahead.at_line(line + i * kLineBytes);
+            lines.load(line, pairs);
+#pragma GCC unroll 2
+            for (int i = 0; i < kPairs; i += 2) add_pairs<M>(pairs[i], pairs[i + 1], x, at + 2 * i, sum);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const Floats both = kPairSums == 2 ? add(sum[0][m], sum[kPairSums - 1][m]) : sum[0][m];
@@ -285,7 +312,9 @@ TileFunction tile_of(Operand operand, Format lines) {
         case Operand::kInt8:
             return lines == Format::kInt4 ? int8_tile<Format::kInt4, M> : int8_tile<Format::kInt8, M>;
         case Operand::kBfloat16:
-            return lines == Format::kFp8 ? bfloat16_tile<true, M> : bfloat16_tile<false, M>;
+            return lines == Format::kFp8             ? bfloat16_tile<Format::kFp8, M>
+                   : lines == Format::kCodedBfloat16 ? bfloat16_tile<Format::kCodedBfloat16, M>
+                                                     : bfloat16_tile<Format::kBfloat16, M>;
         default:
             return float32_tile<M>;
     }
