@@ -32,7 +32,8 @@ from amalgam.precision.formats.floating import dense
 
 HIDDEN, WIDTH, NUM_EXPERTS, NUM_ACTIVE = 2048, 768, 64, 8
 LINEAR_SHAPE = (4096, 2048)
-FORMATS = ("int4", "int8", "fp8", "bf16")
+PLAIN = "bf16-plain"  # in 16 bits
+FORMATS = ("int4", "int8", "fp8", "bf16", PLAIN)
 ROWS = (1, 8, 16, 128, 512)
 
 
@@ -61,7 +62,7 @@ class Case:
 def source(name: str, shape: tuple[int, int]) -> PackedWeight:
     """Normally distributed weights in a format: fp8 takes longer where many codes are subnormal."""
     values = torch.randn(shape) * 0.02
-    if name == "bf16":
+    if name in ("bf16", PLAIN):
         return dense(values.bfloat16())
     weight_format = get_format(name)
     return weight_format.pack(weight_format.quantize(values.bfloat16(), QuantizeOptions()), shape)
@@ -69,7 +70,7 @@ def source(name: str, shape: tuple[int, int]) -> PackedWeight:
 
 def linear_case(name: str, num_layers: int) -> Case:
     template = source(name, LINEAR_SHAPE)
-    weights = [ops.prepare(template) for _ in range(8 * num_layers)]
+    weights = [ops.prepare(template, codes=name != PLAIN) for _ in range(8 * num_layers)]
 
     def run(rows: int) -> tuple[Callable[[], None], int, float]:
         x = torch.randn(rows, LINEAR_SHAPE[1]).bfloat16()
@@ -85,10 +86,12 @@ def linear_case(name: str, num_layers: int) -> Case:
 
 
 def moe_case(name: str, num_layers: int) -> Case:
-    up, down = source(name, (WIDTH, HIDDEN)), source(name, (HIDDEN, WIDTH))
+    first, last = source(name, (WIDTH, HIDDEN)), source(name, (HIDDEN, WIDTH))
+    sources = (first, first, last)
 
     def expert() -> Expert:
-        return Expert(ops.prepare(up), ops.prepare(up), ops.prepare(down))
+        gate, up, down = (ops.prepare(weight, codes=name != PLAIN) for weight in sources)
+        return Expert(gate, up, down)
 
     layers = [ExpertTable(tuple(expert() for _ in range(NUM_EXPERTS))) for _ in range(num_layers)]
     weights = [weight for table in layers for e in table.experts for weight in (e.gate, e.up, e.down)]

@@ -183,6 +183,41 @@ def test_impossible_descriptions_are_refused(path: tuple[Any, ...], value: Any) 
         mapped.restore(change(mapped.describe(weight), path, value), memory, "int8")
 
 
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        (64, 1),  # the first panel's exceptions begin
+        (64 + 4, 2**31 - 1),  # the second's
+        (64 + 4, -1),
+        (64 + 12, 0),  # the last's end
+        (128, 384),  # a column
+        (128, -1),
+        (132, 16),  # a lane
+    ],
+)
+def test_exceptions_of_a_coded_weight_lie_within_it(offset: int, value: int) -> None:
+    weight = panels.prepare(made.coded((48, 384)))
+    [memory] = [aligned(run) for run in mapped.runs(weight)]
+    description = mapped.describe(weight)
+    assert mapped.restore(description, [memory], "int8").parts["exceptions"].numel() > 128
+    tail = memory[weight.parts["weight"].numel() :]
+    size = 2 if offset == 132 else 4
+    tail[offset : offset + size] = torch.tensor([value]).view(torch.uint8)[:size]
+    with pytest.raises(ValueError, match="exception"):
+        mapped.restore(description, [memory], "int8")
+
+
+def test_a_coded_weight_is_as_long_as_its_exceptions() -> None:
+    weight = panels.prepare(made.coded((48, 384)))
+    [memory] = mapped.runs(weight)
+    for length in (0, 64, weight.parts["weight"].numel(), memory.numel() - 8, memory.numel() - 3):
+        with pytest.raises(ValueError, match=r"exception|takes"):
+            mapped.restore(mapped.describe(weight), [aligned(memory[:length])], "int8")
+    longer = torch.cat([memory, torch.zeros(8 * 48 * 384, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match="exceptions"):
+        mapped.restore(mapped.describe(weight), [aligned(longer)], "int8")
+
+
 def test_a_dense_weight_is_as_long_as_it_says() -> None:
     """Its address is all that a kernel gets."""
     description = mapped.describe(dense(torch.zeros(2048, dtype=torch.bfloat16)))
@@ -224,6 +259,34 @@ def test_panels_serve_every_activation(folders: Path, cache: Path, loads: list[s
     name = "layers.0.mlp.experts.1.gate"  # int8
     x = torch.randn(2, found[name].shape[1]).to(torch.bfloat16)
     assert torch.equal(panels.linear(x, found[name]), panels.linear(x, expected[name]))
+
+
+def test_coded_and_plain_bf16_are_kept_apart(folders: Path, cache: Path, loads: list[str]) -> None:
+    coded = build(folders, cache, mapping={})
+    loads.clear()
+    plain = build(folders, cache, mapping={}, bf16_coding=False)
+    assert loads and not any(name.endswith(("mlp.gate.weight", "norm.weight")) for name in loads)
+    assert_same(plain, build(folders, None, mapping={}, bf16_coding=False))
+    layouts = [{version[slot].layout for slot in version.origins} for version in (coded, plain)]
+    assert layouts[0] - layouts[1] == {"panels_bf16_coded"}
+    for slot in plain.origins:
+        assert torch.equal(coded[slot].dequantize(), plain[slot].dequantize())
+    loads.clear()
+    assert_same(build(folders, cache, mapping={}), coded)
+    assert loads == []
+
+
+def test_what_a_weight_takes_is_known_before_it_is_loaded(folders: Path) -> None:
+    opened = loader(folders, None)
+    plan = opened.make_plan()
+    version = opened.build(plan, 1).version
+    for weight in opened.check(plan):
+        found = version[weight.slot.name]
+        padding = 16 * 2 * weight.slot.shape[-1] if found.layout.startswith("panels_") else 0
+        if found.layout == "panels_bf16_coded":
+            assert 0.9 * weight.memory_bytes < found.nbytes <= weight.memory_bytes
+        elif found.layout.removeprefix("panels_") in ("bf16", "dense"):
+            assert weight.nbytes <= found.nbytes <= weight.memory_bytes + padding
 
 
 def test_weights_quantized_while_loading_are_kept_apart(folders: Path, cache: Path, loads: list[str]) -> None:
