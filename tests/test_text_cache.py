@@ -98,6 +98,7 @@ def test_a_changed_file_is_read(folder: Path, tmp_path: Path, reads: list[Path],
         lambda data: b"[" * 100_000,
         lambda data: json.dumps({**json.loads(data), "backend": "{}"}).encode(),
         lambda data: json.dumps({**json.loads(data), "backend": 3}).encode(),
+        lambda data: json.dumps({**json.loads(data), "vocab_size": None}).encode(),
         lambda data: json.dumps({**json.loads(data), "more": 3}).encode(),
     ],
 )

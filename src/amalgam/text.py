@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amalgam.errors import CheckpointError, RequestError, UnsupportedError, describe
-from amalgam.text_cache import read_through
+from amalgam.text_cache import read_through, vocab_size
 from amalgam.text_gguf import build_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -52,7 +52,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.eos_token_ids = eos_token_ids
-        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.vocab_size = vocab_size(wrapped)
 
     @classmethod
     def load(

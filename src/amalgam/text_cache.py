@@ -16,12 +16,13 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from typing import Any
 
 _SUFFIX = ".tokenizer"
 _MAX_BYTES = 256 * 2**20
-_FIELDS = {"state", "backend", "chat_template", "eos_token_id"}
+_FIELDS = {"state", "backend", "vocab_size", "chat_template", "eos_token_id"}
 
 logger = logging.getLogger("amalgam.text")
 
@@ -33,6 +34,7 @@ class KeptTokenizer:
         from tokenizers import Tokenizer as Backend
 
         self.backend_tokenizer = Backend.from_str(kept["backend"])
+        self.num_ids = index(kept["vocab_size"])
         self.chat_template = kept["chat_template"]
         self.eos_token_id = kept["eos_token_id"]
         self._read = read
@@ -47,6 +49,13 @@ class KeptTokenizer:
     @cached_property
     def _tokenizer(self) -> Any:
         return self._read()
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """One more than the largest token id that a tokenizer can give; a kept one need not list its vocabulary."""
+    if isinstance(tokenizer, KeptTokenizer):
+        return tokenizer.num_ids
+    return 1 + max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def read_through(cache_folder: Path, folder: Path, files: Sequence[Path], read: Callable[[], Any]) -> Any:
@@ -76,6 +85,7 @@ def read_through(cache_folder: Path, folder: Path, files: Sequence[Path], read: 
             kept = {
                 "state": _state(files),
                 "backend": tokenizer.backend_tokenizer.to_str(),
+                "vocab_size": vocab_size(tokenizer),
                 "chat_template": tokenizer.chat_template,
                 "eos_token_id": tokenizer.eos_token_id,
             }
