@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 from tests.conftest import DEMO, ROOT
 
-from amalgam.cli import VERBS, main
+from amalgam.cli import VERBS, main, serve
 from amalgam.config import setting_keys
 from amalgam.experts.saved import load
+from amalgam.kernels import native
+from amalgam.llm import LLM
 
 EXPERT = "model.layers.0.mlp.experts.0.down_proj.weight"
 
@@ -21,6 +25,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     code = main(list(arguments))
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def run_program(program: str, *arguments: str) -> str:
+    """What a program prints that an interpreter of its own runs."""
+    command = [sys.executable, "-c", program, *arguments]
+    environment = {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.strip()
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,14 +50,49 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_verb_imports_no_torch_before_it_needs_it() -> None:
     program = "import sys; from amalgam.cli import main; main(['serve', '--help']); print('torch' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(ROOT / "src")},
-        check=True,
-    )
-    assert result.stdout.rstrip().endswith("False")
+    assert run_program(program).endswith("False")
+
+
+@pytest.mark.skipif(not native.is_available(), reason="the packed cache needs the native kernels")
+def test_a_start_from_the_packed_cache_imports_what_it_uses(tmp_path: Path) -> None:
+    program = """
+import sys
+import amalgam.cli.serve, amalgam.server.app
+from amalgam.llm import LLM
+LLM(model=sys.argv[1], settings={"inference.packed_cache": sys.argv[2]}).close()
+print(*sys.modules.keys() & {"transformers", "huggingface_hub", "rich", "plotly", "jinja2", "torch._dynamo", "sympy"})
+"""
+    LLM(model=DEMO, settings={"inference.packed_cache": str(tmp_path)}).close()
+    assert run_program(program, str(DEMO), str(tmp_path)) == ""
+
+
+def test_no_library_waits_for_the_one_of_torch() -> None:
+    program = """
+import sys
+from importlib.machinery import ExtensionFileLoader
+from amalgam.cli import serve
+
+def libraries():
+    return {n for n, m in sys.modules.items() if isinstance(getattr(m, "__loader__", None), ExtensionFileLoader)}
+
+serve._begin_to_load_torch()
+before = libraries()
+import amalgam.server.app
+assert "torch" not in sys.modules
+print(*libraries() - before)
+"""
+    assert run_program(program) == "", "import it before, in _begin_to_load_torch"
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("is_there", [True, False])
+def test_loading_torch_ahead_may_fail(is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModuleSpec("torch", None, origin=str(tmp_path / "torch" / "__init__.py")) if is_there else None
+    monkeypatch.setattr("amalgam.cli.serve.find_spec", lambda name: spec)
+    serve._begin_to_load_torch()
+    for thread in threading.enumerate():
+        if thread.name == "amalgam-torch":
+            thread.join()
 
 
 def test_generate_answers_in_json(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:

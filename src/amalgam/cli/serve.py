@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
+import sys
+import threading
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amalgam.cli.options import with_settings
@@ -10,6 +17,7 @@ from amalgam.config import Settings
 
 if TYPE_CHECKING:
     from amalgam.engine.deployment import Deployment
+    from amalgam.models.loader import Progress
 
 
 @with_settings
@@ -19,13 +27,13 @@ def command(settings: Settings) -> int:
     # server is ready, and would hold up steps later on.
     gc.disable()
     try:
-        from amalgam.cli.console import progress_bar
+        _begin_to_load_torch()
         from amalgam.server.app import run
 
         def load() -> Deployment:
             from amalgam.llm import open_deployment  # seconds; the port is open meanwhile
 
-            with progress_bar() as progress:
+            with _progress_bar() as progress:
                 deployment = open_deployment(settings, progress)
             gc.freeze()
             gc.enable()
@@ -34,3 +42,30 @@ def command(settings: Settings) -> int:
         return run(settings, load)
     finally:
         gc.enable()
+
+
+def _progress_bar() -> contextlib.AbstractContextManager[Progress | None]:
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    from amalgam.cli.console import progress_bar
+
+    return progress_bar()
+
+
+def _begin_to_load_torch() -> None:
+    """Have torch's largest library loaded in a thread, which needs no lock of the interpreter meanwhile.
+
+    It is a quarter of torch's import, which then finds it there, or loads it itself if this has not worked.
+    """
+    # A library that is being loaded keeps all others waiting. So those that are imported meanwhile come first.
+    for name in ("asyncio", "multiprocessing.connection", "orjson", "queue"):
+        import_module(name)
+
+    def load(folder: Path) -> None:
+        with contextlib.suppress(OSError):  # as torch's own __init__.py does it
+            ctypes.CDLL(str(folder / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(folder / "libtorch_cpu.so"))
+
+    torch = find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        threading.Thread(target=load, args=[Path(torch.origin).parent / "lib"], name="amalgam-torch").start()
