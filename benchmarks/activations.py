@@ -21,7 +21,7 @@ from torch import Tensor
 from amalgam.config import InferenceSettings, MixedPrecisionSettings, ModelSettings, load_settings
 from amalgam.engine.request import SamplingParams
 from amalgam.llm import open_deployment
-from amalgam.models.context import AttentionBatch, KVCache, StepContext
+from amalgam.models.context import KVCache, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import ModelLoader
 from amalgam.precision.format import QuantizeOptions
@@ -78,12 +78,9 @@ def log_probabilities(folder: Path, texts: list[list[int]], arithmetic: dict[str
     cache = KVCache.allocate(loader.spec, num_blocks, BLOCK_SIZE, dtype, CPU)
     rows = []
     for text in texts:
-        places = torch.arange(len(text))
-        lengths = torch.tensor([len(text)])
-        batch = AttentionBatch(torch.tensor([0, len(text)]), lengths, torch.arange(num_blocks)[None], BLOCK_SIZE)
-        context = StepContext(places, places, batch, cache, None)
-        hidden = decoder.forward(torch.tensor(text), context, version)
-        rows.append(decoder.logits(hidden, version).double().log_softmax(-1))
+        sequence = StepSequence(text, 0, range(num_blocks), len(text))
+        logits = decoder.forward(StepContext([sequence], cache), version)
+        rows.append(logits.double().log_softmax(-1))
     return torch.cat(rows)
 
 

@@ -244,8 +244,31 @@ class AttentionKernels:
     ) -> None: ...
 
 @final
+class StackMemory:
+    def __init__(
+        self,
+        caches: Sequence[tuple[int, int]],
+        num_slots: int,
+        block_size: int,
+        ropes: Sequence[tuple[int, int, int]],
+        num_positions: int,
+        /,
+    ) -> None: ...
+
+@final
 class Stack:
-    def __init__(self) -> None: ...
+    def __init__(
+        self,
+        hidden: int,
+        embedding: object,
+        rows: int,
+        rows_dtype: DType,
+        num_rows: int,
+        first_norm: tuple[int, DType],
+        norm_eps: float,
+        head: tuple[object, int, DType] | None,
+        /,
+    ) -> None: ...
     def begin_layer(
         self,
         projections: Sequence[tuple[object, int, DType]],
@@ -284,22 +307,18 @@ class Stack:
         self,
         kernels: Kernels,
         attention: AttentionKernels,
-        plan: AttentionPlan,
-        x: int,
-        normed: int,
+        memory: StackMemory,
+        sequences: Sequence[tuple[Sequence[int], int, Sequence[int], int]],
         dtype: DType,
-        hidden: int,
-        positions: int,
-        num_positions: int,
-        ropes: Sequence[tuple[int, int, int]],
-        caches: Sequence[tuple[int, int]],
-        slot_ids: int,
-        num_slots: int,
+        x: int,
         expert_ids: int,
         gate_weights: int,
+        out: int,
+        num_logits: int,
         threads: int,
         /,
-    ) -> None: ...
+    ) -> None:
+        """`sequences`: token ids, first position, block ids, how many of the last tokens' logits are wanted."""
 
 def attention_kernels(isa: str, /) -> AttentionKernels: ...
 def read_memory(address: int, nbytes: int, threads: int, /) -> int: ...

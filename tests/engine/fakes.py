@@ -37,7 +37,8 @@ class FakeDecoder:
         self.on_step = lambda token_ids: None
         self.nan_token = None
 
-    def forward(self, token_ids, context, weights):
+    def forward(self, context, weights):
+        token_ids = context.token_ids
         assert self.gate.wait(10)
         self.on_step(token_ids.tolist())
         for layer_id, (keys, values) in enumerate(zip(context.kv.keys, context.kv.values, strict=True)):
@@ -49,7 +50,9 @@ class FakeDecoder:
             context.observer.observe(0, expert_ids, torch.full(expert_ids.shape, 0.5))
         hashes = hashes + 1009 * weights.version_id
         is_nan = token_ids == (-1 if self.nan_token is None else self.nan_token)
-        return torch.stack((hashes.double(), is_nan.double()), dim=1)
+        hashes, is_nan = hashes[context.logit_rows, None], is_nan[context.logit_rows, None]
+        logits = (_STRIDE * torch.arange(VOCAB_SIZE) + 31 * hashes) % VOCAB_SIZE * (8 / VOCAB_SIZE)
+        return logits.float().masked_fill(is_nan, torch.nan)
 
     def _hash_rows(self, context, sequence):
         attention = context.attention
@@ -62,10 +65,6 @@ class FakeDecoder:
             tokens, places = keys[slots, -1, -1].long() - layer_id, values[slots, -1, -1].long()
             terms += (tokens + 1) * (17 * places + 3)
         return terms.cumsum(0)[length - num_rows :] // 2
-
-    def logits(self, hidden, weights):
-        logits = (_STRIDE * torch.arange(VOCAB_SIZE) + 31 * hidden[:, :1].long()) % VOCAB_SIZE * (8 / VOCAB_SIZE)
-        return logits.float().masked_fill(hidden[:, 1:] > 0, torch.nan)
 
 
 def greedy_tokens(prompt_ids, num_new, version_id=1):

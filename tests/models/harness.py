@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amalgam.config import InferenceSettings, MixedPrecisionSettings, ModelSettings
 from amalgam.kernels import ops
-from amalgam.models.context import AttentionBatch, KVCache, RoutingObserver, StepContext
+from amalgam.models.context import KVCache, RoutingObserver, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import ModelLoader
 from amalgam.models.weights import WeightVersion
@@ -61,23 +61,12 @@ class Runner:
 
     def step(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
         """Run one step: sequence → its next tokens. Returns sequence → logits `[tokens, vocabulary]`."""
-        sequences = list(chunks)
-        counts = [len(chunks[s]) for s in sequences]
-        positions = torch.cat([torch.arange(self.lengths[s], self.lengths[s] + len(chunks[s])) for s in sequences])
-        tables = self.tables[sequences]
-        row_of = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts))
-        slots = tables[row_of, positions // self.block_size] * self.block_size + positions % self.block_size
-        for sequence in sequences:
-            self.lengths[sequence] += len(chunks[sequence])
-        batch = AttentionBatch(
-            query_starts=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()]),
-            context_lengths=torch.tensor([self.lengths[s] for s in sequences]),
-            block_tables=tables,
-            block_size=self.block_size,
-        )
-        context = StepContext(positions, slots, batch, self.kv, self.observer)
-        token_ids = torch.tensor([token for s in sequences for token in chunks[s]])
+        sequences = [
+            StepSequence(token_ids, self.lengths[index], self.tables[index].tolist(), len(token_ids))
+            for index, token_ids in chunks.items()
+        ]
+        for index, token_ids in chunks.items():
+            self.lengths[index] += len(token_ids)
         with torch.inference_mode():
-            hidden = self.decoder.forward(token_ids, context, self.version)
-            logits = self.decoder.logits(hidden, self.version)
-        return dict(zip(sequences, logits.split(counts), strict=True))
+            logits = self.decoder.forward(StepContext(sequences, self.kv, self.observer), self.version)
+        return dict(zip(chunks, logits.split([len(token_ids) for token_ids in chunks.values()]), strict=True))

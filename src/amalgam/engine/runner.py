@@ -1,21 +1,18 @@
-"""StepPlan → tensors → decoder → next tokens. Owns the KV cache.
+"""StepPlan → sequences → decoder → next tokens. Owns the KV cache.
 
 In: a `StepPlan`. Out: a `StepResult`. Must never know: queues, text, threads.
 """
 
 from __future__ import annotations
 
-from itertools import chain
-
 import torch
-from torch import Tensor
 
 from amalgam.config import Settings
 from amalgam.engine.memory import available_bytes
 from amalgam.engine.request import StepPlan, StepResult
 from amalgam.engine.sampler import sample
 from amalgam.errors import ConfigError
-from amalgam.models.context import AttentionBatch, KVCache, RoutingObserver, StepContext, TokenSpan
+from amalgam.models.context import KVCache, RoutingObserver, StepContext, StepSequence, TokenSpan
 from amalgam.models.decoder import Decoder
 from amalgam.models.spec import ModelSpec
 
@@ -43,7 +40,6 @@ class Runner:
         observer: RoutingObserver | None = None,
     ) -> None:
         self._decoder = decoder
-        self._device = device
         self._observer = observer
         self._block_size = settings.engine.block_size
         self.num_blocks = choose_num_blocks(decoder.spec, settings, max_sequence_tokens, device, dtype)
@@ -61,55 +57,23 @@ class Runner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute a step: its keys and values go to the cache, its routing to the observer."""
-        token_ids, last_rows, context = self._build(plan)
+        sequences = [
+            StepSequence(
+                item.request.token_ids[item.start : item.end], item.start, item.block_ids, int(item.needs_sample)
+            )
+            for item in plan.scheduled
+        ]
         if self._observer is not None:
             self._observer.begin_step(token_spans(plan))
-        hidden = self._decoder.forward(token_ids, context, plan.version)
+        logits = self._decoder.forward(StepContext(sequences, self._kv, self._observer), plan.version)
         if self._observer is not None:
             self._observer.end_step()
             for item in plan.scheduled:  # not before: a step that fails counts nothing
                 request = item.request
                 if request.num_recorded == 0 and request.observation.is_counted:  # its first step
                     self._observer.count_request(request.observation.label)
-
         sampled = [item.request for item in plan.scheduled if item.needs_sample]
-        if not sampled:
-            return StepResult({})
-        if len(sampled) < len(hidden):  # otherwise every request has one row, its last
-            hidden = hidden.index_select(0, last_rows)
-        return sample(self._decoder.logits(hidden, plan.version), sampled)
-
-    def _build(self, plan: StepPlan) -> tuple[Tensor, Tensor, StepContext]:
-        """Token ids, the rows whose logits are wanted, and the context; rows are one request's tokens after another's.
-
-        Plain lists and one tensor: a step of few tokens pays for the number of calls, not for the elements.
-        """
-        items, block_size = plan.scheduled, self._block_size
-        width = max(len(item.block_ids) for item in items)
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slot_ids: list[int] = []
-        tables: list[int] = []
-        query_starts, last_rows = [0], []
-        for item in items:
-            block_ids, places = item.block_ids, range(item.start, item.end)
-            token_ids += item.request.token_ids[item.start : item.end]
-            positions += places
-            for place in places:
-                slot_ids.append(block_ids[place // block_size] * block_size + place % block_size)
-            tables += block_ids
-            tables += [0] * (width - len(block_ids))
-            query_starts.append(len(token_ids))
-            if item.needs_sample:
-                last_rows.append(len(token_ids) - 1)
-        context_lengths = [item.end for item in items]
-        parts = (token_ids, positions, slot_ids, last_rows, tables, query_starts, context_lengths)
-        sizes = [len(part) for part in parts]
-        together = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
-        tokens, places_, slots, last, table, _, _ = together.to(self._device).split(sizes)
-        *_, starts, lengths = together.split(sizes)
-        batch = AttentionBatch(starts, lengths, table.view(len(items), width), block_size)
-        return tokens, last, StepContext(places_, slots, batch, self._kv, self._observer)
+        return sample(logits, sampled) if sampled else StepResult({})
 
 
 def token_spans(plan: StepPlan) -> list[TokenSpan]:

@@ -1,7 +1,8 @@
-"""Decoder layers one after the other in one call of the extension.
+"""A standard model's step in one call of the extension, from token ids to logits.
 
-In: the weights of standard layers, all in panels. Out: a `Stack` that runs them and gives, bit for bit, what the
-operators of `amalgam.kernels.ops` give one by one. Must never know: names, plans, requests.
+In: the weights of standard layers, all in panels, and what stands before and after them. Out: a `Stack` that runs them
+and gives, bit for bit, what the operators of `amalgam.kernels.ops` give one by one. Must never know: names, plans,
+requests.
 
 Between two products a layer's many small calls would fetch Python's code and data back into caches that the weights
 have just filled: with one sequence that was a fifth of a step.
@@ -13,13 +14,13 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam.kernels import attention, native, panels
-from amalgam.kernels.packed import Activation, AttentionBatch, ExpertTable, PackedWeight
+from amalgam.kernels.packed import Activation, ExpertTable, PackedWeight
 
 if TYPE_CHECKING:
     from amalgam import _native
@@ -74,31 +75,80 @@ class DecoderLayer:
     next_norm: Tensor
 
 
+class StepSequence(NamedTuple):
+    """One sequence's share of a step.
+
+    Attributes:
+        token_ids: one after another, the first of them at `first_position`.
+        block_ids: the cache's blocks with its keys and values, from position 0 on.
+        num_logits: of how many of the last tokens the logits are wanted.
+    """
+
+    token_ids: list[int]
+    first_position: int
+    block_ids: Sequence[int]
+    num_logits: int
+
+
+Tables = Sequence[tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True, eq=False)
-class _Caches:
+class _Memory:
+    """What steps find in the same place, and the extension's view of it; `native` is None where it does not fit."""
+
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    dtype: torch.dtype | None  # None: they are not such as a stack takes
-    num_slots: int
-    addresses: list[tuple[int, int]]
+    block_size: int
+    tables: Tables
+    dtype: torch.dtype
+    native: _native.StackMemory | None
+    kept: list[Tensor]
 
 
 class Stack:
-    """Layers that are run in one call. Keeps alive what it needs of them."""
+    """A model that is run in one call. Keeps alive what it needs of it.
 
-    def __init__(self, layers: Sequence[DecoderLayer], norm_eps: float) -> None:
+    Attributes:
+        has_embedding: it looks token ids up; otherwise `run` is given what they stand for.
+        has_head: it gives logits; otherwise hidden states.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        norm_eps: float,
+        first_norm: Tensor,
+        embedding: PackedWeight | None = None,
+        head: Projection | None = None,
+    ) -> None:
         """
+        Args:
+            first_norm: before the first layer.
+            embedding, head: used where the extension can read them.
+
         Raises:
             ValueError: `fits` does not hold.
         """
         from amalgam import _native
 
-        if not fits(layers):
+        hidden = len(first_norm)
+        if not fits(layers) or not _is_vector(first_norm, len(layers[0].mlp_norm)):
             raise ValueError("a stack needs its weights in panels, and float32 or bfloat16 beside them")
+        self.has_embedding = embedding is not None and _is_embedding(embedding, hidden)
+        self.has_head = head is not None and _is_projection(head, (head[0].shape[0], hidden))
         self._layers = layers
+        self._hidden = hidden
+        self._width = head[0].shape[0] if head is not None and self.has_head else hidden  # of a result
         self._kept: list[Tensor] = []
-        self._native = _native.Stack()
-        self._caches: _Caches | None = None
+        self._native = _native.Stack(
+            hidden,
+            *self._embedding(embedding if self.has_embedding else None),
+            self._vector(first_norm),
+            norm_eps,
+            self._projection(head) if head is not None and self.has_head else None,
+        )
+        self._memory: _Memory | None = None
         # By rope, the narrowest head that it turns.
         self._rope_limits: dict[int, int] = {}
         for part in (layer.attention for layer in layers):
@@ -108,78 +158,114 @@ class Stack:
         for layer in layers:
             self._add(layer, norm_eps)
 
-    def takes(self, x: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> bool:
-        """Whether `run` takes these activations and caches."""
-        return x.is_cpu and x.dtype in native.FLOAT_TYPES and self._bind(keys, values).dtype is x.dtype
+    def takes(
+        self, dtype: torch.dtype, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], block_size: int, tables: Tables
+    ) -> bool:
+        """Whether `run` takes activations of this type, these caches and these tables."""
+        memory = self._bind(keys, values, block_size, tables)
+        return memory.native is not None and memory.dtype is dtype
 
     def run(
         self,
-        x: Tensor,
-        normed: Tensor,
+        sequences: Sequence[StepSequence],
         *,
-        positions: Tensor,
-        tables: Sequence[tuple[Tensor, Tensor]],
         keys: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
-        slot_ids: Tensor,
-        batch: AttentionBatch,
-    ) -> tuple[Tensor, Tensor]:
-        """All layers; `x` and `normed` become the residual stream after the last one and its norm.
+        block_size: int,
+        tables: Tables,
+        x: Tensor | None = None,
+        wants_routing: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The whole step, in the type of the caches.
 
         Args:
-            x, normed: `[tokens, hidden]`, both contiguous and of one type.
-            positions, slot_ids: int64 `[tokens]`, contiguous.
+            keys, values: each layer's cache, `[slots, kv_heads, head_dim]`, of one type.
             tables: cos and sin of all positions, float32 `[positions, r / 2]`, one pair for each rope.
-            keys, values: each layer's cache, `[slots, kv_heads, head_dim]` of the type of x.
+            x: the embedded tokens, `[tokens, hidden]`; needed where the stack has no embedding.
 
-        Returns ids int64 and gate weights float32 of the experts, `[mixtures, tokens, k]`.
+        Returns float32 logits `[rows, vocabulary]` of the rows that the sequences want, or without a head `[rows,
+        hidden]` after the last norm; and, if wanted, ids int64 and gate weights float32 of the experts, `[mixtures,
+        tokens, k]`. The objects `keys`, `values` and `tables` should be the same in every step: they are looked at
+        when they are others than before.
 
         Raises:
             ValueError: shapes or types that do not fit together.
-            IndexError: a slot that the cache does not have, or a position that is not in the tables.
+            IndexError: a token or a slot that there is not, or a position that is not in the tables.
         """
-        tokens, hidden = x.shape
-        plan = attention.plan_of(batch)
-        caches = self._bind(keys, values)
+        memory = self._bind(keys, values, block_size, tables)
+        tokens = rows = 0
+        for token_ids, _, _, num_logits in sequences:
+            tokens += len(token_ids)
+            rows += min(num_logits, len(token_ids))
         if (
-            not self.takes(x, keys, values)
-            or normed.shape != x.shape
-            or normed.dtype is not x.dtype
-            or not (x.is_contiguous() and normed.is_contiguous())
-            or hidden != self._layers[0].attention.projections[0][0].shape[1]
-            or plan.num_tokens != tokens
-            or plan.num_slots > caches.num_slots
-            or not normed.is_cpu
-            or not all(_is_index(ids, tokens) for ids in (slot_ids, positions))
-            or not self._takes_tables(tables)
+            memory.native is None
+            or (x is None and not self.has_embedding)
+            or (x is not None and not self._takes_embedded(x, tokens, memory.dtype))
         ):
-            raise ValueError(f"a stack of {len(self._layers)} layers cannot run {x.dtype} {tuple(x.shape)}")
-        tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in tables]
-        k = self._num_active[0] if self._num_active else 0
-        ids = torch.empty((len(self._num_active), tokens, k), dtype=torch.int64)
-        gate_weights = torch.empty((len(self._num_active), tokens, k), dtype=torch.float32)
+            what = "token ids" if x is None else f"{x.dtype} {tuple(x.shape)}"
+            raise ValueError(f"a stack of {len(self._layers)} layers cannot run {what} over these caches and tables")
+        out = torch.empty((rows, self._width), dtype=torch.float32 if self.has_head else memory.dtype)
+        ids = gate_weights = None
+        if wants_routing:
+            shape = len(self._num_active), tokens, self._num_active[0] if self._num_active else 0
+            ids, gate_weights = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.float32)
         if tokens:
             self._native.run(
                 native.kernels(),
                 attention.table(native.isa()),
-                plan,
-                x.data_ptr(),
-                normed.data_ptr(),
-                native.native_dtype(x.dtype),
-                hidden,
-                positions.data_ptr(),
-                min((len(cos) for cos, _ in tables), default=sys.maxsize),
-                [(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in tables],
-                caches.addresses,
-                slot_ids.data_ptr(),
-                caches.num_slots,
-                ids.data_ptr(),
-                gate_weights.data_ptr(),
+                memory.native,
+                sequences,
+                native.native_dtype(memory.dtype),
+                0 if x is None else x.data_ptr(),
+                0 if ids is None else ids.data_ptr(),
+                0 if gate_weights is None else gate_weights.data_ptr(),
+                out.data_ptr(),
+                rows,
                 torch.get_num_threads(),
             )
-        return ids, gate_weights
+        return out, ids, gate_weights
 
-    def _takes_tables(self, tables: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    def _takes_embedded(self, x: Tensor, tokens: int, dtype: torch.dtype) -> bool:
+        return x.is_cpu and x.dtype is dtype and x.shape == (tokens, self._hidden) and x.is_contiguous()
+
+    def _bind(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], block_size: int, tables: Tables) -> _Memory:
+        known = self._memory
+        if (
+            known is None
+            or known.keys is not keys
+            or known.values is not values
+            or known.tables is not tables
+            or known.block_size != block_size
+        ):
+            known = self._memory = self._look_at(keys, values, block_size, tables)
+        return known
+
+    def _look_at(
+        self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], block_size: int, tables: Tables
+    ) -> _Memory:
+        from amalgam import _native
+
+        tensors = (*keys, *values)
+        dtype, num_slots = (tensors[0].dtype, len(tensors[0])) if tensors else (torch.float32, 0)
+        shapes = [(num_slots, a.attention.num_kv_heads, a.attention.head_dim) for a in self._layers]
+        if (
+            not [tuple(c.shape) for c in keys] == [tuple(c.shape) for c in values] == shapes
+            or dtype not in native.FLOAT_TYPES
+            or not all(c.is_cpu and c.dtype is dtype and c.is_contiguous() for c in tensors)
+            or not self._takes_tables(tables)
+        ):
+            return _Memory(keys, values, block_size, tables, dtype, None, [])
+        dense = [(cos.contiguous(), sin.contiguous()) for cos, sin in tables]
+        memory = _native.StackMemory(
+            [(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)],
+            num_slots,
+            block_size,
+            [(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in dense],
+            min((len(cos) for cos, _ in tables), default=sys.maxsize),
+        )
+        return _Memory(keys, values, block_size, tables, dtype, memory, [table for pair in dense for table in pair])
+
+    def _takes_tables(self, tables: Tables) -> bool:
         return len(tables) >= len(self._rope_limits) and all(
             table.is_cpu
             and table.dtype is torch.float32
@@ -189,24 +275,6 @@ class Stack:
             for index, (cos, sin) in enumerate(tables)
             for table in (cos, sin)
         )
-
-    def _bind(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> _Caches:
-        """What `run` has to know of the caches, which are the same step after step."""
-        if self._caches is None or self._caches.keys is not keys or self._caches.values is not values:
-            self._caches = self._look_at(keys, values)
-        return self._caches
-
-    def _look_at(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> _Caches:
-        tensors = (*keys, *values)
-        dtype, num_slots = (tensors[0].dtype, len(tensors[0])) if tensors else (torch.float32, 0)
-        shapes = [(num_slots, a.attention.num_kv_heads, a.attention.head_dim) for a in self._layers]
-        fits = (
-            [tuple(c.shape) for c in keys] == [tuple(c.shape) for c in values] == shapes
-            and dtype in native.FLOAT_TYPES
-            and all(c.is_cpu and c.dtype is dtype and c.is_contiguous() for c in tensors)
-        )
-        addresses = [(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)] if fits else []
-        return _Caches(keys, values, dtype if fits else None, num_slots, addresses)
 
     def _add(self, layer: DecoderLayer, norm_eps: float) -> None:
         part, mlp = layer.attention, layer.mlp
@@ -239,6 +307,11 @@ class Stack:
             math.inf if activation.limit is None else activation.limit,
         )
 
+    def _embedding(self, weight: PackedWeight | None) -> tuple[object, int, _native.DType, int]:
+        if weight is None or weight.native is not None:
+            return None if weight is None else weight.native, *self._vector(None), 0
+        return None, *self._vector(weight.dense), weight.shape[0]
+
     def _projection(self, projection: Projection) -> tuple[object, int, _native.DType]:
         weight, bias = projection
         return weight.native, *self._vector(bias)
@@ -248,10 +321,6 @@ class Stack:
             return 0, native.native_dtype(torch.float32)
         self._kept.append(vector.contiguous())
         return self._kept[-1].data_ptr(), native.native_dtype(vector.dtype)
-
-
-def _is_index(ids: Tensor, size: int) -> bool:
-    return ids.is_cpu and ids.shape == (size,) and ids.dtype is torch.int64 and ids.is_contiguous()
 
 
 def fits(layers: Sequence[DecoderLayer]) -> bool:
@@ -294,6 +363,14 @@ def _fits_mlp(mlp: DenseLayer | MixtureLayer, hidden: int) -> bool:
         and mlp.router.shape == (len(mlp.experts), hidden)
         and mlp.experts[0].gate.shape[1] == hidden
         and panels.supports_moe(torch.empty(0), mlp.experts)
+    )
+
+
+def _is_embedding(weight: PackedWeight, hidden: int) -> bool:
+    if weight.shape[1:] != (hidden,):
+        return False
+    return weight.native is not None or (
+        weight.layout == "dense" and weight.dense.is_cpu and weight.dense.dtype in native.NAMES
     )
 
 

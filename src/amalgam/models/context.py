@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -15,12 +17,22 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.packed import AttentionBatch
+from amalgam.kernels.stack import StepSequence
 
 if TYPE_CHECKING:
     from amalgam.models.rope import Rope
     from amalgam.models.spec import ModelSpec
 
-__all__ = ["AttentionBatch", "BlockContext", "KVCache", "RoutingObserver", "RoutingTrace", "StepContext", "TokenSpan"]
+__all__ = [
+    "AttentionBatch",
+    "BlockContext",
+    "KVCache",
+    "RoutingObserver",
+    "RoutingTrace",
+    "StepContext",
+    "StepSequence",
+    "TokenSpan",
+]
 
 
 class TokenSpan(NamedTuple):
@@ -108,6 +120,10 @@ class KVCache:
         self.values = tuple(values)
         self.block_size = block_size
 
+    @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
     @classmethod
     def allocate(
         cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -132,23 +148,86 @@ class KVCache:
         return sum(heads * (key + value) for heads, key, value in spec.kv_shapes) * block_size * dtype.itemsize
 
 
+class _StepTensors(NamedTuple):
+    token_ids: Tensor
+    positions: Tensor
+    slot_ids: Tensor
+    logit_rows: Tensor
+    attention: AttentionBatch
+
+
 @dataclass(frozen=True)
 class StepContext:
     """One step as the decoder sees it.
 
+    The rows of its tensors are one sequence's tokens after another's. They are made when somebody asks: the extension,
+    which runs a whole step, takes the sequences as they are.
+
     Attributes:
-        positions: int64 `[tokens]`, each token's place in its sequence.
-        slot_ids: int64 `[tokens]`, where each token's key and value go: `block_id × block_size + offset`.
-        attention: which rows belong to which sequence.
+        sequences: whose tokens the step runs, and where their keys and values lie in the cache.
         kv: the cache.
         observer: sees the routing, if anybody wants to.
     """
 
-    positions: Tensor
-    slot_ids: Tensor
-    attention: AttentionBatch
+    sequences: Sequence[StepSequence]
     kv: KVCache
     observer: RoutingObserver | None = None
+
+    @property
+    def token_ids(self) -> Tensor:
+        """int64 `[tokens]`."""
+        return self._tensors.token_ids
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 `[tokens]`, each token's place in its sequence."""
+        return self._tensors.positions
+
+    @property
+    def slot_ids(self) -> Tensor:
+        """int64 `[tokens]`, where each token's key and value go: `block_id × block_size + offset`."""
+        return self._tensors.slot_ids
+
+    @property
+    def logit_rows(self) -> Tensor:
+        """int64 `[rows]`: the rows whose logits are wanted, in order."""
+        return self._tensors.logit_rows
+
+    @property
+    def attention(self) -> AttentionBatch:
+        """Which rows belong to which sequence."""
+        return self._tensors.attention
+
+    @cached_property
+    def _tensors(self) -> _StepTensors:
+        """Plain lists and one tensor: a step of few tokens pays for the number of calls, not for the elements."""
+        block_size = self.kv.block_size
+        width = max((len(sequence.block_ids) for sequence in self.sequences), default=0)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slot_ids: list[int] = []
+        logit_rows: list[int] = []
+        tables: list[int] = []
+        query_starts, context_lengths = [0], []
+        for new_ids, first, block_ids, num_logits in self.sequences:
+            places = range(first, first + len(new_ids))
+            token_ids += new_ids
+            positions += places
+            for place in places:
+                slot_ids.append(block_ids[place // block_size] * block_size + place % block_size)
+            logit_rows += range(len(token_ids) - min(num_logits, len(new_ids)), len(token_ids))
+            tables += block_ids
+            tables += [0] * (width - len(block_ids))
+            query_starts.append(len(token_ids))
+            context_lengths.append(places.stop)
+        parts = (token_ids, positions, slot_ids, logit_rows, tables, query_starts, context_lengths)
+        sizes = [len(part) for part in parts]
+        together = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
+        on_device = together.to(self.kv.device)
+        token_rows, positions_, slots, wanted, table, _, _ = on_device.split(sizes)
+        *_, starts, lengths = together.split(sizes)
+        batch = AttentionBatch(starts, lengths, table.view(len(context_lengths), width), block_size)
+        return _StepTensors(token_rows, positions_, slots, wanted, batch)
 
 
 @dataclass(frozen=True)

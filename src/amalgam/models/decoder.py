@@ -28,23 +28,44 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         ropes = {layer.attention.rope for layer in spec.layers} - {None}
-        self._rope_tables = {rope: rope.tables(max_positions, device) for rope in ropes if rope is not None}
+        self._ropes = [rope for rope in ropes if rope is not None]
+        self._tables = [rope.tables(max_positions, device) for rope in self._ropes]
 
-    def forward(self, token_ids: Tensor, context: StepContext, weights: WeightVersion) -> Tensor:
-        """Run one step: int64 `[tokens]` → hidden states `[tokens, hidden]` after the last norm.
+    def forward(self, context: StepContext, weights: WeightVersion) -> Tensor:
+        """Run one step: float32 logits `[rows, vocabulary]` of the rows that it wants.
 
         Writes the tokens' keys and values to the cache and shows the routing to the observer.
         """
+        stack, kv = stack_of(self.spec, weights, self._ropes), context.kv
+        if stack is not None and stack.takes(self.dtype, kv.keys, kv.values, kv.block_size, self._tables):
+            return self._run(stack, context, weights)
+        hidden, rows = self._hidden(context, weights), context.logit_rows
+        return self._logits(hidden if len(rows) == len(hidden) else hidden.index_select(0, rows), weights)
+
+    def _run(self, stack: Stack, context: StepContext, weights: WeightVersion) -> Tensor:
+        """The step in one call."""
+        observer, kv = context.observer, context.kv
+        result, expert_ids, gate_weights = stack.run(
+            context.sequences,
+            keys=kv.keys,
+            values=kv.values,
+            block_size=kv.block_size,
+            tables=self._tables,
+            x=None if stack.has_embedding else self._embedded(context, weights),
+            wants_routing=observer is not None,
+        )
+        if observer is not None and expert_ids is not None and gate_weights is not None and len(expert_ids):
+            observer.observe_all(expert_ids, gate_weights)
+        return result if stack.has_head else self._logits(result, weights)
+
+    def _hidden(self, context: StepContext, weights: WeightVersion) -> Tensor:
+        """Block by block: hidden states `[tokens, hidden]` after the last norm."""
         norm, outside = self.spec.norm, weights.block("")
-        x = ops.embedding(token_ids, weights["embedding"], self.dtype)
-        if self.spec.has_position_embedding:
-            x = x + ops.embedding(context.positions, weights["positions"], self.dtype)
+        x = self._embedded(context, weights)
         normed = norm(x, outside, "layers.0.attention_norm")
-        stack = stack_of(self.spec, weights, list(self._rope_tables))
-        if stack is not None and stack.takes(x, context.kv.keys, context.kv.values):
-            return self._run(stack, x, normed, context)
         rotary = {
-            rope: (cos[context.positions], sin[context.positions]) for rope, (cos, sin) in self._rope_tables.items()
+            rope: (cos[context.positions], sin[context.positions])
+            for rope, (cos, sin) in zip(self._ropes, self._tables, strict=True)
         }
         for layer_id, layer in enumerate(self.spec.layers):
             block = BlockContext(context, layer_id, rotary)
@@ -56,23 +77,13 @@ class Decoder:
             x, normed = norm.after(x, delta, outside, "norm" if is_last else f"layers.{layer_id + 1}.attention_norm")
         return normed
 
-    def _run(self, stack: Stack, x: Tensor, normed: Tensor, context: StepContext) -> Tensor:
-        """The layers in one call."""
-        expert_ids, gate_weights = stack.run(
-            x,
-            normed,
-            positions=context.positions,
-            tables=list(self._rope_tables.values()),
-            keys=context.kv.keys,
-            values=context.kv.values,
-            slot_ids=context.slot_ids,
-            batch=context.attention,
-        )
-        if context.observer is not None and len(expert_ids):
-            context.observer.observe_all(expert_ids, gate_weights)
-        return normed
+    def _embedded(self, context: StepContext, weights: WeightVersion) -> Tensor:
+        x = ops.embedding(context.token_ids, weights["embedding"], self.dtype)
+        if self.spec.has_position_embedding:
+            x = x + ops.embedding(context.positions, weights["positions"], self.dtype)
+        return x
 
-    def logits(self, hidden: Tensor, weights: WeightVersion) -> Tensor:
+    def _logits(self, hidden: Tensor, weights: WeightVersion) -> Tensor:
         """`[rows, hidden]` → float32 `[rows, vocabulary]`; a tied head is the embedding."""
         head = weights["embedding"] if self.spec.has_tied_head else weights["head"]
         bias = weights["head_bias"].dense if self.spec.has_head_bias else None

@@ -1,4 +1,4 @@
-"""Which models' layers the extension can run in one call.
+"""Which models the extension can run in one call.
 
 In: a spec and a weight version. Out: a `Stack`, or None where a block is of another kind, or a weight not in panels;
 the decoder then calls block by block. Must never know: requests, files.
@@ -26,7 +26,7 @@ _CACHE_KEY = "stack"
 
 
 def stack_of(spec: ModelSpec, weights: WeightVersion, ropes: Sequence[Rope]) -> Stack | None:
-    """The layers of a version, made at its first step.
+    """The model of a version, made at its first step.
 
     Args:
         ropes: in the order in which `Stack.run` will be given their tables.
@@ -53,7 +53,12 @@ def _make(spec: ModelSpec, weights: WeightVersion, ropes: Sequence[Rope]) -> Sta
         is_last = layer_id + 1 == spec.num_layers
         next_norm = outside["norm" if is_last else f"layers.{layer_id + 1}.attention_norm"]
         layers.append(DecoderLayer(attention, mlp, outside[f"{prefix}.mlp_norm"].dense, next_norm.dense))
-    return Stack(layers, norm.eps) if fits(layers) else None
+    if not fits(layers):
+        return None
+    # Positions that are learned come on top of the embedding.
+    embedding = None if spec.has_position_embedding else weights["embedding"]
+    head = weights["embedding" if spec.has_tied_head else "head"], outside.vector("head_bias")
+    return Stack(layers, norm.eps, outside["layers.0.attention_norm"].dense, embedding, head)
 
 
 def _attention(block: object, weights: BlockWeights, ropes: Sequence[Rope]) -> AttentionLayer | None:

@@ -1,5 +1,5 @@
-// Decoder layers one after the other in one call: between two products nothing but other kernels runs, where Python
-// would fetch its own code and data back into caches that the weights have filled.
+// A standard model's step in one call, from token ids to logits: between two products nothing but other kernels runs,
+// where Python would fetch its own code and data back into caches that the weights have filled.
 #pragma once
 
 #include <memory>
@@ -18,6 +18,14 @@ struct Weight {
 struct NormWeight {
     const void* data;  // null: no norm
     DType dtype;
+};
+
+// Rows to look up: a matrix in panels, or the rows as they are.
+struct Embedding {
+    std::shared_ptr<PackedMatrix> matrix;
+    const void* rows;  // [num_rows, hidden] where there is no matrix; null as well: steps bring their rows
+    DType dtype;
+    int64_t num_rows;
 };
 
 // One layer: attention, sum and norm, a dense gated MLP or a mixture of experts, sum and the norm that comes next.
@@ -40,24 +48,45 @@ struct StackLayer {
     Gating gating;
 };
 
-struct StackArgs {
-    void* x;       // [tokens, hidden], the residual stream; replaced by the stream after the last layer
-    void* normed;  // [tokens, hidden], its norm; likewise
-    DType dtype;   // of both, and of the caches
+struct StackModel {
     int64_t hidden;
-    const int64_t* positions;            // [tokens], rows of cos and sin
-    int64_t num_positions;               // rows that all of them have
-    std::vector<const float*> cos, sin;  // by rope: [positions, half]
-    std::vector<int64_t> half;
-    std::vector<void*> keys, values;  // by layer: [slots, kv heads, head dim]
-    const int64_t* slot_ids;
-    int64_t num_slots;
-    int64_t* expert_ids;  // [mixtures, tokens, k]; all mixtures have one k
-    float* gate_weights;  // likewise
+    Embedding embedding;
+    NormWeight first_norm;
+    float norm_eps;
+    std::vector<StackLayer> layers;
+    Weight head;  // without a matrix: a step gives what the last norm gives
 };
 
-// Throws std::out_of_range at a position or a slot that there is not.
-void run_stack(const Kernels& kernels, const AttentionKernels& attention, const AttentionPlan& plan,
-               const std::vector<StackLayer>& layers, const StackArgs& args, int num_threads);
+// What steps find in the same place: the caches by layer, [slots, kv heads, head dim], and the rotary tables by rope.
+struct StackMemory {
+    std::vector<void*> keys, values;
+    int64_t num_slots, block_size;
+    std::vector<const float*> cos, sin;  // [positions, half]
+    std::vector<int64_t> half;
+    int64_t num_positions;  // rows that all tables have
+};
+
+// One sequence's share of a step.
+struct StackSequence {
+    std::vector<int64_t> token_ids;
+    int64_t first_position;
+    std::vector<int64_t> block_ids;  // where its keys and values lie, from position 0 on
+    int64_t num_logits;              // of its last tokens
+};
+
+struct StackStep {
+    std::vector<StackSequence> sequences;
+    DType dtype;          // of activations and caches
+    const void* x;        // [tokens, hidden]; null: looked up
+    int64_t* expert_ids;  // [mixtures, tokens, k], where all mixtures have one k; null: nobody asks
+    float* gate_weights;  // likewise
+    void* out;            // of the wanted rows: float32 [num_logits, vocabulary], without a head [.., hidden] of dtype
+    int64_t num_logits;
+};
+
+// Throws std::out_of_range at a token, a position or a slot that there is not, and std::invalid_argument where a
+// sequence has too few blocks or `num_logits` is wrong. Nothing is written then.
+void run_stack(const Kernels& kernels, const AttentionKernels& attention, const StackModel& model,
+               const StackMemory& memory, const StackStep& step, int num_threads);
 
 }  // namespace amalgam
