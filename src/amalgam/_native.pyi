@@ -138,7 +138,7 @@ def draw(
     kernels: Kernels,
     logits: int,
     vocabulary: int,
-    rows: Sequence[tuple[int, float, float, float, int, int]],
+    rows: Sequence[tuple[tuple[int, float, float, float], int, int]],
     threads: int,
 ) -> list[int]: ...
 def view(

@@ -193,7 +193,8 @@ class TextStream:
         """Add a token; returns new text that is safe to show."""
         if self.is_stopped:
             return ""
-        return self._release(self._detokenize(token_id), is_last=False)
+        new = self._detokenize(token_id)
+        return self._release(new, is_last=False) if self._stop else new
 
     def finish(self) -> str:
         """No token follows; returns what was held back."""

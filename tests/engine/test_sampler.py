@@ -190,10 +190,15 @@ class TestCompiled:
         assert tokens[0] == logits[0].argmax()
 
     def test_refuses_what_does_not_fit(self):
-        good = native.DrawParams(top_k=1, temperature=1.0, top_p=1.0, min_p=0.0, seed=0, place=0)
-        for top_k in (0, 6):
-            with pytest.raises(ValueError, match=f"top_k {top_k} of 5"):
-                native.draw(torch.zeros(1, 5), [good._replace(top_k=top_k)])
-        with pytest.raises(ValueError, match="draw 2 rows from"):
-            native.draw(torch.zeros(1, 5), [good, good])
+        good, wrong = ((1, 1.0, 1.0, 0.0), 0, 0), ((-1, 1.0, 1.0, 0.0), 0, 0)
+        with pytest.raises(ValueError, match="top_k -1"):
+            native.draw(torch.zeros(1, 5), [wrong])
+        for logits in (torch.zeros(2, 5), torch.zeros(1, 0), torch.zeros(1), torch.zeros(1, 5).double()):
+            with pytest.raises(ValueError, match="draw 1 rows from"):
+                native.draw(logits, [good])
         assert native.draw(torch.zeros(1, 5), [good]) in ([0], [1], [2], [3], [4])
+
+    def test_no_limit_is_the_whole_vocabulary(self):
+        logits = make_logits(1, vocab_size=300)
+        drawn = {native.draw(logits, [((top_k, 1.0, 1.0, 0.0), 7, 0)])[0] for top_k in (0, 300, 301, 2**31 - 1)}
+        assert len(drawn) == 1

@@ -143,14 +143,7 @@ def test_tokens_are_drawn_alike_on_every_instruction_set(use_isa: Callable[[str]
     logits = sample(rows, vocab_size) * torch.linspace(0.01, 1e3, rows)[:, None]  # from level to steep
 
     params = [
-        native.DrawParams(
-            top_k=300 if row % 2 else vocab_size,
-            temperature=0.1 + row / 20,
-            top_p=0.9 if row % 3 else 1.0,
-            min_p=0.0 if row % 5 else 0.01,
-            seed=row,
-            place=row,
-        )
+        ((300 if row % 2 else 0, 0.1 + row / 20, 0.9 if row % 3 else 1.0, 0.0 if row % 5 else 0.01), row, row)
         for row in range(rows)
     ]
     use_isa("portable")

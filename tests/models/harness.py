@@ -68,5 +68,5 @@ class Runner:
         for index, token_ids in chunks.items():
             self.lengths[index] += len(token_ids)
         with torch.inference_mode():
-            logits = self.decoder.forward(StepContext(sequences, self.kv, self.observer), self.version)
+            logits = self.decoder.forward(StepContext(sequences, self.kv, self.observer), self.version).clone()
         return dict(zip(chunks, logits.split([len(token_ids) for token_ids in chunks.values()]), strict=True))

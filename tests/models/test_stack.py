@@ -116,7 +116,7 @@ def step_logits(model: tuple[Decoder, WeightVersion]) -> list[Tensor]:
         [],
     ]
     with torch.inference_mode():
-        logits = [decoder.forward(StepContext(step, kv), version) for step in steps]
+        logits = [decoder.forward(StepContext(step, kv), version).clone() for step in steps]
     assert [len(rows) for rows in logits] == [0, 2, 6, 1, 1, 0]
     return logits
 

@@ -22,8 +22,9 @@ def take_token(request: Request, token_id: int, eos_token_ids: AbstractSet[int],
         request.first_token_at = now
     if token_id in eos_token_ids and not request.params.ignore_eos:
         return end(request, FinishReason.STOP, now, request.text.finish(), (token_id,))
-    text = request.text.push(token_id)
-    if request.text.is_stopped:
+    stream = request.text
+    text = stream.push(token_id)
+    if stream.is_stopped:
         return end(request, FinishReason.STOP, now, text, (token_id,))
     if request.num_new_tokens < request.max_new_tokens:
         return RequestOutput(request.request_id, text, (token_id,))

@@ -228,8 +228,9 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            while self._wait_for_work():
-                self._deliver(self._step())
+            with torch.inference_mode():  # once and not in each step, where it is one of the dearer calls
+                while self._wait_for_work():
+                    self._deliver(self._step())
         except BaseException as error:
             self._fail(error)
         self._abandon()
@@ -263,16 +264,16 @@ class Engine:
     def _take(self, plan: StepPlan, result: StepResult) -> _Deliveries:
         """Add the step's tokens to their requests and end those that are complete or have failed."""
         deliveries: _Deliveries = []
-        now = time.monotonic()
+        now, eos_token_ids = time.monotonic(), self._tokenizer.eos_token_ids
         for item in plan.scheduled:
             request = item.request
             if request.is_cancelled or not item.needs_sample:
                 continue
-            if (error := result.errors.get(request.request_id)) is not None:
-                deliveries += self._finish([request], FinishReason.ERROR, error)
+            token_id = result.next_token_ids.get(request.request_id)
+            if token_id is None:
+                deliveries += self._finish([request], FinishReason.ERROR, result.errors[request.request_id])
                 continue
-            token_id = result.next_token_ids[request.request_id]
-            output = take_token(request, token_id, self._tokenizer.eos_token_ids, now)
+            output = take_token(request, token_id, eos_token_ids, now)
             if output.is_finished:
                 self._scheduler.finish(request)
             deliveries.append((request, output))

@@ -12,7 +12,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from amalgam.engine.request import FinishReason, RequestOutput
 
@@ -25,8 +26,7 @@ PER_TOKEN_BOUNDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3
 TOTAL_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """What happened in the `POINT_SECONDS` that begin at `time`, and how things stood at the end of their last step."""
 
     time: float  # Unix seconds
@@ -167,7 +167,7 @@ def _without_gaps(points: Sequence[Point], now: float) -> list[Point]:
     state = max((point for point in points if point.time <= moment), key=lambda point: point.time)
     result = []
     while moment <= end:
-        state = by_time.get(moment) or replace(state, time=moment, num_prompt_tokens=0, num_new_tokens=0)
+        state = by_time.get(moment) or state._replace(time=moment, num_prompt_tokens=0, num_new_tokens=0)
         result.append(state)
         moment += POINT_SECONDS
     return result

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from amalgam.errors import RequestError, describe
@@ -62,6 +63,11 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0.0
+
+    @cached_property
+    def draw(self) -> tuple[int, float, float, float]:
+        """What the extension wants to know to draw a token: `top_k`, `temperature` (0: greedy), `top_p`, `min_p`."""
+        return self.top_k, 0.0 if self.is_greedy else self.temperature, self.top_p, self.min_p
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ class EngineStatus:
 OutputSink = Callable[[RequestOutput], None]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One sequence and how far it has been computed.
 
@@ -262,9 +268,8 @@ class StepPlan:
         return sum(item.num_tokens for item in self.scheduled)
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What a step gave, by request id: the next token of each request that needed one, or why there is none."""
 
-    next_token_ids: dict[int, int]
-    errors: dict[int, Exception] = field(default_factory=dict)
+    next_token_ids: Mapping[int, int]
+    errors: Mapping[int, Exception]

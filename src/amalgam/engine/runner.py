@@ -54,9 +54,8 @@ class Runner:
     def observer(self) -> RoutingObserver | None:
         return self._observer
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute a step: its keys and values go to the cache, its routing to the observer."""
+        """Compute a step: its keys and values go to the cache, its routing to the observer. In inference mode."""
         sequences = [
             StepSequence(
                 item.request.token_ids[item.start : item.end], item.start, item.block_ids, int(item.needs_sample)
@@ -73,7 +72,7 @@ class Runner:
                 if request.num_recorded == 0 and request.observation.is_counted:  # its first step
                     self._observer.count_request(request.observation.label)
         sampled = [item.request for item in plan.scheduled if item.needs_sample]
-        return sample(logits, sampled) if sampled else StepResult({})
+        return sample(logits, sampled) if sampled else StepResult({}, {})
 
 
 def token_spans(plan: StepPlan) -> list[TokenSpan]:

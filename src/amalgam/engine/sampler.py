@@ -40,22 +40,20 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> StepResult:
         requests: in the order of the rows.
     """
     logits = _penalize(logits, requests)
-    token_ids = _sample_compiled(logits, requests) if native.supports_draw(logits) else _sample(logits, requests)
+    is_compiled = logits.is_cpu and native.is_available()
+    token_ids = _sample_compiled(logits, requests) if is_compiled else _sample(logits, requests)
+    request_ids = [request.request_id for request in requests]
+    if -1 not in token_ids:
+        return StepResult(dict(zip(request_ids, token_ids, strict=True)), {})
     return StepResult(
-        {r.request_id: token_id for r, token_id in zip(requests, token_ids, strict=True) if token_id >= 0},
+        {request_id: token_id for request_id, token_id in zip(request_ids, token_ids, strict=True) if token_id >= 0},
         {r.request_id: _non_finite(r) for r, token_id in zip(requests, token_ids, strict=True) if token_id < 0},
     )
 
 
 def _sample_compiled(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     """`_sample` in the extension, all rows in one call."""
-    vocab_size = logits.shape[1]
-    rows = []
-    for request in requests:
-        p = request.params
-        top_k, temperature = min(p.top_k or vocab_size, vocab_size), 0.0 if p.is_greedy else p.temperature
-        rows.append(native.DrawParams(top_k, temperature, p.top_p, p.min_p, request.seed, request.num_new_tokens))
-    return native.draw(logits, rows)
+    return native.draw(logits, [(request.params.draw, request.seed, request.num_new_tokens) for request in requests])
 
 
 def _sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:

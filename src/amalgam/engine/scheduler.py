@@ -181,12 +181,15 @@ class Scheduler:
 
     def _reserve(self, request: Request, num_tokens: int) -> bool:
         """Get blocks for `num_tokens` tokens, if need be from later requests; False if the request itself had to go."""
-        while (num_missing := self._num_blocks_for(num_tokens) - len(request.block_ids)) > self.pool.num_free:
+        num_missing = self._num_blocks_for(num_tokens) - len(request.block_ids)
+        if num_missing <= 0:
+            return True
+        while num_missing > self.pool.num_free:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
-        request.block_ids += self.pool.allocate(max(num_missing, 0))
+        request.block_ids += self.pool.allocate(num_missing)
         return True
 
     def _preempt(self, request: Request) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -202,29 +202,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def supports_draw(logits: Tensor) -> bool:
-    """Whether `draw` takes these logits."""
-    return (
-        is_available() and logits.is_cpu and logits.dtype == torch.float32 and logits.dim() == 2 and logits.numel() > 0
-    )
-
-
-class DrawParams(NamedTuple):
-    """How `draw` chooses a row's next token.
-
-    Attributes:
-        top_k: 1 to the size of the vocabulary.
-        temperature: 0 takes the first of the largest logits, and the rest is not used.
-        top_p, min_p: shares, as in `SamplingParams`.
-        seed, place: of the number that decides; 0 to 2^64 - 1 each.
-    """
-
-    top_k: int
-    temperature: float
-    top_p: float
-    min_p: float
-    seed: int
-    place: int
+# How `draw` chooses a row's next token: ((top_k, temperature, top_p, min_p), seed, place).
+#     top_k: 0, or as many as the vocabulary has or more: no limit
+#     temperature: 0 takes the first of the largest logits, and the rest is not used
+#     top_p, min_p: shares, as in `SamplingParams`
+#     seed, place: of the number that decides; 0 to 2^64 - 1 each
+DrawParams = tuple[tuple[int, float, float, float], int, int]
 
 
 def draw(logits: Tensor, rows: Sequence[DrawParams]) -> list[int]:
@@ -235,10 +218,17 @@ def draw(logits: Tensor, rows: Sequence[DrawParams]) -> list[int]:
     """
     from amalgam import _native
 
-    if not supports_draw(logits) or logits.shape[0] != len(rows):
-        raise ValueError(f"draw {len(rows)} rows from {logits.dtype} {tuple(logits.shape)} on {logits.device}")
+    shape = logits.shape
+    if (
+        len(shape) != 2
+        or shape[0] != len(rows)
+        or not shape[1]
+        or logits.dtype is not torch.float32
+        or not logits.is_cpu
+    ):
+        raise ValueError(f"draw {len(rows)} rows from {logits.dtype} {tuple(shape)} on {logits.device}")
     logits = logits.contiguous()
-    return _native.draw(kernels(), logits.data_ptr(), logits.shape[1], rows, torch.get_num_threads())
+    return _native.draw(kernels(), logits.data_ptr(), shape[1], rows, torch.get_num_threads())
 
 
 @functools.cache

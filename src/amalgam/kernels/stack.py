@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ class StepSequence(NamedTuple):
 Tables = Sequence[tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Memory:
     """What steps find in the same place, and the extension's view of it; `native` is None where it does not fit."""
 
@@ -104,6 +104,14 @@ class _Memory:
     dtype: torch.dtype
     native: _native.StackMemory | None
     kept: list[Tensor]
+    results: Tensor = field(default_factory=lambda: torch.empty(0))
+    num_rows: int = -1  # of the results: to ask a tensor takes 30 µs where nothing is in the caches
+
+    def results_for(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """`[rows, width]`: those of the step before if it had as many, as making a tensor takes 50 µs."""
+        if self.num_rows != rows:
+            self.results, self.num_rows = torch.empty((rows, width), dtype=dtype), rows
+        return self.results
 
 
 class Stack:
@@ -148,6 +156,7 @@ class Stack:
             norm_eps,
             self._projection(head) if head is not None and self.has_head else None,
         )
+        self._kernels, self._attention = native.kernels(), attention.table(native.isa())
         self._memory: _Memory | None = None
         # By rope, the narrowest head that it turns.
         self._rope_limits: dict[int, int] = {}
@@ -184,9 +193,9 @@ class Stack:
             x: the embedded tokens, `[tokens, hidden]`; needed where the stack has no embedding.
 
         Returns float32 logits `[rows, vocabulary]` of the rows that the sequences want, or without a head `[rows,
-        hidden]` after the last norm; and, if wanted, ids int64 and gate weights float32 of the experts, `[mixtures,
-        tokens, k]`. The objects `keys`, `values` and `tables` should be the same in every step: they are looked at
-        when they are others than before.
+        hidden]` after the last norm, which the next step may overwrite; and, if wanted, ids int64 and gate weights
+        float32 of the experts, `[mixtures, tokens, k]`, which stay. The objects `keys`, `values` and `tables` should
+        be the same in every step: they are looked at when they are others than before.
 
         Raises:
             ValueError: shapes or types that do not fit together.
@@ -204,15 +213,15 @@ class Stack:
         ):
             what = "token ids" if x is None else f"{x.dtype} {tuple(x.shape)}"
             raise ValueError(f"a stack of {len(self._layers)} layers cannot run {what} over these caches and tables")
-        out = torch.empty((rows, self._width), dtype=torch.float32 if self.has_head else memory.dtype)
+        out = memory.results_for(rows, self._width, torch.float32 if self.has_head else memory.dtype)
         ids = gate_weights = None
         if wants_routing:
             shape = len(self._num_active), tokens, self._num_active[0] if self._num_active else 0
             ids, gate_weights = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.float32)
         if tokens:
             self._native.run(
-                native.kernels(),
-                attention.table(native.isa()),
+                self._kernels,
+                self._attention,
                 memory.native,
                 sequences,
                 native.native_dtype(memory.dtype),

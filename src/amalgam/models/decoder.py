@@ -32,7 +32,7 @@ class Decoder:
         self._tables = [rope.tables(max_positions, device) for rope in self._ropes]
 
     def forward(self, context: StepContext, weights: WeightVersion) -> Tensor:
-        """Run one step: float32 logits `[rows, vocabulary]` of the rows that it wants.
+        """Run one step: float32 logits `[rows, vocabulary]` of the rows that it wants, good until the next step.
 
         Writes the tokens' keys and values to the cache and shows the routing to the observer.
         """

@@ -167,17 +167,17 @@ void route_tokens(const Kernels& table, const PackedMatrix& weight, uintptr_t x,
                               pointer<float>(weights)});
 }
 
-using DrawTuple = std::tuple<int64_t, double, double, double, uint64_t, uint64_t>;
+// top_k (0: no limit), temperature, top_p, min_p; seed; place.
+using DrawTuple = std::tuple<std::tuple<int64_t, double, double, double>, uint64_t, uint64_t>;
 
 std::vector<int64_t> draw_tokens(const Kernels& kernels, uintptr_t logits, int64_t vocabulary,
                                  const std::vector<DrawTuple>& rows, int threads) {
     std::vector<DrawParams> params;
-    for (const auto& [top_k, temperature, top_p, min_p, seed, index] : rows) {
-        if (top_k < 1 || top_k > vocabulary) {
-            throw std::invalid_argument("top_k " + std::to_string(top_k) + " of " + std::to_string(vocabulary) +
-                                        " tokens");
-        }
-        params.push_back({top_k, temperature, top_p, min_p, seed, index});
+    for (const auto& [how, seed, index] : rows) {
+        const auto& [top_k, temperature, top_p, min_p] = how;
+        if (top_k < 0) throw std::invalid_argument("top_k " + std::to_string(top_k));
+        const int64_t limit = top_k == 0 ? vocabulary : std::min(top_k, vocabulary);
+        params.push_back({limit, temperature, top_p, min_p, seed, index});
     }
     std::vector<int64_t> tokens(rows.size());
     draw(kernels, pointer<const float>(logits), vocabulary, params, tokens.data(), threads);
