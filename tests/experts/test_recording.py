@@ -240,6 +240,7 @@ def big_tracker(**settings: Any) -> ExpertTracker:
     tracker = ExpertTracker(range(94), 128, 8, StatisticsSettings(**settings))
     generator = torch.Generator().manual_seed(0)
     for index in range(tracker.settings.max_labels):
+        tracker.admit(index, f"label {index}", 0)
         tracker.begin_step([TokenSpan(index, 0, 4, 0, 2, label=f"label {index}")])
         for layer_id in range(94):
             tracker.observe(layer_id, torch.rand(4, 128, generator=generator).topk(8).indices, torch.rand(4, 8))
