@@ -7,6 +7,7 @@ and on to the first answered token. `cpu` is the processor time until ready, whi
     source       no packed cache: reads the checkpoint and packs
     fill         an empty packed cache: reads, packs and writes it
     mapped       the packed cache is there
+    import torch a process that does nothing else: what every start has in it
 
 All files are in the page cache, unless `--cold` drops them from it before each start.
 Prints a table, and one JSON object as the last line.
@@ -133,6 +134,12 @@ def start(model: Path, cache: Path | None, flags: list[str]) -> dict[str, float]
             server.wait(60)
 
 
+def import_torch() -> dict[str, float]:
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return {"ready s": time.monotonic() - started}
+
+
 def ask(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """A server's answer; None while it cannot be reached or is loading."""
     data = None if body is None else json.dumps(body).encode()
@@ -185,22 +192,27 @@ def main() -> None:
         model, cache = root / "shape-S-int4", root / "packed-cache"
         if not model.exists():
             write_shape(model)
-        samples: dict[str, list[dict[str, float]]] = {"source": [], "fill": [], "mapped": []}
+        samples: dict[str, list[dict[str, float]]] = {"source": [], "fill": [], "mapped": [], "import torch": []}
         for _ in range(arguments.rounds):  # the contestants take turns, so that a disturbance hits all
             shutil.rmtree(cache, ignore_errors=True)
             for what, runs in samples.items():
                 files = [*model.glob("*"), *(cache.glob("*") if cache.exists() else ())]
                 in_page_cache(files, is_wanted=not arguments.cold)
-                runs.append(start(model, None if what == "source" else cache, arguments.flags))
+                if what == "import torch":
+                    runs.append(import_torch())
+                else:
+                    runs.append(start(model, None if what == "source" else cache, arguments.flags))
     results = {
         what: {
-            name: {"median": median(values), "all": values} for name in FIGURES if (values := [r[name] for r in runs])
+            name: {"median": median(values), "all": values}
+            for name in FIGURES
+            if (values := [run[name] for run in runs if name in run])
         }
         for what, runs in samples.items()
     }
     table = Table("start", *FIGURES, title="page cache " + ("cold" if arguments.cold else "warm"))
     for what, figures in results.items():
-        table.add_row(what, *(f"{figures[name]['median']:,.2f}" for name in FIGURES))
+        table.add_row(what, *(f"{figures[name]['median']:,.2f}" if name in figures else "" for name in FIGURES))
     Console().print(table)
     print(json.dumps({"command": sys.argv, "commit": commit(), "hardware": hardware(), **results}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 import threading
 from importlib import import_module
@@ -55,16 +56,20 @@ def _progress_bar() -> contextlib.AbstractContextManager[Progress | None]:
 def _begin_to_load_torch() -> None:
     """Have torch's largest library loaded in a thread, which needs no lock of the interpreter meanwhile.
 
-    It is a quarter of torch's import, which then finds it there, or loads it itself if this has not worked.
+    It is a quarter of torch's import, which then finds it there, or loads it itself if this has not worked. Python 3.11
+    keeps its lock in `ctypes.CDLL(path)`, but not while a function is called that belongs to a library.
     """
     # A library that is being loaded keeps all others waiting. So those that are imported meanwhile come first.
     for name in ("asyncio", "multiprocessing.connection", "orjson", "queue"):
         import_module(name)
 
     def load(folder: Path) -> None:
-        with contextlib.suppress(OSError):  # as torch's own __init__.py does it
-            ctypes.CDLL(str(folder / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
-            ctypes.CDLL(str(folder / "libtorch_cpu.so"))
+        dlopen = getattr(ctypes.CDLL(None), "dlopen", None)
+        if dlopen is None:
+            return
+        dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+        if dlopen(bytes(folder / "libtorch_global_deps.so"), os.RTLD_NOW | os.RTLD_GLOBAL):  # as torch/__init__.py
+            dlopen(bytes(folder / "libtorch_cpu.so"), os.RTLD_NOW)
 
     torch = find_spec("torch")
     if torch is not None and torch.origin is not None:
