@@ -50,6 +50,14 @@ def declared() -> tuple[list[Requirement], list[Requirement]]:
     return [Requirement(text) for text in runtime], [Requirement(text) for text in dev]
 
 
+def test_what_the_source_archive_leaves_out_is_none_of_the_package() -> None:
+    """A pattern without a slash at its beginning matches at any depth, and installations are built from the archive."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["scikit-build"]
+    patterns = settings["sdist"]["exclude"]
+    names = {part for path in PACKAGE.rglob("*") for part in path.relative_to(ROOT).parts}
+    assert patterns and not names & {pattern.strip("/") for pattern in patterns if not pattern.startswith("/")}
+
+
 def test_only_config_reads_the_environment() -> None:
     found: list[str] = []
     for module in MODULES:
