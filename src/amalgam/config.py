@@ -132,7 +132,7 @@ class InferenceSettings(_Section):
     activation: Literal["int8", "bf16"] = "int8"
     """int8 | bf16: what bfloat16 activations become for int4 and int8 weights on the CPU. int8 is fastest."""
     bf16_coding: bool = True
-    """Whether the CPU keeps bf16 weights in 12 bits each, without loss: less to hold and to read, longer to load."""
+    """Whether a CPU with AVX2 or AVX-512 keeps bf16 weights in 12 bits, without loss: less to read, longer to load."""
     device_map: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto | cpu | cuda | cuda:N."""
     load_in_8bit: bool = False

@@ -261,6 +261,9 @@ def test_panels_serve_every_activation(folders: Path, cache: Path, loads: list[s
     assert torch.equal(panels.linear(x, found[name]), panels.linear(x, expected[name]))
 
 
+@pytest.mark.skipif(
+    native.is_available() and native.isa() == "portable", reason="portable code does not gain from coding"
+)
 def test_coded_and_plain_bf16_are_kept_apart(folders: Path, cache: Path, loads: list[str]) -> None:
     coded = build(folders, cache, mapping={})
     loads.clear()

@@ -129,8 +129,12 @@ class PlannedWeight:
 
 
 def codes_bf16(slot: Slot, inference: InferenceSettings) -> bool:
-    """Whether the CPU codes the bf16 weight of a slot; what is multiplied in float32 gains nothing from it."""
-    return inference.bf16_coding and inference.dtype == "bfloat16" and slot.role != "router" and native.is_available()
+    """Whether the CPU codes the bf16 weight of a slot; what is multiplied in float32 gains nothing from it.
+
+    Portable code takes ten times as long to undo it as to read the weight.
+    """
+    is_wanted = inference.bf16_coding and inference.dtype == "bfloat16" and slot.role != "router"
+    return is_wanted and native.is_available() and native.isa() != "portable"
 
 
 def oriented(packed: PackedWeight, stored: StoredWeight, slot: Slot) -> PackedWeight:

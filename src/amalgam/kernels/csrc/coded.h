@@ -36,11 +36,11 @@ inline void expand_codes(const Matrix& w, int64_t panel, int64_t first, int64_t 
     const Codes codes = codes_of(w.windows[panel]);
     const uint8_t* line = w.panel(panel) + first * Matrix::bytes_per_input(w.format);
     for (int64_t input = first; input < end; input += 8, line += 3 * kLineBytes) {
-        Pairs pairs[4];
-        load_coded(line, codes, pairs);
-        for (const Pairs& pair : pairs) {
-            store_pairs(out, pair);
-            out += kLineBytes;
+        for (int half = 0; half < 2; ++half, out += 2 * kLineBytes) {
+            Pairs low, high;
+            load_coded(line, half, codes, low, high);
+            store_pairs(out, low);
+            store_pairs(out + kLineBytes, high);
         }
     }
 }

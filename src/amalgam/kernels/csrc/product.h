@@ -35,8 +35,10 @@ inline Access access_of(const Matrix& w, Operand operand, int64_t rows) {
         case Operand::kInt8:
             return {w.format, false};
         case Operand::kBfloat16:
-            if (w.format == Format::kFp8 || w.format == Format::kCodedBfloat16)
+            if (w.format == Format::kFp8)
                 return rows <= kTileRows ? Access{w.format, false} : Access{Format::kBfloat16, true};
+            if (w.format == Format::kCodedBfloat16)
+                return rows <= kDirectCodedRows ? Access{w.format, false} : Access{Format::kBfloat16, true};
             return {Format::kBfloat16, w.format != Format::kBfloat16};
         default:
             return {Format::kFloat32, w.format != Format::kFloat32};

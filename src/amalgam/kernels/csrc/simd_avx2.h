@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kTileRows = 4;
 constexpr int kPairSums = 1;
+constexpr int kDirectCodedRows = 2;
 constexpr int32_t kInt8Bias = 0;
 
 struct Floats {
@@ -129,22 +130,19 @@ inline Codes load_codes(const uint8_t* high, const uint8_t* low) {
     };
     return {load(high), load(low)};
 }
-inline void coded_half(__m256i rest, __m256i code, const Codes& codes, __m256i& first, __m256i& second) {
+inline void coded_words(__m256i rest, __m256i nibbles, int half, const Codes& codes, __m256i& first, __m256i& second) {
     const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
+    const __m256i code = _mm256_and_si256(half == 0 ? nibbles : _mm256_srli_epi16(nibbles, 4), _mm256_set1_epi8(15));
     const __m256i high = _mm256_or_si256(_mm256_and_si256(rest, sign), _mm256_shuffle_epi8(codes.high, code));
     const __m256i low = _mm256_or_si256(_mm256_andnot_si256(sign, rest), _mm256_shuffle_epi8(codes.low, code));
     first = _mm256_unpacklo_epi8(low, high);
     second = _mm256_unpackhi_epi8(low, high);
 }
-inline void coded_pairs(const Words& rest, const Bytes& code, const Codes& codes, Pairs* out) {
-    coded_half(rest.a, code.a, codes, out[0].a, out[1].a);
-    coded_half(rest.b, code.b, codes, out[0].b, out[1].b);
-}
-inline void load_coded(const uint8_t* lines, const Codes& codes, Pairs* out) {
-    Bytes first, second;
-    load_nibbles(lines + 2 * kLineBytes, first, second);
-    coded_pairs(load_words(lines), first, codes, out);
-    coded_pairs(load_words(lines + kLineBytes), second, codes, out + 2);
+// Half 0 or 1 of three lines → its inputs 0, 1 and 2, 3.
+inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs& first, Pairs& second) {
+    const Words rest = load_words(lines + half * kLineBytes), nibbles = load_words(lines + 2 * kLineBytes);
+    coded_words(rest.a, nibbles.a, half, codes, first.a, second.a);
+    coded_words(rest.b, nibbles.b, half, codes, first.b, second.b);
 }
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kTileRows = 8;
 constexpr int kPairSums = 2;
+constexpr int kDirectCodedRows = kTileRows;
 constexpr int32_t kInt8Bias = 128;
 
 using Floats = __m512;
@@ -90,19 +91,17 @@ inline Codes load_codes(const uint8_t* high, const uint8_t* low) {
     };
     return {load(high), load(low)};
 }
-inline void coded_pairs(__m512i rest, __m512i code, const Codes& codes, Pairs* out) {
+// Half 0 or 1 of three lines → its inputs 0, 1 and 2, 3.
+inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs& first, Pairs& second) {
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    const __m512i rest = _mm512_load_si512(lines + half * kLineBytes);
+    const __m512i nibbles = _mm512_load_si512(lines + 2 * kLineBytes);
+    const __m512i code = _mm512_and_si512(half == 0 ? nibbles : _mm512_srli_epi16(nibbles, 4), _mm512_set1_epi8(15));
     // (rest & sign) | exponent, (rest & ~sign) | exponent
     const __m512i high = _mm512_ternarylogic_epi32(rest, sign, _mm512_shuffle_epi8(codes.high, code), 0xea);
     const __m512i low = _mm512_ternarylogic_epi32(rest, sign, _mm512_shuffle_epi8(codes.low, code), 0xba);
-    out[0] = _mm512_unpacklo_epi8(low, high);
-    out[1] = _mm512_unpackhi_epi8(low, high);
-}
-inline void load_coded(const uint8_t* lines, const Codes& codes, Pairs* out) {
-    Bytes first, second;
-    load_nibbles(lines + 2 * kLineBytes, first, second);
-    coded_pairs(_mm512_load_si512(lines), first, codes, out);
-    coded_pairs(_mm512_load_si512(lines + kLineBytes), second, codes, out + 2);
+    first = _mm512_unpacklo_epi8(low, high);
+    second = _mm512_unpackhi_epi8(low, high);
 }
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int kTileRows = 4;  // rows whose sums stay in registers while a line is used
 constexpr int kPairSums = 1;  // sums that pairs of bfloat16 inputs are dealt out to; 1 or 2
+// Most rows for which a coded line is undone where it is multiplied; otherwise, where registers are few, before.
+constexpr int kDirectCodedRows = 0;
 // dot_int8 sums (stored byte - 128 + kInt8Bias) * x: what is left for the caller to subtract, times the sum of x.
 constexpr int32_t kInt8Bias = 0;
 
@@ -135,17 +137,16 @@ inline Codes load_codes(const uint8_t* high, const uint8_t* low) {
     for (int i = 0; i < 16; ++i) codes.exponent[i] = static_cast<uint16_t>(high[i] << 8 | low[i]);
     return codes;
 }
-// Three lines → inputs 0, 1 and 2, 3 and 4, 5 and 6, 7.
-inline void load_coded(const uint8_t* lines, const Codes& codes, Pairs* out) {
-    const auto value = [&](int half, int at) {
+// Half 0 or 1 of three lines → its inputs 0, 1 and 2, 3.
+inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs& first, Pairs& second) {
+    const auto value = [&](int at) {
         const uint32_t rest = lines[half * kLineBytes + at], code = lines[2 * kLineBytes + at] >> 4 * half & 15;
         return (rest & 0x80) << 8 | (rest & 0x7f) | codes.exponent[code];
     };
-    for (int pair = 0; pair < 4; ++pair) {
-        for (int lane = 0; lane < kPanelRows; ++lane) {
-            const int at = lane / 4 * 16 + pair % 2 * 8 + lane % 4 * 2;
-            out[pair].lane[lane] = value(pair / 2, at) | value(pair / 2, at + 1) << 16;
-        }
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const int at = lane / 4 * 16 + lane % 4 * 2;
+        first.lane[lane] = value(at) | value(at + 1) << 16;
+        second.lane[lane] = value(at + 8) | value(at + 9) << 16;
     }
 }
 

@@ -211,32 +211,34 @@ inline void add_pairs(const Pairs& first, const Pairs& second, const TileRows& x
     }
 }
 
-// How a step through the lines of a format becomes bfloat16 pairs.
+// A step through the lines of a format: kParts times two pairs.
 template <Format F>
 struct PairLines;
 
 template <>
 struct PairLines<Format::kBfloat16> {
-    static constexpr int kLines = 2, kPairs = 2;
+    static constexpr int kLines = 2, kParts = 1;
     explicit PairLines(const Run&) {}
-    void load(const uint8_t* line, Pairs* out) const {
-        out[0] = load_pairs(line);
-        out[1] = load_pairs(line + kLineBytes);
+    void load(const uint8_t* line, int, Pairs& first, Pairs& second) const {
+        first = load_pairs(line);
+        second = load_pairs(line + kLineBytes);
     }
 };
 
 template <>
 struct PairLines<Format::kFp8> {
-    static constexpr int kLines = 1, kPairs = 2;
+    static constexpr int kLines = 1, kParts = 1;
     explicit PairLines(const Run&) {}
-    void load(const uint8_t* line, Pairs* out) const { load_fp8(line, out[0], out[1]); }
+    void load(const uint8_t* line, int, Pairs& first, Pairs& second) const { load_fp8(line, first, second); }
 };
 
 template <>
 struct PairLines<Format::kCodedBfloat16> {
-    static constexpr int kLines = 3, kPairs = 4;
+    static constexpr int kLines = 3, kParts = 2;
     explicit PairLines(const Run& run) : codes_(codes_of(run.window)) {}
-    void load(const uint8_t* line, Pairs* out) const { load_coded(line, codes_, out); }
+    void load(const uint8_t* line, int part, Pairs& first, Pairs& second) const {
+        load_coded(line, part, codes_, first, second);
+    }
 
  private:
     Codes codes_;
@@ -246,7 +248,7 @@ struct PairLines<Format::kCodedBfloat16> {
 template <Format F, int M>
 void bfloat16_tile(const Run& run, const TileRows& x, float* y) {
     constexpr bool kIsWide = F != Format::kFp8;
-    constexpr int kPairs = PairLines<F>::kPairs, kLines = PairLines<F>::kLines;
+    constexpr int kParts = PairLines<F>::kParts, kLines = PairLines<F>::kLines;
     const PairLines<F> lines(run);
     Totals<M> total(y);
     Ahead<kIsWide, M> ahead(run);
@@ -259,13 +261,15 @@ void bfloat16_tile(const Run& run, const TileRows& x, float* y) {
         Floats sum[kPairSums][M];
 #pragma GCC unroll 16
         for (int m = 0; m < kPairSums * M; ++m) sum[m / M][m % M] = zero_floats();
-        for (const int64_t end = at + run.inputs(chunk); at < end; at += 2 * kPairs, line += kLines * kLineBytes) {
-            Pairs pairs[kPairs];
+        for (const int64_t end = at + run.inputs(chunk); at < end; at += 4 * kParts, line += kLines * kLineBytes) {
 #pragma GCC unroll 3
             for (int i = 0; i < kLines; ++i) ahead.at_line(line + i * kLineBytes);
-            lines.load(line, pairs);
 #pragma GCC unroll 2
-            for (int i = 0; i < kPairs; i += 2) add_pairs<M>(pairs[i], pairs[i + 1], x, at + 2 * i, sum);
+            for (int part = 0; part < kParts; ++part) {
+                Pairs first, second;
+                lines.load(line, part, first, second);
+                add_pairs<M>(first, second, x, at + 4 * part, sum);
+            }
         }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
