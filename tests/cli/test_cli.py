@@ -89,10 +89,18 @@ print(*libraries() - before)
 def test_loading_torch_ahead_may_fail(is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ModuleSpec("torch", None, origin=str(tmp_path / "torch" / "__init__.py")) if is_there else None
     monkeypatch.setattr("amalgam.cli.serve.find_spec", lambda name: spec)
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def recorded(thread: threading.Thread) -> None:
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", recorded)
     serve._begin_to_load_torch()
-    for thread in threading.enumerate():
-        if thread.name == "amalgam-torch":
-            thread.join()
+    for thread in started:
+        thread.join()
+    assert len(started) == is_there
 
 
 def test_generate_answers_in_json(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,6 +210,27 @@ def test_a_weight_outside_the_panels(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stack_of(decoder.spec, version, decoder._ropes) is None
 
 
+def test_a_head_is_not_touched_where_nobody_wants_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a prompt but the last: a head that no kernel reads would be expanded at each of them."""
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    decoder, weights = load_model(tmp_path)
+    size = decoder.spec.vocab_size
+    multiplied: list[int] = []
+
+    def linear(x: Tensor, *_: object) -> Tensor:
+        multiplied.append(len(x))
+        return torch.zeros((len(x), size))
+
+    monkeypatch.setattr(decoder_module, "stack_of", lambda *_: None)
+    monkeypatch.setattr(Decoder, "_hidden", lambda *_: torch.zeros((3, decoder.spec.hidden_size)))
+    monkeypatch.setattr(ops, "linear", linear)
+    kv = KVCache.allocate(decoder.spec, 4, 16, torch.float32, torch.device("cpu"))
+    for wanted in (0, 1, 3):
+        context = StepContext([StepSequence([5, 6, 7], 0, [0], wanted)], kv)
+        assert decoder.forward(context, weights).shape == (wanted, size)
+    assert multiplied == [1, 3]
+
+
 def test_what_does_not_agree_is_not_run(tmp_path: Path) -> None:
     """The extension is given addresses: sizes are looked at before."""
     save_tiny(FAMILIES["qwen3_moe"], tmp_path)

@@ -25,7 +25,7 @@ Runtime layouts (`PackedWeight.layout`), all row-major over `[out, in]`:
     panels_*  what the native CPU kernels read: int4, int8, fp8, bf16, fp16, fp32 (`csrc/matrix.h` has the drawing)
               weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
     panels_bf16_coded  the same for bf16 in 12 bits a value, without loss (`csrc/coded.h`)
-              weight: uint8, the panels' lines; exceptions: uint8, the values that the code has no place for
+              weight: uint8, the panels' lines; exceptions: uint8, what the code has no place for, and where it is
 
 A layout that no kernel knows still works: every packed weight carries the function that expands it.
 """

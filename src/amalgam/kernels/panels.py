@@ -17,7 +17,7 @@ Arithmetic depends on the type of the activations:
   divisor of the weight's group, in steps of 8), products are exact integers, scales are applied in float32;
   `activation="bf16"` instead multiplies bfloat16 by the integers;
 - bfloat16 with fp8 or bf16: products of bfloat16, sums and scales in float32; coded bf16 adds the few values that its
-  code has no place for at the end;
+  code has no place for at the end (an infinite activation gives NaN where it meets one of them);
 - otherwise, and always for float32 activations: the weight's values in float32, summed in one order that is the same
   for all layouts, so that a quantized weight and its expanded copy give the same bits.
 """
@@ -102,7 +102,7 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes:
 
 
 def coded_bytes(shape: tuple[int, ...]) -> int:
-    """Most bytes that a coded weight `[out, in]` takes; its own size in bf16 where coding it would gain nothing."""
+    """About what a weight `[out, in]` takes that can be coded, as trained ones can; others keep 16 bits a value."""
     rows, columns = shape
     num_panels = -(-rows // 16)
     lines = num_panels * 16 * -(-columns // _UNIT) * _UNIT * 3 // 2

@@ -85,6 +85,8 @@ class Decoder:
 
     def _logits(self, hidden: Tensor, weights: WeightVersion) -> Tensor:
         """`[rows, hidden]` → float32 `[rows, vocabulary]`; a tied head is the embedding."""
+        if not len(hidden):  # a head that no kernel reads would be expanded for nothing
+            return torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=hidden.device)
         head = weights["embedding"] if self.spec.has_tied_head else weights["head"]
         bias = weights["head_bias"].dense if self.spec.has_head_bias else None
         return ops.linear(hidden, head, bias, torch.float32)

@@ -79,7 +79,10 @@ class PlannedWeight:
 
     @property
     def memory_bytes(self) -> int:
-        """What it takes in memory: `nbytes`, or less where bf16 is coded, as weights that were trained can be."""
+        """What it is expected to take in memory: `nbytes`, or less where bf16 is coded.
+
+        Whether it can be is known when it is read: trained weights can, one whose exponents are spread takes `nbytes`.
+        """
         return panels.coded_bytes(self.slot.shape) if self.codes else self.nbytes
 
     @property

@@ -39,8 +39,8 @@ experts one by one or fused), PyTorch `.bin`, GGUF. Whatever is not listed is re
 multiplied by PyTorch, as every quantized weight is on a GPU. *either*: by group and scale. `moe` runs natively where
 all experts of the layer do; otherwise expert by expert. Routers are float32 whatever they are stored in; norms, biases
 and sinks must be floating. With AVX2 or AVX-512, bf16 is kept in 12 bits a weight, without loss, where its exponents
-allow it (`inference.bf16_coding`). `GET /manifest` tells each weight's `layout` on the machine at hand: those in `panels_…`,
-`panels_bf16_coded` among them, run natively.
+allow it (`inference.bf16_coding`). `GET /manifest` tells each weight's `layout` on the machine at
+hand: those in `panels_…`, `panels_bf16_coded` among them, run natively.
 """
 _FAMILIES = """## Families
 

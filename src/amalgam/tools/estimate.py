@@ -42,7 +42,7 @@ class Estimate:
     """Bytes, and what they allow.
 
     Attributes:
-        weights: format → bytes in memory under the plan.
+        weights: format → bytes in memory under the plan; bf16 as coded, which weights that were trained can be.
         mapped_bytes: those of them that are pages of the packed cache. The system keeps them in memory that nothing
             else needs and reads them again when they are touched, so that they need not fit and are not in the total.
         process_bytes: resident memory of this process, which has a tokenizer and no weights.

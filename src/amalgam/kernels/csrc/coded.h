@@ -57,10 +57,13 @@ inline void expand_coded_floats(const Matrix& w, int64_t panel, int64_t first, i
             for (int lane = 0; lane < kPanelRows; ++lane) to[lane] = as_float(pair[lane] << shift & 0xffff0000);
         }
     }
-    for (int32_t i = w.exception_starts[panel]; i < w.exception_starts[panel + 1]; ++i) {
-        const Exception& exception = w.exceptions[i];
-        if (exception.column < first || exception.column >= end) continue;
-        out[(exception.column - first) * kPanelRows + exception.lane] = widen(Bfloat16{exception.bits});
+    const Exception* last = w.exceptions + w.exception_starts[panel + 1];
+    const Exception* found =
+        std::lower_bound(w.exceptions + w.exception_starts[panel], last, first,
+                         [](const Exception& exception, int64_t column) { return exception.column < column; });
+    for (; found < last && found->column < end; ++found) {
+        if (found->column < first) continue;  // nobody vouches for the order in a file
+        out[(found->column - first) * kPanelRows + found->lane] = widen(Bfloat16{found->bits});
     }
 }
 

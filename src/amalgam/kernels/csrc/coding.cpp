@@ -149,6 +149,8 @@ Coding encode(const Matrix& matrix, std::vector<uint8_t> windows, const uint16_t
                 }
             }
         }
+        std::stable_sort(coding.exceptions.begin() + coding.exception_starts.back(), coding.exceptions.end(),
+                         [](const Exception& a, const Exception& b) { return a.column < b.column; });
         coding.exception_starts.push_back(static_cast<int32_t>(coding.exceptions.size()));
     }
     const CodingLayout layout(matrix.num_panels(), static_cast<int64_t>(coding.exceptions.size()));

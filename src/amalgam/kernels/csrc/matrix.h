@@ -56,7 +56,8 @@ struct Matrix {
     const int32_t* order;     // packed input → input of the product; null: the same
     const int32_t* position;  // its inverse
     bool quantizes;           // integer formats: whether bfloat16 activations are quantized to int8
-    // Coded bfloat16 only (coded.h). Those of panel p are [exception_starts[p], exception_starts[p + 1]).
+    // Coded bfloat16 only (coded.h). Exceptions of panel p are [exception_starts[p], exception_starts[p + 1]), by
+    // column.
     const uint8_t* windows;  // [panels]
     const int32_t* exception_starts;
     const Exception* exceptions;
