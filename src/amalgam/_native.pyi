@@ -134,6 +134,7 @@ def pack(
     quantizes: bool,
     codes: bool,
 ) -> Matrix | None: ...
+def most_coded_bytes(rows: int, columns: int) -> int: ...
 def draw(
     kernels: Kernels,
     logits: int,

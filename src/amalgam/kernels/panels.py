@@ -103,11 +103,9 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes:
 
 def coded_bytes(shape: tuple[int, ...]) -> int:
     """About what a weight `[out, in]` takes that can be coded, as trained ones can; others keep 16 bits a value."""
-    rows, columns = shape
-    num_panels = -(-rows // 16)
-    lines = num_panels * 16 * -(-columns // _UNIT) * _UNIT * 3 // 2
-    windows = -(-num_panels // 64) * 64 + -(-(num_panels + 1) // 16) * 64
-    return min(lines + windows + rows * columns // 512 * 8, 2 * rows * columns)
+    from amalgam import _native
+
+    return min(_native.most_coded_bytes(*shape), 2 * math.prod(shape))
 
 
 def view(memory: Tensor, panels: Panels, group: Tensor | None, activation: ActivationType) -> PackedWeight:

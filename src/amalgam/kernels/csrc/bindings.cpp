@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "coding.h"
 #include "experts.h"
 #include "kernels.h"
 #include "linear.h"
@@ -283,6 +284,7 @@ NB_MODULE(_native, module) {
     module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "nbytes"_a, "scale_dtype"_a,
                "num_groups"_a, "group"_a, "scale_lanes"_a, "has_zero"_a, "order"_a, "quantizes"_a, "owner"_a,
                nb::keep_alive<0, 13>());
+    module.def("most_coded_bytes", &most_coded_bytes, "rows"_a, "columns"_a);
     module.attr("layout_version") = kLayoutVersion;
     module.def("checksum", &checksum, "weights"_a, "threads"_a, Unlocked());
     module.def("supported_isas", &supported_isas);

@@ -11,8 +11,6 @@ constexpr int kWindow = 15;              // exponents; code 0 is zero
 constexpr int64_t kBlock = 512;          // inputs whose lines stay in the first-level cache while all rows are written
 constexpr int64_t kMaxExceptions = 512;  // one value in so many
 
-int64_t align(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
-
 uint8_t exponent_of(uint16_t bits) { return static_cast<uint8_t>(bits >> 7); }
 
 // The place of a value's exponent in a window, which has those from 1 to kWindow. All in 16 bits, signed and without
@@ -112,6 +110,15 @@ Survey survey(const uint16_t* weight, int64_t rows, int64_t columns) {
         result.num_exceptions += count_exceptions(values, count, window);
     }
     return result;
+}
+
+int64_t most_coded_bytes(int64_t rows, int64_t columns) {
+    Matrix matrix{};
+    matrix.format = Format::kCodedBfloat16;
+    matrix.rows = rows;
+    matrix.columns = columns;
+    const int64_t panels = matrix.num_panels();
+    return panels * matrix.panel_bytes() + CodingLayout(panels, rows * columns / kMaxExceptions).nbytes;
 }
 
 bool is_worth_coding(int64_t num_exceptions, int64_t rows, int64_t columns) {

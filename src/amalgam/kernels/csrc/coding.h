@@ -21,6 +21,9 @@ struct Survey {
 };
 Survey survey(const uint16_t* weight, int64_t rows, int64_t columns);
 
+// What a weight takes with as many exceptions as one may have that is coded.
+int64_t most_coded_bytes(int64_t rows, int64_t columns);
+
 // Whether the exceptions are so few that they cost next to nothing in a product, and the weight large enough to gain.
 bool is_worth_coding(int64_t num_exceptions, int64_t rows, int64_t columns);
 

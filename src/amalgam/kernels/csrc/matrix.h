@@ -42,6 +42,9 @@ struct Exception {
     uint16_t bits;  // bfloat16
 };
 
+// To the next line's beginning.
+constexpr int64_t align(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
+
 struct Matrix {
     Format format;
     int64_t rows;

@@ -17,8 +17,6 @@
 namespace amalgam {
 namespace {
 
-int64_t align(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
-
 // Spreads four nibbles over the low halves of four bytes.
 uint32_t spread(uint32_t nibbles) {
     nibbles = (nibbles | nibbles << 8) & 0x00ff00ff;
