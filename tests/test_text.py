@@ -201,25 +201,22 @@ class TestLoading:
         (demo_copy / "generation_config.json").unlink()
         assert Tokenizer.load(demo_copy).eos_token_ids == {0}
 
-    @pytest.mark.parametrize(
-        ("tokenizer_class", "model_type", "loads"),
-        [
-            ("Qwen2Tokenizer", "qwen3_moe", True),
-            ("CanaryTokenizer", "qwen3_moe", True),
-            ("Qwen2Tokenizer", "unheard_of", True),
-            ("CanaryTokenizer", "unheard_of", False),
-        ],
-    )
-    def test_code_that_the_folder_brings_along_is_not_run(self, demo_copy, tokenizer_class, model_type, loads):
+    @pytest.mark.parametrize("tokenizer_class", ["Qwen2Tokenizer", "CanaryTokenizer"])
+    @pytest.mark.parametrize("model_type", ["qwen3_moe", "unheard_of"])
+    @pytest.mark.parametrize("has_tokenizer_json", [True, False])
+    def test_code_that_the_folder_brings_along_is_not_run(
+        self, demo_copy, tokenizer_class, model_type, has_tokenizer_json
+    ):
         canary = demo_copy / "canary"
         code = f"open({str(canary)!r}, 'w').close()\nclass CanaryTokenizer: pass\nclass CanaryConfig: pass\n"
         (demo_copy / "evil.py").write_text(code)
         auto_map = {"AutoTokenizer": [None, "evil.CanaryTokenizer"], "AutoConfig": "evil.CanaryConfig"}
         edit_json(demo_copy / "tokenizer_config.json", auto_map=auto_map, tokenizer_class=tokenizer_class)
         edit_json(demo_copy / "config.json", auto_map=auto_map, model_type=model_type)
-        if loads:
+        if has_tokenizer_json:
             Tokenizer.load(demo_copy)
         else:
+            (demo_copy / "tokenizer.json").rename(demo_copy / "vocab.json")
             with pytest.raises(CheckpointError, match="custom code is not run"):
                 Tokenizer.load(demo_copy)
         assert not canary.exists()

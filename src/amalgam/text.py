@@ -6,22 +6,18 @@ Must never know: tensors, requests, HTTP.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from amalgam.errors import CheckpointError, RequestError, UnsupportedError, describe
-from amalgam.text_cache import read_through, vocab_size
+from amalgam.errors import CheckpointError, RequestError, describe
+from amalgam.text_chat import DEFAULT, ChatTemplate
+from amalgam.text_files import TOKENIZER_FILES, eos_token_ids, has_tokenizer, read_folder
 from amalgam.text_gguf import build_tokenizer
+from amalgam.text_parts import TokenizerParts
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-# What transformers looks at, and more.
-_READ = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
-_EOS_FILES = ("config.json", "generation_config.json")
-_MAX_JSON_BYTES = 64 * 2**20
 _MESSAGE_FIELDS = {"role", "content"}
 _UNDECODABLE = "\ufffd"
 _MAX_HELD_TOKENS = 64
@@ -42,60 +38,53 @@ class Tokenizer:
     """A checkpoint's tokenizer. Any thread may use it; encoding and decoding release the interpreter lock.
 
     Args:
-        wrapped: a tokenizer of transformers that is backed by the tokenizers library.
+        parts: what was read, or a tokenizer of transformers that is backed by the tokenizers library.
         eos_token_ids: the ids that end an answer.
+
+    Attributes:
+        special_tokens: the text of each special token, which `decode` leaves out, by id.
     """
 
-    def __init__(self, wrapped: Any, eos_token_ids: frozenset[int]) -> None:
-        self._wrapped = wrapped
-        self._backend = wrapped.backend_tokenizer
+    def __init__(self, parts: TokenizerParts | Any, eos_token_ids: frozenset[int]) -> None:
+        self._backend = parts.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._templates = parts.chat_template or {}
+        source = self._templates if isinstance(self._templates, str) else self._templates.get(DEFAULT)
+        self._template = ChatTemplate(source, parts.special_tokens_map) if source else None
         self.eos_token_ids = eos_token_ids
-        self.vocab_size = vocab_size(wrapped)
+        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        added = self._backend.get_added_tokens_decoder().items()
+        self.special_tokens: Mapping[int, str] = {token_id: token.content for token_id, token in added if token.special}
 
     @classmethod
-    def load(
-        cls, folder: Path, gguf_metadata: Mapping[str, Any] | None = None, cache_folder: Path | None = None
-    ) -> Tokenizer:
+    def load(cls, folder: Path, gguf_metadata: Mapping[str, Any] | None = None) -> Tokenizer:
         """Read a folder's tokenizer. Code that the folder brings along or refers to is never run.
 
         Args:
             folder: a folder, or a GGUF file.
             gguf_metadata: the checkpoint's metadata if it is GGUF; used if the folder has no tokenizer's files.
-            cache_folder: keeps what was read, so that the next start need not import transformers; not for GGUF.
 
         Raises:
             CheckpointError: there is none, or its files are damaged.
             UnsupportedError: it does not run on the tokenizers library.
         """
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if not has_tokenizer(folder):
             if gguf_metadata:
                 wrapped, ends = build_tokenizer(gguf_metadata, str(folder))
-                return cls(wrapped, ends | _eos_token_ids(folder, None))
+                return cls(wrapped, ends | eos_token_ids(folder))
             raise CheckpointError(
                 f"Folder {str(folder)!r} has no tokenizer.",
-                remedy=f"Put one of these files there: {', '.join(_TOKENIZER_FILES)}.",
+                remedy=f"Put one of these files there: {', '.join(TOKENIZER_FILES)}.",
             )
-        files = sorted({file for pattern in _READ for file in folder.glob(pattern)})
-        _check_links(folder, files)
-        if cache_folder is None:
-            wrapped = _read_folder(folder)
-        else:
-            wrapped = read_through(cache_folder, folder, files, lambda: _read_folder(folder))
-        if getattr(wrapped, "backend_tokenizer", None) is None:
-            raise UnsupportedError(
-                f"The tokenizer in {str(folder)!r} is a {type(wrapped).__name__}, which is slow.",
-                remedy="Add a tokenizer.json.",
-            )
-        tokenizer = cls(wrapped, _eos_token_ids(folder, wrapped.eos_token_id))
+        tokenizer = cls(*read_folder(folder))
         if not tokenizer.vocab_size:
             raise CheckpointError(f"The tokenizer in {str(folder)!r} is empty.", remedy="Copy its files again.")
         return tokenizer
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._wrapped.chat_template)
+        return self._template is not None
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """
@@ -123,15 +112,13 @@ class Tokenizer:
         Raises:
             RequestError: there is no chat template, it refuses the messages, or they are malformed.
         """
-        if not self.has_chat_template:
-            raise RequestError("This model has no chat template.", remedy="Send a plain prompt.")
+        if self._template is None:
+            named = f" by the name {DEFAULT!r}, only {describe(sorted(self._templates))}" if self._templates else ""
+            raise RequestError(f"This model has no chat template{named}.", remedy="Send a plain prompt.")
         _check_messages(messages)
         try:
-            # A sandbox runs the template; it is the model's, so that its mistakes can be of any kind.
-            text = self._wrapped.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:
+            text = self._template.render(messages)
+        except Exception as error:  # the template is the model's, so that its mistakes can be of any kind
             raise RequestError(
                 f"The model's chat template refuses the messages: {describe(str(error), 400)}.",
                 remedy="Send roles in the order that the model expects.",
@@ -235,26 +222,6 @@ class TextStream:
         return 0
 
 
-def _check_links(folder: Path, files: Sequence[Path]) -> None:
-    """Raise CheckpointError if a file lies outside of the folder: the library that reads them does not ask."""
-    from amalgam.checkpoint.source import member, member_folder  # with torch
-
-    for file in files:
-        member(folder if file.parent == folder else member_folder(folder, file.parent.name), file.name)
-
-
-def _read_folder(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # 1 to 3 s, most of it torch
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise all kinds, bare Exception included
-        raise CheckpointError(
-            f"The tokenizer in {str(folder)!r} cannot be read: {describe(str(error), 400)}.",
-            remedy="Copy its files again from the published checkpoint; custom code is not run.",
-        ) from error
-
-
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError(f"messages is {describe(messages)}.", remedy="Give a list with at least one message.")
@@ -265,35 +232,3 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
                 f"messages[{index}] is {describe(message)}.",
                 remedy="Give an object with a role and a content, both strings, and nothing else.",
             )
-
-
-def _eos_token_ids(folder: Path, tokenizer_eos_id: int | None) -> frozenset[int]:
-    """What the tokenizer, config.json and generation_config.json name as the end of a sequence."""
-    token_ids = set() if tokenizer_eos_id is None else {tokenizer_eos_id}
-    for name in _EOS_FILES:
-        value = _read_json(folder / name).get("eos_token_id")
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int and token_id >= 0 for token_id in values):
-            raise CheckpointError(
-                f"{str(folder / name)!r} has eos_token_id = {describe(value)}.",
-                remedy="Expected a token id, a list of them, or null.",
-            )
-        token_ids.update(values)
-    return frozenset(token_ids)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
-        data = json.loads(path.read_bytes())
-        if not isinstance(data, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is not valid JSON: {error}.", remedy="Copy it again from the published checkpoint."
-        ) from None
-    return data

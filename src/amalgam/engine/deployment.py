@@ -114,7 +114,7 @@ class Deployment:
         loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
         plan = loader.make_plan()
         planned = loader.check(plan)  # before anything that takes longer
-        tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, loader.cache_folder)
+        tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
         tokenizer.check_vocabulary(loader.spec.vocab_size)
         loaded = loader.build(plan, version_id=1, progress=progress, planned=planned)
         max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)

@@ -36,6 +36,7 @@ from amalgam.models.weights import WeightVersion
 from amalgam.precision.format import QuantizeOptions, get_format
 from amalgam.precision.formats.floating import dense
 from amalgam.text import Tokenizer
+from amalgam.text_parts import TokenizerParts
 
 PROMPT_LENGTHS = (128, 512)
 BATCH_SIZES = (1, 8, 16)
@@ -327,10 +328,9 @@ def word_tokenizer(vocab_size: int) -> Tokenizer:
     """A tokenizer with one word per id, for models that exist only as a shape."""
     from tokenizers import Tokenizer as Backend
     from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
 
     backend = Backend(WordLevel({f"w{index}": index for index in range(vocab_size)}, unk_token="w0"))
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+    return Tokenizer(TokenizerParts(backend), frozenset())
 
 
 def hardware() -> dict[str, Any]:
