@@ -13,9 +13,13 @@ import weakref
 from contextlib import aclosing
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from amalgam.engine.request import FinishReason, SamplingParams
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
+from amalgam.text import Tokenizer
+from amalgam.text_parts import TokenizerParts
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
 
 GREEDY = SamplingParams(max_new_tokens=12, do_sample=False, ignore_eos=True)
@@ -165,6 +169,65 @@ class TestAnswers:
     def test_prompts_and_parameters_must_be_as_many(self, make_engine):
         with pytest.raises(RequestError, match="2 prompts and 1 sampling parameters"):
             make_engine().generate([[5], [6]], [GREEDY])
+
+
+class TestTextAfterAPrompt:
+    """A tokenizer whose decoder takes a space from the beginning of a text, as SentencePiece's does."""
+
+    @pytest.fixture
+    def tokenizer(self):
+        vocab = {f"▁w{index}" if index % 2 else f"<0x{index // 2 % 256:02X}>{index}" for index in range(VOCAB_SIZE)}
+        vocab = dict.fromkeys(sorted(vocab))
+        backend = Backend(models.WordLevel({piece: index for index, piece in enumerate(vocab)}, unk_token="▁w1"))
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        backend.add_special_tokens([piece for index, piece in enumerate(vocab) if index % 5 == 0])
+        return Tokenizer(TokenizerParts(backend), frozenset())
+
+    def expected(self, tokenizer, prompt, token_ids):
+        return tokenizer.decode([*prompt, *token_ids])[len(tokenizer.decode(prompt)) :]
+
+    def test_it_goes_on_whatever_is_preempted(self, make_engine, tokenizer, submit):
+        prompts = random_prompts(40)
+        answers = make_engine(**TINY_CACHE).generate(prompts, GREEDY)
+        texts = [self.expected(tokenizer, prompt, greedy_tokens(prompt, 12)) for prompt in prompts]
+        assert [answer.text for answer in answers] == texts
+        assert any(text.startswith(" ") for text in texts)
+        engine = make_engine()
+        for prompt, text in zip(prompts[:10], texts, strict=False):
+            outputs = submit(engine, prompt)
+            outputs.last()
+            assert "".join(output.text for output in outputs.all) == text
+
+    def test_a_message_stands_by_itself(self, make_engine, tokenizer):
+        prompts = random_prompts(40)
+        params = SamplingParams(max_new_tokens=12, do_sample=False, continues_prompt=False)
+        answers = make_engine().generate(prompts, params)
+        assert [answer.text for answer in answers] == [tokenizer.decode(answer.token_ids) for answer in answers]
+
+    def test_a_stop_string_at_the_first_token(self, make_engine, tokenizer):
+        prompts = random_prompts(40)
+        texts = [self.expected(tokenizer, prompt, greedy_tokens(prompt, 12)) for prompt in prompts]
+        [prompt, text] = next(pair for pair in zip(prompts, texts, strict=True) if pair[1].startswith(" "))
+        params = SamplingParams(max_new_tokens=12, do_sample=False, stop=text[:3])
+        [answer] = make_engine().generate([prompt], params)
+        assert (answer.text, answer.finish_reason) == ("", FinishReason.STOP)
+        assert len(answer.token_ids) < 12
+
+    def test_a_special_token_as_a_stop_string(self, make_engine, tokenizer):
+        for prompt in random_prompts(40):
+            token_ids = greedy_tokens(prompt, 12)
+            place, special = next(
+                ((i, token_id) for i, token_id in enumerate(token_ids) if token_id in tokenizer.special_tokens),
+                (0, None),
+            )
+            if special is None:
+                continue
+            stop = tokenizer.special_tokens[special]
+            params = SamplingParams(max_new_tokens=12, do_sample=False, stop=stop)
+            [answer] = make_engine().generate([prompt], params)
+            assert answer.token_ids == token_ids[: place + 1]
+            assert answer.text == self.expected(tokenizer, prompt, token_ids[:place])
+            assert answer.finish_reason is FinishReason.STOP
 
 
 class TestRefusals:

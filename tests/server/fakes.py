@@ -56,11 +56,13 @@ class FakeEngine:
     version: Any = field(default_factory=lambda: FakeVersion(1))
     meter: Meter = field(default_factory=Meter)
     observations: list[Observation] = field(default_factory=list)
+    params: list[SamplingParams] = field(default_factory=list)
 
     async def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
     ) -> AsyncIterator[RequestOutput]:
         self.observations.append(observation)
+        self.params.append(params)
         if self.is_stopped or not self.is_alive:
             raise UnavailableError("The engine has stopped.")
         if len(prompt_ids) >= MAX_SEQ_LENGTH:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -164,6 +165,15 @@ def test_what_is_no_chat(shared_client: httpx.Client, body: dict[str, Any]) -> N
     response = shared_client.post("/dashboard/chat", json=body)
     assert response.status_code == 422
     assert response.json()["error"]["message"]
+
+
+def test_a_chats_answer_stands_by_itself(client: httpx.Client, deployment: FakeDeployment) -> None:
+    fields = {"max_new_tokens": 2, "stop": "x", "seed": 3}
+    client.post("/dashboard/chat", json={"messages": [{"role": "user", "content": "a"}], **fields})
+    client.post("/generate", json={"prompt": "a", **fields})
+    chat, prompt = deployment.engine.params
+    assert (chat.continues_prompt, prompt.continues_prompt) == (False, True)
+    assert replace(chat, continues_prompt=True) == prompt
 
 
 def test_events_tell_what_goes_on(client: httpx.Client, deployment: FakeDeployment) -> None:

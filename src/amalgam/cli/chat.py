@@ -35,6 +35,7 @@ def command(
         top_k=top_k,
         seed=seed,
         repetition_penalty=repetition_penalty,
+        continues_prompt=False,
     )
     with progress_bar() as progress:
         deployment = open_deployment(settings, progress)

@@ -129,7 +129,7 @@ class Engine:
         self._scheduler.check_prompt_length(len(prompt_ids))  # before anything that takes time in its length
         check_token_ids(prompt_ids, self._vocab_size)
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
-        text = TextStream(self._tokenizer, params.stop)
+        text = TextStream(self._tokenizer, params.stop, prompt_ids if params.continues_prompt else ())
         with self._condition:
             if self._end_reason is not None:
                 raise self._unavailable()

@@ -28,9 +28,10 @@ MAX_STOP_CHARACTERS = 1024
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to turn logits into tokens. `temperature` 0 or `do_sample` false is greedy.
+    """How to turn logits into tokens, and tokens into text. `temperature` 0 or `do_sample` false is greedy.
 
-    `stop` may be given as one string or a list too. Without a `seed` each request draws its own.
+    `stop` may be given as one string or a list too. Without a `seed` each request draws its own. An answer's text
+    follows on the prompt's, spaces included, unless `continues_prompt` is false: a chat's message stands by itself.
 
     Raises:
         RequestError: a value is out of range; the message names the field, the value and the range.
@@ -46,6 +47,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
+    continues_prompt: bool = True
 
     def __post_init__(self) -> None:
         _check_int("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
@@ -58,6 +60,7 @@ class SamplingParams:
             _check_int("seed", self.seed, 0, MAX_SEED)
         _check_bool("do_sample", self.do_sample)
         _check_bool("ignore_eos", self.ignore_eos)
+        _check_bool("continues_prompt", self.continues_prompt)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
 
     @property

@@ -67,7 +67,7 @@ class SamplingFields(Body):
         Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
         BeforeValidator(_as_list, json_schema_input_type=str | list[StopString] | None),
     ] = Field(default_factory=list)
-    """Where to end: a string or several. The answer does not hold it."""
+    """Where to end: a string or several. The answer does not hold it. It may contain special tokens, `<|im_end|>`."""
     repetition_penalty: float = Field(default=SamplingParams.repetition_penalty, gt=0, le=100)
     """Above 1: tokens that have appeared become less likely."""
 

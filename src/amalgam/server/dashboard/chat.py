@@ -5,6 +5,7 @@ In: a conversation and sampling parameters. Out: server-sent events. Must never 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from fastapi import APIRouter
@@ -36,7 +37,7 @@ class ChatBody(ObservedFields):
 @router.post("/dashboard/chat", dependencies=[Admission])
 async def chat(body: ChatBody, request: Request, service: ServiceArgument, request_id: RequestId) -> Response:
     """Go on with a conversation, as the model's chat template has it."""
-    params, observation = body.sampling_params(), body.observation()
+    params, observation = replace(body.sampling_params(), continues_prompt=False), body.observation()
 
     async def answer() -> Response:
         [prompt_ids] = await service.encode([[message.model_dump() for message in body.messages]])
