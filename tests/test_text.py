@@ -430,6 +430,14 @@ class TestSpecialTokensAsStopStrings:
         letters = [token_id for letter in self.END for token_id in tokenizer.encode(letter)]
         assert "".join(stream_text(tokenizer, [*letters, *tokenizer.encode("x")], (self.END,))) == ""
 
+    @pytest.mark.parametrize(
+        ("stop", "shown"), [("ne<|im_end|>", "o"), ("<|im_end|>", "one"), ("<|im_end|>\n", "one"), ("ne", "o")]
+    )
+    def test_the_token_that_ends_the_answer_may_complete_one(self, tokenizer, stop, shown):
+        stream = TextStream(tokenizer, (stop,))
+        text = "".join(map(stream.push, tokenizer.encode("one")))
+        assert text + stream.finish(*tokenizer.encode(self.END)) == shown
+
     def test_what_the_prompt_ends_with_does_not_count(self, stop_text):
         assert stop_text("\nhello", "<|im_end|>\n", prompt="a<|im_end|>") == ("\nhello", False)
 

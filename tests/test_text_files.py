@@ -376,18 +376,29 @@ class TestTemplates:
 
 
 class TestWithoutTokenizerJson:
-    def test_vocabulary_and_merges(self, tmp_path: Path) -> None:
-        """Their meaning is that of the class; for Qwen2's it is known."""
-        backend = byte_level(QWEN2, normalizer=normalizers.NFC(), bos=False)
-        folder = publish(tmp_path, backend, "qwen2_moe", tokenizer_class="Qwen2Tokenizer", bos_token=None)
+    def publish(self, folder: Path, backend: Backend, model_type: str, tokenizer_class: str) -> Path:
+        publish(folder, backend, model_type, tokenizer_class=tokenizer_class, bos_token=None)
         model = json.loads(backend.to_str())["model"]
         (folder / "tokenizer.json").unlink()
         (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
         (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
         added = {str(i): t.__getstate__() for i, t in backend.get_added_tokens_decoder().items()}
         edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
-        found = Tokenizer.load(folder)
+        return folder
+
+    @pytest.mark.parametrize("model_type", ["qwen2", "qwen2_moe", "qwen3_moe"])
+    def test_vocabulary_and_merges_of_a_class_that_is_the_definition(self, model_type: str, tmp_path: Path) -> None:
+        backend = byte_level(QWEN2, normalizer=normalizers.NFC(), bos=False)
+        found = Tokenizer.load(self.publish(tmp_path, backend, model_type, "Qwen2Tokenizer"))
         assert [found.encode(text) for text in PROBES] == [backend.encode(text).ids for text in PROBES]
+
+    @pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "PreTrainedTokenizerFast", "GPTNeoXTokenizer"])
+    @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "olmoe"])
+    def test_of_another_class_they_are_refused(self, tokenizer_class: str, model_type: str, tmp_path: Path) -> None:
+        """transformers makes an empty tokenizer of some, and takes the words of another model for others."""
+        folder = self.publish(tmp_path, byte_level(LLAMA3, bos=False), model_type, tokenizer_class)
+        with pytest.raises(AmalgamError, match=r"tokenizer\.json"):
+            Tokenizer.load(folder)
 
     def test_mistrals_own_format_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "tekken.json").write_text("{}")

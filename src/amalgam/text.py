@@ -209,11 +209,18 @@ class TextStream:
             return self._stops.push(self._detokenize(token_id))
         return self._stops.push_special(name, self._unfinished)
 
-    def finish(self) -> str:
-        """No token follows; returns what was held back."""
+    def finish(self, end_id: int | None = None) -> str:
+        """No token follows; returns what was held back.
+
+        Args:
+            end_id: the token that ends the answer. It is not shown, but may complete a stop string.
+        """
         if self._stops is None:
             return self._unfinished()
-        return "" if self._stops.is_found else self._stops.finish(self._unfinished())
+        shown = ""
+        if end_id is not None and end_id in self._tokenizer.special_tokens:
+            shown = self.push(end_id)
+        return shown if self._stops.is_found else shown + self._stops.finish(self._unfinished())
 
     def _detokenize(self, token_id: int) -> str:
         if not self._tokenizer.has_text(token_id):

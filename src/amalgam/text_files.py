@@ -14,7 +14,8 @@ files add to it is what it cannot say or does not:
   DeepSeek models are published that way; transformers 5 leaves out their first token.
 - `clean_up_tokenization_spaces` changes text after decoding, and is not done.
 
-Without tokenizer.json, `tokenizer.model` is read here, and all else by transformers.
+Without tokenizer.json, `tokenizer.model` is read here, and vocab.json with merges.txt by transformers, whose class then
+is the definition. All else is refused.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _EOS_FILES = ("config.json", "generation_config.json")
 _MAX_BYTES = 64 * 2**20
 _MAX_TOKENIZER_BYTES = 512 * 2**20
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# Of transformers: byte-level BPE whose words are those of the class, so that vocab.json and merges.txt are enough.
+_DEFINING_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
 _NO_TEMPLATE = {"ByteLevel"}  # post-processors that put nothing around a text
 
 logger = logging.getLogger("amalgam.text")
@@ -315,7 +318,7 @@ def _has_template(backend: Any) -> bool:
 
 
 def _read_with_transformers(folder: Path) -> TokenizerParts:
-    """vocab.json with merges.txt and the like: what the class makes of them is the definition."""
+    """vocab.json with merges.txt: what the class makes of them is the definition."""
     from transformers import AutoTokenizer  # 1 to 3 s, most of it torch
 
     try:
@@ -325,10 +328,18 @@ def _read_with_transformers(folder: Path) -> TokenizerParts:
             f"The tokenizer in {str(folder)!r} cannot be read: {describe(str(error), 400)}.",
             remedy=f"Add the published {_JSON}, or copy the files again; custom code is not run.",
         ) from error
-    if getattr(wrapped, "backend_tokenizer", None) is None:
+    kind = type(wrapped).__name__
+    if kind not in _DEFINING_CLASSES:
         raise UnsupportedError(
-            f"The tokenizer in {str(folder)!r} is a {type(wrapped).__name__}, which is slow.",
-            remedy=f"Add a {_JSON}.",
+            f"The tokenizer in {str(folder)!r} is a {kind}, which does not say how text is cut into words.",
+            remedy=f"Add the published {_JSON}. Without it: {', '.join(_DEFINING_CLASSES)}.",
+        )
+    backend = wrapped.backend_tokenizer
+    published = _read_json(folder / "vocab.json")
+    if not published or any(backend.token_to_id(token) != token_id for token, token_id in published.items()):
+        raise CheckpointError(
+            f"transformers makes other tokens of {str(folder / 'vocab.json')!r} than it holds.",
+            remedy=f"Add the published {_JSON}.",
         )
     return TokenizerParts(wrapped.backend_tokenizer, wrapped.special_tokens_map, wrapped.chat_template)
 

@@ -21,7 +21,7 @@ def take_token(request: Request, token_id: int, eos_token_ids: AbstractSet[int],
     if request.first_token_at is None:
         request.first_token_at = now
     if token_id in eos_token_ids and not request.params.ignore_eos:
-        return end(request, FinishReason.STOP, now, request.text.finish(), (token_id,))
+        return end(request, FinishReason.STOP, now, request.text.finish(token_id), (token_id,))
     stream = request.text
     text = stream.push(token_id)
     if stream.is_stopped:
