@@ -312,6 +312,10 @@ class _Stops:
     def _release(self) -> str:
         if self.is_found:
             return ""
+        if not self._is_shown and not self._named:  # the usual case
+            split = len(self._held) - _num_chars_begun(self._held, self._plain)
+            safe, self._held = self._held[:split], self._held[split:]
+            return safe
         # No stop string begins before `split`, unless it is a plain one, which sees nothing that is not shown.
         split = len(self._held) - _num_chars_begun(self._held, self._named)
         before, visible = self._visible(split), self._visible(len(self._held))
@@ -328,8 +332,9 @@ def _num_chars_begun(text: str, strings: Sequence[str]) -> int:
     longest = max(map(len, strings), default=0)
     for length in range(min(longest - 1, len(text)), 0, -1):
         end = text[-length:]
-        if any(string.startswith(end) for string in strings):
-            return length
+        for string in strings:
+            if string.startswith(end):
+                return length
     return 0
 
 
