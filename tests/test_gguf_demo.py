@@ -8,14 +8,18 @@ from typing import Any
 
 import gguf
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from amalgam import LLM, SamplingParams
+from amalgam.checkpoint import TensorStore
 from amalgam.cli import app
 from amalgam.precision.format import QuantizeOptions
+from amalgam.text import Tokenizer
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.models.gguf_writer import KIND, write_gguf
+from tests.test_text_gguf import TEXTS
 from tests.tokenizer_metadata import metadata_of
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
@@ -81,3 +85,32 @@ def test_plan_of_safetensors_and_gguf(files: dict[str, Path], tmp_path: Path) ->
     rows = json.loads(result.stdout)
     found = {(row["source"], row["format"]) for row in rows if ".experts." in row["name"]}
     assert found == {("fp8", "fp8"), ("q4", "gguf_q4_0"), ("base", "bf16")}
+
+
+@pytest.mark.parametrize("templates", [{}, {"tokenizer.chat_template.tools": "{{ messages }}"}])
+def test_quantized_into_a_folder_that_works_alone(templates: dict[str, str], tmp_path: Path) -> None:
+    """Tokenizer, template and ends of an answer come out of the file too."""
+    from transformers import AutoConfig
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        add_tokenizer(writer)
+        for key, text in templates.items():
+            writer.add_string(key, text)
+
+    file = write_gguf(DEMO, tmp_path / "demo.gguf", KIND.BF16, edit=edit)
+    report = quantize_checkpoint(str(file), tmp_path / "out", "int8")
+    assert (report.left_out_tensors, report.left_out_files) == ([], [])
+    store = TensorStore.open(file)
+    ours, theirs = Tokenizer.load(tmp_path / "out"), Tokenizer.load(file, store.metadata)
+    assert ours.eos_token_ids == theirs.eos_token_ids
+    for text in (*TEXTS, *PROMPTS):
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+        messages = [{"role": "user", "content": text}]
+        assert ours.encode_chat(messages) == theirs.encode_chat(messages)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.model_type, config.dtype) == ("qwen3_moe", torch.bfloat16)
+    llm = LLM(model=tmp_path / "out", settings=SETTINGS)
+    answer = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_new_tokens=8))[0]
+    llm.close()
+    assert answer.text.strip()

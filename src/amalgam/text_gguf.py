@@ -6,68 +6,38 @@ than it was trained on.
 Must never know: files, tensors, requests.
 
 Two kinds, by `tokenizer.ggml.model`. `gpt2`: byte-level BPE with merges; `tokenizer.ggml.pre` names the expression
-that cuts text into words. `llama`: SentencePiece BPE, whose merges follow from the pieces' scores. Neither normalizes
-Unicode. As llama.cpp does it (src/llama-vocab.cpp); the expressions are those of the published tokenizer.json files.
+that cuts text into words. `llama`: SentencePiece BPE, whose merges follow from the pieces' scores. As llama.cpp does it
+(src/llama-vocab.cpp), and where it differs from the published tokenizer.json, as that does it: Unicode's form NFC for
+Qwen and others, the published expressions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from amalgam.errors import CheckpointError, UnsupportedError, describe
+from amalgam.text_gguf_ends import NAMED, end_ids, unmistakable
+from amalgam.text_gguf_words import WORDS, Words
 
 MODEL_KEY = "tokenizer.ggml.model"
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_PREFIX = "tokenizer.ggml."
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _MAX_TOKEN_CHARS = 1024
 _SPACE = "▁"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
-_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-_GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
-_QWEN2 = (rf"{_ENDINGS}|{_WORDS}|\p{{N}}|{_REST}",)
-_GPT4 = (rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",)
-_GPT4O = (_CASED % (f"{_ENDINGS}?", f"{_ENDINGS}?") + rf"|\p{{N}}{{1,3}}|{_CASED_REST}",)
-_TEKKEN = (_CASED % ("", "") + rf"|\p{{N}}|{_CASED_REST}",)
-_DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    r"[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-
-
-@dataclass(frozen=True)
-class _Words:
-    """How byte-level BPE cuts text: expressions, one after the other, whose matches stand alone."""
-
-    expressions: tuple[str, ...]
-    ignores_merges: bool = False  # a word that is a token is that token, whatever the merges say
-    adds_bos: bool = False  # unless the file says otherwise
-
-
-_PRE_TOKENIZERS = {
-    "gpt-2": _Words(_GPT2),
-    "phi-2": _Words(_GPT2),
-    "olmo": _Words(_GPT2),
-    "qwen2": _Words(_QWEN2),
-    "deepseek-r1-qwen": _Words(_QWEN2),
-    "llama-bpe": _Words(_GPT4, ignores_merges=True, adds_bos=True),
-    "llama3": _Words(_GPT4, ignores_merges=True, adds_bos=True),
-    "llama-v3": _Words(_GPT4, ignores_merges=True, adds_bos=True),
-    "dbrx": _Words(_GPT4),
-    "smaug-bpe": _Words(_GPT4),
-    "glm4": _Words(_GPT4),
-    "chatglm-bpe": _Words(_GPT4),
-    "gpt-4o": _Words(_GPT4O),
-    "tekken": _Words(_TEKKEN, ignores_merges=True, adds_bos=True),
-    "deepseek-v3": _Words(_DEEPSEEK3),
+# Tables of the other kind of tokenizer; tokens for masks and for code; another library's copy of it all.
+_HARMLESS = {
+    *("model", "pre", "scores", "merges", "add_space_prefix"),
+    *("token_type_count", "add_sep_token", "huggingface.json", "rwkv.world"),
+    *(f"{name}_token_id" for name in ("separator", "seperator", "cls", "mask", "prefix", "suffix", "middle")),
+    *(f"fim_{name}_token_id" for name in ("pre", "suf", "mid")),
 }
+# Would change how text is cut or which tokens may come; llama.cpp reads them for other kinds of tokenizers.
+_NEUTRAL = ("remove_extra_whitespaces", "normalizer.lowercase", "normalizer.strip_accents")
+_EMPTY = ("precompiled_charsmap", "suppress_tokens")
+_CURE = "Or put the file into a folder with the published config.json and tokenizer.json."
+# What llama.cpp takes where a SentencePiece file names none.
+_SENTENCE_PIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
 
 def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, frozenset[int]]:
@@ -91,11 +61,11 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
         tables.unsupported(MODEL_KEY, kind, _KINDS)
     try:
         backend, adds_bos = builder(tables)
-        for special, token_type in ((True, _CONTROL), (False, _USER_DEFINED)):
+        for special, types in ((True, (_CONTROL, _UNKNOWN)), (False, (_USER_DEFINED,))):
             added = [
                 AddedToken(token, normalized=False, special=special)
                 for token, found in zip(tables.tokens, tables.types, strict=True)
-                if found == token_type
+                if found in types
             ]
             (backend.add_special_tokens if special else backend.add_tokens)(added)
         before, after = (
@@ -122,8 +92,10 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
         raise CheckpointError(
             f"The tokenizer in {where} cannot be built: {describe(str(error), 400)}.", remedy="Download it again."
         ) from error
-    ends = (tables.special(name) for name in ("eos", "eot"))
-    return wrapped, frozenset(token_id for token_id in ends if token_id is not None)
+    special_ids = {token_id for token_id, found in enumerate(tables.types) if found in (_CONTROL, _USER_DEFINED)}
+    ends = end_ids(tables.vocab, special_ids, {name: tables.special(name) for name in NAMED})
+    tables.check_all_read()
+    return wrapped, ends
 
 
 class _Tables:
@@ -132,8 +104,13 @@ class _Tables:
     def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
         self._metadata = metadata
         self._where = where
-        self.tokens = self.strings("tokens")
+        self._read = {_PREFIX + name for name in _HARMLESS}
+        # An empty token cannot be found in any text; llama.cpp gives it the same name.
+        self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(self.strings("tokens"))]
         self.types = list(self.numbers("token_type"))
+        for token_id in unmistakable(self.tokens):
+            if self.types[token_id] != _USER_DEFINED:
+                self.types[token_id] = _CONTROL
         if len(set(self.tokens)) != len(self.tokens):
             self.damaged("tokens", "a token twice", "every token once")
         if max(map(len, self.tokens), default=0) > _MAX_TOKEN_CHARS:
@@ -141,7 +118,8 @@ class _Tables:
         self.vocab = {token: token_id for token_id, token in enumerate(self.tokens)}
 
     def get(self, name: str) -> Any:
-        return self._metadata.get(f"tokenizer.ggml.{name}")
+        self._read.add(_PREFIX + name)
+        return self._metadata.get(_PREFIX + name)
 
     def strings(self, name: str) -> list[str]:
         value = self.get(name)
@@ -167,11 +145,37 @@ class _Tables:
     def special(self, name: str) -> int | None:
         """The id of a special token, None if there is none."""
         value = self.get(f"{name}_token_id")
+        if value is None and self._metadata.get(MODEL_KEY) == "llama":
+            value = self._default_id(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             self.damaged(f"{name}_token_id", value, "a token id")
         if value is not None and not 0 <= value < len(self.tokens):
             self.damaged(f"{name}_token_id", value, f"an id below {len(self.tokens)}")
         return value
+
+    def _default_id(self, name: str) -> int | None:
+        token_id = _SENTENCE_PIECE_IDS.get(name)
+        has_it = token_id is not None and token_id < len(self.types) and self.types[token_id] in (_CONTROL, _UNKNOWN)
+        return token_id if has_it else None
+
+    def check_all_read(self) -> None:
+        """Refuse what would change the tokens, and what nobody knows."""
+        for name in _NEUTRAL:
+            if self.get(name) not in (None, False):
+                self._refuse(name, "false")
+        for name in _EMPTY:
+            value = self.get(name)
+            if value is not None and (not isinstance(value, Sequence) or len(value)):
+                self._refuse(name, "nothing under this key")
+        for key in self._metadata:
+            if key.startswith(_PREFIX) and key not in self._read:
+                self._refuse(key.removeprefix(_PREFIX), "nothing under this key")
+
+    def _refuse(self, name: str, allowed: str) -> NoReturn:
+        raise UnsupportedError(
+            f"{self._where} has {_PREFIX}{name} = {describe(self.get(name))}.",
+            remedy=f"Understood: {allowed}. {_CURE}",
+        )
 
     @property
     def chat_template(self) -> str | None:
@@ -186,30 +190,53 @@ class _Tables:
     def unsupported(self, key: str, value: Any, known: Mapping[str, Any]) -> NoReturn:
         raise UnsupportedError(
             f"{self._where} has {key} = {describe(value)}.",
-            remedy=f"Known: {', '.join(known)}. Or put the file into a folder with the published config.json and "
-            "tokenizer.json.",
+            remedy=f"Known: {', '.join(known) if len(known) < 10 else 'the names in docs/support.md'}. {_CURE}",
         )
 
 
-def _byte_level(tables: _Tables) -> tuple[Any, bool]:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+def _words_and_merges(tables: _Tables) -> tuple[Any, bool]:
+    """BPE with merges in words, by letters that stand for bytes or by pieces as SentencePiece has them."""
+    from tokenizers import Tokenizer, models
 
     pre = tables.get("pre")
-    words = _PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
+    words = WORDS.get(pre) if isinstance(pre, str) else None
     if words is None:
-        tables.unsupported("tokenizer.ggml.pre", pre, _PRE_TOKENIZERS)
+        tables.unsupported(f"{_PREFIX}pre", pre, WORDS)
     merges = []
     for merge in tables.strings("merges"):
-        left, _, right = merge.partition(" ")
-        if not all(part in tables.vocab for part in (left, right, left + right)):
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut < 0 or not all(part in tables.vocab for part in (left, right, left + right)):
             tables.damaged("merges", merge, "pairs of tokens whose concatenation is a token")
         merges.append((left, right))
-    backend = Tokenizer(models.BPE(tables.vocab, merges, ignore_merges=words.ignores_merges))
-    splits = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in words.expressions]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-    backend.decoder = decoders.ByteLevel()
+    model = models.BPE(tables.vocab, merges, ignore_merges=words.ignores_merges, byte_fallback=not words.is_byte_level)
+    backend = Tokenizer(model)
+    (_cut_bytes if words.is_byte_level else _cut_pieces)(backend, words)
     return backend, words.adds_bos
+
+
+def _cut_bytes(backend: Any, words: Words) -> None:
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    if words.normalizes:
+        backend.normalizer = normalizers.NFC()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*_splits(words), byte_level])
+    backend.decoder = decoders.ByteLevel()
+
+
+def _cut_pieces(backend: Any, words: Words) -> None:
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(_splits(words))
+    backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+
+
+def _splits(words: Words) -> list[Any]:
+    from tokenizers import Regex, pre_tokenizers
+
+    return [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in words.expressions]
 
 
 def _sentence_piece(tables: _Tables) -> tuple[Any, bool]:
@@ -238,16 +265,21 @@ def _sentence_piece(tables: _Tables) -> tuple[Any, bool]:
 
 
 def _merges_by_score(tables: _Tables) -> list[tuple[str, str]]:
-    """Two pieces merge if together they are a piece, the best score first."""
-    scores = tables.numbers("scores")
+    """Two pieces merge if together they are a piece, the best score first.
+
+    Pieces of the same score in the order of their ids, which is how SentencePiece numbers them: some converters write
+    one score for all.
+    """
+    scores, vocab = tables.numbers("scores"), tables.vocab
     pieces = {token for token, kind in zip(tables.tokens, tables.types, strict=True) if kind == _NORMAL}
-    merges: list[tuple[float, int, int, str, str]] = []
+    merges: list[tuple[float, int, int, int, str, str]] = []
     for piece in pieces:
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in pieces and right in pieces:
-                merges.append((-scores[tables.vocab[piece]], tables.vocab[left], tables.vocab[right], left, right))
+                piece_id = vocab[piece]
+                merges.append((-scores[piece_id], piece_id, vocab[left], vocab[right], left, right))
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
-_KINDS: Mapping[str, Callable[[_Tables], tuple[Any, bool]]] = {"gpt2": _byte_level, "llama": _sentence_piece}
+_KINDS: Mapping[str, Callable[[_Tables], tuple[Any, bool]]] = {"gpt2": _words_and_merges, "llama": _sentence_piece}

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+_MAX_NAMED = 20
+
 
 def command(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a bf16, fp16 or fp32 checkpoint.")],
@@ -23,7 +25,7 @@ def command(
     """Make an fp8, int8 or int4 checkpoint of a model (compressed-tensors layout, rounding to nearest)."""
     from rich.table import Table
 
-    from amalgam.cli.console import human_bytes, out, print_json, progress_bar
+    from amalgam.cli.console import escaped, human_bytes, out, print_json, progress_bar
     from amalgam.precision.format import QuantizeOptions
     from amalgam.tools.quantize import quantize_checkpoint
 
@@ -40,7 +42,12 @@ def command(
             for name, role in report.roles.items()
         }
         totals = {"bytes_before": report.bytes_before, "bytes_after": report.bytes_after}
-        print_json({"folder": str(report.folder), "format": report.format, **totals, "roles": roles})
+        beside = {
+            "carried_over": report.carried,
+            "left_out": {"tensors": report.left_out_tensors, "files": report.left_out_files},
+            "config_changes": report.config_changes,
+        }
+        print_json({"folder": str(report.folder), "format": report.format, **totals, "roles": roles, **beside})
         return
     table = Table("role", "weights", "before", "after", "relative error", title=f"{report.folder} ({report.format})")
     for name, role in report.roles.items():
@@ -49,3 +56,12 @@ def command(
     table.add_section()
     table.add_row("all", "", human_bytes(report.bytes_before), human_bytes(report.bytes_after), "")
     out.print(table)
+    for what, names in (
+        ("Copied as they are, beside the model's weights", report.carried),
+        ("Not carried over: tensors", report.left_out_tensors),
+        ("Not carried over: files", report.left_out_files),
+        ("Changed in config.json", [f"{key}: {value}" for key, value in report.config_changes.items()]),
+    ):
+        if names:
+            more = f" and {len(names) - _MAX_NAMED} more (all with --json)" if len(names) > _MAX_NAMED else ""
+            typer.echo(f"{what}: {', '.join(map(escaped, names[:_MAX_NAMED]))}{more}")

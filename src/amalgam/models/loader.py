@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.panels import ActivationType
 from amalgam.models.agreement import check_agreement, check_tied_head
 from amalgam.models.packed_cache import PackedCache, key_of
-from amalgam.models.spec import ModelSpec, Slot, fused_tensors, read_spec
+from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.models.weights import Origin, Part, WeightVersion
 from amalgam.precision.format import QuantizeOptions, StoredWeight, WeightFormat, get_format
 from amalgam.precision.formats.floating import dense
@@ -143,6 +144,25 @@ def codes_bf16(slot: Slot, inference: InferenceSettings) -> bool:
 def oriented(packed: PackedWeight, stored: StoredWeight, slot: Slot) -> PackedWeight:
     """A weight in the slot's orientation, whichever the source stores it in."""
     return dense(packed.dense.t().contiguous()) if slot.is_transposed and stored.is_wide else packed
+
+
+def check_leftovers(source: Source, family: Family, spec: ModelSpec, known: Container[str]) -> None:
+    """Raise CheckpointError if a source holds weights that are neither `known` nor the family's to be left over."""
+    leftovers = [name for name in source.weights if name not in known and not family.is_ignored(name, spec)]
+    if not leftovers:
+        return
+    layers = {int(layer[1]) for name in leftovers if (layer := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    remedy = "Is config.json of the same model?"
+    if layers and min(layers) == spec.num_layers and all(".layers." in name for name in leftovers):
+        remedy = (
+            f"If layers {min(layers)} to {max(layers)} predict further tokens, config.json has to say so: "
+            f"num_nextn_predict_layers {max(layers) - spec.num_layers + 1}. Otherwise: is it of the same model?"
+        )
+    raise CheckpointError(
+        f"{source.folder} holds {len(leftovers)} weights that family {family.name!r} has no place for: "
+        f"{', '.join(leftovers[:5])}{' …' if len(leftovers) > 5 else ''}.",
+        remedy=remedy,
+    )
 
 
 class ModelLoader:
@@ -342,17 +362,7 @@ class ModelLoader:
         tied = {HEAD} if self.spec.has_tied_head else set()
         if tied and not source.store.metadata:  # a GGUF file does not declare it, and may hold both in other precisions
             check_tied_head(source, self.family.logical_name(self.spec.slots[0]), HEAD)
-        leftovers = [
-            name
-            for name in source.weights
-            if name not in self._slots and name not in tied and not self.family.is_ignored(name, spec)
-        ]
-        if leftovers:
-            raise CheckpointError(
-                f"{source.folder} holds {len(leftovers)} weights that family {self.family.name!r} has no place for: "
-                f"{', '.join(leftovers[:5])}{' …' if len(leftovers) > 5 else ''}.",
-                remedy="Is config.json of the same model?",
-            )
+        check_leftovers(source, self.family, spec, {*self._slots, *tied})
 
     def _load(self, planned: Sequence[PlannedWeight], progress: Progress | None) -> dict[str, PackedWeight]:
         """The weights by slot, from the packed cache where there is one and it has them."""

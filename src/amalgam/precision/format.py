@@ -150,7 +150,9 @@ class WeightFormat(ABC):
 
     def quantize(self, weight: Tensor, options: QuantizeOptions) -> Quantized:
         """Quantize a float `[out, in]` weight into the published layout."""
-        raise UnsupportedError(f"Format {self.name!r} is read-only.", remedy="Choose fp8, int8 or int4.")
+        raise UnsupportedError(
+            f"Format {self.name!r} is read-only.", remedy=f"Formats that can be made: {writable_names()}."
+        )
 
     def pack(self, quantized: Quantized, shape: tuple[int, ...]) -> PackedWeight:
         """Pack what `quantize` made, without a file in between."""
@@ -189,6 +191,25 @@ def get_format(name: str) -> WeightFormat:
             return weight_format
     known = ", ".join(sorted({f.name for f in all_formats()}))
     raise UnsupportedError(f"Format {name!r} is unknown.", remedy=f"Known formats: {known}.")
+
+
+def writable_format(name: str) -> WeightFormat:
+    """The format called `name`, in which checkpoints can be written.
+
+    Raises:
+        UnsupportedError: there is none, or it is only read; the message lists those that can be made.
+    """
+    known = {f.name: f for f in all_formats()}
+    weight_format = known.get(name)
+    if weight_format is None or not weight_format.can_quantize:
+        reason = "is unknown" if weight_format is None else "is read, but cannot be made"
+        raise UnsupportedError(f"Format {name!r} {reason}.", remedy=f"Formats that can be made: {writable_names()}.")
+    return weight_format
+
+
+def writable_names() -> str:
+    """The formats in which checkpoints can be written, for messages."""
+    return ", ".join(sorted(f.name for f in all_formats() if f.can_quantize))
 
 
 def owned(tensor: Tensor) -> Tensor:

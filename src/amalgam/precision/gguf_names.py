@@ -62,6 +62,11 @@ class Naming:
     has_transposed: bool = False
 
 
+def is_rope_table(name: str) -> bool:
+    """Whether a tensor holds no weight, but numbers that the configuration is made from."""
+    return _ROPE_TABLES.fullmatch(name) is not None
+
+
 def translate(store: TensorStore) -> Iterator[tuple[str, Piece]]:
     """Every logical weight of a GGUF checkpoint.
 
@@ -79,7 +84,7 @@ def translate(store: TensorStore) -> Iterator[tuple[str, Piece]]:
     draft_layers, num_pieces = _draft_layers(store), 0
     for name, entry in store.items():
         layer = re.match(r"blk\.(\d{1,6})\.", name)
-        if _ROPE_TABLES.fullmatch(name) or (layer is not None and int(layer[1]) in draft_layers):
+        if is_rope_table(name) or (layer is not None and int(layer[1]) in draft_layers):
             continue
         latent = _LATENT.fullmatch(name)
         if latent is not None:

@@ -26,6 +26,7 @@ from amalgam.precision.declared import Declaration, Declared
 from amalgam.precision.format import WEIGHT_SUFFIX
 from amalgam.precision.quant_config import read_declaration
 from amalgam.precision.source import CONFIG_NAME, Source, fitting, group_names, group_parts, reader, recognise
+from amalgam.tools.carry import left_out_tensors
 from amalgam.tools.roles import ROLES, role_by_name
 
 UNRECOGNISED = "unrecognised"
@@ -228,7 +229,7 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         found = _by_headers(store, config, declaration, notes)
         num_shards = len(store.files)
 
-    weights = {}
+    weights, ignored = {}, []
     if family is not None:
         found = family.with_optional_prefix(found, slots)
     for name, weight in found.items():
@@ -237,6 +238,15 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
             weights[name] = Weight(slot.role, weight.format, weight.shape or slot.shape, weight.nbytes)
         elif family is None or spec is None or not family.is_ignored(name, spec):
             weights[name] = weight
+        else:
+            ignored.append(name)
+    if source is not None:
+        ignored += left_out_tensors(source, source.weights)
+    if ignored:
+        notes.append(
+            f"{len(ignored)} tensors are not counted, for instance {describe(ignored[0], 400)}: layers that predict "
+            "further tokens, or tables that are computed anyway."
+        )
     if spec is not None:
         notes += _compare(weights, slots, spec)
     return Analysis(

@@ -14,6 +14,8 @@ from amalgam.config import NATIVE_ISA_VARIABLE, NATIVE_ISAS, Settings, environme
 from amalgam.kernels.panels import COMPILED_LAYOUTS
 from amalgam.models.spec import all_families
 from amalgam.precision.format import all_formats
+from amalgam.precision.gguf_config import ARCHITECTURES
+from amalgam.text_gguf_words import WORDS
 
 _INTRODUCTION = f"""# Configuration
 
@@ -50,6 +52,32 @@ config has them. Where the Hugging Face classes look at the longest sequence of 
 requests: *dynamic* serves up to `max_position_embeddings`, where it equals the default, and refuses longer sequences;
 *longrope* takes its long factors for every token if `inference.max_seq_length` is above
 `original_max_position_embeddings`, and its short ones otherwise.
+"""
+_GGUF = """## GGUF
+
+A `.gguf` file alone is a model: configuration and tokenizer come from its metadata. A `config.json` or `tokenizer.json`
+in its folder takes their place if the folder is named instead of the file.
+
+- **Architectures**: {architectures}.
+- **Numbers** have llama.cpp's defaults: `rope.scaling.factor` without a type is linear. A key of the architecture that
+  would change what is computed and is not understood is refused by name. DeepSeek files without
+  `expert_group_count` (converters until autumn 2025) work for V2, V3, R1, Moonlight and Kimi K2, which are known by
+  their size; of others the published `config.json` has to be there.
+- **Tokenizers** `gpt2` and `llama`. `tokenizer.ggml.pre` may be {names}. Where llama.cpp differs from the published
+  `tokenizer.json`, the latter counts: Unicode's form NFC for {normalized}; the published expressions
+  of GPT-4o's kind, Kimi K2, Cohere and others, which llama.cpp comes near to with `std::regex`.
+- **An answer ends** where it does in llama.cpp: at the ids that the file names (eos, eot, eom, fim_pad, fim_rep,
+  fim_sep) and at tokens known by their text (`<|im_end|>`, `<|eot_id|>`, `<|endoftext|>` …). Texts that can stand in an
+  answer, such as `</s>`, count only if the file marks the token as special.
+- **Activations** are multiplied as they are. llama.cpp rounds them to 8 bits for quantized weights, so that its logits
+  differ from those of the same file by more than a unit in places; with the file's weights in float32 it agrees.
+
+## What `quantize` takes along
+
+Besides the weights: layers for multi-token prediction and tied heads as they are, tokenizer, chat templates, generation
+defaults, licence; from a GGUF file the tokenizer, its template and the ends of an answer as files. What it leaves out
+(scales of a KV cache, draft layers of a GGUF file, other files) and what else changes in `config.json` it says, with
+`--json` in full.
 """
 
 
@@ -112,7 +140,13 @@ def support() -> str:
         cells = [", ".join(has[column]) or "–" for column in ("attention", "experts")]
         other = ", ".join(filter(None, [*has["other"], fused])) or "–"
         lines.append(f"| {family.name} | {', '.join(family.architectures)} | {' | '.join(cells)} | {other} |")
-    return "\n".join(lines) + "\n"
+    lists = {
+        "architectures": sorted(ARCHITECTURES),
+        "names": sorted(WORDS),
+        "normalized": sorted(name for name, words in WORDS.items() if words.normalizes),
+    }
+    lines += ["", _GGUF.format(**{key: ", ".join(f"`{name}`" for name in values) for key, values in lists.items()})]
+    return "\n".join(lines)
 
 
 def _features(slots: set[str]) -> dict[str, list[str]]:

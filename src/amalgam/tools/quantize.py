@@ -1,14 +1,17 @@
 """One checkpoint → the same model in another precision, in compressed-tensors' layouts.
 
 In: a wide checkpoint. Out: a folder that `amalgam`, transformers and vLLM can read, and a report of bytes and errors.
-Attention, MLP and expert projections are quantized; embeddings, head, routers, norms and biases stay as they are.
+Attention, MLP and expert projections are quantized; embeddings, head, routers, norms and biases stay as they are. So
+does what the checkpoint holds beside the model: layers that predict further tokens, tables that are computed anyway.
+The report names what is left out.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,19 +23,20 @@ from amalgam.checkpoint.source import resolve
 from amalgam.checkpoint.writer import new_folder, write_checkpoint
 from amalgam.config import Settings
 from amalgam.errors import CheckpointError, ConfigError
-from amalgam.models.loader import Progress, oriented
-from amalgam.models.spec import Slot, fused_tensors, read_spec
+from amalgam.models.loader import HEAD, Progress, check_leftovers, oriented
+from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.precision.format import (
     QuantizeOptions,
     Scheme,
     StoredWeight,
     WeightFormat,
-    get_format,
+    writable_format,
 )
 from amalgam.precision.source import CONFIG_NAME, Source
+from amalgam.tools.carry import carry_files, left_out_tensors
 
-# What makes a folder usable besides weights: tokenizer, chat template, generation defaults.
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
+_DRAFTS_KEY = "num_nextn_predict_layers"
+_LAYER = re.compile(r"(.*?\b(?:layers|blk)\.(\d{1,6}))\.")
 
 
 @dataclass
@@ -52,11 +56,21 @@ class RoleReport:
 
 @dataclass
 class QuantizeReport:
-    """What `quantize_checkpoint` wrote."""
+    """What `quantize_checkpoint` wrote.
+
+    Attributes:
+        carried: weights beside the model's own, copied as they are.
+        left_out_tensors, left_out_files: of the checkpoint, not in the folder.
+        config_changes: keys of config.json that say something else now, besides the quantization.
+    """
 
     folder: Path
     format: str
     roles: dict[str, RoleReport] = field(default_factory=dict)
+    carried: list[str] = field(default_factory=list)
+    left_out_tensors: list[str] = field(default_factory=list)
+    left_out_files: list[str] = field(default_factory=list)
+    config_changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bytes_before(self) -> int:
@@ -73,14 +87,20 @@ def quantize_checkpoint(
     format_name: str,
     options: QuantizeOptions = QuantizeOptions(),
     progress: Progress | None = None,
+    carries_others: bool = True,
 ) -> QuantizeReport:
     """Quantize the linear weights of `checkpoint` into `out_folder`, which appears complete or not at all.
 
+    Args:
+        carries_others: copy the weights that the checkpoint holds beside the model's own.
+
     Raises:
-        CheckpointError: the folder exists, or the checkpoint is damaged or holds no wide linear weights.
+        CheckpointError: the folder exists, or the checkpoint is damaged, holds no wide linear weights, or weights that
+            the model has no place for.
         ConfigError: an option that the format does not take, or a group size that does not divide.
+        UnsupportedError: a format that cannot be made.
     """
-    weight_format = get_format(format_name)
+    weight_format = writable_format(format_name)
     source = Source.open("base", checkpoint, fused_tensors)
     if not source.config:
         raise CheckpointError(source.config_place, remedy=f"The model's sizes stand in {CONFIG_NAME}.")
@@ -96,15 +116,53 @@ def quantize_checkpoint(
             f"{source.folder} is quantized already: {len(narrow)} weights, for instance {narrow[0]!r}.",
             remedy="Give the bf16, fp16 or fp32 checkpoint.",
         )
-    writer = _Quantizer(source, weight_format, options, QuantizeReport(out_folder, format_name), progress)
+    report = QuantizeReport(out_folder, format_name)
+    others = _besides(source, family, spec, slots)
+    report.carried = others if carries_others else []
+    report.left_out_tensors = left_out_tensors(source, {*slots, *report.carried})
+    if source.config.get(_DRAFTS_KEY) and _drafts(report.left_out_tensors, spec):
+        report.config_changes[_DRAFTS_KEY] = 0
+    writer = _Quantizer(source, weight_format, options, report, progress)
+    drafts = _drafts(report.carried, spec)
     with new_folder(out_folder) as temporary:
         write_checkpoint(temporary, writer.tensors(slots))
-        config = {**source.config, "quantization_config": writer.quantization_config(slots)}
+        config = {
+            **source.config,
+            **report.config_changes,
+            "quantization_config": writer.quantization_config(slots, drafts),
+        }
+        if source.store.metadata and "dtype" not in config:
+            config["dtype"] = _main_dtype(source, slots)
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for file in {file for pattern in _COPIED for file in source.folder.glob(pattern)}:
-            if file.name != CONFIG_NAME and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, temporary / file.name)
-    return writer.report
+        report.left_out_files = carry_files(source.store, temporary)
+    return report
+
+
+def _besides(source: Source, family: Family, spec: ModelSpec, slots: dict[str, Slot]) -> list[str]:
+    """Weights that the checkpoint holds beside the model's, to be copied; draft layers as a whole or not at all."""
+    tied = {HEAD} if spec.has_tied_head else set()
+    check_leftovers(source, family, spec, {*slots, *tied})
+    others = [name for name in source.weights if name not in slots]
+    wide = [name for name in others if source.weights[name].is_wide]
+    if len(wide) < len(others):  # some are quantized: in what way, the new configuration cannot say
+        drafts = set(_drafts(wide, spec))
+        wide = [name for name in wide if name not in drafts]
+    return wide
+
+
+def _drafts(names: list[str], spec: ModelSpec) -> list[str]:
+    """Weights of layers behind the decoder's last one."""
+    layers = ((name, _LAYER.match(name)) for name in names)
+    return [name for name, layer in layers if layer is not None and int(layer[2]) >= spec.num_layers]
+
+
+def _main_dtype(source: Source, slots: dict[str, Slot]) -> str:
+    """The type that most weights of a GGUF file have: its metadata do not say."""
+    sizes: Counter[str] = Counter()
+    for name in slots:
+        for part in source.weights[name].parts.values():
+            sizes[str(part.dtype).removeprefix("torch.")] += part.nbytes
+    return sizes.most_common(1)[0][0]
 
 
 def ensure_derived(settings: Settings, progress: Progress | None = None) -> list[QuantizeReport]:
@@ -116,7 +174,8 @@ def ensure_derived(settings: Settings, progress: Progress | None = None) -> list
         if not folder.exists():
             options = QuantizeOptions(derived.group_size, derived.scale)
             base = str(resolve(settings.model.base_path))
-            reports.append(quantize_checkpoint(base, folder, derived.format, options, progress))
+            # A source is asked for weights of the model only; draft layers, which stay wide, can be as large as it.
+            reports.append(quantize_checkpoint(base, folder, derived.format, options, progress, carries_others=False))
     return reports
 
 
@@ -152,6 +211,8 @@ class _Quantizer:
             done += stored.nbytes
             if self._progress is not None:
                 self._progress(f"Quantizing to {self._format.name}", done, total)
+        for name in self.report.carried:
+            yield name, self._source.load(self._source.weights[name]).dense
 
     def _quantize(self, name: str, slot: Slot, stored: StoredWeight) -> Iterator[tuple[str, torch.Tensor]]:
         wide = self._source.load(stored, lambda packed: oriented(packed, stored, slot)).dequantize()
@@ -179,7 +240,7 @@ class _Quantizer:
         role.bytes_after += after
         return role
 
-    def quantization_config(self, slots: dict[str, Slot]) -> dict[str, Any]:
+    def quantization_config(self, slots: dict[str, Slot], drafts: list[str]) -> dict[str, Any]:
         """`quantization_config` as compressed-tensors 0.20 reads it: weight-only groups, one per scheme.
 
         One scheme applies to all linear layers by class; several name their modules.
@@ -206,6 +267,10 @@ class _Quantizer:
             "format": layouts.pop(),
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": ["lm_head", *(module for module in ignore if module != "lm_head")],
+            "ignore": [
+                "lm_head",
+                *(module for module in ignore if module != "lm_head"),
+                *sorted({f"re:{re.escape(layer[1])}\\..*" for name in drafts if (layer := _LAYER.match(name))}),
+            ],
             "kv_cache_scheme": None,
         }
