@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from safetensors.torch import load_file, save_file
 from amalgam.config import BASE_SOURCE, InferenceSettings, MixedPrecisionSettings, ModelSettings
 from amalgam.errors import CheckpointError
 from amalgam.kernels import reference
-from amalgam.models.families import gpt_oss, mixtral, qwen3_moe
+from amalgam.models.families import gpt_oss, mixtral, phimoe, qwen3_moe
 from amalgam.models.loader import ModelLoader
 from amalgam.models.manifest import plan_manifest
 from amalgam.models.spec import Family, all_families, fused_tensors
 from amalgam.precision.fused import FusedTensor
 from amalgam.precision.source import Source
+from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.models.harness import CPU, Runner, load_model
-from tests.models.tiny import HuggingFace, tiny_model
+from tests.models.tiny import HuggingFace, tiny_model, write_checkpoint
+from tests.precision.layouts import LAYOUTS
 
 FUSED = [family for family in all_families() if family.fused and family is not gpt_oss.FAMILY]
 PROMPT = list(range(3, 40))
@@ -41,6 +44,60 @@ def test_both_sets_of_names_hold_the_same_weights(family: Family, tmp_path: Path
     for slot in alone.origins:
         assert torch.equal(alone[slot].dequantize(), fused[slot].dequantize()), slot
         assert all(part.is_contiguous() for part in fused[slot].parts.values())
+
+
+PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def renamed(name: str) -> str:
+    """As llm-compressor 0.13 publishes Mixtral's experts one by one, under the names of transformers 5."""
+    name = re.sub(r"block_sparse_moe\.(experts\.\d+)\.(w[123])", lambda m: f"mlp.{m[1]}.{PARTS[m[2]]}", name)
+    return name.replace("block_sparse_moe.gate", "mlp.gate")
+
+
+@pytest.mark.parametrize("layout", ["fp32", "mxfp4", "gptq-int4", "awq", "int4", "fp8-channel", "bnb-nf4", "hqq-int4"])
+@pytest.mark.parametrize("family", [mixtral.FAMILY, phimoe.FAMILY], ids=lambda family: family.name)
+def test_experts_one_by_one_under_the_names_of_other_families(family: Family, layout: str, tmp_path: Path) -> None:
+    """In any format, and declared under the names that they are stored under."""
+    torch.manual_seed(5)
+    tiny_model(family).save_pretrained(tmp_path)
+    config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        tensor, module = tensors.pop(name), name.removesuffix(".weight")
+        tensors |= {f"{module}.{suffix}": part for suffix, part in LAYOUTS[layout].make(*tensor.shape).items()}
+    config["quantization_config"] = LAYOUTS[layout].quantization
+    write_checkpoint(tmp_path / "old", config, tensors)
+    write_checkpoint(tmp_path / "new", config, {renamed(name): tensor for name, tensor in tensors.items()})
+    assert any("mlp.experts.0.gate_proj" in name for name in load_file(tmp_path / "new/model.safetensors"))
+    old, new = (load_model(tmp_path / folder)[1] for folder in ("old", "new"))
+    assert old.origins.keys() == new.origins.keys()
+    for slot in old.origins:
+        assert torch.equal(old[slot].dequantize(), new[slot].dequantize()), slot
+    assert analyze_checkpoint(str(tmp_path / "new")).notes == ()
+
+    twice = {renamed(name): tensor.clone() for name, tensor in tensors.items()} | tensors
+    write_checkpoint(tmp_path / "twice", config, twice)
+    with pytest.raises(CheckpointError, match=r"stored twice.*mlp\.experts|stored twice.*block_sparse_moe"):
+        load_model(tmp_path / "twice")
+
+
+def test_renamed_experts_are_declared_under_their_stored_names(tmp_path: Path) -> None:
+    tiny_model(mixtral.FAMILY).save_pretrained(tmp_path)
+    config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    stored = {renamed(name): tensor for name, tensor in tensors.items()}
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    for targets, is_refused in (
+        ([r"re:.*mlp\.experts\.[0-9]+\.(gate|up|down)_proj$"], False),
+        (["model.layers.0.mlp.experts.0.gate_proj"], True),  # by name, and the tensor is plain
+    ):
+        groups = {"group_0": {"targets": targets, "weights": weights, "format": "pack-quantized"}}
+        declared = {"quant_method": "compressed-tensors", "config_groups": groups}
+        write_checkpoint(tmp_path / "new", {**config, "quantization_config": declared}, stored)
+        if not is_refused:
+            load_model(tmp_path / "new")
+            continue
+        with pytest.raises(CheckpointError, match=r"block_sparse_moe\.experts\.0\.w1.*quantized"):
+            load_model(tmp_path / "new")
 
 
 def test_a_fused_source_mixes_with_others(tmp_path: Path) -> None:

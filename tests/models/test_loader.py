@@ -19,6 +19,7 @@ from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.loader import ModelLoader
 from amalgam.models.spec import all_families, read_spec
 from amalgam.models.weights import WeightVersion
+from amalgam.tools.analyze import analyze_checkpoint
 from tests.models.tiny import BASE_CONFIG, save_tiny
 
 CPU = torch.device("cpu")
@@ -179,3 +180,84 @@ def test_every_slot_has_a_name_of_its_own(family: Any) -> None:
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UnsupportedError, match="Qwen3MoeForCausalLM"):
         read_spec({"architectures": ["GPTNeoXForCausalLM"]}, "config.json")
+
+
+def add_biases(folder: Path, modules: list[str], value: float, width: int | None = None) -> None:
+    """Biases beside projections that the model has none for, as GPTQ's tools write them."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for module in modules:
+            rows = width or tensors[f"{module}.weight"].shape[0]
+            tensors[f"{module}.bias"] = torch.full((rows,), value, dtype=torch.float16)
+
+    change_tensors(folder, change)
+
+
+PROJECTIONS = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.o_proj",
+    "model.layers.0.mlp.experts.3.down_proj",
+    "model.layers.1.mlp.gate",
+    "lm_head",
+]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0])
+def test_biases_of_zeros_are_passed_over(tiny: Path, copy: Path, value: float) -> None:
+    """Whether of the base or of another source, and what they stand beside."""
+    add_biases(copy, PROJECTIONS, value)
+    analysis = analyze_checkpoint(str(copy))
+    assert len(analysis.notes) == 1 and f"{len(PROJECTIONS)} biases" in analysis.notes[0]
+    expected = build(tiny)
+    for version in (build(copy), build(tiny, ("model.layers.*", "zeros"), zeros=copy)):
+        assert version.origins.keys() == expected.origins.keys()
+        for slot in expected.origins:
+            assert torch.equal(version[slot].dequantize(), expected[slot].dequantize())
+
+
+@pytest.mark.parametrize("module", PROJECTIONS)
+def test_biases_that_the_model_has_no_place_for_are_refused(tiny: Path, copy: Path, module: str) -> None:
+    """With a cure: nothing that changes the result is dropped."""
+    add_biases(copy, PROJECTIONS, 0.0)
+    add_biases(copy, [module], 1e-6)
+    for refused in (lambda: build(copy), lambda: build(tiny, ("model.layers.*", "other"), other=copy)):
+        with pytest.raises(CheckpointError, match=rf"{module}\.bias.*attention_bias"):
+            refused()
+
+
+@pytest.mark.parametrize("module", ["model.norm", "model.layers.0.self_attn.q_norm", "model.layers.0.mlp"])
+def test_zeros_beside_what_is_no_projection_are_refused(copy: Path, module: str) -> None:
+    """A norm with a bias is another norm."""
+    add_biases(copy, [module], 0.0, width=64)
+    with pytest.raises(CheckpointError, match=rf"no place for: {module}\.bias"):
+        build(copy)
+
+
+def test_zeros_of_another_size_are_refused(copy: Path) -> None:
+    add_biases(copy, PROJECTIONS[:1], 0.0, width=3)
+    with pytest.raises(CheckpointError, match=r"no place for: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        build(copy)
+
+
+def test_a_declaration_that_changed_makes_other_weights(tmp_path: Path) -> None:
+    """Neither a reload nor the packed cache takes a weight whose bytes are the same and now mean something else."""
+    save_tiny(FAMILY, tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.update(as_fp8(tensors)))
+    declared = {"quant_method": "fp8", "weight_scale_method": "row"}
+    change_config(tmp_path, quantization_config=declared)
+    settings = InferenceSettings(packed_cache=str(tmp_path / "cache"))
+    loader = ModelLoader(ModelSettings(base_path=str(tmp_path)), settings, CPU, 2)
+    first = loader.build(loader.make_plan(), 1).version
+    change_config(tmp_path, quantization_config={**declared, "weight_scale_semantics": "inverse"})
+    loader = loader.reopen()
+    second = loader.build(loader.make_plan(), 2, first).version
+    slot = "layers.0.attention.q"  # scales of 2
+    assert torch.equal(first[slot].dequantize(), 4 * second[slot].dequantize())
+    assert first.fingerprint != second.fingerprint
+    assert first["layers.0.attention_norm"] is second["layers.0.attention_norm"]
+
+
+def as_fp8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = [name for name in tensors if name.endswith("_proj.weight")]
+    values = {name: tensors[name].to(torch.float8_e4m3fn) for name in names}
+    return values | {f"{name}_scale_inv": torch.full((len(tensors[name]),), 2.0) for name in names}

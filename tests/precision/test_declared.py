@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from safetensors.torch import save_file
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
 from amalgam.precision.declared import Declared
 from amalgam.precision.quant_config import parse_declaration, read_declaration
+from amalgam.precision.quant_keys import HARMLESS, TRANSFORMS, TRANSFORMS_OF_A_MODEL
 from amalgam.precision.source import Source
 from tests.precision.layouts import LAYOUTS, ct
+from tests.precision.published import PUBLISHED
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
@@ -122,6 +126,53 @@ REFUSED = {
     "autoround of floats": ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "mx_fp"),
     "fp8 experts in fp4": ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype"),
     "fp8 of another type": ({"quant_method": "fp8", "fmt": "e5m2"}, "e5m2"),
+    "fp8 of other scales": ({"quant_method": "fp8", "weight_scale_semantics": "log2"}, "log2"),
+    "fp8 of other groups": ({"quant_method": "fp8", "weight_scale_method": "column"}, "column"),
+    "fp8 of blocks without a size": ({"quant_method": "fp8", "weight_scale_method": "block"}, "weight_block_size"),
+    "fp8 of another format": ({"quant_method": "fp8", "format": "float8_e5m2"}, "float8_e5m2"),
+    "fp8 of another machine": (
+        {**ct("float-quantized", num_bits=8, type="float"), "fp8_dtype_flavor": "e4m3fnuz"},
+        "fnuz",
+    ),
+    "experts replaced by constants": (
+        {**ct("pack-quantized", **INT4), "moe_sparsity_config": {"method": "novice"}},
+        "novice",
+    ),
+    "awq in another tool's order": ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "llm-awq"),
+    "awq in the order of activations": ({"quant_method": "awq", "bits": 4, "desc_act": True}, "desc_act"),
+    "gptq for another kernel": ({**GPTQ, "is_marlin_format": True}, "is_marlin_format"),
+    "gptq of floats": ({**GPTQ, "data_type": "fp"}, "data_type"),
+    "modelopt that contradicts itself": (
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "FP8",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float"}}},
+        },
+        "num_bits 4",
+    ),
+    "modelopt with zero points": (
+        {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "has_zero_point": True},
+        "has_zero_point",
+    ),
+    "modelopt with coded scales": (
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {"m.x": {"quant_algo": "NVFP4", "weight_scale_encoding": "csf"}},
+        },
+        "weight_scale_encoding",
+    ),
+    "an activation that is rotated": (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"a": {"targets": ["Linear"], "weights": INT4, "input_activations": {"rotate": True}}},
+        },
+        "rotate",
+    ),
+    "autoround of floats with more exponents": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:fp8_static", "bits": 8, "data_type": "fp8_e5m2"},
+        "e5m2",
+    ),
     "fp8 of odd scales": ({"quant_method": "fp8", "scale_fmt": "log"}, "scale_fmt"),
     "fp8 of impossible blocks": ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "[128, 0]"),
     "modelopt of another algorithm": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
@@ -147,6 +198,104 @@ def test_what_is_not_understood_is_refused_by_name(case: str) -> None:
     with pytest.raises((UnsupportedError, CheckpointError)) as error:
         parse_declaration(config, "config.json")
     assert message in str(error.value) and "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_declarations_are_read(name: str) -> None:
+    parse_declaration(PUBLISHED[name], "config.json")
+
+
+def objects(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of all objects in a declaration whose keys decide what weights mean, its own included."""
+    yield path
+    for key, inner in value.items():
+        if isinstance(inner, Mapping) and key not in HARMLESS:
+            yield from objects(inner, (*path, key))
+
+
+PLACES = [(name, path) for name, config in PUBLISHED.items() for path in objects(config)]
+
+
+@pytest.mark.parametrize(("name", "path"), PLACES, ids=str)
+@pytest.mark.parametrize("value", [True, 1, "x", {"a": 1}, ["a"]], ids=str)
+def test_a_key_that_nobody_reads_is_refused_by_name(name: str, path: tuple[str, ...], value: Any) -> None:
+    """At any depth; a declaration is read whole, or not at all."""
+    config = deepcopy(PUBLISHED[name])
+    place: Any = config
+    for key in path:
+        place = place[key]
+    place["scale_is_squared"] = value
+    with pytest.raises(AmalgamError) as error:
+        parse_declaration(config, "config.json")
+    message = str(error.value)
+    assert "config.json" in message
+    if path[:1] != ("transform_config",):  # refused as a whole
+        assert "scale_is_squared" in message and all(part in message for part in path)
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}], ids=repr)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_key_that_says_nothing_changes_nothing(name: str, value: Any) -> None:
+    expected = parse_declaration(PUBLISHED[name], "config.json")
+    found = parse_declaration({**PUBLISHED[name], "some_feature": value, "rotation_config": value}, "config.json")
+    assert (found.default, found.named, len(found.rules)) == (expected.default, expected.named, len(expected.rules))
+
+
+@pytest.mark.parametrize("key", sorted(TRANSFORMS))
+@pytest.mark.parametrize("name", ["GPTQModel", "GPTQModel AWQ", "AutoRound MXFP4", "llm-compressor FP8", "DeepSeek"])
+def test_rotated_weights_are_refused_everywhere(name: str, key: str) -> None:
+    for config in (
+        {**PUBLISHED[name], key: {"block_size": 32}},
+        {**PUBLISHED[name], "dynamic": {".*": {key: "hadamard"}}},
+        {**PUBLISHED[name], "extra_config": {"model.layers.0.mlp.down_proj": {key: {"block_size": 32}}}},
+    ):
+        with pytest.raises(UnsupportedError, match=r"config\.json") as error:
+            parse_declaration(config, "config.json")
+        assert key in str(error.value) or "dynamic" in str(error.value) or "extra_config" in str(error.value)
+
+
+@pytest.mark.parametrize("key", sorted(TRANSFORMS_OF_A_MODEL))
+def test_rotations_beside_the_declaration_are_refused(key: str, tmp_path: Path) -> None:
+    for config in ({key: {"r1": True}}, {"text_config": {key: {"r1": True}}}):
+        with pytest.raises(UnsupportedError, match=key):
+            read_declaration(tmp_path, config)
+    read_declaration(tmp_path, {key: None})
+
+
+def test_synonyms_that_disagree_are_refused() -> None:
+    for changes in ({"format": "gptq_v2", "checkpoint_format": "gptq"}, {"q_group_size": 64}, {"method": "awq"}):
+        with pytest.raises(CheckpointError, match=next(iter(changes))):
+            parse_declaration({**GPTQ, **changes}, "config.json")
+    parse_declaration({"quant_method": "awq", "bits": 4, "version": "GEMM", "format": "gemm"}, "config.json")
+
+
+def test_side_files_are_read_whole_too(tmp_path: Path) -> None:
+    for name, content in (
+        ("hf_quant_config.json", {"producer": {}, "scale_is_squared": 1, "quantization": {"quant_algo": "FP8"}}),
+        ("hf_quant_config.json", {"producer": {}, "quantization": {"quant_algo": "FP8", "scale_is_squared": 1}}),
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "scale_is_squared": 1}),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128, "scale_is_squared": 1}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(UnsupportedError, match=f"{name}.*scale_is_squared"):
+            read_declaration(tmp_path, {})
+        (tmp_path / name).unlink()
+
+
+def test_awq_with_dynamic_rules() -> None:
+    config = PUBLISHED["GPTQModel AWQ"]
+    assert of(config, "model.layers.0.mlp.gate").is_quantized is False
+    assert of(config, "model.layers.0.mlp.down_proj").group_size == 32
+    assert of(config, "model.layers.0.mlp.up_proj").group_size == 128
+    assert of(config, "lm_head").is_quantized is False
+
+
+def test_scales_that_divide_are_declared_by_module() -> None:
+    config = PUBLISHED["GPTQModel FP8"]
+    assert of(config, "x.up_proj").divides_by_scale and of(config, "x.up_proj").block == (128, 128)
+    row = of(config, "x.q_proj")
+    assert (row.divides_by_scale, row.strategy, row.block) == (True, "channel", None)
+    assert not of(PUBLISHED["DeepSeek"], "x.up_proj").divides_by_scale
 
 
 @pytest.mark.parametrize("pattern", ["(.|.)*!", "(a|a)*$", "(a|aa)+b", "(a+)+$", ".*" * 30 + "!", "(a*)*(a*)*b"])
@@ -213,7 +362,7 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any] | None, str]] = {
     "other groups, compressed-tensors": (
         "int4",
         ct("pack-quantized", **{**INT4, "group_size": 64}),
-        "m.x.weight_packed",
+        "1 × 64",
     ),
     "other groups, awq": ("awq", {**LAYOUTS["awq"].quantization, "group_size": 128}, "1 × 128"),
     "other blocks": ("fp8-block", {**LAYOUTS["fp8-block"].quantization, "weight_block_size": [16, 16]}, "16 × 16"),
@@ -243,6 +392,16 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any] | None, str]] = {
             "config_groups": {"a": {"targets": ["m.x"], "weights": INT4, "format": "pack-quantized"}},
         },
         "plain bf16",
+    ),
+    "groups in an order that nothing tells": (
+        "gptq-int4",
+        {**LAYOUTS["gptq-int4"].quantization, "desc_act": True},
+        "g_idx",
+    ),
+    "groups in an order that nothing tells, compressed-tensors": (
+        "int4",
+        ct("pack-quantized", **{**INT4, "actorder": "group"}),
+        "weight_g_idx",
     ),
     "e8m0 bytes without saying so": ("mxfp8", {"quant_method": "fp8", "weight_block_size": [1, 32]}, "uint8"),
 }
@@ -315,3 +474,35 @@ def test_everyday_names_are_parts_only_beside_their_anchor(tmp_path: Path) -> No
     """`scale` and `shape` belong to HQQ's `W_q`; another module's parameter of that name is its own."""
     save_file({"norm.scale": torch.ones(4), "block.zero": torch.ones(2)}, tmp_path / "model.safetensors")
     assert set(Source.open("test", str(tmp_path)).weights) == {"norm.scale", "block.zero"}
+
+
+@pytest.mark.parametrize("method", ["tensor", "row", "block"])
+def test_scales_that_divide(method: str, tmp_path: Path) -> None:
+    """GPTQModel stores 448 / amax under the name of DeepSeek's factor."""
+    values = torch.randn(64, 128).to(torch.float8_e4m3fn)
+    scale = torch.rand({"tensor": (), "row": (64,), "block": (2, 4)}[method]) * 50 + 10
+    config = {"quant_method": "fp8", "weight_scale_method": method, "weight_scale_semantics": "inverse"}
+    config |= {"weight_block_size": [32, 32]} if method == "block" else {}
+    save_file({"x.weight": values, "x.weight_scale_inv": scale}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    source = Source.open("test", str(tmp_path))
+    each = {"tensor": scale, "row": scale[:, None] if method == "row" else scale}.get(method)
+    if each is None:
+        each = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    torch.testing.assert_close(
+        source.load(source.weights["x.weight"]).dequantize(), values.float() / each, rtol=1e-6, atol=0
+    )
+
+    save_file({"x.weight": values, "x.weight_scale_inv": torch.zeros_like(scale)}, tmp_path / "model.safetensors")
+    source = Source.open("test", str(tmp_path))
+    with pytest.raises(CheckpointError, match="infinity"):
+        source.load(source.weights["x.weight"])
+
+
+def test_a_rotations_matrix_beside_a_weight_is_refused(tmp_path: Path) -> None:
+    """Even where the declaration was lost: what stands beside a weight has a meaning."""
+    tensors = {f"m.x.{suffix}": tensor for suffix, tensor in LAYOUTS["int4"].make(64, 128).items()}
+    save_file({**tensors, "m.x.spinquant_r4_type": torch.tensor(0, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": LAYOUTS["int4"].quantization}))
+    with pytest.raises(CheckpointError, match=r"m\.x\.spinquant_r4_type"):
+        Source.open("test", str(tmp_path))

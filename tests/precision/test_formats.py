@@ -10,7 +10,7 @@ import torch
 
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.errors import CheckpointError, ConfigError
-from amalgam.kernels import reference
+from amalgam.kernels import mapped, ops, reference
 from amalgam.precision.format import ACTIVATION_SUFFIXES, QuantizeOptions, WeightFormat, all_formats, get_format
 from amalgam.precision.source import Source
 from tests.precision.layouts import LAYOUTS
@@ -247,3 +247,30 @@ def test_every_format_is_found_once() -> None:
     names = [weight_format.name for weight_format in all_formats()]
     assert len(names) == len(set(names))
     assert {"fp32", "bf16", "fp16", "fp8", "int8", "int4"} <= set(names)
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if not get_format(layout.format).is_wide])
+def test_an_embedding_is_the_rows_of_the_weight(name: str, tmp_path: Path) -> None:
+    """Whatever a layout's parts are: rows, or what all rows share."""
+    torch.manual_seed(4)
+    tensors = LAYOUTS[name].make(64, 128)
+    write_checkpoint(tmp_path, [(f"x.{suffix}", tensor) for suffix, tensor in tensors.items()])
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": LAYOUTS[name].quantization}))
+    source = Source.open("test", str(tmp_path))
+    packed = source.load(source.weights["x.weight"])
+    ids = torch.tensor([3, 0, 63, 3])
+    assert torch.equal(reference.embedding(ids, packed, torch.float32), packed.dequantize()[ids])
+
+
+def test_nothing_is_assumed_of_a_foreign_layout() -> None:
+    """Its parts have names, shapes and meanings that only its `unpack` knows."""
+    parts = {"codes": torch.arange(6, dtype=torch.uint8), "scale": torch.tensor(0.5), "block": torch.ones(1, 1)}
+    unpack = lambda weight: (weight.parts["codes"].float() * weight.parts["scale"]).view(weight.shape)  # noqa: E731
+    for block in (None, (1, 2), (3, 2)):
+        weight = reference.PackedWeight("foreign", (3, 2), parts, unpack, block)
+        assert ops.prepare(weight) is weight
+        assert not mapped.can_be_mapped(weight)
+        ids = torch.tensor([2, 0])
+        assert torch.equal(ops.embedding(ids, weight, torch.float32), weight.dequantize()[ids])
+        x = torch.randn(5, 2)
+        assert torch.equal(ops.linear(x, weight), ops.linear(x, dense(weight.dequantize())))

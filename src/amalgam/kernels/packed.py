@@ -27,7 +27,8 @@ Runtime layouts (`PackedWeight.layout`), all row-major over `[out, in]`:
     panels_bf16_coded  the same for bf16 in 12 bits a value, without loss (`csrc/coded.h`)
               weight: uint8, the panels' lines; exceptions: uint8, what the code has no place for, and where it is
 
-A layout that no kernel knows still works: every packed weight carries the function that expands it.
+A layout that no kernel knows still works: every packed weight carries the function that expands it. Nothing is assumed
+of such a layout's parts.
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ from torch import Tensor
 Unpack = Callable[["PackedWeight"], Tensor]
 
 FLOATING_LAYOUTS = frozenset({"dense", "panels_bf16", "panels_bf16_coded", "panels_fp16", "panels_fp32"})
+_LAYOUTS_OF_ROWS = frozenset({"scaled8", "int4", "affine4", "affine8", "table4"})
+_SHARED_BY_ROWS = frozenset({"group", "columns", "table", "factor", "divisor"})
+
+
+def consists_of_rows(layout: str) -> bool:
+    """Whether all parts of a layout but those that the rows share have the rows first; False of foreign ones."""
+    return layout.removesuffix("_columns") in _LAYOUTS_OF_ROWS or layout.startswith("gguf_")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +84,13 @@ class PackedWeight:
 
     @property
     def has_own_rows(self) -> bool:
-        """Whether every row has scales of its own, so that it can be expanded alone."""
-        return self.native is None and (self.block is None or self.block[0] == 1)
+        """Whether every row has values and scales of its own, so that it can be expanded alone."""
+        return self.native is None and consists_of_rows(self.layout) and (self.block is None or self.block[0] == 1)
 
     def take_rows(self, rows: Tensor) -> PackedWeight:
         """A weight of some rows, in the given order; only where `has_own_rows`."""
         assert self.has_own_rows
-        parts = {name: part if name == "group" else part[rows] for name, part in self.parts.items()}
+        parts = {name: part if name in _SHARED_BY_ROWS else part[rows] for name, part in self.parts.items()}
         return PackedWeight(self.layout, (len(rows), *self.shape[1:]), parts, self.unpack, self.block)
 
     @property

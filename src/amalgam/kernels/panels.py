@@ -415,8 +415,11 @@ def _matrix(weight: PackedWeight) -> _native.Matrix:
 
 
 def _format_name(weight: PackedWeight) -> str:
-    dtype = weight.parts["weight"].dtype
-    return {"dense": _DENSE.get(dtype, ""), "scaled8": _SCALED8.get(dtype, ""), "int4": "int4"}.get(weight.layout, "")
+    """What the extension calls a weight's values; empty for layouts that are not its own, whose parts nobody knows."""
+    if weight.layout == "int4":
+        return "int4"
+    names = {"dense": _DENSE, "scaled8": _SCALED8}.get(weight.layout)
+    return "" if names is None else names.get(weight.parts["weight"].dtype, "")
 
 
 def _fits(weight: PackedWeight) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import re
 import shutil
 import threading
@@ -27,7 +28,7 @@ from amalgam.checkpoint.shards import Identity
 from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.kernels import mapped, native, ops, panels
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.packed import PackedWeight, consists_of_rows
 from amalgam.kernels.panels import ActivationType
 from amalgam.models.agreement import check_agreement, check_tied_head
 from amalgam.models.packed_cache import PackedCache, key_of
@@ -59,9 +60,11 @@ class PlannedWeight:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Equal for weights that are packed from the same bytes in the same way; taken when first asked for."""
+        """Equal for weights that are packed from the same bytes, which mean the same, in the same way; taken when
+        first asked for. Two folders may hold one file and declare it differently."""
         target = self.quantize_to.name if self.quantize_to else None
-        return (*self.source.identity(self.stored), target)
+        meaning = None if self.stored.is_wide else self.stored.declared
+        return (*self.source.identity(self.stored), meaning, target)
 
     @property
     def cache_key(self) -> str:
@@ -75,7 +78,9 @@ class PlannedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Its size by its format: as stored, or as it is quantized while loading."""
+        """Its size by its format: as stored, or as it is quantized or expanded while loading."""
+        if self.is_expanded:
+            return math.prod(self.slot.shape) * torch.float32.itemsize
         return self.stored.nbytes if self.quantize_to is None else self.quantize_to.nbytes(self.slot.shape)
 
     @property
@@ -93,8 +98,14 @@ class PlannedWeight:
 
     @property
     def is_expanded(self) -> bool:
-        """Whether it is dequantized while loading: some tools quantize routers, ours work in float32."""
-        return self.slot.role == "router" and not self.stored.is_wide
+        """Whether it is dequantized while loading.
+
+        Some tools quantize routers, and ours work in float32. Of an embedding a step needs single rows, which not every
+        layout has.
+        """
+        has_rows = all(consists_of_rows(layout) for layout in self.stored.format.layouts)
+        is_wanted = self.slot.role == "router" or (self.slot.role == "embedding" and not has_rows)
+        return is_wanted and not self.stored.is_wide
 
     def load(self, device: torch.device) -> PackedWeight:
         """Read, arrange and pack it for a device."""
@@ -139,6 +150,12 @@ def codes_bf16(slot: Slot, inference: InferenceSettings) -> bool:
     """
     is_wanted = inference.bf16_coding and inference.dtype == "bfloat16" and slot.role != "router"
     return is_wanted and native.is_available() and native.isa() != "portable"
+
+
+def is_surplus_bias(name: str, shape: tuple[int, ...] | None, slots: Mapping[str, Slot]) -> bool:
+    """Whether a leftover is the bias of a projection that has none in the model; GPTQ's tools store zeros there."""
+    slot = slots.get(f"{name.removesuffix('.bias')}.weight") if name.endswith(".bias") else None
+    return slot is not None and (slot.is_linear or slot.role == "router") and shape in (None, slot.shape[:1])
 
 
 def oriented(packed: PackedWeight, stored: StoredWeight, slot: Slot) -> PackedWeight:
@@ -197,6 +214,7 @@ class ModelLoader:
         self.family, self.spec = read_spec(base.config, base.config_place)
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
         self._sources = {BASE_SOURCE: self._with_logical_names(base)}
+        self._zeros: set[tuple[str, str]] = set()  # (source, bias) that were read and are zeros
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -362,7 +380,30 @@ class ModelLoader:
         tied = {HEAD} if self.spec.has_tied_head else set()
         if tied and not source.store.metadata:  # a GGUF file does not declare it, and may hold both in other precisions
             check_tied_head(source, self.family.logical_name(self.spec.slots[0]), HEAD)
-        check_leftovers(source, self.family, spec, {*self._slots, *tied})
+        known = {*self._slots, *tied}
+        surplus = [
+            name
+            for name, weight in source.weights.items()
+            if name not in known and is_surplus_bias(name, weight.shape, self._slots)
+        ]
+        check_leftovers(source, self.family, spec, known.union(surplus))
+        self._check_zeros(source, surplus)
+
+    def _check_zeros(self, source: Source, biases: Sequence[str]) -> None:
+        """Raise CheckpointError if biases that the model has no place for are not all zeros; each is read once."""
+        for name in biases:
+            if (source.name, name) in self._zeros:
+                continue
+            values = source.values(name)
+            assert values is not None
+            if bool((values != 0).any()):
+                raise CheckpointError(
+                    f"{source.folder} holds {name!r}, which is not all zeros, and family {self.family.name!r} has no "
+                    "bias there by its config.json.",
+                    remedy="If the model has biases, its config.json has to say so (attention_bias, mlp_bias); if a "
+                    "tool has made them to correct its errors, quantize without that.",
+                )
+            self._zeros.add((source.name, name))
 
     def _load(self, planned: Sequence[PlannedWeight], progress: Progress | None) -> dict[str, PackedWeight]:
         """The weights by slot, from the packed cache where there is one and it has them."""

@@ -75,11 +75,17 @@ FUSED_EXPERTS = fused_experts(f"{_LAYER}.mlp.experts.{{}}", _PROJECTIONS)
 FUSED_ALTERNATING_EXPERTS = fused_experts(
     f"{_LAYER}.mlp.experts.{{}}", _PROJECTIONS, is_transposed=True, is_interleaved=True
 )
-# Mixtral's under the names of transformers 5, which also renames the router.
+_NUMBERED = f"{_LAYER}.block_sparse_moe.experts.{{}}"
+# Mixtral's under the names of transformers 5, which also renames the router; llm-compressor publishes its experts, and
+# whoever else quantizes them one by one, under those of other families.
 FUSED_NUMBERED_EXPERTS = (
-    *fused_experts(f"{_LAYER}.block_sparse_moe.experts.{{}}", ("w1", "w3", "w2")),
+    *fused_experts(_NUMBERED, ("w1", "w3", "w2")),
     *(
         FusedTensor(f"{_LAYER}.mlp.{router}", (f"{_LAYER}.block_sparse_moe.gate",), is_stacked=False)
         for router in ("gate", "router")
+    ),
+    *(
+        FusedTensor(f"{_LAYER}.mlp.experts.{{}}.{part}", (f"{_NUMBERED}.{published}",), is_stacked=False)
+        for part, published in zip(_PROJECTIONS, ("w1", "w3", "w2"), strict=True)
     ),
 )

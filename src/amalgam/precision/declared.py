@@ -24,6 +24,8 @@ class Declared:
         strategy: which weights share a scale: tensor, channel, group, block.
         group_size: inputs that share a scale; -1: all of a row.
         block: (rows, columns) that share a scale.
+        is_reordered: inputs of a group need not be neighbours, so that each weight needs an index of groups.
+        divides_by_scale: the stored scale is a divisor.
     """
 
     method: str | None = None
@@ -36,6 +38,8 @@ class Declared:
     group_size: int | None = None
     block: tuple[int, int] | None = None
     is_symmetric: bool | None = None
+    is_reordered: bool = False
+    divides_by_scale: bool = False
 
     def block_of(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """`(rows, columns)` of a weight `[out, in]` that share a scale; None if nothing is said."""

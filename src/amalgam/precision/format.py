@@ -256,3 +256,33 @@ def expect_dtype(name: str, entry: TensorPart, allowed: tuple[torch.dtype, ...])
             f"in {entry.file.name}.",
             remedy=f"Expected {kinds}.",
         )
+
+
+def group_block(name: str, scale: TensorPart, columns: int, num_groups: int, declared: Declared) -> tuple[int, int]:
+    """`(1, inputs of a group)` of a weight with several scales in a row; the last group may have fewer inputs.
+
+    Raises:
+        CheckpointError: the declared size of groups makes another number of them, or none is declared and it is needed.
+    """
+    size = declared.group_size
+    if size is not None and 0 < size and -(-columns // size) == num_groups:
+        return 1, min(size, columns)
+    if num_groups and columns % num_groups == 0:
+        return 1, columns // num_groups
+    says = f"declares groups of {size}" if size is not None else "declares no group_size"
+    fitting = -(-columns // max(1, num_groups))
+    raise CheckpointError(
+        f"Weight {name!r} has {num_groups} groups for {columns} inputs in {scale.file.name}, and "
+        f"{declared.where or 'the checkpoint'} {says}.",
+        remedy=f"Groups of {fitting} would be as many: does the config belong to these weights?",
+    )
+
+
+def expect_index(name: str, role: str, parts: Mapping[str, TensorPart], num_groups: int, declared: Declared) -> None:
+    """Raise CheckpointError if groups in an order of their own have no index that tells it."""
+    if declared.is_reordered and num_groups > 1 and role not in parts:
+        raise CheckpointError(
+            f"{declared.where} declares {name!r} with groups in the order of activations, but it has no {role}, which "
+            "tells the group of each input.",
+            remedy="Download the checkpoint again, or set desc_act (actorder) to false if inputs are in order.",
+        )

@@ -1,4 +1,5 @@
-"""Tensors that hold several logical weights: all experts of a layer, gate and up in one, a projection transposed.
+"""Tensors that hold several logical weights: all experts of a layer, gate and up in one, a projection transposed; and
+tensors that hold one weight under another name.
 
 In: a table of `FusedTensor`s, which the caller takes from the model's family, and a checkpoint's tensors. Out: every
 logical weight's part as a `TensorSlice`, which formats read like a tensor of its own. Nothing is told from shapes:
@@ -61,6 +62,11 @@ class FusedTensor:
     is_stacked: bool = True
     is_transposed: bool = False
     is_interleaved: bool = False
+
+    @property
+    def is_renamed(self) -> bool:
+        """Whether it holds one whole weight, in any format, and only its module is called otherwise."""
+        return len(self.modules) == 1 and not (self.is_stacked or self.is_transposed or self.is_interleaved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +163,9 @@ def split_fused(
     Raises:
         CheckpointError: a fused tensor's shape cannot be what the table says.
     """
-    by_name = {fused.stored + suffix: (fused, suffix) for fused in table for suffix in _SUFFIXES}
+    by_name = {
+        fused.stored + suffix: (fused, suffix) for fused in table if not fused.is_renamed for suffix in _SUFFIXES
+    }
     ends = tuple({stored.rpartition("{}")[2] for stored in by_name})  # a quick look before the regular expression
     pieces: list[Piece] = []
     others: list[str] = []
@@ -174,6 +182,13 @@ def split_fused(
         pieces += islice(parts, MAX_PIECES + 1 - len(pieces))
         check_num_pieces(len(pieces), entry)
     return pieces, others
+
+
+def logical_module(module: str, table: Sequence[FusedTensor]) -> str:
+    """The logical name of a module that is stored under another one; its own otherwise."""
+    pattern = _NUMBER.sub("{}", module)
+    renamed = next((fused for fused in table if fused.is_renamed and fused.stored == pattern), None)
+    return module if renamed is None else renamed.modules[0].format(*_NUMBER.findall(module))
 
 
 def check_num_pieces(num_pieces: int, entry: TensorEntry) -> None:

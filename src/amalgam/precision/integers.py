@@ -1,11 +1,15 @@
 """Integers of 2, 3, 4 or 8 bits in groups of inputs: published words → the runtime layout that holds the same values.
 
 In: codes, scales, zero points, groups. Out: a `PackedWeight`: 2 to 4 bits become `int4` (a value keeps its distance
-from its zero point), 8 bits `scaled8` if they are symmetric and in order, `affine8` otherwise.
+from its zero point), 8 bits `scaled8` if they are symmetric and in order, `affine8` otherwise. Layouts have groups of
+one size: where the last group of a row is shorter, as GPTQ publishes it, all are cut into groups of a common divisor.
 Must never know: checkpoint names, layers.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +20,8 @@ from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import pack_nibbles, unpack_int4, unpack_nibbles, unpack_scaled8
 
 WIDTHS = (2, 3, 4, 8)
+# Kernels take groups in steps of so many inputs.
+_UNIT = 8
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
@@ -41,50 +47,84 @@ def unpack_whole(words: Tensor, bits: int) -> Tensor:
     return torch.stack(values, dim=-1).flatten(-2).to(torch.uint8)
 
 
-def from_codes(
-    codes: Tensor, bits: int, scale: Tensor, zero: Tensor | None = None, group: Tensor | None = None
-) -> PackedWeight:
-    """`(code - zero) × scale` as a packed weight.
+class Groups(NamedTuple):
+    """What inputs share: scale, float, and zero, integers, `[out, groups]`; zero is None where it is the middle.
 
-    Args:
-        codes: uint8 `[out, in]`, below `2^bits`.
-        scale: float `[out, groups]`.
-        zero: integers `[out, groups]`, 0 to `2^bits`; None: `2^(bits - 1)` everywhere.
-        group: int32 `[in]`, the group of each input; None: in order.
+    `group` int32 `[in]` is the group of each input; None: `size` of them after one another, the last perhaps fewer.
     """
+
+    scale: Tensor
+    zero: Tensor | None = None
+    group: Tensor | None = None
+    size: int | None = None
+
+    def even(self, columns: int) -> Groups:
+        """The same groups, or parts of them, of one size; as they are where no multiple of 8 inputs divides them."""
+        groups = self.scale.shape[1]
+        size = columns // groups if self.size is None else min(self.size, columns)
+        if self.group is None and size * groups == columns:
+            return self._replace(size=size)
+        index = torch.arange(columns) // size if self.group is None else self.group.long()
+        counts = torch.bincount(index, minlength=groups)
+        common = math.gcd(*counts.tolist())
+        if common == int(counts.max()):
+            return self._replace(size=common)
+        if common % _UNIT:
+            return self._replace(group=index.int(), size=max(1, columns // groups))
+        # Input r of a group goes to part r // common of it.
+        order = torch.argsort(index, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(columns) - (counts.cumsum(0) - counts)[index[order]]
+        parts = counts // common
+        finer = (parts.cumsum(0) - parts)[index] + rank // common
+        whole = torch.arange(groups).repeat_interleave(parts)
+        return Groups(
+            self.scale[:, whole].contiguous(),
+            None if self.zero is None else self.zero[:, whole].contiguous(),
+            None if torch.equal(finer, torch.arange(columns) // common) else finer.int(),
+            common,
+        )
+
+
+def from_codes(codes: Tensor, bits: int, groups: Groups) -> PackedWeight:
+    """`(code - zero) × scale` as a packed weight; codes: uint8 `[out, in]`, below `2^bits`; zeros are 0 to `2^bits`."""
     shape = (codes.shape[0], codes.shape[1])
     middle = 1 << (bits - 1)
-    if zero is not None and bool((zero == middle).all()):
-        zero = None
+    if groups.zero is not None and bool((groups.zero == middle).all()):
+        groups = groups._replace(zero=None)
     if bits <= 4 and shape[1] % 2 == 0:
-        if zero is None:
+        if groups.zero is None:
             codes = codes + (8 - middle)
-        return from_nibbles(pack_nibbles(codes), shape, scale, zero, group)
-    block = (1, shape[1] // scale.shape[1])
-    if bits == 8 and zero is None and group is None:
+        return from_nibbles(pack_nibbles(codes), shape, groups)
+    scale, zero, index, size = groups.even(shape[1])
+    assert size is not None
+    if bits == 8 and zero is None and index is None:
         signed = (codes ^ 128).view(torch.int8)  # code - 128
-        return PackedWeight("scaled8", shape, {"weight": signed, "scale": scale.float()}, unpack_scaled8, block)
+        return PackedWeight("scaled8", shape, {"weight": signed, "scale": scale.float()}, unpack_scaled8, (1, size))
     parts = {"weight": codes.contiguous(), "scale": scale}
     parts["zero"] = torch.full(scale.shape, float(middle)) if zero is None else zero.float().contiguous()
-    if group is not None:
-        parts["group"] = group
-    return PackedWeight("affine8", shape, parts, unpack_affine8, block)
+    if index is not None:
+        parts["group"] = index
+    return PackedWeight("affine8", shape, parts, unpack_affine8, (1, size))
 
 
-def from_nibbles(
-    nibbles: Tensor, shape: tuple[int, int], scale: Tensor, zero: Tensor | None = None, group: Tensor | None = None
-) -> PackedWeight:
-    """`(nibble - zero) × scale`: the `int4` layout. zero: integers 0 to 16 `[out, groups]`, None: 8 everywhere."""
+def from_nibbles(nibbles: Tensor, shape: tuple[int, int], groups: Groups) -> PackedWeight:
+    """`(nibble - zero) × scale`: the `int4` layout; zeros are 0 to 16."""
+    scale, zero, index, size = groups.even(shape[1])
+    assert size is not None
     parts = {"weight": nibbles, "scale": scale}
     if zero is not None and not bool((zero == 8).all()):
         parts["zero"] = zero.to(torch.uint8).contiguous()
-    if group is not None:
-        parts["group"] = group
-    return PackedWeight("int4", shape, parts, unpack_int4, (1, shape[1] // scale.shape[1]))
+    if index is not None:
+        parts["group"] = index
+    return PackedWeight("int4", shape, parts, unpack_int4, (1, size))
 
 
-def group_index(weight: str, tensor: str, index: Tensor, columns: int, groups: int) -> Tensor | None:
+def group_index(weight: str, tensor: str, index: Tensor, groups: int, size: int | None) -> Tensor | None:
     """A stored `g_idx` as int32; None if it says what the order of inputs says anyway.
+
+    Args:
+        size: inputs of a group, where they are in order.
 
     Raises:
         CheckpointError: it names a group that does not exist.
@@ -94,5 +134,5 @@ def group_index(weight: str, tensor: str, index: Tensor, columns: int, groups: i
         raise CheckpointError(
             f"Tensor {tensor!r} of weight {weight!r} holds groups {low}..{high}.", remedy=f"Allowed: 0..{groups - 1}."
         )
-    in_order = torch.arange(columns) // (columns // groups)
+    in_order = torch.arange(len(index)) // (max(1, len(index) // groups) if size is None else size)
     return None if torch.equal(index.long(), in_order) else index.to(torch.int32, copy=True).contiguous()

@@ -1,6 +1,7 @@
 """The declared quantization of a checkpoint, from config.json and the side files of older tools.
 
-In: a folder and its config.json. Out: one `Declaration`. Must never know: tensors, layers, families.
+In: a folder and its config.json. Out: one `Declaration`, once every key of it was read. Must never know: tensors,
+layers, families.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from amalgam.checkpoint.source import is_present, read_json
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.precision.declared import Declaration
+from amalgam.precision.quant_keys import TRANSFORMS_OF_A_MODEL
 from amalgam.precision.quant_methods import METHODS
 from amalgam.precision.quant_reader import Reader
 
@@ -23,11 +25,15 @@ def read_declaration(folder: Path, config: Mapping[str, Any]) -> Declaration:
     """The declaration of a checkpoint: of its config.json, and of the side files of ModelOpt, GPTQ and AWQ.
 
     Raises:
-        UnsupportedError: a method, layout or option that is not served, by name.
+        UnsupportedError: a method, layout, option or key that is not served or not known, by name.
         CheckpointError: a value of the wrong type, or two files that contradict each other.
     """
     found: Declaration | None = None
     nested = config.get("text_config")
+    for part in (config, nested):
+        if isinstance(part, Mapping):
+            transforms = {key: part[key] for key in TRANSFORMS_OF_A_MODEL & part.keys()}
+            Reader(transforms, str(folder / "config.json")).refuse_unread()
     declared = config.get("quantization_config") or (isinstance(nested, Mapping) and nested.get("quantization_config"))
     if "compression_config" in config and not declared:
         raise UnsupportedError(
@@ -53,7 +59,7 @@ def parse_declaration(config: Any, where: str) -> Declaration:
     if not isinstance(config, Mapping):
         raise CheckpointError(f"{where} has quantization_config {describe(config)}.", remedy="Expected an object.")
     reader = Reader(config, where)
-    method = reader.text("quant_method", default="")
+    method = reader.text("quant_method", "method", default="")
     if not method and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         method = "bitsandbytes"
     parse = METHODS.get(method)
@@ -62,15 +68,20 @@ def parse_declaration(config: Any, where: str) -> Declaration:
             f"{where} declares quant_method {describe(method)}." if method else f"{where} declares no quant_method.",
             remedy=f"Known methods: {', '.join(sorted(METHODS))}.",
         )
-    return parse(reader, method)
+    declaration = parse(reader, method)
+    reader.refuse_unread()
+    return declaration
 
 
 def _parse_side_file(config: Mapping[str, Any], name: str, where: str) -> Declaration | None:
     if name == "hf_quant_config.json":
-        inner = config.get("quantization")
-        if not isinstance(inner, Mapping):
-            raise CheckpointError(f"{where} has quantization {describe(inner)}.", remedy="Expected an object.")
-        return METHODS["modelopt"](Reader(inner, where), "modelopt")
+        whole = Reader(config, where)
+        inner = whole.object("quantization")
+        if inner is None:
+            raise CheckpointError(f"{where} has no quantization.", remedy="Expected an object.")
+        declaration = METHODS["modelopt"](inner, "modelopt")
+        whole.refuse_unread()
+        return declaration
     if name == "quant_config.json" and "w_bit" not in config and "quant_method" not in config:
         return None  # another tool's file of the same name
     default = "gptq" if name == "quantize_config.json" else "awq"

@@ -1,7 +1,8 @@
 """Every quantization method that a checkpoint may declare: its own words → `Declaration`.
 
 In: a `Reader` over a `quantization_config`. Out: bits, groups and layout by module. An option that changes the meaning
-of weights, or a value that nobody here understands, is refused. Must never know: tensors, layers, families.
+of weights, or a value that nobody here understands, is refused; keys that no method asks for and that are not in
+`quant_keys` are the reader's to refuse. Must never know: tensors, layers, families.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from amalgam.precision import quant_keys
 from amalgam.precision.declared import Declaration, Declared, Matches
 from amalgam.precision.quant_reader import Reader, regex, wildcards, within
 
 
 def _left_alone(reader: Reader, base: Declared, *keys: str) -> tuple[tuple[Matches, Declared], ...]:
     """The rule of a list of modules that are not quantized; `*` in an entry stands for any text."""
-    entries = reader.names(*keys)
+    entries = [entry for key in keys for entry in reader.names(key)]
     spared = replace(base, is_quantized=False)
     rules: list[tuple[Matches, Declared]] = []
     if plain := [entry for entry in entries if "*" not in entry]:
@@ -28,22 +30,22 @@ def _left_alone(reader: Reader, base: Declared, *keys: str) -> tuple[tuple[Match
 
 def _compressed_tensors(reader: Reader, method: str) -> Declaration:
     """https://github.com/vllm-project/compressed-tensors: config_groups with targets, and an ignore list."""
-    if transform := reader.get("transform_config"):
-        reader.unsupported("transform_config", transform, "none; rotated weights need the rotation at run time")
-    sparsity = reader.get("sparsity_config")
-    if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
-        reader.unsupported("sparsity_config.format", sparsity["format"], "dense")
+    reader.pass_over({"version"})
+    if reader.config.get("transform_config") == {"config_groups": {}}:
+        reader.pass_over({"transform_config"})
+    _refuse_sparsity(reader)
+    if (flavor := reader.get("fp8_dtype_flavor")) not in (None, "float8_e4m3fn"):
+        reader.unsupported("fp8_dtype_flavor", flavor, "float8_e4m3fn; the same bits mean half as much in others")
     layout = reader.text("format", default="dense")
     default = Declared(method, reader.where)
     named: dict[str, Declared] = {}
     rules: list[tuple[Matches, Declared]] = []
     by_class: dict[str, Declared] = {}
     for group in reader.objects("config_groups").values():
-        weights = group.object("weights")
+        weights, targets, layout_of_group = _group(group, layout)
         if weights is None:
             continue
-        declared = _quantization_args(weights, method, group.text("format", default=layout), reader)
-        targets = group.names("targets")
+        declared = _quantization_args(weights, method, layout_of_group, reader)
         patterns = [target[3:] for target in targets if target.startswith("re:")]
         if patterns:
             rules.append((regex(group, "targets", patterns), declared))
@@ -66,6 +68,36 @@ def _compressed_tensors(reader: Reader, method: str) -> Declaration:
     return Declaration(default, named, tuple(rules))
 
 
+def _refuse_sparsity(reader: Reader) -> None:
+    sparsity = reader.object("sparsity_config")
+    if sparsity is not None:
+        if (kind := sparsity.get("format")) not in (None, "dense"):
+            sparsity.unsupported("format", kind, "dense")
+        # Of dense weights these describe where the zeros are.
+        sparsity.pass_over({"targets", "ignore", "global_sparsity", "sparsity_structure", "registry_requires_subclass"})
+    experts = reader.object("moe_sparsity_config")
+    if experts is not None:
+        if (kind := experts.get("method")) != "prune":
+            experts.unsupported("method", kind, "prune; experts that were replaced by constants are not served")
+        experts.pass_over({"num_experts"})  # the shapes of routers tell
+
+
+def _group(group: Reader, layout: str) -> tuple[Reader | None, list[str], str]:
+    """Of a config group what holds for its weights, its targets and its layout."""
+    for key in ("input_activations", "output_activations"):
+        arguments = group.object(key)
+        if arguments is not None:
+            arguments.pass_over(_CT_ARGUMENTS)
+    return group.object("weights"), group.names("targets"), group.text("format", default=layout)
+
+
+# compressed-tensors' QuantizationArgs, which for activations say only how another engine rounds them.
+_CT_ARGUMENTS = frozenset(
+    {
+        *("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder"),
+        *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
+    }
+)
 _CT_LAYOUTS = {
     "dense": None,
     "mixed-precision": None,
@@ -91,6 +123,9 @@ def _quantization_args(weights: Reader, method: str, layout: str, whole: Reader)
         weights.unsupported("strategy", strategy, ", ".join(_CT_STRATEGIES))
     if weights.get("dynamic") not in (None, False):
         weights.unsupported("dynamic", weights.get("dynamic"), "false for weights")
+    order = weights.get("actorder")
+    if order not in (None, False, True, "weight", "static", "group", "dynamic"):
+        weights.unsupported("actorder", order, "weight, static, group, dynamic")
     return Declared(
         method,
         whole.where,
@@ -101,6 +136,7 @@ def _quantization_args(weights: Reader, method: str, layout: str, whole: Reader)
         group_size=group_size,
         block=_pair(weights, "block_structure"),
         is_symmetric=weights.flag("symmetric"),
+        is_reordered=order in (True, "group", "dynamic"),
     )
 
 
@@ -115,25 +151,77 @@ def _pair(reader: Reader, key: str) -> tuple[int, int] | None:
     return value[0], value[1]
 
 
+# One type under the names that tools give it.
+_E4M3 = ("e4m3", "e4m3fn", "float8_e4m3fn", "fp8", "float8_e4m3")
+_SCALE_METHODS = {"tensor": "tensor", "row": "channel", "block": "block"}
+
+
 def _fp8(reader: Reader, method: str) -> Declaration:
-    """DeepSeek's and Qwen's blocks, and the older scale per tensor."""
-    if (fmt := reader.get("fmt")) not in (None, "e4m3"):
-        reader.unsupported("fmt", fmt, "e4m3")
+    """DeepSeek's and Qwen's blocks, the older scale per tensor, and GPTQModel's, whose scales are divisors."""
+    for key in ("fmt", "format", "checkpoint_format"):
+        if (fmt := reader.text(key, default="e4m3").lower()) not in _E4M3:
+            reader.unsupported(key, fmt, ", ".join(_E4M3))
     if (expert := reader.get("expert_dtype")) not in (None, "fp8"):
         reader.unsupported("expert_dtype", expert, "fp8")
+    reader.integer("bits", allowed=(8,))
+    reader.pass_over(quant_keys.WORDS | {"data_type", "packing_format", "modules_to_convert"})
+    layout = reader.text("scale_fmt", default="float")
+    if layout not in ("float", "ue8m0"):
+        reader.unsupported("scale_fmt", layout, "float, ue8m0")
+    default = _fp8_settings(reader, Declared(method, reader.where, layout=layout, bits=8, number="float"))
+    named, rules = _exceptions(reader, default, _fp8_settings)
+    rules = (*rules, *_left_alone(reader, default, "modules_to_not_convert", "ignored_layers"))
+    return Declaration(default, named, rules)
+
+
+def _fp8_settings(reader: Reader, base: Declared) -> Declared:
+    """`base` with the blocks and the direction of scales that an object sets."""
     block = _pair(reader, "weight_block_size")
-    declared = Declared(
-        method,
-        reader.where,
-        layout=reader.text("scale_fmt", default="float"),
-        bits=8,
-        number="float",
-        strategy="block" if block else None,
-        block=block,
+    kind = reader.get("weight_scale_method")
+    if kind not in (None, *_SCALE_METHODS):
+        reader.unsupported("weight_scale_method", kind, ", ".join(_SCALE_METHODS))
+    if (kind == "block" and block is None) or (kind not in (None, "block") and block is not None):
+        reader.refuse("weight_block_size", block, f"two positive integers for blocks alone, not for {kind}")
+    if (meaning := reader.get("weight_scale_semantics")) not in (None, "inverse"):
+        reader.unsupported("weight_scale_semantics", meaning, "inverse")
+    strategy = _SCALE_METHODS[kind] if kind else "block" if block else base.strategy
+    return replace(
+        base,
+        strategy=strategy,
+        block=block if strategy == "block" and block else base.block if strategy == "block" else None,
+        divides_by_scale=base.divides_by_scale or meaning is not None,
     )
-    if declared.layout not in ("float", "ue8m0"):
-        reader.unsupported("scale_fmt", declared.layout, "float, ue8m0")
-    return Declaration(declared, rules=_left_alone(reader, declared, "modules_to_not_convert", "ignored_layers"))
+
+
+def _exceptions(
+    reader: Reader, default: Declared, settings: Callable[[Reader, Declared], Declared]
+) -> tuple[dict[str, Declared], tuple[tuple[Matches, Declared], ...]]:
+    """What single modules and patterns declare: AutoRound's `extra_config`, GPTQModel's `dynamic` and `lm_head`.
+
+    Args:
+        settings: an object and what holds elsewhere → what it makes of that.
+    """
+    named: dict[str, Declared] = {}
+    rules: list[tuple[Matches, Declared]] = []
+    for pattern, inner in reader.objects("dynamic").items():
+        inner.pass_over(quant_keys.WORDS)
+        is_skipped = pattern.startswith("-:")
+        matches = regex(reader, "dynamic", [re.sub(r"^[+-]:", "", pattern)])
+        rules.append((matches, replace(default, is_quantized=False) if is_skipped else settings(inner, default)))
+    for name, inner in reader.objects("extra_config").items():
+        inner.pass_over(quant_keys.WORDS)
+        bits = inner.integer("bits", low=1)
+        if bits is not None and bits > 8:  # 16 or 32: not quantized
+            inner.pass_over({"data_type"})
+            declared = replace(default, is_quantized=False)
+        else:
+            declared = settings(inner, default)
+        named[name] = declared
+        if re.search(r"[*+?\[\](){}^$|\\]", name):
+            rules.append((regex(reader, "extra_config", [name], anywhere=True), declared))
+    if reader.flag("lm_head") is False:
+        rules.append((lambda module: module == "lm_head", replace(default, is_quantized=False)))
+    return named, tuple(rules)
 
 
 def _fbgemm_fp8(reader: Reader, method: str) -> Declaration:
@@ -164,6 +252,9 @@ def _modelopt(reader: Reader, method: str) -> Declaration:
         if name not in _MODELOPT:
             inner.unsupported("quant_algo", name, ", ".join(sorted(_MODELOPT)))
         declared = Declared("modelopt", reader.where, layout=name, **_MODELOPT[name])  # type: ignore[arg-type]
+        if inner.flag("has_zero_point"):
+            inner.unsupported("has_zero_point", True, "false")
+        inner.pass_over({"pre_quant_scale"})  # each weight that has one says so
         group_size = inner.group_size("group_size")
         return (
             declared if declared.strategy != "group" or group_size is None else replace(declared, group_size=group_size)
@@ -171,14 +262,29 @@ def _modelopt(reader: Reader, method: str) -> Declaration:
 
     plain = Declared("modelopt", reader.where)
     rules = _left_alone(reader, plain, "exclude_modules", "ignore")
-    if reader.text("quant_algo", default="").upper() != "MIXED_PRECISION":
-        if reader.get("quant_algo") is None:  # only the cache is quantized
-            return Declaration(plain, rules=rules)
-        return Declaration(algorithm(reader), rules=rules)
     layers = {
         name: replace(algorithm(inner), is_quantized=True) for name, inner in reader.objects("quantized_layers").items()
     }
-    return Declaration(plain, layers, rules)
+    kind = reader.text("quant_algo", default="").upper()  # none: only the cache is quantized
+    default = plain if kind in ("", "MIXED_PRECISION") else algorithm(reader)
+    for group in reader.objects("config_groups").values():
+        _compare_group(group, default)
+    return Declaration(default, layers, rules)
+
+
+def _compare_group(group: Reader, default: Declared) -> None:
+    """ModelOpt says in compressed-tensors' words what `quant_algo` and `quantized_layers` say: the same, that is."""
+    weights, _, _ = _group(group, "dense")
+    group.pass_over({"pre_quant_scale", "quant_algo"})
+    if group.flag("has_zero_point"):
+        group.unsupported("has_zero_point", True, "false")
+    if weights is None:
+        return
+    weights.pass_over(_CT_ARGUMENTS)
+    for key, declared in (("num_bits", default.bits), ("type", default.number)):
+        value = weights.get(key)
+        if None not in (value, declared) and value != declared:
+            weights.refuse(key, value, f"{declared}, as quant_algo {default.layout} says")
 
 
 _WIDTHS = (2, 3, 4, 8)
@@ -186,46 +292,64 @@ _WIDTHS = (2, 3, 4, 8)
 
 def _gptq(reader: Reader, method: str) -> Declaration:
     """GPTQ (AutoGPTQ, GPTQModel); `dynamic` maps a pattern to other settings, with `-:` to none."""
-    layout = reader.text("checkpoint_format", "format", default="gptq")
+    layout = reader.text("checkpoint_format", "format", default="gptq").lower()
     if layout not in ("gptq", "gptq_v2"):
         reader.unsupported("checkpoint_format", layout, "gptq, gptq_v2")
+    if reader.flag("is_marlin_format"):
+        reader.unsupported("is_marlin_format", True, "false")
+    _refuse_other_words(reader)
+    base = Declared(method, reader.where, layout=layout, number="int", strategy="group")
+    default = _int_settings(reader, base)
+    named, rules = _exceptions(reader, default, _int_settings)
+    return Declaration(default, named, rules)
+
+
+def _refuse_other_words(reader: Reader) -> None:
     if (packed := reader.get("pack_dtype")) not in (None, "int32"):
         reader.unsupported("pack_dtype", packed, "int32")
-    default = _int_settings(reader, Declared(method, reader.where, layout=layout, number="int", strategy="group"))
-    rules: list[tuple[Matches, Declared]] = []
-    for pattern, inner in reader.objects("dynamic").items():
-        is_skipped = pattern.startswith("-:")
-        matches = regex(reader, "dynamic", [re.sub(r"^[+-]:", "", pattern)])
-        rules.append((matches, replace(default, is_quantized=False) if is_skipped else _int_settings(inner, default)))
-    if reader.flag("lm_head") is False:
-        rules.append((lambda module: module == "lm_head", replace(default, is_quantized=False)))
-    return Declaration(default, rules=tuple(rules))
+    if (kind := reader.text("data_type", default="int")) != "int":
+        reader.unsupported("data_type", kind, "int")
 
 
 def _int_settings(reader: Reader, base: Declared) -> Declared:
-    """`base` with the bits, group size and symmetry that an object sets."""
+    """`base` with the bits, group size, symmetry and order that an object sets."""
     bits, group_size = reader.integer("bits", "w_bit", allowed=_WIDTHS), reader.group_size("group_size", "q_group_size")
-    is_symmetric = reader.flag("sym")
+    is_symmetric, is_reordered = reader.flag("sym"), reader.flag("desc_act")
+    _refuse_other_words(reader)
     return replace(
         base,
         bits=base.bits if bits is None else bits,
         group_size=base.group_size if group_size is None else group_size,
         is_symmetric=base.is_symmetric if is_symmetric is None else is_symmetric,
+        is_reordered=base.is_reordered if is_reordered is None else is_reordered,
     )
 
 
 def _awq(reader: Reader, method: str) -> Declaration:
-    """AutoAWQ's GEMM layout; its other versions order bits differently."""
-    version = reader.text("version", default="gemm").lower()
+    """AutoAWQ's GEMM layout (AutoAWQ, GPTQModel, AutoRound); its other versions order bits differently."""
+    version = reader.text("version", "format", "checkpoint_format", default="gemm").lower()
     if version != "gemm":
         reader.unsupported("version", version, "gemm")
+    if reader.get("backend") == "llm-awq":
+        reader.unsupported("backend", "llm-awq", "autoawq; llm-awq packs weights in an order of its own")
     # Without zero points AutoAWQ has no layout; AutoRound, symmetric by default, stores the middle as one.
     is_symmetric = True if reader.flag("zero_point") is False else None
     base = Declared(method, reader.where, layout="awq", number="int", strategy="group", is_symmetric=is_symmetric)
-    default = _int_settings(reader, base)
-    if default.bits not in (None, 4):
-        reader.unsupported("bits", default.bits, "4")
-    return Declaration(default, rules=_left_alone(reader, default, "modules_to_not_convert"))
+    default = _awq_settings(reader, base)
+    named, rules = _exceptions(reader, default, _awq_settings)
+    rules = (*rules, *_left_alone(reader, default, "modules_to_not_convert"))
+    return Declaration(default, named, rules)
+
+
+def _awq_settings(reader: Reader, base: Declared) -> Declared:
+    settings = _int_settings(reader, base)
+    if settings.bits not in (None, 4):
+        reader.unsupported("bits", settings.bits, "4")
+    if settings.is_reordered:
+        reader.unsupported("desc_act", True, "false; AWQ's groups have no index")
+    if reader.flag("zero_point") is False:
+        settings = replace(settings, is_symmetric=True)
+    return settings
 
 
 _AUTO_ROUND = {
@@ -243,30 +367,35 @@ def _auto_round(reader: Reader, method: str) -> Declaration:
     packing = reader.text("packing_format", default="auto_round:auto_gptq")
     if packing not in _AUTO_ROUND:
         reader.unsupported("packing_format", packing, ", ".join(sorted(_AUTO_ROUND)))
-    if rotation := reader.get("rotation_config"):
-        reader.unsupported("rotation_config", rotation, "none; rotated weights need the rotation at run time")
     layout = _AUTO_ROUND[packing]
     base = Declared("auto-round", reader.where, layout=layout)
-    if layout is None:  # compressed-tensors' suffixes, which tell everything
-        return Declaration(base)
-    if (kind := reader.text("data_type", default="int")) != "int":
-        reader.unsupported("data_type", kind, f"int in {packing}")
-    default = _int_settings(reader, replace(base, number="int", strategy="group"))
-    named: dict[str, Declared] = {}
-    rules: list[tuple[Matches, Declared]] = []
-    for name, inner in reader.objects("extra_config").items():
-        bits = inner.integer("bits", low=1)
-        if bits is not None and bits > 8:  # 16 or 32: not quantized
-            declared = replace(default, is_quantized=False)
-        else:
-            declared = _int_settings(inner, default)
-        named[name] = declared
-        if re.search(r"[*+?\[\](){}^$|\\]", name):
-            rules.append((regex(reader, "extra_config", [name], anywhere=True), declared))
-    return Declaration(default, named, tuple(rules))
+    if layout is None:  # compressed-tensors' suffixes, which tell everything but the bits
+        if (fmt := reader.text("fmt", default="e4m3").lower()) not in _E4M3:
+            reader.unsupported("fmt", fmt, ", ".join(_E4M3))
+        reader.pass_over(quant_keys.WORDS)
+        settings = _suffix_settings
+    else:
+        base = replace(base, number="int", strategy="group")
+        settings = _awq_settings if layout == "awq" else _int_settings
+    default = settings(reader, base)
+    named, rules = _exceptions(reader, default, settings)
+    rules = (*rules, *_left_alone(reader, default, "modules_to_not_convert"))
+    return Declaration(default, named, rules)
+
+
+def _suffix_settings(reader: Reader, base: Declared) -> Declared:
+    """`base` with the bits and the kind of values that an object sets."""
+    bits, kind = reader.integer("bits", low=1), reader.text("data_type", default="")
+    number = base.number
+    if kind:
+        if not kind.startswith(("int", "fp", "float", "mx_fp", "nv_fp", "mxfp", "nvfp")) or "e5m2" in kind:
+            reader.unsupported("data_type", kind, "int, fp, mx_fp, nv_fp")
+        number = "int" if kind.startswith("int") else "float"
+    return replace(base, bits=base.bits if bits is None else bits, number=number)
 
 
 def _bitsandbytes(reader: Reader, method: str) -> Declaration:
+    reader.pass_over(quant_keys.BITSANDBYTES)
     if reader.flag("load_in_4bit", "_load_in_4bit"):
         kind = reader.text("bnb_4bit_quant_type", default="fp4")
         if kind not in ("nf4", "fp4"):
@@ -283,20 +412,21 @@ def _hqq(reader: Reader, method: str) -> Declaration:
     """HQQ: `quant_config` for all modules, or one per tag such as `self_attn.q_proj`."""
 
     def settings(inner: Reader) -> Declared:
-        for key in ("scale_quant_params", "zero_quant_params"):
+        for key in ("scale_quant_params", "zero_quant_params", "quant_scale", "quant_zero"):
             if inner.get(key):
                 inner.unsupported(key, inner.get(key), "null; quantized scales are not served")
         weights = inner.object("weight_quant_params")
         if weights is None:
             inner.refuse("weight_quant_params", None, "an object")
+        weights.pass_over(quant_keys.HQQ_WEIGHTS)
         return Declared(method, reader.where, bits=weights.integer("nbits", allowed=(1, 2, 3, 4, 5, 6, 8)))
 
     plain = Declared(method, reader.where)
     rules = list(_left_alone(reader, plain, "skip_modules"))
-    inner = reader.object("quant_config")
-    if inner is None:
-        return Declaration(plain, rules=tuple(rules))
-    if "weight_quant_params" in inner.config:
+    config = reader.get("quant_config")
+    if isinstance(config, Mapping) and "weight_quant_params" in config:
+        inner = reader.object("quant_config")
+        assert inner is not None
         return Declaration(settings(inner), rules=tuple(rules))
     rules += [(within([tag]), settings(tagged)) for tag, tagged in reader.objects("quant_config").items()]
     return Declaration(plain, rules=tuple(rules))

@@ -1,7 +1,8 @@
 """Typed access to a declared quantization, and what its entries name.
 
 In: objects of somebody's JSON. Out: checked values and predicates over module names; every complaint names the key, its
-value and the file. Must never know: what a method means.
+value and the file. What nobody asked for is refused at the end: a key that a tool has added may change what the weights
+mean. Must never know: what a method means.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.precision.declared import Matches
+from amalgam.precision.quant_keys import HARMLESS, TRANSFORMS
 
 _MAX_PATTERN = 1000
 _MAX_PATTERNS = 8192
@@ -22,16 +24,58 @@ _MAX_REPEATS = 3
 
 
 class Reader:
-    """Typed access to a declaration; every complaint names the key, its value and the file."""
+    """Typed access to a declaration; every complaint names the key, its value and the file.
+
+    Remembers which keys were asked for, its own and those of the objects in it, for `refuse_unread`.
+    """
 
     def __init__(self, config: Mapping[str, Any], where: str, outer: Reader | None = None) -> None:
         self.config = config
         self.where = where
         self._outer = outer
         self._num_patterns = 0
+        self._read: set[str] = set(HARMLESS)
+        self._inner: list[Reader] = []
 
     def get(self, *keys: str) -> Any:
-        return next((self.config[key] for key in keys if self.config.get(key) is not None), None)
+        """The value of the first key that is there and not null; synonyms must agree."""
+        self._read.update(keys)
+        present = [key for key in keys if self.config.get(key) is not None]
+        for key in present[1:]:
+            if _folded(self.config[key]) != _folded(self.config[present[0]]):
+                raise CheckpointError(
+                    f"{self.where} declares {present[0]} {describe(self.config[present[0]])} and {key} "
+                    f"{describe(self.config[key])}.",
+                    remedy="Both mean the same: remove the one that does not hold for the weights.",
+                )
+        return self.config[present[0]] if present else None
+
+    def pass_over(self, keys: Iterable[str]) -> None:
+        """Count keys as read: they say nothing about what the weights mean."""
+        self._read.update(keys)
+
+    def refuse_unread(self) -> None:
+        """
+        Raises:
+            UnsupportedError: a key here, or in an object that was read, was neither asked for nor passed over, and its
+                value is not one that says nothing (null, false, empty).
+        """
+        for key, value in self.config.items():
+            if key in self._read or _says_nothing(value):
+                continue
+            if key in TRANSFORMS:
+                raise UnsupportedError(
+                    f"{self.where} declares {key} {describe(value)}: weights that need a transform of their inputs at "
+                    "run time.",
+                    remedy="That is not served. Use a checkpoint that was quantized without rotation.",
+                )
+            raise UnsupportedError(
+                f"{self.where} declares {key} {describe(value)}, which is not known here and may change what the "
+                "weights mean.",
+                remedy="If it does not, remove it from the file; else use a checkpoint that was made without it.",
+            )
+        for inner in self._inner:
+            inner.refuse_unread()
 
     def integer(self, *keys: str, allowed: Iterable[int] | None = None, low: int | None = None) -> int | None:
         value = self.get(*keys)
@@ -75,9 +119,12 @@ class Reader:
     def objects(self, key: str) -> dict[str, Reader]:
         """An object of objects; empty if absent."""
         value = self.get(key) or {}
-        if not isinstance(value, Mapping) or not all(isinstance(inner, Mapping) for inner in value.values()):
+        if not isinstance(value, Mapping):
             self.refuse(key, value, "an object of objects")
-        return {name: Reader(inner, f"{self.where} ({key}: {name})", self) for name, inner in value.items()}
+        for name, inner in value.items():
+            if not isinstance(inner, Mapping):
+                self.refuse(f"{key} {name!r}", inner, "an object of objects")
+        return {name: self._object(inner, f"{key}: {name}") for name, inner in value.items()}
 
     def object(self, key: str) -> Reader | None:
         value = self.get(key)
@@ -85,7 +132,12 @@ class Reader:
             return None
         if not isinstance(value, Mapping):
             self.refuse(key, value, "an object")
-        return Reader(value, f"{self.where} ({key})", self)
+        return self._object(value, key)
+
+    def _object(self, value: Mapping[str, Any], path: str) -> Reader:
+        inner = Reader(value, f"{self.where} ({path})", self)
+        self._inner.append(inner)
+        return inner
 
     def count_patterns(self, key: str, number: int) -> None:
         """Refuse more patterns, in the whole declaration, than can be tried on every weight's name."""
@@ -101,6 +153,15 @@ class Reader:
 
     def unsupported(self, key: str, value: Any, allowed: str) -> NoReturn:
         raise UnsupportedError(f"{self.where} declares {key} {describe(value)}.", remedy=f"Supported: {allowed}.")
+
+
+def _folded(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a key with this value means what its absence means."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def within(entries: Iterable[str]) -> Matches:

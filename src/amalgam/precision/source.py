@@ -36,7 +36,7 @@ from amalgam.precision.format import (
     all_formats,
     owned,
 )
-from amalgam.precision.fused import FusedTensor, TensorPart, TensorSlice, split_fused, whole_of
+from amalgam.precision.fused import FusedTensor, TensorPart, TensorSlice, logical_module, split_fused, whole_of
 from amalgam.precision.quant_config import read_declaration
 
 CONFIG_NAME = "config.json"
@@ -196,21 +196,31 @@ def group_parts(
     """Logical name → role → tensor or slice.
 
     Raises:
-        CheckpointError: a fused tensor has an impossible shape, or a weight is both fused and alone.
+        CheckpointError: a fused tensor has an impossible shape, or a weight is stored twice, under two names or fused
+            and alone.
     """
     block = declaration.default.block
     pieces, others = split_fused(tensors, fused, block[0] if block else None)
-    groups: dict[str, dict[str, TensorPart]] = {
-        name: {role: tensors[tensor] for role, tensor in roles.items()} for name, roles in group_names(others).items()
-    }
-    for piece in pieces:
-        parts = groups.setdefault(piece.weight, {})
-        if piece.role in parts:
+    groups: dict[str, dict[str, TensorPart]] = {}
+
+    def add(name: str, role: str, part: TensorPart) -> None:
+        parts = groups.setdefault(name, {})
+        if role in parts:
             raise CheckpointError(
-                f"Weight {piece.weight!r} is stored twice: as {parts[piece.role].name!r} and as {piece.part.name!r}.",
+                f"Weight {name!r} is stored twice: as {parts[role].name!r} and as {part.name!r}.",
                 remedy="Remove one of them.",
             )
-        parts[piece.role] = piece.part
+        parts[role] = part
+
+    renamed = [entry for entry in fused if entry.is_renamed]
+    for name, roles in group_names(others).items():
+        if renamed:
+            module, _, last = name.rpartition(".")
+            name = f"{logical_module(module, renamed)}.{last}" if module else name
+        for role, tensor in roles.items():
+            add(name, role, tensors[tensor])
+    for piece in pieces:
+        add(piece.weight, piece.role, piece.part)
     return groups
 
 
@@ -264,7 +274,7 @@ def recognise(name: str, parts: Mapping[str, TensorPart], declaration: Declarati
     Raises:
         CheckpointError: no format recognises it, or the declaration says something else.
     """
-    declared = declaration.of(name.removesuffix(f".{WEIGHT_SUFFIX}"))
+    declared = declaration.of(_declared_module(name, parts))
     context = ModuleContext(declared, read)
     for weight_format in fitting(frozenset(parts)):
         stored = weight_format.recognise(name, parts, context)
@@ -278,6 +288,14 @@ def recognise(name: str, parts: Mapping[str, TensorPart], declaration: Declarati
         f"Weight {name!r} in {store_name(parts)} has tensors that no format recognises: {found}.",
         remedy=f"Known formats: {', '.join(sorted({f.name for f in all_formats()}))}.",
     )
+
+
+def _declared_module(name: str, parts: Mapping[str, TensorPart]) -> str:
+    """What the checkpoint calls a weight's module, where it stores and where it declares it; perhaps not as we do."""
+    role, part = next(iter(parts.items()))
+    if isinstance(part, TensorSlice):
+        return name.removesuffix(f".{WEIGHT_SUFFIX}")
+    return part.name.removesuffix(f".{role}")
 
 
 @lru_cache(maxsize=1024)  # a checkpoint has few sets of suffixes, but a hostile one may have any number

@@ -21,6 +21,7 @@ from amalgam.checkpoint.collector import collector_paused
 from amalgam.checkpoint.source import is_present
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
+from amalgam.models.loader import is_surplus_bias
 from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.precision.declared import Declaration, Declared
 from amalgam.precision.format import WEIGHT_SUFFIX
@@ -379,6 +380,13 @@ def _compare(weights: Mapping[str, Weight], slots: Mapping[str, Slot], spec: Mod
     if spec.has_tied_head and any(weights[name].role == "head" for name in surplus):
         yield "The checkpoint holds a head although config.json ties it to the embedding, which is used instead."
         surplus = [name for name in surplus if weights[name].role != "head"]
+    biases = [name for name in surplus if is_surplus_bias(name, weights[name].shape, slots)]
+    if biases:
+        yield (
+            f"{len(biases)} biases, for instance {biases[0]}, stand beside projections that have none by config.json: "
+            "zeros are passed over, others refused."
+        )
+        surplus = sorted(set(surplus) - set(biases))
     if surplus:
         yield f"The family has no place for {len(surplus)} weights, for instance {describe(surplus[0])}."
 

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from amalgam.errors import CheckpointError
 from amalgam.kernels.packed import PackedWeight
 from amalgam.precision.format import (
     ModuleContext,
@@ -27,12 +26,13 @@ from amalgam.precision.format import (
     expect_dtype,
     expect_shape,
     finite,
+    group_block,
     owned,
     refuse_part,
 )
 from amalgam.precision.formats.scaled8 import SCALE_DTYPES
 from amalgam.precision.fused import TensorPart
-from amalgam.precision.integers import from_codes, unpack_words
+from amalgam.precision.integers import Groups, from_codes, unpack_words
 
 _NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 _MIDDLE = 8
@@ -64,12 +64,8 @@ class Awq(WeightFormat):
             refuse_part(name, scales, "Expected a multiple of 8 outputs.")
         expect_shape(name, qweight, (columns, rows // 8))
         expect_shape(name, qzeros, (groups, rows // 8))
-        if columns % groups:
-            raise CheckpointError(
-                f"Weight {name!r} has {groups} groups for {columns} inputs in {scales.file.name}.",
-                remedy="The number of inputs must be a multiple of the number of groups.",
-            )
-        return StoredWeight(name, self, (rows, columns), parts, (1, columns // groups), 4)
+        block = group_block(name, scales, columns, groups, context.declared)
+        return StoredWeight(name, self, (rows, columns), parts, block, 4)
 
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         scale = owned(finite(stored, "scales", read(stored.parts["scales"])).t())
@@ -81,7 +77,8 @@ class Awq(WeightFormat):
                 stored.parts["qzeros"],
                 f"{stored.declared.where} declares symmetric weights, whose zero points are all {_MIDDLE}.",
             )
-        return from_codes(codes, 4, scale, zero)
+        assert stored.block is not None
+        return from_codes(codes, 4, Groups(scale, zero, size=stored.block[1]))
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape

@@ -5,6 +5,8 @@
     scales   float [groups, out]
     g_idx    int32 [in]                       group of each input; absent when inputs are in order
 
+The last group has fewer inputs where the size of a group does not divide their number.
+
 `w[o, i] = scales[g, o] × (q[i, o] - z[g, o])`. Version 1 stores z - 1, version 2 stores z. Published files exist that
 declare version 1 and hold version 2; with symmetric quantization the zero point is 2^(bits - 1), so that the data
 decide: all fields 2^(bits - 1) are version 2, all one less version 1, and anything else contradicts `sym`.
@@ -26,14 +28,23 @@ from amalgam.precision.format import (
     StoredWeight,
     WeightFormat,
     expect_dtype,
+    expect_index,
     expect_shape,
     finite,
+    group_block,
     owned,
     refuse_part,
 )
 from amalgam.precision.formats.scaled8 import SCALE_DTYPES
 from amalgam.precision.fused import TensorPart
-from amalgam.precision.integers import WIDTHS, from_codes, from_nibbles, group_index, unpack_words
+from amalgam.precision.integers import (
+    WIDTHS,
+    Groups,
+    from_codes,
+    from_nibbles,
+    group_index,
+    unpack_words,
+)
 
 
 class Gptq(WeightFormat):
@@ -82,29 +93,28 @@ class Gptq(WeightFormat):
         if qweight.shape[0] * 32 % self.bits:
             refuse_part(name, qweight, f"Expected [in × {self.bits} / 32, out].")
         columns = qweight.shape[0] * 32 // self.bits
-        if columns % groups:
-            raise CheckpointError(
-                f"Weight {name!r} has {groups} groups for {columns} inputs in {scales.file.name}.",
-                remedy="The number of inputs must be a multiple of the number of groups.",
-            )
+        block = group_block(name, scales, columns, groups, declared)
+        expect_index(name, "g_idx", parts, groups, declared)
         if "g_idx" in parts:
             expect_dtype(name, parts["g_idx"], (torch.int32, torch.int64))
             expect_shape(name, parts["g_idx"], (columns,))
-        return StoredWeight(name, self, (rows, columns), parts, (1, columns // groups), self.bits)
+        return StoredWeight(name, self, (rows, columns), parts, block, self.bits)
 
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         rows, columns = stored.shape
         scale = owned(finite(stored, "scales", read(stored.parts["scales"])).t())
         fields = unpack_words(read(stored.parts["qzeros"]), self.bits)[:, :rows].t()
         zero = fields.short() + self._zero_offset(stored, fields)
-        group = None
+        assert stored.block is not None
+        groups = Groups(scale, zero, size=stored.block[1])
         if "g_idx" in stored.parts:
-            index = stored.parts["g_idx"]
-            group = group_index(stored.name, index.name, read(index), columns, scale.shape[1])
+            part = stored.parts["g_idx"]
+            group = group_index(stored.name, part.name, read(part), scale.shape[1], groups.size)
+            groups = groups._replace(group=group)
         words = owned(read(stored.parts["qweight"]).t())
         if self.bits == 4:
-            return from_nibbles(words.view(torch.uint8), (rows, columns), scale, zero, group)
-        return from_codes(unpack_words(words, self.bits), self.bits, scale, zero, group)
+            return from_nibbles(words.view(torch.uint8), (rows, columns), groups)
+        return from_codes(unpack_words(words, self.bits), self.bits, groups)
 
     def _zero_offset(self, stored: StoredWeight, fields: Tensor) -> int:
         """1 where zero points are stored less one, else 0."""

@@ -32,7 +32,7 @@ from amalgam.precision.format import (
 )
 from amalgam.precision.formats.scaled8 import SCALE_DTYPES
 from amalgam.precision.fused import TensorPart
-from amalgam.precision.integers import from_codes
+from amalgam.precision.integers import Groups, from_codes
 
 # Name → (type of a word, bits of a value, values in a word). The first block of rows has the highest bits.
 _PACKINGS = {
@@ -116,7 +116,7 @@ class Hqq(WeightFormat):
             scale, zero = (part[starts].view(rows, columns // per_group) for part in (scale, zero))
             is_integer = bool(((zero == zero.round()) & (zero >= 0) & (zero <= 16)).all())
             if is_narrow and is_integer:
-                return from_codes(codes, 4, scale, zero.short())
+                return from_codes(codes, 4, Groups(scale, zero.short()))
             function = unpack_affine4 if is_narrow else unpack_affine8
             layout = "affine4" if is_narrow else "affine8"
         weight = pack_nibbles(codes) if is_narrow else codes

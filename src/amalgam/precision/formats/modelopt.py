@@ -32,7 +32,7 @@ from amalgam.precision.format import (
 )
 from amalgam.precision.formats.scaled8 import SCALE_DTYPES
 from amalgam.precision.fused import TensorPart
-from amalgam.precision.integers import from_codes
+from amalgam.precision.integers import Groups, from_codes
 
 
 class ModelOptInt4(WeightFormat):
@@ -66,7 +66,7 @@ class ModelOptInt4(WeightFormat):
         stacked = read(stored.parts[WEIGHT_SUFFIX])
         codes = torch.stack((stacked & 15, stacked >> 4), dim=1).flatten(0, 1) ^ 8  # signed value + 8
         scale = owned(finite(stored, "weight_scale", read(stored.parts["weight_scale"])))
-        packed = from_codes(codes, 4, scale)
+        packed = from_codes(codes, 4, Groups(scale))
         if "pre_quant_scale" not in stored.parts:
             return packed
         columns = finite(stored, "pre_quant_scale", read(stored.parts["pre_quant_scale"]))

@@ -33,14 +33,24 @@ from amalgam.precision.format import (
     StoredWeight,
     WeightFormat,
     expect_dtype,
+    expect_index,
     expect_shape,
     finite,
+    group_block,
     owned,
     refuse_part,
 )
 from amalgam.precision.formats.scaled8 import SCALE_DTYPES
 from amalgam.precision.fused import TensorPart
-from amalgam.precision.integers import WIDTHS, from_codes, from_nibbles, group_index, unpack_whole, unpack_words
+from amalgam.precision.integers import (
+    WIDTHS,
+    Groups,
+    from_codes,
+    from_nibbles,
+    group_index,
+    unpack_whole,
+    unpack_words,
+)
 
 DEFAULT_GROUP_SIZE = 128
 _PER_WORD = 8
@@ -86,11 +96,8 @@ class PackedInt(WeightFormat):
         if len(scale.shape) == 2 and scale.shape[0] != rows:
             refuse_part(name, scale, f"Expected [{rows}, groups].")
         columns = self._columns(name, packed, groups, context, shape)
-        if groups == 0 or columns % groups:
-            raise CheckpointError(
-                f"Weight {name!r} has {groups} groups for {columns} inputs in {packed.file.name}.",
-                remedy="The number of inputs must be a multiple of the number of groups.",
-            )
+        block = (1, columns) if groups == 1 else group_block(name, scale, columns, groups, context.declared)
+        expect_index(name, "weight_g_idx", parts, groups, context.declared)
         if packed.shape[1] not in (_width(columns, bits), -(-columns // (32 // bits))):
             refuse_part(name, packed, f"{columns} inputs of {bits} bits take {_width(columns, bits)} words in a row.")
         if "weight_zero_point" in parts:
@@ -102,15 +109,17 @@ class PackedInt(WeightFormat):
         if "weight_g_idx" in parts:
             expect_dtype(name, parts["weight_g_idx"], (torch.int32, torch.int64))
             expect_shape(name, parts["weight_g_idx"], (columns,))
-        is_tensor = len(scale.shape) != 2 and rows > 1
-        block = (rows, columns) if is_tensor else (1, columns // groups)
+        if len(scale.shape) != 2 and rows > 1:
+            block = (rows, columns)
         return StoredWeight(name, self, (rows, columns), parts, block, bits)
 
     def _columns(self, name: str, packed: TensorPart, groups: int, context: ModuleContext, shape: TensorPart) -> int:
-        """Inputs of a row. Headers tell where groups are declared; else the shape tensor must be read."""
+        """Inputs of a row. Headers tell where whole groups are declared; else the shape tensor must be read."""
         size = context.declared.group_size
         if context.declared.strategy == "group" and size is not None and size > 0 and groups > 1:
-            return groups * size
+            columns = groups * size
+            if packed.shape[1] in (_width(columns, self.bits), -(-columns // (32 // self.bits))):
+                return columns
         rows, columns = (int(value) for value in context.read(shape).tolist())
         if rows != packed.shape[0] or columns < 1:
             refuse_part(name, packed, f"{shape.name} says [{rows}, {columns}].")
@@ -125,24 +134,26 @@ class PackedInt(WeightFormat):
             )
         tensors = {role: read(entry) for role, entry in stored.parts.items()}
         finite(stored, "weight_scale", tensors["weight_scale"])
-        return self._packed(stored.name, tensors, (stored.shape[0], stored.shape[1]))
+        assert stored.block is not None
+        return self._packed(stored.name, tensors, (stored.shape[0], stored.shape[1]), stored.block[1])
 
     def pack(self, quantized: Quantized, shape: tuple[int, ...]) -> PackedWeight:
-        return self._packed("", quantized.tensors, (shape[0], shape[1]))
+        return self._packed("", quantized.tensors, (shape[0], shape[1]), quantized.block[1])
 
-    def _packed(self, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+    def _packed(self, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], size: int) -> PackedWeight:
         rows, columns = shape
         words, scale = tensors["weight_packed"], owned(tensors["weight_scale"])
         scale = scale if scale.dim() == 2 else owned(scale.reshape(1, 1).expand(rows, 1))
-        zero = group = None
+        groups = Groups(scale, size=size)
         if "weight_zero_point" in tensors:
-            zero = self._zero(tensors["weight_zero_point"], rows)
+            groups = groups._replace(zero=self._zero(tensors["weight_zero_point"], rows))
         if "weight_g_idx" in tensors:
-            group = group_index(name, "weight_g_idx", tensors["weight_g_idx"], columns, scale.shape[1])
+            group = group_index(name, "weight_g_idx", tensors["weight_g_idx"], scale.shape[1], size)
+            groups = groups._replace(group=group)
         if self.bits == 4 and columns % _PER_WORD == 0:
             nibbles = owned(words.contiguous().view(torch.uint8))
-            return from_nibbles(nibbles, shape, scale, zero, group)
-        return from_codes(owned(self._codes(words, columns)[:, :columns]), self.bits, scale, zero, group)
+            return from_nibbles(nibbles, shape, groups)
+        return from_codes(owned(self._codes(words, columns)[:, :columns]), self.bits, groups)
 
     def _codes(self, words: Tensor, count: int) -> Tensor:
         """Codes `[rows, at least count]`; the width tells the two packings of 3 bits apart."""
@@ -159,7 +170,10 @@ class PackedInt(WeightFormat):
             return super().quantize(weight, options)
         rows, columns = weight.shape
         if columns % _PER_WORD:
-            raise ConfigError(f"int4 needs a multiple of {_PER_WORD} inputs; this weight has {columns}.")
+            raise ConfigError(
+                f"{self.name} needs a multiple of {_PER_WORD} inputs; this weight has {columns}.",
+                remedy="Choose int8 or fp8, which take any number.",
+            )
         group = self._group_size(columns, options)
         grouped = weight.float().view(rows, columns // group, group)
         # Rounded to the stored type first, so that the values are the best for the scale that is read back.
@@ -196,9 +210,11 @@ class PackedInt(WeightFormat):
         # Without a wish: the default, or the largest power of two below it that divides.
         group = options.group_size or math.gcd(columns, DEFAULT_GROUP_SIZE)
         if columns % group:
+            fitting = [str(size) for size in (256, 128, 64, 32, 16, 8) if columns % size == 0]
             raise ConfigError(
                 f"group_size {group} does not divide the {columns} inputs of this weight.",
-                remedy="Choose a divisor, a power of two for instance.",
+                remedy=f"{' and '.join(fitting)} divide it; without a group_size each weight gets the largest power of "
+                f"two up to {DEFAULT_GROUP_SIZE} that divides its inputs.",
             )
         return group
 

@@ -1,7 +1,8 @@
 """8-bit weights with scales: fp8 (E4M3) and int8, per tensor, per output channel, per group or per block.
 
 Published as compressed-tensors `float-quantized` and `int-quantized`, by ModelOpt, fbgemm and AutoFP8 (`weight`,
-`weight_scale`), and as DeepSeek's and Qwen's fp8 (`weight`, `weight_scale_inv`, which despite its name multiplies).
+`weight_scale`), and as DeepSeek's and Qwen's fp8 (`weight`, `weight_scale_inv`, which despite its name multiplies;
+GPTQModel's, of the same name, divides, which only its declaration says).
 `(value - weight_zero_point) × scale` is the weight; only compressed-tensors' int8 has zero points. ModelOpt's
 `pre_quant_scale` multiplies the inputs. Scales of activations are not used: activations stay wide.
 
@@ -102,6 +103,8 @@ class Scaled8(WeightFormat):
         if scale.dtype == torch.uint8:
             scale = scale.view(torch.float8_e8m0fnu)
         scale = finite(stored, role, owned(scale.float()).reshape(_scale_grid(stored.shape, stored.block)))
+        if stored.declared.divides_by_scale:
+            scale = finite(stored, role, 1.0 / scale)  # a stored 0 is infinite then
         weight = owned(read(stored.parts[WEIGHT_SUFFIX]))
         if "weight_zero_point" in stored.parts:
             zero = read(stored.parts["weight_zero_point"]).float().reshape(scale.shape)
