@@ -10,4 +10,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 if __name__ == "__main__":
     from amalgam.cli import main
 
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    sys.argv.insert(1, "serve")
+    sys.exit(main())

@@ -66,7 +66,7 @@ class MixedPrecisionSettings(_Section):
     default_source: SourceName = BASE_SOURCE
     """Source of weights that no rule names."""
     derived: dict[SourceName, DerivedSource] = Field(default_factory=dict)
-    """Sources to make from `base_path` at first use when their folder is absent."""
+    """Sources to make from `base_path` at first use when their folder is absent and no other process is making it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -181,6 +181,8 @@ class ServerSettings(_Section):
     """Most prompts in one /batch_generate."""
     drain_seconds: float = Field(default=30.0, ge=0)
     """How long requests in flight may run on after SIGTERM."""
+    log_probes: bool = True
+    """Whether the access log has lines for /health, /ready and /metrics."""
     export_dir: str = "expert_stats"
     """Folder that /export_expert_stats writes to."""
 
@@ -207,7 +209,7 @@ class StatisticsSettings(_Section):
     reference: str = ""
     """A saved set (.npz) that `drift` compares with. Empty: what was counted since the last reset."""
     file: str = ""
-    """File (.npz) that keeps the statistics across restarts. Empty: they end with the process."""
+    """File (.npz) that keeps the statistics of one process across restarts. Empty: they end with the process."""
     save_seconds: float = Field(default=300.0, ge=1, le=7 * 86400)
     """How often `file` is written; it is written at the end too."""
 

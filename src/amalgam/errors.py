@@ -72,7 +72,7 @@ class PromptTooLongError(RequestError):
 
 
 class ConflictError(AmalgamError):
-    """Another change of the weights is under way."""
+    """Somebody else is at work on the same thing: a change of the weights, a file."""
 
     http_status = 409
     exit_code = 5

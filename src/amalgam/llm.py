@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from amalgam.base.files import replace_file
 from amalgam.config import Settings, load_settings
 from amalgam.engine.deployment import Deployment, RemapResult
 from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.experts.overview import drift, survey
-from amalgam.experts.saved import replace_file, to_bytes
+from amalgam.experts.saved import to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.loader import Progress
 from amalgam.models.spec import ModelSpec

@@ -61,6 +61,7 @@ def saved(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     path = tmp_path / "server.npz"
     code, out, err = run(capsys, "--url", url, "--save", str(path))
     assert (code, out) == (0, "") and "Saved" in err
+    assert httpx.get(url + "/experts/sets").json() == {"sets": []}  # nothing of it stays with the server
     return path
 
 
@@ -71,7 +72,7 @@ def test_a_server_s_statistics_are_shown(url: str, capsys: pytest.CaptureFixture
     lines = out.splitlines()
     total = answer["summary"]["total_tokens"]
     assert lines[0] == f"{total * 24:,} activations = {total} tokens × 4 experts × 6 layers; 2 requests"
-    assert "tokens/s)" in lines[1] and "since the last reset" in lines[1]
+    assert "now (half-life 5 min)" in lines[1] and "since the last reset" in lines[1] and "tokens/s" in lines[1]
     assert lines[2] == "Tokens by domain: " + ", ".join(f"{row['label']} {row['tokens']}" for row in answer["labels"])
     assert lines[3].split() == ["layer", *map(str, range(0, 16, 2)), "expert"]
     assert [line.split()[0] for line in lines[4:10]] == list("012345")
@@ -148,9 +149,11 @@ class _Foreign(BaseHTTPRequestHandler):
     """Some other server."""
 
     def do_POST(self) -> None:
-        self.send_response(200 if self.path == "/expert_stats" else 404)
+        self.send_response(404 if self.path.startswith("/experts/compare") else 200)
         self.end_headers()
         self.wfile.write(b"<html>\x1b[31mhello</html>")
+
+    do_GET = do_POST  # noqa: N815
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -164,6 +167,8 @@ def test_another_kind_of_server_is_told_apart(tmp_path: Path, capsys: pytest.Cap
         code, _, err = run(capsys, "--url", address)
         assert code == 6 and "no amalgam server" in err
         code, _, err = run(capsys, "--url", address, "--save", str(tmp_path / "a.npz"))
+        assert code == 6 and "no amalgam server" in err and not (tmp_path / "a.npz").exists()
+        code, _, err = run(capsys, "--url", address, "--compare", "all", "minutes:1")
         assert code == 2 and "404" in err and "\x1b" not in err
     finally:
         server.shutdown()

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 import pytest
@@ -150,6 +151,16 @@ class TestAnswers:
         prompts = random_prompts(30, max_length=5)
         answers = make_engine(max_queue=3).generate(prompts, GREEDY)
         assert [answer.token_ids for answer in answers] == [greedy_tokens(prompt, 12) for prompt in prompts]
+
+    @pytest.mark.parametrize("max_queue", [1, 2])
+    def test_callers_that_share_the_queue_wait_for_each_other(self, make_engine, max_queue):
+        engine, prompts = make_engine(max_queue=max_queue, max_batch_size=2), random_prompts(24, max_length=5)
+        with ThreadPoolExecutor(3) as pool:
+            parts = list(
+                pool.map(lambda part: engine.generate(part, GREEDY), (prompts[start::3] for start in range(3)))
+            )
+        for start, answers in enumerate(parts):
+            assert [answer.token_ids for answer in answers] == [greedy_tokens(p, 12) for p in prompts[start::3]]
 
     def test_what_is_submitted_between_steps_begins_in_one(self, make_engine):
         engine, order, done = make_engine(), [], threading.Semaphore(0)

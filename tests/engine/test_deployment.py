@@ -9,16 +9,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from amalgam.base.locks import FileLock
 from amalgam.config import build_settings, load_settings
 from amalgam.engine.deployment import Deployment
 from amalgam.engine.request import Generation, SamplingParams
-from amalgam.errors import AmalgamError, CheckpointError, ConfigError, ConflictError, PlanError
+from amalgam.errors import AmalgamError, CheckpointError, ConfigError, ConflictError, PlanError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
+from amalgam.llm import open_deployment
 from amalgam.models.spec import ModelSpec
+from amalgam.precision.source import Source
 from tests.conftest import DEMO
 
 EXPERTS = "model.layers.*.mlp.experts.*"
@@ -162,6 +166,52 @@ def test_the_second_of_two_remaps_is_refused(deployment: Deployment, monkeypatch
             deployment.reload_weights()
         leave.set()
         assert first.result().version == 2
+
+
+def test_closing_ends_a_remap_under_way(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    read = Source.load
+
+    def closing(self: Source, stored: Any, *arguments: Any) -> Any:
+        reads.append(stored.name)
+        if len(reads) == 1:
+            deployment.close()
+        return read(self, stored, *arguments)
+
+    monkeypatch.setattr(Source, "load", closing)
+    before = deployment.version
+    with pytest.raises(UnavailableError):
+        deployment.update_weight_mapping({EXPERTS: "fp8"})
+    assert deployment.version is before and deployment.remaps[-1].error is not None
+    assert len(reads) < 200  # of six hundred
+
+
+def test_a_load_that_fails_lets_go_of_the_statistics_file(
+    demo_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(demo_config, {"statistics.file": str(tmp_path / "statistics.npz")}, {})
+
+    def fail(*_: object) -> None:
+        raise CheckpointError("A shard is missing.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "load", fail)
+        with pytest.raises(CheckpointError, match="A shard is missing"):
+            open_deployment(settings)
+    with FileLock(tmp_path / "statistics.npz") as lock:
+        assert lock.try_acquire()
+
+
+def test_a_statistics_file_of_another_process_is_refused_before_weights_are_read(
+    demo_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "statistics.npz"
+    settings = load_settings(demo_config, {"statistics.file": str(path)}, {})
+    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("a weight is read"))
+    with FileLock(path) as lock:
+        assert lock.try_acquire()
+        with pytest.raises(ConflictError, match=str(path)):
+            open_deployment(settings)
 
 
 def test_reload_takes_the_files_as_they_are_now(derived: Path, tmp_path: Path) -> None:

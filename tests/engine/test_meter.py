@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+
+from amalgam.base import clock as base
 from amalgam.engine.meter import NUM_LATENCIES, NUM_POINTS, POINT_SECONDS, Meter
 from amalgam.engine.request import FinishReason, RequestOutput, Usage
 
 
 class Clock:
     now = 1000.0
+    ahead = 0.0  # what the wall clock has been set forward by
 
-    def __call__(self) -> float:
-        return self.now
+    @property
+    def system(self) -> base.Clock:
+        return base.Clock(lambda: self.now + self.ahead, lambda: self.now - 77)
 
 
 def finished(num_new: int = 5, first: float = 0.2, total: float = 1.0) -> RequestOutput:
@@ -19,7 +24,7 @@ def finished(num_new: int = 5, first: float = 0.2, total: float = 1.0) -> Reques
 
 def test_steps_of_one_point_are_added_up() -> None:
     clock = Clock()
-    meter = Meter(clock)
+    meter = Meter(clock.system)
     meter.add_step(10, 1, 2, 3, 4)
     clock.now += POINT_SECONDS / 2
     meter.add_step(0, 2, 1, 0, 5)
@@ -32,7 +37,7 @@ def test_steps_of_one_point_are_added_up() -> None:
 
 def test_gaps_are_filled_with_nothing_computed_in_the_same_state() -> None:
     clock = Clock()
-    meter = Meter(clock)
+    meter = Meter(clock.system)
     meter.add_step(10, 1, 2, 3, 4)
     clock.now += 5 * POINT_SECONDS
     points = meter.read().points
@@ -43,7 +48,7 @@ def test_gaps_are_filled_with_nothing_computed_in_the_same_state() -> None:
 
 def test_memory_is_bounded_and_old_points_leave() -> None:
     clock = Clock()
-    meter = Meter(clock)
+    meter = Meter(clock.system)
     for _ in range(1000):
         clock.now += POINT_SECONDS
         meter.add_step(1, 1, 1, 0, 1)
@@ -61,7 +66,7 @@ def test_memory_is_bounded_and_old_points_leave() -> None:
 
 
 def test_latencies_of_requests_with_tokens_only() -> None:
-    meter = Meter(Clock())
+    meter = Meter(Clock().system)
     meter.add_finished(finished())
     meter.add_finished(finished(num_new=1, first=0.3, total=0.3))
     meter.add_finished(finished(num_new=0))
@@ -73,11 +78,19 @@ def test_latencies_of_requests_with_tokens_only() -> None:
     assert reading.finished == {FinishReason.LENGTH: 3, FinishReason.ERROR: 1}
 
 
-def test_a_clock_that_jumps_back_loses_nothing() -> None:
+@pytest.mark.parametrize("step", [-3600.0, -5.0, 5.0, 3600.0])
+def test_a_clock_that_is_set_moves_all_points_alike(step: float) -> None:
     clock = Clock()
-    meter = Meter(clock)
+    meter = Meter(clock.system)
     clock.now += 100
     meter.add_step(1, 1, 0, 0, 0)
-    clock.now -= 50
+    meter.add_finished(finished())
+    before = meter.read()
+    clock.ahead = step
+    clock.now += 10 * POINT_SECONDS
     meter.add_step(1, 1, 0, 0, 0)
-    assert sum(point.num_new_tokens for point in meter.read().points) == 2
+    reading = meter.read()
+    assert reading.now == before.now + 10 * POINT_SECONDS + step
+    assert reading.points[0].time == before.points[0].time + step
+    assert len(reading.points) == 11 and sum(point.num_new_tokens for point in reading.points) == 2
+    assert len(reading.latencies) == 1

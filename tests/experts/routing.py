@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from amalgam.base import clock as base
 from amalgam.config import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.context import TokenSpan
@@ -19,17 +20,29 @@ START = 1_000_000.0
 
 
 class Clock:
-    """A clock that tests move."""
+    """A clock that tests move.
 
-    def __init__(self) -> None:
-        self.now = START
+    Attributes:
+        ahead: by how much the wall clock has been set forward since the start.
+    """
 
-    def __call__(self) -> float:
-        return self.now
+    def __init__(self, now: float = START) -> None:
+        self.now = now
+        self.ahead = 0.0
+
+    def wall(self) -> float:
+        return self.now + self.ahead
+
+    def steady(self) -> float:
+        return self.now - START  # has another origin
+
+    @property
+    def system(self) -> base.Clock:
+        return base.Clock(self.wall, self.steady)
 
 
 def make_tracker(clock: Clock, **settings: float) -> ExpertTracker:
-    return ExpertTracker(LAYER_IDS, NUM_EXPERTS, TOP_K, StatisticsSettings.model_validate(settings), clock)
+    return ExpertTracker(LAYER_IDS, NUM_EXPERTS, TOP_K, StatisticsSettings.model_validate(settings), clock.system)
 
 
 def span(

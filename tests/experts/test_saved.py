@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from amalgam.errors import AmalgamError, CheckpointError, ConfigError, RequestError
+from amalgam.errors import AmalgamError, CheckpointError, ConfigError, ConflictError, RequestError
 from amalgam.experts import saved
 from amalgam.experts.tracker import ExpertTracker
 from tests.experts.routing import LAYER_IDS, START, TOP_K, Clock, make_tracker, route, run_step, run_tokens, span
@@ -66,7 +66,7 @@ def test_merged_sets_are_the_traffic_of_both() -> None:
     np.testing.assert_array_equal(both.labels["zh"].counts, first.labels["zh"].counts + second.labels["zh"].counts)
     assert both.pairs is not None and both.pairs.num_tokens == 20
     assert first.total.num_tokens.sum() == 10  # the parts are as they were
-    other = ExpertTracker((1, 2), 8, 2, make_tracker(Clock()).settings, Clock()).saved_set()
+    other = ExpertTracker((1, 2), 8, 2, make_tracker(Clock()).settings, Clock().system).saved_set()
     with pytest.raises(ConfigError, match="holds 2 layers of 8 experts, and this model has 3 of 8"):
         saved.merge([first, other])
 
@@ -276,7 +276,7 @@ def test_a_set_with_flipped_bytes_is_refused_or_still_a_set() -> None:
 
 def test_other_active_experts_are_another_model_s() -> None:
     settings = make_tracker(Clock()).settings
-    first, other = (ExpertTracker(LAYER_IDS, 8, top_k, settings, Clock()) for top_k in (TOP_K, 3))
+    first, other = (ExpertTracker(LAYER_IDS, 8, top_k, settings, Clock().system) for top_k in (TOP_K, 3))
     with pytest.raises(ConfigError, match="It was counted with 3 active experts per token, and this model has 2"):
         first.restore(other.saved_set(), "It")
     with pytest.raises(ConfigError, match="active experts"):
@@ -285,7 +285,7 @@ def test_other_active_experts_are_another_model_s() -> None:
 
 def test_a_model_s_name_is_written_printable() -> None:
     settings = make_tracker(Clock()).settings
-    tracker = ExpertTracker(LAYER_IDS, 8, TOP_K, settings, Clock(), model="a\n\udcff明")
+    tracker = ExpertTracker(LAYER_IDS, 8, TOP_K, settings, Clock().system, model="a\n\udcff明")
     assert saved.from_bytes(saved.to_bytes(tracker.saved_set()), "it").model == "a\ufffd\ufffd明"
 
 
@@ -416,3 +416,30 @@ def test_a_folder_that_cannot_be_written_to_does_not_stop_the_traffic(tmp_path: 
     run_tokens(tracker, 1)
     tracker.close()
     assert tracker.snapshot().tally.num_tokens.sum() == 1
+
+
+def test_two_processes_do_not_keep_their_statistics_in_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.npz"
+    first, second = make_tracker(Clock()), make_tracker(Clock())
+    first.keep_in(path)
+    with pytest.raises(ConflictError) as error:
+        second.keep_in(path)
+    assert str(path) in str(error.value) and "statistics.file" in str(error.value)
+    run_tokens(first, 3)
+    first.close()
+    first.close()
+    second.keep_in(path)
+    assert second.snapshot().tally.num_tokens.sum() == 3
+    second.close()
+    assert {item.name for item in tmp_path.iterdir()} == {"statistics.npz"}
+
+
+def test_a_file_that_is_refused_stays_free_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.npz"
+    path.write_bytes(b"junk")
+    with pytest.raises(AmalgamError):
+        make_tracker(Clock()).keep_in(path)
+    path.unlink()
+    tracker = make_tracker(Clock())
+    tracker.keep_in(path)
+    tracker.close()

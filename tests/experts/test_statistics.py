@@ -47,6 +47,7 @@ def test_the_summary_adds_up(tracker: ExpertTracker) -> None:
         "experts_per_layer": NUM_EXPERTS,
         "active_experts_per_token": TOP_K,
         "uptime": 100.0,
+        "half_life_minutes": 5.0,
         "rates": {
             "activations_per_second": num_activations / 100,
             "tokens_per_second": 0.17,
@@ -105,7 +106,7 @@ def test_a_window_is_counted_and_rated_by_itself(tracker: ExpertTracker) -> None
 
 
 def test_the_answer_is_plain_json_before_any_traffic() -> None:
-    for tracker in (make_tracker(Clock()), ExpertTracker((), 0, 0, StatisticsSettings(), Clock())):
+    for tracker in (make_tracker(Clock()), ExpertTracker((), 0, 0, StatisticsSettings(), Clock().system)):
         answer = describe_experts(tracker.snapshot())
         assert json.loads(json.dumps(answer, allow_nan=False)) == answer
         assert answer["summary"]["rates"]["tokens_per_second"] == 0
@@ -126,6 +127,6 @@ def test_top_k_out_of_range_is_refused(tracker: ExpertTracker, top_k: Any) -> No
 
 
 def test_top_k_of_a_dense_model_is_refused() -> None:
-    tracker = ExpertTracker((), 0, 0, StatisticsSettings(), Clock())
+    tracker = ExpertTracker((), 0, 0, StatisticsSettings(), Clock().system)
     with pytest.raises(RequestError, match="no experts"):
         describe_experts(tracker.snapshot(), 1)

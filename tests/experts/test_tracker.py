@@ -109,7 +109,7 @@ def test_bfloat16_gates_and_int32_ids_are_taken() -> None:
 
 
 def test_a_dense_model_counts_tokens_only() -> None:
-    tracker = ExpertTracker((), 0, 0, StatisticsSettings(), Clock())
+    tracker = ExpertTracker((), 0, 0, StatisticsSettings(), Clock().system)
     tracker.begin_step([span(4, generated_from=3)])
     tracker.end_step()
     tally = tracker.snapshot(minutes=1).tally
@@ -218,16 +218,71 @@ def test_a_window_does_not_reach_behind_the_start() -> None:
     assert tracker.snapshot(minutes=5).window_seconds == 10
 
 
-def test_a_clock_that_jumps_back_loses_nothing() -> None:
+@pytest.mark.parametrize("step", [-3600.0, -50.0, 50.0, 3 * 3600.0])
+def test_a_clock_that_is_set_moves_what_is_shown_and_nothing_that_is_counted(step: float) -> None:
+    clock = Clock()
+    tracker = make_tracker(clock, half_life_minutes=5)
+    run_tokens(tracker, 1)
+    clock.now += 100
+    run_tokens(tracker, 2)
+    before = tracker.snapshot(minutes=2)
+    clock.ahead += step
+    after = tracker.snapshot(minutes=2)
+    assert (after.window_start, after.window_end) == (before.window_start + step, before.window_end + step)
+    assert after.window_end == clock.wall()
+    assert np.array_equal(after.last_activation, before.last_activation + step, equal_nan=True)
+    assert [item.timestamp for item in after.recent] == [item.timestamp + step for item in before.recent]
+    assert after.started_at == before.started_at + step
+    assert np.array_equal(after.decaying_rate, before.decaying_rate)
+    clock.now += 60
+    run_tokens(tracker, 4)
+    assert tracker.snapshot(minutes=1).tally.num_tokens.sum() in (4, 6)  # a window may begin a little early
+    assert tracker.snapshot(minutes=2).window_seconds == pytest.approx(120, abs=5)
+
+
+def test_an_idle_server_whose_clock_is_set_back_has_fading_rates() -> None:
+    clock = Clock()
+    tracker = make_tracker(clock, half_life_minutes=5)
+    clock.now += 3600
+    run_tokens(tracker, 8)
+    clock.ahead = -3600.0
+    rates = []
+    for _ in range(4):
+        rates.append(tracker.snapshot(minutes=10).decaying_rate.sum())
+        clock.now += 300
+    assert np.array(rates[1:]) / np.array(rates[:-1]) == pytest.approx([0.5] * 3, rel=0.01)
+    assert tracker.snapshot(minutes=10).tally.num_tokens.sum() == 0
+
+
+@pytest.mark.parametrize("ahead", [0.0, -7200.0, 7200.0])
+def test_a_saved_set_has_the_times_of_the_wall_clock(ahead: float) -> None:
     clock = Clock()
     tracker = make_tracker(clock)
-    clock.now += 100
+    run_tokens(tracker, 2)
+    clock.now += 600
     run_tokens(tracker, 1)
-    clock.now -= 50
+    clock.ahead = ahead
+    saved = tracker.saved_set(with_history=True)
+    assert (saved.start, saved.end) == (START + ahead, START + 600 + ahead)
+    assert np.nanmax(saved.last_activation) == START + 600 + ahead
+    later = Clock(START + 660 + ahead)
+    restored = make_tracker(later)
+    restored.restore(saved, "The file")
+    assert restored.snapshot(minutes=5).tally.num_tokens.sum() == 1
+    assert restored.snapshot(minutes=15).tally.num_tokens.sum() == 3
+
+
+def test_a_file_from_the_future_is_as_old_as_when_it_was_written() -> None:
+    clock = Clock()
+    tracker = make_tracker(clock)
+    run_tokens(tracker, 2)
+    clock.now += 600
     run_tokens(tracker, 1)
-    snapshot = tracker.snapshot(minutes=1)
-    assert snapshot.tally.num_tokens.sum() == 2
-    assert snapshot.window_end == START + 100
+    restored = make_tracker(Clock(START - 86400.0))
+    restored.restore(tracker.saved_set(with_history=True), "The file")
+    assert restored.snapshot(minutes=5).tally.num_tokens.sum() == 1
+    assert restored.snapshot(minutes=20).tally.num_tokens.sum() == 3
+    assert np.nanmax(restored.snapshot().last_activation) <= START - 86400.0
 
 
 def test_last_activation_is_the_latest_step_of_each_expert() -> None:
@@ -264,7 +319,7 @@ def test_recent_activations_are_the_latest_in_order(limit: int) -> None:
 def test_memory_is_bounded_for_a_large_model() -> None:
     """94 × 128 experts: under 64 MB through and after an hour, and no more after two."""
     clock = Clock()
-    tracker = ExpertTracker(range(94), 128, 8, StatisticsSettings(bucket_seconds=5, history_minutes=60), clock)
+    tracker = ExpertTracker(range(94), 128, 8, StatisticsSettings(bucket_seconds=5, history_minutes=60), clock.system)
     expert_ids, gate_weights = torch.arange(8).view(1, 8), torch.full((1, 8), 0.125)
     sizes = []
     for _ in range(2 * 720):

@@ -435,8 +435,11 @@ def test_a_remap_fills_the_cache_and_uses_it(folders: Path, cache: Path, loads: 
     assert_same(again.version, remapped.version)
 
 
-def test_writers_at_the_same_time(folders: Path, cache: Path) -> None:
+def test_of_writers_at_the_same_time_one_writes_and_the_others_wait(
+    folders: Path, cache: Path, loads: list[str]
+) -> None:
     expected = build(folders, None)
+    loads.clear()
     found: list[LoadedVersion] = []
 
     def start() -> None:
@@ -451,7 +454,18 @@ def test_writers_at_the_same_time(folders: Path, cache: Path) -> None:
     assert len(found) == 4
     for loaded in found:
         assert_same(loaded.version, expected)
+    assert len(loads) == len(expected.origins), "each weight is packed once"
     assert len(list(cache.iterdir())) == 4
+
+
+def test_two_sources_may_be_one_folder(folders: Path, cache: Path) -> None:
+    sources = {name: str(folders / "int8") for name in SOURCES}
+    mixed = MixedPrecisionSettings(sources=sources, weight_mapping=MAPPING)
+    model = ModelSettings(base_path=str(folders / "bf16"), mixed_precision=mixed)
+    for folder in ("", str(cache)):
+        opened = ModelLoader(model, InferenceSettings(packed_cache=folder), CPU, 2)
+        version = opened.build(opened.make_plan(), 1).version
+    assert version.mapped_bytes == version.nbytes
 
 
 def test_a_folder_that_cannot_be_written_to(

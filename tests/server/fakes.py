@@ -52,11 +52,16 @@ class FakeEngine:
     is_stopped: bool = False
     num_submitted: int = 0
     num_waiting: int = 0
+    max_running: int = 0
     running: set[int] = field(default_factory=set)
     version: Any = field(default_factory=lambda: FakeVersion(1))
     meter: Meter = field(default_factory=Meter)
     observations: list[Observation] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
+
+    def check_prompt_length(self, num_tokens: int) -> None:
+        if num_tokens >= MAX_SEQ_LENGTH:
+            raise PromptTooLongError(f"The prompt has {num_tokens} tokens.", remedy=f"Allowed: {MAX_SEQ_LENGTH}.")
 
     async def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
@@ -65,11 +70,11 @@ class FakeEngine:
         self.params.append(params)
         if self.is_stopped or not self.is_alive:
             raise UnavailableError("The engine has stopped.")
-        if len(prompt_ids) >= MAX_SEQ_LENGTH:
-            raise PromptTooLongError(f"The prompt has {len(prompt_ids)} tokens.", remedy=f"Allowed: {MAX_SEQ_LENGTH}.")
+        self.check_prompt_length(len(prompt_ids))
         if len(self.running) >= self.max_queue:
             raise OverloadedError("The queue is full.")
         self.num_submitted += 1
+        self.max_running = max(self.max_running, len(self.running) + 1)
         request_id, started = self.num_submitted, time.monotonic()
         self.running.add(request_id)
         count = params.max_new_tokens
@@ -208,7 +213,7 @@ def fake_settings(**server: Any) -> Settings:
 
 def main(port: str, drain_seconds: str, held: str = "", fault: str = "") -> None:
     engine = FakeEngine(is_alive=fault != "die", held_at=2 if held == "steps" else None)
-    is_released = threading.Event()
+    is_released, stopping = threading.Event(), threading.Event()
 
     def release() -> None:
         sys.stdin.readline()
@@ -218,8 +223,9 @@ def main(port: str, drain_seconds: str, held: str = "", fault: str = "") -> None
             lifecycle.MIN_DRAIN_SECONDS = lifecycle.FAILURE_SECONDS = 0.0
 
     def open_deployment() -> Any:
-        if held == "load":
-            is_released.wait()
+        while held == "load" and not is_released.wait(0.01):
+            if stopping.is_set():
+                raise UnavailableError("The server is stopping.")
         if fault == "load":
             raise CheckpointError("Shard 'a.safetensors' is missing.", remedy="Download it again.")
         return FakeDeployment(engine)
@@ -228,7 +234,7 @@ def main(port: str, drain_seconds: str, held: str = "", fault: str = "") -> None
         lifecycle.MIN_DRAIN_SECONDS = lifecycle.FAILURE_SECONDS = math.inf
     threading.Thread(target=release, daemon=True).start()
 
-    run(fake_settings(port=int(port), drain_seconds=float(drain_seconds)), open_deployment)
+    run(fake_settings(port=int(port), drain_seconds=float(drain_seconds)), open_deployment, stopping)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,16 @@ def test_the_port_answers_while_the_model_loads(start: Start) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_gives_up_a_model_that_is_loading(start: Start, number: signal.Signals) -> None:
+    process, base_url = start(held="load")
+    process.send_signal(number)
+    wait_until(lambda: process.poll() is not None or httpx.get(base_url + "/health").json() == {"status": "draining"})
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in log and "terminate" not in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_drain_finishes_what_is_in_flight(start: Start, number: signal.Signals) -> None:
     process, base_url = start(held="steps")
     wait_until(lambda: is_ready(base_url))

@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from amalgam import __version__
-from tests.server.conftest import wait_until
+from amalgam.config import build_settings
+from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FAIL, MAX_SEQ_LENGTH, FakeDeployment
 
 FIGURES = {"prompt_tokens", "generated_tokens", "total_tokens", "finish_reason", "timings", "weight_version"}
@@ -105,12 +106,69 @@ def test_batch_prompts_are_in_the_engine_together(client: httpx.Client, deployme
         assert answer.result().status_code == 200
 
 
+@pytest.mark.parametrize("max_queue", [1, 2, 3])
+def test_a_batch_larger_than_the_queue_is_fed_as_room_comes(
+    client: httpx.Client, deployment: FakeDeployment, max_queue: int
+) -> None:
+    deployment.engine.max_queue = max_queue
+    prompts = ["a", "bbb", "cc", "dddd"]
+    answer = client.post("/batch_generate", json={"prompts": prompts, "max_new_tokens": 2})
+    assert answer.status_code == 200
+    assert [item["prompt_tokens"] for item in answer.json()["details"]] == [1, 3, 2, 4]
+    assert deployment.engine.max_running == max_queue
+    assert deployment.engine.running == set()
+
+
+def test_a_batch_waits_for_room_that_others_make_but_not_for_its_first(url: str, deployment: FakeDeployment) -> None:
+    engine = deployment.engine
+    engine.held_at, engine.max_queue = 1, 1
+    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(client.post, "/generate", json={"prompt": "a", "max_new_tokens": 3})
+        wait_until(lambda: len(engine.running) == 1)
+        refused = client.post("/batch_generate", json={"prompts": ["a", "b"], "max_new_tokens": 3})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
+        engine.max_queue = 2
+        batch = ThreadPoolExecutor(1).submit(
+            client.post, "/batch_generate", json={"prompts": ["a", "b", "c"], "max_new_tokens": 3}
+        )
+        wait_until(lambda: len(engine.running) == 2)
+        assert not batch.done() and not other.done()
+        engine.held_at = None
+        assert (batch.result().status_code, other.result().status_code) == (200, 200)
+
+
+def test_a_batch_leaves_half_of_the_queue_to_others(deployment: FakeDeployment) -> None:
+    settings = build_settings({"model": {"base_path": "fake"}, "server": {"port": 0}, "engine": {"max_queue": 4}})
+    engine = deployment.engine
+    engine.held_at, engine.max_queue = 1, 4
+    with serving(settings, lambda: deployment) as url, httpx.Client(base_url=url, timeout=60) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        with ThreadPoolExecutor(3) as pool:
+            batch = pool.submit(client.post, "/batch_generate", json={"prompts": ["a"] * 20, "max_new_tokens": 2})
+            wait_until(lambda: len(engine.running) == 2)
+            others = [pool.submit(client.post, "/generate", json={"prompt": "b", "max_new_tokens": 2}) for _ in "ab"]
+            wait_until(lambda: len(engine.running) == 4)
+            engine.held_at = None
+            assert [answer.result().status_code for answer in (batch, *others)] == [200] * 3
+
+
+def test_a_client_that_leaves_a_large_batch_submits_no_more(url: str, deployment: FakeDeployment) -> None:
+    engine = deployment.engine
+    engine.held_at, engine.max_queue = 1, 2
+    with closing(HTTPConnection(httpx.URL(url).netloc.decode(), timeout=60)) as connection:
+        body = json.dumps({"prompts": ["a", "b", "c", "d"]})
+        connection.request("POST", "/batch_generate", body, {"Content-Type": "application/json"})
+        wait_until(lambda: len(engine.running) == 2)
+    wait_until(lambda: not engine.running)
+    assert engine.num_submitted == 2
+
+
 def test_one_bad_prompt_fails_the_batch_and_frees_the_rest(client: httpx.Client, deployment: FakeDeployment) -> None:
     prompts = ["a", "b", "x" * MAX_SEQ_LENGTH]
     response = client.post("/batch_generate", json={"prompts": prompts})
     assert response.status_code == 413
     assert "prompts[2]" in response.json()["error"]["message"]
-    assert deployment.engine.running == set()
+    assert deployment.engine.running == set() and deployment.engine.num_submitted == 0
 
 
 def test_batches_are_bounded(client: httpx.Client) -> None:

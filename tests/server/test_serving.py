@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
+from typing import Any
 
 import httpx
 import pytest
@@ -12,10 +14,13 @@ import torch
 
 from amalgam.config import StatisticsSettings
 from amalgam.engine.deployment import RemapRecord
+from amalgam.engine.request import FinishReason
+from amalgam.errors import AmalgamError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.context import TokenSpan
-from tests.server.conftest import serving
-from tests.server.fakes import FakeDeployment, FakeEngine, fake_settings
+from amalgam.server.service import REFUSALS
+from tests.server.conftest import serving, wait_until
+from tests.server.fakes import MAX_SEQ_LENGTH, FakeDeployment, FakeEngine, fake_settings
 
 LINE = re.compile(r'(amalgam_[a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? (\S+)')
 
@@ -102,6 +107,84 @@ def test_metrics_of_a_server_that_loads() -> None:
         assert found["amalgam_ready", ""] == 0
         assert httpx.get(base_url + "/serving").status_code == 503
         may_load.set()
+
+
+def refused(client: httpx.Client) -> dict[str, float]:
+    """Refusals by reason, without those that have not happened."""
+    found = samples(client.get("/metrics").text)
+    series = {labels: value for (name, labels), value in found.items() if name == "amalgam_requests_refused_total"}
+    return {labels.removeprefix('reason="').rstrip('"'): value for labels, value in series.items() if value}
+
+
+def test_refusals_are_counted_by_reason(client: httpx.Client, deployment: FakeDeployment) -> None:
+    assert refused(client) == {}
+    generate: dict[str, Any] = {"url": "/generate", "headers": {"content-type": "application/json"}}
+    client.post(**generate, content=b'{"prompt": "a", "max_new_tokens": 0}')
+    client.post(**generate, content=b'{"prompt"')
+    client.post(**generate, content=b'{"prompt": "%s"}' % (b"x" * MAX_SEQ_LENGTH))
+    client.post(**generate, content=b'{"prompt": "%s"}' % (b"x" * 9 * 2**20))
+    client.post("/generate", content=b"{}", headers={"content-type": "text/plain"})
+    client.post("/batch_generate", json={"prompts": ["a"] * 5})
+    client.get("/nowhere")
+    client.get("/generate")
+    deployment.engine.max_queue = 0
+    for _ in range(3):
+        client.post("/generate", json={"prompt": "a"})
+    deployment.engine.max_queue = 8
+    client.post("/generate", json={"prompt": "a"}).raise_for_status()
+    assert refused(client) == {
+        "invalid_request": 2,
+        "invalid_json": 1,
+        "prompt_too_long": 1,
+        "body_too_large": 1,
+        "unsupported_media_type": 1,
+        "not_found": 1,
+        "method_not_allowed": 1,
+        "overloaded": 3,
+    }
+
+
+def test_a_server_that_is_not_ready_counts_what_it_refuses_but_no_probes() -> None:
+    may_load = threading.Event()
+
+    def open_deployment() -> FakeDeployment:
+        may_load.wait(60)
+        return FakeDeployment(FakeEngine())
+
+    with serving(fake_settings(port=0), open_deployment) as base_url, httpx.Client(base_url=base_url) as client:
+        for _ in range(2):
+            assert client.get("/ready").status_code == 503
+        assert client.post("/generate", json={"prompt": "a"}).status_code == 503
+        assert refused(client) == {"loading": 1}
+        may_load.set()
+
+
+def test_every_error_has_a_series_from_the_start() -> None:
+    def codes(kind: type[AmalgamError]) -> set[str]:
+        return {kind.code}.union(*(codes(child) for child in kind.__subclasses__()))
+
+    assert set(REFUSALS) >= codes(AmalgamError)
+
+
+def test_labelled_counters_begin_at_zero(client: httpx.Client) -> None:
+    found = samples(client.get("/metrics").text)
+    for name, reasons in (("finished", list(FinishReason)), ("refused", list(REFUSALS))):
+        series = {labels for metric, labels in found if metric == f"amalgam_requests_{name}_total"}
+        assert series == {f'reason="{reason}"' for reason in reasons}
+        assert all(found[f"amalgam_requests_{name}_total", labels] == 0 for labels in series)
+
+
+@pytest.mark.parametrize("logs_probes", [True, False])
+def test_probes_can_be_left_out_of_the_access_log(logs_probes: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "amalgam.server")
+    settings = fake_settings(port=0, log_probes=logs_probes)
+    with serving(settings, FakeDeployment) as base_url, httpx.Client(base_url=base_url) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        for path in ("/health", "/metrics", "/serving", "/readyz"):
+            client.get(path)
+    lines = [record.getMessage().split()[:2] for record in caplog.records if record.getMessage().startswith("GET ")]
+    paths = {path for _, path in lines}
+    assert paths == {"/serving", "/readyz"} | ({"/ready", "/health", "/metrics"} if logs_probes else set())
 
 
 @pytest.mark.parametrize("path", ["/serving", "/metrics", "/remaps"])

@@ -14,12 +14,10 @@ end the process with SIGBUS, as with `checkpoint.shards`.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import mmap
 import os
-import secrets
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amalgam.base import locks
+from amalgam.base.locks import create_locked
 from amalgam.checkpoint.shards import MAP_NORESERVE
 from amalgam.checkpoint.source import parse_json
 from amalgam.errors import CheckpointError, describe
@@ -37,8 +37,7 @@ from amalgam.errors import CheckpointError, describe
 MAGIC = b"AMALGAM\x01"
 ALIGNMENT = 64
 MAX_INDEX_BYTES = 64 * 2**20
-_RANDOM_BYTES = 8
-_TEMPORARY = ".packed-{}.tmp"
+_TEMPORARY = (".packed-", ".tmp")  # random digits between
 
 
 class PackedFile:
@@ -100,9 +99,7 @@ class PackedFileWriter:
     """A temporary file beside `path`, locked as long as it is written, that takes its place with `commit`."""
 
     def __init__(self, folder: Path) -> None:
-        self._temporary = folder / _TEMPORARY.format(secrets.token_hex(_RANDOM_BYTES))
-        self._descriptor = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        _lock(self._descriptor)
+        self._temporary, self._descriptor = create_locked(folder, *_TEMPORARY)
         self._end = ALIGNMENT
         self._ends = threading.Lock()
 
@@ -158,21 +155,8 @@ def new_packed_file(folder: Path) -> Iterator[PackedFileWriter]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of processes that ended while they wrote: nobody holds their lock."""
-    for file in folder.glob(_TEMPORARY.format("[0-9a-f]" * 2 * _RANDOM_BYTES)):
-        try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                _lock(descriptor)
-                file.unlink()
-            finally:
-                os.close(descriptor)
-        except OSError:  # it is being written, has just been renamed, or is not ours to remove
-            continue
-
-
-def _lock(descriptor: int) -> None:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Remove the temporary files of processes that ended while they wrote."""
+    locks.remove_abandoned(folder, *_TEMPORARY)
 
 
 def _aligned(offset: int) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,23 +18,42 @@ from typing import IO, Any
 
 import torch
 
+from amalgam.base.locks import FileLock, remove_abandoned_folders, temporary_folder
 from amalgam.checkpoint.safetensors_header import DTYPES, PREFIX_BYTES, TensorEntry
-from amalgam.errors import CheckpointError, describe
+from amalgam.errors import CheckpointError, ConflictError, describe
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends, and is removed when it fails.
+
+    What killed processes have left of earlier attempts is removed.
+
+    Args:
+        lock: of `path`, held by the caller; None: it is taken here.
 
     Raises:
         CheckpointError: `path` exists and is not an empty folder.
+        ConflictError: another process is making it.
     """
     path = path.absolute()
+    if lock is None:
+        with FileLock(path) as own:
+            with _writing(path):
+                is_free = own.try_acquire()
+            if not is_free:
+                raise ConflictError(
+                    f"{path} is being written by {own.holder}.", remedy="Wait for it or choose another folder."
+                )
+            with new_folder(path, own) as temporary:
+                yield temporary
+        return
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise CheckpointError(f"{path} exists already.", remedy="Remove it or choose another folder.")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    remove_abandoned_folders(lock)
+    temporary = temporary_folder(lock)
     try:
         with _writing(path):
             temporary.mkdir(parents=True)

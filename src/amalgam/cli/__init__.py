@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
+import os
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from amalgam.base.threads import stop_threads
 from amalgam.errors import AmalgamError
 
 # In the order of a user's day. `amalgam.cli.<verb>` exports `command`; its docstring is the help text.
@@ -37,9 +43,44 @@ def _root() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit code; an error that the user caused is one message on stderr."""
+    """Run one verb. Returns the exit code; an error that the user caused is one message on stderr.
+
+    Args:
+        arguments: None: those of the process, which ends with the verb: a signal too ends it in good order, with
+            130 (SIGINT) or 143 (SIGTERM), and background threads do not outlive it.
+    """
+    if arguments is not None:
+        return _run(arguments)
+    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        result = app(args=sys.argv[1:] if arguments is None else arguments, prog_name="amalgam", standalone_mode=False)
+        code = _run(sys.argv[1:])
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 1
+    if not stop_threads():
+        _end_at_once(code)
+    return code
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    """End as at an interrupt, so that temporary files go; a second signal ends the process at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
+def _end_at_once(code: int) -> None:
+    """End the process while threads are inside extensions: the interpreter's own end would unwind them and abort."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # a progress bar may have hidden the cursor
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    logging.shutdown()
+    os._exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        result = app(args=arguments, prog_name="amalgam", standalone_mode=False)
     except AmalgamError as error:
         typer.echo(f"Error: {error}", err=True)
         return error.exit_code

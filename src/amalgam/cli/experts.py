@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ import typer
 
 from amalgam.cli.options import with_settings
 from amalgam.config import ServerSettings, Settings
-from amalgam.errors import ConfigError, RequestError, UnavailableError
+from amalgam.errors import CheckpointError, ConfigError, RequestError, UnavailableError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -84,8 +85,7 @@ def command(
     elif merge:
         _merge(merge, save)
     elif save is not None:
-        answer = _post(address, "export_expert_stats", {"format": "npz"})
-        _write(save, base64.b64decode(answer["content"]))
+        _write(save, _get_set(address, "experts/set.npz"))
     else:
         window = {} if minutes is None else {"minutes": minutes}
         _show(address, window | ({} if top_k is None else {"top_k": top_k}), watch, as_json)
@@ -252,8 +252,8 @@ def _merge(paths: list[Path], save: Path | None) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
+    from amalgam.base.files import replace_file
     from amalgam.cli.console import err, human_bytes
-    from amalgam.experts.saved import replace_file
 
     try:
         replace_file(path, content)
@@ -267,20 +267,33 @@ def _get(url: str, path: str, query: dict[str, str]) -> Any:
     return _fetch(urllib.request.Request(f"{url}/{path}?{urllib.parse.urlencode(query)}"), url)
 
 
+def _get_set(url: str, path: str) -> bytes:
+    """The content of a saved set."""
+    from amalgam.experts.saved import from_bytes
+
+    content: bytes = _fetch(urllib.request.Request(f"{url}/{path}"), url, HTTPResponse.read)
+    try:
+        from_bytes(content, url)
+    except CheckpointError:
+        raise _no_server_of_ours(url) from None
+    return content
+
+
 def _post(url: str, path: str, body: dict[str, Any]) -> Any:
     headers = {"Content-Type": "application/json"}
     return _fetch(urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), headers), url)
 
 
-def _fetch(request: urllib.request.Request, url: str) -> Any:
-    """
+def _fetch(request: urllib.request.Request, url: str, read: Callable[[HTTPResponse], Any] = json.load) -> Any:
+    """The body of an answer, as `read` gives it.
+
     Raises:
         RequestError: the server refuses the request.
         UnavailableError: there is no server, or it cannot answer.
     """
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-            return json.load(response)
+            return read(response)
     except urllib.error.HTTPError as error:
         kind = RequestError if error.code < 500 else UnavailableError
         raise kind(f"{url} answered {error.code}: {_message(error)}") from None
@@ -290,7 +303,11 @@ def _fetch(request: urllib.request.Request, url: str) -> Any:
             remedy="Start one with `amalgam serve`, or give the address of one with --url.",
         ) from None
     except ValueError:
-        raise UnavailableError(f"What answers at {url} is no amalgam server.", remedy="Check --url.") from None
+        raise _no_server_of_ours(url) from None
+
+
+def _no_server_of_ours(url: str) -> UnavailableError:
+    return UnavailableError(f"What answers at {url} is no amalgam server.", remedy="Check --url.")
 
 
 def _message(error: urllib.error.HTTPError) -> str:

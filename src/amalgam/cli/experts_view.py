@@ -87,8 +87,9 @@ def _head(statistics: dict[str, Any]) -> list[Text]:
     lines = [
         f"{summary['total_activations']:,} activations = {summary['total_tokens']:,} tokens × {top_k} experts × "
         f"{num_layers} layers; {summary['total_requests']:,} requests",
-        f"Activations/s: {_rate(rate)} now ({_rate(rate / max(num_layers * top_k, 1))} tokens/s), "
-        f"{_rate(summary['rates']['activations_per_second'])} {since}",
+        f"Activations/s: {_rate(rate)} now (half-life {summary['half_life_minutes']:g} min), "
+        f"{_rate(summary['rates']['activations_per_second'])} {since}; "
+        f"tokens/s: {_rate(rate / max(num_layers * top_k, 1))} now",
     ]
     if labels := statistics.get("labels"):
         lines.append("Tokens by domain: " + ", ".join(f"{escaped(row['label'])} {row['tokens']}" for row in labels))

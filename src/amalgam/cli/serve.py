@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from amalgam.cli.options import with_settings
 from amalgam.config import Settings
+from amalgam.errors import UnavailableError
 
 if TYPE_CHECKING:
     from amalgam.engine.deployment import Deployment
@@ -27,6 +28,7 @@ def command(settings: Settings) -> int:
     # Imports and loading make a million objects that all stay. Looking for garbage among them takes time until the
     # server is ready, and would hold up steps later on.
     gc.disable()
+    stopping = threading.Event()
     try:
         _begin_to_load_torch()
         from amalgam.server.app import run
@@ -34,13 +36,20 @@ def command(settings: Settings) -> int:
         def load() -> Deployment:
             from amalgam.llm import open_deployment  # seconds; the port is open meanwhile
 
-            with _progress_bar() as progress:
+            with _progress_bar() as show:
+
+                def progress(what: str, done: int, total: int) -> None:
+                    if stopping.is_set():
+                        raise UnavailableError("The server is stopping.", remedy="Start it again.")
+                    if show is not None:
+                        show(what, done, total)
+
                 deployment = open_deployment(settings, progress)
             gc.freeze()
             gc.enable()
             return deployment
 
-        return run(settings, load)
+        return run(settings, load, stopping)
     finally:
         gc.enable()
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import torch
 
+from amalgam.base.threads import StoppableThread
 from amalgam.config import Settings
 from amalgam.engine import fronts
 from amalgam.engine.answers import end, take_token
@@ -82,7 +83,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._vocab_size = decoder.spec.vocab_size
         self._max_queue = settings.engine.max_queue
-        self._thread = threading.Thread(target=self._loop, name="amalgam-engine", daemon=True)
+        self._thread = StoppableThread(self._loop, "amalgam-engine", self._ask_to_stop)
         self._num_failures = 0  # steps in a row; of the step thread
         self.meter = Meter()
 
@@ -143,6 +144,13 @@ class Engine:
             self._requests[request.request_id] = request
             self._condition.notify_all()
             return request.request_id
+
+    def check_prompt_length(self, num_tokens: int) -> None:
+        """
+        Raises:
+            PromptTooLongError: a prompt of so many tokens leaves no room for a new one.
+        """
+        self._scheduler.check_prompt_length(num_tokens)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -217,14 +225,17 @@ class Engine:
 
     def stop(self) -> None:
         """End every request with an error and wait for the step loop to end. Harmless when repeated."""
-        with self._condition:
-            self._end_reason = self._end_reason or "has been stopped"
-            self._condition.notify_all()
+        self._ask_to_stop()
         if self._thread is threading.current_thread():
             return
         if self._thread.ident is not None:
             self._thread.join()
         self._abandon()
+
+    def _ask_to_stop(self) -> None:
+        with self._condition:
+            self._end_reason = self._end_reason or "has been stopped"
+            self._condition.notify_all()
 
     def _loop(self) -> None:
         try:

@@ -10,16 +10,17 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from amalgam.base.clock import Clock
 from amalgam.config import Rule, Settings, build_rules
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import peak_memory_bytes
-from amalgam.errors import ConfigError, ConflictError, PlanError, describe
+from amalgam.errors import ConfigError, ConflictError, PlanError, UnavailableError, describe
 from amalgam.kernels import ops
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
@@ -93,6 +94,8 @@ class Deployment:
         self._rules = settings.model.mixed_precision.all_rules
         self._remap, self._digest = threading.Lock(), threading.Lock()
         self._remaps: deque[RemapRecord] = deque(maxlen=MAX_REMAPS)
+        self._clock = Clock()
+        self._is_closing = threading.Event()
 
     @classmethod
     def open(
@@ -116,12 +119,17 @@ class Deployment:
         planned = loader.check(plan)  # before anything that takes longer
         tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
         tokenizer.check_vocabulary(loader.spec.vocab_size)
-        loaded = loader.build(plan, version_id=1, progress=progress, planned=planned)
-        max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
-        settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
-        decoder = Decoder(loader.spec, max_positions, dtype, device)
+        # Before the weights: what it keeps its figures in may not fit, or be somebody else's.
         watcher = observer(loader.spec) if observer is not None and loader.spec.num_experts else None
-        engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, watcher)
+        with ExitStack() as on_failure:
+            if watcher is not None:
+                on_failure.callback(watcher.close)
+            loaded = loader.build(plan, version_id=1, progress=progress, planned=planned)
+            max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
+            settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
+            decoder = Decoder(loader.spec, max_positions, dtype, device)
+            engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, watcher)
+            on_failure.pop_all()
         engine.start()
         return cls(settings, loader, loaded, engine, tokenizer, watcher)
 
@@ -141,7 +149,8 @@ class Deployment:
     @property
     def remaps(self) -> list[RemapRecord]:
         """The latest attempts to change the weights, oldest first."""
-        return list(self._remaps)
+        shift = self._clock.shift()
+        return [replace(record, at=record.at + shift) for record in list(self._remaps)]
 
     @property
     def model_name(self) -> str:
@@ -246,15 +255,25 @@ class Deployment:
         if not self._digest.acquire(blocking=False):
             raise ConflictError("Digests are being computed already.", remedy="Try again when they are done.")
         try:
-            return plan_manifest(loader.check(loader.make_plan(rules)), self.settings.engine.load_threads)
+            planned = loader.check(loader.make_plan(rules))
+            return plan_manifest(planned, self.settings.engine.load_threads, self._unless_closing)
         finally:
             self._digest.release()
 
     def close(self) -> None:
-        """Stop the engine; requests that still run end with an error. Statistics that are to be kept are saved."""
+        """Stop the engine; requests that still run end with an error, and a change of the weights under way too.
+
+        Statistics that are to be kept are saved.
+        """
+        self._is_closing.set()
         self.engine.stop()
         if self.observer is not None:
             self.observer.close()
+
+    def _unless_closing(self, what: str, done: int, total: int) -> None:
+        """A `Progress` that ends long work when nobody wants it any more."""
+        if self._is_closing.is_set():
+            raise UnavailableError("The model has been closed.", remedy="Open it again.")
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -267,7 +286,7 @@ class Deployment:
         except Exception as error:
             seconds = time.monotonic() - started
             reason = describe(str(error), 400)
-            self._remaps.append(RemapRecord(time.time(), version_id, version_id, 0, 0, seconds, reason))
+            self._remaps.append(RemapRecord(self._clock.now(), version_id, version_id, 0, 0, seconds, reason))
             raise
         finally:
             self._remap.release()
@@ -275,7 +294,7 @@ class Deployment:
     def _go_live(self, loader: ModelLoader, rules: tuple[Rule, ...]) -> RemapResult:
         started = time.monotonic()
         before = self._version
-        loaded = loader.build(loader.make_plan(rules), before.version_id + 1, before)
+        loaded = loader.build(loader.make_plan(rules), before.version_id + 1, before, self._unless_closing)
         after = loaded.version
         changed = [
             WeightChange(
@@ -302,7 +321,7 @@ class Deployment:
         )
         self._remaps.append(
             RemapRecord(
-                time.time(),
+                self._clock.now(),
                 result.version,
                 result.previous_version,
                 len(changed),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from amalgam.engine.request import Generation, Observation, OutputSink, RequestOutput, SamplingParams
-from amalgam.errors import RequestError
+from amalgam.errors import OverloadedError, RequestError
+
+ROOM_SECONDS = 0.05  # how soon a caller looks again whether the queue has room
 
 
 class Submitter(Protocol):
@@ -53,7 +55,9 @@ def generate(
     observation: Observation,
     max_in_flight: int,
 ) -> list[Generation]:
-    """See `Engine.generate`. At most `max_in_flight` requests are submitted at a time, so that the queue holds."""
+    """See `Engine.generate`. At most `max_in_flight` requests are submitted at a time; where others fill the queue, the
+    rest wait for room.
+    """
     per_prompt = [params] * len(prompts_ids) if isinstance(params, SamplingParams) else list(params)
     if len(per_prompt) != len(prompts_ids):
         raise RequestError(
@@ -78,10 +82,18 @@ def generate(
     try:
         while num_submitted < len(prompts_ids) or in_flight:
             if num_submitted < len(prompts_ids) and len(in_flight) < max_in_flight:
-                submit(num_submitted)
-                num_submitted += 1
+                try:
+                    submit(num_submitted)
+                    num_submitted += 1
+                    continue
+                except OverloadedError:
+                    has_room = False
+            else:
+                has_room = True
+            try:
+                index, output = arrived.get(timeout=None if has_room else ROOM_SECONDS)
+            except Empty:
                 continue
-            index, output = arrived.get()
             outputs[index].append(output)
             if output.is_finished:
                 del in_flight[index]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import bisect
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from amalgam.base.clock import Clock
 from amalgam.engine.request import FinishReason, RequestOutput
 
 POINT_SECONDS = 2.0
@@ -41,7 +41,7 @@ class Point(NamedTuple):
 class Latency:
     """Of one finished request that had at least one token; in seconds."""
 
-    finished_at: float
+    finished_at: float  # by the meter's clock
     first_token: float
     per_token: float | None  # after the first; None if there was only one
 
@@ -88,13 +88,12 @@ class Meter:
     """Counts. Any thread.
 
     Args:
-        clock: Unix seconds; the meter's time never runs back even if the clock does.
+        clock: gives the times; those of a `Reading` follow the wall clock as it is set then.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = Clock() if clock is None else clock
         self._lock = threading.Lock()
-        self._latest = clock()
         self._num_prompt_tokens = 0
         self._num_new_tokens = 0
         self._finished: Counter[FinishReason] = Counter()
@@ -110,7 +109,7 @@ class Meter:
         with self._lock:
             self._num_prompt_tokens += num_prompt_tokens
             self._num_new_tokens += num_new_tokens
-            start = self._now() // POINT_SECONDS * POINT_SECONDS
+            start = self._clock.now() // POINT_SECONDS * POINT_SECONDS
             last = self._points[-1] if self._points else None
             if last is not None and last.time == start:
                 self._points.pop()
@@ -130,7 +129,7 @@ class Meter:
                 return
             decoding = usage.total_seconds - usage.first_token_seconds
             per_token = decoding / (usage.num_new_tokens - 1) if usage.num_new_tokens > 1 else None
-            self._latencies.append(Latency(self._now(), usage.first_token_seconds, per_token))
+            self._latencies.append(Latency(self._clock.now(), usage.first_token_seconds, per_token))
             self._first_token.add(usage.first_token_seconds)
             self._total.add(usage.total_seconds)
             if per_token is not None:
@@ -139,22 +138,18 @@ class Meter:
     def read(self) -> Reading:
         """The figures of this moment."""
         with self._lock:
-            now = self._now()
+            now, shift = self._clock.now(), self._clock.shift()
             return Reading(
-                now,
+                now + shift,
                 self._num_prompt_tokens,
                 self._num_new_tokens,
                 dict(self._finished),
-                _without_gaps(self._points, now),
+                [point._replace(time=point.time + shift) for point in _without_gaps(self._points, now)],
                 [latency for latency in self._latencies if latency.finished_at > now - WINDOW_SECONDS],
                 self._first_token.read(),
                 self._per_token.read(),
                 self._total.read(),
             )
-
-    def _now(self) -> float:
-        self._latest = max(self._latest, self._clock())
-        return self._latest
 
 
 def _without_gaps(points: Sequence[Point], now: float) -> list[Point]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -178,6 +178,11 @@ class DecayingRate:
         fading = np.exp((self._latest - now) / self._mean_life)
         seen = -np.expm1((self._started_at - max(now, self._started_at + 1)) / self._mean_life)
         return np.asarray(self._weighted * fading / (self._mean_life * seen))
+
+
+def moved(buckets: Iterable[Bucket], ticks: int) -> list[Bucket]:
+    """`buckets` so many ticks later, or earlier if below 0; those from before the first tick are left out."""
+    return [replace(b, first=b.first + ticks, stop=b.stop + ticks) for b in buckets if b.first + ticks >= 0]
 
 
 def total(buckets: Iterable[Bucket], num_layers: int, num_experts: int) -> Tally:

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from amalgam.experts.saved import SavedSet, load, replace_file, to_bytes
+from amalgam.base.files import replace_file
+from amalgam.base.locks import FileLock
+from amalgam.base.threads import StoppableThread
+from amalgam.errors import ConflictError
+from amalgam.experts.saved import SavedSet, load, to_bytes
 
 logger = logging.getLogger("amalgam.experts")
 
@@ -22,32 +27,53 @@ class Keepable(Protocol):
 
 
 class Keeper:
-    """Restores at once, then saves every `seconds` in a thread of its own, and once more when closed.
+    """Restores at once, then saves every `seconds` in a thread of its own, and once more at the end.
 
-    A file that cannot be written is logged: the traffic matters more than its statistics.
+    The file is locked meanwhile: of two processes that save in it, each would undo the other's counts. A file that
+    cannot be written is logged: the traffic matters more than its statistics.
 
     Raises:
         CheckpointError, ConfigError: the file does not fit. It is left as it is.
+        ConflictError: another process keeps its statistics in it.
     """
 
     def __init__(self, statistics: Keepable, path: Path, seconds: float) -> None:
         self._statistics = statistics
         self._path = path
         self._seconds = seconds
-        if path.exists():
-            statistics.restore(load(path), f"statistics.file {str(path)!r}")
-        self._is_closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="amalgam-statistics", daemon=True)
-        self._thread.start()
+        self._lock = FileLock(path)
+        with ExitStack() as cleanup:
+            cleanup.enter_context(self._lock)
+            self._take_lock()
+            if path.exists():
+                statistics.restore(load(path), f"statistics.file {str(path)!r}")
+            self._is_closing = threading.Event()
+            self._thread = StoppableThread(self._run, "amalgam-statistics", self._is_closing.set)
+            self._thread.start()
+            cleanup.pop_all()
 
     def close(self) -> None:
-        """Save and end."""
+        """Save and end. Harmless when repeated."""
         self._is_closing.set()
         self._thread.join()
-        self._save()
+
+    def _take_lock(self) -> None:
+        try:
+            is_ours = self._lock.try_acquire()
+        except OSError as error:  # saving will fail too, unless somebody mends the folder
+            logger.error("statistics.file %r cannot be locked: %s", str(self._path), error)
+            return
+        if not is_ours:
+            raise ConflictError(
+                f"statistics.file {str(self._path)!r} is in use by {self._lock.holder}.",
+                remedy="Give each process a file of its own, or this one none (an empty statistics.file); "
+                "`amalgam experts --merge` adds files up.",
+            )
 
     def _run(self) -> None:
-        while not self._is_closing.wait(self._seconds):
+        with self._lock:
+            while not self._is_closing.wait(self._seconds):
+                self._save()
             self._save()
 
     def _save(self) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from amalgam.base.files import replace_file
 from amalgam.errors import CheckpointError, ConfigError, RequestError, describe
 from amalgam.experts.history import NUM_PHASES, Bucket, Tally
 from amalgam.experts.labels import check_label
@@ -258,23 +258,6 @@ def write_file(folder: str | Path, name: str, content: str | bytes) -> Path:
             f"Cannot write to the export folder {str(folder)!r}: {error.strerror}.",
             remedy="Set server.export_dir to a folder that can be written to.",
         ) from None
-
-
-def replace_file(target: Path, content: str | bytes) -> Path:
-    """Write a file that appears complete or not at all; its folder is made if absent.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
 
 
 def _is_name(text: str) -> bool:

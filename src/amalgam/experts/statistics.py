@@ -65,7 +65,7 @@ def summary(snapshot: ExpertSnapshot) -> dict[str, Any]:
     """Totals. `total_activations` = `total_tokens` × `active_experts_per_token` × `total_layers`.
 
     `total_layers` counts the layers that have experts, `total_experts` is layers × `experts_per_layer`, and `uptime` is
-    seconds since counting began, resets or not.
+    seconds since counting began, resets or not. `half_life_minutes` is that of the experts' `decaying_rate`.
     """
     tally, num_layers = snapshot.tally, len(snapshot.layer_ids)
     activations, tokens = int(tally.counts.sum()), int(tally.num_tokens.sum())
@@ -83,6 +83,7 @@ def summary(snapshot: ExpertSnapshot) -> dict[str, Any]:
         "experts_per_layer": snapshot.num_experts,
         "active_experts_per_token": snapshot.num_active_experts,
         "uptime": snapshot.window_end - snapshot.started_at,
+        "half_life_minutes": snapshot.half_life_minutes,
         "rates": {
             "activations_per_second": _per_second(activations, snapshot),
             "tokens_per_second": _per_second(tokens, snapshot),

@@ -11,10 +11,10 @@ some dozens or somebody asks: for each to be summed up alone would cost several 
 from __future__ import annotations
 
 import logging
+import math
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +24,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from amalgam.base.clock import Clock
 from amalgam.config import StatisticsSettings
 from amalgam.errors import RequestError, describe
-from amalgam.experts.history import GENERATED, NUM_PHASES, PROMPT, DecayingRate, History, Tally, total
+from amalgam.experts.history import GENERATED, NUM_PHASES, PROMPT, DecayingRate, History, Tally, moved, total
 from amalgam.experts.keeper import Keeper
 from amalgam.experts.labels import LabelTallies
 from amalgam.experts.pairs import PairCounter
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _MAX_PENDING_ROWS = 256
 _MAX_PENDING_STEPS = 64
+_NOISE_SECONDS = 1.0  # a clock that is corrected by so little has not been set
 _FORMER_TICK_SECONDS = 5.0  # the default when files did not hold it yet
 
 logger = logging.getLogger("amalgam.experts")
@@ -57,7 +59,7 @@ class RecentActivation:
 
 @dataclass(frozen=True)
 class ExpertSnapshot:
-    """A consistent copy of the statistics of one window of time. Times in seconds of the tracker's clock."""
+    """A consistent copy of the statistics of one window of time. Times in Unix seconds."""
 
     layer_ids: tuple[int, ...]  # decoder layer of each row of the grids
     num_experts: int  # per layer
@@ -69,6 +71,7 @@ class ExpertSnapshot:
     tally: Tally
     last_activation: npt.NDArray[np.float64]  # [layers, experts], since the last reset whatever the window; NaN: never
     recent: tuple[RecentActivation, ...]  # within the window, oldest first
+    half_life_minutes: float  # of the next
     decaying_rate: npt.NDArray[np.float64]  # [layers, experts], activations per second; whatever the window
     labels: Mapping[str, int]  # label → tokens, since the last reset whatever the window
     label: str | None = None  # the tally is that of this label only
@@ -117,7 +120,7 @@ class ExpertTracker:
         moe_layer_ids: decoder layer ids that have experts, in order.
         num_experts: experts per layer.
         top_k: active experts per token and layer.
-        clock: seconds; the statistics' time never runs back even if the clock does.
+        clock: gives the times; what is shown and saved follows the wall clock as it is set then.
         model: its name, for saved sets.
     """
 
@@ -127,14 +130,14 @@ class ExpertTracker:
         num_experts: int,
         top_k: int,
         settings: StatisticsSettings,
-        clock: Callable[[], float] = time.time,
+        clock: Clock | None = None,
         model: str = "",
     ) -> None:
         self.layer_ids = tuple(moe_layer_ids)
         self.num_experts = num_experts
         self.settings = settings
         self._top_k = top_k
-        self._clock = clock
+        self._clock = Clock() if clock is None else clock
         self._model = model
         self._keeper: Keeper | None = None
 
@@ -144,7 +147,7 @@ class ExpertTracker:
 
         self._lock = threading.Lock()  # guards everything below
         self.revision = 0  # changes whenever the statistics do
-        self._latest = clock()
+        self._latest = self._clock.now()
         self._started_at = self._latest
         self._tick_end = -np.inf
         self._pending: list[Step] = []
@@ -250,19 +253,21 @@ class ExpertTracker:
             decaying_rate = self._decaying.read(now)
             labels = self._labels.num_tokens()
             records = list(self._records)
+            shift = self._clock.shift()
         if minutes is not None:  # closed buckets never change, so the step thread need not wait for their sum
             tally = total(buckets, *last_activation.shape)
         return ExpertSnapshot(
             layer_ids=self.layer_ids,
             num_experts=self.num_experts,
             num_active_experts=self._top_k,
-            started_at=self._started_at,
+            started_at=self._started_at + shift,
             minutes=minutes,
-            window_start=start,
-            window_end=now,
+            window_start=start + shift,
+            window_end=now + shift,
             tally=tally,
-            last_activation=last_activation,
-            recent=self._expand([record for record in records if record.timestamp >= start]),
+            last_activation=last_activation + shift,
+            recent=self._expand([record for record in records if record.timestamp >= start], shift),
+            half_life_minutes=self.settings.half_life_minutes,
             decaying_rate=decaying_rate,
             labels=labels,
             label=label,
@@ -313,20 +318,21 @@ class ExpertTracker:
     def saved_set(self, *, with_history: bool = False) -> SavedSet:
         """Everything counted since the last reset, to be written to a file."""
         with self._lock:
-            now = self._advance()
+            now, shift = self._advance(), self._clock.shift()
+            ticks = round(shift / self.settings.bucket_seconds)
             self._sum_up()
             return SavedSet(
                 model=self._model,
                 layer_ids=self.layer_ids,
                 num_experts=self.num_experts,
                 num_active_experts=self._top_k,
-                start=self._cleared_at,
-                end=now,
+                start=max(self._cleared_at + shift, 0.0),
+                end=max(now + shift, 0.0),
                 total=self._total.copy(),
-                last_activation=self._last_activation.copy(),
+                last_activation=np.maximum(self._last_activation + shift, 0.0),
                 labels=self._labels.copy(),
                 pairs=self._pairs.read() if self._pairs.sampling else None,
-                buckets=tuple(self._history.since(-np.inf)) if with_history else (),
+                buckets=tuple(moved(self._history.since(-np.inf), ticks)) if with_history else (),
                 tick_seconds=self.settings.bucket_seconds if with_history else None,
             )
 
@@ -339,15 +345,20 @@ class ExpertTracker:
         saved.check_fits(self.layer_ids, self.num_experts, where, self._top_k)
         with self._lock:
             now = self._advance()
-            self._cleared_at = min(saved.start, now)
+            if now < saved.end < now + _NOISE_SECONDS:
+                self._latest = now = saved.end
+            # The clock may have been set back since: then the file ends now, and all in it is as long ago as it was.
+            shift = min(now - saved.end, 0.0)
+            tick_seconds = saved.tick_seconds or _FORMER_TICK_SECONDS
+            self._cleared_at = saved.start + shift
             self._total.add(saved.total)
-            self._last_activation[...] = np.fmin(saved.last_activation, now)
+            self._last_activation[...] = np.fmin(saved.last_activation + shift, now)
             for label, tally in saved.labels.items():
                 if (mine := self._labels.tally(label)) is not None:
                     mine.add(tally)
             if saved.pairs is not None:
                 self._pairs.restore(saved.pairs)
-            self._history.restore(saved.buckets, saved.tick_seconds or _FORMER_TICK_SECONDS, now)
+            self._history.restore(moved(saved.buckets, math.floor(shift / tick_seconds)), tick_seconds, now)
         if num_dropped := max(len(saved.labels) - self.settings.max_labels, 0):
             logger.warning(
                 "%s has %d labels, and statistics.max_labels is %d: the last %d of them are dropped.",
@@ -376,7 +387,6 @@ class ExpertTracker:
         """No step follows; the last statistics are saved if they are to be kept."""
         if self._keeper is not None:
             self._keeper.close()
-            self._keeper = None
 
     @property
     def nbytes(self) -> int:
@@ -409,7 +419,7 @@ class ExpertTracker:
 
     def _advance(self) -> float:
         """The time; what is pending is summed up when a tick of the history is over."""
-        self._latest = max(self._latest, self._clock())
+        self._latest = max(self._latest, self._clock.now())
         if self._latest >= self._tick_end:
             self._sum_up()
             self._tick_end = self._history.end_of_tick(self._latest)
@@ -475,14 +485,15 @@ class ExpertTracker:
         while self._records and self._num_recorded - len(self._records[0].cells) >= limit:
             self._num_recorded -= len(self._records.popleft().cells)
 
-    def _expand(self, records: Sequence[_StepRecord]) -> tuple[RecentActivation, ...]:
+    def _expand(self, records: Sequence[_StepRecord], shift: float) -> tuple[RecentActivation, ...]:
         expanded = []
         for record in records:
             rows = zip(record.cells.tolist(), *record.counts.tolist(), strict=True)
             for cell, num_prompt, num_generated in rows:
                 row, expert_id = divmod(cell, self.num_experts)
                 layer_id = self.layer_ids[row]
-                expanded.append(RecentActivation(record.timestamp, layer_id, expert_id, num_prompt, num_generated))
+                moment = record.timestamp + shift
+                expanded.append(RecentActivation(moment, layer_id, expert_id, num_prompt, num_generated))
         return tuple(expanded[max(0, len(expanded) - self.settings.recent_activations) :])
 
     def _check_minutes(self, minutes: float) -> None:

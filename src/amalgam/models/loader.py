@@ -14,7 +14,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +22,8 @@ from typing import Any
 
 import torch
 
+from amalgam.base.locks import FileLock
+from amalgam.base.threads import map_in_threads
 from amalgam.checkpoint.collector import collector_paused
 from amalgam.checkpoint.shards import Identity
 from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
@@ -434,13 +435,27 @@ class ModelLoader:
     def _fill(
         self, cache: PackedCache, missing: Sequence[PlannedWeight], keys: Mapping[str, str], progress: Progress | None
     ) -> dict[str, PackedWeight]:
-        """Write weights into the cache and map them from there; a weight leaves memory as soon as it is written."""
-        by_source: dict[int, list[PlannedWeight]] = {}
-        for weight in missing:
-            by_source.setdefault(id(weight.source), []).append(weight)
+        """Write weights into the cache and map them from there; a weight leaves memory as soon as it is written.
+
+        What another process is writing is waited for: it would take as much space again.
+        """
+        by_source = _by_source(missing)
+        found: dict[str, PackedWeight] = {}
         try:
-            _check_room(cache.folder, sum(weight.nbytes for weight in missing))
             with ExitStack() as stack:
+                locks = {lock.target: lock for lock in (cache.lock(_files_of(some)) for some in by_source.values())}
+                for target in sorted(locks):  # in one order for all processes, so that no two wait for each other
+                    lock = stack.enter_context(locks[target])
+                    lock.acquire(waiting_for(cache.folder, lock, progress))
+                cache.open_files()
+                found = self._find(cache, missing, keys)
+                missing = [weight for weight in missing if weight.slot.name not in found]
+                if found:
+                    logger.info("packed cache %s: another process has written %d weights", cache.folder, len(found))
+                if not missing:
+                    return found
+                by_source = _by_source(missing)
+                _check_room(cache.folder, sum(weight.nbytes for weight in missing))
                 files = {
                     source: stack.enter_context(cache.new_file(_files_of(weights)))
                     for source, weights in by_source.items()
@@ -454,11 +469,11 @@ class ModelLoader:
                     file.commit()
         except OSError as error:
             logger.warning("The packed cache in %s cannot be written (%s); going on without.", cache.folder, error)
-            return _only(self._read(missing, progress))
+            return found | _only(self._read(missing, progress))
         written = [weight for weight in missing if weight.slot.name not in weights]
         weights |= self._find(cache, written, keys)
         lost = [weight for weight in missing if weight.slot.name not in weights]
-        return {**weights, **_only(self._read(lost, None))}
+        return {**found, **weights, **_only(self._read(lost, None))}
 
     def _read(
         self, planned: Sequence[PlannedWeight], progress: Progress | None, keep: Keep | None = None
@@ -478,16 +493,33 @@ class ModelLoader:
                     progress("Loading weights", done, total)
             return kept
 
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="load") as pool:
-            futures = {weight.slot.name: pool.submit(load, weight) for weight in planned}
-            finished, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-            if any(future.exception() is not None for future in finished):
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise next(error for future in finished if (error := future.exception()) is not None)
-            return {slot: future.result() for slot, future in futures.items()}
+        loaded = map_in_threads(load, planned, self._threads, "load")
+        return dict(zip((weight.slot.name for weight in planned), loaded, strict=True))
 
 
 Keep = Callable[[PlannedWeight, PackedWeight], PackedWeight | None]
+
+
+def waiting_for(path: Path, lock: FileLock, progress: Progress | None) -> Callable[[], None]:
+    """What a wait for another process' lock calls: it says so once, and lets `progress` show it and end it."""
+    is_said = False
+
+    def wait() -> None:
+        nonlocal is_said
+        if not is_said:
+            logger.warning("%s: waiting for %s, which is writing there", path, lock.holder)
+            is_said = True
+        if progress is not None:
+            progress(f"Waiting for another process to write {path.name}", 0, 1)
+
+    return wait
+
+
+def _by_source(weights: Sequence[PlannedWeight]) -> dict[int, list[PlannedWeight]]:
+    result: dict[int, list[PlannedWeight]] = {}
+    for weight in weights:
+        result.setdefault(id(weight.source), []).append(weight)
+    return result
 
 
 def _only(weights: Mapping[str, PackedWeight | None]) -> dict[str, PackedWeight]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import torch
 
+from amalgam.base.threads import map_in_threads
 from amalgam.checkpoint.collector import collector_paused
 from amalgam.models.loader import PlannedWeight, Progress
 from amalgam.models.weights import fingerprint, manifest
@@ -57,5 +58,4 @@ def _digest_all(planned: Sequence[PlannedWeight], threads: int, progress: Progre
                 progress("Hashing", done, total)
         return digests
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
-        return {key: value for digests in pool.map(digest, planned) for key, value in digests}
+    return dict(chain.from_iterable(map_in_threads(digest, planned, threads, "digest")))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from amalgam import __version__
+from amalgam.base.locks import FileLock
 from amalgam.checkpoint.packed_file import PackedFile, PackedFileWriter, new_packed_file, remove_abandoned
 from amalgam.checkpoint.shards import Identity, identify
 from amalgam.errors import AmalgamError
@@ -45,9 +46,18 @@ class PackedCache:
         """Open what is valid and remove what is not."""
         self.folder = folder
         self._entries: dict[str, tuple[PackedFile, Any]] = {}
+        self._opened: set[tuple[int, int, int]] = set()  # device, inode, time of change
         remove_abandoned(folder)
-        for path in sorted(folder.glob("[0-9a-f]" * _NAME_DIGITS + _SUFFIX)):
+        self.open_files()
+
+    def open_files(self) -> None:
+        """Offer what other processes have written since it was opened, too."""
+        for path in sorted(self.folder.glob("[0-9a-f]" * _NAME_DIGITS + _SUFFIX)):
             self.open_file(path)
+
+    def lock(self, sources: Sequence[Identity]) -> FileLock:
+        """What a process holds while it writes weights whose bytes come from these files."""
+        return FileLock(self.folder / key_of(sources)[:_NAME_DIGITS])
 
     def find(self, key: str, shape: tuple[int, ...], activation: ActivationType | None) -> PackedWeight | None:
         """A mapped weight, None if it is not there.
@@ -82,7 +92,11 @@ class PackedCache:
     def open_file(self, path: Path) -> None:
         """Offer a file's weights, or remove it if there are none to be had; never fails."""
         try:
-            self._entries |= _read_entries(path)
+            status = path.stat()
+            identity = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            if identity not in self._opened:
+                self._entries |= _read_entries(path)
+                self._opened.add(identity)
         except OSError as error:
             logger.warning("packed cache: %s cannot be read: %s", path, error)
         except (AmalgamError, ValueError, KeyError, TypeError) as error:

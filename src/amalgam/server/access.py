@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -21,6 +21,7 @@ from amalgam.server.errors import error_response
 
 CLIENT_LEFT = 499  # nginx's status for a request whose client closed the connection
 MAX_PATH_CHARS = 200
+PROBES = ("/health", "/ready", "/metrics")  # which machines ask every few seconds
 
 logger = logging.getLogger("amalgam.server")
 T = TypeVar("T")
@@ -30,10 +31,16 @@ class AccessLog:
     """Gives each request an id and one log line, and turns unexpected errors into 500.
 
     The line holds neither query nor body, for those may hold prompts and keys.
+
+    Args:
+        count_refusal: takes the code of each answer that is an error; not of those to probes, which ask all the time.
+        logs_probes: whether probes have their lines.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, count_refusal: Callable[[str], None], *, logs_probes: bool = True) -> None:
         self.app = app
+        self._count_refusal = count_refusal
+        self._logs_probes = logs_probes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,9 +66,13 @@ class AccessLog:
             if status == 0:
                 await error_response(error, request_id)(scope, receive, send_with_id)
         finally:
-            path = one_line(scope["path"][:MAX_PATH_CHARS])
-            milliseconds = (time.perf_counter() - started) * 1e3
-            logger.info("%s %s %d %.1f ms %s", scope["method"], path, status, milliseconds, request_id)
+            is_probe = scope["path"] in PROBES
+            if not is_probe and (code := scope["state"].get("refusal")) is not None:
+                self._count_refusal(code)
+            if self._logs_probes or not is_probe:
+                path = one_line(scope["path"][:MAX_PATH_CHARS])
+                milliseconds = (time.perf_counter() - started) * 1e3
+                logger.info("%s %s %d %.1f ms %s", scope["method"], path, status, milliseconds, request_id)
 
 
 def one_line(text: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -32,11 +33,14 @@ ROUTERS = (native.router, experts.router, admin.router, serving.router, dashboar
 logger = logging.getLogger("amalgam.server")
 
 
-def run(settings: Settings, open_deployment: Callable[[], Deployment]) -> int:
+def run(settings: Settings, open_deployment: Callable[[], Deployment], stopping: threading.Event | None = None) -> int:
     """Serve until SIGTERM or SIGINT, finish what is in flight, and return the exit code 0.
 
     The port opens at once; `open_deployment` runs in a thread, and its requests are refused with 503 meanwhile. A
     second signal ends the process at once. Blocking; to be called in the main thread.
+
+    Args:
+        stopping: set when the model is no longer wanted, so that `open_deployment` may raise; the exit code is still 0.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -44,7 +48,7 @@ def run(settings: Settings, open_deployment: Callable[[], Deployment]) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     listener = listen(settings.server)
-    service = Service(settings, open_deployment)
+    service = Service(settings, open_deployment, stopping)
     server = DrainingServer(create_app(service), service)
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -81,7 +85,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     register_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=service.settings.server.max_body_bytes)
-    app.add_middleware(AccessLog)
+    logs_probes = service.settings.server.log_probes
+    app.add_middleware(AccessLog, count_refusal=service.count_refusal, logs_probes=logs_probes)
     for router in ROUTERS:
         app.include_router(router)
 

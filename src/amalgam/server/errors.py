@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from amalgam.errors import AmalgamError, describe
 
@@ -63,6 +64,18 @@ class OrjsonResponse(JSONResponse):
         return orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
 
 
+class ErrorResponse(OrjsonResponse):
+    """An error's answer, which leaves its code in the request's state: refusals are counted by it."""
+
+    def __init__(self, content: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(content, status, headers)
+        self._code: str = content["error"]["type"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["refusal"] = self._code
+        await super().__call__(scope, receive, send)
+
+
 def error_content(error: Exception, request_id: str = "") -> dict[str, Any]:
     """The JSON body that tells a client of `error`. Of unexpected errors it tells only the request's id."""
     if not isinstance(error, AmalgamError):
@@ -71,13 +84,13 @@ def error_content(error: Exception, request_id: str = "") -> dict[str, Any]:
     return _content(error.code, ". ".join([str(error), *getattr(error, "__notes__", ())]))
 
 
-def error_response(error: Exception, request_id: str = "") -> OrjsonResponse:
+def error_response(error: Exception, request_id: str = "") -> ErrorResponse:
     """`error_content` with the status and headers that go with it."""
     status = error.http_status if isinstance(error, AmalgamError) else 500
     headers = {}
     if status == 503:
         headers["Retry-After"] = str(getattr(error, "retry_after_seconds", RETRY_AFTER_SECONDS))
-    return OrjsonResponse(error_content(error, request_id), status, headers)
+    return ErrorResponse(error_content(error, request_id), status, headers)
 
 
 def register_error_handlers(app: FastAPI) -> None:
@@ -92,7 +105,7 @@ def register_error_handlers(app: FastAPI) -> None:
         messages = [_explain(item) for item in items[:MAX_REPORTED_ERRORS]]
         if len(items) > MAX_REPORTED_ERRORS:
             messages.append(f"{len(items) - MAX_REPORTED_ERRORS} more errors.")
-        return OrjsonResponse(_content("invalid_request", " ".join(messages), _parameter(items[0])), 422)
+        return ErrorResponse(_content("invalid_request", " ".join(messages), _parameter(items[0])), 422)
 
     async def on_http_exception(request: Request, error: Exception) -> OrjsonResponse:
         assert isinstance(error, HTTPException)
@@ -105,7 +118,7 @@ def register_error_handlers(app: FastAPI) -> None:
         else:
             message = str(error.detail)
         kind = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        return OrjsonResponse(_content(kind, message), error.status_code, error.headers)
+        return ErrorResponse(_content(kind, message), error.status_code, error.headers)
 
     app.add_exception_handler(AmalgamError, on_amalgam_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)

@@ -356,6 +356,17 @@ async def get_heatmap(service: ServiceArgument, query: Annotated[WindowQuery, Qu
     return await _in_worker(service, answer)
 
 
+@router.get("/experts/set.npz", response_class=Response)
+async def get_set(service: ServiceArgument) -> Response:
+    """A saved set of what has been counted since the last reset, which is not kept here."""
+
+    def answer(tracker: ExpertTracker) -> Response:
+        result = _export(service.deployment, tracker, "npz", None)
+        return Response(result.content, media_type=result.media_type)
+
+    return await _in_worker(service, answer)
+
+
 @router.get("/experts/sets")
 async def list_sets(service: ServiceArgument) -> SavedSetsAnswer:
     """The saved sets in `server.export_dir`."""

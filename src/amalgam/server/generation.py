@@ -6,7 +6,8 @@ In: token ids and sampling parameters. Out: completions, or server-sent events. 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from amalgam.engine.request import Observation, RequestOutput, SamplingParams, Usage
-from amalgam.errors import AmalgamError, RequestError, UnavailableError
+from amalgam.errors import AmalgamError, OverloadedError, RequestError, UnavailableError
 from amalgam.server.access import log_unexpected, unless_client_leaves
 from amalgam.server.errors import error_content
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from amalgam.engine.core import Engine
     from amalgam.models.context import RoutingTrace
 
+ROOM_SECONDS = 0.05  # how soon a batch looks again whether the queue has room
 END_OF_STREAM = b"data: [DONE]\n\n"
 
 
@@ -51,23 +53,67 @@ async def complete(
 
 
 async def complete_all(
-    engine: Engine, prompts_ids: Sequence[Sequence[int]], params: SamplingParams, observation: Observation
+    engine: Engine,
+    prompts_ids: Sequence[Sequence[int]],
+    params: SamplingParams,
+    observation: Observation,
+    max_in_flight: int,
 ) -> list[Completion]:
-    """Run all requests at once. If one fails, the others are cancelled and its error is raised, with its index."""
+    """Run all requests, at most `max_in_flight` of them at a time, so that the queue has room for others.
+
+    Once the first has found a place in the queue, the rest wait for theirs. If one fails, the others are cancelled and
+    its error is raised, with its index.
+
+    Raises:
+        OverloadedError: there is no place even for the first.
+    """
+    completions: dict[int, Completion] = {}
+    waiting = iter(enumerate(prompts_ids))
+    num_in_flight = 0
+    has_ended = asyncio.Event()  # one of ours, which may have made room
 
     async def complete_one(index: int, prompt_ids: Sequence[int]) -> Completion:
-        try:
-            return await complete(engine, prompt_ids, params, observation)
-        except RequestError as error:
-            error.add_note(f"This is prompts[{index}]")
-            raise
+        nonlocal num_in_flight
+        while True:
+            num_in_flight += 1
+            try:
+                with _naming(index):
+                    completion = await complete(engine, prompt_ids, params, observation)
+                has_ended.set()
+                return completion
+            except OverloadedError:
+                if num_in_flight == 1 and not completions:
+                    raise
+            finally:
+                num_in_flight -= 1
+            has_ended.clear()
+            with contextlib.suppress(TimeoutError):  # others make room too
+                await asyncio.wait_for(has_ended.wait(), ROOM_SECONDS)
 
+    async def work() -> None:
+        for index, prompt_ids in waiting:  # which all of us take from
+            completions[index] = await complete_one(index, prompt_ids)
+
+    for index, prompt_ids in enumerate(prompts_ids):  # before any is computed: one error fails all
+        with _naming(index):
+            engine.check_prompt_length(len(prompt_ids))
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(complete_one(index, ids)) for index, ids in enumerate(prompts_ids)]
+            for _ in range(min(max_in_flight, len(prompts_ids))):
+                group.create_task(work())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+    return [completions[index] for index in range(len(prompts_ids))]
+
+
+@contextlib.contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Errors say which prompt of a batch they are about."""
+    try:
+        yield
+    except RequestError as error:
+        error.add_note(f"This is prompts[{index}]")
+        raise
 
 
 async def start_stream(

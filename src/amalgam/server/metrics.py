@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from amalgam.engine.meter import Histogram, Reading
-from amalgam.engine.request import EngineStatus
+from amalgam.engine.request import EngineStatus, FinishReason
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "amalgam_"
@@ -55,16 +55,20 @@ class MetricsText:
         self._lines.append(f"{_PREFIX}{name}{{{inner}}} {value:.17g}" if inner else f"{_PREFIX}{name} {value:.17g}")
 
 
-def add_server(text: MetricsText, model: str, version: str, uptime_seconds: float, *, is_ready: bool) -> None:
+def add_server(
+    text: MetricsText, model: str, version: str, uptime_seconds: float, refusals: Mapping[str, int], *, is_ready: bool
+) -> None:
     """What is known even while the model loads."""
     text.add("info", "gauge", "What is served.", [({"model": model, "version": version}, 1)])
     text.add("ready", "gauge", "Whether requests are taken.", [({}, int(is_ready))])
     text.add("uptime_seconds", "gauge", "Since the server started.", [({}, uptime_seconds)])
+    refused = [({"reason": reason}, count) for reason, count in refusals.items()]
+    text.add("requests_refused_total", "counter", "HTTP requests answered with an error, probes left out.", refused)
 
 
 def add_engine(text: MetricsText, reading: Reading, status: EngineStatus) -> None:
     """Requests, tokens, latencies, KV cache."""
-    finished = [({"reason": reason.value}, count) for reason, count in sorted(reading.finished.items())]
+    finished = [({"reason": reason.value}, reading.finished.get(reason, 0)) for reason in FinishReason]
     text.add("requests_finished_total", "counter", "Requests by how they ended.", finished)
     text.add("requests_running", "gauge", "Requests being computed.", [({}, status.num_running)])
     text.add("requests_waiting", "gauge", "Requests in the queue.", [({}, status.num_waiting)])

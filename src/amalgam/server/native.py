@@ -204,7 +204,10 @@ async def generate(
 async def batch_generate(
     body: BatchGenerateBody, request: Request, service: ServiceArgument
 ) -> BatchGenerateAnswer | Response:
-    """Continue several prompts together. The answers are in the prompts' order; one error fails all."""
+    """Continue several prompts together. The answers are in the prompts' order; one error fails all.
+
+    A batch may be larger than the queue: it never takes more than half of it.
+    """
     limit = service.settings.server.max_batch_prompts
     if len(body.prompts) > limit:
         raise RequestError(f"prompts has {len(body.prompts)} entries.", remedy=f"Allowed: at most {limit}.")
@@ -212,7 +215,8 @@ async def batch_generate(
 
     async def answer() -> list[Completion]:
         prompts_ids = await service.encode(body.prompts)
-        return await complete_all(service.deployment.engine, prompts_ids, params, observation)
+        engine = service.deployment.engine
+        return await complete_all(engine, prompts_ids, params, observation, service.max_batch_in_flight)
 
     completions = await unless_client_leaves(request.receive, answer())
     result = BatchGenerateAnswer(

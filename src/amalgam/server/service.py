@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
 
+from amalgam.base.threads import StoppableThread
 from amalgam.config import Settings
 from amalgam.errors import OverloadedError, UnavailableError
 from amalgam.server.sharing import SharedAnswers
@@ -36,21 +37,53 @@ class Status(enum.StrEnum):
     FAILED = "failed"
 
 
+# Why requests are refused: the codes of errors, and, for a server that is not ready, its status.
+REFUSALS = (
+    "overloaded",
+    "prompt_too_long",
+    "invalid_request",
+    "invalid_json",
+    "body_too_large",
+    "unsupported_media_type",
+    "unsupported",
+    Status.LOADING.value,
+    Status.DRAINING.value,
+    Status.FAILED.value,
+    "unavailable",
+    "conflict",
+    "invalid_plan",
+    "invalid_checkpoint",
+    "invalid_config",
+    "non_finite_logits",
+    "not_found",
+    "method_not_allowed",
+    "internal_error",
+)
+
+
 class Service:
     """The state of one server.
 
     Args:
         open_deployment: opens the model; blocking, called once in a thread by `start`.
+        stopping: set when the model is no longer wanted, so that what opens it may raise.
     """
 
-    def __init__(self, settings: Settings, open_deployment: Callable[[], Deployment]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        open_deployment: Callable[[], Deployment],
+        stopping: threading.Event | None = None,
+    ) -> None:
         self.settings = settings
         self.num_active = 0  # requests admitted and not yet answered; touched by the event loop only
+        self.refusals = dict.fromkeys(REFUSALS, 0)  # answers that were errors; changed by the event loop only
         self.shared_answers = SharedAnswers()
         self._started_at = time.monotonic()
         self._open_deployment = open_deployment
         self._deployment: Deployment | None = None
         self._load_error: Exception | None = None
+        self._stopping = threading.Event() if stopping is None else stopping
         self._is_draining = False
         self._is_closed = False
         self._num_encoding = 0
@@ -58,13 +91,14 @@ class Service:
 
     def start(self) -> None:
         """Begin to load; returns at once."""
-        threading.Thread(target=self._load, name="amalgam-load", daemon=True).start()
+        StoppableThread(self._load, "amalgam-load", self._stopping.set).start()
 
     def _load(self) -> None:
         try:
             deployment = self._open_deployment()
         except Exception as error:
-            self._load_error = error
+            if not self._stopping.is_set():
+                self._load_error = error
             return
         self._deployment = deployment
         logger.info("ready after %.1f s: %s", self.uptime_seconds, deployment.model_name)
@@ -72,8 +106,10 @@ class Service:
             deployment.close()
 
     def drain(self) -> None:
-        """Admit nothing more; what has been admitted goes on."""
+        """Admit nothing more; what has been admitted goes on, and a model that is still loading is given up."""
         self._is_draining = True
+        if self._deployment is None:
+            self._stopping.set()
 
     def abort(self) -> None:
         """End what is still in flight with an error. Blocking."""
@@ -83,6 +119,7 @@ class Service:
     def close(self) -> None:
         """Release the deployment and the threads. Blocking."""
         self._is_closed = True
+        self._stopping.set()
         self._workers.shutdown(wait=False, cancel_futures=True)
         if self._deployment is not None:
             self._deployment.close()
@@ -153,7 +190,7 @@ class Service:
         max_queue = self.settings.engine.max_queue
         if deployment.engine.status().num_waiting + self._num_encoding >= max_queue:
             raise OverloadedError(f"{max_queue} requests are waiting already.", remedy="Try again later.")
-        self._num_encoding += len(prompts)
+        self._num_encoding += 1  # a batch takes places in the queue one after the other
         try:
             loop = asyncio.get_running_loop()
             tokenizer = deployment.tokenizer
@@ -163,7 +200,20 @@ class Service:
 
             return await asyncio.gather(*(loop.run_in_executor(self._workers, encode, prompt) for prompt in prompts))
         finally:
-            self._num_encoding -= len(prompts)
+            self._num_encoding -= 1
+
+    def count_refusal(self, code: str) -> None:
+        """An answer was an error; `code` as its body has it."""
+        status = self.status
+        reason = status.value if code == UnavailableError.code and status is not Status.HEALTHY else code
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+
+    @property
+    def max_batch_in_flight(self) -> int:
+        """How many requests of one batch are in the engine at a time: as many as compute and as many again to follow,
+        but never more than half of the queue, so that others find a place.
+        """
+        return max(1, min(2 * self.settings.inference.max_batch_size, self.settings.engine.max_queue // 2))
 
     @property
     def model_name(self) -> str:
@@ -182,8 +232,15 @@ class Service:
         return time.monotonic() - self._started_at
 
 
+def _nothing() -> None:
+    pass
+
+
 async def in_own_thread(call: Callable[[], T]) -> T:
-    """Run a blocking call in a daemon thread: unlike a pool's, it takes no turn from others and delays no exit."""
+    """Run a blocking call in a thread of its own: unlike a pool's, it takes no turn from others.
+
+    It cannot be stopped from here: closing the deployment ends what takes long.
+    """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, only abandoned
 
@@ -193,5 +250,5 @@ async def in_own_thread(call: Callable[[], T]) -> T:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=work, name="amalgam-call", daemon=True).start()
+    StoppableThread(work, "amalgam-call", _nothing).start()
     return await asyncio.wrap_future(future)

@@ -184,7 +184,8 @@ def render_metrics(service: Service) -> str:
     """What `GET /metrics` answers. Any thread; works while the model loads, too."""
     text = metrics.MetricsText()
     is_ready = service.status is Status.HEALTHY
-    metrics.add_server(text, service.model_name, __version__, service.uptime_seconds, is_ready=is_ready)
+    refusals = dict(service.refusals)
+    metrics.add_server(text, service.model_name, __version__, service.uptime_seconds, refusals, is_ready=is_ready)
     if not service.has_loaded or service.status is Status.FAILED:
         return text.render()
     deployment = service.deployment

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from amalgam.base.locks import FileLock, clean_up
 from amalgam.checkpoint.source import resolve
 from amalgam.checkpoint.writer import new_folder, write_checkpoint
 from amalgam.config import Settings
 from amalgam.errors import CheckpointError, ConfigError
-from amalgam.models.loader import HEAD, Progress, check_leftovers, oriented
+from amalgam.models.loader import HEAD, Progress, check_leftovers, oriented, waiting_for
 from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.precision.format import (
     QuantizeOptions,
@@ -88,15 +89,18 @@ def quantize_checkpoint(
     options: QuantizeOptions = QuantizeOptions(),
     progress: Progress | None = None,
     carries_others: bool = True,
+    lock: FileLock | None = None,
 ) -> QuantizeReport:
     """Quantize the linear weights of `checkpoint` into `out_folder`, which appears complete or not at all.
 
     Args:
         carries_others: copy the weights that the checkpoint holds beside the model's own.
+        lock: of `out_folder`, held by the caller; None: it is taken here.
 
     Raises:
         CheckpointError: the folder exists, or the checkpoint is damaged, holds no wide linear weights, or weights that
             the model has no place for.
+        ConflictError: another process is writing the folder.
         ConfigError: an option that the format does not take, or a group size that does not divide.
         UnsupportedError: a format that cannot be made.
     """
@@ -124,7 +128,7 @@ def quantize_checkpoint(
         report.config_changes[_DRAFTS_KEY] = 0
     writer = _Quantizer(source, weight_format, options, report, progress)
     drafts = _drafts(report.carried, spec)
-    with new_folder(out_folder) as temporary:
+    with new_folder(out_folder, lock) as temporary:
         write_checkpoint(temporary, writer.tensors(slots))
         config = {
             **source.config,
@@ -166,16 +170,32 @@ def _main_dtype(source: Source, slots: dict[str, Slot]) -> str:
 
 
 def ensure_derived(settings: Settings, progress: Progress | None = None) -> list[QuantizeReport]:
-    """Make the sources under `mixed_precision.derived` whose folders do not exist yet, from the base checkpoint."""
+    """Make the sources under `mixed_precision.derived` whose folders do not exist yet, from the base checkpoint.
+
+    One that another process is making is waited for. What killed processes have left of them is removed.
+    """
     mixed = settings.model.mixed_precision
     reports = []
     for name, derived in mixed.derived.items():
         folder = Path(mixed.sources[name]).expanduser()
-        if not folder.exists():
-            options = QuantizeOptions(derived.group_size, derived.scale)
-            base = str(resolve(settings.model.base_path))
-            # A source is asked for weights of the model only; draft layers, which stay wide, can be as large as it.
-            reports.append(quantize_checkpoint(base, folder, derived.format, options, progress, carries_others=False))
+        if folder.exists():
+            clean_up(folder)
+            continue
+        with FileLock(folder) as lock:
+            try:
+                lock.acquire(waiting_for(folder, lock, progress))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder} cannot be written ({error}).", remedy="Check space and permissions."
+                ) from error
+            if not folder.exists():
+                options = QuantizeOptions(derived.group_size, derived.scale)
+                base = str(resolve(settings.model.base_path))
+                # A source is asked for weights of the model only; draft layers, which stay wide, can be as large as it.
+                report = quantize_checkpoint(
+                    base, folder, derived.format, options, progress, carries_others=False, lock=lock
+                )
+                reports.append(report)
     return reports
 
 

@@ -23,15 +23,23 @@ export function create() {
   const node = frame("serving", "serving", "serving_hint", body, { wide: "full" });
   let serving = null;
   let known = [];
+  let startedAt = 0;
+
+  const startOf = (figures) => figures.now - figures.uptime;
 
   async function refresh() {
     serving = await get("serving");
     known = serving.series;
+    startedAt = startOf(serving);
     redraw();
   }
 
   function follow(event) {
     if (!event.serving || !serving) return;
+    if (Math.abs(startOf(event.serving) - startedAt) > STEP_SECONDS) {
+      refresh().catch(() => {}); // the server's clock was set, which moves all points
+      return;
+    }
     serving = event.serving;
     for (const point of event.serving.series ?? []) {
       const index = known.findLastIndex((item) => item.t <= point.t);

@@ -1,0 +1,34 @@
+"""Steady time and the wall clock."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from amalgam.base.clock import Clock, steady_seconds
+
+
+def test_the_system_s_clocks_agree() -> None:
+    clock = Clock()
+    assert abs(clock.now() - time.time()) < 1
+    assert clock.shift() == 0
+    assert clock.now() <= clock.now()
+    assert steady_seconds() <= steady_seconds()
+
+
+@pytest.mark.parametrize("step", [-86400.0, -0.5, 0.5, 86400.0])
+def test_the_wall_clock_is_set(step: float) -> None:
+    wall, steady = 1000.0, 5.0
+    clock = Clock(lambda: wall, lambda: steady)
+    assert (clock.now(), clock.shift()) == (1000.0, 0.0)
+    steady += 10
+    wall += 10 + step
+    assert (clock.now(), clock.shift()) == (1010.0, step)
+
+
+def test_noise_moves_nothing() -> None:
+    wall = 1000.0
+    clock = Clock(lambda: wall, lambda: 5.0)
+    wall += 0.01
+    assert clock.shift() == 0

@@ -1,0 +1,121 @@
+"""What signals leave of a verb at work: its exit code, and no temporary files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.conftest import DEMO
+from tests.server.conftest import wait_until
+
+from amalgam.errors import ConflictError
+from amalgam.precision.format import QuantizeOptions
+from amalgam.tools.quantize import quantize_checkpoint
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+model:
+  base_path: {demo}
+  mixed_precision:
+    int4_path: {folder}/int4
+    derived:
+      int4: {{format: int4, group_size: 32}}
+    weight_mapping: {{"model.layers.*.mlp.experts.*": int4}}
+server: {{port: 0}}
+"""
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a verb: `start("quantize", …)`."""
+    processes = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "amalgam.cli", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def is_being_written(folder: Path) -> bool:
+    return any(folder.glob(".*.tmp/.shards-*"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "number", "code"),
+    [("quantize", signal.SIGINT, 130), ("quantize", signal.SIGTERM, 143), ("serve", signal.SIGTERM, 0)],
+)
+def test_a_signal_ends_what_is_being_made(
+    tmp_path: Path, start: Start, verb: str, number: signal.Signals, code: int
+) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG.format(demo=DEMO, folder=tmp_path))
+    if verb == "quantize":
+        process = start("quantize", str(DEMO), str(tmp_path / "int4"), "--format", "int4", "--group-size", "32")
+    else:
+        process = start("serve", "--config", str(tmp_path / "config.yaml"))
+    wait_until(lambda: is_being_written(tmp_path))
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "terminate" not in stderr and "Traceback" not in stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
+
+
+def test_a_second_process_is_refused_and_what_a_killed_one_has_left_goes(tmp_path: Path, start: Start) -> None:
+    process = start("quantize", str(DEMO), str(tmp_path / "int4"), "--format", "int4")
+    wait_until(lambda: is_being_written(tmp_path))
+    process.send_signal(signal.SIGSTOP)  # it holds its lock, and is not done meanwhile
+    with pytest.raises(ConflictError, match=rf"int4 is being written by process {process.pid} on"):
+        quantize_checkpoint(str(DEMO), tmp_path / "int4", "int4", QuantizeOptions())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert is_being_written(tmp_path)
+    quantize_checkpoint(str(DEMO), tmp_path / "int4", "int4", QuantizeOptions())
+    assert {path.name for path in tmp_path.iterdir()} == {"int4"}
+
+
+def test_of_two_first_starts_one_makes_the_sources_and_the_other_waits(tmp_path: Path) -> None:
+    from amalgam.config import load_settings
+    from amalgam.tools.quantize import ensure_derived
+
+    (tmp_path / "config.yaml").write_text(CONFIG.format(demo=DEMO, folder=tmp_path))
+    settings = load_settings(tmp_path / "config.yaml", environ={})
+    has_begun, is_waited_for = threading.Event(), threading.Event()
+    num_made: list[int] = []
+
+    def slow(what: str, done: int, total: int) -> None:
+        has_begun.set()
+        assert is_waited_for.wait(60)
+
+    def impatient(what: str, done: int, total: int) -> None:
+        assert "int4" in what and done == 0
+        is_waited_for.set()
+
+    first = threading.Thread(target=lambda: num_made.append(len(ensure_derived(settings, slow))))
+    first.start()
+    assert has_begun.wait(60)
+    assert ensure_derived(settings, impatient) == []
+    first.join()
+    assert num_made == [1]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "int4"}
+    (tmp_path / ".int4.0123456789abcdef.tmp").mkdir()  # of a process that was killed later
+    assert ensure_derived(settings) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "int4"}
