@@ -57,8 +57,10 @@ class MixedPrecisionAPIClient:
         with self._open("POST", "/generate", body) as response:
             try:
                 for line in response:
-                    data = line.decode().removeprefix("data:").strip()
-                    if data == "[DONE]":
+                    name, _, data = line.decode().strip().partition(":")
+                    if name != "data":  # an empty line ends an event, and a comment keeps the connection open
+                        continue
+                    if data.strip() == "[DONE]":
                         return
                     if data:
                         event = json.loads(data)
@@ -77,9 +79,9 @@ class MixedPrecisionAPIClient:
         """Architecture, sizes, sources, bytes by precision, memory."""
         return self._call("GET", "/model_info")
 
-    def update_weight_mapping(self, weight_mapping: dict[str, str]) -> dict[str, Any]:
-        """Take the named weights from other sources: `{name or pattern: source}`."""
-        return self._call("POST", "/update_weight_mapping", {"weight_mapping": weight_mapping})
+    def update_weight_mapping(self, weight_mapping: dict[str, str], details: bool = False) -> dict[str, Any]:
+        """Take the named weights from other sources: `{name or pattern: source}`. `details`: list every change."""
+        return self._call("POST", "/update_weight_mapping", {"weight_mapping": weight_mapping, "details": details})
 
     def reload_weights(self) -> dict[str, Any]:
         """Build the weights anew from the files as they are now."""
@@ -138,8 +140,8 @@ def show(title: str, value: object) -> None:
         print(f"... ({len(lines) - 24} more lines)")
 
 
-def call_everything(client: MixedPrecisionAPIClient) -> None:
-    """Walk through the interface; statistics are reset and the weights are reloaded on the way."""
+def call_everything(client: MixedPrecisionAPIClient, *, resets: bool) -> None:
+    """Walk through the interface. The weights are reloaded on the way; the statistics are only reset if `resets`."""
     show("GET /", client.health_check())
     show("GET /model_info", client.get_model_info())
     show("POST /generate", client.generate_text("Once upon a time", max_new_tokens=32, temperature=0.7))
@@ -157,7 +159,10 @@ def call_everything(client: MixedPrecisionAPIClient) -> None:
     show("POST /expert_stats: summary", stats["summary"])
     show("POST /expert_stats: busiest experts", stats["top_experts"])
     show("POST /export_expert_stats", client.export_expert_stats("csv")["content"])
-    show("POST /reset_expert_stats", client.reset_expert_stats())
+    if resets:
+        show("POST /reset_expert_stats", client.reset_expert_stats())
+    else:
+        show("POST /reset_expert_stats", "left out: it forgets what the server has counted so far. --reset calls it.")
 
     show("POST /reload_weights", client.reload_weights())
     try:
@@ -169,8 +174,10 @@ def call_everything(client: MixedPrecisionAPIClient) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--base-url", default=DEFAULT_BASE_URL, help="default: %(default)s")
+    parser.add_argument("--reset", action="store_true", help="reset the server's expert statistics, too")
+    arguments = parser.parse_args()
     try:
-        call_everything(MixedPrecisionAPIClient(parser.parse_args().base_url))
+        call_everything(MixedPrecisionAPIClient(arguments.base_url), resets=arguments.reset)
     except APIError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

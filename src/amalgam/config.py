@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from amalgam.errors import ConfigError, describe
 
@@ -26,6 +26,8 @@ _SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 _PATH_SUFFIX = "_path"
 
 SourceName = Annotated[str, StringConstraints(pattern=_SOURCE_NAME)]
+HostName = Annotated[str, StringConstraints(pattern=r"^(\*|(\*\.)?[a-z0-9_.-]+|\[?[0-9a-f:.]+\]?)$", to_lower=True)]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+)$", to_lower=True)]
 
 
 class _Section(BaseModel):
@@ -183,6 +185,22 @@ class ServerSettings(_Section):
     """How long requests in flight may run on after SIGTERM."""
     log_probes: bool = True
     """Whether the access log has lines for /health, /ready and /metrics."""
+    keep_alive_seconds: float = Field(default=75.0, gt=0, le=86400)
+    """How long a connection may be idle, or take to send a request's head. Longer than a proxy in front keeps it."""
+    stream_comment_seconds: float = Field(default=5.0, ge=0, le=86400)
+    """While a streamed request waits, a comment is sent so often, since proxies end idle connections. 0: never."""
+    accept_backlog: int = Field(default=16, ge=1, le=4096)
+    """Most connections taken at once before others get their turn."""
+    allowed_hosts: tuple[HostName, ...] = ()
+    """Names, without ports, that a Host header may have beside this machine's. `*.a.org`: all below; `*`: any."""
+    allowed_origins: tuple[Origin, ...] = ()
+    """Whose web pages may use the server, beside its own: `https://name:port`; `*`: anybody's."""
+
+    @field_validator("allowed_hosts", "allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
     export_dir: str = "expert_stats"
     """Folder that /export_expert_stats writes to."""
 

@@ -96,13 +96,14 @@ class LLM:
         """Answer all prompts together; results in their order.
 
         Args:
+            params: what they leave out, or None, is as the model's `generation_config.json` has it.
             domain: a label under which the expert statistics count these prompts apart.
             routed_experts: each result's `trace` tells the experts of every token.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        token_ids = [self._deployment.tokenizer.encode(text) for text in texts]
-        observation = Observation(domain, routed_experts)
-        return self._deployment.engine.generate(token_ids, params or SamplingParams(), observation)
+        engine, tokenizer = self._deployment.engine, self._deployment.tokenizer
+        token_ids = [tokenizer.encode(text, engine.max_prompt_tokens) for text in texts]
+        return engine.generate(token_ids, self._over_defaults(params), Observation(domain, routed_experts))
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Answer one prompt piece by piece; leaving the iterator early cancels the request.
@@ -112,8 +113,8 @@ class LLM:
         """
         outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         engine = self._deployment.engine
-        token_ids = self._deployment.tokenizer.encode(prompt)
-        request_id = engine.submit(token_ids, params or SamplingParams(), outputs.put)
+        token_ids = self._deployment.tokenizer.encode(prompt, engine.max_prompt_tokens)
+        request_id = engine.submit(token_ids, self._over_defaults(params), outputs.put)
         try:
             while True:
                 output = outputs.get()
@@ -124,6 +125,14 @@ class LLM:
                     return
         finally:
             engine.cancel(request_id)
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """What a request gets where it says nothing: the model's `generation_config.json`, and ours for the rest."""
+        return self._deployment.defaults.params
+
+    def _over_defaults(self, params: SamplingParams | None) -> SamplingParams:
+        return (params or SamplingParams()).over(self.default_params)
 
     def update_weight_mapping(self, mapping: Mapping[str, str]) -> RemapResult:
         """Change where weights come from; requests in flight finish on what they started with."""

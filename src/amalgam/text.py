@@ -7,17 +7,18 @@ Must never know: tensors, requests, HTTP.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from amalgam.errors import CheckpointError, RequestError, describe
+from amalgam.errors import CheckpointError, PromptTooLongError, RequestError, describe
 from amalgam.text_chat import DEFAULT, ChatTemplate
 from amalgam.text_files import TOKENIZER_FILES, eos_token_ids, has_tokenizer, read_folder
 from amalgam.text_gguf import build_tokenizer
 from amalgam.text_parts import TokenizerParts
+from amalgam.text_pieces import PIECE_CHARS, LengthBound, surrounding_ids, token_ids_by_piece
 
 _MESSAGE_FIELDS = {"role", "content"}
 _UNDECODABLE = "\ufffd"
@@ -101,20 +102,68 @@ class Tokenizer:
                 remedy="Tokenizer and weights belong to different models; use those of one checkpoint.",
             )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
         """Token ids of a prompt, with the tokens that the tokenizer puts around every text.
+
+        Args:
+            max_tokens: a longer prompt is refused, mostly before it costs anything.
 
         Raises:
             RequestError: the text holds lone surrogates.
+            PromptTooLongError: it has more tokens than `max_tokens`.
         """
-        return self._encode(text, add_special_tokens=True)
+        return [token_id for piece in self.encode_by_piece(text, max_tokens) for token_id in piece]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None) -> list[int]:
         """Token ids of a conversation, `[{"role": …, "content": …}, …]`, up to where the assistant goes on.
 
         Raises:
             RequestError: there is no chat template, it refuses the messages, or they are malformed.
+            PromptTooLongError: as `encode`.
         """
+        return [token_id for piece in self.encode_chat_by_piece(messages, max_tokens) for token_id in piece]
+
+    def encode_by_piece(self, text: str, max_tokens: int | None = None) -> Iterator[list[int]]:
+        """What `encode` gives, in portions of bounded work and memory; nothing is done before one is asked for."""
+        return self._by_piece(text, max_tokens, add_special_tokens=True)
+
+    def encode_chat_by_piece(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None
+    ) -> Iterator[list[int]]:
+        """What `encode_chat` gives, as `encode_by_piece`; the template is applied with the first portion."""
+        yield from self._by_piece(self._apply_chat_template(messages), max_tokens, add_special_tokens=False)
+
+    def _by_piece(self, text: str, max_tokens: int | None, *, add_special_tokens: bool) -> Iterator[list[int]]:
+        _check_surrogates(text)
+        if max_tokens is not None and len(text) > PIECE_CHARS:
+            _check_length(self._length_bound.min_tokens(text), text, max_tokens)
+        num_tokens = 0
+        for piece in self._pieces(text, add_special_tokens=add_special_tokens):
+            num_tokens += len(piece)
+            if max_tokens is not None:
+                _check_length(num_tokens, text, max_tokens)
+            yield piece
+
+    def _pieces(self, text: str, *, add_special_tokens: bool) -> Iterator[list[int]]:
+        surroundings = self._surrounding_ids if add_special_tokens else ([], [])
+        if len(text) <= PIECE_CHARS or surroundings is None:
+            # Unlike `encode`, the batch call lets other threads run meanwhile.
+            yield self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            return
+        before, after = surroundings
+        yield before
+        yield from token_ids_by_piece(self._backend, text)
+        yield after
+
+    @cached_property
+    def _length_bound(self) -> LengthBound:
+        return LengthBound(self._backend)
+
+    @cached_property
+    def _surrounding_ids(self) -> tuple[list[int], list[int]] | None:
+        return surrounding_ids(self._backend)
+
+    def _apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         if self._template is None:
             named = f" by the name {DEFAULT!r}, only {describe(sorted(self._templates))}" if self._templates else ""
             raise RequestError(f"This model has no chat template{named}.", remedy="Send a plain prompt.")
@@ -126,7 +175,7 @@ class Tokenizer:
                 f"The model's chat template refuses the messages: {describe(str(error), 400)}.",
                 remedy="Send roles in the order that the model expects.",
             ) from error
-        return self._encode(text, add_special_tokens=False)
+        return text
 
     def token_text(self, token_id: int) -> str:
         """One token as text inside of a longer one, special ones too; bytes that are no whole character show as �."""
@@ -158,18 +207,6 @@ class Tokenizer:
         """The text of token ids; special tokens and ids beyond the vocabulary give none."""
         text: str = self._backend.decode(token_ids, skip_special_tokens=True)
         return text
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"The text has a lone surrogate at character {error.start}: {describe(text[error.start])}.",
-                remedy="Send valid Unicode.",
-            ) from None
-        # Unlike `encode`, the batch call lets other threads run meanwhile.
-        token_ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return token_ids
 
 
 class TextStream:
@@ -358,6 +395,26 @@ def _context(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> tuple[list[int]
             if not text.startswith(_UNDECODABLE) and not text.endswith(_UNDECODABLE):
                 return found[start:], end - start
     return found, len(found)
+
+
+def _check_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The text has a lone surrogate at character {error.start}: {describe(text[error.start])}.",
+            remedy="Send valid Unicode.",
+        ) from None
+
+
+def _check_length(num_tokens: int, text: str, max_tokens: int) -> None:
+    """Raise PromptTooLongError if a text that has at least `num_tokens` has more than `max_tokens`."""
+    if num_tokens > max_tokens:
+        raise PromptTooLongError(
+            f"The prompt of {len(text.encode())} bytes has at least {num_tokens} tokens. "
+            f"With one new token at most {max_tokens + 1} fit.",
+            remedy="Shorten it, or raise inference.max_seq_length or engine.kv_cache_bytes.",
+        )
 
 
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:

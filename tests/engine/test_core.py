@@ -401,21 +401,38 @@ class TestStream:
         wait_until(lambda: is_at_rest(engine))
         assert len(steps) <= 4
 
-    def test_errors_of_submit_come_when_the_iteration_begins(self, make_engine):
+    def test_errors_of_submit_come_before_any_output_is_asked_for(self, make_engine):
         engine = make_engine(max_seq_length=20)
+
+        async def submit():
+            engine.stream([5] * 20, GREEDY)
+
         with pytest.raises(PromptTooLongError):
-            asyncio.run(anext(engine.stream([5] * 20, GREEDY)))
+            asyncio.run(submit())
+
+    def test_closing_before_the_first_output_cancels(self, make_engine):
+        engine, decoder = held_engine(make_engine)
+
+        async def submit_and_leave():
+            async with aclosing(engine.stream([5], GREEDY)):
+                assert engine.status().num_running + engine.status().num_waiting == 1
+
+        asyncio.run(submit_and_leave())
+        decoder.gate.set()
+        wait_until(lambda: is_at_rest(engine))
+        assert engine.meter.read().finished[FinishReason.CANCELLED] == 1
 
     def test_an_event_loop_that_is_gone_does_not_hurt_the_engine(self, make_engine):
         engine, decoder = held_engine(make_engine)
         loop = asyncio.new_event_loop()
-        outputs = engine.stream([5], GREEDY)
-        pending = loop.create_task(anext(outputs))
+
+        async def submit():
+            return engine.stream([5], GREEDY)
+
+        pending = loop.create_task(anext(loop.run_until_complete(submit())))
         loop.run_until_complete(asyncio.sleep(0.01))
         pending.cancel()
-        engine.cancel = lambda request_id: None  # as if the loop had died before it could cancel
         loop.run_until_complete(asyncio.gather(pending, return_exceptions=True))
-        del engine.cancel
         loop.close()
         decoder.gate.set()
         assert engine.generate([[6]], GREEDY)[0].token_ids == greedy_tokens([6], 12)

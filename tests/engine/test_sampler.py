@@ -92,6 +92,33 @@ def test_a_tiny_temperature_is_greedy():
     assert result.next_token_ids[0] == int(logits.argmax())
 
 
+EXTREMES = [
+    {"temperature": 1e-38}, {"temperature": 5e-324}, {"temperature": 100.0}, {"top_p": 1e-300}, {"top_p": 5e-324},
+    {"min_p": 1.0}, {"min_p": 5e-324}, {"top_k": 1}, {"top_k": 2**31 - 1}, {"repetition_penalty": 0.01},
+    {"repetition_penalty": 100.0}, {"repetition_penalty": 100.0, "temperature": 1e-38, "top_p": 1e-300},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["compiled", "torch"])
+@pytest.mark.parametrize("scale", [1e-38, 1.0, 3e36, 1e38])
+@pytest.mark.parametrize("params", EXTREMES, ids=str)
+def test_no_parameter_makes_of_finite_logits_what_is_not(monkeypatch, params, scale, path):
+    if path == "torch":
+        monkeypatch.setattr(native, "is_available", lambda: False)
+    logits = make_logits(1).clamp(-3, 3) * scale
+    occurred = [int(logits.argmax()), int(logits.argmin()), 5]
+    result = sample(logits, [make_request(prompt=occurred, seed=2**63 - 1, **params)])
+    assert result.errors == {}
+    assert 0 <= result.next_token_ids[0] < VOCAB_SIZE
+
+
+def test_a_penalty_hides_nothing_that_the_model_computed():
+    logits = make_logits(1)
+    logits[0, 5] = float("inf")
+    result = sample(logits, [make_request(prompt=[5], repetition_penalty=2.0)])
+    assert isinstance(result.errors[0], NonFiniteLogitsError)
+
+
 @pytest.mark.parametrize("params", [{"do_sample": False}, {"temperature": 0.0}])
 def test_greedy_takes_the_best_and_the_first_among_equals(params):
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])

@@ -13,7 +13,7 @@ import pytest
 
 from amalgam.config import Settings
 from amalgam.server import create_app
-from amalgam.server.lifecycle import DrainingServer, listen
+from amalgam.server.lifecycle import DrainingServer, listen, url_of
 from amalgam.server.service import Service
 from tests.server.fakes import FakeDeployment, fake_settings
 
@@ -29,13 +29,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 @contextmanager
 def serving(settings: Settings, open_deployment: Callable[[], Any]) -> Iterator[str]:
     """A server in a thread; yields its base URL. The model may still be loading."""
-    listener = listen(settings.server)
+    listeners = listen(settings.server)
     service = Service(settings, open_deployment)
     server = DrainingServer(create_app(service), service)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
     thread.start()
     try:
-        yield "http://{}:{}".format(*listener.getsockname())
+        yield url_of(listeners[0], settings.server.host)
     finally:
         server.should_exit = True
         thread.join(60)

@@ -11,7 +11,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 
 from amalgam.config import Settings, build_settings
 from amalgam.engine.deployment import RemapRecord
+from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Meter
 from amalgam.engine.request import (
     EngineStatus,
@@ -63,7 +64,11 @@ class FakeEngine:
         if num_tokens >= MAX_SEQ_LENGTH:
             raise PromptTooLongError(f"The prompt has {num_tokens} tokens.", remedy=f"Allowed: {MAX_SEQ_LENGTH}.")
 
-    async def stream(
+    @property
+    def max_prompt_tokens(self) -> int:
+        return MAX_SEQ_LENGTH - 1
+
+    def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
     ) -> AsyncIterator[RequestOutput]:
         self.observations.append(observation)
@@ -73,6 +78,11 @@ class FakeEngine:
         self.check_prompt_length(len(prompt_ids))
         if len(self.running) >= self.max_queue:
             raise OverloadedError("The queue is full.")
+        return self._answer(prompt_ids, params, observation)
+
+    async def _answer(
+        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
+    ) -> AsyncIterator[RequestOutput]:
         self.num_submitted += 1
         self.max_running = max(self.max_running, len(self.running) + 1)
         request_id, started = self.num_submitted, time.monotonic()
@@ -155,6 +165,8 @@ class FakeDeployment:
     is_closed: bool = False
     encode: Callable[[str], list[int]] = encode
     remaps: list[RemapRecord] = field(default_factory=list)
+    defaults: ModelDefaults = field(default_factory=ModelDefaults)
+    tokenizer_override: Any = None
 
     @property
     def version(self) -> Any:
@@ -162,12 +174,15 @@ class FakeDeployment:
 
     @property
     def tokenizer(self) -> Any:
-        return SimpleNamespace(
-            encode=self.encode,
-            encode_chat=lambda messages: self.encode(messages[-1]["content"]),
+        return self.tokenizer_override or SimpleNamespace(
+            encode_by_piece=self._encode_by_piece,
+            encode_chat_by_piece=lambda messages, limit: self._encode_by_piece(messages[-1]["content"], limit),
             token_text=chr,
             token_bytes=lambda token_id: chr(token_id).encode(),
         )
+
+    def _encode_by_piece(self, text: str, max_tokens: int) -> Iterator[list[int]]:
+        yield self.encode(text)
 
     def model_info(self) -> dict[str, Any]:
         row = {"weights": 1, "bytes": 2}
@@ -184,7 +199,7 @@ class FakeDeployment:
         before = self.engine.version.version_id
         self.engine.version = FakeVersion(before + 1)
         self.remaps.append(RemapRecord(time.time(), before + 1, before, len(mapping), 2, 0.0))
-        changed = [WeightChange(name, "base", source, "bf16", source) for name, source in mapping.items()]
+        changed = [WeightChange(name, "base", source, "bf16", source, 4, 2) for name, source in mapping.items()]
         return SimpleNamespace(
             version=before + 1, previous_version=before, fingerprint="f", changed=changed, num_loaded=len(changed),
             loaded_bytes=2, shared_bytes=3, seconds=0.0,
@@ -205,6 +220,8 @@ class WeightChange:
     source_after: str
     format_before: str
     format_after: str
+    bytes_before: int
+    bytes_after: int
 
 
 def fake_settings(**server: Any) -> Settings:

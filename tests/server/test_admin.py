@@ -13,18 +13,33 @@ from amalgam.errors import ConflictError, PlanError
 from tests.server.fakes import FakeDeployment
 
 REMAP = {
-    "weight_version", "previous_version", "fingerprint", "num_changed", "changed", "num_loaded", "loaded_bytes",
+    "weight_version", "previous_version", "fingerprint", "num_changed", "changes", "num_loaded", "loaded_bytes",
     "shared_bytes", "seconds",
 }  # fmt: skip
+CHANGE = {"source_before": "base", "source_after": "int4", "format_before": "bf16", "format_after": "int4"}
 
 
 def test_update_weight_mapping(client: httpx.Client) -> None:
     answer = client.post("/update_weight_mapping", json={"weight_mapping": {"a.weight": "int4"}}).json()
     assert answer.keys() == REMAP
     assert (answer["previous_version"], answer["weight_version"], answer["num_changed"]) == (1, 2, 1)
-    formats = {"format_before": "bf16", "format_after": "int4"}
-    assert answer["changed"] == [{"name": "a.weight", "source_before": "base", "source_after": "int4", **formats}]
+    [change] = answer["changes"]
+    assert change.items() >= {**CHANGE, "num_weights": 1, "examples": ["a.weight"]}.items()
     assert client.get("/").json()["weight_version"] == 2
+
+
+def test_a_large_remap_answers_with_a_summary_and_lists_on_request(client: httpx.Client) -> None:
+    mapping = {f"{index}.weight": "int4" if index % 3 else "fp8" for index in range(300)}
+    answer = client.post("/update_weight_mapping", json={"weight_mapping": mapping})
+    assert len(answer.content) < 2000
+    sizes = [
+        (c["source_after"], c["num_weights"], c["bytes_before"], c["bytes_after"]) for c in answer.json()["changes"]
+    ]
+    assert sizes == [("int4", 200, 800, 400), ("fp8", 100, 400, 200)]
+    answer = client.post("/update_weight_mapping", json={"weight_mapping": mapping, "details": True})
+    assert [change["name"] for change in answer.json()["changed"]] == list(mapping)
+    assert answer.json()["changed"][1] == {"name": "1.weight", **CHANGE, "bytes_before": 4, "bytes_after": 2}
+    assert client.post("/reload_weights", json={"details": True}).json()["changed"] == []
 
 
 @pytest.mark.parametrize("body", [{}, {"json": {}}])

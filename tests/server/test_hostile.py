@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from amalgam.engine.request import SamplingParams
 from tests.server.conftest import wait_until
 from tests.server.fakes import FakeDeployment
 
@@ -26,13 +27,19 @@ def with_field(name: str, value: str, path: str = "/generate") -> tuple[str, byt
 BAD_NUMBERS = ["-1", "9223372036854775808", "1e999", "-1e999", "NaN", "Infinity", "true", '"1"', "[1]", "{}", "9" * 400]
 INTEGERS = ["max_new_tokens", "top_k", "seed"]
 FLOATS = ["temperature", "top_p", "min_p", "repetition_penalty"]
+# Where numbers of the right kind stop making sense.
+BEYOND = [
+    ("temperature", "1e38"), ("top_p", "1e38"), ("repetition_penalty", "1e-38"), ("repetition_penalty", "0.009"),
+    ("repetition_penalty", "5e-324"), ("repetition_penalty", "1e38"), ("top_k", str(2**31)), ("top_k", str(2**63)),
+    ("seed", str(2**63)), ("seed", str(2**64)), ("max_new_tokens", str(2**63)), ("min_p", "1e38"), ("min_p", "-1e-300"),
+]  # fmt: skip
 
 CORPUS: dict[str, tuple[str, bytes]] = {
     **{f"{name}={value[:9]}": with_field(name, value) for name in INTEGERS + FLOATS for value in BAD_NUMBERS},
     **{f"{name}=1.5": with_field(name, "1.5") for name in INTEGERS},
     **{f"batch {name}=true": with_field(name, "true", "/batch_generate") for name in INTEGERS + FLOATS},
     **{f"{name}=0": with_field(name, "0") for name in ("max_new_tokens", "top_p", "repetition_penalty")},
-    **{f"{name}=null": with_field(name, "null") for name in ("max_new_tokens", "temperature", "do_sample", "stream")},
+    **{f"{name}={value}": with_field(name, value) for name, value in BEYOND},
     "temperature above": with_field("temperature", "100.001"),
     "top_p above": with_field("top_p", "1.0000001"),
     "max_new_tokens above": with_field("max_new_tokens", str(2**31)),
@@ -117,8 +124,9 @@ def test_corpus(shared_client: httpx.Client, name: str) -> None:
         ("application/json; charset=utf-8", 200),
     ],
 )
-def test_only_json_is_read(shared_client: httpx.Client, content_type: str, status: int) -> None:
-    response = shared_client.post("/generate", content=json.dumps(GOOD), headers={"Content-Type": content_type})
+@pytest.mark.parametrize(("path", "body"), [("/generate", json.dumps(GOOD)), ("/reload_weights", "")])
+def test_only_json_is_read(client: httpx.Client, content_type: str, status: int, path: str, body: str) -> None:
+    response = client.post(path, content=body, headers={"Content-Type": content_type})
     assert response.status_code == status
 
 
@@ -137,6 +145,8 @@ def test_only_json_is_read(shared_client: httpx.Client, content_type: str, statu
         ("GET /expert_stats?minutes=1e999", 422),
         ("GET /expert_stats?topk=1", 422),
         ("GET /model_info?verbose=1", 422),
+        ("GET /generate/", 404),
+        ("GET /nowhere/", 404),
         ("POST /generate?temperature=0", 422),
     ],
 )
@@ -191,6 +201,27 @@ def test_messages_name_field_value_and_what_is_allowed(shared_client: httpx.Clie
     error = check_error(shared_client.post("/batch_generate", json={"prompts": ["a", 7]}))
     assert error["param"] == "prompts[1]"
     assert "temprature" in check_error(shared_client.post("/generate", json={**GOOD, "temprature": 1}))["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 1e-38), ("temperature", 5e-324), ("top_p", 1e-300), ("min_p", 5e-324), ("top_k", 2**31 - 1),
+        ("seed", 2**63 - 1), ("repetition_penalty", 0.01), ("repetition_penalty", 100),
+    ],
+)  # fmt: skip
+def test_numbers_at_the_end_of_their_range_are_taken(shared_client: httpx.Client, name: str, value: float) -> None:
+    assert shared_client.post("/generate", json={**GOOD, name: value}).status_code == 200
+
+
+def test_null_means_the_default(client: httpx.Client, deployment: FakeDeployment) -> None:
+    optional = set(client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"])
+    optional -= {"prompt"}
+    assert optional >= {"temperature", "top_k", "max_new_tokens", "do_sample", "stream", "stop", "seed"}
+    assert client.post("/generate", json={"prompt": "a", **dict.fromkeys(optional)}).status_code == 200
+    assert deployment.engine.params == [SamplingParams()]
+    assert check_error(client.post("/generate", json={"prompt": "a", "temprature": None}))["param"] == "temprature"
+    assert check_error(client.post("/generate", json={"prompt": None}))["param"] == "prompt"
 
 
 def test_a_refused_number_costs_no_tokenizing_and_no_step(client: httpx.Client, deployment: FakeDeployment) -> None:

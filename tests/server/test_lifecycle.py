@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
+from amalgam.server import access
 from tests.server.conftest import wait_until
+from tests.server.fakes import FakeDeployment
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
@@ -145,6 +152,64 @@ def test_a_drain_ends_in_time_and_streams_end_properly(start: Start) -> None:
         assert json.loads(error.removeprefix("data: "))["error"]["type"] == "unavailable"
         assert done == "data: [DONE]"
     assert process.wait(60) == 0
+
+
+def test_without_descriptors_streams_go_on_and_the_log_stays_short(start: Start) -> None:
+    process, base_url = start(held="steps")
+    wait_until(lambda: is_ready(base_url))
+    url = httpx.URL(base_url)
+    with ThreadPoolExecutor(1) as pool, ExitStack() as connections:
+        stream = pool.submit(generate, base_url, max_new_tokens=150, stream=True)
+        wait_until(lambda: num_running(base_url) == 1)
+        in_use = [int(name) for name in os.listdir(f"/proc/{process.pid}/fd")]
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (max(in_use) + 6, max(in_use) + 6))
+        for _ in range(200):
+            connections.enter_context(socket.create_connection((url.host, url.port), timeout=60))
+        time.sleep(3)  # asyncio tries again each second
+        release(process)
+        assert stream.result().text.endswith("data: [DONE]\n\n")
+        connections.close()
+        assert generate(base_url, max_new_tokens=1).status_code == 200
+    process.terminate()
+    _, log = process.communicate(timeout=60)
+    assert log.count("no file descriptors left") == 1
+    assert "Traceback" not in log
+    assert len(log.splitlines()) < 40
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_a_request_that_needs_a_descriptor_is_told_to_come_again(
+    client: httpx.Client,
+    deployment: FakeDeployment,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    def encode(text: str) -> list[int]:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    deployment.encode = encode
+    monkeypatch.setattr(access, "shortage_log", access.ShortageLog())
+    for _ in range(3):
+        response = client.post("/generate", json={"prompt": "a"})
+        assert (response.status_code, response.json()["error"]["type"]) == (503, "unavailable")
+        assert "retry-after" in response.headers
+    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 1
+
+
+def test_a_start_raises_the_limit_on_descriptors_and_names_the_dashboard(start: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        process, base_url = start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    wait_until(lambda: is_ready(base_url))
+    process.terminate()
+    _, log = process.communicate(timeout=60)
+    [line] = [line for line in log.splitlines() if " ready after " in line]
+    assert line.endswith(f"dashboard at {base_url}/dashboard")
 
 
 def test_the_second_signal_ends_at_once(start: Start) -> None:

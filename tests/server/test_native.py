@@ -6,14 +6,16 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from http.client import HTTPConnection
 from typing import Any
 
 import httpx
 import pytest
 
-from amalgam import __version__
+from amalgam import SamplingParams, __version__
 from amalgam.config import build_settings
+from amalgam.engine.generation_config import ModelDefaults
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FAIL, MAX_SEQ_LENGTH, FakeDeployment
 
@@ -56,6 +58,24 @@ def test_generate_has_the_promised_defaults(client: httpx.Client) -> None:
     }
     assert promised.items() <= defaults.items()
     assert client.post("/generate", json={"prompt": "x"}).json()["generated_tokens"] == 512
+
+
+def test_the_models_defaults_hold_and_are_shown(client: httpx.Client, deployment: FakeDeployment) -> None:
+    model = SamplingParams(max_new_tokens=3, temperature=0.25, top_k=7, repetition_penalty=1.125)
+    deployment.defaults = ModelDefaults(model, {"temperature": 0.25})
+    assert client.post("/generate", json={"prompt": "x"}).json()["generated_tokens"] == 3
+    client.post("/batch_generate", json={"prompts": ["x"], "top_k": 8})
+    client.post("/generate", json={"prompt": "x", "temperature": None, "do_sample": False})
+    chat = {"messages": [{"role": "user", "content": "x"}], "temperature": 0.5}
+    client.post("/dashboard/chat", json=chat)
+    assert deployment.engine.params == [
+        model, replace(model, top_k=8), replace(model, do_sample=False), replace(model, temperature=0.5),
+    ]  # fmt: skip
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("GenerateBody", "BatchGenerateBody"):
+        shown = {key: schemas[name]["properties"][key]["default"] for key in ("max_new_tokens", "temperature", "top_p")}
+        assert shown == {"max_new_tokens": 3, "temperature": 0.25, "top_p": 0.9}
+    assert "<td>0.25</td>" in client.get("/docs").text
 
 
 @pytest.mark.parametrize("stop", ["a", ["a", "b"], [], None])

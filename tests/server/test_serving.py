@@ -187,6 +187,6 @@ def test_probes_can_be_left_out_of_the_access_log(logs_probes: bool, caplog: pyt
     assert paths == {"/serving", "/readyz"} | ({"/ready", "/health", "/metrics"} if logs_probes else set())
 
 
-@pytest.mark.parametrize("path", ["/serving", "/metrics", "/remaps"])
+@pytest.mark.parametrize("path", ["/serving", "/remaps"])
 def test_no_query_is_taken(shared_client: httpx.Client, path: str) -> None:
     assert shared_client.get(path + "?x=1").status_code == 422

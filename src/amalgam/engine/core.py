@@ -13,7 +13,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -169,10 +169,10 @@ class Engine:
 
     def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation = _UNLABELLED
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs of one request as they come; leaving early cancels it. Close it, as with `contextlib.aclosing`.
+    ) -> fronts.OutputStream:
+        """Submit a request; its outputs as they come. Closing it early cancels the request: use `contextlib.aclosing`.
 
-        Raises the errors of `submit` when the iteration begins.
+        Raises the errors of `submit`.
         """
         return fronts.stream(self, prompt_ids, params, observation)
 
@@ -198,6 +198,11 @@ class Engine:
     def version(self) -> WeightVersion:
         """The weight version of new requests."""
         return self._scheduler.version
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt that leaves room for a new token."""
+        return self._scheduler.max_sequence_tokens - 1
 
     @property
     def kv_cache_bytes(self) -> int:

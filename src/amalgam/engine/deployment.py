@@ -19,6 +19,7 @@ import torch
 from amalgam.base.clock import Clock
 from amalgam.config import Rule, Settings, build_rules
 from amalgam.engine.core import Engine
+from amalgam.engine.generation_config import ModelDefaults, read_model_defaults
 from amalgam.engine.memory import peak_memory_bytes
 from amalgam.errors import ConfigError, ConflictError, PlanError, UnavailableError, describe
 from amalgam.kernels import ops
@@ -43,6 +44,8 @@ class WeightChange:
     source_after: str
     format_before: str
     format_after: str
+    bytes_before: int
+    bytes_after: int
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,10 @@ class Deployment:
         engine: Engine,
         tokenizer: Tokenizer,
         observer: RoutingObserver | None,
+        defaults: ModelDefaults | None = None,
     ) -> None:
         self.settings = settings
+        self.defaults = defaults or ModelDefaults()
         self.engine = engine
         self.tokenizer = tokenizer
         self.observer = observer
@@ -119,6 +124,7 @@ class Deployment:
         planned = loader.check(plan)  # before anything that takes longer
         tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
         tokenizer.check_vocabulary(loader.spec.vocab_size)
+        defaults = read_model_defaults(loader.base_folder, loader.base_metadata)
         # Before the weights: what it keeps its figures in may not fit, or be somebody else's.
         watcher = observer(loader.spec) if observer is not None and loader.spec.num_experts else None
         with ExitStack() as on_failure:
@@ -131,7 +137,7 @@ class Deployment:
             engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, watcher)
             on_failure.pop_all()
         engine.start()
-        return cls(settings, loader, loaded, engine, tokenizer, watcher)
+        return cls(settings, loader, loaded, engine, tokenizer, watcher, defaults)
 
     @property
     def spec(self) -> ModelSpec:
@@ -215,6 +221,7 @@ class Deployment:
             },
             "precisions": dict(by_format),
             "rules": [rule.model_dump() for rule in self._rules],
+            "sampling_defaults": self.defaults.as_json(),
             "default_source": self.settings.model.mixed_precision.default_source,
             "weight_version": {
                 "version": version.version_id,
@@ -303,6 +310,8 @@ class Deployment:
                 after.origins[slot].source,
                 before.origins[slot].format,
                 after.origins[slot].format,
+                before[slot].nbytes,
+                after[slot].nbytes,
             )
             for slot in after.keys
             if after.keys[slot] != before.keys[slot]

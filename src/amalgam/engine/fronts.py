@@ -6,9 +6,9 @@ In: prompts as token ids. Out: `RequestOutput`s, `Generation`s. Must never know:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Protocol, Self
 
 from amalgam.engine.request import Generation, Observation, OutputSink, RequestOutput, SamplingParams
 from amalgam.errors import OverloadedError, RequestError
@@ -26,26 +26,42 @@ class Submitter(Protocol):
     def cancel(self, request_id: int) -> None: ...
 
 
-async def stream(
+class OutputStream:
+    """The outputs of one submitted request, in an event loop. To be closed, which cancels it unless it has ended."""
+
+    def __init__(self, engine: Submitter, submit: Callable[[OutputSink], int]) -> None:
+        loop = asyncio.get_running_loop()
+        self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._engine = engine
+        self._is_finished = False
+
+        def sink(output: RequestOutput) -> None:
+            loop.call_soon_threadsafe(self._outputs.put_nowait, output)
+
+        self._request_id = submit(sink)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._is_finished:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        self._is_finished = output.is_finished
+        return output
+
+    async def aclose(self) -> None:
+        """Cancel the request if it goes on."""
+        if not self._is_finished:
+            self._is_finished = True
+            self._engine.cancel(self._request_id)
+
+
+def stream(
     engine: Submitter, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
-) -> AsyncGenerator[RequestOutput, None]:
+) -> OutputStream:
     """See `Engine.stream`."""
-    loop = asyncio.get_running_loop()
-    outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
-
-    def sink(output: RequestOutput) -> None:
-        loop.call_soon_threadsafe(outputs.put_nowait, output)
-
-    request_id = engine.submit(prompt_ids, params, sink, observation)
-    is_finished = False
-    try:
-        while not is_finished:
-            output = await outputs.get()
-            is_finished = output.is_finished
-            yield output
-    finally:
-        if not is_finished:
-            engine.cancel(request_id)
+    return OutputStream(engine, lambda sink: engine.submit(prompt_ids, params, sink, observation))
 
 
 def generate(

@@ -10,9 +10,9 @@ import enum
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from amalgam.errors import RequestError, describe
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
+# Beyond these every logit is as good as equal, and far beyond them products overflow.
+MIN_REPETITION_PENALTY = 0.01
+MAX_REPETITION_PENALTY = 100.0
+MAX_TEMPERATURE = 100.0
+_HOW_TO_SAMPLE = {"temperature", "top_p", "top_k", "min_p"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class SamplingParams:
 
     `stop` may be given as one string or a list too. Without a `seed` each request draws its own. An answer's text
     follows on the prompt's, spaces included, unless `continues_prompt` is false: a chat's message stands by itself.
+
+    Attributes:
+        given: the fields that the caller gave, so that `over` knows which to leave to a model.
 
     Raises:
         RequestError: a value is out of range; the message names the field, the value and the range.
@@ -49,19 +57,38 @@ class SamplingParams:
     ignore_eos: bool = False
     continues_prompt: bool = True
 
+    if TYPE_CHECKING:
+        given: ClassVar[frozenset[str]]
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        params = super().__new__(cls)
+        in_order = [item.name for item in fields(cls)][: len(values)]
+        object.__setattr__(params, "given", frozenset([*in_order, *named]))
+        return params
+
     def __post_init__(self) -> None:
         _check_int("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check_int("top_k", self.top_k, 0, 2**31 - 1)
         _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _check_float("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         if self.seed is not None:
             _check_int("seed", self.seed, 0, MAX_SEED)
         _check_bool("do_sample", self.do_sample)
         _check_bool("ignore_eos", self.ignore_eos)
         _check_bool("continues_prompt", self.continues_prompt)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
+
+    def over(self, defaults: SamplingParams) -> SamplingParams:
+        """These parameters, with `defaults` in place of those that nobody gave.
+
+        Who says how to sample wants to: `do_sample` is then true unless it is given too.
+        """
+        chosen = {item.name: getattr(self if item.name in self.given else defaults, item.name) for item in fields(self)}
+        if "do_sample" not in self.given and self.given & _HOW_TO_SAMPLE:
+            chosen["do_sample"] = True
+        return SamplingParams(**chosen)
 
     @property
     def is_greedy(self) -> bool:

@@ -122,6 +122,9 @@ def _penalize(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     penalties = torch.tensor([request.params.repetition_penalty for request in requests], device=logits.device)[row_ids]
     scores = logits[row_ids, token_ids]
     penalized = torch.where(scores < 0, scores * penalties, scores / penalties)
+    # A parameter must not turn what the model computed into infinity, nor hide it if the model did.
+    largest = torch.finfo(logits.dtype).max
+    penalized = torch.where(scores.isfinite(), penalized.clamp(-largest, largest), scores)
     return logits.index_put((row_ids, token_ids), penalized)  # a token that occurred twice is written the same twice
 
 

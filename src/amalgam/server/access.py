@@ -7,7 +7,10 @@ Middleware is plain ASGI, because wrapping responses slows event streams several
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import math
+import resource
 import secrets
 import time
 import traceback
@@ -17,11 +20,14 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from amalgam.errors import UnavailableError
 from amalgam.server.errors import error_response
 
 CLIENT_LEFT = 499  # nginx's status for a request whose client closed the connection
 MAX_PATH_CHARS = 200
 PROBES = ("/health", "/ready", "/metrics")  # which machines ask every few seconds
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+SHORTAGE_SECONDS = 60
 
 logger = logging.getLogger("amalgam.server")
 T = TypeVar("T")
@@ -62,7 +68,10 @@ class AccessLog:
         except ClientDisconnect:
             status = CLIENT_LEFT
         except Exception as error:
-            log_unexpected(error, request_id)
+            if (shortage := as_shortage(error)) is not None:
+                error = shortage
+            else:
+                log_unexpected(error, request_id)
             if status == 0:
                 await error_response(error, request_id)(scope, receive, send_with_id)
         finally:
@@ -73,6 +82,36 @@ class AccessLog:
                 path = one_line(scope["path"][:MAX_PATH_CHARS])
                 milliseconds = (time.perf_counter() - started) * 1e3
                 logger.info("%s %s %d %.1f ms %s", scope["method"], path, status, milliseconds, request_id)
+
+
+def as_shortage(error: Exception) -> UnavailableError | None:
+    """What to tell a client where the process has no file descriptors left; said in the log once in a while."""
+    if not isinstance(error, OSError) or error.errno not in NO_DESCRIPTORS:
+        return None
+    shortage_log.warn("a request")
+    return UnavailableError("The server has no file descriptors left.", remedy="Try again later.")
+
+
+class ShortageLog:
+    """Says that no file descriptor is left, once in `SHORTAGE_SECONDS`: a full log helps nobody."""
+
+    def __init__(self) -> None:
+        self.said_at = -math.inf
+
+    def warn(self, what: str) -> None:
+        """`what` needs one."""
+        now = time.monotonic()
+        if now - self.said_at < SHORTAGE_SECONDS:
+            return
+        self.said_at = now
+        logger.error(
+            "no file descriptors left for %s: all %d are in use. Connections wait, streams go on. Raise the limit "
+            "(ulimit -n, LimitNOFILE), or lower server.keep_alive_seconds. Not said again for %d s.",
+            what, resource.getrlimit(resource.RLIMIT_NOFILE)[0], SHORTAGE_SECONDS,
+        )  # fmt: skip
+
+
+shortage_log = ShortageLog()
 
 
 def one_line(text: str) -> str:

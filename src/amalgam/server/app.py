@@ -10,7 +10,8 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
@@ -20,15 +21,25 @@ from amalgam.config import Settings
 from amalgam.server import admin, dashboard, experts, native, serving
 from amalgam.server.access import AccessLog
 from amalgam.server.body import BodyLimit
-from amalgam.server.docs import CONTENT_SECURITY_POLICY, render_docs
+from amalgam.server.docs import CONTENT_SECURITY_POLICY, render_docs, with_defaults
 from amalgam.server.errors import ErrorAnswer, OrjsonResponse, register_error_handlers
-from amalgam.server.lifecycle import DrainingServer, listen
+from amalgam.server.lifecycle import DrainingServer, listen, raise_descriptor_limit, url_of
+from amalgam.server.methods import HeadMethod
+from amalgam.server.native import SamplingFields
+from amalgam.server.origins import OriginGuard
 from amalgam.server.service import Service
 
 if TYPE_CHECKING:
     from amalgam.engine.deployment import Deployment
 
-ROUTERS = (native.router, experts.router, admin.router, serving.router, dashboard.router)
+ROUTERS = (
+    native.pages, native.router, experts.router, admin.router, admin.probes, serving.router, serving.probes,
+    dashboard.router,
+)  # fmt: skip
+
+DESCRIPTION = """One running Transformer made out of several checkpoints in different precisions. null in an optional
+field of a request means its default. How a model is sampled by default says its generation_config.json where it has
+one, and its defaults are those shown here once it is loaded; GET /model_info has them too, as sampling_defaults."""
 
 logger = logging.getLogger("amalgam.server")
 
@@ -47,12 +58,13 @@ def run(settings: Settings, open_deployment: Callable[[], Deployment], stopping:
         Exception: what `open_deployment` raised, or an UnavailableError if the engine died.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    listener = listen(settings.server)
-    service = Service(settings, open_deployment, stopping)
+    raise_descriptor_limit()
+    listeners = listen(settings.server)
+    service = Service(settings, open_deployment, stopping, url_of(listeners[0], settings.server.host))
     server = DrainingServer(create_app(service), service)
-    host, port = listener.getsockname()[:2]
-    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    server.run(sockets=[listener])
+    for listener in listeners:
+        logger.info("listening on %s", url_of(listener, ""))
+    server.run(sockets=listeners)
     if server.failure is not None:
         raise server.failure
     return 0
@@ -70,7 +82,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="amalgam",
         version=__version__,
-        description="One running Transformer made out of several checkpoints in different precisions.",
+        description=DESCRIPTION,
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own page needs files from a CDN
         redoc_url=None,
@@ -85,10 +97,19 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     register_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=service.settings.server.max_body_bytes)
+    app.add_middleware(HeadMethod)
+    app.add_middleware(OriginGuard, settings=service.settings.server)
     logs_probes = service.settings.server.log_probes
     app.add_middleware(AccessLog, count_refusal=service.count_refusal, logs_probes=logs_probes)
     for router in ROUTERS:
         app.include_router(router)
+
+    schema = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        return with_defaults(schema(), set(SamplingFields.model_fields), asdict(service.default_params))
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

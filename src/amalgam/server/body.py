@@ -12,23 +12,33 @@ from typing import Any
 
 import orjson
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from amalgam.errors import RequestError, describe
+from amalgam.errors import AmalgamError, OverloadedError, RequestError, describe
 from amalgam.server.errors import BodyTooLargeError, InvalidJSONError, MediaTypeError, error_response
 
 MAX_JSON_KEYS = 100_000
+MAX_HELD_BODIES = 32  # of the largest size
 
 
 class Body(BaseModel):
-    """Base of request bodies: a bool is not a number, an unknown field is an error."""
+    """Base of request bodies: a bool is not a number, an unknown field is an error, null means the default."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        is_absent = {key for key, value in data.items() if value is None and key in fields}
+        return {key: value for key, value in data.items() if key not in is_absent or fields[key].is_required()}
 
 
 class NoFields(Body):
@@ -67,9 +77,23 @@ class _KeyCheck:
 
 
 class JSONRequest(Request):
+    async def read_json(self) -> None:
+        """Parse the body, if there is one. Before FastAPI does, which would hide the message of an error.
+
+        Whatever is declared must be JSON, even of no length: a page of another site can send forms and plain text
+        without asking first.
+
+        Raises:
+            MediaTypeError, InvalidJSONError: it is not JSON.
+        """
+        body, declared = await self.body(), self.headers.get("content-type")
+        if body or declared is not None:
+            _check_media_type(declared or "")
+        if body:
+            self._json = parse_json(body)
+            self._body = b"{}"  # a long prompt is in memory for as long as its answer takes: once is enough
+
     async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            self._json = parse_json(await self.body())
         return self._json
 
 
@@ -84,9 +108,8 @@ class StrictRoute(APIRoute):
             if request.query_params and not self.dependant.query_params:
                 raise RequestError(f"{self.path} takes no query.", remedy="Leave out what follows the question mark.")
             _check_no_key_twice(request)
-            if self.body_field is not None and await request.body():
-                _check_media_type(request.headers.get("content-type", ""))
-                await request.json()  # here, since FastAPI would hide the message of an error raised further in
+            if self.body_field is not None:
+                await request.read_json()
             return await handle(request)
 
         return handle_strictly
@@ -105,31 +128,46 @@ def _check_media_type(value: str) -> None:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `max_bytes` before anything is parsed."""
+    """Refuses bodies of more than `max_bytes` before anything is parsed, and too many long ones at the same time."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self._max_held_bytes = MAX_HELD_BODIES * max_bytes
+        self._held_bytes = 0  # of requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        error = BodyTooLargeError(
-            f"The body has more than {self.max_bytes} bytes.", remedy="Send less, or raise server.max_body_bytes."
-        )
         declared = dict(scope["headers"]).get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self.max_bytes:
-            await error_response(error)(scope, receive, send)
-            return
         received = 0
 
         async def receive_within_limit() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise error
+            num_bytes = len(message.get("body", b""))
+            received += num_bytes
+            self._held_bytes += num_bytes
+            self._check(received)
             return message
 
-        await self.app(scope, receive_within_limit, send)
+        try:
+            self._check(int(declared) if declared.isdigit() else 0)
+        except AmalgamError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive_within_limit, send)
+        finally:
+            self._held_bytes -= received
+
+    def _check(self, num_bytes: int) -> None:
+        if num_bytes > self.max_bytes:
+            raise BodyTooLargeError(
+                f"The body has more than {self.max_bytes} bytes.", remedy="Send less, or raise server.max_body_bytes."
+            )
+        if num_bytes and self._held_bytes > self._max_held_bytes:
+            raise OverloadedError(
+                f"Requests of more than {self._max_held_bytes} bytes are being answered.", remedy="Try again later."
+            )

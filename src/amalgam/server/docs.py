@@ -5,7 +5,7 @@ In: the schema that FastAPI derives from the routes. Out: a page.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
@@ -22,6 +22,23 @@ table { border-collapse: collapse; width: 100%; } th, td { text-align: left; ver
 border-bottom: 1px solid var(--line); } th { font-weight: 600; background: var(--soft); }
 .method { display: inline-block; min-width: 3.2rem; font-weight: 700; }
 """
+
+
+def with_defaults(schema: dict[str, Any], names: set[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with other defaults in the bodies that have all fields of `names`."""
+    parts = schema["components"]["schemas"]
+    changed = {
+        name: {
+            **part,
+            "properties": {
+                key: {**field, "default": defaults[key]} if key in names and key in defaults else field
+                for key, field in part["properties"].items()
+            },
+        }
+        for name, part in parts.items()
+        if names <= part.get("properties", {}).keys()
+    }
+    return {**schema, "components": {**schema["components"], "schemas": {**parts, **changed}}}
 
 
 def render_docs(schema: dict[str, Any]) -> str:

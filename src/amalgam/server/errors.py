@@ -15,10 +15,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from amalgam.errors import AmalgamError, describe
+from amalgam.server.methods import without_slash
 
 RETRY_AFTER_SECONDS = 5
 MAX_REPORTED_ERRORS = 3
@@ -107,9 +108,11 @@ def register_error_handlers(app: FastAPI) -> None:
             messages.append(f"{len(items) - MAX_REPORTED_ERRORS} more errors.")
         return ErrorResponse(_content("invalid_request", " ".join(messages), _parameter(items[0])), 422)
 
-    async def on_http_exception(request: Request, error: Exception) -> OrjsonResponse:
+    async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         where = describe(request.url.path, MAX_NAME_CHARS)
+        if error.status_code == 404 and (place := without_slash(app.router, request.scope)) is not None:
+            return RedirectResponse(place, 308)
         if error.status_code == 404:
             message = f"There is no {where} here. GET /docs lists the endpoints."
         elif error.status_code == 405:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,12 @@ from amalgam.server.errors import error_content
 
 if TYPE_CHECKING:
     from amalgam.engine.core import Engine
+    from amalgam.engine.fronts import OutputStream
     from amalgam.models.context import RoutingTrace
 
 ROOM_SECONDS = 0.05  # how soon a batch looks again whether the queue has room
 END_OF_STREAM = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ async def complete(
 ) -> Completion:
     """Run one request to its end. Cancelling the caller cancels the request."""
     texts = []
-    async with aclosing(_outputs(engine, prompt_ids, params, observation)) as outputs:
+    async with aclosing(engine.stream(prompt_ids, params, observation)) as outputs:
         async for output in outputs:
-            texts.append(output.text)
+            texts.append(_checked(output).text)
     assert output.finish_reason is not None
     assert output.usage is not None
     return Completion("".join(texts), output.finish_reason, output.usage, output.trace)
@@ -116,74 +119,79 @@ def _naming(index: int) -> Iterator[None]:
         raise
 
 
-async def start_stream(
-    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
-) -> AsyncGenerator[RequestOutput, None]:
-    """Submit a request and wait for its first output, so that an early error still gets its own HTTP status."""
-    outputs = _outputs(engine, prompt_ids, params, observation)
-    first = await anext(outputs)
-
-    async def all_outputs() -> AsyncGenerator[RequestOutput, None]:
-        async with aclosing(outputs):
-            yield first
-            async for output in outputs:
-                yield output
-
-    return all_outputs()
-
-
-async def _outputs(
-    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
-) -> AsyncGenerator[RequestOutput, None]:
-    """The engine's outputs, with a failed last one raised as its error."""
-    async with aclosing(engine.stream(prompt_ids, params, observation)) as outputs:
-        async for output in outputs:
-            if output.error is not None:
-                raise output.error
-            if output.is_finished and output.usage is None:
-                raise UnavailableError("The server ended this request.", remedy="Send it again.")
-            yield output
+def _checked(output: RequestOutput) -> RequestOutput:
+    """An output, with a failed last one raised as its error."""
+    if output.error is not None:
+        raise output.error
+    if output.is_finished and output.usage is None:
+        raise UnavailableError("The server ended this request.", remedy="Send it again.")
+    return output
 
 
 class EventStream(Response):
     """Server-sent events, one `data:` line of JSON each, ended with `data: [DONE]` whatever happens.
 
+    Headers leave at once, and while there is nothing to tell a comment every few seconds: proxies end connections on
+    which nothing moves. Browsers and clients of server-sent events pass over comments.
+
     Args:
-        outputs: closed when the stream ends, also when the client leaves.
+        outputs: of a request that has been taken; closed when the stream ends, also when the client leaves.
         describe_output: an output → the event's fields.
         request_id: named in the log and in the error event of an unexpected failure.
+        comment_seconds: how long nothing may be sent; 0: for ever.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        outputs: AsyncGenerator[RequestOutput, None],
+        outputs: OutputStream,
         describe_output: Callable[[RequestOutput], dict[str, Any]],
         request_id: str,
+        comment_seconds: float,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._outputs = outputs
         self._describe_output = describe_output
         self._request_id = request_id
+        self._comment_seconds = comment_seconds
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_client_leaves(receive, self._send_events(send))
+        async with aclosing(self._outputs):
+            await unless_client_leaves(receive, self._send_events(send))
 
     async def _send_events(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        comments = asyncio.create_task(self._send_comments(send)) if self._comment_seconds else None
         try:
-            async with aclosing(self._outputs) as outputs:
-                async for output in outputs:
-                    if output.text or output.is_finished:
-                        await self._send_event(send, self._describe_output(output))
+            async for output in self._outputs:
+                _checked(output)
+                if output.text or output.is_finished:
+                    await self._send_event(send, self._describe_output(output))
         except Exception as error:
             if not isinstance(error, AmalgamError):
                 log_unexpected(error, self._request_id)
             await self._send_event(send, error_content(error, self._request_id))
+        finally:
+            if comments is not None:
+                comments.cancel()
+                await asyncio.gather(comments, return_exceptions=True)
         await send({"type": "http.response.body", "body": END_OF_STREAM, "more_body": False})
 
     async def _send_event(self, send: Send, fields: dict[str, Any]) -> None:
+        self._sent_at = time.monotonic()
         body = b"data: %b\n\n" % orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
         await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _send_comments(self, send: Send) -> None:
+        """Beside the events, which thus need no timer each. The server writes a message as a whole."""
+        self._sent_at = time.monotonic()
+        while True:
+            idle = time.monotonic() - self._sent_at
+            if idle >= self._comment_seconds:
+                self._sent_at = time.monotonic()
+                await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+                idle = 0.0
+            await asyncio.sleep(self._comment_seconds - idle)

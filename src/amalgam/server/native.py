@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from amalgam import __version__
 from amalgam.engine.request import (
+    MAX_REPETITION_PENALTY,
     MAX_SEED,
     MAX_STOP_STRINGS,
+    MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
     Observation,
     RequestOutput,
     SamplingParams,
@@ -28,7 +31,7 @@ from amalgam.server.access import unless_client_leaves
 from amalgam.server.body import Body, StrictRoute
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.errors import OrjsonResponse
-from amalgam.server.generation import Completion, EventStream, complete, complete_all, start_stream
+from amalgam.server.generation import Completion, EventStream, complete, complete_all
 from amalgam.server.service import Status
 
 if TYPE_CHECKING:
@@ -37,20 +40,21 @@ if TYPE_CHECKING:
 MAX_INT = 2**31 - 1
 
 router = APIRouter(route_class=StrictRoute, tags=["native"])
+pages = APIRouter(tags=["native"])  # probes and proxies may add a query
 
 StopString = Annotated[str, Field(min_length=1)]
 
 
 def _as_list(value: Any) -> Any:
-    if value is None:
-        return []
     return [value] if isinstance(value, str) else value
 
 
 class SamplingFields(Body):
+    """How to sample. The defaults are those of the model's `generation_config.json` where it has any."""
+
     max_new_tokens: int = Field(default=SamplingParams.max_new_tokens, ge=1, le=MAX_INT)
     """Most tokens to generate; less if prompt and answer would exceed the model's sequence length."""
-    temperature: float = Field(default=SamplingParams.temperature, ge=0, le=100)
+    temperature: float = Field(default=SamplingParams.temperature, ge=0, le=MAX_TEMPERATURE)
     """Divides the logits; 0 is greedy."""
     top_p: float = Field(default=SamplingParams.top_p, gt=0, le=1)
     """Sample from the smallest set of tokens with this much probability."""
@@ -68,12 +72,15 @@ class SamplingFields(Body):
         BeforeValidator(_as_list, json_schema_input_type=str | list[StopString] | None),
     ] = Field(default_factory=list)
     """Where to end: a string or several. The answer does not hold it. It may contain special tokens, `<|im_end|>`."""
-    repetition_penalty: float = Field(default=SamplingParams.repetition_penalty, gt=0, le=100)
+    repetition_penalty: float = Field(
+        default=SamplingParams.repetition_penalty, ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY
+    )
     """Above 1: tokens that have appeared become less likely."""
 
-    def sampling_params(self) -> SamplingParams:
-        fields = {name: getattr(self, name) for name in SamplingFields.model_fields}
-        return SamplingParams(**{**fields, "stop": tuple(self.stop)})
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """What the body says, and `defaults` where it says nothing."""
+        given = {name: getattr(self, name) for name in SamplingFields.model_fields if name in self.model_fields_set}
+        return SamplingParams(**given).over(defaults)
 
 
 class ObservedFields(SamplingFields):
@@ -165,16 +172,20 @@ class RootAnswer(BaseModel):
     uptime_seconds: float
 
 
-@router.get("/")
-async def root(service: ServiceArgument) -> RootAnswer:
-    """What is served here, and whether it can be used."""
-    return RootAnswer(
+@pages.get("/", response_model=RootAnswer)
+async def root(request: Request, service: ServiceArgument) -> Response:
+    """What is served here, and whether it can be used. Browsers are led to the dashboard."""
+    headers = {"Vary": "Accept"}
+    if prefers_html(request.headers.get("accept", "")):
+        return RedirectResponse("dashboard", 302, headers)  # relative: a proxy may have taken a prefix away
+    answer = RootAnswer(
         status=service.status,
         model=service.model_name,
         version=__version__,
         weight_version=service.weight_version,
         uptime_seconds=service.uptime_seconds,
     )
+    return OrjsonResponse(answer.model_dump(mode="json"), headers=headers)
 
 
 @router.post("/generate", dependencies=[Admission], response_model=GenerateAnswer, response_model_exclude_none=True)
@@ -182,13 +193,14 @@ async def generate(
     body: GenerateBody, request: Request, service: ServiceArgument, request_id: RequestId
 ) -> GenerateAnswer | Response:
     """Continue one prompt."""
-    params, observation = body.sampling_params(), body.observation()
+    params, observation = body.sampling_params(service.default_params), body.observation()
 
     async def answer() -> GenerateAnswer | Response:
         [prompt_ids] = await service.encode([body.prompt])
         engine = service.deployment.engine
         if body.stream:
-            return EventStream(await start_stream(engine, prompt_ids, params, observation), event_fields, request_id)
+            outputs = engine.stream(prompt_ids, params, observation)
+            return EventStream(outputs, event_fields, request_id, service.settings.server.stream_comment_seconds)
         completion = await complete(engine, prompt_ids, params, observation)
         result = GenerateAnswer.of(completion.usage, completion.finish_reason, generated_text=completion.text)
         if completion.trace is None:
@@ -211,7 +223,7 @@ async def batch_generate(
     limit = service.settings.server.max_batch_prompts
     if len(body.prompts) > limit:
         raise RequestError(f"prompts has {len(body.prompts)} entries.", remedy=f"Allowed: at most {limit}.")
-    params, observation = body.sampling_params(), body.observation()
+    params, observation = body.sampling_params(service.default_params), body.observation()
 
     async def answer() -> list[Completion]:
         prompts_ids = await service.encode(body.prompts)
@@ -234,6 +246,21 @@ async def batch_generate(
 async def model_info(service: ServiceArgument) -> Response:
     """Architecture, sizes, parameters, sources, weights and bytes by precision, memory, devices."""
     return OrjsonResponse(await asyncio.to_thread(service.deployment.model_info))
+
+
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header names HTML, and no other type than HTML before JSON (RFC 9110, 12.5.1)."""
+    weights: dict[str, float] = {}
+    for item in accept.split(","):
+        media_type, *parameters = (part.strip().lower() for part in item.split(";"))
+        quality = next((text.removeprefix("q=") for text in parameters if text.startswith("q=")), "1")
+        try:
+            weights[media_type] = float(quality)
+        except ValueError:
+            weights[media_type] = 0.0
+    html = weights.get("text/html", 0.0)
+    json = next((weights[name] for name in ("application/json", "application/*", "*/*") if name in weights), 0.0)
+    return html > 0 and html > json
 
 
 def event_fields(output: RequestOutput) -> dict[str, Any]:

@@ -7,20 +7,20 @@ Out: the deployment, or the reason why there is none. Must never know: HTTP, ten
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
 
 from amalgam.base.threads import StoppableThread
 from amalgam.config import Settings
+from amalgam.engine.request import SamplingParams
 from amalgam.errors import OverloadedError, UnavailableError
+from amalgam.server.encoding import Encoder, Prompt, start_thread
 from amalgam.server.sharing import SharedAnswers
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Service:
     Args:
         open_deployment: opens the model; blocking, called once in a thread by `start`.
         stopping: set when the model is no longer wanted, so that what opens it may raise.
+        url: where the server listens, for its log.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class Service:
         settings: Settings,
         open_deployment: Callable[[], Deployment],
         stopping: threading.Event | None = None,
+        url: str = "",
     ) -> None:
         self.settings = settings
+        self._url = url
         self.num_active = 0  # requests admitted and not yet answered; touched by the event loop only
         self.refusals = dict.fromkeys(REFUSALS, 0)  # answers that were errors; changed by the event loop only
         self.shared_answers = SharedAnswers()
@@ -87,7 +90,7 @@ class Service:
         self._is_draining = False
         self._is_closed = False
         self._num_encoding = 0
-        self._workers = ThreadPoolExecutor(settings.server.max_workers, thread_name_prefix="amalgam-worker")
+        self._encoder = Encoder(settings.server.max_workers)
 
     def start(self) -> None:
         """Begin to load; returns at once."""
@@ -101,7 +104,8 @@ class Service:
                 self._load_error = error
             return
         self._deployment = deployment
-        logger.info("ready after %.1f s: %s", self.uptime_seconds, deployment.model_name)
+        dashboard = f"; dashboard at {self._url}/dashboard" if self._url else ""
+        logger.info("ready after %.1f s: %s%s", self.uptime_seconds, deployment.model_name, dashboard)
         if self._is_closed:
             deployment.close()
 
@@ -120,7 +124,6 @@ class Service:
         """Release the deployment and the threads. Blocking."""
         self._is_closed = True
         self._stopping.set()
-        self._workers.shutdown(wait=False, cancel_futures=True)
         if self._deployment is not None:
             self._deployment.close()
 
@@ -177,14 +180,16 @@ class Service:
         finally:
             self.num_active -= 1
 
-    async def encode(self, prompts: Sequence[str | Sequence[Mapping[str, str]]]) -> list[list[int]]:
-        """Token ids of each prompt, made in the worker threads.
+    async def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt.
 
         Args:
             prompts: texts, or the messages of chats, `[{"role": …, "content": …}, …]`.
 
         Raises:
             OverloadedError: the queue is full. Checked first, so that overload costs no tokenizing.
+            PromptTooLongError: a prompt leaves no room for a new token; told from its length where that is enough.
+            RequestError: a prompt cannot be encoded.
         """
         deployment = self.deployment
         max_queue = self.settings.engine.max_queue
@@ -192,13 +197,8 @@ class Service:
             raise OverloadedError(f"{max_queue} requests are waiting already.", remedy="Try again later.")
         self._num_encoding += 1  # a batch takes places in the queue one after the other
         try:
-            loop = asyncio.get_running_loop()
-            tokenizer = deployment.tokenizer
-
-            def encode(prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-                return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-
-            return await asyncio.gather(*(loop.run_in_executor(self._workers, encode, prompt) for prompt in prompts))
+            max_tokens = deployment.engine.max_prompt_tokens
+            return await self._encoder.encode(deployment.tokenizer, prompts, max_tokens)
         finally:
             self._num_encoding -= 1
 
@@ -214,6 +214,11 @@ class Service:
         but never more than half of the queue, so that others find a place.
         """
         return max(1, min(2 * self.settings.inference.max_batch_size, self.settings.engine.max_queue // 2))
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """What a request gets where it says nothing."""
+        return SamplingParams() if self._deployment is None else self._deployment.defaults.params
 
     @property
     def model_name(self) -> str:
@@ -241,14 +246,4 @@ async def in_own_thread(call: Callable[[], T]) -> T:
 
     It cannot be stopped from here: closing the deployment ends what takes long.
     """
-    future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, only abandoned
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    StoppableThread(work, "amalgam-call", _nothing).start()
-    return await asyncio.wrap_future(future)
+    return await asyncio.wrap_future(start_thread(call))

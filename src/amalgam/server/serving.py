@@ -21,6 +21,7 @@ from amalgam.server.experts import tracker_of
 from amalgam.server.service import Service, Status
 
 router = APIRouter(route_class=StrictRoute, tags=["operation"])
+probes = APIRouter(tags=["operation"])  # whoever probes may add a query
 
 THROUGHPUT_SECONDS = 10.0  # what "now" means
 
@@ -136,7 +137,7 @@ async def get_remaps(service: ServiceArgument) -> RemapsAnswer:
     )
 
 
-@router.get("/metrics", response_class=Response)
+@probes.get("/metrics", response_class=Response)
 async def get_metrics(service: ServiceArgument) -> Response:
     """Figures for Prometheus."""
     return Response(await asyncio.to_thread(render_metrics, service), media_type=metrics.MEDIA_TYPE)

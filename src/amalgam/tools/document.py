@@ -28,6 +28,17 @@ source called `<name>`; `base` is `base_path`. A pattern matches whole logical n
 `[abc]` one of them, `{{a,b}}` alternatives, `{{0-15}}` whole numbers. An exact name wins, then the pattern with more
 literal characters, then the later rule, then `default_source`. `amalgam plan --explain NAME` says which and why.
 
+Web pages can send requests to whatever the browser's machine can reach. So on a loopback address (`127.0.0.1`,
+`localhost`, `::1`) the Host header must be a name of this machine or in `server.allowed_hosts`, where the name goes
+under which a proxy in front is asked; on other addresses any Host is taken unless there are entries. Pages of other
+origins are refused everywhere but for `server.allowed_origins`. Programs that send no Origin are not concerned.
+
+A request that leaves a sampling parameter out gets the model's: from `generation_config.json` of `base_path`, or the
+`general.sampling.*` keys of a GGUF file. Where these say nothing, ours hold (`temperature` 0.7, `top_p` 0.9, `top_k`
+50, `max_new_tokens` 512). A request that names `temperature`, `top_p`, `top_k` or `min_p` is sampled, also where the
+model says `do_sample: false`. What the file says beyond that, or out of range, is told in one line of the log.
+`GET /model_info` shows all of it as `sampling_defaults`, and `/docs` the values that hold.
+
 `{NATIVE_ISA_VARIABLE}` ({", ".join(NATIVE_ISAS)}) makes the native kernels use a lower instruction set than the
 processor has.
 """

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from amalgam.server.access import unless_client_leaves
 from amalgam.server.body import Body, StrictRoute
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
-from amalgam.server.generation import EventStream, start_stream
+from amalgam.server.generation import EventStream
 from amalgam.server.native import ObservedFields, event_fields
 
 MAX_MESSAGES = 512
@@ -37,11 +37,12 @@ class ChatBody(ObservedFields):
 @router.post("/dashboard/chat", dependencies=[Admission])
 async def chat(body: ChatBody, request: Request, service: ServiceArgument, request_id: RequestId) -> Response:
     """Go on with a conversation, as the model's chat template has it."""
-    params, observation = replace(body.sampling_params(), continues_prompt=False), body.observation()
+    params = replace(body.sampling_params(service.default_params), continues_prompt=False)
+    observation = body.observation()
 
     async def answer() -> Response:
         [prompt_ids] = await service.encode([[message.model_dump() for message in body.messages]])
-        outputs = await start_stream(service.deployment.engine, prompt_ids, params, observation)
-        return EventStream(outputs, event_fields, request_id)
+        outputs = service.deployment.engine.stream(prompt_ids, params, observation)
+        return EventStream(outputs, event_fields, request_id, service.settings.server.stream_comment_seconds)
 
     return await unless_client_leaves(request.receive, answer())
