@@ -7,6 +7,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 CSRC := $(wildcard src/amalgam/kernels/csrc/*.h src/amalgam/kernels/csrc/*.cpp)
+LOG := $(VENV)/setup.log
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
@@ -55,12 +56,20 @@ clean: ## remove .venv, caches, build output and the demo model's derived checkp
 	rm -rf $(VENV) build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache models/demo-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# pip compiles what it copies, but not what an editable install leaves in place.
+# pip shows nothing of what it compiles, unless it shows all: what it says goes to a file, and the steps to the screen.
+# It compiles the Python that it copies, but not what an editable install leaves in place.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r $(1)
-	$(BIN)/python -m compileall -q src
+	@echo "Installing what is needed into $(VENV): about 0.6 GB, most of it PyTorch. With CUDA it is several GB."
+	@grep -hv '^-' $(1) > $(VENV)/packages.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r $(VENV)/packages.txt
+	@echo "Compiling the native kernels: about 90 s on two free cores. Everything it says: $(LOG)"
+	@: > $(LOG)
+	@$(BIN)/python -m pip install --disable-pip-version-check -v --no-deps -e . > $(LOG) 2>&1 & \
+	  pid=$$!; tail -n +1 -f --pid=$$pid $(LOG) | grep --line-buffered -o '\[[0-9]*/[0-9]*\] [A-Z].*'; \
+	  wait $$pid || { tail -n 40 $(LOG); echo "The installation has failed."; exit 1; }
+	@$(BIN)/python -m compileall -q src
 	@$(BIN)/python -c 'from amalgam.kernels import native; print(native.why_unavailable() or f"Native kernels: {native.isa()}")'
 endef
 
@@ -69,5 +78,5 @@ $(INSTALLED): requirements.txt pyproject.toml CMakeLists.txt $(CSRC)
 	@touch $@
 
 $(INSTALLED_DEV): requirements-dev.txt requirements.txt pyproject.toml CMakeLists.txt $(CSRC)
-	$(call install,requirements-dev.txt)
+	$(call install,requirements.txt requirements-dev.txt)
 	@touch $(INSTALLED) $@

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from amalgam.config import environment_name, load_settings, setting_keys
+from amalgam.config import all_settings, environment_name, load_settings, read_settings, setting_keys, state_folder
 from amalgam.errors import ConfigError
 
 PROMISED = """
@@ -121,3 +122,193 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
 def test_an_unknown_environment_variable_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="AMALGAM_SERVER_PROT"):
         load_settings(write(tmp_path, MINIMAL), environ={"AMALGAM_SERVER_PROT": "1"})
+
+
+def value_of(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+# What a text means for a setting is the same in a file, a variable and a flag.
+TEXTS: list[tuple[str, str, Any]] = [
+    ("server.host", "::", "::"),
+    ("server.host", "no", "no"),
+    ("server.host", "010", "010"),
+    ("model.name", "2024", "2024"),
+    ("model.name", "2024-01-01", "2024-01-01"),
+    ("model.name", "yes", "yes"),
+    ("model.name", "1e3", "1e3"),
+    ("model.name", "1:30", "1:30"),
+    ("model.name", "none", "none"),
+    ("model.base_path", "12", "12"),
+    ("server.port", "010", 10),
+    ("server.port", "0", 0),
+    ("server.max_body_bytes", "8.388608e+06", 8388608),
+    ("server.max_body_bytes", "8_388_608", 8388608),
+    ("server.drain_seconds", "1e1", 10.0),
+    ("server.drain_seconds", "010", 10.0),
+    ("engine.num_threads", "none", None),
+    ("engine.num_threads", "null", None),
+    ("engine.num_threads", "02", 2),
+    ("inference.load_in_8bit", "yes", True),
+    ("inference.load_in_8bit", "FALSE", False),
+    ("statistics.enabled", "off", False),
+    ("statistics.enabled", "1", True),
+    ("inference.dtype", "float32", "float32"),
+]
+
+
+def read_by(way: str, key: str, text: str, folder: Path) -> Any:
+    """A setting's value when `text` is given for it in one of three ways."""
+    model = {} if key == "model.base_path" else {"model.base_path": "m"}
+    if way == "variable":
+        return value_of(load_settings(None, model, {environment_name(key): text}), key)
+    if way == "flag":
+        [info] = [info for info in all_settings() if info.key == key]
+        return value_of(load_settings(None, {**model, key: info.read(text)}, {}), key)
+    section, name = key.split(".")
+    (folder / "m").mkdir(exist_ok=True)
+    text = f"'{text}'" if text.endswith(":") else text  # which YAML wants
+    return value_of(load_settings(write(folder, f"{section}:\n  {name}: {text}"), model, {}), key)
+
+
+@pytest.mark.parametrize("way", ["file", "variable", "flag"])
+@pytest.mark.parametrize(("key", "text", "expected"), TEXTS)
+def test_a_text_means_what_its_setting_takes(key: str, text: str, expected: Any, way: str, tmp_path: Path) -> None:
+    value = read_by(way, key, text, tmp_path)
+    if way == "file" and key == "model.base_path":
+        expected = str(tmp_path / expected)
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize("way", ["file", "variable", "flag"])
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("server.port", "22:22"),
+        ("server.port", "0x50"),
+        ("server.port", "0o17"),
+        ("server.port", "80.5"),
+        ("server.port", "true"),
+        ("server.port", "1e99"),
+        ("engine.num_threads", "1:30"),
+        ("server.drain_seconds", "1:30"),
+        ("server.drain_seconds", "inf"),
+        ("statistics.enabled", "2"),
+        ("statistics.enabled", "nope"),
+        ("inference.dtype", "no"),
+    ],
+)
+def test_a_text_that_a_setting_does_not_take_is_an_error(key: str, text: str, way: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_by(way, key, text, tmp_path)
+    assert key in str(error.value)
+    assert way != "variable" or environment_name(key) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a # b", "#", "{x", "a: b", "[", " two  spaces ", "'quoted'", "*", "&a", "null"])
+def test_texts_of_variables_and_flags_are_verbatim(text: str, tmp_path: Path) -> None:
+    for key in ("model.name", "statistics.file", "inference.packed_cache"):
+        assert read_by("variable", key, text, tmp_path) == text
+        assert read_by("flag", key, text, tmp_path) == text
+
+
+FULL = (
+    MINIMAL
+    + """
+engine: {num_threads: 3, kv_cache_bytes: 4096}
+statistics: {file: kept.npz, reference: ref.npz}
+inference: {packed_cache: /cache}
+server: {port: 1234, host: "::1"}
+"""
+)
+
+
+def test_what_is_given_undoes_the_file_whatever_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path, FULL)
+    undo = {
+        "engine.num_threads": None,
+        "engine.kv_cache_bytes": "null",
+        "statistics.file": "",
+        "statistics.reference": None,
+        "inference.packed_cache": "",
+    }
+    settings = load_settings(path, undo, {})
+    assert settings.engine.num_threads is None and settings.engine.kv_cache_bytes is None
+    assert settings.statistics.file == settings.statistics.reference == settings.inference.packed_cache == ""
+
+
+def test_an_empty_variable_is_none_where_that_is_possible_and_otherwise_as_if_not_set(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, FULL), {}, {environment_name(key): "" for key in setting_keys()})
+    assert settings.engine.num_threads is None and settings.statistics.file == settings.inference.packed_cache == ""
+    assert (settings.server.port, settings.server.host, settings.model.base_path) == (1234, "::1", "/m")
+
+
+def test_an_empty_section_is_no_section(tmp_path: Path) -> None:
+    text = MINIMAL + "server:\nengine: ~\nstatistics:\n  file:\n  reference: null\n"
+    settings = load_settings(write(tmp_path, text), environ={})
+    assert settings == load_settings(write(tmp_path, MINIMAL), environ={})
+    text = "model:\n  base_path: /m\n  mixed_precision:\n    weight_mapping:\n    sources:\n    rules:\n"
+    assert load_settings(write(tmp_path, text), environ={}).model.mixed_precision.all_rules == ()
+    with pytest.raises(ConfigError, match=r"server\.port"):
+        load_settings(write(tmp_path, MINIMAL + "server: {port: }"), environ={})
+
+
+def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = [info.key for info in all_settings() if info.kind == "path"]
+    assert {"model.base_path", "inference.packed_cache", "statistics.file", "server.export_dir"} <= set(keys)
+    for key in keys:
+        for way in ("file", "variable", "flag"):
+            assert read_by(way, key, "~/x", tmp_path) == str(tmp_path / "x"), (key, way)
+    text = "model: {base_path: ~/b, mixed_precision: {fp8_path: ~/f, sources: {q: ~/q}}}"
+    write(tmp_path, text)
+    settings = load_settings("~/config.yaml", environ={})
+    assert settings.model.mixed_precision.sources == {"fp8": f"{tmp_path}/f", "q": f"{tmp_path}/q"}
+    sources = read_settings(None, {"model.base_path": "~"}, sources={"s": "~/s"}, environ={}).settings
+    assert (sources.model.base_path, sources.model.mixed_precision.sources) == (str(tmp_path), {"s": f"{tmp_path}/s"})
+
+
+def test_sources_and_rules_are_added_to_the_file_s(tmp_path: Path) -> None:
+    text = """
+model:
+  base_path: /m
+  mixed_precision:
+    fp8_path: /fp8
+    sources: {other: /other}
+    rules: [{pattern: "a.*", source: fp8}]
+"""
+    added = read_settings(
+        write(tmp_path, text),
+        sources={"fp8": "/new", "x": "/x"},
+        rules=[{"pattern": "b.*", "source": "x"}],
+        environ={},
+    )
+    mixed = added.settings.model.mixed_precision
+    assert mixed.sources == {"fp8": "/new", "other": "/other", "x": "/x"}
+    assert [rule.pattern for rule in mixed.rules] == ["a.*", "b.*"]
+
+
+def test_where_values_come_from_is_known(tmp_path: Path) -> None:
+    environ = {"AMALGAM_SERVER_HOST": "::", "AMALGAM_ENGINE_MAX_QUEUE": "5"}
+    origins = read_settings(write(tmp_path, FULL), {"engine.max_queue": 4}, environ=environ).origins
+    assert origins["server.port"] == "file" and origins["server.host"] == "AMALGAM_SERVER_HOST"
+    assert origins["engine.max_queue"] == "flag" and "server.max_workers" not in origins
+
+
+def test_structured_variables_are_json_or_yaml(tmp_path: Path) -> None:
+    environ = {
+        "AMALGAM_MODEL_MIXED_PRECISION_SOURCES": '{"int4": "/i", "no": "~"}',
+        "AMALGAM_MODEL_MIXED_PRECISION_RULES": "[{pattern: '*', source: no}]",
+    }
+    mixed = load_settings(write(tmp_path, MINIMAL), environ=environ).model.mixed_precision
+    assert mixed.sources["int4"] == "/i" and mixed.rules[0].source == "no"
+    with pytest.raises(ConfigError, match=r"mixed_precision\.rules"):
+        load_settings(write(tmp_path, MINIMAL), environ={"AMALGAM_MODEL_MIXED_PRECISION_RULES": "[{"})
+
+
+def test_the_user_s_own_files_have_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert state_folder({"XDG_STATE_HOME": "/s"}) == Path("/s/amalgam")
+    assert state_folder({}) == state_folder({"XDG_STATE_HOME": "relative"}) == Path("/home/me/.local/state/amalgam")

@@ -93,7 +93,7 @@ def test_requests(name: str, server: str) -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_local_commands(name: str, server: str, tmp_path: Path) -> None:
     lines = [line for line in commands(name) if line.startswith(".venv/bin/")]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         words = shlex.split(line.replace("/tmp/demo-int8", str(tmp_path / "int8")))
         program = words[0].rpartition("/")[2]
@@ -114,11 +114,14 @@ def test_local_commands(name: str, server: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_python(name: str) -> None:
     (program,) = commands(name, "python")
+    program = program.replace("print(answer.text)", "print(answer.text); print('length', len(answer.text.strip()))")
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     assert "layer_id" in result.stdout
+    lengths = [int(number) for number in re.findall(r"^length (\d+)$", result.stdout, re.MULTILINE)]
+    assert len(lengths) == 2 and min(lengths) > 20, "answers that are worth showing"
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -1,42 +1,39 @@
 """Every setting, as frozen pydantic models.
 
 In: a YAML file, `AMALGAM_*` environment variables and command-line overrides, in rising order of precedence.
-Out: one immutable `Settings`. The only module that reads the environment. The command line's help and
-`docs/configuration.md` are generated from the field descriptions here.
+Out: one immutable `Settings`. The only module that reads the environment. The command line's flags, `amalgam config`
+and `docs/configuration.md` are generated from the fields here. A text is read as what its field declares.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
+from amalgam.config_fields import Section, UserPath, can_be_empty, kind_of, types_of
+from amalgam.config_text import ENV_PREFIX, our_variables, parse_yaml, read_yaml
 from amalgam.errors import ConfigError, describe
 
-ENV_PREFIX = "AMALGAM_"
 BASE_SOURCE = "base"
-MAX_CONFIG_BYTES = 16 * 2**20
 NATIVE_ISA_VARIABLE = "AMALGAM_NATIVE_ISA"
 NATIVE_ISAS = ("portable", "avx2", "avx512")  # slowest first
 _SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 _PATH_SUFFIX = "_path"
+
+_MIXED = "model.mixed_precision"
 
 SourceName = Annotated[str, StringConstraints(pattern=_SOURCE_NAME)]
 HostName = Annotated[str, StringConstraints(pattern=r"^(\*|(\*\.)?[a-z0-9_.-]+|\[?[0-9a-f:.]+\]?)$", to_lower=True)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+)$", to_lower=True)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
-    )
-
-
-class Rule(_Section):
+class Rule(Section):
     """One rule of the weight mapping."""
 
     pattern: str = Field(min_length=1, max_length=1024)
@@ -45,7 +42,7 @@ class Rule(_Section):
     """The source that matching weights come from."""
 
 
-class DerivedSource(_Section):
+class DerivedSource(Section):
     """How to make a source that does not exist yet: quantize the base checkpoint into the source's folder."""
 
     format: Literal["fp8", "int8", "int4"]
@@ -56,10 +53,10 @@ class DerivedSource(_Section):
     """Granularity of the scales (fp8: tensor, channel or block of 128×128; int8: channel)."""
 
 
-class MixedPrecisionSettings(_Section):
+class MixedPrecisionSettings(Section):
     """Where each weight comes from. Every `<name>_path` key declares a source called `<name>`."""
 
-    sources: dict[SourceName, str] = Field(default_factory=dict)
+    sources: dict[SourceName, UserPath] = Field(default_factory=dict)
     """Name → folder or hub id, for sources whose names do not fit a `<name>_path` key."""
     weight_mapping: dict[str, SourceName] = Field(default_factory=dict)
     """Logical name or pattern → source. Exact names win, then the most specific pattern."""
@@ -111,18 +108,18 @@ class MixedPrecisionSettings(_Section):
         return (*mapped, *self.rules)
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """The model and its checkpoints."""
 
     name: str = ""
     """Name shown to clients. Empty: the folder's name."""
-    base_path: str
+    base_path: UserPath
     """Folder, `.gguf` file or hub id (`org/name`, `org/name:file.gguf`): configuration, tokenizer, default weights."""
     mixed_precision: MixedPrecisionSettings = MixedPrecisionSettings()
     """Further sources and the rules that choose among them."""
 
 
-class InferenceSettings(_Section):
+class InferenceSettings(Section):
     """How the model runs."""
 
     max_seq_length: int = Field(default=4096, ge=1, le=2**24)
@@ -141,7 +138,7 @@ class InferenceSettings(_Section):
     """Quantize wide linear weights that no rule names to int8 while loading."""
     load_in_4bit: bool = False
     """The same to int4 in groups of 128."""
-    packed_cache: str = ""
+    packed_cache: UserPath = ""
     """Folder that keeps packed weights, so that later starts map them and need not read and pack. Empty: none."""
 
     @model_validator(mode="after")
@@ -151,7 +148,7 @@ class InferenceSettings(_Section):
         return self
 
 
-class EngineSettings(_Section):
+class EngineSettings(Section):
     """The step loop and the KV cache."""
 
     max_step_tokens: int = Field(default=512, ge=1, le=2**20)
@@ -168,7 +165,7 @@ class EngineSettings(_Section):
     """Threads that read and pack weights."""
 
 
-class ServerSettings(_Section):
+class ServerSettings(Section):
     """The HTTP server."""
 
     host: str = "127.0.0.1"
@@ -201,11 +198,11 @@ class ServerSettings(_Section):
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    export_dir: str = "expert_stats"
+    export_dir: UserPath = "expert_stats"
     """Folder that /export_expert_stats writes to."""
 
 
-class StatisticsSettings(_Section):
+class StatisticsSettings(Section):
     """Expert statistics."""
 
     enabled: bool = True
@@ -224,15 +221,15 @@ class StatisticsSettings(_Section):
     """Co-activation and transitions look at one token in so many; 1: at all, 0: at none."""
     trace_bytes: int = Field(default=256 * 2**20, ge=0)
     """Memory for the traces of requests that ask for their routed experts; more are refused with 503."""
-    reference: str = ""
+    reference: UserPath = ""
     """A saved set (.npz) that `drift` compares with. Empty: what was counted since the last reset."""
-    file: str = ""
+    file: UserPath = ""
     """File (.npz) that keeps the statistics of one process across restarts. Empty: they end with the process."""
     save_seconds: float = Field(default=300.0, ge=1, le=7 * 86400)
     """How often `file` is written; it is written at the end too."""
 
 
-class Settings(_Section):
+class Settings(Section):
     """Everything, as `config/model_config.yaml` holds it."""
 
     model: ModelSettings
@@ -251,8 +248,11 @@ class Settings(_Section):
         return build_settings({**self.model_dump(), **sections})
 
 
-def build_settings(data: Mapping[str, Any]) -> Settings:
+def build_settings(data: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Settings:
     """Validate a nested mapping.
+
+    Args:
+        origins: dotted key → where its value comes from, for messages.
 
     Raises:
         ConfigError: naming each offending key, its value and what is allowed.
@@ -260,7 +260,7 @@ def build_settings(data: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("Configuration is invalid:\n" + "\n".join(_explain(error))) from None
+        raise ConfigError("Configuration is invalid:\n" + "\n".join(_explain(error, origins or {}))) from None
 
 
 def build_rules(mapping: Mapping[str, str]) -> tuple[Rule, ...]:
@@ -282,41 +282,142 @@ def load_settings(
 ) -> Settings:
     """Read settings from a YAML file, the environment and dotted overrides (`{"server.port": 80}`).
 
-    Relative model paths in the file are taken from the file's folder; those in overrides and the environment from the
-    working directory.
+    Relative model paths in the file are taken from the file's folder; all other paths from the working directory. `~`
+    is the home folder in all of them. An override holds whatever its value is: None undoes what the file says.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or holds unknown or invalid keys.
     """
-    data = _read_yaml(Path(path)) if path is not None else {}
-    environment = os.environ if environ is None else environ
-    for key, value in _from_environment(environment).items():
+    return read_settings(path, overrides, environ=environ).settings
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """Settings, and where those come from that are not left at their defaults: `file`, a variable's name, `flag`."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def read_settings(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    sources: Mapping[str, str] | None = None,
+    rules: Sequence[Mapping[str, str]] = (),
+    needs_model: bool = True,
+    environ: Mapping[str, str] | None = None,
+) -> ReadSettings:
+    """The same as `load_settings`, and more.
+
+    Args:
+        sources: are declared beside those of the file and in place of those that have the same names there.
+        rules: come after those of the file.
+        needs_model: False leaves `model.base_path` empty where nobody gives it.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path).expanduser()
+        data = read_yaml(file)
+        _anchor_paths(data, file.resolve().parent)
+    origins = {key: "file" for key in setting_keys() if _is_set(data, key)}
+    for name, (key, value) in _from_environment(os.environ if environ is None else environ).items():
         _set(data, key, value)
+        origins[key] = name
     for key, value in (overrides or {}).items():
-        if value is not None:
-            _set(data, key, value)
-    return build_settings(data)
+        _set(data, key, value)
+        origins[key] = "flag"
+    if sources:
+        mixed = _section(data, _MIXED)
+        for name in sources:
+            mixed.pop(name + _PATH_SUFFIX, None)
+        mixed["sources"] = {**(mixed.get("sources") or {}), **sources}
+        origins[f"{_MIXED}.sources"] = "flag"
+    if rules:
+        mixed = _section(data, _MIXED)
+        mixed["rules"] = [*(mixed.get("rules") or ()), *rules]
+        origins[f"{_MIXED}.rules"] = "flag"
+    if not needs_model:
+        _section(data, "model").setdefault("base_path", "")
+    return ReadSettings(build_settings(data, origins), origins)
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """What there is to say about one setting.
+
+    Attributes:
+        kind: what it takes, in words.
+        default: None if there is none, or if that is the default.
+    """
+
+    key: str
+    kind: str
+    is_required: bool
+    default: Any
+    description: str
+    field: FieldInfo
+
+    @property
+    def environment(self) -> str:
+        return environment_name(self.key)
+
+    @property
+    def is_structured(self) -> bool:
+        """A mapping, or a list of them; flags build it piece by piece."""
+        return any(get_origin(kind) is dict or Rule in get_args(kind) for kind in types_of(self.field))
+
+    def read(self, text: str) -> Any:
+        """What a variable or a flag says: text as it is, but for lists and mappings.
+
+        Raises:
+            ConfigError: a list or mapping that is neither JSON nor YAML.
+        """
+        if any(get_origin(kind) in (dict, tuple) for kind in types_of(self.field)):
+            if not self.is_structured and not text.lstrip().startswith("["):
+                return [part.strip() for part in text.split(",") if part.strip()]
+            try:
+                return parse_yaml(text)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self.key} is {describe(text)}, which is not valid: {error}", remedy="Write it as JSON or YAML."
+                ) from None
+        return text
+
+
+def all_settings() -> tuple[SettingInfo, ...]:
+    """Every setting, section by section; the source of flags, environment names and the reference."""
+    found: list[SettingInfo] = []
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                walk(field.annotation, f"{prefix}{name}.")
+                continue
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            found.append(
+                SettingInfo(prefix + name, kind_of(field), field.is_required(), default, field.description or "", field)
+            )
+
+    walk(Settings, "")
+    return tuple(found)
 
 
 def setting_keys() -> dict[str, str]:
-    """Every scalar setting as dotted key → description; the source of flags, environment names and the reference."""
-    keys: dict[str, str] = {}
-
-    def walk(section: type[BaseModel], prefix: str) -> None:
-        for name, info in section.model_fields.items():
-            kind = info.annotation
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                walk(kind, f"{prefix}{name}.")
-            else:
-                keys[prefix + name] = info.description or ""
-
-    walk(Settings, "")
-    return keys
+    """Every setting as dotted key → description."""
+    return {info.key: info.description for info in all_settings()}
 
 
 def environment_name(key: str) -> str:
     """`server.max_workers` → `AMALGAM_SERVER_MAX_WORKERS`."""
     return ENV_PREFIX + key.replace(".", "_").upper()
+
+
+def state_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Where a user's own files are kept between runs, as the XDG base directories have it. It need not exist."""
+    environment = os.environ if environ is None else environ
+    given = environment.get("XDG_STATE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else Path("~/.local/state").expanduser()) / "amalgam"
 
 
 def native_isa_limit(environ: Mapping[str, str] | None = None) -> str | None:
@@ -329,39 +430,11 @@ def native_isa_limit(environ: Mapping[str, str] | None = None) -> str | None:
         ConfigError: the value is none of `NATIVE_ISAS`.
     """
     limit = (os.environ if environ is None else environ).get(NATIVE_ISA_VARIABLE)
+    if limit == "":
+        return None
     if limit is not None and limit not in NATIVE_ISAS:
         raise ConfigError(f"{NATIVE_ISA_VARIABLE} is {describe(limit)}.", remedy=f"Allowed: {', '.join(NATIVE_ISAS)}.")
     return limit
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"Configuration file {str(path)!r} does not exist.", remedy="Give its path with --config.")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ConfigError(f"Configuration file {str(path)!r} has more than {MAX_CONFIG_BYTES} bytes.")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"Configuration file {str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"Configuration file {str(path)!r} holds {describe(data)}.", remedy="Expected a mapping.")
-    _anchor_paths(data, path.resolve().parent)
-    return data
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, which YAML forbids and PyYAML silently merges."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key_node.value!r} stands twice", key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
 
 
 def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
@@ -388,37 +461,53 @@ def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
             mixed["sources"] = {name: anchor(value) for name, value in mixed["sources"].items()}
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    known = {environment_name(key): key for key in setting_keys()}
-    values: dict[str, Any] = {}
-    for name, text in environ.items():
-        if not name.startswith(ENV_PREFIX) or name == NATIVE_ISA_VARIABLE:
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    """Variable → key and value. An empty one says none where a setting can be empty, and nothing otherwise."""
+    known = {info.environment: info for info in all_settings()}
+    values: dict[str, tuple[str, Any]] = {}
+    for name, text in our_variables(environ, {*known, NATIVE_ISA_VARIABLE}).items():
+        if name == NATIVE_ISA_VARIABLE:
             continue
-        if name not in known:
-            raise ConfigError(
-                f"Environment variable {name} is not a setting.", remedy="docs/configuration.md lists their names."
-            )
-        try:
-            values[known[name]] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[known[name]] = text
+        info = known[name]
+        if text:
+            values[name] = info.key, info.read(text)
+        elif can_be_empty(info.field):
+            values[name] = info.key, None
     return values
 
 
+def _section(data: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """The mapping at a dotted key, made if absent."""
+    for part in dotted.split("."):
+        child = data.get(part)
+        child = data[part] = {} if child is None else child
+        if not isinstance(child, dict):
+            raise ConfigError(f"{part} is {describe(child)}.", remedy="Expected a mapping.")
+        data = child
+    return data
+
+
 def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+    parent, _, last = dotted.rpartition(".")
+    _section(data, parent)[last] = value
+
+
+def _is_set(data: Any, dotted: str) -> bool:
     *parents, last = dotted.split(".")
     for parent in parents:
-        child = data.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{parent} is {describe(child)}.", remedy="Expected a mapping.")
-        data = child
-    data[last] = value
+        data = data.get(parent) if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return False
+    return last in data or (dotted == f"{_MIXED}.sources" and any(str(key).endswith(_PATH_SUFFIX) for key in data))
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, origins: Mapping[str, str] | None = None) -> list[str]:
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        origin = (origins or {}).get(key, "")
+        if origin.startswith(ENV_PREFIX):
+            key = f"{key} ({origin})"
         if item["type"] == "extra_forbidden":
             lines.append(f"  {key}: unknown setting. Remove it or correct its name.")
         elif item["type"] == "missing":

@@ -107,6 +107,51 @@ def test_the_statistics_are_watched_until_interrupted(
     assert "in the last 5 minutes" in shown and "layer  expert  activations" in shown
 
 
+def test_watching_waits_while_the_server_restarts(
+    statistics: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unwell = [(503, b'{"error": {"message": "The model is \\u001b[31mloading"}}'), (200, b"<html>"), (500, b""), None]
+    answers: list[tuple[int, bytes] | None] = []
+    good = (200, json.dumps(statistics).encode())
+    for answer in unwell:
+        answers += [good, answer, answer]
+    answers += [good]
+
+    class Restarting(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if (answer := answers.pop(0)) is None:
+                self.close_connection = True
+                return
+            self.send_response(answer[0])
+            self.end_headers()
+            self.wfile.write(answer[1])
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Restarting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    terminal = Console(file=io.StringIO(), width=80, height=24, force_terminal=True, color_system=None)
+    screens: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        screens.append(terminal.file.getvalue()[sum(map(len, screens)) :])
+        if not answers:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("amalgam.cli.console.out", terminal)
+    monkeypatch.setattr("amalgam.cli.experts.time", SimpleNamespace(sleep=sleep))
+    code, _, err = run(capsys, "--url", f"http://127.0.0.1:{server.server_port}", "--watch")
+    server.shutdown()
+    server.server_close()
+    assert code == 130 and "Traceback" not in err
+    assert len(screens) == 13
+    for index, shown in enumerate(screens):
+        assert ("Waiting for the server" in shown) == (index % 3 != 0)
+        assert "layer  expert  activations" in shown and "\x1b[31m" not in shown
+
+
 def test_a_saved_set_is_what_the_server_has_counted(url: str, saved: Path) -> None:
     item = load(saved)
     assert item.total.counts.sum() == httpx.get(url + "/expert_stats").json()["summary"]["total_activations"]
@@ -248,7 +293,7 @@ def test_sets_of_different_models_are_not_compared(
 def test_tokens_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--prompt", "It's don't\n\\n ☃", *MODEL, "--layer", "0")
     assert code == 0
-    shown = "".join(line.split("│")[2].strip() for line in out.splitlines() if line.startswith("│"))
+    shown = "".join(line.split("\t")[2] for line in out.splitlines()[1:])
     assert shown == r"It's␣don't\n\\n␣\xe2\x98\x83"
     assert visible(b"\x1b[31m\t") == r"\x1b[31m\t"
     assert visible("明月".encode()) == "明月"

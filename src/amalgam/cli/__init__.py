@@ -9,16 +9,20 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from amalgam.base.threads import stop_threads
+from amalgam.cli.streams import OutputError, guarded_streams
 from amalgam.errors import AmalgamError
 
 # In the order of a user's day. `amalgam.cli.<verb>` exports `command`; its docstring is the help text.
-VERBS = ("serve", "generate", "chat", "plan", "quantize", "analyze", "estimate", "experts", "bench")
+VERBS = ("serve", "generate", "chat", "plan", "config", "quantize", "analyze", "estimate", "experts", "bench")
+
+INTERRUPTED = 130
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class _Verbs(TyperGroup):
@@ -28,17 +32,37 @@ class _Verbs(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"amalgam.cli.{cmd_name}")
-        verb = typer.Typer(add_completion=False)
-        verb.command(name=cmd_name)(module.command)
+        command = importlib.import_module(f"amalgam.cli.{cmd_name}").command
+        # Plain help: frames cut names at 80 columns, and markup takes the brackets of a description for its own.
+        verb = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        verb.command(name=cmd_name, context_settings=_HELP, epilog=getattr(command, "epilog", None))(command)
         return typer.main.get_command(verb)
 
 
-app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=_HELP,
+)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from amalgam import __version__
+
+        sys.stdout.write(f"amalgam {__version__}\n")
+        raise typer.Exit
 
 
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """One running Transformer out of several checkpoints of the same model in different precisions."""
 
 
@@ -80,13 +104,29 @@ def _end_at_once(code: int) -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
+        with guarded_streams():
+            return _call(arguments)
+    except OutputError as error:
+        if not error.is_reader_gone:  # whoever closes a pipe wants no more, and no message either
+            _say(f"Error: {error}")
+        return error.exit_code
+
+
+def _call(arguments: list[str]) -> int:
+    try:
         result = app(args=arguments, prog_name="amalgam", standalone_mode=False)
     except AmalgamError as error:
-        typer.echo(f"Error: {error}", err=True)
+        _say(f"Error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        typer.echo("Interrupted.", err=True)
-        return 130
+        _say("Interrupted.")
+        return INTERRUPTED
+    except OSError as error:  # a disk that is full, a folder that may not be written: no fault of ours
+        place = f": {error.filename!r}" if error.filename is not None else ""
+        _say(f"Error: {error.strerror or error}{place}.")
+        return 1
+    except OutputError:
+        raise
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error: typer's own message and exit code
         if show is None:
@@ -94,3 +134,9 @@ def _run(arguments: list[str]) -> int:
         show()
         return int(getattr(error, "exit_code", 2))
     return result if isinstance(result, int) else 0
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody can read it; the exit code says it
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()

@@ -71,28 +71,21 @@ def command(
 
 
 def _show(analysis: Any) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    from amalgam.cli.console import print_table, say
 
-    from amalgam.cli.console import out
-
-    facts = Table.grid(padding=(0, 2))
-    for name, value in _facts(analysis):
-        facts.add_row(name, Text(value))
-    out.print(facts)
-    roles = Table("role", "weights", "parameters", "bytes", "formats")
-    for role, tally in analysis.roles.items():
-        found = ", ".join(name for name, _ in analysis.formats_of(role).most_common())
-        roles.add_row(role, *_numbers(tally), found)
-    roles.add_section()
-    roles.add_row("all", *_numbers(analysis.total), "")
-    out.print(roles)
-    formats = Table("format", "weights", "parameters", "bytes")
-    for name, tally in analysis.formats.items():
-        formats.add_row(name, *_numbers(tally))
-    out.print(formats)
+    print_table((), _facts(analysis))
+    say("")
+    roles = [
+        (role, *_numbers(tally), ", ".join(name for name, _ in analysis.formats_of(role).most_common()))
+        for role, tally in analysis.roles.items()
+    ]
+    roles.append(("all", *_numbers(analysis.total), ""))
+    print_table(("role", "weights", "parameters", "bytes", "formats"), roles, num_totals=1)
+    say("")
+    formats = [(name, *_numbers(tally)) for name, tally in analysis.formats.items()]
+    print_table(("format", "weights", "parameters", "bytes"), formats)
     for note in analysis.notes:
-        out.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+        say(f"Note: {note}")
 
 
 def _facts(analysis: Any) -> list[tuple[str, str]]:
@@ -123,21 +116,18 @@ def _numbers(tally: Any) -> tuple[str, str, str]:
 
 
 def _show_export(export: Any) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from amalgam.cli.console import human_bytes, out
+    from amalgam.cli.console import human_bytes, print_table, say
 
     def size(nbytes: int | None) -> str:
         return "?" if nbytes is None else human_bytes(nbytes)
 
     if export.rules:
-        table = Table("role", "rule", "source", "weights", "bytes now", "about then")
-        table.columns[1].overflow = "fold"
-        for rule in export.rules:
-            then = size(rule.new_nbytes)
-            table.add_row(rule.role, Text(rule.pattern), rule.source, f"{rule.num_weights:,}", size(rule.nbytes), then)
-        out.print(table)
+        rules = [
+            (rule.role, rule.pattern, rule.source, f"{rule.num_weights:,}", size(rule.nbytes), size(rule.new_nbytes))
+            for rule in export.rules
+        ]
+        say("")
+        print_table(("role", "rule", "source", "weights", "bytes now", "about then"), rules)
     for note in export.notes:
-        out.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"Wrote {export.file}.", markup=False, highlight=False, soft_wrap=True)
+        say(f"Note: {note}")
+    say(f"Wrote {export.file}.")

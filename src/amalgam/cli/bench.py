@@ -24,12 +24,10 @@ def command(
     batches: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1,8,16",
     num_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence decodes.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, and no table.")] = False,
 ) -> None:
     """Measure load time, memory, prompt and decoding speed. The last line is one JSON object."""
-    import orjson
-    from rich.table import Table
-
-    from amalgam.cli.console import human_bytes, out, progress_bar
+    from amalgam.cli.console import human_bytes, print_json, print_table, progress_bar
     from amalgam.errors import ConfigError
     from amalgam.llm import open_deployment
     from amalgam.tools import bench
@@ -51,13 +49,17 @@ def command(
                 deployment.close()
         else:
             raise ConfigError("Nothing to measure.", remedy="Give --config FILE, --model FOLDER or --shape S.")
+    document = {"command": ["amalgam", *sys.argv[1:]], "commit": bench.commit(), **report.as_json()}
+    if as_json:
+        print_json(document)
+        return
     sizes = ", ".join(f"{name} {human_bytes(size)}" for name, size in report.weights.items())
-    table = Table("measurement", "median", "unit", "all rounds", title=f"{report.model}: {sizes}")
-    for item in report.measurements:
-        table.add_row(item.name, f"{item.value:.2f}", item.unit, "  ".join(f"{value:.1f}" for value in item.repeats))
-    out.print(table)
-    last = {"command": ["amalgam", *sys.argv[1:]], "commit": bench.commit(), **report.as_json()}
-    typer.echo(orjson.dumps(last).decode())
+    rows = [
+        (item.name, f"{item.value:.2f}", item.unit, "  ".join(f"{value:.1f}" for value in item.repeats))
+        for item in report.measurements
+    ]
+    print_table(("measurement", "median", "unit", "all rounds"), rows, f"{report.model}: {sizes}")
+    print_json(document, is_indented=False)
 
 
 def _numbers(flag: str, text: str) -> list[int]:

@@ -1,35 +1,67 @@
-"""Tables, progress bars and sizes for people; nothing here when the output is for machines."""
+"""Tables, progress bars and sizes for people, and the same as plain lines where nobody looks at a terminal.
+
+Results go to stdout; what accompanies them to stderr, so that a pipe sees results only. Nothing that comes from a
+model, a checkpoint or a user is ever taken for markup, and in a pipe nothing is cut or wrapped.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
 
 import orjson
-import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from amalgam.models.loader import Progress as ProgressCallback
 
-# Results go to stdout; what accompanies them to stderr, so that a pipe sees results only.
-out = Console()
-err = Console(stderr=True)
+_UNLIMITED = 1_000_000
+
+
+class _Console(Console):
+    """As wide as the terminal; where there is none, as wide as the text."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        return super().size if is_terminal(self.file) else ConsoleDimensions(_UNLIMITED, super().size.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        raise AttributeError
+
+
+out = _Console()
+err = _Console(stderr=True)
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """Whether a person reads what is written to the stream."""
+    try:
+        return stream.isatty()
+    except ValueError:  # closed
+        return False
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
     """A callback for long work, shown as bars on stderr; silent where that is no terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+    with Progress(*columns, console=err, disable=not is_terminal(sys.stderr)) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -40,14 +72,70 @@ def progress_bar() -> Iterator[ProgressCallback]:
         yield report
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
+def write(text: str) -> None:
+    """Text of a model, on stdout at once: as it is, but a terminal gets no controls that could steer it."""
+    sys.stdout.write(harmless(text) if is_terminal(sys.stdout) else text)
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """A line on stdout."""
+    out.print(Text(harmless(text)), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A line on stderr that accompanies results."""
+    err.print(Text(harmless(text), "dim"))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", num_totals: int = 0) -> None:
+    """A table; where stdout is no terminal, a line for each row, with tabs between its cells.
+
+    Args:
+        columns: their names; none for rows that speak for themselves.
+        num_totals: rows at the end that sum the others up.
+    """
+    lines = [[escaped(cell) for cell in row] for row in rows]
+    if not is_terminal(sys.stdout):
+        head = [[escaped(title)]] * bool(title) + [list(columns)] * bool(columns)
+        sys.stdout.write("".join("\t".join(line) + "\n" for line in [*head, *lines]))
+        return
+    table = Table(title=Text(escaped(title)) if title else None) if columns else Table.grid(padding=(0, 2))
+    for name in columns or [""] * max(map(len, lines), default=0):
+        table.add_column(name, overflow="fold")
+    for index, line in enumerate(lines):
+        if num_totals and index == len(lines) - num_totals:
+            table.add_section()
+        table.add_row(*line)
+    out.print(table)
+
+
+def print_json(value: Any, *, is_indented: bool = True) -> None:
+    """One JSON document on stdout, also where its encoding or the strings are not Unicode."""
+    option = orjson.OPT_NON_STR_KEYS | (orjson.OPT_INDENT_2 if is_indented else 0)
+    try:
+        text = orjson.dumps(value, option=option).decode()
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (TypeError, UnicodeEncodeError):  # lone surrogates, such as in paths that are not UTF-8; or the encoding
+        text = json.dumps(value, indent=2 if is_indented else None, default=str)
+    sys.stdout.write(text + "\n")
 
 
 def escaped(text: str) -> str:
     """`text` on one line, with everything escaped that could steer a terminal."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(letter if letter.isprintable() else _escape(letter) for letter in text)
+
+
+def harmless(text: str) -> str:
+    """`text` with everything escaped that could steer a terminal, but for ends of lines and tabs."""
+    return "".join(
+        _escape(letter) if (letter < " " and letter not in "\n\t") or "\x7f" <= letter <= "\x9f" else letter
+        for letter in text
+    )
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
 
 
 def human_bytes(count: float) -> str:

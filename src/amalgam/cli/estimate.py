@@ -18,9 +18,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Say how much memory a model will need, and whether it fits this machine. Reads headers only."""
-    from rich.table import Table
-
-    from amalgam.cli.console import human_bytes, out, print_json, progress_bar
+    from amalgam.cli.console import human_bytes, print_json, print_table, progress_bar, say
     from amalgam.tools.estimate import estimate
     from amalgam.tools.quantize import ensure_derived
 
@@ -30,22 +28,22 @@ def command(
     if as_json:
         print_json(result.as_json())
         return
-    table = Table("memory for", "bytes", title=f"{result.batch_size} sequences of {result.seq_length} tokens")
-    for name, size in result.weights.items():
-        table.add_row(f"weights in {name}", human_bytes(size))
+    rows = [(f"weights in {name}", human_bytes(size)) for name, size in result.weights.items()]
     if result.mapped_bytes:
-        table.add_row("less what the packed cache maps", f"-{human_bytes(result.mapped_bytes)}")
-    table.add_row(f"KV cache ({human_bytes(result.kv_bytes_per_token)} per token)", human_bytes(result.kv_bytes))
-    table.add_row("workspace of a step", human_bytes(result.workspace_bytes))
-    table.add_row("the program itself", human_bytes(result.process_bytes))
-    table.add_section()
-    table.add_row("all", human_bytes(result.total_bytes))
-    table.add_row("available now", human_bytes(result.available_bytes))
-    out.print(table)
+        rows.append(("less what the packed cache maps", f"-{human_bytes(result.mapped_bytes)}"))
+    rows += [
+        (f"KV cache ({human_bytes(result.kv_bytes_per_token)} per token)", human_bytes(result.kv_bytes)),
+        ("workspace of a step", human_bytes(result.workspace_bytes)),
+        ("the program itself", human_bytes(result.process_bytes)),
+        ("all", human_bytes(result.total_bytes)),
+        ("available now", human_bytes(result.available_bytes)),
+    ]
+    title = f"{result.batch_size} sequences of {result.seq_length} tokens"
+    print_table(("memory for", "bytes"), rows, title, num_totals=2)
     verdict = "fits" if result.fits else "does NOT fit"
-    out.print(f"It {verdict}. Beside the weights there is room for {result.max_tokens_that_fit:,} tokens of context.")
-    uniform = Table("all linear weights in", "weights", "all", "fits", title="The same model in one precision")
-    for row in result.uniform:
-        sizes = (human_bytes(row.weights_bytes), human_bytes(row.total_bytes))
-        uniform.add_row(row.format, *sizes, "yes" if row.fits else "no")
-    out.print(uniform)
+    say(f"It {verdict}. Beside the weights there is room for {result.max_tokens_that_fit:,} tokens of context.\n")
+    uniform = [
+        (row.format, human_bytes(row.weights_bytes), human_bytes(row.total_bytes), "yes" if row.fits else "no")
+        for row in result.uniform
+    ]
+    print_table(("all linear weights in", "weights", "all", "fits"), uniform, "The same model in one precision")

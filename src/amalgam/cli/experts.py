@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -40,7 +41,7 @@ _TAKES = {
 }
 
 
-@with_settings(needs_model=False)
+@with_settings(needs_model=False, shown=("server.host", "server.port"))
 def command(
     settings: Settings,
     url: Annotated[str | None, typer.Option(help="Address of the server. [default: as --host and --port say]")] = None,
@@ -128,7 +129,7 @@ def _address(url: str | None, server: ServerSettings) -> str:
 def _show(url: str, body: dict[str, Any], watch: bool, as_json: bool) -> None:
     from rich.live import Live
 
-    from amalgam.cli.console import out, print_json
+    from amalgam.cli.console import is_terminal, out, print_json
     from amalgam.cli.experts_view import page, screen
 
     if watch and not out.is_terminal:
@@ -138,13 +139,18 @@ def _show(url: str, body: dict[str, Any], watch: bool, as_json: bool) -> None:
         print_json(statistics)
         return
     if not watch:
-        out.print(page(statistics, out.width, out.height if out.is_terminal else None))
+        is_whole = not is_terminal(sys.stdout)  # in a pipe nothing is left out for want of room
+        out.print(page(statistics, out.width, None if is_whole else out.height))
         return
     with Live(console=out, screen=True, auto_refresh=False) as live:
+        waiting = ""
         while True:
-            live.update(screen(statistics, *out.size), refresh=True)
+            live.update(screen(statistics, *out.size, waiting), refresh=True)
             time.sleep(_REFRESH_SECONDS)
-            statistics = _post(url, "expert_stats", body)
+            try:
+                statistics, waiting = _post(url, "expert_stats", body), ""
+            except UnavailableError as error:  # restarting, or loading; the figures stay until it answers
+                waiting = f"Waiting for the server since it does not answer: {error.what}"
 
 
 def _trace(
@@ -157,7 +163,7 @@ def _trace(
     as_json: bool,
 ) -> None:
     from amalgam.cli.console import out, print_json, progress_bar
-    from amalgam.cli.experts_view import trace_view
+    from amalgam.cli.experts_view import print_trace
     from amalgam.experts.saved import to_bytes
     from amalgam.experts.tracker import ExpertTracker
     from amalgam.llm import open_deployment
@@ -179,7 +185,7 @@ def _trace(
     if as_json:
         print_json(trace.as_json())
     else:
-        out.print(trace_view(trace, layers, out.width))
+        print_trace(trace, layers, out.width)
 
 
 def _check_layers(settings: Settings, layers: list[int], progress: Progress) -> None:
@@ -196,8 +202,8 @@ def _check_layers(settings: Settings, layers: list[int], progress: Progress) -> 
 
 
 def _compare(url: str, first: str, second: str, *, as_json: bool) -> None:
-    from amalgam.cli.console import out, print_json
-    from amalgam.cli.experts_view import comparison_view
+    from amalgam.cli.console import print_json
+    from amalgam.cli.experts_view import print_comparison
 
     if _is_file(first) or _is_file(second):
         from amalgam.experts.comparison import compare
@@ -214,7 +220,7 @@ def _compare(url: str, first: str, second: str, *, as_json: bool) -> None:
     if as_json:
         print_json(answer)
     else:
-        out.print(comparison_view(answer))
+        print_comparison(answer)
 
 
 def _is_file(text: str) -> bool:
@@ -229,7 +235,7 @@ def _side(url: str, text: str) -> tuple[list[int], npt.NDArray[Any]]:
     from amalgam.experts.saved import load
 
     if _is_file(text):
-        saved = load(text)
+        saved = load(Path(text).expanduser())
         return list(saved.layer_ids), saved.total.counts.sum(axis=0)
     kind, _, name = text.partition(":")
     if kind == "saved":
@@ -247,20 +253,20 @@ def _merge(paths: list[Path], save: Path | None) -> None:
 
     if save is None:
         raise ConfigError("--merge has nowhere to write to.", remedy="Give --save FILE.npz.")
-    merged: SavedSet = merge([load(path) for path in paths])
+    merged: SavedSet = merge([load(path.expanduser()) for path in paths])
     _write(save, to_bytes(merged))
 
 
 def _write(path: Path, content: bytes) -> None:
     from amalgam.base.files import replace_file
-    from amalgam.cli.console import err, human_bytes
+    from amalgam.cli.console import human_bytes, note
 
     try:
-        replace_file(path, content)
+        replace_file(path.expanduser(), content)
     except (OSError, ValueError) as error:  # the latter for a path without a file's name
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"Cannot write {str(path)!r}: {reason}.", remedy="Choose another --save.") from None
-    err.print(f"Saved {path} ({human_bytes(len(content))}).", markup=False, highlight=False)
+    note(f"Saved {path} ({human_bytes(len(content))}).")
 
 
 def _get(url: str, path: str, query: dict[str, str]) -> Any:

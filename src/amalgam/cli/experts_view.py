@@ -1,7 +1,7 @@
 """What `amalgam experts` draws: statistics, a text's trace, a comparison.
 
-In: answers of the server or of the tools, and the room on the screen. Out: renderables. Must never know: where the
-answers came from.
+In: answers of the server or of the tools, and the room on the screen. Out: renderables, or tables on stdout. Must never
+know: where the answers came from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from amalgam.cli.console import escaped
+from amalgam.cli.console import escaped, note, print_table, say
 
 if TYPE_CHECKING:
     from amalgam.tools.trace import PromptTrace
@@ -46,8 +46,15 @@ def page(statistics: dict[str, Any], width: int, height: int | None) -> Renderab
     return Group(*_head(statistics), *heatmap, _busiest(statistics["top_experts"]), *_hints(statistics))
 
 
-def screen(statistics: dict[str, Any], width: int, height: int) -> RenderableType:
-    """The same within one screen: what has no room is left out, and the last line says so."""
+def screen(statistics: dict[str, Any], width: int, height: int, waiting: str = "") -> RenderableType:
+    """The same within one screen: what has no room is left out, and the last line says so.
+
+    Args:
+        waiting: why these figures are not the newest; on the first line.
+    """
+    if waiting:
+        line = Text(escaped(waiting), "bold yellow", no_wrap=True, overflow="ellipsis")
+        return Group(line, screen(statistics, width, height - 1))
     grid, rows, hints = _relative_shares(statistics), statistics["top_experts"], _hints(statistics)
     head = _head(statistics)
     room = height - len(head)
@@ -186,27 +193,27 @@ def _legend(down: int, across: int) -> Text:
     return legend.append(f"cell: busiest of {' × '.join(parts)}" if parts else "", "dim")
 
 
-def trace_view(trace: PromptTrace, layers: Sequence[int], width: int) -> RenderableType:
+def print_trace(trace: PromptTrace, layers: Sequence[int], width: int) -> None:
     """A line per token; per layer its experts, the heaviest first."""
     layer_ids, expert_ids = trace.routing.layer_ids, trace.routing.expert_ids
     digits = len(str(int(expert_ids.max(initial=0))))
-    room = max(1, (width - _MAX_TOKEN_CELLS - 12) // (expert_ids.shape[-1] * (digits + 1) + 2))
+    room = max(1, (width - _MAX_TOKEN_CELLS - 23) // (expert_ids.shape[-1] * (digits + 1) + 2))
     shown = layers or list(layer_ids[:: max(1, -(-len(layer_ids) // room))])
-    table = Table("")
-    table.add_column("token", max_width=_MAX_TOKEN_CELLS, no_wrap=True, overflow="ellipsis")
-    for layer_id in shown:
-        table.add_column(f"layer {layer_id}")
-    for index, data in enumerate(trace.token_bytes):
-        cells = [
-            Text(" ".join(f"{expert:>{digits}}" for expert in expert_ids[index, layer_ids.index(layer_id)].tolist()))
-            for layer_id in shown
-        ]
-        style = "" if index < trace.num_prompt_tokens else "green"
-        table.add_row(str(index), Text(visible(data), style), *cells)
-    if len(shown) == len(layer_ids):
-        return table
-    note = f"{len(shown)} of {len(layer_ids)} layers; --layer chooses others, --json has all, with gate weights"
-    return Group(table, Text(note, "dim"))
+    rows = [
+        (
+            str(index),
+            "prompt" if index < trace.num_prompt_tokens else "answer",
+            visible(data),
+            *(
+                " ".join(f"{expert:>{digits}}" for expert in expert_ids[index, layer_ids.index(layer_id)].tolist())
+                for layer_id in shown
+            ),
+        )
+        for index, data in enumerate(trace.token_bytes)
+    ]
+    print_table(("", "of", "token", *(f"layer {layer_id}" for layer_id in shown)), rows)
+    if not layers and len(shown) < len(layer_ids):
+        note(f"{len(shown)} of {len(layer_ids)} layers; --layer chooses others, --json has all, with gate weights")
 
 
 def visible(data: bytes) -> str:
@@ -214,17 +221,9 @@ def visible(data: bytes) -> str:
     return escaped(data.replace(b"\\", b"\\\\").decode(errors="backslashreplace").replace(" ", "␣"))
 
 
-def comparison_view(answer: dict[str, Any]) -> RenderableType:
+def print_comparison(answer: dict[str, Any]) -> None:
     """A line per layer: how far apart, and the experts that gain and lose most."""
-    mean = answer["jensen_shannon"]["mean"]
-    distance = "unknown" if mean is None else f"{mean:.3f} bits"
-    table = Table(
-        "layer",
-        "divergence (bits)",
-        "more in the first",
-        "more in the second",
-        caption=f"Jensen-Shannon divergence on average: {distance}",
-    )
+    rows = []
     for layer_id, value, differences in zip(
         answer["layer_ids"], answer["jensen_shannon"]["by_layer"], answer["difference"], strict=True
     ):
@@ -233,5 +232,7 @@ def comparison_view(answer: dict[str, Any]) -> RenderableType:
         gained = [
             f"{expert} ({differences[expert]:+.1%})" for expert in reversed(order[-3:]) if differences[expert] > 0
         ]
-        table.add_row(str(layer_id), "–" if value is None else f"{value:.3f}", ", ".join(gained), ", ".join(lost))
-    return table
+        rows.append((str(layer_id), "–" if value is None else f"{value:.3f}", ", ".join(gained), ", ".join(lost)))
+    print_table(("layer", "divergence (bits)", "more in the first", "more in the second"), rows)
+    mean = answer["jensen_shannon"]["mean"]
+    say(f"Jensen-Shannon divergence on average: {'unknown' if mean is None else f'{mean:.3f} bits'}")

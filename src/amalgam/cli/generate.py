@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from amalgam.cli.options import with_settings
+from amalgam.cli.sampling import MaxNewTokens, MinP, RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP, chosen
 from amalgam.config import Settings
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.request import FinishReason, RequestOutput
 
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Smallest set of tokens with this probability.")]
-TopK = Annotated[int, typer.Option(help="This many most probable tokens; 0: all.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens seen before become less probable.")]
+_INTERRUPTED = 130
 
 
 @with_settings
@@ -24,56 +21,127 @@ def command(
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts, answered together.")],
     settings: Settings,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    top_k: TopK = 50,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
     seed: Seed = None,
-    stop: Annotated[list[str], typer.Option(help="Stop before this text. Repeatable.")] = [],  # noqa: B006
-    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = [],  # noqa: B006
+    repetition_penalty: RepetitionPenalty = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
-    """Answer prompts without a server."""
-    from amalgam.cli.console import err, out, print_json, progress_bar
+) -> int:
+    """Answer prompts without a server. The answer is printed as it comes; Ctrl-C keeps what has come.
+
+    Several answers are printed in the order of their prompts, each below a line that repeats its prompt.
+    """
+    from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.llm import open_deployment
 
-    params = SamplingParams(
+    params = chosen(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
         seed=seed,
-        stop=tuple(stop),
+        stop=tuple(stop) or None,
         repetition_penalty=repetition_penalty,
     )
     with progress_bar() as progress:
         deployment = open_deployment(settings, progress)
+    answers = _Answers(prompt, is_shown=not as_json)
+    is_interrupted = False
     try:
         token_ids = [deployment.tokenizer.encode(text) for text in prompt]
-        answers = deployment.engine.generate(token_ids, params)
+        deployment.engine.generate(token_ids, params, watch=answers.take)
+    except KeyboardInterrupt:
+        is_interrupted = True
+        answers.close()
     finally:
         deployment.close()
-    failed = next((answer.error for answer in answers if answer.error is not None), None)
-    if failed is not None:
-        raise failed
     if as_json:
-        print_json(
-            [
-                {
-                    "prompt": text,
-                    "generated_text": answer.text,
-                    "finish_reason": answer.finish_reason.value,
-                    "usage": asdict(answer.usage),
-                }
-                for text, answer in zip(prompt, answers, strict=True)
-            ]
-        )
-        return
-    for text, answer in zip(prompt, answers, strict=True):
-        out.print(text, style="dim", end="", markup=False, highlight=False)
-        out.print(answer.text, markup=False, highlight=False)
-        speed = answer.usage.num_new_tokens / max(answer.usage.total_seconds, 1e-9)
-        err.print(
-            f"{answer.usage.num_prompt_tokens} + {answer.usage.num_new_tokens} tokens, {speed:.1f} tokens/s, "
-            f"ended by {answer.finish_reason.value}",
-            style="dim",
-        )
+        print_json(answers.as_json())
+    if answers.error is not None:
+        raise answers.error
+    if is_interrupted:
+        note("Interrupted.")
+        return _INTERRUPTED
+    return 0
+
+
+class _Answers:
+    """Answers as they come, all at once, shown one after the other."""
+
+    def __init__(self, prompts: Sequence[str], *, is_shown: bool) -> None:
+        self._prompts = prompts
+        self._texts = ["" for _ in prompts]
+        self._last: list[RequestOutput | None] = [None for _ in prompts]
+        self._is_shown = is_shown
+        self._current = 0  # whose answer is being shown
+        self._num_shown = 0  # characters of it
+        self._has_begun = False
+
+    @property
+    def error(self) -> Exception | None:
+        """Of the first that failed."""
+        return next((last.error for last in self._last if last is not None and last.error is not None), None)
+
+    def take(self, index: int, output: RequestOutput) -> None:
+        self._texts[index] += output.text
+        if output.is_finished:
+            self._last[index] = output
+        if not self._is_shown:
+            return
+        while self._current < len(self._prompts):
+            self._show()
+            if self._last[self._current] is None:
+                break
+            self._end()
+
+    def close(self) -> None:
+        """Nothing more comes: show what there is."""
+        while self._is_shown and self._current < len(self._prompts):
+            if self._texts[self._current]:
+                self._show()
+            self._end()
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": prompt,
+                "generated_text": text,
+                "finish_reason": (last.finish_reason if last and last.finish_reason else FinishReason.CANCELLED).value,
+                "usage": asdict(last.usage) if last and last.usage else None,
+                **({"error": str(last.error)} if last and last.error else {}),
+            }
+            for prompt, text, last in zip(self._prompts, self._texts, self._last, strict=True)
+        ]
+
+    def _show(self) -> None:
+        from amalgam.cli.console import escaped, say, write
+
+        text = self._texts[self._current]
+        if not self._has_begun:
+            self._has_begun = True
+            if len(self._prompts) > 1:
+                gap = "\n" if self._current else ""  # as `head` and `tail` separate files
+                say(f"{gap}==> {escaped(self._prompts[self._current])} <==")
+        if len(text) > self._num_shown:
+            write(text[self._num_shown :])
+            self._num_shown = len(text)
+
+    def _end(self) -> None:
+        from amalgam.cli.console import note, write
+
+        if self._num_shown and not self._texts[self._current].endswith("\n"):
+            write("\n")
+        last = self._last[self._current]
+        if last is not None and last.usage is not None and last.finish_reason is not None:
+            speed = last.usage.num_new_tokens / max(last.usage.total_seconds, 1e-9)
+            note(
+                f"{last.usage.num_prompt_tokens} + {last.usage.num_new_tokens} tokens, {speed:.1f} tokens/s, "
+                f"ended by {last.finish_reason.value}"
+            )
+        self._current += 1
+        self._num_shown = 0
+        self._has_begun = False

@@ -4,58 +4,61 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-import yaml
 
-from amalgam.config import environment_name, load_settings, setting_keys
+from amalgam.config import SettingInfo, all_settings, read_settings
 from amalgam.errors import ConfigError
 
 SHORT = {"server.host": "--host", "server.port": "--port", "model.base_path": "--model"}
-# Mappings have no flag of their own: --source and --map build them.
-_STRUCTURED = ("sources", "weight_mapping", "rules", "derived")
+SETTINGS_NOTE = "Every setting is a flag too, such as --inference.max_seq_length 2048: `amalgam config` lists them."
 
 
-def with_settings(function: Callable[..., Any] | None = None, *, needs_model: bool = True) -> Callable[..., Any]:
+def with_settings(
+    function: Callable[..., Any] | None = None, *, needs_model: bool = True, shown: Collection[str] = ()
+) -> Callable[..., Any]:
     """Give a verb `--config`, `--source`, `--map` and a flag for every setting; it receives `settings: Settings`.
 
-    A verb that can do without a model sees an empty `model.base_path` when none is given.
+    One that has a parameter `origins` also receives where each setting that was given comes from.
+
+    Args:
+        needs_model: False for a verb that can do without; it sees an empty `model.base_path` when none is given, but a
+            configuration file has to have one.
+        shown: settings, beside the model, that its help lists. `amalgam config` lists all.
     """
     if function is None:
-        return functools.partial(with_settings, needs_model=needs_model)
-    flags = {_parameter(key): key for key in setting_keys() if key.rpartition(".")[2] not in _STRUCTURED}
+        return functools.partial(with_settings, needs_model=needs_model, shown=shown)
+    # Mappings have no flag of their own: --source and --map build them.
+    flags = {info.key.replace(".", "_"): info for info in all_settings() if not info.is_structured}
+    own = [p for p in inspect.signature(function).parameters.values() if p.name not in ("settings", "origins")]
+    wants_origins = "origins" in inspect.signature(function).parameters
 
     @functools.wraps(function)
     def wrapper(**arguments: Any) -> Any:
         config: Path | None = arguments.pop("config")
-        overrides = {key: _value(arguments.pop(name)) for name, key in flags.items()}
-        mixed = "model.mixed_precision"
-        for item in arguments.pop("source"):
-            name, path = _pair(item, "--source", "name=folder or name=hub-id")
-            overrides[f"{mixed}.sources"] = {**overrides.get(f"{mixed}.sources", {}), name: path}
-        rules = [_pair(item, "--map", "pattern=source") for item in arguments.pop("map_")]
-        if rules:
-            overrides[f"{mixed}.rules"] = [{"pattern": pattern, "source": source} for pattern, source in rules]
-        if not needs_model and config is None and overrides["model.base_path"] is None:
-            overrides["model.base_path"] = ""
-        return function(settings=load_settings(config, overrides), **arguments)
+        texts = {name: text for name in flags if (text := arguments.pop(name)) is not None}
+        read = read_settings(
+            config,
+            {flags[name].key: flags[name].read(text) for name, text in texts.items()},
+            sources=dict(_source(item) for item in arguments.pop("source")),
+            rules=[_rule(item) for item in arguments.pop("map_")],
+            needs_model=needs_model or config is not None,
+        )
+        more = {"origins": read.origins} if wants_origins else {}
+        return function(settings=read.settings, **more, **arguments)
 
-    hints = {
+    hints: dict[str, Any] = {
         "config": Annotated[Path | None, typer.Option("--config", "-c", help="Configuration file (YAML).")],
         "source": Annotated[list[str], typer.Option("--source", help="Declare a source: NAME=FOLDER. Repeatable.")],
         "map_": Annotated[list[str], typer.Option("--map", help="Add a rule: PATTERN=SOURCE. Repeatable.")],
     }
     defaults: dict[str, Any] = {"config": None, "source": [], "map_": []}
-    for name, key in flags.items():
-        names = [*([SHORT[key]] if key in SHORT else []), f"--{key}"]
-        help_text = f"{setting_keys()[key]} [{environment_name(key)}]"
-        option = typer.Option(*names, help=help_text, rich_help_panel=f"Settings: {key.partition('.')[0]}")
-        hints[name] = Annotated[str | None, option]
+    for name, info in flags.items():
+        hints[name] = Annotated[str | None, _option(info, info.key in ("model.base_path", *shown))]
         defaults[name] = None
-    own = [p for p in inspect.signature(function).parameters.values() if p.name != "settings"]
     own_hints = get_type_hints(function, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -64,25 +67,25 @@ def with_settings(function: Callable[..., Any] | None = None, *, needs_model: bo
         + [inspect.Parameter(n, keyword, default=defaults[n], annotation=hint) for n, hint in hints.items()]
     )
     wrapper.__annotations__ = {**{p.name: own_hints[p.name] for p in own}, **hints}
+    wrapper.epilog = SETTINGS_NOTE  # type: ignore[attr-defined]
     return wrapper
 
 
-def _parameter(key: str) -> str:
-    return key.replace(".", "_")
+def _option(info: SettingInfo, is_shown: bool) -> Any:
+    names = [*([SHORT[info.key]] if info.key in SHORT else []), f"--{info.key}"]
+    help_text = f"{info.description} [{info.environment}]"
+    return typer.Option(*names, help=help_text, hidden=not is_shown, metavar=info.kind.split()[0].upper())
 
 
-def _value(text: str | None) -> Any:
-    """A flag's text as YAML reads it: numbers, booleans, null."""
-    if text is None:
-        return None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+def _source(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ConfigError(f"--source is {text!r}.", remedy="Expected NAME=FOLDER or NAME=hub-id.")
+    return name, path
 
 
-def _pair(text: str, flag: str, form: str) -> tuple[str, str]:
-    name, equals, value = text.rpartition("=")
-    if not (name and equals and value):
-        raise ConfigError(f"{flag} is {text!r}.", remedy=f"Expected {form}.")
-    return name, value
+def _rule(text: str) -> dict[str, str]:
+    pattern, equals, source = text.rpartition("=")
+    if not (pattern and equals and source):
+        raise ConfigError(f"--map is {text!r}.", remedy="Expected PATTERN=SOURCE.")
+    return {"pattern": pattern, "source": source}

@@ -20,7 +20,7 @@ def command(
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="List every weight.")] = False,
     show_manifest: Annotated[
-        bool, typer.Option("--manifest", help="Print the provenance of every weight as JSON.")
+        bool, typer.Option("--manifest", help="Print the provenance of every weight, as JSON.")
     ] = False,
     sha256: Annotated[
         bool, typer.Option("--sha256", help="With --manifest: digest every tensor; reads all of it.")
@@ -59,7 +59,7 @@ def command(
 
 
 def _explain(explanation: Any, as_json: bool) -> None:
-    from amalgam.cli.console import out, print_json
+    from amalgam.cli.console import print_json, say
 
     choice = explanation.choice
     if as_json:
@@ -73,10 +73,10 @@ def _explain(explanation: Any, as_json: bool) -> None:
             }
         )
         return
-    out.print(f"{choice.name} comes from {choice.source}: {explanation.why}.", markup=False, highlight=False)
+    say(f"{choice.name} comes from {choice.source}: {explanation.why}.")
     for rank, rule in enumerate(explanation.matching, 1):
         mark = "wins" if rank == 1 else "loses"
-        out.print(f"  {rank}. {rule.pattern} → {rule.source}  ({mark})", markup=False, highlight=False)
+        say(f"  {rank}. {rule.pattern} → {rule.source}  ({mark})")
 
 
 def _rows(planned: Any) -> list[dict[str, Any]]:
@@ -95,26 +95,21 @@ def _rows(planned: Any) -> list[dict[str, Any]]:
 
 
 def _list(planned: Any, as_json: bool) -> None:
-    from rich.table import Table
-
-    from amalgam.cli.console import human_bytes, out, print_json
+    from amalgam.cli.console import human_bytes, print_json, print_table
 
     rows = _rows(planned)
     if as_json:
         print_json(rows)
         return
-    table = Table("weight", "source", "format", "shape", "bytes", "why")
-    for row in rows:
-        table.add_row(
-            row["name"], row["source"], row["format"], str(row["shape"]), human_bytes(row["bytes"]), row["reason"]
-        )
-    out.print(table)
+    cells = [
+        (row["name"], row["source"], row["format"], str(row["shape"]), human_bytes(row["bytes"]), row["reason"])
+        for row in rows
+    ]
+    print_table(("weight", "source", "format", "shape", "bytes", "why"), cells)
 
 
 def _summarise(planned: Any) -> None:
-    from rich.table import Table
-
-    from amalgam.cli.console import human_bytes, out
+    from amalgam.cli.console import human_bytes, print_table
 
     counts: Counter[tuple[str, str, str]] = Counter()
     sizes: defaultdict[tuple[str, str, str], int] = defaultdict(int)
@@ -122,9 +117,6 @@ def _summarise(planned: Any) -> None:
         key = (weight.slot.role, weight.choice.source, (weight.quantize_to or weight.stored.format).name)
         counts[key] += 1
         sizes[key] += weight.stored.nbytes
-    table = Table("role", "source", "format", "weights", "bytes")
-    for key in sorted(counts):
-        table.add_row(*key, str(counts[key]), human_bytes(sizes[key]))
-    table.add_section()
-    table.add_row("all", "", "", str(sum(counts.values())), human_bytes(sum(sizes.values())))
-    out.print(table)
+    rows = [(*key, str(counts[key]), human_bytes(sizes[key])) for key in sorted(counts)]
+    rows.append(("all", "", "", str(sum(counts.values())), human_bytes(sum(sizes.values()))))
+    print_table(("role", "source", "format", "weights", "bytes"), rows, num_totals=1)

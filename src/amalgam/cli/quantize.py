@@ -23,14 +23,14 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Make an fp8, int8 or int4 checkpoint of a model (compressed-tensors layout, rounding to nearest)."""
-    from rich.table import Table
-
-    from amalgam.cli.console import escaped, human_bytes, out, print_json, progress_bar
+    from amalgam.cli.console import escaped, human_bytes, print_json, print_table, progress_bar
     from amalgam.precision.format import QuantizeOptions
     from amalgam.tools.quantize import quantize_checkpoint
 
     with progress_bar() as progress:
-        report = quantize_checkpoint(checkpoint, out_folder, format_name, QuantizeOptions(group_size, scale), progress)
+        report = quantize_checkpoint(
+            checkpoint, out_folder.expanduser(), format_name, QuantizeOptions(group_size, scale), progress
+        )
     if as_json:
         roles = {
             name: {
@@ -49,13 +49,19 @@ def command(
         }
         print_json({"folder": str(report.folder), "format": report.format, **totals, "roles": roles, **beside})
         return
-    table = Table("role", "weights", "before", "after", "relative error", title=f"{report.folder} ({report.format})")
-    for name, role in report.roles.items():
-        error = f"{role.error:.2%}" if role.squared_norm else "–"
-        table.add_row(name, str(role.num_weights), human_bytes(role.bytes_before), human_bytes(role.bytes_after), error)
-    table.add_section()
-    table.add_row("all", "", human_bytes(report.bytes_before), human_bytes(report.bytes_after), "")
-    out.print(table)
+    rows = [
+        (
+            name,
+            str(role.num_weights),
+            human_bytes(role.bytes_before),
+            human_bytes(role.bytes_after),
+            f"{role.error:.2%}" if role.squared_norm else "–",
+        )
+        for name, role in report.roles.items()
+    ]
+    rows.append(("all", "", human_bytes(report.bytes_before), human_bytes(report.bytes_after), ""))
+    title = f"{report.folder} ({report.format})"
+    print_table(("role", "weights", "before", "after", "relative error"), rows, title, num_totals=1)
     for what, names in (
         ("Copied as they are, beside the model's weights", report.carried),
         ("Not carried over: tensors", report.left_out_tensors),

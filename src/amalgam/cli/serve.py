@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from amalgam.models.loader import Progress
 
 
-@with_settings
+@with_settings(shown=("server.host", "server.port"))
 def command(settings: Settings) -> int:
     """Start the HTTP server."""
     # Imports and loading make a million objects that all stay. Looking for garbage among them takes time until the

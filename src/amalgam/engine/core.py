@@ -13,7 +13,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -181,13 +181,15 @@ class Engine:
         prompts_ids: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         observation: Observation = _UNLABELLED,
+        watch: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[Generation]:
         """Run requests to their end and return the answers in order. Blocks; an interrupt cancels them.
 
+        `watch` is called in this thread with a prompt's index and each output as it comes; what it raises cancels too.
         `params` is for all prompts, or one for each. Raises the errors of `submit`; a request that fails later has its
         error in its `Generation`.
         """
-        return fronts.generate(self, prompts_ids, params, observation, max_in_flight=self._max_queue)
+        return fronts.generate(self, prompts_ids, params, observation, self._max_queue, watch)
 
     def set_version(self, version: WeightVersion) -> None:
         """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""

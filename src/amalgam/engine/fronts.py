@@ -70,6 +70,7 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams],
     observation: Observation,
     max_in_flight: int,
+    watch: Callable[[int, RequestOutput], None] | None = None,
 ) -> list[Generation]:
     """See `Engine.generate`. At most `max_in_flight` requests are submitted at a time; where others fill the queue, the
     rest wait for room.
@@ -111,6 +112,8 @@ def generate(
             except Empty:
                 continue
             outputs[index].append(output)
+            if watch is not None:
+                watch(index, output)
             if output.is_finished:
                 del in_flight[index]
     finally:

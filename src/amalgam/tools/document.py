@@ -6,11 +6,9 @@ In: nothing. Out: Markdown. `python -m amalgam.tools.document` writes the files;
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel
-
-from amalgam.config import NATIVE_ISA_VARIABLE, NATIVE_ISAS, Settings, environment_name, setting_keys
+from amalgam.config import NATIVE_ISA_VARIABLE, NATIVE_ISAS, Settings, all_settings
 from amalgam.kernels.panels import COMPILED_LAYOUTS
 from amalgam.models.spec import all_families
 from amalgam.precision.format import all_formats
@@ -21,9 +19,27 @@ _INTRODUCTION = f"""# Configuration
 
 One YAML file (`--config`), environment variables and flags, in rising order of precedence. A flag is the key itself:
 `--inference.max_seq_length 2048`; `--host`, `--port` and `--model` are short for `--server.host`, `--server.port` and
-`--model.base_path`. `--source NAME=FOLDER` and `--map PATTERN=SOURCE` add a source and a rule. Unknown keys are errors.
+`--model.base_path`. `--source NAME=FOLDER` and `--map PATTERN=SOURCE` add a source and a rule to the file's; a source
+of the same name takes the place of the file's. Unknown keys are errors. `amalgam config` checks a configuration and
+shows each setting's value and where it comes from.
 
-Relative model paths in the file start at the file's folder. Every `<name>_path` under `mixed_precision` declares a
+**Types are those below, in the file too**; nothing is guessed. Text is taken as it is (`--host ::`, `--model 2024`,
+`name: no`, a `#` in a path given as a flag), integers are decimal (`010` is 10, `1:30` and `0x10` are errors), and
+`true`, `yes`, `on`, `1` and `false`, `no`, `off`, `0` are booleans. `none`, `null` or nothing at all is none, where
+none is allowed. Lists and mappings are JSON or YAML; a list of texts may be written `a,b`.
+
+**A flag holds whatever its value is**: `--statistics.file ""` and `--engine.num_threads null` undo what the file says.
+**An empty variable** (`AMALGAM_STATISTICS_FILE=`) does the same where the default is none; any other is as if it were
+not set. In the file, a section or setting with nothing behind it has its default, if that is none.
+
+**Other people's variables.** What Kubernetes sets for its services (`AMALGAM_PORT=tcp://…`, `AMALGAM_SERVICE_HOST`,
+and `AMALGAM_SERVER_PORT=tcp://…` for one called `amalgam-server`) is ignored, and so is any `AMALGAM_…` that is like no
+setting; one line of the log names them. One that is almost a setting's name is an error.
+
+**Paths.** Relative model paths in the file start at the file's folder; all other relative paths, and those of flags and
+variables, at the working directory. `~` is the home folder everywhere.
+
+Every `<name>_path` under `mixed_precision` declares a
 source called `<name>`; `base` is `base_path`. A pattern matches whole logical names: `*` any characters, `?` one,
 `[abc]` one of them, `{{a,b}}` alternatives, `{{0-15}}` whole numbers. An exact name wins, then the pattern with more
 literal characters, then the later rule, then `default_source`. `amalgam plan --explain NAME` says which and why.
@@ -95,39 +111,29 @@ defaults, licence; from a GGUF file the tokenizer, its template and the ends of 
 def configuration() -> str:
     """Every setting: `docs/configuration.md`."""
     sections = [_INTRODUCTION]
-    descriptions = setting_keys()
-    for name, info in Settings.model_fields.items():
+    settings = all_settings()
+    for name, section in Settings.model_fields.items():
         rows = [
             f"## {name}",
             "",
-            info.description or "",
+            section.description or "",
             "",
-            "| key | default | meaning | environment |",
-            "|---|---|---|---|",
+            "| key | type | default | meaning | environment |",
+            "|---|---|---|---|---|",
         ]
-        for key, description in descriptions.items():
-            if key.startswith(f"{name}."):
-                default, description = _default(key), description.replace("|", "\\|")
-                rows.append(f"| `{key}` | {default} | {description} | `{environment_name(key)}` |")
+        for info in settings:
+            if info.key.startswith(f"{name}."):
+                kind, meaning = (text.replace("|", "\\|") for text in (info.kind, info.description))
+                default = "required" if info.is_required else _default(info.default)
+                rows.append(f"| `{info.key}` | {kind} | {default} | {meaning} | `{info.environment}` |")
         sections.append("\n".join(rows) + "\n")
     return "\n".join(sections)
 
 
-def _default(key: str) -> str:
-    section: type[BaseModel] = Settings
-    *parents, last = key.split(".")
-    for parent in parents:
-        annotation: Any = section.model_fields[parent].annotation
-        section = annotation if isinstance(annotation, type) else get_args(annotation)[0]
-    field = section.model_fields[last]
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    return (
-        "–"
-        if value is None or value in ("", (), {})
-        else f"`{str(value).lower() if isinstance(value, bool) else value}`"
-    )
+def _default(value: Any) -> str:
+    if value is None or value in ("", (), {}):
+        return "–"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def support() -> str:

@@ -1,0 +1,85 @@
+"""The flags of `generate` and `chat` that say how to sample, and the same as text that is typed in."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from amalgam.engine.request import SamplingParams
+from amalgam.errors import RequestError
+
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: 0.7]")]
+TopP = Annotated[float | None, typer.Option(help="Smallest set of tokens with this probability. [default: 0.9]")]
+TopK = Annotated[int | None, typer.Option(help="This many most probable tokens; 0: all. [default: 50]")]
+MinP = Annotated[float | None, typer.Option(help="Only tokens at least so probable, beside the most probable one.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str], typer.Option(help="Stop before this text. Repeatable.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: tokens seen before become less probable.")]
+
+_FIXED = ("ignore_eos", "continues_prompt")  # how a chat works, and not how it sounds
+_NONE = ("none", "null", "off")
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def chosen(**given: Any) -> SamplingParams:
+    """Parameters of which those that are None were not given.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
+    """`params` with one of them as `text` says.
+
+    Raises:
+        RequestError: there is none of that name, or `text` is none of its values.
+    """
+    name = name.replace("-", "_")
+    types = {key: kind for key, kind in get_type_hints(SamplingParams).items() if key in names()}
+    if name not in types:
+        close = get_close_matches(name, types, n=1)
+        raise RequestError(
+            f"There is no {name!r} to set.",
+            remedy=f"Did you mean {close[0]}?" if close else f"There are {', '.join(names())}.",
+        )
+    return replace(params, **{name: _value(name, text, types[name])})
+
+
+def names() -> tuple[str, ...]:
+    """What can be set."""
+    return tuple(field.name for field in fields(SamplingParams) if field.name not in _FIXED)
+
+
+def described(params: SamplingParams) -> dict[str, str]:
+    """Name → value as it can be typed in."""
+    return {name: _text(getattr(params, name)) for name in names()}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(repr, value)) or "none"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    kinds = get_args(kind) or (kind,)
+    lowered = text.lower()
+    if (NoneType in kinds or kind == tuple[str, ...]) and lowered in _NONE:
+        return None if NoneType in kinds else ()
+    try:
+        if kind == tuple[str, ...]:
+            return (text.replace("\\n", "\n"),)
+        if bool in kinds:
+            return _BOOLEANS[lowered]
+        return int(text) if int in kinds else float(text)
+    except (ValueError, KeyError):
+        expected = "true or false" if bool in kinds else "an integer" if int in kinds else "a number"
+        more = " or none" if NoneType in kinds else ""
+        raise RequestError(f"{name} is {text!r}.", remedy=f"Expected {expected}{more}.") from None

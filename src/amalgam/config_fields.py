@@ -1,0 +1,97 @@
+"""What a setting's field takes, and the section that reads texts accordingly.
+
+In: pydantic fields; data in which scalars may be text. Out: types, words for people, and a base class for sections.
+Must never know: which settings there are, and where their texts come from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic.fields import FieldInfo
+
+_WORDS_FOR_NONE = ("", "null", "none", "~")
+_KINDS = {bool: "true | false", int: "integer", float: "number", str: "text", dict: "mapping", tuple: "list"}
+_BOUNDS = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
+
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path or hub id, wherever it was given; `~` is the home folder."""
+
+
+class Section(BaseModel):
+    """Settings that belong together: frozen, and nothing in them that is not declared."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_texts(cls, data: Any) -> Any:
+        """What pydantic does not do by itself: words for None, null where nothing is as good, `1e6` for an integer."""
+        if not isinstance(data, Mapping):
+            return data
+        result = dict(data)
+        for name, field in cls.model_fields.items():
+            if name not in result:
+                continue
+            value, types = result[name], types_of(field)
+            if isinstance(value, str) and str not in types:
+                if NoneType in types and value.strip().lower() in _WORDS_FOR_NONE:
+                    result[name] = None
+                elif int in types:
+                    result[name] = _whole_number(value)
+            elif value is None and NoneType not in types and can_be_empty(field):
+                del result[name]
+        return result
+
+
+def types_of(field: FieldInfo) -> tuple[Any, ...]:
+    """The types that a field takes, without what narrows them down; a choice of words is text."""
+    return tuple(str if get_origin(member) is Literal else member for member in _members(field))
+
+
+def kind_of(field: FieldInfo) -> str:
+    """What a field takes, in words: `integer from 1 to 65535`."""
+    words = []
+    for item in field.metadata:
+        for attribute, word in _BOUNDS.items():
+            if (bound := getattr(item, attribute, None)) is not None:
+                words.append(f"{word} {bound:g}" if isinstance(bound, float) else f"{word} {bound}")
+    members = _members(field)
+    [member] = [member for member in members if member is not NoneType]
+    if get_origin(member) is Literal:
+        name = " | ".join(get_args(member))
+    elif any(getattr(item, "func", None) is os.path.expanduser for item in field.metadata):
+        name = "path"
+    else:
+        name = _KINDS[get_origin(member) or member]
+    return " ".join([name, *words, *(["or none"] if NoneType in members else [])])
+
+
+def can_be_empty(field: FieldInfo) -> bool:
+    """Whether a field's default is that there is nothing, or a section of defaults."""
+    if field.is_required():
+        return False
+    default = field.get_default(call_default_factory=True)
+    return default is None or default in ("", {}, ()) or isinstance(default, BaseModel)
+
+
+def _members(field: FieldInfo) -> tuple[Any, ...]:
+    arguments = get_args(field.annotation)
+    return arguments if NoneType in arguments else (field.annotation,)
+
+
+def _whole_number(text: str) -> Any:
+    """`8.0e6`, as templates write large integers, as one; anything else as it is."""
+    if "e" not in text.lower():
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return int(value) if value.is_integer() else text

@@ -1,0 +1,294 @@
+"""`amalgam chat`: a conversation that mistakes, interrupts and input that cannot be read do not end."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import DEMO, ROOT
+
+from amalgam.cli import chat_input, main
+from amalgam.cli.chat_input import InputError
+from amalgam.engine.core import Engine
+from amalgam.engine.request import SamplingParams
+from amalgam.errors import UnavailableError
+from amalgam.text import Tokenizer
+
+FLAGS = ["chat", "--model", str(DEMO), "--temperature", "0", "--max-new-tokens", "6"]
+
+
+class _Stdin:
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BytesIO(data)
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def conversations(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
+    """What each answer was asked for with."""
+    seen: list[list[dict[str, str]]] = []
+    original = Tokenizer.encode_chat
+
+    def encode_chat(tokenizer: Tokenizer, messages: Any) -> list[int]:
+        seen.append(list(messages))
+        return original(tokenizer, messages)
+
+    monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
+    return seen
+
+
+def talk(data: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
+    monkeypatch.setattr("sys.stdin", _Stdin(data))
+    code = main([*FLAGS, *flags])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def asked(conversations: list[list[dict[str, str]]]) -> list[str]:
+    return [messages[-1]["content"] for messages in conversations]
+
+
+def test_input_that_cannot_be_read_costs_its_line_only(
+    conversations: list[list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat_input, "MAX_LINE_BYTES", 64)
+    data = b"Hello\nbad \xff\xfe line\n" + b"long " * 200 + b"\n\nWorld\r\nhalf \xe6\x9c\n" + "明月".encode()
+    code, out, err = talk(data, capsys, monkeypatch)
+    assert code == 0
+    assert asked(conversations) == ["Hello", "World", "明月"]
+    assert [len(messages) for messages in conversations] == [1, 3, 5]
+    answers = [message["content"] for message in conversations[2] if message["role"] == "assistant"]
+    assert all(answers) and out.startswith(answers[0].removesuffix("\n") + "\n" + answers[1])
+    assert [int(number) for number in re.findall(r"Line (\d+) ", err)] == [2, 3, 6]
+    assert err.count("tokens/s") == 3
+
+
+def test_a_message_that_is_too_long_costs_itself_only(
+    conversations: list[list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = b"Hello\n" + b"word " * 2000 + b"\nWorld\n"
+    code, _, err = talk(data, capsys, monkeypatch, "--inference.max_seq_length", "128")
+    assert code == 0 and err.count("Error: ") == 1
+    assert [m["content"] for m in conversations[-1] if m["role"] == "user"] == ["Hello", "World"]
+
+
+def test_commands_answer(
+    conversations: list[list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params: list[SamplingParams] = []
+    submit = Engine.submit
+
+    def watched(engine: Engine, ids: Any, given: SamplingParams, *more: Any) -> int:
+        params.append(given)
+        return submit(engine, ids, given, *more)
+
+    monkeypatch.setattr(Engine, "submit", watched)
+    lines = """/help
+/set
+/set temperature 0.5
+/set top-k=7
+/set max_new_tokens 2
+/set seed 3
+/set repetition_penalty 1.5
+/set stop \\n
+first
+/set seed none
+/set temprature 1
+/set top_p 7
+/set max_new_tokens many
+/set do_sample perhaps
+/nonsense
+second
+/set seed
+/reset
+//slashed
+two\\
+lines
+/quit
+never
+"""
+    code, _, err = talk(lines.encode(), capsys, monkeypatch, "--system", "Be brief.")
+    assert code == 0
+    shown = err.splitlines()
+    for line in ("temperature = 0.5", "top_k = 7", "max_new_tokens = 2", "repetition_penalty = 1.5", "seed = none"):
+        assert line in shown
+    assert all(f"{name} = " in err for name in ("top_p", "min_p", "stop"))
+    first, second = params[:2]
+    assert (first.temperature, first.top_k, first.max_new_tokens, first.seed) == (0.5, 7, 2, 3)
+    assert first.stop == ("\n",)
+    assert (second.seed, second.top_p) == (None, first.top_p)
+    errors = [line for line in shown if line.startswith("Error: ")]
+    for part in ("temprature", "top_p", "'many'", "'perhaps'", "/nonsense"):
+        assert sum(part in line for line in errors) == 1
+    assert "temperature" in errors[0]
+    assert asked(conversations) == ["first", "second", "/slashed", "two\nlines"]
+    assert [m["content"] for m in conversations[2]] == ["Be brief.", "/slashed"]
+    assert "/reset" in err and "/set NAME VALUE" in err
+
+
+def test_an_engine_that_is_gone_ends_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(*_: Any) -> int:
+        raise UnavailableError("The engine has stopped.")
+
+    monkeypatch.setattr(Engine, "submit", submit)
+    code, _, err = talk(b"Hello\nWorld\n", capsys, monkeypatch)
+    assert code == 6 and err.count("The engine has stopped.") == 1
+
+
+def test_no_template_is_said_before_the_first_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "has_chat_template", property(lambda _: False))
+    code, _, err = talk(b"Hello\n", capsys, monkeypatch)
+    assert code == 2 and "template" in err and "generate" in err
+
+
+def test_the_history_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("prompt_toolkit")
+    file = tmp_path / "state" / "amalgam" / "chat_history"
+    history = chat_input._private_history(file)
+    for text in ("one", "two\nlines", "月", "lone \udcff"):
+        history.store_string(text)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    file.write_bytes(file.read_bytes() + b"\xff broken\n[1]\n")
+    assert list(history.load_history_strings()) == ["lone \udcff", "月", "two\nlines", "one"]
+    monkeypatch.setattr(chat_input, "_MAX_HISTORY_BYTES", 40)
+    assert 0 < len(list(history.load_history_strings())) < 4
+    nowhere = chat_input._private_history(Path("/dev/null/history"))
+    nowhere.store_string("x")
+    assert list(nowhere.load_history_strings()) == []
+
+
+class _Screen:
+    """A program in a terminal of its own, and what it has written there."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            arguments,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self.text = ""
+        self._seen = 0
+
+    def send(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 150) -> str:
+        """Until new text matches; returns it."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.compile(pattern, re.DOTALL).search(self.text, self._seen)):
+            assert time.monotonic() < deadline, (pattern, self.text[self._seen :])
+            self._read()
+        begin, self._seen = self._seen, found.end()
+        return self.text[begin : found.end()]
+
+    def _read(self) -> None:
+        if select.select([self._master], [], [], 1)[0]:
+            try:
+                data = os.read(self._master, 65536)
+            except OSError:  # it has ended
+                time.sleep(0.05)
+                return
+            self.text += re.sub(
+                r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|\x1b[=>]", "", data.decode(errors="replace")
+            )
+
+    def end(self) -> int:
+        deadline = time.monotonic() + 150
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.text
+            self._read()
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def screen(tmp_path: Path) -> Iterator[_Screen]:
+    pytest.importorskip("prompt_toolkit")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "TERM": "xterm-256color",
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = [sys.executable, "-m", "amalgam.cli", *FLAGS, "--inference.max_seq_length", "4096"]
+    running = _Screen(arguments, environment)
+    yield running
+    running.close()
+
+
+def test_a_session_in_a_terminal(screen: _Screen, tmp_path: Path) -> None:
+    screen.wait_for("/help lists.*>")
+    screen.send("Hellx\x7fo there\r")  # a mistake, and backspace
+    screen.wait_for(r"\+ \d+ tokens, [\d.]+ tokens/s.*>")
+    screen.send("/set max_new_tokens 4000\r")
+    screen.wait_for("max_new_tokens = 4000.*>")
+    screen.send("first\x1b\rsecond")  # Alt-Enter
+    screen.wait_for("second")
+    screen.send("\r")
+    screen.wait_for(r"\n.*\w.*\n.*\w")  # the answer has begun
+    screen.send("\x03")
+    screen.wait_for("tokens/s.*>")
+    screen.send("not sent")
+    screen.wait_for("not sent")
+    screen.send("\x03")  # clears the line
+    screen.send("y")
+    screen.wait_for("y")
+    screen.send("\x7f")
+    screen.send("\x1b[A")  # the last message again
+    screen.wait_for("first.*second")
+    screen.send("\x03")
+    screen.send("\x03")
+    screen.wait_for("once more.*>")
+    screen.send("/set seed 5\r")
+    screen.wait_for("seed = 5.*>")
+    screen.send("\x04")
+    assert screen.end() == 0
+    assert "Traceback" not in screen.text and "WARNING" not in screen.text
+    kept = (tmp_path / ".local" / "state" / "amalgam" / "chat_history").read_text()
+    assert '"Hello there"' in kept and '"first\\nsecond"' in kept and "not sent" not in kept
+
+
+def test_lines_that_go_on_end_with_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", _Stdin(b"a\\\nb\\"))
+    lines = chat_input.open_input(None)
+    assert (lines.read(), lines.read()) == ("a\nb", None)
+    monkeypatch.setattr("sys.stdin", _Stdin(b"\xff"))
+    with pytest.raises(InputError):
+        chat_input.open_input(None).read()

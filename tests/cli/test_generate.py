@@ -1,0 +1,146 @@
+"""`amalgam generate`: raw text, as it comes, and what there is of it when it is interrupted."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+
+import pytest
+from tests.conftest import DEMO
+
+from amalgam.cli import console, main
+from amalgam.engine.core import Engine
+from amalgam.engine.request import FinishReason, RequestOutput
+from amalgam.llm import LLM, SamplingParams
+
+ARGUMENTS = ["--model", str(DEMO), "--temperature", "0", "--max-new-tokens"]
+PROMPTS = ["The old man looked", "def main(", "明月几时有"]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """What the model answers to the prompts."""
+    with LLM(model=DEMO) as llm:
+        return [answer.text for answer in llm.generate(PROMPTS, SamplingParams(max_new_tokens=40, do_sample=False))]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["generate", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_one_answer_is_its_text_and_nothing_else(texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        code, out, err = run(capsys, prompt, *ARGUMENTS, "40")
+        assert code == 0
+        assert out == text.removesuffix("\n") + "\n"
+        assert "tokens/s" in err
+
+
+def test_several_answers_are_told_apart(texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, *PROMPTS, *ARGUMENTS, "40")
+    expected = [f"==> {prompt} <==\n{text}".rstrip("\n") for prompt, text in zip(PROMPTS, texts, strict=True)]
+    assert (code, out) == (0, "\n\n".join(expected) + "\n")
+
+
+def test_markup_and_long_lines_pass_through(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = [":smile: [bold]x[/bold] ", "\x1b[2J\r", "word " * 100, "https://example.org/a_b"]
+    monkeypatch.setattr(Engine, "generate", answering({0: pieces}))
+    code, out, _ = run(capsys, "a prompt", *ARGUMENTS, "4")
+    assert (code, out) == (0, "".join(pieces) + "\n")
+
+
+def answering(pieces: dict[int, list[str]], error: Exception | None = None, failing: int = 0) -> Callable[..., None]:
+    """An engine that answers prompt by prompt, a token of each in turns, the last prompt first."""
+
+    def generate(_: Engine, prompts: list[list[int]], params: SamplingParams, *, watch: Callable[..., None]) -> None:
+        for number in range(max(map(len, pieces.values()))):
+            for index in sorted(pieces, reverse=True):
+                if number < len(pieces[index]):
+                    is_last = number == len(pieces[index]) - 1
+                    failed = error if is_last and index == failing else None
+                    reason = (FinishReason.ERROR if failed else FinishReason.STOP) if is_last else None
+                    watch(index, RequestOutput(index, pieces[index][number], (0,), reason, failed))
+
+    return generate
+
+
+def test_text_is_written_as_it_comes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    original = console.write
+    monkeypatch.setattr("amalgam.cli.console.write", lambda text: (seen.append(text), original(text)))
+    monkeypatch.setattr(Engine, "generate", answering({0: ["a", "b", "c"], 1: ["x", "y", "z"]}))
+    code, out, _ = run(capsys, "p", "q", *ARGUMENTS, "3")
+    assert code == 0
+    assert seen == ["a", "b", "c", "\n", "xyz", "\n"]
+    assert out == "==> p <==\nabc\n\n==> q <==\nxyz\n"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_interrupt_keeps_what_has_come(
+    as_json: bool, texts: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, num_tokens = Engine.generate, 0
+
+    def interrupted(
+        engine: Engine, prompts: list[list[int]], params: SamplingParams, *, watch: Callable[..., None]
+    ) -> None:
+        def count(index: int, output: RequestOutput) -> None:
+            nonlocal num_tokens
+            watch(index, output)
+            num_tokens += 1
+            if num_tokens == 11:
+                raise KeyboardInterrupt
+
+        original(engine, prompts, params, watch=count)
+
+    monkeypatch.setattr(Engine, "generate", interrupted)
+    code, out, err = run(capsys, *PROMPTS[:2], *ARGUMENTS, "4000", *(["--json"] if as_json else []))
+    assert code == 130 and "Interrupted" in err and "Traceback" not in err
+    if as_json:
+        answers = json.loads(out)
+        assert [answer["finish_reason"] for answer in answers] == ["cancelled", "cancelled"]
+        shown = [answer["generated_text"] for answer in answers]
+    else:
+        first, second = out.removesuffix("\n").split("\n\n==> def main( <==\n")
+        shown = [first.removeprefix(f"==> {PROMPTS[0]} <==\n"), second]
+    for text, whole in zip(shown, texts[:2], strict=True):
+        assert text and whole.startswith(text) and len(text) < len(whole)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_one_that_fails_costs_no_other(
+    as_json: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from amalgam.errors import UnavailableError
+
+    pieces = {0: ["a", ""], 1: ["x", "y", "z"]}
+    monkeypatch.setattr(Engine, "generate", answering(pieces, UnavailableError("It broke."), failing=0))
+    code, out, err = run(capsys, "p", "q", *ARGUMENTS, "3", *(["--json"] if as_json else []))
+    assert code == 6 and "It broke." in err
+    if as_json:
+        assert [(a["generated_text"], a.get("error")) for a in json.loads(out)] == [("a", "It broke."), ("xyz", None)]
+    else:
+        assert out == "==> p <==\na\n\n==> q <==\nxyz\n"
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "a\udcff", *ARGUMENTS, "2")
+    assert (code, out) == (2, "") and "surrogate" in err
+
+
+def test_a_wide_terminal_and_a_narrow_one_get_the_same_text(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert main(["generate", PROMPTS[0], *ARGUMENTS, "40"]) == 0
+    import sys
+
+    assert sys.stdout.getvalue() == texts[0].removesuffix("\n") + "\n"  # type: ignore[attr-defined]
