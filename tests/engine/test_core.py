@@ -241,6 +241,22 @@ class TestTextAfterAPrompt:
             assert answer.finish_reason is FinishReason.STOP
 
 
+class TestLoad:
+    def test_the_meter_knows_what_waited_and_ran_between_two_looks(self, make_engine, submit):
+        engine = make_engine(starts=False, max_batch_size=2)
+        sinks = [submit(engine, [5, 6, 7], GREEDY) for _ in range(5)]
+        assert engine.meter.read().points[-1].waiting.peak == 5
+        engine.start()
+        for sink in sinks:
+            sink.last()
+        wait_until(lambda: is_at_rest(engine))
+        points = engine.meter.read().points
+        assert max(point.running.peak for point in points) == 2
+        assert max(point.running.mean for point in points) > 0
+        assert max(point.used_blocks.peak for point in points) >= 2
+        assert sum(point.num_new_tokens for point in points) == 5 * GREEDY.max_new_tokens
+
+
 class TestRefusals:
     def test_a_prompt_that_cannot_be_served(self, make_engine):
         engine = make_engine(max_seq_length=20)

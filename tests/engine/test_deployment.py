@@ -294,3 +294,45 @@ def test_digests_are_of_the_version_that_is_served_or_refused(tmp_path: Path) ->
         assert deployment.manifest(sha256=True)["version"] == 2
     finally:
         deployment.close()
+
+
+def test_changes_of_the_mapping_are_taken_back_one_after_the_other(deployment: Deployment) -> None:
+    rules, fingerprint = deployment.rules, deployment.version.fingerprint
+    exact = "model.layers.3.mlp.experts.9.up_proj.weight"
+    deployment.update_weight_mapping({exact: "fp8"})
+    middle = deployment.version.fingerprint
+    deployment.update_weight_mapping({EXPERTS: "fp8", exact: "base"})  # replaces two rules
+    deployment.reload_weights()  # is no change of the mapping
+    assert deployment.num_undoable == 2
+    with pytest.raises(ConflictError):
+        deployment.undo_weight_mapping(3)  # version 4 is in use
+    assert deployment.undo_weight_mapping(4).version == 5
+    assert deployment.version.fingerprint == middle
+    deployment.undo_weight_mapping(5)
+    assert (deployment.rules, deployment.version.fingerprint) == (rules, fingerprint)
+    assert deployment.rules == deployment.configured_rules
+    with pytest.raises(ConflictError):
+        deployment.undo_weight_mapping(6)
+    assert deployment.version.version_id == 6
+
+
+def test_a_change_that_fails_is_not_there_to_be_taken_back(deployment: Deployment) -> None:
+    with pytest.raises(PlanError):
+        deployment.update_weight_mapping({"model.layers.99.*": "fp8"})
+    assert deployment.num_undoable == 0
+
+
+def test_the_size_of_a_change_is_told_before_it_is_made(deployment: Deployment) -> None:
+    """Also where no weight comes from that source yet, and of one that is coded in memory."""
+    names = [f"model.layers.3.mlp.experts.{expert}.{part}_proj.weight" for expert in (7, 9) for part in ("up", "down")]
+    for source in ("base", "fp8", "int4"):
+        before, after = deployment.planned_bytes(dict.fromkeys(names, source))
+        total = deployment.version.nbytes
+        deployment.update_weight_mapping(dict.fromkeys(names, source))
+        changed = deployment.version.nbytes - total
+        assert changed == pytest.approx(after - before, abs=0.03 * after), (
+            source
+        )  # how well bf16 is coded is seen later
+    for mapping in ({EXPERTS: "fp8"}, {"no.such.weight": "fp8"}, {names[0]: "int3"}):
+        with pytest.raises(PlanError):
+            deployment.planned_bytes(mapping)

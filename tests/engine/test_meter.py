@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from amalgam.base import clock as base
-from amalgam.engine.meter import NUM_LATENCIES, NUM_POINTS, POINT_SECONDS, Meter
+from amalgam.engine.meter import NUM_LATENCIES, NUM_POINTS, POINT_SECONDS, Level, Load, Meter
 from amalgam.engine.request import FinishReason, RequestOutput, Usage
 
 
@@ -25,25 +25,61 @@ def finished(num_new: int = 5, first: float = 0.2, total: float = 1.0) -> Reques
 def test_steps_of_one_point_are_added_up() -> None:
     clock = Clock()
     meter = Meter(clock.system)
-    meter.add_step(10, 1, 2, 3, 4)
+    meter.add_step(10, 1)
     clock.now += POINT_SECONDS / 2
-    meter.add_step(0, 2, 1, 0, 5)
+    meter.add_step(0, 2)
     reading = meter.read()
     [point] = reading.points
     assert (point.num_prompt_tokens, point.num_new_tokens) == (10, 3)
-    assert (point.num_running, point.num_waiting, point.num_used_blocks) == (1, 0, 5)
     assert (reading.num_prompt_tokens, reading.num_new_tokens) == (10, 3)
+
+
+def test_the_load_is_weighted_by_time_and_keeps_its_peak() -> None:
+    """Half a second of eight requests is no "8" and no "0", whoever looks and when."""
+    clock = Clock()
+    meter = Meter(clock.system)
+    clock.now += 0.5
+    meter.set_load(Load(8, 3, 40))
+    clock.now += 0.25
+    watched = [meter.read() for _ in range(3)]  # reading changes nothing
+    clock.now += 0.25
+    meter.set_load(Load(0, 0, 4))
+    clock.now += 1.5
+    first, second = meter.read().points
+    assert all(reading.points[0].running == Level(8 / 3, 8) for reading in watched)
+    assert (first.running, first.waiting) == (Level(8 * 0.5 / POINT_SECONDS, 8), Level(3 * 0.5 / POINT_SECONDS, 3))
+    assert first.used_blocks == Level((40 * 0.5 + 4 * 1.0) / POINT_SECONDS, 40)
+    assert (second.running, second.used_blocks) == (Level(0, 0), Level(4, 4))
+
+
+def test_a_load_over_several_points_counts_in_each() -> None:
+    clock = Clock()
+    clock.now += 1.5
+    meter = Meter(clock.system)  # begins within a point: what was before does not lower the mean
+    meter.set_load(Load(2))
+    clock.now += 2 * POINT_SECONDS
+    meter.set_load(Load(6))
+    clock.now += 0.5
+    points = meter.read().points
+    assert [point.time for point in points] == [1000, 1002, 1004, 1006]
+    assert [point.running for point in points] == [
+        Level(2, 2),
+        Level(2, 2),
+        Level((2 * 1.5 + 6 * 0.5) / 2, 6),
+        Level(6, 6),
+    ]
 
 
 def test_gaps_are_filled_with_nothing_computed_in_the_same_state() -> None:
     clock = Clock()
     meter = Meter(clock.system)
-    meter.add_step(10, 1, 2, 3, 4)
+    meter.set_load(Load(2, 3, 4))
+    meter.add_step(10, 1)
     clock.now += 5 * POINT_SECONDS
     points = meter.read().points
     assert [point.time for point in points] == [1000 + POINT_SECONDS * index for index in range(6)]
     assert [point.num_new_tokens for point in points] == [1, 0, 0, 0, 0, 0]
-    assert {point.num_running for point in points} == {2}
+    assert {point.running for point in points} == {Level(2, 2)}
 
 
 def test_memory_is_bounded_and_old_points_leave() -> None:
@@ -51,7 +87,7 @@ def test_memory_is_bounded_and_old_points_leave() -> None:
     meter = Meter(clock.system)
     for _ in range(1000):
         clock.now += POINT_SECONDS
-        meter.add_step(1, 1, 1, 0, 1)
+        meter.add_step(1, 1)
         for _ in range(5):
             meter.add_finished(finished())
     reading = meter.read()
@@ -83,14 +119,14 @@ def test_a_clock_that_is_set_moves_all_points_alike(step: float) -> None:
     clock = Clock()
     meter = Meter(clock.system)
     clock.now += 100
-    meter.add_step(1, 1, 0, 0, 0)
+    meter.add_step(1, 1)
     meter.add_finished(finished())
     before = meter.read()
     clock.ahead = step
     clock.now += 10 * POINT_SECONDS
-    meter.add_step(1, 1, 0, 0, 0)
+    meter.add_step(1, 1)
     reading = meter.read()
     assert reading.now == before.now + 10 * POINT_SECONDS + step
     assert reading.points[0].time == before.points[0].time + step
-    assert len(reading.points) == 11 and sum(point.num_new_tokens for point in reading.points) == 2
+    assert len(reading.points) == len(before.points) + 10 and sum(point.num_new_tokens for point in reading.points) == 2
     assert len(reading.latencies) == 1

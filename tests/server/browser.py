@@ -41,6 +41,16 @@ class Page:
         self.complaints: list[str] = []
         self.addresses: list[str] = []
 
+    def reset(self) -> None:
+        """As a new browser would be: nothing open, stored or complained of."""
+        if self.driver.current_url.startswith("http"):
+            self.run("localStorage.clear()")
+        self.driver.get("about:blank")
+        self.emulate()
+        self.collect()
+        self.complaints.clear()
+        self.addresses.clear()
+
     def open(self, url: str) -> None:
         """Open the dashboard at `url` and wait until its first figures are there."""
         self.driver.get(url)

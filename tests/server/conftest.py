@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,6 +30,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 @contextmanager
 def serving(settings: Settings, open_deployment: Callable[[], Any]) -> Iterator[str]:
     """A server in a thread; yields its base URL. The model may still be loading."""
+    assert Path(settings.server.export_dir).is_absolute(), "tests leave the working directory alone"
     listeners = listen(settings.server)
     service = Service(settings, open_deployment)
     server = DrainingServer(create_app(service), service)

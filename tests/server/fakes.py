@@ -7,21 +7,26 @@ input: `load` (the model), `steps` (after two tokens) or `exit` (of a server tha
 from __future__ import annotations
 
 import asyncio
+import atexit
 import math
+import secrets
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from amalgam.config import Settings, build_settings
+from amalgam.config import Rule, Settings, build_rules, build_settings
 from amalgam.engine.deployment import RemapRecord
 from amalgam.engine.generation_config import ModelDefaults
-from amalgam.engine.meter import Meter
+from amalgam.engine.meter import Load, Meter
 from amalgam.engine.request import (
     EngineStatus,
     FinishReason,
@@ -30,7 +35,7 @@ from amalgam.engine.request import (
     SamplingParams,
     Usage,
 )
-from amalgam.errors import CheckpointError, OverloadedError, PromptTooLongError, UnavailableError
+from amalgam.errors import CheckpointError, ConflictError, OverloadedError, PromptTooLongError, UnavailableError
 from amalgam.models.context import RoutingTrace
 from amalgam.server import lifecycle, run
 
@@ -87,6 +92,7 @@ class FakeEngine:
         self.max_running = max(self.max_running, len(self.running) + 1)
         request_id, started = self.num_submitted, time.monotonic()
         self.running.add(request_id)
+        self.meter.set_load(Load(len(self.running)))
         count = params.max_new_tokens
         try:
             for index in range(count):
@@ -109,12 +115,13 @@ class FakeEngine:
                 output = RequestOutput(
                     request_id, f"w{index} ", (index,), reason, usage=usage if is_last else None, trace=trace
                 )
-                self.meter.add_step(len(prompt_ids) if index == 0 else 0, 1, len(self.running), 0, 0)
+                self.meter.add_step(len(prompt_ids) if index == 0 else 0, 1)
                 if is_last:
                     self.meter.add_finished(output)
                 yield output
         finally:
             self.running.discard(request_id)
+            self.meter.set_load(Load(len(self.running)))
 
     def _failed(self, request_id: int, error: Exception) -> RequestOutput:
         return RequestOutput(request_id, "", (), FinishReason.ERROR, error=error)
@@ -167,6 +174,10 @@ class FakeDeployment:
     remaps: list[RemapRecord] = field(default_factory=list)
     defaults: ModelDefaults = field(default_factory=ModelDefaults)
     tokenizer_override: Any = None
+    settings: Settings = field(default_factory=lambda: fake_settings())
+    rules: tuple[Rule, ...] = ()
+    configured_rules: tuple[Rule, ...] = ()
+    earlier_rules: list[tuple[Rule, ...]] = field(default_factory=list)
 
     @property
     def version(self) -> Any:
@@ -195,7 +206,26 @@ class FakeDeployment:
             "weight_version": self.engine.version.version_id,
         }
 
+    @property
+    def num_undoable(self) -> int:
+        return len(self.earlier_rules)
+
+    def planned_bytes(self, mapping: dict[str, str]) -> tuple[int, int]:
+        return 2 * len(mapping), 4 * len(mapping)
+
+    def undo_weight_mapping(self, version_id: int) -> Any:
+        if version_id != self.engine.version.version_id or not self.earlier_rules:
+            raise ConflictError("There is nothing to undo.", remedy="Look again.")
+        before = self.rules
+        self.rules = self.earlier_rules.pop()
+        return self._go_live({rule.pattern: "base" for rule in before if rule not in self.rules})
+
     def update_weight_mapping(self, mapping: dict[str, str]) -> Any:
+        self.earlier_rules.append(self.rules)
+        self.rules = (*(rule for rule in self.rules if rule.pattern not in mapping), *build_rules(mapping))
+        return self._go_live(mapping)
+
+    def _go_live(self, mapping: dict[str, str]) -> Any:
         before = self.engine.version.version_id
         self.engine.version = FakeVersion(before + 1)
         self.remaps.append(RemapRecord(time.time(), before + 1, before, len(mapping), 2, 0.0))
@@ -206,7 +236,7 @@ class FakeDeployment:
         )  # fmt: skip
 
     def reload_weights(self) -> Any:
-        return self.update_weight_mapping({})
+        return self._go_live({})
 
     def close(self) -> None:
         self.engine.stop()
@@ -225,7 +255,17 @@ class WeightChange:
 
 
 def fake_settings(**server: Any) -> Settings:
+    """Settings of a server; unless told otherwise it exports into a folder that nobody else has."""
+    if "export_dir" not in server:
+        server["export_dir"] = str(Path(_scratch(), secrets.token_hex(8)))
     return build_settings({"model": {"base_path": "fake"}, "server": server})
+
+
+@cache
+def _scratch() -> str:
+    folder = tempfile.TemporaryDirectory(prefix="amalgam-fake-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def main(port: str, drain_seconds: str, held: str = "", fault: str = "") -> None:

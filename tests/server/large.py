@@ -55,6 +55,13 @@ class LargeDeployment(FakeDeployment):
     def __init__(self) -> None:
         super().__init__(FakeEngine(version=LargeVersion(1)), make_tracker(), model_name=HOSTILE % "model")
 
+    def planned_bytes(self, mapping: dict[str, str]) -> tuple[int, int]:
+        bits = {source_of(name): BITS[name] for name in BITS}
+        origins = {origin.name: origin for origin in self.version.origins.values()}
+        size = SHAPE[0] * SHAPE[1] // 8
+        before = sum(size * BITS[origins[name].format] for name in mapping)
+        return before, sum(size * bits[source] for source in mapping.values())
+
     def model_info(self) -> dict[str, Any]:
         weights = [origin.format for origin in self.version.origins.values()]
         rows = {}

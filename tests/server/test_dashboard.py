@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 import pytest
 
+from amalgam.config import build_settings, load_settings
 from amalgam.server.dashboard import events, pages
 from amalgam.server.dashboard.events import EventHub
 from tests.server.conftest import serving, wait_until
@@ -112,6 +114,18 @@ def test_every_word_exists_in_both_languages() -> None:
     assert re.findall(r'(?:"aria-label"|title|placeholder): "[^"]+"', texts) == []  # English whatever the language
 
 
+def test_a_chinese_word_has_one_meaning() -> None:
+    """Terms that differ in English differ in Chinese: 提示 was a prompt here and a hint there."""
+    rows = re.findall(r'^  \w+: \["((?:[^"\\]|\\.)*)", "((?:[^"\\]|\\.)*)"\],$', SCRIPTS["i18n.js"], re.MULTILINE)
+    meanings: dict[str, set[str]] = {}
+    for english, chinese in rows:
+        meanings.setdefault(chinese, set()).add(english.lower())
+    one_notion = [{"experts", "expert"}, {"share of its layer", "of its layer"}, {"generate", "generated"}]
+    one_notion.append({"source", "sources"})
+    assert [found for found in meanings.values() if len(found) > 1 and found not in one_notion] == []
+    assert [chinese for _, chinese in rows if re.search("提示(?!词)", chinese)] == []
+
+
 def test_one_expert(large: httpx.Client) -> None:
     answer = large.get("/dashboard/expert", params={"layer_id": 3, "expert_id": 20}).json()
     stats = large.get("/expert_stats").json()["expert_stats"]
@@ -174,6 +188,54 @@ def test_a_chats_answer_stands_by_itself(client: httpx.Client, deployment: FakeD
     chat, prompt = deployment.engine.params
     assert (chat.continues_prompt, prompt.continues_prompt) == (False, True)
     assert replace(chat, continues_prompt=True) == prompt
+
+
+def test_the_mapping_is_kept_as_a_configuration(
+    client: httpx.Client, deployment: FakeDeployment, tmp_path: Path
+) -> None:
+    """What is downloaded loads again, with names that YAML would take for something else."""
+    derived = {"null": {"format": "int4", "group_size": 64}}
+    mixed = {"sources": {"null": str(tmp_path), "1e3": "org/name"}, "derived": derived, "default_source": "1e3"}
+    rules = [
+        *(
+            {"pattern": "a.*", "source": "1e3"},
+            {"pattern": "[ab].?", "source": "null"},
+            {"pattern": "<<", "source": "null"},
+        ),
+        *({"pattern": "a.*", "source": "base"}, {"pattern": "{0-7}: # 'x'", "source": "1e3"}),
+        *({"pattern": "010", "source": "null"}, {"pattern": "模型", "source": "base"}),
+    ]
+    model = {"name": "a: b", "base_path": "org/fake", "mixed_precision": {**mixed, "rules": rules}}
+    deployment.settings = build_settings({"model": model})
+    deployment.rules = deployment.configured_rules = deployment.settings.model.mixed_precision.all_rules
+    deployment.model_name = "a\nb: c"
+    response = client.get("/dashboard/mapping.yaml")
+    assert "attachment" in response.headers["content-disposition"]
+    path = tmp_path / "saved.yaml"
+    path.write_bytes(response.content)
+    loaded = load_settings(path, {}, {}).model
+    assert (loaded.name, loaded.base_path) == ("a: b", deployment.settings.model.base_path)
+    assert loaded.mixed_precision.sources == {"null": str(tmp_path), "1e3": "org/name"}
+    assert loaded.mixed_precision.derived == deployment.settings.model.mixed_precision.derived
+    assert loaded.mixed_precision.default_source == "1e3"
+    assert loaded.mixed_precision.all_rules == (*deployment.rules[1:3], *deployment.rules[3:])  # the later of two
+
+
+def test_a_change_is_taken_back_only_by_who_has_seen_it(client: httpx.Client) -> None:
+    before = client.get("/dashboard/mapping").json()
+    assert before == {"weight_version": 1, "num_rules": 0, "is_configured": True, "num_undoable": 0}
+    assert client.post("/dashboard/undo", json={"weight_version": 1}).status_code == 409
+    client.post("/update_weight_mapping", json={"weight_mapping": {"a": "base", "b": "base"}})
+    changed = client.get("/dashboard/mapping").json()
+    assert changed == {"weight_version": 2, "num_rules": 2, "is_configured": False, "num_undoable": 1}
+    assert client.post("/dashboard/undo", json={"weight_version": 1}).status_code == 409
+    answer = client.post("/dashboard/undo", json={"weight_version": 2}).json()
+    assert (answer["weight_version"], answer["num_changed"]) == (3, 2)
+    assert client.get("/dashboard/mapping").json() == {**before, "weight_version": 3}
+    sizes = client.post("/dashboard/size", json={"weight_mapping": {"a": "base"}}).json()
+    assert sizes == {"bytes_before": 2, "bytes_after": 4}
+    for path, body in (("undo", {}), ("undo", {"weight_version": True}), ("size", {"weight_mapping": {}})):
+        assert client.post(f"/dashboard/{path}", json=body).status_code == 422
 
 
 def test_events_tell_what_goes_on(client: httpx.Client, deployment: FakeDeployment) -> None:
@@ -275,6 +337,39 @@ def test_a_slow_viewer_misses_events_and_a_failure_ends_nothing() -> None:
 
     first, second = asyncio.run(watch())
     assert 9 <= first < second
+
+
+def test_a_call_that_hangs_is_not_begun_twice_and_no_old_event_is_given() -> None:
+    may_end, num_begun = threading.Event(), 0
+    may_end.set()
+
+    def describe() -> dict[str, Any]:
+        nonlocal num_begun
+        num_begun += 1
+        may_end.wait()
+        return {"number": num_begun}
+
+    async def watch() -> list[int]:
+        hub = EventHub(describe, 0.01)
+        with hub.watch() as steady:
+            await steady.get()
+            may_end.clear()
+            while num_begun == hub.num_described:  # noqa: ASYNC110 – it is a thread that counts
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            with hub.watch() as late:
+                assert late.empty()  # the latest event is too old to be given as news
+        num_hanging = num_begun
+        for _ in range(3):  # pages that try again
+            with hub.watch():
+                await asyncio.sleep(0.02)
+        assert num_begun == num_hanging
+        with hub.watch() as viewer:
+            may_end.set()
+            return [orjson.loads((await viewer.get())[6:])["number"], num_hanging]
+
+    number, num_hanging = asyncio.run(watch())
+    assert number == num_hanging
 
 
 def test_a_drain_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
 
-from amalgam.config import StatisticsSettings, build_settings
+from amalgam.config import StatisticsSettings, build_settings, load_settings
+from amalgam.experts.tracker import ExpertTracker
 from amalgam.llm import open_deployment
+from amalgam.models.loader import ModelLoader
+from amalgam.server.dashboard import events
 from tests.conftest import DEMO
 from tests.server.browser import Page, open_browser
 from tests.server.conftest import serving, wait_until
@@ -39,6 +46,79 @@ COLORS_OF_CELL = """
         return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3);
     };
     return {edge: at(0), inner: at(1), hot: color("--hot"), staged: color("--staged")};
+"""
+COLORS_OF_BLANK = """
+    const grid = document.getElementById(arguments[0]).grid;
+    const copy = document.createElement("canvas");
+    Object.assign(copy, {width: grid.base.width, height: grid.base.height});
+    const context = copy.getContext("2d", {willReadFrequently: true});
+    context.drawImage(grid.base, 0, 0);
+    const at = (x, y) => context.getImageData(Math.round(x), Math.round(y), 1, 1).data.join();
+    const [x, y] = [grid.x(1), grid.y(1)];
+    const {cellWidth, cellHeight} = grid.size;
+    return [
+        at(x + cellWidth / 2, y + cellHeight / 2),
+        at(x + 1, y + cellHeight / 2), at(x + cellWidth / 2, y + 1),
+    ];
+"""
+STALENESS = """
+    return [
+        document.querySelector("#status").dataset.status, document.documentElement.dataset.stale,
+        Number(getComputedStyle(document.querySelector("#serving .panel-body")).opacity),
+        document.querySelector("#stale").textContent,
+    ];
+"""
+CONTRAST = """
+    const rgb = (color) => {
+        const paint = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+        paint.fillStyle = color;
+        paint.fillRect(0, 0, 1, 1);
+        return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const luminance = (color) => {
+        const linear = (value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+        const [r, g, b] = rgb(color).map((value) => linear(value / 255));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const contrast = (one, other) => {
+        const [high, low] = [luminance(one), luminance(other)].sort((a, b) => b - a);
+        return (high + 0.05) / (low + 0.05);
+    };
+"""
+UNREADABLE = f"""
+    {CONTRAST}
+    const background = (node) => {{
+        for (; node; node = node.parentElement) {{
+            const style = getComputedStyle(node);
+            if (node.classList.contains("route")) return style.getPropertyValue("--color");
+            if (!/^rgba\\(.*, 0\\)$/.test(style.backgroundColor)) return style.backgroundColor;
+        }}
+    }};
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    const found = [];
+    while (texts.nextNode()) {{
+        const node = texts.currentNode.parentElement;
+        if (!texts.currentNode.data.trim() || !node.checkVisibility()) continue;
+        if (node.closest("svg, script, noscript, :disabled")) continue;
+        const ratio = contrast(getComputedStyle(node).color, background(node));
+        const text = texts.currentNode.data.slice(0, 20);
+        if (ratio < 4.5) found.push(`${{node.className || node.tagName}} "${{text}}": ${{ratio.toFixed(2)}}`);
+    }}
+    return [...new Set(found)];
+"""
+WORST_EXPERT_COLOR = f"""
+    const done = arguments[0];
+    {CONTRAST}
+    import(new URL("dashboard/static/theme.js", document.baseURI)).then((theme) => {{
+        const text = getComputedStyle(document.body).color;
+        let worst = Infinity;
+        for (let expert = 0; expert < 128; expert += 1) {{
+            for (const strength of [0, 0.25, 0.5, 0.75, 1]) {{
+                worst = Math.min(worst, contrast(theme.toCss(theme.expertColor(expert, strength)), text));
+            }}
+        }}
+        done(worst);
+    }});
 """
 NEED_STATISTICS = tuple(name for name in PANELS if name not in ("serving", "memory", "remaps", "playground"))
 UPDATE_OFTEN = """
@@ -102,10 +182,16 @@ def large_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[Page]:
-    with open_browser(tmp_path / "profile") as page:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with open_browser(tmp_path_factory.mktemp("browser") / "profile") as page:
         yield page
+
+
+@pytest.fixture
+def page(browser: Page) -> Page:
+    browser.reset()
+    return browser
 
 
 def show_everything(page: Page) -> None:
@@ -172,10 +258,15 @@ def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
     page.choose("#usage-a", "label:宋词")
     page.choose("#usage-b", "label:prose")
     page.wait("return document.querySelector('#usage .figures').textContent.includes('divergence')")
+    assert "share of the layer's use in A less that in B" in page.text("#usage .panel-head p")
+    chips = page.run("return [...document.querySelectorAll('#usage-busiest b')].map((node) => node.textContent)")
+    assert all(re.fullmatch(r"[+-]\d+(\.\d)? pp", chip) for chip in chips), chips  # points, not per cent
     divergence = httpx.get(demo_url + "/experts/compare", params={"a": "label:宋词", "b": "label:prose"}).json()
     mean = divergence["jensen_shannon"]["mean"]
     assert mean > 0.05  # the domains use different experts
     page.wait(f"return document.querySelector('#usage .figures').textContent.includes('{mean:.3g}')")
+    page.choose("#usage-view", "use")
+    page.wait("return document.querySelector('#usage .panel-head p').textContent.includes('even share')")
     assert_clean(page, demo_url)
 
 
@@ -194,10 +285,12 @@ def test_the_precision_map_marks_what_the_hints_name(page: Page, large_url: str)
     page.wait("return document.querySelector('#staged-count').textContent !== 'staged (0)'")
     outlines = page.run("return document.getElementById('precision').grid.data.outlines")
     [hot, _, staged, _] = [{tuple(cell) for cell in outline["cells"]} for outline in outlines]
+    assert len({outline["style"] for outline in outlines}) == 4  # none is told apart by its colour alone
+    assert page.text("#selected-count") == "selected (0)"
     assert staged and staged <= hot  # the rest have that source already
     assert page.text("#staged-count") == f"staged ({len(staged)})"
 
-    # A staged cell shows both: red at its edge, green within.
+    # A staged cell shows both: red at its edge, the mark of staging within; that of selecting lies around it.
     row, column = min(staged)
     colors = page.run(COLORS_OF_CELL, "precision", row, column)
 
@@ -261,42 +354,84 @@ def test_windows_are_those_that_the_server_keeps(page: Page) -> None:
         assert_clean(page, url)
 
 
-def test_a_staged_change_goes_live(page: Page, demo_url: str) -> None:
+def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, tmp_path: Path) -> None:
     page.open(demo_url + "/dashboard")
     version = httpx.get(demo_url + "/").json()["weight_version"]
+    before = httpx.get(demo_url + "/experts/precision_map").json()["sources"]
+    assert page.run("return document.querySelector('#stage-undo').disabled")
     page.click_cell("precision", 1, 4)
     page.click_cell("precision", 3, 9, shift=True)
     page.wait("return document.querySelector('#stage-count').textContent === '2 experts selected'")
-    page.choose("#stage-source", "fp8")
+    page.choose("#stage-source", "base")  # nothing comes from there yet
     page.click("#stage-add")
     page.wait("return document.querySelectorAll('#stage-list tbody tr').length === 2")
+    page.wait(
+        "return /^Expert weights: .+ → about .+ \\(\\+.+%\\)$/.test(document.querySelector('#stage-size').textContent)"
+    )
     page.click("#stage-apply")
     page.wait("return document.querySelector('#stage-outcome').textContent.includes('6 weights changed')")
     assert httpx.get(demo_url + "/").json()["weight_version"] == version + 1
     sources = httpx.get(demo_url + "/experts/precision_map").json()["sources"]
-    assert sources[1][4] == sources[3][9] == ["fp8"] * 3
+    assert sources[1][4] == sources[3][9] == ["base"] * 3
     page.wait("return document.querySelector('#version').textContent === arguments[0]", f"weights v{version + 1}")
     page.wait("return document.querySelector('#remap-body').textContent.includes(arguments[0])", f"v{version + 1}")
     page.show("#serving")
     page.wait("return document.querySelector('[data-chart=throughput]').layout?.shapes?.length > 0")
+
+    # A restart would forget it, and the page says so; the file that it offers would not.
+    page.wait("return document.querySelector('#stage-kept').textContent.includes('a restart forgets it')")
+    saved = tmp_path / "saved.yaml"
+    saved.write_bytes(httpx.get(page.run("return document.querySelector('#stage-save').href")).content)
+    [plan] = [
+        ModelLoader(s.model, s.inference, torch.device("cpu"), 1).make_plan() for s in [load_settings(saved, {}, {})]
+    ]
+    names = httpx.get(demo_url + "/experts/precision_map").json()["names"]
+    for row, sources_of_row in zip(names, sources, strict=True):
+        for expert, sources_of_expert in zip(row, sources_of_row, strict=True):
+            assert [plan[name].source for name in expert] == sources_of_expert
+
+    page.click("#stage-undo")
+    page.wait("return document.querySelector('#stage-outcome').textContent.includes('6 weights changed back')")
+    assert httpx.get(demo_url + "/").json()["weight_version"] == version + 2
+    assert httpx.get(demo_url + "/experts/precision_map").json()["sources"] == before
+    page.wait("return document.querySelector('#stage-kept').textContent.startsWith('As the server was started')")
+    assert page.run("return document.querySelector('#stage-undo').disabled")
     assert_clean(page, demo_url)
 
 
+def test_nothing_moves_when_a_cell_is_clicked(page: Page, demo_url: str) -> None:
+    page.open(demo_url + "/dashboard")
+    show_everything(page)
+    places = "return [...document.querySelectorAll('.panel')].map((panel) => panel.offsetTop).join()"
+    before = page.run(places)
+    page.click_cell("usage", 2, 5)
+    page.wait("return document.querySelector('#expert-card h3') !== null")
+    assert page.run(places) == before
+
+
 def test_tokens_and_their_experts(page: Page, demo_url: str) -> None:
-    text = "The moon 明月 銀"
+    """A character is one chip however many tokens it takes: bytes of one code point, code points of one emoji."""
+    text = "The moon 明月 銀😀👩\u200d🚀e\u0301 🇨🇭"
     trace = httpx.post(demo_url + "/experts/trace", json={"text": text}).json()
     parts = [bytes.fromhex(token["bytes"]) if "bytes" in token else token["text"].encode() for token in trace["tokens"]]
     assert b"".join(parts) == text.encode()
-    split = [token["bytes"] for token in trace["tokens"] if "bytes" in token]
-    assert bytes.fromhex("".join(split)).decode() == "銀"
     page.open(demo_url + "/dashboard")
     page.run("arguments[0].value = arguments[1]", page.show("#trace-text"), text)
     page.click("#trace-run")
-    page.wait("return document.querySelectorAll('#trace-tokens .chip').length === arguments[0]", len(trace["tokens"]))
-    shown = page.text("#trace-tokens")
-    assert "�" not in shown
-    assert all(f"⟨{bytes.fromhex(part).hex(' ')}⟩" in shown for part in split)
+    page.wait("return document.querySelectorAll('#trace-tokens .chip').length > 0")
+    chips = page.run(
+        "return [...document.querySelectorAll('#trace-tokens .chip')].map(chip => "
+        "[chip.querySelector('.chip-text').textContent, chip.title, chip.querySelectorAll('small').length])"
+    )
+    assert "".join(shown for shown, _, _ in chips) == text.replace(" ", "·")
+    characters = {shown.strip("·"): (title, num_tokens) for shown, title, num_tokens in chips}
+    assert {"銀", "😀", "👩\u200d🚀", "🇨🇭"} < characters.keys()
+    assert sum(num_tokens for _, _, num_tokens in chips) == len(trace["tokens"]) > len(chips)
+    assert all(len(re.findall(r"\d+", title.partition("·")[0])) == num_tokens for _, title, num_tokens in chips)
     page.click("#trace-tokens .chip:last-child")
+    pieces = characters["🇨🇭"][1]
+    assert page.count("#trace-detail .piece") == pieces > 1
+    page.click("#trace-detail .piece:last-child")
     shown = page.run(
         "return [...document.querySelectorAll('#trace-detail .routes')]"
         ".map(row => [...row.querySelectorAll('b')].map(item => Number(item.textContent)))"
@@ -325,6 +460,97 @@ def test_the_playground_streams(page: Page, demo_url: str) -> None:
         page.wait("return document.querySelector('#play-figures').textContent.includes('first after')")
     assert page.text("#play-output").count("Tell me of the sea") == 2
     assert_clean(page, demo_url)
+
+
+def test_a_long_answer_leaves_the_page_usable(page: Page) -> None:
+    """What is there is not written again for each token, and one can stop in the middle."""
+    deployment = FakeDeployment()
+    with serving(fake_settings(port=0), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        page.open(url + "/dashboard")
+        page.run("arguments[0].value = '4000'", page.show("#play-max"))
+        page.run(
+            """
+            window.removed = 0;
+            new MutationObserver((records) => {
+                for (const record of records) window.removed += record.removedNodes.length;
+            }).observe(document.querySelector("#play-output"), {childList: true, subtree: true});
+            """
+        )
+        page.click("#play-start")
+        page.wait("return document.querySelector('#play-figures').textContent.includes('4,000 generated tokens')")
+        expected = "It was a dark night, and" + "".join(f"w{index} " for index in range(4000))
+        assert page.text("#play-output") == expected + page.text("#play-output .cut")
+        assert page.run("return window.removed") < 20  # when it begins and when it ends
+        assert page.run("return document.querySelector('#play-output .cut').dataset.reason") == "length"
+
+        page.run("arguments[0].value = '1000000'", page.show("#play-max"))
+        page.click("#play-start")
+        page.wait("return document.querySelector('#play-output').textContent.includes(' w500 ')")
+        page.click("#play-start")
+        wait_until(lambda: not deployment.engine.running)
+        page.wait("return document.querySelector('#play-output .cut')?.dataset.reason === 'cancelled'")
+        assert page.text("#play-start") == "Generate"
+        assert_clean(page, url)
+
+
+def test_enter_sends_in_a_chat(page: Page) -> None:
+    press = """
+        const field = document.querySelector("#play-prompt");
+        const event = new KeyboardEvent("keydown", {key: "Enter", cancelable: true, bubbles: true, ...arguments[0]});
+        field.value = arguments[1];
+        return field.dispatchEvent(event);  // false: it was taken
+    """
+    deployment = FakeDeployment()
+    with serving(fake_settings(port=0), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        page.open(url + "/dashboard")
+        assert page.run(press, {}, "a text") is True  # one that is continued may have several lines
+        page.choose("#play-mode", "chat")
+        for keys in ({"shiftKey": True}, {"isComposing": True}, {"keyCode": 229}):
+            assert page.run(press, keys, "ni hao") is True
+        assert deployment.engine.num_submitted == 0
+        assert page.run(press, {}, "Hello") is False
+        page.wait("return document.querySelector('#play-figures').textContent.includes(arguments[0])", "512 generated")
+        assert page.run("return document.querySelector('#play-output .assistant .cut').dataset.reason") == "length"
+        page.run("arguments[0].value = '3'", page.show("#play-max"))
+        assert page.run(press, {}, "And again") is False  # marks of the page are no part of the conversation
+        page.wait("return document.querySelector('#play-figures').textContent.includes('3 generated tokens')")
+        assert page.count("#play-output .user") == page.count("#play-output .cut") == 2
+        assert page.count("#playground .panel-error") == 0
+        assert_clean(page, url)
+
+
+def test_what_is_not_known_is_not_drawn(page: Page) -> None:
+    """A server that has counted nothing yet, in a model small enough for its cells to be seen one by one."""
+    deployment = LargeDeployment()
+    deployment.observer = ExpertTracker(range(4), 8, 2, StatisticsSettings())
+    with serving(fake_settings(port=0), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        page.open(url + "/dashboard")
+        for panel in ("usage", "coactivation"):
+            page.show(f"#{panel}")
+            page.wait("return document.querySelector(`#${arguments[0]} .grid-note`)?.checkVisibility()", panel)
+            assert page.text(f"#{panel} .grid-note").startswith("Nothing counted yet.")
+            inner, *edges = page.run(COLORS_OF_BLANK, panel)
+            assert all(edge != inner for edge in edges), panel
+        page.show("#analysis")
+        page.wait("return document.querySelector('#analysis .note') !== null")
+        assert not page.run("return document.querySelector('[data-chart=lorenz]').checkVisibility()")
+        assert page.count("#analysis .tile") == 0
+        page.click_cell("usage", 1, 2)
+        page.wait("return document.querySelector('#expert-card .facts') !== null")
+        assert "of 8" not in page.text("#expert-card .facts")  # no rank among equals
+        page.choose("#usage-view", "difference")
+        page.wait("return document.querySelector('#usage .grid-note').textContent.includes('nothing to compare')")
+        assert page.count("#usage-busiest button") == 0
+
+        # What runs is told of the time between two looks, as the tokens are.
+        deployment.engine.step_seconds = 0.02
+        httpx.post(url + "/generate", json={"prompt": "a", "max_new_tokens": 5}, timeout=60).raise_for_status()
+        tiles = "[...document.querySelectorAll('#serving .tile')]"
+        page.wait(f"return {tiles}.find((tile) => /^Running/.test(tile.textContent))?.textContent.includes('peak 1 ·')")
+        assert_clean(page, url)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +707,55 @@ def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
     with serving(fake_settings(port=0), LargeDeployment) as url:
         wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
         page.open(url + "/dashboard")
+        assert page.run(STALENESS) == ["healthy", "false", 1, ""]
     page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")
+    _, is_stale, opacity, words = page.run(STALENESS)
+    assert is_stale == "true" and opacity < 0.7 and words.startswith("figures of ")
+    for width in (1440, 1200, 900, 390):
+        page.emulate(width, 844)
+        cut = "return [...document.querySelector('header').children].map((node) => node.getBoundingClientRect().right)"
+        assert max(page.run(cut)) <= width
+
+
+def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection stays open, and nothing comes; later the server is well again."""
+    may_go_on, describe = threading.Event(), events.describe_event
+    may_go_on.set()
+
+    def held_describe(service: Any) -> dict[str, Any]:
+        may_go_on.wait()
+        return describe(service)
+
+    monkeypatch.setattr(events, "INTERVAL_SECONDS", 0.3)
+    monkeypatch.setattr(events, "describe_event", held_describe)
+    with serving(fake_settings(port=0), FakeDeployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        page.open(url + "/dashboard")
+        page.wait("return document.querySelector('#status').dataset.status === 'healthy'")
+        may_go_on.clear()
+        try:
+            page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")
+            assert page.run(STALENESS)[1] == "true"
+            assert httpx.get(url + "/health").status_code == 200
+        finally:
+            may_go_on.set()
+        page.wait("return document.querySelector('#status').dataset.status === 'healthy'")
+        assert page.run(STALENESS)[1] == "false"
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+def test_everything_can_be_read(page: Page, demo_url: str, is_dark: bool) -> None:
+    """Contrast of at least 4.5:1 for all text, on the colours of experts too."""
+    page.emulate(is_dark=is_dark)
+    page.open(demo_url + "/dashboard")
+    show_everything(page)
+    page.click_cell("usage", 2, 5)
+    page.wait("return document.querySelector('#expert-card h3') !== null")
+    page.click("#trace-run")
+    page.wait("return document.querySelectorAll('#trace-tokens .chip').length > 0")
+    assert page.run(UNREADABLE) == []
+    worst = page.driver.execute_async_script(WORST_EXPERT_COLOR)
+    assert worst >= 4.5
 
 
 def test_the_precision_map_follows_the_traffic(page: Page, demo_url: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from amalgam.config import build_settings
+from amalgam.config import build_settings, load_settings
 from amalgam.engine.deployment import Deployment
 from amalgam.llm import open_deployment
 from tests.server.conftest import serving, wait_until
@@ -41,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Clien
             },
             "inference": {"device_map": "cpu", "max_seq_length": MAX_TOKENS},
             "engine": {"num_threads": 1},
-            "server": {"port": 0},
+            "server": {"port": 0, "export_dir": str(tmp_path_factory.mktemp("exports"))},
         }
     )
     opened: list[Deployment] = []
@@ -201,3 +201,33 @@ def test_the_manifest_names_every_weight(demo: tuple[httpx.Client, Deployment]) 
                 assert hashlib.sha256(file.read(part["nbytes"])).hexdigest() == part.pop("sha256")
     assert digested == document
     assert client.get("/manifest?sha256=perhaps").status_code == 422
+
+
+def test_the_walk_of_the_dashboard_can_be_walked(derived: Path, tmp_path: Path) -> None:
+    """With the demo's own configuration and traffic an expert is hot and narrow, and in a wider source it is not."""
+    text = (DEMO.parents[1] / "config" / "model_config.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "model_config.yaml"
+    path.write_text(
+        text.replace("../models/demo-", f"{derived}/").replace("../models/demo", str(DEMO)), encoding="utf-8"
+    )
+    fixed = {
+        "inference.device_map": "cpu",
+        "server.port": 0,
+        "server.export_dir": str(tmp_path),
+        "engine.num_threads": 1,
+    }
+    settings = load_settings(path, {**fixed, "inference.max_seq_length": MAX_TOKENS}, {})
+    with serving(settings, lambda: open_deployment(settings)) as url, httpx.Client(base_url=url, timeout=60) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200, 60)
+        command = [sys.executable, "examples/demo_traffic.py", "--base-url", url, "--rounds", "2"]
+        result = subprocess.run(command, cwd=DEMO.parents[1], capture_output=True, text=True, timeout=60, check=True)
+        assert f"{url}/dashboard" in result.stdout
+        assert {row["label"] for row in client.get("/experts/labels").json()["labels"]} == {"prose", "verse", "code"}
+
+        def hot_narrow() -> set[tuple[int, int]]:
+            hints = client.get("/experts/hints").json()["hints"]
+            return {(hint["layer_id"], hint["expert_id"]) for hint in hints if hint["kind"] == "hot_narrow"}
+
+        assert (5, 0) in hot_narrow()
+        client.post("/update_weight_mapping", json={"weight_mapping": {"model.layers.5.mlp.experts.0.*": "fp8"}})
+        assert (5, 0) not in hot_narrow()

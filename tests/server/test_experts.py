@@ -263,7 +263,7 @@ def test_precision_map_and_hints(client: httpx.Client) -> None:
     answer = client.get("/experts/precision_map").json()
     assert answer["projections"] == ["gate", "up", "down"]
     assert np.array(answer["formats"]).shape == np.array(answer["bytes"]).shape == (2, 4, 3)
-    assert client.get("/experts/hints").json() == {"hints": []}
+    assert client.get("/experts/hints").json() == {"hints": [], "tokens": 6, "min_tokens": 256}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def samples(text: str) -> dict[tuple[str, str], float]:
 
 def test_serving_counts_what_was_served(client: httpx.Client, deployment: FakeDeployment) -> None:
     begun, before = time.time(), client.get("/serving").json()
-    assert before["series"] == [] and before["latency"]["first_token"] == {"p50": None, "p90": None, "p99": None}
+    assert not any(point["generated_tps"] or point["running_peak"] for point in before["series"])
+    assert before["latency"]["first_token"] == {"p50": None, "p90": None, "p99": None}
     deployment.engine.step_seconds = 0.01
     for _ in range(3):
         client.post("/generate", json={"prompt": "abcde", "max_new_tokens": 4})
@@ -54,7 +55,12 @@ def test_serving_counts_what_was_served(client: httpx.Client, deployment: FakeDe
     assert answer["latency"]["first_token"]["p50"] <= answer["latency"]["first_token"]["p99"]
     assert answer["kv"] == {"used_blocks": 2, "total_blocks": 8}
     assert sum(point["generated_tps"] for point in answer["series"]) * 2 == 12
-    assert answer["series"][-1].keys() == {"t", "prompt_tps", "generated_tps", "running", "waiting", "kv_used"}
+    levels = {"running", "running_peak", "waiting", "waiting_peak", "kv_used", "kv_used_peak"}
+    assert answer["series"][-1].keys() == {"t", "prompt_tps", "generated_tps", *levels}
+    # Nothing runs now, and yet ten seconds with tokens are not ten seconds with "0 running".
+    assert (answer["running"], answer["load"]["running"]["peak"]) == (0, 1)
+    assert 0 < answer["load"]["running"]["mean"] < 1
+    assert max(point["running_peak"] for point in answer["series"]) == 1
     assert begun <= answer["now"] <= time.time()
 
 

@@ -23,7 +23,7 @@ from amalgam.config import Settings
 from amalgam.engine import fronts
 from amalgam.engine.answers import end, take_token
 from amalgam.engine.blocks import BlockPool
-from amalgam.engine.meter import Meter
+from amalgam.engine.meter import Load, Meter
 from amalgam.engine.request import (
     MAX_SEED,
     EngineStatus,
@@ -140,6 +140,7 @@ class Engine:
             self._scheduler.check_room()
             self._admit_observation(request)
             self._scheduler.add(request)
+            self._note_load()
             self._next_id += 1
             self._requests[request.request_id] = request
             self._condition.notify_all()
@@ -265,6 +266,7 @@ class Engine:
             self._cancelled.clear()
             cancelled = self._finish(requests, FinishReason.CANCELLED)
             plan = self._scheduler.schedule()
+            self._note_load()
         self._deliver(cancelled)
         if plan is None:
             return []
@@ -313,6 +315,7 @@ class Engine:
         deliveries = [(request, end(request, reason, now, error=error)) for request in requests]
         for request in requests:
             self._scheduler.finish(request)
+        self._note_load()
         return deliveries
 
     def _admit_observation(self, request: Request) -> None:
@@ -333,10 +336,13 @@ class Engine:
         for item in plan.scheduled:  # what a preemption made the step compute again does not count
             if item.start < item.request.num_prompt_tokens:
                 num_prompt += max(0, min(item.end, item.request.num_prompt_tokens) - (item.end - item.num_unrecorded))
-        scheduler = self._scheduler
-        num_used = scheduler.pool.num_blocks - scheduler.pool.num_free
-        num_new = sum(len(output.token_ids) for _, output in deliveries)
-        self.meter.add_step(num_prompt, num_new, len(scheduler.running), len(scheduler.waiting), num_used)
+        self.meter.add_step(num_prompt, sum(len(output.token_ids) for _, output in deliveries))
+        self._note_load()
+
+    def _note_load(self) -> None:
+        """Tell the meter how much is under way now; called while that is guarded."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        self.meter.set_load(Load(len(scheduler.running), len(scheduler.waiting), pool.num_blocks - pool.num_free))
 
     def _deliver(self, deliveries: _Deliveries) -> None:
         observer = self._runner.observer
@@ -368,6 +374,7 @@ class Engine:
             requests = list(self._requests.values())
             deliveries = [(r, end(r, FinishReason.ERROR, now, error=self._unavailable())) for r in requests]
             self._scheduler.clear()
+            self._note_load()
             self._cancelled.clear()
         self._deliver(deliveries)
 

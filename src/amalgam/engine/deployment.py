@@ -33,6 +33,7 @@ from amalgam.text import Tokenizer
 
 ObserverFactory = Callable[[ModelSpec], RoutingObserver]
 MAX_REMAPS = 256  # that are remembered
+MAX_UNDOS = 64
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Deployment:
         self._remaps: deque[RemapRecord] = deque(maxlen=MAX_REMAPS)
         self._clock = Clock()
         self._is_closing = threading.Event()
+        self._earlier_rules: deque[tuple[Rule, ...]] = deque(maxlen=MAX_UNDOS)  # the latest last
 
     @classmethod
     def open(
@@ -153,6 +155,16 @@ class Deployment:
         return self._rules
 
     @property
+    def configured_rules(self) -> tuple[Rule, ...]:
+        """The rules that a restart would begin with."""
+        return self.settings.model.mixed_precision.all_rules
+
+    @property
+    def num_undoable(self) -> int:
+        """How many changes of the rules `undo_weight_mapping` can take back, one after the other."""
+        return len(self._earlier_rules)
+
+    @property
     def remaps(self) -> list[RemapRecord]:
         """The latest attempts to change the weights, oldest first."""
         shift = self._clock.shift()
@@ -176,7 +188,49 @@ class Deployment:
         kept = tuple(rule for rule in self._rules if rule.pattern not in mapping)
         added = build_rules(mapping)
         with self._changing():
-            return self._go_live(self._loader, (*kept, *added))
+            before = self._rules
+            result = self._go_live(self._loader, (*kept, *added))
+            self._earlier_rules.append(before)
+            return result
+
+    def undo_weight_mapping(self, version_id: int) -> RemapResult:
+        """Go back to the rules before the latest `update_weight_mapping`. Blocking.
+
+        Args:
+            version_id: the version in use, as the caller knows it: a change by somebody else is not taken back.
+
+        Raises:
+            ConflictError: another version is in use, or there is nothing to take back.
+            PlanError, CheckpointError: the earlier rules cannot be fulfilled any more; nothing has changed.
+        """
+        with self._changing():
+            if version_id != self._version.version_id:
+                raise ConflictError(
+                    f"Weight version {version_id} is not in use any more: {self._version.version_id} is.",
+                    remedy="Look at what has changed since, then undo that version.",
+                )
+            if not self._earlier_rules:
+                raise ConflictError(
+                    "No change of the weight mapping is left to undo.",
+                    remedy=f"The last {MAX_UNDOS} changes since the start can be taken back, one after the other.",
+                )
+            result = self._go_live(self._loader, self._earlier_rules[-1])
+            self._earlier_rules.pop()
+            return result
+
+    def planned_bytes(self, mapping: Mapping[str, str]) -> tuple[int, int]:
+        """What the named weights take now, and what they would take from the given sources. Reads headers.
+
+        Args:
+            mapping: logical names, no patterns → sources.
+
+        Raises:
+            PlanError, CheckpointError: see `ModelLoader.planned_bytes`.
+        """
+        after = self._loader.planned_bytes(mapping)
+        version = self._version
+        sizes = {origin.name: version[slot].nbytes for slot, origin in version.origins.items()}
+        return sum(sizes[name] for name in mapping), after
 
     def reload_weights(self) -> RemapResult:
         """Build a new version under the same rules from the files as they are now; unchanged weights are shared.

@@ -26,8 +26,8 @@ from amalgam.base.locks import FileLock
 from amalgam.base.threads import map_in_threads
 from amalgam.checkpoint.collector import collector_paused
 from amalgam.checkpoint.shards import Identity
-from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule
-from amalgam.errors import CheckpointError, PlanError
+from amalgam.config import BASE_SOURCE, InferenceSettings, ModelSettings, Rule, build_rules
+from amalgam.errors import CheckpointError, PlanError, describe
 from amalgam.kernels import mapped, native, ops, panels
 from amalgam.kernels.packed import PackedWeight, consists_of_rows
 from amalgam.kernels.panels import ActivationType
@@ -265,6 +265,19 @@ class ModelLoader:
         """
         size = weight_format.nbytes(slot.shape, QuantizeOptions())
         return panels.coded_bytes(slot.shape) if self._codes(slot, weight_format) else size
+
+    def planned_bytes(self, mapping: Mapping[str, str]) -> int:
+        """What weights would take in memory, each from the source given with its logical name; reads headers only.
+
+        Raises:
+            PlanError: no such weight or source, or the source does not hold it.
+            CheckpointError: a source is damaged.
+        """
+        plan = self.make_plan(build_rules(mapping))
+        for name in mapping:
+            if name not in self._slots:
+                raise PlanError(f"The model has no weight {describe(name)}.", remedy="Give logical names, no patterns.")
+        return sum(self._check_weight(self._slots[name], plan[name]).memory_bytes for name in mapping)
 
     def _codes(self, slot: Slot, weight_format: WeightFormat) -> bool:
         return weight_format.name == "bf16" and self.device.type == "cpu" and codes_bf16(slot, self._inference)

@@ -287,13 +287,21 @@ async def get_concentration(service: ServiceArgument, query: Annotated[SharedWin
 
 @router.get("/experts/hints", response_model=dict[str, Any])
 async def get_hints(service: ServiceArgument, query: Annotated[SharedWindowQuery, Query()]) -> Response:
-    """What the statistics suggest, in English and Chinese, each with its figures; the most important first."""
+    """What the statistics suggest, in English and Chinese, each with its figures; the most important first.
+
+    Nothing before `min_tokens` tokens have been counted.
+    """
 
     def answer(tracker: ExpertTracker) -> dict[str, Any]:
+        from amalgam.experts.hints import MIN_TOKENS
         from amalgam.experts.overview import survey
 
         overview = survey(tracker, service.deployment.version, query.minutes)
-        return {"hints": [hint.as_json() for hint in overview.hints]}
+        return {
+            "hints": [hint.as_json() for hint in overview.hints],
+            "tokens": int(overview.snapshot.tally.num_tokens.sum()),
+            "min_tokens": MIN_TOKENS,
+        }
 
     return await _shared(service, "hints", query, answer)
 

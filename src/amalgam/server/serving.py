@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from amalgam import __version__
-from amalgam.engine.meter import POINT_SECONDS, Reading
+from amalgam.engine import meter
+from amalgam.engine.meter import POINT_SECONDS, Point, Reading
 from amalgam.server import metrics
 from amalgam.server.body import StrictRoute
 from amalgam.server.dependencies import ServiceArgument
@@ -53,14 +54,36 @@ class KVBlocks(BaseModel):
     total_blocks: int
 
 
+class Level(BaseModel):
+    mean: float
+    """Weighted by time."""
+    peak: int
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Load(BaseModel):
+    running: Level
+    """Requests."""
+    waiting: Level
+    kv_blocks: Level
+    """In use."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
 class SeriesPoint(BaseModel):
     t: float
     """Unix seconds at which these two seconds begin."""
     prompt_tps: float
     generated_tps: float
-    running: int
-    waiting: int
-    kv_used: int
+    running: float
+    """Mean over the two seconds, weighted by time, as all here that has a peak."""
+    running_peak: int
+    waiting: float
+    waiting_peak: int
+    kv_used: float
+    kv_used_peak: int
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -70,10 +93,13 @@ class ServingAnswer(BaseModel):
     uptime: float
     throughput: Throughput
     """Over the last ten seconds."""
+    load: Load
+    """Over the same ten seconds."""
     latency: Latencies
     queue: int
-    """Requests waiting."""
+    """Requests waiting at this moment."""
     running: int
+    """At this moment, which may lie between two requests: `load` has the mean and the peak."""
     kv: KVBlocks
     prompt_tokens: int
     """Since the start."""
@@ -152,9 +178,12 @@ def describe_serving(service: Service) -> ServingAnswer:
             t=point.time,
             prompt_tps=point.num_prompt_tokens / POINT_SECONDS,
             generated_tps=point.num_new_tokens / POINT_SECONDS,
-            running=point.num_running,
-            waiting=point.num_waiting,
-            kv_used=point.num_used_blocks,
+            running=point.running.mean,
+            running_peak=point.running.peak,
+            waiting=point.waiting.mean,
+            waiting_peak=point.waiting.peak,
+            kv_used=point.used_blocks.mean,
+            kv_used_peak=point.used_blocks.peak,
         )
         for point in reading.points
     ]
@@ -162,6 +191,7 @@ def describe_serving(service: Service) -> ServingAnswer:
         now=reading.now,
         uptime=service.uptime_seconds,
         throughput=_throughput(reading, service.uptime_seconds),
+        load=_load(reading),
         latency=Latencies(
             first_token=_percentiles([latency.first_token for latency in reading.latencies]),
             per_token=_percentiles(
@@ -205,15 +235,34 @@ def render_metrics(service: Service) -> str:
 
 
 def _throughput(reading: Reading, uptime_seconds: float) -> Throughput:
-    start = reading.now - THROUGHPUT_SECONDS
-    recent = [point for point in reading.points if point.time >= start]
+    recent = _recent(reading)
     # The first point begins up to two seconds after `start`, and the last one is still going on.
-    seconds = min(reading.now - recent[0].time if recent else THROUGHPUT_SECONDS, uptime_seconds)
+    seconds = min(reading.now - recent[0].time, uptime_seconds)
     seconds = max(seconds, POINT_SECONDS / 2)
     return Throughput(
         prompt_tokens_per_second=sum(point.num_prompt_tokens for point in recent) / seconds,
         generated_tokens_per_second=sum(point.num_new_tokens for point in recent) / seconds,
     )
+
+
+def _load(reading: Reading) -> Load:
+    recent = _recent(reading)
+    seconds = [min(POINT_SECONDS, reading.now - point.time) for point in recent]
+
+    def level(levels: Sequence[meter.Level]) -> Level:
+        mean = sum(item.mean * part for item, part in zip(levels, seconds, strict=True)) / (sum(seconds) or 1)
+        return Level(mean=mean, peak=max(item.peak for item in levels))
+
+    return Load(
+        running=level([point.running for point in recent]),
+        waiting=level([point.waiting for point in recent]),
+        kv_blocks=level([point.used_blocks for point in recent]),
+    )
+
+
+def _recent(reading: Reading) -> list[Point]:
+    """The points of the last `THROUGHPUT_SECONDS`; the one that is going on is always among them."""
+    return [point for point in reading.points if point.time >= reading.now - THROUGHPUT_SECONDS]
 
 
 def _percentiles(values: Sequence[float]) -> Percentiles:

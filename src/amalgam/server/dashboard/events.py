@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -40,7 +42,8 @@ router = APIRouter(route_class=StrictRoute, include_in_schema=False)
 class EventHub:
     """Calls `describe` every `interval` seconds in a thread while anyone watches, and hands the result to all.
 
-    Belongs to the event loop.
+    Should `describe` hang, nobody gets an event, an old one neither, and no second call is begun: pages then say that
+    their figures are old. Belongs to the event loop.
     """
 
     def __init__(self, describe: Callable[[], dict[str, Any]], interval: float) -> None:
@@ -49,6 +52,8 @@ class EventHub:
         self._interval = interval
         self._viewers: set[asyncio.Queue[bytes]] = set()
         self._latest: bytes | None = None
+        self._made_at = -math.inf
+        self._describing: asyncio.Future[dict[str, Any]] | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -67,7 +72,7 @@ class EventHub:
     def watch(self) -> Iterator[asyncio.Queue[bytes]]:
         """A queue that always holds the newest event not yet taken."""
         viewer: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1)
-        if self._latest is not None:
+        if self._latest is not None and time.monotonic() - self._made_at <= 2 * self._interval:
             viewer.put_nowait(self._latest)
         self._viewers.add(viewer)
         if self._task is None:
@@ -83,8 +88,9 @@ class EventHub:
     async def _run(self) -> None:
         while True:
             try:
-                fields = await asyncio.to_thread(self._describe)
+                fields = await self._described()
                 self._latest = b"data: %b\n\n" % orjson.dumps(fields, option=orjson.OPT_NON_STR_KEYS)
+                self._made_at = time.monotonic()
                 self.num_described += 1
                 for viewer in self._viewers:
                     if viewer.full():
@@ -93,6 +99,12 @@ class EventHub:
             except Exception:
                 logger.exception("the dashboard's events could not be made")
             await asyncio.sleep(self._interval)
+
+    async def _described(self) -> dict[str, Any]:
+        """What the call gives that is under way, perhaps since before the last viewers left, or else a new one."""
+        if self._describing is None or self._describing.done():
+            self._describing = asyncio.ensure_future(asyncio.to_thread(self._describe))
+        return await asyncio.shield(self._describing)
 
 
 class ViewerStream(Response):
@@ -137,12 +149,13 @@ def hub_of(state: Any, service: Service) -> EventHub:
 
 
 def describe_event(service: Service) -> dict[str, Any]:
-    """The fields of one event. Any thread.
+    """The fields of one event. Any thread. `interval` is how many seconds later the next one comes.
 
     Of the serving figures' history it holds the end: a page reads the rest once. `remapped_at` and `statistics_version`
     change when there are new entries in `/remaps` and new counts.
     """
     fields = {
+        "interval": INTERVAL_SECONDS,
         "status": service.status,
         "model": service.model_name,
         "uptime": service.uptime_seconds,

@@ -1,5 +1,7 @@
 // HTTP to the server that the page came from; addresses are relative, so that a proxy may put it under any path.
 
+const WATCH_MS = 500;
+
 export class ApiError extends Error {
   constructor(message, status) {
     super(message);
@@ -40,18 +42,36 @@ export async function post(path, body, signal = undefined) {
 }
 
 // Server-sent events by fetch, which unlike EventSource can post a body. Returns at the end of the stream.
-export async function stream(path, body, onEvent, signal) {
-  const response = await send(path, body, signal);
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      const data = part.startsWith("data: ") ? part.slice(6) : "";
-      if (data && data !== "[DONE]") onEvent(JSON.parse(data));
+// It fails when no event has come for `silenceMs()`: a connection may stay open with nobody behind it, and comments that
+// only keep it open do not count.
+export async function stream(path, body, onEvent, { signal, silenceMs } = {}) {
+  const controller = new AbortController();
+  const leave = () => controller.abort(signal.reason);
+  if (signal?.aborted) leave();
+  signal?.addEventListener("abort", leave);
+  let heardAt = performance.now();
+  const watchdog = silenceMs && setInterval(() => {
+    if (performance.now() - heardAt > silenceMs()) controller.abort(new Error("silence"));
+  }, WATCH_MS);
+  try {
+    const response = await send(path, body, controller.signal);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const parts = (rest + value).split("\n\n");
+      rest = parts.pop();
+      for (const part of parts) {
+        const data = part.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart()).join("\n");
+        if (!data) continue;
+        heardAt = performance.now();
+        if (data !== "[DONE]") onEvent(JSON.parse(data));
+      }
     }
+  } finally {
+    clearInterval(watchdog);
+    signal?.removeEventListener("abort", leave);
+    controller.abort(); // of a stream that was left early the rest is not wanted
   }
 }

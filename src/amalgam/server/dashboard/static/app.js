@@ -19,8 +19,8 @@ export const state = {
   statistics: null, // GET /dashboard/statistics
   grid: null, // GET /experts/grid as the usage panel shows it
   precision: null, // GET /experts/precision_map
-  hints: [],
   remaps: [],
+  mapping: null, // GET /dashboard/mapping
   chosen: null, // {layerId, expertId}
   staged: new Map(), // weight name → {name, layerId, expertId, projection, source}
 };
@@ -47,6 +47,11 @@ export async function loadPrecision() {
 export async function loadRemaps() {
   state.remaps = (await get("remaps")).remaps;
   emit("remaps");
+}
+
+export async function loadMapping() {
+  state.mapping = await get("dashboard/mapping");
+  emit("mapping");
 }
 
 export function choose(layerId, expertId) {

@@ -30,6 +30,13 @@ export function percent(value, digits = 1) {
   return isMissing(value) ? NONE : format({ style: "percent", maximumFractionDigits: digits }).format(value);
 }
 
+// The difference of two shares: 0.03 is three percentage points, not three per cent.
+export function points(value) {
+  if (isMissing(value)) return NONE;
+  const sign = value > 0 ? "+" : "";
+  return `${sign}${number(value * 100, 1)} ${language() === "zh" ? "个百分点" : "pp"}`;
+}
+
 const UNITS = [
   [1e-3, 1e-6, ["µs", "微秒"]], [1, 1e-3, ["ms", "毫秒"]], [120, 1, ["s", "秒"]], [7200, 60, ["min", "分钟"]],
   [172800, 3600, ["h", "小时"]], [Infinity, 86400, ["d", "天"]],

@@ -1,8 +1,8 @@
 // A grid of layers × columns on a canvas: one coloured cell each, in a margin per-layer figures, and on top of them
 // outlines, the pointer and the selection. 94 × 128 cells of three parts are one image of 36,000 pixels, drawn scaled.
 
-import { h } from "./dom.js";
-import { css, toCss } from "./theme.js";
+import { fill, h } from "./dom.js";
+import { css, empty, toCss } from "./theme.js";
 
 const LABEL_WIDTH = 34;
 const LABEL_HEIGHT = 16;
@@ -10,6 +10,60 @@ const MARGIN_WIDTH = 62;
 const NARROW = 480;
 const MIN_CELL_WIDTH = 4.5;
 const GAP_FROM = 9; // cells of this size have a line between them
+const OUTLINE_FROM = 6; // and blank ones of this size an outline
+const CORNER = 9;
+const EDGE = 3; // room for what is drawn around the last cells
+
+const lineFor = (width, height) => (width < 8 || height < 8 ? 1 : 2);
+
+// Ways to mark a cell. They differ in shape and place, not in colour alone, and can all be seen on one cell.
+const MARKS = {
+  // Along its edge, within.
+  line(context, { x, y, width, height }, { color, dash = [] }) {
+    const line = lineFor(width, height);
+    context.strokeStyle = color;
+    context.lineWidth = line;
+    context.setLineDash(line > 1 ? dash : []);
+    context.strokeRect(x + line / 2, y + line / 2, width - line, height - line);
+    context.setLineDash([]);
+  },
+  dashed(context, cell, { color }) {
+    MARKS.line(context, cell, { color, dash: [4, 3] });
+  },
+  // A corner folded over; of a small cell, what is within the edge.
+  corner(context, { x, y, width, height }, { color, halo }) {
+    const line = lineFor(width, height);
+    context.fillStyle = color;
+    if (width < CORNER + 2 * line || height < CORNER + 2 * line) {
+      context.fillRect(x + line, y + line, width - 2 * line, height - 2 * line);
+      return;
+    }
+    const right = x + width - line;
+    const top = y + line;
+    context.beginPath();
+    context.moveTo(right, top);
+    context.lineTo(right - CORNER, top);
+    context.lineTo(right, top + CORNER);
+    context.closePath();
+    context.fill();
+    context.strokeStyle = halo;
+    context.lineWidth = 1;
+    context.beginPath();
+    context.moveTo(right - CORNER - 0.5, top);
+    context.lineTo(right, top + CORNER + 0.5);
+    context.stroke();
+  },
+  // Around it, with the panel's colour between.
+  frame(context, { x, y, width, height }, { color, halo }) {
+    const line = lineFor(width, height);
+    context.strokeStyle = halo;
+    context.lineWidth = line + 2;
+    context.strokeRect(x, y, width, height);
+    context.strokeStyle = color;
+    context.lineWidth = line;
+    context.strokeRect(x - line / 2, y - line / 2, width + line, height + line);
+  },
+};
 
 export class CellGrid {
   // options: onPick(row, column, event), onSelect(cells) for dragged rectangles, describe(row, column) → lines of the
@@ -22,7 +76,8 @@ export class CellGrid {
     this.base = h("canvas", { class: "grid-base" });
     this.overlay = h("canvas", { class: "grid-overlay", tabindex: "0", role: "application" });
     this.tip = h("div", { class: "tip", role: "status", hidden: true });
-    this.frame = h("div", { class: "grid-frame" }, this.base, this.overlay);
+    this.note = h("p", { class: "grid-note", hidden: true });
+    this.frame = h("div", { class: "grid-frame" }, this.base, this.overlay, this.note);
     host.append(h("div", { class: "grid-scroll" }, this.frame), this.tip);
     this.image = document.createElement("canvas");
     this.listen();
@@ -31,8 +86,9 @@ export class CellGrid {
   }
 
   // data: rowNames, numColumns, parts (1 or 3), colors: Uint32Array [rows × columns × parts],
-  // margins: [{title, values, low, high, text(value)}], outlines: [{cells: [[row, column]], color, dash, isInner}],
-  // order: per row the column shown at each place (null: as they are), label: for screen readers, columnStep
+  // margins: [{title, values, low, high, text(value)}], outlines: [{cells: [[row, column]], color, style}] with a style
+  // of MARKS, order: per row the column shown at each place (null: as they are), label: for screen readers,
+  // emptyText: what is said over a grid that holds nothing
   show(data) {
     this.data = data;
     this.inverse = data.order?.map((places) => {
@@ -40,7 +96,9 @@ export class CellGrid {
       places.forEach((column, place) => { inverse[column] = place; });
       return inverse;
     });
-    this.overlay.setAttribute("aria-label", data.label ?? "");
+    this.overlay.setAttribute("aria-label", [data.label, data.emptyText].filter(Boolean).join(" "));
+    fill(this.note, data.emptyText ? h("span", {}, data.emptyText) : null);
+    this.note.hidden = !data.emptyText;
     if (this.cursor && (this.cursor.row >= data.rowNames.length || this.cursor.place >= data.numColumns)) this.point(null);
     this.describeCursor();
     this.draw();
@@ -69,7 +127,7 @@ export class CellGrid {
     const margins = this.margins();
     const numRows = rowNames.length;
     const marginWidth = margins.length * MARGIN_WIDTH;
-    const available = this.host.clientWidth - LABEL_WIDTH - marginWidth;
+    const available = this.host.clientWidth - LABEL_WIDTH - marginWidth - EDGE;
     const cellWidth = Math.max(this.options.minCellWidth ?? MIN_CELL_WIDTH, available / numColumns);
     const height = this.options.height ?? 420;
     const cellHeight = Math.min(this.options.maxCellHeight ?? 26, Math.max(this.options.minCellHeight ?? 4, Math.floor(height / numRows)));
@@ -77,8 +135,8 @@ export class CellGrid {
       cellWidth, cellHeight, marginWidth,
       gridWidth: cellWidth * numColumns,
       gridHeight: cellHeight * numRows,
-      width: LABEL_WIDTH + cellWidth * numColumns + marginWidth,
-      height: LABEL_HEIGHT + cellHeight * numRows + 1,
+      width: LABEL_WIDTH + cellWidth * numColumns + marginWidth + EDGE,
+      height: LABEL_HEIGHT + cellHeight * numRows + EDGE,
     };
   }
 
@@ -130,9 +188,27 @@ export class CellGrid {
     if (cellWidth >= GAP_FROM) {
       for (let place = 1; place < numColumns; place += 1) context.fillRect(this.x(place) - 0.5, LABEL_HEIGHT, 1, gridHeight);
     }
+    this.drawBlanks(context);
     this.drawLabels(context);
     this.drawMargins(context);
     this.drawOverlay();
+  }
+
+  // Blank cells have nearly the colour of the panel: an outline shows that they are there.
+  drawBlanks(context) {
+    const { rowNames, numColumns, parts = 1, colors } = this.data;
+    const { cellWidth, cellHeight, gridWidth, gridHeight } = this.size;
+    const blank = empty();
+    context.strokeStyle = css("--blank-line");
+    context.lineWidth = 1;
+    context.strokeRect(LABEL_WIDTH - 0.5, LABEL_HEIGHT - 0.5, gridWidth + 1, gridHeight + 1);
+    if (cellWidth < OUTLINE_FROM || cellHeight < OUTLINE_FROM) return;
+    for (let row = 0; row < rowNames.length; row += 1) {
+      for (let place = 0; place < numColumns; place += 1) {
+        if (colors[(row * numColumns + this.column(row, place)) * parts] !== blank) continue;
+        context.strokeRect(Math.round(this.x(place)) + 1.5, Math.round(this.y(row)) + 1.5, Math.floor(cellWidth) - 3, Math.floor(cellHeight) - 3);
+      }
+    }
   }
 
   drawLabels(context) {
@@ -184,29 +260,13 @@ export class CellGrid {
     const context = this.prepare(this.overlay);
     const { outlines = [] } = this.data;
     const { cellWidth, cellHeight } = this.size;
-    const line = cellWidth < 8 || cellHeight < 8 ? 1 : 2;
-    for (const { cells, color, dash, isInner } of outlines) {
-      const inset = isInner ? line : 0; // within another outline, which stays to be seen
-      context.strokeStyle = color;
-      context.fillStyle = color;
-      context.lineWidth = line;
-      context.setLineDash(dash && line > 1 ? [4, 3] : []);
+    const halo = css("--panel");
+    for (const { cells, color, style } of outlines) {
       for (const [row, column] of cells) {
-        const x = this.x(this.place(row, column)) + inset;
-        const y = this.y(row) + inset;
-        const width = cellWidth - 2 * inset;
-        const height = cellHeight - 2 * inset;
-        context.strokeRect(x + line / 2, y + line / 2, width - line, height - line);
-        if (isInner && cellHeight >= GAP_FROM) {
-          context.beginPath();
-          context.moveTo(x + width, y);
-          context.lineTo(x + width - 8, y);
-          context.lineTo(x + width, y + 8);
-          context.fill();
-        }
+        const cell = { x: this.x(this.place(row, column)), y: this.y(row), width: cellWidth, height: cellHeight };
+        MARKS[style](context, cell, { color, halo });
       }
     }
-    context.setLineDash([]);
     if (this.drag?.isMoving) {
       const { x0, y0, x1, y1 } = this.dragBounds();
       context.fillStyle = css("--select");

@@ -1,7 +1,7 @@
 // Puts the page together: panels, language, theme, and the event stream that tells when something has changed.
 
 import { stream } from "./api.js";
-import { emit, loadInfo, loadPrecision, loadRemaps, loadStatistics, on, state, whyEmpty } from "./app.js";
+import { emit, loadInfo, loadMapping, loadPrecision, loadRemaps, loadStatistics, on, state, whyEmpty } from "./app.js";
 import { h } from "./dom.js";
 import * as format from "./format.js";
 import { language, onLanguage, setLanguage, startLanguage, t } from "./i18n.js";
@@ -22,9 +22,14 @@ import * as usage from "./panels/usage.js";
 const MODULES = [serving, usage, expert, precision, inspector, analysis, memory, playground];
 const NAV = ["serving", "usage", "precision", "inspector", "analysis", "memory", "playground"];
 const RECONNECT_MS = [1000, 2000, 5000, 10000];
+const SILENT_INTERVALS = 3.5; // without an event, and nobody is there
+const FIRST_INTERVAL = 2; // seconds, until an event tells
 
 const panels = [];
 let isLoaded = false;
+let isLoading = false;
+let connection = "connecting"; // then "open" or "lost"
+let liveAt = null; // when the latest event came from a server that serves, Unix seconds
 
 function build() {
   const main = document.getElementById("panels");
@@ -98,30 +103,35 @@ function redraw() {
   for (const panel of panels) panel.redraw?.();
 }
 
-function showHeader(status = state.event?.status ?? "connecting") {
+function showHeader() {
   const event = state.event;
+  const status = connection === "lost" ? "disconnected" : event?.status ?? "connecting";
+  const isLive = status === "healthy" || status === "draining";
+  document.documentElement.dataset.stale = String(isLoaded && !isLive); // figures on the page are of earlier then
   document.getElementById("model").textContent = event?.model ?? "";
   const badge = document.getElementById("status");
   badge.dataset.status = status;
   badge.lastElementChild.textContent = t(`status_${status}`);
+  document.getElementById("stale").textContent = isLoaded && !isLive ? t("figures_of", format.clock(liveAt)) : "";
   document.getElementById("version").textContent = event?.weight_version ? t("weight_version", event.weight_version) : "";
   document.getElementById("uptime").textContent = event ? t("uptime", format.seconds(Math.round(event.uptime))) : "";
 }
 
 async function load() {
   await loadStatistics();
-  await Promise.all([loadInfo(), loadPrecision(), loadRemaps()]);
+  await Promise.all([loadInfo(), loadPrecision(), loadRemaps(), loadMapping()]);
   isLoaded = true;
   translate();
   for (const panel of panels) markDirty(panel);
   document.documentElement.dataset.loaded = "true";
 }
 
-let isLoading = false;
 
 async function onEvent(event) {
   const before = state.event;
   state.event = event;
+  connection = "open";
+  if (event.status === "healthy" || event.status === "draining") liveAt = Date.now() / 1000;
   showHeader();
   emit("event", event);
   const isReady = event.status === "healthy" || event.status === "draining";
@@ -137,7 +147,7 @@ async function onEvent(event) {
   }
   if (!isLoaded) return;
   if (event.remapped_at !== before?.remapped_at || event.weight_version !== before?.weight_version) {
-    await Promise.all([loadInfo(), loadPrecision(), loadRemaps()]);
+    await Promise.all([loadInfo(), loadPrecision(), loadRemaps(), loadMapping()]);
   }
   if (event.statistics_version !== before?.statistics_version) emit("statistics");
 }
@@ -148,11 +158,12 @@ async function follow() {
       await stream("dashboard/events", undefined, (event) => {
         tries = 0;
         onEvent(event).catch(() => { state.event = null; }); // the next event tries again
-      });
+      }, { silenceMs: () => SILENT_INTERVALS * (state.event?.interval ?? FIRST_INTERVAL) * 1000 });
     } catch {
       // told by the badge
     }
-    showHeader("disconnected");
+    connection = "lost";
+    showHeader();
     await new Promise((resolve) => { setTimeout(resolve, RECONNECT_MS[Math.min(tries, RECONNECT_MS.length - 1)]); });
   }
 }

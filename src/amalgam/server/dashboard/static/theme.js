@@ -45,7 +45,7 @@ export function css(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-const pack = ([r, g, b]) => (255 << 24) | (b << 16) | (g << 8) | r; // little-endian RGBA of ImageData
+const pack = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0; // little-endian RGBA of ImageData
 
 function mix(stops, t) {
   const at = Math.min(Math.max(t, 0), 1) * (stops.length - 1);
@@ -94,8 +94,41 @@ export function toCss(packed) {
   return `rgb(${packed & 255} ${(packed >> 8) & 255} ${(packed >> 16) & 255})`;
 }
 
-// A hue per expert, far from its neighbours'.
+const LEAST_CONTRAST = 4.6; // WCAG asks for 4.5
+const expertColors = new Map();
+
+// A hue per expert, far from its neighbours', as a packed colour on which the page's text can be read: hues are not
+// equally bright, so that one lightness would not do for all.
 export function expertColor(expertId, strength = 1) {
-  const hue = (expertId * 137.508) % 360;
-  return isDark() ? `hsl(${hue} 45% ${22 + 16 * strength}%)` : `hsl(${hue} 70% ${94 - 16 * strength}%)`;
+  const steps = Math.round(strength * 32);
+  const key = `${isDark()}/${expertId}/${steps}`;
+  if (!expertColors.has(key)) {
+    const hue = (expertId * 137.508) % 360;
+    const [saturation, first, step] = isDark() ? [45, 22 + steps / 2, -1] : [70, 94 - steps / 2, 1];
+    const text = luminance(hexToRgb(css("--text")));
+    let lightness = first;
+    while (contrast(luminance(hslToRgb(hue, saturation, lightness)), text) < LEAST_CONTRAST && lightness > 0 && lightness < 100) lightness += step;
+    expertColors.set(key, pack(hslToRgb(hue, saturation, lightness)));
+  }
+  return expertColors.get(key);
+}
+
+const hexToRgb = (hex) => hex.match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
+
+function hslToRgb(hue, saturation, lightness) {
+  const [s, l] = [saturation / 100, lightness / 100];
+  return [0, 8, 4].map((n) => {
+    const k = (n + hue / 30) % 12;
+    return Math.round(255 * (l - s * Math.min(l, 1 - l) * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
+  });
+}
+
+// Of WCAG 2: relative luminance of an sRGB colour, and the ratio of two.
+function luminance(rgb) {
+  const [r, g, b] = rgb.map((value) => (value <= 10.31475 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+
+function contrast(a, b) {
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
 }

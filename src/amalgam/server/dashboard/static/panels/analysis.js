@@ -33,58 +33,41 @@ function concentrationPanel() {
 
   function redraw() {
     if (!answer) return;
-    const layers = layersOf(answer).filter((layer) => layer.points.length);
-    const x = [];
-    const y = [];
-    for (const { points } of layers) {
-      points.forEach(([share, use]) => { x.push(share); y.push(use); });
-      x.push(null);
-      y.push(null);
+    const layers = answer.layers.filter((layer) => layer.coverage["50"] !== null); // of the others nothing is known
+    plot.hidden = !layers.length;
+    if (plot.hidden) {
+      fill(figures, note(t("no_data")));
+      return;
     }
-    const mean = meanCurve(layers);
+    const curves = layers.map((layer) => busiestFirst(layer.lorenz));
+    const x = curves.flatMap((curve) => [...curve.map((_, index) => index / (curve.length - 1)), null]);
+    const y = curves.flatMap((curve) => [...curve, null]);
+    const mean = curves[0].map((_, index) => curves.reduce((sum, curve) => sum + curve[index], 0) / curves.length);
     const axis = { range: [0, 1], tickformat: ".0%", tickvals: [0, 0.25, 0.5, 0.75, 1] };
     chart(plot, [
       { type: "scatter", mode: "lines", name: t("each_layer"), x, y, line: { color: css("--series-1-soft"), width: 1 }, hoverinfo: "skip" },
-      { type: "scatter", mode: "lines", name: t("all_layers"), x: mean.x, y: mean.y, line: { color: css("--series-1"), width: 2.4 }, hovertemplate: "%{y:.1%}" },
+      { type: "scatter", mode: "lines", name: t("all_layers"), x: x.slice(0, mean.length), y: mean, line: { color: css("--series-1"), width: 2.4 }, hovertemplate: "%{y:.1%}" },
       { type: "scatter", mode: "lines", name: t("even"), x: [0, 1], y: [0, 1], line: { color: css("--muted"), width: 1, dash: "dot" }, hoverinfo: "skip" },
     ], {
       margin: { l: 48, r: 18, t: 8, b: 40 }, hovermode: "x",
       xaxis: { ...axis, title: { text: t("experts_share"), standoff: 6, font: { size: 11 } } },
       yaxis: axis,
     });
+    const numExperts = curves[0].length - 1;
     fill(figures, h("div", { class: "tiles small" }, ["50", "90", "99"].map((part) => {
-      const values = layers.map((layer) => layer.coverage?.[part]).filter(Number.isFinite);
-      const average = values.length ? values.reduce((a, b) => a + b, 0) / values.length : null;
-      const numExperts = answer.num_experts ?? state.info.sizes.experts_per_layer;
+      const values = layers.map((layer) => layer.coverage[part]);
+      const average = values.reduce((a, b) => a + b, 0) / values.length;
       return h("div", { class: "tile" }, h("span", {}, t("coverage", part)),
         h("b", {}, t("coverage_value", format.number(average, 1), numExperts)),
-        h("small", {}, values.length ? `${Math.min(...values)} … ${Math.max(...values)}` : ""));
+        h("small", {}, `${Math.min(...values)} … ${Math.max(...values)}`));
     })));
   }
 
   return { id: "analysis", node, refresh, redraw };
 }
 
-function layersOf(answer) {
-  return (answer.layers ?? []).map((layer) => {
-    const raw = layer.lorenz ?? [];
-    const points = Array.isArray(raw[0]) ? raw : raw.map((value, index) => [index / (raw.length - 1), value]);
-    return { layerId: layer.layer_id, points: busiestFirst(points), coverage: layer.coverage };
-  });
-}
-
-// A Lorenz curve usually runs from the least used up; ours shows what the busiest cover.
-function busiestFirst(points) {
-  const isConvex = points.length > 2 && points.some(([share, use]) => use < share - 1e-9);
-  return isConvex ? points.map(([share, use]) => [1 - share, 1 - use]).reverse() : points;
-}
-
-function meanCurve(layers) {
-  if (!layers.length) return { x: [], y: [] };
-  const x = layers[0].points.map(([share]) => share);
-  const y = x.map((_, index) => layers.reduce((sum, layer) => sum + (layer.points[index]?.[1] ?? 1), 0) / layers.length);
-  return { x, y };
-}
+// The server's Lorenz curve runs from the least used expert up; ours shows what the busiest cover.
+const busiestFirst = (lorenz) => lorenz.map((share) => 1 - share).reverse();
 
 function coactivationPanel() {
   const layer = select(() => read().catch(fail), { id: "pairs-layer" });
@@ -120,7 +103,9 @@ function coactivationPanel() {
     const layerId = layer.value;
     if (layerId === "") return;
     const isNext = relation.value === "next";
-    if (isNext && layer.selectedIndex === layer.options.length - 1) {
+    const isLast = isNext && layer.selectedIndex === layer.options.length - 1;
+    host.hidden = figures.hidden = isLast; // they hold what was asked for before
+    if (isLast) {
       fill(message, note(t("no_next_layer")));
       return;
     }
@@ -137,6 +122,7 @@ function coactivationPanel() {
 
   function redraw() {
     if (!answer) return;
+    const isKnown = answer.sampledTokens > 0;
     const size = answer.counts.length;
     const columns = answer.counts[0]?.length ?? 0;
     const colors = new Uint32Array(size * columns);
@@ -147,14 +133,16 @@ function coactivationPanel() {
         colors[row * columns + column] = lift > 0 ? pick(table_, (Math.log2(lift) / OCTAVES + 1) / 2) : empty();
       }
     }
-    grid.show({ rowNames: Array.from({ length: size }, (_, i) => i), numColumns: columns, colors, label: t("grid_label_pairs", t("coactivation"), size, columns) });
-    fill(figures,
+    grid.show({ rowNames: Array.from({ length: size }, (_, i) => i), numColumns: columns, colors, label: t("grid_label_pairs", t("coactivation"), size, columns),
+      emptyText: isKnown ? null : t(answer.sampling ? "no_data" : "no_sampling") });
+    fill(figures, isKnown ? [
       legend(table_, [[0, "¼×"], [0.5, "1×"], [1, "4×"]], [[empty(), t("never"), "boxed"]]),
       h("p", { class: "figures" }, t("sampled", format.number(answer.sampledTokens))),
       table([t("pair"), t("tokens"), t("lift")], topPairs(answer).map(([row, column]) => h("tr", {},
         h("td", {}, answer.isSymmetric ? `${row} · ${column}` : `${row} → ${column}`),
         h("td", { class: "num" }, format.number(answer.counts[row][column])),
-        h("td", { class: "num" }, format.times(answer.lift[row][column]))))));
+        h("td", { class: "num" }, format.times(answer.lift[row][column]))))),
+    ] : null);
   }
 
   on("show-coactivation", (expert) => {
@@ -170,7 +158,8 @@ function coactivationPanel() {
 }
 
 // Lift: the pair's count over what independent choices with the same totals would give.
-function readPairs(raw, counts, isSymmetric) {
+function readPairs(raw, given, isSymmetric) {
+  const counts = given.length ? given : Array.from({ length: raw.num_experts }, () => new Array(raw.num_experts).fill(0));
   const rowSums = counts.map((row, r) => row.reduce((sum, value, c) => sum + (isSymmetric && r === c ? 0 : value), 0));
   const columnSums = (counts[0] ?? []).map((_, c) => counts.reduce((sum, row, r) => sum + (isSymmetric && r === c ? 0 : row[c]), 0));
   const total = rowSums.reduce((a, b) => a + b, 0);
@@ -180,7 +169,7 @@ function readPairs(raw, counts, isSymmetric) {
     const expected = ((rowSums[r] * columnSums[c]) / (total || 1)) / (1 - self || 1);
     return expected > 0 ? value / expected : 0;
   }));
-  return { layerId: raw.layer_id, counts, lift, sampledTokens: raw.sampled_tokens, isSymmetric };
+  return { layerId: raw.layer_id, counts, lift, sampledTokens: raw.sampled_tokens, sampling: raw.sampling, isSymmetric };
 }
 
 function topPairs({ counts, lift, isSymmetric }) {

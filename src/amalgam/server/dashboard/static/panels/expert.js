@@ -44,7 +44,7 @@ function card(expert) {
       fact(t("activations"), format.number(use.activations),
         t("prompt_generated", format.short(use.prompt_activations), format.short(use.generated_activations))),
       fact(t("share_of_layer"), format.percent(use.share), t("of_even", format.times(use.share * expert.num_experts))),
-      fact(t("rank"), t("rank_of", use.rank, expert.num_experts)),
+      fact(t("rank"), use.activations ? t("rank_of", use.rank, expert.num_experts) : format.number(null)),
       fact(t("gate_mass"), format.short(use.gate_mass),
         use.activations ? t("mean_gate", format.short(use.gate_mass / use.activations)) : ""),
       fact(t("decaying_rate"), t("per_second", format.short(use.decaying_rate)),
@@ -80,16 +80,20 @@ function hintsPanel() {
   const body = h("ul", { class: "hints", id: "hint-list" });
   const count = h("span", { class: "badge", id: "hint-count", hidden: true }); // the list may be longer than what is in view
   const node = frame("hints", "hints", null, body, { tools: [count], wide: "side" });
+  let answer = null;
 
   async function refresh() {
-    state.hints = (await getStatistics("experts/hints")).hints;
+    answer = await getStatistics("experts/hints");
     redraw();
   }
 
   function redraw() {
-    count.hidden = !state.hints.length;
-    count.textContent = state.hints.length;
-    fill(body, state.hints.length ? state.hints.map(hint) : h("li", { class: "note" }, t("no_hints")));
+    if (!answer) return;
+    const { hints, tokens, min_tokens: minTokens } = answer;
+    count.hidden = !hints.length;
+    count.textContent = hints.length;
+    const none = tokens < minTokens ? t("hints_wait", format.number(minTokens), format.number(tokens)) : t("no_hints");
+    fill(body, hints.length ? hints.map(hint) : h("li", { class: "note" }, none));
   }
 
   return followStatistics({ id: "hints", node, refresh, redraw, dirtyOn: ["precision"], needsStatistics: true }, HINTS_MS);

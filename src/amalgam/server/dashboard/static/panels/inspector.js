@@ -2,11 +2,12 @@
 
 import { post } from "../api.js";
 import { choose } from "../app.js";
+import { characters } from "../characters.js";
 import { fill, h, setOptions, table } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
-import { expertColor } from "../theme.js";
+import { expertColor, toCss } from "../theme.js";
 import { frame, select } from "./panel.js";
 
 const EXAMPLE = "It was a dark night. 床前明月光，疑是地上霜。 def fibonacci(n):";
@@ -32,6 +33,8 @@ export function create() {
     message, result), { wide: "full" });
 
   let answer = null;
+  let groups = []; // of tokens: one per character where a character has several
+  let groupOf = []; // token → its group
   let token = 0;
   let isRunning = false;
   const grid = new CellGrid(host, {
@@ -41,7 +44,7 @@ export function create() {
       pickToken(index);
     },
     describe: (row, index) => [
-      `${t("token_n", index + 1)} · ${t("layer_n", answer.layer_ids[row])}`, visible(answer.tokens[index]),
+      `${t("token_n", index + 1)} · ${t("layer_n", answer.layer_ids[row])}`, piece(index),
       ...top(index, row).map(([expertId, weight]) => `${t("expert_n", expertId)} · ${t("gate_weight", format.percent(weight))}`),
     ],
   });
@@ -55,6 +58,9 @@ export function create() {
     try {
       answer = await post("experts/trace", { text: text.value, chat: chat.checked });
       token = 0;
+      groups = characters(answer.tokens);
+      groupOf = [];
+      for (const group of groups) for (const index of group.indices) groupOf[index] = group;
       setOptions(layer, layerOptions());
       redraw();
     } catch (error) {
@@ -89,7 +95,7 @@ export function create() {
     const colors = new Uint32Array(answer.layer_ids.length * numTokens);
     answer.layer_ids.forEach((_, row) => answer.tokens.forEach((_token, index) => {
       const [expertId, weight] = top(index, row)[0];
-      colors[row * numTokens + index] = packed(expertColor(expertId, weight));
+      colors[row * numTokens + index] = expertColor(expertId, weight);
     }));
     grid.show({
       rowNames: answer.layer_ids, numColumns: numTokens, colors,
@@ -102,26 +108,47 @@ export function create() {
     run.disabled = isRunning;
   }
 
+  // A token as it is read: its character, and of one that is only a part of it, its bytes too.
+  function piece(index) {
+    const { indices, text } = groupOf[index];
+    const { bytes } = answer.tokens[index];
+    if (text === null) return hex(bytes);
+    return indices.length > 1 ? `${visible(text)} · ${indices.indexOf(index) + 1}/${indices.length}${bytes ? ` ${hex(bytes)}` : ""}` : visible(text);
+  }
+
+  const idsOf = ({ indices }) => t("token_id", indices.map((index) => answer.tokens[index].id).join(", "));
+
   function showTokens() {
     const row = Number(layer.value);
-    fill(chips, answer.tokens.map((item, index) => {
-      const [expertId, weight] = top(index, row)[0];
+    fill(chips, groups.map((group) => {
+      const { indices, text } = group;
+      const tops = indices.map((index) => top(index, row)[0]);
+      const isChosen = groupOf[token] === group;
       return h("button", {
-        type: "button", class: index === token ? "chip chosen" : "chip", "aria-pressed": String(index === token),
-        vars: { "--color": expertColor(expertId, weight) }, title: `${t("token_id", item.id)} · ${t("expert_n", expertId)}`,
-        onclick: () => pickToken(index),
-      }, h("span", {}, visible(item)), h("small", {}, String(expertId)));
+        type: "button", class: isChosen ? "chip chosen" : "chip", "aria-pressed": String(isChosen),
+        vars: { "--color": toCss(expertColor(...tops[0])) },
+        title: `${idsOf(group)} · ${t("expert_n", tops.map(([expertId]) => expertId).join(", "))}`,
+        onclick: () => pickToken(indices[0]),
+      }, h("span", { class: "chip-text" }, text === null ? hex(answer.tokens[indices[0]].bytes) : visible(text)),
+      h("span", { class: "chip-experts" }, tops.map(([expertId, weight]) =>
+        h("small", { vars: { "--color": toCss(expertColor(expertId, weight)) } }, String(expertId)))));
     }));
   }
 
   function showDetail() {
-    const item = answer.tokens[token];
+    const group = groupOf[token];
+    const { indices } = group;
+    const [first, last] = [indices[0] + 1, indices.at(-1) + 1];
     fill(detail,
-      h("h3", {}, `${t("token_n", token + 1)} `, h("code", {}, visible(item)), ` ${t("token_id", item.id)}`),
+      h("h3", {}, `${first === last ? t("token_n", first) : t("tokens_n", first, last)} `,
+        h("code", {}, group.text === null ? hex(answer.tokens[token].bytes) : visible(group.text)), ` ${idsOf(group)}`),
+      indices.length > 1 ? h("div", { class: "buttons", role: "group" }, indices.map((index) => h("button", {
+        type: "button", class: "piece", "aria-pressed": String(index === token), onclick: () => pickToken(index),
+      }, answer.tokens[index].bytes ? hex(answer.tokens[index].bytes) : visible(answer.tokens[index].text)))) : null,
       table([t("layer"), t("experts_by_gate")], answer.layer_ids.map((layerId, row) => h("tr", {},
         h("td", { class: "num" }, String(layerId)),
         h("td", { class: "routes" }, top(token, row).map(([expertId, weight]) => h("button", {
-          type: "button", class: "route", vars: { "--part": `${Math.round(weight * 100)}%`, "--color": expertColor(expertId, weight) },
+          type: "button", class: "route", vars: { "--part": `${Math.round(weight * 100)}%`, "--color": toCss(expertColor(expertId, weight)) },
           title: t("gate_weight", format.percent(weight)), onclick: () => choose(layerId, expertId),
         }, h("b", {}, String(expertId)), h("small", {}, format.percent(weight, 0)))))))));
   }
@@ -131,22 +158,9 @@ export function create() {
   return [{ id: "inspector", node, redraw, needsStatistics: true }];
 }
 
-// Whitespace that matters, made visible; of a part of a character, its bytes.
-function visible({ text, bytes }) {
-  if (bytes) return `⟨${bytes.match(/../g).join(" ")}⟩`;
-  return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·") || "∅";
+// Whitespace that matters, made visible.
+function visible(text) {
+  return text.replace(/\r/g, "␍").replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·") || "∅";
 }
 
-let probe = null;
-const known = new Map();
-
-function packed(color) {
-  if (!known.has(color)) {
-    probe ??= document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-    probe.fillStyle = color;
-    probe.fillRect(0, 0, 1, 1);
-    const [r, g, b] = probe.getImageData(0, 0, 1, 1).data;
-    known.set(color, (255 << 24) | (b << 16) | (g << 8) | r);
-  }
-  return known.get(color);
-}
+const hex = (bytes) => `⟨${bytes.match(/../g).join(" ")}⟩`;

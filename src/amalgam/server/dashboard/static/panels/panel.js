@@ -13,6 +13,13 @@ export function frame(id, title, hint, body, { tools = [], wide = "" } = {}) {
     h("div", { class: "panel-body" }, body));
 }
 
+// Another line below the title, for a panel that shows more than one thing.
+export function caption(node, word) {
+  const line = node.querySelector(".panel-head p");
+  line.dataset.i18n = word;
+  line.textContent = t(word);
+}
+
 // Puts one sentence, the word `reason`, in place of what a panel shows; null: shows it again.
 export function explainEmpty(node, reason) {
   const body = node.querySelector(".panel-body");

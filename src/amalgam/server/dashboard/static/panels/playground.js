@@ -10,13 +10,17 @@ import { empty, pick, scale } from "../theme.js";
 import { control, frame, note, select } from "./panel.js";
 
 const SPEED_MS = 250;
+const BUSY_FACTOR = 9; // writing takes at most a tenth of the time
 
 export function create() {
   const mode = select(showMode, { id: "play-mode" });
-  const prompt = h("textarea", { id: "play-prompt", rows: "4", value: "It was a dark night, and" });
-  const maxTokens = h("input", { type: "number", min: "1", step: "1", value: "64", id: "play-max" });
-  const temperature = h("input", { type: "number", min: "0", max: "100", step: "0.1", value: "0.7" });
-  const topP = h("input", { type: "number", min: "0.01", max: "1", step: "0.05", value: "0.9" });
+  const prompt = h("textarea", { id: "play-prompt", rows: "4", value: "It was a dark night, and", onkeydown: onKey });
+  const keys = h("p", { class: "quiet", id: "play-keys" });
+  // Left empty, the server's own values apply.
+  const byServer = { dataset: { i18nPlaceholder: "server_default" } };
+  const maxTokens = h("input", { type: "number", min: "1", step: "1", id: "play-max", ...byServer });
+  const temperature = h("input", { type: "number", min: "0", max: "100", step: "0.1", ...byServer });
+  const topP = h("input", { type: "number", min: "0.01", max: "1", step: "0.05", ...byServer });
   const seed = h("input", { type: "number", min: "0", step: "1", dataset: { i18nPlaceholder: "any_seed" } });
   const domain = h("input", { type: "text", maxlength: "64", dataset: { i18nPlaceholder: "domain_hint" }, id: "play-domain" });
   const domainField = control("domain", domain);
@@ -31,12 +35,12 @@ export function create() {
   const fields = h("div", { class: "play-fields" }, control("mode", mode), control("max_tokens", maxTokens), control("temperature", temperature),
     control("top_p", topP), control("seed", seed), domainField);
   const node = frame("playground", "playground", null, h("div", { class: "play" },
-    h("div", {}, prompt, fields, h("div", { class: "buttons" }, start, renew), message),
+    h("div", {}, prompt, keys, fields, h("div", { class: "buttons" }, start, renew), message),
     h("div", {}, output, figures, used)), { wide: "full" });
 
   let running = null;
-  let messages = []; // of the chat
-  let answer = null; // {prompt, text}
+  let messages = []; // of the chat: {role, content, reason}
+  let answer = null; // {prompt, text, reason}
   let result = null; // the figures of the last answer
   let counts = null; // {layerIds, values [layers][experts] tokens, numExperts, isAnswerOnly}
   const grid = new CellGrid(host, {
@@ -46,7 +50,17 @@ export function create() {
   });
   node.grid = grid;
 
+  const pen = new Pen(output);
   const isChat = () => mode.value === "chat";
+
+  // In a chat Enter sends, as everywhere, but not the Enter that ends the input of a Chinese word.
+  function onKey(event) {
+    if (event.key !== "Enter" || event.isComposing || event.keyCode === 229 || event.altKey) return;
+    const isMeant = event.ctrlKey || event.metaKey || (isChat() && !event.shiftKey);
+    if (!isMeant) return;
+    event.preventDefault();
+    if (!running) generate();
+  }
 
   function words() {
     setOptions(mode, [["text", t("mode_text")], ["chat", t("mode_chat")]]);
@@ -61,23 +75,37 @@ export function create() {
     start.textContent = running ? t("stop") : t("generate");
     start.classList.toggle("stop", Boolean(running));
     mode.disabled = Boolean(running);
+    renew.disabled = Boolean(running);
+    keys.textContent = t(isChat() ? "keys_chat" : "keys_text");
+    output.setAttribute("aria-busy", String(Boolean(running)));
     showOutput();
   }
 
   function showOutput() {
     if (isChat() && messages.length) {
-      fill(output, messages.map((item) => h("p", { class: item.role }, h("b", {}, item.role === "user" ? t("you") : t("model")), h("span", {}, item.content))));
+      fill(output, messages.map((item) => h("p", { class: item.role }, h("b", {}, item.role === "user" ? t("you") : t("model")),
+        h("span", { class: "said" }, item.content), cut(item.reason))));
     } else if (!isChat() && answer) {
-      fill(output, h("span", { class: "given" }, answer.prompt), h("span", {}, answer.text));
+      fill(output, h("span", { class: "given" }, answer.prompt), h("span", { class: "said" }, answer.text), cut(answer.reason));
     } else {
       fill(output, note(t("output_empty")));
     }
+    pen.begin([...output.querySelectorAll(".said")].at(-1));
     output.scrollTop = output.scrollHeight;
+  }
+
+  // The mark of an answer that did not come to its end by itself.
+  function cut(reason) {
+    if (!["length", "cancelled"].includes(reason)) return null;
+    return h("span", { class: "cut", dataset: { reason } }, t(`cut_${reason}`));
   }
 
   function sampling() {
     const number = (node) => (node.value === "" ? undefined : Number(node.value));
-    return { temperature: number(temperature), top_p: number(topP), seed: number(seed), domain: (hasStatistics() && domain.value) || undefined };
+    return {
+      max_new_tokens: number(maxTokens), temperature: number(temperature), top_p: number(topP), seed: number(seed),
+      domain: (hasStatistics() && domain.value) || undefined,
+    };
   }
 
   async function generate() {
@@ -87,13 +115,13 @@ export function create() {
     used.hidden = true;
     figures.textContent = "";
     fill(message);
-    const options = { max_new_tokens: Number(maxTokens.value), routed_experts: hasStatistics() || undefined, ...sampling() };
+    const options = { routed_experts: hasStatistics() || undefined, ...sampling() };
     const said = prompt.value;
     let body;
     if (isChat()) {
       messages.push({ role: "user", content: said }, { role: "assistant", content: "" });
       prompt.value = "";
-      body = { ...options, messages: messages.slice(0, -1) };
+      body = { ...options, messages: messages.slice(0, -1).map(({ role, content }) => ({ role, content })) };
     } else {
       answer = { prompt: said, text: "" };
       body = { ...options, prompt: said, stream: true };
@@ -106,7 +134,7 @@ export function create() {
         if (event.error) throw new Error(event.error.message);
         if (event.text) take(event.text, clock);
         if (event.finish_reason) last = event;
-      }, running.signal);
+      }, { signal: running.signal });
     } catch (error) {
       if (error.name === "AbortError") last = { finish_reason: "cancelled" };
       else fill(message, h("div", { class: "panel-error", role: "alert" }, error.message));
@@ -116,6 +144,8 @@ export function create() {
       }
     } finally {
       running = null;
+      const written = isChat() ? messages.at(-1) : answer;
+      if (written) written.reason = last.finish_reason;
       showMode();
     }
     if (!clock.pieces) return;
@@ -132,7 +162,7 @@ export function create() {
   function take(text, clock) {
     if (isChat()) messages.at(-1).content += text;
     else answer.text += text;
-    showOutput();
+    pen.write(text);
     if (clock.tick()) figures.textContent = t("speed", format.short(clock.speed(clock.pieces)));
   }
 
@@ -174,6 +204,47 @@ export function create() {
   words();
   onLanguage(words);
   return [{ id: "playground", node, redraw, refresh: words }];
+}
+
+// Writes text at the end of an element as it comes: once per frame, and seldom enough that the page has most of the time
+// for other things, however long the text has become. A hidden page has no frames; `begin` shows what came meanwhile.
+class Pen {
+  constructor(scroller) {
+    this.scroller = scroller;
+    this.node = null;
+    this.pending = "";
+    this.frame = null;
+    this.nextAt = 0;
+  }
+
+  // From here on write into `node`, which shows everything so far.
+  begin(node) {
+    cancelAnimationFrame(this.frame);
+    this.frame = null;
+    this.pending = "";
+    this.node = node;
+  }
+
+  write(text) {
+    this.pending += text;
+    this.frame ??= requestAnimationFrame(() => this.flush());
+  }
+
+  flush() {
+    const begun = performance.now();
+    if (begun < this.nextAt) {
+      this.frame = requestAnimationFrame(() => this.flush());
+      return;
+    }
+    this.frame = null;
+    const { scroller } = this;
+    const isAtEnd = scroller.scrollTop + scroller.clientHeight >= scroller.scrollHeight - 8;
+    this.node.append(this.pending);
+    this.pending = "";
+    if (isAtEnd) scroller.scrollTop = scroller.scrollHeight; // lays the text out
+    const now = performance.now();
+    this.nextAt = now + BUSY_FACTOR * (now - begun);
+  }
 }
 
 // Times pieces of text as they come.

@@ -1,8 +1,8 @@
 // The precision of every expert's projections on the heatmap's grid, and changes of it: chosen, staged, applied.
 
 import { post } from "../api.js";
-import { choose, emit, getStatistics, loadInfo, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
-import { fill, h, setOptions, table, timed } from "../dom.js";
+import { choose, emit, getStatistics, loadInfo, loadMapping, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
+import { coalesced, fill, h, setOptions, table, timed } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
@@ -21,6 +21,7 @@ export function create() {
   const host = h("div", { class: "grid-host", id: "precision-grid" });
   const legendHost = h("div", { class: "legend" });
   const stagedCount = h("span", { id: "staged-count" });
+  const selectedCount = h("span", { id: "selected-count" });
   const mapNode = frame("precision", "precision", "precision_hint", h("div", {},
     h("div", { class: "controls" }, control("show", show), control("hot_from", hot), control("cold_to", cold)),
     host, h("div", { class: "below" }, legendHost)), { wide: "main" });
@@ -31,6 +32,10 @@ export function create() {
   const count = h("b", { id: "stage-count" });
   const list = h("div", { id: "stage-list" });
   const outcome = h("div", { id: "stage-outcome", role: "status" });
+  const size = h("p", { class: "note", id: "stage-size" });
+  const kept = h("p", { class: "note", id: "stage-kept" });
+  const undo = h("button", { type: "button", id: "stage-undo", onclick: undoLast });
+  const save = h("a", { class: "button", id: "stage-save", href: "dashboard/mapping.yaml", download: "weight_mapping.yaml", dataset: { i18n: "save_yaml" } });
   const chooseHot = h("button", { type: "button", id: "select-hot-narrow", onclick: () => selectCells(marked.hotNarrow) });
   const chooseCold = h("button", { type: "button", id: "select-cold-wide", onclick: () => selectCells(marked.coldWide) });
   const chooseLayer = h("button", { type: "button", onclick: selectLayer });
@@ -41,13 +46,16 @@ export function create() {
   const stageNode = frame("stage", "stage", null, h("div", {},
     h("p", {}, count), h("div", { class: "buttons" }, chooseHot, chooseCold, chooseLayer, clear),
     h("div", { class: "stage-form" }, boxHost, h("label", { class: "field" }, h("span", { dataset: { i18n: "take_from" } }), source), stage),
-    h("h3", { dataset: { i18n: "staged" } }), list, h("div", { class: "buttons" }, apply, discard), outcome), { wide: "side" });
+    h("h3", { dataset: { i18n: "staged" } }), list, size, h("div", { class: "buttons" }, apply, discard), outcome,
+    h("h3", { dataset: { i18n: "in_use" } }), kept, h("div", { class: "buttons" }, undo, save)), { wide: "side" });
 
   let map = null; // of the grid: rows, formats by width, marks
   let selected = new Map(); // "row/expert" → [row, expert]
   let marked = { hotNarrow: [], coldWide: [] };
   let use = null; // relative use since the last reset
   let isApplying = false;
+  let sizes = null; // of what is staged: {before, after} or {error}
+  let numStagings = 0;
   let told = () => null; // how the last change went, in the language of the moment
 
   const grid = new CellGrid(host, {
@@ -142,7 +150,8 @@ export function create() {
         `${item.name} · ${t("bits_each", format.number(item.bits, 2))} · ${t("format_share", format.number(item.count))}`)),
       h("span", { class: "legend-item" }, h("i", { class: "swatch outline hot" }), t("hot_narrow", marked.hotNarrow.length)),
       h("span", { class: "legend-item" }, h("i", { class: "swatch outline cold" }), t("cold_wide", marked.coldWide.length)),
-      h("span", { class: "legend-item" }, h("i", { class: "swatch outline staged" }), stagedCount),
+      h("span", { class: "legend-item" }, h("i", { class: "swatch corner" }), stagedCount),
+      h("span", { class: "legend-item" }, h("i", { class: "swatch frame" }), selectedCount),
       map.formats.length < 2 ? h("span", { class: "quiet" }, t("one_width")) : null);
     showSelection();
   }
@@ -154,6 +163,8 @@ export function create() {
     stage.disabled = !selected.size;
     clear.disabled = !selected.size;
     showStaged();
+    showKept();
+    selectedCount.textContent = t("selected_mark", selected.size);
     if (!map || !grid.data) return;
     const stagedCells = new Map();
     for (const item of state.staged.values()) {
@@ -162,10 +173,10 @@ export function create() {
     }
     stagedCount.textContent = t("staged_mark", stagedCells.size);
     grid.setOutlines([
-      { cells: marked.hotNarrow, color: css("--hot") },
-      { cells: marked.coldWide, color: css("--cold"), dash: true },
-      { cells: [...stagedCells.values()], color: css("--staged"), isInner: true },
-      { cells: [...selected.values()], color: css("--text") },
+      { cells: marked.hotNarrow, color: css("--hot"), style: "line" },
+      { cells: marked.coldWide, color: css("--cold"), style: "dashed" },
+      { cells: [...stagedCells.values()], color: css("--staged"), style: "corner" },
+      { cells: [...selected.values()], color: css("--text"), style: "frame" },
     ]);
   }
 
@@ -207,6 +218,7 @@ export function create() {
     apply.textContent = isApplying ? t("applying") : `${t("apply")} (${state.staged.size})`;
     apply.disabled = isApplying || !state.staged.size;
     discard.disabled = isApplying || !state.staged.size;
+    showSize();
     if (!groups.size) {
       fill(list, note(t("nothing_staged")));
       return;
@@ -220,18 +232,54 @@ export function create() {
         type: "button", class: "plain", "aria-label": t("remove"), title: t("remove"),
         onclick: () => { for (const item of group.items) state.staged.delete(item.name); emit("staged"); },
       }, "×"))));
-    fill(list, table([t("layer"), t("nav_usage"), t("source"), t("weights_count"), ""], rows), note(sizeChange()));
+    fill(list, table([t("layer"), t("nav_usage"), t("source"), t("weights_count"), ""], rows));
   }
 
-  function sizeChange() {
-    let difference = 0;
-    for (const item of state.staged.values()) {
-      const size = map.sizeFrom(item.source, item.projection);
-      if (size === null) return t("size_unknown", item.source);
-      difference += size - item.before.bytes;
+  const stagedMapping = () => Object.fromEntries([...state.staged.values()].map((item) => [item.name, item.source]));
+
+  // The server knows the size in memory of a weight of any source, in use or not.
+  const readSizes = coalesced(async () => {
+    if (!state.staged.size) return;
+    const staging = numStagings;
+    let found;
+    try {
+      const answer = await post("dashboard/size", { weight_mapping: stagedMapping() });
+      found = { before: answer.bytes_before, after: answer.bytes_after };
+    } catch (error) {
+      found = { error: error.message };
     }
-    const sign = difference > 0 ? "+" : "";
-    return t("size_change", format.bytes(map.totalBytes), format.bytes(map.totalBytes + difference), `${sign}${format.percent(difference / map.totalBytes)}`);
+    if (staging !== numStagings) return; // it is read again
+    sizes = found;
+    showSize();
+  });
+
+  function forgetSizes() {
+    numStagings += 1;
+    sizes = null;
+    readSizes();
+  }
+
+  function showSize() {
+    size.hidden = !state.staged.size;
+    size.classList.toggle("bad", Boolean(sizes?.error));
+    if (size.hidden || !map) return;
+    if (sizes?.error) size.textContent = sizes.error;
+    else if (!sizes) size.textContent = t("loading");
+    else {
+      const difference = sizes.after - sizes.before;
+      const sign = difference > 0 ? "+" : "";
+      size.textContent = t("size_change", format.bytes(map.totalBytes), format.bytes(map.totalBytes + difference),
+        `${sign}${format.bytes(difference)}, ${sign}${format.percent(difference / map.totalBytes)}`);
+    }
+  }
+
+  // Whether what is in use would be there after a restart, and what can be done about it.
+  function showKept() {
+    const { mapping } = state;
+    kept.textContent = !mapping ? "" : mapping.is_configured ? t("mapping_configured") : t("mapping_unsaved");
+    kept.classList.toggle("warn", Boolean(mapping && !mapping.is_configured));
+    undo.textContent = `${t("undo")} (${mapping?.num_undoable ?? 0})`;
+    undo.disabled = isApplying || !mapping?.num_undoable;
   }
 
   function tell(what) {
@@ -239,18 +287,29 @@ export function create() {
     fill(outcome, told());
   }
 
-  async function applyStaged() {
-    isApplying = true;
-    tell(() => null);
-    showStaged();
-    try {
-      const mapping = Object.fromEntries([...state.staged.values()].map((item) => [item.name, item.source]));
-      const answer = await post("update_weight_mapping", { weight_mapping: mapping });
+  function applyStaged() {
+    return change("applied", async () => {
+      const answer = await post("update_weight_mapping", { weight_mapping: stagedMapping() });
       state.staged.clear();
       selected.clear();
-      tell(() => h("p", { class: "good" }, t("applied", answer.weight_version, format.number(answer.num_changed),
+      return answer;
+    });
+  }
+
+  function undoLast() {
+    return change("undone", () => post("dashboard/undo", { weight_version: state.mapping.weight_version }));
+  }
+
+  // Runs one change of the weights and tells with `word` how it went.
+  async function change(word, run) {
+    isApplying = true;
+    tell(() => null);
+    showSelection();
+    try {
+      const answer = await run();
+      tell(() => h("p", { class: "good" }, t(word, answer.weight_version, format.number(answer.num_changed),
         format.bytes(answer.loaded_bytes), format.seconds(answer.seconds))));
-      await Promise.all([loadInfo(), loadPrecision(), loadRemaps()]);
+      await Promise.all([loadInfo(), loadPrecision(), loadRemaps(), loadMapping()]);
     } catch (error) {
       tell(() => h("div", { class: "panel-error", role: "alert" }, error.message));
     } finally {
@@ -261,11 +320,16 @@ export function create() {
 
   const mapPanel = followStatistics({ id: "precision", node: mapNode, refresh, redraw, needsStatistics: true }, REFRESH_MS);
   on("precision", () => {
+    forgetSizes();
     adopt();
     redraw();
   });
   on("info", adopt);
-  on("staged", showSelection);
+  on("staged", () => {
+    forgetSizes();
+    showSelection();
+  });
+  on("mapping", showKept);
   on("stage-expert", (expert) => {
     const row = map?.layerIds.indexOf(expert.layer_id) ?? -1;
     if (row >= 0) selectCells([[row, expert.expert_id]]);
@@ -304,17 +368,14 @@ function thresholds(node, values, ofHints) {
 function readMap(answer) {
   const { layer_ids: layerIds, num_experts: numExperts, projections } = answer;
   const seen = new Map();
-  const sizes = new Map(); // source → projection → bytes of one weight
   let totalBytes = 0;
   const each = (visit) => answer.formats.forEach((row, r) => row.forEach((parts, e) => parts.forEach((name, p) => visit(name, r, e, p))));
   each((name, row, expert, part) => {
     const size = answer.bytes[row][expert][part];
-    const source = answer.sources[row][expert][part];
     const item = seen.get(name) ?? { name, count: 0, bytes: 0 };
     item.count += 1;
     item.bytes += size;
     seen.set(name, item);
-    sizes.set(`${part}/${source}`, size);
     totalBytes += size;
   });
   const formats = [...seen.values()];
@@ -334,7 +395,6 @@ function readMap(answer) {
     cell: (row, expert, part) => ({
       format: answer.formats[row][expert][part], source: answer.sources[row][expert][part], bytes: answer.bytes[row][expert][part],
     }),
-    sizeFrom: (source, projection) => sizes.get(`${projections.indexOf(projection)}/${source}`) ?? null,
     name: (row, expert, part) => answer.names[row][expert][part],
   };
 }

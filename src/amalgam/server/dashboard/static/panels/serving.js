@@ -41,6 +41,8 @@ export function create() {
       return;
     }
     serving = event.serving;
+    const isGap = serving.series.length && known.length && serving.series[0].t - known.at(-1).t > 1.5 * STEP_SECONDS;
+    if (isGap) refresh().catch(() => {}); // events were missed: the server has the points between
     for (const point of event.serving.series ?? []) {
       const index = known.findLastIndex((item) => item.t <= point.t);
       if (known[index]?.t === point.t) known[index] = point;
@@ -77,8 +79,9 @@ export function create() {
       line(t("prompt_rate"), points.map((point) => point.prompt_tps), css("--series-2")),
     ], { ...marks, xaxis: time, yaxis: { rangemode: "tozero", nticks: 4 } });
     chart(load, [
-      line(t("running"), points.map((point) => point.running), css("--series-1"), { line: { shape: "hv" } }),
-      line(t("waiting_name"), points.map((point) => point.waiting), css("--series-3"), { line: { shape: "hv" } }),
+      line(t("running_mean"), points.map((point) => point.running), css("--series-1"), { line: { shape: "hv" } }),
+      line(t("running_peak"), points.map((point) => point.running_peak), css("--series-1"), { line: { shape: "hv", width: 1, dash: "dot" } }),
+      line(t("waiting_mean"), points.map((point) => point.waiting), css("--series-3"), { line: { shape: "hv" } }),
       line(t("kv_used"), points.map((point) => kvShare(point, serving)), css("--series-2"), { trace: { yaxis: "y2" } }),
     ], {
       ...marks, xaxis: time, margin: { l: 40, r: 44, t: 8, b: 28 },
@@ -99,18 +102,22 @@ function kvShare(point, serving) {
 }
 
 function tileList(serving) {
-  const { throughput, latency, kv } = serving;
+  const { throughput, latency, kv, load } = serving;
   const spread = (measure) => `p90 ${format.seconds(measure?.p90)} · p99 ${format.seconds(measure?.p99)}`;
   return [
     tile(t("generated_rate"), format.short(throughput?.generated_tokens_per_second), t("tokens_per_second")),
     tile(t("prompt_rate"), format.short(throughput?.prompt_tokens_per_second), t("tokens_per_second")),
     tile(`${t("first_token")} · ${t("median")}`, format.seconds(latency?.first_token?.p50), spread(latency?.first_token)),
     tile(`${t("per_token")} · ${t("median")}`, format.seconds(latency?.per_token?.p50), spread(latency?.per_token)),
-    tile(t("running"), format.number(serving.running), t("waiting", format.number(serving.queue))),
-    tile(t("kv_cache"), kv?.total_blocks ? format.percent(kv.used_blocks / kv.total_blocks) : "–",
-      kv ? t("kv_blocks", format.number(kv.used_blocks), format.number(kv.total_blocks)) : ""),
+    tile(`${t("running")} · ${t("mean")}`, few(load.running.mean),
+      t("load_detail", format.number(load.running.peak), few(load.waiting.mean), format.number(load.waiting.peak))),
+    tile(`${t("kv_cache")} · ${t("mean")}`, kv.total_blocks ? format.percent(load.kv_blocks.mean / kv.total_blocks) : "–",
+      t("kv_blocks", format.number(load.kv_blocks.peak), format.number(kv.total_blocks))),
   ];
 }
+
+// A mean of few things: one decimal, and not "0" for what was there.
+const few = (mean) => (mean > 0 && mean < 0.1 ? `<${format.number(0.1, 1)}` : format.number(mean, 1));
 
 function tile(name, value, detail) {
   return h("div", { class: "tile" }, h("span", {}, name), h("b", {}, value), h("small", {}, detail));

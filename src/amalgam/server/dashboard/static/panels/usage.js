@@ -7,7 +7,7 @@ import * as format from "../format.js";
 import { CellGrid, legend } from "../grid.js";
 import { onLanguage, t } from "../i18n.js";
 import { css, empty, pick, scale } from "../theme.js";
-import { control, frame, select } from "./panel.js";
+import { caption, control, frame, select } from "./panel.js";
 
 const OCTAVES = 3; // the scale ends at 8 times and an eighth of the even share
 const SPAN_MINUTES = 30; // until another is typed
@@ -50,7 +50,7 @@ export function create() {
   let isStale = false;
   let highlighted = [];
   const grid = new CellGrid(host, {
-    height: 430, maxCellHeight: 52,
+    height: 430, maxCellHeight: 72,
     onPick: (row, expertId) => choose(data.answer.layer_ids[row], expertId),
     describe: (row, expertId) => describeCell(data, row, expertId),
   });
@@ -119,17 +119,21 @@ export function create() {
   }
 
   function draw() {
-    grid.show(data.kind === "use" ? useView(data.answer, order.value) : differenceView(data.answer, order.value));
+    const { answer } = data;
+    const isUse = data.kind === "use";
+    grid.show(isUse ? useView(answer, order.value) : differenceView(answer, order.value));
+    caption(node, isUse ? "usage_hint" : "usage_hint_difference");
     mark();
     showBusiest();
-    const { answer } = data;
-    if (data.kind === "use") {
+    if (isUse) {
       fill(legendHost, legend(scale("diverging"), [[0, "⅛×"], [1 / 3, "½×"], [0.5, "1×"], [2 / 3, "2×"], [1, "8×"]], [[empty(), t("never_used"), "boxed"]]));
       figures.textContent = answer.total_tokens
-        ? t("tokens_counted", format.number(answer.total_tokens), format.seconds(answer.window.seconds)) : t("no_data");
+        ? t("tokens_counted", format.number(answer.total_tokens), format.seconds(answer.window.seconds)) : "";
     } else {
-      fill(legendHost, h("div", { class: "legend" }, legend(scale("diverging"), [[0, "−2"], [0.5, "0"], [1, "+2"]]), h("span", { class: "quiet" }, t("difference_scale"))));
-      figures.textContent = t("mean_divergence", format.short(meanDivergence(answer)));
+      const mean = meanDivergence(answer);
+      fill(legendHost, h("div", { class: "legend" }, legend(scale("diverging"), [[0, "−2"], [0.5, "0"], [1, "+2"]], [[empty(), t("not_comparable"), "boxed"]]),
+        h("span", { class: "quiet" }, t("difference_scale"))));
+      figures.textContent = mean === null ? "" : t("mean_divergence", format.short(mean));
     }
   }
 
@@ -138,7 +142,7 @@ export function create() {
     const columns = numExperts(answer);
     const isUse = data.kind === "use";
     const cells = [];
-    (isUse ? relativeUse(answer.values) : answer.difference).forEach((row, index) => row?.forEach((value, expertId) => {
+    (isUse ? relativeUse(answer.values) : comparable(answer)).forEach((row, index) => row?.forEach((value, expertId) => {
       if (value) cells.push([Math.abs(value), index, expertId, value]);
     }));
     cells.sort((a, b) => b[0] - a[0]);
@@ -147,7 +151,7 @@ export function create() {
         type: "button", class: "cell-chip", title: t("cell_name", answer.layer_ids[index], expertId),
         onclick: () => choose(answer.layer_ids[index], expertId),
       }, h("span", {}, `L${answer.layer_ids[index]}·E${expertId}`),
-      h("b", {}, isUse ? format.percent(value / columns) : signed(value)))));
+      h("b", {}, isUse ? format.percent(value / columns) : format.points(value)))));
   }
 
   function mark() {
@@ -160,7 +164,7 @@ export function create() {
     });
     const row = chosen ? layerIds.indexOf(chosen.layerId) : -1;
     if (row >= 0) cells.push([row, chosen.expertId]);
-    grid.setOutlines([{ cells: cells.filter(([index]) => index >= 0), color: css("--mark-cell") }]);
+    grid.setOutlines([{ cells: cells.filter(([index]) => index >= 0), color: css("--text"), style: "frame" }]);
   }
 
   on("chosen", () => {
@@ -193,7 +197,11 @@ export function create() {
   return [panel];
 }
 
-const signed = (share) => `${share > 0 ? "+" : ""}${format.percent(share)}`;
+// Rows of differences of shares; null where one of the two sides has not used the layer.
+function comparable(answer) {
+  const { perLayer } = divergence(answer);
+  return answer.difference.map((row, index) => (Number.isFinite(perLayer[index]) ? row : null));
+}
 const numExperts = (answer) => answer.num_experts ?? answer.difference?.[0]?.length ?? 0;
 
 function useView(answer, order) {
@@ -213,6 +221,7 @@ function useView(answer, order) {
     rowNames: answer.layer_ids, numColumns: columns, colors,
     order: order === "use" ? orderBy(answer.values) : null,
     label: t("grid_label", t("usage"), answer.layer_ids.length, columns),
+    emptyText: relative.every((row) => row === null) ? t("no_data") : null,
     margins: [
       { title: t("max_to_mean"), values: column(balance, "max_to_mean"), low: 1, high: Math.max(4, ...finite(column(balance, "max_to_mean"))), text: format.times },
       { title: t("entropy"), values: column(balance, "normalized_entropy"), low: 0, high: 1, text: (value) => format.percent(value, 0) },
@@ -225,9 +234,11 @@ function differenceView(answer, order) {
   const columns = numExperts(answer);
   const colors = new Uint32Array(answer.layer_ids.length * columns);
   const table = scale("diverging");
-  answer.difference.forEach((row, index) => {
+  const rows = comparable(answer);
+  const blank = empty();
+  rows.forEach((row, index) => {
     for (let place = 0; place < columns; place += 1) {
-      colors[index * columns + place] = pick(table, (row[place] * columns) / 4 + 0.5);
+      colors[index * columns + place] = row ? pick(table, (row[place] * columns) / 4 + 0.5) : blank;
     }
   });
   const { perLayer } = divergence(answer);
@@ -235,6 +246,7 @@ function differenceView(answer, order) {
     rowNames: answer.layer_ids, numColumns: columns, colors,
     order: order === "use" ? orderBy(answer.difference) : null,
     label: t("grid_label", t("view_difference"), answer.layer_ids.length, columns),
+    emptyText: rows.every((row) => row === null) ? t("no_divergence") : null,
     margins: [{ title: t("jensen_shannon"), values: perLayer, low: 0, high: Math.max(0.1, ...finite(perLayer)), text: format.short }],
   };
 }
@@ -309,7 +321,8 @@ function orderBy(rows) {
 function describeCell({ kind, answer }, row, expertId) {
   const name = t("cell_name", answer.layer_ids[row], expertId);
   if (kind === "difference") {
-    return [name, `A − B: ${signed(answer.difference[row][expertId])}`];
+    const difference = comparable(answer)[row];
+    return [name, difference ? `A − B: ${format.points(difference[expertId])} ${t("share")}` : t("not_comparable")];
   }
   const value = answer.values[row][expertId];
   const sum = answer.values[row].reduce((a, b) => a + b, 0);

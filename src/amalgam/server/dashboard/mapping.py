@@ -1,0 +1,133 @@
+"""The weight mapping in use: what a change would cost, taking the latest one back, and keeping all as a configuration.
+
+In: names and sources. Out: sizes, what changed, YAML. Must never know: tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from amalgam.config import ModelSettings, Rule, SourceName
+from amalgam.server.admin import LogicalName, RemapAnswer, remap_answer
+from amalgam.server.body import MAX_JSON_KEYS, Body, StrictRoute
+from amalgam.server.dependencies import Admission, ServiceArgument
+from amalgam.server.service import in_own_thread
+
+if TYPE_CHECKING:
+    from amalgam.engine.deployment import Deployment
+
+FILE_NAME = "weight_mapping.yaml"
+
+router = APIRouter(route_class=StrictRoute, include_in_schema=False)
+
+
+class MappingAnswer(BaseModel):
+    weight_version: int
+    num_rules: int
+    is_configured: bool
+    """Whether a restart would begin with the same rules."""
+    num_undoable: int
+    """Changes that can be taken back."""
+
+
+class SizeBody(Body):
+    weight_mapping: dict[LogicalName, SourceName] = Field(min_length=1, max_length=MAX_JSON_KEYS)
+    """Logical weight name, no patterns → source."""
+
+
+class SizeAnswer(BaseModel):
+    bytes_before: int
+    """In memory, of these weights."""
+    bytes_after: int
+
+
+class UndoBody(Body):
+    weight_version: int = Field(ge=1)
+    """The version whose change is to be taken back: the one in use."""
+
+
+@router.get("/dashboard/mapping")
+async def mapping(service: ServiceArgument) -> MappingAnswer:
+    """Whether the mapping in use would survive a restart."""
+    deployment = service.deployment
+    return MappingAnswer(
+        weight_version=deployment.version.version_id,
+        num_rules=len(deployment.rules),
+        is_configured=deployment.rules == deployment.configured_rules,
+        num_undoable=deployment.num_undoable,
+    )
+
+
+@router.post("/dashboard/size", dependencies=[Admission])
+async def size(body: SizeBody, service: ServiceArgument) -> SizeAnswer:
+    """What weights take now and would take from other sources. Nothing changes."""
+    deployment = service.deployment
+    before, after = await in_own_thread(lambda: deployment.planned_bytes(body.weight_mapping))
+    return SizeAnswer(bytes_before=before, bytes_after=after)
+
+
+@router.post("/dashboard/undo", dependencies=[Admission])
+async def undo(body: UndoBody, service: ServiceArgument) -> RemapAnswer:
+    """Go back to the mapping before the latest change."""
+    deployment = service.deployment
+    return remap_answer(await in_own_thread(lambda: deployment.undo_weight_mapping(body.weight_version)))
+
+
+@router.get("/dashboard/mapping.yaml")
+async def mapping_yaml(service: ServiceArgument) -> Response:
+    """The configuration's section `model` with the mapping in use."""
+    deployment = service.deployment
+    text = await in_own_thread(lambda: configuration(deployment))
+    headers = {"Content-Disposition": f'attachment; filename="{FILE_NAME}"', "X-Content-Type-Options": "nosniff"}
+    return Response(text, headers=headers, media_type="application/yaml")
+
+
+def configuration(deployment: Deployment) -> str:
+    """YAML that loads again: section `model` of the settings, with the rules in use as `weight_mapping`.
+
+    Paths are absolute, so that the file may lie anywhere.
+    """
+    section = _model_section(deployment.settings.model, deployment.rules)
+    head = (
+        f"# The weight mapping that {_one_line(deployment.model_name)} used as weight version "
+        f"{deployment.version.version_id}.\n"
+        "# Put it in place of the section `model` of the configuration file, or start with it alone.\n"
+    )
+    return head + yaml.safe_dump({"model": section}, allow_unicode=True, sort_keys=False, width=1000)
+
+
+def _model_section(model: ModelSettings, rules: Sequence[Rule]) -> dict[str, Any]:
+    mixed = model.mixed_precision
+    weight_mapping: dict[str, str] = {}
+    for rule in rules:
+        weight_mapping.pop(rule.pattern, None)  # the later rule wins, in the later place
+        weight_mapping[rule.pattern] = rule.source
+    kept = mixed.model_dump(exclude_defaults=True, exclude={"sources", "weight_mapping", "rules"})
+    section = model.model_dump(exclude_defaults=True, exclude={"mixed_precision", "base_path"})
+    return {
+        **section,
+        "base_path": _absolute(model.base_path),
+        "mixed_precision": {
+            "sources": {name: _absolute(path) for name, path in mixed.sources.items()},
+            **kept,
+            "weight_mapping": weight_mapping,
+        },
+    }
+
+
+def _absolute(path: str) -> str:
+    """A path as it is found from anywhere; a hub id (`org/name`) stays as it is."""
+    expanded = os.path.expanduser(path)
+    is_path = os.path.exists(expanded) or expanded.startswith(".") or expanded.count("/") != 1
+    return os.path.abspath(expanded) if is_path else path
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
