@@ -47,7 +47,7 @@ class Steps:
         self.steps: list[dict[str, float]] = []
         self._parts: dict[str, float] = defaultdict(float)
         self._callees = [0.0]  # seconds in what is timed by itself, for each call under way
-        for owner in (_native.Kernels, _native.AttentionKernels, _native.Stack, _native):
+        for owner in (_native.Kernels, _native.AttentionKernels, _native.Program, _native):
             for name, member in list(vars(owner).items()):
                 if callable(member) and not name.startswith("_") and not isinstance(member, type):
                     setattr(owner, name, self._timed(EXTENSION, member))

@@ -244,8 +244,19 @@ class AttentionKernels:
         /,
     ) -> None: ...
 
+class Scoring(Enum):
+    softmax = 0
+    sigmoid = 1
+    chosen = 2
+    mixer = 3
+
+class Elementwise(Enum):
+    add = 0
+    clamp = 1
+    gelu = 2
+
 @final
-class StackMemory:
+class StepMemory:
     def __init__(
         self,
         caches: Sequence[tuple[int, int]],
@@ -256,65 +267,113 @@ class StackMemory:
         /,
     ) -> None: ...
 
+# Index of a buffer, stride, first column, columns.
+_Columns = tuple[int, int, int, int]
+
 @final
-class Stack:
-    def __init__(
+class Program:
+    """Instructions over buffers. Arrays are kept alive; a ValueError says what does not fit together."""
+
+    def __init__(self, buffers: Sequence[tuple[int, bool]], num_active: int, /) -> None:
+        """`buffers`: elements per token, and whether they are always float32."""
+
+    @property
+    def num_instructions(self) -> int: ...
+    def add_embed(
+        self, matrix: object, rows: Tensor | None, out: _Columns, by_position: bool, adds: bool, /
+    ) -> None: ...
+    def add_normalize(
         self,
-        hidden: int,
-        embedding: object,
-        rows: int,
-        rows_dtype: DType,
-        num_rows: int,
-        first_norm: tuple[int, DType],
-        norm_eps: float,
-        head: tuple[object, int, DType] | None,
+        x: _Columns,
+        weight: Tensor,
+        bias: Tensor | None,
+        delta: _Columns | None,
+        out: _Columns,
+        eps: float,
+        rounds_last: bool,
         /,
     ) -> None: ...
-    def begin_layer(
+    def add_project(
+        self, x: _Columns, projections: Sequence[tuple[object, Tensor | None, _Columns]], widens: bool, /
+    ) -> None: ...
+    def add_attend(
         self,
-        projections: Sequence[tuple[object, int, DType]],
-        norms: Sequence[tuple[int, DType]],
-        head_norm_eps: float,
-        norm_eps: float,
+        rows: Sequence[_Columns],
+        layer: int,
         heads: int,
         kv_heads: int,
         head_dim: int,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        head_norm_eps: float,
         scale: float,
         window: int,
-        sinks: int,
+        sinks: Tensor | None,
         rope: int,
         /,
-    ) -> None: ...
-    def set_dense(
+    ) -> None:
+        """`rows`: query, key, value, out."""
+
+    def add_attend_latent(
         self,
-        gate: tuple[object, int, DType],
-        up: tuple[object, int, DType],
-        down: tuple[object, int, DType],
+        rows: Sequence[_Columns],
+        layer: int,
+        to_keys: Sequence[Matrix],
+        to_values: Sequence[Matrix],
+        norm: Tensor,
+        eps: float,
+        scale: float,
+        rope_dim: int,
+        rope: int,
+        is_interleaved: bool,
         /,
-    ) -> None: ...
-    def set_mixture(
+    ) -> None:
+        """`rows`: query, compressed, out."""
+
+    def add_route(
         self,
-        router: object,
-        num_active: int,
+        x: _Columns,
+        matrix: object,
+        bias: Tensor | None,
+        correction: Tensor | None,
+        scoring: Scoring,
+        num_groups: int,
+        num_kept: int,
         normalises: bool,
         sum_eps: float,
+        scaling: float,
+        jitter: float,
+        index: int,
+        /,
+    ) -> None: ...
+    def add_mix(
+        self,
+        x: _Columns,
         experts: Experts,
+        out: _Columns,
         alpha: float,
         offset: float,
         limit: float,
+        route: int,
         /,
     ) -> None: ...
+    def add_swiglu(self, gate: _Columns, up: _Columns, out: _Columns, /) -> None: ...
+    def add_elementwise(self, kind: Elementwise, x: _Columns, y: _Columns | None, limit: float, /) -> None: ...
+    def add_scale(self, x: _Columns, gate: _Columns, /) -> None: ...
+    def add_head(self, x: _Columns, matrix: object, bias: Tensor | None, /) -> None: ...
     def run(
         self,
+        first: int,
+        end: int,
         kernels: Kernels,
         attention: AttentionKernels,
-        memory: StackMemory,
+        memory: StepMemory,
         sequences: Sequence[tuple[Sequence[int], int, Sequence[int], int]],
         dtype: DType,
-        x: int,
+        buffers: Sequence[int],
         expert_ids: int,
         gate_weights: int,
-        out: int,
+        logits: int,
         num_logits: int,
         threads: int,
         /,

@@ -37,6 +37,9 @@ class FakeDecoder:
         self.on_step = lambda token_ids: None
         self.nan_token = None
 
+    def compile(self, weights):
+        return SimpleNamespace(describe=dict)
+
     def forward(self, context, weights):
         token_ids = context.token_ids
         assert self.gate.wait(10)

@@ -85,14 +85,6 @@ def test_many_threads_may_call_at_once(use_threads: Callable[[int], None]) -> No
     assert len(results) == 100 and all(results)
 
 
-def test_backends_are_reported(use_isa: Callable[[str], None]) -> None:
-    use_isa("portable")
-    backends = ops.backends()
-    assert backends["linear"] == backends["moe"] == backends["embedding"] == "native (portable)"
-    assert backends["sigmoid"] == "torch"
-    assert "prepare" not in backends
-
-
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.usefixtures("isa")
 def test_add_rms_norm(dtype: torch.dtype) -> None:

@@ -80,6 +80,7 @@ class Engine:
     ) -> None:
         max_sequence_tokens = min(settings.inference.max_seq_length, decoder.spec.max_positions)
         self._runner = Runner(decoder, settings, max_sequence_tokens, device, dtype, observer)
+        self._runner.prepare(version)
         self._tokenizer = tokenizer
         self._vocab_size = decoder.spec.vocab_size
         self._max_queue = settings.engine.max_queue
@@ -194,6 +195,7 @@ class Engine:
 
     def set_version(self, version: WeightVersion) -> None:
         """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""
+        self._runner.prepare(version)  # here, and not in its first step
         with self._condition:
             self._scheduler.version = version
 
@@ -206,6 +208,11 @@ class Engine:
     def max_prompt_tokens(self) -> int:
         """Longest prompt that leaves room for a new token."""
         return self._scheduler.max_sequence_tokens - 1
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Instruction of a step → what runs it, with the newest version."""
+        return self._runner.kernels(self.version)
 
     @property
     def kv_cache_bytes(self) -> int:

@@ -22,7 +22,6 @@ from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults, read_model_defaults
 from amalgam.engine.memory import peak_memory_bytes
 from amalgam.errors import ConfigError, ConflictError, PlanError, UnavailableError, describe
-from amalgam.kernels import ops
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import LoadedVersion, ModelLoader, Progress
@@ -292,7 +291,7 @@ class Deployment:
             "device": str(self._loader.device),
             "dtype": self.settings.inference.dtype,
             "compute_threads": torch.get_num_threads(),
-            "kernels": ops.backends(),
+            "kernels": self.engine.kernels,
             "load_seconds": round(self.loaded_seconds, 3),
         }
 

@@ -15,6 +15,7 @@ from amalgam.errors import ConfigError
 from amalgam.models.context import KVCache, RoutingObserver, StepContext, StepSequence, TokenSpan
 from amalgam.models.decoder import Decoder
 from amalgam.models.spec import ModelSpec
+from amalgam.models.weights import WeightVersion
 
 _MEMORY_SHARE = 4  # without a setting the cache takes at most one part in four of the available memory
 
@@ -53,6 +54,14 @@ class Runner:
     @property
     def observer(self) -> RoutingObserver | None:
         return self._observer
+
+    def prepare(self, version: WeightVersion) -> None:
+        """Make a version ready to run, so that its first step takes no longer than others. In any thread."""
+        self._decoder.compile(version)
+
+    def kernels(self, version: WeightVersion) -> dict[str, str]:
+        """Instruction of a step → what runs it."""
+        return self._decoder.compile(version).describe()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute a step: its keys and values go to the cache, its routing to the observer. In inference mode."""

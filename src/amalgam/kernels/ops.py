@@ -1,4 +1,4 @@
-"""One function per operator; picks a backend and can report which it picked.
+"""One function per operator: the compiled one where it takes the arguments, else the reference.
 
 In: activations and packed weights. Out: activations. Must never know: names, plans, requests.
 Semantics, shapes and types of every operator are those of `amalgam.kernels.reference`.
@@ -18,7 +18,6 @@ from amalgam.kernels.reference import layer_norm, per_head, sigmoid
 
 __all__ = [
     "add_rms_norm",
-    "backends",
     "cached_attention",
     "embedding",
     "layer_norm",
@@ -35,9 +34,6 @@ __all__ = [
     "swiglu",
     "write_kv",
 ]
-
-_IN_TORCH = frozenset({"layer_norm", "per_head", "sigmoid"})
-_NOT_OPERATORS = frozenset({"backends", "prepare"})
 
 
 def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -183,12 +179,3 @@ def cached_attention(
     write_kv(keys, values, new_keys, value.view(tokens, *values.shape[1:]), slot_ids)
     attended = paged_attention(queries, keys, values, batch, scale=scale, window=window, sinks=sinks)
     return attended.flatten(1)
-
-
-def backends() -> dict[str, str]:
-    """Operator → backend on the CPU: what `GET /model_info` and `amalgam bench` report.
-
-    Products run compiled where their weight is in panels, which `prepare` makes of every layout that fits.
-    """
-    compiled = f"native ({native.isa()})" if native.is_available() else "torch"
-    return {name: "torch" if name in _IN_TORCH else compiled for name in __all__ if name not in _NOT_OPERATORS}

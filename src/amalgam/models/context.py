@@ -1,4 +1,4 @@
-"""What a step hands to the decoder besides tokens and weights: positions, the KV cache, the observer of routing.
+"""What a step hands to the decoder besides weights: its sequences, the KV cache, the observer of routing.
 
 In: from the engine's runner. Out: nothing; these are nouns. Always an argument, never a global.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -16,16 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amalgam.kernels.packed import AttentionBatch
-from amalgam.kernels.stack import StepSequence
+from amalgam.kernels.step import Observer, StepContext, StepSequence
 
 if TYPE_CHECKING:
-    from amalgam.models.rope import Rope
     from amalgam.models.spec import ModelSpec
 
 __all__ = [
-    "AttentionBatch",
-    "BlockContext",
     "KVCache",
     "RoutingObserver",
     "RoutingTrace",
@@ -72,8 +66,8 @@ class RoutingTrace:
     gate_weights: npt.NDArray[np.float32]  # [tokens, layers, k]
 
 
-class RoutingObserver(Protocol):
-    """Sees which experts each token was routed to.
+class RoutingObserver(Observer, Protocol):
+    """Sees which experts each token was routed to, and whose tokens they were.
 
     From `begin_step` to `end_step`, and `count_request`, are called in the step thread only, the rest in any.
     """
@@ -88,12 +82,6 @@ class RoutingObserver(Protocol):
 
     def begin_step(self, spans: Sequence[TokenSpan]) -> None:
         """A step starts; its rows belong to these requests."""
-
-    def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
-        """Routing of one layer: int64 and float `[tokens, top_k]`, perhaps on a GPU."""
-
-    def observe_all(self, expert_ids: Tensor, gate_weights: Tensor) -> None:
-        """Routing of all layers that have experts, in order, instead of one by one: `[layers, tokens, top_k]`."""
 
     def end_step(self, rejected: Mapping[int, int] | None = None) -> None:
         """The step succeeded. A step without this call did not happen.
@@ -146,94 +134,3 @@ class KVCache:
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block over all layers."""
         return sum(heads * (key + value) for heads, key, value in spec.kv_shapes) * block_size * dtype.itemsize
-
-
-class _StepTensors(NamedTuple):
-    token_ids: Tensor
-    positions: Tensor
-    slot_ids: Tensor
-    logit_rows: Tensor
-    attention: AttentionBatch
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """One step as the decoder sees it.
-
-    The rows of its tensors are one sequence's tokens after another's. They are made when somebody asks: the extension,
-    which runs a whole step, takes the sequences as they are.
-
-    Attributes:
-        sequences: whose tokens the step runs, and where their keys and values lie in the cache.
-        kv: the cache.
-        observer: sees the routing, if anybody wants to.
-    """
-
-    sequences: Sequence[StepSequence]
-    kv: KVCache
-    observer: RoutingObserver | None = None
-
-    @property
-    def token_ids(self) -> Tensor:
-        """int64 `[tokens]`."""
-        return self._tensors.token_ids
-
-    @property
-    def positions(self) -> Tensor:
-        """int64 `[tokens]`, each token's place in its sequence."""
-        return self._tensors.positions
-
-    @property
-    def slot_ids(self) -> Tensor:
-        """int64 `[tokens]`, where each token's key and value go: `block_id × block_size + offset`."""
-        return self._tensors.slot_ids
-
-    @property
-    def logit_rows(self) -> Tensor:
-        """int64 `[rows]`: the rows whose logits are wanted, in order."""
-        return self._tensors.logit_rows
-
-    @property
-    def attention(self) -> AttentionBatch:
-        """Which rows belong to which sequence."""
-        return self._tensors.attention
-
-    @cached_property
-    def _tensors(self) -> _StepTensors:
-        """Plain lists and one tensor: a step of few tokens pays for the number of calls, not for the elements."""
-        block_size = self.kv.block_size
-        width = max((len(sequence.block_ids) for sequence in self.sequences), default=0)
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slot_ids: list[int] = []
-        logit_rows: list[int] = []
-        tables: list[int] = []
-        query_starts, context_lengths = [0], []
-        for new_ids, first, block_ids, num_logits in self.sequences:
-            places = range(first, first + len(new_ids))
-            token_ids += new_ids
-            positions += places
-            for place in places:
-                slot_ids.append(block_ids[place // block_size] * block_size + place % block_size)
-            logit_rows += range(len(token_ids) - min(num_logits, len(new_ids)), len(token_ids))
-            tables += block_ids
-            tables += [0] * (width - len(block_ids))
-            query_starts.append(len(token_ids))
-            context_lengths.append(places.stop)
-        parts = (token_ids, positions, slot_ids, logit_rows, tables, query_starts, context_lengths)
-        sizes = [len(part) for part in parts]
-        together = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
-        on_device = together.to(self.kv.device)
-        token_rows, positions_, slots, wanted, table, _, _ = on_device.split(sizes)
-        *_, starts, lengths = together.split(sizes)
-        batch = AttentionBatch(starts, lengths, table.view(len(context_lengths), width), block_size)
-        return _StepTensors(token_rows, positions_, slots, wanted, batch)
-
-
-@dataclass(frozen=True)
-class BlockContext:
-    """A step as one layer's blocks see it: the step, the layer, and cos and sin of the step's positions by rope."""
-
-    step: StepContext
-    layer_id: int
-    rotary: Mapping[Rope, tuple[Tensor, Tensor]]

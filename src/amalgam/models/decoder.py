@@ -1,4 +1,4 @@
-"""The one generic decoder: token ids in, logits out, with the weight version that it is handed.
+"""The one generic decoder: a spec and a weight version make a program, which turns a step's token ids into logits.
 
     token ids ─ embedding ─┬────────────────┬+──┬──────────┬+── … ── norm ─ hidden ─ head ─ logits
                            └ norm ─ attention┘  └ norm ─ mlp┘
@@ -9,84 +9,71 @@ Must never know: requests, files, plans.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
-from amalgam.kernels import ops
-from amalgam.kernels.stack import Stack
-from amalgam.models.context import BlockContext, StepContext
+from amalgam.kernels.backends import Compiled, choose_backend
+from amalgam.kernels.program import Embed, Emitter, Head, Program
+from amalgam.models.context import StepContext
+from amalgam.models.rope import Rope
 from amalgam.models.spec import ModelSpec
-from amalgam.models.stack import stack_of
 from amalgam.models.weights import WeightVersion
 
 
 class Decoder:
-    """Stateless apart from the rotary tables; one instance serves every weight version."""
+    """Runs steps of any weight version of one model. One thread runs steps; any thread may compile."""
 
     def __init__(self, spec: ModelSpec, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
         self.dtype = dtype
         self.device = device
-        ropes = {layer.attention.rope for layer in spec.layers} - {None}
-        self._ropes = [rope for rope in ropes if rope is not None]
-        self._tables = [rope.tables(max_positions, device) for rope in self._ropes]
+        self._ropes = ropes_of(spec)
+        self.tables = [rope.tables(max_positions, device) for rope in self._ropes]
+        self._backend = choose_backend(dtype, device, self.tables)
+        self._compiled: WeakKeyDictionary[WeightVersion, Compiled] = WeakKeyDictionary()
+
+    def compile(self, weights: WeightVersion) -> Compiled:
+        """Make a version ready to run. To be called before it goes live: that takes longer than a step."""
+        compiled = self._compiled.get(weights)
+        if compiled is None:
+            compiled = self._compiled[weights] = self._backend.compile(emit(self.spec, weights, self._ropes))
+        return compiled
 
     def forward(self, context: StepContext, weights: WeightVersion) -> Tensor:
         """Run one step: float32 logits `[rows, vocabulary]` of the rows that it wants, good until the next step.
 
         Writes the tokens' keys and values to the cache and shows the routing to the observer.
         """
-        stack, kv = stack_of(self.spec, weights, self._ropes), context.kv
-        if stack is not None and stack.takes(self.dtype, kv.keys, kv.values, kv.block_size, self._tables):
-            return self._run(stack, context, weights)
-        hidden, rows = self._hidden(context, weights), context.logit_rows
-        return self._logits(hidden if len(rows) == len(hidden) else hidden.index_select(0, rows), weights)
+        return self.compile(weights).run(context)
 
-    def _run(self, stack: Stack, context: StepContext, weights: WeightVersion) -> Tensor:
-        """The step in one call."""
-        observer, kv = context.observer, context.kv
-        result, expert_ids, gate_weights = stack.run(
-            context.sequences,
-            keys=kv.keys,
-            values=kv.values,
-            block_size=kv.block_size,
-            tables=self._tables,
-            x=None if stack.has_embedding else self._embedded(context, weights),
-            wants_routing=observer is not None,
-        )
-        if observer is not None and expert_ids is not None and gate_weights is not None and len(expert_ids):
-            observer.observe_all(expert_ids, gate_weights)
-        return result if stack.has_head else self._logits(result, weights)
 
-    def _hidden(self, context: StepContext, weights: WeightVersion) -> Tensor:
-        """Block by block: hidden states `[tokens, hidden]` after the last norm."""
-        norm, outside = self.spec.norm, weights.block("")
-        x = self._embedded(context, weights)
-        normed = norm(x, outside, "layers.0.attention_norm")
-        rotary = {
-            rope: (cos[context.positions], sin[context.positions])
-            for rope, (cos, sin) in zip(self._ropes, self._tables, strict=True)
-        }
-        for layer_id, layer in enumerate(self.spec.layers):
-            block = BlockContext(context, layer_id, rotary)
-            prefix = f"layers.{layer_id}"
-            delta = layer.attention(normed, weights.block(f"{prefix}.attention"), block)
-            x, normed = norm.after(x, delta, outside, f"{prefix}.mlp_norm")
-            delta = layer.mlp(normed, weights.block(f"{prefix}.mlp"), block)
-            is_last = layer_id + 1 == len(self.spec.layers)
-            x, normed = norm.after(x, delta, outside, "norm" if is_last else f"layers.{layer_id + 1}.attention_norm")
-        return normed
+def ropes_of(spec: ModelSpec) -> tuple[Rope, ...]:
+    """The different rotations of a model, in order of use."""
+    ropes = (layer.attention.rope for layer in spec.layers)
+    return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
 
-    def _embedded(self, context: StepContext, weights: WeightVersion) -> Tensor:
-        x = ops.embedding(context.token_ids, weights["embedding"], self.dtype)
-        if self.spec.has_position_embedding:
-            x = x + ops.embedding(context.positions, weights["positions"], self.dtype)
-        return x
 
-    def _logits(self, hidden: Tensor, weights: WeightVersion) -> Tensor:
-        """`[rows, hidden]` → float32 `[rows, vocabulary]`; a tied head is the embedding."""
-        if not len(hidden):  # a head that no kernel reads would be expanded for nothing
-            return torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=hidden.device)
-        head = weights["embedding"] if self.spec.has_tied_head else weights["head"]
-        bias = weights["head_bias"].dense if self.spec.has_head_bias else None
-        return ops.linear(hidden, head, bias, torch.float32)
+def emit(spec: ModelSpec, weights: WeightVersion, ropes: tuple[Rope, ...]) -> Program:
+    """A model with one weight version as a program.
+
+    Args:
+        ropes: in the order of the tables that the program will be run with.
+    """
+    step, norm, outside = Emitter(ropes), spec.norm, weights.block("")
+    x, normed = step.rows("x", spec.hidden_size), step.rows("normed", spec.hidden_size)
+    step.add(Embed(weights["embedding"], x))
+    if spec.has_position_embedding:
+        step.add(Embed(weights["positions"], x, by_position=True, adds=True))
+    norm.emit(step, x, normed, outside, "layers.0.attention_norm")
+    for layer_id, layer in enumerate(spec.layers):
+        step.layer_id = layer_id
+        prefix = f"layers.{layer_id}"
+        delta = layer.attention.emit(step, normed, weights.block(f"{prefix}.attention"))
+        norm.emit(step, x, normed, outside, f"{prefix}.mlp_norm", delta)
+        delta = layer.mlp.emit(step, normed, weights.block(f"{prefix}.mlp"))
+        is_last = layer_id + 1 == spec.num_layers
+        norm.emit(step, x, normed, outside, "norm" if is_last else f"layers.{layer_id + 1}.attention_norm", delta)
+    step.add(Head(normed, weights["embedding" if spec.has_tied_head else "head"], outside.vector("head_bias")))
+    return step.finish()

@@ -1,8 +1,8 @@
 """The blocks that several families share: norms, attention, dense MLP, mixture of experts.
 
-In: activations, one block's weights, a `BlockContext`. Out: activations. Must never know: requests, files, precisions.
+In: one block's weights. Out: instructions. Must never know: requests, files, precisions, how instructions are run.
 
-Each block is a frozen dataclass of its sizes; `slots` says which weights it needs, calling it runs it.
+Each block is a frozen dataclass of its sizes; `slots` says which weights it needs, `emit` what is computed with them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,20 @@ from typing import Protocol
 
 from torch import Tensor
 
-from amalgam.kernels import ops
-from amalgam.kernels.packed import SWIGLU, Activation
-from amalgam.models.context import BlockContext
+from amalgam.kernels.packed import SWIGLU, Activation, PackedWeight
+from amalgam.kernels.program import (
+    Add,
+    Attend,
+    Emitter,
+    Mix,
+    Normalize,
+    Project,
+    Projection,
+    Route,
+    Rows,
+    ScaleBySigmoid,
+    SwiGlu,
+)
 from amalgam.models.rope import Rope
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
@@ -23,23 +34,24 @@ from amalgam.models.weights import BlockWeights
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """See `ops.rms_norm`."""
+    """RMSNorm (Zhang & Sennrich 2019); `rounds_last`: after the multiplication with the weight, not before."""
 
     eps: float
+    rounds_last: bool = False
 
     def slots(self, name: str, width: int) -> Iterator[Slot]:
         yield Slot(name, (width,), "norm")
 
-    def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor:
-        return ops.rms_norm(x, weights[name].dense, self.eps)
-
-    def after(self, x: Tensor, delta: Tensor, weights: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
-        return ops.add_rms_norm(x, delta, weights[name].dense, self.eps)
+    def emit(
+        self, step: Emitter, x: Rows, out: Rows, weights: BlockWeights, name: str, delta: Rows | None = None
+    ) -> None:
+        weight = weights[name].dense
+        step.add(Normalize(x, weight, out, self.eps, delta=delta, rounds_last=self.rounds_last))
 
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """See `ops.layer_norm`."""
+    """LayerNorm (Ba et al. 2016)."""
 
     eps: float
 
@@ -47,19 +59,19 @@ class LayerNorm:
         yield Slot(name, (width,), "norm")
         yield Slot(f"{name}_bias", (width,), "bias")
 
-    def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor:
-        return ops.layer_norm(x, weights[name].dense, weights[f"{name}_bias"].dense, self.eps)
-
-    def after(self, x: Tensor, delta: Tensor, weights: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
-        return x + delta, self(x + delta, weights, name)
+    def emit(
+        self, step: Emitter, x: Rows, out: Rows, weights: BlockWeights, name: str, delta: Rows | None = None
+    ) -> None:
+        weight, bias = weights[name].dense, weights[f"{name}_bias"].dense
+        step.add(Normalize(x, weight, out, self.eps, bias=bias, delta=delta))
 
 
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions.
 
-    A family whose projections differ overrides `slots` and `project`. A slot `sinks` (one logit per head, see
-    `ops.paged_attention`) is used if there is one.
+    A family whose projections differ overrides `slots` and `project`. A slot `sinks` (one logit per head that takes
+    part in the softmax without a value) is used if there is one.
 
     Attributes:
         rope: None: the model has positions in its embedding.
@@ -97,30 +109,36 @@ class Attention:
             yield Slot("q_norm", (self.head_dim,), "norm")
             yield Slot("k_norm", (self.head_dim,), "norm")
 
-    def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
-        step = context.step
-        query, key, value = self.project(x, weights)
-        attended = ops.cached_attention(
-            query,
-            key,
-            value,
-            keys=step.kv.keys[context.layer_id],
-            values=step.kv.values[context.layer_id],
-            slot_ids=step.slot_ids,
-            batch=step.attention,
-            norms=(weights["q_norm"].dense, weights["k_norm"].dense) if self.has_head_norm else None,
-            norm_eps=self.norm_eps,
-            rotary=None if self.rope is None else context.rotary[self.rope],
-            scale=self.head_dim**-0.5,
-            window=self.window,
-            sinks=weights.vector("sinks"),
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        query, key, value = self.project(step, x, weights)
+        attended = step.rows("attended", self.num_heads * self.head_dim)
+        step.add(
+            Attend(
+                query,
+                key,
+                value,
+                attended,
+                layer_id=step.layer_id,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                scale=self.head_dim**-0.5,
+                head_norms=(weights["q_norm"].dense, weights["k_norm"].dense) if self.has_head_norm else None,
+                head_norm_eps=self.norm_eps,
+                rope=step.rope(self.rope),
+                window=self.window,
+                sinks=weights.vector("sinks"),
+            )
         )
-        return ops.linear(attended, weights["o"], weights.vector("o_bias"))
+        (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))
+        return delta
 
-    def project(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """`[tokens, hidden]` → queries `[tokens, num_heads × head_dim]`, keys and values of the kv heads."""
-        biases = [weights.vector(f"{name}_bias") for name in ("q", "k", "v")] if self.has_qkv_bias else None
-        query, key, value = ops.linears(x, (weights["q"], weights["k"], weights["v"]), biases)
+    def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
+        """Where the queries, `num_heads × head_dim` columns, and the keys and values of the kv heads will be."""
+        names = ("q", "query"), ("k", "key"), ("v", "value")
+        query, key, value = step.project(
+            x, *((weights[name], weights.vector(f"{name}_bias"), buffer) for name, buffer in names)
+        )
         return query, key, value
 
 
@@ -136,8 +154,8 @@ class DenseMlp:
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         return _gated_slots("", hidden_size, self.intermediate_size, "mlp", has_bias=self.has_bias)
 
-    def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
-        return _swiglu_mlp(x, weights, "")
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        return _emit_swiglu_mlp(step, x, weights, "", "delta")
 
 
 class Router(Protocol):
@@ -152,8 +170,8 @@ class Router(Protocol):
 
     def slots(self, hidden_size: int) -> Iterator[Slot]: ...
 
-    def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-        """Expert ids int64 and gate weights float32, both `[tokens, k]`, the router's first choice first."""
+    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
+        """The instruction that does it."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +189,9 @@ class SoftmaxRouter:
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         yield Slot("router", (self.num_experts, hidden_size), "router")
 
-    def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
         router, k = weights["router"], self.num_active_experts
-        return ops.route(x, router, k, normalises=self.normalises, sum_eps=self.sum_eps)
+        return Route(x, router, layer_id, k, normalises=self.normalises, sum_eps=self.sum_eps)
 
 
 @dataclass(frozen=True)
@@ -210,24 +228,28 @@ class SparseMoe:
         if self.has_shared_gate:
             yield Slot("shared_gate", (1, hidden_size), "router")
 
-    def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
-        expert_ids, gate_weights = self.router(x, weights)
-        if context.step.observer is not None:
-            context.step.observer.observe(context.layer_id, expert_ids, gate_weights)
-        routed = ops.moe(x, expert_ids, gate_weights, weights.experts, self.activation)
-        if not self.shared_size:
-            return routed
-        shared = _swiglu_mlp(x, weights, "shared.")
-        if self.has_shared_gate:
-            shared = (ops.sigmoid(ops.linear(x.float(), weights["shared_gate"])) * shared.float()).to(x.dtype)
-        return routed + shared
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        delta = step.rows("delta", x.width)
+        step.add(self.router.route(x, weights, step.layer_id), Mix(x, weights.experts, delta, self.activation))
+        if self.shared_size:
+            shared = _emit_swiglu_mlp(step, x, weights, "shared.", "shared")
+            if self.has_shared_gate:
+                gate = step.rows("shared_gate", 1, is_wide=True)
+                step.add(Project(x, (Projection(weights["shared_gate"], None, gate),), widens=True))
+                step.add(ScaleBySigmoid(shared, gate))
+            step.add(Add(delta, shared))
+        return delta
 
 
-def _swiglu_mlp(x: Tensor, weights: BlockWeights, prefix: str) -> Tensor:
-    names = (f"{prefix}gate", f"{prefix}up")
-    biases = [weights.vector(f"{name}_bias") for name in names]
-    gate, up = ops.linears(x, [weights[name] for name in names], biases)
-    return ops.linear(ops.swiglu(gate, up), weights[f"{prefix}down"], weights.vector(f"{prefix}down_bias"))
+def _emit_swiglu_mlp(step: Emitter, x: Rows, weights: BlockWeights, prefix: str, buffer: str) -> Rows:
+    def part(name: str, buffer: str) -> tuple[PackedWeight, Tensor | None, str]:
+        return weights[f"{prefix}{name}"], weights.vector(f"{prefix}{name}_bias"), buffer
+
+    gate, up = step.project(x, part("gate", "gate"), part("up", "up"))
+    joined = step.rows("joined", gate.width)
+    step.add(SwiGlu(gate, up, joined))
+    (out,) = step.project(joined, part("down", buffer))
+    return out
 
 
 def _gated_slots(prefix: str, hidden: int, width: int, role: str, *, has_bias: bool = False) -> Iterator[Slot]:

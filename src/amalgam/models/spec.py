@@ -20,10 +20,8 @@ from functools import cache, cached_property
 from importlib.metadata import entry_points
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from torch import Tensor
-
 from amalgam.errors import CheckpointError, UnsupportedError, describe
-from amalgam.models.context import BlockContext
+from amalgam.kernels.program import Emitter, Rows
 from amalgam.models.rope import Rope
 from amalgam.models.weights import BlockWeights
 from amalgam.precision.fused import FusedTensor
@@ -63,21 +61,22 @@ class Norm(Protocol):
 
     def slots(self, name: str, width: int) -> Iterator[Slot]: ...
 
-    def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor: ...
-
-    def after(self, x: Tensor, delta: Tensor, weights: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
-        """`x + delta`, and its norm."""
+    def emit(
+        self, step: Emitter, x: Rows, out: Rows, weights: BlockWeights, name: str, delta: Rows | None = None
+    ) -> None:
+        """out = norm(x); with a `delta`, x += delta before."""
 
 
 class Block(Protocol):
-    """An attention or MLP block: its sizes, its slots (relative to its own prefix) and its arithmetic.
+    """An attention or MLP block: its sizes, its slots (relative to its own prefix) and its instructions.
 
     A frozen dataclass, so that the specs of two checkpoints can be compared.
     """
 
     def slots(self, hidden_size: int) -> Iterator[Slot]: ...
 
-    def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor: ...
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        """Add what computes the block from the normed rows `x`; returns where its result will be."""
 
 
 class AttentionBlock(Block, Protocol):

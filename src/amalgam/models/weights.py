@@ -88,7 +88,6 @@ class WeightVersion:
         version_id: 1, 2, … in order of creation.
         origins: slot → where it came from; with `fingerprint`, the provenance manifest.
         keys: slot → identity of the bytes and the way they were packed; equal keys share one packed weight.
-        cache: where the decoder keeps what it derives from the weights once.
     """
 
     def __init__(
@@ -101,7 +100,6 @@ class WeightVersion:
         self.version_id = version_id
         self.origins = dict(origins)
         self.keys = dict(keys)
-        self.cache: dict[str, object] = {}
         self._weights = dict(weights)
         blocks: dict[str, dict[str, PackedWeight]] = {}
         for slot, weight in self._weights.items():

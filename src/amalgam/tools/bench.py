@@ -101,7 +101,7 @@ def bench_model(
     """Time a loaded model: load, memory, prompt and decoding speed."""
     info = deployment.model_info()
     formats = {name: row["bytes"] for name, row in info["precisions"].items()}
-    report = BenchReport(deployment.model_name, formats, hardware=hardware(), kernels=ops.backends())
+    report = BenchReport(deployment.model_name, formats, hardware=hardware(), kernels=deployment.engine.kernels)
     report.measurements.append(Measurement("load", "s", deployment.loaded_seconds))
     longest = deployment.settings.inference.max_seq_length - num_tokens
     fitting = [length for length in prompts if length <= longest]
@@ -134,7 +134,7 @@ def bench_shape(
     ) as (engine, spec):
         made = Measurement("make weights", "s", time.monotonic() - started)
         sizes = bytes_by_layout(engine.version)
-        report = BenchReport(f"shape {name}, {weights}", sizes, hardware=hardware(), kernels=ops.backends())
+        report = BenchReport(f"shape {name}, {weights}", sizes, hardware=hardware(), kernels=engine.kernels)
         report.measurements.append(made)
         report.measurements += measure_engine(engine, spec, prompts, batches, num_tokens, repeats)
         report.measurements.append(Measurement("peak memory", "MiB", peak_memory_bytes() / 2**20))

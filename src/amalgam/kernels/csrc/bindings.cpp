@@ -31,7 +31,7 @@ namespace nb = nanobind;
 namespace amalgam {
 
 void bind_attention(nb::module_& module);  // attention_bindings.cpp
-void bind_stack(nb::module_& module);      // stack_bindings.cpp
+void bind_step(nb::module_& module);       // step_bindings.cpp
 
 namespace {
 
@@ -161,9 +161,8 @@ void route_tokens(const Kernels& table, const PackedMatrix& weight, uintptr_t x,
                   bool normalises, float sum_eps, uintptr_t ids, uintptr_t weights, int threads) {
     route({&table, threads}, {{pointer<const void>(x), x_dtype, rows, x_dtype},
                               &weight.matrix(),
-                              k,
-                              normalises,
-                              sum_eps,
+                              {nullptr, DType::kFloat32},
+                              {Scoring::kSoftmax, k, nullptr, 1, 1, normalises, sum_eps, 1.0f, 0.0f},
                               pointer<int64_t>(ids),
                               pointer<float>(weights)});
 }
@@ -290,5 +289,5 @@ NB_MODULE(_native, module) {
     module.def("supported_isas", &supported_isas);
     module.def("kernels", &kernels, "isa"_a, nb::rv_policy::reference);
     bind_attention(module);
-    bind_stack(module);
+    bind_step(module);
 }

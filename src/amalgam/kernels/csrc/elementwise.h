@@ -1,5 +1,5 @@
-// Work on activations one element at a time: SwiGLU, rotary embedding, the weighted sum over experts, the softmax of
-// sampling.
+// Work on activations one element at a time: SwiGLU, GELU, sums, rotary embedding, the weighted sum over experts, the
+// softmax of sampling.
 #pragma once
 
 #include "exponential.h"
@@ -36,6 +36,59 @@ void swiglu(const SwigluArgs& args, int64_t first, int64_t end) {
         swiglu_range<float>(args, first, end);
     } else {
         swiglu_range<Bfloat16>(args, first, end);
+    }
+}
+
+inline float gelu(float x) {
+    // (1 + tanh(a)) / 2 = sigmoid(2 a)
+    return x / (1.0f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+}
+
+// Comparisons are written so that a NaN stays.
+inline float clamp(float x, float limit) {
+    x = x > limit ? limit : x;
+    return x < -limit ? -limit : x;
+}
+
+template <class T>
+void elementwise_range(const ElementwiseArgs& args, int64_t first, int64_t end) {
+    T* x = static_cast<T*>(args.x);
+    const T* y = static_cast<const T*>(args.y);
+    switch (args.kind) {
+        case ElementwiseKind::kAdd:
+            for (int64_t i = first; i < end; ++i) narrow(widen(x[i]) + widen(y[i]), &x[i]);
+            break;
+        case ElementwiseKind::kClamp:
+            for (int64_t i = first; i < end; ++i) narrow(clamp(widen(x[i]), args.limit), &x[i]);
+            break;
+        case ElementwiseKind::kGelu:
+            for (int64_t i = first; i < end; ++i) narrow(gelu(widen(x[i])), &x[i]);
+            break;
+    }
+}
+
+void elementwise(const ElementwiseArgs& args, int64_t first, int64_t end) {
+    if (args.dtype == DType::kFloat32) {
+        elementwise_range<float>(args, first, end);
+    } else {
+        elementwise_range<Bfloat16>(args, first, end);
+    }
+}
+
+template <class T>
+void scale_row_range(const ScaleRowsArgs& args, int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+        T* x = static_cast<T*>(args.x) + row * args.width;
+        const float factor = 1.0f / (1.0f + exponential(-args.gate[row]));
+        for (int64_t i = 0; i < args.width; ++i) narrow(factor * widen(x[i]), &x[i]);
+    }
+}
+
+void scale_rows(const ScaleRowsArgs& args, int64_t first_row, int64_t end_row) {
+    if (args.dtype == DType::kFloat32) {
+        scale_row_range<float>(args, first_row, end_row);
+    } else {
+        scale_row_range<Bfloat16>(args, first_row, end_row);
     }
 }
 

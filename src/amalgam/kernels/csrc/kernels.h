@@ -93,6 +93,28 @@ struct RmsNormArgs {
     float eps;
     DType x_dtype;
     DType weight_dtype;
+    bool rounds_last = false;  // cast(x / sqrt(..) * weight) instead, in float32 up to there
+};
+
+// out[r, i] = cast((x[r, i] - mean) / sqrt(variance + eps) * weight[i] + bias[i]) in float32 (Ba et al. 2016), with a
+// delta as in RmsNormArgs. bias has the weight's type.
+struct LayerNormArgs {
+    const void* x;
+    const void* delta;
+    void* sum;
+    const void* weight;
+    const void* bias;
+    void* out;
+    int64_t hidden;
+    float eps;
+    DType x_dtype;
+    DType weight_dtype;
+};
+
+// A norm's weight, where there may be none.
+struct NormWeight {
+    const void* data;  // null: no norm
+    DType dtype;
 };
 
 // Rotary embedding on the first 2 * half dimensions of each head; the others are copied.
@@ -116,6 +138,29 @@ struct SwigluArgs {
     DType dtype;
 };
 
+// Over flat arrays of one type, in place; float32 up to one rounding.
+enum class ElementwiseKind {
+    kAdd,    // x + y
+    kClamp,  // x within +-limit
+    kGelu,   // the tanh approximation (Hendrycks and Gimpel 2016)
+};
+
+struct ElementwiseArgs {
+    ElementwiseKind kind;
+    void* x;
+    const void* y;
+    float limit;
+    DType dtype;
+};
+
+// x[r] *= sigmoid(gate[r]), in place.
+struct ScaleRowsArgs {
+    void* x;            // [rows, width]
+    const float* gate;  // [rows]
+    int64_t width;
+    DType dtype;
+};
+
 // weights[i] = e^((logits[i] - largest) / temperature), each finite and at most 1.
 struct BoltzmannArgs {
     const float* logits;
@@ -135,6 +180,9 @@ struct Kernels {
     void (*rms_norm)(const RmsNormArgs&, int64_t first_row, int64_t end_row);
     void (*rotate)(const RotateArgs&, int64_t first_token, int64_t end_token);
     void (*swiglu)(const SwigluArgs&, int64_t first, int64_t end);
+    void (*layer_norm)(const LayerNormArgs&, int64_t first_row, int64_t end_row);
+    void (*elementwise)(const ElementwiseArgs&, int64_t first, int64_t end);
+    void (*scale_rows)(const ScaleRowsArgs&, int64_t first_row, int64_t end_row);
     void (*boltzmann)(const BoltzmannArgs&, double* weights);
 };
 

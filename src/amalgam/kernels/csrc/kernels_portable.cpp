@@ -1,10 +1,10 @@
 #include "activations.h"
+#include "norms.h"
 #include "product.h"
-#include "rms_norm.h"
 
 namespace amalgam {
 
-const Kernels kPortableKernels = {"portable", convert,  product, gate_up, combine,
-                                  expand,     rms_norm, rotate,  swiglu,  boltzmann};
+const Kernels kPortableKernels = {"portable", convert, product,    gate_up,     combine,    expand,   rms_norm,
+                                  rotate,     swiglu,  layer_norm, elementwise, scale_rows, boltzmann};
 
 }  // namespace amalgam

@@ -4,7 +4,6 @@
 
 #include "float_types.h"
 #include "operands.h"
-#include "selection.h"
 
 namespace amalgam {
 namespace {
@@ -12,6 +11,33 @@ namespace {
 constexpr int64_t kRowsPerItem = 128;  // their activations stay in the second-level cache
 constexpr int64_t kElementsPerItem = 1 << 15;
 constexpr int64_t kItemsPerThread = 8;  // so that a thread that was held up does not hold up the others
+
+// Runs all products, cut into items that the threads take one after another.
+void run_products(const Execution& execution, const std::vector<ProductArgs>& products, int64_t rows) {
+    struct Item {
+        const ProductArgs* product;
+        int64_t first_row, first_panel, end_panel;
+    };
+    const int64_t row_blocks = (rows + kRowsPerItem - 1) / kRowsPerItem;
+    const int64_t wanted = std::max<int64_t>(1, execution.num_threads * kItemsPerThread / row_blocks);
+    int64_t total = 0;
+    for (const ProductArgs& product : products) total += product.weight->num_panels();
+    const int64_t step = (total + wanted - 1) / wanted;
+    std::vector<Item> items;
+    for (int64_t row = 0; row < rows; row += kRowsPerItem) {
+        for (const ProductArgs& product : products) {
+            const int64_t panels = product.weight->num_panels();
+            for (int64_t panel = 0; panel < panels; panel += step) {
+                items.push_back({&product, row, panel, std::min(panel + step, panels)});
+            }
+        }
+    }
+    parallel_for(static_cast<int64_t>(items.size()), execution.num_threads, [&](int64_t i) {
+        const Item& item = items[static_cast<size_t>(i)];
+        execution.kernels->product(*item.product, item.first_row, std::min(item.first_row + kRowsPerItem, rows),
+                                   item.first_panel, item.end_panel);
+    });
+}
 
 }  // namespace
 
@@ -41,52 +67,50 @@ void linear(const Execution& execution, const LinearArgs& args, const std::vecto
     }
     run_conversions(execution, conversions);
 
-    struct Item {
-        const ProductArgs* product;
-        int64_t first_row, first_panel, end_panel;
-    };
-    const int64_t row_blocks = (args.rows + kRowsPerItem - 1) / kRowsPerItem;
-    const int64_t wanted = std::max<int64_t>(1, execution.num_threads * kItemsPerThread / row_blocks);
-    int64_t total = 0;
-    for (const ProductArgs& product : products) total += product.weight->num_panels();
-    const int64_t step = (total + wanted - 1) / wanted;
-    std::vector<Item> items;
-    for (int64_t row = 0; row < args.rows; row += kRowsPerItem) {
-        for (const ProductArgs& product : products) {
-            const int64_t panels = product.weight->num_panels();
-            for (int64_t panel = 0; panel < panels; panel += step) {
-                items.push_back({&product, row, panel, std::min(panel + step, panels)});
-            }
+    run_products(execution, products, args.rows);
+}
+
+void linear_by_head(const Execution& execution, const std::vector<HeadProduct>& heads, const HeadRows& rows) {
+    Workspace workspace;
+    std::vector<ProductArgs> products;
+    std::vector<Conversion> conversions;
+    for (const HeadProduct& head : heads) {
+        const Matrix& weight = *head.weight;
+        const Operand kind = operand_for(weight, rows.dtype);
+        Activations x{kind, accumulation_chunk(weight, kind), rows.x_stride, head.x, nullptr, nullptr, nullptr};
+        if (!is_operand(weight, kind, rows.dtype, rows.rows)) {
+            conversions.emplace_back();
+            x = plan_conversion(weight, kind, head.x, rows.dtype, nullptr, rows.rows, workspace, &conversions.back());
+            conversions.back().args.x_stride = rows.x_stride;
         }
+        products.push_back({&weight, x, {nullptr, DType::kFloat32}, head.out, rows.dtype, rows.out_stride});
     }
-    parallel_for(static_cast<int64_t>(items.size()), execution.num_threads, [&](int64_t i) {
-        const Item& item = items[static_cast<size_t>(i)];
-        execution.kernels->product(*item.product, item.first_row, std::min(item.first_row + kRowsPerItem, args.rows),
-                                   item.first_panel, item.end_panel);
+    run_conversions(execution, conversions);
+    run_products(execution, products, rows.rows);
+}
+
+const float* widened(const Execution& execution, const void* x, DType dtype, int64_t elements) {
+    // Not from the workspace, which belongs to the product.
+    static thread_local std::vector<float> wide;
+    if (dtype == DType::kFloat32) return static_cast<const float*>(x);
+    if (wide.size() < static_cast<size_t>(elements)) wide.resize(static_cast<size_t>(elements));
+    float* out = wide.data();
+    parallel_ranges(elements, kElementsPerItem, execution.num_threads, [&](int64_t first, int64_t end) {
+        widen_all(advance(x, dtype, first), dtype, end - first, out + first);
     });
+    return out;
 }
 
 void route(const Execution& execution, const RouteArgs& args) {
-    // Not from the workspace, which belongs to the product.
-    static thread_local std::vector<float> wide, scores;
+    static thread_local std::vector<float> scores;
     LinearArgs x = args.x;
-    const size_t elements = static_cast<size_t>(x.rows * args.weight->columns);
-    if (x.x_dtype != DType::kFloat32) {
-        if (wide.size() < elements) wide.resize(elements);
-        float* out = wide.data();
-        parallel_ranges(
-            static_cast<int64_t>(elements), kElementsPerItem, execution.num_threads, [&](int64_t first, int64_t end) {
-                widen_all(advance(x.x, x.x_dtype, first), x.x_dtype, static_cast<int>(end - first), out + first);
-            });
-        x.x = out;
-        x.x_dtype = DType::kFloat32;
-    }
+    x.x = widened(execution, x.x, x.x_dtype, x.rows * args.weight->columns);
+    x.x_dtype = x.out_dtype = DType::kFloat32;
     const size_t count = static_cast<size_t>(x.rows * args.weight->rows);
     if (scores.size() < count) scores.resize(count);
-    x.out_dtype = DType::kFloat32;
-    linear(execution, x, {{args.weight, {nullptr, DType::kFloat32}, scores.data()}});
-    choose_experts({scores.data(), args.weight->rows, args.k, args.normalises, args.sum_eps, args.ids, args.weights},
-                   x.rows, execution.num_threads);
+    linear(execution, x, {{args.weight, args.bias, scores.data()}});
+    choose_experts({scores.data(), args.weight->rows, args.choice, args.ids, args.weights}, x.rows,
+                   execution.num_threads);
 }
 
 }  // namespace amalgam

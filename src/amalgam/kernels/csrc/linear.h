@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "packing.h"
+#include "selection.h"
 
 namespace amalgam {
 
@@ -34,13 +35,30 @@ struct LinearArgs {
 // the same, and the threads share all panels.
 void linear(const Execution& execution, const LinearArgs& args, const std::vector<Projection>& projections);
 
+// A weight that multiplies rows of its own.
+struct HeadProduct {
+    const Matrix* weight;
+    const void* x;  // [rows, columns], `x_stride` elements from row to row
+    void* out;      // [rows, weight rows], `out_stride` elements from row to row
+};
+
+struct HeadRows {
+    DType dtype;  // of all rows and results
+    int64_t rows, x_stride, out_stride;
+};
+
+// Products of different rows, as attention has one per head; the threads share all of them.
+void linear_by_head(const Execution& execution, const std::vector<HeadProduct>& products, const HeadRows& rows);
+
+// x as float32, dense; in memory that the calling thread keeps until its next call, or x itself.
+const float* widened(const Execution& execution, const void* x, DType dtype, int64_t elements);
+
 // Router: the scores of x in float32, then `choose_experts` (selection.h) over them.
 struct RouteArgs {
     LinearArgs x;
     const Matrix* weight;  // [experts, columns]
-    int64_t k;
-    bool normalises;
-    float sum_eps;
+    Bias bias;
+    ExpertChoice choice;
     int64_t* ids;    // [rows, k]
     float* weights;  // [rows, k]
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -14,31 +15,118 @@ namespace {
 constexpr int64_t kTokensPerItem = 64;
 constexpr int64_t kLane = 64;  // values that are looked at together before one by one
 
-void choose_for_token(const TopExpertsArgs& args, int64_t token, std::vector<float>& probabilities) {
-    const float* scores = args.scores + token * args.experts;
-    float largest = scores[0];
-    for (int64_t i = 1; i < args.experts; ++i) largest = scores[i] > largest ? scores[i] : largest;
-    float* p = probabilities.data();
-    for (int64_t i = 0; i < args.experts; ++i) p[i] = exponential(scores[i] - largest);
-    const float total = std::accumulate(p, p + args.experts, 0.0f);
-    for (int64_t i = 0; i < args.experts; ++i) p[i] /= total;
+constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-    int64_t* ids = args.ids + token * args.k;
-    float* weights = args.weights + token * args.k;
-    int64_t count = 0;
-    for (int64_t i = 0; i < args.experts; ++i) {
-        if (count == args.k && !(p[i] > weights[count - 1])) continue;
-        int64_t at = count < args.k ? count++ : count - 1;
-        for (; at > 0 && p[i] > weights[at - 1]; --at) {
-            weights[at] = weights[at - 1];
+// What is kept from token to token.
+struct RoutingScratch {
+    std::vector<float> values, choice, keys, groups;
+};
+
+float largest_of(const float* values, int64_t count) {
+    float largest = values[0];
+    for (int64_t i = 1; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
+    return largest;
+}
+
+// e^(x - the largest), divided by their sum.
+void softmax(float* values, int64_t count) {
+    const float largest = largest_of(values, count);
+    for (int64_t i = 0; i < count; ++i) values[i] = exponential(values[i] - largest);
+    const float total = std::accumulate(values, values + count, 0.0f);
+    for (int64_t i = 0; i < count; ++i) values[i] /= total;
+}
+
+// Indices of the k largest values in descending order; `keys` is room for k.
+void top(const float* values, int64_t count, int64_t k, int64_t* ids, float* keys) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        if (found == k && !(values[i] > keys[found - 1])) continue;
+        int64_t at = found < k ? found++ : found - 1;
+        for (; at > 0 && values[i] > keys[at - 1]; --at) {
+            keys[at] = keys[at - 1];
             ids[at] = ids[at - 1];
         }
-        weights[at] = p[i];
+        keys[at] = values[i];
         ids[at] = i;
     }
-    if (args.normalises) {
-        const float sum = std::accumulate(weights, weights + args.k, 0.0f) + args.sum_eps;
-        for (int64_t i = 0; i < args.k; ++i) weights[i] /= sum;
+}
+
+// Sets the choice of experts outside the best groups to `fill`. A group counts as its largest value, or as the sum of
+// its two largest.
+void keep_best_groups(const ExpertChoice& how, int64_t experts, float fill, RoutingScratch& scratch) {
+    const int64_t count = how.num_groups, size = experts / count;
+    scratch.groups.resize(static_cast<size_t>(count));
+    int64_t kept[2];
+    float keys[2];
+    for (int64_t g = 0; g < count; ++g) {
+        const int64_t best = how.scoring == Scoring::kSigmoid ? std::min<int64_t>(2, size) : 1;
+        top(scratch.choice.data() + g * size, size, best, kept, keys);
+        scratch.groups[static_cast<size_t>(g)] = best == 2 ? keys[0] + keys[1] : keys[0];
+    }
+    std::vector<int64_t> taken(static_cast<size_t>(how.num_kept));
+    std::vector<float> room(static_cast<size_t>(how.num_kept));
+    top(scratch.groups.data(), count, how.num_kept, taken.data(), room.data());
+    for (int64_t g = 0; g < count; ++g) {
+        if (std::find(taken.begin(), taken.end(), g) != taken.end()) continue;
+        std::fill_n(scratch.choice.data() + g * size, size, fill);
+    }
+}
+
+// Two choices one after the other, each weighted among the candidates near it.
+void mix_choices(const ExpertChoice& how, const float* scores, int64_t experts, int64_t* ids, float* weights,
+                 RoutingScratch& scratch) {
+    std::vector<float>& candidates = scratch.choice;
+    candidates.assign(scores, scores + experts);
+    for (int64_t n = 0; n < how.k; ++n) {
+        float best;
+        top(candidates.data(), experts, 1, &ids[n], &best);
+        float total = 0.0f;
+        for (int64_t i = 0; i < experts; ++i) {
+            const float magnitude = std::fabs(scores[i]), distance = (best - scores[i]) / std::max(magnitude, best);
+            if (candidates[i] == kNone || distance > 2 * how.jitter) continue;
+            total += exponential(candidates[i] - best);
+        }
+        weights[n] = 1.0f / total;
+        candidates[static_cast<size_t>(ids[n])] = kNone;
+    }
+}
+
+void choose_for_token(const TopExpertsArgs& args, int64_t token, RoutingScratch& scratch) {
+    const ExpertChoice& how = args.choice;
+    const float* scores = args.scores + token * args.experts;
+    int64_t* ids = args.ids + token * how.k;
+    float* weights = args.weights + token * how.k;
+    if (how.scoring == Scoring::kMixer) {
+        mix_choices(how, scores, args.experts, ids, weights, scratch);
+        return;
+    }
+    scratch.values.assign(scores, scores + args.experts);
+    float* values = scratch.values.data();
+    if (how.scoring == Scoring::kSoftmax) softmax(values, args.experts);
+    if (how.scoring == Scoring::kSigmoid) {
+        for (int64_t i = 0; i < args.experts; ++i) values[i] = 1.0f / (1.0f + exponential(-values[i]));
+    }
+    const float* choice = values;
+    if (how.correction != nullptr || how.num_kept < how.num_groups) {
+        scratch.choice.assign(values, values + args.experts);
+        choice = scratch.choice.data();
+        if (how.correction != nullptr) {
+            for (int64_t i = 0; i < args.experts; ++i) scratch.choice[static_cast<size_t>(i)] += how.correction[i];
+        }
+        if (how.num_kept < how.num_groups) {
+            keep_best_groups(how, args.experts, how.scoring == Scoring::kSoftmax ? 0.0f : kNone, scratch);
+        }
+    }
+    scratch.keys.resize(static_cast<size_t>(how.k));
+    top(choice, args.experts, how.k, ids, scratch.keys.data());
+    for (int64_t i = 0; i < how.k; ++i) weights[i] = values[ids[i]];
+    if (how.scoring == Scoring::kChosen) softmax(weights, how.k);
+    if (how.normalises) {
+        const float sum = std::accumulate(weights, weights + how.k, 0.0f) + how.sum_eps;
+        for (int64_t i = 0; i < how.k; ++i) weights[i] /= sum;
+    }
+    if (how.scaling != 1.0f) {
+        for (int64_t i = 0; i < how.k; ++i) weights[i] *= how.scaling;
     }
 }
 
@@ -206,8 +294,8 @@ Product multiply(uint64_t a, uint64_t b) {
 
 void choose_experts(const TopExpertsArgs& args, int64_t tokens, int threads) {
     parallel_ranges(tokens, kTokensPerItem, threads, [&](int64_t first, int64_t end) {
-        std::vector<float> probabilities(static_cast<size_t>(args.experts));
-        for (int64_t token = first; token < end; ++token) choose_for_token(args, token, probabilities);
+        static thread_local RoutingScratch scratch;
+        for (int64_t token = first; token < end; ++token) choose_for_token(args, token, scratch);
     });
 }
 

@@ -8,14 +8,25 @@
 
 namespace amalgam {
 
-// softmax over each row of scores, its k largest probabilities in descending order (equal ones: smaller index first),
-// perhaps divided by their sum + sum_eps. Any input gives distinct ids within the row.
+// How scores become experts; amalgam/kernels/program.py says what each does.
+enum class Scoring { kSoftmax, kSigmoid, kChosen, kMixer };
+
+struct ExpertChoice {
+    Scoring scoring;
+    int64_t k;                // at most as many as there are experts
+    const float* correction;  // [experts], takes part in the choice only; or null
+    int64_t num_groups;       // a divisor of the number of experts
+    int64_t num_kept;         // groups that are taken
+    bool normalises;
+    float sum_eps, scaling, jitter;
+};
+
+// The experts of every row of scores, the first choice first (equal ones: smaller index first). Any input gives
+// distinct ids within the row.
 struct TopExpertsArgs {
     const float* scores;  // [tokens, experts]
     int64_t experts;
-    int64_t k;  // at most experts
-    bool normalises;
-    float sum_eps;
+    ExpertChoice choice;
     int64_t* ids;    // [tokens, k]
     float* weights;  // [tokens, k]
 };

@@ -8,11 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from amalgam.kernels import ops
-from amalgam.models.context import BlockContext
+from amalgam.kernels.program import AttendLatent, Emitter, Normalize, Route, Rows
 from amalgam.models.families.llama import read_model
 from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.layers import DenseMlp, Router, SparseMoe
@@ -29,17 +25,12 @@ class LatentAttention:
     """Multi-head latent attention: keys and values of all heads are projections of one short vector per token.
 
     Only that latent vector and one rotated key, which all heads share, are cached (section 2.1 of the paper): with
-    DeepSeek-V3's sizes 576 numbers per token and layer instead of 40960. The projection to keys is applied to the
-    query and the one to values to the result, so that what is attended over are the cached vectors themselves:
-
-        score of head h  =  (q_nope · Wₖ[h]) · latent  +  q_rope · k_rope
-        output of head h =  Wᵥ[h] · Σ weight × latent
+    DeepSeek-V3's sizes 576 numbers per token and layer instead of 40960. See `AttendLatent`.
 
     Attributes:
         query_rank: the queries' own low rank; None: one full projection.
         scale: of the scores before the softmax.
-        is_interleaved: rotary pairs are neighbours in the checkpoint, not halves apart. Queries and keys are reordered
-            alike, which no score notices.
+        is_interleaved: rotary pairs are neighbours in the checkpoint, not halves apart.
     """
 
     num_heads: int
@@ -75,39 +66,41 @@ class LatentAttention:
         if self.has_bias:
             yield Slot(f"{name}_bias", shape[:1], "bias")
 
-    def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
-        query = self._query(x, weights).view(x.shape[0], self.num_heads, -1)
-        compressed = ops.linear(x, weights["kv_a"], weights.vector("kv_a_bias"))
-        latent = compressed[:, : self.latent_rank].contiguous()
-        latent = ops.rms_norm(latent, weights["kv_a_norm"].dense, _LATENT_NORM_EPS)
-        rotated_query = self._rotate(query[..., self.nope_dim :], context)
-        rotated_key = self._rotate(compressed[:, None, self.latent_rank :], context)
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        expand, rope = weights["kv_b"], step.rope(self.rope)
+        assert rope is not None
+        query = self._emit_query(step, x, weights)
+        (compressed,) = step.project(x, (weights["kv_a"], weights.vector("kv_a_bias"), "compressed"))
+        attended = step.rows("attended", self.num_heads * self.value_dim)
+        step.add(
+            AttendLatent(
+                query,
+                compressed,
+                attended,
+                layer_id=step.layer_id,
+                expand=expand,
+                norm=weights["kv_a_norm"].dense,
+                norm_eps=_LATENT_NORM_EPS,
+                num_heads=self.num_heads,
+                nope_dim=self.nope_dim,
+                rope_dim=self.rope_dim,
+                value_dim=self.value_dim,
+                rope=rope,
+                scale=self.scale,
+                is_interleaved=self.is_interleaved,
+            )
+        )
+        (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))
+        return delta
 
-        expand = weights["kv_b"]
-        matrices = expand.dequantize(None if expand.is_floating else x.dtype)
-        matrices = matrices.view(self.num_heads, self.nope_dim + self.value_dim, self.latent_rank)
-        to_keys, to_values = matrices[:, : self.nope_dim], matrices[:, self.nope_dim :]
-        query = torch.cat((ops.per_head(query[..., : self.nope_dim], to_keys), rotated_query), dim=-1)
-        key = torch.cat((latent.unsqueeze(1), rotated_key), dim=-1)
-
-        step = context.step
-        keys, values = step.kv.keys[context.layer_id], step.kv.values[context.layer_id]
-        ops.write_kv(keys, values, key, key[..., :0], step.slot_ids)
-        latents = keys[..., : self.latent_rank]
-        attended = ops.paged_attention(query, keys, latents, step.attention, scale=self.scale)
-        attended = ops.per_head(attended, to_values.transpose(1, 2))
-        return ops.linear(attended.flatten(1), weights["o"], weights.vector("o_bias"))
-
-    def _query(self, x: Tensor, weights: BlockWeights) -> Tensor:
+    def _emit_query(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
         if self.query_rank is None:
-            return ops.linear(x, weights["q"])
-        low = ops.linear(x, weights["q_a"], weights.vector("q_a_bias"))
-        return ops.linear(ops.rms_norm(low, weights["q_a_norm"].dense, _LATENT_NORM_EPS), weights["q_b"])
-
-    def _rotate(self, x: Tensor, context: BlockContext) -> Tensor:
-        if self.is_interleaved:
-            x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
-        return ops.rotate(x, *context.rotary[self.rope])
+            (query,) = step.project(x, (weights["q"], None, "query"))
+            return query
+        (low,) = step.project(x, (weights["q_a"], weights.vector("q_a_bias"), "low_query"))
+        step.add(Normalize(low, weights["q_a_norm"].dense, low, _LATENT_NORM_EPS))
+        (query,) = step.project(low, (weights["q_b"], None, "query"))
+        return query
 
 
 LATENT_ATTENTION = {
@@ -155,12 +148,6 @@ class ExpertGroups:
     num_groups: int
     num_kept: int
 
-    def keep_best(self, scores: Tensor, group_scores: Tensor, fill: float) -> Tensor:
-        """`[tokens, experts]` with `fill` outside the groups that score best in `[tokens, num_groups]`."""
-        best = torch.topk(group_scores, self.num_kept, dim=-1).indices
-        is_kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best, True)
-        return scores.masked_fill(~is_kept.repeat_interleave(scores.shape[1] // self.num_groups, dim=1), fill)
-
 
 def read_groups(config: ConfigReader, default_groups: int, default_kept: int) -> ExpertGroups:
     """`n_group` and `topk_group`."""
@@ -187,12 +174,16 @@ class GroupLimitedRouter:
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         yield Slot("router", (self.num_experts, hidden_size), "router")
 
-    def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-        scores = torch.softmax(ops.linear(x.float(), weights["router"]), dim=-1)
-        best = scores.unflatten(-1, (self.groups.num_groups, -1)).amax(-1)
-        scores = self.groups.keep_best(scores, best, 0.0)
-        gate_weights, expert_ids = torch.topk(scores, self.num_active_experts, dim=-1)
-        return expert_ids, gate_weights * self.scaling
+    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
+        return Route(
+            x,
+            weights["router"],
+            layer_id,
+            self.num_active_experts,
+            num_groups=self.groups.num_groups,
+            num_kept=self.groups.num_kept,
+            scaling=self.scaling,
+        )
 
 
 def _read_router(config: ConfigReader) -> GroupLimitedRouter:

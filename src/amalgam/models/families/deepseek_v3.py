@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from amalgam.kernels import ops
+from amalgam.kernels.program import Route, Rows
 from amalgam.models.families.deepseek_v2 import (
     LATENT_ATTENTION,
     ExpertGroups,
@@ -49,16 +46,20 @@ class CorrectedRouter:
         yield Slot("router", (self.num_experts, hidden_size), "router")
         yield Slot("router_correction", (self.num_experts,), "router")
 
-    def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-        scores = ops.sigmoid(ops.linear(x.float(), weights["router"]))
-        corrected = scores + weights["router_correction"].dense.float()
-        two_best = corrected.unflatten(-1, (self.groups.num_groups, -1)).topk(2, dim=-1).values
-        corrected = self.groups.keep_best(corrected, two_best.sum(-1), -torch.inf)
-        expert_ids = torch.topk(corrected, self.num_active_experts, dim=-1).indices
-        gate_weights = scores.gather(1, expert_ids)
-        if self.normalises:
-            gate_weights = gate_weights / (gate_weights.sum(-1, keepdim=True) + 1e-20)
-        return expert_ids, gate_weights * self.scaling
+    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
+        return Route(
+            x,
+            weights["router"],
+            layer_id,
+            self.num_active_experts,
+            scoring="sigmoid",
+            correction=weights["router_correction"].dense,
+            num_groups=self.groups.num_groups,
+            num_kept=self.groups.num_kept,
+            normalises=self.normalises,
+            sum_eps=1e-20,
+            scaling=self.scaling,
+        )
 
 
 def read_corrected_router(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from amalgam.kernels import ops
-from amalgam.models.context import BlockContext
+from amalgam.kernels.program import Emitter, Gelu, Rows
 from amalgam.models.layers import Attention, LayerNorm
 from amalgam.models.naming import with_biases
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
@@ -30,9 +26,10 @@ class FusedAttention(Attention):
         yield from _conv1d_slots("qkv", (3 * hidden_size, hidden_size), "attention")
         yield from _conv1d_slots("o", (hidden_size, hidden_size), "attention")
 
-    def project(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = ops.linear(x, weights["qkv"], weights.vector("qkv_bias")).chunk(3, dim=-1)
-        return query, key, value
+    def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
+        (together,) = step.project(x, (weights["qkv"], weights.vector("qkv_bias"), "query_key_value"))
+        width = together.width // 3
+        return together.columns(0, width), together.columns(width, width), together.columns(2 * width, width)
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,11 @@ class GeluMlp:
         yield from _conv1d_slots("up", (self.intermediate_size, hidden_size), "mlp")
         yield from _conv1d_slots("down", (hidden_size, self.intermediate_size), "mlp")
 
-    def __call__(self, x: Tensor, weights: BlockWeights, context: BlockContext) -> Tensor:
-        wide = ops.linear(x, weights["up"], weights.vector("up_bias")).float()
-        # (1 + tanh(a)) / 2 = sigmoid(2 a)
-        slope = ops.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide * wide * wide))
-        return ops.linear((wide * slope).to(x.dtype), weights["down"], weights.vector("down_bias"))
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        (up,) = step.project(x, (weights["up"], weights.vector("up_bias"), "up"))
+        step.add(Gelu(up))
+        (delta,) = step.project(up, (weights["down"], weights.vector("down_bias"), "delta"))
+        return delta
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:

@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from amalgam.kernels import ops
 from amalgam.kernels.packed import Activation
+from amalgam.kernels.program import Route, Rows
 from amalgam.models.families.llama import read_attention, read_model
 from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.families.qwen2 import by_layer_type
@@ -22,17 +19,6 @@ from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
 
 NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class WideRmsNorm(RmsNorm):
-    """Rounded after the multiplication with the weight, not before."""
-
-    def __call__(self, x: Tensor, weights: BlockWeights, name: str) -> Tensor:
-        return ops.rms_norm(x.float(), weights[name].dense, self.eps).to(x.dtype)
-
-    def after(self, x: Tensor, delta: Tensor, weights: BlockWeights, name: str) -> tuple[Tensor, Tensor]:
-        return x + delta, self(x + delta, weights, name)
 
 
 @dataclass(frozen=True)
@@ -55,10 +41,9 @@ class TopSoftmaxRouter:
         yield Slot("router", (self.num_experts, hidden_size), "router")
         yield Slot("router_bias", (self.num_experts,), "router")
 
-    def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-        logits = ops.linear(x.float(), weights["router"], weights.vector("router_bias"))
-        best, expert_ids = torch.topk(logits, self.num_active_experts, dim=-1)
-        return expert_ids, torch.softmax(best, dim=-1)
+    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
+        router, bias = weights["router"], weights.vector("router_bias")
+        return Route(x, router, layer_id, self.num_active_experts, scoring="chosen", bias=bias)
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
@@ -85,7 +70,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     window = config.int("sliding_window", default=128)
     attentions = by_layer_type(config, SinkAttention(**vars(common)), window, types)
     spec = read_model(config, "gpt_oss", tuple(LayerSpec(attention, moe) for attention in attentions))
-    return replace(spec, norm=WideRmsNorm(config.float("rms_norm_eps", default=NORM_EPS, low=0)))
+    return replace(spec, norm=RmsNorm(config.float("rms_norm_eps", default=NORM_EPS, low=0), rounds_last=True))
 
 
 FAMILY = Family(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from amalgam.kernels import ops
+from amalgam.kernels.program import Clamp, Emitter, Normalize, Rows
 from amalgam.models.families.llama import read_attention, read_model
 from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.layers import Attention, SoftmaxRouter, SparseMoe
@@ -29,13 +27,13 @@ class OlmoeAttention(Attention):
         yield Slot("q_norm", (self.num_heads * self.head_dim,), "norm")
         yield Slot("k_norm", (self.num_kv_heads * self.head_dim,), "norm")
 
-    def project(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = super().project(x, weights)
-        query = ops.rms_norm(query, weights["q_norm"].dense, self.norm_eps)
-        key = ops.rms_norm(key, weights["k_norm"].dense, self.norm_eps)
-        if self.clip is None:
-            return query, key, value
-        return query.clamp(-self.clip, self.clip), key.clamp(-self.clip, self.clip), value.clamp(-self.clip, self.clip)
+    def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
+        query, key, value = super().project(step, x, weights)
+        for rows, name in ((query, "q_norm"), (key, "k_norm")):
+            step.add(Normalize(rows, weights[name].dense, rows, self.norm_eps))
+        if self.clip is not None:
+            step.add(*(Clamp(rows, self.clip) for rows in (query, key, value)))
+        return query, key, value
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:

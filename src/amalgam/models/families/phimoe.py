@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from amalgam.kernels import ops
+from amalgam.kernels.program import Route, Rows
 from amalgam.models.families.llama import read_attention, read_model
 from amalgam.models.families.mistral import read_window
 from amalgam.models.families.mixtral import read_expert_counts
@@ -36,17 +33,9 @@ class SparseMixer:
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         yield Slot("router", (self.num_experts, hidden_size), "router")
 
-    def __call__(self, x: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-        logits = ops.linear(x.float(), weights["router"])
-        first, first_weight = self._choose(logits, logits)
-        second, second_weight = self._choose(logits.scatter(1, first, -torch.inf), logits)
-        return torch.cat((first, second), dim=-1), torch.cat((first_weight, second_weight), dim=-1)
-
-    def _choose(self, candidates: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        best, expert_id = candidates.max(dim=-1, keepdim=True)
-        distance = (best - logits) / torch.maximum(logits.abs(), best)
-        near = candidates.masked_fill(distance > 2 * self.jitter, -torch.inf)
-        return expert_id, torch.softmax(near, dim=-1).gather(1, expert_id)
+    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
+        k, jitter = self.num_active_experts, self.jitter
+        return Route(x, weights["router"], layer_id, k, scoring="mixer", jitter=jitter)
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:

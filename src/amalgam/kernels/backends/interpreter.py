@@ -1,0 +1,312 @@
+"""Runs a program instruction by instruction through `amalgam.kernels.ops`: any device, and what no compiled code fits.
+
+It is also the specification: with the extension left out, every operator is `amalgam.kernels.reference`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels import ops
+from amalgam.kernels.backends.base import Compiled, Tables
+from amalgam.kernels.program import (
+    Add,
+    Attend,
+    AttendLatent,
+    Call,
+    Clamp,
+    Embed,
+    Gelu,
+    Head,
+    Instruction,
+    Mix,
+    Normalize,
+    Program,
+    Project,
+    Route,
+    Rows,
+    ScaleBySigmoid,
+    SwiGlu,
+)
+from amalgam.kernels.step import StepContext
+
+
+class Frame:
+    """What one step has computed so far: activations by buffer, the last routing, the logits."""
+
+    def __init__(self, step: StepContext, dtype: torch.dtype, tables: Tables) -> None:
+        self.step = step
+        self.dtype = dtype
+        self.routing: tuple[Tensor, Tensor] | None = None
+        self.logits: Tensor | None = None
+        self._tables = tables
+        self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, rows: Rows) -> Tensor:
+        """`[tokens, width]`, perhaps a view."""
+        return self._buffers[rows.buffer][:, rows.start : rows.start + rows.width]
+
+    def put(self, rows: Rows, value: Tensor) -> None:
+        assert rows.is_whole and value.shape[1] == rows.width, (rows, value.shape)
+        self._buffers[rows.buffer] = value
+
+    def rotary(self, rope: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the step's positions."""
+        if rope not in self._rotary:
+            cos, sin = self._tables[rope]
+            self._rotary[rope] = cos[self.step.positions], sin[self.step.positions]
+        return self._rotary[rope]
+
+    def route(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        self.routing = expert_ids, gate_weights
+        if self.step.observer is not None:
+            self.step.observer.observe(layer_id, expert_ids, gate_weights)
+
+
+class Interpreter:
+    """See `Backend`."""
+
+    def __init__(self, dtype: torch.dtype, tables: Tables) -> None:
+        self._dtype = dtype
+        self._tables = tables
+
+    def compile(self, program: Program) -> Compiled:
+        return Interpreted(program, self._dtype, self._tables)
+
+
+class Interpreted:
+    """See `Compiled`."""
+
+    def __init__(self, program: Program, dtype: torch.dtype, tables: Tables) -> None:
+        self._program = program
+        self._dtype = dtype
+        self._tables = tables
+
+    def run(self, step: StepContext) -> Tensor:
+        if not len(step.token_ids):
+            head = self._program.head
+            return torch.empty((0, head.weight.shape[0]), dtype=torch.float32, device=step.kv.device)
+        frame = Frame(step, self._dtype, self._tables)
+        for instruction in self._program.instructions:
+            execute(instruction, frame)
+        assert frame.logits is not None
+        return frame.logits
+
+    def describe(self) -> dict[str, str]:
+        return {name_of(one): "torch" for one in self._program.instructions}
+
+
+def execute(instruction: Instruction, frame: Frame) -> None:
+    """Run one instruction."""
+    _HANDLERS[type(instruction)](instruction, frame)
+
+
+def name_of(instruction: Instruction) -> str:
+    """An instruction as `describe` calls it: `attend_latent`."""
+    name = type(instruction).__name__
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
+
+
+def _embed(one: Embed, frame: Frame) -> None:
+    ids = frame.step.positions if one.by_position else frame.step.token_ids
+    rows = ops.embedding(ids, one.weight, frame.dtype)
+    frame.put(one.out, frame.get(one.out) + rows if one.adds else rows)
+
+
+def _normalize(one: Normalize, frame: Frame) -> None:
+    x, parts = frame.get(one.x), (-1, one.x.width // len(one.weight), len(one.weight))
+    if one.delta is not None:
+        delta = frame.get(one.delta)
+        if one.bias is None and not one.rounds_last and parts[1] == 1:
+            total, normed = ops.add_rms_norm(x, delta, one.weight, one.eps)
+            frame.put(one.x, total)
+            frame.put(one.out, normed)
+            return
+        x = x + delta
+        frame.put(one.x, x)
+    x = x.reshape(parts)
+    if one.bias is not None:
+        normed = ops.layer_norm(x, one.weight, one.bias, one.eps)
+    elif one.rounds_last:
+        normed = ops.rms_norm(x.float(), one.weight, one.eps).to(x.dtype)
+    else:
+        normed = ops.rms_norm(x, one.weight, one.eps)
+    frame.put(one.out, normed.flatten(1))
+
+
+def _project(one: Project, frame: Frame) -> None:
+    x = frame.get(one.x)
+    if one.widens:
+        x = x.float()
+    weights, biases = [p.weight for p in one.projections], [p.bias for p in one.projections]
+    kind = torch.float32 if one.projections[0].out.is_wide else frame.dtype
+    if kind is x.dtype:
+        results = ops.linears(x, weights, biases)
+    else:
+        results = [ops.linear(x, weight, bias, kind) for weight, bias in zip(weights, biases, strict=True)]
+    for projection, result in zip(one.projections, results, strict=True):
+        frame.put(projection.out, result)
+
+
+def _attend(one: Attend, frame: Frame) -> None:
+    step = frame.step
+    attended = ops.cached_attention(
+        frame.get(one.query),
+        frame.get(one.key),
+        frame.get(one.value),
+        keys=step.kv.keys[one.layer_id],
+        values=step.kv.values[one.layer_id],
+        slot_ids=step.slot_ids,
+        batch=step.attention,
+        norms=one.head_norms,
+        norm_eps=one.head_norm_eps,
+        rotary=None if one.rope is None else frame.rotary(one.rope),
+        scale=one.scale,
+        window=one.window,
+        sinks=one.sinks,
+    )
+    frame.put(one.out, attended)
+
+
+def _attend_latent(one: AttendLatent, frame: Frame) -> None:
+    step, compressed = frame.step, frame.get(one.compressed)
+    query = frame.get(one.query).unflatten(1, (one.num_heads, -1))
+    latent = ops.rms_norm(compressed[:, : one.latent_dim].contiguous(), one.norm, one.norm_eps)
+
+    def rotate(x: Tensor) -> Tensor:
+        # Queries and keys are reordered alike, which no score notices.
+        halves = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if one.is_interleaved else x
+        return ops.rotate(halves, *frame.rotary(one.rope))
+
+    to_keys, to_values = latent_matrices(one, frame.dtype)
+    rotated = rotate(query[..., one.nope_dim :])
+    query = torch.cat((ops.per_head(query[..., : one.nope_dim], to_keys), rotated), dim=-1)
+    key = torch.cat((latent.unsqueeze(1), rotate(compressed[:, None, one.latent_dim :])), dim=-1)
+    keys, values = step.kv.keys[one.layer_id], step.kv.values[one.layer_id]
+    ops.write_kv(keys, values, key, key[..., :0], step.slot_ids)
+    latents = keys[..., : one.latent_dim]
+    attended = ops.paged_attention(query, keys, latents, step.attention, scale=one.scale)
+    frame.put(one.out, ops.per_head(attended, to_values.transpose(1, 2)).flatten(1))
+
+
+def latent_matrices(one: AttendLatent, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Wₖ `[heads, nope, latent]` and Wᵥ `[heads, value, latent]`: floating weights as they are, others in `dtype`."""
+    expand = one.expand
+    matrices = expand.dequantize(None if expand.is_floating else dtype)
+    matrices = matrices.view(one.num_heads, one.nope_dim + one.value_dim, one.latent_dim)
+    return matrices[:, : one.nope_dim], matrices[:, one.nope_dim :]
+
+
+def _route(one: Route, frame: Frame) -> None:
+    x = frame.get(one.x)
+    is_plain = one.scoring == "softmax" and one.num_groups == 1 and one.scaling == 1.0 and one.bias is None
+    if is_plain and one.correction is None:
+        frame.route(one.layer_id, *ops.route(x, one.weight, one.k, normalises=one.normalises, sum_eps=one.sum_eps))
+        return
+    scores = ops.linear(x.float(), one.weight, one.bias)
+    if one.scoring == "mixer":
+        frame.route(one.layer_id, *_mixed_choices(scores, one))
+        return
+    if one.scoring == "softmax":
+        scores = torch.softmax(scores, dim=-1)
+    elif one.scoring == "sigmoid":
+        scores = ops.sigmoid(scores)
+    choice = scores if one.correction is None else scores + one.correction.float()
+    if one.num_kept < one.num_groups:
+        choice = _in_best_groups(choice, one)
+    expert_ids = torch.topk(choice, one.k, dim=-1).indices
+    gate_weights = scores.gather(1, expert_ids)
+    if one.scoring == "chosen":
+        gate_weights = torch.softmax(gate_weights, dim=-1)
+    if one.normalises:
+        gate_weights = gate_weights / (gate_weights.sum(-1, keepdim=True) + one.sum_eps)
+    frame.route(one.layer_id, expert_ids, gate_weights * one.scaling)
+
+
+def _in_best_groups(choice: Tensor, one: Route) -> Tensor:
+    """Scores of experts outside the best groups become the least that a score can be."""
+    groups = choice.unflatten(-1, (one.num_groups, -1))
+    sizes = min(2, groups.shape[-1]) if one.scoring == "sigmoid" else 1
+    best = groups.topk(sizes, dim=-1).values.sum(-1).topk(one.num_kept, dim=-1).indices
+    is_kept = torch.zeros(groups.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, True)
+    fill = 0.0 if one.scoring == "softmax" else -torch.inf
+    return choice.masked_fill(~is_kept.repeat_interleave(groups.shape[-1], dim=1), fill)
+
+
+def _mixed_choices(scores: Tensor, one: Route) -> tuple[Tensor, Tensor]:
+    candidates, ids, weights = scores, [], []
+    for _ in range(one.k):
+        best, expert_id = candidates.max(dim=-1, keepdim=True)
+        distance = (best - scores) / torch.maximum(scores.abs(), best)
+        near = candidates.masked_fill(distance > 2 * one.jitter, -torch.inf)
+        ids.append(expert_id)
+        weights.append(torch.softmax(near, dim=-1).gather(1, expert_id))
+        candidates = candidates.scatter(1, expert_id, -torch.inf)
+    return torch.cat(ids, dim=-1), torch.cat(weights, dim=-1)
+
+
+def _mix(one: Mix, frame: Frame) -> None:
+    assert frame.routing is not None
+    frame.put(one.out, ops.moe(frame.get(one.x), *frame.routing, one.experts, one.activation))
+
+
+def _swiglu(one: SwiGlu, frame: Frame) -> None:
+    frame.put(one.out, ops.swiglu(frame.get(one.gate), frame.get(one.up)))
+
+
+def _gelu(one: Gelu, frame: Frame) -> None:
+    x = frame.get(one.x)
+    wide = x.float()
+    # (1 + tanh(a)) / 2 = sigmoid(2 a)
+    slope = ops.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))
+    frame.put(one.x, (wide * slope).to(x.dtype))
+
+
+def _clamp(one: Clamp, frame: Frame) -> None:
+    frame.put(one.x, frame.get(one.x).clamp(-one.limit, one.limit))
+
+
+def _scale_by_sigmoid(one: ScaleBySigmoid, frame: Frame) -> None:
+    x = frame.get(one.x)
+    frame.put(one.x, (ops.sigmoid(frame.get(one.gate)) * x.float()).to(x.dtype))
+
+
+def _add(one: Add, frame: Frame) -> None:
+    frame.put(one.x, frame.get(one.x) + frame.get(one.y))
+
+
+def _call(one: Call, frame: Frame) -> None:
+    for rows, value in zip(one.outputs, one.function(*map(frame.get, one.inputs), frame.step), strict=True):
+        frame.put(rows, value)
+
+
+def _head(one: Head, frame: Frame) -> None:
+    x, rows = frame.get(one.x), frame.step.logit_rows
+    if not len(rows):  # a head that no kernel reads would be expanded for nothing
+        frame.logits = torch.empty((0, one.weight.shape[0]), dtype=torch.float32, device=x.device)
+        return
+    wanted = x if len(rows) == len(x) else x.index_select(0, rows)
+    frame.logits = ops.linear(wanted, one.weight, one.bias, torch.float32)
+
+
+_HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {
+    Add: _add,
+    Attend: _attend,
+    AttendLatent: _attend_latent,
+    Call: _call,
+    Clamp: _clamp,
+    Embed: _embed,
+    Gelu: _gelu,
+    Head: _head,
+    Mix: _mix,
+    Normalize: _normalize,
+    Project: _project,
+    Route: _route,
+    ScaleBySigmoid: _scale_by_sigmoid,
+    SwiGlu: _swiglu,
+}

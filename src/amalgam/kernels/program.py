@@ -1,0 +1,369 @@
+"""A step as instructions over named buffers.
+
+In: the blocks of a model, which emit instructions when a weight version is built. Out: a `Program`, which a backend
+compiles and runs (`amalgam.kernels.backends`). Must never know: families, checkpoints, requests, how it is run.
+
+    token ids ─ Embed ─ x ─ Normalize ─ normed ─ Project ─ query, key, value ─ Attend ─ attended ─ Project ─ delta
+                        x + delta ─ Normalize ─ normed ─ Route ─ Mix ─ delta ─ … ─ Head ─ logits
+
+Every buffer has one row per token of the step. What an instruction does is said by its docstring and, exactly, by
+`amalgam.kernels.backends.reference`. What no instruction says is a `Call` into Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where an instruction finds or leaves activations, `[tokens, width]`: columns of a buffer.
+
+    Attributes:
+        buffer: buffers of one name are one piece of memory, so that each layer uses what the one before has left.
+        stride: elements from one token's row to the next.
+        start, width: the columns.
+        is_wide: float32, whatever the activations are.
+    """
+
+    buffer: str
+    stride: int
+    start: int
+    width: int
+    is_wide: bool = False
+
+    def columns(self, start: int, width: int) -> Rows:
+        """Some of these columns."""
+        assert 0 <= start <= start + width <= self.width, (self, start, width)
+        return replace(self, start=self.start + start, width=width)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the rows lie one behind the other without a gap."""
+        return self.width == self.stride
+
+
+@dataclass(frozen=True, eq=False)
+class Embed:
+    """out = the weight's rows of the tokens' ids or positions; or out += those."""
+
+    weight: PackedWeight
+    out: Rows
+    by_position: bool = False
+    adds: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Normalize:
+    """out = norm(x); with a `delta`, x += delta before.
+
+    RMSNorm (Zhang & Sennrich 2019), or with a `bias` LayerNorm (Ba et al. 2016), over every `len(weight)` columns.
+    RMSNorm is rounded to the activations' type before the multiplication with the weight, or with `rounds_last` after
+    it. `x` and `out` may be the same.
+    """
+
+    x: Rows
+    weight: Tensor
+    out: Rows
+    eps: float
+    bias: Tensor | None = None
+    delta: Rows | None = None
+    rounds_last: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """out = x Wᵀ + b."""
+
+    weight: PackedWeight
+    bias: Tensor | None
+    out: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """The same rows times several weights. `widens`: x is taken as float32, and no weight is rounded."""
+
+    x: Rows
+    projections: tuple[Projection, ...]
+    widens: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """Grouped-query attention over the layer's cache; see `ops.cached_attention`.
+
+    Attributes:
+        head_norms: RMSNorm weights over each query and each key head, with `head_norm_eps`; None: no norm.
+        rope: index into the step's rotary tables; None: no rotation.
+        window: a token sees so many positions, itself included; None: all before it.
+        sinks: one logit per head that takes part in the softmax without a value.
+    """
+
+    query: Rows
+    key: Rows
+    value: Rows
+    out: Rows
+    layer_id: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    head_norms: tuple[Tensor, Tensor] | None = None
+    head_norm_eps: float = 0.0
+    rope: int | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttendLatent:
+    """Multi-head latent attention (DeepSeek-AI 2024, section 2.1), over cached latent vectors.
+
+    Keys and values of all heads are projections of one normed latent vector per token, beside one rotated key that all
+    heads share. The projection to keys is applied to the query and the one to values to the result:
+
+        score of head h  =  (q_nope · Wₖ[h]) · latent  +  q_rope · k_rope
+        output of head h =  Wᵥ[h] · Σ weight × latent
+
+    Attributes:
+        query: `[tokens, heads × (nope + rope)]`.
+        compressed: `[tokens, latent + rope]`, before norm and rotation.
+        expand: Wₖ and Wᵥ, `[heads × (nope + value), latent]`.
+        is_interleaved: rotary pairs are neighbours, not halves apart.
+    """
+
+    query: Rows
+    compressed: Rows
+    out: Rows
+    layer_id: int
+    expand: PackedWeight
+    norm: Tensor
+    norm_eps: float
+    num_heads: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    rope: int
+    scale: float
+    is_interleaved: bool
+
+    @property
+    def latent_dim(self) -> int:
+        return self.compressed.width - self.rope_dim
+
+
+Scoring = Literal["softmax", "sigmoid", "chosen", "mixer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Each token's experts and their weights, in float32, the first choice first. Every token has `k` of them.
+
+    The scores are x Wᵀ + b. By `scoring`,
+
+        softmax  the k largest probabilities over all experts (Shazeer et al. 2017)
+        sigmoid  sigmoid scores; `correction` takes part in the choice, not in the weights (DeepSeek-V3)
+        chosen   the k largest scores, and a softmax over those alone (gpt-oss)
+        mixer    the best, then the best of the others; each weighted by a softmax over the candidates within a
+                 relative distance of `2 × jitter` of it (Liu et al. 2024, "GRIN: GRadient-INformed MoE")
+
+    Attributes:
+        num_groups, num_kept: experts are in groups of equal size, of which the best `num_kept` are taken. A group
+            counts as its largest score, with `sigmoid` as the sum of its two largest.
+        normalises: the weights are divided by their sum + `sum_eps`.
+        scaling: multiplies the weights at the end.
+    """
+
+    x: Rows
+    weight: PackedWeight
+    layer_id: int
+    k: int
+    scoring: Scoring = "softmax"
+    bias: Tensor | None = None
+    correction: Tensor | None = None
+    num_groups: int = 1
+    num_kept: int = 1
+    normalises: bool = False
+    sum_eps: float = 0.0
+    scaling: float = 1.0
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """out = Σₖ gate weight × expert(x), each expert a gated MLP, with the routing of the last `Route`."""
+
+    x: Rows
+    experts: ExpertTable
+    out: Rows
+    activation: Activation = SWIGLU
+
+
+@dataclass(frozen=True, eq=False)
+class SwiGlu:
+    """out = silu(gate) × up (Shazeer 2020)."""
+
+    gate: Rows
+    up: Rows
+    out: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Gelu:
+    """x = gelu(x) with the tanh approximation (Hendrycks & Gimpel 2016)."""
+
+    x: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp:
+    """x is kept within ±limit."""
+
+    x: Rows
+    limit: float
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleBySigmoid:
+    """x ×= sigmoid(gate), one factor per row."""
+
+    x: Rows
+    gate: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """x += y."""
+
+    x: Rows
+    y: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """outputs = function(*inputs, step): a block that no instruction fits, in torch.
+
+    A row of the result must have the same bits whatever rows stand beside it (`amalgam.kernels.reference` says how).
+
+    Attributes:
+        function: takes a tensor `[tokens, width]` per input, and the step; returns one per output.
+    """
+
+    function: Callable[..., Sequence[Tensor]]
+    inputs: tuple[Rows, ...]
+    outputs: tuple[Rows, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The step's result: float32 logits `[rows, vocabulary]` of the rows that are wanted."""
+
+    x: Rows
+    weight: PackedWeight
+    bias: Tensor | None
+
+
+Instruction = (
+    Embed
+    | Normalize
+    | Project
+    | Attend
+    | AttendLatent
+    | Route
+    | Mix
+    | SwiGlu
+    | Gelu
+    | Clamp
+    | ScaleBySigmoid
+    | Add
+    | Call
+    | Head
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A model with one weight version; made once, run at every step.
+
+    Attributes:
+        instructions: in order; the last one is the head.
+    """
+
+    instructions: tuple[Instruction, ...]
+
+    @cached_property
+    def head(self) -> Head:
+        head = self.instructions[-1]
+        assert isinstance(head, Head)
+        return head
+
+    @cached_property
+    def routes(self) -> tuple[Route, ...]:
+        return tuple(one for one in self.instructions if isinstance(one, Route))
+
+    @cached_property
+    def buffers(self) -> Mapping[str, tuple[int, bool]]:
+        """Name → elements per token, and whether they are float32 whatever the activations are."""
+        found: dict[str, tuple[int, bool]] = {}
+        for instruction in self.instructions:
+            for rows in _rows_of(instruction):
+                stride, is_wide = found.get(rows.buffer, (0, rows.is_wide))
+                assert is_wide == rows.is_wide, rows
+                found[rows.buffer] = max(stride, rows.stride), is_wide
+        return found
+
+
+def _rows_of(instruction: Instruction) -> list[Rows]:
+    found: list[Rows] = []
+    for value in vars(instruction).values():
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Rows):
+                found.append(item)
+            elif isinstance(item, Projection):
+                found.append(item.out)
+    return found
+
+
+class Emitter:
+    """What blocks emit their instructions to.
+
+    Args:
+        ropes: whatever rotations are told apart by, in the order of the tables that steps are run with.
+
+    Attributes:
+        layer_id: the layer whose blocks are emitting.
+    """
+
+    def __init__(self, ropes: Sequence[object] = ()) -> None:
+        self._instructions: list[Instruction] = []
+        self._ropes = tuple(ropes)
+        self.layer_id = 0
+
+    def rope(self, rope: object | None) -> int | None:
+        """Index of a rotation; None for none."""
+        return None if rope is None else self._ropes.index(rope)
+
+    def rows(self, buffer: str, width: int, *, is_wide: bool = False) -> Rows:
+        """A whole buffer of this width. The name is shared by all blocks, and so is what the buffer holds."""
+        return Rows(buffer, width, 0, width, is_wide)
+
+    def add(self, *instructions: Instruction) -> None:
+        self._instructions += instructions
+
+    def project(self, x: Rows, *projections: tuple[PackedWeight, Tensor | None, str]) -> tuple[Rows, ...]:
+        """The same rows times several weights with their biases, each into a buffer as wide as the weight has rows."""
+        outs = tuple(self.rows(buffer, weight.shape[0]) for weight, _, buffer in projections)
+        parts = tuple(Projection(w, bias, out) for (w, bias, _), out in zip(projections, outs, strict=True))
+        self.add(Project(x, parts))
+        return outs
+
+    def finish(self) -> Program:
+        return Program(tuple(self._instructions))

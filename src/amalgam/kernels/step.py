@@ -1,0 +1,141 @@
+"""What a step is about, as every backend sees it: its sequences, the KV cache, who watches the routing.
+
+In: from the engine's runner. Out: nothing; these are nouns. Always an argument, never a global. Must never know:
+families, weights, requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels.packed import AttentionBatch
+
+
+class StepSequence(NamedTuple):
+    """One sequence's share of a step.
+
+    Attributes:
+        token_ids: one after another, the first of them at `first_position`.
+        block_ids: the cache's blocks with its keys and values, from position 0 on.
+        num_logits: of how many of the last tokens the logits are wanted.
+    """
+
+    token_ids: list[int]
+    first_position: int
+    block_ids: Sequence[int]
+    num_logits: int
+
+
+class Cache(Protocol):
+    """Keys and values of all layers, `[num_blocks × block_size, kv_heads, dim]` each."""
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def values(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class Observer(Protocol):
+    """Sees which experts each token was routed to."""
+
+    def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        """Routing of one layer: int64 and float `[tokens, top_k]`, perhaps on a GPU."""
+
+    def observe_all(self, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        """Routing of all layers that have experts, in order, instead of one by one: `[layers, tokens, top_k]`."""
+
+
+class _StepTensors(NamedTuple):
+    token_ids: Tensor
+    positions: Tensor
+    slot_ids: Tensor
+    logit_rows: Tensor
+    attention: AttentionBatch
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One step.
+
+    The rows of its tensors are one sequence's tokens after another's. They are made when somebody asks: the CPU backend
+    takes the sequences as they are.
+
+    Attributes:
+        sequences: whose tokens the step runs, and where their keys and values lie in the cache.
+        kv: the cache.
+        observer: sees the routing, if anybody wants to.
+    """
+
+    sequences: Sequence[StepSequence]
+    kv: Cache
+    observer: Observer | None = None
+
+    @property
+    def token_ids(self) -> Tensor:
+        """int64 `[tokens]`."""
+        return self._tensors.token_ids
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 `[tokens]`, each token's place in its sequence."""
+        return self._tensors.positions
+
+    @property
+    def slot_ids(self) -> Tensor:
+        """int64 `[tokens]`, where each token's key and value go: `block_id × block_size + offset`."""
+        return self._tensors.slot_ids
+
+    @property
+    def logit_rows(self) -> Tensor:
+        """int64 `[rows]`: the rows whose logits are wanted, in order."""
+        return self._tensors.logit_rows
+
+    @property
+    def attention(self) -> AttentionBatch:
+        """Which rows belong to which sequence."""
+        return self._tensors.attention
+
+    @cached_property
+    def _tensors(self) -> _StepTensors:
+        """Plain lists and one tensor: a step of few tokens pays for the number of calls, not for the elements."""
+        block_size = self.kv.block_size
+        width = max((len(sequence.block_ids) for sequence in self.sequences), default=0)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slot_ids: list[int] = []
+        logit_rows: list[int] = []
+        tables: list[int] = []
+        query_starts, context_lengths = [0], []
+        for new_ids, first, block_ids, num_logits in self.sequences:
+            places = range(first, first + len(new_ids))
+            token_ids += new_ids
+            positions += places
+            for place in places:
+                slot_ids.append(block_ids[place // block_size] * block_size + place % block_size)
+            logit_rows += range(len(token_ids) - min(num_logits, len(new_ids)), len(token_ids))
+            tables += block_ids
+            tables += [0] * (width - len(block_ids))
+            query_starts.append(len(token_ids))
+            context_lengths.append(places.stop)
+        parts = (token_ids, positions, slot_ids, logit_rows, tables, query_starts, context_lengths)
+        sizes = [len(part) for part in parts]
+        together = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
+        on_device = together.to(self.kv.device)
+        token_rows, positions_, slots, wanted, table, _, _ = on_device.split(sizes)
+        *_, starts, lengths = together.split(sizes)
+        batch = AttentionBatch(starts, lengths, table.view(len(context_lengths), width), block_size)
+        return _StepTensors(token_rows, positions_, slots, wanted, batch)

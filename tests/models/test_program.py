@@ -1,0 +1,476 @@
+"""A step in one call gives what its instructions give one by one; what the extension cannot take runs beside it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.config import MixedPrecisionSettings
+from amalgam.kernels import native, ops
+from amalgam.kernels.backends import cpu
+from amalgam.kernels.backends.cpu import CpuBackend, CpuProgram
+from amalgam.kernels.backends.interpreter import Interpreter
+from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.program import (
+    Add,
+    Attend,
+    AttendLatent,
+    Call,
+    Embed,
+    Emitter,
+    Head,
+    Mix,
+    Normalize,
+    Program,
+    Project,
+    Projection,
+    Route,
+    Rows,
+    ScaleBySigmoid,
+    SwiGlu,
+)
+from amalgam.kernels.reference import unpack_scaled8
+from amalgam.models.context import KVCache, StepContext, StepSequence
+from amalgam.models.decoder import Decoder, emit
+from amalgam.models.layers import DenseMlp
+from amalgam.models.spec import LayerSpec, all_families
+from amalgam.models.weights import BlockWeights, WeightVersion
+from amalgam.precision.format import QuantizeOptions
+from amalgam.precision.formats.floating import dense
+from amalgam.tools.quantize import quantize_checkpoint
+from tests.models.harness import Runner, load_model
+from tests.models.tiny import save_tiny
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.why_unavailable()))
+
+CPU = torch.device("cpu")
+FAMILIES = {family.name: family for family in all_families()}
+# Instructions that the interpreter computes with torch's functions, whose last bits are others.
+ROUNDS_OTHERWISE = {"deepseek_v2", "deepseek_v3", "glm4_moe", "gpt2", "gpt_oss", "phimoe", "qwen2_moe"}
+
+
+class Observer:
+    """Keeps all routing."""
+
+    def __init__(self, layer_ids: Sequence[int]) -> None:
+        self.layer_ids = layer_ids  # those that have experts
+        self.seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def observe(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        self.seen.append((layer_id, expert_ids.clone(), gate_weights.clone()))
+
+    def observe_all(self, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        for index, (ids, weights) in enumerate(zip(expert_ids, gate_weights, strict=True)):
+            self.observe(self.layer_ids[index], ids, weights)
+
+
+def interpreted(decoder: Decoder) -> Decoder:
+    """The same model, run instruction by instruction."""
+    other = Decoder(decoder.spec, len(decoder.tables[0][0]) if decoder.tables else 256, decoder.dtype, CPU)
+    other._backend = Interpreter(decoder.dtype, other.tables)
+    return other
+
+
+def run(model: tuple[Decoder, WeightVersion]) -> tuple[list[Tensor], list[tuple[int, Tensor, Tensor]]]:
+    """Logits and routing of a prompt, its second chunk beside another prompt, and a decoding step."""
+    observer = Observer(model[0].spec.moe_layer_ids)
+    runner = Runner(*model, observer=observer)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(2)
+    prompt = torch.randint(3, 256, (60,), generator=generator).tolist()
+    logits = [
+        *runner.step({0: prompt[:23]}).values(),
+        *runner.step({0: prompt[23:40], 3: prompt[40:]}).values(),
+        *runner.step({0: [5], 3: [9]}).values(),
+    ]
+    return logits, observer.seen
+
+
+def assert_same(decoder: Decoder, version: WeightVersion, *, is_exact: bool = True) -> None:
+    logits, routing = run((decoder, version))
+    expected, expected_routing = run((interpreted(decoder), version))
+    tolerance = 0.0 if is_exact else 2e-4 if decoder.dtype is torch.float32 else 0.05
+    for one, other in zip(logits, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.std()))
+    assert len(routing) == len(expected_routing)
+    if not is_exact and decoder.dtype is torch.bfloat16:
+        return  # another rounding before a router may choose another expert
+    for (layer, ids, weights), (expected_layer, expected_ids, expected_weights) in zip(
+        routing, expected_routing, strict=True
+    ):
+        assert layer == expected_layer
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(weights, expected_weights, rtol=0, atol=tolerance)
+
+
+def is_one_call(decoder: Decoder, version: WeightVersion) -> bool:
+    compiled = decoder.compile(version)
+    assert isinstance(compiled, CpuProgram)
+    return compiled.is_one_call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_runs_in_one_call(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tiny(FAMILIES[family], tmp_path)
+    decoder, version = load_model(tmp_path, dtype=dtype)
+    assert is_one_call(decoder, version)
+    assert set(decoder.compile(version).describe().values()) == {f"native ({native.isa()})"}
+    assert_same(decoder, version, is_exact=family not in ROUNDS_OTHERWISE)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("deepseek_v2", {"q_lora_rank": 24, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
+        ("deepseek_v2", {"routed_scaling_factor": 2.5, "attention_bias": True, "num_experts_per_tok": 3}),
+        ("deepseek_v3", {"n_group": 4, "topk_group": 2, "norm_topk_prob": False}),
+        ("deepseek_v3", {"n_group": 1, "topk_group": 1, "q_lora_rank": None}),
+        ("olmoe", {"clip_qkv": 0.5}),
+        ("qwen2_moe", {"norm_topk_prob": True}),
+        ("gpt_oss", {"num_experts_per_tok": 4}),
+    ],
+)
+def test_other_settings_of_a_family(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny(FAMILIES[family], tmp_path, **changes)
+    decoder, version = load_model(tmp_path)
+    assert is_one_call(decoder, version)
+    assert_same(decoder, version, is_exact=family not in ROUNDS_OTHERWISE)
+
+
+def test_float16_is_interpreted(tmp_path: Path) -> None:
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    decoder, version = load_model(tmp_path, dtype=torch.float16)
+    assert set(decoder.compile(version).describe().values()) == {"torch"}
+    wide, wide_version = load_model(tmp_path)
+    for one, other in zip(run((decoder, version))[0], run((wide, wide_version))[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.05 * float(other.std()))
+
+
+def test_mixed_precisions(tmp_path: Path) -> None:
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path / "base")
+    for name in ("int4", "fp8"):
+        options = QuantizeOptions(group_size=32) if name == "int4" else QuantizeOptions()
+        quantize_checkpoint(str(tmp_path / "base"), tmp_path / name, name, options)
+    mixed = MixedPrecisionSettings(
+        sources={name: str(tmp_path / name) for name in ("int4", "fp8")},
+        weight_mapping={"model.layers.*.mlp.experts.*": "int4", "model.layers.*.mlp.experts.{0-2}.*": "fp8"},
+    )
+    decoder, version = load_model(tmp_path / "base", dtype=torch.bfloat16, mixed=mixed)
+    assert is_one_call(decoder, version)
+    assert_same(decoder, version)
+
+
+def step_logits(decoder: Decoder, version: WeightVersion) -> list[Tensor]:
+    """Logits of steps that want them of all, some and none of their tokens, and of single tokens."""
+    kv = KVCache.allocate(decoder.spec, 12, 4, decoder.dtype, CPU)
+    prompt = torch.randint(3, 250, (12,), generator=torch.Generator().manual_seed(2)).tolist()
+    first, second = [7, 2, 9], (0, 11, 5, 3)
+    steps = [
+        [StepSequence(prompt[:5], 0, first, 0)],
+        [StepSequence(prompt[5:10], 5, first, 2), StepSequence(prompt[:7], 0, second, 0)],
+        [StepSequence(prompt[10:11], 10, first, 1), StepSequence(prompt[7:], 7, second, 9)],
+        [StepSequence([4], 12, second, 1)],
+        [StepSequence(prompt[11:], 11, first, 0), StepSequence([5], 13, second, 1)],
+        [],
+    ]
+    with torch.inference_mode():
+        logits = [decoder.forward(StepContext(step, kv), version).clone() for step in steps]
+    assert [len(rows) for rows in logits] == [0, 2, 6, 1, 1, 0]
+    return logits
+
+
+def assert_same_logits(decoder: Decoder, version: WeightVersion) -> None:
+    for one, other in zip(step_logits(decoder, version), step_logits(interpreted(decoder), version), strict=True):
+        assert one.dtype is torch.float32
+        assert torch.equal(one, other)
+
+
+def with_slots(version: WeightVersion, **slots: PackedWeight) -> WeightVersion:
+    weights = {slot: version[slot] for slot in version.origins}
+    renamed = {name.replace("__", "."): weight for name, weight in slots.items()}
+    return WeightVersion(2, weights | renamed, version.origins, version.keys)
+
+
+def in_no_kernels_layout(values: Tensor) -> PackedWeight:
+    """int8 with groups that panels cannot have."""
+    rows, columns = values.shape
+    scale = torch.full((rows, columns // 4), 0.01)
+    parts = {"weight": (values / 0.01).round().clamp(-127, 127).to(torch.int8), "scale": scale}
+    return PackedWeight("scaled8", (rows, columns), parts, unpack_scaled8, block=(1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("vocab_size", [256, 250])
+def test_what_stands_before_and_behind_the_layers(
+    vocab_size: int, is_tied: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Embedding and head in every layout that they come in, some of which the extension does not read."""
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path, vocab_size=vocab_size, tie_word_embeddings=is_tied)
+    decoder, version = load_model(tmp_path, dtype=dtype)
+    values = version["embedding"].dequantize(torch.float32)
+    embeddings = [dense(values.to(other)) for other in (torch.float32, torch.bfloat16, torch.float16)]
+    embeddings += [ops.prepare(embedding) for embedding in embeddings]
+    for embedding in (*embeddings, dense(values.double()), in_no_kernels_layout(values)):
+        changed = with_slots(version, embedding=embedding)
+        runs = decoder.compile(changed).describe()
+        assert (runs["embed"] == "torch") == (embedding not in embeddings)
+        assert (runs["head"] == "torch") == (is_tied and embedding not in embeddings[3:])
+        assert_same_logits(decoder, changed)
+    if not is_tied:
+        changed = with_slots(version, head=in_no_kernels_layout(version["head"].dequantize(torch.float32)))
+        assert decoder.compile(changed).describe()["head"] == "torch"
+        assert_same_logits(decoder, changed)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt2", "gpt_oss"])
+def test_weights_outside_the_panels(family: str, tmp_path: Path) -> None:
+    """Each weight in turn in a layout that no kernel knows: its instruction alone goes through the interpreter."""
+    save_tiny(FAMILIES[family], tmp_path)
+    decoder, version = load_model(tmp_path)
+    slots = [slot for slot in version.origins if slot.startswith("layers.1.") and version[slot].native is not None]
+    by_block = {slot.replace(".experts.0.", ".experts.1."): slot for slot in slots if ".experts." not in slot}
+    expert = next((slot for slot in slots if ".experts.1.down" in slot), None)
+    for slot in [*by_block.values(), *([expert] if expert else [])]:
+        plain = in_no_kernels_layout(version[slot].dequantize(torch.float32))
+        changed = with_slots(version, **{slot.replace(".", "__"): plain})
+        if slot.endswith("kv_b"):  # its heads are packed one by one, whatever the weight's own layout
+            assert is_one_call(decoder, changed)
+        else:
+            runs = ",".join(decoder.compile(changed).describe().values())
+            assert "torch" in runs and "native" in runs, slot
+        for one, other in zip(run((decoder, changed))[0], run((interpreted(decoder), changed))[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-4 * float(other.std()))
+
+
+def test_learned_positions_and_a_head_with_a_bias(tmp_path: Path) -> None:
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    decoder, version = load_model(tmp_path)
+    decoder.spec = replace(decoder.spec, has_position_embedding=True, has_head_bias=True)
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.randn(decoder.spec.max_positions, decoder.spec.hidden_size, generator=generator)
+    bias = torch.randn(decoder.spec.vocab_size, generator=generator)
+    changed = with_slots(version, positions=dense(positions), head_bias=dense(bias))
+    assert is_one_call(decoder, changed)
+    assert_same_logits(decoder, changed)
+
+
+@dataclass(frozen=True)
+class SquaredMlp(DenseMlp):
+    """A block that no instruction fits: `down(silu(gate)² × up)`, its middle in torch."""
+
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        gate, up = step.project(x, (weights["gate"], None, "gate"), (weights["up"], None, "up"))
+        joined = step.rows("joined", gate.width)
+
+        def square(gate: Tensor, up: Tensor, context: StepContext) -> tuple[Tensor]:
+            assert len(context.token_ids) == len(gate)
+            return ((gate / (1 + torch.exp(-gate.float()))).square().to(up.dtype) * up,)
+
+        step.add(Call(square, (gate, up), (joined,)))
+        (delta,) = step.project(joined, (weights["down"], None, "delta"))
+        return delta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_call_into_python(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tiny(FAMILIES["llama"], tmp_path)
+    decoder, version = load_model(tmp_path, dtype=dtype)
+    mlp = decoder.spec.layers[0].mlp
+    assert isinstance(mlp, DenseMlp)
+    plain = step_logits(decoder, version)
+    changed = LayerSpec(decoder.spec.layers[0].attention, SquaredMlp(mlp.intermediate_size))
+    decoder.spec = replace(decoder.spec, layers=(changed, *decoder.spec.layers[1:]))
+    other = WeightVersion(3, {slot: version[slot] for slot in version.origins}, version.origins, version.keys)
+    runs = decoder.compile(other).describe()
+    assert runs["call"] == "torch"
+    assert {who for name, who in runs.items() if name != "call"} == {f"native ({native.isa()})"}
+    assert_same_logits(decoder, other)
+    assert not torch.equal(step_logits(decoder, other)[1], plain[1])
+
+
+def test_two_caches_in_turns(tmp_path: Path) -> None:
+    """A backend keeps what it knows of a cache, which may be another at the next step."""
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    model = load_model(tmp_path)
+    prompts = {0: [5, 6, 7, 8], 1: [9, 10, 11, 12]}
+    alone = {key: Runner(*model).step({0: prompt})[0] for key, prompt in prompts.items()}
+    runners = {key: Runner(*model) for key in prompts}
+    halves = {key: [runners[key].step({0: prompts[key][:2]})[0]] for key in prompts}
+    for key, runner in runners.items():
+        halves[key].append(runner.step({0: prompts[key][2:]})[0])
+        assert torch.equal(torch.cat(halves[key]), alone[key])
+
+
+def test_a_version_is_compiled_once_and_forgotten_with_it(tmp_path: Path) -> None:
+    save_tiny(FAMILIES["deepseek_v3"], tmp_path)
+    decoder, version = load_model(tmp_path)
+    compiled = decoder.compile(version)
+    step_logits(decoder, version)
+    assert decoder.compile(version) is compiled
+    backend = decoder._backend
+    assert isinstance(backend, CpuBackend)
+    assert len(backend._latent) == decoder.spec.num_layers
+    shared = with_slots(version)
+    decoder.compile(shared)  # the same weights: nothing is packed again
+    assert len(backend._latent) == decoder.spec.num_layers
+    gone = weakref.ref(compiled)
+    del compiled, version, shared
+    gc.collect()
+    assert gone() is None
+    assert not backend._latent
+
+
+def test_a_head_is_not_touched_where_nobody_wants_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a prompt but the last: a head that no kernel reads would be expanded at each of them."""
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    decoder, version = load_model(tmp_path)
+    version = with_slots(version, head=in_no_kernels_layout(version["head"].dequantize(torch.float32)))
+    multiplied: list[int] = []
+    linear = ops.linear
+
+    def counted(x: Tensor, weight: PackedWeight, *rest: Any) -> Tensor:
+        if weight is version["head"]:
+            multiplied.append(len(x))
+        return linear(x, weight, *rest)
+
+    monkeypatch.setattr(ops, "linear", counted)
+    for model in (decoder, interpreted(decoder)):
+        multiplied.clear()
+        kv = KVCache.allocate(decoder.spec, 4, 16, torch.float32, CPU)
+        for wanted in (0, 1, 3):
+            context = StepContext([StepSequence([5, 6, 7], 0, [0], wanted)], kv)
+            assert model.forward(context, version).shape == (wanted, decoder.spec.vocab_size)
+        assert multiplied == [1, 3]
+
+
+def some(program: Program, kind: type) -> Any:
+    return next(one for one in program.instructions if isinstance(one, kind))
+
+
+def wrong_instructions(program: Program) -> Iterator[Any]:
+    """Instructions of a program, each with one thing that does not fit the rest."""
+    normalize, project, attend = some(program, Normalize), some(program, Project), some(program, Attend)
+    route, mix, embed, head = some(program, Route), some(program, Mix), some(program, Embed), some(program, Head)
+    assert attend.head_norms is not None
+    first = project.projections[0]
+    yield replace(normalize, weight=normalize.weight[:-1])
+    yield replace(normalize, bias=normalize.weight[:-1])
+    yield replace(normalize, delta=replace(normalize.x, stride=8, width=8))
+    yield replace(normalize, out=replace(normalize.out, width=normalize.out.width - 1))
+    yield replace(project, x=replace(project.x, width=8, stride=8))
+    yield replace(project, projections=(replace(first, bias=torch.zeros(1)),))
+    yield replace(project, projections=(replace(first, out=replace(first.out, width=first.out.width - 16)),))
+    yield replace(embed, out=replace(embed.out, width=8, stride=8))
+    yield replace(head, bias=torch.zeros(3))
+    yield replace(attend, num_kv_heads=3)
+    yield replace(attend, head_dim=2 * attend.head_dim)
+    yield replace(attend, window=-1)
+    yield replace(attend, sinks=torch.zeros(attend.num_heads - 1))
+    yield replace(attend, head_norms=(attend.head_norms[0], attend.head_norms[1][:-1]))
+    yield replace(attend, key=replace(attend.key, start=8))
+    yield replace(route, correction=torch.zeros(3))
+    yield replace(route, num_groups=3)
+    yield replace(route, num_groups=4, num_kept=5)
+    yield replace(mix, x=replace(mix.x, width=8, stride=8))
+    yield Add(mix.out, replace(mix.out, width=8, stride=8))
+    yield SwiGlu(mix.out, mix.out, replace(mix.out, width=8, stride=8))
+    yield ScaleBySigmoid(mix.out, mix.out)
+    yield Normalize(Rows("nowhere", 64, 0, 64), normalize.weight, normalize.out, 1e-6)
+
+
+def test_what_does_not_agree_is_not_compiled(tmp_path: Path) -> None:
+    """The extension is given addresses: sizes are looked at before."""
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    decoder, version = load_model(tmp_path)
+    program = emit(decoder.spec, version, tuple(decoder._ropes))
+    backend = decoder._backend
+    assert isinstance(backend, CpuBackend)
+    good = CpuProgram(backend, program)
+    for number, wrong in enumerate(wrong_instructions(program)):
+        with pytest.raises((ValueError, KeyError)):
+            good._add(0, wrong)
+            pytest.fail(f"{number}: {wrong}")
+
+
+def test_latent_attention_that_does_not_agree_is_not_compiled(tmp_path: Path) -> None:
+    save_tiny(FAMILIES["deepseek_v3"], tmp_path)
+    decoder, version = load_model(tmp_path)
+    program = emit(decoder.spec, version, tuple(decoder._ropes))
+    backend = decoder._backend
+    assert isinstance(backend, CpuBackend)
+    good, attend = CpuProgram(backend, program), some(program, AttendLatent)
+    for change in (
+        {"norm": attend.norm[:-1]},
+        {"query": replace(attend.query, width=8, stride=8)},
+        {"out": replace(attend.out, width=8, stride=8)},
+        {"rope": -1},
+    ):
+        with pytest.raises(ValueError, match=r"size|heads"):
+            good._add(0, replace(attend, **change))
+
+
+def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    decoder, version = load_model(tmp_path)
+    kv = KVCache.allocate(decoder.spec, 2, 16, torch.float32, CPU)
+    sequence = StepSequence([1, 2, 3], 0, [0], 1)
+    decoder.forward(StepContext([sequence], kv), version)
+    program = emit(decoder.spec, version, tuple(decoder._ropes))
+    (cos, sin), *_ = decoder.tables
+    for tables in ([(cos, sin[:, :-1])], [(cos.double(), sin.double())]):
+        with pytest.raises(ValueError, match="rotary tables"):
+            CpuBackend(torch.float32, tables)
+    for tables in ([], [(cos.repeat(1, 9), sin.repeat(1, 9))]):
+        compiled = CpuBackend(torch.float32, tables).compile(program)
+        with pytest.raises(ValueError, match="rotary table"):
+            compiled.run(StepContext([sequence], kv))
+    for keys, values in (
+        (kv.keys[:1], kv.values[:1]),
+        (kv.keys, tuple(value.bfloat16() for value in kv.values)),
+        (tuple(key[:4] for key in kv.keys), kv.values),
+        (tuple(key.transpose(1, 2) for key in kv.keys), kv.values),
+        (tuple(key[..., :4].contiguous() for key in kv.keys), kv.values),
+    ):
+        with pytest.raises(ValueError, match="cache"):
+            decoder.forward(StepContext([sequence], KVCache(keys, values, 16)), version)
+    before = [tensor.clone() for tensor in (*kv.keys, *kv.values)]
+    for change, message in (
+        ({"first_position": len(cos) - 2, "block_ids": [0] * len(cos)}, "position"),
+        ({"first_position": -1}, "position -1"),
+        ({"first_position": 14}, "1 blocks for 17 tokens"),
+        ({"block_ids": [2]}, "slot 32 of 32"),
+        ({"block_ids": [-1]}, "block -1"),
+        ({"block_ids": []}, "0 blocks"),
+        ({"token_ids": [1, 2, decoder.spec.vocab_size]}, "token 256 of 256"),
+        ({"token_ids": [-1, 2, 3]}, "token -1"),
+    ):
+        with pytest.raises((IndexError, ValueError), match=message):
+            decoder.forward(StepContext([sequence._replace(**change)], kv), version)
+    wanted = [sequence._replace(num_logits=-1), sequence._replace(num_logits=3)]
+    with pytest.raises(ValueError, match="3 rows are wanted, 2 have a place"):
+        decoder.forward(StepContext(wanted, kv), version)
+    for tensor, old in zip((*kv.keys, *kv.values), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+def test_buffers_of_one_name_are_one(tmp_path: Path) -> None:
+    step = Emitter()
+    wide, narrow = step.rows("a", 32), step.rows("a", 8)
+    weight = dense(torch.zeros(4, 8))
+    step.add(
+        Add(wide, step.rows("b", 32)), Project(narrow, (Projection(weight, None, step.rows("c", 4, is_wide=True)),))
+    )
+    program = step.finish()
+    assert program.buffers == {"a": (32, False), "b": (32, False), "c": (4, True)}
+    assert wide.columns(8, 16).columns(4, 4) == Rows("a", 32, 12, 4)
+    assert not wide.columns(8, 16).is_whole and wide.is_whole
+    assert cpu._ALIGNMENT % 64 == 0
