@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -386,11 +386,7 @@ class ModelLoader:
             _, spec = read_spec(source.config, source.config_place)
             if source.store.metadata:  # GGUF has no word for a tied head: it leaves the head out, or writes it twice
                 spec = replace(spec, has_tied_head=self.spec.has_tied_head)
-            if _comparable(spec) != _comparable(self.spec):
-                raise CheckpointError(
-                    f"{source.config_place} describes another model than {self._base_place}.",
-                    remedy=f"Source {source.name!r} must be a checkpoint of the same model.",
-                )
+            self._check_same_model(source, spec)
         tied = {HEAD} if self.spec.has_tied_head else set()
         if tied and not source.store.metadata:  # a GGUF file does not declare it, and may hold both in other precisions
             check_tied_head(source, self.family.logical_name(self.spec.slots[0]), HEAD)
@@ -402,6 +398,18 @@ class ModelLoader:
         ]
         check_leftovers(source, self.family, spec, known.union(surplus))
         self._check_zeros(source, surplus)
+
+    def _check_same_model(self, source: Source, spec: ModelSpec) -> None:
+        """Raise CheckpointError unless a source's configuration computes what the base's does, by whatever names."""
+        positions = min(self._inference.max_seq_length, self.spec.max_positions)
+        # Some architectures of GGUF have no word for windows: the base checkpoint's are used in any case.
+        has_windows = not source.store.metadata or any(_window(layer.attention) for layer in spec.layers)
+        theirs, ours = (_comparable(one, positions, has_windows=has_windows) for one in (spec, self.spec))
+        if theirs != ours:
+            raise CheckpointError(
+                f"{source.config_place} describes another model than {self._base_place}: {_difference(theirs, ours)}.",
+                remedy=f"Source {source.name!r} must be a checkpoint of the same model.",
+            )
 
     def _check_zeros(self, source: Source, biases: Sequence[str]) -> None:
         """Raise CheckpointError if biases that the model has no place for are not all zeros; each is read once."""
@@ -563,9 +571,33 @@ def _files_of(weights: Sequence[PlannedWeight]) -> list[Identity]:
     return sorted({identity for weight in weights for identity in weight.source.files_of(weight.stored)})
 
 
-def _comparable(spec: ModelSpec) -> ModelSpec:
-    """What two checkpoints of one model must agree in."""
-    return replace(spec, max_positions=0, num_draft_layers=0)
+def _comparable(spec: ModelSpec, positions: int, *, has_windows: bool) -> ModelSpec:
+    """What two checkpoints of one model must agree in: what is computed for sequences of so many positions."""
+
+    def without_idle_window(attention: Any) -> Any:
+        window = _window(attention)
+        is_idle = window is not None and (window >= positions or not has_windows)
+        return replace(attention, window=None) if is_idle else attention
+
+    layers = tuple(replace(layer, attention=without_idle_window(layer.attention)) for layer in spec.layers)
+    return replace(spec, family="", max_positions=0, num_draft_layers=0, layers=layers)
+
+
+def _window(attention: object) -> int | None:
+    return getattr(attention, "window", None)
+
+
+def _difference(one: object, other: object, where: str = "") -> str:
+    """The first field in which two specs differ, with both values."""
+    if is_dataclass(one) and type(one) is type(other):
+        for field in fields(one):
+            pair = getattr(one, field.name), getattr(other, field.name)
+            if pair[0] != pair[1]:
+                return _difference(*pair, f"{where}.{field.name}" if where else field.name)
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        index = next(index for index, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
+        return _difference(one[index], other[index], f"{where}[{index}]")
+    return f"{where} is {describe(one)} and not {describe(other)}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,7 +104,7 @@ class Source:
         Raises:
             CheckpointError: its file has changed since it was opened, or its data contradict its header.
         """
-        with self._packed(stored) as packed:
+        with self.opened(stored) as packed:
             finished = finish(packed)
             views = {id(part) for part in packed.parts.values()} if stored.is_wide else set()
             if any(id(part) in views for part in finished.parts.values()):
@@ -117,11 +117,11 @@ class Source:
         stored = self.weights.get(name)
         if stored is None:
             return None
-        with self._packed(stored) as packed:
+        with self.opened(stored) as packed:
             return packed.dequantize().to(torch.float32, copy=True)
 
     @contextmanager
-    def _packed(self, stored: StoredWeight) -> Iterator[PackedWeight]:
+    def opened(self, stored: StoredWeight) -> Iterator[PackedWeight]:
         """A weight that may share the file's pages, which are given back at the end."""
         plain = reader(self.store)
 

@@ -1,0 +1,107 @@
+"""The inner bases of a Transformer, in which what it computes does not depend.
+
+In: a decoder's slots. Out: which bases each weight's outputs and inputs stand in. Must never know: sources, values.
+
+Rotate the residual stream and every weight that reads or writes it, divide a norm by factors and multiply what reads
+it, exchange two channels of an MLP: the model computes the same, and none of the weights is what it was. QuaRot and
+SpinQuant (arXiv:2404.00456, 2405.16406) do the first, AWQ and SmoothQuant (arXiv:2306.00978, 2211.10438) the second.
+Each such freedom is named here a gauge; a weight taken from another model of the same function fits only where the
+gauges that it touches are the same in both.
+
+    residual            embedding, norms, whatever reads the stream, whatever writes it
+    N.attention_norm    the norm and what reads it; likewise N.mlp_norm and norm
+    N.heads             the order of heads
+    N.query_key         queries and keys, head by head; also N.query_low of latent attention
+    N.value_out         values and what projects them back; N.latent of latent attention
+    N.experts           the order of experts, by the router
+    N.E.channels        the order of the channels of one MLP or expert: gate, up, down
+    N.E.up_down         the factors of its channels, which the gate's nonlinearity has no part in
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+RESIDUAL = "residual"
+_LAST_NORM = "norm"
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The gauges that a weight's axes stand in.
+
+    Attributes:
+        outputs, inputs: of a matrix. A vector has outputs only.
+        decides: the gauge that is the same in two models exactly if this weight is: a norm, a router.
+    """
+
+    outputs: frozenset[str] = frozenset()
+    inputs: frozenset[str] = frozenset()
+    decides: str | None = None
+
+    @property
+    def all(self) -> frozenset[str]:
+        return self.outputs | self.inputs
+
+
+def axes_of(slot: str) -> Axes:
+    """The gauges of a slot by its name; none for one whose place is not known, which a family has for itself."""
+    if slot in ("embedding", "positions"):
+        return Axes(inputs=frozenset({RESIDUAL}))
+    if slot == "head":
+        return Axes(inputs=frozenset({RESIDUAL, _LAST_NORM}))
+    if slot.removesuffix("_bias") == _LAST_NORM:
+        return Axes(outputs=frozenset({_LAST_NORM}), decides=_LAST_NORM)
+    match = re.fullmatch(r"layers\.(\d+)\.(\w+)(?:\.(.+))?", slot)
+    if match is None:
+        return Axes()
+    layer, block, local = match.groups()
+    if local is None:  # layers.N.attention_norm, perhaps with _bias
+        gauge = f"{layer}.{block.removesuffix('_bias')}"
+        return Axes(outputs=frozenset({gauge}), decides=gauge)
+    return _attention(layer, local) if block == "attention" else _mlp(layer, local)
+
+
+def _attention(layer: str, local: str) -> Axes:
+    stream = frozenset({RESIDUAL, f"{layer}.attention_norm"})
+    heads, query_key, value_out = f"{layer}.heads", f"{layer}.query_key", f"{layer}.value_out"
+    low, latent = f"{layer}.query_low", f"{layer}.latent"
+    matrices = {
+        "q": ({heads, query_key}, stream),
+        "k": ({heads, query_key}, stream),
+        "v": ({heads, value_out}, stream),
+        "qkv": ({heads, query_key, value_out}, stream),
+        "o": ({RESIDUAL}, {heads, value_out}),
+        "q_a": ({low}, stream),
+        "q_b": ({heads, query_key}, {low}),
+        "kv_a": ({latent, query_key}, stream),
+        "kv_b": ({heads, query_key, value_out}, {latent}),
+    }
+    vectors = {"q_norm": query_key, "k_norm": query_key, "q_a_norm": low, "kv_a_norm": latent, "sinks": query_key}
+    if local in vectors:
+        return Axes(outputs=frozenset({vectors[local]}))
+    outputs, inputs = matrices.get(local.removesuffix("_bias"), (set(), set()))
+    return Axes(frozenset(outputs), frozenset() if local.endswith("_bias") else frozenset(inputs))
+
+
+def _mlp(layer: str, local: str) -> Axes:
+    stream = frozenset({RESIDUAL, f"{layer}.mlp_norm"})
+    order = f"{layer}.experts"
+    if local == "router":
+        return Axes(frozenset({order}), stream, decides=order)
+    if local in ("router_bias", "router_correction"):
+        return Axes(frozenset({order}))
+    if local == "shared_gate":
+        return Axes(inputs=stream)
+    expert, _, part = local.rpartition(".")
+    channels, factors = f"{layer}.{expert}.channels", f"{layer}.{expert}.up_down"
+    numbered = {order} if expert.startswith("experts.") else set()
+    is_bias, part = part.endswith("_bias"), part.removesuffix("_bias")
+    if part == "gate":
+        return Axes(frozenset({channels, *numbered}), frozenset() if is_bias else stream)
+    if part == "up":
+        return Axes(frozenset({channels, factors, *numbered}), frozenset() if is_bias else stream)
+    if part == "down":
+        return Axes(frozenset({RESIDUAL}), frozenset() if is_bias else frozenset({channels, factors, *numbered}))
+    return Axes()
