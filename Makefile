@@ -61,14 +61,13 @@ clean: ## remove .venv, caches, build output and the demo model's derived checkp
 define install
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing what is needed into $(VENV): about 0.6 GB, most of it PyTorch. With CUDA it is several GB."
+	@echo "Installing what is needed into $(VENV): 0.3 GB to download and 1.3 GB on the disk with the CPU build of PyTorch, several GB with CUDA."
 	@grep -hv '^-' $(1) > $(VENV)/packages.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r $(VENV)/packages.txt
 	@echo "Compiling the native kernels: about 90 s on two free cores. Everything it says: $(LOG)"
-	@: > $(LOG)
-	@$(BIN)/python -m pip install --disable-pip-version-check -v --no-deps -e . > $(LOG) 2>&1 & \
-	  pid=$$!; tail -n +1 -f --pid=$$pid $(LOG) | grep --line-buffered -o '\[[0-9]*/[0-9]*\] [A-Z].*'; \
-	  wait $$pid || { tail -n 40 $(LOG); echo "The installation has failed."; exit 1; }
+	@: > $(LOG); tail -f -n +1 --pid=$$$$ $(LOG) | sed -nu 's|^ *\(\[[0-9]*/[0-9]*\]\).* -c .*/\([^/ ]*\)$$|\1 \2|p' & \
+	  $(BIN)/python -m pip install --disable-pip-version-check -v --no-deps -e . > $(LOG) 2>&1 || \
+	  { tail -n 40 $(LOG); echo "The installation has failed."; exit 1; }
 	@$(BIN)/python -m compileall -q src
 	@$(BIN)/python -c 'from amalgam.kernels import native; print(native.why_unavailable() or f"Native kernels: {native.isa()}")'
 endef

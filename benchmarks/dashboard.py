@@ -104,7 +104,7 @@ async def view(url: str, seconds: float, *, is_shared: bool) -> None:
         polled_at = -POLL_SECONDS
         async with client.stream("GET", "/dashboard/events") as response:
             async for line in response.aiter_lines():
-                if not line or time.monotonic() - polled_at < POLL_SECONDS:
+                if not line.startswith("data: ") or time.monotonic() - polled_at < POLL_SECONDS:
                     continue
                 polled_at = time.monotonic()
                 version = json.loads(line.removeprefix("data: "))["statistics_version"]

@@ -123,4 +123,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for terminals that cannot show every character
     sys.exit(main())

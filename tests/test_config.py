@@ -308,6 +308,25 @@ def test_structured_variables_are_json_or_yaml(tmp_path: Path) -> None:
         load_settings(write(tmp_path, MINIMAL), environ={"AMALGAM_MODEL_MIXED_PRECISION_RULES": "[{"})
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.org", ("a.org",)),
+        ("a.org, *.b.org", ("a.org", "*.b.org")),
+        ('["a.org", "b"]', ("a.org", "b")),
+        ("[::1],a", ("[::1]", "a")),
+        ("[::1]", ("[::1]",)),
+    ],
+)
+def test_lists_of_texts(text: str, expected: tuple[str, ...], tmp_path: Path) -> None:
+    for way in ("variable", "flag"):
+        assert read_by(way, "server.allowed_hosts", text, tmp_path) == expected
+    assert (
+        load_settings(write(tmp_path, MINIMAL + f"server: {{allowed_hosts: {text!r}}}")).server.allowed_hosts
+        == expected
+    )
+
+
 def test_the_user_s_own_files_have_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert state_folder({"XDG_STATE_HOME": "/s"}) == Path("/s/amalgam")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from amalgam import LLM, SamplingParams
+from amalgam.cli import main
 from amalgam.config import StatisticsSettings
 from amalgam.errors import ConfigError, PromptTooLongError, UnsupportedError
 from amalgam.experts.saved import load, to_bytes
@@ -31,6 +34,27 @@ def test_generate_and_stream_agree(llm: LLM) -> None:
     assert streamed == answers[0].text
     assert answers[0].text != answers[1].text
     assert llm.generate("The old man", GREEDY)[0].text == streamed
+
+
+def test_the_models_own_sampling_holds_where_nothing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    config = {"do_sample": False, "max_new_tokens": 5, "repetition_penalty": 1.3, "num_beams": 4}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    with LLM(model=folder, settings={"inference.max_seq_length": 64}) as llm:
+        assert llm.default_params == SamplingParams(do_sample=False, max_new_tokens=5, repetition_penalty=1.3)
+        [answer] = llm.generate("The old man")
+        assert len(answer.token_ids) == 5
+        assert [llm.generate("The old man")[0].text for _ in range(3)] == [answer.text] * 3
+        assert llm.generate("The old man", SamplingParams(max_new_tokens=4))[0].token_ids == answer.token_ids[:4]
+        assert "".join(output.text for output in llm.stream("The old man")) == answer.text
+        assert len({llm.generate("The old man", SamplingParams(temperature=9.0))[0].text for _ in range(5)}) > 1
+        told = llm.model_info()["sampling_defaults"]
+        assert told["from_model"] == ["do_sample", "max_new_tokens", "repetition_penalty"]
+        assert told["not_honoured"] == {"num_beams": "4"}
+    assert main(["generate", "The old man", "--model", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["generated_text"] == answer.text
 
 
 def test_leaving_a_stream_cancels_it(llm: LLM) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from amalgam.config_fields import Section, UserPath, can_be_empty, kind_of, types_of
+from amalgam.config_fields import Section, UserPath, can_be_empty, kind_of, split_list, types_of
 from amalgam.config_text import ENV_PREFIX, our_variables, parse_yaml, read_yaml
 from amalgam.errors import ConfigError, describe
 
@@ -196,7 +196,7 @@ class ServerSettings(Section):
     @field_validator("allowed_hosts", "allowed_origins", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        return split_list(value) if isinstance(value, str) else value
 
     export_dir: UserPath = "expert_stats"
     """Folder that /export_expert_stats writes to."""
@@ -374,8 +374,8 @@ class SettingInfo:
             ConfigError: a list or mapping that is neither JSON nor YAML.
         """
         if any(get_origin(kind) in (dict, tuple) for kind in types_of(self.field)):
-            if not self.is_structured and not text.lstrip().startswith("["):
-                return [part.strip() for part in text.split(",") if part.strip()]
+            if not self.is_structured:
+                return split_list(text)
             try:
                 return parse_yaml(text)
             except ValueError as error:

@@ -6,6 +6,8 @@ Must never know: which settings there are, and where their texts come from.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Mapping
 from types import NoneType
@@ -79,6 +81,14 @@ def can_be_empty(field: FieldInfo) -> bool:
         return False
     default = field.get_default(call_default_factory=True)
     return default is None or default in ("", {}, ()) or isinstance(default, BaseModel)
+
+
+def split_list(text: str) -> list[str]:
+    """`a, b` or `["a", "b"]`; a bracket alone is part of an address."""
+    with contextlib.suppress(ValueError):
+        if isinstance(values := json.loads(text), list) and all(isinstance(value, str) for value in values):
+            return values
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _members(field: FieldInfo) -> tuple[Any, ...]:

@@ -43,9 +43,9 @@ def conversations(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]
     seen: list[list[dict[str, str]]] = []
     original = Tokenizer.encode_chat
 
-    def encode_chat(tokenizer: Tokenizer, messages: Any) -> list[int]:
+    def encode_chat(tokenizer: Tokenizer, messages: Any, *limit: int) -> list[int]:
         seen.append(list(messages))
-        return original(tokenizer, messages)
+        return original(tokenizer, messages, *limit)
 
     monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
     return seen

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tests.conftest import DEMO
@@ -126,6 +128,19 @@ def test_one_that_fails_costs_no_other(
         assert [(a["generated_text"], a.get("error")) for a in json.loads(out)] == [("a", "It broke."), ("xyz", None)]
     else:
         assert out == "==> p <==\na\n\n==> q <==\nxyz\n"
+
+
+def test_the_model_s_own_defaults_hold_where_no_flag_is_given(
+    texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": False, "max_new_tokens": 7}))
+    code, out, err = run(capsys, PROMPTS[0], "--model", str(model))
+    assert code == 0 and " + 7 tokens" in err
+    assert texts[0].startswith(out.removesuffix("\n"))
+    code, _, err = run(capsys, PROMPTS[0], "--model", str(model), "--max-new-tokens", "3")
+    assert code == 0 and " + 3 tokens" in err
 
 
 def test_a_prompt_that_is_no_unicode_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

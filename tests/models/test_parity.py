@@ -76,6 +76,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral_full": {"sliding_window": None, "tie_word_embeddings": True},
     "qwen2_window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "mixtral_window": {"sliding_window": 8},
+    "qwen3_window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3_moe_window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3_moe_mixed": {"mlp_only_layers": [0], "norm_topk_prob": False, "attention_bias": True},
     "qwen2_moe_mixed": {
         "decoder_sparse_step": 2,

@@ -66,7 +66,11 @@ def tiny_model(family: Family, **changes: Any) -> Any:
     import transformers
 
     model_class = getattr(transformers, family.architectures[0])
-    config = model_class.config_class(**{**BASE_CONFIG, **family.tiny_config, **changes})
+    return random_model(model_class, model_class.config_class(**{**BASE_CONFIG, **family.tiny_config, **changes}))
+
+
+def random_model(model_class: Any, config: Any) -> Any:
+    """The same of a class and its config."""
     torch.manual_seed(7)
     model = model_class._from_config(config, experts_implementation="eager", attn_implementation="eager").float().eval()
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]

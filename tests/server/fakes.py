@@ -204,6 +204,7 @@ class FakeDeployment:
             "precisions": {"bf16": {"parameters": 1, **row}},
             "memory": {"weights_bytes": 2, "kv_cache_bytes": 0, "process_peak_bytes": 0},
             "weight_version": self.engine.version.version_id,
+            "sampling_defaults": self.defaults.as_json(),
         }
 
     @property

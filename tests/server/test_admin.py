@@ -62,7 +62,7 @@ def test_generation_goes_on_during_a_remap(
 
     monkeypatch.setattr(deployment, "update_weight_mapping", held_update, raising=False)
     with ThreadPoolExecutor(1) as pool:
-        remap = pool.submit(client.post, "/reload_weights")
+        remap = pool.submit(client.post, "/update_weight_mapping", json={"weight_mapping": {"a": "int4"}})
         assert has_begun.wait(60)
         for _ in range(5):
             answer = client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).json()

@@ -505,6 +505,7 @@ def test_enter_sends_in_a_chat(page: Page) -> None:
     with serving(fake_settings(port=0), lambda: deployment) as url:
         wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
         page.open(url + "/dashboard")
+        assert page.run("return document.querySelector('#play-max').placeholder") == "server default 512"
         assert page.run(press, {}, "a text") is True  # one that is continued may have several lines
         page.choose("#play-mode", "chat")
         for keys in ({"shiftKey": True}, {"isComposing": True}, {"keyCode": 229}):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,6 +125,38 @@ def test_clients_that_left_are_not_tokenized(
             thread.join()
         assert client.post("/generate", json={"prompt": "last", "max_new_tokens": 1}).status_code == 200
     assert seen == ["first"] * 4 + ["last"]
+
+
+def test_long_bodies_become_text_a_few_at_a_time(
+    url: str, deployment: FakeDeployment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body, "LONG_BODY_BYTES", 1000)
+    caplog.set_level(logging.INFO, "amalgam.server")
+    held, seen = threading.Event(), []
+
+    def encode(text: str) -> list[int]:
+        seen.append(text[:4])
+        assert len(text) < 1000 or held.wait(60)
+        return [1]
+
+    deployment.encode = encode
+    parsed = []
+    monkeypatch.setattr(body, "parse_json", lambda raw, parse=body.parse_json: parsed.append(raw[:15]) or parse(raw))
+    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(3) as pool:
+        request = {"prompt": "long" * 500, "max_new_tokens": 1}
+        answers = [pool.submit(client.post, "/generate", json=request) for _ in range(2)]
+        wait_until(lambda: len(seen) == 2)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/generate", json={"prompt": "left" * 500}, timeout=httpx.Timeout(60, read=0.05))
+        wait_until(lambda: "/generate 499" in caplog.text)
+        answers.append(pool.submit(client.post, "/generate", json=request))
+        assert client.post("/generate", json={"prompt": "a", "max_new_tokens": 1}).status_code == 200
+        assert len(parsed) == 3
+        held.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 3
+        too_long = {"prompt": "a", "unknown": "x" * 2000}
+        assert [client.post("/generate", json=too_long).status_code for _ in range(5)] == [422] * 5
+    assert "left" not in seen
 
 
 @pytest.mark.parametrize("path", ["/generate", "/batch_generate", "/dashboard/chat", "/experts/trace"])

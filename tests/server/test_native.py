@@ -14,10 +14,9 @@ import httpx
 import pytest
 
 from amalgam import SamplingParams, __version__
-from amalgam.config import build_settings
 from amalgam.engine.generation_config import ModelDefaults
 from tests.server.conftest import serving, wait_until
-from tests.server.fakes import FAIL, MAX_SEQ_LENGTH, FakeDeployment
+from tests.server.fakes import FAIL, MAX_SEQ_LENGTH, FakeDeployment, fake_settings
 
 FIGURES = {"prompt_tokens", "generated_tokens", "total_tokens", "finish_reason", "timings", "weight_version"}
 TIMINGS = {"queue_seconds", "first_token_seconds", "total_seconds", "tokens_per_second"}
@@ -69,7 +68,8 @@ def test_the_models_defaults_hold_and_are_shown(client: httpx.Client, deployment
     chat = {"messages": [{"role": "user", "content": "x"}], "temperature": 0.5}
     client.post("/dashboard/chat", json=chat)
     assert deployment.engine.params == [
-        model, replace(model, top_k=8), replace(model, do_sample=False), replace(model, temperature=0.5),
+        model, replace(model, top_k=8), replace(model, do_sample=False),
+        replace(model, temperature=0.5, continues_prompt=False),
     ]  # fmt: skip
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     for name in ("GenerateBody", "BatchGenerateBody"):
@@ -158,7 +158,7 @@ def test_a_batch_waits_for_room_that_others_make_but_not_for_its_first(url: str,
 
 
 def test_a_batch_leaves_half_of_the_queue_to_others(deployment: FakeDeployment) -> None:
-    settings = build_settings({"model": {"base_path": "fake"}, "server": {"port": 0}, "engine": {"max_queue": 4}})
+    settings = fake_settings(port=0).replace(engine={"max_queue": 4})
     engine = deployment.engine
     engine.held_at, engine.max_queue = 1, 4
     with serving(settings, lambda: deployment) as url, httpx.Client(base_url=url, timeout=60) as client:

@@ -5,7 +5,6 @@ In: a path and its content. Out: the file. Must never know what is in it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from amalgam.base.locks import create_locked, remove_abandoned
@@ -13,13 +12,10 @@ from amalgam.base.locks import create_locked, remove_abandoned
 _SUFFIX = ".partial"
 
 
-def replace_file(target: Path, content: str | bytes, *, to_disk: bool = False) -> Path:
+def replace_file(target: Path, content: str | bytes) -> Path:
     """Write a file, in place of one of that name; its folder is made if absent.
 
     What killed processes have left of earlier attempts is removed.
-
-    Args:
-        to_disk: return only when the disk has it.
 
     Raises:
         OSError: it cannot be written.
@@ -32,8 +28,6 @@ def replace_file(target: Path, content: str | bytes, *, to_disk: bool = False) -
         try:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            if to_disk:
-                os.fsync(descriptor)
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)

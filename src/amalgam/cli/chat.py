@@ -19,6 +19,7 @@ from amalgam.cli.sampling import (
     TopP,
     changed,
     chosen,
+    completed,
     described,
 )
 from amalgam.config import Settings, state_folder
@@ -41,13 +42,14 @@ paste keeps its lines. A message that begins with / is sent as //…
 Ctrl-C ends an answer, and clears what is typed."""
 _ENDS = ("/quit", "/exit")
 _CANCEL_SECONDS = 5.0
+_MAX_NEW_TOKENS = 512
 
 
 @with_settings
 def command(
     settings: Settings,
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    max_new_tokens: MaxNewTokens = 512,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -80,7 +82,7 @@ def command(
             )
         lines = open_input(state_folder() / "chat_history" if history else None)
         note(f"{deployment.model_name}: /help lists the commands, Ctrl-D ends the chat.")
-        _Chat(deployment, params, system).run(lines)
+        _Chat(deployment, completed(params, deployment.defaults, _MAX_NEW_TOKENS), system).run(lines)
     finally:
         deployment.close()
 
@@ -190,7 +192,7 @@ def _stream(deployment: Deployment, messages: Any, params: SamplingParams, show:
     outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
     request_id: int | None = None
     try:
-        token_ids = deployment.tokenizer.encode_chat(messages)
+        token_ids = deployment.tokenizer.encode_chat(messages, deployment.engine.max_prompt_tokens)
         request_id = deployment.engine.submit(token_ids, params, outputs.put)
         while True:
             output = outputs.get()

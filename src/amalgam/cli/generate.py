@@ -9,18 +9,30 @@ from typing import Annotated, Any
 import typer
 
 from amalgam.cli.options import with_settings
-from amalgam.cli.sampling import MaxNewTokens, MinP, RepetitionPenalty, Seed, Stop, Temperature, TopK, TopP, chosen
+from amalgam.cli.sampling import (
+    MaxNewTokens,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    chosen,
+    completed,
+)
 from amalgam.config import Settings
 from amalgam.engine.request import FinishReason, RequestOutput
 
 _INTERRUPTED = 130
+_MAX_NEW_TOKENS = 128  # where neither the user nor the model says
 
 
 @with_settings
 def command(
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts, answered together.")],
     settings: Settings,
-    max_new_tokens: MaxNewTokens = 128,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -52,8 +64,9 @@ def command(
     answers = _Answers(prompt, is_shown=not as_json)
     is_interrupted = False
     try:
-        token_ids = [deployment.tokenizer.encode(text) for text in prompt]
-        deployment.engine.generate(token_ids, params, watch=answers.take)
+        engine = deployment.engine
+        token_ids = [deployment.tokenizer.encode(text, engine.max_prompt_tokens) for text in prompt]
+        engine.generate(token_ids, completed(params, deployment.defaults, _MAX_NEW_TOKENS), watch=answers.take)
     except KeyboardInterrupt:
         is_interrupted = True
         answers.close()

@@ -23,7 +23,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Make an fp8, int8 or int4 checkpoint of a model (compressed-tensors layout, rounding to nearest)."""
-    from amalgam.cli.console import escaped, human_bytes, print_json, print_table, progress_bar
+    from amalgam.cli.console import escaped, human_bytes, print_json, print_table, progress_bar, say
     from amalgam.precision.format import QuantizeOptions
     from amalgam.tools.quantize import quantize_checkpoint
 
@@ -70,4 +70,4 @@ def command(
     ):
         if names:
             more = f" and {len(names) - _MAX_NAMED} more (all with --json)" if len(names) > _MAX_NAMED else ""
-            typer.echo(f"{what}: {', '.join(map(escaped, names[:_MAX_NAMED]))}{more}")
+            say(f"{what}: {', '.join(map(escaped, names[:_MAX_NAMED]))}{more}")

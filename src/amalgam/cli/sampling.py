@@ -9,18 +9,25 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.request import SamplingParams
 from amalgam.errors import RequestError
 
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: 0.7]")]
-TopP = Annotated[float | None, typer.Option(help="Smallest set of tokens with this probability. [default: 0.9]")]
-TopK = Annotated[int | None, typer.Option(help="This many most probable tokens; 0: all. [default: 50]")]
+# What is not given is as the model's generation_config.json has it, and only then as it says here.
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Most tokens to generate. [default: the model's, or 512; for generate 128]")
+]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy. [default: the model's, or 0.7]")]
+TopP = Annotated[
+    float | None, typer.Option(help="Smallest set of tokens with this probability. [default: the model's, or 0.9]")
+]
+TopK = Annotated[int | None, typer.Option(help="This many most probable tokens; 0: all. [default: the model's, or 50]")]
 MinP = Annotated[float | None, typer.Option(help="Only tokens at least so probable, beside the most probable one.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str], typer.Option(help="Stop before this text. Repeatable.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: tokens seen before become less probable.")]
 
+_HOW_TO_SAMPLE = ("temperature", "top_p", "top_k", "min_p")
 _FIXED = ("ignore_eos", "continues_prompt")  # how a chat works, and not how it sounds
 _NONE = ("none", "null", "off")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -33,6 +40,20 @@ def chosen(**given: Any) -> SamplingParams:
         RequestError: a value is out of range.
     """
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def completed(params: SamplingParams, defaults: ModelDefaults, max_new_tokens: int) -> SamplingParams:
+    """`params` with the model's defaults for what was not given.
+
+    Args:
+        max_new_tokens: where neither says it.
+    """
+    ours = (
+        defaults.params
+        if "max_new_tokens" in defaults.from_model
+        else replace(defaults.params, max_new_tokens=max_new_tokens)
+    )
+    return params.over(ours)
 
 
 def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
@@ -49,7 +70,9 @@ def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
             f"There is no {name!r} to set.",
             remedy=f"Did you mean {close[0]}?" if close else f"There are {', '.join(names())}.",
         )
-    return replace(params, **{name: _value(name, text, types[name])})
+    value = _value(name, text, types[name])
+    changes: dict[str, Any] = {"do_sample": True} if name in _HOW_TO_SAMPLE else {}  # who says how wants to
+    return replace(params, **changes | {name: value})
 
 
 def names() -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def _begin_to_load_torch() -> None:
     keeps its lock in `ctypes.CDLL(path)`, but not while a function is called that belongs to a library.
     """
     # A library that is being loaded keeps all others waiting. So those that are imported meanwhile come first.
-    for name in ("asyncio", "multiprocessing.connection", "orjson", "queue"):
+    for name in ("asyncio", "multiprocessing.connection", "orjson", "queue", "resource"):
         import_module(name)
 
     def load(folder: Path) -> None:

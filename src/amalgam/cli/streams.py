@@ -32,9 +32,9 @@ def guarded_streams() -> Iterator[None]:
         OutputError: standard output takes nothing more; here or wherever something is written.
     """
     _open_closed()
-    before = sys.stdin, sys.stdout, sys.stderr
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
-    out, err = (stream or os.fdopen(fd, "w", closefd=False) for stream, fd in ((sys.stdout, 1), (sys.stderr, 2)))
+    sys.stdout = out = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = err = sys.stderr or os.fdopen(2, "w", closefd=False)
     with _escaping(out), _escaping(err):
         sys.stdout, sys.stderr = cast(TextIO, _Output(out)), cast(TextIO, _Messages(err))
         try:
@@ -48,7 +48,7 @@ def guarded_streams() -> Iterator[None]:
                 err.flush()
             except (OSError, ValueError):
                 _discard(err)
-            sys.stdin, sys.stdout, sys.stderr = before
+            sys.stdout, sys.stderr = out, err
 
 
 class _Guarded:

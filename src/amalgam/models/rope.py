@@ -196,6 +196,10 @@ class RopeSettings:
     def max_positions(self) -> int:
         return self._config.int("max_position_embeddings")
 
+    def rotary_dim(self, default: int) -> int:
+        """How many dimensions of a head turn, where that is said in dimensions."""
+        return int(self.number("rotary_dim", default=default))
+
     def refuse_unknown(self, known: set[str]) -> None:
         """Fail on a setting that would otherwise be ignored."""
         for key in sorted(self._values.keys() - known):
@@ -252,7 +256,10 @@ def _read_longrope(settings: RopeSettings) -> LongRope:
 
 
 # The last two say how the checkpoint came about.
-_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
+_COMMON = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "rotary_dim"),
+    *("original_max_position_embeddings", "finetuned"),
+}
 # Rope type → reader of its scaling, and the settings that it understands.
 _KINDS: Mapping[str, tuple[Callable[[RopeSettings], Scaling | None], set[str]]] = {
     "default": (lambda settings: None, set()),
@@ -276,7 +283,10 @@ def read_rope(
     """The rotary embedding that a config.json describes.
 
     Args:
-        head_dim: dimensions of a head, of which `partial_rotary_factor` (else `default_fraction`) turn.
+        head_dim: dimensions of a head, of which `rotary_dim` turn, which GGUF files say, else the share
+            `partial_rotary_factor`, else `default_fraction`.
+        default_fraction: with 1, no other `partial_rotary_factor` is taken: the classes of such families turn whole
+            heads whatever it says.
 
     Raises:
         UnsupportedError: an unknown rope type or setting, a missing or impossible value.
@@ -287,7 +297,9 @@ def read_rope(
     fraction = settings.number(
         "partial_rotary_factor", default=config.float("partial_rotary_factor", default=default_fraction)
     )
-    rotary_dim = int(head_dim * fraction)
+    if default_fraction == 1 and fraction != 1:
+        config.refuse("partial_rotary_factor", fraction, "1 for this family")
+    rotary_dim = settings.rotary_dim(int(head_dim * fraction))
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
         config.refuse("partial_rotary_factor", fraction, f"an even share of head_dim {head_dim}")
     theta = settings.number("rope_theta", default=config.float("rope_theta", default=default_theta), above=1)

@@ -238,7 +238,7 @@ class Family:
 class ConfigReader:
     """Typed access to a config.json; every complaint names the key, its value and the file.
 
-    Keys may have synonyms: the first that is present counts.
+    Keys may have synonyms, which must agree where more than one is present.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
@@ -247,7 +247,11 @@ class ConfigReader:
 
     def get(self, *keys: str, default: Any = None) -> Any:
         """The value of the first key that is present and not null."""
-        return next((self._config[key] for key in keys if self._config.get(key) is not None), default)
+        present = [key for key in keys if self._config.get(key) is not None]
+        for key in present[1:]:
+            if self._config[key] != self._config[present[0]]:
+                self.refuse(key, self._config[key], f"what {present[0]} says, {describe(self._config[present[0]])}")
+        return self._config[present[0]] if present else default
 
     def present(self, *keys: str) -> str:
         """The synonym that counts, for messages; the first if none is there."""
@@ -275,6 +279,9 @@ class ConfigReader:
         return float(value)
 
     def bool(self, *keys: str, default: bool) -> bool:
+        """Null is false, which is how the Hugging Face classes take it."""
+        if any(map(self.is_null, keys)) and self.get(*keys) is None:
+            return False
         value = self.get(*keys, default=default)
         if not isinstance(value, bool):
             self.refuse(self.present(*keys), value, "true or false")
@@ -354,6 +361,7 @@ def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]
         if isinstance(config.get(key), int) and config[key] > MAX_LAYERS:
             reader.refuse(key, config[key], f"at most {MAX_LAYERS} layers")
     spec = family.read_spec(reader)
+    _check_layer_types(reader, spec)
     num_experts = sum(layer.mlp.num_experts for layer in spec.layers)
     if num_experts > MAX_EXPERTS:
         raise UnsupportedError(
@@ -361,3 +369,12 @@ def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]
             remedy=f"Supported: at most {MAX_EXPERTS} in all. Is the file damaged?",
         )
     return family, spec
+
+
+def _check_layer_types(config: ConfigReader, spec: ModelSpec) -> None:
+    """Fail if `layer_types` says of a layer's attention something else than its family reads, or can."""
+    windows = [getattr(layer.attention, "window", None) for layer in spec.layers]
+    expected = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    found = config.get("layer_types")
+    if found is not None and found != expected:
+        config.refuse("layer_types", found, f"{expected}, as the other keys describe this family's layers")

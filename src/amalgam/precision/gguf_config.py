@@ -256,7 +256,7 @@ def _decoder(metadata: _Metadata, architecture: str) -> Config:
         metadata.damaged("rope.dimension_count", rotary_dim, f"1 to {head_dim}, the size of a head")
     config |= {"head_dim": head_dim, "rope_parameters": _rope(metadata, rotary_dim)}
     if rotary_dim != head_dim:
-        config["rope_parameters"]["partial_rotary_factor"] = rotary_dim / head_dim
+        config["rope_parameters"]["rotary_dim"] = rotary_dim
     return config
 
 

@@ -5,9 +5,11 @@ In: raw ASGI messages. Out: parsed bodies for the handlers. Must never know: wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import orjson
@@ -18,6 +20,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from amalgam.errors import AmalgamError, OverloadedError, RequestError, describe
+from amalgam.server.access import unless_client_leaves
+from amalgam.server.encoding import LONG_BODY_BYTES
 from amalgam.server.errors import BodyTooLargeError, InvalidJSONError, MediaTypeError, error_response
 
 MAX_JSON_KEYS = 100_000
@@ -108,9 +112,14 @@ class StrictRoute(APIRoute):
             if request.query_params and not self.dependant.query_params:
                 raise RequestError(f"{self.path} takes no query.", remedy="Leave out what follows the question mark.")
             _check_no_key_twice(request)
-            if self.body_field is not None:
+            if self.body_field is None:
+                return await handle(request)
+            async with contextlib.AsyncExitStack() as stack:
+                if len(await request.body()) > LONG_BODY_BYTES:
+                    encoder = request.app.state.service.encoder
+                    await stack.enter_async_context(encoder.long_body(partial(unless_client_leaves, request.receive)))
                 await request.read_json()
-            return await handle(request)
+                return await handle(request)
 
         return handle_strictly
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from amalgam.base.threads import StoppableThread
 from amalgam.errors import RequestError
@@ -25,12 +26,50 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat
 T = TypeVar("T")
 
+LONG_BODY_BYTES = 2**20
+NUM_LONG_BODIES = 2  # parsed and not yet encoded; as text, one may take four times its bytes
+
+
+class Place:
+    """One of the few that a long body takes from its parsing until its prompts are encoded."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places = places
+        self._is_taken = True
+
+    def leave(self) -> None:
+        """Harmless when repeated."""
+        if self._is_taken:
+            self._is_taken = False
+            self._places.release()
+
+
+_place: ContextVar[Place | None] = ContextVar("place", default=None)  # of the request that runs
+
 
 class Encoder:
     """Encodes prompts, at most `num_threads` turns at a time."""
 
     def __init__(self, num_threads: int) -> None:
         self._turns = asyncio.Semaphore(num_threads)
+        self._places = asyncio.Semaphore(NUM_LONG_BODIES)
+
+    @contextlib.asynccontextmanager
+    async def long_body(
+        self, wait: Callable[[Coroutine[Any, Any, bool]], Coroutine[Any, Any, bool]]
+    ) -> AsyncIterator[None]:
+        """A place for the request that runs in the context, which `encode` leaves early.
+
+        Args:
+            wait: awaits until there is one.
+        """
+        await wait(self._places.acquire())
+        place = Place(self._places)
+        _place.set(place)
+        try:
+            yield
+        finally:
+            place.leave()
 
     async def encode(self, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int) -> list[list[int]]:
         """Token ids of each prompt. Cancelling the caller ends the work after the turn that is going on.
@@ -41,8 +80,12 @@ class Encoder:
         """
         token_ids: list[list[int]] = []
         work = _encode(tokenizer, prompts, max_tokens, token_ids)
-        while not await self._turn(lambda: _advance(work)):
-            pass
+        try:
+            while not await self._turn(lambda: _advance(work)):
+                pass
+        finally:
+            if (place := _place.get()) is not None:
+                place.leave()
         return token_ids
 
     async def _turn(self, call: Callable[[], T]) -> T:

@@ -24,6 +24,7 @@ from amalgam.server.methods import without_slash
 RETRY_AFTER_SECONDS = 5
 MAX_REPORTED_ERRORS = 3
 MAX_NAME_CHARS = 120
+UNDOCUMENTED_PAGES = {"/dashboard", "/docs", "/openapi.json"}
 
 
 class BodyTooLargeError(AmalgamError):
@@ -111,7 +112,7 @@ def register_error_handlers(app: FastAPI) -> None:
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         where = describe(request.url.path, MAX_NAME_CHARS)
-        if error.status_code == 404 and (place := without_slash(app.router, request.scope)) is not None:
+        if error.status_code == 404 and (place := without_slash(_pages(app), request.scope)) is not None:
             return RedirectResponse(place, 308)
         if error.status_code == 404:
             message = f"There is no {where} here. GET /docs lists the endpoints."
@@ -126,6 +127,11 @@ def register_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(AmalgamError, on_amalgam_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+
+
+def _pages(app: FastAPI) -> set[str]:
+    documented = {path for path, methods in app.openapi()["paths"].items() if "get" in methods}
+    return documented | UNDOCUMENTED_PAGES
 
 
 def _content(kind: str, message: str, param: str | None = None) -> dict[str, Any]:

@@ -5,8 +5,9 @@ In: ASGI messages. Out: heads without bodies, redirects. Must never know: what a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -36,16 +37,13 @@ class HeadMethod:
                 raise
 
 
-def without_slash(router: Router, scope: Scope) -> str | None:
-    """Where a page is that was asked for with a slash at the end, relative to that address; None if there is none.
+def without_slash(pages: Iterable[str], scope: Scope) -> str | None:
+    """Where a page is that was asked for with a slash at the end, relative to that address; None if it is none of them.
 
     Relative, because a proxy may have taken a prefix away and changed the scheme.
     """
     path: str = scope["path"].removesuffix("/")
-    if scope["method"] not in ("GET", "HEAD") or not path or path == scope["path"]:
-        return None
-    inner = {**scope, "path": path, "method": "GET"}
-    if not any(route.matches(inner)[0] is Match.FULL for route in router.routes):
+    if scope["method"] not in ("GET", "HEAD") or path == scope["path"] or path not in pages:
         return None
     query = scope["query_string"].decode("latin-1")
     return "../" + path.rpartition("/")[2] + (f"?{query}" if query else "")

@@ -50,6 +50,8 @@ REFUSALS = (
     Status.DRAINING.value,
     Status.FAILED.value,
     "unavailable",
+    "foreign_host",
+    "foreign_origin",
     "conflict",
     "invalid_plan",
     "invalid_checkpoint",
@@ -90,7 +92,7 @@ class Service:
         self._is_draining = False
         self._is_closed = False
         self._num_encoding = 0
-        self._encoder = Encoder(settings.server.max_workers)
+        self.encoder = Encoder(settings.server.max_workers)
 
     def start(self) -> None:
         """Begin to load; returns at once."""
@@ -198,7 +200,7 @@ class Service:
         self._num_encoding += 1  # a batch takes places in the queue one after the other
         try:
             max_tokens = deployment.engine.max_prompt_tokens
-            return await self._encoder.encode(deployment.tokenizer, prompts, max_tokens)
+            return await self.encoder.encode(deployment.tokenizer, prompts, max_tokens)
         finally:
             self._num_encoding -= 1
 

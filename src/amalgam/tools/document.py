@@ -70,15 +70,55 @@ all experts of the layer do; otherwise expert by expert. Routers are float32 wha
 and sinks must be floating. With AVX2 or AVX-512, bf16 is kept in 12 bits a weight, without loss, where its exponents
 allow it (`inference.bf16_coding`). `GET /manifest` tells each weight's `layout` on the machine at
 hand: those in `panels_…`, `panels_bf16_coded` among them, run natively.
+
+**A declaration is read whole.** `quantization_config`, `quantize_config.json`, `quant_config.json` and
+`hf_quant_config.json` may hold, at any depth, what their tool writes; a key that is not known here is refused by name,
+unless its value says nothing (null, false, empty). So are weights that need a rotation of their inputs at run time
+(`rotation`, `rotation_config`, `hadamard_config`, `transform_config`, `spinquant_config` …): use a checkpoint that was
+quantized without. Of FP8, scales that multiply (DeepSeek, Qwen) and that divide (GPTQModel's
+`weight_scale_semantics: inverse`) are served.
+
+The last group of a row may be shorter than the others (GPTQ with groups of 128 and 192 inputs). Biases of zeros beside
+projections that have none in the model, as GPTQ's tools write them, are passed over; others are refused. Mixtral's
+experts may have the names of other families (`mlp.experts.N.gate_proj`), as llm-compressor publishes them.
 """
 _FAMILIES = """## Families
 
 Each is proven against its Hugging Face class in float32 (XVERSE against an independent float64 implementation). Rotary
 positions: default, linear, dynamic, llama3, yarn, longrope. Sliding windows and a head tied to the embedding where the
-config has them. Where the Hugging Face classes look at the longest sequence of a batch, a table here holds for all
-requests: *dynamic* serves up to `max_position_embeddings`, where it equals the default, and refuses longer sequences;
-*longrope* takes its long factors for every token if `inference.max_seq_length` is above
-`original_max_position_embeddings`, and its short ones otherwise.
+config has them. Each field of a config.json means what the class makes of it, and has its default where it is missing;
+what the class could not follow either is refused.
+
+Where the Hugging Face classes look at the longest sequence of a batch, a table here holds for all requests: *dynamic*
+serves up to `max_position_embeddings`, where it equals the default, and refuses longer sequences; *longrope* takes its
+long factors for every token if `inference.max_seq_length` is above `original_max_position_embeddings`, and its short
+ones otherwise.
+"""
+_GGUF = """## GGUF
+
+A `.gguf` file alone is a model: configuration and tokenizer come from its metadata. A `config.json` or `tokenizer.json`
+in its folder takes their place if the folder is named instead of the file.
+
+- **Architectures**: {architectures}.
+- **Numbers** have llama.cpp's defaults: `rope.scaling.factor` without a type is linear. A key of the architecture that
+  would change what is computed and is not understood is refused by name. DeepSeek files without
+  `expert_group_count` (converters until autumn 2025) work for V2, V3, R1, Moonlight and Kimi K2, which are known by
+  their size; of others the published `config.json` has to be there.
+- **Tokenizers** `gpt2` and `llama`. `tokenizer.ggml.pre` may be {names}. Where llama.cpp differs from the published
+  `tokenizer.json`, the latter counts: Unicode's form NFC for {normalized}; the published expressions
+  of GPT-4o's kind, Kimi K2, Cohere and others, which llama.cpp comes near to with `std::regex`.
+- **An answer ends** where it does in llama.cpp: at the ids that the file names (eos, eot, eom, fim_pad, fim_rep,
+  fim_sep) and at tokens known by their text (`<|im_end|>`, `<|eot_id|>`, `<|endoftext|>` …). Texts that can stand in an
+  answer, such as `</s>`, count only if the file marks the token as special.
+- **Activations** are multiplied as they are. llama.cpp rounds them to 8 bits for quantized weights, so that its logits
+  differ from those of the same file by more than a unit in places; with the file's weights in float32 it agrees.
+
+## What `quantize` takes along
+
+Besides the weights: layers for multi-token prediction and tied heads as they are, tokenizer, chat templates, generation
+defaults, licence; from a GGUF file the tokenizer, its template and the ends of an answer as files. What it leaves out
+(scales of a KV cache, draft layers of a GGUF file, other files) and what else changes in `config.json` it says, with
+`--json` in full.
 """
 _GGUF = """## GGUF
 

@@ -15,7 +15,7 @@ NORM_EPS = 1e-5
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
     attention = replace(
-        read_attention(config, default_eps=NORM_EPS, default_rotary=0.5),
+        read_attention(config, default_eps=NORM_EPS, default_rotary=0.5, default_kv_heads=8),
         has_qkv_bias=config.bool("attention_bias", default=False),
         has_head_norm=config.bool("use_qk_norm", default=False),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from amalgam.kernels.packed import Activation
 from amalgam.kernels.program import Route, Rows
 from amalgam.models.families.llama import read_attention, read_model
+from amalgam.models.families.mistral import read_window
 from amalgam.models.families.mixtral import read_expert_counts
 from amalgam.models.families.qwen2 import by_layer_type
 from amalgam.models.layers import Attention, RmsNorm, SparseMoe
@@ -53,6 +54,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
         config,
         default_theta=150000.0,
         default_head_dim=64,
+        default_kv_heads=8,
         default_eps=NORM_EPS,
         has_bias=config.bool("attention_bias", default=True),
     )
@@ -67,7 +69,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
         has_bias=True,
     )
     types = [f"{('sliding', 'full')[i % 2]}_attention" for i in range(config.int("num_hidden_layers"))]
-    window = config.int("sliding_window", default=128)
+    window = read_window(config, default=128)
     attentions = by_layer_type(config, SinkAttention(**vars(common)), window, types)
     spec = read_model(config, "gpt_oss", tuple(LayerSpec(attention, moe) for attention in attentions))
     return replace(spec, norm=RmsNorm(config.float("rms_norm_eps", default=NORM_EPS, low=0), rounds_last=True))

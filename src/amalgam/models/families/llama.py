@@ -15,13 +15,22 @@ def read_attention(
     *,
     default_theta: float = 10000.0,
     default_head_dim: int | None = None,
+    default_kv_heads: int | None = None,
     default_eps: float = NORM_EPS,
     default_rotary: float = 1.0,
     has_bias: bool = False,
 ) -> Attention:
-    """The attention that Llama's relatives share; a family changes what differs with `dataclasses.replace`."""
+    """The attention that Llama's relatives share; a family changes what differs with `dataclasses.replace`.
+
+    Args:
+        default_kv_heads: where the key is missing; None: as many as there are heads, which null means everywhere.
+        default_rotary: share of a head that turns. Classes with a default of 1 do not look at `partial_rotary_factor`.
+    """
     heads = config.int("num_attention_heads")
-    kv_heads = config.int("num_key_value_heads", default=heads)
+    kv_heads = config.int(
+        "num_key_value_heads",
+        default=heads if default_kv_heads is None or config.is_null("num_key_value_heads") else default_kv_heads,
+    )
     head_dim = config.int("head_dim", default=default_head_dim or max(1, config.int("hidden_size") // heads))
     if heads % kv_heads:
         config.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")

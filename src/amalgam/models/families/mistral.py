@@ -21,14 +21,9 @@ def read_window(config: ConfigReader, default: int | None = None) -> int | None:
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
     window = read_window(config, default=WINDOW)
-    config.expect("layer_types", ["full_attention" if window is None else "sliding_attention"] * _num_layers(config))
-    attention = replace(read_attention(config), window=window)
+    attention = replace(read_attention(config, default_kv_heads=8), window=window)
     mlp = DenseMlp(config.int("intermediate_size"))
-    return read_model(config, "mistral", (LayerSpec(attention, mlp),) * _num_layers(config))
-
-
-def _num_layers(config: ConfigReader) -> int:
-    return config.int("num_hidden_layers")
+    return read_model(config, "mistral", (LayerSpec(attention, mlp),) * config.int("num_hidden_layers"))
 
 
 FAMILY = Family(

@@ -13,18 +13,17 @@ from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
 NORM_EPS = 1e-5
 
 
-def read_expert_counts(config: ConfigReader) -> tuple[int, int]:
-    """Experts of a layer, and how many of them a token goes to."""
+def read_expert_counts(config: ConfigReader, active_key: str = "num_experts_per_tok") -> tuple[int, int]:
+    """Experts of a layer, and how many of them a token goes to, which is `active_key`."""
     num_experts = config.int("num_experts", "num_local_experts", "n_routed_experts")
-    names = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token")
-    num_active = config.int(*names)
+    num_active = config.int(active_key)
     if num_active > num_experts:
-        config.refuse(config.present(*names), num_active, f"at most the {num_experts} experts of a layer")
+        config.refuse(active_key, num_active, f"at most the {num_experts} experts of a layer")
     return num_experts, num_active
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
-    attention = read_attention(config, default_theta=1e6, default_eps=NORM_EPS)
+    attention = read_attention(config, default_theta=1e6, default_eps=NORM_EPS, default_kv_heads=8)
     attention = replace(attention, window=read_window(config))
     router = SoftmaxRouter(*read_expert_counts(config), normalises=True)
     layers = (LayerSpec(attention, SparseMoe(router, config.int("intermediate_size"))),)

@@ -46,6 +46,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
         config,
         default_theta=1e6,
         default_eps=NORM_EPS,
+        default_kv_heads=8,
         has_bias=config.bool("attention_bias", default=False),
     )
     attention = replace(attention, window=read_window(config))

@@ -19,7 +19,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     if config.bool("use_sliding_window", default=False) and config.get("layer_types") is None:
         # The published code and today's class choose different layers.
         config.refuse("use_sliding_window", True, "false, or true with layer_types")
-    attention = replace(read_attention(config), has_qkv_bias=config.bool("qkv_bias", default=True))
+    attention = replace(read_attention(config, default_kv_heads=16), has_qkv_bias=config.bool("qkv_bias", default=True))
     moe = SparseMoe(
         router=SoftmaxRouter(*read_expert_counts(config), normalises=config.bool("norm_topk_prob", default=False)),
         intermediate_size=config.int("moe_intermediate_size"),

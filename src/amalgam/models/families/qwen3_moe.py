@@ -1,9 +1,15 @@
-"""Qwen3-MoE (`Qwen3MoeForCausalLM`): Qwen3's attention, experts in most layers, a dense MLP in the others."""
+"""Qwen3-MoE (`Qwen3MoeForCausalLM`): Qwen3's attention, experts in most layers, a dense MLP in the others.
+
+Its class, unlike Qwen3's, has a window in every layer or in none, and does not look at `max_window_layers`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from amalgam.models.families.llama import read_model
 from amalgam.models.families.mixtral import read_expert_counts
+from amalgam.models.families.qwen2 import read_used_window
 from amalgam.models.families.qwen3 import read_qwen3_attention
 from amalgam.models.layers import Attention, DenseMlp, SoftmaxRouter, SparseMoe
 from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, HEAD_NORMS, MLP
@@ -33,7 +39,9 @@ def read_sparse_layers(
 def _read_spec(config: ConfigReader) -> ModelSpec:
     router = SoftmaxRouter(*read_expert_counts(config), normalises=config.bool("norm_topk_prob", default=False))
     moe = SparseMoe(router, config.int("moe_intermediate_size"))
-    return read_model(config, "qwen3_moe", read_sparse_layers(config, read_qwen3_attention(config), moe))
+    attention = replace(read_qwen3_attention(config, default_kv_heads=4), window=read_used_window(config))
+    attentions = (attention,) * config.int("num_hidden_layers")
+    return read_model(config, "qwen3_moe", read_sparse_layers(config, attentions, moe))
 
 
 FAMILY = Family(

@@ -18,7 +18,7 @@ def _read_mlp(config: ConfigReader) -> DenseMlp | SparseMoe:
     if config.get("num_experts") is None:
         return DenseMlp(size)
     config.expect("norm_topk_prob", True)
-    router = SoftmaxRouter(*read_expert_counts(config), normalises=True, sum_eps=1e-6)
+    router = SoftmaxRouter(*read_expert_counts(config, "moe_top_k"), normalises=True, sum_eps=1e-6)
     return SparseMoe(router, size, shared_size=size * config.int("num_shared_experts", low=0))
 
 

@@ -73,7 +73,7 @@ async def size(body: SizeBody, service: ServiceArgument) -> SizeAnswer:
     return SizeAnswer(bytes_before=before, bytes_after=after)
 
 
-@router.post("/dashboard/undo", dependencies=[Admission])
+@router.post("/dashboard/undo", dependencies=[Admission], response_model_exclude_none=True)
 async def undo(body: UndoBody, service: ServiceArgument) -> RemapAnswer:
     """Go back to the mapping before the latest change."""
     deployment = service.deployment

@@ -249,7 +249,7 @@ const WORDS = {
   prompt: ["Prompt", "提示词"],
   message: ["Message", "消息"],
   max_tokens: ["Max tokens", "最多词元"],
-  server_default: ["server default", "服务器默认"],
+  server_default: ["server default {0}", "服务器默认 {0}"],
   keys_chat: ["Enter sends, Shift+Enter begins a new line.", "Enter 发送，Shift+Enter 换行。"],
   keys_text: ["Ctrl+Enter generates.", "Ctrl+Enter 生成。"],
   cut_length: ["… cut off at the length limit", "……达到长度上限，被截断"],

@@ -1,7 +1,7 @@
 // Generation as it streams, with its speed and the experts that it used.
 
 import { post, stream } from "../api.js";
-import { choose, hasStatistics, state } from "../app.js";
+import { choose, hasStatistics, on, state } from "../app.js";
 import { fill, h, setOptions } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
@@ -16,11 +16,10 @@ export function create() {
   const mode = select(showMode, { id: "play-mode" });
   const prompt = h("textarea", { id: "play-prompt", rows: "4", value: "It was a dark night, and", onkeydown: onKey });
   const keys = h("p", { class: "quiet", id: "play-keys" });
-  // Left empty, the server's own values apply.
-  const byServer = { dataset: { i18nPlaceholder: "server_default" } };
-  const maxTokens = h("input", { type: "number", min: "1", step: "1", id: "play-max", ...byServer });
-  const temperature = h("input", { type: "number", min: "0", max: "100", step: "0.1", ...byServer });
-  const topP = h("input", { type: "number", min: "0.01", max: "1", step: "0.05", ...byServer });
+  const maxTokens = h("input", { type: "number", min: "1", step: "1", id: "play-max" });
+  const temperature = h("input", { type: "number", min: "0", max: "100", step: "0.1", id: "play-temperature" });
+  const topP = h("input", { type: "number", min: "0.01", max: "1", step: "0.05" });
+  const byServer = { max_new_tokens: maxTokens, temperature, top_p: topP }; // left empty, its own values apply
   const seed = h("input", { type: "number", min: "0", step: "1", dataset: { i18nPlaceholder: "any_seed" } });
   const domain = h("input", { type: "text", maxlength: "64", dataset: { i18nPlaceholder: "domain_hint" }, id: "play-domain" });
   const domainField = control("domain", domain);
@@ -76,6 +75,9 @@ export function create() {
     start.classList.toggle("stop", Boolean(running));
     mode.disabled = Boolean(running);
     renew.disabled = Boolean(running);
+    for (const [name, field] of Object.entries(byServer)) {
+      field.placeholder = t("server_default", state.info?.sampling_defaults?.[name] ?? "");
+    }
     keys.textContent = t(isChat() ? "keys_chat" : "keys_text");
     output.setAttribute("aria-busy", String(Boolean(running)));
     showOutput();
@@ -203,6 +205,7 @@ export function create() {
 
   words();
   onLanguage(words);
+  on("info", () => { if (!running) showMode(); });
   return [{ id: "playground", node, redraw, refresh: words }];
 }
 
