@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 
 from amalgam.precision.format import StoredWeight
 
-_FP8_MANTISSA = 3
-_BF16_MANTISSA = 8
+_FP8_STEP = 2.0**-3  # of a value, as its mantissa has it
+_BF16_STEP = 2.0**-8
 _LARGEST_GROUP = 64  # outliers are local; a scale for a whole row is looked at in parts as well
 _NEIGHBOURS = 16  # values that share a scale in every format
 
@@ -32,19 +32,18 @@ def rounding_of(stored: StoredWeight, values: Tensor) -> Tensor:
 def _grid(stored: StoredWeight, values: Tensor) -> Tensor:
     """The distance between two neighbours on the grid of each value."""
     if stored.is_wide:
-        return torch.maximum(values.abs() / 2**_BF16_MANTISSA, _step(values))
+        return torch.maximum(values.abs() * _BF16_STEP, _step(values))
     bits = stored.bits or stored.format.bits or max(1, 8 * stored.nbytes // values[:1].numel() // stored.shape[0])
     if bits == 8 and stored.format.number == "float":
-        return values.abs() / 2**_FP8_MANTISSA
-    step: Tensor = 2 * _largest(stored, values) / (2**bits - 1)
-    return step
+        return values.abs() * _FP8_STEP
+    return _largest(stored, values) * (2.0 / float(2**bits - 1))
 
 
 def _largest(stored: StoredWeight, values: Tensor) -> Tensor:
     """The largest magnitude among the inputs that share a scale, for each value."""
     columns = values.shape[1]
     group = min(stored.block[1] if stored.block is not None else _LARGEST_GROUP, columns)
-    grouped = pad(values.abs(), (0, -columns % group)).unflatten(1, (-1, group))
+    grouped: Tensor = pad(values.abs(), (0, -columns % group)).unflatten(1, (-1, group))
     return grouped.amax(-1, keepdim=True).expand_as(grouped).flatten(1)[:, :columns]
 
 
