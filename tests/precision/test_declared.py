@@ -69,6 +69,20 @@ def test_dynamic_and_extra_config_change_single_modules() -> None:
         ({"packing_format": "auto_round"}, "gptq_v2"),
         ({"packing_format": "auto_round:auto_awq"}, "awq"),
         ({"packing_format": "auto_round:llm_compressor"}, None),
+        ({"packing_format": "auto_round:gptq"}, "gptq"),
+        ({"packing_format": "auto_round:awq"}, "awq"),
+        ({"packing_format": "auto_round", "backend": "auto"}, "gptq_v2"),
+        ({"packing_format": "auto_round:auto_awq", "backend": "auto_round:exllamav2"}, "awq"),
+        ({}, "gptq"),
+        ({"backend": "auto"}, "gptq"),
+        # Versions that declared nothing else.
+        ({"backend": "auto_round:exllamav2"}, "gptq_v2"),
+        ({"backend": "autoround:exllamav2"}, "gptq_v2"),
+        ({"backend": "auto-round:triton"}, "gptq_v2"),
+        ({"backend": "auto_round:gptq:exllamav2"}, "gptq"),
+        ({"backend": "auto_round:auto_gptq"}, "gptq"),
+        ({"backend": "auto_gptq:exllamav2"}, "gptq"),
+        ({"backend": "auto_round:auto_awq"}, "awq"),
     ],
 )
 def test_auto_round_packs_as_others_do(config: dict[str, Any], layout: str | None) -> None:
@@ -123,6 +137,7 @@ REFUSED = {
     "awq with zero points as text": ({"quant_method": "awq", "bits": 4, "zero_point": "no"}, "zero_point"),
     "awq of eight bits": ({"quant_method": "awq", "bits": 8}, "bits 8"),
     "autoround of another packing": ({"quant_method": "auto-round", "packing_format": "auto_round:mlx"}, "mlx"),
+    "autoround for another backend": ({"quant_method": "intel/auto-round", "backend": "auto_round:marlin"}, "marlin"),
     "autoround of floats": ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "mx_fp"),
     "fp8 experts in fp4": ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype"),
     "fp8 of another type": ({"quant_method": "fp8", "fmt": "e5m2"}, "e5m2"),

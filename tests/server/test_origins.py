@@ -80,6 +80,19 @@ def test_foreign_pages_read_nothing(shared_client: httpx.Client, path: str) -> N
     assert refusal(shared_client.get(path, headers=sign)) == "foreign_origin"
 
 
+def test_what_is_refused_is_counted(shared_client: httpx.Client) -> None:
+    def count(reason: str) -> float:
+        [line] = [
+            x for x in shared_client.get("/metrics").text.splitlines() if f'refused_total{{reason="{reason}"}}' in x
+        ]
+        return float(line.rpartition(" ")[2])
+
+    before = [count(reason) for reason in ("foreign_host", "foreign_origin")]
+    shared_client.get("/", headers={"Host": "rebound.example"})
+    shared_client.get("/", headers={"Origin": EVIL})
+    assert [count(reason) for reason in ("foreign_host", "foreign_origin")] == [number + 1 for number in before]
+
+
 def test_a_form_of_a_foreign_page_without_an_origin(shared_client: httpx.Client) -> None:
     sign = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
     assert refusal(shared_client.post("/reset_expert_stats", headers=sign)) == "foreign_origin"

@@ -25,7 +25,18 @@ _CALIBRATION = {
     *("observer", "observer_kwargs", "iters", "lr", "minmax_lr", "momentum", "lr_scheduler", "nblocks", "sampler"),
     *("enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "enable_alg_ext", "enable_adam"),
     *("gradient_accumulate_steps", "low_gpu_mem_usage", "low_cpu_mem_usage", "amp", "not_use_best_mse"),
-    *("dynamic_max_gap", "disable_opt_rtn", "scale_dtype", "zp_dtype", "optimize", "round_zero"),
+    *(
+        "train_bs",
+        "use_quant_input",
+        "n_samples",
+        "n_blocks",
+        "dynamic_max_gap",
+        "disable_opt_rtn",
+        "scale_dtype",
+        "zp_dtype",
+        "optimize",
+        "round_zero",
+    ),
 }
 # Which modules a tool looked at. What came of it, tensors tell by their names.
 _SCOPE = {

@@ -356,7 +356,9 @@ _AUTO_ROUND = {
     "auto_round": "gptq_v2",
     "auto_round:gptqmodel": "gptq_v2",
     "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq",
     "auto_round:auto_awq": "awq",
+    "auto_round:awq": "awq",
     "auto_round:llm_compressor": None,
     "auto_round:fp8_static": None,
 }
@@ -364,7 +366,7 @@ _AUTO_ROUND = {
 
 def _auto_round(reader: Reader, method: str) -> Declaration:
     """AutoRound: GPTQ's or AWQ's tensors under `packing_format`; `extra_config` sets single modules or patterns."""
-    packing = reader.text("packing_format", default="auto_round:auto_gptq")
+    packing = reader.text("packing_format", default=_packing_of_backend(reader))
     if packing not in _AUTO_ROUND:
         reader.unsupported("packing_format", packing, ", ".join(sorted(_AUTO_ROUND)))
     layout = _AUTO_ROUND[packing]
@@ -381,6 +383,21 @@ def _auto_round(reader: Reader, method: str) -> Declaration:
     named, rules = _exceptions(reader, default, settings)
     rules = (*rules, *_left_alone(reader, default, "modules_to_not_convert"))
     return Declaration(default, named, rules)
+
+
+def _packing_of_backend(reader: Reader) -> str:
+    """What versions before 0.6 said instead of `packing_format`: `auto_round:exllamav2`, `autoround:auto_gptq:marlin`.
+
+    Only their own kernels, exllamav2 and triton, store zero points as they are.
+    """
+    backend = re.sub("^auto-?round", "auto_round", reader.text("backend", default="").lower())
+    if "awq" in backend:
+        return "auto_round:auto_awq"
+    if re.match("auto_round:(exllamav2|triton)", backend):
+        return "auto_round"
+    if "gptq" not in backend and backend not in ("", "auto"):
+        reader.unsupported("backend", backend, "one that names gptq, awq, auto_round:exllamav2 or auto_round:triton")
+    return "auto_round:auto_gptq"
 
 
 def _suffix_settings(reader: Reader, base: Declared) -> Declared:

@@ -88,26 +88,26 @@ def as_shortage(error: Exception) -> UnavailableError | None:
     """What to tell a client where the process has no file descriptors left; said in the log once in a while."""
     if not isinstance(error, OSError) or error.errno not in NO_DESCRIPTORS:
         return None
-    shortage_log.warn("a request")
+    shortage_log.warn("a request", error)
     return UnavailableError("The server has no file descriptors left.", remedy="Try again later.")
 
 
 class ShortageLog:
-    """Says that no file descriptor is left, once in `SHORTAGE_SECONDS`: a full log helps nobody."""
+    """Says that the system gives no more connections or files, once in `SHORTAGE_SECONDS`: a full log helps nobody."""
 
     def __init__(self) -> None:
         self.said_at = -math.inf
 
-    def warn(self, what: str) -> None:
-        """`what` needs one."""
+    def warn(self, what: str, error: OSError) -> None:
+        """`error` kept `what` from being served."""
         now = time.monotonic()
         if now - self.said_at < SHORTAGE_SECONDS:
             return
         self.said_at = now
         logger.error(
-            "no file descriptors left for %s: all %d are in use. Connections wait, streams go on. Raise the limit "
+            "no resources for %s: %s. Connections wait, streams go on. At most %d file descriptors: raise the limit "
             "(ulimit -n, LimitNOFILE), or lower server.keep_alive_seconds. Not said again for %d s.",
-            what, resource.getrlimit(resource.RLIMIT_NOFILE)[0], SHORTAGE_SECONDS,
+            what, error.strerror, resource.getrlimit(resource.RLIMIT_NOFILE)[0], SHORTAGE_SECONDS,
         )  # fmt: skip
 
 

@@ -211,8 +211,8 @@ class DrainingServer(uvicorn.Server):
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """asyncio reports each connection that it cannot accept, as often as it would have accepted some in a row."""
     error = context.get("exception")
-    if isinstance(error, OSError) and error.errno in NO_DESCRIPTORS:
-        shortage_log.warn("a new connection")
+    if isinstance(error, OSError) and error.errno in (*NO_DESCRIPTORS, errno.ENOBUFS, errno.ENOMEM):
+        shortage_log.warn("a new connection", error)
     else:
         loop.default_exception_handler(context)
 

@@ -45,6 +45,8 @@ REFUSALS = (
     "invalid_json",
     "body_too_large",
     "unsupported_media_type",
+    "foreign_host",
+    "foreign_origin",
     "unsupported",
     Status.LOADING.value,
     Status.DRAINING.value,
