@@ -9,6 +9,7 @@ from torch import Tensor
 
 from amalgam.config import InferenceSettings, MixedPrecisionSettings, ModelSettings
 from amalgam.kernels import ops
+from amalgam.kernels.backends.interpreter import Interpreter
 from amalgam.models.context import KVCache, RoutingObserver, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.loader import ModelLoader
@@ -38,6 +39,13 @@ def hand_built(version: WeightVersion, dtype: torch.dtype = torch.float32) -> We
     multiplied = {slot for slot in by_hand if version[slot].layout.startswith("panels")}
     by_hand |= {slot: ops.prepare(by_hand[slot]) for slot in multiplied}
     return WeightVersion(2, by_hand, version.origins, version.keys)
+
+
+def interpreted(decoder: Decoder) -> Decoder:
+    """The same model, run instruction by instruction."""
+    other = Decoder(decoder.spec, len(decoder.tables[0][0]) if decoder.tables else 256, decoder.dtype, CPU)
+    other._backend = Interpreter(decoder.dtype, other.tables)
+    return other
 
 
 class Runner:

@@ -17,7 +17,6 @@ from amalgam.config import MixedPrecisionSettings
 from amalgam.kernels import native, ops
 from amalgam.kernels.backends import cpu
 from amalgam.kernels.backends.cpu import CpuBackend, CpuProgram
-from amalgam.kernels.backends.interpreter import Interpreter
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
     Add,
@@ -46,7 +45,7 @@ from amalgam.models.weights import BlockWeights, WeightVersion
 from amalgam.precision.format import QuantizeOptions
 from amalgam.precision.formats.floating import dense
 from amalgam.tools.quantize import quantize_checkpoint
-from tests.models.harness import Runner, load_model
+from tests.models.harness import Runner, interpreted, load_model
 from tests.models.tiny import save_tiny
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.why_unavailable()))
@@ -70,13 +69,6 @@ class Observer:
     def observe_all(self, expert_ids: Tensor, gate_weights: Tensor) -> None:
         for index, (ids, weights) in enumerate(zip(expert_ids, gate_weights, strict=True)):
             self.observe(self.layer_ids[index], ids, weights)
-
-
-def interpreted(decoder: Decoder) -> Decoder:
-    """The same model, run instruction by instruction."""
-    other = Decoder(decoder.spec, len(decoder.tables[0][0]) if decoder.tables else 256, decoder.dtype, CPU)
-    other._backend = Interpreter(decoder.dtype, other.tables)
-    return other
 
 
 def run(model: tuple[Decoder, WeightVersion]) -> tuple[list[Tensor], list[tuple[int, Tensor, Tensor]]]:

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from amalgam.kernels.backends.interpreter import Frame, execute
+from amalgam.kernels.program import Rows
+from amalgam.models.context import KVCache, StepContext
 from amalgam.models.families.qwen2_moe import FAMILY as QWEN2_MOE
 from amalgam.models.families.xverse import FAMILY as XVERSE
 from amalgam.models.layers import SoftmaxRouter
@@ -55,7 +58,11 @@ def test_router_adds_a_millionth_to_the_sum() -> None:
     """Too little for the logits' tolerance to notice."""
     x, weight = torch.randn(50, 64), torch.randn(8, 64)
     router = SoftmaxRouter(8, 2, normalises=True, sum_eps=1e-6)
-    expert_ids, gate_weights = router(x, BlockWeights({"router": dense(weight)}))
+    frame, rows = Frame(StepContext([], KVCache([x], [x], 1)), torch.float32, []), Rows("x", 64, 0, 64)
+    frame.put(rows, x)
+    execute(router.route(rows, BlockWeights({"router": dense(weight)}), 0), frame)
+    assert frame.routing is not None
+    expert_ids, gate_weights = frame.routing
     probabilities = torch.softmax(x.double() @ weight.double().T, dim=-1)
     chosen = probabilities.gather(1, expert_ids)
     expected = chosen / (chosen.sum(-1, keepdim=True) + 1e-6)

@@ -765,7 +765,7 @@ def test_the_precision_map_follows_the_traffic(page: Page, demo_url: str) -> Non
     page.open(demo_url + "/dashboard")
     page.choose("#precision-hot", "1.25")
     hot = "return document.querySelector('#precision .swatch.hot').parentNode.textContent"
-    assert page.run(hot) == "hot and narrow (0)"
+    page.wait(f"{hot} === 'hot and narrow (0)'")
     body = {"prompt": "It was a dark night, and", "max_new_tokens": 48, "seed": 1}
     httpx.post(demo_url + "/generate", json=body, timeout=60).raise_for_status()
     page.wait(f"{hot} !== 'hot and narrow (0)'")

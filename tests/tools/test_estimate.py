@@ -23,7 +23,8 @@ overrides = {"inference.max_batch_size": 32, "inference.max_seq_length": 1024, "
 found = estimate(load_settings(sys.argv[1], overrides))
 with LLM(config=sys.argv[1], settings=overrides) as llm:
     prompts = [f"{index} " + "word " * 800 for index in range(32)]  # the first decodes until the last has come
-    answers = llm.generate(prompts, SamplingParams(max_new_tokens=1000, ignore_eos=True, do_sample=False))
+    params = SamplingParams(max_new_tokens=1000, ignore_eos=True, do_sample=False, repetition_penalty=1.0)
+    answers = llm.generate(prompts, params)
     assert all(a.usage.num_prompt_tokens + a.usage.num_new_tokens == 1024 for a in answers)
     peak = llm.model_info()["memory"]["process_peak_bytes"]
 print(json.dumps({**found.as_json(), "peak_bytes": peak}))

@@ -123,7 +123,7 @@ class _Pair:
         Raises:
             PlanError: see `check_agreement`.
         """
-        differing: list[tuple[PlannedWeight, frozenset[str]]] = []
+        differing: list[tuple[PlannedWeight, Likeness, frozenset[str]]] = []
         for weight, likeness in self._compared():
             axes = self._axes[weight.slot.name]
             for axis, gauges in ((likeness.outputs, axes.outputs), (likeness.inputs, axes.inputs)):
@@ -131,9 +131,9 @@ class _Pair:
             if not likeness.is_same:
                 moved_outputs = axes.outputs if likeness.outputs is not Axis.SAME else frozenset()
                 moved_inputs = axes.inputs if likeness.inputs is not Axis.SAME else frozenset()
-                differing.append((weight, moved_outputs | moved_inputs))
+                differing.append((weight, likeness, moved_outputs | moved_inputs))
         others: dict[int, PlannedWeight] = {}  # of another model, by the source that they are taken from
-        for weight, suspected in differing:
+        for weight, likeness, suspected in differing:
             left = [gauge for gauge in suspected if not self._gauges[gauge].is_same]
             # A norm that differs is reason enough for what reads it.
             told = [gauge for gauge in left if self._gauges[gauge].is_decided]
@@ -141,7 +141,9 @@ class _Pair:
             left = decided_by_others or left
             for gauge in left:
                 self._gauges[gauge].suspects.append(weight)
-            if not left:
+            if (
+                not left and likeness is UNTOLD
+            ):  # coarse rounding too may look like factors, but not like another matrix
                 others.setdefault(id(weight.source), weight)
         moved = {name for name, gauge in self._gauges.items() if gauge.suspects and not gauge.is_same}
         broken = [gauge for gauge in moved if self._is_mixed(gauge)]

@@ -239,14 +239,14 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
             weights[name] = Weight(slot.role, weight.format, weight.shape or slot.shape, weight.nbytes)
         elif family is None or spec is None or not family.is_ignored(name, spec):
             weights[name] = weight
-        else:
+        elif not any(re.fullmatch(pattern, name) for pattern in family.ignored):
             ignored.append(name)
     if source is not None:
         ignored += left_out_tensors(source, source.weights)
     if ignored:
         notes.append(
-            f"{len(ignored)} tensors are not counted, for instance {describe(ignored[0], 400)}: layers that predict "
-            "further tokens, or tables that are computed anyway."
+            f"{len(ignored)} tensors of layers that predict further tokens are not counted, for instance "
+            f"{describe(ignored[0], 400)}."
         )
     if spec is not None:
         notes += _compare(weights, slots, spec)
