@@ -182,9 +182,12 @@ def test_whatever_part_is_taken(base: Path, tmp_path: Path, index: int) -> None:
             continue
         advised = re.search(r"Take (.+) from one source", str(refusal.value))
         assert advised is not None, str(refusal.value)
-        for source in ("other", "base"):  # as the refusal says
-            mapping = dict.fromkeys(part, "other") | dict.fromkeys(advised[1].split(", "), source)
+        together_names = advised[1].split(", ")  # which take the place of the rules that were refused
+        for mapping in (dict.fromkeys(together_names, "other"), dict.fromkeys(together_names, "base")):
             torch.testing.assert_close(logits(base, other, mapping), expected, **CLOSE)
+        torch.testing.assert_close(
+            logits(base, other, dict.fromkeys([*part, *together_names], "other")), expected, **CLOSE
+        )
 
 
 @pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ from torch import Tensor
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.models.gauges import RESIDUAL, Axes, axes_of
 from amalgam.models.likeness import SAME, UNTOLD, Axis, Likeness, compare
+from amalgam.precision.fused import lines_of
 from amalgam.precision.rounding import rounding_of
 
 if TYPE_CHECKING:
@@ -41,13 +42,16 @@ if TYPE_CHECKING:
 
 # Vectors are stored as they are or cast to 16 bits, which moves them by less than half of a hundredth.
 _VECTOR_TOLERANCE = 0.01
-_MAX_ROWS = 96  # of a wide weight that are compared
-_COLUMN_RUN = 64  # neighbours share scales
-_MAX_COLUMNS = 768
-# Experts that are looked at in all layers together: where one is put together from both sources, and otherwise.
-_MIXED_EXPERTS, _WHOLE_EXPERTS = 512, 128
-_CHUNK_ROWS = 4096  # of a head that is compared as a whole
-_MAX_NAMED = 4
+# Of a wide weight that is compared: runs of rows, which most formats have apart, and about so many values.
+_RUN, _NUM_VALUES = 8, 2**16
+_LEAST_RUNS = {"embedding": 8, "head": 8, "attention": 4}
+_MAX_COLUMNS, _COLUMN_STEP = 1024, 256  # side by side, since neighbours share scales
+# In all layers together: experts that are put together from both sources, others, and other weights that no gauge asks
+# for. A tool that moved something moved it in more than a few places.
+_MIXED_EXPERTS, _WHOLE_EXPERTS, _OTHERS = 192, 4, 4
+_EXPERTS_OF_LAYER = 2  # that stand for a norm or a router that one of two sources lacks
+_CHUNK_BYTES = 2**22  # of a head that is compared as a whole
+_EXPERT = re.compile(r"(layers\.\d+\.mlp)\.experts\.\d+(?=\.)")
 
 
 def check_agreement(planned: Sequence[PlannedWeight]) -> None:
@@ -57,8 +61,11 @@ def check_agreement(planned: Sequence[PlannedWeight]) -> None:
         PlanError: a basis differs between two sources, and weights that stand in it come from both.
     """
     sources = {id(weight.source): weight.source for weight in planned}
+    if len(sources) < 2:
+        return
+    origins = _Origins(planned)
     for one, other in combinations(sources.values(), 2):
-        _Pair(one, other, planned).check()
+        _Pair(one, other, origins).check()
 
 
 def check_tied_head(source: Source, embedding: str, head: str) -> None:
@@ -82,18 +89,70 @@ def _have_same_values(source: Source, one: StoredWeight, other: StoredWeight) ->
     if not (one.is_wide and other.is_wide) and one.format.name != other.format.name:
         return False
     for role in one.parts:
-        first, second = (source.read(weight.parts[role]) for weight in (one, other))
-        if first.shape != second.shape or (first.dtype != second.dtype and not one.is_wide):
+        pair = one.parts[role], other.parts[role]
+        if pair[0].shape != pair[1].shape or (pair[0].dtype != pair[1].dtype and not one.is_wide):
             return False
-        for start in range(0, len(first) if first.dim() else 1, _CHUNK_ROWS):
-            parts = [part[start : start + _CHUNK_ROWS] if part.dim() else part for part in (first, second)]
-            if first.dtype == second.dtype:
-                parts = [part.contiguous().view(torch.uint8) if part.dim() else part for part in parts]
-            else:
-                parts = [part.float() for part in parts]
-            if not torch.equal(*parts):
+        if not pair[0].shape:
+            if not torch.equal(*(source.read(part) for part in pair)):
                 return False
+            continue
+        lines = max(1, _CHUNK_BYTES * pair[0].shape[0] // max(1, pair[0].nbytes))
+        for start in range(0, pair[0].shape[0], lines):
+            stop = min(start + lines, pair[0].shape[0])
+            first, second = (source.read(lines_of(part, start, stop)) for part in pair)
+            if first.dtype == second.dtype:
+                is_same = torch.equal(*(part.contiguous().view(torch.uint8) for part in (first, second)))
+            else:
+                is_same = torch.equal(first.float(), second.float())
+            if not is_same:
+                return False
+            for part in pair:
+                source.release(lines_of(part, start, stop))
     return True
+
+
+class _Origins:
+    """Which sources the weights of a plan come from, by the gauges that they touch.
+
+    Most weights are experts', and most experts come whole from one source: their inner gauges are left out.
+    """
+
+    def __init__(self, planned: Sequence[PlannedWeight]) -> None:
+        self.planned = planned
+        self.weights: list[PlannedWeight] = []  # all but experts'
+        self.experts: dict[str, dict[str, list[PlannedWeight]]] = defaultdict(lambda: defaultdict(list))  # by layer
+        self.sources_of_experts: dict[str, dict[str, frozenset[int]]] = {}
+        self.equal: dict[str, list[set[int]]] = defaultdict(list)  # sources that have a weight byte by byte
+        self.sources: dict[str, set[int]] = defaultdict(set)
+        for weight in planned:
+            name = weight.slot.name
+            if weight.slot.role == "expert" and (found := _EXPERT.match(name)) is not None:
+                self.experts[found[1]][found[0]].append(weight)
+            else:
+                self.weights.append(weight)
+                self._add(weight)
+        for block, experts in self.experts.items():
+            seen: set[int] = set()
+            found_sources = self.sources_of_experts[block] = {}
+            for name, weights in experts.items():
+                own = found_sources[name] = frozenset([id(weight.source) for weight in weights])
+                if len(own) > 1 or not own <= seen:
+                    for weight in weights:
+                        self._add(weight)
+                seen |= own
+
+    def note_equal(self, name: str, one: Source, other: Source) -> None:
+        """Two sources have a weight byte by byte; so have those that share it with either."""
+        groups = self.equal[name]
+        joined = {id(one), id(other)}.union(*(group for group in groups if group & {id(one), id(other)}))
+        self.equal[name] = [*(group for group in groups if not group & joined), joined]
+
+    def are_equal(self, name: str, one: Source, other: Source) -> bool:
+        return any({id(one), id(other)} <= group for group in self.equal[name])
+
+    def _add(self, weight: PlannedWeight) -> None:
+        for gauge in axes_of(weight.slot.name).all:
+            self.sources[gauge].add(id(weight.source))
 
 
 @dataclass
@@ -101,21 +160,16 @@ class _Gauge:
     """What is known of one gauge between two sources."""
 
     is_same: bool = False
-    is_decided: bool = False  # by the weight that does
+    is_decided: bool = False  # by the weights that do
     suspects: list[PlannedWeight] = field(default_factory=list)  # that differ, perhaps because of it
 
 
 class _Pair:
-    """Two sources of a plan, and the weights that come from either."""
+    """Two sources of a plan, and what is known of the gauges between them."""
 
-    def __init__(self, one: Source, other: Source, planned: Sequence[PlannedWeight]) -> None:
+    def __init__(self, one: Source, other: Source, origins: _Origins) -> None:
         self._sources = one, other
-        self._planned = [weight for weight in planned if weight.source is one or weight.source is other]
-        self._axes = {weight.slot.name: axes_of(weight.slot.name) for weight in self._planned}
-        self._touching: dict[str, list[PlannedWeight]] = defaultdict(list)
-        for weight in self._planned:
-            for gauge in self._axes[weight.slot.name].all:
-                self._touching[gauge].append(weight)
+        self._origins = origins
         self._gauges: dict[str, _Gauge] = defaultdict(_Gauge)
 
     def check(self) -> None:
@@ -123,51 +177,49 @@ class _Pair:
         Raises:
             PlanError: see `check_agreement`.
         """
-        differing: list[tuple[PlannedWeight, Likeness, frozenset[str]]] = []
+        differing: list[tuple[PlannedWeight, frozenset[str], bool]] = []
         for weight, likeness in self._compared():
-            axes = self._axes[weight.slot.name]
+            axes = axes_of(weight.slot.name)
             for axis, gauges in ((likeness.outputs, axes.outputs), (likeness.inputs, axes.inputs)):
                 self._note(weight, axes, gauges, is_same=axis is Axis.SAME)
             if not likeness.is_same:
                 moved_outputs = axes.outputs if likeness.outputs is not Axis.SAME else frozenset()
                 moved_inputs = axes.inputs if likeness.inputs is not Axis.SAME else frozenset()
-                differing.append((weight, likeness, moved_outputs | moved_inputs))
-        others: dict[int, PlannedWeight] = {}  # of another model, by the source that they are taken from
-        for weight, likeness, suspected in differing:
-            left = [gauge for gauge in suspected if not self._gauges[gauge].is_same]
-            # A norm that differs is reason enough for what reads it.
-            told = [gauge for gauge in left if self._gauges[gauge].is_decided]
-            decided_by_others = [gauge for gauge in told if gauge != self._axes[weight.slot.name].decides]
-            left = decided_by_others or left
-            for gauge in left:
+                differing.append((weight, moved_outputs | moved_inputs, likeness.is_sure))
+        for weight, suspected, is_sure in differing:
+            for gauge in self._reasons(weight, suspected, is_sure):
                 self._gauges[gauge].suspects.append(weight)
-            if (
-                not left and likeness is UNTOLD
-            ):  # coarse rounding too may look like factors, but not like another matrix
-                others.setdefault(id(weight.source), weight)
-        moved = {name for name, gauge in self._gauges.items() if gauge.suspects and not gauge.is_same}
+        moved = {name for name, gauge in self._gauges.items() if gauge.suspects}
         broken = [gauge for gauge in moved if self._is_mixed(gauge)]
         if broken:
-            raise self._error(max(sorted(broken), key=self._weight_of), moved)
-        if len(others) == 2:
-            raise self._different_models(*others.values())
+            raise self._error(broken, moved)
+
+    def _reasons(self, weight: PlannedWeight, suspected: frozenset[str], is_sure: bool) -> list[str]:
+        """The gauges that may be why a weight differs."""
+        left = [gauge for gauge in suspected if not self._gauges[gauge].is_same]
+        # A norm that differs is reason enough for what reads it.
+        decides = axes_of(weight.slot.name).decides
+        decided_by_others = [gauge for gauge in left if self._gauges[gauge].is_decided and gauge != decides]
+        if left:
+            return decided_by_others or left
+        # Other weights say that all of them are the same: so one of them moved where those do not show it, unless one
+        # lies in weights of one source. A doubt is not enough for that.
+        if not is_sure or any(not self._is_mixed(gauge) for gauge in suspected):
+            return []
+        return [gauge for gauge in suspected if not self._gauges[gauge].is_decided] or list(suspected)
 
     def _note(self, weight: PlannedWeight, axes: Axes, gauges: Iterable[str], *, is_same: bool) -> None:
         """What an axis says of its gauges. A vector says nothing but of the gauge that it decides."""
         for gauge in gauges:
             known = self._gauges[gauge]
             if axes.decides == gauge:
-                known.is_same, known.is_decided = is_same, True
-            elif is_same and not known.is_decided and len(weight.slot.shape) == 2 and not gauge.endswith(".experts"):
+                known.is_same = is_same and (known.is_same or not known.is_decided)
+                known.is_decided = True
+            elif is_same and not known.is_decided and len(weight.slot.shape) == 2 and gauge not in axes.leaves_open:
                 known.is_same = True
 
-    def _weight_of(self, gauge: str) -> tuple[bool, bool, int]:
-        """Where several gauges are broken, the one that may be the reason for the others comes last."""
-        is_norm = gauge.endswith("norm") and self._gauges[gauge].is_decided
-        return gauge == RESIDUAL, is_norm, len(self._touching[gauge])
-
     def _is_mixed(self, gauge: str) -> bool:
-        return len({id(weight.source) for weight in self._touching[gauge]}) > 1
+        return {id(source) for source in self._sources} <= self._origins.sources.get(gauge, set())
 
     # --- What is compared ---
 
@@ -178,61 +230,112 @@ class _Pair:
                 yield weight, likeness
 
     def _chosen(self) -> Iterator[PlannedWeight]:
-        """All but the experts, and some of those, told by a hash which."""
-        experts: dict[str, list[PlannedWeight]] = defaultdict(list)
-        for weight in self._planned:
-            found = re.match(r"layers\.\d+\.mlp\.experts\.\d+(?=\.)", weight.slot.name)
-            if found is None:
+        """What tells of the gauges that the sources share, and some weights more, by a hash of their names."""
+        others = []
+        lacking: set[str] = set()  # blocks that are told by what stands in them: a source has no norm or no router
+        for weight in self._origins.weights:
+            name = weight.slot.name
+            axes = axes_of(name)
+            decides_mixed = axes.decides is not None and self._is_mixed(axes.decides)
+            is_asked = any(self._is_mixed(gauge) for gauge in axes.all if not _is_wide(gauge))
+            if decides_mixed and not self._have(weight):
+                lacking.add(_block_of(name))
+            if len(weight.slot.shape) == 1:
+                is_asked = any(self._is_mixed(gauge) for gauge in axes.all)
+            if decides_mixed or is_asked or weight.slot.role in ("embedding", "head"):
                 yield weight
-            else:
-                experts[found[0]].append(weight)
-        for limit, is_mixed in ((_MIXED_EXPERTS, True), (_WHOLE_EXPERTS, False)):
-            by_layer: dict[str, list[str]] = defaultdict(list)
-            for expert, weights in experts.items():
-                if (len({id(weight.source) for weight in weights}) > 1) is is_mixed:
-                    by_layer[expert.split(".")[1]].append(expert)
-            share = max(1, limit // max(1, len(by_layer)))
-            for found_experts in by_layer.values():
-                for expert in sorted(found_experts, key=_hash)[:share]:
-                    yield from experts[expert]
+            elif len(weight.slot.shape) == 2:
+                others.append(weight)
+        yield from _some(others, _OTHERS)
+        yield from (weight for weight in others if _block_of(weight.slot.name) in lacking)
+        yield from self._chosen_experts(lacking)
+
+    def _chosen_experts(self, lacking: set[str]) -> Iterator[PlannedWeight]:
+        pair = {id(source) for source in self._sources}
+        mixed: dict[str, list[str]] = {}
+        whole: list[tuple[str, str]] = []
+        for block, sources in self._origins.sources_of_experts.items():
+            found = [name for name, own in sources.items() if pair <= own]
+            if found:
+                mixed[block] = found
+            whole += [(block, name) for name, own in sources.items() if own & pair and not pair <= own]
+        share = max(2, _MIXED_EXPERTS // max(1, len(mixed)))
+        chosen = [(block, name) for block, names in mixed.items() for name in sorted(names, key=_hash)[:share]]
+        generator = torch.Generator().manual_seed(len(whole))
+        whole = [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
+        chosen += whole[:_WHOLE_EXPERTS]
+        for block in sorted(lacking):
+            chosen += [each for each in whole[_WHOLE_EXPERTS:] if each[0] == block][:_EXPERTS_OF_LAYER]
+        for block, name in chosen:
+            yield from self._origins.experts[block][name]
+
+    def _have(self, weight: PlannedWeight) -> bool:
+        return all(weight.choice.name in source.weights for source in self._sources)
 
     def _compare(self, weight: PlannedWeight) -> Likeness | None:
         """How the sources' versions of a weight compare; None where one of them has none of this shape."""
-        found = [source.weights.get(weight.choice.name) for source in self._sources]
-        stored = [version for version in found if version is not None]
-        if len(stored) < 2 or stored[0].shape != stored[1].shape:
+        if not self._have(weight):
             return None
-        if len(weight.slot.shape) == 1:
+        one, other = (source.weights[weight.choice.name] for source in self._sources)
+        slot = weight.slot
+        if one.shape != other.shape:
+            return None
+        if len(slot.shape) == 1:
             values = [source.values(weight.choice.name) for source in self._sources]
             assert values[0] is not None and values[1] is not None
             return SAME if _are_close(values[0], values[1]) else UNTOLD
-        rows, columns = _sample(weight.slot)
-        parts = [
-            _values(source, s, weight.slot, rows, columns) for source, s in zip(self._sources, stored, strict=True)
-        ]
-        rounding = [rounding_of(s, part) for s, part in zip(stored, parts, strict=True)]
+        if slot.role == "router" and one.is_wide and other.is_wide and one.format is other.format:
+            if self._origins.are_equal(weight.choice.name, *self._sources):
+                return SAME
+            if self._have_same_bytes(one, other):
+                self._origins.note_equal(weight.choice.name, *self._sources)
+                return SAME
+        parts = [_values(source, s, slot) for source, s in zip(self._sources, (one, other), strict=True)]
+        rounding = [rounding_of(s, part) for s, part in zip((one, other), parts, strict=True)]
         return compare(*parts, *rounding)
+
+    def _have_same_bytes(self, one: StoredWeight, other: StoredWeight) -> bool:
+        """Of two wide weights of one format."""
+        parts = [next(iter(version.parts.values())) for version in (one, other)]
+        found = [source.read(part) for source, part in zip(self._sources, parts, strict=True)]
+        is_same = torch.equal(*(bits.contiguous().view(torch.uint8) for bits in found))
+        for source, part in zip(self._sources, parts, strict=True):
+            source.release(part)
+        return is_same
 
     # --- What is said ---
 
-    def _error(self, gauge: str, moved: set[str]) -> PlanError:
-        touching = self._touching[gauge]
-        fewer = min((id(w.source) for w in touching), key=lambda key: sum(id(w.source) == key for w in touching))
-        taken = next(weight for weight in touching if id(weight.source) == fewer)
+    def _error(self, broken: Sequence[str], moved: set[str]) -> PlanError:
+        touching: dict[str, list[PlannedWeight]] = defaultdict(list)
+        pair = {id(source) for source in self._sources}
+        for weight in self._origins.planned:
+            if id(weight.source) in pair:
+                for name in axes_of(weight.slot.name).all:
+                    touching[name].append(weight)
+        gauge = max(sorted(broken), key=lambda name: self._weight_of(name, len(touching[name])))
+        concerned = touching[gauge]
+        fewer = min(pair, key=lambda key: sum(id(weight.source) == key for weight in concerned))
+        taken = next(weight for weight in concerned if id(weight.source) == fewer)
         suspect = min(self._gauges[gauge].suspects, key=lambda weight: self._remoteness(weight, gauge))
-        standing = next(weight for weight in touching if weight.source is not taken.source)
-        together = self._closure(gauge, moved)
-        if RESIDUAL in {g for weight in together for g in self._axes[weight.slot.name].all & moved}:
+        standing = next(weight for weight in concerned if weight.source is not taken.source)
+        together = {w.slot.name: w for name in broken for w in self._closure(name, moved, touching)}.values()
+        if RESIDUAL in {g for weight in together for g in axes_of(weight.slot.name).all & moved}:
             remedy = (
                 "The two compute in different bases throughout, as rotations of a whole model leave them (QuaRot, "
                 "SpinQuant), or are different models. Take all weights from one of them."
             )
         else:
-            names = _patterns(weight.choice.name for weight in together)
+            lacking = next(
+                (w for w in together for source in self._sources if w.choice.name not in source.weights), None
+            )
+            names = _patterns({w.choice.name for w in together}, {w.choice.name for w in self._origins.planned})
             remedy = (
                 "Tools such as AWQ and SmoothQuant move factors from one weight into the next, others exchange "
                 f"channels, heads or experts; or these are different models. Take {names} from one source."
             )
+            if lacking is not None:
+                source = next(source for source in self._sources if lacking.choice.name not in source.weights)
+                remedy += f" It cannot be {source.name!r}, which has no {lacking.choice.name!r}."
         return PlanError(
             f"Weight {taken.choice.name!r} would come from source {taken.source.name!r}, and "
             f"{standing.choice.name!r} from {standing.source.name!r}, but these sources disagree in "
@@ -240,28 +343,35 @@ class _Pair:
             remedy=remedy,
         )
 
-    def _remoteness(self, weight: PlannedWeight, gauge: str) -> int:
-        """The weight that decides a gauge says most, then one that writes in it."""
-        axes = self._axes[weight.slot.name]
-        return 0 if axes.decides == gauge else 1 if gauge in axes.outputs else 2
+    def _weight_of(self, gauge: str, num_touching: int) -> tuple[bool, bool, int]:
+        """Where several gauges are broken, the one that may be the reason for the others comes last."""
+        is_norm = gauge.endswith("norm") and self._gauges[gauge].is_decided
+        return gauge == RESIDUAL, is_norm, num_touching
 
-    def _closure(self, gauge: str, moved: set[str]) -> list[PlannedWeight]:
-        """What has to come from one source together: all that touches the gauge, and moved ones that those touch."""
+    def _remoteness(self, weight: PlannedWeight, gauge: str) -> int:
+        """The weight that decides a gauge, or stands in it alone, says most, then one that writes in it."""
+        axes = axes_of(weight.slot.name)
+        return 0 if axes.decides == gauge or axes.all == {gauge} else 1 if gauge in axes.outputs else 2
+
+    def _closure(self, gauge: str, moved: set[str], touching: Mapping[str, list[PlannedWeight]]) -> list[PlannedWeight]:
+        """What has to come from one source together: all that touches the gauge, and moved ones that those touch.
+
+        Of a norm or of the order of experts the whole block: what else moved in it nobody has looked at.
+        """
         pending, seen, found = [gauge], {gauge}, {}
+        blocks: set[str] = set()
         while pending:
-            for weight in self._touching[pending.pop()]:
+            name = pending.pop()
+            for weight in touching[name]:
                 found[weight.slot.name] = weight
-                for other in (self._axes[weight.slot.name].all & moved) - seen:
+                if name != RESIDUAL and _is_wide(name):
+                    blocks.add(_block_of(weight.slot.name))
+                for other in (axes_of(weight.slot.name).all & moved) - seen:
                     seen.add(other)
                     pending.append(other)
+        for weights in touching.values():
+            found |= {w.slot.name: w for w in weights if _block_of(w.slot.name) in blocks}
         return list(found.values())
-
-    def _different_models(self, one: PlannedWeight, other: PlannedWeight) -> PlanError:
-        return PlanError(
-            f"Weight {one.choice.name!r} would come from source {one.source.name!r} and {other.choice.name!r} from "
-            f"{other.source.name!r}, but these sources disagree in both by more than rounding.",
-            remedy="These are different models, or different states of one. Take all weights from one of them.",
-        )
 
 
 def _hash(text: str) -> bytes:
@@ -273,34 +383,57 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
     return not bool((difference > 1e-5 * one.abs().max()).any())
 
 
-def _sample(slot: Slot) -> tuple[Tensor, Tensor]:
-    """Some rows and runs of columns of a matrix, by a hash of its name: what is moved at a stride is seen too."""
-    generator = torch.Generator().manual_seed(int.from_bytes(_hash(slot.name)[:7]))
+def _is_wide(gauge: str) -> bool:
+    """Whether a gauge is shared by more than the weights of one attention, MLP or expert that follow each other."""
+    return gauge == RESIDUAL or gauge.endswith(("norm", ".experts"))
+
+
+def _block_of(slot: str) -> str:
+    """`layers.3.attention` for its weights and norms; the rest of the model is one."""
+    parts = slot.split(".")
+    return ".".join([*parts[:2], parts[2].split("_")[0]]) if parts[0] == "layers" else ""
+
+
+def _some(weights: Iterable[PlannedWeight], count: int) -> list[PlannedWeight]:
+    return sorted(weights, key=lambda weight: _hash(weight.slot.name))[:count]
+
+
+def _runs(slot: Slot) -> list[range]:
+    """Runs of a matrix's rows, by a hash of its name: what is moved at a stride is seen too."""
     num_rows, num_columns = slot.shape
-    is_whole = slot.role == "router"
-    rows = torch.arange(num_rows)
-    if num_rows > _MAX_ROWS and not is_whole:
-        rows = torch.randperm(num_rows, generator=generator)[:_MAX_ROWS].sort().values
-    columns = torch.arange(num_columns)
-    if num_columns > _MAX_COLUMNS and not is_whole:
-        runs = torch.randperm(num_columns // _COLUMN_RUN, generator=generator)[: _MAX_COLUMNS // _COLUMN_RUN]
-        columns = (runs.sort().values[:, None] * _COLUMN_RUN + torch.arange(_COLUMN_RUN)).flatten()
-    return rows, columns
+    count = max(_NUM_VALUES // num_columns // _RUN, _LEAST_RUNS.get(slot.role, 2))
+    starts = range(0, num_rows, _RUN)
+    if slot.role != "router" and count < len(starts):
+        generator = torch.Generator().manual_seed(int.from_bytes(_hash(slot.name)[:7]))
+        found = torch.randperm(len(starts), generator=generator)[:count].sort().values.tolist()
+        return [range(starts[index], min(starts[index] + _RUN, num_rows)) for index in found]
+    return [range(num_rows)]
 
 
-def _values(source: Source, stored: StoredWeight, slot: Slot, rows: Tensor, columns: Tensor) -> Tensor:
-    """Those rows and columns of a weight, float32."""
-    with source.opened(stored) as packed:
-        if packed.layout == "dense":
-            whole = packed.dense.t() if slot.is_transposed else packed.dense
-            return whole[rows][:, columns].float()
-        if packed.has_own_rows:
-            return packed.take_rows(rows).dequantize(torch.float32)[:, columns]
-        return packed.dequantize(torch.float32)[rows][:, columns]
+def _values(source: Source, stored: StoredWeight, slot: Slot) -> Tensor:
+    """Some rows of a weight, of a router all, and not all of their columns; float32."""
+    if slot.is_transposed and stored.is_wide:
+        whole = source.values(stored.name)
+        assert whole is not None
+        return torch.cat([whole.t()[run.start : run.stop] for run in _runs(slot)])
+    values = source.rows(stored, _runs(slot))
+    if values.shape[1] > _MAX_COLUMNS:
+        generator = torch.Generator().manual_seed(int.from_bytes(_hash(slot.name)[:7]))
+        last = (values.shape[1] - _MAX_COLUMNS) // _COLUMN_STEP
+        start = int(torch.randint(last + 1, (), generator=generator)) * _COLUMN_STEP
+        values = values[:, start : start + _MAX_COLUMNS]
+    return values
 
 
-def _patterns(names: Iterable[str]) -> str:
-    """Names with their numbers as `*`, each once."""
-    found = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
-    more = f" and {len(found) - _MAX_NAMED} more kinds beside them" if len(found) > 2 * _MAX_NAMED else ""
-    return ", ".join(found[: _MAX_NAMED if more else None]) + more
+def _patterns(names: Set[str], all_names: Set[str]) -> str:
+    """Patterns of some weights' names: numbers as `*`, and what stands below one prefix as one where all of it does."""
+    wanted, known = ({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in each} for each in (names, all_names))
+    found: dict[str, None] = {}
+    for name in sorted(wanted):
+        parts = name.split(".")
+        prefixes = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
+        whole = (p for p in prefixes if all(other in wanted for other in known if other.startswith(p)))
+        prefix = next(whole, None)
+        alone = prefix is None or sum(other.startswith(prefix) for other in wanted) == 1
+        found[name if alone else f"{prefix}*"] = None
+    return ", ".join(found)

@@ -10,7 +10,7 @@ gauges that it touches are the same in both.
 
     residual            embedding, norms, whatever reads the stream, whatever writes it
     N.attention_norm    the norm and what reads it; likewise N.mlp_norm and norm
-    N.heads             the order of heads
+    N.heads             the order of heads; of those that share keys and values, queries alone tell it
     N.query_key         queries and keys, head by head; also N.query_low of latent attention
     N.value_out         values and what projects them back; N.latent of latent attention
     N.experts           the order of experts, by the router
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 RESIDUAL = "residual"
 _LAST_NORM = "norm"
@@ -34,17 +35,20 @@ class Axes:
     Attributes:
         outputs, inputs: of a matrix. A vector has outputs only.
         decides: the gauge that is the same in two models exactly if this weight is: a norm, a router.
+        leaves_open: gauges of which a weight that is the same says nothing.
     """
 
     outputs: frozenset[str] = frozenset()
     inputs: frozenset[str] = frozenset()
     decides: str | None = None
+    leaves_open: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def all(self) -> frozenset[str]:
         return self.outputs | self.inputs
 
 
+@cache
 def axes_of(slot: str) -> Axes:
     """The gauges of a slot by its name; none for one whose place is not known, which a family has for itself."""
     if slot in ("embedding", "positions"):
@@ -78,11 +82,13 @@ def _attention(layer: str, local: str) -> Axes:
         "kv_a": ({latent, query_key}, stream),
         "kv_b": ({heads, query_key, value_out}, {latent}),
     }
-    vectors = {"q_norm": query_key, "k_norm": query_key, "q_a_norm": low, "kv_a_norm": latent, "sinks": query_key}
+    vectors = {"q_norm": query_key, "k_norm": query_key, "q_a_norm": low, "kv_a_norm": latent, "sinks": heads}
     if local in vectors:
         return Axes(outputs=frozenset({vectors[local]}))
     outputs, inputs = matrices.get(local.removesuffix("_bias"), (set(), set()))
-    return Axes(frozenset(outputs), frozenset() if local.endswith("_bias") else frozenset(inputs))
+    is_bias, part = local.endswith("_bias"), local.removesuffix("_bias")
+    leaves_open = frozenset({heads}) if part in ("k", "v") else frozenset()
+    return Axes(frozenset(outputs), frozenset() if is_bias else frozenset(inputs), leaves_open=leaves_open)
 
 
 def _mlp(layer: str, local: str) -> Axes:
@@ -96,12 +102,14 @@ def _mlp(layer: str, local: str) -> Axes:
         return Axes(inputs=stream)
     expert, _, part = local.rpartition(".")
     channels, factors = f"{layer}.{expert}.channels", f"{layer}.{expert}.up_down"
-    numbered = {order} if expert.startswith("experts.") else set()
+    numbered = frozenset({order}) if expert.startswith("experts.") else frozenset()
     is_bias, part = part.endswith("_bias"), part.removesuffix("_bias")
+    inputs = frozenset() if is_bias else stream
     if part == "gate":
-        return Axes(frozenset({channels, *numbered}), frozenset() if is_bias else stream)
+        return Axes(numbered | {channels}, inputs, leaves_open=numbered)
     if part == "up":
-        return Axes(frozenset({channels, factors, *numbered}), frozenset() if is_bias else stream)
+        return Axes(numbered | {channels, factors}, inputs, leaves_open=numbered)
     if part == "down":
-        return Axes(frozenset({RESIDUAL}), frozenset() if is_bias else frozenset({channels, factors, *numbered}))
+        inner = frozenset() if is_bias else numbered | {channels, factors}
+        return Axes(frozenset({RESIDUAL}), inner, leaves_open=numbered)
     return Axes()

@@ -31,19 +31,20 @@ _ROUNDINGS = 25.0
 _LEAST_COSINE = 0.3
 # Where rounding alone is a larger share of the energy, a row's or column's factor is not told.
 _TOLD_BELOW = {1: 0.4, 0: 0.1}
-# Coarse rounding shrinks rows and columns unevenly, by up to a fourth of what it moves each value by.
+# Coarse rounding shrinks rows (1) and columns (0) unevenly, by up to such a part of what it moves each value by.
 _LEAST_SPREAD = 0.01
-_SPREAD_OF_ROUNDING = 0.25
+_SPREAD_OF_ROUNDING = {1: 0.35, 0: 0.7}
 # Formats that cannot hold the largest value of a group shrink the whole a little.
 _LEAST_FACTOR = 0.03
 _FACTOR_OF_ROUNDING = 0.75
-_TOLD_OF_ALL = 0.25  # of the rows or columns, to tell anything of them
+_TOLD_OF_ALL = 0.3  # of the rows or columns, to tell anything of them
 _FEWEST = 4  # values to tell factors from, where there are many of them
 _FEWEST_FOR_ONE = 32  # values to tell the factor of a single row or column from
 _DEVIATIONS_OF_ONE = 5
 _OTHER = 0.5  # a row whose factor is so far from the others' is another row
 _DEVIATIONS_OF_ALL = 4
 _FARTHEST = 3  # in units of what is allowed: a few that are off are not all
+_SURE_BELOW = 0.07  # rounding, as a share of the values: finer than 4 bits
 _ROUNDS = 4  # of fitting factors of both axes
 
 
@@ -57,10 +58,14 @@ class Axis(Enum):
 
 @dataclass(frozen=True)
 class Likeness:
-    """How two versions of a matrix `[out, in]` compare."""
+    """How two versions of a matrix `[out, in]` compare.
+
+    `is_sure` is false where only columns differ and rounding is coarse: learned rounding moves some of them far.
+    """
 
     outputs: Axis
     inputs: Axis
+    is_sure: bool = True
 
     @property
     def is_same(self) -> bool:
@@ -80,9 +85,12 @@ def compare(one: Tensor, other: Tensor, rounding_one: Tensor, rounding_other: Te
     """
     if torch.equal(one, other):
         return SAME
+    one, other, rounding_one, rounding_other = (
+        part.nan_to_num(0.0, 0.0, 0.0) for part in (one, other, rounding_one, rounding_other)
+    )
     if float(rounding_one.sum()) > float(rounding_other.sum()):
         one, other, rounding_one, rounding_other = other, one, rounding_other, rounding_one
-    x, y = one.nan_to_num(), other.nan_to_num()
+    x, y = one, other
     size = float(y.abs().max()), float(x.abs().max())
     if min(size) == 0:
         return SAME if max(size) == 0 else UNTOLD
@@ -106,7 +114,8 @@ def compare(one: Tensor, other: Tensor, rounding_one: Tensor, rounding_other: Te
         return UNTOLD
     if not moved_rows and not moved_columns and abs(_middle(x, y, 1) - 1) > _LEAST_FACTOR + _FACTOR_OF_ROUNDING * share:
         return UNTOLD  # a factor of the whole belongs to either axis
-    return Likeness(Axis.MOVED if moved_rows else Axis.SAME, Axis.MOVED if moved_columns else Axis.SAME)
+    outputs, inputs = (Axis.MOVED if is_moved else Axis.SAME for is_moved in (moved_rows, moved_columns))
+    return Likeness(outputs, inputs, moved_rows or share < _SURE_BELOW)
 
 
 def _cosine(x: Tensor, y: Tensor) -> float:
@@ -131,37 +140,36 @@ def _are_uneven(x: Tensor, y: Tensor, noise: Tensor, dim: int) -> bool:
     count = x.shape[dim]
     if count < _FEWEST:
         return False
+    energy, product = x.square().sum(dim), (x * y).sum(dim)
+    squared_cosine = product.square() / (energy * y.square().sum(dim)).clamp(min=1e-38)
+    middle = _middle(x, y, dim)
+    if count >= _FEWEST_FOR_ONE and _has_others(x, y, noise, dim, middle):
+        return True
     halves = [(x[:, part::2], y[:, part::2]) if dim else (x[part::2], y[part::2]) for part in (0, 1)]
     energies = [half.square().sum(dim) for half, _ in halves]
-    energy = x.square().sum(dim)
-    told = (noise.sum(dim) < _TOLD_BELOW[dim] * energy) & (energies[0] > 0) & (energies[1] > 0)
+    told = (squared_cosine > 1 - _TOLD_BELOW[1]) & (energies[0] > 0) & (energies[1] > 0)
     if int(told.sum()) < max(2, _TOLD_OF_ALL * len(told)):
         return False
-    halves = [(x[told], y[told]) if dim else (x[:, told], y[:, told]) for x, y in halves]
-    x, y = (x[told], y[told]) if dim else (x[:, told], y[:, told])
-    middle = _middle(x, y, dim)
-    factor = _factors(x, y, dim)
-    energy, left = energy[told], y - factor.unsqueeze(dim) * x
-    share = torch.maximum(noise.sum(dim)[told], left.square().sum(dim)) / energy
-    off = _off(x, y, dim, middle)
-    if count >= _FEWEST_FOR_ONE:
-        # A factor's own error, told from the leftovers (White 1980): they are no more alike than the values are.
-        accidents = (x * left).square().sum(dim).sqrt() / energy / middle
-        if bool((off.abs() > _OTHER + _DEVIATIONS_OF_ONE * accidents).any()):
-            return True
-    is_clear = share < _TOLD_BELOW[1]
-    allowed = (_SPREAD_OF_ROUNDING * share.sqrt()).clamp(min=_LEAST_SPREAD)
-    weight = torch.minimum(*(energy[told] for energy in energies)) * is_clear
+    allowed = (_SPREAD_OF_ROUNDING[dim] * (1 - squared_cosine[told]).clamp(min=0).sqrt()).clamp(min=_LEAST_SPREAD)
+    weight = torch.minimum(*energies)[told]
     weight = weight.clamp(max=4 * float(weight.median()))
-    total = float(weight.sum())
-    if total == 0:
-        return False
-    weight = weight / total
-    first, second = ((_off(*half, dim, middle) / allowed).clamp(-_FARTHEST, _FARTHEST) for half in halves)
+    weight = weight / weight.sum()
+    offs = (_off(*half, dim, middle)[told] / allowed for half in halves)
+    first, second = (off.clamp(-_FARTHEST, _FARTHEST) for off in offs)
     covariance = float((weight * first * second).sum())
     # How far the covariance of so many pairs of independent errors lies from 0 by accident.
     accident = float((weight.square() * (first - second) ** 4).sum().sqrt()) / math.sqrt(12)
     return covariance - _DEVIATIONS_OF_ALL * accident > 1
+
+
+def _has_others(x: Tensor, y: Tensor, noise: Tensor, dim: int, middle: float) -> bool:
+    """Whether some rows (1) or columns (0) of y are not those of x."""
+    energy = x.square().sum(dim)
+    told = noise.sum(dim) < _TOLD_BELOW[dim] * energy
+    left = y - _factors(x, y, dim).unsqueeze(dim) * x
+    # A factor's own error, told from the leftovers (White 1980): they are no more alike than the values are.
+    accidents = (x * left).square().sum(dim).sqrt() / energy.clamp(min=1e-38) / middle
+    return bool((told & (_off(x, y, dim, middle).abs() > _OTHER + _DEVIATIONS_OF_ONE * accidents)).any())
 
 
 def _bounds(x: Tensor, y: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
@@ -25,12 +25,15 @@ from torch import Tensor
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.kernels.packed import PackedWeight
 from amalgam.precision.declared import UNDECLARED, Declared
-from amalgam.precision.fused import TensorPart
+from amalgam.precision.fused import TensorPart, lines_of
 
 WEIGHT_SUFFIX = "weight"
 # What quantizers store beside a weight for the activations, which stay wide here.
 ACTIVATION_SUFFIXES = frozenset({"input_scale", "input_zero_point", "input_global_scale", "activation_scale"})
 Read = Callable[[TensorPart], Tensor]
+# What `WeightFormat.lines` may say of a part besides a number: rows that share a scale share a line; or the part
+# is only true of the whole weight.
+ROWS_SHARE, ONLY_OF_ALL = -1, -2
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,15 @@ class WeightFormat(ABC):
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         """Pack one weight; the result shares no memory with the file."""
 
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        """How the rows of a weight lie in a part, if the part's first dimension counts them.
+
+        Returns how many rows each line holds, `ROWS_SHARE` where `block[0]` of them share one; 0 for a part that
+        belongs to all rows, `ONLY_OF_ALL` for one that does not describe a few of them; None where a few rows cannot be
+        had without the others.
+        """
+        return None
+
     def quantize(self, weight: Tensor, options: QuantizeOptions) -> Quantized:
         """Quantize a float `[out, in]` weight into the published layout."""
         raise UnsupportedError(
@@ -165,6 +177,36 @@ class WeightFormat(ABC):
     @abstractmethod
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         """Bytes of a packed weight of this shape."""
+
+
+def cut(stored: StoredWeight, start: int, stop: int) -> StoredWeight | None:
+    """Rows `start` to `stop` of a matrix as a weight of its own; None where the format has them only with the others.
+
+    It is read by the format's `load` as if it were all there is: fine for a look at some rows.
+    """
+    if stored.arrange is not None or len(stored.shape) != 2:
+        return None
+    parts: dict[str, TensorPart] = {}
+    for role, part in stored.parts.items():
+        each = stored.format.lines(stored, role)
+        if each is None:
+            return None
+        if each in (0, ONLY_OF_ALL):
+            if each == 0:
+                parts[role] = part
+            continue
+        first, last = start, stop
+        if each == ROWS_SHARE:
+            assert stored.block is not None
+            first, last = start // stored.block[0], (stop - 1) // stored.block[0] + 1
+            if last - first > 1:
+                return None
+        elif start % each or (stop % each and stop != stored.shape[0]):
+            return None
+        else:
+            first, last = start // each, -(-stop // each)
+        parts[role] = lines_of(part, first, last)
+    return replace(stored, shape=(stop - start, stored.shape[1]), parts=parts)
 
 
 @cache

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
@@ -135,6 +135,19 @@ class TensorSlice:
 
 
 TensorPart = TensorEntry | TensorSlice
+
+
+def lines_of(part: TensorPart, start: int, stop: int) -> TensorPart:
+    """Lines `start` to `stop` of a part's first dimension; a tensor of its own where they are one run of bytes."""
+    shape = (stop - start, *part.shape[1:])
+    if isinstance(part, TensorEntry):
+        part = TensorSlice(part, None, (start, stop, 1), shape)
+    else:
+        first, _, step = part.rows or (0, part.shape[0], 1)
+        part = replace(part, rows=(first + start * step, first + stop * step, step), shape=shape)
+    if part.offset is None:
+        return part
+    return TensorEntry(part.name, part.dtype, shape, part.file, part.offset, part.encoding)
 
 
 def whole_of(part: TensorPart) -> TensorEntry:

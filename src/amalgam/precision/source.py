@@ -34,6 +34,7 @@ from amalgam.precision.format import (
     StoredWeight,
     WeightFormat,
     all_formats,
+    cut,
     owned,
 )
 from amalgam.precision.fused import FusedTensor, TensorPart, TensorSlice, logical_module, split_fused, whole_of
@@ -112,13 +113,31 @@ class Source:
                 finished = replace(finished, parts=parts)
             return finished
 
+    def rows(self, stored: StoredWeight, runs: Sequence[range]) -> Tensor:
+        """Runs of a matrix's rows, one after the other, float32; reads no more where the format has rows apart.
+
+        Raises the errors of `load`, but those of the data only for what it reads.
+        """
+        cuts = [cut(stored, run.start, run.stop) for run in runs]
+        if all(part is not None for part in cuts):
+            parts = [self._dequantized(part) for part in cuts if part is not None]
+            return torch.cat(parts)
+        rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+        with self.opened(stored) as packed:
+            if packed.has_own_rows:
+                return packed.take_rows(rows).dequantize(torch.float32)
+            return packed.dequantize()[rows].to(torch.float32)
+
+    def _dequantized(self, stored: StoredWeight) -> Tensor:
+        with self.opened(stored) as packed:
+            return packed.dequantize().to(torch.float32, copy=True)
+
     def values(self, name: str) -> Tensor | None:
         """A weight's values, float32; None if there is no such weight. Raises the errors of `load`."""
         stored = self.weights.get(name)
         if stored is None:
             return None
-        with self.opened(stored) as packed:
-            return packed.dequantize().to(torch.float32, copy=True)
+        return self._dequantized(stored)
 
     @contextmanager
     def opened(self, stored: StoredWeight) -> Iterator[PackedWeight]:
@@ -139,6 +158,10 @@ class Source:
     def read(self, part: TensorPart) -> Tensor:
         """A part's data as the file has it; shares the file's pages."""
         return reader(self.store)(part)
+
+    def release(self, part: TensorPart) -> None:
+        """Give back the memory of a part's pages."""
+        self.store.release(whole_of(part))
 
     def identity(self, stored: StoredWeight) -> tuple[Any, ...]:
         """Equal for two weights exactly if they come from the same unchanged bytes."""

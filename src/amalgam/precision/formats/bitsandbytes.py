@@ -167,6 +167,9 @@ class BitsAndBytes8(WeightFormat):
                 refuse_part(name, parts["weight_format"], "Expected one element.")
         return StoredWeight(name, self, weight.shape, parts, (1, weight.shape[1]), 8)
 
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        return 0 if role == "weight_format" else 1
+
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         if "weight_format" in stored.parts and (order := int(read(stored.parts["weight_format"]))) != 0:
             refuse_part(

@@ -34,6 +34,9 @@ class Floating(WeightFormat):
         entry = parts[WEIGHT_SUFFIX]
         return StoredWeight(name, self, entry.shape, parts) if entry.dtype == self.dtype else None
 
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        return 1
+
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         # A view of the file: whoever packs it copies it, and `Source.load` does where nobody has.
         return dense(read(stored.parts[WEIGHT_SUFFIX]))

@@ -68,6 +68,9 @@ class GgufFormat(WeightFormat):
             )
         return StoredWeight(name, self, shape, parts, (1, self.type.num_elements))
 
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        return 1
+
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         entry = stored.parts[WEIGHT_SUFFIX]
         raw = read(entry)

@@ -62,6 +62,9 @@ class ModelOptInt4(WeightFormat):
             expect_shape(name, parts["pre_quant_scale"], (columns,))
         return StoredWeight(name, self, (rows, columns), parts, (1, columns // groups), 4)
 
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        return {WEIGHT_SUFFIX: 2, "weight_scale": 1}.get(role, 0)
+
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         stacked = read(stored.parts[WEIGHT_SUFFIX])
         codes = torch.stack((stacked & 15, stacked >> 4), dim=1).flatten(0, 1) ^ 8  # signed value + 8

@@ -59,6 +59,9 @@ class Mxfp4(WeightFormat):
         expect_shape(name, scale, (rows, columns // GROUP))
         return StoredWeight(name, self, (rows, columns), parts, (1, GROUP), 4)
 
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        return 1 if role in self.required else 0
+
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         parts = {
             "weight": owned(read(stored.parts["weight_packed"])),

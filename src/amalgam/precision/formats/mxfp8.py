@@ -62,6 +62,9 @@ class Mxfp8(WeightFormat):
         expect_shape(name, scale, (rows, columns // GROUP))
         return StoredWeight(name, self, (rows, columns), parts, (1, GROUP), 8)
 
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        return 1 if role in self.required else 0
+
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         scale = powers(stored, "weight_scale", read(stored.parts["weight_scale"]), _LARGEST).float()
         parts = {"weight": owned(read(stored.parts[WEIGHT_SUFFIX])), "scale": scale}

@@ -76,6 +76,9 @@ class Nvfp4(WeightFormat):
             expect_shape(name, parts["pre_quant_scale"], (columns,))
         return StoredWeight(name, self, (rows, columns), parts, (1, group), 4)
 
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        return 1 if role in (self._values, "weight_scale") else 0
+
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         whole = owned(finite(stored, self._whole, read(stored.parts[self._whole])).reshape(()))
         if self._operation == "divisor" and float(whole) == 0:

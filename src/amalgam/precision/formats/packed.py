@@ -25,6 +25,7 @@ from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import pack_nibbles
 from amalgam.precision.format import (
     ACTIVATION_SUFFIXES,
+    ONLY_OF_ALL,
     ModuleContext,
     Quantized,
     QuantizeOptions,
@@ -125,8 +126,20 @@ class PackedInt(WeightFormat):
             refuse_part(name, packed, f"{shape.name} says [{rows}, {columns}].")
         return columns
 
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        if role == "weight_shape":
+            return ONLY_OF_ALL
+        if role == "weight_packed":
+            return 1
+        if role == "weight_scale":
+            return 1 if len(stored.parts[role].shape) == 2 else 0
+        if role == "weight_zero_point" and stored.parts[role].dtype == torch.int32:
+            return None if 32 % self.bits else 32 // self.bits
+        return 1 if role == "weight_zero_point" else 0
+
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
-        declared = tuple(read(stored.parts["weight_shape"]).tolist())
+        shape = stored.parts.get("weight_shape")
+        declared = stored.shape if shape is None else tuple(read(shape).tolist())
         if declared != stored.shape:
             raise CheckpointError(
                 f"Weight {stored.name!r} declares shape {list(declared)} in {stored.parts['weight_shape'].name}.",

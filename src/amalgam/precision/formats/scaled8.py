@@ -26,6 +26,7 @@ from amalgam.kernels.reference import unpack_scaled8
 from amalgam.precision.declared import Declared
 from amalgam.precision.format import (
     ACTIVATION_SUFFIXES,
+    ROWS_SHARE,
     WEIGHT_SUFFIX,
     ModuleContext,
     Quantized,
@@ -95,6 +96,14 @@ class Scaled8(WeightFormat):
             expect_dtype(name, parts["pre_quant_scale"], SCALE_DTYPES)
             expect_shape(name, parts["pre_quant_scale"], (weight.shape[1],))
         return StoredWeight(name, self, weight.shape, parts, block, 8)
+
+    def lines(self, stored: StoredWeight, role: str) -> int | None:
+        if role == WEIGHT_SUFFIX:
+            return 1
+        assert stored.block is not None
+        if role not in (*SCALE_NAMES, "weight_zero_point") or stored.block[0] >= stored.shape[0]:
+            return 0
+        return 1 if stored.block[0] == 1 else ROWS_SHARE
 
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         assert stored.block is not None
