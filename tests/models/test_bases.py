@@ -20,6 +20,7 @@ from tests.models.test_agreement import changed, logits
 from tests.models.tiny import save_tiny
 
 Tensors = dict[str, Tensor]
+Movement = tuple[Callable[[Tensors], None], list[list[str]], list[list[str]]]
 EXPERTS, HEADS, KV_HEADS, LAYERS = 8, 4, 2, 2
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 
@@ -136,7 +137,7 @@ def scale_queries(tensors: Tensors) -> None:
 LAYER, ATTENTION, MLP = "model.layers.*", "model.layers.*.self_attn", "model.layers.*.mlp"
 NORM, INPUT_NORM = f"{LAYER}.post_attention_layernorm.weight", f"{LAYER}.input_layernorm.weight"
 # Movement, and then parts that can be taken and parts that cannot.
-MOE = [
+MOE: list[Movement] = [
     (rotate_stream, [], [[LAYER], [f"{MLP}.experts.*"], [f"{MLP}.*", NORM], ["model.embed_tokens.weight"], [NORM]]),
     (fold_norms, [[f"{MLP}.*", NORM], [f"{ATTENTION}.*", INPUT_NORM], [LAYER]], [[f"{MLP}.experts.*"], [NORM]]),
     (permute_experts, [[f"{MLP}.*"], [f"{ATTENTION}.*"]], [[f"{MLP}.experts.*"], [f"{MLP}.gate.weight"]]),
@@ -144,7 +145,7 @@ MOE = [
     (scale_channels, [[f"{MLP}.experts.*"], [f"{MLP}.experts.3.*"]], [[f"{MLP}.experts.*.up_proj.weight"]]),
     (rotate_values, [[f"{ATTENTION}.*"]], [[f"{ATTENTION}.o_proj.weight"], [f"{ATTENTION}.v_proj.weight"]]),
 ]
-DENSE = [
+DENSE: list[Movement] = [
     (permute_heads, [[f"{ATTENTION}.*"]], [[f"{ATTENTION}.{{q,k}}_proj.weight"], [f"{ATTENTION}.o_proj.weight"]]),
     (scale_queries, [[f"{ATTENTION}.{{q,k}}_proj.weight"]], [[f"{ATTENTION}.q_proj.weight"]]),
     (permute_channels, [[f"{MLP}.*"]], [[f"{MLP}.up_proj.weight"]]),
