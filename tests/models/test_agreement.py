@@ -15,6 +15,7 @@ from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.config import MixedPrecisionSettings
 from amalgam.errors import CheckpointError, PlanError
+from amalgam.models import agreement
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.precision.format import QuantizeOptions
 from amalgam.tools.quantize import quantize_checkpoint
@@ -144,8 +145,24 @@ def test_rounding_is_no_disagreement(base: Path, tmp_path: Path, target: str, dt
     logits(base, tmp_path / "other", mapping)
 
 
-@pytest.mark.parametrize("change", [torch.zeros_like, lambda weight: weight * 2, lambda weight: weight[:100]])
-def test_a_tied_config_beside_a_head_of_its_own(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+def in_row(row: int) -> Callable[[Tensor], Tensor]:
+    def change(weight: Tensor) -> Tensor:
+        weight = weight.clone()
+        weight[row, 3] += 1e-3
+        return weight
+
+    return change
+
+
+@pytest.mark.parametrize("chunk", [2**22, 1000])
+@pytest.mark.parametrize(
+    "change",
+    [torch.zeros_like, lambda weight: weight * 2, lambda weight: weight[:100], in_row(7), in_row(255)],
+)
+def test_a_tied_config_beside_a_head_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor], chunk: int
+) -> None:
+    monkeypatch.setattr(agreement, "_CHUNK_BYTES", chunk)
     folder = tmp_path / "tied"
     save_tiny(FAMILY, folder, tie_word_embeddings=True)
     expected = logits(folder)
@@ -158,11 +175,49 @@ def test_a_tied_config_beside_a_head_of_its_own(tmp_path: Path, change: Callable
         logits(changed(folder, tmp_path / "other", add(change)))
 
 
-def test_a_source_without_norms_is_taken(base: Path, tmp_path: Path) -> None:
-    def keep_experts(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if ".experts." not in name]:
-            del tensors[name]
+@pytest.mark.parametrize(("dtype", "is_equal"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_tied_head_of_another_type(tmp_path: Path, dtype: torch.dtype, is_equal: bool) -> None:
+    """The same values are the same head in any type; one that was rounded apart from the embedding is not."""
+    folder = tmp_path / "tied"
+    save_tiny(FAMILY, folder, tie_word_embeddings=True)
 
+    def add(tensors: dict[str, Tensor]) -> None:
+        embedding = tensors["model.embed_tokens.weight"].to(dtype)
+        tensors.update({"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.to(torch.bfloat16).float()})
+
+    other = changed(folder, tmp_path / "other", add)
+    if is_equal:
+        logits(other)
+    else:
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+            logits(other)
+
+
+def keep_experts(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if ".experts." not in name]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize("fold", [fold_norm, lambda tensors: exchange_experts(tensors, 2, 5)])
+def test_a_source_of_experts_alone_is_compared_by_them(
+    base: Path, tmp_path: Path, fold: Callable[[dict[str, Tensor]], None]
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        fold(tensors)
+        keep_experts(tensors)
+
+    other = changed(base, tmp_path / "other", change)
+    with pytest.raises(PlanError, match="'other'"):
+        logits(base, other, {f"{EXPERTS}.*": "other"})
+
+
+def exchange_experts(tensors: dict[str, Tensor], one: int, other: int) -> None:
+    for part in ("gate", "up", "down"):
+        names = [f"{EXPERTS}.{expert}.{part}_proj.weight" for expert in (one, other)]
+        tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+
+
+def test_a_source_without_norms_is_taken(base: Path, tmp_path: Path) -> None:
     other = changed(base, tmp_path / "other", keep_experts)
     torch.testing.assert_close(logits(base, other, {f"{EXPERTS}.*": "other"}), logits(base))
 

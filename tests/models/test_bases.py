@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from amalgam.checkpoint.store import TensorStore
+from amalgam.config import Rule
 from amalgam.errors import PlanError
 from amalgam.models.families import llama, qwen3_moe
 from amalgam.models.gauges import axes_of
 from amalgam.models.spec import Family, all_families, read_spec
+from amalgam.precision.plan import Plan
 from tests.models.test_agreement import changed, logits
 from tests.models.tiny import save_tiny
 
@@ -183,12 +186,18 @@ def test_whatever_part_is_taken(base: Path, tmp_path: Path, index: int) -> None:
             continue
         advised = re.search(r"Take (.+) from one source", str(refusal.value))
         assert advised is not None, str(refusal.value)
-        together_names = advised[1].split(", ")  # which take the place of the rules that were refused
-        for mapping in (dict.fromkeys(together_names, "other"), dict.fromkeys(together_names, "base")):
+        for source in ("other", "base"):
+            mapping = following(base, part, advised[1], source)
             torch.testing.assert_close(logits(base, other, mapping), expected, **CLOSE)
-        torch.testing.assert_close(
-            logits(base, other, dict.fromkeys([*part, *together_names], "other")), expected, **CLOSE
-        )
+
+
+def following(base: Path, part: Sequence[str], advice: str, source: str) -> dict[str, str]:
+    """A plan that takes a part from the other checkpoint, but what the advice names from one source."""
+    store = TensorStore.open(base)
+    patterns = re.split(r", (?![^{]*\})", advice)
+    taken = Plan(store, [Rule(pattern=pattern, source="other") for pattern in part], "base")
+    advised = Plan(store, [Rule(pattern=pattern, source=source) for pattern in patterns], "")
+    return {name: advised[name].source or taken[name].source for name in store}
 
 
 @pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)

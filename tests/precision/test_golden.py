@@ -69,6 +69,19 @@ def test_equals_the_tools_own_weights(case: str, tmp_path: Path) -> None:
     assert torch.equal(reference.linear(x, packed), reference.linear(x, dense(restored)))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("gpt-oss")])
+def test_a_few_rows_are_those_of_the_whole(case: str, tmp_path: Path) -> None:
+    source, _ = golden(case, tmp_path)
+    (stored,) = source.weights.values()
+    whole = source.values(stored.name)
+    assert whole is not None
+    for start in range(0, stored.shape[0], 8):
+        run = range(start, min(start + 8, stored.shape[0]))
+        torch.testing.assert_close(source.rows(stored, [run]), whole[start : run.stop], rtol=0, atol=0)
+    runs = [range(stored.shape[0] - 8, stored.shape[0]), range(8)]
+    assert torch.equal(source.rows(stored, runs), torch.cat([whole[-8:], whole[:8]]))
+
+
 def test_gpt_oss_blocks_become_experts(tmp_path: Path) -> None:
     """`[experts, 2 out, in / 32, 16]` with gate and up alternating; the tool's result is `[experts, in, 2 out]`."""
     with safe_open(FOLDER / "gpt-oss-mxfp4.safetensors", "pt") as file:

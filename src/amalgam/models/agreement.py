@@ -45,12 +45,13 @@ _VECTOR_TOLERANCE = 0.01
 # Of a wide weight that is compared: runs of rows, which most formats have apart, and about so many values.
 _RUN, _NUM_VALUES = 8, 2**16
 _LEAST_RUNS = {"embedding": 8, "head": 8, "attention": 4}
-_MAX_COLUMNS, _COLUMN_STEP = 1024, 256  # side by side, since neighbours share scales
+_MAX_COLUMNS = 1024  # of a router, whose rows are all compared
 # In all layers together: experts that are put together from both sources, others, and other weights that no gauge asks
 # for. A tool that moved something moved it in more than a few places.
 _MIXED_EXPERTS, _WHOLE_EXPERTS, _OTHERS = 192, 4, 4
 _EXPERTS_OF_LAYER = 2  # that stand for a norm or a router that one of two sources lacks
 _CHUNK_BYTES = 2**22  # of a head that is compared as a whole
+_MAX_NAMED = 12
 _EXPERT = re.compile(r"(layers\.\d+\.mlp)\.experts\.\d+(?=\.)")
 
 
@@ -411,29 +412,60 @@ def _runs(slot: Slot) -> list[range]:
 
 
 def _values(source: Source, stored: StoredWeight, slot: Slot) -> Tensor:
-    """Some rows of a weight, of a router all, and not all of their columns; float32."""
+    """Some rows of a weight, float32; of a router all rows, but not all columns."""
     if slot.is_transposed and stored.is_wide:
         whole = source.values(stored.name)
         assert whole is not None
         return torch.cat([whole.t()[run.start : run.stop] for run in _runs(slot)])
     values = source.rows(stored, _runs(slot))
-    if values.shape[1] > _MAX_COLUMNS:
+    if slot.role == "router" and values.shape[1] > _MAX_COLUMNS:
         generator = torch.Generator().manual_seed(int.from_bytes(_hash(slot.name)[:7]))
-        last = (values.shape[1] - _MAX_COLUMNS) // _COLUMN_STEP
-        start = int(torch.randint(last + 1, (), generator=generator)) * _COLUMN_STEP
+        start = int(torch.randint(values.shape[1] - _MAX_COLUMNS, (), generator=generator))
         values = values[:, start : start + _MAX_COLUMNS]
     return values
 
 
 def _patterns(names: Set[str], all_names: Set[str]) -> str:
-    """Patterns of some weights' names: numbers as `*`, and what stands below one prefix as one where all of it does."""
-    wanted, known = ({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in each} for each in (names, all_names))
-    found: dict[str, None] = {}
-    for name in sorted(wanted):
-        parts = name.split(".")
-        prefixes = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
-        whole = (p for p in prefixes if all(other in wanted for other in known if other.startswith(p)))
-        prefix = next(whole, None)
-        alone = prefix is None or sum(other.startswith(prefix) for other in wanted) == 1
-        found[name if alone else f"{prefix}*"] = None
-    return ", ".join(found)
+    """Patterns of rules that match some weights and no others."""
+    wanted, known = _by_layer(names), _by_layer(all_names)
+    patterns = sorted(wanted.pop(("", ""), ()))
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (before, layer), below in wanted.items():
+        for pattern in _collapsed(below, known[before, layer]):
+            found[before, pattern].append(layer)
+    for (before, pattern), layers in found.items():
+        is_everywhere = len(layers) == sum(other == before for other, _ in known)
+        patterns.append(f"{before}{'*' if is_everywhere else _numbers(layers)}{pattern}")
+    rest = len(patterns) - _MAX_NAMED
+    return ", ".join(patterns[:_MAX_NAMED]) + (f" and {rest} patterns more of this kind" if rest > 0 else "")
+
+
+def _by_layer(names: Set[str]) -> dict[tuple[str, str], set[str]]:
+    """Names by what stands before the first number and by that number, which is the layer's."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name in sorted(names):
+        before, layer, rest = ("", "", name)
+        if (match := re.fullmatch(r"(.*?\.)(\d+)(\..+)", name)) is not None:
+            before, layer, rest = match.groups()
+        found[before, layer].add(rest)
+    return found
+
+
+def _collapsed(wanted: Set[str], known: Set[str]) -> list[str]:
+    """Dotted names as patterns: `.*` where all that is known is wanted, numbers that go on alike together."""
+    if wanted == known and len(known) > 1:
+        return [".*"]
+    found: dict[str, list[str]] = defaultdict(list)
+    for first in sorted(
+        {name.split(".")[1] for name in wanted}, key=lambda part: (not part.isdigit(), len(part), part)
+    ):
+        stem = f".{first}"
+        below, beside = ({n[len(stem) :] for n in each if f"{n}.".startswith(f"{stem}.")} for each in (wanted, known))
+        for rest in _collapsed(below, beside) if below != {""} else [""]:
+            found[rest if first.isdigit() else f"{stem}{rest}"].append(first)
+    return [f".{_numbers(firsts)}{rest}" if firsts[0].isdigit() else rest for rest, firsts in found.items()]
+
+
+def _numbers(numbers: Sequence[str]) -> str:
+    """`3`, or `{0,3}`, as the patterns of rules have it."""
+    return numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}"

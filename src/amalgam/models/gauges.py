@@ -11,7 +11,7 @@ gauges that it touches are the same in both.
     residual            embedding, norms, whatever reads the stream, whatever writes it
     N.attention_norm    the norm and what reads it; likewise N.mlp_norm and norm
     N.heads             the order of heads; of those that share keys and values, queries alone tell it
-    N.query_key         queries and keys, head by head; also N.query_low of latent attention
+    N.query_key         queries and keys, head by head; of latent attention N.rotary and N.query_low besides
     N.value_out         values and what projects them back; N.latent of latent attention
     N.experts           the order of experts, by the router
     N.E.channels        the order of the channels of one MLP or expert: gate, up, down
@@ -70,16 +70,16 @@ def axes_of(slot: str) -> Axes:
 def _attention(layer: str, local: str) -> Axes:
     stream = frozenset({RESIDUAL, f"{layer}.attention_norm"})
     heads, query_key, value_out = f"{layer}.heads", f"{layer}.query_key", f"{layer}.value_out"
-    low, latent = f"{layer}.query_low", f"{layer}.latent"
+    low, latent, rotary = f"{layer}.query_low", f"{layer}.latent", f"{layer}.rotary"
     matrices = {
-        "q": ({heads, query_key}, stream),
+        "q": ({heads, query_key, rotary}, stream),
         "k": ({heads, query_key}, stream),
         "v": ({heads, value_out}, stream),
         "qkv": ({heads, query_key, value_out}, stream),
         "o": ({RESIDUAL}, {heads, value_out}),
         "q_a": ({low}, stream),
-        "q_b": ({heads, query_key}, {low}),
-        "kv_a": ({latent, query_key}, stream),
+        "q_b": ({heads, query_key, rotary}, {low}),
+        "kv_a": ({latent, rotary}, stream),
         "kv_b": ({heads, query_key, value_out}, {latent}),
     }
     vectors = {"q_norm": query_key, "k_norm": query_key, "q_a_norm": low, "kv_a_norm": latent, "sinks": heads}
