@@ -15,7 +15,7 @@ from torch import Tensor
 from amalgam.checkpoint.store import TensorStore
 from amalgam.config import Rule
 from amalgam.errors import PlanError
-from amalgam.models.families import llama, qwen3_moe
+from amalgam.models.families import deepseek_v2, llama, phimoe, qwen2, qwen3_moe
 from amalgam.models.gauges import axes_of
 from amalgam.models.spec import Family, all_families, read_spec
 from amalgam.precision.plan import Plan
@@ -24,7 +24,7 @@ from tests.models.tiny import save_tiny
 
 Tensors = dict[str, Tensor]
 Movement = tuple[Callable[[Tensors], None], list[list[str]], list[list[str]]]
-EXPERTS, HEADS, KV_HEADS, LAYERS = 8, 4, 2, 2
+EXPERTS, HEADS, KV_HEADS, LAYERS, NOPE = 8, 4, 2, 2, 16
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 
 
@@ -137,6 +137,70 @@ def scale_queries(tensors: Tensors) -> None:
         tensors[key] = (by_head(tensors[key], KV_HEADS) / factors[:, None]).flatten(0, 1)
 
 
+def permute_queries(tensors: Tensors) -> None:
+    """Query heads among those that share a key and value: neither of these tells."""
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}.self_attn."
+        for name in [f"{prefix}q_proj.weight", f"{prefix}q_proj.bias"]:
+            if name in tensors:
+                tensors[name] = tensors[name].unflatten(0, (KV_HEADS, HEADS // KV_HEADS, -1)).flip(1).flatten(0, 2)
+        out = tensors[f"{prefix}o_proj.weight"]
+        columns = out.unflatten(1, (KV_HEADS, HEADS // KV_HEADS, -1)).flip(2)
+        tensors[f"{prefix}o_proj.weight"] = columns.flatten(1)
+
+
+def fold_one_norm(tensors: Tensors) -> None:
+    """SmoothQuant over the last layer's MLP; a bias of zeros beside the norm stays what it is."""
+    prefix = f"model.layers.{LAYERS - 1}."
+    scale = torch.exp(0.5 * torch.randn(len(tensors["model.norm.weight"]), generator=generator()))
+    norm = f"{prefix}post_attention_layernorm"
+    for name in (f"{norm}.weight", f"{norm}.bias"):
+        if name in tensors:
+            tensors[name] = tensors[name] / scale
+    for name in tensors:
+        if name.startswith(prefix) and re.search(r"(\.gate|gate_proj|up_proj|\.w1|\.w3)\.weight$", name):
+            tensors[name] = tensors[name] * scale
+
+
+def latent_parts(tensors: Tensors, layer: int) -> tuple[str, str, str, str, str]:
+    prefix = f"model.layers.{layer}.self_attn."
+    query = f"{prefix}q_b_proj.weight" if f"{prefix}q_b_proj.weight" in tensors else f"{prefix}q_proj.weight"
+    names = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+    down, norm, expand, out = (f"{prefix}{name}.weight" for name in names)
+    return query, down, norm, expand, out
+
+
+def rotate_latent(tensors: Tensors) -> None:
+    for layer in range(LAYERS):
+        _, down, norm, expand, _ = latent_parts(tensors, layer)
+        size = len(tensors[norm])
+        turn = rotation(size)
+        tensors[expand] = (tensors[expand] * tensors[norm]) @ turn
+        tensors[norm] = torch.ones(size)
+        tensors[down] = torch.cat([turn.T @ tensors[down][:size], tensors[down][size:]])
+
+
+def rotate_latent_keys(tensors: Tensors) -> None:
+    """The part of queries and keys that has no positions."""
+    for layer in range(LAYERS):
+        query, _, _, expand, _ = latent_parts(tensors, layer)
+        turn = rotation(NOPE)
+        for name in (query, expand):
+            heads = tensors[name].unflatten(0, (HEADS, -1)).clone()
+            heads[:, :NOPE] = turn @ heads[:, :NOPE]
+            tensors[name] = heads.flatten(0, 1)
+
+
+def rotate_latent_values(tensors: Tensors) -> None:
+    for layer in range(LAYERS):
+        _, _, _, expand, out = latent_parts(tensors, layer)
+        heads = tensors[expand].unflatten(0, (HEADS, -1)).clone()
+        turn = rotation(heads.shape[1] - NOPE)
+        heads[:, NOPE:] = turn.T @ heads[:, NOPE:]
+        tensors[expand] = heads.flatten(0, 1)
+        tensors[out] = (tensors[out].unflatten(1, (HEADS, -1)) @ turn).flatten(1)
+
+
 LAYER, ATTENTION, MLP = "model.layers.*", "model.layers.*.self_attn", "model.layers.*.mlp"
 NORM, INPUT_NORM = f"{LAYER}.post_attention_layernorm.weight", f"{LAYER}.input_layernorm.weight"
 # Movement, and then parts that can be taken and parts that cannot.
@@ -156,22 +220,44 @@ DENSE: list[Movement] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "llama"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    save_tiny({"qwen3_moe": qwen3_moe, "llama": llama}[request.param].FAMILY, folder, num_attention_heads=HEADS)
-    return folder
+BIASED: list[Movement] = [
+    (permute_queries, [[f"{ATTENTION}.*"]], [[f"{ATTENTION}.{{q,o}}_proj.weight"], [f"{ATTENTION}.{{v,o}}_proj.*"]]),
+    (fold_one_norm, [[f"{MLP}.*", NORM]], [[NORM], [f"{MLP}.up_proj.weight"]]),
+]
+WITH_NORM_BIAS: list[Movement] = [
+    (fold_one_norm, [["*.block_sparse_moe.*", "*.post_attention_layernorm.*"]], [["*.block_sparse_moe.*"]]),
+]
+LATENT: list[Movement] = [
+    (rotate_latent, [[f"{ATTENTION}.kv_*"], [f"{ATTENTION}.*"]], [[f"{ATTENTION}.kv_b_proj.weight"], ["*.kv_a_*"]]),
+    (
+        rotate_latent_keys,
+        [[f"{ATTENTION}.*"], [f"{ATTENTION}.{{q,kv}}*"]],
+        [[f"{ATTENTION}.kv_*"], [f"{ATTENTION}.{{kv_b,o}}_proj.weight"], [f"{ATTENTION}.q_proj.weight"]],
+    ),
+    (rotate_latent_values, [[f"{ATTENTION}.*"]], [[f"{ATTENTION}.o_proj.weight"], [f"{ATTENTION}.kv_*"]]),
+]
+MODELS: dict[str, tuple[Family, list[Movement]]] = {
+    "qwen3_moe": (qwen3_moe.FAMILY, MOE),
+    "llama": (llama.FAMILY, DENSE),
+    "qwen2": (qwen2.FAMILY, BIASED),
+    "phimoe": (phimoe.FAMILY, WITH_NORM_BIAS),
+    "deepseek_v2": (deepseek_v2.FAMILY, LATENT),
+}
+CASES = [(name, index) for name, (_, movements) in MODELS.items() for index in range(len(movements))]
 
 
-def movements(base: Path) -> list[tuple[Callable[[Tensors], None], list[list[str]], list[list[str]]]]:
-    return MOE if base.name.startswith("qwen3_moe") else DENSE
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, (family, _) in MODELS.items():
+        save_tiny(family, folders[name], num_attention_heads=HEADS)
+    return folders
 
 
-@pytest.mark.parametrize("index", range(6))
-def test_whatever_part_is_taken(base: Path, tmp_path: Path, index: int) -> None:
-    if index >= len(movements(base)):
-        pytest.skip("fewer movements")
-    move, together, apart = movements(base)[index]
+@pytest.mark.parametrize(("model", "index"), CASES)
+def test_whatever_part_is_taken(bases: dict[str, Path], tmp_path: Path, model: str, index: int) -> None:
+    base = bases[model]
+    move, together, apart = MODELS[model][1][index]
     other = changed(base, tmp_path / "other", move)
     expected = logits(base)
     torch.testing.assert_close(logits(other), expected, **CLOSE)  # the same function, elsewhere
