@@ -22,7 +22,7 @@ from amalgam.models.spec import all_families
 from amalgam.precision.source import Source
 from tests.models.gguf_writer import ARCHITECTURES, KIND, write_gguf
 from tests.models.harness import Runner, hand_built, load_model
-from tests.models.tiny import save_tiny
+from tests.models.tiny import save_tiny, write_checkpoint
 
 TOLERANCE = 1e-4
 PROMPT = list(range(3, 64))
@@ -179,6 +179,23 @@ class TestMixed:
         assert np.all(np.diff(offsets) == sizes.pop())
         assert all(o.parts[0].tensor == "blk.1.ffn_down_exps.weight" for o in stack.values())
         assert offsets[0] is not None and offsets[7] < len(raw)
+
+    @pytest.mark.parametrize(("change", "is_same"), [(0.0, True), (0.5, False)])
+    def test_a_head_beside_a_tied_embedding(self, tmp_path: Path, change: float, is_same: bool) -> None:
+        """A GGUF file may have both, in two precisions; the base checkpoint says that they are one."""
+        save_tiny(FAMILIES["qwen3_moe"], tmp_path / "hf", tie_word_embeddings=True)
+        config = json.loads((tmp_path / "hf" / "config.json").read_text())
+        tensors = load_file(tmp_path / "hf" / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][7] += change
+        write_checkpoint(tmp_path / "twice", config, tensors)
+        other = write_gguf(tmp_path / "twice", tmp_path / "other.gguf", KIND.Q8_0)
+        mixed = MixedPrecisionSettings(sources={"other": str(other)}, weight_mapping={"*.experts.*": "other"})
+        if is_same:
+            load_model(tmp_path / "hf", mixed=mixed)
+        else:
+            with pytest.raises(CheckpointError, match=r"'other'.*another model"):
+                load_model(tmp_path / "hf", mixed=mixed)
 
     def test_another_model(self, checkpoints: Path, tmp_path: Path) -> None:
         save_tiny(FAMILIES["qwen3_moe"], tmp_path / "hf", num_experts_per_tok=3)

@@ -50,7 +50,7 @@ _MAX_COLUMNS = 1024  # of a router, whose rows are all compared
 # for. A tool that moved something moved it in more than a few places.
 _MIXED_EXPERTS, _WHOLE_EXPERTS, _OTHERS = 192, 4, 4
 _EXPERTS_OF_LAYER = 2  # that stand for a norm or a router that one of two sources lacks
-_CHUNK_BYTES = 2**22  # of a head that is compared as a whole
+_CHUNK_BYTES, _CHUNK_ROWS = 2**22, 1024  # of a head that is compared as a whole
 _MAX_NAMED = 12
 _EXPERT = re.compile(r"(layers\.\d+\.mlp)\.experts\.\d+(?=\.)")
 
@@ -69,18 +69,30 @@ def check_agreement(planned: Sequence[PlannedWeight]) -> None:
         _Pair(one, other, origins).check()
 
 
-def check_tied_head(source: Source, embedding: str, head: str) -> None:
+def check_tied_head(source: Source, embedding: str, head: str, *, may_be_rounded: bool) -> None:
     """Compare a head that a tied checkpoint stores nevertheless with its embedding, all of it.
+
+    Args:
+        may_be_rounded: the two may be one matrix in two precisions, as GGUF files have them.
 
     Raises:
         CheckpointError: they differ: either the head is one of its own and the config wrong, or the head is left over.
     """
     found = [source.weights[name] for name in (embedding, head) if name in source.weights]
-    if len(found) == 2 and not _have_same_values(source, *found):
+    if len(found) < 2 or _have_same_values(source, *found):
+        return
+    if may_be_rounded:
+        if _have_same_rounded_values(source, *found):
+            return
         raise CheckpointError(
-            f"{source.config_place} ties the head to the embedding, but {source.folder} has a {head!r} of its own.",
-            remedy="Set tie_word_embeddings to false in config.json if it is to be used, or remove the tensor.",
+            f"The base checkpoint ties the head to the embedding, but {source.folder} has a {head!r} that differs from "
+            f"its {embedding!r} by more than rounding.",
+            remedy=f"Source {source.name!r} is of another model: take one that was made of the base checkpoint.",
         )
+    raise CheckpointError(
+        f"{source.config_place} ties the head to the embedding, but {source.folder} has a {head!r} of its own.",
+        remedy="Set tie_word_embeddings to false in config.json if it is to be used, or remove the tensor.",
+    )
 
 
 def _have_same_values(source: Source, one: StoredWeight, other: StoredWeight) -> bool:
@@ -109,6 +121,19 @@ def _have_same_values(source: Source, one: StoredWeight, other: StoredWeight) ->
                 return False
             for part in pair:
                 source.release(lines_of(part, start, stop))
+    return True
+
+
+def _have_same_rounded_values(source: Source, one: StoredWeight, other: StoredWeight) -> bool:
+    """Whether two matrices are one, each rounded in its own way."""
+    if one.shape != other.shape:
+        return False
+    for start in range(0, one.shape[0], _CHUNK_ROWS):
+        run = range(start, min(start + _CHUNK_ROWS, one.shape[0]))
+        values = [source.rows(stored, [run]) for stored in (one, other)]
+        rounding = [rounding_of(stored, part) for stored, part in zip((one, other), values, strict=True)]
+        if not compare(*values, *rounding).is_same:
+            return False
     return True
 
 

@@ -388,8 +388,9 @@ class ModelLoader:
                 spec = replace(spec, has_tied_head=self.spec.has_tied_head)
             self._check_same_model(source, spec)
         tied = {HEAD} if self.spec.has_tied_head else set()
-        if tied and not source.store.metadata:  # a GGUF file does not declare it, and may hold both in other precisions
-            check_tied_head(source, self.family.logical_name(self.spec.slots[0]), HEAD)
+        if tied:  # a GGUF file does not declare it, and may hold both in other precisions
+            embedding = self.family.logical_name(self.spec.slots[0])
+            check_tied_head(source, embedding, HEAD, may_be_rounded=bool(source.store.metadata))
         known = {*self._slots, *tied}
         surplus = [
             name

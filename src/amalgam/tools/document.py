@@ -71,6 +71,16 @@ and sinks must be floating. With AVX2 or AVX-512, bf16 is kept in 12 bits a weig
 allow it (`inference.bf16_coding`). `GET /manifest` tells each weight's `layout` on the machine at
 hand: those in `panels_…`, `panels_bf16_coded` among them, run natively.
 
+**Sources have to compute in one basis.** Rotations (QuaRot, SpinQuant), factors that a tool moves from one weight into
+the next (AWQ, SmoothQuant), experts, heads or channels in another order leave a model what it is, but none of its
+weights can stand beside another version's then. So what two sources of a plan share is compared: norms, biases and
+routers whole, embeddings, heads, projections and experts by rows that a hash chooses. A plan that would mix two bases
+is refused with what has to come from one source; a block, an expert or a pair that comes whole from one may be in a
+basis of its own. Not told are differences smaller than rounding's own (a light fine-tune beside 4 bits), an expert of
+another model that comes whole behind the same router, and, in models of thousands of experts that are each put together
+from two sources, a few that differ: 192 of them are compared, at least two in each layer. A source that lacks
+embedding, norms and routers is compared by the weights that it has.
+
 **A declaration is read whole.** `quantization_config`, `quantize_config.json`, `quant_config.json` and
 `hf_quant_config.json` may hold, at any depth, what their tool writes; a key that is not known here is refused by name,
 unless its value says nothing (null, false, empty). So are weights that need a rotation of their inputs at run time
