@@ -193,6 +193,15 @@ def test_a_tied_head_of_another_type(tmp_path: Path, dtype: torch.dtype, is_equa
             logits(other)
 
 
+def test_an_untied_config_without_a_head_says_what_to_do(base: Path, tmp_path: Path) -> None:
+    def behead(tensors: dict[str, Tensor]) -> None:
+        del tensors["lm_head.weight"]
+
+    other = changed(base, tmp_path / "other", behead)
+    with pytest.raises(PlanError, match="tie_word_embeddings"):
+        logits(other)
+
+
 def keep_experts(tensors: dict[str, Tensor]) -> None:
     for name in [name for name in tensors if ".experts." not in name]:
         del tensors[name]

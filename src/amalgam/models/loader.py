@@ -349,9 +349,15 @@ class ModelLoader:
         source = self._source(choice.source)
         stored = source.weights.get(choice.name)
         if stored is None:
+            is_head = slot.role == "head" and self.family.logical_name(self.spec.slots[0]) in source.weights
             raise PlanError(
                 f"Source {choice.source!r} ({source.folder}) has no weight {choice.name!r} ({choice.reason}).",
-                remedy="Choose another source for it.",
+                remedy="Choose another source for it."
+                + (
+                    " Or is the head the embedding? Then set tie_word_embeddings to true in config.json."
+                    if is_head
+                    else ""
+                ),
             )
         expected = slot.shape[::-1] if slot.is_transposed and stored.is_wide else slot.shape
         if stored.shape != expected:
