@@ -39,7 +39,7 @@ sanitize: ## the tests that run the kernels, under AddressSanitizer
 	for isa in avx512 avx2 portable; do \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 AMALGAM_NATIVE_ISA=$$isa build/sanitize/bin/python -m pytest -q tests/kernels \
-	  tests/models/test_program.py tests/models/test_packed_cache.py tests/models/test_composition.py \
+	  tests/models/test_program.py tests/composition/test_packed_cache.py tests/composition/test_composition.py \
 	  tests/engine/test_sampler.py || exit 1; \
 	done
 

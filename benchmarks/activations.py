@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amalgam.config import InferenceSettings, MixedPrecisionSettings, ModelSettings, load_settings
+from amalgam.composition.loader import ModelLoader
+from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, load_settings
 from amalgam.engine.request import SamplingParams
+from amalgam.formats.contract import QuantizeOptions
 from amalgam.llm import open_deployment
 from amalgam.models.context import KVCache, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
-from amalgam.models.loader import ModelLoader
-from amalgam.precision.format import QuantizeOptions
 from amalgam.tools.bench import commit
 from amalgam.tools.quantize import quantize_checkpoint
 

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from amalgam import _native
+from amalgam.formats.contract import QuantizeOptions, get_format
+from amalgam.formats.floating import dense
 from amalgam.kernels import native, ops
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
-from amalgam.precision.format import QuantizeOptions, get_format
-from amalgam.precision.formats.floating import dense
 
 HIDDEN, WIDTH, NUM_EXPERTS, NUM_ACTIVE = 2048, 768, 64, 8
 LINEAR_SHAPE = (4096, 2048)

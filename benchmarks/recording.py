@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from amalgam.config import Settings, build_settings
+from amalgam.config.settings import Settings, build_settings
 from amalgam.engine.core import Engine
 from amalgam.engine.request import Observation, RequestOutput, SamplingParams
 from amalgam.experts.tracker import ExpertTracker

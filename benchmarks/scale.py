@@ -29,10 +29,10 @@ from rich.table import Table
 
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.cli.console import out, progress_bar
-from amalgam.config import EngineSettings, InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
+from amalgam.composition.loader import ModelLoader
+from amalgam.composition.manifest import plan_manifest
+from amalgam.config.settings import EngineSettings, InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
 from amalgam.engine.memory import available_bytes, peak_memory_bytes
-from amalgam.models.loader import ModelLoader
-from amalgam.models.manifest import plan_manifest
 from amalgam.models.spec import ModelSpec, Slot, read_spec
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.bench import SHAPES, commit, hardware

@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 
 from amalgam.checkpoint.writer import new_folder, write_checkpoint
+from amalgam.formats.contract import QuantizeOptions, get_format
 from amalgam.models.spec import read_spec
-from amalgam.precision.format import QuantizeOptions, get_format
 from amalgam.tools.bench import SHAPES, commit, hardware
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from amalgam.text_gguf_words import WORDS
+from amalgam.text.gguf_words import WORDS
 
 DATA = Path(__file__).parent / "data" / "gguf_tokens.json"
 TEXTS = (

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from amalgam import LLM, SamplingParams
-from amalgam.config import load_settings
+from amalgam.composition import source
+from amalgam.config.settings import load_settings
+from amalgam.formats import contract as formats
 from amalgam.models import spec
 from amalgam.models.families import llama
-from amalgam.precision import format as formats
-from amalgam.precision import source
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.estimate import estimate
 from tests.conftest import DEMO, ROOT

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from amalgam import LLM, SamplingParams
 from amalgam.checkpoint import TensorStore
 from amalgam.cli import app
-from amalgam.precision.format import QuantizeOptions
-from amalgam.text import Tokenizer
+from amalgam.formats.contract import QuantizeOptions
+from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.models.gguf_writer import KIND, write_gguf
-from tests.test_text_gguf import TEXTS
-from tests.tokenizer_metadata import metadata_of
+from tests.text.test_gguf import TEXTS
+from tests.text.tokenizer_metadata import metadata_of
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 PROMPTS = ["It was a dark night, and", "床前明月光，", "def fibonacci(n):\n"]

@@ -13,7 +13,7 @@ import pytest
 
 from amalgam import LLM, SamplingParams
 from amalgam.cli import main
-from amalgam.config import StatisticsSettings
+from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import ConfigError, PromptTooLongError, UnsupportedError
 from amalgam.experts.saved import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
@@ -137,9 +137,9 @@ def test_peak_memory_is_the_weights_and_little_more(tmp_path: Path) -> None:
 import sys, torch
 from pathlib import Path
 from amalgam.checkpoint.writer import write_checkpoint
-from amalgam.config import InferenceSettings, ModelSettings
+from amalgam.config.settings import InferenceSettings, ModelSettings
 from amalgam.engine.memory import peak_memory_bytes
-from amalgam.models.loader import ModelLoader
+from amalgam.composition.loader import ModelLoader
 import json, resource
 config = json.loads(Path({str(DEMO / "config.json")!r}).read_text()) | dict(
     num_hidden_layers=8, hidden_size=1024, moe_intermediate_size=512, num_experts=16)

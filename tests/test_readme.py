@@ -128,7 +128,7 @@ def test_python(name: str) -> None:
 def test_configuration(name: str) -> None:
     import yaml
 
-    from amalgam.config import build_settings
+    from amalgam.config.settings import build_settings
 
     (text,) = commands(name, "yaml")
     settings = build_settings(yaml.safe_load(text))

@@ -61,7 +61,7 @@ def test_what_the_source_archive_leaves_out_is_none_of_the_package() -> None:
 def test_only_config_reads_the_environment() -> None:
     found: list[str] = []
     for module in MODULES:
-        if module != PACKAGE / "config.py":
+        if module != PACKAGE / "config/settings.py":
             uses = [
                 node
                 for node in nodes(module)

@@ -17,7 +17,7 @@ from protocol import Measure, answer
 from torch import Tensor
 
 from amalgam import _native
-from amalgam.config import load_settings
+from amalgam.config.settings import load_settings
 from amalgam.models.context import RoutingTrace, TokenSpan
 from amalgam.tools import bench
 

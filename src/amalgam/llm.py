@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from amalgam.base.files import replace_file
-from amalgam.config import Settings, load_settings
-from amalgam.engine.deployment import Deployment, RemapResult
+from amalgam.composition.loader import Progress
+from amalgam.config.settings import Settings, load_settings
 from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.experts.overview import drift, survey
 from amalgam.experts.saved import to_bytes
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.loader import Progress
 from amalgam.models.spec import ModelSpec
+from amalgam.runtime.deployment import Deployment, RemapResult
 from amalgam.tools.quantize import ensure_derived
 
 

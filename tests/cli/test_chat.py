@@ -24,7 +24,7 @@ from amalgam.cli.chat_input import InputError
 from amalgam.engine.core import Engine
 from amalgam.engine.request import SamplingParams
 from amalgam.errors import UnavailableError
-from amalgam.text import Tokenizer
+from amalgam.text.tokenizer import Tokenizer
 
 FLAGS = ["chat", "--model", str(DEMO), "--temperature", "0", "--max-new-tokens", "6"]
 

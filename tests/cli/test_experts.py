@@ -21,7 +21,7 @@ from tests.server.conftest import serving, wait_until
 
 from amalgam.cli import main
 from amalgam.cli.experts_view import page, screen, visible
-from amalgam.config import build_settings
+from amalgam.config.settings import build_settings
 from amalgam.experts.overview import survey
 from amalgam.experts.saved import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
@@ -301,7 +301,7 @@ def test_tokens_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> Non
 
 def make_tracker(num_layers: int, num_experts: int, top_k: int = 2, num_tokens: int = 400) -> ExpertTracker:
     """Tokens of two labels that like some experts better."""
-    from amalgam.config import StatisticsSettings
+    from amalgam.config.settings import StatisticsSettings
 
     tracker, rng = ExpertTracker(range(num_layers), num_experts, top_k, StatisticsSettings()), np.random.default_rng(0)
     for request_id, label in enumerate(("en", "宋词")):

@@ -15,7 +15,7 @@ from tests.conftest import DEMO
 from tests.server.conftest import wait_until
 
 from amalgam.errors import ConflictError
-from amalgam.precision.format import QuantizeOptions
+from amalgam.formats.contract import QuantizeOptions
 from amalgam.tools.quantize import quantize_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_a_second_process_is_refused_and_what_a_killed_one_has_left_goes(tmp_pat
 
 
 def test_of_two_first_starts_one_makes_the_sources_and_the_other_waits(tmp_path: Path) -> None:
-    from amalgam.config import load_settings
+    from amalgam.config.settings import load_settings
     from amalgam.tools.quantize import ensure_derived
 
     (tmp_path / "config.yaml").write_text(CONFIG.format(demo=DEMO, folder=tmp_path))

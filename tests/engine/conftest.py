@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amalgam.engine.core import Engine
-from amalgam.text import Tokenizer
+from amalgam.text.tokenizer import Tokenizer
 from tests.engine.fakes import FakeDecoder, FakeVersion, make_settings
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from amalgam.config import build_settings
+from amalgam.config.settings import build_settings
 
 VOCAB_SIZE = 8192
 MAX_POSITIONS = 1000

@@ -19,8 +19,8 @@ from tokenizers import decoders, models
 
 from amalgam.engine.request import FinishReason, SamplingParams
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
-from amalgam.text import Tokenizer
-from amalgam.text_parts import TokenizerParts
+from amalgam.text.parts import TokenizerParts
+from amalgam.text.tokenizer import Tokenizer
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
 
 GREEDY = SamplingParams(max_new_tokens=12, do_sample=False, ignore_eos=True)

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from amalgam.config import build_settings
-from amalgam.engine.deployment import Deployment
+from amalgam.composition import loader
+from amalgam.config.settings import build_settings
 from amalgam.engine.request import FinishReason, Observation, RequestOutput, SamplingParams
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.llm import open_deployment
-from amalgam.models import loader
 from amalgam.models.context import RoutingTrace
+from amalgam.runtime.deployment import Deployment
 from tests.conftest import DEMO
 
 NUM_REQUESTS = 200

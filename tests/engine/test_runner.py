@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from amalgam.config import StatisticsSettings
+from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.memory import available_bytes
 from amalgam.engine.request import Request, SamplingParams, ScheduledRequest, StepPlan
 from amalgam.engine.runner import Runner, choose_num_blocks, token_spans

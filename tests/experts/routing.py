@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from amalgam.base import clock as base
-from amalgam.config import StatisticsSettings
+from amalgam.config.settings import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.context import TokenSpan
 

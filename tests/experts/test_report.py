@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from amalgam.errors import ConfigError, RequestError
+from amalgam.experts.export.parquet import write_parquet
+from amalgam.experts.export.png import heatmap_png
+from amalgam.experts.export.report import FORMATS, export
 from amalgam.experts.overview import survey
-from amalgam.experts.parquet import write_parquet
-from amalgam.experts.png import heatmap_png
-from amalgam.experts.report import FORMATS, export
 from amalgam.experts.saved import from_bytes, write_file
 from amalgam.experts.statistics import expert_columns
 from amalgam.experts.tracker import ExpertTracker

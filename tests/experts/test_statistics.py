@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from amalgam.config import StatisticsSettings
+from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import RequestError
 from amalgam.experts.statistics import balance, describe_experts
 from amalgam.experts.tracker import ExpertTracker

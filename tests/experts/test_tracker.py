@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from amalgam.config import StatisticsSettings
+from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import RequestError
 from amalgam.experts.history import GENERATED, PROMPT, Tally
 from amalgam.experts.tracker import ExpertSnapshot, ExpertTracker

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from amalgam.config import NATIVE_ISA_VARIABLE, NATIVE_ISAS
+from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS
 from amalgam.kernels import native
 
 

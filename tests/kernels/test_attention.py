@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.config import NATIVE_ISAS
+from amalgam.config.settings import NATIVE_ISAS
 from amalgam.kernels import attention, native, ops, reference
 from amalgam.kernels.packed import AttentionBatch
 

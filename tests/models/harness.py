@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amalgam.config import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.composition.loader import ModelLoader
+from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
+from amalgam.formats.floating import dense
 from amalgam.kernels import ops
 from amalgam.kernels.backends.interpreter import Interpreter
 from amalgam.models.context import KVCache, RoutingObserver, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
-from amalgam.models.loader import ModelLoader
 from amalgam.models.weights import WeightVersion
-from amalgam.precision.formats.floating import dense
 
 CPU = torch.device("cpu")
 

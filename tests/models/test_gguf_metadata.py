@@ -13,9 +13,9 @@ import torch
 
 from amalgam.checkpoint import TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError
-from amalgam.precision.gguf_config import read_config
+from amalgam.formats.gguf.config import read_config
+from tests.composition.test_gguf import FAMILIES, PROMPT, TOLERANCE, logits_of
 from tests.models.gguf_writer import write_gguf
-from tests.models.test_gguf import FAMILIES, PROMPT, TOLERANCE, logits_of
 from tests.models.tiny import save_tiny
 
 Edit = Callable[[gguf.GGUFWriter], None]

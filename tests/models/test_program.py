@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.config import MixedPrecisionSettings
+from amalgam.config.settings import MixedPrecisionSettings
+from amalgam.formats.contract import QuantizeOptions
+from amalgam.formats.floating import dense
 from amalgam.kernels import native, ops
 from amalgam.kernels.backends import cpu
 from amalgam.kernels.backends.cpu import CpuBackend, CpuProgram
@@ -42,8 +44,6 @@ from amalgam.models.decoder import Decoder, emit
 from amalgam.models.layers import DenseMlp
 from amalgam.models.spec import LayerSpec, all_families
 from amalgam.models.weights import BlockWeights, WeightVersion
-from amalgam.precision.format import QuantizeOptions
-from amalgam.precision.formats.floating import dense
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.models.harness import Runner, interpreted, load_model
 from tests.models.tiny import save_tiny

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from amalgam.formats.floating import dense
 from amalgam.kernels.backends.interpreter import Frame, execute
 from amalgam.kernels.program import Rows
 from amalgam.models.context import KVCache, StepContext
@@ -15,7 +16,6 @@ from amalgam.models.families.qwen2_moe import FAMILY as QWEN2_MOE
 from amalgam.models.families.xverse import FAMILY as XVERSE
 from amalgam.models.layers import SoftmaxRouter
 from amalgam.models.weights import BlockWeights
-from amalgam.precision.formats.floating import dense
 from tests.models.harness import Runner, load_model
 from tests.models.tiny import BASE_CONFIG, HuggingFace, tiny_model, write_checkpoint
 

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from amalgam.config import Settings
+from amalgam.config.settings import Settings
 from amalgam.server import create_app
-from amalgam.server.lifecycle import DrainingServer, listen, url_of
+from amalgam.server.http.lifecycle import DrainingServer, listen, url_of
 from amalgam.server.service import Service
 from tests.server.fakes import FakeDeployment, fake_settings
 

@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from amalgam.config import Rule, Settings, build_rules, build_settings
-from amalgam.engine.deployment import RemapRecord
+from amalgam.config.settings import Rule, Settings, build_rules, build_settings
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Load, Meter
 from amalgam.engine.request import (
@@ -37,7 +36,9 @@ from amalgam.engine.request import (
 )
 from amalgam.errors import CheckpointError, ConflictError, OverloadedError, PromptTooLongError, UnavailableError
 from amalgam.models.context import RoutingTrace
-from amalgam.server import lifecycle, run
+from amalgam.runtime.deployment import RemapRecord
+from amalgam.server import run
+from amalgam.server.http import lifecycle
 
 FAIL = "fail"  # a prompt that makes the engine raise
 MAX_SEQ_LENGTH = 64

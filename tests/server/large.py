@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from amalgam.config import StatisticsSettings
+from amalgam.config.settings import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.context import TokenSpan
 from amalgam.models.weights import Origin

@@ -16,7 +16,7 @@ import httpx
 import orjson
 import pytest
 
-from amalgam.config import build_settings, load_settings
+from amalgam.config.settings import build_settings, load_settings
 from amalgam.server.dashboard import events, pages
 from amalgam.server.dashboard.events import EventHub
 from tests.server.conftest import serving, wait_until

@@ -14,10 +14,10 @@ import httpx
 import pytest
 import torch
 
-from amalgam.config import StatisticsSettings, build_settings, load_settings
+from amalgam.composition.loader import ModelLoader
+from amalgam.config.settings import StatisticsSettings, build_settings, load_settings
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.llm import open_deployment
-from amalgam.models.loader import ModelLoader
 from amalgam.server.dashboard import events
 from tests.conftest import DEMO
 from tests.server.browser import Page, open_browser

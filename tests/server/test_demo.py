@@ -18,9 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
-from amalgam.config import build_settings, load_settings
-from amalgam.engine.deployment import Deployment
+from amalgam.config.settings import build_settings, load_settings
 from amalgam.llm import open_deployment
+from amalgam.runtime.deployment import Deployment
 from tests.server.conftest import serving, wait_until
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

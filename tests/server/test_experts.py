@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from amalgam.config import StatisticsSettings
+from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.request import Observation
 from amalgam.experts import saved
 from amalgam.experts.tracker import ExpertTracker

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from amalgam.server import access
+from amalgam.server.http import access
 from tests.server.conftest import wait_until
 from tests.server.fakes import FakeDeployment
 

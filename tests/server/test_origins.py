@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from amalgam.config import build_settings
+from amalgam.config.settings import build_settings
 from amalgam.errors import ConfigError
-from amalgam.server.origins import OriginGuard, is_loopback
+from amalgam.server.http.origins import OriginGuard, is_loopback
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, fake_settings
 

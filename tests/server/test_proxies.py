@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from amalgam.config import build_settings
+from amalgam.config.settings import build_settings
 from amalgam.errors import ConfigError
 from amalgam.server import create_app
-from amalgam.server.lifecycle import listen, url_of
-from amalgam.server.native import prefers_html
+from amalgam.server.api.native import prefers_html
+from amalgam.server.http.lifecycle import listen, url_of
 from amalgam.server.service import Service
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import MAX_SEQ_LENGTH, FakeDeployment, fake_settings

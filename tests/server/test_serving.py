@@ -12,12 +12,12 @@ import httpx
 import pytest
 import torch
 
-from amalgam.config import StatisticsSettings
-from amalgam.engine.deployment import RemapRecord
+from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.request import FinishReason
 from amalgam.errors import AmalgamError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.context import TokenSpan
+from amalgam.runtime.deployment import RemapRecord
 from amalgam.server.service import REFUSALS
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import MAX_SEQ_LENGTH, FakeDeployment, FakeEngine, fake_settings

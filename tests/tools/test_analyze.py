@@ -16,12 +16,12 @@ import torch
 
 from amalgam.checkpoint import TensorStore, write_checkpoint
 from amalgam.cli import main
-from amalgam.config import load_settings
+from amalgam.composition.loader import ModelLoader
+from amalgam.composition.plan import compile_pattern
+from amalgam.config.settings import load_settings
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.models.families import mixtral, qwen3_moe
-from amalgam.models.loader import ModelLoader
 from amalgam.models.spec import Family, all_families, read_spec
-from amalgam.precision.plan import compile_pattern
 from amalgam.tools.analyze import Analysis, analyze_checkpoint
 from amalgam.tools.export_config import Export, export_config
 from amalgam.tools.quantize import ensure_derived, quantize_checkpoint

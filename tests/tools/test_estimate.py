@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from amalgam.cli import main
-from amalgam.config import load_settings
+from amalgam.config.settings import load_settings
 from amalgam.tools.estimate import estimate
 from tests.conftest import ROOT
 
 FILL_THE_CACHE = """
 import json, sys
 from amalgam import LLM, SamplingParams
-from amalgam.config import load_settings
+from amalgam.config.settings import load_settings
 from amalgam.tools.estimate import estimate
 overrides = {"inference.max_batch_size": 32, "inference.max_seq_length": 1024, "engine.num_threads": 1}
 found = estimate(load_settings(sys.argv[1], overrides))

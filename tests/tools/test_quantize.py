@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from amalgam.cli import app
-from amalgam.config import build_settings
+from amalgam.config.settings import build_settings
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.models.spec import all_families
 from amalgam.tools.analyze import analyze_checkpoint

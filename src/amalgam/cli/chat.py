@@ -22,13 +22,13 @@ from amalgam.cli.sampling import (
     completed,
     described,
 )
-from amalgam.config import Settings, state_folder
+from amalgam.config.settings import Settings, state_folder
 from amalgam.engine.request import RequestOutput, SamplingParams
 from amalgam.errors import AmalgamError, RequestError, UnavailableError
 
 if TYPE_CHECKING:
     from amalgam.cli.chat_input import Input
-    from amalgam.engine.deployment import Deployment
+    from amalgam.runtime.deployment import Deployment
 
 _HELP = """\
 /help             this list

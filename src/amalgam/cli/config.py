@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from amalgam.cli.options import with_settings
-from amalgam.config import SettingInfo, Settings, all_settings
+from amalgam.config.settings import SettingInfo, Settings, all_settings
 from amalgam.errors import ConfigError
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from amalgam.models.loader import Progress as ProgressCallback
+    from amalgam.composition.loader import Progress as ProgressCallback
 
 _UNLIMITED = 1_000_000
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from amalgam.cli.options import with_settings
-from amalgam.config import Settings
+from amalgam.config.settings import Settings
 
 
 @with_settings

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amalgam.cli.options import with_settings
-from amalgam.config import ServerSettings, Settings
+from amalgam.config.settings import ServerSettings, Settings
 from amalgam.errors import CheckpointError, ConfigError, RequestError, UnavailableError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from amalgam.composition.loader import Progress
     from amalgam.experts.saved import SavedSet
-    from amalgam.models.loader import Progress
 
 _REFRESH_SECONDS = 2.0
 _TIMEOUT_SECONDS = 30.0
@@ -191,7 +191,7 @@ def _trace(
 def _check_layers(settings: Settings, layers: list[int], progress: Progress) -> None:
     import torch
 
-    from amalgam.models.loader import ModelLoader
+    from amalgam.composition.loader import ModelLoader
     from amalgam.tools.quantize import ensure_derived
 
     ensure_derived(settings, progress)

@@ -21,7 +21,7 @@ from amalgam.cli.sampling import (
     chosen,
     completed,
 )
-from amalgam.config import Settings
+from amalgam.config.settings import Settings
 from amalgam.engine.request import FinishReason, RequestOutput
 
 _INTERRUPTED = 130

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from amalgam.config import SettingInfo, all_settings, read_settings
+from amalgam.config.settings import SettingInfo, all_settings, read_settings
 from amalgam.errors import ConfigError
 
 SHORT = {"server.host": "--host", "server.port": "--port", "model.base_path": "--model"}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from amalgam.cli.options import with_settings
-from amalgam.config import Settings
+from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 
 
@@ -31,7 +31,7 @@ def command(
     import torch
 
     from amalgam.cli.console import progress_bar
-    from amalgam.models.loader import ModelLoader
+    from amalgam.composition.loader import ModelLoader
     from amalgam.tools.quantize import ensure_derived
 
     if sha256 and not show_manifest:
@@ -46,7 +46,7 @@ def command(
     planned = loader.check(plan)
     if show_manifest:
         from amalgam.cli.console import print_json
-        from amalgam.models.manifest import plan_manifest
+        from amalgam.composition.manifest import plan_manifest
 
         with progress_bar() as progress:
             document = plan_manifest(planned, settings.engine.load_threads if sha256 else None, progress)

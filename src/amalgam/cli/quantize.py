@@ -24,7 +24,7 @@ def command(
 ) -> None:
     """Make an fp8, int8 or int4 checkpoint of a model (compressed-tensors layout, rounding to nearest)."""
     from amalgam.cli.console import escaped, human_bytes, print_json, print_table, progress_bar, say
-    from amalgam.precision.format import QuantizeOptions
+    from amalgam.formats.contract import QuantizeOptions
     from amalgam.tools.quantize import quantize_checkpoint
 
     with progress_bar() as progress:

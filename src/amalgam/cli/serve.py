@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amalgam.cli.options import with_settings
-from amalgam.config import Settings
+from amalgam.config.settings import Settings
 from amalgam.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from amalgam.engine.deployment import Deployment
-    from amalgam.models.loader import Progress
+    from amalgam.composition.loader import Progress
+    from amalgam.runtime.deployment import Deployment
 
 
 @with_settings(shown=("server.host", "server.port"))

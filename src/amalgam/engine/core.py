@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from amalgam.base.threads import StoppableThread
-from amalgam.config import Settings
+from amalgam.config.settings import Settings
 from amalgam.engine import fronts
 from amalgam.engine.answers import end, take_token
 from amalgam.engine.blocks import BlockPool
@@ -45,7 +45,7 @@ from amalgam.errors import UnavailableError, UnsupportedError, describe
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
-from amalgam.text import TextStream, Tokenizer
+from amalgam.text.tokenizer import TextStream, Tokenizer
 
 logger = logging.getLogger("amalgam.engine")
 

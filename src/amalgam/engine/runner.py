@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from amalgam.config import Settings
+from amalgam.config.settings import Settings
 from amalgam.engine.memory import available_bytes
 from amalgam.engine.request import StepPlan, StepResult
 from amalgam.engine.sampler import sample

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from amalgam.config import StatisticsSettings
+from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import AmalgamError, RequestError, describe
 from amalgam.experts import saved
 from amalgam.experts.comparison import compare, jensen_shannon, mean_or_none

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from amalgam.base.clock import Clock
-from amalgam.config import StatisticsSettings
+from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import RequestError, describe
 from amalgam.experts.history import GENERATED, NUM_PHASES, PROMPT, DecayingRate, History, Tally, moved, total
 from amalgam.experts.keeper import Keeper

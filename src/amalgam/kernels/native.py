@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from amalgam.config import NATIVE_ISAS, native_isa_limit
+from amalgam.config.settings import NATIVE_ISAS, native_isa_limit
 from amalgam.errors import UnsupportedError
 
 if TYPE_CHECKING:

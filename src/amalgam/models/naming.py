@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from amalgam.precision.fused import FusedTensor
+from amalgam.formats.fused import FusedTensor
 
 _LAYER = "model.layers.{}"
 

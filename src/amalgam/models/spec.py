@@ -21,10 +21,10 @@ from importlib.metadata import entry_points
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from amalgam.errors import CheckpointError, UnsupportedError, describe
+from amalgam.formats.fused import FusedTensor
 from amalgam.kernels.program import Emitter, Rows
 from amalgam.models.rope import Rope
 from amalgam.models.weights import BlockWeights
-from amalgam.precision.fused import FusedTensor
 
 T = TypeVar("T")
 # Several times what the largest published models have. Every layer and expert becomes an object, before any file is

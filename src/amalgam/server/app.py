@@ -17,23 +17,24 @@ from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 
 from amalgam import __version__
-from amalgam.config import Settings
-from amalgam.server import admin, dashboard, experts, native, serving
-from amalgam.server.access import AccessLog
-from amalgam.server.body import BodyLimit
-from amalgam.server.docs import CONTENT_SECURITY_POLICY, render_docs, with_defaults
-from amalgam.server.errors import ErrorAnswer, OrjsonResponse, register_error_handlers
-from amalgam.server.lifecycle import DrainingServer, listen, raise_descriptor_limit, url_of
-from amalgam.server.methods import HeadMethod
-from amalgam.server.native import SamplingFields
-from amalgam.server.origins import OriginGuard
+from amalgam.config.settings import Settings
+from amalgam.server import dashboard
+from amalgam.server.api import experts, native, serving, weights
+from amalgam.server.api.native import SamplingFields
+from amalgam.server.http.access import AccessLog
+from amalgam.server.http.body import BodyLimit
+from amalgam.server.http.docs import CONTENT_SECURITY_POLICY, render_docs, with_defaults
+from amalgam.server.http.errors import ErrorAnswer, OrjsonResponse, register_error_handlers
+from amalgam.server.http.lifecycle import DrainingServer, listen, raise_descriptor_limit, url_of
+from amalgam.server.http.methods import HeadMethod
+from amalgam.server.http.origins import OriginGuard
 from amalgam.server.service import Service
 
 if TYPE_CHECKING:
-    from amalgam.engine.deployment import Deployment
+    from amalgam.runtime.deployment import Deployment
 
 ROUTERS = (
-    native.pages, native.router, experts.router, admin.router, admin.probes, serving.router, serving.probes,
+    native.pages, native.router, experts.router, weights.router, weights.probes, serving.router, serving.probes,
     dashboard.router,
 )  # fmt: skip
 

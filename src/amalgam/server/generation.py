@@ -19,8 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from amalgam.engine.request import Observation, RequestOutput, SamplingParams, Usage
 from amalgam.errors import AmalgamError, OverloadedError, RequestError, UnavailableError
-from amalgam.server.access import log_unexpected, unless_client_leaves
-from amalgam.server.errors import error_content
+from amalgam.server.http.access import log_unexpected, unless_client_leaves
+from amalgam.server.http.errors import error_content
 
 if TYPE_CHECKING:
     from amalgam.engine.core import Engine

@@ -17,14 +17,14 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
 
 from amalgam.base.threads import StoppableThread
-from amalgam.config import Settings
+from amalgam.config.settings import Settings
 from amalgam.engine.request import SamplingParams
 from amalgam.errors import OverloadedError, UnavailableError
-from amalgam.server.encoding import Encoder, Prompt, start_thread
+from amalgam.server.http.encoding import Encoder, Prompt, start_thread
 from amalgam.server.sharing import SharedAnswers
 
 if TYPE_CHECKING:
-    from amalgam.engine.deployment import Deployment
+    from amalgam.runtime.deployment import Deployment
 
 logger = logging.getLogger("amalgam.server")
 T = TypeVar("T")

@@ -20,13 +20,13 @@ from amalgam.checkpoint import TensorStore, read_json, resolve
 from amalgam.checkpoint.collector import collector_paused
 from amalgam.checkpoint.source import is_present
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
+from amalgam.composition.loader import is_surplus_bias
+from amalgam.composition.source import CONFIG_NAME, Source, fitting, group_names, group_parts, reader, recognise
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
-from amalgam.models.loader import is_surplus_bias
+from amalgam.formats.contract import WEIGHT_SUFFIX
+from amalgam.formats.declared.config import read_declaration
+from amalgam.formats.declared.values import Declaration, Declared
 from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
-from amalgam.precision.declared import Declaration, Declared
-from amalgam.precision.format import WEIGHT_SUFFIX
-from amalgam.precision.quant_config import read_declaration
-from amalgam.precision.source import CONFIG_NAME, Source, fitting, group_names, group_parts, reader, recognise
 from amalgam.tools.carry import left_out_tensors
 from amalgam.tools.roles import ROLES, role_by_name
 

@@ -20,23 +20,23 @@ from typing import Any
 
 import torch
 
-from amalgam.config import InferenceSettings, Settings
+from amalgam.composition.loader import Progress, codes_bf16
+from amalgam.config.settings import InferenceSettings, Settings
 from amalgam.engine.core import Engine
-from amalgam.engine.deployment import Deployment, choose_device
 from amalgam.engine.memory import peak_memory_bytes
 from amalgam.engine.request import RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
+from amalgam.formats.contract import QuantizeOptions, get_format
+from amalgam.formats.floating import dense
 from amalgam.kernels import ops
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
-from amalgam.models.loader import Progress, codes_bf16
 from amalgam.models.spec import ModelSpec, Slot, read_spec
 from amalgam.models.weights import WeightVersion
-from amalgam.precision.format import QuantizeOptions, get_format
-from amalgam.precision.formats.floating import dense
-from amalgam.text import Tokenizer
-from amalgam.text_parts import TokenizerParts
+from amalgam.runtime.deployment import Deployment, choose_device
+from amalgam.text.parts import TokenizerParts
+from amalgam.text.tokenizer import Tokenizer
 
 PROMPT_LENGTHS = (128, 512)
 BATCH_SIZES = (1, 8, 16)

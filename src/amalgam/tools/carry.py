@@ -16,11 +16,11 @@ from typing import Any
 
 from amalgam.checkpoint.source import member, member_folder
 from amalgam.checkpoint.store import TensorStore
+from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.errors import AmalgamError
-from amalgam.precision.fused import whole_of
-from amalgam.precision.gguf_names import is_rope_table
-from amalgam.precision.source import CONFIG_NAME, Source
-from amalgam.text_gguf import MODEL_KEY, build_tokenizer
+from amalgam.formats.fused import whole_of
+from amalgam.formats.gguf.names import is_rope_table
+from amalgam.text.gguf import MODEL_KEY, build_tokenizer
 
 # Tokenizers, templates, defaults; and a licence goes along with what it covers.
 _COPIED = (

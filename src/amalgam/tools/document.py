@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amalgam.config import NATIVE_ISA_VARIABLE, NATIVE_ISAS, Settings, all_settings
+from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS, Settings, all_settings
+from amalgam.formats.contract import all_formats
+from amalgam.formats.gguf.config import ARCHITECTURES
 from amalgam.kernels.panels import COMPILED_LAYOUTS
 from amalgam.models.spec import all_families
-from amalgam.precision.format import all_formats
-from amalgam.precision.gguf_config import ARCHITECTURES
-from amalgam.text_gguf_words import WORDS
+from amalgam.text.gguf_words import WORDS
 
 _INTRODUCTION = f"""# Configuration
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from amalgam.config import Settings
-from amalgam.engine.deployment import choose_device
+from amalgam.composition.loader import ModelLoader, PlannedWeight
+from amalgam.config.settings import Settings
 from amalgam.engine.memory import available_bytes, resident_bytes
 from amalgam.errors import AmalgamError
+from amalgam.formats.contract import all_formats
 from amalgam.models.context import KVCache
-from amalgam.models.loader import ModelLoader, PlannedWeight
 from amalgam.models.spec import ModelSpec
-from amalgam.precision.format import all_formats
-from amalgam.text import Tokenizer
+from amalgam.runtime.deployment import choose_device
+from amalgam.text.tokenizer import Tokenizer
 
 _ACCUMULATOR_BYTES = 4
 

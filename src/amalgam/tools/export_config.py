@@ -17,10 +17,10 @@ from typing import get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from amalgam.config import BASE_SOURCE, DerivedSource, SourceName, build_settings
+from amalgam.composition.plan import compile_pattern
+from amalgam.config.settings import BASE_SOURCE, DerivedSource, SourceName, build_settings
 from amalgam.errors import CheckpointError, ConfigError, describe
-from amalgam.precision.format import all_formats
-from amalgam.precision.plan import compile_pattern
+from amalgam.formats.contract import all_formats
 from amalgam.tools.analyze import UNQUANTIZED, Analysis
 from amalgam.tools.roles import template
 

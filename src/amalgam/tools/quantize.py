@@ -22,18 +22,18 @@ import torch
 from amalgam.base.locks import FileLock, clean_up
 from amalgam.checkpoint.source import resolve
 from amalgam.checkpoint.writer import new_folder, write_checkpoint
-from amalgam.config import Settings
+from amalgam.composition.loader import HEAD, Progress, check_leftovers, oriented, waiting_for
+from amalgam.composition.source import CONFIG_NAME, Source
+from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError
-from amalgam.models.loader import HEAD, Progress, check_leftovers, oriented, waiting_for
-from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
-from amalgam.precision.format import (
+from amalgam.formats.contract import (
     QuantizeOptions,
     Scheme,
     StoredWeight,
     WeightFormat,
     writable_format,
 )
-from amalgam.precision.source import CONFIG_NAME, Source
+from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
 from amalgam.tools.carry import carry_files, left_out_tensors
 
 _DRAFTS_KEY = "num_nextn_predict_layers"

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from amalgam.engine.deployment import Deployment
 from amalgam.engine.request import Observation, SamplingParams
 from amalgam.models.context import RoutingTrace
+from amalgam.runtime.deployment import Deployment
 
 
 @dataclass(frozen=True)

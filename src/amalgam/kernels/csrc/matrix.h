@@ -17,7 +17,7 @@
 // points stand apart as [panels, groups, 16], scales in their stored type; [panels, groups, 1] where the rows of every
 // panel share theirs. Lines, scales and zero points lie one after the other, each from a 64-byte boundary on.
 //
-// The same for all instruction sets. Files hold it (models/packed_cache.py): raise kLayoutVersion with every change.
+// The same for all instruction sets. Files hold it (composition/packed_cache.py): raise kLayoutVersion with every change.
 #pragma once
 
 #include <cstdint>

@@ -13,11 +13,11 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from amalgam.server.access import unless_client_leaves
-from amalgam.server.body import Body, StrictRoute
+from amalgam.server.api.native import ObservedFields, event_fields
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.generation import EventStream
-from amalgam.server.native import ObservedFields, event_fields
+from amalgam.server.http.access import unless_client_leaves
+from amalgam.server.http.body import Body, StrictRoute
 
 MAX_MESSAGES = 512
 

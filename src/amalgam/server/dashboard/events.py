@@ -21,11 +21,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from amalgam.errors import OverloadedError
-from amalgam.server.access import unless_client_leaves
-from amalgam.server.body import StrictRoute
+from amalgam.server.api.serving import describe_serving
 from amalgam.server.dependencies import ServiceArgument
+from amalgam.server.http.access import unless_client_leaves
+from amalgam.server.http.body import StrictRoute
 from amalgam.server.service import Service, Status
-from amalgam.server.serving import describe_serving
 
 if TYPE_CHECKING:
     from amalgam.experts.tracker import ExpertTracker

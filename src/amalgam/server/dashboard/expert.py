@@ -14,13 +14,13 @@ from pydantic import Field
 from starlette.responses import Response
 
 from amalgam.errors import RequestError
-from amalgam.server.body import StrictRoute
+from amalgam.server.api.experts import SharedQuery, share
 from amalgam.server.dependencies import ServiceArgument
-from amalgam.server.experts import SharedQuery, share
+from amalgam.server.http.body import StrictRoute
 
 if TYPE_CHECKING:
-    from amalgam.engine.deployment import Deployment
     from amalgam.experts.tracker import ExpertTracker
+    from amalgam.runtime.deployment import Deployment
 
 PROJECTIONS = ("gate", "up", "down")
 

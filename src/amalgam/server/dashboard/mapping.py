@@ -14,14 +14,14 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from amalgam.config import ModelSettings, Rule, SourceName
-from amalgam.server.admin import LogicalName, RemapAnswer, remap_answer
-from amalgam.server.body import MAX_JSON_KEYS, Body, StrictRoute
+from amalgam.config.settings import ModelSettings, Rule, SourceName
+from amalgam.server.api.weights import LogicalName, RemapAnswer, remap_answer
 from amalgam.server.dependencies import Admission, ServiceArgument
+from amalgam.server.http.body import MAX_JSON_KEYS, Body, StrictRoute
 from amalgam.server.service import in_own_thread
 
 if TYPE_CHECKING:
-    from amalgam.engine.deployment import Deployment
+    from amalgam.runtime.deployment import Deployment
 
 FILE_NAME = "weight_mapping.yaml"
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from amalgam.server.body import StrictRoute
 from amalgam.server.dependencies import ServiceArgument
-from amalgam.server.errors import OrjsonResponse
+from amalgam.server.http.body import StrictRoute
+from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.service import Service
 
 if TYPE_CHECKING:

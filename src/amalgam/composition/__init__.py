@@ -1,0 +1,4 @@
+"""Many checkpoints → one weight version: sources, rules, planned weights, agreement, loading.
+
+Must never know: requests.
+"""

@@ -1,0 +1,496 @@
+"""Whether weights of different sources compute one function together.
+
+In: the planned weights. Out: nothing, or the error. Must never know: which tool made a source.
+
+Two checkpoints of one function can stand in different bases (`gauges`), and no shape tells. A mix of
+them is right if every weight taken from one is, but for rounding, the other's; or if whatever basis differs between
+them lies in weights that all come from one of the two. So for each pair of sources that a plan mixes,
+
+- weights that both have are compared: small ones whole, wide ones by rows and columns chosen by a hash of their name;
+- an axis that is the same in both clears the gauges that it stands in, one that moved puts them under suspicion;
+- what no other weight has cleared has moved, and all weights that touch it must come from one source;
+- where a weight differs although its gauges are cleared, the two are different models, and all of it is one's.
+
+A router decides about the order of its experts and a norm about the factors behind it, since no other weight does.
+What only one of two sources has cannot be compared; a source of experts alone is compared by its experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from amalgam.composition.gauges import RESIDUAL, Axes, axes_of
+from amalgam.composition.likeness import SAME, UNTOLD, Axis, Likeness, compare
+from amalgam.composition.rounding import rounding_of
+from amalgam.errors import CheckpointError, PlanError
+from amalgam.formats.fused import lines_of
+
+if TYPE_CHECKING:
+    from amalgam.composition.loader import PlannedWeight
+    from amalgam.composition.source import Source
+    from amalgam.formats.contract import StoredWeight
+    from amalgam.models.spec import Slot
+
+# Vectors are stored as they are or cast to 16 bits, which moves them by less than half of a hundredth.
+_VECTOR_TOLERANCE = 0.01
+# Of a wide weight that is compared: runs of rows, which most formats have apart, and about so many values.
+_RUN, _NUM_VALUES = 8, 2**16
+_LEAST_RUNS = {"embedding": 8, "head": 8, "attention": 4}
+_MAX_COLUMNS = 1024  # of a router, whose rows are all compared
+# In all layers together: experts that are put together from both sources, others, and other weights that no gauge asks
+# for. A tool that moved something moved it in more than a few places.
+_MIXED_EXPERTS, _WHOLE_EXPERTS, _OTHERS = 192, 4, 4
+_EXPERTS_OF_LAYER = 2  # that stand for a norm or a router that one of two sources lacks
+_CHUNK_BYTES, _CHUNK_ROWS = 2**22, 1024  # of a head that is compared as a whole
+_MAX_NAMED = 12
+_EXPERT = re.compile(r"(layers\.\d+\.mlp)\.experts\.\d+(?=\.)")
+
+
+def check_agreement(planned: Sequence[PlannedWeight]) -> None:
+    """Compare the sources that a plan mixes; reads what `_Pair` chooses.
+
+    Raises:
+        PlanError: a basis differs between two sources, and weights that stand in it come from both.
+    """
+    sources = {id(weight.source): weight.source for weight in planned}
+    if len(sources) < 2:
+        return
+    origins = _Origins(planned)
+    for one, other in combinations(sources.values(), 2):
+        _Pair(one, other, origins).check()
+
+
+def check_tied_head(source: Source, embedding: str, head: str, *, may_be_rounded: bool) -> None:
+    """Compare a head that a tied checkpoint stores nevertheless with its embedding, all of it.
+
+    Args:
+        may_be_rounded: the two may be one matrix in two precisions, as GGUF files have them.
+
+    Raises:
+        CheckpointError: they differ: either the head is one of its own and the config wrong, or the head is left over.
+    """
+    found = [source.weights[name] for name in (embedding, head) if name in source.weights]
+    if len(found) < 2 or _have_same_values(source, *found):
+        return
+    if may_be_rounded:
+        if _have_same_rounded_values(source, *found):
+            return
+        raise CheckpointError(
+            f"The base checkpoint ties the head to the embedding, but {source.folder} has a {head!r} that differs from "
+            f"its {embedding!r} by more than rounding.",
+            remedy=f"Source {source.name!r} is of another model: take one that was made of the base checkpoint.",
+        )
+    raise CheckpointError(
+        f"{source.config_place} ties the head to the embedding, but {source.folder} has a {head!r} of its own.",
+        remedy="Set tie_word_embeddings to false in config.json if it is to be used, or remove the tensor.",
+    )
+
+
+def _have_same_values(source: Source, one: StoredWeight, other: StoredWeight) -> bool:
+    """Whether two weights are equal: byte by byte, or value by value where both are wide in different types."""
+    if one.shape != other.shape or one.parts.keys() != other.parts.keys():
+        return False
+    if not (one.is_wide and other.is_wide) and one.format.name != other.format.name:
+        return False
+    for role in one.parts:
+        pair = one.parts[role], other.parts[role]
+        if pair[0].shape != pair[1].shape or (pair[0].dtype != pair[1].dtype and not one.is_wide):
+            return False
+        if not pair[0].shape:
+            if not torch.equal(*(source.read(part) for part in pair)):
+                return False
+            continue
+        lines = max(1, _CHUNK_BYTES * pair[0].shape[0] // max(1, pair[0].nbytes))
+        for start in range(0, pair[0].shape[0], lines):
+            stop = min(start + lines, pair[0].shape[0])
+            first, second = (source.read(lines_of(part, start, stop)) for part in pair)
+            if first.dtype == second.dtype:
+                is_same = torch.equal(*(part.contiguous().view(torch.uint8) for part in (first, second)))
+            else:
+                is_same = torch.equal(first.float(), second.float())
+            if not is_same:
+                return False
+            for part in pair:
+                source.release(lines_of(part, start, stop))
+    return True
+
+
+def _have_same_rounded_values(source: Source, one: StoredWeight, other: StoredWeight) -> bool:
+    """Whether two matrices are one, each rounded in its own way."""
+    if one.shape != other.shape:
+        return False
+    for start in range(0, one.shape[0], _CHUNK_ROWS):
+        run = range(start, min(start + _CHUNK_ROWS, one.shape[0]))
+        values = [source.rows(stored, [run]) for stored in (one, other)]
+        rounding = [rounding_of(stored, part) for stored, part in zip((one, other), values, strict=True)]
+        if not compare(*values, *rounding).is_same:
+            return False
+    return True
+
+
+class _Origins:
+    """Which sources the weights of a plan come from, by the gauges that they touch.
+
+    Most weights are experts', and most experts come whole from one source: their inner gauges are left out.
+    """
+
+    def __init__(self, planned: Sequence[PlannedWeight]) -> None:
+        self.planned = planned
+        self.weights: list[PlannedWeight] = []  # all but experts'
+        self.experts: dict[str, dict[str, list[PlannedWeight]]] = defaultdict(lambda: defaultdict(list))  # by layer
+        self.sources_of_experts: dict[str, dict[str, frozenset[int]]] = {}
+        self.equal: dict[str, list[set[int]]] = defaultdict(list)  # sources that have a weight byte by byte
+        self.sources: dict[str, set[int]] = defaultdict(set)
+        for weight in planned:
+            name = weight.slot.name
+            if weight.slot.role == "expert" and (found := _EXPERT.match(name)) is not None:
+                self.experts[found[1]][found[0]].append(weight)
+            else:
+                self.weights.append(weight)
+                self._add(weight)
+        for block, experts in self.experts.items():
+            seen: set[int] = set()
+            found_sources = self.sources_of_experts[block] = {}
+            for name, weights in experts.items():
+                own = found_sources[name] = frozenset([id(weight.source) for weight in weights])
+                if len(own) > 1 or not own <= seen:
+                    for weight in weights:
+                        self._add(weight)
+                seen |= own
+
+    def note_equal(self, name: str, one: Source, other: Source) -> None:
+        """Two sources have a weight byte by byte; so have those that share it with either."""
+        groups = self.equal[name]
+        joined = {id(one), id(other)}.union(*(group for group in groups if group & {id(one), id(other)}))
+        self.equal[name] = [*(group for group in groups if not group & joined), joined]
+
+    def are_equal(self, name: str, one: Source, other: Source) -> bool:
+        return any({id(one), id(other)} <= group for group in self.equal[name])
+
+    def _add(self, weight: PlannedWeight) -> None:
+        for gauge in axes_of(weight.slot.name).all:
+            self.sources[gauge].add(id(weight.source))
+
+
+@dataclass
+class _Gauge:
+    """What is known of one gauge between two sources."""
+
+    is_same: bool = False
+    is_decided: bool = False  # by the weights that do
+    suspects: list[PlannedWeight] = field(default_factory=list)  # that differ, perhaps because of it
+
+
+class _Pair:
+    """Two sources of a plan, and what is known of the gauges between them."""
+
+    def __init__(self, one: Source, other: Source, origins: _Origins) -> None:
+        self._sources = one, other
+        self._origins = origins
+        self._gauges: dict[str, _Gauge] = defaultdict(_Gauge)
+
+    def check(self) -> None:
+        """
+        Raises:
+            PlanError: see `check_agreement`.
+        """
+        differing: list[tuple[PlannedWeight, frozenset[str], bool]] = []
+        for weight, likeness in self._compared():
+            axes = axes_of(weight.slot.name)
+            for axis, gauges in ((likeness.outputs, axes.outputs), (likeness.inputs, axes.inputs)):
+                self._note(weight, axes, gauges, is_same=axis is Axis.SAME)
+            if not likeness.is_same:
+                moved_outputs = axes.outputs if likeness.outputs is not Axis.SAME else frozenset()
+                moved_inputs = axes.inputs if likeness.inputs is not Axis.SAME else frozenset()
+                differing.append((weight, moved_outputs | moved_inputs, likeness.is_sure))
+        for weight, suspected, is_sure in differing:
+            for gauge in self._reasons(weight, suspected, is_sure):
+                self._gauges[gauge].suspects.append(weight)
+        moved = {name for name, gauge in self._gauges.items() if gauge.suspects}
+        broken = [gauge for gauge in moved if self._is_mixed(gauge)]
+        if broken:
+            raise self._error(broken, moved)
+
+    def _reasons(self, weight: PlannedWeight, suspected: frozenset[str], is_sure: bool) -> list[str]:
+        """The gauges that may be why a weight differs."""
+        left = [gauge for gauge in suspected if not self._gauges[gauge].is_same]
+        # A norm that differs is reason enough for what reads it.
+        decides = axes_of(weight.slot.name).decides
+        decided_by_others = [gauge for gauge in left if self._gauges[gauge].is_decided and gauge != decides]
+        if left:
+            return decided_by_others or left
+        # Other weights say that all of them are the same: so one of them moved where those do not show it, unless one
+        # lies in weights of one source. A doubt is not enough for that.
+        if not is_sure or any(not self._is_mixed(gauge) for gauge in suspected):
+            return []
+        return [gauge for gauge in suspected if not self._gauges[gauge].is_decided] or list(suspected)
+
+    def _note(self, weight: PlannedWeight, axes: Axes, gauges: Iterable[str], *, is_same: bool) -> None:
+        """What an axis says of its gauges. A vector says nothing but of the gauge that it decides."""
+        for gauge in gauges:
+            known = self._gauges[gauge]
+            if axes.decides == gauge:
+                known.is_same = is_same and (known.is_same or not known.is_decided)
+                known.is_decided = True
+            elif is_same and not known.is_decided and len(weight.slot.shape) == 2 and gauge not in axes.leaves_open:
+                known.is_same = True
+
+    def _is_mixed(self, gauge: str) -> bool:
+        return {id(source) for source in self._sources} <= self._origins.sources.get(gauge, set())
+
+    # --- What is compared ---
+
+    def _compared(self) -> Iterator[tuple[PlannedWeight, Likeness]]:
+        for weight in self._chosen():
+            likeness = self._compare(weight)
+            if likeness is not None:
+                yield weight, likeness
+
+    def _chosen(self) -> Iterator[PlannedWeight]:
+        """What tells of the gauges that the sources share, and some weights more, by a hash of their names."""
+        others = []
+        lacking: set[str] = set()  # blocks that are told by what stands in them: a source has no norm or no router
+        for weight in self._origins.weights:
+            name = weight.slot.name
+            axes = axes_of(name)
+            decides_mixed = axes.decides is not None and self._is_mixed(axes.decides)
+            is_asked = any(self._is_mixed(gauge) for gauge in axes.all if not _is_wide(gauge))
+            if decides_mixed and not self._have(weight):
+                lacking.add(_block_of(name))
+            if len(weight.slot.shape) == 1:
+                is_asked = any(self._is_mixed(gauge) for gauge in axes.all)
+            if decides_mixed or is_asked or weight.slot.role in ("embedding", "head"):
+                yield weight
+            elif len(weight.slot.shape) == 2:
+                others.append(weight)
+        yield from _some(others, _OTHERS)
+        yield from (weight for weight in others if _block_of(weight.slot.name) in lacking)
+        yield from self._chosen_experts(lacking)
+
+    def _chosen_experts(self, lacking: set[str]) -> Iterator[PlannedWeight]:
+        pair = {id(source) for source in self._sources}
+        mixed: dict[str, list[str]] = {}
+        whole: list[tuple[str, str]] = []
+        for block, sources in self._origins.sources_of_experts.items():
+            found = [name for name, own in sources.items() if pair <= own]
+            if found:
+                mixed[block] = found
+            whole += [(block, name) for name, own in sources.items() if own & pair and not pair <= own]
+        share = max(2, _MIXED_EXPERTS // max(1, len(mixed)))
+        chosen = [(block, name) for block, names in mixed.items() for name in sorted(names, key=_hash)[:share]]
+        generator = torch.Generator().manual_seed(len(whole))
+        whole = [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
+        chosen += whole[:_WHOLE_EXPERTS]
+        for block in sorted(lacking):
+            chosen += [each for each in whole[_WHOLE_EXPERTS:] if each[0] == block][:_EXPERTS_OF_LAYER]
+        for block, name in chosen:
+            yield from self._origins.experts[block][name]
+
+    def _have(self, weight: PlannedWeight) -> bool:
+        return all(weight.choice.name in source.weights for source in self._sources)
+
+    def _compare(self, weight: PlannedWeight) -> Likeness | None:
+        """How the sources' versions of a weight compare; None where one of them has none of this shape."""
+        if not self._have(weight):
+            return None
+        one, other = (source.weights[weight.choice.name] for source in self._sources)
+        slot = weight.slot
+        if one.shape != other.shape:
+            return None
+        if len(slot.shape) == 1:
+            values = [source.values(weight.choice.name) for source in self._sources]
+            assert values[0] is not None and values[1] is not None
+            return SAME if _are_close(values[0], values[1]) else UNTOLD
+        if slot.role == "router" and one.is_wide and other.is_wide and one.format is other.format:
+            if self._origins.are_equal(weight.choice.name, *self._sources):
+                return SAME
+            if self._have_same_bytes(one, other):
+                self._origins.note_equal(weight.choice.name, *self._sources)
+                return SAME
+        parts = [_values(source, s, slot) for source, s in zip(self._sources, (one, other), strict=True)]
+        rounding = [rounding_of(s, part) for s, part in zip((one, other), parts, strict=True)]
+        return compare(*parts, *rounding)
+
+    def _have_same_bytes(self, one: StoredWeight, other: StoredWeight) -> bool:
+        """Of two wide weights of one format."""
+        parts = [next(iter(version.parts.values())) for version in (one, other)]
+        found = [source.read(part) for source, part in zip(self._sources, parts, strict=True)]
+        is_same = torch.equal(*(bits.contiguous().view(torch.uint8) for bits in found))
+        for source, part in zip(self._sources, parts, strict=True):
+            source.release(part)
+        return is_same
+
+    # --- What is said ---
+
+    def _error(self, broken: Sequence[str], moved: set[str]) -> PlanError:
+        touching: dict[str, list[PlannedWeight]] = defaultdict(list)
+        pair = {id(source) for source in self._sources}
+        for weight in self._origins.planned:
+            if id(weight.source) in pair:
+                for name in axes_of(weight.slot.name).all:
+                    touching[name].append(weight)
+        gauge = max(sorted(broken), key=lambda name: self._weight_of(name, len(touching[name])))
+        concerned = touching[gauge]
+        fewer = min(pair, key=lambda key: sum(id(weight.source) == key for weight in concerned))
+        taken = next(weight for weight in concerned if id(weight.source) == fewer)
+        suspect = min(self._gauges[gauge].suspects, key=lambda weight: self._remoteness(weight, gauge))
+        standing = next(weight for weight in concerned if weight.source is not taken.source)
+        together = {w.slot.name: w for name in broken for w in self._closure(name, moved, touching)}.values()
+        if RESIDUAL in {g for weight in together for g in axes_of(weight.slot.name).all & moved}:
+            remedy = (
+                "The two compute in different bases throughout, as rotations of a whole model leave them (QuaRot, "
+                "SpinQuant), or are different models. Take all weights from one of them."
+            )
+        else:
+            lacking = next(
+                (w for w in together for source in self._sources if w.choice.name not in source.weights), None
+            )
+            names = _patterns({w.choice.name for w in together}, {w.choice.name for w in self._origins.planned})
+            remedy = (
+                "Tools such as AWQ and SmoothQuant move factors from one weight into the next, others exchange "
+                f"channels, heads or experts; or these are different models. Take {names} from one source."
+            )
+            if lacking is not None:
+                source = next(source for source in self._sources if lacking.choice.name not in source.weights)
+                remedy += f" It cannot be {source.name!r}, which has no {lacking.choice.name!r}."
+        return PlanError(
+            f"Weight {taken.choice.name!r} would come from source {taken.source.name!r}, and "
+            f"{standing.choice.name!r} from {standing.source.name!r}, but these sources disagree in "
+            f"{suspect.choice.name!r} by more than rounding: a basis that these weights share differs.",
+            remedy=remedy,
+        )
+
+    def _weight_of(self, gauge: str, num_touching: int) -> tuple[bool, bool, int]:
+        """Where several gauges are broken, the one that may be the reason for the others comes last."""
+        is_norm = gauge.endswith("norm") and self._gauges[gauge].is_decided
+        return gauge == RESIDUAL, is_norm, num_touching
+
+    def _remoteness(self, weight: PlannedWeight, gauge: str) -> int:
+        """The weight that decides a gauge, or stands in it alone, says most, then one that writes in it."""
+        axes = axes_of(weight.slot.name)
+        return 0 if axes.decides == gauge or axes.all == {gauge} else 1 if gauge in axes.outputs else 2
+
+    def _closure(self, gauge: str, moved: set[str], touching: Mapping[str, list[PlannedWeight]]) -> list[PlannedWeight]:
+        """What has to come from one source together: all that touches the gauge, and moved ones that those touch.
+
+        Of a norm or of the order of experts the whole block: what else moved in it nobody has looked at.
+        """
+        pending, seen, found = [gauge], {gauge}, {}
+        blocks: set[str] = set()
+        while pending:
+            name = pending.pop()
+            for weight in touching[name]:
+                found[weight.slot.name] = weight
+                if name != RESIDUAL and _is_wide(name):
+                    blocks.add(_block_of(weight.slot.name))
+                for other in (axes_of(weight.slot.name).all & moved) - seen:
+                    seen.add(other)
+                    pending.append(other)
+        for weights in touching.values():
+            found |= {w.slot.name: w for w in weights if _block_of(w.slot.name) in blocks}
+        return list(found.values())
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    difference = (one - other).abs() - _VECTOR_TOLERANCE * torch.maximum(one.abs(), other.abs())
+    return not bool((difference > 1e-5 * one.abs().max()).any())
+
+
+def _is_wide(gauge: str) -> bool:
+    """Whether a gauge is shared by more than the weights of one attention, MLP or expert that follow each other."""
+    return gauge == RESIDUAL or gauge.endswith(("norm", ".experts"))
+
+
+def _block_of(slot: str) -> str:
+    """`layers.3.attention` for its weights and norms; the rest of the model is one."""
+    parts = slot.split(".")
+    return ".".join([*parts[:2], parts[2].split("_")[0]]) if parts[0] == "layers" else ""
+
+
+def _some(weights: Iterable[PlannedWeight], count: int) -> list[PlannedWeight]:
+    return sorted(weights, key=lambda weight: _hash(weight.slot.name))[:count]
+
+
+def _runs(slot: Slot) -> list[range]:
+    """Runs of a matrix's rows, by a hash of its name: what is moved at a stride is seen too."""
+    num_rows, num_columns = slot.shape
+    count = max(_NUM_VALUES // num_columns // _RUN, _LEAST_RUNS.get(slot.role, 2))
+    starts = range(0, num_rows, _RUN)
+    if slot.role != "router" and count < len(starts):
+        generator = torch.Generator().manual_seed(int.from_bytes(_hash(slot.name)[:7]))
+        found = torch.randperm(len(starts), generator=generator)[:count].sort().values.tolist()
+        return [range(starts[index], min(starts[index] + _RUN, num_rows)) for index in found]
+    return [range(num_rows)]
+
+
+def _values(source: Source, stored: StoredWeight, slot: Slot) -> Tensor:
+    """Some rows of a weight, float32; of a router all rows, but not all columns."""
+    if slot.is_transposed and stored.is_wide:
+        whole = source.values(stored.name)
+        assert whole is not None
+        return torch.cat([whole.t()[run.start : run.stop] for run in _runs(slot)])
+    values = source.rows(stored, _runs(slot))
+    if slot.role == "router" and values.shape[1] > _MAX_COLUMNS:
+        generator = torch.Generator().manual_seed(int.from_bytes(_hash(slot.name)[:7]))
+        start = int(torch.randint(values.shape[1] - _MAX_COLUMNS, (), generator=generator))
+        values = values[:, start : start + _MAX_COLUMNS]
+    return values
+
+
+def _patterns(names: Set[str], all_names: Set[str]) -> str:
+    """Patterns of rules that match some weights and no others."""
+    wanted, known = _by_layer(names), _by_layer(all_names)
+    patterns = sorted(wanted.pop(("", ""), ()))
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (before, layer), below in wanted.items():
+        for pattern in _collapsed(below, known[before, layer]):
+            found[before, pattern].append(layer)
+    for (before, pattern), layers in found.items():
+        is_everywhere = len(layers) == sum(other == before for other, _ in known)
+        patterns.append(f"{before}{'*' if is_everywhere else _numbers(layers)}{pattern}")
+    rest = len(patterns) - _MAX_NAMED
+    return ", ".join(patterns[:_MAX_NAMED]) + (f" and {rest} patterns more of this kind" if rest > 0 else "")
+
+
+def _by_layer(names: Set[str]) -> dict[tuple[str, str], set[str]]:
+    """Names by what stands before the first number and by that number, which is the layer's."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name in sorted(names):
+        before, layer, rest = ("", "", name)
+        if (match := re.fullmatch(r"(.*?\.)(\d+)(\..+)", name)) is not None:
+            before, layer, rest = match.groups()
+        found[before, layer].add(rest)
+    return found
+
+
+def _collapsed(wanted: Set[str], known: Set[str]) -> list[str]:
+    """Dotted names as patterns: `.*` where all that is known is wanted, numbers that go on alike together."""
+    if wanted == known and len(known) > 1:
+        return [".*"]
+    found: dict[str, list[str]] = defaultdict(list)
+    for first in sorted(
+        {name.split(".")[1] for name in wanted}, key=lambda part: (not part.isdigit(), len(part), part)
+    ):
+        stem = f".{first}"
+        below, beside = ({n[len(stem) :] for n in each if f"{n}.".startswith(f"{stem}.")} for each in (wanted, known))
+        for rest in _collapsed(below, beside) if below != {""} else [""]:
+            found[rest if first.isdigit() else f"{stem}{rest}"].append(first)
+    return [f".{_numbers(firsts)}{rest}" if firsts[0].isdigit() else rest for rest, firsts in found.items()]
+
+
+def _numbers(numbers: Sequence[str]) -> str:
+    """`3`, or `{0,3}`, as the patterns of rules have it."""
+    return numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}"

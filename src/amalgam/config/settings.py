@@ -1,0 +1,519 @@
+"""Every setting, as frozen pydantic models.
+
+In: a YAML file, `AMALGAM_*` environment variables and command-line overrides, in rising order of precedence.
+Out: one immutable `Settings`. The only module that reads the environment. The command line's flags, `amalgam config`
+and `docs/configuration.md` are generated from the fields here. A text is read as what its field declares.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from amalgam.config.fields import Section, UserPath, can_be_empty, kind_of, split_list, types_of
+from amalgam.config.text import ENV_PREFIX, our_variables, parse_yaml, read_yaml
+from amalgam.errors import ConfigError, describe
+
+BASE_SOURCE = "base"
+NATIVE_ISA_VARIABLE = "AMALGAM_NATIVE_ISA"
+NATIVE_ISAS = ("portable", "avx2", "avx512")  # slowest first
+_SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+_PATH_SUFFIX = "_path"
+
+_MIXED = "model.mixed_precision"
+
+SourceName = Annotated[str, StringConstraints(pattern=_SOURCE_NAME)]
+HostName = Annotated[str, StringConstraints(pattern=r"^(\*|(\*\.)?[a-z0-9_.-]+|\[?[0-9a-f:.]+\]?)$", to_lower=True)]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+)$", to_lower=True)]
+
+
+class Rule(Section):
+    """One rule of the weight mapping."""
+
+    pattern: str = Field(min_length=1, max_length=1024)
+    """Logical weight name, or a pattern: `*`, `?`, `[abc]`, `{a,b}` and `{0-15}`."""
+    source: SourceName
+    """The source that matching weights come from."""
+
+
+class DerivedSource(Section):
+    """How to make a source that does not exist yet: quantize the base checkpoint into the source's folder."""
+
+    format: Literal["fp8", "int8", "int4"]
+    """Precision of the linear weights."""
+    group_size: int | None = Field(default=None, ge=1, le=65536)
+    """Inputs that share a scale (int4). None: 128, or the largest power of two below it that divides the inputs."""
+    scale: Literal["tensor", "channel", "block"] | None = None
+    """Granularity of the scales (fp8: tensor, channel or block of 128×128; int8: channel)."""
+
+
+class MixedPrecisionSettings(Section):
+    """Where each weight comes from. Every `<name>_path` key declares a source called `<name>`."""
+
+    sources: dict[SourceName, UserPath] = Field(default_factory=dict)
+    """Name → folder or hub id, for sources whose names do not fit a `<name>_path` key."""
+    weight_mapping: dict[str, SourceName] = Field(default_factory=dict)
+    """Logical name or pattern → source. Exact names win, then the most specific pattern."""
+    rules: tuple[Rule, ...] = ()
+    """The same as an ordered list: among equally specific patterns the later wins."""
+    default_source: SourceName = BASE_SOURCE
+    """Source of weights that no rule names."""
+    derived: dict[SourceName, DerivedSource] = Field(default_factory=dict)
+    """Sources to make from `base_path` at first use when their folder is absent and no other process is making it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_paths(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        result: dict[str, Any] = {}
+        sources: dict[str, Any] = dict(data.get("sources") or {})
+        for key, value in data.items():
+            if isinstance(key, str) and key.endswith(_PATH_SUFFIX) and key not in cls.model_fields:
+                name = key.removesuffix(_PATH_SUFFIX)
+                if name in sources:
+                    raise ValueError(f"source {name!r} is declared twice, as {key} and in sources")
+                sources[name] = value
+            else:
+                result[key] = value
+        if BASE_SOURCE in sources:
+            raise ValueError(f"source name {BASE_SOURCE!r} is taken by model.base_path")
+        result["sources"] = sources
+        return result
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> MixedPrecisionSettings:
+        known = {BASE_SOURCE, *self.sources}
+        used = [(f"weight_mapping[{name!r}]", source) for name, source in self.weight_mapping.items()]
+        used += [(f"rules[{i}] ({rule.pattern!r})", rule.source) for i, rule in enumerate(self.rules)]
+        used += [("default_source", self.default_source), *((f"derived[{name!r}]", name) for name in self.derived)]
+        for where, source in used:
+            if source not in known:
+                raise ValueError(
+                    f"{where} names source {source!r}, which nobody declared. Declared: "
+                    f"{', '.join(sorted(known))}. Add {source}{_PATH_SUFFIX} or correct the name"
+                )
+        return self
+
+    @property
+    def all_rules(self) -> tuple[Rule, ...]:
+        """`weight_mapping` and `rules` as one ordered list."""
+        mapped = (Rule(pattern=pattern, source=source) for pattern, source in self.weight_mapping.items())
+        return (*mapped, *self.rules)
+
+
+class ModelSettings(Section):
+    """The model and its checkpoints."""
+
+    name: str = ""
+    """Name shown to clients. Empty: the folder's name."""
+    base_path: UserPath
+    """Folder, `.gguf` file or hub id (`org/name`, `org/name:file.gguf`): configuration, tokenizer, default weights."""
+    mixed_precision: MixedPrecisionSettings = MixedPrecisionSettings()
+    """Further sources and the rules that choose among them."""
+
+
+class InferenceSettings(Section):
+    """How the model runs."""
+
+    max_seq_length: int = Field(default=4096, ge=1, le=2**24)
+    """Most tokens in one sequence, prompt and answer together."""
+    max_batch_size: int = Field(default=32, ge=1, le=4096)
+    """Most sequences in one step."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of activations and of the KV cache."""
+    activation: Literal["int8", "bf16"] = "int8"
+    """int8 | bf16: what bfloat16 activations become for int4 and int8 weights on the CPU. int8 is fastest."""
+    bf16_coding: bool = True
+    """Whether a CPU with AVX2 or AVX-512 keeps bf16 weights in 12 bits, without loss: less to read, longer to load."""
+    device_map: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto | cpu | cuda | cuda:N."""
+    load_in_8bit: bool = False
+    """Quantize wide linear weights that no rule names to int8 while loading."""
+    load_in_4bit: bool = False
+    """The same to int4 in groups of 128."""
+    packed_cache: UserPath = ""
+    """Folder that keeps packed weights, so that later starts map them and need not read and pack. Empty: none."""
+
+    @model_validator(mode="after")
+    def _check_one_width(self) -> InferenceSettings:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit are both true: choose one")
+        return self
+
+
+class EngineSettings(Section):
+    """The step loop and the KV cache."""
+
+    max_step_tokens: int = Field(default=512, ge=1, le=2**20)
+    """Most tokens in one step; longer prompts are computed in chunks."""
+    block_size: int = Field(default=16, ge=1, le=1024)
+    """Tokens in one KV block."""
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    """Size of the KV cache. None: room for max_batch_size sequences of max_seq_length, within a quarter of memory."""
+    max_queue: int = Field(default=1024, ge=1, le=2**20)
+    """Most requests waiting; more are refused with 503."""
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
+    """Compute threads. None: PyTorch's choice."""
+    load_threads: int = Field(default=4, ge=1, le=256)
+    """Threads that read and pack weights."""
+
+
+class ServerSettings(Section):
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """Port to listen on; 0 lets the system choose."""
+    max_workers: int = Field(default=4, ge=1, le=256)
+    """Threads for tokenizing and file reading."""
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    """Largest request body; more is refused with 413."""
+    max_batch_prompts: int = Field(default=256, ge=1, le=65536)
+    """Most prompts in one /batch_generate."""
+    drain_seconds: float = Field(default=30.0, ge=0)
+    """How long requests in flight may run on after SIGTERM."""
+    log_probes: bool = True
+    """Whether the access log has lines for /health, /ready and /metrics."""
+    keep_alive_seconds: float = Field(default=75.0, gt=0, le=86400)
+    """How long a connection may be idle, or take to send a request's head. Longer than a proxy in front keeps it."""
+    stream_comment_seconds: float = Field(default=5.0, ge=0, le=86400)
+    """While a streamed request waits, a comment is sent so often, since proxies end idle connections. 0: never."""
+    accept_backlog: int = Field(default=16, ge=1, le=4096)
+    """Most connections taken at once before others get their turn."""
+    allowed_hosts: tuple[HostName, ...] = ()
+    """Names, without ports, that a Host header may have beside this machine's. `*.a.org`: all below; `*`: any."""
+    allowed_origins: tuple[Origin, ...] = ()
+    """Whose web pages may use the server, beside its own: `https://name:port`; `*`: anybody's."""
+
+    @field_validator("allowed_hosts", "allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return split_list(value) if isinstance(value, str) else value
+
+    export_dir: UserPath = "expert_stats"
+    """Folder that /export_expert_stats writes to."""
+
+
+class StatisticsSettings(Section):
+    """Expert statistics."""
+
+    enabled: bool = True
+    """Count which experts the traffic activates."""
+    bucket_seconds: float = Field(default=5.0, gt=0, le=3600)
+    """Resolution of the time windows."""
+    history_minutes: float = Field(default=60.0, gt=0, le=7 * 24 * 60)
+    """Longest time window."""
+    recent_activations: int = Field(default=256, ge=0, le=65536)
+    """How many recent activations to keep."""
+    half_life_minutes: float = Field(default=5.0, gt=0, le=7 * 24 * 60)
+    """Half-life of the decaying rates."""
+    max_labels: int = Field(default=64, ge=0, le=1024)
+    """How many labels (`domain`) are counted apart; a request with one more is refused."""
+    pair_sampling: int = Field(default=8, ge=0, le=2**20)
+    """Co-activation and transitions look at one token in so many; 1: at all, 0: at none."""
+    trace_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Memory for the traces of requests that ask for their routed experts; more are refused with 503."""
+    reference: UserPath = ""
+    """A saved set (.npz) that `drift` compares with. Empty: what was counted since the last reset."""
+    file: UserPath = ""
+    """File (.npz) that keeps the statistics of one process across restarts. Empty: they end with the process."""
+    save_seconds: float = Field(default=300.0, ge=1, le=7 * 86400)
+    """How often `file` is written; it is written at the end too."""
+
+
+class Settings(Section):
+    """Everything, as `config/model_config.yaml` holds it."""
+
+    model: ModelSettings
+    """The model and its checkpoints."""
+    inference: InferenceSettings = InferenceSettings()
+    """How the model runs."""
+    server: ServerSettings = ServerSettings()
+    """The HTTP server."""
+    engine: EngineSettings = EngineSettings()
+    """The step loop and the KV cache."""
+    statistics: StatisticsSettings = StatisticsSettings()
+    """Expert statistics."""
+
+    def replace(self, **sections: Any) -> Settings:
+        """A new object with whole sections exchanged, validated again."""
+        return build_settings({**self.model_dump(), **sections})
+
+
+def build_settings(data: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Settings:
+    """Validate a nested mapping.
+
+    Args:
+        origins: dotted key → where its value comes from, for messages.
+
+    Raises:
+        ConfigError: naming each offending key, its value and what is allowed.
+    """
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("Configuration is invalid:\n" + "\n".join(_explain(error, origins or {}))) from None
+
+
+def build_rules(mapping: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Rules from name or pattern → source, in order.
+
+    Raises:
+        ConfigError: an empty pattern or an impossible source name.
+    """
+    try:
+        return tuple(Rule(pattern=pattern, source=source) for pattern, source in mapping.items())
+    except ValidationError as error:
+        raise ConfigError("weight_mapping is invalid:\n" + "\n".join(_explain(error))) from None
+
+
+def load_settings(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read settings from a YAML file, the environment and dotted overrides (`{"server.port": 80}`).
+
+    Relative model paths in the file are taken from the file's folder; all other paths from the working directory. `~`
+    is the home folder in all of them. An override holds whatever its value is: None undoes what the file says.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds unknown or invalid keys.
+    """
+    return read_settings(path, overrides, environ=environ).settings
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """Settings, and where those come from that are not left at their defaults: `file`, a variable's name, `flag`."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def read_settings(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    sources: Mapping[str, str] | None = None,
+    rules: Sequence[Mapping[str, str]] = (),
+    needs_model: bool = True,
+    environ: Mapping[str, str] | None = None,
+) -> ReadSettings:
+    """The same as `load_settings`, and more.
+
+    Args:
+        sources: are declared beside those of the file and in place of those that have the same names there.
+        rules: come after those of the file.
+        needs_model: False leaves `model.base_path` empty where nobody gives it.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path).expanduser()
+        data = read_yaml(file)
+        _anchor_paths(data, file.resolve().parent)
+    origins = {key: "file" for key in setting_keys() if _is_set(data, key)}
+    for name, (key, value) in _from_environment(os.environ if environ is None else environ).items():
+        _set(data, key, value)
+        origins[key] = name
+    for key, value in (overrides or {}).items():
+        _set(data, key, value)
+        origins[key] = "flag"
+    if sources:
+        mixed = _section(data, _MIXED)
+        for name in sources:
+            mixed.pop(name + _PATH_SUFFIX, None)
+        mixed["sources"] = {**(mixed.get("sources") or {}), **sources}
+        origins[f"{_MIXED}.sources"] = "flag"
+    if rules:
+        mixed = _section(data, _MIXED)
+        mixed["rules"] = [*(mixed.get("rules") or ()), *rules]
+        origins[f"{_MIXED}.rules"] = "flag"
+    if not needs_model:
+        _section(data, "model").setdefault("base_path", "")
+    return ReadSettings(build_settings(data, origins), origins)
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """What there is to say about one setting.
+
+    Attributes:
+        kind: what it takes, in words.
+        default: None if there is none, or if that is the default.
+    """
+
+    key: str
+    kind: str
+    is_required: bool
+    default: Any
+    description: str
+    field: FieldInfo
+
+    @property
+    def environment(self) -> str:
+        return environment_name(self.key)
+
+    @property
+    def is_structured(self) -> bool:
+        """A mapping, or a list of them; flags build it piece by piece."""
+        return any(get_origin(kind) is dict or Rule in get_args(kind) for kind in types_of(self.field))
+
+    def read(self, text: str) -> Any:
+        """What a variable or a flag says: text as it is, but for lists and mappings.
+
+        Raises:
+            ConfigError: a list or mapping that is neither JSON nor YAML.
+        """
+        if any(get_origin(kind) in (dict, tuple) for kind in types_of(self.field)):
+            if not self.is_structured:
+                return split_list(text)
+            try:
+                return parse_yaml(text)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self.key} is {describe(text)}, which is not valid: {error}", remedy="Write it as JSON or YAML."
+                ) from None
+        return text
+
+
+def all_settings() -> tuple[SettingInfo, ...]:
+    """Every setting, section by section; the source of flags, environment names and the reference."""
+    found: list[SettingInfo] = []
+
+    def walk(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                walk(field.annotation, f"{prefix}{name}.")
+                continue
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            found.append(
+                SettingInfo(prefix + name, kind_of(field), field.is_required(), default, field.description or "", field)
+            )
+
+    walk(Settings, "")
+    return tuple(found)
+
+
+def setting_keys() -> dict[str, str]:
+    """Every setting as dotted key → description."""
+    return {info.key: info.description for info in all_settings()}
+
+
+def environment_name(key: str) -> str:
+    """`server.max_workers` → `AMALGAM_SERVER_MAX_WORKERS`."""
+    return ENV_PREFIX + key.replace(".", "_").upper()
+
+
+def state_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Where a user's own files are kept between runs, as the XDG base directories have it. It need not exist."""
+    environment = os.environ if environ is None else environ
+    given = environment.get("XDG_STATE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else Path("~/.local/state").expanduser()) / "amalgam"
+
+
+def native_isa_limit(environ: Mapping[str, str] | None = None) -> str | None:
+    """Highest instruction set that the native kernels may use, from `AMALGAM_NATIVE_ISA`; None: no limit.
+
+    A limit above what the processor has changes nothing. Not a setting, because it is for testing and for narrowing
+    down a fault, and kernels are chosen before settings are read.
+
+    Raises:
+        ConfigError: the value is none of `NATIVE_ISAS`.
+    """
+    limit = (os.environ if environ is None else environ).get(NATIVE_ISA_VARIABLE)
+    if limit == "":
+        return None
+    if limit is not None and limit not in NATIVE_ISAS:
+        raise ConfigError(f"{NATIVE_ISA_VARIABLE} is {describe(limit)}.", remedy=f"Allowed: {', '.join(NATIVE_ISAS)}.")
+    return limit
+
+
+def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
+    """Make the file's relative model paths absolute where they exist or look like paths; hub ids stay as they are."""
+
+    def anchor(value: Any) -> Any:
+        if not isinstance(value, str) or not value or os.path.isabs(os.path.expanduser(value)):
+            return value
+        candidate = folder / value
+        looks_like_path = value.startswith(".") or value.count("/") != 1
+        return os.path.normpath(candidate) if looks_like_path or candidate.exists() else value
+
+    model = data.get("model")
+    if not isinstance(model, dict):
+        return
+    if "base_path" in model:
+        model["base_path"] = anchor(model["base_path"])
+    mixed = model.get("mixed_precision")
+    if isinstance(mixed, dict):
+        for key in mixed:
+            if isinstance(key, str) and key.endswith(_PATH_SUFFIX):
+                mixed[key] = anchor(mixed[key])
+        if isinstance(mixed.get("sources"), dict):
+            mixed["sources"] = {name: anchor(value) for name, value in mixed["sources"].items()}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    """Variable → key and value. An empty one says none where a setting can be empty, and nothing otherwise."""
+    known = {info.environment: info for info in all_settings()}
+    values: dict[str, tuple[str, Any]] = {}
+    for name, text in our_variables(environ, {*known, NATIVE_ISA_VARIABLE}).items():
+        if name == NATIVE_ISA_VARIABLE:
+            continue
+        info = known[name]
+        if text:
+            values[name] = info.key, info.read(text)
+        elif can_be_empty(info.field):
+            values[name] = info.key, None
+    return values
+
+
+def _section(data: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """The mapping at a dotted key, made if absent."""
+    for part in dotted.split("."):
+        child = data.get(part)
+        child = data[part] = {} if child is None else child
+        if not isinstance(child, dict):
+            raise ConfigError(f"{part} is {describe(child)}.", remedy="Expected a mapping.")
+        data = child
+    return data
+
+
+def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+    parent, _, last = dotted.rpartition(".")
+    _section(data, parent)[last] = value
+
+
+def _is_set(data: Any, dotted: str) -> bool:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        data = data.get(parent) if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return False
+    return last in data or (dotted == f"{_MIXED}.sources" and any(str(key).endswith(_PATH_SUFFIX) for key in data))
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str] | None = None) -> list[str]:
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        origin = (origins or {}).get(key, "")
+        if origin.startswith(ENV_PREFIX):
+            key = f"{key} ({origin})"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"  {key}: unknown setting. Remove it or correct its name.")
+        elif item["type"] == "missing":
+            lines.append(f"  {key}: is required. Give --config FILE, or set it by its flag or environment variable.")
+        elif item["type"] == "value_error":
+            lines.append(f"  {key}: {item['ctx']['error']}.")
+        else:
+            lines.append(f"  {key}: is {describe(item['input'])}. {item['msg']}.")
+    return lines

@@ -1,0 +1,1 @@
+"""Statistics → files for people and for other tools."""

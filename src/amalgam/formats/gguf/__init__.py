@@ -1,0 +1,1 @@
+"""What a GGUF file's metadata and tensor names mean."""

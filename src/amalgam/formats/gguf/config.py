@@ -1,0 +1,493 @@
+"""GGUF's metadata → the config.json that the published checkpoint would have.
+
+In: an opened GGUF checkpoint. Out: a Hugging Face configuration as a mapping. What the converter does not write is
+told from the tensors (biases, a tied head, which layers are dense) or is a constant of the architecture, never guessed:
+a key that is not understood, and a value that the file cannot tell, are refused.
+Must never know: families, specs, plans.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from amalgam.checkpoint.store import TensorStore
+from amalgam.errors import CheckpointError, UnsupportedError, describe
+from amalgam.formats.gguf.names import ARCHITECTURE_KEY
+
+Config = dict[str, Any]
+# About the file, or written twice; none changes what is computed.
+_HARMLESS = frozenset({"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"})
+# Of the scaling `yarn`, which reads them; no other does.
+_YARN_KEYS = frozenset(
+    f"rope.scaling.{key}" for key in ("original_context_length", "yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor")
+)
+# What converters write for every architecture: understood where it changes nothing and the architecture has no own
+# meaning for it. Any other key and value is refused.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "logit_scale": (1.0,),
+    "residual_scale": (1.0,),
+    "embedding_scale": (1.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "router_logit_softcapping": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "rope.scale_linear": (0.0, 1.0),
+    "rope.scaling.alpha": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+# Groups of experts, and how many may be used, by layers and experts of the models that were converted before the key
+# existed (autumn of 2025): DeepSeek V2 and V2-Lite, V3 and R1, Moonlight, Kimi K2.
+_GROUPS = {(60, 160): (8, 3), (27, 64): (1, 1), (61, 256): (8, 4), (61, 384): (1, 1)}
+# Llama 3.1 to 3.3 differ in the factor only.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
+_ROPE_KINDS = "none, linear, yarn, and the tables of Llama 3"
+# Numbers of llama.cpp.
+_UNSAID, _SOFTMAX, _SIGMOID, _SOFTMAX_OF_CHOSEN = 0, 1, 2, 3
+
+
+def read_config(store: TensorStore) -> Config:
+    """The configuration that a GGUF checkpoint's metadata describe.
+
+    Raises:
+        UnsupportedError: an architecture that is not known, or metadata that are not understood; a config.json beside
+            the file takes their place.
+        CheckpointError: metadata are missing, of the wrong type, or contradict the tensors.
+    """
+    architecture = store.metadata[ARCHITECTURE_KEY]
+    build = ARCHITECTURES.get(architecture)
+    if build is None:
+        raise UnsupportedError(
+            f"{store.files[0]} is of architecture {describe(architecture)}, whose metadata are not understood.",
+            remedy=f"Understood: {', '.join(sorted(ARCHITECTURES))}. Or put the file into a folder with the published "
+            "config.json.",
+        )
+    metadata = _Metadata(store, architecture)
+    config = build(metadata)
+    metadata.check_all_read()
+    config["model_type"] = _MODEL_TYPES[config["architectures"][0]]
+    for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+        config[key] = store.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return config
+
+
+class _Metadata:
+    """Typed access to the keys of an architecture; knows which were never read."""
+
+    def __init__(self, store: TensorStore, architecture: str) -> None:
+        self._store = store
+        self._prefix = f"{architecture}."
+        self._read = {self._prefix + key for key in _HARMLESS | _YARN_KEYS}
+
+    def has(self, key: str) -> bool:
+        return self._prefix + key in self._store.metadata
+
+    def get(self, key: str) -> Any:
+        """The value; of one value for each layer the one that they share. None if absent."""
+        self._read.add(self._prefix + key)
+        value = self._store.metadata.get(self._prefix + key)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            distinct = set(value)
+            if len(distinct) != 1:
+                self.refuse(key, value, "the same value for every layer")
+            return distinct.pop()
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+            self.damaged(key, value, "an integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Stored as float32: the shortest decimal fraction that rounds to it is what config.json had."""
+        value = self.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self.damaged(key, value, "a finite number")
+        return float(str(np.float32(value)))
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            self.damaged(key, value, "true or false")
+        return value
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """Refuse a key that is present with another value."""
+        value = self.get(key)
+        if value is not None and value not in allowed:
+            self.refuse(key, value, " or ".join(map(repr, allowed)))
+
+    def expect_pattern(self, period: int, num_layers: int) -> None:
+        """Refuse a choice of layers with a window other than all but every `period`th."""
+        key = "attention.sliding_window_pattern"
+        self._read.add(self._prefix + key)
+        value = self._store.metadata.get(self._prefix + key)
+        pattern = [(layer + 1) % period != 0 for layer in range(num_layers)]
+        is_flags = isinstance(value, Sequence) and not isinstance(value, str) and list(map(bool, value)) == pattern
+        if value is not None and value != period and not is_flags:
+            self.refuse(key, value, f"{period}, or the same for each layer")
+
+    def has_tensor(self, name: str) -> bool:
+        return name in self._store
+
+    def has_tensor_like(self, pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in self._store)
+
+    def num_rows(self, name: str) -> int:
+        if name not in self._store:
+            raise CheckpointError(f"{self._store.files[0]} has no tensor {name!r}.", remedy="Download it again.")
+        return self._store[name].shape[0]
+
+    def num_layers(self) -> int:
+        """Layers of the decoder; believed only if the file has as many tensors."""
+        num_blocks, num_drafts = self.integer("block_count"), self.integer("nextn_predict_layers", 0)
+        if not num_drafts < num_blocks <= len(self._store):
+            self.damaged("block_count", num_blocks, f"at most the {len(self._store)} tensors of the file, and not 0")
+        return num_blocks - num_drafts
+
+    def num_groups(self, default: tuple[int, int] | None) -> tuple[int, int]:
+        """Groups of experts and how many of them may be used; `default` where neither is written."""
+        keys = ("expert_group_count", "expert_group_used_count")
+        if default is None or any(map(self.has, keys)):
+            for key in keys:
+                if not self.has(key):
+                    self._lacks(
+                        key,
+                        "Converters from autumn 2025 on write it. Put the file into a folder with the published "
+                        "config.json, which says it; or convert the model again.",
+                    )
+            return self.integer(keys[0]), self.integer(keys[1])
+        return default
+
+    def width(self, key: str, tensor: str) -> int:
+        """Outputs of a projection of the experts, which the oldest files do not write; told from the stack."""
+        pattern = re.compile(rf"blk\.\d+\.{tensor}(\.0)?\.weight")
+        shape = next((entry.shape for name, entry in self._store.items() if pattern.fullmatch(name)), None)
+        return self.integer(key, None if shape is None else shape[-2] if len(shape) > 1 else None)
+
+    def num_experts(self) -> int:
+        """Experts of a layer; believed only if its router has as many rows."""
+        count = self.integer("expert_count")
+        routers = (name for name in self._store if name.endswith(".ffn_gate_inp.weight"))
+        num_rows = self.num_rows(next(routers, "blk.0.ffn_gate_inp.weight"))
+        if count != num_rows:
+            self.damaged("expert_count", count, f"the {num_rows} rows of a router")
+        return count
+
+    def values(self, name: str) -> list[float]:
+        """A small tensor of float32 numbers."""
+        tensor = self._store.read(name)
+        if not tensor.is_floating_point() or tensor.dim() != 1:
+            raise CheckpointError(f"Tensor {name!r} in {self._store.files[0]} is no list of numbers.")
+        return [float(value) for value in tensor]
+
+    def _lacks(self, key: str, remedy: str) -> NoReturn:
+        raise UnsupportedError(f"{self._store.files[0]} has no {self._prefix}{key}.", remedy=remedy)
+
+    def refuse(self, key: str, value: Any, allowed: str) -> NoReturn:
+        raise UnsupportedError(
+            f"{self._store.files[0]} has {self._prefix}{key} = {describe(value)}.",
+            remedy=f"Understood: {allowed}. Or put the file into a folder with the published config.json.",
+        )
+
+    def damaged(self, key: str, value: Any, allowed: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self._store.files[0]} has {self._prefix}{key} = {describe(value)}.", remedy=f"Expected {allowed}."
+        )
+
+    def check_all_read(self) -> None:
+        for key, value in self._store.metadata.items():
+            if key.startswith(self._prefix) and key not in self._read:
+                name = key.removeprefix(self._prefix)
+                neutral = _NEUTRAL.get(name, ())
+                if type(value) not in (bool, int, float) or value not in neutral:
+                    self.refuse(name, value, " or ".join(map(repr, neutral)) or "nothing under this key")
+
+
+def _common(metadata: _Metadata, architecture: str) -> Config:
+    """What all but GPT-2 share, without the head's size."""
+    heads = metadata.integer("attention.head_count")
+    return {
+        "architectures": [architecture],
+        "hidden_size": metadata.integer("embedding_length"),
+        "num_hidden_layers": metadata.num_layers(),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
+        "intermediate_size": metadata.integer("feed_forward_length"),
+        "hidden_act": "silu",
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": metadata.integer("context_length"),
+        "vocab_size": metadata.num_rows("token_embd.weight"),
+        "tie_word_embeddings": not metadata.has_tensor("output.weight"),
+        "attention_bias": metadata.has_tensor("blk.0.attn_q.bias"),
+    }
+
+
+def _decoder(metadata: _Metadata, architecture: str) -> Config:
+    """`_common`, with heads of one size and rotary positions."""
+    config = _common(metadata, architecture)
+    heads = config["num_attention_heads"]
+    head_dim = metadata.integer("attention.key_length", config["hidden_size"] // max(heads, 1))
+    metadata.expect("attention.value_length", head_dim)
+    rotary_dim = metadata.integer("rope.dimension_count", head_dim)
+    if not 0 < rotary_dim <= head_dim:
+        metadata.damaged("rope.dimension_count", rotary_dim, f"1 to {head_dim}, the size of a head")
+    config |= {"head_dim": head_dim, "rope_parameters": _rope(metadata, rotary_dim)}
+    if rotary_dim != head_dim:
+        config["rope_parameters"]["rotary_dim"] = rotary_dim
+    return config
+
+
+def _rope(metadata: _Metadata, rotary_dim: int) -> Config:
+    """Scaling is linear unless a type is named, and there is none without a factor."""
+    theta = metadata.number("rope.freq_base", 10000.0)
+    kind = metadata.get("rope.scaling.type")
+    kind = "linear" if kind is None else kind
+    # The second key is the older one; llama.cpp reads it where the first is missing.
+    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 0.0)) or 1.0
+    if metadata.has_tensor("rope_factors_long.weight"):
+        metadata.refuse("rope.scaling.type", "longrope", _ROPE_KINDS)
+    if kind not in ("none", "linear", "yarn"):
+        metadata.refuse("rope.scaling.type", kind, _ROPE_KINDS)
+    is_scaled = kind != "none" and factor != 1.0
+    if metadata.has_tensor("rope_freqs.weight"):
+        if is_scaled or kind == "yarn":
+            metadata.refuse("rope.scaling.factor", factor, "1, where the tensor rope_freqs.weight scales already")
+        return {"rope_type": "llama3", "rope_theta": theta, **_llama3(metadata, theta, rotary_dim)}
+    if kind == "yarn":
+        return {"rope_type": "yarn", "rope_theta": theta, "factor": factor, **_yarn(metadata)}
+    if is_scaled:
+        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def _yarn(metadata: _Metadata) -> Config:
+    metadata.expect("rope.scaling.yarn_ext_factor", 1.0, -1.0)  # llama.cpp's sign for: as the type says
+    # Where a file does not say what length the model was trained with, it is the length that it has.
+    trained = metadata.integer("rope.scaling.original_context_length", 0) or metadata.integer("context_length")
+    return {
+        "original_max_position_embeddings": trained,
+        "beta_fast": metadata.number("rope.scaling.yarn_beta_fast", _YARN["beta_fast"]),
+        "beta_slow": metadata.number("rope.scaling.yarn_beta_slow", _YARN["beta_slow"]),
+    }
+
+
+def _llama3(metadata: _Metadata, theta: float, rotary_dim: int) -> Config:
+    """`rope_freqs` holds what each frequency is divided by; tell which published scaling made it."""
+    divisors = metadata.values("rope_freqs.weight")
+    factor = float(max(divisors, default=0.0))
+    wavelengths = [2 * math.pi * theta ** (2 * i / rotary_dim) for i in range(rotary_dim // 2)]
+    low, high, original = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"], 8192
+    expected = []
+    for wavelength in wavelengths:
+        smooth = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
+        expected.append(1 / ((1 - smooth) / factor + smooth) if factor > 0 else 0.0)
+    if len(divisors) != len(expected) or not np.allclose(divisors, expected, rtol=1e-5, atol=0):
+        metadata.refuse("rope_freqs.weight", divisors, "the divisors of Llama 3.1 to 3.3")
+    return {"factor": factor, **_LLAMA3}
+
+
+def _experts(metadata: _Metadata) -> Config:
+    """Counts; softmax over all experts without a factor, unless the family says otherwise."""
+    count, used = metadata.num_experts(), metadata.integer("expert_used_count")
+    return {"num_experts": count, "num_local_experts": count, "num_experts_per_tok": used}
+
+
+def _softmax_experts(metadata: _Metadata) -> Config:
+    metadata.expect("expert_gating_func", _UNSAID, _SOFTMAX)
+    metadata.expect("expert_weights_scale", 0.0, 1.0)
+    return _experts(metadata)
+
+
+def _llama(metadata: _Metadata) -> Config:
+    window = metadata.integer("attention.sliding_window", 0) or None
+    if not metadata.integer("expert_count", 0):
+        config = _decoder(metadata, "LlamaForCausalLM")
+        config["mlp_bias"] = metadata.has_tensor("blk.0.ffn_gate.bias")
+        if window is not None:
+            config |= {"architectures": ["MistralForCausalLM"], "sliding_window": window}
+        return config
+    config = _decoder(metadata, "MixtralForCausalLM") | _softmax_experts(metadata)
+    metadata.expect("expert_weights_norm", True)
+    return config | {"sliding_window": window}
+
+
+def _plain(architecture: str) -> Callable[[_Metadata], Config]:
+    return lambda metadata: _decoder(metadata, architecture)
+
+
+def _qwen2_moe(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "Qwen2MoeForCausalLM") | _softmax_experts(metadata)
+    return config | {
+        "qkv_bias": config["attention_bias"],
+        "moe_intermediate_size": metadata.width("expert_feed_forward_length", "ffn_gate(_up)?_exps"),
+        "shared_expert_intermediate_size": metadata.width("expert_shared_feed_forward_length", "ffn_gate_shexp"),
+        "norm_topk_prob": metadata.flag("expert_weights_norm", False),
+    }
+
+
+def _qwen3_moe(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "Qwen3MoeForCausalLM") | _softmax_experts(metadata)
+    return config | {
+        "moe_intermediate_size": metadata.width("expert_feed_forward_length", "ffn_gate(_up)?_exps"),
+        # Never written, and always true in the models of this architecture.
+        "norm_topk_prob": metadata.flag("expert_weights_norm", True),
+    }
+
+
+def _olmoe(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "OlmoeForCausalLM") | _softmax_experts(metadata)
+    if metadata.has("attention.clamp_kqv"):
+        config["clip_qkv"] = metadata.number("attention.clamp_kqv")
+    return config | {"norm_topk_prob": metadata.flag("expert_weights_norm", False)}
+
+
+def _gpt_oss(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "GptOssForCausalLM") | _experts(metadata)
+    # Softmax over the chosen experts' logits, told by the architecture.
+    metadata.expect("expert_gating_func", _UNSAID, _SOFTMAX, _SOFTMAX_OF_CHOSEN)
+    metadata.expect("rope.freq_base_swa", metadata.number("rope.freq_base", 10000.0))
+    if config["rope_parameters"]["rope_type"] == "yarn":
+        config["rope_parameters"]["truncate"] = False
+    metadata.expect_pattern(2, config["num_hidden_layers"])
+    types = [f"{('sliding', 'full')[layer % 2]}_attention" for layer in range(config["num_hidden_layers"])]
+    return config | {
+        "intermediate_size": metadata.integer("expert_feed_forward_length", config["intermediate_size"]),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": types,
+        "swiglu_limit": 7.0,
+    }
+
+
+def _grouped_experts(metadata: _Metadata, groups: tuple[int, int] | None) -> Config:
+    """DeepSeek's experts, with shared ones and dense layers first; `groups` where the file has no key for them."""
+    used = metadata.integer("expert_used_count")
+    num_groups, num_used_groups = metadata.num_groups(groups)
+    return {
+        "n_routed_experts": metadata.num_experts(),
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": metadata.width("expert_feed_forward_length", "ffn_gate_exps"),
+        "n_shared_experts": metadata.integer("expert_shared_count"),
+        "first_k_dense_replace": metadata.integer("leading_dense_block_count", 0),
+        "routed_scaling_factor": metadata.number("expert_weights_scale", 1.0) or 1.0,
+        # llama.cpp's 0 means that there are none.
+        "n_group": max(num_groups, 1),
+        "topk_group": max(num_used_groups, 1),
+        "num_nextn_predict_layers": metadata.integer("nextn_predict_layers", 0),
+    }
+
+
+def _deepseek2(metadata: _Metadata) -> Config:
+    gating = metadata.integer("expert_gating_func", _UNSAID)
+    if gating == _UNSAID:  # the first files; a bias per expert corrects sigmoid scores only
+        gating = _SIGMOID if metadata.has_tensor_like(r"blk\.\d+\.exp_probs_b\.bias") else _SOFTMAX
+    if gating not in (_SOFTMAX, _SIGMOID):
+        metadata.refuse("expert_gating_func", gating, "1 (softmax) or 2 (sigmoid)")
+    is_v3 = gating == _SIGMOID
+    config = _common(metadata, "DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM")
+    config |= _grouped_experts(metadata, _GROUPS.get((config["num_hidden_layers"], metadata.num_experts())))
+    rope_dim, latent = metadata.integer("rope.dimension_count"), metadata.integer("attention.kv_lora_rank")
+    # Newer files describe attention as it runs on the latent vector, and the heads under keys of their own.
+    is_absorbed = metadata.has("attention.key_length_mla")
+    key_dim = metadata.integer("attention.key_length_mla" if is_absorbed else "attention.key_length")
+    value_dim = metadata.integer("attention.value_length_mla" if is_absorbed else "attention.value_length")
+    if is_absorbed:
+        metadata.expect("attention.key_length", latent + rope_dim)
+        metadata.expect("attention.value_length", latent)
+    has_query_rank = metadata.has("attention.q_lora_rank")
+    rope = _rope(metadata, rope_dim)
+    if rope["rope_type"] == "yarn" and metadata.number("rope.scaling.yarn_log_multiplier", 0.0):
+        # 0.1 × mscale_all_dim, in this architecture alone; all published models have an equal mscale.
+        scale = float(f"{10 * metadata.number('rope.scaling.yarn_log_multiplier'):.6g}")
+        rope |= {"mscale": scale, "mscale_all_dim": scale}
+    return config | {
+        "num_key_value_heads": config["num_attention_heads"],
+        "q_lora_rank": metadata.integer("attention.q_lora_rank") if has_query_rank else None,
+        "kv_lora_rank": latent,
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": key_dim - rope_dim,
+        "v_head_dim": value_dim,
+        "rope_parameters": rope,
+        "scoring_func": "sigmoid" if is_v3 else "softmax",
+        "norm_topk_prob": metadata.flag("expert_weights_norm", False),
+        "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy" if config["n_group"] > 1 else "greedy",
+    }
+
+
+def _glm4_moe(metadata: _Metadata) -> Config:
+    # All models of this architecture have one group, which older converters did not write.
+    config = _decoder(metadata, "Glm4MoeForCausalLM") | _grouped_experts(metadata, (1, 1))
+    metadata.expect("expert_gating_func", _UNSAID, _SIGMOID)
+    return config | {
+        "norm_topk_prob": metadata.flag("expert_weights_norm", True),
+        "use_qk_norm": metadata.has_tensor("blk.0.attn_q_norm.weight"),
+    }
+
+
+def _gpt2(metadata: _Metadata) -> Config:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": metadata.integer("embedding_length"),
+        "n_layer": metadata.num_layers(),
+        "n_head": metadata.integer("attention.head_count"),
+        "n_positions": metadata.integer("context_length"),
+        "n_inner": metadata.integer("feed_forward_length"),
+        "layer_norm_epsilon": metadata.number("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+        "vocab_size": metadata.num_rows("token_embd.weight"),
+        "tie_word_embeddings": not metadata.has_tensor("output.weight"),
+    }
+
+
+ARCHITECTURES: Mapping[str, Callable[[_Metadata], Config]] = {
+    "llama": _llama,
+    "xverse": _plain("XverseForCausalLM"),
+    "qwen2": _plain("Qwen2ForCausalLM"),
+    "qwen3": _plain("Qwen3ForCausalLM"),
+    "qwen2moe": _qwen2_moe,
+    "qwen3moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "gpt-oss": _gpt_oss,
+    "deepseek2": _deepseek2,
+    "glm4moe": _glm4_moe,
+    "gpt2": _gpt2,
+}
+# What transformers calls the architectures.
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "XverseForCausalLM": "xverse",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "OlmoeForCausalLM": "olmoe",
+    "GptOssForCausalLM": "gpt_oss",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "GPT2LMHeadModel": "gpt2",
+}

@@ -1,0 +1,305 @@
+"""GGUF's tensor names → the logical names of the published checkpoint, with what llama.cpp's converter did undone.
+
+In: an opened GGUF checkpoint. Out: logical name → the tensor, or the part of one, that holds it. Names that are not in
+the architecture's table are refused. Must never know: layers, families, what is done with a weight.
+
+The converter stacks the experts of a layer (expert e is one run of bytes), and for llama and its relatives reorders the
+rows of query and key from two halves per head into pairs (`LlamaModel.permute`). Both concern whole rows, so they are
+undone on the bytes of any type.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import NoReturn
+
+from torch import Tensor
+
+from amalgam.checkpoint.store import TensorEntry, TensorStore
+from amalgam.errors import CheckpointError, UnsupportedError, describe
+from amalgam.formats.contract import WEIGHT_SUFFIX
+from amalgam.formats.fused import check_num_pieces
+from amalgam.formats.gguf_latent import KEY_PART, VALUE_PART
+
+ARCHITECTURE_KEY = "general.architecture"
+Arrange = Callable[[Tensor], Tensor]
+
+_LAYER = "model.layers.{}"
+_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
+_LATENT = re.compile(r"blk\.(\d{1,6})\.attn_([kv])_b\.weight")
+# Not weights: the configuration is made from them (`formats.gguf.config`).
+_ROPE_TABLES = re.compile(r"(blk\.\d+\.)?rope_(freqs|factors_long|factors_short)\.weight")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A logical weight in a GGUF file: its tensors by role, and how their rows come into the published order."""
+
+    parts: Mapping[str, TensorEntry]
+    arrange: Arrange | None = None
+
+
+def _piece(entry: TensorEntry, arrange: Arrange | None = None) -> Piece:
+    return Piece({WEIGHT_SUFFIX: entry}, arrange)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the tensors of one architecture are called.
+
+    Attributes:
+        names: GGUF name → logical name, both without `.weight` or `.bias` unless the suffix changes; `{}` stands for
+            a number. A logical name with one `{}` more is that of one expert in a stack; several share the rows.
+        has_pairs: rows of query and key alternate between the halves of each head.
+        has_transposed: the published checkpoint stores unquantized projections as `[in, out]`.
+    """
+
+    names: Mapping[str, str | tuple[str, ...]]
+    has_pairs: bool = False
+    has_transposed: bool = False
+
+
+def is_rope_table(name: str) -> bool:
+    """Whether a tensor holds no weight, but numbers that the configuration is made from."""
+    return _ROPE_TABLES.fullmatch(name) is not None
+
+
+def translate(store: TensorStore) -> Iterator[tuple[str, Piece]]:
+    """Every logical weight of a GGUF checkpoint.
+
+    Raises:
+        UnsupportedError: an architecture without a table.
+        CheckpointError: a tensor without a known meaning, or whose shape contradicts the metadata.
+    """
+    architecture = store.metadata[ARCHITECTURE_KEY]
+    naming = NAMINGS.get(architecture)
+    if naming is None:
+        raise UnsupportedError(
+            f"{store.files[0]} is of architecture {describe(architecture)}, whose tensor names are not known.",
+            remedy=f"Known: {', '.join(sorted(NAMINGS))}.",
+        )
+    draft_layers, num_pieces = _draft_layers(store), 0
+    for name, entry in store.items():
+        layer = re.match(r"blk\.(\d{1,6})\.", name)
+        if is_rope_table(name) or (layer is not None and int(layer[1]) in draft_layers):
+            continue
+        latent = _LATENT.fullmatch(name)
+        if latent is not None:
+            both = _latent(store, latent[1])
+            if latent[2] == "k":
+                yield f"{_LAYER.format(latent[1])}.self_attn.kv_b_proj.weight", both
+            continue
+        for piece in _pieces(store, naming, name, entry):
+            num_pieces += 1
+            check_num_pieces(num_pieces, entry)
+            yield piece
+
+
+def _latent(store: TensorStore, layer: str) -> Piece:
+    """Keys and values of latent attention, which were one weight."""
+    key, value = f"blk.{layer}.attn_k_b.weight", f"blk.{layer}.attn_v_b.weight"
+    for name in (key, value):
+        if name not in store:
+            _refuse(f"{store.files[0]} has one of {key!r} and {value!r}, but not the other", "Download it again.")
+    return Piece({KEY_PART: store[key], VALUE_PART: store[value]})
+
+
+def _draft_layers(store: TensorStore) -> range:
+    """Layers behind the decoder's last one, which predict further tokens and have no place in it."""
+    prefix = store.metadata[ARCHITECTURE_KEY]
+    num_blocks = store.metadata.get(f"{prefix}.block_count")
+    num_drafts = store.metadata.get(f"{prefix}.nextn_predict_layers", 0)
+    if type(num_blocks) is not int or type(num_drafts) is not int or not 0 <= num_drafts < num_blocks:
+        return range(0)
+    return range(num_blocks - num_drafts, num_blocks)
+
+
+def _pieces(store: TensorStore, naming: Naming, name: str, entry: TensorEntry) -> Iterator[tuple[str, Piece]]:
+    numbers = _NUMBER.findall(name)
+    pattern = _NUMBER.sub("{}", name)
+    stem, _, suffix = pattern.rpartition(".")
+    found = naming.names.get(pattern)
+    if found is None and suffix in ("weight", "bias"):
+        targets = naming.names.get(stem)
+        if targets is not None:
+            targets = (targets,) if isinstance(targets, str) else targets
+            found = tuple(f"{target}.{suffix}" for target in targets)
+    if found is None:
+        _refuse(
+            f"Tensor {describe(name)} in {entry.file} has no known meaning in architecture "
+            f"{store.metadata[ARCHITECTURE_KEY]!r}",
+            "Is the file made for another program?",
+        )
+    targets = (found,) if isinstance(found, str) else found
+    for index, target in enumerate(targets):
+        if target.count("{}") > len(numbers):
+            yield from _experts(target, numbers, entry, index, len(targets))
+        else:
+            yield target.format(*numbers), _whole(store, naming, stem, suffix, entry)
+
+
+def _experts(
+    target: str, numbers: list[str], entry: TensorEntry, index: int, num_targets: int
+) -> Iterator[tuple[str, Piece]]:
+    """Part `index` of `num_targets` of every expert's rows."""
+    if len(entry.shape) < 2 or entry.shape[1] % num_targets:
+        _refuse(
+            f"Tensor {describe(entry.name)} in {entry.file} has shape {list(entry.shape)}",
+            f"A stack of experts is [experts, {num_targets} × outputs, …].",
+        )
+    shape = (entry.shape[1] // num_targets, *entry.shape[2:])
+    for expert in range(entry.shape[0]):
+        start = (expert * num_targets + index) * prod(shape)
+        yield target.format(*numbers, expert), _piece(entry.part(start, shape))
+
+
+def _whole(store: TensorStore, naming: Naming, stem: str, suffix: str, entry: TensorEntry) -> Piece:
+    if naming.has_pairs and stem in ("blk.{}.attn_q", "blk.{}.attn_k"):
+        return _piece(entry, _from_pairs(entry, _num_heads(store, stem, entry)))
+    if stem == "blk.{}.ffn_gate_inp_shexp" and len(entry.shape) == 1:
+        return _piece(replace(entry, shape=(1, *entry.shape)))
+    is_projection = stem.startswith("blk.") and suffix == "weight" and len(entry.shape) == 2
+    if naming.has_transposed and is_projection and entry.encoding is None:
+        rows, columns = entry.shape
+        return _piece(replace(entry, shape=(columns, rows)), lambda stored: stored.view(rows, columns).t())
+    return _piece(entry)
+
+
+def _num_heads(store: TensorStore, stem: str, entry: TensorEntry) -> int:
+    prefix = store.metadata[ARCHITECTURE_KEY]
+    heads = store.metadata.get(f"{prefix}.attention.head_count")
+    if stem.endswith("attn_k"):
+        heads = store.metadata.get(f"{prefix}.attention.head_count_kv", heads)
+    if not isinstance(heads, int):  # one number for each layer
+        layer = int(entry.name.split(".")[1])
+        heads = heads[layer] if heads is not None and not isinstance(heads, str) and layer < len(heads) else None
+    if type(heads) is not int or heads < 1 or entry.shape[0] % (2 * heads):
+        _refuse(
+            f"Tensor {describe(entry.name)} in {entry.file} has {entry.shape[0]} rows and the metadata {heads!r} heads",
+            "The rows of every head are even in number.",
+        )
+    return heads
+
+
+def _from_pairs(entry: TensorEntry, num_heads: int) -> Arrange:
+    """Rows of each head from pairs, (0, half), (1, half + 1) …, to two halves."""
+    shape = entry.shape
+    split = (num_heads, shape[0] // num_heads // 2, 2, *shape[1:])
+    return lambda stored: stored.view(split).transpose(1, 2).reshape(shape)
+
+
+def _refuse(what: str, remedy: str) -> NoReturn:
+    raise CheckpointError(f"{what}.", remedy=remedy)
+
+
+def _layer(names: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
+    return {f"blk.{{}}.{name}": f"{_LAYER}.{logical}" for name, logical in names.items()}
+
+
+def _experts_of(
+    block: str, router: str = "gate", projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> dict[str, str | tuple[str, ...]]:
+    """Router and experts: in stacks, gate and up in one stack, or each by itself as until April 2024."""
+    each = {
+        part: f"{_LAYER}.{block}.experts.{{}}.{name}"
+        for part, name in zip(("gate", "up", "down"), projections, strict=True)
+    }
+    return {
+        "blk.{}.ffn_gate_inp": f"{_LAYER}.{block}.{router}",
+        "blk.{}.ffn_gate_up_exps": (each["gate"], each["up"]),
+        **{f"blk.{{}}.ffn_{part}_exps": name for part, name in each.items()},
+        **{f"blk.{{}}.ffn_{part}.{{}}": name for part, name in each.items()},
+    }
+
+
+_OUTSIDE: dict[str, str | tuple[str, ...]] = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_ATTENTION = _layer(
+    {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+    }
+)
+_HEAD_NORMS = _layer({"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"})
+_MLP = _layer({"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"})
+_MLP_NORM = _layer({"ffn_norm": "post_attention_layernorm"})
+_LATE_NORM = _layer({"post_attention_norm": "post_attention_layernorm"})
+_SHARED = _layer({f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")})
+_SHARED_ONE = _layer({f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")})
+_CORRECTION = {"blk.{}.exp_probs_b.bias": f"{_LAYER}.mlp.gate.e_score_correction_bias"}
+_W123 = ("w1", "w3", "w2")
+
+_DENSE = {**_OUTSIDE, **_ATTENTION, **_MLP_NORM, **_MLP}
+_MOE = {**_DENSE, **_experts_of("mlp")}
+
+NAMINGS: Mapping[str, Naming] = {
+    "llama": Naming({**_DENSE, **_experts_of("block_sparse_moe", projections=_W123)}, has_pairs=True),
+    "xverse": Naming(_DENSE, has_pairs=True),
+    "qwen2": Naming(_DENSE),
+    "qwen3": Naming({**_DENSE, **_HEAD_NORMS}),
+    "qwen2moe": Naming(
+        {**_MOE, **_SHARED_ONE, **_layer({"ffn_gate_inp_shexp": "mlp.shared_expert_gate"})},
+    ),
+    "qwen3moe": Naming({**_MOE, **_HEAD_NORMS}),
+    "olmoe": Naming({**_MOE, **_HEAD_NORMS}),
+    "phimoe": Naming({**_DENSE, **_experts_of("block_sparse_moe", projections=_W123)}),
+    "glm4moe": Naming(
+        {**_OUTSIDE, **_ATTENTION, **_HEAD_NORMS, **_LATE_NORM, **_MLP, **_experts_of("mlp"), **_SHARED, **_CORRECTION}
+    ),
+    "gpt-oss": Naming(
+        {
+            **_OUTSIDE,
+            **_ATTENTION,
+            **_LATE_NORM,
+            **_experts_of("mlp", router="router"),
+            "blk.{}.attn_sinks.weight": f"{_LAYER}.self_attn.sinks",
+        }
+    ),
+    "deepseek2": Naming(
+        {
+            **_OUTSIDE,
+            **_MLP_NORM,
+            **_MLP,
+            **_experts_of("mlp"),
+            **_SHARED,
+            **_CORRECTION,
+            **_layer(
+                {
+                    "attn_norm": "input_layernorm",
+                    "attn_q": "self_attn.q_proj",
+                    "attn_q_a": "self_attn.q_a_proj",
+                    "attn_q_a_norm": "self_attn.q_a_layernorm",
+                    "attn_q_b": "self_attn.q_b_proj",
+                    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+                    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+                    "attn_kv_b": "self_attn.kv_b_proj",
+                    "attn_output": "self_attn.o_proj",
+                }
+            ),
+        }
+    ),
+    "gpt2": Naming(
+        {
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+            "blk.{}.attn_norm": "transformer.h.{}.ln_1",
+            "blk.{}.attn_qkv": "transformer.h.{}.attn.c_attn",
+            "blk.{}.attn_output": "transformer.h.{}.attn.c_proj",
+            "blk.{}.ffn_norm": "transformer.h.{}.ln_2",
+            "blk.{}.ffn_up": "transformer.h.{}.mlp.c_fc",
+            "blk.{}.ffn_down": "transformer.h.{}.mlp.c_proj",
+        },
+        has_transposed=True,
+    ),
+}

@@ -1,1 +1,0 @@
-"""One file per family of published layouts; each exports `FORMAT` or `FORMATS` (see `amalgam.precision.format`)."""

@@ -1,0 +1,1 @@
+"""The composition root: settings → a running model, and live changes of it."""

@@ -1,0 +1,1 @@
+"""Endpoints: each file is a router, with handlers, requests and answers side by side."""

@@ -1,0 +1,279 @@
+"""The native REST interface: generation, and what is being served.
+
+In: prompts and sampling parameters. Out: text with its figures, at once or as it comes. Weights and expert statistics,
+the rest of the interface, are in `admin`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from fastapi import APIRouter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from amalgam import __version__
+from amalgam.engine.request import (
+    MAX_REPETITION_PENALTY,
+    MAX_SEED,
+    MAX_STOP_STRINGS,
+    MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
+    Observation,
+    RequestOutput,
+    SamplingParams,
+    Usage,
+)
+from amalgam.errors import RequestError
+from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
+from amalgam.server.generation import Completion, EventStream, complete, complete_all
+from amalgam.server.http.access import unless_client_leaves
+from amalgam.server.http.body import Body, StrictRoute
+from amalgam.server.http.errors import OrjsonResponse
+from amalgam.server.service import Status
+
+if TYPE_CHECKING:
+    from amalgam.models.context import RoutingTrace
+
+MAX_INT = 2**31 - 1
+
+router = APIRouter(route_class=StrictRoute, tags=["native"])
+pages = APIRouter(tags=["native"])  # probes and proxies may add a query
+
+StopString = Annotated[str, Field(min_length=1)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class SamplingFields(Body):
+    """How to sample. The defaults are those of the model's `generation_config.json` where it has any."""
+
+    max_new_tokens: int = Field(default=SamplingParams.max_new_tokens, ge=1, le=MAX_INT)
+    """Most tokens to generate; less if prompt and answer would exceed the model's sequence length."""
+    temperature: float = Field(default=SamplingParams.temperature, ge=0, le=MAX_TEMPERATURE)
+    """Divides the logits; 0 is greedy."""
+    top_p: float = Field(default=SamplingParams.top_p, gt=0, le=1)
+    """Sample from the smallest set of tokens with this much probability."""
+    top_k: int = Field(default=SamplingParams.top_k, ge=0, le=MAX_INT)
+    """Sample from this many of the likeliest tokens; 0: no limit."""
+    min_p: float = Field(default=SamplingParams.min_p, ge=0, le=1)
+    """Leave out tokens less likely than this share of the likeliest one."""
+    do_sample: bool = SamplingParams.do_sample
+    """False: always take the likeliest token."""
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    """The same seed gives the same answer. None: a different one each time."""
+    stop: Annotated[
+        list[StopString],
+        Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
+        BeforeValidator(_as_list, json_schema_input_type=str | list[StopString] | None),
+    ] = Field(default_factory=list)
+    """Where to end: a string or several. The answer does not hold it. It may contain special tokens, `<|im_end|>`."""
+    repetition_penalty: float = Field(
+        default=SamplingParams.repetition_penalty, ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY
+    )
+    """Above 1: tokens that have appeared become less likely."""
+
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """What the body says, and `defaults` where it says nothing."""
+        given = {name: getattr(self, name) for name in SamplingFields.model_fields if name in self.model_fields_set}
+        return SamplingParams(**given).over(defaults)
+
+
+class ObservedFields(SamplingFields):
+    domain: str | None = Field(default=None, min_length=1, max_length=64)
+    """A label under which the expert statistics count this request apart."""
+    routed_experts: bool = False
+    """Answer with the experts that each token was routed to."""
+
+    def observation(self) -> Observation:
+        return Observation(self.domain, self.routed_experts)
+
+
+class GenerateBody(ObservedFields):
+    prompt: str = Field(min_length=1)
+    """The text to continue."""
+    stream: bool = False
+    """Answer with server-sent events as the text comes, ended with `data: [DONE]`."""
+
+
+class BatchGenerateBody(ObservedFields):
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, fail_fast=True)
+    """The texts to continue; at most `server.max_batch_prompts`."""
+    stream: Literal[False] = False
+    """Only /generate streams."""
+
+
+class Timings(BaseModel):
+    queue_seconds: float
+    first_token_seconds: float
+    total_seconds: float
+    tokens_per_second: float
+
+
+class RoutedExperts(BaseModel):
+    layer_ids: list[int]
+    """The layers that have experts."""
+    expert_ids: list[list[list[int]]]
+    """Per token (of prompt and answer, but for the last), per layer: its experts, the heaviest first."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class CompletionFigures(BaseModel):
+    prompt_tokens: int
+    generated_tokens: int
+    total_tokens: int
+    finish_reason: str
+    timings: Timings
+    weight_version: int
+    routed_experts: RoutedExperts | None = None
+    """Only if asked for."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    @classmethod
+    def of(cls, usage: Usage, finish_reason: str, **fields: Any) -> Self:
+        seconds = usage.total_seconds - usage.queue_seconds
+        return cls(
+            prompt_tokens=usage.num_prompt_tokens,
+            generated_tokens=usage.num_new_tokens,
+            total_tokens=usage.num_prompt_tokens + usage.num_new_tokens,
+            finish_reason=finish_reason,
+            timings=Timings(
+                queue_seconds=usage.queue_seconds,
+                first_token_seconds=usage.first_token_seconds,
+                total_seconds=usage.total_seconds,
+                tokens_per_second=usage.num_new_tokens / seconds if seconds > 0 else 0.0,
+            ),
+            weight_version=usage.version,
+            **fields,
+        )
+
+
+class GenerateAnswer(CompletionFigures):
+    generated_text: str
+
+
+class BatchGenerateAnswer(BaseModel):
+    prompts: list[str]
+    generated_texts: list[str]
+    details: list[CompletionFigures]
+
+
+class RootAnswer(BaseModel):
+    status: Status
+    model: str
+    version: str
+    weight_version: int | None
+    uptime_seconds: float
+
+
+@pages.get("/", response_model=RootAnswer)
+async def root(request: Request, service: ServiceArgument) -> Response:
+    """What is served here, and whether it can be used. Browsers are led to the dashboard."""
+    headers = {"Vary": "Accept"}
+    if prefers_html(request.headers.get("accept", "")):
+        return RedirectResponse("dashboard", 302, headers)  # relative: a proxy may have taken a prefix away
+    answer = RootAnswer(
+        status=service.status,
+        model=service.model_name,
+        version=__version__,
+        weight_version=service.weight_version,
+        uptime_seconds=service.uptime_seconds,
+    )
+    return OrjsonResponse(answer.model_dump(mode="json"), headers=headers)
+
+
+@router.post("/generate", dependencies=[Admission], response_model=GenerateAnswer, response_model_exclude_none=True)
+async def generate(
+    body: GenerateBody, request: Request, service: ServiceArgument, request_id: RequestId
+) -> GenerateAnswer | Response:
+    """Continue one prompt."""
+    params, observation = body.sampling_params(service.default_params), body.observation()
+
+    async def answer() -> GenerateAnswer | Response:
+        [prompt_ids] = await service.encode([body.prompt])
+        engine = service.deployment.engine
+        if body.stream:
+            outputs = engine.stream(prompt_ids, params, observation)
+            return EventStream(outputs, event_fields, request_id, service.settings.server.stream_comment_seconds)
+        completion = await complete(engine, prompt_ids, params, observation)
+        result = GenerateAnswer.of(completion.usage, completion.finish_reason, generated_text=completion.text)
+        if completion.trace is None:
+            return result
+        return await asyncio.to_thread(OrjsonResponse, _with_experts(result, completion.trace))
+
+    return await unless_client_leaves(request.receive, answer())
+
+
+@router.post(
+    "/batch_generate", dependencies=[Admission], response_model=BatchGenerateAnswer, response_model_exclude_none=True
+)
+async def batch_generate(
+    body: BatchGenerateBody, request: Request, service: ServiceArgument
+) -> BatchGenerateAnswer | Response:
+    """Continue several prompts together. The answers are in the prompts' order; one error fails all.
+
+    A batch may be larger than the queue: it never takes more than half of it.
+    """
+    limit = service.settings.server.max_batch_prompts
+    if len(body.prompts) > limit:
+        raise RequestError(f"prompts has {len(body.prompts)} entries.", remedy=f"Allowed: at most {limit}.")
+    params, observation = body.sampling_params(service.default_params), body.observation()
+
+    async def answer() -> list[Completion]:
+        prompts_ids = await service.encode(body.prompts)
+        engine = service.deployment.engine
+        return await complete_all(engine, prompts_ids, params, observation, service.max_batch_in_flight)
+
+    completions = await unless_client_leaves(request.receive, answer())
+    result = BatchGenerateAnswer(
+        prompts=body.prompts,
+        generated_texts=[item.text for item in completions],
+        details=[CompletionFigures.of(item.usage, item.finish_reason) for item in completions],
+    )
+    if not body.routed_experts:
+        return result
+    details = [_with_experts(figures, item.trace) for figures, item in zip(result.details, completions, strict=True)]
+    return await asyncio.to_thread(OrjsonResponse, {**result.model_dump(exclude_none=True), "details": details})
+
+
+@router.get("/model_info", response_model=dict[str, Any])
+async def model_info(service: ServiceArgument) -> Response:
+    """Architecture, sizes, parameters, sources, weights and bytes by precision, memory, devices."""
+    return OrjsonResponse(await asyncio.to_thread(service.deployment.model_info))
+
+
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header names HTML, and no other type than HTML before JSON (RFC 9110, 12.5.1)."""
+    weights: dict[str, float] = {}
+    for item in accept.split(","):
+        media_type, *parameters = (part.strip().lower() for part in item.split(";"))
+        quality = next((text.removeprefix("q=") for text in parameters if text.startswith("q=")), "1")
+        try:
+            weights[media_type] = float(quality)
+        except ValueError:
+            weights[media_type] = 0.0
+    html = weights.get("text/html", 0.0)
+    json = next((weights[name] for name in ("application/json", "application/*", "*/*") if name in weights), 0.0)
+    return html > 0 and html > json
+
+
+def event_fields(output: RequestOutput) -> dict[str, Any]:
+    """The fields of one event of a stream; the last one has the figures."""
+    if output.usage is None or output.finish_reason is None:
+        return {"text": output.text}
+    figures = CompletionFigures.of(output.usage, output.finish_reason)
+    return {"text": output.text, **_with_experts(figures, output.trace)}
+
+
+def _with_experts(figures: CompletionFigures, trace: RoutingTrace | None) -> dict[str, Any]:
+    """An answer's fields, with `RoutedExperts` as arrays: for long answers, lists of millions would stall the loop."""
+    fields = figures.model_dump(exclude_none=True)
+    if trace is not None:
+        fields["routed_experts"] = {"layer_ids": list(trace.layer_ids), "expert_ids": trace.expert_ids}
+    return fields

@@ -1,0 +1,182 @@
+"""Request bodies: their size, their JSON, and the fields that all of them share.
+
+In: raw ASGI messages. Out: parsed bodies for the handlers. Must never know: what an endpoint does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import orjson
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from amalgam.errors import AmalgamError, OverloadedError, RequestError, describe
+from amalgam.server.http.access import unless_client_leaves
+from amalgam.server.http.encoding import LONG_BODY_BYTES
+from amalgam.server.http.errors import BodyTooLargeError, InvalidJSONError, MediaTypeError, error_response
+
+MAX_JSON_KEYS = 100_000
+MAX_HELD_BODIES = 32  # of the largest size
+
+
+class Body(BaseModel):
+    """Base of request bodies: a bool is not a number, an unknown field is an error, null means the default."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        is_absent = {key for key, value in data.items() if value is None and key in fields}
+        return {key: value for key, value in data.items() if key not in is_absent or fields[key].is_required()}
+
+
+class NoFields(Body):
+    """A body that may be absent or `{}`."""
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse RFC 8259 JSON: no NaN, no infinities, no lone surrogates, no key twice, bounded depth and keys.
+
+    Raises:
+        InvalidJSONError: naming what is wrong and where.
+    """
+    try:
+        value = orjson.loads(body)
+        json.loads(body, object_pairs_hook=_KeyCheck())
+    except (ValueError, RecursionError) as error:
+        raise InvalidJSONError(f"The body is not valid JSON: {error}.", remedy="Send a JSON object.") from None
+    return value
+
+
+class _KeyCheck:
+    """`object_pairs_hook` that refuses repeated keys, which parsers otherwise drop silently, and too many of them."""
+
+    def __init__(self) -> None:
+        self.num_keys = 0
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> None:
+        self.num_keys += len(pairs) + 1
+        if self.num_keys > MAX_JSON_KEYS:
+            raise ValueError(f"more than {MAX_JSON_KEYS} keys")
+        keys = set()
+        for key, _ in pairs:
+            if key in keys:
+                raise ValueError(f"key {key[:64]!a} stands twice")
+            keys.add(key)
+
+
+class JSONRequest(Request):
+    async def read_json(self) -> None:
+        """Parse the body, if there is one. Before FastAPI does, which would hide the message of an error.
+
+        Whatever is declared must be JSON, even of no length: a page of another site can send forms and plain text
+        without asking first.
+
+        Raises:
+            MediaTypeError, InvalidJSONError: it is not JSON.
+        """
+        body, declared = await self.body(), self.headers.get("content-type")
+        if body or declared is not None:
+            _check_media_type(declared or "")
+        if body:
+            self._json = parse_json(body)
+            self._body = b"{}"  # a long prompt is in memory for as long as its answer takes: once is enough
+
+    async def json(self) -> Any:
+        return self._json
+
+
+class StrictRoute(APIRoute):
+    """A route that parses its body strictly, and refuses query parameters that it does not declare or gets twice."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            request = JSONRequest(request.scope, request.receive)
+            if request.query_params and not self.dependant.query_params:
+                raise RequestError(f"{self.path} takes no query.", remedy="Leave out what follows the question mark.")
+            _check_no_key_twice(request)
+            if self.body_field is None:
+                return await handle(request)
+            async with contextlib.AsyncExitStack() as stack:
+                if len(await request.body()) > LONG_BODY_BYTES:
+                    encoder = request.app.state.service.encoder
+                    await stack.enter_async_context(encoder.long_body(partial(unless_client_leaves, request.receive)))
+                await request.read_json()
+                return await handle(request)
+
+        return handle_strictly
+
+
+def _check_no_key_twice(request: Request) -> None:
+    for key, count in Counter(key for key, _ in request.query_params.multi_items()).items():
+        if count > 1:
+            raise RequestError(f"{describe(key)} stands {count} times in the query.", remedy="Give it once.")
+
+
+def _check_media_type(value: str) -> None:
+    media_type = value.partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise MediaTypeError(f"Content-Type is {media_type[:120]!a}.", remedy="Send application/json.")
+
+
+class BodyLimit:
+    """Refuses bodies of more than `max_bytes` before anything is parsed, and too many long ones at the same time."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self._max_held_bytes = MAX_HELD_BODIES * max_bytes
+        self._held_bytes = 0  # of requests that are not answered yet
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        received = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal received
+            message = await receive()
+            num_bytes = len(message.get("body", b""))
+            received += num_bytes
+            self._held_bytes += num_bytes
+            self._check(received)
+            return message
+
+        try:
+            self._check(int(declared) if declared.isdigit() else 0)
+        except AmalgamError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive_within_limit, send)
+        finally:
+            self._held_bytes -= received
+
+    def _check(self, num_bytes: int) -> None:
+        if num_bytes > self.max_bytes:
+            raise BodyTooLargeError(
+                f"The body has more than {self.max_bytes} bytes.", remedy="Send less, or raise server.max_body_bytes."
+            )
+        if num_bytes and self._held_bytes > self._max_held_bytes:
+            raise OverloadedError(
+                f"Requests of more than {self._max_held_bytes} bytes are being answered.", remedy="Try again later."
+            )

@@ -1,0 +1,149 @@
+"""Prompts → token ids, without one request holding up the others.
+
+In: texts and conversations. Out: token ids. Must never know: HTTP, the engine.
+
+Work is done in turns of bounded size in daemon threads. A request asks for one turn after another, so that a short
+prompt waits for a turn of each long one at most, a request whose client has left takes no further turn, and an exit
+waits for none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from amalgam.base.threads import StoppableThread
+from amalgam.errors import RequestError
+from amalgam.text.pieces import PIECE_CHARS
+
+if TYPE_CHECKING:
+    from amalgam.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat
+T = TypeVar("T")
+
+LONG_BODY_BYTES = 2**20
+NUM_LONG_BODIES = 2  # parsed and not yet encoded; as text, one may take four times its bytes
+
+
+class Place:
+    """One of the few that a long body takes from its parsing until its prompts are encoded."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places = places
+        self._is_taken = True
+
+    def leave(self) -> None:
+        """Harmless when repeated."""
+        if self._is_taken:
+            self._is_taken = False
+            self._places.release()
+
+
+_place: ContextVar[Place | None] = ContextVar("place", default=None)  # of the request that runs
+
+
+class Encoder:
+    """Encodes prompts, at most `num_threads` turns at a time."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._turns = asyncio.Semaphore(num_threads)
+        self._places = asyncio.Semaphore(NUM_LONG_BODIES)
+
+    @contextlib.asynccontextmanager
+    async def long_body(
+        self, wait: Callable[[Coroutine[Any, Any, bool]], Coroutine[Any, Any, bool]]
+    ) -> AsyncIterator[None]:
+        """A place for the request that runs in the context, which `encode` leaves early.
+
+        Args:
+            wait: awaits until there is one.
+        """
+        await wait(self._places.acquire())
+        place = Place(self._places)
+        _place.set(place)
+        try:
+            yield
+        finally:
+            place.leave()
+
+    async def encode(self, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int) -> list[list[int]]:
+        """Token ids of each prompt. Cancelling the caller ends the work after the turn that is going on.
+
+        Raises:
+            RequestError: a prompt cannot be encoded; with several, a note names it.
+            PromptTooLongError: one has more than `max_tokens` tokens.
+        """
+        token_ids: list[list[int]] = []
+        work = _encode(tokenizer, prompts, max_tokens, token_ids)
+        try:
+            while not await self._turn(lambda: _advance(work)):
+                pass
+        finally:
+            if (place := _place.get()) is not None:
+                place.leave()
+        return token_ids
+
+    async def _turn(self, call: Callable[[], T]) -> T:
+        await self._turns.acquire()
+        loop = asyncio.get_running_loop()
+        future = start_thread(call)
+
+        def release(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(self._turns.release)
+
+        future.add_done_callback(release)  # not when the caller is cancelled: the thread works on
+        return await asyncio.wrap_future(future)
+
+
+def start_thread(call: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """Run a blocking call in a thread of its own: unlike a pool's, it takes no turn from others.
+
+    It cannot be stopped; an exit waits a little for it, and then ends the process without it.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, only abandoned
+
+    def work() -> None:
+        try:
+            result = call()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    StoppableThread(work, "amalgam-call", lambda: None).start()
+    return future
+
+
+def _encode(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, token_ids: list[list[int]]
+) -> Iterator[int]:
+    """Fill `token_ids`; yields after each piece of work how many characters it was, at most."""
+    for index, prompt in enumerate(prompts):
+        by_piece = tokenizer.encode_by_piece if isinstance(prompt, str) else tokenizer.encode_chat_by_piece
+        ids: list[int] = []
+        try:
+            for piece in by_piece(prompt, max_tokens):  # type: ignore[arg-type]
+                ids += piece
+                yield min(len(prompt), PIECE_CHARS) if isinstance(prompt, str) else PIECE_CHARS
+        except RequestError as error:
+            if len(prompts) > 1:
+                error.add_note(f"This is prompts[{index}]")
+            raise
+        token_ids.append(ids)
+
+
+def _advance(work: Iterator[int]) -> bool:
+    """One turn; whether the work is done."""
+    num_chars = 0
+    for done in work:
+        num_chars += done
+        if num_chars >= PIECE_CHARS:
+            return False
+    return True

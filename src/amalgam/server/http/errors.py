@@ -1,0 +1,166 @@
+"""Errors → HTTP answers. One shape for all: `{"error": {"type", "message", "param"?}}`.
+
+In: anything a handler raises. Out: a response whose body can always be serialised, whatever the client sent.
+"""
+
+from __future__ import annotations
+
+import http
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from amalgam.errors import AmalgamError, describe
+from amalgam.server.http.methods import without_slash
+
+RETRY_AFTER_SECONDS = 5
+MAX_REPORTED_ERRORS = 3
+MAX_NAME_CHARS = 120
+UNDOCUMENTED_PAGES = {"/dashboard", "/docs", "/openapi.json"}
+
+
+class BodyTooLargeError(AmalgamError):
+    """The request's body exceeds `server.max_body_bytes`."""
+
+    http_status = 413
+    code = "body_too_large"
+
+
+class MediaTypeError(AmalgamError):
+    """The request's body is declared to be something else than JSON."""
+
+    http_status = 415
+    code = "unsupported_media_type"
+
+
+class InvalidJSONError(AmalgamError):
+    """The request's body is not JSON as RFC 8259 has it."""
+
+    code = "invalid_json"
+
+
+class ErrorDetail(BaseModel):
+    type: str
+    message: str
+    param: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer with a status of 400 or more."""
+
+    error: ErrorDetail
+
+
+class OrjsonResponse(JSONResponse):
+    """JSON through orjson: never emits NaN, and takes integers as keys and arrays as lists."""
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+
+
+class ErrorResponse(OrjsonResponse):
+    """An error's answer, which leaves its code in the request's state: refusals are counted by it."""
+
+    def __init__(self, content: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(content, status, headers)
+        self._code: str = content["error"]["type"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["refusal"] = self._code
+        await super().__call__(scope, receive, send)
+
+
+def error_content(error: Exception, request_id: str = "") -> dict[str, Any]:
+    """The JSON body that tells a client of `error`. Of unexpected errors it tells only the request's id."""
+    if not isinstance(error, AmalgamError):
+        message = f"The server failed on this request (id {request_id}). Its log has a line with that id."
+        return _content("internal_error", message)
+    return _content(error.code, ". ".join([str(error), *getattr(error, "__notes__", ())]))
+
+
+def error_response(error: Exception, request_id: str = "") -> ErrorResponse:
+    """`error_content` with the status and headers that go with it."""
+    status = error.http_status if isinstance(error, AmalgamError) else 500
+    headers = {}
+    if status == 503:
+        headers["Retry-After"] = str(getattr(error, "retry_after_seconds", RETRY_AFTER_SECONDS))
+    return ErrorResponse(error_content(error, request_id), status, headers)
+
+
+def register_error_handlers(app: FastAPI) -> None:
+    """Answer user errors, refused bodies, unknown paths and wrong methods in the one shape."""
+
+    async def on_amalgam_error(request: Request, error: Exception) -> OrjsonResponse:
+        return error_response(error)
+
+    async def on_validation_error(request: Request, error: Exception) -> OrjsonResponse:
+        assert isinstance(error, RequestValidationError)
+        items = error.errors()
+        messages = [_explain(item) for item in items[:MAX_REPORTED_ERRORS]]
+        if len(items) > MAX_REPORTED_ERRORS:
+            messages.append(f"{len(items) - MAX_REPORTED_ERRORS} more errors.")
+        return ErrorResponse(_content("invalid_request", " ".join(messages), _parameter(items[0])), 422)
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        where = describe(request.url.path, MAX_NAME_CHARS)
+        if error.status_code == 404 and (place := without_slash(_pages(app), request.scope)) is not None:
+            return RedirectResponse(place, 308)
+        if error.status_code == 404:
+            message = f"There is no {where} here. GET /docs lists the endpoints."
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            message = f"{request.method[:MAX_NAME_CHARS]!a} is not a method of {where}. Allowed: {allowed}."
+        else:
+            message = str(error.detail)
+        kind = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        return ErrorResponse(_content(kind, message), error.status_code, error.headers)
+
+    app.add_exception_handler(AmalgamError, on_amalgam_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+
+
+def _pages(app: FastAPI) -> set[str]:
+    documented = {path for path, methods in app.openapi()["paths"].items() if "get" in methods}
+    return documented | UNDOCUMENTED_PAGES
+
+
+def _content(kind: str, message: str, param: str | None = None) -> dict[str, Any]:
+    error = {"type": kind, "message": message}
+    if param is not None:
+        error["param"] = param
+    return {"error": error}
+
+
+def _parameter(item: Mapping[str, Any]) -> str:
+    """`("body", "prompts", 3)` → `prompts[3]`."""
+    name = ""
+    for part in item["loc"][1:]:
+        name += f"[{part}]" if isinstance(part, int) else f"{'.' if name else ''}{part}"
+    return name[:MAX_NAME_CHARS] or "body"
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    param = _parameter(item)
+    if item["type"] == "missing":
+        return f"{param} is required."
+    if item["type"] == "extra_forbidden":
+        return (
+            f"{describe(param)} is not a field of this request. Remove it or correct its name; /docs lists the fields."
+        )
+    return f"{param} is {_show(item['input'])}. {item['msg']}."
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list | dict) and len(value) > 8:
+        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)} items"
+    return describe(value)

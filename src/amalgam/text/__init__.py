@@ -1,0 +1,1 @@
+"""Tokenizer, chat template, the stream of an answer. Must never know: tensors, requests."""

@@ -1,0 +1,319 @@
+"""GGUF as a source like any other, and as the only one."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from amalgam.checkpoint import TensorStore
+from amalgam.composition.source import Source
+from amalgam.config.settings import MixedPrecisionSettings
+from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
+from amalgam.models.spec import all_families
+from tests.models.gguf_writer import ARCHITECTURES, KIND, write_gguf
+from tests.models.harness import Runner, hand_built, load_model
+from tests.models.tiny import save_tiny, write_checkpoint
+
+TOLERANCE = 1e-4
+PROMPT = list(range(3, 64))
+FAMILIES = {family.name: family for family in all_families() if family.architectures[0] in ARCHITECTURES}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}, {}),
+    "llama_rope_llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 64}, {}),
+    "llama_rope_linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+        {},
+    ),
+    "mixtral_window": ("mixtral", {"sliding_window": 8}, {}),
+    "mixtral_one_tensor_per_expert": ("mixtral", {}, {"stacks_experts": False}),
+    "qwen3_moe_fused": ("qwen3_moe", {}, {"fuses_gate_up": True}),
+    "xverse_dense": ("xverse", {"num_experts": None, "moe_top_k": None, "num_shared_experts": None}, {}),
+    "gpt_oss_default_rope": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, {}),
+    "olmoe_clipped": ("olmoe", {"clip_qkv": 0.5}, {}),
+    "deepseek_v2_groups": (
+        "deepseek_v2",
+        {"q_lora_rank": 32, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+        {},
+    ),
+    "deepseek_v2_latent": ("deepseek_v2", {}, {"splits_latent": True}),
+    "deepseek_v3_latent": ("deepseek_v3", {}, {"splits_latent": True}),
+    "qwen3_moe_split": ("qwen3_moe", {}, {"split_max_tensors": 5}),
+}
+CASES = {name: (name, {}, {}) for name in FAMILIES if name != "xverse"} | VARIANTS
+
+
+def logits_of(path: Path, mixed: MixedPrecisionSettings | None = None) -> torch.Tensor:
+    return Runner(*load_model(path, mixed=mixed), blocks_each=40).step({0: PROMPT})[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_alone_it_computes_what_hugging_face_does(case: str, tmp_path: Path) -> None:
+    family, changes, options = CASES[case]
+    model = save_tiny(FAMILIES[family], tmp_path / "hf", **changes)
+    (tmp_path / "gguf").mkdir()
+    write_gguf(tmp_path / "hf", tmp_path / "gguf" / "model.gguf", **options)
+    torch.testing.assert_close(logits_of(tmp_path / "gguf"), model.logits(PROMPT), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(family, kind) for family in ("llama", "mixtral", "qwen2", "qwen3_moe") for kind in (KIND.Q4_0, KIND.Q8_0)]
+    + [("llama", kind) for kind in (KIND.F16, KIND.BF16, KIND.Q4_1, KIND.Q5_0, KIND.Q5_1, KIND.MXFP4)],
+)
+def test_every_weight_is_what_the_tool_makes_of_it(
+    family: str, kind: gguf.GGMLQuantizationType, tmp_path: Path
+) -> None:
+    """Also under the permutation of Llama's query and key rows, and for each expert of a stack."""
+    save_tiny(FAMILIES[family], tmp_path / "hf")
+    file = write_gguf(tmp_path / "hf", tmp_path / "model.gguf", kind)
+    decoder, version = load_model(file)
+    published = load_file(tmp_path / "hf" / "model.safetensors")
+    num_quantized = 0
+    for slot, origin in version.origins.items():
+        weight = published[origin.name].numpy()
+        if origin.stored_format != "fp32":
+            weight = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
+            num_quantized += 1
+        assert torch.equal(version[slot].dequantize(torch.float32), torch.from_numpy(weight)), slot
+    assert num_quantized > 10
+
+    composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built(version)))
+    assert torch.equal(composed, expected)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mixed")
+    save_tiny(FAMILIES["qwen3_moe"], root / "hf")
+    for kind in (KIND.F32, KIND.Q8_0, KIND.Q4_0):
+        write_gguf(root / "hf", root / f"{kind.name.lower()}.gguf", kind)
+    return root
+
+
+@pytest.mark.parametrize("kind", [KIND.F16, KIND.Q8_0])
+def test_latent_attention_in_two_parts(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
+    sizes = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}
+    save_tiny(FAMILIES["deepseek_v2"], tmp_path / "hf", **sizes)
+    _, version = load_model(write_gguf(tmp_path / "hf", tmp_path / "model.gguf", kind, splits_latent=True))
+    published = load_file(tmp_path / "hf" / "model.safetensors")
+    for layer in range(2):
+        heads = published[f"model.layers.{layer}.self_attn.kv_b_proj.weight"].numpy().reshape(4, 96, 32)
+        key, value = (
+            gguf.quants.dequantize(gguf.quants.quantize(np.ascontiguousarray(part), kind), kind)
+            for part in (heads[:, :32].transpose(0, 2, 1), heads[:, 32:])
+        )
+        expected = np.concatenate((key.transpose(0, 2, 1), value), axis=1).reshape(384, 32)
+        found = version[f"layers.{layer}.attention.kv_b"].dequantize(torch.float32)
+        assert torch.equal(found, torch.from_numpy(expected))
+        parts = version.origins[f"layers.{layer}.attention.kv_b"].parts
+        assert {part.tensor for part in parts} == {f"blk.{layer}.attn_{part}_b.weight" for part in "kv"}
+
+
+def test_draft_layers_have_no_place(tmp_path: Path) -> None:
+    """GLM-4.5 and DeepSeek-V3 files hold a layer more, which predicts the token after the next."""
+
+    def add_draft(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0]["glm4moe.block_count"].value = 3
+        writer.add_nextn_predict_layers(1)
+        add(writer, "blk.2.attn_norm.weight", 64)
+        add(writer, "blk.2.nextn.eh_proj.weight", 64)
+
+    model = save_tiny(FAMILIES["glm4_moe"], tmp_path / "hf")
+    file = write_gguf(tmp_path / "hf", tmp_path / "model.gguf", edit=add_draft)
+    torch.testing.assert_close(logits_of(file), model.logits(PROMPT), atol=TOLERANCE, rtol=0)
+
+
+class TestMixed:
+    def test_with_safetensors_among_the_experts_of_a_layer(self, checkpoints: Path) -> None:
+        mixed = MixedPrecisionSettings(
+            sources={name: str(checkpoints / f"{name}.gguf") for name in ("q8_0", "q4_0")},
+            weight_mapping={
+                "model.layers.*.mlp.experts.{0,3,6}.*": "q8_0",
+                "model.layers.*.mlp.experts.{1,4,7}.*": "q4_0",
+            },
+        )
+        decoder, version = load_model(checkpoints / "hf", mixed=mixed)
+        formats = {(o.source, o.format) for o in version.origins.values() if ".experts." in o.slot}
+        assert formats == {("base", "fp32"), ("q8_0", "gguf_q8_0"), ("q4_0", "gguf_q4_0")}
+        composed, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built(version)))
+        assert torch.equal(composed, expected)
+
+    def test_safetensors_with_gguf_as_the_base(self, checkpoints: Path) -> None:
+        mixed = MixedPrecisionSettings(
+            sources={"hf": str(checkpoints / "hf")}, weight_mapping={"model.layers.0.*": "hf"}
+        )
+        assert torch.equal(logits_of(checkpoints / "f32.gguf", mixed), logits_of(checkpoints / "hf"))
+
+    def test_every_part_has_its_place_in_the_file(self, checkpoints: Path) -> None:
+        """The manifest tells the bytes of each expert."""
+        _, version = load_model(checkpoints / "q8_0.gguf")
+        raw = (checkpoints / "q8_0.gguf").read_bytes()
+        stack = {
+            int(s.split(".")[4]): o
+            for s, o in version.origins.items()
+            if s.startswith("layers.1.mlp.experts.") and s.endswith(".down")
+        }
+        offsets = [stack[expert].parts[0].offset for expert in range(8)]
+        sizes = {part.nbytes for origin in stack.values() for part in origin.parts}
+        assert len(sizes) == 1
+        assert np.all(np.diff(offsets) == sizes.pop())
+        assert all(o.parts[0].tensor == "blk.1.ffn_down_exps.weight" for o in stack.values())
+        assert offsets[0] is not None and offsets[7] < len(raw)
+
+    @pytest.mark.parametrize(("change", "is_same"), [(0.0, True), (0.5, False)])
+    def test_a_head_beside_a_tied_embedding(self, tmp_path: Path, change: float, is_same: bool) -> None:
+        """A GGUF file may have both, in two precisions; the base checkpoint says that they are one."""
+        save_tiny(FAMILIES["qwen3_moe"], tmp_path / "hf", tie_word_embeddings=True)
+        config = json.loads((tmp_path / "hf" / "config.json").read_text())
+        tensors = load_file(tmp_path / "hf" / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][7] += change
+        write_checkpoint(tmp_path / "twice", config, tensors)
+        other = write_gguf(tmp_path / "twice", tmp_path / "other.gguf", KIND.Q8_0)
+        mixed = MixedPrecisionSettings(sources={"other": str(other)}, weight_mapping={"*.experts.*": "other"})
+        if is_same:
+            load_model(tmp_path / "hf", mixed=mixed)
+        else:
+            with pytest.raises(CheckpointError, match=r"'other'.*another model"):
+                load_model(tmp_path / "hf", mixed=mixed)
+
+    def test_another_model(self, checkpoints: Path, tmp_path: Path) -> None:
+        save_tiny(FAMILIES["qwen3_moe"], tmp_path / "hf", num_experts_per_tok=3)
+        other = write_gguf(tmp_path / "hf", tmp_path / "other.gguf")
+        mixed = MixedPrecisionSettings(sources={"other": str(other)}, weight_mapping={"model.norm.weight": "other"})
+        with pytest.raises(CheckpointError, match="describes another model"):
+            load_model(checkpoints / "hf", mixed=mixed)
+
+    def test_a_quantized_weight_where_none_may_be(self, checkpoints: Path, tmp_path: Path) -> None:
+        def quantized_norm(writer: gguf.GGUFWriter) -> None:
+            raw = gguf.quants.quantize(np.ones(64, np.float32), KIND.Q8_0)
+            writer.add_tensor("blk.2.attn_norm.weight", raw, raw_dtype=KIND.Q8_0)
+
+        file = write_gguf(checkpoints / "hf", tmp_path / "model.gguf", edit=quantized_norm)
+        with pytest.raises(CheckpointError, match=r"'blk\.2\.attn_norm\.weight'.*Only matrices"):
+            load_model(file)
+
+
+def add(writer: gguf.GGUFWriter, name: str, size: int) -> None:
+    writer.add_tensor(name, np.full(size, 3.5, np.float32))
+
+
+class TestRefusals:
+    @pytest.fixture
+    def tiny(self, tmp_path: Path) -> Path:
+        save_tiny(FAMILIES["llama"], tmp_path / "hf")
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("edit", "error", "message"),
+        [
+            (lambda w: w.add_uint32("llama.new_trick", 7), CheckpointError, "llama.new_trick = 7"),
+            (lambda w: w.add_head_count(3), AmalgamError, "head"),
+            (lambda w: w.add_head_count(0), AmalgamError, "0 heads"),
+            (lambda w: w.add_head_count([4, 2]), AmalgamError, "head_count|heads"),
+            (lambda w: w.add_string("llama.block_count", "two"), CheckpointError, "block_count = 'two'"),
+            (lambda w: w.add_block_count(3), PlanError, "model.layers.2"),
+            (lambda w: w.add_block_count(2**31 - 1), CheckpointError, "block_count = 2147483647"),
+            (lambda w: w.add_block_count(0), CheckpointError, "block_count = 0"),
+            (lambda w: w.add_expert_count(2**31 - 1), CheckpointError, "'blk.0.ffn_gate_inp.weight'"),
+            (lambda w: w.add_block_count(1), CheckpointError, "no place for.*model.layers.1"),
+            (lambda w: w.add_embedding_length(32), AmalgamError, "shape|head"),
+            (lambda w: w.add_float32("llama.rope.freq_base", float("nan")), CheckpointError, "freq_base = nan"),
+            (lambda w: w.add_string("llama.rope.scaling.type", "spiral"), CheckpointError, "scaling.type = 'spiral'"),
+            (lambda w: add(w, "rope_freqs.weight", 8), CheckpointError, "rope_freqs"),
+            (lambda w: add(w, "rope_factors_long.weight", 8), CheckpointError, "longrope"),
+            (lambda w: add(w, "blk.0.attn_gate.weight", 64), CheckpointError, "'blk.0.attn_gate.weight'.*no known"),
+            (lambda w: add(w, "blk.0.attn_q_norm.weight", 16), CheckpointError, "attn_q_norm"),
+            (lambda w: add(w, "blk.7.attn_norm.weight", 64), CheckpointError, "model.layers.7"),
+            (lambda w: add(w, "blk.0.ffn_gate_exps.weight", 64), CheckpointError, "experts"),
+            (lambda w: add(w, "output.scale", 64), CheckpointError, "'output.scale'"),
+            (lambda w: w.add_tensor("output.bias", np.ones(64, np.int32)), CheckpointError, "no format recognises"),
+        ],
+    )  # fmt: skip
+    def test_what_is_not_understood(self, edit: Any, error: type[Exception], message: str, tiny: Path) -> None:
+        def replaced(writer: gguf.GGUFWriter) -> None:
+            with_edit = gguf.GGUFWriter(None, "llama")
+            edit(with_edit)
+            for key in with_edit.kv_data[0]:
+                if key != "general.architecture":
+                    writer.kv_data[0].pop(key, None)
+            edit(writer)
+
+        file = write_gguf(tiny / "hf", tiny / "model.gguf", edit=replaced)
+        with pytest.raises(error, match=message):
+            load_model(file)
+
+    def test_an_unknown_architecture(self, tiny: Path) -> None:
+        def rename(writer: gguf.GGUFWriter) -> None:
+            writer.kv_data[0]["general.architecture"].value = "mamba"
+
+        file = write_gguf(tiny / "hf", tiny / "model.gguf", edit=rename)
+        with pytest.raises(UnsupportedError, match=r"'mamba'.*Known: deepseek2"):
+            load_model(file)
+
+    def test_a_config_beside_the_file_takes_the_place_of_metadata(self, tiny: Path) -> None:
+        folder = tiny / "gguf"
+        folder.mkdir()
+        write_gguf(tiny / "hf", folder / "x.gguf", edit=lambda w: w.add_uint32("llama.new_trick", 7))
+        with pytest.raises(CheckpointError, match=r"new_trick.*config\.json"):
+            load_model(folder)
+        (folder / "config.json").write_bytes((tiny / "hf" / "config.json").read_bytes())
+        assert torch.equal(logits_of(folder), logits_of(tiny / "hf"))
+
+    def test_a_truncated_file(self, tiny: Path) -> None:
+        file = write_gguf(tiny / "hf", tiny / "model.gguf")
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match="truncated"):
+            load_model(file)
+
+    def test_floats_come_back_as_they_were(self, tiny: Path) -> None:
+        config = Source.open("x", str(write_gguf(tiny / "hf", tiny / "model.gguf"))).config
+        published = json.loads((tiny / "hf" / "config.json").read_text())
+        assert config["rms_norm_eps"] == published["rms_norm_eps"] == 1e-6
+        assert config["rope_parameters"] == published["rope_parameters"]
+
+
+def test_150_mutations(checkpoints: Path, tmp_path: Path) -> None:
+    """Whatever byte of the header is another: the same model, another one that fits, or an error of ours."""
+    good = (checkpoints / "q8_0.gguf").read_bytes()
+    first = min(entry.offset or 0 for entry in TensorStore.open(checkpoints / "q8_0.gguf").values())
+    rng = random.Random(5)
+    num_refused = 0
+    for _ in range(150):
+        damaged = bytearray(good)
+        position = rng.randrange(first)
+        values = (bytes([rng.randrange(256)]), struct.pack("<I", rng.choice((0, 1, 2**31 - 1, 2**32 - 1))))
+        value = rng.choice(values)
+        damaged[position : position + len(value)] = value
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        started = time.perf_counter()
+        try:
+            load_model(tmp_path / "damaged.gguf")
+        except AmalgamError:
+            num_refused += 1
+        assert time.perf_counter() - started < 1
+    assert num_refused > 50
+
+
+def test_families_have_architectures() -> None:
+    assert {"llama", "mixtral", "qwen2", "qwen3", "qwen3_moe"} <= set(FAMILIES)

@@ -1,0 +1,94 @@
+"""Rules: exact names, then the most specific pattern, then the default."""
+
+from __future__ import annotations
+
+import pytest
+
+from amalgam.composition.plan import Plan, compile_pattern, specificity
+from amalgam.config.settings import Rule
+from amalgam.errors import PlanError
+
+NAMES = [
+    f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+    for layer in range(3)
+    for expert in range(12)
+    for part in ("gate", "up", "down")
+] + ["model.embed_tokens.weight", "model.norm.weight"]
+EXPERT = "model.layers.1.mlp.experts.7.up_proj.weight"
+
+
+def rules(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
+    return tuple(Rule(pattern=pattern, source=source) for pattern, source in pairs)
+
+
+@pytest.mark.parametrize(
+    ("given", "source", "why"),
+    [
+        ((), "base", "default source"),
+        ((("*experts*", "int4"),), "int4", "only rule"),
+        ((("*", "fp8"), ("*experts*", "int4")), "int4", "literal characters"),
+        ((("*experts*", "int4"), ("*", "fp8")), "int4", "literal characters"),
+        (((EXPERT, "fp8"), ("model.layers.1.mlp.experts.7.*", "int4")), "fp8", "exact name"),
+        ((("*.up_proj.*", "fp8"), ("*.experts.*", "int4")), "int4", "stands later"),
+        (((EXPERT, "fp8"), (EXPERT, "int4")), "int4", "stands later"),
+        ((("model.layers.{0-1}.*", "fp8"),), "fp8", "only rule"),
+        ((("model.layers.*.mlp.experts.{3,7}.*", "fp8"),), "fp8", "only rule"),
+        ((("model.layers.[0-2].mlp.experts.?.*", "fp8"),), "fp8", "only rule"),
+    ],
+)
+def test_which_rule_wins_and_why(given: tuple[tuple[str, str], ...], source: str, why: str) -> None:
+    explanation = Plan(NAMES, rules(*given), "base").explain(EXPERT)
+    assert explanation.choice.source == source
+    assert why in explanation.why
+    assert [rule.source for rule in explanation.matching][:1] == ([source] if given else [])
+
+
+def test_numbers_match_whole() -> None:
+    plan = Plan(NAMES, rules(("model.layers.*.mlp.experts.1.*", "int4")), "base")
+    assert plan["model.layers.0.mlp.experts.1.up_proj.weight"].source == "int4"
+    assert plan["model.layers.0.mlp.experts.11.up_proj.weight"].source == "base"
+    assert not compile_pattern("experts.{1-3}").fullmatch("experts.13")
+
+
+def test_a_dot_is_a_dot() -> None:
+    assert not compile_pattern("model.norm").fullmatch("modelxnorm")
+
+
+def test_specificity_counts_literal_characters() -> None:
+    assert specificity("a*b{c,d}[ef]?g") == 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("model.layers.9.*", "matches no weight"),
+        ("model.layers.1.mlp.experts.7.up_proj", "Did you mean"),
+        ("model.layers.[0-2.*", "does not close"),
+        ("model.layers.{0-2.*", "does not close"),
+        ("model.layers.{5-2}.*", "range"),
+        ("model.layers.{0-99999999}.*", "range"),
+        ("model.layers.[z-a].*", "[z-a]"),
+        ("model.layers.[].*", "holds []"),
+        ("*a" * 9, "9 stars"),
+    ],
+)
+def test_bad_rules_are_refused_by_name(pattern: str, message: str) -> None:
+    with pytest.raises(PlanError) as error:
+        Plan(NAMES, rules((pattern, "int4")), "base")
+    assert message in str(error.value)
+    assert pattern in str(error.value)
+
+
+def test_a_shadowed_rule_is_no_error() -> None:
+    plan = Plan(NAMES, rules(("*.experts.7.*", "int4"), ("model.layers.*.experts.7.*", "fp8")), "base")
+    assert plan[EXPERT].source == "fp8"
+
+
+def test_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(PlanError, match="Did you mean"):
+        Plan(NAMES, (), "base").explain("model.layers.1.mlp.experts.7.up_proj.weigth")
+
+
+def test_many_stars_are_one_star() -> None:
+    plan = Plan(NAMES, rules(("*" * 40 + "up_proj.weight", "int4")), "base")
+    assert plan[EXPERT].source == "int4"
