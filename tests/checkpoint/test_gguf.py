@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tests.errors import raises
 
 from amalgam.checkpoint import TensorStore, resolve
 from amalgam.checkpoint import gguf as header
@@ -163,18 +164,18 @@ class TestSplit:
     def test_a_missing_part(self, parts: list[Path]) -> None:
         parts[1].unlink()
         for path in (parts[0], parts[0].parent):
-            with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.gguf"):
+            with raises(CheckpointError, "model-00002-of-00003.gguf"):
                 TensorStore.open(path)
 
     def test_a_part_under_a_wrong_name(self, parts: list[Path]) -> None:
         content = parts[1].read_bytes()
         parts[1].write_bytes(parts[2].read_bytes())
         parts[2].write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"split\.no = 2, but is part 2 of 3"):
+        with raises(CheckpointError, "model-00002-of-00003.gguf", "split.no = 2"):
             TensorStore.open(parts[0])
 
     def test_a_part_by_itself(self, parts: list[Path]) -> None:
-        with pytest.raises(CheckpointError, match=r"split\.count = 3"):
+        with raises(CheckpointError, "model.gguf", "split.count = 3"):
             TensorStore.open(parts[0].rename(parts[0].with_name("model.gguf")))
 
     def test_a_part_twice(self, parts: list[Path]) -> None:
@@ -182,12 +183,12 @@ class TestSplit:
         content = parts[1].read_bytes()
         number = content.index(b"split.no") + len("split.no") + 4
         parts[2].write_bytes(content[:number] + struct.pack("<H", 2) + content[number + 2 :])
-        with pytest.raises(CheckpointError, match=r"is both in|split\.tensors\.count"):
+        with raises(CheckpointError, "split.tensors.count = 5", 6):
             TensorStore.open(parts[0])
 
     def test_several_models_in_one_folder(self, parts: list[Path], arrays: dict[str, np.ndarray]) -> None:
         official(parts[0].with_name("other.gguf"), arrays)
-        with pytest.raises(CheckpointError, match="several GGUF models"):
+        with raises(CheckpointError, "other.gguf", *(part.name for part in parts)):
             TensorStore.open(parts[0].parent)
 
     def test_a_part_outside_of_the_folder(self, parts: list[Path], tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ class TestSplit:
         for part in (parts[0], parts[2]):
             part.rename(inside / part.name)
         parts[1].rename(inside / parts[1].name)
-        with pytest.raises(CheckpointError, match="outside of its folder"):
+        with raises(CheckpointError, outside / parts[1].name):
             TensorStore.open(inside / parts[0].name)
 
 
@@ -213,73 +214,78 @@ def array_of(kind: int, count: int, content: bytes = b"") -> bytes:
 
 
 HUGE = 2**63
-MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty": (lambda: b"", "begins with b''"),
+MALFORMED: dict[str, tuple[Callable[[], bytes], object]] = {
+    "empty": (lambda: b"", "b''"),
     "magic": (lambda: b"GGML" + blob()[4:], "b'GGML'"),
-    "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
-    "only magic": (lambda: b"GGUF", "version at byte 4 needs 4 bytes"),
+    "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "only magic": (lambda: b"GGUF", "version at byte 4"),
     "version 1": (lambda: blob(version=1), "version 1"),
     "version 4": (lambda: blob(version=4), "version 4"),
     "big-endian": (lambda: blob(version=3 << 24), "big-endian"),
-    "tensor count": (lambda: blob(num_tensors=HUGE), f"tensor count {HUGE}"),
-    "tensor count by one": (lambda: blob(num_tensors=1, data=0), "name of tensor 0 ''"),
-    "tensors that fit no file": (lambda: blob(num_tensors=60_000), "tensor count is 60000"),
-    "pair count": (lambda: blob(num_pairs=HUGE), f"metadata count {HUGE}"),
-    "pairs that fit no file": (lambda: blob(num_pairs=60_000), "metadata count is 60000"),
-    "pair count by one": (lambda: blob(num_pairs=2), "key of metadata 1"),
-    "key length": (lambda: blob([struct.pack("<Q", HUGE)], data=64), f"{HUGE} bytes; at most"),
-    "key unprintable": (lambda: blob([pair("a\nb", U8, b"\0")]), r"'a\\nb'"),
-    "key not UTF-8": (lambda: blob([pair(b"\xff\xfe", U8, b"\0")]), "not UTF-8"),
-    "key twice": (lambda: blob([ARCHITECTURE, ARCHITECTURE]), "'general.architecture' twice"),
-    "value type": (lambda: blob([pair("x", 13, b"")]), "'x' of type 13"),
-    "string length": (lambda: blob([pair("x", STRING, struct.pack("<Q", HUGE))]), f"'x' of {HUGE} bytes"),
-    "string past the end": (lambda: blob([pair("x", STRING, struct.pack("<Q", 90_000))]), "needs 90000 bytes"),
-    "string not UTF-8": (lambda: blob([pair("x", STRING, text(b"\xc3("))]), "not UTF-8"),
-    "boolean": (lambda: blob([pair("x", BOOL, b"\2")]), "boolean 'x' = 2"),
-    "array count": (lambda: blob([array_of(U8, HUGE)]), f"length of array 'x' {HUGE}"),
-    "array past the end": (lambda: blob([array_of(U64, 100_000)]), "length of array 'x' is 100000"),
-    "array of arrays": (lambda: blob([array_of(ARRAY, 1, struct.pack("<IQ", U8, 0))]), "elements of type 9"),
+    "tensor count": (lambda: blob(num_tensors=HUGE), HUGE),
+    "tensor count by one": (lambda: blob(num_tensors=1, data=0), "tensor 0"),
+    "tensors that fit no file": (lambda: blob(num_tensors=60_000), 60_000),
+    "pair count": (lambda: blob(num_pairs=HUGE), HUGE),
+    "pairs that fit no file": (lambda: blob(num_pairs=60_000), 60_000),
+    "pair count by one": (lambda: blob(num_pairs=2), "metadata 1"),
+    "key length": (lambda: blob([struct.pack("<Q", HUGE)], data=64), HUGE),
+    "key unprintable": (lambda: blob([pair("a\nb", U8, b"\0")]), repr("a\nb")),
+    "key not UTF-8": (lambda: blob([pair(b"\xff\xfe", U8, b"\0")]), "UTF-8"),
+    "key twice": (lambda: blob([ARCHITECTURE, ARCHITECTURE]), "general.architecture"),
+    "value type": (lambda: blob([pair("x", 13, b"")]), "type 13"),
+    "string length": (lambda: blob([pair("x", STRING, struct.pack("<Q", HUGE))]), HUGE),
+    "string past the end": (lambda: blob([pair("x", STRING, struct.pack("<Q", 90_000))]), 90_000),
+    "string not UTF-8": (lambda: blob([pair("x", STRING, text(b"\xc3("))]), "UTF-8"),
+    "boolean": (lambda: blob([pair("x", BOOL, b"\2")]), "'x' = 2"),
+    "array count": (lambda: blob([array_of(U8, HUGE)]), HUGE),
+    "array past the end": (lambda: blob([array_of(U64, 100_000)]), 100_000),
+    "array of arrays": (lambda: blob([array_of(ARRAY, 1, struct.pack("<IQ", U8, 0))]), "type 9"),
     "array of strings past the end": (lambda: blob([array_of(STRING, 3, text("a") + struct.pack("<Q", HUGE))]), "'x'"),
-    "too many strings": (lambda: blob([array_of(STRING, 2**22)]), "at most 2097152"),
+    "too many strings": (lambda: blob([array_of(STRING, 2**22)]), 2**21),
     "no architecture": (lambda: blob([pair("x", U8, b"\0")]), "general.architecture = None"),
     "architecture is a number": (lambda: blob([number("general.architecture", U32, "I", 3)]), "architecture = 3"),
     "alignment 0": (lambda: blob([ARCHITECTURE, number("general.alignment", U32, "I", 0)]), "alignment = 0"),
     "alignment 24": (lambda: blob([ARCHITECTURE, number("general.alignment", U32, "I", 24)]), "alignment = 24"),
-    "alignment huge": (lambda: blob([ARCHITECTURE, number("general.alignment", U32, "I", 2**31)]), "power of two"),
-    "alignment is text": (lambda: blob([ARCHITECTURE, pair("general.alignment", STRING, text("32"))]), "= '32'"),
-    "rank 0": (lambda: blob(tensors=[tensor("w", [])]), "'w' with 0 dimensions"),
-    "rank 5": (lambda: blob(tensors=[tensor("w", [1] * 5)]), "'w' with 5 dimensions"),
+    "alignment huge": (
+        lambda: blob([ARCHITECTURE, number("general.alignment", U32, "I", 2**31)]),
+        2**31,
+    ),
+    "alignment is text": (
+        lambda: blob([ARCHITECTURE, pair("general.alignment", STRING, text("32"))]),
+        "= '32'",
+    ),
+    "rank 0": (lambda: blob(tensors=[tensor("w", [])]), "0 dimensions"),
+    "rank 5": (lambda: blob(tensors=[tensor("w", [1] * 5)]), "5 dimensions"),
     "rank huge": (lambda: blob(tensors=[text("w") + struct.pack("<I", 2**32 - 1)]), "4294967295 dimensions"),
-    "size 0": (lambda: blob(tensors=[tensor("w", [4, 0])]), r"'w' with sizes \[4, 0\]"),
-    "size overflow": (lambda: blob(tensors=[tensor("w", [2**32, 2**32])]), "'w' with sizes"),
-    "row of no whole blocks": (lambda: blob(tensors=[tensor("w", [48, 2], 2)]), "Q4_0 needs a multiple of 32"),
-    "type unknown": (lambda: blob(tensors=[tensor("w", [32], 97)]), r"unknown name \(97\)"),
-    "type removed": (lambda: blob(tensors=[tensor("w", [32], 4)]), r"unknown name \(4\)"),
-    "type IQ2_XXS": (lambda: blob(tensors=[tensor("w", [256], 16)]), r"'w' in type IQ2_XXS \(16\)"),
-    "type TQ1_0": (lambda: blob(tensors=[tensor("w", [256], 34)]), "TQ1_0.*Supported: F32, F16"),
-    "offset unaligned": (lambda: blob(tensors=[tensor("w", [4], 0, 4)]), "'w' at offset 4"),
-    "offset past the end": (lambda: blob(tensors=[tensor("w", [4], 0, 4096)]), "end at byte.*'w'"),
-    "offset overflow": (lambda: blob(tensors=[tensor("w", [4], 0, 2**64 - 32)]), "end at byte.*'w'"),
-    "tensor past the end": (lambda: blob(tensors=[tensor("w", [2**40])]), "end at byte.*'w'"),
-    "data truncated": (lambda: blob(tensors=[tensor("w", [32], 8)], data=33), "end at byte.*'w'"),
-    "overlap": (lambda: blob(tensors=[tensor("v", [64]), tensor("w", [4], 0, 32)]), "'w' at byte.*overlaps tensor 'v'"),
-    "same place": (lambda: blob(tensors=[tensor("v", [4]), tensor("w", [4])]), "overlaps"),
-    "tensor twice": (lambda: blob(tensors=[tensor("w", [4]), tensor("w", [4], 0, 32)]), "'w' twice"),
-    "tensor without name": (lambda: blob(tensors=[tensor("", [4])]), "name of tensor 0 ''"),
-    "tensor name too long": (lambda: blob(tensors=[tensor("w" * 2000, [4])]), "name of tensor 0 of 2000 bytes"),
+    "size 0": (lambda: blob(tensors=[tensor("w", [4, 0])]), [4, 0]),
+    "size overflow": (lambda: blob(tensors=[tensor("w", [2**32, 2**32])]), [2**32, 2**32]),
+    "row of no whole blocks": (lambda: blob(tensors=[tensor("w", [48, 2], 2)]), "Q4_0"),
+    "type unknown": (lambda: blob(tensors=[tensor("w", [32], 97)]), 97),
+    "type removed": (lambda: blob(tensors=[tensor("w", [32], 4)]), 4),
+    "type IQ2_XXS": (lambda: blob(tensors=[tensor("w", [256], 16)]), "IQ2_XXS"),
+    "type TQ1_0": (lambda: blob(tensors=[tensor("w", [256], 34)]), "TQ1_0"),
+    "offset unaligned": (lambda: blob(tensors=[tensor("w", [4], 0, 4)]), "offset 4"),
+    "offset past the end": (lambda: blob(tensors=[tensor("w", [4], 0, 4096)]), "'w'"),
+    "offset overflow": (lambda: blob(tensors=[tensor("w", [4], 0, 2**64 - 32)]), "'w'"),
+    "tensor past the end": (lambda: blob(tensors=[tensor("w", [2**40])]), "'w'"),
+    "data truncated": (lambda: blob(tensors=[tensor("w", [32], 8)], data=33), "'w'"),
+    "overlap": (lambda: blob(tensors=[tensor("v", [64]), tensor("w", [4], 0, 32)]), "'v'"),
+    "same place": (lambda: blob(tensors=[tensor("v", [4]), tensor("w", [4])]), "'v'"),
+    "tensor twice": (lambda: blob(tensors=[tensor("w", [4]), tensor("w", [4], 0, 32)]), "'w'"),
+    "tensor without name": (lambda: blob(tensors=[tensor("", [4])]), "tensor 0"),
+    "tensor name too long": (lambda: blob(tensors=[tensor("w" * 2000, [4])]), 2000),
     "split alone": (lambda: blob([ARCHITECTURE, number("split.count", U32, "I", 2)]), "split.count = 2"),
 }
 
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_files_are_refused_by_name(case: str, tmp_path: Path) -> None:
-    make, message = MALFORMED[case]
+    make, named = MALFORMED[case]
     file = write(tmp_path, make())
     started = time.perf_counter()
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with raises(CheckpointError, named, file):
         TensorStore.open(file)
     assert time.perf_counter() - started < 0.1
-    assert str(file) in str(caught.value)
 
 
 def test_refusing_takes_neither_time_nor_memory(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from tests.errors import raises
 
 from amalgam.checkpoint import read_json, resolve
 from amalgam.errors import CheckpointError
@@ -28,14 +29,14 @@ def test_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_is_neither_folder_nor_hub_id(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(CheckpointError, match="There is no folder") as caught:
+    with raises(CheckpointError) as caught:
         resolve(text)
     assert repr(text)[1:-1].removeprefix("./") in caught.value.what
 
 
 def test_file_instead_of_folder(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").touch()
-    with pytest.raises(CheckpointError, match="is a file, not a folder"):
+    with raises(CheckpointError, tmp_path / "x.safetensors"):
         resolve(str(tmp_path / "x.safetensors"))
 
 
@@ -70,9 +71,9 @@ def test_a_gguf_file_of_a_hub_repository_is_named(tmp_path: Path, monkeypatch: p
         (tmp_path / name).touch()
         assert resolve(f"org/name:{name}") == tmp_path / name
         assert asked[-1] == [wanted]
-    with pytest.raises(CheckpointError, match=r"has no file 'absent\.gguf'"):
+    with raises(CheckpointError, "absent.gguf"):
         resolve("org/name:absent.gguf")
-    with pytest.raises(CheckpointError, match=r"neither .* name the file: org/name:NAME\.gguf"):
+    with raises(CheckpointError, "org/name:NAME.gguf"):
         resolve("org/name")
 
 
@@ -127,7 +128,7 @@ def test_json_names_outside_are_refused(name: str, tmp_path: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "config.json").write_text("{}")
     (tmp_path / "secret.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not a plain file name") as caught:
+    with raises(CheckpointError, folder) as caught:
         read_json(folder, name)
     assert repr(name) in caught.value.what
 
@@ -140,7 +141,7 @@ def test_json_links_and_missing_files(tmp_path: Path) -> None:
     (folder / "inside.json").symlink_to("real.json")
     (folder / "outside.json").symlink_to("../secret.json")
     assert read_json(folder, "inside.json") == {"a": 1}
-    with pytest.raises(CheckpointError, match="outside of its folder"):
+    with raises(CheckpointError, folder / "outside.json", tmp_path / "secret.json"):
         read_json(folder, "outside.json")
-    with pytest.raises(CheckpointError, match=r"has no file 'config\.json'"):
+    with raises(CheckpointError, folder, "config.json"):
         read_json(folder, "config.json")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.errors import raises
 
 from amalgam.checkpoint import TensorStore
 from amalgam.checkpoint.shards import SMALL_BYTES, PickleShard
@@ -182,7 +183,7 @@ def test_replaced_file_changes_identity_and_is_not_read(build: Callable[[Path], 
     copy.write_bytes(file.read_bytes())
     copy.rename(file)
     assert store.identity("a") != before
-    with pytest.raises(CheckpointError, match="has changed since it was opened"):
+    with raises(CheckpointError, file):
         store.read("a")
     assert torch.equal(view, A)
     assert torch.equal(TensorStore.open(tmp_path).read("a"), A)
@@ -198,12 +199,12 @@ def test_file_truncated_or_removed_after_open(build: Callable[[Path], None], is_
     file = store["a"].file
     size = file.stat().st_size
     os.truncate(file, 16)
-    with pytest.raises(CheckpointError, match=rf"had {size} bytes and now has 16"):
+    with raises(CheckpointError, file, size, 16):
         store.read("a")
     file.unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with raises(CheckpointError, file):
         store.read("a")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with raises(CheckpointError, file):
         store.identity("a")
 
 
@@ -224,7 +225,7 @@ def test_threads_read_at_the_same_time(tmp_path: Path) -> None:
 def test_unknown_name(tmp_path: Path) -> None:
     single(tmp_path)
     store = TensorStore.open(tmp_path)
-    with pytest.raises(CheckpointError, match="no tensor 'nope'"):
+    with raises(CheckpointError, "nope"):
         store.read("nope")
     with pytest.raises(KeyError):
         store["nope"]
@@ -362,7 +363,7 @@ def test_folder_is_refused_by_value(case: str, tmp_path: Path) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no folder .*gone"):
+    with raises(CheckpointError, tmp_path / "gone"):
         TensorStore.open(tmp_path / "gone")
 
 
@@ -378,7 +379,7 @@ def test_hub_cache_links_are_followed_within_their_repository_only(tmp_path: Pat
     (repository / "blobs" / "hash").rename(tmp_path / "hash")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("../../../hash")
-    with pytest.raises(CheckpointError, match="outside of its folder"):
+    with raises(CheckpointError, folder / "model.safetensors", tmp_path / "hash"):
         TensorStore.open(folder)
 
 
