@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import DEMO
+from tests.errors import raises
 from tests.server.conftest import wait_until
 
 from amalgam.errors import ConflictError
@@ -83,7 +84,7 @@ def test_a_second_process_is_refused_and_what_a_killed_one_has_left_goes(tmp_pat
     process = start("quantize", str(DEMO), str(tmp_path / "int4"), "--format", "int4")
     wait_until(lambda: is_being_written(tmp_path))
     process.send_signal(signal.SIGSTOP)  # it holds its lock, and is not done meanwhile
-    with pytest.raises(ConflictError, match=rf"int4 is being written by process {process.pid} on"):
+    with raises(ConflictError, "int4", process.pid):
         quantize_checkpoint(str(DEMO), tmp_path / "int4", "int4", QuantizeOptions())
     process.send_signal(signal.SIGKILL)
     process.wait()
