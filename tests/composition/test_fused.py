@@ -24,6 +24,7 @@ from amalgam.models.families import gpt_oss, mixtral, phimoe, qwen3_moe
 from amalgam.models.spec import Family, all_families, fused_tensors
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.quantize import quantize_checkpoint
+from tests.errors import raises
 from tests.formats.layouts import LAYOUTS
 from tests.models.harness import CPU, Runner, load_model
 from tests.models.tiny import HuggingFace, tiny_model, write_checkpoint
@@ -77,7 +78,7 @@ def test_experts_one_by_one_under_the_names_of_other_families(family: Family, la
 
     twice = {renamed(name): tensor.clone() for name, tensor in tensors.items()} | tensors
     write_checkpoint(tmp_path / "twice", config, twice)
-    with pytest.raises(CheckpointError, match=r"stored twice.*mlp\.experts|stored twice.*block_sparse_moe"):
+    with raises(CheckpointError):
         load_model(tmp_path / "twice")
 
 
@@ -96,7 +97,7 @@ def test_renamed_experts_are_declared_under_their_stored_names(tmp_path: Path) -
         if not is_refused:
             load_model(tmp_path / "new")
             continue
-        with pytest.raises(CheckpointError, match=r"block_sparse_moe\.experts\.0\.w1.*quantized"):
+        with raises(CheckpointError, "model.layers.0.block_sparse_moe.experts.0.w1.weight"):
             load_model(tmp_path / "new")
 
 
@@ -271,14 +272,14 @@ def test_more_experts_than_any_model_has_are_refused_at_once(shape: list[int], t
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + size)
-    with pytest.raises(CheckpointError, match="parts"):
+    with raises(CheckpointError, NAME, shape):
         Source.open("test", str(tmp_path), lambda config: qwen3_moe.FAMILY.fused)
 
 
 def test_a_transposed_tensor_must_be_wide(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.down_proj"
     write(tmp_path, {name: torch.ones(1, 8, 4).to(torch.float8_e4m3fn)})
-    with pytest.raises(CheckpointError, match=r"down_proj.*floating"):
+    with raises(CheckpointError, name, "float8_e4m3fn"):
         Source.open("test", str(tmp_path), lambda config: gpt_oss.FAMILY.fused)
 
 

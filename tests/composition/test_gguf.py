@@ -20,6 +20,7 @@ from amalgam.composition.source import Source
 from amalgam.config.settings import MixedPrecisionSettings
 from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
 from amalgam.models.spec import all_families
+from tests.errors import raises
 from tests.models.gguf_writer import ARCHITECTURES, KIND, write_gguf
 from tests.models.harness import Runner, hand_built, load_model
 from tests.models.tiny import save_tiny, write_checkpoint
@@ -194,14 +195,14 @@ class TestMixed:
         if is_same:
             load_model(tmp_path / "hf", mixed=mixed)
         else:
-            with pytest.raises(CheckpointError, match=r"'other'.*another model"):
+            with raises(CheckpointError, "other", "lm_head.weight"):
                 load_model(tmp_path / "hf", mixed=mixed)
 
     def test_another_model(self, checkpoints: Path, tmp_path: Path) -> None:
         save_tiny(FAMILIES["qwen3_moe"], tmp_path / "hf", num_experts_per_tok=3)
         other = write_gguf(tmp_path / "hf", tmp_path / "other.gguf")
         mixed = MixedPrecisionSettings(sources={"other": str(other)}, weight_mapping={"model.norm.weight": "other"})
-        with pytest.raises(CheckpointError, match="describes another model"):
+        with raises(CheckpointError, "other", "num_active_experts is 3"):
             load_model(checkpoints / "hf", mixed=mixed)
 
     def test_a_quantized_weight_where_none_may_be(self, checkpoints: Path, tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ class TestMixed:
             writer.add_tensor("blk.2.attn_norm.weight", raw, raw_dtype=KIND.Q8_0)
 
         file = write_gguf(checkpoints / "hf", tmp_path / "model.gguf", edit=quantized_norm)
-        with pytest.raises(CheckpointError, match=r"'blk\.2\.attn_norm\.weight'.*Only matrices"):
+        with raises(CheckpointError, "blk.2.attn_norm.weight", "Q8_0"):
             load_model(file)
 
 
@@ -225,32 +226,32 @@ class TestRefusals:
         return tmp_path
 
     @pytest.mark.parametrize(
-        ("edit", "error", "message"),
+        ("edit", "error", "named"),
         [
             (lambda w: w.add_uint32("llama.new_trick", 7), CheckpointError, "llama.new_trick = 7"),
-            (lambda w: w.add_head_count(3), AmalgamError, "head"),
-            (lambda w: w.add_head_count(0), AmalgamError, "0 heads"),
-            (lambda w: w.add_head_count([4, 2]), AmalgamError, "head_count|heads"),
+            (lambda w: w.add_head_count(3), CheckpointError, "3 heads"),
+            (lambda w: w.add_head_count(0), CheckpointError, "0 heads"),
+            (lambda w: w.add_head_count([4, 2]), CheckpointError, "llama.attention.head_count"),
             (lambda w: w.add_string("llama.block_count", "two"), CheckpointError, "block_count = 'two'"),
             (lambda w: w.add_block_count(3), PlanError, "model.layers.2"),
             (lambda w: w.add_block_count(2**31 - 1), CheckpointError, "block_count = 2147483647"),
             (lambda w: w.add_block_count(0), CheckpointError, "block_count = 0"),
             (lambda w: w.add_expert_count(2**31 - 1), CheckpointError, "'blk.0.ffn_gate_inp.weight'"),
-            (lambda w: w.add_block_count(1), CheckpointError, "no place for.*model.layers.1"),
-            (lambda w: w.add_embedding_length(32), AmalgamError, "shape|head"),
+            (lambda w: w.add_block_count(1), CheckpointError, "model.layers.1"),
+            (lambda w: w.add_embedding_length(32), PlanError, [256, 32]),
             (lambda w: w.add_float32("llama.rope.freq_base", float("nan")), CheckpointError, "freq_base = nan"),
             (lambda w: w.add_string("llama.rope.scaling.type", "spiral"), CheckpointError, "scaling.type = 'spiral'"),
             (lambda w: add(w, "rope_freqs.weight", 8), CheckpointError, "rope_freqs"),
             (lambda w: add(w, "rope_factors_long.weight", 8), CheckpointError, "longrope"),
-            (lambda w: add(w, "blk.0.attn_gate.weight", 64), CheckpointError, "'blk.0.attn_gate.weight'.*no known"),
+            (lambda w: add(w, "blk.0.attn_gate.weight", 64), CheckpointError, "'blk.0.attn_gate.weight'"),
             (lambda w: add(w, "blk.0.attn_q_norm.weight", 16), CheckpointError, "attn_q_norm"),
             (lambda w: add(w, "blk.7.attn_norm.weight", 64), CheckpointError, "model.layers.7"),
             (lambda w: add(w, "blk.0.ffn_gate_exps.weight", 64), CheckpointError, "experts"),
             (lambda w: add(w, "output.scale", 64), CheckpointError, "'output.scale'"),
-            (lambda w: w.add_tensor("output.bias", np.ones(64, np.int32)), CheckpointError, "no format recognises"),
+            (lambda w: w.add_tensor("output.bias", np.ones(64, np.int32)), CheckpointError, "output.bias"),
         ],
     )  # fmt: skip
-    def test_what_is_not_understood(self, edit: Any, error: type[Exception], message: str, tiny: Path) -> None:
+    def test_what_is_not_understood(self, edit: Any, error: type[Exception], named: object, tiny: Path) -> None:
         def replaced(writer: gguf.GGUFWriter) -> None:
             with_edit = gguf.GGUFWriter(None, "llama")
             edit(with_edit)
@@ -260,7 +261,7 @@ class TestRefusals:
             edit(writer)
 
         file = write_gguf(tiny / "hf", tiny / "model.gguf", edit=replaced)
-        with pytest.raises(error, match=message):
+        with raises(error, named):
             load_model(file)
 
     def test_an_unknown_architecture(self, tiny: Path) -> None:
@@ -268,14 +269,14 @@ class TestRefusals:
             writer.kv_data[0]["general.architecture"].value = "mamba"
 
         file = write_gguf(tiny / "hf", tiny / "model.gguf", edit=rename)
-        with pytest.raises(UnsupportedError, match=r"'mamba'.*Known: deepseek2"):
+        with raises(UnsupportedError, "mamba", "deepseek2"):
             load_model(file)
 
     def test_a_config_beside_the_file_takes_the_place_of_metadata(self, tiny: Path) -> None:
         folder = tiny / "gguf"
         folder.mkdir()
         write_gguf(tiny / "hf", folder / "x.gguf", edit=lambda w: w.add_uint32("llama.new_trick", 7))
-        with pytest.raises(CheckpointError, match=r"new_trick.*config\.json"):
+        with raises(CheckpointError, "llama.new_trick = 7", "config.json"):
             load_model(folder)
         (folder / "config.json").write_bytes((tiny / "hf" / "config.json").read_bytes())
         assert torch.equal(logits_of(folder), logits_of(tiny / "hf"))
@@ -283,7 +284,7 @@ class TestRefusals:
     def test_a_truncated_file(self, tiny: Path) -> None:
         file = write_gguf(tiny / "hf", tiny / "model.gguf")
         file.write_bytes(file.read_bytes()[:-100])
-        with pytest.raises(CheckpointError, match="truncated"):
+        with raises(CheckpointError, file, file.stat().st_size):
             load_model(file)
 
     def test_floats_come_back_as_they_were(self, tiny: Path) -> None:

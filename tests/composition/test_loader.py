@@ -20,6 +20,7 @@ from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.spec import all_families, read_spec
 from amalgam.models.weights import WeightVersion
 from amalgam.tools.analyze import analyze_checkpoint
+from tests.errors import raises
 from tests.models.tiny import BASE_CONFIG, save_tiny
 
 CPU = torch.device("cpu")
@@ -99,10 +100,10 @@ def test_a_config_that_does_not_fit(copy: Path, changes: dict[str, Any], message
 
 def test_a_missing_tensor_and_a_leftover_one(copy: Path) -> None:
     change_tensors(copy, lambda tensors: tensors.update({"model.layers.0.mlp.extra.weight": torch.ones(4, 4)}))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.extra\.weight"):
+    with raises(CheckpointError, "model.layers.0.mlp.extra.weight"):
         build(copy)
     change_tensors(copy, lambda tensors: [tensors.pop(name) for name in ("model.layers.0.mlp.extra.weight", UP)])
-    with pytest.raises(PlanError, match=UP):
+    with raises(PlanError, UP):
         build(copy)
 
 
@@ -117,26 +118,26 @@ def test_a_source_with_another_shape(tiny: Path, copy: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_norm_that_is_not_finite(copy: Path, value: float) -> None:
     change_tensors(copy, lambda tensors: tensors[NORM][7:8].fill_(value))
-    with pytest.raises(CheckpointError, match=rf"{NORM}.*holds NaN or infinity"):
+    with raises(CheckpointError, NORM):
         build(copy)
 
 
 def test_a_source_of_another_model(tiny: Path, copy: Path) -> None:
     change_config(copy, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    with pytest.raises(CheckpointError, match="another model"):
+    with raises(CheckpointError, "other", 500000.0):
         build(tiny, (UP, "other"), other=copy)
 
 
 def test_an_integer_norm(tiny: Path, copy: Path) -> None:
     quantized = {NORM: torch.ones(1, 64, dtype=torch.int8), NORM + "_scale": torch.ones(1)}
     change_tensors(copy, lambda tensors: tensors.update(quantized))
-    with pytest.raises(AmalgamError, match=NORM):
+    with raises(PlanError, NORM):
         build(tiny, (NORM, "other"), other=copy)
 
 
 def test_a_source_that_is_not_used_is_not_opened(tiny: Path) -> None:
     assert build(tiny, other=Path("/nowhere")).nbytes > 0
-    with pytest.raises(CheckpointError, match="/nowhere"):
+    with raises(CheckpointError, "/nowhere"):
         build(tiny, (UP, "other"), other=Path("/nowhere"))
 
 
@@ -145,7 +146,7 @@ def test_a_shard_that_vanishes_while_loading_leaves_nothing_behind(copy: Path) -
     plan = loader.make_plan()
     loader.check(plan)
     (copy / "model.safetensors").write_bytes(b"changed")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+    with raises(CheckpointError, copy / "model.safetensors"):
         loader.build(plan, 1)
 
 
@@ -178,7 +179,7 @@ def test_every_slot_has_a_name_of_its_own(family: Any) -> None:
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnsupportedError, match="Qwen3MoeForCausalLM"):
+    with raises(UnsupportedError, "GPTNeoXForCausalLM", "Qwen3MoeForCausalLM"):
         read_spec({"architectures": ["GPTNeoXForCausalLM"]}, "config.json")
 
 
@@ -221,7 +222,7 @@ def test_biases_that_the_model_has_no_place_for_are_refused(tiny: Path, copy: Pa
     add_biases(copy, PROJECTIONS, 0.0)
     add_biases(copy, [module], 1e-6)
     for refused in (lambda: build(copy), lambda: build(tiny, ("model.layers.*", "other"), other=copy)):
-        with pytest.raises(CheckpointError, match=rf"{module}\.bias.*attention_bias"):
+        with raises(CheckpointError, f"{module}.bias", "attention_bias"):
             refused()
 
 
@@ -229,13 +230,13 @@ def test_biases_that_the_model_has_no_place_for_are_refused(tiny: Path, copy: Pa
 def test_zeros_beside_what_is_no_projection_are_refused(copy: Path, module: str) -> None:
     """A norm with a bias is another norm."""
     add_biases(copy, [module], 0.0, width=64)
-    with pytest.raises(CheckpointError, match=rf"no place for: {module}\.bias"):
+    with raises(CheckpointError, f"{module}.bias"):
         build(copy)
 
 
 def test_zeros_of_another_size_are_refused(copy: Path) -> None:
     add_biases(copy, PROJECTIONS[:1], 0.0, width=3)
-    with pytest.raises(CheckpointError, match=r"no place for: model\.layers\.0\.self_attn\.q_proj\.bias"):
+    with raises(CheckpointError, "model.layers.0.self_attn.q_proj.bias"):
         build(copy)
 
 

@@ -34,6 +34,7 @@ from amalgam.models.weights import WeightVersion
 from amalgam.tools.estimate import estimate
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.conftest import DEMO, ROOT
+from tests.errors import raises
 from tests.kernels import weights as made
 from tests.models.tiny import save_tiny
 
@@ -179,7 +180,7 @@ def change(description: dict[str, Any], path: tuple[Any, ...], value: Any) -> di
 def test_impossible_descriptions_are_refused(path: tuple[Any, ...], value: Any) -> None:
     weight = panels.prepare(made.int4((48, 384), 64, has_zero=True))
     memory = [aligned(run) for run in mapped.runs(weight)]
-    with pytest.raises(ValueError, match=r"\w"):
+    with raises(ValueError):
         mapped.restore(change(mapped.describe(weight), path, value), memory, "int8")
 
 
@@ -203,7 +204,7 @@ def test_exceptions_of_a_coded_weight_lie_within_it(offset: int, value: int) -> 
     tail = memory[weight.parts["weight"].numel() :]
     size = 2 if offset == 132 else 4
     tail[offset : offset + size] = torch.tensor([value]).view(torch.uint8)[:size]
-    with pytest.raises(ValueError, match="exception"):
+    with raises(ValueError):
         mapped.restore(description, [memory], "int8")
 
 
@@ -211,10 +212,10 @@ def test_a_coded_weight_is_as_long_as_its_exceptions() -> None:
     weight = panels.prepare(made.coded((48, 384)))
     [memory] = mapped.runs(weight)
     for length in (0, 64, weight.parts["weight"].numel(), memory.numel() - 8, memory.numel() - 3):
-        with pytest.raises(ValueError, match=r"exception|takes"):
+        with raises(ValueError):
             mapped.restore(mapped.describe(weight), [aligned(memory[:length])], "int8")
     longer = torch.cat([memory, torch.zeros(8 * 48 * 384, dtype=torch.uint8)])
-    with pytest.raises(ValueError, match="exceptions"):
+    with raises(ValueError):
         mapped.restore(mapped.describe(weight), [aligned(longer)], "int8")
 
 
@@ -222,7 +223,7 @@ def test_a_dense_weight_is_as_long_as_it_says() -> None:
     """Its address is all that a kernel gets."""
     description = mapped.describe(dense(torch.zeros(2048, dtype=torch.bfloat16)))
     changed = change(change(description, ("parts", "weight", 1), [1]), ("runs",), [2])
-    with pytest.raises(ValueError, match=r"a dense weight of shape \(2048,\)"):
+    with raises(ValueError, (2048,)):
         mapped.restore(changed, [aligned(torch.zeros(2, dtype=torch.uint8))], "int8")
 
 
@@ -230,7 +231,7 @@ def test_panels_must_be_aligned() -> None:
     weight = panels.prepare(made.int4((48, 384), 64))
     [run] = mapped.runs(weight)
     shifted = aligned(torch.cat([torch.zeros(1, dtype=torch.uint8), run]))[1:]
-    with pytest.raises(ValueError, match="64-byte boundary"):
+    with raises(ValueError, "64-byte"):
         mapped.restore(mapped.describe(weight), [shifted], "int8")
 
 
@@ -514,7 +515,7 @@ def test_a_failed_load_leaves_nothing_behind(folders: Path, cache: Path) -> None
     def change(*_: object) -> None:
         os.utime(folders / "int4" / "model.safetensors", ns=(1, 1))
 
-    with pytest.raises(CheckpointError, match="has changed"):
+    with raises(CheckpointError, folders / "int4" / "model.safetensors"):
         opened.build(opened.make_plan(), 1, progress=change)
     assert list(cache.iterdir()) == []
 
