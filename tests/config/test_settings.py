@@ -17,6 +17,7 @@ from amalgam.config.settings import (
     state_folder,
 )
 from amalgam.errors import ConfigError
+from tests.errors import raises
 
 PROMISED = """
 model:
@@ -127,7 +128,7 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_environment_variable_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="AMALGAM_SERVER_PROT"):
+    with raises(ConfigError, "AMALGAM_SERVER_PROT", "AMALGAM_SERVER_PORT"):
         load_settings(write(tmp_path, MINIMAL), environ={"AMALGAM_SERVER_PROT": "1"})
 
 
@@ -258,7 +259,7 @@ def test_an_empty_section_is_no_section(tmp_path: Path) -> None:
     assert settings == load_settings(write(tmp_path, MINIMAL), environ={})
     text = "model:\n  base_path: /m\n  mixed_precision:\n    weight_mapping:\n    sources:\n    rules:\n"
     assert load_settings(write(tmp_path, text), environ={}).model.mixed_precision.all_rules == ()
-    with pytest.raises(ConfigError, match=r"server\.port"):
+    with raises(ConfigError, "server.port"):
         load_settings(write(tmp_path, MINIMAL + "server: {port: }"), environ={})
 
 
@@ -311,7 +312,7 @@ def test_structured_variables_are_json_or_yaml(tmp_path: Path) -> None:
     }
     mixed = load_settings(write(tmp_path, MINIMAL), environ=environ).model.mixed_precision
     assert mixed.sources["int4"] == "/i" and mixed.rules[0].source == "no"
-    with pytest.raises(ConfigError, match=r"mixed_precision\.rules"):
+    with raises(ConfigError, "model.mixed_precision.rules"):
         load_settings(write(tmp_path, MINIMAL), environ={"AMALGAM_MODEL_MIXED_PRECISION_RULES": "[{"})
 
 
