@@ -22,6 +22,7 @@ from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, Un
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
+from tests.errors import raises
 
 GREEDY = SamplingParams(max_new_tokens=12, do_sample=False, ignore_eos=True)
 TINY_CACHE = {"max_seq_length": 64, "kv_cache_bytes": kv_cache_bytes(20)}
@@ -144,7 +145,7 @@ class TestAnswers:
     def test_the_model_limits_the_sequence_too(self, make_engine):
         decoder = FakeDecoder()
         decoder.spec.max_positions = 20
-        with pytest.raises(PromptTooLongError, match="at most 20 fit"):
+        with raises(PromptTooLongError, 20):
             make_engine(decoder, max_seq_length=200).generate([[5] * 20], GREEDY)
 
     def test_more_prompts_than_the_queue_holds_are_answered(self, make_engine):
@@ -178,7 +179,7 @@ class TestAnswers:
         assert order == [first, second] * 3
 
     def test_prompts_and_parameters_must_be_as_many(self, make_engine):
-        with pytest.raises(RequestError, match="2 prompts and 1 sampling parameters"):
+        with raises(RequestError, 2, 1):
             make_engine().generate([[5], [6]], [GREEDY])
 
 
@@ -260,11 +261,11 @@ class TestLoad:
 class TestRefusals:
     def test_a_prompt_that_cannot_be_served(self, make_engine):
         engine = make_engine(max_seq_length=20)
-        with pytest.raises(PromptTooLongError, match=r"has 20 tokens.*at most 20 fit"):
+        with raises(PromptTooLongError, 20):
             engine.submit([5] * 20, GREEDY, print)
-        with pytest.raises(RequestError, match="no tokens"):
+        with raises(RequestError):
             engine.submit([], GREEDY, print)
-        with pytest.raises(RequestError, match="Token 1 of the prompt is 8192"):
+        with raises(RequestError, 1, 8192):
             engine.submit([5, VOCAB_SIZE], GREEDY, print)
         assert is_at_rest(engine)
 
@@ -499,7 +500,7 @@ class TestFailures:
             assert "has failed with" in str(outputs.last().error)
         wait_until(lambda: not engine.status().is_alive)
         assert is_at_rest(engine)
-        with pytest.raises(UnavailableError, match="has failed"):
+        with raises(UnavailableError, "MemoryError" if error else "RuntimeError"):
             submit(engine, [6])
 
     def test_an_error_of_the_loop_itself_answers_everyone(self, make_engine, submit, monkeypatch):
@@ -610,7 +611,7 @@ class TestEnd:
         outputs = submit(engine, [5])
         assert not engine.drain(timeout_seconds=0.01)
         assert engine.status().is_draining
-        with pytest.raises(UnavailableError, match="draining"):
+        with raises(UnavailableError):
             submit(engine, [6])
         decoder.gate.set()
         assert engine.drain(timeout_seconds=10)
@@ -636,7 +637,7 @@ class TestEnd:
             assert output.last().usage is not None
         assert is_at_rest(engine)
         assert not engine.status().is_alive
-        with pytest.raises(UnavailableError, match="stopped"):
+        with raises(UnavailableError):
             submit(engine, [6])
         engine.stop()
 

@@ -2,6 +2,7 @@ import pytest
 
 from amalgam.engine.request import SamplingParams, check_token_ids
 from amalgam.errors import RequestError
+from tests.errors import raises
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ from amalgam.errors import RequestError
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field, value):
-    with pytest.raises(RequestError, match=f"^{field} is "):
+    with raises(RequestError, field):
         SamplingParams(**{field: value})
 
 
@@ -47,9 +48,9 @@ def test_greedy_is_no_sampling_or_no_temperature():
 
 
 @pytest.mark.parametrize(
-    ("prompt_ids", "message"),
-    [([], "no tokens"), ([1, 8], "Token 1 .* is 8"), ([-1], "is -1"), ([True], "is True"), ([1.0], "is 1.0")],
+    ("prompt_ids", "named"),
+    [([], ()), ([1, 8], (1, 8)), ([-1], (0, -1)), ([True], (0, True)), ([1.0], (0, 1.0))],
 )
-def test_a_prompt_holds_token_ids_of_the_model(prompt_ids, message):
-    with pytest.raises(RequestError, match=message):
+def test_a_prompt_holds_token_ids_of_the_model(prompt_ids, named):
+    with raises(RequestError, *named):
         check_token_ids(prompt_ids, vocab_size=8)

@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from amalgam.config.settings import StatisticsSettings
@@ -9,6 +8,7 @@ from amalgam.errors import ConfigError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.context import TokenSpan
 from tests.engine.fakes import FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes, make_settings
+from tests.errors import raises
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_a_step_that_fails_counts_neither_tokens_nor_requests():
         raise ValueError("no luck")
 
     decoder.on_step = fail
-    with pytest.raises(ValueError, match="no luck"):
+    with raises(ValueError, "no luck"):
         runner.execute(plan)
     tally = tracker.snapshot().tally
     assert (tally.num_requests, tally.num_tokens.sum(), tally.counts.sum()) == (0, 0, 0)
@@ -92,10 +92,10 @@ def test_without_a_setting_the_cache_takes_a_quarter_of_memory_at_most(monkeypat
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused_with_both_numbers(monkeypatch):
-    with pytest.raises(ConfigError, match=rf"takes {kv_cache_bytes(64)} bytes, and engine.kv_cache_bytes is 1000"):
+    with raises(ConfigError, kv_cache_bytes(64), "engine.kv_cache_bytes", 1000):
         num_blocks(kv_cache_bytes=1000)
     monkeypatch.setattr("amalgam.engine.runner.available_bytes", lambda device: 4000)
-    with pytest.raises(ConfigError, match="a quarter of the available memory is 1000"):
+    with raises(ConfigError, kv_cache_bytes(64), 1000):
         num_blocks()
 
 
