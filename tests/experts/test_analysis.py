@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from amalgam.errors import AmalgamError, RequestError
+from amalgam.errors import CheckpointError, RequestError
 from amalgam.experts import saved
 from amalgam.experts.comparison import compare, jensen_shannon
 from amalgam.experts.hints import Hint
@@ -17,6 +17,7 @@ from amalgam.experts.overview import compare_traffic, drift, survey
 from amalgam.experts.precision_map import precision_map
 from amalgam.experts.statistics import balance, concentration, coverage, grid
 from amalgam.experts.tracker import ExpertTracker
+from tests.errors import raises
 from tests.experts.routing import LAYER_IDS, NUM_EXPERTS, Clock, make_tracker, route, run_step, span
 
 EVEN = np.full((1, NUM_EXPERTS), 5)
@@ -173,7 +174,7 @@ def test_drift_from_before_and_from_a_reference(tmp_path: Any) -> None:
     [hint] = [hint for hint in survey(referring, None).hints if hint.kind == "drift"]
     assert hint.compare == {"a": "minutes:5", "b": "reference"}
     assert compare_traffic(referring, **sides(hint))["jensen_shannon"]["mean"] == hint.figures["jensen_shannon"]
-    with pytest.raises(AmalgamError, match="Cannot read"):
+    with raises(CheckpointError, tmp_path / "nowhere.npz"):
         drift(make_tracker(clock, reference=str(tmp_path / "nowhere.npz")))
 
 

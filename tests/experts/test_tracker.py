@@ -13,6 +13,7 @@ from amalgam.errors import RequestError
 from amalgam.experts.history import GENERATED, PROMPT, Tally
 from amalgam.experts.tracker import ExpertSnapshot, ExpertTracker
 from amalgam.models.context import TokenSpan
+from tests.errors import raises
 from tests.experts.routing import (
     LAYER_IDS,
     NUM_EXPERTS,
@@ -339,5 +340,5 @@ def test_memory_is_bounded_for_a_large_model() -> None:
 @pytest.mark.parametrize("minutes", [0, -1, 60.01, float("nan"), float("inf"), True, "5", 10**400])
 def test_a_window_out_of_range_is_refused(minutes: float) -> None:
     tracker = make_tracker(Clock(), history_minutes=60)
-    with pytest.raises(RequestError, match=r"minutes is .*up to 60 \(statistics\.history_minutes\)"):
+    with raises(RequestError, "minutes", 60, "statistics.history_minutes"):
         tracker.snapshot(minutes)
