@@ -15,6 +15,7 @@ from amalgam.errors import CheckpointError
 from amalgam.formats.contract import get_format
 from amalgam.kernels import reference
 from amalgam.kernels.packed import PackedWeight
+from tests.errors import raises
 
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
 # Byte offsets of the f16 fields, which random bytes would make infinite now and then.
@@ -111,19 +112,19 @@ def test_infinite_scales_are_refused(name: str, bits: int) -> None:
     for offset in HALVES[name]:
         raw = random_blocks(name)
         raw[3, offset : offset + 2] = np.array([bits], np.uint16).view(np.uint8)
-        with pytest.raises(CheckpointError, match=r"'w'.*NaN or infinite"):
+        with raises(CheckpointError, "w"):
             load(name, raw)
 
 
 def test_a_nan_exponent_is_refused() -> None:
     raw = random_blocks("MXFP4")
     raw[0, 17] = 255
-    with pytest.raises(CheckpointError, match="NaN or infinite"):
+    with raises(CheckpointError, "w"):
         load("MXFP4", raw)
 
 
 @pytest.mark.parametrize("shape", [(18,), (2, 4, 18)])
 def test_only_matrices(shape: tuple[int, ...]) -> None:
     entry = TensorEntry("w", torch.uint8, shape, Path("model.gguf"), 0, "Q4_0")
-    with pytest.raises(CheckpointError, match="Only matrices"):
+    with raises(CheckpointError, "w", "Q4_0"):
         get_format("gguf_q4_0").recognise("w", {"weight": entry}, {})
