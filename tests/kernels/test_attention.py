@@ -11,6 +11,7 @@ from torch import Tensor
 from amalgam.config.settings import NATIVE_ISAS
 from amalgam.kernels import attention, native, ops, reference
 from amalgam.kernels.packed import AttentionBatch
+from tests.errors import raises
 
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -291,7 +292,7 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
         replace(layer, case=replace(layer.case, window=0)),
     ]
     for wrong in broken:
-        with pytest.raises(ValueError, match="attention of"):
+        with raises(ValueError, tuple(wrong.query.shape), tuple(wrong.keys.shape)):
             wrong.run()
     batch = layer.batch
     contradictions = [
@@ -302,7 +303,7 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
         replace(batch, block_size=0, cache={}),
     ]
     for contradiction in contradictions:
-        with pytest.raises(ValueError, match=r"contradict|block id|an attention batch|block size"):
+        with raises(ValueError):
             replace(layer, batch=contradiction).run()
 
 
@@ -374,11 +375,11 @@ def test_write_kv_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> 
     use_isa(monkeypatch, "portable")
     keys, values, new = torch.zeros(8, 2, 4), torch.zeros(8, 2, 4), torch.ones(2, 2, 4)
     for slot in (-1, 8):
-        with pytest.raises(IndexError, match=f"slot {slot} is not"):
+        with raises(IndexError, slot):
             attention.write_kv(keys, values, new, new, torch.tensor([0, slot]))
     assert not keys.any()
     for arguments in ((new[:1], new), (new, new[..., :2]), (new.double(), new), (new, new.bfloat16())):
-        with pytest.raises(ValueError, match="write of"):
+        with raises(ValueError, *(tuple(argument.shape) for argument in arguments)):
             attention.write_kv(keys, values, *arguments, torch.tensor([0, 1]))
 
 

@@ -10,6 +10,7 @@ import torch
 
 from amalgam.formats.floating import dense
 from amalgam.kernels import native, ops, panels, reference
+from tests.errors import raises
 
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -93,7 +94,7 @@ def test_add_rms_norm(dtype: torch.dtype) -> None:
         total, normed = native.add_rms_norm(x, delta, weight, 1e-6)
         assert torch.equal(total, x + delta)
         assert torch.equal(normed, native.rms_norm(total, weight, 1e-6))
-    with pytest.raises(ValueError, match="after adding"):
+    with raises(ValueError, (rows, hidden), (rows, 5)):
         native.add_rms_norm(x, delta[:, :5], weight, 1e-6)
 
 
@@ -125,7 +126,7 @@ def test_route_of_what_has_no_order() -> None:
     odd = torch.tensor([[float("nan")] * 8, [1.0, float("nan"), 2.0, float("inf"), 0.0, -float("inf"), 3.0, 4.0]])
     ids, _ = panels.route(odd, eye, 4, normalises=True, sum_eps=0.0)
     assert all(len(set(row)) == 4 and set(row) <= set(range(8)) for row in ids.tolist())
-    with pytest.raises(ValueError, match="to 9"):
+    with raises(ValueError, (8, 8), 9):
         panels.route(torch.zeros(1, 8), eye, 9, normalises=True, sum_eps=0.0)
     assert panels.route(torch.zeros(0, 8), eye, 2, normalises=True, sum_eps=0.0)[0].shape == (0, 2)
 
