@@ -16,6 +16,7 @@ from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
 from amalgam.models.spec import ModelSpec, all_families, read_spec
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.quantize import quantize_checkpoint
+from tests.errors import raises
 from tests.models.harness import Runner, load_model
 from tests.models.tiny import BASE_CONFIG, save_tiny, write_checkpoint
 
@@ -112,7 +113,7 @@ def test_layers_for_multi_token_prediction_are_left_alone(tmp_path: Path) -> Non
     load_model(tmp_path)
 
     write_checkpoint(tmp_path, {**config, "num_nextn_predict_layers": 0}, {**tensors, **extra})
-    with pytest.raises(CheckpointError, match=r"has no place for: model\.layers\.2"):
+    with raises(CheckpointError, "model.layers.2.eh_proj.weight"):
         load_model(tmp_path)
 
 
@@ -130,7 +131,7 @@ def test_gpt2_is_the_same_without_its_prefix(tmp_path: Path) -> None:
     assert analyze_checkpoint(str(tmp_path / "short")).notes == analyze_checkpoint(str(tmp_path / "long")).notes == ()
 
     write_checkpoint(tmp_path / "short", config, {**short, "transformer.wte.weight": short["wte.weight"].clone()})
-    with pytest.raises(CheckpointError, match=r"no place for: wte\.weight"):
+    with raises(CheckpointError, "wte.weight"):
         load_model(tmp_path / "short")
 
 
