@@ -24,6 +24,7 @@ from amalgam.llm import open_deployment
 from amalgam.models.spec import ModelSpec
 from amalgam.runtime.deployment import Deployment
 from tests.conftest import DEMO
+from tests.errors import raises
 
 EXPERTS = "model.layers.*.mlp.experts.*"
 PROMPTS = [
@@ -196,7 +197,7 @@ def test_a_load_that_fails_lets_go_of_the_statistics_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(Source, "load", fail)
-        with pytest.raises(CheckpointError, match="A shard is missing"):
+        with raises(CheckpointError, "A shard is missing."):
             open_deployment(settings)
     with FileLock(tmp_path / "statistics.npz") as lock:
         assert lock.try_acquire()
@@ -210,7 +211,7 @@ def test_a_statistics_file_of_another_process_is_refused_before_weights_are_read
     monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("a weight is read"))
     with FileLock(path) as lock:
         assert lock.try_acquire()
-        with pytest.raises(ConflictError, match=str(path)):
+        with raises(ConflictError, path):
             open_deployment(settings)
 
 
@@ -238,7 +239,7 @@ def test_reload_takes_the_files_as_they_are_now(derived: Path, tmp_path: Path) -
         assert len(differing) == 1
 
         file.write_bytes(data[: len(data) // 2])
-        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        with raises(CheckpointError, "model.safetensors"):
             deployment.reload_weights()
         assert deployment.version.version_id == 3
         assert deployment.engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=2))[0].error is None
@@ -250,12 +251,12 @@ def test_settings_that_cannot_be_met_are_refused_before_loading(derived: Path) -
     def settings(**sections: object) -> object:
         return build_settings({"model": {"base_path": str(DEMO)}, **sections})
 
-    with pytest.raises(ConfigError, match="kv_cache_bytes"):
+    with raises(ConfigError, "engine.kv_cache_bytes", 1000):
         Deployment.open(settings(engine={"kv_cache_bytes": 1000}))  # type: ignore[arg-type]
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="cuda:3"):
+        with raises(ConfigError, "cuda:3"):
             Deployment.open(settings(inference={"device_map": "cuda:3"}))  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="lm_head"):
+    with raises(PlanError, "lm_head.weight"):
         rules = {"mixed_precision": {"fp8_path": str(derived / "fp8"), "weight_mapping": {"lm_head.weight": "fp8"}}}
         Deployment.open(build_settings({"model": {"base_path": str(DEMO), **rules}}))
 
@@ -288,7 +289,7 @@ def test_digests_are_of_the_version_that_is_served_or_refused(tmp_path: Path) ->
         assert deployment.manifest(sha256=True)["fingerprint"] == deployment.version.fingerprint
         for file in folder.glob("*.safetensors"):
             os.utime(file, ns=(1, 1))
-        with pytest.raises(CheckpointError, match="has changed"):
+        with raises(CheckpointError, "model.safetensors"):
             deployment.manifest(sha256=True)
         deployment.reload_weights()
         assert deployment.manifest(sha256=True)["version"] == 2
