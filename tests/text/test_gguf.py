@@ -14,6 +14,7 @@ from amalgam.text.gguf import build_tokenizer
 from amalgam.text.gguf_words import WORDS
 from amalgam.text.tokenizer import Tokenizer
 from tests import gguf_probes
+from tests.errors import raises
 from tests.text.tokenizer_metadata import metadata_of
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
@@ -230,26 +231,26 @@ class TestSentencePiece:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("changes", "error", "message"),
+        ("changes", "error", "named"),
         [
             ({"model": "rwkv"}, UnsupportedError, "'rwkv'"),
             ({"model": 3}, UnsupportedError, "model = 3"),
-            ({"pre": "default"}, UnsupportedError, r"'default'.*Known: .*support\.md.*tokenizer\.json"),
+            ({"pre": "default"}, UnsupportedError, "'default'"),
             ({"pre": "whitespace"}, UnsupportedError, "'whitespace'"),
             ({"new_trick": 7}, UnsupportedError, "tokenizer.ggml.new_trick = 7"),
             ({"normalizer.lowercase": True}, UnsupportedError, "normalizer.lowercase = True"),
             ({"remove_extra_whitespaces": True}, UnsupportedError, "remove_extra_whitespaces = True"),
-            ({"suppress_tokens": [3]}, UnsupportedError, "suppress_tokens = "),
-            ({"precompiled_charsmap": [1, 2]}, UnsupportedError, "precompiled_charsmap = "),
+            ({"suppress_tokens": [3]}, UnsupportedError, "suppress_tokens"),
+            ({"precompiled_charsmap": [1, 2]}, UnsupportedError, "precompiled_charsmap"),
             ({"eom_token_id": 99_999}, CheckpointError, "eom_token_id = 99999"),
             ({"merges": ["ab"]}, CheckpointError, "merges = 'ab'"),
             ({"pre": None}, UnsupportedError, "pre = None"),
-            ({"pre": ["qwen2"]}, UnsupportedError, "pre = "),
+            ({"pre": ["qwen2"]}, UnsupportedError, "tokenizer.ggml.pre"),
             ({"tokens": None}, CheckpointError, "tokens = None"),
             ({"tokens": "abc"}, CheckpointError, "tokens = 'abc'"),
-            ({"tokens": ["a", "a"], "token_type": [1, 1]}, CheckpointError, "twice"),
-            ({"tokens": ["a" * 2000], "token_type": [1]}, CheckpointError, "over 1024 characters"),
-            ({"tokens": ["a"]}, CheckpointError, "token_type.*an array of 1 numbers"),
+            ({"tokens": ["a", "a"], "token_type": [1, 1]}, CheckpointError, "tokenizer.ggml.tokens"),
+            ({"tokens": ["a" * 2000], "token_type": [1]}, CheckpointError, "1024"),
+            ({"tokens": ["a"]}, CheckpointError, "tokenizer.ggml.token_type"),
             ({"token_type": None}, CheckpointError, "token_type = None"),
             ({"merges": ["a"]}, CheckpointError, "merges = 'a'"),
             ({"merges": ["a b c"]}, CheckpointError, "merges = 'a b c'"),
@@ -262,16 +263,16 @@ class TestRefusals:
         ],
     )
     def test_what_is_not_understood(
-        self, changes: dict[str, Any], error: type[AmalgamError], message: str, demo: dict[str, Any]
+        self, changes: dict[str, Any], error: type[AmalgamError], named: str, demo: dict[str, Any]
     ) -> None:
         changed = demo | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-        with pytest.raises(error, match=message):
+        with raises(error, named):
             load(changed)
 
     def test_scores_of_another_vocabulary(self, pieces: dict[str, Any]) -> None:
-        with pytest.raises(CheckpointError, match=r"scores.*an array of \d+ numbers"):
+        with raises(CheckpointError, "tokenizer.ggml.scores"):
             load({**pieces, "tokenizer.ggml.scores": [0.0, 1.0]})
 
     def test_without_tables(self) -> None:
-        with pytest.raises(CheckpointError, match="has no tokenizer"):
+        with raises(CheckpointError, "model.gguf", "tokenizer.json"):
             load({})

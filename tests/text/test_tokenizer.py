@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from amalgam.errors import CheckpointError, RequestError
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import TextStream, Tokenizer
+from tests.errors import raises
 from tests.text.tokenizer_files import BOS, LLAMA3, PROBES, byte_level, sentence_piece
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
@@ -73,11 +74,11 @@ class TestTokenizer:
     def test_ids_are_those_of_transformers(self, tokenizer, name):
         assert tokenizer.encode(TEXTS[name]) == AutoTokenizer.from_pretrained(DEMO).encode(TEXTS[name])
 
-    @pytest.mark.parametrize("name", set(TEXTS) - {"special"})
+    @pytest.mark.parametrize("name", [name for name in TEXTS if name != "special"])
     def test_decoding_gives_the_text_back(self, tokenizer, name):
         assert tokenizer.decode(tokenizer.encode(TEXTS[name])) == TEXTS[name]
 
-    @pytest.mark.parametrize("name", set(TEXTS) - {"special"})
+    @pytest.mark.parametrize("name", [name for name in TEXTS if name != "special"])
     def test_the_bytes_of_the_tokens_are_those_of_the_text(self, tokenizer, name):
         token_ids = tokenizer.encode(TEXTS[name])
         assert b"".join(map(tokenizer.token_bytes, token_ids)) == TEXTS[name].encode()
@@ -101,7 +102,7 @@ class TestTokenizer:
         tokenizer.check_vocabulary(8192)
         tokenizer.check_vocabulary(9000)
         for others in (8191, 32_000):
-            with pytest.raises(CheckpointError, match=f"8192 tokens and the model's embedding {others} rows"):
+            with raises(CheckpointError, 8192, others):
                 tokenizer.check_vocabulary(others)
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool.jinja"])
@@ -111,18 +112,18 @@ class TestTokenizer:
         (demo_copy / name).parent.mkdir(exist_ok=True)
         (demo_copy / name).unlink(missing_ok=True)
         (demo_copy / name).symlink_to(outside)
-        with pytest.raises(CheckpointError, match="outside of its folder"):
+        with raises(CheckpointError, demo_copy / name, outside):
             Tokenizer.load(demo_copy)
 
     def test_no_linked_folder_leads_out_either(self, demo_copy, tmp_path_factory):
         outside = tmp_path_factory.mktemp("outside")
         (outside / "tool.jinja").write_text("{{ 'secret' }}")
         (demo_copy / "additional_chat_templates").symlink_to(outside)
-        with pytest.raises(CheckpointError, match="outside of its folder"):
+        with raises(CheckpointError, demo_copy / "additional_chat_templates", outside):
             Tokenizer.load(demo_copy)
 
     def test_a_lone_surrogate_is_refused(self, tokenizer):
-        with pytest.raises(RequestError, match="lone surrogate at character 2"):
+        with raises(RequestError, 2, repr("\ud800")):
             tokenizer.encode("ab\ud800")
 
     def test_transformers_is_imported_only_when_a_tokenizer_is_loaded(self):
@@ -143,24 +144,24 @@ class TestChat:
     @pytest.mark.parametrize(
         ("messages", "named"),
         [
-            ([], "messages is"),
-            ("hi", "messages is"),
-            ([{"role": "user", "content": "a"}, "hi"], r"messages\[1\] is 'hi'"),
-            ([{"role": "user"}], r"messages\[0\] is"),
-            ([{"role": "user", "content": None}], r"messages\[0\] is"),
-            ([{"role": 1, "content": "a"}], r"messages\[0\] is"),
+            ([], "messages"),
+            ("hi", "messages"),
+            ([{"role": "user", "content": "a"}, "hi"], "messages[1]"),
+            ([{"role": "user"}], "messages[0]"),
+            ([{"role": "user", "content": None}], "messages[0]"),
+            ([{"role": 1, "content": "a"}], "messages[0]"),
             ([{"role": "user", "content": "a", "nmae": "x"}], "nmae"),
         ],
     )
     def test_malformed_messages_are_refused(self, tokenizer, messages, named):
-        with pytest.raises(RequestError, match=named):
+        with raises(RequestError, named):
             tokenizer.encode_chat(messages)
 
     def test_without_a_template_there_is_no_chat(self, demo_copy):
         edit_json(demo_copy / "tokenizer_config.json", chat_template=None)
         tokenizer = Tokenizer.load(demo_copy)
         assert not tokenizer.has_chat_template
-        with pytest.raises(RequestError, match="no chat template"):
+        with raises(RequestError):
             tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 
     @pytest.mark.parametrize(
@@ -176,13 +177,13 @@ class TestChat:
     )
     def test_whatever_goes_wrong_in_a_template_is_the_requests_error(self, demo_copy, template):
         edit_json(demo_copy / "tokenizer_config.json", chat_template=template)
-        with pytest.raises(RequestError, match="chat template refuses"):
+        with raises(RequestError):
             Tokenizer.load(demo_copy).encode_chat([{"role": "user", "content": "hi"}])
 
 
 class TestLoading:
     def test_a_folder_without_tokenizer(self, tmp_path):
-        with pytest.raises(CheckpointError, match=r"has no tokenizer.*tokenizer\.json"):
+        with raises(CheckpointError, tmp_path, "tokenizer.json"):
             Tokenizer.load(tmp_path)
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {"type": "BPE"}}', '{"version": "1.0"}'])
@@ -194,13 +195,13 @@ class TestLoading:
     @pytest.mark.parametrize("value", ["</s>", -1, [0, "x"], True, 1.5])
     def test_an_end_of_sequence_that_is_no_token_id(self, demo_copy, value):
         edit_json(demo_copy / "generation_config.json", eos_token_id=value)
-        with pytest.raises(CheckpointError, match="eos_token_id = "):
+        with raises(CheckpointError, "eos_token_id", repr(value)):
             Tokenizer.load(demo_copy)
 
     @pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
     def test_a_damaged_generation_config(self, demo_copy, content):
         (demo_copy / "generation_config.json").write_bytes(content.encode("latin-1"))
-        with pytest.raises(CheckpointError, match=r"generation_config\.json' is not valid JSON"):
+        with raises(CheckpointError, demo_copy / "generation_config.json"):
             Tokenizer.load(demo_copy)
 
     def test_a_missing_generation_config_is_fine(self, demo_copy):
@@ -223,7 +224,7 @@ class TestLoading:
             Tokenizer.load(demo_copy)
         else:
             (demo_copy / "tokenizer.json").rename(demo_copy / "vocab.json")
-            with pytest.raises(CheckpointError, match="custom code is not run"):
+            with raises(CheckpointError, demo_copy, "tokenizer.json"):
                 Tokenizer.load(demo_copy)
         assert not canary.exists()
 
