@@ -6,7 +6,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -22,8 +22,9 @@ CODE_RUNNERS = {"eval", "exec", "compile", "pickle", "marshal", "shelve", "dill"
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
-def nodes(module: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+@cache
+def nodes(module: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
 
 
 def places(module: Path, found: list[ast.AST]) -> list[str]:
@@ -111,6 +112,16 @@ def test_every_dependency_is_pinned_within_its_bounds(file: str, extra: bool) ->
         (specifier,) = pin.specifier
         assert specifier.operator == "=="
         assert wanted[name].specifier.contains(specifier.version), f"{pin} is outside {wanted[name]}"
+
+
+def test_errors_are_recognised_by_what_they_name() -> None:
+    """`tests.errors.raises` instead of a sentence that somebody may write better."""
+    found: list[str] = []
+    for module in sorted((ROOT / "tests").rglob("*.py")):
+        for node in nodes(module):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("raises"):
+                found += places(module, [keyword.value for keyword in node.keywords if keyword.arg == "match"])
+    assert found == []
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:

@@ -12,6 +12,7 @@ import pytest
 from amalgam.config.settings import build_settings
 from amalgam.errors import ConfigError
 from amalgam.server.http.origins import OriginGuard, is_loopback
+from tests.errors import raises
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, fake_settings
 
@@ -182,5 +183,5 @@ def test_a_server_for_others_has_names_that_it_cannot_know(host: str) -> None:
     ],
 )
 def test_what_no_header_can_be_is_refused(key: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=rf"server\.{key}"):
+    with raises(ConfigError, f"server.{key}"):
         build_settings({"model": {"base_path": "fake"}, "server": {key: value}})

@@ -16,6 +16,7 @@ from amalgam.server import create_app
 from amalgam.server.api.native import prefers_html
 from amalgam.server.http.lifecycle import listen, url_of
 from amalgam.server.service import Service
+from tests.errors import raises
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import MAX_SEQ_LENGTH, FakeDeployment, fake_settings
 
@@ -195,12 +196,12 @@ def test_every_address_of_a_host_is_listened_on(host: str, addresses: list[str],
 def test_a_port_that_is_taken_at_one_address_is_taken() -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port}"):
+        with raises(ConfigError, port):
             listen(fake_settings(host="localhost", port=port).server)
 
 
 def test_an_address_that_this_machine_has_not() -> None:
-    with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
+    with raises(ConfigError, "192.0.2.1"):
         listen(fake_settings(host="192.0.2.1", port=0).server)
 
 
@@ -213,5 +214,5 @@ def test_urls_that_can_be_opened() -> None:
 
 @pytest.mark.parametrize("key", ["keep_alive_seconds", "stream_comment_seconds", "accept_backlog"])
 def test_times_have_bounds(key: str) -> None:
-    with pytest.raises(ConfigError, match=key):
+    with raises(ConfigError, key):
         build_settings({"model": {"base_path": "fake"}, "server": {key: -1}})
