@@ -39,6 +39,7 @@ def serving(settings: Settings, open_deployment: Callable[[], Any]) -> Iterator[
     try:
         yield url_of(listeners[0], settings.server.host)
     finally:
+        server.config.timeout_graceful_shutdown = 0  # pages that are still open keep their streams
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
