@@ -1,7 +1,6 @@
 """A deployment without a model: the server's side of the engine's interface, with controllable speed and faults.
 
-Run as a script it serves: `fakes.py PORT DRAIN_SECONDS [HELD] [FAULT]`. What is HELD waits for a line on the standard
-input: `load` (the model), `steps` (after two tokens) or `exit` (of a server that is drained or has failed).
+`serve` is for a process of its own.
 """
 
 from __future__ import annotations
@@ -9,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import atexit
 import math
+import os
+import resource
 import secrets
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,12 +271,25 @@ def _scratch() -> str:
     return folder.name
 
 
-def main(port: str, drain_seconds: str, held: str = "", fault: str = "") -> None:
+def serve(
+    port: int, released: Connection, log: Path, drain: float = 60, held: str = "", fault: str = "", files: int = 0
+) -> None:
+    """Serve until a signal, with the standard error output in `log`.
+
+    Args:
+        released: what is `held` waits for a message here: `load` (the model), `steps` (after two tokens) or `exit` (of
+            a server that is drained or has failed).
+        fault: `load` (the model cannot be loaded) or `die` (the engine is dead).
+        files: the soft limit on file descriptors, unless 0.
+    """
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    if files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     engine = FakeEngine(is_alive=fault != "die", held_at=2 if held == "steps" else None)
     is_released, stopping = threading.Event(), threading.Event()
 
     def release() -> None:
-        sys.stdin.readline()
+        released.recv()
         is_released.set()
         engine.held_at = None
         if held == "exit":
@@ -293,8 +307,4 @@ def main(port: str, drain_seconds: str, held: str = "", fault: str = "") -> None
         lifecycle.MIN_DRAIN_SECONDS = lifecycle.FAILURE_SECONDS = math.inf
     threading.Thread(target=release, daemon=True).start()
 
-    run(fake_settings(port=int(port), drain_seconds=float(drain_seconds)), open_deployment, stopping)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(fake_settings(port=port, drain_seconds=drain), open_deployment, stopping)

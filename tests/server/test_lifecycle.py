@@ -5,60 +5,91 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from amalgam.server.http import access
 from tests.server.conftest import wait_until
-from tests.server.fakes import FakeDeployment
+from tests.server.fakes import FakeDeployment, serve
 
 ROOT = Path(__file__).parents[2]
-Start = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A fake server in a process of its own; see `tests.server.fakes.serve`."""
+
+    process: ForkServerProcess
+    url: str
+    log_file: Path
+    let_go: Connection
+
+    def release(self) -> None:
+        """Let go what is held."""
+        self.let_go.send(None)
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        """Its exit code."""
+        self.process.join(60)
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(encoding="utf-8")
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[ForkServerContext]:
+    """Forks processes from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.server.fakes"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
+        yield context
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts the fake server: `start(drain_seconds, held, fault)` → process, base URL; see `tests.server.fakes`."""
-    processes = []
+def start(context: ForkServerContext, tmp_path: Path) -> Iterator[Start]:
+    """Starts the fake server: `start(drain=…, held=…, fault=…)`."""
+    servers = []
 
-    def start(drain: float = 60, held: str = "", fault: str = "") -> tuple[subprocess.Popen[str], str]:
-        port = free_port()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.server.fakes", str(port), str(drain), held, fault],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": "src"},
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        base_url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: answers(base_url), 150)  # Python's start is slow on a busy machine
-        return process, base_url
+    def start(taken_port: int | None = None, **how: Any) -> Server:
+        released, let_go = context.Pipe(duplex=False)
+        port, log = taken_port or free_port(), tmp_path / "log"
+        process = context.Process(target=serve, args=(port, released, log), kwargs=how)
+        process.start()
+        server = Server(process, f"http://127.0.0.1:{port}", log, let_go)
+        servers.append(server)
+        if taken_port is None:
+            wait_until(lambda: answers(server.url))
+        return server
 
     yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def release(process: subprocess.Popen[str]) -> None:
-    """Let go what is held."""
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
+    for server in servers:
+        server.process.kill()
+        server.process.join()
 
 
 def num_running(base_url: str) -> int:
@@ -86,95 +117,99 @@ def generate(base_url: str, **fields: object) -> httpx.Response:
 
 
 def test_the_port_answers_while_the_model_loads(start: Start) -> None:
-    process, base_url = start(held="load")
+    server = start(held="load")
+    base_url = server.url
     assert httpx.get(base_url + "/health").json() == {"status": "loading"}
     assert httpx.get(base_url + "/").json()["status"] == "loading"
     for response in (httpx.get(base_url + "/ready"), generate(base_url), httpx.get(base_url + "/model_info")):
         assert response.status_code == 503
         assert "loading" in response.json()["error"]["message"]
         assert int(response.headers["retry-after"]) > 0
-    release(process)
+    server.release()
     wait_until(lambda: is_ready(base_url))
     assert generate(base_url, max_new_tokens=1).status_code == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_gives_up_a_model_that_is_loading(start: Start, number: signal.Signals) -> None:
-    process, base_url = start(held="load")
-    process.send_signal(number)
-    wait_until(lambda: process.poll() is not None or httpx.get(base_url + "/health").json() == {"status": "draining"})
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "Traceback" not in log and "terminate" not in log
+    server = start(held="load")
+    server.signal(number)
+    assert server.wait() == 0
+    assert "Traceback" not in server.log and "terminate" not in server.log
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_drain_finishes_what_is_in_flight(start: Start, number: signal.Signals) -> None:
-    process, base_url = start(held="steps")
+    server = start(held="steps")
+    base_url = server.url
     wait_until(lambda: is_ready(base_url))
     with ThreadPoolExecutor(2) as pool:
         unary = pool.submit(generate, base_url, max_new_tokens=150)
         stream = pool.submit(generate, base_url, max_new_tokens=150, stream=True)
         wait_until(lambda: num_running(base_url) == 2)
-        process.send_signal(number)
+        server.signal(number)
         wait_until(lambda: not is_ready(base_url))
         assert httpx.get(base_url + "/health").json() == {"status": "draining"}
         refused = generate(base_url)
         assert refused.status_code == 503
         assert "retry-after" in refused.headers
         assert not unary.done() and not stream.done()
-        release(process)
+        server.release()
         assert unary.result().json()["generated_tokens"] == 150
         assert stream.result().text.endswith("data: [DONE]\n\n")
         assert '"finish_reason":"length"' in stream.result().text
-    assert process.wait(60) == 0
+    assert server.wait() == 0
 
 
 def test_an_idle_server_too_says_that_it_drains(start: Start) -> None:
-    process, base_url = start(held="exit")
+    server = start(held="exit")
+    base_url = server.url
     wait_until(lambda: is_ready(base_url))
-    process.terminate()
+    server.signal()
     wait_until(lambda: not is_ready(base_url))
-    release(process)
-    assert process.wait(60) == 0
+    server.release()
+    assert server.wait() == 0
 
 
 def test_a_drain_ends_in_time_and_streams_end_properly(start: Start) -> None:
-    process, base_url = start(drain=1, held="steps")
+    server = start(drain=1, held="steps")
+    base_url = server.url
     wait_until(lambda: is_ready(base_url))
     with ThreadPoolExecutor(2) as pool:
         unary = pool.submit(generate, base_url)
         stream = pool.submit(generate, base_url, stream=True)
         wait_until(lambda: num_running(base_url) == 2)
-        process.terminate()
+        server.signal()
         assert unary.result().status_code == 503
         *_, error, done = stream.result().text.strip().split("\n\n")
         assert json.loads(error.removeprefix("data: "))["error"]["type"] == "unavailable"
         assert done == "data: [DONE]"
-    assert process.wait(60) == 0
+    assert server.wait() == 0
 
 
 def test_without_descriptors_streams_go_on_and_the_log_stays_short(start: Start) -> None:
-    process, base_url = start(held="steps")
+    server = start(held="steps")
+    base_url = server.url
     wait_until(lambda: is_ready(base_url))
     url = httpx.URL(base_url)
     with ThreadPoolExecutor(1) as pool, ExitStack() as connections:
         stream = pool.submit(generate, base_url, max_new_tokens=150, stream=True)
         wait_until(lambda: num_running(base_url) == 1)
-        in_use = [int(name) for name in os.listdir(f"/proc/{process.pid}/fd")]
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (max(in_use) + 6, max(in_use) + 6))
-        for _ in range(200):
+        descriptors = Path(f"/proc/{server.process.pid}/fd")
+        limit = max(int(path.name) for path in descriptors.iterdir()) + 6
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        for _ in range(20):  # asyncio takes a few of them each second
             connections.enter_context(socket.create_connection((url.host, url.port), timeout=60))
-        time.sleep(3)  # asyncio tries again each second
-        release(process)
+        wait_until(lambda: "no resources for a new connection" in server.log)
+        server.release()
         assert stream.result().text.endswith("data: [DONE]\n\n")
         connections.close()
         assert generate(base_url, max_new_tokens=1).status_code == 200
-    process.terminate()
-    _, log = process.communicate(timeout=60)
-    assert log.count("no resources for a new connection") == 1
-    assert "Traceback" not in log
-    assert len(log.splitlines()) < 40
+    server.signal()
+    assert server.wait() == 0
+    assert server.log.count("no resources for a new connection") == 1
+    assert "Traceback" not in server.log
+    assert len(server.log.splitlines()) < 40
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
@@ -198,60 +233,51 @@ def test_a_request_that_needs_a_descriptor_is_told_to_come_again(
 
 
 def test_a_start_raises_the_limit_on_descriptors_and_names_the_dashboard(start: Start) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
-    try:
-        process, base_url = start()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
-    wait_until(lambda: is_ready(base_url))
-    process.terminate()
-    _, log = process.communicate(timeout=60)
-    [line] = [line for line in log.splitlines() if " ready after " in line]
-    assert line.endswith(f"dashboard at {base_url}/dashboard")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server = start(files=min(256, hard))
+    assert server.process.pid is not None
+    assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    wait_until(lambda: is_ready(server.url))
+    server.signal()
+    assert server.wait() == 0
+    [line] = [line for line in server.log.splitlines() if " ready after " in line]
+    assert line.endswith(f"dashboard at {server.url}/dashboard")
 
 
 def test_the_second_signal_ends_at_once(start: Start) -> None:
-    process, base_url = start(drain=3600, held="steps")
+    server = start(drain=3600, held="steps")
+    base_url = server.url
     wait_until(lambda: is_ready(base_url))
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(generate, base_url)
         wait_until(lambda: num_running(base_url) == 1)
-        process.terminate()
+        server.signal()
         wait_until(lambda: not is_ready(base_url))
-        process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        server.signal()
+        assert server.wait() == 128 + signal.SIGTERM
         assert isinstance(stream.exception(), httpx.TransportError)
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(start: Start) -> None:
-    process, _ = start(held="load", fault="load")
-    _, log = process.communicate("\n", timeout=60)
-    assert process.returncode != 0
-    assert "Shard 'a.safetensors' is missing. Download it again." in log
+    server = start(held="load", fault="load")
+    server.release()
+    assert server.wait() != 0
+    assert "Shard 'a.safetensors' is missing. Download it again." in server.log
 
 
 def test_a_dead_engine_shows_in_health_and_in_the_exit(start: Start) -> None:
-    process, base_url = start(held="exit", fault="die")
+    server = start(held="exit", fault="die")
+    base_url = server.url
     wait_until(lambda: httpx.get(base_url + "/health").status_code == 503)
     assert generate(base_url).status_code == 503
-    release(process)
-    assert process.wait(60) != 0
+    server.release()
+    assert server.wait() != 0
 
 
-def test_a_taken_port_is_an_error_that_names_it() -> None:
+def test_a_taken_port_is_an_error_that_names_it(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.server.fakes", str(port), "1"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": "src"},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    assert process.returncode != 0
-    assert f"port {port}" in process.stderr
-    assert "--port" in process.stderr
+        server = start(port)
+        assert server.wait() != 0
+    assert f"port {port}" in server.log
+    assert "--port" in server.log
