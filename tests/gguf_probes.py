@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from amalgam.text.gguf_words import WORDS
+from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS
 
 DATA = Path(__file__).parent / "data" / "gguf_tokens.json"
 TEXTS = (
@@ -66,12 +66,12 @@ ENDS: dict[str, tuple[list[tuple[str, int]], dict[str, int]]] = {
 
 def texts(pre: str) -> list[str]:
     """The texts as a name's published tokenizer reads them; llama.cpp does not normalize."""
-    return [unicodedata.normalize("NFC", text) if WORDS[pre].normalizes else text for text in TEXTS]
+    return [unicodedata.normalize("NFC", text) if PRE_TOKENIZERS[pre].normalizes else text for text in TEXTS]
 
 
 def metadata(pre: str) -> dict[str, Any]:
     """A vocabulary that shows where words end: bytes, or characters, with merges of any two and four in a row."""
-    return {**_vocabulary(WORDS[pre].is_byte_level), "tokenizer.ggml.pre": pre}
+    return {**_vocabulary(PRE_TOKENIZERS[pre].is_byte_level), "tokenizer.ggml.pre": pre}
 
 
 @cache
@@ -160,7 +160,7 @@ def main() -> None:
     rows: list[list[int]] = []
     names: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for pre in WORDS:
+        for pre in PRE_TOKENIZERS:
             model = _load(metadata(pre), Path(folder))
             names[pre] = []
             for text in texts(pre):

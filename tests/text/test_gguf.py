@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
-from amalgam.text.gguf import build_tokenizer
-from amalgam.text.gguf_words import WORDS
+from amalgam.text.gguf.metadata import build_tokenizer
+from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS
 from amalgam.text.tokenizer import Tokenizer
 from tests import gguf_probes
 from tests.errors import raises
@@ -68,7 +68,7 @@ def load(metadata: dict[str, Any]) -> Tokenizer:
 
 
 class TestAsLlamaCpp:
-    @pytest.mark.parametrize("pre", WORDS)
+    @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
     def test_token_ids(self, pre: str) -> None:
         """The merges of this vocabulary show every border between words."""
         wrapped, _ = build_tokenizer(gguf_probes.metadata(pre), "model.gguf")
@@ -86,8 +86,8 @@ class TestAsLlamaCpp:
 
     def test_every_name_of_llama_cpp_is_known(self) -> None:
         """All but `default`, which is no model's, and `whitespace`, which an encoder has."""
-        assert set(WORDS) == set(LLAMA_CPP["names"])
-        assert len(WORDS) == 89
+        assert set(PRE_TOKENIZERS) == set(LLAMA_CPP["names"])
+        assert len(PRE_TOKENIZERS) == 89
 
 
 @pytest.mark.parametrize("text", ["</s>", "<EOT>", "[EOS]", "<eos>", "[PAD]", "<REPO>"])

@@ -43,6 +43,14 @@ PROBES = (
     "\n",
     "",
 )
+TEXTS = {
+    "english": "It was the best of times, it was the worst of times; she said: 'I can't.'\n\n  Indented.",
+    "chinese": "明月几时有？把酒问青天。不知天上宫阙，今夕是何年。龘靐齉爩鱻麤",
+    "emoji": "ok 😀👩‍👩‍👧‍👦 e\u0301 🇨🇭 done",
+    "python": "def f(x: int) -> str:\n\treturn f'{x!r:>{10}}'  # naïve\n",
+    "replacement": "a genuine \ufffd stays, and \ufffd\ufffd",
+    "special": "one<|im_end|>two<|endoftext|> three",
+}
 _CORPUS = [
     "hello world, how are you doing today? I'm fine. 12345 don't WON'T it's\n\n  def main():\n    return 0\n",
     "café naïve déjà vu 你好 世界 明月几时有 привет мир مرحبا بالعالم " * 3,
@@ -91,6 +99,19 @@ def sentence_piece(scheme: str) -> Tokenizer:
     tokenizer.add_special_tokens([USER])
     bos = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
+    return tokenizer
+
+
+def spelled_bytes() -> Tokenizer:
+    """Pieces with ▁ for spaces and bytes for what has no piece, as Llama 2 and Mixtral publish them; few merges."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "▁the"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    strip = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip],
+    )
     return tokenizer
 
 

@@ -45,7 +45,8 @@ from amalgam.errors import UnavailableError, UnsupportedError, describe
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
-from amalgam.text.tokenizer import TextStream, Tokenizer
+from amalgam.text.stream import TextStream
+from amalgam.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("amalgam.engine")
 

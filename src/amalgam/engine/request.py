@@ -19,7 +19,7 @@ from amalgam.errors import RequestError, describe
 if TYPE_CHECKING:
     from amalgam.models.context import RoutingTrace
     from amalgam.models.weights import WeightVersion
-    from amalgam.text.tokenizer import TextStream
+    from amalgam.text.stream import TextStream
 
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 16

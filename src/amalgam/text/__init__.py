@@ -1,1 +1,1 @@
-"""Tokenizer, chat template, the stream of an answer. Must never know: tensors, requests."""
+"""Text ↔ token ids: tokenizers as checkpoints publish them, chat templates, and the text of an answer as it comes."""

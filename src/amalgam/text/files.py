@@ -30,7 +30,7 @@ import orjson
 
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.text.chat import DEFAULT
-from amalgam.text.gguf import build_tokenizer
+from amalgam.text.gguf.metadata import build_tokenizer
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.sentencepiece import read_model
 

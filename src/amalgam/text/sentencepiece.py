@@ -1,7 +1,7 @@
 """`tokenizer.model`: a SentencePiece model, from its bytes to the keys under which a GGUF file has the same tables.
 
 In: the bytes of a `ModelProto` (sentencepiece_model.proto of google/sentencepiece). Out: a dictionary for
-`text_gguf.build_tokenizer`. Must never know: files, configurations.
+`gguf.metadata.build_tokenizer`. Must never know: files, configurations.
 
 Only what generative models publish: BPE over text that is not normalized.
 """

@@ -20,7 +20,7 @@ from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.errors import AmalgamError
 from amalgam.formats.fused import whole_of
 from amalgam.formats.gguf.names import is_rope_table
-from amalgam.text.gguf import MODEL_KEY, build_tokenizer
+from amalgam.text.gguf.metadata import MODEL_KEY, build_tokenizer
 
 # Tokenizers, templates, defaults; and a licence goes along with what it covers.
 _COPIED = (

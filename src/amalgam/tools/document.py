@@ -13,7 +13,7 @@ from amalgam.formats.contract import all_formats
 from amalgam.formats.gguf.config import ARCHITECTURES
 from amalgam.kernels.panels import COMPILED_LAYOUTS
 from amalgam.models.spec import all_families
-from amalgam.text.gguf_words import WORDS
+from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS
 
 _INTRODUCTION = f"""# Configuration
 
@@ -209,8 +209,8 @@ def support() -> str:
         lines.append(f"| {family.name} | {', '.join(family.architectures)} | {' | '.join(cells)} | {other} |")
     lists = {
         "architectures": sorted(ARCHITECTURES),
-        "names": sorted(WORDS),
-        "normalized": sorted(name for name, words in WORDS.items() if words.normalizes),
+        "names": sorted(PRE_TOKENIZERS),
+        "normalized": sorted(name for name, pre_tokenizer in PRE_TOKENIZERS.items() if pre_tokenizer.normalizes),
     }
     lines += ["", _GGUF.format(**{key: ", ".join(f"`{name}`" for name in values) for key, values in lists.items()})]
     return "\n".join(lines)

@@ -53,8 +53,8 @@ _LINES = r"[^\n]+|[\n]+"
 
 
 @dataclass(frozen=True)
-class Words:
-    """How a text becomes words.
+class PreTokenizer:
+    """How a text becomes words, before byte-pair merges within each.
 
     Attributes:
         expressions: one after the other.
@@ -72,77 +72,77 @@ class Words:
     is_byte_level: bool = True
 
 
-def _words(*expressions: str, **settings: bool) -> Words:
-    return Words(expressions, **settings)
+def _split_by(*expressions: str, **settings: bool) -> PreTokenizer:
+    return PreTokenizer(expressions, **settings)
 
 
-_LLAMA3 = _words(_GPT4, ignores_merges=True, adds_bos=True)
-_DIGITS_ALONE = _words(r"\p{N}", _GPT2)
-_DEEPSEEK_V3 = _words(r"\p{N}{1,3}", _KANJI_AND_KANA, _DEEPSEEK3)
-_PIECES = _words(_LINES, is_byte_level=False)
-_BAILING = _words(
+_LLAMA3 = _split_by(_GPT4, ignores_merges=True, adds_bos=True)
+_DIGITS_ALONE = _split_by(r"\p{N}", _GPT2)
+_DEEPSEEK_V3 = _split_by(r"\p{N}{1,3}", _KANJI_AND_KANA, _DEEPSEEK3)
+_PIECES = _split_by(_LINES, is_byte_level=False)
+_BAILING = _split_by(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-_COHERE2 = _words(r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O, normalizes=True)
+_COHERE2 = _split_by(r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O, normalizes=True)
 
-WORDS: Mapping[str, Words] = {
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     **dict.fromkeys(
         ("gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum"),
-        _words(_GPT2),
+        _split_by(_GPT2),
     ),
-    **dict.fromkeys(("jina-v1-en", "jina-v2-code", "roberta-bpe", "exaone4"), _words(_GPT2)),
-    **dict.fromkeys(("jais", "trillion", "granite-docling"), _words(_GPT2)),
-    **dict.fromkeys(("olmo", "mpt", "modern-bert"), _words(_GPT2, normalizes=True)),  # GPT-NeoX's
+    **dict.fromkeys(("jina-v1-en", "jina-v2-code", "roberta-bpe", "exaone4"), _split_by(_GPT2)),
+    **dict.fromkeys(("jais", "trillion", "granite-docling"), _split_by(_GPT2)),
+    **dict.fromkeys(("olmo", "mpt", "modern-bert"), _split_by(_GPT2, normalizes=True)),  # GPT-NeoX's
     **dict.fromkeys(("starcoder", "refact", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS_ALONE),
-    "command-r": _words(r"\p{N}", _GPT2, normalizes=True),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "f2llmv2"), _words(_QWEN2, normalizes=True)),
-    **dict.fromkeys(("kormo", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"), _words(_QWEN2)),
-    "ufakzeka": _words(rf"{_WORD}|\p{{N}}|{_REST}"),
-    "laguna": _words(_LINES, _QWEN2),
-    "qwen35": _words(
+    "command-r": _split_by(r"\p{N}", _GPT2, normalizes=True),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "f2llmv2"), _split_by(_QWEN2, normalizes=True)),
+    **dict.fromkeys(("kormo", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"), _split_by(_QWEN2)),
+    "ufakzeka": _split_by(rf"{_WORD}|\p{{N}}|{_REST}"),
+    "laguna": _split_by(_LINES, _QWEN2),
+    "qwen35": _split_by(
         rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
         rf"|{_LINES_AND_SPACES}",
         normalizes=True,
     ),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), _LLAMA3),
     **dict.fromkeys(("lfm2", "jina-v5-nano"), _LLAMA3),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _words(_GPT4)),
-    **dict.fromkeys(("glm4", "glm5"), _words(_GPT4, ignores_merges=True)),
-    "jais-2": _words(
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _split_by(_GPT4)),
+    **dict.fromkeys(("glm4", "glm5"), _split_by(_GPT4, ignores_merges=True)),
+    "jais-2": _split_by(
         rf"{_ENDINGS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|"
         + "|".join(rf"\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 16, 8, 4))
         + r"|\s{1,2}(?!\S)|\s{1}"
     ),
-    "minicpm5": _words(r"\p{N}{1,3}", rf"{_ENDINGS}|{_WORD}|\p{{N}}+|{_REST}", ignores_merges=True),
-    "seed-coder": _words(rf"{_ENDINGS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES_AND_SPACES}"),
+    "minicpm5": _split_by(r"\p{N}{1,3}", rf"{_ENDINGS}|{_WORD}|\p{{N}}+|{_REST}", ignores_merges=True),
+    "seed-coder": _split_by(rf"{_ENDINGS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES_AND_SPACES}"),
     **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _BAILING),
-    "exaone-moe": _words(
+    "exaone-moe": _split_by(
         rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
     ),
-    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _words(_GPT4O)),
-    "granite-embed-multi-97m": _words(_GPT4O, ignores_merges=True),
-    "tekken": _words(_CASED % ("", "") + rf"|\p{{N}}|{_REST_AND_SLASHES}", ignores_merges=True, adds_bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _split_by(_GPT4O)),
+    "granite-embed-multi-97m": _split_by(_GPT4O, ignores_merges=True),
+    "tekken": _split_by(_CASED % ("", "") + rf"|\p{{N}}|{_REST_AND_SLASHES}", ignores_merges=True, adds_bos=True),
     **dict.fromkeys(("tiny_aya", "cohere2moe"), _COHERE2),
-    "kimi-k2": _words(
+    "kimi-k2": _split_by(
         r"[\p{Han}]+|"
         + _CASED.replace(_UPPER, _UPPER[:-1] + _NO_HAN).replace(_LOWER, _LOWER[:-1] + _NO_HAN)
         % (f"{_ENDINGS}?", f"{_ENDINGS}?")
         + rf"|\p{{N}}{{1,3}}|{_REST}"
     ),
-    "youtu": _words(
+    "youtu": _split_by(
         "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
         _CASED % (f"{_ENDINGS}?", f"{_ENDINGS}?") + rf"|\p{{N}}|{_REST_AND_SLASHES}",
         ignores_merges=True,
     ),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "hy_v4", "joyai-llm"), _DEEPSEEK_V3),
-    "spark2_5": _words(
+    "spark2_5": _split_by(
         r"\p{N}{1,3}",
         _KANJI_AND_KANA,
         rf"{_PUNCTUATED}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+",
         r"\p{N}",
     ),
-    "deepseek-llm": _words(
+    "deepseek-llm": _split_by(
         r"[\r\n]",
         rf"\s?[{_CASED_LETTERS}]+",
         "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
@@ -150,19 +150,19 @@ WORDS: Mapping[str, Words] = {
         _KANJI_AND_HANGUL,
         r"\p{N}+",
     ),
-    "deepseek-coder": _words(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _KANJI_AND_HANGUL, r"\p{N}"),
-    "afmoe": _words(
+    "deepseek-coder": _split_by(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _KANJI_AND_HANGUL, r"\p{N}"),
+    "afmoe": _split_by(
         # Digits in threes from the right; first in runs whose length is a multiple of three, for the sake of long ones.
         r"\p{N}{1,510}(?=(?>\p{N}{510})*(?!\p{N}))",
         r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
         f"[{_ASIAN_SCRIPTS}]+",
         _DEEPSEEK3,
     ),
-    "superbpe": _words(r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
-    "falcon": _words(r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]"),
-    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), _words(_NOT_SENTENCE_MARKS)),
-    "viking": _words(_NOT_SENTENCE_MARKS, r"\p{N}"),
-    "chameleon": _words(
+    "superbpe": _split_by(r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
+    "falcon": _split_by(r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]"),
+    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), _split_by(_NOT_SENTENCE_MARKS)),
+    "viking": _split_by(_NOT_SENTENCE_MARKS, r"\p{N}"),
+    "chameleon": _split_by(
         r"<sentinel:[0-9]+>",
         r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
         r"([\t\n]|    |  )",
@@ -171,6 +171,8 @@ WORDS: Mapping[str, Words] = {
         _GPT2,
         adds_bos=True,
     ),
-    **dict.fromkeys(("gemma4", "granite-embed-multi-311m"), Words((_LINES,), adds_bos=True, is_byte_level=False)),
+    **dict.fromkeys(
+        ("gemma4", "granite-embed-multi-311m"), PreTokenizer((_LINES,), adds_bos=True, is_byte_level=False)
+    ),
     "sarvam-moe": _PIECES,
 }

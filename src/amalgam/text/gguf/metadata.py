@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from amalgam.errors import CheckpointError, UnsupportedError, describe
-from amalgam.text.gguf_ends import NAMED, end_ids, unmistakable
-from amalgam.text.gguf_words import WORDS, Words
+from amalgam.text.gguf.ends import NAMED, end_ids, unmistakable
+from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 MODEL_KEY = "tokenizer.ggml.model"
 _PREFIX = "tokenizer.ggml."
@@ -199,9 +199,9 @@ def _words_and_merges(tables: _Tables) -> tuple[Any, bool]:
     from tokenizers import Tokenizer, models
 
     pre = tables.get("pre")
-    words = WORDS.get(pre) if isinstance(pre, str) else None
-    if words is None:
-        tables.unsupported(f"{_PREFIX}pre", pre, WORDS)
+    pretokenizer = PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
+    if pretokenizer is None:
+        tables.unsupported(f"{_PREFIX}pre", pre, PRE_TOKENIZERS)
     merges = []
     for merge in tables.strings("merges"):
         cut = merge.find(" ", 1)
@@ -209,34 +209,39 @@ def _words_and_merges(tables: _Tables) -> tuple[Any, bool]:
         if cut < 0 or not all(part in tables.vocab for part in (left, right, left + right)):
             tables.damaged("merges", merge, "pairs of tokens whose concatenation is a token")
         merges.append((left, right))
-    model = models.BPE(tables.vocab, merges, ignore_merges=words.ignores_merges, byte_fallback=not words.is_byte_level)
+    model = models.BPE(
+        tables.vocab,
+        merges,
+        ignore_merges=pretokenizer.ignores_merges,
+        byte_fallback=not pretokenizer.is_byte_level,
+    )
     backend = Tokenizer(model)
-    (_cut_bytes if words.is_byte_level else _cut_pieces)(backend, words)
-    return backend, words.adds_bos
+    (_cut_bytes if pretokenizer.is_byte_level else _cut_pieces)(backend, pretokenizer)
+    return backend, pretokenizer.adds_bos
 
 
-def _cut_bytes(backend: Any, words: Words) -> None:
+def _cut_bytes(backend: Any, pretokenizer: PreTokenizer) -> None:
     from tokenizers import decoders, normalizers, pre_tokenizers
 
-    if words.normalizes:
+    if pretokenizer.normalizes:
         backend.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*_splits(words), byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*_splits(pretokenizer), byte_level])
     backend.decoder = decoders.ByteLevel()
 
 
-def _cut_pieces(backend: Any, words: Words) -> None:
+def _cut_pieces(backend: Any, pretokenizer: PreTokenizer) -> None:
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     backend.normalizer = normalizers.Replace(" ", _SPACE)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(_splits(words))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(_splits(pretokenizer))
     backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
-def _splits(words: Words) -> list[Any]:
+def _splits(pretokenizer: PreTokenizer) -> list[Any]:
     from tokenizers import Regex, pre_tokenizers
 
-    return [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in words.expressions]
+    return [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in pretokenizer.expressions]
 
 
 def _sentence_piece(tables: _Tables) -> tuple[Any, bool]:
