@@ -35,7 +35,7 @@ PARTS = {
     "the model's call": [(Decoder, "forward")],
     "sampling's set-up": [(runner, "sample")],
     "tokens and text": [(Engine, "_take")],
-    "counting": [(Engine, "_measure")],
+    "counting": [(Engine, "_measure"), (Runner, "commit")],
     REST: [(Engine, "_step")],
 }
 

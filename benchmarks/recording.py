@@ -111,13 +111,15 @@ def decode_seconds(engine: Engine, num_sequences: int, num_tokens: int, observat
     arrivals: dict[int, list[float]] = {}
     finished: SimpleQueue[RequestOutput] = SimpleQueue()
 
-    def sink(output: RequestOutput) -> None:
+    def on_output(output: RequestOutput) -> None:
         arrivals.setdefault(output.request_id, []).append(time.perf_counter())
         if output.is_finished:
             finished.put(output)
 
     for index in range(num_sequences):
-        engine.submit([(index * PROMPT_TOKENS + i) % 1000 for i in range(PROMPT_TOKENS)], params, sink, observation)
+        engine.submit(
+            [(index * PROMPT_TOKENS + i) % 1000 for i in range(PROMPT_TOKENS)], params, on_output, observation
+        )
     for _ in range(num_sequences):
         if (error := finished.get().error) is not None:
             raise error

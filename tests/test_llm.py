@@ -58,6 +58,18 @@ def test_the_models_own_sampling_holds_where_nothing_is_said(
     assert json.loads(capsys.readouterr().out)[0]["generated_text"] == answer.text
 
 
+def test_log_probabilities_come_with_the_tokens(llm: LLM) -> None:
+    params = SamplingParams(max_new_tokens=6, do_sample=False, repetition_penalty=1.0, logprobs=2)
+    [answer] = llm.generate("The old man", params)
+    assert len(answer.logprobs) == len(answer.token_ids) == 6
+    for token_id, logprobs in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert logprobs.top[0] == (token_id, logprobs.chosen)
+        assert 0 > logprobs.top[0][1] >= logprobs.top[1][1]
+    streamed = [logprobs for output in llm.stream("The old man", params) for logprobs in output.logprobs]
+    assert tuple(streamed) == answer.logprobs
+    assert llm.generate("The old man", GREEDY)[0].logprobs == ()
+
+
 def test_leaving_a_stream_cancels_it(llm: LLM) -> None:
     stream = llm.stream("The old man", SamplingParams(max_new_tokens=200, ignore_eos=True))
     next(stream)

@@ -20,7 +20,7 @@ def make_engine(tokenizer):
     """Engines over a `FakeDecoder`, stopped at the end; their settings are those of `make_settings`."""
     engines = []
 
-    def make(decoder=None, version=None, observer=None, starts=True, **settings):
+    def make(decoder=None, version=None, observer=None, propose=None, starts=True, **settings):
         engine = Engine(
             decoder or FakeDecoder(),
             version or FakeVersion(1),
@@ -29,6 +29,7 @@ def make_engine(tokenizer):
             torch.device("cpu"),
             torch.float32,
             observer,
+            propose,
         )
         engines.append((engine, decoder))
         if starts:

@@ -12,23 +12,11 @@ def test_blocks_are_handed_out_once_and_come_back():
     assert sorted(pool.allocate(3)) == sorted(first)
 
 
-def test_a_shared_block_is_free_when_its_last_holder_frees_it():
-    pool = BlockPool(2)
-    blocks = pool.allocate(1)
-    pool.share(blocks)
-    pool.free(blocks)
-    assert pool.num_free == 1
-    pool.free(blocks)
-    assert pool.num_free == 2
-
-
 def test_misuse_is_an_assertion():
     pool = BlockPool(2)
     blocks = pool.allocate(1)
     pool.free(blocks)
     with raises(AssertionError):
         pool.free(blocks)
-    with raises(AssertionError):
-        pool.share(blocks)
     with raises(AssertionError, 3, 2):
         pool.allocate(3)

@@ -12,13 +12,16 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from amalgam.engine.request import FinishReason, SamplingParams
+from amalgam.config.settings import StatisticsSettings
+from amalgam.engine.request import FinishReason, Observation, SamplingParams
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
+from amalgam.experts.tracker import ExpertTracker
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
@@ -46,7 +49,7 @@ def is_at_rest(engine):
 
 
 class Outputs:
-    """A sink that keeps what it gets."""
+    """A callback that keeps what it gets."""
 
     def __init__(self):
         self.all = []
@@ -166,21 +169,97 @@ class TestAnswers:
     def test_what_is_submitted_between_steps_begins_in_one(self, make_engine):
         engine, order, done = make_engine(), [], threading.Semaphore(0)
 
-        def sink(output):
+        def on_output(output):
             order.append(output.request_id)
             if output.is_finished:
                 done.release()
 
         with engine.between_steps():
-            first = engine.submit([5], SamplingParams(max_new_tokens=3, ignore_eos=True), sink)
+            first = engine.submit([5], SamplingParams(max_new_tokens=3, ignore_eos=True), on_output)
             time.sleep(0.05)  # steps enough for the first to end, were it alone
-            second = engine.submit([6], SamplingParams(max_new_tokens=3, ignore_eos=True), sink)
+            second = engine.submit([6], SamplingParams(max_new_tokens=3, ignore_eos=True), on_output)
         assert done.acquire(timeout=10) and done.acquire(timeout=10)
         assert order == [first, second] * 3
 
     def test_prompts_and_parameters_must_be_as_many(self, make_engine):
         with raises(RequestError, 2, 1):
             make_engine().generate([[5], [6]], [GREEDY])
+
+
+class TestProposals:
+    """Guesses save steps and change nothing: neither answers, nor what is counted and traced."""
+
+    @pytest.fixture
+    def guess(self):
+        def propose(token_ids):
+            """Four tokens, of which two or three are right."""
+            first, second, third = greedy_tokens(token_ids, 3)
+            return [first, second, third if len(token_ids) % 2 else 0, 7]
+
+        return propose
+
+    def test_greedy_answers_stay_as_they_are(self, make_engine, guess):
+        prompts = random_prompts(40)
+        for cache in ({}, TINY_CACHE):
+            engine = make_engine(propose=guess, **cache)
+            answers = engine.generate(prompts, GREEDY)
+            assert [answer.token_ids for answer in answers] == [greedy_tokens(prompt, 12) for prompt in prompts]
+            assert is_at_rest(engine)
+
+    def test_they_save_steps(self, make_engine, guess):
+        num_steps = []
+        for propose in (None, guess):
+            decoder, steps = FakeDecoder(), []
+            decoder.on_step = steps.append
+            make_engine(decoder, propose=propose).generate([[5]], GREEDY)
+            num_steps.append(len(steps))
+        assert num_steps[0] == 12
+        assert num_steps[1] < 6
+
+    def test_sampled_answers_stay_as_they_are(self, make_engine, guess):
+        prompts = random_prompts(12, seed=1)
+        params = [
+            SamplingParams(
+                max_new_tokens=10, seed=i, ignore_eos=True, top_k=3, repetition_penalty=1 + i / 10, logprobs=2
+            )
+            for i in range(12)
+        ]
+        plain, guessed = (make_engine(propose=propose).generate(prompts, params) for propose in (None, guess))
+        for one, other in zip(plain, guessed, strict=True):
+            assert (one.token_ids, one.text, one.logprobs) == (other.token_ids, other.text, other.logprobs)
+
+    @pytest.mark.parametrize("end", ["length", "stop string", "end of sequence"])
+    def test_what_did_not_come_true_is_neither_counted_nor_traced(self, make_engine, tokenizer, guess, end):
+        prompts = [[token] for token in range(3, 60)]
+        params = SamplingParams(max_new_tokens=12, do_sample=False, ignore_eos=True)
+        if end == "stop string":
+            params = replace(params, stop=("e", "t"))
+        elif end == "end of sequence":
+            eos = next(iter(tokenizer.eos_token_ids))
+            endings = ([token] for token in range(VOCAB_SIZE) if eos in greedy_tokens([token], 3))
+            prompts, params = [next(endings), next(endings)], replace(params, ignore_eos=False)
+        tallies, answers = [], []
+        for propose in (None, guess):
+            tracker = ExpertTracker((0,), 8, 2, StatisticsSettings())
+            engine = make_engine(observer=tracker, propose=propose)
+            answers.append(engine.generate(prompts, params, Observation(wants_trace=True)))
+            tallies.append(tracker.snapshot().tally)
+        for one, other in zip(*answers, strict=True):
+            assert one.token_ids == other.token_ids
+            assert len(other.trace.expert_ids) == 1 + len(other.token_ids) - 1
+            assert one.trace.expert_ids.tolist() == other.trace.expert_ids.tolist()
+        assert tallies[0].counts.tolist() == tallies[1].counts.tolist()
+        assert tallies[0].num_tokens.tolist() == tallies[1].num_tokens.tolist()
+        assert tallies[0].num_requests == tallies[1].num_requests == len(prompts)
+
+    def test_a_step_gives_all_that_came_true_in_one_output(self, make_engine, guess, tokenizer):
+        outputs = Outputs()
+        make_engine(propose=guess).submit([9, 8, 7], replace(GREEDY, logprobs=0), outputs)
+        outputs.last()
+        assert outputs.token_ids == greedy_tokens([9, 8, 7], 12)
+        assert max(len(output.token_ids) for output in outputs.all) > 2
+        assert [len(output.logprobs) for output in outputs.all] == [len(output.token_ids) for output in outputs.all]
+        assert "".join(output.text for output in outputs.all) == tokenizer.decode(outputs.token_ids)
 
 
 class TestTextAfterAPrompt:
@@ -245,11 +324,11 @@ class TestTextAfterAPrompt:
 class TestLoad:
     def test_the_meter_knows_what_waited_and_ran_between_two_looks(self, make_engine, submit):
         engine = make_engine(starts=False, max_batch_size=2)
-        sinks = [submit(engine, [5, 6, 7], GREEDY) for _ in range(5)]
+        submitted = [submit(engine, [5, 6, 7], GREEDY) for _ in range(5)]
         assert engine.meter.read().points[-1].waiting.peak == 5
         engine.start()
-        for sink in sinks:
-            sink.last()
+        for outputs in submitted:
+            outputs.last()
         wait_until(lambda: is_at_rest(engine))
         points = engine.meter.read().points
         assert max(point.running.peak for point in points) == 2
@@ -523,16 +602,16 @@ class TestFailures:
         assert good.token_ids == greedy_tokens([6], 12)
         wait_until(lambda: is_at_rest(engine))
 
-    def test_a_sink_that_raises_ends_its_request_only(self, make_engine, submit):
+    def test_a_callback_that_raises_ends_its_request_only(self, make_engine, submit):
         engine = make_engine(starts=False)
         num_calls = 0
 
-        def broken_sink(output):
+        def broken(output):
             nonlocal num_calls
             num_calls += 1
             raise ValueError("nobody listens")
 
-        engine.submit([5], GREEDY, broken_sink)
+        engine.submit([5], GREEDY, broken)
         good = submit(engine, [6])
         engine.start()
         good.last()
@@ -648,7 +727,7 @@ class TestEnd:
         engine.stop()
         assert isinstance(outputs.last().error, UnavailableError)
 
-    def test_a_sink_may_stop_the_engine(self, make_engine):
+    def test_a_callback_may_stop_the_engine(self, make_engine):
         engine = make_engine()
         engine.submit([5], GREEDY, lambda output: engine.stop())
         wait_until(lambda: not engine.status().is_alive)
@@ -667,7 +746,7 @@ class RecordingObserver:
     def observe(self, layer_id, expert_ids, gate_weights):
         self._rows = len(expert_ids)
 
-    def end_step(self):
+    def end_step(self, rejected):
         assert self._spans[-1].stop == self._rows
         for span in self._spans:
             first_generated = max(span.record_from, span.generated_from)

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def make_item(request_id, start, num_tokens, *, prompt=(5, 6, 7, 8, 9, 10), generated=(), blocks=(), num_recorded=0):
     params = SamplingParams(do_sample=False)
-    request = Request(request_id, list(prompt), params, sink=lambda output: None, num_recorded=num_recorded)
+    request = Request(request_id, list(prompt), params, on_output=lambda output: None, num_recorded=num_recorded)
     request.token_ids += generated
     end = start + num_tokens
     num_unrecorded = min(num_tokens, max(0, end - num_recorded))
@@ -31,11 +31,12 @@ def test_a_step_mixes_chunks_and_single_tokens_over_scattered_blocks():
     runner = Runner(FakeDecoder(), make_settings(kv_cache_bytes=kv_cache_bytes(70)), 256, CPU, torch.float32)
     version = FakeVersion(1)
     first = make_item(1, 0, 4, blocks=(9, 3))
-    assert runner.execute(StepPlan(version, (first,))).next_token_ids == {}
+    assert runner.execute(StepPlan(version, (first,))).tokens == {}
     rest = make_item(1, 4, 2, blocks=(9, 3))
     whole = make_item(2, 0, 3, prompt=(11, 12, 13), blocks=(68,))
     result = runner.execute(StepPlan(version, (rest, whole)))
-    assert result.next_token_ids == {1: greedy_tokens((5, 6, 7, 8, 9, 10), 1)[0], 2: greedy_tokens((11, 12, 13), 1)[0]}
+    token_ids = {request_id: tokens.token_ids for request_id, tokens in result.tokens.items()}
+    assert token_ids == {1: greedy_tokens((5, 6, 7, 8, 9, 10), 1), 2: greedy_tokens((11, 12, 13), 1)}
 
 
 def test_spans_tell_what_to_count_and_as_what():
@@ -74,6 +75,7 @@ def test_a_step_that_fails_counts_neither_tokens_nor_requests():
     assert (tally.num_requests, tally.num_tokens.sum(), tally.counts.sum()) == (0, 0, 0)
     decoder.on_step = lambda token_ids: None
     runner.execute(plan)
+    runner.commit(plan, {})
     tally = tracker.snapshot().tally
     assert (tally.num_requests, tally.num_tokens.sum(), tally.counts.sum()) == (2, 12, 24)
 

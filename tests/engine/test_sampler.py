@@ -11,8 +11,9 @@ from transformers import (
 )
 
 from amalgam.engine import sampler
-from amalgam.engine.request import Request, SamplingParams
-from amalgam.engine.sampler import NonFiniteLogitsError, choose, sample, uniform
+from amalgam.engine.logits import Place, processors_for
+from amalgam.engine.request import Request, SamplingParams, ScheduledRequest
+from amalgam.engine.sampler import NonFiniteLogitsError, choose, uniform
 from amalgam.kernels import native
 from tests.errors import raises
 
@@ -21,9 +22,31 @@ VOCAB_SIZE = 300
 
 def make_request(request_id=0, prompt=(1, 2, 3), generated=(), seed=0, **params):
     params = SamplingParams(**{"top_k": 0, "top_p": 1.0, "temperature": 1.0, **params})
-    request = Request(request_id, list(prompt), params, sink=lambda output: None, seed=seed)
+    request = Request(
+        request_id,
+        list(prompt),
+        params,
+        on_output=lambda output: None,
+        seed=seed,
+        processors=processors_for(params),
+    )
     request.token_ids += generated
     return request
+
+
+def make_item(request, proposed_ids=()):
+    """The share of a step that brings a request up to date, and computes proposals."""
+    num_tokens = len(request.token_ids) + len(proposed_ids)
+    return ScheduledRequest(request, 0, num_tokens, (), num_tokens, True, tuple(proposed_ids))
+
+
+def sample(logits, requests):
+    return sampler.sample(logits, [make_item(request) for request in requests])
+
+
+def sampled(logits, requests):
+    """Request id → its one new token."""
+    return {request_id: token_id for request_id, ((token_id,), _) in sample(logits, requests).tokens.items()}
 
 
 def make_logits(num_rows, seed=0, vocab_size=VOCAB_SIZE):
@@ -65,7 +88,7 @@ def test_the_distribution_is_that_of_transformers(params):
         make_request(i, prompt=occurred[:2], generated=occurred[2:], seed=i, **params) for i in range(num_draws)
     ]
     expected = transformers_probabilities(logits, requests[0])
-    drawn = sample(logits.expand(num_draws, -1), requests).next_token_ids.values()
+    drawn = sampled(logits.expand(num_draws, -1), requests).values()
     counts = torch.bincount(torch.tensor(list(drawn)), minlength=VOCAB_SIZE).double()
     assert set(counts.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
     likely = expected * num_draws > 10
@@ -83,14 +106,13 @@ def test_choosing_follows_the_cumulative_distribution():
 
 def test_ties_at_the_k_th_place_all_stay():
     logits = torch.tensor([[1.0, 5.0, 5.0, 5.0, 0.0]])
-    drawn = {sample(logits, [make_request(seed=seed, top_k=2)]).next_token_ids[0] for seed in range(100)}
+    drawn = {sampled(logits, [make_request(seed=seed, top_k=2)])[0] for seed in range(100)}
     assert drawn == {1, 2, 3}
 
 
 def test_a_tiny_temperature_is_greedy():
     logits = make_logits(1)
-    result = sample(logits, [make_request(temperature=1e-300)])
-    assert result.next_token_ids[0] == int(logits.argmax())
+    assert sampled(logits, [make_request(temperature=1e-300)]) == {0: int(logits.argmax())}
 
 
 EXTREMES = [
@@ -110,7 +132,7 @@ def test_no_parameter_makes_of_finite_logits_what_is_not(monkeypatch, params, sc
     occurred = [int(logits.argmax()), int(logits.argmin()), 5]
     result = sample(logits, [make_request(prompt=occurred, seed=2**63 - 1, **params)])
     assert result.errors == {}
-    assert 0 <= result.next_token_ids[0] < VOCAB_SIZE
+    assert 0 <= result.tokens[0].token_ids[0] < VOCAB_SIZE
 
 
 def test_a_penalty_hides_nothing_that_the_model_computed():
@@ -123,13 +145,13 @@ def test_a_penalty_hides_nothing_that_the_model_computed():
 @pytest.mark.parametrize("params", [{"do_sample": False}, {"temperature": 0.0}])
 def test_greedy_takes_the_best_and_the_first_among_equals(params):
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
-    assert sample(logits, [make_request(prompt=[0], **params)]).next_token_ids == {0: 1}
+    assert sampled(logits, [make_request(prompt=[0], **params)]) == {0: 1}
 
 
 def test_the_repetition_penalty_holds_for_greedy_requests_too():
     logits = torch.tensor([[0.1, 3.0, 2.0, -1.0]])
     requests = [make_request(0, prompt=[1], do_sample=False, repetition_penalty=2.0)]
-    assert sample(logits, requests).next_token_ids == {0: 2}
+    assert sampled(logits, requests) == {0: 2}
     assert logits.tolist()[0] == pytest.approx([0.1, 3.0, 2.0, -1.0])  # the caller's logits stay as they are
 
 
@@ -142,10 +164,10 @@ def test_a_row_does_not_depend_on_the_others_to_the_bit():
         requests.append(make_request(index, generated=generated, seed=index, **params[index % len(params)]))
         rows.append(make_logits(1, seed=index)[0].bfloat16().float())  # with ties, as bfloat16 gives them
     logits = torch.stack(rows)
-    alone = {i: sample(logits[i : i + 1], [requests[i]]).next_token_ids[i] for i in range(60)}
+    alone = {i: sampled(logits[i : i + 1], [requests[i]])[i] for i in range(60)}
     for _ in range(20):
         chosen = rng.permutation(60)[: rng.integers(1, 40)].tolist()
-        together = sample(logits[chosen], [requests[i] for i in chosen]).next_token_ids
+        together = sampled(logits[chosen], [requests[i] for i in chosen])
         assert together == {i: alone[i] for i in chosen}
 
 
@@ -159,7 +181,7 @@ def test_the_uniform_number_is_a_function_of_seed_and_index():
 
 def test_the_same_seed_draws_anew_for_each_token():
     logits = make_logits(1)
-    draws = [sample(logits, [make_request(generated=[5] * n, seed=3)]).next_token_ids[0] for n in range(20)]
+    draws = [sampled(logits, [make_request(generated=[5] * n, seed=3)])[0] for n in range(20)]
     assert len(set(draws)) > 5
 
 
@@ -169,9 +191,78 @@ def test_logits_that_are_not_finite_fail_their_request_only(bad):
     logits[1, 17] = bad
     requests = [make_request(i, seed=i) for i in range(3)]
     result = sample(logits, requests)
-    assert set(result.next_token_ids) == {0, 2}
+    assert set(result.tokens) == {0, 2}
     assert isinstance(result.errors[1], NonFiniteLogitsError)
     assert result.errors[1].http_status == 500
+
+
+class TestProposals:
+    """A request gets the tokens that it would get without proposals, several in one step."""
+
+    @pytest.mark.parametrize("params", PARAMS, ids=str)
+    def test_those_that_would_be_chosen_come_true(self, params):
+        logits = make_logits(5)
+        alone, request = [], make_request(seed=7, **params)
+        for row in range(5):
+            alone.append(sampled(logits[row : row + 1], [request])[0])
+            request.token_ids.append(alone[-1])
+        for num_right in range(5):
+            proposed = [*alone[:num_right], (alone[num_right] + 1) % VOCAB_SIZE, *alone[num_right + 1 :]][:4]
+            item = make_item(make_request(seed=7, **params), proposed)
+            result = sampler.sample(logits, [item])
+            assert result.tokens[0].token_ids == tuple(alone[: num_right + 1])
+
+    def test_rows_of_the_next_request_come_after_them(self):
+        logits = make_logits(4)
+        best = logits.argmax(dim=1).tolist()
+        items = [make_item(make_request(0, do_sample=False), best[:2]), make_item(make_request(1, do_sample=False))]
+        result = sampler.sample(logits, items)
+        assert [result.tokens[i].token_ids for i in (0, 1)] == [tuple(best[:3]), (best[3],)]
+
+    def test_a_row_that_is_not_finite_ends_them(self):
+        logits = make_logits(3)
+        best = logits.argmax(dim=1).tolist()
+        logits[1, 5] = float("nan")
+        result = sampler.sample(logits, [make_item(make_request(do_sample=False), best[:2])])
+        assert result.tokens[0].token_ids == (best[0],)
+
+
+class TestLogprobs:
+    def test_they_are_of_the_models_own_logits(self):
+        logits = make_logits(2)
+        params = {"logprobs": 3, "temperature": 0.2, "top_k": 5, "repetition_penalty": 3.0, "min_p": 0.1}
+        requests = [make_request(i, prompt=logits[i].topk(2).indices.tolist(), **params) for i in range(2)]
+        result = sample(logits, requests)
+        expected = logits.double().log_softmax(dim=1)
+        for row in range(2):
+            [token_id], [logprobs] = result.tokens[row]
+            assert logprobs.chosen == pytest.approx(float(expected[row, token_id]), abs=1e-5)
+            values, ids = expected[row].topk(3)
+            assert [token_id for token_id, _ in logprobs.top] == ids.tolist()
+            assert [value for _, value in logprobs.top] == pytest.approx(values.tolist(), abs=1e-5)
+
+    def test_only_for_who_wants_them_and_as_many(self):
+        wanted = [None, 0, 1, 20]
+        result = sample(make_logits(4), [make_request(i, logprobs=count) for i, count in enumerate(wanted)])
+        assert result.tokens[0].logprobs == ()
+        assert [len(result.tokens[i].logprobs[0].top) for i in (1, 2, 3)] == [0, 1, 20]
+
+    def test_more_than_the_vocabulary_has_are_all(self):
+        [logprobs] = sample(make_logits(1, vocab_size=4), [make_request(logprobs=20, prompt=[0])]).tokens[0].logprobs
+        assert sum(np.exp(value) for _, value in logprobs.top) == pytest.approx(1, abs=1e-6)
+
+    def test_among_equals_the_smaller_id_comes_first(self):
+        logits = torch.tensor([[1.0, 5.0, 2.0, 5.0, 5.0, 0.0]])
+        [logprobs] = sample(logits, [make_request(logprobs=2)]).tokens[0].logprobs
+        assert [token_id for token_id, _ in logprobs.top] == [1, 3]
+
+    def test_each_token_that_comes_true_has_its_own(self):
+        logits = make_logits(3)
+        best = logits.argmax(dim=1).tolist()
+        tokens = sampler.sample(logits, [make_item(make_request(do_sample=False, logprobs=1), best[:2])]).tokens[0]
+        assert tokens.token_ids == tuple(best)
+        expected = logits.log_softmax(dim=1).amax(dim=1).tolist()
+        assert [logprobs.chosen for logprobs in tokens.logprobs] == pytest.approx(expected)
 
 
 @pytest.mark.skipif(not native.is_available(), reason="needs the native kernels")
@@ -188,7 +279,8 @@ class TestCompiled:
             requests = [
                 make_request(row, prompt=(0,), generated=[0] * row, seed=seed * 2**59, **params) for row in range(5)
             ]
-            assert sampler._sample_compiled(logits, requests) == sampler._sample(logits, requests)
+            places = [Place(request) for request in requests]
+            assert sampler._choose_compiled(logits, places) == sampler._choose(logits, places)
 
     def test_extremes(self):
         logits = make_logits(8, vocab_size=1000)
@@ -196,8 +288,9 @@ class TestCompiled:
         logits[4] = 0.0
         logits[5] *= 1e30
         requests = [make_request(row, temperature=1e-300 if row == 6 else 1.0, do_sample=row != 7) for row in range(8)]
-        tokens = sampler._sample_compiled(logits, requests)
-        assert tokens == sampler._sample(logits, requests)
+        places = [Place(request) for request in requests]
+        tokens = sampler._choose_compiled(logits, places)
+        assert tokens == sampler._choose(logits, places)
         assert tokens[1:4] == [-1, -1, -1]
         assert tokens[5:] == logits[5:].argmax(dim=1).tolist()
 
@@ -207,14 +300,15 @@ class TestCompiled:
         for seed in (0, 1, 2**63 + 5, 2**64 - 1):
             for index in (0, 1, 77):
                 request = make_request(seed=seed, generated=[0] * index)
-                assert sampler._sample_compiled(logits, [request]) == [int(uniform(seed, index) * 2**16)]
+                assert sampler._choose_compiled(logits, [Place(request)]) == [int(uniform(seed, index) * 2**16)]
 
     def test_the_smallest_top_p_leaves_one(self):
         """Also where rounding makes its complement the whole, and all are equally likely."""
         requests = [make_request(row, seed=row, top_p=1e-300) for row in range(3)]
         logits = torch.stack((make_logits(1, vocab_size=100)[0], torch.zeros(100), torch.full((100,), 7.25)))
-        tokens = sampler._sample_compiled(logits, requests)
-        assert tokens == sampler._sample(logits, requests)
+        places = [Place(request) for request in requests]
+        tokens = sampler._choose_compiled(logits, places)
+        assert tokens == sampler._choose(logits, places)
         assert tokens[0] == logits[0].argmax()
 
     def test_refuses_what_does_not_fit(self):

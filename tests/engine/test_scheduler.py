@@ -20,7 +20,13 @@ def make_version(version_id):
 
 
 def make_scheduler(
-    num_blocks=64, max_batch_size=8, max_step_tokens=32, max_sequence_tokens=200, max_queue=1000, version=None
+    num_blocks=64,
+    max_batch_size=8,
+    max_step_tokens=32,
+    max_sequence_tokens=200,
+    max_queue=1000,
+    version=None,
+    propose=None,
 ):
     return Scheduler(
         version or make_version(1),
@@ -30,12 +36,13 @@ def make_scheduler(
         max_step_tokens=max_step_tokens,
         max_sequence_tokens=max_sequence_tokens,
         max_queue=max_queue,
+        propose=propose,
     )
 
 
 def make_request(request_id, num_prompt, num_new=4):
     prompt = [(request_id * 31 + i) % 97 for i in range(num_prompt)]
-    return Request(request_id, prompt, SamplingParams(max_new_tokens=num_new), sink=lambda output: None)
+    return Request(request_id, prompt, SamplingParams(max_new_tokens=num_new), on_output=lambda output: None)
 
 
 def next_token(token_ids, version_id):
@@ -65,14 +72,12 @@ class Simulation:
             return None
         for item in plan.scheduled:
             self._compute(item, plan.version.version_id)
-        self.scheduler.commit(plan)
+        rejected = {item.request.request_id: self._take(item, plan.version.version_id) for item in plan.scheduled}
+        self.scheduler.commit(plan, rejected)
         for item in plan.scheduled:
-            request = item.request
-            if item.needs_sample:
-                request.token_ids.append(self._read(request, item, plan.version.version_id))
-                if request.num_new_tokens == request.max_new_tokens:
-                    self.scheduler.finish(request)
-                    self.finished.append(request)
+            if item.request.num_new_tokens == item.request.max_new_tokens:
+                self.scheduler.finish(item.request)
+                self.finished.append(item.request)
         return plan
 
     def run(self, limit=100_000):
@@ -86,13 +91,25 @@ class Simulation:
         request = item.request
         assert item.start == request.num_computed
         self.versions.setdefault(request.request_id, set()).add(version_id)
-        for place in range(item.start, item.end):
-            self.cache[self._slot(item, place)] = (request.request_id, place, request.token_ids[place], version_id)
-            if place >= item.end - item.num_unrecorded:
-                self.num_times_recorded[request.request_id, place] += 1
+        for place, token_id in zip(range(item.start, item.end), item.token_ids, strict=True):
+            self.cache[self._slot(item, place)] = (request.request_id, place, token_id, version_id)
 
-    def _read(self, request, item, version_id):
-        entries = [self.cache[self._slot(item, place)] for place in range(item.end)]
+    def _take(self, item, version_id):
+        """Add the tokens that the cache gives to the request; returns how many proposals are wrong."""
+        request, end = item.request, item.end - len(item.proposed_ids)
+        if item.needs_sample:
+            request.token_ids.append(self._read(request, item, end, version_id))
+            for proposed_id in item.proposed_ids:
+                if request.token_ids[end] != proposed_id:
+                    break
+                end += 1
+                request.token_ids.append(self._read(request, item, end, version_id))
+        for place in range(item.end - item.num_unrecorded, end):
+            self.num_times_recorded[request.request_id, place] += 1
+        return item.end - end
+
+    def _read(self, request, item, end, version_id):
+        entries = [self.cache[self._slot(item, place)] for place in range(end)]
         for place, entry in enumerate(entries):
             assert entry == (request.request_id, place, request.token_ids[place], version_id)
         return next_token([entry[2] for entry in entries], version_id)
@@ -231,8 +248,49 @@ def test_a_request_that_leaves_frees_its_blocks_at_once():
     assert scheduler.schedule() is None
 
 
+def guesses(rng):
+    """Proposes up to six tokens, of which some are right."""
+
+    def propose(token_ids):
+        proposed = []
+        for _ in range(rng.randint(0, 6)):
+            is_right = rng.random() < 0.8
+            proposed.append(next_token([*token_ids, *proposed], 1) if is_right else rng.randrange(97))
+        return proposed
+
+    return propose
+
+
+def test_proposals_that_come_true_save_steps():
+    scheduler = make_scheduler(propose=lambda token_ids: expected_tokens(token_ids, 3, 1)[len(token_ids) :])
+    request = make_request(1, num_prompt=5, num_new=10)
+    scheduler.add(request)
+    plans = Simulation(scheduler).run()
+    # The prompt's step gives the first tokens too; the last token is never computed, so that nobody guesses it.
+    assert [(item.num_tokens, len(item.proposed_ids)) for plan in plans for item in plan.scheduled] == [
+        (8, 3), (4, 3), (2, 1)
+    ]  # fmt: skip
+    assert request.token_ids == expected_tokens(request.prompt_ids, 10, 1)
+
+
+def test_proposals_take_no_tokens_or_blocks_from_others():
+    def guess(token_ids):
+        return [0] * 100
+
+    scheduler = make_scheduler(max_step_tokens=10, num_blocks=8, propose=guess)
+    simulation = Simulation(scheduler)
+    for request_id in (1, 2):
+        scheduler.add(make_request(request_id, num_prompt=5, num_new=20))
+    simulation.step()
+    second = scheduler.schedule()
+    assert [item.num_tokens - len(item.proposed_ids) for item in second.scheduled] == [1, 1]
+    assert sum(item.num_tokens for item in second.scheduled) == 10
+    assert scheduler.pool.num_free >= 2  # one for each
+
+
+@pytest.mark.parametrize("is_guessing", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_any_traffic_gets_the_right_tokens_and_leaves_nothing_behind(seed):
+def test_any_traffic_gets_the_right_tokens_and_leaves_nothing_behind(seed, is_guessing):
     """Hundreds of requests that come, leave early, and share a pool that is far too small, over changing versions."""
     rng = random.Random(seed)
     scheduler = make_scheduler(
@@ -240,6 +298,7 @@ def test_any_traffic_gets_the_right_tokens_and_leaves_nothing_behind(seed):
         max_batch_size=rng.randint(1, 12),
         max_step_tokens=rng.randint(1, 40),
         max_sequence_tokens=rng.randint(20, 100),
+        propose=guesses(rng) if is_guessing else None,
     )
     simulation = Simulation(scheduler)
     requests, cancelled = {}, set()

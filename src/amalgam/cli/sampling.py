@@ -28,7 +28,7 @@ Stop = Annotated[list[str], typer.Option(help="Stop before this text. Repeatable
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: tokens seen before become less probable.")]
 
 _HOW_TO_SAMPLE = ("temperature", "top_p", "top_k", "min_p")
-_FIXED = ("ignore_eos", "continues_prompt")  # how a chat works, and not how it sounds
+_FIXED = ("ignore_eos", "continues_prompt", "logprobs")  # how a chat works, and not how it sounds
 _NONE = ("none", "null", "off")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

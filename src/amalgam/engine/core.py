@@ -1,10 +1,10 @@
 """The engine: schedule, run, sample, commit, step after step in a thread of its own, and the ways to ask it.
 
-In: prompts as token ids, from any thread. Out: `RequestOutput`s, to each request's sink. Must never know: HTTP,
+In: prompts as token ids, from any thread. Out: `RequestOutput`s, to each request's callback. Must never know: HTTP,
 checkpoints, plans.
 
-Whatever the fronts and the step loop share is guarded by one condition, which the loop never holds while a step
-computes or a sink is called.
+Whatever callers and the step loop share is guarded by one condition, which the loop never holds while a step computes
+or a callback runs.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from amalgam.base.threads import StoppableThread
 from amalgam.config.settings import Settings
-from amalgam.engine import fronts
-from amalgam.engine.answers import end, take_token
+from amalgam.engine import streams
 from amalgam.engine.blocks import BlockPool
+from amalgam.engine.logits import processors_for
 from amalgam.engine.meter import Load, Meter
+from amalgam.engine.outputs import end, take_tokens
 from amalgam.engine.request import (
     MAX_SEED,
     EngineStatus,
     FinishReason,
     Generation,
     Observation,
-    OutputSink,
+    OutputCallback,
     Request,
     RequestOutput,
     RequestStatus,
@@ -40,7 +41,7 @@ from amalgam.engine.request import (
     check_token_ids,
 )
 from amalgam.engine.runner import Runner
-from amalgam.engine.scheduler import Scheduler
+from amalgam.engine.scheduler import Propose, Scheduler
 from amalgam.errors import UnavailableError, UnsupportedError, describe
 from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
@@ -64,6 +65,7 @@ class Engine:
         version: weight version of new requests until `set_version` gives another.
         device, dtype: of the KV cache.
         observer: sees which experts each token was routed to.
+        propose: guesses the next tokens of a sequence, in the step thread; the step verifies them. Changes no answer.
 
     Raises:
         ConfigError: the KV cache would not hold one sequence of the longest length.
@@ -78,6 +80,7 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         observer: RoutingObserver | None = None,
+        propose: Propose | None = None,
     ) -> None:
         max_sequence_tokens = min(settings.inference.max_seq_length, decoder.spec.max_positions)
         self._runner = Runner(decoder, settings, max_sequence_tokens, device, dtype, observer)
@@ -98,6 +101,7 @@ class Engine:
             max_step_tokens=settings.engine.max_step_tokens,
             max_sequence_tokens=max_sequence_tokens,
             max_queue=settings.engine.max_queue,
+            propose=propose,
         )
         self._requests: dict[int, Request] = {}  # until their last output has been delivered
         self._cancelled: list[Request] = []
@@ -113,13 +117,13 @@ class Engine:
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        sink: OutputSink,
+        on_output: OutputCallback,
         observation: Observation = _UNLABELLED,
     ) -> int:
         """Queue a request and return its id. Any thread.
 
         Args:
-            sink: takes the request's outputs in the step thread, so it must be quick; the last one `is_finished`.
+            on_output: takes the request's outputs in the step thread, so it must be quick; the last one `is_finished`.
 
         Raises:
             RequestError: the prompt is empty or holds something that is not a token id of the model, or the expert
@@ -138,7 +142,16 @@ class Engine:
                 raise self._unavailable()
             if self._is_draining:
                 raise UnavailableError("The engine is draining.", remedy="Send the request to another server.")
-            request = Request(self._next_id, list(prompt_ids), params, sink, seed, text, observation)
+            request = Request(
+                self._next_id,
+                list(prompt_ids),
+                params,
+                on_output,
+                seed,
+                text,
+                processors_for(params),
+                observation,
+            )
             self._scheduler.check_room()
             self._admit_observation(request)
             self._scheduler.add(request)
@@ -172,12 +185,12 @@ class Engine:
 
     def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation = _UNLABELLED
-    ) -> fronts.OutputStream:
+    ) -> streams.OutputStream:
         """Submit a request; its outputs as they come. Closing it early cancels the request: use `contextlib.aclosing`.
 
         Raises the errors of `submit`.
         """
-        return fronts.stream(self, prompt_ids, params, observation)
+        return streams.stream(self, prompt_ids, params, observation)
 
     def generate(
         self,
@@ -192,7 +205,7 @@ class Engine:
         `params` is for all prompts, or one for each. Raises the errors of `submit`; a request that fails later has its
         error in its `Generation`.
         """
-        return fronts.generate(self, prompts_ids, params, observation, self._max_queue, watch)
+        return streams.generate(self, prompts_ids, params, observation, self._max_queue, watch)
 
     def set_version(self, version: WeightVersion) -> None:
         """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""
@@ -280,30 +293,33 @@ class Engine:
             return []
         try:
             result = self._runner.execute(plan)
+            deliveries = self._take(plan, result)
+            rejected = _num_rejected(plan, deliveries)
+            self._runner.commit(plan, rejected)
         except Exception as error:
             return self._give_up(plan, error)
         self._num_failures = 0
         with self._condition:
-            self._scheduler.commit(plan)
-            deliveries = self._take(plan, result)
+            self._scheduler.commit(plan, rejected)
+            for request, output in deliveries:
+                if output.is_finished:
+                    self._scheduler.finish(request)
             self._measure(plan, deliveries)
             return deliveries
 
     def _take(self, plan: StepPlan, result: StepResult) -> _Deliveries:
-        """Add the step's tokens to their requests and end those that are complete or have failed."""
+        """Add the step's tokens to their requests."""
         deliveries: _Deliveries = []
         now, eos_token_ids = time.monotonic(), self._tokenizer.eos_token_ids
         for item in plan.scheduled:
             request = item.request
             if request.is_cancelled or not item.needs_sample:
                 continue
-            token_id = result.next_token_ids.get(request.request_id)
-            if token_id is None:
-                deliveries += self._finish([request], FinishReason.ERROR, result.errors[request.request_id])
-                continue
-            output = take_token(request, token_id, eos_token_ids, now)
-            if output.is_finished:
-                self._scheduler.finish(request)
+            new = result.tokens.get(request.request_id)
+            if new is None:
+                output = end(request, FinishReason.ERROR, now, result.errors[request.request_id])
+            else:
+                output = take_tokens(request, new, eos_token_ids, now)
             deliveries.append((request, output))
         return deliveries
 
@@ -360,7 +376,7 @@ class Engine:
                 if observer is not None and request.observation.wants_trace:
                     output = output._replace(trace=observer.take_trace(request.request_id))
             try:
-                request.sink(output)
+                request.on_output(output)
             except Exception as error:
                 logger.warning("Nobody takes the outputs of request %d: it ends.", request.request_id, exc_info=error)
                 self.cancel(request.request_id)
@@ -388,3 +404,12 @@ class Engine:
 
     def _unavailable(self) -> UnavailableError:
         return UnavailableError(f"The engine {self._end_reason}.", remedy="Restart it; the log has the cause.")
+
+
+def _num_rejected(plan: StepPlan, deliveries: _Deliveries) -> Mapping[int, int]:
+    """Request id → how many of its proposals it did not take: they were wrong, or it has ended before them."""
+    num_proposed = {item.request.request_id: len(item.proposed_ids) for item in plan.scheduled if item.proposed_ids}
+    if not num_proposed:
+        return num_proposed
+    num_taken = {request.request_id: len(output.token_ids) for request, output in deliveries}
+    return {request_id: count - max(0, num_taken.get(request_id, 0) - 1) for request_id, count in num_proposed.items()}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from amalgam.errors import RequestError, describe
 
 if TYPE_CHECKING:
+    from amalgam.engine.logits import LogitsProcessor
     from amalgam.models.context import RoutingTrace
     from amalgam.models.weights import WeightVersion
     from amalgam.text.stream import TextStream
@@ -28,6 +29,7 @@ MAX_STOP_CHARACTERS = 1024
 MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 100.0
 MAX_TEMPERATURE = 100.0
+MAX_LOGPROBS = 20
 _HOW_TO_SAMPLE = {"temperature", "top_p", "top_k", "min_p"}
 
 
@@ -56,6 +58,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
     continues_prompt: bool = True
+    logprobs: int | None = None  # each new token's log-probability, and those of so many likeliest tokens
 
     if TYPE_CHECKING:
         given: ClassVar[frozenset[str]]
@@ -75,6 +78,8 @@ class SamplingParams:
         _check_float("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         if self.seed is not None:
             _check_int("seed", self.seed, 0, MAX_SEED)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_bool("do_sample", self.do_sample)
         _check_bool("ignore_eos", self.ignore_eos)
         _check_bool("continues_prompt", self.continues_prompt)
@@ -171,6 +176,16 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of the probabilities that the model gave at one place of an answer.
+
+    They are those of the model's own logits: before penalties, temperature, and what else changes or limits the choice.
+    """
+
+    chosen: float  # of the token that was taken
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability) of the likeliest, the best first
+
+
 class RequestOutput(NamedTuple):
     """What one step added to one request. The last one carries `finish_reason`."""
 
@@ -181,6 +196,7 @@ class RequestOutput(NamedTuple):
     error: Exception | None = None
     usage: Usage | None = None  # on the last output
     trace: RoutingTrace | None = None  # on the last output, if wanted
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each new token, if wanted
 
     @property
     def is_finished(self) -> bool:
@@ -209,6 +225,7 @@ class Generation:
     usage: Usage
     error: Exception | None = None  # set when finish_reason is ERROR
     trace: RoutingTrace | None = None  # if wanted
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each token, if wanted
 
 
 @dataclass(frozen=True)
@@ -224,7 +241,7 @@ class EngineStatus:
     versions: Mapping[int, int]  # weight version id → requests bound to it; the newest is always there
 
 
-OutputSink = Callable[[RequestOutput], None]
+OutputCallback = Callable[[RequestOutput], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -242,9 +259,10 @@ class Request:
     request_id: int
     prompt_ids: list[int]
     params: SamplingParams
-    sink: OutputSink
+    on_output: OutputCallback
     seed: int = 0
     text: TextStream | None = None
+    processors: tuple[LogitsProcessor, ...] = ()
     observation: Observation = Observation()
     version: WeightVersion | None = None  # bound at first admission, dropped at the end
     max_new_tokens: int = 0  # as in params until the scheduler lowers it to what fits
@@ -272,7 +290,11 @@ class Request:
 
 
 class ScheduledRequest(NamedTuple):
-    """One request's share of a step: its tokens `[start, start + num_tokens)`, whose KV lies in `block_ids`."""
+    """One request's share of a step: its tokens `[start, start + num_tokens)`, whose KV lies in `block_ids`.
+
+    The last of them may be proposals: tokens that the request does not have, guessed to be the next ones. Their logits
+    tell how many of the guesses come true, and the step then gives as many tokens more.
+    """
 
     request: Request
     start: int
@@ -280,10 +302,21 @@ class ScheduledRequest(NamedTuple):
     block_ids: tuple[int, ...]
     num_unrecorded: int  # how many of these tokens, from the end, the expert statistics have not seen
     needs_sample: bool  # these tokens catch up with all known ones: the last one's logits give the next token
+    proposed_ids: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        known = self.request.token_ids[self.start : self.end]
+        return [*known, *self.proposed_ids] if self.proposed_ids else known
+
+    @property
+    def num_logits(self) -> int:
+        """Of how many of the last tokens the logits are wanted."""
+        return len(self.proposed_ids) + 1 if self.needs_sample else 0
 
 
 @dataclass(frozen=True)
@@ -298,8 +331,15 @@ class StepPlan:
         return sum(item.num_tokens for item in self.scheduled)
 
 
-class StepResult(NamedTuple):
-    """What a step gave, by request id: the next token of each request that needed one, or why there is none."""
+class NewTokens(NamedTuple):
+    """What a step gave one request: one token, and one more for each proposal that came true."""
 
-    next_token_ids: Mapping[int, int]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each token, if wanted
+
+
+class StepResult(NamedTuple):
+    """What a step gave, by request id: new tokens of each request that needed some, or why there are none."""
+
+    tokens: Mapping[int, NewTokens]
     errors: Mapping[int, Exception]

@@ -1,9 +1,11 @@
-"""StepPlan → sequences → decoder → next tokens. Owns the KV cache.
+"""StepPlan → sequences → decoder → new tokens. Owns the KV cache.
 
 In: a `StepPlan`. Out: a `StepResult`. Must never know: queues, text, threads.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -64,24 +66,32 @@ class Runner:
         return self._decoder.compile(version).describe()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute a step: its keys and values go to the cache, its routing to the observer. In inference mode."""
+        """Compute a step: its keys and values go to the cache, its routing to the observer. In inference mode.
+
+        The logits are the decoder's until its next step; nothing in the result refers to them.
+        """
         sequences = [
-            StepSequence(
-                item.request.token_ids[item.start : item.end], item.start, item.block_ids, int(item.needs_sample)
-            )
-            for item in plan.scheduled
+            StepSequence(item.token_ids, item.start, item.block_ids, item.num_logits) for item in plan.scheduled
         ]
         if self._observer is not None:
             self._observer.begin_step(token_spans(plan))
         logits = self._decoder.forward(StepContext(sequences, self._kv, self._observer), plan.version)
-        if self._observer is not None:
-            self._observer.end_step()
-            for item in plan.scheduled:  # not before: a step that fails counts nothing
-                request = item.request
-                if request.num_recorded == 0 and request.observation.is_counted:  # its first step
-                    self._observer.count_request(request.observation.label)
-        sampled = [item.request for item in plan.scheduled if item.needs_sample]
+        sampled = [item for item in plan.scheduled if item.needs_sample]
         return sample(logits, sampled) if sampled else StepResult({}, {})
+
+    def commit(self, plan: StepPlan, rejected: Mapping[int, int]) -> None:
+        """The step has succeeded: the observer counts it. To be called before the scheduler's `commit`.
+
+        Args:
+            rejected: as there.
+        """
+        if self._observer is None:
+            return
+        self._observer.end_step(rejected)
+        for item in plan.scheduled:
+            request = item.request
+            if request.num_recorded == 0 and request.observation.is_counted:  # its first step
+                self._observer.count_request(request.observation.label)
 
 
 def token_spans(plan: StepPlan) -> list[TokenSpan]:

@@ -1,7 +1,7 @@
 """Logits → token ids.
 
-In: float32 logits, one row for each request. Out: each request's next token, or why it has none.
-Must never know: the model, the step, other requests' logits.
+In: float32 logits, a row for each place that wants a token. Out: each request's new tokens, or why it has none.
+Must never know: the model, other requests' logits.
 
 A token depends on its own logits, the request's parameters and seed, and its place in the answer, never on what
 shares the step. In the extension each row is chosen from by itself. Without it, work over the whole vocabulary is
@@ -17,7 +17,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amalgam.engine.request import Request, SamplingParams, StepResult
+from amalgam.engine.logits import Place, process
+from amalgam.engine.request import (
+    NewTokens,
+    Request,
+    SamplingParams,
+    ScheduledRequest,
+    StepResult,
+    TokenLogprobs,
+)
 from amalgam.errors import AmalgamError
 from amalgam.kernels import native
 
@@ -30,45 +38,86 @@ class NonFiniteLogitsError(AmalgamError):
     code = "non_finite_logits"
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> StepResult:
-    """Choose the next token of each request.
+def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
+    """Choose the next tokens of each request.
 
-    The order is that of transformers: repetition penalty over prompt and answer, temperature, top_k, top_p, min_p.
+    The order is that of transformers: the request's processors, temperature, top_k, top_p, min_p. Proposals come true
+    as long as they are what would have been chosen without them, so that they change no answer.
 
     Args:
-        logits: float32 `[requests, vocabulary]`.
-        requests: in the order of the rows.
+        logits: float32 `[places, vocabulary]`; never written to.
+        items: in the order of the rows, `num_logits` rows each.
     """
-    logits = _penalize(logits, requests)
+    places = places_of(items)
+    token_ids = choose_tokens(process(logits, places), places)
+    tokens: dict[int, NewTokens] = {}
+    errors: dict[int, Exception] = {}
+    row = 0
+    for item in items:
+        request, proposed_ids = item.request, item.proposed_ids
+        chosen = _verify(token_ids[row:], proposed_ids) if proposed_ids else (token_ids[row],)
+        if chosen[0] < 0:
+            errors[request.request_id] = _non_finite(request)
+        elif request.params.logprobs is None:
+            tokens[request.request_id] = NewTokens(chosen)
+        else:
+            logprobs = (_logprobs(logits[row + i], chosen[i], request.params.logprobs) for i in range(len(chosen)))
+            tokens[request.request_id] = NewTokens(chosen, tuple(logprobs))
+        row += 1 + len(proposed_ids)
+    return StepResult(tokens, errors)
+
+
+def places_of(items: Sequence[ScheduledRequest]) -> list[Place]:
+    """What the rows of logits are for."""
+    places = []
+    for item in items:
+        places.append(Place(item.request))
+        for count in range(1, 1 + len(item.proposed_ids)):
+            places.append(Place(item.request, item.proposed_ids[:count]))
+    return places
+
+
+def choose_tokens(logits: Tensor, places: Sequence[Place]) -> list[int]:
+    """The token of each place; -1 where a logit is not finite."""
     is_compiled = logits.is_cpu and native.is_available()
-    token_ids = _sample_compiled(logits, requests) if is_compiled else _sample(logits, requests)
-    request_ids = [request.request_id for request in requests]
-    if -1 not in token_ids:
-        return StepResult(dict(zip(request_ids, token_ids, strict=True)), {})
-    return StepResult(
-        {request_id: token_id for request_id, token_id in zip(request_ids, token_ids, strict=True) if token_id >= 0},
-        {r.request_id: _non_finite(r) for r, token_id in zip(requests, token_ids, strict=True) if token_id < 0},
-    )
+    return _choose_compiled(logits, places) if is_compiled else _choose(logits, places)
 
 
-def _sample_compiled(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """`_sample` in the extension, all rows in one call."""
-    return native.draw(logits, [(request.params.draw, request.seed, request.num_new_tokens) for request in requests])
+def _choose_compiled(logits: Tensor, places: Sequence[Place]) -> list[int]:
+    """`_choose` in the extension, all rows in one call."""
+    return native.draw(logits, [(place.request.params.draw, place.request.seed, place.index) for place in places])
 
 
-def _sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """The next token of each request; -1 where a logit is not finite."""
+def _choose(logits: Tensor, places: Sequence[Place]) -> list[int]:
     is_finite = (logits.amax(dim=1).isfinite() & logits.amin(dim=1).isfinite()).tolist()  # both let NaN through
-    token_ids = [-1] * len(requests)
-    greedy = [row for row, request in enumerate(requests) if is_finite[row] and request.params.is_greedy]
+    token_ids = [-1] * len(places)
+    greedy = [row for row, place in enumerate(places) if is_finite[row] and place.request.params.is_greedy]
     if greedy:
         for row, token_id in zip(greedy, _rows(logits, greedy).argmax(dim=1).tolist(), strict=True):
             token_ids[row] = token_id
-    drawn = [row for row, request in enumerate(requests) if is_finite[row] and not request.params.is_greedy]
+    drawn = [row for row, place in enumerate(places) if is_finite[row] and not place.request.params.is_greedy]
     if drawn:
-        for row, token_id in zip(drawn, _draw(_rows(logits, drawn), [requests[row] for row in drawn]), strict=True):
+        for row, token_id in zip(drawn, _draw(_rows(logits, drawn), [places[row] for row in drawn]), strict=True):
             token_ids[row] = token_id
     return token_ids
+
+
+def _verify(chosen: Sequence[int], proposed_ids: Sequence[int]) -> tuple[int, ...]:
+    """The chosen tokens up to the first that is not the proposed one: those behind it follow what did not come true."""
+    count = 1
+    while count <= len(proposed_ids) and chosen[count - 1] == proposed_ids[count - 1] and chosen[count] >= 0:
+        count += 1
+    return tuple(chosen[:count])
+
+
+def _logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+    """Of one row, as the model gave it. Among equals the smaller id comes first."""
+    scores = logits.log_softmax(dim=0).cpu().numpy()
+    num_top = min(num_top, len(scores))
+    limit = np.partition(scores, -num_top)[-num_top] if num_top else np.inf
+    likely = np.flatnonzero(scores >= limit)
+    likely = likely[np.argsort(-scores[likely], kind="stable")][:num_top]
+    return TokenLogprobs(float(scores[token_id]), tuple((int(i), float(scores[i])) for i in likely))
 
 
 def uniform(seed: int, index: int) -> float:
@@ -111,37 +160,20 @@ def _tail(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.int6
     return np.concatenate((np.flatnonzero(is_negligible), others[:num_more]))
 
 
-def _penalize(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Divide positive and multiply negative logits of tokens that occurred (Keskar et al., 2019)."""
-    rows = [row for row, request in enumerate(requests) if request.params.repetition_penalty != 1.0]
-    if not rows:
-        return logits
-    num_tokens = torch.tensor([len(requests[row].token_ids) for row in rows])
-    row_ids = torch.tensor(rows).repeat_interleave(num_tokens).to(logits.device)
-    token_ids = torch.cat([torch.tensor(requests[row].token_ids) for row in rows]).to(logits.device)
-    penalties = torch.tensor([request.params.repetition_penalty for request in requests], device=logits.device)[row_ids]
-    scores = logits[row_ids, token_ids]
-    penalized = torch.where(scores < 0, scores * penalties, scores / penalties)
-    # A parameter must not turn what the model computed into infinity, nor hide it if the model did.
-    largest = torch.finfo(logits.dtype).max
-    penalized = torch.where(scores.isfinite(), penalized.clamp(-largest, largest), scores)
-    return logits.index_put((row_ids, token_ids), penalized)  # a token that occurred twice is written the same twice
-
-
 def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 
-def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """The next token of each request, none of them greedy."""
+def _draw(logits: Tensor, places: Sequence[Place]) -> list[int]:
+    """The token of each place, none of them greedy."""
     vocab_size = logits.shape[1]
-    thresholds = _thresholds(logits, [min(request.params.top_k or vocab_size, vocab_size) for request in requests])
+    thresholds = _thresholds(logits, [min(place.request.params.top_k or vocab_size, vocab_size) for place in places])
     token_ids = []
-    for request, scores, threshold in zip(requests, logits.cpu().numpy(), thresholds, strict=True):
+    for place, scores, threshold in zip(places, logits.cpu().numpy(), thresholds, strict=True):
         # All tokens that are as good as the k-th, as in transformers: ties then need no order.
         candidates = np.flatnonzero(scores >= threshold)
-        u = uniform(request.seed, request.num_new_tokens)
-        token_ids.append(int(candidates[choose(scores[candidates].astype(np.float64), request.params, u)]))
+        params, u = place.request.params, uniform(place.request.seed, place.index)
+        token_ids.append(int(candidates[choose(scores[candidates].astype(np.float64), params, u)]))
     return token_ids
 
 

@@ -1,18 +1,22 @@
 """Requests → StepPlan, under a budget of tokens, sequences and KV blocks.
 
-In: requests and what a step computed. Out: the next `StepPlan`. Must never know: tensors, text, threads.
+In: requests and how much of a step counts. Out: the next `StepPlan`. Must never know: tensors, text, threads.
 
 The catch-up rule: each request has `len(token_ids) - num_computed` tokens to catch up with, be they prompt, the token
 sampled last, or everything again after a preemption. A step takes the running requests in the order of their
 admission, then admits waiting ones while there is room. A request is admitted with blocks for all tokens that it has,
 so that only growth by generated tokens can run out of blocks; then the request admitted last gives its blocks back
 and waits at the front of the queue. The oldest is therefore never interrupted, and everyone gets to the end.
+
+Whatever tokens and blocks a step then leaves go to proposals: tokens that may come next, computed behind a request's
+own. Those that do not come true are not committed, and their places are computed again.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from amalgam.engine.blocks import BlockPool
@@ -21,6 +25,8 @@ from amalgam.errors import OverloadedError, PromptTooLongError
 
 if TYPE_CHECKING:
     from amalgam.models.weights import WeightVersion
+
+Propose = Callable[[Sequence[int]], Sequence[int]]  # a sequence's tokens → tokens that may follow them, or none
 
 
 class Scheduler:
@@ -32,6 +38,7 @@ class Scheduler:
         max_step_tokens: most tokens in one step; longer prompts are computed in chunks.
         max_sequence_tokens: most tokens of one request, prompt and answer; limited by the pool's capacity as well.
         max_queue: most waiting requests.
+        propose: guesses the next tokens of a sequence.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class Scheduler:
         max_step_tokens: int,
         max_sequence_tokens: int,
         max_queue: int,
+        propose: Propose | None = None,
     ) -> None:
         self.version = version
         self.pool = pool
@@ -54,6 +62,7 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
         self._max_queue = max_queue
+        self._propose = propose
         self._last_version_id = 0
 
     @property
@@ -99,16 +108,23 @@ class Scheduler:
         while (version := self._next_version()) is not None:
             scheduled = self._catch_up(version)
             self._admit(version, scheduled)
+            if self._propose is not None:
+                self._add_proposals(self._propose, scheduled)
             self._last_version_id = version.version_id
             if scheduled:  # empty if the version's only request has just been preempted
                 return StepPlan(version, tuple(scheduled))
         return None
 
-    def commit(self, plan: StepPlan) -> None:
-        """The step has been computed: its tokens' keys and values are in their blocks."""
+    def commit(self, plan: StepPlan, rejected: Mapping[int, int]) -> None:
+        """The step has been computed: its tokens' keys and values are in their blocks.
+
+        Args:
+            rejected: request id → how many of its proposed tokens it did not take.
+        """
         for item in plan.scheduled:
-            item.request.num_computed = item.end
-            item.request.num_recorded = max(item.request.num_recorded, item.end)
+            request = item.request
+            request.num_computed = item.end - rejected.get(request.request_id, 0)
+            request.num_recorded = max(request.num_recorded, request.num_computed)
 
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is, and free its blocks; must not happen between `schedule` and `commit`."""
@@ -173,6 +189,22 @@ class Scheduler:
             scheduled.append(self._share_of(request, num_tokens))
             budget -= num_tokens
 
+    def _add_proposals(self, propose: Propose, scheduled: list[ScheduledRequest]) -> None:
+        budget = self._max_step_tokens - sum(item.num_tokens for item in scheduled)
+        for index, item in enumerate(scheduled):
+            request = item.request
+            if budget <= 0 or not item.needs_sample:
+                continue
+            # One spare block for each running request stays, so that no guess makes anyone go.
+            num_free = max(0, self.pool.num_free - len(self.running))
+            num_slots = (len(request.block_ids) + num_free) * self._block_size - len(request.token_ids)
+            room = min(budget, num_slots, request.max_new_tokens - request.num_new_tokens - 1)
+            proposed_ids = tuple(propose(request.token_ids)[:room]) if room > 0 else ()
+            if proposed_ids:
+                self._reserve(request, item.end + len(proposed_ids))
+                scheduled[index] = self._share_of(request, item.num_tokens, proposed_ids)
+                budget -= len(proposed_ids)
+
     def _can_admit(self, request: Request) -> bool:
         if len(self.running) >= self._max_batch_size:
             return False
@@ -203,7 +235,10 @@ class Scheduler:
         self.pool.free(request.block_ids)
         request.block_ids = []
 
-    def _share_of(self, request: Request, num_tokens: int) -> ScheduledRequest:
+    def _share_of(self, request: Request, num_tokens: int, proposed_ids: tuple[int, ...] = ()) -> ScheduledRequest:
+        """A share of `num_tokens` that the request has, and of proposals."""
+        needs_sample = request.num_computed + num_tokens == len(request.token_ids)
+        num_tokens += len(proposed_ids)
         end = request.num_computed + num_tokens
         return ScheduledRequest(
             request,
@@ -211,7 +246,8 @@ class Scheduler:
             num_tokens=num_tokens,
             block_ids=tuple(request.block_ids),
             num_unrecorded=min(num_tokens, max(0, end - request.num_recorded)),
-            needs_sample=end == len(request.token_ids),
+            needs_sample=needs_sample,
+            proposed_ids=proposed_ids,
         )
 
     def _num_blocks_for(self, num_tokens: int) -> int:

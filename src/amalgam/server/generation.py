@@ -1,4 +1,4 @@
-"""Prompts → answers. The bridge between the handlers and the engine's asynchronous front.
+"""Prompts → answers. The bridge between the handlers and the engine's asynchronous streams.
 
 In: token ids and sampling parameters. Out: completions, or server-sent events. Must never know: request models.
 """
@@ -24,7 +24,7 @@ from amalgam.server.http.errors import error_content
 
 if TYPE_CHECKING:
     from amalgam.engine.core import Engine
-    from amalgam.engine.fronts import OutputStream
+    from amalgam.engine.streams import OutputStream
     from amalgam.models.context import RoutingTrace
 
 ROOM_SECONDS = 0.05  # how soon a batch looks again whether the queue has room

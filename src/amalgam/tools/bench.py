@@ -216,7 +216,7 @@ def step_seconds(
     errors: list[Exception] = []
     ended = threading.Semaphore(0)
 
-    def sink(output: RequestOutput) -> None:
+    def on_output(output: RequestOutput) -> None:
         arrivals.setdefault(output.request_id, []).extend([time.monotonic()] * len(output.token_ids))
         if output.is_finished:
             errors.extend([output.error] if output.error else [])
@@ -225,7 +225,7 @@ def step_seconds(
     params = [_sampling(max(2, num_tokens), seed + index) for index in range(batch)]
     prompts = [_random_ids(spec, context, seed + index) for index in range(batch)]
     with engine.between_steps():
-        ids = [engine.submit(prompt, chosen, sink) for prompt, chosen in zip(prompts, params, strict=True)]
+        ids = [engine.submit(prompt, chosen, on_output) for prompt, chosen in zip(prompts, params, strict=True)]
     for _ in ids:
         ended.acquire()  # looking at the engine's status now and then would take a core from it
     if errors:

@@ -1,4 +1,4 @@
-"""From sinks, which the step thread calls, to what callers wait on: an asynchronous stream, or a list of answers.
+"""From callbacks, which the step thread calls, to what callers wait on: an asynchronous stream, or a whole batch.
 
 In: prompts as token ids. Out: `RequestOutput`s, `Generation`s. Must never know: the step loop, tensors, HTTP.
 """
@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Protocol, Self
 
-from amalgam.engine.request import Generation, Observation, OutputSink, RequestOutput, SamplingParams
+from amalgam.engine.request import Generation, Observation, OutputCallback, RequestOutput, SamplingParams
 from amalgam.errors import OverloadedError, RequestError
 
 ROOM_SECONDS = 0.05  # how soon a caller looks again whether the queue has room
 
 
 class Submitter(Protocol):
-    """What the fronts need of the engine."""
+    """What is needed of the engine."""
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, sink: OutputSink, observation: Observation
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_output: OutputCallback, observation: Observation
     ) -> int: ...
 
     def cancel(self, request_id: int) -> None: ...
@@ -29,16 +29,16 @@ class Submitter(Protocol):
 class OutputStream:
     """The outputs of one submitted request, in an event loop. To be closed, which cancels it unless it has ended."""
 
-    def __init__(self, engine: Submitter, submit: Callable[[OutputSink], int]) -> None:
+    def __init__(self, engine: Submitter, submit: Callable[[OutputCallback], int]) -> None:
         loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
         self._engine = engine
         self._is_finished = False
 
-        def sink(output: RequestOutput) -> None:
+        def on_output(output: RequestOutput) -> None:
             loop.call_soon_threadsafe(self._outputs.put_nowait, output)
 
-        self._request_id = submit(sink)
+        self._request_id = submit(on_output)
 
     def __aiter__(self) -> Self:
         return self
@@ -61,7 +61,7 @@ def stream(
     engine: Submitter, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
 ) -> OutputStream:
     """See `Engine.stream`."""
-    return OutputStream(engine, lambda sink: engine.submit(prompt_ids, params, sink, observation))
+    return OutputStream(engine, lambda on_output: engine.submit(prompt_ids, params, on_output, observation))
 
 
 def generate(
@@ -88,13 +88,13 @@ def generate(
     has_left = False
 
     def submit(index: int) -> None:
-        def sink(output: RequestOutput) -> None:
+        def on_output(output: RequestOutput) -> None:
             if has_left:  # an interrupt may come before the request's id is noted below
                 engine.cancel(output.request_id)
             else:
                 arrived.put((index, output))
 
-        in_flight[index] = engine.submit(prompts_ids[index], per_prompt[index], sink, observation)
+        in_flight[index] = engine.submit(prompts_ids[index], per_prompt[index], on_output, observation)
 
     try:
         while num_submitted < len(prompts_ids) or in_flight:
@@ -134,4 +134,5 @@ def _collect(outputs: Sequence[RequestOutput]) -> Generation:
         usage=last.usage,
         error=last.error,
         trace=last.trace,
+        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
     )

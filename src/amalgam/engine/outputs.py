@@ -1,0 +1,62 @@
+"""A request's tokens → what its caller sees: text, the end and its reason, and the figures.
+
+In: a request and its new tokens. Out: `RequestOutput`. Must never know: queues, blocks, tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from amalgam.engine.request import FinishReason, NewTokens, Request, RequestOutput, Usage
+
+
+def take_tokens(request: Request, new: NewTokens, eos_token_ids: AbstractSet[int], now: float) -> RequestOutput:
+    """Add tokens to a request, up to the one that ends it: end of sequence, stop string or length.
+
+    Args:
+        now: `time.monotonic()`.
+
+    Returns:
+        The tokens that were added, and their text. It `is_finished` if there are no more to come.
+    """
+    assert request.text is not None
+    if request.first_token_at is None:
+        request.first_token_at = now
+    stream, text, num_taken, reason = request.text, "", 0, None
+    for token_id in new.token_ids:
+        request.token_ids.append(token_id)
+        num_taken += 1
+        if token_id in eos_token_ids and not request.params.ignore_eos:
+            text += stream.finish(token_id)
+            reason = FinishReason.STOP
+            break
+        text += stream.push(token_id)
+        if stream.is_stopped:
+            reason = FinishReason.STOP
+            break
+        if request.num_new_tokens >= request.max_new_tokens:
+            text += stream.finish()
+            reason = FinishReason.STOP if stream.is_stopped else FinishReason.LENGTH
+            break
+    token_ids, logprobs = new.token_ids[:num_taken], new.logprobs[:num_taken]
+    if reason is None:
+        return RequestOutput(request.request_id, text, token_ids, logprobs=logprobs)
+    return end(request, reason, now)._replace(text=text, token_ids=token_ids, logprobs=logprobs)
+
+
+def end(request: Request, reason: FinishReason, now: float, error: Exception | None = None) -> RequestOutput:
+    """A request's last output, with its figures; to be made while the request still has its weight version."""
+    return RequestOutput(request.request_id, "", (), reason, error, _usage(request, now))
+
+
+def _usage(request: Request, now: float) -> Usage:
+    started_at = now if request.started_at is None else request.started_at
+    first_token_at = now if request.first_token_at is None else request.first_token_at
+    return Usage(
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_new_tokens=request.num_new_tokens,
+        queue_seconds=started_at - request.arrived_at,
+        first_token_seconds=first_token_at - request.arrived_at,
+        total_seconds=now - request.arrived_at,
+        version=0 if request.version is None else request.version.version_id,
+    )
