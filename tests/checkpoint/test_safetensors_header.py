@@ -50,10 +50,10 @@ MALFORMED = {
     "text after the object": (layout(b"{}{}"), "Extra data"),
     "not utf-8": (layout(b'{"\xff":1}'), "utf-8"),
     "nested deeply": (layout(b'{"w":' + b"[" * 100_000), "nested too deeply"),
-    "repeated tensor": (layout(json.dumps(one())[:-1].encode() + b"," + json.dumps(one())[1:].encode()), "'w' appears"),
+    "repeated tensor": (layout(json.dumps(one())[:-1].encode() + b"," + json.dumps(one())[1:].encode()), "'w' stands"),
     "repeated key": (
         layout(b'{"w":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}'),
-        "'dtype' appears",
+        "'dtype' stands",
     ),
     "nan": (layout(one(shape=[float("nan")])), "NaN"),
     "infinite number": (layout(b'{"w":{"dtype":"F32","shape":[1e999],"data_offsets":[0,8]}}'), "1e999"),

@@ -104,7 +104,7 @@ def test_json_object_is_read(tmp_path: Path) -> None:
         (b'{"a": NaN}', "NaN"),
         (b'{"a": -Infinity}', "-Infinity"),
         (b'{"a": 1e999}', "'1e999'"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' appears twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice"),
         (b'{"a": "\xff"}', "utf-8"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[1, 2]", "[1, 2] instead of a JSON object"),

@@ -340,7 +340,7 @@ REFUSED_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "index is a list": (index_text("[1]"), "[1] instead of a JSON object"),
     "index without weight_map": (index_text('{"metadata":{}}'), "weight_map None"),
     "index with an empty weight_map": (index_text('{"weight_map":{}}'), "weight_map {}"),
-    "index with repeated tensors": (index_text('{"weight_map":{"a":"x","a":"y"}}'), "'a' appears twice"),
+    "index with repeated tensors": (index_text('{"weight_map":{"a":"x","a":"y"}}'), "'a' stands twice"),
     "link out of the folder": (link_to("../secret.safetensors"), "outside of its folder"),
     "link to nowhere": (link_to("nowhere"), "cannot be opened"),
     "link to itself": (link_to("model.safetensors"), "cannot be opened"),

@@ -141,7 +141,7 @@ def test_long_bodies_become_text_a_few_at_a_time(
 
     deployment.encode = encode
     parsed = []
-    monkeypatch.setattr(body, "parse_json", lambda raw, parse=body.parse_json: parsed.append(raw[:15]) or parse(raw))
+    monkeypatch.setattr(body, "parse_body", lambda raw, parse=body.parse_body: parsed.append(raw[:15]) or parse(raw))
     with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(3) as pool:
         request = {"prompt": "long" * 500, "max_new_tokens": 1}
         answers = [pool.submit(client.post, "/generate", json=request) for _ in range(2)]

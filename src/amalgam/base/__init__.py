@@ -1,1 +1,1 @@
-"""Ground floor: files, locks, threads and the time. Knows nothing of models."""
+"""Ground floor: foreign JSON, files, locks, threads and the time. Knows nothing of models."""

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from amalgam.base import locks
 from amalgam.base.locks import create_locked
+from amalgam.base.strict_json import parse_foreign_json
 from amalgam.checkpoint.shards import MAP_NORESERVE
-from amalgam.checkpoint.source import parse_json
 from amalgam.errors import CheckpointError, describe
 
 MAGIC = b"AMALGAM\x01"
@@ -68,7 +68,7 @@ class PackedFile:
             raw = stream.read(nbytes)
             if hashlib.sha256(raw).digest() != head[24:56]:
                 raise CheckpointError(f"{path} has a damaged index.")
-            index = parse_json(raw, f"The index of {path}")
+            index = parse_foreign_json(raw, f"The index of {path}")
             if not isinstance(index, dict):
                 raise CheckpointError(f"{path} has the index {describe(index)}.")
             self.index: Mapping[str, Any] = index

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-from amalgam.checkpoint.source import parse_json
+from amalgam.base.strict_json import parse_foreign_json
 from amalgam.errors import CheckpointError, describe
 
 DTYPES = {
@@ -115,7 +115,7 @@ def _read(file: Path, stream: BinaryIO) -> list[TensorEntry]:
     raw = stream.read(header_bytes)
     if not raw.startswith(b"{"):
         _refuse(file, f"has a header that begins with {raw[:8]!r} instead of '{{'")
-    header = parse_json(raw, f"The header of {file}")  # an object: it begins with a brace
+    header = parse_foreign_json(raw, f"The header of {file}")  # an object: it begins with a brace
     _check_metadata(file, header.pop("__metadata__", {}))
     entries = [_entry(file, data_start, name, info) for name, info in header.items()]
     check_ranges(file, file_bytes, entries)

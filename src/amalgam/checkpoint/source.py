@@ -7,16 +7,13 @@ tensors.
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from amalgam.base.strict_json import MAX_FILE_BYTES, read_json_object
 from amalgam.errors import CheckpointError, describe
 
-MAX_JSON_BYTES = 16 * 2**20
 _HUB_ID = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(:(?P<gguf>[\w.-]{1,190}\.gguf))?", re.ASCII
 )
@@ -131,64 +128,10 @@ def _resolve_member(folder: Path, name: str) -> Path:
     return file
 
 
-def read_json(folder: Path, name: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in file `name` of `folder`.
-
-    Args:
-        limit: largest size in bytes.
+def read_json(folder: Path, name: str, limit: int = MAX_FILE_BYTES) -> dict[str, Any]:
+    """The JSON object in file `name` of `folder`; at most `limit` bytes.
 
     Raises:
-        CheckpointError: no such file, outside of the folder, too large, or not a valid object (see `parse_json`).
+        CheckpointError: no such file, outside of the folder, or see `base.strict_json.read_json_object`.
     """
-    file = member(folder, name)
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(limit + 1)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error}).", remedy="Check its permissions.") from error
-    if len(raw) > limit:
-        raise CheckpointError(
-            f"{file} has {file.stat().st_size} bytes; at most {limit} are allowed.",
-            remedy="Download the file again, or check that it is what its name says.",
-        )
-    value = parse_json(raw, str(file))
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{file} holds {describe(value)} instead of a JSON object.", remedy="Download the file again."
-        )
-    return value
-
-
-def parse_json(raw: bytes, where: str) -> Any:
-    """RFC 8259 JSON in UTF-8, without what two readers would read differently: repeated keys, NaN, infinite numbers.
-
-    Raises:
-        CheckpointError: not such JSON; `where` says which file.
-    """
-    try:
-        return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
-    except RecursionError:
-        reason = "nested too deeply"
-    except ValueError as error:  # also of decode()
-        reason = str(error)
-    raise CheckpointError(f"{where} holds invalid JSON: {reason}.", remedy="Correct it or download it again.")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = sorted(name for name, _ in pairs)
-        repeated = next(name for name, following in pairwise(names) if name == following)
-        raise ValueError(f"the key {describe(repeated)} appears twice")
-    return result
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {describe(text)} is out of range")
-    return value
+    return read_json_object(member(folder, name), limit)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amalgam.base.strict_json import parse_json
 from amalgam.cli.options import with_settings
 from amalgam.config.settings import ServerSettings, Settings
 from amalgam.errors import CheckpointError, ConfigError, RequestError, UnavailableError
@@ -290,8 +291,8 @@ def _post(url: str, path: str, body: dict[str, Any]) -> Any:
     return _fetch(urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), headers), url)
 
 
-def _fetch(request: urllib.request.Request, url: str, read: Callable[[HTTPResponse], Any] = json.load) -> Any:
-    """The body of an answer, as `read` gives it.
+def _fetch(request: urllib.request.Request, url: str, read: Callable[[HTTPResponse], Any] | None = None) -> Any:
+    """The body of an answer, as `read` gives it; None: its JSON.
 
     Raises:
         RequestError: the server refuses the request.
@@ -299,7 +300,7 @@ def _fetch(request: urllib.request.Request, url: str, read: Callable[[HTTPRespon
     """
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-            return read(response)
+            return parse_json(response.read()) if read is None else read(response)
     except urllib.error.HTTPError as error:
         kind = RequestError if error.code < 500 else UnavailableError
         raise kind(f"{url} answered {error.code}: {_message(error)}") from None
@@ -322,6 +323,6 @@ def _message(error: urllib.error.HTTPError) -> str:
 
     text = error.read(_MAX_ERROR_BYTES).decode(errors="replace")
     try:
-        return escaped(json.loads(text)["error"]["message"])
+        return escaped(parse_json(text.encode())["error"]["message"])
     except (ValueError, LookupError, TypeError, AttributeError):
         return escaped(text[:200])

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from amalgam.base.collector import collector_paused
 from amalgam.base.locks import FileLock
 from amalgam.base.threads import map_in_threads
-from amalgam.checkpoint.collector import collector_paused
 from amalgam.checkpoint.shards import Identity
 from amalgam.composition.agreement import check_agreement, check_tied_head
 from amalgam.composition.packed_cache import PackedCache, key_of

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from amalgam.base.collector import collector_paused
 from amalgam.base.threads import map_in_threads
-from amalgam.checkpoint.collector import collector_paused
 from amalgam.composition.loader import PlannedWeight, Progress
 from amalgam.formats.fused import whole_of
 from amalgam.models.weights import fingerprint, manifest

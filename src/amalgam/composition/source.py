@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.checkpoint.collector import collector_paused
+from amalgam.base.collector import collector_paused
 from amalgam.checkpoint.shards import Identity
 from amalgam.checkpoint.source import is_present, read_json, resolve
 from amalgam.checkpoint.store import TensorEntry, TensorStore

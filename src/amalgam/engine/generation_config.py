@@ -9,16 +9,15 @@ the log and in `GET /model_info`.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amalgam.checkpoint.source import is_present, member
+from amalgam.checkpoint.source import is_present, read_json
 from amalgam.engine.request import SamplingParams
-from amalgam.errors import CheckpointError, RequestError, describe
+from amalgam.errors import RequestError, describe
 
 FILE = "generation_config.json"
 _MAX_BYTES = 2**20
@@ -94,7 +93,7 @@ def read_model_defaults(folder: Path, gguf_metadata: Mapping[str, Any] | None = 
     given = dict(_gguf_entries(gguf_metadata or {}))
     source = "the GGUF file"
     if folder.is_dir() and is_present(folder / FILE):
-        given, source = _read(member(folder, FILE)), FILE
+        given, source = read_json(folder, FILE, _MAX_BYTES), FILE
     used: dict[str, Any] = {}
     not_honoured: dict[str, Any] = {}
     for key, value in given.items():
@@ -129,17 +128,3 @@ def _gguf_entries(metadata: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if key.startswith(_GGUF_PREFIX):
             name = key.removeprefix(_GGUF_PREFIX)
             yield _GGUF_NAMES.get(name, key), value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes")
-        data = json.loads(path.read_bytes())
-        if not isinstance(data, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is not valid JSON: {error}.", remedy="Copy it again from the published checkpoint."
-        ) from None
-    return data

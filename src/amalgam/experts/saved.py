@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amalgam.base.files import replace_file
+from amalgam.base.strict_json import parse_json
 from amalgam.errors import CheckpointError, ConfigError, RequestError, describe
 from amalgam.experts.history import NUM_PHASES, Bucket, Tally
 from amalgam.experts.labels import check_label
@@ -286,7 +287,7 @@ def _parse(content: bytes) -> SavedSet:
     [num_meta_bytes] = file.shape("meta")
     if num_meta_bytes > _MAX_META_BYTES:
         raise ValueError(f"meta takes {num_meta_bytes} bytes")
-    meta = json.loads(file.read("meta", (num_meta_bytes,), "u").tobytes())
+    meta = parse_json(file.read("meta", (num_meta_bytes,), "u").tobytes())
     if not isinstance(meta, dict) or meta["version"] != _VERSION:
         raise ValueError("its version is unknown")
     layer_ids = tuple(_whole("layer_ids", value, _MAX_LAYERS) for value in _list(meta, "layer_ids"))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.checkpoint.source import parse_json
+from amalgam.base.strict_json import parse_foreign_json
 from amalgam.formats.contract import (
     WEIGHT_SUFFIX,
     ModuleContext,
@@ -100,7 +100,9 @@ class BitsAndBytes4(WeightFormat):
     def _read_state(self, name: str, part: TensorPart, read: Read) -> _State:
         if part.dtype != torch.uint8 or part.nbytes > _MAX_STATE_BYTES:
             refuse_part(name, part, f"Expected at most {_MAX_STATE_BYTES} bytes of JSON.")
-        found: Any = parse_json(bytes(read(part).contiguous().numpy()), f"Tensor {part.name!r} in {part.file.name}")
+        found: Any = parse_foreign_json(
+            bytes(read(part).contiguous().numpy()), f"Tensor {part.name!r} in {part.file.name}"
+        )
         values = found if isinstance(found, dict) else {}
         shape, offset = values.get("shape"), values.get("nested_offset", 0.0)
         sizes = [values.get("blocksize"), values.get("nested_blocksize", 256)]

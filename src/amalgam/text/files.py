@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 import orjson
 
+from amalgam.base.strict_json import read_json_object
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.text.chat import DEFAULT
 from amalgam.text.gguf.metadata import build_tokenizer
@@ -366,16 +367,4 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes")
-        data = json.loads(path.read_bytes())
-        if not isinstance(data, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is not valid JSON: {error}.", remedy="Copy it again from the published checkpoint."
-        ) from None
-    return data
+    return read_json_object(path, _MAX_BYTES) if path.is_file() else {}

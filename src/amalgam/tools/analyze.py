@@ -16,8 +16,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+from amalgam.base.collector import collector_paused
 from amalgam.checkpoint import TensorStore, read_json, resolve
-from amalgam.checkpoint.collector import collector_paused
 from amalgam.checkpoint.source import is_present
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
 from amalgam.composition.loader import is_surplus_bias

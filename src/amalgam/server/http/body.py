@@ -6,19 +6,18 @@ In: raw ASGI messages. Out: parsed bodies for the handlers. Must never know: wha
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-import orjson
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from amalgam.base.strict_json import parse_json
 from amalgam.errors import AmalgamError, OverloadedError, RequestError, describe
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.encoding import LONG_BODY_BYTES
@@ -49,35 +48,16 @@ class NoFields(Body):
     """A body that may be absent or `{}`."""
 
 
-def parse_json(body: bytes) -> Any:
-    """Parse RFC 8259 JSON: no NaN, no infinities, no lone surrogates, no key twice, bounded depth and keys.
+def parse_body(body: bytes) -> Any:
+    """The JSON of a body (see `base.strict_json`), with a limit on its keys.
 
     Raises:
         InvalidJSONError: naming what is wrong and where.
     """
     try:
-        value = orjson.loads(body)
-        json.loads(body, object_pairs_hook=_KeyCheck())
-    except (ValueError, RecursionError) as error:
+        return parse_json(body, max_keys=MAX_JSON_KEYS)
+    except ValueError as error:
         raise InvalidJSONError(f"The body is not valid JSON: {error}.", remedy="Send a JSON object.") from None
-    return value
-
-
-class _KeyCheck:
-    """`object_pairs_hook` that refuses repeated keys, which parsers otherwise drop silently, and too many of them."""
-
-    def __init__(self) -> None:
-        self.num_keys = 0
-
-    def __call__(self, pairs: list[tuple[str, Any]]) -> None:
-        self.num_keys += len(pairs) + 1
-        if self.num_keys > MAX_JSON_KEYS:
-            raise ValueError(f"more than {MAX_JSON_KEYS} keys")
-        keys = set()
-        for key, _ in pairs:
-            if key in keys:
-                raise ValueError(f"key {key[:64]!a} stands twice")
-            keys.add(key)
 
 
 class JSONRequest(Request):
@@ -94,7 +74,7 @@ class JSONRequest(Request):
         if body or declared is not None:
             _check_media_type(declared or "")
         if body:
-            self._json = parse_json(body)
+            self._json = parse_body(body)
             self._body = b"{}"  # a long prompt is in memory for as long as its answer takes: once is enough
 
     async def json(self) -> Any:

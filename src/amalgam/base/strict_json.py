@@ -1,0 +1,109 @@
+"""JSON that somebody else wrote: all of RFC 8259, and nothing that two readers would read differently.
+
+In: bytes, or a file with a limit on its size. Out: Python values. Refused are keys that stand twice in one object, NaN,
+infinite numbers, lone surrogates and bytes that are not UTF-8; what is nested too deeply, and integers of thousands of
+digits, are refused because they are slow. Must never know what the values mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from amalgam.errors import CheckpointError, describe
+
+MAX_FILE_BYTES = 16 * 2**20
+_REMEDY = "Correct it or download it again."
+_HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # of surrogates, spelled in ASCII; UTF-8 has none
+
+
+def parse_json(raw: bytes, *, max_keys: int | None = None) -> Any:
+    """
+    Args:
+        max_keys: the most keys and objects that it may have; None: only its length counts.
+
+    Raises:
+        ValueError: it is no such JSON; says what is wrong.
+    """
+    num_keys = 0
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = sorted(name for name, _ in pairs)
+            repeated = next(name for name, following in pairwise(names) if name == following)
+            raise ValueError(f"the key {describe(repeated)} stands twice")
+        return result
+
+    def counted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal num_keys
+        num_keys += len(pairs) + 1
+        if max_keys is not None and num_keys > max_keys:
+            raise ValueError(f"it has more than {max_keys} keys")
+        return unique(pairs)
+
+    try:
+        value = json.loads(
+            raw.decode(),
+            object_pairs_hook=unique if max_keys is None else counted,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+        if _HALF_A_PAIR.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"a string has {half!a}, half of a surrogate pair") from None
+    return value
+
+
+def parse_foreign_json(raw: bytes, where: str) -> Any:
+    """`parse_json` for what belongs to a checkpoint.
+
+    Raises:
+        CheckpointError: it is no such JSON; `where` says whose it is.
+    """
+    try:
+        return parse_json(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{where} holds invalid JSON: {error}.", remedy=_REMEDY) from None
+
+
+def read_json_object(file: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: it cannot be read, is larger than `max_bytes`, or holds something else.
+    """
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(max_bytes + 1)
+            size = stream.seek(0, 2)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}).", remedy="Check its permissions.") from error
+    if len(raw) > max_bytes:
+        raise CheckpointError(
+            f"{file} has {size} bytes; at most {max_bytes} are allowed.",
+            remedy="Download the file again, or check that it is what its name says.",
+        )
+    value = parse_foreign_json(raw, str(file))
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds {describe(value)} instead of a JSON object.", remedy=_REMEDY)
+    return value
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {describe(text)} is out of range")
+    return value
