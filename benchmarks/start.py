@@ -36,7 +36,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from amalgam.checkpoint.writer import new_folder, write_checkpoint
+from amalgam.base.files import new_folder
+from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.formats.contract import QuantizeOptions, get_format
 from amalgam.models.spec import read_spec
 from amalgam.tools.bench import SHAPES, commit, hardware

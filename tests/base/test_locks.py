@@ -214,19 +214,6 @@ def test_files_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path: Pa
     assert names(tmp_path) == {"statistics.npz"} and target.read_bytes() == b"newer"
 
 
-def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "a" / "file"
-    replace_file(target, "old")
-
-    def replace(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr(Path, "replace", replace)
-    with raises(OSError, 28):
-        replace_file(target, "new")
-    assert names(target.parent) == {"file"} and target.read_text() == "old"
-
-
 def test_temporary_files_are_new_each_time(tmp_path: Path) -> None:
     made = [create_locked(tmp_path, ".a.", ".tmp") for _ in range(3)]
     assert len({path for path, _ in made}) == 3

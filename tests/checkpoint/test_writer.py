@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from tests.errors import raises
 
-from amalgam.checkpoint import TensorStore, new_folder, write_checkpoint
+from amalgam.checkpoint import TensorStore, write_checkpoint
 from amalgam.checkpoint.safetensors_header import DTYPES
 from amalgam.errors import CheckpointError
 
@@ -103,46 +103,3 @@ def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
     with raises(CheckpointError, tmp_path):
         write_checkpoint(tmp_path, [("a", torch.zeros(1))])
     assert TensorStore.open(tmp_path).read("a").item() == 1
-
-
-def test_new_folder_appears_when_complete(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "model"
-    with new_folder(target) as folder:
-        assert folder.parent == target.parent
-        assert not target.exists()
-        (folder / "config.json").write_text("{}")
-        write_checkpoint(folder, [("a", torch.ones(2))])
-    assert [path.name for path in target.parent.iterdir()] == ["model"]
-    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
-def test_new_folder_vanishes_on_failure(error: type[BaseException], tmp_path: Path) -> None:
-    def fail() -> None:
-        with new_folder(tmp_path / "model") as folder:
-            (folder / "config.json").write_text("{}")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert not list(tmp_path.iterdir())
-
-
-def test_new_folder_replaces_only_an_empty_folder(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    target.mkdir()
-    with new_folder(target) as folder:
-        (folder / "x").touch()
-    for existing in (target, target / "x"):
-        with raises(CheckpointError, existing), new_folder(existing):
-            pytest.fail("must not be entered")
-    with raises(CheckpointError, target / "x" / "y"), new_folder(target / "x" / "y"):
-        pytest.fail("must not be entered")
-
-
-def test_folder_that_somebody_else_filled_meanwhile_is_kept(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    with raises(CheckpointError, target), new_folder(target):
-        write_checkpoint(target, [("a", torch.ones(2))])
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert list(TensorStore.open(target)) == ["a"]

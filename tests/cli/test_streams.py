@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from tests.conftest import DEMO, ROOT
 
+from amalgam.base.escaping import harmless
 from amalgam.cli import main
-from amalgam.cli.console import harmless, print_json, print_table, say, write
+from amalgam.cli.console import print_json, print_table, say, write
 from amalgam.cli.streams import OutputError, guarded_streams
 
 PLAN = ["plan", "--model", str(DEMO), "--all"]

@@ -1,34 +1,142 @@
-"""Files that appear complete or not at all.
+"""Files and folders that appear complete or not at all.
 
-In: a path and its content. Out: the file. Must never know what is in it.
+In: a path and its content. Out: the file or the folder. Must never know what is in it.
+
+What is new is written beside its place, under a name of its own and with a lock, flushed to the disk, and then renamed:
+a reader, and a machine that loses power, sees the old or the new. What fails leaves nothing behind; what a killed
+process has left is removed by the next one that writes there.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from amalgam.base.locks import create_locked, remove_abandoned
+from amalgam.base.locks import (
+    FileLock,
+    create_locked,
+    remove_abandoned,
+    remove_abandoned_folders,
+    temporary_folder,
+)
+from amalgam.errors import CheckpointError, ConflictError
 
-_SUFFIX = ".partial"
+
+class NewFile:
+    """A temporary file, locked as long as it is open, that gets its name with `commit`."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+
+    def write(self, data: bytes | memoryview, offset: int = 0) -> None:
+        """Put bytes at `offset`. Thread-safe.
+
+        Raises:
+            OSError: there is no room.
+        """
+        data = memoryview(data).cast("B")
+        while data:  # one call writes 2 GiB at most
+            written = os.pwrite(self._descriptor, data, offset)
+            data = data[written:]
+            offset += written
+
+    def commit(self, target: Path) -> None:
+        """Flush it to the disk and give it its name; replaces a file of that name.
+
+        Raises:
+            OSError: there is no room.
+        """
+        os.fsync(self._descriptor)
+        self._path.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def new_file(folder: Path, prefix: str, suffix: str) -> Iterator[NewFile]:
+    """A file that leaves nothing behind unless it is committed; `folder` is made if absent.
+
+    Args:
+        prefix, suffix: of the temporary name; files of the same that killed processes have left are removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder, prefix, suffix)
+    path, descriptor = create_locked(folder, prefix, suffix)
+    try:
+        yield NewFile(path, descriptor)
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)  # which unlocks: nobody may take the file for abandoned before
 
 
 def replace_file(target: Path, content: str | bytes) -> Path:
     """Write a file, in place of one of that name; its folder is made if absent.
 
-    What killed processes have left of earlier attempts is removed.
-
     Raises:
         OSError: it cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}."
-    remove_abandoned(target.parent, prefix, _SUFFIX)
-    partial, descriptor = create_locked(target.parent, prefix, _SUFFIX)
-    with open(descriptor, "wb") as file:  # which closes, and so unlocks, at the end only
-        try:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    with new_file(target.parent, f".{target.name}.", ".partial") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.commit(target)
     return target
+
+
+@contextmanager
+def new_folder(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends, and is removed when it fails.
+
+    What killed processes have left of earlier attempts is removed.
+
+    Args:
+        lock: of `path`, held by the caller; None: it is taken here.
+
+    Raises:
+        CheckpointError: `path` exists and is not an empty folder.
+        ConflictError: another process is making it.
+    """
+    path = path.absolute()
+    if lock is None:
+        with FileLock(path) as own:
+            with writing(path):
+                is_free = own.try_acquire()
+            if not is_free:
+                raise ConflictError(
+                    f"{path} is being written by {own.holder}.", remedy="Wait for it or choose another folder."
+                )
+            with new_folder(path, own) as temporary:
+                yield temporary
+        return
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise CheckpointError(f"{path} exists already.", remedy="Remove it or choose another folder.")
+    remove_abandoned_folders(lock)
+    temporary = temporary_folder(lock)
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with writing(path):
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        CheckpointError: in place of an OSError; names `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error}).", remedy="Check space and permissions.") from error

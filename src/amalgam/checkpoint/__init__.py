@@ -2,6 +2,6 @@
 
 from amalgam.checkpoint.source import member, read_json, resolve
 from amalgam.checkpoint.store import TensorEntry, TensorStore
-from amalgam.checkpoint.writer import new_folder, write_checkpoint
+from amalgam.checkpoint.writer import write_checkpoint
 
-__all__ = ["TensorEntry", "TensorStore", "member", "new_folder", "read_json", "resolve", "write_checkpoint"]
+__all__ = ["TensorEntry", "TensorStore", "member", "read_json", "resolve", "write_checkpoint"]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from amalgam.base import locks
-from amalgam.base.locks import create_locked
+from amalgam.base.files import NewFile, new_file
 from amalgam.base.strict_json import parse_foreign_json
 from amalgam.checkpoint.shards import MAP_NORESERVE
 from amalgam.errors import CheckpointError, describe
@@ -96,10 +96,10 @@ class PackedFile:
 
 
 class PackedFileWriter:
-    """A temporary file beside `path`, locked as long as it is written, that takes its place with `commit`."""
+    """Writes runs of bytes from any number of threads, and at the end the index of what they are."""
 
-    def __init__(self, folder: Path) -> None:
-        self._temporary, self._descriptor = create_locked(folder, *_TEMPORARY)
+    def __init__(self, file: NewFile) -> None:
+        self._file = file
         self._end = ALIGNMENT
         self._ends = threading.Lock()
 
@@ -115,7 +115,7 @@ class PackedFileWriter:
                 self._end = _aligned(self._end + run.numel())
         offset = start
         for run in runs:
-            _write(self._descriptor, run.numpy().data, offset)
+            self._file.write(run.numpy().data, offset)
             offset = _aligned(offset + run.numel())
         return start
 
@@ -126,32 +126,17 @@ class PackedFileWriter:
             OSError: there is no room.
         """
         raw = json.dumps(index, separators=(",", ":")).encode()
-        _write(self._descriptor, memoryview(raw), self._end)
+        self._file.write(raw, self._end)
         head = MAGIC + self._end.to_bytes(8, "little") + len(raw).to_bytes(8, "little") + hashlib.sha256(raw).digest()
-        _write(self._descriptor, memoryview(head.ljust(ALIGNMENT, b"\0")), 0)
-        os.fsync(self._descriptor)
-        self._temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def close(self) -> None:
-        """Remove the temporary file unless it was committed."""
-        self._temporary.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        self._file.write(head.ljust(ALIGNMENT, b"\0"))
+        self._file.commit(path)
 
 
 @contextmanager
 def new_packed_file(folder: Path) -> Iterator[PackedFileWriter]:
     """A writer that leaves nothing behind unless it commits; `folder` is created if it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = PackedFileWriter(folder)
-    try:
-        yield writer
-    finally:
-        writer.close()
+    with new_file(folder, *_TEMPORARY) as file:
+        yield PackedFileWriter(file)
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -161,11 +146,3 @@ def remove_abandoned(folder: Path) -> None:
 
 def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    """All of `data`: one call writes 2 GiB at most."""
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data = data[written:]
-        offset += written

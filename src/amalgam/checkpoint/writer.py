@@ -8,68 +8,19 @@ from __future__ import annotations
 
 import json
 import mmap
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from amalgam.base.locks import FileLock, remove_abandoned_folders, temporary_folder
+from amalgam.base.files import writing
 from amalgam.checkpoint.safetensors_header import DTYPES, PREFIX_BYTES, TensorEntry
-from amalgam.errors import CheckpointError, ConflictError, describe
+from amalgam.errors import CheckpointError, describe
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@contextmanager
-def new_folder(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends, and is removed when it fails.
-
-    What killed processes have left of earlier attempts is removed.
-
-    Args:
-        lock: of `path`, held by the caller; None: it is taken here.
-
-    Raises:
-        CheckpointError: `path` exists and is not an empty folder.
-        ConflictError: another process is making it.
-    """
-    path = path.absolute()
-    if lock is None:
-        with FileLock(path) as own:
-            with _writing(path):
-                is_free = own.try_acquire()
-            if not is_free:
-                raise ConflictError(
-                    f"{path} is being written by {own.holder}.", remedy="Wait for it or choose another folder."
-                )
-            with new_folder(path, own) as temporary:
-                yield temporary
-        return
-    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise CheckpointError(f"{path} exists already.", remedy="Remove it or choose another folder.")
-    remove_abandoned_folders(lock)
-    temporary = temporary_folder(lock)
-    try:
-        with _writing(path):
-            temporary.mkdir(parents=True)
-        yield temporary
-        with _writing(path):
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({error}).", remedy="Check space and permissions.") from error
 
 
 def write_checkpoint(
@@ -81,7 +32,7 @@ def write_checkpoint(
     """Write `tensors` as `model.safetensors`, or as numbered shards with an index when they do not fit one.
 
     Holds one tensor in memory at a time. Files get their names only when all are complete. For a whole folder that
-    appears at once, write into `new_folder`.
+    appears at once, write into `base.files.new_folder`.
 
     Args:
         folder: created if missing; must not hold safetensors yet.
@@ -93,7 +44,7 @@ def write_checkpoint(
     """
     if any(folder.glob("*.safetensors*")):
         raise CheckpointError(f"{folder} holds safetensors already.", remedy="Choose an empty folder.")
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".shards-") as temporary:
             shards = _write_shards(Path(temporary), tensors, {"format": "pt", **(metadata or {})}, max_shard_bytes)

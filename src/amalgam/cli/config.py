@@ -59,7 +59,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from amalgam.cli.console import escaped, is_terminal, out, print_table
+    from amalgam.base.escaping import one_line
+    from amalgam.cli.console import is_terminal, out, print_table
 
     texts = [
         (
@@ -77,8 +78,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
         print_table(("setting", "value", "from", "type", "default", "environment", "meaning"), texts)
         return
     for key, value, origin, kind, default, variable, meaning in texts:
-        line = Text(f"{key} = ", "bold").append(escaped(value), "not bold")
-        out.print(line.append("" if origin == "default" else f"  ({escaped(origin)})", "not bold cyan"))
+        line = Text(f"{key} = ", "bold").append(one_line(value), "not bold")
+        out.print(line.append("" if origin == "default" else f"  ({one_line(origin)})", "not bold cyan"))
         facts = f"{kind}{',' if default == 'required' else ', default'} {default}; --{key}, {variable}"
         for text in (meaning, facts):
             out.print(Padding(Text(text, "dim"), (0, 0, 0, 4)))

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from amalgam.base.escaping import harmless, one_line
+
 if TYPE_CHECKING:
     from amalgam.composition.loader import Progress as ProgressCallback
 
@@ -95,12 +97,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         columns: their names; none for rows that speak for themselves.
         num_totals: rows at the end that sum the others up.
     """
-    lines = [[escaped(cell) for cell in row] for row in rows]
+    lines = [[one_line(cell) for cell in row] for row in rows]
     if not is_terminal(sys.stdout):
-        head = [[escaped(title)]] * bool(title) + [list(columns)] * bool(columns)
+        head = [[one_line(title)]] * bool(title) + [list(columns)] * bool(columns)
         sys.stdout.write("".join("\t".join(line) + "\n" for line in [*head, *lines]))
         return
-    table = Table(title=Text(escaped(title)) if title else None) if columns else Table.grid(padding=(0, 2))
+    table = Table(title=Text(one_line(title)) if title else None) if columns else Table.grid(padding=(0, 2))
     for name in columns or [""] * max(map(len, lines), default=0):
         table.add_column(name, overflow="fold")
     for index, line in enumerate(lines):
@@ -119,23 +121,6 @@ def print_json(value: Any, *, is_indented: bool = True) -> None:
     except (TypeError, UnicodeEncodeError):  # lone surrogates, such as in paths that are not UTF-8; or the encoding
         text = json.dumps(value, indent=2 if is_indented else None, default=str)
     sys.stdout.write(text + "\n")
-
-
-def escaped(text: str) -> str:
-    """`text` on one line, with everything escaped that could steer a terminal."""
-    return "".join(letter if letter.isprintable() else _escape(letter) for letter in text)
-
-
-def harmless(text: str) -> str:
-    """`text` with everything escaped that could steer a terminal, but for ends of lines and tabs."""
-    return "".join(
-        _escape(letter) if (letter < " " and letter not in "\n\t") or "\x7f" <= letter <= "\x9f" else letter
-        for letter in text
-    )
-
-
-def _escape(letter: str) -> str:
-    return letter.encode("unicode_escape").decode()
 
 
 def human_bytes(count: float) -> str:

@@ -319,10 +319,10 @@ def _no_server_of_ours(url: str) -> UnavailableError:
 
 def _message(error: urllib.error.HTTPError) -> str:
     """What an answer with an error says; its beginning if it is none of ours."""
-    from amalgam.cli.console import escaped
+    from amalgam.base.escaping import one_line
 
     text = error.read(_MAX_ERROR_BYTES).decode(errors="replace")
     try:
-        return escaped(parse_json(text.encode())["error"]["message"])
+        return one_line(parse_json(text.encode())["error"]["message"])
     except (ValueError, LookupError, TypeError, AttributeError):
-        return escaped(text[:200])
+        return one_line(text[:200])

@@ -14,7 +14,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from amalgam.cli.console import escaped, note, print_table, say
+from amalgam.base.escaping import one_line
+from amalgam.cli.console import note, print_table, say
 
 if TYPE_CHECKING:
     from amalgam.tools.trace import PromptTrace
@@ -53,7 +54,7 @@ def screen(statistics: dict[str, Any], width: int, height: int, waiting: str = "
         waiting: why these figures are not the newest; on the first line.
     """
     if waiting:
-        line = Text(escaped(waiting), "bold yellow", no_wrap=True, overflow="ellipsis")
+        line = Text(one_line(waiting), "bold yellow", no_wrap=True, overflow="ellipsis")
         return Group(line, screen(statistics, width, height - 1))
     grid, rows, hints = _relative_shares(statistics), statistics["top_experts"], _hints(statistics)
     head = _head(statistics)
@@ -99,7 +100,7 @@ def _head(statistics: dict[str, Any]) -> list[Text]:
         f"tokens/s: {_rate(rate / max(num_layers * top_k, 1))} now",
     ]
     if labels := statistics.get("labels"):
-        lines.append("Tokens by domain: " + ", ".join(f"{escaped(row['label'])} {row['tokens']}" for row in labels))
+        lines.append("Tokens by domain: " + ", ".join(f"{one_line(row['label'])} {row['tokens']}" for row in labels))
     return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
 
 
@@ -120,7 +121,7 @@ def _busiest(rows: Sequence[dict[str, Any]]) -> RenderableType:
 
 def _hints(statistics: dict[str, Any]) -> list[Text]:
     return [
-        Text(f"• {escaped(hint['text'])}", _MARKS.get(hint["severity"], "")) for hint in statistics.get("hints", [])
+        Text(f"• {one_line(hint['text'])}", _MARKS.get(hint["severity"], "")) for hint in statistics.get("hints", [])
     ]
 
 
@@ -218,7 +219,7 @@ def print_trace(trace: PromptTrace, layers: Sequence[int], width: int) -> None:
 
 def visible(data: bytes) -> str:
     """A token on one line: controls and backslashes escaped, spaces as ␣, bytes of parts of characters in hex."""
-    return escaped(data.replace(b"\\", b"\\\\").decode(errors="backslashreplace").replace(" ", "␣"))
+    return one_line(data.replace(b"\\", b"\\\\").decode(errors="backslashreplace").replace(" ", "␣"))
 
 
 def print_comparison(answer: dict[str, Any]) -> None:

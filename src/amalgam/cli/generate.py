@@ -131,14 +131,15 @@ class _Answers:
         ]
 
     def _show(self) -> None:
-        from amalgam.cli.console import escaped, say, write
+        from amalgam.base.escaping import one_line
+        from amalgam.cli.console import say, write
 
         text = self._texts[self._current]
         if not self._has_begun:
             self._has_begun = True
             if len(self._prompts) > 1:
                 gap = "\n" if self._current else ""  # as `head` and `tail` separate files
-                say(f"{gap}==> {escaped(self._prompts[self._current])} <==")
+                say(f"{gap}==> {one_line(self._prompts[self._current])} <==")
         if len(text) > self._num_shown:
             write(text[self._num_shown :])
             self._num_shown = len(text)

@@ -23,7 +23,8 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Make an fp8, int8 or int4 checkpoint of a model (compressed-tensors layout, rounding to nearest)."""
-    from amalgam.cli.console import escaped, human_bytes, print_json, print_table, progress_bar, say
+    from amalgam.base.escaping import one_line
+    from amalgam.cli.console import human_bytes, print_json, print_table, progress_bar, say
     from amalgam.formats.contract import QuantizeOptions
     from amalgam.tools.quantize import quantize_checkpoint
 
@@ -70,4 +71,4 @@ def command(
     ):
         if names:
             more = f" and {len(names) - _MAX_NAMED} more (all with --json)" if len(names) > _MAX_NAMED else ""
-            say(f"{what}: {', '.join(map(escaped, names[:_MAX_NAMED]))}{more}")
+            say(f"{what}: {', '.join(map(one_line, names[:_MAX_NAMED]))}{more}")

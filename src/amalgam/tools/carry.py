@@ -106,11 +106,11 @@ def _write_tokenizer(store: TensorStore, folder: Path) -> list[str]:
     if templates := _templates(metadata):
         alone = templates.get("default") if len(templates) == 1 else None
         config["chat_template"] = alone or [{"name": name, "template": text} for name, text in templates.items()]
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     if not (folder / "generation_config.json").exists():
         ids = {f"{name}_token_id": getattr(wrapped, f"{name}_token_id") for name in ("bos", "pad")}
         known = {key: token_id for key, token_id in ids.items() if token_id is not None}
-        _write_json(folder / "generation_config.json", {**known, "eos_token_id": sorted(ends)})
+        write_json(folder / "generation_config.json", {**known, "eos_token_id": sorted(ends)})
     return []
 
 
@@ -125,5 +125,6 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {"default": default, **named} if isinstance(default, str) else named
 
 
-def _write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
+    """JSON for people, as published checkpoints have it."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

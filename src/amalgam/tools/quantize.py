@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from amalgam.base.files import new_folder
 from amalgam.base.locks import FileLock, clean_up
 from amalgam.checkpoint.source import resolve
-from amalgam.checkpoint.writer import new_folder, write_checkpoint
+from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.loader import HEAD, Progress, check_leftovers, oriented, waiting_for
 from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.config.settings import Settings
@@ -34,7 +35,7 @@ from amalgam.formats.contract import (
     writable_format,
 )
 from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
-from amalgam.tools.carry import carry_files, left_out_tensors
+from amalgam.tools.carry import carry_files, left_out_tensors, write_json
 
 _DRAFTS_KEY = "num_nextn_predict_layers"
 _LAYER = re.compile(r"(.*?\b(?:layers|blk)\.(\d{1,6}))\.")
@@ -137,7 +138,7 @@ def quantize_checkpoint(
         }
         if source.store.metadata and "dtype" not in config:
             config["dtype"] = _main_dtype(source, slots)
-        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(temporary / CONFIG_NAME, config)
         report.left_out_files = carry_files(source.store, temporary)
     return report
 

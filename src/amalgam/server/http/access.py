@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from amalgam.base.escaping import one_line
 from amalgam.errors import UnavailableError
 from amalgam.server.http.errors import error_response
 
@@ -112,11 +113,6 @@ class ShortageLog:
 
 
 shortage_log = ShortageLog()
-
-
-def one_line(text: str) -> str:
-    """`text` with everything escaped that could end a log line or steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def log_unexpected(error: Exception, request_id: str) -> None:
