@@ -6,7 +6,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-CSRC := $(wildcard src/amalgam/kernels/csrc/*.h src/amalgam/kernels/csrc/*.cpp)
+CSRC := $(shell find src/amalgam/kernels/csrc -name '*.h' -o -name '*.cpp')
 LOG := $(VENV)/setup.log
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev

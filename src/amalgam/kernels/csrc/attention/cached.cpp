@@ -1,0 +1,80 @@
+#include "attention/cached.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "runtime/pool.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int64_t kElementsPerItem = 1 << 14;
+
+using Bytes = std::vector<char>;
+
+char* room(Bytes& buffer, int64_t bytes) {
+    if (buffer.size() < static_cast<size_t>(bytes)) buffer.resize(static_cast<size_t>(bytes));
+    return buffer.data();
+}
+
+// Some of a token's heads, normed and rotated, from `x` to `out`, which do not overlap.
+void place_heads(const Kernels& kernels, const CachedAttentionArgs& args, int64_t token, int64_t heads, const void* x,
+                 const void* norm, void* out) {
+    static thread_local Bytes buffer;
+    const int64_t dim = args.attention.keys.dim, size = heads * dim;
+    const int64_t bytes = size * (args.dtype == DType::kFloat32 ? 4 : 2);
+    if (norm != nullptr) {
+        void* normed = args.cos != nullptr ? room(buffer, bytes) : out;
+        kernels.rms_norm({x, nullptr, nullptr, norm, normed, dim, args.eps, args.dtype, args.norm_dtype}, 0, heads);
+        x = normed;
+    }
+    if (args.cos != nullptr) {
+        const int64_t row = args.positions != nullptr ? args.positions[token] : token;
+        const float *cos = args.cos + row * args.half, *sin = args.sin + row * args.half;
+        kernels.rotate({x, cos, sin, out, size, heads, dim, args.half, args.dtype}, 0, 1);
+    } else if (x != out) {
+        std::memcpy(out, x, static_cast<size_t>(bytes));
+    }
+}
+
+}  // namespace
+
+void cached_attention(const Kernels& kernels, const AttentionKernels& attention, const AttentionPlan& plan,
+                      const CachedAttentionArgs& args, int num_threads) {
+    static thread_local Bytes placed;
+    const int64_t tokens = plan.num_tokens(), item_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
+    check_slots(args.slot_ids, tokens, args.num_slots);
+    AttentionArgs attend = args.attention;
+    const int64_t heads = attend.heads, kv_heads = attend.kv_heads;
+    const int64_t query_size = heads * attend.keys.dim, key_size = kv_heads * attend.keys.dim;
+    const int64_t value_size = kv_heads * attend.values.dim;
+    char* queries = room(placed, tokens * query_size * item_bytes);
+    const auto at = [&](const void* data, int64_t elements) {
+        return static_cast<char*>(const_cast<void*>(data)) + elements * item_bytes;
+    };
+    // A unit is a token's KV head and the query heads that share it.
+    const int64_t units = tokens * kv_heads, shared = heads / kv_heads;
+    const int64_t dim = attend.keys.dim, value_dim = attend.values.dim;
+    const int64_t few = (units + num_threads - 1) / num_threads, many = kElementsPerItem / ((shared + 2) * dim);
+    parallel_ranges(units, std::max<int64_t>(1, std::min(few, many)), num_threads, [&](int64_t first, int64_t end) {
+        for (int64_t unit = first; unit < end; ++unit) {
+            const int64_t token = unit / kv_heads, head = unit % kv_heads, slot = args.slot_ids[token];
+            const int64_t query = head * shared * dim;
+            place_heads(kernels, args, token, shared, at(args.query, token * args.query_stride + query),
+                        args.query_norm, queries + (token * query_size + query) * item_bytes);
+            place_heads(kernels, args, token, 1, at(args.key, token * args.key_stride + head * dim), args.key_norm,
+                        at(args.keys, slot * key_size + head * dim));
+            std::memcpy(at(args.values, slot * value_size + head * value_dim),
+                        at(args.value, token * args.value_stride + head * value_dim),
+                        static_cast<size_t>(value_dim * item_bytes));
+        }
+    });
+    attend.query = queries;
+    attend.query_dtype = args.dtype;
+    attend.query_token_stride = query_size;
+    attend.query_head_stride = attend.keys.dim;
+    paged_attention(attention, plan, attend, num_threads);
+}
+
+}  // namespace amalgam

@@ -1,0 +1,36 @@
+// What happens between a layer's projections to queries, keys and values, and its projection back.
+#pragma once
+
+#include "attention/attention.h"
+#include "product/kernels.h"
+
+namespace amalgam {
+
+// Norm of every query and key head (see RmsNormArgs), rotary embedding (see RotateArgs), keys and values into the
+// cache, attention over it. All activations and both caches are of one type; rows are dense.
+struct CachedAttentionArgs {
+    const void* query;  // [tokens, heads, dim]
+    const void* key;    // [tokens, kv heads, dim]
+    const void* value;  // [tokens, kv heads, value dim]
+    DType dtype;
+    int64_t query_stride, key_stride, value_stride;  // elements from token to token
+    const void* query_norm;                          // [dim] or null: no norm
+    const void* key_norm;
+    DType norm_dtype;
+    float eps;
+    const float* cos;  // [tokens, half], or by position; null: no rotation
+    const float* sin;
+    const int64_t* positions;  // [tokens], rows of cos and sin; null: they are by token
+    int64_t half;
+    void* keys;    // [slots, kv heads, dim]
+    void* values;  // [slots, kv heads, value dim]
+    const int64_t* slot_ids;
+    int64_t num_slots;
+    AttentionArgs attention;  // everything but the query
+};
+
+// Throws std::out_of_range, before anything is written, at a slot that is not in the cache.
+void cached_attention(const Kernels& kernels, const AttentionKernels& attention, const AttentionPlan& plan,
+                      const CachedAttentionArgs& args, int num_threads);
+
+}  // namespace amalgam

@@ -1,0 +1,242 @@
+// One panel line in two registers: AVX2. portable.h says what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include "isa/float_types.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int kTileRows = 4;
+constexpr int kPairSums = 1;
+constexpr int kDirectCodedRows = 2;
+constexpr int32_t kInt8Bias = 0;
+
+struct Floats {
+    __m256 a, b;
+};
+struct Words {
+    __m256i a, b;
+};
+using Ints = Words;
+using Bytes = Words;
+using Pairs = Words;
+using Operand4 = __m256i;
+
+inline Floats zero_floats() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Floats broadcast_float(const float* p) { return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p)}; }
+inline Floats load_floats(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store_floats(float* p, Floats v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+}
+inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+
+inline Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline Ints broadcast_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+inline Ints zero_times(const uint8_t* zero, int32_t factor) {
+    const __m256i by = _mm256_set1_epi32(factor);
+    const __m256i a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero)));
+    const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero + 8)));
+    return {_mm256_mullo_epi32(a, by), _mm256_mullo_epi32(b, by)};
+}
+inline Floats to_floats(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+
+inline int32_t load_word(const void* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return word;
+}
+inline Operand4 broadcast4(const void* p) { return _mm256_set1_epi32(load_word(p)); }
+
+inline Words load_words(const uint8_t* line) {
+    const auto* p = reinterpret_cast<const __m256i*>(line);
+    return {_mm256_load_si256(p), _mm256_load_si256(p + 1)};
+}
+inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const Words v = load_words(line);
+    low = {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
+    high = {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), mask)};
+}
+inline Bytes load_int8(const uint8_t* line) {
+    const __m256i offset = _mm256_set1_epi8(static_cast<char>(0x80));
+    const Words v = load_words(line);
+    return {_mm256_xor_si256(v.a, offset), _mm256_xor_si256(v.b, offset)};
+}
+// Sums of two products fit 16 bits: 2 * 15 * 127 here, 2 * 128 * 127 below.
+inline __m256i dot_half(__m256i sum, __m256i w_unsigned, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w_unsigned, x);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) { return {dot_half(sum.a, w.a, x), dot_half(sum.b, w.b, x)}; }
+// The weight's sign goes over to the activation, which is never -128.
+inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) {
+    return {dot_half(sum.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a)),
+            dot_half(sum.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b))};
+}
+
+inline Pairs load_pairs(const uint8_t* line) { return load_words(line); }
+inline void store_pairs(uint8_t* line, Pairs v) {
+    auto* p = reinterpret_cast<__m256i*>(line);
+    _mm256_store_si256(p, v.a);
+    _mm256_store_si256(p + 1, v.b);
+}
+// A product of two bfloat16 is exact in float32, so that this rounds as often as a fused instruction.
+inline __m256 dot_pairs_half(__m256 sum, __m256i w, __m256i x) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    const __m256 second =
+        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)));
+    const __m256 first =
+        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)));
+    return _mm256_add_ps(_mm256_add_ps(sum, second), first);
+}
+inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) {
+    return {dot_pairs_half(sum.a, w.a, x), dot_pairs_half(sum.b, w.b, x)};
+}
+
+// A code in the high byte of each word → bfloat16 of its value / 256; `low_code` has the code in the low byte and zeros
+// above. Normal numbers by moving bits, subnormal ones from a table whose halves are looked up side by side.
+inline __m256i fp8_words(__m256i code, __m256i low_code) {
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0, static_cast<char>(0x80), static_cast<char>(0xc0), 0, 0x20, 0x40, 0x60,  // low bytes
+                      0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38));                                // high bytes
+    const __m256i magnitude = _mm256_and_si256(_mm256_srai_epi16(code, 4), _mm256_set1_epi16(0x07f0));
+    const __m256i normal = _mm256_or_si256(magnitude, _mm256_set1_epi16(0x3800));
+    const __m256i fraction = _mm256_and_si256(low_code, _mm256_set1_epi16(7));
+    const __m256i index =
+        _mm256_or_si256(_mm256_or_si256(fraction, _mm256_slli_epi16(fraction, 8)), _mm256_set1_epi16(0x0800));
+    const __m256i is_normal = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x007f));
+    const __m256i value = _mm256_blendv_epi8(_mm256_shuffle_epi8(table, index), normal, is_normal);
+    return _mm256_or_si256(value, _mm256_and_si256(code, _mm256_set1_epi16(static_cast<short>(0x8000))));
+}
+inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
+    const Words v = load_words(line);
+    const __m256i low = _mm256_set1_epi16(0x00ff);
+    first = {fp8_words(_mm256_slli_epi16(v.a, 8), _mm256_and_si256(v.a, low)),
+             fp8_words(_mm256_slli_epi16(v.b, 8), _mm256_and_si256(v.b, low))};
+    second = {fp8_words(v.a, _mm256_srli_epi16(v.a, 8)), fp8_words(v.b, _mm256_srli_epi16(v.b, 8))};
+}
+
+// What the nibbles of a coded line add to the high and low bytes of bfloat16 (coded.h).
+struct Codes {
+    __m256i high, low;
+};
+inline Codes load_codes(const uint8_t* high, const uint8_t* low) {
+    const auto load = [](const uint8_t* table) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    };
+    return {load(high), load(low)};
+}
+inline void coded_words(__m256i rest, __m256i nibbles, int half, const Codes& codes, __m256i& first, __m256i& second) {
+    const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
+    const __m256i code = _mm256_and_si256(half == 0 ? nibbles : _mm256_srli_epi16(nibbles, 4), _mm256_set1_epi8(15));
+    const __m256i high = _mm256_or_si256(_mm256_and_si256(rest, sign), _mm256_shuffle_epi8(codes.high, code));
+    const __m256i low = _mm256_or_si256(_mm256_andnot_si256(sign, rest), _mm256_shuffle_epi8(codes.low, code));
+    first = _mm256_unpacklo_epi8(low, high);
+    second = _mm256_unpackhi_epi8(low, high);
+}
+// Half 0 or 1 of three lines → its inputs 0, 1 and 2, 3.
+inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs& first, Pairs& second) {
+    const Words rest = load_words(lines + half * kLineBytes), nibbles = load_words(lines + 2 * kLineBytes);
+    coded_words(rest.a, nibbles.a, half, codes, first.a, second.a);
+    coded_words(rest.b, nibbles.b, half, codes, first.b, second.b);
+}
+
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache.
+inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+// --- Attention ---
+
+constexpr int kAccumulators = 4;
+constexpr bool kFusesPacking = false;
+
+inline Floats broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline Floats subtract(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline Floats fused(Floats x, Floats y, Floats z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline Floats maximum(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline float highest_lane(Floats v) {
+    const __m256 eight = _mm256_max_ps(v.a, v.b);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline Floats keep_range(Floats v, int first, int end) {
+    const __m256 nothing = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xff800000)));
+    const auto half = [&](__m256 x, __m256i lane) {
+        const __m256i is_outside = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), lane),
+                                                   _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(end - 1)));
+        return _mm256_blendv_ps(x, nothing, _mm256_castsi256_ps(is_outside));
+    };
+    return {half(v.a, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
+            half(v.b, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
+}
+inline Floats scale_exponent(Floats v, Floats exponent) {
+    const auto half = [](__m256 x, __m256 e) {
+        return _mm256_castsi256_ps(
+            _mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(e), 23)));
+    };
+    return {half(v.a, exponent.a), half(v.b, exponent.b)};
+}
+inline Floats zero_below(Floats v, Floats x, float limit) {
+    const __m256 bound = _mm256_set1_ps(limit);
+    return {_mm256_and_ps(v.a, _mm256_cmp_ps(x.a, bound, _CMP_NLT_UQ)),
+            _mm256_and_ps(v.b, _mm256_cmp_ps(x.b, bound, _CMP_NLT_UQ))};
+}
+inline Floats store_bfloat16(float* out, Floats v) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    const auto round = [&](__m256 x) {
+        const __m256i bits = _mm256_castps_si256(x);
+        const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
+        const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+        const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+        return _mm256_and_si256(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, is_nan)), high);
+    };
+    const __m256i a = round(v.a), b = round(v.b);
+    const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xd8));
+    return {_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)};
+}
+
+inline void transpose(const float* const* rows, float* out, int64_t stride) {
+    for (int half = 0; half < 2; ++half, rows += 8, out += 8) {
+#pragma GCC unroll 4
+        for (int quarter = 0; quarter < 4; ++quarter) {
+            __m256 part[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                part[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[i] + 4 * quarter)),
+                                               _mm_loadu_ps(rows[i + 4] + 4 * quarter), 1);
+            }
+            const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(part[0], part[1]));
+            const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(part[0], part[1]));
+            const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(part[2], part[3]));
+            const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(part[2], part[3]));
+            float* to = out + 4 * quarter * stride;
+            _mm256_store_ps(to, _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23)));
+            _mm256_store_ps(to + stride, _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23)));
+            _mm256_store_ps(to + 2 * stride, _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23)));
+            _mm256_store_ps(to + 3 * stride, _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23)));
+        }
+    }
+}
+
+inline void interleave_pairs(const uint16_t* a, const uint16_t* b, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i));
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i));
+        const __m256i first = _mm256_unpacklo_epi16(low, high), second = _mm256_unpackhi_epi16(low, high);
+        auto* to = reinterpret_cast<__m256i*>(out + i);
+        _mm256_store_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
+        _mm256_store_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
+    }
+}
+
+}  // namespace
+}  // namespace amalgam

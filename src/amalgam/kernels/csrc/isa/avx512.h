@@ -1,0 +1,203 @@
+// One panel line per register: AVX-512 with VNNI and BF16. portable.h says what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include "isa/float_types.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int kTileRows = 8;
+constexpr int kPairSums = 2;
+constexpr int kDirectCodedRows = kTileRows;
+constexpr int32_t kInt8Bias = 128;
+
+using Floats = __m512;
+using Ints = __m512i;
+using Bytes = __m512i;
+using Pairs = __m512i;
+using Operand4 = __m512i;
+
+inline Floats zero_floats() { return _mm512_setzero_ps(); }
+inline Floats broadcast_float(const float* p) { return _mm512_set1_ps(*p); }
+inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints broadcast_int(int32_t v) { return _mm512_set1_epi32(v); }
+inline Ints zero_times(const uint8_t* zero, int32_t factor) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero)));
+    return _mm512_mullo_epi32(wide, _mm512_set1_epi32(factor));
+}
+inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+
+inline int32_t load_word(const void* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return word;
+}
+inline Operand4 broadcast4(const void* p) { return _mm512_set1_epi32(load_word(p)); }
+
+inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    const __m512i v = _mm512_load_si512(line);
+    low = _mm512_and_si512(v, mask);
+    high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+}
+inline Bytes load_int8(const uint8_t* line) { return _mm512_load_si512(line); }
+inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
+
+inline Pairs load_pairs(const uint8_t* line) { return _mm512_load_si512(line); }
+inline void store_pairs(uint8_t* line, Pairs v) { _mm512_store_si512(line, v); }
+inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+
+// A code in the high byte of each word → bfloat16 of its value / 256, for normal numbers: exponent and mantissa move
+// into place, and what the new exponent has in addition never carries, so that an OR sets it.
+inline __m512i fp8_normal(__m512i code) {
+    return _mm512_ternarylogic_epi32(_mm512_srai_epi16(code, 4), _mm512_set1_epi16(static_cast<short>(0x87f0)),
+                                     _mm512_set1_epi16(0x3800), 0xea);
+}
+// Replaces what comes from subnormal codes, by a table; low_code has the code in the low byte.
+inline __m512i fp8_subnormal(__m512i value, __m512i code, __m512i low_code) {
+    const __m512i table =
+        _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));
+    const __mmask32 is_subnormal = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x7800));
+    value = _mm512_mask_permutexvar_epi16(value, is_subnormal, low_code, table);
+    return _mm512_ternarylogic_epi32(code, _mm512_set1_epi16(static_cast<short>(0x8000)), value, 0xea);
+}
+inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
+    const __m512i v = _mm512_load_si512(line);
+    const __m512i high = _mm512_slli_epi16(v, 8);
+    first = fp8_normal(high);
+    second = fp8_normal(v);
+    // One weight in ten thousand or so is subnormal: most lines have none.
+    if (__builtin_expect(_mm512_testn_epi8_mask(v, _mm512_set1_epi8(0x78)) != 0, 0)) {
+        first = fp8_subnormal(first, high, v);
+        second = fp8_subnormal(second, v, _mm512_srli_epi16(v, 8));
+    }
+}
+
+// What the nibbles of a coded line add to the high and low bytes of bfloat16 (coded.h).
+struct Codes {
+    __m512i high, low;
+};
+inline Codes load_codes(const uint8_t* high, const uint8_t* low) {
+    const auto load = [](const uint8_t* table) {
+        return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    };
+    return {load(high), load(low)};
+}
+// Half 0 or 1 of three lines → its inputs 0, 1 and 2, 3.
+inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs& first, Pairs& second) {
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    const __m512i rest = _mm512_load_si512(lines + half * kLineBytes);
+    const __m512i nibbles = _mm512_load_si512(lines + 2 * kLineBytes);
+    const __m512i code = _mm512_and_si512(half == 0 ? nibbles : _mm512_srli_epi16(nibbles, 4), _mm512_set1_epi8(15));
+    // (rest & sign) | exponent, (rest & ~sign) | exponent
+    const __m512i high = _mm512_ternarylogic_epi32(rest, sign, _mm512_shuffle_epi8(codes.high, code), 0xea);
+    const __m512i low = _mm512_ternarylogic_epi32(rest, sign, _mm512_shuffle_epi8(codes.low, code), 0xba);
+    first = _mm512_unpacklo_epi8(low, high);
+    second = _mm512_unpackhi_epi8(low, high);
+}
+
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache.
+inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+// --- Attention ---
+
+constexpr int kAccumulators = 16;
+constexpr bool kFusesPacking = true;
+
+inline Floats broadcast(float value) { return _mm512_set1_ps(value); }
+inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline float highest_lane(Floats v) { return _mm512_reduce_max_ps(v); }
+inline Floats keep_range(Floats v, int first, int end) {
+    const uint32_t mask = ((1u << end) - 1) & ~((1u << first) - 1);
+    const Floats nothing = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xff800000)));
+    return _mm512_mask_mov_ps(nothing, static_cast<__mmask16>(mask), v);
+}
+inline Floats scale_exponent(Floats v, Floats exponent) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(exponent), 23)));
+}
+inline Floats zero_below(Floats v, Floats x, float limit) {
+    const __mmask16 keeps = _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ);
+    return _mm512_maskz_mov_ps(keeps, v);
+}
+inline Floats store_bfloat16(float* out, Floats v) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out), rounded);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+}
+
+inline void set_line(__m512* line, __m512d v) { *line = _mm512_castpd_ps(v); }
+inline void set_line(__m512i* line, __m512d v) { *line = _mm512_castpd_si512(v); }
+
+// Loads 4 words of 4 rows each, so that only the last two of the usual four rounds of exchanges are left.
+template <class Row, class Line>
+inline void transpose_four(Row&& row, Line* line) {
+    __m512 part[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        part[i] = _mm512_castps128_ps512(_mm_loadu_ps(row(i)));
+        part[i] = _mm512_mask_broadcast_f32x4(part[i], 0x00f0, _mm_loadu_ps(row(i + 4)));
+        part[i] = _mm512_mask_broadcast_f32x4(part[i], 0x0f00, _mm_loadu_ps(row(i + 8)));
+        part[i] = _mm512_mask_broadcast_f32x4(part[i], 0xf000, _mm_loadu_ps(row(i + 12)));
+    }
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(part[0], part[1]));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(part[0], part[1]));
+    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(part[2], part[3]));
+    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(part[2], part[3]));
+    set_line(line + 0, _mm512_unpacklo_pd(low01, low23));
+    set_line(line + 1, _mm512_unpackhi_pd(low01, low23));
+    set_line(line + 2, _mm512_unpacklo_pd(high01, high23));
+    set_line(line + 3, _mm512_unpackhi_pd(high01, high23));
+}
+
+inline void transpose(const float* const* rows, float* out, int64_t stride) {
+#pragma GCC unroll 4
+    for (int word = 0; word < 16; word += 4) {
+        Floats line[4];
+        transpose_four([&](int row) { return rows[row] + word; }, line);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store_floats(out + (word + i) * stride, line[i]);
+    }
+}
+
+alignas(64) constexpr uint16_t kFirstHalf[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
+// 32 pairs.
+inline void interleave_two(const uint16_t* a, const uint16_t* b, Pairs* line) {
+    const __m512i first = _mm512_load_si512(kFirstHalf);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    const __m512i low = _mm512_loadu_si512(a), high = _mm512_loadu_si512(b);
+    line[0] = _mm512_permutex2var_epi16(low, first, high);
+    line[1] = _mm512_permutex2var_epi16(low, second, high);
+}
+
+inline void interleave_pairs(const uint16_t* a, const uint16_t* b, int64_t count, float* out) {
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        Pairs line[2];
+        interleave_two(a + i, b + i, line);
+        _mm512_store_si512(out + i, line[0]);
+        _mm512_store_si512(out + i + 16, line[1]);
+    }
+    if (i < count) {
+        const auto words = [&](const uint16_t* p) {
+            return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)));
+        };
+        _mm512_store_si512(out + i, _mm512_or_si512(words(a), _mm512_slli_epi32(words(b), 16)));
+    }
+}
+
+}  // namespace
+}  // namespace amalgam

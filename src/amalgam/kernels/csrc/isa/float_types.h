@@ -1,0 +1,123 @@
+// The floating types that tensors and weights come in, widened and narrowed without special instructions.
+//
+// Everything here is written so that a compiler can vectorise loops over it, and gives the same bits however it does.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "product/matrix.h"
+
+namespace amalgam {
+// Internal linkage on purpose: each translation unit needs its own code, compiled for its own instruction set. With
+// external linkage the linker would keep one copy for all, and AVX-512 code could run on a machine without it.
+namespace {
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+struct Float16 {
+    uint16_t bits;
+};
+
+inline float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline double as_double(uint64_t bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint64_t as_bits(double value) {
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float widen(float value) { return value; }
+
+inline float widen(Bfloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
+
+// Exponents are moved by adding; infinities and NaN need it twice, and subnormals become exact in a subtraction.
+inline float widen(Float16 value) {
+    const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+    const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+    const uint32_t exponent = magnitude & 0x0f800000;
+    const uint32_t moved = magnitude + (112u << 23);
+    const uint32_t special = magnitude + (224u << 23);
+    const uint32_t subnormal = as_bits(as_float(moved + (1u << 23)) - as_float(113u << 23));
+    const uint32_t finite = exponent == 0 ? subnormal : moved;
+    return as_float((exponent == 0x0f800000 ? special : finite) | sign);
+}
+
+// OCP E4M3 without infinities: 1 sign, 4 exponent (bias 7), 3 mantissa bits. NaN codes are not handled: a weight that
+// holds one is not packed.
+inline float widen_e4m3(uint32_t code) {
+    const uint32_t magnitude = code & 0x7f;
+    const uint32_t sign = (code & 0x80) << 24;
+    const uint32_t normal = (magnitude << 20) + (120u << 23);
+    const uint32_t subnormal = as_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f);
+    return as_float((magnitude < 8 ? subnormal : normal) | sign);
+}
+
+// To nearest, ties to even; a NaN stays a quiet NaN.
+inline uint16_t bfloat16_bits(float value) {
+    const uint32_t bits = as_bits(value);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    return static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded);
+}
+
+inline void narrow(float value, float* out) { *out = value; }
+
+inline void narrow(float value, Bfloat16* out) { out->bits = bfloat16_bits(value); }
+
+// The value as X holds it; exact, and so without work, where X is at least as wide as T.
+template <class X, class T>
+inline float round_to(T value) {
+    if constexpr (sizeof(X) < sizeof(T)) {
+        X narrowed;
+        narrow(value, &narrowed);
+        return widen(narrowed);
+    } else {
+        return widen(value);
+    }
+}
+
+inline void widen_all(const void* from, DType dtype, int64_t count, float* to) {
+    switch (dtype) {
+        case DType::kFloat32:
+            std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+            break;
+        case DType::kBfloat16:
+            for (int64_t i = 0; i < count; ++i) to[i] = widen(static_cast<const Bfloat16*>(from)[i]);
+            break;
+        default:
+            for (int64_t i = 0; i < count; ++i) to[i] = widen(static_cast<const Float16*>(from)[i]);
+            break;
+    }
+}
+
+inline int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+inline const void* advance(const void* data, DType dtype, int64_t elements) {
+    return static_cast<const char*>(data) + elements * dtype_bytes(dtype);
+}
+
+inline void* advance(void* data, DType dtype, int64_t elements) {
+    return static_cast<char*>(data) + elements * dtype_bytes(dtype);
+}
+
+}  // namespace
+}  // namespace amalgam

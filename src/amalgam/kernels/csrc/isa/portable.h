@@ -1,0 +1,213 @@
+// The primitives in plain C++: the meaning that the same names must have in every other header of an instruction set.
+//
+// A register has sixteen lanes of 32 bits, one per output row of a panel.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "isa/float_types.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int kTileRows = 4;  // rows whose sums stay in registers while a line is used
+constexpr int kPairSums = 1;  // sums that pairs of bfloat16 inputs are dealt out to; 1 or 2
+// Most rows for which a coded line is undone where it is multiplied; otherwise, where registers are few, before.
+constexpr int kDirectCodedRows = 0;
+// dot_int8 sums (stored byte - 128 + kInt8Bias) * x: what is left for the caller to subtract, times the sum of x.
+constexpr int32_t kInt8Bias = 0;
+
+struct Floats {
+    float lane[kPanelRows];
+};
+struct Ints {
+    int32_t lane[kPanelRows];
+};
+struct Bytes {  // 4 inputs of each lane
+    int8_t byte[kLineBytes];
+};
+struct Pairs {  // 2 bfloat16 inputs of each lane
+    uint32_t lane[kPanelRows];
+};
+struct Operand4 {  // 4 bytes or 2 bfloat16 of one row of activations
+    uint32_t word;
+};
+
+template <class Function>
+inline Floats each_float(Function&& function) {
+    Floats result;
+    for (int lane = 0; lane < kPanelRows; ++lane) result.lane[lane] = function(lane);
+    return result;
+}
+
+inline Floats zero_floats() {
+    return each_float([](int) { return 0.0f; });
+}
+inline Floats broadcast_float(const float* p) {
+    return each_float([=](int) { return *p; });
+}
+inline Floats load_floats(const float* p) {
+    return each_float([=](int lane) { return p[lane]; });
+}
+inline void store_floats(float* p, const Floats& v) { std::memcpy(p, v.lane, sizeof v); }
+inline Floats add(const Floats& a, const Floats& b) {
+    return each_float([&](int lane) { return a.lane[lane] + b.lane[lane]; });
+}
+inline Floats mul(const Floats& a, const Floats& b) {
+    return each_float([&](int lane) { return a.lane[lane] * b.lane[lane]; });
+}
+
+inline Ints add(const Ints& a, const Ints& b) {
+    Ints result;
+    for (int i = 0; i < 16; ++i) result.lane[i] = a.lane[i] + b.lane[i];
+    return result;
+}
+inline Ints broadcast_int(int32_t v) {
+    Ints result;
+    for (int32_t& lane : result.lane) lane = v;
+    return result;
+}
+inline Ints zero_times(const uint8_t* zero, int32_t factor) {
+    Ints result;
+    for (int lane = 0; lane < kPanelRows; ++lane) result.lane[lane] = zero[lane] * factor;
+    return result;
+}
+inline Floats to_floats(const Ints& v) {
+    return each_float([&](int lane) { return static_cast<float>(v.lane[lane]); });
+}
+
+inline Operand4 broadcast4(const void* p) {
+    Operand4 result;
+    std::memcpy(&result.word, p, sizeof result.word);
+    return result;
+}
+
+inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
+    for (int i = 0; i < kLineBytes; ++i) {
+        low.byte[i] = static_cast<int8_t>(line[i] & 15);
+        high.byte[i] = static_cast<int8_t>(line[i] >> 4);
+    }
+}
+inline Bytes load_int8(const uint8_t* line) {
+    Bytes result;
+    for (int i = 0; i < kLineBytes; ++i) result.byte[i] = static_cast<int8_t>(line[i] ^ 0x80);
+    return result;
+}
+// sum[lane] += w[lane] · x, exact.
+inline Ints dot_int8(const Ints& sum, const Bytes& w, Operand4 x) {
+    int32_t factor[4];
+    for (int i = 0; i < 4; ++i) factor[i] = static_cast<int8_t>(x.word >> (8 * i));
+    Ints result;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const int8_t* byte = w.byte + 4 * lane;
+        result.lane[lane] =
+            sum.lane[lane] + byte[0] * factor[0] + byte[1] * factor[1] + byte[2] * factor[2] + byte[3] * factor[3];
+    }
+    return result;
+}
+inline Ints dot_nibbles(const Ints& sum, const Bytes& w, Operand4 x) { return dot_int8(sum, w, x); }
+
+inline Pairs load_pairs(const uint8_t* line) {
+    Pairs result;
+    std::memcpy(result.lane, line, sizeof result);
+    return result;
+}
+inline void store_pairs(uint8_t* line, const Pairs& v) { std::memcpy(line, v.lane, sizeof v); }
+// sum[lane] = (sum[lane] + w1 x1) + w0 x0: the order of vdpbf16ps. The products are exact.
+inline Floats dot_pairs(const Floats& sum, const Pairs& w, Operand4 x) {
+    const float second = as_float(x.word & 0xffff0000), first = as_float(x.word << 16);
+    return each_float([&](int lane) {
+        return sum.lane[lane] + as_float(w.lane[lane] & 0xffff0000) * second + as_float(w.lane[lane] << 16) * first;
+    });
+}
+// Inputs 0, 1 and 2, 3 of an fp8 line as bfloat16 pairs of value / 256.
+inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
+    const auto bits = [](uint32_t code) { return as_bits(widen_e4m3(code & 0xff) * 0x1p-8f); };
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const uint8_t* byte = line + 4 * lane;
+        first.lane[lane] = bits(byte[0]) >> 16 | (bits(byte[2]) & 0xffff0000);
+        second.lane[lane] = bits(byte[1]) >> 16 | (bits(byte[3]) & 0xffff0000);
+    }
+}
+
+// What the nibbles of a coded line add to the high and low bytes of bfloat16 (coded.h).
+struct Codes {
+    uint16_t exponent[16];
+};
+inline Codes load_codes(const uint8_t* high, const uint8_t* low) {
+    Codes codes;
+    for (int i = 0; i < 16; ++i) codes.exponent[i] = static_cast<uint16_t>(high[i] << 8 | low[i]);
+    return codes;
+}
+// Half 0 or 1 of three lines → its inputs 0, 1 and 2, 3.
+inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs& first, Pairs& second) {
+    const auto value = [&](int at) {
+        const uint32_t rest = lines[half * kLineBytes + at], code = lines[2 * kLineBytes + at] >> 4 * half & 15;
+        return (rest & 0x80) << 8 | (rest & 0x7f) | codes.exponent[code];
+    };
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const int at = lane / 4 * 16 + lane % 4 * 2;
+        first.lane[lane] = value(at) | value(at + 1) << 16;
+        second.lane[lane] = value(at + 8) | value(at + 9) << 16;
+    }
+}
+
+inline void prefetch(const uint8_t*) {}
+inline void prefetch_far(const uint8_t*) {}  // to the second-level cache
+
+// --- Attention ---
+
+constexpr int kAccumulators = 4;  // blocks of 16 sums that stay in registers
+// Whether there are enough registers to use what was packed at once; then transpose_four and interleave_two are needed.
+constexpr bool kFusesPacking = false;
+
+inline Floats broadcast(float value) { return broadcast_float(&value); }
+inline Floats subtract(const Floats& a, const Floats& b) {
+    return each_float([&](int lane) { return a.lane[lane] - b.lane[lane]; });
+}
+// a b + c, rounded once where there is such an instruction.
+inline Floats fused(const Floats& a, const Floats& b, const Floats& c) { return add(mul(a, b), c); }
+// b where a is NaN.
+inline Floats maximum(const Floats& a, const Floats& b) {
+    return each_float([&](int lane) { return a.lane[lane] > b.lane[lane] ? a.lane[lane] : b.lane[lane]; });
+}
+inline float highest_lane(const Floats& v) { return *std::max_element(v.lane, v.lane + kPanelRows); }
+// Lanes [first, end), minus infinity elsewhere.
+inline Floats keep_range(const Floats& v, int first, int end) {
+    return each_float(
+        [&](int lane) { return lane >= first && lane < end ? v.lane[lane] : -std::numeric_limits<float>::infinity(); });
+}
+// v times two to the power of the integer in the low bits of `exponent`.
+inline Floats scale_exponent(const Floats& v, const Floats& exponent) {
+    return each_float([&](int lane) { return as_float(as_bits(v.lane[lane]) + (as_bits(exponent.lane[lane]) << 23)); });
+}
+// v, or 0 where x < limit.
+inline Floats zero_below(const Floats& v, const Floats& x, float limit) {
+    return each_float([&](int lane) { return x.lane[lane] < limit ? 0.0f : v.lane[lane]; });
+}
+// Stores v as 16 bfloat16 and returns what they are.
+inline Floats store_bfloat16(float* out, const Floats& v) {
+    auto* bits = reinterpret_cast<uint8_t*>(out);
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const uint16_t rounded = bfloat16_bits(v.lane[lane]);
+        std::memcpy(bits + lane * sizeof rounded, &rounded, sizeof rounded);
+    }
+    return each_float([&](int lane) { return as_float(uint32_t{bfloat16_bits(v.lane[lane])} << 16); });
+}
+// out[word][row] = rows[row][word] for 16 rows of 16 words; `stride` floats between the results.
+inline void transpose(const float* const* rows, float* out, int64_t stride) {
+    for (int word = 0; word < kPanelRows; ++word) {
+        for (int row = 0; row < kPanelRows; ++row) std::memcpy(out + word * stride + row, rows[row] + word, 4);
+    }
+}
+// Words of (a[i], b[i]), a in the low half; count is a multiple of 16.
+inline void interleave_pairs(const uint16_t* a, const uint16_t* b, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t word = a[i] | uint32_t{b[i]} << 16;
+        std::memcpy(out + i, &word, sizeof word);
+    }
+}
+
+}  // namespace
+}  // namespace amalgam

@@ -1,0 +1,14 @@
+// Everything but attention, compiled for one instruction set.
+#include "isa/isa.h"
+#include "product/activations.h"
+#include "product/norms.h"
+#include "product/product.h"
+
+namespace amalgam {
+
+extern const Kernels AMALGAM_OF_ISA(kKernels);
+const Kernels AMALGAM_OF_ISA(kKernels) = {AMALGAM_ISA_NAME, convert,    product,  gate_up, combine,
+                                          expand,           rms_norm,   rotate,   swiglu,  layer_norm,
+                                          elementwise,      scale_rows, boltzmann};
+
+}  // namespace amalgam

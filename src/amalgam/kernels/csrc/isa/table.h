@@ -1,0 +1,23 @@
+// The instruction sets that the extension was built for. CMakeLists.txt lists them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "attention/attention.h"
+#include "product/kernels.h"
+
+namespace amalgam {
+
+struct InstructionSet {
+    const Kernels* kernels;
+    const AttentionKernels* attention;
+};
+
+// Slowest first, those that this processor and operating system can run.
+const std::vector<InstructionSet>& instruction_sets();
+
+// Throws std::invalid_argument where this processor cannot run it.
+const InstructionSet& instruction_set(const std::string& name);
+
+}  // namespace amalgam

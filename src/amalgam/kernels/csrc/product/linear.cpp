@@ -1,0 +1,116 @@
+#include "product/linear.h"
+
+#include <algorithm>
+
+#include "isa/float_types.h"
+#include "product/operands.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int64_t kRowsPerItem = 128;  // their activations stay in the second-level cache
+constexpr int64_t kElementsPerItem = 1 << 15;
+constexpr int64_t kItemsPerThread = 8;  // so that a thread that was held up does not hold up the others
+
+// Runs all products, cut into items that the threads take one after another.
+void run_products(const Execution& execution, const std::vector<ProductArgs>& products, int64_t rows) {
+    struct Item {
+        const ProductArgs* product;
+        int64_t first_row, first_panel, end_panel;
+    };
+    const int64_t row_blocks = (rows + kRowsPerItem - 1) / kRowsPerItem;
+    const int64_t wanted = std::max<int64_t>(1, execution.num_threads * kItemsPerThread / row_blocks);
+    int64_t total = 0;
+    for (const ProductArgs& product : products) total += product.weight->num_panels();
+    const int64_t step = (total + wanted - 1) / wanted;
+    std::vector<Item> items;
+    for (int64_t row = 0; row < rows; row += kRowsPerItem) {
+        for (const ProductArgs& product : products) {
+            const int64_t panels = product.weight->num_panels();
+            for (int64_t panel = 0; panel < panels; panel += step) {
+                items.push_back({&product, row, panel, std::min(panel + step, panels)});
+            }
+        }
+    }
+    parallel_for(static_cast<int64_t>(items.size()), execution.num_threads, [&](int64_t i) {
+        const Item& item = items[static_cast<size_t>(i)];
+        execution.kernels->product(*item.product, item.first_row, std::min(item.first_row + kRowsPerItem, rows),
+                                   item.first_panel, item.end_panel);
+    });
+}
+
+}  // namespace
+
+void linear(const Execution& execution, const LinearArgs& args, const std::vector<Projection>& projections) {
+    Workspace workspace;
+    std::vector<ProductArgs> products;
+    std::vector<Conversion> conversions;
+    for (const Projection& projection : projections) {
+        const Matrix& weight = *projection.weight;
+        const Operand kind = operand_for(weight, args.x_dtype);
+        Activations x{kind, accumulation_chunk(weight, kind), weight.columns, args.x, nullptr, nullptr, nullptr};
+        if (!is_operand(weight, kind, args.x_dtype, args.rows)) {
+            const bool is_gathered = gather_order(weight, kind) != nullptr;
+            const auto known = std::find_if(products.begin(), products.end(), [&](const ProductArgs& other) {
+                return !is_gathered && gather_order(*other.weight, kind) == nullptr && other.x.values != args.x &&
+                       other.x.kind == kind && other.x.chunk == x.chunk;
+            });
+            if (known != products.end()) {
+                x = known->x;
+            } else {
+                conversions.emplace_back();
+                x = plan_conversion(weight, kind, args.x, args.x_dtype, nullptr, args.rows, workspace,
+                                    &conversions.back());
+            }
+        }
+        products.push_back({&weight, x, projection.bias, projection.out, args.out_dtype, weight.rows});
+    }
+    run_conversions(execution, conversions);
+
+    run_products(execution, products, args.rows);
+}
+
+void linear_by_head(const Execution& execution, const std::vector<HeadProduct>& heads, const HeadRows& rows) {
+    Workspace workspace;
+    std::vector<ProductArgs> products;
+    std::vector<Conversion> conversions;
+    for (const HeadProduct& head : heads) {
+        const Matrix& weight = *head.weight;
+        const Operand kind = operand_for(weight, rows.dtype);
+        Activations x{kind, accumulation_chunk(weight, kind), rows.x_stride, head.x, nullptr, nullptr, nullptr};
+        if (!is_operand(weight, kind, rows.dtype, rows.rows)) {
+            conversions.emplace_back();
+            x = plan_conversion(weight, kind, head.x, rows.dtype, nullptr, rows.rows, workspace, &conversions.back());
+            conversions.back().args.x_stride = rows.x_stride;
+        }
+        products.push_back({&weight, x, {nullptr, DType::kFloat32}, head.out, rows.dtype, rows.out_stride});
+    }
+    run_conversions(execution, conversions);
+    run_products(execution, products, rows.rows);
+}
+
+const float* widened(const Execution& execution, const void* x, DType dtype, int64_t elements) {
+    // Not from the workspace, which belongs to the product.
+    static thread_local std::vector<float> wide;
+    if (dtype == DType::kFloat32) return static_cast<const float*>(x);
+    if (wide.size() < static_cast<size_t>(elements)) wide.resize(static_cast<size_t>(elements));
+    float* out = wide.data();
+    parallel_ranges(elements, kElementsPerItem, execution.num_threads, [&](int64_t first, int64_t end) {
+        widen_all(advance(x, dtype, first), dtype, end - first, out + first);
+    });
+    return out;
+}
+
+void route(const Execution& execution, const RouteArgs& args) {
+    static thread_local std::vector<float> scores;
+    LinearArgs x = args.x;
+    x.x = widened(execution, x.x, x.x_dtype, x.rows * args.weight->columns);
+    x.x_dtype = x.out_dtype = DType::kFloat32;
+    const size_t count = static_cast<size_t>(x.rows * args.weight->rows);
+    if (scores.size() < count) scores.resize(count);
+    linear(execution, x, {{args.weight, args.bias, scores.data()}});
+    choose_experts({scores.data(), args.weight->rows, args.choice, args.ids, args.weights}, x.rows,
+                   execution.num_threads);
+}
+
+}  // namespace amalgam

@@ -1,0 +1,88 @@
+// The drivers: cut one operator's work into items, make operands, run the items on the pool.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "product/kernels.h"
+#include "product/packing.h"
+#include "step/selection.h"
+
+namespace amalgam {
+
+// With which kernels a call runs, and on how many threads.
+struct Execution {
+    const Kernels* kernels;
+    int num_threads;
+};
+
+// One weight that is multiplied, and where the product goes.
+struct Projection {
+    const Matrix* weight;
+    Bias bias;
+    void* out;  // [rows, weight rows]
+};
+
+struct LinearArgs {
+    const void* x;  // [rows, columns], dense
+    DType x_dtype;
+    int64_t rows;
+    DType out_dtype;  // of all products
+};
+
+// Products of the same rows with several weights of as many columns; their activations are made once where they are
+// the same, and the threads share all panels.
+void linear(const Execution& execution, const LinearArgs& args, const std::vector<Projection>& projections);
+
+// A weight that multiplies rows of its own.
+struct HeadProduct {
+    const Matrix* weight;
+    const void* x;  // [rows, columns], `x_stride` elements from row to row
+    void* out;      // [rows, weight rows], `out_stride` elements from row to row
+};
+
+struct HeadRows {
+    DType dtype;  // of all rows and results
+    int64_t rows, x_stride, out_stride;
+};
+
+// Products of different rows, as attention has one per head; the threads share all of them.
+void linear_by_head(const Execution& execution, const std::vector<HeadProduct>& products, const HeadRows& rows);
+
+// x as float32, dense; in memory that the calling thread keeps until its next call, or x itself.
+const float* widened(const Execution& execution, const void* x, DType dtype, int64_t elements);
+
+// Router: the scores of x in float32, then `choose_experts` (selection.h) over them.
+struct RouteArgs {
+    LinearArgs x;
+    const Matrix* weight;  // [experts, columns]
+    Bias bias;
+    ExpertChoice choice;
+    int64_t* ids;    // [rows, k]
+    float* weights;  // [rows, k]
+};
+
+void route(const Execution& execution, const RouteArgs& args);
+
+struct ExpertWeights {
+    std::shared_ptr<PackedMatrix> gate, up, down;
+    Bias gate_bias, up_bias, down_bias;
+};
+
+struct MoeArgs {
+    const std::vector<ExpertWeights>* experts;
+    const void* x;  // [tokens, hidden], dense
+    DType x_dtype;
+    int64_t tokens;
+    const int64_t* expert_ids;  // [tokens, num_active]
+    const float* gate_weights;  // [tokens, num_active]
+    int64_t num_active;
+    Gating gating;
+    void* out;  // [tokens, hidden], of the type of x
+};
+
+// Throws std::out_of_range at an expert id that is none.
+void moe(const Execution& execution, const MoeArgs& args);
+
+}  // namespace amalgam

@@ -1,0 +1,176 @@
+// One mixture-of-experts layer per call:
+//
+//     sort (token, expert) pairs by expert ─ make operands ─ gate, up, SwiGLU ─ make operands ─ down ─ weighted sum
+//
+// A pair's place in the sorted order is its slot. Every projection of every expert brings its own format.
+#include <stdexcept>
+#include <string>
+
+#include "product/linear.h"
+#include "product/operands.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int64_t kItemsPerThread = 12;
+constexpr int64_t kRowsPerPanelRead = 8;  // rows whose arithmetic takes about as long as reading the panel
+
+struct Active {
+    const ExpertWeights* weights;
+    int64_t first_slot;
+    int64_t rows;
+};
+
+struct Routing {
+    std::vector<Active> active;
+    int32_t* tokens;  // [slots]
+    int32_t* slots;   // [tokens, k]
+};
+
+Routing sort_by_expert(const MoeArgs& args, Workspace& workspace) {
+    const int64_t pairs = args.tokens * args.num_active, num_experts = static_cast<int64_t>(args.experts->size());
+    Routing routing{{}, workspace.take<int32_t>(pairs), workspace.take<int32_t>(pairs)};
+    std::vector<int64_t> next(static_cast<size_t>(num_experts) + 1, 0);
+    for (int64_t i = 0; i < pairs; ++i) {
+        const int64_t expert = args.expert_ids[i];
+        if (expert < 0 || expert >= num_experts) {
+            throw std::out_of_range("expert " + std::to_string(expert) + " of " + std::to_string(num_experts));
+        }
+        next[static_cast<size_t>(expert) + 1]++;
+    }
+    for (size_t e = 0; e < static_cast<size_t>(num_experts); ++e) {
+        if (next[e + 1] > 0) routing.active.push_back({&(*args.experts)[e], next[e], next[e + 1]});
+        next[e + 1] += next[e];
+    }
+    for (int64_t i = 0; i < pairs; ++i) {
+        const int64_t slot = next[static_cast<size_t>(args.expert_ids[i])]++;
+        routing.tokens[slot] = static_cast<int32_t>(i / args.num_active);
+        routing.slots[i] = static_cast<int32_t>(slot);
+    }
+    return routing;
+}
+
+// Activations of the tokens, made once for all experts that read the same form.
+class TokenOperands {
+ public:
+    TokenOperands(const MoeArgs& args, const Routing& routing, Workspace& workspace)
+        : args_(args), routing_(routing), workspace_(workspace) {}
+
+    Activations get(const Matrix& weight, Operand kind, const Active& expert) {
+        const int32_t* tokens = routing_.tokens + expert.first_slot;
+        if (gather_order(weight, kind) != nullptr) {  // an order of its own: only its tokens, already gathered
+            return add(weight, kind, tokens, expert.rows);
+        }
+        Activations x{kind, accumulation_chunk(weight, kind), weight.columns, args_.x, nullptr, nullptr, tokens};
+        if (is_operand(weight, kind, args_.x_dtype, args_.tokens)) return x;
+        for (const Activations& known : shared_) {
+            if (known.kind == kind && known.chunk == x.chunk) {
+                x = known;
+                x.index = tokens;
+                return x;
+            }
+        }
+        shared_.push_back(add(weight, kind, nullptr, args_.tokens));
+        x = shared_.back();
+        x.index = tokens;
+        return x;
+    }
+
+    const std::vector<Conversion>& conversions() const { return conversions_; }
+
+ private:
+    Activations add(const Matrix& weight, Operand kind, const int32_t* index, int64_t rows) {
+        conversions_.emplace_back();
+        return plan_conversion(weight, kind, args_.x, args_.x_dtype, index, rows, workspace_, &conversions_.back());
+    }
+
+    const MoeArgs& args_;
+    const Routing& routing_;
+    Workspace& workspace_;
+    std::vector<Activations> shared_;
+    std::vector<Conversion> conversions_;
+};
+
+struct Item {
+    size_t expert;  // in the list of active ones
+    int64_t first_panel, end_panel;
+};
+
+// Cuts every active expert's panels into items of about equal cost, many enough to keep all threads busy.
+std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, int num_threads) {
+    int64_t total = 0;
+    for (const Active& expert : active) total += kRowsPerPanelRead + expert.rows;
+    std::vector<Item> items;
+    for (size_t e = 0; e < active.size(); ++e) {
+        const int64_t cost = kRowsPerPanelRead + active[e].rows;
+        const int64_t share = (cost * num_threads * kItemsPerThread + total - 1) / total;
+        const int64_t count = std::clamp<int64_t>(share, 1, panels);
+        for (int64_t i = 0; i < count; ++i) items.push_back({e, panels * i / count, panels * (i + 1) / count});
+    }
+    return items;
+}
+
+template <class Args, class Kernel>
+void run_items(const Execution& execution, const Routing& routing, int64_t panels, const std::vector<Args>& args,
+               Kernel kernel) {
+    const std::vector<Item> items = cut(routing.active, panels, execution.num_threads);
+    parallel_for(static_cast<int64_t>(items.size()), execution.num_threads, [&](int64_t i) {
+        const Item& item = items[static_cast<size_t>(i)];
+        kernel(args[item.expert], 0, routing.active[item.expert].rows, item.first_panel, item.end_panel);
+    });
+}
+
+}  // namespace
+
+void moe(const Execution& execution, const MoeArgs& args) {
+    Workspace workspace;
+    const Routing routing = sort_by_expert(args, workspace);
+    if (routing.active.empty()) return;
+    const Kernels& kernels = *execution.kernels;
+    const Matrix& first = routing.active.front().weights->gate->matrix();
+    const int64_t hidden = first.columns, width = first.rows, slots = args.tokens * args.num_active;
+
+    // The result of gate and up: float32 [slots, width].
+    auto* inner = workspace.take<float>(slots * width);
+    TokenOperands operands(args, routing, workspace);
+    std::vector<GateUpArgs> gate_up;
+    for (const Active& expert : routing.active) {
+        const auto side = [&](const PackedMatrix& weight, const Bias& bias) {
+            const Matrix& matrix = weight.matrix();
+            const Operand kind = operand_for(matrix, args.x_dtype);
+            return ProductArgs{
+                &matrix, operands.get(matrix, kind, expert), bias, inner + expert.first_slot * width, DType::kFloat32,
+                width};
+        };
+        gate_up.push_back({side(*expert.weights->gate, expert.weights->gate_bias),
+                           side(*expert.weights->up, expert.weights->up_bias), args.gating});
+    }
+    run_conversions(execution, operands.conversions());
+    run_items(execution, routing, first.num_panels(), gate_up, kernels.gate_up);
+
+    auto* parts = workspace.take<float>(slots * hidden);
+    std::vector<ProductArgs> down;
+    std::vector<Conversion> conversions;
+    for (const Active& expert : routing.active) {
+        const Matrix& matrix = expert.weights->down->matrix();
+        const Operand kind = operand_for(matrix, args.x_dtype);
+        const float* x = inner + expert.first_slot * width;
+        Activations operand{kind, accumulation_chunk(matrix, kind), width, x, nullptr, nullptr, nullptr};
+        if (!is_operand(matrix, kind, DType::kFloat32, expert.rows)) {
+            conversions.emplace_back();
+            operand =
+                plan_conversion(matrix, kind, x, DType::kFloat32, nullptr, expert.rows, workspace, &conversions.back());
+        }
+        down.push_back(
+            {&matrix, operand, expert.weights->down_bias, parts + expert.first_slot * hidden, DType::kFloat32, hidden});
+    }
+    run_conversions(execution, conversions);
+    run_items(execution, routing, routing.active.front().weights->down->matrix().num_panels(), down, kernels.product);
+
+    const CombineArgs sum{parts, routing.slots, args.gate_weights, args.num_active, hidden, args.out, args.x_dtype};
+    const int64_t tokens_per_item = std::max<int64_t>(1, (1 << 15) / (hidden * args.num_active));
+    parallel_ranges(args.tokens, tokens_per_item, execution.num_threads,
+                    [&](int64_t begin, int64_t end) { kernels.combine(sum, begin, end); });
+}
+
+}  // namespace amalgam

@@ -1,0 +1,214 @@
+// Products of rows of activations with the panels of a weight.
+//
+// Few rows: each panel is read once, front to back, with all sums in registers. More rows than a tile: a piece of the
+// panel that fits the first-level cache serves one tile after the other, expanded once if its format needs it; sums
+// wait in a small buffer. Both add up in the same order.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "formats/bf16_coded.h"
+#include "formats/format.h"
+#include "product/elementwise.h"
+#include "product/tiles.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int kMaxRows = 128;               // rows whose sums are kept at once
+constexpr int64_t kMaxSharers = 4;          // tiles that ask for what the next ones read
+constexpr int64_t kPieceBytes = 16 * 1024;  // of a panel in the first-level cache, as the inner loop reads it
+
+struct Sums {
+    alignas(64) float row[kMaxRows][kPanelRows];
+};
+
+// Which lines the inner loop reads, and whether they have to be made first.
+struct Access {
+    Format lines;
+    bool expands;
+};
+
+inline Access access_of(const Matrix& w, Operand operand, int64_t rows) {
+    switch (operand) {
+        case Operand::kInt8:
+            return {w.format, false};
+        case Operand::kBfloat16:
+            if (w.format == Format::kFp8)
+                return rows <= kTileRows ? Access{w.format, false} : Access{Format::kBfloat16, true};
+            if (w.format == Format::kCodedBfloat16)
+                return rows <= kDirectCodedRows ? Access{w.format, false} : Access{Format::kBfloat16, true};
+            return {Format::kBfloat16, w.format != Format::kBfloat16};
+        default:
+            return {Format::kFloat32, w.format != Format::kFloat32};
+    }
+}
+
+inline void expand_piece(const Matrix& w, Operand operand, int64_t panel, int64_t first, int64_t end, uint8_t* out) {
+    if (operand == Operand::kFloat32) {
+        expand(w, panel, first, end, reinterpret_cast<float*>(out));
+    } else if (w.format == Format::kFp8) {
+        const uint8_t* line = w.panel(panel) + first / 4 * kLineBytes;
+        for (int64_t input = first; input < end; input += 4, line += kLineBytes, out += 2 * kLineBytes) {
+            Pairs low, high;
+            load_fp8(line, low, high);
+            store_pairs(out, low);
+            store_pairs(out + kLineBytes, high);
+        }
+    } else if (w.format == Format::kCodedBfloat16) {
+        expand_codes(w, panel, first, end, out);
+    } else if (w.format == Format::kInt4) {
+        expand_pairs<Format::kInt4>(w, panel, first, end, out);
+    } else {
+        expand_pairs<Format::kInt8>(w, panel, first, end, out);
+    }
+}
+
+inline TileRows tile_rows(const Activations& x, int64_t first_row, int64_t rows, int64_t num_chunks, int64_t chunk,
+                          int64_t inputs_per_chunk) {
+    TileRows tile;
+    for (int64_t m = 0; m < rows; ++m) {
+        const int64_t row = x.index != nullptr ? x.index[first_row + m] : first_row + m;
+        const int64_t at = (row * x.stride + chunk * inputs_per_chunk) * operand_bytes(x.kind);
+        tile.values[m] = static_cast<const uint8_t*>(x.values) + at;
+        if (x.kind == Operand::kInt8) {
+            tile.scale[m] = x.scale + row * num_chunks + chunk;
+            tile.sum[m] = x.sum + row * num_chunks + chunk;
+        }
+    }
+    return tile;
+}
+
+inline Run whole_panel(const Matrix& w, Operand operand, int64_t panel) {
+    Run run{};
+    run.chunk = accumulation_chunk(w, operand);
+    run.padded_columns = w.padded_columns();
+    run.end_chunk = (run.padded_columns + run.chunk - 1) / run.chunk;
+    run.chunks_per_group = w.num_groups > 1 ? w.group / run.chunk : run.end_chunk;
+    run.factor = 1.0f;
+    run.lines = w.panel(panel);
+    if (w.windows != nullptr) run.window = w.windows[panel];
+    if (w.scale != nullptr && operand != Operand::kFloat32) {
+        run.scale = advance(w.scale, w.scale_dtype, panel * w.num_groups * w.scale_lanes);
+        run.scale_dtype = w.scale_dtype;
+        run.scale_lanes = w.scale_lanes;
+        if (w.format == Format::kFp8) run.factor = 256.0f;  // what load_fp8 leaves out
+    }
+    if (w.zero != nullptr) run.zero = w.zero + panel * w.num_groups * kPanelRows;
+    return run;
+}
+
+// sums.row[r] = x[first_row + r] · panel, for at most kMaxRows rows.
+void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows, int64_t panel, Sums& sums) {
+    alignas(64) uint8_t piece[kPieceBytes];
+    const Access access = access_of(w, x.kind, rows);
+    const int64_t line_bytes_per_input = Matrix::bytes_per_input(access.lines);
+    const int64_t bytes_per_input = Matrix::bytes_per_input(w.format);
+    Run run = whole_panel(w, x.kind, panel);
+    const int64_t num_chunks = run.end_chunk;
+    int64_t step = num_chunks;
+    if (rows > kTileRows || access.expands) {
+        step = std::max<int64_t>(1, kPieceBytes / (run.chunk * line_bytes_per_input));
+    }
+    const int64_t num_tiles = (rows + kTileRows - 1) / kTileRows;
+    std::memset(sums.row, 0, sizeof(float) * kPanelRows * static_cast<size_t>(rows));
+    for (int64_t chunk = 0; chunk < num_chunks; chunk += step) {
+        run.first_chunk = chunk;
+        run.end_chunk = std::min(chunk + step, num_chunks);
+        const int64_t first = chunk * run.chunk, end = std::min(run.end_chunk * run.chunk, run.padded_columns);
+        if (access.expands) {
+            expand_piece(w, x.kind, panel, first, end, piece);
+            run.lines = piece;
+        } else {
+            run.lines = w.panel(panel) + first * line_bytes_per_input;
+        }
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+            const int64_t begin = rows * tile / num_tiles, count = rows * (tile + 1) / num_tiles - begin;
+            if (num_tiles > 1 || access.expands) {
+                // The first tiles share the asking for the next piece: none waits for memory while others only compute.
+                const int64_t lines = (end - first) * bytes_per_input / kLineBytes;
+                const int64_t sharers = std::min(num_tiles, kMaxSharers), share = (lines + sharers - 1) / sharers;
+                run.ahead = w.panel(panel) + end * bytes_per_input + tile * share * kLineBytes;
+                run.ahead_lines = tile < sharers ? share : 0;
+            }
+            const TileRows values = tile_rows(x, first_row + begin, count, num_chunks, chunk, run.chunk);
+            tile_function(x.kind, access.lines, count)(run, values, sums.row[begin]);
+        }
+    }
+    if (w.format == Format::kCodedBfloat16 && x.kind == Operand::kBfloat16) {
+        add_exceptions(w, panel, x, first_row, rows, sums.row);
+    }
+}
+
+// How many rows of the weight the panel really has.
+inline int panel_width(const Matrix& w, int64_t panel) {
+    return static_cast<int>(std::min<int64_t>(kPanelRows, w.rows - panel * kPanelRows));
+}
+
+inline void add_bias(const Bias& bias, int64_t panel, int width, int64_t rows, Sums& sums) {
+    if (bias.data == nullptr) return;
+    float wide[kPanelRows] = {};
+    widen_all(advance(bias.data, bias.dtype, panel * kPanelRows), bias.dtype, width, wide);
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int lane = 0; lane < kPanelRows; ++lane) sums.row[row][lane] += wide[lane];
+    }
+}
+
+template <class Out>
+void write_panel(const Sums& sums, int64_t rows, int width, Out* out, int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row, out += stride) {
+        if (width == kPanelRows) {
+            for (int lane = 0; lane < kPanelRows; ++lane) narrow(sums.row[row][lane], out + lane);
+        } else {
+            for (int lane = 0; lane < width; ++lane) narrow(sums.row[row][lane], out + lane);
+        }
+    }
+}
+
+// Calls function(first row, rows) for stretches of at most kMaxRows.
+template <class Function>
+inline void for_row_blocks(int64_t first_row, int64_t end_row, Function&& function) {
+    for (int64_t row = first_row; row < end_row; row += kMaxRows) {
+        function(row, std::min<int64_t>(kMaxRows, end_row - row));
+    }
+}
+
+void product(const ProductArgs& args, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
+    Sums sums;
+    for_row_blocks(first_row, end_row, [&](int64_t row, int64_t rows) {
+        for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+            const int width = panel_width(*args.weight, panel);
+            panel_product(*args.weight, args.x, row, rows, panel, sums);
+            add_bias(args.bias, panel, width, rows, sums);
+            void* out = advance(args.out, args.out_dtype, row * args.out_stride + panel * kPanelRows);
+            if (args.out_dtype == DType::kFloat32) {
+                write_panel(sums, rows, width, static_cast<float*>(out), args.out_stride);
+            } else {
+                write_panel(sums, rows, width, static_cast<Bfloat16*>(out), args.out_stride);
+            }
+        }
+    });
+}
+
+// All gate panels first: a weight is then read as one long stream. Their sums wait in the result's place.
+void gate_up(const GateUpArgs& args, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
+    product(args.gate, first_row, end_row, first_panel, end_panel);
+    Sums up;
+    const Gating gating = args.gating;
+    const int64_t stride = args.gate.out_stride;
+    for_row_blocks(first_row, end_row, [&](int64_t row, int64_t rows) {
+        for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+            const int width = panel_width(*args.up.weight, panel);
+            panel_product(*args.up.weight, args.up.x, row, rows, panel, up);
+            add_bias(args.up.bias, panel, width, rows, up);
+            float* out = static_cast<float*>(args.gate.out) + row * stride + panel * kPanelRows;
+            for (int64_t i = 0; i < rows; ++i, out += stride) {
+                for (int lane = 0; lane < width; ++lane) out[lane] = join(gating, out[lane], up.row[i][lane]);
+            }
+        }
+    });
+}
+
+}  // namespace
+}  // namespace amalgam

@@ -1,0 +1,67 @@
+// Software prefetch of a paged cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "isa/isa.h"
+#include "product/matrix.h"
+
+namespace amalgam {
+namespace {
+
+// Brings the next tile closer while this one is computed, a few cache lines at each stop: a processor holds a handful
+// of requests to memory and waits when there are more. They go to the second-level cache, because the first one is full
+// of what is being used.
+class Prefetcher {
+ public:
+    // A key's or value's bytes, all of an item's heads together: in memory they are neighbours.
+    struct Source {
+        const uint8_t* data = nullptr;
+        int64_t slot_bytes = 0, row_bytes = 0;
+
+        int64_t pieces() const { return (row_bytes + kPieceBytes - 1) / kPieceBytes; }
+    };
+
+    Prefetcher() = default;  // fetches nothing
+    Prefetcher(const int64_t* slots, int64_t num_keys, const Source& keys, const Source& values, int64_t num_stops)
+        : slots_(slots),
+          num_keys_(num_keys),
+          source_(keys),
+          values_(values),
+          num_pieces_(num_keys * (keys.pieces() + values.pieces())),
+          num_stops_(num_stops) {}
+
+    void stop() {
+        for (credit_ += num_pieces_; credit_ >= num_stops_ && slots_ != nullptr; credit_ -= num_stops_) fetch();
+    }
+
+ private:
+    static constexpr int64_t kPieceBytes = 4 * kLineBytes;
+
+    void fetch() {
+        if (slots_[key_] >= 0) {
+            const uint8_t* piece = source_.data + slots_[key_] * source_.slot_bytes + at_;
+            const int64_t bytes = std::min(kPieceBytes, source_.row_bytes - at_);
+            for (int64_t line = 0; line < bytes; line += kLineBytes) prefetch_far(piece + line);
+        }
+        at_ += kPieceBytes;
+        if (at_ < source_.row_bytes) return;
+        at_ = 0;
+        if (++key_ < num_keys_) return;
+        key_ = 0;
+        if (is_at_values_) slots_ = nullptr;
+        source_ = values_;
+        is_at_values_ = true;
+    }
+
+    const int64_t* slots_ = nullptr;
+    int64_t num_keys_ = 0;
+    Source source_, values_;
+    bool is_at_values_ = false;
+    int64_t num_pieces_ = 0, num_stops_ = 1;
+    int64_t credit_ = 0, key_ = 0, at_ = 0;
+};
+
+}  // namespace
+}  // namespace amalgam

@@ -1,0 +1,296 @@
+#include "step/step.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "isa/float_types.h"
+#include "runtime/pool.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int64_t kElementsPerItem = 1 << 15;
+
+void check(int64_t value, int64_t end, const char* what) {
+    if (value >= 0 && value < end) return;
+    throw std::out_of_range(what + (" " + std::to_string(value)) + " of " + std::to_string(end));
+}
+
+// A step's tokens, one sequence's after another's.
+struct TokenRows {
+    std::vector<int64_t> token_ids, positions, slot_ids;
+    std::vector<int64_t> wanted;  // whose logits are
+    std::vector<int64_t> starts = {0}, lengths, tables;
+    int64_t num_blocks = 0;  // of a row of tables
+
+    TokenRows(const std::vector<StepSequence>& sequences, const StepMemory& memory) {
+        for (const StepSequence& sequence : sequences) {
+            num_blocks = std::max(num_blocks, static_cast<int64_t>(sequence.block_ids.size()));
+        }
+        for (const StepSequence& sequence : sequences) add(sequence, memory);
+    }
+
+    AttentionPlan plan(int64_t block_size) const {
+        const auto count = static_cast<int64_t>(lengths.size());
+        return {starts.data(), lengths.data(), count, tables.data(), num_blocks, num_blocks, block_size};
+    }
+
+ private:
+    void add(const StepSequence& sequence, const StepMemory& memory) {
+        const auto tokens = static_cast<int64_t>(sequence.token_ids.size());
+        const auto blocks = static_cast<int64_t>(sequence.block_ids.size());
+        const int64_t first = sequence.first_position, end = first + tokens, size = memory.block_size;
+        if (end > blocks * size) {
+            throw std::invalid_argument(std::to_string(blocks) + " blocks for " + std::to_string(end) + " tokens");
+        }
+        token_ids.insert(token_ids.end(), sequence.token_ids.begin(), sequence.token_ids.end());
+        for (int64_t position = first; position < end; ++position) {
+            check(position, memory.num_positions, "position");
+            const int64_t block = sequence.block_ids[static_cast<size_t>(position / size)];
+            check(block, memory.num_slots, "block");
+            const int64_t slot = block * size + position % size;
+            check(slot, memory.num_slots, "slot");
+            positions.push_back(position);
+            slot_ids.push_back(slot);
+        }
+        const int64_t last = starts.back() + tokens;
+        for (int64_t row = last - std::min(sequence.num_logits, tokens); row < last; ++row) wanted.push_back(row);
+        starts.push_back(last);
+        lengths.push_back(end);
+        tables.insert(tables.end(), sequence.block_ids.begin(), sequence.block_ids.end());
+        tables.resize(tables.size() + static_cast<size_t>(num_blocks - blocks));
+    }
+};
+
+// Memory of the calling thread, kept for its next call.
+template <class T>
+T* room(std::vector<T>& buffer, int64_t count) {
+    if (buffer.size() < static_cast<size_t>(count)) buffer.resize(static_cast<size_t>(count));
+    return buffer.data();
+}
+
+// Runs one instruction after the other.
+class Step {
+ public:
+    Step(const Kernels& kernels, const AttentionKernels& attention, const Program& program, const StepMemory& memory,
+         const StepArgs& args, const TokenRows& rows, const AttentionPlan& plan, int num_threads)
+        : execution_{&kernels, num_threads},
+          attention_(attention),
+          program_(program),
+          memory_(memory),
+          args_(args),
+          rows_(rows),
+          plan_(plan),
+          tokens_(plan.num_tokens()),
+          item_bytes_(dtype_bytes(args.dtype)) {}
+
+    void operator()(const Embed& embed) {
+        static thread_local std::vector<char> added;
+        const int64_t elements = tokens_ * embed.out.width;
+        char* out = embed.adds ? room(added, elements * item_bytes_) : at(embed.out);
+        const std::vector<int64_t>& ids = embed.by_position ? rows_.positions : rows_.token_ids;
+        if (embed.matrix != nullptr) {
+            embedding(*execution_.kernels, embed.matrix->matrix(), ids.data(), tokens_, out, args_.dtype,
+                      execution_.num_threads);
+        } else {
+            parallel_for(tokens_, execution_.num_threads, [&](int64_t token) {
+                look_up(embed, ids[static_cast<size_t>(token)],
+                        advance(static_cast<void*>(out), args_.dtype, token * embed.out.width));
+            });
+        }
+        if (embed.adds) apply({ElementwiseKind::kAdd, at(embed.out), out, 0.0f, args_.dtype}, elements);
+    }
+
+    void operator()(const Normalize& norm) {
+        const bool has_delta = norm.delta.width > 0;
+        void* x = at(norm.x);
+        const void* delta = has_delta ? at(norm.delta) : nullptr;
+        const int64_t count = tokens_ * (norm.x.width / norm.size);
+        const int64_t step = std::max<int64_t>(1, kElementsPerItem / norm.size);
+        const Kernels& kernels = *execution_.kernels;
+        if (norm.bias != nullptr) {
+            const LayerNormArgs args{x,         delta,    x,           norm.weight.data, norm.bias, at(norm.out),
+                                     norm.size, norm.eps, args_.dtype, norm.weight.dtype};
+            parallel_ranges(count, step, execution_.num_threads,
+                            [&](int64_t first, int64_t end) { kernels.layer_norm(args, first, end); });
+            return;
+        }
+        const RmsNormArgs args{x,         delta,    x,           norm.weight.data,  at(norm.out),
+                               norm.size, norm.eps, args_.dtype, norm.weight.dtype, norm.rounds_last};
+        parallel_ranges(count, step, execution_.num_threads,
+                        [&](int64_t first, int64_t end) { kernels.rms_norm(args, first, end); });
+    }
+
+    void operator()(const Project& project) {
+        LinearArgs x{at(project.x), dtype(project.x), tokens_, dtype(project.outs.front())};
+        if (project.widens) {
+            x.x = widened(execution_, x.x, x.x_dtype, tokens_ * project.x.width);
+            x.x_dtype = DType::kFloat32;
+        }
+        std::vector<Projection> projections;
+        for (size_t i = 0; i < project.weights.size(); ++i) {
+            projections.push_back(projection(project.weights[i], at(project.outs[i])));
+        }
+        linear(execution_, x, projections);
+    }
+
+    void operator()(const Attend& attend) {
+        const auto layer = static_cast<size_t>(attend.layer);
+        CachedAttentionArgs args{};
+        args.query = at(attend.query);
+        args.key = at(attend.key);
+        args.value = at(attend.value);
+        args.dtype = args_.dtype;
+        args.query_stride = attend.query.stride;
+        args.key_stride = attend.key.stride;
+        args.value_stride = attend.value.stride;
+        args.query_norm = attend.query_norm.data;
+        args.key_norm = attend.key_norm.data;
+        args.norm_dtype = attend.query_norm.dtype;
+        args.eps = attend.head_norm_eps;
+        if (attend.rope >= 0) {
+            const auto rope = static_cast<size_t>(attend.rope);
+            args.cos = memory_.cos[rope];
+            args.sin = memory_.sin[rope];
+            args.half = memory_.half[rope];
+            args.positions = rows_.positions.data();
+        }
+        const int64_t key_size = attend.kv_heads * attend.head_dim;
+        args.keys = memory_.keys[layer];
+        args.values = memory_.values[layer];
+        args.slot_ids = rows_.slot_ids.data();
+        args.num_slots = memory_.num_slots;
+        args.attention.keys = {args.keys, args_.dtype, key_size, attend.head_dim, attend.head_dim};
+        args.attention.values = {args.values, args_.dtype, key_size, attend.head_dim, attend.head_dim};
+        args.attention.out = at(attend.out);
+        args.attention.heads = attend.heads;
+        args.attention.kv_heads = attend.kv_heads;
+        args.attention.scale = attend.scale;
+        args.attention.window = attend.window;
+        args.attention.sinks = attend.sinks;
+        cached_attention(*execution_.kernels, attention_, plan_, args, execution_.num_threads);
+    }
+
+    void operator()(const AttendLatent& attend) {
+        const auto rope = static_cast<size_t>(attend.rope);
+        latent_attention(execution_, attention_, plan_,
+                         {&attend.heads, at(attend.query), at(attend.compressed), at(attend.out), args_.dtype,
+                          memory_.cos[rope], memory_.sin[rope], rows_.positions.data(),
+                          memory_.keys[static_cast<size_t>(attend.layer)], rows_.slot_ids.data(), memory_.num_slots});
+    }
+
+    void operator()(const Route& how) {
+        const LinearArgs x{at(how.x), dtype(how.x), tokens_, DType::kFloat32};
+        route(execution_,
+              {x, &how.weight.matrix->matrix(), how.weight.bias, how.choice, ids(how.index), gate_weights(how.index)});
+    }
+
+    void operator()(const Mix& mix) {
+        moe(execution_, {mix.experts, at(mix.x), args_.dtype, tokens_, ids(mix.route), gate_weights(mix.route),
+                         program_.num_active, mix.gating, at(mix.out)});
+    }
+
+    void operator()(const SwiGlu& join) {
+        const SwigluArgs args{at(join.gate), at(join.up), at(join.out), args_.dtype};
+        parallel_ranges(tokens_ * join.out.width, kElementsPerItem, execution_.num_threads,
+                        [&](int64_t first, int64_t end) { execution_.kernels->swiglu(args, first, end); });
+    }
+
+    void operator()(const Elementwise& work) {
+        const void* y = work.kind == ElementwiseKind::kAdd ? at(work.y) : nullptr;
+        apply({work.kind, at(work.x), y, work.limit, args_.dtype}, tokens_ * work.x.width);
+    }
+
+    void operator()(const ScaleBySigmoid& scale) {
+        const int64_t width = scale.x.width;
+        const ScaleRowsArgs args{at(scale.x), reinterpret_cast<const float*>(at(scale.gate)), width, args_.dtype};
+        parallel_ranges(tokens_, std::max<int64_t>(1, kElementsPerItem / width), execution_.num_threads,
+                        [&](int64_t first, int64_t end) { execution_.kernels->scale_rows(args, first, end); });
+    }
+
+    void operator()(const Head& head) {
+        static thread_local std::vector<char> wanted;
+        const auto count = static_cast<int64_t>(rows_.wanted.size());
+        if (count == 0) return;
+        const int64_t bytes = head.x.width * item_bytes_;
+        const char* x = at(head.x);
+        char* rows = room(wanted, count * bytes);
+        for (int64_t i = 0; i < count; ++i) {
+            std::memcpy(rows + i * bytes, x + rows_.wanted[static_cast<size_t>(i)] * bytes, static_cast<size_t>(bytes));
+        }
+        linear(execution_, {rows, args_.dtype, count, DType::kFloat32}, {projection(head.weight, args_.logits)});
+    }
+
+ private:
+    DType dtype(const Columns& columns) const {
+        return program_.is_wide[static_cast<size_t>(columns.buffer)] ? DType::kFloat32 : args_.dtype;
+    }
+
+    char* at(const Columns& columns) const {
+        return args_.buffers[static_cast<size_t>(columns.buffer)] + columns.start * dtype_bytes(dtype(columns));
+    }
+
+    int64_t* ids(int64_t route) const { return args_.expert_ids + route * tokens_ * program_.num_active; }
+
+    float* gate_weights(int64_t route) const { return args_.gate_weights + route * tokens_ * program_.num_active; }
+
+    static Projection projection(const Weight& weight, void* out) {
+        return {&weight.matrix->matrix(), weight.bias, out};
+    }
+
+    void apply(const ElementwiseArgs& args, int64_t elements) const {
+        parallel_ranges(elements, kElementsPerItem, execution_.num_threads,
+                        [&](int64_t first, int64_t end) { execution_.kernels->elementwise(args, first, end); });
+    }
+
+    void look_up(const Embed& embed, int64_t id, void* to) const {
+        static thread_local std::vector<float> wide;
+        const int64_t width = embed.out.width;
+        const void* from = advance(embed.rows, embed.dtype, id * width);
+        if (embed.dtype == args_.dtype) {
+            std::memcpy(to, from, static_cast<size_t>(width * item_bytes_));
+        } else if (args_.dtype == DType::kFloat32) {
+            widen_all(from, embed.dtype, width, static_cast<float*>(to));
+        } else {
+            float* values = room(wide, width);
+            widen_all(from, embed.dtype, width, values);
+            for (int64_t i = 0; i < width; ++i) narrow(values[i], static_cast<Bfloat16*>(to) + i);
+        }
+    }
+
+    Execution execution_;
+    const AttentionKernels& attention_;
+    const Program& program_;
+    const StepMemory& memory_;
+    const StepArgs& args_;
+    const TokenRows& rows_;
+    const AttentionPlan& plan_;
+    int64_t tokens_;
+    int64_t item_bytes_;
+};
+
+}  // namespace
+
+void run_step(const Kernels& kernels, const AttentionKernels& attention, const Program& program,
+              const StepMemory& memory, const StepArgs& args, size_t first, size_t end, int num_threads) {
+    const TokenRows rows(args.sequences, memory);
+    if (static_cast<int64_t>(rows.wanted.size()) != args.num_logits) {
+        throw std::invalid_argument(std::to_string(rows.wanted.size()) + " rows are wanted, " +
+                                    std::to_string(args.num_logits) + " have a place");
+    }
+    for (size_t i = first; i < end; ++i) {
+        const auto* embed = std::get_if<Embed>(&program.instructions[i]);
+        if (embed == nullptr) continue;
+        for (const int64_t id : embed->by_position ? rows.positions : rows.token_ids) {
+            check(id, embed->num_rows, embed->by_position ? "position" : "token");
+        }
+    }
+    const AttentionPlan plan = rows.plan(memory.block_size);
+    check(plan.num_slots() - 1, memory.num_slots, "slot");
+    Step step(kernels, attention, program, memory, args, rows, plan, num_threads);
+    for (size_t i = first; i < end; ++i) std::visit(step, program.instructions[i]);
+}
+
+}  // namespace amalgam

@@ -1,0 +1,145 @@
+// A step in one call, from token ids to logits: the instructions of amalgam/kernels/program.py. Between two products
+// nothing but other kernels runs, where Python would fetch its own code and data back into caches that the weights have
+// filled.
+#pragma once
+
+#include <memory>
+#include <variant>
+#include <vector>
+
+#include "attention/cached.h"
+#include "attention/latent.h"
+#include "product/linear.h"
+#include "step/selection.h"
+
+namespace amalgam {
+
+// Columns of a buffer of activations, [tokens, width] with `stride` elements from token to token.
+struct Columns {
+    int64_t buffer, stride, start, width;
+};
+
+struct Weight {
+    std::shared_ptr<PackedMatrix> matrix;
+    Bias bias;
+};
+
+// Rows to look up by token id or by position: a matrix in panels, or the rows as they are, [num_rows, width].
+struct Embed {
+    std::shared_ptr<PackedMatrix> matrix;
+    const void* rows;
+    DType dtype;
+    int64_t num_rows;
+    Columns out;
+    bool by_position, adds;
+};
+
+// RMSNorm, with a bias LayerNorm; first x += delta if its width is not 0.
+struct Normalize {
+    Columns x, delta, out;
+    NormWeight weight;
+    const void* bias;  // of the weight's type, or null
+    int64_t size;      // of the weight
+    float eps;
+    bool rounds_last;
+};
+
+struct Project {
+    Columns x;
+    std::vector<Weight> weights;
+    std::vector<Columns> outs;
+    bool widens;
+};
+
+struct Attend {
+    Columns query, key, value, out;
+    int64_t layer, heads, kv_heads, head_dim;
+    NormWeight query_norm, key_norm;
+    float head_norm_eps, scale;
+    int64_t window;      // 0: none
+    const float* sinks;  // or null
+    int64_t rope;        // which pair of tables; -1: none
+};
+
+struct AttendLatent {
+    Columns query, compressed, out;
+    int64_t layer, rope;
+    LatentHeads heads;
+};
+
+struct Route {
+    Columns x;
+    Weight weight;
+    ExpertChoice choice;
+    int64_t index;  // among the routes of the program
+};
+
+struct Mix {
+    Columns x, out;
+    const std::vector<ExpertWeights>* experts;
+    Gating gating;
+    int64_t route;
+};
+
+struct SwiGlu {
+    Columns gate, up, out;
+};
+
+struct Elementwise {
+    Columns x, y;  // y of kAdd only
+    ElementwiseKind kind;
+    float limit;  // of kClamp
+};
+
+struct ScaleBySigmoid {
+    Columns x, gate;
+};
+
+struct Head {
+    Columns x;
+    Weight weight;
+};
+
+using Instruction = std::variant<Embed, Normalize, Project, Attend, AttendLatent, Route, Mix, SwiGlu, Elementwise,
+                                 ScaleBySigmoid, Head>;
+
+// Whoever adds an instruction keeps alive what it points to.
+struct Program {
+    std::vector<bool> is_wide;  // by buffer: float32 whatever the activations are
+    std::vector<Instruction> instructions;
+    int64_t num_active = 0;  // experts of a token
+};
+
+// What steps find in the same place: the caches by layer, [slots, kv heads, dim], and the rotary tables by rope.
+struct StepMemory {
+    std::vector<void*> keys, values;
+    int64_t num_slots, block_size;
+    std::vector<const float*> cos, sin;  // [positions, half]
+    std::vector<int64_t> half;
+    int64_t num_positions;  // rows that all tables have
+};
+
+// One sequence's share of a step.
+struct StepSequence {
+    std::vector<int64_t> token_ids;
+    int64_t first_position;
+    std::vector<int64_t> block_ids;  // where its keys and values lie, from position 0 on
+    int64_t num_logits;              // of its last tokens
+};
+
+struct StepArgs {
+    std::vector<StepSequence> sequences;
+    DType dtype;                 // of activations and caches
+    std::vector<char*> buffers;  // [tokens, the widest stride] each
+    int64_t* expert_ids;         // [routes, tokens, k]
+    float* gate_weights;         // likewise
+    float* logits;               // of the wanted rows, [num_logits, vocabulary]
+    int64_t num_logits;
+};
+
+// Runs instructions [first, end). Throws std::out_of_range at a token, a position or a slot that there is not, and
+// std::invalid_argument where a sequence has too few blocks or `num_logits` is wrong. Nothing is written then.
+void run_step(const Kernels& kernels, const AttentionKernels& attention, const Program& program,
+              const StepMemory& memory, const StepArgs& step, size_t first, size_t end, int num_threads);
+
+}  // namespace amalgam
