@@ -21,10 +21,11 @@ from torch import Tensor
 from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, load_settings
 from amalgam.engine.request import SamplingParams
-from amalgam.formats.contract import QuantizeOptions
+from amalgam.formats.grid import QuantizeOptions
+from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.llm import open_deployment
-from amalgam.models.context import KVCache, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
+from amalgam.models.kv_cache import KVCache
 from amalgam.tools.bench import commit
 from amalgam.tools.quantize import quantize_checkpoint
 

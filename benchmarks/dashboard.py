@@ -40,7 +40,7 @@ from tests.server.test_dashboard_page import UPDATE_OFTEN
 
 from amalgam.experts.statistics import grid
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.context import TokenSpan
+from amalgam.models.routing import TokenSpan
 from amalgam.tools.bench import commit, hardware
 
 PATHS = (

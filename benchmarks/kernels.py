@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from amalgam import _native
-from amalgam.formats.contract import QuantizeOptions, get_format
-from amalgam.formats.floating import dense
+from amalgam.formats.registry import writable_format
 from amalgam.kernels import native, ops
+from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+from amalgam.quantizers.contract import quantize
+from amalgam.quantizers.nearest import round_to_nearest
 
 HIDDEN, WIDTH, NUM_EXPERTS, NUM_ACTIVE = 2048, 768, 64, 8
 LINEAR_SHAPE = (4096, 2048)
@@ -64,8 +66,8 @@ def source(name: str, shape: tuple[int, int]) -> PackedWeight:
     values = torch.randn(shape) * 0.02
     if name in ("bf16", PLAIN):
         return dense(values.bfloat16())
-    weight_format = get_format(name)
-    return weight_format.pack(weight_format.quantize(values.bfloat16(), QuantizeOptions()), shape)
+    weight_format = writable_format(name)
+    return weight_format.pack(quantize(values.bfloat16(), weight_format, round_to_nearest))
 
 
 def linear_case(name: str, num_layers: int) -> Case:

@@ -29,9 +29,9 @@ from amalgam.config.settings import Settings, build_settings
 from amalgam.engine.core import Engine
 from amalgam.engine.request import Observation, RequestOutput, SamplingParams
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.context import RoutingObserver, RoutingTrace, TokenSpan
 from amalgam.models.decoder import Decoder
-from amalgam.models.spec import read_spec
+from amalgam.models.registry import read_spec
+from amalgam.models.routing import RoutingObserver, RoutingTrace, TokenSpan
 from amalgam.tools.bench import SHAPES, commit, hardware, random_weights, word_tokenizer
 
 PROMPT_TOKENS = 8

@@ -33,7 +33,8 @@ from amalgam.composition.loader import ModelLoader
 from amalgam.composition.manifest import plan_manifest
 from amalgam.config.settings import EngineSettings, InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
 from amalgam.engine.memory import available_bytes, peak_memory_bytes
-from amalgam.models.spec import ModelSpec, Slot, read_spec
+from amalgam.models.registry import read_spec
+from amalgam.models.spec import ModelSpec, Slot
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.bench import SHAPES, commit, hardware
 

@@ -38,8 +38,10 @@ from rich.table import Table
 
 from amalgam.base.files import new_folder
 from amalgam.checkpoint.writer import write_checkpoint
-from amalgam.formats.contract import QuantizeOptions, get_format
-from amalgam.models.spec import read_spec
+from amalgam.formats.registry import writable_format
+from amalgam.models.registry import read_spec
+from amalgam.quantizers.contract import quantize
+from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.tools.bench import SHAPES, commit, hardware
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +54,7 @@ def write_shape(folder: Path) -> None:
     """Shape S with int4 linear weights, as compressed-tensors publishes them, and a BPE tokenizer of its vocabulary."""
     config = dict(SHAPES["S"])
     family, spec = read_spec(config, "shape S")
-    int4 = get_format("int4")
+    int4 = writable_format("int4")
     made: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
     scheme: dict[str, Any] = {}
 
@@ -64,9 +66,9 @@ def write_shape(folder: Path) -> None:
                 yield name, noise.to(torch.bfloat16)
                 continue
             if slot.shape not in made:  # quantizing is slow, and equal bytes take as long to read as others
-                quantized = int4.quantize(noise, QuantizeOptions())
-                made[slot.shape] = dict(quantized.tensors)
-                scheme.update(int4.scheme(quantized, QuantizeOptions()).arguments)
+                encoded = quantize(noise, int4, round_to_nearest)
+                made[slot.shape] = dict(encoded.tensors)
+                scheme.update(int4.scheme(encoded.grid).arguments)
             for suffix, tensor in made[slot.shape].items():
                 yield f"{name.removesuffix('.weight')}.{suffix}", tensor
 

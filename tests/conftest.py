@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from amalgam.formats.contract import QuantizeOptions
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.tools.quantize import quantize_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

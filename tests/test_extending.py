@@ -15,8 +15,8 @@ from torch import Tensor
 from amalgam import LLM, SamplingParams
 from amalgam.composition import source
 from amalgam.config.settings import load_settings
-from amalgam.formats import contract as formats
-from amalgam.models import spec
+from amalgam.formats import registry as formats
+from amalgam.models import registry as families
 from amalgam.models.families import llama
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.estimate import estimate
@@ -47,8 +47,8 @@ def installed(extension: dict[str, types.ModuleType], monkeypatch: pytest.Monkey
         "amalgam.formats": [EntryPoint(extension["halves"].FORMAT)],
         "amalgam.families": [EntryPoint(extension["tiny_llama"].FAMILY)],
     }
-    caches = (formats.all_formats, spec.all_families, source._companions, source.fitting)
-    for module in (formats, spec):
+    caches = (formats.all_formats, families.all_families, source._companions, source.fitting)
+    for module in (formats, families):
         monkeypatch.setattr(module, "entry_points", lambda group: found[group])
     for cached in caches:
         cached.cache_clear()

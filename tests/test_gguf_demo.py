@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from amalgam import LLM, SamplingParams
 from amalgam.checkpoint import TensorStore
 from amalgam.cli import app
-from amalgam.formats.contract import QuantizeOptions
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.models.gguf_writer import KIND, write_gguf

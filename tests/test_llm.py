@@ -160,7 +160,7 @@ config.pop("num_local_experts")
 folder = Path({str(tmp_path)!r})
 (folder / "config.json").write_text(json.dumps(config))
 if sys.argv[1] == "write":
-    from amalgam.models.spec import read_spec
+    from amalgam.models.registry import read_spec
     family, spec = read_spec(config, "config.json")
     names = ((family.logical_name(slot), torch.zeros(slot.shape, dtype=torch.bfloat16)) for slot in spec.slots)
     write_checkpoint(folder, names)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from amalgam import _native
 from amalgam.config.settings import load_settings
-from amalgam.models.context import RoutingTrace, TokenSpan
+from amalgam.models.routing import RoutingTrace, TokenSpan
 from amalgam.tools import bench
 
 MAX_TOKENS, MAX_BATCH = 8192 + 64, 16

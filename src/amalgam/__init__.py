@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from amalgam.version import __version__
+
 if TYPE_CHECKING:
     from amalgam.engine.request import SamplingParams
     from amalgam.llm import LLM
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
-__version__ = "0.1.0"
 
 _HOMES = {"LLM": "amalgam.llm", "SamplingParams": "amalgam.engine.request"}
 

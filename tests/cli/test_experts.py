@@ -26,7 +26,7 @@ from amalgam.experts.overview import survey
 from amalgam.experts.saved import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.llm import open_deployment
-from amalgam.models.context import TokenSpan
+from amalgam.models.routing import TokenSpan
 
 SHADES = set("·░▒▓█")
 

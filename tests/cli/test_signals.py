@@ -16,7 +16,7 @@ from tests.errors import raises
 from tests.server.conftest import wait_until
 
 from amalgam.errors import ConflictError
-from amalgam.formats.contract import QuantizeOptions
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.tools.quantize import quantize_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition import agreement
 from amalgam.config.settings import MixedPrecisionSettings
 from amalgam.errors import CheckpointError, PlanError
-from amalgam.formats.contract import QuantizeOptions
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.errors import raises

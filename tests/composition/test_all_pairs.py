@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from amalgam.composition import loader
 from amalgam.config.settings import MixedPrecisionSettings
-from amalgam.formats.contract import all_formats
+from amalgam.formats.registry import all_formats
 from amalgam.models.families.qwen3_moe import FAMILY
 from tests.formats.layouts import LAYOUTS
 from tests.formats.test_gguf_formats import TYPES, plausible_blocks

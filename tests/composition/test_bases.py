@@ -18,7 +18,8 @@ from amalgam.composition.plan import Plan
 from amalgam.config.settings import Rule
 from amalgam.errors import PlanError
 from amalgam.models.families import deepseek_v2, llama, phimoe, qwen2, qwen3_moe
-from amalgam.models.spec import Family, all_families, read_spec
+from amalgam.models.registry import all_families, read_spec
+from amalgam.models.spec import Family
 from tests.composition.test_agreement import changed, logits
 from tests.models.tiny import save_tiny
 

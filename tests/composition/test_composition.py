@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from amalgam.config.settings import MixedPrecisionSettings
-from amalgam.formats.contract import QuantizeOptions
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels import panels
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.tools.quantize import quantize_checkpoint

@@ -21,7 +21,8 @@ from amalgam.errors import CheckpointError
 from amalgam.formats.fused import FusedTensor
 from amalgam.kernels import reference
 from amalgam.models.families import gpt_oss, mixtral, phimoe, qwen3_moe
-from amalgam.models.spec import Family, all_families, fused_tensors
+from amalgam.models.registry import all_families, fused_tensors
+from amalgam.models.spec import Family
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.errors import raises

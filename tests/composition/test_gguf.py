@@ -19,7 +19,7 @@ from amalgam.checkpoint import TensorStore
 from amalgam.composition.source import Source
 from amalgam.config.settings import MixedPrecisionSettings
 from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
-from amalgam.models.spec import all_families
+from amalgam.models.registry import all_families
 from tests.errors import raises
 from tests.models.gguf_writer import ARCHITECTURES, KIND, write_gguf
 from tests.models.harness import Runner, hand_built, load_model

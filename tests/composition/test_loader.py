@@ -17,7 +17,7 @@ from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
 from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
 from amalgam.models.families.qwen3_moe import FAMILY
-from amalgam.models.spec import all_families, read_spec
+from amalgam.models.registry import all_families, read_spec
 from amalgam.models.weights import WeightVersion
 from amalgam.tools.analyze import analyze_checkpoint
 from tests.errors import raises

@@ -25,9 +25,9 @@ from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.source import Source
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, build_settings
 from amalgam.errors import CheckpointError
-from amalgam.formats.contract import QuantizeOptions
-from amalgam.formats.floating import dense
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels import mapped, native, panels
+from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.weights import WeightVersion

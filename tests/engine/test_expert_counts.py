@@ -20,7 +20,7 @@ from amalgam.config.settings import build_settings
 from amalgam.engine.request import FinishReason, Observation, RequestOutput, SamplingParams
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.llm import open_deployment
-from amalgam.models.context import RoutingTrace
+from amalgam.models.routing import RoutingTrace
 from amalgam.runtime.deployment import Deployment
 from tests.conftest import DEMO
 

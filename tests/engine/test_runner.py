@@ -6,7 +6,7 @@ from amalgam.engine.request import Request, SamplingParams, ScheduledRequest, St
 from amalgam.engine.runner import Runner, choose_num_blocks, token_spans
 from amalgam.errors import ConfigError
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.context import TokenSpan
+from amalgam.models.routing import TokenSpan
 from tests.engine.fakes import FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes, make_settings
 from tests.errors import raises
 

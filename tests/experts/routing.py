@@ -11,7 +11,7 @@ import torch
 from amalgam.base import clock as base
 from amalgam.config.settings import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.context import TokenSpan
+from amalgam.models.routing import TokenSpan
 
 LAYER_IDS = (1, 2, 4)  # layers 0 and 3 are dense
 NUM_EXPERTS = 8

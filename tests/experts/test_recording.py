@@ -13,7 +13,7 @@ from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import OverloadedError, RequestError
 from amalgam.experts.statistics import describe_experts, grid
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.context import TokenSpan
+from amalgam.models.routing import TokenSpan
 from tests.errors import raises
 from tests.experts.routing import (
     LAYER_IDS,

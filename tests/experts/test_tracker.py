@@ -12,7 +12,7 @@ from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import RequestError
 from amalgam.experts.history import GENERATED, PROMPT, Tally
 from amalgam.experts.tracker import ExpertSnapshot, ExpertTracker
-from amalgam.models.context import TokenSpan
+from amalgam.models.routing import TokenSpan
 from tests.errors import raises
 from tests.experts.routing import (
     LAYER_IDS,

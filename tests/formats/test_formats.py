@@ -11,26 +11,30 @@ import torch
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.source import Source
 from amalgam.errors import CheckpointError, ConfigError
-from amalgam.formats.contract import ACTIVATION_SUFFIXES, QuantizeOptions, WeightFormat, all_formats, get_format
+from amalgam.formats.contract import ACTIVATION_SUFFIXES, WritableFormat
+from amalgam.formats.grid import QuantizeOptions
+from amalgam.formats.registry import all_formats, get_format, writable_format
 from amalgam.kernels import mapped, ops, reference
+from amalgam.quantizers.contract import quantize
+from amalgam.quantizers.nearest import round_to_nearest
 from tests.formats.layouts import LAYOUTS
 
 CASES = [
-    (get_format("fp8"), QuantizeOptions(scale="tensor"), 0.04),
-    (get_format("fp8"), QuantizeOptions(scale="channel"), 0.04),
-    (get_format("fp8"), QuantizeOptions(scale="block"), 0.04),
-    (get_format("int8"), QuantizeOptions(), 0.02),
-    (get_format("int4"), QuantizeOptions(group_size=32), 0.12),
-    (get_format("int4"), QuantizeOptions(group_size=16), 0.12),
-    (get_format("int4"), QuantizeOptions(), 0.16),
+    (writable_format("fp8"), QuantizeOptions(scale="tensor"), 0.04),
+    (writable_format("fp8"), QuantizeOptions(scale="channel"), 0.04),
+    (writable_format("fp8"), QuantizeOptions(scale="block"), 0.04),
+    (writable_format("int8"), QuantizeOptions(), 0.02),
+    (writable_format("int4"), QuantizeOptions(group_size=32), 0.12),
+    (writable_format("int4"), QuantizeOptions(group_size=16), 0.12),
+    (writable_format("int4"), QuantizeOptions(), 0.16),
 ]
 SHAPES = [(200, 160), (128, 256), (16, 32)]
 
 
-def write_source(folder: Path, weight_format: WeightFormat, weight: torch.Tensor, options: QuantizeOptions) -> Source:
-    quantized = weight_format.quantize(weight, options)
-    write_checkpoint(folder, [(f"x.{suffix}", tensor) for suffix, tensor in quantized.tensors.items()])
-    scheme = weight_format.scheme(quantized, options)
+def write_source(folder: Path, weight_format: WritableFormat, weight: torch.Tensor, options: QuantizeOptions) -> Source:
+    encoded = quantize(weight, weight_format, round_to_nearest, options)
+    write_checkpoint(folder, [(f"x.{suffix}", tensor) for suffix, tensor in encoded.tensors.items()])
+    scheme = weight_format.scheme(encoded.grid)
     groups = {"group_0": {"targets": ["Linear"], "weights": dict(scheme.arguments)}}
     (folder / "config.json").write_text(
         json.dumps({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}})
@@ -43,7 +47,7 @@ def write_source(folder: Path, weight_format: WeightFormat, weight: torch.Tensor
     ("weight_format", "options", "tolerance"), CASES, ids=lambda value: getattr(value, "name", None)
 )
 def test_round_trip(
-    weight_format: WeightFormat, options: QuantizeOptions, tolerance: float, shape: tuple[int, int], tmp_path: Path
+    weight_format: WritableFormat, options: QuantizeOptions, tolerance: float, shape: tuple[int, int], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape)
@@ -58,7 +62,7 @@ def test_round_trip(
     assert restored.dtype == torch.float32
     assert float((restored - weight).norm() / weight.norm()) < tolerance
     assert bool((restored[3] == 0).all())
-    direct = weight_format.pack(weight_format.quantize(weight, options), shape)
+    direct = weight_format.pack(quantize(weight, weight_format, round_to_nearest, options))
     assert torch.equal(direct.dequantize(), restored)
 
     x = torch.randn(5, shape[1])
@@ -69,7 +73,7 @@ def test_round_trip(
 
 
 def dense(tensor: torch.Tensor) -> reference.PackedWeight:
-    from amalgam.formats.floating import dense as pack
+    from amalgam.kernels.layouts import dense as pack
 
     return pack(tensor)
 
@@ -240,7 +244,7 @@ def test_lying_shape_and_group_index_are_refused_when_read(tmp_path: Path) -> No
 )
 def test_options_that_do_not_apply_are_refused(name: str, options: QuantizeOptions) -> None:
     with pytest.raises(ConfigError):
-        get_format(name).quantize(torch.ones(16, 64), options)
+        writable_format(name).grid((16, 64), torch.float32, options)
 
 
 def test_every_format_is_found_once() -> None:

@@ -12,7 +12,7 @@ import torch
 from amalgam.checkpoint.gguf import BLOCK_TYPES
 from amalgam.checkpoint.safetensors_header import TensorEntry
 from amalgam.errors import CheckpointError
-from amalgam.formats.contract import get_format
+from amalgam.formats.registry import get_format
 from amalgam.kernels import reference
 from amalgam.kernels.packed import PackedWeight
 from tests.errors import raises

@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.source import Source
-from amalgam.formats.floating import dense
 from amalgam.formats.fused import FusedTensor
 from amalgam.kernels import reference
+from amalgam.kernels.layouts import dense
 
 FOLDER = Path(__file__).parents[1] / "data" / "formats"
 CASES = sorted(file.stem for file in FOLDER.glob("*.safetensors"))

@@ -13,9 +13,10 @@ from torch import Tensor
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.source import Source
 from amalgam.errors import CheckpointError, ConfigError
-from amalgam.formats.contract import QuantizeOptions, get_format
-from amalgam.formats.floating import dense
+from amalgam.formats.grid import QuantizeOptions
+from amalgam.formats.registry import writable_format
 from amalgam.kernels import native, panels
+from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from tests.errors import raises
 from tests.formats.layouts import ct
@@ -157,13 +158,13 @@ def test_a_number_of_groups_that_no_size_makes_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("columns", "works"), [(192, ("64", "32")), (160, ("32", "16")), (200, ("8",))])
 def test_quantizing_names_a_size_that_works(columns: int, works: tuple[str, ...]) -> None:
-    weight, int4 = torch.randn(8, columns), get_format("int4")
+    int4 = writable_format("int4")
     with pytest.raises(ConfigError) as error:
-        int4.quantize(weight, QuantizeOptions(group_size=128))
+        int4.grid((8, columns), torch.bfloat16, QuantizeOptions(group_size=128))
     assert str(columns) in str(error.value) and all(size in error.value.remedy for size in works)
     for size in works:
-        assert int4.quantize(weight, QuantizeOptions(group_size=int(size))).block == (1, int(size))
-    assert columns % int4.quantize(weight, QuantizeOptions()).block[1] == 0
+        assert int4.grid((8, columns), torch.bfloat16, QuantizeOptions(group_size=int(size))).block == (1, int(size))
+    assert columns % int4.grid((8, columns), torch.bfloat16).block[1] == 0
     with raises(ConfigError, "int8") as error:
-        int4.quantize(torch.randn(8, 100), QuantizeOptions())
-    assert get_format("int8").quantize(torch.randn(8, 100), QuantizeOptions())
+        int4.grid((8, 100), torch.bfloat16)
+    assert writable_format("int8").grid((8, 100), torch.bfloat16)

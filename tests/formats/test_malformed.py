@@ -13,9 +13,9 @@ from torch import Tensor
 
 from amalgam.composition.source import Source
 from amalgam.errors import AmalgamError
-from amalgam.formats.contract import all_formats
-from amalgam.formats.floating import dense
+from amalgam.formats.registry import all_formats
 from amalgam.kernels import reference
+from amalgam.kernels.layouts import dense
 from tests.formats.layouts import LAYOUTS, Layout, Tensors
 
 ROWS, COLUMNS = 64, 128

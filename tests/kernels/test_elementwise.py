@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from amalgam.formats.floating import dense
 from amalgam.kernels import native, ops, panels, reference
+from amalgam.kernels.layouts import dense
 from tests.errors import raises
 
 TYPES = (torch.float32, torch.bfloat16)

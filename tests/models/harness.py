@@ -9,11 +9,13 @@ from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
-from amalgam.formats.floating import dense
 from amalgam.kernels import ops
 from amalgam.kernels.backends.interpreter import Interpreter
-from amalgam.models.context import KVCache, RoutingObserver, StepContext, StepSequence
+from amalgam.kernels.layouts import dense
+from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.models.decoder import Decoder
+from amalgam.models.kv_cache import KVCache
+from amalgam.models.routing import RoutingObserver
 from amalgam.models.weights import WeightVersion
 
 CPU = torch.device("cpu")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from amalgam.errors import AmalgamError
 from amalgam.models.decoder import Decoder
-from amalgam.models.spec import ModelSpec, all_families, read_spec
+from amalgam.models.registry import all_families, read_spec
+from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 from tests.models.harness import CPU, Runner, load_model
 from tests.models.test_families import config_of

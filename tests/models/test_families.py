@@ -13,7 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
-from amalgam.models.spec import ModelSpec, all_families, read_spec
+from amalgam.models.registry import all_families, read_spec
+from amalgam.models.spec import ModelSpec
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.errors import raises

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from amalgam.models.spec import Family, all_families
+from amalgam.models.registry import all_families
+from amalgam.models.spec import Family
 from tests.models.harness import Runner, load_model
 from tests.models.tiny import EOS, Reference, save_tiny
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from amalgam.config.settings import MixedPrecisionSettings
-from amalgam.formats.contract import QuantizeOptions
-from amalgam.formats.floating import dense
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels import native, ops
 from amalgam.kernels.backends import cpu
 from amalgam.kernels.backends.cpu import CpuBackend, CpuProgram
+from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
     Add,
@@ -39,10 +39,12 @@ from amalgam.kernels.program import (
     SwiGlu,
 )
 from amalgam.kernels.reference import unpack_scaled8
-from amalgam.models.context import KVCache, StepContext, StepSequence
+from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.decoder import Decoder, emit
-from amalgam.models.layers import DenseMlp
-from amalgam.models.spec import LayerSpec, all_families
+from amalgam.models.kv_cache import KVCache
+from amalgam.models.registry import all_families
+from amalgam.models.spec import LayerSpec
 from amalgam.models.weights import BlockWeights, WeightVersion
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.errors import raises

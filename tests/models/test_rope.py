@@ -10,7 +10,8 @@ import torch
 
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.models.families.llama import FAMILY as LLAMA
-from amalgam.models.rope import Rope, read_rope
+from amalgam.models.reading.rope import read_rope
+from amalgam.models.rope import Rope
 from amalgam.models.spec import ConfigReader
 from tests.errors import raises
 from tests.models.harness import Runner, load_model

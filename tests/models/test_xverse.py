@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from amalgam.formats.floating import dense
 from amalgam.kernels.backends.interpreter import Frame, execute
+from amalgam.kernels.layouts import dense
 from amalgam.kernels.program import Rows
-from amalgam.models.context import KVCache, StepContext
+from amalgam.kernels.step import StepContext
+from amalgam.models.blocks.mixture import SoftmaxRouter
 from amalgam.models.families.qwen2_moe import FAMILY as QWEN2_MOE
 from amalgam.models.families.xverse import FAMILY as XVERSE
-from amalgam.models.layers import SoftmaxRouter
+from amalgam.models.kv_cache import KVCache
 from amalgam.models.weights import BlockWeights
 from tests.models.harness import Runner, load_model
 from tests.models.tiny import BASE_CONFIG, HuggingFace, tiny_model, write_checkpoint

@@ -36,7 +36,7 @@ from amalgam.engine.request import (
     Usage,
 )
 from amalgam.errors import CheckpointError, ConflictError, OverloadedError, PromptTooLongError, UnavailableError
-from amalgam.models.context import RoutingTrace
+from amalgam.models.routing import RoutingTrace
 from amalgam.runtime.deployment import RemapRecord
 from amalgam.server import run
 from amalgam.server.http import lifecycle

@@ -14,7 +14,7 @@ import torch
 
 from amalgam.config.settings import StatisticsSettings
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.context import TokenSpan
+from amalgam.models.routing import TokenSpan
 from amalgam.models.weights import Origin
 from amalgam.server import run
 from tests.server.fakes import FakeDeployment, FakeEngine, FakeVersion, fake_settings

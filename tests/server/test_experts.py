@@ -19,7 +19,7 @@ from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.request import Observation
 from amalgam.experts import saved
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.context import TokenSpan
+from amalgam.models.routing import TokenSpan
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, fake_settings
 from tests.server.test_native import events

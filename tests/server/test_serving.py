@@ -16,7 +16,7 @@ from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.request import FinishReason
 from amalgam.errors import AmalgamError
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.context import TokenSpan
+from amalgam.models.routing import TokenSpan
 from amalgam.runtime.deployment import RemapRecord
 from amalgam.server.service import REFUSALS
 from tests.server.conftest import serving, wait_until

@@ -21,7 +21,8 @@ from amalgam.composition.plan import compile_pattern
 from amalgam.config.settings import load_settings
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.models.families import mixtral, qwen3_moe
-from amalgam.models.spec import Family, all_families, read_spec
+from amalgam.models.registry import all_families, read_spec
+from amalgam.models.spec import Family
 from amalgam.tools.analyze import Analysis, analyze_checkpoint
 from amalgam.tools.export_config import Export, export_config
 from amalgam.tools.quantize import ensure_derived, quantize_checkpoint

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from amalgam.cli import app
 from amalgam.config.settings import build_settings
 from amalgam.errors import CheckpointError, UnsupportedError
-from amalgam.models.spec import all_families
+from amalgam.models.registry import all_families
 from amalgam.tools.analyze import analyze_checkpoint
 from amalgam.tools.quantize import ensure_derived, quantize_checkpoint
 from tests.errors import raises

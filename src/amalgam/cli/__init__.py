@@ -51,7 +51,7 @@ app = typer.Typer(
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
-        from amalgam import __version__
+        from amalgam.version import __version__
 
         sys.stdout.write(f"amalgam {__version__}\n")
         raise typer.Exit

@@ -32,14 +32,18 @@ from amalgam.composition.plan import Choice, Plan
 from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.config.settings import BASE_SOURCE, InferenceSettings, ModelSettings, Rule, build_rules
 from amalgam.errors import CheckpointError, PlanError, describe
-from amalgam.formats.contract import QuantizeOptions, StoredWeight, WeightFormat, get_format
-from amalgam.formats.floating import dense
+from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.formats.fused import FusedTensor
+from amalgam.formats.registry import writable_format
 from amalgam.kernels import mapped, native, ops, panels
+from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight, consists_of_rows
 from amalgam.kernels.panels import ActivationType
-from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
+from amalgam.models.registry import fused_tensors, read_spec
+from amalgam.models.spec import Family, ModelSpec, Slot
 from amalgam.models.weights import Origin, Part, WeightVersion
+from amalgam.quantizers.contract import quantize
+from amalgam.quantizers.nearest import round_to_nearest
 
 logger = logging.getLogger("amalgam.models")
 
@@ -55,7 +59,7 @@ class PlannedWeight:
     choice: Choice
     source: Source
     stored: StoredWeight
-    quantize_to: WeightFormat | None  # quantize while loading
+    quantize_to: WritableFormat | None  # quantize while loading
     activation: ActivationType | None  # of bfloat16 activations for integer weights; None: nothing is multiplied
     codes: bool  # whether bf16 is coded in memory
 
@@ -121,8 +125,7 @@ class PlannedWeight:
                 remedy="Every token would be computed as NaN. Download the checkpoint again.",
             )
         if self.quantize_to is not None:
-            quantized = self.quantize_to.quantize(packed.dequantize(), QuantizeOptions())
-            packed = self.quantize_to.pack(quantized, self.slot.shape)
+            packed = self.quantize_to.pack(quantize(packed.dequantize(), self.quantize_to, round_to_nearest))
         if self.is_expanded:
             packed = dense(packed.dequantize())
         packed = packed.to(device)
@@ -252,8 +255,8 @@ class ModelLoader:
         planned = [self._check_weight(slot, plan[name]) for name, slot in self._slots.items()]
         for source in {id(weight.source): weight.source for weight in planned}.values():
             self._check_source(source)
-        for target, columns in {(w.quantize_to, w.slot.shape[1]) for w in planned if w.quantize_to is not None}:
-            target.quantize(torch.zeros(1, columns), QuantizeOptions())  # whether it can at all
+        for target, shape in {(w.quantize_to, w.slot.shape) for w in planned if w.quantize_to is not None}:
+            target.grid(shape, torch.float32)  # whether it can at all
         check_agreement(planned)
         return planned
 
@@ -263,7 +266,7 @@ class ModelLoader:
         Raises:
             UnsupportedError: the format cannot hold this shape.
         """
-        size = weight_format.nbytes(slot.shape, QuantizeOptions())
+        size = weight_format.nbytes(slot.shape)
         return panels.coded_bytes(slot.shape) if self._codes(slot, weight_format) else size
 
     def planned_bytes(self, mapping: Mapping[str, str]) -> int:
@@ -378,13 +381,13 @@ class ModelLoader:
         codes = is_multiplied and self._codes(slot, quantize_to or stored.format)
         return PlannedWeight(slot, choice, source, stored, quantize_to, activation, codes)
 
-    def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WeightFormat | None:
+    def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WritableFormat | None:
         """`load_in_8bit` and `load_in_4bit` concern wide linear weights that no rule names; the head stays wide."""
         if choice.rule is not None or not stored.is_wide or not slot.is_linear or slot.role == "head":
             return None
         if self._inference.load_in_8bit:
-            return get_format("int8")
-        return get_format("int4") if self._inference.load_in_4bit else None
+            return writable_format("int8")
+        return writable_format("int4") if self._inference.load_in_4bit else None
 
     def _check_source(self, source: Source) -> None:
         spec = self.spec

@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from amalgam import __version__
 from amalgam.base.locks import FileLock
 from amalgam.checkpoint.packed_file import PackedFile, PackedFileWriter, new_packed_file, remove_abandoned
 from amalgam.checkpoint.shards import Identity, identify
@@ -29,6 +28,7 @@ from amalgam.errors import AmalgamError
 from amalgam.kernels import mapped, panels
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.panels import ActivationType
+from amalgam.version import __version__
 
 _NAME_DIGITS = 16
 _SUFFIX = ".packed"

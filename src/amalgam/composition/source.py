@@ -24,21 +24,13 @@ from amalgam.checkpoint.shards import Identity
 from amalgam.checkpoint.source import is_present, read_json, resolve
 from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError
-from amalgam.formats.contract import (
-    WEIGHT_SUFFIX,
-    ModuleContext,
-    Read,
-    StoredWeight,
-    WeightFormat,
-    all_formats,
-    cut,
-    owned,
-)
+from amalgam.formats.contract import WEIGHT_SUFFIX, ModuleContext, Read, StoredWeight, WeightFormat, cut, owned
 from amalgam.formats.declared.config import read_declaration
 from amalgam.formats.declared.values import Declaration
 from amalgam.formats.fused import FusedTensor, TensorPart, TensorSlice, logical_module, split_fused, whole_of
 from amalgam.formats.gguf import config as gguf_config
 from amalgam.formats.gguf import names as gguf_names
+from amalgam.formats.registry import all_formats
 from amalgam.kernels.packed import PackedWeight
 
 CONFIG_NAME = "config.json"
@@ -78,7 +70,7 @@ class Source:
         """Open a checkpoint; reads headers, and of some formats the small tensors that hold a weight's shape.
 
         Args:
-            fused: config.json → its fused tensors (`amalgam.models.spec.fused_tensors`).
+            fused: config.json → its fused tensors (`amalgam.models.registry.fused_tensors`).
 
         Raises:
             CheckpointError: no such folder, damaged files, tensors that no format recognises, or that contradict what

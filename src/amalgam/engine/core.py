@@ -43,8 +43,8 @@ from amalgam.engine.request import (
 from amalgam.engine.runner import Runner
 from amalgam.engine.scheduler import Propose, Scheduler
 from amalgam.errors import UnavailableError, UnsupportedError, describe
-from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
+from amalgam.models.routing import RoutingObserver
 from amalgam.models.weights import WeightVersion
 from amalgam.text.stream import TextStream
 from amalgam.text.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from amalgam.errors import RequestError, describe
 
 if TYPE_CHECKING:
     from amalgam.engine.logits import LogitsProcessor
-    from amalgam.models.context import RoutingTrace
+    from amalgam.models.routing import RoutingTrace
     from amalgam.models.weights import WeightVersion
     from amalgam.text.stream import TextStream
 

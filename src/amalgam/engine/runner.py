@@ -14,8 +14,10 @@ from amalgam.engine.memory import available_bytes
 from amalgam.engine.request import StepPlan, StepResult
 from amalgam.engine.sampler import sample
 from amalgam.errors import ConfigError
-from amalgam.models.context import KVCache, RoutingObserver, StepContext, StepSequence, TokenSpan
+from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.models.decoder import Decoder
+from amalgam.models.kv_cache import KVCache
+from amalgam.models.routing import RoutingObserver, TokenSpan
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from amalgam.experts.history import GENERATED, NUM_PHASES, PROMPT, Tally
 
 if TYPE_CHECKING:
-    from amalgam.models.context import TokenSpan
+    from amalgam.models.routing import TokenSpan
 
 _UNCOUNTED = NUM_PHASES  # the phase of rows that were recorded before, or belong to nobody
 

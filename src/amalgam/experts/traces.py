@@ -14,10 +14,10 @@ import numpy as np
 
 from amalgam.errors import OverloadedError, RequestError
 from amalgam.experts.recording import Rows
-from amalgam.models.context import RoutingTrace
+from amalgam.models.routing import RoutingTrace
 
 if TYPE_CHECKING:
-    from amalgam.models.context import TokenSpan
+    from amalgam.models.routing import TokenSpan
 
 _BYTES_PER_ACTIVATION = 2 + 4  # id and weight
 

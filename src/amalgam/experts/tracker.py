@@ -1,6 +1,6 @@
 """Counts which experts the traffic activates, exactly.
 
-In: the routing of each step, from the step thread (`models.context.RoutingObserver`). Out: `ExpertSnapshot`, to any
+In: the routing of each step, from the step thread (`models.routing.RoutingObserver`). Out: `ExpertSnapshot`, to any
 thread. Must never know HTTP, tokens' text, or which experts are stored in which format.
 
 A step is counted as a whole, in `end_step`, or not at all; so at every moment
@@ -36,7 +36,7 @@ from amalgam.experts.saved import SavedSet
 from amalgam.experts.traces import TraceStore
 
 if TYPE_CHECKING:
-    from amalgam.models.context import RoutingTrace, TokenSpan
+    from amalgam.models.routing import RoutingTrace, TokenSpan
 
 _MAX_PENDING_ROWS = 256
 _MAX_PENDING_STEPS = 64

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from amalgam.formats.common.integers import Groups, from_codes, unpack_words
+from amalgam.formats.common.scales import SCALE_DTYPES
 from amalgam.formats.contract import (
     ModuleContext,
-    QuantizeOptions,
     Read,
     StoredWeight,
     WeightFormat,
@@ -30,8 +31,7 @@ from amalgam.formats.contract import (
     refuse_part,
 )
 from amalgam.formats.fused import TensorPart
-from amalgam.formats.integers import Groups, from_codes, unpack_words
-from amalgam.formats.scaled8 import SCALE_DTYPES
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.packed import PackedWeight
 
 _NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)

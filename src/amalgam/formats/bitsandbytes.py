@@ -29,7 +29,6 @@ from amalgam.base.strict_json import parse_foreign_json
 from amalgam.formats.contract import (
     WEIGHT_SUFFIX,
     ModuleContext,
-    QuantizeOptions,
     Read,
     StoredWeight,
     WeightFormat,
@@ -40,6 +39,7 @@ from amalgam.formats.contract import (
     refuse_part,
 )
 from amalgam.formats.fused import TensorPart
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import unpack_table4
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import unpack_scaled8

@@ -1,4 +1,4 @@
-"""The contract of a weight format, and the discovery of the files that fulfil it.
+"""The contract of a weight format, and what formats need to fulfil it.
 
 In: tensors by name and a checkpoint's declared quantization. Out: packed weights.
 Must never know: layers, families, requests.
@@ -10,21 +10,18 @@ A *format* is a published layout: one logical weight (`model.layers.0.mlp.up_pro
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from amalgam.errors import CheckpointError, UnsupportedError
+from amalgam.errors import CheckpointError
 from amalgam.formats.declared.values import UNDECLARED, Declared
 from amalgam.formats.fused import TensorPart, lines_of
+from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions
 from amalgam.kernels.packed import PackedWeight
 
 WEIGHT_SUFFIX = "weight"
@@ -84,22 +81,6 @@ class ModuleContext:
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
-    """What `quantize` may be asked for; None leaves the choice to the format."""
-
-    group_size: int | None = None
-    scale: str | None = None
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A quantized weight in its published layout: tensors by suffix, ready to be written or packed."""
-
-    tensors: Mapping[str, Tensor]
-    block: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class Scheme:
     """A quantization as compressed-tensors declares it: the layout's name and its `QuantizationArgs`."""
 
@@ -114,8 +95,6 @@ class WeightFormat(ABC):
     """Short name shown to users: `bf16`, `fp8`, `int4`."""
     is_wide = False
     """Whether the values are stored unquantized."""
-    can_quantize = False
-    """Whether `quantize` works; otherwise the format is read-only."""
     required: frozenset[str] = frozenset({WEIGHT_SUFFIX})
     """Suffixes that a weight of this format always has."""
     optional: frozenset[str] = frozenset()
@@ -160,23 +139,36 @@ class WeightFormat(ABC):
         """
         return None
 
-    def quantize(self, weight: Tensor, options: QuantizeOptions) -> Quantized:
-        """Quantize a float `[out, in]` weight into the published layout."""
-        raise UnsupportedError(
-            f"Format {self.name!r} is read-only.", remedy=f"Formats that can be made: {writable_names()}."
-        )
-
-    def pack(self, quantized: Quantized, shape: tuple[int, ...]) -> PackedWeight:
-        """Pack what `quantize` made, without a file in between."""
-        raise UnsupportedError(f"Format {self.name!r} is read-only.")
-
-    def scheme(self, quantized: Quantized, options: QuantizeOptions) -> Scheme:
-        """How a checkpoint declares what `quantize` made."""
-        raise UnsupportedError(f"Format {self.name!r} is read-only.")
-
     @abstractmethod
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         """Bytes of a packed weight of this shape."""
+
+
+class WritableFormat(WeightFormat):
+    """One that checkpoints can be written in."""
+
+    @abstractmethod
+    def grid(self, shape: tuple[int, ...], dtype: torch.dtype, options: QuantizeOptions = QuantizeOptions()) -> Grid:
+        """The values that a weight `[out, in]` can take.
+
+        Args:
+            dtype: of the unquantized weight.
+
+        Raises:
+            ConfigError: an option that does not apply, or one that does not fit the shape.
+        """
+
+    @abstractmethod
+    def encode(self, codes: Codes) -> Encoded:
+        """Codes on a grid of this format in the published layout."""
+
+    @abstractmethod
+    def pack(self, encoded: Encoded) -> PackedWeight:
+        """Pack what `encode` made, without a file in between."""
+
+    @abstractmethod
+    def scheme(self, grid: Grid) -> Scheme:
+        """How a checkpoint declares weights on a grid."""
 
 
 def cut(stored: StoredWeight, start: int, stop: int) -> StoredWeight | None:
@@ -207,51 +199,6 @@ def cut(stored: StoredWeight, start: int, stop: int) -> StoredWeight | None:
             first, last = start // each, -(-stop // each)
         parts[role] = lines_of(part, first, last)
     return replace(stored, shape=(stop - start, stored.shape[1]), parts=parts)
-
-
-@cache
-def all_formats() -> tuple[WeightFormat, ...]:
-    """Every format of `formats/` and of the entry points `amalgam.formats`; modules without one are helpers."""
-    from amalgam import formats
-
-    found: list[WeightFormat] = []
-    for module_info in sorted(pkgutil.iter_modules(formats.__path__), key=lambda info: info.name):
-        module = importlib.import_module(f"{formats.__name__}.{module_info.name}")
-        found += getattr(module, "FORMATS", ()) or ([module.FORMAT] if hasattr(module, "FORMAT") else ())
-    found += [entry.load() for entry in entry_points(group="amalgam.formats")]
-    return tuple(found)
-
-
-def get_format(name: str) -> WeightFormat:
-    """The format called `name`.
-
-    Raises:
-        UnsupportedError: there is none; the message lists the names.
-    """
-    for weight_format in all_formats():
-        if weight_format.name == name:
-            return weight_format
-    known = ", ".join(sorted({f.name for f in all_formats()}))
-    raise UnsupportedError(f"Format {name!r} is unknown.", remedy=f"Known formats: {known}.")
-
-
-def writable_format(name: str) -> WeightFormat:
-    """The format called `name`, in which checkpoints can be written.
-
-    Raises:
-        UnsupportedError: there is none, or it is only read; the message lists those that can be made.
-    """
-    known = {f.name: f for f in all_formats()}
-    weight_format = known.get(name)
-    if weight_format is None or not weight_format.can_quantize:
-        reason = "is unknown" if weight_format is None else "is read, but cannot be made"
-        raise UnsupportedError(f"Format {name!r} {reason}.", remedy=f"Formats that can be made: {writable_names()}.")
-    return weight_format
-
-
-def writable_names() -> str:
-    """The formats in which checkpoints can be written, for messages."""
-    return ", ".join(sorted(f.name for f in all_formats() if f.can_quantize))
 
 
 def owned(tensor: Tensor) -> Tensor:

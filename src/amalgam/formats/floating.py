@@ -10,14 +10,14 @@ import torch
 from amalgam.formats.contract import (
     WEIGHT_SUFFIX,
     ModuleContext,
-    QuantizeOptions,
     Read,
     StoredWeight,
     WeightFormat,
 )
 from amalgam.formats.fused import TensorPart
+from amalgam.formats.grid import QuantizeOptions
+from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import unpack_dense
 
 
 class Floating(WeightFormat):
@@ -43,11 +43,6 @@ class Floating(WeightFormat):
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         return math.prod(shape) * self.dtype.itemsize
-
-
-def dense(tensor: torch.Tensor) -> PackedWeight:
-    """A floating tensor of any shape as a packed weight."""
-    return PackedWeight("dense", tuple(tensor.shape), {"weight": tensor}, unpack_dense)
 
 
 FORMATS = (

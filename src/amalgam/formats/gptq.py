@@ -20,9 +20,17 @@ import torch
 from torch import Tensor
 
 from amalgam.errors import CheckpointError
+from amalgam.formats.common.integers import (
+    WIDTHS,
+    Groups,
+    from_codes,
+    from_nibbles,
+    group_index,
+    unpack_words,
+)
+from amalgam.formats.common.scales import SCALE_DTYPES
 from amalgam.formats.contract import (
     ModuleContext,
-    QuantizeOptions,
     Read,
     StoredWeight,
     WeightFormat,
@@ -35,15 +43,7 @@ from amalgam.formats.contract import (
     refuse_part,
 )
 from amalgam.formats.fused import TensorPart
-from amalgam.formats.integers import (
-    WIDTHS,
-    Groups,
-    from_codes,
-    from_nibbles,
-    group_index,
-    unpack_words,
-)
-from amalgam.formats.scaled8 import SCALE_DTYPES
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.packed import PackedWeight
 
 

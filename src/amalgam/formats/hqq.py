@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from amalgam.formats.common.integers import Groups, from_codes
+from amalgam.formats.common.scales import SCALE_DTYPES
 from amalgam.formats.contract import (
     ModuleContext,
-    QuantizeOptions,
     Read,
     StoredWeight,
     WeightFormat,
@@ -28,8 +29,7 @@ from amalgam.formats.contract import (
     refuse_part,
 )
 from amalgam.formats.fused import TensorPart
-from amalgam.formats.integers import Groups, from_codes
-from amalgam.formats.scaled8 import SCALE_DTYPES
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import unpack_affine4, unpack_affine8, unpack_cyclic4, unpack_cyclic8
 from amalgam.kernels.packed import PackedWeight, Unpack
 from amalgam.kernels.reference import pack_nibbles

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 
 import torch
 
+from amalgam.formats.common.integers import Groups, from_codes
+from amalgam.formats.common.scales import SCALE_DTYPES
 from amalgam.formats.contract import (
     ACTIVATION_SUFFIXES,
     WEIGHT_SUFFIX,
     ModuleContext,
-    QuantizeOptions,
     Read,
     StoredWeight,
     WeightFormat,
@@ -29,8 +30,7 @@ from amalgam.formats.contract import (
     refuse_part,
 )
 from amalgam.formats.fused import TensorPart
-from amalgam.formats.integers import Groups, from_codes
-from amalgam.formats.scaled8 import SCALE_DTYPES
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import scale_columns
 from amalgam.kernels.packed import PackedWeight
 

@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from amalgam.errors import CheckpointError
+from amalgam.formats.common.scales import E8M0, MX_GROUP, powers
 from amalgam.formats.contract import (
     ACTIVATION_SUFFIXES,
     ModuleContext,
-    QuantizeOptions,
     Read,
     StoredWeight,
     WeightFormat,
@@ -28,11 +26,10 @@ from amalgam.formats.contract import (
     refuse_part,
 )
 from amalgam.formats.fused import TensorPart
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import E2M1, unpack_table4
 from amalgam.kernels.packed import PackedWeight
 
-GROUP = 32
-E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 # 2^(b - 127) × 6, the largest value of a group, is still finite in float32.
 _LARGEST = 252
 
@@ -53,11 +50,11 @@ class Mxfp4(WeightFormat):
         if packed.dtype != torch.uint8:
             return None
         expect_dtype(name, scale, E8M0)
-        if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] * 2 % GROUP:
-            refuse_part(name, packed, f"Expected [out, in / 2] with a multiple of {GROUP} inputs.")
+        if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] * 2 % MX_GROUP:
+            refuse_part(name, packed, f"Expected [out, in / 2] with a multiple of {MX_GROUP} inputs.")
         rows, columns = packed.shape[0], packed.shape[1] * 2
-        expect_shape(name, scale, (rows, columns // GROUP))
-        return StoredWeight(name, self, (rows, columns), parts, (1, GROUP), 4)
+        expect_shape(name, scale, (rows, columns // MX_GROUP))
+        return StoredWeight(name, self, (rows, columns), parts, (1, MX_GROUP), 4)
 
     def lines(self, stored: StoredWeight, role: str) -> int | None:
         return 1 if role in self.required else 0
@@ -72,23 +69,7 @@ class Mxfp4(WeightFormat):
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape
-        return rows * columns // 2 + rows * -(-columns // GROUP) + 64
-
-
-def powers(stored: StoredWeight, role: str, tensor: Tensor, largest: int) -> Tensor:
-    """E8M0 scales as float8_e8m0fnu.
-
-    Raises:
-        CheckpointError: one is NaN (255), or its weights would not be finite.
-    """
-    raw = owned(tensor.view(torch.uint8))
-    if raw.numel() and int(raw.max()) > largest:
-        raise CheckpointError(
-            f"Tensor {stored.parts[role].name!r} of weight {stored.name!r} holds the scale 2^{int(raw.max()) - 127}"
-            f"{', which is NaN' if int(raw.max()) == 255 else ''}, in {stored.parts[role].file.name}.",
-            remedy=f"Largest that is finite in float32: 2^{largest - 127}. The file is damaged: download it again.",
-        )
-    return raw.view(torch.float8_e8m0fnu)
+        return rows * columns // 2 + rows * -(-columns // MX_GROUP) + 64
 
 
 FORMAT = Mxfp4()

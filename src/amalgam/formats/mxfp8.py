@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import torch
 
+from amalgam.formats.common.scales import E8M0, MX_GROUP, powers
 from amalgam.formats.contract import (
     ACTIVATION_SUFFIXES,
     WEIGHT_SUFFIX,
     ModuleContext,
-    QuantizeOptions,
     Read,
     StoredWeight,
     WeightFormat,
@@ -26,7 +26,7 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.declared.values import Declared
 from amalgam.formats.fused import TensorPart
-from amalgam.formats.mxfp4 import E8M0, GROUP, powers
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import unpack_scaled8
 
@@ -48,7 +48,7 @@ class Mxfp8(WeightFormat):
     def is_possible(self, declared: Declared) -> bool:
         return (
             super().is_possible(declared)
-            and declared.group_size in (None, GROUP)
+            and declared.group_size in (None, MX_GROUP)
             and declared.strategy in (None, "group")
         )
 
@@ -56,11 +56,11 @@ class Mxfp8(WeightFormat):
         weight, scale = parts[WEIGHT_SUFFIX], parts["weight_scale"]
         if weight.dtype != torch.float8_e4m3fn or scale.dtype not in E8M0 or context.declared.method == "fp8":
             return None
-        if len(weight.shape) != 2 or 0 in weight.shape or weight.shape[1] % GROUP:
-            refuse_part(name, weight, f"Expected [out, in] with a multiple of {GROUP} inputs.")
+        if len(weight.shape) != 2 or 0 in weight.shape or weight.shape[1] % MX_GROUP:
+            refuse_part(name, weight, f"Expected [out, in] with a multiple of {MX_GROUP} inputs.")
         rows, columns = weight.shape
-        expect_shape(name, scale, (rows, columns // GROUP))
-        return StoredWeight(name, self, (rows, columns), parts, (1, GROUP), 8)
+        expect_shape(name, scale, (rows, columns // MX_GROUP))
+        return StoredWeight(name, self, (rows, columns), parts, (1, MX_GROUP), 8)
 
     def lines(self, stored: StoredWeight, role: str) -> int | None:
         return 1 if role in self.required else 0
@@ -72,7 +72,7 @@ class Mxfp8(WeightFormat):
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape
-        return rows * columns + 4 * rows * -(-columns // GROUP)
+        return rows * columns + 4 * rows * -(-columns // MX_GROUP)
 
 
 FORMAT = Mxfp8()

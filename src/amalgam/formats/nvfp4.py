@@ -17,10 +17,10 @@ from collections.abc import Mapping
 
 import torch
 
+from amalgam.formats.common.scales import SCALE_DTYPES
 from amalgam.formats.contract import (
     ACTIVATION_SUFFIXES,
     ModuleContext,
-    QuantizeOptions,
     Read,
     StoredWeight,
     WeightFormat,
@@ -31,7 +31,7 @@ from amalgam.formats.contract import (
     refuse_part,
 )
 from amalgam.formats.fused import TensorPart
-from amalgam.formats.scaled8 import SCALE_DTYPES
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.layouts import E2M1, scale_columns, unpack_table4
 from amalgam.kernels.packed import PackedWeight
 

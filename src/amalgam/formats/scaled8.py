@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 
 from amalgam.errors import CheckpointError, ConfigError
+from amalgam.formats.common.scales import SCALE_DTYPES
 from amalgam.formats.contract import (
     ACTIVATION_SUFFIXES,
     ROWS_SHARE,
     WEIGHT_SUFFIX,
     ModuleContext,
-    Quantized,
-    QuantizeOptions,
     Read,
     Scheme,
     StoredWeight,
-    WeightFormat,
+    WritableFormat,
     expect_dtype,
     expect_shape,
     finite,
@@ -39,24 +38,25 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.declared.values import Declared
 from amalgam.formats.fused import TensorPart
+from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions, num_blocks
 from amalgam.kernels.layouts import scale_columns, unpack_affine8
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import unpack_scaled8
 
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8_BLOCK = (128, 128)
 
 
-class Scaled8(WeightFormat):
+class Scaled8(WritableFormat):
     """8-bit values times scales."""
 
     layouts = ("scaled8", "affine8")
-    can_quantize = True
     bits = 8
     optional = frozenset({*SCALE_NAMES, "weight_zero_point", "pre_quant_scale", *ACTIVATION_SUFFIXES})
 
-    def __init__(self, name: str, dtype: torch.dtype, largest: float, divisor: float, scales: tuple[str, ...]) -> None:
+    def __init__(
+        self, name: str, dtype: torch.dtype, limits: tuple[float, float], reach: float, scales: tuple[str, ...]
+    ) -> None:
         self.name = name
         self.dtype = dtype
         self.scales = scales
@@ -64,8 +64,8 @@ class Scaled8(WeightFormat):
         self.methods = frozenset({"compressed-tensors", "modelopt", "auto-round"})
         if dtype.is_floating_point:
             self.methods |= {"fp8", "fbgemm_fp8"}
-        self._largest = largest
-        self._divisor = divisor
+        self._low, self._high = limits
+        self._reach = reach
 
     def is_possible(self, declared: Declared) -> bool:
         is_mx = declared.layout in ("mxfp8-quantized", "MXFP8")
@@ -111,7 +111,7 @@ class Scaled8(WeightFormat):
         scale = read(stored.parts[role])
         if scale.dtype == torch.uint8:
             scale = scale.view(torch.float8_e8m0fnu)
-        scale = finite(stored, role, owned(scale.float()).reshape(_scale_grid(stored.shape, stored.block)))
+        scale = finite(stored, role, owned(scale.float()).reshape(num_blocks(stored.shape, stored.block)))
         if stored.declared.divides_by_scale:
             scale = finite(stored, role, 1.0 / scale)  # a stored 0 is infinite then
         weight = owned(read(stored.parts[WEIGHT_SUFFIX]))
@@ -125,48 +125,45 @@ class Scaled8(WeightFormat):
             return scale_columns(packed, owned(columns))
         return packed
 
-    def pack(self, quantized: Quantized, shape: tuple[int, ...]) -> PackedWeight:
-        scale = quantized.tensors["weight_scale"].float()
-        return self._packed(
-            quantized.tensors[WEIGHT_SUFFIX], scale.reshape(_scale_grid(shape, quantized.block)), quantized.block
-        )
+    def pack(self, encoded: Encoded) -> PackedWeight:
+        scale = encoded.tensors["weight_scale"].float().reshape(encoded.grid.scale_shape)
+        return self._packed(encoded.tensors[WEIGHT_SUFFIX], scale, encoded.grid.block)
 
     def _packed(self, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> PackedWeight:
         return PackedWeight("scaled8", tuple(weight.shape), {"weight": weight, "scale": scale}, unpack_scaled8, block)
 
-    def quantize(self, weight: Tensor, options: QuantizeOptions) -> Quantized:
-        block = self._block_of(tuple(weight.shape), options)
-        rows, columns = weight.shape
-        wide = weight.float()
-        padded = torch.nn.functional.pad(wide, (0, -columns % block[1], 0, -rows % block[0]))
-        tiles = padded.view(padded.shape[0] // block[0], block[0], padded.shape[1] // block[1], block[1])
-        scale = tiles.abs().amax(dim=(1, 3)) / self._divisor
-        scale = scale.masked_fill(scale == 0, torch.finfo(torch.float32).eps)
-        scaled = tiles / scale[:, None, :, None]
-        if self.dtype == torch.int8:
-            scaled = scaled.round()
-        values = scaled.clamp(-self._largest - (self.dtype == torch.int8), self._largest).to(self.dtype)
-        values = values.view(padded.shape)[:rows, :columns].contiguous()
-        stored_scale = scale.reshape(1) if options.scale == "tensor" else scale
-        return Quantized({WEIGHT_SUFFIX: values, "weight_scale": stored_scale}, block)
+    def grid(self, shape: tuple[int, ...], dtype: torch.dtype, options: QuantizeOptions = QuantizeOptions()) -> Grid:
+        return Grid(
+            shape=(shape[0], shape[1]),
+            block=self._block_of(shape, options),
+            strategy=self._strategy(options),
+            dtype=self.dtype,
+            low=self._low,
+            high=self._high,
+            reach=self._reach,
+            scale_dtype=torch.float32,
+        )
 
-    def scheme(self, quantized: Quantized, options: QuantizeOptions) -> Scheme:
-        strategy = self._scale(options)
+    def encode(self, codes: Codes) -> Encoded:
+        scale = codes.scale.reshape(1) if codes.grid.strategy == "tensor" else codes.scale
+        return Encoded(codes.grid, {WEIGHT_SUFFIX: codes.values, "weight_scale": scale})
+
+    def scheme(self, grid: Grid) -> Scheme:
         arguments: dict[str, Any] = {
             "num_bits": 8,
-            "type": "float" if self.dtype.is_floating_point else "int",
+            "type": self.number,
             "symmetric": True,
-            "strategy": strategy,
+            "strategy": grid.strategy,
             "dynamic": False,
         }
-        if strategy == "block":
-            arguments["block_structure"] = list(FP8_BLOCK)
-        return Scheme("float-quantized" if self.dtype.is_floating_point else "int-quantized", arguments)
+        if grid.strategy == "block":
+            arguments["block_structure"] = list(grid.block)
+        return Scheme(f"{self.number}-quantized", arguments)
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
-        return math.prod(shape) + 4 * math.prod(_scale_grid(shape, self._block_of(shape, options)))
+        return math.prod(shape) + 4 * math.prod(num_blocks(shape, self._block_of(shape, options)))
 
-    def _scale(self, options: QuantizeOptions) -> str:
+    def _strategy(self, options: QuantizeOptions) -> str:
         scale = options.scale or "channel"
         if scale not in self.scales:
             raise ConfigError(
@@ -179,12 +176,8 @@ class Scaled8(WeightFormat):
         return scale
 
     def _block_of(self, shape: tuple[int, ...], options: QuantizeOptions) -> tuple[int, int]:
-        choice = self._scale(options)
-        return {"tensor": (shape[0], shape[1]), "channel": (1, shape[1]), "block": FP8_BLOCK}[choice]
-
-
-def _scale_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+        strategy = self._strategy(options)
+        return {"tensor": (shape[0], shape[1]), "channel": (1, shape[1]), "block": FP8_BLOCK}[strategy]
 
 
 def _asymmetric(weight: Tensor, scale: Tensor, zero: Tensor, block: tuple[int, int]) -> PackedWeight:
@@ -217,7 +210,7 @@ def _block_of_shape(
     if len(found) == 4 and found[1] == found[3] == 1:  # ModelOpt's blocks
         found = (found[0], found[2])
     if expected is not None:
-        grid = _scale_grid(shape, expected)
+        grid = num_blocks(shape, expected)
         if found == grid or (math.prod(found) == math.prod(grid) and (1 in grid and len(found) < 2)):
             return expected
     elif math.prod(found) == 1:
@@ -230,6 +223,6 @@ def _block_of_shape(
 
 
 FORMATS = (
-    Scaled8("fp8", torch.float8_e4m3fn, 448.0, 448.0, ("tensor", "channel", "block")),
-    Scaled8("int8", torch.int8, 127.0, 127.5, ("channel",)),
+    Scaled8("fp8", torch.float8_e4m3fn, (-448.0, 448.0), 448.0, ("tensor", "channel", "block")),
+    Scaled8("int8", torch.int8, (-128.0, 127.0), 127.5, ("channel",)),
 )

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.packed import PackedWeight, Unpack
-from amalgam.kernels.reference import unpack_nibbles
+from amalgam.kernels.reference import unpack_dense, unpack_nibbles
 
 # OCP E2M1: sign, two bits of exponent, one of mantissa.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def dense(tensor: Tensor) -> PackedWeight:
+    """A floating tensor of any shape as a packed weight."""
+    return PackedWeight("dense", tuple(tensor.shape), {"weight": tensor}, unpack_dense)
 
 
 def unpack_affine4(weight: PackedWeight) -> Tensor:

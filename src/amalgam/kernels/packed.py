@@ -20,7 +20,7 @@ Runtime layouts (`PackedWeight.layout`), all row-major over `[out, in]`:
               scale:  float, float8_e4m3fn or float8_e8m0fnu [out, in / group_size]
               factor: float32 [], multiplies every scale, or divisor: float32 [], divides every scale; or neither
     X_columns layout X and columns: float32 [in], which multiply the expanded weight (ModelOpt's pre_quant_scale)
-    gguf_*    weight: uint8 [out, row_bytes], rows of ggml blocks (`formats.gguf_blocks`, `gguf_k`)
+    gguf_*    weight: uint8 [out, row_bytes], rows of ggml blocks (`formats.gguf`)
 
     panels_*  what the native CPU kernels read: int4, int8, fp8, bf16, fp16, fp32 (`csrc/matrix.h` has the drawing)
               weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]

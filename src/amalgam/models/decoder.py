@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amalgam.kernels.backends import Compiled, choose_backend
 from amalgam.kernels.program import Embed, Emitter, Head, Program
-from amalgam.models.context import StepContext
+from amalgam.kernels.step import StepContext
 from amalgam.models.rope import Rope
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion

@@ -50,6 +50,25 @@ SHARED_EXPERTS = {
     f"layers.{{}}.mlp.shared.{part}": f"{_LAYER}.mlp.shared_experts.{part}_proj.weight"
     for part in ("gate", "up", "down")
 }
+CORRECTED_EXPERTS = {
+    **EXPERTS,
+    **SHARED_EXPERTS,
+    "layers.{}.mlp.router_correction": f"{_LAYER}.mlp.gate.e_score_correction_bias",
+}
+LATENT_ATTENTION = {
+    "layers.{}.attention.q": f"{_LAYER}.self_attn.q_proj.weight",
+    "layers.{}.attention.q_b": f"{_LAYER}.self_attn.q_b_proj.weight",
+    "layers.{}.attention.kv_b": f"{_LAYER}.self_attn.kv_b_proj.weight",
+    "layers.{}.attention.q_a_norm": f"{_LAYER}.self_attn.q_a_layernorm.weight",
+    "layers.{}.attention.kv_a_norm": f"{_LAYER}.self_attn.kv_a_layernorm.weight",
+    **with_biases(
+        {
+            "layers.{}.attention.q_a": f"{_LAYER}.self_attn.q_a_proj.weight",
+            "layers.{}.attention.kv_a": f"{_LAYER}.self_attn.kv_a_proj_with_mqa.weight",
+            "layers.{}.attention.o": f"{_LAYER}.self_attn.o_proj.weight",
+        }
+    ),
+}
 
 
 def fused_experts(

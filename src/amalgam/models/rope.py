@@ -1,6 +1,6 @@
 """Rotary position embeddings: frequencies of each variant, tables of cosines and sines.
 
-In: a config.json's rope settings. Out: a `Rope`, comparable and hashable, and its tables.
+In: sizes and factors. Out: a `Rope`, comparable and hashable, and its tables.
 Must never know: requests. A table holds for every token of every request, whatever stands beside it in a step; where
 the Hugging Face classes look at the longest sequence of the batch, we look at what the server was started with:
 
@@ -13,15 +13,11 @@ the Hugging Face classes look at the longest sequence of the batch, we look at w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from amalgam.models.spec import ConfigReader
 
 
 class Scaling(Protocol):
@@ -142,170 +138,3 @@ class LongRope:
 def yarn_scale(factor: float, weight: float = 1.0) -> float:
     """How much YaRN sharpens attention: `0.1 × weight × ln(factor) + 1`."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-# --- Reading a config.json ---
-
-_LARGEST = 2.0**63
-
-
-class RopeSettings:
-    """The rope settings of a config.json: `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
-
-    def __init__(self, config: ConfigReader) -> None:
-        new, old = config.mapping("rope_parameters"), config.mapping("rope_scaling")
-        if new and old and new != old:
-            config.refuse("rope_scaling", old, "either it or rope_parameters")
-        self._config = config
-        self._values = {key: value for key, value in (new or old).items() if value is not None}
-        self.kind = self._values.get("rope_type", self._values.get("type", "default"))
-        if not isinstance(self.kind, str) or self.kind not in _KINDS:
-            config.refuse("rope_type", self.kind, ", ".join(_KINDS))
-
-    def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
-        """A number above `above`; required without a default."""
-        value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < _LARGEST:
-            self._config.refuse(f"rope {key}", value, f"a number above {above:g} for rope type {self.kind}")
-        return float(value)
-
-    def optional(self, key: str) -> float | None:
-        """A number, None if absent; 0 counts as absent, as in the Hugging Face classes."""
-        return self.number(key) if self._values.get(key) else None
-
-    def numbers(self, key: str) -> tuple[float, ...]:
-        """A list of numbers above 0."""
-        values = self._values.get(key)
-        if not isinstance(values, list) or not all(isinstance(v, int | float) and 0 < v < _LARGEST for v in values):
-            self._config.refuse(f"rope {key}", values, f"a list of numbers above 0 for rope type {self.kind}")
-        return tuple(map(float, values))
-
-    def bool(self, key: str, default: bool) -> bool:
-        value = self._values.get(key, default)
-        if not isinstance(value, bool):
-            self._config.refuse(f"rope {key}", value, "true or false")
-        return bool(value)
-
-    def original_max_positions(self) -> float:
-        """The length before stretching; a key beside the settings counts before one in them."""
-        key = "original_max_position_embeddings"
-        value = self._config.int(key, default=0, low=0)
-        return float(value) if value > 1 else self.number(key, default=self.max_positions, above=1)
-
-    @property
-    def max_positions(self) -> int:
-        return self._config.int("max_position_embeddings")
-
-    def rotary_dim(self, default: int) -> int:
-        """How many dimensions of a head turn, where that is said in dimensions."""
-        return int(self.number("rotary_dim", default=default))
-
-    def refuse_unknown(self, known: set[str]) -> None:
-        """Fail on a setting that would otherwise be ignored."""
-        for key in sorted(self._values.keys() - known):
-            allowed = f"{', '.join(sorted(known))} for rope type {self.kind}"
-            self._config.refuse(f"rope {key}", self._values[key], allowed)
-
-
-def _read_dynamic(settings: RopeSettings) -> None:
-    settings.number("factor")  # of no effect within max_position_embeddings: see the module's docstring
-
-
-def _read_linear(settings: RopeSettings) -> Linear:
-    return Linear(settings.number("factor"))
-
-
-def _read_llama3(settings: RopeSettings) -> Llama3:
-    low = settings.number("low_freq_factor")
-    return Llama3(
-        factor=settings.number("factor"),
-        low_freq_factor=low,
-        high_freq_factor=settings.number("high_freq_factor", above=low),
-        original_max_positions=settings.original_max_positions(),
-    )
-
-
-def _read_yarn(settings: RopeSettings) -> Yarn:
-    factor = settings.number("factor")
-    weight, weight_all = settings.optional("mscale"), settings.optional("mscale_all_dim")
-    attention_factor = yarn_scale(factor)
-    if weight is not None and weight_all is not None:
-        attention_factor = yarn_scale(factor, weight) / yarn_scale(factor, weight_all)
-    return Yarn(
-        factor=factor,
-        original_max_positions=settings.original_max_positions(),
-        beta_fast=settings.optional("beta_fast") or 32.0,
-        beta_slow=settings.optional("beta_slow") or 1.0,
-        truncates=settings.bool("truncate", default=True),
-        attention_factor=settings.number("attention_factor", default=attention_factor),
-    )
-
-
-def _read_longrope(settings: RopeSettings) -> LongRope:
-    original = settings.original_max_positions()
-    factor = settings.number("factor", default=settings.max_positions / original)
-    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    attention_factor = settings.number("attention_factor", default=default)
-    return LongRope(
-        original_max_positions=original,
-        short_factors=settings.numbers("short_factor"),
-        long_factors=settings.numbers("long_factor"),
-        short_attention_factor=settings.number("short_mscale", default=attention_factor),
-        long_attention_factor=settings.number("long_mscale", default=attention_factor),
-    )
-
-
-# The last two say how the checkpoint came about.
-_COMMON = {
-    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "rotary_dim"),
-    *("original_max_position_embeddings", "finetuned"),
-}
-# Rope type → reader of its scaling, and the settings that it understands.
-_KINDS: Mapping[str, tuple[Callable[[RopeSettings], Scaling | None], set[str]]] = {
-    "default": (lambda settings: None, set()),
-    "linear": (_read_linear, {"factor"}),
-    "dynamic": (_read_dynamic, {"factor"}),
-    "llama3": (_read_llama3, {"factor", "low_freq_factor", "high_freq_factor"}),
-    "yarn": (
-        _read_yarn,
-        {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-    ),
-    "longrope": (
-        _read_longrope,
-        {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
-    ),
-}
-
-
-def read_rope(
-    config: ConfigReader, head_dim: int, default_theta: float = 10000.0, default_fraction: float = 1.0
-) -> Rope:
-    """The rotary embedding that a config.json describes.
-
-    Args:
-        head_dim: dimensions of a head, of which `rotary_dim` turn, which GGUF files say, else the share
-            `partial_rotary_factor`, else `default_fraction`.
-        default_fraction: with 1, no other `partial_rotary_factor` is taken: the classes of such families turn whole
-            heads whatever it says.
-
-    Raises:
-        UnsupportedError: an unknown rope type or setting, a missing or impossible value.
-    """
-    settings = RopeSettings(config)
-    read_scaling, known = _KINDS[settings.kind]
-    settings.refuse_unknown(_COMMON | known)
-    fraction = settings.number(
-        "partial_rotary_factor", default=config.float("partial_rotary_factor", default=default_fraction)
-    )
-    if default_fraction == 1 and fraction != 1:
-        config.refuse("partial_rotary_factor", fraction, "1 for this family")
-    rotary_dim = settings.rotary_dim(int(head_dim * fraction))
-    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
-        config.refuse("partial_rotary_factor", fraction, f"an even share of head_dim {head_dim}")
-    theta = settings.number("rope_theta", default=config.float("rope_theta", default=default_theta), above=1)
-    scaling = read_scaling(settings)
-    if isinstance(scaling, LongRope):
-        for key, factors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):
-            if len(factors) != rotary_dim // 2:
-                config.refuse(f"rope {key}", factors, f"{rotary_dim // 2} numbers, one for each frequency")
-    return Rope(theta, rotary_dim, scaling)

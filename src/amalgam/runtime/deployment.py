@@ -24,8 +24,8 @@ from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults, read_model_defaults
 from amalgam.engine.memory import peak_memory_bytes
 from amalgam.errors import ConfigError, ConflictError, PlanError, UnavailableError, describe
-from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
+from amalgam.models.routing import RoutingObserver
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion, manifest
 from amalgam.text.tokenizer import Tokenizer

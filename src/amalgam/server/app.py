@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 
-from amalgam import __version__
 from amalgam.config.settings import Settings
 from amalgam.server import dashboard
 from amalgam.server.api import experts, native, serving, weights
@@ -29,6 +28,7 @@ from amalgam.server.http.lifecycle import DrainingServer, listen, raise_descript
 from amalgam.server.http.methods import HeadMethod
 from amalgam.server.http.origins import OriginGuard
 from amalgam.server.service import Service
+from amalgam.version import __version__
 
 if TYPE_CHECKING:
     from amalgam.runtime.deployment import Deployment

@@ -25,7 +25,7 @@ from amalgam.server.http.errors import error_content
 if TYPE_CHECKING:
     from amalgam.engine.core import Engine
     from amalgam.engine.streams import OutputStream
-    from amalgam.models.context import RoutingTrace
+    from amalgam.models.routing import RoutingTrace
 
 ROOM_SECONDS = 0.05  # how soon a batch looks again whether the queue has room
 END_OF_STREAM = b"data: [DONE]\n\n"

@@ -26,7 +26,8 @@ from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, desc
 from amalgam.formats.contract import WEIGHT_SUFFIX
 from amalgam.formats.declared.config import read_declaration
 from amalgam.formats.declared.values import Declaration, Declared
-from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
+from amalgam.models.registry import fused_tensors, read_spec
+from amalgam.models.spec import Family, ModelSpec, Slot
 from amalgam.tools.carry import left_out_tensors
 from amalgam.tools.roles import ROLES, role_by_name
 

@@ -26,14 +26,17 @@ from amalgam.engine.core import Engine
 from amalgam.engine.memory import peak_memory_bytes
 from amalgam.engine.request import RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
-from amalgam.formats.contract import QuantizeOptions, get_format
-from amalgam.formats.floating import dense
+from amalgam.formats.registry import writable_format
 from amalgam.kernels import ops
+from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
-from amalgam.models.context import RoutingObserver
 from amalgam.models.decoder import Decoder
-from amalgam.models.spec import ModelSpec, Slot, read_spec
+from amalgam.models.registry import read_spec
+from amalgam.models.routing import RoutingObserver
+from amalgam.models.spec import ModelSpec, Slot
 from amalgam.models.weights import WeightVersion
+from amalgam.quantizers.contract import quantize
+from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.runtime.deployment import Deployment, choose_device
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
@@ -314,9 +317,8 @@ def _random_weight(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Pac
     wide = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if name in wide:
         return dense(tensor.to(wide[name]))
-    weight_format = get_format(name)
-    quantized = weight_format.quantize(tensor.to(torch.bfloat16), QuantizeOptions())
-    return weight_format.pack(quantized, shape)
+    weight_format = writable_format(name)
+    return weight_format.pack(quantize(tensor.to(torch.bfloat16), weight_format, round_to_nearest))
 
 
 def _copy(weight: PackedWeight) -> PackedWeight:

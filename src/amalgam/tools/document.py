@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS, Settings, all_settings
-from amalgam.formats.contract import all_formats
+from amalgam.formats.contract import WritableFormat
 from amalgam.formats.gguf.config import ARCHITECTURES
+from amalgam.formats.registry import all_formats
 from amalgam.kernels.panels import COMPILED_LAYOUTS
-from amalgam.models.spec import all_families
+from amalgam.models.registry import all_families
 from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS
 
 _INTRODUCTION = f"""# Configuration
@@ -196,7 +197,7 @@ def support() -> str:
         methods = ", ".join(sorted(weight_format.methods)) or ("GGUF" if "gguf" in weight_format.name else "–")
         compiled = [layout for layout in weight_format.layouts if layout in COMPILED_LAYOUTS]
         cpu = "native" if len(compiled) == len(weight_format.layouts) else "either" if compiled else "expanded"
-        makes = "yes" if weight_format.can_quantize else "–"
+        makes = "yes" if isinstance(weight_format, WritableFormat) else "–"
         cells = [weight_format.name, methods, makes, ", ".join(weight_format.layouts), *[cpu] * len(operations)]
         lines.append(f"| {' | '.join(cells)} | {'PyTorch' if weight_format.is_wide else 'expanded'} |")
     lines += ["", _FAMILIES, "| family | architectures | attention | experts | other |", "|---|---|---|---|---|"]

@@ -18,8 +18,9 @@ from amalgam.composition.loader import ModelLoader, PlannedWeight
 from amalgam.config.settings import Settings
 from amalgam.engine.memory import available_bytes, resident_bytes
 from amalgam.errors import AmalgamError
-from amalgam.formats.contract import all_formats
-from amalgam.models.context import KVCache
+from amalgam.formats.contract import WritableFormat
+from amalgam.formats.registry import all_formats
+from amalgam.models.kv_cache import KVCache
 from amalgam.models.spec import ModelSpec
 from amalgam.runtime.deployment import choose_device
 from amalgam.text.tokenizer import Tokenizer
@@ -137,7 +138,7 @@ def _uniform(
     slots = [weight.slot for weight, keep in zip(planned, is_kept, strict=True) if not keep]
     results = []
     for weight_format in all_formats():
-        if not (weight_format.is_wide or weight_format.can_quantize):
+        if not (weight_format.is_wide or isinstance(weight_format, WritableFormat)):
             continue
         try:
             size = sum(loader.memory_bytes(slot, weight_format) for slot in slots)

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from amalgam.composition.plan import compile_pattern
 from amalgam.config.settings import BASE_SOURCE, DerivedSource, SourceName, build_settings
 from amalgam.errors import CheckpointError, ConfigError, describe
-from amalgam.formats.contract import all_formats
+from amalgam.formats.registry import all_formats
 from amalgam.tools.analyze import UNQUANTIZED, Analysis
 from amalgam.tools.roles import template
 

@@ -27,14 +27,13 @@ from amalgam.composition.loader import HEAD, Progress, check_leftovers, oriented
 from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError
-from amalgam.formats.contract import (
-    QuantizeOptions,
-    Scheme,
-    StoredWeight,
-    WeightFormat,
-    writable_format,
-)
-from amalgam.models.spec import Family, ModelSpec, Slot, fused_tensors, read_spec
+from amalgam.formats.contract import Scheme, StoredWeight, WritableFormat
+from amalgam.formats.grid import QuantizeOptions
+from amalgam.formats.registry import writable_format
+from amalgam.models.registry import fused_tensors, read_spec
+from amalgam.models.spec import Family, ModelSpec, Slot
+from amalgam.quantizers.contract import quantize
+from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.tools.carry import carry_files, left_out_tensors, write_json
 
 _DRAFTS_KEY = "num_nextn_predict_layers"
@@ -206,7 +205,7 @@ class _Quantizer:
     def __init__(
         self,
         source: Source,
-        weight_format: WeightFormat,
+        weight_format: WritableFormat,
         options: QuantizeOptions,
         report: QuantizeReport,
         progress: Progress | None,
@@ -240,16 +239,16 @@ class _Quantizer:
         if not bool(torch.isfinite(wide).all()):
             raise CheckpointError(f"Weight {name!r} in {self._source.folder} holds NaN or infinity.")
         try:
-            quantized = self._format.quantize(wide, self._options)
+            encoded = quantize(wide, self._format, round_to_nearest, self._options)
         except ConfigError as error:
             raise ConfigError(f"Weight {name!r}: {error.what}", remedy=error.remedy) from None
         module = name.removesuffix(".weight")
-        for suffix, tensor in quantized.tensors.items():
+        for suffix, tensor in encoded.tensors.items():
             yield f"{module}.{suffix}", tensor
-        scheme = self._format.scheme(quantized, self._options)
+        scheme = self._format.scheme(encoded.grid)
         self._schemes.setdefault(json.dumps(scheme.arguments), (scheme, []))[1].append(module)
-        restored = self._format.pack(quantized, slot.shape).dequantize()
-        size = sum(tensor.nbytes for tensor in quantized.tensors.values())
+        restored = self._format.pack(encoded).dequantize()
+        size = sum(tensor.nbytes for tensor in encoded.tensors.values())
         role = self._count(slot, stored.nbytes, size)
         role.squared_error += float((restored - wide.float()).square().sum())
         role.squared_norm += float(wide.float().square().sum())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from amalgam.engine.request import Observation, SamplingParams
-from amalgam.models.context import RoutingTrace
+from amalgam.models.routing import RoutingTrace
 from amalgam.runtime.deployment import Deployment
 
 

@@ -22,7 +22,7 @@ from amalgam.checkpoint.store import TensorEntry, TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.formats.contract import WEIGHT_SUFFIX
 from amalgam.formats.fused import check_num_pieces
-from amalgam.formats.gguf_latent import KEY_PART, VALUE_PART
+from amalgam.formats.gguf.latent import KEY_PART, VALUE_PART
 
 ARCHITECTURE_KEY = "general.architecture"
 Arrange = Callable[[Tensor], Tensor]

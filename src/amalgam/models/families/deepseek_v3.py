@@ -5,85 +5,10 @@ DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2.1.2. The layers for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
-from amalgam.kernels.program import Route, Rows
-from amalgam.models.families.deepseek_v2 import (
-    LATENT_ATTENTION,
-    ExpertGroups,
-    read_groups,
-    read_latent_attention,
-    read_moe_layers,
-)
-from amalgam.models.families.llama import read_model
-from amalgam.models.families.mixtral import read_expert_counts
-from amalgam.models.naming import DECODER, EXPERTS, FUSED_EXPERTS, MLP, SHARED_EXPERTS
-from amalgam.models.spec import ConfigReader, Family, ModelSpec, Slot
-from amalgam.models.weights import BlockWeights
-
-CORRECTED_EXPERTS = {
-    **EXPERTS,
-    **SHARED_EXPERTS,
-    "layers.{}.mlp.router_correction": "model.layers.{}.mlp.gate.e_score_correction_bias",
-}
-
-
-@dataclass(frozen=True)
-class CorrectedRouter:
-    """Sigmoid scores; a bias per expert that balances their load takes part in the choice, but not in the weights.
-
-    Groups score by the sum of their two largest corrected scores.
-    """
-
-    num_experts: int
-    num_active_experts: int
-    groups: ExpertGroups
-    normalises: bool
-    scaling: float
-
-    def slots(self, hidden_size: int) -> Iterator[Slot]:
-        yield Slot("router", (self.num_experts, hidden_size), "router")
-        yield Slot("router_correction", (self.num_experts,), "router")
-
-    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
-        return Route(
-            x,
-            weights["router"],
-            layer_id,
-            self.num_active_experts,
-            scoring="sigmoid",
-            correction=weights["router_correction"].dense,
-            num_groups=self.groups.num_groups,
-            num_kept=self.groups.num_kept,
-            normalises=self.normalises,
-            sum_eps=1e-20,
-            scaling=self.scaling,
-        )
-
-
-def read_corrected_router(
-    config: ConfigReader, *, default_groups: int, default_kept: int, default_scaling: float
-) -> CorrectedRouter:
-    """The router of DeepSeek-V3 and GLM-4.5."""
-    config.expect("scoring_func", "sigmoid")
-    config.expect("topk_method", "noaux_tc")
-    num_experts, num_active = read_expert_counts(config)
-    groups = read_groups(config, default_groups, default_kept)
-    if num_experts < 2 * groups.num_groups:
-        config.refuse("n_group", groups.num_groups, f"groups of at least two of the {num_experts} experts")
-    return CorrectedRouter(
-        num_experts,
-        num_active,
-        groups,
-        normalises=config.bool("norm_topk_prob", default=True),
-        scaling=config.float("routed_scaling_factor", default=default_scaling),
-    )
-
-
-def with_draft_layers(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
-    """The spec, knowing of the layers for multi-token prediction that checkpoints hold behind the last one."""
-    return replace(spec, num_draft_layers=config.int("num_nextn_predict_layers", default=1, low=0))
+from amalgam.models.naming import CORRECTED_EXPERTS, DECODER, FUSED_EXPERTS, LATENT_ATTENTION, MLP
+from amalgam.models.reading.attention import read_latent_attention
+from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers, with_draft_layers
+from amalgam.models.spec import ConfigReader, Family, ModelSpec
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:

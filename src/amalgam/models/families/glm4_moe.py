@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from amalgam.models.families.deepseek_v2 import read_moe_layers
-from amalgam.models.families.deepseek_v3 import CORRECTED_EXPERTS, read_corrected_router, with_draft_layers
-from amalgam.models.families.llama import read_attention, read_model
-from amalgam.models.naming import ATTENTION, DECODER, FUSED_EXPERTS, HEAD_NORMS, MLP
+from amalgam.models.naming import ATTENTION, CORRECTED_EXPERTS, DECODER, FUSED_EXPERTS, HEAD_NORMS, MLP
+from amalgam.models.reading.attention import read_attention
+from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers, with_draft_layers
 from amalgam.models.spec import ConfigReader, Family, ModelSpec
 
 NORM_EPS = 1e-5

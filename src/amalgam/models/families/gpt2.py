@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from amalgam.kernels.program import Emitter, Gelu, Rows
-from amalgam.models.layers import Attention, LayerNorm
+from amalgam.models.blocks.attention import Attention
+from amalgam.models.blocks.norms import LayerNorm
 from amalgam.models.naming import with_biases
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights

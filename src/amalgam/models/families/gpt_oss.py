@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 from amalgam.kernels.packed import Activation
 from amalgam.kernels.program import Route, Rows
-from amalgam.models.families.llama import read_attention, read_model
-from amalgam.models.families.mistral import read_window
-from amalgam.models.families.mixtral import read_expert_counts
-from amalgam.models.families.qwen2 import by_layer_type
-from amalgam.models.layers import Attention, RmsNorm, SparseMoe
+from amalgam.models.blocks.attention import Attention
+from amalgam.models.blocks.mixture import SparseMoe
+from amalgam.models.blocks.norms import RmsNorm
 from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_ALTERNATING_EXPERTS, with_biases
+from amalgam.models.reading.attention import by_layer_type, read_attention, read_window
+from amalgam.models.reading.layers import read_expert_counts, read_model
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
 

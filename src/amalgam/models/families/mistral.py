@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from amalgam.models.families.llama import read_attention, read_model
-from amalgam.models.layers import DenseMlp
+from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.naming import ATTENTION, DECODER, MLP
+from amalgam.models.reading.attention import read_attention, read_window
+from amalgam.models.reading.layers import read_model
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
 
 WINDOW = 4096  # the configuration class's default, where the key is missing
-
-
-def read_window(config: ConfigReader, default: int | None = None) -> int | None:
-    """`sliding_window` of all layers; null means none."""
-    if config.is_null("sliding_window") or config.get("sliding_window", default=default) is None:
-        return None
-    return config.int("sliding_window", default=default)
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from amalgam.models.families.llama import read_attention, read_model
-from amalgam.models.families.mistral import read_window
-from amalgam.models.layers import SoftmaxRouter, SparseMoe
+from amalgam.models.blocks.mixture import SoftmaxRouter, SparseMoe
 from amalgam.models.naming import ATTENTION, DECODER, FUSED_NUMBERED_EXPERTS, NUMBERED_EXPERTS
+from amalgam.models.reading.attention import read_attention, read_window
+from amalgam.models.reading.layers import read_expert_counts, read_model
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
 
 NORM_EPS = 1e-5
-
-
-def read_expert_counts(config: ConfigReader, active_key: str = "num_experts_per_tok") -> tuple[int, int]:
-    """Experts of a layer, and how many of them a token goes to, which is `active_key`."""
-    num_experts = config.int("num_experts", "num_local_experts", "n_routed_experts")
-    num_active = config.int(active_key)
-    if num_active > num_experts:
-        config.refuse(active_key, num_active, f"at most the {num_experts} experts of a layer")
-    return num_experts, num_active
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:

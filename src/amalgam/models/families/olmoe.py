@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from amalgam.kernels.program import Clamp, Emitter, Normalize, Rows
-from amalgam.models.families.llama import read_attention, read_model
-from amalgam.models.families.mixtral import read_expert_counts
-from amalgam.models.layers import Attention, SoftmaxRouter, SparseMoe
+from amalgam.models.blocks.attention import Attention
+from amalgam.models.blocks.mixture import SoftmaxRouter, SparseMoe
 from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, HEAD_NORMS
+from amalgam.models.reading.attention import read_attention
+from amalgam.models.reading.layers import read_expert_counts, read_model
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from amalgam.kernels.program import Route, Rows
-from amalgam.models.families.llama import read_attention, read_model
-from amalgam.models.families.mistral import read_window
-from amalgam.models.families.mixtral import read_expert_counts
-from amalgam.models.layers import LayerNorm, SparseMoe
+from amalgam.models.blocks.mixture import SparseMoe
+from amalgam.models.blocks.norms import LayerNorm
 from amalgam.models.naming import ATTENTION, DECODER, FUSED_NUMBERED_EXPERTS, NUMBERED_EXPERTS, with_biases
-from amalgam.models.rope import RopeSettings
+from amalgam.models.reading.attention import read_attention, read_window
+from amalgam.models.reading.layers import read_expert_counts, read_model
+from amalgam.models.reading.rope import RopeSettings
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
 

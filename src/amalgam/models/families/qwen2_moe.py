@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from amalgam.models.families.llama import read_attention, read_model
-from amalgam.models.families.mixtral import read_expert_counts
-from amalgam.models.families.qwen2 import windowed
-from amalgam.models.families.qwen3_moe import read_sparse_layers
-from amalgam.models.layers import SoftmaxRouter, SparseMoe
+from amalgam.models.blocks.mixture import SoftmaxRouter, SparseMoe
 from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, MLP
+from amalgam.models.reading.attention import read_attention, windowed
+from amalgam.models.reading.layers import read_expert_counts, read_model, read_sparse_layers
 from amalgam.models.spec import ConfigReader, Family, ModelSpec
 
 _MLP = "model.layers.{}.mlp"

@@ -6,10 +6,11 @@ probabilities plus 1e-6, as the publisher's `modeling_xverse.py` does.
 
 from __future__ import annotations
 
-from amalgam.models.families.llama import read_attention, read_model
-from amalgam.models.families.mixtral import read_expert_counts
-from amalgam.models.layers import DenseMlp, SoftmaxRouter, SparseMoe
+from amalgam.models.blocks.mixture import SoftmaxRouter, SparseMoe
+from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, MLP, SHARED_EXPERTS
+from amalgam.models.reading.attention import read_attention
+from amalgam.models.reading.layers import read_expert_counts, read_model
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
 
 

@@ -27,7 +27,7 @@ from amalgam.server.service import Service
 if TYPE_CHECKING:
     from amalgam.experts.export.report import Export
     from amalgam.experts.tracker import ExpertTracker
-    from amalgam.models.context import RoutingTrace
+    from amalgam.models.routing import RoutingTrace
     from amalgam.runtime.deployment import Deployment
     from amalgam.text.tokenizer import Tokenizer
 

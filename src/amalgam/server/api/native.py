@@ -14,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from amalgam import __version__
 from amalgam.engine.request import (
     MAX_REPETITION_PENALTY,
     MAX_SEED,
@@ -33,9 +32,10 @@ from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import Body, StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.service import Status
+from amalgam.version import __version__
 
 if TYPE_CHECKING:
-    from amalgam.models.context import RoutingTrace
+    from amalgam.models.routing import RoutingTrace
 
 MAX_INT = 2**31 - 1
 

@@ -12,7 +12,6 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
-from amalgam import __version__
 from amalgam.engine import meter
 from amalgam.engine.meter import POINT_SECONDS, Point, Reading
 from amalgam.server import metrics
@@ -20,6 +19,7 @@ from amalgam.server.api.experts import tracker_of
 from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.http.body import StrictRoute
 from amalgam.server.service import Service, Status
+from amalgam.version import __version__
 
 router = APIRouter(route_class=StrictRoute, tags=["operation"])
 probes = APIRouter(tags=["operation"])  # whoever probes may add a query

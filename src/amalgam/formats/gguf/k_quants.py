@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amalgam.formats.gguf_blocks import IQ4_VALUES, GgufFormat, bits, half, look_up, nibbles
+from amalgam.formats.gguf.blocks import IQ4_VALUES, GgufFormat, bits, half, look_up, nibbles
 
 _SUPER = 256
 

@@ -21,16 +21,25 @@ import torch
 from torch import Tensor
 
 from amalgam.errors import CheckpointError, ConfigError
+from amalgam.formats.common.integers import (
+    WIDTHS,
+    Groups,
+    from_codes,
+    from_nibbles,
+    group_index,
+    unpack_whole,
+    unpack_words,
+)
+from amalgam.formats.common.scales import SCALE_DTYPES
 from amalgam.formats.contract import (
     ACTIVATION_SUFFIXES,
     ONLY_OF_ALL,
     ModuleContext,
-    Quantized,
-    QuantizeOptions,
     Read,
     Scheme,
     StoredWeight,
     WeightFormat,
+    WritableFormat,
     expect_dtype,
     expect_index,
     expect_shape,
@@ -40,16 +49,7 @@ from amalgam.formats.contract import (
     refuse_part,
 )
 from amalgam.formats.fused import TensorPart
-from amalgam.formats.integers import (
-    WIDTHS,
-    Groups,
-    from_codes,
-    from_nibbles,
-    group_index,
-    unpack_whole,
-    unpack_words,
-)
-from amalgam.formats.scaled8 import SCALE_DTYPES
+from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import pack_nibbles
 
@@ -71,7 +71,6 @@ class PackedInt(WeightFormat):
     def __init__(self, name: str, bits: int) -> None:
         self.name = name
         self.bits = bits
-        self.can_quantize = bits == 4
 
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         packed, scale, shape = parts["weight_packed"], parts["weight_scale"], parts["weight_shape"]
@@ -150,9 +149,6 @@ class PackedInt(WeightFormat):
         assert stored.block is not None
         return self._packed(stored.name, tensors, (stored.shape[0], stored.shape[1]), stored.block[1])
 
-    def pack(self, quantized: Quantized, shape: tuple[int, ...]) -> PackedWeight:
-        return self._packed("", quantized.tensors, (shape[0], shape[1]), quantized.block[1])
-
     def _packed(self, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], size: int) -> PackedWeight:
         rows, columns = shape
         words, scale = tensors["weight_packed"], owned(tensors["weight_scale"])
@@ -178,58 +174,70 @@ class PackedInt(WeightFormat):
             return stored.short() + (1 << (self.bits - 1))
         return self._codes(stored.t(), rows)[:, :rows].t().short()
 
-    def quantize(self, weight: Tensor, options: QuantizeOptions) -> Quantized:
-        if not self.can_quantize:
-            return super().quantize(weight, options)
-        rows, columns = weight.shape
+    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
+        rows, columns = shape
+        # 2 and 3 bits take the room of 4 in memory: see `formats.common.integers`.
+        values = rows * columns if self.bits == 8 else -(-rows * columns // 2)
+        return values + 2 * rows * (columns // _group_size(self.name, columns, options))
+
+
+class PackedInt4(PackedInt, WritableFormat):
+    """The width that is made, too: symmetric, in groups of inputs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, 4)
+
+    def grid(self, shape: tuple[int, ...], dtype: torch.dtype, options: QuantizeOptions = QuantizeOptions()) -> Grid:
+        rows, columns = shape
         if columns % _PER_WORD:
             raise ConfigError(
                 f"{self.name} needs a multiple of {_PER_WORD} inputs; this weight has {columns}.",
                 remedy="Choose int8 or fp8, which take any number.",
             )
-        group = self._group_size(columns, options)
-        grouped = weight.float().view(rows, columns // group, group)
-        # Rounded to the stored type first, so that the values are the best for the scale that is read back.
-        dtype = weight.dtype if weight.dtype in SCALE_DTYPES else torch.float32
-        scale = (grouped.abs().amax(-1) / 7.5).to(dtype)
-        scale = scale.masked_fill(scale == 0, torch.finfo(dtype).eps)
-        values = (grouped / scale.float().unsqueeze(-1)).round().clamp(-8, 7) + 8
-        packed = pack_nibbles(values.to(torch.uint8).view(rows, columns)).view(torch.int32)
-        shape = torch.tensor([rows, columns], dtype=torch.int64)
-        return Quantized({"weight_packed": packed, "weight_scale": scale, "weight_shape": shape}, (1, group))
+        return Grid(
+            shape=(rows, columns),
+            block=(1, _group_size(self.name, columns, options)),
+            strategy="group",
+            dtype=torch.int8,
+            low=-8,
+            high=7,
+            reach=7.5,
+            scale_dtype=dtype if dtype in SCALE_DTYPES else torch.float32,
+        )
 
-    def scheme(self, quantized: Quantized, options: QuantizeOptions) -> Scheme:
+    def encode(self, codes: Codes) -> Encoded:
+        words = pack_nibbles((codes.values + 8).view(torch.uint8)).view(torch.int32)
+        shape = torch.tensor(codes.grid.shape, dtype=torch.int64)
+        return Encoded(codes.grid, {"weight_packed": words, "weight_scale": codes.scale, "weight_shape": shape})
+
+    def pack(self, encoded: Encoded) -> PackedWeight:
+        return self._packed("", encoded.tensors, encoded.grid.shape, encoded.grid.block[1])
+
+    def scheme(self, grid: Grid) -> Scheme:
         arguments = {
             "num_bits": self.bits,
             "type": "int",
             "symmetric": True,
-            "strategy": "group",
-            "group_size": quantized.block[1],
+            "strategy": grid.strategy,
+            "group_size": grid.block[1],
             "dynamic": False,
         }
         return Scheme("pack-quantized", arguments)
 
-    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
-        rows, columns = shape
-        # 2 and 3 bits take the room of 4 in memory: see `amalgam.formats.integers`.
-        values = rows * columns if self.bits == 8 else -(-rows * columns // 2)
-        return values + 2 * rows * (columns // self._group_size(columns, options))
 
-    def _group_size(self, columns: int, options: QuantizeOptions) -> int:
-        if options.scale is not None:
-            raise ConfigError(
-                f"scale {options.scale!r} does not apply to {self.name}.", remedy="Set group_size instead."
-            )
-        # Without a wish: the default, or the largest power of two below it that divides.
-        group = options.group_size or math.gcd(columns, DEFAULT_GROUP_SIZE)
-        if columns % group:
-            fitting = [str(size) for size in (256, 128, 64, 32, 16, 8) if columns % size == 0]
-            raise ConfigError(
-                f"group_size {group} does not divide the {columns} inputs of this weight.",
-                remedy=f"{' and '.join(fitting)} divide it; without a group_size each weight gets the largest power of "
-                f"two up to {DEFAULT_GROUP_SIZE} that divides its inputs.",
-            )
-        return group
+def _group_size(name: str, columns: int, options: QuantizeOptions) -> int:
+    if options.scale is not None:
+        raise ConfigError(f"scale {options.scale!r} does not apply to {name}.", remedy="Set group_size instead.")
+    # Without a wish: the default, or the largest power of two below it that divides.
+    group = options.group_size or math.gcd(columns, DEFAULT_GROUP_SIZE)
+    if columns % group:
+        fitting = [str(size) for size in (256, 128, 64, 32, 16, 8) if columns % size == 0]
+        raise ConfigError(
+            f"group_size {group} does not divide the {columns} inputs of this weight.",
+            remedy=f"{' and '.join(fitting)} divide it; without a group_size each weight gets the largest power of "
+            f"two up to {DEFAULT_GROUP_SIZE} that divides its inputs.",
+        )
+    return group
 
 
 def _width(count: int, bits: int) -> int:
@@ -245,4 +253,4 @@ def _bits_by_shape(name: str, packed: TensorPart, shape: Tensor) -> int:
     return fitting[0]
 
 
-FORMATS = (PackedInt("int4", 4), PackedInt("int2", 2), PackedInt("int3", 3), PackedInt("int8-packed", 8))
+FORMATS = (PackedInt4("int4"), PackedInt("int2", 2), PackedInt("int3", 3), PackedInt("int8-packed", 8))

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from amalgam.checkpoint.gguf import BLOCK_TYPES, BlockType
 from amalgam.errors import CheckpointError
-from amalgam.formats.contract import WEIGHT_SUFFIX, ModuleContext, QuantizeOptions, Read, StoredWeight, WeightFormat
+from amalgam.formats.contract import WEIGHT_SUFFIX, ModuleContext, Read, StoredWeight, WeightFormat
 from amalgam.formats.fused import TensorPart
+from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.reference import pack_nibbles, unpack_int4, unpack_scaled8
 

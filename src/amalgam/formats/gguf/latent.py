@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from amalgam.errors import CheckpointError
-from amalgam.formats.contract import ModuleContext, QuantizeOptions, Read, StoredWeight, WeightFormat, get_format
-from amalgam.formats.floating import dense
+from amalgam.formats.contract import ModuleContext, Read, StoredWeight, WeightFormat
 from amalgam.formats.fused import TensorPart
-from amalgam.formats.gguf_blocks import TYPES, GgufFormat
+from amalgam.formats.gguf import blocks, k_quants
+from amalgam.formats.grid import QuantizeOptions
+from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 
 KEY_PART, VALUE_PART = "gguf_k_b", "gguf_v_b"
+_FORMATS = {weight_format.type.name: weight_format for weight_format in (*blocks.FORMATS, *k_quants.FORMATS)}
 
 
 class GgufLatent(WeightFormat):
@@ -64,14 +66,13 @@ class GgufLatent(WeightFormat):
 
 
 def _logical_shape(entry: TensorPart) -> tuple[int, ...]:
-    return entry.shape if entry.encoding is None else TYPES[entry.encoding].logical_shape(entry.shape)
+    return entry.shape if entry.encoding is None else _FORMATS[entry.encoding].type.logical_shape(entry.shape)
 
 
 def _expand(name: str, entry: TensorPart, raw: Tensor) -> Tensor:
     if entry.encoding is None:
         return raw
-    weight_format = get_format(f"gguf_{entry.encoding.lower()}")
-    assert isinstance(weight_format, GgufFormat)
+    weight_format = _FORMATS[entry.encoding]
     weight_format.check_finite(name, entry, raw)
     return weight_format.expand(raw)
 

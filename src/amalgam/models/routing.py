@@ -1,32 +1,19 @@
-"""What a step hands to the decoder besides weights: its sequences, the KV cache, the observer of routing.
+"""What an observer of routing is told beside the routing itself: whose tokens a step's rows are.
 
-In: from the engine's runner. Out: nothing; these are nouns. Always an argument, never a global.
+In: from the engine, to whoever counts. Out: nothing; these are nouns. A request is a number and a label here.
+Must never know: what is counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from amalgam.kernels.step import Observer, StepContext, StepSequence
-
-if TYPE_CHECKING:
-    from amalgam.models.spec import ModelSpec
-
-__all__ = [
-    "KVCache",
-    "RoutingObserver",
-    "RoutingTrace",
-    "StepContext",
-    "StepSequence",
-    "TokenSpan",
-]
+from amalgam.kernels.step import Observer
 
 
 class TokenSpan(NamedTuple):
@@ -98,39 +85,3 @@ class RoutingObserver(Observer, Protocol):
 
     def close(self) -> None:
         """No step follows."""
-
-
-class KVCache:
-    """Keys and values of all layers, as slots `[num_blocks × block_size, kv_heads, dim]`."""
-
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], block_size: int) -> None:
-        self.keys = tuple(keys)
-        self.values = tuple(values)
-        self.block_size = block_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.keys[0].device
-
-    @classmethod
-    def allocate(
-        cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
-        """Zeroed storage; on the CPU, pages cost no memory until they are used."""
-        slots = num_blocks * block_size
-
-        def zeros(heads: int, dim: int) -> Tensor:
-            if device.type != "cpu" or not heads * dim:
-                return torch.zeros((slots, heads, dim), dtype=dtype, device=device)
-            # torch.zeros writes every page; numpy asks the system for pages that are zero already.
-            raw = np.zeros(slots * heads * dim * dtype.itemsize, dtype=np.uint8)
-            return torch.from_numpy(raw).view(dtype).view(slots, heads, dim)
-
-        keys = [zeros(heads, key_dim) for heads, key_dim, _ in spec.kv_shapes]
-        values = [zeros(heads, value_dim) for heads, _, value_dim in spec.kv_shapes]
-        return cls(keys, values, block_size)
-
-    @staticmethod
-    def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block over all layers."""
-        return sum(heads * (key + value) for heads, key, value in spec.kv_shapes) * block_size * dtype.itemsize

@@ -1,0 +1,1 @@
+"""What several formats share, none of it a format: integers in groups, kinds of scales."""

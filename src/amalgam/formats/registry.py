@@ -1,0 +1,54 @@
+"""Which formats there are: those of this package and those of other distributions.
+
+In: nothing. Out: `WeightFormat`s. Formats never import this.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
+
+from amalgam import formats
+from amalgam.errors import UnsupportedError
+from amalgam.formats.contract import WeightFormat, WritableFormat
+
+
+@cache
+def all_formats() -> tuple[WeightFormat, ...]:
+    """Every format of `formats/` and of the entry points `amalgam.formats`; modules without one are helpers."""
+    found: list[WeightFormat] = []
+    for module_info in sorted(pkgutil.iter_modules(formats.__path__), key=lambda info: info.name):
+        module = importlib.import_module(f"{formats.__name__}.{module_info.name}")
+        found += getattr(module, "FORMATS", ()) or ([module.FORMAT] if hasattr(module, "FORMAT") else ())
+    found += [entry.load() for entry in entry_points(group="amalgam.formats")]
+    return tuple(found)
+
+
+def get_format(name: str) -> WeightFormat:
+    """The format called `name`.
+
+    Raises:
+        UnsupportedError: there is none; the message lists the names.
+    """
+    for weight_format in all_formats():
+        if weight_format.name == name:
+            return weight_format
+    known = ", ".join(sorted({f.name for f in all_formats()}))
+    raise UnsupportedError(f"Format {name!r} is unknown.", remedy=f"Known formats: {known}.")
+
+
+def writable_format(name: str) -> WritableFormat:
+    """The format called `name`, in which checkpoints can be written.
+
+    Raises:
+        UnsupportedError: there is none, or it is only read; the message lists those that can be made.
+    """
+    known = {f.name: f for f in all_formats()}
+    weight_format = known.get(name)
+    if not isinstance(weight_format, WritableFormat):
+        reason = "is unknown" if weight_format is None else "is read, but cannot be made"
+        writable = ", ".join(sorted(f.name for f in known.values() if isinstance(f, WritableFormat)))
+        raise UnsupportedError(f"Format {name!r} {reason}.", remedy=f"Formats that can be made: {writable}.")
+    return weight_format

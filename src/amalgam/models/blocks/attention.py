@@ -1,0 +1,87 @@
+"""Grouped-query attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from amalgam.kernels.program import Attend, Emitter, Rows
+from amalgam.models.rope import Rope
+from amalgam.models.spec import Slot
+from amalgam.models.weights import BlockWeights
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions.
+
+    A family whose projections differ overrides `slots` and `project`. A slot `sinks` (one logit per head that takes
+    part in the softmax without a value) is used if there is one.
+
+    Attributes:
+        rope: None: the model has positions in its embedding.
+        norm_eps: of the head norms.
+        has_qkv_bias, has_output_bias: whether the projections have biases.
+        has_head_norm: RMSNorm over each query and key head before the rotation (Qwen3).
+        window: a token sees this many positions, itself included; None: all before it.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope | None
+    norm_eps: float = 1e-6
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    has_head_norm: bool = False
+    window: int | None = None
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        return self.num_kv_heads, self.head_dim, self.head_dim
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        widths = {"q": self.num_heads * self.head_dim, "k": self.num_kv_heads * self.head_dim}
+        widths["v"] = widths["k"]
+        for name, width in widths.items():
+            yield Slot(name, (width, hidden_size), "attention")
+            if self.has_qkv_bias:
+                yield Slot(f"{name}_bias", (width,), "bias")
+        yield Slot("o", (hidden_size, widths["q"]), "attention")
+        if self.has_output_bias:
+            yield Slot("o_bias", (hidden_size,), "bias")
+        if self.has_head_norm:
+            yield Slot("q_norm", (self.head_dim,), "norm")
+            yield Slot("k_norm", (self.head_dim,), "norm")
+
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        query, key, value = self.project(step, x, weights)
+        attended = step.rows("attended", self.num_heads * self.head_dim)
+        step.add(
+            Attend(
+                query,
+                key,
+                value,
+                attended,
+                layer_id=step.layer_id,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                scale=self.head_dim**-0.5,
+                head_norms=(weights["q_norm"].dense, weights["k_norm"].dense) if self.has_head_norm else None,
+                head_norm_eps=self.norm_eps,
+                rope=step.rope(self.rope),
+                window=self.window,
+                sinks=weights.vector("sinks"),
+            )
+        )
+        (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))
+        return delta
+
+    def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
+        """Where the queries, `num_heads × head_dim` columns, and the keys and values of the kv heads will be."""
+        names = ("q", "query"), ("k", "key"), ("v", "value")
+        query, key, value = step.project(
+            x, *((weights[name], weights.vector(f"{name}_bias"), buffer) for name, buffer in names)
+        )
+        return query, key, value

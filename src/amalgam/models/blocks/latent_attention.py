@@ -1,0 +1,97 @@
+"""Multi-head latent attention (DeepSeek-AI 2024, "DeepSeek-V2: A Strong, Economical, and Efficient
+Mixture-of-Experts Language Model")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from amalgam.kernels.program import AttendLatent, Emitter, Normalize, Rows
+from amalgam.models.rope import Rope
+from amalgam.models.spec import Slot
+from amalgam.models.weights import BlockWeights
+
+_LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps says
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention: keys and values of all heads are projections of one short vector per token.
+
+    Only that latent vector and one rotated key, which all heads share, are cached (section 2.1): with
+    DeepSeek-V3's sizes 576 numbers per token and layer instead of 40960. See `AttendLatent`.
+
+    Attributes:
+        query_rank: the queries' own low rank; None: one full projection.
+        scale: of the scores before the softmax.
+        is_interleaved: rotary pairs are neighbours in the checkpoint, not halves apart.
+    """
+
+    num_heads: int
+    query_rank: int | None
+    latent_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    rope: Rope
+    scale: float
+    is_interleaved: bool
+    has_bias: bool
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        return 1, self.latent_rank + self.rope_dim, 0
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        query_width = self.num_heads * (self.nope_dim + self.rope_dim)
+        if self.query_rank is None:
+            yield Slot("q", (query_width, hidden_size), "attention")
+        else:
+            yield from self._biased("q_a", (self.query_rank, hidden_size))
+            yield Slot("q_a_norm", (self.query_rank,), "norm")
+            yield Slot("q_b", (query_width, self.query_rank), "attention")
+        yield from self._biased("kv_a", (self.latent_rank + self.rope_dim, hidden_size))
+        yield Slot("kv_a_norm", (self.latent_rank,), "norm")
+        yield Slot("kv_b", (self.num_heads * (self.nope_dim + self.value_dim), self.latent_rank), "attention")
+        yield from self._biased("o", (hidden_size, self.num_heads * self.value_dim))
+
+    def _biased(self, name: str, shape: tuple[int, int]) -> Iterator[Slot]:
+        yield Slot(name, shape, "attention")
+        if self.has_bias:
+            yield Slot(f"{name}_bias", shape[:1], "bias")
+
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        expand, rope = weights["kv_b"], step.rope(self.rope)
+        assert rope is not None
+        query = self._emit_query(step, x, weights)
+        (compressed,) = step.project(x, (weights["kv_a"], weights.vector("kv_a_bias"), "compressed"))
+        attended = step.rows("attended", self.num_heads * self.value_dim)
+        step.add(
+            AttendLatent(
+                query,
+                compressed,
+                attended,
+                layer_id=step.layer_id,
+                expand=expand,
+                norm=weights["kv_a_norm"].dense,
+                norm_eps=_LATENT_NORM_EPS,
+                num_heads=self.num_heads,
+                nope_dim=self.nope_dim,
+                rope_dim=self.rope_dim,
+                value_dim=self.value_dim,
+                rope=rope,
+                scale=self.scale,
+                is_interleaved=self.is_interleaved,
+            )
+        )
+        (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))
+        return delta
+
+    def _emit_query(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        if self.query_rank is None:
+            (query,) = step.project(x, (weights["q"], None, "query"))
+            return query
+        (low,) = step.project(x, (weights["q_a"], weights.vector("q_a_bias"), "low_query"))
+        step.add(Normalize(low, weights["q_a_norm"].dense, low, _LATENT_NORM_EPS))
+        (query,) = step.project(low, (weights["q_b"], None, "query"))
+        return query

@@ -1,0 +1,137 @@
+"""Mixtures of experts, and the routers that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from amalgam.kernels.packed import SWIGLU, Activation
+from amalgam.kernels.program import Add, Emitter, Mix, Project, Projection, Route, Rows, ScaleBySigmoid
+from amalgam.models.blocks.mlp import emit_swiglu, gated_slots
+from amalgam.models.spec import Slot
+from amalgam.models.weights import BlockWeights
+
+
+class Router(Protocol):
+    """Chooses each token's experts: a frozen dataclass of its sizes. Works in float32 throughout, since which expert
+    a token goes to must not hang on a rounding."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def num_active_experts(self) -> int: ...
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]: ...
+
+    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
+        """The instruction that does it."""
+
+
+@dataclass(frozen=True)
+class SoftmaxRouter:
+    """Probabilities over all experts, the top k kept (Shazeer et al. 2017; Fedus et al. 2022).
+
+    `normalises` divides them by their sum, to which `sum_eps` is added.
+    """
+
+    num_experts: int
+    num_active_experts: int
+    normalises: bool
+    sum_eps: float = 0.0
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        yield Slot("router", (self.num_experts, hidden_size), "router")
+
+    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
+        router, k = weights["router"], self.num_active_experts
+        return Route(x, router, layer_id, k, normalises=self.normalises, sum_eps=self.sum_eps)
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Experts in groups of equal size, of which a token may use the experts of the best `num_kept` only."""
+
+    num_groups: int
+    num_kept: int
+
+
+@dataclass(frozen=True)
+class CorrectedRouter:
+    """Sigmoid scores; a bias per expert that balances their load takes part in the choice, but not in the weights.
+
+    Groups score by the sum of their two largest corrected scores.
+    """
+
+    num_experts: int
+    num_active_experts: int
+    groups: ExpertGroups
+    normalises: bool
+    scaling: float
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        yield Slot("router", (self.num_experts, hidden_size), "router")
+        yield Slot("router_correction", (self.num_experts,), "router")
+
+    def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
+        return Route(
+            x,
+            weights["router"],
+            layer_id,
+            self.num_active_experts,
+            scoring="sigmoid",
+            correction=weights["router_correction"].dense,
+            num_groups=self.groups.num_groups,
+            num_kept=self.groups.num_kept,
+            normalises=self.normalises,
+            sum_eps=1e-20,
+            scaling=self.scaling,
+        )
+
+
+@dataclass(frozen=True)
+class SparseMoe:
+    """Mixture of gated experts, perhaps beside shared ones that every token passes.
+
+    Attributes:
+        shared_size: width of the shared experts, which are one SwiGLU MLP; 0: none.
+        has_shared_gate: the shared experts' output is multiplied by a sigmoid of a projection of x (Qwen2-MoE).
+    """
+
+    router: Router
+    intermediate_size: int
+    activation: Activation = SWIGLU
+    has_bias: bool = False
+    shared_size: int = 0
+    has_shared_gate: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.num_experts
+
+    @property
+    def num_active_experts(self) -> int:
+        return self.router.num_active_experts
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        yield from self.router.slots(hidden_size)
+        for expert_id in range(self.num_experts):
+            prefix = f"experts.{expert_id}."
+            yield from gated_slots(prefix, hidden_size, self.intermediate_size, "expert", has_bias=self.has_bias)
+        if self.shared_size:
+            yield from gated_slots("shared.", hidden_size, self.shared_size, "shared_expert")
+        if self.has_shared_gate:
+            yield Slot("shared_gate", (1, hidden_size), "router")
+
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        delta = step.rows("delta", x.width)
+        step.add(self.router.route(x, weights, step.layer_id), Mix(x, weights.experts, delta, self.activation))
+        if self.shared_size:
+            shared = emit_swiglu(step, x, weights, "shared.", "shared")
+            if self.has_shared_gate:
+                gate = step.rows("shared_gate", 1, is_wide=True)
+                step.add(Project(x, (Projection(weights["shared_gate"], None, gate),), widens=True))
+                step.add(ScaleBySigmoid(shared, gate))
+            step.add(Add(delta, shared))
+        return delta

@@ -1,0 +1,115 @@
+"""Attention of Llama's and DeepSeek's relatives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from amalgam.models.blocks.attention import Attention
+from amalgam.models.blocks.latent_attention import LatentAttention
+from amalgam.models.reading.rope import RopeSettings, read_rope
+from amalgam.models.rope import yarn_scale
+from amalgam.models.spec import ConfigReader
+
+NORM_EPS = 1e-6
+_WINDOW, _FIRST_WINDOW = 4096, 28  # Qwen's defaults, where a key is missing
+
+
+def read_attention(
+    config: ConfigReader,
+    *,
+    default_theta: float = 10000.0,
+    default_head_dim: int | None = None,
+    default_kv_heads: int | None = None,
+    default_eps: float = NORM_EPS,
+    default_rotary: float = 1.0,
+    has_bias: bool = False,
+) -> Attention:
+    """The attention that Llama's relatives share; a family changes what differs with `dataclasses.replace`.
+
+    Args:
+        default_kv_heads: where the key is missing; None: as many as there are heads, which null means everywhere.
+        default_rotary: share of a head that turns. Classes with a default of 1 do not look at `partial_rotary_factor`.
+    """
+    heads = config.int("num_attention_heads")
+    kv_heads = config.int(
+        "num_key_value_heads",
+        default=heads if default_kv_heads is None or config.is_null("num_key_value_heads") else default_kv_heads,
+    )
+    head_dim = config.int("head_dim", default=default_head_dim or max(1, config.int("hidden_size") // heads))
+    if heads % kv_heads:
+        config.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {heads}")
+    return Attention(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=read_rope(config, head_dim, default_theta, default_rotary),
+        norm_eps=config.float("rms_norm_eps", default=default_eps, low=0),
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+    )
+
+
+def read_normed_attention(
+    config: ConfigReader, default_head_dim: int | None = None, default_kv_heads: int | None = None
+) -> Attention:
+    """Attention with a norm on every query and key head, without a window: Qwen3's, dense and mixture alike."""
+    has_bias = config.bool("attention_bias", default=False)
+    common = read_attention(
+        config, has_bias=has_bias, default_head_dim=default_head_dim, default_kv_heads=default_kv_heads
+    )
+    return replace(common, has_head_norm=True)
+
+
+def read_window(config: ConfigReader, default: int | None = None) -> int | None:
+    """`sliding_window` of all layers; null means none."""
+    if config.is_null("sliding_window") or config.get("sliding_window", default=default) is None:
+        return None
+    return config.int("sliding_window", default=default)
+
+
+def read_used_window(config: ConfigReader) -> int | None:
+    """`sliding_window` if `use_sliding_window` says so; null means none."""
+    return read_window(config, default=_WINDOW) if config.bool("use_sliding_window", default=False) else None
+
+
+def by_layer_type(
+    config: ConfigReader, attention: Attention, window: int | None, default_types: list[str]
+) -> tuple[Attention, ...]:
+    """One attention per layer, as `layer_types` says: full, or with a window if there is one."""
+    types = config.get("layer_types", default=default_types)
+    known = {"full_attention": attention}
+    if window is not None:
+        known["sliding_attention"] = replace(attention, window=window)
+    if not isinstance(types, list) or len(types) != len(default_types) or not all(kind in known for kind in types):
+        config.refuse("layer_types", types, f"{len(default_types)} of {', '.join(known)}")
+    return tuple(known[kind] for kind in types)
+
+
+def windowed(config: ConfigReader, attention: Attention) -> tuple[Attention, ...]:
+    """One attention per layer: `layer_types` decides, else windows from layer `max_window_layers` on."""
+    window = read_used_window(config)
+    num_layers, first = config.int("num_hidden_layers"), config.int("max_window_layers", default=_FIRST_WINDOW, low=0)
+    types = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(num_layers)]
+    return by_layer_type(config, attention, window, types)
+
+
+def read_latent_attention(config: ConfigReader, *, is_interleaved: bool) -> LatentAttention:
+    """Latent attention as DeepSeek-V2 and V3 configure it. `head_dim` means something else there and is not read."""
+    heads = config.int("num_attention_heads")
+    config.expect("num_key_value_heads", heads)
+    nope_dim, rope_dim = config.int("qk_nope_head_dim", default=128), config.int("qk_rope_head_dim", default=64)
+    settings = RopeSettings(config)
+    sharpening = settings.optional("mscale_all_dim")
+    magnitude = 1.0 if sharpening is None else yarn_scale(settings.number("factor"), sharpening)
+    return LatentAttention(
+        num_heads=heads,
+        query_rank=None if config.is_null("q_lora_rank") else config.int("q_lora_rank", default=1536),
+        latent_rank=config.int("kv_lora_rank", default=512),
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        value_dim=config.int("v_head_dim", default=128),
+        rope=read_rope(config, rope_dim),
+        scale=(nope_dim + rope_dim) ** -0.5 * magnitude**2,
+        is_interleaved=is_interleaved,
+        has_bias=config.bool("attention_bias", default=False),
+    )
