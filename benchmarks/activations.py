@@ -71,7 +71,7 @@ def log_probabilities(folder: Path, texts: list[list[int]], arithmetic: dict[str
     inference = InferenceSettings(**arithmetic)
     mixed = MixedPrecisionSettings(sources={"other": str(folder)}, default_source="other")
     loader = ModelLoader(ModelSettings(base_path=str(DEMO), mixed_precision=mixed), inference, CPU, threads=2)
-    version = loader.build(loader.make_plan(), 1).version
+    version = loader.build(loader.plan(), 1).version
     dtype: torch.dtype = getattr(torch, inference.dtype)
     longest = max(map(len, texts))
     decoder = Decoder(loader.spec, longest, dtype, CPU)

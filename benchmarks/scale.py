@@ -119,9 +119,9 @@ def measure_composition(root: Path) -> dict[str, Any]:
     loader = ModelLoader(
         ModelSettings(base_path=str(root / "bf16"), mixed_precision=mixed), InferenceSettings(), torch.device("cpu"), 2
     )
-    plan = loader.make_plan()
+    loader.choose()
     marks.append(time.monotonic())
-    planned = loader.check(plan)
+    planned = loader.plan()
     marks.append(time.monotonic())
     document = plan_manifest(planned)
     marks.append(time.monotonic())
@@ -153,7 +153,7 @@ def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
     for _ in range(rounds + 1):  # the first fills the page cache
         loader = ModelLoader(ModelSettings(base_path=str(folder)), InferenceSettings(), torch.device("cpu"), threads)
         with progress_bar() as progress:
-            loaded = loader.build(loader.make_plan(), 1, progress=progress)
+            loaded = loader.build(loader.plan(), 1, progress=progress)
         assert len(loaded.version.origins) == len(spec.slots)
         seconds["load"].append(loaded.seconds * len(block) / size)
         del loaded

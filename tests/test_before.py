@@ -15,7 +15,8 @@ import yaml
 from amalgam.checkpoint import shards, store
 from amalgam.checkpoint.packed_file import PackedFile
 from amalgam.checkpoint.shards import Identity
-from amalgam.composition import loader, packed_cache
+from amalgam.composition import packed_cache, planned
+from amalgam.composition.loader import ModelLoader
 from amalgam.composition.source import Source
 from amalgam.config.settings import (
     InferenceSettings,
@@ -88,8 +89,8 @@ def build(cache: str) -> WeightVersion:
         sources={name: str(BEFORE / "model" / name) for name in MAPPING.values()}, weight_mapping=MAPPING
     )
     model = ModelSettings(base_path=str(BEFORE / "model/base"), mixed_precision=mixed)
-    opened = loader.ModelLoader(model, InferenceSettings(packed_cache=cache), CPU, 1)
-    return opened.build(opened.make_plan(), 1).version
+    opened = ModelLoader(model, InferenceSettings(packed_cache=cache), CPU, 1)
+    return opened.build(opened.plan(), 1).version
 
 
 @pytest.mark.skipif(
@@ -115,7 +116,7 @@ def test_the_packed_cache_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     for module in (shards, store, packed_cache):
         monkeypatch.setattr(module, "identify", identify)
-    monkeypatch.setattr(loader, "key_of", lambda *parts: packed_cache.key_of(*map(AsItLay, parts)))
+    monkeypatch.setattr(planned, "key_of", lambda *parts: packed_cache.key_of(*map(AsItLay, parts)))
     monkeypatch.setattr(packed_cache, "__version__", indices[0]["made_by"]["amalgam"])
     monkeypatch.setattr(Source, "load", counted)
     found = build(str(cache))

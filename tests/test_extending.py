@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from amalgam import LLM, SamplingParams
-from amalgam.composition import source
+from amalgam.composition import recognition
 from amalgam.config.settings import load_settings
 from amalgam.formats import registry as formats
 from amalgam.models import registry as families
@@ -47,7 +47,7 @@ def installed(extension: dict[str, types.ModuleType], monkeypatch: pytest.Monkey
         "amalgam.formats": [EntryPoint(extension["halves"].FORMAT)],
         "amalgam.families": [EntryPoint(extension["tiny_llama"].FAMILY)],
     }
-    caches = (formats.all_formats, families.all_families, source._companions, source.fitting)
+    caches = (formats.all_formats, families.all_families, recognition._companions, recognition.fitting)
     for module in (formats, families):
         monkeypatch.setattr(module, "entry_points", lambda group: found[group])
     for cached in caches:

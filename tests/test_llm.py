@@ -167,10 +167,9 @@ if sys.argv[1] == "write":
 else:
     model = ModelSettings(base_path=str(folder))
     loader = ModelLoader(model, InferenceSettings(), torch.device("cpu"), threads=2)
-    plan = loader.make_plan()
-    loader.check(plan)
+    planned = loader.plan()
     before = peak_memory_bytes()
-    version = loader.build(plan, 1).version
+    version = loader.build(planned, 1).version
     largest = max(version[slot].nbytes for slot in version.origins)
     print(peak_memory_bytes() - before, version.nbytes, largest)
 """

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import subprocess
 import sys
 import tomllib
 from functools import cache
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -39,6 +42,25 @@ def imported_names(node: ast.AST) -> list[str]:
     return []
 
 
+def imports_between_modules() -> dict[str, set[str]]:
+    """Module → those that it imports: at its top, in functions and for types alike."""
+    names = {}
+    for path in [*MODULES, *PACKAGE.glob("*.pyi")]:  # the extension has a stub only
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        imported = [each for node in nodes(path) for each in imported_names(node)]
+        graph[name] = {each if each in names else each.rpartition(".")[0] for each in imported} & names.keys() - {name}
+    return graph
+
+
+def siblings(package: str, graph: dict[str, set[str]], attributes: tuple[str, ...]) -> set[str]:
+    """The modules of a package that export one of these."""
+    modules = [name for name in graph if name.rpartition(".")[0] == package]
+    return {name for name in modules if any(hasattr(importlib.import_module(name), each) for each in attributes)}
+
+
 def pinned(file: str) -> dict[str, Requirement]:
     lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
     parsed = [Requirement(line) for line in lines if line and not line.startswith("-")]
@@ -57,6 +79,39 @@ def test_what_the_source_archive_leaves_out_is_none_of_the_package() -> None:
     patterns = settings["sdist"]["exclude"]
     names = {part for path in PACKAGE.rglob("*") for part in path.relative_to(ROOT).parts}
     assert patterns and not names & {pattern.strip("/") for pattern in patterns if not pattern.startswith("/")}
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    """Raises CycleError, which names a circle."""
+    TopologicalSorter(imports_between_modules()).prepare()
+
+
+@pytest.mark.parametrize(
+    ("package", "attributes", "helpers"),
+    [
+        ("amalgam.models.families", ("FAMILY",), set()),
+        ("amalgam.formats", ("FORMAT", "FORMATS"), {"contract", "registry", "grid", "fused", "common", "declared"}),
+    ],
+)
+def test_no_format_and_no_family_imports_another(package: str, attributes: tuple[str, ...], helpers: set[str]) -> None:
+    graph = imports_between_modules()
+    found = siblings(package, graph, attributes)
+    others = {name for name in graph if name.rpartition(".")[0] == package} - found
+    assert {name.rpartition(".")[2] for name in others} == helpers
+    for name in found:
+        inside = {each for each in graph if f"{each}.".startswith(f"{name}.")}
+        imported = set().union(*(graph[each] for each in inside))
+        other_ones = {other for other in found - {name} if any(f"{each}.".startswith(f"{other}.") for each in imported)}
+        assert other_ones == set(), name
+
+
+def test_scheduling_and_settings_do_without_torch() -> None:
+    program = """
+import sys
+import amalgam.engine.request, amalgam.engine.blocks, amalgam.engine.scheduler, amalgam.config.settings, amalgam.errors
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_only_config_reads_the_environment() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amalgam.base.files import replace_file
-from amalgam.composition.loader import Progress
+from amalgam.composition.progress import Progress
 from amalgam.config.settings import Settings, load_settings
 from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
 from amalgam.errors import AmalgamError, ConfigError

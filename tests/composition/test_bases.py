@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.gauges import axes_of
-from amalgam.composition.plan import Plan
+from amalgam.composition.rules import Choices
 from amalgam.config.settings import Rule
 from amalgam.errors import PlanError
 from amalgam.models.families import deepseek_v2, llama, phimoe, qwen2, qwen3_moe
@@ -282,8 +282,8 @@ def following(base: Path, part: Sequence[str], advice: str, source: str) -> dict
     """A plan that takes a part from the other checkpoint, but what the advice names from one source."""
     store = TensorStore.open(base)
     patterns = re.split(r", (?![^{]*\})", advice)
-    taken = Plan(store, [Rule(pattern=pattern, source="other") for pattern in part], "base")
-    advised = Plan(store, [Rule(pattern=pattern, source=source) for pattern in patterns], "")
+    taken = Choices(store, [Rule(pattern=pattern, source="other") for pattern in part], "base")
+    advised = Choices(store, [Rule(pattern=pattern, source=source) for pattern in patterns], "")
     return {name: advised[name].source or taken[name].source for name in store}
 
 

@@ -61,7 +61,7 @@ def build(base: Path, *rules: tuple[str, str], **sources: Path) -> WeightVersion
         rules=tuple(Rule(pattern=pattern, source=source) for pattern, source in rules),
     )
     loader = ModelLoader(ModelSettings(base_path=str(base), mixed_precision=mixed), InferenceSettings(), CPU, 2)
-    return loader.build(loader.make_plan(), 1).version
+    return loader.build(loader.plan(), 1).version
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,10 @@ def test_a_source_that_is_not_used_is_not_opened(tiny: Path) -> None:
 
 def test_a_shard_that_vanishes_while_loading_leaves_nothing_behind(copy: Path) -> None:
     loader = ModelLoader(ModelSettings(base_path=str(copy)), InferenceSettings(), CPU, 2)
-    plan = loader.make_plan()
-    loader.check(plan)
+    planned = loader.plan()
     (copy / "model.safetensors").write_bytes(b"changed")
     with raises(CheckpointError, copy / "model.safetensors"):
-        loader.build(plan, 1)
+        loader.build(planned, 1)
 
 
 def test_a_bin_checkpoint_gives_the_same_model(tiny: Path, tmp_path: Path) -> None:
@@ -248,10 +247,10 @@ def test_a_declaration_that_changed_makes_other_weights(tmp_path: Path) -> None:
     change_config(tmp_path, quantization_config=declared)
     settings = InferenceSettings(packed_cache=str(tmp_path / "cache"))
     loader = ModelLoader(ModelSettings(base_path=str(tmp_path)), settings, CPU, 2)
-    first = loader.build(loader.make_plan(), 1).version
+    first = loader.build(loader.plan(), 1).version
     change_config(tmp_path, quantization_config={**declared, "weight_scale_semantics": "inverse"})
     loader = loader.reopen()
-    second = loader.build(loader.make_plan(), 2, first).version
+    second = loader.build(loader.plan(), 2, first).version
     slot = "layers.0.attention.q"  # scales of 2
     assert torch.equal(first[slot].dequantize(), 4 * second[slot].dequantize())
     assert first.fingerprint != second.fingerprint

@@ -18,9 +18,9 @@ from amalgam.config.settings import load_settings
 def test_it_names_the_version_and_digests_its_bytes(demo_config: Path) -> None:
     settings = load_settings(demo_config, environ={})
     loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), 2)
-    plan = loader.make_plan()
-    document = plan_manifest(loader.check(plan), digest_threads=2)
-    assert document["fingerprint"] == loader.build(plan, 1).version.fingerprint
+    planned = loader.plan()
+    document = plan_manifest(planned, digest_threads=2)
+    assert document["fingerprint"] == loader.build(planned, 1).version.fingerprint
     assert len(document["weights"]) == 344
     formats = {weight["format"] for weight in document["weights"]}
     assert formats == {"bf16", "fp8", "int4"}

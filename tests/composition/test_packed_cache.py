@@ -95,7 +95,7 @@ def loader(folders: Path, cache: Path | None, mapping: dict[str, str] | None = N
 
 def build(folders: Path, cache: Path | None, **arguments: Any) -> WeightVersion:
     opened = loader(folders, cache, **arguments)
-    return opened.build(opened.make_plan(), 1).version
+    return opened.build(opened.plan(), 1).version
 
 
 def assert_same(found: WeightVersion, expected: WeightVersion) -> None:
@@ -282,9 +282,9 @@ def test_coded_and_plain_bf16_are_kept_apart(folders: Path, cache: Path, loads: 
 
 def test_what_a_weight_takes_is_known_before_it_is_loaded(folders: Path) -> None:
     opened = loader(folders, None)
-    plan = opened.make_plan()
-    version = opened.build(plan, 1).version
-    for weight in opened.check(plan):
+    planned = opened.plan()
+    version = opened.build(planned, 1).version
+    for weight in planned:
         found = version[weight.slot.name]
         padding = 16 * 2 * weight.slot.shape[-1] if found.layout.startswith("panels_") else 0
         if found.layout == "panels_bf16_coded":
@@ -425,13 +425,13 @@ def test_what_others_keep_in_the_folder_stays(folders: Path, cache: Path) -> Non
 
 def test_a_remap_fills_the_cache_and_uses_it(folders: Path, cache: Path, loads: list[str]) -> None:
     opened = loader(folders, cache, {})
-    first = opened.build(opened.make_plan(), 1).version
+    first = opened.build(opened.plan(), 1).version
     other = loader(folders, cache)
-    remapped = opened.build(other.make_plan(), 2, first)
+    remapped = opened.build(other.plan(), 2, first)
     assert remapped.num_loaded and remapped.version.mapped_bytes == remapped.version.nbytes
     loads.clear()
     assert_same(build(folders, cache), remapped.version)
-    again = opened.build(other.make_plan(), 3, first)
+    again = opened.build(other.plan(), 3, first)
     assert loads == [] and again.num_loaded == remapped.num_loaded
     assert_same(again.version, remapped.version)
 
@@ -445,7 +445,7 @@ def test_of_writers_at_the_same_time_one_writes_and_the_others_wait(
 
     def start() -> None:
         opened = loader(folders, cache)
-        found.append(opened.build(opened.make_plan(), 1))
+        found.append(opened.build(opened.plan(), 1))
 
     threads = [threading.Thread(target=start) for _ in range(4)]
     for thread in threads:
@@ -465,7 +465,7 @@ def test_two_sources_may_be_one_folder(folders: Path, cache: Path) -> None:
     model = ModelSettings(base_path=str(folders / "bf16"), mixed_precision=mixed)
     for folder in ("", str(cache)):
         opened = ModelLoader(model, InferenceSettings(packed_cache=folder), CPU, 2)
-        version = opened.build(opened.make_plan(), 1).version
+        version = opened.build(opened.plan(), 1).version
     assert version.mapped_bytes == version.nbytes
 
 
@@ -516,7 +516,7 @@ def test_a_failed_load_leaves_nothing_behind(folders: Path, cache: Path) -> None
         os.utime(folders / "int4" / "model.safetensors", ns=(1, 1))
 
     with raises(CheckpointError, folders / "int4" / "model.safetensors"):
-        opened.build(opened.make_plan(), 1, progress=change)
+        opened.build(opened.plan(), 1, progress=change)
     assert list(cache.iterdir()) == []
 
 

@@ -31,7 +31,7 @@ def load_model(
     """Decoder and first weight version of a checkpoint folder."""
     model = ModelSettings(base_path=str(folder), mixed_precision=mixed or MixedPrecisionSettings())
     loader = ModelLoader(model, InferenceSettings(), CPU, threads=1)
-    version = loader.build(loader.make_plan(), 1).version
+    version = loader.build(loader.plan(), 1).version
     return Decoder(loader.spec, max_positions, dtype, CPU), version
 
 

@@ -382,13 +382,13 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
     page.wait("return document.querySelector('#stage-kept').textContent.includes('a restart forgets it')")
     saved = tmp_path / "saved.yaml"
     saved.write_bytes(httpx.get(page.run("return document.querySelector('#stage-save').href")).content)
-    [plan] = [
-        ModelLoader(s.model, s.inference, torch.device("cpu"), 1).make_plan() for s in [load_settings(saved, {}, {})]
+    [choices] = [
+        ModelLoader(s.model, s.inference, torch.device("cpu"), 1).choose() for s in [load_settings(saved, {}, {})]
     ]
     names = httpx.get(demo_url + "/experts/precision_map").json()["names"]
     for row, sources_of_row in zip(names, sources, strict=True):
         for expert, sources_of_expert in zip(row, sources_of_row, strict=True):
-            assert [plan[name].source for name in expert] == sources_of_expert
+            assert [choices[name].source for name in expert] == sources_of_expert
 
     page.click("#stage-undo")
     page.wait("return document.querySelector('#stage-outcome').textContent.includes('6 weights changed back')")

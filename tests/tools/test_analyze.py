@@ -17,7 +17,7 @@ import torch
 from amalgam.checkpoint import TensorStore, write_checkpoint
 from amalgam.cli import main
 from amalgam.composition.loader import ModelLoader
-from amalgam.composition.plan import compile_pattern
+from amalgam.composition.patterns import compile_pattern
 from amalgam.config.settings import load_settings
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.models.families import mixtral, qwen3_moe
@@ -290,7 +290,7 @@ def test_an_exported_configuration_is_planned_and_checked_as_it_stands(tiny: Pat
     assert any(note.startswith("attention: bf16 is what the base checkpoint holds") for note in written.notes)
     ensure_derived(load_settings(out, environ={}))
     loader = loader_of(out)
-    planned = loader.check(loader.make_plan())
+    planned = loader.plan()
     formats: dict[str, set[str]] = {}
     for weight in planned:
         formats.setdefault(weight.slot.role, set()).add(weight.stored.format.name)
@@ -338,7 +338,7 @@ def test_what_would_match_nothing_is_left_out_and_said(tmp_path: Path) -> None:
     assert "tied" in next(note for note in written.notes if note.startswith("head"))
     mixed = load_settings(written.file, environ={}).model.mixed_precision
     assert (mixed.sources, mixed.weight_mapping) == ({}, {})
-    loader_of(written.file).make_plan()
+    loader_of(written.file).choose()
     assert "# mlp: the model has no dense MLP layers" in written.file.read_text()
 
 
@@ -451,7 +451,7 @@ def test_the_older_name_of_the_command_works_as_written(tmp_path: Path) -> None:
     assert "no dense MLP layers" in done.stdout
     mixed = load_settings(tmp_path / "OUT.yaml", environ={}).model.mixed_precision
     assert mixed.weight_mapping == {"model.layers.*.self_attn.*": "fp16", "model.layers.*.mlp.experts.*": "int4"}
-    loader_of(tmp_path / "OUT.yaml").make_plan()
+    loader_of(tmp_path / "OUT.yaml").choose()
 
 
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

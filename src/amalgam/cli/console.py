@@ -21,7 +21,7 @@ from rich.text import Text
 from amalgam.base.escaping import harmless, one_line
 
 if TYPE_CHECKING:
-    from amalgam.composition.loader import Progress as ProgressCallback
+    from amalgam.composition.progress import Progress as ProgressCallback
 
 _UNLIMITED = 1_000_000
 

@@ -24,7 +24,7 @@ from amalgam.errors import CheckpointError, ConfigError, RequestError, Unavailab
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from amalgam.composition.loader import Progress
+    from amalgam.composition.progress import Progress
     from amalgam.experts.saved import SavedSet
 
 _REFRESH_SECONDS = 2.0

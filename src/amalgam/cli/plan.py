@@ -39,11 +39,10 @@ def command(
     with progress_bar() as progress:
         ensure_derived(settings, progress)
     loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), settings.engine.load_threads)
-    plan = loader.make_plan()
     if explain is not None:
-        _explain(plan.explain(explain), as_json)
+        _explain(loader.choose().explain(explain), as_json)
         return
-    planned = loader.check(plan)
+    planned = loader.plan()
     if show_manifest:
         from amalgam.cli.console import print_json
         from amalgam.composition.manifest import plan_manifest

@@ -18,7 +18,7 @@ from amalgam.config.settings import Settings
 from amalgam.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from amalgam.composition.loader import Progress
+    from amalgam.composition.progress import Progress
     from amalgam.runtime.deployment import Deployment
 
 

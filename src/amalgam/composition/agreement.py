@@ -17,41 +17,31 @@ What only one of two sources has cannot be compared; a source of experts alone i
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from amalgam.composition.gauges import RESIDUAL, Axes, axes_of
 from amalgam.composition.likeness import SAME, UNTOLD, Axis, Likeness, compare
+from amalgam.composition.patterns import patterns_of
+from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.rounding import rounding_of
-from amalgam.errors import CheckpointError, PlanError
-from amalgam.formats.fused import lines_of
-
-if TYPE_CHECKING:
-    from amalgam.composition.loader import PlannedWeight
-    from amalgam.composition.source import Source
-    from amalgam.formats.contract import StoredWeight
-    from amalgam.models.spec import Slot
+from amalgam.composition.samples import name_hash, sample
+from amalgam.composition.source import Source
+from amalgam.errors import PlanError
+from amalgam.formats.contract import StoredWeight
 
 # Vectors are stored as they are or cast to 16 bits, which moves them by less than half of a hundredth.
 _VECTOR_TOLERANCE = 0.01
-# Of a wide weight that is compared: runs of rows, which most formats have apart, and about so many values.
-_RUN, _NUM_VALUES = 8, 2**16
-_LEAST_RUNS = {"embedding": 8, "head": 8, "attention": 4}
-_MAX_COLUMNS = 1024  # of a router, whose rows are all compared
 # In all layers together: experts that are put together from both sources, others, and other weights that no gauge asks
 # for. A tool that moved something moved it in more than a few places.
 _MIXED_EXPERTS, _WHOLE_EXPERTS, _OTHERS = 192, 4, 4
 _EXPERTS_OF_LAYER = 2  # that stand for a norm or a router that one of two sources lacks
-_CHUNK_BYTES, _CHUNK_ROWS = 2**22, 1024  # of a head that is compared as a whole
-_MAX_NAMED = 12
 _EXPERT = re.compile(r"(layers\.\d+\.mlp)\.experts\.\d+(?=\.)")
 
 
@@ -67,74 +57,6 @@ def check_agreement(planned: Sequence[PlannedWeight]) -> None:
     origins = _Origins(planned)
     for one, other in combinations(sources.values(), 2):
         _Pair(one, other, origins).check()
-
-
-def check_tied_head(source: Source, embedding: str, head: str, *, may_be_rounded: bool) -> None:
-    """Compare a head that a tied checkpoint stores nevertheless with its embedding, all of it.
-
-    Args:
-        may_be_rounded: the two may be one matrix in two precisions, as GGUF files have them.
-
-    Raises:
-        CheckpointError: they differ: either the head is one of its own and the config wrong, or the head is left over.
-    """
-    found = [source.weights[name] for name in (embedding, head) if name in source.weights]
-    if len(found) < 2 or _have_same_values(source, *found):
-        return
-    if may_be_rounded:
-        if _have_same_rounded_values(source, *found):
-            return
-        raise CheckpointError(
-            f"The base checkpoint ties the head to the embedding, but {source.folder} has a {head!r} that differs from "
-            f"its {embedding!r} by more than rounding.",
-            remedy=f"Source {source.name!r} is of another model: take one that was made of the base checkpoint.",
-        )
-    raise CheckpointError(
-        f"{source.config_place} ties the head to the embedding, but {source.folder} has a {head!r} of its own.",
-        remedy="Set tie_word_embeddings to false in config.json if it is to be used, or remove the tensor.",
-    )
-
-
-def _have_same_values(source: Source, one: StoredWeight, other: StoredWeight) -> bool:
-    """Whether two weights are equal: byte by byte, or value by value where both are wide in different types."""
-    if one.shape != other.shape or one.parts.keys() != other.parts.keys():
-        return False
-    if not (one.is_wide and other.is_wide) and one.format.name != other.format.name:
-        return False
-    for role in one.parts:
-        pair = one.parts[role], other.parts[role]
-        if pair[0].shape != pair[1].shape or (pair[0].dtype != pair[1].dtype and not one.is_wide):
-            return False
-        if not pair[0].shape:
-            if not torch.equal(*(source.read(part) for part in pair)):
-                return False
-            continue
-        lines = max(1, _CHUNK_BYTES * pair[0].shape[0] // max(1, pair[0].nbytes))
-        for start in range(0, pair[0].shape[0], lines):
-            stop = min(start + lines, pair[0].shape[0])
-            first, second = (source.read(lines_of(part, start, stop)) for part in pair)
-            if first.dtype == second.dtype:
-                is_same = torch.equal(*(part.contiguous().view(torch.uint8) for part in (first, second)))
-            else:
-                is_same = torch.equal(first.float(), second.float())
-            if not is_same:
-                return False
-            for part in pair:
-                source.release(lines_of(part, start, stop))
-    return True
-
-
-def _have_same_rounded_values(source: Source, one: StoredWeight, other: StoredWeight) -> bool:
-    """Whether two matrices are one, each rounded in its own way."""
-    if one.shape != other.shape:
-        return False
-    for start in range(0, one.shape[0], _CHUNK_ROWS):
-        run = range(start, min(start + _CHUNK_ROWS, one.shape[0]))
-        values = [source.rows(stored, [run]) for stored in (one, other)]
-        rounding = [rounding_of(stored, part) for stored, part in zip((one, other), values, strict=True)]
-        if not compare(*values, *rounding).is_same:
-            return False
-    return True
 
 
 class _Origins:
@@ -286,7 +208,7 @@ class _Pair:
                 mixed[block] = found
             whole += [(block, name) for name, own in sources.items() if own & pair and not pair <= own]
         share = max(2, _MIXED_EXPERTS // max(1, len(mixed)))
-        chosen = [(block, name) for block, names in mixed.items() for name in sorted(names, key=_hash)[:share]]
+        chosen = [(block, name) for block, names in mixed.items() for name in sorted(names, key=name_hash)[:share]]
         generator = torch.Generator().manual_seed(len(whole))
         whole = [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
         chosen += whole[:_WHOLE_EXPERTS]
@@ -316,7 +238,7 @@ class _Pair:
             if self._have_same_bytes(one, other):
                 self._origins.note_equal(weight.choice.name, *self._sources)
                 return SAME
-        parts = [_values(source, s, slot) for source, s in zip(self._sources, (one, other), strict=True)]
+        parts = [sample(source, s, slot) for source, s in zip(self._sources, (one, other), strict=True)]
         rounding = [rounding_of(s, part) for s, part in zip((one, other), parts, strict=True)]
         return compare(*parts, *rounding)
 
@@ -354,7 +276,7 @@ class _Pair:
             lacking = next(
                 (w for w in together for source in self._sources if w.choice.name not in source.weights), None
             )
-            names = _patterns({w.choice.name for w in together}, {w.choice.name for w in self._origins.planned})
+            names = patterns_of({w.choice.name for w in together}, {w.choice.name for w in self._origins.planned})
             remedy = (
                 "Tools such as AWQ and SmoothQuant move factors from one weight into the next, others exchange "
                 f"channels, heads or experts; or these are different models. Take {names} from one source."
@@ -400,10 +322,6 @@ class _Pair:
         return list(found.values())
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
 def _are_close(one: Tensor, other: Tensor) -> bool:
     difference = (one - other).abs() - _VECTOR_TOLERANCE * torch.maximum(one.abs(), other.abs())
     return not bool((difference > 1e-5 * one.abs().max()).any())
@@ -421,76 +339,4 @@ def _block_of(slot: str) -> str:
 
 
 def _some(weights: Iterable[PlannedWeight], count: int) -> list[PlannedWeight]:
-    return sorted(weights, key=lambda weight: _hash(weight.slot.name))[:count]
-
-
-def _runs(slot: Slot) -> list[range]:
-    """Runs of a matrix's rows, by a hash of its name: what is moved at a stride is seen too."""
-    num_rows, num_columns = slot.shape
-    count = max(_NUM_VALUES // num_columns // _RUN, _LEAST_RUNS.get(slot.role, 2))
-    starts = range(0, num_rows, _RUN)
-    if slot.role != "router" and count < len(starts):
-        generator = torch.Generator().manual_seed(int.from_bytes(_hash(slot.name)[:7]))
-        found = torch.randperm(len(starts), generator=generator)[:count].sort().values.tolist()
-        return [range(starts[index], min(starts[index] + _RUN, num_rows)) for index in found]
-    return [range(num_rows)]
-
-
-def _values(source: Source, stored: StoredWeight, slot: Slot) -> Tensor:
-    """Some rows of a weight, float32; of a router all rows, but not all columns."""
-    if slot.is_transposed and stored.is_wide:
-        whole = source.values(stored.name)
-        assert whole is not None
-        return torch.cat([whole.t()[run.start : run.stop] for run in _runs(slot)])
-    values = source.rows(stored, _runs(slot))
-    if slot.role == "router" and values.shape[1] > _MAX_COLUMNS:
-        generator = torch.Generator().manual_seed(int.from_bytes(_hash(slot.name)[:7]))
-        start = int(torch.randint(values.shape[1] - _MAX_COLUMNS, (), generator=generator))
-        values = values[:, start : start + _MAX_COLUMNS]
-    return values
-
-
-def _patterns(names: Set[str], all_names: Set[str]) -> str:
-    """Patterns of rules that match some weights and no others."""
-    wanted, known = _by_layer(names), _by_layer(all_names)
-    patterns = sorted(wanted.pop(("", ""), ()))
-    found: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for (before, layer), below in wanted.items():
-        for pattern in _collapsed(below, known[before, layer]):
-            found[before, pattern].append(layer)
-    for (before, pattern), layers in found.items():
-        is_everywhere = len(layers) == sum(other == before for other, _ in known)
-        patterns.append(f"{before}{'*' if is_everywhere else _numbers(layers)}{pattern}")
-    rest = len(patterns) - _MAX_NAMED
-    return ", ".join(patterns[:_MAX_NAMED]) + (f" and {rest} patterns more of this kind" if rest > 0 else "")
-
-
-def _by_layer(names: Set[str]) -> dict[tuple[str, str], set[str]]:
-    """Names by what stands before the first number and by that number, which is the layer's."""
-    found: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for name in sorted(names):
-        before, layer, rest = ("", "", name)
-        if (match := re.fullmatch(r"(.*?\.)(\d+)(\..+)", name)) is not None:
-            before, layer, rest = match.groups()
-        found[before, layer].add(rest)
-    return found
-
-
-def _collapsed(wanted: Set[str], known: Set[str]) -> list[str]:
-    """Dotted names as patterns: `.*` where all that is known is wanted, numbers that go on alike together."""
-    if wanted == known and len(known) > 1:
-        return [".*"]
-    found: dict[str, list[str]] = defaultdict(list)
-    for first in sorted(
-        {name.split(".")[1] for name in wanted}, key=lambda part: (not part.isdigit(), len(part), part)
-    ):
-        stem = f".{first}"
-        below, beside = ({n[len(stem) :] for n in each if f"{n}.".startswith(f"{stem}.")} for each in (wanted, known))
-        for rest in _collapsed(below, beside) if below != {""} else [""]:
-            found[rest if first.isdigit() else f"{stem}{rest}"].append(first)
-    return [f".{_numbers(firsts)}{rest}" if firsts[0].isdigit() else rest for rest, firsts in found.items()]
-
-
-def _numbers(numbers: Sequence[str]) -> str:
-    """`3`, or `{0,3}`, as the patterns of rules have it."""
-    return numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}"
+    return sorted(weights, key=lambda weight: name_hash(weight.slot.name))[:count]

@@ -16,7 +16,8 @@ import torch
 
 from amalgam.base.collector import collector_paused
 from amalgam.base.threads import map_in_threads
-from amalgam.composition.loader import PlannedWeight, Progress
+from amalgam.composition.planned import PlannedWeight
+from amalgam.composition.progress import Progress
 from amalgam.formats.fused import whole_of
 from amalgam.models.weights import fingerprint, manifest
 

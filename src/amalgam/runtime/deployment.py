@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from amalgam.base.clock import Clock
-from amalgam.composition.loader import LoadedVersion, ModelLoader, Progress
+from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.manifest import plan_manifest
+from amalgam.composition.progress import Progress
 from amalgam.config.settings import Rule, Settings, build_rules
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults, read_model_defaults
@@ -121,8 +122,7 @@ class Deployment:
         device = choose_device(settings.inference.device_map)
         dtype: torch.dtype = getattr(torch, settings.inference.dtype)
         loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
-        plan = loader.make_plan()
-        planned = loader.check(plan)  # before anything that takes longer
+        planned = loader.plan()  # before anything that takes longer
         tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
         tokenizer.check_vocabulary(loader.spec.vocab_size)
         defaults = read_model_defaults(loader.base_folder, loader.base_metadata)
@@ -131,7 +131,7 @@ class Deployment:
         with ExitStack() as on_failure:
             if watcher is not None:
                 on_failure.callback(watcher.close)
-            loaded = loader.build(plan, version_id=1, progress=progress, planned=planned)
+            loaded = loader.build(planned, version_id=1, progress=progress)
             max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
             settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
             decoder = Decoder(loader.spec, max_positions, dtype, device)
@@ -315,7 +315,7 @@ class Deployment:
         if not self._digest.acquire(blocking=False):
             raise ConflictError("Digests are being computed already.", remedy="Try again when they are done.")
         try:
-            planned = loader.check(loader.make_plan(rules))
+            planned = loader.plan(rules)
             return plan_manifest(planned, self.settings.engine.load_threads, self._unless_closing)
         finally:
             self._digest.release()
@@ -354,7 +354,7 @@ class Deployment:
     def _go_live(self, loader: ModelLoader, rules: tuple[Rule, ...]) -> RemapResult:
         started = time.monotonic()
         before = self._version
-        loaded = loader.build(loader.make_plan(rules), before.version_id + 1, before, self._unless_closing)
+        loaded = loader.build(loader.plan(rules), before.version_id + 1, before, self._unless_closing)
         after = loaded.version
         changed = [
             WeightChange(

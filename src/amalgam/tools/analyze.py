@@ -20,8 +20,9 @@ from amalgam.base.collector import collector_paused
 from amalgam.checkpoint import TensorStore, read_json, resolve
 from amalgam.checkpoint.source import is_present
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
-from amalgam.composition.loader import is_surplus_bias
-from amalgam.composition.source import CONFIG_NAME, Source, fitting, group_names, group_parts, reader, recognise
+from amalgam.composition.check import is_surplus_bias
+from amalgam.composition.recognition import fitting, group_names, group_parts, recognise
+from amalgam.composition.source import CONFIG_NAME, Source, reader
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.formats.contract import WEIGHT_SUFFIX
 from amalgam.formats.declared.config import read_declaration

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from amalgam.composition.loader import Progress, codes_bf16
+from amalgam.composition.planned import codes_bf16
+from amalgam.composition.progress import Progress
 from amalgam.config.settings import InferenceSettings, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import peak_memory_bytes

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from amalgam.composition.loader import ModelLoader, PlannedWeight
+from amalgam.composition.loader import ModelLoader
+from amalgam.composition.planned import PlannedWeight
 from amalgam.config.settings import Settings
 from amalgam.engine.memory import available_bytes, resident_bytes
 from amalgam.errors import AmalgamError
@@ -80,7 +81,7 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
-    planned = loader.check(loader.make_plan())
+    planned = loader.plan()
     spec = loader.spec
     seq_length = seq_length or min(settings.inference.max_seq_length, spec.max_positions)
     batch_size = batch_size or settings.inference.max_batch_size

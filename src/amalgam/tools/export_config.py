@@ -17,7 +17,7 @@ from typing import get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from amalgam.composition.plan import compile_pattern
+from amalgam.composition.patterns import compile_pattern
 from amalgam.config.settings import BASE_SOURCE, DerivedSource, SourceName, build_settings
 from amalgam.errors import CheckpointError, ConfigError, describe
 from amalgam.formats.registry import all_formats

@@ -23,7 +23,9 @@ from amalgam.base.files import new_folder
 from amalgam.base.locks import FileLock, clean_up
 from amalgam.checkpoint.source import resolve
 from amalgam.checkpoint.writer import write_checkpoint
-from amalgam.composition.loader import HEAD, Progress, check_leftovers, oriented, waiting_for
+from amalgam.composition.check import HEAD, check_leftovers
+from amalgam.composition.planned import oriented
+from amalgam.composition.progress import Progress, waiting_for
 from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError

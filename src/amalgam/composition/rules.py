@@ -1,11 +1,10 @@
 """Rules → which source each weight comes from, and why.
 
-In: logical weight names and rules (name or pattern → source). Out: a `Plan`.
+In: logical weight names and rules (name or pattern → source). Out: `Choices`.
 Must never know: files, tensors, layers.
 
 Precedence: an exact name wins; then the most specific pattern, the one with the most literal characters; among equals
-the later rule; then the default source. Patterns are shell-like and match whole names: `*` any characters (dots too),
-`?` one character, `[abc]` and `[0-9]` one of them, `{a,b}` alternatives, `{0-15}` whole numbers in a range.
+the later rule; then the default source.
 """
 
 from __future__ import annotations
@@ -15,12 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from amalgam.composition.patterns import compile_pattern, is_exact, specificity
 from amalgam.config.settings import Rule
 from amalgam.errors import PlanError, describe
-
-_WILDCARDS = frozenset("*?[{")
-_MAX_RANGE = 65536
-_MAX_STARS = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Explanation:
         return f"{winner.pattern!r} and {second.pattern!r} have {mine} literal characters each, and it stands later"
 
 
-class Plan(Mapping[str, Choice]):
+class Choices(Mapping[str, Choice]):
     """Logical name → `Choice`, for every weight of a model. Immutable."""
 
     def __init__(self, names: Iterable[str], rules: Sequence[Rule], default_source: str) -> None:
@@ -119,72 +115,6 @@ class Plan(Mapping[str, Choice]):
                     f"Rule {describe(rule.pattern)} matches no weight.",
                     remedy="`amalgam plan` lists the weights' names.",
                 )
-
-
-def is_exact(pattern: str) -> bool:
-    """Whether a pattern is a plain name."""
-    return _WILDCARDS.isdisjoint(pattern)
-
-
-def specificity(pattern: str) -> int:
-    """How many characters of a pattern stand for themselves."""
-    return len(re.sub(r"\*|\?|\[[^\]]*\]|\{[^}]*\}", "", pattern))
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A shell-like pattern as a regular expression for `fullmatch`.
-
-    Raises:
-        PlanError: a bracket or brace is not closed, or a range is empty or too long.
-    """
-    # A run of stars means one star. More than a few would make matching exponential.
-    pattern = re.sub(r"\*+", "*", pattern)
-    if pattern.count("*") > _MAX_STARS:
-        raise PlanError(
-            f"Pattern {describe(pattern)} holds {pattern.count('*')} stars.", remedy="At most 8 are allowed."
-        )
-    parts: list[str] = []
-    position = 0
-    while position < len(pattern):
-        character = pattern[position]
-        if character in "[{":
-            close = pattern.find("]" if character == "[" else "}", position + 1)
-            if close < 0:
-                raise PlanError(f"Pattern {describe(pattern)} does not close its {character!r}.")
-            body = pattern[position + 1 : close]
-            parts.append(_one_of(pattern, body) if character == "[" else _alternatives(pattern, body))
-            position = close + 1
-            continue
-        parts.append({"*": ".*", "?": "."}.get(character) or re.escape(character))
-        position += 1
-    return re.compile("".join(parts), re.DOTALL)
-
-
-def _one_of(pattern: str, body: str) -> str:
-    if not re.fullmatch(r"!?[A-Za-z0-9_.-]+", body):
-        raise PlanError(f"Pattern {describe(pattern)} holds [{body}].", remedy="Allowed: letters, digits, _ . and a-z.")
-    negated, characters = body.startswith("!"), body.removeprefix("!")
-    try:
-        re.compile(f"[{characters}]")
-    except re.error as error:
-        raise PlanError(f"Pattern {describe(pattern)} holds [{body}]: {error}.") from None
-    return f"[{'^' if negated else ''}{characters}]"
-
-
-def _alternatives(pattern: str, body: str) -> str:
-    options: list[str] = []
-    for option in body.split(","):
-        bounds = re.fullmatch(r"(\d{1,9})-(\d{1,9})", option.strip())
-        if bounds is None:
-            options.append(re.escape(option.strip()))
-            continue
-        low, high = int(bounds[1]), int(bounds[2])
-        if not low <= high < low + _MAX_RANGE:
-            raise PlanError(
-                f"Pattern {describe(pattern)} holds the range {option}.", remedy="Give low-high, low first."
-            )
-        options += map(str, range(low, high + 1))
-    return f"(?:{'|'.join(options)})"
 
 
 def _rank(rules: Sequence[Rule]) -> tuple[dict[str, Rule], list[tuple[Rule, re.Pattern[str]]]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from amalgam.composition.plan import Plan, compile_pattern, specificity
+from amalgam.composition.patterns import compile_pattern, specificity
+from amalgam.composition.rules import Choices
 from amalgam.config.settings import Rule
 from amalgam.errors import PlanError
 from tests.errors import raises
@@ -38,16 +39,16 @@ def rules(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
     ],
 )
 def test_which_rule_wins_and_why(given: tuple[tuple[str, str], ...], source: str, why: str) -> None:
-    explanation = Plan(NAMES, rules(*given), "base").explain(EXPERT)
+    explanation = Choices(NAMES, rules(*given), "base").explain(EXPERT)
     assert explanation.choice.source == source
     assert why in explanation.why
     assert [rule.source for rule in explanation.matching][:1] == ([source] if given else [])
 
 
 def test_numbers_match_whole() -> None:
-    plan = Plan(NAMES, rules(("model.layers.*.mlp.experts.1.*", "int4")), "base")
-    assert plan["model.layers.0.mlp.experts.1.up_proj.weight"].source == "int4"
-    assert plan["model.layers.0.mlp.experts.11.up_proj.weight"].source == "base"
+    choices = Choices(NAMES, rules(("model.layers.*.mlp.experts.1.*", "int4")), "base")
+    assert choices["model.layers.0.mlp.experts.1.up_proj.weight"].source == "int4"
+    assert choices["model.layers.0.mlp.experts.11.up_proj.weight"].source == "base"
     assert not compile_pattern("experts.{1-3}").fullmatch("experts.13")
 
 
@@ -75,21 +76,21 @@ def test_specificity_counts_literal_characters() -> None:
 )
 def test_bad_rules_are_refused_by_name(pattern: str, message: str) -> None:
     with pytest.raises(PlanError) as error:
-        Plan(NAMES, rules((pattern, "int4")), "base")
+        Choices(NAMES, rules((pattern, "int4")), "base")
     assert message in str(error.value)
     assert pattern in str(error.value)
 
 
 def test_a_shadowed_rule_is_no_error() -> None:
-    plan = Plan(NAMES, rules(("*.experts.7.*", "int4"), ("model.layers.*.experts.7.*", "fp8")), "base")
-    assert plan[EXPERT].source == "fp8"
+    choices = Choices(NAMES, rules(("*.experts.7.*", "int4"), ("model.layers.*.experts.7.*", "fp8")), "base")
+    assert choices[EXPERT].source == "fp8"
 
 
 def test_unknown_name_is_refused_with_the_nearest() -> None:
     with raises(PlanError, EXPERT):
-        Plan(NAMES, (), "base").explain("model.layers.1.mlp.experts.7.up_proj.weigth")
+        Choices(NAMES, (), "base").explain("model.layers.1.mlp.experts.7.up_proj.weigth")
 
 
 def test_many_stars_are_one_star() -> None:
-    plan = Plan(NAMES, rules(("*" * 40 + "up_proj.weight", "int4")), "base")
-    assert plan[EXPERT].source == "int4"
+    choices = Choices(NAMES, rules(("*" * 40 + "up_proj.weight", "int4")), "base")
+    assert choices[EXPERT].source == "int4"

@@ -1,0 +1,139 @@
+"""A planned weight: a slot with the source that it comes from, found there and checked, ready to be loaded.
+
+In: a slot, a choice and what the source stores. Out: sizes, keys, the provenance, the packed weight. Must never know:
+rules, other weights, requests.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from amalgam.composition.packed_cache import key_of
+from amalgam.composition.rules import Choice
+from amalgam.composition.source import Source
+from amalgam.config.settings import InferenceSettings
+from amalgam.errors import CheckpointError
+from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
+from amalgam.kernels import native, ops, panels
+from amalgam.kernels.layouts import dense
+from amalgam.kernels.packed import PackedWeight, consists_of_rows
+from amalgam.kernels.panels import ActivationType
+from amalgam.models.spec import Slot
+from amalgam.models.weights import Origin, Part
+from amalgam.quantizers.contract import quantize
+from amalgam.quantizers.nearest import round_to_nearest
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedWeight:
+    """One slot of a checked plan, ready to be loaded."""
+
+    slot: Slot
+    choice: Choice
+    source: Source
+    stored: StoredWeight
+    quantize_to: WritableFormat | None  # quantize while loading
+    activation: ActivationType | None  # of bfloat16 activations for integer weights; None: nothing is multiplied
+    codes: bool  # whether bf16 is coded in memory
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for weights that are packed from the same bytes, which mean the same, in the same way; taken when
+        first asked for. Two folders may hold one file and declare it differently."""
+        target = self.quantize_to.name if self.quantize_to else None
+        meaning = None if self.stored.is_wide else self.stored.declared
+        return (*self.source.identity(self.stored), meaning, target)
+
+    @property
+    def cache_key(self) -> str:
+        """Names its packed bytes for other processes: `key`, and all else that they depend on.
+
+        Panels are the same bytes for every type of activation, so only whether there is one counts.
+        """
+        stored, slot = self.stored, self.slot
+        packing = (slot.shape, slot.is_transposed, self.is_expanded, self.activation is not None, self.codes)
+        return key_of(self.key, packing, stored.block, stored.bits, stored.declared, self.source.config_digest)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size by its format: as stored, or as it is quantized or expanded while loading."""
+        if self.is_expanded:
+            return math.prod(self.slot.shape) * torch.float32.itemsize
+        return self.stored.nbytes if self.quantize_to is None else self.quantize_to.nbytes(self.slot.shape)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it is expected to take in memory: `nbytes`, or less where bf16 is coded.
+
+        Whether it can be is known when it is read: trained weights can, one whose exponents are spread takes `nbytes`.
+        """
+        return panels.coded_bytes(self.slot.shape) if self.codes else self.nbytes
+
+    @property
+    def format(self) -> WeightFormat:
+        """As it is packed: as stored, or as it is quantized while loading."""
+        return self.quantize_to or self.stored.format
+
+    @property
+    def is_expanded(self) -> bool:
+        """Whether it is dequantized while loading.
+
+        Some tools quantize routers, and ours work in float32. Of an embedding a step needs single rows, which not every
+        layout has.
+        """
+        has_rows = all(consists_of_rows(layout) for layout in self.stored.format.layouts)
+        is_wanted = self.slot.role == "router" or (self.slot.role == "embedding" and not has_rows)
+        return is_wanted and not self.stored.is_wide
+
+    def load(self, device: torch.device) -> PackedWeight:
+        """Read, arrange and pack it for a device."""
+        return self.source.load(self.stored, lambda packed: self._finish(packed, device))
+
+    def _finish(self, packed: PackedWeight, device: torch.device) -> PackedWeight:
+        packed = oriented(packed, self.stored, self.slot)
+        if len(self.slot.shape) == 1 and not bool(packed.dense.isfinite().all()):
+            raise CheckpointError(
+                f"Weight {self.choice.name!r} in source {self.source.name!r} ({self.source.folder}) holds NaN or "
+                "infinity.",
+                remedy="Every token would be computed as NaN. Download the checkpoint again.",
+            )
+        if self.quantize_to is not None:
+            packed = self.quantize_to.pack(quantize(packed.dequantize(), self.quantize_to, round_to_nearest))
+        if self.is_expanded:
+            packed = dense(packed.dequantize())
+        packed = packed.to(device)
+        return packed if self.activation is None else ops.prepare(packed, self.activation, codes=self.codes)
+
+    @property
+    def origin(self) -> Origin:
+        """Where it comes from, one line of the manifest."""
+        stored = self.stored
+        return Origin(
+            name=self.choice.name,
+            slot=self.slot.name,
+            source=self.source.name,
+            format="fp32" if self.is_expanded else self.format.name,
+            stored_format=stored.format.name,
+            shape=self.slot.shape,
+            rule=self.choice.reason,
+            parts=tuple(Part(e.name, str(e.file), e.offset, e.nbytes) for e in stored.parts.values()),
+        )
+
+
+def codes_bf16(slot: Slot, inference: InferenceSettings) -> bool:
+    """Whether the CPU codes the bf16 weight of a slot; what is multiplied in float32 gains nothing from it.
+
+    Portable code takes ten times as long to undo it as to read the weight.
+    """
+    is_wanted = inference.bf16_coding and inference.dtype == "bfloat16" and slot.role != "router"
+    return is_wanted and native.is_available() and native.isa() != "portable"
+
+
+def oriented(packed: PackedWeight, stored: StoredWeight, slot: Slot) -> PackedWeight:
+    """A weight in the slot's orientation, whichever the source stores it in."""
+    return dense(packed.dense.t().contiguous()) if slot.is_transposed and stored.is_wide else packed
