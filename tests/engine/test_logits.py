@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from amalgam.engine.logits import Place, RepetitionPenalty, process, processors_for
-from amalgam.engine.request import Request, SamplingParams
+from amalgam.engine.logits import RepetitionPenalty, process, processors_for
+from amalgam.engine.request import Place, Request, SamplingParams
 
 
 def make_place(token_ids=(1, 2), proposed_ids=(), processors=()):

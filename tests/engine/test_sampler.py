@@ -11,8 +11,8 @@ from transformers import (
 )
 
 from amalgam.engine import sampler
-from amalgam.engine.logits import Place, processors_for
-from amalgam.engine.request import Request, SamplingParams, ScheduledRequest
+from amalgam.engine.logits import processors_for
+from amalgam.engine.request import Place, Request, SamplingParams, ScheduledRequest
 from amalgam.engine.sampler import NonFiniteLogitsError, choose, uniform
 from amalgam.kernels import native
 from tests.errors import raises

@@ -7,37 +7,11 @@ other requests, how a token is chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from amalgam.engine.request import Request, SamplingParams
-
-
-class Place(NamedTuple):
-    """What a row of logits is for: the token after a request's own and, where tokens are proposed, some of those."""
-
-    request: Request
-    proposed_ids: tuple[int, ...] = ()
-
-    @property
-    def token_ids(self) -> Sequence[int]:
-        """All tokens before this place, the prompt's too."""
-        known = self.request.token_ids
-        return [*known, *self.proposed_ids] if self.proposed_ids else known
-
-    @property
-    def index(self) -> int:
-        """Which token of the answer it is."""
-        return self.request.num_new_tokens + len(self.proposed_ids)
-
-
-class LogitsProcessor(Protocol):
-    """One change of logits. Made when its request is submitted; used in the step thread."""
-
-    def apply(self, logits: Tensor, place: Place) -> None:
-        """Change float32 logits `[vocabulary]` in place. The result depends on nothing but these and the place."""
+from amalgam.engine.request import LogitsProcessor, Place, SamplingParams
 
 
 class RepetitionPenalty:

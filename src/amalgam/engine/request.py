@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 from amalgam.errors import RequestError, describe
 
 if TYPE_CHECKING:
-    from amalgam.engine.logits import LogitsProcessor
+    from torch import Tensor
+
     from amalgam.models.routing import RoutingTrace
     from amalgam.models.weights import WeightVersion
     from amalgam.text.stream import TextStream
@@ -287,6 +288,31 @@ class Request:
     @property
     def num_new_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
+
+
+class Place(NamedTuple):
+    """What a row of logits is for: the token after a request's own and, where tokens are proposed, some of those."""
+
+    request: Request
+    proposed_ids: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """All tokens before this place, the prompt's too."""
+        known = self.request.token_ids
+        return [*known, *self.proposed_ids] if self.proposed_ids else known
+
+    @property
+    def index(self) -> int:
+        """Which token of the answer it is."""
+        return self.request.num_new_tokens + len(self.proposed_ids)
+
+
+class LogitsProcessor(Protocol):
+    """One change of logits. Made when its request is submitted; used in the step thread."""
+
+    def apply(self, logits: Tensor, place: Place) -> None:
+        """Change float32 logits `[vocabulary]` in place. The result depends on nothing but these and the place."""
 
 
 class ScheduledRequest(NamedTuple):

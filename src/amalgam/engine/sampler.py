@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amalgam.engine.logits import Place, process
+from amalgam.engine.logits import process
 from amalgam.engine.request import (
     NewTokens,
+    Place,
     Request,
     SamplingParams,
     ScheduledRequest,
