@@ -26,7 +26,8 @@ from amalgam.config.settings import (
     load_settings,
 )
 from amalgam.experts.overview import drift
-from amalgam.experts.saved import load, merge
+from amalgam.experts.saved.files import load
+from amalgam.experts.saved.sets import merge
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.formats.contract import StoredWeight
 from amalgam.kernels import native
@@ -67,7 +68,7 @@ def test_statistics_go_on_from_their_file(tmp_path: Path) -> None:
     assert len(expected.buckets) == 3 and expected.tick_seconds == 0.2
     for _ in range(2):  # read as it was, then as it is written now
         tracker = demo_tracker()
-        tracker.keep_in(path)
+        tracker.autosave_to(path)
         tracker.close()
         np.testing.assert_array_equal(tracker.saved_set().total.counts, expected.total.counts)
         assert tracker.snapshot().labels == {name: tally.num_tokens.sum() for name, tally in expected.labels.items()}

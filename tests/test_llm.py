@@ -15,7 +15,7 @@ from amalgam import LLM, SamplingParams
 from amalgam.cli import main
 from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import ConfigError, PromptTooLongError, UnsupportedError
-from amalgam.experts.saved import load, to_bytes
+from amalgam.experts.saved.files import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from tests.conftest import DEMO, ROOT
 from tests.errors import raises

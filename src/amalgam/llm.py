@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amalgam.base.files import replace_file
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import Settings, load_settings
 from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
 from amalgam.errors import AmalgamError, ConfigError
-from amalgam.experts.overview import drift, survey
-from amalgam.experts.saved import to_bytes
+from amalgam.experts.overview import build_overview, drift
+from amalgam.experts.saved.files import save
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.spec import ModelSpec
 from amalgam.runtime.deployment import Deployment, RemapResult
@@ -38,7 +37,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         if settings.statistics.reference:
             _check_reference(result)
         if settings.statistics.file:
-            result.keep_in(Path(settings.statistics.file))
+            result.autosave_to(Path(settings.statistics.file))
         return result
 
     ensure_derived(settings, progress)
@@ -148,15 +147,15 @@ class LLM:
         Raises:
             ConfigError: the model has no experts, or statistics are switched off.
         """
-        return survey(self._tracker(), self._deployment.version, minutes).as_json(top_k)
+        return build_overview(self._tracker(), self._deployment.version, minutes).as_json(top_k)
 
     def save_expert_stats(self, path: str | Path) -> None:
-        """Write a saved set (.npz), to compare, to merge, or as `statistics.reference`.
+        """Write a saved set, to compare, to merge, or as `statistics.reference`: safetensors, or .npz if named so.
 
         Raises:
             ConfigError: the model has no experts, or statistics are switched off.
         """
-        replace_file(Path(path), to_bytes(self._tracker().saved_set()))
+        save(self._tracker().saved_set(), Path(path))
 
     def model_info(self) -> dict[str, Any]:
         """Architecture, sizes, sources, precisions and memory; the answer of `GET /model_info`."""

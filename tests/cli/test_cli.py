@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import DEMO, ROOT
 
 from amalgam.cli import VERBS, main, serve
-from amalgam.experts.saved import load
+from amalgam.experts.saved.files import load
 from amalgam.kernels import native
 from amalgam.llm import LLM
 

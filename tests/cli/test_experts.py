@@ -22,8 +22,8 @@ from tests.server.conftest import serving, wait_until
 from amalgam.cli import main
 from amalgam.cli.experts_view import page, screen, visible
 from amalgam.config.settings import build_settings
-from amalgam.experts.overview import survey
-from amalgam.experts.saved import load, to_bytes
+from amalgam.experts.overview import build_overview
+from amalgam.experts.saved.files import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.llm import open_deployment
 from amalgam.models.routing import TokenSpan
@@ -58,9 +58,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def saved(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """What the server has counted, in a file."""
-    path = tmp_path / "server.npz"
+    path = tmp_path / "server.safetensors"
     code, out, err = run(capsys, "--url", url, "--save", str(path))
-    assert (code, out) == (0, "") and "Saved" in err
+    assert (code, out) == (0, "") and "Saved" in err and not path.read_bytes().startswith(b"PK")
     assert httpx.get(url + "/experts/sets").json() == {"sets": []}  # nothing of it stays with the server
     return path
 
@@ -174,7 +174,7 @@ def test_files_and_a_live_server_are_compared(url: str, saved: Path, capsys: pyt
 
 def test_saved_sets_are_merged(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "--merge", str(saved), "--merge", str(saved), "--save", str(tmp_path / "both.npz"))
-    assert code == 0 and "both.npz" in err
+    assert code == 0 and "both.npz" in err and (tmp_path / "both.npz").read_bytes().startswith(b"PK")
     np.testing.assert_array_equal(load(tmp_path / "both.npz").total.counts, 2 * load(saved).total.counts)
 
 
@@ -318,7 +318,7 @@ def make_tracker(num_layers: int, num_experts: int, top_k: int = 2, num_tokens: 
 
 @pytest.fixture(scope="module", params=[(6, 16, 4), (94, 128, 8), (3, 512, 2)], ids=["small", "large", "wide"])
 def statistics(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return survey(make_tracker(*request.param), None).as_json()
+    return build_overview(make_tracker(*request.param), None).as_json()
 
 
 def printed(view: Any, width: int, height: int) -> list[str]:
@@ -360,7 +360,7 @@ def test_a_page_has_the_hints_at_its_end_and_lines_that_do_not_wrap(
 
 def test_a_cell_for_several_shows_the_busiest_and_says_so() -> None:
     tracker = make_tracker(94, 128, 8)
-    statistics = survey(tracker, None).as_json()
+    statistics = build_overview(tracker, None).as_json()
     lines = printed(page(statistics, 80, 24), 80, 24)
     rows = heatmap_rows(lines)
     assert len(rows) == 19 and len(rows[0]) == 64

@@ -87,3 +87,12 @@ def run_step(
 def run_tokens(tracker: ExpertTracker, num_tokens: int, seed: int = 0) -> None:
     """One step of one request's `num_tokens` prompt tokens."""
     run_step(tracker, [span(num_tokens)], route(np.random.default_rng(seed), num_tokens))
+
+
+def busy_tracker(seed: int, clock: Clock | None = None, **settings: Any) -> ExpertTracker:
+    tracker, rng = make_tracker(clock or Clock(), pair_sampling=1, **settings), np.random.default_rng(seed)
+    for label in ("en", "zh"):
+        tracker.admit(0, label, 0)
+        tracker.count_request(label)
+    run_step(tracker, [span(5, label="en", generated_from=3), span(4, 5, label="zh"), span(1, 9)], route(rng, 10))
+    return tracker

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from amalgam.errors import CheckpointError, RequestError
-from amalgam.experts import saved
 from amalgam.experts.comparison import compare, jensen_shannon
 from amalgam.experts.hints import Hint
-from amalgam.experts.overview import compare_traffic, drift, survey
+from amalgam.experts.overview import build_overview, compare_traffic, drift
 from amalgam.experts.precision_map import precision_map
+from amalgam.experts.saved.files import save
+from amalgam.experts.saved.folder import save_named
 from amalgam.experts.statistics import balance, concentration, coverage, grid
 from amalgam.experts.tracker import ExpertTracker
 from tests.errors import raises
@@ -104,7 +105,7 @@ def test_any_two_kinds_of_traffic_are_compared(tmp_path: Any) -> None:
     for label, experts in (("en", [0, 1]), ("zh", [2, 3])):
         tracker.admit(0, label, 0)
         run_experts(tracker, experts, 50, label=label)
-    saved.write_file(tmp_path, "monday.npz", saved.to_bytes(tracker.saved_set()))
+    save_named(tmp_path, "monday", tracker.saved_set())
     clock.now += 600
     run_experts(tracker, [0, 1], 50)
     folder = str(tmp_path)
@@ -155,13 +156,13 @@ def test_drift_from_before_and_from_a_reference(tmp_path: Any) -> None:
     tracker = make_tracker(clock)
     run_experts(tracker, [0, 1], 300)
     path = tmp_path / "reference.npz"
-    saved.replace_file(path, saved.to_bytes(tracker.saved_set()))
+    save(tracker.saved_set(), path)
     clock.now += 1200
     run_experts(tracker, [6, 7], 300)
     figures = drift(tracker)
     assert (figures["tokens"], figures["reference_tokens"]) == (300, 300)
     assert figures["jensen_shannon"]["mean"] == 1
-    [hint] = [hint for hint in survey(tracker, None).hints if hint.kind == "drift"]
+    [hint] = [hint for hint in build_overview(tracker, None).hints if hint.kind == "drift"]
     assert hint.severity == "warning" and "1.00 bits" in hint.text
     assert hint.compare == {"a": "minutes:5", "b": "before:5"}
     assert compare_traffic(tracker, **sides(hint))["jensen_shannon"] == figures["jensen_shannon"]
@@ -171,7 +172,7 @@ def test_drift_from_before_and_from_a_reference(tmp_path: Any) -> None:
     assert drift(referring)["jensen_shannon"]["mean"] == 0
     assert "reference" in drift(referring)["reference"]
     run_experts(referring, [6, 7], 300)
-    [hint] = [hint for hint in survey(referring, None).hints if hint.kind == "drift"]
+    [hint] = [hint for hint in build_overview(referring, None).hints if hint.kind == "drift"]
     assert hint.compare == {"a": "minutes:5", "b": "reference"}
     assert compare_traffic(referring, **sides(hint))["jensen_shannon"]["mean"] == hint.figures["jensen_shannon"]
     with raises(CheckpointError, tmp_path / "nowhere.npz"):
@@ -229,7 +230,7 @@ def test_narrow_and_wide_have_one_definition() -> None:
     assert found.is_wide.tolist() == [[False] * 4 + [True] * 4] * 3
     assert found.as_json()["is_wide"] == found.is_wide.tolist()
     run_experts(tracker, [4, 5, 6], 900)
-    [cold] = [hint for hint in survey(tracker, version).hints if hint.kind == "cold_wide"]  # type: ignore[arg-type]
+    [cold] = [hint for hint in build_overview(tracker, version).hints if hint.kind == "cold_wide"]  # type: ignore[arg-type]
     assert cold.figures["experts"] == [{"layer_id": layer_id, "expert_id": 7} for layer_id in LAYER_IDS]
     assert cold.figures["wide_bits"] == 8
     assert (cold.figures["bytes"], cold.figures["saved_bytes"]) == (3 * 300, 3 * 225)
@@ -240,7 +241,7 @@ def test_hints_name_what_stands_out_with_their_figures() -> None:
     tracker.admit(0, "verse", 0)
     run_experts(tracker, [0, 1, 2], 900)
     run_experts(tracker, [5, 6], 300, label="verse")
-    hints = survey(tracker, version).hints  # type: ignore[arg-type]
+    hints = build_overview(tracker, version).hints  # type: ignore[arg-type]
     kinds = [hint.kind for hint in hints]
     assert set(kinds) == {"hot_narrow", "cold_wide", "unused", "domain"}
     assert [hint.severity for hint in hints] == sorted(
@@ -266,7 +267,7 @@ def test_an_unbalanced_layer_is_named() -> None:
     routing = route(rng, 600)
     routing[1] = (np.tile([[2, 5]], (600, 1)), np.full((600, 2), 0.5, np.float32))
     run_step(tracker, [span(600)], routing)
-    [hint] = [hint for hint in survey(tracker, None).hints if hint.kind == "unbalanced"]
+    [hint] = [hint for hint in build_overview(tracker, None).hints if hint.kind == "unbalanced"]
     assert hint.layer_id == LAYER_IDS[1]
     assert hint.figures["max_to_mean"] == 4 and "4.0 times" in hint.text
 
@@ -274,9 +275,9 @@ def test_an_unbalanced_layer_is_named() -> None:
 def test_even_traffic_and_little_traffic_give_no_hints() -> None:
     tracker, rng = make_tracker(Clock()), np.random.default_rng(0)
     run_experts(tracker, [0, 1], 200)
-    assert survey(tracker, Version()).hints == []  # type: ignore[arg-type]
+    assert build_overview(tracker, Version()).hints == []  # type: ignore[arg-type]
     tracker = make_tracker(Clock())
     tracker.admit(0, "half", 0)
     for _ in range(20):
         run_step(tracker, [span(50, label="half"), span(50, 50)], route(rng, 100))
-    assert [hint.kind for hint in survey(tracker, None).hints] == []
+    assert [hint.kind for hint in build_overview(tracker, None).hints] == []

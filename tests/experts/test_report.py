@@ -18,8 +18,9 @@ from amalgam.errors import ConfigError, RequestError
 from amalgam.experts.export.parquet import write_parquet
 from amalgam.experts.export.png import heatmap_png
 from amalgam.experts.export.report import FORMATS, export
-from amalgam.experts.overview import survey
-from amalgam.experts.saved import from_bytes, write_file
+from amalgam.experts.overview import build_overview
+from amalgam.experts.saved.files import from_bytes
+from amalgam.experts.saved.folder import write_file
 from amalgam.experts.statistics import expert_columns
 from amalgam.experts.tracker import ExpertTracker
 from tests.errors import raises
@@ -40,7 +41,7 @@ def tracker() -> ExpertTracker:
 def test_json_holds_the_whole_answer(tracker: ExpertTracker) -> None:
     result = export(tracker)
     assert (result.file_name, result.media_type) == ("expert_stats_19700112T134641.500000Z.json", "application/json")
-    assert json.loads(result.content) == survey(tracker, None).as_json()
+    assert json.loads(result.content) == build_overview(tracker, None).as_json()
 
 
 def test_csv_holds_a_line_per_expert(tracker: ExpertTracker) -> None:
@@ -48,7 +49,7 @@ def test_csv_holds_a_line_per_expert(tracker: ExpertTracker) -> None:
     assert result.file_name.endswith(".csv")
     assert result.media_type == "text/csv"
     lines = list(csv.DictReader(io.StringIO(result.content.decode())))
-    expected = survey(tracker, None).as_json()["expert_stats"]
+    expected = build_overview(tracker, None).as_json()["expert_stats"]
     assert [list(line) for line in lines] == [list(row) for row in expected]
     for line, row in zip(lines, expected, strict=True):
         assert {name: float(text) if text else None for name, text in line.items()} == row
@@ -201,7 +202,7 @@ def test_a_file_is_written_complete(tmp_path: Path) -> None:
     assert {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()} == {"a.csv": "again"}
 
 
-@pytest.mark.parametrize("name", ["../a", "/tmp/a", "a/b", "a\\b", "", ".", "..", ".hidden", "a\n", "a\0", "a" * 205])
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "a/b", "a\\b", "", ".", "..", ".hidden", "a\n", "a\0", "a" * 213])
 def test_a_name_that_is_not_plain_is_refused(tmp_path: Path, name: str) -> None:
     with raises(RequestError):
         write_file(tmp_path / "exports", name, "text")

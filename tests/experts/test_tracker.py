@@ -11,7 +11,8 @@ import torch
 from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import RequestError
 from amalgam.experts.history import GENERATED, PROMPT, Tally
-from amalgam.experts.tracker import ExpertSnapshot, ExpertTracker
+from amalgam.experts.snapshot import ExpertSnapshot
+from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import TokenSpan
 from tests.errors import raises
 from tests.experts.routing import (

@@ -17,7 +17,7 @@ import torch
 
 from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.request import Observation
-from amalgam.experts import saved
+from amalgam.experts.saved.files import from_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import TokenSpan
 from tests.server.conftest import serving, wait_until
@@ -111,7 +111,7 @@ def test_every_format_is_exported(exporting: httpx.Client, folder: Path, format_
     if format_name == "json":
         assert json.loads(content)["summary"]["total_tokens"] == NUM_TOKENS
     if format_name == "npz":
-        assert saved.from_bytes(content, "it").total.num_tokens.sum() == NUM_TOKENS
+        assert from_bytes(content, "it").total.num_tokens.sum() == NUM_TOKENS
 
 
 def test_expert_stats_carry_hints_drift_and_labels(client: httpx.Client) -> None:
@@ -217,7 +217,7 @@ def test_trace(client: httpx.Client, deployment: FakeDeployment) -> None:
 
 def test_saved_sets_are_compared_and_merged(exporting: httpx.Client, folder: Path) -> None:
     answer = exporting.post("/experts/sets", json={"name": "monday"}).json()
-    assert answer == {"name": "monday", "file_name": "monday.npz", "tokens": NUM_TOKENS, "labels": []}
+    assert answer == {"name": "monday", "file_name": "monday.safetensors", "tokens": NUM_TOKENS, "labels": []}
     answer = exporting.post("/experts/sets", json={"name": "both", "merge": ["monday", "monday"]}).json()
     assert answer["tokens"] == 2 * NUM_TOKENS
     assert exporting.get("/experts/sets").json() == {"sets": ["both", "monday"]}
@@ -229,7 +229,7 @@ def test_saved_sets_are_compared_and_merged(exporting: httpx.Client, folder: Pat
         assert exporting.post("/experts/sets", json={"name": name}).status_code == 422
         assert exporting.post("/experts/sets", json={"name": "y", "merge": [name]}).status_code == 422
         assert exporting.get("/experts/compare", params={"a": f"saved:{name}"}).status_code == 422
-    assert sorted(path.name for path in folder.iterdir()) == ["both.npz", "monday.npz"]
+    assert sorted(path.name for path in folder.iterdir()) == ["both.safetensors", "monday.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == ["exports"]
 
 

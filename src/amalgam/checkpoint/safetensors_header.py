@@ -89,13 +89,20 @@ def read_header(file: Path) -> list[TensorEntry]:
     """
     try:
         with file.open("rb") as stream:
-            return _read(file, stream)
+            return parse_header(stream, file)[0]
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error}).", remedy="Check the file.") from error
 
 
-def _read(file: Path, stream: BinaryIO) -> list[TensorEntry]:
-    file_bytes = os.fstat(stream.fileno()).st_size
+def parse_header(stream: BinaryIO, file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
+    """The same of an open file, or of one in memory, with its metadata; `file` names it.
+
+    Raises:
+        CheckpointError: as `read_header`.
+        OSError: it cannot be read.
+    """
+    file_bytes = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
     prefix = stream.read(PREFIX_BYTES)
     if prefix == _LFS_MAGIC:
         _refuse(file, "is a Git LFS pointer, not the weights", "Run `git lfs pull` in its folder.")
@@ -116,10 +123,10 @@ def _read(file: Path, stream: BinaryIO) -> list[TensorEntry]:
     if not raw.startswith(b"{"):
         _refuse(file, f"has a header that begins with {raw[:8]!r} instead of '{{'")
     header = parse_foreign_json(raw, f"The header of {file}")  # an object: it begins with a brace
-    _check_metadata(file, header.pop("__metadata__", {}))
+    metadata = _checked_metadata(file, header.pop("__metadata__", {}))
     entries = [_entry(file, data_start, name, info) for name, info in header.items()]
     check_ranges(file, file_bytes, entries)
-    return entries
+    return entries, metadata
 
 
 def _check_commas(file: Path, stream: BinaryIO, header_bytes: int) -> None:
@@ -132,12 +139,13 @@ def _check_commas(file: Path, stream: BinaryIO, header_bytes: int) -> None:
             _refuse(file, f"has a header with over {MAX_COMMAS} commas, which means over half a million tensors")
 
 
-def _check_metadata(file: Path, metadata: Any) -> None:
+def _checked_metadata(file: Path, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict):
         _refuse(file, f"has __metadata__ {describe(metadata)} instead of an object of strings")
     for key, value in metadata.items():
         if not isinstance(value, str):
             _refuse(file, f"has __metadata__ {describe(key)} of {describe(value)} instead of a string")
+    return metadata
 
 
 def _entry(file: Path, data_start: int, name: str, info: Any) -> TensorEntry:

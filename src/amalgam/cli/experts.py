@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from amalgam.composition.progress import Progress
-    from amalgam.experts.saved import SavedSet
+    from amalgam.experts.saved.sets import SavedSet
 
 _REFRESH_SECONDS = 2.0
 _TIMEOUT_SECONDS = 30.0
@@ -60,7 +60,7 @@ def command(
         typer.Option(help="Two of: a saved set's file; of the server: all, label:NAME, minutes:N, saved:NAME."),
     ] = None,
     merge: Annotated[list[Path], typer.Option(help="Put saved sets together (with --save). Repeatable.")] = [],  # noqa: B006
-    save: Annotated[Path | None, typer.Option(help="Write a saved set (.npz).")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write a saved set (.safetensors or .npz).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show which experts traffic activates: a server's, one text's, or that of saved sets."""
@@ -87,7 +87,7 @@ def command(
     elif merge:
         _merge(merge, save)
     elif save is not None:
-        _write(save, _get_set(address, "experts/set.npz"))
+        _save(_get_set(address, "experts/set.npz"), save)
     else:
         window = {} if minutes is None else {"minutes": minutes}
         _show(address, window | ({} if top_k is None else {"top_k": top_k}), watch, as_json)
@@ -165,7 +165,6 @@ def _trace(
 ) -> None:
     from amalgam.cli.console import out, print_json, progress_bar
     from amalgam.cli.experts_view import print_trace
-    from amalgam.experts.saved import to_bytes
     from amalgam.experts.tracker import ExpertTracker
     from amalgam.llm import open_deployment
     from amalgam.tools.trace import trace_prompt
@@ -180,7 +179,7 @@ def _trace(
         trace = trace_prompt(deployment, prompt, as_chat=chat, max_new_tokens=max_new_tokens)
         if save is not None:
             assert isinstance(deployment.observer, ExpertTracker)
-            _write(save, to_bytes(deployment.observer.saved_set()))
+            _save(deployment.observer.saved_set(), save)
     finally:
         deployment.close()
     if as_json:
@@ -233,7 +232,7 @@ def _side(url: str, text: str) -> tuple[list[int], npt.NDArray[Any]]:
     """Layers, and activations [layers, experts]: of a file, or of the server to be compared with one."""
     import numpy as np
 
-    from amalgam.experts.saved import load
+    from amalgam.experts.saved.files import load
 
     if _is_file(text):
         saved = load(Path(text).expanduser())
@@ -250,40 +249,40 @@ def _side(url: str, text: str) -> tuple[list[int], npt.NDArray[Any]]:
 
 
 def _merge(paths: list[Path], save: Path | None) -> None:
-    from amalgam.experts.saved import load, merge, to_bytes
+    from amalgam.experts.saved.files import load
+    from amalgam.experts.saved.sets import merge
 
     if save is None:
-        raise ConfigError("--merge has nowhere to write to.", remedy="Give --save FILE.npz.")
-    merged: SavedSet = merge([load(path.expanduser()) for path in paths])
-    _write(save, to_bytes(merged))
+        raise ConfigError("--merge has nowhere to write to.", remedy="Give --save FILE.safetensors.")
+    _save(merge([load(path.expanduser()) for path in paths]), save)
 
 
-def _write(path: Path, content: bytes) -> None:
-    from amalgam.base.files import replace_file
+def _save(saved: SavedSet, path: Path) -> None:
     from amalgam.cli.console import human_bytes, note
+    from amalgam.experts.saved.files import save
 
+    target = path.expanduser()
     try:
-        replace_file(path.expanduser(), content)
+        save(saved, target)
+        num_bytes = target.stat().st_size
     except (OSError, ValueError) as error:  # the latter for a path without a file's name
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"Cannot write {str(path)!r}: {reason}.", remedy="Choose another --save.") from None
-    note(f"Saved {path} ({human_bytes(len(content))}).")
+    note(f"Saved {path} ({human_bytes(num_bytes)}).")
 
 
 def _get(url: str, path: str, query: dict[str, str]) -> Any:
     return _fetch(urllib.request.Request(f"{url}/{path}?{urllib.parse.urlencode(query)}"), url)
 
 
-def _get_set(url: str, path: str) -> bytes:
-    """The content of a saved set."""
-    from amalgam.experts.saved import from_bytes
+def _get_set(url: str, path: str) -> SavedSet:
+    from amalgam.experts.saved.files import from_bytes
 
     content: bytes = _fetch(urllib.request.Request(f"{url}/{path}"), url, HTTPResponse.read)
     try:
-        from_bytes(content, url)
+        return from_bytes(content, url)
     except CheckpointError:
         raise _no_server_of_ours(url) from None
-    return content
 
 
 def _post(url: str, path: str, body: dict[str, Any]) -> Any:

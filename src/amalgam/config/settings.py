@@ -222,9 +222,9 @@ class StatisticsSettings(Section):
     trace_bytes: int = Field(default=256 * 2**20, ge=0)
     """Memory for the traces of requests that ask for their routed experts; more are refused with 503."""
     reference: UserPath = ""
-    """A saved set (.npz) that `drift` compares with. Empty: what was counted since the last reset."""
+    """A saved set that `drift` compares with. Empty: what was counted since the last reset."""
     file: UserPath = ""
-    """File (.npz) that keeps the statistics of one process across restarts. Empty: they end with the process."""
+    """File that keeps the statistics of one process across restarts (.npz or safetensors). Empty: they end with it."""
     save_seconds: float = Field(default=300.0, ge=1, le=7 * 86400)
     """How often `file` is written; it is written at the end too."""
 

@@ -16,8 +16,8 @@ import numpy as np
 from amalgam.experts.comparison import jensen_shannon, mean_or_none
 from amalgam.experts.history import Tally
 from amalgam.experts.precision_map import PrecisionMap
+from amalgam.experts.snapshot import ExpertSnapshot
 from amalgam.experts.statistics import HOT, balance, relative_share
-from amalgam.experts.tracker import ExpertSnapshot
 
 MIN_TOKENS = 256  # below, differences are chance
 COLD = 0.25  # times an even share

@@ -13,13 +13,16 @@ import numpy as np
 
 from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import AmalgamError, RequestError, describe
-from amalgam.experts import saved
 from amalgam.experts.comparison import compare, jensen_shannon, mean_or_none
 from amalgam.experts.hints import Hint, find_hints
 from amalgam.experts.history import Tally
 from amalgam.experts.precision_map import PrecisionMap, precision_map
+from amalgam.experts.saved.files import load
+from amalgam.experts.saved.folder import load_named
+from amalgam.experts.saved.sets import SavedSet
+from amalgam.experts.snapshot import ExpertSnapshot
 from amalgam.experts.statistics import describe_experts, measured
-from amalgam.experts.tracker import ExpertSnapshot, ExpertTracker
+from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.weights import WeightVersion
 
 DRIFT_MINUTES = 5.0
@@ -49,8 +52,8 @@ class Overview:
         return answer | {"drift": self.drift, "hints": [hint.as_json() for hint in self.hints]}
 
 
-def survey(tracker: ExpertTracker, version: WeightVersion | None, minutes: float | None = None) -> Overview:
-    """Take stock.
+def build_overview(tracker: ExpertTracker, version: WeightVersion | None, minutes: float | None = None) -> Overview:
+    """The statistics as they are now.
 
     Args:
         version: whose precisions to look at; None: of none.
@@ -151,9 +154,9 @@ def _tally_of(tracker: ExpertTracker, text: str, folder: str) -> Tally:
         if kind == "before":
             return _before(tracker, _minutes_in(text))
         if kind == "saved":
-            loaded = saved.load_named(folder, name)
-            loaded.check_fits(tracker.layer_ids, tracker.num_experts, f"The saved set {name!r}")
-            return loaded.total
+            saved = load_named(folder, name)
+            saved.check_fits(tracker.layer_ids, tracker.num_experts, f"The saved set {name!r}")
+            return saved.total
     raise RequestError(f"{describe(text)} names no traffic.", remedy=f"Allowed: {', '.join(TRAFFIC)}.")
 
 
@@ -181,7 +184,7 @@ def _without(whole: Tally, part: Tally) -> Tally:
     )
 
 
-def _reference(tracker: ExpertTracker) -> saved.SavedSet:
+def _reference(tracker: ExpertTracker) -> SavedSet:
     path = tracker.settings.reference
     if not path:
         raise RequestError("There is no reference.", remedy="Set statistics.reference to a saved set.")
@@ -191,5 +194,5 @@ def _reference(tracker: ExpertTracker) -> saved.SavedSet:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_reference(path: str) -> saved.SavedSet:
-    return saved.load(path)
+def _load_reference(path: str) -> SavedSet:
+    return load(path)

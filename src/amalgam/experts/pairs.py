@@ -28,6 +28,22 @@ class PairCounts:
     together: npt.NDArray[np.int64]  # [layers, experts, experts]
     onward: npt.NDArray[np.int64]  # [layers - 1, experts, experts]
 
+    def __add__(self, other: PairCounts) -> PairCounts:
+        return PairCounts(
+            self.num_tokens + other.num_tokens, self.together + other.together, self.onward + other.onward
+        )
+
+
+@dataclass(frozen=True)
+class LayerPairs:
+    """One layer's pairs of experts, over a sample of the tokens."""
+
+    num_tokens: int  # sampled since the last reset
+    sampling: int  # one token in so many; 0: none
+    together: npt.NDArray[np.int64]  # [experts, experts]; on the diagonal, uses
+    onward: npt.NDArray[np.int64] | None  # [experts, experts of the next layer]; None for the last layer
+    next_layer_id: int | None
+
 
 class PairCounter:
     """Takes one token in `sampling`, drawn at random so that no request of a regular batch is favoured; 0: none."""

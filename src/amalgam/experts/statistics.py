@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from amalgam.errors import RequestError, describe
 from amalgam.experts.history import GENERATED, PROMPT, Tally
-from amalgam.experts.tracker import ExpertSnapshot
+from amalgam.experts.snapshot import ExpertSnapshot
 
 DEFAULT_TOP_K = 10
 HOT = 2.0  # times an even share

@@ -13,26 +13,25 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from amalgam.base.clock import Clock
 from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import RequestError, describe
-from amalgam.experts.history import GENERATED, NUM_PHASES, PROMPT, DecayingRate, History, Tally, moved, total
-from amalgam.experts.keeper import Keeper
+from amalgam.experts.autosave import Autosave
+from amalgam.experts.history import DecayingRate, History, Tally, moved, total
 from amalgam.experts.labels import LabelTallies
-from amalgam.experts.pairs import PairCounter
+from amalgam.experts.pairs import LayerPairs, PairCounter
+from amalgam.experts.recent import RecentActivations
 from amalgam.experts.recording import Rows, Step
-from amalgam.experts.saved import SavedSet
+from amalgam.experts.saved.sets import SavedSet
+from amalgam.experts.snapshot import ExpertSnapshot, ResetResult
 from amalgam.experts.traces import TraceStore
 
 if TYPE_CHECKING:
@@ -44,71 +43,6 @@ _NOISE_SECONDS = 1.0  # a clock that is corrected by so little has not been set
 _FORMER_TICK_SECONDS = 5.0  # the default when files did not hold it yet
 
 logger = logging.getLogger("amalgam.experts")
-
-
-@dataclass(frozen=True)
-class RecentActivation:
-    """One expert's use in one step."""
-
-    timestamp: float
-    layer_id: int
-    expert_id: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-
-
-@dataclass(frozen=True)
-class ExpertSnapshot:
-    """A consistent copy of the statistics of one window of time. Times in Unix seconds."""
-
-    layer_ids: tuple[int, ...]  # decoder layer of each row of the grids
-    num_experts: int  # per layer
-    num_active_experts: int  # per token and layer
-    started_at: float  # the tracker's start; a reset does not move it
-    minutes: float | None  # the window asked for; None: since the start or the last reset
-    window_start: float  # true start: where old buckets are coarse, somewhat before the one asked for
-    window_end: float
-    tally: Tally
-    last_activation: npt.NDArray[np.float64]  # [layers, experts], since the last reset whatever the window; NaN: never
-    recent: tuple[RecentActivation, ...]  # within the window, oldest first
-    half_life_minutes: float  # of the next
-    decaying_rate: npt.NDArray[np.float64]  # [layers, experts], activations per second; whatever the window
-    labels: Mapping[str, int]  # label → tokens, since the last reset whatever the window
-    label: str | None = None  # the tally is that of this label only
-
-    @property
-    def window_seconds(self) -> float:
-        return self.window_end - self.window_start
-
-
-@dataclass(frozen=True)
-class ResetResult:
-    """What a reset forgot."""
-
-    num_activations: int
-    num_tokens: int
-    num_requests: int
-    seconds: float  # since the start or the reset before
-
-
-@dataclass(frozen=True)
-class LayerPairs:
-    """One layer's pairs of experts, over a sample of the tokens."""
-
-    num_tokens: int  # sampled since the last reset
-    sampling: int  # one token in so many; 0: none
-    together: npt.NDArray[np.int64]  # [experts, experts]; on the diagonal, uses
-    onward: npt.NDArray[np.int64] | None  # [experts, experts of the next layer]; None for the last layer
-    next_layer_id: int | None
-
-
-@dataclass(frozen=True)
-class _StepRecord:
-    """The last cells that one step used, compact: `cells` are indices into the flattened [layers, experts] grid."""
-
-    timestamp: float
-    cells: npt.NDArray[np.int64]  # [n]
-    counts: npt.NDArray[np.integer]  # [phases, n]
 
 
 class ExpertTracker:
@@ -139,7 +73,7 @@ class ExpertTracker:
         self._top_k = top_k
         self._clock = Clock() if clock is None else clock
         self._model = model
-        self._keeper: Keeper | None = None
+        self._autosave: Autosave | None = None
 
         self._spans: Sequence[TokenSpan] | None = None  # of the step under way
         self._routing: dict[int, tuple[Tensor, Tensor]] = {}  # layer by layer
@@ -154,6 +88,7 @@ class ExpertTracker:
         self._num_pending_rows = 0
         grid = (len(self.layer_ids), num_experts)
         self._history = History(*grid, settings.bucket_seconds, settings.history_minutes * 60)
+        self._recent = RecentActivations(self.layer_ids, num_experts, settings.recent_activations)
         self._labels = LabelTallies(*grid, settings.max_labels)
         self._pairs = PairCounter(*grid, settings.pair_sampling)
         self._traces = TraceStore(self.layer_ids, top_k, settings.trace_bytes)
@@ -252,7 +187,7 @@ class ExpertTracker:
             last_activation = self._last_activation.copy()
             decaying_rate = self._decaying.read(now)
             labels = self._labels.num_tokens()
-            records = list(self._records)
+            records = self._recent.records()
             shift = self._clock.shift()
         if minutes is not None:  # closed buckets never change, so the step thread need not wait for their sum
             tally = total(buckets, *last_activation.shape)
@@ -266,7 +201,7 @@ class ExpertTracker:
             window_end=now + shift,
             tally=tally,
             last_activation=last_activation + shift,
-            recent=self._expand([record for record in records if record.timestamp >= start], shift),
+            recent=self._recent.expand((record for record in records if record.timestamp >= start), shift),
             half_life_minutes=self.settings.half_life_minutes,
             decaying_rate=decaying_rate,
             labels=labels,
@@ -374,39 +309,35 @@ class ExpertTracker:
                 _FORMER_TICK_SECONDS,
             )
 
-    def keep_in(self, path: Path) -> None:
+    def autosave_to(self, path: Path) -> None:
         """Go on from the statistics in a file, if there is one, and write them to it now and then and at the end.
 
         Raises:
             CheckpointError: the file is damaged.
             ConfigError: it is of another model.
         """
-        self._keeper = Keeper(self, path, self.settings.save_seconds)
+        self._autosave = Autosave(self, path, self.settings.save_seconds)
 
     def close(self) -> None:
-        """No step follows; the last statistics are saved if they are to be kept."""
-        if self._keeper is not None:
-            self._keeper.close()
+        """No step follows; the statistics are saved once more if they are to be."""
+        if self._autosave is not None:
+            self._autosave.close()
 
     @property
     def nbytes(self) -> int:
         """Memory that the counters, the history and the traces hold, or may come to hold."""
         with self._lock:
-            records = sum(record.cells.nbytes + record.counts.nbytes for record in self._records)
-            parts = (self._history, self._total, self._last_activation, self._labels, self._pairs, self._traces)
-            return records + sum(part.nbytes for part in parts)
+            counters = (self._total, self._last_activation, self._labels, self._pairs)
+            return sum(part.nbytes for part in (*counters, self._history, self._recent, self._traces))
 
     def _clear(self, now: float) -> None:
         grid = (len(self.layer_ids), self.num_experts)
         self._cleared_at = now
         self._total = Tally.zeros(*grid)
         self._last_activation = np.full(grid, np.nan)
-        self._records: deque[_StepRecord] = deque()
-        self._num_recorded = 0
         self._decaying = DecayingRate(*grid, self.settings.half_life_minutes * 60, now)
-        self._history.clear()
-        self._labels.clear()
-        self._pairs.clear()
+        for part in (self._history, self._recent, self._labels, self._pairs):
+            part.clear()
 
     def _layer_by_layer(self, spans: Sequence[TokenSpan]) -> tuple[Tensor, Tensor]:
         """The routing of the step under way as one, each [layers, rows, top_k]."""
@@ -444,7 +375,7 @@ class ExpertTracker:
         # Of several values for one cell the last is kept, and rows are in the order of their steps.
         values = np.broadcast_to(times[None, :, None], counted.cells.shape)
         self._last_activation.reshape(-1)[counted.cells.reshape(-1)] = values.reshape(-1)
-        self._remember(steps, rows, starts.tolist())
+        self._recent.add(steps, rows, starts.tolist())
 
     def _take_spans(self, step: Step, rows: Rows, first: int) -> None:
         """Labels and traces of one step, whose rows begin at `first`."""
@@ -463,38 +394,6 @@ class ExpertTracker:
             if of_step is not None and tally is not None:
                 index = np.concatenate([np.arange(part.start, part.stop) for part in slices])
                 of_step[index].counted.add_to(tally)
-
-    def _remember(self, steps: Sequence[Step], rows: Rows, starts: Sequence[int]) -> None:
-        """Keep the steps' last cells, and of older steps only those that are needed to fill the list."""
-        limit = self.settings.recent_activations
-        num_cells = len(self.layer_ids) * self.num_experts
-        added: list[_StepRecord] = []
-        num_missing = limit
-        for step, first, stop in reversed(list(zip(steps, starts[:-1], starts[1:], strict=True))):
-            if num_missing <= 0:
-                break
-            of_step = rows[slice(first, stop)].counted
-            counts = np.bincount(of_step.phased_cells, minlength=NUM_PHASES * num_cells).reshape(NUM_PHASES, num_cells)
-            cells = np.flatnonzero(counts[PROMPT] + counts[GENERATED])[-limit:]
-            if len(cells):
-                added.append(_StepRecord(step.timestamp, cells, counts[:, cells]))
-                num_missing -= len(cells)
-        for record in reversed(added):
-            self._records.append(record)
-            self._num_recorded += len(record.cells)
-        while self._records and self._num_recorded - len(self._records[0].cells) >= limit:
-            self._num_recorded -= len(self._records.popleft().cells)
-
-    def _expand(self, records: Sequence[_StepRecord], shift: float) -> tuple[RecentActivation, ...]:
-        expanded = []
-        for record in records:
-            rows = zip(record.cells.tolist(), *record.counts.tolist(), strict=True)
-            for cell, num_prompt, num_generated in rows:
-                row, expert_id = divmod(cell, self.num_experts)
-                layer_id = self.layer_ids[row]
-                moment = record.timestamp + shift
-                expanded.append(RecentActivation(moment, layer_id, expert_id, num_prompt, num_generated))
-        return tuple(expanded[max(0, len(expanded) - self.settings.recent_activations) :])
 
     def _check_minutes(self, minutes: float) -> None:
         limit = self.settings.history_minutes

@@ -1,7 +1,7 @@
 """Statistics → files.
 
 In: an `Overview` and the name of a format. Out: a file's name, media type and content. Must never know who asked, or
-where the file goes (`saved.write_file` puts it into a folder).
+where the file goes (`saved.folder.write_file` puts it into a folder).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from amalgam.errors import RequestError, describe
 from amalgam.experts.export.html import render_html
 from amalgam.experts.export.parquet import write_parquet
 from amalgam.experts.export.png import heatmap_png
-from amalgam.experts.overview import Overview, survey
-from amalgam.experts.saved import to_bytes
+from amalgam.experts.overview import Overview, build_overview
+from amalgam.experts.saved.files import to_npz
 from amalgam.experts.statistics import expert_columns, relative_share
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.weights import WeightVersion
@@ -65,8 +65,8 @@ def export(
                 f"minutes is {describe(minutes)}.", remedy="Leave it out: npz holds all since the reset."
             )
         saved = tracker.saved_set()
-        return Export(_file_name(saved.end, format), "application/x-npz", to_bytes(saved))
-    overview = survey(tracker, version, minutes)
+        return Export(_file_name(saved.end, format), "application/x-npz", to_npz(saved))
+    overview = build_overview(tracker, version, minutes)
     media_type, write = _WRITERS[format]
     return Export(_file_name(overview.snapshot.window_end, format), media_type, write(overview, model))
 

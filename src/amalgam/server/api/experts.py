@@ -115,8 +115,8 @@ class ResetAnswer(BaseModel):
 
 class ExportBody(WindowBody):
     format: Literal["json", "csv", "parquet", "npz", "png", "html"] = "json"
-    """json: everything that /expert_stats answers; csv, parquet: a row per expert; npz: a saved set; png: a heatmap;
-    html: a report."""
+    """json: everything that /expert_stats answers; csv, parquet: a row per expert; npz: a saved set for
+    numpy; png: a heatmap; html: a report."""
 
 
 class ExportAnswer(BaseModel):
@@ -182,7 +182,7 @@ async def export_expert_stats(service: ServiceArgument, body: ExportBody | None 
     folder = service.settings.server.export_dir
 
     def write(tracker: ExpertTracker) -> ExportAnswer:
-        from amalgam.experts.saved import write_file
+        from amalgam.experts.saved.folder import write_file
 
         result = _export(service.deployment, tracker, body.format, body.minutes)
         write_file(folder, result.file_name, result.content)
@@ -294,9 +294,9 @@ async def get_hints(service: ServiceArgument, query: Annotated[SharedWindowQuery
 
     def answer(tracker: ExpertTracker) -> dict[str, Any]:
         from amalgam.experts.hints import MIN_TOKENS
-        from amalgam.experts.overview import survey
+        from amalgam.experts.overview import build_overview
 
-        overview = survey(tracker, service.deployment.version, query.minutes)
+        overview = build_overview(tracker, service.deployment.version, query.minutes)
         return {
             "hints": [hint.as_json() for hint in overview.hints],
             "tokens": int(overview.snapshot.tally.num_tokens.sum()),
@@ -366,7 +366,7 @@ async def get_heatmap(service: ServiceArgument, query: Annotated[WindowQuery, Qu
 
 @router.get("/experts/set.npz", response_class=Response)
 async def get_set(service: ServiceArgument) -> Response:
-    """A saved set of what has been counted since the last reset, which is not kept here."""
+    """A saved set of what has been counted since the last reset, which is not kept here, for `numpy.load` too."""
 
     def answer(tracker: ExpertTracker) -> Response:
         result = _export(service.deployment, tracker, "npz", None)
@@ -380,7 +380,7 @@ async def list_sets(service: ServiceArgument) -> SavedSetsAnswer:
     """The saved sets in `server.export_dir`."""
 
     def names() -> list[str]:
-        from amalgam.experts.saved import list_names
+        from amalgam.experts.saved.folder import list_names
 
         return list_names(service.settings.server.export_dir)
 
@@ -393,14 +393,12 @@ async def save_set(body: SaveSetBody, service: ServiceArgument) -> SavedSetAnswe
     folder = service.settings.server.export_dir
 
     def save(tracker: ExpertTracker) -> SavedSetAnswer:
-        from amalgam.experts import saved
+        from amalgam.experts.saved.folder import load_named, save_named
+        from amalgam.experts.saved.sets import merge
 
-        path = saved.named_path(folder, body.name)
-        if body.merge is None:
-            result = tracker.saved_set()
-        else:
-            result = saved.merge([saved.load_named(folder, name) for name in body.merge])
-        saved.write_file(folder, path.name, saved.to_bytes(result))
+        names = body.merge
+        result = tracker.saved_set() if names is None else merge([load_named(folder, name) for name in names])
+        path = save_named(folder, body.name, result)
         num_tokens = int(result.total.num_tokens.sum())
         return SavedSetAnswer(name=path.stem, file_name=path.name, tokens=num_tokens, labels=list(result.labels))
 
@@ -448,9 +446,10 @@ async def share(service: Service, name: str, query: SharedQuery, work: Callable[
 
 async def _expert_stats(service: Service, query: ExpertStatsBody) -> Response:
     def answer(tracker: ExpertTracker) -> Response:
-        from amalgam.experts.overview import survey
+        from amalgam.experts.overview import build_overview
 
-        return OrjsonResponse(survey(tracker, service.deployment.version, query.minutes).as_json(query.top_k))
+        overview = build_overview(tracker, service.deployment.version, query.minutes)
+        return OrjsonResponse(overview.as_json(query.top_k))
 
     return await _in_worker(service, answer)
 

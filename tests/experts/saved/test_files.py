@@ -1,4 +1,4 @@
-"""Saved sets come back as they were, merge, and refuse what is not theirs; statistics survive a restart."""
+"""Saved sets come back from files of both kinds as they were; damaged and hostile ones are refused by name."""
 
 from __future__ import annotations
 
@@ -17,24 +17,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from amalgam.errors import AmalgamError, CheckpointError, ConfigError, ConflictError, RequestError
-from amalgam.experts import saved
+from amalgam.errors import CheckpointError
+from amalgam.experts.saved.files import from_bytes, load, save, to_bytes, to_npz
+from amalgam.experts.saved.sets import SavedSet
 from amalgam.experts.tracker import ExpertTracker
 from tests.errors import raises
-from tests.experts.routing import LAYER_IDS, START, TOP_K, Clock, make_tracker, route, run_step, run_tokens, span
+from tests.experts.routing import LAYER_IDS, TOP_K, Clock, busy_tracker, make_tracker
 
 
-def busy_tracker(seed: int, clock: Clock | None = None, **settings: Any) -> ExpertTracker:
-    tracker, rng = make_tracker(clock or Clock(), pair_sampling=1, **settings), np.random.default_rng(seed)
-    for label in ("en", "zh"):
-        tracker.admit(0, label, 0)
-        tracker.count_request(label)
-    run_step(tracker, [span(5, label="en", generated_from=3), span(4, 5, label="zh"), span(1, 9)], route(rng, 10))
-    return tracker
-
-
-def assert_same(first: saved.SavedSet, second: saved.SavedSet) -> None:
+def assert_same(first: SavedSet, second: SavedSet) -> None:
     assert (first.layer_ids, first.num_experts, first.start, first.end) == (
         second.layer_ids, second.num_experts, second.start, second.end,
     )  # fmt: skip
@@ -51,25 +44,29 @@ def assert_same(first: saved.SavedSet, second: saved.SavedSet) -> None:
     np.testing.assert_array_equal(first.pairs.onward, second.pairs.onward)
 
 
-def test_a_set_comes_back_as_it_was(tmp_path: Path) -> None:
-    original = busy_tracker(0).saved_set(with_history=True)
-    content = saved.to_bytes(original)
-    assert_same(saved.from_bytes(content, "it"), original)
-    saved.write_file(tmp_path, "a.npz", content)
-    assert_same(saved.load_named(tmp_path, "a"), original)
-    assert saved.list_names(tmp_path) == ["a"]
+@pytest.mark.parametrize("ending", [".safetensors", ".npz", ""])
+@pytest.mark.parametrize("with_history", [True, False])
+def test_a_set_comes_back_as_it_was(tmp_path: Path, ending: str, with_history: bool) -> None:
+    original = busy_tracker(0).saved_set(with_history=with_history)
+    path = tmp_path / f"a{ending}"
+    save(original, path)
+    assert path.read_bytes().startswith(b"PK") == (ending == ".npz")
+    assert_same(load(path), original)
+    renamed = path.rename(tmp_path / "renamed.npz")  # what it is, is told by its content
+    assert_same(load(renamed), original)
 
 
-def test_merged_sets_are_the_traffic_of_both() -> None:
-    first, second = busy_tracker(1).saved_set(), busy_tracker(2).saved_set()
-    both = saved.merge([first, second])
-    np.testing.assert_array_equal(both.total.counts, first.total.counts + second.total.counts)
-    np.testing.assert_array_equal(both.labels["zh"].counts, first.labels["zh"].counts + second.labels["zh"].counts)
-    assert both.pairs is not None and both.pairs.num_tokens == 20
-    assert first.total.num_tokens.sum() == 10  # the parts are as they were
-    other = ExpertTracker((1, 2), 8, 2, make_tracker(Clock()).settings, Clock().system).saved_set()
-    with raises(ConfigError, "2 layers of 8", "3 of 8"):
-        saved.merge([first, other])
+def test_other_programs_read_both_kinds(tmp_path: Path) -> None:
+    original = busy_tracker(0).saved_set()
+    save(original, tmp_path / "a.npz")
+    save(original, tmp_path / "a.safetensors")
+    with np.load(tmp_path / "a.npz") as zipped_arrays:
+        arrays = safetensors.numpy.load_file(tmp_path / "a.safetensors")
+        assert {"meta", *arrays} == set(zipped_arrays)
+        for name, values in arrays.items():
+            np.testing.assert_array_equal(values, zipped_arrays[name])
+    with safetensors.safe_open(tmp_path / "a.safetensors", "numpy") as file:
+        assert json.loads(file.metadata()["meta"])["labels"] == ["en", "zh"]
 
 
 def members(content: bytes) -> dict[str, bytes]:
@@ -148,6 +145,54 @@ def twice(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def parts(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
+
+
+def rewritten_tensors(content: bytes, **changes: Any) -> bytes:
+    """As `rewritten`, a safetensors file."""
+    arrays = safetensors.numpy.load(content)
+    meta = json.loads(parts(content)[0]["__metadata__"]["meta"])
+    for name, value in changes.items():
+        if name in meta:
+            meta[name] = value
+        elif name == "meta":
+            continue
+        elif value is None:
+            del arrays[name]
+        else:
+            arrays[name] = np.asarray(value)
+    text = json.dumps(meta)
+    if "meta" in changes:
+        text = changes["meta"].tobytes().decode()
+    return safetensors.numpy.save(arrays, {"meta": text})
+
+
+def is_of_npz_only(value: Any) -> bool:
+    """Whether no safetensors file can hold such a thing, or needs a case of its own for it."""
+    return isinstance(value, bytes) or value is None or (isinstance(value, np.ndarray) and value.dtype.kind == "U")
+
+
+def with_header(change: Callable[[str], str]) -> Callable[[bytes], bytes]:
+    """A safetensors file with another header."""
+
+    def damage(content: bytes) -> bytes:
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = change(content[8:start].decode()).encode()
+        assert header != content[8:start]
+        return len(header).to_bytes(8, "little") + header + content[start:]
+
+    return damage
+
+
+def overlapping(header: str) -> str:
+    tensors = json.loads(header)
+    tensors["label_gate_mass"]["data_offsets"] = [8, 8 + 2 * 2 * 3 * 8 * 8]
+    return json.dumps(tensors)
+
+
 GRID = (2, 3, 8)
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "no counts": ({"counts": None}, "it has no counts"),
@@ -196,7 +241,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "sizes of 2^40": ({"num_experts": 2**40}, "num_experts has 1099511627776"),
     "layers twice": ({"layer_ids": [1, 1, 2]}, "layer_ids is"),
     "layers that are none": ({"layer_ids": [1, True, 4]}, "layer_ids has True"),
-    "a million layers": ({"layer_ids": list(range(1_000_000))}, "meta takes"),
+    "a million layers": ({"layer_ids": list(range(1_000_000))}, "meta takes|header of more than"),
     "more active experts than there are": ({"num_active_experts": 2**30}, "num_active_experts has"),
     "another model's active experts": ({"num_active_experts": 3}, "not tokens × active experts"),
     "a model that steers the terminal": ({"model": "\x1b]0;x\x07"}, "model is"),
@@ -218,10 +263,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "a time as text": ({"start": "now"}, "start is 'now'"),
 }
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda content: b"", "BadZipFile"),
     "cut off": (lambda content: content[: len(content) // 2], "BadZipFile"),
-    "no zip": (lambda content: b"x" * 1000, "BadZipFile"),
-    "a pickle": (lambda content: pickle.dumps({"a": Canary()}), "BadZipFile"),
+    "a zip without members": (lambda content: b"PK\x05\x06" + b"\0" * 18, "it has no meta"),
     "garbled": (garbled, ""),
     "encrypted": (lambda content: in_directory(content, 8, b"\x01\x00"), "encrypted"),
     "compressed by an unknown method": (lambda content: in_directory(content, 10, b"\x63\x00"), "uncommon way"),
@@ -243,19 +286,52 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
+TENSORS_ALIKE = [name for name, (changes, _) in CHANGES.items() if not any(map(is_of_npz_only, changes.values()))]
+TENSORS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda content: b"", "has 0 bytes"),
+    "cut off": (lambda content: content[: len(content) // 2], "truncated"),
+    "no safetensors": (lambda content: b"x" * 1000, "announces a header of more than"),
+    "a pickle": (lambda content: pickle.dumps({"a": Canary()}), "announces a header of more than"),
+    "a header of 5 MB": (lambda content: (5_000_000).to_bytes(8, "little") + b" " * 5_000_000, "more than"),
+    "a header that is no JSON": (lambda content: content[:8] + b"{,,," + content[12:], "invalid JSON"),
+    "a tensor twice": (with_header(lambda text: text.replace('"gate_mass"', '"counts"')), "twice"),
+    "a tensor beyond the end": (with_header(lambda text: re.sub(r"\[0,", "[9999999,", text)), "data_offsets"),
+    "tensors that overlap": (with_header(overlapping), "overlaps"),
+    "a shape of 10^30": (with_header(lambda text: text.replace("[2,3,8]", f"[{10**30}]")), "at most"),
+    "counts in bfloat16": (with_header(lambda text: text.replace('"U8"', '"F8_E4M3"')), "is torch.float8_e4m3fn"),
+    "no meta": (with_header(lambda text: text.replace('"meta"', '"mota"')), "it has no meta"),
+}
+
+
 @pytest.mark.parametrize("case", [*CHANGES, *DAMAGE])
-def test_a_malformed_set_is_refused_by_name_and_takes_no_memory(case: str) -> None:
-    content = zipped(members(saved.to_bytes(busy_tracker(0).saved_set(with_history=True))))
+def test_a_malformed_npz_is_refused_by_name_and_takes_no_memory(case: str) -> None:
+    content = zipped(members(to_npz(busy_tracker(0).saved_set(with_history=True))))
     if case in CHANGES:
         changes, message = CHANGES[case]
         content = rewritten(content, **changes)
     else:
         damage, message = DAMAGE[case]
         content = damage(content)
+    check_refused(content, message)
+
+
+@pytest.mark.parametrize("case", [*TENSORS_ALIKE, *TENSORS])
+def test_malformed_safetensors_are_refused_by_name_and_take_no_memory(case: str) -> None:
+    content = to_bytes(busy_tracker(0).saved_set(with_history=True))
+    if case in TENSORS_ALIKE:
+        changes, message = CHANGES[case]
+        content = rewritten_tensors(content, **changes)
+    else:
+        damage, message = TENSORS[case]
+        content = damage(content)
+    check_refused(content, message)
+
+
+def check_refused(content: bytes, message: str) -> None:
     tracemalloc.start()
     try:
         with raises(CheckpointError, "the file") as caught:
-            saved.from_bytes(content, "the file")
+            from_bytes(content, "the file")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -264,183 +340,19 @@ def test_a_malformed_set_is_refused_by_name_and_takes_no_memory(case: str) -> No
     assert not Path("/tmp/amalgam-canary-fired").exists()
 
 
-def test_a_set_with_flipped_bytes_is_refused_or_still_a_set() -> None:
+@pytest.mark.parametrize("write", [to_bytes, to_npz])
+def test_a_set_with_flipped_bytes_is_refused_or_still_a_set(write: Callable[[SavedSet], bytes]) -> None:
     rng = np.random.default_rng(0)
-    content = saved.to_bytes(busy_tracker(0).saved_set())
+    content = write(busy_tracker(0).saved_set())
     for _ in range(500):
         data = bytearray(content)
         for place in rng.integers(0, len(data), 3):
             data[place] = rng.integers(0, 256)
         with contextlib.suppress(CheckpointError):
-            saved.to_bytes(saved.from_bytes(bytes(data), "it"))
-
-
-def test_other_active_experts_are_another_model_s() -> None:
-    settings = make_tracker(Clock()).settings
-    first, other = (ExpertTracker(LAYER_IDS, 8, top_k, settings, Clock().system) for top_k in (TOP_K, 3))
-    with raises(ConfigError, 3, 2):
-        first.restore(other.saved_set(), "It")
-    with raises(ConfigError, 3, 2):
-        saved.merge([first.saved_set(), other.saved_set()])
+            write(from_bytes(bytes(data), "it"))
 
 
 def test_a_model_s_name_is_written_printable() -> None:
     settings = make_tracker(Clock()).settings
     tracker = ExpertTracker(LAYER_IDS, 8, TOP_K, settings, Clock().system, model="a\n\udcff明")
-    assert saved.from_bytes(saved.to_bytes(tracker.saved_set()), "it").model == "a\ufffd\ufffd明"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../a", "/etc/passwd", "a/b", "", ".", "..", ".x", "a\n", "a\0", "<b>", "a" * 201, ".npz", "a.npz.npz", None],
-)
-def test_names_stay_in_their_folder(tmp_path: Path, name: Any) -> None:
-    with raises(RequestError, "name"):
-        saved.load_named(tmp_path, name)
-
-
-@pytest.mark.parametrize("name", ["a", "a.b", "npz", "x.npz", "a" * 196, "a" * 197, "a" * 200])
-def test_a_set_is_found_under_the_name_it_was_saved_by(tmp_path: Path, name: str) -> None:
-    path = saved.named_path(tmp_path, name)
-    saved.write_file(tmp_path, path.name, saved.to_bytes(busy_tracker(0).saved_set()))
-    (tmp_path / "x.npz.npz").write_bytes(b"of somebody else")  # no name leads to it
-    assert saved.list_names(tmp_path) == [name.removesuffix(".npz")]
-    assert saved.load_named(tmp_path, saved.list_names(tmp_path)[0]).total.num_tokens.sum() == 10
-
-
-def test_a_link_is_no_saved_set(tmp_path: Path) -> None:
-    outside = tmp_path / "outside.npz"
-    outside.write_bytes(saved.to_bytes(busy_tracker(0).saved_set()))
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "a.npz").symlink_to(outside)
-    assert saved.list_names(folder) == []
-    with raises(RequestError, "a"):
-        saved.load_named(folder, "a")
-
-
-def test_statistics_survive_a_restart(tmp_path: Path) -> None:
-    path, clock = tmp_path / "kept" / "statistics.npz", Clock()
-    first = busy_tracker(0, clock)
-    first.keep_in(path)
-    clock.now += 30
-    run_tokens(first, 3)
-    first.close()
-    clock.now += 60
-    second = make_tracker(clock, pair_sampling=1)
-    second.keep_in(path)
-    before, after = first.saved_set(), second.saved_set()
-    np.testing.assert_array_equal(after.total.counts, before.total.counts)
-    assert (after.start, after.labels.keys()) == (START, before.labels.keys())
-    run_tokens(second, 2)
-    snapshot = second.snapshot()
-    assert snapshot.tally.num_tokens.sum() == 15
-    assert snapshot.tally.counts.sum() == 15 * TOP_K * len(LAYER_IDS)
-    assert snapshot.started_at == START + 90
-    # The window reaches back behind the restart, but not to the first tokens.
-    assert second.snapshot(minutes=1.2).tally.num_tokens.sum() == 5
-    assert second.snapshot(minutes=60).tally.num_tokens.sum() == 15
-    second.close()
-    third = make_tracker(clock, pair_sampling=1)
-    third.keep_in(path)
-    assert third.snapshot().tally.num_tokens.sum() == 15
-    assert third.layer_pairs(1).num_tokens == 15
-    third.close()
-
-
-@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5, 5.0, 7.0, 10.0, 60.0, 3600.0])
-def test_windows_survive_another_bucket_length(tmp_path: Path, seconds: float) -> None:
-    path, clock = tmp_path / "statistics.npz", Clock()
-    first = make_tracker(clock)
-    first.keep_in(path)
-    for _ in range(300):  # half an hour, a token every six seconds
-        run_tokens(first, 1)
-        clock.now += 6
-    run_tokens(first, 1)
-    first.close()
-    second = make_tracker(clock, bucket_seconds=seconds)
-    second.keep_in(path)
-    assert second.snapshot(60).tally.num_tokens.sum() == 301
-    run_tokens(second, 1)
-    for minutes in (1, 5, 20):  # a window begins early by a bucket of either run, and by a twenty-fourth
-        expected, slack = minutes * 10 + 2, (max(seconds, 5) + 5 + minutes * 60 / 24) / 6 + 1
-        assert -1 <= second.snapshot(minutes).tally.num_tokens.sum() - expected <= slack
-    second.close()
-    third = make_tracker(clock)
-    third.keep_in(path)
-    assert third.snapshot(60).tally.num_tokens.sum() == 302
-    assert third.snapshot(60).tally.counts.sum() == 302 * TOP_K * len(LAYER_IDS)
-    third.close()
-
-
-def test_a_restart_within_a_tick_loses_nothing(tmp_path: Path) -> None:
-    path, clock = tmp_path / "statistics.npz", Clock()
-    for total in (1, 2, 3):
-        tracker = make_tracker(clock)
-        tracker.keep_in(path)
-        run_tokens(tracker, 1)
-        assert tracker.snapshot(1).tally.num_tokens.sum() == total
-        tracker.close()
-
-
-def test_a_file_that_does_not_name_its_ticks_is_read_with_the_former_default(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    clock = Clock()
-    content = saved.to_bytes(busy_tracker(0, clock).saved_set(with_history=True))
-    tracker = make_tracker(clock, bucket_seconds=10)
-    tracker.restore(saved.from_bytes(rewritten(content, tick_seconds=None), "it"), "The file")
-    assert tracker.snapshot(1).tally.num_tokens.sum() == 10
-    assert "The file does not say its statistics.bucket_seconds" in caplog.text
-
-
-def test_labels_that_find_no_room_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    tracker = make_tracker(Clock(), max_labels=1)
-    tracker.restore(busy_tracker(0).saved_set(), "The file")
-    assert list(tracker.snapshot().labels) == ["en"]
-    assert "The file has 2 labels, and statistics.max_labels is 1: the last 1 of them are dropped" in caplog.text
-
-
-def test_a_file_of_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "statistics.npz"
-    for content in (saved.to_bytes(ExpertTracker((1, 2), 8, 2, make_tracker(Clock()).settings).saved_set()), b"junk"):
-        path.write_bytes(content)
-        with pytest.raises(AmalgamError):
-            make_tracker(Clock()).keep_in(path)
-        assert path.read_bytes() == content
-
-
-def test_a_folder_that_cannot_be_written_to_does_not_stop_the_traffic(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    tracker = make_tracker(Clock())
-    tracker.keep_in(tmp_path / "file" / "statistics.npz")
-    run_tokens(tracker, 1)
-    tracker.close()
-    assert tracker.snapshot().tally.num_tokens.sum() == 1
-
-
-def test_two_processes_do_not_keep_their_statistics_in_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "statistics.npz"
-    first, second = make_tracker(Clock()), make_tracker(Clock())
-    first.keep_in(path)
-    with pytest.raises(ConflictError) as error:
-        second.keep_in(path)
-    assert str(path) in str(error.value) and "statistics.file" in str(error.value)
-    run_tokens(first, 3)
-    first.close()
-    first.close()
-    second.keep_in(path)
-    assert second.snapshot().tally.num_tokens.sum() == 3
-    second.close()
-    assert {item.name for item in tmp_path.iterdir()} == {"statistics.npz"}
-
-
-def test_a_file_that_is_refused_stays_free_for_others(tmp_path: Path) -> None:
-    path = tmp_path / "statistics.npz"
-    path.write_bytes(b"junk")
-    with pytest.raises(AmalgamError):
-        make_tracker(Clock()).keep_in(path)
-    path.unlink()
-    tracker = make_tracker(Clock())
-    tracker.keep_in(path)
-    tracker.close()
+    assert from_bytes(to_bytes(tracker.saved_set()), "it").model == "a\ufffd\ufffd明"

@@ -1,9 +1,8 @@
-"""Arrays out of an `.npz` file that somebody else may have made.
+"""Arrays in an `.npz` file, texts as arrays of bytes.
 
-In: a file's bytes, and what each array should be. Out: arrays. Must never know what they mean.
+In: arrays, or a file's bytes. Out: a file's bytes, or arrays. Must never know what they mean.
 
-What the file claims is held against what is expected before anything is unpacked, so that a small file cannot take
-much memory. numpy's own reader allocates what a header asks for, and evaluates it as Python.
+numpy's own reader allocates what a header asks for, and evaluates it as Python; ours does neither.
 """
 
 from __future__ import annotations
@@ -13,13 +12,14 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from amalgam.errors import describe
+from amalgam.experts.saved.arrays import ArrayFile
 
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _IS_ENCRYPTED = 0x1
@@ -32,8 +32,8 @@ _HEADER = re.compile(
 )
 
 
-class ArrayFile:
-    """The arrays of one file, read one by one.
+class NpzFile(ArrayFile):
+    """A file whose arrays are unpacked one by one.
 
     Raises:
         ValueError: it is no zip file of plain, stored or deflated members of different names, or unpacks to more than
@@ -55,37 +55,40 @@ class ArrayFile:
     def __contains__(self, name: str) -> bool:
         return f"{name}.npy" in self._members
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the file claims."""
+    def header(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         with self._open(name) as file:
-            return _read_header(file, name)[1]
+            dtype, shape, _ = _read_header(file, name)
+        return dtype, shape
 
-    def read(self, name: str, shape: Sequence[int], kinds: str) -> npt.NDArray[Any]:
-        """
-        Args:
-            shape: what it must be.
-            kinds: what its type may be, as numpy calls them: `i`, `u`, `f`.
+    def text(self, name: str, max_bytes: int) -> bytes:
+        _, (num_bytes,) = self.header(name)
+        if num_bytes > max_bytes:
+            raise ValueError(f"{name} takes {num_bytes} bytes")
+        return self.read(name, (num_bytes,), "u").tobytes()
 
-        Raises:
-            ValueError: it is absent, or something else.
-        """
+    def _load(self, name: str) -> npt.NDArray[Any]:
         with self._open(name) as file:
-            dtype, found, is_fortran = _read_header(file, name)
-            if found != tuple(shape) or dtype.kind not in kinds:
-                raise ValueError(f"{name} has shape {found} and type {dtype}, not {tuple(shape)}")
-            num_bytes = math.prod(found) * dtype.itemsize
+            dtype, shape, is_fortran = _read_header(file, name)
+            num_bytes = math.prod(shape) * dtype.itemsize
             if num_bytes > self._members[f"{name}.npy"].file_size:
                 raise ValueError(f"{name} is cut off")
             data = file.read(num_bytes)
             if len(data) != num_bytes or file.read(1):
                 raise ValueError(f"{name} has more or fewer bytes than its shape takes")
-        array = np.frombuffer(data, dtype)
-        return array.reshape(found, order="F" if is_fortran else "C")
+        return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
 
     def _open(self, name: str) -> Any:
         if name not in self:
             raise ValueError(f"it has no {name}")
         return self._zip.open(self._members[f"{name}.npy"])
+
+
+def write_npz(arrays: Mapping[str, npt.NDArray[Any]], texts: Mapping[str, bytes], *, compress: bool = True) -> bytes:
+    """A file's content, which `numpy.load` reads too."""
+    buffer = io.BytesIO()
+    bytes_of_texts = {name: np.frombuffer(text, np.uint8) for name, text in texts.items()}
+    (np.savez_compressed if compress else np.savez)(buffer, allow_pickle=False, **bytes_of_texts, **arrays)
+    return buffer.getvalue()
 
 
 def _read_header(file: Any, name: str) -> tuple[np.dtype[Any], tuple[int, ...], bool]:

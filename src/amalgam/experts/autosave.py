@@ -1,6 +1,6 @@
-"""Keeps the statistics in a file across restarts.
+"""Saves the statistics in a file that they go on from after a restart.
 
-In: something that gives and takes saved sets. Out: the file, now and then and at the end. Must never know: steps.
+In: something that gives and takes saved sets. Out: the file, at intervals and at the end. Must never know: steps.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from amalgam.base.files import replace_file
 from amalgam.base.locks import FileLock
 from amalgam.base.threads import StoppableThread
 from amalgam.errors import ConflictError
-from amalgam.experts.saved import SavedSet, load, to_bytes
+from amalgam.experts.saved.files import load, save
+from amalgam.experts.saved.sets import SavedSet
 
 logger = logging.getLogger("amalgam.experts")
 
 
-class Keepable(Protocol):
+class Saveable(Protocol):
     def saved_set(self, *, with_history: bool) -> SavedSet: ...
 
     def restore(self, saved: SavedSet, where: str) -> None: ...
 
 
-class Keeper:
+class Autosave:
     """Restores at once, then saves every `seconds` in a thread of its own, and once more at the end.
 
     The file is locked meanwhile: of two processes that save in it, each would undo the other's counts. A file that
@@ -34,10 +34,10 @@ class Keeper:
 
     Raises:
         CheckpointError, ConfigError: the file does not fit. It is left as it is.
-        ConflictError: another process keeps its statistics in it.
+        ConflictError: another process saves its statistics in it.
     """
 
-    def __init__(self, statistics: Keepable, path: Path, seconds: float) -> None:
+    def __init__(self, statistics: Saveable, path: Path, seconds: float) -> None:
         self._statistics = statistics
         self._path = path
         self._seconds = seconds
@@ -78,6 +78,6 @@ class Keeper:
 
     def _save(self) -> None:
         try:
-            replace_file(self._path, to_bytes(self._statistics.saved_set(with_history=True)))
+            save(self._statistics.saved_set(with_history=True), self._path)
         except OSError as error:
             logger.error("The expert statistics cannot be saved in %r: %s", str(self._path), error)

@@ -1,0 +1,114 @@
+"""The export folder: files under plain names, saved sets among them.
+
+In: the folder, names, content. Out: files in it, and never outside. Must never know who asked.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from amalgam.base.files import replace_file
+from amalgam.errors import ConfigError, RequestError, describe
+from amalgam.experts.saved.files import NPZ, load, to_bytes
+from amalgam.experts.saved.sets import SavedSet
+
+_SUFFIX = ".safetensors"
+_SUFFIXES = (_SUFFIX, NPZ)  # the first one found is read
+_MAX_NAME_CHARS = 200  # of a set
+_MAX_FILES = 1000  # a client could fill the disk
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_name(name: str) -> str:
+    """A saved set's name, which is its file's name without its ending; the file's name is taken too.
+
+    Raises:
+        RequestError: not a plain name.
+    """
+    if isinstance(name, str):
+        ending = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+        if _is_name(short := name.removesuffix(ending)):
+            return short
+    raise RequestError(
+        f"name is {describe(name)}.",
+        remedy=f"Use a letter or digit, then letters, digits, . _ and -; at most {_MAX_NAME_CHARS}, and not "
+        f"{' or '.join(_SUFFIXES)} twice.",
+    )
+
+
+def save_named(folder: str | Path, name: str, saved: SavedSet) -> Path:
+    """Write a saved set, in place of the one of that name, and return its path.
+
+    Raises:
+        RequestError: not a plain name.
+        ConfigError: the folder cannot be written to, or is full.
+    """
+    name = check_name(name)
+    path = write_file(folder, name + _SUFFIX, to_bytes(saved))
+    with suppress(OSError):  # what could not be removed is not read either
+        path.with_name(name + NPZ).unlink()
+    return path
+
+
+def load_named(folder: str | Path, name: str) -> SavedSet:
+    """
+    Raises:
+        RequestError: not a plain name, or there is no set of that name in `folder`.
+        CheckpointError: it is damaged.
+    """
+    name = check_name(name)
+    paths = [Path(folder) / (name + suffix) for suffix in _SUFFIXES]
+    path = next(filter(_is_plain_file, paths), None)
+    if path is None:
+        known = ", ".join(list_names(folder)[:20]) or "none yet"
+        raise RequestError(f"There is no saved set {describe(name)}.", remedy=f"Saved sets: {known}.")
+    return load(path)
+
+
+def list_names(folder: str | Path) -> list[str]:
+    """The saved sets in a folder, by name."""
+    paths = [path for suffix in _SUFFIXES for path in Path(folder).glob(f"*{suffix}")]
+    return sorted({path.stem for path in paths if _is_name(path.stem) and _is_plain_file(path)})
+
+
+def write_file(folder: str | Path, name: str, content: str | bytes) -> Path:
+    """Write `content` to the file `name` in `folder`, which is made if absent, and return its path.
+
+    The file appears complete or not at all. It never lies outside `folder`: a symbolic link of that name is replaced,
+    not followed.
+
+    Raises:
+        RequestError: `name` is not a plain file name.
+        ConfigError: the folder cannot be written to, or is full.
+    """
+    if not _SAFE_NAME.fullmatch(name) or len(name) > _MAX_NAME_CHARS + len(_SUFFIX):
+        raise RequestError(f"File name {describe(name)} is not a plain name.", remedy="Use letters, digits, . _ and -.")
+    target = Path(folder) / name
+    try:
+        if not target.exists() and _num_files(target.parent) >= _MAX_FILES:
+            raise ConfigError(
+                f"The export folder {str(folder)!r} holds {_MAX_FILES} files, the most that are kept there.",
+                remedy="Remove those that are not needed, or set server.export_dir to another folder.",
+            )
+        return replace_file(target, content)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to the export folder {str(folder)!r}: {error.strerror}.",
+            remedy="Set server.export_dir to a folder that can be written to.",
+        ) from None
+
+
+def _is_name(text: str) -> bool:
+    # A name that ends as files do would name two files: its own, and the one without the second ending.
+    return len(text) <= _MAX_NAME_CHARS and not text.endswith(_SUFFIXES) and _SAFE_NAME.fullmatch(text) is not None
+
+
+def _is_plain_file(path: Path) -> bool:
+    """A link might lead out of the folder."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _num_files(folder: Path) -> int:
+    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
