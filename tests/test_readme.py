@@ -90,11 +90,10 @@ def test_requests(name: str, server: str) -> None:
             assert answer["generated_text"].strip()
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_local_commands(name: str, server: str, tmp_path: Path) -> None:
-    lines = [line for line in commands(name) if line.startswith(".venv/bin/")]
-    assert len(lines) == 8
-    for line in lines:
+def test_local_commands(server: str, tmp_path: Path) -> None:
+    lines = [line for name in READMES for line in commands(name) if line.startswith(".venv/bin/")]
+    assert len(lines) == 16
+    for line in dict.fromkeys(lines):
         words = shlex.split(line.replace("/tmp/demo-int8", str(tmp_path / "int8")))
         program = words[0].rpartition("/")[2]
         start = [sys.executable] if program == "python" else [sys.executable, "-m", "amalgam.cli"]
@@ -111,17 +110,19 @@ def test_local_commands(name: str, server: str, tmp_path: Path) -> None:
         assert result.stdout.strip(), line
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_python(name: str) -> None:
-    (program,) = commands(name, "python")
-    program = program.replace("print(answer.text)", "print(answer.text); print('length', len(answer.text.strip()))")
+def test_python() -> None:
+    """The programs of both languages, one after the other."""
+    programs = [program for name in READMES for program in commands(name, "python")]
+    assert len(programs) == 2
+    printed = "print(answer.text); print('length', len(answer.text.strip()))"
+    program = "\n".join(programs).replace("print(answer.text)", printed)
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     assert "layer_id" in result.stdout
     lengths = [int(number) for number in re.findall(r"^length (\d+)$", result.stdout, re.MULTILINE)]
-    assert len(lengths) == 2 and min(lengths) > 20, "answers that are worth showing"
+    assert len(lengths) == 4 and min(lengths) > 20, "answers that are worth showing"
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -27,6 +27,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-features=BackForwardCache",  # it keeps the connections of pages left behind, of six to a host
     "--hide-scrollbars",
 )
 WAIT_SECONDS = 60.0  # ends what would hang; a busy machine takes some

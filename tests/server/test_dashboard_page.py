@@ -223,8 +223,7 @@ def test_every_panel_is_fed(page: Page, demo_url: str) -> None:
     assert page.count("#usage-busiest button") == 12
     assert page.count("#hint-list li[data-severity]") == int(page.text("#hint-count")) > 0
     assert page.text("#memory-body").count("int4") == 2  # as a format and as a source
-    [bars] = page.run("return [document.querySelector('[data-chart=throughput]').data[0].y.length]")
-    assert bars > 0
+    page.wait("return document.querySelector('[data-chart=throughput]').data[0].y.length > 0")
     assert page.count("#analysis .tile") == 3
     assert page.count("#coactivation tbody tr") > 0
     assert_clean(page, demo_url)
@@ -275,9 +274,9 @@ def test_the_precision_map_marks_what_the_hints_name(page: Page, large_url: str)
     counts = {hint["kind"]: hint["figures"].get("num_experts", hint["figures"].get("num_found")) for hint in hints}
     page.open(large_url + "/dashboard")
     page.show("#precision")
-    page.wait("return document.getElementById('precision').grid.data !== null")
-    assert page.text("#select-hot-narrow") == f"Select hot and narrow ({counts['hot_narrow']})"
-    assert page.text("#select-cold-wide") == f"Select cold and wide ({counts['cold_wide']})"
+    text = "return document.querySelector(arguments[0]).textContent === arguments[1]"
+    page.wait(text, "#select-hot-narrow", f"Select hot and narrow ({counts['hot_narrow']})")
+    page.wait(text, "#select-cold-wide", f"Select cold and wide ({counts['cold_wide']})")
     assert page.text("#staged-count") == "staged (0)"
     page.click("#select-hot-narrow")
     page.choose("#stage-source", "source-8")
