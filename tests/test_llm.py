@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from amalgam import LLM, SamplingParams
+from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.cli import main
 from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import ConfigError, PromptTooLongError, UnsupportedError
 from amalgam.experts.saved.files import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
+from amalgam.models.spec import read_spec
 from tests.conftest import DEMO, ROOT
 from tests.errors import raises
 
@@ -146,42 +149,32 @@ def test_bad_input_is_refused() -> None:
 
 def test_peak_memory_is_the_weights_and_little_more(tmp_path: Path) -> None:
     """At most the final weights, ten per cent and the largest tensor, above what a process needs without weights."""
-    program = f"""
-import sys, torch
-from pathlib import Path
-from amalgam.checkpoint.writer import write_checkpoint
-from amalgam.config.settings import InferenceSettings, ModelSettings
-from amalgam.engine.memory import peak_memory_bytes
-from amalgam.composition.loader import ModelLoader
-import json, resource
-config = json.loads(Path({str(DEMO / "config.json")!r}).read_text()) | dict(
-    num_hidden_layers=8, hidden_size=1024, moe_intermediate_size=512, num_experts=16)
-config.pop("num_local_experts")
-folder = Path({str(tmp_path)!r})
-(folder / "config.json").write_text(json.dumps(config))
-if sys.argv[1] == "write":
-    from amalgam.models.registry import read_spec
+    sizes = {"num_hidden_layers": 8, "hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 16}
+    config = json.loads((DEMO / "config.json").read_text()) | sizes
+    config.pop("num_local_experts")
+    (tmp_path / "config.json").write_text(json.dumps(config))
     family, spec = read_spec(config, "config.json")
     names = ((family.logical_name(slot), torch.zeros(slot.shape, dtype=torch.bfloat16)) for slot in spec.slots)
-    write_checkpoint(folder, names)
-else:
-    model = ModelSettings(base_path=str(folder))
-    loader = ModelLoader(model, InferenceSettings(), torch.device("cpu"), threads=2)
-    planned = loader.plan()
-    before = peak_memory_bytes()
-    version = loader.build(planned, 1).version
-    largest = max(version[slot].nbytes for slot in version.origins)
-    print(peak_memory_bytes() - before, version.nbytes, largest)
+    write_checkpoint(tmp_path, names)
+    program = """
+import sys, torch
+from amalgam.composition.loader import ModelLoader
+from amalgam.config.settings import InferenceSettings, ModelSettings
+from amalgam.engine.memory import peak_memory_bytes
+loader = ModelLoader(ModelSettings(base_path=sys.argv[1]), InferenceSettings(), torch.device("cpu"), threads=2)
+planned = loader.plan()
+before = peak_memory_bytes()
+version = loader.build(planned, 1).version
+print(peak_memory_bytes() - before, version.nbytes, max(version[slot].nbytes for slot in version.origins))
 """
-    for step in ("write", "load"):
-        result = subprocess.run(
-            [sys.executable, "-c", program, step],
-            capture_output=True,
-            text=True,
-            env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
     grown, weights, largest = map(int, result.stdout.split())
     assert weights > 300 * 2**20
     assert grown <= 1.1 * weights + largest

@@ -303,7 +303,7 @@ class Place(NamedTuple):
         return [*known, *self.proposed_ids] if self.proposed_ids else known
 
     @property
-    def index(self) -> int:
+    def answer_index(self) -> int:
         """Which token of the answer it is."""
         return self.request.num_new_tokens + len(self.proposed_ids)
 

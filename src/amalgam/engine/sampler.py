@@ -86,7 +86,9 @@ def choose_tokens(logits: Tensor, places: Sequence[Place]) -> list[int]:
 
 def _choose_compiled(logits: Tensor, places: Sequence[Place]) -> list[int]:
     """`_choose` in the extension, all rows in one call."""
-    return native.draw(logits, [(place.request.params.draw, place.request.seed, place.index) for place in places])
+    return native.draw(
+        logits, [(place.request.params.draw, place.request.seed, place.answer_index) for place in places]
+    )
 
 
 def _choose(logits: Tensor, places: Sequence[Place]) -> list[int]:
@@ -173,7 +175,7 @@ def _draw(logits: Tensor, places: Sequence[Place]) -> list[int]:
     for place, scores, threshold in zip(places, logits.cpu().numpy(), thresholds, strict=True):
         # All tokens that are as good as the k-th, as in transformers: ties then need no order.
         candidates = np.flatnonzero(scores >= threshold)
-        params, u = place.request.params, uniform(place.request.seed, place.index)
+        params, u = place.request.params, uniform(place.request.seed, place.answer_index)
         token_ids.append(int(candidates[choose(scores[candidates].astype(np.float64), params, u)]))
     return token_ids
 
