@@ -19,7 +19,7 @@ from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import ConfigError, PromptTooLongError, UnsupportedError
 from amalgam.experts.saved.files import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.spec import read_spec
+from amalgam.models.registry import read_spec
 from tests.conftest import DEMO, ROOT
 from tests.errors import raises
 
