@@ -99,7 +99,7 @@ void write(uintptr_t key, int64_t key_stride, uintptr_t keys, int64_t keys_strid
              reinterpret_cast<const int64_t*>(slot_ids), num_tokens, num_slots, threads);
 }
 
-// Reads memory once, as fast as a plain loop can: the yardstick of benchmarks/attention.py.
+// Reads memory once, as fast as a plain loop can: the read bandwidth for benchmarks/attention.py.
 uint64_t read_memory(uintptr_t address, int64_t bytes, int threads) {
     constexpr int64_t kWordsPerItem = 1 << 15;
     std::atomic<uint64_t> total{0};

@@ -18,14 +18,15 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/experts.h"
 #include "formats/bf16_coding.h"
+#include "formats/table.h"
 #include "isa/table.h"
-#include "product/experts.h"
 #include "product/kernels.h"
 #include "product/linear.h"
 #include "product/packing.h"
 #include "runtime/pool.h"
-#include "step/selection.h"
+#include "step/routing.h"
 
 namespace nb = nanobind;
 
@@ -99,6 +100,12 @@ std::shared_ptr<PackedMatrix> pack(Format format, int64_t rows, int64_t columns,
                                pointer<const uint8_t>(zero), pointer<const int32_t>(order), quantizes, codes});
 }
 
+template <class... F>
+void bind_formats(nb::module_& module, FormatList<F...>) {
+    nb::enum_<Format> formats(module, "Format");
+    (formats.value(F::kName, kFormat<F>), ...);
+}
+
 // The caller keeps the memory alive.
 std::shared_ptr<PackedMatrix> view(Format format, int64_t rows, int64_t columns, uintptr_t memory, int64_t nbytes,
                                    DType scale_dtype, int64_t num_groups, int64_t group, int scale_lanes, bool has_zero,
@@ -164,7 +171,7 @@ std::vector<int64_t> draw_tokens(const Kernels& kernels, uintptr_t logits, int64
     return tokens;
 }
 
-// Reads every byte of the weights once, as fast as a plain loop can: the yardstick of benchmarks/kernels.py.
+// Reads every byte of the weights once, as fast as a plain loop can: the read bandwidth for benchmarks/kernels.py.
 uint64_t checksum(const std::vector<std::shared_ptr<PackedMatrix>>& weights, int threads) {
     constexpr int64_t kBytesPerItem = 1 << 18;
     struct Item {
@@ -227,14 +234,7 @@ NB_MODULE(_native, module) {
         .value("float32", DType::kFloat32)
         .value("bfloat16", DType::kBfloat16)
         .value("float16", DType::kFloat16);
-    nb::enum_<Format>(module, "Format")
-        .value("int4", Format::kInt4)
-        .value("int8", Format::kInt8)
-        .value("fp8", Format::kFp8)
-        .value("bf16", Format::kBfloat16)
-        .value("fp16", Format::kFloat16)
-        .value("fp32", Format::kFloat32)
-        .value("bf16_coded", Format::kCodedBfloat16);
+    bind_formats(module, Formats{});
     nb::class_<PackedMatrix>(module, "Matrix")
         .def_prop_ro("memory", &memory)
         .def_prop_ro("format", [](const PackedMatrix& packed) { return packed.matrix().format; })

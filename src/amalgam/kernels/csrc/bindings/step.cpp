@@ -16,7 +16,7 @@
 #include <string>
 #include <tuple>
 
-#include "product/experts.h"
+#include "bindings/experts.h"
 
 namespace nb = nanobind;
 

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "formats/table.h"
+
 namespace amalgam {
 namespace {
 
@@ -100,8 +102,8 @@ int64_t CodingLayout::num_exceptions(int64_t num_panels, int64_t nbytes) {
     return left >= 0 && left % size == 0 ? left / size : -1;
 }
 
-Survey survey(const uint16_t* weight, int64_t rows, int64_t columns) {
-    Survey result{{}, 0};
+WindowChoice choose_windows(const uint16_t* weight, int64_t rows, int64_t columns) {
+    WindowChoice result{{}, 0};
     for (int64_t row = 0; row < rows; row += kPanelRows) {
         const int64_t count = std::min<int64_t>(kPanelRows, rows - row) * columns;
         const uint16_t* values = weight + row * columns;
@@ -113,17 +115,14 @@ Survey survey(const uint16_t* weight, int64_t rows, int64_t columns) {
 }
 
 int64_t most_coded_bytes(int64_t rows, int64_t columns) {
-    Matrix matrix{};
-    matrix.format = Format::kCodedBfloat16;
-    matrix.rows = rows;
-    matrix.columns = columns;
+    const Matrix matrix = empty_matrix(kFormat<CodedBf16>, rows, columns, false);
     const int64_t panels = matrix.num_panels();
     return panels * matrix.panel_bytes() + CodingLayout(panels, rows * columns / kMaxExceptions).nbytes;
 }
 
 bool is_worth_coding(int64_t num_exceptions, int64_t rows, int64_t columns) {
     const int64_t values = (rows + kPanelRows - 1) / kPanelRows * kPanelRows * columns;
-    const int64_t saved = values * 2 - values * Matrix::bytes_per_input(Format::kCodedBfloat16) / kPanelRows;
+    const int64_t saved = values * 2 - values * CodedBf16::kBytesPerInput / kPanelRows;
     return num_exceptions <= rows * columns / kMaxExceptions &&
            saved > CodingLayout(rows / kPanelRows + 1, num_exceptions).nbytes;
 }
@@ -150,7 +149,7 @@ Coding encode(const Matrix& matrix, std::vector<uint8_t> windows, const uint16_t
                 }
                 std::memset(rest + count, 0, static_cast<size_t>(end - first - count));
                 std::memset(code + count, 0, static_cast<size_t>(end - first - count));
-                uint8_t* to = lines + first * Matrix::bytes_per_input(matrix.format) + row / 4 * 16 + row % 4 * 2;
+                uint8_t* to = lines + first * matrix.bytes_per_input + row / 4 * 16 + row % 4 * 2;
                 for (int64_t i = 0; i < end - first; i += kColumnUnit, to += 3 * kLineBytes) {
                     scatter(rest + i, code + i, to);
                 }

@@ -1,4 +1,4 @@
-// Row-major bfloat16 → coded panels (coded.h).
+// Row-major bfloat16 → coded panels (bf16_coded.h).
 #pragma once
 
 #include "product/packing.h"
@@ -15,11 +15,11 @@ struct CodingLayout {
 };
 
 // A window for each panel of a weight [rows, columns], and how many values are outside of them.
-struct Survey {
+struct WindowChoice {
     std::vector<uint8_t> windows;
     int64_t num_exceptions;
 };
-Survey survey(const uint16_t* weight, int64_t rows, int64_t columns);
+WindowChoice choose_windows(const uint16_t* weight, int64_t rows, int64_t columns);
 
 // What a weight takes with as many exceptions as one may have that is coded.
 int64_t most_coded_bytes(int64_t rows, int64_t columns);

@@ -120,7 +120,7 @@ inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
     second = {fp8_words(v.a, _mm256_srli_epi16(v.a, 8)), fp8_words(v.b, _mm256_srli_epi16(v.b, 8))};
 }
 
-// What the nibbles of a coded line add to the high and low bytes of bfloat16 (coded.h).
+// What the nibbles of a coded line add to the high and low bytes of bfloat16 (formats/bf16_coded.h).
 struct Codes {
     __m256i high, low;
 };
@@ -146,7 +146,7 @@ inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs
 }
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-// Into the second-level cache.
+// Into L2.
 inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // --- Attention ---

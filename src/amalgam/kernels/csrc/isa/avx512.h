@@ -81,7 +81,7 @@ inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
     }
 }
 
-// What the nibbles of a coded line add to the high and low bytes of bfloat16 (coded.h).
+// What the nibbles of a coded line add to the high and low bytes of bfloat16 (formats/bf16_coded.h).
 struct Codes {
     __m512i high, low;
 };
@@ -105,7 +105,7 @@ inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs
 }
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-// Into the second-level cache.
+// Into L2.
 inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // --- Attention ---

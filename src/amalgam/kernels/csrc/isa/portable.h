@@ -11,9 +11,10 @@
 namespace amalgam {
 namespace {
 
-constexpr int kTileRows = 4;  // rows whose sums stay in registers while a line is used
-constexpr int kPairSums = 1;  // sums that pairs of bfloat16 inputs are dealt out to; 1 or 2
-// Most rows for which a coded line is undone where it is multiplied; otherwise, where registers are few, before.
+constexpr int kTileRows = 4;  // rows of a tile: as many as have their accumulators in registers
+constexpr int kPairSums = 1;  // accumulators of bfloat16 pairs, used in turn; 1 or 2
+// Most rows for which coded lines are decoded in the tile function; with few registers, above that, they are expanded
+// first.
 constexpr int kDirectCodedRows = 0;
 // dot_int8 sums (stored byte - 128 + kInt8Bias) * x: what is left for the caller to subtract, times the sum of x.
 constexpr int32_t kInt8Bias = 0;
@@ -131,7 +132,7 @@ inline void load_fp8(const uint8_t* line, Pairs& first, Pairs& second) {
     }
 }
 
-// What the nibbles of a coded line add to the high and low bytes of bfloat16 (coded.h).
+// What the nibbles of a coded line add to the high and low bytes of bfloat16 (formats/bf16_coded.h).
 struct Codes {
     uint16_t exponent[16];
 };
@@ -153,13 +154,13 @@ inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs
     }
 }
 
-inline void prefetch(const uint8_t*) {}
-inline void prefetch_far(const uint8_t*) {}  // to the second-level cache
+inline void prefetch(const uint8_t*) {}      // into L1
+inline void prefetch_far(const uint8_t*) {}  // into L2
 
 // --- Attention ---
 
-constexpr int kAccumulators = 4;  // blocks of 16 sums that stay in registers
-// Whether there are enough registers to use what was packed at once; then transpose_four and interleave_two are needed.
+constexpr int kAccumulators = 4;  // registers that the microkernel accumulates in
+// Whether few rows multiply keys and values as they are packed, in registers; needs transpose_four and interleave_two.
 constexpr bool kFusesPacking = false;
 
 inline Floats broadcast(float value) { return broadcast_float(&value); }

@@ -7,7 +7,6 @@
 
 #include "product/kernels.h"
 #include "product/packing.h"
-#include "step/selection.h"
 
 namespace amalgam {
 
@@ -52,18 +51,6 @@ void linear_by_head(const Execution& execution, const std::vector<HeadProduct>& 
 
 // x as float32, dense; in memory that the calling thread keeps until its next call, or x itself.
 const float* widened(const Execution& execution, const void* x, DType dtype, int64_t elements);
-
-// Router: the scores of x in float32, then `choose_experts` (selection.h) over them.
-struct RouteArgs {
-    LinearArgs x;
-    const Matrix* weight;  // [experts, columns]
-    Bias bias;
-    ExpertChoice choice;
-    int64_t* ids;    // [rows, k]
-    float* weights;  // [rows, k]
-};
-
-void route(const Execution& execution, const RouteArgs& args);
 
 struct ExpertWeights {
     std::shared_ptr<PackedMatrix> gate, up, down;

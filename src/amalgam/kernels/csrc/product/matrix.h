@@ -2,16 +2,7 @@
 //
 // A panel is 16 output rows, one per 32-bit lane; a line is 64 bytes, the next few inputs of all 16 rows. Lines follow
 // each other along the inputs, panels along the rows, so that a product reads memory in one direction and never sums
-// across lanes. One lane of a line, lowest byte first (i0, i1, ... are consecutive inputs):
-//
-//     int4      i0|i4 i1|i5 i2|i6 i3|i7   low|high nibble      8 inputs, unsigned, zero point 8 unless `zero` is there
-//     int8      i0 i1 i2 i3               value + 128          4 inputs
-//     fp8       i0 i2 i1 i3               E4M3                 4 inputs
-//     bf16      i0 i0 i1 i1                                    2 inputs
-//     fp16      i0 i0 i1 i1                                    2 inputs
-//     fp32      i0 i0 i0 i0                                    1 input
-//
-// The seventh format, bfloat16 in 12 bits, takes three lines for 8 inputs: coded.h.
+// across lanes. What a lane of a line holds, the header of the format says (formats/).
 //
 // Inputs are padded to a multiple of 8, where activations are zero, and rows to a multiple of 16. Scales and zero
 // points stand apart as [panels, groups, 16], scales in their stored type; [panels, groups, 1] where the rows of every
@@ -26,7 +17,7 @@
 namespace amalgam {
 
 enum class DType : int { kFloat32, kBfloat16, kFloat16 };
-enum class Format : int { kInt4, kInt8, kFp8, kBfloat16, kFloat16, kFloat32, kCodedBfloat16 };
+enum class Format : int;  // formats/table.h
 // What a product multiplies: int8 x int4 or int8 exactly; bfloat16 pairs into float32; float32.
 enum class Operand : int { kInt8, kBfloat16, kFloat32 };
 
@@ -48,6 +39,8 @@ constexpr int64_t align(int64_t bytes) { return (bytes + kLineBytes - 1) / kLine
 
 struct Matrix {
     Format format;
+    int bytes_per_input;  // of all 16 rows of a panel
+    Operand operand;      // what a product with bfloat16 activations multiplies
     int64_t rows;
     int64_t columns;
     int64_t group;       // inputs that share a scale; at least columns: one group
@@ -59,72 +52,21 @@ struct Matrix {
     const uint8_t* zero;      // [panels, groups, 16], or null
     const int32_t* order;     // packed input → input of the product; null: the same
     const int32_t* position;  // its inverse
-    bool quantizes;           // integer formats: whether bfloat16 activations are quantized to int8
-    // Coded bfloat16 only (coded.h). Exceptions of panel p are [exception_starts[p], exception_starts[p + 1]), by
-    // column.
+    // Coded bfloat16 only (formats/bf16_coded.h). Exceptions of panel p are [exception_starts[p], exception_starts[p +
+    // 1]), by column.
     const uint8_t* windows;  // [panels]
     const int32_t* exception_starts;
     const Exception* exceptions;
 
     int64_t num_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
     int64_t padded_columns() const { return (columns + kColumnUnit - 1) / kColumnUnit * kColumnUnit; }
-    int64_t panel_bytes() const { return padded_columns() * bytes_per_input(format); }
+    int64_t panel_bytes() const { return padded_columns() * bytes_per_input; }
     const uint8_t* panel(int64_t index) const { return lines + index * panel_bytes(); }
-
-    // Of all 16 rows of a panel.
-    static constexpr int bytes_per_input(Format format) {
-        return format == Format::kCodedBfloat16 ? 3 * kLineBytes / 8 : kLineBytes / inputs_per_line(format);
-    }
-
-    static constexpr int inputs_per_line(Format format) {
-        switch (format) {
-            case Format::kInt4:
-                return 8;
-            case Format::kInt8:
-            case Format::kFp8:
-                return 4;
-            case Format::kBfloat16:
-            case Format::kFloat16:
-                return 2;
-            default:
-                return 1;
-        }
-    }
-
-    static constexpr int bits(Format format) { return 32 / inputs_per_line(format); }
-
-    // How far input `p` of a line is shifted left within its lane.
-    static constexpr int shift(Format format, int64_t p) {
-        switch (format) {
-            case Format::kInt4:
-                return static_cast<int>(p % 4 * 8 + p % 8 / 4 * 4);
-            case Format::kInt8:
-                return static_cast<int>(p % 4 * 8);
-            case Format::kFp8:
-                return static_cast<int>(p % 2 * 16 + p % 4 / 2 * 8);
-            case Format::kBfloat16:
-            case Format::kFloat16:
-                return static_cast<int>(p % 2 * 16);
-            default:
-                return 0;
-        }
-    }
 };
 
 // What a product with this weight multiplies when activations come in this type.
 inline Operand operand_for(const Matrix& weight, DType x_dtype) {
-    if (x_dtype == DType::kFloat32) return Operand::kFloat32;
-    switch (weight.format) {
-        case Format::kInt4:
-        case Format::kInt8:
-            return weight.quantizes ? Operand::kInt8 : Operand::kBfloat16;
-        case Format::kFp8:
-        case Format::kBfloat16:
-        case Format::kCodedBfloat16:
-            return Operand::kBfloat16;
-        default:
-            return Operand::kFloat32;
-    }
+    return x_dtype == DType::kFloat32 ? Operand::kFloat32 : weight.operand;
 }
 
 inline int64_t operand_bytes(Operand operand) {

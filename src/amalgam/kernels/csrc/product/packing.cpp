@@ -6,6 +6,7 @@
 #include <string>
 
 #include "formats/bf16_coding.h"
+#include "formats/table.h"
 #include "isa/float_types.h"
 #include "runtime/arena.h"
 #include "runtime/pool.h"
@@ -17,46 +18,28 @@
 namespace amalgam {
 namespace {
 
-// Spreads four nibbles over the low halves of four bytes.
-uint32_t spread(uint32_t nibbles) {
-    nibbles = (nibbles | nibbles << 8) & 0x00ff00ff;
-    return (nibbles | nibbles << 4) & 0x0f0f0f0f;
-}
-
-// Four bytes of a row → one lane of a line.
-template <Format F>
-uint32_t encode(uint32_t word) {
-    if constexpr (F == Format::kInt4) return spread(word & 0xffff) | spread(word >> 16) << 4;
-    if constexpr (F == Format::kInt8) return word ^ 0x80808080;
-    if constexpr (F == Format::kFp8) return (word & 0xff0000ff) | (word >> 8 & 0xff00) | (word & 0xff00) << 8;
-    return word;
-}
-
-// The high bit of each byte that is an E4M3 NaN.
-uint32_t fp8_nan(uint32_t word) { return ((word & 0x7f7f7f7f) + 0x01010101) & 0x80808080; }
-
 uint32_t load_partial(const uint8_t* from, int64_t bytes) {
     uint32_t word = 0;
     std::memcpy(&word, from, static_cast<size_t>(bytes));
     return word;
 }
 
-// Up to 16 rows of `row_bytes` bytes → the lines of one panel. Returns false at a NaN of fp8.
-template <Format F>
+// Up to 16 rows of `row_bytes` bytes → the lines of one panel. Returns false where lines cannot hold them.
+template <class F>
 bool pack_panel(const uint8_t* rows, int64_t num_rows, int64_t row_bytes, int64_t num_lines, uint8_t* out) {
     auto* lanes = reinterpret_cast<uint32_t*>(out);
     const int64_t full_lines = row_bytes / 4;
-    uint32_t nan = 0;
+    uint32_t refused = 0;
     for (int64_t line = 0; line < num_lines; ++line, lanes += kPanelRows) {
         const int64_t bytes = line < full_lines ? 4 : std::max<int64_t>(row_bytes - 4 * line, 0);
         for (int64_t row = 0; row < kPanelRows; ++row) {
             const uint8_t* from = rows + row * row_bytes + 4 * line;
             const uint32_t word = row < num_rows ? load_partial(from, bytes) : 0;
-            if (F == Format::kFp8) nan |= fp8_nan(word);
-            lanes[row] = encode<F>(word);
+            refused |= F::unpackable(word);
+            lanes[row] = F::encode(word);
         }
     }
-    return nan == 0;
+    return refused == 0;
 }
 
 // in [16 rows][16 words] → out [16 words][16 rows].
@@ -88,10 +71,10 @@ void transpose(const uint32_t (*in)[kPanelRows], uint32_t* out) {
 
 // Whole panels, the bulk of every weight. A row is read by cache lines: rows whose distance is a power of two fall on
 // the same few places of the first-level cache and would drive each other out between one word and the next.
-template <Format F>
+template <class F>
 bool pack_whole_panel(const uint8_t* rows, int64_t row_bytes, uint8_t* out) {
     constexpr int64_t kBlockBytes = 4 * kPanelRows;
-    uint32_t nan = 0;
+    uint32_t refused = 0;
     int64_t at = 0;
     for (; at + kBlockBytes <= row_bytes; at += kBlockBytes, out += kPanelRows * kLineBytes) {
         alignas(64) uint32_t block[kPanelRows][kPanelRows];
@@ -99,8 +82,8 @@ bool pack_whole_panel(const uint8_t* rows, int64_t row_bytes, uint8_t* out) {
             uint32_t* words = block[row];
             std::memcpy(words, rows + row * row_bytes + at, kBlockBytes);
             for (int i = 0; i < kPanelRows; ++i) {
-                if (F == Format::kFp8) nan |= fp8_nan(words[i]);
-                words[i] = encode<F>(words[i]);
+                refused |= F::unpackable(words[i]);
+                words[i] = F::encode(words[i]);
             }
         }
         transpose(block, reinterpret_cast<uint32_t*>(out));
@@ -109,31 +92,29 @@ bool pack_whole_panel(const uint8_t* rows, int64_t row_bytes, uint8_t* out) {
         for (int64_t row = 0; row < kPanelRows; ++row) {
             uint32_t word;
             std::memcpy(&word, rows + row * row_bytes + at, sizeof word);
-            if (F == Format::kFp8) nan |= fp8_nan(word);
-            reinterpret_cast<uint32_t*>(out)[row] = encode<F>(word);
+            refused |= F::unpackable(word);
+            reinterpret_cast<uint32_t*>(out)[row] = F::encode(word);
         }
     }
-    return nan == 0;
+    return refused == 0;
 }
 
-template <Format F>
+template <class F>
 bool pack_lines(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
-    const int64_t row_bytes = (matrix.columns * Matrix::bits(F) + 7) / 8;
+    const int64_t row_bytes = (matrix.columns * F::kBits + 7) / 8;
     const int64_t num_lines = matrix.panel_bytes() / kLineBytes;
     std::vector<uint8_t> ordered;
     for (int64_t panel = 0; panel < matrix.num_panels(); ++panel, out += matrix.panel_bytes()) {
         const int64_t num_rows = std::min<int64_t>(kPanelRows, matrix.rows - panel * kPanelRows);
         const uint8_t* rows = weight + panel * kPanelRows * row_bytes;
-        if (matrix.order != nullptr) {
-            ordered.assign(static_cast<size_t>(num_rows * row_bytes), 0);
-            for (int64_t row = 0; row < num_rows; ++row) {
-                for (int64_t i = 0; i < matrix.columns; ++i) {
-                    const int32_t source = matrix.order[i];
-                    const int nibble = rows[row * row_bytes + source / 2] >> source % 2 * 4 & 15;
-                    ordered[static_cast<size_t>(row * row_bytes + i / 2)] |= static_cast<uint8_t>(nibble << i % 2 * 4);
+        if constexpr (F::kTakesOrder) {
+            if (matrix.order != nullptr) {
+                ordered.assign(static_cast<size_t>(num_rows * row_bytes), 0);
+                for (int64_t row = 0; row < num_rows; ++row) {
+                    F::reorder(rows + row * row_bytes, matrix.order, matrix.columns, ordered.data() + row * row_bytes);
                 }
+                rows = ordered.data();
             }
-            rows = ordered.data();
         }
         const bool is_whole = num_rows == kPanelRows && row_bytes == 4 * num_lines;
         const bool is_packed = is_whole ? pack_whole_panel<F>(rows, row_bytes, out)
@@ -141,22 +122,6 @@ bool pack_lines(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
         if (!is_packed) return false;
     }
     return true;
-}
-
-bool pack_lines(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
-    switch (matrix.format) {
-        case Format::kInt4:
-            return pack_lines<Format::kInt4>(matrix, weight, out);
-        case Format::kInt8:
-            return pack_lines<Format::kInt8>(matrix, weight, out);
-        case Format::kFp8:
-            return pack_lines<Format::kFp8>(matrix, weight, out);
-        case Format::kBfloat16:
-        case Format::kFloat16:
-            return pack_lines<Format::kBfloat16>(matrix, weight, out);
-        default:
-            return pack_lines<Format::kFloat32>(matrix, weight, out);
-    }
 }
 
 // [grid rows, groups] → [panels, groups, lanes].
@@ -179,15 +144,16 @@ void require(bool condition, const std::string& message) {
 // Whether sizes that somebody wrote into a file can be those of a weight; products rely on it.
 void check_sizes(const ViewArgs& args) {
     constexpr int64_t kMost = int64_t{1} << 30;  // so that the products of sizes below stay within 64 bits
-    const bool is_integer = args.format == Format::kInt4 || args.format == Format::kInt8;
+    const bool has_scale = with_format(args.format, [](auto format) { return decltype(format)::kHasScale; });
+    const bool takes_zero = with_format(args.format, [](auto format) { return decltype(format)::kTakesZero; });
+    const bool takes_order = with_format(args.format, [](auto format) { return decltype(format)::kTakesOrder; });
     require(args.rows > 0 && args.rows <= kMost && args.columns > 0 && args.columns <= kMost,
             "a weight must have between 1 and 2^30 rows and columns");
     require(reinterpret_cast<uintptr_t>(args.memory) % kLineBytes == 0, "panels must begin at a 64-byte boundary");
-    require((args.num_groups > 0) == (is_integer || args.format == Format::kFp8),
-            "int4, int8 and fp8 have scales and nothing else has");
+    require((args.num_groups > 0) == has_scale, "int4, int8 and fp8 have scales and nothing else has");
     require(args.scale_lanes == 1 || args.scale_lanes == kPanelRows, "a scale must belong to 1 or 16 rows");
-    require(!args.has_zero || args.format == Format::kInt4, "only int4 has zero points");
-    require(args.order == nullptr || args.format == Format::kInt4, "only int4 has an order of inputs");
+    require(!args.has_zero || takes_zero, "only int4 has zero points");
+    require(args.order == nullptr || takes_order, "only int4 has an order of inputs");
     if (args.num_groups <= 1) return;
     require(args.group > 0 && args.group % kColumnUnit == 0, "a group must be a multiple of 8 inputs");
     require(args.num_groups == (args.columns + args.group - 1) / args.group, "the groups do not cover the inputs");
@@ -195,11 +161,21 @@ void check_sizes(const ViewArgs& args) {
 
 }  // namespace
 
-PackedMatrix::PackedMatrix(const PackArgs& args, Format format, int64_t num_exceptions) {
-    matrix_.format = format;
-    matrix_.rows = args.rows;
-    matrix_.columns = args.columns;
-    matrix_.quantizes = args.quantizes;
+Matrix empty_matrix(Format format, int64_t rows, int64_t columns, bool quantizes) {
+    return with_format(format, [&](auto found) {
+        using F = decltype(found);
+        Matrix matrix{};
+        matrix.format = format;
+        matrix.bytes_per_input = F::kBytesPerInput;
+        matrix.operand = F::kOperand == Operand::kInt8 && !quantizes ? Operand::kBfloat16 : F::kOperand;
+        matrix.rows = rows;
+        matrix.columns = columns;
+        return matrix;
+    });
+}
+
+PackedMatrix::PackedMatrix(const PackArgs& args, Format format, int64_t num_exceptions)
+    : matrix_(empty_matrix(format, args.rows, args.columns, args.quantizes)) {
     matrix_.num_groups = args.scale != nullptr ? args.scale_columns : 0;
     matrix_.group = matrix_.num_groups > 1 ? args.block_columns : matrix_.padded_columns();
     matrix_.scale_dtype = args.scale_dtype;
@@ -224,23 +200,20 @@ PackedMatrix::PackedMatrix(const PackArgs& args, Format format, int64_t num_exce
     }
 }
 
-PackedMatrix::PackedMatrix(const ViewArgs& args) {
+PackedMatrix::PackedMatrix(const ViewArgs& args)
+    : matrix_(empty_matrix(args.format, args.rows, args.columns, args.quantizes)) {
     check_sizes(args);
-    matrix_.format = args.format;
-    matrix_.rows = args.rows;
-    matrix_.columns = args.columns;
-    matrix_.quantizes = args.quantizes;
     matrix_.num_groups = args.num_groups;
     matrix_.group = args.num_groups > 1 ? args.group : matrix_.padded_columns();
     matrix_.scale_dtype = args.scale_dtype;
     matrix_.scale_lanes = args.scale_lanes;
     set_offsets(args.has_zero, 0);
-    if (args.format == Format::kCodedBfloat16 && args.nbytes > nbytes_) nbytes_ = args.nbytes;  // with exceptions
+    if (args.format == kFormat<CodedBf16> && args.nbytes > nbytes_) nbytes_ = args.nbytes;  // with exceptions
     require(nbytes_ == args.nbytes,
             "a weight of this layout takes " + std::to_string(nbytes_) + " bytes, not " + std::to_string(args.nbytes));
     set_memory(args.memory, args.has_zero);
     set_order(args.order);
-    if (args.format == Format::kCodedBfloat16) {
+    if (args.format == kFormat<CodedBf16>) {
         set_coding(read_coding(matrix_, args.memory + scale_offset_, nbytes_ - scale_offset_));
     }
 }
@@ -257,7 +230,7 @@ void PackedMatrix::set_offsets(bool has_zero, int64_t num_exceptions) {
     scale_offset_ = panels * matrix_.panel_bytes();
     zero_offset_ = scale_offset_ + align(grid * matrix_.scale_lanes * dtype_bytes(matrix_.scale_dtype));
     nbytes_ = zero_offset_ + (has_zero ? grid * kPanelRows : 0);
-    if (matrix_.format == Format::kCodedBfloat16) nbytes_ += CodingLayout(panels, num_exceptions).nbytes;
+    if (matrix_.format == kFormat<CodedBf16>) nbytes_ += CodingLayout(panels, num_exceptions).nbytes;
 }
 
 void PackedMatrix::set_memory(const uint8_t* memory, bool has_zero) {
@@ -281,17 +254,21 @@ void PackedMatrix::set_order(const int32_t* order) {
 }
 
 std::shared_ptr<PackedMatrix> PackedMatrix::pack(const PackArgs& args) {
-    if (args.format == Format::kBfloat16 && args.codes) {
+    require(args.format != kFormat<CodedBf16>, "values are packed as bf16, which may be coded");
+    if (args.format == kFormat<Bf16> && args.codes) {
         const auto* values = static_cast<const uint16_t*>(args.weight);
-        Survey found = survey(values, args.rows, args.columns);
+        WindowChoice found = choose_windows(values, args.rows, args.columns);
         if (is_worth_coding(found.num_exceptions, args.rows, args.columns)) {
-            std::shared_ptr<PackedMatrix> coded(new PackedMatrix(args, Format::kCodedBfloat16, found.num_exceptions));
+            std::shared_ptr<PackedMatrix> coded(new PackedMatrix(args, kFormat<CodedBf16>, found.num_exceptions));
             coded->set_coding(encode(coded->matrix_, std::move(found.windows), values, coded->owned_));
             return coded;
         }
     }
     std::shared_ptr<PackedMatrix> packed(new PackedMatrix(args, args.format, 0));
-    const bool is_packed = pack_lines(packed->matrix_, static_cast<const uint8_t*>(args.weight), packed->owned_);
+    const auto* weight = static_cast<const uint8_t*>(args.weight);
+    const bool is_packed = with_format(args.format, [&](auto format) {
+        return pack_lines<decltype(format)>(packed->matrix_, weight, packed->owned_);
+    });
     return is_packed ? packed : nullptr;
 }
 

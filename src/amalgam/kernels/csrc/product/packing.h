@@ -23,8 +23,8 @@ struct PackArgs {
     int64_t block_columns;
     const uint8_t* zero;   // int4: [rows, scale_columns], or null
     const int32_t* order;  // int4: packed input → input, or null
-    bool quantizes;        // see Matrix
-    bool codes;            // bf16: whether to store it in 12 bits where few values are exceptions (coded.h)
+    bool quantizes;        // integer formats: whether bfloat16 activations are quantized to int8
+    bool codes;  // bf16: whether to store it in 12 bits where few values are exceptions (formats/bf16_coded.h)
 };
 
 // A weight that is in panels already, as another PackedMatrix had them in its memory.
@@ -49,6 +49,9 @@ struct Coding {
     std::vector<int32_t> exception_starts;
     std::vector<Exception> exceptions;
 };
+
+// The format and the sizes of a matrix, without memory.
+Matrix empty_matrix(Format format, int64_t rows, int64_t columns, bool quantizes);
 
 // A Matrix and its memory: lines, scales and zero points one after the other; of a coded weight, lines, windows, starts
 // and exceptions.
@@ -80,7 +83,7 @@ class PackedMatrix {
     void set_memory(const uint8_t* memory, bool has_zero);
     void set_coding(Coding coding);
 
-    Matrix matrix_{};
+    Matrix matrix_;
     std::vector<int32_t> order_, position_;
     Coding coding_;
     int64_t scale_offset_ = 0, zero_offset_ = 0, nbytes_ = 0;

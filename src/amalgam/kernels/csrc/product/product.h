@@ -2,14 +2,12 @@
 //
 // Few rows: each panel is read once, front to back, with all sums in registers. More rows than a tile: a piece of the
 // panel that fits the first-level cache serves one tile after the other, expanded once if its format needs it; sums
-// wait in a small buffer. Both add up in the same order.
+// are kept in a small buffer. Both add up in the same order.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
-#include "formats/bf16_coded.h"
-#include "formats/format.h"
 #include "product/elementwise.h"
 #include "product/tiles.h"
 
@@ -17,52 +15,22 @@ namespace amalgam {
 namespace {
 
 constexpr int kMaxRows = 128;               // rows whose sums are kept at once
-constexpr int64_t kMaxSharers = 4;          // tiles that ask for what the next ones read
+constexpr int64_t kMaxSharers = 4;          // tiles that prefetch what the next ones read
 constexpr int64_t kPieceBytes = 16 * 1024;  // of a panel in the first-level cache, as the inner loop reads it
 
 struct Sums {
     alignas(64) float row[kMaxRows][kPanelRows];
 };
 
-// Which lines the inner loop reads, and whether they have to be made first.
+// Which lines the tile functions read, and whether they have to be made first.
 struct Access {
-    Format lines;
+    const FormatKernels& lines;
     bool expands;
 };
 
-inline Access access_of(const Matrix& w, Operand operand, int64_t rows) {
-    switch (operand) {
-        case Operand::kInt8:
-            return {w.format, false};
-        case Operand::kBfloat16:
-            if (w.format == Format::kFp8)
-                return rows <= kTileRows ? Access{w.format, false} : Access{Format::kBfloat16, true};
-            if (w.format == Format::kCodedBfloat16)
-                return rows <= kDirectCodedRows ? Access{w.format, false} : Access{Format::kBfloat16, true};
-            return {Format::kBfloat16, w.format != Format::kBfloat16};
-        default:
-            return {Format::kFloat32, w.format != Format::kFloat32};
-    }
-}
-
-inline void expand_piece(const Matrix& w, Operand operand, int64_t panel, int64_t first, int64_t end, uint8_t* out) {
-    if (operand == Operand::kFloat32) {
-        expand(w, panel, first, end, reinterpret_cast<float*>(out));
-    } else if (w.format == Format::kFp8) {
-        const uint8_t* line = w.panel(panel) + first / 4 * kLineBytes;
-        for (int64_t input = first; input < end; input += 4, line += kLineBytes, out += 2 * kLineBytes) {
-            Pairs low, high;
-            load_fp8(line, low, high);
-            store_pairs(out, low);
-            store_pairs(out + kLineBytes, high);
-        }
-    } else if (w.format == Format::kCodedBfloat16) {
-        expand_codes(w, panel, first, end, out);
-    } else if (w.format == Format::kInt4) {
-        expand_pairs<Format::kInt4>(w, panel, first, end, out);
-    } else {
-        expand_pairs<Format::kInt8>(w, panel, first, end, out);
-    }
+inline Access access_of(const FormatKernels& format, Operand operand, int64_t rows) {
+    if (operand == format.operand && rows <= format.direct_rows) return {format, false};
+    return {kernels_of(operand == Operand::kFloat32 ? kFormat<Fp32> : kFormat<Bf16>), true};
 }
 
 inline TileRows tile_rows(const Activations& x, int64_t first_row, int64_t rows, int64_t num_chunks, int64_t chunk,
@@ -80,7 +48,7 @@ inline TileRows tile_rows(const Activations& x, int64_t first_row, int64_t rows,
     return tile;
 }
 
-inline Run whole_panel(const Matrix& w, Operand operand, int64_t panel) {
+inline Run whole_panel(const Matrix& w, const FormatKernels& format, Operand operand, int64_t panel) {
     Run run{};
     run.chunk = accumulation_chunk(w, operand);
     run.padded_columns = w.padded_columns();
@@ -88,12 +56,13 @@ inline Run whole_panel(const Matrix& w, Operand operand, int64_t panel) {
     run.chunks_per_group = w.num_groups > 1 ? w.group / run.chunk : run.end_chunk;
     run.factor = 1.0f;
     run.lines = w.panel(panel);
-    if (w.windows != nullptr) run.window = w.windows[panel];
+    run.weight = &w;
+    run.panel = panel;
     if (w.scale != nullptr && operand != Operand::kFloat32) {
         run.scale = advance(w.scale, w.scale_dtype, panel * w.num_groups * w.scale_lanes);
         run.scale_dtype = w.scale_dtype;
         run.scale_lanes = w.scale_lanes;
-        if (w.format == Format::kFp8) run.factor = 256.0f;  // what load_fp8 leaves out
+        run.factor = format.scale_factor;
     }
     if (w.zero != nullptr) run.zero = w.zero + panel * w.num_groups * kPanelRows;
     return run;
@@ -102,23 +71,28 @@ inline Run whole_panel(const Matrix& w, Operand operand, int64_t panel) {
 // sums.row[r] = x[first_row + r] · panel, for at most kMaxRows rows.
 void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows, int64_t panel, Sums& sums) {
     alignas(64) uint8_t piece[kPieceBytes];
-    const Access access = access_of(w, x.kind, rows);
-    const int64_t line_bytes_per_input = Matrix::bytes_per_input(access.lines);
-    const int64_t bytes_per_input = Matrix::bytes_per_input(w.format);
-    Run run = whole_panel(w, x.kind, panel);
+    const FormatKernels& format = kernels_of(w.format);
+    const Access access = access_of(format, x.kind, rows);
+    const int64_t line_bytes_per_input = access.lines.bytes_per_input, bytes_per_input = w.bytes_per_input;
+    Run run = whole_panel(w, format, x.kind, panel);
     const int64_t num_chunks = run.end_chunk;
     int64_t step = num_chunks;
-    if (rows > kTileRows || access.expands) {
+    const int64_t tile_size = access.lines.tile_rows;
+    if (rows > tile_size || access.expands) {
         step = std::max<int64_t>(1, kPieceBytes / (run.chunk * line_bytes_per_input));
     }
-    const int64_t num_tiles = (rows + kTileRows - 1) / kTileRows;
+    const int64_t num_tiles = rows <= tile_size ? 1 : (rows + tile_size - 1) / tile_size;
     std::memset(sums.row, 0, sizeof(float) * kPanelRows * static_cast<size_t>(rows));
     for (int64_t chunk = 0; chunk < num_chunks; chunk += step) {
         run.first_chunk = chunk;
         run.end_chunk = std::min(chunk + step, num_chunks);
         const int64_t first = chunk * run.chunk, end = std::min(run.end_chunk * run.chunk, run.padded_columns);
         if (access.expands) {
-            expand_piece(w, x.kind, panel, first, end, piece);
+            if (x.kind == Operand::kFloat32) {
+                format.expand_floats(w, panel, first, end, reinterpret_cast<float*>(piece));
+            } else {
+                format.expand_pairs(w, panel, first, end, piece);
+            }
             run.lines = piece;
         } else {
             run.lines = w.panel(panel) + first * line_bytes_per_input;
@@ -126,19 +100,24 @@ void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
             const int64_t begin = rows * tile / num_tiles, count = rows * (tile + 1) / num_tiles - begin;
             if (num_tiles > 1 || access.expands) {
-                // The first tiles share the asking for the next piece: none waits for memory while others only compute.
+                // The first tiles share the prefetch of the next piece: none waits for memory while others only
+                // compute.
                 const int64_t lines = (end - first) * bytes_per_input / kLineBytes;
                 const int64_t sharers = std::min(num_tiles, kMaxSharers), share = (lines + sharers - 1) / sharers;
                 run.ahead = w.panel(panel) + end * bytes_per_input + tile * share * kLineBytes;
                 run.ahead_lines = tile < sharers ? share : 0;
             }
             const TileRows values = tile_rows(x, first_row + begin, count, num_chunks, chunk, run.chunk);
-            tile_function(x.kind, access.lines, count)(run, values, sums.row[begin]);
+            access.lines.tiles[count - 1](run, values, sums.row[begin]);
         }
     }
-    if (w.format == Format::kCodedBfloat16 && x.kind == Operand::kBfloat16) {
-        add_exceptions(w, panel, x, first_row, rows, sums.row);
+    if (format.add_rest != nullptr && x.kind == format.operand) {
+        format.add_rest(w, panel, x, first_row, rows, sums.row);
     }
+}
+
+void expand(const Matrix& w, int64_t panel, int64_t first, int64_t end, float* out) {
+    kernels_of(w.format).expand_floats(w, panel, first, end, out);
 }
 
 // How many rows of the weight the panel really has.

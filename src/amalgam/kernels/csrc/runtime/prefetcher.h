@@ -10,9 +10,8 @@
 namespace amalgam {
 namespace {
 
-// Brings the next tile closer while this one is computed, a few cache lines at each stop: a processor holds a handful
-// of requests to memory and waits when there are more. They go to the second-level cache, because the first one is full
-// of what is being used.
+// Software prefetch of the next tile into L2 while this one is computed, a few cache lines at each stop: a core has few
+// fill buffers and stalls when all are taken. Not into L1, which is full of the current tile.
 class Prefetcher {
  public:
     // A key's or value's bytes, all of an item's heads together: in memory they are neighbours.

@@ -9,8 +9,7 @@
 
 #include "attention/cached.h"
 #include "attention/latent.h"
-#include "product/linear.h"
-#include "step/selection.h"
+#include "step/routing.h"
 
 namespace amalgam {
 

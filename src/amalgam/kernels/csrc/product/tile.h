@@ -1,0 +1,89 @@
+// A tile: up to kMaxTileRows rows of activations times a run of chunks of one panel. What every tile function is given,
+// and the seam at which an instruction set brings one of its own.
+#pragma once
+
+#include "isa/isa.h"
+#include "product/matrix.h"
+
+namespace amalgam {
+namespace {
+
+constexpr int kMaxTileRows = 16;
+
+// Chunks [first_chunk, end_chunk) of a panel.
+struct Run {
+    const uint8_t* lines;  // at the first chunk
+    int64_t first_chunk;
+    int64_t end_chunk;
+    int64_t chunk;             // inputs
+    int64_t chunks_per_group;  // at least all of them: one group
+    int64_t padded_columns;
+    const void* scale;  // at the panel's first group, or null
+    DType scale_dtype;
+    int scale_lanes;
+    const uint8_t* zero;   // at the panel's first group, or null
+    const uint8_t* ahead;  // what to prefetch while these lines are computed; null: the lines themselves
+    int64_t ahead_lines;   // how much of it
+    const Matrix* weight;
+    int64_t panel;
+    float factor;  // multiplies every scale; a power of two
+
+    int64_t inputs(int64_t index) const {
+        const int64_t left = padded_columns - index * chunk;
+        return left < chunk ? left : chunk;
+    }
+};
+
+// Of one group, times the run's factor.
+inline Floats load_scale(const Run& run, int64_t group) {
+    alignas(64) float wide[kPanelRows];
+    if (run.scale_lanes == 1) {
+        float value;
+        widen_all(advance(run.scale, run.scale_dtype, group), run.scale_dtype, 1, &value);
+        value *= run.factor;
+        return broadcast_float(&value);
+    }
+    widen_all(advance(run.scale, run.scale_dtype, group * kPanelRows), run.scale_dtype, kPanelRows, wide);
+    for (float& lane : wide) lane *= run.factor;
+    return load_floats(wide);
+}
+
+// Follows the group that a chunk is in, without a division per chunk.
+struct GroupCursor {
+    int64_t group, left, chunks_per_group;
+
+    explicit GroupCursor(const Run& run)
+        : group(run.first_chunk / run.chunks_per_group),
+          left(run.chunks_per_group - run.first_chunk % run.chunks_per_group),
+          chunks_per_group(run.chunks_per_group) {}
+
+    // To the next chunk; whether it is in another group.
+    bool next() {
+        if (--left > 0) return false;
+        left = chunks_per_group;
+        ++group;
+        return true;
+    }
+};
+
+// Rows of activations, each at the first input of the run; chunk scales and sums at the first chunk.
+struct TileRows {
+    const uint8_t* values[kMaxTileRows];
+    const float* scale[kMaxTileRows];
+    const int32_t* sum[kMaxTileRows];
+};
+
+// y [rows, 16] += rows times run.
+using TileFunction = void (*)(const Run&, const TileRows&, float* y);
+
+// The seam for matrix units: the tile function for M rows and lines of format F, and the most rows of a tile of F. Null
+// and 0 are the vector loops of tiles.h, with up to kTileRows rows; the header of an instruction set specialises both
+// where it has something better, behind its primitives (docs/extending.md has an example). A function must give a row
+// the same bits for every M and for every cut of its chunks into runs.
+template <class F, int M>
+constexpr TileFunction kOwnTile = nullptr;
+template <class F>
+constexpr int kOwnTileRows = 0;
+
+}  // namespace
+}  // namespace amalgam
