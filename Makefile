@@ -69,7 +69,7 @@ define install
 	  $(BIN)/python -m pip install --disable-pip-version-check -v --no-deps -e . > $(LOG) 2>&1 || \
 	  { tail -n 40 $(LOG); echo "The installation has failed."; exit 1; }
 	@$(BIN)/python -m compileall -q src
-	@$(BIN)/python -c 'from amalgam.kernels import native; print(native.why_unavailable() or f"Native kernels: {native.isa()}")'
+	@$(BIN)/python -c 'from amalgam.kernels.backends.cpu import extension as e; print(e.why_unavailable() or f"Native kernels: {e.isa()}")'
 endef
 
 $(INSTALLED): requirements.txt pyproject.toml CMakeLists.txt $(CSRC)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from amalgam import _native
-from amalgam.kernels import attention, native
-from amalgam.kernels.packed import AttentionBatch
+from amalgam.kernels.backends.cpu import attention, extension
+from amalgam.kernels.step import AttentionBatch
 from amalgam.tools.bench import commit, hardware
 
 DECODE = [(context, sequences) for sequences in (1, 16) for context in (128, 1024, 8192)]
@@ -107,11 +107,11 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--isa", choices=_native.supported_isas(), default=native.isa())
+    parser.add_argument("--isa", choices=_native.supported_isas(), default=extension.isa())
     parser.add_argument("--only", choices=("decode", "prompt"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    native.isa = lambda: options.isa  # type: ignore[method-assign]
+    extension.isa = lambda: options.isa  # type: ignore[method-assign]
 
     cases = {f"decode {n} × {context}": ([1] * n, [context] * n) for context, n in DECODE}
     cases |= {f"prompt of {length}": ([length], [length]) for length in PROMPTS}

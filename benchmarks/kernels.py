@@ -26,7 +26,9 @@ from torch import Tensor
 
 from amalgam import _native
 from amalgam.formats.registry import writable_format
-from amalgam.kernels import native, ops
+from amalgam.kernels.backends.cpu import extension, panels
+from amalgam.kernels.backends.cpu.operators import CpuOperators
+from amalgam.kernels.backends.cpu.products import matrix_of
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
 from amalgam.quantizers.contract import quantize
@@ -72,14 +74,14 @@ def source(name: str, shape: tuple[int, int]) -> PackedWeight:
 
 def linear_case(name: str, num_layers: int) -> Case:
     template = source(name, LINEAR_SHAPE)
-    weights = [ops.prepare(template, codes=name != PLAIN) for _ in range(8 * num_layers)]
+    weights = [panels.prepare(template, codes=name != PLAIN) for _ in range(8 * num_layers)]
 
     def run(rows: int) -> tuple[Callable[[], None], int, float]:
         x = torch.randn(rows, LINEAR_SHAPE[1]).bfloat16()
 
         def call() -> None:
             for weight in weights:
-                ops.linear(x, weight)
+                CpuOperators.linear(x, weight)
 
         operations = 2.0 * rows * LINEAR_SHAPE[0] * LINEAR_SHAPE[1] * len(weights)
         return call, sum(weight.nbytes for weight in weights), operations
@@ -92,7 +94,7 @@ def moe_case(name: str, num_layers: int) -> Case:
     sources = (first, first, last)
 
     def expert() -> Expert:
-        gate, up, down = (ops.prepare(weight, codes=name != PLAIN) for weight in sources)
+        gate, up, down = (panels.prepare(weight, codes=name != PLAIN) for weight in sources)
         return Expert(gate, up, down)
 
     layers = [ExpertTable(tuple(expert() for _ in range(NUM_EXPERTS))) for _ in range(num_layers)]
@@ -109,7 +111,7 @@ def moe_case(name: str, num_layers: int) -> Case:
 
         def call() -> None:
             for table, (ids, gate_weights) in zip(layers, routes, strict=True):
-                ops.moe(x, ids, gate_weights, table)
+                CpuOperators.moe(x, ids, gate_weights, table)
 
         num_bytes = sum(len(ids.unique()) for ids, _ in routes) * expert_bytes
         return call, num_bytes, 6.0 * rows * NUM_ACTIVE * HIDDEN * WIDTH * num_layers
@@ -124,7 +126,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int) -> Iterator[Result]:
-    matrices = [weight.native for weight in case.weights]
+    matrices = [matrix_of(weight) for weight in case.weights]
     total_bytes = sum(weight.nbytes for weight in case.weights)
     threads = torch.get_num_threads()
     for count in rows:
@@ -153,8 +155,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    if not native.is_available():
-        print(native.why_unavailable(), file=sys.stderr)
+    if not extension.is_available():
+        print(extension.why_unavailable(), file=sys.stderr)
         return 1
     torch.manual_seed(0)
     makers = {"linear": linear_case, "moe": moe_case}
@@ -174,7 +176,7 @@ def main() -> int:
     report = {
         "command": sys.argv,
         "commit": commit(),
-        "isa": native.isa(),
+        "isa": extension.isa(),
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "results": [asdict(result) for result in results],

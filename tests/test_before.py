@@ -30,7 +30,7 @@ from amalgam.experts.saved.files import load
 from amalgam.experts.saved.sets import merge
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.formats.contract import StoredWeight
-from amalgam.kernels import native
+from amalgam.kernels.backends.cpu import extension
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.weights import WeightVersion
 from tests.conftest import ROOT
@@ -95,7 +95,8 @@ def build(cache: str) -> WeightVersion:
 
 
 @pytest.mark.skipif(
-    not native.is_available() or native.isa() == "portable", reason="the kernels that read coded bf16 are not built"
+    not extension.is_available() or extension.isa() == "portable",
+    reason="the kernels that read coded bf16 are not built",
 )
 def test_the_packed_cache_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the checkpoint's files where they were then, unchanged, no weight is read."""

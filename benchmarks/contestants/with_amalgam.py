@@ -18,6 +18,7 @@ from torch import Tensor
 
 from amalgam import _native
 from amalgam.config.settings import load_settings
+from amalgam.kernels.backends.cpu.products import matrix_of
 from amalgam.models.routing import RoutingTrace, TokenSpan
 from amalgam.tools import bench
 
@@ -71,7 +72,7 @@ def load(stack: ExitStack) -> Measure:
             for expert in expert_ids.unique().tolist():
                 name = f"layers.{layer_id}.mlp.experts.{expert}"
                 weights += [engine.version[f"{name}.{part}"] for part in ("gate", "up", "down")]
-        matrices = [weight.native for weight in weights]
+        matrices = [matrix_of(weight) for weight in weights]
         started = time.perf_counter()
         _native.checksum(matrices, torch.get_num_threads())
         return time.perf_counter() - started

@@ -24,7 +24,7 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
 # Half of the time inside a function of the extension that has given up the interpreter's lock.
 INSIDE = """
 import threading, torch
-from amalgam.kernels import native
+from amalgam.kernels.backends.cpu import extension
 from amalgam.base.threads import StoppableThread
 
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ x, weight, stopped, runs = torch.ones(4000, 4096), torch.ones(4096), threading.E
 
 def work():
     while not stopped.is_set():
-        native.rms_norm(x, weight, 1e-6) if native.is_available() else torch.mm(x[:256], x[:256].T)
+        elementwise.rms_norm(x, weight, 1e-6) if extension.is_available() else torch.mm(x[:256], x[:256].T)
         runs.set()
 
 StoppableThread(work, "work", stopped.set).start()

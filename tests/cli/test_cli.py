@@ -14,7 +14,7 @@ from tests.conftest import DEMO, ROOT
 
 from amalgam.cli import VERBS, main, serve
 from amalgam.experts.saved.files import load
-from amalgam.kernels import native
+from amalgam.kernels.backends.cpu import extension
 from amalgam.llm import LLM
 
 EXPERT = "model.layers.0.mlp.experts.0.down_proj.weight"
@@ -52,7 +52,7 @@ def test_a_verb_imports_no_torch_before_it_needs_it() -> None:
     assert run_program(program).endswith("False")
 
 
-@pytest.mark.skipif(not native.is_available(), reason="the packed cache needs the native kernels")
+@pytest.mark.skipif(not extension.is_available(), reason="the packed cache needs the native kernels")
 def test_a_start_from_the_packed_cache_imports_what_it_uses(tmp_path: Path) -> None:
     program = """
 import sys

@@ -10,10 +10,10 @@ import torch
 
 from amalgam.config.settings import MixedPrecisionSettings
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels import panels
+from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.tools.quantize import quantize_checkpoint
-from tests.models.harness import Runner, hand_built, interpreted, load_model
+from tests.models.harness import Runner, hand_built, like, load_model
 from tests.models.tiny import save_tiny
 
 SOURCES = ("bf16", "fp8", "int8", "int4")
@@ -68,18 +68,15 @@ def everywhere() -> dict[str, str]:
 )
 @pytest.mark.parametrize("mapping", [among_experts, among_projections, everywhere])
 def test_equals_the_model_of_dequantized_tensors(
-    folders: dict[str, Path], mapping: object, dtype: torch.dtype, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], mapping: object, dtype: torch.dtype, is_compiled: bool
 ) -> None:
     """In the arithmetic that all formats share: float32 in the compiled kernels, and torch's in either type."""
-    if not is_compiled:
-        for operator in ("embedding", "linear", "moe"):
-            monkeypatch.setattr(panels, f"supports_{operator}", lambda *arguments: False)
     decoder, version = load_model(folders["bf16"], dtype=dtype, mixed=mixture(folders, mapping()))  # type: ignore[operator]
     formats = Counter(origin.format for origin in version.origins.values() if ".experts." in origin.slot)
     assert set(formats) == set(SOURCES)
 
     if not is_compiled:
-        decoder = interpreted(decoder)
+        decoder = like(decoder, ReferenceBackend)
     composed, expected = (
         Runner(decoder, v).step({0: PROMPT, 3: PROMPT[5:9]}) for v in (version, hand_built(version, dtype))
     )

@@ -26,8 +26,8 @@ from amalgam.composition.source import Source
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, build_settings
 from amalgam.errors import CheckpointError
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels import mapped, native, panels
-from amalgam.kernels.layouts import dense
+from amalgam.kernels.backends.cpu import extension, mapped, panels, products
+from amalgam.kernels.layouts import DENSE, PANELS_BF16, PANELS_BF16_CODED, dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.weights import WeightVersion
@@ -38,7 +38,7 @@ from tests.errors import raises
 from tests.kernels import weights as made
 from tests.models.tiny import save_tiny
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="the native kernels are not built")
+pytestmark = pytest.mark.skipif(not extension.is_available(), reason="the native kernels are not built")
 
 CPU = torch.device("cpu")
 SOURCES = ("fp8", "int8", "int4")
@@ -126,7 +126,7 @@ def test_a_restored_weight_computes_the_same_bits(name: str, activation: panels.
         assert restored.nbytes == weight.nbytes
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn((3, shape[1]), generator=torch.Generator().manual_seed(1)).to(dtype)
-            assert torch.equal(panels.linear(x, restored), panels.linear(x, weight))
+            assert torch.equal(products.linear(x, restored), products.linear(x, weight))
         assert torch.equal(restored.dequantize(), weight.dequantize())
 
 
@@ -259,11 +259,11 @@ def test_panels_serve_every_activation(folders: Path, cache: Path, loads: list[s
     assert_same(found, expected)
     name = "layers.0.mlp.experts.1.gate"  # int8
     x = torch.randn(2, found[name].shape[1]).to(torch.bfloat16)
-    assert torch.equal(panels.linear(x, found[name]), panels.linear(x, expected[name]))
+    assert torch.equal(products.linear(x, found[name]), products.linear(x, expected[name]))
 
 
 @pytest.mark.skipif(
-    native.is_available() and native.isa() == "portable", reason="portable code does not gain from coding"
+    extension.is_available() and extension.isa() == "portable", reason="portable code does not gain from coding"
 )
 def test_coded_and_plain_bf16_are_kept_apart(folders: Path, cache: Path, loads: list[str]) -> None:
     coded = build(folders, cache, mapping={})
@@ -272,7 +272,7 @@ def test_coded_and_plain_bf16_are_kept_apart(folders: Path, cache: Path, loads: 
     assert loads and not any(name.endswith(("mlp.gate.weight", "norm.weight")) for name in loads)
     assert_same(plain, build(folders, None, mapping={}, bf16_coding=False))
     layouts = [{version[slot].layout for slot in version.origins} for version in (coded, plain)]
-    assert layouts[0] - layouts[1] == {"panels_bf16_coded"}
+    assert layouts[0] - layouts[1] == {PANELS_BF16_CODED}
     for slot in plain.origins:
         assert torch.equal(coded[slot].dequantize(), plain[slot].dequantize())
     loads.clear()
@@ -286,10 +286,10 @@ def test_what_a_weight_takes_is_known_before_it_is_loaded(folders: Path) -> None
     version = opened.build(planned, 1).version
     for weight in planned:
         found = version[weight.slot.name]
-        padding = 16 * 2 * weight.slot.shape[-1] if found.layout.startswith("panels_") else 0
-        if found.layout == "panels_bf16_coded":
+        padding = 16 * 2 * weight.slot.shape[-1] if isinstance(found, panels.PanelWeight) else 0
+        if found.layout is PANELS_BF16_CODED:
             assert 0.9 * weight.memory_bytes < found.nbytes <= weight.memory_bytes
-        elif found.layout.removeprefix("panels_") in ("bf16", "dense"):
+        elif found.layout in (PANELS_BF16, DENSE):
             assert weight.nbytes <= found.nbytes <= weight.memory_bytes + padding
 
 
@@ -557,19 +557,19 @@ def test_other_layouts_come_from_the_source(
     folders: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, loads: list[str]
 ) -> None:
     """What no table can expand again is loaded as ever, and everything else from the cache."""
-    monkeypatch.setattr(mapped, "can_be_mapped", lambda weight: weight.native is not None)
+    monkeypatch.setattr(mapped, "can_be_mapped", lambda weight: isinstance(weight, panels.PanelWeight))
     expected = build(folders, None)
     assert_same(build(folders, cache), expected)
     loads.clear()
     assert_same(build(folders, cache), expected)
-    assert len(loads) == sum(expected[slot].native is None for slot in expected.origins) > 0
+    assert len(loads) == sum(not isinstance(expected[slot], panels.PanelWeight) for slot in expected.origins) > 0
 
 
 def test_a_cache_without_native_kernels_is_refused_with_a_warning(
     folders: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "is_available", lambda: False)
-    monkeypatch.setattr(native, "why_unavailable", lambda: "They are not built.")
+    monkeypatch.setattr(extension, "is_available", lambda: False)
+    monkeypatch.setattr(extension, "why_unavailable", lambda: "They are not built.")
     with caplog.at_level(logging.WARNING):
         version = build(folders, cache)
     assert "packed_cache is not used: They are not built." in caplog.text

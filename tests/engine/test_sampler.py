@@ -14,7 +14,7 @@ from amalgam.engine import sampler
 from amalgam.engine.logits import processors_for
 from amalgam.engine.request import Place, Request, SamplingParams, ScheduledRequest
 from amalgam.engine.sampler import NonFiniteLogitsError, choose, uniform
-from amalgam.kernels import native
+from amalgam.kernels.backends.cpu import extension, sampling
 from tests.errors import raises
 
 VOCAB_SIZE = 300
@@ -127,7 +127,7 @@ EXTREMES = [
 @pytest.mark.parametrize("params", EXTREMES, ids=str)
 def test_no_parameter_makes_of_finite_logits_what_is_not(monkeypatch, params, scale, path):
     if path == "torch":
-        monkeypatch.setattr(native, "is_available", lambda: False)
+        monkeypatch.setattr(extension, "is_available", lambda: False)
     logits = make_logits(1).clamp(-3, 3) * scale
     occurred = [int(logits.argmax()), int(logits.argmin()), 5]
     result = sample(logits, [make_request(prompt=occurred, seed=2**63 - 1, **params)])
@@ -265,7 +265,7 @@ class TestLogprobs:
         assert [logprobs.chosen for logprobs in tokens.logprobs] == pytest.approx(expected)
 
 
-@pytest.mark.skipif(not native.is_available(), reason="needs the native kernels")
+@pytest.mark.skipif(not extension.is_available(), reason="needs the native kernels")
 class TestCompiled:
     """The extension draws the tokens that the arithmetic written here draws."""
 
@@ -314,13 +314,13 @@ class TestCompiled:
     def test_refuses_what_does_not_fit(self):
         good, wrong = ((1, 1.0, 1.0, 0.0), 0, 0), ((-1, 1.0, 1.0, 0.0), 0, 0)
         with raises(ValueError, "top_k", -1):
-            native.draw(torch.zeros(1, 5), [wrong])
+            sampling.draw(torch.zeros(1, 5), [wrong])
         for logits in (torch.zeros(2, 5), torch.zeros(1, 0), torch.zeros(1), torch.zeros(1, 5).double()):
             with raises(ValueError, tuple(logits.shape)):
-                native.draw(logits, [good])
-        assert native.draw(torch.zeros(1, 5), [good]) in ([0], [1], [2], [3], [4])
+                sampling.draw(logits, [good])
+        assert sampling.draw(torch.zeros(1, 5), [good]) in ([0], [1], [2], [3], [4])
 
     def test_no_limit_is_the_whole_vocabulary(self):
         logits = make_logits(1, vocab_size=300)
-        drawn = {native.draw(logits, [((top_k, 1.0, 1.0, 0.0), 7, 0)])[0] for top_k in (0, 300, 301, 2**31 - 1)}
+        drawn = {sampling.draw(logits, [((top_k, 1.0, 1.0, 0.0), 7, 0)])[0] for top_k in (0, 300, 301, 2**31 - 1)}
         assert len(drawn) == 1

@@ -14,7 +14,11 @@ from amalgam.errors import CheckpointError, ConfigError
 from amalgam.formats.contract import ACTIVATION_SUFFIXES, WritableFormat
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import all_formats, get_format, writable_format
-from amalgam.kernels import mapped, ops, reference
+from amalgam.kernels.backends.cpu import mapped, panels
+from amalgam.kernels.backends.cpu.operators import CpuOperators
+from amalgam.kernels.backends.reference import operators as reference
+from amalgam.kernels.layouts import dense as pack
+from amalgam.kernels.packed import Layout, PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 from tests.formats.layouts import LAYOUTS
@@ -72,8 +76,7 @@ def test_round_trip(
     assert declared <= packed.nbytes <= declared * 1.25
 
 
-def dense(tensor: torch.Tensor) -> reference.PackedWeight:
-    from amalgam.kernels.layouts import dense as pack
+def dense(tensor: torch.Tensor) -> PackedWeight:
 
     return pack(tensor)
 
@@ -270,11 +273,12 @@ def test_nothing_is_assumed_of_a_foreign_layout() -> None:
     """Its parts have names, shapes and meanings that only its `unpack` knows."""
     parts = {"codes": torch.arange(6, dtype=torch.uint8), "scale": torch.tensor(0.5), "block": torch.ones(1, 1)}
     unpack = lambda weight: (weight.parts["codes"].float() * weight.parts["scale"]).view(weight.shape)  # noqa: E731
+    layout = Layout("foreign", unpack)
     for block in (None, (1, 2), (3, 2)):
-        weight = reference.PackedWeight("foreign", (3, 2), parts, unpack, block)
-        assert ops.prepare(weight) is weight
+        weight = PackedWeight(layout, (3, 2), parts, block)
+        assert panels.prepare(weight) is weight
         assert not mapped.can_be_mapped(weight)
         ids = torch.tensor([2, 0])
-        assert torch.equal(ops.embedding(ids, weight, torch.float32), weight.dequantize()[ids])
+        assert torch.equal(CpuOperators.embedding(ids, weight, torch.float32), weight.dequantize()[ids])
         x = torch.randn(5, 2)
-        assert torch.equal(ops.linear(x, weight), ops.linear(x, dense(weight.dequantize())))
+        assert torch.equal(CpuOperators.linear(x, weight), CpuOperators.linear(x, dense(weight.dequantize())))

@@ -15,7 +15,7 @@ from amalgam.composition.source import Source
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
-from amalgam.kernels import native, panels
+from amalgam.kernels.backends.cpu import extension, panels, products
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from tests.errors import raises
@@ -89,13 +89,13 @@ def load(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any])
 
 def check(packed: PackedWeight, made: Made, *, is_compiled: bool) -> None:
     assert torch.equal(packed.dequantize(), made.values)
-    if not native.is_available():
+    if not extension.is_available():
         return
     prepared = panels.prepare(packed)
-    assert (prepared.native is not None) == is_compiled
+    assert isinstance(prepared, panels.PanelWeight) == is_compiled
     if is_compiled:
         x = torch.randn(3, packed.shape[1])
-        assert torch.equal(panels.linear(x, prepared), panels.linear(x, panels.prepare(dense(made.values))))
+        assert torch.equal(products.linear(x, prepared), products.linear(x, panels.prepare(dense(made.values))))
 
 
 @pytest.mark.parametrize("order", ["none", "given", "changed"])

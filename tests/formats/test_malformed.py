@@ -14,7 +14,7 @@ from torch import Tensor
 from amalgam.composition.source import Source
 from amalgam.errors import AmalgamError
 from amalgam.formats.registry import all_formats
-from amalgam.kernels import reference
+from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import dense
 from tests.formats.layouts import LAYOUTS, Layout, Tensors
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS
-from amalgam.kernels import native
+from amalgam.kernels.backends.cpu import extension
 
 
 @pytest.fixture
@@ -14,15 +14,15 @@ def use_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Forces an instruction set the way a user does; skips where the processor or the build lacks it."""
 
     def use(isa: str) -> None:
-        if not native.is_available():
-            pytest.skip(str(native.why_unavailable()))
+        if not extension.is_available():
+            pytest.skip(str(extension.why_unavailable()))
         monkeypatch.setenv(NATIVE_ISA_VARIABLE, isa)
-        native.kernels.cache_clear()
-        if native.isa() != isa:
+        extension.kernels.cache_clear()
+        if extension.isa() != isa:
             pytest.skip(f"this processor has no {isa}")
 
     yield use
-    native.kernels.cache_clear()
+    extension.kernels.cache_clear()
 
 
 @pytest.fixture(params=NATIVE_ISAS)

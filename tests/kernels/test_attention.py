@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from amalgam.config.settings import NATIVE_ISAS
-from amalgam.kernels import attention, native, ops, reference
-from amalgam.kernels.packed import AttentionBatch
+from amalgam.kernels.backends.cpu import attention, extension
+from amalgam.kernels.backends.cpu.operators import CpuOperators
+from amalgam.kernels.backends.reference import operators as reference
+from amalgam.kernels.step import AttentionBatch
 from tests.errors import raises
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -31,13 +33,13 @@ def use_threads() -> Iterator[Callable[[int], None]]:
 
 
 def use_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
-    if not native.is_available():
-        pytest.skip(str(native.why_unavailable()))
+    if not extension.is_available():
+        pytest.skip(str(extension.why_unavailable()))
     from amalgam import _native
 
     if isa not in _native.supported_isas():
         pytest.skip(f"this processor has no {isa}")
-    monkeypatch.setattr(native, "isa", lambda: isa)
+    monkeypatch.setattr(extension, "isa", lambda: isa)
 
 
 @dataclass(frozen=True)
@@ -296,11 +298,11 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
             wrong.run()
     batch = layer.batch
     contradictions = [
-        replace(batch, context_lengths=batch.context_lengths * 50, cache={}),
-        replace(batch, context_lengths=batch.context_lengths * 0, cache={}),
-        replace(batch, block_tables=batch.block_tables - 100, cache={}),
-        replace(batch, block_tables=batch.block_tables.int(), cache={}),
-        replace(batch, block_size=0, cache={}),
+        replace(batch, context_lengths=batch.context_lengths * 50),
+        replace(batch, context_lengths=batch.context_lengths * 0),
+        replace(batch, block_tables=batch.block_tables - 100),
+        replace(batch, block_tables=batch.block_tables.int()),
+        replace(batch, block_size=0),
     ]
     for contradiction in contradictions:
         with raises(ValueError):
@@ -351,7 +353,7 @@ def test_cached_attention_is_its_parts_in_one_call(
     together = run(attention.cached_attention)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "supports_cached_attention", lambda *_: False)
-        in_parts = run(ops.cached_attention)
+        in_parts = run(CpuOperators.cached_attention)
     for one, other in zip(together, in_parts, strict=True):
         assert torch.equal(one, other)
 
@@ -384,11 +386,11 @@ def test_write_kv_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_operators_take_the_compiled_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native.is_available():
-        pytest.skip(str(native.why_unavailable()))
+    if not extension.is_available():
+        pytest.skip(str(extension.why_unavailable()))
     layer = make(Case())
-    result = layer.run(ops.paged_attention)
+    result = layer.run(CpuOperators.paged_attention)
     assert torch.equal(result, layer.run())
     half = replace(layer, query=layer.query.half(), keys=layer.keys.half(), values=layer.values.half())
     assert not attention.supports_paged_attention(half.query, half.keys, half.values, half.batch)
-    torch.testing.assert_close(half.run(ops.paged_attention).float(), result, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(half.run(CpuOperators.paged_attention).float(), result, rtol=1e-2, atol=1e-2)

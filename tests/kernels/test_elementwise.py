@@ -8,13 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from amalgam.kernels import native, ops, panels, reference
+from amalgam.kernels.backends.cpu import elementwise, extension, panels, products, sampling
+from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import dense
 from tests.errors import raises
 
 TYPES = (torch.float32, torch.bfloat16)
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.why_unavailable()))
+pytestmark = pytest.mark.skipif(not extension.is_available(), reason=str(extension.why_unavailable()))
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -28,12 +29,12 @@ def test_rotate(dtype: torch.dtype) -> None:
         x = sample(tokens, heads, head_dim, dtype=dtype)
         angles = sample(tokens, rotated // 2, seed=1)
         cos, sin = angles.cos(), angles.sin()
-        assert torch.equal(native.rotate(x, cos, sin), reference.rotate(x, cos, sin))
+        assert torch.equal(elementwise.rotate(x, cos, sin), reference.rotate(x, cos, sin))
     parts = sample(6, 3 * 64, dtype=dtype)[:, 64:128].view(6, 2, 32)  # a view into a wider product
     cos, sin = sample(6, 16).cos(), sample(6, 16).sin()
-    assert torch.equal(native.rotate(parts, cos, sin), reference.rotate(parts, cos, sin))
-    assert native.rotate(x[:0], cos[:0, :64].repeat(1, 4), sin[:0, :64].repeat(1, 4)).shape == (0, 8, 128)
-    assert not native.supports_rotate(x, cos, sin)
+    assert torch.equal(elementwise.rotate(parts, cos, sin), reference.rotate(parts, cos, sin))
+    assert elementwise.rotate(x[:0], cos[:0, :64].repeat(1, 4), sin[:0, :64].repeat(1, 4)).shape == (0, 8, 128)
+    assert not elementwise.supports_rotate(x, cos, sin)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -41,42 +42,42 @@ def test_rotate(dtype: torch.dtype) -> None:
 def test_swiglu(dtype: torch.dtype) -> None:
     for size in (1, 15, 17, 1000):
         gate, up = sample(3, size, dtype=dtype) * 5, sample(3, size, dtype=dtype, seed=1)
-        torch.testing.assert_close(native.swiglu(gate, up), reference.swiglu(gate, up))
+        torch.testing.assert_close(elementwise.swiglu(gate, up), reference.swiglu(gate, up))
     extremes = torch.tensor([0.0, -0.0, 1e-20, 88.0, -88.0, 1e4, -1e4, 3e38, -3e38, torch.inf, torch.nan]).to(dtype)
     ones = torch.ones_like(extremes)
     torch.testing.assert_close(
-        native.swiglu(extremes, ones), reference.swiglu(extremes, ones), equal_nan=True, atol=1e-30, rtol=1e-6
+        elementwise.swiglu(extremes, ones), reference.swiglu(extremes, ones), equal_nan=True, atol=1e-30, rtol=1e-6
     )
 
 
 def test_elements_have_the_same_bits_wherever_they_stand(use_isa: Callable[[str], None]) -> None:
     gate, up = sample(100_003) * 4, sample(100_003, seed=1)
     use_isa("portable")
-    expected = native.swiglu(gate, up)
-    assert torch.equal(native.swiglu(gate[5:77], up[5:77]), expected[5:77])
+    expected = elementwise.swiglu(gate, up)
+    assert torch.equal(elementwise.swiglu(gate[5:77], up[5:77]), expected[5:77])
     for isa in ("avx2", "avx512"):
         use_isa(isa)
-        assert torch.equal(native.swiglu(gate, up), expected)
+        assert torch.equal(elementwise.swiglu(gate, up), expected)
 
 
 @pytest.mark.usefixtures("isa")
 def test_long_rms_norm_runs_in_parallel_with_the_same_bits(use_threads: Callable[[int], None]) -> None:
     x, weight = sample(500, 256), sample(256, seed=1)
     use_threads(1)
-    expected = native.rms_norm(x, weight, 1e-6)
+    expected = elementwise.rms_norm(x, weight, 1e-6)
     use_threads(3)
-    assert torch.equal(native.rms_norm(x, weight, 1e-6), expected)
+    assert torch.equal(elementwise.rms_norm(x, weight, 1e-6), expected)
 
 
 def test_many_threads_may_call_at_once(use_threads: Callable[[int], None]) -> None:
     use_threads(3)
     gate, up = sample(300_000), sample(300_000, seed=1)
-    expected = native.swiglu(gate, up)
+    expected = elementwise.swiglu(gate, up)
     results: list[bool] = []
 
     def work() -> None:
         for _ in range(20):
-            results.append(torch.equal(native.swiglu(gate, up), expected))
+            results.append(torch.equal(elementwise.swiglu(gate, up), expected))
 
     threads = [threading.Thread(target=work) for _ in range(5)]
     for thread in threads:
@@ -91,11 +92,11 @@ def test_many_threads_may_call_at_once(use_threads: Callable[[int], None]) -> No
 def test_add_rms_norm(dtype: torch.dtype) -> None:
     for rows, hidden in ((1, 5), (3, 64), (40, 1030)):
         x, delta, weight = sample(rows, hidden, dtype=dtype), sample(rows, hidden, dtype=dtype, seed=1), sample(hidden)
-        total, normed = native.add_rms_norm(x, delta, weight, 1e-6)
+        total, normed = elementwise.add_rms_norm(x, delta, weight, 1e-6)
         assert torch.equal(total, x + delta)
-        assert torch.equal(normed, native.rms_norm(total, weight, 1e-6))
+        assert torch.equal(normed, elementwise.rms_norm(total, weight, 1e-6))
     with raises(ValueError, (rows, hidden), (rows, 5)):
-        native.add_rms_norm(x, delta[:, :5], weight, 1e-6)
+        elementwise.add_rms_norm(x, delta[:, :5], weight, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -110,25 +111,25 @@ def test_route(dtype: torch.dtype, normalises: bool) -> None:
         (5, 130, 40, 7),
     ):
         x, weight = sample(tokens, hidden, dtype=dtype), dense(sample(experts, hidden, seed=1))
-        packed = ops.prepare(weight)
-        ids, weights = panels.route(x, packed, k, normalises=normalises, sum_eps=1e-3)
+        packed = panels.prepare(weight)
+        ids, weights = products.route(x, packed, k, normalises=normalises, sum_eps=1e-3)
         expected_ids, expected = reference.route(x, weight, k, normalises=normalises, sum_eps=1e-3)
         assert torch.equal(ids, expected_ids)
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-7)
-        alone, _ = panels.route(x[-1:], packed, k, normalises=normalises, sum_eps=1e-3)
+        alone, _ = products.route(x[-1:], packed, k, normalises=normalises, sum_eps=1e-3)
         assert torch.equal(alone[0], ids[-1])
 
 
 def test_route_of_what_has_no_order() -> None:
-    eye = ops.prepare(dense(torch.eye(8)))
-    ids, weights = panels.route(torch.zeros(1, 8), eye, 3, normalises=True, sum_eps=0.0)
+    eye = panels.prepare(dense(torch.eye(8)))
+    ids, weights = products.route(torch.zeros(1, 8), eye, 3, normalises=True, sum_eps=0.0)
     assert (ids.tolist(), weights.tolist()) == ([[0, 1, 2]], [[pytest.approx(1 / 3)] * 3])
     odd = torch.tensor([[float("nan")] * 8, [1.0, float("nan"), 2.0, float("inf"), 0.0, -float("inf"), 3.0, 4.0]])
-    ids, _ = panels.route(odd, eye, 4, normalises=True, sum_eps=0.0)
+    ids, _ = products.route(odd, eye, 4, normalises=True, sum_eps=0.0)
     assert all(len(set(row)) == 4 and set(row) <= set(range(8)) for row in ids.tolist())
     with raises(ValueError, (8, 8), 9):
-        panels.route(torch.zeros(1, 8), eye, 9, normalises=True, sum_eps=0.0)
-    assert panels.route(torch.zeros(0, 8), eye, 2, normalises=True, sum_eps=0.0)[0].shape == (0, 2)
+        products.route(torch.zeros(1, 8), eye, 9, normalises=True, sum_eps=0.0)
+    assert products.route(torch.zeros(0, 8), eye, 2, normalises=True, sum_eps=0.0)[0].shape == (0, 2)
 
 
 def test_tokens_are_drawn_alike_on_every_instruction_set(use_isa: Callable[[str], None]) -> None:
@@ -140,8 +141,8 @@ def test_tokens_are_drawn_alike_on_every_instruction_set(use_isa: Callable[[str]
         for row in range(rows)
     ]
     use_isa("portable")
-    expected = native.draw(logits, params)
+    expected = sampling.draw(logits, params)
     assert len(set(expected)) > rows / 2
     for isa in ("avx2", "avx512"):
         use_isa(isa)
-        assert native.draw(logits, params) == expected
+        assert sampling.draw(logits, params) == expected

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels import native, ops, panels, reference
+from amalgam.kernels.backends.cpu import extension, panels, products
+from amalgam.kernels.backends.cpu.operators import CpuOperators
+from amalgam.kernels.backends.reference import operators as reference
+from amalgam.kernels.layouts import DENSE
 from amalgam.kernels.packed import SWIGLU, Activation, Expert, ExpertTable, PackedWeight
-from amalgam.kernels.reference import unpack_dense
 from tests.errors import raises
 from tests.kernels.weights import every_layout
 
 HIDDEN, WIDTH = 72, 120  # 24 and 40 divide one of them, 8 both
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 0.03}
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.why_unavailable()))
+moe = CpuOperators.moe
+
+pytestmark = pytest.mark.skipif(not extension.is_available(), reason=str(extension.why_unavailable()))
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
@@ -37,12 +42,11 @@ def mixed_experts(count: int, *, has_bias: bool = False, only: str | None = None
 
 
 def packed(experts: list[Expert]) -> ExpertTable:
-    return ExpertTable(
-        tuple(
-            Expert(ops.prepare(e.gate), ops.prepare(e.up), ops.prepare(e.down), e.gate_bias, e.up_bias, e.down_bias)
-            for e in experts
-        )
-    )
+    table = []
+    for expert in experts:
+        gate, up, down = (panels.prepare(weight) for weight in (expert.gate, expert.up, expert.down))
+        table.append(replace(expert, gate=gate, up=up, down=down))
+    return products.prepare_experts(ExpertTable(table))
 
 
 def routing(tokens: int, experts: int, k: int, seed: int = 2) -> tuple[Tensor, Tensor]:
@@ -79,11 +83,11 @@ def error(result: Tensor, expected: Tensor) -> float:
 def test_every_projection_has_its_own_layout(dtype: torch.dtype, has_bias: bool) -> None:
     experts = mixed_experts(9, has_bias=has_bias)
     table = packed(experts)
-    assert panels.supports_moe(torch.ones(1, HIDDEN), table)
+    assert products.supports_moe(torch.ones(1, HIDDEN), table)
     for tokens in (1, 3, 40):
         x = random(tokens, HIDDEN).to(dtype)
         ids, weights = routing(tokens, len(experts), 3)
-        result = ops.moe(x, ids, weights, table)
+        result = moe(x, ids, weights, table)
         assert result.dtype == dtype
         assert error(result, exact(x, ids, weights, experts)) < TOLERANCE[dtype]
 
@@ -95,9 +99,7 @@ def test_every_layout(dtype: torch.dtype) -> None:
     x = random(5, HIDDEN).to(dtype)
     for name in every_layout((WIDTH, HIDDEN)).keys() & every_layout((HIDDEN, WIDTH)).keys():
         experts = mixed_experts(2, only=name)
-        assert error(ops.moe(x, ids, weights, packed(experts)), exact(x, ids, weights, experts)) < TOLERANCE[dtype], (
-            name
-        )
+        assert error(moe(x, ids, weights, packed(experts)), exact(x, ids, weights, experts)) < TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -107,7 +109,7 @@ def test_other_activations(dtype: torch.dtype) -> None:
     x = random(5, HIDDEN).to(dtype)
     ids, weights = routing(5, 3, 2)
     for activation in (Activation(1.702, 1.0, 7.0), Activation(0.5, 0.0, 0.25), Activation(offset=-2.0)):
-        result = ops.moe(x, ids, weights, packed(experts), activation)
+        result = moe(x, ids, weights, packed(experts), activation)
         assert error(result, exact(x, ids, weights, experts, activation)) < TOLERANCE[dtype]
 
 
@@ -116,9 +118,10 @@ def test_one_expert_may_take_all_tokens_or_none() -> None:
     experts = mixed_experts(4)
     x = random(200, HIDDEN)
     weights = torch.ones(200, 1)
-    result = ops.moe(x, torch.full((200, 1), 2), weights, packed(experts))
+    result = moe(x, torch.full((200, 1), 2), weights, packed(experts))
     assert error(result, exact(x, torch.full((200, 1), 2), weights, experts)) < TOLERANCE[torch.float32]
-    assert ops.moe(x[:0], torch.empty(0, 1, dtype=torch.int64), weights[:0], packed(experts)).shape == (0, HIDDEN)
+    none = moe(x[:0], torch.empty(0, 1, dtype=torch.int64), weights[:0], packed(experts))
+    assert none.shape == (0, HIDDEN)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -130,27 +133,27 @@ def test_a_token_is_the_same_alone_in_a_batch_and_on_any_number_of_threads(
     x = random(60, HIDDEN).to(dtype)
     ids, weights = routing(60, 7, 3)
     use_threads(1)
-    together = ops.moe(x, ids, weights, table)
+    together = moe(x, ids, weights, table)
     for token in range(0, 60, 5):
         row = slice(token, token + 1)
-        assert torch.equal(ops.moe(x[row], ids[row], weights[row], table), together[row])
+        assert torch.equal(moe(x[row], ids[row], weights[row], table), together[row])
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
     for threads in (2, 3):
         use_threads(threads)
-        assert torch.equal(ops.moe(x, ids, weights, table), together)
-        assert torch.equal(ops.moe(x[order], ids[order], weights[order], table), together[order])
+        assert torch.equal(moe(x, ids, weights, table), together)
+        assert torch.equal(moe(x[order], ids[order], weights[order], table), together[order])
 
 
 @pytest.mark.usefixtures("isa")
 def test_float32_results_do_not_depend_on_the_layout() -> None:
     def values(weight: PackedWeight) -> PackedWeight:
-        return PackedWeight("dense", weight.shape, {"weight": weight.dequantize(torch.float32)}, unpack_dense)
+        return PackedWeight(DENSE, weight.shape, {"weight": weight.dequantize(torch.float32)})
 
     experts = mixed_experts(8)
     plain = [Expert(values(e.gate), values(e.up), values(e.down)) for e in experts]
     x = random(30, HIDDEN)
     ids, weights = routing(30, 8, 2)
-    assert torch.equal(ops.moe(x, ids, weights, packed(experts)), ops.moe(x, ids, weights, packed(plain)))
+    assert torch.equal(moe(x, ids, weights, packed(experts)), moe(x, ids, weights, packed(plain)))
 
 
 @pytest.mark.usefixtures("isa")
@@ -160,8 +163,8 @@ def test_the_sum_runs_in_the_order_of_k() -> None:
     ids, weights = routing(4, 6, 5)
     total = torch.zeros(4, HIDDEN)
     for slot in range(5):
-        total = total + ops.moe(x, ids[:, slot : slot + 1], torch.ones(4, 1), experts) * weights[:, slot : slot + 1]
-    assert torch.equal(ops.moe(x, ids, weights, experts), total)
+        total = total + moe(x, ids[:, slot : slot + 1], torch.ones(4, 1), experts) * weights[:, slot : slot + 1]
+    assert torch.equal(moe(x, ids, weights, experts), total)
 
 
 def test_unpacked_experts_take_the_reference() -> None:
@@ -169,9 +172,10 @@ def test_unpacked_experts_take_the_reference() -> None:
     mixture = [*packed(experts[:2]).experts, experts[2]]
     ids, weights = routing(4, 3, 2)
     x = random(4, HIDDEN)
-    assert not panels.supports_moe(x, ExpertTable(mixture))
+    table = ExpertTable(mixture)
+    assert products.prepare_experts(table) is table and not products.supports_moe(x, table)
     expected = reference.moe(x, ids, weights, ExpertTable(experts))
-    torch.testing.assert_close(ops.moe(x, ids, weights, ExpertTable(mixture)), expected)
+    torch.testing.assert_close(moe(x, ids, weights, table), expected)
 
 
 def test_what_cannot_be_read_is_refused() -> None:
@@ -179,9 +183,9 @@ def test_what_cannot_be_read_is_refused() -> None:
     x, weights = random(2, HIDDEN), torch.ones(2, 1)
     for wrong in (-1, 3):
         with raises(IndexError, wrong, 3):
-            ops.moe(x, torch.tensor([[0], [wrong]]), weights, table)
+            moe(x, torch.tensor([[0], [wrong]]), weights, table)
     with raises(ValueError, (2, HIDDEN + 1), (120, HIDDEN)):
-        ops.moe(random(2, HIDDEN + 1), torch.zeros(2, 1, dtype=torch.int64), weights, table)
+        moe(random(2, HIDDEN + 1), torch.zeros(2, 1, dtype=torch.int64), weights, table)
     with raises(ValueError, (2, 2), (2, 1)):
-        ops.moe(x, torch.zeros(2, 2, dtype=torch.int64), weights, table)
-    assert ops.moe(x.half(), torch.zeros(2, 1, dtype=torch.int64), weights, table).dtype == torch.float16
+        moe(x, torch.zeros(2, 2, dtype=torch.int64), weights, table)
+    assert moe(x.half(), torch.zeros(2, 1, dtype=torch.int64), weights, table).dtype == torch.float16

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels import native, ops, reference
+from amalgam.kernels.backends.cpu import extension, panels
+from amalgam.kernels.backends.cpu.operators import CpuOperators
+from amalgam.kernels.backends.reference import operators as reference
+from amalgam.kernels.layouts import DENSE, PANELS_BF16, PANELS_BF16_CODED, PANELS_INT4, PANELS_INT8, SCALED8
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import unpack_dense
 from tests.errors import raises
 from tests.kernels.weights import SHAPES, coded, dense, every_layout, int4, scaled8, scattered
 
@@ -23,7 +25,9 @@ QUANTIZED_TOLERANCE = 0.04
 ROWS = (1, 2, 5, 8, 9, 20)
 WIDE = (40, 264)
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.why_unavailable()))
+linear, prepare = CpuOperators.linear, panels.prepare
+
+pytestmark = pytest.mark.skipif(not extension.is_available(), reason=str(extension.why_unavailable()))
 
 
 def activations(rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
@@ -43,8 +47,8 @@ def error(result: Tensor, expected: Tensor) -> float:
 @pytest.mark.usefixtures("isa")
 def test_panels_hold_the_same_values(shape: tuple[int, int]) -> None:
     for name, weight in every_layout(shape).items():
-        packed = ops.prepare(weight)
-        assert packed.layout.startswith("panels_"), name
+        packed = prepare(weight)
+        assert isinstance(packed, panels.PanelWeight), name
         assert packed.shape == weight.shape and packed.is_floating == weight.is_floating
         original, restored = weight.dequantize(), packed.dequantize()
         assert restored.dtype == original.dtype, name
@@ -58,13 +62,13 @@ def test_panels_hold_the_same_values(shape: tuple[int, int]) -> None:
 def test_bf16_is_coded_without_loss_where_it_gains() -> None:
     for shape in ((16, 128), (33, 200), (7, 1000), (130, 264)):
         weight = coded(shape)
-        packed = ops.prepare(weight)
-        assert packed.layout == "panels_bf16_coded"
+        packed = prepare(weight)
+        assert packed.layout is PANELS_BF16_CODED
         assert packed.nbytes < 2 * math.prod(size + -size % unit for size, unit in zip(shape, (16, 8), strict=True))
         assert torch.equal(packed.dequantize().view(torch.int16), weight.dense.view(torch.int16))  # -0.0 is kept
-        assert ops.prepare(weight, codes=False).layout == "panels_bf16"
-    assert ops.prepare(coded((1, 8))).layout == "panels_bf16"
-    assert ops.prepare(scattered((16, 128))).layout == "panels_bf16"
+        assert prepare(weight, codes=False).layout is PANELS_BF16
+    assert prepare(coded((1, 8))).layout is PANELS_BF16
+    assert prepare(scattered((16, 128))).layout is PANELS_BF16
 
 
 @pytest.mark.usefixtures("isa")
@@ -74,27 +78,27 @@ def test_the_whole_range_of_bf16_can_be_coded() -> None:
     for base in (0.0, 1.2e-38, 3.3e38):
         values = torch.full((512, len(bits)), base).bfloat16()
         values[3] = bits.view(torch.bfloat16)
-        packed = ops.prepare(PackedWeight("dense", tuple(values.shape), {"weight": values}, unpack_dense))
-        assert packed.layout == "panels_bf16_coded", base
+        packed = prepare(PackedWeight(DENSE, tuple(values.shape), {"weight": values}))
+        assert packed.layout is PANELS_BF16_CODED, base
         restored = packed.dequantize()
         assert torch.equal(restored.isnan(), values.isnan())
         is_number = ~values.isnan()
         assert torch.equal(restored[is_number].view(torch.int16), values[is_number].view(torch.int16))
-    subnormal = PackedWeight("dense", (16, 512), {"weight": torch.full((16, 512), 1e-39).bfloat16()}, unpack_dense)
-    assert ops.prepare(subnormal).layout == "panels_bf16"
+    subnormal = PackedWeight(DENSE, (16, 512), {"weight": torch.full((16, 512), 1e-39).bfloat16()})
+    assert prepare(subnormal).layout is PANELS_BF16
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("isa")
 def test_linear_means_what_the_reference_says(shape: tuple[int, int]) -> None:
     for name, weight in every_layout(shape).items():
-        packed = ops.prepare(weight)
+        packed = prepare(weight)
         for rows in ROWS:
             for dtype, tolerance in TOLERANCE.items():
                 x = activations(rows, shape[1], dtype)
-                result = ops.linear(x, packed)
+                result = linear(x, packed)
                 assert result.dtype == dtype and result.shape == (rows, shape[0])
-                if dtype == torch.bfloat16 and packed.layout in ("panels_int4", "panels_int8"):
+                if dtype == torch.bfloat16 and packed.layout in (PANELS_INT4, PANELS_INT8):
                     tolerance = QUANTIZED_TOLERANCE
                 assert error(result, exact(x, weight)) < tolerance, (name, rows, dtype)
 
@@ -103,15 +107,15 @@ def test_linear_means_what_the_reference_says(shape: tuple[int, int]) -> None:
 def test_several_weights_in_one_call_give_what_each_gives_alone() -> None:
     """All layouts at once, gathered ones among them, of different heights and with and without biases."""
     layouts = [
-        ops.prepare(weight) for shape in (WIDE, (5, WIDE[1]), (200, WIDE[1])) for weight in every_layout(shape).values()
+        prepare(weight) for shape in (WIDE, (5, WIDE[1]), (200, WIDE[1])) for weight in every_layout(shape).values()
     ]
     biases = [None if index % 3 else torch.randn(weight.shape[0]) for index, weight in enumerate(layouts)]
     for rows in (0, 1, 3, 9, 130):
         for dtype in (*TOLERANCE, torch.float16):
             x = activations(rows, WIDE[1], dtype)
-            together = ops.linears(x, layouts, biases)
+            together = CpuOperators.linears(x, layouts, biases)
             for result, weight, bias in zip(together, layouts, biases, strict=True):
-                assert torch.equal(result, ops.linear(x, weight, bias)), (weight.layout, rows, dtype)
+                assert torch.equal(result, linear(x, weight, bias)), (weight.layout.name, rows, dtype)
 
 
 @pytest.mark.usefixtures("isa")
@@ -119,16 +123,16 @@ def test_reference_takes_panels() -> None:
     for name, weight in every_layout(WIDE).items():
         for dtype in TOLERANCE:
             x = activations(3, WIDE[1], dtype)
-            assert torch.equal(reference.linear(x, ops.prepare(weight)), reference.linear(x, weight)), name
+            assert torch.equal(reference.linear(x, prepare(weight)), reference.linear(x, weight)), name
 
 
 @pytest.mark.usefixtures("isa")
 def test_wide_activations_for_integer_weights() -> None:
     for name, weight in every_layout(WIDE).items():
-        packed = ops.prepare(weight, activation="bf16")
+        packed = prepare(weight, activation="bf16")
         for rows in (1, 9):
             x = activations(rows, WIDE[1], torch.bfloat16)
-            assert error(ops.linear(x, packed), exact(x, weight)) < TOLERANCE[torch.bfloat16], (name, rows)
+            assert error(linear(x, packed), exact(x, weight)) < TOLERANCE[torch.bfloat16], (name, rows)
 
 
 def quantize_activations(x: Tensor, chunk: int) -> Tensor:
@@ -145,7 +149,7 @@ def test_activations_are_quantized_per_token_and_group(group: int, chunk: int) -
     weight = int4((32, 384), group, has_zero=True)
     x = activations(6, 384, torch.bfloat16) * torch.logspace(-3, 3, 384).bfloat16()
     expected = quantize_activations(x, chunk) @ weight.dequantize(torch.float64).T
-    assert error(ops.linear(x, ops.prepare(weight)), expected) < 0.005  # the rounding of the result
+    assert error(linear(x, prepare(weight)), expected) < 0.005  # the rounding of the result
 
 
 @pytest.mark.usefixtures("isa")
@@ -153,31 +157,30 @@ def test_extreme_integers_do_not_saturate() -> None:
     """All weights and activations at their limits: sums of pairs of products exceed 16 bits."""
     for value, code in ((-128, -128), (127, 127)):
         parts = {"weight": torch.full((16, 256), code, dtype=torch.int8), "scale": torch.ones(16, 1)}
-        weight = PackedWeight("scaled8", (16, 256), parts, reference.unpack_scaled8, (1, 256))
+        weight = PackedWeight(SCALED8, (16, 256), parts, (1, 256))
         for sign in (1, -1):
             x = torch.full((3, 256), 127.0 * sign).bfloat16()
             expected = torch.full((3, 16), 127.0 * sign * value * 256).bfloat16()
-            torch.testing.assert_close(ops.linear(x, ops.prepare(weight)), expected, rtol=0.005, atol=0)
+            torch.testing.assert_close(linear(x, prepare(weight)), expected, rtol=0.005, atol=0)
 
 
 @pytest.mark.usefixtures("isa")
 def test_every_fp8_code_is_right() -> None:
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     weight = PackedWeight(
-        "scaled8",
+        SCALED8,
         (254, 8),
         {"weight": codes[:, None].repeat(1, 8).view(torch.float8_e4m3fn), "scale": torch.ones(1, 1)},
-        reference.unpack_scaled8,
         (254, 8),
     )
-    packed = ops.prepare(weight)
+    packed = prepare(weight)
     expected = codes.view(torch.float8_e4m3fn).float()
     assert expected.abs()[expected != 0].min() == 2**-9
     for position in range(8):
         for rows in (1, 12):  # in registers, and expanded beforehand
             x = torch.zeros(rows, 8, dtype=torch.bfloat16)
             x[:, position] = 1.0
-            assert torch.equal(ops.linear(x, packed).float(), expected.expand(rows, -1)), position
+            assert torch.equal(linear(x, packed).float(), expected.expand(rows, -1)), position
 
 
 @pytest.mark.usefixtures("isa")
@@ -186,10 +189,10 @@ def test_float32_results_do_not_depend_on_the_layout() -> None:
     for shape in ((33, 200), (48, 384)):
         for name, weight in every_layout(shape).items():
             values = weight.dequantize(torch.float32)
-            plain = PackedWeight("dense", shape, {"weight": values}, unpack_dense)
+            plain = PackedWeight(DENSE, shape, {"weight": values})
             for rows in (1, 7, 30):
                 x = activations(rows, shape[1], torch.float32)
-                assert torch.equal(ops.linear(x, ops.prepare(weight)), ops.linear(x, ops.prepare(plain))), name
+                assert torch.equal(linear(x, prepare(weight)), linear(x, prepare(plain))), name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -199,16 +202,16 @@ def test_a_row_is_the_same_alone_in_a_batch_and_on_any_number_of_threads(
 ) -> None:
     for name, weight in every_layout((130, 264)).items():
         for activation in ("int8", "bf16"):
-            packed = ops.prepare(weight, activation)  # type: ignore[arg-type]
+            packed = prepare(weight, activation)  # type: ignore[arg-type]
             x = activations(150, 264, dtype)
             use_threads(1)
-            alone = torch.cat([ops.linear(x[row : row + 1], packed) for row in range(0, 150, 7)])
-            together = ops.linear(x, packed)
+            alone = torch.cat([linear(x[row : row + 1], packed) for row in range(0, 150, 7)])
+            together = linear(x, packed)
             assert torch.equal(together[::7], alone), name
-            assert torch.equal(ops.linear(x[3:12], packed), together[3:12]), name
+            assert torch.equal(linear(x[3:12], packed), together[3:12]), name
             for threads in (2, 3):
                 use_threads(threads)
-                assert torch.equal(ops.linear(x, packed), together), name
+                assert torch.equal(linear(x, packed), together), name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -220,11 +223,11 @@ def test_integer_and_float32_products_have_the_same_bits_on_every_instruction_se
         layouts = {name: weight for name, weight in layouts.items() if name.startswith(("int", "fp16", "fp32"))}
     x = activations(11, 200, dtype)
     use_isa("portable")
-    expected = {name: ops.linear(x, ops.prepare(weight)) for name, weight in layouts.items()}
+    expected = {name: linear(x, prepare(weight)) for name, weight in layouts.items()}
     for isa in ("avx2", "avx512"):
         use_isa(isa)
         for name, weight in layouts.items():
-            assert torch.equal(ops.linear(x, ops.prepare(weight)), expected[name]), (isa, name)
+            assert torch.equal(linear(x, prepare(weight)), expected[name]), (isa, name)
 
 
 @pytest.mark.parametrize("bias_type", [torch.float32, torch.bfloat16, torch.float16])
@@ -234,7 +237,7 @@ def test_bias(dtype: torch.dtype, bias_type: torch.dtype) -> None:
     weight, bias = dense((37, 72), torch.bfloat16), activations(1, 37, torch.float32, 5)[0].to(bias_type) * 3
     for rows in (1, 10):
         x = activations(rows, 72, dtype)
-        assert error(ops.linear(x, ops.prepare(weight), bias), exact(x, weight, bias)) < TOLERANCE[dtype]
+        assert error(linear(x, prepare(weight), bias), exact(x, weight, bias)) < TOLERANCE[dtype]
 
 
 @pytest.mark.usefixtures("isa")
@@ -242,12 +245,12 @@ def test_embedding_reads_rows_from_panels() -> None:
     ids = torch.tensor([0, 129, 16, 15, 15, 77])
     for name, weight in every_layout((130, 264)).items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            result = ops.embedding(ids, ops.prepare(weight), dtype)
+            result = CpuOperators.embedding(ids, prepare(weight), dtype)
             assert torch.equal(result, reference.embedding(ids, weight, dtype)), (name, dtype)
-    packed = ops.prepare(dense((5, 8), torch.float32))
+    packed = prepare(dense((5, 8), torch.float32))
     for wrong in (-1, 5):
         with raises(IndexError, wrong, 5):
-            ops.embedding(torch.tensor([0, wrong]), packed, torch.float32)
+            CpuOperators.embedding(torch.tensor([0, wrong]), packed, torch.float32)
 
 
 def test_what_does_not_fit_stays_as_it_is() -> None:
@@ -255,13 +258,13 @@ def test_what_does_not_fit_stays_as_it_is() -> None:
     unequal.parts["group"][0] = 1 - unequal.parts["group"][0]
     nan = scaled8((16, 64), torch.float8_e4m3fn, (16, 64))
     nan.parts["weight"].view(torch.uint8)[3, 5] = 0xFF
-    vector = PackedWeight("dense", (64,), {"weight": torch.ones(64)}, unpack_dense)
+    vector = PackedWeight(DENSE, (64,), {"weight": torch.ones(64)})
     for weight in (unequal, nan, vector, int4((16, 60), 12), dense((4, 4), torch.float64)):
-        assert ops.prepare(weight) is weight
-    packed = ops.prepare(dense((4, 8), torch.float32))
-    assert ops.prepare(packed) is packed
+        assert prepare(weight) is weight
+    packed = prepare(dense((4, 8), torch.float32))
+    assert prepare(packed) is packed
     with raises(ValueError, (2, 9), (4, 8)):
-        ops.linear(torch.ones(2, 9), packed)
+        linear(torch.ones(2, 9), packed)
 
 
 def test_odd_widths_without_groups_fit() -> None:
@@ -272,19 +275,19 @@ def test_odd_widths_without_groups_fit() -> None:
             scaled8((18, columns), torch.int8, (1, columns)),
             scaled8((18, columns), torch.float8_e4m3fn, (128, 128)),
         ):
-            packed = ops.prepare(weight)
+            packed = prepare(weight)
             assert packed is not weight
             assert torch.equal(packed.dequantize(), weight.dequantize())
             x = activations(9, columns, torch.float32)
-            assert error(ops.linear(x, packed), exact(x, weight)) < TOLERANCE[torch.float32]
+            assert error(linear(x, packed), exact(x, weight)) < TOLERANCE[torch.float32]
 
 
 def test_empty_steps_and_float16_activations() -> None:
-    weight = ops.prepare(dense((18, 40), torch.float16))
-    assert ops.linear(torch.empty(0, 40), weight).shape == (0, 18)
+    weight = prepare(dense((18, 40), torch.float16))
+    assert linear(torch.empty(0, 40), weight).shape == (0, 18)
     x = activations(3, 40, torch.float16)
-    assert ops.linear(x, weight).dtype == torch.float16
-    assert error(ops.linear(x, weight), exact(x, weight)) < 2e-3
+    assert linear(x, weight).dtype == torch.float16
+    assert error(linear(x, weight), exact(x, weight)) < 2e-3
 
 
 @pytest.mark.usefixtures("isa")
@@ -293,14 +296,14 @@ def test_nan_and_infinity_are_not_lost() -> None:
         for dtype in TOLERANCE:
             x = activations(3, WIDE[1], dtype)
             x[1, 7] = torch.nan
-            result = ops.linear(x, ops.prepare(weight))
+            result = linear(x, prepare(weight))
             assert result[1].isnan().all(), name
             assert result[[0, 2]].isfinite().all(), name
 
 
 def test_memory_lives_as_long_as_a_part_and_is_used_again() -> None:
     def pack() -> PackedWeight:
-        return ops.prepare(dense((512, 512), torch.float32))
+        return prepare(dense((512, 512), torch.float32))
 
     weight = pack()
     lines = weight.parts["weight"]

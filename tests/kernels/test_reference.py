@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amalgam.kernels import reference
+from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.packed import SWIGLU, Activation
 
 GENERATOR = torch.Generator().manual_seed(1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amalgam.kernels.layouts import DENSE, INT4, SCALED8, pack_nibbles
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import pack_nibbles, unpack_dense, unpack_int4, unpack_scaled8
 
 # (out, in)
 SHAPES = ((16, 128), (1, 8), (33, 200), (48, 384), (7, 1000), (130, 264))
@@ -14,7 +14,7 @@ SHAPES = ((16, 128), (1, 8), (33, 200), (48, 384), (7, 1000), (130, 264))
 
 def dense(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> PackedWeight:
     values = _normal(shape, seed).to(dtype)
-    return PackedWeight("dense", shape, {"weight": values}, unpack_dense)
+    return PackedWeight(DENSE, shape, {"weight": values})
 
 
 def coded(shape: tuple[int, int], seed: int = 0) -> PackedWeight:
@@ -32,7 +32,7 @@ def scattered(shape: tuple[int, int], seed: int = 0) -> PackedWeight:
     """bf16 whose exponents have no 15 in a row that would do for most."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.ldexp(_normal(shape, seed), torch.randint(-16, 16, shape, generator=generator))
-    return PackedWeight("dense", shape, {"weight": values.bfloat16()}, unpack_dense)
+    return PackedWeight(DENSE, shape, {"weight": values.bfloat16()})
 
 
 def int4(
@@ -56,7 +56,7 @@ def int4(
     if has_order:
         order = torch.randperm(columns, generator=generator)
         parts["group"] = (torch.arange(columns) // group)[order].to(torch.int32)
-    return PackedWeight("int4", shape, parts, unpack_int4, (1, group))
+    return PackedWeight(INT4, shape, parts, (1, group))
 
 
 def scaled8(shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int], seed: int = 0) -> PackedWeight:
@@ -66,7 +66,7 @@ def scaled8(shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int], 
         codes[codes & 0x7F == 0x7F] = 0x05  # not NaN but a subnormal; one code in 16 is one anyway
     grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     scale = torch.rand(grid, generator=generator) * 0.1 + 0.01
-    return PackedWeight("scaled8", shape, {"weight": codes.view(dtype), "scale": scale}, unpack_scaled8, block)
+    return PackedWeight(SCALED8, shape, {"weight": codes.view(dtype), "scale": scale}, block)
 
 
 def every_layout(shape: tuple[int, int], seed: int = 0) -> dict[str, PackedWeight]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
-from amalgam.kernels import ops
-from amalgam.kernels.backends.interpreter import Interpreter
+from amalgam.kernels.backends import Backend, Compiled, Tables
+from amalgam.kernels.backends.cpu import panels
+from amalgam.kernels.backends.cpu.backend import CpuBackend
+from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.layouts import dense
+from amalgam.kernels.program import Program
 from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache
@@ -38,16 +42,27 @@ def load_model(
 def hand_built(version: WeightVersion, dtype: torch.dtype = torch.float32) -> WeightVersion:
     """The same weights as plain tensors of one type, multiplied by the same backend."""
     by_hand = {slot: dense(version[slot].dequantize(dtype)) for slot in version.origins}
-    multiplied = {slot for slot in by_hand if version[slot].layout.startswith("panels")}
-    by_hand |= {slot: ops.prepare(by_hand[slot]) for slot in multiplied}
+    multiplied = {slot for slot in by_hand if isinstance(version[slot], PanelWeight)}
+    by_hand |= {slot: panels.prepare(by_hand[slot]) for slot in multiplied}
     return WeightVersion(2, by_hand, version.origins, version.keys)
 
 
+class OperatorByOperator(CpuBackend):
+    """The compiled operators, called one by one."""
+
+    def compile(self, program: Program, tables: Tables) -> Compiled:
+        return self.interpret(program, tables)
+
+
 def interpreted(decoder: Decoder) -> Decoder:
-    """The same model, run instruction by instruction."""
-    other = Decoder(decoder.spec, len(decoder.tables[0][0]) if decoder.tables else 256, decoder.dtype, CPU)
-    other._backend = Interpreter(decoder.dtype, other.tables)
-    return other
+    """The same model, run operator by operator."""
+    return like(decoder, lambda dtype, device: OperatorByOperator(dtype))
+
+
+def like(decoder: Decoder, choose: Callable[[torch.dtype, torch.device], Backend]) -> Decoder:
+    """The same model on another backend."""
+    num_positions = len(decoder.tables[0][0]) if decoder.tables else 256
+    return Decoder(decoder.spec, num_positions, decoder.dtype, CPU, choose)
 
 
 class Runner:

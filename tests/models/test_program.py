@@ -15,10 +15,16 @@ from torch import Tensor
 
 from amalgam.config.settings import MixedPrecisionSettings
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels import native, ops
-from amalgam.kernels.backends import cpu
-from amalgam.kernels.backends.cpu import CpuBackend, CpuProgram
-from amalgam.kernels.layouts import dense
+from amalgam.kernels.backends.cpu import extension, panels
+from amalgam.kernels.backends.cpu.backend import CpuBackend
+from amalgam.kernels.backends.cpu.encoders import Encoder
+from amalgam.kernels.backends.cpu.operators import CpuOperators
+from amalgam.kernels.backends.cpu.panels import PanelWeight
+from amalgam.kernels.backends.cpu.products import prepare_experts
+from amalgam.kernels.backends.cpu.program import CpuProgram
+from amalgam.kernels.backends.cpu.workspace import Workspace
+from amalgam.kernels.backends.reference.interpreter import Frame, ReferenceBackend
+from amalgam.kernels.layouts import SCALED8, dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
     Add,
@@ -28,6 +34,7 @@ from amalgam.kernels.program import (
     Embed,
     Emitter,
     Head,
+    Instruction,
     Mix,
     Normalize,
     Program,
@@ -38,7 +45,6 @@ from amalgam.kernels.program import (
     ScaleBySigmoid,
     SwiGlu,
 )
-from amalgam.kernels.reference import unpack_scaled8
 from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.decoder import Decoder, emit
@@ -48,10 +54,10 @@ from amalgam.models.spec import LayerSpec
 from amalgam.models.weights import BlockWeights, WeightVersion
 from amalgam.tools.quantize import quantize_checkpoint
 from tests.errors import raises
-from tests.models.harness import Runner, interpreted, load_model
+from tests.models.harness import Runner, interpreted, like, load_model
 from tests.models.tiny import save_tiny
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason=str(native.why_unavailable()))
+pytestmark = pytest.mark.skipif(not extension.is_available(), reason=str(extension.why_unavailable()))
 
 CPU = torch.device("cpu")
 FAMILIES = {family.name: family for family in all_families()}
@@ -117,7 +123,7 @@ def test_every_family_runs_in_one_call(family: str, dtype: torch.dtype, tmp_path
     save_tiny(FAMILIES[family], tmp_path)
     decoder, version = load_model(tmp_path, dtype=dtype)
     assert is_one_call(decoder, version)
-    assert set(decoder.compile(version).describe().values()) == {f"native ({native.isa()})"}
+    assert set(decoder.compile(version).describe().values()) == {f"native ({extension.isa()})"}
     assert_same(decoder, version, is_exact=family not in ROUNDS_OTHERWISE)
 
 
@@ -143,7 +149,9 @@ def test_other_settings_of_a_family(family: str, changes: dict[str, Any], tmp_pa
 def test_float16_is_interpreted(tmp_path: Path) -> None:
     save_tiny(FAMILIES["qwen3_moe"], tmp_path)
     decoder, version = load_model(tmp_path, dtype=torch.float16)
-    assert set(decoder.compile(version).describe().values()) == {"torch"}
+    runs = decoder.compile(version).describe()
+    assert {runs[name] for name in ("project", "mix", "head")} == {f"native operators ({extension.isa()})"}
+    assert {runs[name] for name in ("embed", "normalize", "attend", "route")} == {"torch (cpu)"}
     wide, wide_version = load_model(tmp_path)
     for one, other in zip(run((decoder, version))[0], run((wide, wide_version))[0], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0.05 * float(other.std()))
@@ -199,7 +207,7 @@ def in_no_kernels_layout(values: Tensor) -> PackedWeight:
     rows, columns = values.shape
     scale = torch.full((rows, columns // 4), 0.01)
     parts = {"weight": (values / 0.01).round().clamp(-127, 127).to(torch.int8), "scale": scale}
-    return PackedWeight("scaled8", (rows, columns), parts, unpack_scaled8, block=(1, 4))
+    return PackedWeight(SCALED8, (rows, columns), parts, block=(1, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -213,16 +221,16 @@ def test_what_stands_before_and_behind_the_layers(
     decoder, version = load_model(tmp_path, dtype=dtype)
     values = version["embedding"].dequantize(torch.float32)
     embeddings = [dense(values.to(other)) for other in (torch.float32, torch.bfloat16, torch.float16)]
-    embeddings += [ops.prepare(embedding) for embedding in embeddings]
+    embeddings += [panels.prepare(embedding) for embedding in embeddings]
     for embedding in (*embeddings, dense(values.double()), in_no_kernels_layout(values)):
         changed = with_slots(version, embedding=embedding)
         runs = decoder.compile(changed).describe()
-        assert (runs["embed"] == "torch") == (embedding not in embeddings)
-        assert (runs["head"] == "torch") == (is_tied and embedding not in embeddings[3:])
+        assert (runs["embed"] == "torch (cpu)") == (embedding not in embeddings)
+        assert (runs["head"] == "torch (cpu)") == (is_tied and embedding not in embeddings[3:])
         assert_same_logits(decoder, changed)
     if not is_tied:
         changed = with_slots(version, head=in_no_kernels_layout(version["head"].dequantize(torch.float32)))
-        assert decoder.compile(changed).describe()["head"] == "torch"
+        assert decoder.compile(changed).describe()["head"] == "torch (cpu)"
         assert_same_logits(decoder, changed)
 
 
@@ -231,7 +239,8 @@ def test_weights_outside_the_panels(family: str, tmp_path: Path) -> None:
     """Each weight in turn in a layout that no kernel knows: its instruction alone goes through the interpreter."""
     save_tiny(FAMILIES[family], tmp_path)
     decoder, version = load_model(tmp_path)
-    slots = [slot for slot in version.origins if slot.startswith("layers.1.") and version[slot].native is not None]
+    in_layer = [slot for slot in version.origins if slot.startswith("layers.1.")]
+    slots = [slot for slot in in_layer if isinstance(version[slot], PanelWeight)]
     by_block = {slot.replace(".experts.0.", ".experts.1."): slot for slot in slots if ".experts." not in slot}
     expert = next((slot for slot in slots if ".experts.1.down" in slot), None)
     for slot in [*by_block.values(), *([expert] if expert else [])]:
@@ -286,8 +295,8 @@ def test_a_call_into_python(dtype: torch.dtype, tmp_path: Path) -> None:
     decoder.spec = replace(decoder.spec, layers=(changed, *decoder.spec.layers[1:]))
     other = WeightVersion(3, {slot: version[slot] for slot in version.origins}, version.origins, version.keys)
     runs = decoder.compile(other).describe()
-    assert runs["call"] == "torch"
-    assert {who for name, who in runs.items() if name != "call"} == {f"native ({native.isa()})"}
+    assert runs["call"] == "torch (cpu)"
+    assert {who for name, who in runs.items() if name != "call"} == {f"native ({extension.isa()})"}
     assert_same_logits(decoder, other)
     assert not torch.equal(step_logits(decoder, other)[1], plain[1])
 
@@ -330,14 +339,14 @@ def test_a_head_is_not_touched_where_nobody_wants_logits(tmp_path: Path, monkeyp
     decoder, version = load_model(tmp_path)
     version = with_slots(version, head=in_no_kernels_layout(version["head"].dequantize(torch.float32)))
     multiplied: list[int] = []
-    linear = ops.linear
+    linear = CpuOperators.linear
 
     def counted(x: Tensor, weight: PackedWeight, *rest: Any) -> Tensor:
         if weight is version["head"]:
             multiplied.append(len(x))
         return linear(x, weight, *rest)
 
-    monkeypatch.setattr(ops, "linear", counted)
+    monkeypatch.setattr(CpuOperators, "linear", counted)
     for model in (decoder, interpreted(decoder)):
         multiplied.clear()
         kv = KVCache.allocate(decoder.spec, 4, 16, torch.float32, CPU)
@@ -382,27 +391,33 @@ def wrong_instructions(program: Program) -> Iterator[Any]:
     yield Normalize(Rows("nowhere", 64, 0, 64), normalize.weight, normalize.out, 1e-6)
 
 
+def encoder_of(decoder: Decoder, version: WeightVersion) -> Encoder:
+    """An encoder of a version's program, which may be given other instructions as well."""
+    program = Program(
+        tuple(
+            replace(one, experts=prepare_experts(one.experts)) if isinstance(one, Mix) else one
+            for one in emit(decoder.spec, version, tuple(decoder._ropes)).instructions
+        )
+    )
+    return Encoder(program, decoder.dtype, weakref.WeakKeyDictionary())
+
+
 def test_what_does_not_agree_is_not_compiled(tmp_path: Path) -> None:
     """The extension is given addresses: sizes are looked at before."""
     save_tiny(FAMILIES["qwen3_moe"], tmp_path)
     decoder, version = load_model(tmp_path)
-    program = emit(decoder.spec, version, tuple(decoder._ropes))
-    backend = decoder._backend
-    assert isinstance(backend, CpuBackend)
-    good = CpuProgram(backend, program)
-    for number, wrong in enumerate(wrong_instructions(program)):
+    encoder = encoder_of(decoder, version)
+    for number, wrong in enumerate(wrong_instructions(encoder.program)):
         with pytest.raises((ValueError, KeyError)):
-            good._add(0, wrong)
+            encoder.add(wrong)
             pytest.fail(f"{number}: {wrong}")
 
 
 def test_latent_attention_that_does_not_agree_is_not_compiled(tmp_path: Path) -> None:
     save_tiny(FAMILIES["deepseek_v3"], tmp_path)
     decoder, version = load_model(tmp_path)
-    program = emit(decoder.spec, version, tuple(decoder._ropes))
-    backend = decoder._backend
-    assert isinstance(backend, CpuBackend)
-    good, attend = CpuProgram(backend, program), some(program, AttendLatent)
+    encoder = encoder_of(decoder, version)
+    attend = some(encoder.program, AttendLatent)
     for change in (
         {"norm": attend.norm[:-1]},
         {"query": replace(attend.query, width=8, stride=8)},
@@ -410,7 +425,7 @@ def test_latent_attention_that_does_not_agree_is_not_compiled(tmp_path: Path) ->
         {"rope": -1},
     ):
         with raises(ValueError):
-            good._add(0, replace(attend, **change))
+            encoder.add(replace(attend, **change))
 
 
 def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -423,9 +438,9 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (cos, sin), *_ = decoder.tables
     for tables in ([(cos, sin[:, :-1])], [(cos.double(), sin.double())]):
         with raises(ValueError):
-            CpuBackend(torch.float32, tables)
+            CpuBackend(torch.float32).compile(program, tables)
     for tables in ([], [(cos.repeat(1, 9), sin.repeat(1, 9))]):
-        compiled = CpuBackend(torch.float32, tables).compile(program)
+        compiled = CpuBackend(torch.float32).compile(program, tables)
         with raises(ValueError, "layer 0"):
             compiled.run(StepContext([sequence], kv))
     for keys, values in (
@@ -468,4 +483,29 @@ def test_buffers_of_one_name_are_one(tmp_path: Path) -> None:
     assert program.buffers == {"a": (32, False), "b": (32, False), "c": (4, True)}
     assert wide.columns(8, 16).columns(4, 4) == Rows("a", 32, 12, 4)
     assert not wide.columns(8, 16).is_whole and wide.is_whole
-    assert cpu._ALIGNMENT % 64 == 0
+    assert all(address % 64 == 0 for address in Workspace(torch.bfloat16).place(program.buffers, 3))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_the_reference_runs_the_same_program_and_shows_it(family: str, tmp_path: Path) -> None:
+    """Plain torch, near to the compiled kernels; a watch sees every instruction before it runs, and its input."""
+    save_tiny(FAMILIES[family], tmp_path)
+    decoder, version = load_model(tmp_path)
+    seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def watch(instruction: Instruction, frame: Frame) -> None:
+        if isinstance(instruction, Project | Mix):
+            seen.append((type(instruction).__name__, tuple(frame.get(instruction.x).shape)))
+        if isinstance(instruction, Mix):
+            assert frame.routing is not None and len(frame.routing[0]) == seen[-1][1][0]
+
+    reference = like(decoder, lambda dtype, device: ReferenceBackend(dtype, device, watch))
+    assert set(reference.compile(version).describe().values()) == {"torch (cpu)"}
+    for one, other in zip(step_logits(decoder, version), step_logits(reference, version), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
+    program = emit(decoder.spec, version, tuple(decoder._ropes))
+    kinds = [type(one).__name__ for one in program.instructions if isinstance(one, Project | Mix)]
+    assert [kind for kind, _ in seen] == kinds * 5  # steps with tokens
+    assert {shape for kind, shape in seen if kind == "Mix"} == {
+        (tokens, decoder.spec.hidden_size) for tokens in (5, 12, 6, 1, 2)
+    }

@@ -191,7 +191,7 @@ def test_the_manifest_names_every_weight(demo: tuple[httpx.Client, Deployment]) 
     assert len(document["weights"]) == len(deployment.version.origins)
     assert all(part["nbytes"] for weight in document["weights"] for part in weight["parts"])
     layouts = {weight["slot"]: weight["layout"] for weight in document["weights"]}
-    assert layouts == {slot: deployment.version[slot].layout for slot in deployment.version.origins}
+    assert layouts == {slot: deployment.version[slot].layout.name for slot in deployment.version.origins}
     digested = client.get("/manifest?sha256=true").json()
     assert digested["fingerprint"] == document["fingerprint"]
     for weight in digested["weights"]:

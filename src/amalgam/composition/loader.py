@@ -26,7 +26,8 @@ from amalgam.errors import CheckpointError, PlanError, describe
 from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.formats.fused import FusedTensor
 from amalgam.formats.registry import writable_format
-from amalgam.kernels import mapped, panels
+from amalgam.kernels.backends import choose_backend
+from amalgam.kernels.layouts import is_known
 from amalgam.models.registry import fused_tensors, read_spec
 from amalgam.models.spec import Slot
 from amalgam.models.weights import WeightVersion
@@ -61,10 +62,11 @@ class ModelLoader:
             CheckpointError, UnsupportedError: no such folder, damaged files, an unknown family.
         """
         self.device = device
+        self._backend = choose_backend(getattr(torch, inference.dtype), device)
         self._threads = threads
         self._inference = inference
         self.cache_folder = packed_cache_folder(inference, device)
-        self._reader = WeightReader(device, threads, self.cache_folder)
+        self._reader = WeightReader(self._backend, threads, self.cache_folder)
         self._mixed = model.mixed_precision
         self._paths = {BASE_SOURCE: model.base_path, **self._mixed.sources}
         base = Source.open(BASE_SOURCE, model.base_path, fused_tensors)
@@ -128,7 +130,8 @@ class ModelLoader:
             UnsupportedError: the format cannot hold this shape.
         """
         size = weight_format.nbytes(slot.shape)
-        return panels.coded_bytes(slot.shape) if self._codes(slot, weight_format) else size
+        coded = self._coded_bytes(slot, weight_format)
+        return size if coded is None else coded
 
     def planned_bytes(self, mapping: Mapping[str, str]) -> int:
         """What weights would take in memory, each from the source given with its logical name; reads headers only.
@@ -143,12 +146,13 @@ class ModelLoader:
                 raise PlanError(f"The model has no weight {describe(name)}.", remedy="Give logical names, no patterns.")
         return sum(self._plan_weight(self._slots[name], choices[name]).memory_bytes for name in mapping)
 
-    def _codes(self, slot: Slot, weight_format: WeightFormat) -> bool:
-        return weight_format.name == "bf16" and self.device.type == "cpu" and codes_bf16(slot, self._inference)
+    def _coded_bytes(self, slot: Slot, weight_format: WeightFormat) -> int | None:
+        is_coded = weight_format.name == "bf16" and codes_bf16(slot, self._inference, self._backend)
+        return self._backend.coded_bytes(slot.shape) if is_coded else None
 
     def maps(self, weight_format: WeightFormat) -> bool:
         """Whether weights of a format become pages of the packed cache instead of memory of the process."""
-        return self.cache_folder is not None and mapped.LAYOUTS.issuperset(weight_format.layouts)
+        return self.cache_folder is not None and all(map(is_known, weight_format.layouts))
 
     def build(
         self,
@@ -234,8 +238,8 @@ class ModelLoader:
         )
         activation = self._inference.activation if is_multiplied else None
         quantize_to = self._quantize_to(slot, choice, stored)
-        codes = is_multiplied and self._codes(slot, quantize_to or stored.format)
-        return PlannedWeight(slot, choice, source, stored, quantize_to, activation, codes)
+        coded_bytes = self._coded_bytes(slot, quantize_to or stored.format) if is_multiplied else None
+        return PlannedWeight(slot, choice, source, stored, quantize_to, activation, coded_bytes)
 
     def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WritableFormat | None:
         """`load_in_8bit` and `load_in_4bit` concern wide linear weights that no rule names; the head stays wide."""

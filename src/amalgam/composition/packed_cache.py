@@ -25,9 +25,9 @@ from amalgam.base.locks import FileLock
 from amalgam.checkpoint.packed_file import PackedFile, PackedFileWriter, new_packed_file, remove_abandoned
 from amalgam.checkpoint.shards import Identity, identify
 from amalgam.errors import AmalgamError
-from amalgam.kernels import mapped, panels
+from amalgam.kernels.backends import ActivationType
+from amalgam.kernels.backends.cpu import mapped, panels
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.panels import ActivationType
 from amalgam.version import __version__
 
 _NAME_DIGITS = 16
@@ -65,7 +65,7 @@ class PackedCache:
         Args:
             key: as it was added.
             shape: the shape that it must have.
-            activation: see `panels.prepare`; None for a weight that is not multiplied.
+            activation: see `Backend.prepare`; None for a weight that is not multiplied.
         """
         if key not in self._entries:
             return None

@@ -19,10 +19,9 @@ from amalgam.composition.source import Source
 from amalgam.config.settings import InferenceSettings
 from amalgam.errors import CheckpointError
 from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
-from amalgam.kernels import native, ops, panels
+from amalgam.kernels.backends import ActivationType, Backend
 from amalgam.kernels.layouts import dense
-from amalgam.kernels.packed import PackedWeight, consists_of_rows
-from amalgam.kernels.panels import ActivationType
+from amalgam.kernels.packed import PackedWeight
 from amalgam.models.spec import Slot
 from amalgam.models.weights import Origin, Part
 from amalgam.quantizers.contract import quantize
@@ -39,7 +38,7 @@ class PlannedWeight:
     stored: StoredWeight
     quantize_to: WritableFormat | None  # quantize while loading
     activation: ActivationType | None  # of bfloat16 activations for integer weights; None: nothing is multiplied
-    codes: bool  # whether bf16 is coded in memory
+    coded_bytes: int | None  # about what it takes if its bf16 is coded in memory; None: it is not
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -56,7 +55,8 @@ class PlannedWeight:
         Panels are the same bytes for every type of activation, so only whether there is one counts.
         """
         stored, slot = self.stored, self.slot
-        packing = (slot.shape, slot.is_transposed, self.is_expanded, self.activation is not None, self.codes)
+        is_coded = self.coded_bytes is not None
+        packing = (slot.shape, slot.is_transposed, self.is_expanded, self.activation is not None, is_coded)
         return key_of(self.key, packing, stored.block, stored.bits, stored.declared, self.source.config_digest)
 
     @property
@@ -72,7 +72,7 @@ class PlannedWeight:
 
         Whether it can be is known when it is read: trained weights can, one whose exponents are spread takes `nbytes`.
         """
-        return panels.coded_bytes(self.slot.shape) if self.codes else self.nbytes
+        return self.nbytes if self.coded_bytes is None else self.coded_bytes
 
     @property
     def format(self) -> WeightFormat:
@@ -86,15 +86,15 @@ class PlannedWeight:
         Some tools quantize routers, and ours work in float32. Of an embedding a step needs single rows, which not every
         layout has.
         """
-        has_rows = all(consists_of_rows(layout) for layout in self.stored.format.layouts)
+        has_rows = all(layout.has_rows for layout in self.stored.format.layouts)
         is_wanted = self.slot.role == "router" or (self.slot.role == "embedding" and not has_rows)
         return is_wanted and not self.stored.is_wide
 
-    def load(self, device: torch.device) -> PackedWeight:
-        """Read, arrange and pack it for a device."""
-        return self.source.load(self.stored, lambda packed: self._finish(packed, device))
+    def load(self, backend: Backend) -> PackedWeight:
+        """Read, arrange and pack it for a backend."""
+        return self.source.load(self.stored, lambda packed: self._finish(packed, backend))
 
-    def _finish(self, packed: PackedWeight, device: torch.device) -> PackedWeight:
+    def _finish(self, packed: PackedWeight, backend: Backend) -> PackedWeight:
         packed = oriented(packed, self.stored, self.slot)
         if len(self.slot.shape) == 1 and not bool(packed.dense.isfinite().all()):
             raise CheckpointError(
@@ -106,8 +106,9 @@ class PlannedWeight:
             packed = self.quantize_to.pack(quantize(packed.dequantize(), self.quantize_to, round_to_nearest))
         if self.is_expanded:
             packed = dense(packed.dequantize())
-        packed = packed.to(device)
-        return packed if self.activation is None else ops.prepare(packed, self.activation, codes=self.codes)
+        if self.activation is None:
+            return packed.to(backend.device)
+        return backend.prepare(packed, self.activation, codes=self.coded_bytes is not None)
 
     @property
     def origin(self) -> Origin:
@@ -125,13 +126,10 @@ class PlannedWeight:
         )
 
 
-def codes_bf16(slot: Slot, inference: InferenceSettings) -> bool:
-    """Whether the CPU codes the bf16 weight of a slot; what is multiplied in float32 gains nothing from it.
-
-    Portable code takes ten times as long to undo it as to read the weight.
-    """
+def codes_bf16(slot: Slot, inference: InferenceSettings, backend: Backend) -> bool:
+    """Whether the bf16 weight of a slot is coded; what is multiplied in float32 gains nothing from it."""
     is_wanted = inference.bf16_coding and inference.dtype == "bfloat16" and slot.role != "router"
-    return is_wanted and native.is_available() and native.isa() != "portable"
+    return is_wanted and backend.coded_bytes(slot.shape) is not None
 
 
 def oriented(packed: PackedWeight, stored: StoredWeight, slot: Slot) -> PackedWeight:

@@ -21,7 +21,7 @@ from amalgam.composition.packed_cache import PackedCache
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress, waiting_for
 from amalgam.config.settings import InferenceSettings
-from amalgam.kernels import native
+from amalgam.kernels.backends import Backend, why_not_compiled
 from amalgam.kernels.packed import PackedWeight
 
 logger = logging.getLogger("amalgam.models")
@@ -29,10 +29,10 @@ Keep = Callable[[PlannedWeight, PackedWeight], PackedWeight | None]
 
 
 class WeightReader:
-    """Reads and packs for one device; writes into the packed cache what it has not found there."""
+    """Reads and packs for one backend; writes into the packed cache what it has not found there."""
 
-    def __init__(self, device: torch.device, threads: int, cache_folder: Path | None) -> None:
-        self._device = device
+    def __init__(self, backend: Backend, threads: int, cache_folder: Path | None) -> None:
+        self._backend = backend
         self._threads = threads
         self._cache_folder = cache_folder
 
@@ -115,7 +115,7 @@ class WeightReader:
 
         def load(weight: PlannedWeight) -> PackedWeight | None:
             nonlocal done
-            packed = weight.load(self._device)
+            packed = weight.load(self._backend)
             kept = packed if keep is None else keep(weight, packed)
             if progress is not None:
                 with lock:
@@ -131,8 +131,8 @@ def packed_cache_folder(inference: InferenceSettings, device: torch.device) -> P
     """Where the packed cache is; None, with a warning if it was asked for, where there can be none."""
     if not inference.packed_cache:
         return None
-    if device.type != "cpu" or not native.is_available():
-        reason = native.why_unavailable() or f"it is for the CPU, and the model runs on {device}"
+    reason = why_not_compiled(device)
+    if reason is not None:
         logger.warning("inference.packed_cache is not used: %s", reason)
         return None
     return Path(inference.packed_cache).expanduser().absolute()

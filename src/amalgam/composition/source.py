@@ -136,7 +136,8 @@ class Source:
 
         try:
             packed = stored.format.load(stored, read)
-            assert packed.layout.removesuffix("_columns") in stored.format.layouts, (stored.format.name, packed.layout)
+            layout = packed.layout.base or packed.layout
+            assert layout in stored.format.layouts, (stored.format.name, layout.name)
             yield packed
         finally:
             for part in stored.parts.values():

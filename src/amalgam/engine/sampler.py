@@ -28,7 +28,7 @@ from amalgam.engine.request import (
     TokenLogprobs,
 )
 from amalgam.errors import AmalgamError
-from amalgam.kernels import native
+from amalgam.kernels.backends.cpu import extension, sampling
 
 
 class NonFiniteLogitsError(AmalgamError):
@@ -80,13 +80,13 @@ def places_of(items: Sequence[ScheduledRequest]) -> list[Place]:
 
 def choose_tokens(logits: Tensor, places: Sequence[Place]) -> list[int]:
     """The token of each place; -1 where a logit is not finite."""
-    is_compiled = logits.is_cpu and native.is_available()
+    is_compiled = logits.is_cpu and extension.is_available()
     return _choose_compiled(logits, places) if is_compiled else _choose(logits, places)
 
 
 def _choose_compiled(logits: Tensor, places: Sequence[Place]) -> list[int]:
     """`_choose` in the extension, all rows in one call."""
-    return native.draw(
+    return sampling.draw(
         logits, [(place.request.params.draw, place.request.seed, place.answer_index) for place in places]
     )
 

@@ -32,6 +32,7 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
+from amalgam.kernels.layouts import INT4
 from amalgam.kernels.packed import PackedWeight
 
 _NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -41,7 +42,7 @@ _MIDDLE = 8
 class Awq(WeightFormat):
     """AutoAWQ's GEMM version."""
 
-    layouts = ("int4",)
+    layouts = (INT4,)
     name = "awq-int4"
     required = frozenset({"qweight", "qzeros", "scales"})
     methods = frozenset({"awq", "auto-round"})

@@ -40,9 +40,8 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.layouts import unpack_table4
+from amalgam.kernels.layouts import SCALED8, TABLE4
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import unpack_scaled8
 
 _ABSMAX, _MAP = "weight.absmax", "weight.quant_map"
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
@@ -61,7 +60,7 @@ class _State:
 class BitsAndBytes4(WeightFormat):
     """NF4 or FP4: a table of 16 values, and a scale per block."""
 
-    layouts = ("table4",)
+    layouts = (TABLE4,)
 
     methods = _METHODS
     bits = 4
@@ -130,7 +129,7 @@ class BitsAndBytes4(WeightFormat):
             "scale": self._absmax(stored, state, read)[starts].view(rows, columns // stored.block[1]),
             "table": owned(finite(stored, _MAP, read(stored.parts[_MAP]))),
         }
-        return PackedWeight("table4", stored.shape, parts, unpack_table4, stored.block)
+        return PackedWeight(TABLE4, stored.shape, parts, stored.block)
 
     def _absmax(self, stored: StoredWeight, state: _State, read: Read) -> Tensor:
         absmax = read(stored.parts[_ABSMAX])
@@ -148,7 +147,7 @@ class BitsAndBytes4(WeightFormat):
 class BitsAndBytes8(WeightFormat):
     """LLM.int8: rows of int8 and the largest magnitude of each."""
 
-    layouts = ("scaled8",)
+    layouts = (SCALED8,)
     name = "bnb-int8"
     required = frozenset({WEIGHT_SUFFIX, "SCB"})
     optional = frozenset({"weight_format"})
@@ -182,7 +181,7 @@ class BitsAndBytes8(WeightFormat):
             )
         largest = finite(stored, "SCB", read(stored.parts["SCB"]))
         parts = {"weight": owned(read(stored.parts[WEIGHT_SUFFIX])), "scale": (largest / 127).view(-1, 1)}
-        return PackedWeight("scaled8", stored.shape, parts, unpack_scaled8, stored.block)
+        return PackedWeight(SCALED8, stored.shape, parts, stored.block)
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         return math.prod(shape) + 4 * shape[0]

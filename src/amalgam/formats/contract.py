@@ -22,7 +22,7 @@ from amalgam.errors import CheckpointError
 from amalgam.formats.declared.values import UNDECLARED, Declared
 from amalgam.formats.fused import TensorPart, lines_of
 from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions
-from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.packed import Layout, PackedWeight
 
 WEIGHT_SUFFIX = "weight"
 # What quantizers store beside a weight for the activations, which stay wide here.
@@ -99,8 +99,8 @@ class WeightFormat(ABC):
     """Suffixes that a weight of this format always has."""
     optional: frozenset[str] = frozenset()
     """Suffixes that it may have; nothing else may be present."""
-    layouts: tuple[str, ...]
-    """The runtime layouts that `load` gives (`kernels.packed`)."""
+    layouts: tuple[Layout, ...]
+    """The runtime layouts that `load` gives: some of `kernels.layouts`, or the format's own."""
     anchor: str | None = None
     """Set where the other suffixes are everyday words (`scale`, `shape`): they belong to it only beside this one."""
     methods: frozenset[str] = frozenset()

@@ -16,14 +16,14 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.layouts import dense
+from amalgam.kernels.layouts import DENSE, dense
 from amalgam.kernels.packed import PackedWeight
 
 
 class Floating(WeightFormat):
     """One floating type; biases, norms and embeddings of any rank as well as linear weights."""
 
-    layouts = ("dense",)
+    layouts = (DENSE,)
     is_wide = True
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:

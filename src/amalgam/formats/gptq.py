@@ -44,13 +44,14 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
+from amalgam.kernels.layouts import AFFINE8, INT4, SCALED8
 from amalgam.kernels.packed import PackedWeight
 
 
 class Gptq(WeightFormat):
     """GPTQ's words with a number of bits."""
 
-    layouts = ("int4", "scaled8", "affine8")
+    layouts = (INT4, SCALED8, AFFINE8)
 
     required = frozenset({"qweight", "qzeros", "scales"})
     optional = frozenset({"g_idx"})

@@ -30,9 +30,8 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.layouts import unpack_affine4, unpack_affine8, unpack_cyclic4, unpack_cyclic8
-from amalgam.kernels.packed import PackedWeight, Unpack
-from amalgam.kernels.reference import pack_nibbles
+from amalgam.kernels.layouts import AFFINE4, AFFINE8, CYCLIC4, CYCLIC8, INT4, SCALED8, pack_nibbles
+from amalgam.kernels.packed import PackedWeight
 
 # Name → (type of a word, bits of a value, values in a word). The first block of rows has the highest bits.
 _PACKINGS = {
@@ -53,7 +52,7 @@ _IRRELEVANT = frozenset(
 class Hqq(WeightFormat):
     """HQQ with unquantized scales and zero points."""
 
-    layouts = ("int4", "scaled8", "affine4", "affine8", "cyclic4", "cyclic8")
+    layouts = (INT4, SCALED8, AFFINE4, AFFINE8, CYCLIC4, CYCLIC8)
     name = "hqq"
     anchor = "W_q"
     required = frozenset({"W_q", "scale", "zero", "shape", "axis", "nbits", "packing"})
@@ -108,8 +107,7 @@ class Hqq(WeightFormat):
         codes = self._codes(stored, read, rows * columns, scale.numel()).view(rows, columns)
         is_narrow = int(codes.max()) < 16 and columns % 2 == 0
         if stored.block is None:
-            function: Unpack = unpack_cyclic4 if is_narrow else unpack_cyclic8
-            layout = "cyclic4" if is_narrow else "cyclic8"
+            layout = CYCLIC4 if is_narrow else CYCLIC8
         else:
             per_group = stored.block[1]
             starts = torch.arange(0, rows * columns, per_group) // (rows * columns // scale.numel())
@@ -117,12 +115,9 @@ class Hqq(WeightFormat):
             is_integer = bool(((zero == zero.round()) & (zero >= 0) & (zero <= 16)).all())
             if is_narrow and is_integer:
                 return from_codes(codes, 4, Groups(scale, zero.short()))
-            function = unpack_affine4 if is_narrow else unpack_affine8
-            layout = "affine4" if is_narrow else "affine8"
+            layout = AFFINE4 if is_narrow else AFFINE8
         weight = pack_nibbles(codes) if is_narrow else codes
-        return PackedWeight(
-            layout, stored.shape, {"weight": weight, "scale": scale, "zero": zero}, function, stored.block
-        )
+        return PackedWeight(layout, stored.shape, {"weight": weight, "scale": scale, "zero": zero}, stored.block)
 
     def _codes(self, stored: StoredWeight, read: Read, count: int, groups: int) -> Tensor:
         """The matrix M, flattened."""

@@ -31,14 +31,14 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.layouts import scale_columns
+from amalgam.kernels.layouts import INT4, scale_columns
 from amalgam.kernels.packed import PackedWeight
 
 
 class ModelOptInt4(WeightFormat):
     """ModelOpt's int4 with AWQ scales."""
 
-    layouts = ("int4",)
+    layouts = (INT4,)
     name = "modelopt-int4"
     required = frozenset({WEIGHT_SUFFIX, "weight_scale"})
     optional = frozenset({"pre_quant_scale", *ACTIVATION_SUFFIXES})

@@ -27,7 +27,7 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.layouts import E2M1, unpack_table4
+from amalgam.kernels.layouts import E2M1, TABLE4
 from amalgam.kernels.packed import PackedWeight
 
 # 2^(b - 127) × 6, the largest value of a group, is still finite in float32.
@@ -37,7 +37,7 @@ _LARGEST = 252
 class Mxfp4(WeightFormat):
     """E2M1 with E8M0 scales."""
 
-    layouts = ("table4",)
+    layouts = (TABLE4,)
     name = "mxfp4"
     required = frozenset({"weight_packed", "weight_scale"})
     optional = ACTIVATION_SUFFIXES
@@ -65,7 +65,7 @@ class Mxfp4(WeightFormat):
             "scale": powers(stored, "weight_scale", read(stored.parts["weight_scale"]), _LARGEST),
             "table": torch.tensor(E2M1),
         }
-        return PackedWeight("table4", stored.shape, parts, unpack_table4, stored.block)
+        return PackedWeight(TABLE4, stored.shape, parts, stored.block)
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape

@@ -27,8 +27,8 @@ from amalgam.formats.contract import (
 from amalgam.formats.declared.values import Declared
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
+from amalgam.kernels.layouts import SCALED8
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import unpack_scaled8
 
 # 2^(b - 127) × 448 is still finite in float32.
 _LARGEST = 246
@@ -37,7 +37,7 @@ _LARGEST = 246
 class Mxfp8(WeightFormat):
     """E4M3 with E8M0 scales per 32 inputs."""
 
-    layouts = ("scaled8",)
+    layouts = (SCALED8,)
     name = "mxfp8"
     required = frozenset({WEIGHT_SUFFIX, "weight_scale"})
     optional = ACTIVATION_SUFFIXES
@@ -68,7 +68,7 @@ class Mxfp8(WeightFormat):
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
         scale = powers(stored, "weight_scale", read(stored.parts["weight_scale"]), _LARGEST).float()
         parts = {"weight": owned(read(stored.parts[WEIGHT_SUFFIX])), "scale": scale}
-        return PackedWeight("scaled8", stored.shape, parts, unpack_scaled8, stored.block)
+        return PackedWeight(SCALED8, stored.shape, parts, stored.block)
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape

@@ -32,7 +32,7 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.layouts import E2M1, scale_columns, unpack_table4
+from amalgam.kernels.layouts import E2M1, TABLE4, scale_columns
 from amalgam.kernels.packed import PackedWeight
 
 _FLOAT8 = torch.float8_e4m3fn
@@ -41,7 +41,7 @@ _FLOAT8 = torch.float8_e4m3fn
 class Nvfp4(WeightFormat):
     """NVFP4 under one tool's names."""
 
-    layouts = ("table4",)
+    layouts = (TABLE4,)
 
     number = "float"
     bits = 4
@@ -89,7 +89,7 @@ class Nvfp4(WeightFormat):
             "table": torch.tensor(E2M1),
             self._operation: whole,
         }
-        packed = PackedWeight("table4", stored.shape, parts, unpack_table4, stored.block)
+        packed = PackedWeight(TABLE4, stored.shape, parts, stored.block)
         if "pre_quant_scale" in stored.parts:
             columns = finite(stored, "pre_quant_scale", read(stored.parts["pre_quant_scale"]))
             return scale_columns(packed, owned(columns))

@@ -8,7 +8,7 @@
     weight_shape       int64 [2]                           (out, in); a row may end before its last word
 
 Stored code = signed value + 2^(bits - 1), zero points too. Up to version 0.17 three bits were packed 10 to a word, with
-two bits unused; the width tells. With 4 bits, a little-endian machine finds the runtime layout of `kernels.packed` in
+two bits unused; the width tells. With 4 bits, a little-endian machine finds the runtime layout of `kernels.layouts` in
 the words' bytes: input 2k in the low nibble of byte k. Source: compressed_tensors/compressors/pack_quantized.
 """
 
@@ -50,8 +50,8 @@ from amalgam.formats.contract import (
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions
+from amalgam.kernels.layouts import AFFINE8, INT4, SCALED8, pack_nibbles
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import pack_nibbles
 
 DEFAULT_GROUP_SIZE = 128
 _PER_WORD = 8
@@ -60,7 +60,7 @@ _PER_WORD = 8
 class PackedInt(WeightFormat):
     """compressed-tensors `pack-quantized` with a number of bits."""
 
-    layouts = ("int4", "scaled8", "affine8")
+    layouts = (INT4, SCALED8, AFFINE8)
 
     required = frozenset({"weight_packed", "weight_scale", "weight_shape"})
     optional = frozenset({"weight_zero_point", "weight_g_idx", *ACTIVATION_SUFFIXES})

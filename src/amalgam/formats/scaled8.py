@@ -39,9 +39,8 @@ from amalgam.formats.contract import (
 from amalgam.formats.declared.values import Declared
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions, num_blocks
-from amalgam.kernels.layouts import scale_columns, unpack_affine8
+from amalgam.kernels.layouts import AFFINE8, SCALED8, scale_columns
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import unpack_scaled8
 
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
 FP8_BLOCK = (128, 128)
@@ -50,7 +49,7 @@ FP8_BLOCK = (128, 128)
 class Scaled8(WritableFormat):
     """8-bit values times scales."""
 
-    layouts = ("scaled8", "affine8")
+    layouts = (SCALED8, AFFINE8)
     bits = 8
     optional = frozenset({*SCALE_NAMES, "weight_zero_point", "pre_quant_scale", *ACTIVATION_SUFFIXES})
 
@@ -130,7 +129,7 @@ class Scaled8(WritableFormat):
         return self._packed(encoded.tensors[WEIGHT_SUFFIX], scale, encoded.grid.block)
 
     def _packed(self, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> PackedWeight:
-        return PackedWeight("scaled8", tuple(weight.shape), {"weight": weight, "scale": scale}, unpack_scaled8, block)
+        return PackedWeight(SCALED8, tuple(weight.shape), {"weight": weight, "scale": scale}, block)
 
     def grid(self, shape: tuple[int, ...], dtype: torch.dtype, options: QuantizeOptions = QuantizeOptions()) -> Grid:
         return Grid(
@@ -188,7 +187,7 @@ def _asymmetric(weight: Tensor, scale: Tensor, zero: Tensor, block: tuple[int, i
         "scale": owned(scale.expand(rows, -1)),
         "zero": owned((zero + 128).expand(rows, -1)),
     }
-    return PackedWeight("affine8", tuple(weight.shape), parts, unpack_affine8, (1, block[1]))
+    return PackedWeight(AFFINE8, tuple(weight.shape), parts, (1, block[1]))
 
 
 def _block(name: str, shape: tuple[int, int], scale: TensorPart, declared: Declared) -> tuple[int, int]:

@@ -1,34 +1,103 @@
-"""What the bits of the less common runtime layouts mean; every function here is the layout's definition.
+"""The registry of runtime layouts: what the values of a weight look like in memory, and what they mean.
 
 In: a packed weight. Out: its values in float32. Must never know: checkpoint names, plans, requests.
-The layouts are drawn in `amalgam.kernels.packed`; dense, scaled8 and int4 stand in `amalgam.kernels.reference`.
+
+All are row-major over `[out, in]`:
+
+    dense     weight: float [out, in] (or any shape for embeddings, norms, biases)
+    scaled8   weight: float8_e4m3fn or int8 [out, in]
+              scale:  float32 [ceil(out / block_rows), ceil(in / block_columns)]
+    int4      weight: uint8 [out, in / 2], input 2k in the low nibble of byte k and 2k + 1 in the high one
+              scale:  float [out, in / group_size]
+              zero:   uint8 [out, in / group_size], absent when symmetric (then 8)
+              group:  int32 [in], the group of each input; absent when input i is in group i // group_size
+    affine4   as int4, but zero: float, always present (HQQ)
+    affine8   weight: uint8 [out, in]; scale, zero (float, always present) and group as affine4
+    cyclic4   weight as int4; scale, zero: float [cycle], both for element e in row-major order at e % cycle
+    cyclic8   weight: uint8 [out, in]; scale, zero as cyclic4
+    table4    weight as int4, an index into table: float32 [16] (NF4, FP4, MXFP4, NVFP4)
+              scale:  float, float8_e4m3fn or float8_e8m0fnu [out, in / group_size]
+              factor: float32 [], multiplies every scale, or divisor: float32 [], divides every scale; or neither
+    X_columns layout X and columns: float32 [in], which multiply the expanded weight (ModelOpt's pre_quant_scale)
+
+    panels_*  what the CPU backend reads: int4, int8, fp8, bf16, fp16, fp32 (`csrc` has the drawing)
+              weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
+    panels_bf16_coded  the same for bf16 in 12 bits a value, without loss
+              weight: uint8, the panels' lines; exceptions: uint8, what the code has no place for, and where it is
+
+A format may bring a `Layout` of its own. It works through the function that expands it. Nothing is assumed of its
+parts, and no packed cache takes it, for nobody could find that function again by the layout's name.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from amalgam.kernels.packed import PackedWeight, Unpack
-from amalgam.kernels.reference import unpack_dense, unpack_nibbles
+from amalgam.kernels.packed import Layout, PackedWeight, Unpack
 
 # OCP E2M1: sign, two bits of exponent, one of mantissa.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def dense(tensor: Tensor) -> PackedWeight:
-    """A floating tensor of any shape as a packed weight."""
-    return PackedWeight("dense", tuple(tensor.shape), {"weight": tensor}, unpack_dense)
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 `[rows, n]` → uint8 `[rows, 2n]`, the low nibble first."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def unpack_affine4(weight: PackedWeight) -> Tensor:
+def pack_nibbles(values: Tensor) -> Tensor:
+    """uint8 `[rows, 2n]` with values below 16 → uint8 `[rows, n]`, the low nibble first."""
+    pairs = values.view(*values.shape[:-1], -1, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+# --- What the bits mean ---
+
+
+def _dense(weight: PackedWeight) -> Tensor:
+    """The stored tensor itself."""
+    return weight.parts["weight"]
+
+
+def _scaled8(weight: PackedWeight) -> Tensor:
+    """`value × scale` in float32, scale repeated over blocks of `weight.block` and cropped at the edges."""
+    assert weight.block is not None
+    rows, columns = weight.shape
+    scale = weight.parts["scale"]
+    if scale.shape[0] > 1:
+        scale = scale.repeat_interleave(weight.block[0], 0)[:rows]
+    if scale.shape[1] > 1:
+        scale = scale.repeat_interleave(weight.block[1], 1)[:, :columns]
+    return weight.parts["weight"].float() * scale
+
+
+def _int4(weight: PackedWeight) -> Tensor:
+    """`(nibble - zero) × scale` in float32."""
+    assert weight.block is not None
+    nibbles = unpack_nibbles(weight.parts["weight"])
+    scale = weight.parts["scale"].float()
+    zero = weight.parts.get("zero")
+    group = weight.parts.get("group")
+    if group is not None:
+        index = group.long()
+        offset: Tensor | float = zero.float()[:, index] if zero is not None else 8.0
+        return (nibbles.float() - offset) * scale[:, index]
+    rows, columns = weight.shape
+    grouped = nibbles.float().view(rows, columns // weight.block[1], weight.block[1])
+    offset = zero.float().unsqueeze(-1) if zero is not None else 8.0
+    return ((grouped - offset) * scale.unsqueeze(-1)).view(rows, columns)
+
+
+def _affine4(weight: PackedWeight) -> Tensor:
     """`(nibble - zero) × scale` with a floating zero."""
     return _affine(unpack_nibbles(weight.parts["weight"]), weight)
 
 
-def unpack_affine8(weight: PackedWeight) -> Tensor:
+def _affine8(weight: PackedWeight) -> Tensor:
     """`(byte - zero) × scale` with a floating zero."""
     return _affine(weight.parts["weight"], weight)
 
@@ -45,12 +114,12 @@ def _affine(codes: Tensor, weight: PackedWeight) -> Tensor:
     return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(rows, columns)
 
 
-def unpack_cyclic4(weight: PackedWeight) -> Tensor:
+def _cyclic4(weight: PackedWeight) -> Tensor:
     """`(nibble - zero) × scale`, scales repeating every so many elements in row-major order."""
     return _cyclic(unpack_nibbles(weight.parts["weight"]), weight)
 
 
-def unpack_cyclic8(weight: PackedWeight) -> Tensor:
+def _cyclic8(weight: PackedWeight) -> Tensor:
     """`(byte - zero) × scale`, scales repeating every so many elements in row-major order."""
     return _cyclic(weight.parts["weight"], weight)
 
@@ -60,7 +129,7 @@ def _cyclic(codes: Tensor, weight: PackedWeight) -> Tensor:
     return ((codes.float().view(-1, scale.numel()) - zero) * scale).view(weight.shape)
 
 
-def unpack_table4(weight: PackedWeight) -> Tensor:
+def _table4(weight: PackedWeight) -> Tensor:
     """`table[nibble] × scale`, the scale multiplied by `factor` or divided by `divisor` first."""
     assert weight.block is not None
     rows, columns = weight.shape
@@ -74,7 +143,7 @@ def unpack_table4(weight: PackedWeight) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ScaledColumns:
+class _Columns:
     """Expands with another layout's function, then multiplies input i by `columns[i]`."""
 
     inner: Unpack
@@ -83,7 +152,93 @@ class ScaledColumns:
         return self.inner(weight) * weight.parts["columns"]
 
 
+# --- The table ---
+
+
+def _panels(name: str, *parts: str, dtype: torch.dtype | None = None) -> Layout:
+    """Of the CPU backend, whose weights expand themselves."""
+    optional = frozenset({"group", "zero"} if "scale" in parts else ())
+    is_floating = dtype is not None
+    return Layout(
+        f"panels_{name}",
+        None,
+        frozenset({"weight", *parts}),
+        optional,
+        is_floating=is_floating,
+        dtype=dtype,
+        reader="cpu",
+    )
+
+
+_VALUES = frozenset({"weight"})
+_SCALED = frozenset({"weight", "scale"})
+_AFFINE = frozenset({"weight", "scale", "zero"})
+_GROUP = frozenset({"group"})
+_FACTORS = frozenset({"factor", "divisor"})
+
+PANELS_INT4 = _panels("int4", "scale")
+PANELS_INT8 = _panels("int8", "scale")
+PANELS_FP8 = _panels("fp8", "scale")
+PANELS_BF16 = _panels("bf16", dtype=torch.bfloat16)
+PANELS_BF16_CODED = _panels("bf16_coded", "exceptions", dtype=torch.bfloat16)
+PANELS_FP16 = _panels("fp16", dtype=torch.float16)
+PANELS_FP32 = _panels("fp32", dtype=torch.float32)
+
+DENSE = Layout(
+    "dense",
+    _dense,
+    _VALUES,
+    has_rows=True,
+    is_floating=True,
+    panels={torch.bfloat16: PANELS_BF16, torch.float16: PANELS_FP16, torch.float32: PANELS_FP32},
+)
+SCALED8 = Layout(
+    "scaled8", _scaled8, _SCALED, has_rows=True, panels={torch.float8_e4m3fn: PANELS_FP8, torch.int8: PANELS_INT8}
+)
+INT4 = Layout(
+    "int4", _int4, _SCALED, _GROUP | {"zero"}, shared=_GROUP, has_rows=True, panels={torch.uint8: PANELS_INT4}
+)
+AFFINE4 = Layout("affine4", _affine4, _AFFINE, _GROUP, shared=_GROUP, has_rows=True)
+AFFINE8 = Layout("affine8", _affine8, _AFFINE, _GROUP, shared=_GROUP, has_rows=True)
+CYCLIC4 = Layout("cyclic4", _cyclic4, _AFFINE)
+CYCLIC8 = Layout("cyclic8", _cyclic8, _AFFINE)
+TABLE4 = Layout("table4", _table4, _SCALED | {"table"}, _FACTORS, shared=_FACTORS | {"table"}, has_rows=True)
+
+
+def dense(tensor: Tensor) -> PackedWeight:
+    """A floating tensor of any shape as a packed weight."""
+    return PackedWeight(DENSE, tuple(tensor.shape), {"weight": tensor})
+
+
+@functools.cache
+def with_columns(layout: Layout) -> Layout:
+    """The layout of `scale_columns`' weights."""
+    assert layout.unpack is not None
+    return Layout(
+        f"{layout.name}_columns",
+        _Columns(layout.unpack),
+        layout.parts | {"columns"},
+        layout.optional,
+        shared=layout.shared | {"columns"},
+        has_rows=layout.has_rows,
+        base=layout,
+    )
+
+
 def scale_columns(weight: PackedWeight, columns: Tensor) -> PackedWeight:
     """A weight whose inputs are multiplied by `columns` (float32 `[in]`) after it is expanded."""
     parts = {**weight.parts, "columns": columns.to(torch.float32)}
-    return PackedWeight(f"{weight.layout}_columns", weight.shape, parts, ScaledColumns(weight.unpack), weight.block)
+    return PackedWeight(with_columns(weight.layout), weight.shape, parts, weight.block)
+
+
+_QUANTIZED = (SCALED8, INT4, AFFINE4, AFFINE8, CYCLIC4, CYCLIC8, TABLE4)
+_PANELS = (PANELS_INT4, PANELS_INT8, PANELS_FP8, PANELS_BF16, PANELS_BF16_CODED, PANELS_FP16, PANELS_FP32)
+# By name; what a packed cache can hold.
+LAYOUTS: Mapping[str, Layout] = {
+    layout.name: layout for layout in (DENSE, *_QUANTIZED, *map(with_columns, _QUANTIZED), *_PANELS)
+}
+
+
+def is_known(layout: Layout) -> bool:
+    """Whether it is one of the table, and not a format's own."""
+    return LAYOUTS.get(layout.name) is layout

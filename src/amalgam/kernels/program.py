@@ -98,7 +98,7 @@ class Project:
 
 @dataclass(frozen=True, eq=False)
 class Attend:
-    """Grouped-query attention over the layer's cache; see `ops.cached_attention`.
+    """Grouped-query attention over the layer's cache; see `Operators.cached_attention`.
 
     Attributes:
         head_norms: RMSNorm weights over each query and each key head, with `head_norm_eps`; None: no norm.
@@ -251,7 +251,7 @@ class Add:
 class Call:
     """outputs = function(*inputs, step): a block that no instruction fits, in torch.
 
-    A row of the result must have the same bits whatever rows stand beside it (`amalgam.kernels.reference` says how).
+    A row of the result must have the same bits whatever rows stand beside it (the reference's operators say how).
 
     Attributes:
         function: takes a tensor `[tokens, width]` per input, and the step; returns one per output.

@@ -15,8 +15,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from amalgam.kernels.packed import AttentionBatch
-
 
 class StepSequence(NamedTuple):
     """One sequence's share of a step.
@@ -31,6 +29,23 @@ class StepSequence(NamedTuple):
     first_position: int
     block_ids: Sequence[int]
     num_logits: int
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBatch:
+    """Which rows of a step belong to which sequence, and where each sequence's keys and values lie.
+
+    Attributes:
+        query_starts: int64 `[sequences + 1]` on the CPU; rows `[query_starts[s], query_starts[s + 1])` are sequence s.
+        context_lengths: int64 `[sequences]` on the CPU; tokens with keys and values, this step's included.
+        block_tables: int64 `[sequences, blocks]` on the KV cache's device; rows padded with any valid block id.
+        block_size: tokens in one block.
+    """
+
+    query_starts: Tensor
+    context_lengths: Tensor
+    block_tables: Tensor
+    block_size: int
 
 
 class Cache(Protocol):

@@ -9,12 +9,13 @@ Must never know: requests, files, plans.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from amalgam.kernels.backends import Compiled, choose_backend
+from amalgam.kernels.backends import Backend, Compiled, choose_backend
 from amalgam.kernels.program import Embed, Emitter, Head, Program
 from amalgam.kernels.step import StepContext
 from amalgam.models.rope import Rope
@@ -23,22 +24,34 @@ from amalgam.models.weights import WeightVersion
 
 
 class Decoder:
-    """Runs steps of any weight version of one model. One thread runs steps; any thread may compile."""
+    """Runs steps of any weight version of one model. One thread runs steps; any thread may compile.
 
-    def __init__(self, spec: ModelSpec, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        choose: who runs the programs.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        max_positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        choose: Callable[[torch.dtype, torch.device], Backend] = choose_backend,
+    ) -> None:
         self.spec = spec
         self.dtype = dtype
         self.device = device
         self._ropes = ropes_of(spec)
         self.tables = [rope.tables(max_positions, device) for rope in self._ropes]
-        self._backend = choose_backend(dtype, device, self.tables)
+        self._backend = choose(dtype, device)
         self._compiled: WeakKeyDictionary[WeightVersion, Compiled] = WeakKeyDictionary()
 
     def compile(self, weights: WeightVersion) -> Compiled:
         """Make a version ready to run. To be called before it goes live: that takes longer than a step."""
         compiled = self._compiled.get(weights)
         if compiled is None:
-            compiled = self._compiled[weights] = self._backend.compile(emit(self.spec, weights, self._ropes))
+            compiled = self._backend.compile(emit(self.spec, weights, self._ropes), self.tables)
+            self._compiled[weights] = compiled
         return compiled
 
     def forward(self, context: StepContext, weights: WeightVersion) -> Tensor:

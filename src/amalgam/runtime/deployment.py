@@ -308,7 +308,7 @@ class Deployment:
         version, loader, rules = self._version, self._loader, self._rules
         document = self._digested(loader, rules) if sha256 else manifest(version.fingerprint, version.origins)
         for weight in document["weights"]:
-            weight["layout"] = version[weight["slot"]].layout
+            weight["layout"] = version[weight["slot"]].layout.name
         return {"version": version.version_id, **document}
 
     def _digested(self, loader: ModelLoader, rules: tuple[Rule, ...]) -> dict[str, Any]:

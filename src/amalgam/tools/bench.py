@@ -28,7 +28,7 @@ from amalgam.engine.memory import peak_memory_bytes
 from amalgam.engine.request import RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
 from amalgam.formats.registry import writable_format
-from amalgam.kernels import ops
+from amalgam.kernels.backends import choose_backend
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.decoder import Decoder
@@ -271,6 +271,7 @@ def random_weights(
             `OTHERS+A/B` for experts of which a random half is in A and the rest in B; `mixed` is bf16+int4/fp8.
     """
     dtype: torch.dtype = getattr(torch, inference.dtype)
+    backend = choose_backend(dtype, device)
     templates: dict[tuple[tuple[int, ...], str], PackedWeight] = {}
     made: dict[str, PackedWeight] = {}
     format_of = _expert_formats(spec, _MIXED if weights == "mixed" else weights)
@@ -278,10 +279,11 @@ def random_weights(
         key = (slot.shape, format_of(slot) if slot.is_linear else "wide")
         if key not in templates:
             templates[key] = _random_weight(*key, dtype)
-        weight = _copy(templates[key]).to(device)
+        weight = _copy(templates[key])
         if slot.is_linear or slot.role == "router":
-            weight = ops.prepare(weight, inference.activation, codes=codes_bf16(slot, inference))
-        made[slot.name] = weight
+            codes = codes_bf16(slot, inference, backend)
+            weight = backend.prepare(weight, inference.activation, codes=codes)
+        made[slot.name] = weight.to(device)
         if progress is not None:
             progress("Making weights", index + 1, len(spec.slots))
     return WeightVersion(1, made, {}, {})
@@ -307,7 +309,7 @@ def bytes_by_layout(version: WeightVersion) -> dict[str, int]:
     """Memory of a version's weights."""
     sizes: dict[str, int] = {}
     for weight in version.weights:
-        sizes[weight.layout] = sizes.get(weight.layout, 0) + weight.nbytes
+        sizes[weight.layout.name] = sizes.get(weight.layout.name, 0) + weight.nbytes
     return sizes
 
 
@@ -324,7 +326,7 @@ def _random_weight(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Pac
 
 def _copy(weight: PackedWeight) -> PackedWeight:
     parts = {name: part.clone() for name, part in weight.parts.items()}
-    return PackedWeight(weight.layout, weight.shape, parts, weight.unpack, weight.block)
+    return PackedWeight(weight.layout, weight.shape, parts, weight.block)
 
 
 def word_tokenizer(vocab_size: int) -> Tokenizer:

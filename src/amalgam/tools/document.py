@@ -12,7 +12,6 @@ from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS, Settings, 
 from amalgam.formats.contract import WritableFormat
 from amalgam.formats.gguf.config import ARCHITECTURES
 from amalgam.formats.registry import all_formats
-from amalgam.kernels.panels import COMPILED_LAYOUTS
 from amalgam.models.registry import all_families
 from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS
 
@@ -195,10 +194,11 @@ def support() -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for weight_format in sorted(all_formats(), key=lambda f: (not f.is_wide, f.name)):
         methods = ", ".join(sorted(weight_format.methods)) or ("GGUF" if "gguf" in weight_format.name else "–")
-        compiled = [layout for layout in weight_format.layouts if layout in COMPILED_LAYOUTS]
+        compiled = [layout for layout in weight_format.layouts if layout.panels]
         cpu = "native" if len(compiled) == len(weight_format.layouts) else "either" if compiled else "expanded"
         makes = "yes" if isinstance(weight_format, WritableFormat) else "–"
-        cells = [weight_format.name, methods, makes, ", ".join(weight_format.layouts), *[cpu] * len(operations)]
+        layouts = ", ".join(layout.name for layout in weight_format.layouts)
+        cells = [weight_format.name, methods, makes, layouts, *[cpu] * len(operations)]
         lines.append(f"| {' | '.join(cells)} | {'PyTorch' if weight_format.is_wide else 'expanded'} |")
     lines += ["", _FAMILIES, "| family | architectures | attention | experts | other |", "|---|---|---|---|---|"]
     for family in all_families():

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from amalgam.errors import CheckpointError
-from amalgam.kernels.layouts import unpack_affine8
+from amalgam.kernels.layouts import AFFINE8, INT4, SCALED8, pack_nibbles, unpack_nibbles
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import pack_nibbles, unpack_int4, unpack_nibbles, unpack_scaled8
 
 WIDTHS = (2, 3, 4, 8)
 # Kernels take groups in steps of so many inputs.
@@ -100,12 +99,12 @@ def from_codes(codes: Tensor, bits: int, groups: Groups) -> PackedWeight:
     assert size is not None
     if bits == 8 and zero is None and index is None:
         signed = (codes ^ 128).view(torch.int8)  # code - 128
-        return PackedWeight("scaled8", shape, {"weight": signed, "scale": scale.float()}, unpack_scaled8, (1, size))
+        return PackedWeight(SCALED8, shape, {"weight": signed, "scale": scale.float()}, (1, size))
     parts = {"weight": codes.contiguous(), "scale": scale}
     parts["zero"] = torch.full(scale.shape, float(middle)) if zero is None else zero.float().contiguous()
     if index is not None:
         parts["group"] = index
-    return PackedWeight("affine8", shape, parts, unpack_affine8, (1, size))
+    return PackedWeight(AFFINE8, shape, parts, (1, size))
 
 
 def from_nibbles(nibbles: Tensor, shape: tuple[int, int], groups: Groups) -> PackedWeight:
@@ -117,7 +116,7 @@ def from_nibbles(nibbles: Tensor, shape: tuple[int, int], groups: Groups) -> Pac
         parts["zero"] = zero.to(torch.uint8).contiguous()
     if index is not None:
         parts["group"] = index
-    return PackedWeight("int4", shape, parts, unpack_int4, (1, size))
+    return PackedWeight(INT4, shape, parts, (1, size))
 
 
 def group_index(weight: str, tensor: str, index: Tensor, groups: int, size: int | None) -> Tensor | None:

@@ -28,8 +28,8 @@ from amalgam.errors import CheckpointError
 from amalgam.formats.contract import WEIGHT_SUFFIX, ModuleContext, Read, StoredWeight, WeightFormat
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.reference import pack_nibbles, unpack_int4, unpack_scaled8
+from amalgam.kernels.layouts import INT4, SCALED8, pack_nibbles
+from amalgam.kernels.packed import Layout, PackedWeight
 
 Decode = Callable[[Tensor], Tensor]
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
@@ -47,12 +47,12 @@ class GgufFormat(WeightFormat):
         halves: byte offsets of a block's f16 fields.
     """
 
-    _layout: str | None = None
+    _layout: Layout | None = None
 
     def __init__(self, type_name: str, decode: Decode, halves: tuple[int, ...]) -> None:
         self.type: BlockType = TYPES[type_name]
         self.name = f"gguf_{type_name.lower()}"
-        self.layouts = (self._layout or self.name,)
+        self.layouts = (self._layout or Layout(self.name, self._unpack, has_rows=True),)
         self._decode = decode
         self._halves = halves
 
@@ -97,7 +97,7 @@ class GgufFormat(WeightFormat):
         return all(bool(torch.isfinite(half(blocks, offset)).all()) for offset in self._halves)
 
     def _pack(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
-        return PackedWeight(self.name, shape, {"weight": raw.clone()}, self._unpack, (1, self.type.num_elements))
+        return PackedWeight(self.layouts[0], shape, {"weight": raw.clone()}, (1, self.type.num_elements))
 
     def _unpack(self, weight: PackedWeight) -> Tensor:
         return self.expand(weight.parts["weight"])
@@ -106,7 +106,7 @@ class GgufFormat(WeightFormat):
 class _Q4_0(GgufFormat):  # noqa: N801 - ggml's name
     """As int4 in groups of 32 with f16 scales and the zero at 8: the same product in float32."""
 
-    _layout = "int4"
+    _layout = INT4
 
     def _pack(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
         blocks = raw.view(shape[0], -1, self.type.num_bytes)
@@ -114,13 +114,13 @@ class _Q4_0(GgufFormat):  # noqa: N801 - ggml's name
             "weight": pack_nibbles(nibbles(blocks[..., 2:])).flatten(1),
             "scale": blocks[..., :2].contiguous().view(torch.float16).squeeze(-1),
         }
-        return PackedWeight("int4", shape, parts, unpack_int4, (1, self.type.num_elements))
+        return PackedWeight(INT4, shape, parts, (1, self.type.num_elements))
 
 
 class _Q8_0(GgufFormat):  # noqa: N801
     """As int8 in groups of 32 with float32 scales: the same product in float32."""
 
-    _layout = "scaled8"
+    _layout = SCALED8
 
     def _pack(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
         blocks = raw.view(shape[0], -1, self.type.num_bytes)
@@ -128,7 +128,7 @@ class _Q8_0(GgufFormat):  # noqa: N801
             "weight": blocks[..., 2:].contiguous().view(torch.int8).flatten(1),
             "scale": blocks[..., :2].contiguous().view(torch.float16).squeeze(-1).float(),
         }
-        return PackedWeight("scaled8", shape, parts, unpack_scaled8, (1, self.type.num_elements))
+        return PackedWeight(SCALED8, shape, parts, (1, self.type.num_elements))
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         return math.prod(shape) // self.type.num_elements * (self.type.num_elements + 4)

@@ -21,7 +21,7 @@ from amalgam.formats.contract import ModuleContext, Read, StoredWeight, WeightFo
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.gguf import blocks, k_quants
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.layouts import dense
+from amalgam.kernels.layouts import DENSE, dense
 from amalgam.kernels.packed import PackedWeight
 
 KEY_PART, VALUE_PART = "gguf_k_b", "gguf_v_b"
@@ -31,7 +31,7 @@ _FORMATS = {weight_format.type.name: weight_format for weight_format in (*blocks
 class GgufLatent(WeightFormat):
     """Two GGUF tensors that are one weight."""
 
-    layouts = ("dense",)
+    layouts = (DENSE,)
     name = "gguf_latent"
     required = frozenset({KEY_PART, VALUE_PART})
 

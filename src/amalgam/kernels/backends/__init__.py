@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import torch
 
-from amalgam.kernels import native
-from amalgam.kernels.backends.base import Backend, Compiled, Tables
-from amalgam.kernels.backends.cpu import CpuBackend
-from amalgam.kernels.backends.interpreter import Interpreter
+from amalgam.kernels.backends.base import ActivationType, Backend, Compiled, Tables
+from amalgam.kernels.backends.cpu import extension
+from amalgam.kernels.backends.cpu.backend import CpuBackend
+from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 
-__all__ = ["Backend", "Compiled", "Tables", "choose_backend"]
+__all__ = ["ActivationType", "Backend", "Compiled", "Tables", "choose_backend", "why_not_compiled"]
 
 
-def choose_backend(dtype: torch.dtype, device: torch.device, tables: Tables) -> Backend:
-    """The fastest backend that there is.
+def choose_backend(dtype: torch.dtype, device: torch.device) -> Backend:
+    """The fastest backend that there is, for activations and a KV cache of this type."""
+    return CpuBackend(dtype) if why_not_compiled(device) is None else ReferenceBackend(dtype, device)
 
-    Args:
-        dtype: of activations and of the KV cache.
-        tables: cos and sin of all positions, float32 `[positions, r / 2]`, one pair for each rope of the programs.
-    """
-    if device.type == "cpu" and native.is_available() and dtype in native.FLOAT_TYPES:
-        return CpuBackend(dtype, tables)
-    return Interpreter(dtype, tables)
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why the compiled kernels do not run a model on a device; None if they do."""
+    if device.type != "cpu":
+        return f"it is for the CPU, and the model runs on {device}"
+    return extension.why_unavailable()

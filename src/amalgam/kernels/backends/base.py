@@ -1,19 +1,25 @@
-"""What a backend is: it makes programs ready to run.
+"""What a backend is: it makes weights and programs ready to run.
 
-In: programs. Out: logits. Must never know: families, checkpoints, requests.
+In: weights and programs. Out: logits. Must never know: families, checkpoints, requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from amalgam.kernels.program import Program
+from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.program import Instruction, Program
 from amalgam.kernels.step import StepContext
 
+# cos and sin of all positions, contiguous float32 `[positions, r / 2]`, one pair for each rope of a program.
 Tables = Sequence[tuple[Tensor, Tensor]]
+# What bfloat16 activations become before they meet integer weights.
+ActivationType = Literal["int8", "bf16"]
 
 
 class Compiled(Protocol):
@@ -30,11 +36,38 @@ class Compiled(Protocol):
         """
 
     def describe(self) -> dict[str, str]:
-        """Instruction → what runs it; for people."""
+        """Instruction → what runs it and where; for people."""
 
 
 class Backend(Protocol):
-    """Runs programs on one device, in one type of activations, with one set of rotary tables."""
+    """Runs programs on one device, in one type of activations."""
 
-    def compile(self, program: Program) -> Compiled:
+    @property
+    def device(self) -> torch.device: ...
+
+    def coded_bytes(self, shape: tuple[int, ...]) -> int | None:
+        """About what a bf16 weight takes that `prepare` codes, as it can trained ones; None if it codes none."""
+
+    def prepare(self, weight: PackedWeight, activation: ActivationType, *, codes: bool) -> PackedWeight:
+        """A weight that is multiplied, on the device and in the layout that programs run fastest with. Thread-safe.
+
+        Args:
+            activation: what bfloat16 activations may become for integer weights.
+            codes: whether bf16 may be stored in fewer bits, without loss.
+        """
+
+    def compile(self, program: Program, tables: Tables) -> Compiled:
         """Make a program ready to run; any thread may do so while another one runs a step."""
+
+
+def describe(runs: Iterable[tuple[Instruction, str]]) -> dict[str, str]:
+    """Instructions and who runs each → its name (`attend_latent`) → who runs it, counted if several do."""
+    counts: dict[str, Counter[str]] = {}
+    for instruction, who in runs:
+        kind = type(instruction).__name__
+        name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind).lstrip("_")
+        counts.setdefault(name, Counter())[who] += 1
+    return {
+        name: next(iter(found)) if len(found) == 1 else ", ".join(f"{who}: {n}" for who, n in found.items())
+        for name, found in counts.items()
+    }

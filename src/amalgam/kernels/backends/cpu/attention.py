@@ -1,7 +1,7 @@
 """Compiled attention over a paged cache, and the write to that cache, on torch tensors.
 
-In: CPU tensors and an `AttentionBatch`. Out: activations with the meaning that `amalgam.kernels.reference` gives; a
-token's bits depend neither on its neighbours, nor on how its prompt was cut into chunks, nor on the number of threads.
+In: CPU tensors and an `AttentionBatch`. Out: activations with the meaning that the reference gives. A token's bits
+depend neither on its neighbours, nor on how its prompt was cut into chunks, nor on the number of threads.
 Must never know: plans of precisions, requests, layers.
 
 With a query and a cache in bfloat16, products are of bfloat16 pairs summed in float32, and the softmax's weights are
@@ -13,27 +13,28 @@ from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from amalgam.kernels import native
-from amalgam.kernels.packed import AttentionBatch
+from amalgam.kernels.backends.cpu import extension
+from amalgam.kernels.step import AttentionBatch
 
 if TYPE_CHECKING:
     from amalgam import _native
 
-_TYPES = (torch.float32, torch.bfloat16)
-_CACHE_KEY = "native attention"
+# The plan of a batch, made by the first layer that attends outside a compiled program.
+_PLANS: WeakKeyDictionary[AttentionBatch, _native.AttentionPlan] = WeakKeyDictionary()
 
 
 def supports_paged_attention(query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> bool:
     """Whether `paged_attention` takes these tensors; depends on types and devices only."""
     return (
-        native.is_available()
-        and query.dtype in _TYPES
-        and keys.dtype in _TYPES
-        and values.dtype in _TYPES
+        extension.is_available()
+        and query.dtype in extension.FLOAT_TYPES
+        and keys.dtype in extension.FLOAT_TYPES
+        and values.dtype in extension.FLOAT_TYPES
         and query.is_cpu
         and keys.is_cpu
         and values.is_cpu
@@ -51,7 +52,7 @@ def paged_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over a paged cache; see `reference.paged_attention`.
+    """Causal attention over a paged cache; see `operators.paged_attention`.
 
     query: `[tokens, heads, d]`; keys: `[slots, kv_heads, d]`; values: `[slots, kv_heads, v]`; float32 or bfloat16 each.
     sinks: `[heads]`. Returns `[tokens, heads, v]` in query's type.
@@ -85,7 +86,7 @@ def paged_attention(
         token_stride, head_stride, _ = query.stride()
         key_slot, key_head, _ = keys.stride()
         value_slot, value_head, _ = values.stride()
-        table(native.isa()).attend(
+        table(extension.isa()).attend(
             plan,
             query.data_ptr(),
             query.dtype is torch.bfloat16,
@@ -142,7 +143,7 @@ def cached_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """See `ops.cached_attention`, which all of this is in one call.
+    """See `Operators.cached_attention`, which all of this is in one call.
 
     Raises:
         ValueError: shapes or types that do not fit together.
@@ -188,8 +189,8 @@ def cached_attention(
         cos, sin = cos.contiguous(), sin.contiguous()
     if sinks is not None:
         sinks = sinks.to("cpu", torch.float32).contiguous()
-    table(native.isa()).attend_cached(
-        native.kernels(),
+    table(extension.isa()).attend_cached(
+        extension.kernels(),
         plan,
         query.data_ptr(),
         query.stride(0),
@@ -223,7 +224,7 @@ def cached_attention(
 
 
 def _is_norm(weight: Tensor, dim: int) -> bool:
-    return weight.shape == (dim,) and weight.dtype in _TYPES and weight.is_cpu
+    return weight.shape == (dim,) and weight.dtype in extension.FLOAT_TYPES and weight.is_cpu
 
 
 def _is_rotary(cos: Tensor, sin: Tensor, tokens: int, dim: int) -> bool:
@@ -241,7 +242,7 @@ def _is_rotary(cos: Tensor, sin: Tensor, tokens: int, dim: int) -> bool:
 def supports_write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> bool:
     """Whether `write_kv` takes these tensors; depends on types, devices and the cache's layout only."""
     return (
-        native.is_available()
+        extension.is_available()
         and key.dtype is keys.dtype
         and value.dtype is values.dtype
         and slot_ids.dtype is torch.int64
@@ -303,11 +304,11 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def plan_of(batch: AttentionBatch) -> _native.AttentionPlan:
-    """The batch's sequences as the kernels read them; made by the first layer of a step."""
-    plan = batch.cache.get(_CACHE_KEY)
+    """The batch's sequences as the kernels read them."""
+    plan = _PLANS.get(batch)
     if plan is None:
-        plan = batch.cache[_CACHE_KEY] = _make_plan(batch)
-    return plan  # type: ignore[return-value]
+        plan = _PLANS[batch] = _make_plan(batch)
+    return plan
 
 
 def _make_plan(batch: AttentionBatch) -> _native.AttentionPlan:

@@ -1,6 +1,9 @@
-"""Runs a program instruction by instruction through `amalgam.kernels.ops`: any device, and what no compiled code fits.
+"""Runs a program instruction by instruction: the specification, on any device.
 
-It is also the specification: with the extension left out, every operator is `amalgam.kernels.reference`'s.
+In: a `Program`. Out: logits. Must never know: families, checkpoints, requests, other backends.
+
+What an instruction computes with are `operators`; another backend may hand in its own for what it has no instruction
+for. Who wants to see activations, for a calibration, hands in a `Watch`.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.kernels import ops
-from amalgam.kernels.backends.base import Compiled, Tables
+from amalgam.kernels.backends.base import ActivationType, Compiled, Tables, describe
+from amalgam.kernels.backends.reference.operators import Operators
+from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
     Add,
     Attend,
@@ -38,9 +42,12 @@ from amalgam.kernels.step import StepContext
 class Frame:
     """What one step has computed so far: activations by buffer, the last routing, the logits."""
 
-    def __init__(self, step: StepContext, dtype: torch.dtype, tables: Tables) -> None:
+    def __init__(
+        self, step: StepContext, dtype: torch.dtype, tables: Tables, operators: type[Operators] = Operators
+    ) -> None:
         self.step = step
         self.dtype = dtype
+        self.operators = operators
         self.routing: tuple[Tensor, Tensor] | None = None
         self.logits: Tensor | None = None
         self._tables = tables
@@ -68,37 +75,74 @@ class Frame:
             self.step.observer.observe(layer_id, expert_ids, gate_weights)
 
 
-class Interpreter:
-    """See `Backend`."""
+# Called before an instruction runs; `frame.get(instruction.x)` is its input, and the routing stands in the frame.
+Watch = Callable[[Instruction, Frame], None]
 
-    def __init__(self, dtype: torch.dtype, tables: Tables) -> None:
+
+class ReferenceBackend:
+    """See `Backend`; any device, any floating type.
+
+    Args:
+        watch: sees each instruction of every step.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, watch: Watch | None = None) -> None:
+        self.device = device
         self._dtype = dtype
-        self._tables = tables
+        self._watch = watch
 
-    def compile(self, program: Program) -> Compiled:
-        return Interpreted(program, self._dtype, self._tables)
+    def coded_bytes(self, shape: tuple[int, ...]) -> int | None:
+        return None
+
+    def prepare(self, weight: PackedWeight, activation: ActivationType, *, codes: bool) -> PackedWeight:
+        return weight.to(self.device)
+
+    def compile(self, program: Program, tables: Tables) -> Compiled:
+        return Interpreted(program, self._dtype, tables, Operators, self._who, self._watch)
+
+    def _who(self, instruction: Instruction, dtype: torch.dtype) -> str:
+        return f"torch ({self.device})"
 
 
 class Interpreted:
-    """See `Compiled`."""
+    """See `Compiled`.
 
-    def __init__(self, program: Program, dtype: torch.dtype, tables: Tables) -> None:
+    Args:
+        who: says of an instruction, with activations of a type, who computes it.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        dtype: torch.dtype,
+        tables: Tables,
+        operators: type[Operators],
+        who: Callable[[Instruction, torch.dtype], str],
+        watch: Watch | None = None,
+    ) -> None:
         self._program = program
         self._dtype = dtype
         self._tables = tables
+        self._operators = operators
+        self._who = who
+        self._watch = watch
 
     def run(self, step: StepContext) -> Tensor:
         if not len(step.token_ids):
             head = self._program.head
             return torch.empty((0, head.weight.shape[0]), dtype=torch.float32, device=step.kv.device)
-        frame = Frame(step, self._dtype, self._tables)
+        frame = Frame(step, self._dtype, self._tables, self._operators)
         for instruction in self._program.instructions:
+            if self._watch is not None:
+                self._watch(instruction, frame)
             execute(instruction, frame)
         assert frame.logits is not None
         return frame.logits
 
     def describe(self) -> dict[str, str]:
-        return {name_of(one): "torch" for one in self._program.instructions}
+        return describe(
+            (instruction, self._who(instruction, self._dtype)) for instruction in self._program.instructions
+        )
 
 
 def execute(instruction: Instruction, frame: Frame) -> None:
@@ -106,15 +150,9 @@ def execute(instruction: Instruction, frame: Frame) -> None:
     _HANDLERS[type(instruction)](instruction, frame)
 
 
-def name_of(instruction: Instruction) -> str:
-    """An instruction as `describe` calls it: `attend_latent`."""
-    name = type(instruction).__name__
-    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
-
-
 def _embed(one: Embed, frame: Frame) -> None:
     ids = frame.step.positions if one.by_position else frame.step.token_ids
-    rows = ops.embedding(ids, one.weight, frame.dtype)
+    rows = frame.operators.embedding(ids, one.weight, frame.dtype)
     frame.put(one.out, frame.get(one.out) + rows if one.adds else rows)
 
 
@@ -123,7 +161,7 @@ def _normalize(one: Normalize, frame: Frame) -> None:
     if one.delta is not None:
         delta = frame.get(one.delta)
         if one.bias is None and not one.rounds_last and parts[1] == 1:
-            total, normed = ops.add_rms_norm(x, delta, one.weight, one.eps)
+            total, normed = frame.operators.add_rms_norm(x, delta, one.weight, one.eps)
             frame.put(one.x, total)
             frame.put(one.out, normed)
             return
@@ -131,11 +169,11 @@ def _normalize(one: Normalize, frame: Frame) -> None:
         frame.put(one.x, x)
     x = x.reshape(parts)
     if one.bias is not None:
-        normed = ops.layer_norm(x, one.weight, one.bias, one.eps)
+        normed = frame.operators.layer_norm(x, one.weight, one.bias, one.eps)
     elif one.rounds_last:
-        normed = ops.rms_norm(x.float(), one.weight, one.eps).to(x.dtype)
+        normed = frame.operators.rms_norm(x.float(), one.weight, one.eps).to(x.dtype)
     else:
-        normed = ops.rms_norm(x, one.weight, one.eps)
+        normed = frame.operators.rms_norm(x, one.weight, one.eps)
     frame.put(one.out, normed.flatten(1))
 
 
@@ -146,16 +184,16 @@ def _project(one: Project, frame: Frame) -> None:
     weights, biases = [p.weight for p in one.projections], [p.bias for p in one.projections]
     kind = torch.float32 if one.projections[0].out.is_wide else frame.dtype
     if kind is x.dtype:
-        results = ops.linears(x, weights, biases)
+        results = frame.operators.linears(x, weights, biases)
     else:
-        results = [ops.linear(x, weight, bias, kind) for weight, bias in zip(weights, biases, strict=True)]
+        results = [frame.operators.linear(x, weight, bias, kind) for weight, bias in zip(weights, biases, strict=True)]
     for projection, result in zip(one.projections, results, strict=True):
         frame.put(projection.out, result)
 
 
 def _attend(one: Attend, frame: Frame) -> None:
     step = frame.step
-    attended = ops.cached_attention(
+    attended = frame.operators.cached_attention(
         frame.get(one.query),
         frame.get(one.key),
         frame.get(one.value),
@@ -176,22 +214,22 @@ def _attend(one: Attend, frame: Frame) -> None:
 def _attend_latent(one: AttendLatent, frame: Frame) -> None:
     step, compressed = frame.step, frame.get(one.compressed)
     query = frame.get(one.query).unflatten(1, (one.num_heads, -1))
-    latent = ops.rms_norm(compressed[:, : one.latent_dim].contiguous(), one.norm, one.norm_eps)
+    latent = frame.operators.rms_norm(compressed[:, : one.latent_dim].contiguous(), one.norm, one.norm_eps)
 
     def rotate(x: Tensor) -> Tensor:
         # Queries and keys are reordered alike, which no score notices.
         halves = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if one.is_interleaved else x
-        return ops.rotate(halves, *frame.rotary(one.rope))
+        return frame.operators.rotate(halves, *frame.rotary(one.rope))
 
     to_keys, to_values = latent_matrices(one, frame.dtype)
     rotated = rotate(query[..., one.nope_dim :])
-    query = torch.cat((ops.per_head(query[..., : one.nope_dim], to_keys), rotated), dim=-1)
+    query = torch.cat((frame.operators.per_head(query[..., : one.nope_dim], to_keys), rotated), dim=-1)
     key = torch.cat((latent.unsqueeze(1), rotate(compressed[:, None, one.latent_dim :])), dim=-1)
     keys, values = step.kv.keys[one.layer_id], step.kv.values[one.layer_id]
-    ops.write_kv(keys, values, key, key[..., :0], step.slot_ids)
+    frame.operators.write_kv(keys, values, key, key[..., :0], step.slot_ids)
     latents = keys[..., : one.latent_dim]
-    attended = ops.paged_attention(query, keys, latents, step.attention, scale=one.scale)
-    frame.put(one.out, ops.per_head(attended, to_values.transpose(1, 2)).flatten(1))
+    attended = frame.operators.paged_attention(query, keys, latents, step.attention, scale=one.scale)
+    frame.put(one.out, frame.operators.per_head(attended, to_values.transpose(1, 2)).flatten(1))
 
 
 def latent_matrices(one: AttendLatent, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -206,16 +244,18 @@ def _route(one: Route, frame: Frame) -> None:
     x = frame.get(one.x)
     is_plain = one.scoring == "softmax" and one.num_groups == 1 and one.scaling == 1.0 and one.bias is None
     if is_plain and one.correction is None:
-        frame.route(one.layer_id, *ops.route(x, one.weight, one.k, normalises=one.normalises, sum_eps=one.sum_eps))
+        frame.route(
+            one.layer_id, *frame.operators.route(x, one.weight, one.k, normalises=one.normalises, sum_eps=one.sum_eps)
+        )
         return
-    scores = ops.linear(x.float(), one.weight, one.bias)
+    scores = frame.operators.linear(x.float(), one.weight, one.bias)
     if one.scoring == "mixer":
         frame.route(one.layer_id, *_mixed_choices(scores, one))
         return
     if one.scoring == "softmax":
         scores = torch.softmax(scores, dim=-1)
     elif one.scoring == "sigmoid":
-        scores = ops.sigmoid(scores)
+        scores = frame.operators.sigmoid(scores)
     choice = scores if one.correction is None else scores + one.correction.float()
     if one.num_kept < one.num_groups:
         choice = _in_best_groups(choice, one)
@@ -252,18 +292,18 @@ def _mixed_choices(scores: Tensor, one: Route) -> tuple[Tensor, Tensor]:
 
 def _mix(one: Mix, frame: Frame) -> None:
     assert frame.routing is not None
-    frame.put(one.out, ops.moe(frame.get(one.x), *frame.routing, one.experts, one.activation))
+    frame.put(one.out, frame.operators.moe(frame.get(one.x), *frame.routing, one.experts, one.activation))
 
 
 def _swiglu(one: SwiGlu, frame: Frame) -> None:
-    frame.put(one.out, ops.swiglu(frame.get(one.gate), frame.get(one.up)))
+    frame.put(one.out, frame.operators.swiglu(frame.get(one.gate), frame.get(one.up)))
 
 
 def _gelu(one: Gelu, frame: Frame) -> None:
     x = frame.get(one.x)
     wide = x.float()
     # (1 + tanh(a)) / 2 = sigmoid(2 a)
-    slope = ops.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))
+    slope = frame.operators.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))
     frame.put(one.x, (wide * slope).to(x.dtype))
 
 
@@ -273,7 +313,7 @@ def _clamp(one: Clamp, frame: Frame) -> None:
 
 def _scale_by_sigmoid(one: ScaleBySigmoid, frame: Frame) -> None:
     x = frame.get(one.x)
-    frame.put(one.x, (ops.sigmoid(frame.get(one.gate)) * x.float()).to(x.dtype))
+    frame.put(one.x, (frame.operators.sigmoid(frame.get(one.gate)) * x.float()).to(x.dtype))
 
 
 def _add(one: Add, frame: Frame) -> None:
@@ -291,7 +331,7 @@ def _head(one: Head, frame: Frame) -> None:
         frame.logits = torch.empty((0, one.weight.shape[0]), dtype=torch.float32, device=x.device)
         return
     wanted = x if len(rows) == len(x) else x.index_select(0, rows)
-    frame.logits = ops.linear(wanted, one.weight, one.bias, torch.float32)
+    frame.logits = frame.operators.linear(wanted, one.weight, one.bias, torch.float32)
 
 
 _HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {

@@ -12,7 +12,9 @@ import torch
 
 from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS, native_isa_limit
 from amalgam.errors import ConfigError, UnsupportedError
-from amalgam.kernels import native, ops, reference
+from amalgam.kernels.backends.cpu import elementwise, extension
+from amalgam.kernels.backends.cpu.operators import CpuOperators
+from amalgam.kernels.backends.reference import operators as reference
 from tests.errors import raises
 
 EPS = 1e-6
@@ -23,11 +25,11 @@ TYPES = (torch.float32, torch.bfloat16)
 @pytest.fixture
 def missing_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "amalgam._native", None)
-    native.why_unavailable.cache_clear()
-    native.kernels.cache_clear()
+    extension.why_unavailable.cache_clear()
+    extension.kernels.cache_clear()
     yield
-    native.why_unavailable.cache_clear()
-    native.kernels.cache_clear()
+    extension.why_unavailable.cache_clear()
+    extension.kernels.cache_clear()
 
 
 def sample(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -42,7 +44,7 @@ def test_extension_is_built_where_a_compiler_is() -> None:
     has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
     if not has_headers or not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler or no Python headers")
-    assert native.why_unavailable() is None
+    assert extension.why_unavailable() is None
 
 
 @pytest.mark.parametrize("isa", NATIVE_ISAS)
@@ -54,7 +56,7 @@ def test_rms_norm_means_what_the_reference_says(
     use_isa(isa)
     for hidden in SIZES:
         x, weight = sample(5, hidden, dtype=x_type), sample(hidden, dtype=weight_type)
-        result = native.rms_norm(x, weight, EPS)
+        result = elementwise.rms_norm(x, weight, EPS)
         assert result.dtype == x_type
         torch.testing.assert_close(result, reference.rms_norm(x, weight, EPS))
 
@@ -65,8 +67,8 @@ def test_rms_norm_of_a_row_is_the_same_alone_and_in_a_batch(use_isa: Callable[[s
     for dtype in TYPES:
         for hidden in SIZES:
             x, weight = sample(9, hidden, dtype=dtype), sample(hidden, dtype=dtype)
-            alone = [native.rms_norm(x[row : row + 1], weight, EPS) for row in range(9)]
-            assert torch.equal(native.rms_norm(x, weight, EPS), torch.cat(alone))
+            alone = [elementwise.rms_norm(x[row : row + 1], weight, EPS) for row in range(9)]
+            assert torch.equal(elementwise.rms_norm(x, weight, EPS), torch.cat(alone))
 
 
 @pytest.mark.parametrize("isa", NATIVE_ISAS[1:])
@@ -75,9 +77,9 @@ def test_rms_norm_gives_the_same_bits_on_every_instruction_set(use_isa: Callable
         for hidden in SIZES:
             x, weight = sample(3, hidden, dtype=dtype), sample(hidden, dtype=dtype)
             use_isa("portable")
-            expected = native.rms_norm(x, weight, EPS)
+            expected = elementwise.rms_norm(x, weight, EPS)
             use_isa(isa)
-            assert torch.equal(native.rms_norm(x, weight, EPS), expected)
+            assert torch.equal(elementwise.rms_norm(x, weight, EPS), expected)
 
 
 @pytest.mark.parametrize("isa", NATIVE_ISAS)
@@ -88,7 +90,7 @@ def test_rms_norm_keeps_special_values(use_isa: Callable[[str], None], isa: str,
     for value in (0.0, 1e-30, 3e38, float("inf"), float("nan")):
         x = sample(2, 20, dtype=dtype)
         x[0, 19] = value
-        result = native.rms_norm(x, weight, EPS)
+        result = elementwise.rms_norm(x, weight, EPS)
         torch.testing.assert_close(result, reference.rms_norm(x, weight, EPS), equal_nan=True)
 
 
@@ -97,8 +99,8 @@ def test_rms_norm_takes_heads_views_and_empty_steps(use_isa: Callable[[str], Non
     weight = sample(24, dtype=torch.float32)
     heads = sample(6, 4, 48, dtype=torch.float32)[..., ::2]
     assert not heads.is_contiguous()
-    torch.testing.assert_close(native.rms_norm(heads, weight, EPS), reference.rms_norm(heads, weight, EPS))
-    assert native.rms_norm(torch.empty(0, 24), weight, EPS).shape == (0, 24)
+    torch.testing.assert_close(elementwise.rms_norm(heads, weight, EPS), reference.rms_norm(heads, weight, EPS))
+    assert elementwise.rms_norm(torch.empty(0, 24), weight, EPS).shape == (0, 24)
 
 
 def test_rms_norm_refuses_what_it_cannot_read(use_isa: Callable[[str], None]) -> None:
@@ -110,22 +112,22 @@ def test_rms_norm_refuses_what_it_cannot_read(use_isa: Callable[[str], None]) ->
         (torch.ones(2, 8), torch.ones(8, dtype=torch.float16)),
         (torch.ones(2, 8, device="meta"), torch.ones(8)),
     ):
-        assert not native.supports_rms_norm(x, weight)
+        assert not elementwise.supports_rms_norm(x, weight)
         with raises(ValueError, tuple(x.shape), tuple(weight.shape)):
-            native.rms_norm(x, weight, EPS)
+            elementwise.rms_norm(x, weight, EPS)
 
 
 @pytest.mark.usefixtures("missing_extension")
 def test_without_the_extension_torch_does_the_work() -> None:
-    assert not native.is_available()
-    reason = native.why_unavailable()
+    assert not extension.is_available()
+    reason = extension.why_unavailable()
     assert reason is not None
     assert "compiler" in reason
     assert "pip install -e ." in reason
     x, weight = sample(2, 8, dtype=torch.float32), sample(8, dtype=torch.float32)
-    assert torch.equal(ops.rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS))
+    assert torch.equal(CpuOperators.rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS))
     with raises(UnsupportedError, "pip install -e ."):
-        native.isa()
+        extension.isa()
 
 
 def test_limit_on_the_instruction_set_comes_from_the_environment() -> None:

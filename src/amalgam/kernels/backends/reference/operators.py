@@ -12,11 +12,15 @@ scalar tails in the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amalgam.kernels.packed import SWIGLU, Activation, AttentionBatch, ExpertTable, PackedWeight
+from amalgam.kernels.layouts import DENSE
+from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
+from amalgam.kernels.step import AttentionBatch
 
 # 8 rows: on a CPU a matrix product still runs near the memory's speed; a GPU needs more to be busy.
 _TILE_ROWS = {"cpu": 8, "cuda": 64}
@@ -24,63 +28,11 @@ _QUERY_TILE = 8
 _KEY_TILE = 64
 
 
-# --- Layouts: what the bits mean ---
-
-
-def unpack_dense(weight: PackedWeight) -> Tensor:
-    """The stored tensor itself."""
-    return weight.parts["weight"]
-
-
-def unpack_scaled8(weight: PackedWeight) -> Tensor:
-    """`value × scale` in float32, scale repeated over blocks of `weight.block` and cropped at the edges."""
-    assert weight.block is not None
-    rows, columns = weight.shape
-    scale = weight.parts["scale"]
-    if scale.shape[0] > 1:
-        scale = scale.repeat_interleave(weight.block[0], 0)[:rows]
-    if scale.shape[1] > 1:
-        scale = scale.repeat_interleave(weight.block[1], 1)[:, :columns]
-    return weight.parts["weight"].float() * scale
-
-
-def unpack_int4(weight: PackedWeight) -> Tensor:
-    """`(nibble - zero) × scale` in float32."""
-    assert weight.block is not None
-    nibbles = unpack_nibbles(weight.parts["weight"])
-    scale = weight.parts["scale"].float()
-    zero = weight.parts.get("zero")
-    group = weight.parts.get("group")
-    if group is not None:
-        index = group.long()
-        offset: Tensor | float = zero.float()[:, index] if zero is not None else 8.0
-        return (nibbles.float() - offset) * scale[:, index]
-    rows, columns = weight.shape
-    grouped = nibbles.float().view(rows, columns // weight.block[1], weight.block[1])
-    offset = zero.float().unsqueeze(-1) if zero is not None else 8.0
-    return ((grouped - offset) * scale.unsqueeze(-1)).view(rows, columns)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """uint8 `[rows, n]` → uint8 `[rows, 2n]`, the low nibble first."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-
-
-def pack_nibbles(values: Tensor) -> Tensor:
-    """uint8 `[rows, 2n]` with values below 16 → uint8 `[rows, n]`, the low nibble first."""
-    pairs = values.view(*values.shape[:-1], -1, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
-
-
-# --- Operators ---
-
-
 def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Rows of an embedding: `[tokens]` → `[tokens, hidden]` in `dtype`."""
-    if weight.layout != "dense" and weight.has_own_rows:
+    if weight.layout is not DENSE and weight.has_own_rows:
         return weight.take_rows(token_ids).dequantize(dtype)
-    table = weight.parts["weight"] if weight.layout == "dense" else weight.dequantize()
-    return functional.embedding(token_ids, table).to(dtype)
+    return functional.embedding(token_ids, weight.dequantize()).to(dtype)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -325,3 +277,69 @@ def _batched_product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` over the two leading dimensions; contiguous operands, so that every product takes the same path."""
     shape = (*a.shape[:2], a.shape[2], b.shape[3])
     return torch.bmm(a.flatten(0, 1).contiguous(), b.flatten(0, 1).contiguous()).view(shape)
+
+
+class Operators:
+    """What the interpreter computes with: the functions above. A backend may put compiled ones in their place."""
+
+    embedding = staticmethod(embedding)
+    linear = staticmethod(linear)
+    per_head = staticmethod(per_head)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    layer_norm = staticmethod(layer_norm)
+    route = staticmethod(route)
+    moe = staticmethod(moe)
+    rotate = staticmethod(rotate)
+    sigmoid = staticmethod(sigmoid)
+    swiglu = staticmethod(swiglu)
+    write_kv = staticmethod(write_kv)
+    paged_attention = staticmethod(paged_attention)
+
+    @classmethod
+    def linears(
+        cls, x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
+        """`linear` of the same rows with several weights."""
+        biases = (None,) * len(weights) if biases is None else biases
+        return [cls.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    @classmethod
+    def cached_attention(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        keys: Tensor,
+        values: Tensor,
+        slot_ids: Tensor,
+        batch: AttentionBatch,
+        norms: tuple[Tensor, Tensor] | None,
+        norm_eps: float,
+        rotary: tuple[Tensor, Tensor] | None,
+        scale: float,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Norm and rotate the heads, write keys and values to the cache, attend over it.
+
+        Args:
+            query, key, value: projections, `[tokens, heads × d]`, `[tokens, kv_heads × d]`, `[tokens, kv_heads × v]`.
+            keys, values: the layer's cache, `[slots, kv_heads, d]` and `[slots, kv_heads, v]`.
+            slot_ids: int64 `[tokens]`, where each token's key and value go.
+            norms: weights `[d]` of the RMSNorm over every query head and every key head; None: no norm.
+            rotary: cos and sin, float32 `[tokens, r / 2]`; None: no rotation.
+            scale, window, sinks: as in `paged_attention`.
+
+        Returns `[tokens, heads × v]` in query's type.
+        """
+        tokens, dim = query.shape[0], keys.shape[2]
+        queries, new_keys = query.view(tokens, -1, dim), key.view(tokens, -1, dim)
+        if norms is not None:
+            queries, new_keys = cls.rms_norm(queries, norms[0], norm_eps), cls.rms_norm(new_keys, norms[1], norm_eps)
+        if rotary is not None:
+            queries, new_keys = cls.rotate(queries, *rotary), cls.rotate(new_keys, *rotary)
+        cls.write_kv(keys, values, new_keys, value.view(tokens, *values.shape[1:]), slot_ids)
+        attended = cls.paged_attention(queries, keys, values, batch, scale=scale, window=window, sinks=sinks)
+        return attended.flatten(1)

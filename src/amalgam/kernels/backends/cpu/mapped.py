@@ -16,25 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.kernels import layouts, panels, reference
-from amalgam.kernels.packed import PackedWeight, Unpack
-from amalgam.kernels.panels import ActivationType, Panels
+from amalgam.kernels.backends.base import ActivationType
+from amalgam.kernels.backends.cpu import panels
+from amalgam.kernels.backends.cpu.panels import Panels
+from amalgam.kernels.layouts import DENSE, LAYOUTS, is_known
+from amalgam.kernels.packed import PackedWeight
 
 RUN_ALIGNMENT = 64
-_PANELS = "panels_"
-_COLUMNS = "_columns"
-# Other layouts are loaded from their source: what expands them is known to their format alone.
-_UNPACK: Mapping[str, Unpack] = {
-    "dense": reference.unpack_dense,
-    "scaled8": reference.unpack_scaled8,
-    "int4": reference.unpack_int4,
-    "affine4": layouts.unpack_affine4,
-    "affine8": layouts.unpack_affine8,
-    "cyclic4": layouts.unpack_cyclic4,
-    "cyclic8": layouts.unpack_cyclic8,
-    "table4": layouts.unpack_table4,
-}
-LAYOUTS = frozenset(_UNPACK)
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -50,15 +38,13 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 def can_be_mapped(weight: PackedWeight) -> bool:
     """Whether `describe` and `restore` know this weight's layout."""
-    return (weight.native is not None or _unpack(weight.layout) is not None) and all(
-        part.is_cpu and part.dtype in _NAMES for part in weight.parts.values()
-    )
+    return is_known(weight.layout) and all(part.is_cpu and part.dtype in _NAMES for part in weight.parts.values())
 
 
 def describe(weight: PackedWeight) -> dict[str, Any]:
     """What `restore` needs besides the bytes, as JSON."""
     return {
-        "layout": weight.layout,
+        "layout": weight.layout.name,
         "shape": list(weight.shape),
         "block": None if weight.block is None else list(weight.block),
         "parts": {name: [_NAMES[part.dtype], list(part.shape)] for name, part in weight.parts.items()},
@@ -67,10 +53,7 @@ def describe(weight: PackedWeight) -> dict[str, Any]:
 
 def runs(weight: PackedWeight) -> list[Tensor]:
     """The weight's bytes: uint8 `[bytes]` each."""
-    tensors = list(weight.parts.values())
-    if weight.native is not None:
-        tensors = [panels.native_memory(weight), *(weight.parts[name] for name in weight.parts if name == "group")]
-    return [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    return [tensor.contiguous().view(-1).view(torch.uint8) for tensor in weight.runs]
 
 
 def restore(description: Mapping[str, Any], memory: Sequence[Tensor], activation: ActivationType) -> PackedWeight:
@@ -84,39 +67,31 @@ def restore(description: Mapping[str, Any], memory: Sequence[Tensor], activation
         ValueError: no such weight has runs of these sizes.
     """
     try:
-        layout, shape = description["layout"], tuple(description["shape"])
+        layout, shape = LAYOUTS[description["layout"]], tuple(description["shape"])
         block = None if description["block"] is None else tuple(description["block"])
         parts = {name: (_DTYPES[dtype], tuple(sizes)) for name, (dtype, sizes) in description["parts"].items()}
         all_sizes = [*shape, *(block or ()), *(size for _, sizes in parts.values() for size in sizes)]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"a weight is described as {description} ({error})") from error
     if (
-        not isinstance(layout, str)
+        not layout.parts <= parts.keys() <= layout.parts | layout.optional
         or not all(type(size) is int and 0 <= size < 2**48 for size in all_sizes)
         or (block and len(block) != 2)
     ):
-        raise ValueError(f"a weight has the sizes {shape}, {block}, {parts}")
-    if layout.startswith(_PANELS):
-        name = layout.removeprefix(_PANELS)
+        raise ValueError(f"a weight has layout {layout.name!r}, the sizes {shape}, {block}, {parts}")
+    if layout.reader is not None:
         scale_dtype, scale_shape = parts.get("scale", (torch.float32, (0, 0, 1)))
         group = _typed(memory[1], *parts["group"]) if "group" in parts and len(memory) == 2 else None
         if len(memory) != 1 + ("group" in parts) or len(scale_shape) != 3:
             raise ValueError(f"panels have {len(memory)} runs and scales of shape {scale_shape}")
-        kind = Panels(name, shape, block, scale_dtype, scale_shape[1], scale_shape[2], "zero" in parts)
+        kind = Panels(layout, shape, block, scale_dtype, scale_shape[1], scale_shape[2], "zero" in parts)
         return panels.view(memory[0], kind, group, activation)
-    unpack = _unpack(layout)
-    if unpack is None or len(memory) != len(parts):
-        raise ValueError(f"layout {layout!r} has {len(memory)} runs")
+    if len(memory) != len(parts):
+        raise ValueError(f"layout {layout.name!r} has {len(memory)} runs")
     tensors = {name: _typed(run, *parts[name]) for name, run in zip(parts, memory, strict=True)}
-    if layout == "dense" and (set(tensors) != {"weight"} or tensors["weight"].shape != shape):
+    if layout is DENSE and tensors["weight"].shape != shape:
         raise ValueError(f"a dense weight of shape {shape} has {parts}")
-    return PackedWeight(layout, shape, tensors, unpack, block)
-
-
-def _unpack(layout: str) -> Unpack | None:
-    """What expands a layout that is not in panels."""
-    inner = _UNPACK.get(layout.removesuffix(_COLUMNS))
-    return layouts.ScaledColumns(inner) if inner is not None and layout.endswith(_COLUMNS) else inner
+    return PackedWeight(layout, shape, tensors, block)
 
 
 def _typed(run: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

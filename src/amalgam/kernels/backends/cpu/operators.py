@@ -1,0 +1,159 @@
+"""One function per operator: the compiled one where it takes the arguments, else the reference.
+
+In: activations and packed weights. Out: activations. Must never know: names, plans, requests.
+Semantics, shapes and types of every operator are those of `amalgam.kernels.backends.reference.operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels.backends.cpu import attention, elementwise, extension, products
+from amalgam.kernels.backends.cpu.panels import PanelWeight
+from amalgam.kernels.backends.reference.operators import Operators
+from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
+from amalgam.kernels.program import Attend, AttendLatent, Embed, Head, Instruction, Mix, Normalize, Project, SwiGlu
+from amalgam.kernels.step import AttentionBatch
+
+
+class CpuOperators(Operators):
+    """See `Operators`. Experts are multiplied in compiled code where `products.prepare_experts` has taken them."""
+
+    @staticmethod
+    def embedding(token_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        if products.supports_embedding(token_ids, weight):
+            return products.embedding(token_ids, weight, dtype)
+        return Operators.embedding(token_ids, weight, dtype)
+
+    @staticmethod
+    def linear(
+        x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if products.supports_linear(x, weight):
+            return products.linear(x, weight, bias, out_dtype)
+        return Operators.linear(x, weight, bias, out_dtype)
+
+    @classmethod
+    def linears(
+        cls, x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
+        if all(products.supports_linear(x, weight) for weight in weights):
+            return products.linears(x, weights, (None,) * len(weights) if biases is None else biases)
+        return super().linears(x, weights, biases)
+
+    @staticmethod
+    def route(
+        x: Tensor, weight: PackedWeight, k: int, *, normalises: bool, sum_eps: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        if products.supports_route(x, weight):
+            return products.route(x, weight, k, normalises=normalises, sum_eps=sum_eps)
+        return Operators.route(x, weight, k, normalises=normalises, sum_eps=sum_eps)
+
+    @staticmethod
+    def moe(
+        x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
+    ) -> Tensor:
+        if products.supports_moe(x, experts):
+            return products.moe(x, expert_ids, gate_weights, experts, activation)
+        return Operators.moe(x, expert_ids, gate_weights, experts, activation)
+
+    @staticmethod
+    def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if elementwise.supports_rms_norm(x, weight):
+            return elementwise.add_rms_norm(x, delta, weight, eps)
+        return Operators.add_rms_norm(x, delta, weight, eps)
+
+    @staticmethod
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if elementwise.supports_rms_norm(x, weight):
+            return elementwise.rms_norm(x, weight, eps)
+        return Operators.rms_norm(x, weight, eps)
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if elementwise.supports_rotate(x, cos, sin):
+            return elementwise.rotate(x, cos, sin)
+        return Operators.rotate(x, cos, sin)
+
+    @staticmethod
+    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+        if elementwise.supports_swiglu(gate, up):
+            return elementwise.swiglu(gate, up)
+        return Operators.swiglu(gate, up)
+
+    @staticmethod
+    def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
+        if attention.supports_write_kv(keys, values, key, value, slot_ids):
+            attention.write_kv(keys, values, key, value, slot_ids)
+        else:
+            Operators.write_kv(keys, values, key, value, slot_ids)
+
+    @staticmethod
+    def paged_attention(
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        if attention.supports_paged_attention(query, keys, values, batch):
+            return attention.paged_attention(query, keys, values, batch, scale=scale, window=window, sinks=sinks)
+        return Operators.paged_attention(query, keys, values, batch, scale=scale, window=window, sinks=sinks)
+
+    @classmethod
+    def cached_attention(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        keys: Tensor,
+        values: Tensor,
+        slot_ids: Tensor,
+        batch: AttentionBatch,
+        norms: tuple[Tensor, Tensor] | None,
+        norm_eps: float,
+        rotary: tuple[Tensor, Tensor] | None,
+        scale: float,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        is_compiled = attention.supports_cached_attention(query, key, value, keys, values, batch)
+        attend = attention.cached_attention if is_compiled else super().cached_attention
+        return attend(
+            query,
+            key,
+            value,
+            keys=keys,
+            values=values,
+            slot_ids=slot_ids,
+            batch=batch,
+            norms=norms,
+            norm_eps=norm_eps,
+            rotary=rotary,
+            scale=scale,
+            window=window,
+            sinks=sinks,
+        )
+
+
+def who_runs(instruction: Instruction, dtype: torch.dtype) -> str:
+    """Who does an instruction's work where these operators run it, with activations of a type; for people."""
+    match instruction:
+        case Project(projections=projections):
+            is_compiled = all(isinstance(projection.weight, PanelWeight) for projection in projections)
+        case Embed(weight=weight) | Head(weight=weight):
+            is_compiled = isinstance(weight, PanelWeight)
+        case Mix(experts=experts):
+            is_compiled = isinstance(experts, products.PanelExperts)
+        case Attend() | AttendLatent() | Normalize() | SwiGlu():
+            is_compiled = dtype in extension.FLOAT_TYPES
+        case _:
+            is_compiled = False
+    return f"native operators ({extension.isa()})" if is_compiled else "torch (cpu)"

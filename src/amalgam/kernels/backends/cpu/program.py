@@ -1,0 +1,200 @@
+"""Runs a program with the compiled CPU kernels, the whole step in one call where every instruction has one.
+
+In: a `Program` whose weights are in panels. Out: `CpuProgram`, which gives, bit for bit, what `CpuOperators` give one
+by one wherever those are compiled. Must never know: names, plans, requests.
+
+Between two products a layer's many small calls would fetch Python's code and data back into caches that the weights
+have just filled: with one sequence that was a fifth of a step. An instruction that the extension cannot take, because a
+weight is in a layout that it does not know or because it is a `Call`, goes through the interpreter, and the program
+goes on in the extension behind it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels.backends.base import Tables, describe
+from amalgam.kernels.backends.cpu import attention, extension
+from amalgam.kernels.backends.cpu.encoders import Encoder
+from amalgam.kernels.backends.cpu.operators import CpuOperators, who_runs
+from amalgam.kernels.backends.cpu.workspace import Memory, Workspace, new_routing
+from amalgam.kernels.backends.reference.interpreter import Frame, execute
+from amalgam.kernels.program import Attend, AttendLatent, Instruction, Mix, Rows
+from amalgam.kernels.step import StepContext
+
+
+class CpuProgram:
+    """See `Compiled`."""
+
+    def __init__(self, workspace: Workspace, tables: Tables, encoder: Encoder) -> None:
+        """
+        Args:
+            encoder: of the program, and nothing added yet.
+        """
+        program = encoder.program
+        self.tables = tables
+        self._workspace = workspace
+        self._program = program
+        self._buffers = program.buffers
+        self._index = encoder.index
+        self._native = encoder.native
+        self._kernels, self._attention = extension.kernels(), attention.table(extension.isa())
+        self._native_dtype = extension.native_dtype(workspace.dtype)
+        self._num_active = program.routes[0].k if program.routes else 1
+        self._num_routes = len(program.routes)
+        self._vocab_size = program.head.weight.shape[0]
+        self._caches = {
+            one.layer_id: _cache_shape(one) for one in program.instructions if isinstance(one, Attend | AttendLatent)
+        }
+        self._memory: Memory | None = None  # that has been found to fit
+        self._addresses: list[int] = []  # of the buffers, for so many tokens in this arena
+        self._placed: tuple[int, Tensor | None] = (-1, None)
+        # In order: instructions [first, end) of the native program, or one for the interpreter with its last route.
+        self._parts: list[tuple[int, int] | tuple[Instruction, int]] = []
+        self._interpreted: set[int] = set()
+        for number, instruction in enumerate(program.instructions):
+            self._add(number, instruction, encoder)
+
+    def _add(self, number: int, instruction: Instruction, encoder: Encoder) -> None:
+        first = self._native.num_instructions
+        if not encoder.add(instruction):
+            self._interpreted.add(number)
+            self._parts.append((instruction, encoder.num_routes - 1))
+            return
+        end = self._native.num_instructions
+        last = self._parts[-1] if self._parts else None
+        if last is not None and isinstance(last[0], int):
+            self._parts[-1] = (last[0], end)
+        else:
+            self._parts.append((first, end))
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether the extension runs the whole step."""
+        return not self._interpreted
+
+    def describe(self) -> dict[str, str]:
+        native = f"native ({extension.isa()})"
+        return describe(
+            (instruction, who_runs(instruction, self.dtype) if number in self._interpreted else native)
+            for number, instruction in enumerate(self._program.instructions)
+        )
+
+    def run(self, step: StepContext) -> Tensor:
+        workspace, sequences, observer = self._workspace, step.sequences, step.observer
+        memory = workspace.memory(step.kv, self.tables)
+        if memory is not self._memory:
+            self._check(memory)
+            self._memory = memory
+        tokens = rows = 0
+        for token_ids, _, _, num_logits in sequences:
+            tokens += len(token_ids)
+            rows += min(num_logits, len(token_ids))
+        logits = workspace.logits((rows, self._vocab_size))
+        if not tokens:
+            return logits
+        shape = (self._num_routes, tokens, self._num_active)
+        expert_ids, gate_weights = workspace.routing(shape) if observer is None else new_routing(shape)
+        arguments = (
+            self._kernels,
+            self._attention,
+            memory.native,
+            sequences,
+            self._native_dtype,
+            self._place(tokens),
+            expert_ids.data_ptr(),
+            gate_weights.data_ptr(),
+            logits.data_ptr(),
+            rows,
+            torch.get_num_threads(),
+        )
+        frame: _CpuFrame | None = None
+        for part in self._parts:
+            first, end = part
+            if isinstance(first, int):
+                self._native.run(first, end, *arguments)
+                continue
+            if frame is None:
+                frame = _CpuFrame(step, self, expert_ids, gate_weights, tokens)
+            frame.execute(first, end)
+        if frame is not None and frame.logits is not None:
+            logits = frame.logits
+        if observer is not None and self._num_routes:
+            observer.observe_all(expert_ids, gate_weights)
+        return logits
+
+    def view(self, rows: Rows, tokens: int) -> Tensor:
+        """`[tokens, width]` of the arena as `run` has laid it out."""
+        arena = self._workspace.arena
+        start = self._addresses[self._index[rows.buffer]] - arena.data_ptr()
+        dtype = torch.float32 if rows.is_wide else self.dtype
+        whole = arena[start : start + tokens * rows.stride * dtype.itemsize].view(dtype).view(tokens, rows.stride)
+        return whole[:, rows.start : rows.start + rows.width]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._workspace.dtype
+
+    def _place(self, tokens: int) -> list[int]:
+        """Addresses of the buffers for so many tokens."""
+        if self._placed[0] != tokens or self._placed[1] is not self._workspace.arena:
+            self._addresses = self._workspace.place(self._buffers, tokens)
+            self._placed = tokens, self._workspace.arena
+        return self._addresses
+
+    def _check(self, memory: Memory) -> None:
+        """
+        Raises:
+            ValueError: caches of other shapes than the layers need, or rotary tables that are missing or too wide.
+        """
+        for layer_id, (key_shape, value_shape, rope, rope_dim) in self._caches.items():
+            if layer_id >= len(memory.keys):
+                raise ValueError(f"{len(memory.keys)} caches, and layer {layer_id} needs one")
+            found = memory.keys[layer_id].shape[1:], memory.values[layer_id].shape[1:]
+            if found != (key_shape, value_shape):
+                raise ValueError(f"caches of {found} where layer {layer_id} needs {(key_shape, value_shape)}")
+            if rope is None:
+                continue
+            if rope >= len(self.tables) or not 0 < 2 * self.tables[rope][0].shape[1] <= rope_dim:
+                raise ValueError(f"layer {layer_id} has no rotary table of at most {rope_dim // 2} columns")
+
+
+class _CpuFrame(Frame):
+    """The interpreter's view of a step whose other instructions run in the extension: buffers are in its arena."""
+
+    def __init__(
+        self, step: StepContext, program: CpuProgram, expert_ids: Tensor, gate_weights: Tensor, tokens: int
+    ) -> None:
+        super().__init__(step, program.dtype, program.tables, CpuOperators)
+        self._program = program
+        self._expert_ids, self._gate_weights = expert_ids, gate_weights
+        self._tokens = tokens
+        self._route_index = -1
+
+    def execute(self, instruction: Instruction, route_index: int) -> None:
+        """Run one instruction behind so many routes."""
+        self._route_index = route_index
+        if isinstance(instruction, Mix):
+            self.routing = self._expert_ids[route_index], self._gate_weights[route_index]
+        execute(instruction, self)
+
+    def get(self, rows: Rows) -> Tensor:
+        return self._program.view(rows, self._tokens)
+
+    def put(self, rows: Rows, value: Tensor) -> None:
+        view = self._program.view(rows, self._tokens)
+        if view.data_ptr() != value.data_ptr():
+            view.copy_(value)
+
+    def route(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        self._expert_ids[self._route_index].copy_(expert_ids)
+        self._gate_weights[self._route_index].copy_(gate_weights)
+
+
+def _cache_shape(one: Attend | AttendLatent) -> tuple[torch.Size, torch.Size, int | None, int]:
+    """Of keys and values without the slots; which rope turns how many dimensions at most."""
+    if isinstance(one, Attend):
+        shape = torch.Size((one.num_kv_heads, one.head_dim))
+        return shape, shape, one.rope, one.head_dim
+    return torch.Size((1, one.latent_dim + one.rope_dim)), torch.Size((1, 0)), one.rope, one.rope_dim

@@ -1,0 +1,41 @@
+"""The choice of next tokens in compiled code.
+
+In: logits on the CPU and what each row wants. Out: token ids. Must never know: requests, the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels.backends.cpu import extension
+
+# How `draw` chooses a row's next token: ((top_k, temperature, top_p, min_p), seed, place).
+#     top_k: 0, or as many as the vocabulary has or more: no limit
+#     temperature: 0 takes the first of the largest logits, and the rest is not used
+#     top_p, min_p: shares, as in `SamplingParams`
+#     seed, place: of the number that decides; 0 to 2^64 - 1 each
+DrawParams = tuple[tuple[int, float, float, float], int, int]
+
+
+def draw(logits: Tensor, rows: Sequence[DrawParams]) -> list[int]:
+    """The next token of each row of logits, float32 `[rows, vocabulary]`; -1 where one of them is not finite.
+
+    Raises:
+        ValueError: types, shapes or a `top_k` that do not fit.
+    """
+    from amalgam import _native
+
+    shape = logits.shape
+    if (
+        len(shape) != 2
+        or shape[0] != len(rows)
+        or not shape[1]
+        or logits.dtype is not torch.float32
+        or not logits.is_cpu
+    ):
+        raise ValueError(f"draw {len(rows)} rows from {logits.dtype} {tuple(shape)} on {logits.device}")
+    logits = logits.contiguous()
+    return _native.draw(extension.kernels(), logits.data_ptr(), shape[1], rows, torch.get_num_threads())

@@ -1,0 +1,115 @@
+"""What steps write to and read from beside the weights: buffers, logits, and the KV cache as the extension sees it.
+
+In: tensors. Out: memory that one step after the other uses, of all programs. Must never know: weights, requests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from amalgam.kernels.backends.base import Tables
+from amalgam.kernels.step import Cache
+
+if TYPE_CHECKING:
+    from amalgam import _native
+
+_ALIGNMENT = 64  # bytes, of every buffer
+
+
+@dataclass(eq=False)
+class Memory:
+    """A KV cache and rotary tables as the extension sees them; keeps alive what it points to."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    block_size: int
+    tables: Tables
+    native: _native.StepMemory
+
+
+class Workspace:
+    """Grows to what the largest step needs. It is kept for the first step of a new version, which then finds it.
+
+    Attributes:
+        dtype: of activations and of the KV cache.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.arena = torch.empty(0, dtype=torch.uint8)
+        self._logits = torch.empty((0, 0))
+        self._expert_ids, self._gate_weights = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        # Of the tensors above: to ask a tensor takes 30 µs where nothing is in the caches.
+        self._logits_shape = (0, 0)
+        self._routing_shape = (0, 0, 0)
+        self._memory: Memory | None = None
+
+    def memory(self, kv: Cache, tables: Tables) -> Memory:
+        """The cache as the extension sees it. It should be the same object in every step: another is looked at anew.
+
+        Raises:
+            ValueError: tensors of different lengths, of another type than the activations, or not dense.
+        """
+        known = self._memory
+        if (
+            known is None
+            or known.keys is not kv.keys
+            or known.values is not kv.values
+            or known.block_size != kv.block_size
+            or known.tables is not tables
+        ):
+            known = self._memory = self._look_at(kv, tables)
+        return known
+
+    def _look_at(self, kv: Cache, tables: Tables) -> Memory:
+        from amalgam import _native
+
+        tensors = (*kv.keys, *kv.values)
+        num_slots = len(kv.keys[0])
+        for cache in tensors:
+            if not (cache.is_cpu and cache.dtype is self.dtype and cache.is_contiguous() and len(cache) == num_slots):
+                raise ValueError(f"a cache of {cache.dtype} {tuple(cache.shape)} for activations of {self.dtype}")
+        memory = _native.StepMemory(
+            [(key.data_ptr(), value.data_ptr()) for key, value in zip(kv.keys, kv.values, strict=True)],
+            num_slots,
+            kv.block_size,
+            [(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in tables],
+            min((len(cos) for cos, _ in tables), default=sys.maxsize),
+        )
+        return Memory(kv.keys, kv.values, kv.block_size, tables, memory)
+
+    def logits(self, shape: tuple[int, int]) -> Tensor:
+        """float32, good until the next step."""
+        if self._logits_shape != shape:
+            self._logits, self._logits_shape = torch.empty(shape), shape
+        return self._logits
+
+    def routing(self, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Room for ids and gate weights, `[routes, tokens, k]`, good until the next step."""
+        if self._routing_shape != shape:
+            self._expert_ids, self._gate_weights = new_routing(shape)
+            self._routing_shape = shape
+        return self._expert_ids, self._gate_weights
+
+    def place(self, buffers: Mapping[str, tuple[int, bool]], tokens: int) -> list[int]:
+        """Lay buffers out in the arena for so many tokens, and return their addresses; see `Program.buffers`."""
+        starts, size = [], 0
+        for width, is_wide in buffers.values():
+            starts.append(size)
+            nbytes = tokens * width * (4 if is_wide else self.dtype.itemsize)
+            size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        if self.arena.nbytes < size + _ALIGNMENT:
+            self.arena = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        base = -(-self.arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        return [base + start for start in starts]
+
+
+def new_routing(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Room for ids and gate weights that the caller keeps."""
+    return torch.empty(shape, dtype=torch.int64), torch.empty(shape)
