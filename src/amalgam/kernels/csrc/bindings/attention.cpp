@@ -1,4 +1,4 @@
-// Exposes attention to Python; called by module.cpp. amalgam/kernels/attention.py has checked the tensors.
+// Exposes attention to Python; called by module.cpp. amalgam/kernels/backends/cpu/attention.py has checked the tensors.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 

@@ -1,6 +1,6 @@
 // The extension module amalgam._native: exposes the kernels of every instruction set to Python.
 //
-// Arrays come in as addresses; amalgam/kernels/native.py has checked device, layout, type and sizes.
+// Arrays come in as addresses; amalgam/kernels/backends/cpu has checked device, layout, type and sizes.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>

@@ -1,6 +1,6 @@
 // Exposes a step in one call to Python; called by module.cpp. What instructions read comes as arrays, whose types and
 // shapes are checked here, once, and which the program keeps alive; what a step reads and writes comes as addresses,
-// because looking at an array takes time. amalgam/kernels/backends/cpu.py makes and checks those.
+// because looking at an array takes time. amalgam/kernels/backends/cpu/program.py makes and checks those.
 #include "step/step.h"
 
 #include <nanobind/nanobind.h>
