@@ -29,9 +29,9 @@ from typing import Any, NoReturn, overload
 
 import torch
 
+from amalgam.base.folders import member
 from amalgam.checkpoint.safetensors_header import MAX_ELEMENTS, TensorEntry, check_ranges
 from amalgam.checkpoint.shards import MappedShard, identify
-from amalgam.checkpoint.source import member
 from amalgam.errors import CheckpointError, describe
 
 SUFFIX = ".gguf"

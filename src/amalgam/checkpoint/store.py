@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 import torch
 
+from amalgam.base.folders import member, read_json
 from amalgam.checkpoint.gguf import SUFFIX as GGUF_SUFFIX
 from amalgam.checkpoint.gguf import GgufShard, list_split, open_split
 from amalgam.checkpoint.safetensors_header import TensorEntry
 from amalgam.checkpoint.shards import Identity, PickleShard, SafetensorsShard, Shard, identify
-from amalgam.checkpoint.source import member, read_json
 from amalgam.errors import CheckpointError, describe
 
 __all__ = ["TensorEntry", "TensorStore"]

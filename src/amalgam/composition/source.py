@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from amalgam.base.collector import collector_paused
+from amalgam.base.folders import is_present, read_json
+from amalgam.checkpoint.hub import resolve
 from amalgam.checkpoint.shards import Identity
-from amalgam.checkpoint.source import is_present, read_json, resolve
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.recognition import group_parts, recognise
 from amalgam.errors import UnsupportedError

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amalgam.checkpoint.source import is_present, read_json
+from amalgam.base.folders import is_present, read_json
 from amalgam.engine.request import SamplingParams
 from amalgam.errors import RequestError, describe
 

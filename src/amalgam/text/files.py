@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 import orjson
 
+from amalgam.base.folders import member, member_folder
 from amalgam.base.strict_json import read_json_object
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.text.chat import DEFAULT
@@ -347,8 +348,6 @@ def _read_with_transformers(folder: Path) -> TokenizerParts:
 
 def _check_links(folder: Path) -> None:
     """Raise CheckpointError if a file that is read, here or by transformers, lies outside of the folder."""
-    from amalgam.checkpoint.source import member, member_folder  # with torch
-
     files: Sequence[Path] = sorted({file for pattern in _READ for file in folder.glob(pattern)})
     for file in files:
         member(folder if file.parent == folder else member_folder(folder, file.parent.name), file.name)

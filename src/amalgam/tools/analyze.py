@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from amalgam.base.collector import collector_paused
-from amalgam.checkpoint import TensorStore, read_json, resolve
-from amalgam.checkpoint.source import is_present
+from amalgam.base.folders import is_present, read_json
+from amalgam.checkpoint import TensorStore, resolve
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
 from amalgam.composition.check import is_surplus_bias
 from amalgam.composition.recognition import fitting, group_names, group_parts, recognise

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from amalgam.checkpoint.source import member, member_folder
+from amalgam.base.folders import member, member_folder
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.errors import AmalgamError

@@ -21,7 +21,7 @@ import torch
 
 from amalgam.base.files import new_folder
 from amalgam.base.locks import FileLock, clean_up
-from amalgam.checkpoint.source import resolve
+from amalgam.checkpoint.hub import resolve
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.check import HEAD, check_leftovers
 from amalgam.composition.planned import oriented

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from amalgam.checkpoint.source import is_present, read_json
+from amalgam.base.folders import is_present, read_json
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.formats.declared.keys import TRANSFORMS_OF_A_MODEL
 from amalgam.formats.declared.methods import METHODS
