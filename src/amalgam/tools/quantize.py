@@ -128,7 +128,7 @@ def quantize_checkpoint(
     report.left_out_tensors = left_out_tensors(source, {*slots, *report.carried})
     if source.config.get(_DRAFTS_KEY) and _drafts(report.left_out_tensors, spec):
         report.config_changes[_DRAFTS_KEY] = 0
-    writer = _Quantizer(source, weight_format, options, report, progress)
+    writer = _QuantizedTensors(source, weight_format, options, report, progress)
     drafts = _drafts(report.carried, spec)
     with new_folder(out_folder, lock) as temporary:
         write_checkpoint(temporary, writer.tensors(slots))
@@ -201,7 +201,7 @@ def ensure_derived(settings: Settings, progress: Progress | None = None) -> list
     return reports
 
 
-class _Quantizer:
+class _QuantizedTensors:
     """Quantizes weight by weight while they are written, and remembers how."""
 
     def __init__(
