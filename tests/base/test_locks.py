@@ -31,7 +31,6 @@ HOLD = """
 import sys
 from pathlib import Path
 from amalgam.base.locks import FileLock, create_locked, temporary_folder
-from tests.errors import raises
 
 target, kind = Path(sys.argv[1]), sys.argv[2]
 if kind == "file":
