@@ -22,8 +22,8 @@ setup: $(INSTALLED) ## install into .venv and build the native kernels
 serve: $(INSTALLED) ## serve the demo model (CONFIG=FILE for another one, ARGS="--port 9000" for flags)
 	$(BIN)/python main.py --config $(CONFIG) $(ARGS)
 
-test: $(INSTALLED_DEV) ## run the tests (ARGS="-k name" for some of them)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED_DEV) ## run the tests on up to four cores (ARGS="-k name" for some, "-n 0 --pdb" to look into one)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED_DEV) ## formatting, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.tools.quantize import quantize_checkpoint
@@ -24,6 +27,20 @@ model:
       "model.layers.*.mlp.experts.{{0-3}}.*": fp8
       "model.layers.0.mlp.experts.0.down_proj.weight": base
 """
+
+
+def pytest_configure() -> None:
+    """One thread computes, here and in processes of tests: several of them share the cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def use_threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads compute."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

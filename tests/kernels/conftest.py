@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
 from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS
 from amalgam.kernels.backends.cpu import extension
@@ -30,10 +29,3 @@ def isa(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> str:
     """Each instruction set in turn, in use."""
     use_isa(request.param)
     return str(request.param)
-
-
-@pytest.fixture
-def use_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -23,13 +23,6 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set in turn, in use; skips where the processor or the build lacks it."""
     use_isa(monkeypatch, request.param)
     return str(request.param)
-
-
-@pytest.fixture
-def use_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def use_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -509,3 +509,16 @@ def test_the_reference_runs_the_same_program_and_shows_it(family: str, tmp_path:
     assert {shape for kind, shape in seen if kind == "Mix"} == {
         (tokens, decoder.spec.hidden_size) for tokens in (5, 12, 6, 1, 2)
     }
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt2"])
+def test_a_step_is_the_same_on_any_number_of_threads(
+    name: str, tmp_path: Path, use_threads: Callable[[int], None]
+) -> None:
+    save_tiny(FAMILIES[name], tmp_path)
+    steps = []
+    for threads in (1, 2, 3):
+        use_threads(threads)
+        steps.append(Runner(*load_model(tmp_path)).step({0: list(range(3, 43)), 1: [5]}))
+    for step in steps[1:]:
+        assert all(torch.equal(step[index], steps[0][index]) for index in (0, 1))
