@@ -131,7 +131,7 @@ def test_a_wait_can_be_ended(tmp_path: Path, hold: Hold) -> None:
 
 def test_many_take_turns_and_never_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each release removes the lock's file, so that those who have opened it must look again."""
-    monkeypatch.setattr(locks, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.0)
     num_inside, worst, turns = 0, 0, []
 
     def work(number: int) -> None:

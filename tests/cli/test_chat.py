@@ -167,15 +167,15 @@ def test_no_template_is_said_before_the_first_message(
 def test_the_history_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("prompt_toolkit")
     file = tmp_path / "state" / "amalgam" / "chat_history"
-    history = chat_input._private_history(file)
+    history = chat_input.private_history(file)
     for text in ("one", "two\nlines", "月", "lone \udcff"):
         history.store_string(text)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     file.write_bytes(file.read_bytes() + b"\xff broken\n[1]\n")
     assert list(history.load_history_strings()) == ["lone \udcff", "月", "two\nlines", "one"]
-    monkeypatch.setattr(chat_input, "_MAX_HISTORY_BYTES", 40)
+    monkeypatch.setattr(chat_input, "MAX_HISTORY_BYTES", 40)
     assert 0 < len(list(history.load_history_strings())) < 4
-    nowhere = chat_input._private_history(Path("/dev/null/history"))
+    nowhere = chat_input.private_history(Path("/dev/null/history"))
     nowhere.store_string("x")
     assert list(nowhere.load_history_strings()) == []
 

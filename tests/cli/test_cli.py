@@ -74,7 +74,7 @@ from amalgam.cli import serve
 def libraries():
     return {n for n, m in sys.modules.items() if isinstance(getattr(m, "__loader__", None), ExtensionFileLoader)}
 
-serve._begin_to_load_torch()
+serve.begin_to_load_torch()
 before = libraries()
 import amalgam.server.app
 assert "torch" not in sys.modules
@@ -96,7 +96,7 @@ def test_loading_torch_ahead_may_fail(is_there: bool, tmp_path: Path, monkeypatc
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", recorded)
-    serve._begin_to_load_torch()
+    serve.begin_to_load_torch()
     for thread in started:
         thread.join()
     assert len(started) == is_there

@@ -163,7 +163,7 @@ def in_row(row: int) -> Callable[[Tensor], Tensor]:
 def test_a_tied_config_beside_a_head_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor], chunk: int
 ) -> None:
-    monkeypatch.setattr(tied_head, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(tied_head, "CHUNK_BYTES", chunk)
     folder = tmp_path / "tied"
     save_tiny(FAMILY, folder, tie_word_embeddings=True)
     expected = logits(folder)

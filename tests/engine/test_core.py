@@ -20,6 +20,7 @@ from tokenizers import decoders, models
 
 from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.request import FinishReason, Observation, SamplingParams
+from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.text.parts import TokenizerParts
@@ -585,7 +586,7 @@ class TestFailures:
     def test_an_error_of_the_loop_itself_answers_everyone(self, make_engine, submit, monkeypatch):
         engine = make_engine(starts=False)
         outputs = [submit(engine, [5]), submit(engine, [6])]
-        monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 / 0)
+        monkeypatch.setattr(Scheduler, "schedule", lambda scheduler: 1 / 0)
         engine.start()
         assert all(isinstance(output.last().error, UnavailableError) for output in outputs)
         wait_until(lambda: not engine.status().is_alive)

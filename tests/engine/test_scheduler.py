@@ -293,10 +293,11 @@ def test_proposals_take_no_tokens_or_blocks_from_others():
 def test_any_traffic_gets_the_right_tokens_and_leaves_nothing_behind(seed, is_guessing):
     """Hundreds of requests that come, leave early, and share a pool that is far too small, over changing versions."""
     rng = random.Random(seed)
+    num_blocks, max_batch_size, max_step_tokens = rng.randint(8, 30), rng.randint(1, 12), rng.randint(1, 40)
     scheduler = make_scheduler(
-        num_blocks=rng.randint(8, 30),
-        max_batch_size=rng.randint(1, 12),
-        max_step_tokens=rng.randint(1, 40),
+        num_blocks=num_blocks,
+        max_batch_size=max_batch_size,
+        max_step_tokens=max_step_tokens,
         max_sequence_tokens=rng.randint(20, 100),
         propose=guesses(rng) if is_guessing else None,
     )
@@ -318,8 +319,8 @@ def test_any_traffic_gets_the_right_tokens_and_leaves_nothing_behind(seed, is_gu
             scheduler.version = make_version(scheduler.version.version_id + 1)
         plan = simulation.step()
         if plan is not None:
-            assert sum(item.num_tokens for item in plan.scheduled) <= scheduler._max_step_tokens
-            assert len(scheduler.running) <= scheduler._max_batch_size
+            assert sum(item.num_tokens for item in plan.scheduled) <= max_step_tokens
+            assert len(scheduler.running) <= max_batch_size
             assert {item.request.request_id for item in plan.scheduled}.isdisjoint(cancelled)
         elif len(requests) == 250:
             break

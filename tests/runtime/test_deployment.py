@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from amalgam.base.locks import FileLock
+from amalgam.composition.loader import ModelLoader
 from amalgam.composition.source import Source
 from amalgam.config.settings import build_settings, load_settings
 from amalgam.engine.request import Generation, SamplingParams
@@ -152,14 +153,14 @@ def test_a_bad_mapping_changes_nothing(deployment: Deployment, mapping: dict[str
 
 def test_the_second_of_two_remaps_is_refused(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, leave = threading.Event(), threading.Event()
-    build = deployment._loader.build
+    build = ModelLoader.build
 
     def slow(*args: object, **kwargs: object) -> object:
         entered.set()
         leave.wait(10)
         return build(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(deployment._loader, "build", slow)
+    monkeypatch.setattr(ModelLoader, "build", slow)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(deployment.update_weight_mapping, {EXPERTS: "fp8"})
         entered.wait(10)

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from amalgam.config.settings import build_settings, load_settings
+from amalgam.engine.runner import Runner
 from amalgam.llm import open_deployment
 from amalgam.runtime.deployment import Deployment
 from tests.server.conftest import serving, wait_until
@@ -104,19 +105,19 @@ def test_leaving_frees_the_engine(
 ) -> None:
     client, deployment = demo
     engine, num_steps, is_cancelled = deployment.engine, count(1), threading.Event()
-    execute, cancel, is_held = engine._runner.execute, engine.cancel, threading.Event()
+    execute, cancel, is_held = Runner.execute, engine.cancel, threading.Event()
 
-    def held_execute(plan: Any) -> Any:
+    def held_execute(runner: Runner, plan: Any) -> Any:
         if next(num_steps) == 4:  # the answer cannot end before the client has left
             is_held.set()
             assert is_cancelled.wait(60)
-        return execute(plan)
+        return execute(runner, plan)
 
     def noted_cancel(request_id: int) -> None:
         cancel(request_id)
         is_cancelled.set()
 
-    monkeypatch.setattr(engine._runner, "execute", held_execute)
+    monkeypatch.setattr(Runner, "execute", held_execute)
     monkeypatch.setattr(engine, "cancel", noted_cancel)
     body = {"prompt": PROMPTS[0], "temperature": 0, "stream": is_stream}
     with closing(HTTPConnection(client.base_url.netloc.decode(), timeout=60)) as leaver:

@@ -175,14 +175,14 @@ def test_a_prompt_that_cannot_fit_is_not_tokenized(monkeypatch: pytest.MonkeyPat
 
 def test_what_the_bound_lets_pass_ends_with_the_piece_that_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     long, num_chars = tokenizer(byte_level()), 0
-    begun = text_pieces._Piece.__init__
+    begun = text_pieces.Piece.__init__
 
     def count(self: Any, backend: Any, prompt: str, start: int, length: int) -> None:
         nonlocal num_chars
         num_chars += length
         begun(self, backend, prompt, start, length)
 
-    monkeypatch.setattr(text_pieces._Piece, "__init__", count)
+    monkeypatch.setattr(text_pieces.Piece, "__init__", count)
     with raises(PromptTooLongError, 15_001):
         long.encode("x, " * (10 * PIECE), max_tokens=15_000)
     assert num_chars < 20 * PIECE

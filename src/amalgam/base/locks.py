@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-_POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2
 _MAX_HOLDER_BYTES = 512
 _RANDOM_BYTES = 8
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF}
@@ -80,7 +80,7 @@ class FileLock:
         """
         while not self.try_acquire():
             wait()
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def release(self) -> None:
         """Let others have it. Harmless when repeated."""

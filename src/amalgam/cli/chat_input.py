@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PROMPT = "> "
 MAX_LINE_BYTES = 4 * 2**20
-_MAX_HISTORY_BYTES = 2**20
+MAX_HISTORY_BYTES = 2**20
 _CONTINUATION = "\\"
 
 
@@ -106,7 +106,7 @@ class _Terminal:
         from prompt_toolkit.output.vt100 import Vt100_Output
 
         self.is_interactive = True
-        history = InMemoryHistory() if history_file is None else _private_history(history_file)
+        history = InMemoryHistory() if history_file is None else private_history(history_file)
         output = create_output(sys.stdout)
         if isinstance(output, Vt100_Output):
             # Where the cursor is matters to menus only, and terminals that do not tell would get a warning.
@@ -162,7 +162,7 @@ class _Terminal:
         return bindings
 
 
-def _private_history(file: Path) -> History:
+def private_history(file: Path) -> History:
     from prompt_toolkit.history import History
 
     class PrivateHistory(History):
@@ -170,7 +170,7 @@ def _private_history(file: Path) -> History:
 
         def load_history_strings(self) -> Iterator[str]:
             with contextlib.suppress(OSError), file.open("rb") as stream:
-                stream.seek(max(0, os.fstat(stream.fileno()).st_size - _MAX_HISTORY_BYTES))
+                stream.seek(max(0, os.fstat(stream.fileno()).st_size - MAX_HISTORY_BYTES))
                 for line in reversed(stream.read().splitlines()):  # the newest comes first
                     with contextlib.suppress(ValueError):
                         if isinstance(text := json.loads(line), str):

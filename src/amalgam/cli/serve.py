@@ -30,7 +30,7 @@ def command(settings: Settings) -> int:
     gc.disable()
     stopping = threading.Event()
     try:
-        _begin_to_load_torch()
+        begin_to_load_torch()
         from amalgam.server.app import run
 
         def load() -> Deployment:
@@ -62,7 +62,7 @@ def _progress_bar() -> contextlib.AbstractContextManager[Progress | None]:
     return progress_bar()
 
 
-def _begin_to_load_torch() -> None:
+def begin_to_load_torch() -> None:
     """Have torch's largest library loaded in a thread, which needs no lock of the interpreter meanwhile.
 
     It is a quarter of torch's import, which then finds it there, or loads it itself if this has not worked. Python 3.11

@@ -11,7 +11,7 @@ from amalgam.errors import CheckpointError
 from amalgam.formats.contract import StoredWeight
 from amalgam.formats.fused import lines_of
 
-_CHUNK_BYTES, _CHUNK_ROWS = 2**22, 1024
+CHUNK_BYTES, CHUNK_ROWS = 2**22, 1024
 
 
 def check_tied_head(source: Source, embedding: str, head: str, *, may_be_rounded: bool) -> None:
@@ -54,7 +54,7 @@ def _have_same_values(source: Source, one: StoredWeight, other: StoredWeight) ->
             if not torch.equal(*(source.read(part) for part in pair)):
                 return False
             continue
-        lines = max(1, _CHUNK_BYTES * pair[0].shape[0] // max(1, pair[0].nbytes))
+        lines = max(1, CHUNK_BYTES * pair[0].shape[0] // max(1, pair[0].nbytes))
         for start in range(0, pair[0].shape[0], lines):
             stop = min(start + lines, pair[0].shape[0])
             first, second = (source.read(lines_of(part, start, stop)) for part in pair)
@@ -73,8 +73,8 @@ def _have_same_rounded_values(source: Source, one: StoredWeight, other: StoredWe
     """Whether two matrices are one, each rounded in its own way."""
     if one.shape != other.shape:
         return False
-    for start in range(0, one.shape[0], _CHUNK_ROWS):
-        run = range(start, min(start + _CHUNK_ROWS, one.shape[0]))
+    for start in range(0, one.shape[0], CHUNK_ROWS):
+        run = range(start, min(start + CHUNK_ROWS, one.shape[0]))
         values = [source.rows(stored, [run]) for stored in (one, other)]
         rounding = [rounding_of(stored, part) for stored, part in zip((one, other), values, strict=True)]
         if not compare(*values, *rounding).is_same:

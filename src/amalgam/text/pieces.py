@@ -29,12 +29,12 @@ _COMPLETE_SPLITS = {"ByteLevel", "Metaspace", "Digits", "UnicodeScripts"}
 
 def token_ids_by_piece(backend: Any, text: str) -> Iterator[list[int]]:
     """The ids of a text without the tokens around it, in portions that together are those of the whole text."""
-    piece, first = _Piece(backend, text, 0, PIECE_CHARS), 0
+    piece, first = Piece(backend, text, 0, PIECE_CHARS), 0
     while piece.end < len(text):
         joint = _next_piece(backend, text, piece)
         if joint is None:
             cut = piece.starts[first]
-            piece = _Piece(backend, text, piece.start, 2 * (piece.end - piece.start))
+            piece = Piece(backend, text, piece.start, 2 * (piece.end - piece.start))
             first = bisect_left(piece.starts, cut)
             continue
         yield piece.ids[first : joint[1]]
@@ -42,7 +42,7 @@ def token_ids_by_piece(backend: Any, text: str) -> Iterator[list[int]]:
     yield piece.ids[first:]
 
 
-class _Piece:
+class Piece:
     """Tokens of a part of a text; `starts` and `ends` are their places in the text."""
 
     def __init__(self, backend: Any, text: str, start: int, num_chars: int) -> None:
@@ -63,13 +63,13 @@ class _Piece:
         return index == 0 or self.starts[index] >= self.ends[index - 1]
 
 
-def _next_piece(backend: Any, text: str, piece: _Piece) -> tuple[_Piece, int, int] | None:
+def _next_piece(backend: Any, text: str, piece: Piece) -> tuple[Piece, int, int] | None:
     """The piece after `piece`, and the token of each from which on the later one is right; None if there is none."""
     index = bisect_left(piece.starts, piece.end - OVERLAP_CHARS, lo=1)
     tried = 0
     while index < len(piece.ids) and tried < _NUM_STARTS:
         if piece.begins_character(index) and piece.starts[index] > piece.start:
-            following = _Piece(backend, text, piece.starts[index], piece.end - piece.start)
+            following = Piece(backend, text, piece.starts[index], piece.end - piece.start)
             if (joint := _joint(piece, index, following)) is not None:
                 return (following, *joint)
             tried += 1
@@ -77,7 +77,7 @@ def _next_piece(backend: Any, text: str, piece: _Piece) -> tuple[_Piece, int, in
     return None
 
 
-def _joint(piece: _Piece, index: int, following: _Piece) -> tuple[int, int] | None:
+def _joint(piece: Piece, index: int, following: Piece) -> tuple[int, int] | None:
     """Where to cut two pieces: the middle of the first row of tokens, from `index` on, that they have in common."""
     other = num_agreed = 0
     while index < len(piece.ids) and other < len(following.ids):
