@@ -14,37 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from engines import CONTESTANTS, Engine, exit_on_signals, running
+
 from amalgam.tools.bench import commit, hardware
 
-CONTESTANTS = Path(__file__).parent / "contestants"
 SCENARIOS = (("prompt", 128), ("prompt", 512), ("decode", 1), ("decode", 8), ("decode", 16))
 TORCH = "torch==2.13.0"
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How to start a contestant: a script, its argument, and the environment that it runs in (ours if empty).
-
-    Attributes:
-        options: further arguments, as they are.
-        extra: scenarios that only it answers.
-    """
-
-    script: str
-    argument: str
-    environment: str = ""
-    options: tuple[str, ...] = ()
-    extra: tuple[tuple[str, int], ...] = ()
 
 
 def ours(weights: str, *extra: tuple[str, int], options: tuple[str, ...] = ()) -> Engine:
@@ -88,71 +71,6 @@ class Timings:
 
     def add(self, scenario: str, size: int, seconds: float) -> None:
         self.seconds.setdefault(f"{scenario} {size}", []).append(seconds)
-
-
-class Contestant:
-    """A running engine that is stopped unless it is asked."""
-
-    def __init__(self, engine: Engine, folder: Path) -> None:
-        self._name = " ".join((engine.script, engine.argument, *engine.options))
-        log = folder / f"{self._name.replace('/', '-').replace(' ', '-')}.log"
-        model = folder / engine.argument
-        environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
-        environment.pop("PYTHONPATH", None)
-        python = str(folder / engine.environment / "bin/python") if engine.environment else sys.executable
-        self._process = subprocess.Popen(
-            [
-                python,
-                str(CONTESTANTS / engine.script),
-                str(model) if engine.environment else engine.argument,
-                *engine.options,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        if (first := self._reply()) != "ready":
-            self.close()
-            raise RuntimeError(f"{self._name}: {first or 'died'}; see {log}")
-        self._signal(signal.SIGSTOP)
-
-    def ask(self, scenario: str, size: int) -> float:
-        assert self._process.stdin is not None
-        self._signal(signal.SIGCONT)
-        try:
-            self._process.stdin.write(f"{scenario} {size}\n")
-            self._process.stdin.flush()
-            reply = self._reply()
-            if not reply:
-                raise RuntimeError(f"{self._name} died at {scenario} {size}; its log is in the folder")
-            return float(reply)
-        finally:
-            self._signal(signal.SIGSTOP)
-
-    def close(self) -> None:
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-
-    def _reply(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, number)
-
-
-@contextmanager
-def running(engines: dict[str, Engine], folder: Path) -> Iterator[dict[str, Contestant]]:
-    with ExitStack() as cleanup:
-        contestants = {}
-        for name, engine in engines.items():
-            contestants[name] = Contestant(engine, folder)
-            cleanup.callback(contestants[name].close)
-        yield contestants
 
 
 def compare(engines: dict[str, Engine], folder: Path, rounds: int) -> list[Timings]:
@@ -272,6 +190,7 @@ def main() -> int:
     parser.add_argument("--without", nargs="+", choices=("llama", "transformers", "vllm"), default=[])
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    exit_on_signals()
     names = [
         name
         for name in arguments.only
