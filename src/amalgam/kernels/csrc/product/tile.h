@@ -78,8 +78,8 @@ using TileFunction = void (*)(const Run&, const TileRows&, float* y);
 
 // The seam for matrix units: the tile function for M rows and lines of format F, and the most rows of a tile of F. Null
 // and 0 are the vector loops of tiles.h, with up to kTileRows rows; the header of an instruction set specialises both
-// where it has something better, behind its primitives (docs/extending.md has an example). A function must give a row
-// the same bits for every M and for every cut of its chunks into runs.
+// where it has something better, behind its primitives (docs/extending.md has an example). A row must get the same bits
+// for every M, those left to the vector loops included, and for every cut of its chunks into runs.
 template <class F, int M>
 constexpr TileFunction kOwnTile = nullptr;
 template <class F>
