@@ -18,6 +18,7 @@ from amalgam.kernels.backends.cpu import mapped, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import dense as pack
+from amalgam.kernels.layouts import pack_nibbles
 from amalgam.kernels.packed import Layout, PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
@@ -112,11 +113,11 @@ def test_asymmetric_int4_and_activation_order(tmp_path: Path) -> None:
     zeros = torch.randint(0, 16, (rows, columns // group), dtype=torch.uint8)
     scale = torch.rand(rows, columns // group) + 0.5
     index = torch.randperm(columns).to(torch.int32) // group
-    packed_zeros = reference.pack_nibbles(zeros.t().contiguous()).view(torch.int32).t().contiguous()
+    packed_zeros = pack_nibbles(zeros.t().contiguous()).view(torch.int32).t().contiguous()
     write_checkpoint(
         tmp_path,
         [
-            ("x.weight_packed", reference.pack_nibbles(values).view(torch.int32)),
+            ("x.weight_packed", pack_nibbles(values).view(torch.int32)),
             ("x.weight_scale", scale),
             ("x.weight_zero_point", packed_zeros),
             ("x.weight_g_idx", index),

@@ -47,9 +47,9 @@ class CpuBackend:
                 for t in pair
             ):
                 raise ValueError(f"rotary tables of {[(t.dtype, tuple(t.shape)) for t in pair]}")
-        program = _with_prepared_experts(program)
         if self._dtype not in extension.FLOAT_TYPES or len({route.k for route in program.routes}) > 1:
             return self.interpret(program, tables)
+        program = _with_prepared_experts(program)
         return CpuProgram(self._workspace, tables, Encoder(program, self._dtype, self._latent))
 
     def interpret(self, program: Program, tables: Tables) -> Interpreted:
