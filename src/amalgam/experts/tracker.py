@@ -128,9 +128,8 @@ class ExpertTracker:
         routing, self._routing_of_all = self._routing_of_all, None
         if routing is None:
             routing = self._layer_by_layer(spans)
-        elif not routing[
-            0
-        ].is_cpu:  # a captured graph writes to the same tensors again; on the CPU each step has its own
+        elif not routing[0].is_cpu:
+            # A captured graph writes to the same tensors again; on the CPU each step has its own.
             routing = routing[0].clone(), routing[1].clone()
         num_rows = routing[0].shape[1]
         with self._lock:
@@ -310,7 +309,7 @@ class ExpertTracker:
             )
 
     def autosave_to(self, path: Path) -> None:
-        """Go on from the statistics in a file, if there is one, and write them to it now and then and at the end.
+        """Go on from the statistics in a file, if there is one, and save them in it at intervals and at the end.
 
         Raises:
             CheckpointError: the file is damaged.
