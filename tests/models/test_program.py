@@ -320,7 +320,7 @@ def test_a_version_is_compiled_once_and_forgotten_with_it(tmp_path: Path) -> Non
     compiled = decoder.compile(version)
     step_logits(decoder, version)
     assert decoder.compile(version) is compiled
-    backend = decoder._backend
+    backend = decoder.backend
     assert isinstance(backend, CpuBackend)
     assert len(backend._latent) == decoder.spec.num_layers
     shared = with_slots(version)
@@ -396,7 +396,7 @@ def encoder_of(decoder: Decoder, version: WeightVersion) -> Encoder:
     program = Program(
         tuple(
             replace(one, experts=prepare_experts(one.experts)) if isinstance(one, Mix) else one
-            for one in emit(decoder.spec, version, tuple(decoder._ropes)).instructions
+            for one in emit(decoder.spec, version, tuple(decoder.ropes)).instructions
         )
     )
     return Encoder(program, decoder.dtype, weakref.WeakKeyDictionary())
@@ -434,7 +434,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     kv = KVCache.allocate(decoder.spec, 2, 16, torch.float32, CPU)
     sequence = StepSequence([1, 2, 3], 0, [0], 1)
     decoder.forward(StepContext([sequence], kv), version)
-    program = emit(decoder.spec, version, tuple(decoder._ropes))
+    program = emit(decoder.spec, version, tuple(decoder.ropes))
     (cos, sin), *_ = decoder.tables
     for tables in ([(cos, sin[:, :-1])], [(cos.double(), sin.double())]):
         with raises(ValueError):
@@ -503,7 +503,7 @@ def test_the_reference_runs_the_same_program_and_shows_it(family: str, tmp_path:
     assert set(reference.compile(version).describe().values()) == {"torch (cpu)"}
     for one, other in zip(step_logits(decoder, version), step_logits(reference, version), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
-    program = emit(decoder.spec, version, tuple(decoder._ropes))
+    program = emit(decoder.spec, version, tuple(decoder.ropes))
     kinds = [type(one).__name__ for one in program.instructions if isinstance(one, Project | Mix)]
     assert [kind for kind, _ in seen] == kinds * 5  # steps with tokens
     assert {shape for kind, shape in seen if kind == "Mix"} == {

@@ -41,16 +41,16 @@ class Decoder:
         self.spec = spec
         self.dtype = dtype
         self.device = device
-        self._ropes = ropes_of(spec)
-        self.tables = [rope.tables(max_positions, device) for rope in self._ropes]
-        self._backend = choose(dtype, device)
+        self.ropes = ropes_of(spec)
+        self.tables = [rope.tables(max_positions, device) for rope in self.ropes]
+        self.backend = choose(dtype, device)
         self._compiled: WeakKeyDictionary[WeightVersion, Compiled] = WeakKeyDictionary()
 
     def compile(self, weights: WeightVersion) -> Compiled:
         """Make a version ready to run. To be called before it goes live: that takes longer than a step."""
         compiled = self._compiled.get(weights)
         if compiled is None:
-            compiled = self._backend.compile(emit(self.spec, weights, self._ropes), self.tables)
+            compiled = self.backend.compile(emit(self.spec, weights, self.ropes), self.tables)
             self._compiled[weights] = compiled
         return compiled
 
