@@ -30,9 +30,11 @@ model:
 
 
 def pytest_configure() -> None:
-    """One thread computes, here and in processes of tests: several of them share the cores."""
+    """The same everywhere: one thread computes, since several processes share the cores, and no terminal has a size."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
