@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, load_settings
 from amalgam.engine.request import SamplingParams
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.step import StepContext, StepSequence
-from amalgam.llm import open_deployment
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache
+from amalgam.runtime.opening import open_deployment
 from amalgam.tools.bench import commit
-from amalgam.tools.quantize import quantize_checkpoint
 
 DEMO = Path(__file__).parent.parent / "models/demo"
 CPU = torch.device("cpu")

@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--page-rounds", type=int, default=10, help="of four updates each")
     arguments = parser.parse_args()
     deployment = LargeDeployment()
-    tracker: ExpertTracker = deployment.observer
+    tracker: ExpertTracker = deployment.tracker
     results = []
     with serving(fake_settings(port=0), lambda: deployment) as url, httpx.Client(base_url=url, timeout=60) as client:
         wait_until(lambda: client.get("/ready").status_code == 200)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.tools.quantize import quantize_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo"

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from amalgam import LLM, SamplingParams
 from amalgam.checkpoint import TensorStore
 from amalgam.cli import app
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.text.tokenizer import Tokenizer
-from amalgam.tools.quantize import quantize_checkpoint
 from tests.models.gguf_writer import KIND, write_gguf
 from tests.text.test_gguf import TEXTS
 from tests.text.tokenizer_metadata import metadata_of

@@ -1,6 +1,6 @@
 """The same engine without a server: `from amalgam import LLM, SamplingParams`.
 
-Also where a deployment gets its surroundings, for every front end: derived sources made, experts watched.
+In: a configuration, prompts. Out: answers. Must never know: how a deployment is made.
 """
 
 from __future__ import annotations
@@ -11,51 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import Settings, load_settings
+from amalgam.config.settings import load_settings
 from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
-from amalgam.errors import AmalgamError, ConfigError
-from amalgam.experts.overview import build_overview, drift
+from amalgam.errors import ConfigError
 from amalgam.experts.saved.files import save
-from amalgam.experts.tracker import ExpertTracker
-from amalgam.models.spec import ModelSpec
-from amalgam.runtime.deployment import Deployment, RemapResult
-from amalgam.tools.quantize import ensure_derived
-
-
-def open_deployment(settings: Settings, progress: Progress | None = None) -> Deployment:
-    """Make the sources that are to be derived, load the model and watch its experts.
-
-    Raises:
-        AmalgamError: whatever is wrong with settings, checkpoints or plan.
-    """
-
-    def tracker(spec: ModelSpec) -> ExpertTracker:
-        model = settings.model.name or Path(settings.model.base_path).name
-        result = ExpertTracker(
-            spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics, model=model
-        )
-        if settings.statistics.reference:
-            _check_reference(result)
-        if settings.statistics.file:
-            result.autosave_to(Path(settings.statistics.file))
-        return result
-
-    ensure_derived(settings, progress)
-    return Deployment.open(settings, tracker if settings.statistics.enabled else None, progress)
-
-
-def _check_reference(tracker: ExpertTracker) -> None:
-    """
-    Raises:
-        ConfigError: `statistics.reference` cannot be used.
-    """
-    try:
-        drift(tracker)  # reads the reference and keeps it: the first answer would be too late to refuse it
-    except AmalgamError as error:
-        raise ConfigError(
-            f"statistics.reference is {tracker.settings.reference!r}, which cannot be used. {error.what}",
-            remedy="Name a saved set of this model, or leave it out to compare with what was counted since the start.",
-        ) from None
+from amalgam.runtime.changes import RemapResult
+from amalgam.runtime.opening import open_deployment
+from amalgam.runtime.statistics import ExpertStatistics
 
 
 class LLM:
@@ -147,7 +109,7 @@ class LLM:
         Raises:
             ConfigError: the model has no experts, or statistics are switched off.
         """
-        return build_overview(self._tracker(), self._deployment.version, minutes).as_json(top_k)
+        return self._statistics().overview(minutes, top_k)
 
     def save_expert_stats(self, path: str | Path) -> None:
         """Write a saved set, to compare, to merge, or as `statistics.reference`: safetensors, or .npz if named so.
@@ -155,17 +117,16 @@ class LLM:
         Raises:
             ConfigError: the model has no experts, or statistics are switched off.
         """
-        save(self._tracker().saved_set(), Path(path))
+        save(self._statistics().saved_set(), Path(path))
 
     def model_info(self) -> dict[str, Any]:
         """Architecture, sizes, sources, precisions and memory; the answer of `GET /model_info`."""
         return self._deployment.model_info()
 
-    def _tracker(self) -> ExpertTracker:
-        tracker = self._deployment.observer
-        if not isinstance(tracker, ExpertTracker):
+    def _statistics(self) -> ExpertStatistics:
+        if self._deployment.statistics is None:
             raise ConfigError("This model's experts are not counted: it has none, or statistics.enabled is false.")
-        return tracker
+        return self._deployment.statistics
 
     def close(self) -> None:
         """Stop the engine and free the weights."""

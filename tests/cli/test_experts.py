@@ -25,8 +25,8 @@ from amalgam.config.settings import build_settings
 from amalgam.experts.overview import build_overview
 from amalgam.experts.saved.files import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.llm import open_deployment
 from amalgam.models.routing import TokenSpan
+from amalgam.runtime.opening import open_deployment
 
 SHADES = set("·░▒▓█")
 
@@ -256,7 +256,7 @@ def test_combinations_without_effect_are_refused(
     def open_nothing(*_: Any) -> None:
         raise AssertionError("it is refused before the model is loaded")
 
-    monkeypatch.setattr("amalgam.llm.open_deployment", open_nothing)
+    monkeypatch.setattr("amalgam.runtime.opening.open_deployment", open_nothing)
     arguments, message = MISTAKES[case]
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from tests.conftest import DEMO
 from tests.errors import raises
 from tests.server.conftest import wait_until
 
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.errors import ConflictError
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.tools.quantize import quantize_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -91,32 +90,3 @@ def test_a_second_process_is_refused_and_what_a_killed_one_has_left_goes(tmp_pat
     assert is_being_written(tmp_path)
     quantize_checkpoint(str(DEMO), tmp_path / "int4", "int4", QuantizeOptions())
     assert {path.name for path in tmp_path.iterdir()} == {"int4"}
-
-
-def test_of_two_first_starts_one_makes_the_sources_and_the_other_waits(tmp_path: Path) -> None:
-    from amalgam.config.settings import load_settings
-    from amalgam.tools.quantize import ensure_derived
-
-    (tmp_path / "config.yaml").write_text(CONFIG.format(demo=DEMO, folder=tmp_path))
-    settings = load_settings(tmp_path / "config.yaml", environ={})
-    has_begun, is_waited_for = threading.Event(), threading.Event()
-    num_made: list[int] = []
-
-    def slow(what: str, done: int, total: int) -> None:
-        has_begun.set()
-        assert is_waited_for.wait(60)
-
-    def impatient(what: str, done: int, total: int) -> None:
-        assert "int4" in what and done == 0
-        is_waited_for.set()
-
-    first = threading.Thread(target=lambda: num_made.append(len(ensure_derived(settings, slow))))
-    first.start()
-    assert has_begun.wait(60)
-    assert ensure_derived(settings, impatient) == []
-    first.join()
-    assert num_made == [1]
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "int4"}
-    (tmp_path / ".int4.0123456789abcdef.tmp").mkdir()  # of a process that was killed later
-    assert ensure_derived(settings) == []
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "int4"}

@@ -14,11 +14,11 @@ from torch import Tensor
 from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition import tied_head
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.config.settings import MixedPrecisionSettings
 from amalgam.errors import CheckpointError, PlanError
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.models.families.qwen3_moe import FAMILY
-from amalgam.tools.quantize import quantize_checkpoint
 from tests.errors import raises
 from tests.models.harness import Runner, load_model
 from tests.models.tiny import save_tiny

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.config.settings import MixedPrecisionSettings
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.models.families.qwen3_moe import FAMILY
-from amalgam.tools.quantize import quantize_checkpoint
 from tests.models.harness import Runner, hand_built, like, load_model
 from tests.models.tiny import save_tiny
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.manifest import plan_manifest
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.composition.source import Source
 from amalgam.config.settings import BASE_SOURCE, InferenceSettings, MixedPrecisionSettings, ModelSettings
 from amalgam.errors import CheckpointError
@@ -24,7 +25,6 @@ from amalgam.models.families import gpt_oss, mixtral, phimoe, qwen3_moe
 from amalgam.models.registry import all_families, fused_tensors
 from amalgam.models.spec import Family
 from amalgam.tools.analyze import analyze_checkpoint
-from amalgam.tools.quantize import quantize_checkpoint
 from tests.errors import raises
 from tests.formats.layouts import LAYOUTS
 from tests.models.harness import CPU, Runner, load_model

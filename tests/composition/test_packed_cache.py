@@ -22,6 +22,7 @@ from amalgam.checkpoint import packed_file
 from amalgam.checkpoint.packed_file import ALIGNMENT, PackedFile, new_packed_file
 from amalgam.composition import packed_cache
 from amalgam.composition.loader import LoadedVersion, ModelLoader
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.composition.source import Source
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, build_settings
 from amalgam.errors import CheckpointError
@@ -32,7 +33,6 @@ from amalgam.kernels.packed import PackedWeight
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.weights import WeightVersion
 from amalgam.tools.estimate import estimate
-from amalgam.tools.quantize import quantize_checkpoint
 from tests.conftest import DEMO, ROOT
 from tests.errors import raises
 from tests.kernels import weights as made

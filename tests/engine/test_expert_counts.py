@@ -7,7 +7,6 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +17,9 @@ from transformers import AutoModelForCausalLM
 from amalgam.composition import loader
 from amalgam.config.settings import build_settings
 from amalgam.engine.request import FinishReason, Observation, RequestOutput, SamplingParams
-from amalgam.experts.tracker import ExpertTracker
-from amalgam.llm import open_deployment
 from amalgam.models.routing import RoutingTrace
 from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.opening import open_deployment
 from tests.conftest import DEMO
 
 NUM_REQUESTS = 100
@@ -179,8 +177,8 @@ def test_counts_are_those_of_the_hugging_face_model(deployment: Deployment, refe
         num_tokens += [min(len(ids), client.num_prompt), max(len(ids) - client.num_prompt, 0)]
 
     assert num_ties <= 2  # of some twenty thousand decisions, on a machine that rounds otherwise
-    tracker = deployment.observer
-    assert isinstance(tracker, ExpertTracker)
+    assert deployment.statistics is not None
+    tracker = deployment.statistics.tracker
     snapshot = tracker.snapshot()
     np.testing.assert_array_equal(snapshot.tally.counts, expected)
     np.testing.assert_array_equal(snapshot.tally.num_tokens, num_tokens)
@@ -209,6 +207,7 @@ def test_a_text_is_traced_as_the_hugging_face_model_routes_it(
     ids, weights, _ = references["base"].route(token_ids)
     np.testing.assert_array_equal(answer.trace.expert_ids, ids)
     np.testing.assert_allclose(answer.trace.gate_weights, weights, atol=1e-5)
-    tracker: Any = deployment.observer
+    assert deployment.statistics is not None
+    tracker = deployment.statistics.tracker
     summary = tracker.snapshot().tally
     assert summary.num_tokens.sum() == summary.num_requests == 0

@@ -12,11 +12,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import ModelSpec
 from amalgam.tools.analyze import analyze_checkpoint
-from amalgam.tools.quantize import quantize_checkpoint
 from tests.errors import raises
 from tests.models.harness import Runner, load_model
 from tests.models.tiny import BASE_CONFIG, save_tiny, write_checkpoint

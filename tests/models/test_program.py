@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.config.settings import MixedPrecisionSettings
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.backends.cpu import extension, panels
@@ -52,7 +53,6 @@ from amalgam.models.kv_cache import KVCache
 from amalgam.models.registry import all_families
 from amalgam.models.spec import LayerSpec
 from amalgam.models.weights import BlockWeights, WeightVersion
-from amalgam.tools.quantize import quantize_checkpoint
 from tests.errors import raises
 from tests.models.harness import Runner, interpreted, like, load_model
 from tests.models.tiny import save_tiny

@@ -20,10 +20,8 @@ from amalgam.composition.source import Source
 from amalgam.config.settings import build_settings, load_settings
 from amalgam.engine.request import Generation, SamplingParams
 from amalgam.errors import AmalgamError, CheckpointError, ConfigError, ConflictError, PlanError, UnavailableError
-from amalgam.experts.tracker import ExpertTracker
-from amalgam.llm import open_deployment
-from amalgam.models.spec import ModelSpec
 from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.opening import open_deployment
 from tests.conftest import DEMO
 from tests.errors import raises
 
@@ -43,11 +41,7 @@ PARAMS = [
 @pytest.fixture
 def deployment(demo_config: Path) -> Iterator[Deployment]:
     settings = load_settings(demo_config, {"engine.max_step_tokens": 64, "inference.max_seq_length": 512}, {})
-
-    def tracker(spec: ModelSpec) -> ExpertTracker:
-        return ExpertTracker(spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics)
-
-    deployment = Deployment.open(settings, tracker)
+    deployment = open_deployment(settings)
     yield deployment
     deployment.close()
 
@@ -66,13 +60,12 @@ def test_32_requests_together_get_what_each_gets_alone(deployment: Deployment) -
 
 def test_statistics_are_exact_under_load(deployment: Deployment) -> None:
     answers = run(deployment, list(range(32)))
-    tracker = deployment.observer
-    assert isinstance(tracker, ExpertTracker)
-    snapshot = tracker.snapshot()
+    assert deployment.statistics is not None
+    snapshot = deployment.statistics.saved_set()
     # The last token of an answer is never fed back: nobody computes it.
     tokens = sum(a.usage.num_prompt_tokens + a.usage.num_new_tokens - 1 for a in answers)
-    assert int(snapshot.tally.counts.sum()) == tokens * 4 * 6
-    assert snapshot.tally.counts.sum(axis=(0, 2)).tolist() == [tokens * 4] * 6
+    assert int(snapshot.total.counts.sum()) == tokens * 4 * 6
+    assert snapshot.total.counts.sum(axis=(0, 2)).tolist() == [tokens * 4] * 6
 
 
 def test_a_remap_under_load_gives_each_answer_one_mapping(deployment: Deployment) -> None:
@@ -116,6 +109,29 @@ def test_a_remap_under_load_gives_each_answer_one_mapping(deployment: Deployment
     assert deployment.engine.status().versions == {deployment.version.version_id: 0}
 
 
+def test_a_reader_sees_one_version_with_its_own_rules(deployment: Deployment) -> None:
+    """What is served is replaced as a whole: no reader sees rules of one version beside weights of another."""
+    is_over = threading.Event()
+
+    def read() -> set[tuple[int, int, int]]:
+        seen = set()
+        while not is_over.is_set():
+            time.sleep(0.002)
+            info = deployment.model_info()
+            bf16 = info["precisions"]["bf16"]["weights"]
+            seen.add((info["weight_version"]["version"], len(info["rules"]), bf16))
+        return seen
+
+    names = [f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        for name in names:
+            deployment.update_weight_mapping({name: "base"})
+        is_over.set()
+        seen = reader.result()
+    assert len({version for version, *_ in seen}) == len(seen) > 1
+
+
 def test_a_remap_loads_only_what_changed(deployment: Deployment) -> None:
     first = deployment.version
     result = deployment.update_weight_mapping({"model.layers.3.mlp.experts.9.up_proj.weight": "fp8"})
@@ -155,10 +171,10 @@ def test_the_second_of_two_remaps_is_refused(deployment: Deployment, monkeypatch
     entered, leave = threading.Event(), threading.Event()
     build = ModelLoader.build
 
-    def slow(*args: object, **kwargs: object) -> object:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         entered.set()
         leave.wait(10)
-        return build(*args, **kwargs)  # type: ignore[arg-type]
+        return build(*args, **kwargs)
 
     monkeypatch.setattr(ModelLoader, "build", slow)
     with ThreadPoolExecutor(1) as pool:
@@ -219,7 +235,7 @@ def test_a_statistics_file_of_another_process_is_refused_before_weights_are_read
 def test_reload_takes_the_files_as_they_are_now(derived: Path, tmp_path: Path) -> None:
     shutil.copytree(DEMO, tmp_path / "base")
     settings = build_settings({"model": {"base_path": str(tmp_path / "base")}, "inference": {"max_seq_length": 256}})
-    deployment = Deployment.open(settings)
+    deployment = open_deployment(settings)
     try:
         unchanged = deployment.reload_weights()
         assert (unchanged.changed, unchanged.num_loaded) == ([], 0)
@@ -253,13 +269,13 @@ def test_settings_that_cannot_be_met_are_refused_before_loading(derived: Path) -
         return build_settings({"model": {"base_path": str(DEMO)}, **sections})
 
     with raises(ConfigError, "engine.kv_cache_bytes", 1000):
-        Deployment.open(settings(engine={"kv_cache_bytes": 1000}))  # type: ignore[arg-type]
+        open_deployment(settings(engine={"kv_cache_bytes": 1000}))  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         with raises(ConfigError, "cuda:3"):
-            Deployment.open(settings(inference={"device_map": "cuda:3"}))  # type: ignore[arg-type]
+            open_deployment(settings(inference={"device_map": "cuda:3"}))  # type: ignore[arg-type]
     with raises(PlanError, "lm_head.weight"):
         rules = {"mixed_precision": {"fp8_path": str(derived / "fp8"), "weight_mapping": {"lm_head.weight": "fp8"}}}
-        Deployment.open(build_settings({"model": {"base_path": str(DEMO), **rules}}))
+        open_deployment(build_settings({"model": {"base_path": str(DEMO), **rules}}))
 
 
 @pytest.mark.parametrize("flag", ["load_in_8bit", "load_in_4bit"])
@@ -269,7 +285,7 @@ def test_quantizing_while_loading_spares_what_rules_name(flag: str, derived: Pat
         "base_path": str(DEMO),
         "mixed_precision": {"fp8_path": str(derived / "fp8"), "weight_mapping": {named: "base"}},
     }
-    deployment = Deployment.open(build_settings({"model": model, "inference": {flag: True, "max_seq_length": 256}}))
+    deployment = open_deployment(build_settings({"model": model, "inference": {flag: True, "max_seq_length": 256}}))
     try:
         formats = {origin.name: origin.format for origin in deployment.version.origins.values()}
         target = "int8" if flag == "load_in_8bit" else "int4"
@@ -285,7 +301,7 @@ def test_quantizing_while_loading_spares_what_rules_name(flag: str, derived: Pat
 def test_digests_are_of_the_version_that_is_served_or_refused(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     shutil.copytree(DEMO, folder)
-    deployment = Deployment.open(build_settings({"model": {"base_path": str(folder)}}))
+    deployment = open_deployment(build_settings({"model": {"base_path": str(folder)}}))
     try:
         assert deployment.manifest(sha256=True)["fingerprint"] == deployment.version.fingerprint
         for file in folder.glob("*.safetensors"):

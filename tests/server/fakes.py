@@ -36,8 +36,11 @@ from amalgam.engine.request import (
     Usage,
 )
 from amalgam.errors import CheckpointError, ConflictError, OverloadedError, PromptTooLongError, UnavailableError
+from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import RoutingTrace
-from amalgam.runtime.deployment import RemapRecord
+from amalgam.runtime.changes import RemapRecord
+from amalgam.runtime.describe import describe_projections
+from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.server import run
 from amalgam.server.http import lifecycle
 
@@ -168,7 +171,7 @@ def encode(text: str) -> list[int]:
 @dataclass
 class FakeDeployment:
     engine: FakeEngine = field(default_factory=FakeEngine)
-    observer: Any = None
+    tracker: ExpertTracker | None = None
     num_experts: int = 0
     model_name: str = "fake"
     is_closed: bool = False
@@ -184,6 +187,24 @@ class FakeDeployment:
     @property
     def version(self) -> Any:
         return self.engine.version
+
+    @property
+    def version_id(self) -> int:
+        return self.engine.version.version_id
+
+    @property
+    def statistics(self) -> ExpertStatistics | None:
+        if self.tracker is None:
+            return None
+        return ExpertStatistics(self.tracker, lambda: self.version, model=self.model_name)
+
+    def expert_info(self, layer_id: int, expert_id: int) -> dict[str, Any]:
+        projections = describe_projections(self.version, layer_id, expert_id)
+        use = None if self.statistics is None else self.statistics.use_of(layer_id, expert_id)
+        return {
+            "layer_id": layer_id, "expert_id": expert_id, "num_experts": self.num_experts, "use": use,
+            "projections": projections,
+        }  # fmt: skip
 
     @property
     def tokenizer(self) -> Any:

@@ -50,10 +50,8 @@ class LargeVersion(FakeVersion):
 class LargeDeployment(FakeDeployment):
     """Serves what `FakeEngine` answers; its tracker has counted a thousand tokens."""
 
-    spec = SimpleNamespace(num_experts=NUM_EXPERTS)
-
     def __init__(self) -> None:
-        super().__init__(FakeEngine(version=LargeVersion(1)), make_tracker(), model_name=HOSTILE % "model")
+        super().__init__(FakeEngine(version=LargeVersion(1)), make_tracker(), NUM_EXPERTS, HOSTILE % "model")
 
     def planned_bytes(self, mapping: dict[str, str]) -> tuple[int, int]:
         bits = {source_of(name): BITS[name] for name in BITS}

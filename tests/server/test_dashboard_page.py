@@ -17,7 +17,7 @@ import torch
 from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import StatisticsSettings, build_settings, load_settings
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.llm import open_deployment
+from amalgam.runtime.opening import open_deployment
 from amalgam.server.dashboard import events
 from tests.conftest import DEMO
 from tests.server.browser import Page, open_browser
@@ -334,7 +334,7 @@ def test_drift_is_explained_until_there_is_some(page: Page, demo_url: str) -> No
 
 def test_windows_are_those_that_the_server_keeps(page: Page) -> None:
     deployment = LargeDeployment()
-    deployment.observer.settings = StatisticsSettings(history_minutes=3)
+    deployment.tracker.settings = StatisticsSettings(history_minutes=3)
     with serving(fake_settings(port=0), lambda: deployment) as url:
         wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
         page.open(url + "/dashboard")
@@ -524,7 +524,7 @@ def test_enter_sends_in_a_chat(page: Page) -> None:
 def test_what_is_not_known_is_not_drawn(page: Page) -> None:
     """A server that has counted nothing yet, in a model small enough for its cells to be seen one by one."""
     deployment = LargeDeployment()
-    deployment.observer = ExpertTracker(range(4), 8, 2, StatisticsSettings())
+    deployment.tracker = ExpertTracker(range(4), 8, 2, StatisticsSettings())
     with serving(fake_settings(port=0), lambda: deployment) as url:
         wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
         page.open(url + "/dashboard")

@@ -20,8 +20,8 @@ import pytest
 
 from amalgam.config.settings import build_settings, load_settings
 from amalgam.engine.runner import Runner
-from amalgam.llm import open_deployment
 from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.opening import open_deployment
 from tests.server.conftest import serving, wait_until
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

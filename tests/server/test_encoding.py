@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from amalgam.errors import PromptTooLongError, RequestError
+from amalgam.server.encoding import Encoder
 from amalgam.server.http import body
-from amalgam.server.http.encoding import Encoder
 from amalgam.text.pieces import PIECE_CHARS
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, fake_settings

@@ -38,7 +38,7 @@ def deployment() -> FakeDeployment:
         tracker.observe(layer_id, expert_ids, torch.full((NUM_TOKENS, 2), 0.5))
     tracker.end_step()
     tracker.count_request()
-    return FakeDeployment(observer=tracker)
+    return FakeDeployment(tracker=tracker)
 
 
 def test_expert_stats(client: httpx.Client) -> None:
@@ -171,7 +171,7 @@ def test_a_query_says_each_thing_once(client: httpx.Client, query: str) -> None:
 
 @pytest.mark.parametrize("domain", HOSTILE)
 def test_a_domain_is_counted_and_stays_a_name(client: httpx.Client, deployment: FakeDeployment, domain: str) -> None:
-    tracker = deployment.observer
+    tracker = deployment.tracker
     response = client.post("/generate", json={"prompt": "a", "max_new_tokens": 1, "domain": domain})
     assert response.status_code == 200
     assert deployment.engine.observations == [Observation(label=domain)]
@@ -244,7 +244,7 @@ def test_report_and_heatmap(client: httpx.Client) -> None:
 def test_a_reference_that_cannot_be_used_costs_only_the_drift(deployment: FakeDeployment, tmp_path: Path) -> None:
     reference = tmp_path / "gone.npz"
     settings = StatisticsSettings(reference=str(reference))
-    deployment.observer = ExpertTracker([0, 2], num_experts=4, top_k=2, settings=settings)
+    deployment.tracker = ExpertTracker([0, 2], num_experts=4, top_k=2, settings=settings)
     with serving(fake_settings(port=0, export_dir=str(tmp_path)), lambda: deployment) as url:
         wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
         with httpx.Client(base_url=url, timeout=60) as client:

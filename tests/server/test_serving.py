@@ -6,19 +6,24 @@ import logging
 import re
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from prometheus_client.openmetrics import parser as openmetrics
 
 from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.request import FinishReason
 from amalgam.errors import AmalgamError
+from amalgam.experts.saved.files import to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import TokenSpan
-from amalgam.runtime.deployment import RemapRecord
+from amalgam.runtime.changes import RemapRecord
 from amalgam.server.service import REFUSALS
+from amalgam.version import __version__
+from tests.conftest import ROOT
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import MAX_SEQ_LENGTH, FakeDeployment, FakeEngine, fake_settings
 
@@ -75,11 +80,11 @@ def test_remaps_are_remembered(client: httpx.Client, deployment: FakeDeployment)
 
 
 def test_metrics_are_prometheus_text(client: httpx.Client, deployment: FakeDeployment) -> None:
-    deployment.observer = ExpertTracker([0, 2], 4, 2, StatisticsSettings())
-    deployment.observer.begin_step([TokenSpan(1, 0, 6, 0, 4)])
+    deployment.tracker = ExpertTracker([0, 2], 4, 2, StatisticsSettings())
+    deployment.tracker.begin_step([TokenSpan(1, 0, 6, 0, 4)])
     for layer_id in (0, 2):
-        deployment.observer.observe(layer_id, torch.tensor([[3, row % 2] for row in range(6)]), torch.ones(6, 2))
-    deployment.observer.end_step()
+        deployment.tracker.observe(layer_id, torch.tensor([[3, row % 2] for row in range(6)]), torch.ones(6, 2))
+    deployment.tracker.end_step()
     deployment.model_name = 'a"b\\c\n<d>'
     client.post("/generate", json={"prompt": "abcde", "max_new_tokens": 4})
     client.post("/update_weight_mapping", json={"weight_mapping": {"a": "b"}})
@@ -99,6 +104,41 @@ def test_metrics_are_prometheus_text(client: httpx.Client, deployment: FakeDeplo
     assert found["amalgam_expert_max_to_mean", 'layer="2"'] == 2
     assert found["amalgam_expert_activations", 'phase="prompt"'] == 16
     assert not any("expert=" in labels for _, labels in found)
+
+
+@pytest.fixture
+def counted(deployment: FakeDeployment, tmp_path: Path) -> FakeDeployment:
+    """A deployment that has counted experts, with a reference, and has changed its weights."""
+    tracker = ExpertTracker([0, 2], 4, 2, StatisticsSettings(reference=str(tmp_path / "reference.npz")))
+    tracker.begin_step([TokenSpan(1, 0, 6, 0, 4)])
+    for layer_id in (0, 2):
+        tracker.observe(layer_id, torch.tensor([[3, row % 2] for row in range(6)]), torch.ones(6, 2))
+    tracker.end_step()
+    (tmp_path / "reference.npz").write_bytes(to_bytes(tracker.saved_set()))
+    deployment.tracker, deployment.model_name = tracker, 'a"b\\c\n<d>'
+    deployment.update_weight_mapping({"a": "b"})
+    return deployment
+
+
+def test_metrics_keep_their_names_types_labels_and_help(client: httpx.Client, counted: FakeDeployment) -> None:
+    """Dashboards and alerts are built on them: the file was written before there was a library for it."""
+    expected = (ROOT / "tests/data/metrics.txt").read_text().replace("VERSION", __version__)
+    lines = client.get("/metrics").text.splitlines()
+    assert {line if line.startswith("#") else line.rpartition(" ")[0] for line in lines} == set(expected.splitlines())
+    assert len(lines) == len(set(lines)) == len(expected.splitlines())
+
+
+def test_metrics_are_openmetrics_where_that_is_asked_for(client: httpx.Client, counted: FakeDeployment) -> None:
+    plain = client.get("/metrics").text
+    for version in ("", ";version=1.0.0"):
+        response = client.get("/metrics", headers={"Accept": f"application/openmetrics-text{version};q=0.9"})
+        assert response.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+        families = list(openmetrics.text_string_to_metric_families(response.text))
+        series = {(sample.name, *sorted(sample.labels.items())) for family in families for sample in family.samples}
+        assert len(series) == len(samples(plain))
+    for accept in ("application/openmetrics-text;version=x.y", "text/plain;version=x", "", ",;=", "*/*"):
+        response = client.get("/metrics", headers={"Accept": accept})
+        assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
 def test_metrics_of_a_server_that_loads() -> None:

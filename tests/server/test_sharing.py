@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from amalgam.errors import RequestError
-from amalgam.experts import statistics
+from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.server import sharing
 from amalgam.server.sharing import MAX_ANSWERS, SharedAnswers
 from tests.server.conftest import serving, wait_until
@@ -91,18 +91,18 @@ def test_answers_are_bounded_and_errors_reach_all() -> None:
 def test_viewers_share_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     deployment = LargeDeployment()
     num_made = 0
-    grid = statistics.grid
+    grid = ExpertStatistics.grid
 
     def counted_grid(*arguments: Any) -> dict[str, Any]:
         nonlocal num_made
         num_made += 1
         return grid(*arguments)
 
-    monkeypatch.setattr(statistics, "grid", counted_grid)
+    monkeypatch.setattr(ExpertStatistics, "grid", counted_grid)
     monkeypatch.setattr(sharing, "MAX_AGE_SECONDS", 600.0)
     with serving(fake_settings(port=0), lambda: deployment) as url, httpx.Client(base_url=url, timeout=60) as client:
         wait_until(lambda: client.get("/ready").status_code == 200)
-        tracker = deployment.observer
+        tracker = deployment.tracker
 
         def view(version: int, **query: str) -> bytes:
             response = client.get("/experts/grid", params={"statistics_version": version, **query})

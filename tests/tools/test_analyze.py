@@ -18,14 +18,15 @@ from amalgam.checkpoint import TensorStore, write_checkpoint
 from amalgam.cli import main
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.patterns import compile_pattern
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.config.settings import load_settings
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.models.families import mixtral, qwen3_moe
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import Family
+from amalgam.runtime.derive import ensure_derived
 from amalgam.tools.analyze import Analysis, analyze_checkpoint
 from amalgam.tools.export_config import Export, export_config
-from amalgam.tools.quantize import ensure_derived, quantize_checkpoint
 from amalgam.tools.roles import role_by_name
 from tests.errors import raises
 from tests.models.tiny import BASE_CONFIG, save_tiny

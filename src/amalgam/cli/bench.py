@@ -29,7 +29,7 @@ def command(
     """Measure load time, memory, prompt and decoding speed. The last line is one JSON object."""
     from amalgam.cli.console import human_bytes, print_json, print_table, progress_bar
     from amalgam.errors import ConfigError
-    from amalgam.llm import open_deployment
+    from amalgam.runtime.opening import open_deployment
     from amalgam.tools import bench
 
     chosen: dict[str, Any] = {

@@ -61,7 +61,7 @@ def command(
     """Talk to the model in the terminal. /help lists the commands, Ctrl-D ends it."""
     from amalgam.cli.chat_input import open_input
     from amalgam.cli.console import note, progress_bar
-    from amalgam.llm import open_deployment
+    from amalgam.runtime.opening import open_deployment
 
     params = chosen(
         max_new_tokens=max_new_tokens,

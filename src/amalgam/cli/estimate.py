@@ -19,8 +19,8 @@ def command(
 ) -> None:
     """Say how much memory a model will need, and whether it fits this machine. Reads headers only."""
     from amalgam.cli.console import human_bytes, print_json, print_table, progress_bar, say
+    from amalgam.runtime.derive import ensure_derived
     from amalgam.tools.estimate import estimate
-    from amalgam.tools.quantize import ensure_derived
 
     with progress_bar() as progress:
         ensure_derived(settings, progress)

@@ -165,8 +165,7 @@ def _trace(
 ) -> None:
     from amalgam.cli.console import out, print_json, progress_bar
     from amalgam.cli.experts_view import print_trace
-    from amalgam.experts.tracker import ExpertTracker
-    from amalgam.llm import open_deployment
+    from amalgam.runtime.opening import open_deployment
     from amalgam.tools.trace import trace_prompt
 
     if not settings.model.base_path:
@@ -178,8 +177,8 @@ def _trace(
     try:
         trace = trace_prompt(deployment, prompt, as_chat=chat, max_new_tokens=max_new_tokens)
         if save is not None:
-            assert isinstance(deployment.observer, ExpertTracker)
-            _save(deployment.observer.saved_set(), save)
+            assert deployment.statistics is not None
+            _save(deployment.statistics.saved_set(), save)
     finally:
         deployment.close()
     if as_json:
@@ -192,7 +191,7 @@ def _check_layers(settings: Settings, layers: list[int], progress: Progress) -> 
     import torch
 
     from amalgam.composition.loader import ModelLoader
-    from amalgam.tools.quantize import ensure_derived
+    from amalgam.runtime.derive import ensure_derived
 
     ensure_derived(settings, progress)
     loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), settings.engine.load_threads)

@@ -47,7 +47,7 @@ def command(
     Several answers are printed in the order of their prompts, each below a line that repeats its prompt.
     """
     from amalgam.cli.console import note, print_json, progress_bar
-    from amalgam.llm import open_deployment
+    from amalgam.runtime.opening import open_deployment
 
     params = chosen(
         max_new_tokens=max_new_tokens,

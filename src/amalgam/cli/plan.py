@@ -32,7 +32,7 @@ def command(
 
     from amalgam.cli.console import progress_bar
     from amalgam.composition.loader import ModelLoader
-    from amalgam.tools.quantize import ensure_derived
+    from amalgam.runtime.derive import ensure_derived
 
     if sha256 and not show_manifest:
         raise ConfigError("--sha256 is given without --manifest.", remedy="Add --manifest.")

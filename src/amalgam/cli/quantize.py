@@ -25,8 +25,8 @@ def command(
     """Make an fp8, int8 or int4 checkpoint of a model (compressed-tensors layout, rounding to nearest)."""
     from amalgam.base.escaping import one_line
     from amalgam.cli.console import human_bytes, print_json, print_table, progress_bar, say
+    from amalgam.composition.quantize import quantize_checkpoint
     from amalgam.formats.grid import QuantizeOptions
-    from amalgam.tools.quantize import quantize_checkpoint
 
     with progress_bar() as progress:
         report = quantize_checkpoint(

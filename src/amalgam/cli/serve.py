@@ -34,7 +34,7 @@ def command(settings: Settings) -> int:
         from amalgam.server.app import run
 
         def load() -> Deployment:
-            from amalgam.llm import open_deployment  # seconds; the port is open meanwhile
+            from amalgam.runtime.opening import open_deployment  # seconds; the port is open meanwhile
 
             with _progress_bar() as show:
 

@@ -11,14 +11,14 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 
 from amalgam.config.settings import Settings
 from amalgam.server import dashboard
-from amalgam.server.api import experts, native, serving, weights
+from amalgam.server.api import experts, exports, native, probes, serving, traces, weights
 from amalgam.server.api.native import SamplingFields
 from amalgam.server.http.access import AccessLog
 from amalgam.server.http.body import BodyLimit
@@ -27,15 +27,13 @@ from amalgam.server.http.errors import ErrorAnswer, OrjsonResponse, register_err
 from amalgam.server.http.lifecycle import DrainingServer, listen, raise_descriptor_limit, url_of
 from amalgam.server.http.methods import HeadMethod
 from amalgam.server.http.origins import OriginGuard
+from amalgam.server.interface import Deployment
 from amalgam.server.service import Service
 from amalgam.version import __version__
 
-if TYPE_CHECKING:
-    from amalgam.runtime.deployment import Deployment
-
-ROUTERS = (
-    native.pages, native.router, experts.router, weights.router, weights.probes, serving.router, serving.probes,
-    dashboard.router,
+ROUTERS = (  # every interface there is, in the order of /docs
+    native.pages, native.router, experts.router, exports.router, traces.router, weights.router, probes.router,
+    serving.router, dashboard.router,
 )  # fmt: skip
 
 DESCRIPTION = """One running Transformer made out of several checkpoints in different precisions. null in an optional

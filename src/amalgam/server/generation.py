@@ -21,10 +21,9 @@ from amalgam.engine.request import Observation, RequestOutput, SamplingParams, U
 from amalgam.errors import AmalgamError, OverloadedError, RequestError, UnavailableError
 from amalgam.server.http.access import log_unexpected, unless_client_leaves
 from amalgam.server.http.errors import error_content
+from amalgam.server.interface import Engine, OutputStream
 
 if TYPE_CHECKING:
-    from amalgam.engine.core import Engine
-    from amalgam.engine.streams import OutputStream
     from amalgam.models.routing import RoutingTrace
 
 ROOM_SECONDS = 0.05  # how soon a batch looks again whether the queue has room

@@ -14,17 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from amalgam.base.threads import StoppableThread
 from amalgam.config.settings import Settings
 from amalgam.engine.request import SamplingParams
-from amalgam.errors import OverloadedError, UnavailableError
-from amalgam.server.http.encoding import Encoder, Prompt, start_thread
+from amalgam.errors import OverloadedError, UnavailableError, UnsupportedError
+from amalgam.server.encoding import Encoder, Prompt, start_thread
+from amalgam.server.interface import Deployment, Statistics
 from amalgam.server.sharing import SharedAnswers
-
-if TYPE_CHECKING:
-    from amalgam.runtime.deployment import Deployment
 
 logger = logging.getLogger("amalgam.server")
 T = TypeVar("T")
@@ -159,6 +157,21 @@ class Service:
         return self._deployment
 
     @property
+    def statistics(self) -> Statistics:
+        """Of the deployment.
+
+        Raises:
+            UnavailableError: it is still loading, or has failed.
+            UnsupportedError: nothing is counted.
+        """
+        statistics = self.deployment.statistics
+        if statistics is None:
+            raise UnsupportedError(
+                "Expert statistics are not kept here.", remedy="Set statistics.enabled, and serve a model with experts."
+            )
+        return statistics
+
+    @property
     def has_loaded(self) -> bool:
         return self._deployment is not None
 
@@ -233,16 +246,12 @@ class Service:
     @property
     def weight_version(self) -> int | None:
         """The version that new requests start on; None while loading."""
-        return None if self._deployment is None else self._deployment.version.version_id
+        return None if self._deployment is None else self._deployment.version_id
 
     @property
     def uptime_seconds(self) -> float:
         """Since the server started; the model may have been loaded later."""
         return time.monotonic() - self._started_at
-
-
-def _nothing() -> None:
-    pass
 
 
 async def in_own_thread(call: Callable[[], T]) -> T:

@@ -20,6 +20,7 @@ from amalgam.base.collector import collector_paused
 from amalgam.base.folders import is_present, read_json
 from amalgam.checkpoint import TensorStore, resolve
 from amalgam.checkpoint.store import MAX_INDEX_BYTES
+from amalgam.composition.carry import left_out_tensors
 from amalgam.composition.check import is_surplus_bias
 from amalgam.composition.recognition import fitting, group_names, group_parts, recognise
 from amalgam.composition.source import CONFIG_NAME, Source, reader
@@ -29,7 +30,6 @@ from amalgam.formats.declared.config import read_declaration
 from amalgam.formats.declared.values import Declaration, Declared
 from amalgam.models.registry import fused_tensors, read_spec
 from amalgam.models.spec import Family, ModelSpec, Slot
-from amalgam.tools.carry import left_out_tensors
 from amalgam.tools.roles import ROLES, role_by_name
 
 UNRECOGNISED = "unrecognised"

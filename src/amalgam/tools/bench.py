@@ -38,7 +38,8 @@ from amalgam.models.spec import ModelSpec, Slot
 from amalgam.models.weights import WeightVersion
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
-from amalgam.runtime.deployment import Deployment, choose_device
+from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.device import choose_device
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 

@@ -23,7 +23,7 @@ from amalgam.formats.contract import WritableFormat
 from amalgam.formats.registry import all_formats
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.spec import ModelSpec
-from amalgam.runtime.deployment import choose_device
+from amalgam.runtime.device import choose_device
 from amalgam.text.tokenizer import Tokenizer
 
 _ACCUMULATOR_BYTES = 4

@@ -1,7 +1,7 @@
 """The native REST interface: generation, and what is being served.
 
-In: prompts and sampling parameters. Out: text with its figures, at once or as it comes. Weights and expert statistics,
-the rest of the interface, are in `admin`.
+In: prompts and sampling parameters. Out: text with its figures, at once or as it comes. The rest of the interface is
+in `weights`, `experts` and `exports`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How the serving goes: throughput, latencies, queue, KV cache, changes of the weights.
 
-In: nothing. Out: figures for people (`/serving`, `/remaps`) and for Prometheus (`/metrics`).
+In: nothing. Out: figures for people; `server.metrics` has them for Prometheus.
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
-from starlette.responses import Response
 
 from amalgam.engine import meter
 from amalgam.engine.meter import POINT_SECONDS, Point, Reading
-from amalgam.server import metrics
-from amalgam.server.api.experts import tracker_of
 from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.http.body import StrictRoute
-from amalgam.server.service import Service, Status
-from amalgam.version import __version__
+from amalgam.server.service import Service
 
 router = APIRouter(route_class=StrictRoute, tags=["operation"])
-probes = APIRouter(tags=["operation"])  # whoever probes may add a query
 
 THROUGHPUT_SECONDS = 10.0  # what "now" means
 
@@ -163,12 +158,6 @@ async def get_remaps(service: ServiceArgument) -> RemapsAnswer:
     )
 
 
-@probes.get("/metrics", response_class=Response)
-async def get_metrics(service: ServiceArgument) -> Response:
-    """Figures for Prometheus."""
-    return Response(await asyncio.to_thread(render_metrics, service), media_type=metrics.MEDIA_TYPE)
-
-
 def describe_serving(service: Service) -> ServingAnswer:
     """What `GET /serving` answers. Any thread."""
     deployment = service.deployment
@@ -205,33 +194,10 @@ def describe_serving(service: Service) -> ServingAnswer:
         prompt_tokens=reading.num_prompt_tokens,
         generated_tokens=reading.num_new_tokens,
         finished={reason.value: count for reason, count in reading.finished.items()},
-        weight_version=deployment.version.version_id,
+        weight_version=deployment.version_id,
         requests_by_version=dict(status.versions),
         series=series,
     )
-
-
-def render_metrics(service: Service) -> str:
-    """What `GET /metrics` answers. Any thread; works while the model loads, too."""
-    text = metrics.MetricsText()
-    is_ready = service.status is Status.HEALTHY
-    refusals = dict(service.refusals)
-    metrics.add_server(text, service.model_name, __version__, service.uptime_seconds, refusals, is_ready=is_ready)
-    if not service.has_loaded or service.status is Status.FAILED:
-        return text.render()
-    deployment = service.deployment
-    metrics.add_engine(text, deployment.engine.meter.read(), deployment.engine.status())
-    num_failed = sum(record.error is not None for record in deployment.remaps)
-    metrics.add_remaps(text, len(deployment.remaps) - num_failed, num_failed, deployment.version.version_id)
-    if deployment.observer is not None:
-        from amalgam.experts.overview import drift_or_reason
-        from amalgam.experts.statistics import layer_rows, summary
-
-        tracker = tracker_of(deployment)
-        snapshot = tracker.snapshot()
-        metrics.add_experts(text, summary(snapshot), layer_rows(snapshot))
-        metrics.add_drift(text, tracker.layer_ids, drift_or_reason(tracker))
-    return text.render()
 
 
 def _throughput(reading: Reading, uptime_seconds: float) -> Throughput:

@@ -1,4 +1,4 @@
-"""Operating the server: weights, and whether it lives.
+"""Where weights come from, and changes of it.
 
 In: mappings. Out: what changed. Whatever blocks runs in a thread of its own, so that generation goes on.
 """
@@ -8,24 +8,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from amalgam.config.settings import SourceName
-from amalgam.errors import UnavailableError
+from amalgam.runtime.changes import RemapResult, WeightChange
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.http.body import MAX_JSON_KEYS, Body, StrictRoute
-from amalgam.server.http.errors import OrjsonResponse, error_response
-from amalgam.server.service import Status, in_own_thread
+from amalgam.server.http.errors import OrjsonResponse
+from amalgam.server.service import in_own_thread
 
-if TYPE_CHECKING:
-    from amalgam.runtime.deployment import RemapResult, WeightChange
-
-router = APIRouter(route_class=StrictRoute)
-probes = APIRouter(tags=["operation"])  # whoever probes may add a query
+router = APIRouter(route_class=StrictRoute, tags=["weights"])
 
 NUM_EXAMPLES = 3
 
@@ -88,25 +84,21 @@ class RemapAnswer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-class StatusAnswer(BaseModel):
-    status: Status
-
-
-@router.post("/update_weight_mapping", dependencies=[Admission], tags=["weights"], response_model_exclude_none=True)
+@router.post("/update_weight_mapping", dependencies=[Admission], response_model_exclude_none=True)
 async def update_weight_mapping(body: UpdateWeightMappingBody, service: ServiceArgument) -> RemapAnswer:
     """Take weights from other sources, while requests go on. A mapping that cannot be fulfilled changes nothing."""
     update = service.deployment.update_weight_mapping
     return remap_answer(await in_own_thread(lambda: update(body.weight_mapping)), details=body.details)
 
 
-@router.post("/reload_weights", dependencies=[Admission], tags=["weights"], response_model_exclude_none=True)
+@router.post("/reload_weights", dependencies=[Admission], response_model_exclude_none=True)
 async def reload_weights(service: ServiceArgument, body: ReloadBody | None = None) -> RemapAnswer:
     """Build the weights anew from the files as they are now."""
     details = body is not None and body.details
     return remap_answer(await in_own_thread(service.deployment.reload_weights), details=details)
 
 
-@router.get("/manifest", tags=["weights"], response_model=dict[str, Any])
+@router.get("/manifest", response_model=dict[str, Any])
 async def manifest(service: ServiceArgument, sha256: bool = False) -> Response:
     """Where every weight comes from: source, file, offset, bytes, format, the rule that chose it; and its layout.
 
@@ -115,21 +107,6 @@ async def manifest(service: ServiceArgument, sha256: bool = False) -> Response:
     """
     make = service.deployment.manifest
     return OrjsonResponse(await in_own_thread(lambda: make(sha256=sha256)))
-
-
-@probes.get("/health", response_model=StatusAnswer)
-async def health(service: ServiceArgument) -> StatusAnswer | Response:
-    """Alive, which includes loading and draining; 503 once the model could not be loaded or the engine has died."""
-    if service.failure is not None:
-        return error_response(UnavailableError("The server has failed.", remedy="Its log has the cause."))
-    return StatusAnswer(status=service.status)
-
-
-@probes.get("/ready", response_model=StatusAnswer)
-async def ready(service: ServiceArgument) -> StatusAnswer:
-    """Whether requests are taken; 503 while the server loads or drains."""
-    service.check_ready()
-    return StatusAnswer(status=service.status)
 
 
 def remap_answer(result: RemapResult, *, details: bool = False) -> RemapAnswer:

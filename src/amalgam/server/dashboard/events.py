@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import orjson
 from fastapi import APIRouter
@@ -26,9 +26,6 @@ from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import StrictRoute
 from amalgam.server.service import Service, Status
-
-if TYPE_CHECKING:
-    from amalgam.experts.tracker import ExpertTracker
 
 INTERVAL_SECONDS = 2.0
 MAX_VIEWERS = 256
@@ -167,9 +164,9 @@ def describe_event(service: Service) -> dict[str, Any]:
     if not service.has_loaded or service.status is Status.FAILED:
         return fields
     serving = describe_serving(service)
-    remaps, observer = service.deployment.remaps, service.deployment.observer
+    remaps, statistics = service.deployment.remaps, service.deployment.statistics
     return fields | {
         "remapped_at": remaps[-1].at if remaps else None,
-        "statistics_version": None if observer is None else cast("ExpertTracker", observer).revision,
+        "statistics_version": None if statistics is None else statistics.revision,
         "serving": serving.model_copy(update={"series": serving.series[-NUM_POINTS:]}).model_dump(),
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from fastapi import APIRouter
@@ -18,10 +18,8 @@ from amalgam.config.settings import ModelSettings, Rule, SourceName
 from amalgam.server.api.weights import LogicalName, RemapAnswer, remap_answer
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.http.body import MAX_JSON_KEYS, Body, StrictRoute
+from amalgam.server.interface import Deployment
 from amalgam.server.service import in_own_thread
-
-if TYPE_CHECKING:
-    from amalgam.runtime.deployment import Deployment
 
 FILE_NAME = "weight_mapping.yaml"
 
@@ -58,7 +56,7 @@ async def mapping(service: ServiceArgument) -> MappingAnswer:
     """Whether the mapping in use would survive a restart."""
     deployment = service.deployment
     return MappingAnswer(
-        weight_version=deployment.version.version_id,
+        weight_version=deployment.version_id,
         num_rules=len(deployment.rules),
         is_configured=deployment.rules == deployment.configured_rules,
         num_undoable=deployment.num_undoable,
@@ -97,7 +95,7 @@ def configuration(deployment: Deployment) -> str:
     section = _model_section(deployment.settings.model, deployment.rules)
     head = (
         f"# The weight mapping that {_one_line(deployment.model_name)} used as weight version "
-        f"{deployment.version.version_id}.\n"
+        f"{deployment.version_id}.\n"
         "# Put it in place of the section `model` of the configuration file, or start with it alone.\n"
     )
     return head + yaml.safe_dump({"model": section}, allow_unicode=True, sort_keys=False, width=1000)

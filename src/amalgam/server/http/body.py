@@ -20,9 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from amalgam.base.strict_json import parse_json
 from amalgam.errors import AmalgamError, OverloadedError, RequestError, describe
 from amalgam.server.http.access import unless_client_leaves
-from amalgam.server.http.encoding import LONG_BODY_BYTES
 from amalgam.server.http.errors import BodyTooLargeError, InvalidJSONError, MediaTypeError, error_response
 
+LONG_BODY_BYTES = 2**20
 MAX_JSON_KEYS = 100_000
 MAX_HELD_BODIES = 32  # of the largest size
 

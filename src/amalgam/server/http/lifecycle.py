@@ -17,7 +17,7 @@ import socket
 import time
 from contextlib import ExitStack
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 import orjson
@@ -25,11 +25,10 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from amalgam.config.settings import ServerSettings
+from amalgam.config.settings import ServerSettings, Settings
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.server.http.access import NO_DESCRIPTORS, shortage_log
 from amalgam.server.http.errors import error_content
-from amalgam.server.service import Service
 
 MIN_DRAIN_SECONDS = 1.0  # an idle server too stays up this long, so that a balancer's probe can see the 503
 FAILURE_SECONDS = 3.0  # how long a server whose engine died goes on answering before it exits
@@ -141,6 +140,28 @@ def raise_descriptor_limit() -> None:
         logger.debug("file descriptors: at most %d, before %d", hard, soft)
 
 
+class Drainable(Protocol):
+    """What stands behind the application."""
+
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def has_loaded(self) -> bool: ...
+    @property
+    def failure(self) -> Exception | None:
+        """Why it cannot go on."""
+
+    @property
+    def num_active(self) -> int:
+        """Requests that are not answered yet."""
+
+    def drain(self) -> None:
+        """Admit nothing more."""
+
+    def abort(self) -> None:
+        """End what is still in flight with an error. Blocking."""
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn with a drain before its shutdown.
 
@@ -148,7 +169,7 @@ class DrainingServer(uvicorn.Server):
     flight, or `drain_seconds` have passed and the rest has been ended with an error, uvicorn shuts down.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Drainable) -> None:
         super().__init__(
             uvicorn.Config(
                 app,

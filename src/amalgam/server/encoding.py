@@ -14,19 +14,16 @@ import concurrent.futures
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from amalgam.base.threads import StoppableThread
 from amalgam.errors import RequestError
+from amalgam.server.interface import Tokenizer
 from amalgam.text.pieces import PIECE_CHARS
-
-if TYPE_CHECKING:
-    from amalgam.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat
 T = TypeVar("T")
 
-LONG_BODY_BYTES = 2**20
 NUM_LONG_BODIES = 2  # parsed and not yet encoded; as text, one may take four times its bytes
 
 

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from amalgam.cli import app
+from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.config.settings import build_settings
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.models.registry import all_families
+from amalgam.runtime.derive import ensure_derived
 from amalgam.tools.analyze import analyze_checkpoint
-from amalgam.tools.quantize import ensure_derived, quantize_checkpoint
 from tests.errors import raises
 from tests.models.gguf_writer import write_gguf
 from tests.models.harness import Runner, load_model

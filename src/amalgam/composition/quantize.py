@@ -20,14 +20,13 @@ from typing import Any
 import torch
 
 from amalgam.base.files import new_folder
-from amalgam.base.locks import FileLock, clean_up
-from amalgam.checkpoint.hub import resolve
+from amalgam.base.locks import FileLock
 from amalgam.checkpoint.writer import write_checkpoint
+from amalgam.composition.carry import carry_files, left_out_tensors, write_json
 from amalgam.composition.check import HEAD, check_leftovers
 from amalgam.composition.planned import oriented
-from amalgam.composition.progress import Progress, waiting_for
+from amalgam.composition.progress import Progress
 from amalgam.composition.source import CONFIG_NAME, Source
-from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.formats.contract import Scheme, StoredWeight, WritableFormat
 from amalgam.formats.grid import QuantizeOptions
@@ -36,7 +35,6 @@ from amalgam.models.registry import fused_tensors, read_spec
 from amalgam.models.spec import Family, ModelSpec, Slot
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
-from amalgam.tools.carry import carry_files, left_out_tensors, write_json
 
 _DRAFTS_KEY = "num_nextn_predict_layers"
 _LAYER = re.compile(r"(.*?\b(?:layers|blk)\.(\d{1,6}))\.")
@@ -169,36 +167,6 @@ def _main_dtype(source: Source, slots: dict[str, Slot]) -> str:
         for part in source.weights[name].parts.values():
             sizes[str(part.dtype).removeprefix("torch.")] += part.nbytes
     return sizes.most_common(1)[0][0]
-
-
-def ensure_derived(settings: Settings, progress: Progress | None = None) -> list[QuantizeReport]:
-    """Make the sources under `mixed_precision.derived` whose folders do not exist yet, from the base checkpoint.
-
-    One that another process is making is waited for. What killed processes have left of them is removed.
-    """
-    mixed = settings.model.mixed_precision
-    reports = []
-    for name, derived in mixed.derived.items():
-        folder = Path(mixed.sources[name]).expanduser()
-        if folder.exists():
-            clean_up(folder)
-            continue
-        with FileLock(folder) as lock:
-            try:
-                lock.acquire(waiting_for(folder, lock, progress))
-            except OSError as error:
-                raise CheckpointError(
-                    f"{folder} cannot be written ({error}).", remedy="Check space and permissions."
-                ) from error
-            if not folder.exists():
-                options = QuantizeOptions(derived.group_size, derived.scale)
-                base = str(resolve(settings.model.base_path))
-                # A source is asked for weights of the model only; draft layers, which stay wide, can be as large as it.
-                report = quantize_checkpoint(
-                    base, folder, derived.format, options, progress, carries_others=False, lock=lock
-                )
-                reports.append(report)
-    return reports
 
 
 class _QuantizedTensors:

@@ -1,0 +1,111 @@
+"""What a running model says of itself.
+
+In: the weights that are served, the engine, the settings. Out: JSON: what `GET /model_info` and `GET /manifest` answer,
+and what an expert is made of. Must never know: who asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from amalgam.config.settings import Settings
+from amalgam.engine.core import Engine
+from amalgam.engine.generation_config import ModelDefaults
+from amalgam.engine.memory import peak_memory_bytes
+from amalgam.errors import RequestError
+from amalgam.experts.precision_map import PROJECTIONS
+from amalgam.models.weights import WeightVersion
+from amalgam.runtime.served import ServedWeights
+
+
+def describe_model(
+    name: str, settings: Settings, served: ServedWeights, engine: Engine, defaults: ModelDefaults, load_seconds: float
+) -> dict[str, Any]:
+    """Architecture, sizes, sources, weights and bytes by precision, memory, and what runs a step."""
+    spec, version, loader = served.spec, served.version, served.loader
+    by_format: dict[str, dict[str, int]] = defaultdict(lambda: {"weights": 0, "parameters": 0, "bytes": 0})
+    by_source: dict[str, dict[str, int]] = defaultdict(lambda: {"weights": 0, "bytes": 0})
+    for slot, origin in version.origins.items():
+        for row in (by_format[origin.format], by_source[origin.source]):
+            row["weights"] += 1
+            row["bytes"] += version[slot].nbytes
+        by_format[origin.format]["parameters"] += math.prod(origin.shape)
+    status = engine.status()
+    return {
+        "model": name,
+        "architecture": loader.family.architectures[0],
+        "family": spec.family,
+        "sizes": {
+            "layers": spec.num_layers,
+            "moe_layers": len(spec.moe_layer_ids),
+            "hidden_size": spec.hidden_size,
+            "vocab_size": spec.vocab_size,
+            "experts_per_layer": spec.num_experts,
+            "active_experts_per_token": spec.num_active_experts,
+            "kv_heads": spec.layers[0].attention.kv_shape[0],
+            "max_seq_length": settings.inference.max_seq_length,
+        },
+        "parameters": {"total": spec.num_parameters, "active_per_token": spec.num_active_parameters},
+        "sources": {
+            name: {"path": path, **by_source.get(name, {"weights": 0, "bytes": 0})}
+            for name, path in loader.sources.items()
+        },
+        "precisions": dict(by_format),
+        "rules": [rule.model_dump() for rule in served.rules],
+        "sampling_defaults": defaults.as_json(),
+        "default_source": settings.model.mixed_precision.default_source,
+        "weight_version": {
+            "version": version.version_id,
+            "fingerprint": version.fingerprint,
+            "requests_by_version": {str(key): count for key, count in status.versions.items()},
+        },
+        "memory": {
+            "weights_bytes": version.nbytes,
+            "mapped_bytes": version.mapped_bytes,
+            "kv_cache_bytes": engine.kv_cache_bytes,
+            "process_peak_bytes": peak_memory_bytes(),
+        },
+        "kv_blocks": {"total": status.num_blocks, "free": status.num_free_blocks},
+        "device": str(loader.device),
+        "dtype": settings.inference.dtype,
+        "compute_threads": torch.get_num_threads(),
+        "kernels": engine.kernels,
+        "load_seconds": round(load_seconds, 3),
+    }
+
+
+def describe_manifest(version: WeightVersion, document: dict[str, Any]) -> dict[str, Any]:
+    """A provenance manifest of `version`, with the layout that each weight has in memory."""
+    for weight in document["weights"]:
+        weight["layout"] = version[weight["slot"]].layout.name
+    return {"version": version.version_id, **document}
+
+
+def describe_projections(version: WeightVersion, layer_id: int, expert_id: int) -> list[dict[str, Any]]:
+    """Where each projection of one expert comes from, and what it takes.
+
+    Raises:
+        RequestError: the model has no such expert.
+    """
+    slots = {part: f"layers.{layer_id}.mlp.experts.{expert_id}.{part}" for part in PROJECTIONS}
+    found = [(part, version.origins[slot]) for part, slot in slots.items() if slot in version.origins]
+    if not found:
+        raise RequestError(
+            f"Layer {layer_id} has no expert {expert_id}.", remedy="GET /model_info has the model's sizes."
+        )
+    return [
+        {
+            "projection": part,
+            "name": origin.name,
+            "source": origin.source,
+            "format": origin.format,
+            "reason": origin.rule,
+            "bytes": version[origin.slot].nbytes,
+            "bits": version[origin.slot].nbytes * 8 / math.prod(origin.shape),
+        }
+        for part, origin in found
+    ]

@@ -1,0 +1,92 @@
+"""Settings → a running model.
+
+In: settings. Out: a `Deployment`, with derived sources made, weights loaded, experts watched and the engine started.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from amalgam.composition.loader import ModelLoader
+from amalgam.composition.progress import Progress
+from amalgam.config.settings import Settings
+from amalgam.engine.core import Engine
+from amalgam.engine.generation_config import read_model_defaults
+from amalgam.errors import AmalgamError, ConfigError
+from amalgam.experts.overview import drift
+from amalgam.experts.tracker import ExpertTracker
+from amalgam.models.decoder import Decoder
+from amalgam.models.spec import ModelSpec
+from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.derive import ensure_derived
+from amalgam.runtime.device import choose_device
+from amalgam.text.tokenizer import Tokenizer
+
+
+def open_deployment(settings: Settings, progress: Progress | None = None) -> Deployment:
+    """Make the sources that are to be derived, load the model, watch its experts and start its engine. Blocking.
+
+    Args:
+        progress: called while sources are made and weights load; what it raises ends that.
+
+    Raises:
+        AmalgamError: whatever is wrong with settings, checkpoints or plan, before anything is half loaded.
+    """
+    ensure_derived(settings, progress)
+    if settings.engine.num_threads is not None:
+        torch.set_num_threads(settings.engine.num_threads)
+    device = choose_device(settings.inference.device_map)
+    dtype: torch.dtype = getattr(torch, settings.inference.dtype)
+    loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
+    planned = loader.plan()  # before anything that takes longer
+    tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
+    tokenizer.check_vocabulary(loader.spec.vocab_size)
+    defaults = read_model_defaults(loader.base_folder, loader.base_metadata)
+    # Before the weights: what it keeps its figures in may not fit, or be somebody else's.
+    tracker = _open_tracker(settings, loader.spec)
+    with ExitStack() as on_failure:
+        if tracker is not None:
+            on_failure.callback(tracker.close)
+        loaded = loader.build(planned, version_id=1, progress=progress)
+        max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
+        settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
+        decoder = Decoder(loader.spec, max_positions, dtype, device)
+        engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, tracker)
+        on_failure.pop_all()
+    engine.start()
+    return Deployment(settings, loader, loaded, engine, tokenizer, tracker, defaults)
+
+
+def _open_tracker(settings: Settings, spec: ModelSpec) -> ExpertTracker | None:
+    """
+    Raises:
+        ConfigError, CheckpointError, ConflictError: `statistics.reference` or `statistics.file` cannot be used.
+    """
+    if not settings.statistics.enabled or not spec.num_experts:
+        return None
+    model = settings.model.name or Path(settings.model.base_path).name
+    tracker = ExpertTracker(
+        spec.moe_layer_ids, spec.num_experts, spec.num_active_experts, settings.statistics, model=model
+    )
+    if settings.statistics.reference:
+        _check_reference(tracker)
+    if settings.statistics.file:
+        tracker.autosave_to(Path(settings.statistics.file))
+    return tracker
+
+
+def _check_reference(tracker: ExpertTracker) -> None:
+    """
+    Raises:
+        ConfigError: `statistics.reference` cannot be used.
+    """
+    try:
+        drift(tracker)  # reads the reference and keeps it: the first answer would be too late to refuse it
+    except AmalgamError as error:
+        raise ConfigError(
+            f"statistics.reference is {tracker.settings.reference!r}, which cannot be used. {error.what}",
+            remedy="Name a saved set of this model, or leave it out to compare with what was counted since the start.",
+        ) from None
