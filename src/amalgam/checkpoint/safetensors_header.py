@@ -124,7 +124,8 @@ def parse_header(stream: BinaryIO, file: Path) -> tuple[list[TensorEntry], dict[
         _refuse(file, f"has a header that begins with {raw[:8]!r} instead of '{{'")
     header = parse_foreign_json(raw, f"The header of {file}")  # an object: it begins with a brace
     metadata = _checked_metadata(file, header.pop("__metadata__", {}))
-    entries = [_entry(file, data_start, name, info) for name, info in header.items()]
+    layouts: dict[tuple[str, tuple[int, ...]], _Layout] = {}
+    entries = [_entry(file, data_start, name, info, layouts) for name, info in header.items()]
     check_ranges(file, file_bytes, entries)
     return entries, metadata
 
@@ -148,57 +149,81 @@ def _checked_metadata(file: Path, metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _entry(file: Path, data_start: int, name: str, info: Any) -> TensorEntry:
-    def refuse(what: str) -> NoReturn:
-        _refuse(file, f"describes tensor {describe(name)} {what}")
+_Layout = tuple[torch.dtype, tuple[int, ...], int]
 
+
+def _entry(
+    file: Path, data_start: int, name: str, info: Any, layouts: dict[tuple[str, tuple[int, ...]], _Layout]
+) -> TensorEntry:
+    """
+    Args:
+        layouts: (dtype, shape) → the same checked, and the bytes: a model has many tensors of a few kinds.
+    """
     if not name or not name.isprintable():
-        refuse("with a name that is empty or unprintable")
+        _refuse_tensor(file, name, "with a name that is empty or unprintable")
     if not isinstance(info, dict) or info.keys() != _KEYS:
-        refuse(f"as {describe(info)} instead of by dtype, shape and data_offsets")
-    dtype = DTYPES.get(info["dtype"]) if isinstance(info["dtype"], str) else None
+        _refuse_tensor(file, name, f"as {describe(info)} instead of by dtype, shape and data_offsets")
+    kind, sizes, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    # Types first: to a dictionary true and 1.0 are the key 1.
+    if not isinstance(kind, str) or not isinstance(sizes, list) or not _SIZE_TYPES.issuperset(map(type, sizes)):
+        _check_layout(file, name, kind, sizes)
+    key = kind, tuple(sizes)
+    layout = layouts.get(key)
+    if layout is None:
+        layout = layouts[key] = _check_layout(file, name, kind, sizes)
+    dtype, shape, nbytes = layout
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _SIZE_TYPES.issuperset(map(type, offsets)):
+        _refuse_tensor(file, name, f"with data_offsets {describe(offsets)} instead of two integers")
+    begin, end = offsets
+    if not 0 <= begin <= end:
+        _refuse_tensor(file, name, f"with data_offsets {describe(offsets)}, which do not rise from 0 or above")
+    if end - begin != nbytes:
+        _refuse_tensor(
+            file,
+            name,
+            f"with data_offsets {describe(offsets)}, {describe(end - begin)} bytes, but its shape {sizes} of {kind} "
+            f"takes {nbytes}",
+        )
+    return TensorEntry(name, dtype, shape, file, data_start + begin)
+
+
+def _check_layout(file: Path, name: str, kind: Any, shape: Any) -> _Layout:
+    """Type, shape and bytes."""
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
-        refuse(f"with dtype {describe(info['dtype'])}; known are {', '.join(DTYPES)}")
-    shape = info["shape"]
+        _refuse_tensor(file, name, f"with dtype {describe(kind)}; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list):
-        refuse(f"with shape {describe(shape)} instead of a list")
+        _refuse_tensor(file, name, f"with shape {describe(shape)} instead of a list")
     if len(shape) > MAX_RANK:
-        refuse(f"with {len(shape)} dimensions; at most {MAX_RANK} are allowed")
+        _refuse_tensor(file, name, f"with {len(shape)} dimensions; at most {MAX_RANK} are allowed")
     if not _SIZE_TYPES.issuperset(map(type, shape)) or min(shape, default=0) < 0:
-        refuse(f"with shape {describe(shape)} instead of a list of integers of at least 0")
+        _refuse_tensor(file, name, f"with shape {describe(shape)} instead of a list of integers of at least 0")
     # Empty tensors count too: their strides must fit 64 bits.
     num_elements = math.prod(shape)
     if (num_elements or math.prod(max(size, 1) for size in shape)) > MAX_ELEMENTS:
-        refuse(f"with shape {describe(shape)}; at most {MAX_ELEMENTS} elements are allowed")
-    offsets = info["data_offsets"]
-    if not isinstance(offsets, list) or len(offsets) != 2 or not _SIZE_TYPES.issuperset(map(type, offsets)):
-        refuse(f"with data_offsets {describe(offsets)} instead of two integers")
-    begin, end = offsets
-    if not 0 <= begin <= end:
-        refuse(f"with data_offsets {describe(offsets)}, which do not rise from 0 or above")
-    nbytes = num_elements * dtype.itemsize
-    if end - begin != nbytes:
-        refuse(
-            f"with data_offsets {describe(offsets)}, {describe(end - begin)} bytes, but its shape {shape} of "
-            f"{info['dtype']} takes {nbytes}"
-        )
-    return TensorEntry(name, dtype, tuple(shape), file, data_start + begin)
+        _refuse_tensor(file, name, f"with shape {describe(shape)}; at most {MAX_ELEMENTS} elements are allowed")
+    return dtype, tuple(shape), num_elements * dtype.itemsize
+
+
+def _refuse_tensor(file: Path, name: str, what: str) -> NoReturn:
+    _refuse(file, f"describes tensor {describe(name)} {what}")
 
 
 def check_ranges(file: Path, file_bytes: int, entries: list[TensorEntry]) -> None:
     """Sort `entries` by offset; they must lie in the file and not overlap. Holes are harmless."""
-    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    ranges = [(entry.offset or 0, entry.nbytes, index) for index, entry in enumerate(entries)]
+    ranges.sort()
+    entries[:] = [entries[index] for _, _, index in ranges]
     end = 0
     previous = ""
-    for entry in entries:
-        assert entry.offset is not None
-        if entry.offset < end:
+    for (offset, nbytes, _), entry in zip(ranges, entries, strict=True):
+        if offset < end:
             _refuse(
                 file,
-                f"describes tensor {describe(entry.name)} at byte {entry.offset}, which overlaps tensor "
+                f"describes tensor {describe(entry.name)} at byte {offset}, which overlaps tensor "
                 f"{describe(previous)} that ends at byte {end}",
             )
-        end = entry.offset + entry.nbytes
+        end = offset + nbytes
         previous = entry.name
     if end > file_bytes:
         _refuse(
