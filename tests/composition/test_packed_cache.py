@@ -530,7 +530,7 @@ def test_a_failed_load_leaves_nothing_behind(folders: Path, cache: Path) -> None
 def test_files_of_writers_that_died_are_removed(cache: Path) -> None:
     dies = (
         "import os, sys; from pathlib import Path; from amalgam.checkpoint.packed_file import new_packed_file;"
-        "new_packed_file(Path(sys.argv[1])).__enter__(); os._exit(1)"
+        "writing = new_packed_file(Path(sys.argv[1])); writing.__enter__(); os._exit(1)"
     )
     with new_packed_file(cache):
         subprocess.run([sys.executable, "-c", dies, str(cache)], env={"PYTHONPATH": str(ROOT / "src")}, check=False)

@@ -111,7 +111,7 @@ def test_mixed_precision_of_modelopt_names_every_layer() -> None:
 REFUSED = {
     "unknown method": ({"quant_method": "quark"}, "'quark'"),
     "no method": ({"bits": 4}, "no quant_method"),
-    "method of the wrong type": ({"quant_method": 3}, "quant_method 3"),
+    "method of the wrong type": ({"quant_method": 3}, "quant_method = 3"),
     "rotated weights": ({**ct("pack-quantized", **INT4), "transform_config": {"a": {}}}, "transform_config"),
     "sparse weights": (
         {**ct("pack-quantized", **INT4), "sparsity_config": {"format": "sparse-24-bitmask"}},
@@ -121,7 +121,7 @@ REFUSED = {
     "unknown strategy": (ct("pack-quantized", **{**INT4, "strategy": "attn_head"}), "attn_head"),
     "dynamic weights": (ct("pack-quantized", **{**INT4, "dynamic": True}), "dynamic"),
     "groups of the wrong type": ({"quant_method": "compressed-tensors", "config_groups": [1]}, "config_groups"),
-    "a group size of zero": (ct("pack-quantized", **{**INT4, "group_size": 0}), "group_size 0"),
+    "a group size of zero": (ct("pack-quantized", **{**INT4, "group_size": 0}), "group_size = 0"),
     "a pattern that is none": (
         {**ct("pack-quantized", **INT4), "ignore": ["re:(unclosed"]},
         "unclosed",
@@ -131,12 +131,12 @@ REFUSED = {
     "look-around of many repetitions": ({**GPTQ, "dynamic": {"(?!x)" + ".*" * 20: {}}}, "repetitions"),
     "more patterns than names": ({**GPTQ, "dynamic": {f"a{i}.*": {} for i in range(10_000)}}, "8193 patterns"),
     "gptq of another layout": ({**GPTQ, "checkpoint_format": "marlin"}, "marlin"),
-    "gptq in bytes": ({**GPTQ, "pack_dtype": "int8"}, "pack_dtype 'int8'"),
-    "gptq of five bits": ({**GPTQ, "bits": 5}, "bits 5"),
-    "gptq of bits as text": ({**GPTQ, "bits": "4"}, "bits '4'"),
+    "gptq in bytes": ({**GPTQ, "pack_dtype": "int8"}, "pack_dtype = 'int8'"),
+    "gptq of five bits": ({**GPTQ, "bits": 5}, "bits = 5"),
+    "gptq of bits as text": ({**GPTQ, "bits": "4"}, "bits = '4'"),
     "awq of another version": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "gemv"),
     "awq with zero points as text": ({"quant_method": "awq", "bits": 4, "zero_point": "no"}, "zero_point"),
-    "awq of eight bits": ({"quant_method": "awq", "bits": 8}, "bits 8"),
+    "awq of eight bits": ({"quant_method": "awq", "bits": 8}, "bits = 8"),
     "autoround of another packing": ({"quant_method": "auto-round", "packing_format": "auto_round:mlx"}, "mlx"),
     "autoround for another backend": ({"quant_method": "intel/auto-round", "backend": "auto_round:marlin"}, "marlin"),
     "autoround of floats": ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "mx_fp"),
@@ -164,7 +164,7 @@ REFUSED = {
             "quant_algo": "FP8",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float"}}},
         },
-        "num_bits 4",
+        "num_bits = 4",
     ),
     "modelopt with zero points": (
         {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "has_zero_point": True},
@@ -204,7 +204,7 @@ REFUSED = {
         },
         "scale_quant_params",
     ),
-    "hqq of seven bits": ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 7}}}, "nbits 7"),
+    "hqq of seven bits": ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 7}}}, "nbits = 7"),
 }
 
 

@@ -1,1 +1,1 @@
-"""Ground floor: foreign JSON, files, locks, threads and the time. Knows nothing of models."""
+"""Ground floor: what somebody else wrote, files, locks, threads and the time. Knows nothing of models."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from amalgam.errors import CheckpointError, UnsupportedError, describe
+from amalgam.base.fields import Fields
 from amalgam.formats.fused import FusedTensor
 from amalgam.kernels.program import Emitter, Rows
 from amalgam.models.rope import Rope
@@ -224,71 +223,11 @@ class Family:
         return {complete(name): weight for name, weight in weights.items()}
 
 
-class ConfigReader:
-    """Typed access to a config.json; every complaint names the key, its value and the file.
+class ConfigReader(Fields):
+    """Typed access to a config.json. What cannot be is told like what is not supported."""
 
-    Keys may have synonyms, which must agree where more than one is present.
-    """
-
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self._config = config
-        self._where = where
-
-    def get(self, *keys: str, default: Any = None) -> Any:
-        """The value of the first key that is present and not null."""
-        present = [key for key in keys if self._config.get(key) is not None]
-        for key in present[1:]:
-            if self._config[key] != self._config[present[0]]:
-                self.refuse(key, self._config[key], f"what {present[0]} says, {describe(self._config[present[0]])}")
-        return self._config[present[0]] if present else default
-
-    def present(self, *keys: str) -> str:
-        """The synonym that counts, for messages; the first if none is there."""
-        return next((key for key in keys if self._config.get(key) is not None), keys[0])
-
-    def is_null(self, key: str) -> bool:
-        """Whether a key is there and null, where that means something else than its absence."""
-        return key in self._config and self._config[key] is None
-
-    def int(self, *keys: str, default: int | None = None, low: int = 1) -> int:
-        value = self.get(*keys, default=default)
-        if value is None:
-            raise CheckpointError(f"{self._where} has no {' or '.join(keys)}.", remedy="Add the key: it is required.")
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            self.refuse(self.present(*keys), value, f"an integer from {low}")
-        return int(value)
-
-    def float(self, *keys: str, default: float | None = None, low: float = -sys.float_info.max) -> float:
-        value = self.get(*keys, default=default)
-        if value is None:
-            raise CheckpointError(f"{self._where} has no {' or '.join(keys)}.", remedy="Add the key: it is required.")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= sys.float_info.max:
-            least = "" if low < 0 else f" of at least {low:g}"
-            self.refuse(self.present(*keys), value, f"a finite number{least}")
-        return float(value)
-
-    def bool(self, *keys: str, default: bool) -> bool:
-        """Null is false, which is how the Hugging Face classes take it."""
-        if any(map(self.is_null, keys)) and self.get(*keys) is None:
-            return False
-        value = self.get(*keys, default=default)
-        if not isinstance(value, bool):
-            self.refuse(self.present(*keys), value, "true or false")
-        return bool(value)
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        """A nested object; empty if absent or null."""
-        value = self.get(key, default={})
-        if not isinstance(value, Mapping):
-            self.refuse(key, value, "an object")
-        return dict(value)
-
-    def expect(self, key: str, *allowed: Any) -> None:
-        """Fail unless a key is absent, null, or one of the values that the family's code implements."""
-        value = self.get(key)
-        if value is not None and value not in allowed:
-            self.refuse(key, value, " or ".join(map(repr, allowed)))
+    least = 1
+    null_is_false = True  # which is how the Hugging Face classes take it
 
     def refuse(self, key: str, value: Any, allowed: str) -> NoReturn:
-        """Fail because a key has a value that is not supported."""
-        raise UnsupportedError(f"{self._where} has {key} = {describe(value)}.", remedy=f"Supported: {allowed}.")
+        self.unsupported(key, value, allowed)

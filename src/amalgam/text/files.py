@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 import orjson
 
+from amalgam.base.fields import Fields
 from amalgam.base.folders import member, member_folder
 from amalgam.base.strict_json import read_json_object
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
@@ -85,13 +86,11 @@ def eos_token_ids(folder: Path) -> frozenset[int]:
     """
     token_ids: set[int] = set()
     for name in _EOS_FILES:
-        value = _read_json(folder / name).get("eos_token_id")
+        fields = Fields(_read_json(folder / name), repr(str(folder / name)))
+        value = fields.get("eos_token_id")
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token_id) is int and token_id >= 0 for token_id in values):
-            raise CheckpointError(
-                f"{str(folder / name)!r} has eos_token_id = {describe(value)}.",
-                remedy="Expected a token id, a list of them, or null.",
-            )
+            fields.refuse("eos_token_id", value, "a token id, a list of them, or null")
         token_ids.update(values)
     return frozenset(token_ids)
 
@@ -102,6 +101,7 @@ class _Folder:
         self._config = _read_json(folder / _CONFIG)
         if "added_tokens_decoder" not in self._config:  # with it, the older files are not looked at
             self._config |= _read_json(folder / _NAMES)
+        self._fields = Fields(self._config, self._where(_CONFIG))
         self._names = dict(self._named_tokens())
 
     def from_json(self) -> TokenizerParts:
@@ -143,7 +143,7 @@ class _Folder:
         # What stands around a text is settled below, from the same place as ever.
         wrapped, _ = build_tokenizer({**keys, "tokenizer.ggml.add_bos_token": False}, repr(str(path)))
         backend = wrapped.backend_tokenizer
-        if keys["tokenizer.ggml.add_space_prefix"] and self._flag("legacy", True) is False:
+        if keys["tokenizer.ggml.add_space_prefix"] and self._fields.bool("legacy", default=True) is False:
             # A space before the text that has none, and none after each special token: as the published tokenizer.json
             # of such models has it.
             backend.normalizer = normalizers.Sequence([])
@@ -158,7 +158,7 @@ class _Folder:
         try:
             self._add_tokens(backend)
             self._surround(backend)
-            if self._flag("split_special_tokens", False):
+            if self._fields.bool("split_special_tokens", default=False):
                 backend.encode_special_tokens = True
         except AmalgamError:
             raise
@@ -207,7 +207,7 @@ class _Folder:
 
         extra = self._config.get("additional_special_tokens") or self._config.get("extra_special_tokens") or []
         if not isinstance(extra, list | dict):
-            self._damaged(_CONFIG, "additional_special_tokens", extra, "a list of tokens")
+            self._fields.refuse("additional_special_tokens", extra, "a list of tokens")
         listed = [
             self._text("additional_special_tokens", value) for value in (extra if isinstance(extra, list) else ())
         ]
@@ -222,17 +222,16 @@ class _Folder:
         declared = self._config.get("added_tokens_decoder")
         if declared is None:
             special = {*self._names.values()}
-            for text, token_id in _read_json(self._folder / _ADDED).items():
-                if type(token_id) is not int:
-                    self._damaged(_ADDED, text, token_id, "a token id")
-                yield token_id, text, {"special": text in special, "normalized": False}
+            added = Fields(_read_json(self._folder / _ADDED), self._where(_ADDED))
+            for text in added.values:
+                yield added.int(text), text, {"special": text in special, "normalized": False}
             return
         if not isinstance(declared, dict):
-            self._damaged(_CONFIG, "added_tokens_decoder", declared, "an object")
+            self._fields.refuse("added_tokens_decoder", declared, "an object")
         for token_id, token in declared.items():
             flags = {name: token.get(name, False) for name in _FLAGS} if isinstance(token, dict) else {}
             if not token_id.isdecimal() or not flags or not all(isinstance(value, bool) for value in flags.values()):
-                self._damaged(_CONFIG, f"added_tokens_decoder.{token_id}", token, "a token with its flags")
+                self._fields.refuse(f"added_tokens_decoder.{token_id}", token, "a token with its flags")
             if text := self._text(f"added_tokens_decoder.{token_id}", token):
                 yield int(token_id), text, flags
 
@@ -240,7 +239,7 @@ class _Folder:
         """What stands around every text."""
         from tokenizers import processors
 
-        wants = {name: self._flag(f"add_{name}_token", None) for name in ("bos", "eos")}
+        wants = {name: self._fields.bool(f"add_{name}_token", default=None) for name in ("bos", "eos")}
         if _has_template(backend):
             around = backend.encode("").ids
             for name, wanted in wants.items():
@@ -252,7 +251,7 @@ class _Folder:
         ids = {text: backend.token_to_id(text) for text in texts if text is not None}
         for text, token_id in ids.items():
             if token_id is None:
-                self._damaged(_CONFIG, "add_bos_token or add_eos_token", text, "with a token of the vocabulary")
+                self._fields.refuse("add_bos_token or add_eos_token", text, "with a token of the vocabulary")
         if ids:
             before, after = ([] if text is None else [text] for text in texts)
             backend.post_processor = processors.TemplateProcessing(
@@ -263,13 +262,13 @@ class _Folder:
         declared = self._config.get("chat_template")
         if isinstance(declared, list):  # [{"name": …, "template": …}, …]
             if not all(isinstance(item, dict) and {"name", "template"} <= item.keys() for item in declared):
-                self._damaged(_CONFIG, "chat_template", declared, "a template, or a list of named ones")
+                self._fields.refuse("chat_template", declared, "a template, or a list of named ones")
             declared = {item["name"]: item["template"] for item in declared}
         templates = {DEFAULT: declared} if isinstance(declared, str) else declared or {}
         if not isinstance(templates, dict) or not all(
             isinstance(item, str) for pair in templates.items() for item in pair
         ):
-            self._damaged(_CONFIG, "chat_template", declared, "a template, or a list of named ones")
+            self._fields.refuse("chat_template", declared, "a template, or a list of named ones")
         files = {file.stem: file for file in (self._folder / _TEMPLATES).glob("*.jinja")}
         if (path := self._folder / _TEMPLATE).is_file():
             files[DEFAULT] = path
@@ -277,17 +276,11 @@ class _Folder:
             templates = {**templates, name: _read_text(file)}
         return templates[DEFAULT] if templates.keys() == {DEFAULT} else templates or None
 
-    def _flag(self, name: str, default: bool | None) -> bool | None:
-        value = self._config.get(name)
-        if value is not None and not isinstance(value, bool):
-            self._damaged(_CONFIG, name, value, "true or false")
-        return default if value is None else value
-
     def _text(self, name: str, token: Any) -> str:
         """A token is its text, or an object that has it with its flags."""
         text = token.get("content") if isinstance(token, dict) else token
         if not isinstance(text, str):
-            self._damaged(_CONFIG, name, token, "a token")
+            self._fields.refuse(name, token, "a token")
         return text
 
     def _where(self, name: str) -> str:
@@ -305,9 +298,6 @@ class _Folder:
             f"{found}.",
             remedy="Copy the tokenizer's files again from one published checkpoint; remove those of another.",
         )
-
-    def _damaged(self, file: str, name: str, value: Any, allowed: str) -> NoReturn:
-        raise CheckpointError(f"{self._where(file)} has {name} = {describe(value)}.", remedy=f"Expected {allowed}.")
 
 
 def _has_template(backend: Any) -> bool:

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from amalgam.base.fields import Fields
 from amalgam.base.strict_json import parse_json
-from amalgam.errors import describe
 from amalgam.experts.history import NUM_PHASES, Bucket, Tally
 from amalgam.experts.labels import check_label
 from amalgam.experts.pairs import PairCounts
@@ -75,21 +75,25 @@ def from_arrays(file: ArrayFile) -> SavedSet:
         Exception: it is no saved set; the kinds are many, the message says what is wrong.
     """
     meta = parse_json(file.text("meta", _MAX_META_BYTES))
-    if not isinstance(meta, dict) or meta["version"] != _VERSION:
+    if not isinstance(meta, dict) or meta.get("version") != _VERSION:
         raise ValueError("its version is unknown")
-    layer_ids = tuple(_whole("layer_ids", value, _MAX_LAYERS) for value in _list(meta, "layer_ids"))
-    if len(layer_ids) > _MAX_LAYERS or list(layer_ids) != sorted(set(layer_ids)):
-        raise ValueError(f"layer_ids is {describe(layer_ids)}")
-    num_experts = _whole("num_experts", meta["num_experts"], _MAX_EXPERTS)
-    top_k = _whole("num_active_experts", meta["num_active_experts"], num_experts)
-    model, labels = meta["model"], _list(meta, "labels")
-    if not isinstance(model, str) or len(model) > _MAX_MODEL_CHARS or not model.isprintable():
-        raise ValueError(f"model is {describe(model)}")
+    fields = Fields(meta, "its meta")
+    layer_ids = tuple(fields.list("layer_ids", of=int, what="integers"))
+    if list(layer_ids) != sorted(set(layer_ids)) or not set(layer_ids) <= set(range(_MAX_LAYERS)):
+        fields.refuse("layer_ids", layer_ids, f"integers from 0 that rise, below {_MAX_LAYERS}")
+    num_experts = fields.int("num_experts", high=_MAX_EXPERTS)
+    top_k = fields.int("num_active_experts", high=num_experts)
+    model, labels = fields.text("model"), fields.list("labels", of=str, what="strings")
+    if len(model) > _MAX_MODEL_CHARS or not model.isprintable():
+        fields.refuse("model", model, f"at most {_MAX_MODEL_CHARS} printable characters")
     for label in labels:
         check_label(label)
     if len(set(labels)) != len(labels):
-        raise ValueError("a label is there twice")
-    start, end = _time(meta, "start"), _time(meta, "end")
+        fields.refuse("labels", labels, "each of them once")
+    start, end = (fields.float(name, low=0, high=_LAST_TIME) for name in ("start", "end"))
+    tick_seconds = fields.float("tick_seconds", default=None, low=0, high=_LAST_TIME)
+    if tick_seconds == 0:
+        fields.refuse("tick_seconds", tick_seconds, "more than 0")
     if start > end:
         raise ValueError(f"it ends at {end}, before its start at {start}")
     grid = (len(layer_ids), num_experts)
@@ -109,7 +113,7 @@ def from_arrays(file: ArrayFile) -> SavedSet:
         labels=dict(zip(labels, _tallies(file, "label_", (len(labels),), grid, top_k), strict=True)),
         pairs=_pairs(file, grid, int(total.num_tokens.sum())),
         buckets=_buckets(file, grid, top_k),
-        tick_seconds=_tick_seconds(meta),
+        tick_seconds=tick_seconds,
     )
 
 
@@ -171,35 +175,6 @@ def _pairs(file: ArrayFile, grid: tuple[int, int], num_tokens: int) -> PairCount
             raise ValueError(f"{name} has pairs below zero, or more than sampled tokens")
         matrices.append(matrix.astype(np.int64))
     return PairCounts(num_sampled, *matrices)
-
-
-def _list(meta: dict[str, Any], name: str) -> list[Any]:
-    value = meta[name]
-    if not isinstance(value, list):
-        raise ValueError(f"{name} is {describe(value)}, which is no list")
-    return value
-
-
-def _whole(name: str, value: Any, limit: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
-        raise ValueError(f"{name} has {describe(value)}, which is no whole number up to {limit}")
-    return value
-
-
-def _time(meta: dict[str, Any], name: str) -> float:
-    value = meta[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_time(value):
-        raise ValueError(f"{name} is {describe(value)}, which is no time")
-    return float(value)
-
-
-def _tick_seconds(meta: dict[str, Any]) -> float | None:
-    value = meta.get("tick_seconds")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LAST_TIME:
-        raise ValueError(f"tick_seconds is {describe(value)}")
-    return float(value)
 
 
 def _is_time(value: Any) -> Any:

@@ -41,7 +41,7 @@ def read_declaration(folder: Path, config: Mapping[str, Any]) -> Declaration:
             remedy="Convert the checkpoint with a current version of compressed-tensors.",
         )
     if declared:
-        found = parse_declaration(declared, str(folder / "config.json"))
+        found = parse_declaration(declared, str(folder / "config.json"), "quantization_config.")
     for name in _SIDE_FILES:
         if is_present(folder / name):
             side = _parse_side_file(read_json(folder, name), name, str(folder / name))
@@ -50,15 +50,15 @@ def read_declaration(folder: Path, config: Mapping[str, Any]) -> Declaration:
     return found or Declaration()
 
 
-def parse_declaration(config: Any, where: str) -> Declaration:
-    """A `quantization_config` object; `where` names its file in messages.
+def parse_declaration(config: Any, where: str, path: str = "") -> Declaration:
+    """A `quantization_config` object; `where` names its file in messages, and `path` what stands before its keys.
 
     Raises:
         UnsupportedError, CheckpointError: see `read_declaration`.
     """
     if not isinstance(config, Mapping):
         raise CheckpointError(f"{where} has quantization_config {describe(config)}.", remedy="Expected an object.")
-    reader = Reader(config, where)
+    reader = Reader(config, where, path)
     method = reader.text("quant_method", "method", default="")
     if not method and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         method = "bitsandbytes"
@@ -77,8 +77,6 @@ def _parse_side_file(config: Mapping[str, Any], name: str, where: str) -> Declar
     if name == "hf_quant_config.json":
         whole = Reader(config, where)
         inner = whole.object("quantization")
-        if inner is None:
-            raise CheckpointError(f"{where} has no quantization.", remedy="Expected an object.")
         declaration = METHODS["modelopt"](inner, "modelopt")
         whole.refuse_unread()
         return declaration

@@ -31,7 +31,7 @@ def _left_alone(reader: Reader, base: Declared, *keys: str) -> tuple[tuple[Match
 def _compressed_tensors(reader: Reader, method: str) -> Declaration:
     """https://github.com/vllm-project/compressed-tensors: config_groups with targets, and an ignore list."""
     reader.pass_over({"version"})
-    if reader.config.get("transform_config") == {"config_groups": {}}:
+    if reader.values.get("transform_config") == {"config_groups": {}}:
         reader.pass_over({"transform_config"})
     _refuse_sparsity(reader)
     if (flavor := reader.get("fp8_dtype_flavor")) not in (None, "float8_e4m3fn"):
@@ -69,13 +69,13 @@ def _compressed_tensors(reader: Reader, method: str) -> Declaration:
 
 
 def _refuse_sparsity(reader: Reader) -> None:
-    sparsity = reader.object("sparsity_config")
+    sparsity = reader.object("sparsity_config", default=None)
     if sparsity is not None:
         if (kind := sparsity.get("format")) not in (None, "dense"):
             sparsity.unsupported("format", kind, "dense")
         # Of dense weights these describe where the zeros are.
         sparsity.pass_over({"targets", "ignore", "global_sparsity", "sparsity_structure", "registry_requires_subclass"})
-    experts = reader.object("moe_sparsity_config")
+    experts = reader.object("moe_sparsity_config", default=None)
     if experts is not None:
         if (kind := experts.get("method")) != "prune":
             experts.unsupported("method", kind, "prune; experts that were replaced by constants are not served")
@@ -85,10 +85,10 @@ def _refuse_sparsity(reader: Reader) -> None:
 def _group(group: Reader, layout: str) -> tuple[Reader | None, list[str], str]:
     """Of a config group what holds for its weights, its targets and its layout."""
     for key in ("input_activations", "output_activations"):
-        arguments = group.object(key)
+        arguments = group.object(key, default=None)
         if arguments is not None:
             arguments.pass_over(_CT_ARGUMENTS)
-    return group.object("weights"), group.names("targets"), group.text("format", default=layout)
+    return group.object("weights", default=None), group.names("targets"), group.text("format", default=layout)
 
 
 # compressed-tensors' QuantizationArgs, which for activations say only how another engine rounds them.
@@ -130,12 +130,12 @@ def _quantization_args(weights: Reader, method: str, layout: str, whole: Reader)
         method,
         whole.where,
         layout=_CT_LAYOUTS[layout],
-        bits=weights.integer("num_bits", low=1),
+        bits=weights.int("num_bits", default=None, low=1),
         number=weights.text("type", default="int"),
         strategy=_CT_STRATEGIES[strategy],
         group_size=group_size,
         block=_pair(weights, "block_structure"),
-        is_symmetric=weights.flag("symmetric"),
+        is_symmetric=weights.bool("symmetric", default=None),
         is_reordered=order in (True, "group", "dynamic"),
     )
 
@@ -163,7 +163,7 @@ def _fp8(reader: Reader, method: str) -> Declaration:
             reader.unsupported(key, fmt, ", ".join(_E4M3))
     if (expert := reader.get("expert_dtype")) not in (None, "fp8"):
         reader.unsupported("expert_dtype", expert, "fp8")
-    reader.integer("bits", allowed=(8,))
+    reader.choice("bits", allowed=(8,))
     reader.pass_over(quant_keys.WORDS | {"data_type", "packing_format", "modules_to_convert"})
     layout = reader.text("scale_fmt", default="float")
     if layout not in ("float", "ue8m0"):
@@ -210,7 +210,7 @@ def _exceptions(
         rules.append((matches, replace(default, is_quantized=False) if is_skipped else settings(inner, default)))
     for name, inner in reader.objects("extra_config").items():
         inner.pass_over(quant_keys.WORDS)
-        bits = inner.integer("bits", low=1)
+        bits = inner.int("bits", default=None, low=1)
         if bits is not None and bits > 8:  # 16 or 32: not quantized
             inner.pass_over({"data_type"})
             declared = replace(default, is_quantized=False)
@@ -219,7 +219,7 @@ def _exceptions(
         named[name] = declared
         if re.search(r"[*+?\[\](){}^$|\\]", name):
             rules.append((regex(reader, "extra_config", [name], anywhere=True), declared))
-    if reader.flag("lm_head") is False:
+    if reader.bool("lm_head", default=None) is False:
         rules.append((lambda module: module == "lm_head", replace(default, is_quantized=False)))
     return named, tuple(rules)
 
@@ -252,7 +252,7 @@ def _modelopt(reader: Reader, method: str) -> Declaration:
         if name not in _MODELOPT:
             inner.unsupported("quant_algo", name, ", ".join(sorted(_MODELOPT)))
         declared = Declared("modelopt", reader.where, layout=name, **_MODELOPT[name])  # type: ignore[arg-type]
-        if inner.flag("has_zero_point"):
+        if inner.bool("has_zero_point", default=None):
             inner.unsupported("has_zero_point", True, "false")
         inner.pass_over({"pre_quant_scale"})  # each weight that has one says so
         group_size = inner.group_size("group_size")
@@ -276,7 +276,7 @@ def _compare_group(group: Reader, default: Declared) -> None:
     """ModelOpt says in compressed-tensors' words what `quant_algo` and `quantized_layers` say: the same, that is."""
     weights, _, _ = _group(group, "dense")
     group.pass_over({"pre_quant_scale", "quant_algo"})
-    if group.flag("has_zero_point"):
+    if group.bool("has_zero_point", default=None):
         group.unsupported("has_zero_point", True, "false")
     if weights is None:
         return
@@ -295,7 +295,7 @@ def _gptq(reader: Reader, method: str) -> Declaration:
     layout = reader.text("checkpoint_format", "format", default="gptq").lower()
     if layout not in ("gptq", "gptq_v2"):
         reader.unsupported("checkpoint_format", layout, "gptq, gptq_v2")
-    if reader.flag("is_marlin_format"):
+    if reader.bool("is_marlin_format", default=None):
         reader.unsupported("is_marlin_format", True, "false")
     _refuse_other_words(reader)
     base = Declared(method, reader.where, layout=layout, number="int", strategy="group")
@@ -313,8 +313,8 @@ def _refuse_other_words(reader: Reader) -> None:
 
 def _int_settings(reader: Reader, base: Declared) -> Declared:
     """`base` with the bits, group size, symmetry and order that an object sets."""
-    bits, group_size = reader.integer("bits", "w_bit", allowed=_WIDTHS), reader.group_size("group_size", "q_group_size")
-    is_symmetric, is_reordered = reader.flag("sym"), reader.flag("desc_act")
+    bits, group_size = reader.choice("bits", "w_bit", allowed=_WIDTHS), reader.group_size("group_size", "q_group_size")
+    is_symmetric, is_reordered = reader.bool("sym", default=None), reader.bool("desc_act", default=None)
     _refuse_other_words(reader)
     return replace(
         base,
@@ -333,7 +333,7 @@ def _awq(reader: Reader, method: str) -> Declaration:
     if reader.get("backend") == "llm-awq":
         reader.unsupported("backend", "llm-awq", "autoawq; llm-awq packs weights in an order of its own")
     # Without zero points AutoAWQ has no layout; AutoRound, symmetric by default, stores the middle as one.
-    is_symmetric = True if reader.flag("zero_point") is False else None
+    is_symmetric = True if reader.bool("zero_point", default=None) is False else None
     base = Declared(method, reader.where, layout="awq", number="int", strategy="group", is_symmetric=is_symmetric)
     default = _awq_settings(reader, base)
     named, rules = _exceptions(reader, default, _awq_settings)
@@ -347,7 +347,7 @@ def _awq_settings(reader: Reader, base: Declared) -> Declared:
         reader.unsupported("bits", settings.bits, "4")
     if settings.is_reordered:
         reader.unsupported("desc_act", True, "false; AWQ's groups have no index")
-    if reader.flag("zero_point") is False:
+    if reader.bool("zero_point", default=None) is False:
         settings = replace(settings, is_symmetric=True)
     return settings
 
@@ -402,7 +402,7 @@ def _packing_of_backend(reader: Reader) -> str:
 
 def _suffix_settings(reader: Reader, base: Declared) -> Declared:
     """`base` with the bits and the kind of values that an object sets."""
-    bits, kind = reader.integer("bits", low=1), reader.text("data_type", default="")
+    bits, kind = reader.int("bits", default=None, low=1), reader.text("data_type", default="")
     number = base.number
     if kind:
         if not kind.startswith(("int", "fp", "float", "mx_fp", "nv_fp", "mxfp", "nvfp")) or "e5m2" in kind:
@@ -413,12 +413,12 @@ def _suffix_settings(reader: Reader, base: Declared) -> Declared:
 
 def _bitsandbytes(reader: Reader, method: str) -> Declaration:
     reader.pass_over(quant_keys.BITSANDBYTES)
-    if reader.flag("load_in_4bit", "_load_in_4bit"):
+    if reader.bool("load_in_4bit", "_load_in_4bit", default=None):
         kind = reader.text("bnb_4bit_quant_type", default="fp4")
         if kind not in ("nf4", "fp4"):
             reader.unsupported("bnb_4bit_quant_type", kind, "nf4, fp4")
         default = Declared(method, reader.where, layout=kind, bits=4)
-    elif reader.flag("load_in_8bit", "_load_in_8bit"):
+    elif reader.bool("load_in_8bit", "_load_in_8bit", default=None):
         default = Declared(method, reader.where, layout="int8", bits=8, number="int", strategy="channel")
     else:
         reader.refuse("load_in_8bit", reader.get("load_in_8bit"), "load_in_8bit or load_in_4bit to be true")
@@ -433,16 +433,14 @@ def _hqq(reader: Reader, method: str) -> Declaration:
             if inner.get(key):
                 inner.unsupported(key, inner.get(key), "null; quantized scales are not served")
         weights = inner.object("weight_quant_params")
-        if weights is None:
-            inner.refuse("weight_quant_params", None, "an object")
         weights.pass_over(quant_keys.HQQ_WEIGHTS)
-        return Declared(method, reader.where, bits=weights.integer("nbits", allowed=(1, 2, 3, 4, 5, 6, 8)))
+        return Declared(method, reader.where, bits=weights.choice("nbits", allowed=(1, 2, 3, 4, 5, 6, 8)))
 
     plain = Declared(method, reader.where)
     rules = list(_left_alone(reader, plain, "skip_modules"))
     config = reader.get("quant_config")
     if isinstance(config, Mapping) and "weight_quant_params" in config:
-        inner = reader.object("quant_config")
+        inner = reader.object("quant_config", default=None)
         assert inner is not None
         return Declaration(settings(inner), rules=tuple(rules))
     rules += [(within([tag]), settings(tagged)) for tag, tagged in reader.objects("quant_config").items()]

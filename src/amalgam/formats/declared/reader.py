@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
-from amalgam.errors import CheckpointError, UnsupportedError, describe
+from amalgam.base.fields import Fields
+from amalgam.errors import UnsupportedError, describe
 from amalgam.formats.declared.keys import HARMLESS, TRANSFORMS
 from amalgam.formats.declared.values import Matches
 
@@ -23,36 +25,13 @@ _MAX_PATTERNS = 8192
 _MAX_REPEATS = 3
 
 
-class Reader:
-    """Typed access to a declaration; every complaint names the key, its value and the file.
+class Reader(Fields):
+    """Typed access to a declaration and the objects in it."""
 
-    Remembers which keys were asked for, its own and those of the objects in it, for `refuse_unread`.
-    """
-
-    def __init__(self, config: Mapping[str, Any], where: str, outer: Reader | None = None) -> None:
-        self.config = config
-        self.where = where
-        self._outer = outer
-        self._num_patterns = 0
-        self._read: set[str] = set(HARMLESS)
-        self._inner: list[Reader] = []
-
-    def get(self, *keys: str) -> Any:
-        """The value of the first key that is there and not null; synonyms must agree."""
-        self._read.update(keys)
-        present = [key for key in keys if self.config.get(key) is not None]
-        for key in present[1:]:
-            if _folded(self.config[key]) != _folded(self.config[present[0]]):
-                raise CheckpointError(
-                    f"{self.where} declares {present[0]} {describe(self.config[present[0]])} and {key} "
-                    f"{describe(self.config[key])}.",
-                    remedy="Both mean the same: remove the one that does not hold for the weights.",
-                )
-        return self.config[present[0]] if present else None
-
-    def pass_over(self, keys: Iterable[str]) -> None:
-        """Count keys as read: they say nothing about what the weights mean."""
-        self._read.update(keys)
+    def __init__(self, values: Mapping[str, Any], where: str, path: str = "") -> None:
+        super().__init__(values, where, path)
+        self._patterns = _Patterns()
+        self.pass_over(HARMLESS)
 
     def refuse_unread(self) -> None:
         """
@@ -60,103 +39,55 @@ class Reader:
             UnsupportedError: a key here, or in an object that was read, was neither asked for nor passed over, and its
                 value is not one that says nothing (null, false, empty).
         """
-        for key, value in self.config.items():
-            if key in self._read or _says_nothing(value):
+        for reader, key, value in self.unread():
+            if _says_nothing(value):
                 continue
+            what = f"{self.where} has {reader.path}{key} = {describe(value)}"
             if key in TRANSFORMS:
                 raise UnsupportedError(
-                    f"{self.where} declares {key} {describe(value)}: weights that need a transform of their inputs at "
-                    "run time.",
+                    f"{what}: weights that need a transform of their inputs at run time.",
                     remedy="That is not served. Use a checkpoint that was quantized without rotation.",
                 )
             raise UnsupportedError(
-                f"{self.where} declares {key} {describe(value)}, which is not known here and may change what the "
-                "weights mean.",
+                f"{what}, which is not known here and may change what the weights mean.",
                 remedy="If it does not, remove it from the file; else use a checkpoint that was made without it.",
             )
-        for inner in self._inner:
-            inner.refuse_unread()
 
-    def integer(self, *keys: str, allowed: Iterable[int] | None = None, low: int | None = None) -> int | None:
-        value = self.get(*keys)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
-            self.refuse(keys[0], value, "an integer" if low is None else f"an integer from {low}")
-        if allowed is not None and value not in allowed:
+    def choice(self, *keys: str, allowed: Sequence[int]) -> int | None:
+        """One of some integers; None if absent."""
+        value = self.int(*keys, default=None)
+        if value is not None and value not in allowed:
             self.refuse(keys[0], value, ", ".join(map(str, allowed)))
-        return int(value)
+        return value
 
     def group_size(self, *keys: str) -> int | None:
         """A number of inputs, or -1 for all."""
-        value = self.integer(*keys)
-        if value is not None and value < 1 and value != -1:
+        value = self.int(*keys, default=None, low=-1)
+        if value == 0:
             self.refuse(keys[0], value, "a positive number, or -1 for whole rows")
         return value
 
-    def text(self, *keys: str, default: str | None = None) -> str:
-        value = self.get(*keys)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, str):
-            self.refuse(keys[0], value, "a string")
-        return str(value)
-
-    def flag(self, *keys: str) -> bool | None:
-        value = self.get(*keys)
-        if value is not None and not isinstance(value, bool):
-            self.refuse(keys[0], value, "true or false")
-        return value if isinstance(value, bool) else None
-
     def names(self, *keys: str) -> list[str]:
-        value = self.get(*keys)
-        if value is None:
-            return []
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            self.refuse(keys[0], value, "a list of names")
-        return list(value)
-
-    def objects(self, key: str) -> dict[str, Reader]:
-        """An object of objects; empty if absent."""
-        value = self.get(key) or {}
-        if not isinstance(value, Mapping):
-            self.refuse(key, value, "an object of objects")
-        for name, inner in value.items():
-            if not isinstance(inner, Mapping):
-                self.refuse(f"{key} {name!r}", inner, "an object of objects")
-        return {name: self._object(inner, f"{key}: {name}") for name, inner in value.items()}
-
-    def object(self, key: str) -> Reader | None:
-        value = self.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
-            self.refuse(key, value, "an object")
-        return self._object(value, key)
-
-    def _object(self, value: Mapping[str, Any], path: str) -> Reader:
-        inner = Reader(value, f"{self.where} ({path})", self)
-        self._inner.append(inner)
-        return inner
+        """Empty if absent."""
+        return self.list(*keys, of=str, what="names", default=[])
 
     def count_patterns(self, key: str, number: int) -> None:
         """Refuse more patterns, in the whole declaration, than can be tried on every weight's name."""
-        if self._outer is not None:
-            self._outer.count_patterns(key, number)
-            return
-        self._num_patterns += number
-        if self._num_patterns > _MAX_PATTERNS:
-            self.refuse(key, f"{self._num_patterns} patterns", f"at most {_MAX_PATTERNS}")
+        self._patterns.count += number
+        if self._patterns.count > _MAX_PATTERNS:
+            self.refuse(key, f"{self._patterns.count} patterns", f"at most {_MAX_PATTERNS}")
 
-    def refuse(self, key: str, value: Any, allowed: str) -> NoReturn:
-        raise CheckpointError(f"{self.where} declares {key} {describe(value)}.", remedy=f"Expected {allowed}.")
-
-    def unsupported(self, key: str, value: Any, allowed: str) -> NoReturn:
-        raise UnsupportedError(f"{self.where} declares {key} {describe(value)}.", remedy=f"Supported: {allowed}.")
+    def _inside(self, values: Mapping[str, Any], path: str) -> Self:
+        inner = super()._inside(values, path)
+        inner._patterns = self._patterns
+        return inner
 
 
-def _folded(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
+@dataclass
+class _Patterns:
+    """How many there are in a whole declaration."""
+
+    count: int = 0
 
 
 def _says_nothing(value: Any) -> bool:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from amalgam.base.fields import REQUIRED, Fields, Required
 from amalgam.checkpoint.store import TensorStore
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.formats.gguf.names import ARCHITECTURE_KEY
@@ -89,65 +90,43 @@ def read_config(store: TensorStore) -> Config:
     return config
 
 
-class _Metadata:
-    """Typed access to the keys of an architecture; knows which were never read."""
+class _Metadata(Fields):
+    """Typed access to the keys of an architecture, and to the tensors that tell what they do not."""
+
+    cure = "Or put the file into a folder with the published config.json."
 
     def __init__(self, store: TensorStore, architecture: str) -> None:
+        prefix = f"{architecture}."
+        values = {key.removeprefix(prefix): value for key, value in store.metadata.items() if key.startswith(prefix)}
+        super().__init__(values, str(store.files[0]), prefix)
         self._store = store
-        self._prefix = f"{architecture}."
-        self._read = {self._prefix + key for key in _HARMLESS | _YARN_KEYS}
+        self.pass_over(_HARMLESS | _YARN_KEYS)
 
     def has(self, key: str) -> bool:
-        return self._prefix + key in self._store.metadata
+        return key in self.values
 
-    def get(self, key: str) -> Any:
-        """The value; of one value for each layer the one that they share. None if absent."""
-        self._read.add(self._prefix + key)
-        value = self._store.metadata.get(self._prefix + key)
+    def get(self, *keys: str, default: Any = None) -> Any:
+        """The value; of one value for each layer the one that they share."""
+        value = super().get(*keys, default=default)
         if isinstance(value, Sequence) and not isinstance(value, str):
             distinct = set(value)
             if len(distinct) != 1:
-                self.refuse(key, value, "the same value for every layer")
+                self.unsupported(keys[0], value, "the same value for every layer")
             return distinct.pop()
         return value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-            self.damaged(key, value, "an integer")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | Required = REQUIRED) -> float:
         """Stored as float32: the shortest decimal fraction that rounds to it is what config.json had."""
-        value = self.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self.damaged(key, value, "a finite number")
-        return float(str(np.float32(value)))
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            self.damaged(key, value, "true or false")
-        return value
-
-    def expect(self, key: str, *allowed: Any) -> None:
-        """Refuse a key that is present with another value."""
-        value = self.get(key)
-        if value is not None and value not in allowed:
-            self.refuse(key, value, " or ".join(map(repr, allowed)))
+        return float(str(np.float32(self.float(key, default=default))))
 
     def expect_pattern(self, period: int, num_layers: int) -> None:
         """Refuse a choice of layers with a window other than all but every `period`th."""
         key = "attention.sliding_window_pattern"
-        self._read.add(self._prefix + key)
-        value = self._store.metadata.get(self._prefix + key)
+        value = super().get(key)
         pattern = [(layer + 1) % period != 0 for layer in range(num_layers)]
         is_flags = isinstance(value, Sequence) and not isinstance(value, str) and list(map(bool, value)) == pattern
         if value is not None and value != period and not is_flags:
-            self.refuse(key, value, f"{period}, or the same for each layer")
+            self.unsupported(key, value, f"{period}, or the same for each layer")
 
     def has_tensor(self, name: str) -> bool:
         return name in self._store
@@ -162,9 +141,9 @@ class _Metadata:
 
     def num_layers(self) -> int:
         """Layers of the decoder; believed only if the file has as many tensors."""
-        num_blocks, num_drafts = self.integer("block_count"), self.integer("nextn_predict_layers", 0)
+        num_blocks, num_drafts = self.int("block_count"), self.int("nextn_predict_layers", default=0)
         if not num_drafts < num_blocks <= len(self._store):
-            self.damaged("block_count", num_blocks, f"at most the {len(self._store)} tensors of the file, and not 0")
+            self.refuse("block_count", num_blocks, f"at most the {len(self._store)} tensors of the file, and not 0")
         return num_blocks - num_drafts
 
     def num_groups(self, default: tuple[int, int] | None) -> tuple[int, int]:
@@ -173,72 +152,57 @@ class _Metadata:
         if default is None or any(map(self.has, keys)):
             for key in keys:
                 if not self.has(key):
-                    self._lacks(
-                        key,
-                        "Converters from autumn 2025 on write it. Put the file into a folder with the published "
+                    raise UnsupportedError(
+                        f"{self.where} has no {self.path}{key}.",
+                        remedy="Converters from autumn 2025 on write it. Put the file into a folder with the published "
                         "config.json, which says it; or convert the model again.",
                     )
-            return self.integer(keys[0]), self.integer(keys[1])
+            return self.int(keys[0]), self.int(keys[1])
         return default
 
     def width(self, key: str, tensor: str) -> int:
         """Outputs of a projection of the experts, which the oldest files do not write; told from the stack."""
         pattern = re.compile(rf"blk\.\d+\.{tensor}(\.0)?\.weight")
         shape = next((entry.shape for name, entry in self._store.items() if pattern.fullmatch(name)), None)
-        return self.integer(key, None if shape is None else shape[-2] if len(shape) > 1 else None)
+        return self.int(key, default=REQUIRED if shape is None or len(shape) < 2 else shape[-2])
 
     def num_experts(self) -> int:
         """Experts of a layer; believed only if its router has as many rows."""
-        count = self.integer("expert_count")
+        count = self.int("expert_count")
         routers = (name for name in self._store if name.endswith(".ffn_gate_inp.weight"))
         num_rows = self.num_rows(next(routers, "blk.0.ffn_gate_inp.weight"))
         if count != num_rows:
-            self.damaged("expert_count", count, f"the {num_rows} rows of a router")
+            self.refuse("expert_count", count, f"the {num_rows} rows of a router")
         return count
 
-    def values(self, name: str) -> list[float]:
+    def small_tensor(self, name: str) -> list[float]:
         """A small tensor of float32 numbers."""
         tensor = self._store.read(name)
         if not tensor.is_floating_point() or tensor.dim() != 1:
             raise CheckpointError(f"Tensor {name!r} in {self._store.files[0]} is no list of numbers.")
         return [float(value) for value in tensor]
 
-    def _lacks(self, key: str, remedy: str) -> NoReturn:
-        raise UnsupportedError(f"{self._store.files[0]} has no {self._prefix}{key}.", remedy=remedy)
-
-    def refuse(self, key: str, value: Any, allowed: str) -> NoReturn:
-        raise UnsupportedError(
-            f"{self._store.files[0]} has {self._prefix}{key} = {describe(value)}.",
-            remedy=f"Understood: {allowed}. Or put the file into a folder with the published config.json.",
-        )
-
-    def damaged(self, key: str, value: Any, allowed: str) -> NoReturn:
-        raise CheckpointError(
-            f"{self._store.files[0]} has {self._prefix}{key} = {describe(value)}.", remedy=f"Expected {allowed}."
-        )
-
     def check_all_read(self) -> None:
-        for key, value in self._store.metadata.items():
-            if key.startswith(self._prefix) and key not in self._read:
-                name = key.removeprefix(self._prefix)
-                neutral = _NEUTRAL.get(name, ())
-                if type(value) not in (bool, int, float) or value not in neutral:
-                    self.refuse(name, value, " or ".join(map(repr, neutral)) or "nothing under this key")
+        """Refuse what may change the model, and what nobody knows."""
+        for _, key, value in self.unread():
+            neutral = _NEUTRAL.get(key, ())
+            if type(value) not in (bool, int, float) or value not in neutral:
+                self.unsupported(key, value, " or ".join(map(repr, neutral)) or "nothing under this key")
 
 
 def _common(metadata: _Metadata, architecture: str) -> Config:
     """What all but GPT-2 share, without the head's size."""
-    heads = metadata.integer("attention.head_count")
+    heads = metadata.int("attention.head_count")
     return {
         "architectures": [architecture],
-        "hidden_size": metadata.integer("embedding_length"),
+        "hidden_size": metadata.int("embedding_length"),
         "num_hidden_layers": metadata.num_layers(),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
-        "intermediate_size": metadata.integer("feed_forward_length"),
+        "num_key_value_heads": metadata.int("attention.head_count_kv", default=heads),
+        "intermediate_size": metadata.int("feed_forward_length"),
         "hidden_act": "silu",
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": metadata.integer("context_length"),
+        "max_position_embeddings": metadata.int("context_length"),
         "vocab_size": metadata.num_rows("token_embd.weight"),
         "tie_word_embeddings": not metadata.has_tensor("output.weight"),
         "attention_bias": metadata.has_tensor("blk.0.attn_q.bias"),
@@ -249,11 +213,11 @@ def _decoder(metadata: _Metadata, architecture: str) -> Config:
     """`_common`, with heads of one size and rotary positions."""
     config = _common(metadata, architecture)
     heads = config["num_attention_heads"]
-    head_dim = metadata.integer("attention.key_length", config["hidden_size"] // max(heads, 1))
+    head_dim = metadata.int("attention.key_length", default=config["hidden_size"] // max(heads, 1))
     metadata.expect("attention.value_length", head_dim)
-    rotary_dim = metadata.integer("rope.dimension_count", head_dim)
+    rotary_dim = metadata.int("rope.dimension_count", default=head_dim)
     if not 0 < rotary_dim <= head_dim:
-        metadata.damaged("rope.dimension_count", rotary_dim, f"1 to {head_dim}, the size of a head")
+        metadata.refuse("rope.dimension_count", rotary_dim, f"1 to {head_dim}, the size of a head")
     config |= {"head_dim": head_dim, "rope_parameters": _rope(metadata, rotary_dim)}
     if rotary_dim != head_dim:
         config["rope_parameters"]["rotary_dim"] = rotary_dim
@@ -268,13 +232,13 @@ def _rope(metadata: _Metadata, rotary_dim: int) -> Config:
     # The second key is the older one; llama.cpp reads it where the first is missing.
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 0.0)) or 1.0
     if metadata.has_tensor("rope_factors_long.weight"):
-        metadata.refuse("rope.scaling.type", "longrope", _ROPE_KINDS)
+        metadata.unsupported("rope.scaling.type", "longrope", _ROPE_KINDS)
     if kind not in ("none", "linear", "yarn"):
-        metadata.refuse("rope.scaling.type", kind, _ROPE_KINDS)
+        metadata.unsupported("rope.scaling.type", kind, _ROPE_KINDS)
     is_scaled = kind != "none" and factor != 1.0
     if metadata.has_tensor("rope_freqs.weight"):
         if is_scaled or kind == "yarn":
-            metadata.refuse("rope.scaling.factor", factor, "1, where the tensor rope_freqs.weight scales already")
+            metadata.unsupported("rope.scaling.factor", factor, "1, where the tensor rope_freqs.weight scales already")
         return {"rope_type": "llama3", "rope_theta": theta, **_llama3(metadata, theta, rotary_dim)}
     if kind == "yarn":
         return {"rope_type": "yarn", "rope_theta": theta, "factor": factor, **_yarn(metadata)}
@@ -286,7 +250,7 @@ def _rope(metadata: _Metadata, rotary_dim: int) -> Config:
 def _yarn(metadata: _Metadata) -> Config:
     metadata.expect("rope.scaling.yarn_ext_factor", 1.0, -1.0)  # llama.cpp's sign for: as the type says
     # Where a file does not say what length the model was trained with, it is the length that it has.
-    trained = metadata.integer("rope.scaling.original_context_length", 0) or metadata.integer("context_length")
+    trained = metadata.int("rope.scaling.original_context_length", default=0) or metadata.int("context_length")
     return {
         "original_max_position_embeddings": trained,
         "beta_fast": metadata.number("rope.scaling.yarn_beta_fast", _YARN["beta_fast"]),
@@ -296,7 +260,7 @@ def _yarn(metadata: _Metadata) -> Config:
 
 def _llama3(metadata: _Metadata, theta: float, rotary_dim: int) -> Config:
     """`rope_freqs` holds what each frequency is divided by; tell which published scaling made it."""
-    divisors = metadata.values("rope_freqs.weight")
+    divisors = metadata.small_tensor("rope_freqs.weight")
     factor = float(max(divisors, default=0.0))
     wavelengths = [2 * math.pi * theta ** (2 * i / rotary_dim) for i in range(rotary_dim // 2)]
     low, high, original = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"], 8192
@@ -305,13 +269,13 @@ def _llama3(metadata: _Metadata, theta: float, rotary_dim: int) -> Config:
         smooth = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
         expected.append(1 / ((1 - smooth) / factor + smooth) if factor > 0 else 0.0)
     if len(divisors) != len(expected) or not np.allclose(divisors, expected, rtol=1e-5, atol=0):
-        metadata.refuse("rope_freqs.weight", divisors, "the divisors of Llama 3.1 to 3.3")
+        metadata.unsupported("rope_freqs.weight", divisors, "the divisors of Llama 3.1 to 3.3")
     return {"factor": factor, **_LLAMA3}
 
 
 def _experts(metadata: _Metadata) -> Config:
     """Counts; softmax over all experts without a factor, unless the family says otherwise."""
-    count, used = metadata.num_experts(), metadata.integer("expert_used_count")
+    count, used = metadata.num_experts(), metadata.int("expert_used_count")
     return {"num_experts": count, "num_local_experts": count, "num_experts_per_tok": used}
 
 
@@ -322,8 +286,8 @@ def _softmax_experts(metadata: _Metadata) -> Config:
 
 
 def _llama(metadata: _Metadata) -> Config:
-    window = metadata.integer("attention.sliding_window", 0) or None
-    if not metadata.integer("expert_count", 0):
+    window = metadata.int("attention.sliding_window", default=0) or None
+    if not metadata.int("expert_count", default=0):
         config = _decoder(metadata, "LlamaForCausalLM")
         config["mlp_bias"] = metadata.has_tensor("blk.0.ffn_gate.bias")
         if window is not None:
@@ -344,7 +308,7 @@ def _qwen2_moe(metadata: _Metadata) -> Config:
         "qkv_bias": config["attention_bias"],
         "moe_intermediate_size": metadata.width("expert_feed_forward_length", "ffn_gate(_up)?_exps"),
         "shared_expert_intermediate_size": metadata.width("expert_shared_feed_forward_length", "ffn_gate_shexp"),
-        "norm_topk_prob": metadata.flag("expert_weights_norm", False),
+        "norm_topk_prob": metadata.bool("expert_weights_norm", default=False),
     }
 
 
@@ -353,7 +317,7 @@ def _qwen3_moe(metadata: _Metadata) -> Config:
     return config | {
         "moe_intermediate_size": metadata.width("expert_feed_forward_length", "ffn_gate(_up)?_exps"),
         # Never written, and always true in the models of this architecture.
-        "norm_topk_prob": metadata.flag("expert_weights_norm", True),
+        "norm_topk_prob": metadata.bool("expert_weights_norm", default=True),
     }
 
 
@@ -361,7 +325,7 @@ def _olmoe(metadata: _Metadata) -> Config:
     config = _decoder(metadata, "OlmoeForCausalLM") | _softmax_experts(metadata)
     if metadata.has("attention.clamp_kqv"):
         config["clip_qkv"] = metadata.number("attention.clamp_kqv")
-    return config | {"norm_topk_prob": metadata.flag("expert_weights_norm", False)}
+    return config | {"norm_topk_prob": metadata.bool("expert_weights_norm", default=False)}
 
 
 def _gpt_oss(metadata: _Metadata) -> Config:
@@ -374,8 +338,8 @@ def _gpt_oss(metadata: _Metadata) -> Config:
     metadata.expect_pattern(2, config["num_hidden_layers"])
     types = [f"{('sliding', 'full')[layer % 2]}_attention" for layer in range(config["num_hidden_layers"])]
     return config | {
-        "intermediate_size": metadata.integer("expert_feed_forward_length", config["intermediate_size"]),
-        "sliding_window": metadata.integer("attention.sliding_window"),
+        "intermediate_size": metadata.int("expert_feed_forward_length", default=config["intermediate_size"]),
+        "sliding_window": metadata.int("attention.sliding_window"),
         "layer_types": types,
         "swiglu_limit": 7.0,
     }
@@ -383,36 +347,36 @@ def _gpt_oss(metadata: _Metadata) -> Config:
 
 def _grouped_experts(metadata: _Metadata, groups: tuple[int, int] | None) -> Config:
     """DeepSeek's experts, with shared ones and dense layers first; `groups` where the file has no key for them."""
-    used = metadata.integer("expert_used_count")
+    used = metadata.int("expert_used_count")
     num_groups, num_used_groups = metadata.num_groups(groups)
     return {
         "n_routed_experts": metadata.num_experts(),
         "num_experts_per_tok": used,
         "moe_intermediate_size": metadata.width("expert_feed_forward_length", "ffn_gate_exps"),
-        "n_shared_experts": metadata.integer("expert_shared_count"),
-        "first_k_dense_replace": metadata.integer("leading_dense_block_count", 0),
+        "n_shared_experts": metadata.int("expert_shared_count"),
+        "first_k_dense_replace": metadata.int("leading_dense_block_count", default=0),
         "routed_scaling_factor": metadata.number("expert_weights_scale", 1.0) or 1.0,
         # llama.cpp's 0 means that there are none.
         "n_group": max(num_groups, 1),
         "topk_group": max(num_used_groups, 1),
-        "num_nextn_predict_layers": metadata.integer("nextn_predict_layers", 0),
+        "num_nextn_predict_layers": metadata.int("nextn_predict_layers", default=0),
     }
 
 
 def _deepseek2(metadata: _Metadata) -> Config:
-    gating = metadata.integer("expert_gating_func", _UNSAID)
+    gating = metadata.int("expert_gating_func", default=_UNSAID)
     if gating == _UNSAID:  # the first files; a bias per expert corrects sigmoid scores only
         gating = _SIGMOID if metadata.has_tensor_like(r"blk\.\d+\.exp_probs_b\.bias") else _SOFTMAX
     if gating not in (_SOFTMAX, _SIGMOID):
-        metadata.refuse("expert_gating_func", gating, "1 (softmax) or 2 (sigmoid)")
+        metadata.unsupported("expert_gating_func", gating, "1 (softmax) or 2 (sigmoid)")
     is_v3 = gating == _SIGMOID
     config = _common(metadata, "DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM")
     config |= _grouped_experts(metadata, _GROUPS.get((config["num_hidden_layers"], metadata.num_experts())))
-    rope_dim, latent = metadata.integer("rope.dimension_count"), metadata.integer("attention.kv_lora_rank")
+    rope_dim, latent = metadata.int("rope.dimension_count"), metadata.int("attention.kv_lora_rank")
     # Newer files describe attention as it runs on the latent vector, and the heads under keys of their own.
     is_absorbed = metadata.has("attention.key_length_mla")
-    key_dim = metadata.integer("attention.key_length_mla" if is_absorbed else "attention.key_length")
-    value_dim = metadata.integer("attention.value_length_mla" if is_absorbed else "attention.value_length")
+    key_dim = metadata.int("attention.key_length_mla" if is_absorbed else "attention.key_length")
+    value_dim = metadata.int("attention.value_length_mla" if is_absorbed else "attention.value_length")
     if is_absorbed:
         metadata.expect("attention.key_length", latent + rope_dim)
         metadata.expect("attention.value_length", latent)
@@ -424,14 +388,14 @@ def _deepseek2(metadata: _Metadata) -> Config:
         rope |= {"mscale": scale, "mscale_all_dim": scale}
     return config | {
         "num_key_value_heads": config["num_attention_heads"],
-        "q_lora_rank": metadata.integer("attention.q_lora_rank") if has_query_rank else None,
+        "q_lora_rank": metadata.int("attention.q_lora_rank") if has_query_rank else None,
         "kv_lora_rank": latent,
         "qk_rope_head_dim": rope_dim,
         "qk_nope_head_dim": key_dim - rope_dim,
         "v_head_dim": value_dim,
         "rope_parameters": rope,
         "scoring_func": "sigmoid" if is_v3 else "softmax",
-        "norm_topk_prob": metadata.flag("expert_weights_norm", False),
+        "norm_topk_prob": metadata.bool("expert_weights_norm", default=False),
         "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy" if config["n_group"] > 1 else "greedy",
     }
 
@@ -441,7 +405,7 @@ def _glm4_moe(metadata: _Metadata) -> Config:
     config = _decoder(metadata, "Glm4MoeForCausalLM") | _grouped_experts(metadata, (1, 1))
     metadata.expect("expert_gating_func", _UNSAID, _SIGMOID)
     return config | {
-        "norm_topk_prob": metadata.flag("expert_weights_norm", True),
+        "norm_topk_prob": metadata.bool("expert_weights_norm", default=True),
         "use_qk_norm": metadata.has_tensor("blk.0.attn_q_norm.weight"),
     }
 
@@ -449,11 +413,11 @@ def _glm4_moe(metadata: _Metadata) -> Config:
 def _gpt2(metadata: _Metadata) -> Config:
     return {
         "architectures": ["GPT2LMHeadModel"],
-        "n_embd": metadata.integer("embedding_length"),
+        "n_embd": metadata.int("embedding_length"),
         "n_layer": metadata.num_layers(),
-        "n_head": metadata.integer("attention.head_count"),
-        "n_positions": metadata.integer("context_length"),
-        "n_inner": metadata.integer("feed_forward_length"),
+        "n_head": metadata.int("attention.head_count"),
+        "n_positions": metadata.int("context_length"),
+        "n_inner": metadata.int("feed_forward_length"),
         "layer_norm_epsilon": metadata.number("attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
         "vocab_size": metadata.num_rows("token_embd.weight"),

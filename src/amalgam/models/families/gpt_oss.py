@@ -48,7 +48,7 @@ class TopSoftmaxRouter:
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
-    if not (config.mapping("rope_parameters") or config.mapping("rope_scaling")):
+    if not (config.get("rope_parameters") or config.get("rope_scaling")):
         config.refuse("rope_parameters", None, "the rope settings that the model was trained with")
     common = read_attention(
         config,

@@ -15,21 +15,22 @@ class RopeSettings:
     """The rope settings of a config.json: `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
 
     def __init__(self, config: ConfigReader) -> None:
-        new, old = config.mapping("rope_parameters"), config.mapping("rope_scaling")
-        if new and old and new != old:
-            config.refuse("rope_scaling", old, "either it or rope_parameters")
+        new, old = config.object("rope_parameters", default=None), config.object("rope_scaling", default=None)
+        if new and old and new.values and old.values and new.values != old.values:
+            config.refuse("rope_scaling", old.values, "either it or rope_parameters")
+        found = new if new and new.values else old
         self._config = config
-        self._values = {key: value for key, value in (new or old).items() if value is not None}
-        self.kind = self._values.get("rope_type", self._values.get("type", "default"))
+        self._values = ConfigReader({}, config.where, "rope_parameters.") if found is None else found
+        self.kind = self._values.get("rope_type", default=self._values.get("type", default="default"))
         if not isinstance(self.kind, str) or self.kind not in _KINDS:
-            config.refuse("rope_type", self.kind, ", ".join(_KINDS))
+            self._values.refuse("rope_type", self.kind, ", ".join(_KINDS))
 
     def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
         """A number above `above`; required without a default."""
-        value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < _LARGEST:
-            self._config.refuse(f"rope {key}", value, f"a number above {above:g} for rope type {self.kind}")
-        return float(value)
+        value = self._values.float(key, default=default)
+        if value is None or not above < value < _LARGEST:
+            self._values.refuse(key, value, f"a number above {above:g} for rope type {self.kind}")
+        return value
 
     def optional(self, key: str) -> float | None:
         """A number, None if absent; 0 counts as absent, as in the Hugging Face classes."""
@@ -37,16 +38,13 @@ class RopeSettings:
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of numbers above 0."""
-        values = self._values.get(key)
-        if not isinstance(values, list) or not all(isinstance(v, int | float) and 0 < v < _LARGEST for v in values):
-            self._config.refuse(f"rope {key}", values, f"a list of numbers above 0 for rope type {self.kind}")
+        values = self._values.list(key, of=float, what="numbers")
+        if not all(0 < value < _LARGEST for value in values):
+            self._values.refuse(key, values, f"a list of numbers above 0 for rope type {self.kind}")
         return tuple(map(float, values))
 
     def bool(self, key: str, default: bool) -> bool:
-        value = self._values.get(key, default)
-        if not isinstance(value, bool):
-            self._config.refuse(f"rope {key}", value, "true or false")
-        return bool(value)
+        return self._values.bool(key, default=default)
 
     def original_max_positions(self) -> float:
         """The length before stretching; a key beside the settings counts before one in them."""
@@ -64,9 +62,10 @@ class RopeSettings:
 
     def refuse_unknown(self, known: set[str]) -> None:
         """Fail on a setting that would otherwise be ignored."""
-        for key in sorted(self._values.keys() - known):
-            allowed = f"{', '.join(sorted(known))} for rope type {self.kind}"
-            self._config.refuse(f"rope {key}", self._values[key], allowed)
+        self._values.pass_over(known)
+        for fields, key, value in self._values.unread():
+            if value is not None:
+                fields.refuse(key, value, f"{', '.join(sorted(known))} for rope type {self.kind}")
 
 
 def _read_dynamic(settings: RopeSettings) -> None:
@@ -169,5 +168,5 @@ def read_rope(
     if isinstance(scaling, LongRope):
         for key, factors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):
             if len(factors) != rotary_dim // 2:
-                config.refuse(f"rope {key}", factors, f"{rotary_dim // 2} numbers, one for each frequency")
+                config.refuse(f"rope_parameters.{key}", factors, f"{rotary_dim // 2} numbers, one for each frequency")
     return Rope(theta, rotary_dim, scaling)

@@ -14,8 +14,9 @@ Qwen and others, the published expressions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from amalgam.base.fields import Fields
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.text.gguf.ends import NAMED, end_ids, unmistakable
 from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -35,7 +36,6 @@ _HARMLESS = {
 # Would change how text is cut or which tokens may come; llama.cpp reads them for other kinds of tokenizers.
 _NEUTRAL = ("remove_extra_whitespaces", "normalizer.lowercase", "normalizer.strip_accents")
 _EMPTY = ("precompiled_charsmap", "suppress_tokens")
-_CURE = "Or put the file into a folder with the published config.json and tokenizer.json."
 # What llama.cpp takes where a SentencePiece file names none.
 _SENTENCE_PIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
@@ -54,11 +54,11 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast  # 1 to 3 s, most of it torch
 
-    tables = _Tables(metadata, where)
-    kind = metadata.get(MODEL_KEY)
+    tables, template = _Tables(metadata, where), metadata.get("tokenizer.chat_template")
+    kind = tables.get("model")
     builder = _KINDS.get(kind) if isinstance(kind, str) else None
     if builder is None:
-        tables.unsupported(MODEL_KEY, kind, _KINDS)
+        tables.unsupported("model", kind, ", ".join(_KINDS))
     try:
         backend, adds_bos = builder(tables)
         for special, types in ((True, (_CONTROL, _UNKNOWN)), (False, (_USER_DEFINED,))):
@@ -69,7 +69,9 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
             ]
             (backend.add_special_tokens if special else backend.add_tokens)(added)
         before, after = (
-            [tables.tokens[token_id]] if tables.flag(f"add_{name}_token", default) and token_id is not None else []
+            [tables.tokens[token_id]]
+            if tables.bool(f"add_{name}_token", default=default) and token_id is not None
+            else []
             for name, default, token_id in (
                 ("bos", adds_bos, tables.special("bos")),
                 ("eos", False, tables.special("eos")),
@@ -84,7 +86,10 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
             if (token_id := tables.special(theirs)) is not None
         }
         wrapped = PreTrainedTokenizerFast(
-            tokenizer_object=backend, chat_template=tables.chat_template, clean_up_tokenization_spaces=False, **named
+            tokenizer_object=backend,
+            chat_template=template if isinstance(template, str) else None,
+            clean_up_tokenization_spaces=False,
+            **named,
         )
     except (CheckpointError, UnsupportedError):
         raise
@@ -98,60 +103,41 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
     return wrapped, ends
 
 
-class _Tables:
+class _Tables(Fields):
     """Typed access to the keys `tokenizer.ggml.*`."""
 
+    cure = "Or put the file into a folder with the published config.json and tokenizer.json."
+
     def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
-        self._metadata = metadata
-        self._where = where
-        self._read = {_PREFIX + name for name in _HARMLESS}
+        values = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
+        super().__init__(values, where, _PREFIX)
+        self.pass_over(_HARMLESS)
         # An empty token cannot be found in any text; llama.cpp gives it the same name.
         self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(self.strings("tokens"))]
-        self.types = list(self.numbers("token_type"))
+        self.types = self.numbers("token_type")
         for token_id in unmistakable(self.tokens):
             if self.types[token_id] != _USER_DEFINED:
                 self.types[token_id] = _CONTROL
         if len(set(self.tokens)) != len(self.tokens):
-            self.damaged("tokens", "a token twice", "every token once")
+            self.refuse("tokens", "a token twice", "every token once")
         if max(map(len, self.tokens), default=0) > _MAX_TOKEN_CHARS:
-            self.damaged("tokens", f"over {_MAX_TOKEN_CHARS} characters in a token", "shorter ones")
+            self.refuse("tokens", f"over {_MAX_TOKEN_CHARS} characters in a token", "shorter ones")
         self.vocab = {token: token_id for token_id, token in enumerate(self.tokens)}
 
-    def get(self, name: str) -> Any:
-        self._read.add(_PREFIX + name)
-        return self._metadata.get(_PREFIX + name)
-
     def strings(self, name: str) -> list[str]:
-        value = self.get(name)
-        if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
-            self.damaged(name, value, "an array of strings")
-        return list(value)
+        return self.list(name, of=str, what="strings")
 
-    def numbers(self, name: str) -> Sequence[float]:
+    def numbers(self, name: str) -> list[float]:
         """One number for each token."""
-        value = self.get(name)
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(self.tokens):
-            self.damaged(name, value, f"an array of {len(self.tokens)} numbers, one for each token")
-        if not all(isinstance(number, int | float) for number in value):
-            self.damaged(name, value, "numbers")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name)
-        if value is not None and not isinstance(value, bool):
-            self.damaged(name, value, "true or false")
-        return default if value is None else value
+        values = self.list(name, of=float, what="numbers")
+        if len(values) != len(self.tokens):
+            self.refuse(name, values, f"{len(self.tokens)} numbers, one for each token")
+        return values
 
     def special(self, name: str) -> int | None:
         """The id of a special token, None if there is none."""
-        value = self.get(f"{name}_token_id")
-        if value is None and self._metadata.get(MODEL_KEY) == "llama":
-            value = self._default_id(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            self.damaged(f"{name}_token_id", value, "a token id")
-        if value is not None and not 0 <= value < len(self.tokens):
-            self.damaged(f"{name}_token_id", value, f"an id below {len(self.tokens)}")
-        return value
+        default = self._default_id(name) if self.values.get("model") == "llama" else None
+        return self.int(f"{name}_token_id", default=default, high=len(self.tokens) - 1)
 
     def _default_id(self, name: str) -> int | None:
         token_id = _SENTENCE_PIECE_IDS.get(name)
@@ -161,37 +147,13 @@ class _Tables:
     def check_all_read(self) -> None:
         """Refuse what would change the tokens, and what nobody knows."""
         for name in _NEUTRAL:
-            if self.get(name) not in (None, False):
-                self._refuse(name, "false")
+            self.expect(name, False)
         for name in _EMPTY:
             value = self.get(name)
             if value is not None and (not isinstance(value, Sequence) or len(value)):
-                self._refuse(name, "nothing under this key")
-        for key in self._metadata:
-            if key.startswith(_PREFIX) and key not in self._read:
-                self._refuse(key.removeprefix(_PREFIX), "nothing under this key")
-
-    def _refuse(self, name: str, allowed: str) -> NoReturn:
-        raise UnsupportedError(
-            f"{self._where} has {_PREFIX}{name} = {describe(self.get(name))}.",
-            remedy=f"Understood: {allowed}. {_CURE}",
-        )
-
-    @property
-    def chat_template(self) -> str | None:
-        value = self._metadata.get("tokenizer.chat_template")
-        return value if isinstance(value, str) else None
-
-    def damaged(self, name: str, value: Any, allowed: str) -> NoReturn:
-        raise CheckpointError(
-            f"{self._where} has tokenizer.ggml.{name} = {describe(value)}.", remedy=f"Expected {allowed}."
-        )
-
-    def unsupported(self, key: str, value: Any, known: Mapping[str, Any]) -> NoReturn:
-        raise UnsupportedError(
-            f"{self._where} has {key} = {describe(value)}.",
-            remedy=f"Known: {', '.join(known) if len(known) < 10 else 'the names in docs/support.md'}. {_CURE}",
-        )
+                self.unsupported(name, value, "nothing under this key")
+        for _, name, value in self.unread():
+            self.unsupported(name, value, "nothing under this key")
 
 
 def _words_and_merges(tables: _Tables) -> tuple[Any, bool]:
@@ -201,13 +163,13 @@ def _words_and_merges(tables: _Tables) -> tuple[Any, bool]:
     pre = tables.get("pre")
     pretokenizer = PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
     if pretokenizer is None:
-        tables.unsupported(f"{_PREFIX}pre", pre, PRE_TOKENIZERS)
+        tables.unsupported("pre", pre, "the names in docs/support.md")
     merges = []
     for merge in tables.strings("merges"):
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or not all(part in tables.vocab for part in (left, right, left + right)):
-            tables.damaged("merges", merge, "pairs of tokens whose concatenation is a token")
+            tables.refuse("merges", merge, "pairs of tokens whose concatenation is a token")
         merges.append((left, right))
     model = models.BPE(
         tables.vocab,
@@ -260,7 +222,7 @@ def _sentence_piece(tables: _Tables) -> tuple[Any, bool]:
     )
     replace = normalizers.Replace(" ", _SPACE)
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if tables.flag("add_space_prefix", True):
+    if tables.bool("add_space_prefix", default=True):
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
         steps.append(decoders.Strip(" ", 1, 0))
     else:
