@@ -1,25 +1,24 @@
-import pytest
 import torch
 
 from amalgam.engine.logits import RepetitionPenalty, process, processors_for
-from amalgam.engine.request import Place, Request, SamplingParams
+from amalgam.engine.request import Request, SamplingParams
 
 
 def make_place(token_ids=(1, 2), proposed_ids=(), processors=()):
     request = Request(0, list(token_ids), SamplingParams(), lambda output: None, processors=tuple(processors))
-    return Place(request, tuple(proposed_ids))
+    return request, tuple(proposed_ids)
 
 
 class Add:
     def __init__(self, amount):
         self.amount = amount
 
-    def apply(self, logits, place):
+    def apply(self, logits, request, proposed_ids):
         logits += self.amount
 
 
 class Double:
-    def apply(self, logits, place):
+    def apply(self, logits, request, proposed_ids):
         logits *= 2
 
 
@@ -48,4 +47,13 @@ def test_neutral_parameters_need_no_processors():
 def test_the_repetition_penalty_is_once_for_each_token_that_occurred():
     place = make_place([1, 2, 2, 1], [3], [RepetitionPenalty(2.0)])
     [row] = process(torch.tensor([[4.0, 4.0, -4.0, 0.0, -4.0]]), [place])
-    assert row.tolist() == pytest.approx([4.0, 2.0, -8.0, 0.0, -4.0])
+    assert row.tolist() == [4.0, 2.0, -8.0, 0.0, -4.0]
+
+
+def test_the_repetition_penalty_knows_tokens_that_come_later_and_forgets_proposals():
+    request, _ = make_place([1], processors=[RepetitionPenalty(2.0)])
+    logits = torch.ones(1, 4)
+    assert process(logits, [(request, (2, 3))]).tolist() == [[1.0, 0.5, 0.5, 0.5]]
+    assert process(logits, [(request, ())]).tolist() == [[1.0, 0.5, 1.0, 1.0]]
+    request.token_ids.append(3)
+    assert process(logits, [(request, ())]).tolist() == [[1.0, 0.5, 1.0, 0.5]]

@@ -12,7 +12,7 @@ from transformers import (
 
 from amalgam.engine import sampler
 from amalgam.engine.logits import processors_for
-from amalgam.engine.request import Place, Request, SamplingParams, ScheduledRequest
+from amalgam.engine.request import Request, SamplingParams, ScheduledRequest
 from amalgam.engine.sampler import NonFiniteLogitsError, choose, uniform
 from amalgam.kernels.backends.cpu import extension, sampling
 from tests.errors import raises
@@ -279,7 +279,7 @@ class TestCompiled:
             requests = [
                 make_request(row, prompt=(0,), generated=[0] * row, seed=seed * 2**59, **params) for row in range(5)
             ]
-            places = [Place(request) for request in requests]
+            places = [(request, ()) for request in requests]
             assert sampler._choose_compiled(logits, places) == sampler._choose(logits, places)
 
     def test_extremes(self):
@@ -288,7 +288,7 @@ class TestCompiled:
         logits[4] = 0.0
         logits[5] *= 1e30
         requests = [make_request(row, temperature=1e-300 if row == 6 else 1.0, do_sample=row != 7) for row in range(8)]
-        places = [Place(request) for request in requests]
+        places = [(request, ()) for request in requests]
         tokens = sampler._choose_compiled(logits, places)
         assert tokens == sampler._choose(logits, places)
         assert tokens[1:4] == [-1, -1, -1]
@@ -300,13 +300,13 @@ class TestCompiled:
         for seed in (0, 1, 2**63 + 5, 2**64 - 1):
             for index in (0, 1, 77):
                 request = make_request(seed=seed, generated=[0] * index)
-                assert sampler._choose_compiled(logits, [Place(request)]) == [int(uniform(seed, index) * 2**16)]
+                assert sampler._choose_compiled(logits, [(request, ())]) == [int(uniform(seed, index) * 2**16)]
 
     def test_the_smallest_top_p_leaves_one(self):
         """Also where rounding makes its complement the whole, and all are equally likely."""
         requests = [make_request(row, seed=row, top_p=1e-300) for row in range(3)]
         logits = torch.stack((make_logits(1, vocab_size=100)[0], torch.zeros(100), torch.full((100,), 7.25)))
-        places = [Place(request) for request in requests]
+        places = [(request, ()) for request in requests]
         tokens = sampler._choose_compiled(logits, places)
         assert tokens == sampler._choose(logits, places)
         assert tokens[0] == logits[0].argmax()

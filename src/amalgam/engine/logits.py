@@ -8,28 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amalgam.engine.request import LogitsProcessor, Place, SamplingParams
+from amalgam.engine.request import LogitsProcessor, Request, SamplingParams
+
+Place = tuple[Request, tuple[int, ...]]  # a row of logits is for the token after a request's own and some proposed ones
 
 
 class RepetitionPenalty:
     """Divides positive and multiplies negative logits of tokens that occurred so far (Keskar et al., 2019)."""
 
     def __init__(self, penalty: float) -> None:
-        self._penalty = penalty
+        self._penalty = np.float32(penalty)
+        self._token_ids = np.empty(0, np.int64)  # of the request, kept because to convert a list takes longest of all
 
-    def apply(self, logits: Tensor, place: Place) -> None:
+    def apply(self, logits: npt.NDArray[np.float32], request: Request, proposed_ids: Sequence[int]) -> None:
         """See `LogitsProcessor`."""
-        token_ids = torch.tensor(place.token_ids, device=logits.device)
+        self._token_ids = _extended(self._token_ids, request.token_ids[len(self._token_ids) :])
+        token_ids = _extended(self._token_ids, proposed_ids)
         scores = logits[token_ids]
-        penalty = torch.full_like(scores, self._penalty)
-        penalized = torch.where(scores < 0, scores * penalty, scores / penalty)
         # A parameter must not turn what the model computed into infinity, nor hide it if the model did.
-        largest = torch.finfo(logits.dtype).max
+        largest = np.finfo(np.float32).max
+        with np.errstate(over="ignore", invalid="ignore"):
+            penalized = np.where(scores < 0, scores * self._penalty, scores / self._penalty).clip(-largest, largest)
         # A token that occurred twice is written the same twice.
-        logits[token_ids] = torch.where(scores.isfinite(), penalized.clamp(-largest, largest), scores)
+        logits[token_ids] = np.where(np.isfinite(scores), penalized, scores)
+
+
+def _extended(token_ids: npt.NDArray[np.int64], more: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.concatenate((token_ids, np.array(more, np.int64))) if more else token_ids
 
 
 def processors_for(params: SamplingParams) -> tuple[LogitsProcessor, ...]:
@@ -38,16 +48,17 @@ def processors_for(params: SamplingParams) -> tuple[LogitsProcessor, ...]:
 
 
 def process(logits: Tensor, places: Sequence[Place]) -> Tensor:
-    """Logits as the processors leave them: a new tensor, or the one given if there are no processors. Never written to:
-    the model's logits stay as they are for whoever reads them.
+    """Logits as the processors leave them: a copy in main memory, or the tensor given if there are no processors.
+
+    The tensor given is never written to: the model's logits stay as they are for whoever reads them.
 
     Args:
         logits: float32 `[places, vocabulary]`.
     """
-    if not any(place.request.processors for place in places):
+    if not any(request.processors for request, _ in places):
         return logits
-    logits = logits.clone()
-    for row, place in zip(logits, places, strict=True):
-        for processor in place.request.processors:
-            processor.apply(row, place)
-    return logits
+    rows = logits.cpu().numpy().copy()
+    for row, (request, proposed_ids) in zip(rows, places, strict=True):
+        for processor in request.processors:
+            processor.apply(row, request, proposed_ids)
+    return torch.from_numpy(rows)

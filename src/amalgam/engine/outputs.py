@@ -22,7 +22,8 @@ def take_tokens(request: Request, new: NewTokens, eos_token_ids: AbstractSet[int
     assert request.text is not None
     if request.first_token_at is None:
         request.first_token_at = now
-    stream, text, num_taken, reason = request.text, "", 0, None
+    reason: FinishReason | None = None
+    stream, text, num_taken = request.text, "", 0
     for token_id in new.token_ids:
         request.token_ids.append(token_id)
         num_taken += 1

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 from amalgam.errors import RequestError, describe
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    import numpy.typing as npt
 
     from amalgam.models.routing import RoutingTrace
     from amalgam.models.weights import WeightVersion
@@ -245,6 +246,16 @@ class EngineStatus:
 OutputCallback = Callable[[RequestOutput], None]
 
 
+class LogitsProcessor(Protocol):
+    """A change of one request's logits before its tokens are chosen. Made for it at its submission; may keep state."""
+
+    def apply(self, logits: npt.NDArray[np.float32], request: Request, proposed_ids: Sequence[int]) -> None:
+        """Change `[vocabulary]` in place: the logits of the token after the request's own and `proposed_ids`.
+
+        The result depends on nothing else. A request's tokens only become more from call to call; proposals may differ.
+        """
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence and how far it has been computed.
@@ -288,31 +299,6 @@ class Request:
     @property
     def num_new_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
-
-
-class Place(NamedTuple):
-    """What a row of logits is for: the token after a request's own and, where tokens are proposed, some of those."""
-
-    request: Request
-    proposed_ids: tuple[int, ...] = ()
-
-    @property
-    def token_ids(self) -> Sequence[int]:
-        """All tokens before this place, the prompt's too."""
-        known = self.request.token_ids
-        return [*known, *self.proposed_ids] if self.proposed_ids else known
-
-    @property
-    def answer_index(self) -> int:
-        """Which token of the answer it is."""
-        return self.request.num_new_tokens + len(self.proposed_ids)
-
-
-class LogitsProcessor(Protocol):
-    """One change of logits. Made when its request is submitted; used in the step thread."""
-
-    def apply(self, logits: Tensor, place: Place) -> None:
-        """Change float32 logits `[vocabulary]` in place. The result depends on nothing but these and the place."""
 
 
 class ScheduledRequest(NamedTuple):

@@ -17,10 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amalgam.engine.logits import process
+from amalgam.engine.logits import Place, process
 from amalgam.engine.request import (
     NewTokens,
-    Place,
     Request,
     SamplingParams,
     ScheduledRequest,
@@ -49,7 +48,7 @@ def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
         logits: float32 `[places, vocabulary]`; never written to.
         items: in the order of the rows, `num_logits` rows each.
     """
-    places = places_of(items)
+    places = _places(items)
     token_ids = choose_tokens(process(logits, places), places)
     tokens: dict[int, NewTokens] = {}
     errors: dict[int, Exception] = {}
@@ -68,13 +67,13 @@ def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
     return StepResult(tokens, errors)
 
 
-def places_of(items: Sequence[ScheduledRequest]) -> list[Place]:
+def _places(items: Sequence[ScheduledRequest]) -> list[Place]:
     """What the rows of logits are for."""
-    places = []
+    places: list[Place] = []
     for item in items:
-        places.append(Place(item.request))
-        for count in range(1, 1 + len(item.proposed_ids)):
-            places.append(Place(item.request, item.proposed_ids[:count]))
+        places.append((item.request, ()))
+        if item.proposed_ids:
+            places += [(item.request, item.proposed_ids[: count + 1]) for count in range(len(item.proposed_ids))]
     return places
 
 
@@ -87,18 +86,19 @@ def choose_tokens(logits: Tensor, places: Sequence[Place]) -> list[int]:
 def _choose_compiled(logits: Tensor, places: Sequence[Place]) -> list[int]:
     """`_choose` in the extension, all rows in one call."""
     return sampling.draw(
-        logits, [(place.request.params.draw, place.request.seed, place.answer_index) for place in places]
+        logits,
+        [(request.params.draw, request.seed, request.num_new_tokens + len(ids)) for request, ids in places],
     )
 
 
 def _choose(logits: Tensor, places: Sequence[Place]) -> list[int]:
     is_finite = (logits.amax(dim=1).isfinite() & logits.amin(dim=1).isfinite()).tolist()  # both let NaN through
     token_ids = [-1] * len(places)
-    greedy = [row for row, place in enumerate(places) if is_finite[row] and place.request.params.is_greedy]
+    greedy = [row for row, (request, _) in enumerate(places) if is_finite[row] and request.params.is_greedy]
     if greedy:
         for row, token_id in zip(greedy, _rows(logits, greedy).argmax(dim=1).tolist(), strict=True):
             token_ids[row] = token_id
-    drawn = [row for row, place in enumerate(places) if is_finite[row] and not place.request.params.is_greedy]
+    drawn = [row for row, (request, _) in enumerate(places) if is_finite[row] and not request.params.is_greedy]
     if drawn:
         for row, token_id in zip(drawn, _draw(_rows(logits, drawn), [places[row] for row in drawn]), strict=True):
             token_ids[row] = token_id
@@ -170,13 +170,13 @@ def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
 def _draw(logits: Tensor, places: Sequence[Place]) -> list[int]:
     """The token of each place, none of them greedy."""
     vocab_size = logits.shape[1]
-    thresholds = _thresholds(logits, [min(place.request.params.top_k or vocab_size, vocab_size) for place in places])
+    thresholds = _thresholds(logits, [min(request.params.top_k or vocab_size, vocab_size) for request, _ in places])
     token_ids = []
-    for place, scores, threshold in zip(places, logits.cpu().numpy(), thresholds, strict=True):
+    for (request, proposed_ids), scores, threshold in zip(places, logits.cpu().numpy(), thresholds, strict=True):
         # All tokens that are as good as the k-th, as in transformers: ties then need no order.
         candidates = np.flatnonzero(scores >= threshold)
-        params, u = place.request.params, uniform(place.request.seed, place.answer_index)
-        token_ids.append(int(candidates[choose(scores[candidates].astype(np.float64), params, u)]))
+        u = uniform(request.seed, request.num_new_tokens + len(proposed_ids))
+        token_ids.append(int(candidates[choose(scores[candidates].astype(np.float64), request.params, u)]))
     return token_ids
 
 
