@@ -28,7 +28,7 @@ from amalgam import _native
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
-from amalgam.kernels.backends.cpu.products import matrix_of
+from amalgam.kernels.backends.cpu.products import matrix_of, prepare_experts, supports_moe
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
 from amalgam.quantizers.contract import quantize
@@ -97,7 +97,7 @@ def moe_case(name: str, num_layers: int) -> Case:
         gate, up, down = (panels.prepare(weight, codes=name != PLAIN) for weight in sources)
         return Expert(gate, up, down)
 
-    layers = [ExpertTable(tuple(expert() for _ in range(NUM_EXPERTS))) for _ in range(num_layers)]
+    layers = [prepare_experts(ExpertTable(tuple(expert() for _ in range(NUM_EXPERTS)))) for _ in range(num_layers)]
     weights = [weight for table in layers for e in table.experts for weight in (e.gate, e.up, e.down)]
     expert_bytes = sum(weight.nbytes for weight in weights[:3])
 
@@ -107,6 +107,7 @@ def moe_case(name: str, num_layers: int) -> Case:
 
     def run(rows: int) -> tuple[Callable[[], None], int, float]:
         x = torch.randn(rows, HIDDEN).bfloat16()
+        assert all(supports_moe(x, table) for table in layers)  # or PyTorch would be timed
         routes = [route(rows) for _ in layers]
 
         def call() -> None:

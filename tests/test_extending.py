@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from amalgam import LLM, SamplingParams
+from amalgam.base import plugins
 from amalgam.composition import recognition
 from amalgam.config.settings import load_settings
 from amalgam.formats import registry as formats
@@ -48,8 +49,7 @@ def installed(extension: dict[str, types.ModuleType], monkeypatch: pytest.Monkey
         "amalgam.families": [EntryPoint(extension["tiny_llama"].FAMILY)],
     }
     caches = (formats.all_formats, families.all_families, recognition._companions, recognition.fitting)
-    for module in (formats, families):
-        monkeypatch.setattr(module, "entry_points", lambda group: found[group])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: found[group])
     for cached in caches:
         cached.cache_clear()
     yield

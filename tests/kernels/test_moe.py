@@ -167,6 +167,18 @@ def test_the_sum_runs_in_the_order_of_k() -> None:
     assert torch.equal(moe(x, ids, weights, experts), total)
 
 
+@pytest.mark.parametrize("change", [lambda x: x.to("meta"), lambda x: x.double(), lambda x: x.long()])
+def test_activations_of_other_places_and_types_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    """The extension is given addresses."""
+    table, x = packed(mixed_experts(3)), random(4, HIDDEN)
+    ids, weights = routing(4, 3, 2)
+    with raises(ValueError, change(x).dtype):
+        products.moe(change(x), ids, weights, table)
+    for other in ((ids.to("meta"), weights), (ids, weights.to("meta"))):
+        with raises(ValueError, tuple(ids.shape)):
+            products.moe(x, *other, table)
+
+
 def test_unpacked_experts_take_the_reference() -> None:
     experts = mixed_experts(3, only="bf16")
     mixture = [*packed(experts[:2]).experts, experts[2]]

@@ -129,6 +129,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "theta one": {"rope_type": "default", "rope_theta": 1.0},
     "bounds crossed": {**PUBLISHED["llama3"], "low_freq_factor": 4.0},
     "too few factors": {**PUBLISHED["longrope_phi"], "long_factor": [1.0, 2.0]},
+    "no factors": {key: value for key, value in PUBLISHED["longrope_phi"].items() if key != "long_factor"},
     "no list": {**PUBLISHED["longrope_phi"], "short_factor": 2.0},
     "factor below zero": {**PUBLISHED["longrope_phi"], "short_factor": [-1.0] * 32},
     "truncate a number": {**PUBLISHED["yarn_qwen"], "truncate": 1},

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
 
 from amalgam import formats
+from amalgam.base.plugins import load_plugins
 from amalgam.errors import UnsupportedError
 from amalgam.formats.contract import WeightFormat, WritableFormat
 
@@ -22,7 +22,7 @@ def all_formats() -> tuple[WeightFormat, ...]:
     for module_info in sorted(pkgutil.iter_modules(formats.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{formats.__name__}.{module_info.name}")
         found += getattr(module, "FORMATS", ()) or ([module.FORMAT] if hasattr(module, "FORMAT") else ())
-    found += [entry.load() for entry in entry_points(group="amalgam.formats")]
+    found += load_plugins("amalgam.formats")
     return tuple(found)
 
 

@@ -12,9 +12,9 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
+from amalgam.base.plugins import load_plugins
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.formats.fused import FusedTensor
 from amalgam.models import families
@@ -35,7 +35,7 @@ def all_families() -> tuple[Family, ...]:
         module = importlib.import_module(f"{families.__name__}.{module_info.name}")
         if hasattr(module, "FAMILY"):
             found.append(module.FAMILY)
-    found += [entry.load() for entry in entry_points(group="amalgam.families")]
+    found += load_plugins("amalgam.families")
     return tuple(found)
 
 

@@ -38,8 +38,8 @@ class RopeSettings:
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of numbers above 0."""
-        values = self._values.list(key, of=float, what="numbers")
-        if not all(0 < value < _LARGEST for value in values):
+        values = self._values.list(key, of=float, what="numbers", default=None)
+        if values is None or not all(0 < value < _LARGEST for value in values):
             self._values.refuse(key, values, f"a list of numbers above 0 for rope type {self.kind}")
         return tuple(map(float, values))
 

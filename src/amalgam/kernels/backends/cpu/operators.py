@@ -15,7 +15,18 @@ from amalgam.kernels.backends.cpu import attention, elementwise, extension, prod
 from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
-from amalgam.kernels.program import Attend, AttendLatent, Embed, Head, Instruction, Mix, Normalize, Project, SwiGlu
+from amalgam.kernels.program import (
+    Attend,
+    AttendLatent,
+    Embed,
+    Head,
+    Instruction,
+    Mix,
+    Normalize,
+    Project,
+    Route,
+    SwiGlu,
+)
 from amalgam.kernels.step import AttentionBatch
 
 
@@ -154,6 +165,8 @@ def who_runs(instruction: Instruction, dtype: torch.dtype) -> str:
             is_compiled = isinstance(experts, products.PanelExperts)
         case Attend() | AttendLatent() | Normalize() | SwiGlu():
             is_compiled = dtype in extension.FLOAT_TYPES
+        case Route(weight=weight):
+            is_compiled = isinstance(weight, PanelWeight) and dtype in extension.FLOAT_TYPES
         case _:
             is_compiled = False
     return f"native operators ({extension.isa()})" if is_compiled else "torch (cpu)"

@@ -210,8 +210,8 @@ def moe(
         IndexError: an expert id without an expert.
         ValueError: shapes that do not fit together.
     """
-    if not isinstance(experts, PanelExperts):
-        raise ValueError("moe needs every projection in panels")
+    if not isinstance(experts, PanelExperts) or not supports_moe(x, experts):
+        raise ValueError(f"moe of {x.dtype} on {x.device} with experts that are {type(experts).__name__}")
     if x.dim() != 2 or x.shape[1] != experts[0].gate.shape[1]:
         raise ValueError(f"moe of {tuple(x.shape)} with experts of {experts[0].gate.shape}")
     if (
@@ -219,6 +219,7 @@ def moe(
         or expert_ids.shape[0] != x.shape[0]
         or expert_ids.shape[1] == 0
         or gate_weights.shape != expert_ids.shape
+        or not (expert_ids.is_cpu and gate_weights.is_cpu)
     ):
         raise ValueError(f"moe with ids {tuple(expert_ids.shape)} and gate weights {tuple(gate_weights.shape)}")
     if x.dtype not in extension.FLOAT_TYPES:

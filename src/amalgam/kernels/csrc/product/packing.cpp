@@ -150,10 +150,10 @@ void check_sizes(const ViewArgs& args) {
     require(args.rows > 0 && args.rows <= kMost && args.columns > 0 && args.columns <= kMost,
             "a weight must have between 1 and 2^30 rows and columns");
     require(reinterpret_cast<uintptr_t>(args.memory) % kLineBytes == 0, "panels must begin at a 64-byte boundary");
-    require((args.num_groups > 0) == has_scale, "int4, int8 and fp8 have scales and nothing else has");
+    require((args.num_groups > 0) == has_scale, "quantized formats have scales and nothing else has");
     require(args.scale_lanes == 1 || args.scale_lanes == kPanelRows, "a scale must belong to 1 or 16 rows");
-    require(!args.has_zero || takes_zero, "only int4 has zero points");
-    require(args.order == nullptr || takes_order, "only int4 has an order of inputs");
+    require(!args.has_zero || takes_zero, "this format has no zero points");
+    require(args.order == nullptr || takes_order, "this format has no order of inputs");
     if (args.num_groups <= 1) return;
     require(args.group > 0 && args.group % kColumnUnit == 0, "a group must be a multiple of 8 inputs");
     require(args.num_groups == (args.columns + args.group - 1) / args.group, "the groups do not cover the inputs");
