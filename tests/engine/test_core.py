@@ -253,6 +253,33 @@ class TestProposals:
         assert tallies[0].num_tokens.tolist() == tallies[1].num_tokens.tolist()
         assert tallies[0].num_requests == tallies[1].num_requests == len(prompts)
 
+    @pytest.mark.parametrize(
+        "propose",
+        [lambda ids: None, lambda ids: 1 / 0, lambda ids: [VOCAB_SIZE], lambda ids: [-1], lambda ids: ["a"]],
+        ids=["nothing", "an error", "beyond the vocabulary", "below it", "a text"],
+    )
+    def test_guesses_that_are_none_change_nothing(self, make_engine, propose):
+        engine = make_engine(propose=propose)
+        assert engine.generate([[5]], GREEDY)[0].token_ids == greedy_tokens([5], 12)
+        assert is_at_rest(engine)
+
+    def test_callers_do_not_wait_for_a_guess(self, make_engine):
+        is_guessing, may_go_on = threading.Event(), threading.Event()
+
+        def propose(token_ids):
+            is_guessing.set()
+            assert may_go_on.wait(30)
+            return ()
+
+        engine, outputs = make_engine(propose=propose), Outputs()
+        engine.submit([5], GREEDY, outputs)
+        assert is_guessing.wait(30)
+        assert engine.status().num_running == 1  # would wait for the guess if that held the condition
+        engine.submit([6], GREEDY, Outputs())
+        may_go_on.set()
+        outputs.last()
+        assert outputs.token_ids == greedy_tokens([5], 12)
+
     def test_a_step_gives_all_that_came_true_in_one_output(self, make_engine, guess, tokenizer):
         outputs = Outputs()
         make_engine(propose=guess).submit([9, 8, 7], replace(GREEDY, logprobs=0), outputs)
@@ -769,3 +796,18 @@ def test_the_observer_sees_every_token_once_whatever_is_preempted(make_engine):
     num_generated = 40 * 11  # the token sampled last never runs through the model
     assert sum(num_steps) > num_prompt + num_generated, "nothing was preempted, so this test shows nothing"
     assert (observer.num_requests, observer.num_prompt, observer.num_generated) == (40, num_prompt, num_generated)
+
+
+def test_what_a_step_gave_before_its_end_failed_is_delivered_and_counted(make_engine, submit):
+    class Failing(RecordingObserver):
+        def end_step(self, rejected):
+            if self._spans[0].position:
+                raise ValueError("no room for counts")
+
+    engine = make_engine(observer=Failing())
+    outputs = submit(engine, [5])
+    last = outputs.last()
+    assert isinstance(last.error, ValueError) and last.finish_reason is FinishReason.ERROR
+    assert outputs.token_ids == greedy_tokens([5], 2) and last.usage.num_new_tokens == 2
+    assert engine.meter.read().num_new_tokens == 2
+    assert is_at_rest(engine)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from amalgam.engine.logits import RepetitionPenalty, process, processors_for
@@ -27,9 +28,10 @@ def test_processors_apply_in_order_and_to_their_own_row():
     assert process(torch.ones(3, 2), places).tolist() == [[4, 4], [1, 1], [3, 3]]
 
 
-def test_the_models_logits_stay_as_they_are():
+@pytest.mark.parametrize("others", [[], [Add(1)]], ids=["some rows", "all rows"])
+def test_the_models_logits_stay_as_they_are(others):
     logits = torch.ones(2, 2)
-    process(logits, [make_place(processors=[Add(1)]), make_place()])
+    process(logits, [make_place(processors=[Add(1)]), make_place(processors=others)])
     assert logits.tolist() == [[1, 1], [1, 1]]
 
 

@@ -19,6 +19,21 @@ def make_version(version_id):
     return SimpleNamespace(version_id=version_id)
 
 
+class GuessingScheduler(Scheduler):
+    """Asks for proposals behind each step, as the engine does."""
+
+    def __init__(self, propose, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.propose = propose
+
+    def schedule(self):
+        plan = super().schedule()
+        if plan is None or self.propose is None:
+            return plan
+        proposals = {item.request.request_id: self.propose(item.request.token_ids) for item in plan.scheduled}
+        return self.add_proposals(plan, proposals)
+
+
 def make_scheduler(
     num_blocks=64,
     max_batch_size=8,
@@ -28,7 +43,8 @@ def make_scheduler(
     version=None,
     propose=None,
 ):
-    return Scheduler(
+    return GuessingScheduler(
+        propose,
         version or make_version(1),
         BlockPool(num_blocks),
         block_size=BLOCK_SIZE,
@@ -36,7 +52,6 @@ def make_scheduler(
         max_step_tokens=max_step_tokens,
         max_sequence_tokens=max_sequence_tokens,
         max_queue=max_queue,
-        propose=propose,
     )
 
 

@@ -41,7 +41,7 @@ from amalgam.engine.request import (
     check_token_ids,
 )
 from amalgam.engine.runner import Runner
-from amalgam.engine.scheduler import Propose, Scheduler
+from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import UnavailableError, UnsupportedError, describe
 from amalgam.models.decoder import Decoder
 from amalgam.models.routing import RoutingObserver
@@ -54,6 +54,8 @@ logger = logging.getLogger("amalgam.engine")
 _MAX_FAILURES = 3  # steps in a row
 _FATAL = (MemoryError, torch.OutOfMemoryError)
 
+Propose = Callable[[Sequence[int]], Sequence[int]]  # a sequence's tokens → tokens that may follow them; () for none
+
 _UNLABELLED = Observation()
 _Deliveries = list[tuple[Request, RequestOutput]]
 
@@ -65,7 +67,8 @@ class Engine:
         version: weight version of new requests until `set_version` gives another.
         device, dtype: of the KV cache.
         observer: sees which experts each token was routed to.
-        propose: guesses the next tokens of a sequence, in the step thread; the step verifies them. Changes no answer.
+        propose: guesses the next tokens of a sequence, in the step thread; the step verifies them. Changes no answer:
+            an error is logged and means no guess; guesses end before what is no token of the model.
 
     Raises:
         ConfigError: the KV cache would not hold one sequence of the longest length.
@@ -90,6 +93,8 @@ class Engine:
         self._max_queue = settings.engine.max_queue
         self._thread = StoppableThread(self._loop, "amalgam-engine", self._ask_to_stop)
         self._num_failures = 0  # steps in a row; of the step thread
+        self._propose = propose
+        self._has_proposing_failed = False
         self.meter = Meter()
 
         self._condition = threading.Condition()  # guards everything below
@@ -101,7 +106,6 @@ class Engine:
             max_step_tokens=settings.engine.max_step_tokens,
             max_sequence_tokens=max_sequence_tokens,
             max_queue=settings.engine.max_queue,
-            propose=propose,
         )
         self._requests: dict[int, Request] = {}  # until their last output has been delivered
         self._cancelled: list[Request] = []
@@ -291,13 +295,17 @@ class Engine:
         self._deliver(cancelled)
         if plan is None:
             return []
+        if self._propose is not None:
+            proposals = self._guess(plan, self._propose)
+            with self._condition:
+                plan = self._scheduler.add_proposals(plan, proposals)
+        deliveries: _Deliveries = []
         try:
-            result = self._runner.execute(plan)
-            deliveries = self._take(plan, result)
+            self._take(plan, self._runner.execute(plan), deliveries)
             rejected = _num_rejected(plan, deliveries)
             self._runner.commit(plan, rejected)
         except Exception as error:
-            return self._give_up(plan, error)
+            return self._give_up(plan, error, deliveries)
         self._num_failures = 0
         with self._condition:
             self._scheduler.commit(plan, rejected)
@@ -307,9 +315,24 @@ class Engine:
             self._measure(plan, deliveries)
             return deliveries
 
-    def _take(self, plan: StepPlan, result: StepResult) -> _Deliveries:
-        """Add the step's tokens to their requests."""
-        deliveries: _Deliveries = []
+    def _guess(self, plan: StepPlan, propose: Propose) -> dict[int, list[int]]:
+        """Request id → tokens that may follow its own. Without the condition: a guess may take its time."""
+        proposals: dict[int, list[int]] = {}
+        for item in plan.scheduled:
+            if not item.needs_sample:
+                continue
+            try:
+                guessed = propose(tuple(item.request.token_ids))
+                is_known = [0 <= token_id < self._vocab_size for token_id in guessed]
+                proposals[item.request.request_id] = list(guessed[: [*is_known, False].index(False)])
+            except Exception as error:
+                if not self._has_proposing_failed:
+                    logger.warning("Tokens cannot be guessed; answers stay as they are.", exc_info=error)
+                self._has_proposing_failed = True
+        return proposals
+
+    def _take(self, plan: StepPlan, result: StepResult, deliveries: _Deliveries) -> None:
+        """Add the step's tokens to their requests, and to `deliveries` what their callers see of it."""
         now, eos_token_ids = time.monotonic(), self._tokenizer.eos_token_ids
         for item in plan.scheduled:
             request = item.request
@@ -321,18 +344,29 @@ class Engine:
             else:
                 output = take_tokens(request, new, eos_token_ids, now)
             deliveries.append((request, output))
-        return deliveries
 
-    def _give_up(self, plan: StepPlan, error: Exception) -> _Deliveries:
-        """End the requests of a step that failed; the third in a row, or a lack of memory, ends the engine."""
+    def _give_up(self, plan: StepPlan, error: Exception, taken: _Deliveries) -> _Deliveries:
+        """End the requests of a step that failed; the third in a row, or a lack of memory, ends the engine.
+
+        Args:
+            taken: what requests had got of the step before it failed; they still get it.
+        """
         logger.error("A step of %d requests failed.", len(plan.scheduled), exc_info=error)
         # The error lives on with the caller; its frames hold the step's tensors and weights.
         error.__traceback__ = error.__cause__ = error.__context__ = None
         self._num_failures += 1
         if self._num_failures >= _MAX_FAILURES or isinstance(error, _FATAL):
             self._fail(error)
+        got = {request.request_id: output for request, output in taken}
         with self._condition:
-            return self._finish([item.request for item in plan.scheduled], FinishReason.ERROR, error)
+            self.meter.add_step(0, sum(len(output.token_ids) for output in got.values()))
+            ended = self._finish([item.request for item in plan.scheduled], FinishReason.ERROR, error)
+        return [
+            (request, output._replace(text=one.text, token_ids=one.token_ids, logprobs=one.logprobs))
+            if (one := got.get(request.request_id))
+            else (request, output)
+            for request, output in ended
+        ]
 
     def _finish(self, requests: Sequence[Request], reason: FinishReason, error: Exception | None = None) -> _Deliveries:
         now = time.monotonic()

@@ -48,17 +48,27 @@ def processors_for(params: SamplingParams) -> tuple[LogitsProcessor, ...]:
 
 
 def process(logits: Tensor, places: Sequence[Place]) -> Tensor:
-    """Logits as the processors leave them: a copy in main memory, or the tensor given if there are no processors.
+    """Logits as the processors leave them: a copy on the same device, or the tensor given if there are no processors.
 
-    The tensor given is never written to: the model's logits stay as they are for whoever reads them.
+    The tensor given is never written to: the model's logits stay as they are for whoever reads them. Only rows that are
+    processed come to main memory.
 
     Args:
         logits: float32 `[places, vocabulary]`.
     """
-    if not any(request.processors for request, _ in places):
+    indices = [index for index, (request, _) in enumerate(places) if request.processors]
+    if not indices:
         return logits
-    rows = logits.cpu().numpy().copy()
-    for row, (request, proposed_ids) in zip(rows, places, strict=True):
+    is_all = len(indices) == len(places)
+    rows = logits.detach().clone() if is_all else logits[indices]
+    processed = rows.cpu().numpy()
+    for row, index in zip(processed, indices, strict=True):
+        request, proposed_ids = places[index]
         for processor in request.processors:
             processor.apply(row, request, proposed_ids)
-    return torch.from_numpy(rows)
+    rows = torch.from_numpy(processed).to(logits.device)
+    if is_all:
+        return rows
+    result = logits.clone()
+    result[indices] = rows
+    return result

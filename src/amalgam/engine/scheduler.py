@@ -8,15 +8,15 @@ admission, then admits waiting ones while there is room. A request is admitted w
 so that only growth by generated tokens can run out of blocks; then the request admitted last gives its blocks back
 and waits at the front of the queue. The oldest is therefore never interrupted, and everyone gets to the end.
 
-Whatever tokens and blocks a step then leaves go to proposals: tokens that may come next, computed behind a request's
-own. Those that do not come true are not committed, and their places are computed again.
+Whatever tokens and blocks a step then leaves may go to proposals: tokens that may come next, computed behind a
+request's own. Those that do not come true are not committed, and their places are computed again.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from amalgam.engine.blocks import BlockPool
@@ -25,8 +25,6 @@ from amalgam.errors import OverloadedError, PromptTooLongError
 
 if TYPE_CHECKING:
     from amalgam.models.weights import WeightVersion
-
-Propose = Callable[[Sequence[int]], Sequence[int]]  # a sequence's tokens → tokens that may follow them, or none
 
 
 class Scheduler:
@@ -38,7 +36,6 @@ class Scheduler:
         max_step_tokens: most tokens in one step; longer prompts are computed in chunks.
         max_sequence_tokens: most tokens of one request, prompt and answer; limited by the pool's capacity as well.
         max_queue: most waiting requests.
-        propose: guesses the next tokens of a sequence.
     """
 
     def __init__(
@@ -51,7 +48,6 @@ class Scheduler:
         max_step_tokens: int,
         max_sequence_tokens: int,
         max_queue: int,
-        propose: Propose | None = None,
     ) -> None:
         self.version = version
         self.pool = pool
@@ -62,7 +58,6 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
         self._max_queue = max_queue
-        self._propose = propose
         self._last_version_id = 0
 
     @property
@@ -108,12 +103,35 @@ class Scheduler:
         while (version := self._next_version()) is not None:
             scheduled = self._catch_up(version)
             self._admit(version, scheduled)
-            if self._propose is not None:
-                self._add_proposals(self._propose, scheduled)
             self._last_version_id = version.version_id
             if scheduled:  # empty if the version's only request has just been preempted
                 return StepPlan(version, tuple(scheduled))
         return None
+
+    def add_proposals(self, plan: StepPlan, proposals: Mapping[int, Sequence[int]]) -> StepPlan:
+        """A step that has just been scheduled, with as many of the proposed tokens as it leaves room for.
+
+        Args:
+            proposals: request id → tokens that may follow its own.
+        """
+        scheduled = list(plan.scheduled)
+        budget = self._max_step_tokens - sum(item.num_tokens for item in scheduled)
+        for index, item in enumerate(scheduled):
+            request = item.request
+            proposed_ids = proposals.get(request.request_id, ())
+            if budget <= 0 or not item.needs_sample or not proposed_ids:
+                continue
+            # One spare block for each running request stays, so that no guess makes anyone go.
+            num_free = max(0, self.pool.num_free - len(self.running))
+            num_slots = (len(request.block_ids) + num_free) * self._block_size - len(request.token_ids)
+            room = min(budget, num_slots, request.max_new_tokens - request.num_new_tokens - 1)
+            if room <= 0:
+                continue
+            proposed_ids = tuple(proposed_ids[:room])
+            self._reserve(request, item.end + len(proposed_ids))
+            scheduled[index] = self._share_of(request, item.num_tokens, proposed_ids)
+            budget -= len(proposed_ids)
+        return StepPlan(plan.version, tuple(scheduled))
 
     def commit(self, plan: StepPlan, rejected: Mapping[int, int]) -> None:
         """The step has been computed: its tokens' keys and values are in their blocks.
@@ -188,22 +206,6 @@ class Scheduler:
             num_tokens = min(len(request.token_ids), budget)
             scheduled.append(self._share_of(request, num_tokens))
             budget -= num_tokens
-
-    def _add_proposals(self, propose: Propose, scheduled: list[ScheduledRequest]) -> None:
-        budget = self._max_step_tokens - sum(item.num_tokens for item in scheduled)
-        for index, item in enumerate(scheduled):
-            request = item.request
-            if budget <= 0 or not item.needs_sample:
-                continue
-            # One spare block for each running request stays, so that no guess makes anyone go.
-            num_free = max(0, self.pool.num_free - len(self.running))
-            num_slots = (len(request.block_ids) + num_free) * self._block_size - len(request.token_ids)
-            room = min(budget, num_slots, request.max_new_tokens - request.num_new_tokens - 1)
-            proposed_ids = tuple(propose(request.token_ids)[:room]) if room > 0 else ()
-            if proposed_ids:
-                self._reserve(request, item.end + len(proposed_ids))
-                scheduled[index] = self._share_of(request, item.num_tokens, proposed_ids)
-                budget -= len(proposed_ids)
 
     def _can_admit(self, request: Request) -> bool:
         if len(self.running) >= self._max_batch_size:
