@@ -92,8 +92,12 @@ def test_a_complaint_names_file_key_value_and_what_is_allowed(
 
 @pytest.mark.parametrize("read", [lambda f: f.int("absent", "other"), lambda f: f.object("inner").text("absent")])
 def test_what_is_required_is_named(read: Read) -> None:
-    with pytest.raises(CheckpointError, match=r"a/config\.json has no outer\.(absent or outer\.other|inner\.absent)\."):
+    with pytest.raises(CheckpointError) as caught:
         read(fields())
+    assert caught.value.what in {
+        "a/config.json has no outer.absent or outer.other.",
+        "a/config.json has no outer.inner.absent.",
+    }
 
 
 def test_a_value_that_others_may_understand() -> None:
@@ -139,5 +143,6 @@ def test_a_kind_of_fields_has_its_own_rules() -> None:
         with pytest.raises(UnsupportedError) as caught:
             read("size")
         assert caught.value.remedy == "Supported: an integer from 1. Ask the author."
-    with pytest.raises(AmalgamError, match="Ask the author"):
+    with pytest.raises(AmalgamError) as missing:
         own.int("absent")
+    assert "Ask the author." in missing.value.remedy

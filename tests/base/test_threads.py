@@ -24,7 +24,7 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
 # Half of the time inside a function of the extension that has given up the interpreter's lock.
 INSIDE = """
 import threading, torch
-from amalgam.kernels.backends.cpu import extension
+from amalgam.kernels.backends.cpu import elementwise, extension
 from amalgam.base.threads import StoppableThread
 
 torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def work():
         runs.set()
 
 StoppableThread(work, "work", stopped.set).start()
-runs.wait()
+assert runs.wait(60)
 """
 
 
