@@ -69,8 +69,11 @@ def kernels() -> _native.Kernels:
     from amalgam import _native
 
     limit = native_isa_limit()
-    allowed = NATIVE_ISAS if limit is None else NATIVE_ISAS[: NATIVE_ISAS.index(limit) + 1]
-    return _native.kernels([isa for isa in _native.supported_isas() if isa in allowed][-1])
+    found = _native.supported_isas()  # slowest first
+    if limit is not None:
+        allowed = NATIVE_ISAS[: NATIVE_ISAS.index(limit) + 1]
+        found = [isa for isa in found if isa in allowed]
+    return _native.kernels(found[-1])
 
 
 @functools.cache
