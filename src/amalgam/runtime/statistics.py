@@ -225,7 +225,7 @@ class ExpertStatistics:
         Raises:
             RequestError: a name is not plain, or unknown.
             CheckpointError: a set that is to be merged is damaged, or of another model.
-            ConfigError: the folder cannot be written to, or is full.
+            ConfigError: the folder cannot be written to, or is full; or the sets together have too many labels.
         """
         result = self.saved_set() if of is None else merge([load_named(folder, one) for one in of])
         path = save_named(folder, name, result)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from amalgam.errors import RequestError
+from amalgam.errors import ConfigError, RequestError
+from amalgam.experts.history import Tally
 from amalgam.experts.saved.files import save
 from amalgam.experts.saved.folder import list_names, load_named, save_named
-from amalgam.experts.saved.sets import merge
+from amalgam.experts.saved.sets import SavedSet, merge
 from tests.errors import raises
 from tests.experts.routing import busy_tracker
 
@@ -64,3 +66,39 @@ def test_a_link_is_no_saved_set(tmp_path: Path, ending: str) -> None:
         load_named(folder, "a")
     save_named(folder, "a", busy_tracker(0).saved_set())  # in its place
     assert outside.exists() and [path.is_symlink() for path in folder.iterdir()] == [False]
+
+
+def many_labels(num_sets: int, padding: str) -> list[SavedSet]:
+    """Sets of 64 labels of 64 characters each, on a model of one layer of 8 experts."""
+    grid = (1, 8)
+    total = replace(busy_tracker(0).saved_set(), layer_ids=(0,), total=Tally.zeros(*grid), pairs=None)
+    sets = []
+    for first in range(0, num_sets * 64, 64):
+        labels = {f"{number:04}{padding * 60}": Tally.zeros(*grid) for number in range(first, first + 64)}
+        sets.append(replace(total, last_activation=total.last_activation[:1], labels=labels))
+    return sets
+
+
+@pytest.mark.parametrize(("num_sets", "padding"), [(41, "é"), (41, "\\"), (60, "\N{FACE WITH TEARS OF JOY}")])
+def test_many_labels_are_read_again(tmp_path: Path, num_sets: int, padding: str) -> None:
+    together = merge(many_labels(num_sets, padding))
+    save_named(tmp_path, "a", together)
+    save(together, tmp_path / "b.npz")
+    for name in ("a", "b"):
+        assert list(load_named(tmp_path, name).labels) == list(together.labels)
+
+
+@pytest.mark.parametrize(("num_sets", "padding"), [(80, "\N{FACE WITH TEARS OF JOY}"), (72, '"')])
+def test_more_labels_than_a_file_can_hold_replace_nothing(tmp_path: Path, num_sets: int, padding: str) -> None:
+    """The quotes are escaped in the text, and once more in the header."""
+    save_named(tmp_path, "a", many_labels(1, padding)[0])
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with raises(ConfigError, 64 * num_sets, 2**20):
+        save_named(tmp_path, "a", merge(many_labels(num_sets, padding)))
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
+def test_more_labels_than_an_npz_can_hold_are_refused(tmp_path: Path) -> None:
+    with raises(ConfigError, 64 * 80, 2**20):
+        save(merge(many_labels(80, "\N{FACE WITH TEARS OF JOY}")), tmp_path / "a.npz")
+    assert list(tmp_path.iterdir()) == []

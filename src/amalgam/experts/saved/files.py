@@ -10,9 +10,9 @@ from pathlib import Path
 
 from amalgam.base.files import replace_file
 from amalgam.errors import AmalgamError, CheckpointError, describe
-from amalgam.experts.saved.layout import MAX_BYTES, from_arrays, to_arrays
+from amalgam.experts.saved.layout import MAX_BYTES, check_size, from_arrays, to_arrays
 from amalgam.experts.saved.npz import NpzFile, write_npz
-from amalgam.experts.saved.safetensors import SafetensorsFile, write_safetensors
+from amalgam.experts.saved.safetensors import SafetensorsFile, header_sizes, write_safetensors
 from amalgam.experts.saved.sets import SavedSet
 
 NPZ = ".npz"
@@ -20,13 +20,23 @@ _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # in a safetensors file, a header 
 
 
 def to_bytes(saved: SavedSet) -> bytes:
-    """The content of a safetensors file."""
+    """The content of a safetensors file.
+
+    Raises:
+        ConfigError: it has more labels than a reader takes.
+    """
     text, arrays = to_arrays(saved)
-    return write_safetensors(arrays, {"meta": text})
+    content = write_safetensors(arrays, {"meta": text})
+    check_size(saved, "header", *header_sizes(content))
+    return content
 
 
 def to_npz(saved: SavedSet) -> bytes:
-    """The content of an `.npz` file."""
+    """The content of an `.npz` file.
+
+    Raises:
+        ConfigError: it has more labels than a reader takes.
+    """
     text, arrays = to_arrays(saved)
     # Compression would take seconds of a processor that has tokens to compute; a history is tens of megabytes.
     return write_npz(arrays, {"meta": text}, compress=not saved.buckets)
@@ -37,6 +47,7 @@ def save(saved: SavedSet, path: Path) -> None:
 
     Raises:
         OSError: it cannot be written.
+        ConfigError: it has more labels than a reader takes.
     """
     replace_file(path, to_npz(saved) if path.suffix == NPZ else to_bytes(saved))
 

@@ -43,7 +43,7 @@ def save_named(folder: str | Path, name: str, saved: SavedSet) -> Path:
 
     Raises:
         RequestError: not a plain name.
-        ConfigError: the folder cannot be written to, or is full.
+        ConfigError: the folder cannot be written to, or is full; or the set has more labels than a reader takes.
     """
     name = check_name(name)
     path = write_file(folder, name + _SUFFIX, to_bytes(saved))

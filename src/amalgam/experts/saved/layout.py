@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from amalgam.base.fields import Fields
 from amalgam.base.strict_json import parse_json
+from amalgam.errors import ConfigError
 from amalgam.experts.history import NUM_PHASES, Bucket, Tally
 from amalgam.experts.labels import check_label
 from amalgam.experts.pairs import PairCounts
@@ -44,10 +45,16 @@ _TALLY_FIELDS = ("counts", "gate_mass", "num_tokens", "num_requests")
 
 
 def to_arrays(saved: SavedSet) -> tuple[bytes, dict[str, npt.NDArray[Any]]]:
-    """The text `meta`, and the arrays."""
+    """The text `meta`, and the arrays.
+
+    Raises:
+        ConfigError: it has more labels than a reader takes.
+    """
     meta = {
         "version": _VERSION,
-        "model": "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in saved.model),
+        "model": "".join(
+            letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in saved.model[:_MAX_MODEL_CHARS]
+        ),
         "layer_ids": saved.layer_ids,
         "num_experts": saved.num_experts,
         "num_active_experts": saved.num_active_experts,
@@ -66,7 +73,23 @@ def to_arrays(saved: SavedSet) -> tuple[bytes, dict[str, npt.NDArray[Any]]]:
     if saved.pairs is not None:
         arrays["pair_tokens"] = np.array(saved.pairs.num_tokens, np.int64)
         arrays |= {"together": saved.pairs.together, "onward": saved.pairs.onward}
-    return json.dumps(meta).encode(), arrays
+    text = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
+    check_size(saved, "description", len(text), _MAX_META_BYTES)
+    return text, arrays
+
+
+def check_size(saved: SavedSet, part: str, num_bytes: int, limit: int) -> None:
+    """What is about to be written.
+
+    Raises:
+        ConfigError: a reader would refuse it.
+    """
+    if num_bytes > limit:
+        raise ConfigError(
+            f"A saved set cannot hold these {len(saved.labels)} labels: its {part} would take {num_bytes} bytes, and "
+            f"at most {limit} are read.",
+            remedy="Put fewer sets together, or sets with fewer labels.",
+        )
 
 
 def from_arrays(file: ArrayFile) -> SavedSet:

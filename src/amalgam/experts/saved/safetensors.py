@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from amalgam.checkpoint.safetensors_header import PREFIX_BYTES, parse_header
+from amalgam.checkpoint.safetensors_header import PREFIX_BYTES, SMALL_HEADER_BYTES, parse_header
 from amalgam.experts.saved.arrays import ArrayFile
 
 _MAX_HEADER_BYTES = 4 * 2**20
@@ -64,6 +64,12 @@ def write_safetensors(arrays: Mapping[str, npt.NDArray[Any]], texts: Mapping[str
     """A file's content. Integers above zero take the narrowest type that holds them: most counts of pairs are small."""
     narrow = {name: np.asarray(_narrowed(array), order="C") for name, array in arrays.items()}
     return safetensors.numpy.save(narrow, {name: text.decode() for name, text in texts.items()})
+
+
+def header_sizes(content: bytes) -> tuple[int, int]:
+    """The bytes of a written file's header, and the most that a reader takes before that much data."""
+    num_bytes = int.from_bytes(content[:PREFIX_BYTES], "little")
+    return num_bytes, min(_MAX_HEADER_BYTES, max(SMALL_HEADER_BYTES, len(content) - PREFIX_BYTES - num_bytes))
 
 
 def _narrowed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
