@@ -10,6 +10,7 @@ import pytest
 
 from amalgam.errors import ConfigError, RequestError
 from amalgam.experts.history import Tally
+from amalgam.experts.saved import folder as module
 from amalgam.experts.saved.files import save
 from amalgam.experts.saved.folder import list_names, load_named, save_named
 from amalgam.experts.saved.sets import SavedSet, merge
@@ -51,6 +52,19 @@ def test_a_set_of_before_is_found_and_replaced(tmp_path: Path) -> None:
     assert load_named(tmp_path, "a").total.num_tokens.sum() == 10
     save_named(tmp_path, "a.npz", new)
     assert load_named(tmp_path, "a.npz").total.num_tokens.sum() == 20
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_full_folder_takes_sets_in_place_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(module, "_MAX_FILES", 1)
+    saved = busy_tracker(0).saved_set()
+    save(saved, tmp_path / f"a{ending}")
+    with raises(ConfigError, 1, tmp_path):
+        save_named(tmp_path, "b", saved)
+    save_named(tmp_path, "a", saved)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 

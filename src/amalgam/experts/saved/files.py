@@ -11,11 +11,11 @@ from pathlib import Path
 from amalgam.base.files import replace_file
 from amalgam.errors import AmalgamError, CheckpointError, describe
 from amalgam.experts.saved.layout import MAX_BYTES, check_size, from_arrays, to_arrays
+from amalgam.experts.saved.names import NPZ
 from amalgam.experts.saved.npz import NpzFile, write_npz
 from amalgam.experts.saved.safetensors import SafetensorsFile, header_sizes, write_safetensors
 from amalgam.experts.saved.sets import SavedSet
 
-NPZ = ".npz"
 _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # in a safetensors file, a header of 67 MB or more
 
 

@@ -5,37 +5,17 @@ In: the folder, names, content. Out: files in it, and never outside. Must never 
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from amalgam.base.files import replace_file
 from amalgam.errors import ConfigError, RequestError, describe
-from amalgam.experts.saved.files import NPZ, load, to_bytes
+from amalgam.experts.saved.files import load, to_bytes
+from amalgam.experts.saved.names import MAX_FILE_NAME_CHARS, NPZ, SAFE_NAME, SUFFIX, SUFFIXES, check_name, is_name
 from amalgam.experts.saved.sets import SavedSet
 
-_SUFFIX = ".safetensors"
-_SUFFIXES = (_SUFFIX, NPZ)  # the first one found is read
-_MAX_NAME_CHARS = 200  # of a set
 _MAX_FILES = 1000  # a client could fill the disk
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def check_name(name: str) -> str:
-    """A saved set's name, which is its file's name without its ending; the file's name is taken too.
-
-    Raises:
-        RequestError: not a plain name.
-    """
-    if isinstance(name, str):
-        ending = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
-        if _is_name(short := name.removesuffix(ending)):
-            return short
-    raise RequestError(
-        f"name is {describe(name)}.",
-        remedy=f"Use a letter or digit, then letters, digits, . _ and -; at most {_MAX_NAME_CHARS}, and not "
-        f"{' or '.join(_SUFFIXES)} twice.",
-    )
 
 
 def save_named(folder: str | Path, name: str, saved: SavedSet) -> Path:
@@ -46,7 +26,7 @@ def save_named(folder: str | Path, name: str, saved: SavedSet) -> Path:
         ConfigError: the folder cannot be written to, or is full; or the set has more labels than a reader takes.
     """
     name = check_name(name)
-    path = write_file(folder, name + _SUFFIX, to_bytes(saved))
+    path = _write(folder, name + SUFFIX, to_bytes(saved), in_place_of=[name + suffix for suffix in SUFFIXES])
     with suppress(OSError):  # what could not be removed is not read either
         path.with_name(name + NPZ).unlink()
     return path
@@ -59,7 +39,7 @@ def load_named(folder: str | Path, name: str) -> SavedSet:
         CheckpointError: it is damaged.
     """
     name = check_name(name)
-    paths = [Path(folder) / (name + suffix) for suffix in _SUFFIXES]
+    paths = [Path(folder) / (name + suffix) for suffix in SUFFIXES]
     path = next(filter(_is_plain_file, paths), None)
     if path is None:
         known = ", ".join(list_names(folder)[:20]) or "none yet"
@@ -69,8 +49,8 @@ def load_named(folder: str | Path, name: str) -> SavedSet:
 
 def list_names(folder: str | Path) -> list[str]:
     """The saved sets in a folder, by name."""
-    paths = [path for suffix in _SUFFIXES for path in Path(folder).glob(f"*{suffix}")]
-    return sorted({path.stem for path in paths if _is_name(path.stem) and _is_plain_file(path)})
+    paths = [path for suffix in SUFFIXES for path in Path(folder).glob(f"*{suffix}")]
+    return sorted({path.stem for path in paths if is_name(path.stem) and _is_plain_file(path)})
 
 
 def write_file(folder: str | Path, name: str, content: str | bytes) -> Path:
@@ -83,11 +63,19 @@ def write_file(folder: str | Path, name: str, content: str | bytes) -> Path:
         RequestError: `name` is not a plain file name.
         ConfigError: the folder cannot be written to, or is full.
     """
-    if not _SAFE_NAME.fullmatch(name) or len(name) > _MAX_NAME_CHARS + len(_SUFFIX):
+    if not SAFE_NAME.fullmatch(name) or len(name) > MAX_FILE_NAME_CHARS:
         raise RequestError(f"File name {describe(name)} is not a plain name.", remedy="Use letters, digits, . _ and -.")
+    return _write(folder, name, content, in_place_of=[name])
+
+
+def _write(folder: str | Path, name: str, content: str | bytes, in_place_of: Iterable[str]) -> Path:
+    """
+    Args:
+        in_place_of: files; where there is one of them, the folder gets no fuller.
+    """
     target = Path(folder) / name
     try:
-        if not target.exists() and _num_files(target.parent) >= _MAX_FILES:
+        if not any(map(Path.exists, map(target.with_name, in_place_of))) and _num_files(target.parent) >= _MAX_FILES:
             raise ConfigError(
                 f"The export folder {str(folder)!r} holds {_MAX_FILES} files, the most that are kept there.",
                 remedy="Remove those that are not needed, or set server.export_dir to another folder.",
@@ -98,11 +86,6 @@ def write_file(folder: str | Path, name: str, content: str | bytes) -> Path:
             f"Cannot write to the export folder {str(folder)!r}: {error.strerror}.",
             remedy="Set server.export_dir to a folder that can be written to.",
         ) from None
-
-
-def _is_name(text: str) -> bool:
-    # A name that ends as files do would name two files: its own, and the one without the second ending.
-    return len(text) <= _MAX_NAME_CHARS and not text.endswith(_SUFFIXES) and _SAFE_NAME.fullmatch(text) is not None
 
 
 def _is_plain_file(path: Path) -> bool:
