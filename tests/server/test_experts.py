@@ -233,6 +233,17 @@ def test_saved_sets_are_compared_and_merged(exporting: httpx.Client, folder: Pat
     assert [path.name for path in folder.parent.iterdir()] == ["exports"]
 
 
+def test_a_set_with_the_longest_name_is_known_by_its_file_name_too(exporting: httpx.Client) -> None:
+    name = "x" * 200
+    file_name = exporting.post("/experts/sets", json={"name": name}).json()["file_name"]
+    for given in (name, file_name, f"{name}.npz"):
+        answer = exporting.post("/experts/sets", json={"name": given, "merge": [given]})
+        assert (answer.status_code, answer.json()["name"]) == (200, name)
+        assert exporting.get("/experts/compare", params={"a": f"saved:{given}"}).status_code == 200
+    for wrong in ("x" * 201, f"x{file_name}"):
+        assert exporting.post("/experts/sets", json={"name": wrong}).status_code == 422
+
+
 def test_report_and_heatmap(client: httpx.Client) -> None:
     report = client.get("/experts/report")
     assert report.headers["content-type"].startswith("text/html")

@@ -17,6 +17,7 @@ from amalgam.experts.hints import COLD, MIN_TOKENS
 from amalgam.experts.overview import build_overview, compare_traffic, drift_minutes, drift_or_reason, drift_sides
 from amalgam.experts.precision_map import precision_map
 from amalgam.experts.saved.folder import load_named, save_named, write_file
+from amalgam.experts.saved.names import check_name
 from amalgam.experts.saved.sets import SavedSet, merge
 from amalgam.experts.snapshot import ResetResult
 from amalgam.experts.statistics import HOT, concentration, grid, label_rows, layer_rows, summary, window
@@ -227,6 +228,7 @@ class ExpertStatistics:
             CheckpointError: a set that is to be merged is damaged, or of another model.
             ConfigError: the folder cannot be written to, or is full; or the sets together have too many labels.
         """
+        name = check_name(name)  # before the sets are read, which takes long
         result = self.saved_set() if of is None else merge([load_named(folder, one) for one in of])
         path = save_named(folder, name, result)
         return SavedSetInfo(path.stem, path.name, int(result.total.num_tokens.sum()), tuple(result.labels))

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from amalgam.experts.saved.names import MAX_FILE_NAME_CHARS
 from amalgam.server.api.queries import SharedQuery, SharedWindowQuery, WindowBody, WindowQuery, share
 from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.http.body import NoFields, StrictRoute
@@ -20,7 +21,7 @@ from amalgam.server.service import Service
 
 router = APIRouter(route_class=StrictRoute, tags=["experts"])
 
-_MAX_TRAFFIC = 216  # of a name, and what stands before it
+_MAX_TRAFFIC = len("saved:") + MAX_FILE_NAME_CHARS  # the longest kind
 
 
 class ExpertStatsBody(WindowBody):

@@ -13,15 +13,14 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from amalgam.experts.saved.names import MAX_FILE_NAME_CHARS
 from amalgam.server.api.queries import WindowBody, WindowQuery
 from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.http.body import Body, StrictRoute
 
-# The modules of amalgam.experts are imported in threads: they import torch, and the port opens before that.
+# The other modules of amalgam.experts are imported in threads: they import torch, and the port opens before that.
 
 router = APIRouter(route_class=StrictRoute, tags=["experts"])
-
-_MAX_NAME = 200
 
 
 class ExportBody(WindowBody):
@@ -42,8 +41,8 @@ class ExportAnswer(BaseModel):
 
 
 class SaveSetBody(Body):
-    name: str = Field(min_length=1, max_length=_MAX_NAME)
-    """Letters, digits, . _ and -. A set of that name is replaced."""
+    name: str = Field(min_length=1, max_length=MAX_FILE_NAME_CHARS)
+    """Letters, digits, . _ and -, 200 at most; or the name of its file. A set of that name is replaced."""
     merge: list[str] | None = Field(default=None, min_length=1, max_length=64)
     """Saved sets to put together; null: save what has been counted since the last reset."""
 
