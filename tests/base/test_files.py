@@ -86,6 +86,25 @@ def test_what_is_committed_is_on_the_disk_before_it_has_its_name(
     assert steps == ["flush", "rename", "flush"]  # the last is the folder's
 
 
+@pytest.mark.parametrize("step", ["open", "fsync"])
+def test_a_folder_that_cannot_be_flushed_has_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    real, replace_path = getattr(os, step), Path.replace
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EINVAL, "not here")
+
+    def replace_and_break(path: Path, target: Path) -> None:
+        replace_path(path, target)
+        monkeypatch.setattr(os, step, fail)
+
+    monkeypatch.setattr(Path, "replace", replace_and_break)
+    replace_file(tmp_path / "file", "new")
+    monkeypatch.setattr(os, step, real)
+    assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "new"
+
+
 def test_a_file_that_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:3], offset))

@@ -9,6 +9,7 @@ process has left is removed by the next one that writes there.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from amalgam.base.locks import (
     temporary_folder,
 )
 from amalgam.errors import CheckpointError, ConflictError
+
+logger = logging.getLogger("amalgam.files")
 
 
 class NewFile:
@@ -52,11 +55,18 @@ class NewFile:
         """
         os.fsync(self._descriptor)
         self._path.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            _flush_folder(target.parent)
+        except OSError as error:  # not readable, or on a network: the file is there all the same
+            logger.debug("%s cannot be flushed to the disk: %s", target.parent, error)
+
+
+def _flush_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextmanager
