@@ -43,6 +43,13 @@ def test_what_is_json_is_read(value: Any, is_ascii: bool) -> None:
         (b"\xef\xbb\xbf{}", "BOM"),
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"\\uDFFF": 1}', "surrogate"),
+        (b'["\\ud83d\\ude00\\ud83d"]', r"\ud83d,"),
+        (b'["\\ud83d\\ude00\\uDE00"]', r"\uDE00,"),
+        (b'["\\ud83d\\ud83d\\ude00"]', r"\ud83d,"),
+        (b'["\\\\\\ud83d\\\\ude00"]', r"\ud83d,"),
+        (b'["\\\\ud83d\\ude00"]', r"\ude00,"),
+        (b'["\\ud83d \\ude00"]', r"\ud83d,"),
+        (b'["\\ud83d\\u0041"]', r"\ud83d,"),
         (b"[" * 100_000 + b"]" * 100_000, "nested"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested"),
     ],
@@ -51,6 +58,18 @@ def test_what_two_readers_would_read_differently_is_refused(raw: bytes, named: o
     with raises(ValueError, named) as caught:
         parse_json(raw)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("raw", "value"),
+    [
+        (rb'"\uD83D\uDE00\ud83d\ude00"', "\U0001f600" * 2),
+        (rb'"\\ud83d\n\\\\ude00\u00e9\ud7ff\ue000"', "\\ud83d\n\\\\ude00é\ud7ff\ue000"),
+        (rb'"\\\ud83d\ude00\\dc00"', "\\\U0001f600\\dc00"),
+    ],
+)
+def test_surrogate_pairs_are_told_from_escaped_backslashes(raw: bytes, value: str) -> None:
+    assert parse_json(raw) == value
 
 
 def test_keys_are_counted_with_their_objects() -> None:

@@ -18,7 +18,11 @@ from amalgam.errors import CheckpointError, describe
 
 MAX_FILE_BYTES = 16 * 2**20
 _REMEDY = "Correct it or download it again."
-_HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # of surrogates, spelled in ASCII; UTF-8 has none
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # spelled in ASCII; UTF-8 has none
+# All up to half of a pair. What has matched is never given back, so that it takes linear time and no memory.
+_WHOLE = re.compile(
+    rb"(?:[^\\]++|\\(?:[^u]|u(?![dD][89a-fA-F])|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F]))*+", re.DOTALL
+)
 
 
 def parse_json(raw: bytes, *, max_keys: int | None = None) -> Any:
@@ -53,13 +57,13 @@ def parse_json(raw: bytes, *, max_keys: int | None = None) -> Any:
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
-        if _HALF_A_PAIR.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"a string has {half!a}, half of a surrogate pair") from None
+    if _SURROGATE.search(raw):
+        whole = _WHOLE.match(raw)
+        assert whole is not None  # it matches nothing, too
+        if half := raw[whole.end() :][:6].decode():
+            raise ValueError(f"a string has {half}, half of a surrogate pair")
     return value
 
 
