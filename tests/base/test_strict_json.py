@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from amalgam.base.strict_json import parse_foreign_json, parse_json, read_json_object
+from amalgam.base.strict_json import parse_foreign_json, parse_json, read_advice, read_json_object
 from amalgam.errors import CheckpointError
 from tests.errors import raises
 
@@ -94,6 +94,22 @@ def test_a_file_holds_an_object(text: str, value: str, tmp_path: Path) -> None:
     file.write_text(text)
     with raises(CheckpointError, value, file):
         read_json_object(file)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json_object(file) == {"a": 1}
+
+
+def test_advice_comes_with_what_has_not_held(tmp_path: Path) -> None:
+    file = tmp_path / "advice.json"
+    file.write_text('{"a": 1, "b": {"c": 2, "c": 3}, "a": Infinity, "d": 4}')
+    assert read_advice(file) == ({"a": float("inf"), "b": {"c": 3}, "d": 4}, {"a": 1})
+    for damaged in ("[1]", "{", "[" * 100_000):
+        file.write_text(damaged)
+        with raises(CheckpointError, file):
+            read_advice(file)
 
 
 def test_a_file_has_a_limit(tmp_path: Path) -> None:

@@ -80,6 +80,31 @@ def test_what_is_not_honoured_is_said_in_one_line(
     assert found.as_json()["not_honoured"] == {key: repr(value)}
 
 
+@pytest.mark.parametrize(
+    ("content", "temperature", "not_honoured"),
+    [
+        ('{"top_p": 0.8, "temperature": NaN}', OURS.temperature, {"temperature": "nan"}),
+        ('{"top_p": 0.8, "temperature": -Infinity}', OURS.temperature, {"temperature": "-inf"}),
+        ('{"top_p": 0.8, "some_new_key": [1e999]}', OURS.temperature, {"some_new_key": "[inf]"}),
+        ('{"temperature": 0.1, "top_p": 0.8, "temperature": 0.6}', 0.6, {"temperature": "0.1"}),
+        ('{"top_p": 0.8, "a\\ud800": "\\ud800"}', OURS.temperature, {"a?": r"'\ud800'"}),
+    ],
+)
+def test_what_strict_readers_refuse_is_said_and_the_rest_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, temperature: float, not_honoured: dict[str, str]
+) -> None:
+    found = read(tmp_path, content)
+    assert found.params == SamplingParams(top_p=0.8, temperature=temperature)
+    assert found.as_json()["not_honoured"] == not_honoured
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING and all(key in record.getMessage() for key in not_honoured)
+
+
+def test_a_byte_order_mark_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert read(tmp_path, '\ufeff{"top_p": 0.8}').params == SamplingParams(top_p=0.8)
+    assert not caplog.records
+
+
 def test_a_long_foreign_value_makes_no_long_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read(tmp_path, {"suppress_tokens": list(range(10_000)), "x\ny": "a" * 100_000})
     assert len(caplog.text) < 1500

@@ -163,6 +163,12 @@ class TestLoading:
         with raises(CheckpointError, demo_copy / "generation_config.json"):
             Tokenizer.load(demo_copy)
 
+    @pytest.mark.parametrize("content", ['{"eos_token_id": 5, "a": NaN}', '{"a": 1, "a": 2, "eos_token_id": 5}'])
+    @pytest.mark.parametrize("mark", ["", "\ufeff"])
+    def test_advice_that_is_no_strict_json_is_read(self, demo_copy, content, mark):
+        (demo_copy / "generation_config.json").write_text(mark + content, encoding="utf-8")
+        assert 5 in Tokenizer.load(demo_copy).eos_token_ids
+
     def test_a_missing_generation_config_is_fine(self, demo_copy):
         (demo_copy / "generation_config.json").unlink()
         assert Tokenizer.load(demo_copy).eos_token_ids == {0}

@@ -2,14 +2,17 @@
 
 In: bytes, or a file with a limit on its size. Out: Python values. Refused are keys that stand twice in one object, NaN,
 infinite numbers, lone surrogates and bytes that are not UTF-8; what is nested too deeply, and integers of thousands of
-digits, are refused because they are slow. Must never know what the values mean.
+digits, are refused because they are slow. Advice is read as the standard library reads it. Must never know what the
+values mean.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -67,24 +70,58 @@ def parse_json(raw: bytes, *, max_keys: int | None = None) -> Any:
     return value
 
 
-def parse_foreign_json(raw: bytes, where: str) -> Any:
+def parse_foreign_json(raw: bytes, where: str, parse: Callable[[bytes], Any] = parse_json) -> Any:
     """`parse_json` for what belongs to a checkpoint.
 
     Raises:
         CheckpointError: it is no such JSON; `where` says whose it is.
     """
     try:
-        return parse_json(raw)
+        return parse(raw)
     except ValueError as error:
         raise CheckpointError(f"{where} holds invalid JSON: {error}.", remedy=_REMEDY) from None
 
 
 def read_json_object(file: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file, which may begin with a byte order mark.
 
     Raises:
         CheckpointError: it cannot be read, is larger than `max_bytes`, or holds something else.
     """
+    return _read_object(file, max_bytes, parse_json)
+
+
+def read_advice(file: Path, max_bytes: int = MAX_FILE_BYTES) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The object in a file whose faults must not keep a model from being served.
+
+    NaN and infinite numbers are floats, half a surrogate pair is a question mark, and of a key that stands twice the
+    last value holds.
+
+    Returns:
+        The object, and what has not held of it.
+
+    Raises:
+        CheckpointError: it cannot be read, is larger than `max_bytes`, or is no JSON object for any reader.
+    """
+    replaced: dict[str, Any] = {}
+
+    def last(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal replaced
+        pairs = [(name.encode(errors="replace").decode(), value) for name, value in pairs]
+        result = dict(pairs)
+        replaced = {name: value for name, value in pairs if value is not result[name]}  # in the end, the whole file's
+        return result
+
+    def parse(raw: bytes) -> Any:
+        try:
+            return json.loads(raw.decode(), object_pairs_hook=last)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+
+    return _read_object(file, max_bytes, parse), replaced
+
+
+def _read_object(file: Path, max_bytes: int, parse: Callable[[bytes], Any]) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             raw = stream.read(max_bytes + 1)
@@ -96,7 +133,7 @@ def read_json_object(file: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, A
             f"{file} has {size} bytes; at most {max_bytes} are allowed.",
             remedy="Download the file again, or check that it is what its name says.",
         )
-    value = parse_foreign_json(raw, str(file))
+    value = parse_foreign_json(raw.removeprefix(codecs.BOM_UTF8), str(file), parse)
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds {describe(value)} instead of a JSON object.", remedy=_REMEDY)
     return value

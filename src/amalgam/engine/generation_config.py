@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amalgam.base.folders import is_present, read_json
+from amalgam.base.folders import is_present, member
+from amalgam.base.strict_json import read_advice
 from amalgam.engine.request import SamplingParams
 from amalgam.errors import RequestError, describe
 
@@ -67,7 +68,7 @@ class ModelDefaults:
     Attributes:
         params: our own defaults, with the model's in place of those that it has.
         from_model: the fields that the model has set.
-        not_honoured: what else its file says, by key.
+        not_honoured: what else its file says, by key; of a key that stands twice, what it says first.
     """
 
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -90,12 +91,11 @@ def read_model_defaults(folder: Path, gguf_metadata: Mapping[str, Any] | None = 
     Raises:
         CheckpointError: the file is no JSON object, or lies outside of the folder.
     """
-    given = dict(_gguf_entries(gguf_metadata or {}))
+    given, not_honoured = dict(_gguf_entries(gguf_metadata or {})), dict[str, Any]()
     source = "the GGUF file"
     if folder.is_dir() and is_present(folder / FILE):
-        given, source = read_json(folder, FILE, _MAX_BYTES), FILE
+        (given, not_honoured), source = read_advice(member(folder, FILE), _MAX_BYTES), FILE
     used: dict[str, Any] = {}
-    not_honoured: dict[str, Any] = {}
     for key, value in given.items():
         if value is None or key in _UNRELATED or _is_neutral(key, value):
             continue

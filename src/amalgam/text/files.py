@@ -30,7 +30,7 @@ import orjson
 
 from amalgam.base.fields import Fields
 from amalgam.base.folders import member, member_folder
-from amalgam.base.strict_json import read_json_object
+from amalgam.base.strict_json import read_advice, read_json_object
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
 from amalgam.text.chat import DEFAULT
 from amalgam.text.gguf.metadata import build_tokenizer
@@ -43,7 +43,7 @@ _CONFIG, _NAMES, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "a
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # What transformers looks at, and more.
 _READ = ("*.json", "*.jinja", "*.txt", "*.model", f"{_TEMPLATES}/*")
-_EOS_FILES = ("config.json", "generation_config.json")
+_MODEL, _ADVICE = "config.json", "generation_config.json"
 _MAX_BYTES = 64 * 2**20
 _MAX_TOKENIZER_BYTES = 512 * 2**20
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -85,8 +85,8 @@ def eos_token_ids(folder: Path) -> frozenset[int]:
         CheckpointError: they are damaged, or name something that is no token id.
     """
     token_ids: set[int] = set()
-    for name in _EOS_FILES:
-        fields = Fields(_read_json(folder / name), repr(str(folder / name)))
+    for path in (folder / _MODEL, folder / _ADVICE):
+        fields = Fields(_read_json(path), repr(str(path)))
         value = fields.get("eos_token_id")
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token_id) is int and token_id >= 0 for token_id in values):
@@ -356,4 +356,6 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
-    return read_json_object(path, _MAX_BYTES) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return read_advice(path, _MAX_BYTES)[0] if path.name == _ADVICE else read_json_object(path, _MAX_BYTES)
