@@ -72,6 +72,12 @@ def test_surrogate_pairs_are_told_from_escaped_backslashes(raw: bytes, value: st
     assert parse_json(raw) == value
 
 
+def test_an_escaped_pair_does_not_have_all_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes as long as reading it, in the event loop."""
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: pytest.fail("all is written again"))
+    assert parse_json(rb'["\ud83d\ude00"]') == ["\U0001f600"]
+
+
 def test_keys_are_counted_with_their_objects() -> None:
     raw = json.dumps([{"a": 1, "b": 2}, {}]).encode()
     assert parse_json(raw, max_keys=4) == [{"a": 1, "b": 2}, {}]
