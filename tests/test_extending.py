@@ -82,7 +82,7 @@ def store_in_halves(folder: Path, new: Path, values: Path, of: str) -> None:
 @pytest.mark.parametrize("is_tied", [False, True], ids=["head", "tied"])
 def test_a_model_of_the_new_family_all_in_the_new_format(is_tied: bool, tmp_path: Path) -> None:
     """Projections, embedding and head, tied or not."""
-    save_tiny(llama.FAMILY, tmp_path / "llama", tie_word_embeddings=is_tied)
+    reference = save_tiny(llama.FAMILY, tmp_path / "llama", tie_word_embeddings=is_tied)
     path = tmp_path / "llama" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["TinyLlamaForCausalLM"]}))
     store_in_halves(tmp_path / "llama", tmp_path / "new", tmp_path / "values", of="")
@@ -90,6 +90,8 @@ def test_a_model_of_the_new_family_all_in_the_new_format(is_tied: bool, tmp_path
     assert decoder.spec.family == "tiny_llama"
     assert {origin.stored_format for slot, origin in version.origins.items() if "norm" not in slot} == {"halves"}
     prompt = list(range(3, 40))
+    unquantized = Runner(*load_model(tmp_path / "llama")).step({0: prompt})[0]
+    torch.testing.assert_close(unquantized, reference.logits(prompt), atol=1e-4, rtol=0)
     expected = Runner(*load_model(tmp_path / "values")).step({0: prompt})[0]
     torch.testing.assert_close(Runner(decoder, version).step({0: prompt})[0], expected, atol=1e-4, rtol=0)
     in_bf16 = Runner(*load_model(tmp_path / "new", dtype=torch.bfloat16)).step({0: prompt})[0]
