@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import types
 from pathlib import Path
 
@@ -27,12 +28,13 @@ from tests.models.tiny import save_tiny, write_checkpoint
 
 
 @pytest.fixture
-def extension() -> dict[str, types.ModuleType]:
+def extension(monkeypatch: pytest.MonkeyPatch) -> dict[str, types.ModuleType]:
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     modules = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         name = re.match(r"# (\w+)\.py", block)[1]  # type: ignore[index]
         modules[name] = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, modules[name])  # where a dataclass looks its module up
         exec(compile(block, name, "exec"), modules[name].__dict__)  # noqa: S102 - our own documentation
     return modules
 
