@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amalgam.formats.contract import WeightFormat
+from amalgam.formats.registry import all_formats
+
 Tensors = dict[str, Tensor]
 GROUP = 32
 _NF4 = (-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626)
@@ -334,3 +337,8 @@ LAYOUTS = {
         ("weight_scale",),
     ),
 }
+
+
+def get_format(name: str) -> WeightFormat:
+    """The format called `name`."""
+    return next(weight_format for weight_format in all_formats() if weight_format.name == name)

@@ -13,7 +13,7 @@ from amalgam.composition.source import Source
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.formats.contract import ACTIVATION_SUFFIXES, WritableFormat
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.formats.registry import all_formats, get_format, writable_format
+from amalgam.formats.registry import all_formats, writable_format
 from amalgam.kernels.backends.cpu import mapped, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
@@ -22,7 +22,7 @@ from amalgam.kernels.layouts import pack_nibbles
 from amalgam.kernels.packed import Layout, PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
-from tests.formats.layouts import LAYOUTS
+from tests.formats.layouts import LAYOUTS, get_format
 
 CASES = [
     (writable_format("fp8"), QuantizeOptions(scale="tensor"), 0.04),

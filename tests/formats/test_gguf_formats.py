@@ -12,10 +12,10 @@ import torch
 from amalgam.checkpoint.gguf import BLOCK_TYPES
 from amalgam.checkpoint.safetensors_header import TensorEntry
 from amalgam.errors import CheckpointError
-from amalgam.formats.registry import get_format
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.packed import PackedWeight
 from tests.errors import raises
+from tests.formats.layouts import get_format
 
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
 # Byte offsets of the f16 fields, which random bytes would make infinite now and then.

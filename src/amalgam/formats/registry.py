@@ -26,19 +26,6 @@ def all_formats() -> tuple[WeightFormat, ...]:
     return tuple(found)
 
 
-def get_format(name: str) -> WeightFormat:
-    """The format called `name`.
-
-    Raises:
-        UnsupportedError: there is none; the message lists the names.
-    """
-    for weight_format in all_formats():
-        if weight_format.name == name:
-            return weight_format
-    known = ", ".join(sorted({f.name for f in all_formats()}))
-    raise UnsupportedError(f"Format {name!r} is unknown.", remedy=f"Known formats: {known}.")
-
-
 def writable_format(name: str) -> WritableFormat:
     """The format called `name`, in which checkpoints can be written.
 

@@ -130,32 +130,6 @@ defaults, licence; from a GGUF file the tokenizer, its template and the ends of 
 (scales of a KV cache, draft layers of a GGUF file, other files) and what else changes in `config.json` it says, with
 `--json` in full.
 """
-_GGUF = """## GGUF
-
-A `.gguf` file alone is a model: configuration and tokenizer come from its metadata. A `config.json` or `tokenizer.json`
-in its folder takes their place if the folder is named instead of the file.
-
-- **Architectures**: {architectures}.
-- **Numbers** have llama.cpp's defaults: `rope.scaling.factor` without a type is linear. A key of the architecture that
-  would change what is computed and is not understood is refused by name. DeepSeek files without
-  `expert_group_count` (converters until autumn 2025) work for V2, V3, R1, Moonlight and Kimi K2, which are known by
-  their size; of others the published `config.json` has to be there.
-- **Tokenizers** `gpt2` and `llama`. `tokenizer.ggml.pre` may be {names}. Where llama.cpp differs from the published
-  `tokenizer.json`, the latter counts: Unicode's form NFC for {normalized}; the published expressions
-  of GPT-4o's kind, Kimi K2, Cohere and others, which llama.cpp comes near to with `std::regex`.
-- **An answer ends** where it does in llama.cpp: at the ids that the file names (eos, eot, eom, fim_pad, fim_rep,
-  fim_sep) and at tokens known by their text (`<|im_end|>`, `<|eot_id|>`, `<|endoftext|>` …). Texts that can stand in an
-  answer, such as `</s>`, count only if the file marks the token as special.
-- **Activations** are multiplied as they are. llama.cpp rounds them to 8 bits for quantized weights, so that its logits
-  differ from those of the same file by more than a unit in places; with the file's weights in float32 it agrees.
-
-## What `quantize` takes along
-
-Besides the weights: layers for multi-token prediction and tied heads as they are, tokenizer, chat templates, generation
-defaults, licence; from a GGUF file the tokenizer, its template and the ends of an answer as files. What it leaves out
-(scales of a KV cache, draft layers of a GGUF file, other files) and what else changes in `config.json` it says, with
-`--json` in full.
-"""
 
 
 def configuration() -> str:
