@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from amalgam.base.histogram import Histogram
 from amalgam.config.settings import Settings, build_settings
 from amalgam.engine.core import Engine
 from amalgam.engine.request import Observation, RequestOutput, SamplingParams
@@ -67,6 +68,9 @@ class TimedObserver:
 
     def count_request(self, label: str | None) -> None:
         self._timed(self._tracker.count_request, label)
+
+    def distinct_experts(self) -> Histogram:
+        return self._tracker.distinct_experts()
 
     def take_trace(self, request_id: int) -> RoutingTrace | None:
         return self._timed(self._tracker.take_trace, request_id)

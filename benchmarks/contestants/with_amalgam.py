@@ -17,6 +17,7 @@ from protocol import Measure, answer
 from torch import Tensor
 
 from amalgam import _native
+from amalgam.base.histogram import Histogram
 from amalgam.config.settings import load_settings
 from amalgam.kernels.backends.cpu.products import matrix_of
 from amalgam.models.routing import RoutingTrace, TokenSpan
@@ -44,6 +45,9 @@ class LastStep:
     def admit(self, request_id: int, label: str | None, num_traced_tokens: int) -> None: ...
 
     def count_request(self, label: str | None) -> None: ...
+
+    def distinct_experts(self) -> Histogram:
+        return Histogram((), (0,), 0.0)
 
     def take_trace(self, request_id: int) -> RoutingTrace | None: ...
 

@@ -784,6 +784,9 @@ class RecordingObserver:
     def count_request(self, label):
         self.num_requests += 1
 
+    def distinct_experts(self):
+        return None
+
 
 def test_the_observer_sees_every_token_once_whatever_is_preempted(make_engine):
     observer = RecordingObserver()

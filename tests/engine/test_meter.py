@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from amalgam.base import clock as base
-from amalgam.engine.meter import NUM_LATENCIES, NUM_POINTS, POINT_SECONDS, Level, Load, Meter
+from amalgam.engine.meter import NUM_LATENCIES, NUM_POINTS, POINT_SECONDS, Counts, Level, Load, Meter
 from amalgam.engine.request import FinishReason, RequestOutput, Usage
 
 
@@ -130,3 +130,26 @@ def test_a_clock_that_is_set_moves_all_points_alike(step: float) -> None:
     assert reading.points[0].time == before.points[0].time + step
     assert len(reading.points) == len(before.points) + 10 and sum(point.num_new_tokens for point in reading.points) == 2
     assert len(reading.latencies) == 1
+
+
+def test_where_a_request_spent_its_time() -> None:
+    meter = Meter(Clock().system)
+    meter.add_finished(RequestOutput(1, "", (), FinishReason.STOP, usage=Usage(30, 5, 0.5, 2.0, 6.0, 1)))
+    meter.add_finished(RequestOutput(2, "", (), FinishReason.CANCELLED, usage=Usage(30, 0, 9.0, 9.0, 9.0, 0)))
+    reading = meter.read()
+    sums = [part.sum for part in (reading.queue, reading.prompt, reading.answer, reading.first_token, reading.total)]
+    assert sums == [0.5, 1.5, 4.0, 2.0, 6.0]  # the second one never had a step
+    assert (reading.prompt_lengths.sum, reading.answer_lengths.sum) == (30, 5)
+
+
+def test_steps_and_what_the_scheduler_did() -> None:
+    meter = Meter(Clock().system)
+    meter.add_step(3, 2, num_tokens=40, seconds=0.25, gaps=[0.25, 0.5])
+    meter.add_step(0, 1)  # failed: it has no duration
+    meter.set_load(Load(), Counts(1, 20, 16))
+    meter.set_load(Load(2))
+    reading = meter.read()
+    assert (reading.step.sum, sum(reading.step.counts), reading.step_tokens.sum) == (0.25, 1, 40)
+    assert (reading.inter_token.sum, sum(reading.inter_token.counts)) == (0.75, 2)
+    assert reading.counts == Counts(1, 20, 16)
+    assert reading.distinct_experts is None

@@ -71,6 +71,21 @@ def test_counts_equal_brute_force_over_random_steps() -> None:
     np.testing.assert_array_equal(tracker.snapshot(minutes=60).tally.counts, expected.counts)
 
 
+def test_distinct_experts_are_those_that_any_row_of_a_step_used() -> None:
+    """Rows that are not counted are computed all the same."""
+    rng = np.random.default_rng(8)
+    tracker, expected = make_tracker(Clock()), []
+    for num_rows in rng.integers(1, 9, size=100).tolist():
+        routing = route(rng, num_rows)
+        run_step(tracker, [span(num_rows, record_from=num_rows // 2)], routing)
+        expected.append(np.mean([len(np.unique(expert_ids)) for expert_ids, _ in routing]))
+    tracker.reset()
+    histogram = tracker.distinct_experts()
+    assert sum(histogram.counts) == 100
+    assert histogram.sum == pytest.approx(sum(expected))
+    assert histogram.counts[histogram.bounds.index(4)] == sum(2 < value <= 4 for value in expected)
+
+
 def test_a_preempted_request_is_counted_once() -> None:
     tracker, rng = make_tracker(Clock()), np.random.default_rng(2)
     prompt, last = route(rng, 5), route(rng, 1)

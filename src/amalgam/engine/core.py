@@ -95,7 +95,7 @@ class Engine:
         self._num_failures = 0  # steps in a row; of the step thread
         self._propose = propose
         self._has_proposing_failed = False
-        self.meter = Meter()
+        self.meter = Meter(distinct_experts=lambda: None if observer is None else observer.distinct_experts())
 
         self._condition = threading.Condition()  # guards everything below
         self._scheduler = Scheduler(
@@ -300,8 +300,9 @@ class Engine:
             with self._condition:
                 plan = self._scheduler.add_proposals(plan, proposals)
         deliveries: _Deliveries = []
+        started = time.monotonic()
         try:
-            self._take(plan, self._runner.execute(plan), deliveries)
+            gaps = self._take(plan, self._runner.execute(plan), deliveries)
             rejected = _num_rejected(plan, deliveries)
             self._runner.commit(plan, rejected)
         except Exception as error:
@@ -312,7 +313,7 @@ class Engine:
             for request, output in deliveries:
                 if output.is_finished:
                     self._scheduler.finish(request)
-            self._measure(plan, deliveries)
+            self._measure(plan, deliveries, time.monotonic() - started, gaps)
             return deliveries
 
     def _guess(self, plan: StepPlan, propose: Propose) -> dict[int, list[int]]:
@@ -331,9 +332,14 @@ class Engine:
                 self._has_proposing_failed = True
         return proposals
 
-    def _take(self, plan: StepPlan, result: StepResult, deliveries: _Deliveries) -> None:
-        """Add the step's tokens to their requests, and to `deliveries` what their callers see of it."""
+    def _take(self, plan: StepPlan, result: StepResult, deliveries: _Deliveries) -> list[float]:
+        """Add the step's tokens to their requests, and to `deliveries` what their callers see of it.
+
+        Returns:
+            Seconds since each request's tokens before these.
+        """
         now, eos_token_ids = time.monotonic(), self._tokenizer.eos_token_ids
+        gaps: list[float] = []
         for item in plan.scheduled:
             request = item.request
             if request.is_cancelled or not item.needs_sample:
@@ -343,7 +349,11 @@ class Engine:
                 output = end(request, FinishReason.ERROR, now, result.errors[request.request_id])
             else:
                 output = take_tokens(request, new, eos_token_ids, now)
+                if request.last_token_at is not None:
+                    gaps.append(now - request.last_token_at)
+                request.last_token_at = now
             deliveries.append((request, output))
+        return gaps
 
     def _give_up(self, plan: StepPlan, error: Exception, taken: _Deliveries) -> _Deliveries:
         """End the requests of a step that failed; the third in a row, or a lack of memory, ends the engine.
@@ -389,12 +399,13 @@ class Engine:
         num_traced = min(num_tokens, self._scheduler.max_sequence_tokens) if observation.wants_trace else 0
         observer.admit(request.request_id, observation.label if observation.is_counted else None, num_traced)
 
-    def _measure(self, plan: StepPlan, deliveries: _Deliveries) -> None:
+    def _measure(self, plan: StepPlan, deliveries: _Deliveries, seconds: float, gaps: Sequence[float]) -> None:
         num_prompt = 0
         for item in plan.scheduled:  # what a preemption made the step compute again does not count
             if item.start < item.request.num_prompt_tokens:
                 num_prompt += max(0, min(item.end, item.request.num_prompt_tokens) - (item.end - item.num_unrecorded))
-        self.meter.add_step(num_prompt, sum(len(output.token_ids) for _, output in deliveries))
+        num_new = sum(len(output.token_ids) for _, output in deliveries)
+        self.meter.add_step(num_prompt, num_new, num_tokens=plan.num_tokens, seconds=seconds, gaps=gaps)
         self._note_load()
 
     def _note_load(self) -> None:

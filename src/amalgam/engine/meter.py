@@ -10,14 +10,14 @@ the last `NUM_LATENCIES` requests.
 
 from __future__ import annotations
 
-import bisect
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from amalgam.base.clock import Clock
+from amalgam.base.histogram import Bins, Histogram
 from amalgam.engine.request import FinishReason, RequestOutput
 
 POINT_SECONDS = 2.0
@@ -27,6 +27,9 @@ WINDOW_SECONDS = 600.0
 FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 PER_TOKEN_BOUNDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 TOTAL_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+QUEUE_BOUNDS = (0.001, 0.01, *TOTAL_BOUNDS)
+STEP_BOUNDS = (0.001, *PER_TOKEN_BOUNDS)
+TOKEN_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 class Load(NamedTuple):
@@ -35,6 +38,14 @@ class Load(NamedTuple):
     num_running: int = 0
     num_waiting: int = 0
     num_used_blocks: int = 0
+
+
+class Counts(NamedTuple):
+    """What the scheduler has done since the start."""
+
+    num_preemptions: int = 0  # requests that gave their blocks back and waited again
+    num_prefix_query_tokens: int = 0  # prompt tokens of requests that looked for shared blocks
+    num_prefix_hit_tokens: int = 0  # those whose keys and values were there already
 
 
 class Level(NamedTuple):
@@ -65,15 +76,6 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """Counts of values up to each bound, and their sum, as Prometheus has them but not yet cumulative."""
-
-    bounds: tuple[float, ...]
-    counts: tuple[int, ...]  # one more than bounds
-    sum: float
-
-
-@dataclass(frozen=True)
 class Reading:
     """A consistent copy."""
 
@@ -83,9 +85,19 @@ class Reading:
     finished: Mapping[FinishReason, int]
     points: Sequence[Point]  # oldest first, without gaps, at most NUM_POINTS, at least one
     latencies: Sequence[Latency]  # of the last WINDOW_SECONDS
-    first_token: Histogram
-    per_token: Histogram
-    total: Histogram
+    first_token: Histogram  # seconds from arrival to the first token, of finished requests
+    per_token: Histogram  # seconds between later tokens, each request's mean
+    total: Histogram  # seconds from arrival to the end
+    queue: Histogram  # seconds from arrival to the first step, of finished requests that had one
+    prompt: Histogram  # seconds from there to the first token
+    answer: Histogram  # seconds from there to the end
+    inter_token: Histogram  # seconds between a request's outputs, each step's
+    prompt_lengths: Histogram  # tokens, of finished requests that had a step
+    answer_lengths: Histogram  # tokens
+    step: Histogram  # seconds that a step took
+    step_tokens: Histogram  # tokens that it computed: prompt, generated, computed again, guessed
+    distinct_experts: Histogram | None  # experts that a step computed with in one layer, mean over layers; exact
+    counts: Counts
 
 
 class _Interval:
@@ -115,51 +127,66 @@ class _Interval:
         return Point(self.time + shift, self.num_prompt_tokens, self.num_new_tokens, *levels)
 
 
-class _Bins:
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def add(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def read(self) -> Histogram:
-        return Histogram(self.bounds, tuple(self.counts), self.sum)
-
-
 class Meter:
     """Counts. Any thread.
 
     Args:
         clock: gives the times; those of a `Reading` follow the wall clock as it is set then.
+        distinct_experts: asked at each `read`; None: nobody sees the routing.
     """
 
-    def __init__(self, clock: Clock | None = None) -> None:
+    def __init__(
+        self, clock: Clock | None = None, distinct_experts: Callable[[], Histogram | None] = lambda: None
+    ) -> None:
         self._clock = Clock() if clock is None else clock
         self._lock = threading.Lock()
         self._num_prompt_tokens = 0
         self._num_new_tokens = 0
         self._finished: Counter[FinishReason] = Counter()
         self._load = Load()
+        self._counts = Counts()
+        self._distinct_experts = distinct_experts
         self._measured_to = self._clock.now()
         first = _Interval(_interval_start(self._measured_to), self._measured_to, self._load)
         self._intervals = deque([first], NUM_POINTS)
         self._latencies: deque[Latency] = deque(maxlen=NUM_LATENCIES)
-        self._first_token, self._per_token = _Bins(FIRST_TOKEN_BOUNDS), _Bins(PER_TOKEN_BOUNDS)
-        self._total = _Bins(TOTAL_BOUNDS)
+        self._first_token, self._per_token = Bins(FIRST_TOKEN_BOUNDS), Bins(PER_TOKEN_BOUNDS)
+        self._total, self._queue = Bins(TOTAL_BOUNDS), Bins(QUEUE_BOUNDS)
+        self._prompt, self._answer = Bins(FIRST_TOKEN_BOUNDS), Bins(TOTAL_BOUNDS)
+        self._inter_token, self._step = Bins(PER_TOKEN_BOUNDS), Bins(STEP_BOUNDS)
+        self._prompt_lengths, self._answer_lengths = Bins(TOKEN_BOUNDS), Bins(TOKEN_BOUNDS)
+        self._step_tokens = Bins(TOKEN_BOUNDS)
 
-    def set_load(self, load: Load) -> None:
-        """From this moment on the load is another."""
+    def set_load(self, load: Load, counts: Counts | None = None) -> None:
+        """From this moment on the load is another; `counts` are those up to now."""
         with self._lock:
             self._advance()
             self._load = load
+            self._counts = counts or self._counts
             self._intervals[-1].rise(load)
 
-    def add_step(self, num_prompt_tokens: int, num_new_tokens: int) -> None:
-        """A step computed so many prompt tokens and gave so many new ones."""
+    def add_step(
+        self,
+        num_prompt_tokens: int,
+        num_new_tokens: int,
+        *,
+        num_tokens: int = 0,
+        seconds: float | None = None,
+        gaps: Sequence[float] = (),
+    ) -> None:
+        """A step computed so many prompt tokens and gave so many new ones.
+
+        Args:
+            num_tokens: all that it computed.
+            seconds: that it took; None if it failed.
+            gaps: seconds between each request's outputs, this step's and the one before.
+        """
         with self._lock:
+            if seconds is not None:
+                self._step.add(seconds)
+                self._step_tokens.add(num_tokens)
+            for gap in gaps:
+                self._inter_token.add(gap)
             self._advance()
             self._num_prompt_tokens += num_prompt_tokens
             self._num_new_tokens += num_new_tokens
@@ -172,9 +199,15 @@ class Meter:
         usage = output.usage
         with self._lock:
             self._finished[output.finish_reason] += 1
+            if usage is not None and usage.version:  # it had a step
+                self._queue.add(usage.queue_seconds)
+                self._prompt_lengths.add(usage.num_prompt_tokens)
+                self._answer_lengths.add(usage.num_new_tokens)
             if usage is None or usage.num_new_tokens == 0:
                 return
             decoding = usage.total_seconds - usage.first_token_seconds
+            self._prompt.add(usage.first_token_seconds - usage.queue_seconds)
+            self._answer.add(decoding)
             per_token = decoding / (usage.num_new_tokens - 1) if usage.num_new_tokens > 1 else None
             self._latencies.append(Latency(self._clock.now(), usage.first_token_seconds, per_token))
             self._first_token.add(usage.first_token_seconds)
@@ -184,6 +217,7 @@ class Meter:
 
     def read(self) -> Reading:
         """The figures of this moment."""
+        distinct_experts = self._distinct_experts()
         with self._lock:
             now, shift = self._advance(), self._clock.shift()
             return Reading(
@@ -196,6 +230,16 @@ class Meter:
                 self._first_token.read(),
                 self._per_token.read(),
                 self._total.read(),
+                self._queue.read(),
+                self._prompt.read(),
+                self._answer.read(),
+                self._inter_token.read(),
+                self._prompt_lengths.read(),
+                self._answer_lengths.read(),
+                self._step.read(),
+                self._step_tokens.read(),
+                distinct_experts,
+                self._counts,
             )
 
     def _advance(self) -> float:

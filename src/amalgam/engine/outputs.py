@@ -60,4 +60,5 @@ def _usage(request: Request, now: float) -> Usage:
         first_token_seconds=first_token_at - request.arrived_at,
         total_seconds=now - request.arrived_at,
         version=0 if request.version is None else request.version.version_id,
+        num_cached_tokens=request.num_cached_tokens,
     )

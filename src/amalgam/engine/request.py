@@ -215,6 +215,7 @@ class Usage:
     first_token_seconds: float  # from arrival; total_seconds if there was none
     total_seconds: float
     version: int  # the weight version that answered; 0 if the request never ran
+    num_cached_tokens: int = 0  # of the prompt, whose keys and values were there already: nothing was computed for them
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,8 @@ class Request:
     arrived_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
+    last_token_at: float | None = None
+    num_cached_tokens: int = 0  # as in Usage
 
     def __post_init__(self) -> None:
         self.token_ids = self.token_ids or list(self.prompt_ids)

@@ -80,6 +80,17 @@ class Rows:
         offsets = np.arange(0, num_layers * self.num_experts, max(self.num_experts, 1), dtype=np.int64)
         return self.expert_ids + offsets[:num_layers, None, None]
 
+    def distinct_experts(self, starts: Sequence[int]) -> npt.NDArray[np.float64]:
+        """`[steps]`: how many experts of a layer some row was routed to, counted or not, on the mean over the layers.
+
+        Args:
+            starts: where each step's rows begin, and where the last one's end.
+        """
+        num_steps, num_layers = len(starts) - 1, len(self.expert_ids)
+        is_used = np.zeros((num_steps, num_layers * self.num_experts), np.bool_)
+        is_used[np.repeat(np.arange(num_steps), np.diff(starts))[None, :, None], self.cells] = True
+        return np.asarray(is_used.sum(axis=1) / max(num_layers, 1))
+
     @property
     def phased_cells(self) -> npt.NDArray[np.int64]:
         """The same in the flattened grid [phases, layers, experts], as one list."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from amalgam.base.clock import Clock
+from amalgam.base.histogram import Bins, Histogram
 from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import RequestError, describe
 from amalgam.experts.autosave import Autosave
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _MAX_PENDING_ROWS = 256
 _MAX_PENDING_STEPS = 64
+_DISTINCT_BOUNDS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _NOISE_SECONDS = 1.0  # a clock that is corrected by so little has not been set
 _FORMER_TICK_SECONDS = 5.0  # the default when files did not hold it yet
 
@@ -92,6 +94,7 @@ class ExpertTracker:
         self._labels = LabelTallies(*grid, settings.max_labels)
         self._pairs = PairCounter(*grid, settings.pair_sampling)
         self._traces = TraceStore(self.layer_ids, top_k, settings.trace_bytes)
+        self._distinct = Bins(_DISTINCT_BOUNDS)
         self._clear(self._latest)
 
     def admit(self, request_id: int, label: str | None, num_traced_tokens: int) -> None:
@@ -154,6 +157,12 @@ class ExpertTracker:
         with self._lock:
             self._sum_up()
             return self._traces.take(request_id)
+
+    def distinct_experts(self) -> Histogram:
+        """See `RoutingObserver.distinct_experts`. Since the start: a reset leaves it as it is."""
+        with self._lock:
+            self._sum_up()
+            return self._distinct.read()
 
     def snapshot(self, minutes: float | None = None, label: str | None = None) -> ExpertSnapshot:
         """The statistics of the last `minutes`; None: since the start or the last reset.
@@ -364,6 +373,8 @@ class ExpertTracker:
         now, starts = steps[-1].timestamp, np.cumsum([0, *(step.num_rows for step in steps)])
         for step, first in zip(steps, starts.tolist(), strict=False):
             self._take_spans(step, rows, first)
+        for num_experts in rows.distinct_experts(starts.tolist()).tolist():
+            self._distinct.add(num_experts)
         counted = rows.counted
         tally = counted.tally()
         self._total.add(tally)

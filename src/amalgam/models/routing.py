@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from amalgam.base.histogram import Histogram
 from amalgam.kernels.step import Observer
 
 
@@ -79,6 +80,9 @@ class RoutingObserver(Observer, Protocol):
 
     def count_request(self, label: str | None) -> None:
         """A request had its first step."""
+
+    def distinct_experts(self) -> Histogram:
+        """With how many experts of a layer a step computed, on the mean over its layers: a value for each step."""
 
     def take_trace(self, request_id: int) -> RoutingTrace | None:
         """The trace of a request that has ended, which is then forgotten; None if it kept none."""

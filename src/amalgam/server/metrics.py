@@ -14,7 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 from prometheus_client.registry import Collector
 
-from amalgam.engine.meter import Histogram, Reading
+from amalgam.base.histogram import Histogram
+from amalgam.engine.meter import Reading
 from amalgam.engine.request import EngineStatus, FinishReason
 from amalgam.runtime.changes import RemapRecord
 from amalgam.server.interface import Statistics
