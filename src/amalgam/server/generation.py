@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import orjson
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
 from amalgam.engine.request import Observation, RequestOutput, SamplingParams, Usage
-from amalgam.errors import AmalgamError, OverloadedError, RequestError, UnavailableError
-from amalgam.server.http.access import log_unexpected, unless_client_leaves
+from amalgam.errors import OverloadedError, RequestError, UnavailableError
+from amalgam.server.events import EventStream, event
 from amalgam.server.http.errors import error_content
 from amalgam.server.interface import Engine, OutputStream
 
@@ -27,8 +22,6 @@ if TYPE_CHECKING:
     from amalgam.models.routing import RoutingTrace
 
 ROOM_SECONDS = 0.05  # how soon a batch looks again whether the queue has room
-END_OF_STREAM = b"data: [DONE]\n\n"
-COMMENT = b": keep-alive\n\n"
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ async def complete(
     texts = []
     async with aclosing(engine.stream(prompt_ids, params, observation)) as outputs:
         async for output in outputs:
-            texts.append(_checked(output).text)
+            texts.append(checked(output).text)
     assert output.finish_reason is not None
     assert output.usage is not None
     return Completion("".join(texts), output.finish_reason, output.usage, output.trace)
@@ -118,7 +111,7 @@ def _naming(index: int) -> Iterator[None]:
         raise
 
 
-def _checked(output: RequestOutput) -> RequestOutput:
+def checked(output: RequestOutput) -> RequestOutput:
     """An output, with a failed last one raised as its error."""
     if output.error is not None:
         raise output.error
@@ -127,70 +120,28 @@ def _checked(output: RequestOutput) -> RequestOutput:
     return output
 
 
-class EventStream(Response):
-    """Server-sent events, one `data:` line of JSON each, ended with `data: [DONE]` whatever happens.
-
-    Headers leave at once, and while there is nothing to tell a comment every few seconds: proxies end connections on
-    which nothing moves. Browsers and clients of server-sent events pass over comments.
+def stream_events(
+    outputs: OutputStream,
+    describe_output: Callable[[RequestOutput], dict[str, Any]],
+    request_id: str,
+    comment_seconds: float,
+) -> EventStream:
+    """The outputs of one request as events, ended with `data: [DONE]`.
 
     Args:
-        outputs: of a request that has been taken; closed when the stream ends, also when the client leaves.
+        outputs: of a request that has been taken.
         describe_output: an output → the event's fields.
         request_id: named in the log and in the error event of an unexpected failure.
-        comment_seconds: how long nothing may be sent; 0: for ever.
+        comment_seconds: see `EventStream`.
     """
 
-    media_type = "text/event-stream"
+    async def events() -> AsyncGenerator[bytes]:
+        async for output in outputs:
+            checked(output)
+            if output.text or output.is_finished:
+                yield event(describe_output(output))
 
-    def __init__(
-        self,
-        outputs: OutputStream,
-        describe_output: Callable[[RequestOutput], dict[str, Any]],
-        request_id: str,
-        comment_seconds: float,
-    ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._outputs = outputs
-        self._describe_output = describe_output
-        self._request_id = request_id
-        self._comment_seconds = comment_seconds
-        self._sent_at = 0.0
+    def describe_error(error: Exception) -> bytes:
+        return event(error_content(error, request_id))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._outputs):
-            await unless_client_leaves(receive, self._send_events(send))
-
-    async def _send_events(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        comments = asyncio.create_task(self._send_comments(send)) if self._comment_seconds else None
-        try:
-            async for output in self._outputs:
-                _checked(output)
-                if output.text or output.is_finished:
-                    await self._send_event(send, self._describe_output(output))
-        except Exception as error:
-            if not isinstance(error, AmalgamError):
-                log_unexpected(error, self._request_id)
-            await self._send_event(send, error_content(error, self._request_id))
-        finally:
-            if comments is not None:
-                comments.cancel()
-                await asyncio.gather(comments, return_exceptions=True)
-        await send({"type": "http.response.body", "body": END_OF_STREAM, "more_body": False})
-
-    async def _send_event(self, send: Send, fields: dict[str, Any]) -> None:
-        self._sent_at = time.monotonic()
-        body = b"data: %b\n\n" % orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-
-    async def _send_comments(self, send: Send) -> None:
-        """Beside the events, which thus need no timer each. The server writes a message as a whole."""
-        self._sent_at = time.monotonic()
-        while True:
-            idle = time.monotonic() - self._sent_at
-            if idle >= self._comment_seconds:
-                self._sent_at = time.monotonic()
-                await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
-                idle = 0.0
-            await asyncio.sleep(self._comment_seconds - idle)
+    return EventStream(outputs, events(), describe_error, request_id, comment_seconds)

@@ -27,7 +27,7 @@ from amalgam.engine.request import (
 )
 from amalgam.errors import RequestError
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
-from amalgam.server.generation import Completion, EventStream, complete, complete_all
+from amalgam.server.generation import Completion, complete, complete_all, stream_events
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import Body, StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
@@ -200,7 +200,7 @@ async def generate(
         engine = service.deployment.engine
         if body.stream:
             outputs = engine.stream(prompt_ids, params, observation)
-            return EventStream(outputs, event_fields, request_id, service.settings.server.stream_comment_seconds)
+            return stream_events(outputs, event_fields, request_id, service.settings.server.stream_comment_seconds)
         completion = await complete(engine, prompt_ids, params, observation)
         result = GenerateAnswer.of(completion.usage, completion.finish_reason, generated_text=completion.text)
         if completion.trace is None:

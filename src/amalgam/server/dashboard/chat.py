@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from amalgam.server.api.native import ObservedFields, event_fields
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
-from amalgam.server.generation import EventStream
+from amalgam.server.generation import stream_events
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import Body, StrictRoute
 
@@ -43,6 +43,6 @@ async def chat(body: ChatBody, request: Request, service: ServiceArgument, reque
     async def answer() -> Response:
         [prompt_ids] = await service.encode([[message.model_dump() for message in body.messages]])
         outputs = service.deployment.engine.stream(prompt_ids, params, observation)
-        return EventStream(outputs, event_fields, request_id, service.settings.server.stream_comment_seconds)
+        return stream_events(outputs, event_fields, request_id, service.settings.server.stream_comment_seconds)
 
     return await unless_client_leaves(request.receive, answer())
