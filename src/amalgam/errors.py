@@ -15,16 +15,18 @@ class AmalgamError(Exception):
     Args:
         what: what is wrong, naming the offending value.
         remedy: what the user can do about it; appended as a second sentence.
+        param: the field of a request that is at fault.
     """
 
     http_status = 400
     exit_code = 2
     code = "invalid_request"
 
-    def __init__(self, what: str, *, remedy: str = "") -> None:
+    def __init__(self, what: str, *, remedy: str = "", param: str | None = None) -> None:
         super().__init__(f"{what} {remedy}".strip())
         self.what = what
         self.remedy = remedy
+        self.param = param
 
 
 class ConfigError(AmalgamError):

@@ -1,4 +1,4 @@
-"""Errors → HTTP answers. One shape for all: `{"error": {"type", "message", "param"?}}`.
+"""Errors → HTTP answers, in the shape of the interface that was asked (`shapes`).
 
 In: anything a handler raises. Out: a response whose body can always be serialised, whatever the client sent.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -20,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from amalgam.errors import AmalgamError, describe
 from amalgam.server.http.methods import without_slash
+from amalgam.server.http.shapes import Refusal, Shape, native, shape_for
 
 RETRY_AFTER_SECONDS = 5
 MAX_REPORTED_ERRORS = 3
@@ -69,34 +71,44 @@ class OrjsonResponse(JSONResponse):
 class ErrorResponse(OrjsonResponse):
     """An error's answer, which leaves its code in the request's state: refusals are counted by it."""
 
-    def __init__(self, content: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(content, status, headers)
-        self._code: str = content["error"]["type"]
+    def __init__(self, refusal: Refusal, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(native(refusal)[1], refusal.status, headers)
+        self._refusal = refusal
+        self._given_headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("state", {})["refusal"] = self._code
-        await super().__call__(scope, receive, send)
+        state = scope.setdefault("state", {})
+        state["refusal"] = self._refusal.code
+        refusal = replace(self._refusal, request_id=self._refusal.request_id or state.get("request_id", ""))
+        status, content = shape_for(scope)(refusal)
+        await OrjsonResponse(content, status, self._given_headers)(scope, receive, send)
 
 
-def error_content(error: Exception, request_id: str = "") -> dict[str, Any]:
-    """The JSON body that tells a client of `error`. Of unexpected errors it tells only the request's id."""
+def refusal_of(error: Exception, request_id: str = "") -> Refusal:
+    """What a client is told of `error`. Of unexpected errors it is told only the request's id."""
     if not isinstance(error, AmalgamError):
         message = f"The server failed on this request (id {request_id}). Its log has a line with that id."
-        return _content("internal_error", message)
-    return _content(error.code, ". ".join([str(error), *getattr(error, "__notes__", ())]))
+        return Refusal(500, "internal_error", message, request_id=request_id)
+    message = ". ".join([str(error), *getattr(error, "__notes__", ())])
+    return Refusal(error.http_status, error.code, message, error.param, request_id=request_id)
+
+
+def error_content(error: Exception, request_id: str = "", shape: Shape = native) -> dict[str, Any]:
+    """The JSON body that tells a client of `error`."""
+    return shape(refusal_of(error, request_id))[1]
 
 
 def error_response(error: Exception, request_id: str = "") -> ErrorResponse:
-    """`error_content` with the status and headers that go with it."""
-    status = error.http_status if isinstance(error, AmalgamError) else 500
+    """The answer that tells a client of `error`."""
+    refusal = refusal_of(error, request_id)
     headers = {}
-    if status == 503:
+    if refusal.status == 503:
         headers["Retry-After"] = str(getattr(error, "retry_after_seconds", RETRY_AFTER_SECONDS))
-    return ErrorResponse(error_content(error, request_id), status, headers)
+    return ErrorResponse(refusal, headers)
 
 
 def register_error_handlers(app: FastAPI) -> None:
-    """Answer user errors, refused bodies, unknown paths and wrong methods in the one shape."""
+    """Answer user errors, refused bodies, unknown paths and wrong methods in the shape of the interface."""
 
     async def on_amalgam_error(request: Request, error: Exception) -> OrjsonResponse:
         return error_response(error)
@@ -107,7 +119,8 @@ def register_error_handlers(app: FastAPI) -> None:
         messages = [_explain(item) for item in items[:MAX_REPORTED_ERRORS]]
         if len(items) > MAX_REPORTED_ERRORS:
             messages.append(f"{len(items) - MAX_REPORTED_ERRORS} more errors.")
-        return ErrorResponse(_content("invalid_request", " ".join(messages), _parameter(items[0])), 422)
+        cause = str(items[0]["type"])
+        return ErrorResponse(Refusal(422, "invalid_request", " ".join(messages), _parameter(items[0]), cause))
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -122,7 +135,7 @@ def register_error_handlers(app: FastAPI) -> None:
         else:
             message = str(error.detail)
         kind = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        return ErrorResponse(_content(kind, message), error.status_code, error.headers)
+        return ErrorResponse(Refusal(error.status_code, kind, message), error.headers)
 
     app.add_exception_handler(AmalgamError, on_amalgam_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
@@ -132,13 +145,6 @@ def register_error_handlers(app: FastAPI) -> None:
 def _pages(app: FastAPI) -> set[str]:
     documented = {path for path, methods in app.openapi()["paths"].items() if "get" in methods}
     return documented | UNDOCUMENTED_PAGES
-
-
-def _content(kind: str, message: str, param: str | None = None) -> dict[str, Any]:
-    error = {"type": kind, "message": message}
-    if param is not None:
-        error["param"] = param
-    return {"error": error}
 
 
 def _parameter(item: Mapping[str, Any]) -> str:

@@ -1,0 +1,99 @@
+"""The shapes of an error's answer: each interface has its own, told by the path.
+
+In: what is wrong. Out: a status and a JSON body. Must never know: exceptions, endpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Scope
+
+OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize")
+ANTHROPIC_PATHS = ("/v1/messages",)
+OVERLOADED_STATUS = 529  # Anthropic's own
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An error as a client is told of it.
+
+    Attributes:
+        code: what kind of error; see `AmalgamError.code`.
+        param: the field that it is about.
+        cause: what is wrong with the field: a type of pydantic's errors.
+    """
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+    cause: str = ""
+    request_id: str = ""
+
+
+Shape = Callable[[Refusal], tuple[int, dict[str, Any]]]  # the status may be another one
+
+
+def shape_for(scope: Scope) -> Shape:
+    """The shape of the interface that a request is for."""
+    path: str = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+    if path.startswith(ANTHROPIC_PATHS):
+        return anthropic
+    return openai if path.startswith(OPENAI_PATHS) else native
+
+
+def native(refusal: Refusal) -> tuple[int, dict[str, Any]]:
+    """`{"error": {"type", "message", "param"?}}`."""
+    error = {"type": refusal.code, "message": refusal.message}
+    if refusal.param is not None:
+        error["param"] = refusal.param
+    return refusal.status, {"error": error}
+
+
+def openai(refusal: Refusal) -> tuple[int, dict[str, Any]]:
+    """`{"error": {"message", "type", "param", "code"}}`; what is wrong with a request is 400, as OpenAI has it."""
+    status = 400 if refusal.status == 422 or refusal.code == "prompt_too_long" else refusal.status
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    if status == 429:
+        kind = "tokens" if "token" in refusal.code else "requests"
+    code = {
+        "prompt_too_long": "context_length_exceeded",
+        "unauthorized": "invalid_api_key",
+        "rate_limited": "rate_limit_exceeded",
+        "unsupported": "unsupported_parameter",
+    }.get(refusal.code, refusal.code)
+    if status == 401:
+        code = "invalid_api_key"
+    if code == "invalid_request":
+        code = _code_of_field(refusal)
+    return status, {"error": {"message": refusal.message, "type": kind, "param": refusal.param, "code": code or None}}
+
+
+def _code_of_field(refusal: Refusal) -> str:
+    if refusal.cause == "missing":
+        return "missing_required_parameter"
+    if refusal.cause == "extra_forbidden":
+        return "unknown_parameter"
+    if refusal.cause.endswith("_type"):
+        return "invalid_type"
+    return "" if refusal.param is None else "invalid_value"
+
+
+def anthropic(refusal: Refusal) -> tuple[int, dict[str, Any]]:
+    """`{"type": "error", "error": {"type", "message"}, "request_id"}`."""
+    status = 400 if refusal.status in (409, 415, 422) or refusal.code == "prompt_too_long" else refusal.status
+    if refusal.code == "overloaded":
+        status = OVERLOADED_STATUS
+    kind = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        OVERLOADED_STATUS: "overloaded_error",
+    }.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    error = {"type": kind, "message": refusal.message}
+    return status, {"type": "error", "error": error, "request_id": refusal.request_id or None}
