@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -22,9 +21,9 @@ from amalgam.server.dashboard.events import EventHub
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, fake_settings
 from tests.server.large import LargeDeployment
+from tests.server.page_files import assert_one_meaning, assert_only_own_files, used_words
 
 OWN = {name: file.content.decode() for name, file in pages.files().items() if name != pages.PLOTLY}
-SCRIPTS = {name: text for name, text in OWN.items() if name.endswith(".js")}
 NUM_VIEWERS = 20
 
 
@@ -70,61 +69,16 @@ def test_what_is_no_file_of_the_page(shared_client: httpx.Client) -> None:
 
 
 def test_the_page_holds_no_inline_code_and_names_only_its_own_files() -> None:
-    page = OWN[pages.PAGE]
-    for pattern in (r"<script(?![^>]*\ssrc=)", r"<style", r"\sstyle=", r"\son\w+=", r"https?://", r"//"):
-        assert not re.search(pattern, page), pattern
-    found = re.findall(r'(?:src|href)="dashboard/static/([^"]+)"', page)
-    assert found
-    assert set(found) <= set(OWN)
-    for name, text in SCRIPTS.items():
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|https?://", text
-        ), name
-        for path in re.findall(r'from "([^"]+)"', text):
-            folder = name.rpartition("/")[0]
-            parts = [part for part in f"{folder}/{path}".split("/") if part not in ("", ".")]
-            while ".." in parts:
-                index = parts.index("..")
-                del parts[index - 1 : index + 1]
-            assert "/".join(parts) in SCRIPTS, (name, path)
+    assert_only_own_files(OWN, "dashboard/static/")
 
 
 def test_every_word_exists_in_both_languages() -> None:
-    words = dict(
-        re.findall(r'^  (\w+): \["((?:[^"\\]|\\.)*)", "(?:[^"\\]|\\.)*"\],$', SCRIPTS["i18n.js"], re.MULTILINE)
-    )
-    rows = re.findall(r'^  \w+: \["((?:[^"\\]|\\.)*)", "((?:[^"\\]|\\.)*)"\],$', SCRIPTS["i18n.js"], re.MULTILINE)
-    assert len(rows) > 100
-    for english, chinese in rows:
-        assert english and chinese
-        assert sorted(re.findall(r"\{\d\}", english)) == sorted(re.findall(r"\{\d\}", chinese)), english
-    texts = "\n".join(text for name, text in OWN.items() if name != "i18n.js")
-    used = {word for argument in re.findall(r"\bt\(([^()]*)\)", texts) for word in re.findall(r'"(\w+)"', argument)}
-    used.update(re.findall(r'\bt\("(\w+)"', texts))
-    used.update(re.findall(r'(?:data-i18n(?:-\w+)?=|i18n\w*: )"(\w+)"', texts))
-    used.update(re.findall(r'control\("(\w+)"', texts))
-    for title, hint in re.findall(r'frame\("\w+", "(\w+)", (?:"(\w+)"|null),', texts):
-        used.update({title, hint} - {""})
-    assert used - set(words) == set()
-    assert {"busiest", "most_different", "precision_hint", "stage"} <= used  # one of each kind
-
-    prefixes = set(re.findall(r"`(\w+_)\$\{", texts))  # of words that are put together: `status_${status}`
-    assert all(any(word.startswith(prefix) for word in words) for prefix in prefixes)
-    literals = set(re.findall(r'"(\w+)"', texts))
-    assert {word for word in words if word not in literals and not word.startswith(tuple(prefixes))} == set()
-    assert re.findall(r'(?:"aria-label"|title|placeholder): "[^"]+"', texts) == []  # English whatever the language
+    assert {"busiest", "most_different", "precision_hint", "stage"} <= used_words(OWN)  # one of each kind
 
 
 def test_a_chinese_word_has_one_meaning() -> None:
-    """Terms that differ in English differ in Chinese: 提示 was a prompt here and a hint there."""
-    rows = re.findall(r'^  \w+: \["((?:[^"\\]|\\.)*)", "((?:[^"\\]|\\.)*)"\],$', SCRIPTS["i18n.js"], re.MULTILINE)
-    meanings: dict[str, set[str]] = {}
-    for english, chinese in rows:
-        meanings.setdefault(chinese, set()).add(english.lower())
     one_notion = [{"experts", "expert"}, {"share of its layer", "of its layer"}, {"generate", "generated"}]
-    one_notion.append({"source", "sources"})
-    assert [found for found in meanings.values() if len(found) > 1 and found not in one_notion] == []
-    assert [chinese for _, chinese in rows if re.search("提示(?!词)", chinese)] == []
+    assert_one_meaning(OWN, [*one_notion, {"source", "sources"}])
 
 
 def test_one_expert(large: httpx.Client) -> None:

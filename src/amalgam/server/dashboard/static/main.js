@@ -4,7 +4,7 @@ import { stream } from "./api.js";
 import { emit, loadInfo, loadMapping, loadPrecision, loadRemaps, loadStatistics, on, state, whyEmpty } from "./app.js";
 import { h } from "./dom.js";
 import * as format from "./format.js";
-import { language, onLanguage, setLanguage, startLanguage, t } from "./i18n.js";
+import { language, onLanguage, setLanguage, startLanguage, t, translate } from "./i18n.js";
 import { onTheme, toggleTheme } from "./theme.js";
 import * as analysis from "./panels/analysis.js";
 import * as expert from "./panels/expert.js";
@@ -87,19 +87,14 @@ async function attempt(panel) {
   }
 }
 
-function translate() {
+function showWords() {
   document.title = t("title");
-  for (const node of document.querySelectorAll("[data-i18n]")) node.textContent = t(node.dataset.i18n);
-  for (const node of document.querySelectorAll("[data-i18n-label]")) {
-    node.setAttribute("aria-label", t(node.dataset.i18nLabel));
-    node.title = t(node.dataset.i18nLabel);
-  }
-  for (const node of document.querySelectorAll("[data-i18n-placeholder]")) node.placeholder = t(node.dataset.i18nPlaceholder);
+  translate();
   showHeader();
 }
 
 function redraw() {
-  translate();
+  showWords();
   for (const panel of panels) panel.redraw?.();
 }
 
@@ -121,7 +116,7 @@ async function load() {
   await loadStatistics();
   await Promise.all([loadInfo(), loadPrecision(), loadRemaps(), loadMapping()]);
   isLoaded = true;
-  translate();
+  showWords();
   for (const panel of panels) markDirty(panel);
   document.documentElement.dataset.loaded = "true";
 }
@@ -174,5 +169,5 @@ document.getElementById("language").addEventListener("click", () => setLanguage(
 document.getElementById("theme").addEventListener("click", toggleTheme);
 onLanguage(redraw);
 onTheme(redraw);
-translate();
+showWords();
 follow();

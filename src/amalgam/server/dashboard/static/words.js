@@ -1,10 +1,6 @@
-// The page's words in English and Chinese. Names that come from models and clients are never translated.
+// The dashboard's words: [English, Chinese]. Names that come from models and clients are never translated.
 
-const KEY = "amalgam.language";
-const listeners = [];
-let current = "en";
-
-const WORDS = {
+export const WORDS = {
   title: ["amalgam dashboard", "amalgam 面板"],
   nav_serving: ["Serving", "服务"],
   nav_usage: ["Experts", "专家"],
@@ -13,8 +9,6 @@ const WORDS = {
   nav_analysis: ["Concentration", "集中度"],
   nav_memory: ["Memory", "内存"],
   nav_playground: ["Playground", "试用"],
-  to_theme: ["Switch between light and dark", "切换明暗主题"],
-  to_language: ["中文", "English"],
   docs: ["API", "接口"],
 
   status_connecting: ["connecting", "连接中"],
@@ -276,42 +270,3 @@ const WORDS = {
   you: ["You", "你"],
   model: ["Model", "模型"],
 };
-
-function stored() {
-  try {
-    return localStorage.getItem(KEY);
-  } catch {
-    return null; // storage may be switched off
-  }
-}
-
-export function language() {
-  return current;
-}
-
-export function t(key, ...values) {
-  const text = WORDS[key]?.[current === "zh" ? 1 : 0] ?? key;
-  return text.replace(/\{(\d)\}/g, (_, index) => values[index] ?? "");
-}
-
-export function setLanguage(choice, isChosen = true) {
-  current = choice === "zh" ? "zh" : "en";
-  if (isChosen) {
-    try {
-      localStorage.setItem(KEY, current);
-    } catch {
-      // remembered for as long as the page is open
-    }
-  }
-  document.documentElement.lang = current === "zh" ? "zh-CN" : "en";
-  for (const listener of listeners) listener();
-}
-
-export function onLanguage(listener) {
-  listeners.push(listener);
-}
-
-export function startLanguage() {
-  const preferred = navigator.languages?.[0] ?? navigator.language ?? "en";
-  setLanguage(stored() ?? (preferred.toLowerCase().startsWith("zh") ? "zh" : "en"), false);
-}
