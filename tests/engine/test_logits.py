@@ -25,7 +25,7 @@ class Double:
 
 def test_processors_apply_in_order_and_to_their_own_row():
     places = [make_place(processors=[Add(1), Double()]), make_place(), make_place(processors=[Double(), Add(1)])]
-    assert process(torch.ones(3, 2), places).tolist() == [[4, 4], [1, 1], [3, 3]]
+    assert process(torch.ones(3, 2), places)[0].tolist() == [[4, 4], [1, 1], [3, 3]]
 
 
 @pytest.mark.parametrize("others", [[], [Add(1)]], ids=["some rows", "all rows"])
@@ -37,7 +37,7 @@ def test_the_models_logits_stay_as_they_are(others):
 
 def test_without_processors_nothing_is_copied():
     logits = torch.ones(1, 2)
-    assert process(logits, [make_place()]) is logits
+    assert process(logits, [make_place()])[0] is logits
 
 
 def test_neutral_parameters_need_no_processors():
@@ -48,14 +48,14 @@ def test_neutral_parameters_need_no_processors():
 
 def test_the_repetition_penalty_is_once_for_each_token_that_occurred():
     place = make_place([1, 2, 2, 1], [3], [RepetitionPenalty(2.0)])
-    [row] = process(torch.tensor([[4.0, 4.0, -4.0, 0.0, -4.0]]), [place])
+    [row], _ = process(torch.tensor([[4.0, 4.0, -4.0, 0.0, -4.0]]), [place])
     assert row.tolist() == [4.0, 2.0, -8.0, 0.0, -4.0]
 
 
 def test_the_repetition_penalty_knows_tokens_that_come_later_and_forgets_proposals():
     request, _ = make_place([1], processors=[RepetitionPenalty(2.0)])
     logits = torch.ones(1, 4)
-    assert process(logits, [(request, (2, 3))]).tolist() == [[1.0, 0.5, 0.5, 0.5]]
-    assert process(logits, [(request, ())]).tolist() == [[1.0, 0.5, 1.0, 1.0]]
+    assert process(logits, [(request, (2, 3))])[0].tolist() == [[1.0, 0.5, 0.5, 0.5]]
+    assert process(logits, [(request, ())])[0].tolist() == [[1.0, 0.5, 1.0, 1.0]]
     request.token_ids.append(3)
-    assert process(logits, [(request, ())]).tolist() == [[1.0, 0.5, 1.0, 0.5]]
+    assert process(logits, [(request, ())])[0].tolist() == [[1.0, 0.5, 1.0, 0.5]]

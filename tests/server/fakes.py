@@ -79,7 +79,7 @@ class FakeEngine:
         return MAX_SEQ_LENGTH - 1
 
     def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
+        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation, constraint: Any = None
     ) -> AsyncIterator[RequestOutput]:
         self.observations.append(observation)
         self.params.append(params)

@@ -28,7 +28,9 @@ Stop = Annotated[list[str], typer.Option(help="Stop before this text. Repeatable
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: tokens seen before become less probable.")]
 
 _HOW_TO_SAMPLE = ("temperature", "top_p", "top_k", "min_p")
-_FIXED = ("ignore_eos", "continues_prompt", "logprobs")  # how a chat works, and not how it sounds
+_FIXED = (  # how a chat works, and not how it sounds
+    "ignore_eos", "continues_prompt", "logprobs", "stop_token_ids", "logit_bias", "prompt_logprobs", "priority",
+)  # fmt: skip
 _NONE = ("none", "null", "off")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

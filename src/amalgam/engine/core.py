@@ -38,6 +38,7 @@ from amalgam.engine.request import (
     SamplingParams,
     StepPlan,
     StepResult,
+    check_param_ids,
     check_token_ids,
 )
 from amalgam.engine.runner import Runner
@@ -46,6 +47,7 @@ from amalgam.errors import UnavailableError, UnsupportedError, describe
 from amalgam.models.decoder import Decoder
 from amalgam.models.routing import RoutingObserver
 from amalgam.models.weights import WeightVersion
+from amalgam.text.grammar import CompiledGrammar
 from amalgam.text.stream import TextStream
 from amalgam.text.tokenizer import Tokenizer
 
@@ -123,15 +125,17 @@ class Engine:
         params: SamplingParams,
         on_output: OutputCallback,
         observation: Observation = _UNLABELLED,
+        constraint: CompiledGrammar | None = None,
     ) -> int:
         """Queue a request and return its id. Any thread.
 
         Args:
             on_output: takes the request's outputs in the step thread, so it must be quick; the last one `is_finished`.
+            constraint: what the answer must follow, `amalgam.text.grammar.compile_grammar` of this engine's tokenizer.
 
         Raises:
-            RequestError: the prompt is empty or holds something that is not a token id of the model, or the expert
-                statistics cannot take the label.
+            RequestError: the prompt is empty or holds something that is not a token id of the model, parameters name
+                such a thing, or the expert statistics cannot take the label.
             UnsupportedError: a label or a trace without expert statistics.
             PromptTooLongError: the prompt leaves no room for a new token.
             OverloadedError: the queue is full.
@@ -139,8 +143,12 @@ class Engine:
         """
         self._scheduler.check_prompt_length(len(prompt_ids))  # before anything that takes time in its length
         check_token_ids(prompt_ids, self._vocab_size)
+        check_param_ids(params, self._vocab_size)
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
-        text = TextStream(self._tokenizer, params.stop, prompt_ids if params.continues_prompt else ())
+        text = TextStream(
+            self._tokenizer, params.stop, prompt_ids if params.continues_prompt else (), params.min_tokens
+        )
+        state = None if constraint is None else constraint.start()
         with self._condition:
             if self._end_reason is not None:
                 raise self._unavailable()
@@ -153,7 +161,8 @@ class Engine:
                 on_output,
                 seed,
                 text,
-                processors_for(params),
+                processors_for(params, self._tokenizer.eos_token_ids, state),
+                state,
                 observation,
             )
             self._scheduler.check_room()
@@ -188,13 +197,17 @@ class Engine:
             self._cancelled.append(request)
 
     def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation = _UNLABELLED
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        observation: Observation = _UNLABELLED,
+        constraint: CompiledGrammar | None = None,
     ) -> streams.OutputStream:
         """Submit a request; its outputs as they come. Closing it early cancels the request: use `contextlib.aclosing`.
 
         Raises the errors of `submit`.
         """
-        return streams.stream(self, prompt_ids, params, observation)
+        return streams.stream(self, prompt_ids, params, observation, constraint)
 
     def generate(
         self,
@@ -202,6 +215,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams],
         observation: Observation = _UNLABELLED,
         watch: Callable[[int, RequestOutput], None] | None = None,
+        constraint: CompiledGrammar | None = None,
     ) -> list[Generation]:
         """Run requests to their end and return the answers in order. Blocks; an interrupt cancels them.
 
@@ -209,7 +223,7 @@ class Engine:
         `params` is for all prompts, or one for each. Raises the errors of `submit`; a request that fails later has its
         error in its `Generation`.
         """
-        return streams.generate(self, prompts_ids, params, observation, self._max_queue, watch)
+        return streams.generate(self, prompts_ids, params, observation, self._max_queue, watch, constraint)
 
     def set_version(self, version: WeightVersion) -> None:
         """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""
@@ -325,7 +339,11 @@ class Engine:
             try:
                 guessed = propose(tuple(item.request.token_ids))
                 is_known = [0 <= token_id < self._vocab_size for token_id in guessed]
-                proposals[item.request.request_id] = list(guessed[: [*is_known, False].index(False)])
+                known = list(guessed[: [*is_known, False].index(False)])
+                constraint = item.request.constraint
+                proposals[item.request.request_id] = (
+                    known if constraint is None else known[: constraint.num_valid(known)]
+                )
             except Exception as error:
                 if not self._has_proposing_failed:
                     logger.warning("Tokens cannot be guessed; answers stay as they are.", exc_info=error)

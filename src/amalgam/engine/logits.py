@@ -7,6 +7,7 @@ other requests, how a token is chosen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,28 @@ import torch
 from torch import Tensor
 
 from amalgam.engine.request import LogitsProcessor, Request, SamplingParams
+from amalgam.text.grammar import GrammarState
 
 Place = tuple[Request, tuple[int, ...]]  # a row of logits is for the token after a request's own and some proposed ones
+
+# Of a token that may not be chosen. Infinity would say that the model computed it.
+NEVER = np.finfo(np.float32).min
+
+
+class LogitBias:
+    """Adds to the logits of some tokens.
+
+    Args:
+        pairs: token id and what is added.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[int, float]]) -> None:
+        self._token_ids = np.array([token_id for token_id, _ in pairs], np.int64)
+        self._biases = np.array([bias for _, bias in pairs], np.float32)
+
+    def apply(self, logits: npt.NDArray[np.float32], request: Request, proposed_ids: Sequence[int]) -> None:
+        """See `LogitsProcessor`."""
+        logits[self._token_ids] += self._biases
 
 
 class RepetitionPenalty:
@@ -30,45 +51,144 @@ class RepetitionPenalty:
         self._token_ids = _extended(self._token_ids, request.token_ids[len(self._token_ids) :])
         token_ids = _extended(self._token_ids, proposed_ids)
         scores = logits[token_ids]
-        # A parameter must not turn what the model computed into infinity, nor hide it if the model did.
-        largest = np.finfo(np.float32).max
-        with np.errstate(over="ignore", invalid="ignore"):
-            penalized = np.where(scores < 0, scores * self._penalty, scores / self._penalty).clip(-largest, largest)
+        with np.errstate(over="ignore"):  # a parameter must not turn what the model computed into infinity
+            penalized = np.where(scores < 0, scores * self._penalty, scores / self._penalty)
         # A token that occurred twice is written the same twice.
-        logits[token_ids] = np.where(np.isfinite(scores), penalized, scores)
+        logits[token_ids] = penalized.clip(NEVER, -NEVER)
 
 
 def _extended(token_ids: npt.NDArray[np.int64], more: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.concatenate((token_ids, np.array(more, np.int64))) if more else token_ids
 
 
-def processors_for(params: SamplingParams) -> tuple[LogitsProcessor, ...]:
-    """A request's processors, in the order in which they are applied; none if the logits stay as they are."""
-    return (RepetitionPenalty(params.repetition_penalty),) if params.repetition_penalty != 1.0 else ()
+class CountPenalty:
+    """Takes from the logit of each token of the answer `frequency` for each time that it occurred, and `presence` once.
+
+    As in OpenAI's interface; the prompt does not count.
+    """
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self._presence, self._frequency = np.float32(presence), np.float32(frequency)
+        self._places: dict[int, int] = {}  # token id → its place in the arrays, in the order of occurrence
+        self._token_ids = np.empty(16, np.int64)
+        self._counts = np.empty(16, np.float32)
+        self._num_seen = 0  # tokens of the answer that have been counted
+
+    def apply(self, logits: npt.NDArray[np.float32], request: Request, proposed_ids: Sequence[int]) -> None:
+        """See `LogitsProcessor`."""
+        new = request.token_ids[request.num_prompt_tokens + self._num_seen :]
+        self._num_seen += len(new)
+        self._count(new, 1)
+        self._count(proposed_ids, 1)
+        token_ids, counts = self._token_ids[: len(self._places)], self._counts[: len(self._places)]
+        logits[token_ids] -= self._frequency * counts + self._presence * (counts > 0)
+        self._count(proposed_ids, -1)
+
+    def _count(self, token_ids: Sequence[int], step: int) -> None:
+        for token_id in token_ids:
+            place = self._places.get(token_id)
+            if place is None:
+                place = self._places[token_id] = len(self._places)
+                if place == len(self._counts):
+                    self._token_ids = np.resize(self._token_ids, 2 * place)
+                    self._counts = np.resize(self._counts, 2 * place)
+                self._token_ids[place], self._counts[place] = token_id, 0
+            self._counts[place] += step
 
 
-def process(logits: Tensor, places: Sequence[Place]) -> Tensor:
+class Follow:
+    """Leaves the tokens with which the answer may go on under a grammar, end-of-sequence tokens where it may end."""
+
+    def __init__(self, state: GrammarState) -> None:
+        self._state = state
+
+    def apply(self, logits: npt.NDArray[np.float32], request: Request, proposed_ids: Sequence[int]) -> None:
+        """See `LogitsProcessor`."""
+        blocked = self._state.blocked(len(proposed_ids))
+        if blocked is None:  # wrong proposals, or the end of the answer, come before this place
+            return
+        size = min(len(blocked), len(logits))
+        np.copyto(logits[:size], NEVER, where=blocked[:size])
+        logits[size:] = NEVER  # rows with which an embedding is padded
+
+
+class NoEndBefore:
+    """Keeps an answer from ending before it has so many tokens, unless nothing else may follow.
+
+    Args:
+        end_ids: the tokens that end it.
+    """
+
+    def __init__(self, min_tokens: int, end_ids: AbstractSet[int]) -> None:
+        self._min_tokens = min_tokens
+        self._end_ids = np.array(sorted(end_ids), np.int64)
+
+    def apply(self, logits: npt.NDArray[np.float32], request: Request, proposed_ids: Sequence[int]) -> None:
+        """See `LogitsProcessor`."""
+        if request.num_new_tokens + len(proposed_ids) >= self._min_tokens:
+            return
+        scores = logits[self._end_ids]
+        logits[self._end_ids] = NEVER
+        if logits.max() == NEVER:  # a grammar leaves nothing else
+            logits[self._end_ids] = scores
+
+
+def processors_for(
+    params: SamplingParams, eos_token_ids: AbstractSet[int] = frozenset(), constraint: GrammarState | None = None
+) -> tuple[LogitsProcessor, ...]:
+    """A request's processors, in the order in which they are applied; none if the logits stay as they are.
+
+    The order is that of transformers. What keeps tokens from being chosen comes last, so that nothing brings them back.
+
+    Args:
+        eos_token_ids: of the model.
+    """
+    found: list[LogitsProcessor] = []
+    if params.biases:
+        found.append(LogitBias(params.biases))
+    if params.repetition_penalty != 1.0:
+        found.append(RepetitionPenalty(params.repetition_penalty))
+    if params.presence_penalty or params.frequency_penalty:
+        found.append(CountPenalty(params.presence_penalty, params.frequency_penalty))
+    if constraint is not None:
+        found.append(Follow(constraint))
+    end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+    if params.min_tokens and end_ids:
+        found.append(NoEndBefore(params.min_tokens, end_ids))
+    return tuple(found)
+
+
+def process(logits: Tensor, places: Sequence[Place]) -> tuple[Tensor, dict[int, Exception]]:
     """Logits as the processors leave them: a copy on the same device, or the tensor given if there are no processors.
 
     The tensor given is never written to: the model's logits stay as they are for whoever reads them. Only rows that are
-    processed come to main memory.
+    processed come to main memory, and one that is not finite stays as it is.
 
     Args:
         logits: float32 `[places, vocabulary]`.
+
+    Returns:
+        The logits, and by row the error of a processor that failed.
     """
+    failed: dict[int, Exception] = {}
     indices = [index for index, (request, _) in enumerate(places) if request.processors]
     if not indices:
-        return logits
+        return logits, failed
     is_all = len(indices) == len(places)
     rows = logits.detach().clone() if is_all else logits[indices]
     processed = rows.cpu().numpy()
     for row, index in zip(processed, indices, strict=True):
         request, proposed_ids = places[index]
-        for processor in request.processors:
-            processor.apply(row, request, proposed_ids)
+        if not np.isfinite(row).all():
+            continue
+        try:
+            for processor in request.processors:
+                processor.apply(row, request, proposed_ids)
+        except Exception as error:
+            failed[index] = error
     rows = torch.from_numpy(processed).to(logits.device)
     if is_all:
-        return rows
+        return rows, failed
     result = logits.clone()
     result[indices] = rows
-    return result
+    return result, failed

@@ -23,17 +23,25 @@ def take_tokens(request: Request, new: NewTokens, eos_token_ids: AbstractSet[int
     if request.first_token_at is None:
         request.first_token_at = now
     reason: FinishReason | None = None
-    stream, text, num_taken = request.text, "", 0
+    stopped_by: str | int | None = None
+    error: Exception | None = None
+    stream, constraint, text, num_taken = request.text, request.constraint, "", 0
     for token_id in new.token_ids:
         request.token_ids.append(token_id)
         num_taken += 1
-        if token_id in eos_token_ids and not request.params.ignore_eos:
+        is_stop = token_id in request.params.stop_token_ids
+        if is_stop or (token_id in eos_token_ids and not request.params.ignore_eos):
             text += stream.finish(token_id)
-            reason = FinishReason.STOP
+            reason, stopped_by = FinishReason.STOP, token_id if is_stop else None
             break
         text += stream.push(token_id)
         if stream.is_stopped:
             reason = FinishReason.STOP
+            break
+        if constraint is not None and constraint.take(token_id):
+            text += stream.finish()
+            error = constraint.error
+            reason = FinishReason.STOP if error is None else FinishReason.ERROR
             break
         if request.num_new_tokens >= request.max_new_tokens:
             text += stream.finish()
@@ -42,7 +50,10 @@ def take_tokens(request: Request, new: NewTokens, eos_token_ids: AbstractSet[int
     token_ids, logprobs = new.token_ids[:num_taken], new.logprobs[:num_taken]
     if reason is None:
         return RequestOutput(request.request_id, text, token_ids, logprobs=logprobs)
-    return end(request, reason, now)._replace(text=text, token_ids=token_ids, logprobs=logprobs)
+    if stopped_by is None:
+        stopped_by = stream.stop_string
+    last = end(request, reason, now, error)
+    return last._replace(text=text, token_ids=token_ids, logprobs=logprobs, stopped_by=stopped_by)
 
 
 def end(request: Request, reason: FinishReason, now: float, error: Exception | None = None) -> RequestOutput:

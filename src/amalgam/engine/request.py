@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from amalgam.models.routing import RoutingTrace
     from amalgam.models.weights import WeightVersion
+    from amalgam.text.grammar import GrammarState
     from amalgam.text.stream import TextStream
 
 MAX_SEED = 2**63 - 1
@@ -32,6 +33,11 @@ MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 100.0
 MAX_TEMPERATURE = 100.0
 MAX_LOGPROBS = 20
+MAX_PENALTY = 2.0  # presence and frequency, as OpenAI has them
+MAX_LOGIT_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_PRIORITY = 2**31 - 1
 _HOW_TO_SAMPLE = {"temperature", "top_p", "top_k", "min_p"}
 
 
@@ -43,6 +49,17 @@ class SamplingParams:
     follows on the prompt's, spaces included, unless `continues_prompt` is false: a chat's message stands by itself.
 
     Attributes:
+        min_tokens: before so many, end-of-sequence tokens and `stop_token_ids` are never chosen, and text that is
+            there by then holds no stop string.
+        stop_token_ids: tokens that end the answer like an end of sequence; they have no text, and `ignore_eos` does
+            not concern them.
+        presence_penalty, frequency_penalty: taken from the logit of each token that the answer has, once, and once
+            for each time; as OpenAI has them.
+        logit_bias: token id → what is added to its logit. Given as a mapping, kept as pairs in the order of ids.
+        logprobs: each new token's log-probability, and those of so many likeliest tokens.
+        prompt_logprobs: the same of the prompt's tokens, all but the first. Then `max_new_tokens` may be 0: the
+            request ends without an answer.
+        priority: of waiting requests the lowest is taken first, and of equal ones the first.
         given: the fields that the caller gave, so that `over` knows which to leave to a model.
 
     Raises:
@@ -60,7 +77,14 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
     continues_prompt: bool = True
-    logprobs: int | None = None  # each new token's log-probability, and those of so many likeliest tokens
+    logprobs: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: int | None = None
+    priority: int = 0
 
     if TYPE_CHECKING:
         given: ClassVar[frozenset[str]]
@@ -72,7 +96,7 @@ class SamplingParams:
         return params
 
     def __post_init__(self) -> None:
-        _check_int("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        _check_int("max_new_tokens", self.max_new_tokens, 1 if self.prompt_logprobs is None else 0, 2**31 - 1)
         _check_float("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check_int("top_k", self.top_k, 0, 2**31 - 1)
@@ -82,10 +106,18 @@ class SamplingParams:
             _check_int("seed", self.seed, 0, MAX_SEED)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        _check_float("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_float("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         _check_bool("do_sample", self.do_sample)
         _check_bool("ignore_eos", self.ignore_eos)
         _check_bool("continues_prompt", self.continues_prompt)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
 
     def over(self, defaults: SamplingParams) -> SamplingParams:
         """These parameters, with `defaults` in place of those that nobody gave.
@@ -96,6 +128,12 @@ class SamplingParams:
         if "do_sample" not in self.given and self.given & _HOW_TO_SAMPLE:
             chosen["do_sample"] = True
         return SamplingParams(**chosen)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as it is kept."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
 
     @property
     def is_greedy(self) -> bool:
@@ -150,6 +188,47 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    is_short_list = isinstance(value, list | tuple) and len(value) <= MAX_STOP_TOKEN_IDS
+    if not is_short_list or not all(_is_token_id(item) for item in value):
+        raise RequestError(
+            f"stop_token_ids is {describe(value)}.", remedy=f"Give at most {MAX_STOP_TOKEN_IDS} token ids from 0 on."
+        )
+    return tuple(value)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, tuple) or len(pairs) > MAX_BIASED_TOKENS:
+        raise RequestError(
+            f"logit_bias is {describe(value)}.",
+            remedy=f"Give a mapping from at most {MAX_BIASED_TOKENS} token ids to numbers.",
+        )
+    for token_id, bias in pairs:
+        if not _is_token_id(token_id):
+            raise RequestError(f"logit_bias has the key {describe(token_id)}.", remedy="Allowed: token ids from 0 on.")
+        _check_float(f"logit_bias[{token_id}]", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+    return tuple(sorted(pairs))
+
+
+def _is_token_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def check_param_ids(params: SamplingParams, vocab_size: int) -> None:
+    """
+    Raises:
+        RequestError: `logit_bias` or `stop_token_ids` names a token that the model does not have.
+    """
+    biased_ids = [token_id for token_id, _ in params.biases]
+    for name, token_ids in (("logit_bias", biased_ids), ("stop_token_ids", params.stop_token_ids)):
+        for token_id in token_ids:
+            if token_id >= vocab_size:
+                raise RequestError(
+                    f"{name} names token {token_id}.", remedy=f"Allowed: an integer from 0 to {vocab_size - 1}."
+                )
+
+
 def check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
     """
     Raises:
@@ -172,7 +251,7 @@ class RequestStatus(enum.Enum):
 
 
 class FinishReason(enum.StrEnum):
-    STOP = "stop"  # end-of-sequence token or stop string
+    STOP = "stop"  # end-of-sequence token, stop string or stop token
     LENGTH = "length"  # max_new_tokens reached
     CANCELLED = "cancelled"
     ERROR = "error"
@@ -199,6 +278,9 @@ class RequestOutput(NamedTuple):
     usage: Usage | None = None  # on the last output
     trace: RoutingTrace | None = None  # on the last output, if wanted
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each new token, if wanted
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # on the first output, if wanted; None for the first token
+    stopped_by: str | int | None = None  # on the last output: the stop string or stop token; None at an end of sequence
+    embedding: npt.NDArray[np.float32] | None = None  # on the last output of a request for one, `[hidden]`
 
     @property
     def is_finished(self) -> bool:
@@ -229,6 +311,8 @@ class Generation:
     error: Exception | None = None  # set when finish_reason is ERROR
     trace: RoutingTrace | None = None  # if wanted
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each token, if wanted
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # of each token of the prompt, if wanted; None for the first
+    stopped_by: str | int | None = None  # the stop string or stop token; None at an end of sequence
 
 
 @dataclass(frozen=True)
@@ -276,6 +360,7 @@ class Request:
     seed: int = 0
     text: TextStream | None = None
     processors: tuple[LogitsProcessor, ...] = ()
+    constraint: GrammarState | None = None  # has taken all of the request's new tokens
     observation: Observation = Observation()
     version: WeightVersion | None = None  # bound at first admission, dropped at the end
     max_new_tokens: int = 0  # as in params until the scheduler lowers it to what fits

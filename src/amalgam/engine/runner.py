@@ -75,6 +75,9 @@ class Runner:
         sequences = [
             StepSequence(item.token_ids, item.start, item.block_ids, item.num_logits) for item in plan.scheduled
         ]
+        for item in plan.scheduled:
+            if item.needs_sample and item.request.constraint is not None:
+                item.request.constraint.prepare(item.proposed_ids)  # while the step computes
         if self._observer is not None:
             self._observer.begin_step(token_spans(plan))
         logits = self._decoder.forward(StepContext(sequences, self._kv, self._observer), plan.version)

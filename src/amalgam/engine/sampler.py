@@ -49,14 +49,17 @@ def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
         items: in the order of the rows, `num_logits` rows each.
     """
     places = _places(items)
-    token_ids = choose_tokens(process(logits, places), places)
+    processed, failed = process(logits, places)
+    token_ids = choose_tokens(processed, places)
     tokens: dict[int, NewTokens] = {}
     errors: dict[int, Exception] = {}
     row = 0
     for item in items:
         request, proposed_ids = item.request, item.proposed_ids
         chosen = _verify(token_ids[row:], proposed_ids) if proposed_ids else (token_ids[row],)
-        if chosen[0] < 0:
+        if row in failed:
+            errors[request.request_id] = failed[row]
+        elif chosen[0] < 0:
             errors[request.request_id] = _non_finite(request)
         elif request.params.logprobs is None:
             tokens[request.request_id] = NewTokens(chosen)

@@ -12,6 +12,7 @@ from typing import Protocol, Self
 
 from amalgam.engine.request import Generation, Observation, OutputCallback, RequestOutput, SamplingParams
 from amalgam.errors import OverloadedError, RequestError
+from amalgam.text.grammar import CompiledGrammar
 
 ROOM_SECONDS = 0.05  # how soon a caller looks again whether the queue has room
 
@@ -20,7 +21,12 @@ class Submitter(Protocol):
     """What is needed of the engine."""
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, on_output: OutputCallback, observation: Observation
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        on_output: OutputCallback,
+        observation: Observation,
+        constraint: CompiledGrammar | None = None,
     ) -> int: ...
 
     def cancel(self, request_id: int) -> None: ...
@@ -58,10 +64,14 @@ class OutputStream:
 
 
 def stream(
-    engine: Submitter, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
+    engine: Submitter,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    observation: Observation,
+    constraint: CompiledGrammar | None = None,
 ) -> OutputStream:
     """See `Engine.stream`."""
-    return OutputStream(engine, lambda on_output: engine.submit(prompt_ids, params, on_output, observation))
+    return OutputStream(engine, lambda on_output: engine.submit(prompt_ids, params, on_output, observation, constraint))
 
 
 def generate(
@@ -71,6 +81,7 @@ def generate(
     observation: Observation,
     max_in_flight: int,
     watch: Callable[[int, RequestOutput], None] | None = None,
+    constraint: CompiledGrammar | None = None,
 ) -> list[Generation]:
     """See `Engine.generate`. At most `max_in_flight` requests are submitted at a time; where others fill the queue, the
     rest wait for room.
@@ -94,7 +105,7 @@ def generate(
             else:
                 arrived.put((index, output))
 
-        in_flight[index] = engine.submit(prompts_ids[index], per_prompt[index], on_output, observation)
+        in_flight[index] = engine.submit(prompts_ids[index], per_prompt[index], on_output, observation, constraint)
 
     try:
         while num_submitted < len(prompts_ids) or in_flight:
@@ -135,4 +146,6 @@ def _collect(outputs: Sequence[RequestOutput]) -> Generation:
         error=last.error,
         trace=last.trace,
         logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+        prompt_logprobs=tuple(entry for output in outputs for entry in output.prompt_logprobs),
+        stopped_by=last.stopped_by,
     )

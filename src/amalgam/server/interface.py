@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from amalgam.experts.export.report import Export
     from amalgam.experts.snapshot import ResetResult
     from amalgam.runtime.statistics import SavedSetInfo
+    from amalgam.text.grammar import CompiledGrammar
 
 JSON = dict[str, Any]
 
@@ -40,7 +41,13 @@ class Engine(Protocol):
     def max_prompt_tokens(self) -> int: ...
     def status(self) -> EngineStatus: ...
     def check_prompt_length(self, num_tokens: int) -> None: ...
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation) -> OutputStream: ...
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        observation: Observation,
+        constraint: CompiledGrammar | None = None,
+    ) -> OutputStream: ...
     def stop(self) -> None: ...
 
 

@@ -27,10 +27,14 @@ class TextStream:
             of one (`tokenizer.special_tokens`) finds it as if it had.
         prompt_ids: what the answer continues. Without, it is a text of its own: where the tokenizer puts a space
             before every text, a first one is not shown.
+        min_tokens: the text of so many tokens is shown whatever it holds; stop strings are looked for behind it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt_ids: Sequence[int] = (), min_tokens: int = 0
+    ) -> None:
         self._special_tokens = tokenizer.special_tokens
+        self._num_unstoppable = min_tokens  # tokens that are still to come
         self._detokenizer = _Detokenizer(tokenizer, prompt_ids)
         self._stops = _StopStrings(stop, tokenizer.special_tokens) if stop else None
 
@@ -38,9 +42,17 @@ class TextStream:
     def is_stopped(self) -> bool:
         return self._stops is not None and self._stops.is_found
 
+    @property
+    def stop_string(self) -> str | None:
+        """The one that was found."""
+        return None if self._stops is None else self._stops.found
+
     def push(self, token_id: int) -> str:
         """Add a token; returns new text that is safe to show."""
         if self._stops is None:
+            return self._detokenizer.push(token_id)
+        if self._num_unstoppable > 0:
+            self._num_unstoppable -= 1
             return self._detokenizer.push(token_id)
         if self._stops.is_found:
             return ""
@@ -116,7 +128,11 @@ class _StopStrings:
         self._plain = tuple(string for string in stop if string not in self._named)
         self._held = ""  # may begin a stop string
         self._is_shown: list[bool] = []  # of each character of it, or empty if all are
-        self.is_found = False
+        self.found: str | None = None
+
+    @property
+    def is_found(self) -> bool:
+        return self.found is not None
 
     def push(self, new: str) -> str:
         """More text; returns what is safe to show."""
@@ -157,11 +173,13 @@ class _StopStrings:
 
     def _show_if_found(self) -> str:
         visible = self._visible(len(self._held))
-        ends = [position for position in map(visible.find, self._plain) if position >= 0]
-        named = [position for position in map(self._held.find, self._named) if position >= 0]
-        ends += [len(self._visible(position)) for position in named]
-        self.is_found = bool(ends)
-        return visible[: min(ends)] if ends else ""
+        ends = [(place, string) for string in self._plain if (place := visible.find(string)) >= 0]
+        named = [(place, string) for string in self._named if (place := self._held.find(string)) >= 0]
+        ends += [(len(self._visible(place)), string) for place, string in named]
+        if not ends:
+            return ""
+        end, self.found = min(ends)
+        return visible[:end]
 
     def _release(self) -> str:
         if self.is_found:

@@ -195,6 +195,14 @@ class Tokenizer:
         token_ids = self._backend.encode("a", add_special_tokens=False).ids[:1]
         return token_ids, self._backend.decode(token_ids, skip_special_tokens=False)
 
+    def grammar_vocabulary(self) -> dict[str, Any]:
+        """What llguidance's tokenizer is made of."""
+        return {
+            "tokenizer": self._backend.to_str(),
+            "n_vocab": self.vocab_size,
+            "eos_token": sorted(self.eos_token_ids) or None,
+        }
+
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` makes anything of a token."""
         return token_id not in self.special_tokens and self._backend.id_to_token(token_id) is not None
