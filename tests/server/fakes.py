@@ -210,7 +210,7 @@ class FakeDeployment:
     def tokenizer(self) -> Any:
         return self.tokenizer_override or SimpleNamespace(
             encode_by_piece=self._encode_by_piece,
-            encode_chat_by_piece=lambda messages, limit: self._encode_by_piece(messages[-1]["content"], limit),
+            encode_chat_by_piece=lambda messages, limit, **_: self._encode_by_piece(messages[-1]["content"], limit),
             token_text=chr,
             token_bytes=lambda token_id: chr(token_id).encode(),
         )

@@ -163,7 +163,7 @@ def test_long_bodies_become_text_a_few_at_a_time(
 def test_every_way_in_knows_the_limit(client: httpx.Client, deployment: FakeDeployment, path: str) -> None:
     seen = []
 
-    def by_piece(_: object, limit: int) -> Iterator[list[int]]:
+    def by_piece(prompt: object, limit: int, **options: object) -> Iterator[list[int]]:
         seen.append(limit)
         raise PromptTooLongError("too long")
         yield []

@@ -8,7 +8,7 @@ import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from amalgam.text.chat import ChatTemplate
+from amalgam.text.chat import ChatPrompt, ChatTemplate
 
 CHATS = (
     [{"role": "user", "content": "hi"}],
@@ -63,7 +63,11 @@ def expected(source: str, messages: list[dict[str, str]]) -> str:
 @pytest.mark.parametrize("messages", CHATS, ids=["short", "long"])
 def test_the_text_is_that_of_transformers(name: str, messages: list[dict[str, str]]) -> None:
     template = ChatTemplate(TEMPLATES[name], NAMES)
-    assert template.render(messages) == template.render(messages) == expected(TEMPLATES[name], messages)
+    assert (
+        template.render(ChatPrompt(messages))
+        == template.render(ChatPrompt(messages))
+        == expected(TEMPLATES[name], messages)
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,11 +95,11 @@ def test_the_text_is_that_of_transformers(name: str, messages: list[dict[str, st
 )
 def test_what_goes_wrong_or_leaves_the_sandbox_is_an_error(source: str) -> None:
     with pytest.raises((jinja2.TemplateError, ArithmeticError, OverflowError, TypeError)):
-        ChatTemplate(source, NAMES).render(CHATS[0])
+        ChatTemplate(source, NAMES).render(ChatPrompt(CHATS[0]))
 
 
 def test_a_template_cannot_change_what_it_is_given() -> None:
     messages: list[Any] = [{"role": "user", "content": "hi"}]
     source = "{% set messages = 3 %}{% for m in [1] %}{{ m }}{% endfor %}"
-    assert ChatTemplate(source, NAMES).render(messages) == "1"
+    assert ChatTemplate(source, NAMES).render(ChatPrompt(messages)) == "1"
     assert messages == [{"role": "user", "content": "hi"}]

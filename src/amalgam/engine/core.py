@@ -146,7 +146,11 @@ class Engine:
         check_param_ids(params, self._vocab_size)
         seed = secrets.randbelow(MAX_SEED + 1) if params.seed is None else params.seed
         text = TextStream(
-            self._tokenizer, params.stop, prompt_ids if params.continues_prompt else (), params.min_tokens
+            self._tokenizer,
+            params.stop,
+            prompt_ids if params.continues_prompt else (),
+            params.min_tokens,
+            keeps_special_tokens=params.keeps_special_tokens,
         )
         state = None if constraint is None else constraint.start()
         with self._condition:

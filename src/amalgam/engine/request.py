@@ -59,6 +59,7 @@ class SamplingParams:
         logprobs: each new token's log-probability, and those of so many likeliest tokens.
         prompt_logprobs: the same of the prompt's tokens, all but the first. Then `max_new_tokens` may be 0: the
             request ends without an answer.
+        keeps_special_tokens: the text has them, as some formats of tool calls need it; not the one that ends it.
         priority: of waiting requests the lowest is taken first, and of equal ones the first.
         given: the fields that the caller gave, so that `over` knows which to leave to a model.
 
@@ -85,6 +86,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     prompt_logprobs: int | None = None
     priority: int = 0
+    keeps_special_tokens: bool = False
 
     if TYPE_CHECKING:
         given: ClassVar[frozenset[str]]
@@ -115,6 +117,7 @@ class SamplingParams:
         _check_bool("do_sample", self.do_sample)
         _check_bool("ignore_eos", self.ignore_eos)
         _check_bool("continues_prompt", self.continues_prompt)
+        _check_bool("keeps_special_tokens", self.keeps_special_tokens)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))

@@ -12,16 +12,17 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from amalgam.base.threads import StoppableThread
 from amalgam.errors import RequestError
 from amalgam.server.interface import Tokenizer
+from amalgam.text.chat import ChatPrompt
 from amalgam.text.pieces import PIECE_CHARS
 
-Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat
+Prompt = str | ChatPrompt
 T = TypeVar("T")
 
 NUM_LONG_BODIES = 2  # parsed and not yet encoded; as text, one may take four times its bytes
@@ -123,10 +124,9 @@ def _encode(
 ) -> Iterator[int]:
     """Fill `token_ids`; yields after each piece of work how many characters it was, at most."""
     for index, prompt in enumerate(prompts):
-        by_piece = tokenizer.encode_by_piece if isinstance(prompt, str) else tokenizer.encode_chat_by_piece
         ids: list[int] = []
         try:
-            for piece in by_piece(prompt, max_tokens):  # type: ignore[arg-type]
+            for piece in _pieces(tokenizer, prompt, max_tokens):
                 ids += piece
                 yield min(len(prompt), PIECE_CHARS) if isinstance(prompt, str) else PIECE_CHARS
         except RequestError as error:
@@ -134,6 +134,20 @@ def _encode(
                 error.add_note(f"This is prompts[{index}]")
             raise
         token_ids.append(ids)
+
+
+def _pieces(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int) -> Iterator[list[int]]:
+    if isinstance(prompt, str):
+        return tokenizer.encode_by_piece(prompt, max_tokens)
+    return tokenizer.encode_chat_by_piece(
+        prompt.messages,
+        max_tokens,
+        tools=prompt.tools,
+        documents=prompt.documents,
+        variables=prompt.variables,
+        add_generation_prompt=prompt.add_generation_prompt,
+        continue_final_message=prompt.continue_final_message,
+    )
 
 
 def _advance(work: Iterator[int]) -> bool:

@@ -55,7 +55,17 @@ class Tokenizer(Protocol):
     """Text → token ids, piece by piece, and back, token by token: `amalgam.text.tokenizer.Tokenizer`."""
 
     def encode_by_piece(self, text: str, max_tokens: int) -> Iterator[list[int]]: ...
-    def encode_chat_by_piece(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Iterator[list[int]]: ...
+    def encode_chat_by_piece(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> Iterator[list[int]]: ...
     def token_text(self, token_id: int) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 

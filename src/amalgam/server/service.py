@@ -201,7 +201,7 @@ class Service:
         """Token ids of each prompt.
 
         Args:
-            prompts: texts, or the messages of chats, `[{"role": …, "content": …}, …]`.
+            prompts: texts, or chats.
 
         Raises:
             OverloadedError: the queue is full. Checked first, so that overload costs no tokenizing.

@@ -1,6 +1,6 @@
 """Chat messages → one text, by the Jinja template that a checkpoint brings along.
 
-In: a template's source, messages. Out: the prompt's text. Must never know: token ids, files, HTTP.
+In: a template's source, a `ChatPrompt`. Out: the prompt's text. Must never know: token ids, files, HTTP.
 
 The template is foreign code. It runs in Jinja's sandbox, with the functions and variables that templates are written
 for (transformers' documentation "Writing a chat template"), and sees plain strings, lists and dictionaries only.
@@ -11,11 +11,34 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from typing import Any
 
 DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """What a chat template makes a prompt of.
+
+    Attributes:
+        messages: the conversation, oldest first, each as OpenAI's interface has it: `role`, `content` (a string, or a
+            list of `{"type": "text", "text": …}`), `name`, `tool_calls`, `tool_call_id`, `reasoning_content`.
+        tools: `{"type": "function", "function": {"name", "description", "parameters"}}`. None: none are offered.
+        documents: `{"title", "text"}`, for templates that quote them.
+        variables: what else the template may refer to, such as `enable_thinking`.
+        add_generation_prompt: end with the beginning of the assistant's answer.
+        continue_final_message: end within the last message, so that the answer goes on with it.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 class ChatTemplate:
@@ -32,7 +55,7 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._compiled: Any = None
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, prompt: ChatPrompt) -> str:
         """The text of a conversation, up to where the assistant goes on.
 
         Raises:
@@ -42,10 +65,10 @@ class ChatTemplate:
             if self._compiled is None:
                 self._compiled = _environment().from_string(self._source)
         text: str = self._compiled.render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            **{**self._variables, "add_generation_prompt": True},
+            messages=[dict(message) for message in prompt.messages],
+            tools=prompt.tools,
+            documents=prompt.documents,
+            **{**self._variables, **prompt.variables, "add_generation_prompt": prompt.add_generation_prompt},
         )
         return text
 

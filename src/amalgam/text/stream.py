@@ -28,15 +28,23 @@ class TextStream:
         prompt_ids: what the answer continues. Without, it is a text of its own: where the tokenizer puts a space
             before every text, a first one is not shown.
         min_tokens: the text of so many tokens is shown whatever it holds; stop strings are looked for behind it.
+        keeps_special_tokens: show them as text, but for the one that ends the answer.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt_ids: Sequence[int] = (), min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        prompt_ids: Sequence[int] = (),
+        min_tokens: int = 0,
+        *,
+        keeps_special_tokens: bool = False,
     ) -> None:
         self._special_tokens = tokenizer.special_tokens
         self._num_unstoppable = min_tokens  # tokens that are still to come
         self._detokenizer = _Detokenizer(tokenizer, prompt_ids)
-        self._stops = _StopStrings(stop, tokenizer.special_tokens) if stop else None
+        self._stops = _StopStrings(stop, {} if keeps_special_tokens else tokenizer.special_tokens) if stop else None
+        self._keeps_special_tokens = keeps_special_tokens
 
     @property
     def is_stopped(self) -> bool:
@@ -50,16 +58,21 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Add a token; returns new text that is safe to show."""
         if self._stops is None:
-            return self._detokenizer.push(token_id)
+            return self._text_of(token_id)
         if self._num_unstoppable > 0:
             self._num_unstoppable -= 1
-            return self._detokenizer.push(token_id)
+            return self._text_of(token_id)
         if self._stops.is_found:
             return ""
-        name = self._special_tokens.get(token_id)
+        name = None if self._keeps_special_tokens else self._special_tokens.get(token_id)
         if name is None:
-            return self._stops.push(self._detokenizer.push(token_id))
+            return self._stops.push(self._text_of(token_id))
         return self._stops.push_special(name, self._detokenizer.unfinished)
+
+    def _text_of(self, token_id: int) -> str:
+        if self._keeps_special_tokens and (name := self._special_tokens.get(token_id)) is not None:
+            return self._detokenizer.finish_part() + name
+        return self._detokenizer.push(token_id)
 
     def finish(self, end_id: int | None = None) -> str:
         """No token follows; returns what was held back.
@@ -70,7 +83,7 @@ class TextStream:
         if self._stops is None:
             return self._detokenizer.unfinished()
         shown = ""
-        if end_id is not None and end_id in self._special_tokens:
+        if end_id is not None and end_id in self._special_tokens and not self._keeps_special_tokens:
             shown = self.push(end_id)
         return shown if self._stops.is_found else shown + self._stops.finish(self._detokenizer.unfinished())
 
@@ -107,6 +120,13 @@ class _Detokenizer:
     def unfinished(self) -> str:
         """What is left of the text if no token follows."""
         return self._after_shown(self._tokenizer.decode(self._window))
+
+    def finish_part(self) -> str:
+        """What is left of the text before something else than text."""
+        text = self.unfinished()
+        self._num_shown = len(self._window)
+        self._shown = self._tokenizer.decode(self._window)
+        return text
 
     def _after_shown(self, text: str) -> str:
         if text.startswith(self._shown):
@@ -185,13 +205,13 @@ class _StopStrings:
         if self.is_found:
             return ""
         if not self._is_shown and not self._named:  # the usual case
-            split = len(self._held) - _num_chars_begun(self._held, self._plain)
+            split = len(self._held) - num_chars_begun(self._held, self._plain)
             safe, self._held = self._held[:split], self._held[split:]
             return safe
         # No stop string begins before `split`, unless it is a plain one, which sees nothing that is not shown.
-        split = len(self._held) - _num_chars_begun(self._held, self._named)
+        split = len(self._held) - num_chars_begun(self._held, self._named)
         before, visible = self._visible(split), self._visible(len(self._held))
-        num_safe = min(len(before), len(visible) - _num_chars_begun(visible, self._plain))
+        num_safe = min(len(before), len(visible) - num_chars_begun(visible, self._plain))
         self._is_shown = [True] * (len(before) - num_safe) + self._is_shown[split:] if self._is_shown else []
         self._held = before[num_safe:] + self._held[split:]
         if all(self._is_shown):
@@ -199,7 +219,7 @@ class _StopStrings:
         return before[:num_safe]
 
 
-def _num_chars_begun(text: str, strings: Sequence[str]) -> int:
+def num_chars_begun(text: str, strings: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins one of the strings and is not all of it."""
     longest = max(map(len, strings), default=0)
     for length in range(min(longest - 1, len(text)), 0, -1):

@@ -10,17 +10,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from amalgam.errors import CheckpointError, PromptTooLongError, RequestError, describe
-from amalgam.text.chat import DEFAULT, ChatTemplate
+from amalgam.text.chat import DEFAULT, ChatPrompt, ChatTemplate
 from amalgam.text.files import TOKENIZER_FILES, eos_token_ids, has_tokenizer, read_folder
 from amalgam.text.gguf.metadata import build_tokenizer
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.pieces import PIECE_CHARS, LengthBound, surrounding_ids, token_ids_by_piece
 
 UNDECODABLE = "\ufffd"  # what `decode` makes of bytes that are no whole character
-_MESSAGE_FIELDS = {"role", "content"}
+_NUM_END_TOKENS = 32
+_MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @cache
@@ -51,6 +54,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._templates = parts.chat_template or {}
         source = self._templates if isinstance(self._templates, str) else self._templates.get(DEFAULT)
+        self._source: str | None = source or None
         self._template = ChatTemplate(source, parts.special_tokens_map) if source else None
         self.eos_token_ids = eos_token_ids
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -110,24 +114,46 @@ class Tokenizer:
         """
         return [token_id for piece in self.encode_by_piece(text, max_tokens) for token_id in piece]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], max_tokens: int | None = None, **options: Any
+    ) -> list[int]:
         """Token ids of a conversation, `[{"role": …, "content": …}, …]`, up to where the assistant goes on.
+
+        Args:
+            options: as those of `encode_chat_by_piece`.
 
         Raises:
             RequestError: there is no chat template, it refuses the messages, or they are malformed.
             PromptTooLongError: as `encode`.
         """
-        return [token_id for piece in self.encode_chat_by_piece(messages, max_tokens) for token_id in piece]
+        return [token_id for piece in self.encode_chat_by_piece(messages, max_tokens, **options) for token_id in piece]
 
     def encode_by_piece(self, text: str, max_tokens: int | None = None) -> Iterator[list[int]]:
         """What `encode` gives, in portions of bounded work and memory; nothing is done before one is asked for."""
         return self._by_piece(text, max_tokens, add_special_tokens=True)
 
     def encode_chat_by_piece(
-        self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = _NONE,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> Iterator[list[int]]:
-        """What `encode_chat` gives, as `encode_by_piece`; the template is applied with the first portion."""
-        yield from self._by_piece(self._apply_chat_template(messages), max_tokens, add_special_tokens=False)
+        """What `encode_chat` gives, as `encode_by_piece`; the template is applied with the first portion.
+
+        `chat.ChatPrompt` says what the arguments mean.
+        """
+        prompt = ChatPrompt(messages, tools, documents, variables, add_generation_prompt, continue_final_message)
+        yield from self._by_piece(self._apply_chat_template(prompt), max_tokens, add_special_tokens=False)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its source; None if there is none."""
+        return self._source
 
     def _by_piece(self, text: str, max_tokens: int | None, *, add_special_tokens: bool) -> Iterator[list[int]]:
         _check_surrogates(text)
@@ -159,18 +185,23 @@ class Tokenizer:
     def _surrounding_ids(self) -> tuple[list[int], list[int]] | None:
         return surrounding_ids(self._backend)
 
-    def _apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _apply_chat_template(self, prompt: ChatPrompt) -> str:
         if self._template is None:
             named = f" by the name {DEFAULT!r}, only {describe(sorted(self._templates))}" if self._templates else ""
             raise RequestError(f"This model has no chat template{named}.", remedy="Send a plain prompt.")
-        _check_messages(messages)
+        _check_messages(prompt.messages)
         try:
-            text = self._template.render(messages)
+            text = self._template.render(prompt)
         except Exception as error:  # the template is the model's, so that its mistakes can be of any kind
             raise RequestError(
                 f"The model's chat template refuses the messages: {describe(str(error), 400)}.",
                 remedy="Send roles in the order that the model expects.",
             ) from error
+        return text
+
+    def prompt_end(self, prompt_ids: Sequence[int]) -> str:
+        """The text of a prompt's last tokens, special ones included: where an answer begins in the middle of a part."""
+        text: str = self._backend.decode(list(prompt_ids[-_NUM_END_TOKENS:]), skip_special_tokens=False)
         return text
 
     def token_text(self, token_id: int) -> str:
@@ -233,13 +264,36 @@ def _check_length(num_tokens: int, text: str, max_tokens: int) -> None:
         )
 
 
-def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError(f"messages is {describe(messages)}.", remedy="Give a list with at least one message.")
     for index, message in enumerate(messages):
-        is_complete = isinstance(message, Mapping) and set(message) == _MESSAGE_FIELDS
-        if not is_complete or not all(isinstance(value, str) for value in message.values()):
+        if not isinstance(message, Mapping) or not set(message) <= _MESSAGE_FIELDS or not _is_message(message):
             raise RequestError(
                 f"messages[{index}] is {describe(message)}.",
-                remedy="Give an object with a role and a content, both strings, and nothing else.",
+                remedy=f"Give an object with a role and a content; its fields: {', '.join(sorted(_MESSAGE_FIELDS))}.",
             )
+
+
+def _is_message(message: Mapping[str, Any]) -> bool:
+    if any(not isinstance(message.get(name, ""), str) for name in ("role", "name", "tool_call_id")):
+        return False
+    if not isinstance(message.get("reasoning_content") or "", str) or "role" not in message:
+        return False
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, Sequence) and all(map(_is_tool_call, calls))):
+        return False
+    if content is None:
+        return bool(calls or message.get("reasoning_content"))
+    return isinstance(content, str) or (isinstance(content, Sequence) and all(map(_is_text_part, content)))
+
+
+def _is_tool_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return False
+    return isinstance(function.get("arguments"), str | Mapping)
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)

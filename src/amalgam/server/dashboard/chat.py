@@ -18,6 +18,7 @@ from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.generation import stream_events
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import Body, StrictRoute
+from amalgam.text.chat import ChatPrompt
 
 MAX_MESSAGES = 512
 
@@ -41,7 +42,7 @@ async def chat(body: ChatBody, request: Request, service: ServiceArgument, reque
     observation = body.observation()
 
     async def answer() -> Response:
-        [prompt_ids] = await service.encode([[message.model_dump() for message in body.messages]])
+        [prompt_ids] = await service.encode([ChatPrompt([message.model_dump() for message in body.messages])])
         outputs = service.deployment.engine.stream(prompt_ids, params, observation)
         return stream_events(outputs, event_fields, request_id, service.settings.server.stream_comment_seconds)
 
