@@ -188,6 +188,12 @@ class GrammarWriter:
         return " ".join(f"<[{self.special_ids[part]}]>" if index % 2 else _quoted(part)
                         for index, part in enumerate(parts) if part)  # fmt: skip
 
+    def up_to(self, rule: str, mark: str) -> str:
+        """A rule for any text and then `mark`, where that comes first."""
+        if any(mark.startswith(text) for text in self.special_ids):
+            return f"{rule}: /(?s:.*)/ {self.text(mark)}"
+        return f"{rule}[lazy]: /(?s:.*){re.escape(mark).replace('/', chr(92) + '/')}/".replace("\n", "n")
+
     def json(self, schema: Mapping[str, Any]) -> str:
         """A JSON value that fits the schema, written as `json.dumps` does."""
         return "%json " + json.dumps({"x-guidance": _JSON_STYLE, **schema}, ensure_ascii=False)

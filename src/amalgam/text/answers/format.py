@@ -88,11 +88,10 @@ class AnswerFormat:
         calls = self.tool_format.grammar(writer, chosen, parallel)
         if self.tags is None:
             return Grammar("lark", f"start: calls\n{calls}")
-        start, end = map(writer.text, self.tags)
-        opening = "" if self._opens_reasoning(prompt_end) else f"{start} "
-        reasoning = f"reasoning: {opening}thought {end} /\\s*/\nthought: /(?s:.*)/\n"
-        first = "reasoning calls" if not opening else "calls | reasoning calls"
-        return Grammar("lark", f"start: {first}\n{reasoning}{calls}")
+        opens = self._opens_reasoning(prompt_end)
+        thought = "thought" if opens else f"{writer.text(self.tags.start)} thought"
+        first = f"{thought} /\\s*/ calls" if opens else f"calls | {thought} /\\s*/ calls"
+        return Grammar("lark", f"start: {first}\n{writer.up_to('thought', self.tags.end)}\n{calls}")
 
     def _opens_reasoning(self, prompt_end: str) -> bool:
         return self.tags is not None and prompt_end.rstrip().endswith(self.tags.start)

@@ -47,6 +47,11 @@ class Reader:
             self._read.append(taken)
         return taken
 
+    def put_back(self, text: str) -> None:
+        self.text = text + self.text
+        if self._read is not None:
+            self._read = ["".join(self._read).removesuffix(text)]
+
     def remember(self) -> None:
         """From here on, `forget` gives what has been read."""
         self._read = []
@@ -99,13 +104,13 @@ class Reader:
             return False
         stack: list[str] = []
         in_string = is_escaped = False
-        is_scalar = self.text[0] not in '{["'
+        is_scalar, num_read = self.text[0] not in '{["', 0
         while True:
             for index, char in enumerate(self.text):
                 if is_scalar:
                     if char in _SCALAR_ENDS:
                         emit(self.take(index))
-                        return index > 0
+                        return num_read + index > 0
                     continue
                 if in_string:
                     if is_escaped:
@@ -124,6 +129,7 @@ class Reader:
                 if not stack and not in_string:
                     emit(self.take(index + 1))
                     return True
+            num_read += len(self.text)
             emit(self.take(len(self.text)))
             if not (yield from self.more()):
                 return is_scalar

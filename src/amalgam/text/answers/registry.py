@@ -27,8 +27,8 @@ def tool_formats() -> Mapping[str, ToolFormat]:
     found: dict[str, ToolFormat] = {}
     for module_info in sorted(pkgutil.iter_modules(answers.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{answers.__name__}.{module_info.name}")
-        if hasattr(module, "FORMAT"):
-            found[module.FORMAT.name] = module.FORMAT
+        for tool_format in getattr(module, "FORMATS", ()) or ([module.FORMAT] if hasattr(module, "FORMAT") else ()):
+            found[tool_format.name] = tool_format
     return found
 
 

@@ -1,0 +1,304 @@
+"""Answers are taken apart as the families write them, however their text is cut into pieces."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from amalgam.errors import ConfigError
+from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta, ToolCallDelta
+from amalgam.text.answers.format import AnswerFormat
+from amalgam.text.answers.registry import REASONING_TAGS, answer_format, tool_formats
+from tests.errors import raises
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
+
+
+TOOLS = [
+    tool("get_weather", city={"type": "string"}, days={"type": "integer"}),
+    tool("note", text={"type": "string"}, tags={"type": "array", "items": {"type": "string"}}),
+    tool("now"),
+]
+WEATHER = ("get_weather", {"city": "Zürich", "days": 3})
+NOTE = ("note", {"text": 'a "b"\n{c} </d>', "tags": ["x", "y]"]})
+THOUGHT = "I need\n\nthe weather."
+
+
+def as_json(arguments: object) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def hermes(name: str, arguments: object) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {as_json(arguments)}}}\n</tool_call>'
+
+
+def typed(value: object) -> str:
+    return value if isinstance(value, str) else as_json(value)
+
+
+def qwen_xml(name: str, arguments: dict[str, Any]) -> str:
+    values = "".join(f"<parameter={key}>\n{typed(value)}\n</parameter>\n" for key, value in arguments.items())
+    return f"<tool_call>\n<function={name}>\n{values}</function>\n</tool_call>"
+
+
+def glm(name: str, arguments: dict[str, Any]) -> str:
+    values = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{typed(value)}</arg_value>\n" for key, value in arguments.items()
+    )
+    return f"<tool_call>{name}\n{values}</tool_call>"
+
+
+def mistral(*calls: tuple[str, Any]) -> str:
+    return "[TOOL_CALLS]" + as_json([{"name": name, "arguments": arguments} for name, arguments in calls])
+
+
+def mistral_new(name: str, arguments: object) -> str:
+    return f"[TOOL_CALLS]{name}[ARGS]{as_json(arguments)}"
+
+
+def llama(name: str, arguments: object) -> str:
+    return f'{{"name": "{name}", "parameters": {as_json(arguments)}}}'
+
+
+def deepseek(*calls: tuple[str, Any]) -> str:
+    each = "\n".join(
+        f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{as_json(arguments)}\n```<｜tool▁call▁end｜>"
+        for name, arguments in calls
+    )
+    return f"<｜tool▁calls▁begin｜>{each}<｜tool▁calls▁end｜>"
+
+
+def deepseek_v31(*calls: tuple[str, Any]) -> str:
+    each = "".join(
+        f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{as_json(arguments)}<｜tool▁call▁end｜>" for name, arguments in calls
+    )
+    return f"<｜tool▁calls▁begin｜>{each}<｜tool▁calls▁end｜>"
+
+
+def harmony(name: str, arguments: object) -> str:
+    return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{as_json(arguments)}"
+
+
+START = "<|end|><|start|>assistant"
+# format, what the model writes, content, reasoning, calls
+ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
+    "plain": ("plain", "2 < 3 <tool_call> {", "2 < 3 <tool_call> {", "", []),
+    "hermes": ("hermes", hermes(*WEATHER), "", "", [WEATHER]),
+    "hermes text": ("hermes", "a < b, <tool, {}\n", "a < b, <tool, {}\n", "", []),
+    "hermes two": (
+        "hermes", f"<think>\n{THOUGHT}\n</think>\n\nLet me look.\n\n{hermes(*WEATHER)}\n{hermes(*NOTE)}\n",
+        "Let me look.", THOUGHT, [WEATHER, NOTE],
+    ),
+    "hermes other order": (
+        "hermes", '<tool_call>{"arguments": {"city": "A"}, "id": 3, "name": "f"}</tool_call>', "", "",
+        [("f", {"city": "A"})],
+    ),
+    "hermes arguments in a string": (
+        "hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", "", [("f", {"a": 1})],
+    ),
+    "hermes none": ("hermes", '<tool_call>{"name": "now"}</tool_call>', "", "", [("now", {})]),
+    "hermes unfinished tag": ("hermes", 'x<tool_call>{"name": "get', 'x<tool_call>{"name": "get', "", []),
+    "hermes no JSON": ("hermes", "x <tool_call>\nf()</tool_call> y", "x <tool_call>\nf()</tool_call> y", "", []),
+    "hermes then text": ("hermes", f"{hermes(*WEATHER)}\n\nDone.", "Done.", "", [WEATHER]),
+    "hermes without its end": ("hermes", hermes(*WEATHER)[:-12], "", "", [WEATHER]),
+    "no thoughts": ("hermes", "<think>\n\n</think>\n\nHi", "Hi", "", []),
+    "only thoughts": ("hermes", f"<think>\n{THOUGHT}", "", THOUGHT, []),
+    "qwen_xml": ("qwen_xml", qwen_xml(*WEATHER), "", "", [WEATHER]),
+    "qwen_xml two": ("qwen_xml", f"Now:\n{qwen_xml(*NOTE)}\n{qwen_xml('now', {})}", "Now:", "", [NOTE, ("now", {})]),
+    "qwen_xml broken": ("qwen_xml", "<tool_call>\n{1}\n</tool_call>", "<tool_call>\n{1}\n</tool_call>", "", []),
+    "glm": ("glm", f"<think>{THOUGHT}</think>\n{glm(*WEATHER)}", "", THOUGHT, [WEATHER]),
+    "glm two": ("glm", f"Go.{glm(*NOTE)}{glm('now', {})}", "Go.", "", [NOTE, ("now", {})]),
+    "glm on one line": (
+        "glm", "<tool_call>now<arg_key>a</arg_key><arg_value>b</arg_value></tool_call>", "", "", [("now", {"a": "b"})],
+    ),
+    "glm broken": ("glm", "<tool_call>not a name", "<tool_call>not a name", "", []),
+    "mistral": ("mistral", mistral(WEATHER, NOTE), "", "", [WEATHER, NOTE]),
+    "mistral new": ("mistral", f"Hm.{mistral_new(*WEATHER)}{mistral_new(*NOTE)}", "Hm.", "", [WEATHER, NOTE]),
+    "mistral with id": ("mistral", '[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{"a": 1}', "", "", [("f", {"a": 1})]),
+    "mistral thinks": ("mistral_think", f"[THINK]{THOUGHT}[/THINK]Yes.", "Yes.", THOUGHT, []),
+    "mistral broken": ("mistral", "[TOOL_CALLS][1, 2]", "[TOOL_CALLS][1, 2]", "", []),
+    "llama": ("llama", llama(*WEATHER), "", "", [WEATHER]),
+    "llama tag": ("llama", f"<|python_tag|>{llama(*WEATHER)}; {llama(*NOTE)}", "", "", [WEATHER, NOTE]),
+    "llama JSON": ("llama", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', "", []),
+    "llama text": ("llama", "Sure {x}.", "Sure {x}.", "", []),
+    "llama function": ("llama", f"<function=note>{as_json(NOTE[1])}</function>", "", "", [NOTE]),
+    "llama typed": (
+        "llama", '{"type": "function", "name": "now", "parameters": {}}', "", "", [("now", {})],
+    ),
+    "deepseek": ("deepseek", f"{THOUGHT}\n</think>\n\nOk.{deepseek(WEATHER, NOTE)}", "Ok.", THOUGHT, [WEATHER, NOTE]),
+    "deepseek new": ("deepseek_v31", deepseek_v31(WEATHER, NOTE), "", "", [WEATHER, NOTE]),
+    "deepseek broken": (
+        "deepseek", "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>x",
+        "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>x", "", [],
+    ),
+    "gpt_oss": (
+        "gpt_oss", f"<|channel|>analysis<|message|>{THOUGHT}{START}<|channel|>final<|message|>2 < 3.", "2 < 3.",
+        THOUGHT, [],
+    ),
+    "gpt_oss call": (
+        "gpt_oss", f"<|channel|>analysis<|message|>{THOUGHT}{START}{harmony(*WEATHER)}", "", THOUGHT, [WEATHER],
+    ),
+    "gpt_oss recipient first": (
+        "gpt_oss", f"<|channel|>commentary<|message|>Look.{START} to=functions.now"
+        "<|channel|>commentary json<|message|>{}",
+        "Look.", "", [("now", {})],
+    ),
+    "gpt_oss without channels": ("gpt_oss", '{"a": 1}', '{"a": 1}', "", []),
+}  # fmt: skip
+
+
+def made(name: str) -> AnswerFormat:
+    tool_format = tool_formats()[name.removesuffix("_think")]
+    tags = REASONING_TAGS["mistral" if name == "mistral_think" else "think"]
+    return AnswerFormat(tool_format, None if tool_format.reasons else tags)
+
+
+def put_together(deltas: Sequence[AnswerDelta]) -> tuple[str, str, list[tuple[str, str]]]:
+    calls: list[list[str]] = []
+    ids = {}
+    for delta in deltas:
+        if isinstance(delta, ToolCallDelta):
+            if delta.index == len(calls):
+                assert delta.name is not None
+                calls.append([delta.name, ""])
+            else:
+                assert delta.name is None and delta.index == len(calls) - 1
+            calls[delta.index][1] += delta.arguments
+            assert ids.setdefault(delta.index, delta.id) == delta.id
+    assert len(set(ids.values())) == len(ids)
+    content = "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))
+    reasoning = "".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta))
+    return content, reasoning, [(name, arguments) for name, arguments in calls]
+
+
+def taken_apart(
+    made_format: AnswerFormat, pieces: Sequence[str], **options: Any
+) -> tuple[str, str, list[tuple[str, str]]]:
+    parser = made_format.parser(TOOLS, **options)
+    deltas = [delta for piece in pieces for delta in parser.push(piece)]
+    return put_together(deltas + parser.finish())
+
+
+def options_of(case: str) -> dict[str, Any]:
+    return {"prompt_end": "<｜Assistant｜><think>\n"} if case == "deepseek" else {}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_an_answer_is_taken_apart(case: str) -> None:
+    name, text, content, reasoning, calls = ANSWERS[case]
+    found = taken_apart(made(name), [text], **options_of(case))
+    assert found[:2] == (content, reasoning)
+    assert [(called, json.loads(arguments)) for called, arguments in found[2]] == calls
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_however_it_is_cut_it_is_the_same(case: str) -> None:
+    name, text, *_ = ANSWERS[case]
+    options, chance = options_of(case), random.Random(case)
+    for source in (text, text[: len(text) // 2], text[:-3], text + text):
+        whole = taken_apart(made(name), [source], **options)
+        assert taken_apart(made(name), list(source), **options) == whole
+        for _ in range(40):
+            cuts = sorted(chance.choices(range(len(source) + 1), k=chance.randint(1, 12)))
+            pieces = [source[start:end] for start, end in zip([0, *cuts], [*cuts, len(source)], strict=True)]
+            assert taken_apart(made(name), pieces, **options) == whole
+
+
+@pytest.mark.parametrize("name", [name for name in tool_formats() if name != "plain"])
+def test_noise_is_never_lost(name: str) -> None:
+    """Where no call comes of a text, all of it is content."""
+    chance = random.Random(name)
+    bits = [*tool_formats()[name].marks, *'abc{}[]":, \n\\', "name", '"name": "f"', '"arguments": {', "to=functions.f"]
+    for _ in range(300):
+        text = "".join(chance.choices(bits, k=chance.randint(1, 30)))
+        whole = taken_apart(made(name), [text])
+        assert taken_apart(made(name), list(text)) == whole
+        if not whole[2] and name != "gpt_oss":  # whose marks are no text
+            assert "".join(whole[0].split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize("case", ["hermes", "mistral new", "llama", "deepseek", "gpt_oss call"])
+def test_arguments_come_as_they_are_written(case: str) -> None:
+    name, text, *_ = ANSWERS[case]
+    parser = made(name).parser(TOOLS, **options_of(case))
+    start = text.index("Zür")
+    deltas = parser.push(text[: start + 2])
+    assert deltas[-1].arguments.endswith("Zü") if isinstance(deltas[-1], ToolCallDelta) else False
+
+
+def test_content_does_not_wait_for_tags_that_cannot_come() -> None:
+    parser = made("hermes").parser(TOOLS)
+    assert parser.push("a <to") == [ContentDelta("a")]
+    assert parser.push("wer") == [ContentDelta(" <tower")]
+
+
+def test_what_breaks_within_arguments_goes_on_as_it_is() -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"a": ]}</tool_call>b'
+    assert taken_apart(made("hermes"), [text]) == ("b", "", [("f", '{"a": ]}')])
+
+
+def test_without_tools_nothing_is_a_call() -> None:
+    parser = made("hermes").parser()
+    text = f"<think>x</think>{hermes(*WEATHER)}"
+    assert put_together([*parser.push(text), *parser.finish()]) == (hermes(*WEATHER), "x", [])
+
+
+def test_reasoning_can_stay_in_the_content() -> None:
+    assert taken_apart(made("hermes"), ["<think>x</think>y"], reasoning=False)[:2] == ("<think>x</think>y", "")
+
+
+def test_the_prompt_may_open_reasoning() -> None:
+    assert taken_apart(made("hermes"), ["x</think>y"], prompt_end="assistant\n<think>\n")[:2] == ("y", "x")
+    assert taken_apart(made("hermes"), ["x"], prompt_end="<think>\n\n</think>\n\n")[:2] == ("x", "")
+
+
+def test_ids_of_calls() -> None:
+    ids = {
+        name: next(delta.id for delta in made(name).parser(TOOLS).push(text) if isinstance(delta, ToolCallDelta))
+        for name, text in (("hermes", hermes(*WEATHER)), ("mistral", mistral(WEATHER)))
+    }
+    assert re.fullmatch(r"call_\w{20,}", ids["hermes"])
+    assert re.fullmatch(r"[A-Za-z0-9]{9}", ids["mistral"])
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "tags"),
+    [
+        ("<tool_call>\n{'name': <function-name>}\n</tool_call> <think>", "hermes", "think"),
+        ("<tool_call><function=f><parameter=p>", "qwen_xml", None),
+        ("<tool_call>{n}<arg_key>k</arg_key> </think>", "glm", "think"),
+        ("[AVAILABLE_TOOLS] [TOOL_CALLS] [THINK]", "mistral", "mistral"),
+        ("<|start_header_id|> <|python_tag|>", "llama", None),
+        ("<｜tool▁calls▁begin｜> ```json </think>", "deepseek", "think"),
+        ("<｜tool▁calls▁begin｜> </think>", "deepseek_v31", "think"),
+        ("<|start|><|channel|>analysis<|message|>", "gpt_oss", None),
+        ("<|im_start|>{{ content }}<|im_end|>", "hermes", None),
+        (None, "plain", None),
+    ],
+)
+def test_a_template_tells_the_format(template: str | None, name: str, tags: str | None) -> None:
+    found = answer_format(template, {})
+    assert found.name == name
+    assert found.tags == (REASONING_TAGS[tags] if tags else None)
+
+
+def test_settings_name_the_format() -> None:
+    assert answer_format("<tool_call>", {}, "llama", "none").name == "llama"
+    with raises(ConfigError, "server.tool_parser", "'lama'", "llama", "hermes", "auto"):
+        answer_format(None, {}, "lama")
+    with raises(ConfigError, "server.reasoning_parser", "think", "none", "auto"):
+        answer_format(None, {}, "auto", "x")
+
+
+def test_special_tokens_are_kept_where_a_format_has_some() -> None:
+    template = "[TOOL_CALLS]"
+    assert answer_format(template, {5: "[TOOL_CALLS]"}).keeps_special_tokens
+    assert not answer_format(template, {5: "</s>"}).keeps_special_tokens

@@ -1,0 +1,131 @@
+"""Grammars take exactly the calls that the families write, with arguments that fit the tool's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import AddedToken
+
+from amalgam.errors import RequestError
+from amalgam.text.answers.format import AnswerFormat
+from amalgam.text.answers.registry import tool_formats
+from amalgam.text.tokenizer import Tokenizer
+from tests.conftest import DEMO
+from tests.errors import raises
+from tests.text.answers import test_answers as written
+from tests.text.answers.test_answers import NOTE, TOOLS, WEATHER, made, tool
+
+CALLS = {
+    "hermes": (written.hermes(*WEATHER), written.hermes(*NOTE)),
+    "qwen_xml": (written.qwen_xml(*WEATHER), written.qwen_xml(*NOTE)),
+    "glm": (written.glm(*WEATHER), written.glm(*NOTE)),
+    "mistral": (written.mistral(WEATHER), written.mistral(NOTE)),
+    "llama": (written.llama(*WEATHER), written.llama(*NOTE)),
+    "deepseek": (written.deepseek(WEATHER), written.deepseek(NOTE)),
+    "deepseek_v31": (written.deepseek_v31(WEATHER), written.deepseek_v31(NOTE)),
+    "gpt_oss": (written.harmony(*WEATHER) + "<|call|>", written.harmony(*NOTE) + "<|call|>"),
+}
+
+
+@pytest.fixture(scope="module", params=["text", "special"])
+def backend(request: Any) -> Any:
+    """A tokenizer for which marks are mere text, and one for which they are special tokens."""
+    backend = Tokenizer.load(DEMO)._backend
+    if request.param == "special":
+        marks = {mark for tool_format in tool_formats().values() for mark in tool_format.marks}
+        backend.add_special_tokens([AddedToken(mark, special=True) for mark in sorted({*marks, "<think>", "</think>"})])
+    return backend
+
+
+def specials(backend: Any) -> dict[int, str]:
+    return {
+        token_id: token.content
+        for token_id, token in backend.get_added_tokens_decoder().items()
+        if token.special and not token.content.startswith("<|im")
+    }
+
+
+def takes(backend: Any, source: str, text: str) -> bool:
+    matcher = LLMatcher(_for_llguidance(len(specials(backend)), backend.to_str), source)
+    assert not matcher.get_error()
+    ids = backend.encode(text, add_special_tokens=False).ids
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
+_made: dict[int, LLTokenizer] = {}
+
+
+def _for_llguidance(key: int, written: Callable[[], str]) -> LLTokenizer:
+    if key not in _made:
+        _made[key] = LLTokenizer(written())
+    return _made[key]
+
+
+def bound(name: str, backend: Any) -> AnswerFormat:
+    found = made(name)
+    return AnswerFormat(found.tool_format, found.tags, specials(backend))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_and_nothing_else(backend: Any, name: str) -> None:
+    weather, note = CALLS[name]
+    if name == "mistral" and "[ARGS]" in specials(backend).values():
+        weather, note = written.mistral_new(*WEATHER), written.mistral_new(*NOTE)
+    any_call, one = (bound(name, backend).grammar(TOOLS, choice).source for choice in (None, "note"))
+    assert takes(backend, any_call, weather) and takes(backend, any_call, note) and takes(backend, one, note)
+    for source, text in ((one, weather), (any_call, "hello"), (any_call, weather.replace("3", "x")), (any_call, "")):
+        assert not takes(backend, source, text)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "gpt_oss"])
+def test_reasoning_may_come_first(backend: Any, name: str) -> None:
+    made_format = bound(name, backend)
+    call = CALLS[name][0]
+    if name == "mistral" and "[ARGS]" in specials(backend).values():
+        call = written.mistral_new(*WEATHER)
+    opened = made_format.grammar(TOOLS, prompt_end="<think>\n").source
+    assert takes(backend, opened, f"hm </thin\n</think>\n\n{call}")
+    assert not takes(backend, opened, call)
+    not_opened = made_format.grammar(TOOLS).source
+    assert takes(backend, not_opened, f"<think>hm</think>\n{call}")
+    assert not takes(backend, not_opened, f"hm</think>\n{call}")
+
+
+def test_gpt_oss_reasons_in_a_channel(backend: Any) -> None:
+    source = bound("gpt_oss", backend).grammar(TOOLS).source
+    before = f"<|channel|>analysis<|message|>hm{written.START}"
+    assert takes(backend, source, before + CALLS["gpt_oss"][0])
+
+
+def test_one_call_or_several(backend: Any) -> None:
+    two = "\n".join(CALLS["hermes"])
+    made_format = bound("hermes", backend)
+    assert takes(backend, made_format.grammar(TOOLS).source, two)
+    assert not takes(backend, made_format.grammar(TOOLS, parallel=False).source, two)
+
+
+def test_values_as_text_are_of_the_declared_type(backend: Any) -> None:
+    tools = [tool("f", unit={"enum": ["C", "F"]}, n={"type": ["integer", "null"]})]
+    tools[0]["function"]["parameters"]["required"] = ["unit"]
+    source = bound("qwen_xml", backend).grammar(tools).source
+    assert takes(backend, source, written.qwen_xml("f", {"unit": "C"}))
+    assert takes(backend, source, written.qwen_xml("f", {"unit": "F", "n": 3}))
+    assert not takes(backend, source, written.qwen_xml("f", {"unit": "K"}))
+    assert not takes(backend, source, written.qwen_xml("f", {"n": 3}))
+
+
+def test_a_tool_without_parameters_takes_none(backend: Any) -> None:
+    bare = [{"type": "function", "function": {"name": 'say "hi"'}}]
+    source = bound("hermes", backend).grammar(bare).source
+    assert takes(backend, source, '<tool_call>\n{"name": "say \\"hi\\"", "arguments": {}}\n</tool_call>')
+    assert not takes(backend, source, '<tool_call>\n{"name": "say \\"hi\\"", "arguments": {"a": 1}}\n</tool_call>')
+
+
+def test_an_unknown_tool_is_refused() -> None:
+    with raises(RequestError, "tool_choice", "'nope'", "get_weather"):
+        made("hermes").grammar(TOOLS, "nope")
+    with raises(RequestError, "server.tool_parser"):
+        made("plain").grammar(TOOLS)
