@@ -82,7 +82,7 @@ def measure(options: argparse.Namespace, lengths: list[int], contexts: list[int]
 
     def read(turn: int) -> None:
         for cache in caches[turn % layers]:
-            _native.read_memory(cache.data_ptr(), cache.nbytes, threads)
+            _native.read_memory(cache, threads)
 
     # Half a round apart, so that neither finds in the processor's cache what the other has read.
     ours, plain = take_turns([attend, lambda turn: read(turn + layers // 2)], options.repeats)

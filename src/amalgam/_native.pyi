@@ -1,6 +1,8 @@
 """What the compiled extension offers; used by amalgam.kernels and its benchmarks only.
 
-Arrays are addresses; 0 means none. Every call that computes releases the GIL.
+Tensors are on the CPU and without gaps, where nothing else is said. They are looked at in place, and checked once:
+a TypeError names the argument that is no tensor, a ValueError the one of another type or shape than it must have.
+Every call that computes releases the GIL. Arguments go by position where names would cost time.
 """
 
 from collections.abc import Sequence
@@ -38,147 +40,121 @@ class Matrix:
 
 @final
 class Experts:
-    def add(self, gate: Matrix, up: Matrix, down: Matrix, gate_bias: int, up_bias: int, down_bias: int) -> None: ...
+    def add(
+        self,
+        gate: Matrix,
+        up: Matrix,
+        down: Matrix,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        /,
+    ) -> None:
+        """Biases are float32 and kept alive."""
 
 @final
 class Kernels:
     @property
     def isa(self) -> str: ...
-    # By position: matching names costs time in every layer of every step.
     def rms_norm(
         self,
-        x: int,
-        delta: int,
-        total: int,
-        weight: int,
-        out: int,
-        rows: int,
-        hidden: int,
+        x: Tensor,
+        delta: Tensor | None,
+        total: Tensor | None,
+        weight: Tensor,
+        out: Tensor,
         eps: float,
-        x_dtype: DType,
-        weight_dtype: DType,
         threads: int,
-    ) -> None: ...
-    def rotate(
-        self,
-        x: int,
-        cos: int,
-        sin: int,
-        out: int,
-        tokens: int,
-        token_stride: int,
-        heads: int,
-        head_dim: int,
-        half: int,
-        dtype: DType,
-        threads: int,
-    ) -> None: ...
-    def swiglu(self, gate: int, up: int, out: int, elements: int, dtype: DType, threads: int) -> None: ...
-    def unpack(self, weight: Matrix, out: int, threads: int) -> None: ...
-    def embedding(
-        self, weight: Matrix, row_ids: int, num_ids: int, out: int, out_dtype: DType, threads: int
-    ) -> None: ...
-    def linear(
-        self,
-        x: int,
-        rows: int,
-        x_dtype: DType,
-        outputs: Sequence[tuple[object, int, DType, int]],
-        out_dtype: DType,
-        threads: int,
+        /,
     ) -> None:
-        """`outputs`: weight, bias, type of the bias, where the product goes."""
+        """x, delta, total, out: `[..., hidden]`; with a delta, x + delta goes to total first."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, threads: int, /) -> None:
+        """x: `[tokens, heads, dim]`, gaps between tokens allowed; cos, sin: `[tokens, half]`."""
+
+    def swiglu(self, gate: Tensor, up: Tensor, out: Tensor, threads: int, /) -> None: ...
+    def unpack(self, weight: Matrix, out: Tensor, threads: int, /) -> None: ...
+    def embedding(self, weight: Matrix, row_ids: Tensor, out: Tensor, threads: int, /) -> None: ...
+    def linear(self, x: Tensor, outputs: Sequence[tuple[Matrix, Tensor | None, Tensor]], threads: int, /) -> None:
+        """`outputs`: weight, bias, where the product goes."""
 
     def route(
         self,
         weight: Matrix,
-        x: int,
-        rows: int,
-        x_dtype: DType,
-        k: int,
+        x: Tensor,
         normalises: bool,
         sum_eps: float,
-        ids: int,
-        gate_weights: int,
+        ids: Tensor,
+        gate_weights: Tensor,
         threads: int,
-    ) -> None: ...
+        /,
+    ) -> None:
+        """ids, gate_weights: `[rows, k]`, the results."""
+
     def moe(
         self,
         experts: Experts,
-        x: int,
-        expert_ids: int,
-        gate_weights: int,
-        out: int,
-        tokens: int,
-        num_active: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        gate_weights: Tensor,
+        out: Tensor,
         alpha: float,
         offset: float,
         limit: float,
-        x_dtype: DType,
         threads: int,
+        /,
     ) -> None: ...
 
 def pack(
     format: Format,
-    rows: int,
     columns: int,
-    weight: int,
-    scale: int,
-    scale_dtype: DType,
-    scale_rows: int,
-    scale_columns: int,
-    block_rows: int,
-    block_columns: int,
-    zero: int,
-    order: int,
+    weight: Tensor,
+    scale: Tensor | None,
+    block: tuple[int, int],
+    zero: Tensor | None,
+    order: Tensor | None,
     quantizes: bool,
     codes: bool,
 ) -> Matrix | None: ...
 def most_coded_bytes(rows: int, columns: int) -> int: ...
 def draw(
     kernels: Kernels,
-    logits: int,
-    vocabulary: int,
+    logits: Tensor,
     rows: Sequence[tuple[tuple[int, float, float, float], int, int]],
     threads: int,
+    /,
 ) -> list[int]: ...
 def view(
     format: Format,
     rows: int,
     columns: int,
-    memory: int,
-    nbytes: int,
+    memory: Tensor,
     scale_dtype: DType,
     num_groups: int,
     group: int,
     scale_lanes: int,
     has_zero: bool,
-    order: int,
+    order: Tensor | None,
     quantizes: bool,
-    owner: object,
-) -> Matrix: ...
+) -> Matrix:
+    """Keeps `memory` alive."""
 
 layout_version: int
 
-def checksum(weights: list[Matrix], threads: int) -> int: ...
+def checksum(weights: Sequence[Matrix], threads: int, /) -> int: ...
 
 @final
 class AttentionPlan:
     def __init__(
-        self,
-        query_starts: int,
-        context_lengths: int,
-        num_sequences: int,
-        block_tables: int,
-        table_stride: int,
-        num_blocks: int,
-        block_size: int,
-        /,
+        self, query_starts: Tensor, context_lengths: Tensor, block_tables: Tensor, block_size: int, /
     ) -> None: ...
     @property
     def num_tokens(self) -> int: ...
     @property
     def num_slots(self) -> int: ...
+
+# Both or neither.
+_Pair = tuple[Tensor, Tensor] | tuple[Tensor | None, Tensor | None]
 
 @final
 class AttentionKernels:
@@ -187,62 +163,36 @@ class AttentionKernels:
     def attend(
         self,
         plan: AttentionPlan,
-        query: int,
-        query_is_bfloat16: bool,
-        query_token_stride: int,
-        query_head_stride: int,
-        heads: int,
-        keys: int,
-        keys_are_bfloat16: bool,
-        key_slot_stride: int,
-        key_head_stride: int,
-        key_dim: int,
-        values: int,
-        values_are_bfloat16: bool,
-        value_slot_stride: int,
-        value_head_stride: int,
-        value_dim: int,
-        kv_heads: int,
-        out: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
         scale: float,
-        window: int,
-        sinks: int,
+        window: int | None,
+        sinks: Tensor | None,
         threads: int,
         /,
-    ) -> None: ...
+    ) -> None:
+        """query, keys, values: any strides, but none in the last dimension."""
+
     def attend_cached(
         self,
         kernels: Kernels,
         plan: AttentionPlan,
-        query: int,
-        query_stride: int,
-        key: int,
-        key_stride: int,
-        value: int,
-        value_stride: int,
-        is_bfloat16: bool,
-        heads: int,
-        kv_heads: int,
-        dim: int,
-        value_dim: int,
-        query_norm: int,
-        key_norm: int,
-        norm_is_bfloat16: bool,
+        rows: tuple[Tensor, Tensor, Tensor],
+        caches: tuple[Tensor, Tensor],
+        slot_ids: Tensor,
+        norms: _Pair,
         eps: float,
-        cos: int,
-        sin: int,
-        half: int,
-        keys: int,
-        values: int,
-        slot_ids: int,
-        num_slots: int,
-        out: int,
+        rotary: _Pair,
+        out: Tensor,
         scale: float,
-        window: int,
-        sinks: int,
+        window: int | None,
+        sinks: Tensor | None,
         threads: int,
         /,
-    ) -> None: ...
+    ) -> None:
+        """`rows`: query, key and value, `[tokens, heads × dim]`, gaps between tokens allowed."""
 
 class Scoring(Enum):
     softmax = 0
@@ -257,12 +207,13 @@ class Elementwise(Enum):
 
 @final
 class StepMemory:
+    """Caches of all layers and rotary tables, kept alive."""
+
     def __init__(
         self,
-        caches: Sequence[tuple[int, int]],
-        num_slots: int,
+        caches: Sequence[tuple[Tensor, Tensor]],
         block_size: int,
-        ropes: Sequence[tuple[int, int, int]],
+        ropes: Sequence[tuple[Tensor, Tensor]],
         num_positions: int,
         /,
     ) -> None: ...
@@ -272,7 +223,7 @@ _Columns = tuple[int, int, int, int]
 
 @final
 class Program:
-    """Instructions over buffers. Arrays are kept alive; a ValueError says what does not fit together."""
+    """Instructions over buffers. Tensors are kept alive; a ValueError says what does not fit together."""
 
     def __init__(self, buffers: Sequence[tuple[int, bool]], num_active: int, /) -> None:
         """`buffers`: elements per token, and whether they are always float32."""
@@ -307,7 +258,7 @@ class Program:
         key_norm: Tensor | None,
         head_norm_eps: float,
         scale: float,
-        window: int,
+        window: int | None,
         sinks: Tensor | None,
         rope: int,
         /,
@@ -370,34 +321,25 @@ class Program:
         memory: StepMemory,
         sequences: Sequence[tuple[Sequence[int], int, Sequence[int], int]],
         dtype: DType,
-        buffers: Sequence[int],
-        expert_ids: int,
-        gate_weights: int,
-        logits: int,
-        num_logits: int,
+        arena: Tensor,
+        starts: Sequence[int],
+        expert_ids: Tensor,
+        gate_weights: Tensor,
+        logits: Tensor,
         threads: int,
         /,
     ) -> None:
-        """`sequences`: token ids, first position, block ids, how many of the last tokens' logits are wanted."""
+        """Run instructions `[first, end)`.
 
-def attention_kernels(isa: str, /) -> AttentionKernels: ...
-def read_memory(address: int, nbytes: int, threads: int, /) -> int: ...
-def write_kv(
-    key: int,
-    key_stride: int,
-    keys: int,
-    keys_stride: int,
-    key_bytes: int,
-    value: int,
-    value_stride: int,
-    values: int,
-    values_stride: int,
-    value_bytes: int,
-    slot_ids: int,
-    num_tokens: int,
-    num_slots: int,
-    threads: int,
-    /,
-) -> None: ...
+        Args:
+            sequences: token ids, first position, block ids, how many of the last tokens' logits are wanted.
+            starts: bytes of the arena where the buffers are, each at 64 bytes of the address space.
+            expert_ids, gate_weights: `[routes, tokens, k]`.
+            logits: `[wanted, vocabulary]`.
+        """
+
+def attention_kernels(isa: str) -> AttentionKernels: ...
+def read_memory(memory: Tensor, threads: int, /) -> int: ...
+def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor, threads: int, /) -> None: ...
 def supported_isas() -> list[str]: ...
 def kernels(isa: str) -> Kernels: ...

@@ -12,7 +12,7 @@ from amalgam.config.settings import NATIVE_ISAS
 from amalgam.kernels.backends.cpu import attention, extension
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
-from amalgam.kernels.step import AttentionBatch
+from amalgam.kernels.step import AttentionBatch, CachedAttention
 from tests.errors import raises
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -278,16 +278,16 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
     use_isa(monkeypatch, "portable")
     layer = make(Case())
     broken = [
-        replace(layer, query=layer.query[1:]),
-        replace(layer, query=layer.query[:, :3]),
-        replace(layer, query=layer.query.double()),
-        replace(layer, keys=layer.keys[:, :1]),
-        replace(layer, keys=layer.keys[:8], values=layer.values[:8]),
-        replace(layer, sinks=torch.zeros(3)),
-        replace(layer, case=replace(layer.case, window=0)),
+        (replace(layer, query=layer.query[1:]), ("query", 23, 24)),
+        (replace(layer, query=layer.query[:, :3]), ("keys", 3)),
+        (replace(layer, query=layer.query.double()), ("query", "float64", "bfloat16")),
+        (replace(layer, keys=layer.keys[:, :1]), ("values", tuple(layer.values.shape), 1)),
+        (replace(layer, keys=layer.keys[:8], values=layer.values[:8]), ("keys", (8, 2, 64))),
+        (replace(layer, sinks=torch.zeros(3)), ("sinks", "(3,)", 4)),
+        (replace(layer, case=replace(layer.case, window=0)), ("window", 0)),
     ]
-    for wrong in broken:
-        with raises(ValueError, tuple(wrong.query.shape), tuple(wrong.keys.shape)):
+    for wrong, named in broken:
+        with raises(ValueError, *named):
             wrong.run()
     batch = layer.batch
     contradictions = [
@@ -330,16 +330,18 @@ def test_cached_attention_is_its_parts_in_one_call(
         keys, values = layer.keys.clone(), layer.values.clone()
         out = function(
             *projections.split(sizes, dim=1),
-            keys=keys,
-            values=values,
-            slot_ids=torch.stack(places),
-            batch=layer.batch,
-            norms=(torch.linspace(0.5, 1.5, dim), torch.linspace(1.5, 0.5, dim)) if has_norm else None,
-            norm_eps=1e-6,
-            rotary=(angles.cos(), angles.sin()) if rotated else None,
-            scale=dim**-0.5,
-            window=case.window,
-            sinks=layer.sinks,
+            CachedAttention(
+                keys=keys,
+                values=values,
+                slot_ids=torch.stack(places),
+                batch=layer.batch,
+                scale=dim**-0.5,
+                norms=(torch.linspace(0.5, 1.5, dim), torch.linspace(1.5, 0.5, dim)) if has_norm else None,
+                norm_eps=1e-6,
+                rotary=(angles.cos(), angles.sin()) if rotated else None,
+                window=case.window,
+                sinks=layer.sinks,
+            ),
         )
         return out, keys.nan_to_num(), values.nan_to_num()
 
@@ -373,8 +375,13 @@ def test_write_kv_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> 
         with raises(IndexError, slot):
             attention.write_kv(keys, values, new, new, torch.tensor([0, slot]))
     assert not keys.any()
-    for arguments in ((new[:1], new), (new, new[..., :2]), (new.double(), new), (new, new.bfloat16())):
-        with raises(ValueError, *(tuple(argument.shape) for argument in arguments)):
+    for named, arguments in (
+        (("key", (1, 2, 4)), (new[:1], new)),
+        (("value", (2, 2, 2)), (new, new[..., :2])),
+        (("key", "float64"), (new.double(), new)),
+        (("value", "bfloat16"), (new, new.bfloat16())),
+    ):
+        with raises(ValueError, *named):
             attention.write_kv(keys, values, *arguments, torch.tensor([0, 1]))
 
 

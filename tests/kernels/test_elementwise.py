@@ -95,7 +95,7 @@ def test_add_rms_norm(dtype: torch.dtype) -> None:
         total, normed = elementwise.add_rms_norm(x, delta, weight, 1e-6)
         assert torch.equal(total, x + delta)
         assert torch.equal(normed, elementwise.rms_norm(total, weight, 1e-6))
-    with raises(ValueError, (rows, hidden), (rows, 5)):
+    with raises(ValueError, "delta", (rows, hidden), (rows, 5)):
         elementwise.add_rms_norm(x, delta[:, :5], weight, 1e-6)
 
 
@@ -127,7 +127,7 @@ def test_route_of_what_has_no_order() -> None:
     odd = torch.tensor([[float("nan")] * 8, [1.0, float("nan"), 2.0, float("inf"), 0.0, -float("inf"), 3.0, 4.0]])
     ids, _ = products.route(odd, eye, 4, normalises=True, sum_eps=0.0)
     assert all(len(set(row)) == 4 and set(row) <= set(range(8)) for row in ids.tolist())
-    with raises(ValueError, (8, 8), 9):
+    with raises(ValueError, "ids", (1, 9), 8):
         products.route(torch.zeros(1, 8), eye, 9, normalises=True, sum_eps=0.0)
     assert products.route(torch.zeros(0, 8), eye, 2, normalises=True, sum_eps=0.0)[0].shape == (0, 2)
 

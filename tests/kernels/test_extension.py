@@ -105,15 +105,15 @@ def test_rms_norm_takes_heads_views_and_empty_steps(use_isa: Callable[[str], Non
 
 def test_rms_norm_refuses_what_it_cannot_read(use_isa: Callable[[str], None]) -> None:
     use_isa("portable")
-    for x, weight in (
-        (torch.ones(2, 8), torch.ones(9)),
-        (torch.ones(2, 8), torch.ones(1, 8)),
-        (torch.ones(2, 8, dtype=torch.float64), torch.ones(8)),
-        (torch.ones(2, 8), torch.ones(8, dtype=torch.float16)),
-        (torch.ones(2, 8, device="meta"), torch.ones(8)),
+    for named, x, weight in (
+        (("weight", "(9,)", 8), torch.ones(2, 8), torch.ones(9)),
+        (("weight", (1, 8), 8), torch.ones(2, 8), torch.ones(1, 8)),
+        (("x", "float64", (2, 8)), torch.ones(2, 8, dtype=torch.float64), torch.ones(8)),
+        (("weight", "float16"), torch.ones(2, 8), torch.ones(8, dtype=torch.float16)),
+        (("x", "CPU"), torch.ones(2, 8, device="meta"), torch.ones(8)),
     ):
         assert not elementwise.supports_rms_norm(x, weight)
-        with raises(ValueError, tuple(x.shape), tuple(weight.shape)):
+        with raises(ValueError, *named):
             elementwise.rms_norm(x, weight, EPS)
 
 

@@ -263,7 +263,7 @@ def test_what_does_not_fit_stays_as_it_is() -> None:
         assert prepare(weight) is weight
     packed = prepare(dense((4, 8), torch.float32))
     assert prepare(packed) is packed
-    with raises(ValueError, (2, 9), (4, 8)):
+    with raises(ValueError, "x", (2, 9), 8):
         linear(torch.ones(2, 9), packed)
 
 

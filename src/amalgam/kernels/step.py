@@ -48,6 +48,32 @@ class AttentionBatch:
     block_size: int
 
 
+@dataclass(frozen=True, eq=False)
+class CachedAttention:
+    """What one layer's attention works with beside its queries, keys and values.
+
+    Attributes:
+        keys, values: the layer's cache, `[slots, kv_heads, d]` and `[slots, kv_heads, v]`.
+        slot_ids: int64 `[tokens]`, where each token's key and value go.
+        scale: of the scores.
+        norms: weights `[d]` of the RMSNorm over every query head and every key head; None: no norm.
+        rotary: cos and sin, float32 `[tokens, r / 2]`; None: no rotation.
+        window: how many positions a token sees, itself included; None: all before it.
+        sinks: `[heads]`, logits that take part in the softmax without a value.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slot_ids: Tensor
+    batch: AttentionBatch
+    scale: float
+    norms: tuple[Tensor, Tensor] | None = None
+    norm_eps: float = 0.0
+    rotary: tuple[Tensor, Tensor] | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
+
+
 class Cache(Protocol):
     """Keys and values of all layers, `[num_blocks × block_size, kv_heads, dim]` each."""
 

@@ -38,11 +38,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         UnsupportedError: the extension is not available.
         ValueError: other types, devices or shapes.
     """
-    if not supports_rms_norm(x, weight):
-        raise ValueError(_unfit_for_norm(x, weight))
     x = x.contiguous()
     out = torch.empty_like(x)
-    _rms_norm(x, 0, 0, weight, out, eps)
+    extension.kernels().rms_norm(x, None, None, weight.contiguous(), out, eps, torch.get_num_threads())
     return out
 
 
@@ -52,38 +50,10 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     Raises:
         UnsupportedError, ValueError: as `rms_norm`.
     """
-    if not supports_rms_norm(x, weight) or delta.shape != x.shape or delta.dtype != x.dtype or not delta.is_cpu:
-        raise ValueError(f"{_unfit_for_norm(x, weight)}, after adding {delta.dtype} {tuple(delta.shape)}")
     x, delta = x.contiguous(), delta.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
-    _rms_norm(x, delta.data_ptr(), total.data_ptr(), weight, out, eps)
+    extension.kernels().rms_norm(x, delta, total, weight.contiguous(), out, eps, torch.get_num_threads())
     return total, out
-
-
-def _unfit_for_norm(x: Tensor, weight: Tensor) -> str:
-    return (
-        f"rms_norm of {x.dtype} {tuple(x.shape)} on {x.device} with a weight of {weight.dtype} "
-        f"{tuple(weight.shape)} on {weight.device}; expected float32 or bfloat16 [..., hidden] and [hidden] on cpu"
-    )
-
-
-def _rms_norm(x: Tensor, delta: int, total: int, weight: Tensor, out: Tensor, eps: float) -> None:
-    weight = weight.contiguous()
-    hidden = weight.numel()
-    if out.numel():
-        extension.kernels().rms_norm(
-            x.data_ptr(),
-            delta,
-            total,
-            weight.data_ptr(),
-            out.data_ptr(),
-            x.numel() // hidden,
-            hidden,
-            eps,
-            extension.native_dtype(x.dtype),
-            extension.native_dtype(weight.dtype),
-            torch.get_num_threads(),
-        )
 
 
 def supports_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -101,28 +71,15 @@ def supports_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding; see `reference.rotate`."""
-    if not supports_rotate(x, cos, sin):
-        raise ValueError(f"rotate of {x.dtype} {tuple(x.shape)} by {cos.dtype} {tuple(cos.shape)} on {x.device}")
-    tokens, heads, head_dim = x.shape
-    if x.stride()[1:] != (head_dim, 1):
+    """Rotary embedding; see `reference.rotate`.
+
+    Raises:
+        ValueError: types or shapes that do not fit together.
+    """
+    if x.stride()[1:] != (x.shape[-1], 1):
         x = x.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    if out.numel():
-        extension.kernels().rotate(
-            x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            out.data_ptr(),
-            tokens,
-            x.stride(0),
-            heads,
-            head_dim,
-            cos.shape[1],
-            extension.native_dtype(x.dtype),
-            torch.get_num_threads(),
-        )
+    extension.kernels().rotate(x, cos.contiguous(), sin.contiguous(), out, torch.get_num_threads())
     return out
 
 
@@ -138,18 +95,12 @@ def supports_swiglu(gate: Tensor, up: Tensor) -> bool:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) × up`; see `reference.swiglu`."""
-    if not supports_swiglu(gate, up):
-        raise ValueError(f"swiglu of {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}")
-    gate, up = gate.contiguous(), up.contiguous()
+    """`silu(gate) × up`; see `reference.swiglu`.
+
+    Raises:
+        ValueError: types or shapes that do not fit together.
+    """
+    gate = gate.contiguous()
     out = torch.empty_like(gate)
-    if out.numel():
-        extension.kernels().swiglu(
-            gate=gate.data_ptr(),
-            up=up.data_ptr(),
-            out=out.data_ptr(),
-            elements=out.numel(),
-            dtype=extension.native_dtype(out.dtype),
-            threads=torch.get_num_threads(),
-        )
+    extension.kernels().swiglu(gate, up.contiguous(), out, torch.get_num_threads())
     return out

@@ -128,7 +128,7 @@ class Encoder:
             _vector(key_norm),
             one.head_norm_eps,
             one.scale,
-            one.window or 0,
+            one.window,
             _wide(one.sinks),
             -1 if one.rope is None else one.rope,
         )

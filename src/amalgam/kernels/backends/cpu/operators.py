@@ -27,7 +27,7 @@ from amalgam.kernels.program import (
     Route,
     SwiGlu,
 )
-from amalgam.kernels.step import AttentionBatch
+from amalgam.kernels.step import AttentionBatch, CachedAttention
 
 
 class CpuOperators(Operators):
@@ -118,40 +118,10 @@ class CpuOperators(Operators):
         return Operators.paged_attention(query, keys, values, batch, scale=scale, window=window, sinks=sinks)
 
     @classmethod
-    def cached_attention(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        keys: Tensor,
-        values: Tensor,
-        slot_ids: Tensor,
-        batch: AttentionBatch,
-        norms: tuple[Tensor, Tensor] | None,
-        norm_eps: float,
-        rotary: tuple[Tensor, Tensor] | None,
-        scale: float,
-        window: int | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        is_compiled = attention.supports_cached_attention(query, key, value, keys, values, batch)
-        attend = attention.cached_attention if is_compiled else super().cached_attention
-        return attend(
-            query,
-            key,
-            value,
-            keys=keys,
-            values=values,
-            slot_ids=slot_ids,
-            batch=batch,
-            norms=norms,
-            norm_eps=norm_eps,
-            rotary=rotary,
-            scale=scale,
-            window=window,
-            sinks=sinks,
-        )
+    def cached_attention(cls, query: Tensor, key: Tensor, value: Tensor, how: CachedAttention) -> Tensor:
+        if attention.supports_cached_attention(query, key, value, how):
+            return attention.cached_attention(query, key, value, how)
+        return super().cached_attention(query, key, value, how)
 
 
 def who_runs(instruction: Instruction, dtype: torch.dtype) -> str:

@@ -51,8 +51,7 @@ class PanelWeight(PackedWeight):
 
     def unpack(self) -> Tensor:
         out = torch.empty(self.shape, dtype=torch.float32)
-        if out.numel():
-            extension.kernels().unpack(self.matrix, out.data_ptr(), torch.get_num_threads())
+        extension.kernels().unpack(self.matrix, out, torch.get_num_threads())
         return out if self.layout.dtype is None else out.to(self.layout.dtype)
 
 
@@ -124,23 +123,18 @@ def view(memory: Tensor, panels: Panels, group: Tensor | None, activation: Activ
         raise ValueError(f"there is no {name} of shape {panels.shape}")
     if panels.scale_dtype not in extension.NAMES or (panels.num_groups and panels.block is None):
         raise ValueError(f"{name} with scales of {panels.scale_dtype} in blocks of {panels.block}")
-    order = None if group is None else _order(group)
-    if order is not None and order.shape != panels.shape[1:]:
-        raise ValueError(f"{order.numel()} inputs of {panels.shape[1]} have a group")
     packed = _native.view(
         format=_native.Format[name.removeprefix(_PREFIX)],
         rows=panels.shape[0],
         columns=panels.shape[1],
-        memory=memory.data_ptr(),
-        nbytes=memory.numel(),
+        memory=memory,
         scale_dtype=extension.native_dtype(panels.scale_dtype),
         num_groups=panels.num_groups,
         group=0 if panels.block is None else panels.block[1],
         scale_lanes=panels.scale_lanes,
         has_zero=panels.has_zero,
-        order=0 if order is None else order.data_ptr(),
+        order=None if group is None else _order(group),
         quantizes=activation == "int8",
-        owner=memory,
     )
     return _with_parts(packed, memory, panels, group)
 
@@ -194,23 +188,15 @@ def _pack(weight: PackedWeight, target: Layout, activation: ActivationType, code
     from amalgam import _native
 
     parts = {name: part.contiguous() for name, part in weight.parts.items()}
-    scale, zero, group = parts.get("scale"), parts.get("zero"), parts.get("group")
-    order = None if group is None else _order(group)
-    rows, columns = weight.shape
-    block = weight.block or (rows, columns)
+    group, (rows, columns) = parts.get("group"), weight.shape
     return _native.pack(
         format=_native.Format[target.name.removeprefix(_PREFIX)],
-        rows=rows,
         columns=columns,
-        weight=parts["weight"].data_ptr(),
-        scale=0 if scale is None else scale.data_ptr(),
-        scale_dtype=extension.native_dtype(torch.float32 if scale is None else scale.dtype),
-        scale_rows=1 if scale is None else scale.shape[0],
-        scale_columns=1 if scale is None else scale.shape[1],
-        block_rows=block[0],
-        block_columns=block[1],
-        zero=0 if zero is None else zero.data_ptr(),
-        order=0 if order is None else order.data_ptr(),
+        weight=parts["weight"],
+        scale=parts.get("scale"),
+        block=weight.block or (rows, columns),
+        zero=parts.get("zero"),
+        order=None if group is None else _order(group),
         quantizes=activation == "int8",
         codes=codes,
     )

@@ -51,14 +51,7 @@ def embedding(row_ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tens
     out_type = dtype if dtype in extension.FLOAT_TYPES else torch.float32
     row_ids = row_ids.contiguous()
     out = torch.empty((*row_ids.shape, weight.shape[1]), dtype=out_type)
-    extension.kernels().embedding(
-        weight=matrix_of(weight),
-        row_ids=row_ids.data_ptr(),
-        num_ids=row_ids.numel(),
-        out=out.data_ptr(),
-        out_dtype=extension.native_dtype(out_type),
-        threads=torch.get_num_threads(),
-    )
+    extension.kernels().embedding(matrix_of(weight), row_ids, out, torch.get_num_threads())
     return out.to(dtype)
 
 
@@ -94,35 +87,15 @@ def linears(
     Raises:
         ValueError: shapes or types that do not fit together.
     """
-    for weight, bias in zip(weights, biases, strict=True):
-        rows, columns = weight.shape
-        if x.dim() != 2 or x.shape[1] != columns or (bias is not None and bias.shape != (rows,)):
-            shape = None if bias is None else tuple(bias.shape)
-            raise ValueError(f"linear of {tuple(x.shape)} with a weight of {weight.shape} and a bias of {shape}")
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if x.dtype not in extension.FLOAT_TYPES or out_dtype not in extension.FLOAT_TYPES:
         return [out.to(out_dtype) for out in linears(x.float(), weights, biases)]
-    x = x.contiguous()
     results = [torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype) for weight in weights]
-    if x.shape[0]:
-        kept = [None if bias is None else bias.contiguous() for bias in biases]
-        outputs = [
-            (
-                matrix_of(weight),
-                0 if bias is None else bias.data_ptr(),
-                extension.native_dtype(torch.float32 if bias is None else bias.dtype),
-                out.data_ptr(),
-            )
-            for weight, bias, out in zip(weights, kept, results, strict=True)
-        ]
-        extension.kernels().linear(
-            x.data_ptr(),
-            x.shape[0],
-            extension.native_dtype(x.dtype),
-            outputs,
-            extension.native_dtype(out_dtype),
-            torch.get_num_threads(),
-        )
+    outputs = [
+        (matrix_of(weight), None if bias is None else bias.contiguous(), out)
+        for weight, bias, out in zip(weights, biases, results, strict=True)
+    ]
+    extension.kernels().linear(x.contiguous(), outputs, torch.get_num_threads())
     return results
 
 
@@ -139,26 +112,11 @@ def route(x: Tensor, weight: PackedWeight, k: int, *, normalises: bool, sum_eps:
     Raises:
         ValueError: shapes that do not fit together.
     """
-    num_experts, hidden = weight.shape
-    if not supports_route(x, weight) or x.shape[1] != hidden or not 0 < k <= num_experts:
-        raise ValueError(f"routing of {x.dtype} {tuple(x.shape)} by {weight.shape} to {k}")
-    x = x.contiguous()
-    tokens = x.shape[0]
-    ids = torch.empty((tokens, k), dtype=torch.int64)
-    gate_weights = torch.empty((tokens, k), dtype=torch.float32)
-    if tokens:
-        extension.kernels().route(
-            matrix_of(weight),
-            x.data_ptr(),
-            tokens,
-            extension.native_dtype(x.dtype),
-            k,
-            normalises,
-            sum_eps,
-            ids.data_ptr(),
-            gate_weights.data_ptr(),
-            torch.get_num_threads(),
-        )
+    ids = torch.empty((x.shape[0], k), dtype=torch.int64)
+    gate_weights = torch.empty((x.shape[0], k), dtype=torch.float32)
+    extension.kernels().route(
+        matrix_of(weight), x.contiguous(), normalises, sum_eps, ids, gate_weights, torch.get_num_threads()
+    )
     return ids, gate_weights
 
 
@@ -167,12 +125,10 @@ class PanelExperts(ExpertTable):
     """Experts whose projections are all in panels.
 
     Attributes:
-        native: the table as the extension reads it.
-        biases: what it points to, in float32.
+        native: the table as the extension reads it; keeps alive what it points to.
     """
 
     native: _native.Experts = field(kw_only=True)
-    biases: Sequence[Tensor] = field(kw_only=True)
 
 
 def prepare_experts(experts: ExpertTable) -> ExpertTable:
@@ -181,15 +137,14 @@ def prepare_experts(experts: ExpertTable) -> ExpertTable:
 
     if not len(experts) or not all(_is_packed(expert, experts[0]) for expert in experts.experts):
         return experts
-    table, kept = _native.Experts(), []
+    table = _native.Experts()
     for expert in experts.experts:
-        addresses = []
-        for bias in (expert.gate_bias, expert.up_bias, expert.down_bias):
-            if bias is not None:
-                kept.append(bias.float().contiguous())
-            addresses.append(0 if bias is None else kept[-1].data_ptr())
-        table.add(matrix_of(expert.gate), matrix_of(expert.up), matrix_of(expert.down), *addresses)
-    return PanelExperts(experts.experts, native=table, biases=kept)
+        biases = (
+            None if bias is None else bias.float().contiguous()
+            for bias in (expert.gate_bias, expert.up_bias, expert.down_bias)
+        )
+        table.add(matrix_of(expert.gate), matrix_of(expert.up), matrix_of(expert.down), *biases)
+    return PanelExperts(experts.experts, native=table)
 
 
 def supports_moe(x: Tensor, experts: ExpertTable) -> bool:
@@ -210,37 +165,22 @@ def moe(
         IndexError: an expert id without an expert.
         ValueError: shapes that do not fit together.
     """
-    if not isinstance(experts, PanelExperts) or not supports_moe(x, experts):
-        raise ValueError(f"moe of {x.dtype} on {x.device} with experts that are {type(experts).__name__}")
-    if x.dim() != 2 or x.shape[1] != experts[0].gate.shape[1]:
-        raise ValueError(f"moe of {tuple(x.shape)} with experts of {experts[0].gate.shape}")
-    if (
-        expert_ids.dim() != 2
-        or expert_ids.shape[0] != x.shape[0]
-        or expert_ids.shape[1] == 0
-        or gate_weights.shape != expert_ids.shape
-        or not (expert_ids.is_cpu and gate_weights.is_cpu)
-    ):
-        raise ValueError(f"moe with ids {tuple(expert_ids.shape)} and gate weights {tuple(gate_weights.shape)}")
-    if x.dtype not in extension.FLOAT_TYPES:
+    assert isinstance(experts, PanelExperts), type(experts)
+    if x.dtype is torch.float16:
         return moe(x.float(), expert_ids, gate_weights, experts, activation).to(x.dtype)
-    x, ids, weights = x.contiguous(), expert_ids.long().contiguous(), gate_weights.float().contiguous()
+    x = x.contiguous()
     out = torch.empty_like(x)
-    if out.numel():
-        extension.kernels().moe(
-            experts.native,
-            x.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            ids.shape[1],
-            activation.alpha,
-            activation.offset,
-            math.inf if activation.limit is None else activation.limit,
-            extension.native_dtype(x.dtype),
-            torch.get_num_threads(),
-        )
+    extension.kernels().moe(
+        experts.native,
+        x,
+        expert_ids.long().contiguous(),
+        gate_weights.float().contiguous(),
+        out,
+        activation.alpha,
+        activation.offset,
+        math.inf if activation.limit is None else activation.limit,
+        torch.get_num_threads(),
+    )
     return out
 
 

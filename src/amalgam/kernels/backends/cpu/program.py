@@ -18,9 +18,9 @@ from amalgam.kernels.backends.base import Tables, describe
 from amalgam.kernels.backends.cpu import attention, extension
 from amalgam.kernels.backends.cpu.encoders import Encoder
 from amalgam.kernels.backends.cpu.operators import CpuOperators, who_runs
-from amalgam.kernels.backends.cpu.workspace import Memory, Workspace, new_routing
+from amalgam.kernels.backends.cpu.workspace import Workspace, new_routing
 from amalgam.kernels.backends.reference.interpreter import Frame, execute
-from amalgam.kernels.program import Attend, AttendLatent, Instruction, Mix, Rows
+from amalgam.kernels.program import Instruction, Mix, Rows
 from amalgam.kernels.step import StepContext
 
 
@@ -44,11 +44,7 @@ class CpuProgram:
         self._num_active = program.routes[0].k if program.routes else 1
         self._num_routes = len(program.routes)
         self._vocab_size = program.head.weight.shape[0]
-        self._caches = {
-            one.layer_id: _cache_shape(one) for one in program.instructions if isinstance(one, Attend | AttendLatent)
-        }
-        self._memory: Memory | None = None  # that has been found to fit
-        self._addresses: list[int] = []  # of the buffers, for so many tokens in this arena
+        self._starts: list[int] = []  # of the buffers, for so many tokens in this arena
         self._placed: tuple[int, Tensor | None] = (-1, None)
         # In order: instructions [first, end) of the native program, or one for the interpreter with its last route.
         self._parts: list[tuple[int, int] | tuple[Instruction, int]] = []
@@ -84,9 +80,6 @@ class CpuProgram:
     def run(self, step: StepContext) -> Tensor:
         workspace, sequences, observer = self._workspace, step.sequences, step.observer
         memory = workspace.memory(step.kv, self.tables)
-        if memory is not self._memory:
-            self._check(memory)
-            self._memory = memory
         tokens = rows = 0
         for token_ids, _, _, num_logits in sequences:
             tokens += len(token_ids)
@@ -96,17 +89,18 @@ class CpuProgram:
             return logits
         shape = (self._num_routes, tokens, self._num_active)
         expert_ids, gate_weights = workspace.routing(shape) if observer is None else new_routing(shape)
+        starts = self._place(tokens)  # which may make a larger arena
         arguments = (
             self._kernels,
             self._attention,
             memory.native,
             sequences,
             self._native_dtype,
-            self._place(tokens),
-            expert_ids.data_ptr(),
-            gate_weights.data_ptr(),
-            logits.data_ptr(),
-            rows,
+            workspace.arena,
+            starts,
+            expert_ids,
+            gate_weights,
+            logits,
             torch.get_num_threads(),
         )
         frame: _CpuFrame | None = None
@@ -127,7 +121,7 @@ class CpuProgram:
     def view(self, rows: Rows, tokens: int) -> Tensor:
         """`[tokens, width]` of the arena as `run` has laid it out."""
         arena = self._workspace.arena
-        start = self._addresses[self._index[rows.buffer]] - arena.data_ptr()
+        start = self._starts[self._index[rows.buffer]]
         dtype = torch.float32 if rows.is_wide else self.dtype
         whole = arena[start : start + tokens * rows.stride * dtype.itemsize].view(dtype).view(tokens, rows.stride)
         return whole[:, rows.start : rows.start + rows.width]
@@ -137,27 +131,11 @@ class CpuProgram:
         return self._workspace.dtype
 
     def _place(self, tokens: int) -> list[int]:
-        """Addresses of the buffers for so many tokens."""
+        """Where in the arena the buffers start, for so many tokens."""
         if self._placed[0] != tokens or self._placed[1] is not self._workspace.arena:
-            self._addresses = self._workspace.place(self._buffers, tokens)
+            self._starts = self._workspace.place(self._buffers, tokens)
             self._placed = tokens, self._workspace.arena
-        return self._addresses
-
-    def _check(self, memory: Memory) -> None:
-        """
-        Raises:
-            ValueError: caches of other shapes than the layers need, or rotary tables that are missing or too wide.
-        """
-        for layer_id, (key_shape, value_shape, rope, rope_dim) in self._caches.items():
-            if layer_id >= len(memory.keys):
-                raise ValueError(f"{len(memory.keys)} caches, and layer {layer_id} needs one")
-            found = memory.keys[layer_id].shape[1:], memory.values[layer_id].shape[1:]
-            if found != (key_shape, value_shape):
-                raise ValueError(f"caches of {found} where layer {layer_id} needs {(key_shape, value_shape)}")
-            if rope is None:
-                continue
-            if rope >= len(self.tables) or not 0 < 2 * self.tables[rope][0].shape[1] <= rope_dim:
-                raise ValueError(f"layer {layer_id} has no rotary table of at most {rope_dim // 2} columns")
+        return self._starts
 
 
 class _CpuFrame(Frame):
@@ -190,11 +168,3 @@ class _CpuFrame(Frame):
     def route(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
         self._expert_ids[self._route_index].copy_(expert_ids)
         self._gate_weights[self._route_index].copy_(gate_weights)
-
-
-def _cache_shape(one: Attend | AttendLatent) -> tuple[torch.Size, torch.Size, int | None, int]:
-    """Of keys and values without the slots; which rope turns how many dimensions at most."""
-    if isinstance(one, Attend):
-        shape = torch.Size((one.num_kv_heads, one.head_dim))
-        return shape, shape, one.rope, one.head_dim
-    return torch.Size((1, one.latent_dim + one.rope_dim)), torch.Size((1, 0)), one.rope, one.rope_dim

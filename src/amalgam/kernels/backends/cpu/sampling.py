@@ -28,14 +28,4 @@ def draw(logits: Tensor, rows: Sequence[DrawParams]) -> list[int]:
     """
     from amalgam import _native
 
-    shape = logits.shape
-    if (
-        len(shape) != 2
-        or shape[0] != len(rows)
-        or not shape[1]
-        or logits.dtype is not torch.float32
-        or not logits.is_cpu
-    ):
-        raise ValueError(f"draw {len(rows)} rows from {logits.dtype} {tuple(shape)} on {logits.device}")
-    logits = logits.contiguous()
-    return _native.draw(extension.kernels(), logits.data_ptr(), shape[1], rows, torch.get_num_threads())
+    return _native.draw(extension.kernels(), logits.contiguous(), rows, torch.get_num_threads())

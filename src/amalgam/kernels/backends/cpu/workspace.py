@@ -24,7 +24,7 @@ _ALIGNMENT = 64  # bytes, of every buffer
 
 @dataclass(eq=False)
 class Memory:
-    """A KV cache and rotary tables as the extension sees them; keeps alive what it points to."""
+    """A KV cache and rotary tables as the extension sees them."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -54,7 +54,7 @@ class Workspace:
         """The cache as the extension sees it. It should be the same object in every step: another is looked at anew.
 
         Raises:
-            ValueError: tensors of different lengths, of another type than the activations, or not dense.
+            ValueError: tensors of different lengths or types, or not dense.
         """
         known = self._memory
         if (
@@ -70,16 +70,10 @@ class Workspace:
     def _look_at(self, kv: Cache, tables: Tables) -> Memory:
         from amalgam import _native
 
-        tensors = (*kv.keys, *kv.values)
-        num_slots = len(kv.keys[0])
-        for cache in tensors:
-            if not (cache.is_cpu and cache.dtype is self.dtype and cache.is_contiguous() and len(cache) == num_slots):
-                raise ValueError(f"a cache of {cache.dtype} {tuple(cache.shape)} for activations of {self.dtype}")
         memory = _native.StepMemory(
-            [(key.data_ptr(), value.data_ptr()) for key, value in zip(kv.keys, kv.values, strict=True)],
-            num_slots,
+            list(zip(kv.keys, kv.values, strict=True)),
             kv.block_size,
-            [(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in tables],
+            list(tables),
             min((len(cos) for cos, _ in tables), default=sys.maxsize),
         )
         return Memory(kv.keys, kv.values, kv.block_size, tables, memory)
@@ -98,7 +92,7 @@ class Workspace:
         return self._expert_ids, self._gate_weights
 
     def place(self, buffers: Mapping[str, tuple[int, bool]], tokens: int) -> list[int]:
-        """Lay buffers out in the arena for so many tokens, and return their addresses; see `Program.buffers`."""
+        """Lay buffers out in the arena for so many tokens; where in it they start. See `Program.buffers`."""
         starts, size = [], 0
         for width, is_wide in buffers.values():
             starts.append(size)
@@ -106,7 +100,7 @@ class Workspace:
             size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         if self.arena.nbytes < size + _ALIGNMENT:
             self.arena = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-        base = -(-self.arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        base = -self.arena.data_ptr() % _ALIGNMENT
         return [base + start for start in starts]
 
 

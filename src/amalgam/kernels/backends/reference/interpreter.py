@@ -36,7 +36,7 @@ from amalgam.kernels.program import (
     ScaleBySigmoid,
     SwiGlu,
 )
-from amalgam.kernels.step import StepContext
+from amalgam.kernels.step import CachedAttention, StepContext
 
 
 class Frame:
@@ -193,22 +193,20 @@ def _project(one: Project, frame: Frame) -> None:
 
 def _attend(one: Attend, frame: Frame) -> None:
     step = frame.step
-    attended = frame.operators.cached_attention(
-        frame.get(one.query),
-        frame.get(one.key),
-        frame.get(one.value),
+    how = CachedAttention(
         keys=step.kv.keys[one.layer_id],
         values=step.kv.values[one.layer_id],
         slot_ids=step.slot_ids,
         batch=step.attention,
+        scale=one.scale,
         norms=one.head_norms,
         norm_eps=one.head_norm_eps,
         rotary=None if one.rope is None else frame.rotary(one.rope),
-        scale=one.scale,
         window=one.window,
         sinks=one.sinks,
     )
-    frame.put(one.out, attended)
+    query, key, value = frame.get(one.query), frame.get(one.key), frame.get(one.value)
+    frame.put(one.out, frame.operators.cached_attention(query, key, value, how))
 
 
 def _attend_latent(one: AttendLatent, frame: Frame) -> None:

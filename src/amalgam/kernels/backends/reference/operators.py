@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from amalgam.kernels.layouts import DENSE
 from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
-from amalgam.kernels.step import AttentionBatch
+from amalgam.kernels.step import AttentionBatch, CachedAttention
 
 # 8 rows: on a CPU a matrix product still runs near the memory's speed; a GPU needs more to be busy.
 _TILE_ROWS = {"cpu": 8, "cuda": 64}
@@ -305,41 +305,21 @@ class Operators:
         return [cls.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
     @classmethod
-    def cached_attention(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        keys: Tensor,
-        values: Tensor,
-        slot_ids: Tensor,
-        batch: AttentionBatch,
-        norms: tuple[Tensor, Tensor] | None,
-        norm_eps: float,
-        rotary: tuple[Tensor, Tensor] | None,
-        scale: float,
-        window: int | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def cached_attention(cls, query: Tensor, key: Tensor, value: Tensor, how: CachedAttention) -> Tensor:
         """Norm and rotate the heads, write keys and values to the cache, attend over it.
 
-        Args:
-            query, key, value: projections, `[tokens, heads × d]`, `[tokens, kv_heads × d]`, `[tokens, kv_heads × v]`.
-            keys, values: the layer's cache, `[slots, kv_heads, d]` and `[slots, kv_heads, v]`.
-            slot_ids: int64 `[tokens]`, where each token's key and value go.
-            norms: weights `[d]` of the RMSNorm over every query head and every key head; None: no norm.
-            rotary: cos and sin, float32 `[tokens, r / 2]`; None: no rotation.
-            scale, window, sinks: as in `paged_attention`.
-
+        query, key, value: projections, `[tokens, heads × d]`, `[tokens, kv_heads × d]` and `[tokens, kv_heads × v]`.
         Returns `[tokens, heads × v]` in query's type.
         """
-        tokens, dim = query.shape[0], keys.shape[2]
+        tokens, dim, keys, values = query.shape[0], how.keys.shape[2], how.keys, how.values
         queries, new_keys = query.view(tokens, -1, dim), key.view(tokens, -1, dim)
-        if norms is not None:
-            queries, new_keys = cls.rms_norm(queries, norms[0], norm_eps), cls.rms_norm(new_keys, norms[1], norm_eps)
-        if rotary is not None:
-            queries, new_keys = cls.rotate(queries, *rotary), cls.rotate(new_keys, *rotary)
-        cls.write_kv(keys, values, new_keys, value.view(tokens, *values.shape[1:]), slot_ids)
-        attended = cls.paged_attention(queries, keys, values, batch, scale=scale, window=window, sinks=sinks)
+        if how.norms is not None:
+            queries = cls.rms_norm(queries, how.norms[0], how.norm_eps)
+            new_keys = cls.rms_norm(new_keys, how.norms[1], how.norm_eps)
+        if how.rotary is not None:
+            queries, new_keys = cls.rotate(queries, *how.rotary), cls.rotate(new_keys, *how.rotary)
+        cls.write_kv(keys, values, new_keys, value.view(tokens, *values.shape[1:]), how.slot_ids)
+        attended = cls.paged_attention(
+            queries, keys, values, how.batch, scale=how.scale, window=how.window, sinks=how.sinks
+        )
         return attended.flatten(1)

@@ -56,7 +56,8 @@ void cached_attention(const Kernels& kernels, const AttentionKernels& attention,
     // A unit is a token's KV head and the query heads that share it.
     const int64_t units = tokens * kv_heads, shared = heads / kv_heads;
     const int64_t dim = attend.keys.dim, value_dim = attend.values.dim;
-    const int64_t few = (units + num_threads - 1) / num_threads, many = kElementsPerItem / ((shared + 2) * dim);
+    const int64_t few = (units + num_threads - 1) / std::max(1, num_threads),
+                  many = kElementsPerItem / ((shared + 2) * dim);
     parallel_ranges(units, std::max<int64_t>(1, std::min(few, many)), num_threads, [&](int64_t first, int64_t end) {
         for (int64_t unit = first; unit < end; ++unit) {
             const int64_t token = unit / kv_heads, head = unit % kv_heads, slot = args.slot_ids[token];

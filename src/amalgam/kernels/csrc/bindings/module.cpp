@@ -1,8 +1,10 @@
 // The extension module amalgam._native: exposes the kernels of every instruction set to Python.
 //
-// Arrays come in as addresses; amalgam/kernels/backends/cpu has checked device, layout, type and sizes.
+// What comes in is checked here (tensor.h, program.h) and nowhere else: the kernels are given addresses and sizes.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -12,13 +14,15 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <stdexcept>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "bindings/experts.h"
+#include "attention/cached.h"
+#include "bindings/program.h"
+#include "bindings/tensor.h"
 #include "formats/bf16_coding.h"
 #include "formats/table.h"
 #include "isa/table.h"
@@ -31,11 +35,14 @@
 namespace nb = nanobind;
 
 namespace amalgam {
-
-void bind_attention(nb::module_& module);  // attention.cpp
-void bind_step(nb::module_& module);       // step.cpp
-
 namespace {
+
+// Elements that one item of an elementwise kernel works on; below that, waking a thread costs more than it helps.
+constexpr int64_t kElementsPerItem = 1 << 15;
+
+int64_t rows_per_item(int64_t row_elements) {
+    return std::max<int64_t>(1, kElementsPerItem / std::max<int64_t>(1, row_elements));
+}
 
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
@@ -45,152 +52,396 @@ std::vector<std::string> supported_isas() {
 
 const Kernels& kernels(const std::string& isa) { return *instruction_set(isa).kernels; }
 
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+const AttentionKernels& attention_kernels(const std::string& isa) { return *instruction_set(isa).attention; }
 
-// Elements that one item of an elementwise kernel works on; below that, waking a thread costs more than it helps.
-constexpr int64_t kElementsPerItem = 1 << 15;
+// --- Norms, rotation, activation ---
 
-int64_t rows_per_item(int64_t row_elements) { return std::max<int64_t>(1, kElementsPerItem / row_elements); }
-
-void rms_norm(const Kernels& table, uintptr_t x, uintptr_t delta, uintptr_t sum, uintptr_t weight, uintptr_t out,
-              int64_t rows, int64_t hidden, float eps, DType x_dtype, DType weight_dtype, int threads) {
-    const RmsNormArgs args{pointer<const void>(x),
-                           pointer<const void>(delta),
-                           pointer<void>(sum),
-                           pointer<const void>(weight),
-                           pointer<void>(out),
+// delta and total: None, or both.
+void rms_norm(const Kernels& table, const Tensor& x, const Tensor& delta, const Tensor& total, const Tensor& weight,
+              const Tensor& out, float eps, int threads) {
+    x.dense("x", kActivations);
+    require(x.ndim() > 0, "x is a number; needed: rows");
+    const int64_t hidden = x.shape(-1);
+    weight.dense("weight", kActivations, {hidden});
+    out.like("out", x);
+    if (delta) {
+        delta.like("delta", x);
+        total.like("total", x);
+    }
+    const RmsNormArgs args{x.data(),
+                           delta ? delta.data() : nullptr,
+                           delta ? total.data() : nullptr,
+                           weight.data(),
+                           out.data(),
                            hidden,
                            eps,
-                           x_dtype,
-                           weight_dtype};
-    parallel_ranges(rows, rows_per_item(hidden), threads,
+                           x.dtype(),
+                           weight.dtype()};
+    parallel_ranges(hidden > 0 ? x.size() / hidden : 0, rows_per_item(hidden), threads,
                     [&](int64_t first, int64_t end) { table.rms_norm(args, first, end); });
 }
 
-void rotate(const Kernels& table, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t out, int64_t tokens,
-            int64_t token_stride, int64_t heads, int64_t head_dim, int64_t half, DType dtype, int threads) {
-    const RotateArgs args{pointer<const void>(x),
-                          pointer<const float>(cos),
-                          pointer<const float>(sin),
-                          pointer<void>(out),
-                          token_stride,
-                          heads,
-                          head_dim,
-                          half,
-                          dtype};
-    parallel_ranges(tokens, rows_per_item(heads * head_dim), threads,
+void rotate(const Kernels& table, const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& out,
+            int threads) {
+    x.rows("x", kActivations, {kAny, kAny, kAny}, 2);
+    const int64_t tokens = x.shape(0), heads = x.shape(1), dim = x.shape(2);
+    cos.dense("cos", kFloat32, {tokens, kAny});
+    sin.like("sin", cos);
+    require(2 * cos.shape(1) <= dim,
+            "cos is " + cos.describe() + "; needed: at most " + std::to_string(dim / 2) + " columns");
+    out.dense("out", x.kind(), {tokens, heads, dim});
+    const RotateArgs args{
+        x.data(), cos.data<const float>(), sin.data<const float>(), out.data(), x.stride(0), heads, dim, cos.shape(1),
+        x.dtype()};
+    parallel_ranges(x.size() > 0 ? tokens : 0, rows_per_item(heads * dim), threads,
                     [&](int64_t first, int64_t end) { table.rotate(args, first, end); });
 }
 
-void swiglu(const Kernels& table, uintptr_t gate, uintptr_t up, uintptr_t out, int64_t elements, DType dtype,
-            int threads) {
-    const SwigluArgs args{pointer<const void>(gate), pointer<const void>(up), pointer<void>(out), dtype};
-    parallel_ranges(elements, kElementsPerItem, threads,
+void swiglu(const Kernels& table, const Tensor& gate, const Tensor& up, const Tensor& out, int threads) {
+    gate.dense("gate", kActivations);
+    up.like("up", gate);
+    out.like("out", gate);
+    const SwigluArgs args{gate.data(), up.data(), out.data(), gate.dtype()};
+    parallel_ranges(gate.size(), kElementsPerItem, threads,
                     [&](int64_t first, int64_t end) { table.swiglu(args, first, end); });
 }
 
-std::shared_ptr<PackedMatrix> pack(Format format, int64_t rows, int64_t columns, uintptr_t weight, uintptr_t scale,
-                                   DType scale_dtype, int64_t scale_rows, int64_t scale_columns, int64_t block_rows,
-                                   int64_t block_columns, uintptr_t zero, uintptr_t order, bool quantizes, bool codes) {
-    return PackedMatrix::pack({format, rows, columns, pointer<const void>(weight), pointer<const void>(scale),
-                               scale_dtype, scale_rows, scale_columns, block_rows, block_columns,
-                               pointer<const uint8_t>(zero), pointer<const int32_t>(order), quantizes, codes});
+// --- Weights in panels ---
+
+// weight: as PackArgs has it; columns cannot be told from its shape where two of them share a byte. block: rows and
+// columns that share a scale.
+std::shared_ptr<PackedMatrix> pack(Format format, int64_t columns, const Tensor& weight, const Tensor& scale,
+                                   std::pair<int64_t, int64_t> block, const Tensor& zero, const Tensor& order,
+                                   bool quantizes, bool codes) {
+    weight.dense("weight", kAnyKind, {kAny, kAny});
+    const int64_t rows = weight.shape(0), row_bits = weight.shape(1) * weight.item_bits();
+    const auto [bits, has_scale, takes_zero, takes_order] = with_format(format, [](auto found) {
+        using F = decltype(found);
+        return std::tuple<int64_t, bool, bool, bool>(F::kBits, F::kHasScale, F::kTakesZero, F::kTakesOrder);
+    });
+    require(rows > 0 && columns > 0 && row_bits == (columns * bits + 7) / 8 * 8,
+            "weight is " + weight.describe() + "; needed: rows of " + std::to_string(columns) + " values of " +
+                std::to_string(bits) + " bits");
+    require(has_scale == static_cast<bool>(scale) && (takes_zero || !zero) && (takes_order || !order),
+            "a scale, a zero or an order that the format does not have");
+    PackArgs args{format, rows,        columns,      weight.data(), nullptr, DType::kFloat32, 1,
+                  1,      block.first, block.second, nullptr,       nullptr, quantizes,       codes};
+    if (scale) {
+        const auto [block_rows, block_columns] = block;
+        require(block_rows > 0 && block_columns > 0, "block has a size below 1");
+        scale.dense("scale", kFloats, {kAny, kAny});
+        args.scale = scale.data();
+        args.scale_dtype = scale.dtype();
+        args.scale_rows = scale.shape(0);
+        args.scale_columns = scale.shape(1);
+        const int64_t grid_rows = (rows + block_rows - 1) / block_rows;
+        const int64_t grid_columns = (columns + block_columns - 1) / block_columns;
+        require(
+            (args.scale_rows == 1 || args.scale_rows == grid_rows) &&
+                (args.scale_columns == 1 || (args.scale_columns == grid_columns && block_columns % kColumnUnit == 0)),
+            "scale is " + scale.describe() + "; needed: (" + std::to_string(grid_rows) + ", " +
+                std::to_string(grid_columns) + ") for blocks of (" + std::to_string(block_rows) + ", " +
+                std::to_string(block_columns) + ")");
+    }
+    if (zero) args.zero = zero.dense("zero", kUint8, {rows, args.scale_columns}).data<const uint8_t>();
+    if (order) args.order = order.dense("order", kInt32, {columns}).data<const int32_t>();
+    return PackedMatrix::pack(args);
 }
 
-template <class... F>
-void bind_formats(nb::module_& module, FormatList<F...>) {
-    nb::enum_<Format> formats(module, "Format");
-    (formats.value(F::kName, kFormat<F>), ...);
-}
-
-// The caller keeps the memory alive.
-std::shared_ptr<PackedMatrix> view(Format format, int64_t rows, int64_t columns, uintptr_t memory, int64_t nbytes,
+// The memory is kept alive by what is returned.
+std::shared_ptr<PackedMatrix> view(Format format, int64_t rows, int64_t columns, const Tensor& memory,
                                    DType scale_dtype, int64_t num_groups, int64_t group, int scale_lanes, bool has_zero,
-                                   uintptr_t order, bool quantizes, nb::handle /*owner*/) {
-    return PackedMatrix::view({format, rows, columns, pointer<const uint8_t>(memory), nbytes, scale_dtype, num_groups,
-                               group, scale_lanes, has_zero, pointer<const int32_t>(order), quantizes});
+                                   const Tensor& order, bool quantizes) {
+    memory.dense("memory", kUint8, {kAny});
+    const auto* permutation = order ? order.dense("order", kInt32, {columns}).data<const int32_t>() : nullptr;
+    return PackedMatrix::view({format, rows, columns, memory.data<const uint8_t>(), memory.size(), scale_dtype,
+                               num_groups, group, scale_lanes, has_zero, permutation, quantizes});
 }
 
-using Memory = nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>, nb::device::cpu>;
+using ByteArray = nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>, nb::device::cpu>;
 
 // The matrix's bytes as a tensor that keeps it alive.
-Memory memory(nb::handle self) {
+ByteArray memory(nb::handle self) {
     const auto& packed = nb::cast<const PackedMatrix&>(self);
-    return Memory(const_cast<uint8_t*>(packed.memory()), {static_cast<size_t>(packed.nbytes())}, self);
+    return ByteArray(const_cast<uint8_t*>(packed.memory()), {static_cast<size_t>(packed.nbytes())}, self);
 }
 
-void unpack_matrix(const Kernels& table, const PackedMatrix& weight, uintptr_t out, int threads) {
-    unpack(table, weight.matrix(), pointer<float>(out), threads);
+void unpack_matrix(const Kernels& table, const PackedMatrix& weight, const Tensor& out, int threads) {
+    out.dense("out", kFloat32, {weight.matrix().rows, weight.matrix().columns});
+    unpack(table, weight.matrix(), out.data<float>(), threads);
 }
 
-void embedding_rows(const Kernels& table, const PackedMatrix& weight, uintptr_t row_ids, int64_t num_ids, uintptr_t out,
-                    DType out_dtype, int threads) {
-    embedding(table, weight.matrix(), pointer<const int64_t>(row_ids), num_ids, pointer<void>(out), out_dtype, threads);
+void embedding_rows(const Kernels& table, const PackedMatrix& weight, const Tensor& row_ids, const Tensor& out,
+                    int threads) {
+    row_ids.dense("row_ids", kInt64);
+    out.dense("out", kActivations);
+    const int64_t count = row_ids.size(), columns = weight.matrix().columns;
+    require(out.ndim() > 0 && out.shape(-1) == columns && out.size() == count * columns,
+            "out is " + out.describe() + "; needed: " + std::to_string(count) + " rows of " + std::to_string(columns));
+    embedding(table, weight.matrix(), row_ids.data<const int64_t>(), count, out.data(), out.dtype(), threads);
 }
 
-// Weight, bias or 0, the bias's type, where the product goes.
-using Output = std::tuple<std::shared_ptr<PackedMatrix>, uintptr_t, DType, uintptr_t>;
+// Weight, bias or None, where the product goes.
+using OutputTuple = std::tuple<MatrixPointer, Tensor, Tensor>;
 
-void linear_rows(const Kernels& table, uintptr_t x, int64_t rows, DType x_dtype, const std::vector<Output>& outputs,
-                 DType out_dtype, int threads) {
+void linear_rows(const Kernels& table, const Tensor& x, const std::vector<OutputTuple>& outputs, int threads) {
+    x.dense("x", kActivations, {kAny, kAny});
+    const int64_t rows = x.shape(0);
     std::vector<Projection> projections;
-    for (const auto& [weight, bias, bias_dtype, out] : outputs) {
-        if (!weight) throw std::invalid_argument("a weight is not in panels");
-        projections.push_back({&weight->matrix(), {pointer<const void>(bias), bias_dtype}, pointer<void>(out)});
+    DType out_dtype = x.dtype();
+    for (const auto& [weight, bias, out] : outputs) {
+        require(weight != nullptr, "a weight is not in panels");
+        const Matrix& matrix = weight->matrix();
+        x.dense("x", kActivations, {rows, matrix.columns});
+        out.dense("out", kActivations, {rows, matrix.rows});
+        if (bias) bias.dense("bias", kFloats, {matrix.rows});
+        require(projections.empty() || out.dtype() == out_dtype, "out is of another type than the first one");
+        out_dtype = out.dtype();
+        projections.push_back(
+            {&matrix, {bias ? bias.data() : nullptr, bias ? bias.dtype() : DType::kFloat32}, out.data()});
     }
-    linear({&table, threads}, {pointer<const void>(x), x_dtype, rows, out_dtype}, projections);
+    if (rows > 0) linear({&table, threads}, {x.data(), x.dtype(), rows, out_dtype}, projections);
 }
 
-void route_tokens(const Kernels& table, const PackedMatrix& weight, uintptr_t x, int64_t rows, DType x_dtype, int64_t k,
-                  bool normalises, float sum_eps, uintptr_t ids, uintptr_t weights, int threads) {
-    route({&table, threads}, {{pointer<const void>(x), x_dtype, rows, x_dtype},
-                              &weight.matrix(),
+void route_tokens(const Kernels& table, const PackedMatrix& weight, const Tensor& x, bool normalises, float sum_eps,
+                  const Tensor& ids, const Tensor& gate_weights, int threads) {
+    const Matrix& matrix = weight.matrix();
+    x.dense("x", kActivations, {kAny, matrix.columns});
+    const int64_t rows = x.shape(0);
+    ids.dense("ids", kInt64, {rows, kAny});
+    const int64_t k = ids.shape(1);
+    gate_weights.dense("gate_weights", kFloat32, {rows, k});
+    require(k >= 1 && k <= matrix.rows,
+            "ids is " + ids.describe() + "; needed: 1 to " + std::to_string(matrix.rows) + " experts for each row");
+    if (rows == 0) return;
+    route({&table, threads}, {{x.data(), x.dtype(), rows, x.dtype()},
+                              &matrix,
                               {nullptr, DType::kFloat32},
                               {Scoring::kSoftmax, k, nullptr, 1, 1, normalises, sum_eps, 1.0f, 0.0f},
-                              pointer<int64_t>(ids),
-                              pointer<float>(weights)});
+                              ids.data<int64_t>(),
+                              gate_weights.data<float>()});
 }
+
+void moe_layer(const Kernels& table, const Experts& experts, const Tensor& x, const Tensor& expert_ids,
+               const Tensor& gate_weights, const Tensor& out, float alpha, float offset, float limit, int threads) {
+    require(!experts.experts.empty(), "a mixture of no experts");
+    x.dense("x", kActivations, {kAny, experts.experts.front().gate->matrix().columns});
+    const int64_t tokens = x.shape(0);
+    expert_ids.dense("expert_ids", kInt64, {tokens, kAny});
+    const int64_t k = expert_ids.shape(1);
+    require(k >= 1, "expert_ids is " + expert_ids.describe() + "; needed: at least one expert for each row");
+    gate_weights.dense("gate_weights", kFloat32, {tokens, k});
+    out.like("out", x);
+    if (tokens == 0) return;
+    moe({&table, threads}, {&experts.experts,
+                            x.data(),
+                            x.dtype(),
+                            tokens,
+                            expert_ids.data<const int64_t>(),
+                            gate_weights.data<const float>(),
+                            k,
+                            {alpha, offset, limit},
+                            out.data()});
+}
+
+// --- Attention ---
+
+void make_plan(AttentionPlan* self, const Tensor& query_starts, const Tensor& context_lengths,
+               const Tensor& block_tables, int64_t block_size) {
+    context_lengths.dense("context_lengths", kInt64, {kAny});
+    const int64_t count = context_lengths.shape(0);
+    query_starts.dense("query_starts", kInt64, {count + 1});
+    block_tables.rows("block_tables", kInt64, {count, kAny});
+    new (self)
+        AttentionPlan(query_starts.data<const int64_t>(), context_lengths.data<const int64_t>(), count,
+                      block_tables.data<const int64_t>(), block_tables.stride(0), block_tables.shape(1), block_size);
+}
+
+CacheView cache_view(const Tensor& cache) {
+    return {cache.data(), cache.dtype(), cache.stride(0), cache.stride(1), cache.shape(2)};
+}
+
+// The parts of an attention's arguments that both functions below have.
+AttentionArgs attention_args(const AttentionPlan& plan, int64_t tokens, int64_t heads, const Tensor& keys,
+                             const Tensor& values, float scale, std::optional<int64_t> window, const Tensor& sinks) {
+    AttentionArgs args{};
+    args.keys = cache_view(keys);
+    args.values = cache_view(values);
+    args.heads = heads;
+    args.kv_heads = keys.shape(1);
+    args.scale = scale;
+    args.window = window.value_or(0);
+    if (sinks) args.sinks = sinks.dense("sinks", kFloat32, {heads}).data<const float>();
+    require(window.value_or(1) >= 1, "window is " + std::to_string(args.window) + "; needed: at least 1");
+    require(args.kv_heads > 0 && args.keys.dim > 0 && heads % args.kv_heads == 0,
+            "keys is " + keys.describe() + "; needed: a divisor of " + std::to_string(heads) + " heads");
+    require(plan.num_tokens() == tokens,
+            "query has " + std::to_string(tokens) + " rows; needed: " + std::to_string(plan.num_tokens()));
+    require(plan.num_slots() <= keys.shape(0),
+            "keys is " + keys.describe() + "; needed: " + std::to_string(plan.num_slots()) + " slots");
+    return args;
+}
+
+void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tensor& query, const Tensor& keys,
+            const Tensor& values, const Tensor& out, float scale, std::optional<int64_t> window, const Tensor& sinks,
+            int threads) {
+    keys.rows("keys", kActivations, {kAny, kAny, kAny});
+    values.rows("values", kActivations, {keys.shape(0), keys.shape(1), kAny});
+    query.rows("query", kActivations, {kAny, kAny, keys.shape(2)});
+    const int64_t tokens = query.shape(0), heads = query.shape(1);
+    out.dense("out", query.kind(), {tokens, heads, values.shape(2)});
+    AttentionArgs args = attention_args(plan, tokens, heads, keys, values, scale, window, sinks);
+    args.query = query.data();
+    args.query_dtype = query.dtype();
+    args.query_token_stride = query.stride(0);
+    args.query_head_stride = query.stride(1);
+    args.out = out.data();
+    if (out.size() > 0) paged_attention(table, plan, args, threads);
+}
+
+// norms: of queries and keys; rotary: cos and sin; both or neither of each. Everything is of one type.
+void attend_cached(const AttentionKernels& table, const Kernels& kernels, const AttentionPlan& plan,
+                   const std::tuple<Tensor, Tensor, Tensor>& rows, const std::tuple<Tensor, Tensor>& caches,
+                   const Tensor& slot_ids, const std::tuple<Tensor, Tensor>& norms, float eps,
+                   const std::tuple<Tensor, Tensor>& rotary, const Tensor& out, float scale,
+                   std::optional<int64_t> window, const Tensor& sinks, int threads) {
+    const auto& [query, key, value] = rows;
+    const auto& [keys, values] = caches;
+    const auto& [query_norm, key_norm] = norms;
+    const auto& [cos, sin] = rotary;
+    query.rows("query", kActivations, {kAny, kAny});
+    const unsigned kind = query.kind();
+    keys.dense("keys", kind, {kAny, kAny, kAny});
+    const int64_t tokens = query.shape(0), kv_heads = keys.shape(1), dim = keys.shape(2);
+    values.dense("values", kind, {keys.shape(0), kv_heads, kAny});
+    const int64_t value_dim = values.shape(2), heads = dim > 0 ? query.shape(1) / dim : 0;
+    query.rows("query", kind, {tokens, heads * dim});
+    key.rows("key", kind, {tokens, kv_heads * dim});
+    value.rows("value", kind, {tokens, kv_heads * value_dim});
+    slot_ids.dense("slot_ids", kInt64, {tokens});
+    out.dense("out", kind, {tokens, heads * value_dim});
+    CachedAttentionArgs args{};
+    args.attention = attention_args(plan, tokens, heads, keys, values, scale, window, sinks);
+    args.attention.out = out.data();
+    args.query = query.data();
+    args.key = key.data();
+    args.value = value.data();
+    args.dtype = query.dtype();
+    args.query_stride = query.stride(0);
+    args.key_stride = key.stride(0);
+    args.value_stride = value.stride(0);
+    if (query_norm) {
+        query_norm.dense("query_norm", kActivations, {dim});
+        key_norm.like("key_norm", query_norm);
+        args.query_norm = query_norm.data();
+        args.key_norm = key_norm.data();
+        args.norm_dtype = query_norm.dtype();
+    }
+    args.eps = eps;
+    if (cos) {
+        cos.dense("cos", kFloat32, {tokens, kAny});
+        sin.like("sin", cos);
+        require(2 * cos.shape(1) <= dim,
+                "cos is " + cos.describe() + "; needed: at most " + std::to_string(dim / 2) + " columns");
+        args.cos = cos.data<const float>();
+        args.sin = sin.data<const float>();
+        args.half = cos.shape(1);
+    }
+    args.keys = keys.data();
+    args.values = values.data();
+    args.slot_ids = slot_ids.data<const int64_t>();
+    args.num_slots = keys.shape(0);
+    if (out.size() > 0) cached_attention(kernels, table, plan, args, threads);
+}
+
+void write_rows(const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value,
+                const Tensor& slot_ids, int threads) {
+    slot_ids.dense("slot_ids", kInt64, {kAny});
+    const int64_t tokens = slot_ids.size();
+    keys.dense("keys", kFloats, {kAny, kAny, kAny});
+    values.dense("values", kFloats, {keys.shape(0), kAny, kAny});
+    key.dense("key", keys.kind(), {tokens, keys.shape(1), keys.shape(2)});
+    value.dense("value", values.kind(), {tokens, values.shape(1), values.shape(2)});
+    const auto args = [](const Tensor& rows, const Tensor& cache) {
+        const int64_t bytes = cache.shape(1) * cache.shape(2) * cache.item_bits() / 8;
+        return WriteArgs{rows.data(), bytes, cache.data(), bytes, bytes};
+    };
+    write_kv(args(key, keys), args(value, values), slot_ids.data<const int64_t>(), tokens, keys.shape(0), threads);
+}
+
+// --- Choosing tokens ---
 
 // top_k (0: no limit), temperature, top_p, min_p; seed; place.
 using DrawTuple = std::tuple<std::tuple<int64_t, double, double, double>, uint64_t, uint64_t>;
 
-std::vector<int64_t> draw_tokens(const Kernels& kernels, uintptr_t logits, int64_t vocabulary,
-                                 const std::vector<DrawTuple>& rows, int threads) {
+std::vector<int64_t> draw_tokens(const Kernels& kernels, const Tensor& logits, const std::vector<DrawTuple>& rows,
+                                 int threads) {
+    logits.dense("logits", kFloat32, {static_cast<int64_t>(rows.size()), kAny});
+    const int64_t vocabulary = logits.shape(1);
+    require(vocabulary > 0, "logits is " + logits.describe() + "; needed: a vocabulary");
     std::vector<DrawParams> params;
     for (const auto& [how, seed, index] : rows) {
         const auto& [top_k, temperature, top_p, min_p] = how;
-        if (top_k < 0) throw std::invalid_argument("top_k " + std::to_string(top_k));
+        require(top_k >= 0, "top_k is " + std::to_string(top_k) + "; needed: at least 0");
         const int64_t limit = top_k == 0 ? vocabulary : std::min(top_k, vocabulary);
         params.push_back({limit, temperature, top_p, min_p, seed, index});
     }
     std::vector<int64_t> tokens(rows.size());
-    draw(kernels, pointer<const float>(logits), vocabulary, params, tokens.data(), threads);
+    draw(kernels, logits.data<const float>(), vocabulary, params, tokens.data(), threads);
     return tokens;
 }
 
-// Reads every byte of the weights once, as fast as a plain loop can: the read bandwidth for benchmarks/kernels.py.
-uint64_t checksum(const std::vector<std::shared_ptr<PackedMatrix>>& weights, int threads) {
-    constexpr int64_t kBytesPerItem = 1 << 18;
-    struct Item {
-        const uint8_t* data;
-        int64_t bytes;
-    };
-    std::vector<Item> items;
-    for (const auto& weight : weights) {
-        if (!weight) throw std::invalid_argument("a weight is not in panels");
-        for (int64_t at = 0; at < weight->nbytes(); at += kBytesPerItem) {
-            items.push_back({weight->memory() + at, std::min(kBytesPerItem, weight->nbytes() - at)});
-        }
+// --- A step in one call ---
+
+// Token ids, first position, block ids, how many of the last tokens' logits are wanted.
+using SequenceTuple = std::tuple<std::vector<int64_t>, int64_t, std::vector<int64_t>, int64_t>;
+
+// Buffers start at these bytes of `arena`. expert_ids and gate_weights: [routes, tokens, k].
+void run(const ProgramBuilder& self, size_t first, size_t end, const Kernels& kernels,
+         const AttentionKernels& attention, const Memory& memory, const std::vector<SequenceTuple>& sequences,
+         DType dtype, const Tensor& arena, const std::vector<int64_t>& starts, const Tensor& expert_ids,
+         const Tensor& gate_weights, const Tensor& logits, int threads) {
+    require(first <= end && end <= self.num_instructions() && starts.size() == self.widths.size(),
+            "instructions or buffers that there are not");
+    require(memory.dtype == dtype, "caches of another type than the activations");
+    self.check_memory(memory);
+    StepArgs args{{}, dtype, {}, nullptr, nullptr, nullptr, 0};
+    int64_t tokens = 0;
+    for (const auto& [token_ids, position, block_ids, wanted] : sequences) {
+        args.sequences.push_back({token_ids, position, block_ids, wanted});
+        tokens += static_cast<int64_t>(token_ids.size());
     }
+    arena.dense("arena", kUint8, {kAny});
+    for (size_t i = 0; i < starts.size(); ++i) {
+        const int64_t item = self.program.is_wide[i] || dtype == DType::kFloat32 ? 4 : 2;
+        char* buffer = arena.data<char>() + starts[i];
+        require(starts[i] >= 0 && starts[i] + tokens * self.widths[i] * item <= arena.size() &&
+                    reinterpret_cast<uintptr_t>(buffer) % kLineBytes == 0,
+                "a buffer that the arena does not hold");
+        args.buffers.push_back(buffer);
+    }
+    const int64_t k = self.program.num_active;
+    expert_ids.dense("expert_ids", kInt64, {kAny, tokens, k});
+    gate_weights.dense("gate_weights", kFloat32, {expert_ids.shape(0), tokens, k});
+    require(expert_ids.shape(0) >= self.num_routes,
+            "expert_ids is " + expert_ids.describe() + "; needed: " + std::to_string(self.num_routes) + " routes");
+    logits.dense("logits", kFloat32, {kAny, self.vocabulary > 0 ? self.vocabulary : kAny});
+    args.expert_ids = expert_ids.data<int64_t>();
+    args.gate_weights = gate_weights.data<float>();
+    args.logits = logits.data<float>();
+    args.num_logits = logits.shape(0);
+    run_step(kernels, attention, self.program, memory.step, args, first, end, threads);
+}
+
+// --- Read bandwidth, for benchmarks: every byte once, as fast as a plain loop can ---
+
+uint64_t sum_words(const std::vector<std::pair<const uint8_t*, int64_t>>& pieces, int threads) {
     std::atomic<uint64_t> total{0};
-    parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t i) {
-        const Item& item = items[static_cast<size_t>(i)];
-        const auto* words = reinterpret_cast<const uint64_t*>(item.data);
+    parallel_for(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
+        const auto& [data, bytes] = pieces[static_cast<size_t>(i)];
+        const auto* words = reinterpret_cast<const uint64_t*>(data);
         uint64_t sums[8] = {};
-        for (int64_t line = 0; line < item.bytes / kLineBytes; ++line, words += 8) {
+        for (int64_t line = 0; line < bytes / kLineBytes; ++line, words += 8) {
 #pragma GCC unroll 8
             for (int lane = 0; lane < 8; ++lane) sums[lane] += words[lane];
         }
@@ -199,37 +450,46 @@ uint64_t checksum(const std::vector<std::shared_ptr<PackedMatrix>>& weights, int
     return total;
 }
 
-// Biases are float32 and kept alive by the caller; 0: none.
-void add_expert(Experts& table, std::shared_ptr<PackedMatrix> gate, std::shared_ptr<PackedMatrix> up,
-                std::shared_ptr<PackedMatrix> down, uintptr_t gate_bias, uintptr_t up_bias, uintptr_t down_bias) {
-    const auto bias = [](uintptr_t address) { return Bias{pointer<const void>(address), DType::kFloat32}; };
-    table.experts.push_back(
-        {std::move(gate), std::move(up), std::move(down), bias(gate_bias), bias(up_bias), bias(down_bias)});
+void add_pieces(const uint8_t* data, int64_t bytes, std::vector<std::pair<const uint8_t*, int64_t>>& pieces) {
+    constexpr int64_t kPieceBytes = 1 << 18;
+    for (int64_t at = 0; at < bytes; at += kPieceBytes) {
+        pieces.emplace_back(data + at, std::min(kPieceBytes, bytes - at));
+    }
 }
 
-void moe_layer(const Kernels& table, const Experts& experts, uintptr_t x, uintptr_t expert_ids, uintptr_t gate_weights,
-               uintptr_t out, int64_t tokens, int64_t num_active, float alpha, float offset, float limit, DType x_dtype,
-               int threads) {
-    moe({&table, threads}, {&experts.experts,
-                            pointer<const void>(x),
-                            x_dtype,
-                            tokens,
-                            pointer<const int64_t>(expert_ids),
-                            pointer<const float>(gate_weights),
-                            num_active,
-                            {alpha, offset, limit},
-                            pointer<void>(out)});
+uint64_t checksum(const std::vector<MatrixPointer>& weights, int threads) {
+    std::vector<std::pair<const uint8_t*, int64_t>> pieces;
+    for (const auto& weight : weights) {
+        require(weight != nullptr, "a weight is not in panels");
+        add_pieces(weight->memory(), weight->nbytes(), pieces);
+    }
+    return sum_words(pieces, threads);
+}
+
+uint64_t read_memory(const Tensor& memory, int threads) {
+    memory.dense("memory", kAnyKind);
+    std::vector<std::pair<const uint8_t*, int64_t>> pieces;
+    add_pieces(memory.data<const uint8_t>(), memory.size() * memory.item_bits() / 8, pieces);
+    return sum_words(pieces, threads);
+}
+
+template <class... F>
+void bind_formats(nb::module_& module, FormatList<F...>) {
+    nb::enum_<Format> formats(module, "Format");
+    (formats.value(F::kName, kFormat<F>), ...);
 }
 
 }  // namespace
 }  // namespace amalgam
 
+// Arguments go by position where calls are made in every layer of every step: matching names costs time.
 NB_MODULE(_native, module) {
     // A process that ends with its weights in memory is not at fault.
     nanobind::set_leak_warnings(false);
     using namespace nb::literals;
     using namespace amalgam;
     using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+    const auto optional = [] { return nb::arg().none(); };
     nb::enum_<DType>(module, "DType")
         .value("float32", DType::kFloat32)
         .value("bfloat16", DType::kBfloat16)
@@ -243,31 +503,69 @@ NB_MODULE(_native, module) {
         .def_prop_ro("zero_offset", &PackedMatrix::zero_offset);
     nb::class_<Experts>(module, "Experts")
         .def(nb::init<>())
-        .def("add", &add_expert, "gate"_a, "up"_a, "down"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a);
-    // What every layer of every step calls takes its arguments by position: matching names costs time.
+        .def("add", &Experts::add, nb::arg(), nb::arg(), nb::arg(), optional(), optional(), optional());
     nb::class_<Kernels>(module, "Kernels")
         .def_prop_ro("isa", [](const Kernels& table) { return table.isa; })
-        .def("rms_norm", &amalgam::rms_norm, Unlocked())
+        .def("rms_norm", &amalgam::rms_norm, nb::arg(), optional(), optional(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), Unlocked())
         .def("rotate", &amalgam::rotate, Unlocked())
-        .def("swiglu", &amalgam::swiglu, "gate"_a, "up"_a, "out"_a, "elements"_a, "dtype"_a, "threads"_a, Unlocked())
-        .def("unpack", &unpack_matrix, "weight"_a, "out"_a, "threads"_a, Unlocked())
-        .def("embedding", &embedding_rows, "weight"_a, "row_ids"_a, "num_ids"_a, "out"_a, "out_dtype"_a, "threads"_a,
-             Unlocked())
+        .def("swiglu", &amalgam::swiglu, Unlocked())
+        .def("unpack", &unpack_matrix, Unlocked())
+        .def("embedding", &embedding_rows, Unlocked())
         .def("linear", &linear_rows, Unlocked())
         .def("route", &route_tokens, Unlocked())
         .def("moe", &moe_layer, Unlocked());
-    module.def("pack", &pack, "format"_a, "rows"_a, "columns"_a, "weight"_a, "scale"_a, "scale_dtype"_a, "scale_rows"_a,
-               "scale_columns"_a, "block_rows"_a, "block_columns"_a, "zero"_a, "order"_a, "quantizes"_a, "codes"_a,
-               Unlocked());
-    module.def("draw", &draw_tokens, Unlocked());
-    module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "nbytes"_a, "scale_dtype"_a,
-               "num_groups"_a, "group"_a, "scale_lanes"_a, "has_zero"_a, "order"_a, "quantizes"_a, "owner"_a,
-               nb::keep_alive<0, 13>());
+    module.def("pack", &pack, "format"_a, "columns"_a, "weight"_a, "scale"_a.none(), "block"_a, "zero"_a.none(),
+               "order"_a.none(), "quantizes"_a, "codes"_a, Unlocked());
+    module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "scale_dtype"_a, "num_groups"_a, "group"_a,
+               "scale_lanes"_a, "has_zero"_a, "order"_a.none(), "quantizes"_a, nb::keep_alive<0, 4>());
     module.def("most_coded_bytes", &most_coded_bytes, "rows"_a, "columns"_a);
     module.attr("layout_version") = kLayoutVersion;
-    module.def("checksum", &checksum, "weights"_a, "threads"_a, Unlocked());
+    module.def("draw", &draw_tokens, Unlocked());
+    module.def("checksum", &checksum, Unlocked());
+    module.def("read_memory", &read_memory, Unlocked());
     module.def("supported_isas", &supported_isas);
     module.def("kernels", &kernels, "isa"_a, nb::rv_policy::reference);
-    bind_attention(module);
-    bind_step(module);
+    module.def("attention_kernels", &attention_kernels, "isa"_a, nb::rv_policy::reference);
+    nb::class_<AttentionPlan>(module, "AttentionPlan")
+        .def("__init__", &make_plan)
+        .def_prop_ro("num_tokens", &AttentionPlan::num_tokens)
+        .def_prop_ro("num_slots", &AttentionPlan::num_slots);
+    nb::class_<AttentionKernels>(module, "AttentionKernels")
+        .def_prop_ro("isa", [](const AttentionKernels& table) { return table.isa; })
+        .def("attend", &attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(),
+             optional(), nb::arg(), Unlocked())
+        .def("attend_cached", &attend_cached, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(), optional(), nb::arg(), Unlocked());
+    module.def("write_kv", &write_rows, Unlocked());
+    nb::enum_<Scoring>(module, "Scoring")
+        .value("softmax", Scoring::kSoftmax)
+        .value("sigmoid", Scoring::kSigmoid)
+        .value("chosen", Scoring::kChosen)
+        .value("mixer", Scoring::kMixer);
+    nb::enum_<ElementwiseKind>(module, "Elementwise")
+        .value("add", ElementwiseKind::kAdd)
+        .value("clamp", ElementwiseKind::kClamp)
+        .value("gelu", ElementwiseKind::kGelu);
+    using Buffers = std::vector<std::tuple<int64_t, bool>>;
+    using TensorPairs = std::vector<std::pair<Tensor, Tensor>>;
+    nb::class_<Memory>(module, "StepMemory").def(nb::init<const TensorPairs&, int64_t, const TensorPairs&, int64_t>());
+    nb::class_<ProgramBuilder>(module, "Program")
+        .def(nb::init<const Buffers&, int64_t>())
+        .def_prop_ro("num_instructions", &ProgramBuilder::num_instructions)
+        .def("add_embed", &ProgramBuilder::add_embed, optional(), optional(), nb::arg(), nb::arg(), nb::arg())
+        .def("add_normalize", &ProgramBuilder::add_normalize, nb::arg(), nb::arg(), optional(), optional(), nb::arg(),
+             nb::arg(), nb::arg())
+        .def("add_project", &ProgramBuilder::add_project)
+        .def("add_attend", &ProgramBuilder::add_attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             optional(), optional(), nb::arg(), nb::arg(), optional(), optional(), nb::arg())
+        .def("add_attend_latent", &ProgramBuilder::add_attend_latent)
+        .def("add_route", &ProgramBuilder::add_route, nb::arg(), nb::arg(), optional(), optional(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
+        .def("add_mix", &ProgramBuilder::add_mix, nb::keep_alive<1, 3>())
+        .def("add_swiglu", &ProgramBuilder::add_swiglu)
+        .def("add_elementwise", &ProgramBuilder::add_elementwise, nb::arg(), nb::arg(), optional(), nb::arg())
+        .def("add_scale", &ProgramBuilder::add_scale)
+        .def("add_head", &ProgramBuilder::add_head, nb::arg(), nb::arg(), optional())
+        .def("run", &run, Unlocked());
 }

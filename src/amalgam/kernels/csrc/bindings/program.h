@@ -1,0 +1,357 @@
+// A program under construction: what Python adds to it is checked here, once, and kept alive.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings/tensor.h"
+#include "step/step.h"
+
+namespace amalgam {
+
+using OptionalColumns = std::optional<std::tuple<int64_t, int64_t, int64_t, int64_t>>;
+using ColumnsTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // buffer, stride, start, width
+using MatrixPointer = std::shared_ptr<PackedMatrix>;
+using ProjectionTuple = std::tuple<MatrixPointer, Tensor, ColumnsTuple>;  // weight, bias or None, out
+
+// The experts of one layer as Python holds them.
+struct Experts {
+    std::vector<ExpertWeights> experts;
+    std::vector<nanobind::object> biases;
+
+    // All of one shape; biases are float32.
+    void add(const MatrixPointer& gate, const MatrixPointer& up, const MatrixPointer& down, const Tensor& gate_bias,
+             const Tensor& up_bias, const Tensor& down_bias) {
+        require(gate && up && down, "an expert's weight is not in panels");
+        const Matrix& first = experts.empty() ? gate->matrix() : experts.front().gate->matrix();
+        const int64_t width = first.rows, hidden = first.columns;
+        const auto check = [](const char* name, const Matrix& found, int64_t rows, int64_t columns) {
+            require(found.rows == rows && found.columns == columns,
+                    std::string(name) + " is " + std::to_string(found.rows) + " x " + std::to_string(found.columns) +
+                        "; needed: " + std::to_string(rows) + " x " + std::to_string(columns));
+        };
+        check("gate", gate->matrix(), width, hidden);
+        check("up", up->matrix(), width, hidden);
+        check("down", down->matrix(), hidden, width);
+        const auto bias = [&](const char* name, const Tensor& tensor, int64_t size) {
+            if (!tensor) return Bias{nullptr, DType::kFloat32};
+            tensor.dense(name, kFloat32, {size});
+            biases.push_back(nanobind::borrow(tensor.object()));
+            return Bias{tensor.data(), DType::kFloat32};
+        };
+        const Bias at_gate = bias("gate_bias", gate_bias, width), at_up = bias("up_bias", up_bias, width),
+                   at_down = bias("down_bias", down_bias, hidden);
+        experts.push_back({gate, up, down, at_gate, at_up, at_down});
+    }
+};
+
+// Caches and rotary tables of all layers, and what keeps them alive.
+struct Memory {
+    StepMemory step{};
+    DType dtype = DType::kFloat32;                                      // of the caches
+    std::vector<std::pair<int64_t, int64_t>> key_shapes, value_shapes;  // heads and dim
+    std::vector<nanobind::object> tensors;
+
+    Memory(const std::vector<std::pair<Tensor, Tensor>>& caches, int64_t block_size,
+           const std::vector<std::pair<Tensor, Tensor>>& ropes, int64_t num_positions) {
+        require(!caches.empty() && block_size >= 1, "a cache without layers or with empty blocks");
+        caches.front().first.rows("keys", kActivations, {kAny, kAny, kAny}, 3);
+        step.num_slots = caches.front().first.shape(0);
+        step.block_size = block_size;
+        step.num_positions = num_positions;
+        dtype = caches.front().first.dtype();
+        const auto cache = [&](const char* name, const Tensor& tensor, auto& addresses, auto& shapes) {
+            tensor.dense(name, caches.front().first.kind(), {step.num_slots, kAny, kAny});
+            addresses.push_back(tensor.data());
+            shapes.emplace_back(tensor.shape(1), tensor.shape(2));
+            tensors.push_back(nanobind::borrow(tensor.object()));
+        };
+        for (const auto& [keys, values] : caches) {
+            cache("keys", keys, step.keys, key_shapes);
+            cache("values", values, step.values, value_shapes);
+        }
+        for (const auto& [cos, sin] : ropes) {
+            cos.dense("cos", kFloat32, {kAny, kAny});
+            sin.like("sin", cos);
+            require(cos.shape(0) >= num_positions,
+                    "cos is " + cos.describe() + "; needed: " + std::to_string(num_positions) + " rows");
+            step.cos.push_back(cos.data<const float>());
+            step.sin.push_back(sin.data<const float>());
+            step.half.push_back(cos.shape(1));
+            tensors.push_back(nanobind::borrow(cos.object()));
+            tensors.push_back(nanobind::borrow(sin.object()));
+        }
+    }
+};
+
+struct ProgramBuilder {
+    Program program;
+    std::vector<int64_t> widths;  // of the buffers
+    std::vector<nanobind::object> kept;
+    int64_t num_routes = 0, vocabulary = 0;
+
+    ProgramBuilder(const std::vector<std::tuple<int64_t, bool>>& buffers, int64_t num_active) {
+        for (const auto& [width, is_wide] : buffers) {
+            widths.push_back(width);
+            program.is_wide.push_back(is_wide);
+        }
+        program.num_active = num_active;
+    }
+
+    size_t num_instructions() const { return program.instructions.size(); }
+
+    // In panels, or else rows as they are.
+    void add_embed(const MatrixPointer& matrix, const Tensor& rows, const ColumnsTuple& out, bool by_position,
+                   bool adds) {
+        Embed embed{matrix, nullptr, DType::kFloat32, 0, narrow(out), by_position, adds};
+        int64_t width = 0;
+        if (matrix != nullptr) {
+            embed.num_rows = matrix->matrix().rows;
+            width = matrix->matrix().columns;
+        } else {
+            rows.dense("rows", kFloats, {kAny, kAny});
+            embed.rows = keep(rows);
+            embed.dtype = rows.dtype();
+            embed.num_rows = rows.shape(0);
+            width = rows.shape(1);
+        }
+        require(width == embed.out.width, "an embedding of another width than its rows");
+        program.instructions.emplace_back(std::move(embed));
+    }
+
+    void add_normalize(const ColumnsTuple& x, const Tensor& weight, const Tensor& bias, const OptionalColumns& delta,
+                       const ColumnsTuple& out, float eps, bool rounds_last) {
+        Normalize norm{narrow(x), {0, 0, 0, 0}, narrow(out), {}, nullptr, 0, eps, rounds_last};
+        weight.dense("weight", kActivations, {kAny});
+        norm.size = weight.size();
+        require(norm.size > 0 && norm.x.width % norm.size == 0 && norm.x.width == norm.out.width,
+                "a norm of another size than its rows");
+        if (delta) {
+            norm.delta = narrow(*delta);
+            require(norm.delta.width == norm.x.width, "a sum of rows of different sizes");
+        }
+        norm.weight = {keep(weight), weight.dtype()};
+        if (bias) norm.bias = keep(bias.like("bias", weight));
+        program.instructions.emplace_back(norm);
+    }
+
+    void add_project(const ColumnsTuple& x, const std::vector<ProjectionTuple>& projections, bool widens) {
+        Project project{whole(x), {}, {}, widens};
+        require(!projections.empty(), "a product with nothing");
+        for (const auto& [matrix, bias, out] : projections) {
+            project.outs.push_back(whole(out));
+            require(is_wide(project.outs.back()) == is_wide(project.outs.front()), "products of two types");
+            project.weights.push_back(weight(matrix, bias, project.outs.back().width, project.x.width));
+        }
+        program.instructions.emplace_back(std::move(project));
+    }
+
+    // rows: query, key, value, out; rope: -1: none.
+    void add_attend(const std::vector<ColumnsTuple>& rows, int64_t layer, int64_t heads, int64_t kv_heads,
+                    int64_t head_dim, const Tensor& query_norm, const Tensor& key_norm, float head_norm_eps,
+                    float scale, std::optional<int64_t> window, const Tensor& sinks, int64_t rope) {
+        Attend attend{};
+        attend.query = columns(rows.at(0));
+        attend.key = columns(rows.at(1));
+        attend.value = columns(rows.at(2));
+        attend.out = narrow(rows.at(3));
+        require(kv_heads > 0 && head_dim > 0 && heads % kv_heads == 0 && window.value_or(1) >= 1 && layer >= 0,
+                "attention of " + std::to_string(heads) + " heads over " + std::to_string(kv_heads));
+        require(attend.query.width == heads * head_dim && attend.out.width == heads * head_dim &&
+                    attend.key.width == kv_heads * head_dim && attend.value.width == kv_heads * head_dim,
+                "attention over rows of other sizes than its heads");
+        for (const Columns& part : {attend.query, attend.key, attend.value}) {
+            require(!is_wide(part), "float32 rows where activations are needed");
+        }
+        require(static_cast<bool>(query_norm) == static_cast<bool>(key_norm), "a norm of queries or of keys alone");
+        attend.layer = layer;
+        attend.heads = heads;
+        attend.kv_heads = kv_heads;
+        attend.head_dim = head_dim;
+        if (query_norm) {
+            query_norm.dense("query_norm", kActivations, {head_dim});
+            attend.query_norm = {keep(query_norm), query_norm.dtype()};
+            attend.key_norm = {keep(key_norm.like("key_norm", query_norm)), key_norm.dtype()};
+        }
+        attend.head_norm_eps = head_norm_eps;
+        attend.scale = scale;
+        attend.window = window.value_or(0);
+        attend.sinks = floats("sinks", sinks, heads);
+        attend.rope = rope;
+        program.instructions.emplace_back(attend);
+    }
+
+    // rows: query, compressed, out; matrices: by head, [latent, nope] and [value, latent].
+    void add_attend_latent(const std::vector<ColumnsTuple>& rows, int64_t layer,
+                           const std::vector<MatrixPointer>& to_keys, const std::vector<MatrixPointer>& to_values,
+                           const Tensor& norm, float eps, float scale, int64_t rope_dim, int64_t rope,
+                           bool is_interleaved) {
+        AttendLatent attend{narrow(rows.at(0)), narrow(rows.at(1)), narrow(rows.at(2)), layer, rope, {}};
+        const auto heads = static_cast<int64_t>(to_keys.size());
+        require(heads > 0 && to_values.size() == to_keys.size() && layer >= 0 && rope >= 0 && rope_dim % 2 == 0 &&
+                    to_keys.front() && to_values.front(),
+                "latent attention without heads");
+        LatentHeads& found = attend.heads;
+        found.nope = to_keys.front()->matrix().columns;
+        found.latent = to_keys.front()->matrix().rows;
+        found.value = to_values.front()->matrix().rows;
+        found.rope = rope_dim;
+        require(attend.query.width == heads * (found.nope + rope_dim) &&
+                    attend.compressed.width == found.latent + rope_dim && attend.out.width == heads * found.value,
+                "latent attention over rows of other sizes than its heads");
+        for (const MatrixPointer& matrix : to_keys) {
+            found.to_keys.push_back(weight(matrix, Tensor(), found.latent, found.nope).matrix);
+        }
+        for (const MatrixPointer& matrix : to_values) {
+            found.to_values.push_back(weight(matrix, Tensor(), found.value, found.latent).matrix);
+        }
+        norm.dense("norm", kActivations, {found.latent});
+        found.norm = {keep(norm), norm.dtype()};
+        found.eps = eps;
+        found.scale = scale;
+        found.is_interleaved = is_interleaved;
+        program.instructions.emplace_back(std::move(attend));
+    }
+
+    void add_route(const ColumnsTuple& x, const MatrixPointer& matrix, const Tensor& bias, const Tensor& correction,
+                   Scoring scoring, int64_t num_groups, int64_t num_kept, bool normalises, float sum_eps, float scaling,
+                   float jitter, int64_t index) {
+        require(matrix != nullptr, "a weight is not in panels");
+        const Columns rows = whole(x);
+        const int64_t experts = matrix->matrix().rows, k = program.num_active;
+        require(k >= 1 && k <= experts && num_kept >= 1 && num_kept <= num_groups && experts % num_groups == 0 &&
+                    k <= num_kept * (experts / num_groups) && index >= 0,
+                "routing to " + std::to_string(k) + " of " + std::to_string(experts) + " experts in " +
+                    std::to_string(num_groups) + " groups");
+        const Weight found = weight(matrix, bias, experts, rows.width);
+        const ExpertChoice choice{scoring,    k,        floats("correction", correction, experts),
+                                  num_groups, num_kept, normalises,
+                                  sum_eps,    scaling,  jitter};
+        program.instructions.emplace_back(Route{rows, found, choice, index});
+        num_routes = std::max(num_routes, index + 1);
+    }
+
+    void add_mix(const ColumnsTuple& x, const Experts& experts, const ColumnsTuple& out, float alpha, float offset,
+                 float limit, int64_t route) {
+        const Mix mix{narrow(x), narrow(out), &experts.experts, {alpha, offset, limit}, route};
+        require(!experts.experts.empty() && experts.experts.front().gate->matrix().columns == mix.x.width &&
+                    mix.x.width == mix.out.width && route >= 0,
+                "experts of another size than their rows");
+        program.instructions.emplace_back(mix);
+        num_routes = std::max(num_routes, route + 1);
+    }
+
+    void add_swiglu(const ColumnsTuple& gate, const ColumnsTuple& up, const ColumnsTuple& out) {
+        const SwiGlu join{narrow(gate), narrow(up), narrow(out)};
+        require(join.gate.width == join.up.width && join.up.width == join.out.width, "rows of different sizes");
+        program.instructions.emplace_back(join);
+    }
+
+    void add_elementwise(ElementwiseKind kind, const ColumnsTuple& x, const OptionalColumns& y, float limit) {
+        Elementwise work{narrow(x), {0, 0, 0, 0}, kind, limit};
+        require((kind == ElementwiseKind::kAdd) == y.has_value(), "a sum has two parts");
+        if (y) {
+            work.y = narrow(*y);
+            require(work.x.width == work.y.width, "a sum of rows of different sizes");
+        }
+        program.instructions.emplace_back(work);
+    }
+
+    void add_scale(const ColumnsTuple& x, const ColumnsTuple& gate) {
+        const ScaleBySigmoid scale{narrow(x), whole(gate)};
+        require(is_wide(scale.gate) && scale.gate.width == 1, "a factor is float32, and one per row");
+        program.instructions.emplace_back(scale);
+    }
+
+    void add_head(const ColumnsTuple& x, const MatrixPointer& matrix, const Tensor& bias) {
+        require(matrix != nullptr, "a weight is not in panels");
+        const Columns rows = narrow(x);
+        vocabulary = matrix->matrix().rows;
+        program.instructions.emplace_back(Head{rows, weight(matrix, bias, vocabulary, rows.width)});
+    }
+
+    // Throws unless every layer has caches of its shape and a rotary table of at most its size.
+    void check_memory(const Memory& memory) const {
+        for (const Instruction& instruction : program.instructions) {
+            if (const auto* attend = std::get_if<Attend>(&instruction)) {
+                check_caches(memory, attend->layer, {attend->kv_heads, attend->head_dim},
+                             {attend->kv_heads, attend->head_dim});
+                if (attend->rope >= 0) check_rope(memory, attend->layer, attend->rope, attend->head_dim);
+            } else if (const auto* latent = std::get_if<AttendLatent>(&instruction)) {
+                check_caches(memory, latent->layer, {1, latent->heads.latent + latent->heads.rope}, {1, 0});
+                check_rope(memory, latent->layer, latent->rope, latent->heads.rope);
+            }
+        }
+    }
+
+ private:
+    using Shape = std::pair<int64_t, int64_t>;
+
+    static std::string layer_name(int64_t layer) { return "layer " + std::to_string(layer); }
+
+    static void check_caches(const Memory& memory, int64_t layer, Shape keys, Shape values) {
+        const auto index = static_cast<size_t>(layer);
+        require(index < memory.key_shapes.size(), layer_name(layer) + " has no cache");
+        const auto text = [](Shape shape) {
+            return "(" + std::to_string(shape.first) + ", " + std::to_string(shape.second) + ")";
+        };
+        const Shape found_keys = memory.key_shapes[index], found_values = memory.value_shapes[index];
+        require(found_keys == keys && found_values == values, layer_name(layer) + " has caches of " + text(found_keys) +
+                                                                  " and " + text(found_values) +
+                                                                  "; needed: " + text(keys) + " and " + text(values));
+    }
+
+    static void check_rope(const Memory& memory, int64_t layer, int64_t rope, int64_t dim) {
+        const auto index = static_cast<size_t>(rope);
+        require(index < memory.step.half.size() && memory.step.half[index] > 0 && 2 * memory.step.half[index] <= dim,
+                layer_name(layer) + " has no rotary table of at most " + std::to_string(dim / 2) + " columns");
+    }
+
+    Columns columns(const ColumnsTuple& tuple) const {
+        const auto& [buffer, stride, start, width] = tuple;
+        require(buffer >= 0 && buffer < static_cast<int64_t>(widths.size()), "a buffer that there is not");
+        require(start >= 0 && width > 0 && start + width <= stride && stride <= widths[static_cast<size_t>(buffer)],
+                "columns beyond their buffer");
+        return {buffer, stride, start, width};
+    }
+
+    // Rows without a gap between them.
+    Columns whole(const ColumnsTuple& tuple) const {
+        const Columns found = columns(tuple);
+        require(found.width == found.stride, "columns where whole rows are needed");
+        return found;
+    }
+
+    Columns narrow(const ColumnsTuple& tuple) const {
+        require(!is_wide(whole(tuple)), "float32 rows where activations are needed");
+        return whole(tuple);
+    }
+
+    bool is_wide(const Columns& columns) const { return program.is_wide[static_cast<size_t>(columns.buffer)]; }
+
+    const void* keep(const Tensor& tensor) {
+        kept.push_back(nanobind::borrow(tensor.object()));
+        return tensor.data();
+    }
+
+    const float* floats(const char* name, const Tensor& tensor, int64_t size) {
+        if (!tensor) return nullptr;
+        return static_cast<const float*>(keep(tensor.dense(name, kFloat32, {size})));
+    }
+
+    Weight weight(const MatrixPointer& matrix, const Tensor& bias, int64_t rows, int64_t columns) {
+        require(matrix != nullptr, "a weight is not in panels");
+        require(matrix->matrix().rows == rows && matrix->matrix().columns == columns,
+                "a weight of " + std::to_string(matrix->matrix().rows) + " x " +
+                    std::to_string(matrix->matrix().columns) + " where " + std::to_string(rows) + " x " +
+                    std::to_string(columns) + " is needed");
+        if (!bias) return {matrix, {nullptr, DType::kFloat32}};
+        bias.dense("bias", kActivations, {rows});
+        return {matrix, {keep(bias), bias.dtype()}};
+    }
+};
+
+}  // namespace amalgam

@@ -1,0 +1,178 @@
+"""What the extension says of arguments that it cannot read; it never reads or writes outside of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.kernels.backends.cpu import extension
+from tests.errors import raises
+
+pytestmark = pytest.mark.skipif(not extension.is_available(), reason="the native kernels are not built")
+
+TOKENS, HEADS, KV_HEADS, DIM, SLOTS, HIDDEN, WIDTH, EXPERTS = 3, 4, 2, 16, 64, 32, 48, 5
+Call = tuple[Callable[..., Any], list[Any]]
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
+
+
+def packed(rows: int, columns: int) -> Any:
+    from amalgam import _native
+
+    weight = floats(rows, columns)
+    return _native.pack(_native.Format.fp32, columns, weight, None, (rows, columns), None, None, True, False)
+
+
+def calls() -> dict[str, Call]:
+    """Every function that takes tensors, with arguments that fit."""
+    from amalgam import _native
+
+    kernels, attention = extension.kernels(), _native.attention_kernels(extension.isa())
+    half = floats(TOKENS, DIM // 2)
+    batch = (torch.tensor([0, TOKENS]), torch.tensor([TOKENS]), torch.tensor([[1]]), 16)
+    plan = _native.AttentionPlan(*batch)
+    caches = floats(SLOTS, KV_HEADS, DIM), floats(SLOTS, KV_HEADS, DIM)
+    rows = floats(TOKENS, HEADS * DIM), floats(TOKENS, KV_HEADS * DIM), floats(TOKENS, KV_HEADS * DIM)
+    slot_ids = torch.arange(16, 16 + TOKENS)
+    new = floats(TOKENS, KV_HEADS, DIM)
+    attended = [floats(TOKENS, HEADS * DIM), 0.25, None, floats(HEADS), 1]
+    experts = _native.Experts()
+    for _ in range(EXPERTS):
+        gate, up, down = packed(WIDTH, HIDDEN), packed(WIDTH, HIDDEN), packed(HIDDEN, WIDTH)
+        experts.add(gate, up, down, floats(WIDTH), None, floats(HIDDEN))
+    ids, gates = torch.zeros(TOKENS, 2, dtype=torch.int64), floats(TOKENS, 2)
+    int4 = torch.zeros(32, 64, dtype=torch.uint8)
+    order = torch.arange(128, dtype=torch.int32)
+    draws = [((0, 1.0, 1.0, 0.0), 1, row) for row in range(TOKENS)]
+    x = floats(TOKENS, HIDDEN)
+    return {
+        "rms_norm": (kernels.rms_norm, [x, x + 1, x + 2, floats(HIDDEN), x + 3, 1e-6, 1]),
+        "rotate": (kernels.rotate, [floats(TOKENS, HEADS, DIM), half, half + 1, floats(TOKENS, HEADS, DIM), 1]),
+        "swiglu": (kernels.swiglu, [x, x + 1, x + 2, 1]),
+        "unpack": (kernels.unpack, [packed(5, 8), floats(5, 8), 1]),
+        "embedding": (kernels.embedding, [packed(5, 8), torch.tensor([4, 0, 2]), floats(3, 8), 1]),
+        "linear": (kernels.linear, [x, [(packed(WIDTH, HIDDEN), floats(WIDTH), floats(TOKENS, WIDTH))], 1]),
+        "route": (kernels.route, [packed(EXPERTS, HIDDEN), x, True, 0.0, ids.clone(), gates, 1]),
+        "moe": (kernels.moe, [experts, x, ids, gates, x + 1, 1.0, 0.0, 1e9, 1]),
+        "Experts.add": (
+            _native.Experts().add,
+            [*(packed(WIDTH, HIDDEN) for _ in range(2)), packed(HIDDEN, WIDTH), *map(floats, (WIDTH, WIDTH, HIDDEN))],
+        ),
+        "pack": (
+            _native.pack,
+            [_native.Format.int4, 128, int4, floats(32, 2), (1, 64), int4[:, :2].contiguous(), order, True, False],
+        ),
+        "view": (
+            _native.view,
+            [_native.Format.fp32, 16, 8, packed(16, 8).memory, _native.DType.float32, 0, 0, 16, False, None, True],
+        ),
+        "draw": (_native.draw, [kernels, floats(TOKENS, 9), draws, 1]),
+        "AttentionPlan": (_native.AttentionPlan, list(batch)),
+        "attend": (
+            attention.attend,
+            [plan, floats(TOKENS, HEADS, DIM), *caches, floats(TOKENS, HEADS, DIM), 0.25, None, floats(HEADS), 1],
+        ),
+        "attend_cached": (
+            attention.attend_cached,
+            [kernels, plan, rows, caches, slot_ids, (floats(DIM), floats(DIM)), 1e-6, (half, half + 1), *attended],
+        ),
+        "write_kv": (_native.write_kv, [*caches, new, new + 1, slot_ids, 1]),
+        "StepMemory": (_native.StepMemory, [[caches, caches], 16, [(floats(9, 8), floats(9, 8))], 9]),
+    }
+
+
+NAMES = sorted(calls()) if extension.is_available() else []
+
+
+def places(arguments: Any, path: tuple[int, ...] = ()) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Where tensors stand in nested arguments."""
+    if isinstance(arguments, Tensor):
+        return [(path, arguments)]
+    if not isinstance(arguments, list | tuple):
+        return []
+    return list(itertools.chain(*(places(one, (*path, index)) for index, one in enumerate(arguments))))
+
+
+def with_one(arguments: Any, path: Sequence[int], other: object) -> Any:
+    if not path:
+        return other
+    changed = [with_one(one, path[1:], other) if i == path[0] else one for i, one in enumerate(arguments)]
+    return type(arguments)(changed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_fits_is_taken(name: str) -> None:
+    function, arguments = calls()[name]
+    function(*arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_tensor_that_does_not_fit_is_refused(name: str) -> None:
+    """Other types, one column less, one dimension more, gaps, no memory: each for each tensor of each function."""
+    function, arguments = calls()[name]
+    found = places(arguments)
+    assert found
+    for path, tensor in found:
+        for wrong in (
+            tensor.to(torch.complex64),
+            tensor.to(torch.bool if tensor.dtype is torch.uint8 else torch.uint8),
+            tensor[..., :-1].contiguous(),
+            tensor.unsqueeze(0),
+            torch.stack((tensor, tensor), -1)[..., 0],
+            tensor.to("meta"),
+            tensor.to_sparse(),
+        ):
+            if fits_too(name, path, wrong, tensor):
+                continue
+            with raises(ValueError):
+                function(*with_one(arguments, path, wrong))
+                pytest.fail(f"{name} at {path} took {wrong.dtype} {tuple(wrong.shape)} {wrong.stride()}")
+        for nothing in (3, "x", object(), [1.0]):
+            with raises(TypeError):
+                function(*with_one(arguments, path, nothing))
+
+
+def fits_too(name: str, path: tuple[int, ...], wrong: Tensor, tensor: Tensor) -> bool:
+    """Where a function takes other shapes as well."""
+    if wrong.is_meta or wrong.layout is not torch.strided or not wrong.is_contiguous():
+        return False
+    if name == "pack" and path == (2,):  # bytes are bytes
+        return wrong.element_size() == tensor.element_size() and wrong.shape == tensor.shape
+    if wrong.dtype is not tensor.dtype:
+        return False
+    if wrong.shape == tensor.shape:  # one row has no gaps
+        return True
+    if name == "embedding" and path != (0,):
+        return wrong.numel() == tensor.numel()
+    # A smaller vocabulary; caches of other shapes, which are looked at together with the program.
+    return (name == "draw" or (name == "StepMemory" and path[0] == 0)) and wrong.dim() == tensor.dim()
+
+
+def test_errors_name_the_argument_and_what_it_must_be() -> None:
+    kernels = extension.kernels()
+    x, weight = floats(2, 8), floats(8)
+    with raises(TypeError, "weight", "int"):
+        kernels.rms_norm(x, None, None, 3, x, 1e-6, 1)  # type: ignore[arg-type]
+    with raises(ValueError, "weight", "float64", "float32", "bfloat16", "(8,)"):
+        kernels.rms_norm(x, None, None, weight.double(), x, 1e-6, 1)
+    with raises(ValueError, "out", (8, 2), (2, 8)):
+        kernels.rms_norm(x, None, None, weight, floats(8, 2), 1e-6, 1)
+    with raises(ValueError, "x", "strides", (1, 8)):
+        kernels.rms_norm(floats(8, 8).t(), None, None, weight, floats(8, 8), 1e-6, 1)
+
+
+def test_parameters_and_other_subclasses_are_tensors() -> None:
+    kernels = extension.kernels()
+    x, weight, out = floats(2, 8), torch.nn.Parameter(floats(8)), torch.empty(2, 8)
+    for _ in range(3):
+        kernels.rms_norm(x, None, None, weight, out, 1e-6, 1)
+    expected = torch.empty(2, 8)
+    kernels.rms_norm(x, None, None, weight.detach(), expected, 1e-6, 1)
+    assert torch.equal(out, expected)
