@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 
 _WORDS_FOR_NONE = ("", "null", "none", "~")
-_KINDS = {bool: "true | false", int: "integer", float: "number", str: "text", dict: "mapping", tuple: "list"}
+_KINDS = {
+    bool: "true | false", int: "integer", float: "number", str: "text", SecretStr: "text", dict: "mapping",
+    tuple: "list",
+}  # fmt: skip
 _BOUNDS = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
 
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from amalgam.config.fields import Section, UserPath, can_be_empty, kind_of, split_list, types_of
@@ -193,13 +193,49 @@ class ServerSettings(Section):
     allowed_origins: tuple[Origin, ...] = ()
     """Whose web pages may use the server, beside its own: `https://name:port`; `*`: anybody's."""
 
-    @field_validator("allowed_hosts", "allowed_origins", mode="before")
+    export_dir: UserPath = "expert_stats"
+    """Folder that /export_expert_stats writes to."""
+    root_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)*$")
+    """Where a proxy shows the server: `/llm`. Whether the proxy takes it away does not matter."""
+    unix_socket: UserPath = ""
+    """File of a Unix socket to listen on, in place of host and port. Empty: none."""
+    unix_socket_mode: str = Field(default="660", pattern=r"^[0-7]{3}$")
+    """Permissions of that file, in octal digits: whoever may write to it may connect."""
+    tls_cert: UserPath = ""
+    """Certificate and those that it is signed by, in PEM, for https. Read again at SIGHUP. Empty: http."""
+    tls_key: UserPath = ""
+    """The certificate's private key, in PEM, without a password. Empty: it is in the certificate's file."""
+    max_header_bytes: int = Field(default=16384, ge=1024, le=2**20)
+    """Most bytes of a request's headers; more are refused with 431."""
+    body_seconds: float = Field(default=60.0, ge=0, le=86400)
+    """How long a request's body may take to come; then it is refused with 408. 0: no limit."""
+    request_seconds: float = Field(default=0.0, ge=0, le=7 * 86400)
+    """How long a request may take; then it ends with an error, 504 unless it streams. 0: no limit."""
+    api_keys: tuple[SecretStr, ...] = ()
+    """Keys that requests need, as `Authorization: Bearer` or `x-api-key`; or `sha256:` and 64 digits. Empty: none."""
+    admin_key: SecretStr | None = None
+    """Key for what changes the server or shows others' traffic. None: with api_keys that is refused, else open."""
+    api_keys_file: UserPath = ""
+    """More keys: one a line, or a YAML list with names and limits of their own. Read again at SIGHUP. Empty: none."""
+    keyless_metrics: bool = False
+    """Whether /metrics needs no key where others do."""
+    requests_per_minute: int = Field(default=0, ge=0, le=2**31)
+    """Most requests for tokens, per key; more are refused with 429. Without keys: in all. 0: no limit."""
+    tokens_per_minute: int = Field(default=0, ge=0, le=2**53)
+    """Most tokens, of prompts and answers together, per key in the same way. 0: no limit."""
+    log_format: Literal["text", "json"] = "text"
+    """text | json: lines of the log for people, or one JSON object each."""
+    log_prompts: bool = False
+    """Whether the line of a request holds its prompts."""
+    metrics_compat: Literal["none", "vllm"] = "none"
+    """none | vllm: whether /metrics also has the figures under vLLM's names."""
+    otlp_endpoint: str = Field(default="", pattern=r"^(https?://[^/\s?#]+[^\s]*)?$")
+    """Where a span of each request is sent, by OTLP over HTTP: `http://collector:4318`. Empty: nowhere."""
+
+    @field_validator("allowed_hosts", "allowed_origins", "api_keys", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return split_list(value) if isinstance(value, str) else value
-
-    export_dir: UserPath = "expert_stats"
-    """Folder that /export_expert_stats writes to."""
 
 
 class StatisticsSettings(Section):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
+from starlette.routing import BaseRoute
 
 from amalgam.config.settings import Settings
 from amalgam.server import dashboard
@@ -24,10 +25,15 @@ from amalgam.server.http.access import AccessLog
 from amalgam.server.http.body import BodyLimit
 from amalgam.server.http.docs import CONTENT_SECURITY_POLICY, render_docs, with_defaults
 from amalgam.server.http.errors import ErrorAnswer, OrjsonResponse, register_error_handlers
+from amalgam.server.http.heads import HeadLimit, RootPath
+from amalgam.server.http.keys import KeyGuard, KeyRing
 from amalgam.server.http.lifecycle import DrainingServer, listen, raise_descriptor_limit, url_of
+from amalgam.server.http.limits import RateLimits
+from amalgam.server.http.logs import start_logging
 from amalgam.server.http.methods import HeadMethod
 from amalgam.server.http.origins import OriginGuard
 from amalgam.server.interface import Deployment
+from amalgam.server.permissions import permissions
 from amalgam.server.service import Service
 from amalgam.version import __version__
 
@@ -56,11 +62,12 @@ def run(settings: Settings, open_deployment: Callable[[], Deployment], stopping:
         ConfigError: the address cannot be listened on.
         Exception: what `open_deployment` raised, or an UnavailableError if the engine died.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    start_logging(settings.server.log_format)
+    keys = KeyRing(settings.server)
     raise_descriptor_limit()
     listeners = listen(settings.server)
     service = Service(settings, open_deployment, stopping, url_of(listeners[0], settings.server.host))
-    server = DrainingServer(create_app(service), service)
+    server = DrainingServer(create_app(service, keys), service)
     for listener in listeners:
         logger.info("listening on %s", url_of(listener, ""))
     server.run(sockets=listeners)
@@ -69,8 +76,42 @@ def run(settings: Settings, open_deployment: Callable[[], Deployment], stopping:
     return 0
 
 
-def create_app(service: Service) -> FastAPI:
-    """An application that starts `service` with its lifespan and closes it at the end."""
+def add_middleware(app: FastAPI, service: Service, keys: KeyRing) -> None:
+    """What each request passes, from the last to the first: its path, its record, whose page and key it comes from."""
+    settings = service.settings.server
+    paths = set(paths_of(app.routes))
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_seconds=settings.body_seconds)
+    app.add_middleware(HeadMethod)
+    app.add_middleware(RateLimits)
+    app.add_middleware(KeyGuard, keys=keys, permission=permissions(paths, keyless_metrics=settings.keyless_metrics))
+    app.add_middleware(OriginGuard, settings=settings)
+    app.add_middleware(HeadLimit, max_bytes=settings.max_header_bytes)
+    app.add_middleware(
+        AccessLog,
+        count_refusal=service.count_refusal,
+        logs_probes=settings.log_probes,
+        request_seconds=settings.request_seconds,
+    )
+    if settings.root_path:
+        app.add_middleware(RootPath, root_path=settings.root_path)
+
+
+def paths_of(routes: Iterable[BaseRoute]) -> Iterator[str]:
+    """Of all routes, as they are declared; FastAPI keeps an included router as one route."""
+    for route in routes:
+        if (router := getattr(route, "original_router", None)) is not None:
+            yield from paths_of(router.routes)
+        elif path := getattr(route, "path", ""):
+            yield path
+
+
+def create_app(service: Service, keys: KeyRing | None = None) -> FastAPI:
+    """An application that starts `service` with its lifespan and closes it at the end.
+
+    Raises:
+        ConfigError: the settings' keys cannot be used.
+    """
+    keys = KeyRing(service.settings.server) if keys is None else keys
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -86,6 +127,7 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,  # FastAPI's own page needs files from a CDN
         redoc_url=None,
         redirect_slashes=False,
+        servers=[{"url": root}] if (root := service.settings.server.root_path) else None,
         default_response_class=OrjsonResponse,
         responses={
             "4XX": {"model": ErrorAnswer, "description": "The request cannot be served as it is"},
@@ -95,13 +137,9 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     register_error_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=service.settings.server.max_body_bytes)
-    app.add_middleware(HeadMethod)
-    app.add_middleware(OriginGuard, settings=service.settings.server)
-    logs_probes = service.settings.server.log_probes
-    app.add_middleware(AccessLog, count_refusal=service.count_refusal, logs_probes=logs_probes)
     for router in ROUTERS:
         app.include_router(router)
+    add_middleware(app, service, keys)
 
     schema = app.openapi
 

@@ -21,8 +21,10 @@ from amalgam.config.settings import Settings
 from amalgam.engine.request import SamplingParams
 from amalgam.errors import OverloadedError, UnavailableError, UnsupportedError
 from amalgam.server.encoding import Encoder, Prompt, start_thread
+from amalgam.server.http.record import current_record
 from amalgam.server.interface import Deployment, Statistics
 from amalgam.server.sharing import SharedAnswers
+from amalgam.server.watching import watched
 
 logger = logging.getLogger("amalgam.server")
 T = TypeVar("T")
@@ -45,13 +47,17 @@ REFUSALS = (
     "unsupported_media_type",
     "foreign_host",
     "foreign_origin",
+    "unauthorized",
+    "forbidden",
+    "rate_limited",
+    "timed_out",
+    "body_timeout",
+    "headers_too_large",
     "unsupported",
     Status.LOADING.value,
     Status.DRAINING.value,
     Status.FAILED.value,
     "unavailable",
-    "foreign_host",
-    "foreign_origin",
     "conflict",
     "invalid_plan",
     "invalid_checkpoint",
@@ -105,7 +111,7 @@ class Service:
             if not self._stopping.is_set():
                 self._load_error = error
             return
-        self._deployment = deployment
+        self._deployment = watched(deployment)
         dashboard = f"; dashboard at {self._url}/dashboard" if self._url else ""
         logger.info("ready after %.1f s: %s%s", self.uptime_seconds, deployment.model_name, dashboard)
         if self._is_closed:
@@ -209,6 +215,8 @@ class Service:
             RequestError: a prompt cannot be encoded.
         """
         deployment = self.deployment
+        if self.settings.server.log_prompts and (record := current_record.get()) is not None:
+            record.prompts += [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
         max_queue = self.settings.engine.max_queue
         if deployment.engine.status().num_waiting + self._num_encoding >= max_queue:
             raise OverloadedError(f"{max_queue} requests are waiting already.", remedy="Try again later.")

@@ -1,4 +1,4 @@
-"""One log line per request, and clients that leave.
+"""A record and a log line for each request, and clients that leave.
 
 In: ASGI messages. Out: log lines, 500 for unexpected errors, cancellation. Must never know: what an endpoint does.
 Middleware is plain ASGI, because wrapping responses slows event streams several times over.
@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import math
+import re
 import resource
 import secrets
 import time
@@ -23,66 +24,134 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from amalgam.base.escaping import one_line
 from amalgam.errors import UnavailableError
 from amalgam.server.http.errors import error_response
+from amalgam.server.http.record import RequestRecord, current_record
 
 CLIENT_LEFT = 499  # nginx's status for a request whose client closed the connection
 MAX_PATH_CHARS = 200
 PROBES = ("/health", "/ready", "/metrics")  # which machines ask every few seconds
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 SHORTAGE_SECONDS = 60
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_NUM_IN_ORDER = 5  # fields of a line that stand in it without their names
 
 logger = logging.getLogger("amalgam.server")
 T = TypeVar("T")
 
 
 class AccessLog:
-    """Gives each request an id and one log line, and turns unexpected errors into 500.
+    """Gives each request an id, a record and one log line, and turns unexpected errors into 500.
 
-    The line holds neither query nor body, for those may hold prompts and keys.
+    The id is the client's `X-Request-ID` where it is made of harmless characters. The line holds neither query nor
+    body, for those may hold prompts and keys; prompts are in the record if they are wanted in the log.
 
     Args:
         count_refusal: takes the code of each answer that is an error; not of those to probes, which ask all the time.
+        export: takes the record of each request at its end; not of probes.
         logs_probes: whether probes have their lines.
+        request_seconds: how long a request may take; 0: as long as it wants.
     """
 
-    def __init__(self, app: ASGIApp, count_refusal: Callable[[str], None], *, logs_probes: bool = True) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        count_refusal: Callable[[str], None],
+        export: Callable[[RequestRecord], None] | None = None,
+        *,
+        logs_probes: bool = True,
+        request_seconds: float = 0.0,
+    ) -> None:
         self.app = app
         self._count_refusal = count_refusal
+        self._export = export
         self._logs_probes = logs_probes
+        self._request_seconds = request_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = time.perf_counter()
-        request_id = scope.setdefault("state", {})["request_id"] = secrets.token_hex(6)
-        status = 0
+        record = self._new_record(scope)
+        scope.setdefault("state", {}).update(request_id=record.request_id, record=record)
+        current_record.set(record)  # in the context of this request's task alone
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                record.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
-            status = CLIENT_LEFT
+            record.status = CLIENT_LEFT
         except Exception as error:
             if (shortage := as_shortage(error)) is not None:
                 error = shortage
             else:
-                log_unexpected(error, request_id)
-            if status == 0:
-                await error_response(error, request_id)(scope, receive, send_with_id)
+                log_unexpected(error, record.request_id)
+            if record.status == 0:
+                await error_response(error, record.request_id)(scope, receive, send_with_id)
         finally:
-            is_probe = scope["path"] in PROBES
-            if not is_probe and (code := scope["state"].get("refusal")) is not None:
-                self._count_refusal(code)
-            if self._logs_probes or not is_probe:
-                path = one_line(scope["path"][:MAX_PATH_CHARS])
-                milliseconds = (time.perf_counter() - started) * 1e3
-                logger.info("%s %s %d %.1f ms %s", scope["method"], path, status, milliseconds, request_id)
+            record.seconds = time.monotonic() - record.started_at
+            record.route = getattr(scope.get("route"), "path", "")
+            self._end(record, scope["state"].get("refusal"))
+
+    def _new_record(self, scope: Scope) -> RequestRecord:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        given = headers.get(b"x-request-id", "")
+        record = RequestRecord(
+            request_id=given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(6),
+            method=scope["method"],
+            path=scope["path"],
+            traceparent=headers.get(b"traceparent", ""),
+            tracestate=headers.get(b"tracestate", ""),
+        )
+        if self._request_seconds:
+            record.deadline = record.started_at + self._request_seconds
+        return record
+
+    def _end(self, record: RequestRecord, refusal: str | None) -> None:
+        is_probe = record.path in PROBES
+        if not is_probe and refusal is not None:
+            self._count_refusal(refusal)
+        if self._logs_probes or not is_probe:
+            fields = log_fields(record)
+            path, milliseconds = one_line(record.path[:MAX_PATH_CHARS]), record.seconds * 1e3
+            more = "".join(f" {name}={_written(value)}" for name, value in list(fields.items())[_NUM_IN_ORDER:])
+            logger.info(
+                "%s %s %d %.1f ms %s%s", record.method, path, record.status, milliseconds, record.request_id, more,
+                extra={"fields": fields},
+            )  # fmt: skip
+        if self._export is not None and not is_probe:
+            self._export(record)
+
+
+def log_fields(record: RequestRecord) -> dict[str, Any]:
+    """What the log says of a request. The first `_NUM_IN_ORDER` are always there; of the others, those that it has."""
+    fields: dict[str, Any] = {
+        "request_id": record.request_id,
+        "method": record.method,
+        "path": record.path[:MAX_PATH_CHARS],
+        "status": record.status,
+        "seconds": round(record.seconds, 6),
+    }
+    if record.caller:
+        fields["key"] = record.caller
+    if record.num_prompt_tokens:
+        fields |= {"prompt_tokens": record.num_prompt_tokens, "generated_tokens": record.num_new_tokens}
+    if record.first_token_seconds is not None:
+        fields["first_token_seconds"] = round(record.first_token_seconds, 6)
+    if record.finish_reasons:
+        fields["finish_reason"] = ",".join(sorted(set(record.finish_reasons)))
+    if record.weight_version is not None:
+        fields["weight_version"] = record.weight_version
+    if record.prompts:
+        fields["prompts"] = record.prompts
+    return fields
+
+
+def _written(value: Any) -> str:
+    return one_line(repr(value)) if isinstance(value, list) else str(value)
 
 
 def as_shortage(error: Exception) -> UnavailableError | None:

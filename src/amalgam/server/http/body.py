@@ -5,7 +5,9 @@ In: raw ASGI messages. Out: parsed bodies for the handlers. Must never know: wha
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -116,12 +118,22 @@ def _check_media_type(value: str) -> None:
         raise MediaTypeError(f"Content-Type is {media_type[:120]!a}.", remedy="Send application/json.")
 
 
-class BodyLimit:
-    """Refuses bodies of more than `max_bytes` before anything is parsed, and too many long ones at the same time."""
+class BodyTimeoutError(AmalgamError):
+    """The request's body has taken longer to come than `server.body_seconds`."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    http_status = 408
+    code = "body_timeout"
+
+
+class BodyLimit:
+    """Refuses bodies of more than `max_bytes` before anything is parsed, too many long ones at the same time, and those
+    that take longer than `max_seconds` to come; 0: they may take what they want.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_seconds: float = 0.0) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self._max_seconds = max_seconds
         self._max_held_bytes = MAX_HELD_BODIES * max_bytes
         self._held_bytes = 0  # of requests that are not answered yet
 
@@ -131,25 +143,43 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"")
         received = 0
+        is_complete = False
+        deadline = time.monotonic() + self._max_seconds if self._max_seconds else None
 
         async def receive_within_limit() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_complete
+            message = await (receive() if is_complete else self._receive_in_time(receive, deadline))
+            is_complete = not message.get("more_body", False)
             num_bytes = len(message.get("body", b""))
             received += num_bytes
             self._held_bytes += num_bytes
             self._check(received)
             return message
 
+        async def send_and_close(message: Message) -> None:
+            """With a body that is still coming, the connection can take no other request."""
+            if message["type"] == "http.response.start" and message["status"] in (408, 413) and not is_complete:
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
         try:
             self._check(int(declared) if declared.isdigit() else 0)
         except AmalgamError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send_and_close)
             return
         try:
-            await self.app(scope, receive_within_limit, send)
+            await self.app(scope, receive_within_limit, send_and_close)
         finally:
             self._held_bytes -= received
+
+    async def _receive_in_time(self, receive: Receive, deadline: float | None) -> Message:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await receive()
+        except TimeoutError:
+            raise BodyTimeoutError(
+                f"The body has taken more than {self._max_seconds:g} s to come.", remedy="Send it faster."
+            ) from None
 
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self.max_bytes:

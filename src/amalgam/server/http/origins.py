@@ -24,8 +24,11 @@ from amalgam.server.http.errors import error_response
 
 ANY = "*"
 MAX_AGE_SECONDS = 600  # how long a browser may remember what it was allowed
-_EXPOSED = "X-Request-ID, Retry-After"
+_EXPOSED = "X-Request-ID, Retry-After, " + ", ".join(
+    f"X-RateLimit-{what}-{of}" for of in ("Requests", "Tokens") for what in ("Limit", "Remaining", "Reset")
+)
 _METHODS = "GET, HEAD, POST, OPTIONS"
+_HEADERS = "Authorization, Content-Type, X-API-Key, X-Request-ID"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -125,7 +128,7 @@ class OriginGuard:
         answer = {
             "access-control-allow-origin": origin,
             "access-control-allow-methods": _METHODS,
-            "access-control-allow-headers": headers.get(b"access-control-request-headers", "Content-Type"),
+            "access-control-allow-headers": headers.get(b"access-control-request-headers", _HEADERS),
             "access-control-max-age": str(MAX_AGE_SECONDS),
             "vary": "Origin, Access-Control-Request-Headers",
         }

@@ -1,0 +1,63 @@
+"""What is known of one HTTP request at its end: its log line, its span and its caller's limits are made of it.
+
+In: what the parts of the server note while the request goes on. Out: figures. Must never know: what an endpoint does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request, until its answer has been sent. Belongs to the event loop.
+
+    Attributes:
+        started_at, deadline: by `time.monotonic`, which is the event loop's clock too.
+        caller: name of the key; empty without one.
+        num_prompt_tokens: of all prompts that were computed for it; several samples of one prompt count once.
+        first_token_seconds: from the request's arrival.
+        charge: takes tokens as they are used, for the caller's limit.
+    """
+
+    request_id: str
+    method: str = ""
+    path: str = ""
+    route: str = ""  # as declared, `/v1/models/{name}`
+    started_at: float = field(default_factory=time.monotonic)
+    started_ns: int = field(default_factory=time.time_ns)  # Unix time
+    deadline: float | None = None
+    seconds: float = 0.0
+    status: int = 0
+    caller: str = ""
+    prompts: list[str] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    first_token_seconds: float | None = None
+    queue_seconds: float | None = None
+    finish_reasons: list[str] = field(default_factory=list)
+    weight_version: int | None = None
+    traceparent: str = ""  # of W3C Trace Context, as it came
+    tracestate: str = ""
+    charge: Callable[[int], None] | None = None
+    last_prompt: Sequence[int] = ()
+
+    def add_prompt_tokens(self, count: int) -> None:
+        self.num_prompt_tokens += count
+        self._charge(count)
+
+    def add_new_tokens(self, count: int) -> None:
+        if self.first_token_seconds is None and count:
+            self.first_token_seconds = time.monotonic() - self.started_at
+        self.num_new_tokens += count
+        self._charge(count)
+
+    def _charge(self, count: int) -> None:
+        if self.charge is not None and count:
+            self.charge(count)
+
+
+current_record: ContextVar[RequestRecord | None] = ContextVar("current_record", default=None)

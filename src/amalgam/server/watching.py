@@ -1,0 +1,116 @@
+"""What the engine does for one HTTP request, noted in that request's record, and ended in its time.
+
+In: a deployment. Out: the same, whose engine notes tokens, times and reasons in the record of the request that asks.
+So no interface needs to know of logs, limits and traces. Must never know: HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar, cast
+
+from amalgam.engine.request import RequestOutput
+from amalgam.errors import AmalgamError
+from amalgam.server.http.record import RequestRecord, current_record
+from amalgam.server.interface import Deployment, Engine, OutputStream
+
+T = TypeVar("T")
+
+
+class RequestTimeoutError(AmalgamError):
+    """The request has taken longer than `server.request_seconds`."""
+
+    http_status = 504
+    code = "timed_out"
+
+
+def watched(deployment: Deployment) -> Deployment:
+    """`deployment`, with its engine watched."""
+    return cast(Deployment, _WatchedDeployment(deployment))
+
+
+class _WatchedDeployment:
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._deployment, name)
+
+    @property
+    def engine(self) -> Engine:
+        return cast(Engine, _WatchedEngine(self._deployment.engine))
+
+
+class _WatchedEngine:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def stream(self, prompt_ids: Sequence[int], *arguments: Any, **more: Any) -> OutputStream:
+        outputs = self._engine.stream(prompt_ids, *arguments, **more)
+        record = current_record.get()
+        if record is None:
+            return outputs
+        _note_prompt(record, prompt_ids)
+        return _WatchedStream(outputs, record)
+
+    async def embed(self, prompt_ids: Sequence[int], *arguments: Any, **more: Any) -> Any:
+        result = cast(Any, self._engine).embed(prompt_ids, *arguments, **more)
+        record = current_record.get()
+        if record is None:
+            return await result
+        _note_prompt(record, prompt_ids)
+        return await _in_time(record, result)
+
+
+class _WatchedStream:
+    def __init__(self, outputs: OutputStream, record: RequestRecord) -> None:
+        self._outputs = outputs
+        self._record = record
+
+    def __aiter__(self) -> _WatchedStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._record.deadline is None:
+            output = await self._outputs.__anext__()
+        else:
+            output = await _in_time(self._record, self._outputs.__anext__())
+        _note_output(self._record, output)
+        return output
+
+    async def aclose(self) -> None:
+        await self._outputs.aclose()
+
+
+async def _in_time(record: RequestRecord, result: Awaitable[T]) -> T:
+    """
+    Raises:
+        RequestTimeoutError: the request's deadline came first.
+    """
+    try:
+        async with asyncio.timeout_at(record.deadline):
+            return await result
+    except TimeoutError:
+        raise RequestTimeoutError(
+            "The request has taken longer than server.request_seconds.", remedy="Ask for fewer tokens."
+        ) from None
+
+
+def _note_prompt(record: RequestRecord, prompt_ids: Sequence[int]) -> None:
+    if record.last_prompt is not prompt_ids:  # several samples of one prompt
+        record.last_prompt = prompt_ids
+        record.add_prompt_tokens(len(prompt_ids))
+
+
+def _note_output(record: RequestRecord, output: RequestOutput) -> None:
+    record.add_new_tokens(len(output.token_ids))
+    if output.finish_reason is None:
+        return
+    record.finish_reasons.append(output.finish_reason.value)
+    if output.usage is not None:
+        record.weight_version = output.usage.version
+        record.queue_seconds = max(record.queue_seconds or 0.0, output.usage.queue_seconds)

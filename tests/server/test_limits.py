@@ -1,0 +1,179 @@
+"""What a caller may have in a minute, and how much and how slowly a client may send."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from amalgam.server.http.heads import MAX_HEADERS
+from amalgam.server.http.limits import RateLimits, TokenBucket, written
+from tests.server.conftest import serving, wait_until
+from tests.server.fakes import FakeDeployment, fake_settings
+
+GENERATE = {"prompt": "abcde", "max_new_tokens": 4}  # 9 tokens
+JSON = {"Content-Type": "application/json"}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(RateLimits.__init__, "__defaults__", (clock,))
+    return clock
+
+
+@contextmanager
+def server(deployment: FakeDeployment | None = None, **settings: Any) -> Iterator[httpx.Client]:
+    deployment = deployment or FakeDeployment()
+    with serving(fake_settings(port=0, **settings), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        with httpx.Client(base_url=url, timeout=60) as client:
+            yield client
+
+
+def test_a_bucket_fills_in_a_minute_whatever_the_wall_clock_does() -> None:
+    clock = Clock()
+    bucket = TokenBucket(60, clock)
+    bucket.take(90)
+    assert bucket.level() == -30
+    assert bucket.seconds_until(1) == 31
+    clock.time += 31
+    assert bucket.level() == 1
+    clock.time -= 500  # a clock that is not steady takes nothing away
+    assert bucket.level() == 1
+    clock.time += 1000
+    assert bucket.level() == 60
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0ms"), (0.12, "120ms"), (6.5, "6.5s"), (59.9999, "1m0s"), (360, "6m0s"), (61.5, "1m1.5s")],
+)
+def test_durations_are_written_as_openai_does(seconds: float, text: str) -> None:
+    assert written(seconds) == text
+
+
+def test_requests_above_the_limit_are_refused_and_not_tokenized(clock: Clock) -> None:
+    deployment = FakeDeployment()
+    with server(deployment, requests_per_minute=2) as client:
+        remaining = []
+        for _ in range(2):
+            response = client.post("/generate", json=GENERATE)
+            assert response.status_code == 200
+            remaining.append(response.headers["x-ratelimit-remaining-requests"])
+        assert remaining == ["1", "0"]
+        assert response.headers["x-ratelimit-limit-requests"] == "2"
+        assert response.headers["x-ratelimit-reset-requests"] == "1m0s"
+        deployment.encode = lambda text: pytest.fail("tokenized")
+        for body in (b'{"prompt": "a"}', b"nonsense", b"x" * 9 * 2**20):
+            refused = client.post("/generate", content=body, headers=JSON)
+            assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limited")
+            assert refused.headers["retry-after"] == "30"
+            assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        assert client.get("/model_info").status_code == 200  # costs nothing
+        deployment.encode = FakeDeployment.encode
+        clock.time += 30
+        assert client.post("/generate", json=GENERATE).status_code == 200
+        assert client.post("/generate", json=GENERATE).status_code == 429
+
+
+def test_tokens_are_counted_as_they_are_used_and_debts_are_paid(clock: Clock) -> None:
+    with server(tokens_per_minute=10) as client:
+        response = client.post("/generate", json=GENERATE)
+        assert response.headers["x-ratelimit-limit-tokens"] == "10"
+        text = client.post("/generate", json={**GENERATE, "stream": True}).text  # there is one left
+        assert text.endswith("data: [DONE]\n\n")
+        refused = client.post("/generate", json=GENERATE)
+        assert refused.status_code == 429
+        assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
+        assert refused.headers["retry-after"] == "54"  # 8 tokens of debt and one to begin with
+        clock.time += 54
+        assert client.post("/generate", json=GENERATE).status_code == 200
+
+
+def test_each_key_has_its_own_limits(clock: Clock, tmp_path: Any) -> None:
+    file = tmp_path / "keys"
+    file.write_text("- {name: a, key: key-a}\n- {name: b, key: key-b, requests_per_minute: 3}")
+    with server(requests_per_minute=1, api_keys_file=str(file), admin_key="root") as client:
+        counts = {
+            key: sum(
+                client.post("/generate", json=GENERATE, headers={"x-api-key": key}).status_code == 200 for _ in range(5)
+            )
+            for key in ("key-a", "key-b", "root")
+        }
+    assert counts == {"key-a": 1, "key-b": 3, "root": 5}
+
+
+def test_without_limits_there_are_no_headers_of_them(client: httpx.Client) -> None:
+    response = client.post("/generate", json=GENERATE)
+    assert not any(name.startswith("x-ratelimit") for name in response.headers)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Long": "a" * 5000},
+        {f"X-{index}": "a" for index in range(MAX_HEADERS)},
+        {"Authorization": "Bearer " + "a" * 5000},
+    ],
+)
+def test_long_heads_are_refused(headers: dict[str, str]) -> None:
+    with server(max_header_bytes=4096) as client:
+        response = client.post("/generate", json=GENERATE, headers=headers)
+        assert (response.status_code, response.json()["error"]["type"]) == (431, "headers_too_large")
+        assert client.get("/health", params={"a": "x" * 5000}).status_code == 431
+        assert client.post("/generate", json=GENERATE).status_code == 200
+
+
+def test_a_body_that_comes_slowly_is_refused_and_its_connection_closed() -> None:
+    with server(body_seconds=0.2) as client:
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address, timeout=60) as slow:
+            slow.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            slow.sendall(b"Content-Length: 1000\r\n\r\n{")
+            answer = b""
+            started = time.monotonic()
+            slow.setblocking(False)
+            for _ in itertools.count():  # a byte now and then keeps nothing open
+                assert time.monotonic() < started + 60
+                try:
+                    slow.send(b" ")
+                    if not (received := slow.recv(65536)):
+                        break
+                    answer += received
+                except BlockingIOError:
+                    pass
+                except (BrokenPipeError, ConnectionResetError):
+                    break
+                time.sleep(0.02)
+        assert b" 408 " in answer.partition(b"\r\n")[0]
+        assert b"body_timeout" in answer
+        assert client.post("/generate", json=GENERATE).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_has_its_time_and_no_more(stream: bool) -> None:
+    deployment = FakeDeployment()
+    deployment.engine.held_at = 2
+    with server(deployment, request_seconds=0.3) as client:
+        response = client.post("/generate", json={**GENERATE, "stream": stream})
+        assert response.status_code == (200 if stream else 504)
+        assert '"type":"timed_out"' in response.text
+        assert response.text.endswith("data: [DONE]\n\n") is stream
+        wait_until(lambda: not deployment.engine.running)
+        deployment.engine.held_at = None
+        assert client.post("/generate", json=GENERATE).status_code == 200
