@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import torch
 from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
 
 from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.request import FinishReason
@@ -25,7 +28,7 @@ from amalgam.server.service import REFUSALS
 from amalgam.version import __version__
 from tests.conftest import ROOT
 from tests.server.conftest import serving, wait_until
-from tests.server.fakes import MAX_SEQ_LENGTH, FakeDeployment, FakeEngine, fake_settings
+from tests.server.fakes import MAX_SEQ_LENGTH, FakeDeployment, FakeEngine, FakeVersion, fake_settings
 
 LINE = re.compile(r'(amalgam_[a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? (\S+)')
 
@@ -120,11 +123,15 @@ def counted(deployment: FakeDeployment, tmp_path: Path) -> FakeDeployment:
     return deployment
 
 
+def series_of(line: str) -> str:
+    return line if line.startswith("#") else line.rpartition(" ")[0]
+
+
 def test_metrics_keep_their_names_types_labels_and_help(client: httpx.Client, counted: FakeDeployment) -> None:
     """Dashboards and alerts are built on them: the file was written before there was a library for it."""
     expected = (ROOT / "tests/data/metrics.txt").read_text().replace("VERSION", __version__)
     lines = client.get("/metrics").text.splitlines()
-    assert {line if line.startswith("#") else line.rpartition(" ")[0] for line in lines} == set(expected.splitlines())
+    assert {series_of(line) for line in lines} == set(expected.splitlines())
     assert len(lines) == len(set(lines)) == len(expected.splitlines())
 
 
@@ -236,3 +243,79 @@ def test_probes_can_be_left_out_of_the_access_log(logs_probes: bool, caplog: pyt
 @pytest.mark.parametrize("path", ["/serving", "/remaps"])
 def test_no_query_is_taken(shared_client: httpx.Client, path: str) -> None:
     assert shared_client.get(path + "?x=1").status_code == 422
+
+
+# What the queries of vLLM's published board (examples/observability/prometheus_grafana/grafana.json) name.
+BOARD = {
+    "e2e_request_latency_seconds": "histogram", "time_to_first_token_seconds": "histogram",
+    "inter_token_latency_seconds": "histogram", "request_queue_time_seconds": "histogram",
+    "request_prefill_time_seconds": "histogram", "request_decode_time_seconds": "histogram",
+    "request_prompt_tokens": "histogram", "request_generation_tokens": "histogram",
+    "request_max_num_generation_tokens": "histogram", "prompt_tokens_total": "counter",
+    "generation_tokens_total": "counter", "request_success_total": "counter", "num_requests_running": "gauge",
+    "num_requests_waiting": "gauge", "kv_cache_usage_perc": "gauge",
+}  # fmt: skip
+# What else vLLM documents and both count.
+ALSO = {
+    "prefix_cache_queries_total": "counter", "prefix_cache_hits_total": "counter", "num_preemptions_total": "counter",
+    "iteration_tokens_total": "histogram", "cache_config_info": "gauge",
+    "request_time_per_output_token_seconds": "histogram",
+}  # fmt: skip
+
+
+def test_vllm_s_board_draws_from_its_names() -> None:
+    with (
+        serving(fake_settings(port=0, metrics_compat="vllm"), FakeDeployment) as url,
+        httpx.Client(base_url=url) as client,
+    ):
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        client.post("/generate", json={"prompt": "abcde", "max_new_tokens": 4})
+        plain = client.get("/metrics").text
+        accepted = client.get("/metrics", headers={"Accept": "application/openmetrics-text"}).text
+    types = dict(line.split()[2:4] for line in plain.splitlines() if line.startswith("# TYPE vllm:"))
+    assert types == {f"vllm:{name}": kind for name, kind in (BOARD | ALSO).items()}
+    found = {}
+    for family in text_string_to_metric_families(plain):
+        for sample in family.samples:
+            if sample.name.startswith("vllm:"):
+                assert (sample.labels.pop("model_name"), sample.labels.pop("engine")) == ("fake", "0")
+                found[sample.name, *sorted(sample.labels.items())] = sample.value
+    assert found["vllm:generation_tokens_total",] == 4
+    assert found["vllm:prompt_tokens_total",] == 5
+    assert found["vllm:kv_cache_usage_perc",] == 0.25
+    assert found["vllm:request_success_total", ("finished_reason", "length")] == 1
+    assert {key[1][1] for key in found if key[0] == "vllm:request_success_total"} == {
+        "stop",
+        "length",
+        "abort",
+        "error",
+    }
+    for name, kind in (BOARD | ALSO).items():
+        if kind == "histogram":
+            assert found[f"vllm:{name}_bucket", ("le", "+Inf")] == found[f"vllm:{name}_count",]
+            assert (f"vllm:{name}_sum",) in found
+    assert found["vllm:e2e_request_latency_seconds_count",] == 1
+    assert list(openmetrics.text_string_to_metric_families(accepted))
+
+
+def test_without_being_asked_for_vllm_s_names_are_not_there(client: httpx.Client) -> None:
+    assert "vllm:" not in client.get("/metrics").text
+
+
+def test_activations_are_counted_by_format(client: httpx.Client, counted: FakeDeployment) -> None:
+    counted.engine.version = FakeVersion(3)
+    origins = counted.engine.version.origins
+    for layer, expert, part in itertools.product((0, 2), range(4), ("gate", "up", "down")):
+        slot = f"layers.{layer}.mlp.experts.{expert}.{part}"
+        kind = "int4" if expert == 3 and part != "down" else "bf16"
+        origins[slot] = SimpleNamespace(name=slot, format=kind, source="base", shape=(2, 2))
+        counted.engine.version.weights[slot] = SimpleNamespace(nbytes=8)
+    found = samples(client.get("/metrics").text)
+    name = "amalgam_expert_activations_by_format"
+    values = {labels: value for (metric, labels), value in found.items() if metric == name}
+    # Six tokens in two layers: each goes to expert 3, and to expert 0 or 1.
+    assert values == {
+        'format="int4",projection="gate"': 12, 'format="bf16",projection="gate"': 12,
+        'format="int4",projection="up"': 12, 'format="bf16",projection="up"': 12,
+        'format="bf16",projection="down"': 24,
+    }  # fmt: skip

@@ -191,11 +191,15 @@ class ExpertStatistics:
         }
 
     def by_layer(self) -> dict[str, Any]:
-        """`summary`, `layers` (a row each, in order) and `drift`, for those who poll: no expert has a row."""
+        """`summary`, `layers` (a row each, in order), `formats` (a row for each and projection: the activations of
+        experts that have it now) and `drift`, for those who poll: no expert has a row.
+        """
         snapshot = self.tracker.snapshot()
+        precisions = precision_map(self._version(), self.tracker.layer_ids, self.tracker.num_experts)
         return {
             "summary": summary(snapshot),
             "layers": layer_rows(snapshot),
+            "formats": precisions.activations_by_format(snapshot.tally.counts.sum(axis=0)),
             "drift": drift_or_reason(self.tracker),
         }
 

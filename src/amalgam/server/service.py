@@ -50,6 +50,7 @@ REFUSALS = (
     "unauthorized",
     "forbidden",
     "rate_limited",
+    "token_rate_limited",
     "timed_out",
     "body_timeout",
     "headers_too_large",

@@ -32,6 +32,12 @@ class RateLimitedError(AmalgamError):
     retry_after_seconds = 1
 
 
+class TokenRateLimitedError(RateLimitedError):
+    """It is tokens that the caller has used up."""
+
+    code = "token_rate_limited"
+
+
 class TokenBucket:
     """Holds at most `capacity`, and fills from empty in a minute. Its level may fall below zero."""
 
@@ -77,9 +83,10 @@ class _Buckets:
         Raises:
             RateLimitedError: there is none left, or no token.
         """
-        for name, bucket in (("requests", self.requests), ("tokens", self.tokens)):
+        limits = (("requests", self.requests, RateLimitedError), ("tokens", self.tokens, TokenRateLimitedError))
+        for name, bucket, kind in limits:
             if bucket is not None and bucket.level() < 1:
-                error = RateLimitedError(
+                error = kind(
                     f"This key may use {bucket.capacity} {name} a minute, and has.", remedy="Retry-After says when."
                 )
                 error.retry_after_seconds = max(1, math.ceil(bucket.seconds_until(1)))

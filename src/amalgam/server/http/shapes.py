@@ -63,6 +63,7 @@ def openai(refusal: Refusal) -> tuple[int, dict[str, Any]]:
         "prompt_too_long": "context_length_exceeded",
         "unauthorized": "invalid_api_key",
         "rate_limited": "rate_limit_exceeded",
+        "token_rate_limited": "rate_limit_exceeded",
         "unsupported": "unsupported_parameter",
     }.get(refusal.code, refusal.code)
     if status == 401:
