@@ -576,7 +576,7 @@ class TestFailures:
 
     def test_a_step_that_fails_ends_its_requests_and_no_others(self, make_engine, submit):
         decoder = self.failing_decoder()
-        engine = make_engine(decoder, max_step_tokens=4)
+        engine = make_engine(decoder, max_step_tokens=4, max_batch_size=1)
         decoder.gate.clear()
         failing, waiting = submit(engine, [5, 666, 5, 5]), submit(engine, [6])
         decoder.gate.set()

@@ -153,10 +153,14 @@ class EngineSettings(Section):
 
     max_step_tokens: int = Field(default=512, ge=1, le=2**20)
     """Most tokens in one step; longer prompts are computed in chunks."""
+    max_slowdown: float = Field(default=2.0, gt=1, le=1000)
+    """How many times as long a step may take that computes prompts beside streams. Fewer prompt tokens keep it so."""
     block_size: int = Field(default=16, ge=1, le=1024)
     """Tokens in one KV block."""
     kv_cache_bytes: int | None = Field(default=None, ge=1)
     """Size of the KV cache. None: room for max_batch_size sequences of max_seq_length, within a quarter of memory."""
+    prefix_cache: bool = True
+    """Whether a request uses keys and values that are there already for its beginning. Changes no answer."""
     max_queue: int = Field(default=1024, ge=1, le=2**20)
     """Most requests waiting; more are refused with 503."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)

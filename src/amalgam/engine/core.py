@@ -25,6 +25,7 @@ from amalgam.engine.blocks import BlockPool
 from amalgam.engine.logits import processors_for
 from amalgam.engine.meter import Load, Meter
 from amalgam.engine.outputs import end, take_tokens
+from amalgam.engine.pace import Pace
 from amalgam.engine.request import (
     MAX_SEED,
     EngineStatus,
@@ -54,6 +55,7 @@ from amalgam.text.tokenizer import Tokenizer
 logger = logging.getLogger("amalgam.engine")
 
 _MAX_FAILURES = 3  # steps in a row
+_MIN_PROMPT_TOKENS = 16  # in a step with streams: fewer would make a long prompt take too long
 _FATAL = (MemoryError, torch.OutOfMemoryError)
 
 Propose = Callable[[Sequence[int]], Sequence[int]]  # a sequence's tokens → tokens that may follow them; () for none
@@ -99,16 +101,21 @@ class Engine:
         self._has_proposing_failed = False
         self.meter = Meter(distinct_experts=lambda: None if observer is None else observer.distinct_experts())
 
+        max_step_tokens = settings.engine.max_step_tokens
+        self._pace = Pace(settings.engine.max_slowdown, min(_MIN_PROMPT_TOKENS, max_step_tokens), max_step_tokens)
+
         self._condition = threading.Condition()  # guards everything below
         self._scheduler = Scheduler(
             version,
             BlockPool(self._runner.num_blocks),
             block_size=settings.engine.block_size,
             max_batch_size=settings.inference.max_batch_size,
-            max_step_tokens=settings.engine.max_step_tokens,
+            max_step_tokens=max_step_tokens,
             max_sequence_tokens=max_sequence_tokens,
             max_queue=settings.engine.max_queue,
+            shares_blocks=settings.engine.prefix_cache,
         )
+        self._scheduler.prompt_tokens_beside = self._pace.prompt_tokens_beside
         self._requests: dict[int, Request] = {}  # until their last output has been delivered
         self._cancelled: list[Request] = []
         self._next_id = 1
@@ -427,13 +434,16 @@ class Engine:
             if item.start < item.request.num_prompt_tokens:
                 num_prompt += max(0, min(item.end, item.request.num_prompt_tokens) - (item.end - item.num_unrecorded))
         num_new = sum(len(output.token_ids) for _, output in deliveries)
+        num_streams = sum(item.is_stream for item in plan.scheduled)
+        self._pace.add(num_streams, sum(item.num_tokens for item in plan.scheduled if not item.is_stream), seconds)
         self.meter.add_step(num_prompt, num_new, num_tokens=plan.num_tokens, seconds=seconds, gaps=gaps)
         self._note_load()
 
     def _note_load(self) -> None:
         """Tell the meter how much is under way now; called while that is guarded."""
         scheduler, pool = self._scheduler, self._scheduler.pool
-        self.meter.set_load(Load(len(scheduler.running), len(scheduler.waiting), pool.num_blocks - pool.num_free))
+        load = Load(len(scheduler.running), len(scheduler.waiting), pool.num_blocks - pool.num_free)
+        self.meter.set_load(load, scheduler.counts)
 
     def _deliver(self, deliveries: _Deliveries) -> None:
         observer = self._runner.observer

@@ -352,6 +352,7 @@ class Request:
     lets `num_computed` catch up with `len(token_ids)`: there is no prefill phase and no decode phase.
     `num_recorded` is how many tokens the expert statistics have seen; it does not fall when a request is preempted
     and computed again, which keeps the counts exact.
+    `block_keys` are those of its first full blocks, of which `num_published` may be found by others.
 
     Only the step thread touches a request after `Scheduler.add`, but for `is_cancelled`.
     """
@@ -370,6 +371,8 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    num_published: int = 0
     num_computed: int = 0
     num_recorded: int = 0
     is_cancelled: bool = False
@@ -391,6 +394,25 @@ class Request:
     def num_new_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
 
+    @property
+    def num_behind(self) -> int:
+        """Tokens to catch up with."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The lowest is the first in the queue."""
+        return self.params.priority, self.request_id
+
+    @property
+    def priority(self) -> int:
+        return self.params.priority
+
+    @property
+    def may_skip_shared(self) -> bool:
+        """Whether nobody misses what is not computed for tokens whose keys and values are there already."""
+        return not self.observation.wants_trace and self.params.prompt_logprobs is None
+
 
 class ScheduledRequest(NamedTuple):
     """One request's share of a step: its tokens `[start, start + num_tokens)`, whose KV lies in `block_ids`.
@@ -410,6 +432,11 @@ class ScheduledRequest(NamedTuple):
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether only the newest token is computed, and guesses behind it."""
+        return self.num_tokens == 1 + len(self.proposed_ids)
 
     @property
     def token_ids(self) -> list[int]:

@@ -1,30 +1,51 @@
 """Requests → StepPlan, under a budget of tokens, sequences and KV blocks.
 
-In: requests and how much of a step counts. Out: the next `StepPlan`. Must never know: tensors, text, threads.
+In: requests and how much of a step counts. Out: the next `StepPlan`. Must never know: tensors, text, threads, time.
 
 The catch-up rule: each request has `len(token_ids) - num_computed` tokens to catch up with, be they prompt, the token
-sampled last, or everything again after a preemption. A step takes the running requests in the order of their
-admission, then admits waiting ones while there is room. A request is admitted with blocks for all tokens that it has,
-so that only growth by generated tokens can run out of blocks; then the request admitted last gives its blocks back
-and waits at the front of the queue. The oldest is therefore never interrupted, and everyone gets to the end.
+sampled last, or everything again after a preemption. A running request with one such token is a stream, one with more
+is a prompt. A step takes the streams first, then prompts, then admits waiting requests while there is room.
+
+Order: the queue is sorted by priority, then by arrival, and so is what a preemption puts back. A request is admitted
+with blocks for all tokens that it has, so that only growth by generated tokens can run out of blocks; then the running
+request of the lowest priority, of these the one admitted last, gives its blocks back and waits. The oldest of the
+highest priority is therefore never interrupted, and everyone of a priority gets to the end.
+
+Prompt tokens of a step: all that `max_step_tokens` leaves, and beside streams at most what `prompt_tokens_beside` says,
+so that no stream waits for another's prompt. Half of them go to the first prompt in
+the order of the queue, which therefore never starves; the rest to those that are nearest to their ends, so that a short
+prompt does not wait for a long one. A waiting request that would get none stays in the queue.
+
+Shared beginnings: a full block is found by the weight version and all tokens up to its end, as long as it is not handed
+out again. A request is admitted with the blocks of its beginning that are there, and at least its last token is
+computed. If its next block is one that a running request computes in this very step, it stays in the queue for the
+moment: it will find that block rather than compute it too.
+
+Whoever stays in the queue for one of these reasons keeps its place: the slot and the blocks that it would take are set
+aside, so that those behind it get what they would have got behind it, and no more.
 
 Whatever tokens and blocks a step then leaves may go to proposals: tokens that may come next, computed behind a
-request's own. Those that do not come true are not committed, and their places are computed again.
+request's own. Those that do not come true are not committed, and their places are computed again; only blocks all of
+whose tokens are committed can be found.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from amalgam.engine.blocks import BlockPool
+from amalgam.engine.blocks import BlockPool, Key, extend_keys
+from amalgam.engine.meter import Counts
 from amalgam.engine.request import Request, RequestStatus, ScheduledRequest, StepPlan
 from amalgam.errors import OverloadedError, PromptTooLongError
 
 if TYPE_CHECKING:
     from amalgam.models.weights import WeightVersion
+
+_MAX_PASSED = 64  # requests that may keep their places while others pass them; bounds a step's search
 
 
 class Scheduler:
@@ -36,6 +57,10 @@ class Scheduler:
         max_step_tokens: most tokens in one step; longer prompts are computed in chunks.
         max_sequence_tokens: most tokens of one request, prompt and answer; limited by the pool's capacity as well.
         max_queue: most waiting requests.
+        shares_blocks: whether requests use blocks that others have computed.
+
+    Attributes:
+        prompt_tokens_beside: number of streams → most prompt tokens in their step; may be set at any time.
     """
 
     def __init__(
@@ -48,24 +73,38 @@ class Scheduler:
         max_step_tokens: int,
         max_sequence_tokens: int,
         max_queue: int,
+        shares_blocks: bool = True,
     ) -> None:
-        self.version = version
+        self._version = version
         self.pool = pool
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of admission
+        self.waiting: list[Request] = []  # by rank
+        self.running: list[Request] = []  # by priority, then in order of admission
+        self.prompt_tokens_beside: Callable[[int], int] = lambda num_streams: max_step_tokens
+        self.counts = Counts()
         self.max_sequence_tokens = min(max_sequence_tokens, pool.num_blocks * block_size)
         self._block_size = block_size
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
         self._max_queue = max_queue
+        self._shares_blocks = shares_blocks
+        self._computing: dict[tuple[int, Key], Request] = {}  # version id, key → who is about to compute that block
         self._last_version_id = 0
+
+    @property
+    def version(self) -> WeightVersion:
+        return self._version
+
+    @version.setter
+    def version(self, version: WeightVersion) -> None:
+        self._version = version
+        self._forget_dead_versions()
 
     @property
     def has_requests(self) -> bool:
         return bool(self.running or self.waiting)
 
     def add(self, request: Request) -> None:
-        """Put a new request at the end of the queue, its `max_new_tokens` lowered to what fits.
+        """Put a new request in the queue, its `max_new_tokens` lowered to what fits.
 
         Raises:
             PromptTooLongError: the prompt leaves no room for a new token.
@@ -74,7 +113,7 @@ class Scheduler:
         self.check_prompt_length(request.num_prompt_tokens)
         self.check_room()
         request.max_new_tokens = min(request.max_new_tokens, self.max_sequence_tokens - request.num_prompt_tokens)
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_rank)
 
     def check_room(self) -> None:
         """
@@ -101,8 +140,8 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step; None if there are no requests."""
         while (version := self._next_version()) is not None:
-            scheduled = self._catch_up(version)
-            self._admit(version, scheduled)
+            scheduled = self._take_streams(version)
+            scheduled += self._take_prompts(version, self._prompt_budget(len(scheduled)))
             self._last_version_id = version.version_id
             if scheduled:  # empty if the version's only request has just been preempted
                 return StepPlan(version, tuple(scheduled))
@@ -143,6 +182,7 @@ class Scheduler:
             request = item.request
             request.num_computed = item.end - rejected.get(request.request_id, 0)
             request.num_recorded = max(request.num_recorded, request.num_computed)
+            self._publish(request)
 
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is, and free its blocks; must not happen between `schedule` and `commit`."""
@@ -153,12 +193,14 @@ class Scheduler:
         self._release_blocks(request)
         request.status = RequestStatus.FINISHED
         request.version = None
+        self._forget_dead_versions()
 
     def clear(self) -> None:
         """Forget all requests, whatever state an error has left them in."""
         self.pool = BlockPool(self.pool.num_blocks)
         self.waiting.clear()
         self.running.clear()
+        self._computing.clear()
 
     def count_by_version(self) -> dict[int, int]:
         """Weight version id → requests that are bound to it; the newest version is always there."""
@@ -168,50 +210,158 @@ class Scheduler:
     def _next_version(self) -> WeightVersion | None:
         """Versions with something to do take turns."""
         versions = [request.version for request in self.running if request.version is not None]
-        if self.waiting and self._can_admit(self.waiting[0]):
-            versions.append(self.waiting[0].version or self.version)
+        if self.waiting and self._has_slot():
+            first = self.waiting[0]
+            version = first.version or self.version
+            if self._has_blocks(self._num_blocks_to_take(first, self._find_shared(first, version))):
+                versions.append(version)
         by_id = {version.version_id: version for version in versions}
         if not by_id:
             return None
         later = [version_id for version_id in by_id if version_id > self._last_version_id]
         return by_id[min(later or by_id)]
 
-    def _catch_up(self, version: WeightVersion) -> list[ScheduledRequest]:
-        budget = self._max_step_tokens
-        scheduled = []
+    def _take_streams(self, version: WeightVersion) -> list[ScheduledRequest]:
+        """A token for each of the version's streams, in order, while there are tokens and blocks."""
+        scheduled: list[ScheduledRequest] = []
         for request in list(self.running):
-            if budget == 0:
+            if len(scheduled) == self._max_step_tokens:
                 break
-            if request.version is not version or request.status is not RequestStatus.RUNNING:
-                continue
-            num_tokens = min(len(request.token_ids) - request.num_computed, budget)
-            if self._reserve(request, request.num_computed + num_tokens):
-                scheduled.append(self._share_of(request, num_tokens))
-                budget -= num_tokens
+            # One that comes later in the order may have been preempted for one that came before it.
+            is_stream = request.version is version and request.status is RequestStatus.RUNNING
+            if is_stream and request.num_behind == 1 and self._reserve(request, len(request.token_ids)):
+                scheduled.append(self._share_of(request, 1))
         return scheduled
 
-    def _admit(self, version: WeightVersion, scheduled: list[ScheduledRequest]) -> None:
-        budget = self._max_step_tokens - sum(item.num_tokens for item in scheduled)
-        while budget > 0 and self.waiting and self._can_admit(self.waiting[0]):
-            request = self.waiting[0]
-            if (request.version or self.version) is not version:
-                break
-            self.waiting.popleft()
-            self.running.append(request)
-            request.status = RequestStatus.RUNNING
-            request.version = version
-            if request.started_at is None:
-                request.started_at = time.monotonic()
-            request.block_ids = self.pool.allocate(self._num_blocks_for(len(request.token_ids)))
-            num_tokens = min(len(request.token_ids), budget)
-            scheduled.append(self._share_of(request, num_tokens))
-            budget -= num_tokens
+    def _prompt_budget(self, num_scheduled: int) -> int:
+        """How many prompt tokens a step may have that has so many streams."""
+        budget = self._max_step_tokens - num_scheduled
+        num_streams = sum(request.num_behind == 1 for request in self.running)  # of any version: all wait for the step
+        if not num_streams or not (self.waiting or len(self.running) > num_streams):
+            return budget
+        if num_scheduled:
+            return min(budget, self.prompt_tokens_beside(num_scheduled))
+        return min(budget, self.prompt_tokens_beside(num_streams) or self._block_size)
 
-    def _can_admit(self, request: Request) -> bool:
-        if len(self.running) >= self._max_batch_size:
-            return False
+    def _take_prompts(self, version: WeightVersion, budget: int) -> list[ScheduledRequest]:
+        """Shares of the version's prompts, and of requests that are admitted to it."""
+        if budget == 0:
+            return []
+        prompts = [request for request in self.running if request.version is version and request.num_behind > 1]
+        self._admit(version, prompts, budget)
+        shares = _split(budget, [(request, request.num_behind) for request in prompts])
+        return [
+            self._share_of(request, shares[request.request_id]) for request in prompts if shares[request.request_id]
+        ]
+
+    def _admit(self, version: WeightVersion, prompts: list[Request], budget: int) -> None:
+        """Move waiting requests to `prompts`, those that get some of a step's prompt tokens."""
+        num_kept_places, num_kept_blocks = 0, 0
+        wanted = [(request, request.num_behind) for request in prompts]
+        shares = _split(budget, wanted)
+        for request in list(self.waiting) if self.waiting and self._has_slot() else ():
+            if (request.version or self.version) is not version or not self._has_slot(num_kept_places):
+                break
+            shared_ids = self._find_shared(request, version)
+            num_blocks = self._num_blocks_to_take(request, shared_ids)
+            if not self._has_blocks(num_blocks, num_kept_places, num_kept_blocks):
+                break
+            num_behind = len(request.token_ids) - len(shared_ids) * self._block_size
+            more_shares = _split(budget, [*wanted, (request, num_behind)])
+            coming = self._coming(request, version, len(shared_ids), shares)
+            if coming or more_shares[request.request_id] == 0:
+                num_kept_places += 1
+                num_kept_blocks += num_blocks - coming
+                if num_kept_places == _MAX_PASSED:
+                    break
+                continue
+            self._start(request, version, shared_ids)
+            prompts.append(request)
+            wanted.append((request, num_behind))
+            shares = more_shares
+
+    def _start(self, request: Request, version: WeightVersion, shared_ids: list[int]) -> None:
+        """Make a waiting request a running one, with the blocks that it shares and those that it has to compute."""
+        self.waiting.remove(request)
+        insort(self.running, request, key=_priority)
+        request.status = RequestStatus.RUNNING
+        request.version = version
+        self.pool.share(shared_ids)
+        num_missing = self._num_blocks_for(len(request.token_ids)) - len(shared_ids)
+        request.block_ids = [*shared_ids, *self.pool.allocate(num_missing)]
+        request.num_computed = len(shared_ids) * self._block_size
+        request.num_published = len(shared_ids)
+        is_first = request.started_at is None
+        if request.started_at is None:
+            request.started_at = time.monotonic()
+        if not self._shares_blocks:
+            return
+        extend_keys(request.block_keys, request.token_ids, self._block_size, len(request.token_ids) // self._block_size)
+        for key in request.block_keys[request.num_published :]:
+            self._computing.setdefault((version.version_id, key), request)
+        if is_first and request.may_skip_shared:
+            request.num_cached_tokens = request.num_computed
+            self.counts = self.counts._replace(
+                num_prefix_query_tokens=self.counts.num_prefix_query_tokens + request.num_prompt_tokens,
+                num_prefix_hit_tokens=self.counts.num_prefix_hit_tokens + request.num_cached_tokens,
+            )
+
+    def _find_shared(self, request: Request, version: WeightVersion) -> list[int]:
+        """The blocks of a waiting request's beginning that are there, never that of its last token."""
+        if not self._shares_blocks or not request.may_skip_shared:
+            return []
+        num_blocks = (len(request.token_ids) - 1) // self._block_size
+        extend_keys(request.block_keys, request.token_ids, self._block_size, num_blocks)
+        return self.pool.find(version.version_id, request.block_keys[:num_blocks])
+
+    def _coming(self, request: Request, version: WeightVersion, index: int, shares: Mapping[int, int]) -> int:
+        """How many blocks, from `index` on, of a waiting request's beginning are about to be computed by others; none
+        if the first of them does not come nearer in this step.
+
+        Args:
+            shares: request id → its share of the step's prompt tokens.
+        """
+        if not self._shares_blocks or not request.may_skip_shared:
+            return 0
+        keys = request.block_keys[index : (len(request.token_ids) - 1) // self._block_size]
+        owners = [self._computing.get((version.version_id, key)) for key in keys]
+        if not owners or owners[0] is None or not shares.get(owners[0].request_id):
+            return 0
+        return [*owners, None].index(None)
+
+    def _has_slot(self, num_kept_places: int = 0) -> bool:
+        return len(self.running) + num_kept_places < self._max_batch_size
+
+    def _has_blocks(self, num_blocks: int, num_kept_places: int = 0, num_kept_blocks: int = 0) -> bool:
+        """Whether a request may take so many, beside those that keep their places."""
         # One spare block for each running request, or its growth would at once preempt the newcomer.
-        return self._num_blocks_for(len(request.token_ids)) + len(self.running) <= self.pool.num_free
+        return num_blocks + num_kept_blocks + len(self.running) + num_kept_places <= self.pool.num_free
+
+    def _num_blocks_to_take(self, request: Request, shared_ids: Sequence[int]) -> int:
+        """How many free blocks a waiting request would take, of those that it shares the ones that nobody uses."""
+        return self._num_blocks_for(len(request.token_ids)) - len(shared_ids) + self.pool.count_free(shared_ids)
+
+    def _publish(self, request: Request) -> None:
+        """Let others find the blocks that a commit has filled."""
+        num_full = request.num_computed // self._block_size
+        if num_full <= request.num_published or not self._shares_blocks:
+            return
+        assert request.version is not None
+        version_id = request.version.version_id
+        extend_keys(request.block_keys, request.token_ids, self._block_size, num_full)
+        for index in range(request.num_published, num_full):
+            key = request.block_keys[index]
+            self.pool.publish(version_id, key, request.block_ids[index])
+            if self._computing.get((version_id, key)) is request:
+                del self._computing[version_id, key]
+        request.num_published = num_full
+
+    def _forget_dead_versions(self) -> None:
+        """Drop what blocks hold of versions that no request, old or new, can run on."""
+        if self.pool.version_ids <= {self.version.version_id}:
+            return
+        for version_id in self.pool.version_ids - self.count_by_version().keys():
+            self.pool.forget_version(version_id)
 
     def _reserve(self, request: Request, num_tokens: int) -> bool:
         """Get blocks for `num_tokens` tokens, if need be from later requests; False if the request itself had to go."""
@@ -231,11 +381,17 @@ class Scheduler:
         self._release_blocks(request)
         request.num_computed = 0
         request.status = RequestStatus.WAITING
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_rank)
+        self.counts = self.counts._replace(num_preemptions=self.counts.num_preemptions + 1)
 
     def _release_blocks(self, request: Request) -> None:
-        self.pool.free(request.block_ids)
+        if request.version is not None:
+            for key in request.block_keys[request.num_published :]:
+                if self._computing.get((request.version.version_id, key)) is request:
+                    del self._computing[request.version.version_id, key]
+        self.pool.free(reversed(request.block_ids))  # the beginning is kept for longest
         request.block_ids = []
+        request.num_published = 0
 
     def _share_of(self, request: Request, num_tokens: int, proposed_ids: tuple[int, ...] = ()) -> ScheduledRequest:
         """A share of `num_tokens` that the request has, and of proposals."""
@@ -254,3 +410,33 @@ class Scheduler:
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank
+
+
+def _priority(request: Request) -> int:
+    return request.priority
+
+
+def _split(budget: int, wanted: Sequence[tuple[Request, int]]) -> dict[int, int]:
+    """Request id → its share of a step's prompt tokens.
+
+    Args:
+        wanted: prompts, and how many tokens each has to catch up with.
+    """
+    left = {request.request_id: num_tokens for request, num_tokens in wanted}
+    shares = dict.fromkeys(left, 0)
+    if not wanted:
+        return shares
+    ranks = {request.request_id: request.rank for request, _ in wanted}
+    first = min(left, key=ranks.__getitem__)
+    shares[first] = min(left[first], budget - budget // 2)
+    left[first] -= shares[first]
+    budget -= shares[first]
+    for request_id in sorted(left, key=lambda request_id: (left[request_id], ranks[request_id])):
+        share = min(left[request_id], budget)
+        shares[request_id] += share
+        budget -= share
+    return shares
