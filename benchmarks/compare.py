@@ -32,7 +32,7 @@ TORCH = "torch==2.13.0"
 
 def ours(weights: str, *extra: tuple[str, int], options: tuple[str, ...] = ()) -> Engine:
     reads = tuple(("read", size) for scenario, size in SCENARIOS if scenario == "decode")
-    return Engine("with_amalgam.py", weights, options=options, extra=(*reads, *extra))
+    return Engine("with_amalgam.py", options=(weights, *options), extra=(*reads, *extra))
 
 
 LLAMA = {kind: Engine("with_llama_cpp.py", f"S-{kind}.gguf", "llama") for kind in ("bf16", "Q4_0", "Q8_0")}

@@ -1,45 +1,50 @@
-"""Engines as processes that are asked one at a time, stopped meanwhile, and ended with the process that started them.
+"""Processes that benchmarks start: asked one at a time, stopped meanwhile, and ended with the benchmark.
 
 In: a contestant's script and its arguments. Out: seconds, as it measures them (`contestants/protocol.py`). Must never
 know what is compared.
 
 A contestant holds gigabytes, and a stopped one stays for good: signals that end this process go through the cleanup
-(`exit_on_signals`), and on Linux the kernel kills contestants when this process is killed.
+(`exit_on_signals`), and a watcher ends contestants, and what they have started, when this process is killed.
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 CONTESTANTS = Path(__file__).parent / "contestants"
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_WATCH = 'read -r _; kill -s KILL -- "-$0"'  # its input ends when whoever holds the other end has ended
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How to start a contestant: a script, its argument, and the environment that it runs in (ours if empty).
+    """How to start a contestant: a script, its arguments, and the environment that it runs in (ours if empty).
 
     Attributes:
+        model: a file or folder in the folder of models; the first argument unless empty.
+        environment: a virtual environment in that folder, or an absolute path.
         options: further arguments, as they are.
         extra: scenarios that only it answers.
     """
 
     script: str
-    argument: str
+    model: str = ""
     environment: str = ""
     options: tuple[str, ...] = ()
     extra: tuple[tuple[str, int], ...] = ()
+
+    def command(self, folder: Path) -> list[str]:
+        python = str(folder / self.environment / "bin/python") if self.environment else sys.executable
+        model = [str(folder / self.model)] if self.model else []
+        return [python, str(CONTESTANTS / self.script), *model, *self.options]
 
 
 def exit_on_signals() -> None:
@@ -49,75 +54,95 @@ def exit_on_signals() -> None:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
-def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent has ended, even by SIGKILL and while this one is stopped."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
+class Child:
+    """A process group that ends with this process, however this one ends.
+
+    Args:
+        log: gets its standard error; and its output, unless that is read here.
+        has_pipes: whether its standard input and output are read and written here.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        log: Path,
+        variables: Mapping[str, str] | None = None,
+        *,
+        has_pipes: bool = False,
+        cwd: Path | None = None,
+    ) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"} | dict(variables or {})
+        environment.pop("PYTHONPATH", None)
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.PIPE if has_pipes else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if has_pipes else errors,
+                stderr=errors,
+                text=True,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+            )
+        watch = ["/bin/sh", "-c", _WATCH, str(self.process.pid)]
+        self._watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+        atexit.register(self.close)
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        self._watcher.kill()  # first: afterwards another process may have the number
+        self._watcher.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # ends stopped processes too, and what a dead one has left
+        self.process.wait()
+        atexit.unregister(self.close)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.is_running:
+            os.killpg(self.process.pid, number)
 
 
-class Contestant:
+class Contestant(Child):
     """A running engine that is stopped unless it is asked."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
-        self._name = " ".join((engine.script, engine.argument, *engine.options))
+        self._name = " ".join(filter(None, (engine.script, engine.model, *engine.options)))
         log = folder / f"{self._name.replace('/', '-').replace(' ', '-')}.log"
-        model = folder / engine.argument
-        environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
-        environment.pop("PYTHONPATH", None)
-        python = str(folder / engine.environment / "bin/python") if engine.environment else sys.executable
-        us = os.getpid()
-        self._process = subprocess.Popen(
-            [
-                python,
-                str(CONTESTANTS / engine.script),
-                str(model) if engine.environment else engine.argument,
-                *engine.options,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: _end_with(us),
-        )
-        atexit.register(self.close)
+        super().__init__(engine.command(folder), log, has_pipes=True)
         if (first := self._reply()) != "ready":
             self.close()
             raise RuntimeError(f"{self._name}: {first or 'died'}; see {log}")
-        self._signal(signal.SIGSTOP)
+        self.pause()
 
     def ask(self, scenario: str, size: int) -> float:
-        assert self._process.stdin is not None
-        self._signal(signal.SIGCONT)
+        assert self.process.stdin is not None
+        self.resume()
         try:
-            self._process.stdin.write(f"{scenario} {size}\n")
-            self._process.stdin.flush()
+            self.process.stdin.write(f"{scenario} {size}\n")
+            self.process.stdin.flush()
             reply = self._reply()
             if not reply:
                 raise RuntimeError(f"{self._name} died at {scenario} {size}; its log is in the folder")
             return float(reply)
         finally:
-            self._signal(signal.SIGSTOP)
-
-    def close(self) -> None:
-        self._signal(signal.SIGKILL)  # which ends stopped processes too
-        self._process.wait()
-        atexit.unregister(self.close)
+            self.pause()
 
     def _reply(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, number)
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
 
 
 @contextmanager
-def running(engines: dict[str, Engine], folder: Path) -> Iterator[dict[str, Contestant]]:
+def running(engines: Mapping[str, Engine], folder: Path) -> Iterator[dict[str, Contestant]]:
     with ExitStack() as cleanup:
         contestants = {}
         for name, engine in engines.items():
