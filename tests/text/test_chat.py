@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from amalgam.text.chat import ChatPrompt, ChatTemplate
+from amalgam.errors import RequestError
+from amalgam.text import rendering
+from amalgam.text.chat import ChatPrompt, ChatTemplates
+from amalgam.text.rendering import TemplateError
+from tests.errors import raises
 
 CHATS = (
     [{"role": "user", "content": "hi"}],
@@ -54,20 +61,22 @@ TEMPLATES = {
 }
 
 
-def expected(source: str, messages: list[dict[str, str]]) -> str:
-    texts, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True, **NAMES)
+def rendered(source: str, messages: Any, **options: Any) -> str:
+    text, mark = ChatTemplates({"default": source}, NAMES).render(ChatPrompt(messages, **options))
+    assert not mark
+    return text
+
+
+def expected(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    options = {"add_generation_prompt": True, **NAMES, **options}
+    texts, _ = render_jinja_template([messages], chat_template=source, **options)
     return str(texts[0])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("messages", CHATS, ids=["short", "long"])
 def test_the_text_is_that_of_transformers(name: str, messages: list[dict[str, str]]) -> None:
-    template = ChatTemplate(TEMPLATES[name], NAMES)
-    assert (
-        template.render(ChatPrompt(messages))
-        == template.render(ChatPrompt(messages))
-        == expected(TEMPLATES[name], messages)
-    )
+    assert rendered(TEMPLATES[name], messages) == expected(TEMPLATES[name], messages)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +103,152 @@ def test_the_text_is_that_of_transformers(name: str, messages: list[dict[str, st
     ],
 )
 def test_what_goes_wrong_or_leaves_the_sandbox_is_an_error(source: str) -> None:
-    with pytest.raises((jinja2.TemplateError, ArithmeticError, OverflowError, TypeError)):
-        ChatTemplate(source, NAMES).render(ChatPrompt(CHATS[0]))
+    with pytest.raises(TemplateError):
+        rendered(source, CHATS[0])
+
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Tells <it>", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {"id": "abc", "type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
+WITH_CALLS: list[dict[str, Any]] = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "hm"},
+    {"role": "tool", "tool_call_id": "abc", "content": "rain"},
+]
+# As the families have them, in short.
+WITH_TOOLS = {
+    "qwen": "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content is defined %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls %}<tool_call>{{ c.function.name }}{{ c.function.arguments | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    "mistral": "{{ bos_token }}{% if tools is not none %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]"
+    "{% endif %}{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m['content'] | trim }}[/INST]"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.tool_call_id }}:{{ m.content }}[/TOOL_RESULTS]"
+    "{% elif m.tool_calls is defined %}[TOOL_CALLS]{{ m.tool_calls | map(attribute='function') | list | tojson }}"
+    "{{ eos_token }}{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    "glm": "[gMASK]<sop>{% if tools %}{{ tools[0].function.name }}{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>\n{% for c in m.tool_calls or [] %}<tool_call>"
+    "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key><arg_value>"
+    "{{ v if v is string else v | tojson(ensure_ascii=False) }}</arg_value>{% endfor %}</tool_call>{% endfor %}"
+    "{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}<|assistant|>",
+    "gpt-oss": "{{ tools | length }}"
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.thinking %}<|channel|>analysis<|message|>"
+    "{{ m.thinking }}<|end|>{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}{{ documents | length }}",
+}
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}], ids=["", "variable"])
+def test_tools_and_variables_are_shown_as_transformers_shows_them(name: str, variables: dict[str, Any]) -> None:
+    documents = [{"title": "t", "text": "x"}]
+    options = {"tools": [WEATHER], "documents": documents}
+    wanted = expected(WITH_TOOLS[name], WITH_CALLS, **options, **variables)
+    assert rendered(WITH_TOOLS[name], WITH_CALLS, **options, variables=variables) == wanted
+    as_text = [{**message} for message in WITH_CALLS]
+    as_text[1]["tool_calls"] = [{**CALL, "function": {"name": "weather", "arguments": '{"city": "Zürich"}'}}]
+    as_text[1]["content"] = None
+    assert rendered(WITH_TOOLS[name], as_text, **options, variables=variables) == wanted
+
+
+def test_arguments_are_text_where_a_template_wants_it() -> None:
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ 'json' + c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    assert rendered("{{ tools }}" + source, WITH_CALLS) == 'Nonejson{"city": "Zürich"}'
+
+
+def test_of_several_templates_the_one_for_tools() -> None:
+    templates = ChatTemplates({"default": "plain", "tool_use": "{{ tools | length }}"}, NAMES)
+    assert templates.render(ChatPrompt(CHATS[0], tools=[WEATHER]))[0] == "1"
+    assert templates.render(ChatPrompt(CHATS[0]))[0] == "plain"
+
+
+def test_tools_are_described_where_a_template_knows_of_none() -> None:
+    text = rendered(TEMPLATES["chatml"], WITH_CALLS, tools=[WEATHER])
+    assert text.startswith("<|im_start|>system\n") and json.dumps(WEATHER["function"]) in text
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call><|im_end|>' in text
+    assert "<|im_start|>user\n<tool_response>\nrain\n</tool_response><|im_end|>" in text
+    assert rendered(TEMPLATES["chatml"], CHATS[1], tools=[WEATHER]).count("<|im_start|>system") == 1
+
+
+def test_parts_of_a_content() -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    loop = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"
+    assert rendered(loop, messages) == "[a][b]"
+    assert rendered("{{ messages[0].content }}", messages) == "a\nb"
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama-2", "generation"])
+@pytest.mark.parametrize("last", ["The answer is", "It is ", " so\n"])
+def test_the_last_message_can_be_continued(name: str, last: str) -> None:
+    messages = [*CHATS[0], {"role": "assistant", "content": last}]
+    wanted = expected(TEMPLATES[name], messages, add_generation_prompt=False, continue_final_message=True)
+    found = rendered(TEMPLATES[name], messages, add_generation_prompt=False, continue_final_message=True)
+    assert found == wanted
+
+
+def test_what_cannot_be_continued_is_refused() -> None:
+    def refused(source: str, message: dict[str, Any], **options: Any) -> None:
+        options = {"add_generation_prompt": False, "continue_final_message": True, **options}
+        with raises(RequestError, "continue_final_message"):
+            rendered(source, [message], **options)
+
+    refused(TEMPLATES["chatml"], {"role": "user", "content": "x"}, add_generation_prompt=True)
+    refused("{{ messages | length }}", {"role": "user", "content": "x"})
+    refused(TEMPLATES["chatml"], {"role": "assistant", "content": None, "tool_calls": [CALL]})
+
+
+def test_variables_cannot_be_what_a_field_says() -> None:
+    with raises(RequestError, "'messages'"):
+        rendered("", CHATS[0], variables={"messages": []})
+
+
+HOSTILE = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "branching recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a long string": "{{ 'a' * 10 ** 11 }}",
+    "a large number": "{{ 10 ** (10 ** 10) }}",
+    "doubling": "{% set x = 'aaaaaaaaaaaaaaaa' %}" + "{% set x = x ~ x %}" * 40 + "{{ x }}",
+    "nesting": "{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x }}",
+    "a wide number": "{{ '%1000000000000d' % 1 }}{{ '{:>9999999999}'.format(1) }}",
+    "filters": "{{ 'a' | center(10 ** 12) }}",
+    "replacement": "{{ ('a' * 100000) | replace('a', 'b' * 100000) | length }}",
+    "one filter for each": "{{ range(99999) | map('string') | map('center', 99999) | join | length }}",
+    "much text": "{% for i in range(99999) %}{{ 'aaaaaaaaaaaaa' * 9999 }}{% endfor %}",
+    "lorem ipsum": "{{ lipsum(99999999) }}",
+    "deep source": "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_does_not_end_is_ended(name: str) -> None:
+    with pytest.raises(TemplateError):
+        rendered(HOSTILE[name], CHATS[0])
+    assert rendered("{{ 'next' }}", CHATS[0]) == "next"
+
+
+def test_a_template_reads_no_files() -> None:
+    """The process that runs templates could not, whatever its sandbox let through."""
+    assert rendered("{{ 1 }}", CHATS[0]) == "1"
+    running = [process for process in rendering._processes._idle.queue if process is not None]
+    for process in running:
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        assert re.search(r"Max open files +0 +0 ", limits) and re.search(r"Max file size +0 +0 ", limits)
+
+
+def test_many_threads_may_render() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda index: rendered(f"{{{{ {index} }}}}", CHATS[0]), range(64)))
+    assert texts == [str(index) for index in range(64)]
 
 
 def test_a_template_cannot_change_what_it_is_given() -> None:
     messages: list[Any] = [{"role": "user", "content": "hi"}]
     source = "{% set messages = 3 %}{% for m in [1] %}{{ m }}{% endfor %}"
-    assert ChatTemplate(source, NAMES).render(ChatPrompt(messages)) == "1"
+    assert rendered(source, messages) == "1"
     assert messages == [{"role": "user", "content": "hi"}]

@@ -14,11 +14,13 @@ from types import MappingProxyType
 from typing import Any
 
 from amalgam.errors import CheckpointError, PromptTooLongError, RequestError, describe
-from amalgam.text.chat import DEFAULT, ChatPrompt, ChatTemplate
+from amalgam.text.chat import DEFAULT, ChatPrompt, ChatTemplates
 from amalgam.text.files import TOKENIZER_FILES, eos_token_ids, has_tokenizer, read_folder
 from amalgam.text.gguf.metadata import build_tokenizer
+from amalgam.text.marking import MarkedEncoder, SpecialTokenFinder
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.pieces import PIECE_CHARS, LengthBound, surrounding_ids, token_ids_by_piece
+from amalgam.text.rendering import TemplateError
 
 UNDECODABLE = "\ufffd"  # what `decode` makes of bytes that are no whole character
 _NUM_END_TOKENS = 32
@@ -52,10 +54,9 @@ class Tokenizer:
         self._backend = parts.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._templates = parts.chat_template or {}
-        source = self._templates if isinstance(self._templates, str) else self._templates.get(DEFAULT)
-        self._source: str | None = source or None
-        self._template = ChatTemplate(source, parts.special_tokens_map) if source else None
+        sources = parts.chat_template or {}
+        sources = {DEFAULT: sources} if isinstance(sources, str) else sources
+        self._templates = ChatTemplates(sources, parts.special_tokens_map)
         self.eos_token_ids = eos_token_ids
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
         added = self._backend.get_added_tokens_decoder().items()
@@ -88,7 +89,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return self.chat_template is not None
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """
@@ -148,19 +149,28 @@ class Tokenizer:
         `chat.ChatPrompt` says what the arguments mean.
         """
         prompt = ChatPrompt(messages, tools, documents, variables, add_generation_prompt, continue_final_message)
-        yield from self._by_piece(self._apply_chat_template(prompt), max_tokens, add_special_tokens=False)
+        text, mark = self._apply_chat_template(prompt)
+        if not mark:
+            yield from self._by_piece(text, max_tokens, add_special_tokens=False)
+            return
+        _check_surrogates(text)
+        yield from self._within(self._marked_encoder.pieces(text, mark), text, max_tokens)
 
     @property
     def chat_template(self) -> str | None:
         """Its source; None if there is none."""
-        return self._source
+        return self._templates.source()
 
     def _by_piece(self, text: str, max_tokens: int | None, *, add_special_tokens: bool) -> Iterator[list[int]]:
         _check_surrogates(text)
         if max_tokens is not None and len(text) > PIECE_CHARS:
             _check_length(self._length_bound.min_tokens(text), text, max_tokens)
+        yield from self._within(self._pieces(text, add_special_tokens=add_special_tokens), text, max_tokens)
+
+    def _within(self, pieces: Iterator[list[int]], text: str, max_tokens: int | None) -> Iterator[list[int]]:
+        """The pieces of a text, up to where they are too many."""
         num_tokens = 0
-        for piece in self._pieces(text, add_special_tokens=add_special_tokens):
+        for piece in pieces:
             num_tokens += len(piece)
             if max_tokens is not None:
                 _check_length(num_tokens, text, max_tokens)
@@ -185,19 +195,31 @@ class Tokenizer:
     def _surrounding_ids(self) -> tuple[list[int], list[int]] | None:
         return surrounding_ids(self._backend)
 
-    def _apply_chat_template(self, prompt: ChatPrompt) -> str:
-        if self._template is None:
-            named = f" by the name {DEFAULT!r}, only {describe(sorted(self._templates))}" if self._templates else ""
+    @cached_property
+    def _special_token_finder(self) -> SpecialTokenFinder | None:
+        """None: special tokens of a text are text anyway."""
+        if self._backend.encode_special_tokens:
+            return None
+        return SpecialTokenFinder(list(self.special_tokens.values()))
+
+    @cached_property
+    def _marked_encoder(self) -> MarkedEncoder:
+        assert self._special_token_finder is not None
+        return MarkedEncoder(self._backend, self.special_tokens, self._special_token_finder)
+
+    def _apply_chat_template(self, prompt: ChatPrompt) -> tuple[str, str]:
+        if self.chat_template is None:
+            names = self._templates.names
+            named = f" by the name {DEFAULT!r}, only {describe(names)}" if names else ""
             raise RequestError(f"This model has no chat template{named}.", remedy="Send a plain prompt.")
         _check_messages(prompt.messages)
         try:
-            text = self._template.render(prompt)
-        except Exception as error:  # the template is the model's, so that its mistakes can be of any kind
+            return self._templates.render(prompt, self._special_token_finder)
+        except TemplateError as error:
             raise RequestError(
                 f"The model's chat template refuses the messages: {describe(str(error), 400)}.",
                 remedy="Send roles in the order that the model expects.",
             ) from error
-        return text
 
     def prompt_end(self, prompt_ids: Sequence[int]) -> str:
         """The text of a prompt's last tokens, special ones included: where an answer begins in the middle of a part."""

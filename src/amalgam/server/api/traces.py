@@ -20,6 +20,7 @@ from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import Body, StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.interface import Tokenizer
+from amalgam.text.chat import ChatPrompt
 
 if TYPE_CHECKING:
     from amalgam.models.routing import RoutingTrace
@@ -44,7 +45,7 @@ async def trace(body: TraceBody, request: Request, service: ServiceArgument) -> 
     """
 
     async def answer() -> Response:
-        prompt = [{"role": "user", "content": body.text}] if body.chat else body.text
+        prompt = ChatPrompt([{"role": "user", "content": body.text}]) if body.chat else body.text
         [token_ids] = await service.encode([prompt])
         params = SamplingParams(max_new_tokens=1, do_sample=False)
         observation = Observation(wants_trace=True, is_counted=body.record)
