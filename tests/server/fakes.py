@@ -213,6 +213,9 @@ class FakeDeployment:
             encode_chat_by_piece=lambda messages, limit, **_: self._encode_by_piece(messages[-1]["content"], limit),
             token_text=chr,
             token_bytes=lambda token_id: chr(token_id).encode(),
+            chat_template=None,
+            special_tokens={},
+            prompt_end=lambda prompt_ids: "".join(map(chr, prompt_ids)),
         )
 
     def _encode_by_piece(self, text: str, max_tokens: int) -> Iterator[list[int]]:

@@ -236,6 +236,13 @@ class ServerSettings(Section):
     otlp_endpoint: str = Field(default="", pattern=r"^(https?://[^/\s?#]+[^\s]*)?$")
     """Where a span of each request is sent, by OTLP over HTTP: `http://collector:4318`. Empty: nowhere."""
 
+    chat_template: UserPath = ""
+    """File with a chat template (Jinja), in place of the checkpoint's. Empty: the checkpoint's."""
+    tool_parser: str = "auto"
+    """How the model writes tool calls: auto (as its template shows), hermes, qwen_xml, mistral, llama, deepseek, ..."""
+    reasoning_parser: str = "auto"
+    """What stands around the model's reasoning: auto (as its template shows), think, mistral or none."""
+
     @field_validator("allowed_hosts", "allowed_origins", "api_keys", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:

@@ -23,6 +23,7 @@ from amalgam.models.spec import ModelSpec
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
+from amalgam.text.files import read_template
 from amalgam.text.tokenizer import Tokenizer
 
 
@@ -42,7 +43,8 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
     planned = loader.plan()  # before anything that takes longer
-    tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
+    template = read_template(Path(settings.server.chat_template)) if settings.server.chat_template else None
+    tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, template)
     tokenizer.check_vocabulary(loader.spec.vocab_size)
     defaults = read_model_defaults(loader.base_folder, loader.base_metadata)
     # Before the weights: what it keeps its figures in may not fit, or be somebody else's.

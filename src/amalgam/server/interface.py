@@ -54,6 +54,11 @@ class Engine(Protocol):
 class Tokenizer(Protocol):
     """Text → token ids, piece by piece, and back, token by token: `amalgam.text.tokenizer.Tokenizer`."""
 
+    special_tokens: Mapping[int, str]
+
+    @property
+    def chat_template(self) -> str | None: ...
+    def prompt_end(self, prompt_ids: Sequence[int]) -> str: ...
     def encode_by_piece(self, text: str, max_tokens: int) -> Iterator[list[int]]: ...
     def encode_chat_by_piece(
         self,

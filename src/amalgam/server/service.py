@@ -25,6 +25,8 @@ from amalgam.server.http.record import current_record
 from amalgam.server.interface import Deployment, Statistics
 from amalgam.server.sharing import SharedAnswers
 from amalgam.server.watching import watched
+from amalgam.text.answers.format import AnswerFormat
+from amalgam.text.answers.registry import answer_format, check_parsers
 
 logger = logging.getLogger("amalgam.server")
 T = TypeVar("T")
@@ -86,6 +88,7 @@ class Service:
         stopping: threading.Event | None = None,
         url: str = "",
     ) -> None:
+        check_parsers(settings.server.tool_parser, settings.server.reasoning_parser)
         self.settings = settings
         self._url = url
         self.num_active = 0  # requests admitted and not yet answered; touched by the event loop only
@@ -94,6 +97,7 @@ class Service:
         self._started_at = time.monotonic()
         self._open_deployment = open_deployment
         self._deployment: Deployment | None = None
+        self._answer_format: AnswerFormat | None = None
         self._load_error: Exception | None = None
         self._stopping = threading.Event() if stopping is None else stopping
         self._is_draining = False
@@ -177,6 +181,20 @@ class Service:
                 "Expert statistics are not kept here.", remedy="Set statistics.enabled, and serve a model with experts."
             )
         return statistics
+
+    @property
+    def answer_format(self) -> AnswerFormat:
+        """How the model writes tool calls and reasoning.
+
+        Raises:
+            UnavailableError: it is still loading, or has failed.
+        """
+        if self._answer_format is None:
+            tokenizer, server = self.deployment.tokenizer, self.settings.server
+            self._answer_format = answer_format(
+                tokenizer.chat_template, tokenizer.special_tokens, server.tool_parser, server.reasoning_parser
+            )
+        return self._answer_format
 
     @property
     def has_loaded(self) -> bool:

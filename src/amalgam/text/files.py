@@ -95,6 +95,19 @@ def eos_token_ids(folder: Path) -> frozenset[int]:
     return frozenset(token_ids)
 
 
+def read_template(path: Path) -> str:
+    """A chat template that lies in a file of its own.
+
+    Raises:
+        CheckpointError: there is none, or it is no text.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"server.chat_template is {str(path)!r}, and there is no such file.", remedy="Give a file with a template."
+        )
+    return _read_text(path)
+
+
 class _Folder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder

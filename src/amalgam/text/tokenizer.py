@@ -63,12 +63,15 @@ class Tokenizer:
         self.special_tokens: Mapping[int, str] = {token_id: token.content for token_id, token in added if token.special}
 
     @classmethod
-    def load(cls, folder: Path, gguf_metadata: Mapping[str, Any] | None = None) -> Tokenizer:
+    def load(
+        cls, folder: Path, gguf_metadata: Mapping[str, Any] | None = None, chat_template: str | None = None
+    ) -> Tokenizer:
         """Read a folder's tokenizer. Code that the folder brings along or refers to is never run.
 
         Args:
             folder: a folder, or a GGUF file.
             gguf_metadata: the checkpoint's metadata if it is GGUF; used if the folder has no tokenizer's files.
+            chat_template: its source, in place of those that the folder has.
 
         Raises:
             CheckpointError: there is none, or its files are damaged.
@@ -77,19 +80,20 @@ class Tokenizer:
         if not has_tokenizer(folder):
             if gguf_metadata:
                 wrapped, ends = build_tokenizer(gguf_metadata, str(folder))
-                return cls(wrapped, ends | eos_token_ids(folder))
+                return cls(_with_template(wrapped, chat_template), ends | eos_token_ids(folder))
             raise CheckpointError(
                 f"Folder {str(folder)!r} has no tokenizer.",
                 remedy=f"Put one of these files there: {', '.join(TOKENIZER_FILES)}.",
             )
-        tokenizer = cls(*read_folder(folder))
+        parts, eos = read_folder(folder)
+        tokenizer = cls(_with_template(parts, chat_template), eos)
         if not tokenizer.vocab_size:
             raise CheckpointError(f"The tokenizer in {str(folder)!r} is empty.", remedy="Copy its files again.")
         return tokenizer
 
     @property
     def has_chat_template(self) -> bool:
-        return self.chat_template is not None
+        return self._templates.source() is not None
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """
@@ -158,8 +162,8 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """Its source; None if there is none."""
-        return self._templates.source()
+        """The source of the chat template, of the one for chats with tools if there are two; None: there is none."""
+        return self._templates.source(has_tools=True)
 
     def _by_piece(self, text: str, max_tokens: int | None, *, add_special_tokens: bool) -> Iterator[list[int]]:
         _check_surrogates(text)
@@ -208,7 +212,7 @@ class Tokenizer:
         return MarkedEncoder(self._backend, self.special_tokens, self._special_token_finder)
 
     def _apply_chat_template(self, prompt: ChatPrompt) -> tuple[str, str]:
-        if self.chat_template is None:
+        if self._templates.source(has_tools=prompt.tools is not None) is None:
             names = self._templates.names
             named = f" by the name {DEFAULT!r}, only {describe(names)}" if names else ""
             raise RequestError(f"This model has no chat template{named}.", remedy="Send a plain prompt.")
@@ -264,6 +268,14 @@ class Tokenizer:
         """The text of token ids; special tokens and ids beyond the vocabulary give none."""
         text: str = self._backend.decode(token_ids, skip_special_tokens=True)
         return text
+
+
+def _with_template(parts: Any, chat_template: str | None) -> TokenizerParts:
+    return TokenizerParts(
+        parts.backend_tokenizer,
+        parts.special_tokens_map,
+        parts.chat_template if chat_template is None else chat_template,
+    )
 
 
 def _check_surrogates(text: str) -> None:

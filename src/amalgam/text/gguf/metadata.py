@@ -23,6 +23,7 @@ from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 MODEL_KEY = "tokenizer.ggml.model"
 _PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _MAX_TOKEN_CHARS = 1024
 _SPACE = "▁"
@@ -54,7 +55,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast  # 1 to 3 s, most of it torch
 
-    tables, template = _Tables(metadata, where), metadata.get("tokenizer.chat_template")
+    tables = _Tables(metadata, where)
     kind = tables.get("model")
     builder = _KINDS.get(kind) if isinstance(kind, str) else None
     if builder is None:
@@ -87,7 +88,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
         }
         wrapped = PreTrainedTokenizerFast(
             tokenizer_object=backend,
-            chat_template=template if isinstance(template, str) else None,
+            chat_template=_chat_templates(metadata),
             clean_up_tokenization_spaces=False,
             **named,
         )
@@ -101,6 +102,14 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
     ends = end_ids(tables.vocab, special_ids, {name: tables.special(name) for name in NAMED})
     tables.check_all_read()
     return wrapped, ends
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """`tokenizer.chat_template`, and others by name behind it."""
+    named = {key.removeprefix(_TEMPLATE).lstrip("."): value for key, value in metadata.items()
+             if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")}  # fmt: skip
+    found = {name or "default": value for name, value in named.items() if isinstance(value, str)}
+    return found["default"] if found.keys() == {"default"} else found or None
 
 
 class _Tables(Fields):
