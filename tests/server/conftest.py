@@ -15,6 +15,7 @@ import pytest
 from amalgam.config.settings import Settings
 from amalgam.server import create_app
 from amalgam.server.http.lifecycle import DrainingServer, listen, url_of
+from amalgam.server.http.tls import certificate_of
 from amalgam.server.service import Service
 from tests.server.fakes import FakeDeployment, fake_settings
 
@@ -32,12 +33,13 @@ def serving(settings: Settings, open_deployment: Callable[[], Any]) -> Iterator[
     """A server in a thread; yields its base URL. The model may still be loading."""
     assert Path(settings.server.export_dir).is_absolute(), "tests leave the working directory alone"
     listeners = listen(settings.server)
+    certificate = certificate_of(settings.server)
     service = Service(settings, open_deployment)
-    server = DrainingServer(create_app(service), service)
+    server = DrainingServer(create_app(service), service, certificate)
     thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
     thread.start()
     try:
-        yield url_of(listeners[0], settings.server.host)
+        yield url_of(listeners[0], settings.server.host, "http" if certificate is None else "https")
     finally:
         server.config.timeout_graceful_shutdown = 0  # pages that are still open keep their streams
         server.should_exit = True

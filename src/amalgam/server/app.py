@@ -31,7 +31,8 @@ from amalgam.server.http.lifecycle import DrainingServer, listen, raise_descript
 from amalgam.server.http.limits import RateLimits
 from amalgam.server.http.logs import start_logging
 from amalgam.server.http.methods import HeadMethod
-from amalgam.server.http.origins import OriginGuard
+from amalgam.server.http.origins import OriginGuard, is_loopback
+from amalgam.server.http.tls import Certificate, certificate_of
 from amalgam.server.interface import Deployment
 from amalgam.server.permissions import permissions
 from amalgam.server.service import Service
@@ -59,21 +60,45 @@ def run(settings: Settings, open_deployment: Callable[[], Deployment], stopping:
         stopping: set when the model is no longer wanted, so that `open_deployment` may raise; the exit code is still 0.
 
     Raises:
-        ConfigError: the address cannot be listened on.
+        ConfigError: the address cannot be listened on; keys or certificates cannot be used.
         Exception: what `open_deployment` raised, or an UnavailableError if the engine died.
     """
     start_logging(settings.server.log_format)
-    keys = KeyRing(settings.server)
+    keys, certificate = KeyRing(settings.server), certificate_of(settings.server)
     raise_descriptor_limit()
     listeners = listen(settings.server)
-    service = Service(settings, open_deployment, stopping, url_of(listeners[0], settings.server.host))
-    server = DrainingServer(create_app(service, keys), service)
+    scheme = "http" if certificate is None else "https"
+    service = Service(settings, open_deployment, stopping, url_of(listeners[0], settings.server.host, scheme))
+    server = DrainingServer(create_app(service, keys), service, certificate, reloading(settings, keys, certificate))
     for listener in listeners:
-        logger.info("listening on %s", url_of(listener, ""))
+        logger.info("listening on %s", url_of(listener, "", scheme))
+    warn_if_open(settings, keys)
     server.run(sockets=listeners)
     if server.failure is not None:
         raise server.failure
     return 0
+
+
+def reloading(settings: Settings, keys: KeyRing, certificate: Certificate | None) -> Callable[[], None] | None:
+    """What reads the files anew that may change while the server runs; None: there are none."""
+
+    def reload() -> None:
+        keys.reload()
+        if certificate is not None:
+            certificate.reload()
+
+    return reload if certificate is not None or settings.server.api_keys_file else None
+
+
+def warn_if_open(settings: Settings, keys: KeyRing) -> None:
+    """Say in the log that others can use the server, or change it."""
+    if settings.server.unix_socket or is_loopback(settings.server.host) or keys.has_keys:
+        return
+    who = "use this server" if keys.has_admin else "use this server and change its weights"
+    logger.warning(
+        "Without API keys anybody who reaches %s can %s: set server.api_keys and server.admin_key, or listen on "
+        "127.0.0.1.", settings.server.host or "this machine", who,
+    )  # fmt: skip
 
 
 def add_middleware(app: FastAPI, service: Service, keys: KeyRing) -> None:

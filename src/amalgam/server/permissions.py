@@ -25,7 +25,8 @@ WITH_ADMIN_KEY_BELOW = ("/experts/", "/dashboard/")
 
 
 def needs_of(path: str) -> Needs | None:
-    """What is listed for a path; None: nothing is."""
+    """What is listed for a path, which may end with a slash: that leads to the page. None: nothing is."""
+    path = path if len(path) == 1 else path.removesuffix("/")
     if path in KEYLESS or path.startswith(KEYLESS_BELOW):
         return Needs.NOTHING
     if path in WITH_KEY or path.startswith(WITH_KEY_BELOW):

@@ -13,8 +13,11 @@ import ipaddress
 import logging
 import os
 import resource
+import signal
 import socket
+import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Protocol
@@ -25,15 +28,19 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from amalgam.base.escaping import one_line
 from amalgam.config.settings import ServerSettings, Settings
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.server.http.access import NO_DESCRIPTORS, shortage_log
 from amalgam.server.http.errors import error_content
+from amalgam.server.http.tls import Certificate
+from amalgam.server.http.unix import UnixListener, listen_unix
 
 MIN_DRAIN_SECONDS = 1.0  # an idle server too stays up this long, so that a balancer's probe can see the 503
 FAILURE_SECONDS = 3.0  # how long a server whose engine died goes on answering before it exits
 BACKLOG = 2048  # connections that wait to be accepted
 NUM_PORT_ATTEMPTS = 8
+MAX_REQUEST_LINE_BYTES = 1024  # beside the headers: a head that is just too long is told what is allowed
 LOOPBACK = ("127.0.0.1", "::1")
 CLOSE_SECONDS = 5  # for responses to leave after the drain
 
@@ -49,6 +56,8 @@ def listen(settings: ServerSettings) -> list[socket.socket]:
     Raises:
         ConfigError: the address cannot be listened on.
     """
+    if settings.unix_socket:
+        return [listen_unix(settings)]
     host = settings.host.strip("[]")
     try:
         # The protocol must be named: asyncio sets TCP_NODELAY only then, and without it each answer waits 40 ms.
@@ -109,14 +118,16 @@ def _bind_all(found: list[Any]) -> list[socket.socket]:
     raise AssertionError("unreachable")
 
 
-def url_of(listener: socket.socket, host: str) -> str:
+def url_of(listener: socket.socket, host: str, scheme: str = "http") -> str:
     """An address that this machine's browser can open; `host` as the user wrote it, if that is a name."""
+    if isinstance(listener, UnixListener):
+        return f"unix:{listener.path}"
     address, port = listener.getsockname()[:2]
     if address in ("0.0.0.0", "::"):  # all addresses, and this machine has the one below
         address = "127.0.0.1" if address == "0.0.0.0" else "::1"
     elif host and not is_address(host.strip("[]")):
         address = host
-    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    return f"{scheme}://[{address}]:{port}" if ":" in address else f"{scheme}://{address}:{port}"
 
 
 def is_address(host: str) -> bool:
@@ -167,9 +178,19 @@ class DrainingServer(uvicorn.Server):
 
     On the first signal the service refuses new work with 503 while the port goes on answering. When nothing is in
     flight, or `drain_seconds` have passed and the rest has been ended with an error, uvicorn shuts down.
+
+    Args:
+        certificate: for https; None: http.
+        reload: called at SIGHUP; a ConfigError is logged, and nothing has changed then. None: SIGHUP ends the process.
     """
 
-    def __init__(self, app: ASGIApp, service: Drainable) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Drainable,
+        certificate: Certificate | None = None,
+        reload: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -183,15 +204,21 @@ class DrainingServer(uvicorn.Server):
                 timeout_graceful_shutdown=CLOSE_SECONDS,
                 timeout_keep_alive=service.settings.server.keep_alive_seconds,  # type: ignore[arg-type] # as a timer's
                 backlog=service.settings.server.accept_backlog,
+                h11_max_incomplete_event_size=service.settings.server.max_header_bytes + MAX_REQUEST_LINE_BYTES,
+                ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
             )
         )
         self.failure: Exception | None = None
         self._service = service
+        self._reload = reload
         self._drain_started: float | None = None
         self._failed_at = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(_on_loop_error)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_on_loop_error)
+        if self._reload is not None and threading.current_thread() is threading.main_thread():
+            loop.add_signal_handler(signal.SIGHUP, self._on_reload)
         await super().startup(sockets)
         # asyncio takes the number of connections that it accepts in a row for that of those that may wait as well.
         for listener in sockets or []:
@@ -203,6 +230,15 @@ class DrainingServer(uvicorn.Server):
         logger.info("signal %d: draining, at most %g s", sig, self._service.settings.server.drain_seconds)
         self._drain_started = time.monotonic()
         self._service.drain()
+
+    def _on_reload(self) -> None:
+        assert self._reload is not None
+        try:
+            self._reload()
+        except ConfigError as error:
+            logger.error("SIGHUP: nothing has changed. %s", one_line(str(error)))
+        else:
+            logger.info("SIGHUP: keys and certificates have been read again")
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second."""
