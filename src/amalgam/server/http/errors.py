@@ -102,6 +102,8 @@ def error_response(error: Exception, request_id: str = "") -> ErrorResponse:
     """The answer that tells a client of `error`."""
     refusal = refusal_of(error, request_id)
     headers = {}
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if refusal.status in (429, 503):
         headers["Retry-After"] = str(getattr(error, "retry_after_seconds", RETRY_AFTER_SECONDS))
     return ErrorResponse(refusal, headers)

@@ -186,10 +186,7 @@ class KeyGuard:
         try:
             self._keys.check(permission.needs, caller)
         except AmalgamError as error:
-            response = error_response(error)
-            if isinstance(error, UnauthorizedError):
-                response.headers["WWW-Authenticate"] = "Bearer"
-            await response(scope, receive, send)
+            await error_response(error)(scope, receive, send)
             return
         record: RequestRecord = scope["state"]["record"]
         record.caller = "" if caller is None else caller.name
