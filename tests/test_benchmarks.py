@@ -1,15 +1,19 @@
-"""What the benchmarks start ends with them."""
+"""What the benchmarks start ends with them, and their clients count right."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from benchmarks import clients
 
 from tests.conftest import ROOT
 
@@ -79,3 +83,59 @@ def test_contestants_end_with_the_comparison(tmp_path: Path, number: signal.Sign
         process.wait()
         for process_id in filter(is_running, started):
             os.kill(process_id, signal.SIGKILL)
+
+
+EVENTS = [
+    {"choices": [{"text": "a"}]},
+    {"choices": [{"text": ""}]},
+    {"choices": [{"text": "b", "finish_reason": "length"}]},
+    {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": None}},
+]
+STREAM = [f"data: {json.dumps(event)}\n\n".encode() for event in EVENTS] + [b"data: [DONE]\n\n"]
+REQUEST = clients.Request("12345", 2)
+
+
+def asked(parts: list[bytes], *, status: str = "200 OK", is_chunked: bool = True, **options: Any) -> clients.Answer:
+    """What a client makes of a server's answer."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        coding = "Transfer-Encoding: chunked\r\n" if is_chunked else ""
+        writer.write(f"HTTP/1.1 {status}\r\n{coding}\r\n".encode())
+        for part in parts:
+            writer.write(b"%x\r\n%s\r\n" % (len(part), part) if is_chunked else part)
+        writer.write(b"0\r\n\r\n" if is_chunked else b"")
+        writer.close()
+
+    async def ask() -> clients.Answer:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            return await clients.complete(clients.Address(port, "model"), REQUEST, **options)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_a_client_takes_the_times_of_tokens(is_chunked: bool) -> None:
+    """Events without text are none; how they are cut into pieces does not matter."""
+    whole = b"".join(STREAM)
+    for parts in (STREAM, [whole], [whole[:30], whole[30:]]):
+        answer = asked(parts, is_chunked=is_chunked)
+        clients.check([answer])
+        assert (answer.status, answer.num_prompt_tokens, answer.num_new_tokens) == (200, 5, 2)
+        assert len(answer.arrivals) == 2 and len(answer.gaps) == 1 and answer.first_token_seconds > 0
+
+
+def test_a_client_tells_answers_that_are_not_whole() -> None:
+    refused = asked([b'{"error": {}}'], status="503 Service Unavailable")
+    assert (refused.status, refused.error) == (503, '{"error": {}}')
+    failed = asked([STREAM[0], b'data: {"error": {"code": 500}}\n\n', STREAM[-1]])
+    for answer in (refused, failed, asked(STREAM[:-1]), asked([]), asked(STREAM[-1:])):
+        with pytest.raises(RuntimeError):
+            clients.check([answer])
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_client_leaves(after: int) -> None:
+    answer = asked(STREAM, leave_after=after)
+    assert len(answer.arrivals) == after and answer.num_new_tokens == 0

@@ -1,6 +1,7 @@
 """Shape S with one set of random weights for every engine: a transformers folder, and GGUF files of it.
 
 make_models.py hf FOLDER               with torch and transformers
+make_models.py tokenizer FOLDER        with tokenizers; one token for each ASCII character of a text
 make_models.py gguf FOLDER FILE        with gguf, numpy and safetensors: bf16, norms and routers in float32
 make_models.py quantize FILE FILE Q4_0 with llama-cpp-python; Q4_0 for every tensor that can take it
 """
@@ -40,6 +41,24 @@ def make_hf(folder: str) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(folder, max_shard_size="2GB")
 
 
+def vocabulary() -> list[str]:
+    """The characters that stand for single bytes (GPT-2's), and names for all other tokens."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    tokens = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+    return tokens + [f"<tok{index}>" for index in range(VOCAB - 256)]
+
+
+def make_tokenizer(folder: str) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
 def make_gguf(folder: str, out: str) -> None:
     import gguf
     import numpy as np
@@ -69,10 +88,7 @@ def make_gguf(folder: str, out: str) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    tokens = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
-    writer.add_token_list(tokens + [f"<tok{index}>" for index in range(VOCAB - 256)])
+    writer.add_token_list(vocabulary())
     writer.add_token_types([1] * VOCAB)
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(255)
@@ -122,4 +138,4 @@ def quantize(source: str, out: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    {"hf": make_hf, "gguf": make_gguf, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])
+    {"hf": make_hf, "tokenizer": make_tokenizer, "gguf": make_gguf, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])

@@ -7,9 +7,11 @@ standard error. A first line `ready` says that the model is loaded; `failed: why
 from __future__ import annotations
 
 import os
+import random
+import string
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Measure = Callable[[str, int], float]
 VOCAB_SIZE = 32000
@@ -18,6 +20,18 @@ VOCAB_SIZE = 32000
 def token_ids(count: int, seed: int) -> list[int]:
     """The same random-looking tokens for every engine."""
     return [300 + (index * 7919 + seed * 31337) % 20000 for index in range(count)]
+
+
+def text(length: int, seed: int) -> str:
+    """So many characters, which are as many tokens for a vocabulary without merges; the same for every engine."""
+    return "".join(random.Random(seed).choices(string.ascii_letters + string.digits, k=length))
+
+
+def texts(lengths: Sequence[int], count: int, seed: int) -> list[str]:
+    """So many prompts, of each length equally many, in a random order."""
+    chosen = [lengths[index % len(lengths)] for index in range(count)]
+    random.Random(seed).shuffle(chosen)
+    return [text(length, seed * 100_003 + index) for index, length in enumerate(chosen)]
 
 
 def answer(load: Callable[[], Measure]) -> None:

@@ -1,0 +1,46 @@
+"""amalgam in this process: `with_llm.py MODEL TOKENS PER_CLIENT LENGTH...`.
+
+Answers `streams N`: seconds for PER_CLIENT times N prompts of the LENGTHs, TOKENS new ones each, N together. The same
+prompts as the server gets in `serving.py`, round by round.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from itertools import count
+
+from protocol import Measure, answer, texts
+
+from amalgam import LLM, SamplingParams
+
+
+def load(stack: ExitStack, streams: int) -> Measure:
+    model, *numbers = sys.argv[1:]
+    num_tokens, per_client, *lengths = map(int, numbers)
+    longest = max(lengths) + num_tokens
+    settings = {
+        "inference.max_seq_length": longest,
+        "inference.max_batch_size": streams,
+        "engine.kv_cache_bytes": longest * streams * 16384,
+    }
+    model_here = stack.enter_context(LLM(model=model, settings=settings))
+    params = SamplingParams(
+        max_new_tokens=num_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, do_sample=True, ignore_eos=True
+    )
+    seeds = count()
+
+    def measure(scenario: str, size: int) -> float:
+        prompts = texts(lengths, per_client * size, next(seeds))
+        started = time.perf_counter()
+        for result in model_here.generate(prompts, params):
+            if result.error is not None:
+                raise result.error
+        return time.perf_counter() - started
+
+    return measure
+
+
+with ExitStack() as running:
+    answer(lambda: load(running, streams=16))

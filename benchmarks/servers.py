@@ -1,0 +1,223 @@
+"""Servers of one model, each a process: amalgam's, llama.cpp's and vLLM's.
+
+In: which one, and the folder that keeps models and environments. Out: an address once it answers, its memory and its
+descriptors. Must never know what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clients import Address
+from engines import Child
+from environments import LLAMA_SERVER
+
+ROOT = Path(__file__).resolve().parents[1]
+READY_SECONDS = 900
+MAX_SEQUENCES = 32  # that run together, in every server
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to start a server.
+
+    Attributes:
+        model: a file or folder in the folder of models, or an absolute path.
+        environment: a virtual environment there; ours if empty.
+        command: what is run in the environment; {model}, {port}, {tokens} (of the longest sequence), {sequences} and
+            {room} (tokens of all sequences together) are filled in.
+        caching: what is added where prompts share a prefix, and where they do not.
+        fields: what the bodies of its requests have beside OpenAI's fields.
+    """
+
+    model: str
+    command: tuple[str, ...]
+    environment: str = ""
+    caching: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    variables: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        return not self.environment
+
+
+_KV_BYTES_PER_TOKEN = 16384  # of shape S, in 16 bits
+
+
+def _ours(model: str) -> Server:
+    flags = (
+        "--inference.max_seq_length {tokens} --inference.max_batch_size {sequences} --engine.kv_cache_bytes {kv_bytes}"
+    )
+    return Server(
+        model,
+        (sys.executable, str(ROOT / "main.py"), "--model", "{model}", "--port", "{port}", *flags.split()),
+        fields={"ignore_eos": True, "top_k": 0},
+    )
+
+
+def _llama(model: str) -> Server:
+    flags = (
+        "-m {model} --port {port} --alias model -np {sequences} -c {room} --kv-unified -t 2 -tb 2 -b 2048 -ub 512"
+        " --no-ui --offline"
+    )
+    return Server(
+        model,
+        (f"{LLAMA_SERVER}/llama-server", *flags.split()),
+        environment="llama-server",
+        caching=((), ("--no-cache-prompt", "--cache-ram", "0")),
+        fields={"ignore_eos": True, "top_k": 0, "min_p": 0.0},
+    )
+
+
+def _vllm(model: str) -> Server:
+    flags = (
+        "-m vllm.entrypoints.openai.api_server --model {model} --port {port} --host 127.0.0.1"
+        " --served-model-name model --dtype bfloat16 --max-model-len {tokens} --max-num-seqs {sequences}"
+        " --max-num-batched-tokens 2048 --enforce-eager --disable-uvicorn-access-log"
+    )
+    return Server(
+        model,
+        ("bin/python", *flags.split()),
+        environment="vllm",
+        caching=(("--enable-prefix-caching",), ("--no-enable-prefix-caching",)),
+        variables={
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+            "VLLM_NO_USAGE_STATS": "1",
+        },
+        fields={"ignore_eos": True},
+    )
+
+
+SERVERS = {
+    "amalgam int4": _ours("S-int4"),
+    "llama.cpp Q4_0": _llama("S-Q4_0.gguf"),
+    "amalgam bf16": _ours("S"),
+    "vLLM bf16": _vllm("S"),
+    "llama.cpp bf16": _llama("S-bf16.gguf"),
+}
+
+
+class Running(Child):
+    """A server that answers; stopped while another is asked."""
+
+    def __init__(
+        self, name: str, server: Server, folder: Path, *, max_tokens: int, shares_prefixes: bool, flags: tuple[str, ...]
+    ) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        values = {
+            "model": folder / server.model,
+            "port": port,
+            "tokens": max_tokens,
+            "sequences": MAX_SEQUENCES,
+            "room": max_tokens * MAX_SEQUENCES,
+            "kv_bytes": max_tokens * MAX_SEQUENCES * _KV_BYTES_PER_TOKEN,
+        }
+        program, *arguments = (part.format(**values) for part in server.command)
+        if server.environment:
+            program = str(folder / server.environment / program)
+        caching = server.caching[0 if shares_prefixes else 1]
+        self.name = name
+        self._log = folder / f"{name.replace(' ', '-')}-server.log"
+        super().__init__([program, *arguments, *caching, *flags], self._log, server.variables)
+        self.address = Address(port, "model", dict(server.fields))
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self) -> None:
+        """Until it lists its model, which then is the address's."""
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            if not self.is_running or time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} does not answer:\n{self._log.read_text(errors='replace')[-3000:]}")
+            try:
+                if self._is_ready():
+                    models = json.loads(self.get("/v1/models"))
+                    self.address = Address(self.address.port, models["data"][0]["id"], self.address.fields)
+                    return
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.1)
+
+    def _is_ready(self) -> bool:
+        """llama.cpp's and vLLM's `/health` are 200 once they are ready; ours also while it loads, but not `/ready`."""
+        try:
+            self.get("/ready")
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                return False
+            self.get("/health")
+        return True
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.address.port}{path}", timeout=30) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def gauges(self) -> dict[str, float]:
+        """The metrics without labels."""
+        lines = (line.split() for line in self.get("/metrics").splitlines() if not line.startswith("#"))
+        return {line[0]: float(line[1]) for line in lines if "{" not in line[0]}
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that is its own: mapped files are not counted."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
+        return int(line.split()[1]) * 1024
+
+    @property
+    def num_descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+
+@contextmanager
+def serving(
+    names: Mapping[str, Server],
+    folder: Path,
+    *,
+    max_tokens: int,
+    shares_prefixes: bool = False,
+    flags: tuple[str, ...] = (),
+) -> Iterator[dict[str, Running]]:
+    """Servers that are ready, and stopped.
+
+    Args:
+        max_tokens: of the longest sequence.
+        flags: for each server, at the end of its command.
+    """
+    with ExitStack() as cleanup:
+        running = {}
+        for name, server in names.items():
+            running[name] = Running(
+                name, server, folder, max_tokens=max_tokens, shares_prefixes=shares_prefixes, flags=flags
+            )
+            cleanup.callback(running[name].close)
+            running[name].pause()
+        yield running
+
+
+@contextmanager
+def awake(server: Child) -> Iterator[None]:
+    server.resume()
+    try:
+        yield
+    finally:
+        server.pause()
