@@ -365,7 +365,7 @@ async def _cancel(server: Running, count: int) -> tuple[Document, Document]:
         memory = server.resident_bytes / MIB
         return {"kv_blocks": blocks, "descriptors": server.num_descriptors, "memory_mib": memory}
 
-    return await state(0, 4 * MAX_SEQUENCES), await state(1, count)
+    return await state(0, 8 * MAX_SEQUENCES), await state(1, count)
 
 
 async def _until_idle(server: Running) -> None:
