@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -19,7 +20,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from amalgam.config.settings import StatisticsSettings
-from amalgam.engine.request import FinishReason, Observation, SamplingParams
+from amalgam.engine.meter import Counts
+from amalgam.engine.request import FinishReason, Observation, Request, SamplingParams
 from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
@@ -475,6 +477,104 @@ class TestCancelling:
         with pytest.raises(PromptTooLongError):
             engine.generate([[5], [6] * 64], GREEDY)
         wait_until(lambda: is_at_rest(engine))
+
+
+class TestThousandLeave:
+    """At every stage: waiting, within a prompt, streaming, sharing blocks or about to."""
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning")  # of modules that the collector's objects belong to
+    def test_blocks_and_objects_are_where_they_were(self, make_engine):
+        rng, decoder = random.Random(11), FakeDecoder()
+        engine = make_engine(
+            decoder, max_seq_length=64, kv_cache_bytes=kv_cache_bytes(60), max_step_tokens=16, max_queue=4096
+        )
+        beginnings = [[rng.randrange(3, VOCAB_SIZE) for _ in range(40)] for _ in range(12)]
+        params = SamplingParams(max_new_tokens=64, do_sample=False, ignore_eos=True)
+        engine.generate(beginnings, replace(params, max_new_tokens=2))  # whatever is made once
+        gc.collect()
+        before = sum(isinstance(each, Request) for each in gc.get_objects())
+        has_ended, stages, waiting = threading.Semaphore(0), Counter(), []
+
+        def on_output(output):
+            if output.is_finished:
+                assert output.finish_reason in (FinishReason.CANCELLED, FinishReason.LENGTH)
+                usage = output.usage
+                stages["streaming" if usage.num_new_tokens else "prompt" if usage.version else "waiting"] += 1
+                has_ended.release()
+
+        def leave(token_ids):
+            for request in rng.sample(engine._scheduler.running, len(engine._scheduler.running) // 3):
+                engine.cancel(request.request_id)
+            engine.cancel(waiting.pop(rng.randrange(len(waiting))) if waiting else 0)
+
+        decoder.on_step = leave
+        for _ in range(20):
+            with engine.between_steps():
+                for _ in range(50):
+                    ending = [rng.randrange(3, VOCAB_SIZE)] * rng.randint(1, 9)
+                    prompt = rng.choice(beginnings)[: rng.randint(20, 40)] + ending
+                    waiting.append(engine.submit(prompt, replace(params, priority=rng.randint(0, 2)), on_output))
+            engine.set_version(FakeVersion(engine.version.version_id + rng.randint(0, 1)))
+        for _ in range(1000):
+            assert has_ended.acquire(timeout=60)
+        assert len(stages) == 3 and min(stages.values()) > 50
+        wait_until(lambda: is_at_rest(engine))
+        assert engine.meter.read().counts.num_prefix_hit_tokens > 0
+        gc.collect()
+        assert sum(isinstance(each, Request) for each in gc.get_objects()) == before
+        decoder.on_step = lambda token_ids: None
+        assert engine.generate([[5]], GREEDY)[0].token_ids == greedy_tokens([5], 12, engine.version.version_id)
+
+
+class TestSharedBeginnings:
+    def test_usage_and_statistics_tell_what_was_not_computed(self, make_engine):
+        tracker = ExpertTracker((0,), 8, 2, StatisticsSettings())
+        engine, prompt = make_engine(observer=tracker), list(range(10, 40))
+        [first], [second] = engine.generate([prompt], GREEDY), engine.generate([prompt], GREEDY)
+        assert (first.usage.num_cached_tokens, second.usage.num_cached_tokens) == (0, 28)
+        assert first.token_ids == second.token_ids == greedy_tokens(prompt, 12)
+        tally = tracker.snapshot().tally
+        assert tally.num_tokens.sum() == 2 * (30 + 11) - 28
+        assert tally.num_requests == 2
+        reading = engine.meter.read()
+        assert reading.counts == Counts(0, 60, 28) and reading.num_prompt_tokens == 60 - 28
+
+    def test_a_trace_and_log_probabilities_of_the_prompt_need_all_of_it(self, make_engine):
+        tracker = ExpertTracker((0,), 8, 2, StatisticsSettings())
+        engine, prompt = make_engine(observer=tracker), list(range(10, 40))
+        engine.generate([prompt], GREEDY)
+        [traced] = engine.generate([prompt], GREEDY, Observation(wants_trace=True))
+        assert traced.usage.num_cached_tokens == 0
+        assert (traced.trace.expert_ids >= 0).all() and len(traced.trace.expert_ids) == 30 + 11
+        [scored] = engine.generate([prompt], replace(GREEDY, prompt_logprobs=1))
+        assert scored.usage.num_cached_tokens == 0
+
+    def test_nothing_of_an_old_version_is_found(self, make_engine):
+        engine, prompt = make_engine(), list(range(10, 40))
+        engine.generate([prompt], GREEDY)
+        engine.set_version(FakeVersion(2))
+        [answer] = engine.generate([prompt], GREEDY)
+        assert (answer.usage.num_cached_tokens, answer.token_ids) == (0, greedy_tokens(prompt, 12, 2))
+
+    def test_it_can_be_switched_off(self, make_engine):
+        engine, prompt = make_engine(prefix_cache=False), list(range(10, 40))
+        answers = [engine.generate([prompt], GREEDY)[0] for _ in range(2)]
+        assert [answer.usage.num_cached_tokens for answer in answers] == [0, 0]
+
+    def test_a_step_that_fails_leaves_nothing_to_be_found(self, make_engine):
+        decoder, prompt = FakeDecoder(), list(range(10, 40))
+        engine = make_engine(decoder)
+
+        def fail(token_ids):
+            raise ValueError("no luck")
+
+        decoder.on_step = fail
+        [failed] = engine.generate([prompt], GREEDY)
+        decoder.on_step = lambda token_ids: None
+        [answer] = engine.generate([prompt], GREEDY)
+        assert isinstance(failed.error, ValueError)
+        assert (answer.usage.num_cached_tokens, answer.token_ids) == (0, greedy_tokens(prompt, 12))
+        assert is_at_rest(engine)
 
 
 class TestStream:

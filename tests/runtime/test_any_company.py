@@ -1,0 +1,111 @@
+"""The demo model: whatever shares steps, blocks and the queue, each answer is bit for bit what it is alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from threading import Semaphore
+
+import pytest
+
+from amalgam.config.settings import load_settings
+from amalgam.engine.request import RequestOutput, SamplingParams
+from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.opening import open_deployment
+
+EXPERTS = "model.layers.*.mlp.experts.*"
+SETTINGS = {"inference.max_seq_length": 256, "inference.max_batch_size": 12, "engine.block_size": 8}
+NUM_REQUESTS = 40
+_BLOCK_BYTES = 8 * 6 * 2 * 2 * 64 * 2  # tokens, layers, keys and values, heads, dimensions, bfloat16
+
+Answer = tuple[tuple[int, ...], tuple[object, ...]]  # tokens, and their log-probabilities
+
+
+@pytest.fixture
+def deployment(demo_config: Path) -> Iterator[Deployment]:
+    """So few blocks that requests are preempted all the time, and so few tokens in a step that prompts are cut."""
+    with_blocks = {**SETTINGS, "engine.kv_cache_bytes": 36 * _BLOCK_BYTES, "engine.max_step_tokens": 48}
+    deployment = open_deployment(load_settings(demo_config, with_blocks, {}))
+    yield deployment
+    deployment.close()
+
+
+@pytest.fixture
+def alone(demo_config: Path) -> Iterator[Deployment]:
+    settings = {**SETTINGS, "inference.max_batch_size": 1, "engine.prefix_cache": False}
+    deployment = open_deployment(load_settings(demo_config, settings, {}))
+    yield deployment
+    deployment.close()
+
+
+def requests(deployment: Deployment, rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts with common beginnings, some of them several times; greedy and sampled; of all lengths and priorities."""
+    text = "The old man looked at the sea. He had not taken a fish in eighty-four days, and the boy had left him. " * 9
+    token_ids = deployment.tokenizer.encode(text)
+    beginnings = [token_ids[start : start + 150] for start in (0, 1, 40)]
+    chosen: list[tuple[list[int], SamplingParams]] = []
+    while len(chosen) < NUM_REQUESTS:
+        prompt = rng.choice(beginnings)[: rng.randint(1, 150)] + [
+            rng.randrange(3, 8000) for _ in range(rng.randint(0, 20))
+        ]
+        params = SamplingParams(
+            max_new_tokens=rng.randint(1, 50),
+            do_sample=rng.random() < 0.7,
+            temperature=1.0,
+            seed=rng.randrange(1000),
+            repetition_penalty=rng.choice((1.0, 1.2)),
+            logprobs=1,
+            priority=rng.randint(0, 2),
+            ignore_eos=True,
+        )
+        num_samples = rng.choice((1, 1, 1, 4))
+        chosen += [(prompt, replace(params, seed=(params.seed or 0) + index)) for index in range(num_samples)]
+    return chosen[:NUM_REQUESTS]
+
+
+def answers_alone(alone: Deployment, work: list[tuple[list[int], SamplingParams]]) -> list[Answer]:
+    answers = alone.engine.generate([prompt for prompt, _ in work], [params for _, params in work])
+    return [(answer.token_ids, answer.logprobs) for answer in answers]
+
+
+def test_requests_get_what_each_gets_alone(deployment: Deployment, alone: Deployment) -> None:
+    rng = random.Random(12)
+    work = requests(deployment, rng)
+    mappings = [{EXPERTS: "int4"}, {EXPERTS: "base"}]
+    expected = []
+    for mapping in mappings:
+        alone.update_weight_mapping(mapping)
+        expected.append(answers_alone(alone, work))
+    deployment.update_weight_mapping(mappings[0])
+    outputs: dict[int, list[RequestOutput]] = {}
+    has_ended = Semaphore(0)
+
+    def on_output(output: RequestOutput) -> None:
+        outputs.setdefault(output.request_id, []).append(output)
+        if output.is_finished:
+            has_ended.release()
+
+    ids: list[int] = []
+    mapping_of = {deployment.version_id: 0}
+    while len(ids) < len(work):
+        with deployment.engine.between_steps():
+            for prompt, params in work[len(ids) : len(ids) + rng.randint(1, 12)]:
+                ids.append(deployment.engine.submit(prompt, params, on_output))
+        if rng.random() < 0.5:
+            continue
+        choice = rng.randrange(2)
+        deployment.update_weight_mapping(mappings[choice])
+        mapping_of[deployment.version_id] = choice
+    for _ in ids:
+        assert has_ended.acquire(timeout=120)
+    for index, request_id in enumerate(ids):
+        parts = outputs[request_id]
+        assert parts[-1].error is None and parts[-1].usage is not None
+        token_ids = tuple(token_id for part in parts for token_id in part.token_ids)
+        logprobs = tuple(entry for part in parts for entry in part.logprobs)
+        assert (token_ids, logprobs) == expected[mapping_of[parts[-1].usage.version]][index]
+    counts, status = deployment.engine.meter.read().counts, deployment.engine.status()
+    assert counts.num_preemptions > 0 and counts.num_prefix_hit_tokens > 0
+    assert status.num_free_blocks == status.num_blocks
