@@ -169,9 +169,10 @@ class Deployment:
 
     def model_info(self) -> dict[str, Any]:
         """What `GET /model_info` answers: architecture, sizes, sources, weights and bytes by precision, memory."""
-        return describe_model(
+        described = describe_model(
             self.model_name, self.settings, self._served, self.engine, self.defaults, self.loaded_seconds
         )
+        return {**described, "has_chat_template": self.tokenizer.has_chat_template}
 
     def expert_info(self, layer_id: int, expert_id: int) -> dict[str, Any]:
         """Where each projection of one expert comes from, and how much it is used; None if nothing is counted.

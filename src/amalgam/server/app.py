@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse
 from starlette.routing import BaseRoute
 
 from amalgam.config.settings import Settings
-from amalgam.server import dashboard
+from amalgam.server import dashboard, page
 from amalgam.server.api import experts, exports, native, probes, serving, traces, weights
 from amalgam.server.api.native import SamplingFields
 from amalgam.server.http.access import AccessLog
@@ -39,7 +39,7 @@ from amalgam.server.service import Service
 from amalgam.version import __version__
 
 ROUTERS = (  # every interface there is, in the order of /docs
-    native.pages, native.router, experts.router, exports.router, traces.router, weights.router, probes.router,
+    page.router, native.router, experts.router, exports.router, traces.router, weights.router, probes.router,
     serving.router, dashboard.router,
 )  # fmt: skip
 

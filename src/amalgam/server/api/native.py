@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 from amalgam.engine.request import (
     MAX_REPETITION_PENALTY,
@@ -31,7 +31,7 @@ from amalgam.server.generation import Completion, complete, complete_all, stream
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import Body, StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
-from amalgam.server.service import Status
+from amalgam.server.service import Service, Status
 from amalgam.version import __version__
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 MAX_INT = 2**31 - 1
 
 router = APIRouter(route_class=StrictRoute, tags=["native"])
-pages = APIRouter(tags=["native"])  # probes and proxies may add a query
 
 StopString = Annotated[str, Field(min_length=1)]
 
@@ -172,20 +171,15 @@ class RootAnswer(BaseModel):
     uptime_seconds: float
 
 
-@pages.get("/", response_model=RootAnswer)
-async def root(request: Request, service: ServiceArgument) -> Response:
-    """What is served here, and whether it can be used. Browsers are led to the dashboard."""
-    headers = {"Vary": "Accept"}
-    if prefers_html(request.headers.get("accept", "")):
-        return RedirectResponse("dashboard", 302, headers)  # relative: a proxy may have taken a prefix away
-    answer = RootAnswer(
+def root_answer(service: Service) -> RootAnswer:
+    """What `GET /` tells programs."""
+    return RootAnswer(
         status=service.status,
         model=service.model_name,
         version=__version__,
         weight_version=service.weight_version,
         uptime_seconds=service.uptime_seconds,
     )
-    return OrjsonResponse(answer.model_dump(mode="json"), headers=headers)
 
 
 @router.post("/generate", dependencies=[Admission], response_model=GenerateAnswer, response_model_exclude_none=True)

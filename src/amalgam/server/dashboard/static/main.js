@@ -5,6 +5,7 @@ import { emit, loadInfo, loadMapping, loadPrecision, loadRemaps, loadStatistics,
 import { h } from "./dom.js";
 import * as format from "./format.js";
 import { language, onLanguage, setLanguage, startLanguage, t, translate } from "./i18n.js";
+import { askForKeys } from "./key.js";
 import { onTheme, toggleTheme } from "./theme.js";
 import * as analysis from "./panels/analysis.js";
 import * as expert from "./panels/expert.js";
@@ -164,6 +165,8 @@ async function follow() {
 }
 
 startLanguage();
+// Most of what is shown here needs the admin key.
+askForKeys({ isWanted: ({ type }) => ["unauthorized", "forbidden"].includes(type), isOnce: true });
 build();
 document.getElementById("language").addEventListener("click", () => setLanguage(language() === "zh" ? "en" : "zh"));
 document.getElementById("theme").addEventListener("click", toggleTheme);

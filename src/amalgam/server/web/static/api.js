@@ -1,34 +1,77 @@
 // HTTP to the server that the page came from; addresses are relative, so that a proxy may put it under any path.
 
 const WATCH_MS = 500;
+const KEY = "amalgam.key";
+
+let key = storedKey();
+let asking = null; // the answer to a question that is open: one question for all who wait
+let locked = { ask: null, isWanted: () => false };
 
 export class ApiError extends Error {
-  constructor(message, status) {
+  constructor(message, status, type = null, retryAfter = null) {
     super(message);
     this.status = status;
+    this.type = type; // the server's own word for the error
+    this.retryAfter = retryAfter; // seconds, if the server says when
   }
+}
+
+function storedKey() {
+  try {
+    return sessionStorage.getItem(KEY);
+  } catch {
+    return null; // storage may be switched off
+  }
+}
+
+// ask(why) → the key to try instead, or null; called for refusals of which isWanted(error) is true.
+export function onLocked(ask, isWanted) {
+  locked = { ask, isWanted };
+}
+
+async function askForKey(tried, why) {
+  if (key !== tried) return true; // another has been given meanwhile
+  asking ??= locked.ask(why).finally(() => { asking = null; });
+  const given = await asking;
+  if (given === null) return false;
+  key = given;
+  try {
+    sessionStorage.setItem(KEY, key);
+  } catch {
+    // kept for as long as the page is open
+  }
+  return true;
 }
 
 async function failure(response) {
   let message = `${response.status} ${response.statusText}`;
+  let type = null;
   try {
-    message = (await response.json()).error.message ?? message;
+    const { error } = await response.json();
+    message = error.message ?? message;
+    type = error.type ?? null;
   } catch {
     // not one of the server's own answers: the status has to do
   }
-  return new ApiError(message, response.status);
+  const seconds = Number.parseFloat(response.headers.get("retry-after"));
+  return new ApiError(message, response.status, type, Number.isFinite(seconds) ? seconds : null);
 }
 
 async function send(path, body, signal) {
-  const options = { signal, headers: { Accept: "application/json" } };
-  if (body !== undefined) {
-    options.method = "POST";
-    options.headers["Content-Type"] = "application/json";
-    options.body = JSON.stringify(body);
+  for (;;) {
+    const tried = key;
+    const options = { signal, headers: { Accept: "application/json" } };
+    if (tried) options.headers.Authorization = `Bearer ${tried}`;
+    if (body !== undefined) {
+      options.method = "POST";
+      options.headers["Content-Type"] = "application/json";
+      options.body = JSON.stringify(body);
+    }
+    const response = await fetch(path, options);
+    if (response.ok) return response;
+    const error = await failure(response);
+    if (!locked.isWanted(error) || signal?.aborted || !(await askForKey(tried, error.message))) throw error;
   }
-  const response = await fetch(path, options);
-  if (!response.ok) throw await failure(response);
-  return response;
 }
 
 export async function get(path, query = {}, signal = undefined) {

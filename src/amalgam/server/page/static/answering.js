@@ -1,0 +1,116 @@
+// Answers as they come: what is sent, what is kept, and what went wrong. An answer goes on while another conversation is
+// shown.
+
+import { app, emit, keep } from "./app.js";
+import { answer } from "./chat.js";
+import { Stopwatch } from "./clock.js";
+import { look, server } from "./server.js";
+import { addNode, path, siblings, titleFrom } from "./tree.js";
+import { useOf } from "./use.js";
+
+const SAVE_MS = 2000; // so that a page that is closed loses no more
+
+// Say something at the end of the branch that is shown, or below `parent`.
+export function say(conversation, content, parent = conversation.leaf) {
+  if (app.running.has(conversation.id)) return;
+  const node = addNode(conversation, parent, { role: "user", content });
+  if (!conversation.title) conversation.title = titleFrom(content);
+  reply(conversation, node);
+}
+
+export function giveResults(conversation, calls) {
+  let parent = conversation.leaf;
+  for (const { id, name, content } of calls) parent = addNode(conversation, parent, { role: "tool", content, callId: id, name }).id;
+  reply(conversation, conversation.nodes[parent]);
+}
+
+export function regenerate(conversation, node) {
+  if (!app.running.has(conversation.id)) reply(conversation, conversation.nodes[node.parent]);
+}
+
+export function stop(conversation) {
+  app.running.get(conversation.id)?.controller.abort();
+}
+
+// An answer to `parent`, beside those that there are.
+async function reply(conversation, parent) {
+  const node = addNode(conversation, parent.id, { role: "assistant", content: "", isOpen: true });
+  const clock = new Stopwatch();
+  const run = { node, clock, controller: new AbortController() };
+  app.running.set(conversation.id, run);
+  emit("thread", { hasGrown: true });
+  keep(conversation, { isTouched: true });
+  let savedAt = performance.now();
+  try {
+    if (!server.info) await look(); // whether it takes chats
+    const nodes = path(conversation, parent.id);
+    const result = await answer(conversation, nodes, {
+      seed: seedFor(conversation, node), signal: run.controller.signal,
+      take(piece) {
+        if (!piece.toolCall || piece.toolCall.function?.arguments) clock.tick();
+        grow(node, piece);
+        emit("grown", run);
+        if (performance.now() - savedAt > SAVE_MS) {
+          savedAt = performance.now();
+          keep(conversation);
+        }
+      },
+    });
+    await finish(node, result, clock);
+  } catch (error) {
+    fail(node, error, run.controller.signal);
+    if (clock.pieces) node.figures = figures(clock, null);
+  } finally {
+    delete node.isOpen;
+    app.running.delete(conversation.id);
+    emit("thread", { finished: node });
+    keep(conversation, { isTouched: true });
+  }
+}
+
+// With the same seed the same answer would come again: each further one has a seed of its own, always the same.
+function seedFor(conversation, node) {
+  const { seed } = conversation.sampling;
+  return seed === undefined ? undefined : seed + siblings(conversation, node).indexOf(node);
+}
+
+function grow(node, { text, reasoning, toolCall }) {
+  if (text) node.content += text;
+  if (reasoning) node.reasoning = (node.reasoning ?? "") + reasoning;
+  if (!toolCall) return;
+  node.toolCalls ??= [];
+  const call = node.toolCalls[toolCall.index] ??= { id: "", name: "", arguments: "" };
+  call.id ||= toolCall.id ?? "";
+  call.name ||= toolCall.function?.name ?? "";
+  call.arguments += toolCall.function?.arguments ?? "";
+}
+
+async function finish(node, result, clock) {
+  node.finish = result.finish;
+  node.model = server.model;
+  node.figures = figures(clock, result.usage);
+  try {
+    const use = await useOf(result);
+    if (use) node.use = use;
+  } catch {
+    // the answer stands without it
+  }
+}
+
+function figures(clock, usage) {
+  const tokens = usage?.completion_tokens ?? clock.pieces;
+  const found = {
+    tokens, first: clock.waited, speed: clock.speed(tokens), prompt: usage?.prompt_tokens, cached: usage?.prompt_tokens_details?.cached_tokens,
+  };
+  return Object.fromEntries(Object.entries(found).filter(([, value]) => value !== null && value !== undefined));
+}
+
+function fail(node, error, signal) {
+  if (signal.aborted) {
+    node.finish = "stopped";
+    return;
+  }
+  node.finish = "error";
+  node.problem = { status: error.status ?? null, kind: error.type ?? null, text: error.status === undefined ? "" : error.message, retryAfter: error.retryAfter ?? null };
+  look();
+}
