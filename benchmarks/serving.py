@@ -246,7 +246,7 @@ def shared_prefix(options: argparse.Namespace, servers: dict[str, Server], conso
                 pairs = asyncio.run(_shared_prefix(running[name].address, options.rounds))
             unshared, shared = ([pair[side].first_token_seconds for pair in pairs] for side in (0, 1))
             cached = [pair[1].num_cached_tokens for pair in pairs]
-            predicted = 1 - median(cached) / (PREFIX + SUFFIX)
+            predicted = 1 - median(cached) / pairs[0][1].num_prompt_tokens
             ratio = median(b / a for a, b in zip(unshared, shared, strict=True))
             result = {"server": name, "unshared": unshared, "shared": shared, "cached": cached, "predicted": predicted}
             results.append(result)
