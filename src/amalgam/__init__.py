@@ -1,6 +1,6 @@
 """One running Transformer out of several checkpoints of the same model in different precisions.
 
-`LLM` and `SamplingParams` are imported at first use, so that `import amalgam` costs nothing.
+`LLM`, `SamplingParams` and `Grammar` are imported at first use, so that `import amalgam` costs nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from amalgam.version import __version__
 if TYPE_CHECKING:
     from amalgam.engine.request import SamplingParams
     from amalgam.llm import LLM
+    from amalgam.text.grammar import Grammar
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "amalgam.llm", "SamplingParams": "amalgam.engine.request"}
+_HOMES = {"LLM": "amalgam.llm", "SamplingParams": "amalgam.engine.request", "Grammar": "amalgam.text.grammar"}
 
 
 def __getattr__(name: str) -> Any:

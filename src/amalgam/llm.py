@@ -10,14 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import load_settings
-from amalgam.engine.request import Generation, Observation, RequestOutput, SamplingParams
+from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput, SamplingParams
 from amalgam.errors import ConfigError
 from amalgam.experts.saved.files import save
 from amalgam.runtime.changes import RemapResult
 from amalgam.runtime.opening import open_deployment
 from amalgam.runtime.statistics import ExpertStatistics
+from amalgam.text.grammar import CompiledGrammar, Grammar, compile_grammar
 
 
 class LLM:
@@ -51,6 +55,7 @@ class LLM:
         prompts: str | Sequence[str],
         params: SamplingParams | None = None,
         *,
+        grammar: Grammar | None = None,
         domain: str | None = None,
         routed_experts: bool = False,
     ) -> list[Generation]:
@@ -58,15 +63,36 @@ class LLM:
 
         Args:
             params: what they leave out, or None, is as the model's `generation_config.json` has it.
+            grammar: what each answer must follow: `Grammar.of_schema({...})`, `Grammar("regex", "[0-9]+")`.
             domain: a label under which the expert statistics count these prompts apart.
             routed_experts: each result's `trace` tells the experts of every token.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        engine, tokenizer = self._deployment.engine, self._deployment.tokenizer
-        token_ids = [tokenizer.encode(text, engine.max_prompt_tokens) for text in texts]
-        return engine.generate(token_ids, self._over_defaults(params), Observation(domain, routed_experts))
+        return self._deployment.engine.generate(
+            self._encode(prompts),
+            self._over_defaults(params),
+            Observation(domain, routed_experts),
+            constraint=self._compile(grammar),
+        )
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def embed(
+        self, prompts: str | Sequence[str], pooling: Pooling = "mean", *, domain: str | None = None
+    ) -> npt.NDArray[np.float32]:
+        """One vector for each prompt, `[prompts, hidden]`: the mean of its tokens' hidden states, or the last one's.
+
+        They are what the final norm gives, and not scaled to a length.
+        """
+        return np.stack(self._deployment.engine.embed_all(self._encode(prompts), pooling, Observation(domain)))
+
+    def _encode(self, prompts: str | Sequence[str]) -> list[list[int]]:
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        return [self._deployment.tokenizer.encode(text, self._deployment.engine.max_prompt_tokens) for text in texts]
+
+    def _compile(self, grammar: Grammar | None) -> CompiledGrammar | None:
+        return None if grammar is None else compile_grammar(self._deployment.tokenizer, grammar)
+
+    def stream(
+        self, prompt: str, params: SamplingParams | None = None, *, grammar: Grammar | None = None
+    ) -> Iterator[RequestOutput]:
         """Answer one prompt piece by piece; leaving the iterator early cancels the request.
 
         Raises:
@@ -75,7 +101,9 @@ class LLM:
         outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         engine = self._deployment.engine
         token_ids = self._deployment.tokenizer.encode(prompt, engine.max_prompt_tokens)
-        request_id = engine.submit(token_ids, self._over_defaults(params), outputs.put)
+        request_id = engine.submit(
+            token_ids, self._over_defaults(params), outputs.put, constraint=self._compile(grammar)
+        )
         try:
             while True:
                 output = outputs.get()

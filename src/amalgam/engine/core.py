@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from amalgam.base.threads import StoppableThread
@@ -26,6 +28,7 @@ from amalgam.engine.logits import processors_for
 from amalgam.engine.meter import Load, Meter
 from amalgam.engine.outputs import end, take_tokens
 from amalgam.engine.pace import Pace
+from amalgam.engine.prompts import PromptEmbedding, PromptLogprobs
 from amalgam.engine.request import (
     MAX_SEED,
     EngineStatus,
@@ -33,6 +36,7 @@ from amalgam.engine.request import (
     Generation,
     Observation,
     OutputCallback,
+    Pooling,
     Request,
     RequestOutput,
     RequestStatus,
@@ -160,22 +164,51 @@ class Engine:
             keeps_special_tokens=params.keeps_special_tokens,
         )
         state = None if constraint is None else constraint.start()
+        num_top = params.prompt_logprobs
+        reader = None if num_top is None else PromptLogprobs(prompt_ids, num_top, self._vocab_size)
+        request = Request(
+            0,
+            list(prompt_ids),
+            params,
+            on_output,
+            seed,
+            text,
+            processors_for(params, self._tokenizer.eos_token_ids, state),
+            state,
+            reader,
+            observation,
+        )
+        return self._queue(request)
+
+    def submit_embedding(
+        self,
+        prompt_ids: Sequence[int],
+        pooling: Pooling,
+        on_output: OutputCallback,
+        observation: Observation = _UNLABELLED,
+    ) -> int:
+        """Queue a request for one vector, which its only output carries; see `embed`. Otherwise as `submit`."""
+        self._scheduler.check_prompt_length(len(prompt_ids))
+        check_token_ids(prompt_ids, self._vocab_size)
+        return self._queue(
+            Request(
+                0,
+                list(prompt_ids),
+                SamplingParams(),
+                on_output,
+                reader=PromptEmbedding(len(prompt_ids), pooling),
+                observation=observation,
+                max_new_tokens=0,
+            )
+        )
+
+    def _queue(self, request: Request) -> int:
         with self._condition:
             if self._end_reason is not None:
                 raise self._unavailable()
             if self._is_draining:
                 raise UnavailableError("The engine is draining.", remedy="Send the request to another server.")
-            request = Request(
-                self._next_id,
-                list(prompt_ids),
-                params,
-                on_output,
-                seed,
-                text,
-                processors_for(params, self._tokenizer.eos_token_ids, state),
-                state,
-                observation,
-            )
+            request.request_id = self._next_id
             self._scheduler.check_room()
             self._admit_observation(request)
             self._scheduler.add(request)
@@ -235,6 +268,22 @@ class Engine:
         error in its `Generation`.
         """
         return streams.generate(self, prompts_ids, params, observation, self._max_queue, watch, constraint)
+
+    async def embed(
+        self, prompt_ids: Sequence[int], pooling: Pooling = "mean", observation: Observation = _UNLABELLED
+    ) -> npt.NDArray[np.float32]:
+        """One vector `[hidden]` for a prompt: of the final norm's outputs the mean over its tokens, or the last one's.
+
+        It is not scaled to a length. Computed in turn with answers; cancelling the caller cancels the request. Raises
+        the errors of `submit`.
+        """
+        return await streams.embed(self, prompt_ids, pooling, observation)
+
+    def embed_all(
+        self, prompts_ids: Sequence[Sequence[int]], pooling: Pooling = "mean", observation: Observation = _UNLABELLED
+    ) -> list[npt.NDArray[np.float32]]:
+        """`embed` of several prompts together. Blocks; an interrupt cancels them."""
+        return streams.embed_all(self, prompts_ids, pooling, observation, self._max_queue)
 
     def set_version(self, version: WeightVersion) -> None:
         """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""
@@ -373,14 +422,21 @@ class Engine:
             request = item.request
             if request.is_cancelled or not item.needs_sample:
                 continue
+            reader, request.reader = request.reader, None
             new = result.tokens.get(request.request_id)
-            if new is None:
+            if reader is not None and reader.error is not None:
+                output = end(request, FinishReason.ERROR, now, reader.error)
+            elif not item.num_logits:
+                output = end(request, FinishReason.LENGTH, now)
+            elif new is None:
                 output = end(request, FinishReason.ERROR, now, result.errors[request.request_id])
             else:
                 output = take_tokens(request, new, eos_token_ids, now)
                 if request.last_token_at is not None:
                     gaps.append(now - request.last_token_at)
                 request.last_token_at = now
+            if reader is not None and output.error is None:
+                output = reader.added_to(output)
             deliveries.append((request, output))
         return gaps
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from amalgam.errors import RequestError, describe
 
@@ -332,6 +332,29 @@ class EngineStatus:
 
 
 OutputCallback = Callable[[RequestOutput], None]
+Pooling = Literal["mean", "last"]  # how a prompt's hidden states become one vector
+
+
+class PromptReader(Protocol):
+    """Reads the hidden states of all of a prompt's tokens: none of them may be left out because it is cached.
+
+    Tensors are `Any`, as nothing here knows torch.
+    """
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the request fails."""
+
+    def read(self, hidden: Any, first: int, head: Callable[[Any], Any]) -> None:
+        """Take a chunk, and leave what has been read before a preemption.
+
+        Args:
+            hidden: what the model's head reads, `[tokens, hidden]`, of the tokens from `first` on; good for the call.
+            head: gives float32 logits of such rows.
+        """
+
+    def added_to(self, output: RequestOutput) -> RequestOutput:
+        """The request's first output, with what was read of the whole prompt."""
 
 
 class LogitsProcessor(Protocol):
@@ -365,9 +388,10 @@ class Request:
     text: TextStream | None = None
     processors: tuple[LogitsProcessor, ...] = ()
     constraint: GrammarState | None = None  # has taken all of the request's new tokens
+    reader: PromptReader | None = None  # until the first output
     observation: Observation = Observation()
     version: WeightVersion | None = None  # bound at first admission, dropped at the end
-    max_new_tokens: int = 0  # as in params until the scheduler lowers it to what fits
+    max_new_tokens: int = -1  # as in params until the scheduler lowers it to what fits; 0: only the prompt is computed
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
@@ -384,7 +408,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = self.token_ids or list(self.prompt_ids)
-        self.max_new_tokens = self.max_new_tokens or self.params.max_new_tokens
+        if self.max_new_tokens < 0:
+            self.max_new_tokens = self.params.max_new_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -411,7 +436,7 @@ class Request:
     @property
     def may_skip_shared(self) -> bool:
         """Whether nobody misses what is not computed for tokens whose keys and values are there already."""
-        return not self.observation.wants_trace and self.params.prompt_logprobs is None
+        return not self.observation.wants_trace and self.reader is None
 
 
 class ScheduledRequest(NamedTuple):
@@ -446,7 +471,7 @@ class ScheduledRequest(NamedTuple):
     @property
     def num_logits(self) -> int:
         """Of how many of the last tokens the logits are wanted."""
-        return len(self.proposed_ids) + 1 if self.needs_sample else 0
+        return len(self.proposed_ids) + 1 if self.needs_sample and self.request.max_new_tokens else 0
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,24 @@ class Runner:
             StepSequence(item.token_ids, item.start, item.block_ids, item.num_logits) for item in plan.scheduled
         ]
         for item in plan.scheduled:
-            if item.needs_sample and item.request.constraint is not None:
+            if item.request.constraint is not None and item.num_logits:
                 item.request.constraint.prepare(item.proposed_ids)  # while the step computes
         if self._observer is not None:
             self._observer.begin_step(token_spans(plan))
         logits = self._decoder.forward(StepContext(sequences, self._kv, self._observer), plan.version)
-        sampled = [item for item in plan.scheduled if item.needs_sample]
-        return sample(logits, sampled) if sampled else StepResult({}, {})
+        sampled = [item for item in plan.scheduled if item.num_logits]
+        result = sample(logits, sampled) if sampled else StepResult({}, {})
+        if any(item.request.reader is not None for item in plan.scheduled):
+            self._read_prompts(plan)
+        return result
+
+    def _read_prompts(self, plan: StepPlan) -> None:
+        compiled = self._decoder.compile(plan.version)
+        stop = 0
+        for item in plan.scheduled:
+            start, stop = stop, stop + item.num_tokens
+            if item.request.reader is not None:
+                item.request.reader.read(compiled.hidden()[start:stop], item.start, compiled.head)
 
     def commit(self, plan: StepPlan, rejected: Mapping[int, int]) -> None:
         """The step has succeeded: the observer counts it. To be called before the scheduler's `commit`.

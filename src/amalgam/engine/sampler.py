@@ -64,7 +64,7 @@ def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
         elif request.params.logprobs is None:
             tokens[request.request_id] = NewTokens(chosen)
         else:
-            logprobs = (_logprobs(logits[row + i], chosen[i], request.params.logprobs) for i in range(len(chosen)))
+            logprobs = logprobs_of(logits[row : row + len(chosen)], chosen, request.params.logprobs)
             tokens[request.request_id] = NewTokens(chosen, tuple(logprobs))
         row += 1 + len(proposed_ids)
     return StepResult(tokens, errors)
@@ -116,14 +116,24 @@ def _verify(chosen: Sequence[int], proposed_ids: Sequence[int]) -> tuple[int, ..
     return tuple(chosen[:count])
 
 
-def _logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """Of one row, as the model gave it. Among equals the smaller id comes first."""
-    scores = logits.log_softmax(dim=0).cpu().numpy()
-    num_top = min(num_top, len(scores))
-    limit = np.partition(scores, -num_top)[-num_top] if num_top else np.inf
-    likely = np.flatnonzero(scores >= limit)
-    likely = likely[np.argsort(-scores[likely], kind="stable")][:num_top]
-    return TokenLogprobs(float(scores[token_id]), tuple((int(i), float(scores[i])) for i in likely))
+def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Of one token for each row, and of each row's likeliest. Among equals the smaller id comes first.
+
+    Args:
+        logits: finite, float32 `[tokens, vocabulary]`, as the model gave them.
+    """
+    scores = logits.log_softmax(dim=1)
+    chosen = scores.gather(1, torch.tensor(token_ids, device=scores.device)[:, None])[:, 0].tolist()
+    num_top = min(num_top, scores.shape[1])
+    if not num_top:
+        return [TokenLogprobs(value, ()) for value in chosen]
+    limits = scores.topk(num_top, dim=1).values[:, -1:]
+    found = []
+    for row, value, likely in zip(scores.cpu().numpy(), chosen, (scores >= limits).cpu().numpy(), strict=True):
+        ids = np.flatnonzero(likely)  # all that are as good as the last
+        ids = ids[np.argsort(-row[ids], kind="stable")][:num_top]
+        found.append(TokenLogprobs(value, tuple(zip(ids.tolist(), row[ids].tolist(), strict=True))))
+    return found
 
 
 def uniform(seed: int, index: int) -> float:

@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from queue import Empty, SimpleQueue
 from typing import Protocol, Self
 
-from amalgam.engine.request import Generation, Observation, OutputCallback, RequestOutput, SamplingParams
-from amalgam.errors import OverloadedError, RequestError
+import numpy as np
+import numpy.typing as npt
+
+from amalgam.engine.request import (
+    Generation,
+    Observation,
+    OutputCallback,
+    Pooling,
+    RequestOutput,
+    SamplingParams,
+)
+from amalgam.errors import OverloadedError, RequestError, UnavailableError
 from amalgam.text.grammar import CompiledGrammar
 
 ROOM_SECONDS = 0.05  # how soon a caller looks again whether the queue has room
@@ -27,6 +38,10 @@ class Submitter(Protocol):
         on_output: OutputCallback,
         observation: Observation,
         constraint: CompiledGrammar | None = None,
+    ) -> int: ...
+
+    def submit_embedding(
+        self, prompt_ids: Sequence[int], pooling: Pooling, on_output: OutputCallback, observation: Observation
     ) -> int: ...
 
     def cancel(self, request_id: int) -> None: ...
@@ -74,6 +89,40 @@ def stream(
     return OutputStream(engine, lambda on_output: engine.submit(prompt_ids, params, on_output, observation, constraint))
 
 
+async def embed(
+    engine: Submitter, prompt_ids: Sequence[int], pooling: Pooling, observation: Observation
+) -> npt.NDArray[np.float32]:
+    """See `Engine.embed`."""
+    outputs = OutputStream(
+        engine, lambda on_output: engine.submit_embedding(prompt_ids, pooling, on_output, observation)
+    )
+    async with aclosing(outputs):
+        return _embedding(await anext(outputs))
+
+
+def embed_all(
+    engine: Submitter,
+    prompts_ids: Sequence[Sequence[int]],
+    pooling: Pooling,
+    observation: Observation,
+    max_in_flight: int,
+) -> list[npt.NDArray[np.float32]]:
+    """See `Engine.embed_all`."""
+
+    def submit(index: int, on_output: OutputCallback) -> int:
+        return engine.submit_embedding(prompts_ids[index], pooling, on_output, observation)
+
+    return [_embedding(parts[-1]) for parts in _run_all(engine, len(prompts_ids), submit, max_in_flight, None)]
+
+
+def _embedding(output: RequestOutput) -> npt.NDArray[np.float32]:
+    if output.error is not None:
+        raise output.error
+    if output.embedding is None:
+        raise UnavailableError("The request was cancelled.", remedy="Send it again.")
+    return output.embedding
+
+
 def generate(
     engine: Submitter,
     prompts_ids: Sequence[Sequence[int]],
@@ -83,17 +132,32 @@ def generate(
     watch: Callable[[int, RequestOutput], None] | None = None,
     constraint: CompiledGrammar | None = None,
 ) -> list[Generation]:
-    """See `Engine.generate`. At most `max_in_flight` requests are submitted at a time; where others fill the queue, the
-    rest wait for room.
-    """
+    """See `Engine.generate`."""
     per_prompt = [params] * len(prompts_ids) if isinstance(params, SamplingParams) else list(params)
     if len(per_prompt) != len(prompts_ids):
         raise RequestError(
             f"There are {len(prompts_ids)} prompts and {len(per_prompt)} sampling parameters.",
             remedy="Give one for all, or one for each.",
         )
+
+    def submit(index: int, on_output: OutputCallback) -> int:
+        return engine.submit(prompts_ids[index], per_prompt[index], on_output, observation, constraint)
+
+    return [_collect(parts) for parts in _run_all(engine, len(prompts_ids), submit, max_in_flight, watch)]
+
+
+def _run_all(
+    engine: Submitter,
+    num_requests: int,
+    submit_one: Callable[[int, OutputCallback], int],
+    max_in_flight: int,
+    watch: Callable[[int, RequestOutput], None] | None,
+) -> list[list[RequestOutput]]:
+    """Run requests to their end, and return the outputs of each. At most `max_in_flight` are submitted at a time; where
+    others fill the queue, the rest wait for room.
+    """
     arrived: SimpleQueue[tuple[int, RequestOutput]] = SimpleQueue()
-    outputs: list[list[RequestOutput]] = [[] for _ in prompts_ids]
+    outputs: list[list[RequestOutput]] = [[] for _ in range(num_requests)]
     in_flight: dict[int, int] = {}  # index → request id
     num_submitted = 0
     has_left = False
@@ -105,11 +169,11 @@ def generate(
             else:
                 arrived.put((index, output))
 
-        in_flight[index] = engine.submit(prompts_ids[index], per_prompt[index], on_output, observation, constraint)
+        in_flight[index] = submit_one(index, on_output)
 
     try:
-        while num_submitted < len(prompts_ids) or in_flight:
-            if num_submitted < len(prompts_ids) and len(in_flight) < max_in_flight:
+        while num_submitted < num_requests or in_flight:
+            if num_submitted < num_requests and len(in_flight) < max_in_flight:
                 try:
                     submit(num_submitted)
                     num_submitted += 1
@@ -131,7 +195,7 @@ def generate(
         has_left = True
         for request_id in in_flight.values():
             engine.cancel(request_id)
-    return [_collect(parts) for parts in outputs]
+    return outputs
 
 
 def _collect(outputs: Sequence[RequestOutput]) -> Generation:

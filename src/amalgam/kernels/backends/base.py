@@ -35,6 +35,12 @@ class Compiled(Protocol):
             IndexError: a token, a slot or a position that there is not; nothing is written then.
         """
 
+    def hidden(self) -> Tensor:
+        """What the head reads, `[tokens, hidden]`, of all tokens of the step that was run last; good until the next."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """float32 logits `[rows, vocabulary]` of such rows, the same bits as `run` gives."""
+
     def describe(self) -> dict[str, str]:
         """Instruction → what runs it and where; for people."""
 

@@ -118,6 +118,13 @@ class CpuProgram:
             observer.observe_all(expert_ids, gate_weights)
         return logits
 
+    def hidden(self) -> Tensor:
+        return self.view(self._program.head.x, self._placed[0])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        head = self._program.head
+        return CpuOperators.linear(hidden, head.weight, head.bias, torch.float32)
+
     def view(self, rows: Rows, tokens: int) -> Tensor:
         """`[tokens, width]` of the arena as `run` has laid it out."""
         arena = self._workspace.arena

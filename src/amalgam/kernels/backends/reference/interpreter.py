@@ -126,6 +126,7 @@ class Interpreted:
         self._operators = operators
         self._who = who
         self._watch = watch
+        self._hidden: Tensor | None = None
 
     def run(self, step: StepContext) -> Tensor:
         if not len(step.token_ids):
@@ -137,7 +138,16 @@ class Interpreted:
                 self._watch(instruction, frame)
             execute(instruction, frame)
         assert frame.logits is not None
+        self._hidden = frame.get(self._program.head.x)
         return frame.logits
+
+    def hidden(self) -> Tensor:
+        assert self._hidden is not None, "no step has been run"
+        return self._hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        head = self._program.head
+        return self._operators.linear(hidden, head.weight, head.bias, torch.float32)
 
     def describe(self) -> dict[str, str]:
         return describe(
