@@ -6,6 +6,7 @@ import gc
 import logging
 import queue
 import random
+import re
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ from amalgam.engine.request import FinishReason, Observation, Request, SamplingP
 from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
+from amalgam.text.grammar import Grammar, compile_grammar
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
@@ -71,6 +73,10 @@ class Outputs:
     @property
     def token_ids(self):
         return tuple(token_id for output in self.all for token_id in output.token_ids)
+
+    @property
+    def text(self):
+        return "".join(output.text for output in self.all)
 
 
 @pytest.fixture
@@ -914,3 +920,99 @@ def test_what_a_step_gave_before_its_end_failed_is_delivered_and_counted(make_en
     assert outputs.token_ids == greedy_tokens([5], 2) and last.usage.num_new_tokens == 2
     assert engine.meter.read().num_new_tokens == 2
     assert is_at_rest(engine)
+
+
+class TestConstraints:
+    """Answers follow their grammars whatever is guessed, preempted or beside them; others get what they get alone."""
+
+    GRAMMARS = (Grammar("regex", "[a-z]{3,9}( [a-z]{3,9}){2,6}"), Grammar.of_choices(["yes", "no", "perhaps"]), None)
+
+    def params(self, index):
+        return SamplingParams(max_new_tokens=30, seed=index, temperature=2.0, top_k=0, top_p=1.0)
+
+    def answers(self, engine, tokenizer, prompts):
+        """One after the other submitted, all together computed."""
+        constraints = [None if one is None else compile_grammar(tokenizer, one) for one in self.GRAMMARS]
+        outputs = [Outputs() for _ in prompts]
+        with engine.between_steps():
+            for index, prompt in enumerate(prompts):
+                constraint = constraints[index % len(constraints)]
+                engine.submit(prompt, self.params(index), outputs[index], constraint=constraint)
+        return [(one, one.last()) for one in outputs]
+
+    @pytest.mark.parametrize("cache", [{}, TINY_CACHE], ids=["room", "preemptions"])
+    def test_in_company(self, make_engine, tokenizer, cache):
+        prompts = random_prompts(24, max_length=30)
+
+        def propose(token_ids):
+            """Sometimes right, mostly not."""
+            return [*tokenizer.encode("no"), 7, 8] if len(token_ids) % 2 else tokenizer.encode(" abc def")
+
+        plain = self.answers(make_engine(**cache), tokenizer, prompts)
+        guessed = self.answers(make_engine(propose=propose, **cache), tokenizer, prompts)
+        assert [one.token_ids for one, _ in plain] == [one.token_ids for one, _ in guessed]
+        for index, (one, last) in enumerate(plain):
+            assert last.error is None
+            if index % 3 == 0 and last.finish_reason is FinishReason.STOP:
+                assert re.fullmatch("[a-z]{3,9}( [a-z]{3,9}){2,6}", one.text)
+            if index % 3 == 1:
+                assert (last.finish_reason, one.text in {"yes", "no", "perhaps"}) == (FinishReason.STOP, True)
+            if index % 3 == 2:
+                [alone] = make_engine().generate([prompts[index]], self.params(index))
+                assert one.token_ids == alone.token_ids
+
+    def test_an_answer_ends_with_its_grammar_though_ends_are_ignored(self, make_engine, tokenizer):
+        params = SamplingParams(max_new_tokens=30, ignore_eos=True, min_tokens=20)
+        constraint = compile_grammar(tokenizer, Grammar.of_choices(["perhaps", "never"]))
+        for answer in make_engine().generate([[1], [2], [3]], params, constraint=constraint):
+            assert answer.text in {"perhaps", "never"}
+            assert (answer.finish_reason, answer.stopped_by) == (FinishReason.STOP, None)
+
+    def test_one_that_cannot_go_on_fails_alone(self, make_engine, tokenizer):
+        constraint = compile_grammar(tokenizer, Grammar("regex", "a{40}"))
+        broken = Outputs()
+        engine = make_engine(starts=False)
+        good = Outputs()
+        engine.submit([1], GREEDY, good)
+        engine.submit([1], GREEDY, broken, constraint=constraint)
+        engine._requests[2].constraint.error = RequestError("The grammar is lost.")
+        engine.start()
+        assert broken.last().finish_reason is FinishReason.ERROR
+        assert good.last().error is None
+        assert good.token_ids == greedy_tokens([1], 12)
+
+
+class TestEnds:
+    def test_a_stop_token_ends_without_text(self, make_engine, tokenizer):
+        expected = greedy_tokens([5], 12)
+        params = replace(GREEDY, stop_token_ids=(expected[4],))
+        [answer] = make_engine().generate([[5]], params)
+        place = expected.index(expected[4])
+        assert answer.token_ids == expected[: place + 1]
+        assert (answer.finish_reason, answer.stopped_by) == (FinishReason.STOP, expected[4])
+        [before] = make_engine().generate([[5]], replace(GREEDY, max_new_tokens=place))
+        assert answer.text == before.text
+
+    def test_a_stop_string_is_named(self, make_engine):
+        [whole] = make_engine().generate([[5]], GREEDY)
+        stop = whole.text[8:11]
+        [answer] = make_engine().generate([[5]], replace(GREEDY, stop=("never there", stop)))
+        assert (answer.text, answer.stopped_by) == (whole.text[: whole.text.index(stop)], stop)
+
+    def test_nothing_ends_before_the_least_number(self, make_engine, tokenizer):
+        [whole] = make_engine().generate([[5]], GREEDY)
+        early = replace(GREEDY, stop=(whole.text[1:3],), min_tokens=12)
+        [answer] = make_engine().generate([[5]], early)
+        assert (answer.text, answer.finish_reason) == (whole.text, FinishReason.LENGTH)
+        expected = greedy_tokens([5], 12)
+        params = replace(GREEDY, stop_token_ids=(expected[3],), min_tokens=6)
+        [answer] = make_engine().generate([[5]], params)
+        assert expected[3] not in answer.token_ids[:5]
+        assert answer.token_ids[:3] == expected[:3]
+
+    def test_tokens_that_the_model_does_not_have_are_refused(self, make_engine):
+        engine = make_engine()
+        with raises(RequestError, "logit_bias", VOCAB_SIZE, VOCAB_SIZE - 1):
+            engine.generate([[1]], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}))
+        with raises(RequestError, "stop_token_ids", VOCAB_SIZE):
+            engine.generate([[1]], SamplingParams(stop_token_ids=(VOCAB_SIZE,)))

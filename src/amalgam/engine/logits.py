@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from amalgam.engine.request import LogitsProcessor, Request, SamplingParams
+from amalgam.errors import RequestError
 from amalgam.text.grammar import GrammarState
 
 Place = tuple[Request, tuple[int, ...]]  # a row of logits is for the token after a request's own and some proposed ones
@@ -107,6 +108,8 @@ class Follow:
         blocked = self._state.blocked(len(proposed_ids))
         if blocked is None:  # wrong proposals, or the end of the answer, come before this place
             return
+        if blocked.all():
+            raise RequestError("The grammar lets no token follow, and no end.", remedy="Correct the grammar.")
         size = min(len(blocked), len(logits))
         np.copyto(logits[:size], NEVER, where=blocked[:size])
         logits[size:] = NEVER  # rows with which an embedding is padded

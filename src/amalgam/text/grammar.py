@@ -3,7 +3,8 @@
 In: a grammar and a tokenizer. Out: which tokens may come next, and when nothing may. Must never know: requests,
 tensors, HTTP.
 
-llguidance does the work. What it takes is bounded by its own limits, for a text that it compiles and for every token.
+llguidance does the work. Its own limits do not bound what a grammar takes to compile, so that each one is tried first
+in a process that can be killed; see `grammar_trial`.
 """
 
 from __future__ import annotations
@@ -14,25 +15,29 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from amalgam.errors import RequestError, describe
+from amalgam.text.grammar_trial import Trial, make_matcher, make_tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
 
     from amalgam.text.tokenizer import Tokenizer
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
+KINDS = ", ".join(get_args(GrammarKind))
 MAX_SOURCE_CHARS = 2**17
 MAX_CHOICES = 4096
+TRIAL_SECONDS = 0.5  # then it is compiled once more, here
 _MAX_CACHED = 64
+# Between two tokens of JSON. Without an end a model may write spaces for ever.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _NUM_THREADS = 2  # masks take them for microseconds
 
 _Mask = npt.NDArray[np.bool_]
@@ -63,13 +68,14 @@ class Grammar:
 class CompiledGrammar:
     """A grammar that is ready to be followed by any number of answers. Any thread."""
 
-    def __init__(self, matcher: LLMatcher, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, threads: ThreadPoolExecutor) -> None:
         self._matcher = matcher
+        self._vocab_size = vocab_size
         self._threads = threads
 
     def start(self) -> GrammarState:
         """For one answer."""
-        return GrammarState(self._matcher.deep_copy(), self._threads)
+        return GrammarState(self._matcher.deep_copy(), self._vocab_size, self._threads)
 
 
 class GrammarState:
@@ -79,8 +85,9 @@ class GrammarState:
         error: why the grammar cannot be followed any further.
     """
 
-    def __init__(self, matcher: LLMatcher, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, threads: ThreadPoolExecutor) -> None:
         self._matcher = matcher
+        self._vocab_size = vocab_size
         self._threads = threads
         self._masks: Future[list[_Mask]] | None = None
         self.error: RequestError | None = None
@@ -121,7 +128,7 @@ class GrammarState:
 
     def _compute(self, proposed_ids: tuple[int, ...]) -> list[_Mask]:
         matcher = self._matcher
-        masks = [_blocked(matcher.compute_bitmask())]
+        masks = [self._blocked()]
         num_taken = 0
         for token_id in proposed_ids:
             if matcher.validate_tokens([token_id]) != 1 or not matcher.consume_token(token_id):
@@ -129,11 +136,15 @@ class GrammarState:
             num_taken += 1
             if matcher.is_stopped():
                 break
-            masks.append(_blocked(matcher.compute_bitmask()))
+            masks.append(self._blocked())
         self._check()
         if num_taken:
             matcher.rollback(num_taken)
         return masks
+
+    def _blocked(self) -> _Mask:
+        bits = ~np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def _check(self) -> None:
         if self._matcher.is_error() and self.error is None:
@@ -143,61 +154,79 @@ class GrammarState:
             )
 
 
-def _blocked(bits: bytes) -> _Mask:
-    return np.unpackbits(~np.frombuffer(bits, np.uint8), bitorder="little").view(np.bool_)
-
-
 def compile_grammar(tokenizer: Tokenizer, grammar: Grammar) -> CompiledGrammar:
     """Make a grammar ready, or take it from those that were made last. Blocks for up to a second; any thread.
+
+    The first one of a tokenizer takes longer, as a large vocabulary has to be read: see `prepare_grammars`.
 
     Raises:
         RequestError: it is malformed, asks for what llguidance does not have, or is too complex.
     """
+    return prepare_grammars(tokenizer).compile(grammar)
+
+
+def prepare_grammars(tokenizer: Tokenizer) -> GrammarCompiler:
+    """Read a tokenizer's vocabulary, so that its first grammar is made as fast as others. Blocks; any thread."""
     with _lock:
         compiler = _compilers.get(tokenizer)
         if compiler is None:
-            compiler = _compilers[tokenizer] = _Compiler(tokenizer)
-    return compiler.compile(grammar)
+            compiler = _compilers[tokenizer] = GrammarCompiler(tokenizer)
+    return compiler
 
 
-class _Compiler:
-    """The grammars of one tokenizer."""
+class GrammarCompiler:
+    """The grammars of one tokenizer, which it does not keep alive. Any thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # Not the tokenizer itself, which would then never be let go.
-        self._arguments = tokenizer.grammar_vocabulary()
+        tokens, special_ids, encode = tokenizer.grammar_vocabulary()
+        eos_ids = sorted(tokenizer.eos_token_ids)
+        if not eos_ids or eos_ids[-1] >= len(tokens):  # llguidance needs one: a token that nobody has
+            eos_ids = [token_id for token_id in eos_ids if token_id < len(tokens)] or [len(tokens)]
+        if eos_ids == [len(tokens)]:
+            tokens, special_ids = [*tokens, b"\xff<end>"], [*special_ids, len(tokens)]
+        self._vocab_size = tokenizer.vocab_size
+        self._tokenizer = make_tokenizer(tokens, special_ids, eos_ids, encode)
+        self._trial = Trial(tokens, special_ids, eos_ids)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "amalgam-grammar")
         self._lock = threading.Lock()
-        self._cached: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._known: OrderedDict[Grammar, CompiledGrammar | RequestError] = OrderedDict()
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """See `compile_grammar`."""
         with self._lock:
-            if (found := self._cached.get(grammar)) is not None:
-                self._cached.move_to_end(grammar)
-                return found
-        compiled = CompiledGrammar(self._match(grammar), self._threads)
-        with self._lock:
-            self._cached[grammar] = compiled
-            while len(self._cached) > _MAX_CACHED:
-                self._cached.popitem(last=False)
-        return compiled
+            found = self._known.get(grammar)
+            if found is not None:
+                self._known.move_to_end(grammar)
+        if found is None:
+            text = _text(grammar)
+            fault = self._trial.run(text, TRIAL_SECONDS)
+            if fault is None:  # not kept: another time it may be found out
+                raise RequestError(
+                    f"The {grammar.kind} {describe(grammar.source)} takes more time or memory than it may.",
+                    remedy="Make it simpler: fewer optional properties, smaller repetitions and multiples.",
+                )
+            found = _refused(grammar, fault) if fault else self._compile(grammar, text)
+            with self._lock:
+                self._known[grammar] = found
+                while len(self._known) > _MAX_CACHED:
+                    self._known.popitem(last=False)
+        if isinstance(found, RequestError):  # a new one: whoever catches it may add to it
+            raise RequestError(found.what, remedy=found.remedy)
+        return found
 
-    @cached_property
-    def _tokenizer(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
-
-        return LLTokenizer(**self._arguments)
-
-    def _match(self, grammar: Grammar) -> LLMatcher:
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._tokenizer, _text(grammar), log_level=0)
+    def _compile(self, grammar: Grammar, text: str) -> CompiledGrammar | RequestError:
+        matcher = make_matcher(self._tokenizer, text)
         if matcher.is_error():
-            raise RequestError(
-                f"The {grammar.kind} cannot be followed: {describe(matcher.get_error(), 600)}.",
-                remedy="Correct it, or leave out what is not supported.",
-            )
-        return matcher
+            return _refused(grammar, matcher.get_error())
+        matcher.compute_bitmask()  # fills what all of its copies share
+        return CompiledGrammar(matcher, self._vocab_size, self._threads)
+
+
+def _refused(grammar: Grammar, fault: str) -> RequestError:
+    return RequestError(
+        f"The {grammar.kind} cannot be followed: {describe(fault, 600)}.",
+        remedy="Correct it, or leave out what is not supported.",
+    )
 
 
 def _text(grammar: Grammar) -> str:
@@ -208,22 +237,48 @@ def _text(grammar: Grammar) -> str:
     """
     from llguidance import LLMatcher
 
-    if len(grammar.source) > MAX_SOURCE_CHARS:
+    source = grammar.source
+    if len(source) > MAX_SOURCE_CHARS:
+        raise RequestError(f"The {grammar.kind} has {len(source)} characters.", remedy=f"Allowed: {MAX_SOURCE_CHARS}.")
+    if grammar.kind == "json_object" and source:
+        raise RequestError(f"A json_object has the source {describe(source)}.", remedy="Allowed: none.")
+    try:
+        match grammar.kind:
+            case "json_object":
+                return _json_text('{"type": "object"}')
+            case "json_schema":
+                return _json_text(source)
+            case "regex":
+                return str(LLMatcher.grammar_from_regex(source))
+            case "choice":
+                quoted = (json.dumps(text, ensure_ascii=False) for text in _choices(source))  # as Lark quotes too
+                return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(quoted)}"))
+            case "lark":
+                return str(LLMatcher.grammar_from_lark(source))
+    except ValueError as error:  # no JSON, or a lone surrogate
+        raise _refused(grammar, str(error)) from None
+    raise RequestError(f"There is no grammar of the kind {describe(grammar.kind)}.", remedy=f"There are {KINDS}.")
+
+
+def _json_text(schema: str) -> str:
+    from llguidance import LLMatcher
+
+    return str(LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE}))
+
+
+def _choices(source: str) -> list[str]:
+    try:
+        choices = json.loads(source)
+    except (ValueError, RecursionError):
+        choices = None
+    is_list = isinstance(choices, list) and 0 < len(choices) <= MAX_CHOICES
+    if not is_list or not all(isinstance(text, str) and text for text in choices):
         raise RequestError(
-            f"The {grammar.kind} has {len(grammar.source)} characters.", remedy=f"Allowed: {MAX_SOURCE_CHARS}."
+            f"The choice is {describe(source)}.",
+            remedy=f"Give a JSON list of 1 to {MAX_CHOICES} texts, none of them empty.",
         )
-    match grammar.kind:
-        case "json_object":
-            return LLMatcher.grammar_from_json_schema('{"type": "object"}')
-        case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.source)
-        case "regex":
-            return LLMatcher.grammar_from_regex(grammar.source)
-        case "choice":
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, json.loads(grammar.source))))
-        case "lark":
-            return LLMatcher.grammar_from_lark(grammar.source)
+    return list(dict.fromkeys(choices))
 
 
 _lock = threading.Lock()
-_compilers: WeakKeyDictionary[Tokenizer, _Compiler] = WeakKeyDictionary()
+_compilers: WeakKeyDictionary[Tokenizer, GrammarCompiler] = WeakKeyDictionary()

@@ -7,11 +7,13 @@ Must never know: tensors, requests, HTTP.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from tokenizers.decoders import ByteLevel
 
 from amalgam.errors import CheckpointError, PromptTooLongError, RequestError, describe
 from amalgam.text.chat import DEFAULT, ChatPrompt, ChatTemplates
@@ -252,13 +254,33 @@ class Tokenizer:
         token_ids = self._backend.encode("a", add_special_tokens=False).ids[:1]
         return token_ids, self._backend.decode(token_ids, skip_special_tokens=False)
 
-    def grammar_vocabulary(self) -> dict[str, Any]:
-        """What llguidance's tokenizer is made of."""
-        return {
-            "tokenizer": self._backend.to_str(),
-            "n_vocab": self.vocab_size,
-            "eos_token": sorted(self.eos_token_ids) or None,
-        }
+    def grammar_vocabulary(self) -> tuple[list[bytes], list[int], Callable[[bytes], list[int]]]:
+        """What a grammar must know of the tokens.
+
+        Returns:
+            The bytes of each token, which of a special one begin with 0xFF and of an id without a token are none; the
+            special ones; and how the tokenizer writes a text.
+        """
+        backend = self._backend  # all that `encode` may refer to
+        is_byte_level = isinstance(backend.decoder, ByteLevel)
+
+        def bytes_of(token_id: int) -> bytes:
+            if token_id in self.special_tokens:
+                return b"\xff" + self.special_tokens[token_id].encode()
+            piece = backend.id_to_token(token_id)
+            if piece is None:
+                return b""
+            if is_byte_level and token_id not in added and all(letter in letters for letter in piece):
+                return bytes(letters[letter] for letter in piece)
+            return self.token_bytes(token_id)
+
+        def encode(text: bytes) -> list[int]:
+            ids: list[int] = backend.encode(text.decode(errors="replace"), add_special_tokens=False).ids
+            return ids
+
+        added, letters = backend.get_added_tokens_decoder(), _byte_of_letter()
+        tokens = [bytes_of(token_id) for token_id in range(self.vocab_size)]
+        return tokens, sorted(self.special_tokens), encode
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` makes anything of a token."""

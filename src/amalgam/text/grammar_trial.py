@@ -1,0 +1,198 @@
+"""Whether a grammar can be followed at all, found out in a process that can be killed.
+
+In: lines of JSON, first a vocabulary, then grammars. Out: for each a line with what is wrong with it. Must never know:
+anything else of this package. It runs as a file of its own.
+
+llguidance's limits do not bound what a hostile grammar takes: `{"type": "integer", "multipleOf": 9999991}` is compiled
+for minutes, in a call that cannot be interrupted. Here it ends with its process.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import random
+import resource
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+from weakref import finalize
+
+MAX_MASK_SECONDS = 0.1  # of processor time; everyone in a step waits for the slowest mask
+_NUM_STEPS = 24  # of one answer that is tried
+_MAX_MEMORY_BYTES = 2**32
+_MAX_CPU_SECONDS = 3  # if nobody kills the process
+_START_SECONDS = 60.0
+
+Encode = Callable[[bytes], list[int]]  # how a tokenizer writes a text
+
+
+class Trial:
+    """A process that tries grammars, one after another. Started when needed, and again after it had to be killed.
+
+    Args:
+        tokens: the bytes of each token; special ones begin with 0xFF.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int], eos_ids: Sequence[int]) -> None:
+        text = base64.b64encode(b"".join(tokens)).decode()
+        lengths = [len(token) for token in tokens]
+        vocabulary = {"bytes": text, "lengths": lengths, "special_ids": [*special_ids], "eos_ids": [*eos_ids]}
+        self._first_line = json.dumps({"path": sys.path, **vocabulary}).encode() + b"\n"
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, grammar: str, seconds: float) -> str | None:
+        """What is wrong with a grammar; "" if nothing is, None if it was not found out in time or in memory."""
+        with self._lock:
+            process = self._process or self._start()
+            answer = _ask(process, json.dumps(grammar).encode() + b"\n", seconds)
+            if answer is None:
+                self._process = None
+                _end(process)
+                return None
+            return str(json.loads(answer))
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-I", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt at the terminal is not for it
+        )
+        finalize(self, _end, process)
+        if _ask(process, self._first_line, _START_SECONDS) is None:
+            _end(process)
+            raise RuntimeError("The process that tries grammars does not start.")
+        self._process = process
+        return process
+
+
+def _ask(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes | None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return None
+    waiting = select.poll()
+    waiting.register(process.stdout, select.POLLIN)
+    return (process.stdout.readline() or None) if waiting.poll(1000 * seconds) else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+    process.wait()
+
+
+class Vocabulary:
+    """Tokens as llguidance wants them."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: Sequence[bytes], special_ids: Sequence[int], eos_id: int, encode: Encode | None) -> None:
+        self.tokens = tokens
+        self.special_token_ids = special_ids
+        self.eos_token_id = eos_id
+        self._encode = encode
+
+    def __call__(self, text: bytes) -> list[int]:
+        """How the tokenizer writes a text; where it would write another before it, the longest tokens one by one."""
+        token_ids = [] if self._encode is None else list(self._encode(text))
+        if b"".join(self.tokens[token_id] for token_id in token_ids) == text:
+            return token_ids
+        longest = max(map(len, self._ids))
+        place, token_ids = 0, []
+        while place < len(text):
+            ends = range(min(len(text), place + longest), place, -1)
+            end = next((end for end in ends if text[place:end] in self._ids), 0)
+            if not end:
+                return []
+            token_ids.append(self._ids[text[place:end]])
+            place = end
+        return token_ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        return {token: token_id for token_id, token in enumerate(self.tokens) if token}
+
+
+def make_tokenizer(
+    tokens: Sequence[bytes], special_ids: Sequence[int], eos_ids: Sequence[int], encode: Encode | None
+) -> Any:
+    """llguidance's `LLTokenizer`."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    wrapped = TokenizerWrapper(Vocabulary(tokens, special_ids, eos_ids[0], encode))
+    return LLTokenizer(wrapped, n_vocab=len(tokens), eos_token=list(eos_ids))
+
+
+def make_matcher(tokenizer: Any, grammar: str) -> Any:
+    """llguidance's `LLMatcher`."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(max_grammar_size=100_000, verbose_errors=False)
+    return LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+
+
+def _fault(tokenizer: Any, grammar: str) -> str:
+    matcher = make_matcher(tokenizer, grammar)
+    choose = random.Random(0)
+    for _ in range(_NUM_STEPS):
+        if matcher.is_error():
+            break
+        before = time.process_time()
+        mask = matcher.compute_bitmask()
+        if time.process_time() - before > MAX_MASK_SECONDS:
+            return "it takes too long to follow"
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        places = [index for index, byte in enumerate(mask) if byte]
+        if not places:
+            break
+        place = choose.choice(places)
+        bit = choose.choice([bit for bit in range(8) if mask[place] >> bit & 1])
+        if 8 * place + bit in tokenizer.eos_tokens or not matcher.consume_token(8 * place + bit):
+            break
+    return str(matcher.get_error()) if matcher.is_error() else ""
+
+
+def main() -> None:
+    """Serve on the standard input and output."""
+    given = json.loads(sys.stdin.buffer.readline())
+    sys.path[:] = given["path"]
+    whole, tokens, place = base64.b64decode(given["bytes"]), [], 0
+    for length in given["lengths"]:
+        tokens.append(whole[place : place + length])
+        place += length
+    tokenizer = make_tokenizer(tokens, given["special_ids"], given["eos_ids"], None)
+    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
+    answer: Any = True
+    while True:
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(spent.ru_utime + spent.ru_stime) + _MAX_CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        answer = _fault(tokenizer, json.loads(line))
+
+
+if __name__ == "__main__":
+    os.nice(5)
+    main()
