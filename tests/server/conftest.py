@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,10 +37,17 @@ def serving(settings: Settings, open_deployment: Callable[[], Any]) -> Iterator[
     certificate = certificate_of(settings.server)
     service = Service(settings, open_deployment)
     server = DrainingServer(create_app(service), service, certificate)
+    with running(server, listeners):
+        yield url_of(listeners[0], settings.server.host, "http" if certificate is None else "https")
+
+
+@contextmanager
+def running(server: DrainingServer, listeners: list[socket.socket]) -> Iterator[None]:
+    """`server` in a thread."""
     thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
     thread.start()
     try:
-        yield url_of(listeners[0], settings.server.host, "http" if certificate is None else "https")
+        yield
     finally:
         server.config.timeout_graceful_shutdown = 0  # pages that are still open keep their streams
         server.should_exit = True

@@ -33,6 +33,7 @@ from amalgam.server.http.logs import start_logging
 from amalgam.server.http.methods import HeadMethod
 from amalgam.server.http.origins import OriginGuard, is_loopback
 from amalgam.server.http.tls import Certificate, certificate_of
+from amalgam.server.http.tracing import Tracer, tracer_of
 from amalgam.server.interface import Deployment
 from amalgam.server.permissions import permissions
 from amalgam.server.service import Service
@@ -65,11 +66,14 @@ def run(settings: Settings, open_deployment: Callable[[], Deployment], stopping:
     """
     start_logging(settings.server.log_format)
     keys, certificate = KeyRing(settings.server), certificate_of(settings.server)
+    tracer = tracer_of(settings.server.otlp_endpoint, lambda: service.model_name)
     raise_descriptor_limit()
     listeners = listen(settings.server)
     scheme = "http" if certificate is None else "https"
     service = Service(settings, open_deployment, stopping, url_of(listeners[0], settings.server.host, scheme))
-    server = DrainingServer(create_app(service, keys), service, certificate, reloading(settings, keys, certificate))
+    server = DrainingServer(
+        create_app(service, keys, tracer), service, certificate, reloading(settings, keys, certificate)
+    )
     for listener in listeners:
         logger.info("listening on %s", url_of(listener, "", scheme))
     warn_if_open(settings, keys)
@@ -101,7 +105,7 @@ def warn_if_open(settings: Settings, keys: KeyRing) -> None:
     )  # fmt: skip
 
 
-def add_middleware(app: FastAPI, service: Service, keys: KeyRing) -> None:
+def add_middleware(app: FastAPI, service: Service, keys: KeyRing, tracer: Tracer) -> None:
     """What each request passes, from the last to the first: its path, its record, whose page and key it comes from."""
     settings = service.settings.server
     paths = set(paths_of(app.routes))
@@ -114,6 +118,7 @@ def add_middleware(app: FastAPI, service: Service, keys: KeyRing) -> None:
     app.add_middleware(
         AccessLog,
         count_refusal=service.count_refusal,
+        export=tracer.export,
         logs_probes=settings.log_probes,
         request_seconds=settings.request_seconds,
     )
@@ -130,19 +135,25 @@ def paths_of(routes: Iterable[BaseRoute]) -> Iterator[str]:
             yield path
 
 
-def create_app(service: Service, keys: KeyRing | None = None) -> FastAPI:
+def create_app(service: Service, keys: KeyRing | None = None, tracer: Tracer | None = None) -> FastAPI:
     """An application that starts `service` with its lifespan and closes it at the end.
 
+    Args:
+        keys, tracer: None: those that the settings say.
+
     Raises:
-        ConfigError: the settings' keys cannot be used.
+        ConfigError: the settings' keys cannot be used; there is no library for traces.
     """
     keys = KeyRing(service.settings.server) if keys is None else keys
+    if tracer is None:
+        tracer = tracer_of(service.settings.server.otlp_endpoint, lambda: service.model_name)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
         await asyncio.to_thread(service.close)
+        await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="amalgam",
@@ -164,7 +175,7 @@ def create_app(service: Service, keys: KeyRing | None = None) -> FastAPI:
     register_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
-    add_middleware(app, service, keys)
+    add_middleware(app, service, keys, tracer)
 
     schema = app.openapi
 

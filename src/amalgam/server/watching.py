@@ -113,4 +113,5 @@ def _note_output(record: RequestRecord, output: RequestOutput) -> None:
     record.finish_reasons.append(output.finish_reason.value)
     if output.usage is not None:
         record.weight_version = output.usage.version
+        record.num_cached_tokens += output.usage.num_cached_tokens
         record.queue_seconds = max(record.queue_seconds or 0.0, output.usage.queue_seconds)

@@ -139,6 +139,8 @@ def log_fields(record: RequestRecord) -> dict[str, Any]:
         fields["key"] = record.caller
     if record.num_prompt_tokens:
         fields |= {"prompt_tokens": record.num_prompt_tokens, "generated_tokens": record.num_new_tokens}
+    if record.num_cached_tokens:
+        fields["cached_tokens"] = record.num_cached_tokens
     if record.first_token_seconds is not None:
         fields["first_token_seconds"] = round(record.first_token_seconds, 6)
     if record.finish_reasons:

@@ -35,6 +35,7 @@ class RequestRecord:
     caller: str = ""
     prompts: list[str] = field(default_factory=list)
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompts, found in the prefix cache
     num_new_tokens: int = 0
     first_token_seconds: float | None = None
     queue_seconds: float | None = None
