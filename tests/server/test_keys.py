@@ -30,6 +30,7 @@ GENERATE = {"prompt": "a", "max_new_tokens": 1}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 PATHS = sorted(set(paths_of(create_app(Service(fake_settings(), FakeDeployment)).routes)))
 KEYLESS = {"/", "/health", "/ready", "/dashboard", "/docs", "/openapi.json", "/dashboard/static/{name:path}"}
+KEYLESS |= {"/static/{name:path}"}
 CHANGES = [
     "/update_weight_mapping", "/reload_weights", "/reset_expert_stats", "/export_expert_stats", "/experts/sets",
     "/experts/trace", "/dashboard/undo", "/expert_stats",

@@ -97,12 +97,25 @@ function problem(given) {
   return { status: status ?? null, kind: kind ?? null, text: text ?? "", retryAfter: null };
 }
 
+const MAX_EXPERTS = 4096;
+
 function use(given) {
   object(given);
-  return {
-    version: optional(number, given.version), isExperts: given.isExperts === true,
-    formats: list((row) => ({ name: string(object(row).name), bits: number(row.bits), share: optional(number, row.share) }))(given.formats),
-    layers: optional(list(number), given.layers), numExperts: optional(number, given.numExperts), topK: optional(number, given.topK),
-    cells: optional(list(list((cell) => list(number)(cell))), given.cells),
-  };
+  const isExperts = given.isExperts === true;
+  const formats = list((row) => ({ name: string(object(row).name), bits: number(row.bits), ...(isExperts ? {} : { share: number(row.share) }) }))(given.formats);
+  const version = optional(number, given.version);
+  if (!isExperts) return { version, isExperts, formats };
+  const numExperts = within(given.numExperts, 1, MAX_EXPERTS);
+  const layers = list(number)(given.layers);
+  const cells = list(list((cell) => {
+    const [expert, prompt, answer, format] = list(number)(cell);
+    return [within(expert, 0, numExperts - 1), number(prompt), number(answer), within(format, -1, formats.length - 1)];
+  }))(given.cells);
+  if (cells.length !== layers.length) throw new TransferError("import_damaged");
+  return { version, isExperts, formats, layers, numExperts, topK: number(given.topK), cells };
+}
+
+function within(value, low, high) {
+  if (!Number.isInteger(value) || value < low || value > high) throw new TransferError("import_damaged");
+  return value;
 }

@@ -22,7 +22,7 @@ function ofWeights(version) {
   return { version, isExperts: false, formats: formats.sort((a, b) => b.share - a.share) };
 }
 
-export function ofExperts({ shape: [numTokens, numLayers, topK], values }, numPromptTokens, map, version) {
+export function ofExperts({ shape: [, numLayers, topK], values }, numPromptTokens, map, version) {
   const numExperts = map?.num_experts ?? server.info.sizes.experts_per_layer;
   const layers = map?.layer_ids.length === numLayers ? map.layer_ids : Array.from({ length: numLayers }, (_, row) => row);
   const counts = [new Int32Array(numLayers * numExperts), new Int32Array(numLayers * numExperts)];
@@ -41,7 +41,7 @@ export function ofExperts({ shape: [numTokens, numLayers, topK], values }, numPr
     return row.sort((a, b) => b[2] - a[2] || b[1] - a[1]);
   });
   const list = [...formats].map(([name, { bits, num }]) => ({ name, bits: bits / num }));
-  return { version, isExperts: true, formats: list, layers, numExperts, topK, numTokens, cells };
+  return { version, isExperts: true, formats: list, layers, numExperts, topK, cells };
 }
 
 // An expert whose projections differ has all their formats.
