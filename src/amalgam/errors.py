@@ -66,6 +66,13 @@ class RequestError(AmalgamError):
     code = "invalid_request"
 
 
+class ModelNotFoundError(RequestError):
+    """Another model is asked for than the one that is served."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
 class PromptTooLongError(RequestError):
     """Prompt plus new tokens do not fit the model's sequence length or the KV cache."""
 

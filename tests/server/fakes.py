@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.connection import Connection
@@ -131,6 +132,15 @@ class FakeEngine:
     def _failed(self, request_id: int, error: Exception) -> RequestOutput:
         return RequestOutput(request_id, "", (), FinishReason.ERROR, error=error)
 
+    def between_steps(self) -> Any:
+        return nullcontext()
+
+    async def embed(self, prompt_ids: Sequence[int], pooling: str, observation: Observation) -> Any:
+        self.check_prompt_length(len(prompt_ids))
+        if len(self.running) >= self.max_queue:
+            raise OverloadedError("The queue is full.")
+        return np.array([len(prompt_ids), prompt_ids[-1] if pooling == "last" else 0, 0], np.float32)
+
     def status(self) -> Any:
         return EngineStatus(
             is_alive=self.is_alive,
@@ -210,6 +220,10 @@ class FakeDeployment:
     def tokenizer(self) -> Any:
         return self.tokenizer_override or SimpleNamespace(
             encode_by_piece=self._encode_by_piece,
+            vocab_size=0x110000,
+            special_tokens={},
+            chat_template="reasoning_effort",
+            decode=lambda token_ids, **_: "".join(map(chr, token_ids)),
             encode_chat_by_piece=lambda messages, limit, **_: self._encode_by_piece(messages[-1]["content"], limit),
             token_text=chr,
             token_bytes=lambda token_id: chr(token_id).encode(),
@@ -218,7 +232,7 @@ class FakeDeployment:
             prompt_end=lambda prompt_ids: "".join(map(chr, prompt_ids)),
         )
 
-    def _encode_by_piece(self, text: str, max_tokens: int) -> Iterator[list[int]]:
+    def _encode_by_piece(self, text: str, max_tokens: int, **_: Any) -> Iterator[list[int]]:
         yield self.encode(text)
 
     def model_info(self) -> dict[str, Any]:

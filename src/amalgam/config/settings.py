@@ -30,6 +30,7 @@ _MIXED = "model.mixed_precision"
 
 SourceName = Annotated[str, StringConstraints(pattern=_SOURCE_NAME)]
 HostName = Annotated[str, StringConstraints(pattern=r"^(\*|(\*\.)?[a-z0-9_.-]+|\[?[0-9a-f:.]+\]?)$", to_lower=True)]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+)$", to_lower=True)]
 
 
@@ -242,8 +243,12 @@ class ServerSettings(Section):
     """How the model writes tool calls: auto (as its template shows), hermes, qwen_xml, mistral, llama, deepseek, ..."""
     reasoning_parser: str = "auto"
     """What stands around the model's reasoning: auto (as its template shows), think, mistral or none."""
+    served_model_names: tuple[ModelName, ...] = ()
+    """Names under which OpenAI's and Anthropic's interface have the model; answers bear the first. Empty: its own."""
+    embedding_pooling: Literal["mean", "last"] = "mean"
+    """What /v1/embeddings makes of a text's hidden states, unless a request says."""
 
-    @field_validator("allowed_hosts", "allowed_origins", "api_keys", mode="before")
+    @field_validator("allowed_hosts", "allowed_origins", "api_keys", "served_model_names", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return split_list(value) if isinstance(value, str) else value

@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from amalgam.base.threads import StoppableThread
@@ -22,7 +23,16 @@ from amalgam.server.interface import Tokenizer
 from amalgam.text.chat import ChatPrompt
 from amalgam.text.pieces import PIECE_CHARS
 
-Prompt = str | ChatPrompt
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """A text, with or without the tokens that the tokenizer puts around every text."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+Prompt = str | TextPrompt | ChatPrompt
 T = TypeVar("T")
 
 NUM_LONG_BODIES = 2  # parsed and not yet encoded; as text, one may take four times its bytes
@@ -79,14 +89,15 @@ class Encoder:
         token_ids: list[list[int]] = []
         work = _encode(tokenizer, prompts, max_tokens, token_ids)
         try:
-            while not await self._turn(lambda: _advance(work)):
+            while not await self.turn(lambda: _advance(work)):
                 pass
         finally:
             if (place := _place.get()) is not None:
                 place.leave()
         return token_ids
 
-    async def _turn(self, call: Callable[[], T]) -> T:
+    async def turn(self, call: Callable[[], T]) -> T:
+        """Run a blocking call of bounded length in a thread when it has its turn."""
         await self._turns.acquire()
         loop = asyncio.get_running_loop()
         future = start_thread(call)
@@ -128,7 +139,7 @@ def _encode(
         try:
             for piece in _pieces(tokenizer, prompt, max_tokens):
                 ids += piece
-                yield min(len(prompt), PIECE_CHARS) if isinstance(prompt, str) else PIECE_CHARS
+                yield PIECE_CHARS if isinstance(prompt, ChatPrompt) else min(_num_chars(prompt), PIECE_CHARS)
         except RequestError as error:
             if len(prompts) > 1:
                 error.add_note(f"This is prompts[{index}]")
@@ -136,9 +147,15 @@ def _encode(
         token_ids.append(ids)
 
 
+def _num_chars(prompt: str | TextPrompt) -> int:
+    return len(prompt if isinstance(prompt, str) else prompt.text)
+
+
 def _pieces(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int) -> Iterator[list[int]]:
     if isinstance(prompt, str):
         return tokenizer.encode_by_piece(prompt, max_tokens)
+    if isinstance(prompt, TextPrompt):
+        return tokenizer.encode_by_piece(prompt.text, max_tokens, add_special_tokens=prompt.add_special_tokens)
     return tokenizer.encode_chat_by_piece(
         prompt.messages,
         max_tokens,

@@ -6,8 +6,9 @@ needs torch to be imported: the port opens before that.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from amalgam.config.settings import Rule, Settings
 from amalgam.engine.meter import Meter
@@ -15,6 +16,9 @@ from amalgam.engine.request import EngineStatus, Observation, RequestOutput, Sam
 from amalgam.runtime.changes import RemapRecord, RemapResult
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from amalgam.engine.generation_config import ModelDefaults
     from amalgam.experts.export.report import Export
     from amalgam.experts.snapshot import ResetResult
@@ -48,6 +52,10 @@ class Engine(Protocol):
         observation: Observation,
         constraint: CompiledGrammar | None = None,
     ) -> OutputStream: ...
+    def between_steps(self) -> AbstractContextManager[None]: ...
+    def embed(
+        self, prompt_ids: Sequence[int], pooling: Literal["mean", "last"], observation: Observation
+    ) -> Awaitable[npt.NDArray[np.float32]]: ...
     def stop(self) -> None: ...
 
 
@@ -55,11 +63,14 @@ class Tokenizer(Protocol):
     """Text → token ids, piece by piece, and back, token by token: `amalgam.text.tokenizer.Tokenizer`."""
 
     special_tokens: Mapping[int, str]
+    vocab_size: int
 
     @property
     def chat_template(self) -> str | None: ...
     def prompt_end(self, prompt_ids: Sequence[int]) -> str: ...
-    def encode_by_piece(self, text: str, max_tokens: int) -> Iterator[list[int]]: ...
+    def encode_by_piece(
+        self, text: str, max_tokens: int, *, add_special_tokens: bool = True
+    ) -> Iterator[list[int]]: ...
     def encode_chat_by_piece(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -73,6 +84,7 @@ class Tokenizer(Protocol):
     ) -> Iterator[list[int]]: ...
     def token_text(self, token_id: int) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
+    def decode(self, token_ids: Sequence[int], *, keeps_special_tokens: bool = False) -> str: ...
 
 
 class Statistics(Protocol):

@@ -19,7 +19,7 @@ from typing import TypeVar
 from amalgam.base.threads import StoppableThread
 from amalgam.config.settings import Settings
 from amalgam.engine.request import SamplingParams
-from amalgam.errors import OverloadedError, UnavailableError, UnsupportedError
+from amalgam.errors import ModelNotFoundError, OverloadedError, UnavailableError, UnsupportedError, describe
 from amalgam.server.encoding import Encoder, Prompt, start_thread
 from amalgam.server.http.record import current_record
 from amalgam.server.interface import Deployment, Statistics
@@ -27,6 +27,7 @@ from amalgam.server.sharing import SharedAnswers
 from amalgam.server.watching import watched
 from amalgam.text.answers.format import AnswerFormat
 from amalgam.text.answers.registry import answer_format, check_parsers
+from amalgam.text.grammar import CompiledGrammar, Grammar, compile_grammar
 
 logger = logging.getLogger("amalgam.server")
 T = TypeVar("T")
@@ -67,6 +68,7 @@ REFUSALS = (
     "invalid_config",
     "non_finite_logits",
     "not_found",
+    "model_not_found",
     "method_not_allowed",
     "internal_error",
 )
@@ -222,7 +224,7 @@ class Service:
         finally:
             self.num_active -= 1
 
-    async def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    async def encode(self, prompts: Sequence[Prompt], max_tokens: int | None = None) -> list[list[int]]:
         """Token ids of each prompt.
 
         Args:
@@ -241,10 +243,19 @@ class Service:
             raise OverloadedError(f"{max_queue} requests are waiting already.", remedy="Try again later.")
         self._num_encoding += 1  # a batch takes places in the queue one after the other
         try:
-            max_tokens = deployment.engine.max_prompt_tokens
+            max_tokens = deployment.engine.max_prompt_tokens if max_tokens is None else max_tokens
             return await self.encoder.encode(deployment.tokenizer, prompts, max_tokens)
         finally:
             self._num_encoding -= 1
+
+    async def compile_grammar(self, grammar: Grammar) -> CompiledGrammar:
+        """A grammar that an answer has to follow, made ready in a thread. Takes turns with prompts.
+
+        Raises:
+            RequestError: it is wrong, too large or unsupported.
+        """
+        tokenizer = self.deployment.tokenizer
+        return await self.encoder.turn(lambda: compile_grammar(tokenizer, grammar))  # type: ignore[arg-type] # a protocol
 
     def count_refusal(self, code: str) -> None:
         """An answer was an error; `code` as its body has it."""
@@ -269,6 +280,26 @@ class Service:
         if self._deployment is not None:
             return self._deployment.model_name
         return self.settings.model.name or PurePath(self.settings.model.base_path).name
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names under which the model can be asked for; answers bear the first."""
+        return self.settings.server.served_model_names or (self.model_name,)
+
+    def check_model(self, name: str | None) -> str:
+        """The name that an answer bears.
+
+        Raises:
+            ModelNotFoundError: `name` is none of the model's.
+        """
+        names = self.model_names
+        if name is not None and name not in names:
+            raise ModelNotFoundError(
+                f"The model {describe(name)} does not exist here.",
+                remedy=f"This server has {', '.join(map(repr, names))}.",
+                param="model",
+            )
+        return names[0]
 
     @property
     def weight_version(self) -> int | None:

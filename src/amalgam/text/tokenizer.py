@@ -135,9 +135,15 @@ class Tokenizer:
         """
         return [token_id for piece in self.encode_chat_by_piece(messages, max_tokens, **options) for token_id in piece]
 
-    def encode_by_piece(self, text: str, max_tokens: int | None = None) -> Iterator[list[int]]:
-        """What `encode` gives, in portions of bounded work and memory; nothing is done before one is asked for."""
-        return self._by_piece(text, max_tokens, add_special_tokens=True)
+    def encode_by_piece(
+        self, text: str, max_tokens: int | None = None, *, add_special_tokens: bool = True
+    ) -> Iterator[list[int]]:
+        """What `encode` gives, in portions of bounded work and memory; nothing is done before one is asked for.
+
+        Args:
+            add_special_tokens: those that the tokenizer puts around every text.
+        """
+        return self._by_piece(text, max_tokens, add_special_tokens=add_special_tokens)
 
     def encode_chat_by_piece(
         self,
@@ -286,9 +292,9 @@ class Tokenizer:
         """Whether `decode` makes anything of a token."""
         return token_id not in self.special_tokens and self._backend.id_to_token(token_id) is not None
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids; special tokens and ids beyond the vocabulary give none."""
-        text: str = self._backend.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, keeps_special_tokens: bool = False) -> str:
+        """The text of token ids; ids beyond the vocabulary give none, nor do special tokens unless they are kept."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=not keeps_special_tokens)
         return text
 
 

@@ -5,10 +5,11 @@ In: a `ToolFormat`, tags, the tokenizer's special tokens. Out: parsers and gramm
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from amalgam.errors import RequestError, describe
+from amalgam.errors import RequestError, UnsupportedError, describe
 from amalgam.text.answers.contract import (
     Answer,
     AnswerParser,
@@ -92,6 +93,37 @@ class AnswerFormat:
         thought = "thought" if opens else f"{writer.text(self.tags.start)} thought"
         first = f"{thought} /\\s*/ calls" if opens else f"calls | {thought} /\\s*/ calls"
         return Grammar("lark", f"start: {first}\n{writer.up_to('thought', self.tags.end)}\n{calls}")
+
+    def after_reasoning(self, grammar: Grammar, prompt_end: str = "") -> Grammar:
+        """What an answer may be whose content has to follow `grammar`, where the prompt opens reasoning before it.
+
+        Raises:
+            UnsupportedError: the two cannot be put together.
+        """
+        if self.tool_format.reasons:
+            raise UnsupportedError(
+                f"A form for the answer is asked for, and {self.name} writes its own around it.",
+                remedy="Describe the form in the prompt, or use a tool with tool_choice.",
+                param="response_format",
+            )
+        if self.tags is None or not self._opens_reasoning(prompt_end):
+            return grammar
+        writer = GrammarWriter({text: token_id for token_id, text in self.special_tokens.items()})
+        match grammar.kind:
+            case "json_schema":
+                content = f"%json {grammar.source}"
+            case "json_object":
+                content = '%json {"type": "object"}'
+            case "choice":
+                content = " | ".join(map(json.dumps, json.loads(grammar.source)))
+            case _:
+                raise UnsupportedError(
+                    f"A {grammar.kind} is asked for, and the model thinks before it answers.",
+                    remedy="Give a JSON schema or a choice, or let the template open no reasoning.",
+                    param="structured_outputs",
+                )
+        thought = writer.up_to("thought", self.tags.end)
+        return Grammar("lark", f"start: thought /\\s*/ content\n{thought}\ncontent: {content}")
 
     def _opens_reasoning(self, prompt_end: str) -> bool:
         return self.tags is not None and prompt_end.rstrip().endswith(self.tags.start)

@@ -1,0 +1,1 @@
+"""OpenAI's interface, one file for each route, and what they share."""

@@ -1,0 +1,316 @@
+"""The fields that several of OpenAI's endpoints share, OpenAI's own and those that vLLM added to them.
+
+In: a request's JSON. Out: sampling parameters, a grammar, what is to be observed. Must never know: prompts, answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from amalgam.engine.request import (
+    MAX_BIASED_TOKENS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_PRIORITY,
+    MAX_REPETITION_PENALTY,
+    MAX_SEED,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
+    Observation,
+    SamplingParams,
+)
+from amalgam.errors import RequestError, describe
+from amalgam.server.api.openai.refusing import Refused, RefusingBody
+from amalgam.server.http.body import Body
+from amalgam.server.service import Service
+from amalgam.text.grammar import Grammar
+
+MAX_INT = 2**31 - 1
+MAX_SAMPLES = 128  # as OpenAI has it
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as OpenAI documents them, where the model says nothing
+
+StopString = Annotated[str, Field(min_length=1)]
+# Checked by `compile_grammar`, not here.
+JSONSchema = Annotated[Any, WithJsonSchema({"type": "object", "description": "A JSON schema"})]
+
+
+def as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class StreamOptions(RefusingBody):
+    refused = {  # noqa: RUF012
+        "include_obfuscation": Refused("Events are not padded.", (False,))
+    }
+
+    include_usage: bool = False
+    """End with one more event that has the token counts and no choices."""
+    continuous_usage_stats: bool = False
+    """With `include_usage`: counts in every event."""
+
+
+class JSONSchemaFormat(Body):
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")
+    schema_: JSONSchema = Field(alias="schema", default_factory=dict)
+    strict: bool = False
+    """The answer follows the schema either way."""
+    description: str | None = None
+
+
+class ResponseFormat(RefusingBody):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is needed with type 'json_schema', and only there")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        if self.json_schema is not None:
+            return Grammar("json_schema", json.dumps(self.json_schema.schema_))
+        return Grammar("json_object", "") if self.type == "json_object" else None
+
+
+class StructuredOutputs(RefusingBody):
+    """What the answer must look like, as vLLM has it; one of them."""
+
+    refused = {
+        name: Refused("The grammars of llguidance have it as it is.", (False,))
+        for name in ("disable_fallback", "disable_any_whitespace", "disable_additional_properties")
+    } | {
+        "whitespace_pattern": Refused("Use grammar to say where white space may stand."),
+        "structural_tag": Refused("Use grammar."),
+    }
+
+    json_: JSONSchema = Field(alias="json", default=None)
+    """A JSON schema, as an object or as text."""
+    regex: str | None = None
+    choice: list[str] | None = Field(default=None, min_length=1)
+    """The answer is one of these."""
+    grammar_: str | None = Field(alias="grammar", default=None)
+    """A grammar in the Lark syntax of llguidance."""
+    json_object: bool | None = None
+
+    def grammar(self) -> Grammar | None:
+        return _one_grammar(
+            {
+                "json": self.json_,
+                "regex": self.regex,
+                "choice": self.choice,
+                "grammar": self.grammar_,
+                "json_object": self.json_object or None,
+            }
+        )
+
+
+def _one_grammar(given: Mapping[str, Any]) -> Grammar | None:
+    """
+    Raises:
+        RequestError: there are several.
+    """
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) > 1:
+        names = " and ".join(named)
+        raise RequestError(f"{names} are given together.", remedy="Give one of them.", param=next(iter(named)))
+    for name, value in named.items():
+        kind = name.rpartition("guided_")[2]
+        if kind == "json":
+            return Grammar("json_schema", value if isinstance(value, str) else json.dumps(value))
+        if kind == "choice":
+            return Grammar("choice", json.dumps(value))
+        if kind == "json_object":
+            return Grammar("json_object", "")
+        return Grammar("lark" if kind == "grammar" else "regex", value)
+    return None
+
+
+class ModelField(RefusingBody):
+    model: str | None = Field(default=None, max_length=512)
+    """The served model's name, as `GET /v1/models` lists it."""
+    user: str | None = None
+    """Accepted; nothing is made of it."""
+
+    def check_model(self, service: Service) -> str:
+        """The name that the answer bears.
+
+        Raises:
+            ModelNotFoundError: another model is asked for.
+        """
+        return service.check_model(self.model)
+
+
+class SamplerFields(ModelField):
+    """How to sample. The defaults are those of the model's `generation_config.json`, and else OpenAI's."""
+
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
+    """Divides the logits; 0 is greedy. OpenAI's default is 1."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Sample from the smallest set of tokens with this much probability. OpenAI's default is 1."""
+    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    """The same seed gives the same answer."""
+    stop: Annotated[
+        list[StopString],
+        Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
+        BeforeValidator(as_list, json_schema_input_type=str | list[StopString] | None),
+    ] = Field(default_factory=list)
+    """Where to end: a string or several. The answer does not hold it."""
+    presence_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    logit_bias: Annotated[
+        dict[
+            Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
+        ],
+        Field(max_length=MAX_BIASED_TOKENS),
+    ] = Field(default_factory=dict)
+    """Token id → what is added to its logit."""
+    stream: bool = False
+    """Answer with server-sent events as the text comes, ended with `data: [DONE]`."""
+    # vLLM's
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_INT)
+    """Sample from this many of the likeliest tokens; 0 or -1: no limit."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """Leave out tokens less likely than this share of the likeliest one."""
+    repetition_penalty: float | None = Field(default=None, ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)
+    """Above 1: tokens that have appeared, in the prompt too, become less likely."""
+    min_tokens: int = Field(default=0, ge=0, le=MAX_INT)
+    """Tokens before the answer may end."""
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_INT)]] = Field(
+        default_factory=list, max_length=MAX_STOP_TOKEN_IDS
+    )
+    """Tokens that end the answer."""
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token."""
+    skip_special_tokens: bool = True
+    """False: special tokens have text."""
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    """Of waiting requests the lowest is taken first."""
+    # Our own
+    domain: str | None = Field(default=None, min_length=1, max_length=64)
+    """A label under which the expert statistics count this request apart."""
+
+    def observation(self, *, wants_trace: bool = False) -> Observation:
+        return Observation(self.domain, wants_trace)
+
+    def sampling_params(self, service: Service, **more: Any) -> SamplingParams:
+        """What the body says, and where it says nothing what the model says, and else what OpenAI's interface says."""
+        given = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.top_k == -1:
+            given["top_k"] = 0
+        if self.seed is not None:
+            given["seed"] = self.seed % (MAX_SEED + 1)
+        defaults = SamplingParams(**{**NEUTRAL, **service.deployment.defaults.from_model})
+        return SamplingParams(
+            stop=tuple(self.stop),
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias={int(token_id): bias for token_id, bias in self.logit_bias.items()},
+            min_tokens=self.min_tokens,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            priority=self.priority,
+            keeps_special_tokens=not self.skip_special_tokens,
+            **given,
+            **more,
+        ).over(defaults)
+
+
+class SamplingFields(SamplerFields):
+    """What completions and chats add to it."""
+
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
+    """Choices for each prompt. With a seed, sample i has seed + i."""
+    stream_options: StreamOptions | None = None
+    include_stop_str_in_output: bool = False
+    """The answer ends with the stop string that ended it."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Log-probabilities of the prompt's tokens, and of so many likeliest ones at each place."""
+    return_token_ids: bool = False
+    """Answer with the token ids of prompt and choices."""
+    return_tokens_as_token_ids: bool = False
+    """Tokens of log-probabilities are spelt `token_id:7`."""
+    guided_json: JSONSchema = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(default=None, min_length=1)
+    guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
+    """`{"type": "text" | "json_object" | "json_schema"}`."""
+    routed_experts: bool = False
+    """Each choice has the experts that each token was routed to: `[tokens - 1, layers, top_k]`, a .npy in base64."""
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is allowed with stream true only")
+        return self
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def with_usage_always(self) -> bool:
+        return self.with_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def check(self, service: Service) -> None:
+        """
+        Raises:
+            RequestError: a combination that cannot be served.
+        """
+        if self.n > service.settings.engine.max_queue:
+            limit = service.settings.engine.max_queue
+            raise RequestError(f"n is {self.n}.", remedy=f"Allowed: at most engine.max_queue, {limit}.", param="n")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs is given with stream true.", remedy="Ask for one of them.", param="prompt_logprobs"
+            )
+
+    def grammar(self) -> Grammar | None:
+        """What the answer has to look like; None: anything.
+
+        Raises:
+            RequestError: there are several.
+        """
+        given = {
+            "guided_json": self.guided_json,
+            "guided_regex": self.guided_regex,
+            "guided_choice": self.guided_choice,
+            "guided_grammar": self.guided_grammar,
+        }
+        grammars = {
+            "guided_…": _one_grammar(given),
+            "structured_outputs": None if self.structured_outputs is None else self.structured_outputs.grammar(),
+            "response_format": None if self.response_format is None else self.response_format.grammar(),
+        }
+        found = {name: grammar for name, grammar in grammars.items() if grammar is not None}
+        if len(found) > 1:
+            raise RequestError(
+                f"{' and '.join(found)} are given together.", remedy="Give one of them.", param=list(found)[-1]
+            )
+        return next(iter(found.values()), None)
+
+
+def check_together(what: str, given: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        RequestError: several of the fields, which mean the same, are given with different values.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    if len(set(values.values())) > 1:
+        listed = ", ".join(f"{name} is {describe(value)}" for name, value in values.items())
+        raise RequestError(f"{listed}.", remedy=f"Both say {what}; give one.", param=list(values)[-1])

@@ -1,0 +1,89 @@
+"""Fields that OpenAI's interface has and this server refuses by name, unless their value asks for nothing.
+
+In: a request's JSON. Out: the same without them. Must never know: what the other fields mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import model_validator
+
+from amalgam.errors import UnsupportedError, describe
+from amalgam.server.http.body import Body
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a field is refused, and the values that are accepted because they ask for nothing; null always is."""
+
+    why: str
+    neutral: tuple[Any, ...] = ()
+
+    def check(self, name: str, value: Any) -> None:
+        """
+        Raises:
+            UnsupportedError: naming the field, its value, and what is allowed.
+        """
+        if value is None or any(type(value) is type(item) and value == item for item in self.neutral):
+            return
+        allowed = " or ".join(describe(item) for item in self.neutral)
+        remedy = f"{self.why} Leave it out{f', or give {allowed}' if allowed else ''}."
+        raise UnsupportedError(f"{name} is {describe(value)}, and not supported.", remedy=remedy, param=name)
+
+
+_NOT_STORED = Refused("Nothing is stored here.", (False,))
+_NO_CODE = "A request cannot bring code or templates along."
+
+REFUSED: Mapping[str, Refused] = {
+    "weights": Refused("The name is reserved for choosing a weight version."),
+    "service_tier": Refused("There is one tier.", ("auto", "default")),
+    "prediction": Refused("Predicted outputs are not used."),
+    "moderation": Refused("Nothing is moderated."),
+    "access_programs": Refused("There are no access programs."),
+    "prompt_cache_retention": Refused("Prompts are cached in memory, as long as there is room.", ("in_memory",)),
+    "prompt_cache_options": Refused("Prompts are cached without being asked, as long as there is room."),
+    "verbosity": Refused("Say in the prompt how long the answer should be.", ("medium",)),
+    # vLLM's
+    "use_beam_search": Refused("There is no beam search.", (False,)),
+    "length_penalty": Refused("There is no beam search.", (1.0, 1)),
+    "allowed_token_ids": Refused("Use structured_outputs, or logit_bias."),
+    "bad_words": Refused("Use logit_bias."),
+    "spaces_between_special_tokens": Refused("Special tokens stand as the tokenizer spells them.", (True,)),
+    "truncate_prompt_tokens": Refused("A prompt that is too long is refused, never cut.", (-1,)),
+    "guided_decoding_backend": Refused("There is one: llguidance.", ("auto", "guidance")),
+    "guided_whitespace_pattern": Refused("Use guided_grammar to say where white space may stand."),
+    "logits_processors": Refused(_NO_CODE),
+    "chat_template": Refused(_NO_CODE),
+    "mm_processor_kwargs": Refused("The model takes text only."),
+    "kv_transfer_params": Refused("The KV cache of a request stays in this process."),
+    "vllm_xargs": Refused("There are no extra arguments."),
+    "cache_salt": Refused("The prefix cache is shared by all requests."),
+    "request_id": Refused("The server chooses ids; the header X-Request-Id has them."),
+    "return_prompt_text": Refused("Use echo, or /detokenize."),
+}
+
+
+class RefusingBody(Body):
+    """A body that refuses, by name and with the reason, the fields in `REFUSED` and in its own `refused`."""
+
+    refused: ClassVar[Mapping[str, Refused]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            refused = None if name in cls.model_fields else cls.refused.get(name) or REFUSED.get(name)
+            if refused is None:
+                kept[name] = value
+            else:
+                refused.check(name, value)
+        return kept
+
+
+STORE = {"store": _NOT_STORED}

@@ -1,0 +1,314 @@
+"""`POST /v1/responses`: the same as a chat completion, in items. Nothing is stored: a request holds all of its context.
+
+In: a text or items, tools. Out: a response object, or its events.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import APIRouter
+from pydantic import Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from amalgam.engine.request import MAX_LOGPROBS, FinishReason, RequestOutput, SamplingParams, Usage
+from amalgam.errors import UnsupportedError, describe
+from amalgam.server.api.openai.answers import error_fields, fingerprint
+from amalgam.server.api.openai.chat import MAX_MESSAGES, Effort, Metadata
+from amalgam.server.api.openai.conversation import (
+    Conversation,
+    Started,
+    chat_token_limit,
+    start,
+    template_variables,
+)
+from amalgam.server.api.openai.documents import OpenAIErrorAnswer, ResponseAnswer
+from amalgam.server.api.openai.fields import MAX_INT, JSONSchema, SamplerFields
+from amalgam.server.api.openai.items import Event, InputItem, OutputItems, as_messages
+from amalgam.server.api.openai.refusing import Refused, RefusingBody
+from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs
+from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionFields, ToolChoice, tool_use
+from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
+from amalgam.server.events import EventStream, event
+from amalgam.server.http.access import unless_client_leaves
+from amalgam.server.http.body import StrictRoute
+from amalgam.server.http.errors import OrjsonResponse
+from amalgam.server.interface import Tokenizer
+from amalgam.text.answers.contract import ContentDelta
+from amalgam.text.chat import ChatPrompt
+from amalgam.text.grammar import Grammar
+
+STATELESS = "Nothing is stored here: send the whole conversation as input."
+INCLUDED_LOGPROBS = "message.output_text.logprobs"
+
+router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErrorAnswer.RESPONSES)
+
+
+class TextFormat(RefusingBody):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(default=None, min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")
+    schema_: JSONSchema = Field(default=None, alias="schema")
+    strict: bool | None = None
+    """The answer follows the schema either way."""
+    description: str | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("schema is needed with type 'json_schema', and only there")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        if self.type == "json_schema":
+            return Grammar("json_schema", json.dumps(self.schema_))
+        return Grammar("json_object") if self.type == "json_object" else None
+
+
+class TextOptions(RefusingBody):
+    format: TextFormat | None = None
+
+
+class ReasoningOptions(RefusingBody):
+    refused = {  # noqa: RUF012
+        "summary": Refused("Reasoning is shown as it is, not summarized.", ("auto",)),
+        "generate_summary": Refused("Reasoning is shown as it is, not summarized.", ("auto",)),
+    }
+
+    effort: Effort | None = None
+
+
+class ResponseStreamOptions(RefusingBody):
+    refused = {  # noqa: RUF012
+        "include_obfuscation": Refused("Events are not padded.", (False,))
+    }
+
+
+class ResponseTool(FunctionFields):
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_function(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(kind := data.get("type"), str) and kind != "function":
+            raise UnsupportedError(
+                f"tools has one of type {describe(kind)}.", remedy="Allowed: function.", param="tools"
+            )
+        return data
+
+
+class ResponseBody(SamplerFields):
+    refused = {  # noqa: RUF012
+        "previous_response_id": Refused(STATELESS),
+        "conversation": Refused(STATELESS),
+        "background": Refused("Answers are given while the client waits.", (False,)),
+        "prompt": Refused("There are no stored prompts."),
+        "max_tool_calls": Refused("The server calls no tools by itself."),
+        "truncation": Refused("A prompt that is too long is refused, never cut.", ("disabled",)),
+        "context_management": Refused(STATELESS),
+        "image": Refused("The model writes text only."),
+    }
+
+    input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES)]
+    """A text, or messages, calls of functions, their outputs, and reasoning, oldest first."""
+    instructions: str | None = None
+    """A system message before all others."""
+    max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_INT)
+    """Most tokens, reasoning included. null: what the model's makers say, or as many as fit."""
+    text: TextOptions | None = None
+    """`{"format": {"type": "text" | "json_object" | "json_schema"}}`."""
+    tools: list[ResponseTool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    """Functions that the model may call."""
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool = True
+    """False: at most one call."""
+    reasoning: ReasoningOptions | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
+    """Log-probabilities. Reasoning is always included, in the clear, and can be sent back as it is."""
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """So many likeliest tokens at each place."""
+    stream_options: ResponseStreamOptions | None = None
+    store: bool | None = None
+    """Accepted, and answered false: nothing is stored."""
+    metadata: Metadata | None = None
+    """Answered as it is."""
+    prompt_cache_key: str | None = None
+    """Accepted: prompts with the same beginning share it without a key."""
+    safety_identifier: str | None = None
+    """Accepted; nothing is made of it."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the chat template, such as `enable_thinking`."""
+
+    @property
+    def num_top(self) -> int | None:
+        wanted = INCLUDED_LOGPROBS in self.include or self.top_logprobs
+        return (self.top_logprobs or 0) if wanted else None
+
+
+@router.post("/v1/responses", dependencies=[Admission], response_model=ResponseAnswer)
+async def create_response(
+    body: ResponseBody, request: Request, service: ServiceArgument, request_id: RequestId
+) -> Response:
+    """Answer a text or a conversation."""
+    model = body.check_model(service)
+    use = tool_use(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls)
+    tokenizer = service.deployment.tokenizer
+    template = tokenizer.chat_template
+    params = body.sampling_params(
+        service,
+        max_new_tokens=chat_token_limit(service, body.max_output_tokens),
+        logprobs=body.num_top,
+    )
+    effort = None if body.reasoning is None else body.reasoning.effort
+    prompt = ChatPrompt(
+        as_messages(body.instructions, body.input, knows_developer="developer" in (template or "")),
+        use.tools or None,
+        variables=template_variables(template, body.chat_template_kwargs, effort),
+    )
+    text_format = None if body.text is None else body.text.format
+    grammar = None if text_format is None else text_format.grammar()
+    conversation = Conversation(prompt, use, params, 1, body.observation(), grammar)
+
+    async def answer() -> Response:
+        started = await start(service, conversation)
+        answering = _Answering(body, model, service.deployment.version_id, params, tokenizer, started)
+        if body.stream:
+            return EventStream(
+                started.choices,
+                answering.events(),
+                lambda error: answering.failed(error, request_id),
+                request_id,
+                service.settings.server.stream_comment_seconds,
+                end=b"",  # the last event says that it is the last
+            )
+        return await answering.whole()
+
+    return await unless_client_leaves(request.receive, answer())
+
+
+@dataclass
+class _Answering:
+    """One request's answer → what its client gets."""
+
+    body: ResponseBody
+    model: str
+    version: int
+    params: SamplingParams
+    tokenizer: Tokenizer
+    started: Started
+    id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(16)}")
+    created_at: int = field(default_factory=lambda: int(time.time()))
+    items: OutputItems = field(default_factory=OutputItems)
+    usage: Usage | None = None
+    reason: FinishReason | None = None
+    num_events: int = 0
+    _pending: list[dict[str, Any]] = field(default_factory=list)  # log-probabilities of tokens that have no text yet
+
+    async def whole(self) -> Response:
+        names = TokenNames(self.tokenizer)
+        try:
+            async for _, output in self.started.choices:
+                for _event in self._take(output, names):
+                    pass
+        finally:
+            await self.started.choices.aclose()
+        return OrjsonResponse(self._object(self._status))
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        names = TokenNames(self.tokenizer)
+        for kind in ("response.created", "response.in_progress"):
+            yield self._encode({"type": kind, "response": self._object("in_progress")})
+        async for _, output in self.started.choices:
+            for fields in self._take(output, names):
+                yield self._encode(fields)
+        yield self._encode({"type": f"response.{self._status}", "response": self._object(self._status)})
+
+    def failed(self, error: Exception, request_id: str) -> bytes:
+        told = error_fields(error, request_id)["error"]
+        code = "server_error" if told["type"] == "server_error" else "invalid_prompt"
+        response = {**self._object("failed"), "error": {"code": code, "message": told["message"]}}
+        return self._encode({"type": "response.failed", "response": response})
+
+    def _take(self, output: RequestOutput, names: TokenNames) -> Iterator[Event]:
+        deltas = self.started.readers[0].read(output)
+        logprobs: Sequence[dict[str, Any]] = ()
+        if self.body.num_top is not None:
+            self._pending += chat_logprobs(names, output.token_ids, output.logprobs, self.body.num_top)
+            if deltas:
+                logprobs, self._pending = self._pending, []
+                logprobs = logprobs if any(isinstance(delta, ContentDelta) for delta in deltas) else ()
+        yield from self.items.add(deltas, logprobs)
+        if output.is_finished:
+            self.usage, self.reason = output.usage, output.finish_reason
+            yield from self.items.finish(self._status)
+
+    @property
+    def _status(self) -> Literal["completed", "incomplete"]:
+        return "incomplete" if self.reason is FinishReason.LENGTH else "completed"
+
+    def _encode(self, fields: Event) -> bytes:
+        encoded = event({**fields, "sequence_number": self.num_events}, fields["type"])
+        self.num_events += 1
+        return encoded
+
+    def _object(self, status: str) -> dict[str, Any]:
+        body, params = self.body, self.params
+        text_format = None if body.text is None else body.text.format
+        shown_format: dict[str, Any] = {"type": "text"}
+        if text_format is not None:
+            shown_format = text_format.model_dump(by_alias=True, exclude_none=True)
+        tools = [{"strict": None, "description": None, "parameters": None, **_dump(tool)} for tool in body.tools]
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created_at,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": None,
+            "metadata": body.metadata or {},
+            "model": self.model,
+            "output": self.items.finished,
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "previous_response_id": None,
+            "prompt_cache_key": body.prompt_cache_key,
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": "default",
+            "store": False,
+            "system_fingerprint": fingerprint(self.usage.version if self.usage else self.version),
+            "temperature": params.temperature,
+            "text": {"format": shown_format},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": tools,
+            "top_logprobs": body.top_logprobs or 0,
+            "top_p": params.top_p,
+            "truncation": "disabled",
+            "usage": self._usage(),
+            "user": body.user,
+        }
+
+    def _usage(self) -> dict[str, Any] | None:
+        usage = self.usage
+        if usage is None:
+            return None
+        return {
+            "input_tokens": usage.num_prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.num_cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": usage.num_new_tokens,
+            "output_tokens_details": {"reasoning_tokens": self.started.readers[0].num_reasoning_tokens},
+            "total_tokens": usage.num_prompt_tokens + usage.num_new_tokens,
+        }
+
+
+def _dump(tool: ResponseTool) -> dict[str, Any]:
+    return tool.model_dump(exclude_none=True)

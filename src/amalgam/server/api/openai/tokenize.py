@@ -1,0 +1,131 @@
+"""`POST /tokenize` and `/detokenize`: texts and chats → token ids and back, as vLLM has them.
+
+In: a text, messages, or token ids. Out: token ids or a text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from fastapi import APIRouter
+from pydantic import Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from amalgam.errors import RequestError
+from amalgam.server.api.openai.chat import MAX_MESSAGES
+from amalgam.server.api.openai.conversation import template_variables
+from amalgam.server.api.openai.documents import DetokenizeAnswer, OpenAIErrorAnswer, TokenizeAnswer
+from amalgam.server.api.openai.fields import MAX_INT, ModelField
+from amalgam.server.api.openai.messages import Message, check_continued, for_template
+from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, tool_use
+from amalgam.server.dependencies import Admission, ServiceArgument
+from amalgam.server.encoding import Prompt, TextPrompt
+from amalgam.server.http.access import unless_client_leaves
+from amalgam.server.http.body import StrictRoute
+from amalgam.server.http.errors import OrjsonResponse
+from amalgam.text.chat import ChatPrompt
+
+MIN_TOKEN_LIMIT = 2**18  # texts may be counted that are longer than the model's context, but not without end
+
+router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErrorAnswer.RESPONSES)
+
+
+class TokenizeBody(ModelField):
+    prompt: str | None = None
+    """A text; or else messages."""
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    """A chat."""
+    add_special_tokens: bool | None = None
+    """Put around a text what the tokenizer puts there; the default. A chat has what its template says."""
+    return_token_strs: bool = False
+    """Answer with each token's text too."""
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(ModelField):
+    tokens: list[Annotated[int, Field(ge=0, le=MAX_INT)]] = Field(fail_fast=True)
+    """Token ids."""
+
+
+@router.post("/tokenize", dependencies=[Admission], response_model=TokenizeAnswer)
+async def tokenize(body: TokenizeBody, request: Request, service: ServiceArgument) -> Response:
+    """Token ids of a text or a chat."""
+    body.check_model(service)
+    tokenizer = service.deployment.tokenizer
+    max_model_len = service.deployment.engine.max_prompt_tokens + 1
+    prompt: Prompt
+    if body.messages is None:
+        prompt = TextPrompt(body.prompt or "", body.add_special_tokens is not False)
+    elif body.add_special_tokens:
+        raise RequestError(
+            "add_special_tokens is true for messages.",
+            remedy="Leave it out: the chat template says which special tokens there are.",
+            param="add_special_tokens",
+        )
+    else:
+        prompt = _chat_prompt(body, body.messages, tokenizer.chat_template)
+
+    async def answer() -> Response:
+        [token_ids] = await service.encode([prompt], max(MIN_TOKEN_LIMIT, max_model_len))
+
+        def render() -> Response:
+            texts = [tokenizer.token_text(token_id) for token_id in token_ids] if body.return_token_strs else None
+            content = {
+                "count": len(token_ids),
+                "max_model_len": max_model_len,
+                "tokens": token_ids,
+                "token_strs": texts,
+            }
+            return OrjsonResponse(content)
+
+        return await service.encoder.turn(render)
+
+    return await unless_client_leaves(request.receive, answer())
+
+
+@router.post("/detokenize", dependencies=[Admission], response_model=DetokenizeAnswer)
+async def detokenize(body: DetokenizeBody, request: Request, service: ServiceArgument) -> Response:
+    """The text of token ids, special tokens included."""
+    body.check_model(service)
+    tokenizer = service.deployment.tokenizer
+    limit = max(MIN_TOKEN_LIMIT, service.deployment.engine.max_prompt_tokens)
+    if len(body.tokens) > limit:
+        raise RequestError(f"tokens has {len(body.tokens)} entries.", remedy=f"Allowed: {limit}.", param="tokens")
+    for index, token_id in enumerate(body.tokens):
+        if token_id >= tokenizer.vocab_size:
+            raise RequestError(
+                f"tokens[{index}] is {token_id}.",
+                remedy=f"Allowed: a token id from 0 to {tokenizer.vocab_size - 1}.",
+                param="tokens",
+            )
+
+    async def answer() -> Response:
+        text = await service.encoder.turn(lambda: tokenizer.decode(body.tokens, keeps_special_tokens=True))
+        return OrjsonResponse({"prompt": text})
+
+    return await unless_client_leaves(request.receive, answer())
+
+
+def _chat_prompt(body: TokenizeBody, messages: list[Message], template: str | None) -> ChatPrompt:
+    use = tool_use([tool.function for tool in body.tools], None, is_parallel=True)
+    normalized = for_template(messages, knows_developer="developer" in (template or ""))
+    if body.continue_final_message:
+        check_continued(normalized, adds_prompt=bool(body.add_generation_prompt))
+    adds_prompt = body.add_generation_prompt
+    return ChatPrompt(
+        normalized,
+        use.tools or None,
+        variables=template_variables(template, body.chat_template_kwargs, None),
+        add_generation_prompt=not body.continue_final_message if adds_prompt is None else adds_prompt,
+        continue_final_message=body.continue_final_message,
+    )

@@ -1,0 +1,143 @@
+"""Tools of a request: which are offered, and which the answer has to call.
+
+In: a request's JSON. Out: the tools that the model is shown, and what is asked of its answer. Must never know: how a
+model writes calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, WithJsonSchema
+
+from amalgam.errors import RequestError, UnsupportedError, describe
+from amalgam.server.http.body import Body
+
+MAX_TOOLS = 128  # as OpenAI has it
+
+FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
+
+ToolChoice = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["none", "auto", "required"]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "function"},
+                        "function": {
+                            "type": "object",
+                            "properties": {"name": {"type": "string"}},
+                            "required": ["name"],
+                            "additionalProperties": False,
+                        },
+                    },
+                    "required": ["type", "function"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+
+
+class FunctionFields(Body):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of the arguments; null: none are taken."""
+    strict: bool | None = None
+    """Arguments follow the schema wherever the call is forced; see tool_choice."""
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a request wants of tools.
+
+    Attributes:
+        tools: those that the model is shown, each `{"type": "function", "function": {…}}`.
+        is_required: the answer has to call one.
+        name: the one to be called; None: any.
+        is_parallel: whether an answer may hold several calls.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    is_required: bool = False
+    name: str | None = None
+    is_parallel: bool = True
+
+
+def tool_use(functions: Sequence[FunctionFields], choice: Any, *, is_parallel: bool) -> ToolUse:
+    """
+    Args:
+        choice: as either endpoint has it: a word, `{"type": "function", …}` with the name inside or beside it, or
+            `{"type": "allowed_tools", …}`.
+
+    Raises:
+        RequestError: it is none of these, or names a tool that is not there.
+        UnsupportedError: it is for another kind of tool.
+    """
+    names = [function.name for function in functions]
+    if len(set(names)) < len(names):
+        raise RequestError("Two tools have the same name.", remedy="Give each its own.", param="tools")
+    if not functions:
+        if choice not in (None, "none", "auto"):
+            raise RequestError("tool_choice is given without tools.", remedy="Give tools.", param="tool_choice")
+        return ToolUse()
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        is_known = isinstance(allowed, dict) and {*allowed, *choice} <= {"type", "allowed_tools", "mode", "tools"}
+        mode, listed = (allowed.get("mode"), allowed.get("tools")) if is_known else (None, None)
+        if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
+            raise _wrong_choice(choice)
+        chosen = {_name_in(item, names) for item in listed}
+        functions, choice = [function for function in functions if function.name in chosen], mode
+    if choice == "none":
+        return ToolUse()
+    tools = [{"type": "function", "function": function.model_dump(exclude_none=True)} for function in functions]
+    if choice in (None, "auto"):
+        return ToolUse(tools, is_parallel=is_parallel)
+    if choice == "required":
+        return ToolUse(tools, is_required=True, is_parallel=is_parallel)
+    return ToolUse(tools, is_required=True, name=_name_in(choice, names), is_parallel=False)
+
+
+def _name_in(value: Any, names: Sequence[str]) -> str:
+    """The tool's name in `{"type": "function", "function": {"name"}}` or `{"type": "function", "name"}`."""
+    if not isinstance(value, dict):
+        raise _wrong_choice(value)
+    if (kind := value.get("type")) != "function":
+        if isinstance(kind, str):
+            raise UnsupportedError(
+                f"tool_choice has the type {describe(kind)}.", remedy="Allowed: function.", param="tool_choice"
+            )
+        raise _wrong_choice(value)
+    rest = {key: item for key, item in value.items() if key != "type"}
+    inner = rest.get("function", rest)
+    if not isinstance(inner, dict) or set(inner) != {"name"} or ("function" in rest and len(rest) > 1):
+        raise _wrong_choice(value)
+    name = inner["name"]
+    if not isinstance(name, str) or name not in names:
+        raise RequestError(
+            f"tool_choice names {describe(name)}.", remedy=f"Allowed: {', '.join(names)}.", param="tool_choice"
+        )
+    return name
+
+
+def _wrong_choice(choice: Any) -> RequestError:
+    return RequestError(
+        f"tool_choice is {describe(choice)}.",
+        remedy="Allowed: 'none', 'auto', 'required', a function by name, or allowed_tools.",
+        param="tool_choice",
+    )
+
+
+class FunctionTool(Body):
+    """A tool as chat completions have it."""
+
+    type: Literal["function"]
+    function: FunctionFields
