@@ -1,0 +1,73 @@
+"""The whole OpenAPI description, walked by schemathesis: whatever it makes up, no answer is 5xx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+
+from amalgam.config.settings import build_settings
+from amalgam.runtime.opening import open_deployment
+from tests.server.conftest import serving, wait_until
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+NUM_EXAMPLES = 4  # per operation and mode
+ENDLESS = {"/dashboard/api/events", "/dashboard/events"}  # streams that end with their client
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    settings = build_settings(
+        {
+            "model": {"base_path": str(DEMO)},
+            "inference": {"device_map": "cpu", "max_seq_length": 32},
+            "engine": {"num_threads": 1},
+            "server": {"port": 0, "export_dir": str(tmp_path_factory.mktemp("exports"))},
+        }
+    )
+    with serving(settings, lambda: open_deployment(settings)) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        yield url
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_no_answer_is_the_servers_fault(url: str, mode: GenerationMode) -> None:
+    schema = schemathesis.openapi.from_url(url + "/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert {"/v1/chat/completions", "/v1/responses", "/generate"} <= {operation.path for operation in operations}
+    called = 0
+
+    def walk(operation: Any) -> None:
+        @settings(
+            max_examples=NUM_EXAMPLES,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def call(case: Any) -> None:
+            nonlocal called
+            called += 1
+            with session.stream(**_arguments(case)) as response:
+                assert response.status_code < 500 or response.status_code == 503, (case, response.read())
+
+        call()
+
+    with httpx.Client(base_url=url, timeout=60) as session:
+        for operation in operations:
+            if operation.path not in ENDLESS:
+                walk(operation)
+    assert called > len(operations)
+
+
+def _arguments(case: Any) -> dict[str, Any]:
+    arguments = case.as_transport_kwargs(base_url=None)
+    return {name: value for name, value in arguments.items() if name in ("method", "url", "headers", "params", "json")}
