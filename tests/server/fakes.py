@@ -221,8 +221,6 @@ class FakeDeployment:
         return self.tokenizer_override or SimpleNamespace(
             encode_by_piece=self._encode_by_piece,
             vocab_size=0x110000,
-            special_tokens={},
-            chat_template="reasoning_effort",
             decode=lambda token_ids, **_: "".join(map(chr, token_ids)),
             encode_chat_by_piece=lambda messages, limit, **_: self._encode_by_piece(messages[-1]["content"], limit),
             token_text=chr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from amalgam.config.settings import build_settings
@@ -39,7 +41,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_no_answer_is_the_servers_fault(url: str, mode: GenerationMode) -> None:
     schema = schemathesis.openapi.from_url(url + "/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
+    operations: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]
     assert {"/v1/chat/completions", "/v1/responses", "/generate"} <= {operation.path for operation in operations}
     called = 0
 
@@ -59,7 +61,8 @@ def test_no_answer_is_the_servers_fault(url: str, mode: GenerationMode) -> None:
             with session.stream(**_arguments(case)) as response:
                 assert response.status_code < 500 or response.status_code == 503, (case, response.read())
 
-        call()
+        with suppress(Unsatisfiable):  # nothing about it can be wrong
+            call()
 
     with httpx.Client(base_url=url, timeout=60) as session:
         for operation in operations:

@@ -14,7 +14,7 @@ from amalgam.runtime.opening import open_deployment
 from tests.server.conftest import serving, wait_until
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
-MAX_TOKENS = 256
+MAX_TOKENS = 1024
 
 
 @pytest.fixture(scope="session")
