@@ -72,12 +72,12 @@ def context() -> Iterator[ForkServerContext]:
 
 @pytest.fixture
 def start(context: ForkServerContext, tmp_path: Path) -> Iterator[Start]:
-    """Starts the fake server: `start(drain=…, held=…, fault=…)`."""
+    """Starts the fake server: `start(log=…, drain=…, held=…, fault=…)`."""
     servers = []
 
-    def start(taken_port: int | None = None, **how: Any) -> Server:
+    def start(taken_port: int | None = None, log: Path = tmp_path / "log", **how: Any) -> Server:
         released, let_go = context.Pipe(duplex=False)
-        port, log = taken_port or free_port(), tmp_path / "log"
+        port = taken_port or free_port()
         process = context.Process(target=serve, args=(port, released, log), kwargs=how)
         process.start()
         server = Server(process, f"http://127.0.0.1:{port}", log, let_go)
