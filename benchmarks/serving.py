@@ -29,7 +29,8 @@ from typing import Any
 
 from clients import Address, Answer, Request, check, closed_loop, complete, open_loop, percentile
 from contestants.protocol import text, texts
-from engines import Contestant, Engine, exit_on_signals
+from engines import Engine, exit_on_signals
+from engines import running as contestants
 from environments import prepare
 from rich.console import Console
 from rich.table import Table
@@ -87,10 +88,11 @@ def throughput(options: argparse.Namespace, servers: dict[str, Server], console:
     until = time.monotonic() + options.minutes * 60
     cells = {(name, clients): Cell(name, clients) for name in servers for clients in options.clients}
     shares: list[float] = []
-    # What it is to be compared with is its twin in a process, with the same prompts.
+    # The server whose twin, in a process of its own and without HTTP, gets the same prompts.
     ours = next((name for name, server in servers.items() if server.is_ours and 16 in options.clients), None)
-    with serving(servers, options.folder, max_tokens=max(options.prompts) + options.tokens) as running:
-        twin = _twin(options, servers[ours]) if ours else None
+    twins = {ours: _twin(options, servers[ours])} if ours else {}
+    max_tokens = max(options.prompts) + options.tokens
+    with serving(servers, options.folder, max_tokens=max_tokens) as running, contestants(twins, options.folder) as twin:
         for name in servers:
             with awake(running[name]):
                 requests = [Request(prompt, 4) for prompt in texts((64,), 4, -1)]
@@ -105,16 +107,15 @@ def throughput(options: argparse.Namespace, servers: dict[str, Server], console:
                         answers = asyncio.run(closed_loop(running[name].address, requests, clients))
                     check(answers)
                     cells[name, clients].add(answers)
-                if twin and ours and clients == 16:
-                    own = len(requests) * options.tokens / twin.ask("streams", clients)
+                if ours and clients == 16:
+                    own = len(requests) * options.tokens / twin[ours].ask("streams", clients)
                     shares.append(cells[ours, clients].tokens_per_second[-1] / own)
             if time.monotonic() + (time.monotonic() - started) > until:
                 break
-        if twin:
-            twin.close()
     console.print(_throughput_table(list(cells.values())))
     ratios = list(_ratios(cells, servers, options.clients))
-    console.print(_ratio_table(ratios))
+    if ratios:
+        console.print(_ratio_table(ratios))
     if shares:
         console.print(
             f"Over HTTP, {ours} keeps {median(shares):.1%} of its own throughput at 16 streams ({_range(shares)})."
@@ -122,10 +123,9 @@ def throughput(options: argparse.Namespace, servers: dict[str, Server], console:
     return {"cells": [cell.summary() for cell in cells.values()], "ratios": ratios, "http_share": shares}
 
 
-def _twin(options: argparse.Namespace, server: Server) -> Contestant:
+def _twin(options: argparse.Namespace, server: Server) -> Engine:
     numbers = (options.tokens, options.per_client, *options.prompts)
-    model = str(options.folder / server.model)
-    return Contestant(Engine("with_llm.py", options=(model, *map(str, numbers))), options.folder)
+    return Engine("with_llm.py", model=server.model, options=tuple(map(str, numbers)))
 
 
 def _ratios(
