@@ -84,9 +84,8 @@ def test_a_conversation_goes_on_with_its_own_items(client: openai.OpenAI) -> Non
         {"type": "function_call_output", "call_id": call.call_id, "output": "Sun."},
     ]
     second = respond(client, input=items, tools=[TOOL])
-    third = respond(
-        client, input=[*items, *[item.model_dump() for item in second.output], {"role": "user", "content": "?"}]
-    )
+    more = [*items, *[item.model_dump() for item in second.output], {"role": "user", "content": "?"}]
+    third = respond(client, input=more, tools=[TOOL])
     assert third.usage.input_tokens > second.usage.input_tokens > first.usage.input_tokens
 
 
