@@ -33,9 +33,18 @@ def test_what_the_file_says_is_used_and_ours_for_the_rest(tmp_path: Path, caplog
     found = read(tmp_path, {**says, "eos_token_id": [1, 2], "bos_token_id": 0, "transformers_version": "4.51.0"})
     assert found.params == SamplingParams(**says)
     assert found.as_json() == {
-        **says, "top_p": 0.9, "do_sample": True, "from_model": sorted(says), "not_honoured": {},
+        **says, "top_p": 0.9, "do_sample": True, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
+        "stop": [], "from_model": sorted(says), "not_honoured": {},
     }  # fmt: skip
     assert not caplog.records
+
+
+def test_what_transformers_calls_otherwise_is_used_too(tmp_path: Path) -> None:
+    found = read(tmp_path, {"min_new_tokens": 3, "stop_strings": ["END", "\n\n"], "presence_penalty": 1.5})
+    assert found.params == SamplingParams(min_tokens=3, stop=("END", "\n\n"), presence_penalty=1.5)
+    assert found.from_model == {"min_tokens": 3, "stop": ("END", "\n\n"), "presence_penalty": 1.5}
+    assert read(tmp_path, {"stop_strings": "END"}).params.stop == ("END",)
+    assert read(tmp_path, {"stop_strings": [""]}).not_honoured == {"stop_strings": [""]}
 
 
 @pytest.mark.parametrize(

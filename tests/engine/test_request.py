@@ -29,6 +29,22 @@ from tests.errors import raises
         ("stop", ("x" * 1025,)),
         ("stop", (1,)),
         ("stop", 5),
+        ("min_tokens", -1),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", (-1,)),
+        ("stop_token_ids", (True,)),
+        ("stop_token_ids", (1,) * 129),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", [(1, 2)]),
+        ("logit_bias", {"1": 2}),
+        ("logit_bias", {-1: 2}),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {1: "2"}),
+        ("logit_bias", dict.fromkeys(range(1025), 0)),
+        ("logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("priority", 0.5),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field, value):
@@ -39,6 +55,19 @@ def test_a_value_out_of_range_is_refused_by_name(field, value):
 def test_stop_may_be_a_string_or_a_list():
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+def test_biases_are_kept_in_the_order_of_tokens():
+    params = SamplingParams(logit_bias={7: 1.5, 3: -100})
+    assert params.logit_bias == ((3, -100), (7, 1.5))
+    assert SamplingParams(temperature=1.0).over(params).logit_bias == params.logit_bias
+    hash(params)
+
+
+def test_only_a_prompt_that_is_scored_needs_no_answer():
+    assert SamplingParams(max_new_tokens=0, prompt_logprobs=0).max_new_tokens == 0
+    with raises(RequestError, "max_new_tokens", 0):
+        SamplingParams(max_new_tokens=0, logprobs=1)
 
 
 def test_greedy_is_no_sampling_or_no_temperature():

@@ -25,7 +25,7 @@ def with_field(name: str, value: str, path: str = "/generate") -> tuple[str, byt
 
 
 BAD_NUMBERS = ["-1", "9223372036854775808", "1e999", "-1e999", "NaN", "Infinity", "true", '"1"', "[1]", "{}", "9" * 400]
-INTEGERS = ["max_new_tokens", "top_k", "seed"]
+INTEGERS = ["max_new_tokens", "top_k", "seed", "min_tokens"]
 FLOATS = ["temperature", "top_p", "min_p", "repetition_penalty"]
 # Where numbers of the right kind stop making sense.
 BEYOND = [
@@ -47,6 +47,19 @@ CORPUS: dict[str, tuple[str, bytes]] = {
     "bool as string": with_field("stream", '"true"'),
     "empty stop": with_field("stop", '[""]'),
     "stop of numbers": with_field("stop", "[1,2]"),
+    "presence_penalty above": with_field("presence_penalty", "2.1"),
+    "frequency_penalty NaN": with_field("frequency_penalty", "NaN"),
+    "priority of text": with_field("priority", '"high"'),
+    "bias above": with_field("logit_bias", '{"1":101}'),
+    "bias of no token": with_field("logit_bias", '{"a":1}'),
+    "bias of a negative token": with_field("logit_bias", '{"-1":1}'),
+    "bias of text": with_field("logit_bias", '{"1":"2"}'),
+    "bias as a list": with_field("logit_bias", "[[1,2]]"),
+    "biases too many": with_field("logit_bias", json.dumps({str(i): 0 for i in range(2000)})),
+    "stop tokens negative": with_field("stop_token_ids", "[-1]"),
+    "stop tokens of text": with_field("stop_token_ids", '["1"]'),
+    "stop tokens too many": with_field("stop_token_ids", json.dumps([1] * 129)),
+    "ignore_eos as number": with_field("ignore_eos", "1"),
     "stop too many": with_field("stop", json.dumps(["x"] * 17)),
     "unknown field": with_field("temprature", "0.5"),
     "prototype": with_field("__proto__", "{}"),
@@ -207,7 +220,8 @@ def test_messages_name_field_value_and_what_is_allowed(shared_client: httpx.Clie
     ("name", "value"),
     [
         ("temperature", 1e-38), ("temperature", 5e-324), ("top_p", 1e-300), ("min_p", 5e-324), ("top_k", 2**31 - 1),
-        ("seed", 2**63 - 1), ("repetition_penalty", 0.01), ("repetition_penalty", 100),
+        ("seed", 2**63 - 1), ("repetition_penalty", 0.01), ("repetition_penalty", 100), ("presence_penalty", -2),
+        ("frequency_penalty", 2), ("priority", -(2**31) + 1), ("min_tokens", 2**31 - 1),
     ],
 )  # fmt: skip
 def test_numbers_at_the_end_of_their_range_are_taken(shared_client: httpx.Client, name: str, value: float) -> None:

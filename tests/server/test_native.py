@@ -78,6 +78,16 @@ def test_the_models_defaults_hold_and_are_shown(client: httpx.Client, deployment
     assert "<td>0.25</td>" in client.get("/docs").text
 
 
+def test_every_sampling_field_reaches_the_engine(client: httpx.Client, deployment: FakeDeployment) -> None:
+    given: dict[str, Any] = {
+        "max_new_tokens": 2, "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -1.0, "min_tokens": 1,
+        "stop_token_ids": [5, 7], "ignore_eos": True, "priority": -3, "logit_bias": {"9": 1.5, "3": -100},
+    }  # fmt: skip
+    assert client.post("/generate", json={"prompt": "x", **given}).status_code == 200
+    bias = {int(token_id): float(value) for token_id, value in given["logit_bias"].items()}
+    assert deployment.engine.params == [SamplingParams(**{**given, "logit_bias": bias})]
+
+
 @pytest.mark.parametrize("stop", ["a", ["a", "b"], [], None])
 def test_stop_is_a_string_or_a_list(client: httpx.Client, stop: Any) -> None:
     assert client.post("/generate", json={"prompt": "x", "max_new_tokens": 1, "stop": stop}).status_code == 200

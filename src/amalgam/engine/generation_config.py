@@ -22,7 +22,11 @@ from amalgam.errors import RequestError, describe
 
 FILE = "generation_config.json"
 _MAX_BYTES = 2**20
-_USED = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "do_sample", "repetition_penalty")
+_USED = (
+    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "do_sample", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "min_tokens", "stop",
+)  # fmt: skip
+_NAMES = {"min_new_tokens": "min_tokens", "stop_strings": "stop"}  # of transformers, where ours are others
 _GGUF_PREFIX = "general.sampling."
 _GGUF_NAMES = {
     "temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
@@ -77,7 +81,7 @@ class ModelDefaults:
 
     def as_json(self) -> dict[str, Any]:
         """What `GET /model_info` tells."""
-        values = {name: getattr(self.params, name) for name in _USED}
+        values = {name: getattr(self.params, name) for name in _USED} | {"stop": list(self.params.stop)}
         not_honoured = {key: describe(value) for key, value in self.not_honoured.items()}
         return {**values, "from_model": sorted(self.from_model), "not_honoured": not_honoured}
 
@@ -99,8 +103,9 @@ def read_model_defaults(folder: Path, gguf_metadata: Mapping[str, Any] | None = 
     for key, value in given.items():
         if value is None or key in _UNRELATED or _is_neutral(key, value):
             continue
-        if key in _USED and (converted := _usable(key, value)) is not None:
-            used[key] = converted
+        name = _NAMES.get(key, key)
+        if name in _USED and (converted := _usable(name, value)) is not None:
+            used[name] = converted
         else:
             not_honoured[key] = value
     if not_honoured:
@@ -111,7 +116,7 @@ def read_model_defaults(folder: Path, gguf_metadata: Mapping[str, Any] | None = 
 
 def _usable(name: str, value: Any) -> Any:
     """`value` as the field has it; None if it is out of range."""
-    if name in ("top_k", "max_new_tokens") and isinstance(value, float) and value.is_integer():
+    if name in ("top_k", "max_new_tokens", "min_tokens") and isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
         return getattr(SamplingParams(**{name: value}), name)

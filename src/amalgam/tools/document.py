@@ -52,7 +52,8 @@ origins are refused everywhere but for `server.allowed_origins`. Programs that s
 A request that leaves a sampling parameter out gets the model's: from `generation_config.json` of `base_path`, or the
 `general.sampling.*` keys of a GGUF file. Where these say nothing, ours hold (`temperature` 0.7, `top_p` 0.9, `top_k`
 50, `max_new_tokens` 512). A request that names `temperature`, `top_p`, `top_k` or `min_p` is sampled, also where the
-model says `do_sample: false`. What the file says beyond that, or out of range, is told in one line of the log.
+model says `do_sample: false`. `min_new_tokens` of the file is our `min_tokens`, and `stop_strings` our `stop`. What
+the file says beyond that, or out of range, is told in one line of the log.
 `GET /model_info` shows all of it as `sampling_defaults`, and `/docs` the values that hold.
 
 `{NATIVE_ISA_VARIABLE}` ({", ".join(NATIVE_ISAS)}) makes the native kernels use a lower instruction set than the

@@ -7,6 +7,7 @@ in `weights`, `experts` and `exports`.
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from fastapi import APIRouter
@@ -15,9 +16,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from amalgam.engine.request import (
+    MAX_BIASED_TOKENS,
+    MAX_LOGIT_BIAS,
+    MAX_PENALTY,
+    MAX_PRIORITY,
     MAX_REPETITION_PENALTY,
     MAX_SEED,
     MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
     MAX_TEMPERATURE,
     MIN_REPETITION_PENALTY,
     Observation,
@@ -42,10 +48,17 @@ MAX_INT = 2**31 - 1
 router = APIRouter(route_class=StrictRoute, tags=["native"])
 
 StopString = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _as_number(value: Any) -> Any:
+    """A key of a JSON object, which is always text."""
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value) else value
 
 
 class SamplingFields(Body):
@@ -75,6 +88,22 @@ class SamplingFields(Body):
         default=SamplingParams.repetition_penalty, ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY
     )
     """Above 1: tokens that have appeared become less likely."""
+    presence_penalty: float = Field(default=SamplingParams.presence_penalty, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    """Taken from the logit of each token that the answer has already."""
+    frequency_penalty: float = Field(default=SamplingParams.frequency_penalty, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    """The same, once for each time that the answer has it."""
+    logit_bias: dict[Annotated[TokenId, BeforeValidator(_as_number)], Bias] = Field(
+        default_factory=dict, max_length=MAX_BIASED_TOKENS
+    )
+    """Token id → what is added to its logit."""
+    min_tokens: int = Field(default=SamplingParams.min_tokens, ge=0, le=MAX_INT)
+    """The answer does not end before it has so many tokens."""
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
+    """Tokens that end the answer."""
+    ignore_eos: bool = SamplingParams.ignore_eos
+    """Go on behind an end-of-sequence token."""
+    priority: int = Field(default=SamplingParams.priority, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    """Of waiting requests the lowest is taken first, and of equal ones the first."""
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """What the body says, and `defaults` where it says nothing."""
