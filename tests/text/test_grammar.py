@@ -14,9 +14,11 @@ import pytest
 
 from amalgam.errors import RequestError
 from amalgam.text.grammar import CompiledGrammar, Grammar, compile_grammar
+from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 from tests.errors import raises
+from tests.text.tokenizer_files import LLAMA3, byte_level, sentence_piece
 
 PERSON = {
     "type": "object",
@@ -45,7 +47,7 @@ def is_whole(tokenizer: Tokenizer, compiled: CompiledGrammar, text: str) -> bool
     return blocked is not None and not all(blocked[token_id] for token_id in tokenizer.eos_token_ids)
 
 
-def written(tokenizer: Tokenizer, compiled: CompiledGrammar, seed: int, max_tokens: int = 400) -> str | None:
+def written(tokenizer: Tokenizer, compiled: CompiledGrammar, seed: int, max_tokens: int = 400) -> list[int] | None:
     """An answer that a model without any sense gives; None if it does not come to an end."""
     choose, state, token_ids = random.Random(seed), compiled.start(), list[int]()
     for _ in range(max_tokens):
@@ -56,11 +58,11 @@ def written(tokenizer: Tokenizer, compiled: CompiledGrammar, seed: int, max_toke
         ends = [token_id for token_id in allowed if token_id in tokenizer.eos_token_ids]
         token_id = ends[0] if ends and choose.random() < 0.5 else choose.choice(allowed)
         if token_id in tokenizer.eos_token_ids:
-            return tokenizer.decode(token_ids)
+            return token_ids
         token_ids.append(token_id)
         if state.take(token_id):
             assert state.error is None
-            return tokenizer.decode(token_ids)
+            return token_ids
     return None
 
 
@@ -86,16 +88,18 @@ def test_what_follows_a_grammar(
 def test_whatever_is_written_follows_it(tokenizer: Tokenizer) -> None:
     """By the standard library's readers."""
     person, number = Grammar.of_schema(PERSON), Grammar("regex", r"-?[0-9]{1,6}(\.[0-9]{1,4})?")
-    texts = [written(tokenizer, compile_grammar(tokenizer, person), seed) for seed in range(30)]
-    found = [json.loads(text) for text in texts if text is not None]
+    answers = [written(tokenizer, compile_grammar(tokenizer, person), seed) for seed in range(30)]
+    found = [json.loads(tokenizer.decode(token_ids)) for token_ids in answers if token_ids is not None]
     assert len(found) > 5
     for one in found:
         assert set(one) == {"name", "age"}
         assert isinstance(one["name"], str)
         assert len(one["name"]) <= 8
         assert isinstance(one["age"], int)
-    texts = [written(tokenizer, compile_grammar(tokenizer, number), seed) for seed in range(30)]
-    assert all(text is not None and re.fullmatch(r"-?[0-9]{1,6}(\.[0-9]{1,4})?", text) for text in texts)
+    answers = [written(tokenizer, compile_grammar(tokenizer, number), seed) for seed in range(30)]
+    assert None not in answers
+    texts = [tokenizer.decode(token_ids) for token_ids in answers if token_ids is not None]
+    assert all(re.fullmatch(r"-?[0-9]{1,6}(\.[0-9]{1,4})?", text) for text in texts)
 
 
 def test_a_proposal_is_judged_and_forgotten(tokenizer: Tokenizer) -> None:
@@ -176,3 +180,28 @@ def test_grammars_keep_no_tokenizer_alive() -> None:
     del tokenizer
     gc.collect()
     assert known() is None
+
+
+@pytest.fixture(scope="module", params=["prepend", "first", "never", "llama3"])
+def other(request: pytest.FixtureRequest) -> Tokenizer:
+    """Pieces of SentencePiece, bytes spelled out, and no end of sequence."""
+    backend = byte_level(LLAMA3) if request.param == "llama3" else sentence_piece(request.param)
+    return Tokenizer(TokenizerParts(backend), frozenset())
+
+
+def test_other_tokenizers_spell_what_follows(other: Tokenizer) -> None:
+    compiled = compile_grammar(other, Grammar("regex", "x[a-zé春]{2,9}( [a-zé春]{2,9}){1,3}!"))
+    tokens, _, _ = other.grammar_vocabulary()
+    answers = [written(other, compiled, seed) for seed in range(20)]
+    for token_ids in answers:
+        assert token_ids is not None
+        text = b"".join(tokens[token_id] for token_id in token_ids).decode()
+        assert re.fullmatch("x[a-zé春]{2,9}( [a-zé春]{2,9}){1,3}!", text)
+        assert other.decode(token_ids).strip() == text
+
+
+def test_a_grammar_may_begin_behind_a_thought(tokenizer: Tokenizer) -> None:
+    rules = 'start: thought answer\nthought[suffix="</think>"]: /(?s:.*)/\nanswer: %json {"type": "object"}'
+    compiled = compile_grammar(tokenizer, Grammar("lark", rules))
+    assert is_whole(tokenizer, compiled, 'Well { "x" …\n</think>{"a": 1}')
+    assert not is_whole(tokenizer, compiled, "Well</think>1")
