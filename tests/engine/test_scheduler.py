@@ -335,7 +335,7 @@ class TestSharedBeginnings:
         )
         for request in (same, longer, other):
             scheduler.add(request)
-        plan = scheduler.schedule()
+        plan = simulation.step()
         # 25 tokens of the first one were computed, its answer's too: six blocks of four.
         assert shares(plan) == [(2, 20, 2), (3, 24, 4), (4, 8, 10)]
         assert [item.num_unrecorded for item in plan.scheduled] == [2, 4, 10]

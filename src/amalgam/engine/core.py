@@ -59,7 +59,7 @@ from amalgam.text.tokenizer import Tokenizer
 logger = logging.getLogger("amalgam.engine")
 
 _MAX_FAILURES = 3  # steps in a row
-_MIN_PROMPT_TOKENS = 16  # in a step with streams: fewer would make a long prompt take too long
+_MIN_PROMPT_TOKENS = 32  # in a step with streams: with fewer, reading experts costs more than computing with them
 _FATAL = (MemoryError, torch.OutOfMemoryError)
 
 Propose = Callable[[Sequence[int]], Sequence[int]]  # a sequence's tokens → tokens that may follow them; () for none

@@ -37,8 +37,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from amalgam.engine.blocks import BlockPool, Key, extend_keys
+from amalgam.engine.blocks import BlockPool
 from amalgam.engine.meter import Counts
+from amalgam.engine.prefixes import Prefixes
 from amalgam.engine.request import Request, RequestStatus, ScheduledRequest, StepPlan
 from amalgam.errors import OverloadedError, PromptTooLongError
 
@@ -87,7 +88,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._max_queue = max_queue
         self._shares_blocks = shares_blocks
-        self._computing: dict[tuple[int, Key], Request] = {}  # version id, key → who is about to compute that block
+        self._prefixes = Prefixes(pool, block_size, is_shared=shares_blocks)
         self._last_version_id = 0
 
     @property
@@ -180,9 +181,11 @@ class Scheduler:
         """
         for item in plan.scheduled:
             request = item.request
+            if request.num_recorded == 0:
+                self._count(num_prefix_hit_tokens=request.num_cached_tokens)
             request.num_computed = item.end - rejected.get(request.request_id, 0)
             request.num_recorded = max(request.num_recorded, request.num_computed)
-            self._publish(request)
+            self._prefixes.publish(request)
 
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is, and free its blocks; must not happen between `schedule` and `commit`."""
@@ -190,7 +193,7 @@ class Scheduler:
             self.running.remove(request)
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
-        self._release_blocks(request)
+        self._prefixes.release(request)
         request.status = RequestStatus.FINISHED
         request.version = None
         self._forget_dead_versions()
@@ -198,9 +201,9 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all requests, whatever state an error has left them in."""
         self.pool = BlockPool(self.pool.num_blocks)
+        self._prefixes = Prefixes(self.pool, self._block_size, is_shared=self._shares_blocks)
         self.waiting.clear()
         self.running.clear()
-        self._computing.clear()
 
     def count_by_version(self) -> dict[int, int]:
         """Weight version id → requests that are bound to it; the newest version is always there."""
@@ -213,7 +216,7 @@ class Scheduler:
         if self.waiting and self._has_slot():
             first = self.waiting[0]
             version = first.version or self.version
-            if self._has_blocks(self._num_blocks_to_take(first, self._find_shared(first, version))):
+            if self._has_blocks(self._num_blocks_to_take(first, self._prefixes.find(first, version.version_id))):
                 versions.append(version)
         by_id = {version.version_id: version for version in versions}
         if not by_id:
@@ -262,16 +265,16 @@ class Scheduler:
         for request in list(self.waiting) if self.waiting and self._has_slot() else ():
             if (request.version or self.version) is not version or not self._has_slot(num_kept_places):
                 break
-            shared_ids = self._find_shared(request, version)
+            shared_ids = self._prefixes.find(request, version.version_id)
             num_blocks = self._num_blocks_to_take(request, shared_ids)
             if not self._has_blocks(num_blocks, num_kept_places, num_kept_blocks):
                 break
             num_behind = len(request.token_ids) - len(shared_ids) * self._block_size
             more_shares = _split(budget, [*wanted, (request, num_behind)])
-            coming = self._coming(request, version, len(shared_ids), shares)
-            if coming or more_shares[request.request_id] == 0:
+            num_coming = self._prefixes.count_coming(request, version.version_id, len(shared_ids), shares)
+            if num_coming or more_shares[request.request_id] == 0:
                 num_kept_places += 1
-                num_kept_blocks += num_blocks - coming
+                num_kept_blocks += num_blocks - num_coming
                 if num_kept_places == _MAX_PASSED:
                     break
                 continue
@@ -291,43 +294,13 @@ class Scheduler:
         request.block_ids = [*shared_ids, *self.pool.allocate(num_missing)]
         request.num_computed = len(shared_ids) * self._block_size
         request.num_published = len(shared_ids)
-        is_first = request.started_at is None
+        if request.num_recorded == 0:
+            request.num_cached_tokens = request.num_computed
         if request.started_at is None:
             request.started_at = time.monotonic()
-        if not self._shares_blocks:
-            return
-        extend_keys(request.block_keys, request.token_ids, self._block_size, len(request.token_ids) // self._block_size)
-        for key in request.block_keys[request.num_published :]:
-            self._computing.setdefault((version.version_id, key), request)
-        if is_first and request.may_skip_shared:
-            request.num_cached_tokens = request.num_computed
-            self.counts = self.counts._replace(
-                num_prefix_query_tokens=self.counts.num_prefix_query_tokens + request.num_prompt_tokens,
-                num_prefix_hit_tokens=self.counts.num_prefix_hit_tokens + request.num_cached_tokens,
-            )
-
-    def _find_shared(self, request: Request, version: WeightVersion) -> list[int]:
-        """The blocks of a waiting request's beginning that are there, never that of its last token."""
-        if not self._shares_blocks or not request.may_skip_shared:
-            return []
-        num_blocks = (len(request.token_ids) - 1) // self._block_size
-        extend_keys(request.block_keys, request.token_ids, self._block_size, num_blocks)
-        return self.pool.find(version.version_id, request.block_keys[:num_blocks])
-
-    def _coming(self, request: Request, version: WeightVersion, index: int, shares: Mapping[int, int]) -> int:
-        """How many blocks, from `index` on, of a waiting request's beginning are about to be computed by others; none
-        if the first of them does not come nearer in this step.
-
-        Args:
-            shares: request id → its share of the step's prompt tokens.
-        """
-        if not self._shares_blocks or not request.may_skip_shared:
-            return 0
-        keys = request.block_keys[index : (len(request.token_ids) - 1) // self._block_size]
-        owners = [self._computing.get((version.version_id, key)) for key in keys]
-        if not owners or owners[0] is None or not shares.get(owners[0].request_id):
-            return 0
-        return [*owners, None].index(None)
+            if self._prefixes.may_find(request):
+                self._count(num_prefix_query_tokens=request.num_prompt_tokens)
+        self._prefixes.announce(request)
 
     def _has_slot(self, num_kept_places: int = 0) -> bool:
         return len(self.running) + num_kept_places < self._max_batch_size
@@ -340,21 +313,6 @@ class Scheduler:
     def _num_blocks_to_take(self, request: Request, shared_ids: Sequence[int]) -> int:
         """How many free blocks a waiting request would take, of those that it shares the ones that nobody uses."""
         return self._num_blocks_for(len(request.token_ids)) - len(shared_ids) + self.pool.count_free(shared_ids)
-
-    def _publish(self, request: Request) -> None:
-        """Let others find the blocks that a commit has filled."""
-        num_full = request.num_computed // self._block_size
-        if num_full <= request.num_published or not self._shares_blocks:
-            return
-        assert request.version is not None
-        version_id = request.version.version_id
-        extend_keys(request.block_keys, request.token_ids, self._block_size, num_full)
-        for index in range(request.num_published, num_full):
-            key = request.block_keys[index]
-            self.pool.publish(version_id, key, request.block_ids[index])
-            if self._computing.get((version_id, key)) is request:
-                del self._computing[version_id, key]
-        request.num_published = num_full
 
     def _forget_dead_versions(self) -> None:
         """Drop what blocks hold of versions that no request, old or new, can run on."""
@@ -378,20 +336,11 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._release_blocks(request)
+        self._prefixes.release(request)
         request.num_computed = 0
         request.status = RequestStatus.WAITING
         insort(self.waiting, request, key=_rank)
-        self.counts = self.counts._replace(num_preemptions=self.counts.num_preemptions + 1)
-
-    def _release_blocks(self, request: Request) -> None:
-        if request.version is not None:
-            for key in request.block_keys[request.num_published :]:
-                if self._computing.get((request.version.version_id, key)) is request:
-                    del self._computing[request.version.version_id, key]
-        self.pool.free(reversed(request.block_ids))  # the beginning is kept for longest
-        request.block_ids = []
-        request.num_published = 0
+        self._count(num_preemptions=1)
 
     def _share_of(self, request: Request, num_tokens: int, proposed_ids: tuple[int, ...] = ()) -> ScheduledRequest:
         """A share of `num_tokens` that the request has, and of proposals."""
@@ -407,6 +356,9 @@ class Scheduler:
             needs_sample=needs_sample,
             proposed_ids=proposed_ids,
         )
+
+    def _count(self, **more: int) -> None:
+        self.counts = self.counts._replace(**{name: getattr(self.counts, name) + by for name, by in more.items()})
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
