@@ -373,6 +373,32 @@ class TestLoad:
         assert sum(point.num_new_tokens for point in points) == 5 * GREEDY.max_new_tokens
 
 
+class TestPace:
+    def test_a_long_prompt_takes_small_portions_beside_streams_and_large_ones_alone(self, make_engine, submit):
+        decoder, steps = FakeDecoder(), []
+        engine = make_engine(decoder, max_step_tokens=256, max_slowdown=1.0000001)
+        decoder.on_step = lambda token_ids: steps.append(len(token_ids))
+        submit(engine, [5] * 200).last()
+        assert steps[0] == 200
+        steps.clear()
+        submitted = []
+
+        def on_step(token_ids):
+            steps.append(len(token_ids))
+            if len(steps) == 5:
+                submitted.append(submit(engine, list(range(200))))
+
+        decoder.on_step = on_step
+        with engine.between_steps():
+            streams = [submit(engine, [token], replace(GREEDY, max_new_tokens=40)) for token in range(10, 14)]
+        for outputs in streams:
+            outputs.last()
+        [long] = submitted
+        long.last()
+        assert long.token_ids == greedy_tokens(range(200), 12)
+        assert max(steps) == 4 + 32
+
+
 class TestRefusals:
     def test_a_prompt_that_cannot_be_served(self, make_engine):
         engine = make_engine(max_seq_length=20)
