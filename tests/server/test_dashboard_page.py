@@ -775,3 +775,20 @@ def test_the_precision_map_follows_the_traffic(page: Page, demo_url: str) -> Non
         for value, is_narrow in zip(row, narrow, strict=True)
     )
     page.wait(f"{hot} === arguments[0]", f"hot and narrow ({marked})")
+
+
+def test_the_dashboard_asks_for_the_admin_key_and_its_links_carry_it(page: Page) -> None:
+    with serving(fake_settings(port=0, api_keys="user", admin_key="root"), LargeDeployment) as url:
+        page.driver.get(url + "/dashboard")
+        for key in ("user", "root"):
+            page.wait("return document.querySelector('#key-input')?.value === ''")
+            page.driver.find_element("css selector", "#key-input").send_keys(key)
+            page.click("#key-ok")
+        page.wait("return document.documentElement.dataset.loaded === 'true'")
+        page.run("window.saved = []; HTMLAnchorElement.prototype.click = function () { saved.push(this.download); }")
+        page.click("#stage-save")
+        click = "document.querySelector(arguments[0]).dispatchEvent(new MouseEvent('click', {cancelable: true}))"
+        page.run(click, "a[href='experts/heatmap.png']")
+        page.wait("return saved.length === 2")
+        assert set(page.run("return saved")) == {"weight_mapping.yaml", "heatmap.png"}
+        page.run("sessionStorage.clear()")

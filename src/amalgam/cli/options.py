@@ -13,7 +13,10 @@ import typer
 from amalgam.config.settings import SettingInfo, all_settings, read_settings
 from amalgam.errors import ConfigError
 
-SHORT = {"server.host": "--host", "server.port": "--port", "model.base_path": "--model"}
+SHORT = {
+    "model.base_path": "--model", "server.api_keys": "--api-key", "server.host": "--host",
+    "server.metrics_compat": "--metrics-compat", "server.port": "--port", "server.root_path": "--root-path",
+}  # fmt: skip
 SETTINGS_NOTE = "Every setting is a flag too, such as --inference.max_seq_length 2048: `amalgam config` lists them."
 
 

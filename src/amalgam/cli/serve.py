@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from amalgam.runtime.deployment import Deployment
 
 
-@with_settings(shown=("server.host", "server.port"))
+@with_settings(shown=("server.host", "server.port", "server.api_keys", "server.root_path", "server.metrics_compat"))
 def command(settings: Settings) -> int:
     """Start the HTTP server."""
     # Imports and loading make a million objects that all stay. Looking for garbage among them takes time until the

@@ -18,8 +18,8 @@ from amalgam.text.gguf.pretokenizers import PRE_TOKENIZERS
 _INTRODUCTION = f"""# Configuration
 
 One YAML file (`--config`), environment variables and flags, in rising order of precedence. A flag is the key itself:
-`--inference.max_seq_length 2048`; `--host`, `--port` and `--model` are short for `--server.host`, `--server.port` and
-`--model.base_path`. `--source NAME=FOLDER` and `--map PATTERN=SOURCE` add a source and a rule to the file's; a source
+`--inference.max_seq_length 2048`; `--model` is short for `--model.base_path`, and so are `--host`, `--port`,
+`--api-key`, `--root-path` and `--metrics-compat` for settings of the server. `--source NAME=FOLDER` and `--map PATTERN=SOURCE` add a source and a rule to the file's; a source
 of the same name takes the place of the file's. Unknown keys are errors. `amalgam config` checks a configuration and
 shows each setting's value and where it comes from.
 

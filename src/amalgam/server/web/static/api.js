@@ -84,6 +84,21 @@ export async function post(path, body, signal = undefined) {
   return (await send(path, body, signal)).json();
 }
 
+// A link cannot carry a key: where there is one, what the link leads to is fetched and saved. For `onclick` of links.
+export async function followWithKey(event) {
+  const link = event.currentTarget;
+  if (!key) return; // the browser follows it
+  event.preventDefault();
+  const path = link.getAttribute("href");
+  const response = await send(path, undefined, undefined);
+  const named = /filename="([^"]+)"/.exec(response.headers.get("content-disposition") ?? "");
+  const copy = document.createElement("a");
+  copy.href = URL.createObjectURL(await response.blob());
+  copy.download = named?.[1] ?? (link.getAttribute("download") || path.split("/").pop());
+  copy.click();
+  setTimeout(() => URL.revokeObjectURL(copy.href), 60000);
+}
+
 // Server-sent events by fetch, which unlike EventSource can post a body. Returns at the end of the stream.
 // It fails when no event has come for `silenceMs()`: a connection may stay open with nobody behind it, and comments that
 // only keep it open do not count.

@@ -1,6 +1,6 @@
 // The precision of every expert's projections on the heatmap's grid, and changes of it: chosen, staged, applied.
 
-import { post } from "../api.js";
+import { followWithKey, post } from "../api.js";
 import { choose, emit, getStatistics, loadInfo, loadMapping, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
 import { coalesced, fill, h, setOptions, table, timed } from "../dom.js";
 import * as format from "../format.js";
@@ -35,7 +35,7 @@ export function create() {
   const size = h("p", { class: "note", id: "stage-size" });
   const kept = h("p", { class: "note", id: "stage-kept" });
   const undo = h("button", { type: "button", id: "stage-undo", onclick: undoLast });
-  const save = h("a", { class: "button", id: "stage-save", href: "dashboard/mapping.yaml", download: "weight_mapping.yaml", dataset: { i18n: "save_yaml" } });
+  const save = h("a", { class: "button", id: "stage-save", href: "dashboard/mapping.yaml", onclick: followWithKey, download: "weight_mapping.yaml", dataset: { i18n: "save_yaml" } });
   const chooseHot = h("button", { type: "button", id: "select-hot-narrow", onclick: () => selectCells(marked.hotNarrow) });
   const chooseCold = h("button", { type: "button", id: "select-cold-wide", onclick: () => selectCells(marked.coldWide) });
   const chooseLayer = h("button", { type: "button", onclick: selectLayer });

@@ -1,6 +1,6 @@
 // The heatmap of layers × experts, of one set of counts or of the difference of two.
 
-import { get } from "../api.js";
+import { followWithKey, get } from "../api.js";
 import { choose, emit, getStatistics, hasStatistics, on, relativeUse, state } from "../app.js";
 import { coalesced, fill, h, setOptions, timed } from "../dom.js";
 import * as format from "../format.js";
@@ -37,8 +37,8 @@ export function create() {
     ofUse, ofDifference, control("order", order),
     h("label", { class: "check" }, live, h("span", { dataset: { i18n: "live" } })));
   const links = [
-    h("a", { class: "button", href: "experts/report", target: "_blank", rel: "noopener", dataset: { i18n: "report" } }),
-    h("a", { class: "button", href: "experts/heatmap.png", target: "_blank", rel: "noopener" }, "PNG"),
+    h("a", { class: "button", href: "experts/report", onclick: followWithKey, target: "_blank", rel: "noopener", dataset: { i18n: "report" } }),
+    h("a", { class: "button", href: "experts/heatmap.png", onclick: followWithKey, target: "_blank", rel: "noopener" }, "PNG"),
   ];
   const node = frame("usage", "usage", "usage_hint", h("div", {}, controls, message, host, h("div", { class: "below" }, legendHost, figures), busiest),
     { wide: "main", tools: links });
