@@ -22,6 +22,7 @@ PACKAGE = ROOT / "src" / "amalgam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
 CODE_RUNNERS = {"eval", "exec", "compile", "pickle", "marshal", "shelve", "dill", "cloudpickle"}
+EXTRAS = {PACKAGE / "server/http/tracing.py": "tracing"}  # modules that do without, and say what to install
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
@@ -68,9 +69,15 @@ def pinned(file: str) -> dict[str, Requirement]:
 
 
 def declared() -> tuple[list[Requirement], list[Requirement]]:
+    """What all need, and what developers need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     runtime, dev = project["dependencies"], project["optional-dependencies"]["dev"]
     return [Requirement(text) for text in runtime], [Requirement(text) for text in dev]
+
+
+def extra(name: str) -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [Requirement(text) for text in project["optional-dependencies"][name]]
 
 
 def test_what_the_source_archive_leaves_out_is_none_of_the_package() -> None:
@@ -150,10 +157,11 @@ def test_every_import_is_a_declared_dependency() -> None:
     distributions = packages_distributions()
     undeclared: dict[str, list[str]] = {}
     for module in MODULES:
+        optional = {canonicalize_name(item.name) for item in (extra(EXTRAS[module]) if module in EXTRAS else ())}
         for node in nodes(module):
             for name in (name.split(".")[0] for name in imported_names(node)):
                 owners = {canonicalize_name(owner) for owner in distributions.get(name, [name])}
-                if name not in sys.stdlib_module_names and not owners & allowed:
+                if name not in sys.stdlib_module_names and not owners & (allowed | optional):
                     undeclared.setdefault(name, []).extend(places(module, [node]))
     assert undeclared == {}
 
