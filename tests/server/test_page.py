@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import threading
@@ -16,8 +18,12 @@ import numpy as np
 import pytest
 from selenium.webdriver.common.keys import Keys
 
+from amalgam.config.settings import build_settings
+from amalgam.runtime.opening import open_deployment
 from amalgam.server import page as page_files
+from tests.conftest import DEMO
 from tests.server.browser import Page, open_browser
+from tests.server.conftest import serving, wait_until
 from tests.server.page_files import assert_one_meaning, assert_only_own_files, used_words
 from tests.server.scripted import (
     NUM_EXPERTS,
@@ -29,6 +35,7 @@ from tests.server.scripted import (
     routing,
     serving_scripts,
 )
+from tests.server.test_dashboard_page import UNREADABLE
 
 CLEAR = (Keys.CONTROL, "a", Keys.NULL, Keys.DELETE)
 OWN = {name: file.content.decode() for name, file in page_files.files().items()}
@@ -659,6 +666,67 @@ def test_behind_a_path_prefix(page: Page, model: ScriptedModel, url: str) -> Non
             thread.join()
 
 
+@pytest.fixture(scope="module")
+def demo_url(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with the demo model in two precisions, and keys."""
+    mapping = {"model.layers.*.mlp.experts.*": "int4", "model.layers.*.mlp.experts.{0-3}.*": "fp8"}
+    mixed = {"fp8_path": str(derived / "fp8"), "int4_path": str(derived / "int4"), "weight_mapping": mapping}
+    settings = build_settings(
+        {
+            "model": {"name": "demo", "base_path": str(DEMO), "mixed_precision": mixed},
+            "inference": {"device_map": "cpu", "max_seq_length": 256},
+            "engine": {"num_threads": 1},
+            "server": {
+                "port": 0,
+                "export_dir": str(tmp_path_factory.mktemp("exports")),
+                "api_keys": "sk-user",
+                "admin_key": "sk-admin",
+            },
+        }
+    )
+    with serving(settings, lambda: open_deployment(settings)) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        yield url
+
+
+def test_with_a_real_model_and_a_users_key(browser: Page, demo_url: str) -> None:
+    browser.reset()
+    browser.driver.get(demo_url + "/")
+    browser.wait("return document.querySelector('#key-input') !== null")
+    browser.driver.find_element("css selector", "#key-input").send_keys("sk-user", Keys.ENTER)
+    browser.wait("return document.querySelector('#model').textContent === 'demo'")
+    browser.wait("return document.querySelector('#set-temperature').placeholder !== ''")
+    browser.click("#settings-open")
+    browser.driver.find_element("css selector", "#set-max_tokens").send_keys("7")
+    browser.driver.find_element("css selector", "#set-seed").send_keys("1")
+    say(browser, "It was a dark night")
+    body = {"messages": [{"role": "user", "content": "It was a dark night"}], "max_tokens": 7, "seed": 1}
+    headers = {"Authorization": "Bearer sk-user"}
+    answer = httpx.post(
+        demo_url + "/v1/chat/completions", json={**body, "routed_experts": True}, headers=headers
+    ).json()
+    [choice] = answer["choices"]
+    kept = """const done = arguments[0];
+        import(new URL("static/app.js", document.baseURI))
+            .then(({app}) => done(app.current.nodes[app.current.leaf].content))"""
+    assert browser.driver.execute_async_script(kept) == choice["message"]["content"]
+    assert f"prompt {answer['usage']['prompt_tokens']}" in browser.text(".figures")
+
+    trace = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))[answer["usage"]["prompt_tokens"] - 1 :]
+    used = sum(len(np.unique(trace[:, layer])) for layer in range(trace.shape[1]))
+    assert browser.text(".use > p").startswith(f"{used} of 96 experts")
+    fp8 = round(100 * float((trace < 4).mean()))
+    shown = browser.run(
+        """return [...document.querySelectorAll('.use .formats li')].map((row) =>
+            [row.querySelector('span').textContent, row.querySelector('b').textContent])"""
+    )
+    assert dict(shown) == {"fp8": f"{fp8}%", "int4": f"{100 - fp8}%"}
+    browser.driver.get(demo_url + "/dashboard")
+    browser.wait("return document.querySelector('#key-input') !== null")  # which wants the admin key
+    browser.driver.find_element("css selector", "#key-input").send_keys("sk-admin", Keys.ENTER)
+    browser.wait("return document.documentElement.dataset.loaded === 'true'")
+
+
 def test_languages_themes_and_a_telephone(page: Page, model: ScriptedModel) -> None:
     model.scripts["md"] = [Script([MARKDOWN, "\n", "x" * 300])]
     say(page, "md")
@@ -666,8 +734,10 @@ def test_languages_themes_and_a_telephone(page: Page, model: ScriptedModel) -> N
     assert page.text("#new") == "新对话"
     assert page.run("return document.documentElement.lang") == "zh-CN"
     assert "词元" in page.text(".figures")
+    assert page.run(UNREADABLE) == []
     page.click("#theme")
     assert page.run("return document.documentElement.dataset.theme") == "dark"
+    assert page.run(UNREADABLE) == []
     page.emulate(360, 740, is_mobile=True)
     page.wait("return document.querySelector('#sidebar').inert")
     page.wait("return document.documentElement.scrollWidth <= 360")

@@ -24,7 +24,7 @@ function useCard(use) {
   let isChosen = false;
   const card = h("section", { class: "use", "aria-label": title }, h("h3", {}, toggle),
     rows.length ? h("div", { class: "stack" }, rows.map((row) => h("i", { vars: { "--part": `${row.share * 100}%`, "--color": colors.get(row.index).css } }))) : null,
-    h("ul", { class: "formats" }, rows.map((row) => h("li", {},
+    h("ul", { class: "formats" }, rows.filter((row) => row.share > 0).map((row) => h("li", {},
       h("i", { class: "swatch", vars: { "--color": colors.get(row.index).css } }), h("span", {}, row.name), h("b", {}, format.percent(row.share, 0))))));
   if (!use.isExperts) {
     card.append(h("p", { class: "quiet" }, t("use_dense")));
@@ -94,7 +94,7 @@ function showDetails(use, rows, colors) {
   const dialog = h("dialog", { class: "dialog large", "aria-labelledby": "details-title", onclose: () => dialog.remove() },
     h("div", { class: "panel-title" }, h("h2", { id: "details-title" }, t("use_experts")),
       h("button", { type: "button", class: "ghost", "aria-label": t("close"), title: t("close"), onclick: close }, icon("close"))),
-    h("ul", { class: "formats" }, rows.map((row) => h("li", {},
+    h("ul", { class: "formats" }, rows.filter((row) => row.share > 0).map((row) => h("li", {},
       h("i", { class: "swatch", vars: { "--color": colors.get(row.index).css } }), h("span", {}, row.name), h("b", {}, format.percent(row.share, 0))))),
     host,
     table([t("layer"), t("experts_by_use")], use.cells.map((cells, row) => h("tr", {},

@@ -31,28 +31,31 @@ export function ofExperts({ shape: [, numLayers, topK], values }, numPromptToken
     const layer = Math.floor(index / topK) % numLayers;
     if (values[index] >= 0) counts[token < numPromptTokens - 1 ? 0 : 1][layer * numExperts + values[index]] += 1;
   }
-  const formats = new Map(); // name → [index, bits, cells]
+  const formats = map ? formatsOf(map) : [];
+  const places = new Map(formats.map(({ name }, index) => [name, index]));
   const cells = layers.map((_, layer) => {
     const row = [];
     for (let expert = 0; expert < numExperts; expert += 1) {
       const [prompt, answer] = counts.map((part) => part[layer * numExperts + expert]);
-      if (prompt + answer) row.push([expert, prompt, answer, formatOf(formats, map, layer, expert)]);
+      if (prompt + answer) row.push([expert, prompt, answer, map ? places.get(formatOf(map, layer, expert)) : -1]);
     }
     return row.sort((a, b) => b[2] - a[2] || b[1] - a[1]);
   });
-  const list = [...formats].map(([name, { bits, num }]) => ({ name, bits: bits / num }));
-  return { version, isExperts: true, formats: list, layers, numExperts, topK, cells };
+  return { version, isExperts: true, formats, layers, numExperts, topK, cells };
 }
 
 // An expert whose projections differ has all their formats.
-function formatOf(formats, map, layer, expert) {
-  if (!map) return -1;
-  const name = [...new Set(map.formats[layer][expert].filter(Boolean))].join(" + ");
-  if (!formats.has(name)) formats.set(name, { index: formats.size, bits: 0, num: 0 });
-  const found = formats.get(name);
-  found.bits += map.bits[layer][expert];
-  found.num += 1;
-  return found.index;
+const formatOf = (map, layer, expert) => [...new Set(map.formats[layer][expert].filter(Boolean))].join(" + ");
+
+// Those of all experts, used or not, so that each has one colour in all answers of a weight version: [{name, bits}].
+function formatsOf(map) {
+  const found = new Map();
+  map.formats.forEach((row, layer) => row.forEach((_, expert) => {
+    const name = formatOf(map, layer, expert);
+    if (!found.has(name)) found.set(name, []);
+    found.get(name).push(map.bits[layer][expert]);
+  }));
+  return [...found].map(([name, bits]) => ({ name, bits: bits.reduce((sum, value) => sum + value, 0) / bits.length }));
 }
 
 // Shares of the activations by format, widest format first: [{index, name, bits, share}].
