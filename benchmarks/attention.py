@@ -1,6 +1,6 @@
 """Paged attention alone: decoding against a plain read of the same keys and values, prompts in GFLOP/s.
 
-    python benchmarks/attention.py [--dtype float32] [--heads 32 --kv-heads 4 --head-dim 128] [--repeats 20]
+    python benchmarks/attention.py [--dtype float32] [--cache int8] [--heads 32 --kv-heads 4 --head-dim 128]
 
 Prints a table, and as the last line one JSON object. Every case and its plain read take turns over several layers'
 caches, so that what is read is not in a cache of the processor and a disturbance hits both.
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from amalgam import _native
 from amalgam.kernels.backends.cpu import attention, extension
-from amalgam.kernels.step import AttentionBatch
+from amalgam.kernels.step import AttentionBatch, LayerCache
+from amalgam.models.kv_cache import KV_TYPES, kv_type
 from amalgam.tools.bench import commit, hardware
 
 DECODE = [(context, sequences) for sequences in (1, 16) for context in (128, 1024, 8192)]
 PROMPTS = (512, 2048)
 BLOCK_SIZE = 16
 CACHE_BYTES = 256 << 20  # read in turn before the first is read again
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def empty_cache(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -65,24 +65,32 @@ def measure(options: argparse.Namespace, lengths: list[int], contexts: list[int]
     generator = torch.Generator().manual_seed(0)
     batch, num_blocks = make_batch(lengths, contexts, generator)
     shape = (num_blocks * BLOCK_SIZE, options.kv_heads, options.head_dim)
-    num_bytes = 2 * sum(contexts) * options.kv_heads * options.head_dim * dtype.itemsize
+    cache_type = kv_type(options.cache, dtype)
+    is_coded = cache_type in (torch.int8, torch.float8_e4m3fn)
+    row_bytes = options.head_dim * cache_type.itemsize + 4 * is_coded
+    num_bytes = 2 * sum(contexts) * options.kv_heads * row_bytes
     layers = max(2, min(64, CACHE_BYTES // num_bytes))
     caches = []
     for _ in range(layers):
-        pair = empty_cache(shape, dtype), empty_cache(shape, dtype)
-        for cache in pair:
-            cache.normal_(generator=generator)
-        caches.append(pair)
+        pair = empty_cache(shape, cache_type), empty_cache(shape, cache_type)
+        scales = [empty_cache(shape[:2], torch.float32) for _ in pair] if is_coded else [None, None]
+        layer = LayerCache(*pair, *scales)
+        for part in pair:  # a part of it, again and again
+            rows = torch.randn(min(len(part), 4096), *shape[1:], generator=generator)
+            for slots in torch.arange(len(part)).split(4096):
+                piece = rows[: len(slots)]
+                attention.write_kv(layer, piece, piece, slots)
+        caches.append(layer)
     query = torch.randn(sum(lengths), options.heads, options.head_dim, generator=generator).to(dtype)
     threads = torch.get_num_threads()
 
     def attend(turn: int) -> None:
-        keys, values = caches[turn % layers]
-        attention.paged_attention(query, keys, values, batch, scale=options.head_dim**-0.5)
+        attention.paged_attention(query, caches[turn % layers], batch, scale=options.head_dim**-0.5)
 
     def read(turn: int) -> None:
         for cache in caches[turn % layers]:
-            _native.read_memory(cache, threads)
+            if cache is not None:
+                _native.read_memory(cache, threads)
 
     # Half a round apart, so that neither finds in the processor's cache what the other has read.
     ours, plain = take_turns([attend, lambda turn: read(turn + layers // 2)], options.repeats)
@@ -101,7 +109,8 @@ def measure(options: argparse.Namespace, lengths: list[int], contexts: list[int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=BYTES, default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--cache", choices=("auto", *KV_TYPES), default="auto", help="of keys and values")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -133,6 +142,7 @@ def main() -> None:
         "isa": options.isa,
         "shape": {"heads": options.heads, "kv_heads": options.kv_heads, "head_dim": options.head_dim},
         "dtype": options.dtype,
+        "cache": options.cache,
         "results": results,
     }
     print(json.dumps(record))

@@ -153,6 +153,8 @@ class AttentionPlan:
     @property
     def num_slots(self) -> int: ...
 
+# Keys or values, and the scales of codes.
+_Cache = tuple[Tensor, Tensor | None]
 # Both or neither.
 _Pair = tuple[Tensor, Tensor] | tuple[Tensor | None, Tensor | None]
 
@@ -164,8 +166,8 @@ class AttentionKernels:
         self,
         plan: AttentionPlan,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: _Cache,
+        values: _Cache,
         out: Tensor,
         scale: float,
         window: int | None,
@@ -180,7 +182,8 @@ class AttentionKernels:
         kernels: Kernels,
         plan: AttentionPlan,
         rows: tuple[Tensor, Tensor, Tensor],
-        caches: tuple[Tensor, Tensor],
+        keys: _Cache,
+        values: _Cache,
         slot_ids: Tensor,
         norms: _Pair,
         eps: float,
@@ -211,7 +214,7 @@ class StepMemory:
 
     def __init__(
         self,
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[tuple[_Cache, _Cache]],
         block_size: int,
         ropes: Sequence[tuple[Tensor, Tensor]],
         num_positions: int,
@@ -340,6 +343,6 @@ class Program:
 
 def attention_kernels(isa: str) -> AttentionKernels: ...
 def read_memory(memory: Tensor, threads: int, /) -> int: ...
-def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor, threads: int, /) -> None: ...
+def write_kv(keys: _Cache, values: _Cache, key: Tensor, value: Tensor, slot_ids: Tensor, threads: int, /) -> None: ...
 def supported_isas() -> list[str]: ...
 def kernels(isa: str) -> Kernels: ...

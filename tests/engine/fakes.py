@@ -44,7 +44,7 @@ class FakeDecoder:
         token_ids = context.token_ids
         assert self.gate.wait(10)
         self.on_step(token_ids.tolist())
-        for layer_id, (keys, values) in enumerate(zip(context.kv.keys, context.kv.values, strict=True)):
+        for layer_id, (keys, values, *_) in enumerate(context.kv.layers):
             keys[context.slot_ids] = token_ids[:, None, None].to(keys.dtype) + layer_id
             values[context.slot_ids] = context.positions[:, None, None].to(values.dtype)
         hashes = torch.cat([self._hash_rows(context, i) for i in range(len(context.attention.context_lengths))])
@@ -68,7 +68,7 @@ class FakeDecoder:
         offsets = torch.arange(attention.block_size)
         slots = (attention.block_tables[sequence][:, None] * attention.block_size + offsets).reshape(-1)[:length]
         terms = torch.zeros(length, dtype=torch.int64)
-        for layer_id, (keys, values) in enumerate(zip(context.kv.keys, context.kv.values, strict=True)):
+        for layer_id, (keys, values, *_) in enumerate(context.kv.layers):
             tokens, places = keys[slots, -1, -1].long() - layer_id, values[slots, -1, -1].long()
             terms += (tokens + 1) * (17 * places + 3)
         return terms.cumsum(0)[length - num_rows :] // 2

@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from amalgam.config.settings import StatisticsSettings
@@ -6,6 +9,7 @@ from amalgam.engine.request import Request, SamplingParams, ScheduledRequest, St
 from amalgam.engine.runner import Runner, choose_num_blocks, token_spans
 from amalgam.errors import ConfigError
 from amalgam.experts.tracker import ExpertTracker
+from amalgam.models.kv_cache import KVCache
 from amalgam.models.routing import TokenSpan
 from tests.engine.fakes import FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes, make_settings
 from tests.errors import raises
@@ -103,3 +107,26 @@ def test_a_cache_too_small_for_one_sequence_is_refused_with_both_numbers(monkeyp
 
 def test_available_memory_is_a_plausible_number():
     assert 2**20 < available_bytes(CPU) < 2**50
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "slot_bytes"),
+    # The fake's layers have one head of 1 and 1, and two heads of 3 and 1: ten values, and six scales of 4 bytes.
+    [("auto", 40), ("float32", 40), ("bfloat16", 20), ("float16", 20), ("int8", 10 + 24), ("fp8", 10 + 24)],
+)
+def test_a_cache_takes_what_its_type_takes(kv_dtype, slot_bytes):
+    settings = make_settings(kv_cache_bytes=70 * 4 * slot_bytes, kv_dtype=kv_dtype)
+    runner = Runner(FakeDecoder(), settings, 256, CPU, torch.float32)
+    assert runner.num_blocks == 70
+    assert runner.kv_cache_bytes == 70 * 4 * slot_bytes
+
+
+def test_latents_have_no_values_and_so_no_scales_of_them():
+    spec = SimpleNamespace(kv_shapes=((1, 20, 0),))
+    assert KVCache.bytes_per_block(spec, 16, torch.int8) == 16 * (20 + 4)
+    assert KVCache.allocate(spec, 3, 16, torch.int8, CPU).nbytes == 3 * 16 * (20 + 4)
+
+
+def test_other_types_of_cache_are_refused():
+    with raises(ConfigError, "engine.kv_dtype", "int4", "int8", "fp8"):
+        make_settings(kv_dtype="int4")

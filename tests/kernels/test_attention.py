@@ -12,10 +12,11 @@ from amalgam.config.settings import NATIVE_ISAS
 from amalgam.kernels.backends.cpu import attention, extension
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
-from amalgam.kernels.step import AttentionBatch, CachedAttention
+from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
 from tests.errors import raises
 
 TYPES = (torch.float32, torch.bfloat16)
+CODES = (torch.int8, torch.float8_e4m3fn)
 
 
 @pytest.fixture(params=NATIVE_ISAS)
@@ -37,7 +38,10 @@ def use_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences (rows of this step, context) and the sizes of one layer; `cache_type` is the query's if left out."""
+    """Sequences (rows of this step, context) and the sizes of one layer; `cache_type` is the query's if left out.
+
+    codes: what the values of the cache become when attention reads them.
+    """
 
     sequences: tuple[tuple[int, int], ...] = ((3, 40), (1, 7), (20, 20))
     heads: int = 4
@@ -49,6 +53,7 @@ class Case:
     has_sinks: bool = False
     query_type: torch.dtype = torch.float32
     cache_type: torch.dtype | None = None
+    codes: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,18 @@ class Layer:
 
     def run(self, function: Callable[..., Tensor] = attention.paged_attention) -> Tensor:
         scale = self.case.key_dim**-0.5
-        return function(
-            self.query, self.keys, self.values, self.batch, scale=scale, window=self.case.window, sinks=self.sinks
+        return function(self.query, self.cache, self.batch, scale=scale, window=self.case.window, sinks=self.sinks)
+
+    @property
+    def cache(self) -> LayerCache:
+        """Where the case asks for codes, quantized by the reference."""
+        dtype = self.case.codes
+        if dtype is None:
+            return LayerCache(self.keys, self.values)
+        (keys, key_scales), (values, value_scales) = (
+            reference.to_codes(rows, dtype) for rows in (self.keys, self.values)
         )
+        return LayerCache(keys, values, key_scales, value_scales)
 
 
 def make(case: Case, seed: int = 0) -> Layer:
@@ -106,7 +120,7 @@ def rows_of(layer: Layer, sequence: int, first: int, last: int, *, forgets: bool
 
 
 def in_float32(layer: Layer) -> Tensor:
-    """What the reference makes of the same values without rounding."""
+    """What the reference makes of the same values, or the same codes, without rounding."""
     wide = replace(layer, query=layer.query.float(), keys=layer.keys.float(), values=layer.values.float())
     return wide.run(reference.paged_attention)
 
@@ -125,26 +139,36 @@ def assert_as_reference(case: Case, seed: int = 0) -> None:
     torch.testing.assert_close(result.float(), expected_of(case, seed), rtol=tolerance, atol=tolerance)
 
 
+CASES = [
+    Case(),
+    Case(sequences=((1, 1),)),
+    Case(sequences=((1, 300), (1, 1), (1, 64), (1, 65)), heads=8, kv_heads=1, key_dim=128, value_dim=128),
+    Case(sequences=((7, 130), (1, 63)), heads=5, kv_heads=5, key_dim=80, value_dim=80, block_size=4),
+    Case(sequences=((33, 90), (1, 129)), heads=16, kv_heads=1, key_dim=192, value_dim=128, block_size=64),
+    Case(sequences=((1, 70), (2, 70)), heads=9, kv_heads=3, key_dim=96, value_dim=96, block_size=32),
+    Case(sequences=((5, 17), (1, 40)), heads=6, kv_heads=3, key_dim=17, value_dim=23, block_size=5),
+    Case(sequences=((70, 200),), heads=7, kv_heads=1, window=33),
+    Case(sequences=((1, 200), (3, 150)), window=1, has_sinks=True),
+    Case(sequences=((1, 200), (40, 150)), heads=8, window=64, has_sinks=True, key_dim=32, value_dim=32),
+]
+
+
 @pytest.mark.parametrize("query_type", TYPES)
-@pytest.mark.parametrize("cache_type", TYPES)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(),
-        Case(sequences=((1, 1),)),
-        Case(sequences=((1, 300), (1, 1), (1, 64), (1, 65)), heads=8, kv_heads=1, key_dim=128, value_dim=128),
-        Case(sequences=((7, 130), (1, 63)), heads=5, kv_heads=5, key_dim=80, value_dim=80, block_size=4),
-        Case(sequences=((33, 90), (1, 129)), heads=16, kv_heads=1, key_dim=192, value_dim=128, block_size=64),
-        Case(sequences=((1, 70), (2, 70)), heads=9, kv_heads=3, key_dim=96, value_dim=96, block_size=32),
-        Case(sequences=((5, 17), (1, 40)), heads=6, kv_heads=3, key_dim=17, value_dim=23, block_size=5),
-        Case(sequences=((70, 200),), heads=7, kv_heads=1, window=33),
-        Case(sequences=((1, 200), (3, 150)), window=1, has_sinks=True),
-        Case(sequences=((1, 200), (40, 150)), heads=8, window=64, has_sinks=True, key_dim=32, value_dim=32),
-    ],
-)
+@pytest.mark.parametrize("cache_type", [*TYPES, torch.float16])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("isa")
 def test_attention_means_what_the_reference_says(case: Case, query_type: torch.dtype, cache_type: torch.dtype) -> None:
     assert_as_reference(replace(case, query_type=query_type, cache_type=cache_type))
+
+
+@pytest.mark.parametrize("query_type", TYPES)
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("isa")
+def test_attention_over_codes_means_what_the_reference_says(
+    case: Case, codes: torch.dtype, query_type: torch.dtype
+) -> None:
+    assert_as_reference(replace(case, query_type=query_type, codes=codes))
 
 
 @pytest.mark.usefixtures("isa")
@@ -170,6 +194,7 @@ def test_attention_of_random_shapes() -> None:
             window=pick(0, 0, 1, 20, 64) or None,
             has_sinks=bool(pick(0, 1)),
             query_type=TYPES[pick(0, 1)],
+            codes=(None, *CODES)[pick(0, 0, 1, 2)],
         )
         assert_as_reference(case, seed)
 
@@ -184,14 +209,29 @@ def test_attention_over_many_ranges_of_keys(query_type: torch.dtype) -> None:
     assert_as_reference(replace(case, window=1030, has_sinks=True))
 
 
-@pytest.mark.parametrize(("shared", "window"), [(1, None), (8, None), (8, 50), (2, 1500)])
+@pytest.mark.parametrize(
+    ("shared", "window", "codes"),
+    [
+        (1, None, None),
+        (8, None, None),
+        (8, 50, None),
+        (2, 1500, None),
+        (8, 50, torch.int8),
+        (1, None, torch.float8_e4m3fn),
+    ],
+)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.usefixtures("isa")
 def test_bits_depend_neither_on_chunks_nor_on_neighbours(
-    dtype: torch.dtype, shared: int, window: int | None, use_threads: Callable[[int], None]
+    dtype: torch.dtype,
+    codes: torch.dtype | None,
+    shared: int,
+    window: int | None,
+    use_threads: Callable[[int], None],
 ) -> None:
     sequences = ((1, 37), (90, 1100), (1, 2100), (90, 90))
-    layer = make(Case(sequences, 2 * shared, 2, 32, 32, window=window, has_sinks=window == 50, query_type=dtype))
+    case = Case(sequences, 2 * shared, 2, 32, 32, window=window, has_sinks=window == 50, query_type=dtype, codes=codes)
+    layer = make(case)
     use_threads(1)
     whole = layer.run()
     use_threads(2)
@@ -209,13 +249,14 @@ def test_bits_depend_neither_on_chunks_nor_on_neighbours(
                 assert torch.equal(rows_of(layer, sequence, first, last).run(), expected[first:last])
 
 
+@pytest.mark.parametrize("codes", [None, *CODES])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.usefixtures("isa")
-def test_packed_and_direct_tiles_give_the_same_bits(dtype: torch.dtype) -> None:
+def test_packed_and_direct_tiles_give_the_same_bits(dtype: torch.dtype, codes: torch.dtype | None) -> None:
     """One row of 8 heads is read straight from the cache, many rows go through packed tiles; runs and single slots."""
-    layer = make(Case(((40, 700),), 8, 1, 128, 128, query_type=dtype))
+    layer = make(Case(((40, 700),), 8, 1, 128, 128, query_type=dtype, codes=codes))
     whole = layer.run()
-    scattered = make(Case(((40, 700),), 8, 1, 128, 128, block_size=4, query_type=dtype))
+    scattered = make(Case(((40, 700),), 8, 1, 128, 128, block_size=4, query_type=dtype, codes=codes))
     position = torch.arange(700)
 
     def slots_of(other: Layer) -> Tensor:
@@ -232,14 +273,28 @@ def test_packed_and_direct_tiles_give_the_same_bits(dtype: torch.dtype) -> None:
         assert torch.equal(rows_of(scattered, 0, row, row + 1).run(), whole[row : row + 1])
 
 
+@pytest.mark.parametrize("codes", [None, *CODES])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_avx2_and_avx512_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make(Case(((40, 200), (1, 1100)), 8, 2, 64, 96, query_type=dtype))
+def test_avx2_and_avx512_give_the_same_bits(
+    dtype: torch.dtype, codes: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make(Case(((40, 200), (1, 1100)), 8, 2, 64, 96, query_type=dtype, codes=codes))
     results = []
     for isa in ("avx2", "avx512"):
         use_isa(monkeypatch, isa)
         results.append(layer.run())
     assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.usefixtures("isa")
+def test_latents_are_views_of_codes(codes: torch.dtype) -> None:
+    """As latent attention stores them: values are the first part of the keys, with their scales."""
+    layer = make(Case(((4, 50),), 4, 1, 48, 48, codes=codes))
+    cache = layer.cache
+    views = cache._replace(values=cache.keys[..., :32], value_scales=cache.key_scales)
+    found = attention.paged_attention(layer.query, views, layer.batch, scale=0.25)
+    torch.testing.assert_close(found, reference.paged_attention(layer.query, views, layer.batch, scale=0.25))
 
 
 @pytest.mark.usefixtures("isa")
@@ -282,7 +337,7 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
         (replace(layer, query=layer.query[:, :3]), ("keys", 3)),
         (replace(layer, query=layer.query.double()), ("query", "float64", "bfloat16")),
         (replace(layer, keys=layer.keys[:, :1]), ("values", tuple(layer.values.shape), 1)),
-        (replace(layer, keys=layer.keys[:8], values=layer.values[:8]), ("keys", (8, 2, 64))),
+        (replace(layer, keys=layer.keys[:8], values=layer.values[:8]), ("keys", 8, 144)),
         (replace(layer, sinks=torch.zeros(3)), ("sinks", "(3,)", 4)),
         (replace(layer, case=replace(layer.case, window=0)), ("window", 0)),
     ]
@@ -314,6 +369,19 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
 def test_cached_attention_is_its_parts_in_one_call(
     case: Case, dtype: torch.dtype, has_norm: bool, rotated: int
 ) -> None:
+    check_cached_attention(case, dtype, dtype, has_norm=has_norm, rotated=rotated)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("cache_type", extension.CACHE_TYPES)
+@pytest.mark.usefixtures("isa")
+def test_cached_attention_over_every_type_of_cache(cache_type: torch.dtype, dtype: torch.dtype) -> None:
+    check_cached_attention(Case(value_dim=32), dtype, cache_type, has_norm=True, rotated=32)
+
+
+def check_cached_attention(
+    case: Case, dtype: torch.dtype, cache_type: torch.dtype, *, has_norm: bool, rotated: int
+) -> None:
     layer = make(replace(case, query_type=dtype))
     tokens, heads, dim = layer.query.shape
     sizes = [heads * dim, case.kv_heads * dim, case.kv_heads * case.value_dim]
@@ -326,13 +394,17 @@ def test_cached_attention_is_its_parts_in_one_call(
         for position in range(context - length, context)
     ]
 
-    def run(function: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = layer.keys.clone(), layer.values.clone()
+    def run(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        cache = LayerCache(layer.keys.to(cache_type), layer.values.to(cache_type))
+        if cache_type in CODES:
+            (keys, key_scales), (values, value_scales) = (
+                reference.to_codes(rows, cache_type) for rows in (layer.keys, layer.values)
+            )
+            cache = LayerCache(keys, values, key_scales, value_scales)
         out = function(
             *projections.split(sizes, dim=1),
             CachedAttention(
-                keys=keys,
-                values=values,
+                cache=cache,
                 slot_ids=torch.stack(places),
                 batch=layer.batch,
                 scale=dim**-0.5,
@@ -343,7 +415,7 @@ def test_cached_attention_is_its_parts_in_one_call(
                 sinks=layer.sinks,
             ),
         )
-        return out, keys.nan_to_num(), values.nan_to_num()
+        return out, *(part.float().nan_to_num() for part in cache if part is not None)
 
     together = run(attention.cached_attention)
     with pytest.MonkeyPatch.context() as patch:
@@ -353,19 +425,65 @@ def test_cached_attention_is_its_parts_in_one_call(
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("cache_type", extension.CACHE_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_write_kv_means_what_the_reference_says(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_kv_means_what_the_reference_says(
+    dtype: torch.dtype, cache_type: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, from rows of every size that there is."""
     use_isa(monkeypatch, "portable")
     generator = torch.Generator().manual_seed(0)
     for tokens in (0, 1, 5, 300):
         slot_ids = torch.randperm(512, generator=generator)[:tokens]
-        new = [torch.randn(tokens, 3, dim, generator=generator).to(dtype) for dim in (24, 16)]
-        ours = [torch.zeros(512, 3, dim, dtype=dtype) for dim in (24, 16)]
-        expected = [cache.clone() for cache in ours]
-        attention.write_kv(*ours, *new, slot_ids)
-        reference.write_kv(*expected, *new, slot_ids)
-        assert torch.equal(ours[0], expected[0])
-        assert torch.equal(ours[1], expected[1])
+        sizes = 2.0 ** torch.randint(-140, 120, (tokens, 3, 1), generator=generator)
+        new = [(torch.randn(tokens, 3, dim, generator=generator) * sizes).to(dtype) for dim in (24, 16)]
+        if tokens == 300:
+            new[0][7, 1] = 0.0
+            new[0][8, 0, 3], new[0][9, 1, 4], new[1][10, 2, 5] = torch.inf, torch.nan, -torch.inf
+        ours, expected = empty_cache(cache_type), empty_cache(cache_type)
+        attention.write_kv(ours, new[0], new[1], slot_ids)
+        reference.write_kv(expected, new[0], new[1], slot_ids)
+        for one, other in zip(ours, expected, strict=True):
+            if one is not None and other is not None:
+                assert torch.equal(one.float().nan_to_num(2.5), other.float().nan_to_num(2.5))
+
+
+def empty_cache(dtype: torch.dtype) -> LayerCache:
+    scales = [torch.zeros(512, 3) for _ in range(2)] if dtype in CODES else (None, None)
+    return LayerCache(torch.zeros(512, 3, 24, dtype=dtype), torch.zeros(512, 3, 16, dtype=dtype), *scales)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_codes_are_as_near_as_their_type_allows(dtype: torch.dtype) -> None:
+    rows = (
+        torch.randn(200, 2, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 9, 200)[:, None, None]
+    )
+    codes, scales = reference.to_codes(rows, dtype)
+    found = codes.float() * scales[..., None]
+    largest = rows.abs().amax(-1, keepdim=True)
+    # int8: half a step of 1/127; fp8: half a unit of a 4-bit significand, or of the smallest exponent.
+    allowed = largest / 254 if dtype is torch.int8 else (rows.abs() / 16).maximum(largest / 448 / 1024)
+    assert ((found - rows).abs() <= allowed * 1.0001).all()
+    assert torch.equal(found.abs().amax(-1, keepdim=True) > 0, largest > 0)
+    torch.testing.assert_close(found.abs().amax(-1, keepdim=True), largest)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_a_value_that_is_not_finite_stays_visible(dtype: torch.dtype) -> None:
+    """The sampler has to see it: no code could stand for it."""
+    layer = make(Case(((1, 5),), 2, 2))
+    for special in (torch.inf, torch.nan):
+        cache = replace(layer, case=replace(layer.case, codes=dtype)).cache
+        slot = int(layer.batch.block_tables[0, 0]) * 16
+        key, value = layer.keys[slot : slot + 1].clone(), layer.values[slot : slot + 1].clone()
+        value[0, 1, 3] = special
+        for write, attend in (
+            (reference.write_kv, reference.paged_attention),
+            (CpuOperators.write_kv, CpuOperators.paged_attention),
+        ):
+            write(cache, key, value, torch.tensor([slot]))
+            out = attend(layer.query, cache, layer.batch, scale=0.1)
+            assert out[0, 1].isnan().all() and out[0, 0].isfinite().all()
 
 
 def test_write_kv_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,16 +491,16 @@ def test_write_kv_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> 
     keys, values, new = torch.zeros(8, 2, 4), torch.zeros(8, 2, 4), torch.ones(2, 2, 4)
     for slot in (-1, 8):
         with raises(IndexError, slot):
-            attention.write_kv(keys, values, new, new, torch.tensor([0, slot]))
+            attention.write_kv(LayerCache(keys, values), new, new, torch.tensor([0, slot]))
     assert not keys.any()
     for named, arguments in (
         (("key", (1, 2, 4)), (new[:1], new)),
         (("value", (2, 2, 2)), (new, new[..., :2])),
         (("key", "float64"), (new.double(), new)),
-        (("value", "bfloat16"), (new, new.bfloat16())),
+        (("value", "int64"), (new, new.long())),
     ):
         with raises(ValueError, *named):
-            attention.write_kv(keys, values, *arguments, torch.tensor([0, 1]))
+            attention.write_kv(LayerCache(keys, values), *arguments, torch.tensor([0, 1]))
 
 
 def test_operators_take_the_compiled_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,5 +510,5 @@ def test_operators_take_the_compiled_path(monkeypatch: pytest.MonkeyPatch) -> No
     result = layer.run(CpuOperators.paged_attention)
     assert torch.equal(result, layer.run())
     half = replace(layer, query=layer.query.half(), keys=layer.keys.half(), values=layer.values.half())
-    assert not attention.supports_paged_attention(half.query, half.keys, half.values, half.batch)
+    assert not attention.supports_paged_attention(half.query, half.cache, half.batch)
     torch.testing.assert_close(half.run(CpuOperators.paged_attention).float(), result, rtol=1e-2, atol=1e-2)

@@ -46,10 +46,10 @@ from amalgam.kernels.program import (
     ScaleBySigmoid,
     SwiGlu,
 )
-from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.kernels.step import LayerCache, StepContext, StepSequence
 from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.decoder import Decoder, emit
-from amalgam.models.kv_cache import KVCache
+from amalgam.models.kv_cache import KV_TYPES, KVCache
 from amalgam.models.registry import all_families
 from amalgam.models.spec import LayerSpec
 from amalgam.models.weights import BlockWeights, WeightVersion
@@ -171,9 +171,9 @@ def test_mixed_precisions(tmp_path: Path) -> None:
     assert_same(decoder, version)
 
 
-def step_logits(decoder: Decoder, version: WeightVersion) -> list[Tensor]:
+def step_logits(decoder: Decoder, version: WeightVersion, kv_type: torch.dtype | None = None) -> list[Tensor]:
     """Logits of steps that want them of all, some and none of their tokens, and of single tokens."""
-    kv = KVCache.allocate(decoder.spec, 12, 4, decoder.dtype, CPU)
+    kv = KVCache.allocate(decoder.spec, 12, 4, kv_type or decoder.dtype, CPU)
     prompt = torch.randint(3, 250, (12,), generator=torch.Generator().manual_seed(2)).tolist()
     first, second = [7, 2, 9], (0, 11, 5, 3)
     steps = [
@@ -194,6 +194,27 @@ def assert_same_logits(decoder: Decoder, version: WeightVersion) -> None:
     for one, other in zip(step_logits(decoder, version), step_logits(interpreted(decoder), version), strict=True):
         assert one.dtype is torch.float32
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", KV_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_every_type_of_cache(family: str, dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    """The whole step in one call gives the bits of its operators, and what the reference gives but for rounding."""
+    save_tiny(FAMILIES[family], tmp_path)
+    decoder, version = load_model(tmp_path, dtype=dtype)
+    assert is_one_call(decoder, version)
+    ours = step_logits(decoder, version, KV_TYPES[name])
+    if family not in ROUNDS_OTHERWISE:
+        for one, other in zip(ours, step_logits(interpreted(decoder), version, KV_TYPES[name]), strict=True):
+            assert torch.equal(one, other)
+    plain = step_logits(decoder, version)
+    assert any(not torch.equal(one, other) for one, other in zip(ours, plain, strict=True)) == (
+        KV_TYPES[name] not in (dtype, torch.float32) or dtype is not KV_TYPES[name]
+    )
+    for one, other in zip(ours, plain, strict=True):
+        if len(one):
+            torch.testing.assert_close(one, other, rtol=0, atol=(0.4 if name == "fp8" else 0.1) * float(other.std()))
 
 
 def with_slots(version: WeightVersion, **slots: PackedWeight) -> WeightVersion:
@@ -443,16 +464,20 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         compiled = CpuBackend(torch.float32).compile(program, tables)
         with raises(ValueError, "layer 0"):
             compiled.run(StepContext([sequence], kv))
-    for keys, values in (
-        (kv.keys[:1], kv.values[:1]),
-        (kv.keys, tuple(value.bfloat16() for value in kv.values)),
-        (tuple(key[:4] for key in kv.keys), kv.values),
-        (tuple(key.transpose(1, 2) for key in kv.keys), kv.values),
-        (tuple(key[..., :4].contiguous() for key in kv.keys), kv.values),
+    scales = torch.ones(kv.layers[0].keys.shape[:2])
+    for layers in (
+        kv.layers[:1],
+        [layer._replace(values=layer.values.bfloat16()) for layer in kv.layers],
+        [layer._replace(keys=layer.keys[:4]) for layer in kv.layers],
+        [layer._replace(keys=layer.keys.transpose(1, 2)) for layer in kv.layers],
+        [layer._replace(keys=layer.keys[..., :4].contiguous()) for layer in kv.layers],
+        [layer._replace(key_scales=scales) for layer in kv.layers],
+        [layer._replace(keys=layer.keys.char(), values=layer.values.char()) for layer in kv.layers],
+        [LayerCache(layer.keys.char(), layer.values.char(), scales, scales[1:]) for layer in kv.layers],
     ):
         with raises(ValueError):
-            decoder.forward(StepContext([sequence], KVCache(keys, values, 16)), version)
-    before = [tensor.clone() for tensor in (*kv.keys, *kv.values)]
+            decoder.forward(StepContext([sequence], KVCache(layers, 16)), version)
+    before = [tensor.clone() for layer in kv.layers for tensor in layer[:2]]
     for change, named in (
         ({"first_position": len(cos) - 2, "block_ids": [0] * len(cos)}, ("position", len(cos))),
         ({"first_position": -1}, ("position", -1)),
@@ -468,7 +493,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     wanted = [sequence._replace(num_logits=-1), sequence._replace(num_logits=3)]
     with raises(ValueError, 3, 2):
         decoder.forward(StepContext(wanted, kv), version)
-    for tensor, old in zip((*kv.keys, *kv.values), before, strict=True):
+    for tensor, old in zip((tensor for layer in kv.layers for tensor in layer[:2]), before, strict=True):
         assert torch.equal(tensor, old)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from amalgam.kernels.backends.reference.interpreter import Frame, execute
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.program import Rows
-from amalgam.kernels.step import StepContext
+from amalgam.kernels.step import LayerCache, StepContext
 from amalgam.models.blocks.mixture import SoftmaxRouter
 from amalgam.models.families.qwen2_moe import FAMILY as QWEN2_MOE
 from amalgam.models.families.xverse import FAMILY as XVERSE
@@ -59,7 +59,7 @@ def test_router_adds_a_millionth_to_the_sum() -> None:
     """Too little for the logits' tolerance to notice."""
     x, weight = torch.randn(50, 64), torch.randn(8, 64)
     router = SoftmaxRouter(8, 2, normalises=True, sum_eps=1e-6)
-    frame, rows = Frame(StepContext([], KVCache([x], [x], 1)), torch.float32, []), Rows("x", 64, 0, 64)
+    frame, rows = Frame(StepContext([], KVCache([LayerCache(x, x)], 1)), torch.float32, []), Rows("x", 64, 0, 64)
     frame.put(rows, x)
     execute(router.route(rows, BlockWeights({"router": dense(weight)}), 0), frame)
     assert frame.routing is not None

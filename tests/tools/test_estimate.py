@@ -50,6 +50,8 @@ def test_weights_are_exact_and_kv_grows_with_length_and_batch(demo_config: Path)
     assert set(small.weights) == {"bf16", "fp8", "int4"}
     assert large.kv_bytes == 8 * small.kv_bytes == 8 * 128 * small.kv_bytes_per_token
     assert small.kv_bytes_per_token == 6 * 2 * 2 * 64 * 2
+    coded = load_settings(demo_config, {"engine.kv_dtype": "int8"}, environ={})
+    assert estimate(coded, 128, 1).kv_bytes_per_token == 6 * 2 * 2 * (64 + 4)
     sizes = {row.format: row.weights_bytes for row in small.uniform}
     assert sizes["fp32"] > sizes["bf16"] > sizes["int8"] > sizes["int4"]
     assert small.fits

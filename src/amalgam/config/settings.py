@@ -128,7 +128,7 @@ class InferenceSettings(Section):
     max_batch_size: int = Field(default=32, ge=1, le=4096)
     """Most sequences in one step."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of activations and of the KV cache."""
+    """Type of activations, and of the KV cache unless engine.kv_dtype names another one."""
     activation: Literal["int8", "bf16"] = "int8"
     """int8 | bf16: what bfloat16 activations become for int4 and int8 weights on the CPU. int8 is fastest."""
     bf16_coding: bool = True
@@ -158,6 +158,8 @@ class EngineSettings(Section):
     """How many times as long a step may take that computes prompts beside streams. Fewer prompt tokens keep it so."""
     block_size: int = Field(default=16, ge=1, le=1024)
     """Tokens in one KV block."""
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = "auto"
+    """Type of the KV cache. auto: inference.dtype. int8, fp8 (E4M3): with a scale for each token and head."""
     kv_cache_bytes: int | None = Field(default=None, ge=1)
     """Size of the KV cache. None: room for max_batch_size sequences of max_seq_length, within a quarter of memory."""
     prefix_cache: bool = True

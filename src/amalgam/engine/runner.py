@@ -16,7 +16,7 @@ from amalgam.engine.sampler import sample
 from amalgam.errors import ConfigError
 from amalgam.kernels.step import StepContext, StepSequence
 from amalgam.models.decoder import Decoder
-from amalgam.models.kv_cache import KVCache
+from amalgam.models.kv_cache import KVCache, kv_type
 from amalgam.models.routing import RoutingObserver, TokenSpan
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
@@ -29,7 +29,7 @@ class Runner:
 
     Args:
         max_sequence_tokens: the longest sequence; the cache holds at least one of them.
-        dtype: of the KV cache.
+        dtype: of activations, and so of the KV cache unless `engine.kv_dtype` says otherwise.
 
     Raises:
         ConfigError: the cache would be too small for one sequence.
@@ -47,13 +47,14 @@ class Runner:
         self._decoder = decoder
         self._observer = observer
         self._block_size = settings.engine.block_size
-        self.num_blocks = choose_num_blocks(decoder.spec, settings, max_sequence_tokens, device, dtype)
-        self._kv = KVCache.allocate(decoder.spec, self.num_blocks, self._block_size, dtype, device)
+        cache_type = kv_type(settings.engine.kv_dtype, dtype)
+        self.num_blocks = choose_num_blocks(decoder.spec, settings, max_sequence_tokens, device, cache_type)
+        self._kv = KVCache.allocate(decoder.spec, self.num_blocks, self._block_size, cache_type, device)
 
     @property
     def kv_cache_bytes(self) -> int:
         """Size of the KV cache."""
-        return sum(tensor.nbytes for tensor in (*self._kv.keys, *self._kv.values))
+        return self._kv.nbytes
 
     @property
     def observer(self) -> RoutingObserver | None:
@@ -140,6 +141,9 @@ def choose_num_blocks(
 ) -> int:
     """How many KV blocks there are room for: `engine.kv_cache_bytes`, or what a full batch of full sequences takes.
 
+    Args:
+        dtype: of the KV cache.
+
     Raises:
         ConfigError: fewer than one sequence of `max_sequence_tokens` needs.
     """
@@ -156,6 +160,6 @@ def choose_num_blocks(
         raise ConfigError(
             f"The KV cache of one sequence of {max_sequence_tokens} tokens takes {blocks_per_sequence * block_bytes} "
             f"bytes, and {origin} is {allowed}.",
-            remedy="Raise engine.kv_cache_bytes or lower inference.max_seq_length.",
+            remedy="Raise engine.kv_cache_bytes, lower inference.max_seq_length or choose a smaller engine.kv_dtype.",
         )
     return num_blocks

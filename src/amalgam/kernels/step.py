@@ -48,12 +48,29 @@ class AttentionBatch:
     block_size: int
 
 
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, of one type.
+
+    int8 and float8_e4m3fn hold codes: a value is its code times the scale of its slot and head. Other types hold the
+    values themselves.
+
+    Attributes:
+        keys, values: `[slots, kv_heads, d]` and `[slots, kv_heads, v]`.
+        key_scales, value_scales: float32 `[slots, kv_heads]`; None where there are no codes.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class CachedAttention:
     """What one layer's attention works with beside its queries, keys and values.
 
     Attributes:
-        keys, values: the layer's cache, `[slots, kv_heads, d]` and `[slots, kv_heads, v]`.
+        cache: the layer's.
         slot_ids: int64 `[tokens]`, where each token's key and value go.
         scale: of the scores.
         norms: weights `[d]` of the RMSNorm over every query head and every key head; None: no norm.
@@ -62,8 +79,7 @@ class CachedAttention:
         sinks: `[heads]`, logits that take part in the softmax without a value.
     """
 
-    keys: Tensor
-    values: Tensor
+    cache: LayerCache
     slot_ids: Tensor
     batch: AttentionBatch
     scale: float
@@ -75,13 +91,10 @@ class CachedAttention:
 
 
 class Cache(Protocol):
-    """Keys and values of all layers, `[num_blocks × block_size, kv_heads, dim]` each."""
+    """Keys and values of all layers, with `num_blocks × block_size` slots each."""
 
     @property
-    def keys(self) -> tuple[Tensor, ...]: ...
-
-    @property
-    def values(self) -> tuple[Tensor, ...]: ...
+    def layers(self) -> tuple[LayerCache, ...]: ...
 
     @property
     def block_size(self) -> int: ...

@@ -2,46 +2,83 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from amalgam.kernels.step import LayerCache
 from amalgam.models.spec import ModelSpec
+
+# As `engine.kv_dtype` calls them. The last two hold codes, each token's key and value of a head with a scale.
+KV_TYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+_CODES = (torch.int8, torch.float8_e4m3fn)
+_SCALE_BYTES = torch.float32.itemsize
+
+
+def kv_type(name: str, activations: torch.dtype) -> torch.dtype:
+    """The type that `engine.kv_dtype` names; `auto` is that of the activations."""
+    return activations if name == "auto" else KV_TYPES[name]
 
 
 class KVCache:
     """Keys and values of all layers, as slots `[num_blocks × block_size, kv_heads, dim]`."""
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], block_size: int) -> None:
-        self.keys = tuple(keys)
-        self.values = tuple(values)
+    def __init__(self, layers: Sequence[LayerCache], block_size: int) -> None:
+        self.layers = tuple(layers)
         self.block_size = block_size
 
     @property
     def device(self) -> torch.device:
-        return self.keys[0].device
+        return self.layers[0].keys.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer if tensor is not None)
 
     @classmethod
     def allocate(
         cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Zeroed storage; on the CPU, pages cost no memory until they are used."""
+        """Zeroed storage; on the CPU, pages cost no memory until they are used.
+
+        Args:
+            dtype: of keys and values, one of `KV_TYPES`.
+        """
         slots = num_blocks * block_size
 
-        def zeros(heads: int, dim: int) -> Tensor:
-            if device.type != "cpu" or not heads * dim:
-                return torch.zeros((slots, heads, dim), dtype=dtype, device=device)
+        def zeros(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+            shape = (slots, *sizes)
+            if device.type != "cpu" or not math.prod(shape):
+                return torch.zeros(shape, dtype=dtype, device=device)
             # torch.zeros writes every page; numpy asks the system for pages that are zero already.
-            raw = np.zeros(slots * heads * dim * dtype.itemsize, dtype=np.uint8)
-            return torch.from_numpy(raw).view(dtype).view(slots, heads, dim)
+            raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+            return torch.from_numpy(raw).view(dtype).view(shape)
 
-        keys = [zeros(heads, key_dim) for heads, key_dim, _ in spec.kv_shapes]
-        values = [zeros(heads, value_dim) for heads, _, value_dim in spec.kv_shapes]
-        return cls(keys, values, block_size)
+        def scales(heads: int) -> Tensor | None:
+            return zeros(heads, dtype=torch.float32) if dtype in _CODES else None
+
+        layers = [
+            LayerCache(zeros(heads, key), zeros(heads, value), scales(heads), scales(heads if value else 0))
+            for heads, key, value in spec.kv_shapes
+        ]
+        return cls(layers, block_size)
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block over all layers."""
-        return sum(heads * (key + value) for heads, key, value in spec.kv_shapes) * block_size * dtype.itemsize
+        """Bytes of one block over all layers, of a cache of this type."""
+        scale = _SCALE_BYTES if dtype in _CODES else 0
+        per_token = sum(
+            heads * (dim * dtype.itemsize + (scale if dim else 0))
+            for heads, key, value in spec.kv_shapes
+            for dim in (key, value)
+        )
+        return per_token * block_size

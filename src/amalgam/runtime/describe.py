@@ -72,6 +72,7 @@ def describe_model(
         "kv_blocks": {"total": status.num_blocks, "free": status.num_free_blocks},
         "device": str(loader.device),
         "dtype": settings.inference.dtype,
+        "kv_dtype": settings.inference.dtype if settings.engine.kv_dtype == "auto" else settings.engine.kv_dtype,
         "compute_threads": torch.get_num_threads(),
         "kernels": engine.kernels,
         "load_seconds": round(load_seconds, 3),

@@ -21,7 +21,7 @@ from amalgam.engine.memory import available_bytes, resident_bytes
 from amalgam.errors import AmalgamError
 from amalgam.formats.contract import WritableFormat
 from amalgam.formats.registry import all_formats
-from amalgam.models.kv_cache import KVCache
+from amalgam.models.kv_cache import KVCache, kv_type
 from amalgam.models.spec import ModelSpec
 from amalgam.runtime.device import choose_device
 from amalgam.text.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
     weights: dict[str, int] = defaultdict(int)
     for weight in planned:
         weights[weight.format.name] += weight.memory_bytes
-    per_block = KVCache.bytes_per_block(spec, settings.engine.block_size, dtype)
+    per_block = KVCache.bytes_per_block(spec, settings.engine.block_size, kv_type(settings.engine.kv_dtype, dtype))
     blocks = batch_size * math.ceil(seq_length / settings.engine.block_size)
     workspace = workspace_bytes(spec, min(settings.engine.max_step_tokens, batch_size * seq_length), batch_size, dtype)
     # The largest part of a process without weights: it counts below.

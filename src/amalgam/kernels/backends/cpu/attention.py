@@ -5,8 +5,9 @@ depend neither on its neighbours, nor on how its prompt was cut into chunks, nor
 Must never know: plans of precisions, requests, layers.
 
 With a query and a cache in bfloat16, products are of bfloat16 pairs summed in float32, and the softmax's weights are
-rounded to bfloat16 before they multiply the values; their total is that of the rounded weights. Otherwise everything is
-float32.
+rounded to bfloat16 before they multiply the values; their total is that of the rounded weights. Codes are exact in
+bfloat16 and multiplied likewise: the scale of a key multiplies its score, and that of a value the weight before it is
+rounded. Otherwise everything is float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.cpu import extension
-from amalgam.kernels.step import AttentionBatch, CachedAttention
+from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
 
 if TYPE_CHECKING:
     from amalgam import _native
@@ -28,24 +29,22 @@ if TYPE_CHECKING:
 _PLANS: WeakKeyDictionary[AttentionBatch, _native.AttentionPlan] = WeakKeyDictionary()
 
 
-def supports_paged_attention(query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> bool:
+def supports_paged_attention(query: Tensor, cache: LayerCache, batch: AttentionBatch) -> bool:
     """Whether `paged_attention` takes these tensors; depends on types and devices only."""
     return (
         extension.is_available()
         and query.dtype in extension.FLOAT_TYPES
-        and keys.dtype in extension.FLOAT_TYPES
-        and values.dtype in extension.FLOAT_TYPES
+        and cache.keys.dtype in extension.CACHE_TYPES
+        and cache.values.dtype in extension.CACHE_TYPES
         and query.is_cpu
-        and keys.is_cpu
-        and values.is_cpu
+        and cache.keys.is_cpu
         and batch.block_tables.is_cpu
     )
 
 
 def paged_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     batch: AttentionBatch,
     *,
     scale: float,
@@ -54,18 +53,17 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention over a paged cache; see `operators.paged_attention`.
 
-    query: `[tokens, heads, d]`; keys: `[slots, kv_heads, d]`; values: `[slots, kv_heads, v]`; float32 or bfloat16 each.
-    sinks: `[heads]`. Returns `[tokens, heads, v]` in query's type.
+    query: `[tokens, heads, d]`, float32 or bfloat16. sinks: `[heads]`. Returns `[tokens, heads, v]` in query's type.
 
     Raises:
         ValueError: shapes, types or block tables that do not fit together.
     """
-    out = torch.empty((*query.shape[:2], values.shape[-1]), dtype=query.dtype)
+    out = torch.empty((*query.shape[:2], cache.values.shape[-1]), dtype=query.dtype)
     table(extension.isa()).attend(
         plan_of(batch),
         _dense_rows(query),
-        _dense_rows(keys),
-        _dense_rows(values),
+        (_dense_rows(cache.keys), cache.key_scales),
+        (_dense_rows(cache.values), cache.value_scales),
         out,
         scale,
         window,
@@ -78,12 +76,12 @@ def paged_attention(
 def supports_cached_attention(query: Tensor, key: Tensor, value: Tensor, how: CachedAttention) -> bool:
     """Whether `cached_attention` takes these tensors; depends on types, devices and the cache's layout only."""
     return (
-        query.dtype is key.dtype is value.dtype is how.keys.dtype is how.values.dtype
-        and supports_paged_attention(query, how.keys, how.values, how.batch)
+        query.dtype is key.dtype is value.dtype
+        and supports_paged_attention(query, how.cache, how.batch)
         and key.is_cpu
         and value.is_cpu
-        and how.keys.is_contiguous()
-        and how.values.is_contiguous()
+        and how.cache.keys.is_contiguous()
+        and how.cache.values.is_contiguous()
     )
 
 
@@ -94,13 +92,15 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, how: CachedAtten
         ValueError: shapes or types that do not fit together.
         IndexError: a slot that the cache does not have; nothing is written.
     """
-    heads = query.shape[-1] // max(1, how.keys.shape[-1])
-    out = torch.empty((query.shape[0], heads * how.values.shape[-1]), dtype=query.dtype)
+    cache = how.cache
+    heads = query.shape[-1] // max(1, cache.keys.shape[-1])
+    out = torch.empty((query.shape[0], heads * cache.values.shape[-1]), dtype=query.dtype)
     table(extension.isa()).attend_cached(
         extension.kernels(),
         plan_of(how.batch),
         (_dense_rows(query), _dense_rows(key), _dense_rows(value)),
-        (how.keys, how.values),
+        (cache.keys, cache.key_scales),
+        (cache.values, cache.value_scales),
         how.slot_ids.contiguous(),
         _pair(how.norms),
         how.norm_eps,
@@ -118,25 +118,26 @@ def _pair(tensors: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor 
     return (None, None) if tensors is None else (tensors[0].contiguous(), tensors[1].contiguous())
 
 
-def supports_write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> bool:
+def supports_write_kv(cache: LayerCache, key: Tensor, value: Tensor, slot_ids: Tensor) -> bool:
     """Whether `write_kv` takes these tensors; depends on types, devices and the cache's layout only."""
     return (
         extension.is_available()
-        and key.dtype is keys.dtype
-        and value.dtype is values.dtype
+        and key.dtype in extension.NAMES
+        and value.dtype in extension.NAMES
+        and cache.keys.dtype in extension.CACHE_TYPES
+        and cache.values.dtype in extension.CACHE_TYPES
         and slot_ids.dtype is torch.int64
-        and keys.is_cpu
-        and values.is_cpu
+        and cache.keys.is_cpu
         and key.is_cpu
         and value.is_cpu
         and slot_ids.is_cpu
-        and keys.is_contiguous()
-        and values.is_contiguous()
+        and cache.keys.is_contiguous()
+        and cache.values.is_contiguous()
     )
 
 
-def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
-    """`keys[slot_ids[t]] = key[t]`, likewise values; of the same type each, the caches contiguous.
+def write_kv(cache: LayerCache, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
+    """`cache[slot_ids[t]] = new[t]` in the cache's type, whose tensors are contiguous; see `operators.write_kv`.
 
     Raises:
         ValueError: shapes or types that do not fit together.
@@ -144,7 +145,14 @@ def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids:
     """
     from amalgam import _native
 
-    _native.write_kv(keys, values, key.contiguous(), value.contiguous(), slot_ids.contiguous(), torch.get_num_threads())
+    _native.write_kv(
+        (cache.keys, cache.key_scales),
+        (cache.values, cache.value_scales),
+        key.contiguous(),
+        value.contiguous(),
+        slot_ids.contiguous(),
+        torch.get_num_threads(),
+    )
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from amalgam import _native
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16)
+# Of a KV cache.
+CACHE_TYPES = (*FLOAT_TYPES, torch.float16, torch.int8, torch.float8_e4m3fn)
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _REMEDY = (
     "Install a C++17 compiler (g++ or clang++) and Python's headers, then run `pip install -e .` in the project's "

@@ -27,7 +27,7 @@ from amalgam.kernels.program import (
     Route,
     SwiGlu,
 )
-from amalgam.kernels.step import AttentionBatch, CachedAttention
+from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
 
 
 class CpuOperators(Operators):
@@ -96,26 +96,25 @@ class CpuOperators(Operators):
         return Operators.swiglu(gate, up)
 
     @staticmethod
-    def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
-        if attention.supports_write_kv(keys, values, key, value, slot_ids):
-            attention.write_kv(keys, values, key, value, slot_ids)
+    def write_kv(cache: LayerCache, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
+        if attention.supports_write_kv(cache, key, value, slot_ids):
+            attention.write_kv(cache, key, value, slot_ids)
         else:
-            Operators.write_kv(keys, values, key, value, slot_ids)
+            Operators.write_kv(cache, key, value, slot_ids)
 
     @staticmethod
     def paged_attention(
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        cache: LayerCache,
         batch: AttentionBatch,
         *,
         scale: float,
         window: int | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        if attention.supports_paged_attention(query, keys, values, batch):
-            return attention.paged_attention(query, keys, values, batch, scale=scale, window=window, sinks=sinks)
-        return Operators.paged_attention(query, keys, values, batch, scale=scale, window=window, sinks=sinks)
+        if attention.supports_paged_attention(query, cache, batch):
+            return attention.paged_attention(query, cache, batch, scale=scale, window=window, sinks=sinks)
+        return Operators.paged_attention(query, cache, batch, scale=scale, window=window, sinks=sinks)
 
     @classmethod
     def cached_attention(cls, query: Tensor, key: Tensor, value: Tensor, how: CachedAttention) -> Tensor:

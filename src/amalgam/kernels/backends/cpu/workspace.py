@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.base import Tables
-from amalgam.kernels.step import Cache
+from amalgam.kernels.step import Cache, LayerCache
 
 if TYPE_CHECKING:
     from amalgam import _native
@@ -26,8 +26,7 @@ _ALIGNMENT = 64  # bytes, of every buffer
 class Memory:
     """A KV cache and rotary tables as the extension sees them."""
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    layers: tuple[LayerCache, ...]
     block_size: int
     tables: Tables
     native: _native.StepMemory
@@ -37,7 +36,7 @@ class Workspace:
     """Grows to what the largest step needs. It is kept for the first step of a new version, which then finds it.
 
     Attributes:
-        dtype: of activations and of the KV cache.
+        dtype: of activations.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -59,8 +58,7 @@ class Workspace:
         known = self._memory
         if (
             known is None
-            or known.keys is not kv.keys
-            or known.values is not kv.values
+            or known.layers is not kv.layers
             or known.block_size != kv.block_size
             or known.tables is not tables
         ):
@@ -71,12 +69,12 @@ class Workspace:
         from amalgam import _native
 
         memory = _native.StepMemory(
-            list(zip(kv.keys, kv.values, strict=True)),
+            [((keys, key_scales), (values, value_scales)) for keys, values, key_scales, value_scales in kv.layers],
             kv.block_size,
             list(tables),
             min((len(cos) for cos, _ in tables), default=sys.maxsize),
         )
-        return Memory(kv.keys, kv.values, kv.block_size, tables, memory)
+        return Memory(kv.layers, kv.block_size, tables, memory)
 
     def logits(self, shape: tuple[int, int]) -> Tensor:
         """float32, good until the next step."""

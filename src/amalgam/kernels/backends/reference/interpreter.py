@@ -204,8 +204,7 @@ def _project(one: Project, frame: Frame) -> None:
 def _attend(one: Attend, frame: Frame) -> None:
     step = frame.step
     how = CachedAttention(
-        keys=step.kv.keys[one.layer_id],
-        values=step.kv.values[one.layer_id],
+        cache=step.kv.layers[one.layer_id],
         slot_ids=step.slot_ids,
         batch=step.attention,
         scale=one.scale,
@@ -233,10 +232,10 @@ def _attend_latent(one: AttendLatent, frame: Frame) -> None:
     rotated = rotate(query[..., one.nope_dim :])
     query = torch.cat((frame.operators.per_head(query[..., : one.nope_dim], to_keys), rotated), dim=-1)
     key = torch.cat((latent.unsqueeze(1), rotate(compressed[:, None, one.latent_dim :])), dim=-1)
-    keys, values = step.kv.keys[one.layer_id], step.kv.values[one.layer_id]
-    frame.operators.write_kv(keys, values, key, key[..., :0], step.slot_ids)
-    latents = keys[..., : one.latent_dim]
-    attended = frame.operators.paged_attention(query, keys, latents, step.attention, scale=one.scale)
+    cache = step.kv.layers[one.layer_id]
+    frame.operators.write_kv(cache, key, key[..., :0], step.slot_ids)
+    latents = cache._replace(values=cache.keys[..., : one.latent_dim], value_scales=cache.key_scales)
+    attended = frame.operators.paged_attention(query, latents, step.attention, scale=one.scale)
     frame.put(one.out, frame.operators.per_head(attended, to_values.transpose(1, 2)).flatten(1))
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from amalgam.kernels.layouts import DENSE
 from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
-from amalgam.kernels.step import AttentionBatch, CachedAttention
+from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
 
 # 8 rows: on a CPU a matrix product still runs near the memory's speed; a GPU needs more to be busy.
 _TILE_ROWS = {"cpu": 8, "cuda": 64}
@@ -176,16 +176,51 @@ def moe(
     return total.to(x.dtype)
 
 
-def write_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
-    """Store this step's keys and values: `cache[slot_ids[t]] = new[t]`."""
-    keys.index_copy_(0, slot_ids, key)
-    values.index_copy_(0, slot_ids, value)
+def write_kv(cache: LayerCache, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
+    """Store this step's keys and values in the cache's type: `cache[slot_ids[t]] = new[t]`."""
+    _write(cache.keys, cache.key_scales, key, slot_ids)
+    _write(cache.values, cache.value_scales, value, slot_ids)
+
+
+def _write(cache: Tensor, scales: Tensor | None, rows: Tensor, slot_ids: Tensor) -> None:
+    if not rows.numel():
+        return
+    if scales is None:
+        cache.index_copy_(0, slot_ids, rows.to(cache.dtype))
+        return
+    codes, found = to_codes(rows, cache.dtype)
+    cache.view(torch.uint8).index_copy_(0, slot_ids, codes.view(torch.uint8))
+    scales.index_copy_(0, slot_ids, found)
+
+
+def to_codes(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The nearest codes of int8 or float8_e4m3fn for rows `[..., n]`, and the float32 scale `[...]` of each row.
+
+    The scale is the largest magnitude divided by the largest code: 0 if there is none, NaN where a value is not finite.
+    """
+    wide = rows.float()
+    largest = 127.0 if dtype is torch.int8 else 448.0
+    scales = wide.abs().amax(-1) / largest
+    is_finite = scales.isfinite()
+    # A scale that is no normal number may be so inexact that a code would not fit.
+    codes = (wide / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)).clamp(-largest, largest)
+    codes = torch.where(is_finite.unsqueeze(-1), codes, 0.0)
+    if dtype is torch.int8:
+        codes = codes.round()
+    return codes.to(dtype), torch.where(is_finite, scales, torch.nan)
+
+
+def _read(cache: Tensor, scales: Tensor | None, slots: Tensor) -> Tensor:
+    """The values of some slots in float32."""
+    if scales is None:
+        return cache[slots].float()
+    codes = cache.view(torch.uint8)[slots].view(cache.dtype).float()
+    return codes * scales[slots].unsqueeze(-1)
 
 
 def paged_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     batch: AttentionBatch,
     *,
     scale: float,
@@ -194,12 +229,12 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention over a paged cache with an online softmax (Milakov & Gimelshein 2018; Kwon et al. 2023).
 
-    query: `[tokens, heads, d]`; keys: `[slots, kv_heads, d]`; values: `[slots, kv_heads, v]`. A token at position p
-    sees the keys at `max(0, p - window + 1) .. p`. `sinks`: one logit per head that takes part in the softmax without
-    a value. Returns `[tokens, heads, v]` in query's type; float32 inside.
+    query: `[tokens, heads, d]`. A token at position p sees the keys at `max(0, p - window + 1) .. p`. `sinks`: one
+    logit per head that takes part in the softmax without a value. Returns `[tokens, heads, v]` in query's type; float32
+    inside.
     """
     device = query.device
-    heads, kv_heads, value_dim = query.shape[1], keys.shape[1], values.shape[2]
+    heads, kv_heads, value_dim = query.shape[1], cache.keys.shape[1], cache.values.shape[2]
     shared = heads // kv_heads
 
     # One tile per (sequence, position // tile); a token's row in its tile is position % tile.
@@ -248,9 +283,10 @@ def paged_attention(
         offset = (key_position % batch.block_size).to(device)
         sequences, exists, active = sequence_of_tile[active].to(device), exists.to(device), active.to(device)
         slots = batch.block_tables[sequences][:, block_index] * batch.block_size + offset
-        key = keys[slots].permute(0, 2, 3, 1).float()  # [active, kv_heads, d, key tile]
+        key = _read(cache.keys, cache.key_scales, slots).permute(0, 2, 3, 1)  # [active, kv_heads, d, key tile]
         # What lies beyond the sequence is another's: a zero weight would still spread its NaN.
-        value = values[slots].float().masked_fill(~exists[:, :, None, None], 0.0).permute(0, 2, 1, 3)
+        value = _read(cache.values, cache.value_scales, slots)
+        value = value.masked_fill(~exists[:, :, None, None], 0.0).permute(0, 2, 1, 3)
 
         distance = row_position[active][:, :, None] - key_position.to(device)
         visible = (distance >= 0) & exists[:, None, :]
@@ -311,15 +347,13 @@ class Operators:
         query, key, value: projections, `[tokens, heads × d]`, `[tokens, kv_heads × d]` and `[tokens, kv_heads × v]`.
         Returns `[tokens, heads × v]` in query's type.
         """
-        tokens, dim, keys, values = query.shape[0], how.keys.shape[2], how.keys, how.values
+        tokens, cache, dim = query.shape[0], how.cache, how.cache.keys.shape[2]
         queries, new_keys = query.view(tokens, -1, dim), key.view(tokens, -1, dim)
         if how.norms is not None:
             queries = cls.rms_norm(queries, how.norms[0], how.norm_eps)
             new_keys = cls.rms_norm(new_keys, how.norms[1], how.norm_eps)
         if how.rotary is not None:
             queries, new_keys = cls.rotate(queries, *how.rotary), cls.rotate(new_keys, *how.rotary)
-        cls.write_kv(keys, values, new_keys, value.view(tokens, *values.shape[1:]), how.slot_ids)
-        attended = cls.paged_attention(
-            queries, keys, values, how.batch, scale=how.scale, window=how.window, sinks=how.sinks
-        )
+        cls.write_kv(cache, new_keys, value.view(tokens, *cache.values.shape[1:]), how.slot_ids)
+        attended = cls.paged_attention(queries, cache, how.batch, scale=how.scale, window=how.window, sinks=how.sinks)
         return attended.flatten(1)

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "isa/float_types.h"
 #include "runtime/pool.h"
 
 namespace amalgam {
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int64_t kRowsPerItem = 64;  // enough to make packing a tile cheap next to using it
 constexpr int64_t kItemsPerThread = 4;
-constexpr int64_t kBytesPerWrite = int64_t{1} << 18;
+constexpr int64_t kElementsPerWrite = int64_t{1} << 17;
 
 // 64-byte aligned memory that grows and is kept by its thread for the next call.
 class Buffer {
@@ -149,7 +150,55 @@ void add_ranges(Work& work) {
                      [&](const AttentionItem& a, const AttentionItem& b) { return cost(a) > cost(b); });
 }
 
+template <class T>
+void store_floats(const float* row, int64_t dim, void* out) {
+    for (int64_t i = 0; i < dim; ++i) narrow(row[i], static_cast<T*>(out) + i);
+}
+
+template <class Code>
+float store_codes(const float* row, int64_t dim, void* out) {
+    auto* codes = static_cast<Code*>(out);
+    uint32_t highest = 0;  // of the magnitudes' bits: a NaN is above infinity
+    for (int64_t i = 0; i < dim; ++i) highest = std::max(highest, as_bits(row[i]) & 0x7fffffff);
+    if (highest >= 0x7f800000) {
+        std::memset(out, 0, static_cast<size_t>(dim));
+        return std::numeric_limits<float>::quiet_NaN();
+    }
+    constexpr float kLargest = largest_code(Code{});
+    const float scale = as_float(highest) / kLargest, divisor = scale > 0.0f ? scale : 1.0f;
+    for (int64_t i = 0; i < dim; ++i) {
+        // A scale that is no normal number may be so inexact that a code would not fit.
+        narrow(std::min(std::max(row[i] / divisor, -kLargest), kLargest), codes + i);
+    }
+    return scale;
+}
+
 }  // namespace
+
+void store_row(const void* row, DType dtype, const CacheView& cache, int64_t heads, int64_t slot, int64_t head) {
+    static thread_local std::vector<float> wide;
+    void* out = advance(cache.data, cache.dtype, slot * cache.slot_stride + head * cache.head_stride);
+    if (dtype == cache.dtype) {
+        std::memcpy(out, row, static_cast<size_t>(cache.dim * dtype_bytes(dtype)));
+        return;
+    }
+    if (wide.size() < static_cast<size_t>(cache.dim)) wide.resize(static_cast<size_t>(cache.dim));
+    widen_all(row, dtype, cache.dim, wide.data());
+    switch (cache.dtype) {
+        case DType::kFloat32:
+            return store_floats<float>(wide.data(), cache.dim, out);
+        case DType::kBfloat16:
+            return store_floats<Bfloat16>(wide.data(), cache.dim, out);
+        case DType::kFloat16:
+            return store_floats<Float16>(wide.data(), cache.dim, out);
+        case DType::kInt8:
+        case DType::kFp8:
+            if (cache.dim == 0) return;
+            cache.scales[slot * heads + head] = cache.dtype == DType::kInt8
+                                                    ? store_codes<Int8Code>(wide.data(), cache.dim, out)
+                                                    : store_codes<Fp8Code>(wide.data(), cache.dim, out);
+    }
+}
 
 AttentionPlan::AttentionPlan(const int64_t* query_starts, const int64_t* context_lengths, int64_t num_sequences,
                              const int64_t* block_tables, int64_t table_stride, int64_t num_blocks, int64_t block_size)
@@ -215,14 +264,24 @@ void check_slots(const int64_t* slot_ids, int64_t num_tokens, int64_t num_slots)
 void write_kv(const WriteArgs& keys, const WriteArgs& values, const int64_t* slot_ids, int64_t num_tokens,
               int64_t num_slots, int num_threads) {
     check_slots(slot_ids, num_tokens, num_slots);
-    const int64_t row_bytes = std::max<int64_t>(1, keys.row_bytes + values.row_bytes);
-    parallel_ranges(num_tokens, std::max<int64_t>(1, kBytesPerWrite / row_bytes), num_threads,
+    const auto row_elements = [](const WriteArgs& args) { return args.heads * args.cache.dim; };
+    const int64_t elements = std::max<int64_t>(1, row_elements(keys) + row_elements(values));
+    parallel_ranges(num_tokens, std::max<int64_t>(1, kElementsPerWrite / elements), num_threads,
                     [&](int64_t first, int64_t end) {
                         for (const WriteArgs* args : {&keys, &values}) {
+                            const int64_t row_bytes = row_elements(*args) * dtype_bytes(args->dtype);
                             for (int64_t token = first; token < end; ++token) {
-                                std::memcpy(static_cast<char*>(args->cache) + slot_ids[token] * args->slot_stride,
-                                            static_cast<const char*>(args->rows) + token * args->row_stride,
-                                            static_cast<size_t>(args->row_bytes));
+                                if (args->dtype == args->cache.dtype) {
+                                    std::memcpy(static_cast<char*>(args->cache.data) + slot_ids[token] * row_bytes,
+                                                static_cast<const char*>(args->rows) + token * row_bytes,
+                                                static_cast<size_t>(row_bytes));
+                                    continue;
+                                }
+                                for (int64_t head = 0; head < args->heads; ++head) {
+                                    const int64_t at = (token * args->heads + head) * args->cache.dim;
+                                    store_row(advance(args->rows, args->dtype, at), args->dtype, args->cache,
+                                              args->heads, slot_ids[token], head);
+                                }
                             }
                         }
                     });

@@ -47,13 +47,15 @@ class AttentionPlan {
     int64_t num_slots_ = 0;
 };
 
-// [slots, kv_heads, dim], dense in the last dimension; strides in elements.
+// [slots, kv_heads, dim], dense in the last dimension; strides in elements. Codes have a scale for each slot and head:
+// a value is its code times that.
 struct CacheView {
-    const void* data;
+    void* data;
     DType dtype;
     int64_t slot_stride;
     int64_t head_stride;
     int64_t dim;
+    float* scales;  // [slots, kv_heads], dense; null where the cache has no codes
 };
 
 struct AttentionArgs {
@@ -111,13 +113,16 @@ inline int64_t partial_floats(const AttentionArgs& args, const AttentionItem& it
 void paged_attention(const AttentionKernels& kernels, const AttentionPlan& plan, const AttentionArgs& args,
                      int num_threads);
 
-// cache[slot_ids[t]] = rows[t] for keys and for values; a row is contiguous in both.
+// cache[slot, head] = row, [dim] in `dtype`. As codes (E4M3 or int8): the scale is the largest magnitude divided by the
+// largest code, 0 if there is none, and NaN where a value is not finite; the codes are the nearest ones.
+void store_row(const void* row, DType dtype, const CacheView& cache, int64_t heads, int64_t slot, int64_t head);
+
+// cache[slot_ids[t]] = rows[t] for keys and for values; everything is dense.
 struct WriteArgs {
-    const void* rows;
-    int64_t row_stride;  // bytes
-    void* cache;
-    int64_t slot_stride;  // bytes
-    int64_t row_bytes;
+    const void* rows;  // [tokens, heads, dim]
+    DType dtype;
+    CacheView cache;
+    int64_t heads;
 };
 
 // Throws std::out_of_range at a slot that is not in [0, num_slots).

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "isa/float_types.h"
 #include "runtime/pool.h"
 
 namespace amalgam {
@@ -23,7 +24,7 @@ void place_heads(const Kernels& kernels, const CachedAttentionArgs& args, int64_
                  const void* norm, void* out) {
     static thread_local Bytes buffer;
     const int64_t dim = args.attention.keys.dim, size = heads * dim;
-    const int64_t bytes = size * (args.dtype == DType::kFloat32 ? 4 : 2);
+    const int64_t bytes = size * dtype_bytes(args.dtype);
     if (norm != nullptr) {
         void* normed = args.cos != nullptr ? room(buffer, bytes) : out;
         kernels.rms_norm({x, nullptr, nullptr, norm, normed, dim, args.eps, args.dtype, args.norm_dtype}, 0, heads);
@@ -38,17 +39,28 @@ void place_heads(const Kernels& kernels, const CachedAttentionArgs& args, int64_
     }
 }
 
+// A token's key of one head, normed and rotated, into the cache.
+void place_key(const Kernels& kernels, const CachedAttentionArgs& args, int64_t token, int64_t slot, int64_t head) {
+    static thread_local Bytes buffer;
+    const CacheView& keys = args.attention.keys;
+    const void* key = advance(args.key, args.dtype, token * args.key_stride + head * keys.dim);
+    const bool is_direct = keys.dtype == args.dtype;
+    void* to = is_direct ? advance(keys.data, keys.dtype, slot * keys.slot_stride + head * keys.head_stride)
+                         : room(buffer, keys.dim * dtype_bytes(args.dtype));
+    place_heads(kernels, args, token, 1, key, args.key_norm, to);
+    if (!is_direct) store_row(to, args.dtype, keys, args.attention.kv_heads, slot, head);
+}
+
 }  // namespace
 
 void cached_attention(const Kernels& kernels, const AttentionKernels& attention, const AttentionPlan& plan,
                       const CachedAttentionArgs& args, int num_threads) {
     static thread_local Bytes placed;
-    const int64_t tokens = plan.num_tokens(), item_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t tokens = plan.num_tokens(), item_bytes = dtype_bytes(args.dtype);
     check_slots(args.slot_ids, tokens, args.num_slots);
     AttentionArgs attend = args.attention;
     const int64_t heads = attend.heads, kv_heads = attend.kv_heads;
-    const int64_t query_size = heads * attend.keys.dim, key_size = kv_heads * attend.keys.dim;
-    const int64_t value_size = kv_heads * attend.values.dim;
+    const int64_t query_size = heads * attend.keys.dim;
     char* queries = room(placed, tokens * query_size * item_bytes);
     const auto at = [&](const void* data, int64_t elements) {
         return static_cast<char*>(const_cast<void*>(data)) + elements * item_bytes;
@@ -64,11 +76,9 @@ void cached_attention(const Kernels& kernels, const AttentionKernels& attention,
             const int64_t query = head * shared * dim;
             place_heads(kernels, args, token, shared, at(args.query, token * args.query_stride + query),
                         args.query_norm, queries + (token * query_size + query) * item_bytes);
-            place_heads(kernels, args, token, 1, at(args.key, token * args.key_stride + head * dim), args.key_norm,
-                        at(args.keys, slot * key_size + head * dim));
-            std::memcpy(at(args.values, slot * value_size + head * value_dim),
-                        at(args.value, token * args.value_stride + head * value_dim),
-                        static_cast<size_t>(value_dim * item_bytes));
+            place_key(kernels, args, token, slot, head);
+            store_row(at(args.value, token * args.value_stride + head * value_dim), args.dtype, attend.values, kv_heads,
+                      slot, head);
         }
     });
     attend.query = queries;

@@ -7,7 +7,7 @@
 namespace amalgam {
 
 // Norm of every query and key head (see RmsNormArgs), rotary embedding (see RotateArgs), keys and values into the
-// cache, attention over it. All activations and both caches are of one type; rows are dense.
+// cache, attention over it. All activations are of one type; rows are dense.
 struct CachedAttentionArgs {
     const void* query;  // [tokens, heads, dim]
     const void* key;    // [tokens, kv heads, dim]
@@ -22,11 +22,9 @@ struct CachedAttentionArgs {
     const float* sin;
     const int64_t* positions;  // [tokens], rows of cos and sin; null: they are by token
     int64_t half;
-    void* keys;    // [slots, kv heads, dim]
-    void* values;  // [slots, kv heads, value dim]
     const int64_t* slot_ids;
     int64_t num_slots;
-    AttentionArgs attention;  // everything but the query
+    AttentionArgs attention;  // everything but the query; the caches are dense
 };
 
 // Throws std::out_of_range, before anything is written, at a slot that is not in the cache.

@@ -6,12 +6,16 @@
 //
 //     keys    [steps][4 blocks][16 keys]       a step is the operand's 2 or 1 dimensions
 //     values  [steps][blocks][16 dimensions]   a step is the operand's 2 or 1 keys
+//
+// Codes are multiplied as they are: the scale of a key multiplies its score, and that of a value the weight that it is
+// multiplied with.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "attention/microkernel.h"
 
@@ -38,7 +42,8 @@ class Attention {
         value_dim_ = padded_value_dim(args);
         factor_ = args.scale * kLog2E;
         constexpr DType kDType = A::kElements == 2 ? DType::kBfloat16 : DType::kFloat32;
-        reads_directly_ = head_rows_ <= kTileRows && args.keys.dtype == kDType && args.values.dtype == kDType &&
+        const bool is_direct_type = args.keys.dtype == kDType || (A::kElements == 2 && is_code(args.keys.dtype));
+        reads_directly_ = head_rows_ <= kTileRows && args.keys.dtype == args.values.dtype && is_direct_type &&
                           args.keys.dim % (kLanes * A::kElements) == 0 && args.values.dim % (2 * kLanes) == 0;
         float* at = scratch;
         const auto take = [&](int64_t count) {
@@ -52,6 +57,9 @@ class Attention {
         scores_ = take(kTileRows * kTileKeys);
         weights_ = take(kTileRows * kTileKeys);
         zeros_ = take(std::max(args.keys.dim, args.values.dim) + kLanes);
+        if (args.keys.scales != nullptr) key_factors_ = take(kTileKeys);
+        if (args.values.scales != nullptr) value_factors_ = take(kTileKeys);
+        expanded_ = take(std::max({kLanes * query_stride_, value_dim_, int64_t{kLanes} * 4 * kLanes}));
         maximum_ = take(rows_);
         total_ = take(rows_ * kLanes);
         output_ = take(rows_ * value_dim_);
@@ -97,6 +105,8 @@ class Attention {
     }
 
  private:
+    using Element = typename A::Element;
+
     // --- Rows: [kv head, position, shared head] ---
 
     void gather_query() {
@@ -233,23 +243,44 @@ class Attention {
     // --- One tile of keys, one KV head ---
 
     void attend_tile(const Tile& tile, int64_t head, Prefetcher& prefetcher) {
+        if (args_.keys.scales != nullptr) gather_factors(args_.keys, tile, head, factor_, key_factors_);
+        if (args_.values.scales != nullptr) gather_factors(args_.values, tile, head, 1.0f, value_factors_);
         if constexpr (kFusesPacking) {
-            if (reads_directly_) return attend_directly<kTileRows>(tile, head, prefetcher);
+            if (reads_directly_) {
+                return with_element(args_.keys.dtype, [&](auto element) {
+                    using T = decltype(element);
+                    if constexpr (kIsDirect<T>) attend_directly<T, kTileRows>(tile, head, prefetcher);
+                });
+            }
         }
-        if (args_.keys.dtype == DType::kFloat32) {
-            pack_keys<float>(tile, head, prefetcher);
-        } else {
-            pack_keys<Bfloat16>(tile, head, prefetcher);
-        }
-        if (args_.values.dtype == DType::kFloat32) {
-            pack_values<float>(tile, head, prefetcher);
-        } else {
-            pack_values<Bfloat16>(tile, head, prefetcher);
-        }
+        with_element(args_.keys.dtype, [&](auto element) { pack_keys<decltype(element)>(tile, head, prefetcher); });
+        with_element(args_.values.dtype, [&](auto element) { pack_values<decltype(element)>(tile, head, prefetcher); });
         const int64_t first = head * head_rows_, end = first + head_rows_;
         int64_t row = first;
         for (; row + kTileRows <= end; row += kTileRows) attend_rows<kTileRows>(tile, row, row - first, prefetcher);
         if (row < end) attend_rest<kTileRows - 1>(tile, row, row - first, end - row, prefetcher);
+    }
+
+    // function(T{}) for the type of a cache's elements.
+    template <class Function>
+    static void with_element(DType dtype, Function&& function) {
+        if constexpr (A::kElements == 1) {  // pairs are made of nothing wider than they are
+            if (dtype == DType::kFloat32) return function(float{});
+            if (dtype == DType::kFloat16) return function(Float16{});
+        }
+        if (dtype == DType::kInt8) return function(Int8Code{});
+        if (dtype == DType::kFp8) return function(Fp8Code{});
+        function(Bfloat16{});
+    }
+
+    // What the codes of a tile's keys or values are to be multiplied with.
+    void gather_factors(const CacheView& cache, const Tile& tile, int64_t head, float factor, float* factors) const {
+        if (A::kElements == 2 && cache.dtype == DType::kFp8) factor *= 256.0f;  // see expand_codes
+        const float* scales = cache.scales + item_.first_kv_head + head;
+        for (int key = 0; key < kTileKeys; ++key) {
+            const int64_t slot = tile.slots[key];
+            factors[key] = slot < 0 ? 0.0f : scales[slot * args_.kv_heads] * factor;
+        }
     }
 
     template <int M>
@@ -289,7 +320,8 @@ class Attention {
             old_maximum[m] = maximum_[row + m];
             Floats highest = broadcast(old_maximum[m]);
             for (int64_t key = 0; key < blocks * kLanes; key += kLanes) {
-                Floats score = mul(load_floats(scores + key), factor);
+                const Floats scale = key_factors_ != nullptr ? load_floats(key_factors_ + key) : factor;
+                Floats score = mul(load_floats(scores + key), scale);
                 if (!is_whole) {
                     score = keep_range(score, static_cast<int>(std::clamp<int64_t>(first - key, 0, kLanes)),
                                        static_cast<int>(std::clamp<int64_t>(last + 1 - key, 0, kLanes)));
@@ -309,10 +341,13 @@ class Attention {
             Floats total = mul(load_floats(totals), broadcast(factors[m]));
             for (int64_t key = 0; key < blocks * kLanes; key += kLanes) {
                 Floats weight = exp2_lanes(subtract(load_floats(scores + key), offset));
+                const bool is_scaled = value_factors_ != nullptr;
+                const Floats stored = is_scaled ? mul(weight, load_floats(value_factors_ + key)) : weight;
                 if constexpr (A::kElements == 2) {
-                    weight = store_bfloat16(weights + key / 2, weight);
+                    const Floats rounded = store_bfloat16(weights + key / 2, stored);
+                    if (!is_scaled) weight = rounded;
                 } else {
-                    store_floats(weights + key, weight);
+                    store_floats(weights + key, stored);
                 }
                 total = add(total, weight);
             }
@@ -323,43 +358,52 @@ class Attention {
 
     // --- Few rows: the same products straight from the cache, without storing packed tiles ---
 
-    template <int M>
+    template <class T>
+    static constexpr bool kIsDirect = std::is_same_v<T, Element> || (A::kElements == 2 && sizeof(T) == 1);
+
+    template <class T, int M>
     void attend_directly(const Tile& tile, int64_t head, Prefetcher& prefetcher) {
         if constexpr (M > 1) {
-            if (head_rows_ < M) return attend_directly<M - 1>(tile, head, prefetcher);
+            if (head_rows_ < M) return attend_directly<T, M - 1>(tile, head, prefetcher);
         }
-        using Element = typename A::Element;
         const int64_t row = head * head_rows_;
         const int64_t last_position = item_.first_position + (M - 1) / shared_;
         if (last_position < tile.first_key) return;
         const int64_t blocks = std::min(tile.num_blocks, (last_position - tile.first_key + kLanes) / kLanes);
         for (int64_t block = 0; block < blocks; ++block) {
-            with_rows<Element>(args_.keys, tile, block, head,
-                               [&](auto key) { score_keys<M>(key, row, scores_ + block * kLanes, prefetcher); });
+            with_rows<T>(args_.keys, tile, block, head, 0, args_.keys.dim,
+                         [&](auto key) { score_keys<M>(key, row, scores_ + block * kLanes, prefetcher); });
         }
         alignas(64) float factors[kLanes];
         softmax<M>(tile, row, 0, blocks, factors, prefetcher);
         constexpr int kBlocks = M <= 4 ? 4 : 2;
         int64_t dim = 0;
         for (; dim + kBlocks * kLanes <= args_.values.dim; dim += kBlocks * kLanes) {
-            add_values<M, kBlocks>(tile, blocks, head, dim, factors, prefetcher);
+            add_values<T, M, kBlocks>(tile, blocks, head, dim, factors, prefetcher);
         }
         for (; dim < args_.values.dim; dim += 2 * kLanes)
-            add_values<M, 2>(tile, blocks, head, dim, factors, prefetcher);
+            add_values<T, M, 2>(tile, blocks, head, dim, factors, prefetcher);
     }
 
-    // Calls function(at), where at(i) is the address of the block's i-th row in the cache.
+    // Calls function(at), where at(i) is where dimensions [first, first + count) of the block's i-th row begin: in the
+    // cache, or expanded.
     template <class T, class Function>
-    AMALGAM_INLINE void with_rows(const CacheView& cache, const Tile& tile, int64_t block, int64_t head,
-                                  Function&& function) const {
+    AMALGAM_INLINE void with_rows(const CacheView& cache, const Tile& tile, int64_t block, int64_t head, int64_t first,
+                                  int64_t count, Function&& function) const {
         const int64_t* slots = tile.slots + block * kLanes;
-        if (tile.is_run[block]) {
-            const T* first = at_slot<T>(cache, slots[0], head);
+        if constexpr (!std::is_same_v<T, Element>) {
+            auto* rows = reinterpret_cast<Element*>(expanded_);
+            for (int i = 0; i < kLanes; ++i) {
+                expand_codes(at_slot<T>(cache, slots[i], head) + first, count, rows + i * count);
+            }
+            function([=](int i) { return rows + i * count; });
+        } else if (tile.is_run[block]) {
+            const T* row = at_slot<T>(cache, slots[0], head) + first;
             const int64_t stride = cache.slot_stride;
-            function([=](int i) { return first + i * stride; });
+            function([=](int i) { return row + i * stride; });
         } else {
             const T* rows[kLanes];
-            for (int i = 0; i < kLanes; ++i) rows[i] = at_slot<T>(cache, slots[i], head);
+            for (int i = 0; i < kLanes; ++i) rows[i] = at_slot<T>(cache, slots[i], head) + first;
             function([&](int i) { return rows[i]; });
         }
     }
@@ -389,20 +433,20 @@ class Attention {
 
     // The values of one step, key and perhaps the next one.
     template <int N, class Value>
-    AMALGAM_INLINE static void load_values(Value value, int key, int64_t dim, typename A::Line* line) {
+    AMALGAM_INLINE static void load_values(Value value, int key, typename A::Line* line) {
         if constexpr (A::kElements == 2) {
 #pragma GCC unroll 2
             for (int n = 0; n < N; n += 2) {
-                interleave_two(&value(key)[dim + n * kLanes].bits, &value(key + 1)[dim + n * kLanes].bits, line + n);
+                interleave_two(&value(key)[n * kLanes].bits, &value(key + 1)[n * kLanes].bits, line + n);
             }
         } else {
 #pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) line[n] = load_floats(value(key) + dim + n * kLanes);
+            for (int n = 0; n < N; ++n) line[n] = load_floats(value(key) + n * kLanes);
         }
     }
 
     // output [M rows, N * 16 dimensions] = output * factors + weights × values.
-    template <int M, int N>
+    template <class T, int M, int N>
     void add_values(const Tile& tile, int64_t blocks, int64_t head, int64_t dim, const float* factors,
                     Prefetcher& prefetcher) {
         float* output = output_ + head * head_rows_ * value_dim_ + dim;
@@ -415,10 +459,10 @@ class Attention {
         }
         const float* weights = weights_;
         for (int64_t block = 0; block < blocks; ++block) {
-            with_rows<typename A::Element>(args_.values, tile, block, head, [&](auto value) AMALGAM_INLINE_LAMBDA {
+            with_rows<T>(args_.values, tile, block, head, dim, N * kLanes, [&](auto value) AMALGAM_INLINE_LAMBDA {
                 for (int key = 0; key < kLanes; key += A::kElements, ++weights) {
                     typename A::Line line[N];
-                    load_values<N>(value, key, dim, line);
+                    load_values<N>(value, key, line);
 #pragma GCC unroll 8
                     for (int m = 0; m < M; ++m) {
                         const typename A::Word word = A::word(weights + m * (kTileKeys / A::kElements));
@@ -447,9 +491,7 @@ class Attention {
 
     template <class T>
     void pack_keys(const Tile& tile, int64_t head, Prefetcher& prefetcher) {
-        using Element = typename A::Element;
         constexpr int64_t kDims = kLanes * A::kElements;  // of one transposition
-        constexpr bool kIsDirect = sizeof(T) == sizeof(Element);
         alignas(64) Element copied[kLanes][kDims];
         const float* from[kLanes];
         for (int64_t block = 0; block < tile.num_blocks; ++block) {
@@ -457,7 +499,7 @@ class Attention {
             for (int i = 0; i < kLanes; ++i) key[i] = at_slot<T>(args_.keys, tile.slots[block * kLanes + i], head);
             for (int64_t dim = 0; dim < args_.keys.dim; dim += kDims) {
                 const int64_t count = std::min(kDims, args_.keys.dim - dim);
-                const bool is_direct = kIsDirect && count == kDims;
+                const bool is_direct = std::is_same_v<T, Element> && count == kDims;
                 for (int i = 0; i < kLanes; ++i) {
                     if (!is_direct) copy(key[i] + dim, count, copied[i], kDims);
                     from[i] = reinterpret_cast<const float*>(is_direct ? static_cast<const void*>(key[i] + dim)
@@ -475,7 +517,12 @@ class Attention {
         float* line = values_;
         for (int64_t key = 0; key < tile.num_blocks * kLanes; key += A::kElements) {
             const T* first = at_slot<T>(args_.values, tile.slots[key], head);
-            if constexpr (A::kElements == 2) {
+            if constexpr (A::kElements == 2 && !std::is_same_v<T, Bfloat16>) {
+                auto* rows = reinterpret_cast<Bfloat16*>(expanded_);
+                copy(first, dims, rows, value_dim_);
+                copy(at_slot<T>(args_.values, tile.slots[key + 1], head), dims, rows + value_dim_, value_dim_);
+                interleave(rows, rows + value_dim_, value_dim_, line);
+            } else if constexpr (A::kElements == 2) {
                 const T* second = at_slot<T>(args_.values, tile.slots[key + 1], head);
                 interleave(first, second, whole, line);
                 if (whole < dims) {
@@ -494,15 +541,24 @@ class Attention {
 
     template <class T, class Element>
     static void copy(const T* from, int64_t count, Element* to, int64_t padded) {
-        if constexpr (sizeof(T) == sizeof(Element)) {
+        if constexpr (std::is_same_v<T, Element>) {
             std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
-        } else if constexpr (sizeof(T) < sizeof(Element)) {
+        } else if constexpr (std::is_same_v<Element, float>) {
             for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-        }  // float32 is never packed as bfloat16
+        } else {
+            const int64_t whole = count / kLanes * kLanes;
+            expand_codes(from, whole, to);
+            if (whole < count) {
+                T rest[kLanes] = {};
+                Bfloat16 expanded[kLanes];
+                std::copy_n(from + whole, count - whole, rest);
+                expand_codes(rest, kLanes, expanded);
+                std::copy_n(expanded, count - whole, to + whole);
+            }
+        }
         std::memset(static_cast<void*>(to + count), 0, static_cast<size_t>(padded - count) * sizeof(Element));
     }
 
-    static void interleave(const float*, const float*, int64_t, float*) {}  // float32 is never packed as bfloat16
     static void interleave(const Bfloat16* a, const Bfloat16* b, int64_t count, float* line) {
         interleave_pairs(&a->bits, &b->bits, count, line);
     }
@@ -512,14 +568,15 @@ class Attention {
     int64_t shared_, head_rows_, rows_, key_steps_, query_stride_, value_dim_, scratch_floats_;
     float factor_;  // scores in powers of 2
     bool reads_directly_;
-    float *query_, *keys_, *values_, *scores_, *weights_, *zeros_;
+    float *query_, *keys_, *values_, *scores_, *weights_, *zeros_, *expanded_;
+    float *key_factors_ = nullptr, *value_factors_ = nullptr;  // of a tile's codes
     float *maximum_, *total_, *output_;
     float *merged_maximum_, *merged_total_, *merged_output_;
 };
 
 inline bool works_in_pairs(const AttentionArgs& args) {
-    return args.query_dtype == DType::kBfloat16 && args.keys.dtype == DType::kBfloat16 &&
-           args.values.dtype == DType::kBfloat16;
+    const auto is_narrow = [](DType dtype) { return dtype == DType::kBfloat16 || is_code(dtype); };
+    return args.query_dtype == DType::kBfloat16 && is_narrow(args.keys.dtype) && is_narrow(args.values.dtype);
 }
 
 int64_t attention_scratch(const AttentionArgs& args, const AttentionItem& item) {

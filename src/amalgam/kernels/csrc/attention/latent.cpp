@@ -25,11 +25,15 @@ class Placing {
     void operator()(int64_t token) const {
         const int64_t num_heads = static_cast<int64_t>(heads_.to_keys.size());
         const char* compressed = static_cast<const char*>(args_.compressed) + token * cached_;
-        char* row = static_cast<char*>(args_.keys) + args_.slot_ids[token] * cached_;
+        static thread_local std::vector<char> placing;
+        const bool is_direct = args_.keys.dtype == args_.dtype;
+        if (!is_direct) placing.resize(static_cast<size_t>(cached_));
+        char* row = is_direct ? static_cast<char*>(args_.keys.data) + args_.slot_ids[token] * cached_ : placing.data();
         kernels_.rms_norm({compressed, nullptr, nullptr, heads_.norm.data, row, heads_.latent, heads_.eps, args_.dtype,
                            heads_.norm.dtype},
                           0, 1);
         rotate(token, compressed + heads_.latent * item_, row + heads_.latent * item_);
+        if (!is_direct) store_row(row, args_.dtype, args_.keys, 1, args_.slot_ids[token], 0);
         const int64_t head_bytes = (heads_.nope + heads_.rope) * item_;
         const char* query = static_cast<const char*>(args_.query) + token * num_heads * head_bytes;
         char* placed = queries_ + token * num_heads * cached_;
@@ -58,7 +62,7 @@ class Placing {
     const LatentAttentionArgs& args_;
     const LatentHeads& heads_;
     char* queries_;
-    int64_t item_, cached_;  // bytes of an element and of a cached row
+    int64_t item_, cached_;  // bytes of an element and of a row that is cached, as activations have it
 };
 
 // One product per head: x[t, head] by the head's matrix to out[t, head].
@@ -99,8 +103,8 @@ void latent_attention(const Execution& execution, const AttentionKernels& attent
     attend.query_dtype = args.dtype;
     attend.query_token_stride = num_heads * cached;
     attend.query_head_stride = cached;
-    attend.keys = {args.keys, args.dtype, cached, cached, cached};
-    attend.values = {args.keys, args.dtype, cached, cached, heads.latent};
+    attend.keys = attend.values = args.keys;
+    attend.values.dim = heads.latent;
     attend.out = attended;
     attend.heads = num_heads;
     attend.kv_heads = 1;

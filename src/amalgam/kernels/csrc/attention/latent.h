@@ -25,11 +25,11 @@ struct LatentAttentionArgs {
     const void* query;       // [tokens, heads, nope + rope], dense
     const void* compressed;  // [tokens, latent + rope], dense
     void* out;               // [tokens, heads, value], dense
-    DType dtype;             // of all activations and the cache
+    DType dtype;             // of all activations
     const float* cos;        // [positions, rope / 2]
     const float* sin;
     const int64_t* positions;  // [tokens]
-    void* keys;                // [slots, latent + rope]
+    CacheView keys;            // one head of latent + rope, dense
     const int64_t* slot_ids;   // [tokens]
     int64_t num_slots;
 };

@@ -257,40 +257,38 @@ void make_plan(AttentionPlan* self, const Tensor& query_starts, const Tensor& co
                       block_tables.data<const int64_t>(), block_tables.stride(0), block_tables.shape(1), block_size);
 }
 
-CacheView cache_view(const Tensor& cache) {
-    return {cache.data(), cache.dtype(), cache.stride(0), cache.stride(1), cache.shape(2)};
-}
-
 // The parts of an attention's arguments that both functions below have.
-AttentionArgs attention_args(const AttentionPlan& plan, int64_t tokens, int64_t heads, const Tensor& keys,
-                             const Tensor& values, float scale, std::optional<int64_t> window, const Tensor& sinks) {
+AttentionArgs attention_args(const AttentionPlan& plan, int64_t tokens, int64_t heads, int64_t num_slots,
+                             int64_t kv_heads, float scale, std::optional<int64_t> window, const Tensor& sinks) {
     AttentionArgs args{};
-    args.keys = cache_view(keys);
-    args.values = cache_view(values);
     args.heads = heads;
-    args.kv_heads = keys.shape(1);
+    args.kv_heads = kv_heads;
     args.scale = scale;
     args.window = window.value_or(0);
     if (sinks) args.sinks = sinks.dense("sinks", kFloat32, {heads}).data<const float>();
     require(window.value_or(1) >= 1, "window is " + std::to_string(args.window) + "; needed: at least 1");
-    require(args.kv_heads > 0 && args.keys.dim > 0 && heads % args.kv_heads == 0,
-            "keys is " + keys.describe() + "; needed: a divisor of " + std::to_string(heads) + " heads");
+    require(kv_heads > 0 && heads % kv_heads == 0,
+            "keys has " + std::to_string(kv_heads) + " heads; needed: a divisor of " + std::to_string(heads));
     require(plan.num_tokens() == tokens,
             "query has " + std::to_string(tokens) + " rows; needed: " + std::to_string(plan.num_tokens()));
-    require(plan.num_slots() <= keys.shape(0),
-            "keys is " + keys.describe() + "; needed: " + std::to_string(plan.num_slots()) + " slots");
+    require(plan.num_slots() <= num_slots,
+            "keys has " + std::to_string(num_slots) + " slots; needed: " + std::to_string(plan.num_slots()));
     return args;
 }
 
-void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tensor& query, const Tensor& keys,
-            const Tensor& values, const Tensor& out, float scale, std::optional<int64_t> window, const Tensor& sinks,
-            int threads) {
-    keys.rows("keys", kActivations, {kAny, kAny, kAny});
-    values.rows("values", kActivations, {keys.shape(0), keys.shape(1), kAny});
-    query.rows("query", kActivations, {kAny, kAny, keys.shape(2)});
+void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tensor& query, const CacheTuple& keys,
+            const CacheTuple& values, const Tensor& out, float scale, std::optional<int64_t> window,
+            const Tensor& sinks, int threads) {
+    const CacheView key_view = cache_view("keys", keys, 1), value_view = cache_view("values", values, 1);
+    const Tensor& first = std::get<0>(keys);
+    std::get<0>(values).rows("values", kCaches, {first.shape(0), first.shape(1), kAny});
+    query.rows("query", kActivations, {kAny, kAny, first.shape(2)});
     const int64_t tokens = query.shape(0), heads = query.shape(1);
-    out.dense("out", query.kind(), {tokens, heads, values.shape(2)});
-    AttentionArgs args = attention_args(plan, tokens, heads, keys, values, scale, window, sinks);
+    out.dense("out", query.kind(), {tokens, heads, value_view.dim});
+    require(key_view.dim > 0, "keys is " + first.describe() + "; needed: dimensions");
+    AttentionArgs args = attention_args(plan, tokens, heads, first.shape(0), first.shape(1), scale, window, sinks);
+    args.keys = key_view;
+    args.values = value_view;
     args.query = query.data();
     args.query_dtype = query.dtype();
     args.query_token_stride = query.stride(0);
@@ -299,29 +297,31 @@ void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tens
     if (out.size() > 0) paged_attention(table, plan, args, threads);
 }
 
-// norms: of queries and keys; rotary: cos and sin; both or neither of each. Everything is of one type.
+// norms: of queries and keys; rotary: cos and sin; both or neither of each.
 void attend_cached(const AttentionKernels& table, const Kernels& kernels, const AttentionPlan& plan,
-                   const std::tuple<Tensor, Tensor, Tensor>& rows, const std::tuple<Tensor, Tensor>& caches,
+                   const std::tuple<Tensor, Tensor, Tensor>& rows, const CacheTuple& keys, const CacheTuple& values,
                    const Tensor& slot_ids, const std::tuple<Tensor, Tensor>& norms, float eps,
                    const std::tuple<Tensor, Tensor>& rotary, const Tensor& out, float scale,
                    std::optional<int64_t> window, const Tensor& sinks, int threads) {
     const auto& [query, key, value] = rows;
-    const auto& [keys, values] = caches;
     const auto& [query_norm, key_norm] = norms;
     const auto& [cos, sin] = rotary;
+    const CacheView key_view = cache_view("keys", keys), value_view = cache_view("values", values);
     query.rows("query", kActivations, {kAny, kAny});
     const unsigned kind = query.kind();
-    keys.dense("keys", kind, {kAny, kAny, kAny});
-    const int64_t tokens = query.shape(0), kv_heads = keys.shape(1), dim = keys.shape(2);
-    values.dense("values", kind, {keys.shape(0), kv_heads, kAny});
-    const int64_t value_dim = values.shape(2), heads = dim > 0 ? query.shape(1) / dim : 0;
+    const int64_t tokens = query.shape(0), num_slots = std::get<0>(keys).shape(0),
+                  kv_heads = std::get<0>(keys).shape(1);
+    std::get<0>(values).dense("values", kCaches, {num_slots, kv_heads, kAny});
+    const int64_t dim = key_view.dim, value_dim = value_view.dim, heads = dim > 0 ? query.shape(1) / dim : 0;
     query.rows("query", kind, {tokens, heads * dim});
     key.rows("key", kind, {tokens, kv_heads * dim});
     value.rows("value", kind, {tokens, kv_heads * value_dim});
     slot_ids.dense("slot_ids", kInt64, {tokens});
     out.dense("out", kind, {tokens, heads * value_dim});
     CachedAttentionArgs args{};
-    args.attention = attention_args(plan, tokens, heads, keys, values, scale, window, sinks);
+    args.attention = attention_args(plan, tokens, heads, num_slots, kv_heads, scale, window, sinks);
+    args.attention.keys = key_view;
+    args.attention.values = value_view;
     args.attention.out = out.data();
     args.query = query.data();
     args.key = key.data();
@@ -347,26 +347,23 @@ void attend_cached(const AttentionKernels& table, const Kernels& kernels, const 
         args.sin = sin.data<const float>();
         args.half = cos.shape(1);
     }
-    args.keys = keys.data();
-    args.values = values.data();
     args.slot_ids = slot_ids.data<const int64_t>();
-    args.num_slots = keys.shape(0);
+    args.num_slots = num_slots;
     if (out.size() > 0) cached_attention(kernels, table, plan, args, threads);
 }
 
-void write_rows(const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value,
+void write_rows(const CacheTuple& keys, const CacheTuple& values, const Tensor& key, const Tensor& value,
                 const Tensor& slot_ids, int threads) {
     slot_ids.dense("slot_ids", kInt64, {kAny});
-    const int64_t tokens = slot_ids.size();
-    keys.dense("keys", kFloats, {kAny, kAny, kAny});
-    values.dense("values", kFloats, {keys.shape(0), kAny, kAny});
-    key.dense("key", keys.kind(), {tokens, keys.shape(1), keys.shape(2)});
-    value.dense("value", values.kind(), {tokens, values.shape(1), values.shape(2)});
-    const auto args = [](const Tensor& rows, const Tensor& cache) {
-        const int64_t bytes = cache.shape(1) * cache.shape(2) * cache.item_bits() / 8;
-        return WriteArgs{rows.data(), bytes, cache.data(), bytes, bytes};
+    const int64_t num_slots = std::get<0>(keys).dense("keys", kCaches, {kAny, kAny, kAny}).shape(0);
+    std::get<0>(values).dense("values", kCaches, {num_slots, kAny, kAny});
+    const auto args = [&](const char* name, const Tensor& rows, const CacheView& cache, const Tensor& like) {
+        rows.dense(name, kFloats, {slot_ids.size(), like.shape(1), like.shape(2)});
+        return WriteArgs{rows.data(), rows.dtype(), cache, like.shape(1)};
     };
-    write_kv(args(key, keys), args(value, values), slot_ids.data<const int64_t>(), tokens, keys.shape(0), threads);
+    write_kv(args("key", key, cache_view("keys", keys), std::get<0>(keys)),
+             args("value", value, cache_view("values", values), std::get<0>(values)), slot_ids.data<const int64_t>(),
+             slot_ids.size(), num_slots, threads);
 }
 
 // --- Choosing tokens ---
@@ -403,7 +400,6 @@ void run(const ProgramBuilder& self, size_t first, size_t end, const Kernels& ke
          const Tensor& gate_weights, const Tensor& logits, int threads) {
     require(first <= end && end <= self.num_instructions() && starts.size() == self.widths.size(),
             "instructions or buffers that there are not");
-    require(memory.dtype == dtype, "caches of another type than the activations");
     self.check_memory(memory);
     StepArgs args{{}, dtype, {}, nullptr, nullptr, nullptr, 0};
     int64_t tokens = 0;
@@ -536,7 +532,7 @@ NB_MODULE(_native, module) {
         .def("attend", &attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(),
              optional(), nb::arg(), Unlocked())
         .def("attend_cached", &attend_cached, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-             nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(), optional(), nb::arg(), Unlocked());
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(), optional(), nb::arg(), Unlocked());
     module.def("write_kv", &write_rows, Unlocked());
     nb::enum_<Scoring>(module, "Scoring")
         .value("softmax", Scoring::kSoftmax)
@@ -548,8 +544,9 @@ NB_MODULE(_native, module) {
         .value("clamp", ElementwiseKind::kClamp)
         .value("gelu", ElementwiseKind::kGelu);
     using Buffers = std::vector<std::tuple<int64_t, bool>>;
-    using TensorPairs = std::vector<std::pair<Tensor, Tensor>>;
-    nb::class_<Memory>(module, "StepMemory").def(nb::init<const TensorPairs&, int64_t, const TensorPairs&, int64_t>());
+    using Caches = std::vector<std::pair<CacheTuple, CacheTuple>>;
+    using Ropes = std::vector<std::pair<Tensor, Tensor>>;
+    nb::class_<Memory>(module, "StepMemory").def(nb::init<const Caches&, int64_t, const Ropes&, int64_t>());
     nb::class_<ProgramBuilder>(module, "Program")
         .def(nb::init<const Buffers&, int64_t>())
         .def_prop_ro("num_instructions", &ProgramBuilder::num_instructions)

@@ -48,26 +48,43 @@ struct Experts {
     }
 };
 
+using CacheTuple = std::tuple<Tensor, Tensor>;  // [slots, kv_heads, dim], and of codes [slots, kv_heads], else None
+
+// Throws unless the tensors are a cache with scales where it has codes. The last `num_dense` dimensions have no gaps.
+inline CacheView cache_view(const char* name, const CacheTuple& tuple, int num_dense = 3) {
+    const auto& [cache, scales] = tuple;
+    cache.rows(name, kCaches, {kAny, kAny, kAny}, num_dense);
+    const bool has_codes = (cache.kind() & (kInt8 | kFp8)) != 0;
+    require(has_codes == static_cast<bool>(scales),
+            std::string(name) + " is " + cache.describe() + (has_codes ? " without" : " with") + " scales");
+    float* data = nullptr;
+    if (scales)
+        data =
+            scales.dense("scales", kFloat32, {cache.shape(0), cache.shape(2) > 0 ? cache.shape(1) : 0}).data<float>();
+    return {cache.data(), cache.dtype(), cache.stride(0), cache.stride(1), cache.shape(2), data};
+}
+
 // Caches and rotary tables of all layers, and what keeps them alive.
 struct Memory {
     StepMemory step{};
-    DType dtype = DType::kFloat32;                                      // of the caches
     std::vector<std::pair<int64_t, int64_t>> key_shapes, value_shapes;  // heads and dim
     std::vector<nanobind::object> tensors;
 
-    Memory(const std::vector<std::pair<Tensor, Tensor>>& caches, int64_t block_size,
+    // caches: keys and values of each layer.
+    Memory(const std::vector<std::pair<CacheTuple, CacheTuple>>& caches, int64_t block_size,
            const std::vector<std::pair<Tensor, Tensor>>& ropes, int64_t num_positions) {
         require(!caches.empty() && block_size >= 1, "a cache without layers or with empty blocks");
-        caches.front().first.rows("keys", kActivations, {kAny, kAny, kAny}, 3);
-        step.num_slots = caches.front().first.shape(0);
+        const Tensor& first = std::get<0>(caches.front().first);
+        cache_view("keys", caches.front().first);
+        step.num_slots = first.shape(0);
         step.block_size = block_size;
         step.num_positions = num_positions;
-        dtype = caches.front().first.dtype();
-        const auto cache = [&](const char* name, const Tensor& tensor, auto& addresses, auto& shapes) {
-            tensor.dense(name, caches.front().first.kind(), {step.num_slots, kAny, kAny});
-            addresses.push_back(tensor.data());
+        const auto cache = [&](const char* name, const CacheTuple& tuple, auto& views, auto& shapes) {
+            const auto& [tensor, scales] = tuple;
+            tensor.dense(name, first.kind(), {step.num_slots, kAny, kAny});
+            views.push_back(cache_view(name, tuple));
             shapes.emplace_back(tensor.shape(1), tensor.shape(2));
-            tensors.push_back(nanobind::borrow(tensor.object()));
+            for (const Tensor& part : {tensor, scales}) tensors.push_back(nanobind::borrow(part.object()));
         };
         for (const auto& [keys, values] : caches) {
             cache("keys", keys, step.keys, key_shapes);

@@ -20,8 +20,9 @@ namespace amalgam {
 
 // Types of elements, as a set.
 constexpr unsigned kFloat32 = 1 << 0, kBfloat16 = 1 << 1, kFloat16 = 1 << 2, kInt64 = 1 << 3, kInt32 = 1 << 4,
-                   kUint8 = 1 << 5;
-constexpr unsigned kActivations = kFloat32 | kBfloat16, kFloats = kActivations | kFloat16, kAnyKind = ~0u;
+                   kUint8 = 1 << 5, kInt8 = 1 << 6, kFp8 = 1 << 7;
+constexpr unsigned kActivations = kFloat32 | kBfloat16, kFloats = kActivations | kFloat16,
+                   kCaches = kFloats | kInt8 | kFp8, kAnyKind = ~0u;
 
 constexpr int64_t kAny = -1;  // a size that does not matter
 
@@ -62,7 +63,11 @@ class Tensor {
 
     DType dtype() const {
         const unsigned found = kind();
-        return found == kFloat32 ? DType::kFloat32 : found == kBfloat16 ? DType::kBfloat16 : DType::kFloat16;
+        return found == kFloat32    ? DType::kFloat32
+               : found == kBfloat16 ? DType::kBfloat16
+               : found == kFloat16  ? DType::kFloat16
+               : found == kInt8     ? DType::kInt8
+                                    : DType::kFp8;
     }
 
     // --- Checks; each throws an error that names the argument ---
@@ -101,13 +106,15 @@ class Tensor {
         const auto is = [&](Code code, int bits) {
             return view_.dtype.code == static_cast<uint8_t>(code) && view_.dtype.bits == bits;
         };
-        return is(Code::Float, 32)    ? kFloat32
-               : is(Code::Bfloat, 16) ? kBfloat16
-               : is(Code::Float, 16)  ? kFloat16
-               : is(Code::Int, 64)    ? kInt64
-               : is(Code::Int, 32)    ? kInt32
-               : is(Code::UInt, 8)    ? kUint8
-                                      : 0;
+        return is(Code::Float, 32)          ? kFloat32
+               : is(Code::Bfloat, 16)       ? kBfloat16
+               : is(Code::Float, 16)        ? kFloat16
+               : is(Code::Int, 64)          ? kInt64
+               : is(Code::Int, 32)          ? kInt32
+               : is(Code::UInt, 8)          ? kUint8
+               : is(Code::Int, 8)           ? kInt8
+               : is(Code::Float8_E4M3FN, 8) ? kFp8
+                                            : 0;
     }
 
  private:
@@ -185,8 +192,9 @@ class Tensor {
     static std::string expectation(unsigned kinds, const std::initializer_list<int64_t>* shape, int num_dense) {
         std::string text;
         if (kinds != kAnyKind) {
-            constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int64", "int32", "uint8"};
-            for (unsigned i = 0; i < 6; ++i) {
+            constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int64",
+                                              "int32",   "uint8",    "int8",    "float8_e4m3fn"};
+            for (unsigned i = 0; i < 8; ++i) {
                 if ((kinds >> i & 1) != 0) text += (text.empty() ? "" : " or ") + std::string(kNames[i]);
             }
         }

@@ -227,6 +227,24 @@ inline void transpose(const float* const* rows, float* out, int64_t stride) {
     }
 }
 
+inline void expand_codes(const Int8Code* codes, int64_t count, Bfloat16* out) {
+    const auto words = [](__m128i eight) {
+        const __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+        return _mm256_srli_epi32(_mm256_castps_si256(values), 16);
+    };
+    for (int64_t i = 0; i < count; i += 16) {
+        const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+        const __m256i packed = _mm256_packus_epi32(words(v), words(_mm_srli_si128(v, 8)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_permute4x64_epi64(packed, 0xd8));
+    }
+}
+inline void expand_codes(const Fp8Code* codes, int64_t count, Bfloat16* out) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), fp8_words(_mm256_slli_epi16(v, 8), v));
+    }
+}
+
 inline void interleave_pairs(const uint16_t* a, const uint16_t* b, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i += 16) {
         const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i));

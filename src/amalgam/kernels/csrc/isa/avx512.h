@@ -183,6 +183,32 @@ inline void interleave_two(const uint16_t* a, const uint16_t* b, Pairs* line) {
     line[1] = _mm512_permutex2var_epi16(low, second, high);
 }
 
+inline void expand_codes(const Int8Code* codes, int64_t count, Bfloat16* out) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const __m512i v = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+        const __m512i bits = _mm512_castps_si512(_mm512_cvtepi32_ps(v));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+    }
+}
+inline __m512i fp8_words(__m256i codes) {
+    const __m512i v = _mm512_cvtepu8_epi16(codes), high = _mm512_slli_epi16(v, 8);
+    const __m512i value = fp8_normal(high);
+    const bool is_normal = _mm512_testn_epi16_mask(high, _mm512_set1_epi16(0x7800)) == 0;
+    return __builtin_expect(is_normal, 1) ? value : fp8_subnormal(value, high, v);
+}
+inline void expand_codes(const Fp8Code* codes, int64_t count, Bfloat16* out) {
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+        _mm512_storeu_si512(out + i, fp8_words(v));
+    }
+    if (i < count) {
+        const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+        const __m512i words = fp8_words(_mm256_zextsi128_si256(v));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_castsi512_si256(words));
+    }
+}
+
 inline void interleave_pairs(const uint16_t* a, const uint16_t* b, int64_t count, float* out) {
     int64_t i = 0;
     for (; i + 32 <= count; i += 32) {

@@ -21,6 +21,14 @@ struct Float16 {
     uint16_t bits;
 };
 
+struct Int8Code {
+    int8_t value;
+};
+
+struct Fp8Code {  // E4M3
+    uint8_t bits;
+};
+
 inline float as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -71,6 +79,10 @@ inline float widen_e4m3(uint32_t code) {
     return as_float((magnitude < 8 ? subnormal : normal) | sign);
 }
 
+inline float widen(Int8Code code) { return static_cast<float>(code.value); }
+
+inline float widen(Fp8Code code) { return widen_e4m3(code.bits); }
+
 // To nearest, ties to even; a NaN stays a quiet NaN.
 inline uint16_t bfloat16_bits(float value) {
     const uint32_t bits = as_bits(value);
@@ -82,6 +94,35 @@ inline uint16_t bfloat16_bits(float value) {
 inline void narrow(float value, float* out) { *out = value; }
 
 inline void narrow(float value, Bfloat16* out) { out->bits = bfloat16_bits(value); }
+
+// To nearest, ties to even, infinite above 65504; a NaN stays a quiet NaN. The sum with 1/2 rounds to multiples of
+// 2^-24, which subnormal numbers are.
+inline uint16_t float16_bits(float value) {
+    const uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffff;
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
+    const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    const uint32_t finite = magnitude < 113u << 23 ? subnormal : normal;
+    const uint32_t found = magnitude > 0x7f800000 ? 0x7e00 : magnitude >= 0x477ff000 ? 0x7c00 : finite;
+    return static_cast<uint16_t>(found | (bits >> 16 & 0x8000));
+}
+
+inline void narrow(float value, Float16* out) { out->bits = float16_bits(value); }
+
+// The nearest code, ties to even, of a value within the largest one. Sums round to integers, and to multiples of 2^-9,
+// which subnormal codes are.
+inline void narrow(float value, Int8Code* out) {
+    out->value = static_cast<int8_t>(as_bits(value + 12582912.0f) - as_bits(12582912.0f));
+}
+
+inline void narrow(float value, Fp8Code* out) {
+    const uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffff;
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 16384.0f) - as_bits(16384.0f);
+    const uint32_t normal = (magnitude + 0x7ffff + (magnitude >> 20 & 1) - (120u << 23)) >> 20;
+    out->bits = static_cast<uint8_t>((magnitude < 121u << 23 ? subnormal : normal) | (bits >> 24 & 0x80));
+}
+
+constexpr float largest_code(Int8Code) { return 127.0f; }
+constexpr float largest_code(Fp8Code) { return 448.0f; }
 
 // The value as X holds it; exact, and so without work, where X is at least as wide as T.
 template <class X, class T>
@@ -109,7 +150,9 @@ inline void widen_all(const void* from, DType dtype, int64_t count, float* to) {
     }
 }
 
-inline int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline bool is_code(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kFp8; }
+
+inline int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : is_code(dtype) ? 1 : 2; }
 
 inline const void* advance(const void* data, DType dtype, int64_t elements) {
     return static_cast<const char*>(data) + elements * dtype_bytes(dtype);

@@ -202,6 +202,13 @@ inline void transpose(const float* const* rows, float* out, int64_t stride) {
         for (int row = 0; row < kPanelRows; ++row) std::memcpy(out + word * stride + row, rows[row] + word, 4);
     }
 }
+// Codes as bfloat16, exactly; of fp8, value / 256. count is a multiple of 16.
+inline void expand_codes(const Int8Code* codes, int64_t count, Bfloat16* out) {
+    for (int64_t i = 0; i < count; ++i) out[i].bits = static_cast<uint16_t>(as_bits(widen(codes[i])) >> 16);
+}
+inline void expand_codes(const Fp8Code* codes, int64_t count, Bfloat16* out) {
+    for (int64_t i = 0; i < count; ++i) out[i].bits = static_cast<uint16_t>(as_bits(widen(codes[i]) * 0x1p-8f) >> 16);
+}
 // Words of (a[i], b[i]), a in the low half; count is a multiple of 16.
 inline void interleave_pairs(const uint16_t* a, const uint16_t* b, int64_t count, float* out) {
     for (int64_t i = 0; i < count; ++i) {

@@ -16,7 +16,8 @@
 
 namespace amalgam {
 
-enum class DType : int { kFloat32, kBfloat16, kFloat16 };
+// The last two are codes that a KV cache holds, each row with a scale.
+enum class DType : int { kFloat32, kBfloat16, kFloat16, kInt8, kFp8 };
 enum class Format : int;  // formats/table.h
 // What a product multiplies: int8 x int4 or int8 exactly; bfloat16 pairs into float32; float32.
 enum class Operand : int { kInt8, kBfloat16, kFloat32 };

@@ -157,13 +157,10 @@ class Step {
             args.half = memory_.half[rope];
             args.positions = rows_.positions.data();
         }
-        const int64_t key_size = attend.kv_heads * attend.head_dim;
-        args.keys = memory_.keys[layer];
-        args.values = memory_.values[layer];
         args.slot_ids = rows_.slot_ids.data();
         args.num_slots = memory_.num_slots;
-        args.attention.keys = {args.keys, args_.dtype, key_size, attend.head_dim, attend.head_dim};
-        args.attention.values = {args.values, args_.dtype, key_size, attend.head_dim, attend.head_dim};
+        args.attention.keys = memory_.keys[layer];
+        args.attention.values = memory_.values[layer];
         args.attention.out = at(attend.out);
         args.attention.heads = attend.heads;
         args.attention.kv_heads = attend.kv_heads;

@@ -109,9 +109,9 @@ struct Program {
     int64_t num_active = 0;  // experts of a token
 };
 
-// What steps find in the same place: the caches by layer, [slots, kv heads, dim], and the rotary tables by rope.
+// What steps find in the same place: the caches by layer, dense, and the rotary tables by rope.
 struct StepMemory {
-    std::vector<void*> keys, values;
+    std::vector<CacheView> keys, values;
     int64_t num_slots, block_size;
     std::vector<const float*> cos, sin;  // [positions, half]
     std::vector<int64_t> half;
@@ -128,7 +128,7 @@ struct StepSequence {
 
 struct StepArgs {
     std::vector<StepSequence> sequences;
-    DType dtype;                 // of activations and caches
+    DType dtype;                 // of activations
     std::vector<char*> buffers;  // [tokens, the widest stride] each
     int64_t* expert_ids;         // [routes, tokens, k]
     float* gate_weights;         // likewise
