@@ -6,7 +6,7 @@
     python benchmarks/serving.py FOLDER --scenario overload    twice what it can serve, for --minutes
     python benchmarks/serving.py FOLDER --scenario cancel      1,000 requests whose clients leave
 
-FOLDER keeps environments and models (25 GB), which the first run makes; `--prepare` only makes them. Every server is a
+FOLDER keeps environments and models (20 GB), which the first run makes; `--prepare` only makes them. Every server is a
 process of its own with two threads and is stopped (SIGSTOP) while another is asked; they take turns by number of
 clients and round, and a ratio is the median of the rounds' ratios. Clients send the next request when the last one has
 ended; prompts are of mixed lengths and have nothing in common. Prints tables and, as the last line, one JSON object
@@ -39,7 +39,7 @@ from servers import MAX_SEQUENCES, SERVERS, Running, Server, awake, serving
 from amalgam.tools.bench import commit, hardware
 
 CLIENTS = (1, 4, 8, 16)
-PROMPTS = (32, 64, 128, 256)
+PROMPTS = (16, 32, 64, 128)
 LONG_PROMPTS, SHORT_PROMPTS = (4000, 1000, 3000, 2000), (32, 64, 128, 256)
 LONG_TOKENS = 128
 PREFIX, SUFFIX = 2048, 64
@@ -100,7 +100,7 @@ def throughput(options: argparse.Namespace, servers: dict[str, Server], console:
         for round_ in range(options.rounds):
             started = time.monotonic()
             for clients in options.clients:
-                prompts = texts(options.prompts, clients * options.per_client, round_)
+                prompts = texts(options.prompts, max(clients, options.least), round_)
                 requests = [Request(prompt, options.tokens) for prompt in prompts]
                 for name in list(servers)[:: -1 if round_ % 2 else 1]:
                     with awake(running[name]):
@@ -124,7 +124,7 @@ def throughput(options: argparse.Namespace, servers: dict[str, Server], console:
 
 
 def _twin(options: argparse.Namespace, server: Server) -> Engine:
-    numbers = (options.tokens, options.per_client, *options.prompts)
+    numbers = (options.tokens, options.least, *options.prompts)
     return Engine("with_llm.py", model=server.model, options=tuple(map(str, numbers)))
 
 
@@ -404,7 +404,7 @@ def main() -> int:
     parser.add_argument("--clients", nargs="+", type=int, default=CLIENTS)
     parser.add_argument("--prompts", nargs="+", type=int, default=PROMPTS, help="their lengths")
     parser.add_argument("--tokens", type=int, default=32, help="new ones for each prompt")
-    parser.add_argument("--per-client", type=int, default=2, help="requests of each client in a round")
+    parser.add_argument("--least", type=int, default=4, help="requests of a round, where there are fewer clients")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=10.0, help="no round starts that would end later")
     parser.add_argument("--requests", type=int, default=1000, help="that are cancelled")

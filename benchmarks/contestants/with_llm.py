@@ -1,7 +1,7 @@
-"""amalgam in this process: `with_llm.py MODEL TOKENS PER_CLIENT LENGTH...`.
+"""amalgam in this process: `with_llm.py MODEL TOKENS LEAST LENGTH...`.
 
-Answers `streams N`: seconds for PER_CLIENT times N prompts of the LENGTHs, TOKENS new ones each, N together. The same
-prompts as the server gets in `serving.py`, round by round.
+Answers `streams N`: seconds for N prompts (LEAST, if that is more) of the LENGTHs, TOKENS new ones each, N together.
+The same prompts as the server gets in `serving.py`, round by round.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from amalgam import LLM, SamplingParams
 
 def load(stack: ExitStack, streams: int) -> Measure:
     model, *numbers = sys.argv[1:]
-    num_tokens, per_client, *lengths = map(int, numbers)
+    num_tokens, least, *lengths = map(int, numbers)
     longest = max(lengths) + num_tokens
     settings = {
         "inference.max_seq_length": longest,
@@ -32,7 +32,7 @@ def load(stack: ExitStack, streams: int) -> Measure:
     seeds = count()
 
     def measure(scenario: str, size: int) -> float:
-        prompts = texts(lengths, per_client * size, next(seeds))
+        prompts = texts(lengths, max(size, least), next(seeds))
         started = time.perf_counter()
         for result in model_here.generate(prompts, params):
             if result.error is not None:
