@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from amalgam import LLM, SamplingParams
+from amalgam import LLM, Grammar, SamplingParams
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.cli import main
 from amalgam.config.settings import StatisticsSettings
-from amalgam.errors import ConfigError, PromptTooLongError, UnsupportedError
+from amalgam.errors import ConfigError, PromptTooLongError, RequestError, UnsupportedError
 from amalgam.experts.saved.files import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.registry import read_spec
@@ -178,3 +179,38 @@ print(peak_memory_bytes() - before, version.nbytes, max(version[slot].nbytes for
     grown, weights, largest = map(int, result.stdout.split())
     assert weights > 300 * 2**20
     assert grown <= 1.1 * weights + largest
+
+
+def test_answers_follow_grammars(llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"size": {"enum": ["small", "large"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["size", "count"],
+        "additionalProperties": False,
+    }
+    params = SamplingParams(max_new_tokens=96, top_k=0, top_p=1.0, temperature=1.0)
+    answers = llm.generate(["The old man", "def main("] * 4, params, grammar=Grammar.of_schema(schema))
+    for answer in answers:
+        found = json.loads(answer.text)
+        assert found["size"] in {"small", "large"} and 0 <= found["count"] <= 99
+    streamed = "".join(
+        output.text
+        for output in llm.stream("The", SamplingParams(max_new_tokens=8), grammar=Grammar("regex", "[ab]{4}"))
+    )
+    assert re.fullmatch("[ab]{4}", streamed)
+    with raises(RequestError, "not"):
+        llm.generate("The", grammar=Grammar.of_schema({"not": {}}))
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    sampled = ["generate", "The", "--model", str(DEMO), "--top-k", "0", "--temperature", "1"]
+    assert main([*sampled, "--json-schema", str(tmp_path / "schema.json")]) == 0
+    assert json.loads(capsys.readouterr().out)["size"] in {"small", "large"}
+    assert main([*sampled, "--regex", "[0-9]{3}"]) == 0
+    assert re.fullmatch("[0-9]{3}\n", capsys.readouterr().out)
+    assert main([*sampled, "--regex", "[0-9]{3}", "--json-schema", str(tmp_path / "schema.json")]) == 2
+    assert main([*sampled, "--json-schema", str(tmp_path / "missing.json")]) == 2
+
+
+def test_a_repeated_token_is_penalized(llm: LLM) -> None:
+    [plain] = llm.generate("The old man", SamplingParams(max_new_tokens=40, do_sample=False))
+    [varied] = llm.generate("The old man", SamplingParams(max_new_tokens=40, do_sample=False, frequency_penalty=2.0))
+    assert len(set(varied.token_ids)) > len(set(plain.token_ids))

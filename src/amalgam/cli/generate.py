@@ -10,8 +10,13 @@ import typer
 
 from amalgam.cli.options import with_settings
 from amalgam.cli.sampling import (
+    FrequencyPenalty,
+    JsonSchema,
     MaxNewTokens,
     MinP,
+    MinTokens,
+    PresencePenalty,
+    Regex,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -20,6 +25,7 @@ from amalgam.cli.sampling import (
     TopP,
     chosen,
     completed,
+    grammar_of,
 )
 from amalgam.config.settings import Settings
 from amalgam.engine.request import FinishReason, RequestOutput
@@ -40,6 +46,11 @@ def command(
     seed: Seed = None,
     stop: Stop = [],  # noqa: B006
     repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    min_tokens: MinTokens = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Answer prompts without a server. The answer is printed as it comes; Ctrl-C keeps what has come.
@@ -48,6 +59,7 @@ def command(
     """
     from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.runtime.opening import open_deployment
+    from amalgam.text.grammar import compile_grammar
 
     params = chosen(
         max_new_tokens=max_new_tokens,
@@ -58,15 +70,21 @@ def command(
         seed=seed,
         stop=tuple(stop) or None,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_tokens=min_tokens,
     )
+    grammar = grammar_of(json_schema, regex)
     with progress_bar() as progress:
         deployment = open_deployment(settings, progress)
     answers = _Answers(prompt, is_shown=not as_json)
     is_interrupted = False
     try:
         engine = deployment.engine
+        constraint = None if grammar is None else compile_grammar(deployment.tokenizer, grammar)
         token_ids = [deployment.tokenizer.encode(text, engine.max_prompt_tokens) for text in prompt]
-        engine.generate(token_ids, completed(params, deployment.defaults, _MAX_NEW_TOKENS), watch=answers.take)
+        completed_params = completed(params, deployment.defaults, _MAX_NEW_TOKENS)
+        engine.generate(token_ids, completed_params, watch=answers.take, constraint=constraint)
     except KeyboardInterrupt:
         is_interrupted = True
         answers.close()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.request import SamplingParams
 from amalgam.errors import RequestError
+
+if TYPE_CHECKING:
+    from amalgam.text.grammar import Grammar
 
 # What is not given is as the model's generation_config.json has it, and only then as it says here.
 MaxNewTokens = Annotated[
@@ -26,6 +30,11 @@ MinP = Annotated[float | None, typer.Option(help="Only tokens at least so probab
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str], typer.Option(help="Stop before this text. Repeatable.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: tokens seen before become less probable.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="Above 0: tokens of the answer become less probable.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="The same, for each time that the answer has them.")]
+MinTokens = Annotated[int | None, typer.Option(help="Least tokens to generate.")]
+JsonSchema = Annotated[Path | None, typer.Option(help="Answer with JSON of the schema in this file.")]
+Regex = Annotated[str | None, typer.Option(help="Answer with a text that matches this regular expression.")]
 
 _HOW_TO_SAMPLE = ("temperature", "top_p", "top_k", "min_p")
 _FIXED = (  # how a chat works, and not how it sounds
@@ -42,6 +51,24 @@ def chosen(**given: Any) -> SamplingParams:
         RequestError: a value is out of range.
     """
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def grammar_of(json_schema: Path | None, regex: str | None) -> Grammar | None:
+    """What answers must follow.
+
+    Raises:
+        RequestError: both are given, or the file cannot be read.
+    """
+    from amalgam.text.grammar import Grammar
+
+    if json_schema is None:
+        return None if regex is None else Grammar("regex", regex)
+    if regex is not None:
+        raise RequestError("--json-schema and --regex exclude each other.", remedy="Give one of them.")
+    try:
+        return Grammar("json_schema", json_schema.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{str(json_schema)!r} cannot be read: {error}.", remedy="Give a file of JSON.") from None
 
 
 def completed(params: SamplingParams, defaults: ModelDefaults, max_new_tokens: int) -> SamplingParams:
