@@ -229,6 +229,7 @@ class Service:
 
         Args:
             prompts: texts, or chats.
+            max_tokens: of each; None: as many as the engine takes.
 
         Raises:
             OverloadedError: the queue is full. Checked first, so that overload costs no tokenizing.

@@ -1,0 +1,229 @@
+"""`POST /v1/messages` and `/v1/messages/count_tokens`.
+
+In: a conversation. Out: a message, at once or as events; a number of tokens.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from amalgam.engine.request import FinishReason, Observation, RequestOutput
+from amalgam.errors import RequestError
+from amalgam.server.api.anthropic.blocks import JSON, Blocks
+from amalgam.server.api.anthropic.conversation import ToolUse, chat_prompt, sampling_params, tool_use
+from amalgam.server.api.anthropic.fields import MessagesBody, PromptBody, ThinkingDisabled
+from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
+from amalgam.server.events import EventStream, event
+from amalgam.server.generation import checked
+from amalgam.server.http.access import unless_client_leaves
+from amalgam.server.http.body import StrictRoute
+from amalgam.server.http.errors import OrjsonResponse, error_content
+from amalgam.server.http.shapes import anthropic
+from amalgam.server.interface import OutputStream
+from amalgam.server.service import Service
+from amalgam.text.answers.contract import AnswerDelta, AnswerParser, ReasoningDelta, ToolCallDelta
+from amalgam.text.grammar import Grammar
+
+MAX_COUNTED_TOKENS = 2**31 - 1
+PING = event({"type": "ping"}, "ping")
+
+router = APIRouter(route_class=StrictRoute, tags=["anthropic"])
+
+
+class ErrorBody(BaseModel):
+    type: str
+    message: str
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer with a status of 400 or more."""
+
+    type: str = "error"
+    error: ErrorBody
+    request_id: str | None = None
+
+
+class UsageAnswer(BaseModel):
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+
+
+class MessageAnswer(BaseModel):
+    id: str
+    type: str = "message"
+    role: str = "assistant"
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: UsageAnswer
+
+
+class CountAnswer(BaseModel):
+    input_tokens: int
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request cannot be served as it is"},
+    "5XX": {"model": ErrorAnswer, "description": "The server cannot serve it now; 529 where it has too much to do"},
+}
+
+
+@router.post("/v1/messages", dependencies=[Admission], response_model=MessageAnswer, responses=RESPONSES)
+async def create_message(
+    body: MessagesBody, request: Request, service: ServiceArgument, request_id: RequestId, beta: bool = False
+) -> Response:
+    """Answer a conversation. `beta` is accepted, and changes nothing."""
+    answer = await unless_client_leaves(request.receive, _start(service, body))
+    if not body.stream:
+        return OrjsonResponse(await unless_client_leaves(request.receive, answer.whole()))
+
+    def describe_error(error: Exception) -> bytes:
+        return event(error_content(error, request_id, anthropic), "error")
+
+    async def events() -> AsyncGenerator[bytes]:
+        async for fields in answer.events():
+            yield event(fields, fields["type"])
+
+    comment_seconds = service.settings.server.stream_comment_seconds
+    return EventStream(answer.outputs, events(), describe_error, request_id, comment_seconds, comment=PING, end=b"")
+
+
+@router.post("/v1/messages/count_tokens", dependencies=[Admission], response_model=CountAnswer, responses=RESPONSES)
+async def count_tokens(body: PromptBody, request: Request, service: ServiceArgument, beta: bool = False) -> CountAnswer:
+    """How many tokens the prompt of a message has. `beta` is accepted, and changes nothing."""
+    service.check_model(body.model)
+    prompt = chat_prompt(body, service.deployment.tokenizer.chat_template)
+    [prompt_ids] = await unless_client_leaves(request.receive, service.encode([prompt], MAX_COUNTED_TOKENS))
+    return CountAnswer(input_tokens=len(prompt_ids))
+
+
+async def _start(service: Service, body: MessagesBody) -> _Answer:
+    """Encode, and submit.
+
+    Raises:
+        AmalgamError: the request cannot be served.
+    """
+    name = service.check_model(body.model)
+    deployment, form = service.deployment, service.answer_format
+    use = tool_use(body)
+    params = sampling_params(body, service.default_params, keeps_special_tokens=form.keeps_special_tokens)
+    json_format = body.output_config.format
+    if json_format is not None and use.is_required:
+        raise RequestError(
+            "output_config.format is given, and tool_choice demands a call.",
+            remedy="Give one of them.",
+            param="output_config.format",
+        )
+    [prompt_ids] = await service.encode([chat_prompt(body, deployment.tokenizer.chat_template)])
+    prompt_end = deployment.tokenizer.prompt_end(prompt_ids)
+    grammar = None
+    if use.is_required:
+        grammar = form.grammar(use.tools, use.name, parallel=use.is_parallel, prompt_end=prompt_end)
+    elif json_format is not None:
+        grammar = Grammar.of_schema(json_format.schema_)
+    constraint = None if grammar is None else await service.compile_grammar(grammar)
+    outputs = deployment.engine.stream(prompt_ids, params, Observation(), constraint)
+    shows = isinstance(body.thinking, ThinkingDisabled) or body.thinking.display != "omitted"
+    parser = form.parser(use.tools, prompt_end=prompt_end)
+    return _Answer(name, len(prompt_ids), outputs, parser, use, Blocks(shows_reasoning=shows))
+
+
+@dataclass
+class _Answer:
+    """One answer as it comes."""
+
+    model: str
+    num_prompt_tokens: int
+    outputs: OutputStream
+    parser: AnswerParser
+    use: ToolUse
+    blocks: Blocks
+    id: str = field(default_factory=lambda: f"msg_{secrets.token_hex(12)}")
+    stop_reason: str | None = None
+    stop_sequence: str | None = None
+    num_new_tokens: int = 0
+    num_reasoning_tokens: int = 0
+    num_cached_tokens: int = 0
+
+    async def whole(self) -> JSON:
+        async for _ in self.events():
+            pass
+        return self._message()
+
+    async def events(self) -> AsyncGenerator[JSON]:
+        yield {"type": "message_start", "message": {**self._message(), "content": []}}
+        yield {"type": "ping"}
+        async with aclosing(self.outputs):
+            async for output in self.outputs:
+                for fields in self._read(checked(output)):
+                    yield fields
+                if self.stop_reason is not None:
+                    break
+        for fields in self.blocks.close():
+            yield fields
+        ended = {"stop_reason": self.stop_reason, "stop_sequence": self.stop_sequence}
+        yield {"type": "message_delta", "delta": ended, "usage": self._usage()}
+        yield {"type": "message_stop"}
+
+    def _read(self, output: RequestOutput) -> Iterator[JSON]:
+        deltas = self.parser.push(output.text) if output.text else []
+        if output.is_finished:
+            deltas = [*deltas, *self.parser.finish()]
+        self._count(output, deltas)
+        for delta in deltas:
+            if isinstance(delta, ToolCallDelta) and delta.index and not self.use.is_parallel:
+                self.stop_reason = "tool_use"
+                return
+            yield from self.blocks.add(delta)
+        if output.is_finished:
+            self._finish(output)
+
+    def _count(self, output: RequestOutput, deltas: list[AnswerDelta]) -> None:
+        self.num_new_tokens += len(output.token_ids)
+        if deltas and isinstance(deltas[0], ReasoningDelta):
+            self.num_reasoning_tokens = self.num_new_tokens
+        if output.usage is not None:
+            self.num_cached_tokens = output.usage.num_cached_tokens
+
+    def _finish(self, output: RequestOutput) -> None:
+        if output.finish_reason is FinishReason.LENGTH:
+            self.stop_reason = "max_tokens"
+        elif isinstance(output.stopped_by, str):
+            self.stop_reason, self.stop_sequence = "stop_sequence", output.stopped_by
+        else:
+            self.stop_reason = "tool_use" if self.blocks.has_called else "end_turn"
+
+    def _message(self) -> JSON:
+        return {
+            "id": self.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+            "content": self.blocks.content,
+            "stop_reason": self.stop_reason,
+            "stop_sequence": self.stop_sequence,
+            "usage": self._usage(),
+        }
+
+    def _usage(self) -> JSON:
+        """What was in the cache is no input, as Anthropic counts."""
+        return {
+            "input_tokens": self.num_prompt_tokens - self.num_cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": self.num_cached_tokens,
+            "output_tokens": self.num_new_tokens,
+            "output_tokens_details": {"thinking_tokens": self.num_reasoning_tokens},
+        }

@@ -1,0 +1,396 @@
+"""The Messages interface, judged by Anthropic's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+
+from amalgam.engine.request import FinishReason, Observation, RequestOutput, SamplingParams, Usage
+from amalgam.text.tokenizer import Tokenizer
+from tests.conftest import DEMO
+from tests.server.conftest import serving, wait_until
+from tests.server.fakes import FakeDeployment, FakeEngine, fake_settings
+
+TEMPLATE = (
+    "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+WEATHER = {
+    "name": "get_weather",
+    "description": "Tells the weather",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+HI = [{"role": "user", "content": "hi"}]
+
+
+@dataclass
+class ScriptedEngine(FakeEngine):
+    """Answers with `answer`, three characters a step."""
+
+    answer: str = "Hello there."
+    reason: FinishReason = FinishReason.STOP
+    stopped_by: str | None = None
+    error: Exception | None = None
+    num_cached: int = 0
+    num_closed: int = 0
+    prompts: list[str] = field(default_factory=list)
+    constraints: list[Any] = field(default_factory=list)
+    prompt_ids: list[list[int]] = field(default_factory=list)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return 2000
+
+    def check_prompt_length(self, num_tokens: int) -> None:
+        pass
+
+    def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation, constraint: Any = None
+    ) -> AsyncIterator[RequestOutput]:
+        self.params.append(params)
+        self.prompt_ids.append(list(prompt_ids))
+        self.constraints.append(constraint)
+        return self._script(prompt_ids)
+
+    async def _script(self, prompt_ids: Sequence[int]) -> AsyncIterator[RequestOutput]:
+        try:
+            for start in range(0, len(self.answer), 3):
+                await asyncio.sleep(self.step_seconds)
+                yield RequestOutput(1, self.answer[start : start + 3], (start,))
+            usage = Usage(len(prompt_ids), 1, 0.0, 0.0, 0.0, 1, self.num_cached)
+            yield RequestOutput(1, "", (9,), self.reason, self.error, usage, stopped_by=self.stopped_by)
+        finally:
+            self.num_closed += 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(DEMO, None, TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer: Tokenizer) -> Iterator[tuple[str, ScriptedEngine]]:
+    engine = ScriptedEngine()
+    with serving(fake_settings(port=0), lambda: FakeDeployment(engine, tokenizer_override=tokenizer)) as base_url:
+        wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
+        yield base_url, engine
+
+
+@pytest.fixture
+def url(served: tuple[str, ScriptedEngine]) -> str:
+    return served[0]
+
+
+@pytest.fixture
+def engine(served: tuple[str, ScriptedEngine]) -> ScriptedEngine:
+    ScriptedEngine.__init__(served[1])  # as if it were new
+    return served[1]
+
+
+@pytest.fixture(scope="module")
+def client(served: tuple[str, ScriptedEngine]) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=served[0], api_key="none", max_retries=0)
+
+
+def prompt_of(engine: ScriptedEngine, tokenizer: Tokenizer) -> str:
+    text: str = tokenizer._backend.decode(engine.prompt_ids[-1], skip_special_tokens=False)
+    return text
+
+
+class TestMessages:
+    def test_a_message(self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+        engine.num_cached = 3
+        message = client.messages.create(model="fake", max_tokens=99, messages=HI, system="Be brief.")
+        assert [block.to_dict() for block in message.content] == [
+            {"type": "text", "text": "Hello there.", "citations": None}
+        ]
+        assert (message.role, message.type, message.model) == ("assistant", "message", "fake")
+        assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)
+        usage = message.usage
+        assert usage.input_tokens + 3 == len(engine.prompt_ids[0]) and usage.cache_read_input_tokens == 3
+        assert usage.output_tokens == 5
+        assert prompt_of(engine, tokenizer) == "[system]Be brief.[user]hi[assistant]"
+
+    def test_sampling(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        engine.answer, engine.stopped_by = "1, 2", ", 3"
+        message = client.messages.create(
+            model="fake", max_tokens=7, messages=HI, stop_sequences=[", 3"],
+            metadata={"user_id": "u"}, service_tier="auto", extra_body={"temperature": 0.5, "top_p": 0.8, "top_k": 4},
+        )  # fmt: skip
+        assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ", 3")
+        [params] = engine.params
+        assert (params.max_new_tokens, params.stop, params.temperature, params.top_p, params.top_k) == (
+            7, (", 3",), 0.5, 0.8, 4,
+        )  # fmt: skip
+        assert not params.continues_prompt
+
+    def test_the_end_by_length(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        engine.reason = FinishReason.LENGTH
+        assert client.messages.create(model="fake", max_tokens=1, messages=HI).stop_reason == "max_tokens"
+
+    def test_a_prefilled_answer_goes_on(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer
+    ) -> None:
+        messages = [*HI, {"role": "assistant", "content": "The answer is ("}]
+        client.messages.create(model="fake", max_tokens=9, messages=messages)
+        assert prompt_of(engine, tokenizer) == "[user]hi[assistant]The answer is ("
+        assert engine.params[0].continues_prompt
+
+    def test_blocks_and_a_system_message_within(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer
+    ) -> None:
+        cached = {"cache_control": {"type": "ephemeral"}}
+        client.messages.create(
+            model="fake",
+            max_tokens=9,
+            system=[{"type": "text", "text": "a", **cached}, {"type": "text", "text": "b"}],
+            messages=[
+                {"role": "user", "content": [{"type": "text", "text": "c", **cached}, {"type": "text", "text": "d"}]},
+                {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": "s"},
+                                                  {"type": "text", "text": "e"}]},
+                {"role": "system", "content": "f"},
+                *HI,
+            ],
+        )  # fmt: skip
+        wanted = "[system]a\nb[user]c\nd[assistant]<think>hm</think>e[system]f[user]hi[assistant]"
+        assert prompt_of(engine, tokenizer) == wanted
+
+
+class TestStreams:
+    def test_events_are_as_published(self, url: str, engine: ScriptedEngine) -> None:
+        engine.answer = f"<think>\nhm</think>\n\nLook.{CALL}"
+        body = {"model": "fake", "max_tokens": 9, "messages": HI, "tools": [WEATHER], "stream": True}
+        answer = httpx.post(url + "/v1/messages?beta=true", json=body)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        pairs = [chunk.split("\n") for chunk in answer.text.strip().split("\n\n")]
+        names = [lines[0].removeprefix("event: ") for lines in pairs]
+        events = [json.loads(lines[1].removeprefix("data: ")) for lines in pairs]
+        assert names == [fields["type"] for fields in events]
+        assert names[:2] == ["message_start", "ping"] and names[-2:] == ["message_delta", "message_stop"]
+        started = events[0]["message"]
+        assert started["content"] == [] and started["stop_reason"] is None and started["usage"]["output_tokens"] == 0
+        blocks = [fields["content_block"]["type"] for fields in events if fields["type"] == "content_block_start"]
+        assert blocks == ["thinking", "text", "tool_use"]
+        kinds = [fields["delta"]["type"] for fields in events if fields["type"] == "content_block_delta"]
+        assert list(dict.fromkeys(kinds)) == ["thinking_delta", "signature_delta", "text_delta", "input_json_delta"]
+        indexes = [fields["index"] for fields in events if "index" in fields]
+        assert indexes == sorted(indexes) and names.count("content_block_stop") == 3
+
+    def test_the_client_puts_it_together(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        engine.answer = f"<think>\nhm</think>\n\nLook.{CALL}"
+        options: Any = {"model": "fake", "max_tokens": 99, "messages": HI, "tools": [WEATHER]}
+        with client.messages.stream(**options) as stream:
+            assert "".join(stream.text_stream) == "Look."
+            streamed = stream.get_final_message()
+        whole = client.messages.create(**options)
+        for message in (streamed, whole):
+            thought, text, call = message.content
+            assert (thought.type, text.type, call.type) == ("thinking", "text", "tool_use")
+            assert thought.thinking == "hm" and thought.signature and text.text == "Look."
+            assert (call.name, call.input) == ("get_weather", {"city": "Zürich"})
+            assert message.stop_reason == "tool_use"
+        assert streamed.usage.output_tokens == whole.usage.output_tokens
+
+    def test_an_error_in_the_middle(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        engine.reason, engine.error = FinishReason.ERROR, RuntimeError("broken")
+        with (
+            pytest.raises(anthropic.APIStatusError) as caught,
+            client.messages.stream(model="fake", max_tokens=9, messages=HI) as stream,
+        ):
+            stream.until_done()
+        assert caught.value.body["error"]["type"] == "api_error"
+
+    def test_who_leaves_ends_the_request(self, url: str, engine: ScriptedEngine) -> None:
+        engine.answer, engine.step_seconds = "abc" * 100_000, 0.001
+        body = {"model": "fake", "max_tokens": 9, "messages": HI, "stream": True}
+        with httpx.stream("POST", url + "/v1/messages", json=body) as answer:
+            next(answer.iter_bytes())
+        wait_until(lambda: engine.num_closed == 1)
+
+
+class TestTools:
+    def test_a_conversation_with_calls(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer
+    ) -> None:
+        engine.answer = CALL
+        first = client.messages.create(model="fake", max_tokens=99, messages=HI, tools=[WEATHER])
+        [call] = first.content
+        assert call.type == "tool_use"
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "rain"}]}
+        engine.answer = "It rains."
+        second = client.messages.create(
+            model="fake", max_tokens=99, tools=[WEATHER], tool_choice={"type": "auto"},
+            messages=[*HI, {"role": "assistant", "content": first.content},
+                      {"role": "user", "content": [result, {"type": "text", "text": "so?"}]}],
+        )  # fmt: skip
+        assert second.stop_reason == "end_turn"
+        function = {"name": "get_weather", "description": "Tells the weather", "parameters": WEATHER["input_schema"]}
+        prompt = prompt_of(engine, tokenizer)
+        assert json.dumps({"type": "function", "function": function}, ensure_ascii=False) in prompt
+        assert prompt.endswith('"arguments": {"city": "Zürich"}}[tool]rain[user]so?[assistant]')
+
+    @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
+    def test_a_call_can_be_demanded(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine, choice: dict[str, str]
+    ) -> None:
+        engine.answer = CALL
+        tool = {**WEATHER, "strict": True}
+        client.messages.create(model="fake", max_tokens=99, messages=HI, tools=[tool], tool_choice=choice)
+        assert engine.constraints[0] is not None
+
+    def test_none_offers_no_tools(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer
+    ) -> None:
+        engine.answer = CALL
+        message = client.messages.create(
+            model="fake", max_tokens=9, messages=HI, tools=[WEATHER], tool_choice={"type": "none"}
+        )
+        assert [block.type for block in message.content] == ["text"]
+        assert prompt_of(engine, tokenizer) == "[user]hi[assistant]"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_one_call_only(self, client: anthropic.Anthropic, engine: ScriptedEngine, stream: bool) -> None:
+        engine.answer = f"{CALL}\n{CALL}"
+        choice: Any = {"type": "auto", "disable_parallel_tool_use": True}
+        options: Any = {
+            "model": "fake", "max_tokens": 9, "messages": HI, "tools": [WEATHER], "tool_choice": choice,
+        }  # fmt: skip
+        if stream:
+            with client.messages.stream(**options) as events:
+                message = events.get_final_message()
+        else:
+            message = client.messages.create(**options)
+        assert [block.type for block in message.content] == ["tool_use"] and message.stop_reason == "tool_use"
+        wait_until(lambda: engine.num_closed == 1)
+
+    def test_a_call_that_is_cut_is_text(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        engine.answer, engine.reason = CALL[:60], FinishReason.LENGTH
+        message = client.messages.create(model="fake", max_tokens=9, messages=HI, tools=[WEATHER])
+        assert message.stop_reason == "max_tokens"
+        [block] = message.content
+        assert block.type == "text" and block.text.startswith('get_weather({"city": "')
+
+
+class TestThinking:
+    def test_the_template_is_told(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer
+    ) -> None:
+        engine.answer = "hm</think>\nYes."
+        for thinking in ({"type": "enabled", "budget_tokens": 1024}, {"type": "adaptive"}):
+            message = client.messages.create(model="fake", max_tokens=2048, messages=HI, thinking=thinking)
+            assert prompt_of(engine, tokenizer).endswith("<think>\n")
+            assert [block.type for block in message.content] == ["thinking", "text"]
+            assert message.usage.output_tokens_details.thinking_tokens > 0
+        client.messages.create(model="fake", max_tokens=9, messages=HI, thinking={"type": "disabled"})
+        assert prompt_of(engine, tokenizer).endswith("[assistant]")
+
+    def test_it_can_be_left_out(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        engine.answer = "hm</think>\nYes."
+        thinking: Any = {"type": "adaptive", "display": "omitted"}
+        message = client.messages.create(model="fake", max_tokens=9, messages=HI, thinking=thinking)
+        thought, text = message.content
+        assert thought.type == "thinking" and thought.thinking == "" and thought.signature
+        assert text.type == "text" and text.text == "Yes."
+
+    def test_a_schema_for_the_answer(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        form: Any = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+        client.messages.create(model="fake", max_tokens=9, messages=HI, output_config=form)
+        assert engine.constraints[0] is not None
+
+
+class TestCounting:
+    def test_tokens_of_a_prompt(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        count = client.messages.count_tokens(model="fake", messages=HI, system="x", tools=[WEATHER])
+        client.messages.create(model="fake", max_tokens=9, messages=HI, system="x", tools=[WEATHER])
+        assert count.input_tokens == len(engine.prompt_ids[0])
+        long = [{"role": "user", "content": "word " * 3000}]
+        assert client.messages.count_tokens(model="fake", messages=long).input_tokens > engine.max_prompt_tokens
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("changes", "named"),
+        [
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"messages": []}, "messages"),
+            ({"messages": [{"role": "user", "content": []}]}, "content"),
+            ({"messages": [{"role": "tool", "content": "x"}]}, "'tool'"),
+            ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "'image'"),
+            ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, "'document'"),
+            ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"}]}]}, "'t'"),
+            ({"messages": [*HI, {"role": "assistant", "content": []}]}, "messages"),
+            ({"extra_body": {"temperature": 1000.0}}, "temperature"),
+            ({"stop_sequences": [""]}, "stop_sequences"),
+            ({"tools": [{**WEATHER, "strict": True}]}, "strict"),
+            ({"tools": [WEATHER, WEATHER]}, "get_weather"),
+            ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "type"),
+            ({"tool_choice": {"type": "any"}}, "tool_choice"),
+            ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "nope"}}, "nope"),
+            ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "budget_tokens"),
+            ({"output_config": {"effort": "high"}}, "output_config.effort"),
+            ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nope"}}}}, "nope"),
+            ({"extra_body": {"container": "c"}}, "container"),
+            ({"extra_body": {"mcp_servers": []}}, "mcp_servers"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, client: anthropic.Anthropic, changes: dict[str, Any], named: str) -> None:
+        options: dict[str, Any] = {"model": "fake", "max_tokens": 9, "messages": HI, **changes}
+        with pytest.raises(anthropic.BadRequestError) as caught:
+            client.messages.create(**options)
+        assert caught.value.body["type"] == "error"
+        assert caught.value.body["error"]["type"] == "invalid_request_error"
+        assert named in caught.value.body["error"]["message"]
+        assert caught.value.request_id is None or caught.value.request_id
+
+    def test_another_model(self, client: anthropic.Anthropic) -> None:
+        with pytest.raises(anthropic.NotFoundError) as caught:
+            client.messages.create(model="claude", max_tokens=9, messages=HI)
+        assert caught.value.body["error"]["type"] == "not_found_error"
+
+    def test_a_prompt_that_is_too_long(self, client: anthropic.Anthropic) -> None:
+        with pytest.raises(anthropic.BadRequestError):
+            client.messages.create(model="fake", max_tokens=9, messages=[{"role": "user", "content": "a b " * 9000}])
+
+    def test_overload(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        engine.num_waiting = 10**6
+        with pytest.raises(anthropic.APIStatusError) as caught:
+            client.messages.create(model="fake", max_tokens=9, messages=HI)
+        assert caught.value.status_code == 529 and caught.value.body["error"]["type"] == "overloaded_error"
+
+    def test_keys(self, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+        settings = fake_settings(port=0, api_keys=("secret-key-of-a-user",))
+        with serving(settings, lambda: FakeDeployment(engine, tokenizer_override=tokenizer)) as url:
+            wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+            wrong = anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0)
+            with pytest.raises(anthropic.AuthenticationError) as caught:
+                wrong.messages.create(model="fake", max_tokens=9, messages=HI)
+            assert caught.value.body["error"]["type"] == "authentication_error"
+            for named in ({"api_key": "secret-key-of-a-user"}, {"auth_token": "secret-key-of-a-user"}):
+                right = anthropic.Anthropic(base_url=url, max_retries=0, **named)
+                assert right.messages.create(model="fake", max_tokens=9, messages=HI).content
+
+
+def test_the_template_knows_what_the_family_calls_thinking(engine: ScriptedEngine) -> None:
+    from amalgam.server.api.anthropic.conversation import chat_prompt
+    from amalgam.server.api.anthropic.fields import PromptBody
+
+    def variables(template: str, **fields: Any) -> Any:
+        return chat_prompt(PromptBody(model="m", messages=HI, **fields), template).variables
+
+    on = {"type": "enabled", "budget_tokens": 7}
+    assert variables("{% if thinking %}", thinking=on) == {"thinking": True}
+    assert variables("{{ message.thinking }}", thinking=on) == {}
+    assert variables("{{ enable_thinking }}{{ thinking_budget }}", thinking=on) == {
+        "enable_thinking": True, "thinking_budget": 7,
+    }  # fmt: skip
+    assert variables("{{ reasoning_effort }}", output_config={"effort": "max"}) == {"reasoning_effort": "high"}
