@@ -308,7 +308,14 @@ def _scratch() -> str:
 
 
 def serve(
-    port: int, released: Connection, log: Path, drain: float = 60, held: str = "", fault: str = "", files: int = 0
+    port: int,
+    released: Connection,
+    log: Path,
+    drain: float = 60,
+    held: str = "",
+    fault: str = "",
+    files: int = 0,
+    keys: str = "",
 ) -> None:
     """Serve until a signal, with the standard error output in `log`.
 
@@ -317,6 +324,7 @@ def serve(
             a server that is drained or has failed).
         fault: `load` (the model cannot be loaded) or `die` (the engine is dead).
         files: the soft limit on file descriptors, unless 0.
+        keys: file of API keys.
     """
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     if files:
@@ -343,4 +351,4 @@ def serve(
         lifecycle.MIN_DRAIN_SECONDS = lifecycle.FAILURE_SECONDS = math.inf
     threading.Thread(target=release, daemon=True).start()
 
-    run(fake_settings(port=port, drain_seconds=drain), open_deployment, stopping)
+    run(fake_settings(port=port, drain_seconds=drain, api_keys_file=keys), open_deployment, stopping)

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 from fastapi import FastAPI
 
@@ -265,3 +267,22 @@ def test_keys_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_where_keys_are_looked_for() -> None:
     headers = [(b"authorization", b"Bearer a"), (b"x-api-key", b" b "), (b"authorization", b"Basic c"), (b"host", b"d")]
     assert presented_keys(headers) == [b"a", b"b"]
+
+
+def test_openai_s_and_anthropic_s_clients_know_the_errors() -> None:
+    with serving(fake_settings(port=0, api_keys=USER, requests_per_minute=1), FakeDeployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wrong = openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0)
+        with pytest.raises(openai.AuthenticationError) as refused:
+            wrong.models.list()
+        assert refused.value.code == "invalid_api_key"
+        right = openai.OpenAI(base_url=url + "/v1", api_key=USER, max_retries=0)
+        assert [model.id for model in right.models.list()] == ["fake"]
+        right.completions.create(model="fake", prompt="a", max_tokens=1)
+        with pytest.raises(openai.RateLimitError) as limited:
+            right.completions.create(model="fake", prompt="a", max_tokens=1)
+        assert (limited.value.code, limited.value.type) == ("rate_limit_exceeded", "requests")
+        assert int(limited.value.response.headers["retry-after"]) > 0
+        other = anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0)
+        with pytest.raises(anthropic.AuthenticationError):
+            other.messages.create(model="fake", max_tokens=1, messages=[{"role": "user", "content": "a"}])

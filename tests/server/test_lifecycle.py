@@ -281,3 +281,40 @@ def test_a_taken_port_is_an_error_that_names_it(start: Start) -> None:
         assert server.wait() != 0
     assert f"port {port}" in server.log
     assert "--port" in server.log
+
+
+def test_a_drain_ends_openai_s_streams_properly(start: Start) -> None:
+    server = start(drain=1, held="steps")
+    wait_until(lambda: is_ready(server.url))
+    body = {"model": "fake", "prompt": "a", "stream": True}
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(httpx.post, server.url + "/v1/completions", json=body, timeout=60)
+        wait_until(lambda: num_running(server.url) == 1)
+        server.signal()
+        *_, error, done = stream.result().text.strip().split("\n\n")
+        assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
+        assert done == "data: [DONE]"
+    assert server.wait() == 0
+
+
+def test_keys_are_read_again_at_a_signal(start: Start, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first")
+    server = start(keys=str(keys))
+    wait_until(lambda: is_ready(server.url))
+
+    def status(key: str) -> int:
+        return httpx.get(server.url + "/model_info", headers={"x-api-key": key}).status_code
+
+    assert (status("first"), status("second")) == (200, 401)
+    keys.write_text("")  # a file that cannot be used changes nothing
+    server.signal(signal.SIGHUP)
+    wait_until(lambda: "SIGHUP: nothing has changed" in server.log)
+    assert status("first") == 200
+    keys.write_text("second")
+    server.signal(signal.SIGHUP)
+    wait_until(lambda: status("second") == 200)
+    assert status("first") == 401
+    server.signal()
+    assert server.wait() == 0
+    assert "first" not in server.log and "second" not in server.log
