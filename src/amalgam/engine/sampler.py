@@ -122,19 +122,17 @@ def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[
     Args:
         logits: finite, float32 `[tokens, vocabulary]`, as the model gave them.
     """
-    totals = logits.logsumexp(dim=1, keepdim=True)
-    chosen = (logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]) - totals)[:, 0].tolist()
-    num_top = min(num_top, logits.shape[1])
+    scores = logits.log_softmax(dim=1)
+    chosen = scores.gather(1, torch.tensor(token_ids, device=scores.device)[:, None])[:, 0].tolist()
+    num_top = min(num_top, scores.shape[1])
     if not num_top:
         return [TokenLogprobs(value, ()) for value in chosen]
-    is_likely = logits >= logits.topk(num_top, dim=1).values[:, -1:]  # all that are as good as the last
+    is_likely = scores >= scores.topk(num_top, dim=1).values[:, -1:]  # all that are as good as the last
     found = []
-    for row, total, value, likely in zip(
-        logits.cpu().numpy(), totals.cpu().numpy(), chosen, is_likely.cpu().numpy(), strict=True
-    ):
+    for row, value, likely in zip(scores.cpu().numpy(), chosen, is_likely.cpu().numpy(), strict=True):
         ids = np.flatnonzero(likely)
         ids = ids[np.argsort(-row[ids], kind="stable")][:num_top]
-        found.append(TokenLogprobs(value, tuple(zip(ids.tolist(), (row[ids] - total).tolist(), strict=True))))
+        found.append(TokenLogprobs(value, tuple(zip(ids.tolist(), row[ids].tolist(), strict=True))))
     return found
 
 
