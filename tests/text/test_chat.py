@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from amalgam.errors import RequestError
 from amalgam.text import rendering
 from amalgam.text.chat import ChatPrompt, ChatTemplates
+from amalgam.text.gguf.metadata import _chat_templates
 from amalgam.text.rendering import TemplateError
 from tests.errors import raises
 
@@ -252,3 +253,12 @@ def test_a_template_cannot_change_what_it_is_given() -> None:
     source = "{% set messages = 3 %}{% for m in [1] %}{{ m }}{% endfor %}"
     assert rendered(source, messages) == "1"
     assert messages == [{"role": "user", "content": "hi"}]
+
+
+def test_templates_of_a_gguf_file_by_name() -> None:
+    key = "tokenizer.chat_template"
+    assert _chat_templates({key: "a", f"{key}.tool_use": "b", f"{key}s": ["tool_use"]}) == {
+        "default": "a", "tool_use": "b",
+    }  # fmt: skip
+    assert _chat_templates({key: "a"}) == "a"
+    assert _chat_templates({}) is None

@@ -270,3 +270,21 @@ class TestSpecialTokensAsStopStrings:
                 break
         token_ids = [token_id for part in parts for token_id in tokenizer.encode(part)]
         assert "".join(stream_text(tokenizer, token_ids, stop)) == (visible if expected is None else expected)
+
+
+class TestSpecialTokensThatAreShown:
+    def stream(self, tokenizer, token_ids, stop=()):
+        stream = TextStream(tokenizer, stop, keeps_special_tokens=True)
+        return [*map(stream.push, token_ids), stream.finish(token_ids[-1])]
+
+    def test_they_come_where_they_stand(self, tokenizer):
+        token_ids = tokenizer.encode("a<|im_start|>b明<|im_end|>c")
+        assert "".join(self.stream(tokenizer, token_ids)) == "a<|im_start|>b明<|im_end|>c"
+
+    def test_a_character_that_breaks_off_before_one(self, tokenizer):
+        token_ids = [*tokenizer.encode("😀")[:1], *tokenizer.encode("<|im_start|>a")]
+        assert "".join(self.stream(tokenizer, token_ids)).endswith("<|im_start|>a")
+
+    def test_stop_strings_see_them(self, tokenizer):
+        token_ids = tokenizer.encode("a<|im_start|>bc")
+        assert "".join(self.stream(tokenizer, token_ids, ("<|im_start|>b",))) == "a"
