@@ -35,6 +35,7 @@ def command(settings: Settings) -> int:
 
         def load() -> Deployment:
             from amalgam.runtime.opening import open_deployment  # seconds; the port is open meanwhile
+            from amalgam.text.grammar import prepare_grammars
 
             with _progress_bar() as show:
 
@@ -45,6 +46,7 @@ def command(settings: Settings) -> int:
                         show(what, done, total)
 
                 deployment = open_deployment(settings, progress)
+            prepare_grammars(deployment.tokenizer)  # in the first request it would hold up all others
             gc.freeze()
             gc.enable()
             return deployment
