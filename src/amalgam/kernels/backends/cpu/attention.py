@@ -35,7 +35,7 @@ def supports_paged_attention(query: Tensor, cache: LayerCache, batch: AttentionB
         extension.is_available()
         and query.dtype in extension.FLOAT_TYPES
         and cache.keys.dtype in extension.CACHE_TYPES
-        and cache.values.dtype in extension.CACHE_TYPES
+        and cache.values.dtype is cache.keys.dtype
         and query.is_cpu
         and cache.keys.is_cpu
         and batch.block_tables.is_cpu
@@ -125,7 +125,7 @@ def supports_write_kv(cache: LayerCache, key: Tensor, value: Tensor, slot_ids: T
         and key.dtype in extension.NAMES
         and value.dtype in extension.NAMES
         and cache.keys.dtype in extension.CACHE_TYPES
-        and cache.values.dtype in extension.CACHE_TYPES
+        and cache.values.dtype is cache.keys.dtype
         and slot_ids.dtype is torch.int64
         and cache.keys.is_cpu
         and key.is_cpu
