@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from amalgam.errors import RequestError, describe
+from amalgam.errors import RequestError, UnavailableError, describe
 from amalgam.text.grammar_trial import Trial, make_matcher, make_tokenizer
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def compile_grammar(tokenizer: Tokenizer, grammar: Grammar) -> CompiledGrammar:
 
     Raises:
         RequestError: it is malformed, asks for what llguidance does not have, or is too complex.
+        UnavailableError: the machine has no descriptors or memory left to try it.
     """
     return prepare_grammars(tokenizer).compile(grammar)
 
@@ -199,7 +200,7 @@ class GrammarCompiler:
                 self._known.move_to_end(grammar)
         if found is None:
             text = _text(grammar)
-            fault = self._trial.run(text, TRIAL_SECONDS)
+            fault = self._try(text)
             if fault is None:  # not kept: another time it may be found out
                 raise RequestError(
                     f"The {grammar.kind} {describe(grammar.source)} takes more time or memory than it may.",
@@ -213,6 +214,14 @@ class GrammarCompiler:
         if isinstance(found, RequestError):  # a new one: whoever catches it may add to it
             raise RequestError(found.what, remedy=found.remedy)
         return found
+
+    def _try(self, text: str) -> str | None:
+        try:
+            return self._trial.run(text, TRIAL_SECONDS)
+        except OSError as error:
+            raise UnavailableError(
+                f"No process can be started to try a grammar: {error}.", remedy="Try again later."
+            ) from error
 
     def _compile(self, grammar: Grammar, text: str) -> CompiledGrammar | RequestError:
         matcher = make_matcher(self._tokenizer, text)

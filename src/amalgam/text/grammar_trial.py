@@ -47,20 +47,30 @@ class Trial:
         vocabulary = {"bytes": text, "lengths": lengths, "special_ids": [*special_ids], "eos_ids": [*eos_ids]}
         self._first_line = json.dumps({"path": sys.path, **vocabulary}).encode() + b"\n"
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []  # one, or none
+        finalize(self, _end, self._processes)
 
     def run(self, grammar: str, seconds: float) -> str | None:
-        """What is wrong with a grammar; "" if nothing is, None if it was not found out in time or in memory."""
+        """What is wrong with a grammar; "" if nothing is, None if it was not found out in time or in memory.
+
+        Raises:
+            OSError: no process can be started.
+        """
         with self._lock:
-            process = self._process or self._start()
-            answer = _ask(process, json.dumps(grammar).encode() + b"\n", seconds)
+            if not self._processes or self._processes[0].poll() is not None:
+                self._start()
+            try:
+                answer = _ask(self._processes[0], json.dumps(grammar).encode() + b"\n", seconds)
+            except BaseException:  # an interrupt: the next grammar would get this one's answer
+                _end(self._processes)
+                raise
             if answer is None:
-                self._process = None
-                _end(process)
+                _end(self._processes)
                 return None
             return str(json.loads(answer))
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
+        _end(self._processes)
         process = subprocess.Popen(
             [sys.executable, "-I", __file__],
             stdin=subprocess.PIPE,
@@ -68,12 +78,10 @@ class Trial:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # an interrupt at the terminal is not for it
         )
-        finalize(self, _end, process)
+        self._processes.append(process)
         if _ask(process, self._first_line, _START_SECONDS) is None:
-            _end(process)
-            raise RuntimeError("The process that tries grammars does not start.")
-        self._process = process
-        return process
+            _end(self._processes)
+            raise OSError("The process that tries grammars does not start.")
 
 
 def _ask(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes | None:
@@ -89,13 +97,15 @@ def _ask(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes
     return (process.stdout.readline() or None) if waiting.poll(1000 * seconds) else None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-    process.wait()
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    while processes:
+        process = processes.pop()
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        process.wait()
 
 
 class Vocabulary:

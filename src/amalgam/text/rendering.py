@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from amalgam.errors import UnavailableError
 from amalgam.text import sandbox
 
 NUM_PROCESSES = 2
@@ -37,6 +38,7 @@ def render(source: str, variables: Mapping[str, Any], mark: str = "") -> str:
 
     Raises:
         TemplateError: saying why there is no text.
+        UnavailableError: the machine has no descriptors or memory left for a process.
     """
     asked = json.dumps({"source": source, "variables": variables, "mark": mark}).encode()
     answer = _processes.ask(asked)
@@ -86,14 +88,19 @@ class _Processes:
 def _start() -> subprocess.Popen[bytes]:
     folders = {str(Path(spec.origin).parents[1]) for name in ("jinja2", "markupsafe")
                if (spec := find_spec(name)) is not None and spec.origin is not None}  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", sandbox.__file__, *sorted(folders)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-        start_new_session=True,  # Ctrl-C is for us
-    )
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", sandbox.__file__, *sorted(folders)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for us
+        )
+    except OSError as error:
+        raise UnavailableError(
+            f"No process can be started to apply the chat template: {error}.", remedy="Try again later."
+        ) from error
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
