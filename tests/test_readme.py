@@ -62,7 +62,9 @@ def server() -> Iterator[str]:
 
 def test_both_languages_show_the_same_commands() -> None:
     assert len(commands(READMES[0])) == len(commands(READMES[1])) > 10
-    shapes = [[re.sub(r'"prompt": "[^"]*"|"[^"]*"$', "…", line) for line in commands(name)] for name in READMES]
+    shapes = [
+        [re.sub(r'"(prompt|content)": "[^"]*"|"[^"]*"$', "…", line) for line in commands(name)] for name in READMES
+    ]
     assert shapes[0] == shapes[1]
 
 
@@ -77,7 +79,7 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_requests(name: str, server: str) -> None:
     curls = [line for line in commands(name) if line.startswith("curl")]
-    assert len(curls) == 6
+    assert len(curls) == 7
     for line in curls:
         words = shlex.split(line.replace(ADDRESS, server))
         result = subprocess.run([*words, "--silent", "--fail-with-body"], capture_output=True, text=True, check=False)
@@ -88,6 +90,8 @@ def test_requests(name: str, server: str) -> None:
         answer = json.loads(result.stdout)
         if words[1].endswith("/generate"):
             assert answer["generated_text"].strip()
+        if words[1].endswith("/v1/messages"):
+            assert answer["content"][0]["text"].strip()
 
 
 def test_local_commands(server: str, tmp_path: Path) -> None:
@@ -112,7 +116,7 @@ def test_local_commands(server: str, tmp_path: Path) -> None:
 
 def test_python() -> None:
     """The programs of both languages, one after the other."""
-    programs = [program for name in READMES for program in commands(name, "python")]
+    programs = [program for name in READMES for program in commands(name, "python") if "LLM" in program]
     assert len(programs) == 2
     printed = "print(answer.text); print('length', len(answer.text.strip()))"
     program = "\n".join(programs).replace("print(answer.text)", printed)
@@ -123,6 +127,16 @@ def test_python() -> None:
     assert "layer_id" in result.stdout
     lengths = [int(number) for number in re.findall(r"^length (\d+)$", result.stdout, re.MULTILINE)]
     assert len(lengths) == 4 and min(lengths) > 20, "answers that are worth showing"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_client(name: str, server: str) -> None:
+    """The program with OpenAI's client, whose answer comes as a stream."""
+    (program,) = [program for program in commands(name, "python") if "OpenAI" in program]
+    words = [sys.executable, "-c", program.replace(ADDRESS, server)]
+    result = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.strip()) > 20
 
 
 @pytest.mark.parametrize("name", READMES)
