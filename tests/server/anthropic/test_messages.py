@@ -307,6 +307,17 @@ class TestThinking:
         client.messages.create(model="fake", max_tokens=9, messages=HI, output_config=form)
         assert engine.constraints[0] is not None
 
+    def test_a_schema_binds_what_follows_the_reasoning(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer
+    ) -> None:
+        engine.answer = "hm</think>\n{}"
+        form: Any = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+        client.messages.create(
+            model="fake", max_tokens=9, messages=HI, output_config=form, thinking={"type": "adaptive"}
+        )
+        token_ids = tokenizer.encode(engine.answer)
+        assert engine.constraints[0].start().num_valid(token_ids) == len(token_ids)
+
 
 class TestCounting:
     def test_tokens_of_a_prompt(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
@@ -339,6 +350,13 @@ class TestErrors:
             ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "budget_tokens"),
             ({"output_config": {"effort": "high"}}, "output_config.effort"),
             ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nope"}}}}, "nope"),
+            (
+                {
+                    "tools": [WEATHER],
+                    "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+                },
+                "output_config.format",
+            ),
             ({"extra_body": {"container": "c"}}, "container"),
             ({"extra_body": {"mcp_servers": []}}, "mcp_servers"),
         ],

@@ -121,10 +121,10 @@ async def _start(service: Service, body: MessagesBody) -> _Answer:
     use = tool_use(body)
     params = sampling_params(body, service.default_params, keeps_special_tokens=form.keeps_special_tokens)
     json_format = body.output_config.format
-    if json_format is not None and use.is_required:
+    if json_format is not None and use.tools:
         raise RequestError(
-            "output_config.format is given, and tool_choice demands a call.",
-            remedy="Give one of them.",
+            "output_config.format is given with tools.",
+            remedy="Give tool_choice none, or no format: a call would not have it.",
             param="output_config.format",
         )
     [prompt_ids] = await service.encode([chat_prompt(body, deployment.tokenizer.chat_template)])
@@ -133,11 +133,11 @@ async def _start(service: Service, body: MessagesBody) -> _Answer:
     if use.is_required:
         grammar = form.grammar(use.tools, use.name, parallel=use.is_parallel, prompt_end=prompt_end)
     elif json_format is not None:
-        grammar = Grammar.of_schema(json_format.schema_)
+        grammar = form.after_reasoning(Grammar.of_schema(json_format.schema_), prompt_end)
     constraint = None if grammar is None else await service.compile_grammar(grammar)
-    outputs = deployment.engine.stream(prompt_ids, params, Observation(), constraint)
     shows = isinstance(body.thinking, ThinkingDisabled) or body.thinking.display != "omitted"
     parser = form.parser(use.tools, prompt_end=prompt_end)
+    outputs = deployment.engine.stream(prompt_ids, params, Observation(), constraint)
     return _Answer(name, len(prompt_ids), outputs, parser, use, Blocks(shows_reasoning=shows))
 
 
