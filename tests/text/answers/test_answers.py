@@ -105,6 +105,9 @@ ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
         "hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", "", [("f", {"a": 1})],
     ),
     "hermes none": ("hermes", '<tool_call>{"name": "now"}</tool_call>', "", "", [("now", {})]),
+    "hermes whole arguments": (
+        "hermes", '<tool_call>{"name": "now", "arguments": {}, oops}</tool_call>', "}</tool_call>", "", [("now", {})],
+    ),
     "hermes unfinished tag": ("hermes", 'x<tool_call>{"name": "get', 'x<tool_call>{"name": "get', "", []),
     "hermes no JSON": ("hermes", "x <tool_call>\nf()</tool_call> y", "x <tool_call>\nf()</tool_call> y", "", []),
     "hermes then text": ("hermes", f"{hermes(*WEATHER)}\n\nDone.", "Done.", "", [WEATHER]),
@@ -150,6 +153,10 @@ ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
         "gpt_oss", f"<|channel|>commentary<|message|>Look.{START} to=functions.now"
         "<|channel|>commentary json<|message|>{}",
         "Look.", "", [("now", {})],
+    ),
+    "gpt_oss without an end": (
+        "gpt_oss", f"<|channel|>analysis<|message|>{THOUGHT}<|start|>assistant<|channel|>final<|message|>Yes.", "Yes.",
+        THOUGHT, [],
     ),
     "gpt_oss without channels": ("gpt_oss", '{"a": 1}', '{"a": 1}', "", []),
 }  # fmt: skip
@@ -243,6 +250,31 @@ def test_content_does_not_wait_for_tags_that_cannot_come() -> None:
 def test_what_breaks_within_arguments_goes_on_as_it_is() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": ]}</tool_call>b'
     assert taken_apart(made("hermes"), [text]) == ("b", "", [("f", '{"a": ]}')])
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": [1]},
+        {"properties": 5},
+        *({"properties": {"a": schema}} for schema in (
+            [1], {"type": 5}, {"type": [{}]}, {"type": {}}, {"anyOf": 3}, {"anyOf": [{"type": {}}]}, {"enum": 7},
+        )),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["qwen_xml", "glm"])
+def test_where_a_schema_says_nothing_arguments_are_texts(name: str, parameters: dict[str, Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    parser = made(name).parser(tools)
+    text = qwen_xml("f", {"a": "1"}) if name == "qwen_xml" else glm("f", {"a": "1"})
+    assert put_together([*parser.push(text), *parser.finish()])[2] == [("f", '{"a": "1"}')]
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "[NaN]"])
+def test_arguments_are_json_whatever_the_model_writes(value: str) -> None:
+    parser = made("glm").parser([tool("f", a={"type": "number"})])
+    deltas = parser.push(f"<tool_call>f<arg_key>a</arg_key><arg_value>{value}</arg_value></tool_call>")
+    assert put_together(deltas)[2] == [("f", as_json({"a": value}))]
 
 
 def test_without_tools_nothing_is_a_call() -> None:

@@ -129,3 +129,11 @@ def test_an_unknown_tool_is_refused() -> None:
         made("hermes").grammar(TOOLS, "nope")
     with raises(RequestError, "server.tool_parser"):
         made("plain").grammar(TOOLS)
+
+
+@pytest.mark.parametrize("parameters", [{"properties": [1]}, {"properties": {"a": {}}, "required": 5}])
+@pytest.mark.parametrize("name", ["qwen_xml", "glm"])
+def test_parameters_that_are_no_schema_are_refused(name: str, parameters: dict[str, Any]) -> None:
+    with raises(RequestError, "f", "properties") as caught:
+        made(name).grammar([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    assert caught.value.param == "tools"  # type: ignore[attr-defined]

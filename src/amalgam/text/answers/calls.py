@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from amalgam.errors import RequestError, describe
 from amalgam.text.answers.contract import Answer, GrammarWriter, Tools, name_of, schema_of
 from amalgam.text.answers.reading import Reader, Waiting
 
@@ -20,7 +21,7 @@ _MAX_NAME_CHARS = 256
 class Found(enum.Enum):
     NO_CALL = enum.auto()  # and nothing has been said of one
     CALL = enum.auto()
-    BROKEN = enum.auto()  # a call that has begun and is no JSON from here on
+    BROKEN = enum.auto()  # a call whose arguments have begun and are no JSON from here on
 
 
 def read_call(reader: Reader, answer: Answer, only: Collection[str] | None = None) -> Waiting[Found]:
@@ -46,9 +47,9 @@ def read_call(reader: Reader, answer: Answer, only: Collection[str] | None = Non
         yield from reader.spaces()
         if key in _ARGUMENTS and not begun and held is None and name is not None and reader.text.startswith("{"):
             answer.call(name)
-            begun, broken = True, Found.BROKEN
+            begun, broken = True, Found.CALL  # its arguments stay whole, whatever follows them
             if not (yield from reader.json_value(answer.arguments)):
-                return broken
+                return Found.BROKEN
         else:
             value = yield from _value(reader)
             if value is _BROKEN:
@@ -64,7 +65,7 @@ def read_call(reader: Reader, answer: Answer, only: Collection[str] | None = Non
             if name is not None and held is not None and not begun:
                 answer.call(name)
                 answer.arguments(held)
-                begun, broken = True, Found.BROKEN
+                begun, broken = True, Found.CALL
         yield from reader.spaces()
         yield from reader.accept(",")
     if name is None or (only is not None and not begun):
@@ -124,38 +125,50 @@ class TypedArguments:
 
     def add(self, key: str, text: str, *, is_whole: bool = True) -> None:
         """One more; one that breaks off stays open."""
-        value = json.dumps(self._typed(key, text) if is_whole else text, ensure_ascii=False)
-        if not is_whole:
-            value = value[:-1]
+        value = self._typed(key, text) if is_whole else _written(text)[:-1]
         separator = ", " if self._names else "{"
         self._names.add(key)
-        self._answer.arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: {value}")
+        self._answer.arguments(f"{separator}{_written(key)}: {value}")
 
     def finish(self) -> None:
         self._answer.arguments("}" if self._names else "{}")
 
-    def _typed(self, key: str, text: str) -> Any:
-        types = types_of((self._schema.get("properties") or {}).get(key))
+    def _typed(self, key: str, text: str) -> str:
+        properties = self._schema.get("properties")
+        types = types_of(properties.get(key)) if isinstance(properties, Mapping) else set()
         if not types or ("string" in types and not (text == "null" and "null" in types)):
-            return text
+            return _written(text)
         try:
-            return json.loads(text)
+            return _written(json.loads(text))
         except (ValueError, RecursionError):
-            return text
+            return _written(text)
+
+
+def _written(value: Any) -> str:
+    """As JSON, which has neither NaN nor infinity."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def types_of(schema: Any) -> set[str]:
-    """The JSON types that a schema names; empty if it names none."""
+    """The JSON types that a schema names; empty if it names none, or is none."""
     if not isinstance(schema, Mapping):
         return set()
     declared = schema.get("type")
-    types = {declared} if isinstance(declared, str) else set(declared or ())
+    types = {item for item in (declared, *_listed(declared)) if isinstance(item, str)}
     for key in ("anyOf", "oneOf"):
-        for item in schema.get(key) or ():
+        for item in _listed(schema.get(key)):
             types |= types_of(item)
-    if not types and "enum" in schema and all(isinstance(value, str) for value in schema["enum"]):
+    if not types and _are_texts(schema.get("enum")):
         types = {"string"}
     return types
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _are_texts(value: Any) -> bool:
+    return bool(_listed(value)) and all(isinstance(item, str) for item in value)
 
 
 def grammar_of_calls(
@@ -185,16 +198,26 @@ def grammar_of_typed_calls(
     Args:
         before, after: what stands around the arguments; `{name}` is the function's name.
         argument: what stands around the value of one; `{key}` is its name.
+
+    Raises:
+        RequestError: a tool's parameters are no schema of an object.
     """
     lines = [f"calls: call{f' ({writer.text(chr(10))} call)*' if parallel else ''}"]
     lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
     for index, tool in enumerate(tools):
         schema = schema_of(tool)
+        properties, required = schema.get("properties") or {}, schema.get("required") or []
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            raise RequestError(
+                f"The parameters of {name_of(tool)} are {describe(schema)}.",
+                remedy="Give a JSON schema, whose properties are an object and required a list.",
+                param="tools",
+            )
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         rules = []
-        for place, (key, value) in enumerate((schema.get("properties") or {}).items()):
+        for place, (key, value) in enumerate(properties.items()):
             rule = f"argument_{index}_{place}"
-            rules.append(rule if key in (schema.get("required") or ()) else f"{rule}?")
+            rules.append(rule if key in required else f"{rule}?")
             lines += _argument(writer, rule, {**definitions, **value} if isinstance(value, dict) else {}, key, argument)
         around = [writer.text(before.replace("{name}", name_of(tool))), *rules, writer.text(after)]
         lines.append(f"call_{index}: {' '.join(around)}")
@@ -209,6 +232,6 @@ def _argument(
     if types and "string" not in types:
         return [f"{rule}: {start} {rule}_value {writer.text(end)}", f"{rule}_value: {writer.json(schema)}"]
     choices = schema.get("enum")
-    if choices and all(isinstance(choice, str) for choice in choices):
+    if choices and _are_texts(choices):
         return [f"{rule}: {start} ({' | '.join(map(writer.text, choices))}) {writer.text(end)}"]
     return [f"{rule}: {start} {rule}_text", writer.up_to(f"{rule}_text", end)]

@@ -34,8 +34,11 @@ def _read(reader: Reader, answer: Answer) -> Reading:
             emit: Emit = answer.content
         else:
             emit = _begin(answer, read)
-        if not (yield from reader.until([*_ENDS, _START], emit)):
+        end = yield from reader.until([*_ENDS, _START], emit)
+        if end is None:
             return
+        if end == _START:  # of the next message; this one has no end
+            reader.put_back(_START)
         answer.end_part()
 
 
