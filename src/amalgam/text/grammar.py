@@ -260,8 +260,7 @@ def _text(grammar: Grammar) -> str:
             case "regex":
                 return str(LLMatcher.grammar_from_regex(source))
             case "choice":
-                quoted = (json.dumps(text, ensure_ascii=False) for text in _choices(source))  # as Lark quotes too
-                return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(quoted)}"))
+                return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {_choice_rule(source)}"))
             case "lark":
                 return str(LLMatcher.grammar_from_lark(source))
     except ValueError as error:  # no JSON, or a lone surrogate
@@ -273,6 +272,34 @@ def _json_text(schema: str) -> str:
     from llguidance import LLMatcher
 
     return str(LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE}))
+
+
+def as_rule(grammar: Grammar) -> str | None:
+    """The right side of a Lark rule that says the same, to be put into a larger grammar; None: there is none.
+
+    Raises:
+        RequestError: it is malformed.
+    """
+    match grammar.kind:
+        case "json_object":
+            return _json_rule({"type": "object"})
+        case "json_schema":
+            try:
+                return _json_rule(json.loads(grammar.source))
+            except (ValueError, RecursionError) as error:
+                raise _refused(grammar, str(error)) from None
+        case "choice":
+            return _choice_rule(grammar.source)
+    return None
+
+
+def _json_rule(schema: Any) -> str:
+    fields = schema if isinstance(schema, dict) else {"allOf": [schema]}
+    return "%json " + json.dumps({"x-guidance": {"whitespace_pattern": _WHITESPACE}, **fields}, ensure_ascii=False)
+
+
+def _choice_rule(source: str) -> str:
+    return " | ".join(json.dumps(text, ensure_ascii=False) for text in _choices(source))  # as Lark quotes too
 
 
 def _choices(source: str) -> list[str]:

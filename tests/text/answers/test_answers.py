@@ -170,7 +170,7 @@ def made(name: str) -> AnswerFormat:
 
 def put_together(deltas: Sequence[AnswerDelta]) -> tuple[str, str, list[tuple[str, str]]]:
     calls: list[list[str]] = []
-    ids = {}
+    ids: dict[int, str] = {}
     for delta in deltas:
         if isinstance(delta, ToolCallDelta):
             if delta.index == len(calls):
@@ -252,19 +252,15 @@ def test_what_breaks_within_arguments_goes_on_as_it_is() -> None:
     assert taken_apart(made("hermes"), [text]) == ("b", "", [("f", '{"a": ]}')])
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"properties": [1]},
-        {"properties": 5},
-        *({"properties": {"a": schema}} for schema in (
-            [1], {"type": 5}, {"type": [{}]}, {"type": {}}, {"anyOf": 3}, {"anyOf": [{"type": {}}]}, {"enum": 7},
-        )),
-    ],
-)  # fmt: skip
+NO_SCHEMAS: list[Any] = [
+    [1], {"type": 5}, {"type": [{}]}, {"type": {}}, {"anyOf": 3}, {"anyOf": [{"type": {}}]}, {"enum": 7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("properties", [[1], 5, *({"a": value} for value in NO_SCHEMAS)])
 @pytest.mark.parametrize("name", ["qwen_xml", "glm"])
-def test_where_a_schema_says_nothing_arguments_are_texts(name: str, parameters: dict[str, Any]) -> None:
-    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+def test_where_a_schema_says_nothing_arguments_are_texts(name: str, properties: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}]
     parser = made(name).parser(tools)
     text = qwen_xml("f", {"a": "1"}) if name == "qwen_xml" else glm("f", {"a": "1"})
     assert put_together([*parser.push(text), *parser.finish()])[2] == [("f", '{"a": "1"}')]

@@ -5,7 +5,6 @@ In: a `ToolFormat`, tags, the tokenizer's special tokens. Out: parsers and gramm
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,7 +20,9 @@ from amalgam.text.answers.contract import (
     name_of,
 )
 from amalgam.text.answers.reading import Reader
-from amalgam.text.grammar import Grammar
+from amalgam.text.grammar import Grammar, as_rule
+
+_SPACES = r"/\s{0,16}/"  # between reasoning and what follows
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class AnswerFormat:
             return Grammar("lark", f"start: calls\n{calls}")
         opens = self._opens_reasoning(prompt_end)
         thought = "thought" if opens else f"{writer.text(self.tags.start)} thought"
-        first = f"{thought} /\\s*/ calls" if opens else f"calls | {thought} /\\s*/ calls"
+        first = f"{thought} {_SPACES} calls" if opens else f"calls | {thought} {_SPACES} calls"
         return Grammar("lark", f"start: {first}\n{writer.up_to('thought', self.tags.end)}\n{calls}")
 
     def after_reasoning(self, grammar: Grammar, prompt_end: str = "") -> Grammar:
@@ -109,21 +110,15 @@ class AnswerFormat:
         if self.tags is None or not self._opens_reasoning(prompt_end):
             return grammar
         writer = GrammarWriter({text: token_id for token_id, text in self.special_tokens.items()})
-        match grammar.kind:
-            case "json_schema":
-                content = f"%json {grammar.source}"
-            case "json_object":
-                content = '%json {"type": "object"}'
-            case "choice":
-                content = " | ".join(map(json.dumps, json.loads(grammar.source)))
-            case _:
-                raise UnsupportedError(
-                    f"A {grammar.kind} is asked for, and the model thinks before it answers.",
-                    remedy="Give a JSON schema or a choice, or let the template open no reasoning.",
-                    param="structured_outputs",
-                )
+        content = as_rule(grammar)
+        if content is None:
+            raise UnsupportedError(
+                f"A {grammar.kind} is asked for, and the model thinks before it answers.",
+                remedy="Give a JSON schema or a choice, or let the template open no reasoning.",
+                param="structured_outputs",
+            )
         thought = writer.up_to("thought", self.tags.end)
-        return Grammar("lark", f"start: thought /\\s*/ content\n{thought}\ncontent: {content}")
+        return Grammar("lark", f"start: thought {_SPACES} content\n{thought}\ncontent: {content}")
 
     def _opens_reasoning(self, prompt_end: str) -> bool:
         return self.tags is not None and prompt_end.rstrip().endswith(self.tags.start)
