@@ -14,6 +14,7 @@ from amalgam.engine import sampler
 from amalgam.engine.logits import processors_for
 from amalgam.engine.request import Request, SamplingParams, ScheduledRequest
 from amalgam.engine.sampler import NonFiniteLogitsError, choose, uniform
+from amalgam.errors import RequestError
 from amalgam.kernels.backends.cpu import extension, sampling
 from tests.errors import raises
 
@@ -169,6 +170,20 @@ def test_a_row_does_not_depend_on_the_others_to_the_bit():
         chosen = rng.permutation(60)[: rng.integers(1, 40)].tolist()
         together = sampled(logits[chosen], [requests[i] for i in chosen])
         assert together == {i: alone[i] for i in chosen}
+
+
+def test_a_proposal_whose_row_could_not_be_processed_brings_no_token():
+    class FailsBehindProposals:
+        def apply(self, logits, request, proposed_ids):
+            if proposed_ids:
+                raise RequestError("no")
+
+    request = make_request(temperature=0.0)
+    request.processors = (FailsBehindProposals(),)
+    logits = make_logits(2)
+    first = int(logits[0].argmax())
+    result = sampler.sample(logits, [make_item(request, [first])])
+    assert result.tokens[0].token_ids == (first,) and not result.errors
 
 
 def test_the_uniform_number_is_a_function_of_seed_and_index():

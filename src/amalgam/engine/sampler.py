@@ -51,6 +51,8 @@ def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
     places = _places(items)
     processed, failed = process(logits, places)
     token_ids = choose_tokens(processed, places)
+    for row in failed:  # a processor may have left it half changed
+        token_ids[row] = -1
     tokens: dict[int, NewTokens] = {}
     errors: dict[int, Exception] = {}
     row = 0
