@@ -139,6 +139,14 @@ class FakeEngine:
         self.check_prompt_length(len(prompt_ids))
         if len(self.running) >= self.max_queue:
             raise OverloadedError("The queue is full.")
+        self.num_submitted += 1
+        request_id = self.num_submitted
+        self.running.add(request_id)
+        self.max_running = max(self.max_running, len(self.running))
+        try:
+            await asyncio.sleep(self.step_seconds)
+        finally:
+            self.running.discard(request_id)
         return np.array([len(prompt_ids), prompt_ids[-1] if pooling == "last" else 0, 0], np.float32)
 
     def status(self) -> Any:

@@ -105,6 +105,18 @@ def test_tokens_are_counted_as_they_are_used_and_debts_are_paid(clock: Clock) ->
         assert client.post("/generate", json=GENERATE).status_code == 200
 
 
+def test_embeddings_that_wait_for_room_are_charged_once(clock: Clock) -> None:
+    deployment = FakeDeployment()
+    deployment.engine.max_queue, deployment.engine.step_seconds = 1, 0.2  # each waits for the one before it
+    with server(deployment, tokens_per_minute=100) as client:
+        answer = client.post("/v1/embeddings", json={"input": ["abc", "de", "fghi"]})
+        assert answer.status_code == 200, answer.text
+        assert [item["embedding"][0] > 0 for item in answer.json()["data"]] == [True] * 3
+        assert deployment.engine.max_running == 1
+        refused = client.post("/v1/embeddings", json={"input": "x" * 999})
+        assert refused.headers["x-ratelimit-remaining-tokens"] == "91"
+
+
 def test_each_key_has_its_own_limits(clock: Clock, tmp_path: Any) -> None:
     file = tmp_path / "keys"
     file.write_text("- {name: a, key: key-a}\n- {name: b, key: key-b, requests_per_minute: 3}")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from amalgam.engine.request import Observation, RequestOutput, SamplingParams, Usage
 from amalgam.errors import OverloadedError, RequestError, UnavailableError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from amalgam.models.routing import RoutingTrace
 
 ROOM_SECONDS = 0.05  # how soon a batch looks again whether the queue has room
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,23 @@ async def complete_all(
     observation: Observation,
     max_in_flight: int,
 ) -> list[Completion]:
-    """Run all requests, at most `max_in_flight` of them at a time, so that the queue has room for others.
+    """Run all requests, see `run_all`.
+
+    Raises:
+        OverloadedError: there is no place even for the first.
+    """
+    for index, prompt_ids in enumerate(prompts_ids):  # before any is computed: one error fails all
+        with _naming(index):
+            engine.check_prompt_length(len(prompt_ids))
+    return await run_all(
+        lambda prompt_ids: complete(engine, prompt_ids, params, observation), prompts_ids, max_in_flight
+    )
+
+
+async def run_all(
+    run: Callable[[Sequence[int]], Awaitable[T]], prompts_ids: Sequence[Sequence[int]], max_in_flight: int
+) -> list[T]:
+    """What `run` gives for each prompt, at most `max_in_flight` of them at a time, so that the queue has room for others.
 
     Once the first has found a place in the queue, the rest wait for theirs. If one fails, the others are cancelled and
     its error is raised, with its index.
@@ -62,22 +80,22 @@ async def complete_all(
     Raises:
         OverloadedError: there is no place even for the first.
     """
-    completions: dict[int, Completion] = {}
+    results: dict[int, T] = {}
     waiting = iter(enumerate(prompts_ids))
     num_in_flight = 0
     has_ended = asyncio.Event()  # one of ours, which may have made room
 
-    async def complete_one(index: int, prompt_ids: Sequence[int]) -> Completion:
+    async def run_one(index: int, prompt_ids: Sequence[int]) -> T:
         nonlocal num_in_flight
         while True:
             num_in_flight += 1
             try:
                 with _naming(index):
-                    completion = await complete(engine, prompt_ids, params, observation)
+                    result = await run(prompt_ids)
                 has_ended.set()
-                return completion
+                return result
             except OverloadedError:
-                if num_in_flight == 1 and not completions:
+                if num_in_flight == 1 and not results:
                     raise
             finally:
                 num_in_flight -= 1
@@ -87,18 +105,15 @@ async def complete_all(
 
     async def work() -> None:
         for index, prompt_ids in waiting:  # which all of us take from
-            completions[index] = await complete_one(index, prompt_ids)
+            results[index] = await run_one(index, prompt_ids)
 
-    for index, prompt_ids in enumerate(prompts_ids):  # before any is computed: one error fails all
-        with _naming(index):
-            engine.check_prompt_length(len(prompt_ids))
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(max_in_flight, len(prompts_ids))):
                 group.create_task(work())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return [completions[index] for index in range(len(prompts_ids))]
+    return [results[index] for index in range(len(prompts_ids))]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar, cast
 
 from amalgam.engine.request import RequestOutput
-from amalgam.errors import AmalgamError
+from amalgam.errors import AmalgamError, OverloadedError, RequestError
 from amalgam.server.http.record import RequestRecord, current_record
 from amalgam.server.interface import Deployment, Engine, OutputStream
 
@@ -62,8 +62,15 @@ class _WatchedEngine:
         record = current_record.get()
         if record is None:
             return await result
-        _note_prompt(record, prompt_ids)
-        return await _in_time(record, result)
+        is_taken = True
+        try:
+            return await _in_time(record, result)
+        except (OverloadedError, RequestError):
+            is_taken = False  # nothing is computed
+            raise
+        finally:
+            if is_taken:
+                _note_prompt(record, prompt_ids)
 
 
 class _WatchedStream:

@@ -17,12 +17,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from amalgam.engine.request import Observation
-from amalgam.errors import OverloadedError, RequestError
+from amalgam.errors import RequestError
 from amalgam.server.api.openai.documents import EmbeddingAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import ModelField
-from amalgam.server.api.openai.prompts import Prompts, TokenIds, encode_prompts
+from amalgam.server.api.openai.prompts import Prompts, encode_prompts
 from amalgam.server.dependencies import Admission, ServiceArgument
-from amalgam.server.generation import ROOM_SECONDS
+from amalgam.server.generation import run_all
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
@@ -61,7 +61,11 @@ async def create_embeddings(body: EmbeddingBody, request: Request, service: Serv
         prompts_ids = await encode_prompts(
             service, "input", body.input, MAX_INPUTS, add_special_tokens=body.add_special_tokens
         )
-        vectors = await _embed_all(service, body, prompts_ids)
+        engine, observation = service.deployment.engine, Observation(body.domain)
+        pooling = body.pooling or service.settings.server.embedding_pooling
+        vectors = await run_all(
+            lambda prompt_ids: engine.embed(prompt_ids, pooling, observation), prompts_ids, service.max_batch_in_flight
+        )
         hidden = len(vectors[0])
         if body.dimensions not in (None, hidden):
             raise RequestError(
@@ -84,36 +88,6 @@ async def create_embeddings(body: EmbeddingBody, request: Request, service: Serv
         return await asyncio.to_thread(render)
 
     return await unless_client_leaves(request.receive, answer())
-
-
-async def _embed_all(service: Service, body: EmbeddingBody, prompts_ids: list[TokenIds]) -> list[Vector]:
-    """One vector per prompt; at most `Service.max_batch_in_flight` in the engine at a time. One error fails all."""
-    engine, observation = service.deployment.engine, Observation(body.domain)
-    pooling = body.pooling or service.settings.server.embedding_pooling
-    vectors: dict[int, Vector] = {}
-    waiting = iter(enumerate(prompts_ids))
-    has_started = False
-
-    async def work() -> None:
-        nonlocal has_started
-        for index, prompt_ids in waiting:  # which all of us take from
-            while True:
-                try:
-                    vectors[index] = await engine.embed(prompt_ids, pooling, observation)
-                    has_started = True
-                    break
-                except OverloadedError:
-                    if not has_started:
-                        raise
-                    await asyncio.sleep(ROOM_SECONDS)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(service.max_batch_in_flight, len(prompts_ids))):
-                group.create_task(work())
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [vectors[index] for index in range(len(prompts_ids))]
 
 
 def _shape(body: EmbeddingBody, vector: Vector) -> Any:
