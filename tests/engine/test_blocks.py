@@ -56,6 +56,18 @@ def test_shared_blocks_are_free_when_the_last_one_leaves():
         pool.free(block_ids[1:] * 2)
 
 
+def test_what_is_forgotten_is_found_by_nobody_and_comes_back():
+    pool = BlockPool(3)
+    block_ids = publish(pool, [b"a", b"b"])
+    pool.share(block_ids)
+    pool.forget([*block_ids, *pool.allocate(1)])
+    assert pool.find(1, [b"a"]) == [] and not pool.version_ids
+    pool.free(block_ids)
+    pool.free(block_ids)
+    assert pool.num_free == 2 and pool.count_free(block_ids) == 2
+    assert sorted(pool.allocate(2)) == sorted(block_ids)
+
+
 def test_of_two_blocks_with_one_key_the_first_is_found():
     pool = BlockPool(2)
     [first], [second] = publish(pool, [b"a"]), publish(pool, [b"a"])

@@ -24,6 +24,7 @@ from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.meter import Counts
 from amalgam.engine.request import FinishReason, Observation, Request, SamplingParams
 from amalgam.engine.scheduler import Scheduler
+from amalgam.engine.sampler import NonFiniteLogitsError
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.text.grammar import Grammar, compile_grammar
@@ -605,6 +606,15 @@ class TestSharedBeginnings:
         decoder.on_step = lambda token_ids: None
         [answer] = engine.generate([prompt], GREEDY)
         assert isinstance(failed.error, ValueError)
+        assert (answer.usage.num_cached_tokens, answer.token_ids) == (0, greedy_tokens(prompt, 12))
+        assert is_at_rest(engine)
+
+    def test_what_is_not_finite_is_not_to_be_found(self, make_engine):
+        decoder, prompt = FakeDecoder(), list(range(10, 40))
+        decoder.nan_token = 666
+        engine = make_engine(decoder)
+        [failed], [answer] = engine.generate([[*prompt, 666]], GREEDY), engine.generate([prompt], GREEDY)
+        assert isinstance(failed.error, NonFiniteLogitsError)
         assert (answer.usage.num_cached_tokens, answer.token_ids) == (0, greedy_tokens(prompt, 12))
         assert is_at_rest(engine)
 

@@ -98,6 +98,12 @@ class BlockPool:
             known[key] = block_id
             self._names[block_id] = version_id, key
 
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """From now on nobody finds these blocks, which are in use."""
+        for block_id in block_ids:
+            if self._names[block_id] is not None:
+                self._forget(block_id)
+
     def forget_version(self, version_id: int) -> None:
         """What blocks hold of a weight version is of no use any more."""
         for block_id in list(self._by_version.get(version_id, {}).values()):

@@ -386,7 +386,7 @@ class Engine:
             self._scheduler.commit(plan, rejected)
             for request, output in deliveries:
                 if output.is_finished:
-                    self._scheduler.finish(request)
+                    self._scheduler.finish(request, is_sound=output.error is None)
             self._measure(plan, deliveries, time.monotonic() - started, gaps)
             return deliveries
 
@@ -467,7 +467,7 @@ class Engine:
         now = time.monotonic()
         deliveries = [(request, end(request, reason, now, error=error)) for request in requests]
         for request in requests:
-            self._scheduler.finish(request)
+            self._scheduler.finish(request, is_sound=error is None)
         self._note_load()
         return deliveries
 

@@ -72,8 +72,14 @@ class Prefixes:
             self._withdraw(request, request.version.version_id, request.block_keys[index])
         request.num_published = num_full
 
-    def release(self, request: Request) -> None:
-        """A request gives its blocks back, its beginning last: that is kept for longest."""
+    def release(self, request: Request, *, is_sound: bool = True) -> None:
+        """A request gives its blocks back, its beginning last: that is kept for longest.
+
+        Args:
+            is_sound: False: what the blocks hold may be wrong, and nobody is to find it.
+        """
+        if not is_sound:
+            self._pool.forget(request.block_ids)
         if request.version is not None:
             for key in request.block_keys[request.num_published :]:
                 self._withdraw(request, request.version.version_id, key)

@@ -12,9 +12,9 @@ request of the lowest priority, of these the one admitted last, gives its blocks
 highest priority is therefore never interrupted, and everyone of a priority gets to the end.
 
 Prompt tokens of a step: all that `max_step_tokens` leaves, and beside streams at most what `prompt_tokens_beside` says,
-so that no stream waits for another's prompt. Half of them go to the first prompt in
-the order of the queue, which therefore never starves; the rest to those that are nearest to their ends, so that a short
-prompt does not wait for a long one. A waiting request that would get none stays in the queue.
+so that no stream waits for another's prompt. Half of them go to the first prompt in the order of the queue, which
+therefore never starves; the rest to those that are nearest to their ends, so that a short prompt does not wait for a
+long one. A waiting request that would get none stays in the queue.
 
 Shared beginnings: a full block is found by the weight version and all tokens up to its end, as long as it is not handed
 out again. A request is admitted with the blocks of its beginning that are there, and at least its last token is
@@ -187,13 +187,18 @@ class Scheduler:
             request.num_recorded = max(request.num_recorded, request.num_computed)
             self._prefixes.publish(request)
 
-    def finish(self, request: Request) -> None:
-        """Take a request out, wherever it is, and free its blocks; must not happen between `schedule` and `commit`."""
+    def finish(self, request: Request, *, is_sound: bool = True) -> None:
+        """Take a request out, wherever it is, and free its blocks; must not happen between `schedule` and `commit`.
+
+        Args:
+            is_sound: False: others do not use what it has computed. A NaN spreads to tokens before it, whose weights
+                for it are 0, and so to beginnings that others share.
+        """
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
-        self._prefixes.release(request)
+        self._prefixes.release(request, is_sound=is_sound)
         request.status = RequestStatus.FINISHED
         request.version = None
         self._forget_dead_versions()
