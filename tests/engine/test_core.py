@@ -23,8 +23,8 @@ from tokenizers import decoders, models
 from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.meter import Counts
 from amalgam.engine.request import FinishReason, Observation, Request, SamplingParams
-from amalgam.engine.scheduler import Scheduler
 from amalgam.engine.sampler import NonFiniteLogitsError
+from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.text.grammar import Grammar, compile_grammar
