@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,11 +67,26 @@ def test_an_interrupt_leaves_no_answer_behind(trial: Trial, monkeypatch: pytest.
     assert trial.run(UNCLOSED, SECONDS)
 
 
-def test_hostile_grammars_leave_nothing_behind(trial: Trial) -> None:
-    assert trial.run(HOSTILE, 0.05) is None
-    num_finalizers = len(weakref.finalize._registry)  # type: ignore[attr-defined]
-    assert trial.run(HOSTILE, 0.05) is None
+def test_hostile_grammars_leave_nothing_behind_and_hold_up_nobody(trial: Trial) -> None:
+    assert trial.run(DIGITS, SECONDS) == ""
+    processes, num_finalizers = trial._processes[:], len(weakref.finalize._registry)  # type: ignore[attr-defined]
+    for _ in range(3):
+        assert trial.run(HOSTILE, 0.05) is None
+        assert trial.run(DIGITS, SECONDS) == ""
+    assert trial._processes == processes  # it has not read the vocabulary again
     assert len(weakref.finalize._registry) == num_finalizers  # type: ignore[attr-defined]
+    (process,) = processes
+    assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text() == ""
+
+
+def test_blocked_signals_are_no_way_out() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    try:
+        trial = Trial(TOKENS, [END], [END])
+        assert trial.run(DIGITS, SECONDS) == ""
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert trial.run(HOSTILE, 0.05) is None
 
 
 def test_without_descriptors_a_request_is_told_so_and_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@ In: lines of JSON, first a vocabulary, then grammars. Out: for each a line with 
 anything else of this package. It runs as a file of its own.
 
 llguidance's limits do not bound what a hostile grammar takes: `{"type": "integer", "multipleOf": 9999991}` is compiled
-for minutes, in a call that cannot be interrupted. Here it ends with its process.
+for minutes, in a call that cannot be interrupted. Here it ends with its process: a copy of one that has read the
+vocabulary, which takes seconds and so happens once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import random
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -27,15 +29,16 @@ from weakref import finalize
 
 MAX_MASK_SECONDS = 0.1  # of processor time; everyone in a step waits for the slowest mask
 _NUM_STEPS = 24  # of one answer that is tried
-_MAX_MEMORY_BYTES = 2**32
-_MAX_CPU_SECONDS = 3  # if nobody kills the process
+_MAX_MEMORY_BYTES = 2**30
+_MAX_FAULT_BYTES = 2**12  # a pipe takes them at once
 _START_SECONDS = 60.0
+_SLACK_SECONDS = 10.0  # on a busy machine, to end a copy and to answer
 
 Encode = Callable[[bytes], list[int]]  # how a tokenizer writes a text
 
 
 class Trial:
-    """A process that tries grammars, one after another. Started when needed, and again after it had to be killed.
+    """A process that tries grammars, one after another. Started when needed, and again if it has been lost.
 
     Args:
         tokens: the bytes of each token; special ones begin with 0xFF.
@@ -54,20 +57,18 @@ class Trial:
         """What is wrong with a grammar; "" if nothing is, None if it was not found out in time or in memory.
 
         Raises:
-            OSError: no process can be started.
+            OSError: no process can be started, or it has been lost on the way.
         """
         with self._lock:
             if not self._processes or self._processes[0].poll() is not None:
                 self._start()
             try:
-                answer = _ask(self._processes[0], json.dumps(grammar).encode() + b"\n", seconds)
-            except BaseException:  # an interrupt: the next grammar would get this one's answer
+                question = json.dumps({"grammar": grammar, "seconds": seconds}).encode() + b"\n"
+                fault: str | None = _ask(self._processes[0], question, seconds + _SLACK_SECONDS)
+            except BaseException:  # an interrupt, perhaps: the next grammar would get this one's answer
                 _end(self._processes)
                 raise
-            if answer is None:
-                _end(self._processes)
-                return None
-            return str(json.loads(answer))
+            return fault
 
     def _start(self) -> None:
         _end(self._processes)
@@ -79,22 +80,24 @@ class Trial:
             start_new_session=True,  # an interrupt at the terminal is not for it
         )
         self._processes.append(process)
-        if _ask(process, self._first_line, _START_SECONDS) is None:
+        try:
+            _ask(process, self._first_line, _START_SECONDS)
+        except BaseException:
             _end(self._processes)
-            raise OSError("The process that tries grammars does not start.")
+            raise
 
 
-def _ask(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes | None:
+def _ask(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> Any:
     assert process.stdin is not None
     assert process.stdout is not None
-    try:
-        process.stdin.write(line)
-        process.stdin.flush()
-    except BrokenPipeError:
-        return None
+    process.stdin.write(line)
+    process.stdin.flush()
     waiting = select.poll()
     waiting.register(process.stdout, select.POLLIN)
-    return (process.stdout.readline() or None) if waiting.poll(1000 * seconds) else None
+    answer = process.stdout.readline() if waiting.poll(1000 * seconds) else b""
+    if not answer:
+        raise OSError("the process that tries grammars gives no answer")
+    return json.loads(answer)
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -180,8 +183,29 @@ def _fault(tokenizer: Any, grammar: str) -> str:
     return str(matcher.get_error()) if matcher.is_error() else ""
 
 
+def _tried(tokenizer: Any, grammar: str, seconds: float) -> str | None:
+    """`_fault`, found out by a copy of this process; None: it takes too long, or too much memory."""
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # whose signal ends the process
+            resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
+            os.write(writable, _fault(tokenizer, grammar).encode()[:_MAX_FAULT_BYTES])
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writable)
+    with open(readable, "rb") as pipe:
+        fault = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    return None if status else fault.decode(errors="replace")
+
+
 def main() -> None:
     """Serve on the standard input and output."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whoever starts this may ignore or block it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     given = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = given["path"]
     whole, tokens, place = base64.b64decode(given["bytes"]), [], 0
@@ -189,18 +213,14 @@ def main() -> None:
         tokens.append(whole[place : place + length])
         place += length
     tokenizer = make_tokenizer(tokens, given["special_ids"], given["eos_ids"], None)
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
-    answer: Any = True
+    answer: str | None = ""
     while True:
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
         line = sys.stdin.buffer.readline()
         if not line:
             return
-        spent = resource.getrusage(resource.RUSAGE_SELF)
-        limit = int(spent.ru_utime + spent.ru_stime) + _MAX_CPU_SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-        answer = _fault(tokenizer, json.loads(line))
+        answer = _tried(tokenizer, **json.loads(line))
 
 
 if __name__ == "__main__":
