@@ -491,6 +491,16 @@ def native_isa_limit(environ: Mapping[str, str] | None = None) -> str | None:
     return limit
 
 
+def let_threads_sleep() -> None:
+    """Have PyTorch's threads sleep while they wait for each other, unless the environment says how they wait.
+
+    Only before PyTorch is loaded, for its OpenMP reads it then. It runs what the compiled kernels do not have, in many
+    short turns. Threads that spin in between take the cores from the kernels' own, and where another program has one
+    of the cores, a step took five times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
     """Make the file's relative model paths absolute where they exist or look like paths; hub ids stay as they are."""
 

@@ -30,7 +30,7 @@ from amalgam.server.api.openai.conversation import (
 from amalgam.server.api.openai.documents import ChatAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import MAX_INT, SamplingFields, check_together
 from amalgam.server.api.openai.messages import TEXT_ONLY, Message, check_continued, for_template
-from amalgam.server.api.openai.refusing import STORE, Refused
+from amalgam.server.api.openai.refusing import STORE, Refused, RefusingBody
 from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs, prompt_logprobs, routed_experts
 from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, ToolChoice, ToolUse, tool_use
 from amalgam.server.choices import Choices, Collected
@@ -52,6 +52,15 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
+
+
+class Thinking(RefusingBody):
+    refused = {  # noqa: RUF012
+        "budget_tokens": Refused("Thinking is not counted apart: use max_completion_tokens."),
+        "clear_thinking": Refused("The chat template says which thoughts of earlier messages the model sees."),
+    }
+
+    type: Literal["enabled", "disabled", "auto"]
 
 
 class ChatBody(SamplingFields):
@@ -85,6 +94,10 @@ class ChatBody(SamplingFields):
     """False: at most one call."""
     reasoning_effort: Effort | None = None
     """Handed to the chat template, if it knows such a thing."""
+    enable_thinking: bool | None = None
+    """Handed to the chat template, if it knows such a thing, as DashScope and SiliconFlow have it."""
+    thinking: Thinking | None = None
+    """The same, as DeepSeek, GLM and Doubao have it."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, such as `enable_thinking`."""
     documents: list[dict[str, Any]] | None = None
@@ -104,10 +117,17 @@ class ChatBody(SamplingFields):
         super().check(service)
         limits = {"max_tokens": self.max_tokens, "max_completion_tokens": self.max_completion_tokens}
         check_together("how many tokens are generated", limits)
+        check_together(
+            "whether the model thinks", {"enable_thinking": self.enable_thinking, "thinking.type": self._thinks}
+        )
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError(
                 "top_logprobs is given without logprobs.", remedy="Set logprobs to true.", param="top_logprobs"
             )
+
+    @property
+    def _thinks(self) -> bool | None:
+        return None if self.thinking is None or self.thinking.type == "auto" else self.thinking.type == "enabled"
 
     def tool_use(self) -> ToolUse:
         functions = [tool.function for tool in self.tools]
@@ -126,7 +146,12 @@ class ChatBody(SamplingFields):
             messages,
             use.tools or None,
             self.documents,
-            template_variables(template, self.chat_template_kwargs, self.reasoning_effort),
+            template_variables(
+                template,
+                self.chat_template_kwargs,
+                self.reasoning_effort,
+                thinks=self._thinks if self.enable_thinking is None else self.enable_thinking,
+            ),
             add_generation_prompt=not self.continue_final_message if adds_prompt is None else adds_prompt,
             continue_final_message=self.continue_final_message,
         )

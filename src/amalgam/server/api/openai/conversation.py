@@ -151,13 +151,17 @@ class Parts:
                 call["arguments"] += delta.arguments
 
 
-def template_variables(template: str | None, kwargs: Mapping[str, Any] | None, effort: str | None) -> dict[str, Any]:
+def template_variables(
+    template: str | None, kwargs: Mapping[str, Any] | None, effort: str | None, *, thinks: bool | None = None
+) -> dict[str, Any]:
     """What the chat template may refer to.
 
     Args:
         template: its source.
         kwargs: what the request gives by name.
         effort: how much is to be thought; one of `EFFORTS`.
+        thinks: whether anything is. Clients say so by the model's name, so that a template that has no such switch is
+            no error: the model thinks, or does not, as it was trained to.
 
     Raises:
         RequestError: a name that is not the request's to give.
@@ -171,9 +175,13 @@ def template_variables(template: str | None, kwargs: Mapping[str, Any] | None, e
                 remedy="Give it as a field of the request.",
                 param="chat_template_kwargs",
             )
+    source = template or ""
+    if thinks is not None:
+        for name in ("enable_thinking", "thinking"):  # Qwen's and GLM's; DeepSeek's
+            if name in source:
+                variables.setdefault(name, thinks)
     if effort is None:
         return variables
-    source = template or ""
     if "reasoning_effort" in source:
         variables.setdefault("reasoning_effort", effort)
     elif "enable_thinking" in source:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from amalgam.errors import RequestError, UnsupportedError, describe
-from amalgam.server.api.openai.refusing import Refused, RefusingBody
+from amalgam.server.api.openai.refusing import CACHE_CONTROL, Refused, RefusingBody
 from amalgam.server.http.body import Body
 
 TEXT_ONLY = "The model takes text only."
@@ -19,7 +19,7 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 
 
 class ContentPart(RefusingBody):
-    refused = {  # noqa: RUF012
+    refused = CACHE_CONTROL | {
         "annotations": Refused("They say nothing to the model.", ([],)),
         "logprobs": Refused("They say nothing to the model.", ([],)),
         "prompt_cache_breakpoint": Refused("Prompts are cached without being asked."),
@@ -64,7 +64,7 @@ class ToolCall(Body):
 
 
 class Message(RefusingBody):
-    refused = {  # noqa: RUF012
+    refused = CACHE_CONTROL | {
         "audio": Refused(TEXT_ONLY),
         "function_call": Refused("Functions are called through tool_calls."),
         "annotations": Refused("They say nothing to the model.", ([],)),

@@ -87,3 +87,10 @@ class RefusingBody(Body):
 
 
 STORE = {"store": _NOT_STORED}
+CACHE_CONTROL = {
+    "cache_control": Refused(
+        "Prompts are cached without being asked, as long as there is room.",
+        ({"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}),
+    )
+}
+"""Anthropic's mark, which clients that speak to several makers' models leave in place."""

