@@ -88,6 +88,20 @@ def test_a_turn_that_goes_on_after_its_client_has_left_is_still_one() -> None:
     assert (tokenizer.max_running, tokenizer.num_pieces) == (1, 2)
 
 
+def test_a_thread_that_cannot_be_started_takes_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def run() -> None:
+        encoder, tokenizer = Encoder(1), SlowTokenizer()
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(threading.Thread, "start", no_thread)
+            await encoder.encode(tokenizer, ["a"], 100)  # type: ignore[arg-type]
+        assert await asyncio.wait_for(encoder.encode(tokenizer, ["a"], 100), 60) == [[1]]  # type: ignore[arg-type]
+
+    asyncio.run(run())
+
+
 def test_the_prompt_that_cannot_be_encoded_is_named() -> None:
     tokenizer: Any = SlowTokenizer()
     with pytest.raises(RequestError) as caught:

@@ -100,7 +100,11 @@ class Encoder:
         """Run a blocking call of bounded length in a thread when it has its turn."""
         await self._turns.acquire()
         loop = asyncio.get_running_loop()
-        future = start_thread(call)
+        try:
+            future = start_thread(call)
+        except BaseException:  # no memory for a thread: the turn is the next one's
+            self._turns.release()
+            raise
 
         def release(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended

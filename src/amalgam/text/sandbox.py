@@ -42,6 +42,8 @@ def main() -> None:
         import_module(late)
     _environment()
     time.localtime()
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whoever starts this may ignore or block it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     for kind, limit in (
         (resource.RLIMIT_AS, MAX_BYTES),
         (resource.RLIMIT_NOFILE, 0),
