@@ -37,6 +37,7 @@ from tests.errors import raises
         ("presence_penalty", 2.1),
         ("frequency_penalty", float("nan")),
         ("logit_bias", [(1, 2)]),
+        ("logit_bias", (1, 2)),
         ("logit_bias", {"1": 2}),
         ("logit_bias", {-1: 2}),
         ("logit_bias", {1: 101}),

@@ -202,7 +202,8 @@ def _stop_token_ids(value: Any) -> tuple[int, ...]:
 
 def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     pairs = tuple(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(pairs, tuple) or len(pairs) > MAX_BIASED_TOKENS:
+    is_short = isinstance(pairs, tuple) and len(pairs) <= MAX_BIASED_TOKENS
+    if not is_short or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise RequestError(
             f"logit_bias is {describe(value)}.",
             remedy=f"Give a mapping from at most {MAX_BIASED_TOKENS} token ids to numbers.",
