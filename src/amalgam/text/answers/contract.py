@@ -93,7 +93,7 @@ class Answer:
         self._new_id = new_id
         self._num_calls = 0
         self._id = ""
-        self._spaces = ""
+        self._spaces: list[str] = []  # not put together before they are shown: a model may write nothing else
         self._is_leading = False  # what comes next is the beginning of a part
         self._kind: type[ContentDelta | ReasoningDelta] = ContentDelta
 
@@ -105,7 +105,7 @@ class Answer:
 
     def call(self, name: str) -> None:
         """A call begins; `arguments` are its."""
-        self._spaces, self._is_leading = "", True
+        self._spaces, self._is_leading = [], True
         self._id = self._new_id()
         self.deltas.append(ToolCallDelta(self._num_calls, self._id, name, ""))
         self._num_calls += 1
@@ -116,24 +116,24 @@ class Answer:
 
     def end_part(self) -> None:
         """What follows is a part of its own."""
-        self._spaces, self._is_leading = "", True
+        self._spaces, self._is_leading = [], True
 
     def finish(self) -> None:
         if self._spaces and not self._is_leading:
-            self.deltas.append(self._kind(self._spaces))
-        self._spaces = ""
+            self.deltas.append(self._kind("".join(self._spaces)))
+        self._spaces = []
 
     def _say(self, kind: type[ContentDelta | ReasoningDelta], text: str) -> None:
         if kind is not self._kind:
-            self._kind, self._spaces, self._is_leading = kind, "", True
-        text = self._spaces + text
+            self._kind, self._spaces, self._is_leading = kind, [], True
         if self._is_leading:
             text = text.lstrip()
         shown = text.rstrip()
-        self._spaces = text[len(shown) :]
         if shown:
-            self._is_leading = False
-            self.deltas.append(kind(shown))
+            self.deltas.append(kind("".join(self._spaces) + shown))
+            self._spaces, self._is_leading = [], False
+        if len(text) > len(shown):
+            self._spaces.append(text[len(shown) :])
 
 
 class AnswerParser:
