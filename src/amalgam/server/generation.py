@@ -72,7 +72,7 @@ async def complete_all(
 async def run_all(
     run: Callable[[Sequence[int]], Awaitable[T]], prompts_ids: Sequence[Sequence[int]], max_in_flight: int
 ) -> list[T]:
-    """What `run` gives for each prompt, at most `max_in_flight` of them at a time, so that the queue has room for others.
+    """What `run` gives for each prompt. At most `max_in_flight` run at a time, so that the queue has room for others.
 
     Once the first has found a place in the queue, the rest wait for theirs. If one fails, the others are cancelled and
     its error is raised, with its index.

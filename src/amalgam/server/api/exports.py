@@ -43,7 +43,7 @@ class ExportAnswer(BaseModel):
 class SaveSetBody(Body):
     name: str = Field(min_length=1, max_length=MAX_FILE_NAME_CHARS)
     """Letters, digits, . _ and -, 200 at most; or the name of its file. A set of that name is replaced."""
-    merge: list[str] | None = Field(default=None, min_length=1, max_length=64)
+    merge: list[str] | None = Field(default=None, min_length=1, max_length=64, fail_fast=True)
     """Saved sets to put together; null: save what has been counted since the last reset."""
 
 

@@ -35,7 +35,7 @@ from amalgam.errors import RequestError
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.generation import Completion, complete, complete_all, stream_events
 from amalgam.server.http.access import unless_client_leaves
-from amalgam.server.http.body import Body, StrictRoute
+from amalgam.server.http.body import Body, StrictRoute, limited
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.service import Service, Status
 from amalgam.version import __version__
@@ -92,9 +92,11 @@ class SamplingFields(Body):
     """Taken from the logit of each token that the answer has already."""
     frequency_penalty: float = Field(default=SamplingParams.frequency_penalty, ge=-MAX_PENALTY, le=MAX_PENALTY)
     """The same, once for each time that the answer has it."""
-    logit_bias: dict[Annotated[TokenId, BeforeValidator(_as_number)], Bias] = Field(
-        default_factory=dict, max_length=MAX_BIASED_TOKENS
-    )
+    logit_bias: Annotated[
+        dict[Annotated[TokenId, BeforeValidator(_as_number)], Bias],
+        Field(max_length=MAX_BIASED_TOKENS),
+        limited(MAX_BIASED_TOKENS),
+    ] = Field(default_factory=dict)
     """Token id → what is added to its logit."""
     min_tokens: int = Field(default=SamplingParams.min_tokens, ge=0, le=MAX_INT)
     """The answer does not end before it has so many tokens."""

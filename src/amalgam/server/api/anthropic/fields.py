@@ -34,7 +34,7 @@ class Block(Body):
 class TextBlock(Block):
     type: Literal["text"]
     text: str
-    citations: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
+    citations: list[Any] = Field(default_factory=list, max_length=0, fail_fast=True)
     """None: the model does not cite."""
 
 
@@ -112,7 +112,7 @@ class Tool(Block):
     eager_input_streaming: bool = True
     """Arguments always come as they are written."""
     defer_loading: Literal[False] = False
-    allowed_callers: list[Literal["direct"]] = Field(default_factory=list)
+    allowed_callers: list[Literal["direct"]] = Field(default_factory=list, fail_fast=True)
 
 
 class ToolChoice(Body):

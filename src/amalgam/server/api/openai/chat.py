@@ -37,7 +37,7 @@ from amalgam.server.choices import Choices, Collected
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
 from amalgam.server.http.access import unless_client_leaves
-from amalgam.server.http.body import StrictRoute
+from amalgam.server.http.body import StrictRoute, limited
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.interface import Tokenizer
 from amalgam.server.service import Service
@@ -45,12 +45,15 @@ from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDe
 from amalgam.text.chat import ChatPrompt
 
 MAX_MESSAGES = 4096
+MAX_METADATA = 16  # as OpenAI has it
 
 router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErrorAnswer.RESPONSES)
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=MAX_METADATA),
+    limited(MAX_METADATA),
 ]
 
 
@@ -76,7 +79,7 @@ class ChatBody(SamplingFields):
         "include_reasoning": Refused("Reasoning is always shown, apart from the content.", (True,)),
     }
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     """The conversation so far, oldest first."""
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT)
     """Most tokens of each choice, reasoning included. null: what the model's makers say, or as many as fit."""
@@ -86,7 +89,7 @@ class ChatBody(SamplingFields):
     """Answer with the log-probability of each token."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """And with those of so many likeliest ones at each place."""
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     """Functions that the model may call."""
     tool_choice: ToolChoice = None
     """`none`, `auto`, `required`, a function by its name, or allowed_tools; the last three bind the answer."""
@@ -100,7 +103,7 @@ class ChatBody(SamplingFields):
     """The same, as DeepSeek, GLM and Doubao have it."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, such as `enable_thinking`."""
-    documents: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = Field(default=None, fail_fast=True)
     """`{"title", "text"}`, for chat templates that quote them."""
     add_generation_prompt: bool | None = None
     """End the prompt with the beginning of the assistant's message. null: unless a message is continued."""

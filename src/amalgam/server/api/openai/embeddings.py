@@ -26,7 +26,6 @@ from amalgam.server.generation import run_all
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
-from amalgam.server.service import Service
 
 MAX_INPUTS = 2048  # as OpenAI has it
 

@@ -28,7 +28,7 @@ from amalgam.engine.request import (
 )
 from amalgam.errors import RequestError, describe
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
-from amalgam.server.http.body import Body
+from amalgam.server.http.body import Body, limited
 from amalgam.server.service import Service
 from amalgam.text.grammar import Grammar
 
@@ -96,7 +96,7 @@ class StructuredOutputs(RefusingBody):
     json_: JSONSchema = Field(alias="json", default=None)
     """A JSON schema, as an object or as text."""
     regex: str | None = None
-    choice: list[str] | None = Field(default=None, min_length=1)
+    choice: list[str] | None = Field(default=None, min_length=1, fail_fast=True)
     """The answer is one of these."""
     grammar_: str | None = Field(alias="grammar", default=None)
     """A grammar in the Lark syntax of llguidance."""
@@ -172,6 +172,7 @@ class SamplerFields(ModelField):
             Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
         ],
         Field(max_length=MAX_BIASED_TOKENS),
+        limited(MAX_BIASED_TOKENS),
     ] = Field(default_factory=dict)
     """Token id → what is added to its logit."""
     stream: bool = False
@@ -186,7 +187,7 @@ class SamplerFields(ModelField):
     min_tokens: int = Field(default=0, ge=0, le=MAX_INT)
     """Tokens before the answer may end."""
     stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_INT)]] = Field(
-        default_factory=list, max_length=MAX_STOP_TOKEN_IDS
+        default_factory=list, max_length=MAX_STOP_TOKEN_IDS, fail_fast=True
     )
     """Tokens that end the answer."""
     ignore_eos: bool = False
@@ -245,7 +246,7 @@ class SamplingFields(SamplerFields):
     """Tokens of log-probabilities are spelt `token_id:7`."""
     guided_json: JSONSchema = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = Field(default=None, min_length=1)
+    guided_choice: list[str] | None = Field(default=None, min_length=1, fail_fast=True)
     guided_grammar: str | None = None
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None

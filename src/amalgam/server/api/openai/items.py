@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from amalgam.errors import RequestError, UnsupportedError, describe
-from amalgam.server.api.openai.messages import ContentPart
+from amalgam.server.api.openai.messages import ContentParts
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta, ToolCallDelta
 
-Content = str | list[ContentPart]
+Content = str | ContentParts
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Event = dict[str, Any]
 
@@ -66,8 +66,8 @@ class ReasoningItem(_Item):
     }
 
     type: Literal["reasoning"]
-    summary: list[ReasoningText] = Field(default_factory=list)
-    content: list[ReasoningText] = Field(default_factory=list)
+    summary: list[ReasoningText] = Field(default_factory=list, fail_fast=True)
+    content: list[ReasoningText] = Field(default_factory=list, fail_fast=True)
 
 
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")

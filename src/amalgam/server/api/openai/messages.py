@@ -6,7 +6,7 @@ In: a request's JSON. Out: dictionaries for `ChatPrompt`. Must never know: templ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,9 @@ class ContentPart(RefusingBody):
         return (self.text if self.type == "text" else self.refusal) or ""
 
 
+ContentParts = Annotated[list[ContentPart], Field(fail_fast=True)]
+
+
 class CalledFunction(Body):
     name: str = Field(min_length=1, max_length=256)
     arguments: str
@@ -72,10 +75,10 @@ class Message(RefusingBody):
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | ContentParts | None = None
     """A text, or parts of type text."""
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, fail_fast=True)
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning: str | None = None

@@ -74,7 +74,7 @@ class RefusingBody(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
             return data
         kept = {}
         for name, value in data.items():

@@ -114,7 +114,7 @@ class ResponseBody(SamplerFields):
         "image": Refused("The model writes text only."),
     }
 
-    input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES, fail_fast=True)]
     """A text, or messages, calls of functions, their outputs, and reasoning, oldest first."""
     instructions: str | None = None
     """A system message before all others."""
@@ -122,13 +122,15 @@ class ResponseBody(SamplerFields):
     """Most tokens, reasoning included. null: what the model's makers say, or as many as fit."""
     text: TextOptions | None = None
     """`{"format": {"type": "text" | "json_object" | "json_schema"}}`."""
-    tools: list[ResponseTool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tools: list[ResponseTool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     """Functions that the model may call."""
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool = True
     """False: at most one call."""
     reasoning: ReasoningOptions | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(
+        default_factory=list, fail_fast=True
+    )
     """Log-probabilities. Reasoning is always included, in the clear, and can be sent back as it is."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """So many likeliest tokens at each place."""

@@ -34,13 +34,13 @@ router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErr
 class TokenizeBody(ModelField):
     prompt: str | None = None
     """A text; or else messages."""
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     """A chat."""
     add_special_tokens: bool | None = None
     """Put around a text what the tokenizer puts there; the default. A chat has what its template says."""
     return_token_strs: bool = False
     """Answer with each token's text too."""
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
