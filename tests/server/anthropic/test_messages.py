@@ -370,6 +370,11 @@ class TestErrors:
         assert named in caught.value.body["error"]["message"]
         assert caught.value.request_id is None or caught.value.request_id
 
+    @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+    def test_another_query(self, url: str, engine: ScriptedEngine, path: str) -> None:
+        answer = httpx.post(f"{url}{path}?beta=true&stream=true", json={"model": "fake", "messages": HI})
+        assert answer.status_code == 400 and "'stream'" in answer.json()["error"]["message"]
+
     def test_another_model(self, client: anthropic.Anthropic) -> None:
         with pytest.raises(anthropic.NotFoundError) as caught:
             client.messages.create(model="claude", max_tokens=9, messages=HI)

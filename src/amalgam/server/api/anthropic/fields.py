@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from amalgam.engine.request import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TEMPERATURE
 from amalgam.server.http.body import Body
@@ -18,6 +18,13 @@ MAX_INT = 2**31 - 1
 MAX_MESSAGES = 100_000
 MAX_TOOLS = 1024
 _NAME = r"^[a-zA-Z0-9_-]{1,128}$"
+
+
+class BetaQuery(Body):
+    model_config = ConfigDict(strict=False)
+
+    beta: bool = False
+    """Accepted, and changes nothing: what is beta is asked for by its fields."""
 
 
 class CacheControl(Body):

@@ -9,8 +9,9 @@ import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+import fastapi
 from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -20,7 +21,7 @@ from amalgam.engine.request import FinishReason, Observation, RequestOutput
 from amalgam.errors import RequestError
 from amalgam.server.api.anthropic.blocks import JSON, Blocks
 from amalgam.server.api.anthropic.conversation import ToolUse, chat_prompt, sampling_params, tool_use
-from amalgam.server.api.anthropic.fields import MessagesBody, PromptBody, ThinkingDisabled
+from amalgam.server.api.anthropic.fields import BetaQuery, MessagesBody, PromptBody, ThinkingDisabled
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
 from amalgam.server.generation import checked
@@ -37,6 +38,8 @@ MAX_COUNTED_TOKENS = 2**31 - 1
 PING = event({"type": "ping"}, "ping")
 
 router = APIRouter(route_class=StrictRoute, tags=["anthropic"])
+
+Query = Annotated[BetaQuery, fastapi.Query()]
 
 
 class ErrorBody(BaseModel):
@@ -83,9 +86,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 @router.post("/v1/messages", dependencies=[Admission], response_model=MessageAnswer, responses=RESPONSES)
 async def create_message(
-    body: MessagesBody, request: Request, service: ServiceArgument, request_id: RequestId, beta: bool = False
+    body: MessagesBody, query: Query, request: Request, service: ServiceArgument, request_id: RequestId
 ) -> Response:
-    """Answer a conversation. `beta` is accepted, and changes nothing."""
+    """Answer a conversation."""
     answer = await unless_client_leaves(request.receive, _start(service, body))
     if not body.stream:
         return OrjsonResponse(await unless_client_leaves(request.receive, answer.whole()))
@@ -102,8 +105,8 @@ async def create_message(
 
 
 @router.post("/v1/messages/count_tokens", dependencies=[Admission], response_model=CountAnswer, responses=RESPONSES)
-async def count_tokens(body: PromptBody, request: Request, service: ServiceArgument, beta: bool = False) -> CountAnswer:
-    """How many tokens the prompt of a message has. `beta` is accepted, and changes nothing."""
+async def count_tokens(body: PromptBody, query: Query, request: Request, service: ServiceArgument) -> CountAnswer:
+    """How many tokens the prompt of a message has."""
     service.check_model(body.model)
     prompt = chat_prompt(body, service.deployment.tokenizer.chat_template)
     [prompt_ids] = await unless_client_leaves(request.receive, service.encode([prompt], MAX_COUNTED_TOKENS))
