@@ -21,8 +21,6 @@ from amalgam.text.answers.format import AnswerFormat
 from amalgam.text.chat import ChatPrompt
 from amalgam.text.grammar import Grammar
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -159,7 +157,7 @@ def template_variables(
     Args:
         template: its source.
         kwargs: what the request gives by name.
-        effort: how much is to be thought; one of `EFFORTS`.
+        effort: how much is to be thought, from `none` to `max`.
         thinks: whether anything is. Clients say so by the model's name, so that a template that has no such switch is
             no error: the model thinks, or does not, as it was trained to.
 
