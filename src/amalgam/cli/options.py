@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from amalgam.config.settings import SettingInfo, all_settings, read_settings
+from amalgam.config.settings import SettingInfo, all_settings, let_threads_sleep, read_settings
 from amalgam.errors import ConfigError
 
 SHORT = {
@@ -51,6 +51,7 @@ def with_settings(
             needs_model=needs_model or config is not None,
         )
         more = {"origins": read.origins} if wants_origins else {}
+        let_threads_sleep()  # verbs load PyTorch when they need it, which is later
         return function(settings=read.settings, **more, **arguments)
 
     hints: dict[str, Any] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amalgam.cli.options import with_settings
-from amalgam.config.settings import Settings, let_threads_sleep
+from amalgam.config.settings import Settings
 from amalgam.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -73,8 +73,6 @@ def begin_to_load_torch() -> None:
     # A library that is being loaded keeps all others waiting. So those that are imported meanwhile come first.
     for name in ("asyncio", "multiprocessing.connection", "orjson", "queue", "resource"):
         import_module(name)
-
-    let_threads_sleep()
 
     def load(folder: Path) -> None:
         dlopen = getattr(ctypes.CDLL(None), "dlopen", None)
