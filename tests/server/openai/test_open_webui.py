@@ -150,6 +150,23 @@ def test_marks_of_prompt_caching_ask_for_nothing(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json=marked).status_code == 200
 
 
+def test_what_codex_and_claude_code_say_of_themselves_is_no_error(http: httpx.Client) -> None:
+    codex = {"model": "demo", "input": "Hello", "store": False, "include": [], "client_metadata": {"x-codex-id": "1"}}
+    assert http.post("/v1/responses", json=codex | {"max_output_tokens": 2}).status_code == 200
+    edit = {"type": "clear_thinking_20251015", "keep": "all"}
+    messages = {
+        "model": "demo",
+        "max_tokens": 2,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "thinking": {"type": "adaptive"},
+        "metadata": {"user_id": "1"},
+    }
+    answer = http.post("/v1/messages?beta=true", json=messages | {"context_management": {"edits": [edit]}})
+    assert answer.status_code == 200, answer.text
+    cleared = {"edits": [edit | {"keep": {"type": "thinking_turns", "value": 1}}]}
+    assert http.post("/v1/messages", json=messages | {"context_management": cleared}).status_code == 400
+
+
 def test_thinking_is_switched_by_one_word(http: httpx.Client) -> None:
     body = {"messages": [{"role": "user", "content": "Hello"}], "enable_thinking": True, "max_tokens": 2}
     answer = http.post("/v1/chat/completions", json=body | {"thinking": {"type": "disabled"}})

@@ -172,6 +172,17 @@ class OutputConfig(Body):
     """The text of the answer is JSON of this schema."""
 
 
+class KeepThinking(Body):
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+class ContextManagement(Body):
+    """Accepted where it leaves the conversation as it is, as Claude Code sends it."""
+
+    edits: list[KeepThinking] = Field(default_factory=list, max_length=16)
+
+
 class Metadata(Body):
     user_id: str | None = Field(default=None, max_length=512)
     """Accepted; nobody is told."""
@@ -196,6 +207,8 @@ class PromptBody(Body):
     """The form of the answer, and how hard to think about it."""
     cache_control: CacheControl | None = None
     """Accepted: common beginnings are cached anyway."""
+    context_management: ContextManagement | None = None
+    """Only what keeps everything: the conversation is the client's to shorten."""
     speed: Literal["standard"] = "standard"
 
 

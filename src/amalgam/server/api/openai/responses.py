@@ -118,6 +118,8 @@ class ResponseBody(SamplerFields):
     """A text, or messages, calls of functions, their outputs, and reasoning, oldest first."""
     instructions: str | None = None
     """A system message before all others."""
+    client_metadata: dict[str, str] | None = None
+    """Codex's marks of itself; accepted, nothing is made of them."""
     max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_INT)
     """Most tokens, reasoning included. null: what the model's makers say, or as many as fit."""
     text: TextOptions | None = None
