@@ -120,5 +120,5 @@ def test_a_prompt_that_is_too_long_is_named_before_any_is_computed() -> None:
     engine = Engine(100)
     with raises(PromptTooLongError, 5) as caught:
         collect(engine, [[1], [1] * 5])
-    assert caught.value.__notes__ == ["This is prompt 1"]
+    assert caught.value.__notes__ == ["This is prompt[1]"]
     assert engine.most == 0

@@ -197,7 +197,8 @@ def test_one_bad_prompt_fails_the_batch_and_frees_the_rest(client: httpx.Client,
     prompts = ["a", "b", "x" * MAX_SEQ_LENGTH]
     response = client.post("/batch_generate", json={"prompts": prompts})
     assert response.status_code == 413
-    assert "prompts[2]" in response.json()["error"]["message"]
+    message = response.json()["error"]["message"]
+    assert message.endswith(". This is prompts[2].") and ".." not in message
     assert deployment.engine.running == set() and deployment.engine.num_submitted == 0
 
 

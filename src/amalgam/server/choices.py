@@ -170,7 +170,7 @@ class Choices:
 
 def _name(error: RequestError, index: int, num_prompts: int) -> None:
     if num_prompts > 1:
-        error.add_note(f"This is prompt {index}")
+        error.add_note(f"This is prompt[{index}]")
 
 
 @dataclass

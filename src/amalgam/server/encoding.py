@@ -79,15 +79,20 @@ class Encoder:
         finally:
             place.leave()
 
-    async def encode(self, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int) -> list[list[int]]:
+    async def encode(
+        self, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, name: str = "prompts"
+    ) -> list[list[int]]:
         """Token ids of each prompt. Cancelling the caller ends the work after the turn that is going on.
+
+        Args:
+            name: of the field that the prompts stand in.
 
         Raises:
             RequestError: a prompt cannot be encoded; with several, a note names it.
             PromptTooLongError: one has more than `max_tokens` tokens.
         """
         token_ids: list[list[int]] = []
-        work = _encode(tokenizer, prompts, max_tokens, token_ids)
+        work = _encode(tokenizer, prompts, max_tokens, name, token_ids)
         try:
             while not await self.turn(lambda: _advance(work)):
                 pass
@@ -135,7 +140,7 @@ def start_thread(call: Callable[[], T]) -> concurrent.futures.Future[T]:
 
 
 def _encode(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, token_ids: list[list[int]]
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, name: str, token_ids: list[list[int]]
 ) -> Iterator[int]:
     """Fill `token_ids`; yields after each piece of work how many characters it was, at most."""
     for index, prompt in enumerate(prompts):
@@ -146,7 +151,7 @@ def _encode(
                 yield PIECE_CHARS if isinstance(prompt, ChatPrompt) else min(_num_chars(prompt), PIECE_CHARS)
         except RequestError as error:
             if len(prompts) > 1:
-                error.add_note(f"This is prompts[{index}]")
+                error.add_note(f"This is {name}[{index}]")
             raise
         token_ids.append(ids)
 

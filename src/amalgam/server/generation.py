@@ -62,7 +62,7 @@ async def complete_all(
         OverloadedError: there is no place even for the first.
     """
     for index, prompt_ids in enumerate(prompts_ids):  # before any is computed: one error fails all
-        with _naming(index):
+        with _naming(f"prompts[{index}]"):
             engine.check_prompt_length(len(prompt_ids))
     return await run_all(
         lambda prompt_ids: complete(engine, prompt_ids, params, observation), prompts_ids, max_in_flight
@@ -70,12 +70,18 @@ async def complete_all(
 
 
 async def run_all(
-    run: Callable[[Sequence[int]], Awaitable[T]], prompts_ids: Sequence[Sequence[int]], max_in_flight: int
+    run: Callable[[Sequence[int]], Awaitable[T]],
+    prompts_ids: Sequence[Sequence[int]],
+    max_in_flight: int,
+    name: str = "prompts",
 ) -> list[T]:
     """What `run` gives for each prompt. At most `max_in_flight` run at a time, so that the queue has room for others.
 
     Once the first has found a place in the queue, the rest wait for theirs. If one fails, the others are cancelled and
     its error is raised, with its index.
+
+    Args:
+        name: of the field that the prompts stand in.
 
     Raises:
         OverloadedError: there is no place even for the first.
@@ -90,7 +96,7 @@ async def run_all(
         while True:
             num_in_flight += 1
             try:
-                with _naming(index):
+                with _naming(f"{name}[{index}]") if len(prompts_ids) > 1 else contextlib.nullcontext():
                     result = await run(prompt_ids)
                 has_ended.set()
                 return result
@@ -117,12 +123,12 @@ async def run_all(
 
 
 @contextlib.contextmanager
-def _naming(index: int) -> Iterator[None]:
+def _naming(place: str) -> Iterator[None]:
     """Errors say which prompt of a batch they are about."""
     try:
         yield
     except RequestError as error:
-        error.add_note(f"This is prompts[{index}]")
+        error.add_note(f"This is {place}")
         raise
 
 

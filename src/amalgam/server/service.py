@@ -224,12 +224,15 @@ class Service:
         finally:
             self.num_active -= 1
 
-    async def encode(self, prompts: Sequence[Prompt], max_tokens: int | None = None) -> list[list[int]]:
+    async def encode(
+        self, prompts: Sequence[Prompt], max_tokens: int | None = None, name: str = "prompts"
+    ) -> list[list[int]]:
         """Token ids of each prompt.
 
         Args:
             prompts: texts, or chats.
             max_tokens: of each; None: as many as the engine takes.
+            name: of the field that they stand in, for errors.
 
         Raises:
             OverloadedError: the queue is full. Checked first, so that overload costs no tokenizing.
@@ -245,7 +248,7 @@ class Service:
         self._num_encoding += 1  # a batch takes places in the queue one after the other
         try:
             max_tokens = deployment.engine.max_prompt_tokens if max_tokens is None else max_tokens
-            return await self.encoder.encode(deployment.tokenizer, prompts, max_tokens)
+            return await self.encoder.encode(deployment.tokenizer, prompts, max_tokens, name)
         finally:
             self._num_encoding -= 1
 

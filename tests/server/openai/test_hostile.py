@@ -181,6 +181,13 @@ def test_overload_is_told_with_when_to_come_again(http: httpx.Client, deployment
     assert response.json()["error"]["type"] == "server_error"
 
 
+@pytest.mark.parametrize(("path", "name"), [("/v1/embeddings", "input"), ("/v1/completions", "prompt")])
+def test_the_prompt_that_is_too_long_is_named(http: httpx.Client, path: str, name: str) -> None:
+    message = http.post(path, json={name: ["a", "x" * 10_000]}).json()["error"]["message"]
+    assert message.endswith(f". This is {name}[1].") and ".." not in message
+    assert f"{name}[" not in http.post(path, json={name: "x" * 10_000}).json()["error"]["message"]
+
+
 def test_more_prompts_than_the_queue_takes(http: httpx.Client, deployment: FakeDeployment) -> None:
     engine = deployment.engine
     engine.max_queue, before = 2, engine.max_queue

@@ -89,7 +89,8 @@ def refusal_of(error: Exception, request_id: str = "") -> Refusal:
     if not isinstance(error, AmalgamError):
         message = f"The server failed on this request (id {request_id}). Its log has a line with that id."
         return Refusal(500, "internal_error", message, request_id=request_id)
-    message = ". ".join([str(error), *getattr(error, "__notes__", ())])
+    notes = [f"{note.removesuffix('.')}." for note in getattr(error, "__notes__", ())]
+    message = " ".join([f"{str(error).removesuffix('.')}.", *notes]) if notes else str(error)
     return Refusal(error.http_status, error.code, message, error.param, request_id=request_id)
 
 

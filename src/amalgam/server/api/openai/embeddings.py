@@ -63,7 +63,10 @@ async def create_embeddings(body: EmbeddingBody, request: Request, service: Serv
         engine, observation = service.deployment.engine, Observation(body.domain)
         pooling = body.pooling or service.settings.server.embedding_pooling
         vectors = await run_all(
-            lambda prompt_ids: engine.embed(prompt_ids, pooling, observation), prompts_ids, service.max_batch_in_flight
+            lambda prompt_ids: engine.embed(prompt_ids, pooling, observation),
+            prompts_ids,
+            service.max_batch_in_flight,
+            "input",
         )
         hidden = len(vectors[0])
         if body.dimensions not in (None, hidden):

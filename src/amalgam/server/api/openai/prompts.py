@@ -51,7 +51,7 @@ async def encode_prompts(
     """
     prompts = _as_prompts(service, name, value, max_prompts)
     texts = [TextPrompt(prompt, add_special_tokens) for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await service.encode(texts))  # without texts it tells of overload too
+    encoded = iter(await service.encode(texts, name=name))  # without texts it tells of overload too
     return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
