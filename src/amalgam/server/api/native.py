@@ -32,6 +32,7 @@ from amalgam.engine.request import (
     Usage,
 )
 from amalgam.errors import RequestError
+from amalgam.server.api.common import MAX_INT, StopString, as_list
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.generation import Completion, complete, complete_all, stream_events
 from amalgam.server.http.access import unless_client_leaves
@@ -43,17 +44,10 @@ from amalgam.version import __version__
 if TYPE_CHECKING:
     from amalgam.models.routing import RoutingTrace
 
-MAX_INT = 2**31 - 1
-
 router = APIRouter(route_class=StrictRoute, tags=["native"])
 
-StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 def _as_number(value: Any) -> Any:
@@ -81,7 +75,7 @@ class SamplingFields(Body):
     stop: Annotated[
         list[StopString],
         Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
-        BeforeValidator(_as_list, json_schema_input_type=str | list[StopString] | None),
+        BeforeValidator(as_list, json_schema_input_type=str | list[StopString] | None),
     ] = Field(default_factory=list)
     """Where to end: a string or several. The answer does not hold it. It may contain special tokens, `<|im_end|>`."""
     repetition_penalty: float = Field(

@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from amalgam.engine.request import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TEMPERATURE
+from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
 from amalgam.server.http.body import Body
 
-MAX_INT = 2**31 - 1
-MAX_MESSAGES = 100_000
 MAX_TOOLS = 1024
 _NAME = r"^[a-zA-Z0-9_-]{1,128}$"
 
@@ -222,7 +221,7 @@ class MessagesBody(PromptBody):
     stream: bool = False
     """Answer with server-sent events as the text comes."""
     temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
-    """Divides the logits; 0 is greedy. Without it the model's default."""
+    """Divides the logits; 0 is greedy. Without it what the model's `generation_config.json` says, and else 1."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Sample from the smallest set of tokens with this much probability."""
     top_k: int | None = Field(default=None, ge=0, le=MAX_INT)

@@ -22,6 +22,7 @@ from amalgam.errors import RequestError
 from amalgam.server.api.anthropic.blocks import JSON, Blocks
 from amalgam.server.api.anthropic.conversation import ToolUse, chat_prompt, sampling_params, tool_use
 from amalgam.server.api.anthropic.fields import BetaQuery, MessagesBody, PromptBody, ThinkingDisabled
+from amalgam.server.api.common import neutral_defaults
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
 from amalgam.server.generation import checked
@@ -122,7 +123,7 @@ async def _start(service: Service, body: MessagesBody) -> _Answer:
     name = service.check_model(body.model)
     deployment, form = service.deployment, service.answer_format
     use = tool_use(body)
-    params = sampling_params(body, service.default_params, keeps_special_tokens=form.keeps_special_tokens)
+    params = sampling_params(body, neutral_defaults(service), keeps_special_tokens=form.keeps_special_tokens)
     json_format = body.output_config.format
     if json_format is not None and use.tools:
         raise RequestError(

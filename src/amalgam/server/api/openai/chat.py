@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from amalgam.engine.request import MAX_LOGPROBS, FinishReason, RequestOutput
 from amalgam.errors import RequestError
+from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
 from amalgam.server.api.openai.answers import Head, TokenCounts, error_fields, reason_of, versions_of
 from amalgam.server.api.openai.conversation import (
     ChoiceReader,
@@ -28,7 +29,7 @@ from amalgam.server.api.openai.conversation import (
     template_variables,
 )
 from amalgam.server.api.openai.documents import ChatAnswer, OpenAIErrorAnswer
-from amalgam.server.api.openai.fields import MAX_INT, SamplingFields, check_together
+from amalgam.server.api.openai.fields import SamplingFields, check_together
 from amalgam.server.api.openai.messages import TEXT_ONLY, Message, check_continued, for_template
 from amalgam.server.api.openai.refusing import STORE, Refused, RefusingBody
 from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs, prompt_logprobs, routed_experts
@@ -44,7 +45,6 @@ from amalgam.server.service import Service
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta
 from amalgam.text.chat import ChatPrompt
 
-MAX_MESSAGES = 4096
 MAX_METADATA = 16  # as OpenAI has it
 
 router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErrorAnswer.RESPONSES)

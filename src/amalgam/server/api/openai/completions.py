@@ -18,9 +18,10 @@ from starlette.responses import Response
 
 from amalgam.engine.request import MAX_LOGPROBS, RequestOutput
 from amalgam.errors import RequestError
+from amalgam.server.api.common import MAX_INT
 from amalgam.server.api.openai.answers import Head, TokenCounts, error_fields, reason_of, versions_of
 from amalgam.server.api.openai.documents import CompletionAnswer, OpenAIErrorAnswer
-from amalgam.server.api.openai.fields import MAX_INT, SamplingFields
+from amalgam.server.api.openai.fields import SamplingFields
 from amalgam.server.api.openai.prompts import Prompts, TokenIds, encode_prompts
 from amalgam.server.api.openai.refusing import Refused
 from amalgam.server.api.openai.tokens import LegacyLogprobs, TokenNames, prompt_logprobs, routed_experts

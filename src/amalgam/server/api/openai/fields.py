@@ -27,22 +27,16 @@ from amalgam.engine.request import (
     SamplingParams,
 )
 from amalgam.errors import RequestError, describe
+from amalgam.server.api.common import MAX_INT, StopString, as_list, neutral_defaults
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
 from amalgam.server.http.body import Body, limited
 from amalgam.server.service import Service
 from amalgam.text.grammar import Grammar
 
-MAX_INT = 2**31 - 1
 MAX_SAMPLES = 128  # as OpenAI has it
-NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as OpenAI documents them, where the model says nothing
 
-StopString = Annotated[str, Field(min_length=1)]
 # Checked by `compile_grammar`, not here.
 JSONSchema = Annotated[Any, WithJsonSchema({"type": "object", "description": "A JSON schema"})]
-
-
-def as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class StreamOptions(RefusingBody):
@@ -214,7 +208,6 @@ class SamplerFields(ModelField):
             given["top_k"] = 0
         if self.seed is not None:
             given["seed"] = self.seed % (MAX_SEED + 1)
-        defaults = SamplingParams(**{**NEUTRAL, **service.deployment.defaults.from_model})
         return SamplingParams(
             stop=tuple(self.stop),
             presence_penalty=self.presence_penalty,
@@ -227,7 +220,7 @@ class SamplerFields(ModelField):
             keeps_special_tokens=not self.skip_special_tokens,
             **given,
             **more,
-        ).over(defaults)
+        ).over(neutral_defaults(service))
 
 
 class SamplingFields(SamplerFields):

@@ -19,8 +19,9 @@ from starlette.responses import Response
 
 from amalgam.engine.request import MAX_LOGPROBS, FinishReason, RequestOutput, SamplingParams, Usage
 from amalgam.errors import UnsupportedError, describe
+from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
 from amalgam.server.api.openai.answers import error_fields, fingerprint
-from amalgam.server.api.openai.chat import MAX_MESSAGES, Effort, Metadata
+from amalgam.server.api.openai.chat import Effort, Metadata
 from amalgam.server.api.openai.conversation import (
     Conversation,
     Started,
@@ -29,7 +30,7 @@ from amalgam.server.api.openai.conversation import (
     template_variables,
 )
 from amalgam.server.api.openai.documents import OpenAIErrorAnswer, ResponseAnswer
-from amalgam.server.api.openai.fields import MAX_INT, JSONSchema, SamplerFields
+from amalgam.server.api.openai.fields import JSONSchema, SamplerFields
 from amalgam.server.api.openai.items import Event, InputItem, OutputItems, as_messages
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
 from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs

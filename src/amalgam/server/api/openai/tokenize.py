@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from amalgam.errors import RequestError
-from amalgam.server.api.openai.chat import MAX_MESSAGES
+from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
 from amalgam.server.api.openai.conversation import template_variables
 from amalgam.server.api.openai.documents import DetokenizeAnswer, OpenAIErrorAnswer, TokenizeAnswer
-from amalgam.server.api.openai.fields import MAX_INT, ModelField
+from amalgam.server.api.openai.fields import ModelField
 from amalgam.server.api.openai.messages import Message, check_continued, for_template
 from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, tool_use
 from amalgam.server.dependencies import Admission, ServiceArgument

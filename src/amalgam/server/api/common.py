@@ -1,0 +1,29 @@
+"""What the interfaces have in common: limits of fields, and what is sampled by where a request does not say.
+
+Must never know: the shape of any interface.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from amalgam.engine.request import SamplingParams
+from amalgam.server.service import Service
+
+MAX_INT = 2**31 - 1
+MAX_MESSAGES = 4096
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as OpenAI and Anthropic document them
+
+StopString = Annotated[str, Field(min_length=1)]
+
+
+def as_list(value: Any) -> Any:
+    """One text is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def neutral_defaults(service: Service) -> SamplingParams:
+    """What the model says in its `generation_config.json`, and else no change of the model's probabilities."""
+    return SamplingParams(**{**NEUTRAL, **service.deployment.defaults.from_model})
