@@ -134,6 +134,20 @@ class TestMessages:
         )  # fmt: skip
         assert not params.continues_prompt
 
+    def test_without_a_word_sampling_changes_no_probabilities(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine
+    ) -> None:
+        client.messages.create(model="fake", max_tokens=7, messages=HI)
+        params = engine.params[0]
+        assert (params.temperature, params.top_p, params.top_k) == (1.0, 1.0, 0)
+
+    def test_the_id_of_a_request(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        found = client.messages.with_raw_response.create(model="fake", max_tokens=7, messages=HI)
+        assert found.parse()._request_id == found.headers["x-request-id"] == found.headers["request-id"]
+        with pytest.raises(anthropic.BadRequestError) as caught:
+            client.messages.create(model="fake", max_tokens=0, messages=HI)
+        assert caught.value.request_id == caught.value.body["request_id"]
+
     def test_the_end_by_length(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
         engine.reason = FinishReason.LENGTH
         assert client.messages.create(model="fake", max_tokens=1, messages=HI).stop_reason == "max_tokens"
@@ -334,6 +348,7 @@ class TestErrors:
         [
             ({"max_tokens": 0}, "max_tokens"),
             ({"messages": []}, "messages"),
+            ({"messages": HI * 4097}, "messages"),
             ({"messages": [{"role": "user", "content": []}]}, "content"),
             ({"messages": [{"role": "tool", "content": "x"}]}, "'tool'"),
             ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "'image'"),
@@ -368,7 +383,15 @@ class TestErrors:
         assert caught.value.body["type"] == "error"
         assert caught.value.body["error"]["type"] == "invalid_request_error"
         assert named in caught.value.body["error"]["message"]
-        assert caught.value.request_id is None or caught.value.request_id
+        assert caught.value.request_id
+
+    def test_only_its_own_paths_have_its_shape(self, url: str) -> None:
+        assert httpx.post(url + "/v1/messages/nothing").json()["type"] == "error"
+        answer = httpx.post(url + "/v1/messagesX")
+        assert answer.status_code == 404 and answer.json().keys() == {"error"}
+        assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+        assert "request-id" not in answer.headers
+        assert httpx.post(url + "/tokenizer").json()["error"].keys() == {"message", "type"}
 
     @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
     def test_another_query(self, url: str, engine: ScriptedEngine, path: str) -> None:

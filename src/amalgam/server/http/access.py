@@ -25,6 +25,7 @@ from amalgam.base.escaping import one_line
 from amalgam.errors import UnavailableError
 from amalgam.server.http.errors import error_response
 from amalgam.server.http.record import RequestRecord, current_record
+from amalgam.server.http.shapes import id_headers
 
 CLIENT_LEFT = 499  # nginx's status for a request whose client closed the connection
 MAX_PATH_CHARS = 200
@@ -77,7 +78,8 @@ class AccessLog:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
+                ids = [(name, record.request_id.encode()) for name in id_headers(scope)]
+                message["headers"] = [*message.get("headers", ()), *ids]
             await send(message)
 
         try:

@@ -5,13 +5,13 @@ In: what is wrong. Out: a status and a JSON body. Must never know: exceptions, e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Scope
 
-OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize")
+OPENAI_PATHS = ("/v1", "/tokenize", "/detokenize")  # and what is below them
 ANTHROPIC_PATHS = ("/v1/messages",)
 OVERLOADED_STATUS = 529  # Anthropic's own
 
@@ -40,9 +40,18 @@ Shape = Callable[[Refusal], tuple[int, dict[str, Any]]]  # the status may be ano
 def shape_for(scope: Scope) -> Shape:
     """The shape of the interface that a request is for."""
     path: str = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-    if path.startswith(ANTHROPIC_PATHS):
+    if _is_at(path, ANTHROPIC_PATHS):
         return anthropic
-    return openai if path.startswith(OPENAI_PATHS) else native
+    return openai if _is_at(path, OPENAI_PATHS) else native
+
+
+def id_headers(scope: Scope) -> tuple[bytes, ...]:
+    """The headers that tell a client of its request's id; Anthropic's own client reads one of another name."""
+    return (b"x-request-id", b"request-id") if shape_for(scope) is anthropic else (b"x-request-id",)
+
+
+def _is_at(path: str, places: Sequence[str]) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
 def native(refusal: Refusal) -> tuple[int, dict[str, Any]]:
