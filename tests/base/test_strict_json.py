@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from amalgam.base.strict_json import parse_foreign_json, parse_json, read_advice, read_json_object
+from amalgam.base.strict_json import is_longer, parse_foreign_json, parse_json, read_advice, read_json_object
 from amalgam.errors import CheckpointError
 from tests.errors import raises
 
@@ -126,3 +126,17 @@ def test_a_file_has_a_limit(tmp_path: Path) -> None:
         read_json_object(file, 7)
     with raises(CheckpointError, tmp_path / "absent.json"):
         read_json_object(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    "value", ["", "abc", 0, 15, -(10**30), True, None, 1.5, [], {}, [[], {}], {"a": [1, "b", {"cd": None}]}]
+)
+def test_what_is_short_is_never_called_longer(value: Any) -> None:
+    assert not is_longer(value, len(json.dumps(value, separators=(",", ":"))))
+
+
+@pytest.mark.parametrize(
+    "value", ["a" * 99, [1] * 99, {"a" * 99: 1}, [["a" * 9]] * 9, 10**200, {str(i): 1 for i in range(50)}]
+)
+def test_what_is_long_is_called_longer(value: Any) -> None:
+    assert is_longer(value, 90) and is_longer([{"a": value}], 90)

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
+from amalgam.base.strict_json import is_longer
 from amalgam.errors import RequestError, UnavailableError, describe
 from amalgam.text.grammar_trial import Trial, make_matcher, make_tokenizer
 
@@ -58,11 +59,27 @@ class Grammar:
 
     @classmethod
     def of_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
-        return cls("json_schema", json.dumps(schema, ensure_ascii=False))
+        """
+        Raises:
+            RequestError: it is too long. Told before it is written out, which would take long.
+        """
+        return cls._written("json_schema", schema)
 
     @classmethod
     def of_choices(cls, texts: Sequence[str]) -> Grammar:
-        return cls("choice", json.dumps(list(texts), ensure_ascii=False))
+        """
+        Raises:
+            RequestError: they are too long together.
+        """
+        return cls._written("choice", list(texts))
+
+    @classmethod
+    def _written(cls, kind: GrammarKind, value: Any) -> Grammar:
+        if is_longer(value, MAX_SOURCE_CHARS):
+            raise RequestError(
+                f"The {kind} has more than {MAX_SOURCE_CHARS} characters.", remedy=f"Allowed: {MAX_SOURCE_CHARS}."
+            )
+        return cls(kind, json.dumps(value, ensure_ascii=False))
 
 
 class CompiledGrammar:

@@ -359,12 +359,15 @@ class TestErrors:
             ({"stop_sequences": [""]}, "stop_sequences"),
             ({"tools": [{**WEATHER, "strict": True}]}, "strict"),
             ({"tools": [WEATHER, WEATHER]}, "get_weather"),
+            ({"tools": [{**WEATHER, "description": "a" * 2**18}]}, "tools has more than 262144 characters"),
+            ({"tools": [{**WEATHER, "input_schema": {"enum": ["ab"] * 2**17}}]}, "tools has more than"),
             ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "type"),
             ({"tool_choice": {"type": "any"}}, "tool_choice"),
             ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "nope"}}, "nope"),
             ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "budget_tokens"),
             ({"output_config": {"effort": "high"}}, "output_config.effort"),
             ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nope"}}}}, "nope"),
+            ({"output_config": {"format": {"type": "json_schema", "schema": {"enum": ["a" * 2**17]}}}}, "131072"),
             (
                 {
                     "tools": [WEATHER],

@@ -181,6 +181,29 @@ def test_overload_is_told_with_when_to_come_again(http: httpx.Client, deployment
     assert response.json()["error"]["type"] == "server_error"
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize"])
+def test_long_tools_are_refused_before_they_are_written(http: httpx.Client, path: str) -> None:
+    function = {"name": "a", "parameters": {"enum": ["ab"] * 2**17}}
+    tool = {"type": "function", **function} if path == "/v1/responses" else {"type": "function", "function": function}
+    given = {"input": "a"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "a"}]}
+    error = http.post(path, json={**given, "tools": [tool]}).json()["error"]
+    assert error["param"] == "tools" and "262144" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"guided_json": {"enum": ["a" * 2**17]}},
+        {"guided_choice": ["a" * 2**17]},
+        {"structured_outputs": {"json": {"a" * 2**17: True}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [1] * 2**18}}}},
+    ],
+)
+def test_long_grammars_are_refused_before_they_are_written(http: httpx.Client, given: dict[str, Any]) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "a", **given})
+    assert answer.status_code == 400 and "131072" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(("path", "name"), [("/v1/embeddings", "input"), ("/v1/completions", "prompt")])
 def test_the_prompt_that_is_too_long_is_named(http: httpx.Client, path: str, name: str) -> None:
     message = http.post(path, json={name: ["a", "x" * 10_000]}).json()["error"]["message"]

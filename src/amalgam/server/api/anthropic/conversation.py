@@ -26,6 +26,7 @@ from amalgam.server.api.anthropic.fields import (
     ToolUseBlock,
     UserMessage,
 )
+from amalgam.server.api.common import check_tools_length
 from amalgam.text.chat import ChatPrompt
 
 _THINKING = re.compile(r"\b(?:if|not|and|or)\s+thinking\b(?!\.)")
@@ -91,8 +92,9 @@ def chat_prompt(body: PromptBody, template: str | None) -> ChatPrompt:
 def tool_use(body: PromptBody) -> ToolUse:
     """
     Raises:
-        RequestError: tool_choice names none of the tools, or there are none.
+        RequestError: tool_choice names none of the tools, or there are none; the tools are too long.
     """
+    check_tools_length(body.tools)
     choice = body.tool_choice
     if isinstance(choice, NoTool):
         return ToolUse()

@@ -5,7 +5,6 @@ In: a request's JSON. Out: sampling parameters, a grammar, what is to be observe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -72,7 +71,7 @@ class ResponseFormat(RefusingBody):
 
     def grammar(self) -> Grammar | None:
         if self.json_schema is not None:
-            return Grammar("json_schema", json.dumps(self.json_schema.schema_))
+            return Grammar.of_schema(self.json_schema.schema_)
         return Grammar("json_object", "") if self.type == "json_object" else None
 
 
@@ -120,9 +119,9 @@ def _one_grammar(given: Mapping[str, Any]) -> Grammar | None:
     for name, value in named.items():
         kind = name.rpartition("guided_")[2]
         if kind == "json":
-            return Grammar("json_schema", value if isinstance(value, str) else json.dumps(value))
+            return Grammar("json_schema", value) if isinstance(value, str) else Grammar.of_schema(value)
         if kind == "choice":
-            return Grammar("choice", json.dumps(value))
+            return Grammar.of_choices(value)
         if kind == "json_object":
             return Grammar("json_object", "")
         return Grammar("lark" if kind == "grammar" else "regex", value)

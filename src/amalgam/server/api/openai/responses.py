@@ -5,7 +5,6 @@ In: a text or items, tools. Out: a response object, or its events.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -67,7 +66,7 @@ class TextFormat(RefusingBody):
 
     def grammar(self) -> Grammar | None:
         if self.type == "json_schema":
-            return Grammar("json_schema", json.dumps(self.schema_))
+            return Grammar.of_schema(self.schema_)
         return Grammar("json_object") if self.type == "json_object" else None
 
 

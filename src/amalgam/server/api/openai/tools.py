@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema
 
 from amalgam.errors import RequestError, UnsupportedError, describe
+from amalgam.server.api.common import check_tools_length
 from amalgam.server.api.openai.refusing import CACHE_CONTROL, RefusingBody
 from amalgam.server.http.body import Body
 
@@ -79,9 +80,10 @@ def tool_use(functions: Sequence[FunctionFields], choice: Any, *, is_parallel: b
             `{"type": "allowed_tools", …}`.
 
     Raises:
-        RequestError: it is none of these, or names a tool that is not there.
+        RequestError: it is none of these, or names a tool that is not there; the tools are too long.
         UnsupportedError: it is for another kind of tool.
     """
+    check_tools_length(functions)
     names = [function.name for function in functions]
     if len(set(names)) < len(names):
         raise RequestError("Two tools have the same name.", remedy="Give each its own.", param="tools")
