@@ -13,8 +13,10 @@ import httpx
 import pytest
 
 from amalgam.engine.request import FinishReason, Observation, RequestOutput, SamplingParams, Usage
+from amalgam.errors import UnsupportedError
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
+from tests.errors import raises
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, FakeEngine, fake_settings
 
@@ -365,7 +367,6 @@ class TestErrors:
             ({"tool_choice": {"type": "any"}}, "tool_choice"),
             ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "nope"}}, "nope"),
             ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "budget_tokens"),
-            ({"output_config": {"effort": "high"}}, "output_config.effort"),
             ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nope"}}}}, "nope"),
             ({"output_config": {"format": {"type": "json_schema", "schema": {"enum": ["a" * 2**17]}}}}, "131072"),
             (
@@ -442,4 +443,10 @@ def test_the_template_knows_what_the_family_calls_thinking(engine: ScriptedEngin
     assert variables("{{ enable_thinking }}{{ thinking_budget }}", thinking=on) == {
         "enable_thinking": True, "thinking_budget": 7,
     }  # fmt: skip
-    assert variables("{{ reasoning_effort }}", output_config={"effort": "max"}) == {"reasoning_effort": "high"}
+    hard: Any = {"output_config": {"effort": "max"}}
+    assert variables("{{ reasoning_effort }}", **hard) == {"reasoning_effort": "high"}
+    assert variables("{{ enable_thinking }}", **hard) == {"enable_thinking": True}
+    assert variables("{{ enable_thinking }}", **hard, thinking={"type": "disabled"}) == {"enable_thinking": False}
+    assert variables("{{ enable_thinking }}") == {"enable_thinking": False}
+    with raises(UnsupportedError, "output_config.effort", "max"):
+        variables("", **hard)

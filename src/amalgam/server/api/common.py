@@ -5,7 +5,8 @@ Must never know: the shape of any interface.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
@@ -21,6 +22,23 @@ MAX_TOOLS_CHARS = 2**18
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as OpenAI and Anthropic document them
 
 StopString = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a request wants of tools.
+
+    Attributes:
+        tools: those that the model is shown, each `{"type": "function", "function": {…}}`.
+        is_required: the answer has to call one.
+        name: the one to be called; None: any.
+        is_parallel: whether an answer may hold several calls.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    is_required: bool = False
+    name: str | None = None
+    is_parallel: bool = True
 
 
 def as_list(value: Any) -> Any:

@@ -5,9 +5,7 @@ In: checked fields. Out: a `ChatPrompt`, tools, sampling parameters. Must never 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from amalgam.engine.request import SamplingParams
@@ -26,27 +24,9 @@ from amalgam.server.api.anthropic.fields import (
     ToolUseBlock,
     UserMessage,
 )
-from amalgam.server.api.common import check_tools_length
+from amalgam.server.api.common import ToolUse, check_tools_length
+from amalgam.server.api.variables import template_variables
 from amalgam.text.chat import ChatPrompt
-
-_THINKING = re.compile(r"\b(?:if|not|and|or)\s+thinking\b(?!\.)")
-
-
-@dataclass(frozen=True)
-class ToolUse:
-    """What the answer may call.
-
-    Attributes:
-        tools: as OpenAI's interface has them.
-        is_required: the answer consists of calls.
-        name: the tool that has to be called, if it is one of several.
-        is_parallel: several calls may follow each other.
-    """
-
-    tools: tuple[dict[str, Any], ...] = ()
-    is_required: bool = False
-    name: str | None = None
-    is_parallel: bool = True
 
 
 def chat_prompt(body: PromptBody, template: str | None) -> ChatPrompt:
@@ -83,7 +63,7 @@ def chat_prompt(body: PromptBody, template: str | None) -> ChatPrompt:
         messages,
         tools or None,
         None,
-        _variables(body, template or ""),
+        _variables(body, template),
         add_generation_prompt=not continues,
         continue_final_message=continues,
     )
@@ -204,22 +184,16 @@ def _of_assistant(message: AssistantMessage) -> dict[str, Any]:
     return found
 
 
-def _variables(body: PromptBody, template: str) -> dict[str, Any]:
-    variables: dict[str, Any] = {}
-    thinks = not isinstance(body.thinking, ThinkingDisabled)
-    if "enable_thinking" in template:
-        variables["enable_thinking"] = thinks
-    elif _THINKING.search(template):  # as DeepSeek calls it
-        variables["thinking"] = thinks
-    if isinstance(body.thinking, ThinkingEnabled) and "thinking_budget" in template:
-        variables["thinking_budget"] = body.thinking.budget_tokens
+def _variables(body: PromptBody, template: str | None) -> dict[str, Any]:
+    """Nothing about thinking turns it off, unless an effort is given, for which the template may have no other word."""
     effort = body.output_config.effort
-    if effort is not None:
-        if "reasoning_effort" not in template:
-            raise UnsupportedError(
-                f"output_config.effort is {describe(effort)}.",
-                remedy="This model's chat template cannot be told how much to think: leave it out.",
-                param="output_config.effort",
-            )
-        variables["reasoning_effort"] = {"xhigh": "high", "max": "high"}.get(effort, effort)
+    is_said = "thinking" in body.model_fields_set or effort is None
+    variables = template_variables(
+        template,
+        effort=effort,
+        effort_field="output_config.effort",
+        thinks=not isinstance(body.thinking, ThinkingDisabled) if is_said else None,
+    )
+    if isinstance(body.thinking, ThinkingEnabled) and "thinking_budget" in (template or ""):
+        variables["thinking_budget"] = body.thinking.budget_tokens
     return variables

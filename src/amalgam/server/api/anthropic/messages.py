@@ -20,9 +20,9 @@ from starlette.responses import Response
 from amalgam.engine.request import FinishReason, Observation, RequestOutput
 from amalgam.errors import RequestError
 from amalgam.server.api.anthropic.blocks import JSON, Blocks
-from amalgam.server.api.anthropic.conversation import ToolUse, chat_prompt, sampling_params, tool_use
+from amalgam.server.api.anthropic.conversation import chat_prompt, sampling_params, tool_use
 from amalgam.server.api.anthropic.fields import BetaQuery, MessagesBody, PromptBody, ThinkingDisabled
-from amalgam.server.api.common import neutral_defaults
+from amalgam.server.api.common import ToolUse, neutral_defaults
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
 from amalgam.server.generation import checked

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from amalgam.engine.request import MAX_LOGPROBS, FinishReason, RequestOutput
 from amalgam.errors import RequestError
-from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
+from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, ToolUse
 from amalgam.server.api.openai.answers import Head, TokenCounts, error_fields, reason_of, versions_of
 from amalgam.server.api.openai.conversation import (
     ChoiceReader,
@@ -26,14 +26,14 @@ from amalgam.server.api.openai.conversation import (
     Started,
     chat_token_limit,
     start,
-    template_variables,
 )
 from amalgam.server.api.openai.documents import ChatAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import SamplingFields, check_together
 from amalgam.server.api.openai.messages import TEXT_ONLY, Message, check_continued, for_template
 from amalgam.server.api.openai.refusing import STORE, Refused, RefusingBody
 from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs, prompt_logprobs, routed_experts
-from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, ToolChoice, ToolUse, tool_use
+from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, ToolChoice, tool_use
+from amalgam.server.api.variables import template_variables
 from amalgam.server.choices import Choices, Collected
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
@@ -152,7 +152,7 @@ class ChatBody(SamplingFields):
             template_variables(
                 template,
                 self.chat_template_kwargs,
-                self.reasoning_effort,
+                effort=self.reasoning_effort,
                 thinks=self._thinks if self.enable_thinking is None else self.enable_thinking,
             ),
             add_generation_prompt=not self.continue_final_message if adds_prompt is None else adds_prompt,

@@ -6,13 +6,12 @@ of answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from amalgam.engine.request import Observation, RequestOutput, SamplingParams
-from amalgam.errors import RequestError, UnsupportedError, describe
-from amalgam.server.api.openai.tools import ToolUse
+from amalgam.errors import RequestError
+from amalgam.server.api.common import ToolUse
 from amalgam.server.choices import Choices, Wanted
 from amalgam.server.interface import Tokenizer
 from amalgam.server.service import Service
@@ -147,50 +146,6 @@ class Parts:
                 call = self.calls.setdefault(delta.index, {"id": delta.id, "name": "", "arguments": ""})
                 call["name"] += delta.name or ""
                 call["arguments"] += delta.arguments
-
-
-def template_variables(
-    template: str | None, kwargs: Mapping[str, Any] | None, effort: str | None, *, thinks: bool | None = None
-) -> dict[str, Any]:
-    """What the chat template may refer to.
-
-    Args:
-        template: its source.
-        kwargs: what the request gives by name.
-        effort: how much is to be thought, from `none` to `max`.
-        thinks: whether anything is. Clients say so by the model's name, so that a template that has no such switch is
-            no error: the model thinks, or does not, as it was trained to.
-
-    Raises:
-        RequestError: a name that is not the request's to give.
-        UnsupportedError: the model cannot be told how much to think.
-    """
-    variables = dict(kwargs or {})
-    for name in ("messages", "tools", "documents", "add_generation_prompt"):
-        if name in variables:
-            raise RequestError(
-                f"chat_template_kwargs has {name!r}.",
-                remedy="Give it as a field of the request.",
-                param="chat_template_kwargs",
-            )
-    source = template or ""
-    if thinks is not None:
-        for name in ("enable_thinking", "thinking"):  # Qwen's and GLM's; DeepSeek's
-            if name in source:
-                variables.setdefault(name, thinks)
-    if effort is None:
-        return variables
-    if "reasoning_effort" in source:
-        variables.setdefault("reasoning_effort", effort)
-    elif "enable_thinking" in source:
-        variables.setdefault("enable_thinking", effort != "none")
-    elif effort != "none":
-        raise UnsupportedError(
-            f"reasoning_effort is {describe(effort)}.",
-            remedy="This model's chat template cannot be told how much to think: leave it out.",
-            param="reasoning_effort",
-        )
-    return variables
 
 
 def chat_token_limit(service: Service, *limits: int | None) -> int:

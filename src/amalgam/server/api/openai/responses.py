@@ -26,7 +26,6 @@ from amalgam.server.api.openai.conversation import (
     Started,
     chat_token_limit,
     start,
-    template_variables,
 )
 from amalgam.server.api.openai.documents import OpenAIErrorAnswer, ResponseAnswer
 from amalgam.server.api.openai.fields import JSONSchema, SamplerFields
@@ -34,6 +33,7 @@ from amalgam.server.api.openai.items import Event, InputItem, OutputItems, as_me
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
 from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs
 from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionFields, ToolChoice, tool_use
+from amalgam.server.api.variables import template_variables
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
 from amalgam.server.http.access import unless_client_leaves
@@ -172,7 +172,9 @@ async def create_response(
     prompt = ChatPrompt(
         as_messages(body.instructions, body.input, knows_developer="developer" in (template or "")),
         use.tools or None,
-        variables=template_variables(template, body.chat_template_kwargs, effort),
+        variables=template_variables(
+            template, body.chat_template_kwargs, effort=effort, effort_field="reasoning.effort"
+        ),
     )
     text_format = None if body.text is None else body.text.format
     grammar = None if text_format is None else text_format.grammar()

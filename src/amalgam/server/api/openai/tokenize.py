@@ -14,11 +14,11 @@ from starlette.responses import Response
 
 from amalgam.errors import RequestError
 from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
-from amalgam.server.api.openai.conversation import template_variables
 from amalgam.server.api.openai.documents import DetokenizeAnswer, OpenAIErrorAnswer, TokenizeAnswer
 from amalgam.server.api.openai.fields import ModelField
 from amalgam.server.api.openai.messages import Message, check_continued, for_template
 from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, tool_use
+from amalgam.server.api.variables import template_variables
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.encoding import Prompt, TextPrompt
 from amalgam.server.http.access import unless_client_leaves
@@ -125,7 +125,7 @@ def _chat_prompt(body: TokenizeBody, messages: list[Message], template: str | No
     return ChatPrompt(
         normalized,
         use.tools or None,
-        variables=template_variables(template, body.chat_template_kwargs, None),
+        variables=template_variables(template, body.chat_template_kwargs),
         add_generation_prompt=not body.continue_final_message if adds_prompt is None else adds_prompt,
         continue_final_message=body.continue_final_message,
     )

@@ -6,14 +6,13 @@ model writes calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
 from amalgam.errors import RequestError, UnsupportedError, describe
-from amalgam.server.api.common import check_tools_length
+from amalgam.server.api.common import ToolUse, check_tools_length
 from amalgam.server.api.openai.refusing import CACHE_CONTROL, RefusingBody
 from amalgam.server.http.body import Body
 
@@ -54,23 +53,6 @@ class FunctionFields(Body):
     """A JSON schema of the arguments; null: none are taken."""
     strict: bool | None = None
     """Arguments follow the schema wherever the call is forced; see tool_choice."""
-
-
-@dataclass(frozen=True)
-class ToolUse:
-    """What a request wants of tools.
-
-    Attributes:
-        tools: those that the model is shown, each `{"type": "function", "function": {…}}`.
-        is_required: the answer has to call one.
-        name: the one to be called; None: any.
-        is_parallel: whether an answer may hold several calls.
-    """
-
-    tools: Sequence[Mapping[str, Any]] = ()
-    is_required: bool = False
-    name: str | None = None
-    is_parallel: bool = True
 
 
 def tool_use(functions: Sequence[FunctionFields], choice: Any, *, is_parallel: bool) -> ToolUse:
