@@ -6,12 +6,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import anthropic
 import httpx
 import pytest
 
+from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.request import FinishReason, Observation, RequestOutput, SamplingParams, Usage
 from amalgam.errors import UnsupportedError
 from amalgam.text.tokenizer import Tokenizer
@@ -142,6 +144,15 @@ class TestMessages:
         client.messages.create(model="fake", max_tokens=7, messages=HI)
         params = engine.params[0]
         assert (params.temperature, params.top_p, params.top_k) == (1.0, 1.0, 0)
+
+    def test_what_the_model_says_of_sampling_holds(self, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+        said = ModelDefaults(from_model={"temperature": 0.5, "top_k": 20})
+        open_model = partial(FakeDeployment, engine, tokenizer_override=tokenizer, defaults=said)
+        with serving(fake_settings(port=0), open_model) as url:
+            wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+            httpx.post(url + "/v1/messages", json={"model": "fake", "max_tokens": 7, "messages": HI, "top_k": 3})
+        params = engine.params[0]
+        assert (params.temperature, params.top_p, params.top_k) == (0.5, 1.0, 3)
 
     def test_the_id_of_a_request(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
         found = client.messages.with_raw_response.create(model="fake", max_tokens=7, messages=HI)
