@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from amalgam.errors import RequestError, UnsupportedError
-from amalgam.server.api.variables import template_variables
+from amalgam.errors import RequestError
+from amalgam.server.api.variables import takes_effort, template_variables
 from tests.errors import raises
 
 SWITCH, DEEPSEEK, LEVELS = "{% if enable_thinking %}", "{% if not thinking is defined %}", "{{ reasoning_effort }}"
@@ -28,6 +28,7 @@ SWITCH, DEEPSEEK, LEVELS = "{% if enable_thinking %}", "{% if not thinking is de
         (LEVELS, {"effort": "xhigh"}, {"reasoning_effort": "high"}),
         (LEVELS + SWITCH, {"effort": "max", "thinks": True}, {"reasoning_effort": "high", "enable_thinking": True}),
         ("", {"effort": "none"}, {}),
+        ("", {"effort": "high"}, {}),
         (SWITCH, {"given": {"enable_thinking": 1, "x": 2}, "thinks": False}, {"enable_thinking": 1, "x": 2}),
     ],
 )
@@ -38,7 +39,10 @@ def test_a_template_is_told_what_it_has_a_name_for(
 
 
 def test_what_cannot_be_told() -> None:
-    with raises(UnsupportedError, "reasoning.effort", "high"):
-        template_variables("", effort="high", effort_field="reasoning.effort")
     with raises(RequestError, "tools"):
         template_variables("", {"tools": []})
+
+
+def test_whether_an_effort_changes_anything() -> None:
+    assert [takes_effort(template) for template in (SWITCH, DEEPSEEK, LEVELS)] == [True] * 3
+    assert not takes_effort("{{ message.thinking }}") and not takes_effort(None)

@@ -185,7 +185,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
     ({"web_search_options": {}}, "web_search_options"),
     ({"weights": 3}, "weights"),
-    ({"reasoning_effort": "high"}, "reasoning_effort"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
     ({"tool_choice": "required"}, "tool_choice"),

@@ -41,6 +41,7 @@ def test_a_response_is_the_chat_completion(client: openai.OpenAI) -> None:
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert (response.store, response.metadata, response.previous_response_id) == (False, {"a": "b"}, None)
     assert respond(client, store=True).store is False
+    assert respond(client, reasoning={"effort": "high"}).reasoning.effort is None  # this model cannot be told
 
 
 def test_events_put_together_are_the_response(client: openai.OpenAI) -> None:

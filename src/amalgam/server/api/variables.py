@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from amalgam.errors import RequestError, UnsupportedError, describe
+from amalgam.errors import RequestError
 
 _OF_THE_REQUEST = ("messages", "tools", "documents", "add_generation_prompt")
 _SWITCHES = {  # what turns thinking on in a template; a message's own thoughts are called `thinking`, too
     "enable_thinking": re.compile(r"\benable_thinking\b"),  # as Qwen and GLM call it
     "thinking": re.compile(r"\b(?:if|not|and|or)\s+thinking\b(?!\.)"),  # as DeepSeek does
 }
+_LEVELS = "reasoning_effort"
 _HIGHEST = {"xhigh": "high", "max": "high"}  # templates know no more
 
 
@@ -24,7 +25,6 @@ def template_variables(
     given: Mapping[str, Any] | None = None,
     *,
     effort: str | None = None,
-    effort_field: str = "reasoning_effort",
     thinks: bool | None = None,
 ) -> dict[str, Any]:
     """What the chat template may refer to.
@@ -34,13 +34,13 @@ def template_variables(
         given: what the request gives by name, which comes before all else.
         effort: how much is to be thought, from `none` to `max`. For a template with no more than a switch, any but
             `none` turns it on, unless `thinks` says otherwise.
-        effort_field: the request's name for it.
-        thinks: whether anything is. Clients say so by the model's name, so that a template that has no such switch is
-            no error: the model thinks, or does not, as it was trained to.
+        thinks: whether anything is.
+
+    Clients and agents say both unasked, so that a template that cannot be told is no error: the model thinks, or does
+    not, as it was trained to. `takes_effort` tells which it is.
 
     Raises:
         RequestError: a name that is not the request's to give.
-        UnsupportedError: the model cannot be told how much to think.
     """
     source, variables = template or "", dict(given or {})
     for name in _OF_THE_REQUEST:
@@ -51,18 +51,17 @@ def template_variables(
                 param="chat_template_kwargs",
             )
     switches = [name for name, pattern in _SWITCHES.items() if pattern.search(source)]
-    has_levels = "reasoning_effort" in source
-    if effort not in (None, "none") and not has_levels and not switches:
-        raise UnsupportedError(
-            f"{effort_field} is {describe(effort)}.",
-            remedy="This model's chat template cannot be told how much to think: leave it out.",
-            param=effort_field,
-        )
-    if effort is not None and has_levels:
-        variables.setdefault("reasoning_effort", _HIGHEST.get(effort, effort))
+    if effort is not None and _LEVELS in source:
+        variables.setdefault(_LEVELS, _HIGHEST.get(effort, effort))
     elif effort is not None and thinks is None:
         thinks = effort != "none"
     if thinks is not None:
         for name in switches:
             variables.setdefault(name, thinks)
     return variables
+
+
+def takes_effort(template: str | None) -> bool:
+    """Whether a chat template can be told how much to think."""
+    source = template or ""
+    return _LEVELS in source or any(pattern.search(source) for pattern in _SWITCHES.values())

@@ -191,7 +191,6 @@ def _variables(body: PromptBody, template: str | None) -> dict[str, Any]:
     variables = template_variables(
         template,
         effort=effort,
-        effort_field="output_config.effort",
         thinks=not isinstance(body.thinking, ThinkingDisabled) if is_said else None,
     )
     if isinstance(body.thinking, ThinkingEnabled) and "thinking_budget" in (template or ""):

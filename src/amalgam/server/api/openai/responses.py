@@ -33,7 +33,7 @@ from amalgam.server.api.openai.items import Event, InputItem, OutputItems, as_me
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
 from amalgam.server.api.openai.tokens import TokenNames, chat_logprobs
 from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionFields, ToolChoice, tool_use
-from amalgam.server.api.variables import template_variables
+from amalgam.server.api.variables import takes_effort, template_variables
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
 from amalgam.server.http.access import unless_client_leaves
@@ -172,9 +172,7 @@ async def create_response(
     prompt = ChatPrompt(
         as_messages(body.instructions, body.input, knows_developer="developer" in (template or "")),
         use.tools or None,
-        variables=template_variables(
-            template, body.chat_template_kwargs, effort=effort, effort_field="reasoning.effort"
-        ),
+        variables=template_variables(template, body.chat_template_kwargs, effort=effort),
     )
     text_format = None if body.text is None else body.text.format
     grammar = None if text_format is None else text_format.grammar()
@@ -268,6 +266,8 @@ class _Answering:
         shown_format: dict[str, Any] = {"type": "text"}
         if text_format is not None:
             shown_format = text_format.model_dump(by_alias=True, exclude_none=True)
+        said = body.reasoning
+        effort = said.effort if said is not None and takes_effort(self.tokenizer.chat_template) else None
         tools = [{"strict": None, "description": None, "parameters": None, **_dump(tool)} for tool in body.tools]
         return {
             "id": self.id,
@@ -287,7 +287,7 @@ class _Answering:
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
             "prompt_cache_key": body.prompt_cache_key,
-            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+            "reasoning": {"effort": effort, "summary": None},
             "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": False,
