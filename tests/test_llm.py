@@ -188,7 +188,7 @@ def test_answers_follow_grammars(llm: LLM, tmp_path: Path, capsys: pytest.Captur
         "required": ["size", "count"],
         "additionalProperties": False,
     }
-    params = SamplingParams(max_new_tokens=96, top_k=0, top_p=1.0, temperature=1.0)
+    params = SamplingParams(max_new_tokens=400, top_k=0, top_p=1.0, temperature=1.0)
     answers = llm.generate(["The old man", "def main("] * 4, params, grammar=Grammar.of_schema(schema))
     for answer in answers:
         found = json.loads(answer.text)

@@ -136,7 +136,7 @@ def test_client(name: str, server: str) -> None:
     words = [sys.executable, "-c", program.replace(ADDRESS, server)]
     result = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.strip()) > 20
+    assert result.stdout.strip()
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -59,7 +59,9 @@ def test_markup_and_long_lines_pass_through(
 def answering(pieces: dict[int, list[str]], error: Exception | None = None, failing: int = 0) -> Callable[..., None]:
     """An engine that answers prompt by prompt, a token of each in turns, the last prompt first."""
 
-    def generate(_: Engine, prompts: list[list[int]], params: SamplingParams, *, watch: Callable[..., None]) -> None:
+    def generate(
+        _: Engine, prompts: list[list[int]], params: SamplingParams, *, watch: Callable[..., None], constraint: None
+    ) -> None:
         for number in range(max(map(len, pieces.values()))):
             for index in sorted(pieces, reverse=True):
                 if number < len(pieces[index]):
@@ -89,7 +91,12 @@ def test_an_interrupt_keeps_what_has_come(
     original, num_tokens = Engine.generate, 0
 
     def interrupted(
-        engine: Engine, prompts: list[list[int]], params: SamplingParams, *, watch: Callable[..., None]
+        engine: Engine,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        watch: Callable[..., None],
+        constraint: None,
     ) -> None:
         def count(index: int, output: RequestOutput) -> None:
             nonlocal num_tokens

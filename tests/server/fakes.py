@@ -14,7 +14,7 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -49,6 +49,23 @@ FAIL = "fail"  # a prompt that makes the engine raise
 MAX_SEQ_LENGTH = 64
 
 
+class FakeStream:
+    """The outputs of one request; closing it ends the request even before any output has been asked for."""
+
+    def __init__(self, engine: FakeEngine, request_id: int, outputs: AsyncGenerator[RequestOutput]) -> None:
+        self._engine, self._request_id, self._outputs = engine, request_id, outputs
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        return await anext(self._outputs)
+
+    async def aclose(self) -> None:
+        await self._outputs.aclose()
+        self._engine.end(self._request_id)
+
+
 @dataclass
 class FakeEngine:
     """Answers `w0 w1 ...`, one word a step; several requests at once.
@@ -81,7 +98,7 @@ class FakeEngine:
 
     def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation, constraint: Any = None
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> FakeStream:
         self.observations.append(observation)
         self.params.append(params)
         if self.is_stopped or not self.is_alive:
@@ -89,17 +106,21 @@ class FakeEngine:
         self.check_prompt_length(len(prompt_ids))
         if len(self.running) >= self.max_queue:
             raise OverloadedError("The queue is full.")
-        return self._answer(prompt_ids, params, observation)
+        self.num_submitted += 1
+        self.running.add(self.num_submitted)  # at once, as in the engine, and not when the first output is asked for
+        self.max_running = max(self.max_running, len(self.running))
+        self.meter.set_load(Load(len(self.running)))
+        return FakeStream(self, self.num_submitted, self._answer(self.num_submitted, prompt_ids, params, observation))
+
+    def end(self, request_id: int) -> None:
+        """Harmless when repeated."""
+        self.running.discard(request_id)
+        self.meter.set_load(Load(len(self.running)))
 
     async def _answer(
-        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
-    ) -> AsyncIterator[RequestOutput]:
-        self.num_submitted += 1
-        self.max_running = max(self.max_running, len(self.running) + 1)
-        request_id, started = self.num_submitted, time.monotonic()
-        self.running.add(request_id)
-        self.meter.set_load(Load(len(self.running)))
-        count = params.max_new_tokens
+        self, request_id: int, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
+    ) -> AsyncGenerator[RequestOutput]:
+        started, count = time.monotonic(), params.max_new_tokens
         try:
             for index in range(count):
                 await asyncio.sleep(self.step_seconds)
@@ -126,8 +147,7 @@ class FakeEngine:
                     self.meter.add_finished(output)
                 yield output
         finally:
-            self.running.discard(request_id)
-            self.meter.set_load(Load(len(self.running)))
+            self.end(request_id)
 
     def _failed(self, request_id: int, error: Exception) -> RequestOutput:
         return RequestOutput(request_id, "", (), FinishReason.ERROR, error=error)

@@ -108,7 +108,7 @@ class TestByteLevel:
         assert ours.vocab_size == published.vocab_size
         assert ours.eos_token_ids == published.eos_token_ids
         messages = [{"role": "user", "content": text}]
-        if "DON'T" not in text:
+        if "DON'T" not in text and "<|" not in text:  # nor is <|im_start|>, which is text here, one word for others
             assert ours.encode_chat(messages) == published.encode_chat(messages)
 
     @pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "llama-bpe", "gpt-4o", "tekken"])

@@ -18,17 +18,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import numpy.typing as npt
-
 from amalgam.base.strict_json import is_longer
 from amalgam.errors import RequestError, UnavailableError, describe
 from amalgam.text.grammar_trial import Trial, make_matcher, make_tokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from llguidance import LLMatcher
 
     from amalgam.text.tokenizer import Tokenizer
+
+    _Mask = npt.NDArray[np.bool_]
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
@@ -40,8 +41,6 @@ _MAX_CACHED = 64
 # Between two tokens of JSON. Without an end a model may write spaces for ever.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _NUM_THREADS = 2  # masks take them for microseconds
-
-_Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -160,6 +159,8 @@ class GrammarState:
         return masks
 
     def _blocked(self) -> _Mask:
+        import numpy as np  # which the server has no time for until its port is open
+
         bits = ~np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tokenizers.decoders import ByteLevel
-
 from amalgam.errors import CheckpointError, PromptTooLongError, RequestError, describe
 from amalgam.text.chat import DEFAULT, ChatPrompt, ChatTemplates
 from amalgam.text.files import TOKENIZER_FILES, eos_token_ids, has_tokenizer, read_folder
@@ -267,6 +265,8 @@ class Tokenizer:
             The bytes of each token, which of a special one begin with 0xFF and of an id without a token are none; the
             special ones; and how the tokenizer writes a text.
         """
+        from tokenizers.decoders import ByteLevel
+
         backend = self._backend  # all that `encode` may refer to
         is_byte_level = isinstance(backend.decoder, ByteLevel)
 

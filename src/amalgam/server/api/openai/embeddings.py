@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
@@ -27,9 +25,11 @@ from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
 
-MAX_INPUTS = 2048  # as OpenAI has it
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-Vector = npt.NDArray[np.float32]
+MAX_INPUTS = 2048  # as OpenAI has it
 
 router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErrorAnswer.RESPONSES)
 
@@ -92,9 +92,9 @@ async def create_embeddings(body: EmbeddingBody, request: Request, service: Serv
     return await unless_client_leaves(request.receive, answer())
 
 
-def _shape(body: EmbeddingBody, vector: Vector) -> Any:
+def _shape(body: EmbeddingBody, vector: npt.NDArray[np.float32]) -> Any:
     values = vector.astype("<f4")
     if body.normalize:
-        length = float(np.linalg.norm(values.astype(np.float64)))
+        length = float((values.astype("f8") ** 2).sum()) ** 0.5
         values = (values / length).astype("<f4") if length else values
     return b64encode(values.tobytes()).decode() if body.encoding_format == "base64" else values

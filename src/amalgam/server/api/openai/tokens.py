@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from amalgam.engine.request import TokenLogprobs
 from amalgam.server.interface import Tokenizer
 from amalgam.text.tokenizer import UNDECODABLE
@@ -131,6 +129,8 @@ def routed_experts(trace: RoutingTrace) -> str:
     """`[tokens - 1, layers, top_k]` as a .npy file in base64: the experts of each token of prompt and answer but the
     last, the heaviest first.
     """
+    import numpy as np
+
     file = io.BytesIO()
     np.save(file, trace.expert_ids, allow_pickle=False)
     return b64encode(file.getvalue()).decode()
