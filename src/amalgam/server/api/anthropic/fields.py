@@ -179,7 +179,7 @@ class KeepThinking(Body):
 class ContextManagement(Body):
     """Accepted where it leaves the conversation as it is, as Claude Code sends it."""
 
-    edits: list[KeepThinking] = Field(default_factory=list, max_length=16)
+    edits: list[KeepThinking] = Field(default_factory=list, max_length=16, fail_fast=True)
 
 
 class Metadata(Body):
