@@ -33,7 +33,10 @@ def logged(formatter: logging.Formatter, **settings: Any) -> Iterator[tuple[http
     logger = logging.getLogger("amalgam.server")
     level = logger.level
     settings = {"log_probes": False, **settings}
-    with serving(fake_settings(port=0, **settings), FakeDeployment) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with (
+        serving(fake_settings(port=0, **settings), FakeDeployment) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         wait_until(lambda: client.get("/ready").status_code == 200)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
