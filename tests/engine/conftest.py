@@ -6,6 +6,7 @@ import torch
 from amalgam.engine.core import Engine
 from amalgam.text.tokenizer import Tokenizer
 from tests.engine.fakes import FakeDecoder, FakeVersion, make_settings
+from tests.engine.running import GREEDY, Outputs
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 
@@ -41,3 +42,13 @@ def make_engine(tokenizer):
         if decoder is not None:
             decoder.gate.set()
         engine.stop()
+
+
+@pytest.fixture
+def submit():
+    def submit(engine, prompt_ids, params=GREEDY):
+        outputs = Outputs()
+        outputs.request_id = engine.submit(prompt_ids, params, outputs)
+        return outputs
+
+    return submit

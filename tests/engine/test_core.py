@@ -1,17 +1,12 @@
 """The whole engine over a decoder that notices every wrong block, version and order."""
 
-import _thread
 import asyncio
 import gc
 import logging
 import queue
-import random
-import re
-import signal
 import threading
 import time
 import weakref
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -21,80 +16,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from amalgam.config.settings import StatisticsSettings
-from amalgam.engine.meter import Counts
-from amalgam.engine.request import FinishReason, Observation, Request, SamplingParams
-from amalgam.engine.sampler import NonFiniteLogitsError
+from amalgam.engine.request import FinishReason, Observation, SamplingParams
 from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.text.grammar import Grammar, compile_grammar
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
-from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
+from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens
+from tests.engine.running import GREEDY, TINY_CACHE, Outputs, held_engine, is_at_rest, random_prompts, wait_until
 from tests.errors import raises
-
-GREEDY = SamplingParams(max_new_tokens=12, do_sample=False, ignore_eos=True)
-TINY_CACHE = {"max_seq_length": 64, "kv_cache_bytes": kv_cache_bytes(20)}
-
-
-def random_prompts(count, max_length=50, seed=0):
-    rng = random.Random(seed)
-    return [[rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, max_length))] for _ in range(count)]
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
-
-
-def is_at_rest(engine):
-    status = engine.status()
-    return status.num_running == status.num_waiting == 0 and status.num_free_blocks == status.num_blocks
-
-
-class Outputs:
-    """A callback that keeps what it gets."""
-
-    def __init__(self):
-        self.all = []
-        self._done = threading.Event()
-
-    def __call__(self, output):
-        self.all.append(output)
-        if output.is_finished:
-            assert not self._done.is_set(), "a second last output"
-            self._done.set()
-
-    def last(self):
-        assert self._done.wait(10), "never finished"
-        return self.all[-1]
-
-    @property
-    def token_ids(self):
-        return tuple(token_id for output in self.all for token_id in output.token_ids)
-
-    @property
-    def text(self):
-        return "".join(output.text for output in self.all)
-
-
-@pytest.fixture
-def submit():
-    def submit(engine, prompt_ids, params=GREEDY):
-        outputs = Outputs()
-        outputs.request_id = engine.submit(prompt_ids, params, outputs)
-        return outputs
-
-    return submit
-
-
-def held_engine(make_engine, **settings):
-    """An engine whose first step begins and does not end before `decoder.gate` is set."""
-    decoder = FakeDecoder()
-    decoder.gate.clear()
-    return make_engine(decoder, **settings), decoder
 
 
 class TestAnswers:
@@ -374,32 +304,6 @@ class TestLoad:
         assert sum(point.num_new_tokens for point in points) == 5 * GREEDY.max_new_tokens
 
 
-class TestPace:
-    def test_a_long_prompt_takes_small_portions_beside_streams_and_large_ones_alone(self, make_engine, submit):
-        decoder, steps = FakeDecoder(), []
-        engine = make_engine(decoder, max_step_tokens=256, max_slowdown=1.0000001)
-        decoder.on_step = lambda token_ids: steps.append(len(token_ids))
-        submit(engine, [5] * 200).last()
-        assert steps[0] == 200
-        steps.clear()
-        submitted = []
-
-        def on_step(token_ids):
-            steps.append(len(token_ids))
-            if len(steps) == 5:
-                submitted.append(submit(engine, list(range(200))))
-
-        decoder.on_step = on_step
-        with engine.between_steps():
-            streams = [submit(engine, [token], replace(GREEDY, max_new_tokens=40)) for token in range(10, 14)]
-        for outputs in streams:
-            outputs.last()
-        [long] = submitted
-        long.last()
-        assert long.token_ids == greedy_tokens(range(200), 12)
-        assert max(steps) == 4 + 32
-
-
 class TestRefusals:
     def test_a_prompt_that_cannot_be_served(self, make_engine):
         engine = make_engine(max_seq_length=20)
@@ -418,205 +322,6 @@ class TestRefusals:
             submit(engine, [7])
         engine.start()
         assert {output.last().finish_reason for output in outputs} == {FinishReason.LENGTH}
-
-
-class TestCancelling:
-    def test_a_running_and_a_waiting_request(self, make_engine, submit):
-        engine, decoder = held_engine(make_engine, starts=False, max_batch_size=2)
-        first, second, waiting = [submit(engine, [token]) for token in (5, 6, 7)]
-        engine.start()  # only now, so that the first step takes both
-        wait_until(lambda: engine.status().num_running == 2)
-        for outputs in (second, waiting):
-            engine.cancel(outputs.request_id)
-            engine.cancel(outputs.request_id)
-        decoder.gate.set()
-        for outputs in (second, waiting):
-            assert outputs.last().finish_reason is FinishReason.CANCELLED
-            assert outputs.token_ids == ()
-        assert waiting.last().usage.version == 0
-        first.last()
-        assert first.token_ids == greedy_tokens([5], 12)
-        wait_until(lambda: is_at_rest(engine))
-
-    def test_slot_and_blocks_are_free_in_the_next_step(self, make_engine, submit):
-        decoder = FakeDecoder()
-        engine = make_engine(decoder, max_seq_length=64, max_batch_size=1, kv_cache_bytes=kv_cache_bytes(16))
-        steps = []
-        endless = SamplingParams(max_new_tokens=60, do_sample=False, ignore_eos=True)
-
-        def on_step(token_ids):
-            steps.append(token_ids)
-            if len(steps) == 3:
-                engine.cancel(first.request_id)
-
-        decoder.on_step = on_step
-        decoder.gate.clear()
-        first, second = submit(engine, [5], endless), submit(engine, [6, 7])
-        decoder.gate.set()
-        second.last()
-        assert steps[3] == [6, 7]
-        assert len(first.token_ids) == 2
-
-    def test_what_is_over_or_unknown_is_left_alone(self, make_engine, submit):
-        engine = make_engine()
-        outputs = submit(engine, [5])
-        assert outputs.last().finish_reason is FinishReason.LENGTH
-        engine.cancel(outputs.request_id)
-        engine.cancel(12345)
-        assert engine.generate([[6]], GREEDY)[0].token_ids == greedy_tokens([6], 12)
-
-    def test_an_interrupt_cancels_what_generate_began(self, make_engine, monkeypatch):
-        decoder = FakeDecoder()
-        engine = make_engine(decoder)
-        begun, cancelled, steps = [], set(), []
-        has_begun, is_over = threading.Event(), threading.Event()
-        submit, cancel = engine.submit, engine.cancel
-
-        def noted_submit(*arguments):
-            begun.append(submit(*arguments))
-            if len(begun) == 2:
-                has_begun.set()
-            return begun[-1]
-
-        def noted_cancel(request_id):
-            cancel(request_id)
-            cancelled.add(request_id)
-            if len(cancelled) == 2:
-                is_over.set()
-
-        def on_step(token_ids):
-            steps.append(token_ids)
-            if len(steps) == 3:
-                assert has_begun.wait(10)
-                _thread.interrupt_main()
-            if len(steps) >= 3:
-                is_over.wait(0.1)  # the interrupt is seen when an output arrives, however late the main thread runs
-
-        decoder.on_step = on_step
-        monkeypatch.setattr(engine, "submit", noted_submit)
-        monkeypatch.setattr(engine, "cancel", noted_cancel)
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                engine.generate([[5], [6]], SamplingParams(max_new_tokens=250, do_sample=False, ignore_eos=True))
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        wait_until(lambda: is_at_rest(engine))
-        assert cancelled == set(begun)
-        assert len(steps) < 250
-
-    def test_a_refused_prompt_cancels_the_others_of_its_call(self, make_engine):
-        engine = make_engine(max_seq_length=64)
-        with pytest.raises(PromptTooLongError):
-            engine.generate([[5], [6] * 64], GREEDY)
-        wait_until(lambda: is_at_rest(engine))
-
-
-class TestThousandLeave:
-    """At every stage: waiting, within a prompt, streaming, sharing blocks or about to."""
-
-    @pytest.mark.filterwarnings("ignore::FutureWarning")  # of modules that the collector's objects belong to
-    def test_blocks_and_objects_are_where_they_were(self, make_engine):
-        rng, decoder = random.Random(11), FakeDecoder()
-        engine = make_engine(
-            decoder, max_seq_length=64, kv_cache_bytes=kv_cache_bytes(60), max_step_tokens=16, max_queue=4096
-        )
-        beginnings = [[rng.randrange(3, VOCAB_SIZE) for _ in range(40)] for _ in range(12)]
-        params = SamplingParams(max_new_tokens=64, do_sample=False, ignore_eos=True)
-        engine.generate(beginnings, replace(params, max_new_tokens=2))  # whatever is made once
-        gc.collect()
-        before = sum(isinstance(each, Request) for each in gc.get_objects())
-        has_ended, stages, waiting = threading.Semaphore(0), Counter(), []
-
-        def on_output(output):
-            if output.is_finished:
-                assert output.finish_reason in (FinishReason.CANCELLED, FinishReason.LENGTH)
-                usage = output.usage
-                stages["streaming" if usage.num_new_tokens else "prompt" if usage.version else "waiting"] += 1
-                has_ended.release()
-
-        def leave(token_ids):
-            for request in rng.sample(engine._scheduler.running, len(engine._scheduler.running) // 3):
-                engine.cancel(request.request_id)
-            engine.cancel(waiting.pop(rng.randrange(len(waiting))) if waiting else 0)
-
-        decoder.on_step = leave
-        for _ in range(20):
-            with engine.between_steps():
-                for _ in range(50):
-                    ending = [rng.randrange(3, VOCAB_SIZE)] * rng.randint(1, 9)
-                    prompt = rng.choice(beginnings)[: rng.randint(20, 40)] + ending
-                    waiting.append(engine.submit(prompt, replace(params, priority=rng.randint(0, 2)), on_output))
-            engine.set_version(FakeVersion(engine.version.version_id + rng.randint(0, 1)))
-        for _ in range(1000):
-            assert has_ended.acquire(timeout=60)
-        assert len(stages) == 3 and min(stages.values()) > 50
-        wait_until(lambda: is_at_rest(engine))
-        assert engine.meter.read().counts.num_prefix_hit_tokens > 0
-        gc.collect()
-        assert sum(isinstance(each, Request) for each in gc.get_objects()) == before
-        decoder.on_step = lambda token_ids: None
-        assert engine.generate([[5]], GREEDY)[0].token_ids == greedy_tokens([5], 12, engine.version.version_id)
-
-
-class TestSharedBeginnings:
-    def test_usage_and_statistics_tell_what_was_not_computed(self, make_engine):
-        tracker = ExpertTracker((0,), 8, 2, StatisticsSettings())
-        engine, prompt = make_engine(observer=tracker), list(range(10, 40))
-        [first], [second] = engine.generate([prompt], GREEDY), engine.generate([prompt], GREEDY)
-        assert (first.usage.num_cached_tokens, second.usage.num_cached_tokens) == (0, 28)
-        assert first.token_ids == second.token_ids == greedy_tokens(prompt, 12)
-        tally = tracker.snapshot().tally
-        assert tally.num_tokens.sum() == 2 * (30 + 11) - 28
-        assert tally.num_requests == 2
-        reading = engine.meter.read()
-        assert reading.counts == Counts(0, 60, 28) and reading.num_prompt_tokens == 60 - 28
-
-    def test_a_trace_and_log_probabilities_of_the_prompt_need_all_of_it(self, make_engine):
-        tracker = ExpertTracker((0,), 8, 2, StatisticsSettings())
-        engine, prompt = make_engine(observer=tracker), list(range(10, 40))
-        engine.generate([prompt], GREEDY)
-        [traced] = engine.generate([prompt], GREEDY, Observation(wants_trace=True))
-        assert traced.usage.num_cached_tokens == 0
-        assert (traced.trace.expert_ids >= 0).all() and len(traced.trace.expert_ids) == 30 + 11
-        [scored] = engine.generate([prompt], replace(GREEDY, prompt_logprobs=1))
-        assert scored.usage.num_cached_tokens == 0
-
-    def test_nothing_of_an_old_version_is_found(self, make_engine):
-        engine, prompt = make_engine(), list(range(10, 40))
-        engine.generate([prompt], GREEDY)
-        engine.set_version(FakeVersion(2))
-        [answer] = engine.generate([prompt], GREEDY)
-        assert (answer.usage.num_cached_tokens, answer.token_ids) == (0, greedy_tokens(prompt, 12, 2))
-
-    def test_it_can_be_switched_off(self, make_engine):
-        engine, prompt = make_engine(prefix_cache=False), list(range(10, 40))
-        answers = [engine.generate([prompt], GREEDY)[0] for _ in range(2)]
-        assert [answer.usage.num_cached_tokens for answer in answers] == [0, 0]
-
-    def test_a_step_that_fails_leaves_nothing_to_be_found(self, make_engine):
-        decoder, prompt = FakeDecoder(), list(range(10, 40))
-        engine = make_engine(decoder)
-
-        def fail(token_ids):
-            raise ValueError("no luck")
-
-        decoder.on_step = fail
-        [failed] = engine.generate([prompt], GREEDY)
-        decoder.on_step = lambda token_ids: None
-        [answer] = engine.generate([prompt], GREEDY)
-        assert isinstance(failed.error, ValueError)
-        assert (answer.usage.num_cached_tokens, answer.token_ids) == (0, greedy_tokens(prompt, 12))
-        assert is_at_rest(engine)
-
-    def test_what_is_not_finite_is_not_to_be_found(self, make_engine):
-        decoder, prompt = FakeDecoder(), list(range(10, 40))
-        decoder.nan_token = 666
-        engine = make_engine(decoder)
-        [failed], [answer] = engine.generate([[*prompt, 666]], GREEDY), engine.generate([prompt], GREEDY)
-        assert isinstance(failed.error, NonFiniteLogitsError)
-        assert (answer.usage.num_cached_tokens, answer.token_ids) == (0, greedy_tokens(prompt, 12))
-        assert is_at_rest(engine)
 
 
 class TestStream:
@@ -956,66 +661,6 @@ def test_what_a_step_gave_before_its_end_failed_is_delivered_and_counted(make_en
     assert outputs.token_ids == greedy_tokens([5], 2) and last.usage.num_new_tokens == 2
     assert engine.meter.read().num_new_tokens == 2
     assert is_at_rest(engine)
-
-
-class TestConstraints:
-    """Answers follow their grammars whatever is guessed, preempted or beside them; others get what they get alone."""
-
-    GRAMMARS = (Grammar("regex", "[a-z]{3,9}( [a-z]{3,9}){2,6}"), Grammar.of_choices(["yes", "no", "perhaps"]), None)
-
-    def params(self, index):
-        return SamplingParams(max_new_tokens=30, seed=index, temperature=2.0, top_k=0, top_p=1.0)
-
-    def answers(self, engine, tokenizer, prompts):
-        """One after the other submitted, all together computed."""
-        constraints = [None if one is None else compile_grammar(tokenizer, one) for one in self.GRAMMARS]
-        outputs = [Outputs() for _ in prompts]
-        with engine.between_steps():
-            for index, prompt in enumerate(prompts):
-                constraint = constraints[index % len(constraints)]
-                engine.submit(prompt, self.params(index), outputs[index], constraint=constraint)
-        return [(one, one.last()) for one in outputs]
-
-    @pytest.mark.parametrize("cache", [{}, TINY_CACHE], ids=["room", "preemptions"])
-    def test_in_company(self, make_engine, tokenizer, cache):
-        prompts = random_prompts(24, max_length=30)
-
-        def propose(token_ids):
-            """Sometimes right, mostly not."""
-            return [*tokenizer.encode("no"), 7, 8] if len(token_ids) % 2 else tokenizer.encode(" abc def")
-
-        plain = self.answers(make_engine(**cache), tokenizer, prompts)
-        guessed = self.answers(make_engine(propose=propose, **cache), tokenizer, prompts)
-        assert [one.token_ids for one, _ in plain] == [one.token_ids for one, _ in guessed]
-        for index, (one, last) in enumerate(plain):
-            assert last.error is None
-            if index % 3 == 0 and last.finish_reason is FinishReason.STOP:
-                assert re.fullmatch("[a-z]{3,9}( [a-z]{3,9}){2,6}", one.text)
-            if index % 3 == 1:
-                assert (last.finish_reason, one.text in {"yes", "no", "perhaps"}) == (FinishReason.STOP, True)
-            if index % 3 == 2:
-                [alone] = make_engine().generate([prompts[index]], self.params(index))
-                assert one.token_ids == alone.token_ids
-
-    def test_an_answer_ends_with_its_grammar_though_ends_are_ignored(self, make_engine, tokenizer):
-        params = SamplingParams(max_new_tokens=30, ignore_eos=True, min_tokens=20)
-        constraint = compile_grammar(tokenizer, Grammar.of_choices(["perhaps", "never"]))
-        for answer in make_engine().generate([[1], [2], [3]], params, constraint=constraint):
-            assert answer.text in {"perhaps", "never"}
-            assert (answer.finish_reason, answer.stopped_by) == (FinishReason.STOP, None)
-
-    def test_one_that_cannot_go_on_fails_alone(self, make_engine, tokenizer):
-        constraint = compile_grammar(tokenizer, Grammar("regex", "a{40}"))
-        broken = Outputs()
-        engine = make_engine(starts=False)
-        good = Outputs()
-        engine.submit([1], GREEDY, good)
-        engine.submit([1], GREEDY, broken, constraint=constraint)
-        engine._requests[2].constraint.error = RequestError("The grammar is lost.")
-        engine.start()
-        assert broken.last().finish_reason is FinishReason.ERROR
-        assert good.last().error is None
-        assert good.token_ids == greedy_tokens([1], 12)
 
 
 class TestEnds:

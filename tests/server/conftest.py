@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -19,6 +19,9 @@ from amalgam.server.http.lifecycle import DrainingServer, listen, url_of
 from amalgam.server.http.tls import certificate_of
 from amalgam.server.service import Service
 from tests.server.fakes import FakeDeployment, fake_settings
+
+if TYPE_CHECKING:
+    from tests.server.browser import Page
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -82,3 +85,11 @@ def shared_client() -> Iterator[httpx.Client]:
         wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
         with httpx.Client(base_url=base_url, timeout=60) as client:
             yield client
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    from tests.server.browser import open_browser  # most tests here need no selenium
+
+    with open_browser(tmp_path_factory.mktemp("browser") / "profile") as page:
+        yield page

@@ -182,12 +182,6 @@ def large_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with open_browser(tmp_path_factory.mktemp("browser") / "profile") as page:
-        yield page
-
-
 @pytest.fixture
 def page(browser: Page) -> Page:
     browser.reset()

@@ -22,7 +22,7 @@ from amalgam.config.settings import build_settings
 from amalgam.runtime.opening import open_deployment
 from amalgam.server import page as page_files
 from tests.conftest import DEMO
-from tests.server.browser import Page, open_browser
+from tests.server.browser import Page
 from tests.server.conftest import serving, wait_until
 from tests.server.page_files import assert_one_meaning, assert_only_own_files, used_words
 from tests.server.scripted import (
@@ -93,12 +93,6 @@ def model() -> ScriptedModel:
 def url(model: ScriptedModel) -> Iterator[str]:
     with serving_scripts(model) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with open_browser(tmp_path_factory.mktemp("browser") / "profile") as page:
-        yield page
 
 
 @pytest.fixture

@@ -20,13 +20,16 @@ from amalgam.engine.request import (
     TokenLogprobs,
     Usage,
 )
-from amalgam.errors import OverloadedError, RequestError
-from amalgam.server.generation import ROOM_SECONDS, checked
+from amalgam.errors import OverloadedError
+from amalgam.server.encoding import naming
+from amalgam.server.generation import ROOM_SECONDS, check_lengths, checked
 from amalgam.server.interface import Engine, OutputStream
 
 if TYPE_CHECKING:
     from amalgam.models.routing import RoutingTrace
     from amalgam.text.grammar import CompiledGrammar
+
+FIELD = "prompt"  # that prompts stand in
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,7 @@ class Choices:
             OverloadedError: there is no room for the first prompt's samples.
             RequestError, UnavailableError: see `Engine.stream`.
         """
-        for index, prompt_ids in enumerate(prompts_ids):  # before any is computed: one error fails all
-            try:
-                engine.check_prompt_length(len(prompt_ids))
-            except RequestError as error:
-                _name(error, index, len(prompts_ids))
-                raise
+        check_lengths(engine, prompts_ids, FIELD)
         choices = cls(engine, prompts_ids, wanted, max_in_flight)
         try:
             await choices._submit_next()
@@ -146,16 +144,14 @@ class Choices:
         index, wanted = self._num_submitted, self._wanted
         streams: list[OutputStream] = []
         try:
-            with self._engine.between_steps():
+            with naming(FIELD, index, len(self._prompts_ids)), self._engine.between_steps():
                 for sample in range(wanted.num_samples):
                     params = wanted.of_sample(sample)
                     prompt_ids = self._prompts_ids[index]
                     streams.append(self._engine.stream(prompt_ids, params, wanted.observation, wanted.constraint))
-        except BaseException as error:
+        except BaseException:
             for stream in streams:
                 await stream.aclose()
-            if isinstance(error, RequestError):
-                _name(error, index, len(self._prompts_ids))
             raise
         self._open |= {index * wanted.num_samples + sample: stream for sample, stream in enumerate(streams)}
         self._num_submitted += 1
@@ -166,11 +162,6 @@ class Choices:
                 self._arrived.put_nowait((index, checked(output)))
         except Exception as error:
             self._arrived.put_nowait(error)
-
-
-def _name(error: RequestError, index: int, num_prompts: int) -> None:
-    if num_prompts > 1:
-        error.add_note(f"This is prompt[{index}]")
 
 
 @dataclass

@@ -119,6 +119,21 @@ class Encoder:
         return await asyncio.wrap_future(future)
 
 
+@contextlib.contextmanager
+def naming(name: str, index: int, num_prompts: int) -> Iterator[None]:
+    """Errors say which one of several prompts they are about.
+
+    Args:
+        name: of the field that they stand in.
+    """
+    try:
+        yield
+    except RequestError as error:
+        if num_prompts > 1:
+            error.add_note(f"This is {name}[{index}]")
+        raise
+
+
 def start_thread(call: Callable[[], T]) -> concurrent.futures.Future[T]:
     """Run a blocking call in a thread of its own: unlike a pool's, it takes no turn from others.
 
@@ -145,14 +160,10 @@ def _encode(
     """Fill `token_ids`; yields after each piece of work how many characters it was, at most."""
     for index, prompt in enumerate(prompts):
         ids: list[int] = []
-        try:
+        with naming(name, index, len(prompts)):
             for piece in _pieces(tokenizer, prompt, max_tokens):
                 ids += piece
                 yield PIECE_CHARS if isinstance(prompt, ChatPrompt) else min(_num_chars(prompt), PIECE_CHARS)
-        except RequestError as error:
-            if len(prompts) > 1:
-                error.add_note(f"This is {name}[{index}]")
-            raise
         token_ids.append(ids)
 
 

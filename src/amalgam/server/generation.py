@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from amalgam.engine.request import Observation, RequestOutput, SamplingParams, Usage
-from amalgam.errors import OverloadedError, RequestError, UnavailableError
+from amalgam.errors import OverloadedError, UnavailableError
+from amalgam.server.encoding import naming
 from amalgam.server.events import EventStream, event
 from amalgam.server.http.errors import error_content
 from amalgam.server.interface import Engine, OutputStream
@@ -61,9 +62,7 @@ async def complete_all(
     Raises:
         OverloadedError: there is no place even for the first.
     """
-    for index, prompt_ids in enumerate(prompts_ids):  # before any is computed: one error fails all
-        with _naming(f"prompts[{index}]"):
-            engine.check_prompt_length(len(prompt_ids))
+    check_lengths(engine, prompts_ids, "prompts")
     return await run_all(
         lambda prompt_ids: complete(engine, prompt_ids, params, observation), prompts_ids, max_in_flight
     )
@@ -96,7 +95,7 @@ async def run_all(
         while True:
             num_in_flight += 1
             try:
-                with _naming(f"{name}[{index}]") if len(prompts_ids) > 1 else contextlib.nullcontext():
+                with naming(name, index, len(prompts_ids)):
                     result = await run(prompt_ids)
                 has_ended.set()
                 return result
@@ -122,14 +121,18 @@ async def run_all(
     return [results[index] for index in range(len(prompts_ids))]
 
 
-@contextlib.contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Errors say which prompt of a batch they are about."""
-    try:
-        yield
-    except RequestError as error:
-        error.add_note(f"This is {place}")
-        raise
+def check_lengths(engine: Engine, prompts_ids: Sequence[Sequence[int]], name: str) -> None:
+    """To be called before any prompt is computed: an error of one fails all.
+
+    Args:
+        name: of the field that they stand in.
+
+    Raises:
+        PromptTooLongError: one leaves no room for a new token.
+    """
+    for index, prompt_ids in enumerate(prompts_ids):
+        with naming(name, index, len(prompts_ids)):
+            engine.check_prompt_length(len(prompt_ids))
 
 
 def checked(output: RequestOutput) -> RequestOutput:

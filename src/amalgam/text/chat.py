@@ -21,7 +21,9 @@ from amalgam.text.marking import Marks, SpecialTokenFinder
 from amalgam.text.rendering import TemplateError, render
 
 DEFAULT, TOOL_USE = "default", "tool_use"
-_RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+)  # no variables
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _TAKES_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+[\w.\[\]'\"]*\bcontent\b")
 
@@ -117,7 +119,7 @@ class ChatTemplates:
 
 
 def _check(prompt: ChatPrompt) -> None:
-    if named := sorted(_RESERVED & prompt.variables.keys()):
+    if named := sorted(RESERVED & prompt.variables.keys()):
         raise RequestError(
             f"The template's variables have {describe(named[0])}.", remedy="That is no variable; use the field."
         )

@@ -1,5 +1,5 @@
-"""Open WebUI's calls, as its documentation and public source have them (routers/openai.py, routers/tasks.py,
-utils/middleware.py, retrieval/utils.py), and what other widespread clients add to a request without being asked."""
+"""Open WebUI's calls, as its public source has them (routers/openai.py, routers/tasks.py, utils/payload.py), and fields
+that clients add to a request without being asked."""
 
 from __future__ import annotations
 
@@ -117,17 +117,20 @@ def test_it_asks_for_titles_tags_and_questions(http: httpx.Client, limit: str) -
 @pytest.mark.parametrize(
     "fields",
     [
+        pytest.param({"user": "abc-123", "stream": False, "n": 1, "stop": None, "logprobs": None}, id="nulls and ones"),
         pytest.param(
-            {"user": "abc-123", "stream": False, "n": 1, "stop": None, "logprobs": None}, id="LangChain, Dify"
+            {"chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": False}, id="the same said twice"
         ),
-        pytest.param({"chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": False}, id="Dify, Qwen"),
-        pytest.param({"enable_thinking": True}, id="Cherry Studio, SiliconFlow"),
-        pytest.param({"thinking": {"type": "disabled"}}, id="Cherry Studio, GLM and DeepSeek"),
-        pytest.param({"presence_penalty": 0, "frequency_penalty": 0, "top_p": 1, "temperature": 0.5}, id="NextChat"),
-        pytest.param({"stream": True, "stream_options": {"include_usage": True}, "tools": []}, id="LobeChat"),
-        pytest.param({"parallel_tool_calls": False, "prompt_cache_key": "thread"}, id="Zed"),
-        pytest.param({"service_tier": "auto", "store": False, "metadata": {}}, id="LiteLLM"),
-        pytest.param({"tool_choice": "auto", "response_format": {"type": "text"}}, id="Continue"),
+        pytest.param({"enable_thinking": True}, id="a switch"),
+        pytest.param({"thinking": {"type": "disabled"}}, id="a switch with a type"),
+        pytest.param(
+            {"presence_penalty": 0, "frequency_penalty": 0, "top_p": 1, "temperature": 0.5},
+            id="numbers without a point",
+        ),
+        pytest.param({"stream": True, "stream_options": {"include_usage": True}, "tools": []}, id="no tools"),
+        pytest.param({"parallel_tool_calls": False, "prompt_cache_key": "thread"}, id="a key for the cache"),
+        pytest.param({"service_tier": "auto", "store": False, "metadata": {}}, id="what asks for nothing"),
+        pytest.param({"tool_choice": "auto", "response_format": {"type": "text"}}, id="the defaults"),
     ],
 )
 def test_what_other_clients_add_is_no_error(http: httpx.Client, fields: dict[str, Any]) -> None:

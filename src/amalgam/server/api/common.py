@@ -1,19 +1,29 @@
-"""What the interfaces have in common: limits of fields, and what is sampled by where a request does not say.
+"""What the interfaces have in common: fields and their limits, and what is sampled by where a request does not say.
 
 Must never know: the shape of any interface.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from amalgam.base.strict_json import is_longer
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.request import (
+    MAX_BIASED_TOKENS,
+    MAX_LOGIT_BIAS,
+    MAX_PENALTY,
+    MAX_PRIORITY,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from amalgam.errors import RequestError
+from amalgam.server.http.body import Body, limited
 from amalgam.server.service import Service
 
 MAX_INT = 2**31 - 1
@@ -22,6 +32,53 @@ MAX_TOOLS_CHARS = 2**18
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as OpenAI and Anthropic document them
 
 StopString = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+
+
+def as_list(value: Any) -> Any:
+    """One text is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _as_number(value: Any) -> Any:
+    """A key of a JSON object, which is always text."""
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value) else value
+
+
+class CommonSampling(Body):
+    """The fields of sampling that mean the same, and are left alone by the same default, in several interfaces."""
+
+    stop: Annotated[
+        list[StopString],
+        Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
+        BeforeValidator(as_list, json_schema_input_type=str | list[StopString] | None),
+    ] = Field(default_factory=list)
+    """Where to end: a string or several. The answer does not hold it. It may contain special tokens, `<|im_end|>`."""
+    presence_penalty: float = Field(default=SamplingParams.presence_penalty, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    """Taken from the logit of each token that the answer has already."""
+    frequency_penalty: float = Field(default=SamplingParams.frequency_penalty, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    """The same, once for each time that the answer has it."""
+    logit_bias: Annotated[
+        dict[
+            Annotated[TokenId, BeforeValidator(_as_number)],
+            Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)],
+        ],
+        Field(max_length=MAX_BIASED_TOKENS),
+        limited(MAX_BIASED_TOKENS),
+    ] = Field(default_factory=dict)
+    """Token id → what is added to its logit."""
+    min_tokens: int = Field(default=SamplingParams.min_tokens, ge=0, le=MAX_INT)
+    """The answer does not end before it has so many tokens."""
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
+    """Tokens that end the answer."""
+    ignore_eos: bool = SamplingParams.ignore_eos
+    """Go on behind an end-of-sequence token."""
+    priority: int = Field(default=SamplingParams.priority, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    """Of waiting requests the lowest is taken first, and of equal ones the first."""
+
+    def given(self, fields: type[Body]) -> dict[str, Any]:
+        """Those of `fields` that the request has: of the others the model's defaults hold."""
+        return {name: getattr(self, name) for name in fields.model_fields if name in self.model_fields_set}
 
 
 @dataclass(frozen=True)
@@ -39,11 +96,6 @@ class ToolUse:
     is_required: bool = False
     name: str | None = None
     is_parallel: bool = True
-
-
-def as_list(value: Any) -> Any:
-    """One text is a list of one."""
-    return [value] if isinstance(value, str) else value
 
 
 def check_tools_length(tools: Sequence[BaseModel]) -> None:

@@ -7,23 +7,16 @@ in `weights`, `experts` and `exports`.
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from fastapi import APIRouter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from amalgam.engine.request import (
-    MAX_BIASED_TOKENS,
-    MAX_LOGIT_BIAS,
-    MAX_PENALTY,
-    MAX_PRIORITY,
     MAX_REPETITION_PENALTY,
     MAX_SEED,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKEN_IDS,
     MAX_TEMPERATURE,
     MIN_REPETITION_PENALTY,
     Observation,
@@ -32,11 +25,11 @@ from amalgam.engine.request import (
     Usage,
 )
 from amalgam.errors import RequestError
-from amalgam.server.api.common import MAX_INT, StopString, as_list
+from amalgam.server.api.common import MAX_INT, CommonSampling
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.generation import Completion, complete, complete_all, stream_events
 from amalgam.server.http.access import unless_client_leaves
-from amalgam.server.http.body import Body, StrictRoute, limited
+from amalgam.server.http.body import StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.service import Service, Status
 from amalgam.version import __version__
@@ -46,16 +39,8 @@ if TYPE_CHECKING:
 
 router = APIRouter(route_class=StrictRoute, tags=["native"])
 
-TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
-Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 
-
-def _as_number(value: Any) -> Any:
-    """A key of a JSON object, which is always text."""
-    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value) else value
-
-
-class SamplingFields(Body):
+class SamplingFields(CommonSampling):
     """How to sample. The defaults are those of the model's `generation_config.json` where it has any."""
 
     max_new_tokens: int = Field(default=SamplingParams.max_new_tokens, ge=1, le=MAX_INT)
@@ -72,39 +57,14 @@ class SamplingFields(Body):
     """False: always take the likeliest token."""
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     """The same seed gives the same answer. None: a different one each time."""
-    stop: Annotated[
-        list[StopString],
-        Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
-        BeforeValidator(as_list, json_schema_input_type=str | list[StopString] | None),
-    ] = Field(default_factory=list)
-    """Where to end: a string or several. The answer does not hold it. It may contain special tokens, `<|im_end|>`."""
     repetition_penalty: float = Field(
         default=SamplingParams.repetition_penalty, ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY
     )
     """Above 1: tokens that have appeared become less likely."""
-    presence_penalty: float = Field(default=SamplingParams.presence_penalty, ge=-MAX_PENALTY, le=MAX_PENALTY)
-    """Taken from the logit of each token that the answer has already."""
-    frequency_penalty: float = Field(default=SamplingParams.frequency_penalty, ge=-MAX_PENALTY, le=MAX_PENALTY)
-    """The same, once for each time that the answer has it."""
-    logit_bias: Annotated[
-        dict[Annotated[TokenId, BeforeValidator(_as_number)], Bias],
-        Field(max_length=MAX_BIASED_TOKENS),
-        limited(MAX_BIASED_TOKENS),
-    ] = Field(default_factory=dict)
-    """Token id → what is added to its logit."""
-    min_tokens: int = Field(default=SamplingParams.min_tokens, ge=0, le=MAX_INT)
-    """The answer does not end before it has so many tokens."""
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
-    """Tokens that end the answer."""
-    ignore_eos: bool = SamplingParams.ignore_eos
-    """Go on behind an end-of-sequence token."""
-    priority: int = Field(default=SamplingParams.priority, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    """Of waiting requests the lowest is taken first, and of equal ones the first."""
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """What the body says, and `defaults` where it says nothing."""
-        given = {name: getattr(self, name) for name in SamplingFields.model_fields if name in self.model_fields_set}
-        return SamplingParams(**given).over(defaults)
+        return SamplingParams(**self.given(SamplingFields)).over(defaults)
 
 
 class ObservedFields(SamplingFields):

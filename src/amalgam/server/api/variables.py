@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from amalgam.errors import RequestError
+from amalgam.text.chat import RESERVED
 
-_OF_THE_REQUEST = ("messages", "tools", "documents", "add_generation_prompt")
 _SWITCHES = {  # what turns thinking on in a template; a message's own thoughts are called `thinking`, too
     "enable_thinking": re.compile(r"\benable_thinking\b"),  # as Qwen and GLM call it
     "thinking": re.compile(r"\b(?:if|not|and|or)\s+thinking\b(?!\.)"),  # as DeepSeek does
@@ -43,13 +43,12 @@ def template_variables(
         RequestError: a name that is not the request's to give.
     """
     source, variables = template or "", dict(given or {})
-    for name in _OF_THE_REQUEST:
-        if name in variables:
-            raise RequestError(
-                f"chat_template_kwargs has {name!r}.",
-                remedy="Give it as a field of the request.",
-                param="chat_template_kwargs",
-            )
+    if reserved := sorted(RESERVED & variables.keys()):
+        raise RequestError(
+            f"chat_template_kwargs has {reserved[0]!r}.",
+            remedy="Give it as a field of the request.",
+            param="chat_template_kwargs",
+        )
     switches = [name for name, pattern in _SWITCHES.items() if pattern.search(source)]
     if effort is not None and _LEVELS in source:
         variables.setdefault(_LEVELS, _HIGHEST.get(effort, effort))

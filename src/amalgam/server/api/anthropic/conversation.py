@@ -133,10 +133,13 @@ def sampling_params(body: MessagesBody, defaults: SamplingParams, *, keeps_speci
             remedy="Leave some of max_tokens to the answer.",
             param="thinking.budget_tokens",
         )
-    given = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(body, name)) is not None}
+    given: dict[str, Any] = {
+        name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(body, name)) is not None
+    }
+    if body.stop_sequences:
+        given["stop"] = tuple(body.stop_sequences)
     return SamplingParams(
         max_new_tokens=body.max_tokens,
-        stop=tuple(body.stop_sequences),
         continues_prompt=isinstance(body.messages[-1], AssistantMessage),
         keeps_special_tokens=keeps_special_tokens,
         **given,

@@ -18,11 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from amalgam.engine.request import FinishReason, Observation, RequestOutput
-from amalgam.errors import RequestError
 from amalgam.server.api.anthropic.blocks import JSON, Blocks
 from amalgam.server.api.anthropic.conversation import chat_prompt, sampling_params, tool_use
 from amalgam.server.api.anthropic.fields import BetaQuery, MessagesBody, PromptBody, ThinkingDisabled
-from amalgam.server.api.common import ToolUse, neutral_defaults
+from amalgam.server.api.chats import AnswerReader, encode_chat
+from amalgam.server.api.common import neutral_defaults
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
 from amalgam.server.generation import checked
@@ -32,7 +32,6 @@ from amalgam.server.http.errors import OrjsonResponse, error_content
 from amalgam.server.http.shapes import anthropic
 from amalgam.server.interface import OutputStream
 from amalgam.server.service import Service
-from amalgam.text.answers.contract import AnswerDelta, AnswerParser, ReasoningDelta, ToolCallDelta
 from amalgam.text.grammar import Grammar
 
 MAX_COUNTED_TOKENS = 2**31 - 1
@@ -90,19 +89,20 @@ async def create_message(
     body: MessagesBody, query: Query, request: Request, service: ServiceArgument, request_id: RequestId
 ) -> Response:
     """Answer a conversation."""
-    answer = await unless_client_leaves(request.receive, _start(service, body))
-    if not body.stream:
-        return OrjsonResponse(await unless_client_leaves(request.receive, answer.whole()))
 
     def describe_error(error: Exception) -> bytes:
         return event(error_content(error, request_id, anthropic), "error")
 
-    async def events() -> AsyncGenerator[bytes]:
-        async for fields in answer.events():
-            yield event(fields, fields["type"])
+    async def answer() -> Response:
+        started = await _start(service, body)
+        if not body.stream:
+            return OrjsonResponse(await started.whole())
+        comment_seconds = service.settings.server.stream_comment_seconds
+        return EventStream(
+            started.outputs, started.encoded(), describe_error, request_id, comment_seconds, comment=PING, end=b""
+        )
 
-    comment_seconds = service.settings.server.stream_comment_seconds
-    return EventStream(answer.outputs, events(), describe_error, request_id, comment_seconds, comment=PING, end=b"")
+    return await unless_client_leaves(request.receive, answer())
 
 
 @router.post("/v1/messages/count_tokens", dependencies=[Admission], response_model=CountAnswer, responses=RESPONSES)
@@ -121,28 +121,16 @@ async def _start(service: Service, body: MessagesBody) -> _Answer:
         AmalgamError: the request cannot be served.
     """
     name = service.check_model(body.model)
-    deployment, form = service.deployment, service.answer_format
-    use = tool_use(body)
-    params = sampling_params(body, neutral_defaults(service), keeps_special_tokens=form.keeps_special_tokens)
-    json_format = body.output_config.format
-    if json_format is not None and use.tools:
-        raise RequestError(
-            "output_config.format is given with tools.",
-            remedy="Give tool_choice none, or no format: a call would not have it.",
-            param="output_config.format",
-        )
-    [prompt_ids] = await service.encode([chat_prompt(body, deployment.tokenizer.chat_template)])
-    prompt_end = deployment.tokenizer.prompt_end(prompt_ids)
-    grammar = None
-    if use.is_required:
-        grammar = form.grammar(use.tools, use.name, parallel=use.is_parallel, prompt_end=prompt_end)
-    elif json_format is not None:
-        grammar = form.after_reasoning(Grammar.of_schema(json_format.schema_), prompt_end)
-    constraint = None if grammar is None else await service.compile_grammar(grammar)
+    use, json_format = tool_use(body), body.output_config.format
+    grammar = None if json_format is None else Grammar.of_schema(json_format.schema_)
+    prompt = chat_prompt(body, service.deployment.tokenizer.chat_template)
+    keeps_special_tokens = service.answer_format.keeps_special_tokens
+    params = sampling_params(body, neutral_defaults(service), keeps_special_tokens=keeps_special_tokens)
+    chat = await encode_chat(service, prompt, use, grammar, "output_config.format")
+    outputs = service.deployment.engine.stream(chat.prompt_ids, params, Observation(), chat.constraint)
     shows = isinstance(body.thinking, ThinkingDisabled) or body.thinking.display != "omitted"
-    parser = form.parser(use.tools, prompt_end=prompt_end)
-    outputs = deployment.engine.stream(prompt_ids, params, Observation(), constraint)
-    return _Answer(name, len(prompt_ids), outputs, parser, use, Blocks(shows_reasoning=shows))
+    blocks = Blocks(shows_reasoning=shows)
+    return _Answer(name, len(chat.prompt_ids), outputs, chat.reader(), blocks, frozenset(body.stop_sequences))
 
 
 @dataclass
@@ -152,14 +140,13 @@ class _Answer:
     model: str
     num_prompt_tokens: int
     outputs: OutputStream
-    parser: AnswerParser
-    use: ToolUse
+    reader: AnswerReader
     blocks: Blocks
+    stop_sequences: frozenset[str]
     id: str = field(default_factory=lambda: f"msg_{secrets.token_hex(12)}")
     stop_reason: str | None = None
     stop_sequence: str | None = None
     num_new_tokens: int = 0
-    num_reasoning_tokens: int = 0
     num_cached_tokens: int = 0
 
     async def whole(self) -> JSON:
@@ -182,31 +169,26 @@ class _Answer:
         yield {"type": "message_delta", "delta": ended, "usage": self._usage()}
         yield {"type": "message_stop"}
 
-    def _read(self, output: RequestOutput) -> Iterator[JSON]:
-        deltas = self.parser.push(output.text) if output.text else []
-        if output.is_finished:
-            deltas = [*deltas, *self.parser.finish()]
-        self._count(output, deltas)
-        for delta in deltas:
-            if isinstance(delta, ToolCallDelta) and delta.index and not self.use.is_parallel:
-                self.stop_reason = "tool_use"
-                return
-            yield from self.blocks.add(delta)
-        if output.is_finished:
-            self._finish(output)
+    async def encoded(self) -> AsyncGenerator[bytes]:
+        async for fields in self.events():
+            yield event(fields, fields["type"])
 
-    def _count(self, output: RequestOutput, deltas: list[AnswerDelta]) -> None:
+    def _read(self, output: RequestOutput) -> Iterator[JSON]:
         self.num_new_tokens += len(output.token_ids)
-        if deltas and isinstance(deltas[0], ReasoningDelta):
-            self.num_reasoning_tokens = self.num_new_tokens
         if output.usage is not None:
             self.num_cached_tokens = output.usage.num_cached_tokens
+        for delta in self.reader.read(output):
+            yield from self.blocks.add(delta)
+        if self.reader.is_beyond:
+            self.stop_reason = "tool_use"
+        elif output.is_finished:
+            self._finish(output)
 
     def _finish(self, output: RequestOutput) -> None:
         if output.finish_reason is FinishReason.LENGTH:
             self.stop_reason = "max_tokens"
-        elif isinstance(output.stopped_by, str):
-            self.stop_reason, self.stop_sequence = "stop_sequence", output.stopped_by
+        elif output.stopped_by in self.stop_sequences:
+            self.stop_reason, self.stop_sequence = "stop_sequence", str(output.stopped_by)
         else:
             self.stop_reason = "tool_use" if self.blocks.has_called else "end_turn"
 
@@ -229,5 +211,5 @@ class _Answer:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": self.num_cached_tokens,
             "output_tokens": self.num_new_tokens,
-            "output_tokens_details": {"thinking_tokens": self.num_reasoning_tokens},
+            "output_tokens_details": {"thinking_tokens": self.reader.num_reasoning_tokens},
         }

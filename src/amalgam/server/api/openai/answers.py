@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from amalgam.engine.request import FinishReason, Usage
+from amalgam.server.events import Closable, EventStream, event
 from amalgam.server.http.errors import error_content
 from amalgam.server.http.shapes import openai
+from amalgam.server.service import Service
 from amalgam.version import __version__
 
 
@@ -82,6 +84,15 @@ class TokenCounts:
 def error_fields(error: Exception, request_id: str) -> dict[str, Any]:
     """The error event of a stream."""
     return error_content(error, request_id, openai)
+
+
+def stream_of(service: Service, choices: Closable, events: AsyncGenerator[bytes], request_id: str) -> EventStream:
+    """What a client gets that asked for a stream."""
+
+    def describe_error(error: Exception) -> bytes:
+        return event(error_fields(error, request_id))
+
+    return EventStream(choices, events, describe_error, request_id, service.settings.server.stream_comment_seconds)
 
 
 def versions_of(usages: Iterable[Usage | None]) -> int | None:

@@ -17,10 +17,10 @@ from starlette.responses import Response
 
 from amalgam.engine.request import MAX_LOGPROBS, FinishReason, RequestOutput
 from amalgam.errors import RequestError
+from amalgam.server.api.chats import AnswerReader
 from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, ToolUse
-from amalgam.server.api.openai.answers import Head, TokenCounts, error_fields, reason_of, versions_of
+from amalgam.server.api.openai.answers import Head, TokenCounts, reason_of, stream_of, versions_of
 from amalgam.server.api.openai.conversation import (
-    ChoiceReader,
     Conversation,
     Parts,
     Started,
@@ -36,7 +36,7 @@ from amalgam.server.api.openai.tools import MAX_TOOLS, FunctionTool, ToolChoice,
 from amalgam.server.api.variables import template_variables
 from amalgam.server.choices import Choices, Collected
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
-from amalgam.server.events import EventStream, event
+from amalgam.server.events import event
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import StrictRoute, limited
 from amalgam.server.http.errors import OrjsonResponse
@@ -185,13 +185,7 @@ async def create_chat_completion(
         head = Head(kind, "chatcmpl", model, service.deployment.version_id)
         answering = _Answering(body, head, tokenizer, use, started)
         if body.stream:
-            return EventStream(
-                started.choices,
-                answering.events(),
-                lambda error: event(error_fields(error, request_id)),
-                request_id,
-                service.settings.server.stream_comment_seconds,
-            )
+            return stream_of(service, started.choices, answering.events(), request_id)
         return await answering.whole()
 
     return await unless_client_leaves(request.receive, answer())
@@ -287,7 +281,7 @@ class _Answering:
         if self.body.return_token_ids:
             shapes[0]["token_ids"] = output.token_ids
 
-    async def _end(self, reader: ChoiceReader, output: RequestOutput) -> dict[str, Any]:
+    async def _end(self, reader: AnswerReader, output: RequestOutput) -> dict[str, Any]:
         shape: dict[str, Any] = {
             "delta": {},
             "finish_reason": self._reason(output.finish_reason, has_called=reader.has_called),

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from amalgam.engine.request import MAX_LOGPROBS, RequestOutput
 from amalgam.errors import RequestError
 from amalgam.server.api.common import MAX_INT
-from amalgam.server.api.openai.answers import Head, TokenCounts, error_fields, reason_of, versions_of
+from amalgam.server.api.openai.answers import Head, TokenCounts, reason_of, stream_of, versions_of
 from amalgam.server.api.openai.documents import CompletionAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import SamplingFields
 from amalgam.server.api.openai.prompts import Prompts, TokenIds, encode_prompts
@@ -27,7 +27,7 @@ from amalgam.server.api.openai.refusing import Refused
 from amalgam.server.api.openai.tokens import LegacyLogprobs, TokenNames, prompt_logprobs, routed_experts
 from amalgam.server.choices import Choices, Collected, Wanted
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
-from amalgam.server.events import EventStream, event
+from amalgam.server.events import event
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
@@ -103,13 +103,7 @@ async def create_completion(
         choices = await Choices.submit(deployment.engine, prompts_ids, wanted, service.max_batch_in_flight)
         answering = _Answering(body, head, deployment.tokenizer, prompts_ids, echoes)
         if body.stream:
-            return EventStream(
-                choices,
-                answering.events(choices),
-                lambda error: event(error_fields(error, request_id)),
-                request_id,
-                service.settings.server.stream_comment_seconds,
-            )
+            return stream_of(service, choices, answering.events(choices), request_id)
         return await answering.whole(choices)
 
     return await unless_client_leaves(request.receive, answer())

@@ -8,27 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import ConfigDict, Field, WithJsonSchema, model_validator
 
 from amalgam.engine.request import (
-    MAX_BIASED_TOKENS,
-    MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
-    MAX_PENALTY,
-    MAX_PRIORITY,
     MAX_REPETITION_PENALTY,
     MAX_SEED,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKEN_IDS,
     MAX_TEMPERATURE,
     MIN_REPETITION_PENALTY,
     Observation,
     SamplingParams,
 )
 from amalgam.errors import RequestError, describe
-from amalgam.server.api.common import MAX_INT, StopString, as_list, neutral_defaults
+from amalgam.server.api.common import MAX_INT, CommonSampling, neutral_defaults
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
-from amalgam.server.http.body import Body, limited
+from amalgam.server.http.body import Body
 from amalgam.server.service import Service
 from amalgam.text.grammar import Grammar
 
@@ -143,7 +137,7 @@ class ModelField(RefusingBody):
         return service.check_model(self.model)
 
 
-class SamplerFields(ModelField):
+class SamplerFields(CommonSampling, ModelField):
     """How to sample. The defaults are those of the model's `generation_config.json`, and else OpenAI's."""
 
     temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
@@ -152,22 +146,6 @@ class SamplerFields(ModelField):
     """Sample from the smallest set of tokens with this much probability. OpenAI's default is 1."""
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     """The same seed gives the same answer."""
-    stop: Annotated[
-        list[StopString],
-        Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
-        BeforeValidator(as_list, json_schema_input_type=str | list[StopString] | None),
-    ] = Field(default_factory=list)
-    """Where to end: a string or several. The answer does not hold it."""
-    presence_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
-    frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
-    logit_bias: Annotated[
-        dict[
-            Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
-        ],
-        Field(max_length=MAX_BIASED_TOKENS),
-        limited(MAX_BIASED_TOKENS),
-    ] = Field(default_factory=dict)
-    """Token id → what is added to its logit."""
     stream: bool = False
     """Answer with server-sent events as the text comes, ended with `data: [DONE]`."""
     # vLLM's
@@ -177,18 +155,8 @@ class SamplerFields(ModelField):
     """Leave out tokens less likely than this share of the likeliest one."""
     repetition_penalty: float | None = Field(default=None, ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)
     """Above 1: tokens that have appeared, in the prompt too, become less likely."""
-    min_tokens: int = Field(default=0, ge=0, le=MAX_INT)
-    """Tokens before the answer may end."""
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_INT)]] = Field(
-        default_factory=list, max_length=MAX_STOP_TOKEN_IDS, fail_fast=True
-    )
-    """Tokens that end the answer."""
-    ignore_eos: bool = False
-    """Go on after an end-of-sequence token."""
     skip_special_tokens: bool = True
     """False: special tokens have text."""
-    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    """Of waiting requests the lowest is taken first."""
     # Our own
     domain: str | None = Field(default=None, min_length=1, max_length=64)
     """A label under which the expert statistics count this request apart."""
@@ -208,15 +176,8 @@ class SamplerFields(ModelField):
         if self.seed is not None:
             given["seed"] = self.seed % (MAX_SEED + 1)
         return SamplingParams(
-            stop=tuple(self.stop),
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias={int(token_id): bias for token_id, bias in self.logit_bias.items()},
-            min_tokens=self.min_tokens,
-            stop_token_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
-            priority=self.priority,
             keeps_special_tokens=not self.skip_special_tokens,
+            **self.given(CommonSampling),
             **given,
             **more,
         ).over(neutral_defaults(service))

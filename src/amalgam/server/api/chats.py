@@ -1,0 +1,130 @@
+"""A chat → the deltas of its answer: what the interfaces for chats have in common.
+
+In: a prompt, tools, the form that the answer must have; outputs. Out: token ids and what the answer must follow;
+`AnswerDelta`s as they come. Must never know: the shape of any interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from amalgam.engine.request import RequestOutput
+from amalgam.errors import RequestError
+from amalgam.server.api.common import ToolUse
+from amalgam.server.interface import Tokenizer
+from amalgam.server.service import Service
+from amalgam.text.answers.contract import AnswerDelta, AnswerParser, ReasoningDelta, ToolCallDelta
+from amalgam.text.answers.format import AnswerFormat
+from amalgam.text.chat import ChatPrompt
+from amalgam.text.grammar import CompiledGrammar, Grammar
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A chat that the engine can take.
+
+    Attributes:
+        constraint: what the answer must follow.
+    """
+
+    prompt_ids: list[int]
+    constraint: CompiledGrammar | None
+    form: AnswerFormat
+    use: ToolUse
+    tokenizer: Tokenizer
+    prompt_end: str
+
+    def reader(self, *, separates_reasoning: bool = True) -> AnswerReader:
+        """For one answer.
+
+        Args:
+            separates_reasoning: otherwise it is content, tags included.
+        """
+        parser = self.form.parser(self.use.tools, reasoning=separates_reasoning, prompt_end=self.prompt_end)
+        return AnswerReader(parser, self.tokenizer, is_parallel=self.use.is_parallel)
+
+
+async def encode_chat(
+    service: Service, prompt: ChatPrompt, use: ToolUse, grammar: Grammar | None, field: str
+) -> EncodedChat:
+    """
+    Args:
+        grammar: what the answer's content has to look like; None: anything.
+        field: of the request, that says so.
+
+    Raises:
+        RequestError: see `Service.encode` and `Service.compile_grammar`; or a form is given with tools.
+        OverloadedError: the queue is full.
+    """
+    if grammar is not None and use.tools:
+        raise RequestError(
+            f"{field} is given with tools.",
+            remedy="Give tool_choice none, or no form of the answer: a call would not have it.",
+            param=field,
+        )
+    [prompt_ids] = await service.encode([prompt])
+    tokenizer, form = service.deployment.tokenizer, service.answer_format
+    prompt_end = tokenizer.prompt_end(prompt_ids)
+    if use.is_required:
+        grammar = form.grammar(use.tools, use.name, parallel=use.is_parallel, prompt_end=prompt_end)
+    elif grammar is not None:
+        grammar = form.after_reasoning(grammar, prompt_end)
+    constraint = None if grammar is None else await service.compile_grammar(grammar)
+    return EncodedChat(prompt_ids, constraint, form, use, tokenizer, prompt_end)
+
+
+class AnswerReader:
+    """The outputs of one answer → its deltas.
+
+    Args:
+        is_parallel: otherwise the answer ends with its first call.
+
+    Attributes:
+        num_reasoning_tokens: tokens so far that gave reasoning, or ended it.
+        has_called: a tool.
+        is_beyond: what comes now is no part of the answer any more.
+    """
+
+    def __init__(self, parser: AnswerParser, tokenizer: Tokenizer, *, is_parallel: bool) -> None:
+        self._parser = parser
+        self._tokenizer = tokenizer
+        self._is_parallel = is_parallel
+        self._num_pending = 0  # tokens that have not shown yet what they belong to
+        self.num_reasoning_tokens = 0
+        self.has_called = False
+        self.is_beyond = False
+
+    def read(self, output: RequestOutput, *, keeps_stop: bool = False) -> list[AnswerDelta]:
+        """What one more output adds.
+
+        Args:
+            keeps_stop: a stop string or token that ended the answer is part of it.
+        """
+        text = output.text
+        if keeps_stop and output.stopped_by is not None:
+            stop = output.stopped_by
+            text += stop if isinstance(stop, str) else self._tokenizer.token_text(stop)
+        deltas = self._parser.push(text) if text else []
+        if output.is_finished:
+            deltas = [*deltas, *self._parser.finish()]
+        if not self._is_parallel:
+            deltas = self._up_to_second_call(deltas)
+        self._count(len(output.token_ids), deltas)
+        self.has_called = self.has_called or any(isinstance(delta, ToolCallDelta) for delta in deltas)
+        return deltas
+
+    def _up_to_second_call(self, deltas: list[AnswerDelta]) -> list[AnswerDelta]:
+        kept: list[AnswerDelta] = []
+        for delta in deltas:
+            self.is_beyond = self.is_beyond or (isinstance(delta, ToolCallDelta) and delta.index > 0)
+            if not self.is_beyond:
+                kept.append(delta)
+        return kept
+
+    def _count(self, num_tokens: int, deltas: Sequence[AnswerDelta]) -> None:
+        self._num_pending += num_tokens
+        if deltas:
+            if isinstance(deltas[0], ReasoningDelta):
+                self.num_reasoning_tokens += self._num_pending
+            self._num_pending = 0
