@@ -28,7 +28,8 @@ from torch import Tensor
 from amalgam.base.histogram import Histogram
 from amalgam.config.settings import Settings, build_settings
 from amalgam.engine.core import Engine
-from amalgam.engine.request import Observation, RequestOutput, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Observation, RequestOutput
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.decoder import Decoder
 from amalgam.models.registry import read_spec

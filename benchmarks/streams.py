@@ -29,7 +29,8 @@ import numpy as np
 
 from amalgam.config.settings import load_settings
 from amalgam.engine.core import Engine
-from amalgam.engine.request import RequestOutput, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import RequestOutput
 from amalgam.runtime.opening import open_deployment
 from amalgam.tools.bench import commit, hardware
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from amalgam.version import __version__
 
 if TYPE_CHECKING:
-    from amalgam.engine.request import SamplingParams
+    from amalgam.engine.params import SamplingParams
     from amalgam.llm import LLM
     from amalgam.text.grammar import Grammar
 
 __all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "amalgam.llm", "SamplingParams": "amalgam.engine.request", "Grammar": "amalgam.text.grammar"}
+_HOMES = {"LLM": "amalgam.llm", "SamplingParams": "amalgam.engine.params", "Grammar": "amalgam.text.grammar"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import load_settings
-from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput
 from amalgam.errors import ConfigError
 from amalgam.experts.saved.files import save
 from amalgam.runtime.changes import RemapResult

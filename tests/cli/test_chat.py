@@ -22,7 +22,7 @@ from tests.conftest import DEMO, ROOT
 from amalgam.cli import chat_input, main
 from amalgam.cli.chat_input import InputError
 from amalgam.engine.core import Engine
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.params import SamplingParams
 from amalgam.errors import UnavailableError
 from amalgam.text.tokenizer import Tokenizer
 

@@ -4,7 +4,7 @@ import random
 import threading
 import time
 
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.params import SamplingParams
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, kv_cache_bytes
 
 GREEDY = SamplingParams(max_new_tokens=12, do_sample=False, ignore_eos=True)

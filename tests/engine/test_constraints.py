@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from amalgam.engine.request import FinishReason, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import FinishReason
 from amalgam.errors import RequestError
 from amalgam.text.grammar import Grammar, compile_grammar
 from tests.engine.fakes import greedy_tokens

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from amalgam.config.settings import StatisticsSettings
-from amalgam.engine.request import FinishReason, Observation, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import FinishReason, Observation
 from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from amalgam.composition import loader
 from amalgam.config.settings import build_settings
-from amalgam.engine.request import FinishReason, Observation, RequestOutput, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import FinishReason, Observation, RequestOutput
 from amalgam.models.routing import RoutingTrace
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from amalgam.engine.generation_config import ModelDefaults, read_model_defaults
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.params import SamplingParams
 from amalgam.errors import CheckpointError
 from tests.errors import raises
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from amalgam.engine.request import FinishReason, Request, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import FinishReason, Request
 from amalgam.errors import PromptTooLongError
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
 from tests.engine.running import GREEDY, held_engine, is_at_rest, wait_until

@@ -7,7 +7,8 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from amalgam.engine.logits import NEVER, CountPenalty, Follow, RepetitionPenalty, process, processors_for
-from amalgam.engine.request import Request, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Request
 from amalgam.engine.sampler import choose_tokens
 from amalgam.errors import RequestError
 

@@ -1,6 +1,7 @@
 import pytest
 
-from amalgam.engine.request import SamplingParams, check_token_ids
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import check_token_ids
 from amalgam.errors import RequestError
 from tests.errors import raises
 

@@ -5,7 +5,8 @@ import torch
 
 from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.memory import available_bytes
-from amalgam.engine.request import Request, SamplingParams, ScheduledRequest, StepPlan
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Request, ScheduledRequest, StepPlan
 from amalgam.engine.runner import Runner, choose_num_blocks, token_spans
 from amalgam.errors import ConfigError
 from amalgam.experts.tracker import ExpertTracker

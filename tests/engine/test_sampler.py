@@ -12,7 +12,8 @@ from transformers import (
 
 from amalgam.engine import sampler
 from amalgam.engine.logits import processors_for
-from amalgam.engine.request import Request, SamplingParams, ScheduledRequest
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Request, ScheduledRequest
 from amalgam.engine.sampler import NonFiniteLogitsError, choose, uniform
 from amalgam.errors import RequestError
 from amalgam.kernels.backends.cpu import extension, sampling

@@ -8,7 +8,8 @@ import pytest
 
 from amalgam.engine.blocks import BlockPool
 from amalgam.engine.meter import Counts
-from amalgam.engine.request import Observation, Request, RequestStatus, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Observation, Request, RequestStatus
 from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import OverloadedError, PromptTooLongError
 from tests.errors import raises

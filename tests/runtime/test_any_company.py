@@ -11,7 +11,8 @@ from threading import Semaphore
 import pytest
 
 from amalgam.config.settings import load_settings
-from amalgam.engine.request import RequestOutput, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import RequestOutput
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 

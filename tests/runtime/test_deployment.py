@@ -18,7 +18,8 @@ from amalgam.base.locks import FileLock
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.source import Source
 from amalgam.config.settings import build_settings, load_settings
-from amalgam.engine.request import Generation, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Generation
 from amalgam.errors import AmalgamError, CheckpointError, ConfigError, ConflictError, PlanError, UnavailableError
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment

@@ -28,14 +28,8 @@ import numpy as np
 from amalgam.config.settings import Rule, Settings, build_rules, build_settings
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Load, Meter
-from amalgam.engine.request import (
-    EngineStatus,
-    FinishReason,
-    Observation,
-    RequestOutput,
-    SamplingParams,
-    Usage,
-)
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import EngineStatus, FinishReason, Observation, RequestOutput, Usage
 from amalgam.errors import CheckpointError, ConflictError, OverloadedError, PromptTooLongError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import RoutingTrace

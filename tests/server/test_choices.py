@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from amalgam.engine.request import FinishReason, Observation, RequestOutput, SamplingParams, Usage
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import FinishReason, Observation, RequestOutput, Usage
 from amalgam.errors import OverloadedError, PromptTooLongError
 from amalgam.server.choices import Choices, Wanted
 from tests.errors import raises

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.params import SamplingParams
 from tests.server.conftest import wait_until
 from tests.server.fakes import FakeDeployment
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from amalgam.engine.generation_config import ModelDefaults
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.params import SamplingParams
 from amalgam.server.api.anthropic.conversation import sampling_params
 from amalgam.server.api.anthropic.fields import MessagesBody
 from amalgam.server.api.common import neutral_defaults

@@ -23,7 +23,8 @@ from amalgam.cli.sampling import (
     described,
 )
 from amalgam.config.settings import Settings, state_folder
-from amalgam.engine.request import RequestOutput, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import RequestOutput
 from amalgam.errors import AmalgamError, RequestError, UnavailableError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from amalgam.engine.generation_config import ModelDefaults
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.params import SamplingParams
 from amalgam.errors import RequestError
 
 if TYPE_CHECKING:

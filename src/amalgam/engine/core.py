@@ -28,9 +28,9 @@ from amalgam.engine.logits import processors_for
 from amalgam.engine.meter import Load, Meter
 from amalgam.engine.outputs import end, take_tokens
 from amalgam.engine.pace import Pace
+from amalgam.engine.params import MAX_SEED, SamplingParams, check_param_ids
 from amalgam.engine.prompts import PromptEmbedding, PromptLogprobs
 from amalgam.engine.request import (
-    MAX_SEED,
     EngineStatus,
     FinishReason,
     Generation,
@@ -40,10 +40,8 @@ from amalgam.engine.request import (
     Request,
     RequestOutput,
     RequestStatus,
-    SamplingParams,
     StepPlan,
     StepResult,
-    check_param_ids,
     check_token_ids,
 )
 from amalgam.engine.runner import Runner

@@ -17,7 +17,7 @@ from typing import Any
 
 from amalgam.base.folders import is_present, member
 from amalgam.base.strict_json import read_advice
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.params import SamplingParams
 from amalgam.errors import RequestError, describe
 
 FILE = "generation_config.json"

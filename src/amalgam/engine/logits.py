@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amalgam.engine.request import LogitsProcessor, Request, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import LogitsProcessor, Request
 from amalgam.errors import RequestError
 from amalgam.text.grammar import GrammarState
 

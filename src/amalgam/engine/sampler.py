@@ -18,14 +18,8 @@ import torch
 from torch import Tensor
 
 from amalgam.engine.logits import Place, process
-from amalgam.engine.request import (
-    NewTokens,
-    Request,
-    SamplingParams,
-    ScheduledRequest,
-    StepResult,
-    TokenLogprobs,
-)
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import NewTokens, Request, ScheduledRequest, StepResult, TokenLogprobs
 from amalgam.errors import AmalgamError
 from amalgam.kernels.backends.cpu import extension, sampling
 

@@ -14,14 +14,8 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from amalgam.engine.request import (
-    Generation,
-    Observation,
-    OutputCallback,
-    Pooling,
-    RequestOutput,
-    SamplingParams,
-)
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Generation, Observation, OutputCallback, Pooling, RequestOutput
 from amalgam.errors import OverloadedError, RequestError, UnavailableError
 from amalgam.text.grammar import CompiledGrammar
 

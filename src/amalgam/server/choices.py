@@ -11,15 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
-from amalgam.engine.request import (
-    MAX_SEED,
-    FinishReason,
-    Observation,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
-    Usage,
-)
+from amalgam.engine.params import MAX_SEED, SamplingParams
+from amalgam.engine.request import FinishReason, Observation, RequestOutput, TokenLogprobs, Usage
 from amalgam.errors import OverloadedError
 from amalgam.server.encoding import naming
 from amalgam.server.generation import ROOM_SECONDS, check_lengths, checked

@@ -12,7 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from amalgam.engine.request import Observation, RequestOutput, SamplingParams, Usage
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Observation, RequestOutput, Usage
 from amalgam.errors import OverloadedError, UnavailableError
 from amalgam.server.encoding import naming
 from amalgam.server.events import EventStream, event

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from amalgam.config.settings import Rule, Settings
 from amalgam.engine.meter import Meter
-from amalgam.engine.request import EngineStatus, Observation, RequestOutput, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import EngineStatus, Observation, RequestOutput
 from amalgam.runtime.changes import RemapRecord, RemapResult
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from amalgam.base.threads import StoppableThread
 from amalgam.config.settings import Settings
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.params import SamplingParams
 from amalgam.errors import ModelNotFoundError, OverloadedError, UnavailableError, UnsupportedError, describe
 from amalgam.server.encoding import Encoder, Prompt, start_thread
 from amalgam.server.http.record import current_record

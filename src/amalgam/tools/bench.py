@@ -25,7 +25,8 @@ from amalgam.composition.progress import Progress
 from amalgam.config.settings import InferenceSettings, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import peak_memory_bytes
-from amalgam.engine.request import RequestOutput, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import RequestOutput
 from amalgam.errors import ConfigError
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends import choose_backend

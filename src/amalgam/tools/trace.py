@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from amalgam.engine.request import Observation, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Observation
 from amalgam.models.routing import RoutingTrace
 from amalgam.runtime.deployment import Deployment
 

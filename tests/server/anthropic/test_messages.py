@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from amalgam.engine.generation_config import ModelDefaults
-from amalgam.engine.request import FinishReason, Observation, RequestOutput, SamplingParams, Usage
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import FinishReason, Observation, RequestOutput, Usage
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 from tests.server.conftest import serving, wait_until

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Field
 
 from amalgam.base.strict_json import is_longer
-from amalgam.engine.request import (
+from amalgam.engine.params import (
     MAX_BIASED_TOKENS,
     MAX_LOGIT_BIAS,
     MAX_PENALTY,

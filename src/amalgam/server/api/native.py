@@ -14,16 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from amalgam.engine.request import (
+from amalgam.engine.params import (
     MAX_REPETITION_PENALTY,
     MAX_SEED,
     MAX_TEMPERATURE,
     MIN_REPETITION_PENALTY,
-    Observation,
-    RequestOutput,
     SamplingParams,
-    Usage,
 )
+from amalgam.engine.request import Observation, RequestOutput, Usage
 from amalgam.errors import RequestError
 from amalgam.server.api.common import MAX_INT, CommonSampling
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument

@@ -13,7 +13,8 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from amalgam.engine.request import Observation, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Observation
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.generation import complete
 from amalgam.server.http.access import unless_client_leaves

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from amalgam.engine.request import SamplingParams
+from amalgam.engine.params import SamplingParams
 from amalgam.errors import RequestError, UnsupportedError, describe
 from amalgam.server.api.anthropic.fields import (
     AssistantMessage,

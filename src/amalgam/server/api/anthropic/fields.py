@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from amalgam.engine.request import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TEMPERATURE
+from amalgam.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TEMPERATURE
 from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
 from amalgam.server.http.body import Body
 

@@ -15,7 +15,8 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from amalgam.engine.request import MAX_LOGPROBS, FinishReason, RequestOutput
+from amalgam.engine.params import MAX_LOGPROBS
+from amalgam.engine.request import FinishReason, RequestOutput
 from amalgam.errors import RequestError
 from amalgam.server.api.chats import AnswerReader
 from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, ToolUse

@@ -16,7 +16,8 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from amalgam.engine.request import MAX_LOGPROBS, RequestOutput
+from amalgam.engine.params import MAX_LOGPROBS
+from amalgam.engine.request import RequestOutput
 from amalgam.errors import RequestError
 from amalgam.server.api.common import MAX_INT
 from amalgam.server.api.openai.answers import Head, TokenCounts, reason_of, stream_of, versions_of

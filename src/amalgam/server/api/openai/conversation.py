@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from amalgam.engine.request import Observation, SamplingParams
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Observation
 from amalgam.server.api.chats import AnswerReader, encode_chat
 from amalgam.server.api.common import ToolUse
 from amalgam.server.choices import Choices, Wanted

@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, WithJsonSchema, model_validator
 
-from amalgam.engine.request import (
+from amalgam.engine.params import (
     MAX_LOGPROBS,
     MAX_REPETITION_PENALTY,
     MAX_SEED,
     MAX_TEMPERATURE,
     MIN_REPETITION_PENALTY,
-    Observation,
     SamplingParams,
 )
+from amalgam.engine.request import Observation
 from amalgam.errors import RequestError, describe
 from amalgam.server.api.common import MAX_INT, CommonSampling, neutral_defaults
 from amalgam.server.api.openai.refusing import Refused, RefusingBody

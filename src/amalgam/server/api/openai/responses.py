@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from amalgam.engine.request import MAX_LOGPROBS, FinishReason, RequestOutput, SamplingParams, Usage
+from amalgam.engine.params import MAX_LOGPROBS, SamplingParams
+from amalgam.engine.request import FinishReason, RequestOutput, Usage
 from amalgam.errors import UnsupportedError, describe
 from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
 from amalgam.server.api.openai.answers import error_fields, fingerprint
