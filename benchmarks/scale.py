@@ -143,7 +143,7 @@ def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
     Copies are of two kinds: between blocks that are in memory, which is the machine's bandwidth, and into new memory,
     whose pages the system must find and clear first. Every loader pays for the latter.
     """
-    threads = min(EngineSettings().load_threads, os.cpu_count() or 1)
+    threads = min(EngineSettings().num_load_threads, os.cpu_count() or 1)
     spec = write_dense(folder, dict(SHAPES["S"]))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     block = torch.zeros(2**28, dtype=torch.uint8)

@@ -194,7 +194,7 @@ def _check_layers(settings: Settings, layers: list[int], progress: Progress) -> 
     from amalgam.runtime.derive import ensure_derived
 
     ensure_derived(settings, progress)
-    loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), settings.engine.load_threads)
+    loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), settings.engine.num_load_threads)
     known = loader.spec.moe_layer_ids
     if unknown := set(layers).difference(known):
         raise ConfigError(f"--layer is {min(unknown)}.", remedy=f"Layers with experts: {list(known)}.")

@@ -38,7 +38,7 @@ def command(
         raise ConfigError("--sha256 is given without --manifest.", remedy="Add --manifest.")
     with progress_bar() as progress:
         ensure_derived(settings, progress)
-    loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), settings.engine.load_threads)
+    loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), settings.engine.num_load_threads)
     if explain is not None:
         _explain(loader.choose().explain(explain), as_json)
         return
@@ -48,7 +48,7 @@ def command(
         from amalgam.composition.manifest import plan_manifest
 
         with progress_bar() as progress:
-            document = plan_manifest(planned, settings.engine.load_threads if sha256 else None, progress)
+            document = plan_manifest(planned, settings.engine.num_load_threads if sha256 else None, progress)
         print_json(document)
         return
     if as_json or show_all:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from amalgam.base.processors import usable_threads
 from amalgam.config.fields import Section, UserPath, can_be_empty, kind_of, split_list, types_of
 from amalgam.config.text import ENV_PREFIX, our_variables, parse_yaml, read_yaml
 from amalgam.errors import ConfigError, describe
@@ -167,9 +168,13 @@ class EngineSettings(Section):
     max_queue: int = Field(default=1024, ge=1, le=2**20)
     """Most requests waiting; more are refused with 503."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)
-    """Compute threads. None: PyTorch's choice."""
-    load_threads: int = Field(default=4, ge=1, le=256)
-    """Threads that read and pack weights."""
+    """Compute threads. None: one for each core that affinity and the cgroup's quota allow, at most OMP_NUM_THREADS."""
+    load_threads: int | None = Field(default=None, ge=1, le=256)
+    """Threads that read and pack weights. None: as many as cores are allowed, from 4 to 32."""
+
+    @property
+    def num_load_threads(self) -> int:
+        return self.load_threads or min(max(usable_threads(), 4), 32)
 
 
 class ServerSettings(Section):

@@ -209,7 +209,7 @@ class Deployment:
             raise ConflictError("Digests are being computed already.", remedy="Try again when they are done.")
         try:
             planned = served.loader.plan(served.rules)
-            return plan_manifest(planned, self.settings.engine.load_threads, self._unless_closing)
+            return plan_manifest(planned, self.settings.engine.num_load_threads, self._unless_closing)
         finally:
             self._hashing.release()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from amalgam.base.processors import usable_threads
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import Settings
@@ -37,11 +38,10 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         AmalgamError: whatever is wrong with settings, checkpoints or plan, before anything is half loaded.
     """
     ensure_derived(settings, progress)
-    if settings.engine.num_threads is not None:
-        torch.set_num_threads(settings.engine.num_threads)
+    torch.set_num_threads(choose_num_threads(settings.engine.num_threads))
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
-    loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
+    loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
     planned = loader.plan()  # before anything that takes longer
     template = read_template(Path(settings.server.chat_template)) if settings.server.chat_template else None
     tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, template)
@@ -60,6 +60,14 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         on_failure.pop_all()
     engine.start()
     return Deployment(settings, loader, loaded, engine, tokenizer, tracker, defaults)
+
+
+def choose_num_threads(wanted: int | None) -> int:
+    """How many threads compute: as many as are wanted, else as many as this process may use cores.
+
+    But no more then than PyTorch has, which is what OMP_NUM_THREADS or the program around us says, or all processors.
+    """
+    return wanted or min(usable_threads(), torch.get_num_threads())
 
 
 def _open_tracker(settings: Settings, spec: ModelSpec) -> ExpertTracker | None:

@@ -80,7 +80,7 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
     """
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
-    loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
+    loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
     planned = loader.plan()
     spec = loader.spec
     seq_length = seq_length or min(settings.inference.max_seq_length, spec.max_positions)
