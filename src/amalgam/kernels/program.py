@@ -314,14 +314,15 @@ class Program:
         """Name → elements per token, and whether they are float32 whatever the activations are."""
         found: dict[str, tuple[int, bool]] = {}
         for instruction in self.instructions:
-            for rows in _rows_of(instruction):
+            for rows in rows_of(instruction):
                 stride, is_wide = found.get(rows.buffer, (0, rows.is_wide))
                 assert is_wide == rows.is_wide, rows
                 found[rows.buffer] = max(stride, rows.stride), is_wide
         return found
 
 
-def _rows_of(instruction: Instruction) -> list[Rows]:
+def rows_of(instruction: Instruction) -> list[Rows]:
+    """All rows that an instruction reads or leaves."""
     found: list[Rows] = []
     for value in vars(instruction).values():
         for item in value if isinstance(value, tuple) else (value,):
@@ -365,5 +366,10 @@ class Emitter:
         self.add(Project(x, parts))
         return outs
 
+    @property
+    def instructions(self) -> tuple[Instruction, ...]:
+        """What has been added so far."""
+        return tuple(self._instructions)
+
     def finish(self) -> Program:
-        return Program(tuple(self._instructions))
+        return Program(self.instructions)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends import Backend, Compiled, choose_backend
-from amalgam.kernels.program import Embed, Emitter, Head, Program
+from amalgam.kernels.program import Add, Embed, Emitter, Head, Instruction, Program, Rows
 from amalgam.kernels.step import StepContext
 from amalgam.models.rope import Rope
 from amalgam.models.spec import ModelSpec
@@ -80,13 +80,33 @@ def emit(spec: ModelSpec, weights: WeightVersion, ropes: tuple[Rope, ...]) -> Pr
     if spec.has_position_embedding:
         step.add(Embed(weights["positions"], x, by_position=True, adds=True))
     norm.emit(step, x, normed, outside, "layers.0.attention_norm")
-    for layer_id, layer in enumerate(spec.layers):
-        step.layer_id = layer_id
-        prefix = f"layers.{layer_id}"
-        delta = layer.attention.emit(step, normed, weights.block(f"{prefix}.attention"))
-        norm.emit(step, x, normed, outside, f"{prefix}.mlp_norm", delta)
-        delta = layer.mlp.emit(step, normed, weights.block(f"{prefix}.mlp"))
+    for layer_id in range(spec.num_layers):
+        delta = _emit_blocks(spec, layer_id, step, weights, x, normed)
         is_last = layer_id + 1 == spec.num_layers
         norm.emit(step, x, normed, outside, "norm" if is_last else f"layers.{layer_id + 1}.attention_norm", delta)
     step.add(Head(normed, weights["embedding" if spec.has_tied_head else "head"], outside.vector("head_bias")))
     return step.finish()
+
+
+def emit_layer(
+    spec: ModelSpec, layer_id: int, weights: WeightVersion, ropes: tuple[Rope, ...]
+) -> tuple[tuple[Instruction, ...], Rows]:
+    """One layer alone, and where its instructions find the hidden states and leave what they make of them.
+
+    Args:
+        weights: of the layer, others are not asked for.
+        ropes: as in `emit`.
+    """
+    step = Emitter(ropes)
+    x, normed = step.rows("x", spec.hidden_size), step.rows("normed", spec.hidden_size)
+    spec.norm.emit(step, x, normed, weights.block(""), f"layers.{layer_id}.attention_norm")
+    step.add(Add(x, _emit_blocks(spec, layer_id, step, weights, x, normed)))
+    return step.instructions, x
+
+
+def _emit_blocks(spec: ModelSpec, layer_id: int, step: Emitter, weights: WeightVersion, x: Rows, normed: Rows) -> Rows:
+    """A layer from its normed input to the result of its MLP, which is still to be added to `x`."""
+    step.layer_id, layer, prefix = layer_id, spec.layers[layer_id], f"layers.{layer_id}"
+    delta = layer.attention.emit(step, normed, weights.block(f"{prefix}.attention"))
+    spec.norm.emit(step, x, normed, weights.block(""), f"{prefix}.mlp_norm", delta)
+    return layer.mlp.emit(step, normed, weights.block(f"{prefix}.mlp"))

@@ -62,6 +62,10 @@ class Frame:
         assert rows.is_whole and value.shape[1] == rows.width, (rows, value.shape)
         self._buffers[rows.buffer] = value
 
+    def forget(self, buffer: str) -> None:
+        """Give up the memory of a buffer that nothing reads any more."""
+        self._buffers.pop(buffer, None)
+
     def rotary(self, rope: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the step's positions."""
         if rope not in self._rotary:

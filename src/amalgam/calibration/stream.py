@@ -1,0 +1,254 @@
+"""Texts on their way through a model, one layer after the other.
+
+In: a model's spec, token ids, the weights of one layer at a time. Out: `Inputs` of every group of projections, in the
+order in which they run; the hidden states behind each layer. Must never know: files, sources, what is done with inputs.
+
+Only one layer's weights are needed at a time, so that a model larger than memory can be calibrated. What the
+instructions mean is said by the reference backend; a product here is one call for all rows, since nobody compares bits
+with a server's. Instructions of a layer run one after the other over all tokens, and experts one by one, so that a
+caller holds the inputs of one group at a time and may replace its weights before they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from amalgam.calibration.inputs import Inputs
+from amalgam.kernels.backends.reference.interpreter import Frame, execute
+from amalgam.kernels.backends.reference.operators import Operators, gated
+from amalgam.kernels.packed import Expert, PackedWeight
+from amalgam.kernels.program import AttendLatent, Embed, Instruction, Mix, Project, Route, Rows, rows_of
+from amalgam.kernels.step import LayerCache, StepContext, StepSequence
+from amalgam.models.decoder import emit_layer, ropes_of
+from amalgam.models.kv_cache import KVCache
+from amalgam.models.spec import ModelSpec
+from amalgam.models.weights import WeightVersion
+
+# Sees the inputs of a group before they are used, and may give other weights for it, by slot.
+See = Callable[[Inputs], Mapping[str, PackedWeight] | None]
+
+_BLOCK = 16
+_X = "x"
+
+
+def _linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    result = functional.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    return result if out_dtype is None else result.to(out_dtype)
+
+
+class _WholeProducts(Operators):
+    """Products of any number of rows in one call."""
+
+    linear = staticmethod(_linear)
+
+
+class Stream:
+    """Token ids on their way through the layers, as float32 hidden states.
+
+    Args:
+        outside: the weights `embedding` and, where there are, `positions`.
+        chunk_tokens: about how many tokens run together; only memory depends on it.
+        min_expert_tokens: an expert that the router sends fewer tokens is shown, beside those, the tokens that come
+            nearest to being sent to it. What it does for other tokens' results stays as it is.
+
+    Attributes:
+        hidden: float32 `[tokens, hidden]` for each chunk: before layer 0, later behind the last layer that has run.
+        num_tokens: all of them.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        token_ids: Sequence[Sequence[int]],
+        outside: Mapping[str, PackedWeight],
+        *,
+        chunk_tokens: int = 4096,
+        min_expert_tokens: int = 0,
+    ) -> None:
+        self._spec = spec
+        self._min_expert_tokens = min_expert_tokens
+        self._ropes = ropes_of(spec)
+        longest = max(map(len, token_ids), default=0)
+        self._tables = [rope.tables(longest, torch.device("cpu")) for rope in self._ropes]
+        self._linear_slots = {slot.name for slot in spec.slots if slot.is_linear}
+        self._chunks = _split(token_ids, chunk_tokens)
+        self.num_tokens = sum(map(len, token_ids))
+        x = Rows(_X, spec.hidden_size, 0, spec.hidden_size)
+        start = [Embed(outside["embedding"], x)]
+        if spec.has_position_embedding:
+            start.append(Embed(outside["positions"], x, by_position=True, adds=True))
+        self.hidden = []
+        for sequences in self._chunks:
+            frame = self._frame(sequences, layer_id=0)
+            for instruction in start:
+                execute(instruction, frame)
+            self.hidden.append(frame.get(x))
+
+    @torch.no_grad()
+    def run(
+        self, layer_id: int, weights: Mapping[str, PackedWeight], see: See | None = None, *, advances: bool = True
+    ) -> None:
+        """Run one layer over all tokens.
+
+        Args:
+            weights: of the layer, by slot (`layers.3.attention.q`).
+            see: is shown the inputs of each group of projections before they are used. The weights that it returns
+                take the place of the group's from there on.
+            advances: whether `hidden` becomes what the layer makes of it.
+
+        Raises:
+            CheckpointError: what `see` asks of inputs that are not finite.
+        """
+        version = WeightVersion(1, weights, {}, {})
+        names = {id(weight): slot for slot, weight in weights.items() if slot in self._linear_slots}
+        program, x = emit_layer(self._spec, layer_id, version, self._ropes)
+        frames = [self._frame(sequences, layer_id) for sequences in self._chunks]
+        for frame, hidden in zip(frames, self.hidden, strict=True):
+            frame.put(x, hidden.clone())
+        last_use = {rows.buffer: index for index, one in enumerate(program) for rows in rows_of(one)}
+        layer = _Layer(names, see, self._min_expert_tokens)
+        for index, instruction in enumerate(program):
+            layer.execute(instruction, frames)
+            for buffer in [name for name, last in last_use.items() if last == index and name != x.buffer]:
+                for frame in frames:
+                    frame.forget(buffer)
+        if advances:
+            self.hidden = [frame.get(x) for frame in frames]
+
+    def _frame(self, sequences: list[list[int]], layer_id: int) -> Frame:
+        num_blocks = [-(-len(sequence) // _BLOCK) for sequence in sequences]
+        heads, key, value = self._spec.kv_shapes[layer_id]
+        slots = sum(num_blocks) * _BLOCK
+        cache = LayerCache(torch.zeros(slots, heads, key), torch.zeros(slots, heads, value))
+        kv = KVCache([cache] * self._spec.num_layers, _BLOCK)
+        parts, first = [], 0
+        for sequence, count in zip(sequences, num_blocks, strict=True):
+            parts.append(StepSequence(sequence, 0, range(first, first + count), 0))
+            first += count
+        return Frame(StepContext(parts, kv), torch.float32, self._tables, _WholeProducts)
+
+
+class _Layer:
+    """Runs a layer's instructions, one after the other over all frames, and shows what projections read."""
+
+    def __init__(self, names: Mapping[int, str], see: See | None, min_expert_tokens: int) -> None:
+        self._names = names
+        self._see = see
+        self._min_expert_tokens = min_expert_tokens
+        self._route: Route | None = None
+
+    def execute(self, instruction: Instruction, frames: Sequence[Frame]) -> None:
+        if isinstance(instruction, Mix):
+            self._mix(instruction, frames)
+            return
+        if isinstance(instruction, Route):
+            self._route = instruction
+        elif isinstance(instruction, Project):
+            weights = [projection.weight for projection in instruction.projections]
+            found = self._replaced(weights, [frame.get(instruction.x) for frame in frames])
+            projections = zip(instruction.projections, found, strict=True)
+            instruction = replace(instruction, projections=tuple(replace(p, weight=w) for p, w in projections))
+        elif isinstance(instruction, AttendLatent):
+            (expand,) = self._replaced([instruction.expand], [_latent(instruction, frame) for frame in frames])
+            instruction = replace(instruction, expand=expand)
+        for frame in frames:
+            execute(instruction, frame)
+
+    def _replaced(
+        self, weights: Sequence[PackedWeight], chunks: Sequence[Tensor], num_routed: int | None = None
+    ) -> list[PackedWeight]:
+        """The weights, or what the caller gives for them when it has seen their inputs."""
+        slots = [self._names.get(id(weight)) for weight in weights]
+        named = tuple(slot for slot in slots if slot is not None)
+        if self._see is None or not named:
+            return list(weights)
+        given = self._see(Inputs(named, chunks, num_routed)) or {}
+        return [given.get(slot or "", weight) for slot, weight in zip(slots, weights, strict=True)]
+
+    def _mix(self, one: Mix, frames: Sequence[Frame]) -> None:
+        x = [frame.get(one.x) for frame in frames]
+        routings = [frame.routing for frame in frames]
+        totals = [torch.zeros_like(rows) for rows in x]
+        for expert_id, expert in enumerate(one.experts.experts):
+            chosen = []
+            for routing in routings:
+                assert routing is not None
+                rows, place = (routing[0] == expert_id).nonzero(as_tuple=True)
+                chosen.append((rows, routing[1][rows, place]))
+            results = self._expert(one, expert, x, [rows for rows, _ in chosen], self._near(expert_id, frames, chosen))
+            for total, (rows, share), result in zip(totals, chosen, results, strict=True):
+                total.index_add_(0, rows, result * share.unsqueeze(1))
+        for frame, total in zip(frames, totals, strict=True):
+            frame.put(one.out, total)
+
+    def _expert(
+        self, one: Mix, expert: Expert, x: Sequence[Tensor], chosen: Sequence[Tensor], near: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """An expert's results for the tokens that were sent to it; it is shown with those near it too."""
+        counts = [len(rows) for rows in chosen]
+        inputs = [part[torch.cat(rows)] for part, *rows in zip(x, chosen, near, strict=True)]
+        gate, up = self._replaced([expert.gate, expert.up], inputs, sum(counts))
+        joined = [
+            gated(_linear(part, gate, expert.gate_bias), _linear(part, up, expert.up_bias), one.activation)
+            for part in inputs
+        ]
+        (down,) = self._replaced([expert.down], joined, sum(counts))
+        parts = (part[:count] for part, count in zip(joined, counts, strict=True))
+        return [_linear(part, down, expert.down_bias) for part in parts]
+
+    def _near(self, expert_id: int, frames: Sequence[Frame], chosen: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Of a rare expert the rows, in each frame, that came nearest to being sent to it."""
+        missing = self._min_expert_tokens - sum(len(rows) for rows, _ in chosen)
+        none = torch.empty(0, dtype=torch.int64)
+        if missing <= 0 or self._see is None or self._route is None:
+            return [none] * len(frames)
+        distances = []
+        for frame, (rows, _) in zip(frames, chosen, strict=True):
+            distance = self._distance(self._route, frame, expert_id)
+            distance[rows] = torch.inf  # it has them already
+            distances.append(distance)
+        together = torch.cat(distances)
+        missing = min(missing, int(together.isfinite().sum()))
+        nearest = together.sort(stable=True).indices[:missing].sort().values
+        found, start = [], 0
+        for distance in distances:
+            stop = start + len(distance)
+            found.append(nearest[(nearest >= start) & (nearest < stop)] - start)
+            start = stop
+        return found
+
+    def _distance(self, route: Route, frame: Frame, expert_id: int) -> Tensor:
+        """How much an expert's score lies below the least that was chosen, for each token."""
+        scores = _linear(frame.get(route.x), route.weight, route.bias)
+        if route.scoring == "sigmoid":
+            scores = frame.operators.sigmoid(scores)
+        if route.correction is not None:
+            scores = scores + route.correction.float()
+        assert frame.routing is not None
+        return scores.gather(1, frame.routing[0]).amin(1) - scores[:, expert_id]
+
+
+def _latent(one: AttendLatent, frame: Frame) -> Tensor:
+    """What the projections to keys and values read: the normed latent vectors."""
+    compressed = frame.get(one.compressed)[:, : one.latent_dim].contiguous()
+    return frame.operators.rms_norm(compressed, one.norm, one.norm_eps)
+
+
+def _split(token_ids: Sequence[Sequence[int]], chunk_tokens: int) -> list[list[list[int]]]:
+    """Sequences in parts of about so many tokens."""
+    parts: list[list[list[int]]] = []
+    room = 0
+    for sequence in token_ids:
+        if not parts or room < len(sequence):
+            parts.append([])
+            room = chunk_tokens
+        parts[-1].append(list(sequence))
+        room -= len(sequence)
+    return parts
