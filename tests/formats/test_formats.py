@@ -32,6 +32,18 @@ CASES = [
     (writable_format("int4"), QuantizeOptions(group_size=32), 0.12),
     (writable_format("int4"), QuantizeOptions(group_size=16), 0.12),
     (writable_format("int4"), QuantizeOptions(), 0.16),
+    (writable_format("int4"), QuantizeOptions(scale="channel"), 0.18),
+    (writable_format("int4"), QuantizeOptions(group_size=32, has_zero_points=True), 0.12),
+    (writable_format("int3"), QuantizeOptions(group_size=32), 0.25),
+    (writable_format("int3"), QuantizeOptions(group_size=32, has_zero_points=True), 0.25),
+    (writable_format("int2"), QuantizeOptions(group_size=16), 0.55),
+    (writable_format("int2"), QuantizeOptions(scale="channel", has_zero_points=True), 0.7),
+    (writable_format("int8"), QuantizeOptions(scale="tensor"), 0.02),
+    (writable_format("int8"), QuantizeOptions(group_size=32), 0.02),
+    (writable_format("int8"), QuantizeOptions(has_zero_points=True), 0.02),
+    (writable_format("int8-packed"), QuantizeOptions(group_size=16), 0.02),
+    (writable_format("fp8-e5m2"), QuantizeOptions(), 0.08),
+    (writable_format("mxfp4"), QuantizeOptions(), 0.16),
 ]
 SHAPES = [(200, 160), (128, 256), (16, 32)]
 
@@ -41,9 +53,8 @@ def write_source(folder: Path, weight_format: WritableFormat, weight: torch.Tens
     write_checkpoint(folder, [(f"x.{suffix}", tensor) for suffix, tensor in encoded.tensors.items()])
     scheme = weight_format.scheme(encoded.grid)
     groups = {"group_0": {"targets": ["Linear"], "weights": dict(scheme.arguments)}}
-    (folder / "config.json").write_text(
-        json.dumps({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}})
-    )
+    declared = {"quant_method": "compressed-tensors", "format": scheme.layout, "config_groups": groups}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": declared}))
     return Source.open("test", str(folder))
 
 
@@ -241,9 +252,14 @@ def test_lying_shape_and_group_index_are_refused_when_read(tmp_path: Path) -> No
     ("name", "options"),
     [
         ("int4", QuantizeOptions(group_size=24)),
-        ("int4", QuantizeOptions(scale="channel")),
+        ("int4", QuantizeOptions(scale="block")),
+        ("int4", QuantizeOptions(group_size=32, scale="channel")),
         ("int8", QuantizeOptions(scale="block")),
+        ("int8", QuantizeOptions(group_size=32, scale="channel")),
         ("fp8", QuantizeOptions(group_size=64)),
+        ("fp8", QuantizeOptions(has_zero_points=True)),
+        ("mxfp4", QuantizeOptions(group_size=64)),
+        ("mxfp4", QuantizeOptions(has_zero_points=True)),
     ],
 )
 def test_options_that_do_not_apply_are_refused(name: str, options: QuantizeOptions) -> None:

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
 from amalgam.formats.contract import WritableFormat
-from amalgam.formats.grid import Codes, Grid, QuantizeOptions
+from amalgam.formats.grid import Grid, QuantizeOptions
 from amalgam.formats.registry import all_formats
 from amalgam.quantizers.contract import quantize
+from amalgam.quantizers.gptq import Gptq
 from amalgam.quantizers.nearest import round_to_nearest
+from amalgam.quantizers.search import ClipSearch
 
 WRITABLE = [weight_format for weight_format in all_formats() if isinstance(weight_format, WritableFormat)]
-
-
-@dataclass(frozen=True)
-class ClipSearch:
-    """For each block the best of several scales below the one that clips nothing: a quantizer with settings."""
-
-    shares: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7)
-
-    def __call__(self, weight: Tensor, grid: Grid) -> Codes:
-        widest = round_to_nearest(weight, grid)
-        (rows, columns), (height, width) = grid.shape, grid.block
-        best, least = widest, torch.full(grid.scale_shape, torch.inf)
-        for share in self.shares:
-            scale = (widest.scale.float() * share).to(grid.scale_dtype)
-            wide = scale.float().repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
-            scaled = weight.float() / wide
-            values = (scaled if grid.dtype.is_floating_point else scaled.round()).clamp(grid.low, grid.high)
-            values = values.to(grid.dtype)
-            errors = (values.float() * wide - weight.float()).square()
-            error = torch.stack([part.sum() for row in errors.split(height) for part in row.split(width, 1)])
-            is_better = error.view(grid.scale_shape) < least
-            least = torch.where(is_better, error.view(grid.scale_shape), least)
-            chosen = is_better.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
-            values = torch.where(chosen, values.float(), best.values.float()).to(grid.dtype)
-            best = Codes(grid, values, torch.where(is_better, scale, best.scale))
-        return best
 
 
 def error_of(weight: Tensor, restored: Tensor) -> float:
@@ -70,6 +44,62 @@ def test_what_is_packed_are_the_codes_times_their_scales(target: WritableFormat)
     assert grid.low <= float(codes.values.float().min()) and float(codes.values.float().max()) <= grid.high
     scale = codes.scale.float().repeat_interleave(grid.block[0], 0)[:24].repeat_interleave(grid.block[1], 1)[:, :64]
     assert torch.equal(target.pack(target.encode(codes)).dequantize(), codes.values.float() * scale)
+    assert torch.equal(codes.dequantize(), codes.values.float() * scale)
+
+
+def output_error(weight: Tensor, restored: Tensor, x: Tensor) -> float:
+    return float((x @ (restored - weight.float()).T).norm())
+
+
+OPTIONS = [
+    ("int4", QuantizeOptions(group_size=32)),
+    ("int4", QuantizeOptions(group_size=32, has_zero_points=True)),
+    ("int3", QuantizeOptions(scale="channel")),
+    ("int2", QuantizeOptions(group_size=16, has_zero_points=True)),
+    ("int8", QuantizeOptions(scale="tensor")),
+    ("fp8", QuantizeOptions(scale="block")),
+    ("mxfp4", QuantizeOptions()),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+def test_calibration_makes_the_output_error_smaller(name: str, options: QuantizeOptions) -> None:
+    """Inputs of different sizes that depend on each other, as those of a model do."""
+    torch.manual_seed(5)
+    target = next(each for each in WRITABLE if each.name == name)
+    weight = torch.randn(48, 160)
+    x = (torch.randn(400, 40) @ torch.randn(40, 160) + torch.randn(400, 160)) * torch.rand(160).square()
+    moment = x.T @ x / len(x)
+    grid = target.grid((48, 160), weight.dtype, options)
+    nearest, searched, weighted, gptq = (
+        output_error(weight, target.pack(target.encode(quantizer(weight, grid))).dequantize(), x)
+        for quantizer in (round_to_nearest, ClipSearch(), ClipSearch(moment), Gptq(moment, ClipSearch(moment)))
+    )
+    assert gptq < 0.75 * min(nearest, searched, weighted)
+    if grid.block[0] == 1:  # a large block clips nothing
+        assert weighted < min(nearest, searched)
+
+
+def test_matrices_with_the_same_inputs_are_quantized_together_as_alone() -> None:
+    torch.manual_seed(6)
+    target = next(each for each in WRITABLE if each.name == "int4")
+    weights = [torch.randn(24, 64), torch.randn(8, 64)]
+    x = torch.randn(100, 64) @ torch.randn(64, 64)
+    gptq = Gptq(x.T @ x, round_to_nearest)
+    grids = [target.grid((len(weight), 64), weight.dtype) for weight in weights]
+    pairs = list(zip(weights, grids, strict=True))
+    for codes, (weight, grid) in zip(gptq.together(pairs), pairs, strict=True):
+        alone = gptq(weight, grid)
+        assert torch.equal(codes.values, alone.values) and torch.equal(codes.scale, alone.scale)
+
+
+@pytest.mark.parametrize("moment", [torch.zeros(32, 32), torch.ones(32, 32), torch.ones(32, 32) / 3])
+def test_inputs_that_say_little_still_give_codes(moment: Tensor) -> None:
+    """No tokens at all, or one direction only."""
+    target = next(each for each in WRITABLE if each.name == "int4")
+    weight = torch.randn(8, 32)
+    restored = Gptq(moment, round_to_nearest)(weight, target.grid((8, 32), weight.dtype)).dequantize()
+    assert bool(torch.isfinite(restored).all())
 
 
 def test_every_value_takes_the_nearest_code_and_ties_the_even_one() -> None:

@@ -10,6 +10,7 @@ A *format* is a published layout: one logical weight (`model.layers.0.mlp.up_pro
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,13 +19,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from amalgam.errors import CheckpointError
+from amalgam.errors import CheckpointError, ConfigError
 from amalgam.formats.declared.values import UNDECLARED, Declared
 from amalgam.formats.fused import TensorPart, lines_of
 from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions
 from amalgam.kernels.packed import Layout, PackedWeight
 
 WEIGHT_SUFFIX = "weight"
+DEFAULT_GROUP_SIZE = 128
 # What quantizers store beside a weight for the activations, which stay wide here.
 ACTIVATION_SUFFIXES = frozenset({"input_scale", "input_zero_point", "input_global_scale", "activation_scale"})
 Read = Callable[[TensorPart], Tensor]
@@ -265,6 +267,24 @@ def group_block(name: str, scale: TensorPart, columns: int, num_groups: int, dec
         f"{declared.where or 'the checkpoint'} {says}.",
         remedy=f"Groups of {fitting} would be as many: does the config belong to these weights?",
     )
+
+
+def group_size_of(columns: int, wanted: int | None) -> int:
+    """Inputs of a group of a weight that is made.
+
+    Raises:
+        ConfigError: the wish does not divide the inputs.
+    """
+    # Without a wish: the default, or the largest power of two below it that divides.
+    group = wanted or math.gcd(columns, DEFAULT_GROUP_SIZE)
+    if columns % group:
+        fitting = [str(size) for size in (256, 128, 64, 32, 16, 8) if columns % size == 0]
+        raise ConfigError(
+            f"group_size {group} does not divide the {columns} inputs of this weight.",
+            remedy=f"{' and '.join(fitting)} divide it; without a group_size each weight gets the largest power of "
+            f"two up to {DEFAULT_GROUP_SIZE} that divides its inputs.",
+        )
+    return group
 
 
 def expect_index(name: str, role: str, parts: Mapping[str, TensorPart], num_groups: int, declared: Declared) -> None:

@@ -14,8 +14,8 @@ the words' bytes: input 2k in the low nibble of byte k. Source: compressed_tenso
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from amalgam.formats.common.integers import (
     from_codes,
     from_nibbles,
     group_index,
+    pack_words,
     unpack_whole,
     unpack_words,
 )
@@ -38,26 +39,25 @@ from amalgam.formats.contract import (
     Read,
     Scheme,
     StoredWeight,
-    WeightFormat,
     WritableFormat,
     expect_dtype,
     expect_index,
     expect_shape,
     finite,
     group_block,
+    group_size_of,
     owned,
     refuse_part,
 )
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import Codes, Encoded, Grid, QuantizeOptions
-from amalgam.kernels.layouts import AFFINE8, INT4, SCALED8, pack_nibbles
+from amalgam.kernels.layouts import AFFINE8, INT4, SCALED8
 from amalgam.kernels.packed import PackedWeight
 
-DEFAULT_GROUP_SIZE = 128
 _PER_WORD = 8
 
 
-class PackedInt(WeightFormat):
+class PackedInt(WritableFormat):
     """compressed-tensors `pack-quantized` with a number of bits."""
 
     layouts = (INT4, SCALED8, AFFINE8)
@@ -178,14 +178,8 @@ class PackedInt(WeightFormat):
         rows, columns = shape
         # 2 and 3 bits take the room of 4 in memory: see `formats.common.integers`.
         values = rows * columns if self.bits == 8 else -(-rows * columns // 2)
-        return values + 2 * rows * (columns // _group_size(self.name, columns, options))
-
-
-class PackedInt4(PackedInt, WritableFormat):
-    """The width that is made, too: symmetric, in groups of inputs."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, 4)
+        groups = rows * -(-columns // _group_size(self.name, columns, options))
+        return values + (3 if options.has_zero_points else 2) * groups
 
     def grid(self, shape: tuple[int, ...], dtype: torch.dtype, options: QuantizeOptions = QuantizeOptions()) -> Grid:
         rows, columns = shape
@@ -194,50 +188,60 @@ class PackedInt4(PackedInt, WritableFormat):
                 f"{self.name} needs a multiple of {_PER_WORD} inputs; this weight has {columns}.",
                 remedy="Choose int8 or fp8, which take any number.",
             )
+        half = 1 << (self.bits - 1)
         return Grid(
             shape=(rows, columns),
             block=(1, _group_size(self.name, columns, options)),
-            strategy="group",
+            strategy="channel" if options.scale == "channel" else "group",
             dtype=torch.int8,
-            low=-8,
-            high=7,
-            reach=7.5,
+            low=-half,
+            high=half - 1,
+            reach=half - 0.5,
             scale_dtype=dtype if dtype in SCALE_DTYPES else torch.float32,
+            has_zero=options.has_zero_points,
         )
 
     def encode(self, codes: Codes) -> Encoded:
-        words = pack_nibbles((codes.values + 8).view(torch.uint8)).view(torch.int32)
-        shape = torch.tensor(codes.grid.shape, dtype=torch.int64)
-        return Encoded(codes.grid, {"weight_packed": words, "weight_scale": codes.scale, "weight_shape": shape})
+        tensors = {
+            "weight_packed": pack_words(self._raised(codes.values), self.bits),
+            "weight_scale": codes.scale,
+            "weight_shape": torch.tensor(codes.grid.shape, dtype=torch.int64),
+        }
+        if codes.zero is not None:
+            packed = pack_words(self._raised(codes.zero).t().contiguous(), self.bits)
+            tensors["weight_zero_point"] = packed.t().contiguous()
+        return Encoded(codes.grid, tensors)
+
+    def _raised(self, signed: Tensor) -> Tensor:
+        """Signed codes as they are stored."""
+        return (signed.short() + (1 << (self.bits - 1))).to(torch.uint8)
 
     def pack(self, encoded: Encoded) -> PackedWeight:
         return self._packed("", encoded.tensors, encoded.grid.shape, encoded.grid.block[1])
 
     def scheme(self, grid: Grid) -> Scheme:
-        arguments = {
+        arguments: dict[str, Any] = {
             "num_bits": self.bits,
             "type": "int",
-            "symmetric": True,
+            "symmetric": not grid.has_zero,
             "strategy": grid.strategy,
-            "group_size": grid.block[1],
             "dynamic": False,
         }
+        if grid.strategy == "group":
+            arguments["group_size"] = grid.block[1]
         return Scheme("pack-quantized", arguments)
 
 
 def _group_size(name: str, columns: int, options: QuantizeOptions) -> int:
-    if options.scale is not None:
-        raise ConfigError(f"scale {options.scale!r} does not apply to {name}.", remedy="Set group_size instead.")
-    # Without a wish: the default, or the largest power of two below it that divides.
-    group = options.group_size or math.gcd(columns, DEFAULT_GROUP_SIZE)
-    if columns % group:
-        fitting = [str(size) for size in (256, 128, 64, 32, 16, 8) if columns % size == 0]
-        raise ConfigError(
-            f"group_size {group} does not divide the {columns} inputs of this weight.",
-            remedy=f"{' and '.join(fitting)} divide it; without a group_size each weight gets the largest power of "
-            f"two up to {DEFAULT_GROUP_SIZE} that divides its inputs.",
-        )
-    return group
+    if options.scale not in (None, "group", "channel"):
+        raise ConfigError(f"Format {name} has no scale per {options.scale!r}.", remedy="Allowed: group, channel.")
+    if options.scale == "channel":
+        if options.group_size is not None:
+            raise ConfigError(
+                f"group_size {options.group_size} does not apply to scales per channel.", remedy="Give one of the two."
+            )
+        return columns
+    return group_size_of(columns, options.group_size)
 
 
 def _width(count: int, bits: int) -> int:
@@ -253,4 +257,4 @@ def _bits_by_shape(name: str, packed: TensorPart, shape: Tensor) -> int:
     return fitting[0]
 
 
-FORMATS = (PackedInt4("int4"), PackedInt("int2", 2), PackedInt("int3", 3), PackedInt("int8-packed", 8))
+FORMATS = (PackedInt("int4", 4), PackedInt("int2", 2), PackedInt("int3", 3), PackedInt("int8-packed", 8))

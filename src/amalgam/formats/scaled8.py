@@ -6,7 +6,8 @@ GPTQModel's, of the same name, divides, which only its declaration says).
 `(value - weight_zero_point) × scale` is the weight; only compressed-tensors' int8 has zero points. ModelOpt's
 `pre_quant_scale` multiplies the inputs. Scales of activations are not used: activations stay wide.
 
-fp8 values: OCP E4M3 without infinities, largest 448. Scales are made as compressed-tensors makes them:
+fp8 values: OCP E4M3 without infinities, largest 448, and E5M2, largest 57344. compressed-tensors has no word for E5M2:
+a declaration of ours says `fp8_dtype_flavor`, and the tensors tell. Scales are made as compressed-tensors makes them:
 amax / 448 for fp8, amax / 127.5 for int8 (rounded half to even, clamped to -128..127).
 """
 
@@ -33,6 +34,7 @@ from amalgam.formats.contract import (
     expect_dtype,
     expect_shape,
     finite,
+    group_size_of,
     owned,
     refuse_part,
 )
@@ -126,6 +128,9 @@ class Scaled8(WritableFormat):
 
     def pack(self, encoded: Encoded) -> PackedWeight:
         scale = encoded.tensors["weight_scale"].float().reshape(encoded.grid.scale_shape)
+        if encoded.grid.has_zero:
+            zero = encoded.tensors["weight_zero_point"].float().reshape(scale.shape)
+            return _asymmetric(encoded.tensors[WEIGHT_SUFFIX], scale, zero, encoded.grid.block)
         return self._packed(encoded.tensors[WEIGHT_SUFFIX], scale, encoded.grid.block)
 
     def _packed(self, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> PackedWeight:
@@ -141,41 +146,53 @@ class Scaled8(WritableFormat):
             high=self._high,
             reach=self._reach,
             scale_dtype=torch.float32,
+            has_zero=options.has_zero_points,
         )
 
     def encode(self, codes: Codes) -> Encoded:
-        scale = codes.scale.reshape(1) if codes.grid.strategy == "tensor" else codes.scale
-        return Encoded(codes.grid, {WEIGHT_SUFFIX: codes.values, "weight_scale": scale})
+        tensors = {WEIGHT_SUFFIX: codes.values, "weight_scale": codes.scale}
+        if codes.zero is not None:
+            tensors["weight_zero_point"] = codes.zero
+        if codes.grid.strategy == "tensor":
+            tensors |= {suffix: part.reshape(1) for suffix, part in tensors.items() if suffix != WEIGHT_SUFFIX}
+        return Encoded(codes.grid, tensors)
 
     def scheme(self, grid: Grid) -> Scheme:
         arguments: dict[str, Any] = {
             "num_bits": 8,
             "type": self.number,
-            "symmetric": True,
+            "symmetric": not grid.has_zero,
             "strategy": grid.strategy,
             "dynamic": False,
         }
         if grid.strategy == "block":
             arguments["block_structure"] = list(grid.block)
+        if grid.strategy == "group":
+            arguments["group_size"] = grid.block[1]
         return Scheme(f"{self.number}-quantized", arguments)
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
-        return math.prod(shape) + 4 * math.prod(num_blocks(shape, self._block_of(shape, options)))
+        each = 8 if options.has_zero_points else 4
+        return math.prod(shape) + each * math.prod(num_blocks(shape, self._block_of(shape, options)))
 
     def _strategy(self, options: QuantizeOptions) -> str:
-        scale = options.scale or "channel"
+        scale = options.scale or ("channel" if options.group_size is None else "group")
         if scale not in self.scales:
             raise ConfigError(
                 f"Format {self.name} has no scale per {scale!r}.", remedy=f"Allowed: {', '.join(self.scales)}."
             )
-        if options.group_size is not None:
+        if options.group_size is not None and scale != "group":
             raise ConfigError(
-                f"group_size {options.group_size} does not apply to format {self.name}.", remedy="Leave it out."
+                f"group_size {options.group_size} does not apply to scales per {scale}.", remedy="Leave it out."
             )
+        if options.has_zero_points and self.number == "float":
+            raise ConfigError(f"Format {self.name} has no zero points.", remedy="Leave them out, or choose int8.")
         return scale
 
     def _block_of(self, shape: tuple[int, ...], options: QuantizeOptions) -> tuple[int, int]:
         strategy = self._strategy(options)
+        if strategy == "group":
+            return 1, group_size_of(shape[1], options.group_size)
         return {"tensor": (shape[0], shape[1]), "channel": (1, shape[1]), "block": FP8_BLOCK}[strategy]
 
 
@@ -223,5 +240,6 @@ def _block_of_shape(
 
 FORMATS = (
     Scaled8("fp8", torch.float8_e4m3fn, (-448.0, 448.0), 448.0, ("tensor", "channel", "block")),
-    Scaled8("int8", torch.int8, (-128.0, 127.0), 127.5, ("channel",)),
+    Scaled8("fp8-e5m2", torch.float8_e5m2, (-57344.0, 57344.0), 57344.0, ("tensor", "channel", "block")),
+    Scaled8("int8", torch.int8, (-128.0, 127.0), 127.5, ("tensor", "channel", "group")),
 )

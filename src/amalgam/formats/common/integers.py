@@ -46,6 +46,26 @@ def unpack_whole(words: Tensor, bits: int) -> Tensor:
     return torch.stack(values, dim=-1).flatten(-2).to(torch.uint8)
 
 
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 `[rows, n]` below `2^bits` → int32 `[rows, ceil(n × bits / 32)]`: what `unpack_words` reads."""
+    rows, count = codes.shape
+    words = -(-count * bits // 32)
+    padded = torch.nn.functional.pad(codes, (0, words * 32 // math.gcd(bits, 32) - count))
+    if bits == 8:
+        stream = padded
+    elif bits == 4:
+        stream = pack_nibbles(padded)
+    elif bits == 2:
+        quads = padded.unflatten(-1, (-1, 4))
+        stream = quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+    else:
+        assert bits == 3, bits
+        eights = padded.unflatten(-1, (-1, 8)).int()
+        triple = sum((eights[..., index] << (3 * index) for index in range(1, 8)), start=eights[..., 0])
+        stream = torch.stack([(triple >> shift) & 255 for shift in (0, 8, 16)], dim=-1).flatten(-2).to(torch.uint8)
+    return stream[:, : 4 * words].contiguous().view(torch.int32).view(rows, words)
+
+
 class Groups(NamedTuple):
     """What inputs share: scale, float, and zero, integers, `[out, groups]`; zero is None where it is the middle.
 

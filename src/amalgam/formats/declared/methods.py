@@ -34,8 +34,10 @@ def _compressed_tensors(reader: Reader, method: str) -> Declaration:
     if reader.values.get("transform_config") == {"config_groups": {}}:
         reader.pass_over({"transform_config"})
     _refuse_sparsity(reader)
-    if (flavor := reader.get("fp8_dtype_flavor")) not in (None, "float8_e4m3fn"):
-        reader.unsupported("fp8_dtype_flavor", flavor, "float8_e4m3fn; the same bits mean half as much in others")
+    if (flavor := reader.get("fp8_dtype_flavor")) not in (None, "float8_e4m3fn", "float8_e5m2"):
+        reader.unsupported(
+            "fp8_dtype_flavor", flavor, "float8_e4m3fn, float8_e5m2; the same bits mean half as much in others"
+        )
     layout = reader.text("format", default="dense")
     default = Declared(method, reader.where)
     named: dict[str, Declared] = {}
