@@ -19,7 +19,19 @@ from amalgam.cli.streams import OutputError, guarded_streams
 from amalgam.errors import AmalgamError
 
 # In the order of a user's day. `amalgam.cli.<verb>` exports `command`; its docstring is the help text.
-VERBS = ("serve", "generate", "chat", "plan", "config", "quantize", "analyze", "estimate", "experts", "bench")
+VERBS = (
+    "serve",
+    "generate",
+    "chat",
+    "plan",
+    "config",
+    "quantize",
+    "evaluate",
+    "analyze",
+    "estimate",
+    "experts",
+    "bench",
+)
 
 INTERRUPTED = 130
 _HELP = {"help_option_names": ["-h", "--help"]}

@@ -14,7 +14,16 @@ from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 from rich.console import Console, ConsoleDimensions
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -54,13 +63,17 @@ def is_terminal(stream: IO[str]) -> bool:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[ProgressCallback]:
-    """A callback for long work, shown as bars on stderr; silent where that is no terminal."""
+def progress_bar(unit: str = "bytes") -> Iterator[ProgressCallback]:
+    """A callback for long work, shown as bars on stderr; silent where that is no terminal.
+
+    Args:
+        unit: what is counted; anything but bytes is shown as a plain number.
+    """
+    amounts: tuple[ProgressColumn, ...] = (DownloadColumn(binary_units=True), TransferSpeedColumn())
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *(amounts if unit == "bytes" else (MofNCompleteColumn(),)),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, disable=not is_terminal(sys.stderr)) as bars:

@@ -123,6 +123,43 @@ class ModelLoader:
         check_agreement(planned)
         return planned
 
+    def uniform(self, source: str) -> tuple[Rule, ...]:
+        """Rules that take every weight that is multiplied, but the head and routers, from one source.
+
+        The rest stays with base, and so does what the source does not hold.
+
+        Raises:
+            PlanError: nobody declared the source.
+            CheckpointError: it is damaged.
+        """
+        held = self._opened(source).weights
+        names = [name for name, slot in self._slots.items() if slot.is_linear and slot.role != "head" and name in held]
+        return build_rules(dict.fromkeys(names, source))
+
+    def candidate(self, name: str, source: str) -> PlannedWeight | None:
+        """One weight as a source has it; None if the source does not hold it. Reads headers only.
+
+        Raises:
+            PlanError: no such source, or it has the weight in another shape.
+            CheckpointError: it is damaged.
+        """
+        if name not in self._opened(source).weights:
+            return None
+        rule = Rule(pattern=name, source=source)
+        return self._plan_weight(self._slots[name], Choice(name, source, rule))
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """Logical name → slot of every weight, in order of use."""
+        return dict(self._slots)
+
+    def _opened(self, source: str) -> Source:
+        if source not in self._paths:
+            raise PlanError(
+                f"Source {source!r} is not declared.", remedy=f"Declared: {', '.join(sorted(self._paths))}."
+            )
+        return self._source(source)
+
     def memory_bytes(self, slot: Slot, weight_format: WeightFormat) -> int:
         """What the weight of a slot that is multiplied would take in memory in a format.
 

@@ -1,0 +1,1 @@
+"""How well a plan does, by numbers: texts in, divergences and perplexities with confidence intervals out."""

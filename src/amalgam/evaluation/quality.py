@@ -1,0 +1,219 @@
+"""A plan against a reference plan, token by token.
+
+In: two loaded plans and windows. Out: `Figures` of each token, and `Quality`: their summary with confidence intervals.
+Must never know: where plans come from.
+
+The divergence is KL(reference ‖ plan) of the next token, in nats (Kullback & Leibler 1951), at every position of every
+window but the last, which predicts nothing that is known. Logits are computed of some positions at a time, so that
+those of a large vocabulary take no more memory than those of a small one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from amalgam.composition.progress import Progress
+from amalgam.errors import CheckpointError
+from amalgam.evaluation.confidence import MIN_UNITS, Bootstrap, Floats, Interval
+from amalgam.evaluation.running import Contestant, rows_at_once
+from amalgam.evaluation.texts import Sample, Window
+from amalgam.kernels.backends import Compiled
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One value for each scored token. Divergence and agreement are those with the reference.
+
+    Attributes:
+        loss: negative log-likelihood of the token that follows, in nats.
+    """
+
+    units: npt.NDArray[np.int64]
+    domains: npt.NDArray[np.int64]
+    num_bytes: Floats
+    loss: Floats
+    divergence: Floats
+    agrees: Floats
+
+    def only(self, is_wanted: npt.NDArray[np.bool_]) -> Figures:
+        return Figures(*(getattr(self, name)[is_wanted] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the figures of some tokens say; without a reference, divergence and agreement are None.
+
+    Attributes:
+        bits_per_byte: loss for each byte of the text, which tokenizers do not change.
+        percentile_99, percentile_999: of the divergence.
+    """
+
+    num_tokens: int
+    num_units: int
+    perplexity: Interval
+    bits_per_byte: Interval
+    divergence: Interval | None = None
+    percentile_99: Interval | None = None
+    percentile_999: Interval | None = None
+    agreement: Interval | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Reference:
+    """The plan that others are compared with; its hidden states are computed once and kept.
+
+    Raises:
+        CheckpointError: they hold NaN or infinity.
+    """
+
+    def __init__(self, contestant: Contestant, sample: Sample, progress: Progress | None = None) -> None:
+        self.contestant = contestant
+        self.sample = sample
+        self._hidden = dict(contestant.hidden(sample.windows, progress))
+
+    def figures(self, plan: Contestant | None = None, progress: Progress | None = None) -> Figures:
+        """A plan's figures; the reference's own, without divergence, if None is given.
+
+        Raises:
+            CheckpointError: hidden states or logits hold NaN or infinity.
+        """
+        windows = self.sample.windows
+        mine = self.contestant.compiled
+        other = None if plan is None else plan.compiled
+        source = self._hidden.items() if plan is None else plan.hidden(windows, progress)
+        loss, divergence, agrees = [], [], []
+        for step, hidden in source:
+            rows, targets = scored(windows[step.start : step.stop])
+            for some, wanted in zip(rows.split(self._at_once), targets.split(self._at_once), strict=True):
+                reference = log_probabilities(mine, self._hidden[step][some], self.contestant.name)
+                if other is None or plan is None:
+                    loss.append(-reference.gather(1, wanted[:, None]).squeeze(1))
+                    continue
+                found = log_probabilities(other, hidden[some], plan.name)
+                loss.append(-found.gather(1, wanted[:, None]).squeeze(1))
+                divergence.append((reference.exp() * (reference - found)).sum(-1))
+                agrees.append((reference.argmax(-1) == found.argmax(-1)).double())
+        zeros = [torch.zeros(sum(map(len, loss)), dtype=torch.float64)]
+        return _figures(self.sample, loss, divergence or zeros, agrees or zeros)
+
+    @property
+    def _at_once(self) -> int:
+        return rows_at_once(self.contestant.loader.spec.vocab_size)
+
+
+def own_figures(contestant: Contestant, sample: Sample, progress: Progress | None = None) -> Figures:
+    """A plan's figures without a reference: of another model, say."""
+    at_once = rows_at_once(contestant.loader.spec.vocab_size)
+    loss = []
+    for step, hidden in contestant.hidden(sample.windows, progress):
+        rows, targets = scored(sample.windows[step.start : step.stop])
+        for some, wanted in zip(rows.split(at_once), targets.split(at_once), strict=True):
+            found = log_probabilities(contestant.compiled, hidden[some], contestant.name)
+            loss.append(-found.gather(1, wanted[:, None]).squeeze(1))
+    zeros = [torch.zeros(sum(map(len, loss)), dtype=torch.float64)]
+    return _figures(sample, loss, zeros, zeros)
+
+
+@torch.inference_mode()
+def log_probabilities(compiled: Compiled, hidden: Tensor, name: str) -> Tensor:
+    """float64 `[rows, vocabulary]`.
+
+    Raises:
+        CheckpointError: a logit is NaN or infinite.
+    """
+    logits = compiled.head(hidden.contiguous())
+    if not bool(logits.isfinite().all()):
+        raise CheckpointError(f"{name}: logits hold NaN or infinity.", remedy="Check the weights of the head.")
+    return logits.double().log_softmax(-1)
+
+
+def scored(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """The rows of a step that predict a token that is known, and those tokens; int64 on the CPU."""
+    rows: list[int] = []
+    targets: list[int] = []
+    start = 0
+    for window in windows:
+        size = len(window.token_ids)
+        rows += range(start, start + size - 1)
+        targets += window.token_ids[1:]
+        start += size
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)
+
+
+def _figures(sample: Sample, loss: Sequence[Tensor], divergence: Sequence[Tensor], agrees: Sequence[Tensor]) -> Figures:
+    sizes = [len(window.token_ids) - 1 for window in sample.windows]
+    domains = {domain: index for index, domain in enumerate(sample.domains)}
+    per_token = [window.num_bytes / size for window, size in zip(sample.windows, sizes, strict=True)]
+    return Figures(
+        np.repeat(np.array([window.unit for window in sample.windows], np.int64), sizes),
+        np.repeat(np.array([domains[window.domain] for window in sample.windows], np.int64), sizes),
+        np.repeat(np.array(per_token, np.float64), sizes),
+        *(torch.cat(list(parts)).numpy() for parts in (loss, divergence, agrees)),
+    )
+
+
+def summarise(figures: Figures, *, has_reference: bool = True, seed: int = 0) -> Quality:
+    """Means and percentiles with their 95% confidence intervals."""
+    bootstrap = Bootstrap(figures.units, seed)
+    loss = bootstrap.mean(figures.loss)
+    bits = _ratio(bootstrap, figures.loss / math.log(2), figures.num_bytes)
+    own = Quality(len(figures.loss), bootstrap.num_units, _exponential(loss), bits)
+    if not has_reference:
+        return own
+    high, higher = bootstrap.quantiles(figures.divergence, (0.99, 0.999))
+    return Quality(
+        own.num_tokens,
+        own.num_units,
+        own.perplexity,
+        own.bits_per_byte,
+        bootstrap.mean(figures.divergence),
+        high,
+        higher,
+        bootstrap.mean(figures.agrees),
+    )
+
+
+def by_domain(figures: Figures, sample: Sample, *, has_reference: bool = True) -> dict[str, Quality]:
+    """Domain → its own summary."""
+    return {
+        domain: summarise(figures.only(figures.domains == index), has_reference=has_reference)
+        for index, domain in enumerate(sample.domains)
+    }
+
+
+def _ratio(bootstrap: Bootstrap, values: Floats, weights: Floats) -> Interval:
+    ratio = bootstrap.ratio_of_means(values, weights)
+    if ratio.low is None or ratio.high is None:
+        return Interval(ratio.value + 1)
+    return Interval(ratio.value + 1, ratio.low + 1, ratio.high + 1)
+
+
+def _exponential(loss: Interval) -> Interval:
+    bounds = [None if value is None else math.exp(value) for value in (loss.low, loss.high)]
+    return Interval(math.exp(loss.value), *bounds)
+
+
+def remarks(reference: Quality, sample: Sample, vocab_size: int) -> list[str]:
+    """What a reader of the figures should know."""
+    found = []
+    if reference.num_units < MIN_UNITS:
+        found.append(
+            f"{reference.num_units} {sample.unit} are too few for confidence intervals: give texts of at least "
+            f"{MIN_UNITS} {sample.unit}."
+        )
+    if reference.perplexity.value > vocab_size / 4:
+        found.append(
+            f"The reference predicts these texts as badly as chance would (perplexity "
+            f"{reference.perplexity.value:.0f}, {vocab_size} tokens): the tokenizer may be another model's."
+        )
+    return found
