@@ -85,6 +85,18 @@ def test_keys_are_counted_with_their_objects() -> None:
         parse_json(raw, max_keys=3)
 
 
+def test_lists_are_counted_and_brackets_in_strings_are_none() -> None:
+    text = r'["[[[[", "\\\"[[[[", {"[[": []}]'
+    assert parse_json(text.encode(), max_keys=2) == json.loads(text)
+    with raises(ValueError, 2):
+        parse_json(b"[[], []]", max_keys=2)
+    assert parse_json(b'[",,,", 1]', max_values=1) == [",,,", 1]
+    with raises(ValueError, 1):
+        parse_json(b"[1, 2, 3]", max_values=1)
+    with raises(ValueError):
+        parse_json(b'["' + b"[" * 9, max_keys=2)  # a string without an end hides nothing
+
+
 def test_a_complaint_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"a": NaN}')

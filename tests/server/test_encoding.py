@@ -144,6 +144,7 @@ def test_clients_that_left_are_not_tokenized(
 def test_long_bodies_become_text_a_few_at_a_time(
     url: str, deployment: FakeDeployment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(body, "INLINE_BODY_BYTES", 1000)
     monkeypatch.setattr(body, "LONG_BODY_BYTES", 1000)
     caplog.set_level(logging.INFO, "amalgam.server")
     held, seen = threading.Event(), []

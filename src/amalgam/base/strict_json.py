@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,18 @@ _WHOLE = re.compile(
 )
 
 
-def parse_json(raw: bytes, *, max_keys: int | None = None) -> Any:
+def parse_json(raw: bytes, *, max_keys: int | None = None, max_values: int | None = None) -> Any:
     """
     Args:
-        max_keys: the most keys and objects that it may have; None: only its length counts.
+        max_keys: the most keys and objects that it may have, and the most lists; None: only its length counts.
+        max_values: the most values in lists and objects, about.
 
     Raises:
         ValueError: it is no such JSON; says what is wrong.
     """
+    for mark, most, what in ((b"[", max_keys, "lists"), (b",", max_values, "values")):
+        if most is not None and raw.count(mark) > most and _more_marks_than(most, mark).match(raw):
+            raise ValueError(f"it has more than {most} {what}")
     num_keys = 0
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,6 +73,16 @@ def parse_json(raw: bytes, *, max_keys: int | None = None) -> Any:
         if half := raw[whole.end() :][:6].decode():
             raise ValueError(f"a string has {half}, half of a surrogate pair")
     return value
+
+
+@cache
+def _more_marks_than(count: int, mark: bytes) -> re.Pattern[bytes]:
+    """What JSON begins with that has more of a bracket or comma, those in strings left out.
+
+    The parser tells of no list, and of no number: it calls nobody for them, and lets no other thread run meanwhile.
+    """
+    other = rb'(?:[^"%b]++|"(?:[^"\\]++|\\.)*+")*+' % re.escape(mark)
+    return re.compile(rb"(?:%b%b){%d}+" % (other, re.escape(mark), count + 1), re.DOTALL)
 
 
 def is_longer(value: Any, max_chars: int) -> bool:

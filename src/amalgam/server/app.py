@@ -6,6 +6,7 @@ In: settings and a callable that opens the model. Out: HTTP until a signal arriv
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -50,6 +51,8 @@ DESCRIPTION = """One running Transformer made out of several checkpoints in diff
 field of a request means its default. How a model is sampled by default says its generation_config.json where it has
 one, and its defaults are those shown here once it is loaded; GET /model_info has them too, as sampling_defaults."""
 
+YOUNG_OBJECTS = 10_000  # that the garbage collector waits for; 700 are a fraction of one request
+
 logger = logging.getLogger("amalgam.server")
 
 
@@ -72,7 +75,7 @@ def run(settings: Settings, open_deployment: Callable[[], Deployment], stopping:
     raise_descriptor_limit()
     listeners = listen(settings.server)
     scheme = "http" if certificate is None else "https"
-    service = Service(settings, open_deployment, stopping, url_of(listeners[0], settings.server.host, scheme))
+    service = Service(settings, settling(open_deployment), stopping, url_of(listeners[0], settings.server.host, scheme))
     server = DrainingServer(
         create_app(service, keys, tracer), service, certificate, reloading(settings, keys, certificate)
     )
@@ -83,6 +86,23 @@ def run(settings: Settings, open_deployment: Callable[[], Deployment], stopping:
     if server.failure is not None:
         raise server.failure
     return 0
+
+
+def settling(open_deployment: Callable[[], Deployment]) -> Callable[[], Deployment]:
+    """The same, and what is in memory then stays out of the garbage collector's sight.
+
+    It lives as long as the process. To go over its several hundred thousand objects stops every thread for a tenth of a
+    second, and a request with many small objects sets that off several times.
+    """
+
+    def open_and_settle() -> Deployment:
+        deployment = open_deployment()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
+        return deployment
+
+    return open_and_settle
 
 
 def reloading(settings: Settings, keys: KeyRing, certificate: Certificate | None) -> Callable[[], None] | None:

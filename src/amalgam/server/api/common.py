@@ -28,6 +28,8 @@ from amalgam.server.service import Service
 
 MAX_INT = 2**31 - 1
 MAX_MESSAGES = 4096
+MAX_PARTS = 4096  # of one message
+MAX_CALLS = 256  # in one message
 MAX_TOOLS_CHARS = 2**18
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # as OpenAI and Anthropic document them
 

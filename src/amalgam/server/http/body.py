@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from starlette.requests import Request
@@ -24,8 +25,10 @@ from amalgam.errors import AmalgamError, OverloadedError, RequestError, describe
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.errors import BodyTooLargeError, InvalidJSONError, MediaTypeError, error_response
 
+INLINE_BODY_BYTES = 2**14  # that the event loop parses itself: what a thread costs is more than it saves
 LONG_BODY_BYTES = 2**20
 MAX_JSON_KEYS = 100_000
+MAX_JSON_VALUES = 2**20
 MAX_HELD_BODIES = 32  # of the largest size
 
 
@@ -62,32 +65,36 @@ class NoFields(Body):
 
 
 def parse_body(body: bytes) -> Any:
-    """The JSON of a body (see `base.strict_json`), with a limit on its keys.
+    """The JSON of a body (see `base.strict_json`), with limits on what it holds.
 
     Raises:
         InvalidJSONError: naming what is wrong and where.
     """
     try:
-        return parse_json(body, max_keys=MAX_JSON_KEYS)
+        return parse_json(body, max_keys=MAX_JSON_KEYS, max_values=MAX_JSON_VALUES)
     except ValueError as error:
         raise InvalidJSONError(f"The body is not valid JSON: {error}.", remedy="Send a JSON object.") from None
 
 
 class JSONRequest(Request):
-    async def read_json(self) -> None:
-        """Parse the body, if there is one. Before FastAPI does, which would hide the message of an error.
+    def read_json(self, made: Callable[[Any], Any] = lambda value: value) -> None:
+        """Parse the body, if there is one, which has been received. Before FastAPI does, which would hide the message
+        of an error.
 
         Whatever is declared must be JSON, even of no length: a page of another site can send forms and plain text
         without asking first.
 
+        Args:
+            made: what `json` gives, of the body's value.
+
         Raises:
             MediaTypeError, InvalidJSONError: it is not JSON.
         """
-        body, declared = await self.body(), self.headers.get("content-type")
+        body, declared = self._body, self.headers.get("content-type")
         if body or declared is not None:
             _check_media_type(declared or "")
         if body:
-            self._json = parse_body(body)
+            self._json = made(parse_body(body))
             self._body = b"{}"  # a long prompt is in memory for as long as its answer takes: once is enough
 
     async def json(self) -> Any:
@@ -95,7 +102,11 @@ class JSONRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route that parses its body strictly, and refuses query parameters that it does not declare or gets twice."""
+    """A route that parses its body strictly, and refuses query parameters that it does not declare or gets twice.
+
+    What is more than a few kilobytes is parsed and validated in a thread, in turn with prompts: a megabyte of small
+    objects takes half a second, in which nobody else would be answered.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -107,14 +118,31 @@ class StrictRoute(APIRoute):
             _check_no_key_twice(request)
             if self.body_field is None:
                 return await handle(request)
+            num_bytes = len(await request.body())
+            if num_bytes <= INLINE_BODY_BYTES:
+                request.read_json()
+                return await handle(request)
+            encoder, while_there = request.app.state.service.encoder, partial(unless_client_leaves, request.receive)
             async with contextlib.AsyncExitStack() as stack:
-                if len(await request.body()) > LONG_BODY_BYTES:
-                    encoder = request.app.state.service.encoder
-                    await stack.enter_async_context(encoder.long_body(partial(unless_client_leaves, request.receive)))
-                await request.read_json()
+                if num_bytes > LONG_BODY_BYTES:
+                    await stack.enter_async_context(encoder.long_body(while_there))
+                await while_there(encoder.turn(lambda: request.read_json(self._validated)))
                 return await handle(request)
 
         return handle_strictly
+
+    def _validated(self, value: Any) -> Any:
+        """The body that the handler gets: FastAPI takes it as it is.
+
+        Raises:
+            RequestValidationError: as FastAPI does.
+        """
+        if self.body_field is None or self._embed_body_fields:
+            return value
+        validated, errors = self.body_field.validate(value, {}, loc=("body",))
+        if errors:
+            raise RequestValidationError(errors)
+        return validated
 
 
 def _check_no_key_twice(request: Request) -> None:

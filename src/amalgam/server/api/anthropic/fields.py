@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from amalgam.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TEMPERATURE
-from amalgam.server.api.common import MAX_INT, MAX_MESSAGES
+from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, MAX_PARTS
 from amalgam.server.http.body import Body
 
 MAX_TOOLS = 1024
@@ -65,7 +65,7 @@ def _as_blocks(value: Any) -> Any:
 
 Texts = Annotated[
     list[TextBlock],
-    Field(fail_fast=True),
+    Field(max_length=MAX_PARTS, fail_fast=True),
     BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
 ]
 
@@ -85,7 +85,7 @@ class UserMessage(Body):
     role: Literal["user"]
     content: Annotated[
         list[UserBlock],
-        Field(min_length=1, fail_fast=True),
+        Field(min_length=1, max_length=MAX_PARTS, fail_fast=True),
         BeforeValidator(_as_blocks, json_schema_input_type=str | list[UserBlock]),
     ]
 
@@ -94,7 +94,7 @@ class AssistantMessage(Body):
     role: Literal["assistant"]
     content: Annotated[
         list[AssistantBlock],
-        Field(fail_fast=True),
+        Field(max_length=MAX_PARTS, fail_fast=True),
         BeforeValidator(_as_blocks, json_schema_input_type=str | list[AssistantBlock]),
     ]
 

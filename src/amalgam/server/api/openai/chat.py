@@ -19,7 +19,7 @@ from amalgam.engine.params import MAX_LOGPROBS
 from amalgam.engine.request import FinishReason, RequestOutput
 from amalgam.errors import RequestError
 from amalgam.server.api.chats import AnswerReader
-from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, ToolUse
+from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, MAX_PARTS, ToolUse
 from amalgam.server.api.openai.answers import Head, TokenCounts, reason_of, stream_of, versions_of
 from amalgam.server.api.openai.conversation import (
     Conversation,
@@ -104,7 +104,7 @@ class ChatBody(SamplingFields):
     """The same, as DeepSeek, GLM and Doubao have it."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, such as `enable_thinking`."""
-    documents: list[dict[str, Any]] | None = Field(default=None, fail_fast=True)
+    documents: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_PARTS, fail_fast=True)
     """`{"title", "text"}`, for chat templates that quote them."""
     add_generation_prompt: bool | None = None
     """End the prompt with the beginning of the assistant's message. null: unless a message is continued."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from amalgam.errors import RequestError, UnsupportedError, describe
+from amalgam.server.api.common import MAX_PARTS
 from amalgam.server.api.openai.messages import ContentParts
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta, ToolCallDelta
@@ -66,8 +67,8 @@ class ReasoningItem(_Item):
     }
 
     type: Literal["reasoning"]
-    summary: list[ReasoningText] = Field(default_factory=list, fail_fast=True)
-    content: list[ReasoningText] = Field(default_factory=list, fail_fast=True)
+    summary: list[ReasoningText] = Field(default_factory=list, max_length=MAX_PARTS, fail_fast=True)
+    content: list[ReasoningText] = Field(default_factory=list, max_length=MAX_PARTS, fail_fast=True)
 
 
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")

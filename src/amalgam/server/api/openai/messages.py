@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from amalgam.errors import RequestError, UnsupportedError, describe
+from amalgam.server.api.common import MAX_CALLS, MAX_PARTS
 from amalgam.server.api.openai.refusing import CACHE_CONTROL, Refused, RefusingBody
 from amalgam.server.http.body import Body
 
@@ -49,7 +50,7 @@ class ContentPart(RefusingBody):
         return (self.text if self.type == "text" else self.refusal) or ""
 
 
-ContentParts = Annotated[list[ContentPart], Field(fail_fast=True)]
+ContentParts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class CalledFunction(Body):
@@ -78,7 +79,7 @@ class Message(RefusingBody):
     content: str | ContentParts | None = None
     """A text, or parts of type text."""
     name: str | None = None
-    tool_calls: list[ToolCall] | None = Field(default=None, fail_fast=True)
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_CALLS, fail_fast=True)
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning: str | None = None
