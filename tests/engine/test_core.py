@@ -81,6 +81,13 @@ class TestAnswers:
         assert 0 <= usage.queue_seconds <= usage.first_token_seconds <= usage.total_seconds
         assert all(output.usage is None for output in outputs.all[:-1])
 
+    def test_the_time_before_the_submission_counts_but_not_as_waiting(self, make_engine):
+        observation = Observation(arrived_at=time.monotonic() - 1000)
+        (answer,) = make_engine().generate([[9, 8, 7]], GREEDY, observation)
+        usage = answer.usage
+        assert usage.encoding_seconds >= 1000 and usage.queue_seconds < 1000
+        assert usage.first_token_seconds >= usage.encoding_seconds + usage.queue_seconds
+
     def test_an_answer_ends_with_the_longest_sequence(self, make_engine):
         engine = make_engine(max_seq_length=20)
         (answer,) = engine.generate([[5] * 15], SamplingParams(max_new_tokens=500, ignore_eos=True))

@@ -153,3 +153,12 @@ def test_steps_and_what_the_scheduler_did() -> None:
     assert (reading.inter_token.sum, sum(reading.inter_token.counts)) == (0.75, 2)
     assert reading.counts == Counts(1, 20, 16)
     assert reading.distinct_experts is None
+
+
+def test_latencies_begin_before_the_prompt_is_encoded_and_the_queue_behind_it():
+    meter = Meter()
+    usage = Usage(30, 5, 0.5, 4.0, 8.0, 1, encoding_seconds=2.0)
+    meter.add_finished(RequestOutput(1, "", (), FinishReason.STOP, usage=usage))
+    reading = meter.read()
+    sums = [histogram.sum for histogram in (reading.first_token, reading.total, reading.queue, reading.prompt)]
+    assert sums == [4.0, 8.0, 0.5, 1.5]

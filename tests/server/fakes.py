@@ -150,6 +150,7 @@ class FakeEngine:
         return nullcontext()
 
     async def embed(self, prompt_ids: Sequence[int], pooling: str, observation: Observation) -> Any:
+        self.observations.append(observation)
         self.check_prompt_length(len(prompt_ids))
         if len(self.running) >= self.max_queue:
             raise OverloadedError("The queue is full.")

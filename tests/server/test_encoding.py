@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -211,3 +212,14 @@ def test_bodies_that_are_held_are_bounded_together(deployment: FakeDeployment, m
             wait_until(lambda: not deployment.engine.running)
             deployment.engine.held_at = None
             assert client.post("/generate", json=request).status_code == 200
+
+
+def test_a_request_s_latencies_begin_before_it_is_encoded(client: httpx.Client, deployment: FakeDeployment) -> None:
+    encoded: list[float] = []
+    deployment.encode = lambda text: encoded.append(time.monotonic()) or [1]
+    bodies = {"/generate": {"prompt": "a"}, "/v1/embeddings": {"input": "a"}, "/v1/completions": {"prompt": "a"}}
+    for path, fields in bodies.items():
+        assert client.post(path, json=fields).status_code == 200
+    arrived = [observation.arrived_at for observation in deployment.engine.observations]
+    assert len(arrived) == len(encoded) == 3
+    assert all(before is not None and before <= then for before, then in zip(arrived, encoded, strict=True))

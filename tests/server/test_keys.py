@@ -178,6 +178,50 @@ def test_a_file_with_names_limits_and_an_administrator(tmp_path: Path) -> None:
     assert (root.name, root.is_admin, root.requests_per_minute, root.tokens_per_minute) == ("root", True, 0, 0)
 
 
+OWN_PRIORITY = f"""
+- {{name: alice, key: {USER}, priority: 5}}
+- {{name: bob, key: {OTHER}}}
+- {{name: root, key: {ADMIN}, admin: true, priority: 2}}
+"""
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_no_key_but_an_administrator_s_passes_others_by(tmp_path: Path, path: str) -> None:
+    deployment = FakeDeployment()
+    ring(tmp_path, OWN_PRIORITY)
+    prompt = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1} if "chat" in path else {"prompt": "a"}
+    with serving(fake_settings(port=0, api_keys_file=str(tmp_path / "keys")), lambda: deployment) as url:
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+
+        def ask(key: str, **fields: Any) -> httpx.Response:
+            return httpx.post(url + path, json={**prompt, **fields}, headers=bearer(key), timeout=60)
+
+        wanted = [
+            (USER, {}, 5),
+            (USER, {"priority": 3}, 8),
+            (OTHER, {}, 0),
+            (OTHER, {"priority": 1}, 1),
+            (ADMIN, {}, 2),
+        ]
+        for key, fields, expected in [
+            *wanted,
+            (ADMIN, {"priority": -9}, -7),
+            (ADMIN, {"priority": -(2**31) + 1}, None),
+        ]:
+            assert ask(key, **fields).status_code == 200
+            assert deployment.engine.params[-1].priority == expected or expected is None
+        num_submitted = deployment.engine.num_submitted
+        for key, stream in itertools.product((USER, OTHER), (False, True)):
+            refused = ask(key, priority=-1, stream=stream)
+            assert (refused.status_code, "priority" in refused.json()["error"]["message"]) == (403, True)
+        assert deployment.engine.num_submitted == num_submitted
+
+
+def test_without_keys_everybody_chooses_a_priority(client: httpx.Client, deployment: FakeDeployment) -> None:
+    assert client.post("/generate", json={**GENERATE, "priority": -3}).status_code == 200
+    assert deployment.engine.params[-1].priority == -3
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

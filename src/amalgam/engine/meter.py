@@ -88,7 +88,7 @@ class Reading:
     first_token: Histogram  # seconds from arrival to the first token, of finished requests
     per_token: Histogram  # seconds between later tokens, each request's mean
     total: Histogram  # seconds from arrival to the end
-    queue: Histogram  # seconds from arrival to the first step, of finished requests that had one
+    queue: Histogram  # seconds from submission to the first step, of finished requests that had one
     prompt: Histogram  # seconds from there to the first token
     answer: Histogram  # seconds from there to the end
     inter_token: Histogram  # seconds between a request's outputs, each step's
@@ -206,7 +206,7 @@ class Meter:
             if usage is None or usage.num_new_tokens == 0:
                 return
             decoding = usage.total_seconds - usage.first_token_seconds
-            self._prompt.add(usage.first_token_seconds - usage.queue_seconds)
+            self._prompt.add(usage.first_token_seconds - usage.queue_seconds - usage.encoding_seconds)
             self._answer.add(decoding)
             per_token = decoding / (usage.num_new_tokens - 1) if usage.num_new_tokens > 1 else None
             self._latencies.append(Latency(self._clock.now(), usage.first_token_seconds, per_token))

@@ -67,9 +67,10 @@ def _usage(request: Request, now: float) -> Usage:
     return Usage(
         num_prompt_tokens=request.num_prompt_tokens,
         num_new_tokens=request.num_new_tokens,
-        queue_seconds=started_at - request.arrived_at,
+        queue_seconds=started_at - request.submitted_at,
         first_token_seconds=first_token_at - request.arrived_at,
         total_seconds=now - request.arrived_at,
         version=0 if request.version is None else request.version.version_id,
         num_cached_tokens=request.num_cached_tokens,
+        encoding_seconds=request.submitted_at - request.arrived_at,
     )

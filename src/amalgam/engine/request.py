@@ -28,17 +28,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the expert statistics make of a request.
+    """What is observed of a request beside its answer: its experts, its times.
 
     Attributes:
         label: counted under this name too.
         wants_trace: the last output carries the experts of each token.
-        is_counted: False keeps the request out of all statistics.
+        is_counted: False keeps the request out of all expert statistics.
+        arrived_at: by `time.monotonic`, when its text was there, which has become tokens since; None: with them.
     """
 
     label: str | None = None
     wants_trace: bool = False
     is_counted: bool = True
+    arrived_at: float | None = field(default=None, compare=False)
 
 
 def check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
@@ -105,11 +107,12 @@ class Usage:
 
     num_prompt_tokens: int
     num_new_tokens: int  # an end-of-sequence token included
-    queue_seconds: float
+    queue_seconds: float  # from submission to the first step
     first_token_seconds: float  # from arrival; total_seconds if there was none
     total_seconds: float
     version: int  # the weight version that answered; 0 if the request never ran
     num_cached_tokens: int = 0  # of the prompt, whose keys and values were there already: nothing was computed for them
+    encoding_seconds: float = 0.0  # from arrival to submission: its text became tokens
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ class Request:
     num_computed: int = 0
     num_recorded: int = 0
     is_cancelled: bool = False
-    arrived_at: float = field(default_factory=time.monotonic)
+    submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -219,6 +222,12 @@ class Request:
         self.token_ids = self.token_ids or list(self.prompt_ids)
         if self.max_new_tokens < 0:
             self.max_new_tokens = self.params.max_new_tokens
+
+    @property
+    def arrived_at(self) -> float:
+        """By `time.monotonic`, no later than submitted."""
+        arrived_at = self.observation.arrived_at
+        return self.submitted_at if arrived_at is None else min(arrived_at, self.submitted_at)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from typing import Any, TypeVar, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from amalgam.engine.request import RequestOutput
+from amalgam.engine.params import MAX_PRIORITY, SamplingParams
+from amalgam.engine.request import Observation, RequestOutput
 from amalgam.errors import AmalgamError, OverloadedError, RequestError
+from amalgam.server.http.keys import ForbiddenError
 from amalgam.server.http.record import RequestRecord, current_record
 from amalgam.server.interface import Deployment, Engine, OutputStream
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from amalgam.text.grammar import CompiledGrammar
 
 T = TypeVar("T")
 
@@ -49,19 +58,34 @@ class _WatchedEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def stream(self, prompt_ids: Sequence[int], *arguments: Any, **more: Any) -> OutputStream:
-        outputs = self._engine.stream(prompt_ids, *arguments, **more)
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        observation: Observation,
+        constraint: CompiledGrammar | None = None,
+    ) -> OutputStream:
+        """See `Engine.stream`.
+
+        Raises:
+            ForbiddenError: the request's priority is not its key's to ask for.
+        """
         record = current_record.get()
         if record is None:
-            return outputs
+            return self._engine.stream(prompt_ids, params, observation, constraint)
+        params, observation = _with_priority(record, params), _with_arrival(record, observation)
+        outputs = self._engine.stream(prompt_ids, params, observation, constraint)
         _note_prompt(record, prompt_ids)
         return _WatchedStream(outputs, record)
 
-    async def embed(self, prompt_ids: Sequence[int], *arguments: Any, **more: Any) -> Any:
-        result = cast(Any, self._engine).embed(prompt_ids, *arguments, **more)
+    async def embed(
+        self, prompt_ids: Sequence[int], pooling: Literal["mean", "last"], observation: Observation
+    ) -> npt.NDArray[np.float32]:
+        """See `Engine.embed`."""
         record = current_record.get()
         if record is None:
-            return await result
+            return await self._engine.embed(prompt_ids, pooling, observation)
+        result = self._engine.embed(prompt_ids, pooling, _with_arrival(record, observation))
         is_taken = True
         try:
             return await _in_time(record, result)
@@ -91,6 +115,23 @@ class _WatchedStream:
 
     async def aclose(self) -> None:
         await self._outputs.aclose()
+
+
+def _with_priority(record: RequestRecord, params: SamplingParams) -> SamplingParams:
+    if params.priority < 0 and not record.may_overtake:
+        raise ForbiddenError(
+            f"priority is {params.priority}, and would pass others by.",
+            remedy="Allowed for this key: 0, or more to be taken later; the admin key may ask for less.",
+            param="priority",
+        )
+    if not record.priority:
+        return params
+    priority = min(max(record.priority + params.priority, -MAX_PRIORITY), MAX_PRIORITY)
+    return replace(params, priority=priority)
+
+
+def _with_arrival(record: RequestRecord, observation: Observation) -> Observation:
+    return observation if record.received_at is None else replace(observation, arrived_at=record.received_at)
 
 
 async def _in_time(record: RequestRecord, result: Awaitable[T]) -> T:

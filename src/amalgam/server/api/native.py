@@ -119,7 +119,7 @@ class CompletionFigures(BaseModel):
 
     @classmethod
     def of(cls, usage: Usage, finish_reason: str, **fields: Any) -> Self:
-        seconds = usage.total_seconds - usage.queue_seconds
+        seconds = usage.total_seconds - usage.queue_seconds - usage.encoding_seconds
         return cls(
             prompt_tokens=usage.num_prompt_tokens,
             generated_tokens=usage.num_new_tokens,

@@ -24,6 +24,7 @@ from amalgam.base.strict_json import parse_json
 from amalgam.errors import AmalgamError, OverloadedError, RequestError, describe
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.errors import BodyTooLargeError, InvalidJSONError, MediaTypeError, error_response
+from amalgam.server.http.record import current_record
 
 INLINE_BODY_BYTES = 2**14  # that the event loop parses itself: what a thread costs is more than it saves
 LONG_BODY_BYTES = 2**20
@@ -119,6 +120,8 @@ class StrictRoute(APIRoute):
             if self.body_field is None:
                 return await handle(request)
             num_bytes = len(await request.body())
+            if (record := current_record.get()) is not None:
+                record.received_at = time.monotonic()
             if num_bytes <= INLINE_BODY_BYTES:
                 request.read_json()
                 return await handle(request)

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from amalgam.config.fields import Section
 from amalgam.config.settings import ServerSettings
 from amalgam.config.text import parse_yaml
+from amalgam.engine.params import MAX_PRIORITY
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.server.http.errors import error_response
 from amalgam.server.http.record import RequestRecord
@@ -44,7 +45,7 @@ class UnauthorizedError(AmalgamError):
 
 
 class ForbiddenError(AmalgamError):
-    """The request's key is not the admin key."""
+    """The request's key does not allow it."""
 
     http_status = 403
     code = "forbidden"
@@ -68,12 +69,13 @@ class Permission:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: a key's name and limits, 0: none."""
+    """Who asks: a key's name and limits, 0: none; and the priority of its requests, the lowest first."""
 
     name: str
     is_admin: bool = False
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
+    priority: int = 0
 
 
 class KeyEntry(Section):
@@ -84,6 +86,7 @@ class KeyEntry(Section):
     admin: bool = False
     requests_per_minute: int | None = Field(default=None, ge=0, le=2**31)
     tokens_per_minute: int | None = Field(default=None, ge=0, le=2**53)
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
 
 
 class KeyRing:
@@ -116,6 +119,12 @@ class KeyRing:
     def has_keys(self) -> bool:
         """Whether requests need a key."""
         return any(not caller.is_admin for caller in self._callers.values())
+
+    def may_overtake(self, caller: Caller | None) -> bool:
+        """Whether requests may ask to be taken before those of the caller's own priority: where there are keys, an
+        administrator's.
+        """
+        return not self._callers or (caller is not None and caller.is_admin)
 
     @property
     def has_admin(self) -> bool:
@@ -162,6 +171,7 @@ class KeyRing:
             entry.admin,
             default.requests_per_minute if requests is None else requests,
             default.tokens_per_minute if tokens is None else tokens,
+            entry.priority,
         )
 
 
@@ -190,6 +200,8 @@ class KeyGuard:
             return
         record: RequestRecord = scope["state"]["record"]
         record.caller = "" if caller is None else caller.name
+        record.priority = 0 if caller is None else caller.priority
+        record.may_overtake = self._keys.may_overtake(caller)
         scope["state"]["caller"] = caller or self._keys.anonymous
         scope["state"]["is_metered"] = permission.is_metered
         await self.app(scope, receive, send)
@@ -244,7 +256,7 @@ def _read_file(path: Path) -> list[KeyEntry]:
         raise ConfigError(
             f"server.api_keys_file {str(path)!r} holds no keys.",
             remedy="Write one a line, or a YAML list of mappings with name, key, admin, requests_per_minute, "
-            "tokens_per_minute.",
+            "tokens_per_minute, priority.",
         )
     entries = [_entry(path, index, item) for index, item in enumerate(items, 1)]
     if mode & _READABLE_BY_OTHERS and any(not _DIGEST.fullmatch(entry.key.get_secret_value()) for entry in entries):

@@ -18,8 +18,11 @@ class RequestRecord:
     Attributes:
         started_at, deadline: by `time.monotonic`, which is the event loop's clock too.
         caller: name of the key; empty without one.
+        priority: of the key, which those of its requests are added to.
+        may_overtake: whether a request may have a priority below the key's.
         num_prompt_tokens: of all prompts that were computed for it; several samples of one prompt count once.
         first_token_seconds: from the request's arrival.
+        received_at: when its whole body was there, by the same clock.
         charge: takes tokens as they are used, for the caller's limit.
     """
 
@@ -29,10 +32,13 @@ class RequestRecord:
     route: str = ""  # as declared, `/v1/models/{name}`
     started_at: float = field(default_factory=time.monotonic)
     started_ns: int = field(default_factory=time.time_ns)  # Unix time
+    received_at: float | None = None
     deadline: float | None = None
     seconds: float = 0.0
     status: int = 0
     caller: str = ""
+    priority: int = 0
+    may_overtake: bool = True
     prompts: list[str] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompts, found in the prefix cache

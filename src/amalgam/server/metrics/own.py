@@ -80,7 +80,7 @@ def _of_latencies(engine: EngineFigures) -> Iterator[Metric]:
         ("first_token_seconds", "From a request's arrival to its first token.", reading.first_token),
         ("per_token_seconds", "Between a request's later tokens, on average.", reading.per_token),
         ("request_seconds", "From a request's arrival to its end.", reading.total),
-        ("queue_seconds", "From a request's arrival to its first step.", reading.queue),
+        ("queue_seconds", "In the queue, until a request's first step.", reading.queue),
         ("prompt_seconds", "From a request's first step to its first token.", reading.prompt),
         ("answer_seconds", "From a request's first token to its end.", reading.answer),
         ("inter_token_seconds", "Between a request's outputs, each step's.", reading.inter_token),

@@ -46,7 +46,7 @@ def families(service: Service, engine: EngineFigures) -> Iterator[Metric]:
         ("inter_token_latency_seconds", "Between a request's outputs.", reading.inter_token),
         ("request_time_per_output_token_seconds", "Between later tokens, a request's mean.", reading.per_token),
         ("e2e_request_latency_seconds", "From arrival to the end.", reading.total),
-        ("request_queue_time_seconds", "From arrival to the first step.", reading.queue),
+        ("request_queue_time_seconds", "In the queue, until the first step.", reading.queue),
         ("request_prefill_time_seconds", "From the first step to the first token.", reading.prompt),
         ("request_decode_time_seconds", "From the first token to the end.", reading.answer),
         ("request_prompt_tokens", "Tokens of a prompt.", reading.prompt_lengths),
