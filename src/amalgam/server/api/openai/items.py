@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
+from orjson import Fragment
 from pydantic import Discriminator, Field, Tag
 
 from amalgam.errors import RequestError, UnsupportedError, describe
@@ -148,14 +149,14 @@ class OutputItems:
         self.finished: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
         self._text: list[str] = []
-        self._logprobs: list[dict[str, Any]] = []
+        self._logprobs: list[Fragment] = []
         self._call = -1
 
-    def add(self, deltas: Sequence[AnswerDelta], logprobs: Sequence[dict[str, Any]] = ()) -> Iterator[Event]:
+    def add(self, deltas: Sequence[AnswerDelta], logprobs: Sequence[Fragment] = ()) -> Iterator[Event]:
         """What is told of some more of the answer.
 
         Args:
-            logprobs: of the tokens that gave its text.
+            logprobs: of the tokens that gave its text, as JSON.
         """
         for delta in deltas:
             yield from self._begin(delta)

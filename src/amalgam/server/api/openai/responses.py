@@ -11,7 +11,9 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
+import orjson
 from fastapi import APIRouter
+from orjson import Fragment
 from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
@@ -212,7 +214,7 @@ class _Answering:
     usage: Usage | None = None
     reason: FinishReason | None = None
     num_events: int = 0
-    _pending: list[dict[str, Any]] = field(default_factory=list)  # log-probabilities of tokens that have no text yet
+    _pending: list[Fragment] = field(default_factory=list)  # log-probabilities of tokens that have no text yet
 
     async def whole(self) -> Response:
         names = TokenNames(self.tokenizer)
@@ -241,9 +243,11 @@ class _Answering:
 
     def _take(self, output: RequestOutput, names: TokenNames) -> Iterator[Event]:
         deltas = self.started.readers[0].read(output)
-        logprobs: Sequence[dict[str, Any]] = ()
+        logprobs: Sequence[Fragment] = ()
         if self.body.num_top is not None:
-            self._pending += chat_logprobs(names, output.token_ids, output.logprobs, self.body.num_top)
+            entries = chat_logprobs(names, output.token_ids, output.logprobs, self.body.num_top)
+            # Four of the last events have those of the whole answer: each is written out when its token comes.
+            self._pending += [Fragment(orjson.dumps(entry)) for entry in entries]
             if deltas:
                 logprobs, self._pending = self._pending, []
                 logprobs = logprobs if any(isinstance(delta, ContentDelta) for delta in deltas) else ()
