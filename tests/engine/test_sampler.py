@@ -90,7 +90,7 @@ def test_the_distribution_is_that_of_transformers(params):
         make_request(i, prompt=occurred[:2], generated=occurred[2:], seed=i, **params) for i in range(num_draws)
     ]
     expected = transformers_probabilities(logits, requests[0])
-    drawn = sampled(logits.expand(num_draws, -1), requests).values()
+    drawn = sampled(logits.expand(num_draws, -1).contiguous(), requests).values()
     counts = torch.bincount(torch.tensor(list(drawn)), minlength=VOCAB_SIZE).double()
     assert set(counts.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
     likely = expected * num_draws > 10
@@ -296,7 +296,7 @@ class TestCompiled:
                 make_request(row, prompt=(0,), generated=[0] * row, seed=seed * 2**59, **params) for row in range(5)
             ]
             places = [(request, ()) for request in requests]
-            assert sampler._choose_compiled(logits, places) == sampler._choose(logits, places)
+            assert sampler.choose_tokens(logits, places) == sampler._choose(logits, places)
 
     def test_extremes(self):
         logits = make_logits(8, vocab_size=1000)
@@ -305,7 +305,7 @@ class TestCompiled:
         logits[5] *= 1e30
         requests = [make_request(row, temperature=1e-300 if row == 6 else 1.0, do_sample=row != 7) for row in range(8)]
         places = [(request, ()) for request in requests]
-        tokens = sampler._choose_compiled(logits, places)
+        tokens = sampler.choose_tokens(logits, places)
         assert tokens == sampler._choose(logits, places)
         assert tokens[1:4] == [-1, -1, -1]
         assert tokens[5:] == logits[5:].argmax(dim=1).tolist()
@@ -316,14 +316,14 @@ class TestCompiled:
         for seed in (0, 1, 2**63 + 5, 2**64 - 1):
             for index in (0, 1, 77):
                 request = make_request(seed=seed, generated=[0] * index)
-                assert sampler._choose_compiled(logits, [(request, ())]) == [int(uniform(seed, index) * 2**16)]
+                assert sampler.choose_tokens(logits, [(request, ())]) == [int(uniform(seed, index) * 2**16)]
 
     def test_the_smallest_top_p_leaves_one(self):
         """Also where rounding makes its complement the whole, and all are equally likely."""
         requests = [make_request(row, seed=row, top_p=1e-300) for row in range(3)]
         logits = torch.stack((make_logits(1, vocab_size=100)[0], torch.zeros(100), torch.full((100,), 7.25)))
         places = [(request, ()) for request in requests]
-        tokens = sampler._choose_compiled(logits, places)
+        tokens = sampler.choose_tokens(logits, places)
         assert tokens == sampler._choose(logits, places)
         assert tokens[0] == logits[0].argmax()
 

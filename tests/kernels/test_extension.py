@@ -26,9 +26,11 @@ TYPES = (torch.float32, torch.bfloat16)
 def missing_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "amalgam._native", None)
     extension.why_unavailable.cache_clear()
+    extension.is_available.cache_clear()
     extension.kernels.cache_clear()
     yield
     extension.why_unavailable.cache_clear()
+    extension.is_available.cache_clear()
     extension.kernels.cache_clear()
 
 

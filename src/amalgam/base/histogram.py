@@ -6,6 +6,7 @@ In: values. Out: `Histogram`. Must never know: of what.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -35,6 +36,12 @@ class Bins:
     def add(self, value: float) -> None:
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
+
+    def add_all(self, values: Iterable[float]) -> None:
+        bounds, counts = self._bounds, self._counts
+        for value in values:
+            counts[bisect.bisect_left(bounds, value)] += 1
+            self._sum += value
 
     def read(self) -> Histogram:
         return Histogram(self._bounds, tuple(self._counts), self._sum)

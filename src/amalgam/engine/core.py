@@ -359,9 +359,7 @@ class Engine:
     def _step(self) -> _Deliveries:
         """One step. When it returns, nothing here refers to the plan any more, nor to its weight version."""
         with self._condition:
-            requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
-            self._cancelled.clear()
-            cancelled = self._finish(requests, FinishReason.CANCELLED)
+            cancelled = self._finish_cancelled() if self._cancelled else []
             plan = self._scheduler.schedule()
             self._note_load()
         self._deliver(cancelled)
@@ -375,18 +373,25 @@ class Engine:
         started = time.monotonic()
         try:
             gaps = self._take(plan, self._runner.execute(plan), deliveries)
-            rejected = _num_rejected(plan, deliveries)
+            rejected = {} if self._propose is None else _num_rejected(plan, deliveries)
             self._runner.commit(plan, rejected)
         except Exception as error:
             return self._give_up(plan, error, deliveries)
         self._num_failures = 0
         with self._condition:
             self._scheduler.commit(plan, rejected)
-            for request, output in deliveries:
-                if output.is_finished:
-                    self._scheduler.finish(request, is_sound=output.error is None)
             self._measure(plan, deliveries, time.monotonic() - started, gaps)
+            ended = [(request, output) for request, output in deliveries if output.is_finished]
+            for request, output in ended:
+                self._scheduler.finish(request, is_sound=output.error is None)
+            if ended:  # otherwise the load is as it was before the step
+                self._note_load()
             return deliveries
+
+    def _finish_cancelled(self) -> _Deliveries:
+        requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
+        self._cancelled.clear()
+        return self._finish(requests, FinishReason.CANCELLED)
 
     def _guess(self, plan: StepPlan, propose: Propose) -> dict[int, list[int]]:
         """Request id → tokens that may follow its own. Without the condition: a guess may take its time."""
@@ -420,21 +425,24 @@ class Engine:
             request = item.request
             if request.is_cancelled or not item.needs_sample:
                 continue
-            reader, request.reader = request.reader, None
+            reader = request.reader
             new = result.tokens.get(request.request_id)
             if reader is not None and reader.error is not None:
                 output = end(request, FinishReason.ERROR, now, reader.error)
-            elif not item.num_logits:
-                output = end(request, FinishReason.LENGTH, now)
-            elif new is None:
+            elif new is not None:
+                if (last := request.last_token_at) is None:
+                    request.first_token_at = now
+                else:
+                    gaps.append(now - last)
+                request.last_token_at = now
+                output = take_tokens(request, new, eos_token_ids, now)
+            elif item.num_logits:
                 output = end(request, FinishReason.ERROR, now, result.errors[request.request_id])
             else:
-                output = take_tokens(request, new, eos_token_ids, now)
-                if request.last_token_at is not None:
-                    gaps.append(now - request.last_token_at)
-                request.last_token_at = now
-            if reader is not None and output.error is None:
-                output = reader.added_to(output)
+                output = end(request, FinishReason.LENGTH, now)
+            if reader is not None:
+                request.reader = None
+                output = output if output.error is not None else reader.added_to(output)
             deliveries.append((request, output))
         return gaps
 
@@ -483,15 +491,20 @@ class Engine:
         observer.admit(request.request_id, observation.label if observation.is_counted else None, num_traced)
 
     def _measure(self, plan: StepPlan, deliveries: _Deliveries, seconds: float, gaps: Sequence[float]) -> None:
-        num_prompt = 0
-        for item in plan.scheduled:  # what a preemption made the step compute again does not count
-            if item.start < item.request.num_prompt_tokens:
+        num_tokens = num_beside = num_streams = num_prompt = 0
+        for item in plan.scheduled:
+            num_tokens += item.num_tokens
+            if item.is_stream:
+                num_streams += 1
+            else:
+                num_beside += item.num_tokens
+            if item.start < len(
+                item.request.prompt_ids
+            ):  # what a preemption made the step compute again is not counted
                 num_prompt += max(0, min(item.end, item.request.num_prompt_tokens) - (item.end - item.num_unrecorded))
-        num_new = sum(len(output.token_ids) for _, output in deliveries)
-        num_streams = sum(item.is_stream for item in plan.scheduled)
-        self._pace.add(num_streams, sum(item.num_tokens for item in plan.scheduled if not item.is_stream), seconds)
-        self.meter.add_step(num_prompt, num_new, num_tokens=plan.num_tokens, seconds=seconds, gaps=gaps)
-        self._note_load()
+        num_new = sum([len(output.token_ids) for _, output in deliveries])
+        self._pace.add(num_streams, num_beside, seconds)
+        self.meter.add_step(num_prompt, num_new, num_tokens=num_tokens, seconds=seconds, gaps=gaps)
 
     def _note_load(self) -> None:
         """Tell the meter how much is under way now; called while that is guarded."""
@@ -501,8 +514,10 @@ class Engine:
 
     def _deliver(self, deliveries: _Deliveries) -> None:
         observer = self._runner.observer
+        ended: list[int] = []
         for request, output in deliveries:
             if output.is_finished:
+                ended.append(request.request_id)
                 self.meter.add_finished(output)
                 if observer is not None and request.observation.wants_trace:
                     output = output._replace(trace=observer.take_trace(request.request_id))
@@ -511,10 +526,11 @@ class Engine:
             except Exception as error:
                 logger.warning("Nobody takes the outputs of request %d: it ends.", request.request_id, exc_info=error)
                 self.cancel(request.request_id)
+        if not ended:
+            return
         with self._condition:
-            for request, output in deliveries:
-                if output.is_finished:
-                    del self._requests[request.request_id]
+            for request_id in ended:
+                del self._requests[request_id]
             self._condition.notify_all()
 
     def _fail(self, error: BaseException) -> None:

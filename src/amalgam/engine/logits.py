@@ -175,9 +175,10 @@ def process(logits: Tensor, places: Sequence[Place]) -> tuple[Tensor, dict[int, 
         The logits, and by row the error of a processor that failed.
     """
     failed: dict[int, Exception] = {}
-    indices = [index for index, (request, _) in enumerate(places) if request.processors]
-    if not indices:
+    processors = [request.processors for request, _ in places]
+    if not any(processors):
         return logits, failed
+    indices = [index for index, some in enumerate(processors) if some]
     is_all = len(indices) == len(places)
     rows = logits.detach().clone() if is_all else logits[indices]
     processed = rows.cpu().numpy()

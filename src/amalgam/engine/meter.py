@@ -185,8 +185,7 @@ class Meter:
             if seconds is not None:
                 self._step.add(seconds)
                 self._step_tokens.add(num_tokens)
-            for gap in gaps:
-                self._inter_token.add(gap)
+            self._inter_token.add_all(gaps)
             self._advance()
             self._num_prompt_tokens += num_prompt_tokens
             self._num_new_tokens += num_new_tokens

@@ -20,17 +20,15 @@ def take_tokens(request: Request, new: NewTokens, eos_token_ids: AbstractSet[int
         The tokens that were added, and their text. It `is_finished` if there are no more to come.
     """
     assert request.text is not None
-    if request.first_token_at is None:
-        request.first_token_at = now
     reason: FinishReason | None = None
     stopped_by: str | int | None = None
     error: Exception | None = None
-    stream, constraint, text, num_taken = request.text, request.constraint, "", 0
+    stream, constraint, params, text, num_taken = request.text, request.constraint, request.params, "", 0
     for token_id in new.token_ids:
         request.token_ids.append(token_id)
         num_taken += 1
-        is_stop = token_id in request.params.stop_token_ids
-        if is_stop or (token_id in eos_token_ids and not request.params.ignore_eos):
+        is_stop = token_id in params.stop_token_ids
+        if is_stop or (token_id in eos_token_ids and not params.ignore_eos):
             text += stream.finish(token_id)
             reason, stopped_by = FinishReason.STOP, token_id if is_stop else None
             break

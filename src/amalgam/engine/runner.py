@@ -11,7 +11,7 @@ import torch
 
 from amalgam.config.settings import Settings
 from amalgam.engine.memory import available_bytes
-from amalgam.engine.request import StepPlan, StepResult
+from amalgam.engine.request import ScheduledRequest, StepPlan, StepResult
 from amalgam.engine.sampler import sample
 from amalgam.errors import ConfigError
 from amalgam.kernels.step import StepContext, StepSequence
@@ -73,18 +73,22 @@ class Runner:
 
         The logits are the decoder's until its next step; nothing in the result refers to them.
         """
-        sequences = [
-            StepSequence(item.token_ids, item.start, item.block_ids, item.num_logits) for item in plan.scheduled
-        ]
+        sequences: list[StepSequence] = []
+        sampled: list[ScheduledRequest] = []
+        has_readers = False
         for item in plan.scheduled:
-            if item.request.constraint is not None and item.num_logits:
-                item.request.constraint.prepare(item.proposed_ids)  # while the step computes
+            num_logits = item.num_logits
+            sequences.append(StepSequence(item.token_ids, item.start, item.block_ids, num_logits))
+            has_readers = has_readers or item.request.reader is not None
+            if num_logits:
+                sampled.append(item)
+                if item.request.constraint is not None:
+                    item.request.constraint.prepare(item.proposed_ids)  # while the step computes
         if self._observer is not None:
             self._observer.begin_step(token_spans(plan))
         logits = self._decoder.forward(StepContext(sequences, self._kv, self._observer), plan.version)
-        sampled = [item for item in plan.scheduled if item.num_logits]
         result = sample(logits, sampled) if sampled else StepResult({}, {})
-        if any(item.request.reader is not None for item in plan.scheduled):
+        if has_readers:
             self._read_prompts(plan)
         return result
 

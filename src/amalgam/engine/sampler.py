@@ -42,7 +42,11 @@ def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
         logits: float32 `[places, vocabulary]`; never written to.
         items: in the order of the rows, `num_logits` rows each.
     """
-    places = _places(items)
+    places: list[Place] = []  # what the rows of logits are for
+    for item in items:
+        places.append((item.request, ()))
+        if proposed_ids := item.proposed_ids:
+            places += [(item.request, proposed_ids[: count + 1]) for count in range(len(proposed_ids))]
     processed, failed = process(logits, places)
     token_ids = choose_tokens(processed, places)
     for row in failed:  # a processor may have left it half changed
@@ -53,10 +57,8 @@ def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
     for item in items:
         request, proposed_ids = item.request, item.proposed_ids
         chosen = _verify(token_ids[row:], proposed_ids) if proposed_ids else (token_ids[row],)
-        if row in failed:
-            errors[request.request_id] = failed[row]
-        elif chosen[0] < 0:
-            errors[request.request_id] = _non_finite(request)
+        if chosen[0] < 0:
+            errors[request.request_id] = failed[row] if row in failed else _non_finite(request)
         elif request.params.logprobs is None:
             tokens[request.request_id] = NewTokens(chosen)
         else:
@@ -66,27 +68,12 @@ def sample(logits: Tensor, items: Sequence[ScheduledRequest]) -> StepResult:
     return StepResult(tokens, errors)
 
 
-def _places(items: Sequence[ScheduledRequest]) -> list[Place]:
-    """What the rows of logits are for."""
-    places: list[Place] = []
-    for item in items:
-        places.append((item.request, ()))
-        if item.proposed_ids:
-            places += [(item.request, item.proposed_ids[: count + 1]) for count in range(len(item.proposed_ids))]
-    return places
-
-
 def choose_tokens(logits: Tensor, places: Sequence[Place]) -> list[int]:
     """The token of each place; -1 where a logit is not finite."""
-    is_compiled = logits.is_cpu and extension.is_available()
-    return _choose_compiled(logits, places) if is_compiled else _choose(logits, places)
-
-
-def _choose_compiled(logits: Tensor, places: Sequence[Place]) -> list[int]:
-    """`_choose` in the extension, all rows in one call."""
-    return sampling.draw(
-        logits,
-        [(request.params.draw, request.seed, request.num_new_tokens + len(ids)) for request, ids in places],
+    if not logits.is_cpu or not extension.is_available():
+        return _choose(logits, places)
+    return sampling.draw(  # all rows in one call
+        logits, [(request.params.draw, request.seed, request.num_new_tokens + len(ids)) for request, ids in places]
     )
 
 

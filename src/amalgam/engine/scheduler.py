@@ -142,7 +142,8 @@ class Scheduler:
         """The next step; None if there are no requests."""
         while (version := self._next_version()) is not None:
             scheduled = self._take_streams(version)
-            scheduled += self._take_prompts(version, self._prompt_budget(len(scheduled)))
+            if self.waiting or len(scheduled) < len(self.running):
+                scheduled += self._take_prompts(version, self._prompt_budget(len(scheduled)))
             self._last_version_id = version.version_id
             if scheduled:  # empty if the version's only request has just been preempted
                 return StepPlan(version, tuple(scheduled))
@@ -183,7 +184,9 @@ class Scheduler:
             request = item.request
             if request.num_recorded == 0:
                 self._count(num_prefix_hit_tokens=request.num_cached_tokens)
-            request.num_computed = item.end - rejected.get(request.request_id, 0)
+            request.num_computed = item.end
+            if rejected:
+                request.num_computed -= rejected.get(request.request_id, 0)
             request.num_recorded = max(request.num_recorded, request.num_computed)
             self._prefixes.publish(request)
 
@@ -217,13 +220,12 @@ class Scheduler:
 
     def _next_version(self) -> WeightVersion | None:
         """Versions with something to do take turns."""
-        versions = [request.version for request in self.running if request.version is not None]
+        by_id = {request.version.version_id: request.version for request in self.running if request.version is not None}
         if self.waiting and self._has_slot():
             first = self.waiting[0]
             version = first.version or self.version
             if self._has_blocks(self._num_blocks_to_take(first, self._prefixes.find(first, version.version_id))):
-                versions.append(version)
-        by_id = {version.version_id: version for version in versions}
+                by_id[version.version_id] = version
         if not by_id:
             return None
         later = [version_id for version_id in by_id if version_id > self._last_version_id]
@@ -236,8 +238,10 @@ class Scheduler:
             if len(scheduled) == self._max_step_tokens:
                 break
             # One that comes later in the order may have been preempted for one that came before it.
-            is_stream = request.version is version and request.status is RequestStatus.RUNNING
-            if is_stream and request.num_behind == 1 and self._reserve(request, len(request.token_ids)):
+            if request.version is not version or request.status is not RequestStatus.RUNNING:
+                continue
+            num_tokens = len(request.token_ids)
+            if num_tokens - request.num_computed == 1 and self._reserve(request, num_tokens):
                 scheduled.append(self._share_of(request, 1))
         return scheduled
 
@@ -349,18 +353,12 @@ class Scheduler:
 
     def _share_of(self, request: Request, num_tokens: int, proposed_ids: tuple[int, ...] = ()) -> ScheduledRequest:
         """A share of `num_tokens` that the request has, and of proposals."""
-        needs_sample = request.num_computed + num_tokens == len(request.token_ids)
+        start = request.num_computed
+        needs_sample = start + num_tokens == len(request.token_ids)
         num_tokens += len(proposed_ids)
-        end = request.num_computed + num_tokens
-        return ScheduledRequest(
-            request,
-            start=request.num_computed,
-            num_tokens=num_tokens,
-            block_ids=tuple(request.block_ids),
-            num_unrecorded=min(num_tokens, max(0, end - request.num_recorded)),
-            needs_sample=needs_sample,
-            proposed_ids=proposed_ids,
-        )
+        num_unrecorded = min(num_tokens, max(0, start + num_tokens - request.num_recorded))
+        block_ids = tuple(request.block_ids)
+        return ScheduledRequest(request, start, num_tokens, block_ids, num_unrecorded, needs_sample, proposed_ids)
 
     def _count(self, **more: int) -> None:
         self.counts = self.counts._replace(**{name: getattr(self.counts, name) + by for name, by in more.items()})

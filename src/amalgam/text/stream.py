@@ -29,6 +29,9 @@ class TextStream:
             before every text, a first one is not shown.
         min_tokens: the text of so many tokens is shown whatever it holds; stop strings are looked for behind it.
         keeps_special_tokens: show them as text, but for the one that ends the answer.
+
+    Attributes:
+        push: adds a token; returns new text that is safe to show.
     """
 
     def __init__(
@@ -45,6 +48,9 @@ class TextStream:
         self._detokenizer = _Detokenizer(tokenizer, prompt_ids)
         self._stops = _StopStrings(stop, {} if keeps_special_tokens else tokenizer.special_tokens) if stop else None
         self._keeps_special_tokens = keeps_special_tokens
+        # Bound once: it is called for every token of every answer.
+        unstopped = self._text_of if keeps_special_tokens else self._detokenizer.push
+        self.push: Callable[[int], str] = unstopped if self._stops is None else self._push
 
     @property
     def is_stopped(self) -> bool:
@@ -55,10 +61,8 @@ class TextStream:
         """The one that was found."""
         return None if self._stops is None else self._stops.found
 
-    def push(self, token_id: int) -> str:
-        """Add a token; returns new text that is safe to show."""
-        if self._stops is None:
-            return self._text_of(token_id)
+    def _push(self, token_id: int) -> str:
+        assert self._stops is not None
         if self._num_unstoppable > 0:
             self._num_unstoppable -= 1
             return self._text_of(token_id)
@@ -94,6 +98,8 @@ class _Detokenizer:
     Tokens are decoded after the last ones shown, as decoders treat the first token of a text differently. Of the
     window, `num_shown` tokens have their text in `shown`, and all of them that came from the prompt.
     """
+
+    __slots__ = ("_num_shown", "_shown", "_tokenizer", "_window")
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer

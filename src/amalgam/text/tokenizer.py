@@ -58,9 +58,13 @@ class Tokenizer:
         sources = {DEFAULT: sources} if isinstance(sources, str) else sources
         self._templates = ChatTemplates(sources, parts.special_tokens_map)
         self.eos_token_ids = eos_token_ids
-        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        known_ids = self._backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(known_ids, default=-1)
         added = self._backend.get_added_tokens_decoder().items()
         self.special_tokens: Mapping[int, str] = {token_id: token.content for token_id, token in added if token.special}
+        self._has_text = bytearray(self.vocab_size)  # asked for each token of an answer; the library takes longer
+        for token_id in known_ids:
+            self._has_text[token_id] = token_id not in self.special_tokens
 
     @classmethod
     def load(
@@ -290,7 +294,7 @@ class Tokenizer:
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` makes anything of a token."""
-        return token_id not in self.special_tokens and self._backend.id_to_token(token_id) is not None
+        return 0 <= token_id < self.vocab_size and bool(self._has_text[token_id])
 
     def decode(self, token_ids: Sequence[int], *, keeps_special_tokens: bool = False) -> str:
         """The text of token ids; ids beyond the vocabulary give none, nor do special tokens unless they are kept."""

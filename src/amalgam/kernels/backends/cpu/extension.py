@@ -29,6 +29,7 @@ _REMEDY = (
 )
 
 
+@functools.cache
 def is_available() -> bool:
     """Whether the extension is there and loads."""
     return why_unavailable() is None
