@@ -38,7 +38,7 @@ check: $(INSTALLED_DEV) ## formatting, lint, types, import rules
 sanitize: ## the tests that run the kernels, under AddressSanitizer
 	$(PYTHON) -m venv build/sanitize
 	CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer" build/sanitize/bin/python -m pip install -q -r requirements-dev.txt
-	for isa in avx512 avx2 portable; do \
+	for isa in amx avx512 avx2 portable amx_emulated; do \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 AMALGAM_NATIVE_ISA=$$isa build/sanitize/bin/python -m pytest -q tests/kernels \
 	  tests/models/test_program.py tests/composition/test_packed_cache.py tests/composition/test_composition.py \

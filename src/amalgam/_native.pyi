@@ -53,9 +53,16 @@ class Experts:
         """Biases are float32 and kept alive."""
 
 @final
+class MatrixUnit:
+    int8_rows: int
+    scales_weights: bool
+    def run(self, format: Format, rounds: int, threads: int, /) -> int: ...
+
 class Kernels:
     @property
     def isa(self) -> str: ...
+    @property
+    def unit(self) -> MatrixUnit | None: ...
     def rms_norm(
         self,
         x: Tensor,

@@ -33,6 +33,9 @@ def use_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
 
     if isa not in _native.supported_isas():
         pytest.skip(f"this processor has no {isa}")
+    shared = _native.attention_kernels(isa).isa
+    if shared != isa:
+        pytest.skip(f"{isa} has the attention of {shared}")
     monkeypatch.setattr(extension, "isa", lambda: isa)
 
 

@@ -224,7 +224,9 @@ def test_integer_and_float32_products_have_the_same_bits_on_every_instruction_se
     x = activations(11, 200, dtype)
     use_isa("portable")
     expected = {name: linear(x, prepare(weight)) for name, weight in layouts.items()}
-    for isa in ("avx2", "avx512"):
+    from amalgam import _native
+
+    for isa in _native.supported_isas():
         use_isa(isa)
         for name, weight in layouts.items():
             assert torch.equal(linear(x, prepare(weight)), expected[name]), (isa, name)

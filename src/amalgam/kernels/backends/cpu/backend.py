@@ -31,7 +31,7 @@ class CpuBackend:
 
     def coded_bytes(self, shape: tuple[int, ...]) -> int | None:
         """Portable code takes ten times as long to undo the code as to read the weight, so it is not used there."""
-        return None if extension.isa() == "portable" else panels.coded_bytes(shape)
+        return None if extension.isa() in ("amx_emulated", "portable") else panels.coded_bytes(shape)
 
     def prepare(self, weight: PackedWeight, activation: ActivationType, *, codes: bool) -> PackedWeight:
         return panels.prepare(weight.to(self.device), activation, codes=codes)

@@ -50,7 +50,7 @@ def why_unavailable() -> str | None:
 
 
 def isa() -> str:
-    """Instruction set in use: avx512, avx2 or portable. `AMALGAM_NATIVE_ISA` lowers it.
+    """Instruction set in use, one of `NATIVE_ISAS`. `AMALGAM_NATIVE_ISA` lowers it.
 
     Raises:
         UnsupportedError: the extension is not available.

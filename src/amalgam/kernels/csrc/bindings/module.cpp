@@ -54,6 +54,15 @@ const Kernels& kernels(const std::string& isa) { return *instruction_set(isa).ke
 
 const AttentionKernels& attention_kernels(const std::string& isa) { return *instruction_set(isa).attention; }
 
+// Rounds of a matrix unit's products for this format's operands, without memory, on each of `threads` threads. Returns
+// the operations of all.
+int64_t run_unit(const UnitKernels& unit, Format format, int64_t rounds, int threads) {
+    const Operand operand = with_format(format, [](auto found) { return decltype(found)::kOperand; });
+    require(operand != Operand::kFloat32, "the unit has no products for this format");
+    parallel_for(threads, threads, [&](int64_t) { unit.run_rounds(operand, rounds); });
+    return unit.operations_per_round(operand) * rounds * threads;
+}
+
 // --- Norms, rotation, activation ---
 
 // delta and total: None, or both.
@@ -500,8 +509,18 @@ NB_MODULE(_native, module) {
     nb::class_<Experts>(module, "Experts")
         .def(nb::init<>())
         .def("add", &Experts::add, nb::arg(), nb::arg(), nb::arg(), optional(), optional(), optional());
+    nb::class_<UnitKernels>(module, "MatrixUnit")
+        .def_prop_rw(
+            "int8_rows", [](const UnitKernels& unit) { return *unit.int8_rows; },
+            [](const UnitKernels& unit, int64_t rows) { *unit.int8_rows = rows; })
+        .def_prop_rw(
+            "scales_weights", [](const UnitKernels& unit) { return *unit.scales_weights; },
+            [](const UnitKernels& unit, bool scales) { *unit.scales_weights = scales; })
+        .def("run", &run_unit, Unlocked());
     nb::class_<Kernels>(module, "Kernels")
         .def_prop_ro("isa", [](const Kernels& table) { return table.isa; })
+        .def_prop_ro(
+            "unit", [](const Kernels& table) { return table.unit; }, nb::rv_policy::reference)
         .def("rms_norm", &amalgam::rms_norm, nb::arg(), optional(), optional(), nb::arg(), nb::arg(), nb::arg(),
              nb::arg(), Unlocked())
         .def("rotate", &amalgam::rotate, Unlocked())

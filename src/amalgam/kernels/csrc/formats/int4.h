@@ -13,7 +13,7 @@ struct Int4 : LineFormat<Int4, 4> {
     static constexpr Operand kOperand = Operand::kInt8;
     static constexpr bool kHasScale = true, kTakesZero = true, kTakesOrder = true;
     static constexpr int64_t kDirectRows = kAnyRows;
-    static constexpr int kDotsPerLine = 2;
+    static constexpr int kDotsPerLine = 2, kByteLines = 2;
 
     static constexpr int shift(int64_t p) { return static_cast<int>(p % 4 * 8 + p % 8 / 4 * 4); }
     static float decode(uint32_t code, float zero) { return static_cast<float>(static_cast<int32_t>(code)) - zero; }
@@ -33,6 +33,16 @@ struct Int4 : LineFormat<Int4, 4> {
     static Ints first_sum(const Run& run, int64_t group, int32_t negative_sum) {
         return run.zero != nullptr ? zero_times(run.zero + group * kPanelRows, negative_sum)
                                    : broadcast_int(negative_sum * 8);
+    }
+
+    static void expand_bytes(const uint8_t* line, uint8_t* out) {
+        Bytes low, high;
+        load_nibbles(line, low, high);
+        store_bytes(out, low);
+        store_bytes(out + kLineBytes, high);
+    }
+    static Ints byte_sum(const Run& run, int64_t group, int32_t negative_sum) {
+        return first_sum(run, group, negative_sum);
     }
 
     // One line, added to the sums from `chain` on.

@@ -34,6 +34,10 @@ inline void store_floats(float* p, Floats v) {
 inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 
+inline Ints load_ints(const int32_t* p) {
+    const auto* from = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+}
 inline Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline Ints broadcast_int(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
 inline Ints zero_times(const uint8_t* zero, int32_t factor) {
@@ -60,6 +64,11 @@ inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
     const Words v = load_words(line);
     low = {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
     high = {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), mask)};
+}
+inline void store_bytes(uint8_t* line, Bytes v) {
+    auto* to = reinterpret_cast<__m256i*>(line);
+    _mm256_store_si256(to, v.a);
+    _mm256_store_si256(to + 1, v.b);
 }
 inline Bytes load_int8(const uint8_t* line) {
     const __m256i offset = _mm256_set1_epi8(static_cast<char>(0x80));

@@ -26,6 +26,7 @@ inline void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 
+inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints broadcast_int(int32_t v) { return _mm512_set1_epi32(v); }
 inline Ints zero_times(const uint8_t* zero, int32_t factor) {
@@ -47,6 +48,7 @@ inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
     low = _mm512_and_si512(v, mask);
     high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
 }
+inline void store_bytes(uint8_t* line, Bytes v) { _mm512_store_si512(line, v); }
 inline Bytes load_int8(const uint8_t* line) { return _mm512_load_si512(line); }
 inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
 inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }

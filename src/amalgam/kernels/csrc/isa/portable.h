@@ -59,6 +59,11 @@ inline Floats mul(const Floats& a, const Floats& b) {
     return each_float([&](int lane) { return a.lane[lane] * b.lane[lane]; });
 }
 
+inline Ints load_ints(const int32_t* p) {
+    Ints result;
+    std::memcpy(result.lane, p, sizeof result);
+    return result;
+}
 inline Ints add(const Ints& a, const Ints& b) {
     Ints result;
     for (int i = 0; i < 16; ++i) result.lane[i] = a.lane[i] + b.lane[i];
@@ -90,6 +95,7 @@ inline void load_nibbles(const uint8_t* line, Bytes& low, Bytes& high) {
         high.byte[i] = static_cast<int8_t>(line[i] >> 4);
     }
 }
+inline void store_bytes(uint8_t* line, const Bytes& v) { std::memcpy(line, v.byte, sizeof v); }
 inline Bytes load_int8(const uint8_t* line) {
     Bytes result;
     for (int i = 0; i < kLineBytes; ++i) result.byte[i] = static_cast<int8_t>(line[i] ^ 0x80);

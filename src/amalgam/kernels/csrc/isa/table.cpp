@@ -2,20 +2,39 @@
 
 #include <stdexcept>
 
-namespace amalgam {
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-// isas.inc, which CMakeLists.txt makes: ISA(name, what a processor must have for it), slowest first.
-#define ISA(name, is_supported)           \
-    extern const Kernels kKernels_##name; \
-    extern const AttentionKernels kAttention_##name;
+namespace amalgam {
+namespace {
+
+// Whether this process may use AMX's tiles. Linux keeps their 8 KB of state only for processes that ask for it, before
+// their threads use them (Documentation/arch/x86/xstate.rst), and refuses where a signal stack is too small for it.
+[[maybe_unused]] bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
+// isas.inc, which CMakeLists.txt makes: ISA(name, the one whose attention it has, what it needs), slowest first.
+#define ISA(name, attention, is_supported) \
+    extern const Kernels kKernels_##name;  \
+    extern const AttentionKernels kAttention_##attention;
 #include "isas.inc"
 #undef ISA
 
 const std::vector<InstructionSet>& instruction_sets() {
     static const std::vector<InstructionSet> supported = [] {
         std::vector<InstructionSet> sets;
-#define ISA(name, is_supported) \
-    if (is_supported) sets.push_back({&kKernels_##name, &kAttention_##name});
+#define ISA(name, attention, is_supported) \
+    if (is_supported) sets.push_back({&kKernels_##name, &kAttention_##attention});
 #define HAS(feature) __builtin_cpu_supports(#feature)
 #include "isas.inc"
 #undef HAS

@@ -169,8 +169,22 @@ struct BoltzmannArgs {
     double temperature;
 };
 
+// What a matrix unit has besides products. Benchmarks and tests set its choices, while nothing runs.
+struct UnitKernels {
+    int64_t panels;  // that it multiplies at once
+    // From how many rows on int8 operands are multiplied on it; the results are the same bits.
+    int64_t* int8_rows;
+    // Whether a weight with bfloat16 operands and scales for groups is expanded with its scales, rounded to bfloat16,
+    // so that the sums of all groups stay in the unit. Otherwise each group's sum is scaled, without rounding.
+    bool* scales_weights;
+    // Products of tiles that are not loaded or stored; 4 in each round.
+    void (*run_rounds)(Operand, int64_t rounds);
+    int64_t (*operations_per_round)(Operand);
+};
+
 struct Kernels {
     const char* isa;
+    const UnitKernels* unit;  // null: there is none
     void (*convert)(const ConvertArgs&, int64_t first_row, int64_t end_row);
     void (*product)(const ProductArgs&, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel);
     void (*gate_up)(const GateUpArgs&, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel);
@@ -185,5 +199,8 @@ struct Kernels {
     void (*scale_rows)(const ScaleRowsArgs&, int64_t first_row, int64_t end_row);
     void (*boltzmann)(const BoltzmannArgs&, double* weights);
 };
+
+// What the panels of an item should be a multiple of.
+inline int64_t panels_at_once(const Kernels& kernels) { return kernels.unit != nullptr ? kernels.unit->panels : 1; }
 
 }  // namespace amalgam

@@ -22,7 +22,8 @@ void run_products(const Execution& execution, const std::vector<ProductArgs>& pr
     const int64_t wanted = std::max<int64_t>(1, execution.num_threads * kItemsPerThread / row_blocks);
     int64_t total = 0;
     for (const ProductArgs& product : products) total += product.weight->num_panels();
-    const int64_t step = (total + wanted - 1) / wanted;
+    const int64_t at_once = panels_at_once(*execution.kernels);
+    const int64_t step = ((total + wanted - 1) / wanted + at_once - 1) / at_once * at_once;
     std::vector<Item> items;
     for (int64_t row = 0; row < rows; row += kRowsPerItem) {
         for (const ProductArgs& product : products) {

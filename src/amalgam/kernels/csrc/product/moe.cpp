@@ -96,16 +96,20 @@ struct Item {
     int64_t first_panel, end_panel;
 };
 
-// Cuts every active expert's panels into items of about equal cost, many enough to keep all threads busy.
-std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, int num_threads) {
+// Cuts every active expert's panels into items of about equal cost, many enough to keep all threads busy, in steps of
+// `at_once` panels.
+std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, int64_t at_once, int num_threads) {
     int64_t total = 0;
     for (const Active& expert : active) total += kRowsPerPanelRead + expert.rows;
+    const int64_t steps = (panels + at_once - 1) / at_once;
     std::vector<Item> items;
     for (size_t e = 0; e < active.size(); ++e) {
         const int64_t cost = kRowsPerPanelRead + active[e].rows;
         const int64_t share = (cost * num_threads * kItemsPerThread + total - 1) / total;
-        const int64_t count = std::clamp<int64_t>(share, 1, panels);
-        for (int64_t i = 0; i < count; ++i) items.push_back({e, panels * i / count, panels * (i + 1) / count});
+        const int64_t count = std::clamp<int64_t>(share, 1, steps);
+        for (int64_t i = 0; i < count; ++i) {
+            items.push_back({e, steps * i / count * at_once, std::min(steps * (i + 1) / count * at_once, panels)});
+        }
     }
     return items;
 }
@@ -113,7 +117,8 @@ std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, int num
 template <class Args, class Kernel>
 void run_items(const Execution& execution, const Routing& routing, int64_t panels, const std::vector<Args>& args,
                Kernel kernel) {
-    const std::vector<Item> items = cut(routing.active, panels, execution.num_threads);
+    const std::vector<Item> items =
+        cut(routing.active, panels, panels_at_once(*execution.kernels), execution.num_threads);
     parallel_for(static_cast<int64_t>(items.size()), execution.num_threads, [&](int64_t i) {
         const Item& item = items[static_cast<size_t>(i)];
         kernel(args[item.expert], 0, routing.active[item.expert].rows, item.first_panel, item.end_panel);

@@ -30,6 +30,9 @@ inline bool is_operand(const Matrix& weight, Operand kind, DType x_dtype, int64_
            (kind == Operand::kFloat32 && x_dtype == DType::kFloat32);
 }
 
+// A matrix unit reads whole tiles of up to 16 rows, of equal height: of 128 rows, up to 7 more.
+constexpr int64_t kSpareRows = 7;
+
 // Memory for `rows` rows in the form that a product with this weight reads; `conversion` fills it.
 inline Activations plan_conversion(const Matrix& weight, Operand kind, const void* x, DType x_dtype,
                                    const int32_t* index, int64_t rows, Workspace& workspace, Conversion* conversion) {
@@ -42,15 +45,15 @@ inline Activations plan_conversion(const Matrix& weight, Operand kind, const voi
         stride, nullptr, nullptr,        nullptr};
     switch (kind) {
         case Operand::kInt8:
-            args.values = workspace.take<int8_t>(rows * stride);
+            args.values = workspace.take<int8_t>((rows + kSpareRows) * stride);
             args.scale = workspace.take<float>(rows * num_chunks);
             args.sum = workspace.take<int32_t>(rows * num_chunks);
             break;
         case Operand::kBfloat16:
-            args.values = workspace.take<uint16_t>(rows * stride);
+            args.values = workspace.take<uint16_t>((rows + kSpareRows) * stride);
             break;
         case Operand::kFloat32:
-            args.values = workspace.take<float>(rows * stride);
+            args.values = workspace.take<float>((rows + kSpareRows) * stride);
             break;
     }
     *conversion = {args, rows};

@@ -9,18 +9,15 @@
 #include <cmath>
 
 #include "product/elementwise.h"
+#include "product/sums.h"
 #include "product/tiles.h"
+#include "product/unit.h"
 
 namespace amalgam {
 namespace {
 
-constexpr int kMaxRows = 128;               // rows whose sums are kept at once
-constexpr int64_t kMaxSharers = 4;          // tiles that prefetch what the next ones read
 constexpr int64_t kPieceBytes = 16 * 1024;  // of a panel in the first-level cache, as the inner loop reads it
-
-struct Sums {
-    alignas(64) float row[kMaxRows][kPanelRows];
-};
+constexpr int kPanelsAtOnce = MatrixUnit<>::kPanels;
 
 // Which lines the tile functions read, and whether they have to be made first.
 struct Access {
@@ -48,27 +45,7 @@ inline TileRows tile_rows(const Activations& x, int64_t first_row, int64_t rows,
     return tile;
 }
 
-inline Run whole_panel(const Matrix& w, const FormatKernels& format, Operand operand, int64_t panel) {
-    Run run{};
-    run.chunk = accumulation_chunk(w, operand);
-    run.padded_columns = w.padded_columns();
-    run.end_chunk = (run.padded_columns + run.chunk - 1) / run.chunk;
-    run.chunks_per_group = w.num_groups > 1 ? w.group / run.chunk : run.end_chunk;
-    run.factor = 1.0f;
-    run.lines = w.panel(panel);
-    run.weight = &w;
-    run.panel = panel;
-    if (w.scale != nullptr && operand != Operand::kFloat32) {
-        run.scale = advance(w.scale, w.scale_dtype, panel * w.num_groups * w.scale_lanes);
-        run.scale_dtype = w.scale_dtype;
-        run.scale_lanes = w.scale_lanes;
-        run.factor = format.scale_factor;
-    }
-    if (w.zero != nullptr) run.zero = w.zero + panel * w.num_groups * kPanelRows;
-    return run;
-}
-
-// sums.row[r] = x[first_row + r] · panel, for at most kMaxRows rows.
+// sums.row[r] = x[first_row + r] · panel, for at most kMaxRows rows, but for what the format leaves to add_rest.
 void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows, int64_t panel, Sums& sums) {
     alignas(64) uint8_t piece[kPieceBytes];
     const FormatKernels& format = kernels_of(w.format);
@@ -111,9 +88,6 @@ void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int
             access.lines.tiles[count - 1](run, values, sums.row[begin]);
         }
     }
-    if (format.add_rest != nullptr && x.kind == format.operand) {
-        format.add_rest(w, panel, x, first_row, rows, sums.row);
-    }
 }
 
 void expand(const Matrix& w, int64_t panel, int64_t first, int64_t end, float* out) {
@@ -145,48 +119,56 @@ void write_panel(const Sums& sums, int64_t rows, int width, Out* out, int64_t st
     }
 }
 
-// Calls function(first row, rows) for stretches of at most kMaxRows.
+// Calls function(first row, rows, panel, sums) for stretches of at most kMaxRows rows with each panel, sums complete.
 template <class Function>
-inline void for_row_blocks(int64_t first_row, int64_t end_row, Function&& function) {
+inline void for_products(const ProductArgs& args, int64_t first_row, int64_t end_row, int64_t first_panel,
+                         int64_t end_panel, Function&& function) {
+    const Matrix& w = *args.weight;
+    const FormatKernels& format = kernels_of(w.format);
+    const bool has_rest = format.add_rest != nullptr && args.x.kind == format.operand;
+    Sums sums[kPanelsAtOnce];
     for (int64_t row = first_row; row < end_row; row += kMaxRows) {
-        function(row, std::min<int64_t>(kMaxRows, end_row - row));
+        const int64_t rows = std::min<int64_t>(kMaxRows, end_row - row);
+        const UnitBlock<MatrixUnit<>> unit(w, args.x, row, rows);
+        for (int64_t panel = first_panel; panel < end_panel; panel += kPanelsAtOnce) {
+            const int count = static_cast<int>(std::min<int64_t>(kPanelsAtOnce, end_panel - panel));
+            if (unit.is_used()) unit.multiply(panel, count, sums);
+            for (int i = 0; i < count; ++i) {
+                if (!unit.is_used()) panel_product(w, args.x, row, rows, panel + i, sums[i]);
+                if (has_rest) format.add_rest(w, panel + i, args.x, row, rows, sums[i].row);
+                add_bias(args.bias, panel + i, panel_width(w, panel + i), rows, sums[i]);
+                function(row, rows, panel + i, sums[i]);
+            }
+        }
     }
 }
 
 void product(const ProductArgs& args, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
-    Sums sums;
-    for_row_blocks(first_row, end_row, [&](int64_t row, int64_t rows) {
-        for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-            const int width = panel_width(*args.weight, panel);
-            panel_product(*args.weight, args.x, row, rows, panel, sums);
-            add_bias(args.bias, panel, width, rows, sums);
-            void* out = advance(args.out, args.out_dtype, row * args.out_stride + panel * kPanelRows);
-            if (args.out_dtype == DType::kFloat32) {
-                write_panel(sums, rows, width, static_cast<float*>(out), args.out_stride);
-            } else {
-                write_panel(sums, rows, width, static_cast<Bfloat16*>(out), args.out_stride);
-            }
-        }
-    });
+    for_products(args, first_row, end_row, first_panel, end_panel,
+                 [&](int64_t row, int64_t rows, int64_t panel, const Sums& sums) {
+                     const int width = panel_width(*args.weight, panel);
+                     void* out = advance(args.out, args.out_dtype, row * args.out_stride + panel * kPanelRows);
+                     if (args.out_dtype == DType::kFloat32) {
+                         write_panel(sums, rows, width, static_cast<float*>(out), args.out_stride);
+                     } else {
+                         write_panel(sums, rows, width, static_cast<Bfloat16*>(out), args.out_stride);
+                     }
+                 });
 }
 
 // All gate panels first: a weight is then read as one long stream. Their sums wait in the result's place.
 void gate_up(const GateUpArgs& args, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
     product(args.gate, first_row, end_row, first_panel, end_panel);
-    Sums up;
     const Gating gating = args.gating;
     const int64_t stride = args.gate.out_stride;
-    for_row_blocks(first_row, end_row, [&](int64_t row, int64_t rows) {
-        for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-            const int width = panel_width(*args.up.weight, panel);
-            panel_product(*args.up.weight, args.up.x, row, rows, panel, up);
-            add_bias(args.up.bias, panel, width, rows, up);
-            float* out = static_cast<float*>(args.gate.out) + row * stride + panel * kPanelRows;
-            for (int64_t i = 0; i < rows; ++i, out += stride) {
-                for (int lane = 0; lane < width; ++lane) out[lane] = join(gating, out[lane], up.row[i][lane]);
-            }
-        }
-    });
+    for_products(args.up, first_row, end_row, first_panel, end_panel,
+                 [&](int64_t row, int64_t rows, int64_t panel, const Sums& up) {
+                     const int width = panel_width(*args.up.weight, panel);
+                     float* out = static_cast<float*>(args.gate.out) + row * stride + panel * kPanelRows;
+                     for (int64_t i = 0; i < rows; ++i, out += stride) {
+                         for (int lane = 0; lane < width; ++lane) out[lane] = join(gating, out[lane], up.row[i][lane]);
+                     }
+                 });
 }
 
 }  // namespace

@@ -76,14 +76,23 @@ struct TileRows {
 // y [rows, 16] += rows times run.
 using TileFunction = void (*)(const Run&, const TileRows&, float* y);
 
-// The seam for matrix units: the tile function for M rows and lines of format F, and the most rows of a tile of F. Null
-// and 0 are the vector loops of tiles.h, with up to kTileRows rows; the header of an instruction set specialises both
-// where it has something better, behind its primitives (docs/extending.md has an example). A row must get the same bits
-// for every M, those left to the vector loops included, and for every cut of its chunks into runs.
+// The seam for tile functions of an instruction set's own, for M rows and lines of format F, and the most rows of a
+// tile of F. Null and 0 are the vector loops of tiles.h, with up to kTileRows rows; the header of an instruction set
+// specialises both where it has something better, behind its primitives (docs/extending.md has an example). A row must
+// get the same bits for every M, those left to the vector loops included, and for every cut of its chunks into runs.
 template <class F, int M>
 constexpr TileFunction kOwnTile = nullptr;
 template <class F>
 constexpr int kOwnTileRows = 0;
+
+// The seam for matrix units, which have tiles in registers of their own. The header of an instruction set that has one
+// specialises this, behind its primitives: amx.h, and amx_emulated.h, which says in plain C++ what each function does.
+// unit.h multiplies with it: bfloat16 operands always, int8 operands of as many rows as pay.
+template <class = void>
+struct MatrixUnit {
+    static constexpr bool kExists = false;
+    static constexpr int kPanels = 1;  // of a weight that are multiplied at once
+};
 
 }  // namespace
 }  // namespace amalgam

@@ -240,5 +240,25 @@ inline const FormatKernels& kernels_of(Format format) {
     return FormatTable<Formats>::kKernels[static_cast<int>(format)];
 }
 
+inline Run whole_panel(const Matrix& w, const FormatKernels& format, Operand operand, int64_t panel) {
+    Run run{};
+    run.chunk = accumulation_chunk(w, operand);
+    run.padded_columns = w.padded_columns();
+    run.end_chunk = (run.padded_columns + run.chunk - 1) / run.chunk;
+    run.chunks_per_group = w.num_groups > 1 ? w.group / run.chunk : run.end_chunk;
+    run.factor = 1.0f;
+    run.lines = w.panel(panel);
+    run.weight = &w;
+    run.panel = panel;
+    if (w.scale != nullptr && operand != Operand::kFloat32) {
+        run.scale = advance(w.scale, w.scale_dtype, panel * w.num_groups * w.scale_lanes);
+        run.scale_dtype = w.scale_dtype;
+        run.scale_lanes = w.scale_lanes;
+        run.factor = format.scale_factor;
+    }
+    if (w.zero != nullptr) run.zero = w.zero + panel * w.num_groups * kPanelRows;
+    return run;
+}
+
 }  // namespace
 }  // namespace amalgam
