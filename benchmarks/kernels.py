@@ -2,22 +2,31 @@
 
     python benchmarks/kernels.py                          all formats, linear and moe
     python benchmarks/kernels.py --format int4 fp8 --rows 1 512 --layers 2
+    python benchmarks/kernels.py --against avx512 --rows 1 4 8 16 32 128 512      on a machine with AMX
 
 The shape is that of a mixture with hidden size 2048, 64 experts of width 768, 8 active; every layer has weights of its
 own, so that no cache holds them. GB/s counts the weights that a call reads (each active expert once); the share is of a
-plain read of the same buffers between the repeats. Prints a table and, as the last line, one JSON object.
+plain read of the same buffers between the repeats. Where there is a matrix unit, operations are told as a share of what
+it does in registers. `--against` runs a second instruction set in turns, on the same inputs, and tells how many times
+as fast the first one is. Prints a table and, as the last line, one JSON object.
+
+int4-bf16: int4 with activations that stay bfloat16. The matrix unit's choices, to find the best ones on a machine:
+`--int8-rows N`, from how many rows on int8 operands are multiplied on it (1: always), and `--scales-weights`, which
+expands int4-bf16 and fp8 with the scales of their groups, rounded, instead of scaling the sum of each group.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +34,7 @@ import torch
 from torch import Tensor
 
 from amalgam import _native
+from amalgam.config.settings import NATIVE_ISA_VARIABLE
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
@@ -37,7 +47,9 @@ from amalgam.quantizers.nearest import round_to_nearest
 HIDDEN, WIDTH, NUM_EXPERTS, NUM_ACTIVE = 2048, 768, 64, 8
 LINEAR_SHAPE = (4096, 2048)
 PLAIN = "bf16-plain"  # in 16 bits
-FORMATS = ("int4", "int8", "fp8", "bf16", PLAIN)
+WIDENED = "int4-bf16"  # multiplied by bfloat16
+FORMATS = ("int4", WIDENED, "int8", "fp8", "bf16", PLAIN)
+UNIT_ROUNDS = 100_000
 ROWS = (1, 8, 16, 128, 512)
 
 
@@ -52,6 +64,8 @@ class Result:
     gigabytes_per_second: float
     share_of_read: float
     gigaoperations_per_second: float
+    share_of_unit: float | None  # of what the matrix unit does in registers
+    times_as_fast: float | None  # as the instruction set that it runs against
 
 
 @dataclass(frozen=True)
@@ -68,13 +82,17 @@ def source(name: str, shape: tuple[int, int]) -> PackedWeight:
     values = torch.randn(shape) * 0.02
     if name in ("bf16", PLAIN):
         return dense(values.bfloat16())
-    weight_format = writable_format(name)
+    weight_format = writable_format(name.removesuffix("-bf16"))
     return weight_format.pack(quantize(values.bfloat16(), weight_format, round_to_nearest))
+
+
+def prepare(weight: PackedWeight, name: str) -> PackedWeight:
+    return panels.prepare(weight, "bf16" if name == WIDENED else "int8", codes=name != PLAIN)
 
 
 def linear_case(name: str, num_layers: int) -> Case:
     template = source(name, LINEAR_SHAPE)
-    weights = [panels.prepare(template, codes=name != PLAIN) for _ in range(8 * num_layers)]
+    weights = [prepare(template, name) for _ in range(8 * num_layers)]
 
     def run(rows: int) -> tuple[Callable[[], None], int, float]:
         x = torch.randn(rows, LINEAR_SHAPE[1]).bfloat16()
@@ -94,7 +112,7 @@ def moe_case(name: str, num_layers: int) -> Case:
     sources = (first, first, last)
 
     def expert() -> Expert:
-        gate, up, down = (panels.prepare(weight, codes=name != PLAIN) for weight in sources)
+        gate, up, down = (prepare(weight, name) for weight in sources)
         return Expert(gate, up, down)
 
     layers = [prepare_experts(ExpertTable(tuple(expert() for _ in range(NUM_EXPERTS)))) for _ in range(num_layers)]
@@ -126,21 +144,67 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int) -> Iterator[Result]:
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """`name` or the next lower one in use, chosen as a user does."""
+    kept = os.environ.get(NATIVE_ISA_VARIABLE)
+    os.environ[NATIVE_ISA_VARIABLE] = name
+    extension.kernels.cache_clear()
+    try:
+        yield
+    finally:
+        if kept is None:
+            del os.environ[NATIVE_ISA_VARIABLE]
+        else:
+            os.environ[NATIVE_ISA_VARIABLE] = kept
+        extension.kernels.cache_clear()
+
+
+def unit_gigaoperations(name: str) -> float | None:
+    """A second, in the registers of the matrix unit with all threads; None without one."""
+    unit = extension.kernels().unit
+    if unit is None:
+        return None
+    operands = _native.Format.int8 if name in ("int4", "int8") else _native.Format.bf16
+    threads = torch.get_num_threads()
+    rounds = 1 if extension.isa() == "amx_emulated" else UNIT_ROUNDS
+    unit.run(operands, rounds, threads)
+    start = time.perf_counter()
+    operations = unit.run(operands, rounds, threads)
+    return operations / (time.perf_counter() - start) / 1e9
+
+
+def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int, against: str | None) -> Iterator[Result]:
     matrices = [matrix_of(weight) for weight in case.weights]
     total_bytes = sum(weight.nbytes for weight in case.weights)
     threads = torch.get_num_threads()
     for count in rows:
-        samples = []
+        samples, shares, ratios = [], [], []
         for _ in range(repeats):
             call, num_bytes, operations = case.run(count)
+            if against is not None:
+                with instruction_set(against):
+                    other = seconds(call)
             elapsed = seconds(call)
             read = total_bytes / seconds(lambda: _native.checksum(matrices, threads)) / 1e9
             samples.append(
                 (elapsed, num_bytes / elapsed / 1e9, num_bytes / elapsed / 1e9 / read, operations / elapsed / 1e9)
             )
+            unit = unit_gigaoperations(name)
+            if unit is not None:
+                shares.append(operations / elapsed / 1e9 / unit)
+            if against is not None:
+                ratios.append(other / elapsed)
         medians = [statistics.median(column) for column in zip(*samples, strict=True)]
-        yield Result(case.kernel, name, count, medians[0] * 1e3, *medians[1:])
+        yield Result(
+            case.kernel,
+            name,
+            count,
+            medians[0] * 1e3,
+            *medians[1:],
+            share_of_unit=statistics.median(shares) if shares else None,
+            times_as_fast=statistics.median(ratios) if ratios else None,
+        )
 
 
 def commit() -> str:
@@ -155,22 +219,34 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against", choices=_native.supported_isas(), metavar="ISA")
+    parser.add_argument("--int8-rows", type=int, metavar="N")
+    parser.add_argument("--scales-weights", action="store_true")
     arguments = parser.parse_args()
-    if not extension.is_available():
-        print(extension.why_unavailable(), file=sys.stderr)
-        return 1
+    unit = extension.kernels().unit
+    if unit is None and (arguments.int8_rows is not None or arguments.scales_weights):
+        parser.error(f"{extension.isa()} has no matrix unit: --int8-rows and --scales-weights change nothing")
+    if unit is not None:
+        unit.scales_weights = arguments.scales_weights
+        if arguments.int8_rows is not None:
+            unit.int8_rows = arguments.int8_rows
+    if arguments.against == extension.isa():
+        parser.error(f"{extension.isa()} is what runs; needed: another one of {', '.join(_native.supported_isas())}")
     torch.manual_seed(0)
     makers = {"linear": linear_case, "moe": moe_case}
     results: list[Result] = []
-    print(f"{'kernel':8}{'format':8}{'rows':>5}{'ms':>10}{'GB/s':>8}{'of read':>9}{'Gop/s':>8}")
+    against = "" if arguments.against is None else f"  × {arguments.against}"
+    print(f"{'kernel':8}{'format':11}{'rows':>5}{'ms':>10}{'GB/s':>8}{'of read':>9}{'Gop/s':>8}{'of unit':>9}{against}")
     for kernel in arguments.kernel:
         for name in arguments.format:
             case = makers[kernel](name, arguments.layers)
-            for r in measure(case, name, tuple(arguments.rows), arguments.repeats):
+            for r in measure(case, name, tuple(arguments.rows), arguments.repeats, arguments.against):
                 results.append(r)
+                share = "" if r.share_of_unit is None else f"{r.share_of_unit:.0%}"
+                ratio = "" if r.times_as_fast is None else f"{r.times_as_fast:.2f}"
                 print(
-                    f"{r.kernel:8}{r.format:8}{r.rows:5}{r.milliseconds:10.2f}{r.gigabytes_per_second:8.1f}"
-                    f"{r.share_of_read:9.0%}{r.gigaoperations_per_second:8.0f}",
+                    f"{r.kernel:8}{r.format:11}{r.rows:5}{r.milliseconds:10.2f}{r.gigabytes_per_second:8.1f}"
+                    f"{r.share_of_read:9.0%}{r.gigaoperations_per_second:8.0f}{share:>9}{ratio:>{len(against)}}",
                     flush=True,
                 )
             del case
@@ -178,6 +254,8 @@ def main() -> int:
         "command": sys.argv,
         "commit": commit(),
         "isa": extension.isa(),
+        "against": arguments.against,
+        "unit": None if unit is None else {"int8_rows": unit.int8_rows, "scales_weights": unit.scales_weights},
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "results": [asdict(result) for result in results],
