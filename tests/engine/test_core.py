@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from amalgam.config.settings import StatisticsSettings
-from amalgam.engine.params import SamplingParams
+from amalgam.engine.params import SamplingParams, ThinkingLimit
 from amalgam.engine.request import FinishReason, Observation
 from amalgam.engine.scheduler import Scheduler
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
@@ -87,6 +87,13 @@ class TestAnswers:
         usage = answer.usage
         assert usage.encoding_seconds >= 1000 and usage.queue_seconds < 1000
         assert usage.first_token_seconds >= usage.encoding_seconds + usage.queue_seconds
+
+    def test_reasoning_that_is_long_enough_is_ended_and_the_answer_goes_on(self, make_engine):
+        prompt, end_id = [9, 8, 7], 5
+        (answer,) = make_engine().generate([prompt], replace(GREEDY, thinking=ThinkingLimit(4, end_id)))
+        thought = greedy_tokens(prompt, 4)
+        assert end_id not in thought
+        assert answer.token_ids == (*thought, end_id, *greedy_tokens([*prompt, *thought, end_id], 7))
 
     def test_an_answer_ends_with_the_longest_sequence(self, make_engine):
         engine = make_engine(max_seq_length=20)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
-from amalgam.engine.logits import NEVER, CountPenalty, Follow, RepetitionPenalty, process, processors_for
-from amalgam.engine.params import SamplingParams
+from amalgam.engine.logits import NEVER, CountPenalty, EndThinking, Follow, RepetitionPenalty, process, processors_for
+from amalgam.engine.params import SamplingParams, ThinkingLimit
 from amalgam.engine.request import Request
 from amalgam.engine.sampler import choose_tokens
 from amalgam.errors import RequestError
@@ -203,3 +203,49 @@ def test_a_row_that_is_not_finite_stays_as_it_is():
     logits = torch.tensor([[1.0, torch.nan, 2.0]])
     rows, _ = process(logits, [make_place(processors=[RepetitionPenalty(2.0), Follow(State([0, 1, 0]))])])
     assert rows.isnan().tolist() == [[False, True, False]]
+
+
+class TestThinking:
+    """Token 7 opens reasoning, where the prompt has not, and 9 ends it."""
+
+    @pytest.mark.parametrize(
+        ("answer", "start_ids", "is_forced"),
+        [
+            ([], (), False),
+            ([1, 2], (), False),
+            ([1, 2, 3], (), True),
+            ([1, 2, 9], (), False),
+            ([1, 9, 3, 4, 5], (), False),
+            ([7, 1, 2], (7,), False),
+            ([7, 1, 2, 3], (7,), True),
+            ([0, 7, 1, 2, 3], (7,), True),
+            ([6, 7, 1, 2, 3], (6, 7), True),
+            ([1, 2, 3, 4], (7,), False),
+            ([1, 2, 3, 4, 5, 7, 1, 2, 3], (7,), False),  # it is text there
+            ([7, 1, 2, 3, 9, 7, 1, 2, 3], (7,), False),
+        ],
+    )
+    def test_its_end_is_all_that_follows_when_it_is_long_enough(self, answer, start_ids, is_forced):
+        params = SamplingParams(thinking=ThinkingLimit(3, 9, start_ids))
+        logits = torch.randn(1, 12)
+        for cut in range(len(answer) + 1):  # the rest is proposed
+            row = processed(logits, params, [7, 7], answer[:cut], answer[cut:])
+            expected = (
+                [float(NEVER)] * 9 + [float(logits[0, 9])] + [float(NEVER)] * 2 if is_forced else logits[0].tolist()
+            )
+            assert row.tolist() == expected
+
+    def test_a_grammar_comes_first(self):
+        params = SamplingParams(thinking=ThinkingLimit(0, 9))
+        request = Request(0, [1], params, lambda output: None, processors=processors_for(params))
+        logits = torch.zeros(1, 12)
+        logits[0, 9] = float(NEVER)
+        [row], _ = process(logits, [(request, ())])
+        assert row.tolist() == logits[0].tolist()
+
+    def test_proposals_are_forgotten(self):
+        request = Request(0, [1], SamplingParams(), lambda output: None, processors=(EndThinking(ThinkingLimit(2, 9)),))
+        logits = torch.zeros(1, 12)
+        for proposed, is_forced in (((3, 4), True), ((9,), False), ((), False), ((3,), False)):
+            [row], _ = process(logits, [(request, proposed)])
+            assert (row[0] == NEVER) == is_forced

@@ -39,6 +39,7 @@ Regex = Annotated[str | None, typer.Option(help="Answer with a text that matches
 _HOW_TO_SAMPLE = ("temperature", "top_p", "top_k", "min_p")
 _FIXED = (  # how a chat works, and not how it sounds
     "ignore_eos", "continues_prompt", "logprobs", "stop_token_ids", "logit_bias", "prompt_logprobs", "priority",
+    "thinking",
 )  # fmt: skip
 _NONE = ("none", "null", "off")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from copy import copy
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from amalgam.engine.params import SamplingParams
+from amalgam.engine.params import SamplingParams, ThinkingLimit
 from amalgam.engine.request import LogitsProcessor, Request
 from amalgam.errors import RequestError
 from amalgam.text.grammar import GrammarState
@@ -23,6 +24,7 @@ Place = tuple[Request, tuple[int, ...]]  # a row of logits is for the token afte
 
 # Of a token that may not be chosen. Infinity would say that the model computed it.
 NEVER = np.finfo(np.float32).min
+_MAX_TOKENS_BEFORE_THINKING = 4  # white space
 
 
 class LogitBias:
@@ -116,6 +118,52 @@ class Follow:
         logits[size:] = NEVER  # rows with which an embedding is padded
 
 
+class EndThinking:
+    """Lets nothing but the end of reasoning follow once it is as long as it may be, unless a grammar forbids that end.
+
+    What opens reasoning is looked for at the answer's beginning only: later it is text like any other.
+    """
+
+    def __init__(self, limit: ThinkingLimit) -> None:
+        self._limit = limit
+        self._num_seen = 0  # tokens of the answer
+        self._begun: tuple[int, ...] = ()  # the answer's first tokens, as long as nothing has opened reasoning
+        self._num_thought: int | None = None if limit.start_ids else 0  # None: reasoning is not going on
+        self._is_over = False
+
+    def apply(self, logits: npt.NDArray[np.float32], request: Request, proposed_ids: Sequence[int]) -> None:
+        """See `LogitsProcessor`."""
+        new = request.token_ids[request.num_prompt_tokens + self._num_seen :]
+        self._num_seen += len(new)
+        for token_id in new:
+            self._take(token_id)
+        num_thought = self._num_thought
+        if proposed_ids:
+            ahead = copy(self)
+            for token_id in proposed_ids:
+                ahead._take(token_id)
+            num_thought = ahead._num_thought
+        end_id = self._limit.end_id
+        if num_thought is None or num_thought < self._limit.num_tokens or logits[end_id] == NEVER:
+            return
+        score = logits[end_id]
+        logits[:] = NEVER
+        logits[end_id] = score
+
+    def _take(self, token_id: int) -> None:
+        if self._is_over:
+            return
+        if self._num_thought is not None:
+            self._is_over = token_id == self._limit.end_id
+            self._num_thought = None if self._is_over else self._num_thought + 1
+            return
+        self._begun, start_ids = (*self._begun, token_id), self._limit.start_ids
+        if self._begun[-len(start_ids) :] == start_ids:
+            self._num_thought = 0
+        else:
+            self._is_over = len(self._begun) >= len(start_ids) + _MAX_TOKENS_BEFORE_THINKING
+
+
 class NoEndBefore:
     """Keeps an answer from ending before it has so many tokens, unless nothing else may follow.
 
@@ -156,6 +204,8 @@ def processors_for(
         found.append(CountPenalty(params.presence_penalty, params.frequency_penalty))
     if constraint is not None:
         found.append(Follow(constraint))
+    if params.thinking is not None:
+        found.append(EndThinking(params.thinking))
     end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
     if params.min_tokens and end_ids:
         found.append(NoEndBefore(params.min_tokens, end_ids))

@@ -6,7 +6,7 @@ In: values, from any interface. Out: the same, or what is wrong with them. Must 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -30,6 +30,26 @@ _HOW_TO_SAMPLE = {"temperature", "top_p", "top_k", "min_p"}
 
 
 @dataclass(frozen=True)
+class ThinkingLimit:
+    """How long an answer's reasoning may be: then the token that ends it is the only one that may follow.
+
+    Attributes:
+        num_tokens: of the reasoning.
+        end_id: the token that ends it.
+        start_ids: the tokens that open it, at the answer's beginning; none: the prompt has opened it.
+    """
+
+    num_tokens: int
+    end_id: int
+    start_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_int("thinking.num_tokens", self.num_tokens, 0, 2**31 - 1)
+        for token_id in (self.end_id, *self.start_ids):
+            _check_int("a token id of thinking", token_id, 0, 2**31 - 1)
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to turn logits into tokens, and tokens into text. `temperature` 0 or `do_sample` false is greedy.
 
@@ -49,6 +69,7 @@ class SamplingParams:
             request ends without an answer.
         keeps_special_tokens: the text has them, as some formats of tool calls need it; not the one that ends it.
         priority: of waiting requests the lowest is taken first, and of equal ones the first.
+        thinking: how long reasoning may be; None: as long as the answer.
         given: the fields that the caller gave, so that `over` knows which to leave to a model.
 
     Raises:
@@ -75,6 +96,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     priority: int = 0
     keeps_special_tokens: bool = False
+    thinking: ThinkingLimit | None = None
 
     if TYPE_CHECKING:
         given: ClassVar[frozenset[str]]
@@ -106,6 +128,8 @@ class SamplingParams:
         _check_bool("ignore_eos", self.ignore_eos)
         _check_bool("continues_prompt", self.continues_prompt)
         _check_bool("keeps_special_tokens", self.keeps_special_tokens)
+        if self.thinking is not None and not isinstance(self.thinking, ThinkingLimit):
+            raise RequestError(f"thinking is {describe(self.thinking)}.", remedy="Give a ThinkingLimit.")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
@@ -195,10 +219,14 @@ def _is_token_id(value: Any) -> bool:
 def check_param_ids(params: SamplingParams, vocab_size: int) -> None:
     """
     Raises:
-        RequestError: `logit_bias` or `stop_token_ids` names a token that the model does not have.
+        RequestError: `logit_bias`, `stop_token_ids` or `thinking` names a token that the model does not have.
     """
-    biased_ids = [token_id for token_id, _ in params.biases]
-    for name, token_ids in (("logit_bias", biased_ids), ("stop_token_ids", params.stop_token_ids)):
+    named: dict[str, Sequence[int]] = {
+        "logit_bias": [token_id for token_id, _ in params.biases],
+        "stop_token_ids": params.stop_token_ids,
+        "thinking": () if params.thinking is None else (params.thinking.end_id, *params.thinking.start_ids),
+    }
+    for name, token_ids in named.items():
         for token_id in token_ids:
             if token_id >= vocab_size:
                 raise RequestError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import shutil
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +16,7 @@ import httpx
 import pytest
 
 from amalgam.engine.generation_config import ModelDefaults
-from amalgam.engine.params import SamplingParams
+from amalgam.engine.params import SamplingParams, ThinkingLimit
 from amalgam.engine.request import FinishReason, Observation, RequestOutput, Usage
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
@@ -76,9 +78,20 @@ class ScriptedEngine(FakeEngine):
             self.num_closed += 1
 
 
+THINK_ID, END_ID = 8192, 8193
+
+
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.load(DEMO, None, TEMPLATE)
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The demo's, and the marks of reasoning are tokens, as in models that were trained to reason."""
+    folder = tmp_path_factory.mktemp("thinking")
+    fields = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
+    for token_id, mark in ((THINK_ID, "<think>"), (END_ID, "</think>")):
+        fields["added_tokens"].append({**fields["added_tokens"][0], "id": token_id, "content": mark, "special": False})
+    (folder / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder / name)
+    return Tokenizer.load(folder, None, TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +312,28 @@ class TestTools:
         assert [block.type for block in message.content] == ["tool_use"] and message.stop_reason == "tool_use"
         wait_until(lambda: engine.num_closed == 1)
 
+    def test_strict_tools_bind_the_calls_of_an_answer_that_need_not_have_any(
+        self, client: anthropic.Anthropic, engine: ScriptedEngine, tokenizer: Tokenizer
+    ) -> None:
+        form: Any = {"format": {"type": "json_schema", "schema": {"const": {"a": 1}}}}
+        asked: list[dict[str, Any]] = [
+            {"tools": [{**WEATHER, "strict": True}]},
+            {"tools": [WEATHER], "output_config": form},
+            {"tools": [WEATHER]},
+        ]
+        for fields in asked:
+            client.messages.create(model="fake", max_tokens=9, messages=HI, **fields)
+        strict, formed, free = engine.constraints
+        assert free is None
+
+        def allows(constraint: Any, text: str) -> bool:
+            token_ids = [*itertools.chain(*tokenizer.encode_by_piece(text, 99, add_special_tokens=False))]
+            return bool(constraint.start().num_valid(token_ids) == len(token_ids))
+
+        wrong = CALL.replace('"city"', '"town"')
+        assert allows(strict, f"Let me see. {CALL}") and not allows(strict, f"Let me see. {wrong}")
+        assert allows(formed, CALL) and allows(formed, '{"a": 1}') and not allows(formed, "Let me see.")
+
     def test_a_call_that_is_cut_is_text(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
         engine.answer, engine.reason = CALL[:60], FinishReason.LENGTH
         message = client.messages.create(model="fake", max_tokens=9, messages=HI, tools=[WEATHER])
@@ -319,6 +354,23 @@ class TestThinking:
             assert message.usage.output_tokens_details.thinking_tokens > 0
         client.messages.create(model="fake", max_tokens=9, messages=HI, thinking={"type": "disabled"})
         assert prompt_of(engine, tokenizer).endswith("[assistant]")
+
+    def test_a_budget_is_a_limit(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+        thinking: Any = {"type": "enabled", "budget_tokens": 1024}
+        client.messages.create(model="fake", max_tokens=2048, messages=HI, thinking=thinking)
+        client.messages.create(model="fake", max_tokens=2048, messages=HI, thinking={"type": "adaptive"})
+        assert [params.thinking for params in engine.params] == [ThinkingLimit(1024, END_ID), None]
+
+    def test_openai_s_interface_has_it_under_two_names(self, url: str, engine: ScriptedEngine) -> None:
+        def ask(**fields: Any) -> httpx.Response:
+            return httpx.post(url + "/v1/chat/completions", json={"messages": HI, **fields}, timeout=60)
+
+        assert ask(thinking_token_budget=0).status_code == 200
+        assert ask(thinking={"type": "enabled", "budget_tokens": 5}).status_code == 200
+        limits = [params.thinking for params in engine.params]
+        assert limits == [ThinkingLimit(0, END_ID, (THINK_ID,)), ThinkingLimit(5, END_ID)]
+        both = ask(thinking_token_budget=0, thinking={"type": "enabled", "budget_tokens": 5})
+        assert (both.status_code, both.json()["error"]["param"]) == (400, "thinking.budget_tokens")
 
     def test_it_can_be_left_out(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
         engine.answer = "hm</think>\nYes."
@@ -369,7 +421,6 @@ class TestErrors:
             ({"messages": [*HI, {"role": "assistant", "content": []}]}, "messages"),
             ({"extra_body": {"temperature": 1000.0}}, "temperature"),
             ({"stop_sequences": [""]}, "stop_sequences"),
-            ({"tools": [{**WEATHER, "strict": True}]}, "strict"),
             ({"tools": [WEATHER, WEATHER]}, "get_weather"),
             ({"tools": [{**WEATHER, "description": "a" * 2**18}]}, "tools has more than 262144 characters"),
             ({"tools": [{**WEATHER, "input_schema": {"enum": ["ab"] * 2**17}}]}, "tools has more than"),
@@ -382,6 +433,7 @@ class TestErrors:
             (
                 {
                     "tools": [WEATHER],
+                    "tool_choice": {"type": "any"},
                     "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
                 },
                 "output_config.format",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -12,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from amalgam.errors import RequestError
+from amalgam.server import service
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, fake_settings
 
@@ -247,3 +250,23 @@ def test_many_at_once(http: httpx.Client, deployment: FakeDeployment) -> None:
         answers = list(pool.map(lambda item: http.post(item[0], content=item[1], headers=JSON), bodies))
     assert {answer.status_code for answer in answers} == {200}
     assert not deployment.engine.running
+
+
+def test_a_grammar_that_takes_its_time_holds_up_nobody(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it may take: it is tried in a process and made in a thread."""
+    waiting, held = threading.Event(), threading.Event()
+
+    def compile_grammar(*_: Any) -> Any:
+        waiting.set()
+        assert held.wait(60)
+        raise RequestError("It takes more time than it may.", param="guided_regex")
+
+    monkeypatch.setattr(service, "compile_grammar", compile_grammar)
+    body = {"prompt": "a", "max_tokens": 1}
+    with ThreadPoolExecutor(1) as pool:
+        hostile = pool.submit(http.post, "/v1/completions", json=body | {"guided_regex": "a{1,9}"})
+        wait_until(waiting.is_set)
+        assert http.get("/health").status_code == 200
+        assert http.post("/v1/completions", json=body).status_code == 200
+        held.set()
+        assert hostile.result().status_code == 400

@@ -176,8 +176,7 @@ def test_thinking_is_switched_by_one_word(http: httpx.Client) -> None:
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "thinking.type"
     answer = http.post("/v1/chat/completions", json=body | {"thinking": {"type": "enabled", "budget_tokens": 9}})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "budget_tokens"
+    assert answer.status_code == 200  # this model does not reason: that is no longer than it may
 
 
 @cache

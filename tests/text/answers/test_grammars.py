@@ -9,9 +9,10 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken
 
-from amalgam.errors import RequestError
+from amalgam.errors import RequestError, UnsupportedError
 from amalgam.text.answers.format import AnswerFormat
 from amalgam.text.answers.registry import tool_formats
+from amalgam.text.grammar import Grammar
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 from tests.errors import raises
@@ -137,3 +138,65 @@ def test_parameters_that_are_no_schema_are_refused(name: str, parameters: dict[s
     with raises(RequestError, "f", "properties") as caught:
         made(name).grammar([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
     assert caught.value.param == "tools"  # type: ignore[attr-defined]
+
+
+MARKED = [name for name in CALLS if made(name).marks_calls]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_text_is_free_and_calls_fit_their_schemas(backend: Any, name: str) -> None:
+    answers, (weather, note) = bound(name, backend), CALLS[name]
+    free = answers.free_grammar(TOOLS).source
+    for text in (
+        "",
+        "hello",
+        "a <tool",
+        weather,
+        f"Let me see.\n{weather}",
+        f"{weather}\n{note}",
+        f"{note} That is it.",
+    ):
+        assert takes(backend, free, text), text
+    wrong = weather.replace("3", "x")
+    for text in (wrong, f"Hello.\n{wrong}", f"{note}\n{wrong}", "<tool_call>", weather.replace("get_weather", "other")):
+        assert not takes(backend, free, text), text
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_single_call_ends_a_free_answer(backend: Any, name: str) -> None:
+    source = bound(name, backend).free_grammar(TOOLS, parallel=False).source
+    weather, note = CALLS[name]
+    assert (
+        takes(backend, source, "Hello.") and takes(backend, source, f"Hello.\n{weather}") and takes(backend, source, "")
+    )
+    assert not takes(backend, source, f"{weather}\n{note}")
+
+
+def test_reasoning_is_free_before_free_text(backend: Any) -> None:
+    source = bound("hermes", backend).free_grammar(TOOLS, prompt_end="<think>\n").source
+    weather = CALLS["hermes"][0]
+    assert takes(backend, source, f"hm</think>\n\nHello.\n{weather}") and takes(backend, source, "hm</think>Hello.")
+    assert not takes(backend, source, f"hm</think>\n\nHello.\n{weather.replace('3', 'x')}")
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - set(MARKED)))
+def test_calls_without_a_mark_are_not_found_in_free_text(name: str) -> None:
+    with raises(UnsupportedError, name):
+        made(name).free_grammar(TOOLS)
+
+
+@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("prompt_end", ["", "<think>\n"])
+def test_an_answer_has_the_form_or_calls(backend: Any, name: str, prompt_end: str) -> None:
+    form = Grammar.of_schema({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+    source = bound(name, backend).form_or_calls(form, TOOLS, prompt_end=prompt_end).source
+    before = "hm</think>\n" if prompt_end else ""
+    for text in ('{"a": 1}', *CALLS[name]):
+        assert takes(backend, source, before + text), text
+    for text in ("hello", '{"a": "b"}', CALLS[name][0].replace("3", "x"), '{"a": 1}' + CALLS[name][0]):
+        assert not takes(backend, source, before + text), text
+
+
+def test_a_form_that_is_no_rule_goes_with_no_tools() -> None:
+    with raises(UnsupportedError, "regex"):
+        made("hermes").form_or_calls(Grammar("regex", "a+"), TOOLS)

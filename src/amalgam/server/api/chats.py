@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from amalgam.engine.params import ThinkingLimit
 from amalgam.engine.request import RequestOutput
-from amalgam.errors import RequestError
+from amalgam.errors import RequestError, UnsupportedError
 from amalgam.server.api.common import ToolUse
 from amalgam.server.interface import Tokenizer
 from amalgam.server.service import Service
@@ -35,6 +36,28 @@ class EncodedChat:
     tokenizer: Tokenizer
     prompt_end: str
 
+    def thinking_limit(self, num_tokens: int | None, field: str) -> ThinkingLimit | None:
+        """What the engine takes to end reasoning after so many tokens; None: it has no limit, or there is none.
+
+        Args:
+            field: of the request, that has the number.
+
+        Raises:
+            UnsupportedError: the end of the model's reasoning is not one token, which could be demanded.
+        """
+        tags = self.form.thought
+        if num_tokens is None or tags is None:
+            return None
+        start_ids, end_ids = _mark_ids(self.tokenizer, tags.start), _mark_ids(self.tokenizer, tags.end)
+        if len(end_ids) != 1:
+            raise UnsupportedError(
+                f"{field} is {num_tokens}, and {tags.end}, which ends this model's reasoning, is no token of its own.",
+                remedy="Leave it out, and limit the whole answer.",
+                param=field,
+            )
+        opens = self.form.opens_reasoning(self.prompt_end)
+        return ThinkingLimit(num_tokens, end_ids[0], () if opens else start_ids)
+
     def reader(self, *, separates_reasoning: bool = True) -> AnswerReader:
         """For one answer.
 
@@ -54,24 +77,39 @@ async def encode_chat(
         field: of the request, that says so.
 
     Raises:
-        RequestError: see `Service.encode` and `Service.compile_grammar`; or a form is given with tools.
+        RequestError: see `Service.encode` and `Service.compile_grammar`; or a form is given with tools that have to be
+            called, or whose calls cannot be told from it.
         OverloadedError: the queue is full.
     """
-    if grammar is not None and use.tools:
+    form = service.answer_format
+    if grammar is not None and use.tools and (use.is_required or not form.marks_calls):
         raise RequestError(
             f"{field} is given with tools.",
             remedy="Give tool_choice none, or no form of the answer: a call would not have it.",
             param=field,
         )
     [prompt_ids] = await service.encode([prompt])
-    tokenizer, form = service.deployment.tokenizer, service.answer_format
+    tokenizer = service.deployment.tokenizer
     prompt_end = tokenizer.prompt_end(prompt_ids)
     if use.is_required:
         grammar = form.grammar(use.tools, use.name, parallel=use.is_parallel, prompt_end=prompt_end)
+    elif grammar is not None and use.tools:
+        grammar = form.form_or_calls(grammar, use.tools, parallel=use.is_parallel, prompt_end=prompt_end)
+    elif use.is_strict and form.marks_calls:
+        grammar = form.free_grammar(use.tools, parallel=use.is_parallel, prompt_end=prompt_end)
     elif grammar is not None:
         grammar = form.after_reasoning(grammar, prompt_end)
     constraint = None if grammar is None else await service.compile_grammar(grammar)
     return EncodedChat(prompt_ids, constraint, form, use, tokenizer, prompt_end)
+
+
+def _mark_ids(tokenizer: Tokenizer, mark: str) -> tuple[int, ...]:
+    """The tokens of a mark, without the space that some tokenizers begin every text with."""
+    pieces = tokenizer.encode_by_piece(mark, len(mark), add_special_tokens=False)
+    token_ids = [token_id for piece in pieces for token_id in piece]
+    while token_ids and not tokenizer.token_text(token_ids[0]).strip():
+        del token_ids[0]
+    return tuple(token_ids)
 
 
 class AnswerReader:

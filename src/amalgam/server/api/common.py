@@ -92,12 +92,14 @@ class ToolUse:
         is_required: the answer has to call one.
         name: the one to be called; None: any.
         is_parallel: whether an answer may hold several calls.
+        is_strict: calls fit the tools' schemas where the answer need not have any, too.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
     is_required: bool = False
     name: str | None = None
     is_parallel: bool = True
+    is_strict: bool = False
 
 
 def check_tools_length(tools: Sequence[BaseModel]) -> None:

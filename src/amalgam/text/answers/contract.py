@@ -49,6 +49,13 @@ def _new_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
+class Tags(NamedTuple):
+    """What stands around reasoning."""
+
+    start: str
+    end: str
+
+
 @dataclass(frozen=True)
 class ToolFormat:
     """How a family of models writes tool calls.
@@ -62,6 +69,8 @@ class ToolFormat:
             may be several.
         new_id: of a call, as the family's templates take it.
         reasons: it sets reasoning apart by itself, and needs to read answers to requests without tools too.
+        thought: what stands around that reasoning.
+        opening: what every call begins with, and no other text; empty: calls have no such mark.
     """
 
     name: str
@@ -71,13 +80,8 @@ class ToolFormat:
     grammar: Callable[[GrammarWriter, Tools, bool], str]
     new_id: Callable[[], str] = _new_id
     reasons: bool = False
-
-
-class Tags(NamedTuple):
-    """What stands around reasoning."""
-
-    start: str
-    end: str
+    thought: Tags | None = None
+    opening: str = ""
 
 
 class Answer:

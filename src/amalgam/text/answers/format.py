@@ -5,6 +5,7 @@ In: a `ToolFormat`, tags, the tokenizer's special tokens. Out: parsers and gramm
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -26,6 +27,16 @@ _SPACES = r"/\s{0,16}/"  # between reasoning and what follows
 
 
 @dataclass(frozen=True)
+class _BehindOpening(GrammarWriter):
+    """Writes calls without their opening, which has been there."""
+
+    opening: str = ""
+
+    def text(self, text: str) -> str:
+        return super().text(text.removeprefix(self.opening))
+
+
+@dataclass(frozen=True)
 class AnswerFormat:
     """How one model writes answers.
 
@@ -43,10 +54,20 @@ class AnswerFormat:
         return self.tool_format.name
 
     @property
+    def marks_calls(self) -> bool:
+        """Whether a call can be told from other text by what it begins with."""
+        return bool(self.tool_format.opening)
+
+    @property
     def keeps_special_tokens(self) -> bool:
         """Whether answers can only be taken apart with special tokens in their text."""
         marks = {*self.tool_format.marks, *(self.tags or ())}
         return not marks.isdisjoint(self.special_tokens.values())
+
+    @property
+    def thought(self) -> Tags | None:
+        """What stands around reasoning; None: the model has none."""
+        return self.tags or self.tool_format.thought
 
     def parser(self, tools: Tools | None = None, *, reasoning: bool = True, prompt_end: str = "") -> AnswerParser:
         """A parser for one answer.
@@ -56,7 +77,7 @@ class AnswerFormat:
             reasoning: set reasoning apart; otherwise it is content, tags included.
             prompt_end: the last text of the prompt, special tokens included, which may open reasoning.
         """
-        opens = self._opens_reasoning(prompt_end)
+        opens = self.opens_reasoning(prompt_end)
 
         def read(reader: Reader, answer: Answer) -> Reading:
             if self.tags is not None and reasoning:
@@ -86,14 +107,76 @@ class AnswerFormat:
                 f"tool_choice names {describe(choice)}.",
                 remedy=f"Tools of this request: {', '.join(map(name_of, tools)) or 'none'}.",
             )
-        writer = GrammarWriter({text: token_id for token_id, text in self.special_tokens.items()})
+        writer = self._writer()
         calls = self.tool_format.grammar(writer, chosen, parallel)
         if self.tags is None:
             return Grammar("lark", f"start: calls\n{calls}")
-        opens = self._opens_reasoning(prompt_end)
+        opens = self.opens_reasoning(prompt_end)
         thought = "thought" if opens else f"{writer.text(self.tags.start)} thought"
         first = f"{thought} {_SPACES} calls" if opens else f"calls | {thought} {_SPACES} calls"
         return Grammar("lark", f"start: {first}\n{writer.up_to('thought', self.tags.end)}\n{calls}")
+
+    def free_grammar(self, tools: Tools, *, parallel: bool = True, prompt_end: str = "") -> Grammar:
+        """What an answer may be that calls tools as it likes: any text, and calls that fit the tools' schemas.
+
+        Args:
+            parallel: whether anything may follow a call.
+
+        Raises:
+            UnsupportedError: nothing tells where a call begins.
+        """
+        opening = self.tool_format.opening
+        if not opening:
+            raise UnsupportedError(
+                f"Calls are to follow their schemas wherever they are made, and {self.name} has no mark for them.",
+                remedy="Demand a call with tool_choice, or leave out strict.",
+                param="tools",
+            )
+        writer = self._writer()
+        call = self.tool_format.grammar(_BehindOpening(writer.special_ids, opening), tools, False)
+        is_token = opening in writer.special_ids
+        other = "/(?s:.+)/" if is_token else f"/(?s:.+)/ & ~/(?s:.*{re.escape(opening)}.*)/"
+        rules = [
+            f"free: {'(opening calls)* TEXT?' if parallel else 'TEXT? | opening calls'}",
+            writer.up_to("opening", opening),
+            f"TEXT: {other}",
+            call,
+        ]
+        if self.tags is None:
+            first = "free"
+        elif self.opens_reasoning(prompt_end):
+            first = "thought free"
+        elif self.tags.start in writer.special_ids:
+            first = f"free | {writer.text(self.tags.start)} thought free"
+        else:  # a text like any other
+            first = "free"
+        if "thought" in first:
+            assert self.tags is not None
+            rules.append(writer.up_to("thought", self.tags.end))
+        return Grammar("lark", "\n".join([f"start: {first}", *rules]))
+
+    def form_or_calls(self, grammar: Grammar, tools: Tools, *, parallel: bool = True, prompt_end: str = "") -> Grammar:
+        """What an answer may be that either follows `grammar` or calls tools. See `after_reasoning`."""
+        content = self._as_rule(grammar)
+        calls = self.tool_format.grammar(self._writer(), tools, parallel)
+        rules = f"content: {content}\n{calls}"
+        if self.tags is None or not self.opens_reasoning(prompt_end):
+            return Grammar("lark", f"start: content | calls\n{rules}")
+        thought = self._writer().up_to("thought", self.tags.end)
+        return Grammar("lark", f"start: thought {_SPACES} (content | calls)\n{thought}\n{rules}")
+
+    def _writer(self) -> GrammarWriter:
+        return GrammarWriter({text: token_id for token_id, text in self.special_tokens.items()})
+
+    def _as_rule(self, grammar: Grammar) -> str:
+        content = as_rule(grammar)
+        if content is None:
+            raise UnsupportedError(
+                f"A {grammar.kind} is asked for, and the model may think or call a tool before.",
+                remedy="Give a JSON schema or a choice, offer no tools, or let the template open no reasoning.",
+                param="structured_outputs",
+            )
+        return content
 
     def after_reasoning(self, grammar: Grammar, prompt_end: str = "") -> Grammar:
         """What an answer may be whose content has to follow `grammar`, where the prompt opens reasoning before it.
@@ -107,20 +190,14 @@ class AnswerFormat:
                 remedy="Describe the form in the prompt, or use a tool with tool_choice.",
                 param="response_format",
             )
-        if self.tags is None or not self._opens_reasoning(prompt_end):
+        if self.tags is None or not self.opens_reasoning(prompt_end):
             return grammar
-        writer = GrammarWriter({text: token_id for token_id, text in self.special_tokens.items()})
-        content = as_rule(grammar)
-        if content is None:
-            raise UnsupportedError(
-                f"A {grammar.kind} is asked for, and the model thinks before it answers.",
-                remedy="Give a JSON schema or a choice, or let the template open no reasoning.",
-                param="structured_outputs",
-            )
+        content, writer = self._as_rule(grammar), self._writer()
         thought = writer.up_to("thought", self.tags.end)
         return Grammar("lark", f"start: thought {_SPACES} content\n{thought}\ncontent: {content}")
 
-    def _opens_reasoning(self, prompt_end: str) -> bool:
+    def opens_reasoning(self, prompt_end: str) -> bool:
+        """Whether an answer to a prompt that ends so begins inside of its reasoning."""
         return self.tags is not None and prompt_end.rstrip().endswith(self.tags.start)
 
 

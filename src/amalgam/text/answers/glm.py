@@ -49,4 +49,6 @@ def _recognizes(template: str) -> bool:
     return _KEY in template
 
 
-FORMAT = ToolFormat("glm", (_START, _END, _KEY, _KEY_END, _VALUE, _VALUE_END), _recognizes, _read, _grammar)
+FORMAT = ToolFormat(
+    "glm", (_START, _END, _KEY, _KEY_END, _VALUE, _VALUE_END), _recognizes, _read, _grammar, opening=_START
+)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 from amalgam.text.answers.calls import grammar_of_calls, held_until
-from amalgam.text.answers.contract import Answer, GrammarWriter, Reading, ToolFormat, Tools
+from amalgam.text.answers.contract import Answer, GrammarWriter, Reading, Tags, ToolFormat, Tools
 from amalgam.text.answers.reading import Emit, Reader
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
@@ -64,5 +64,6 @@ def _recognizes(template: str) -> bool:
     return _CHANNEL in template and _MESSAGE in template
 
 
+_THOUGHT = Tags(f"{_CHANNEL}analysis{_MESSAGE}", "<|end|>")
 _MARKS = (_START, _CHANNEL, _MESSAGE, _CONSTRAIN, *_ENDS)
-FORMAT = ToolFormat("gpt_oss", _MARKS, _recognizes, _read, _grammar, reasons=True)
+FORMAT = ToolFormat("gpt_oss", _MARKS, _recognizes, _read, _grammar, reasons=True, thought=_THOUGHT)

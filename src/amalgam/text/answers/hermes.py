@@ -38,4 +38,4 @@ def _recognizes(template: str) -> bool:
     return _START in template and not any(other in template for other in ("<arg_key>", "<function="))
 
 
-FORMAT = ToolFormat("hermes", (_START, _END), _recognizes, _read, _grammar)
+FORMAT = ToolFormat("hermes", (_START, _END), _recognizes, _read, _grammar, opening=_START)

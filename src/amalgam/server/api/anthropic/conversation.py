@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from amalgam.engine.params import SamplingParams
-from amalgam.errors import RequestError, UnsupportedError, describe
+from amalgam.errors import RequestError, describe
 from amalgam.server.api.anthropic.fields import (
     AssistantMessage,
     MessagesBody,
@@ -97,12 +97,6 @@ def tool_use(body: PromptBody) -> ToolUse:
             param="tool_choice.name",
         )
     for index, tool in enumerate(body.tools):
-        if tool.strict and not is_required:
-            raise UnsupportedError(
-                f"tools[{index}].strict is true.",
-                remedy="Only calls that tool_choice demands (any, tool) are held to the schema.",
-                param=f"tools[{index}].strict",
-            )
         if tool.input_schema.get("type", "object") != "object":
             raise RequestError(
                 f"tools[{index}].input_schema.type is {describe(tool.input_schema['type'])}.",
@@ -117,7 +111,8 @@ def tool_use(body: PromptBody) -> ToolUse:
         for tool in body.tools
     )
     name = choice.name if isinstance(choice, NamedTool) else None
-    return ToolUse(tools, is_required, name, not choice.disable_parallel_tool_use)
+    is_strict = not is_required and any(tool.strict for tool in body.tools)
+    return ToolUse(tools, is_required, name, not choice.disable_parallel_tool_use, is_strict)
 
 
 def sampling_params(body: MessagesBody, defaults: SamplingParams, *, keeps_special_tokens: bool) -> SamplingParams:

@@ -114,7 +114,7 @@ class Tool(Block):
     type: Literal["custom"] = "custom"
     """Tools that Anthropic runs are not here."""
     strict: bool = False
-    """Only where tool_choice demands a call, whose arguments then always fit the schema."""
+    """Arguments always fit the schema; refused for models whose calls have no mark, unless tool_choice demands one."""
     eager_input_streaming: bool = True
     """Arguments always come as they are written."""
     defer_loading: Literal[False] = False
@@ -142,7 +142,9 @@ class NoTool(Body):
 class ThinkingEnabled(Body):
     type: Literal["enabled"]
     budget_tokens: int = Field(ge=1, le=MAX_INT)
-    """How long to think, told to the model if its chat template has a `thinking_budget`."""
+    """Most tokens of reasoning: then its end is forced. Told to the model too if its chat template has a
+    `thinking_budget`.
+    """
     display: Literal["summarized", "omitted"] = "summarized"
     """omitted: the answer says that there was reasoning, without its text. Else all of it is shown."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import fastapi
@@ -18,9 +18,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from amalgam.engine.request import FinishReason, Observation, RequestOutput
+from amalgam.errors import UnsupportedError
 from amalgam.server.api.anthropic.blocks import JSON, Blocks
 from amalgam.server.api.anthropic.conversation import chat_prompt, sampling_params, tool_use
-from amalgam.server.api.anthropic.fields import BetaQuery, MessagesBody, PromptBody, ThinkingDisabled
+from amalgam.server.api.anthropic.fields import BetaQuery, MessagesBody, PromptBody, ThinkingDisabled, ThinkingEnabled
 from amalgam.server.api.chats import AnswerReader, encode_chat
 from amalgam.server.api.common import neutral_defaults
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
@@ -122,11 +123,19 @@ async def _start(service: Service, body: MessagesBody) -> _Answer:
     """
     name = service.check_model(body.model)
     use, json_format = tool_use(body), body.output_config.format
+    if use.is_strict and not service.answer_format.marks_calls:
+        raise UnsupportedError(
+            "tools has a tool with strict true, and this model's calls have no mark to know them by.",
+            remedy="Demand a call with tool_choice (any, tool): its arguments always fit the schema.",
+            param="tools",
+        )
     grammar = None if json_format is None else Grammar.of_schema(json_format.schema_)
     prompt = chat_prompt(body, service.deployment.tokenizer.chat_template)
     keeps_special_tokens = service.answer_format.keeps_special_tokens
     params = sampling_params(body, neutral_defaults(service), keeps_special_tokens=keeps_special_tokens)
     chat = await encode_chat(service, prompt, use, grammar, "output_config.format")
+    budget = body.thinking.budget_tokens if isinstance(body.thinking, ThinkingEnabled) else None
+    params = replace(params, thinking=chat.thinking_limit(budget, "thinking.budget_tokens"))
     outputs = service.deployment.engine.stream(chat.prompt_ids, params, Observation(), chat.constraint)
     shows = isinstance(body.thinking, ThinkingDisabled) or body.thinking.display != "omitted"
     blocks = Blocks(shows_reasoning=shows)

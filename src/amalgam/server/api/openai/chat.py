@@ -60,11 +60,12 @@ Metadata = Annotated[
 
 class Thinking(RefusingBody):
     refused = {  # noqa: RUF012
-        "budget_tokens": Refused("Thinking is not counted apart: use max_completion_tokens."),
         "clear_thinking": Refused("The chat template says which thoughts of earlier messages the model sees."),
     }
 
     type: Literal["enabled", "disabled", "auto"]
+    budget_tokens: int | None = Field(default=None, ge=0, le=MAX_INT)
+    """Most tokens of reasoning: then its end is forced."""
 
 
 class ChatBody(SamplingFields):
@@ -102,6 +103,8 @@ class ChatBody(SamplingFields):
     """Handed to the chat template, if it knows such a thing, as DashScope and SiliconFlow have it."""
     thinking: Thinking | None = None
     """The same, as DeepSeek, GLM and Doubao have it."""
+    thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_INT)
+    """Most tokens of reasoning, as vLLM has it: then its end is forced."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, such as `enable_thinking`."""
     documents: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_PARTS, fail_fast=True)
@@ -124,6 +127,9 @@ class ChatBody(SamplingFields):
         check_together(
             "whether the model thinks", {"enable_thinking": self.enable_thinking, "thinking.type": self._thinks}
         )
+        thinking = None if self.thinking is None else self.thinking.budget_tokens
+        budgets = {"thinking_token_budget": self.thinking_token_budget, "thinking.budget_tokens": thinking}
+        check_together("how long the model thinks", budgets)
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError(
                 "top_logprobs is given without logprobs.", remedy="Set logprobs to true.", param="top_logprobs"
@@ -140,6 +146,13 @@ class ChatBody(SamplingFields):
     @property
     def num_top(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def max_thinking(self) -> tuple[int | None, str]:
+        """Most tokens of reasoning, and the field that says so."""
+        if self.thinking_token_budget is not None or self.thinking is None:
+            return self.thinking_token_budget, "thinking_token_budget"
+        return self.thinking.budget_tokens, "thinking.budget_tokens"
 
     def prompt(self, template: str | None, use: ToolUse) -> ChatPrompt:
         messages = for_template(self.messages, knows_developer="developer" in (template or ""))
@@ -178,7 +191,9 @@ async def create_chat_completion(
     )
     prompt = body.prompt(tokenizer.chat_template, use)
     observation = body.observation(wants_trace=body.routed_experts)
-    conversation = Conversation(prompt, use, params, body.n, observation, body.grammar())
+    conversation = Conversation(
+        prompt, use, params, body.n, observation, body.grammar(), max_thinking=body.max_thinking
+    )
 
     async def answer() -> Response:
         started = await start(service, conversation)

@@ -27,6 +27,7 @@ class Conversation:
     Attributes:
         grammar: what the answer's content has to look like.
         separates_reasoning: otherwise it is content, tags included.
+        max_thinking: most tokens of reasoning, and the field that says so.
     """
 
     prompt: ChatPrompt
@@ -36,6 +37,7 @@ class Conversation:
     observation: Observation
     grammar: Grammar | None = None
     separates_reasoning: bool = True
+    max_thinking: tuple[int | None, str] = (None, "")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ async def start(service: Service, conversation: Conversation) -> Started:
     """
     chat = await encode_chat(service, conversation.prompt, conversation.use, conversation.grammar, "response_format")
     keeps = chat.form.keeps_special_tokens or conversation.params.keeps_special_tokens
-    params = replace(conversation.params, continues_prompt=False, keeps_special_tokens=keeps)
+    limit = chat.thinking_limit(*conversation.max_thinking)
+    params = replace(conversation.params, continues_prompt=False, keeps_special_tokens=keeps, thinking=limit)
     wanted = Wanted(params, conversation.num_samples, conversation.observation, chat.constraint)
     choices = await Choices.submit(service.deployment.engine, [chat.prompt_ids], wanted, service.max_batch_in_flight)
     readers = [

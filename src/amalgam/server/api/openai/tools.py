@@ -52,7 +52,9 @@ class FunctionFields(Body):
     parameters: dict[str, Any] | None = None
     """A JSON schema of the arguments; null: none are taken."""
     strict: bool | None = None
-    """Arguments follow the schema wherever the call is forced; see tool_choice."""
+    """True: arguments always follow the schema, in the formats of Hermes and Qwen, and GLM. Where tool_choice demands a
+    call they do so anyway.
+    """
 
 
 def tool_use(functions: Sequence[FunctionFields], choice: Any, *, is_parallel: bool) -> ToolUse:
@@ -85,7 +87,8 @@ def tool_use(functions: Sequence[FunctionFields], choice: Any, *, is_parallel: b
         return ToolUse()
     tools = [{"type": "function", "function": function.model_dump(exclude_none=True)} for function in functions]
     if choice in (None, "auto"):
-        return ToolUse(tools, is_parallel=is_parallel)
+        is_strict = any(function.strict for function in functions)
+        return ToolUse(tools, is_parallel=is_parallel, is_strict=is_strict)
     if choice == "required":
         return ToolUse(tools, is_required=True, is_parallel=is_parallel)
     return ToolUse(tools, is_required=True, name=_name_in(choice, names), is_parallel=False)
