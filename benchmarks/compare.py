@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py FOLDER                      everything; FOLDER keeps environments and models (60 GB)
     python benchmarks/compare.py FOLDER --only int4 int8     some rows of the table
+    python benchmarks/compare.py FOLDER --only Q4_K_M Q6_K   the same GGUF file in llama.cpp and here, by its type
     python benchmarks/compare.py FOLDER --without vllm       without an engine that does not install
 
 Every engine is a process of its own and is stopped (SIGSTOP) while another is asked. Within a comparison they take
@@ -17,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from engines import Engine, exit_on_signals, running
@@ -26,6 +27,10 @@ from environments import prepare
 from amalgam.tools.bench import commit, hardware
 
 SCENARIOS = (("prompt", 128), ("prompt", 512), ("decode", 1), ("decode", 8), ("decode", 16))
+
+
+# Types of GGUF whose files both read as they are.
+GGUF_KINDS = ("Q4_1", "Q5_0", "Q5_1", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS")
 
 
 def ours(weights: str, *extra: tuple[str, int], options: tuple[str, ...] = ()) -> Engine:
@@ -57,6 +62,14 @@ COMPARISONS: dict[str, dict[str, Engine]] = {
         "amalgam bf16+fp8": ours("bf16+fp8"),
         "amalgam int8": ours("int8"),
     },
+}
+DEFAULT = list(COMPARISONS)
+COMPARISONS |= {
+    kind: {
+        f"amalgam {kind}": replace(ours(""), model=f"S-{kind}.gguf", options=()),
+        f"llama.cpp {kind}": Engine("with_llama_cpp.py", f"S-{kind}.gguf", "llama"),
+    }
+    for kind in GGUF_KINDS
 }
 
 
@@ -126,7 +139,7 @@ def report(name: str, timings: Sequence[Timings]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="keeps environments and models")
-    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=DEFAULT)
     parser.add_argument("--without", nargs="+", choices=("llama", "transformers", "vllm"), default=[])
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
@@ -136,8 +149,9 @@ def main() -> int:
         for name in arguments.only
         if not any(engine.environment in arguments.without for engine in COMPARISONS[name].values())
     ]
-    peers = [engine for name in names for engine in COMPARISONS[name].values() if engine.environment]
-    prepare(arguments.folder, {engine.environment for engine in peers}, {engine.model for engine in peers})
+    engines = [engine for name in names for engine in COMPARISONS[name].values()]
+    environments = {engine.environment for engine in engines if engine.environment}
+    prepare(arguments.folder, environments, {engine.model for engine in engines if engine.model})
     results: dict[str, list[Timings]] = {}
     for name in names:
         started = time.monotonic()

@@ -3,6 +3,7 @@
     python benchmarks/kernels.py                          all formats, linear and moe
     python benchmarks/kernels.py --format int4 fp8 --rows 1 512 --layers 2
     python benchmarks/kernels.py --against avx512 --rows 1 4 8 16 32 128 512      on a machine with AMX
+    python benchmarks/kernels.py --format published --kernel linear --rows 1   other layouts that are published
 
 The shape is that of a mixture with hidden size 2048, 64 experts of width 768, 8 active; every layer has weights of its
 own, so that no cache holds them. GB/s counts the weights that a call reads (each active expert once); the share is of a
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -35,11 +37,13 @@ from torch import Tensor
 
 from amalgam import _native
 from amalgam.config.settings import NATIVE_ISA_VARIABLE
+from amalgam.formats.gguf import FORMATS as GGUF_FORMATS
+from amalgam.formats.gguf.blocks import GgufFormat
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.cpu.products import matrix_of, prepare_experts, supports_moe
-from amalgam.kernels.layouts import dense
+from amalgam.kernels.layouts import AFFINE4, E2M1, INT4, TABLE4, dense, pack_nibbles
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
@@ -50,6 +54,25 @@ PLAIN = "bf16-plain"  # in 16 bits
 WIDENED = "int4-bf16"  # multiplied by bfloat16
 FORMATS = ("int4", WIDENED, "int8", "fp8", "bf16", PLAIN)
 UNIT_ROUNDS = 100_000
+# Random bits in what other tools publish.
+GGUF_TYPES = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "MXFP4",
+)
+TABLES = ("nvfp4", "nf4")
+GROUPS = ("gptq-int2", "gptq-int3", "hqq-int3", "hqq-int4", "groups-of-12")
+PUBLISHED = (*GGUF_TYPES, *TABLES, *GROUPS)
 ROWS = (1, 8, 16, 128, 512)
 
 
@@ -61,6 +84,7 @@ class Result:
     format: str
     rows: int
     milliseconds: float  # for all layers
+    bits: float  # in memory, of a weight
     gigabytes_per_second: float
     share_of_read: float
     gigaoperations_per_second: float
@@ -79,6 +103,8 @@ class Case:
 
 def source(name: str, shape: tuple[int, int]) -> PackedWeight:
     """Normally distributed weights in a format: fp8 takes longer where many codes are subnormal."""
+    if name in PUBLISHED:
+        return published(name, shape)
     values = torch.randn(shape) * 0.02
     if name in ("bf16", PLAIN):
         return dense(values.bfloat16())
@@ -90,12 +116,41 @@ def prepare(weight: PackedWeight, name: str) -> PackedWeight:
     return panels.prepare(weight, "bf16" if name == WIDENED else "int8", codes=name != PLAIN)
 
 
+def published(name: str, shape: tuple[int, int]) -> PackedWeight:
+    """Random codes with scales of 0.01."""
+    rows, columns = shape
+    if name in GGUF_TYPES:
+        found = next(one for one in GGUF_FORMATS if isinstance(one, GgufFormat) and one.type.name == name)
+        values = math.prod(shape) // found.type.num_elements
+        raw = torch.randint(0, 256, (values, found.type.num_bytes), dtype=torch.uint8)
+        for offset in found.halves:
+            raw[:, offset : offset + 2] = torch.tensor([0.01]).half().view(torch.uint8)
+        if name == "MXFP4":
+            raw[:, 0] = 120
+        return found.pack_blocks(raw.view(rows, -1), shape)
+    nibbles = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
+    if name in TABLES:
+        group, dtype = (16, torch.float8_e4m3fn) if name == "nvfp4" else (64, torch.float32)
+        table = torch.tensor(E2M1) if name == "nvfp4" else torch.linspace(-1, 1, 16) ** 3
+        scale = torch.full((rows, columns // group), 0.01).to(dtype)
+        return PackedWeight(TABLE4, shape, {"weight": nibbles, "scale": scale, "table": table}, (1, group))
+    group = 12 if name == "groups-of-12" else 64 if name.startswith("hqq") else 128
+    columns -= columns % group
+    bits = int(name[-1]) if "int" in name else 4
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8)
+    scale = torch.full((rows, columns // group), 0.01).half()
+    parts = {"weight": pack_nibbles(codes), "scale": scale, "zero": torch.full_like(scale, 1.5)}
+    if not name.startswith("hqq"):
+        parts["zero"] = torch.full(scale.shape, 1, dtype=torch.uint8)
+    return PackedWeight(AFFINE4 if name.startswith("hqq") else INT4, (rows, columns), parts, (1, group))
+
+
 def linear_case(name: str, num_layers: int) -> Case:
     template = source(name, LINEAR_SHAPE)
     weights = [prepare(template, name) for _ in range(8 * num_layers)]
 
     def run(rows: int) -> tuple[Callable[[], None], int, float]:
-        x = torch.randn(rows, LINEAR_SHAPE[1]).bfloat16()
+        x = torch.randn(rows, template.shape[1]).bfloat16()
 
         def call() -> None:
             for weight in weights:
@@ -178,6 +233,7 @@ def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int, against:
     matrices = [matrix_of(weight) for weight in case.weights]
     total_bytes = sum(weight.nbytes for weight in case.weights)
     threads = torch.get_num_threads()
+    bits = 8.0 * total_bytes / sum(math.prod(weight.shape) for weight in case.weights)
     for count in rows:
         samples, shares, ratios = [], [], []
         for _ in range(repeats):
@@ -201,6 +257,7 @@ def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int, against:
             name,
             count,
             medians[0] * 1e3,
+            bits,
             *medians[1:],
             share_of_unit=statistics.median(shares) if shares else None,
             times_as_fast=statistics.median(ratios) if ratios else None,
@@ -215,7 +272,7 @@ def commit() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", nargs="+", choices=("linear", "moe"), default=["linear", "moe"])
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--format", nargs="+", choices=(*FORMATS, *PUBLISHED, "published"), default=list(FORMATS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
@@ -233,20 +290,22 @@ def main() -> int:
     if arguments.against == extension.isa():
         parser.error(f"{extension.isa()} is what runs; needed: another one of {', '.join(_native.supported_isas())}")
     torch.manual_seed(0)
+    names = [one for name in arguments.format for one in (PUBLISHED if name == "published" else (name,))]
     makers = {"linear": linear_case, "moe": moe_case}
     results: list[Result] = []
     against = "" if arguments.against is None else f"  × {arguments.against}"
-    print(f"{'kernel':8}{'format':11}{'rows':>5}{'ms':>10}{'GB/s':>8}{'of read':>9}{'Gop/s':>8}{'of unit':>9}{against}")
+    columns = f"{'ms':>10}{'bits':>7}{'GB/s':>8}{'of read':>9}{'Gop/s':>8}{'of unit':>9}"
+    print(f"{'kernel':8}{'format':13}{'rows':>5}{columns}{against}")
     for kernel in arguments.kernel:
-        for name in arguments.format:
+        for name in names:
             case = makers[kernel](name, arguments.layers)
             for r in measure(case, name, tuple(arguments.rows), arguments.repeats, arguments.against):
                 results.append(r)
                 share = "" if r.share_of_unit is None else f"{r.share_of_unit:.0%}"
                 ratio = "" if r.times_as_fast is None else f"{r.times_as_fast:.2f}"
                 print(
-                    f"{r.kernel:8}{r.format:11}{r.rows:5}{r.milliseconds:10.2f}{r.gigabytes_per_second:8.1f}"
-                    f"{r.share_of_read:9.0%}{r.gigaoperations_per_second:8.0f}{share:>9}{ratio:>{len(against)}}",
+                    f"{r.kernel:8}{r.format:13}{r.rows:5}{r.milliseconds:10.2f}{r.bits:7.3f}"
+                    f"{r.gigabytes_per_second:8.1f}{r.share_of_read:9.0%}{r.gigaoperations_per_second:8.0f}{share:>9}{ratio:>{len(against)}}",
                     flush=True,
                 )
             del case

@@ -1,5 +1,7 @@
 """amalgam over shape S with random weights: `with_amalgam.py WEIGHTS [SETTING=VALUE ...]`; see `amalgam bench`.
 
+WEIGHTS may be a file, too, a mixture of experts in GGUF.
+
 Beside the common scenarios: `read` (a plain read of the weights that one decoding step of so many sequences reads, from
 the same buffers) and `context` (one decoding step after so many tokens).
 """
@@ -58,8 +60,12 @@ def load(stack: ExitStack) -> Measure:
     chosen = dict(option.split("=", 1) for option in sys.argv[2:])
     settings = load_settings(None, {"model.base_path": "", "engine.kv_cache_bytes": 2 << 30, **chosen}, {})
     last_step = LastStep()
+    sizes = {"max_tokens": MAX_TOKENS, "max_batch": MAX_BATCH}
+    weights = sys.argv[1]
     engine, spec = stack.enter_context(
-        bench.shape_engine("S", sys.argv[1], settings, max_tokens=MAX_TOKENS, max_batch=MAX_BATCH, observer=last_step)
+        bench.file_engine(weights, settings, **sizes, observer=last_step)
+        if weights.endswith(".gguf")
+        else bench.shape_engine("S", weights, settings, **sizes, observer=last_step)
     )
     seeds = count()
     others = [
@@ -68,15 +74,15 @@ def load(stack: ExitStack) -> Measure:
         if slot.role == "router" or (slot.is_linear and slot.role != "expert")
     ]
 
-    def read(size: int) -> float:
+    def plain_read(size: int) -> float:
         bench.step_seconds(engine, spec, size, 3, next(seeds))
-        weights = list(others)
+        read = list(others)
         assert last_step.expert_ids is not None
         for layer_id, expert_ids in zip(spec.moe_layer_ids, last_step.expert_ids, strict=True):
             for expert in expert_ids.unique().tolist():
                 name = f"layers.{layer_id}.mlp.experts.{expert}"
-                weights += [engine.version[f"{name}.{part}"] for part in ("gate", "up", "down")]
-        matrices = [matrix_of(weight) for weight in weights]
+                read += [engine.version[f"{name}.{part}"] for part in ("gate", "up", "down")]
+        matrices = [matrix_of(weight) for weight in read]
         started = time.perf_counter()
         _native.checksum(matrices, torch.get_num_threads())
         return time.perf_counter() - started
@@ -88,7 +94,7 @@ def load(stack: ExitStack) -> Measure:
             return bench.step_seconds(engine, spec, size, STEPS, next(seeds))
         if scenario == "context":
             return bench.step_seconds(engine, spec, 1, STEPS, next(seeds), context=size)
-        return read(size)
+        return plain_read(size)
 
     return measure
 

@@ -15,6 +15,13 @@ class DType(Enum):
     float32 = 0
     bfloat16 = 1
     float16 = 2
+    float8_e4m3fn = 4
+    float8_e8m0fnu = 5
+
+class Offset(Enum):
+    none = 0
+    zero = 1
+    minimum = 2
 
 class Format(Enum):
     int4 = 0
@@ -24,6 +31,18 @@ class Format(Enum):
     fp16 = 4
     fp32 = 5
     bf16_coded = 6
+    int1 = 7
+    int2 = 8
+    int3 = 9
+    int5 = 10
+    k2 = 11
+    k3 = 12
+    k4 = 13
+    k5 = 14
+    k6 = 15
+    table4 = 16
+    k_table4 = 17
+    float_table4 = 18
 
 @final
 class Matrix:
@@ -34,9 +53,8 @@ class Matrix:
     @property
     def scale_lanes(self) -> int: ...
     @property
-    def scale_offset(self) -> int: ...
-    @property
-    def zero_offset(self) -> int: ...
+    def begins(self) -> tuple[int, int, int, int, int, int]:
+        """Bytes of `memory` before scales, zero points, offsets, integer scales of parts, table; and all of them."""
 
 @final
 class Experts:
@@ -117,12 +135,20 @@ def pack(
     columns: int,
     weight: Tensor,
     scale: Tensor | None,
+    scale_dtype: DType,
     block: tuple[int, int],
     zero: Tensor | None,
+    offset: Tensor | None,
+    offset_kind: Offset,
+    part_scale: Tensor | None,
+    part_minimum: Tensor | None,
+    table: Tensor | None,
     order: Tensor | None,
     quantizes: bool,
     codes: bool,
-) -> Matrix | None: ...
+) -> Matrix | None:
+    """Scales of 8 bits are given as uint8."""
+
 def most_coded_bytes(rows: int, columns: int) -> int: ...
 def draw(
     kernels: Kernels,
@@ -141,6 +167,7 @@ def view(
     group: int,
     scale_lanes: int,
     has_zero: bool,
+    offset_kind: Offset,
     order: Tensor | None,
     quantizes: bool,
 ) -> Matrix:

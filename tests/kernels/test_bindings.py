@@ -27,7 +27,23 @@ def packed(rows: int, columns: int) -> Any:
     from amalgam import _native
 
     weight = floats(rows, columns)
-    return _native.pack(_native.Format.fp32, columns, weight, None, (rows, columns), None, None, True, False)
+    return _native.pack(
+        format=_native.Format.fp32,
+        columns=columns,
+        weight=weight,
+        scale=None,
+        scale_dtype=_native.DType.float32,
+        block=(rows, columns),
+        zero=None,
+        offset=None,
+        offset_kind=_native.Offset.none,
+        part_scale=None,
+        part_minimum=None,
+        table=None,
+        order=None,
+        quantizes=True,
+        codes=False,
+    )
 
 
 def calls() -> dict[str, Call]:
@@ -49,8 +65,6 @@ def calls() -> dict[str, Call]:
         gate, up, down = packed(WIDTH, HIDDEN), packed(WIDTH, HIDDEN), packed(HIDDEN, WIDTH)
         experts.add(gate, up, down, floats(WIDTH), None, floats(HIDDEN))
     ids, gates = torch.zeros(TOKENS, 2, dtype=torch.int64), floats(TOKENS, 2)
-    int4 = torch.zeros(32, 64, dtype=torch.uint8)
-    order = torch.arange(128, dtype=torch.int32)
     draws = [((0, 1.0, 1.0, 0.0), 1, row) for row in range(TOKENS)]
     x = floats(TOKENS, HIDDEN)
     return {
@@ -68,11 +82,80 @@ def calls() -> dict[str, Call]:
         ),
         "pack": (
             _native.pack,
-            [_native.Format.int4, 128, int4, floats(32, 2), (1, 64), int4[:, :2].contiguous(), order, True, False],
+            [
+                _native.Format.int4,
+                8,
+                torch.zeros(16, 4, dtype=torch.uint8),
+                floats(16, 1),
+                _native.DType.float32,
+                (1, 8),
+                torch.zeros(16, 1, dtype=torch.uint8),
+                None,
+                _native.Offset.none,
+                None,
+                None,
+                None,
+                torch.arange(8, dtype=torch.int32),
+                True,
+                True,
+            ],
+        ),
+        "pack with parts": (
+            _native.pack,
+            [
+                _native.Format.k4,
+                256,
+                torch.zeros(16, 256, dtype=torch.uint8),
+                floats(16, 1),
+                _native.DType.float32,
+                (1, 256),
+                None,
+                floats(16, 1),
+                _native.Offset.minimum,
+                floats(16, 8).char(),
+                floats(16, 8).char(),
+                None,
+                None,
+                True,
+                True,
+            ],
+        ),
+        "pack with a table": (
+            _native.pack,
+            [
+                _native.Format.table4,
+                32,
+                torch.zeros(16, 32, dtype=torch.uint8),
+                floats(16, 1),
+                _native.DType.float32,
+                (1, 32),
+                None,
+                None,
+                _native.Offset.none,
+                None,
+                None,
+                torch.ones(18),
+                None,
+                True,
+                True,
+            ],
         ),
         "view": (
             _native.view,
-            [_native.Format.fp32, 16, 8, packed(16, 8).memory, _native.DType.float32, 0, 0, 16, False, None, True],
+            [
+                _native.Format.fp32,
+                16,
+                8,
+                packed(16, 8).memory,
+                _native.DType.float32,
+                0,
+                0,
+                16,
+                False,
+                _native.Offset.none,
+                None,
+                True,
+            ],
         ),
         "draw": (_native.draw, [kernels, floats(TOKENS, 9), draws, 1]),
         "AttentionPlan": (_native.AttentionPlan, list(batch)),
@@ -144,7 +227,7 @@ def fits_too(name: str, path: tuple[int, ...], wrong: Tensor, tensor: Tensor) ->
     """Where a function takes other shapes as well."""
     if wrong.is_meta or wrong.layout is not torch.strided or not wrong.is_contiguous():
         return False
-    if name == "pack" and path == (2,):  # bytes are bytes
+    if name.startswith("pack") and path == (2,):  # bytes are bytes
         return wrong.element_size() == tensor.element_size() and wrong.shape == tensor.shape
     if wrong.dtype is not tensor.dtype:
         return False

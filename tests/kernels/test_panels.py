@@ -13,10 +13,19 @@ from torch import Tensor
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
-from amalgam.kernels.layouts import DENSE, PANELS_BF16, PANELS_BF16_CODED, PANELS_INT4, PANELS_INT8, SCALED8
+from amalgam.kernels.layouts import (
+    DENSE,
+    PANELS_BF16,
+    PANELS_BF16_CODED,
+    PANELS_INT1,
+    PANELS_INT2,
+    PANELS_INT3,
+    PANELS_INT4,
+    SCALED8,
+)
 from amalgam.kernels.packed import PackedWeight
 from tests.errors import raises
-from tests.kernels.weights import SHAPES, coded, dense, every_layout, int4, scaled8, scattered
+from tests.kernels.weights import QUANTIZED, SHAPES, coded, dense, every_layout, few_bits, int4, scaled8, scattered
 
 # Relative to the largest result. bf16: both sides round the result, the reference the weights too; int8 activations
 # are off by up to 1/254 of a group's largest.
@@ -24,6 +33,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.01}
 QUANTIZED_TOLERANCE = 0.04
 ROWS = (1, 2, 5, 8, 9, 20)
 WIDE = (40, 264)
+BLOCKS = (50, 512)  # a multiple of every block of GGUF
 
 linear, prepare = CpuOperators.linear, panels.prepare
 
@@ -98,7 +108,7 @@ def test_linear_means_what_the_reference_says(shape: tuple[int, int]) -> None:
                 x = activations(rows, shape[1], dtype)
                 result = linear(x, packed)
                 assert result.dtype == dtype and result.shape == (rows, shape[0])
-                if dtype == torch.bfloat16 and packed.layout in (PANELS_INT4, PANELS_INT8):
+                if dtype == torch.bfloat16 and name.startswith(QUANTIZED):
                     tolerance = QUANTIZED_TOLERANCE
                 assert error(result, exact(x, weight)) < tolerance, (name, rows, dtype)
 
@@ -107,12 +117,14 @@ def test_linear_means_what_the_reference_says(shape: tuple[int, int]) -> None:
 def test_several_weights_in_one_call_give_what_each_gives_alone() -> None:
     """All layouts at once, gathered ones among them, of different heights and with and without biases."""
     layouts = [
-        prepare(weight) for shape in (WIDE, (5, WIDE[1]), (200, WIDE[1])) for weight in every_layout(shape).values()
+        prepare(weight)
+        for shape in (BLOCKS, (5, BLOCKS[1]), (70, BLOCKS[1]))
+        for weight in every_layout(shape).values()
     ]
     biases = [None if index % 3 else torch.randn(weight.shape[0]) for index, weight in enumerate(layouts)]
     for rows in (0, 1, 3, 9, 130):
         for dtype in (*TOLERANCE, torch.float16):
-            x = activations(rows, WIDE[1], dtype)
+            x = activations(rows, BLOCKS[1], dtype)
             together = CpuOperators.linears(x, layouts, biases)
             for result, weight, bias in zip(together, layouts, biases, strict=True):
                 assert torch.equal(result, linear(x, weight, bias)), (weight.layout.name, rows, dtype)
@@ -120,18 +132,18 @@ def test_several_weights_in_one_call_give_what_each_gives_alone() -> None:
 
 @pytest.mark.usefixtures("isa")
 def test_reference_takes_panels() -> None:
-    for name, weight in every_layout(WIDE).items():
+    for name, weight in every_layout(BLOCKS).items():
         for dtype in TOLERANCE:
-            x = activations(3, WIDE[1], dtype)
+            x = activations(3, BLOCKS[1], dtype)
             assert torch.equal(reference.linear(x, prepare(weight)), reference.linear(x, weight)), name
 
 
 @pytest.mark.usefixtures("isa")
 def test_wide_activations_for_integer_weights() -> None:
-    for name, weight in every_layout(WIDE).items():
+    for name, weight in every_layout(BLOCKS).items():
         packed = prepare(weight, activation="bf16")
         for rows in (1, 9):
-            x = activations(rows, WIDE[1], torch.bfloat16)
+            x = activations(rows, BLOCKS[1], torch.bfloat16)
             assert error(linear(x, packed), exact(x, weight)) < TOLERANCE[torch.bfloat16], (name, rows)
 
 
@@ -186,7 +198,7 @@ def test_every_fp8_code_is_right() -> None:
 @pytest.mark.usefixtures("isa")
 def test_float32_results_do_not_depend_on_the_layout() -> None:
     """A quantized weight and the dense weight of its values give the same bits."""
-    for shape in ((33, 200), (48, 384)):
+    for shape in ((33, 200), (48, 384), BLOCKS):
         for name, weight in every_layout(shape).items():
             values = weight.dequantize(torch.float32)
             plain = PackedWeight(DENSE, shape, {"weight": values})
@@ -200,10 +212,11 @@ def test_float32_results_do_not_depend_on_the_layout() -> None:
 def test_a_row_is_the_same_alone_in_a_batch_and_on_any_number_of_threads(
     use_threads: Callable[[int], None], dtype: torch.dtype
 ) -> None:
-    for name, weight in every_layout((130, 264)).items():
+    shape = (130, 264), BLOCKS
+    for name, weight in [pair for one in shape for pair in every_layout(one).items()]:
         for activation in ("int8", "bf16"):
-            packed = prepare(weight, activation)  # type: ignore[arg-type]
-            x = activations(150, 264, dtype)
+            packed = prepare(weight, activation)
+            x = activations(150, weight.shape[1], dtype)
             use_threads(1)
             alone = torch.cat([linear(x[row : row + 1], packed) for row in range(0, 150, 7)])
             together = linear(x, packed)
@@ -218,10 +231,10 @@ def test_a_row_is_the_same_alone_in_a_batch_and_on_any_number_of_threads(
 def test_integer_and_float32_products_have_the_same_bits_on_every_instruction_set(
     use_isa: Callable[[str], None], dtype: torch.dtype
 ) -> None:
-    layouts = every_layout((33, 200))
+    layouts = every_layout((33, 768))
     if dtype == torch.bfloat16:
-        layouts = {name: weight for name, weight in layouts.items() if name.startswith(("int", "fp16", "fp32"))}
-    x = activations(11, 200, dtype)
+        layouts = {name: weight for name, weight in layouts.items() if name.startswith((*QUANTIZED, "fp16", "fp32"))}
+    x = activations(11, 768, dtype)
     use_isa("portable")
     expected = {name: linear(x, prepare(weight)) for name, weight in layouts.items()}
     from amalgam import _native
@@ -261,12 +274,31 @@ def test_what_does_not_fit_stays_as_it_is() -> None:
     nan = scaled8((16, 64), torch.float8_e4m3fn, (16, 64))
     nan.parts["weight"].view(torch.uint8)[3, 5] = 0xFF
     vector = PackedWeight(DENSE, (64,), {"weight": torch.ones(64)})
-    for weight in (unequal, nan, vector, int4((16, 60), 12), dense((4, 4), torch.float64)):
+    for weight in (unequal, nan, vector, dense((4, 4), torch.float64)):
         assert prepare(weight) is weight
     packed = prepare(dense((4, 8), torch.float32))
     assert prepare(packed) is packed
     with raises(ValueError, "x", (2, 9), 8):
         linear(torch.ones(2, 9), packed)
+
+
+def test_codes_are_packed_in_as_few_bits_as_they_need() -> None:
+    for bits, layout in ((1, PANELS_INT1), (2, PANELS_INT2), (3, PANELS_INT3), (4, PANELS_INT4)):
+        for zero in ("", "integer", "float"):
+            packed = prepare(few_bits((32, 512), bits, 64, zero=zero))
+            assert packed.layout is layout
+            assert packed.parts["weight"].numel() == 32 * 512 * bits / 8
+    shifted = few_bits((32, 512), 2, 64)
+    shifted.parts["weight"][17, 5] = 0  # below what two bits around the middle have
+    assert prepare(shifted).layout is PANELS_INT4
+    assert prepare(few_bits((32, 512), 2, 8)).layout is PANELS_INT4  # 16 inputs are packed together
+
+
+def test_bytes_are_those_that_are_published() -> None:
+    for name, weight in every_layout((64, 1024)).items():
+        published = weight.parts["weight"].nbytes
+        if name.startswith(("q", "iq", "mxfp4")):
+            assert published <= prepare(weight).nbytes < 1.037 * published + 128, name
 
 
 def test_odd_widths_without_groups_fit() -> None:
@@ -294,9 +326,9 @@ def test_empty_steps_and_float16_activations() -> None:
 
 @pytest.mark.usefixtures("isa")
 def test_nan_and_infinity_are_not_lost() -> None:
-    for name, weight in every_layout(WIDE).items():
+    for name, weight in every_layout(BLOCKS).items():
         for dtype in TOLERANCE:
-            x = activations(3, WIDE[1], dtype)
+            x = activations(3, BLOCKS[1], dtype)
             x[1, 7] = torch.nan
             result = linear(x, prepare(weight))
             assert result[1].isnan().all(), name

@@ -5,11 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amalgam.kernels.layouts import DENSE, INT4, SCALED8, pack_nibbles
-from amalgam.kernels.packed import PackedWeight
+from amalgam.checkpoint.gguf import BLOCK_TYPES
+from amalgam.formats.gguf import FORMATS as GGUF_FORMATS
+from amalgam.formats.gguf.blocks import GgufFormat
+from amalgam.kernels.layouts import AFFINE4, AFFINE8, DENSE, E2M1, INT4, SCALED8, TABLE4, pack_nibbles
+from amalgam.kernels.packed import Layout, PackedWeight
 
 # (out, in)
-SHAPES = ((16, 128), (1, 8), (33, 200), (48, 384), (7, 1000), (130, 264))
+SHAPES = ((16, 128), (1, 8), (33, 200), (48, 384), (7, 1000), (130, 264), (35, 512), (5, 256))
+# What bfloat16 activations are quantized for.
+QUANTIZED = ("int", "affine", "q", "iq", "mxfp4", "nvfp4")
+# Byte offsets of a block's f16 scales and minima.
+_HALVES = {
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "IQ4_NL": (0,),
+    "MXFP4": (),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_XS": (0,),
+}
+_GGUF = {one.type.name: one for one in GGUF_FORMATS if isinstance(one, GgufFormat)}
 
 
 def dense(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> PackedWeight:
@@ -69,6 +89,73 @@ def scaled8(shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int], 
     return PackedWeight(SCALED8, shape, {"weight": codes.view(dtype), "scale": scale}, block)
 
 
+def affine(layout: Layout, shape: tuple[int, int], group: int, scale_type: torch.dtype, seed: int = 0) -> PackedWeight:
+    """Floating zero points."""
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16 if layout is AFFINE4 else 256, shape, dtype=torch.uint8, generator=generator)
+    grid = (rows, columns // group)
+    parts = {
+        "weight": pack_nibbles(codes) if layout is AFFINE4 else codes,
+        "scale": ((torch.rand(grid, generator=generator) + 0.1) * (0.1 if layout is AFFINE4 else 0.01)).to(scale_type),
+        "zero": ((torch.rand(grid, generator=generator) + 0.5) * (7.5 if layout is AFFINE4 else 128)).to(scale_type),
+    }
+    return PackedWeight(layout, shape, parts, (1, group))
+
+
+def blocks(name: str, shape: tuple[int, int], seed: int = 0) -> PackedWeight:
+    """Any bits of a GGUF type; scales and minima between 2^-10 and 2^-7, of either sign."""
+    block = next(block for block in BLOCK_TYPES.values() if block.name == name)
+    generator = torch.Generator().manual_seed(seed)
+    count = shape[0] * shape[1] // block.num_elements
+    raw = torch.randint(0, 256, (count, block.num_bytes), dtype=torch.uint8, generator=generator)
+    for offset in _HALVES[name]:
+        raw[:, offset + 1] = (raw[:, offset + 1] & 0x87) | 0x18
+    if name == "MXFP4":
+        raw[:, 0] = raw[:, 0] % 8 + 120
+    return PackedWeight(_GGUF[name].layouts[0], shape, {"weight": raw.view(shape[0], -1)}, (1, block.num_elements))
+
+
+def nvfp4(shape: tuple[int, int], how: str, seed: int = 0) -> PackedWeight:
+    """`how`: factor or divisor, as two tools publish it."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.randn((shape[0], shape[1] // 16), generator=generator) * 8
+    parts = {
+        "weight": torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, generator=generator),
+        "scale": scale.to(torch.float8_e4m3fn),
+        "table": torch.tensor(E2M1),
+        how: torch.tensor(0.0123 if how == "factor" else 81.3),
+    }
+    return PackedWeight(TABLE4, shape, parts, (1, 16))
+
+
+def few_bits(shape: tuple[int, int], bits: int, group: int, *, zero: str = "", seed: int = 0) -> PackedWeight:
+    """Codes of a few bits in nibbles, as 1, 2 and 3 bits are loaded. `zero`: none, integer or float."""
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
+    parts = {"scale": (torch.rand((rows, columns // group), generator=generator) * 0.1 + 0.01).half()}
+    if zero == "integer":
+        parts["zero"] = torch.randint(0, (1 << bits) + 1, (rows, columns // group), generator=generator).to(torch.uint8)
+    elif zero == "float":
+        parts["zero"] = (torch.rand((rows, columns // group), generator=generator) * (1 << bits)).half()
+    else:
+        codes += 8 - (1 << bits - 1)
+    layout = AFFINE4 if zero == "float" else INT4
+    return PackedWeight(layout, shape, {"weight": pack_nibbles(codes), **parts}, (1, group))
+
+
+def nf4(shape: tuple[int, int], group: int, seed: int = 0) -> PackedWeight:
+    """A table of floats, none of which bfloat16 can hold."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {
+        "weight": torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, generator=generator),
+        "scale": torch.rand((shape[0], shape[1] // group), generator=generator) * 0.1 + 0.01,
+        "table": torch.linspace(-1, 1, 16) ** 3,
+    }
+    return PackedWeight(TABLE4, shape, parts, (1, group))
+
+
 def every_layout(shape: tuple[int, int], seed: int = 0) -> dict[str, PackedWeight]:
     """Name → weight, for each layout that the shape allows."""
     columns = shape[1]
@@ -93,6 +180,21 @@ def every_layout(shape: tuple[int, int], seed: int = 0) -> dict[str, PackedWeigh
             weights[f"int4-{group}"] = int4(shape, group, scale_type=scale_type, seed=seed)
             weights[f"int4-{group}-zero"] = int4(shape, group, scale_type=scale_type, has_zero=True, seed=seed)
             weights[f"int4-{group}-order"] = int4(shape, group, has_zero=group > 8, has_order=True, seed=seed)
+            weights[f"affine4-{group}"] = affine(AFFINE4, shape, group, scale_type, seed)
+            weights[f"affine8-{group}"] = affine(AFFINE8, shape, group, scale_type, seed)
+    for odd in (size for size in (2, 20, 25) if columns % size == 0):
+        weights[f"affine8-{odd}"] = affine(AFFINE8, shape, odd, torch.float32, seed)
+        weights[f"fp8-block-{odd}"] = scaled8(shape, fp8, (1, odd), seed)
+    for bits in (1, 2, 3):
+        for zero in ("", "integer", "float"):
+            if columns % 64 == 0:
+                weights[f"int{bits}-64-{zero}"] = few_bits(shape, bits, 64, zero=zero, seed=seed)
+    weights |= {f"nf4-{group}": nf4(shape, group, seed) for group in (4, 8, 64) if columns % group == 0}
+    if columns % 16 == 0:
+        weights |= {f"nvfp4-{how}": nvfp4(shape, how, seed) for how in ("factor", "divisor")}
+    weights |= {
+        name.lower(): blocks(name, shape, seed) for name in _HALVES if columns % _GGUF[name].type.num_elements == 0
+    }
     return weights
 
 

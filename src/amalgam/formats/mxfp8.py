@@ -66,13 +66,13 @@ class Mxfp8(WeightFormat):
         return 1 if role in self.required else 0
 
     def load(self, stored: StoredWeight, read: Read) -> PackedWeight:
-        scale = powers(stored, "weight_scale", read(stored.parts["weight_scale"]), _LARGEST).float()
+        scale = powers(stored, "weight_scale", read(stored.parts["weight_scale"]), _LARGEST)
         parts = {"weight": owned(read(stored.parts[WEIGHT_SUFFIX])), "scale": scale}
         return PackedWeight(SCALED8, stored.shape, parts, stored.block)
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape
-        return rows * columns + 4 * rows * -(-columns // MX_GROUP)
+        return rows * columns + rows * -(-columns // MX_GROUP)
 
 
 FORMAT = Mxfp8()

@@ -6,7 +6,7 @@ All are row-major over `[out, in]`:
 
     dense     weight: float [out, in] (or any shape for embeddings, norms, biases)
     scaled8   weight: float8_e4m3fn or int8 [out, in]
-              scale:  float32 [ceil(out / block_rows), ceil(in / block_columns)]
+              scale:  float or float8_e8m0fnu [ceil(out / block_rows), ceil(in / block_columns)]
     int4      weight: uint8 [out, in / 2], input 2k in the low nibble of byte k and 2k + 1 in the high one
               scale:  float [out, in / group_size]
               zero:   uint8 [out, in / group_size], absent when symmetric (then 8)
@@ -20,8 +20,13 @@ All are row-major over `[out, in]`:
               factor: float32 [], multiplies every scale, or divisor: float32 [], divides every scale; or neither
     X_columns layout X and columns: float32 [in], which multiply the expanded weight (ModelOpt's pre_quant_scale)
 
-    panels_*  what the CPU backend reads: int4, int8, fp8, bf16, fp16, fp32 (`csrc` has the drawing)
-              weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]
+    panels_*  what the CPU backend reads: int1 to int5, int8, fp8, bf16, fp16, fp32 (`csrc` has the drawings)
+              weight: uint8, the panels' lines; scale: [panels, groups, 16 or 1]; zero: uint8 [panels, groups, 16]; or
+              of scale's type, zero, or minimum, for which a value is code × scale + minimum
+    panels_k* the same for groups of 256 with scale and minimum, cut into parts of 16 or 32 that have integer ones
+              part: uint8, the integers
+    panels_table4, panels_k_table4, panels_float_table4  the same for nibbles that look up a table
+              table: float32 [18], 16 values, in the first two int8 or halves of one; a factor and a divisor of scales
     panels_bf16_coded  the same for bf16 in 12 bits a value, without loss
               weight: uint8, the panels' lines; exceptions: uint8, what the code has no place for, and where it is
 
@@ -32,7 +37,7 @@ parts, and no packed cache takes it, for nobody could find that function again b
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +72,7 @@ def _scaled8(weight: PackedWeight) -> Tensor:
     """`value × scale` in float32, scale repeated over blocks of `weight.block` and cropped at the edges."""
     assert weight.block is not None
     rows, columns = weight.shape
-    scale = weight.parts["scale"]
+    scale = weight.parts["scale"].float()
     if scale.shape[0] > 1:
         scale = scale.repeat_interleave(weight.block[0], 0)[:rows]
     if scale.shape[1] > 1:
@@ -142,6 +147,22 @@ def _table4(weight: PackedWeight) -> Tensor:
     return (values.view(rows, columns // weight.block[1], weight.block[1]) * scale.unsqueeze(-1)).view(rows, columns)
 
 
+def _split_affine8(weight: PackedWeight) -> Mapping[str, Tensor]:
+    """Codes less 128, as panels of int8 take them."""
+    return {**weight.parts, "weight": (weight.parts["weight"] ^ 128).view(torch.int8)}
+
+
+def _split_table4(weight: PackedWeight) -> Mapping[str, Tensor]:
+    """A byte for each index, and the table with factor and divisor behind it."""
+    ones = torch.ones(1)
+    factors = (weight.parts.get(name, ones).reshape(1) for name in ("factor", "divisor"))
+    return {
+        "weight": unpack_nibbles(weight.parts["weight"]),
+        "scale": weight.parts["scale"],
+        "table": torch.cat((weight.parts["table"], *factors)),
+    }
+
+
 @dataclass(frozen=True)
 class _Columns:
     """Expands with another layout's function, then multiplies input i by `columns[i]`."""
@@ -155,15 +176,14 @@ class _Columns:
 # --- The table ---
 
 
-def _panels(name: str, *parts: str, dtype: torch.dtype | None = None) -> Layout:
+def _panels(name: str, *parts: str, optional: Iterable[str] = (), dtype: torch.dtype | None = None) -> Layout:
     """Of the CPU backend, whose weights expand themselves."""
-    optional = frozenset({"group", "zero"} if "scale" in parts else ())
     is_floating = dtype is not None
     return Layout(
         f"panels_{name}",
         None,
         frozenset({"weight", *parts}),
-        optional,
+        frozenset(optional),
         is_floating=is_floating,
         dtype=dtype,
         reader="cpu",
@@ -176,8 +196,21 @@ _AFFINE = frozenset({"weight", "scale", "zero"})
 _GROUP = frozenset({"group"})
 _FACTORS = frozenset({"factor", "divisor"})
 
-PANELS_INT4 = _panels("int4", "scale")
-PANELS_INT8 = _panels("int8", "scale")
+_OFFSETS = ("group", "zero", "minimum")
+PANELS_INT1 = _panels("int1", "scale", optional=_OFFSETS)
+PANELS_INT2 = _panels("int2", "scale", optional=_OFFSETS)
+PANELS_INT3 = _panels("int3", "scale", optional=_OFFSETS)
+PANELS_INT4 = _panels("int4", "scale", optional=_OFFSETS)
+PANELS_INT5 = _panels("int5", "scale", optional=_OFFSETS)
+PANELS_INT8 = _panels("int8", "scale", optional=_OFFSETS)
+PANELS_K2 = _panels("k2", "scale", "minimum", "part")
+PANELS_K3 = _panels("k3", "scale", "part")
+PANELS_K4 = _panels("k4", "scale", "minimum", "part")
+PANELS_K5 = _panels("k5", "scale", "minimum", "part")
+PANELS_K6 = _panels("k6", "scale", "part")
+PANELS_TABLE4 = _panels("table4", "scale", "table")
+PANELS_FLOAT_TABLE4 = _panels("float_table4", "scale", "table")
+PANELS_K_TABLE4 = _panels("k_table4", "scale", "part", "table")
 PANELS_FP8 = _panels("fp8", "scale")
 PANELS_BF16 = _panels("bf16", dtype=torch.bfloat16)
 PANELS_BF16_CODED = _panels("bf16_coded", "exceptions", dtype=torch.bfloat16)
@@ -198,11 +231,29 @@ SCALED8 = Layout(
 INT4 = Layout(
     "int4", _int4, _SCALED, _GROUP | {"zero"}, shared=_GROUP, has_rows=True, panels={torch.uint8: PANELS_INT4}
 )
-AFFINE4 = Layout("affine4", _affine4, _AFFINE, _GROUP, shared=_GROUP, has_rows=True)
-AFFINE8 = Layout("affine8", _affine8, _AFFINE, _GROUP, shared=_GROUP, has_rows=True)
+AFFINE4 = Layout("affine4", _affine4, _AFFINE, _GROUP, shared=_GROUP, has_rows=True, panels={torch.uint8: PANELS_INT4})
+AFFINE8 = Layout(
+    "affine8",
+    _affine8,
+    _AFFINE,
+    _GROUP,
+    shared=_GROUP,
+    has_rows=True,
+    panels={torch.uint8: PANELS_INT8},
+    split=_split_affine8,
+)
 CYCLIC4 = Layout("cyclic4", _cyclic4, _AFFINE)
 CYCLIC8 = Layout("cyclic8", _cyclic8, _AFFINE)
-TABLE4 = Layout("table4", _table4, _SCALED | {"table"}, _FACTORS, shared=_FACTORS | {"table"}, has_rows=True)
+TABLE4 = Layout(
+    "table4",
+    _table4,
+    _SCALED | {"table"},
+    _FACTORS,
+    shared=_FACTORS | {"table"},
+    has_rows=True,
+    panels={torch.uint8: PANELS_TABLE4},
+    split=_split_table4,
+)
 
 
 def dense(tensor: Tensor) -> PackedWeight:
@@ -232,7 +283,11 @@ def scale_columns(weight: PackedWeight, columns: Tensor) -> PackedWeight:
 
 
 _QUANTIZED = (SCALED8, INT4, AFFINE4, AFFINE8, CYCLIC4, CYCLIC8, TABLE4)
-_PANELS = (PANELS_INT4, PANELS_INT8, PANELS_FP8, PANELS_BF16, PANELS_BF16_CODED, PANELS_FP16, PANELS_FP32)
+_PANELS = (
+    *(PANELS_INT1, PANELS_INT2, PANELS_INT3, PANELS_INT4, PANELS_INT5, PANELS_INT8),
+    *(PANELS_FP8, PANELS_BF16, PANELS_BF16_CODED, PANELS_FP16, PANELS_FP32),
+    *(PANELS_K2, PANELS_K3, PANELS_K4, PANELS_K5, PANELS_K6, PANELS_TABLE4, PANELS_K_TABLE4, PANELS_FLOAT_TABLE4),
+)
 # By name; what a packed cache can hold.
 LAYOUTS: Mapping[str, Layout] = {
     layout.name: layout for layout in (DENSE, *_QUANTIZED, *map(with_columns, _QUANTIZED), *_PANELS)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Unpack = Callable[["PackedWeight"], Tensor]
+Split = Callable[["PackedWeight"], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Layout:
         is_floating: whether the values are stored as they are, in a floating type of their own.
         dtype: of the values, where it is the same for all weights of a floating layout.
         panels: type of the part `weight` → the layout that the CPU backend makes of it where groups allow it.
+        split: the parts that these panels are made of, by their names, where they are not the weight's own.
         reader: the one backend that knows it; None: all do, through `unpack`.
         base: the layout whose values this one multiplies by `columns`.
     """
@@ -42,6 +44,7 @@ class Layout:
     is_floating: bool = False
     dtype: torch.dtype | None = None
     panels: Mapping[torch.dtype, Layout] = field(default_factory=dict)
+    split: Split | None = None
     reader: str | None = None
     base: Layout | None = None
 

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import codes_bf16
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import InferenceSettings, Settings
+from amalgam.config.settings import InferenceSettings, ModelSettings, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import peak_memory_bytes
 from amalgam.engine.params import SamplingParams
@@ -171,17 +172,46 @@ def shape_engine(
     """
     if name not in SHAPES:
         raise ConfigError(f"Shape {name!r} is unknown.", remedy=f"Known shapes: {', '.join(SHAPES)}.")
+    _, spec = read_spec(SHAPES[name], f"shape {name}")
+    version = random_weights(spec, weights, settings.inference, choose_device(settings.inference.device_map), progress)
+    with _running(spec, version, settings, max_tokens, max_batch, observer) as engine:
+        yield engine, spec
+
+
+@contextmanager
+def file_engine(
+    path: str, settings: Settings, *, max_tokens: int, max_batch: int, observer: RoutingObserver | None = None
+) -> Iterator[tuple[Engine, ModelSpec]]:
+    """The same over a checkpoint's weights; words stand for its tokens.
+
+    Raises:
+        AmalgamError: the checkpoint cannot be loaded.
+    """
+    device = choose_device(settings.inference.device_map)
+    loader = ModelLoader(ModelSettings(base_path=path), settings.inference, device, threads=torch.get_num_threads())
+    version = loader.build(loader.plan(), 1).version
+    with _running(loader.spec, version, settings, max_tokens, max_batch, observer) as engine:
+        yield engine, loader.spec
+
+
+@contextmanager
+def _running(
+    spec: ModelSpec,
+    version: WeightVersion,
+    settings: Settings,
+    max_tokens: int,
+    max_batch: int,
+    observer: RoutingObserver | None,
+) -> Iterator[Engine]:
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
-    _, spec = read_spec(SHAPES[name], f"shape {name}")
-    version = random_weights(spec, weights, settings.inference, device, progress)
     inference = settings.inference.model_dump() | {"max_seq_length": max_tokens, "max_batch_size": max_batch}
     settings = settings.replace(inference=inference, engine=settings.engine.model_dump() | {"max_step_tokens": 512})
     decoder = Decoder(spec, max_tokens, dtype, device)
     engine = Engine(decoder, version, word_tokenizer(spec.vocab_size), settings, device, dtype, observer)
     engine.start()
     try:
-        yield engine, spec
+        yield engine
     finally:
         engine.stop()
 

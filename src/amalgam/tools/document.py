@@ -66,12 +66,13 @@ _SUPPORT = """# What is read, and how it runs
 Any mix of these formats, in any layer, down to one projection of one expert. Checkpoints: safetensors (sharded or not,
 experts one by one or fused), PyTorch `.bin`, GGUF. Whatever is not listed is refused by name.
 
-*native*: in the extension, provided that groups are multiples of 8 inputs. *expanded*: dequantized at every use and
-multiplied by PyTorch, as every quantized weight is on a GPU. *either*: by group and scale. `moe` runs natively where
-all experts of the layer do; otherwise expert by expert. Routers are float32 whatever they are stored in; norms, biases
-and sinks must be floating. With AVX2 or AVX-512, bf16 is kept in 12 bits a weight, without loss, where its exponents
-allow it (`inference.bf16_coding`). `GET /manifest` tells each weight's `layout` on the machine at
-hand: those in `panels_…`, `panels_bf16_coded` among them, run natively.
+*native*: in the extension, in the bytes that are published or hardly more. *expanded*: dequantized at every use and
+multiplied by PyTorch, as every quantized weight is on a GPU. *either*: native, but for scales that differ from input to
+input (HQQ's axis 0) and groups of unequal sizes. `moe` runs natively where all experts of the layer do; otherwise
+expert by expert. Routers are float32 whatever they are stored in; norms, biases and sinks must be floating. With AVX2
+or AVX-512, bf16 is kept in 12 bits a weight, without loss, where its exponents allow it (`inference.bf16_coding`).
+`GET /manifest` tells each weight's `layout` on the machine at hand: those in `panels_…`, `panels_bf16_coded` among
+them, run natively.
 
 **Sources have to compute in one basis.** Rotations (QuaRot, SpinQuant), factors that a tool moves from one weight into
 the next (AWQ, SmoothQuant), experts, heads or channels in another order leave a model what it is, but none of its

@@ -9,7 +9,8 @@
     MXFP4   e u8  | nibbles                         2^(e - 127) E2M1[q]
 
 A block's first 16 elements are the low nibbles of its bytes, the other 16 the high ones. Q4_0 and Q8_0 are int4 and
-scaled8 in groups of 32 and become those; the others keep their bytes and get a layout of their own.
+scaled8 in groups of 32 and become those; the others keep their bytes and get a layout of their own. The CPU backend's
+panels are made of what `Split` takes a block apart into.
 
 Types: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h; values and order of arithmetic as the `gguf`
 package's `dequantize`, to the bit.
@@ -18,7 +19,7 @@ package's `dequantize`, to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,10 +29,20 @@ from amalgam.errors import CheckpointError
 from amalgam.formats.contract import WEIGHT_SUFFIX, ModuleContext, Read, StoredWeight, WeightFormat
 from amalgam.formats.fused import TensorPart
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.layouts import INT4, SCALED8, pack_nibbles
+from amalgam.kernels.layouts import (
+    INT4,
+    PANELS_INT4,
+    PANELS_INT5,
+    PANELS_TABLE4,
+    SCALED8,
+    pack_nibbles,
+)
 from amalgam.kernels.packed import Layout, PackedWeight
 
 Decode = Callable[[Tensor], Tensor]
+# uint8 `[blocks, bytes of a block]` → `[blocks, …]` by the names that panels have for them: codes as weight, a byte
+# each; scale and minimum in their stored type, one each; int8 of parts; a table, which all share.
+Split = Callable[[Tensor], dict[str, Tensor]]
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Doubled E2M1 values; the scale is halved instead, as ggml has it: 2^-128, the least, is no normal float32.
@@ -45,16 +56,32 @@ class GgufFormat(WeightFormat):
         type_name: as ggml calls it.
         decode: uint8 `[blocks, bytes of a block]` → float32 `[blocks, elements of a block]`.
         halves: byte offsets of a block's f16 fields.
+        split, panels: what a block consists of, and the panels that are made of it.
     """
 
     _layout: Layout | None = None
 
-    def __init__(self, type_name: str, decode: Decode, halves: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        type_name: str,
+        decode: Decode,
+        halves: tuple[int, ...],
+        split: Split | None = None,
+        panels: Layout | None = None,
+    ) -> None:
         self.type: BlockType = TYPES[type_name]
         self.name = f"gguf_{type_name.lower()}"
-        self.layouts = (self._layout or Layout(self.name, self._unpack, has_rows=True),)
         self._decode = decode
-        self._halves = halves
+        self.halves = halves
+        self._split = split
+        own = Layout(
+            self.name,
+            self._unpack,
+            has_rows=True,
+            panels={} if panels is None else {torch.uint8: panels},
+            split=None if split is None else self._parts,
+        )
+        self.layouts = (self._layout or own,)
 
     def recognise(self, name: str, parts: Mapping[str, TensorPart], context: ModuleContext) -> StoredWeight | None:
         entry = parts[WEIGHT_SUFFIX]
@@ -76,7 +103,7 @@ class GgufFormat(WeightFormat):
         entry = stored.parts[WEIGHT_SUFFIX]
         raw = read(entry)
         self.check_finite(stored.name, entry, raw)
-        return self._pack(raw, stored.shape)
+        return self.pack_blocks(raw, stored.shape)
 
     def check_finite(self, name: str, entry: TensorPart, raw: Tensor) -> None:
         """Raise CheckpointError if a tensor of this type has a scale that is no number."""
@@ -94,13 +121,20 @@ class GgufFormat(WeightFormat):
         return math.prod(shape) // self.type.num_elements * self.type.num_bytes
 
     def _is_finite(self, blocks: Tensor) -> bool:
-        return all(bool(torch.isfinite(half(blocks, offset)).all()) for offset in self._halves)
+        return all(bool(torch.isfinite(half(blocks, offset)).all()) for offset in self.halves)
 
-    def _pack(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
+    def pack_blocks(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
+        """Stored bytes `[out, …]` as a weight of a shape."""
         return PackedWeight(self.layouts[0], shape, {"weight": raw.clone()}, (1, self.type.num_elements))
 
     def _unpack(self, weight: PackedWeight) -> Tensor:
         return self.expand(weight.parts["weight"])
+
+    def _parts(self, weight: PackedWeight) -> dict[str, Tensor]:
+        """What the weight consists of: `[out, …]` each but the table."""
+        assert self._split is not None
+        parts = self._split(weight.parts["weight"].reshape(-1, self.type.num_bytes))
+        return {name: part if name == "table" else part.reshape(weight.shape[0], -1) for name, part in parts.items()}
 
 
 class _Q4_0(GgufFormat):  # noqa: N801 - ggml's name
@@ -108,7 +142,7 @@ class _Q4_0(GgufFormat):  # noqa: N801 - ggml's name
 
     _layout = INT4
 
-    def _pack(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
+    def pack_blocks(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
         blocks = raw.view(shape[0], -1, self.type.num_bytes)
         parts = {
             "weight": pack_nibbles(nibbles(blocks[..., 2:])).flatten(1),
@@ -118,20 +152,17 @@ class _Q4_0(GgufFormat):  # noqa: N801 - ggml's name
 
 
 class _Q8_0(GgufFormat):  # noqa: N801
-    """As int8 in groups of 32 with float32 scales: the same product in float32."""
+    """As int8 in groups of 32 with f16 scales: the same product in float32."""
 
     _layout = SCALED8
 
-    def _pack(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
+    def pack_blocks(self, raw: Tensor, shape: tuple[int, ...]) -> PackedWeight:
         blocks = raw.view(shape[0], -1, self.type.num_bytes)
         parts = {
             "weight": blocks[..., 2:].contiguous().view(torch.int8).flatten(1),
-            "scale": blocks[..., :2].contiguous().view(torch.float16).squeeze(-1).float(),
+            "scale": blocks[..., :2].contiguous().view(torch.float16).squeeze(-1),
         }
         return PackedWeight(SCALED8, shape, parts, (1, self.type.num_elements))
-
-    def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
-        return math.prod(shape) // self.type.num_elements * (self.type.num_elements + 4)
 
 
 class _Mxfp4(GgufFormat):
@@ -141,9 +172,19 @@ class _Mxfp4(GgufFormat):
         return not bool((blocks[:, 0] == 255).any())
 
 
+def stored_half(blocks: Tensor, offset: int) -> Tensor:
+    """The f16 at a byte offset of every block, `[blocks, 1]`."""
+    return blocks[:, offset : offset + 2].contiguous().view(torch.float16)
+
+
 def half(blocks: Tensor, offset: int) -> Tensor:
-    """The f16 at a byte offset of every block, float32 `[blocks, 1]`."""
-    return blocks[:, offset : offset + 2].contiguous().view(torch.float16).float()
+    """The same in float32."""
+    return stored_half(blocks, offset).float()
+
+
+def table(values: Iterable[float]) -> Tensor:
+    """16 values as panels have them, with neither a factor nor a divisor."""
+    return torch.tensor([*values, 1.0, 1.0])
 
 
 def nibbles(packed: Tensor) -> Tensor:
@@ -198,12 +239,36 @@ def _mxfp4(blocks: Tensor) -> Tensor:
     return pattern.view(torch.float32) * look_up(_E2M1_DOUBLED, nibbles(blocks[:, 1:]))
 
 
+def _split_q4_1(blocks: Tensor) -> dict[str, Tensor]:
+    codes = pack_nibbles(nibbles(blocks[:, 4:]))
+    return {"weight": codes, "scale": stored_half(blocks, 0), "minimum": stored_half(blocks, 2)}
+
+
+def _split_q5_0(blocks: Tensor) -> dict[str, Tensor]:
+    return {"weight": nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2), "scale": stored_half(blocks, 0)}
+
+
+def _split_q5_1(blocks: Tensor) -> dict[str, Tensor]:
+    codes = nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
+    return {"weight": codes, "scale": stored_half(blocks, 0), "minimum": stored_half(blocks, 2)}
+
+
+def _split_iq4_nl(blocks: Tensor) -> dict[str, Tensor]:
+    return {"weight": nibbles(blocks[:, 2:]), "scale": stored_half(blocks, 0), "table": table(IQ4_VALUES)}
+
+
+def _split_mxfp4(blocks: Tensor) -> dict[str, Tensor]:
+    scale = blocks[:, :1].contiguous().view(torch.float8_e8m0fnu)
+    values = (value / 2 for value in _E2M1_DOUBLED)
+    return {"weight": nibbles(blocks[:, 1:]), "scale": scale, "table": table(values)}
+
+
 FORMATS = (
     _Q4_0("Q4_0", _q4_0, (0,)),
-    GgufFormat("Q4_1", _q4_1, (0, 2)),
-    GgufFormat("Q5_0", _q5_0, (0,)),
-    GgufFormat("Q5_1", _q5_1, (0, 2)),
+    GgufFormat("Q4_1", _q4_1, (0, 2), _split_q4_1, PANELS_INT4),
+    GgufFormat("Q5_0", _q5_0, (0,), _split_q5_0, PANELS_INT5),
+    GgufFormat("Q5_1", _q5_1, (0, 2), _split_q5_1, PANELS_INT5),
     _Q8_0("Q8_0", _q8_0, (0,)),
-    GgufFormat("IQ4_NL", _iq4_nl, (0,)),
-    _Mxfp4("MXFP4", _mxfp4, ()),
+    GgufFormat("IQ4_NL", _iq4_nl, (0,), _split_iq4_nl, PANELS_TABLE4),
+    _Mxfp4("MXFP4", _mxfp4, (), _split_mxfp4, PANELS_TABLE4),
 )

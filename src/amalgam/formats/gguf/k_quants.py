@@ -16,33 +16,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amalgam.formats.gguf.blocks import IQ4_VALUES, GgufFormat, bits, half, look_up, nibbles
+from amalgam.formats.gguf.blocks import IQ4_VALUES, GgufFormat, Split, bits, look_up, nibbles, stored_half, table
+from amalgam.kernels.layouts import PANELS_K2, PANELS_K3, PANELS_K4, PANELS_K5, PANELS_K6, PANELS_K_TABLE4
+from amalgam.kernels.packed import Layout
 
 _SUPER = 256
 
 
-def _q2_k(blocks: Tensor) -> Tensor:
+def _split_q2_k(blocks: Tensor) -> dict[str, Tensor]:
     scales = blocks[:, :16]
-    # 2 × 32 bytes; the four fields of a byte are 32 elements apart.
-    q = bits(blocks[:, 16:80].view(-1, 2, 32), 2).reshape(-1, 16, 16)
-    scale = (half(blocks, 80) * (scales & 15).float()).unsqueeze(-1)
-    least = (half(blocks, 82) * (scales >> 4).float()).unsqueeze(-1)
-    return (scale * q.float() - least).view(-1, _SUPER)
+    return {
+        # 2 × 32 bytes; the four fields of a byte are 32 elements apart.
+        "weight": bits(blocks[:, 16:80].view(-1, 2, 32), 2).flatten(1),
+        "scale": stored_half(blocks, 80),
+        "minimum": stored_half(blocks, 82),
+        "part_scale": (scales & 15).view(torch.int8),
+        "part_minimum": (scales >> 4).view(torch.int8),
+    }
 
 
-def _q3_k(blocks: Tensor) -> Tensor:
+def _split_q3_k(blocks: Tensor) -> dict[str, Tensor]:
     packed = blocks[:, 96:108]
-    low = nibbles(packed[:, :8])
-    high = bits(packed[:, 8:], 2).flatten(1)
-    scales = (low | (high << 4)).float() - 32
-    q = bits(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 16, 16)
-    high_bit = bits(blocks[:, :32], 1).reshape(-1, 16, 16)
-    values = q.float() - 4 * (1 - high_bit.float())
-    return ((half(blocks, 108) * scales).unsqueeze(-1) * values).view(-1, _SUPER)
+    scales = nibbles(packed[:, :8]) | (bits(packed[:, 8:], 2).flatten(1) << 4)
+    low = bits(blocks[:, 32:96].reshape(-1, 2, 32), 2).flatten(1)
+    high = bits(blocks[:, :32], 1).flatten(1)
+    return {
+        "weight": low | (high << 2),
+        "scale": stored_half(blocks, 108),
+        "part_scale": scales.view(torch.int8) - 32,
+    }
 
 
-def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """12 bytes → eight 6-bit scales and eight 6-bit minima, float32 `[blocks, 8]` each.
+def _scales_and_minima(packed: Tensor) -> dict[str, Tensor]:
+    """12 bytes → eight 6-bit scales and eight 6-bit minima, int8 `[blocks, 8]` each.
 
     Four low scales (their two high bits belong to the upper four), four low minima (likewise), and four bytes with
     the low nibbles of the upper scales and the high nibbles of the upper minima.
@@ -50,47 +56,65 @@ def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
     scale, least, upper = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat((scale & 63, (upper & 15) | ((scale >> 2) & 48)), dim=-1)
     minima = torch.cat((least & 63, (upper >> 4) | ((least >> 2) & 48)), dim=-1)
-    return scales.float(), minima.float()
+    return {"part_scale": scales.view(torch.int8), "part_minimum": minima.view(torch.int8)}
 
 
-def _affine(blocks: Tensor, q: Tensor) -> Tensor:
-    """Q4_K and Q5_K from their values, `[blocks, 8, 32]`."""
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
-    scale = (half(blocks, 0) * scales).unsqueeze(-1)
-    least = (half(blocks, 2) * minima).unsqueeze(-1)
-    return (scale * q.float() - least).view(-1, _SUPER)
+def _split_affine(blocks: Tensor, codes: Tensor) -> dict[str, Tensor]:
+    """Q4_K and Q5_K from their values."""
+    halves = {"scale": stored_half(blocks, 0), "minimum": stored_half(blocks, 2)}
+    return {"weight": codes.flatten(1), **halves, **_scales_and_minima(blocks[:, 4:16])}
 
 
-def _q4_k(blocks: Tensor) -> Tensor:
-    return _affine(blocks, bits(blocks[:, 16:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32))
+def _split_q4_k(blocks: Tensor) -> dict[str, Tensor]:
+    return _split_affine(blocks, bits(blocks[:, 16:].reshape(-1, 4, 32), 4))
 
 
-def _q5_k(blocks: Tensor) -> Tensor:
+def _split_q5_k(blocks: Tensor) -> dict[str, Tensor]:
     low = bits(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
-    return _affine(blocks, low | (bits(blocks[:, 16:48], 1) << 4))
+    return _split_affine(blocks, low | (bits(blocks[:, 16:48], 1) << 4))
 
 
-def _q6_k(blocks: Tensor) -> Tensor:
+def _split_q6_k(blocks: Tensor) -> dict[str, Tensor]:
     low = bits(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 8, 32)
     high = bits(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 8, 32)
-    values = ((low | (high << 4)).float() - 32).view(-1, 16, 16)
-    scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
-    return ((half(blocks, 208) * scales).unsqueeze(-1) * values).view(-1, _SUPER)
+    return {
+        "weight": (low | (high << 4)).flatten(1),
+        "scale": stored_half(blocks, 208),
+        "part_scale": blocks[:, 192:208].contiguous().view(torch.int8),
+    }
 
 
-def _iq4_xs(blocks: Tensor) -> Tensor:
+def _split_iq4_xs(blocks: Tensor) -> dict[str, Tensor]:
     low = bits(blocks[:, 4:8], 4).transpose(-1, -2).flatten(1)
     high = bits(blocks[:, 2:4], 2).transpose(-1, -2).flatten(1)
-    scales = (low | (high << 4)).float() - 32
-    values = look_up(IQ4_VALUES, nibbles(blocks[:, 8:].reshape(-1, 8, 16)))
-    return ((half(blocks, 0) * scales).unsqueeze(-1) * values).view(-1, _SUPER)
+    return {
+        "weight": nibbles(blocks[:, 8:].reshape(-1, 8, 16)).flatten(1),
+        "scale": stored_half(blocks, 0),
+        "part_scale": (low | (high << 4)).view(torch.int8) - 32,
+        "table": table(IQ4_VALUES),
+    }
+
+
+def _values(parts: dict[str, Tensor], zero: int) -> Tensor:
+    """`scale × part scale × (code - zero) - minimum × part minimum`; codes look up the table where there is one."""
+    part_scale = parts["part_scale"].float()
+    codes = parts["weight"].view(*part_scale.shape, -1)
+    values = look_up(IQ4_VALUES, codes) if "table" in parts else codes.float() - zero
+    values = (parts["scale"].float() * part_scale).unsqueeze(-1) * values
+    if "minimum" in parts:
+        values = values - (parts["minimum"].float() * parts["part_minimum"].float()).unsqueeze(-1)
+    return values.view(-1, _SUPER)
+
+
+def _format(type_name: str, split: Split, halves: tuple[int, ...], panels: Layout, zero: int = 0) -> GgufFormat:
+    return GgufFormat(type_name, lambda blocks: _values(split(blocks), zero), halves, split, panels)
 
 
 FORMATS = (
-    GgufFormat("Q2_K", _q2_k, (80, 82)),
-    GgufFormat("Q3_K", _q3_k, (108,)),
-    GgufFormat("Q4_K", _q4_k, (0, 2)),
-    GgufFormat("Q5_K", _q5_k, (0, 2)),
-    GgufFormat("Q6_K", _q6_k, (208,)),
-    GgufFormat("IQ4_XS", _iq4_xs, (0,)),
+    _format("Q2_K", _split_q2_k, (80, 82), PANELS_K2),
+    _format("Q3_K", _split_q3_k, (108,), PANELS_K3, 4),
+    _format("Q4_K", _split_q4_k, (0, 2), PANELS_K4),
+    _format("Q5_K", _split_q5_k, (0, 2), PANELS_K5),
+    _format("Q6_K", _split_q6_k, (208,), PANELS_K6, 32),
+    _format("IQ4_XS", _split_iq4_xs, (0,), PANELS_K_TABLE4),
 )

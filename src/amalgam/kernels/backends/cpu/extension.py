@@ -23,6 +23,8 @@ FLOAT_TYPES = (torch.float32, torch.bfloat16)
 # Of a KV cache.
 CACHE_TYPES = (*FLOAT_TYPES, torch.float16, torch.int8, torch.float8_e4m3fn)
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Of scales in panels.
+SCALE_NAMES = {**NAMES, torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e8m0fnu: "float8_e8m0fnu"}
 _REMEDY = (
     "Install a C++17 compiler (g++ or clang++) and Python's headers, then run `pip install -e .` in the project's "
     "folder again; until then PyTorch's operators do the work."
@@ -84,4 +86,4 @@ def native_dtype(dtype: torch.dtype) -> _native.DType:
     """A floating type as the extension calls it."""
     from amalgam import _native
 
-    return _native.DType[NAMES[dtype]]
+    return _native.DType[SCALE_NAMES[dtype]]

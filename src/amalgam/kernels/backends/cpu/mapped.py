@@ -84,7 +84,10 @@ def restore(description: Mapping[str, Any], memory: Sequence[Tensor], activation
         group = _typed(memory[1], *parts["group"]) if "group" in parts and len(memory) == 2 else None
         if len(memory) != 1 + ("group" in parts) or len(scale_shape) != 3:
             raise ValueError(f"panels have {len(memory)} runs and scales of shape {scale_shape}")
-        kind = Panels(layout, shape, block, scale_dtype, scale_shape[1], scale_shape[2], "zero" in parts)
+        zero_dtype = parts["zero"][0] if "zero" in parts else None
+        offset = "minimum" if "minimum" in parts else "zero" if zero_dtype not in (None, torch.uint8) else "none"
+        has_zero = zero_dtype == torch.uint8
+        kind = Panels(layout, shape, block, scale_dtype, scale_shape[1], scale_shape[2], has_zero, offset)
         return panels.view(memory[0], kind, group, activation)
     if len(memory) != len(parts):
         raise ValueError(f"layout {layout.name!r} has {len(memory)} runs")

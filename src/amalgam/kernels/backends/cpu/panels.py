@@ -6,16 +6,16 @@ Must never know: names, plans, requests.
 Packing loses nothing: values, scales and zero points keep their bits and types, and `unpack` gives what the source
 gave. What does not fit stays as it is and runs through the reference:
 
-- scales must belong to one row and a group of inputs whose size is a multiple of 8, to all inputs of a row, or to a
-  block whose width is such a multiple;
 - with an activation order, every group must hold the same number of inputs;
 - fp8 must hold no NaN.
+
+Codes that need fewer bits than their layout has are packed in as few as they need, as 2 and 3 bits are published.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,27 @@ from torch import Tensor
 
 from amalgam.kernels.backends.base import ActivationType
 from amalgam.kernels.backends.cpu import extension
-from amalgam.kernels.layouts import LAYOUTS
+from amalgam.kernels.layouts import (
+    LAYOUTS,
+    PANELS_FLOAT_TABLE4,
+    PANELS_INT1,
+    PANELS_INT2,
+    PANELS_INT3,
+    PANELS_INT4,
+    PANELS_INT5,
+    PANELS_INT8,
+    PANELS_TABLE4,
+    unpack_nibbles,
+)
 from amalgam.kernels.packed import Layout, PackedWeight
 
 if TYPE_CHECKING:
     from amalgam import _native
 
-_UNIT = 8  # a group is a multiple of this many inputs
 _PREFIX = "panels_"
+_SAMPLE = 16  # rows that tell of most weights that they need all bits
+# Bits → inputs that are packed together, and the panels.
+_NARROW = {1: (32, PANELS_INT1), 2: (16, PANELS_INT2), 3: (32, PANELS_INT3), 5: (32, PANELS_INT5)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +75,8 @@ class Panels:
     Attributes:
         block: see `PackedWeight`.
         scale_dtype, num_groups, scale_lanes: of the scales; 0 groups where there are none.
+        has_zero: whether groups have integer zero points.
+        offset: what groups have of the scale's type beside it: none, zero or minimum.
     """
 
     layout: Layout
@@ -71,6 +86,7 @@ class Panels:
     num_groups: int
     scale_lanes: int
     has_zero: bool
+    offset: str = "none"
 
 
 def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes: bool = True) -> PackedWeight:
@@ -82,10 +98,14 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes:
             quarter off what a product reads; products in float32 become slower.
     """
     target = _target(weight)
-    packed = _pack(weight, target, activation, codes) if target is not None and _fits(weight) else None
+    if target is None or not _fits(weight):
+        return weight
+    parts = _split(weight)
+    target, parts = _narrowest(target, parts, weight)
+    packed = _pack(weight, parts, target, activation, codes)
     if packed is None:
         return weight
-    scale = weight.parts.get("scale")
+    scale = parts.get("scale")
     panels = Panels(
         layout=LAYOUTS[_PREFIX + packed.format.name],
         shape=weight.shape,
@@ -93,9 +113,10 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes:
         scale_dtype=torch.float32 if scale is None else scale.dtype,
         num_groups=0 if scale is None else scale.shape[1],
         scale_lanes=packed.scale_lanes,
-        has_zero="zero" in weight.parts,
+        has_zero="zero" in parts and parts["zero"].dtype == torch.uint8,
+        offset=_offset(parts),
     )
-    return _with_parts(packed, packed.memory, panels, weight.parts.get("group"))
+    return _with_parts(packed, packed.memory, panels, parts.get("group"))
 
 
 def coded_bytes(shape: tuple[int, ...]) -> int:
@@ -121,7 +142,7 @@ def view(memory: Tensor, panels: Panels, group: Tensor | None, activation: Activ
     name = panels.layout.name
     if len(panels.shape) != 2:
         raise ValueError(f"there is no {name} of shape {panels.shape}")
-    if panels.scale_dtype not in extension.NAMES or (panels.num_groups and panels.block is None):
+    if panels.scale_dtype not in extension.SCALE_NAMES or (panels.num_groups and panels.block is None):
         raise ValueError(f"{name} with scales of {panels.scale_dtype} in blocks of {panels.block}")
     packed = _native.view(
         format=_native.Format[name.removeprefix(_PREFIX)],
@@ -133,6 +154,7 @@ def view(memory: Tensor, panels: Panels, group: Tensor | None, activation: Activ
         group=0 if panels.block is None else panels.block[1],
         scale_lanes=panels.scale_lanes,
         has_zero=panels.has_zero,
+        offset_kind=_native.Offset[panels.offset],
         order=None if group is None else _order(group),
         quantizes=activation == "int8",
     )
@@ -149,19 +171,83 @@ def layout_version() -> int:
 
 def _with_parts(packed: _native.Matrix, memory: Tensor, panels: Panels, group: Tensor | None) -> PanelWeight:
     """A matrix of the extension as a packed weight: its parts are slices of its memory."""
-    parts = {"weight": memory[: packed.scale_offset]}
+    scale_at, zero_at, offset_at, part_at, table_at, end = packed.begins
+    parts = {"weight": memory[:scale_at]}
     if panels.num_groups:
         grid = (-(-panels.shape[0] // 16), panels.num_groups)
-        end = packed.scale_offset + math.prod(grid) * panels.scale_lanes * panels.scale_dtype.itemsize
-        scale = memory[packed.scale_offset : end].view(panels.scale_dtype)
-        parts["scale"] = scale.view(*grid, panels.scale_lanes)
+
+        def slice_of(at: int, dtype: torch.dtype, lanes: int) -> Tensor:
+            return memory[at : at + math.prod(grid) * lanes * dtype.itemsize].view(dtype).view(*grid, lanes)
+
+        parts["scale"] = slice_of(scale_at, panels.scale_dtype, panels.scale_lanes)
         if panels.has_zero:
-            parts["zero"] = memory[packed.zero_offset :].view(*grid, 16)
-    elif packed.scale_offset < memory.numel():
-        parts["exceptions"] = memory[packed.scale_offset :]
+            parts["zero"] = slice_of(zero_at, torch.uint8, 16)
+        if panels.offset != "none":
+            parts[panels.offset] = slice_of(offset_at, panels.scale_dtype, 16)
+        if "part" in panels.layout.parts:
+            parts["part"] = memory[part_at:table_at]
+        if "table" in panels.layout.parts:
+            parts["table"] = memory[table_at:end].view(torch.float32)
+    elif scale_at < memory.numel():
+        parts["exceptions"] = memory[scale_at:]
     if group is not None:
         parts["group"] = group
     return PanelWeight(panels.layout, panels.shape, parts, panels.block, matrix=packed)
+
+
+def _split(weight: PackedWeight) -> Mapping[str, Tensor]:
+    """What the panels are made of; a floating offset has the scale's type, in which it is exact."""
+    parts = dict(weight.parts if weight.layout.split is None else weight.layout.split(weight))
+    name = _offset(parts)
+    if name != "none" and parts[name].dtype != parts["scale"].dtype:
+        narrow = parts[name].to(parts["scale"].dtype)
+        if torch.equal(narrow.to(parts[name].dtype), parts[name]):
+            parts[name] = narrow
+        else:
+            parts |= {name: parts[name].float(), "scale": parts["scale"].float()}
+    return parts
+
+
+def _narrowest(
+    target: Layout, parts: Mapping[str, Tensor], weight: PackedWeight
+) -> tuple[Layout, Mapping[str, Tensor]]:
+    """Panels of fewer bits where all codes fit them, with the parts that they are made of."""
+    if target is PANELS_TABLE4:
+        doubled = parts["table"][:16] * 2
+        is_integer = bool(((doubled == doubled.round()) & (doubled.abs() <= 254)).all())
+        fits = is_integer and bool((doubled.abs() <= 127).all() or (doubled % 2 == 0).all())
+        return PANELS_TABLE4 if fits else PANELS_FLOAT_TABLE4, parts
+    is_wide = target is PANELS_INT8 and _offset(parts) == "zero"
+    if target is not PANELS_INT4 and not is_wide:
+        return target, parts
+    assert weight.block is not None
+    unit = weight.shape[1] if parts["scale"].shape[1] == 1 else weight.block[1]
+    widths = [(bits, to) for bits, (step, to) in _NARROW.items() if unit % step == 0 and weight.shape[1] % step == 0]
+    has_own_zero = "zero" in parts or "minimum" in parts
+
+    def codes_of(rows: Tensor) -> Tensor:
+        return rows.view(torch.uint8) ^ 128 if is_wide else unpack_nibbles(rows)
+
+    def fitting(codes: Tensor) -> tuple[Layout, int] | None:
+        low, high = (int(value) for value in codes.aminmax())
+        for bits, to in widths:
+            least = 0 if has_own_zero else 8 - (1 << bits - 1)  # the middle stays the middle
+            if least <= low and high < least + (1 << bits) and (is_wide or bits < 4):
+                return to, least
+        return None
+
+    if fitting(codes_of(parts["weight"][:_SAMPLE])) is None:
+        return target, parts
+    codes = codes_of(parts["weight"])
+    found = fitting(codes)
+    return (target, parts) if found is None else (found[0], {**parts, "weight": codes - found[1]})
+
+
+def _offset(parts: Mapping[str, Tensor]) -> str:
+    """The name of a group's floating offset; "none"."""
+    if "minimum" in parts:
+        return "minimum"
+    return "zero" if "zero" in parts and parts["zero"].is_floating_point() else "none"
 
 
 def _target(weight: PackedWeight) -> Layout | None:
@@ -179,23 +265,30 @@ def _fits(weight: PackedWeight) -> bool:
     if scale is None:
         return True
     assert weight.block is not None
-    if scale.shape[1] > 1 and weight.block[1] % _UNIT:
-        return False
     return group is None or bool((torch.bincount(group.long(), minlength=scale.shape[1]) == weight.block[1]).all())
 
 
-def _pack(weight: PackedWeight, target: Layout, activation: ActivationType, codes: bool) -> _native.Matrix | None:
+def _pack(
+    weight: PackedWeight, parts: Mapping[str, Tensor], target: Layout, activation: ActivationType, codes: bool
+) -> _native.Matrix | None:
     from amalgam import _native
 
-    parts = {name: part.contiguous() for name, part in weight.parts.items()}
-    group, (rows, columns) = parts.get("group"), weight.shape
+    parts = {name: part.contiguous() for name, part in parts.items()}
+    offset, scale, group, (rows, columns) = _offset(parts), parts.get("scale"), parts.get("group"), weight.shape
+    scale_dtype = torch.float32 if scale is None else scale.dtype
     return _native.pack(
         format=_native.Format[target.name.removeprefix(_PREFIX)],
         columns=columns,
         weight=parts["weight"],
-        scale=parts.get("scale"),
+        scale=scale.view(torch.uint8) if scale is not None and scale.dtype.itemsize == 1 else scale,
+        scale_dtype=extension.native_dtype(scale_dtype),
         block=weight.block or (rows, columns),
-        zero=parts.get("zero"),
+        zero=None if offset == "zero" else parts.get("zero"),
+        offset=parts.get(offset),
+        offset_kind=_native.Offset[offset],
+        part_scale=parts.get("part_scale"),
+        part_minimum=parts.get("part_minimum"),
+        table=parts.get("table"),
         order=None if group is None else _order(group),
         quantizes=activation == "int8",
         codes=codes,

@@ -4,11 +4,13 @@ In: packed weights in panels, activations. Out: activations. Must never know: na
 
 Arithmetic depends on the type of the activations:
 
-- bfloat16 with int4 or int8: activations are quantized to int8 per token and group of up to 128 inputs (the largest
-  divisor of the weight's group, in steps of 8), products are exact integers, scales are applied in float32;
-  `activation="bf16"` instead multiplies bfloat16 by the integers;
-- bfloat16 with fp8 or bf16: products of bfloat16, sums and scales in float32; coded bf16 adds the few values that its
-  code has no place for at the end (an infinite activation gives NaN where it meets one of them);
+- bfloat16 with integers of 1 to 8 bits, or with tables of them: activations are quantized to int8 per token and group
+  of up to 128 inputs (the largest divisor of the weight's group, in steps of what is packed together), products are
+  exact integers, scales and offsets are applied in float32; `activation="bf16"` instead multiplies bfloat16 by the
+  integers, or by values rounded to bfloat16 where groups have offsets or parts;
+- the same by values rounded to bfloat16 where what is packed together is no divisor of the groups;
+- bfloat16 with fp8, bf16 or a table of floats: products of bfloat16, sums and scales in float32; coded bf16 adds the
+  few values that its code has no place for at the end (an infinite activation gives NaN where it meets one of them);
 - otherwise, and always for float32 activations: the weight's values in float32, summed in one order that is the same
   for all layouts, so that a quantized weight and its expanded copy give the same bits.
 """

@@ -25,6 +25,7 @@
 #include "bindings/tensor.h"
 #include "formats/bf16_coding.h"
 #include "formats/table.h"
+#include "isa/float_types.h"
 #include "isa/table.h"
 #include "product/kernels.h"
 #include "product/linear.h"
@@ -120,39 +121,79 @@ void swiglu(const Kernels& table, const Tensor& gate, const Tensor& up, const Te
 // weight: as PackArgs has it; columns cannot be told from its shape where two of them share a byte. block: rows and
 // columns that share a scale.
 std::shared_ptr<PackedMatrix> pack(Format format, int64_t columns, const Tensor& weight, const Tensor& scale,
-                                   std::pair<int64_t, int64_t> block, const Tensor& zero, const Tensor& order,
-                                   bool quantizes, bool codes) {
+                                   DType scale_dtype, std::pair<int64_t, int64_t> block, const Tensor& zero,
+                                   const Tensor& offset, Offset offset_kind, const Tensor& part_scale,
+                                   const Tensor& part_minimum, const Tensor& table, const Tensor& order, bool quantizes,
+                                   bool codes) {
     weight.dense("weight", kAnyKind, {kAny, kAny});
     const int64_t rows = weight.shape(0), row_bits = weight.shape(1) * weight.item_bits();
-    const auto [bits, has_scale, takes_zero, takes_order] = with_format(format, [](auto found) {
+    struct Has {
+        int64_t bits, part, unit;
+        bool scale, zero, offset, order, minimum, table;
+    };
+    const Has has = with_format(format, [](auto found) {
         using F = decltype(found);
-        return std::tuple<int64_t, bool, bool, bool>(F::kBits, F::kHasScale, F::kTakesZero, F::kTakesOrder);
+        return Has{F::kIsBytes ? 8 : F::kBits,
+                   F::kPart,
+                   F::kColumns,
+                   F::kHasScale,
+                   F::kTakesZero,
+                   F::kTakesOffset,
+                   F::kTakesOrder,
+                   F::kPart > 0 && F::kTakesOffset,
+                   F::kIsTable};
     });
-    require(rows > 0 && columns > 0 && row_bits == (columns * bits + 7) / 8 * 8,
+    require(rows > 0 && columns > 0 && row_bits == (columns * has.bits + 7) / 8 * 8,
             "weight is " + weight.describe() + "; needed: rows of " + std::to_string(columns) + " values of " +
-                std::to_string(bits) + " bits");
-    require(has_scale == static_cast<bool>(scale) && (takes_zero || !zero) && (takes_order || !order),
-            "a scale, a zero or an order that the format does not have");
-    PackArgs args{format, rows,        columns,      weight.data(), nullptr, DType::kFloat32, 1,
-                  1,      block.first, block.second, nullptr,       nullptr, quantizes,       codes};
+                std::to_string(has.bits) + " bits");
+    require(has.scale == static_cast<bool>(scale) && (has.zero || !zero) && (has.order || !order) &&
+                (has.offset || !offset) && static_cast<bool>(offset) == (offset_kind != Offset::kNone) &&
+                (!zero || !offset) && (has.part > 0) == static_cast<bool>(part_scale) &&
+                has.minimum == static_cast<bool>(part_minimum) && (!has.minimum || offset_kind == Offset::kMinimum) &&
+                has.table == static_cast<bool>(table),
+            "a scale, a zero, an offset, a table or an order that the format does not have, or not what it has");
+    PackArgs args{};
+    args.format = format;
+    args.rows = rows;
+    args.columns = columns;
+    args.weight = weight.data();
+    args.scale_dtype = scale_dtype;
+    args.scale_rows = args.scale_columns = 1;
+    args.block_rows = block.first;
+    args.block_columns = block.second;
+    args.offset_kind = offset_kind;
+    args.quantizes = quantizes;
+    args.codes = codes;
     if (scale) {
         const auto [block_rows, block_columns] = block;
         require(block_rows > 0 && block_columns > 0, "block has a size below 1");
-        scale.dense("scale", kFloats, {kAny, kAny});
+        scale.dense("scale", kFloats | kUint8, {kAny, kAny});
+        require(scale.item_bits() == 8 * dtype_bytes(scale_dtype),
+                "scale is " + scale.describe() + ", which is not of its type");
         args.scale = scale.data();
-        args.scale_dtype = scale.dtype();
         args.scale_rows = scale.shape(0);
         args.scale_columns = scale.shape(1);
         const int64_t grid_rows = (rows + block_rows - 1) / block_rows;
         const int64_t grid_columns = (columns + block_columns - 1) / block_columns;
-        require(
-            (args.scale_rows == 1 || args.scale_rows == grid_rows) &&
-                (args.scale_columns == 1 || (args.scale_columns == grid_columns && block_columns % kColumnUnit == 0)),
-            "scale is " + scale.describe() + "; needed: (" + std::to_string(grid_rows) + ", " +
-                std::to_string(grid_columns) + ") for blocks of (" + std::to_string(block_rows) + ", " +
-                std::to_string(block_columns) + ")");
+        require((args.scale_rows == 1 || args.scale_rows == grid_rows) &&
+                    (args.scale_columns == 1 || args.scale_columns == grid_columns),
+                "scale is " + scale.describe() + "; needed: (" + std::to_string(grid_rows) + ", " +
+                    std::to_string(grid_columns) + ") for blocks of (" + std::to_string(block_rows) + ", " +
+                    std::to_string(block_columns) + ")");
+        require((!offset && !part_scale && !table) || block_rows == 1, "a scale of this format belongs to one row");
     }
     if (zero) args.zero = zero.dense("zero", kUint8, {rows, args.scale_columns}).data<const uint8_t>();
+    if (offset) args.offset = offset.dense("offset", scale.kind(), {rows, args.scale_columns}).data();
+    if (part_scale) {
+        require(columns % has.unit == 0 && args.scale_columns == columns / has.unit,
+                "groups of this format have " + std::to_string(has.unit) + " inputs");
+        const int64_t parts = columns / has.part;
+        args.part_scale = part_scale.dense("part_scale", kInt8, {rows, parts}).data<const int8_t>();
+        if (part_minimum) {
+            args.part_minimum = part_minimum.dense("part_minimum", kInt8, {rows, parts}).data<const int8_t>();
+        }
+    }
+    if (table) args.table = table.dense("table", kFloat32, {18}).data<const float>();
     if (order) args.order = order.dense("order", kInt32, {columns}).data<const int32_t>();
     return PackedMatrix::pack(args);
 }
@@ -160,11 +201,11 @@ std::shared_ptr<PackedMatrix> pack(Format format, int64_t columns, const Tensor&
 // The memory is kept alive by what is returned.
 std::shared_ptr<PackedMatrix> view(Format format, int64_t rows, int64_t columns, const Tensor& memory,
                                    DType scale_dtype, int64_t num_groups, int64_t group, int scale_lanes, bool has_zero,
-                                   const Tensor& order, bool quantizes) {
+                                   Offset offset_kind, const Tensor& order, bool quantizes) {
     memory.dense("memory", kUint8, {kAny});
     const auto* permutation = order ? order.dense("order", kInt32, {columns}).data<const int32_t>() : nullptr;
     return PackedMatrix::view({format, rows, columns, memory.data<const uint8_t>(), memory.size(), scale_dtype,
-                               num_groups, group, scale_lanes, has_zero, permutation, quantizes});
+                               num_groups, group, scale_lanes, has_zero, offset_kind, permutation, quantizes});
 }
 
 using ByteArray = nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>, nb::device::cpu>;
@@ -498,14 +539,22 @@ NB_MODULE(_native, module) {
     nb::enum_<DType>(module, "DType")
         .value("float32", DType::kFloat32)
         .value("bfloat16", DType::kBfloat16)
-        .value("float16", DType::kFloat16);
+        .value("float16", DType::kFloat16)
+        .value("float8_e4m3fn", DType::kFp8)
+        .value("float8_e8m0fnu", DType::kE8m0);
+    nb::enum_<Offset>(module, "Offset")
+        .value("none", Offset::kNone)
+        .value("zero", Offset::kZero)
+        .value("minimum", Offset::kMinimum);
     bind_formats(module, Formats{});
     nb::class_<PackedMatrix>(module, "Matrix")
         .def_prop_ro("memory", &memory)
         .def_prop_ro("format", [](const PackedMatrix& packed) { return packed.matrix().format; })
         .def_prop_ro("scale_lanes", [](const PackedMatrix& packed) { return packed.matrix().scale_lanes; })
-        .def_prop_ro("scale_offset", &PackedMatrix::scale_offset)
-        .def_prop_ro("zero_offset", &PackedMatrix::zero_offset);
+        .def_prop_ro("begins", [](const PackedMatrix& packed) {
+            const MemoryLayout& at = packed.layout();
+            return std::make_tuple(at.scale, at.zero, at.offset, at.parts, at.table, at.nbytes);
+        });
     nb::class_<Experts>(module, "Experts")
         .def(nb::init<>())
         .def("add", &Experts::add, nb::arg(), nb::arg(), nb::arg(), optional(), optional(), optional());
@@ -530,10 +579,11 @@ NB_MODULE(_native, module) {
         .def("linear", &linear_rows, Unlocked())
         .def("route", &route_tokens, Unlocked())
         .def("moe", &moe_layer, Unlocked());
-    module.def("pack", &pack, "format"_a, "columns"_a, "weight"_a, "scale"_a.none(), "block"_a, "zero"_a.none(),
-               "order"_a.none(), "quantizes"_a, "codes"_a, Unlocked());
+    module.def("pack", &pack, "format"_a, "columns"_a, "weight"_a, "scale"_a.none(), "scale_dtype"_a, "block"_a,
+               "zero"_a.none(), "offset"_a.none(), "offset_kind"_a, "part_scale"_a.none(), "part_minimum"_a.none(),
+               "table"_a.none(), "order"_a.none(), "quantizes"_a, "codes"_a, Unlocked());
     module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "scale_dtype"_a, "num_groups"_a, "group"_a,
-               "scale_lanes"_a, "has_zero"_a, "order"_a.none(), "quantizes"_a, nb::keep_alive<0, 4>());
+               "scale_lanes"_a, "has_zero"_a, "offset_kind"_a, "order"_a.none(), "quantizes"_a, nb::keep_alive<0, 4>());
     module.def("most_coded_bytes", &most_coded_bytes, "rows"_a, "columns"_a);
     module.attr("layout_version") = kLayoutVersion;
     module.def("draw", &draw_tokens, Unlocked());

@@ -16,24 +16,45 @@ namespace {
 
 constexpr int64_t kAnyRows = std::numeric_limits<int64_t>::max();
 
-// Scales and zero points of one group of a panel, a float per lane.
+// What turns the codes of one group or part of a panel into values, a float per lane: value = scale * (code - zero),
+// or scale * code + minimum, or scale * table[code].
 struct GroupValues {
     alignas(64) float scale[kPanelRows] = {};
     alignas(64) float zero[kPanelRows] = {};
-    int64_t group = -1;
+    alignas(64) float minimum[kPanelRows] = {};
+    int64_t index = -1;
 
+    template <class F>
     void load(const Matrix& w, int64_t panel, int64_t wanted) {
-        if (group == wanted) return;
-        group = wanted;
-        const int64_t at = panel * w.num_groups + group;
+        if (index == wanted) return;
+        index = wanted;
+        const int64_t group = F::kPart > 0 ? wanted * F::kPart / w.group : wanted, at = panel * w.num_groups + group;
         if (w.scale_lanes == 1) {
             widen_all(advance(w.scale, w.scale_dtype, at), w.scale_dtype, 1, scale);
             for (int lane = 1; lane < kPanelRows; ++lane) scale[lane] = scale[0];
         } else {
             widen_all(advance(w.scale, w.scale_dtype, at * kPanelRows), w.scale_dtype, kPanelRows, scale);
         }
+        if (w.factor != 1.0f || w.divisor != 1.0f) {
+            for (float& value : scale) value = value * w.factor / w.divisor;
+        }
         for (int lane = 0; lane < kPanelRows; ++lane) {
-            zero[lane] = w.zero != nullptr ? static_cast<float>(w.zero[at * kPanelRows + lane]) : 8.0f;
+            zero[lane] =
+                w.zero != nullptr ? static_cast<float>(w.zero[at * kPanelRows + lane]) : static_cast<float>(F::kZero);
+        }
+        if (w.offset != nullptr) {
+            float* to = w.offset_kind == Offset::kZero ? zero : minimum;
+            widen_all(advance(w.offset, w.scale_dtype, at * kPanelRows), w.scale_dtype, kPanelRows, to);
+        }
+        if constexpr (F::kPart > 0) {
+            const uint8_t* pair = w.parts + (panel * w.num_pairs() + wanted / 2) * F::kPairBytes;
+            for (int lane = 0; lane < kPanelRows; ++lane) {
+                const int which = static_cast<int>(wanted % 2);
+                scale[lane] *= static_cast<float>(F::part_scale(pair, lane, which));
+                if constexpr (F::kTakesOffset) {
+                    minimum[lane] *= -static_cast<float>(F::part_minimum(pair, lane, which));
+                }
+            }
         }
     }
 };
@@ -53,11 +74,17 @@ struct LineFormat {
     static constexpr int kBits = kBitsPerInput;
     static constexpr int kBytesPerInput = kBits * kPanelRows / 8;  // of all rows of a panel
     static constexpr int kInputsPerLine = kLineBytes / kBytesPerInput;
-    static constexpr bool kHasScale = false, kTakesZero = false, kTakesOrder = false;
-    static constexpr float kScaleFactor = 1.0f;  // what loaded or expanded pairs lack; their scale makes up for it
-    static constexpr int64_t kDirectRows = 0;    // most rows that multiply the lines as they are, unexpanded
-    static constexpr bool kHasRest = false;      // whether lines leave something out, which add_rest adds
-    static constexpr int kByteLines = 0;         // lines of unsigned bytes that a line becomes; 0: there are none
+    static constexpr int kColumns = kColumnUnit;  // inputs are padded to a multiple
+    static constexpr bool kHasScale = false, kTakesZero = false, kTakesOffset = false, kTakesOrder = false;
+    static constexpr int kZero = 0;          // what is subtracted from every code where the weight has no zero points
+    static constexpr bool kIsTable = false;  // whether codes look up Matrix::table
+    static constexpr bool kIsCodes = false;  // whether quads of codes are multiplied (codes.h)
+    static constexpr bool kIsBytes = false;  // whether it is packed from a byte for each code
+    static constexpr int kPart = 0, kPairBytes = 0;  // nested.h
+    static constexpr float kScaleFactor = 1.0f;      // what loaded or expanded pairs lack; their scale makes up for it
+    static constexpr int64_t kDirectRows = 0;        // most rows that multiply the lines as they are, unexpanded
+    static constexpr bool kHasRest = false;          // whether lines leave something out, which add_rest adds
+    static constexpr int kByteLines = 0;             // lines of unsigned bytes that a line becomes; 0: there are none
 
     // --- Packing ---
 
@@ -71,6 +98,7 @@ struct LineFormat {
     // Inputs [first, end) of a panel as floats [end - first, 16]: the weight's exact values.
     static void expand_floats(const Matrix& w, int64_t panel, int64_t first, int64_t end, float* out) {
         const uint8_t* lines = w.panel(panel);
+        const int64_t shared = F::kPart > 0 ? F::kPart : w.group;
         GroupValues values;
         for (int64_t input = first; input < end; ++input, out += kPanelRows) {
             if (input >= w.columns) {
@@ -79,40 +107,75 @@ struct LineFormat {
             }
             const int64_t position = w.position != nullptr ? w.position[input] : input;
             if constexpr (F::kHasScale) {
-                const int64_t offset = position - values.group * w.group;
-                if (values.group < 0 || offset < 0 || offset >= w.group) values.load(w, panel, position / w.group);
+                const int64_t offset = position - values.index * shared;
+                if (values.index < 0 || offset < 0 || offset >= shared) {
+                    values.template load<F>(w, panel, position / shared);
+                }
             }
-            expand_input<F::kHasScale>(lines, position, values, out);
+            expand_input<F::kHasScale>(w, lines, position, values, out);
         }
     }
 
-    // Packed inputs [first, end) of a panel, unscaled, as the lines of a bf16 panel. Integers below 256 are exact.
+    // Packed inputs [first, end) of a panel as the lines of a bf16 panel: unscaled, and integers below 256 are exact;
+    // or values that are rounded, where the weight is_scaled_by_value.
     static void expand_pairs(const Matrix& w, int64_t panel, int64_t first, int64_t end, uint8_t* out) {
         const uint8_t* lines = w.panel(panel);
+        const bool is_scaled = w.is_scaled_by_value();
+        const int64_t shared = F::kPart > 0 ? F::kPart : w.group;
         GroupValues values;
         for (int64_t position = first; position < end; position += 2, out += kLineBytes) {
-            if constexpr (F::kTakesZero) values.load(w, panel, position / w.group);
-            alignas(64) float pair[2][kPanelRows];
-            expand_input<false>(lines, position, values, pair[0]);
-            expand_input<false>(lines, position + 1, values, pair[1]);
+            alignas(64) float pair[2][kPanelRows] = {};
+            for (int i = 0; i < 2; ++i) {
+                if (position + i >= w.columns) continue;
+                if constexpr (F::kHasScale) {
+                    const int64_t offset = position + i - values.index * shared;
+                    if (values.index < 0 || offset < 0 || offset >= shared) {
+                        values.template load<F>(w, panel, (position + i) / shared);
+                    }
+                }
+                if (F::kHasScale && is_scaled) {
+                    expand_input<F::kHasScale>(w, lines, position + i, values, pair[i]);
+                } else {
+                    expand_input<false>(w, lines, position + i, values, pair[i]);
+                }
+            }
             uint32_t line[kPanelRows];
             for (int lane = 0; lane < kPanelRows; ++lane) {
-                line[lane] = as_bits(pair[0][lane]) >> 16 | (as_bits(pair[1][lane]) & 0xffff0000);
+                line[lane] = bfloat16_bits(pair[0][lane]) | uint32_t{bfloat16_bits(pair[1][lane])} << 16;
             }
             std::memcpy(out, line, sizeof line);
         }
     }
 
- private:
-    // One input of all 16 rows. `position` counts packed inputs.
-    template <bool kIsScaled>
-    static void expand_input(const uint8_t* panel, int64_t position, const GroupValues& values, float* out) {
+    // The codes of one input of all 16 rows. `position` counts packed inputs.
+    static void read_codes(const uint8_t* panel, int64_t position, uint32_t* codes) {
         constexpr uint32_t kMask = static_cast<uint32_t>((uint64_t{1} << kBits) - 1);
         uint32_t line[kPanelRows];
         std::memcpy(line, panel + position / kInputsPerLine * kLineBytes, sizeof line);
         const int shift = F::shift(position);
+        for (int lane = 0; lane < kPanelRows; ++lane) codes[lane] = line[lane] >> shift & kMask;
+    }
+
+ private:
+    template <bool kIsScaled>
+    static void expand_input(const Matrix& w, const uint8_t* panel, int64_t position, const GroupValues& values,
+                             float* out) {
+        uint32_t codes[kPanelRows];
+        F::read_codes(panel, position, codes);
+        if (F::kTakesOffset && kIsScaled && w.offset_kind == Offset::kMinimum) {
+            for (int lane = 0; lane < kPanelRows; ++lane) {
+                const float value = static_cast<float>(static_cast<int32_t>(codes[lane]));
+                out[lane] = value * values.scale[lane] + values.minimum[lane];
+            }
+            return;
+        }
         for (int lane = 0; lane < kPanelRows; ++lane) {
-            const float value = F::decode(line[lane] >> shift & kMask, values.zero[lane]);
+            float value;
+            if constexpr (F::kIsTable) {
+                value = w.table[codes[lane]];
+            } else {
+                value = F::decode(codes[lane], values.zero[lane]);
+            }
             out[lane] = kIsScaled ? value * values.scale[lane] : value;
         }
     }

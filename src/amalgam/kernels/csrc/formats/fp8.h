@@ -26,6 +26,7 @@ struct Fp8 : LineFormat<Fp8, 8> {
     static uint32_t unpackable(uint32_t word) { return ((word & 0x7f7f7f7f) + 0x01010101) & 0x80808080; }
 
     static void expand_pairs(const Matrix& w, int64_t panel, int64_t first, int64_t end, uint8_t* out) {
+        if (w.is_scaled_by_value()) return LineFormat<Fp8, 8>::expand_pairs(w, panel, first, end, out);
         const uint8_t* line = w.panel(panel) + first / 4 * kLineBytes;
         for (int64_t input = first; input < end; input += 4, line += kLineBytes, out += 2 * kLineBytes) {
             Pairs low, high;

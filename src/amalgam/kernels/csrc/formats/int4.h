@@ -11,7 +11,8 @@ namespace {
 struct Int4 : LineFormat<Int4, 4> {
     static constexpr const char* kName = "int4";
     static constexpr Operand kOperand = Operand::kInt8;
-    static constexpr bool kHasScale = true, kTakesZero = true, kTakesOrder = true;
+    static constexpr bool kHasScale = true, kTakesZero = true, kTakesOffset = true, kTakesOrder = true;
+    static constexpr int kZero = 8;
     static constexpr int64_t kDirectRows = kAnyRows;
     static constexpr int kDotsPerLine = 2, kByteLines = 2;
 

@@ -1,4 +1,4 @@
-// int8: value + 128. One lane:
+// int8: value + 128, or an unsigned byte with a floating offset per row and group. One lane:
 //
 //     i0 i1 i2 i3
 #pragma once
@@ -11,12 +11,13 @@ namespace {
 struct Int8 : LineFormat<Int8, 8> {
     static constexpr const char* kName = "int8";
     static constexpr Operand kOperand = Operand::kInt8;
-    static constexpr bool kHasScale = true;
+    static constexpr bool kHasScale = true, kTakesOffset = true;
+    static constexpr int kZero = 128;
     static constexpr int64_t kDirectRows = kAnyRows;
     static constexpr int kDotsPerLine = 1, kByteLines = 1;
 
     static constexpr int shift(int64_t p) { return static_cast<int>(p % 4 * 8); }
-    static float decode(uint32_t code, float) { return static_cast<float>(static_cast<int32_t>(code) - 128); }
+    static float decode(uint32_t code, float zero) { return static_cast<float>(static_cast<int32_t>(code)) - zero; }
 
     static uint32_t encode(uint32_t word) { return word ^ 0x80808080; }
 

@@ -6,11 +6,15 @@
 
 #include "formats/bf16.h"
 #include "formats/bf16_coded.h"
+#include "formats/codes.h"
+#include "formats/float_table4.h"
 #include "formats/fp16.h"
 #include "formats/fp32.h"
 #include "formats/fp8.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
+#include "formats/nested.h"
+#include "formats/table4.h"
 
 namespace amalgam {
 namespace {
@@ -26,7 +30,19 @@ using Formats = FormatList<  //
     Bf16,                    //
     Fp16,                    //
     Fp32,                    //
-    CodedBf16>;
+    CodedBf16,               //
+    Int1,                    //
+    Int2,                    //
+    Int3,                    //
+    Int5,                    //
+    K2,                      //
+    K3,                      //
+    K4,                      //
+    K5,                      //
+    K6,                      //
+    Table4,                  //
+    KTable4,                 //
+    FloatTable4>;
 
 template <class F, class... All>
 constexpr Format number_of(FormatList<All...>) {

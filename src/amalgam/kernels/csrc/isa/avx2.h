@@ -12,6 +12,7 @@ constexpr int kTileRows = 4;
 constexpr int kPairSums = 1;
 constexpr int kDirectCodedRows = 2;
 constexpr int32_t kInt8Bias = 0;
+constexpr int64_t kLargestPartial = 32767;
 
 struct Floats {
     __m256 a, b;
@@ -45,6 +46,10 @@ inline Ints zero_times(const uint8_t* zero, int32_t factor) {
     const __m256i a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero)));
     const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero + 8)));
     return {_mm256_mullo_epi32(a, by), _mm256_mullo_epi32(b, by)};
+}
+inline Ints times(Ints v, int32_t factor) {
+    const __m256i by = _mm256_set1_epi32(factor);
+    return {_mm256_mullo_epi32(v.a, by), _mm256_mullo_epi32(v.b, by)};
 }
 inline Floats to_floats(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 
@@ -86,6 +91,104 @@ inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) {
     return {dot_half(sum.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a)),
             dot_half(sum.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b))};
 }
+
+// --- Codes of fewer than 8 bits ---
+
+inline Bytes load_bytes(const uint8_t* line) { return load_words(line); }
+template <int kShift, int kMask>
+inline Bytes field(Bytes v) {
+    const __m256i mask = _mm256_set1_epi8(kMask);
+    if constexpr (kShift == 0) {
+        return {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
+    } else if constexpr (kShift > 0) {
+        return {_mm256_and_si256(_mm256_srli_epi16(v.a, kShift), mask),
+                _mm256_and_si256(_mm256_srli_epi16(v.b, kShift), mask)};
+    } else {
+        return {_mm256_and_si256(_mm256_slli_epi16(v.a, -kShift), mask),
+                _mm256_and_si256(_mm256_slli_epi16(v.b, -kShift), mask)};
+    }
+}
+inline Bytes join(Bytes x, Bytes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+using Table = __m256i;
+inline Table load_table(const int8_t* values) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+}
+inline Bytes look_up(Table table, Bytes index) {
+    return {_mm256_shuffle_epi8(table, index.a), _mm256_shuffle_epi8(table, index.b)};
+}
+
+// Two int16 a lane: what maddubs gives, added up before it is widened.
+using Partial = Words;
+inline Partial zero_partial() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Partial dot_codes(Partial sum, Bytes w, Operand4 x) {
+    return {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x)),
+            _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x))};
+}
+// The weight's sign goes over to the activation, as in dot_int8.
+inline Partial dot_looked_up(Partial sum, Bytes w, Operand4 x) {
+    const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a));
+    const __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b));
+    return {_mm256_add_epi16(sum.a, a), _mm256_add_epi16(sum.b, b)};
+}
+inline Ints add_shorts(Ints sum, Words w, Words x) {
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(w.a, x.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(w.b, x.b))};
+}
+inline Ints add_partial(Ints sum, Partial partial) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return add_shorts(sum, partial, {ones, ones});
+}
+
+inline Pairs load_byte_pairs(const uint8_t* p) {
+    const auto* from = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(from)), _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1))};
+}
+inline void load_nibble_pairs(const uint8_t* p, Pairs& low, Pairs& high) {
+    const auto* from = reinterpret_cast<const __m128i*>(p);
+    const __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128(from));
+    const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128(from + 1));
+    const __m256i mask = _mm256_set1_epi16(15);
+    low = {_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)};
+    high = {_mm256_srli_epi16(a, 4), _mm256_srli_epi16(b, 4)};
+}
+inline Ints dot_shorts(Ints sum, Pairs w, Operand4 x) { return add_shorts(sum, w, {x, x}); }
+using PartScale = Words;
+inline PartScale first_scale(Pairs pairs) {
+    const __m256i twice = _mm256_set1_epi64x(0x0504050401000100);
+    const __m256i index = _mm256_add_epi64(twice, _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0));
+    return {_mm256_shuffle_epi8(pairs.a, index), _mm256_shuffle_epi8(pairs.b, index)};
+}
+inline PartScale second_scale(Pairs pairs) {
+    const __m256i twice = _mm256_set1_epi64x(0x0706070603020302);
+    const __m256i index = _mm256_add_epi64(twice, _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0));
+    return {_mm256_shuffle_epi8(pairs.a, index), _mm256_shuffle_epi8(pairs.b, index)};
+}
+inline Ints add_scaled(Ints sum, Partial partial, PartScale scale) { return add_shorts(sum, partial, scale); }
+
+inline __m256 widen_eight(const void* p, DType dtype, int half) {
+    const auto* bytes = static_cast<const uint8_t*>(p);
+    const auto* words = reinterpret_cast<const __m128i*>(bytes + 16 * half);
+    const auto codes = [&] {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + 8 * half)));
+    };
+    switch (dtype) {
+        case DType::kFloat32:
+            return _mm256_loadu_ps(static_cast<const float*>(p) + 8 * half);
+        case DType::kBfloat16:
+            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(words)), 16));
+        case DType::kFloat16:
+            return _mm256_cvtph_ps(_mm_loadu_si128(words));
+        case DType::kE8m0:  // 0 is 2^-127, a subnormal number
+            return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(codes(), 23), _mm256_set1_epi32(0x00400000)));
+        default: {  // subnormal codes become normal in the product
+            const __m256i code = codes();
+            const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x80)), 24);
+            const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x7f)), 20);
+            const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(0x1p120f));
+            return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
+        }
+    }
+}
+inline Floats load_scales(const void* p, DType dtype) { return {widen_eight(p, dtype, 0), widen_eight(p, dtype, 1)}; }
 
 inline Pairs load_pairs(const uint8_t* line) { return load_words(line); }
 inline void store_pairs(uint8_t* line, Pairs v) {
@@ -152,6 +255,18 @@ inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs
     const Words rest = load_words(lines + half * kLineBytes), nibbles = load_words(lines + 2 * kLineBytes);
     coded_words(rest.a, nibbles.a, half, codes, first.a, second.a);
     coded_words(rest.b, nibbles.b, half, codes, first.b, second.b);
+}
+
+inline void looked_up_words(__m256i nibbles, int half, const Codes& codes, __m256i& first, __m256i& second) {
+    const __m256i code = _mm256_and_si256(half == 0 ? nibbles : _mm256_srli_epi16(nibbles, 4), _mm256_set1_epi8(15));
+    const __m256i high = _mm256_shuffle_epi8(codes.high, code), low = _mm256_shuffle_epi8(codes.low, code);
+    first = _mm256_unpacklo_epi8(low, high);
+    second = _mm256_unpackhi_epi8(low, high);
+}
+inline void load_looked_up(const uint8_t* line, int half, const Codes& codes, Pairs& first, Pairs& second) {
+    const Words nibbles = load_words(line);
+    looked_up_words(nibbles.a, half, codes, first.a, second.a);
+    looked_up_words(nibbles.b, half, codes, first.b, second.b);
 }
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }

@@ -12,6 +12,7 @@ constexpr int kTileRows = 8;
 constexpr int kPairSums = 2;
 constexpr int kDirectCodedRows = kTileRows;
 constexpr int32_t kInt8Bias = 128;
+constexpr int64_t kLargestPartial = 0x7fffffff;
 
 using Floats = __m512;
 using Ints = __m512i;
@@ -33,6 +34,7 @@ inline Ints zero_times(const uint8_t* zero, int32_t factor) {
     const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero)));
     return _mm512_mullo_epi32(wide, _mm512_set1_epi32(factor));
 }
+inline Ints times(Ints v, int32_t factor) { return _mm512_mullo_epi32(v, _mm512_set1_epi32(factor)); }
 inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 
 inline int32_t load_word(const void* p) {
@@ -52,6 +54,72 @@ inline void store_bytes(uint8_t* line, Bytes v) { _mm512_store_si512(line, v); }
 inline Bytes load_int8(const uint8_t* line) { return _mm512_load_si512(line); }
 inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
 inline Ints dot_int8(Ints sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
+
+// --- Codes of fewer than 8 bits ---
+
+inline Bytes load_bytes(const uint8_t* line) { return _mm512_load_si512(line); }
+template <int kShift, int kMask>
+inline Bytes field(Bytes v) {
+    const __m512i mask = _mm512_set1_epi8(kMask);
+    if constexpr (kShift == 0) {
+        return _mm512_and_si512(v, mask);
+    } else if constexpr (kShift > 0) {
+        return _mm512_and_si512(_mm512_srli_epi16(v, kShift), mask);
+    } else {
+        return _mm512_and_si512(_mm512_slli_epi16(v, -kShift), mask);
+    }
+}
+inline Bytes join(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+using Table = __m512i;
+inline Table load_table(const int8_t* values) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    return _mm512_xor_si512(table, _mm512_set1_epi8(static_cast<char>(0x80)));
+}
+inline Bytes look_up(Table table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+
+using Partial = Ints;
+inline Partial zero_partial() { return _mm512_setzero_si512(); }
+inline Partial dot_codes(Partial sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline Partial dot_looked_up(Partial sum, Bytes w, Operand4 x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline Ints add_partial(Ints sum, Partial partial) { return add(sum, partial); }
+
+inline Pairs load_byte_pairs(const uint8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void load_nibble_pairs(const uint8_t* p, Pairs& low, Pairs& high) {
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    low = _mm512_and_si512(wide, _mm512_set1_epi16(15));
+    high = _mm512_srli_epi16(wide, 4);
+}
+inline Ints dot_shorts(Ints sum, Pairs w, Operand4 x) { return _mm512_dpwssd_epi32(sum, w, x); }
+using PartScale = Ints;
+inline PartScale first_scale(Pairs pairs) { return _mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16); }
+inline PartScale second_scale(Pairs pairs) { return _mm512_srai_epi32(pairs, 16); }
+inline Ints add_scaled(Ints sum, Partial partial, PartScale scale) {
+    return _mm512_add_epi32(sum, _mm512_mullo_epi32(partial, scale));
+}
+
+inline Floats load_scales(const void* p, DType dtype) {
+    const auto codes = [&] { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); };
+    const auto words = [&] { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };
+    switch (dtype) {
+        case DType::kFloat32:
+            return _mm512_loadu_ps(p);
+        case DType::kBfloat16:
+            return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words()), 16));
+        case DType::kFloat16:
+            return _mm512_cvtph_ps(words());
+        case DType::kE8m0:  // 0 is 2^-127, a subnormal number
+            return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(codes(), 23), _mm512_set1_epi32(0x00400000)));
+        default: {  // subnormal codes become normal in the product
+            const __m512i code = codes();
+            const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x80)), 24);
+            const __m512i magnitude = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x7f)), 20);
+            const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(magnitude), _mm512_set1_ps(0x1p120f));
+            return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
+        }
+    }
+}
 
 inline Pairs load_pairs(const uint8_t* line) { return _mm512_load_si512(line); }
 inline void store_pairs(uint8_t* line, Pairs v) { _mm512_store_si512(line, v); }
@@ -102,6 +170,14 @@ inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs
     // (rest & sign) | exponent, (rest & ~sign) | exponent
     const __m512i high = _mm512_ternarylogic_epi32(rest, sign, _mm512_shuffle_epi8(codes.high, code), 0xea);
     const __m512i low = _mm512_ternarylogic_epi32(rest, sign, _mm512_shuffle_epi8(codes.low, code), 0xba);
+    first = _mm512_unpacklo_epi8(low, high);
+    second = _mm512_unpackhi_epi8(low, high);
+}
+
+inline void load_looked_up(const uint8_t* line, int half, const Codes& codes, Pairs& first, Pairs& second) {
+    const __m512i nibbles = _mm512_load_si512(line);
+    const __m512i code = _mm512_and_si512(half == 0 ? nibbles : _mm512_srli_epi16(nibbles, 4), _mm512_set1_epi8(15));
+    const __m512i high = _mm512_shuffle_epi8(codes.high, code), low = _mm512_shuffle_epi8(codes.low, code);
     first = _mm512_unpacklo_epi8(low, high);
     second = _mm512_unpackhi_epi8(low, high);
 }

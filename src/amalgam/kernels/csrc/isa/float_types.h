@@ -29,6 +29,10 @@ struct Fp8Code {  // E4M3
     uint8_t bits;
 };
 
+struct E8m0 {  // a power of two, 2^(bits - 127)
+    uint8_t bits;
+};
+
 inline float as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -82,6 +86,9 @@ inline float widen_e4m3(uint32_t code) {
 inline float widen(Int8Code code) { return static_cast<float>(code.value); }
 
 inline float widen(Fp8Code code) { return widen_e4m3(code.bits); }
+
+// NaN, 255, is not handled: a weight that holds one is not packed.
+inline float widen(E8m0 code) { return as_float(code.bits == 0 ? 0x00400000 : uint32_t{code.bits} << 23); }
 
 // To nearest, ties to even; a NaN stays a quiet NaN.
 inline uint16_t bfloat16_bits(float value) {
@@ -144,6 +151,12 @@ inline void widen_all(const void* from, DType dtype, int64_t count, float* to) {
         case DType::kBfloat16:
             for (int64_t i = 0; i < count; ++i) to[i] = widen(static_cast<const Bfloat16*>(from)[i]);
             break;
+        case DType::kE8m0:
+            for (int64_t i = 0; i < count; ++i) to[i] = widen(static_cast<const E8m0*>(from)[i]);
+            break;
+        case DType::kFp8:
+            for (int64_t i = 0; i < count; ++i) to[i] = widen(static_cast<const Fp8Code*>(from)[i]);
+            break;
         default:
             for (int64_t i = 0; i < count; ++i) to[i] = widen(static_cast<const Float16*>(from)[i]);
             break;
@@ -152,7 +165,9 @@ inline void widen_all(const void* from, DType dtype, int64_t count, float* to) {
 
 inline bool is_code(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kFp8; }
 
-inline int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : is_code(dtype) ? 1 : 2; }
+inline int64_t dtype_bytes(DType dtype) {
+    return dtype == DType::kFloat32 ? 4 : is_code(dtype) || dtype == DType::kE8m0 ? 1 : 2;
+}
 
 inline const void* advance(const void* data, DType dtype, int64_t elements) {
     return static_cast<const char*>(data) + elements * dtype_bytes(dtype);

@@ -18,6 +18,8 @@ constexpr int kPairSums = 1;  // accumulators of bfloat16 pairs, used in turn; 1
 constexpr int kDirectCodedRows = 0;
 // dot_int8 sums (stored byte - 128 + kInt8Bias) * x: what is left for the caller to subtract, times the sum of x.
 constexpr int32_t kInt8Bias = 0;
+// The largest magnitude that a lane of a Partial holds.
+constexpr int64_t kLargestPartial = std::numeric_limits<int32_t>::max();
 
 struct Floats {
     float lane[kPanelRows];
@@ -79,6 +81,11 @@ inline Ints zero_times(const uint8_t* zero, int32_t factor) {
     for (int lane = 0; lane < kPanelRows; ++lane) result.lane[lane] = zero[lane] * factor;
     return result;
 }
+inline Ints times(const Ints& v, int32_t factor) {
+    Ints result;
+    for (int lane = 0; lane < kPanelRows; ++lane) result.lane[lane] = v.lane[lane] * factor;
+    return result;
+}
 inline Floats to_floats(const Ints& v) {
     return each_float([&](int lane) { return static_cast<float>(v.lane[lane]); });
 }
@@ -114,6 +121,103 @@ inline Ints dot_int8(const Ints& sum, const Bytes& w, Operand4 x) {
     return result;
 }
 inline Ints dot_nibbles(const Ints& sum, const Bytes& w, Operand4 x) { return dot_int8(sum, w, x); }
+
+// --- Codes of fewer than 8 bits ---
+
+inline Bytes load_bytes(const uint8_t* line) {
+    Bytes result;
+    std::memcpy(result.byte, line, sizeof result);
+    return result;
+}
+// Each byte shifted right (left where kShift < 0) and masked; the mask keeps no bit that another byte shifts in.
+template <int kShift, int kMask>
+inline Bytes field(const Bytes& v) {
+    Bytes result;
+    for (int i = 0; i < kLineBytes; ++i) {
+        const int byte = static_cast<uint8_t>(v.byte[i]);
+        result.byte[i] = static_cast<int8_t>((kShift >= 0 ? byte >> kShift : byte << -kShift) & kMask);
+    }
+    return result;
+}
+inline Bytes join(const Bytes& a, const Bytes& b) {
+    Bytes result;
+    for (int i = 0; i < kLineBytes; ++i) result.byte[i] = static_cast<int8_t>(a.byte[i] | b.byte[i]);
+    return result;
+}
+// 16 int8, which bytes below 16 look up; the results are what dot_int8 takes.
+struct Table {
+    int8_t value[16];
+};
+inline Table load_table(const int8_t* values) {
+    Table table;
+    std::memcpy(table.value, values, sizeof table);
+    return table;
+}
+inline Bytes look_up(const Table& table, const Bytes& index) {
+    Bytes result;
+    for (int i = 0; i < kLineBytes; ++i) result.byte[i] = table.value[index.byte[i] & 15];
+    return result;
+}
+
+// A sum of a few dot products, in whatever form is quickest: each lane is one number or two that have to be added.
+using Partial = Ints;
+inline Partial zero_partial() { return broadcast_int(0); }
+inline Partial dot_codes(const Partial& sum, const Bytes& w, Operand4 x) { return dot_int8(sum, w, x); }
+inline Partial dot_looked_up(const Partial& sum, const Bytes& w, Operand4 x) { return dot_int8(sum, w, x); }
+inline Ints add_partial(const Ints& sum, const Partial& partial) { return add(sum, partial); }
+
+// Two int8 of each lane, side by side in memory, as int16.
+inline Pairs load_byte_pairs(const uint8_t* p) {
+    Pairs result;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const auto wide = [&](int i) { return static_cast<uint16_t>(static_cast<int8_t>(p[2 * lane + i])); };
+        result.lane[lane] = wide(0) | uint32_t{wide(1)} << 16;
+    }
+    return result;
+}
+// The same of nibbles: a pair of the low ones and a pair of the high ones.
+inline void load_nibble_pairs(const uint8_t* p, Pairs& low, Pairs& high) {
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const uint32_t first = p[2 * lane], second = p[2 * lane + 1];
+        low.lane[lane] = (first & 15) | (second & 15) << 16;
+        high.lane[lane] = first >> 4 | second >> 4 << 16;
+    }
+}
+// sum[lane] += w0 x0 + w1 x1 of int16, exact.
+inline Ints dot_shorts(const Ints& sum, const Pairs& w, Operand4 x) {
+    Ints result;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        result.lane[lane] = sum.lane[lane] + static_cast<int16_t>(w.lane[lane]) * static_cast<int16_t>(x.word) +
+                            static_cast<int16_t>(w.lane[lane] >> 16) * static_cast<int16_t>(x.word >> 16);
+    }
+    return result;
+}
+// One of a pair, in the form that add_scaled multiplies.
+using PartScale = Ints;
+inline PartScale first_scale(const Pairs& pairs) {
+    PartScale result;
+    for (int lane = 0; lane < kPanelRows; ++lane) result.lane[lane] = static_cast<int16_t>(pairs.lane[lane]);
+    return result;
+}
+inline PartScale second_scale(const Pairs& pairs) {
+    PartScale result;
+    for (int lane = 0; lane < kPanelRows; ++lane) result.lane[lane] = static_cast<int16_t>(pairs.lane[lane] >> 16);
+    return result;
+}
+inline Ints add_scaled(const Ints& sum, const Partial& partial, const PartScale& scale) {
+    Ints result;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        result.lane[lane] = sum.lane[lane] + partial.lane[lane] * scale.lane[lane];
+    }
+    return result;
+}
+
+// 16 scales of any type that they are stored in.
+inline Floats load_scales(const void* p, DType dtype) {
+    Floats result;
+    widen_all(p, dtype, kPanelRows, result.lane);
+    return result;
+}
 
 inline Pairs load_pairs(const uint8_t* line) {
     Pairs result;
@@ -153,6 +257,17 @@ inline void load_coded(const uint8_t* lines, int half, const Codes& codes, Pairs
         const uint32_t rest = lines[half * kLineBytes + at], code = lines[2 * kLineBytes + at] >> 4 * half & 15;
         return (rest & 0x80) << 8 | (rest & 0x7f) | codes.exponent[code];
     };
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const int at = lane / 4 * 16 + lane % 4 * 2;
+        first.lane[lane] = value(at) | value(at + 1) << 16;
+        second.lane[lane] = value(at + 8) | value(at + 9) << 16;
+    }
+}
+
+// Half 0 or 1 of a line of nibbles alone → its inputs 0, 1 and 2, 3, whose bytes are the codes
+// (formats/float_table4.h).
+inline void load_looked_up(const uint8_t* line, int half, const Codes& codes, Pairs& first, Pairs& second) {
+    const auto value = [&](int at) { return uint32_t{codes.exponent[line[at] >> 4 * half & 15]}; };
     for (int lane = 0; lane < kPanelRows; ++lane) {
         const int at = lane / 4 * 16 + lane % 4 * 2;
         first.lane[lane] = value(at) | value(at + 1) << 16;

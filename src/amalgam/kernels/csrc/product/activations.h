@@ -44,6 +44,14 @@ inline void quantize_chunk(const float* x, int64_t count, int8_t* values, float*
     *sum = total;
 }
 
+inline void sum_parts(const int8_t* values, int64_t count, int64_t part, int16_t* sums) {
+    for (int64_t first = 0; first < count; first += part, ++sums) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < part; ++i) sum += values[first + i];
+        *sums = static_cast<int16_t>(sum);
+    }
+}
+
 template <class X>
 void convert_row(const ConvertArgs& args, const X* x, int64_t row) {
     const int64_t num_chunks = (args.padded_columns + args.chunk - 1) / args.chunk;
@@ -59,6 +67,10 @@ void convert_row(const ConvertArgs& args, const X* x, int64_t row) {
             case Operand::kInt8:
                 quantize_chunk(wide, padded, static_cast<int8_t*>(args.values) + at,
                                args.scale + row * num_chunks + chunk, args.sum + row * num_chunks + chunk);
+                if (args.part > 0) {
+                    sum_parts(static_cast<const int8_t*>(args.values) + at, padded, args.part,
+                              args.part_sums + (row * args.padded_columns + first) / args.part);
+                }
                 break;
             case Operand::kBfloat16:
                 for (int64_t i = 0; i < padded; ++i) {

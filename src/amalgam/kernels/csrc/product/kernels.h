@@ -20,6 +20,9 @@ struct Activations {
     const float* scale;    // kInt8: [rows, chunks]
     const int32_t* sum;    // kInt8: [rows, chunks], the sum of a chunk's values
     const int32_t* index;  // local row → row of `values`; null: the same
+    int64_t padded_columns = 0;
+    int64_t part = 0;                    // kInt8: inputs of a part whose sum is wanted, too; 0: none
+    const int16_t* part_sums = nullptr;  // [rows, parts]
 };
 
 // Rows → Activations. `index` and `order` gather: destination row r and packed input p read x[index[r], order[p]].
@@ -37,6 +40,8 @@ struct ConvertArgs {
     void* values;
     float* scale;
     int32_t* sum;
+    int64_t part;
+    int16_t* part_sums;
 };
 
 struct Bias {

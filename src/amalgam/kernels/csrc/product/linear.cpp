@@ -54,7 +54,7 @@ void linear(const Execution& execution, const LinearArgs& args, const std::vecto
             const bool is_gathered = gather_order(weight, kind) != nullptr;
             const auto known = std::find_if(products.begin(), products.end(), [&](const ProductArgs& other) {
                 return !is_gathered && gather_order(*other.weight, kind) == nullptr && other.x.values != args.x &&
-                       other.x.kind == kind && other.x.chunk == x.chunk;
+                       is_shared(other.x, weight, kind);
             });
             if (known != products.end()) {
                 x = known->x;

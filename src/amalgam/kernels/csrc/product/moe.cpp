@@ -64,7 +64,7 @@ class TokenOperands {
         Activations x{kind, accumulation_chunk(weight, kind), weight.columns, args_.x, nullptr, nullptr, tokens};
         if (is_operand(weight, kind, args_.x_dtype, args_.tokens)) return x;
         for (const Activations& known : shared_) {
-            if (known.kind == kind && known.chunk == x.chunk) {
+            if (is_shared(known, weight, kind)) {
                 x = known;
                 x.index = tokens;
                 return x;

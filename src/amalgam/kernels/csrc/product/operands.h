@@ -40,14 +40,30 @@ inline Activations plan_conversion(const Matrix& weight, Operand kind, const voi
     const int64_t stride = padded + kLineBytes / operand_bytes(kind);
     const int64_t chunk = accumulation_chunk(weight, kind);
     const int64_t num_chunks = (padded + chunk - 1) / chunk;
-    ConvertArgs args{
-        x,      x_dtype, weight.columns, index,  gather_order(weight, kind), weight.columns, padded, kind, chunk,
-        stride, nullptr, nullptr,        nullptr};
+    ConvertArgs args{x,
+                     x_dtype,
+                     weight.columns,
+                     index,
+                     gather_order(weight, kind),
+                     weight.columns,
+                     padded,
+                     kind,
+                     chunk,
+                     stride,
+                     nullptr,
+                     nullptr,
+                     nullptr,
+                     0,
+                     nullptr};
     switch (kind) {
         case Operand::kInt8:
             args.values = workspace.take<int8_t>((rows + kSpareRows) * stride);
             args.scale = workspace.take<float>(rows * num_chunks);
             args.sum = workspace.take<int32_t>(rows * num_chunks);
+            if (weight.part > 0) {
+                args.part = weight.part;
+                args.part_sums = workspace.take<int16_t>(rows * padded / weight.part);
+            }
             break;
         case Operand::kBfloat16:
             args.values = workspace.take<uint16_t>((rows + kSpareRows) * stride);
@@ -57,7 +73,14 @@ inline Activations plan_conversion(const Matrix& weight, Operand kind, const voi
             break;
     }
     *conversion = {args, rows};
-    return {kind, chunk, stride, args.values, args.scale, args.sum, nullptr};
+    return {kind, chunk, stride, args.values, args.scale, args.sum, nullptr, padded, args.part, args.part_sums};
+}
+
+// Whether activations that were made for another weight are those that this one reads.
+inline bool is_shared(const Activations& known, const Matrix& weight, Operand kind) {
+    return known.kind == kind && known.chunk == accumulation_chunk(weight, kind) &&
+           known.padded_columns == weight.padded_columns() &&
+           (kind != Operand::kInt8 || weight.part == 0 || known.part == weight.part);
 }
 
 inline void run_conversions(const Execution& execution, const std::vector<Conversion>& conversions) {

@@ -99,15 +99,54 @@ bool pack_whole_panel(const uint8_t* rows, int64_t row_bytes, uint8_t* out) {
     return refused == 0;
 }
 
+// From a byte for each code.
+template <class F>
+bool pack_codes(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
+    using Lines = typename F::Lines;
+    const int64_t padded = matrix.padded_columns();
+    std::memset(out, 0, static_cast<size_t>(matrix.num_panels() * matrix.panel_bytes()));
+    std::vector<uint8_t> row(static_cast<size_t>(padded), 0);
+    for (int64_t r = 0; r < matrix.rows; ++r) {
+        const uint8_t* codes = weight + r * matrix.columns;
+        if (matrix.order != nullptr || padded != matrix.columns) {
+            for (int64_t i = 0; i < matrix.columns; ++i) {
+                row[static_cast<size_t>(i)] = codes[matrix.order != nullptr ? matrix.order[i] : i];
+            }
+            codes = row.data();
+        }
+        auto* lane = reinterpret_cast<uint32_t*>(out + r / kPanelRows * matrix.panel_bytes()) + r % kPanelRows;
+        for (int64_t i = 0; i < padded; i += Lines::kStep, lane += Lines::kLines * kPanelRows) {
+            Lines::write(codes + i, lane);
+        }
+    }
+    return true;
+}
+
+// Integer scales and minima of parts.
+template <class F>
+void pack_parts(const Matrix& matrix, const int8_t* scale, const int8_t* minimum, uint8_t* out) {
+    const int64_t parts = matrix.columns / F::kPart;
+    std::memset(out, 0, static_cast<size_t>(matrix.num_panels() * matrix.num_pairs() * F::kPairBytes));
+    for (int64_t row = 0; row < matrix.rows; ++row) {
+        uint8_t* pairs = out + row / kPanelRows * matrix.num_pairs() * F::kPairBytes;
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t at = row * parts + part;
+            F::write_parts(pairs + part / 2 * F::kPairBytes, static_cast<int>(row % kPanelRows),
+                           static_cast<int>(part % 2), scale[at], minimum != nullptr ? minimum[at] : int8_t{0});
+        }
+    }
+}
+
 template <class F>
 bool pack_lines(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
+    if constexpr (F::kIsBytes) return pack_codes<F>(matrix, weight, out);
     const int64_t row_bytes = (matrix.columns * F::kBits + 7) / 8;
     const int64_t num_lines = matrix.panel_bytes() / kLineBytes;
     std::vector<uint8_t> ordered;
     for (int64_t panel = 0; panel < matrix.num_panels(); ++panel, out += matrix.panel_bytes()) {
         const int64_t num_rows = std::min<int64_t>(kPanelRows, matrix.rows - panel * kPanelRows);
         const uint8_t* rows = weight + panel * kPanelRows * row_bytes;
-        if constexpr (F::kTakesOrder) {
+        if constexpr (F::kTakesOrder && !F::kIsBytes) {
             if (matrix.order != nullptr) {
                 ordered.assign(static_cast<size_t>(num_rows * row_bytes), 0);
                 for (int64_t row = 0; row < num_rows; ++row) {
@@ -137,6 +176,12 @@ void pack_grid(const Matrix& matrix, const T* grid, int64_t block_rows, int lane
     }
 }
 
+bool has_table(Format format) {
+    return with_format(format, [](auto found) { return decltype(found)::kIsTable; });
+}
+
+constexpr int64_t kTableBytes = 18 * sizeof(float);  // 16 values, factor, divisor
+
 void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
 }
@@ -147,6 +192,9 @@ void check_sizes(const ViewArgs& args) {
     const bool has_scale = with_format(args.format, [](auto format) { return decltype(format)::kHasScale; });
     const bool takes_zero = with_format(args.format, [](auto format) { return decltype(format)::kTakesZero; });
     const bool takes_order = with_format(args.format, [](auto format) { return decltype(format)::kTakesOrder; });
+    const bool takes_offset = with_format(args.format, [](auto format) { return decltype(format)::kTakesOffset; });
+    const int64_t part = with_format(args.format, [](auto format) { return decltype(format)::kPart; });
+    const int64_t unit = with_format(args.format, [](auto format) { return decltype(format)::kColumns; });
     require(args.rows > 0 && args.rows <= kMost && args.columns > 0 && args.columns <= kMost,
             "a weight must have between 1 and 2^30 rows and columns");
     require(reinterpret_cast<uintptr_t>(args.memory) % kLineBytes == 0, "panels must begin at a 64-byte boundary");
@@ -154,8 +202,15 @@ void check_sizes(const ViewArgs& args) {
     require(args.scale_lanes == 1 || args.scale_lanes == kPanelRows, "a scale must belong to 1 or 16 rows");
     require(!args.has_zero || takes_zero, "this format has no zero points");
     require(args.order == nullptr || takes_order, "this format has no order of inputs");
+    require(args.offset_kind == Offset::kNone || takes_offset, "this format has no offsets");
+    if (part > 0) {
+        require(args.columns % unit == 0 && args.num_groups == args.columns / unit &&
+                    (args.num_groups == 1 || args.group == unit),
+                "a group of this format has 256 inputs");
+        require((args.offset_kind == Offset::kMinimum) == takes_offset, "this format has minima or it has none");
+    }
     if (args.num_groups <= 1) return;
-    require(args.group > 0 && args.group % kColumnUnit == 0, "a group must be a multiple of 8 inputs");
+    require(args.group > 0 && args.group <= kMost, "a group must have at least one input");
     require(args.num_groups == (args.columns + args.group - 1) / args.group, "the groups do not cover the inputs");
 }
 
@@ -167,6 +222,10 @@ Matrix empty_matrix(Format format, int64_t rows, int64_t columns, bool quantizes
         Matrix matrix{};
         matrix.format = format;
         matrix.bytes_per_input = F::kBytesPerInput;
+        matrix.column_unit = F::kColumns;
+        matrix.part = F::kPart;
+        matrix.pair_bytes = F::kPairBytes;
+        matrix.factor = matrix.divisor = matrix.table_unit = 1.0f;
         matrix.operand = F::kOperand == Operand::kInt8 && !quantizes ? Operand::kBfloat16 : F::kOperand;
         matrix.rows = rows;
         matrix.columns = columns;
@@ -180,24 +239,39 @@ PackedMatrix::PackedMatrix(const PackArgs& args, Format format, int64_t num_exce
     matrix_.group = matrix_.num_groups > 1 ? args.block_columns : matrix_.padded_columns();
     matrix_.scale_dtype = args.scale_dtype;
     matrix_.scale_lanes = args.scale_rows == 1 || args.block_rows % kPanelRows == 0 ? 1 : kPanelRows;
+    matrix_.offset_kind = args.offset_kind;
     set_order(args.order);
-    set_offsets(args.zero != nullptr, num_exceptions);
-    owned_ = allocate_weight(static_cast<size_t>(nbytes_));
+    set_layout(args.zero != nullptr, num_exceptions);
+    owned_ = allocate_weight(static_cast<size_t>(layout_.nbytes));
     set_memory(owned_, args.zero != nullptr);
-    if (args.scale != nullptr) {
-        void* scale = owned_ + scale_offset_;
-        const int64_t block_rows = args.scale_rows == 1 ? args.rows : args.block_rows;
-        if (dtype_bytes(args.scale_dtype) == 4) {
-            pack_grid(matrix_, static_cast<const uint32_t*>(args.scale), block_rows, matrix_.scale_lanes,
-                      static_cast<uint32_t*>(scale));
-        } else {
-            pack_grid(matrix_, static_cast<const uint16_t*>(args.scale), block_rows, matrix_.scale_lanes,
-                      static_cast<uint16_t*>(scale));
+    const auto pack_floats = [&](const void* grid, int64_t block_rows, int lanes, uint8_t* out) {
+        switch (dtype_bytes(args.scale_dtype)) {
+            case 4:
+                return pack_grid(matrix_, static_cast<const uint32_t*>(grid), block_rows, lanes,
+                                 reinterpret_cast<uint32_t*>(out));
+            case 2:
+                return pack_grid(matrix_, static_cast<const uint16_t*>(grid), block_rows, lanes,
+                                 reinterpret_cast<uint16_t*>(out));
+            default:
+                return pack_grid(matrix_, static_cast<const uint8_t*>(grid), block_rows, lanes, out);
         }
+    };
+    if (args.scale != nullptr) {
+        const int64_t block_rows = args.scale_rows == 1 ? args.rows : args.block_rows;
+        pack_floats(args.scale, block_rows, matrix_.scale_lanes, owned_ + layout_.scale);
     }
-    if (args.zero != nullptr) {
-        pack_grid(matrix_, args.zero, 1, kPanelRows, owned_ + zero_offset_);
+    if (args.zero != nullptr) pack_grid(matrix_, args.zero, 1, kPanelRows, owned_ + layout_.zero);
+    if (args.offset != nullptr) pack_floats(args.offset, 1, kPanelRows, owned_ + layout_.offset);
+    if (matrix_.part > 0) {
+        with_format(format, [&](auto found) {
+            using F = decltype(found);
+            if constexpr (F::kPart > 0) {
+                pack_parts<F>(matrix_, args.part_scale, args.part_minimum, owned_ + layout_.parts);
+            }
+            return true;
+        });
     }
+    if (args.table != nullptr) std::memcpy(owned_ + layout_.table, args.table, kTableBytes);
 }
 
 PackedMatrix::PackedMatrix(const ViewArgs& args)
@@ -207,14 +281,16 @@ PackedMatrix::PackedMatrix(const ViewArgs& args)
     matrix_.group = args.num_groups > 1 ? args.group : matrix_.padded_columns();
     matrix_.scale_dtype = args.scale_dtype;
     matrix_.scale_lanes = args.scale_lanes;
-    set_offsets(args.has_zero, 0);
-    if (args.format == kFormat<CodedBf16> && args.nbytes > nbytes_) nbytes_ = args.nbytes;  // with exceptions
-    require(nbytes_ == args.nbytes,
-            "a weight of this layout takes " + std::to_string(nbytes_) + " bytes, not " + std::to_string(args.nbytes));
+    matrix_.offset_kind = args.offset_kind;
+    set_layout(args.has_zero, 0);
+    if (args.format == kFormat<CodedBf16> && args.nbytes > layout_.nbytes) layout_.nbytes = args.nbytes;  // exceptions
+    require(layout_.nbytes == args.nbytes, "a weight of this layout takes " + std::to_string(layout_.nbytes) +
+                                               " bytes, not " + std::to_string(args.nbytes));
     set_memory(args.memory, args.has_zero);
     set_order(args.order);
+    require(set_table(), "the table of a weight has values that are no integers of a common unit");
     if (args.format == kFormat<CodedBf16>) {
-        set_coding(read_coding(matrix_, args.memory + scale_offset_, nbytes_ - scale_offset_));
+        set_coding(read_coding(matrix_, args.memory + layout_.scale, layout_.nbytes - layout_.scale));
     }
 }
 
@@ -225,18 +301,53 @@ void PackedMatrix::set_coding(Coding coding) {
     matrix_.exceptions = coding_.exceptions.data();
 }
 
-void PackedMatrix::set_offsets(bool has_zero, int64_t num_exceptions) {
+void PackedMatrix::set_layout(bool has_zero, int64_t num_exceptions) {
     const int64_t panels = matrix_.num_panels(), grid = panels * matrix_.num_groups;
-    scale_offset_ = panels * matrix_.panel_bytes();
-    zero_offset_ = scale_offset_ + align(grid * matrix_.scale_lanes * dtype_bytes(matrix_.scale_dtype));
-    nbytes_ = zero_offset_ + (has_zero ? grid * kPanelRows : 0);
-    if (matrix_.format == kFormat<CodedBf16>) nbytes_ += CodingLayout(panels, num_exceptions).nbytes;
+    const int64_t scale_bytes = dtype_bytes(matrix_.scale_dtype);
+    const bool has_offset = matrix_.offset_kind != Offset::kNone;
+    int64_t end = panels * matrix_.panel_bytes();
+    const auto take = [&](int64_t bytes) {
+        const int64_t at = bytes > 0 ? align(end) : end;
+        end = at + bytes;
+        return at;
+    };
+    layout_.scale = take(grid * matrix_.scale_lanes * scale_bytes);
+    layout_.zero = take(has_zero ? grid * kPanelRows : 0);
+    layout_.offset = take(has_offset ? grid * kPanelRows * scale_bytes : 0);
+    layout_.parts = take(panels * matrix_.num_pairs() * matrix_.pair_bytes);
+    layout_.table = take(has_table(matrix_.format) ? kTableBytes : 0);
+    if (matrix_.format == kFormat<CodedBf16>) end += CodingLayout(panels, num_exceptions).nbytes;
+    layout_.nbytes = end;
+    if (!matrix_.has_even_groups() && matrix_.operand == Operand::kInt8) matrix_.operand = Operand::kBfloat16;
 }
 
 void PackedMatrix::set_memory(const uint8_t* memory, bool has_zero) {
     matrix_.lines = memory;
-    if (matrix_.num_groups > 0) matrix_.scale = memory + scale_offset_;
-    if (has_zero) matrix_.zero = memory + zero_offset_;
+    if (matrix_.num_groups > 0) matrix_.scale = memory + layout_.scale;
+    if (has_zero) matrix_.zero = memory + layout_.zero;
+    if (matrix_.offset_kind != Offset::kNone) matrix_.offset = memory + layout_.offset;
+    if (matrix_.part > 0) matrix_.parts = memory + layout_.parts;
+    if (has_table(matrix_.format)) matrix_.table = reinterpret_cast<const float*>(memory + layout_.table);
+}
+
+// Reads the table, if there is one. Whether it is one of the format's: integers of int8 times a unit of 1 or a half, or
+// any floats.
+bool PackedMatrix::set_table() {
+    if (!has_table(matrix_.format)) return true;
+    matrix_.factor = matrix_.table[16];
+    matrix_.divisor = matrix_.table[17];
+    if (matrix_.format == kFormat<FloatTable4>) return true;
+    for (const float unit : {1.0f, 0.5f}) {
+        bool fits = true;
+        for (int i = 0; i < 16; ++i) {
+            const float value = matrix_.table[i] / unit;
+            fits = fits && value >= -127.0f && value <= 127.0f && value == static_cast<float>(static_cast<int>(value));
+            if (fits) matrix_.looked_up[i] = static_cast<int8_t>(value);
+        }
+        matrix_.table_unit = unit;
+        if (fits) return true;
+    }
+    return false;
 }
 
 void PackedMatrix::set_order(const int32_t* order) {
@@ -269,7 +380,7 @@ std::shared_ptr<PackedMatrix> PackedMatrix::pack(const PackArgs& args) {
     const bool is_packed = with_format(args.format, [&](auto format) {
         return pack_lines<decltype(format)>(packed->matrix_, weight, packed->owned_);
     });
-    return is_packed ? packed : nullptr;
+    return is_packed && packed->set_table() ? packed : nullptr;
 }
 
 std::shared_ptr<PackedMatrix> PackedMatrix::view(const ViewArgs& args) {

@@ -14,16 +14,21 @@ struct PackArgs {
     Format format;
     int64_t rows;
     int64_t columns;
-    const void* weight;  // [rows, columns]; int4: input 2k in the low nibble of byte k
+    const void* weight;  // [rows, columns]; int4: input 2k in the low nibble of byte k; other codes: a byte each
     const void* scale;   // [scale_rows, scale_columns], or null
     DType scale_dtype;
     int64_t scale_rows;
     int64_t scale_columns;
     int64_t block_rows;
     int64_t block_columns;
-    const uint8_t* zero;   // int4: [rows, scale_columns], or null
-    const int32_t* order;  // int4: packed input → input, or null
-    bool quantizes;        // integer formats: whether bfloat16 activations are quantized to int8
+    const uint8_t* zero;  // integers: [rows, scale_columns], or null
+    const void* offset;   // [rows, scale_columns] of scale_dtype, or null
+    Offset offset_kind;
+    const int8_t* part_scale;    // formats with parts: [rows, parts]
+    const int8_t* part_minimum;  // the same, or null
+    const float* table;          // tables: [16], a factor and a divisor of all scales
+    const int32_t* order;        // integers: packed input → input, or null
+    bool quantizes;              // integer formats: whether bfloat16 activations are quantized to int8
     bool codes;  // bf16: whether to store it in 12 bits where few values are exceptions (formats/bf16_coded.h)
 };
 
@@ -39,6 +44,7 @@ struct ViewArgs {
     int64_t group;       // inputs that share a scale, where there are several groups
     int scale_lanes;     // 16 or 1
     bool has_zero;
+    Offset offset_kind;
     const int32_t* order;  // a permutation of the inputs, or null
     bool quantizes;
 };
@@ -53,11 +59,16 @@ struct Coding {
 // The format and the sizes of a matrix, without memory.
 Matrix empty_matrix(Format format, int64_t rows, int64_t columns, bool quantizes);
 
-// A Matrix and its memory: lines, scales and zero points one after the other; of a coded weight, lines, windows, starts
-// and exceptions.
+// Where what a weight has lies in its memory; what it does not have takes no bytes.
+struct MemoryLayout {
+    int64_t scale, zero, offset, parts, table, nbytes;
+};
+
+// A Matrix and its memory: lines, scales, zero points, offsets, integer scales of parts, table, one after the other; of
+// a coded weight, lines, windows, starts and exceptions.
 class PackedMatrix {
  public:
-    // Null if the weight holds something that panels cannot: NaN in fp8.
+    // Null if the weight holds something that panels cannot: NaN in fp8, a table of no integers.
     static std::shared_ptr<PackedMatrix> pack(const PackArgs& args);
 
     // Reads the caller's memory, which must outlive it. Throws std::invalid_argument unless the sizes are possible and
@@ -70,23 +81,22 @@ class PackedMatrix {
 
     const Matrix& matrix() const { return matrix_; }
     const uint8_t* memory() const { return matrix_.lines; }
-    // Where the lines end.
-    int64_t scale_offset() const { return scale_offset_; }
-    int64_t zero_offset() const { return zero_offset_; }
-    int64_t nbytes() const { return nbytes_; }
+    const MemoryLayout& layout() const { return layout_; }
+    int64_t nbytes() const { return layout_.nbytes; }
 
  private:
     PackedMatrix(const PackArgs& args, Format format, int64_t num_exceptions);
     explicit PackedMatrix(const ViewArgs& args);
     void set_order(const int32_t* order);
-    void set_offsets(bool has_zero, int64_t num_exceptions);
+    void set_layout(bool has_zero, int64_t num_exceptions);
     void set_memory(const uint8_t* memory, bool has_zero);
+    bool set_table();
     void set_coding(Coding coding);
 
     Matrix matrix_;
     std::vector<int32_t> order_, position_;
     Coding coding_;
-    int64_t scale_offset_ = 0, zero_offset_ = 0, nbytes_ = 0;
+    MemoryLayout layout_{};
     uint8_t* owned_ = nullptr;  // null: the memory is somebody else's
 };
 

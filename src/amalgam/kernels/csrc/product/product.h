@@ -25,8 +25,9 @@ struct Access {
     bool expands;
 };
 
-inline Access access_of(const FormatKernels& format, Operand operand, int64_t rows) {
-    if (operand == format.operand && rows <= format.direct_rows) return {format, false};
+inline Access access_of(const Matrix& w, const FormatKernels& format, Operand operand, int64_t rows) {
+    const bool is_direct = operand != Operand::kBfloat16 || !w.is_scaled_by_value();
+    if (operand == format.operand && rows <= format.direct_rows && is_direct) return {format, false};
     return {kernels_of(operand == Operand::kFloat32 ? kFormat<Fp32> : kFormat<Bf16>), true};
 }
 
@@ -40,6 +41,7 @@ inline TileRows tile_rows(const Activations& x, int64_t first_row, int64_t rows,
         if (x.kind == Operand::kInt8) {
             tile.scale[m] = x.scale + row * num_chunks + chunk;
             tile.sum[m] = x.sum + row * num_chunks + chunk;
+            if (x.part > 0) tile.part_sums[m] = x.part_sums + (row * x.padded_columns + chunk * x.chunk) / x.part;
         }
     }
     return tile;
@@ -49,7 +51,7 @@ inline TileRows tile_rows(const Activations& x, int64_t first_row, int64_t rows,
 void panel_product(const Matrix& w, const Activations& x, int64_t first_row, int64_t rows, int64_t panel, Sums& sums) {
     alignas(64) uint8_t piece[kPieceBytes];
     const FormatKernels& format = kernels_of(w.format);
-    const Access access = access_of(format, x.kind, rows);
+    const Access access = access_of(w, format, x.kind, rows);
     const int64_t line_bytes_per_input = access.lines.bytes_per_input, bytes_per_input = w.bytes_per_input;
     Run run = whole_panel(w, format, x.kind, panel);
     const int64_t num_chunks = run.end_chunk;

@@ -21,7 +21,10 @@ struct Run {
     const void* scale;  // at the panel's first group, or null
     DType scale_dtype;
     int scale_lanes;
-    const uint8_t* zero;   // at the panel's first group, or null
+    const uint8_t* zero;  // at the panel's first group, or null
+    const void* offset;   // at the panel's first group, or null; of scale_dtype
+    Offset offset_kind;
+    const uint8_t* parts;  // at the panel's first pair, or null
     const uint8_t* ahead;  // what to prefetch while these lines are computed; null: the lines themselves
     int64_t ahead_lines;   // how much of it
     const Matrix* weight;
@@ -36,16 +39,44 @@ struct Run {
 
 // Of one group, times the run's factor.
 inline Floats load_scale(const Run& run, int64_t group) {
-    alignas(64) float wide[kPanelRows];
     if (run.scale_lanes == 1) {
         float value;
         widen_all(advance(run.scale, run.scale_dtype, group), run.scale_dtype, 1, &value);
         value *= run.factor;
         return broadcast_float(&value);
     }
-    widen_all(advance(run.scale, run.scale_dtype, group * kPanelRows), run.scale_dtype, kPanelRows, wide);
-    for (float& lane : wide) lane *= run.factor;
-    return load_floats(wide);
+    const Floats scale = load_scales(advance(run.scale, run.scale_dtype, group * kPanelRows), run.scale_dtype);
+    return mul(scale, broadcast_float(&run.factor));
+}
+
+// What a group's sums are multiplied by: those of products, and those of activations where there is an offset.
+struct GroupFactors {
+    Floats scale, offset;
+};
+
+// Sums of products are of codes less F::kZero; of formats with parts, of codes as they are, and their offset is the
+// minimum.
+template <class F>
+inline GroupFactors load_factors(const Run& run, int64_t group) {
+    GroupFactors factors{load_scale(run, group), zero_floats()};
+    if (!F::kTakesOffset || run.offset == nullptr) return factors;
+    factors.offset = load_scales(advance(run.offset, run.scale_dtype, group * kPanelRows), run.scale_dtype);
+    if constexpr (F::kPart == 0) {
+        const float zero = F::kZero;
+        if (run.offset_kind == Offset::kZero) {
+            factors.offset = mul(subtract(broadcast(zero), factors.offset), factors.scale);
+        } else {
+            factors.offset = add(factors.offset, mul(factors.scale, broadcast(zero)));
+        }
+    }
+    return factors;
+}
+
+// factor times the zero points, or times F::kZero where the weight has none.
+template <class F>
+inline Ints zeros_times(const Run& run, int64_t group, int32_t factor) {
+    return F::kTakesZero && run.zero != nullptr ? zero_times(run.zero + group * kPanelRows, factor)
+                                                : broadcast_int(factor * F::kZero);
 }
 
 // Follows the group that a chunk is in, without a division per chunk.
@@ -71,6 +102,7 @@ struct TileRows {
     const uint8_t* values[kMaxTileRows];
     const float* scale[kMaxTileRows];
     const int32_t* sum[kMaxTileRows];
+    const int16_t* part_sums[kMaxTileRows];
 };
 
 // y [rows, 16] += rows times run.

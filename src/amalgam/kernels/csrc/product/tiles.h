@@ -6,6 +6,7 @@
 #pragma once
 
 #include "formats/table.h"
+#include "product/codes_tile.h"
 #include "product/kernels.h"
 #include "product/tile.h"
 
@@ -73,7 +74,7 @@ void int8_tile(const Run& run, const TileRows& x, float* y) {
     Totals<M> total(y);
     TilePrefetch<F, M> prefetcher(run);
     GroupCursor cursor(run);
-    Floats scale = load_scale(run, cursor.group);
+    GroupFactors factors = load_factors<F>(run, cursor.group);
     const uint8_t* line = run.lines;
     int64_t at = 0;
     for (int64_t chunk = run.first_chunk, local = 0; chunk < run.end_chunk; ++chunk, ++local) {
@@ -98,10 +99,14 @@ void int8_tile(const Run& run, const TileRows& x, float* y) {
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
             for (int chain = 1; chain < kChains; ++chain) sum[0][m] = add(sum[0][m], sum[chain][m]);
-            const Floats factor = mul(scale, broadcast_float(x.scale[m] + local));
+            const Floats factor = mul(factors.scale, broadcast_float(x.scale[m] + local));
             total.row[m] = add(total.row[m], mul(to_floats(sum[0][m]), factor));
+            if (run.offset != nullptr) {
+                const float values = x.scale[m][local] * static_cast<float>(x.sum[m][local]);
+                total.row[m] = add(total.row[m], mul(factors.offset, broadcast(values)));
+            }
         }
-        if (cursor.next() && chunk + 1 < run.end_chunk) scale = load_scale(run, cursor.group);
+        if (cursor.next() && chunk + 1 < run.end_chunk) factors = load_factors<F>(run, cursor.group);
     }
     total.store(y);
 }
@@ -186,6 +191,8 @@ template <class F, int M>
 constexpr TileFunction tile_function() {
     if constexpr (kOwnTile<F, M> != nullptr) {
         return kOwnTile<F, M>;
+    } else if constexpr (F::kIsCodes) {
+        return codes_tile<F, M, TilePrefetch<F, M>>;
     } else if constexpr (F::kOperand == Operand::kInt8) {
         return int8_tile<F, M>;
     } else if constexpr (F::kOperand == Operand::kBfloat16) {
@@ -245,17 +252,24 @@ inline Run whole_panel(const Matrix& w, const FormatKernels& format, Operand ope
     run.chunk = accumulation_chunk(w, operand);
     run.padded_columns = w.padded_columns();
     run.end_chunk = (run.padded_columns + run.chunk - 1) / run.chunk;
-    run.chunks_per_group = w.num_groups > 1 ? w.group / run.chunk : run.end_chunk;
+    const bool is_scaled = operand == Operand::kFloat32 || (operand == Operand::kBfloat16 && w.is_scaled_by_value());
+    run.chunks_per_group = w.num_groups > 1 && !is_scaled ? w.group / run.chunk : run.end_chunk;
     run.factor = 1.0f;
     run.lines = w.panel(panel);
     run.weight = &w;
     run.panel = panel;
-    if (w.scale != nullptr && operand != Operand::kFloat32) {
+    if (w.scale != nullptr && !is_scaled) {
         run.scale = advance(w.scale, w.scale_dtype, panel * w.num_groups * w.scale_lanes);
         run.scale_dtype = w.scale_dtype;
         run.scale_lanes = w.scale_lanes;
-        run.factor = format.scale_factor;
+        run.factor = format.scale_factor * w.factor / w.divisor;
+        if (operand == Operand::kInt8) run.factor *= w.table_unit;
     }
+    if (w.offset != nullptr && operand == Operand::kInt8) {
+        run.offset = advance(w.offset, w.scale_dtype, panel * w.num_groups * kPanelRows);
+        run.offset_kind = w.offset_kind;
+    }
+    if (w.parts != nullptr) run.parts = w.parts + panel * w.num_pairs() * w.pair_bytes;
     if (w.zero != nullptr) run.zero = w.zero + panel * w.num_groups * kPanelRows;
     return run;
 }

@@ -147,6 +147,13 @@ struct ByteLines {
             const Floats factor = mul(scale, broadcast_float(x.scale + at));
             store_floats(y[m], add(load_floats(y[m]), mul(to_floats(sum), factor)));
         }
+        if (run.offset == nullptr) return;
+        const Floats offset = load_factors<F>(run, group).offset;
+        for (int64_t m = 0; m < rows; ++m) {
+            const int64_t at = x.place[first_row + m] + chunk;
+            const float values = x.scale[at] * static_cast<float>(x.sum[at]);
+            store_floats(y[m], add(load_floats(y[m]), mul(offset, broadcast(values))));
+        }
     }
 };
 
