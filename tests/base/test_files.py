@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from amalgam.base.files import NewFile, new_file, new_folder, replace_file
+from amalgam.base.files import NewFile, new_file, new_folder, partial_folder, replace_file, resumable_folder
 from amalgam.errors import CheckpointError
 from tests.errors import raises
 
@@ -164,3 +164,27 @@ def test_folder_that_somebody_else_filled_meanwhile_is_kept(tmp_path: Path) -> N
         (target / "weights").touch()
     assert names(tmp_path) == {"model"}
     assert names(target) == {"weights"}
+
+
+def test_a_resumable_folder_keeps_what_is_of_use_and_takes_its_place_when_complete(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+
+    def attempt(name: str, *, fails: bool) -> set[str]:
+        with resumable_folder(target, lambda folder: (folder / "first").exists()) as folder:
+            assert folder == partial_folder(target) and not target.exists()
+            found = names(folder)
+            (folder / name).touch()
+            if fails:
+                raise ValueError(name)
+        return found
+
+    with pytest.raises(ValueError, match="useless"):
+        attempt("useless", fails=True)
+    assert names(tmp_path) == set()
+    with pytest.raises(ValueError, match="first"):
+        attempt("first", fails=True)
+    assert names(tmp_path) == {".model.partial"}
+    assert attempt("second", fails=False) == {"first"}
+    assert names(tmp_path) == {"model"} and names(target) == {"first", "second"}
+    with raises(CheckpointError, target):
+        attempt("third", fails=False)

@@ -14,6 +14,7 @@ from tests.errors import raises
 
 from amalgam.checkpoint import TensorStore, write_checkpoint
 from amalgam.checkpoint.safetensors_header import DTYPES
+from amalgam.checkpoint.writer import shard_name, write_index, write_shard
 from amalgam.errors import CheckpointError
 
 
@@ -103,3 +104,21 @@ def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
     with raises(CheckpointError, tmp_path):
         write_checkpoint(tmp_path, [("a", torch.zeros(1))])
     assert TensorStore.open(tmp_path).read("a").item() == 1
+
+
+def test_files_written_one_by_one_are_a_checkpoint(tmp_path: Path) -> None:
+    tensors = every_dtype()
+    half = len(tensors) // 2
+    parts = [dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])]
+    shards = {shard_name(number, 2): part for number, part in enumerate(parts, 1)}
+    total = sum(write_shard(tmp_path / name, part) for name, part in shards.items())
+    write_index(tmp_path, shards, total)
+    store = TensorStore.open(tmp_path)
+    assert {name: raw(store.read(name)) for name in store} == {name: raw(t) for name, t in tensors.items()}
+    whole = tmp_path / "whole"
+    write_checkpoint(whole, tensors.items())
+    write_shard(tmp_path / "alone.safetensors", tensors)
+    assert (tmp_path / "alone.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with raises(CheckpointError, "torch.complex64"):
+        write_shard(tmp_path / "x", {"a": torch.zeros(2, dtype=torch.complex64)})
+    assert not (tmp_path / "x").exists()

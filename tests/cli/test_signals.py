@@ -56,7 +56,7 @@ def start() -> Iterator[Start]:
 
 
 def is_being_written(folder: Path) -> bool:
-    return any(folder.glob(".*.tmp/.shards-*"))
+    return any(folder.glob(".*.partial"))
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,6 @@ def test_a_disk_that_is_full_is_no_traceback(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28), str(tmp_path / "model.safetensors"))
 
-    monkeypatch.setattr("amalgam.composition.quantize.quantize_checkpoint", full)
+    monkeypatch.setattr("amalgam.composition.quantize.make_checkpoint", full)
     assert main(["quantize", str(DEMO), str(tmp_path / "q"), "--format", "int8"]) == 1
     assert capsys.readouterr().err == f"Error: {os.strerror(28)}: '{tmp_path}/model.safetensors'.\n"

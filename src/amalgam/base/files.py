@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -114,6 +114,55 @@ def new_folder(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
         CheckpointError: `path` exists and is not an empty folder.
         ConflictError: another process is making it.
     """
+    with _locked(path, lock) as held:
+        temporary = temporary_folder(held)
+        try:
+            with writing(path):
+                temporary.mkdir(parents=True)
+            yield temporary
+            with writing(path):
+                temporary.rename(path.absolute())
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(
+    path: Path, is_worth_keeping: Callable[[Path], bool], lock: FileLock | None = None
+) -> Iterator[Path]:
+    """As `new_folder`, but what a block has made before it failed is there again at the next attempt.
+
+    The folder stands beside `path`, under a name that is taken for nothing whole: `.NAME.partial`.
+
+    Args:
+        is_worth_keeping: whether a failed attempt has left anything of use in the folder; else it is removed.
+
+    Raises:
+        As `new_folder`.
+    """
+    with _locked(path, lock) as held:
+        partial = partial_folder(held.target)
+        try:
+            with writing(path):
+                if partial.exists() and not is_worth_keeping(partial):
+                    shutil.rmtree(partial)
+                partial.mkdir(parents=True, exist_ok=True)
+            yield partial
+            with writing(path):
+                partial.rename(path.absolute())
+        finally:
+            if partial.exists() and not is_worth_keeping(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_folder(path: Path) -> Path:
+    """Where `resumable_folder` makes a folder."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def _locked(path: Path, lock: FileLock | None) -> Iterator[FileLock]:
+    """The lock of a folder that is not there yet; what is left of attempts at it is gone."""
     path = path.absolute()
     if lock is None:
         with FileLock(path) as own:
@@ -123,21 +172,13 @@ def new_folder(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
                 raise ConflictError(
                     f"{path} is being written by {own.holder}.", remedy="Wait for it or choose another folder."
                 )
-            with new_folder(path, own) as temporary:
-                yield temporary
+            with _locked(path, own) as held:
+                yield held
         return
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise CheckpointError(f"{path} exists already.", remedy="Remove it or choose another folder.")
     remove_abandoned_folders(lock)
-    temporary = temporary_folder(lock)
-    try:
-        with writing(path):
-            temporary.mkdir(parents=True)
-        yield temporary
-        with writing(path):
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    yield lock
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from amalgam.base.files import writing
+from amalgam.base.files import new_file, replace_file, writing
 from amalgam.checkpoint.safetensors_header import DTYPES, PREFIX_BYTES, TensorEntry
 from amalgam.errors import CheckpointError, describe
 
@@ -49,19 +49,81 @@ def write_checkpoint(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".shards-") as temporary:
             shards = _write_shards(Path(temporary), tensors, {"format": "pt", **(metadata or {})}, max_shard_bytes)
             if len(shards) == 1:
-                shards[0].file.rename(folder / "model.safetensors")
+                shards[0].file.rename(folder / shard_name(1, 1))
                 return
-            names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-            index = {
-                "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
-                "weight_map": {
-                    tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard.names
-                },
-            }
+            names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
             # The index first: a folder that was left halfway then misses files instead of looking complete.
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
+            parts = {name: shard.names for name, shard in zip(names, shards, strict=True)}
+            write_index(folder, parts, sum(shard.nbytes for shard in shards))
             for shard, name in zip(shards, names, strict=True):
                 shard.file.rename(folder / name)
+
+
+def write_shard(file: Path, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Write one file of a checkpoint from tensors in memory, in place of one of that name; it appears complete.
+
+    Returns:
+        Bytes of the tensors.
+
+    Raises:
+        CheckpointError: a dtype has no safetensors name.
+        OSError: there is no room.
+    """
+    for name, tensor in tensors.items():
+        _check(name, tensor)
+    entries = _arranged([TensorEntry(name, t.dtype, tuple(t.shape), file.parent, 0) for name, t in tensors.items()])
+    header, end = _header(entries, {"format": "pt"})
+    with new_file(file.parent, f".{file.name}.", ".partial") as out:
+        out.write(header)
+        offset = len(header)
+        for entry in entries:
+            out.write(_bytes_of(tensors[entry.name]), offset)
+            offset += entry.nbytes
+        out.commit(file)
+    return end
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_bytes: int) -> None:
+    """The index of a checkpoint of several files: file name → names of its tensors."""
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    replace_file(folder / "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True))
+
+
+def shard_name(number: int, count: int) -> str:
+    """Of the files of a checkpoint, counted from 1."""
+    return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    if name == "__metadata__" or not name or not name.isprintable():
+        raise CheckpointError(f"Tensor name {describe(name)} is not allowed.", remedy="Rename it.")
+    if tensor.dtype not in _NAMES:
+        raise CheckpointError(
+            f"Tensor {describe(name)} is {tensor.dtype}, which safetensors files here cannot hold.",
+            remedy=f"Convert it to one of {', '.join(_NAMES.values())}.",
+        )
+
+
+def _arranged(entries: list[TensorEntry]) -> list[TensorEntry]:
+    """Widest elements first, which keeps all of them aligned: the format allows no holes."""
+    return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+
+
+def _header(entries: list[TensorEntry], metadata: dict[str, str]) -> tuple[bytes, int]:
+    """What stands before the data of arranged entries, and where those end."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(PREFIX_BYTES, "little") + raw, end
 
 
 @dataclass(frozen=True)
@@ -90,20 +152,14 @@ def _write_shards(
             spill.truncate()
 
         for name, tensor in tensors:
-            if name in names or name == "__metadata__" or not name or not name.isprintable():
-                raise CheckpointError(
-                    f"Tensor name {describe(name)} is used twice or not allowed.", remedy="Rename it."
-                )
-            if tensor.dtype not in _NAMES:
-                raise CheckpointError(
-                    f"Tensor {describe(name)} is {tensor.dtype}, which safetensors files here cannot hold.",
-                    remedy=f"Convert it to one of {', '.join(_NAMES.values())}.",
-                )
+            if name in names:
+                raise CheckpointError(f"Tensor name {describe(name)} is used twice.", remedy="Rename it.")
+            _check(name, tensor)
             if entries and spill.tell() + tensor.nbytes > max_shard_bytes:
                 finish()
             names.add(name)
             entries.append(TensorEntry(name, tensor.dtype, tuple(tensor.shape), folder, spill.tell()))
-            spill.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            spill.write(_bytes_of(tensor))
         if not names:
             raise CheckpointError(f"There are no tensors to write into {folder.parent}.", remedy="Check the source.")
         finish()
@@ -111,17 +167,10 @@ def _write_shards(
 
 
 def _write_shard(file: Path, entries: list[TensorEntry], spill: IO[bytes], metadata: dict[str, str]) -> None:
-    # Widest elements first keeps all of them aligned: the format allows no holes.
-    entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for entry in entries:
-        begin, end = end, end + entry.nbytes
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    entries = _arranged(entries)
+    header, end = _header(entries, metadata)
     with file.open("wb") as out:
-        out.write(len(raw).to_bytes(PREFIX_BYTES, "little") + raw)
+        out.write(header)
         if end:
             with mmap.mmap(spill.fileno(), end, access=mmap.ACCESS_READ) as pages, memoryview(pages) as view:
                 for entry in entries:

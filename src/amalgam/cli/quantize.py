@@ -3,53 +3,112 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from amalgam.composition.quantizing.report import QuantizeReport
 
 _MAX_NAMED = 20
 
 
 def command(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a bf16, fp16 or fp32 checkpoint.")],
-    out_folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    format_name: Annotated[str, typer.Option("--format", "-f", help="fp8, int8 or int4.")],
+    out_folder: Annotated[
+        Path, typer.Argument(help="Folder to write; must not exist. An interrupted run goes on when it is repeated.")
+    ],
+    format_name: Annotated[
+        str,
+        typer.Option("--format", "-f", help="fp8, fp8-e5m2, int8, int8-packed, int4, int3, int2 or mxfp4."),
+    ],
     group_size: Annotated[
-        int | None, typer.Option(min=1, help="int4: inputs that share a scale. Default: 128, or less where needed.")
+        int | None,
+        typer.Option(min=1, help="Integers: inputs that share a scale. Default: 128, or less where needed."),
     ] = None,
     scale: Annotated[
-        str | None, typer.Option(help="fp8: one scale per tensor, channel or block (128×128). Default: channel.")
+        str | None,
+        typer.Option(help="Weights that share a scale: tensor, channel (a whole row), group or block (fp8: 128×128)."),
+    ] = None,
+    zero_points: Annotated[
+        bool, typer.Option("--zero-points", help="Integers: choose a zero point for each scale too.")
+    ] = False,
+    method: Annotated[
+        str,
+        typer.Option("--method", "-m", help="How codes are chosen: round, search (for the best clip), gptq or awq."),
+    ] = "round",
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File of texts that the model reads: .json (list of strings), .jsonl or plain text. Repeatable."
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1024, help="Tokens of the texts that are read.")] = 65_536,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest sequence of them.")] = 512,
+    min_expert_tokens: Annotated[
+        int,
+        typer.Option(min=0, help="Experts that fewer tokens are sent to are shown those that come nearest to it too."),
+    ] = 256,
+    damping: Annotated[float, typer.Option(min=1e-6, max=1.0, help="gptq: damping, a share of the mean.")] = 0.01,
+    act_order: Annotated[
+        bool, typer.Option(help="gptq: round the inputs' columns in the order of their size; groups stay in place.")
+    ] = True,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="fp8, int8: declare 8-bit activations with dynamic or static scales, for other engines."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Make an fp8, int8 or int4 checkpoint of a model (compressed-tensors layout, rounding to nearest)."""
-    from amalgam.base.escaping import one_line
-    from amalgam.cli.console import human_bytes, print_json, print_table, progress_bar, say
-    from amalgam.composition.quantize import quantize_checkpoint
+    """Make a checkpoint of a model in fewer bits (compressed-tensors layout), layer by layer."""
+    from amalgam.cli.console import print_json, progress_bar
+    from amalgam.composition.quantize import make_checkpoint
+    from amalgam.composition.quantizing.recipe import CalibrationTexts, Recipe
     from amalgam.formats.grid import QuantizeOptions
 
+    texts = None
+    if calibrate:
+        files = tuple(file.expanduser() for file in calibrate)
+        texts = CalibrationTexts(files, calibration_tokens, sequence_length, min_expert_tokens)
+    options = QuantizeOptions(group_size, scale, zero_points)
+    recipe = Recipe(format_name, options, method, activations, texts, damping, act_order)  # type: ignore[arg-type]
     with progress_bar() as progress:
-        report = quantize_checkpoint(
-            checkpoint, out_folder.expanduser(), format_name, QuantizeOptions(group_size, scale), progress
-        )
+        report = make_checkpoint(checkpoint, out_folder.expanduser(), recipe, progress)
     if as_json:
-        roles = {
-            name: {
-                "weights": role.num_weights,
-                "bytes_before": role.bytes_before,
-                "bytes_after": role.bytes_after,
-                "relative_error": role.error,
-            }
-            for name, role in report.roles.items()
+        print_json(_as_json(report))
+    else:
+        _show(report)
+
+
+def _as_json(report: QuantizeReport) -> dict[str, Any]:
+    roles = {
+        name: {
+            "weights": role.num_weights,
+            "bytes_before": role.bytes_before,
+            "bytes_after": role.bytes_after,
+            "relative_error": role.error,
         }
-        totals = {"bytes_before": report.bytes_before, "bytes_after": report.bytes_after}
-        beside = {
-            "carried_over": report.carried,
-            "left_out": {"tensors": report.left_out_tensors, "files": report.left_out_files},
-            "config_changes": report.config_changes,
-        }
-        print_json({"folder": str(report.folder), "format": report.format, **totals, "roles": roles, **beside})
-        return
+        for name, role in report.roles.items()
+    }
+    experts = {name: {"sent": sent, "shown": shown} for name, (sent, shown) in report.expert_tokens.items()}
+    return {
+        "folder": str(report.folder),
+        "format": report.format,
+        "method": report.method,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "roles": roles,
+        "calibration": {"tokens": report.num_tokens, "experts": experts, "rounded": report.rounded},
+        "resumed_files": report.num_resumed,
+        "carried_over": report.carried,
+        "left_out": {"tensors": report.left_out_tensors, "files": report.left_out_files},
+        "config_changes": report.config_changes,
+    }
+
+
+def _show(report: QuantizeReport) -> None:
+    from amalgam.base.escaping import one_line
+    from amalgam.cli.console import human_bytes, print_table, say
+
     rows = [
         (
             name,
@@ -61,9 +120,16 @@ def command(
         for name, role in report.roles.items()
     ]
     rows.append(("all", "", human_bytes(report.bytes_before), human_bytes(report.bytes_after), ""))
-    title = f"{report.folder} ({report.format})"
+    title = f"{report.folder} ({report.format}, {report.method})"
     print_table(("role", "weights", "before", "after", "relative error"), rows, title, num_totals=1)
+    if report.num_resumed:
+        say(f"Went on behind {report.num_resumed} files that an earlier run had finished.")
+    if report.num_tokens:
+        say(f"Calibrated with {report.num_tokens} tokens.")
+    if report.expert_tokens:
+        _show_experts(report)
     for what, names in (
+        ("No token reached, so they were rounded", report.rounded),
         ("Copied as they are, beside the model's weights", report.carried),
         ("Not carried over: tensors", report.left_out_tensors),
         ("Not carried over: files", report.left_out_files),
@@ -72,3 +138,21 @@ def command(
         if names:
             more = f" and {len(names) - _MAX_NAMED} more (all with --json)" if len(names) > _MAX_NAMED else ""
             say(f"{what}: {', '.join(map(one_line, names[:_MAX_NAMED]))}{more}")
+
+
+def _show_experts(report: QuantizeReport) -> None:
+    """For each layer: how many tokens its experts were sent, and how many of them were shown others' too."""
+    from statistics import median
+
+    from amalgam.cli.console import print_table
+
+    layers: dict[str, list[tuple[int, int]]] = {}
+    for name, tokens in report.expert_tokens.items():
+        layers.setdefault(name.split(".")[1], []).append(tokens)
+    rows = []
+    for layer, found in layers.items():
+        sent = [tokens for tokens, _ in found]
+        covered = sum(shown > own for own, shown in found)
+        rows.append((layer, f"{min(sent)}", f"{median(sent):g}", f"{max(sent)}", str(covered), str(sent.count(0))))
+    columns = ("layer", "fewest", "median", "most", "shown others' too", "sent none")
+    print_table(columns, rows, "Tokens sent to an expert")

@@ -8,78 +8,48 @@ The report names what is left out.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
-from amalgam.base.files import new_folder
+from amalgam.base.files import resumable_folder, writing
 from amalgam.base.locks import FileLock
-from amalgam.checkpoint.writer import write_checkpoint
+from amalgam.calibration.stream import Stream
+from amalgam.checkpoint.writer import shard_name
 from amalgam.composition.carry import carry_files, left_out_tensors, write_json
 from amalgam.composition.check import HEAD, check_leftovers
 from amalgam.composition.planned import oriented
 from amalgam.composition.progress import Progress
+from amalgam.composition.quantizing.recipe import Recipe, input_arguments
+from amalgam.composition.quantizing.report import QuantizeReport
+from amalgam.composition.quantizing.shards import Shards, has_shards
+from amalgam.composition.quantizing.weights import LayerResult, WeightQuantizer
 from amalgam.composition.source import CONFIG_NAME, Source
-from amalgam.errors import CheckpointError, ConfigError
-from amalgam.formats.contract import Scheme, StoredWeight, WritableFormat
+from amalgam.errors import CheckpointError
+from amalgam.formats.contract import WritableFormat
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
+from amalgam.kernels.layouts import dense
+from amalgam.kernels.packed import PackedWeight
 from amalgam.models.registry import fused_tensors, read_spec
 from amalgam.models.spec import Family, ModelSpec, Slot
-from amalgam.quantizers.contract import quantize
-from amalgam.quantizers.nearest import round_to_nearest
+from amalgam.text.tokenizer import Tokenizer
+from amalgam.version import __version__
 
+SHARD_BYTES = 2 * 2**30
 _DRAFTS_KEY = "num_nextn_predict_layers"
 _LAYER = re.compile(r"(.*?\b(?:layers|blk)\.(\d{1,6}))\.")
-
-
-@dataclass
-class RoleReport:
-    """What quantizing did to the weights of one role. `error` is the root mean square of (new - old) / old, overall."""
-
-    num_weights: int = 0
-    bytes_before: int = 0
-    bytes_after: int = 0
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-
-    @property
-    def error(self) -> float:
-        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
-
-
-@dataclass
-class QuantizeReport:
-    """What `quantize_checkpoint` wrote.
-
-    Attributes:
-        carried: weights beside the model's own, copied as they are.
-        left_out_tensors, left_out_files: of the checkpoint, not in the folder.
-        config_changes: keys of config.json that say something else now, besides the quantization.
-    """
-
-    folder: Path
-    format: str
-    roles: dict[str, RoleReport] = field(default_factory=dict)
-    carried: list[str] = field(default_factory=list)
-    left_out_tensors: list[str] = field(default_factory=list)
-    left_out_files: list[str] = field(default_factory=list)
-    config_changes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(role.bytes_before for role in self.roles.values())
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(role.bytes_after for role in self.roles.values())
 
 
 def quantize_checkpoint(
@@ -91,20 +61,39 @@ def quantize_checkpoint(
     carries_others: bool = True,
     lock: FileLock | None = None,
 ) -> QuantizeReport:
+    """`make_checkpoint` by rounding to nearest."""
+    return make_checkpoint(checkpoint, out_folder, Recipe(format_name, options), progress, carries_others, lock)
+
+
+def make_checkpoint(
+    checkpoint: str,
+    out_folder: Path,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    carries_others: bool = True,
+    lock: FileLock | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> QuantizeReport:
     """Quantize the linear weights of `checkpoint` into `out_folder`, which appears complete or not at all.
+
+    What an interrupted run has finished is kept beside it, and the next run with the same recipe goes on from there.
 
     Args:
         carries_others: copy the weights that the checkpoint holds beside the model's own.
         lock: of `out_folder`, held by the caller; None: it is taken here.
+        shard_bytes: of the wide weights that one file is made of, about; whole layers are never divided.
 
     Raises:
         CheckpointError: the folder exists, or the checkpoint is damaged, holds no wide linear weights, or weights that
-            the model has no place for.
-        ConflictError: another process is writing the folder.
-        ConfigError: an option that the format does not take, or a group size that does not divide.
+            the model has no place for; it has no tokenizer, or another model's, and is to be calibrated; inputs of a
+            projection are not finite; the disk is full.
+        ConflictError: another process is writing the folder, or an interrupted run with another recipe has left a part.
+        ConfigError: an option that the format does not take, or a group size that does not divide; texts that cannot be
+            read or are too short.
         UnsupportedError: a format that cannot be made.
     """
-    weight_format = writable_format(format_name)
+    weight_format = writable_format(recipe.format_name)
+    recipe.check(weight_format)
     source = Source.open("base", checkpoint, fused_tensors)
     if not source.config:
         raise CheckpointError(source.config_place, remedy=f"The model's sizes stand in {CONFIG_NAME}.")
@@ -120,25 +109,24 @@ def quantize_checkpoint(
             f"{source.folder} is quantized already: {len(narrow)} weights, for instance {narrow[0]!r}.",
             remedy="Give the bf16, fp16 or fp32 checkpoint.",
         )
-    report = QuantizeReport(out_folder, format_name)
+    report = QuantizeReport(out_folder, recipe.format_name, recipe.method)
     others = _besides(source, family, spec, slots)
     report.carried = others if carries_others else []
     report.left_out_tensors = left_out_tensors(source, {*slots, *report.carried})
     if source.config.get(_DRAFTS_KEY) and _drafts(report.left_out_tensors, spec):
         report.config_changes[_DRAFTS_KEY] = 0
-    writer = _QuantizedTensors(source, weight_format, options, report, progress)
-    drafts = _drafts(report.carried, spec)
-    with new_folder(out_folder, lock) as temporary:
-        write_checkpoint(temporary, writer.tensors(slots))
+    work = _Work(source, spec, slots, recipe, weight_format, report, progress)
+    with resumable_folder(out_folder, has_shards, lock) as folder, writing(out_folder):
+        work.write(folder, shard_bytes)
         config = {
             **source.config,
             **report.config_changes,
-            "quantization_config": writer.quantization_config(slots, drafts),
+            "quantization_config": work.quantization_config(_drafts(report.carried, spec)),
         }
         if source.store.metadata and "dtype" not in config:
             config["dtype"] = _main_dtype(source, slots)
-        write_json(temporary / CONFIG_NAME, config)
-        report.left_out_files = carry_files(source.store, temporary)
+        write_json(folder / CONFIG_NAME, config)
+        report.left_out_files = carry_files(source.store, folder)
     return report
 
 
@@ -169,92 +157,220 @@ def _main_dtype(source: Source, slots: dict[str, Slot]) -> str:
     return sizes.most_common(1)[0][0]
 
 
-class _QuantizedTensors:
-    """Quantizes weight by weight while they are written, and remembers how."""
+@dataclass(frozen=True)
+class _Unit:
+    """Weights that are made together: a layer, or what stands before or behind all of them.
+
+    Attributes:
+        layer_id: None outside the layers.
+    """
+
+    layer_id: int | None
+    names: list[str]
+
+
+class _Work:
+    """Makes the files, unit by unit."""
 
     def __init__(
         self,
         source: Source,
+        spec: ModelSpec,
+        slots: dict[str, Slot],
+        recipe: Recipe,
         weight_format: WritableFormat,
-        options: QuantizeOptions,
         report: QuantizeReport,
         progress: Progress | None,
     ) -> None:
-        self.report = report
         self._source = source
-        self._format = weight_format
-        self._options = options
+        self._spec = spec
+        self._slots = slots
+        self._recipe = recipe
+        self._quantizer = WeightQuantizer(recipe, weight_format)
+        self._report = report
         self._progress = progress
-        self._schemes: dict[str, tuple[Scheme, list[str]]] = {}
+        self._token_ids: list[list[int]] = []
+        if recipe.texts is not None:
+            tokenizer = Tokenizer.load(source.folder, source.store.metadata)
+            self._token_ids = recipe.texts.read(tokenizer, spec)
+            report.num_tokens = sum(map(len, self._token_ids))
+        self._schemes: dict[str, list[str]] = {}  # a scheme as JSON → the modules that are declared so
+        self._total = sum(source.weights[name].nbytes for name in slots)
+        self._done = 0
 
-    def tensors(self, slots: dict[str, Slot]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the new checkpoint."""
-        total = sum(self._source.weights[name].nbytes for name in slots)
-        done = 0
-        for name, slot in slots.items():
-            stored = self._source.weights[name]
-            if slot.is_linear and slot.role != "head":
-                yield from self._quantize(name, slot, stored)
-            else:
-                yield name, self._source.load(stored).dense
-                self._count(slot, stored.nbytes, stored.nbytes)
-            done += stored.nbytes
-            if self._progress is not None:
-                self._progress(f"Quantizing to {self._format.name}", done, total)
-        for name in self.report.carried:
-            yield name, self._source.load(self._source.weights[name]).dense
+    def write(self, folder: Path, shard_bytes: int) -> None:
+        """All files, beginning behind those that are there."""
+        parts = self._parts(shard_bytes)
+        shards = Shards(folder, len(parts), self._settings(shard_bytes))
+        if shards.notes:
+            self._report.num_resumed = shards.num_complete
+            self._report.restore(shards.notes["report"])
+            self._schemes = dict(shards.notes["schemes"])
+        stream = self._stream()
+        for number, part in enumerate(parts[: shards.num_complete], 1):
+            file = folder / shard_name(number, len(parts))
+            with safe_open(file, "pt") as written:
+                for unit in part:
+                    self._pass(unit, written, stream)
+        for part in parts[shards.num_complete :]:
+            tensors: dict[str, Tensor] = {}
+            for unit in part:
+                tensors |= self._made(unit, stream)
+            shards.add(tensors, {"report": self._report.progress(), "schemes": self._schemes})
+        shards.finish()
 
-    def _quantize(self, name: str, slot: Slot, stored: StoredWeight) -> Iterator[tuple[str, torch.Tensor]]:
-        wide = self._source.load(stored, lambda packed: oriented(packed, stored, slot)).dequantize()
-        if not bool(torch.isfinite(wide).all()):
+    def _settings(self, shard_bytes: int) -> dict[str, Any]:
+        """What the files' bytes depend on."""
+        identities = [
+            self._source.identity(self._source.weights[name]) for name in (*self._slots, *self._report.carried)
+        ]
+        return {
+            "checkpoint": str(self._source.folder),
+            "weights": hashlib.sha256(repr(identities).encode()).hexdigest()[:16],
+            "carried": len(self._report.carried),
+            "shard_bytes": shard_bytes,
+            "version": __version__,
+            **self._recipe.describe(),
+        }
+
+    def _parts(self, shard_bytes: int) -> list[list[_Unit]]:
+        """Units by the file that they go to."""
+        parts: list[list[_Unit]] = []
+        room = 0
+        for unit in self._units():
+            size = sum(self._source.weights[name].nbytes for name in unit.names)
+            if not parts or room < size:
+                parts.append([])
+                room = shard_bytes
+            parts[-1].append(unit)
+            room -= size
+        return parts
+
+    def _units(self) -> Iterator[_Unit]:
+        for layer_id, group in groupby(self._slots, lambda name: _layer_of(self._slots[name])):
+            yield _Unit(layer_id, list(group))
+        for name in self._report.carried:
+            yield _Unit(None, [name])
+
+    # --- Calibration ---
+
+    def _stream(self) -> Stream | None:
+        if self._recipe.texts is None:
+            return None
+        outside = {
+            slot.name: self._wide(name, slot)
+            for name, slot in self._slots.items()
+            if slot.role == "embedding" and _layer_of(slot) is None
+        }
+        return Stream(self._spec, self._token_ids, outside, min_expert_tokens=self._recipe.texts.min_expert_tokens)
+
+    def _pass(self, unit: _Unit, written: Any, stream: Stream | None) -> None:
+        """A unit whose weights an earlier run has written: only the texts still have to go through it."""
+        self._advance(*unit.names)
+        if stream is None or unit.layer_id is None:
+            return
+        weights = self._layer(unit)
+        for name in unit.names:
+            slot = self._slots[name]
+            if _is_quantized(slot):
+                module = name.removesuffix(".weight")
+                keys = [key for key in written.keys() if key.rpartition(".")[0] == module]  # noqa: SIM118
+                tensors = {key.rpartition(".")[2]: written.get_tensor(key) for key in keys}
+                weights[slot.name] = self._quantizer.restored(name, weights[slot.name].dense, tensors)
+        stream.run(unit.layer_id, weights)
+
+    def _layer(self, unit: _Unit) -> dict[str, PackedWeight]:
+        """Its weights by slot; all of them are finite."""
+        weights = {self._slots[name].name: self._wide(name, self._slots[name]) for name in unit.names}
+        for name in unit.names:
+            self._check_finite(name, weights[self._slots[name].name].dense)
+        return weights
+
+    # --- Weights ---
+
+    def _made(self, unit: _Unit, stream: Stream | None) -> dict[str, Tensor]:
+        """The tensors of a unit."""
+        layer: LayerResult | None = None
+        if stream is not None and unit.layer_id is not None:
+            names = {self._slots[name].name: name for name in unit.names}
+            weights = self._layer(unit)
+            layer = self._quantizer.layer(
+                self._spec, unit.layer_id, weights, stream, lambda slot: self._advance(names[slot])
+            )
+            self._report.expert_tokens |= layer.expert_tokens
+            self._report.rounded += [names[slot] for slot in layer.rounded]
+        tensors: dict[str, Tensor] = {}
+        for name in unit.names:
+            slot, stored = self._slots.get(name), self._source.weights[name]
+            if slot is None or not _is_quantized(slot):
+                tensors[name] = self._source.load(stored).dense
+                if slot is not None:
+                    self._report.count(slot.role, stored.nbytes, stored.nbytes)
+                    self._advance(name)
+                continue
+            wide = weights.pop(slot.name).dense if layer is not None else self._wide(name, slot).dense
+            found = None if layer is None else layer.weights.pop(slot.name, None)
+            if found is None:
+                found = self._quantizer.alone(name, wide)
+                self._advance(name)
+                if layer is not None:  # a family's own block reads it, out of sight
+                    self._report.rounded.append(name)
+            module = name.removesuffix(".weight")
+            tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in found.tensors.items()}
+            self._schemes.setdefault(json.dumps(vars(found.scheme)), []).append(module)
+            role = self._report.count(slot.role, stored.nbytes, found.nbytes)
+            role.squared_error += found.squared_error
+            role.squared_norm += self._squared_norm(name, wide)
+        return tensors
+
+    def _wide(self, name: str, slot: Slot) -> PackedWeight:
+        """A weight as the model has it."""
+        stored = self._source.weights[name]
+        return dense(self._source.load(stored, lambda packed: oriented(packed, stored, slot)).dequantize())
+
+    def _squared_norm(self, name: str, weight: Tensor) -> float:
+        found = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
+        if not math.isfinite(found):  # a look at each value only where there is reason to
+            self._check_finite(name, weight)
+        return found
+
+    def _check_finite(self, name: str, weight: Tensor) -> None:
+        if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"Weight {name!r} in {self._source.folder} holds NaN or infinity.")
-        try:
-            encoded = quantize(wide, self._format, round_to_nearest, self._options)
-        except ConfigError as error:
-            raise ConfigError(f"Weight {name!r}: {error.what}", remedy=error.remedy) from None
-        module = name.removesuffix(".weight")
-        for suffix, tensor in encoded.tensors.items():
-            yield f"{module}.{suffix}", tensor
-        scheme = self._format.scheme(encoded.grid)
-        self._schemes.setdefault(json.dumps(scheme.arguments), (scheme, []))[1].append(module)
-        restored = self._format.pack(encoded).dequantize()
-        size = sum(tensor.nbytes for tensor in encoded.tensors.values())
-        role = self._count(slot, stored.nbytes, size)
-        role.squared_error += float((restored - wide.float()).square().sum())
-        role.squared_norm += float(wide.float().square().sum())
 
-    def _count(self, slot: Slot, before: int, after: int) -> RoleReport:
-        role = self.report.roles.setdefault(slot.role, RoleReport())
-        role.num_weights += 1
-        role.bytes_before += before
-        role.bytes_after += after
-        return role
+    def _advance(self, *names: str) -> None:
+        self._done += sum(self._source.weights[name].nbytes for name in names if name in self._slots)
+        if self._progress is not None:
+            self._progress(f"Quantizing to {self._recipe.format_name}", self._done, self._total)
 
-    def quantization_config(self, slots: dict[str, Slot], drafts: list[str]) -> dict[str, Any]:
-        """`quantization_config` as compressed-tensors 0.20 reads it: weight-only groups, one per scheme.
+    # --- What is declared ---
+
+    def quantization_config(self, drafts: list[str]) -> dict[str, Any]:
+        """`quantization_config` as compressed-tensors 0.20 reads it: groups, one per scheme.
 
         One scheme applies to all linear layers by class; several name their modules.
         """
-        quantized = {module for _, modules in self._schemes.values() for module in modules}
+        quantized = {module for modules in self._schemes.values() for module in modules}
         ignore = [
             module
-            for name, slot in slots.items()
+            for name, slot in self._slots.items()
             if slot.role in {"head", "router"} and (module := name.removesuffix(".weight")) not in quantized
         ]
+        schemes = [(json.loads(scheme), modules) for scheme, modules in self._schemes.items()]
         groups = {
             f"group_{index}": {
-                "targets": ["Linear"] if len(self._schemes) == 1 else modules,
-                "weights": dict(scheme.arguments),
-                "input_activations": None,
+                "targets": ["Linear"] if len(schemes) == 1 else modules,
+                "weights": scheme["arguments"],
+                "input_activations": input_arguments(self._recipe, scheme["arguments"]),
                 "output_activations": None,
-                "format": scheme.layout,
+                "format": scheme["layout"],
             }
-            for index, (scheme, modules) in enumerate(self._schemes.values())
+            for index, (scheme, modules) in enumerate(schemes)
         }
-        layouts = {scheme.layout for scheme, _ in self._schemes.values()}
+        first, _ = schemes[0]  # all are of one format
         return {
             "quant_method": "compressed-tensors",
-            "format": layouts.pop(),
+            "format": first["layout"],
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [
@@ -264,3 +380,12 @@ class _QuantizedTensors:
             ],
             "kv_cache_scheme": None,
         }
+
+
+def _is_quantized(slot: Slot) -> bool:
+    return slot.is_linear and slot.role != "head"
+
+
+def _layer_of(slot: Slot) -> int | None:
+    found = re.match(r"layers\.(\d+)\.", slot.name)
+    return None if found is None else int(found[1])

@@ -70,7 +70,7 @@ class Grid:
     def nearest(self, scaled: Tensor) -> Tensor:
         """The codes nearest to some numbers, as float32; ties go to the even code."""
         if not self.dtype.is_floating_point:
-            return scaled.round().clamp(self.low, self.high)
+            return scaled.round().clamp_(self.low, self.high)
         scaled = scaled.clamp(self.low, self.high)
         if self.half_levels is None:
             return scaled.to(self.dtype).float()
@@ -93,19 +93,15 @@ class Grid:
     def blocks(self, matrix: Tensor) -> Tensor:
         """A matrix `[out, in]` as `[blocks below, rows, blocks beside, columns]`, zeros behind its ends."""
         (rows, columns), (height, width), (below, beside) = self.shape, self.block, self.scale_shape
-        return pad(matrix, (0, -columns % width, 0, -rows % height)).reshape(below, height, beside, width)
+        if rows % height or columns % width:
+            matrix = pad(matrix, (0, -columns % width, 0, -rows % height))
+        return matrix.reshape(below, height, beside, width)
 
     def matrix(self, blocks: Tensor) -> Tensor:
         """What `blocks` was made of."""
         rows, columns = self.shape
         below, height, beside, width = blocks.shape
         return blocks.reshape(below * height, beside * width)[:rows, :columns].contiguous()
-
-    def spread(self, per_block: Tensor) -> Tensor:
-        """One number for each block → one for each value, `[out, in]`."""
-        rows, columns = self.shape
-        tall = per_block.repeat_interleave(self.block[0], 0)[:rows]
-        return tall.repeat_interleave(self.block[1], 1)[:, :columns]
 
 
 @dataclass(frozen=True)
@@ -125,10 +121,10 @@ class Codes:
 
     def dequantize(self) -> Tensor:
         """The values that the matrix has now, float32 `[out, in]`."""
-        codes = self.values.float()
+        codes = self.grid.blocks(self.values.float())
         if self.zero is not None:
-            codes = codes - self.grid.spread(self.zero.float())
-        return codes * self.grid.spread(self.scale.float())
+            codes = codes - self.zero.float()[:, None, :, None]
+        return self.grid.matrix(codes * self.scale.float()[:, None, :, None])
 
 
 @dataclass(frozen=True)

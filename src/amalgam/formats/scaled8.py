@@ -6,9 +6,9 @@ GPTQModel's, of the same name, divides, which only its declaration says).
 `(value - weight_zero_point) × scale` is the weight; only compressed-tensors' int8 has zero points. ModelOpt's
 `pre_quant_scale` multiplies the inputs. Scales of activations are not used: activations stay wide.
 
-fp8 values: OCP E4M3 without infinities, largest 448, and E5M2, largest 57344. compressed-tensors has no word for E5M2:
-a declaration of ours says `fp8_dtype_flavor`, and the tensors tell. Scales are made as compressed-tensors makes them:
-amax / 448 for fp8, amax / 127.5 for int8 (rounded half to even, clamped to -128..127).
+fp8 values: OCP E4M3 without infinities, largest 448, and E5M2, largest 57344. compressed-tensors has no word for E5M2
+and would take its bits for E4M3: what is made here says `float-quantized-e5m2`, which it refuses. Scales are made as
+compressed-tensors makes them: amax / 448 for E4M3, amax / 127.5 for int8 (rounded half to even, clamped to -128..127).
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ class Scaled8(WritableFormat):
             arguments["block_structure"] = list(grid.block)
         if grid.strategy == "group":
             arguments["group_size"] = grid.block[1]
-        return Scheme(f"{self.number}-quantized", arguments)
+        flavor = "-e5m2" if self.dtype is torch.float8_e5m2 else ""
+        return Scheme(f"{self.number}-quantized{flavor}", arguments)
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         each = 8 if options.has_zero_points else 4

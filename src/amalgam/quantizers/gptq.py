@@ -100,7 +100,8 @@ class Gptq:
             if not int(failed):
                 upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
                 if not int(failed):
-                    return upper.float()
+                    factor: Tensor = upper.float()
+                    return factor
             assert damping < _MOST_DAMPING, "a diagonal of its own mean size is positive"
             damping = min(10 * damping, _MOST_DAMPING)
 

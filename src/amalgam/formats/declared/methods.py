@@ -106,6 +106,7 @@ _CT_LAYOUTS = {
     "naive-quantized": None,
     "int-quantized": "int-quantized",
     "float-quantized": "float-quantized",
+    "float-quantized-e5m2": "float-quantized",  # ours: compressed-tensors has no word for it
     "pack-quantized": "pack-quantized",
     "nvfp4-pack-quantized": "nvfp4-pack-quantized",
     "mxfp4-pack-quantized": "mxfp4-pack-quantized",
