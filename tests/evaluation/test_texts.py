@@ -51,7 +51,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path, name: str, content: bytes) -
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with raises(ConfigError, repr(str(tmp_path / "none.txt"))):
+    with raises(ConfigError, tmp_path / "none.txt"):
         read_texts([str(tmp_path / "none.txt")])
 
 

@@ -37,6 +37,13 @@ def command(
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Most tokens, as many of each file, of documents drawn at random.")
     ] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option("--sensitivity", help="Measure what each weight in each source of the configuration does."),
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="With --sensitivity: where it is kept between runs.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure a configuration on texts: perplexity, KL divergence from a reference, equal first choices."""
@@ -45,8 +52,17 @@ def command(
     from amalgam.tools.evaluate import TextOptions, compare_models, evaluate
 
     texts = TextOptions(text or [], window, tokens)
-    if reference is not None and versus is not None:
-        raise ConfigError("--reference and --versus are both given.", remedy="Give one of them.")
+    modes = {"--reference": reference, "--versus": versus, "--sensitivity": sensitivity or None}
+    given = [name for name, value in modes.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are given.", remedy="Give one of them.")
+    if cache is not None and not sensitivity:
+        raise ConfigError("--cache is given without --sensitivity.", remedy="Add --sensitivity.")
+    if sensitivity:
+        from amalgam.cli.sensitivity_view import show_sensitivities
+
+        show_sensitivities(settings, texts, cache, as_json=as_json)
+        return
     report: Any
     with progress_bar(unit="tokens") as progress:
         if versus is not None:
@@ -71,7 +87,7 @@ def command(
 
 
 def _show(report: Any) -> None:
-    from amalgam.cli.console import human_bytes, print_table, say
+    from amalgam.cli.console import human_bytes, interval, print_table, say
 
     def row(name: str, quality: Any) -> tuple[str, ...]:
         return (
@@ -95,7 +111,7 @@ def _show(report: Any) -> None:
 
 
 def _show_two(report: Any) -> None:
-    from amalgam.cli.console import human_bytes, print_table, say
+    from amalgam.cli.console import human_bytes, interval, print_table, say
 
     sides = (report.first, report.second)
     rows = [
@@ -120,12 +136,6 @@ def _show_two(report: Any) -> None:
 
 
 def _share(report: Any, name: str) -> str:
+    from amalgam.cli.console import interval
+
     return interval(report.differences[name], "{:+.1%}") if name in report.differences else ""
-
-
-def interval(value: Any, form: str) -> str:
-    """`0.0081 (0.0078–0.0085)`."""
-    if value is None:
-        return "–"
-    text = form.format(value.value)
-    return text if value.low is None else f"{text} ({form.format(value.low)} to {form.format(value.high)})"

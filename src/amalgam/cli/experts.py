@@ -284,6 +284,16 @@ def _get_set(url: str, path: str) -> SavedSet:
         raise _no_server_of_ours(url) from None
 
 
+def saved_set_of(url: str) -> SavedSet:
+    """What a running server has counted since its last reset.
+
+    Raises:
+        ConfigError: it is no address.
+        UnavailableError: no server of ours answers there.
+    """
+    return _get_set(_address(url, ServerSettings()), "experts/set.npz")
+
+
 def _post(url: str, path: str, body: dict[str, Any]) -> Any:
     headers = {"Content-Type": "application/json"}
     return _fetch(urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), headers), url)

@@ -17,6 +17,7 @@ SHORT = {
     "model.base_path": "--model", "server.api_keys": "--api-key", "server.host": "--host",
     "server.metrics_compat": "--metrics-compat", "server.port": "--port", "server.root_path": "--root-path",
 }  # fmt: skip
+_GIVEN = {"settings", "origins", "config_file"}  # parameters of a verb that are no flags of its own
 SETTINGS_NOTE = "Every setting is a flag too, such as --inference.max_seq_length 2048: `amalgam config` lists them."
 
 
@@ -25,7 +26,8 @@ def with_settings(
 ) -> Callable[..., Any]:
     """Give a verb `--config`, `--source`, `--map` and a flag for every setting; it receives `settings: Settings`.
 
-    One that has a parameter `origins` also receives where each setting that was given comes from.
+    One that has a parameter `origins` also receives where each setting that was given comes from, one that has
+    `config_file` the file that was named, or None.
 
     Args:
         needs_model: False for a verb that can do without; it sees an empty `model.base_path` when none is given, but a
@@ -36,8 +38,8 @@ def with_settings(
         return functools.partial(with_settings, needs_model=needs_model, shown=shown)
     # Mappings have no flag of their own: --source and --map build them.
     flags = {info.key.replace(".", "_"): info for info in all_settings() if not info.is_structured}
-    own = [p for p in inspect.signature(function).parameters.values() if p.name not in ("settings", "origins")]
-    wants_origins = "origins" in inspect.signature(function).parameters
+    own = [p for p in inspect.signature(function).parameters.values() if p.name not in _GIVEN]
+    wanted = _GIVEN & inspect.signature(function).parameters.keys()
 
     @functools.wraps(function)
     def wrapper(**arguments: Any) -> Any:
@@ -50,9 +52,9 @@ def with_settings(
             rules=[_rule(item) for item in arguments.pop("map_")],
             needs_model=needs_model or config is not None,
         )
-        more = {"origins": read.origins} if wants_origins else {}
+        found = {"settings": read.settings, "origins": read.origins, "config_file": config}
         let_threads_sleep()  # verbs load PyTorch when they need it, which is later
-        return function(settings=read.settings, **more, **arguments)
+        return function(**{name: found[name] for name in wanted}, **arguments)
 
     hints: dict[str, Any] = {
         "config": Annotated[Path | None, typer.Option("--config", "-c", help="Configuration file (YAML).")],

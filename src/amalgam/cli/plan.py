@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,10 +12,13 @@ from amalgam.cli.options import with_settings
 from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 
+_PLANNING = "Planning for a budget"
+
 
 @with_settings
 def command(
     settings: Settings,
+    config_file: Path | None,
     explain: Annotated[
         str | None, typer.Option(metavar="NAME", help="Say which rule decides for this weight, and why.")
     ] = None,
@@ -26,14 +30,136 @@ def command(
         bool, typer.Option("--sha256", help="With --manifest: digest every tensor; reads all of it.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="40GB|4.5bpw|30tok/s",
+            help="Choose each weight's source for this budget, and prove the choice on held-out text.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="[NAME=]FILE",
+            help="Text to measure sensitivities on. Repeatable.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--heldout",
+            metavar="[NAME=]FILE",
+            help="Text to prove the plan on. Default: two fifths of --text, which nothing else then sees.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = None,
+    use: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|URL",
+            help="How the traffic uses the experts: a saved set, or a running server. Default: as --text does.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = None,
+    sources: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Sources to choose from. Default: all.", rich_help_panel=_PLANNING),
+    ] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SOURCE",
+            help="These weights at least as wide as in SOURCE. Repeatable.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of each kind of text.", rich_help_panel=_PLANNING)
+    ] = 16384,
+    window: Annotated[
+        int, typer.Option(min=2, help="Tokens that are computed as one prompt.", rich_help_panel=_PLANNING)
+    ] = 256,
+    checks: Annotated[
+        int,
+        typer.Option(
+            min=0, max=8, help="Rounds of checking sensitivities by measured divergences.", rich_help_panel=_PLANNING
+        ),
+    ] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a sequence that the KV cache is to hold. Default: inference.max_seq_length.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = None,
+    num_sequences: Annotated[
+        int, typer.Option("--sequences", min=1, help="How many such sequences.", rich_help_panel=_PLANNING)
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.yaml", help="Write the configuration that `serve` takes.", rich_help_panel=_PLANNING),
+    ] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.html",
+            help="Draw divergence against size for this and other ways of planning.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where sensitivities are kept between runs.", rich_help_panel=_PLANNING),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.yaml.", rich_help_panel=_PLANNING)] = False,
 ) -> None:
-    """Check the weight mapping and show which source each weight comes from. Reads headers only."""
+    """Check the weight mapping and show which source each weight comes from; or choose the sources for a budget."""
     import torch
 
     from amalgam.cli.console import progress_bar
     from amalgam.composition.loader import ModelLoader
     from amalgam.runtime.derive import ensure_derived
 
+    given = {
+        "--text": text,
+        "--heldout": held_out,
+        "--use": use,
+        "--sources": sources,
+        "--floor": floor,
+        "--out": out,
+        "--frontier": frontier,
+        "--cache": cache,
+    }
+    if budget is not None:
+        if explain is not None or show_all or show_manifest:
+            raise ConfigError(
+                "--budget is given beside --explain, --all or --manifest.",
+                remedy="Write the plan with --out, and then ask about it with --config.",
+            )
+        from amalgam.cli.plan_view import plan_for_budget
+        from amalgam.planning.problem import parse_floor
+        from amalgam.tools.evaluate import TextOptions
+        from amalgam.tools.plan import PlanOptions
+
+        options = PlanOptions(
+            TextOptions(text or [], window, tokens),
+            held_out or [],
+            use,
+            None if sources is None else [name.strip() for name in sources.split(",")],
+            dict(map(parse_floor, floor or [])),
+            checks,
+            context,
+            num_sequences,
+            cache=cache,
+        )
+        plan_for_budget(settings, options, budget, out, config_file, frontier, force=force, as_json=as_json)
+        return
+    if unused := [name for name, value in given.items() if value]:
+        raise ConfigError(f"{unused[0]} is given without --budget.", remedy="Add --budget, for instance 4.5bpw.")
     if sha256 and not show_manifest:
         raise ConfigError("--sha256 is given without --manifest.", remedy="Add --manifest.")
     with progress_bar() as progress:

@@ -23,9 +23,11 @@ from torch import Tensor
 from amalgam.composition.progress import Progress
 from amalgam.errors import CheckpointError
 from amalgam.evaluation.confidence import MIN_UNITS, Bootstrap, Floats, Interval
-from amalgam.evaluation.running import Contestant, rows_at_once
+from amalgam.evaluation.running import Contestant, Step, rows_at_once
 from amalgam.evaluation.texts import Sample, Window
 from amalgam.kernels.backends import Compiled
+
+_KEPT_BYTES = 512 * 2**20  # of the reference's log-probabilities
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Reference:
         self.contestant = contestant
         self.sample = sample
         self._hidden = dict(contestant.hidden(sample.windows, progress))
+        self._kept: dict[tuple[Step, int, int], Tensor] = {}
+        self._room = _KEPT_BYTES
 
     def figures(self, plan: Contestant | None = None, progress: Progress | None = None) -> Figures:
         """A plan's figures; the reference's own, without divergence, if None is given.
@@ -88,14 +92,13 @@ class Reference:
             CheckpointError: hidden states or logits hold NaN or infinity.
         """
         windows = self.sample.windows
-        mine = self.contestant.compiled
         other = None if plan is None else plan.compiled
         source = self._hidden.items() if plan is None else plan.hidden(windows, progress)
         loss, divergence, agrees = [], [], []
         for step, hidden in source:
             rows, targets = scored(windows[step.start : step.stop])
             for some, wanted in zip(rows.split(self._at_once), targets.split(self._at_once), strict=True):
-                reference = log_probabilities(mine, self._hidden[step][some], self.contestant.name)
+                reference = self._log_probabilities(step, some)
                 if other is None or plan is None:
                     loss.append(-reference.gather(1, wanted[:, None]).squeeze(1))
                     continue
@@ -105,6 +108,17 @@ class Reference:
                 agrees.append((reference.argmax(-1) == found.argmax(-1)).double())
         zeros = [torch.zeros(sum(map(len, loss)), dtype=torch.float64)]
         return _figures(self.sample, loss, divergence or zeros, agrees or zeros)
+
+    def _log_probabilities(self, step: Step, rows: Tensor) -> Tensor:
+        """The reference's; of few tokens they are kept, for the next plan."""
+        key = step, int(rows[0]), len(rows)
+        if key in self._kept:
+            return self._kept[key]
+        found = log_probabilities(self.contestant.compiled, self._hidden[step][rows], self.contestant.name)
+        if self._room >= found.nbytes:
+            self._room -= found.nbytes
+            self._kept[key] = found
+        return found
 
     @property
     def _at_once(self) -> int:
@@ -132,7 +146,7 @@ def log_probabilities(compiled: Compiled, hidden: Tensor, name: str) -> Tensor:
         CheckpointError: a logit is NaN or infinite.
     """
     logits = compiled.head(hidden.contiguous())
-    if not bool(logits.isfinite().all()):
+    if not bool(logits.sum().isfinite()):
         raise CheckpointError(f"{name}: logits hold NaN or infinity.", remedy="Check the weights of the head.")
     return logits.double().log_softmax(-1)
 

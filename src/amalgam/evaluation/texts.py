@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from amalgam.base.strict_json import parse_json
-from amalgam.errors import ConfigError, describe
+from amalgam.calibration import texts as calibration_texts
+from amalgam.errors import ConfigError
 from amalgam.text.tokenizer import Tokenizer
 
-MAX_FILE_BYTES = 2**30
 DEFAULT_WINDOW = 256
 MIN_DOCUMENTS = 20  # of a domain; of fewer, windows are resampled instead
 _MIN_TOKENS = 2  # one to see, one to predict
@@ -105,10 +104,7 @@ def read_texts(files: Sequence[str]) -> list[Document]:
         domain, equals, path = item.partition("=")
         file = Path(path if equals and not Path(item).exists() else item).expanduser()
         name = domain if equals and not Path(item).exists() else file.stem
-        found = [Document(name, text) for text in _read(file) if text.strip()]
-        if not found:
-            raise ConfigError(f"{file} holds no text.", remedy="Give a file with text in it.")
-        documents += found
+        documents += [Document(name, text) for text in calibration_texts.read_texts(file)]
     return documents
 
 
@@ -124,30 +120,27 @@ def sample_of(
 
     Args:
         window: most tokens of a window.
-        max_tokens: of all windows; documents are then drawn at random, as many tokens from each domain.
+        max_tokens: of all windows. They are then drawn at random, as many tokens of each domain, and of as many
+            documents as there are.
 
     Raises:
         ConfigError: no document has two tokens.
         RequestError: a text holds lone surrogates.
     """
     domains = list(dict.fromkeys(document.domain for document in documents))
-    generator = random.Random(seed)
-    chosen: list[tuple[int, Window]] = []
-    share = None if max_tokens is None else max(_MIN_TOKENS, max_tokens // len(domains))
+    chosen: list[tuple[tuple[int, int], Window]] = []
     for domain in domains:
         numbers = [number for number, document in enumerate(documents) if document.domain == domain]
-        if share is not None:
-            generator.shuffle(numbers)
-        left = share
-        for number in numbers:
-            if left is not None and left < _MIN_TOKENS:
-                break
-            for piece in _windows(documents[number], number, tokenizer, window, left):
-                chosen.append((number, piece))
-                left = None if left is None else left - len(piece.token_ids)
+        if max_tokens is None:
+            for number in numbers:
+                pieces = enumerate(_windows(documents[number], number, tokenizer, window))
+                chosen += [((number, place), piece) for place, piece in pieces]
+        else:
+            share = max(_MIN_TOKENS, max_tokens // len(domains))
+            chosen += _drawn(documents, numbers, tokenizer, window, share, random.Random(seed))
     if not chosen:
         raise ConfigError("The texts have no document of two tokens.", remedy="Give more text.")
-    windows = [piece for _, piece in sorted(chosen, key=lambda item: item[0])]
+    windows = [piece for _, piece in sorted(chosen, key=lambda entry: entry[0])]
     is_few = {domain: len({w.unit for w in windows if w.domain == domain}) < MIN_DOCUMENTS for domain in domains}
     kinds = {"windows" if is_few[window_.domain] else "documents" for window_ in windows}
     numbered = (
@@ -157,46 +150,38 @@ def sample_of(
     return Sample(tuple(numbered), " and ".join(sorted(kinds)))
 
 
-def _windows(document: Document, number: int, tokenizer: Tokenizer, window: int, most: int | None) -> Iterator[Window]:
-    num_tokens = 0
+def _drawn(
+    documents: Sequence[Document],
+    numbers: Sequence[int],
+    tokenizer: Tokenizer,
+    window: int,
+    num_tokens: int,
+    generator: random.Random,
+) -> Iterator[tuple[tuple[int, int], Window]]:
+    """Windows at random, by document and place: one of each document, then a second one of each, and so on."""
+    order = generator.sample(numbers, len(numbers))
+    waiting = deque(order)
+    left: dict[int, list[tuple[int, Window]]] = {}
+    while waiting and num_tokens >= _MIN_TOKENS:
+        number = waiting.popleft()
+        if number not in left:
+            left[number] = list(enumerate(_windows(documents[number], number, tokenizer, window)))
+            generator.shuffle(left[number])
+        if not left[number]:
+            continue
+        place, piece = left[number].pop()
+        waiting.append(number)
+        size = min(len(piece.token_ids), num_tokens)
+        num_tokens -= size
+        share = (size - 1) / (len(piece.token_ids) - 1)
+        yield (number, place), replace(piece, token_ids=piece.token_ids[:size], num_bytes=piece.num_bytes * share)
+
+
+def _windows(document: Document, number: int, tokenizer: Tokenizer, window: int) -> Iterator[Window]:
     size = len(document.text.encode())
     ids = tokenizer.encode(document.text)
     per_token = size / max(1, len(ids))
     for start in range(0, len(ids), window):
         piece = ids[start : start + window]
-        if most is not None:
-            piece = piece[: most - num_tokens]
-        if len(piece) < _MIN_TOKENS:
-            return
-        num_tokens += len(piece)
-        yield Window(document.domain, number, tuple(piece), per_token * (len(piece) - 1))
-
-
-def _read(file: Path) -> list[str]:
-    try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{file} has more than {MAX_FILE_BYTES} bytes.", remedy="Give a part of it.")
-        raw = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"Cannot read {str(file)!r}: {error.strerror or error}.", remedy="Name a text.") from None
-    try:
-        if file.suffix == ".json":
-            value = parse_json(raw)
-            if not isinstance(value, list):
-                raise ValueError("it is no list")
-            return [_text(item, number) for number, item in enumerate(value)]
-        if file.suffix == ".jsonl":
-            lines = raw.splitlines()
-            return [_text(parse_json(line), number) for number, line in enumerate(lines) if line.strip()]
-        return [raw.decode()]
-    except ValueError as error:
-        raise ConfigError(
-            f"{file} is no text: {error}.", remedy="Give UTF-8: .txt, .jsonl, or a .json list of texts."
-        ) from None
-
-
-def _text(item: Any, number: int) -> str:
-    text = item.get("text") if isinstance(item, dict) else item
-    if not isinstance(text, str):
-        raise ValueError(f"document {number} is {describe(item)}, neither a text nor an object with one under 'text'")
-    return text
+        if len(piece) >= _MIN_TOKENS:
+            yield Window(document.domain, number, tuple(piece), per_token * (len(piece) - 1))

@@ -1,0 +1,270 @@
+"""What the loss feels of each projection's output: inputs and gradients of every projection, layer by layer.
+
+In: a model's weights, token ids. Out: `Seen` of every projection, from the last layer to the first. Must never know:
+sources, formats, what is made of it.
+
+Let z be the logits of a text and p = softmax(z). A small change Δ of a projection's output changes the next tokens'
+distributions by a KL divergence of ½ E[(g · Δ)²], where g is the gradient of log p(y) with labels y drawn from p itself
+(Amari 1998; Kunstner et al. 2019: these labels, and not the text's own, make it the Fisher matrix). So a few backward
+passes tell what every rounding of every weight would do, and no further pass is needed for any of them.
+
+Hidden states are kept between layers and one layer is computed again at a time, so that no more than one layer's
+weights are expanded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from amalgam.calibration.stream import Stream
+from amalgam.errors import CheckpointError
+from amalgam.evaluation.running import BLOCK_SIZE
+from amalgam.kernels.backends.reference.interpreter import Frame, execute
+from amalgam.kernels.backends.reference.operators import Operators, gated
+from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.program import Emitter, Instruction, Mix, Project
+from amalgam.kernels.step import LayerCache, StepContext, StepSequence
+from amalgam.models.decoder import emit_layer, ropes_of
+from amalgam.models.kv_cache import KVCache
+from amalgam.models.spec import ModelSpec
+from amalgam.models.weights import WeightVersion
+
+# The weights of a layer by slot, or with -1 those outside of the layers.
+LoadLayer = Callable[[int], Mapping[str, PackedWeight]]
+OUTSIDE = -1
+_HEAD_ROWS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One projection in some of the texts.
+
+    Attributes:
+        slot: `layers.0.attention.q`.
+        inputs: float32 `[tokens, in]`, of an expert those tokens only that were sent to it.
+        gradients: float32 `[draws, tokens, out]`, of the log-likelihood of labels drawn from the model.
+        sequences: int64 `[tokens]`: which sequence each token is of.
+        gate_mass: of an expert, the sum of its gate weights; else the number of tokens.
+    """
+
+    slot: str
+    inputs: Tensor
+    gradients: Tensor
+    sequences: Tensor
+    gate_mass: float
+
+
+def _linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    result = functional.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    return result if out_dtype is None else result.to(out_dtype)
+
+
+class _Differentiable(Operators):
+    """Products in one call, whose inputs autograd keeps, and nothing else."""
+
+    linear = staticmethod(_linear)
+
+
+@dataclass
+class _Recorder:
+    """Runs a layer's instructions and keeps what its projections read and give."""
+
+    names: Mapping[int, str]
+    sequences: Tensor
+    inputs: list[tuple[str, Tensor, Tensor, float]] = field(default_factory=list)  # slot, x, sequences, gate mass
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def project(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, rows: Tensor, mass: float) -> Tensor:
+        y = _linear(x, weight, bias)
+        name = self.names.get(id(weight))
+        if name is not None and len(x):
+            if not y.requires_grad:
+                y.requires_grad_()
+            self.inputs.append((name, x.detach(), self.sequences[rows], mass))
+            self.outputs.append(y)
+        return y
+
+    def execute(self, one: Instruction, frame: Frame) -> None:
+        if isinstance(one, Project):
+            x = frame.get(one.x)
+            rows = torch.arange(len(x))
+            for projection in one.projections:
+                wide = x.float() if one.widens else x
+                frame.put(projection.out, self.project(wide, projection.weight, projection.bias, rows, float(len(x))))
+        elif isinstance(one, Mix):
+            self._mix(one, frame)
+        else:
+            execute(one, frame)
+
+    def _mix(self, one: Mix, frame: Frame) -> None:
+        assert frame.routing is not None
+        x, (expert_ids, gate_weights) = frame.get(one.x), frame.routing
+        total = torch.zeros_like(x)
+        for expert_id, expert in enumerate(one.experts.experts):
+            rows, place = (expert_ids == expert_id).nonzero(as_tuple=True)
+            if not len(rows):
+                continue
+            share = gate_weights[rows, place]
+            mass = float(share.detach().sum())
+            part = x[rows]
+            gate = self.project(part, expert.gate, expert.gate_bias, rows, mass)
+            up = self.project(part, expert.up, expert.up_bias, rows, mass)
+            down = self.project(gated(gate, up, one.activation), expert.down, expert.down_bias, rows, mass)
+            total = total.index_add(0, rows, down * share.unsqueeze(1))
+        frame.put(one.out, total)
+
+
+class Gradients:
+    """Texts on their way through the model and back.
+
+    Args:
+        load: gives a layer's weights; called twice for each layer.
+        draws: backward passes, each with labels of its own.
+        chunk_tokens: about how many tokens run together; only memory depends on it.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        token_ids: Sequence[Sequence[int]],
+        load: LoadLayer,
+        *,
+        draws: int = 2,
+        seed: int = 0,
+        chunk_tokens: int = 2048,
+        done: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        self._spec = spec
+        self._load = load
+        self._draws = draws
+        self._generator = torch.Generator().manual_seed(seed)
+        self._ropes = ropes_of(spec)
+        longest = max(map(len, token_ids))
+        self._tables = [rope.tables(longest, torch.device("cpu")) for rope in self._ropes]
+        self._linear_slots = {slot.name for slot in spec.slots if slot.is_linear}
+        self._chunks = list(_chunks(token_ids, chunk_tokens))
+        self._chunk_tokens = chunk_tokens
+        self._done = done
+        self.num_tokens = sum(map(len, token_ids))
+
+    def layers(self) -> Iterator[tuple[int, Iterator[list[Seen]]]]:
+        """Each layer, the last first, with what its projections see: a list for each chunk of the texts.
+
+        The inner iterator has to be exhausted before the next layer is asked for.
+
+        Raises:
+            CheckpointError: hidden states hold NaN or infinity; names the layer.
+        """
+        outside = self._load(OUTSIDE)
+        kept: list[list[Tensor]] = []
+        stream = Stream(
+            self._spec, [ids for chunk in self._chunks for ids in chunk], outside, chunk_tokens=self._chunk_tokens
+        )
+        for layer_id in range(self._spec.num_layers):
+            kept.append(self._together(stream.hidden))
+            stream.run(layer_id, self._load(layer_id))
+            for hidden in stream.hidden:
+                if not bool(hidden.isfinite().all()):
+                    raise CheckpointError(
+                        f"The hidden states behind layer {layer_id} hold NaN or infinity.",
+                        remedy="A weight of that layer is damaged.",
+                    )
+            self._done(self.num_tokens)
+        upstream = [self._behind(hidden, outside) for hidden in self._together(stream.hidden)]
+        del stream
+        for layer_id in reversed(range(self._spec.num_layers)):
+            yield layer_id, self._layer(layer_id, kept.pop(), upstream)
+
+    def _together(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor for each of our chunks."""
+        rows = torch.cat(list(hidden))
+        return list(rows.split([sum(map(len, chunk)) for chunk in self._chunks]))
+
+    def _behind(self, hidden: Tensor, outside: Mapping[str, PackedWeight]) -> Tensor:
+        """`[draws, tokens, hidden]`: the gradient at the last layer's end."""
+        spec = self._spec
+        version = WeightVersion(1, outside, {}, {})
+        step = Emitter(self._ropes)
+        x, normed = step.rows("x", spec.hidden_size), step.rows("normed", spec.hidden_size)
+        spec.norm.emit(step, x, normed, version.block(""), "norm")
+        frame = Frame(StepContext([], KVCache([], BLOCK_SIZE)), torch.float32, self._tables, _Differentiable)
+        start = hidden.clone().requires_grad_()
+        with torch.enable_grad():
+            frame.put(x, start)
+            for instruction in step.instructions:
+                execute(instruction, frame)
+            result = frame.get(normed)
+        head = outside["embedding" if spec.has_tied_head else "head"].dequantize(torch.float32)
+        bias = version.block("").vector("head_bias")
+        slopes = torch.empty((self._draws, *hidden.shape))
+        for first in range(0, len(hidden), _HEAD_ROWS):
+            rows = slice(first, first + _HEAD_ROWS)
+            logits = functional.linear(result.detach()[rows], head, None if bias is None else bias.float())
+            p = logits.softmax(-1)
+            labels = torch.multinomial(p, self._draws, replacement=True, generator=self._generator)
+            mean = p @ head
+            for draw in range(self._draws):
+                slopes[draw, rows] = head[labels[:, draw]] - mean
+        found = [torch.autograd.grad(result, start, slope, retain_graph=True)[0] for slope in slopes]
+        return torch.stack(found)
+
+    def _layer(self, layer_id: int, hidden: list[Tensor], upstream: list[Tensor]) -> Iterator[list[Seen]]:
+        weights = self._load(layer_id)
+        version = WeightVersion(1, weights, {}, {})
+        names = {id(weight): slot for slot, weight in weights.items() if slot in self._linear_slots}
+        program, x = emit_layer(self._spec, layer_id, version, self._ropes)
+        first_sequence = 0
+        for index, sequences in enumerate(self._chunks):
+            lengths = torch.tensor([len(ids) for ids in sequences])
+            numbers = torch.arange(len(sequences)).repeat_interleave(lengths) + first_sequence
+            first_sequence += len(sequences)
+            recorder = _Recorder(names, numbers)
+            start = hidden[index].clone().requires_grad_()
+            with torch.enable_grad():
+                frame = self._frame(sequences, layer_id)
+                frame.put(x, start)
+                for instruction in program:
+                    recorder.execute(instruction, frame)
+                end = frame.get(x)
+            slopes, below = [], []
+            for gradient in upstream[index]:
+                below_, *own = torch.autograd.grad(
+                    end, [start, *recorder.outputs], gradient, retain_graph=True, allow_unused=True
+                )
+                below.append(below_)
+                slopes.append(own)
+            upstream[index] = torch.stack(below)
+            self._done(sum(map(len, sequences)))
+            yield [
+                Seen(slot, inputs, torch.stack([own[number] for own in slopes]), rows, mass)
+                for number, (slot, inputs, rows, mass) in enumerate(recorder.inputs)
+            ]
+
+    def _frame(self, sequences: Sequence[Sequence[int]], layer_id: int) -> Frame:
+        heads, key, value = self._spec.kv_shapes[layer_id]
+        parts, first = [], 0
+        for ids in sequences:
+            count = -(-len(ids) // BLOCK_SIZE)
+            parts.append(StepSequence(list(ids), 0, range(first, first + count), 0))
+            first += count
+        slots = first * BLOCK_SIZE
+        cache = LayerCache(torch.zeros(slots, heads, key), torch.zeros(slots, heads, value))
+        kv = KVCache([cache] * self._spec.num_layers, BLOCK_SIZE)
+        return Frame(StepContext(parts, kv), torch.float32, self._tables, _Differentiable)
+
+
+def _chunks(token_ids: Sequence[Sequence[int]], num_tokens: int) -> Iterator[list[list[int]]]:
+    chunk: list[list[int]] = []
+    for ids in token_ids:
+        if chunk and sum(map(len, chunk)) + len(ids) > num_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(list(ids))
+    yield chunk

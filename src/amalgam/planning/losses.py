@@ -1,0 +1,116 @@
+"""Sensitivity × use → what each option is expected to cost in KL divergence.
+
+In: a problem, sensitivities, use. Out: losses `[items, options]` in nats a token. Must never know: budgets.
+
+An expert's divergence was measured over the gate mass that the texts gave it; with other traffic it changes as the mass
+does. Of an expert that few tokens reached, the figures are mixed with what its rounding error would do on the mean of
+its layer, as if it had seen `_PRIOR_TOKENS` tokens of that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from amalgam.planning.problem import Item, Problem
+from amalgam.planning.sensitivity import Sensitivities, WeightErrors
+from amalgam.planning.use import Use
+
+Floats = npt.NDArray[np.float64]
+_PRIOR_TOKENS = 16
+
+
+def table(problem: Problem, value_of: Mapping[str, Mapping[str, float]]) -> Floats:
+    """Name → source → value as an array `[items, options]`, infinity where there is no such option."""
+    width = max(len(item.options) for item in problem.items)
+    result = np.full((len(problem.items), width), np.inf)
+    for row, item in enumerate(problem.items):
+        for column, option in enumerate(item.options):
+            result[row, column] = value_of[item.name][option.source]
+    return result
+
+
+def costs(problem: Problem, kind: str) -> Floats:
+    """Bytes of each option, `stored` or `memory`; infinity where there is none."""
+    values = {
+        item.name: {
+            option.source: float(option.stored_bytes if kind == "stored" else option.memory_bytes)
+            for option in item.options
+        }
+        for item in problem.items
+    }
+    return table(problem, values)
+
+
+def losses(problem: Problem, sensitivities: Sensitivities, use: Use | None) -> Floats:
+    """What each option is expected to add to the divergence.
+
+    Args:
+        use: None: as if a layer's experts were all used alike.
+    """
+    priors = _priors(problem, sensitivities)
+    own = _mean_mass(problem, sensitivities)
+    values: dict[str, dict[str, float]] = {}
+    for item in problem.items:
+        found = sensitivities.weights.get(item.name)
+        values[item.name] = {
+            option.source: _loss(item, option.source, found, priors, own, sensitivities.num_tokens, use)
+            for option in item.options
+        }
+    return table(problem, values)
+
+
+def _loss(
+    item: Item,
+    source: str,
+    found: WeightErrors | None,
+    priors: Mapping[tuple[int | None, str], float],
+    even: Mapping[int | None, tuple[float, float]],
+    num_tokens: int,
+    use: Use | None,
+) -> float:
+    if found is None:  # outside of the layers: no expert's, measured otherwise or not at all
+        return 0.0
+    error = found.options[source]
+    if item.expert is None or item.layer is None:
+        return error.divergence
+    prior = priors[item.layer, item.part]
+    mean_mass, mean_gate = even[item.layer]
+    weight = _PRIOR_TOKENS * mean_gate
+    total = error.divergence * num_tokens + weight * prior * error.rounding_error
+    mass = mean_mass if use is None else use.mass[item.layer, item.expert]
+    return total / (found.gate_mass + weight) * mass
+
+
+def _priors(problem: Problem, sensitivities: Sensitivities) -> dict[tuple[int | None, str], float]:
+    """Divergence per gate mass and rounding error, of a layer's experts together, for gate, up and down."""
+    above: dict[tuple[int | None, str], float] = defaultdict(float)
+    below: dict[tuple[int | None, str], float] = defaultdict(float)
+    for item in problem.items:
+        found = sensitivities.weights.get(item.name)
+        if found is None or item.expert is None:
+            continue
+        for error in found.options.values():
+            above[item.layer, item.part] += error.divergence * sensitivities.num_tokens
+            below[item.layer, item.part] += found.gate_mass * error.rounding_error
+    return {key: value / below[key] if below[key] else 0.0 for key, value in above.items()}
+
+
+def _mean_mass(problem: Problem, sensitivities: Sensitivities) -> dict[int | None, tuple[float, float]]:
+    """Layer → gate mass a token of an expert on the mean, and of one activation."""
+    sums: dict[int | None, list[float]] = {}
+    for item in problem.items:
+        found = sensitivities.weights.get(item.name)
+        if found is not None and item.expert is not None:
+            entry = sums.setdefault(item.layer, [0.0, 0.0, 0.0])
+            entry[0] += found.gate_mass
+            entry[1] += found.num_tokens
+            entry[2] += 1
+    tokens = sensitivities.num_tokens
+    return {
+        layer: (mass / count / tokens, mass / activations if activations else 0.0)
+        for layer, (mass, activations, count) in sums.items()
+    }

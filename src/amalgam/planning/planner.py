@@ -1,0 +1,225 @@
+"""From texts and a budget to a plan: sensitivities, use, choice, proof.
+
+In: a loader, samples of calibration and held-out text, a budget. Out: a `Plan`. Must never know: files, terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from amalgam.composition.progress import Progress
+from amalgam.errors import PlanError
+from amalgam.evaluation.confidence import Interval
+from amalgam.planning.budget import Budget
+from amalgam.planning.corrections import Check, corrected
+from amalgam.planning.knapsack import Solution, solve
+from amalgam.planning.losses import Floats, costs, losses
+from amalgam.planning.problem import Problem
+from amalgam.planning.proof import DECIDING, HAND, UNIFORM, Scale, Verdict, judge
+from amalgam.planning.recipes import cost_of, hand_recipes, random_plan, uniforms, usage_only
+from amalgam.planning.sensitivity import Sensitivities
+from amalgam.planning.speed import SpeedModel
+from amalgam.planning.use import Use
+
+USAGE, SENSITIVITY, RANDOM = "usage only", "sensitivity only", "random"
+PLAN = "plan"
+_HANDS_MEASURED = 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What options cost in the unit of a budget, and how much of the budget is left for them."""
+
+    values: Floats
+    budget: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice for a budget, and how it came about.
+
+    Attributes:
+        solution: the planner's own; its certificate is about expected losses.
+        verdict: which choice is returned, by measurement.
+        checks: of sensitivities, by group.
+    """
+
+    budget: Budget
+    solution: Solution
+    verdict: Verdict
+    checks: Sequence[Check] = ()
+    remarks: Sequence[str] = ()
+
+
+@dataclass
+class Planner:
+    """Plans for one model, one set of sensitivities and one use; for any budget.
+
+    Attributes:
+        calibration: measures choices on the texts that sensitivities were measured on; None: they are not checked.
+        held_out: measures choices on others.
+        speed: for budgets of speed.
+        other_bytes: of KV cache and workspace.
+    """
+
+    problem: Problem
+    sensitivities: Sensitivities
+    use: Use
+    held_out: Scale
+    calibration: Scale | None = None
+    speed: SpeedModel | None = None
+    other_bytes: int = 0
+    rounds: int = 1
+    progress: Progress | None = None
+    _losses: Floats | None = field(default=None, repr=False)
+
+    @property
+    def losses(self) -> Floats:
+        """Expected, before any check."""
+        if self._losses is None:
+            self._losses = losses(self.problem, self.sensitivities, self.use)
+        return self._losses
+
+    def costs(self, budget: Budget) -> Costs:
+        """
+        Raises:
+            PlanError: what has no choice takes more than the budget.
+        """
+        if budget.kind == "bits":
+            return Costs(costs(self.problem, "stored"), budget.value * self.problem.num_weights / 8)
+        if budget.kind == "speed":
+            assert self.speed is not None, "speed is measured first"
+            left = 1.0 / budget.value - self.speed.rest
+            if left <= 0:
+                raise PlanError(
+                    f"{budget.text} leaves no time for weights: the rest of a step takes {self.speed.rest * 1e3:.2f} "
+                    "ms on this machine.",
+                    remedy=f"At most {1 / self.speed.rest:.1f} tok/s could be reached.",
+                )
+            return Costs(self.speed.seconds, left)
+        fixed = self.problem.fixed_memory + self.other_bytes
+        if fixed > budget.value:
+            raise PlanError(
+                f"{budget.text} is less than what no choice changes: {self.problem.fixed_memory:,} bytes of weights "
+                f"that have none, and {self.other_bytes:,} of KV cache and workspace.",
+                remedy="Raise the budget, or lower --context or --sequences.",
+            )
+        return Costs(costs(self.problem, "memory"), budget.value - fixed)
+
+    def plan(self, budget: Budget) -> Plan:
+        """
+        Raises:
+            PlanError: the smallest plan is above the budget.
+        """
+        cost = self.costs(budget)
+        self._check_reachable(budget, cost)
+        found = self.losses
+        solution = solve(found, cost.values, cost.budget)
+        checks: list[Check] = []
+        for _ in range(self.rounds if self.calibration is not None else 0):
+            assert self.calibration is not None
+            background = [int(index) for index in solution.choice]
+            found, checks = corrected(self.problem, self.losses, self.calibration, background, progress=self.progress)
+            solution = solve(found, cost.values, cost.budget)
+        choice = [int(index) for index in solution.choice]
+        verdict = judge(self.held_out, choice, self.rivals(cost, found))
+        return Plan(budget, solution, verdict, checks, self._remarks(cost, verdict))
+
+    def _check_reachable(self, budget: Budget, cost: Costs) -> None:
+        least = float(cost.values.min(axis=1).sum())
+        if least <= cost.budget:
+            return
+        spent = least if budget.kind == "speed" else least + budget.value - cost.budget
+        says = {
+            "bits": f"The smallest plan has {8 * least / self.problem.num_weights:.3f} bits a weight",
+            "bytes": f"The smallest plan takes {spent / 1e6:,.1f} MB, with KV cache and workspace",
+            "speed": f"The fastest plan makes {1 / (spent + (self.speed.rest if self.speed else 0)):.1f} tok/s here",
+        }
+        raise PlanError(
+            f"{says[budget.kind]}, and the budget is {budget.text}.",
+            remedy="Change the budget, or declare a source in a narrower precision.",
+        )
+
+    def rivals(self, cost: Costs, found: Floats, seed: int = 0) -> dict[str, dict[str, list[int]]]:
+        """Kind → name → choice."""
+        problem, values, budget = self.problem, cost.values, cost.budget
+        hands = list(hand_recipes(problem, values, budget))
+        rows = np.arange(len(found))
+        # By our own expectation, which who writes recipes does not have, and by size.
+        hands.sort(key=lambda entry: float(found[rows, np.asarray(entry[1])].sum()))
+        even = losses(problem, self.sensitivities, None)
+        return {
+            UNIFORM: uniforms(problem, values, budget),
+            HAND: dict(hands[:_HANDS_MEASURED]),
+            USAGE: {USAGE: usage_only(problem, values, budget, self.use)},
+            SENSITIVITY: {SENSITIVITY: [int(index) for index in solve(even, values, budget).choice]},
+            RANDOM: {RANDOM: random_plan(problem, values, budget, seed)},
+        }
+
+    def _remarks(self, cost: Costs, verdict: Verdict) -> list[str]:
+        found = [self.use.remark()]
+        kinds = {rival.kind for rival in verdict.rivals}
+        found += [f"No {kind} plan of these sources is within the budget." for kind in DECIDING if kind not in kinds]
+        unreached = [
+            item.name
+            for item in self.problem.items
+            if item.name in self.sensitivities.weights and not self.sensitivities.weights[item.name].num_tokens
+        ]
+        if unreached:
+            found.append(
+                f"{len(unreached)} weights are of experts that no token of the texts reached, for instance "
+                f"{unreached[0]}: what rounding does to them is taken from their layer's mean."
+            )
+        for source, reason in self.problem.left_out.items():
+            found.append(f"Source {source} was left out: {reason}")
+        return found
+
+    def frontier(self, budgets: Sequence[Budget]) -> list[Point]:
+        """What each way of planning reaches at each budget, measured on the held-out texts."""
+        points: list[Point] = []
+        for number, budget in enumerate(budgets):
+            if self.progress is not None:
+                self.progress("Drawing the frontier", number, len(budgets))
+            cost = self.costs(budget)
+            choice = [int(index) for index in solve(self.losses, cost.values, cost.budget).choice]
+            choices: dict[str, Mapping[str, Sequence[int]]] = {PLAN: {PLAN: choice}, **self.rivals(cost, self.losses)}
+            for kind, named in choices.items():
+                measured = [(self.held_out.divergence(name, each), name, each) for name, each in named.items()]
+                if not measured:
+                    continue
+                divergence, name, each = min(measured, key=lambda entry: entry[0].value)
+                points.append(
+                    Point(
+                        kind,
+                        name,
+                        budget.text,
+                        self.problem.bits_per_weight(each),
+                        self.problem.fixed_memory + self.problem.memory_bytes(each),
+                        divergence,
+                    )
+                )
+        return points
+
+    def range_of(self, kind: str) -> tuple[float, float]:
+        """Costs of the smallest plan and the largest."""
+        cost = costs(self.problem, kind)
+        finite = np.where(np.isfinite(cost), cost, -np.inf)
+        return float(cost.min(axis=1).sum()), float(finite.max(axis=1).sum())
+
+    def spent(self, cost: Costs, choice: Sequence[int]) -> float:
+        return cost_of(choice, cost.values)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way of planning at one budget."""
+
+    kind: str
+    name: str
+    budget: str
+    bits_per_weight: float
+    nbytes: int
+    divergence: Interval

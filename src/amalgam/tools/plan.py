@@ -1,0 +1,378 @@
+"""A plan for a budget, from settings and texts: what `amalgam plan --budget` does.
+
+In: settings, files of texts, a budget. Out: a `PlanReport`, a configuration file, a page with the frontier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amalgam.base.files import replace_file, writing
+from amalgam.composition.loader import ModelLoader
+from amalgam.composition.progress import Progress
+from amalgam.config.settings import Settings, build_rules, state_folder
+from amalgam.errors import CheckpointError, ConfigError
+from amalgam.evaluation.confidence import Interval
+from amalgam.evaluation.quality import Reference, remarks, summarise
+from amalgam.evaluation.running import Contestant, open_contestant
+from amalgam.evaluation.texts import Sample, read_texts, sample_of
+from amalgam.experts.saved.files import load
+from amalgam.experts.saved.sets import SavedSet
+from amalgam.models.kv_cache import KVCache, kv_type
+from amalgam.planning.budget import Budget, parse_budget
+from amalgam.planning.corrections import Check
+from amalgam.planning.drawing import frontier_html
+from amalgam.planning.planner import Plan, Planner
+from amalgam.planning.problem import problem_of
+from amalgam.planning.proof import Rival, Scale
+from amalgam.planning.scores import Scores, scores
+from amalgam.planning.sensitivity import Cost, Sensitivities, SensitivityStudy
+from amalgam.planning.speed import SpeedModel, measure_speed, step_seconds
+from amalgam.planning.use import Use, use_of_set, use_of_texts
+from amalgam.planning.writing import rules_of, write_config
+from amalgam.runtime.derive import ensure_derived
+from amalgam.text.tokenizer import Tokenizer
+from amalgam.tools.estimate import workspace_bytes
+from amalgam.tools.evaluate import TextOptions, plan_name
+
+HELD_OUT_SHARE = 0.4
+_FRONTIER_POINTS = 7
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What may be asked of planning.
+
+    Attributes:
+        texts: to measure sensitivities on.
+        held_out: to prove the plan on; empty: a part of the texts, which sensitivities then do not see.
+        use: a saved set's file, or the set; None: as the texts use the experts.
+        sources: which may be chosen from; None: all.
+        floors: pattern → source, see `problem_of`.
+        checks: rounds of checks of the sensitivities; 0: they are taken as they are.
+        context, sequences: what the KV cache has room for, in a budget of bytes.
+        cache: folder of sensitivities; None: the user's own.
+        splits: whether, without `held_out`, a part of the texts is held out.
+    """
+
+    texts: TextOptions
+    held_out: Sequence[str] = ()
+    use: str | SavedSet | None = None
+    sources: Sequence[str] | None = None
+    floors: Mapping[str, str] = field(default_factory=dict)
+    checks: int = 1
+    context: int | None = None
+    sequences: int = 1
+    draws: int = 2
+    cache: Path | None = None
+    splits: bool = True
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Weights of one role and part, in the plan that was chosen.
+
+    Attributes:
+        sources: source → number of weights.
+    """
+
+    role: str
+    part: str
+    sources: Mapping[str, int]
+    bits_per_weight: float
+    expected: float
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What was chosen, and why.
+
+    Attributes:
+        gap: of the solution to the best possible one, by expected losses, as a share.
+        divergence: of what is returned, on the held-out texts.
+        plan_divergence: of the planner's own choice, which is returned if it is accepted.
+        other_bytes: KV cache and workspace.
+        tokens_per_second: expected and measured, of one sequence; None unless the budget is one of speed.
+    """
+
+    budget: str
+    is_accepted: bool
+    chosen: str
+    rules: Mapping[str, str]
+    bits_per_weight: float
+    weights_bytes: int
+    other_bytes: int
+    divergence: Interval
+    plan_divergence: Interval
+    rivals: Sequence[Rival]
+    gap: float
+    solve_seconds: float
+    kinds: Sequence[Kind]
+    checks: Sequence[Check]
+    tokens_per_second: tuple[float, float] | None
+    remarks: Sequence[str]
+
+    def as_json(self) -> dict[str, Any]:
+        document = asdict(self)
+        for rival in document["rivals"]:
+            del rival["choice"]
+        return document
+
+
+class Studio:
+    """A model opened for planning: its loader, its texts, what was measured.
+
+    Args:
+        announce: is told what measuring will cost before it starts.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        options: PlanOptions,
+        progress: Progress | None = None,
+        announce: Callable[[Cost], None] = lambda cost: None,
+    ) -> None:
+        """
+        Raises:
+            AmalgamError: no weight has a choice, texts that cannot be read or are too short, damaged sources.
+        """
+        ensure_derived(settings, progress)
+        if settings.engine.num_threads is not None:
+            torch.set_num_threads(settings.engine.num_threads)
+        self.settings = settings
+        self.options = options
+        self._progress = progress
+        device = torch.device("cpu")
+        self.loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
+        self.problem = problem_of(self.loader, options.sources, options.floors)
+        tokenizer = Tokenizer.load(self.loader.base_folder, self.loader.base_metadata)
+        tokenizer.check_vocabulary(self.loader.spec.vocab_size)
+        self.calibration, self.held_out = self._samples(tokenizer)
+        folder = options.cache or state_folder() / "sensitivities"
+        self.study = SensitivityStudy(self.loader, self.problem, self.calibration, folder, draws=options.draws)
+        announce(self.study.cost())
+        self.sensitivities: Sensitivities = self._measure()
+        self.use = self._use()
+
+    def _samples(self, tokenizer: Tokenizer) -> tuple[Sample, Sample]:
+        texts = self.options.texts
+        cut = {"window": texts.window, "max_tokens": texts.max_tokens}
+        whole = sample_of(read_texts(texts.files), tokenizer, seed=texts.seed, **cut)  # type: ignore[arg-type]
+        if not self.options.held_out and self.options.splits:
+            return whole.split(HELD_OUT_SHARE, texts.seed)
+        if not self.options.held_out:
+            return whole, Sample((), whole.unit)
+        held_out = sample_of(read_texts(self.options.held_out), tokenizer, seed=texts.seed, **cut)  # type: ignore[arg-type]
+        return whole, held_out
+
+    def _measure(self) -> Sensitivities:
+        with writing(self.study.folder):
+            return self.study.measure(self._progress)
+
+    def _use(self) -> Use:
+        given = self.options.use
+        if given is None:
+            return use_of_texts(self.problem, self.sensitivities)
+        saved = load(given) if isinstance(given, str) else given
+        return use_of_set(saved, self.loader.spec, given if isinstance(given, str) else "live statistics")
+
+    @property
+    def other_bytes(self) -> int:
+        """KV cache and workspace."""
+        spec, inference, engine = self.loader.spec, self.settings.inference, self.settings.engine
+        dtype: torch.dtype = getattr(torch, inference.dtype)
+        context = self.options.context or min(inference.max_seq_length, spec.max_positions)
+        per_block = KVCache.bytes_per_block(spec, engine.block_size, kv_type(engine.kv_dtype, dtype))
+        blocks = self.options.sequences * -(-context // engine.block_size)
+        step = min(engine.max_step_tokens, self.options.sequences * context)
+        return blocks * per_block + workspace_bytes(spec, step, self.options.sequences, dtype)
+
+    def base(self) -> Contestant:
+        dtype: torch.dtype = getattr(torch, self.settings.inference.dtype)
+        planned = self.loader.plan(())
+        return open_contestant("base", self.loader, planned, dtype, self.options.texts.window, self._progress)
+
+    def planner(self, base: Contestant, *, needs_speed: bool = False) -> Planner:
+        """
+        Raises:
+            ConfigError: the held-out texts are too short for confidence, or no language to the model.
+        """
+        held_out = Scale(self.problem, Reference(base, self.held_out, self._progress), self._progress)
+        own = summarise(held_out.reference.figures(), has_reference=False)
+        if found := remarks(own, self.held_out, self.loader.spec.vocab_size):
+            raise ConfigError(found[0], remedy="Give texts of the kind that the model is for.")
+        checked = None
+        if self.options.checks:
+            checked = Scale(self.problem, Reference(base, self.calibration, self._progress), self._progress)
+        speed = self._speed(base) if needs_speed else None
+        return Planner(
+            self.problem,
+            self.sensitivities,
+            self.use,
+            held_out,
+            checked,
+            speed,
+            self.other_bytes,
+            self.options.checks,
+            self._progress,
+        )
+
+    def _speed(self, base: Contestant) -> SpeedModel:
+        choice = self.problem.uniform("base")
+        if choice is None:
+            raise CheckpointError("Base has no option for some weights.", remedy="Let --sources name base too.")
+        return measure_speed(self.problem, self.use, base, choice, self._progress)
+
+
+def make_plan(
+    settings: Settings,
+    options: PlanOptions,
+    budget: str,
+    *,
+    out: Path | None = None,
+    config: Path | None = None,
+    frontier: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    announce: Callable[[Cost], None] = lambda cost: None,
+) -> PlanReport:
+    """
+    Args:
+        out: the configuration to write.
+        config: the file that the settings came from; its other sections are carried over.
+        frontier: the page to write.
+
+    Raises:
+        AmalgamError: a budget below the smallest plan, texts too short for confidence, NaN on the way.
+    """
+    wanted = parse_budget(budget)
+    if out is not None and out.exists() and not force:
+        raise ConfigError(f"{out} exists already.", remedy="Choose another name, or give --force.")
+    studio = Studio(settings, options, progress, announce)
+    base = studio.base()
+    planner = studio.planner(base, needs_speed=wanted.kind == "speed")
+    found = planner.plan(wanted)
+    report = _report(studio, planner, found, base)
+    if out is not None:
+        write_config(out, settings, report.rules, _comments(report), config, force=force)
+    if frontier is not None:
+        points = planner.frontier(_budgets(planner, wanted))
+        page = frontier_html(points, plan_name(settings), f"{planner.held_out.reference.sample.num_tokens} tokens")
+        with writing(frontier):
+            replace_file(frontier, page)
+    return report
+
+
+def _report(studio: Studio, planner: Planner, found: Plan, base: Contestant) -> PlanReport:
+    problem, verdict = studio.problem, found.verdict
+    rules = rules_of(studio.loader, problem, verdict.choice)
+    planned = studio.loader.plan(build_rules(rules))  # as `serve` will: all sources are compared with each other
+    speed = None
+    if planner.speed is not None:
+        plan = base.with_plan("the plan", planned)
+        speed = planner.speed.tokens_per_second(list(verdict.choice)), 1.0 / step_seconds(plan)
+    return PlanReport(
+        found.budget.text,
+        verdict.is_accepted,
+        verdict.chosen,
+        rules,
+        problem.bits_per_weight(verdict.choice),
+        problem.fixed_memory + problem.memory_bytes(verdict.choice),
+        studio.other_bytes,
+        verdict.divergence,
+        planner.held_out.divergence("plan", [int(index) for index in found.solution.choice]),
+        verdict.rivals,
+        found.solution.gap,
+        found.solution.seconds,
+        _kinds(planner, verdict.choice),
+        found.checks,
+        speed,
+        found.remarks,
+    )
+
+
+def _kinds(planner: Planner, choice: Sequence[int]) -> list[Kind]:
+    rows: dict[tuple[str, str], list[int]] = {}
+    for row, item in enumerate(planner.problem.items):
+        rows.setdefault((item.role, item.part), []).append(row)
+    kinds = []
+    for (role, part), members in rows.items():
+        sources: dict[str, int] = {}
+        size = weights = 0
+        for row in members:
+            item = planner.problem.items[row]
+            option = item.options[choice[row]]
+            sources[option.source] = sources.get(option.source, 0) + 1
+            size += option.stored_bytes
+            weights += item.num_weights
+        expected = sum(float(planner.losses[row, choice[row]]) for row in members)
+        kinds.append(Kind(role, part, dict(sorted(sources.items())), 8 * size / weights, expected))
+    return kinds
+
+
+def _comments(report: PlanReport) -> list[str]:
+    value = report.divergence
+    interval = "" if value.low is None else f" ({value.low:.5f} to {value.high:.5f})"
+    return [
+        f"Made by `amalgam plan --budget {report.budget}`: "
+        f"{'the plan' if report.is_accepted else report.chosen}, {report.bits_per_weight:.3f} bits a weight, "
+        f"{report.weights_bytes / 1e6:.1f} MB of weights.",
+        f"KL divergence from base on held-out texts: {value.value:.5f}{interval} nats a token.",
+        *(
+            f"{rival.kind} ({rival.name}): {rival.divergence.value:.5f}; the plan's is "
+            f"{rival.difference.value:+.1%} of it."
+            for rival in report.rivals
+        ),
+    ]
+
+
+def _budgets(planner: Planner, wanted: Budget) -> list[Budget]:
+    """Bits per weight from the smallest plan to 8 or so, for the frontier."""
+    low, high = (8 * value / planner.problem.num_weights for value in planner.range_of("stored"))
+    high = min(high, max(8.5, low + 1))
+    steps = [low + (high - low) * (number + 0.25) / _FRONTIER_POINTS for number in range(_FRONTIER_POINTS)]
+    return [parse_budget(f"{bits:.3f}bpw") for bits in steps]
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """What `amalgam evaluate --sensitivity` shows."""
+
+    cost: Cost
+    num_tokens: int
+    folder: str
+    weights: Mapping[str, Any]
+    scores: Scores
+    ranks: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_sensitivities(
+    settings: Settings,
+    options: PlanOptions,
+    progress: Progress | None = None,
+    announce: Callable[[Cost], None] = lambda cost: None,
+) -> SensitivityReport:
+    """Measure, or read what was measured; and the scores that need no texts beside it."""
+    studio = Studio(settings, options, progress, announce)
+    found = scores(studio.loader, studio.problem, progress)
+    weights = {
+        name: {"num_tokens": each.num_tokens, "gate_mass": each.gate_mass, "options": dict(each.options)}
+        for name, each in studio.sensitivities.weights.items()
+    }
+    return SensitivityReport(
+        studio.study.cost(),
+        studio.calibration.num_tokens,
+        str(studio.study.folder),
+        weights,
+        found,
+        found.ranks(studio.sensitivities),
+    )

@@ -1,0 +1,102 @@
+"""`amalgam plan --budget` and `amalgam evaluate --sensitivity` as a user types them, on two layers of the demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.planning.conftest import small, texts
+
+from amalgam.cli import main
+
+__all__ = ["small"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def config(small: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "model.yaml"
+    sources = {name: str(small / name) for name in ("int3", "int4")}
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name": "tiny", "base_path": str(small / "base"), "mixed_precision": {"sources": sources}},
+                "server": {"port": 9000},
+            }
+        )
+    )
+    return file
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "mixed.json"
+    file.write_text(json.dumps(texts(60)))
+    return file
+
+
+def test_a_plan_is_made_proven_and_written(
+    capsys: pytest.CaptureFixture[str], config: Path, text: Path, tmp_path: Path
+) -> None:
+    out, page, cache = tmp_path / "plan.yaml", tmp_path / "frontier.html", tmp_path / "cache"
+    shared = ["--config", str(config), "--text", str(text), "--cache", str(cache)]
+    planning = ["plan", *shared, "--budget", "4.2bpw", "--checks", "0"]
+    code, printed, err = run(capsys, *planning, "--out", str(out), "--frontier", str(page), "--json")
+    assert code == 0, err
+    assert "options of 104 weights" in err, "what it will cost, beforehand"
+    report = json.loads(printed)
+    assert report["bits_per_weight"] <= 4.2 and 0 <= report["gap"] < 0.01
+    assert {"uniform", "hand recipe", "usage only", "sensitivity only", "random"} == {
+        rival["kind"] for rival in report["rivals"]
+    }
+    assert report["is_accepted"] == (report["chosen"] == "plan")
+    assert page.read_text().count("hand recipe") and "https://" not in page.read_text()[:200]
+
+    code, printed, err = run(capsys, "evaluate", "--config", str(out), "--text", str(text), "--json")
+    assert code == 0, err
+    assert json.loads(printed)["domains"]["all"]["divergence"]["value"] > 0
+    code, printed, _ = run(capsys, "plan", "--config", str(out), "--json")
+    assert code == 0 and {row["source"] for row in json.loads(printed)} <= {"base", "int3", "int4"}
+
+    code, printed, err = run(capsys, *planning, "--out", str(out))
+    assert code == 2 and "--force" in err
+    code, printed, err = run(capsys, *planning)
+    assert code == 0 and "were measured before" in err and "4.2bpw" in printed
+
+    code, printed, err = run(capsys, "evaluate", "--sensitivity", *shared, "--json")
+    assert code == 0, err
+    measured = json.loads(printed)
+    assert len(measured["weights"]) == 104 and set(measured["ranks"]) == {"rounding", "kurtosis", "spectrum"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["--budget", "2bpw"], 4, "smallest"),
+        (["--budget", "much"], 2, "'much'"),
+        (["--budget", "4bpw", "--all"], 2, "--all"),
+        (["--floor", "*=int4"], 2, "--floor"),
+        (["--budget", "4bpw", "--sources", "int5"], 4, "'int5'"),
+        (["--budget", "4bpw", "--use", "none.npz"], 3, "none.npz"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(
+    capsys: pytest.CaptureFixture[str],
+    config: Path,
+    text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    arguments: list[str],
+    code: int,
+    named: str,
+) -> None:
+    texts_ = ["--text", str(text)] if "--budget" in arguments else []
+    cache = ["--cache", str(tmp_path_factory.getbasetemp() / "kept")] if texts_ else []
+    found, out, err = run(capsys, "plan", "--config", str(config), *texts_, *cache, *arguments)
+    assert (found, out) == (code, "") and named in err

@@ -1,0 +1,30 @@
+"""Budgets as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from amalgam.errors import ConfigError
+from amalgam.planning.budget import parse_budget
+from tests.errors import raises
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("40GB", "bytes", 40e9),
+        ("38.5 GiB", "bytes", 38.5 * 2**30),
+        ("500MB", "bytes", 5e8),
+        ("4.5bpw", "bits", 4.5),
+        ("30tok/s", "speed", 30.0),
+    ],
+)
+def test_what_a_budget_means(text: str, kind: str, value: float) -> None:
+    found = parse_budget(text)
+    assert (found.kind, found.value, found.text) == (kind, value, text)
+
+
+@pytest.mark.parametrize("text", ["", "40", "GB", "-3GB", "0bpw", "4.5 bits", "1e3GB", "40gb"])
+def test_what_is_none_is_refused(text: str) -> None:
+    with raises(ConfigError):
+        parse_budget(text)
