@@ -240,3 +240,14 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with raises(CheckpointError, tmp_path / "file" / "out"):
         make_checkpoint(str(DEMO), tmp_path / "file" / "out", Recipe("int8"))
+
+
+@pytest.mark.parametrize("method", ["round", "gptq"])
+def test_a_weight_that_is_not_finite_is_named(method: Method, texts: CalibrationTexts, tmp_path: Path) -> None:
+    base = tiny(tmp_path / "base", "llama")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, base / "model.safetensors")
+    given = texts if method == "gptq" else None
+    with raises(CheckpointError, "model.layers.1.self_attn.o_proj.weight"):
+        make_checkpoint(str(base), tmp_path / "out", Recipe("int4", GROUPS, method, texts=given))

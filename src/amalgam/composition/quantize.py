@@ -308,10 +308,12 @@ class _Work:
                     self._report.count(slot.role, stored.nbytes, stored.nbytes)
                     self._advance(name)
                 continue
-            wide = weights.pop(slot.name).dense if layer is not None else self._wide(name, slot).dense
             found = None if layer is None else layer.weights.pop(slot.name, None)
             if found is None:
+                wide = self._wide(name, slot).dense
                 found = self._quantizer.alone(name, wide)
+                if not math.isfinite(found.squared_norm):  # a look at each value only where there is reason to
+                    self._check_finite(name, wide)
                 self._advance(name)
                 if layer is not None:  # a family's own block reads it, out of sight
                     self._report.rounded.append(name)
@@ -320,19 +322,13 @@ class _Work:
             self._schemes.setdefault(json.dumps(vars(found.scheme)), []).append(module)
             role = self._report.count(slot.role, stored.nbytes, found.nbytes)
             role.squared_error += found.squared_error
-            role.squared_norm += self._squared_norm(name, wide)
+            role.squared_norm += found.squared_norm
         return tensors
 
     def _wide(self, name: str, slot: Slot) -> PackedWeight:
         """A weight as the model has it."""
         stored = self._source.weights[name]
         return dense(self._source.load(stored, lambda packed: oriented(packed, stored, slot)).dequantize())
-
-    def _squared_norm(self, name: str, weight: Tensor) -> float:
-        found = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
-        if not math.isfinite(found):  # a look at each value only where there is reason to
-            self._check_finite(name, weight)
-        return found
 
     def _check_finite(self, name: str, weight: Tensor) -> None:
         if not bool(torch.isfinite(weight).all()):

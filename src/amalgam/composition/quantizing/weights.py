@@ -10,7 +10,7 @@ quantized ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,11 +38,13 @@ class Quantized:
     Attributes:
         tensors: by suffix.
         squared_error: of all values together.
+        squared_norm: of all values before, and behind AWQ's factors.
     """
 
     scheme: Scheme
     tensors: Mapping[str, Tensor]
     squared_error: float
+    squared_norm: float
 
     @property
     def nbytes(self) -> int:
@@ -127,9 +129,7 @@ class WeightQuantizer:
         if self._recipe.activations == "static":
             for slot, quantized in result.weights.items():
                 scale = _input_scale(slot, largest, self._format)
-                result.weights[slot] = Quantized(
-                    quantized.scheme, {**quantized.tensors, "input_scale": scale}, quantized.squared_error
-                )
+                result.weights[slot] = replace(quantized, tensors={**quantized.tensors, "input_scale": scale})
         return result
 
     def restored(self, name: str, weight: Tensor, tensors: Mapping[str, Tensor]) -> PackedWeight:
@@ -157,7 +157,8 @@ class WeightQuantizer:
     def _finish(self, weight: Tensor, codes: Codes) -> Quantized:
         encoded = self._format.encode(codes)
         error = float(torch.linalg.vector_norm(codes.dequantize().sub_(weight))) ** 2
-        return Quantized(self._format.scheme(codes.grid), encoded.tensors, error)
+        norm = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
+        return Quantized(self._format.scheme(codes.grid), encoded.tensors, error, norm)
 
 
 def _input_scale(slot: str, largest: Mapping[str, float], weight_format: WritableFormat) -> Tensor:
