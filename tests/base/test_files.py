@@ -178,10 +178,10 @@ def test_a_resumable_folder_keeps_what_is_of_use_and_takes_its_place_when_comple
                 raise ValueError(name)
         return found
 
-    with pytest.raises(ValueError, match="useless"):
+    with raises(ValueError, "useless"):
         attempt("useless", fails=True)
     assert names(tmp_path) == set()
-    with pytest.raises(ValueError, match="first"):
+    with raises(ValueError, "first"):
         attempt("first", fails=True)
     assert names(tmp_path) == {".model.partial"}
     assert attempt("second", fails=False) == {"first"}
