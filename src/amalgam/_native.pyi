@@ -5,7 +5,7 @@ a TypeError names the argument that is no tensor, a ValueError the one of anothe
 Every call that computes releases the GIL. Arguments go by position where names would cost time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import final
 
@@ -131,6 +131,7 @@ class Kernels:
     ) -> None: ...
 
 def pack(
+    kernels: Kernels,
     format: Format,
     columns: int,
     weight: Tensor,
@@ -150,6 +151,26 @@ def pack(
     """Scales of 8 bits are given as uint8."""
 
 def most_coded_bytes(rows: int, columns: int) -> int: ...
+
+class Placement(Enum):
+    anywhere = 0
+    interleaved = 1
+    local = 2
+
+def place_weights(placement: Placement, nodes: Sequence[tuple[int, Sequence[int]]]) -> None:
+    """Of weights that are packed from now on. `nodes`: numbers and processors. RuntimeError: the system refuses."""
+
+def bind_threads(processors: Sequence[Sequence[int]]) -> None:
+    """The processors that each compute thread may use; thread 0 is whoever runs steps. RuntimeError: refused."""
+
+def limit_threads(most: int) -> None:
+    """The most threads that compute at the same time; 0: as many as there are processors."""
+
+def record(work: Callable[[], object]) -> list[tuple[str, list[tuple[float, float, float, float, float]]]]:
+    """What this thread's calls within `work` are cut into, when they run with `kernels("counting")`, which compute
+    nothing: the kernel of each round, and of each of its items the bytes, the operations in int8, bfloat16 and
+    float32, and the elements of activations."""
+
 def draw(
     kernels: Kernels,
     logits: Tensor,

@@ -28,6 +28,7 @@ def packed(rows: int, columns: int) -> Any:
 
     weight = floats(rows, columns)
     return _native.pack(
+        kernels=extension.kernels(),
         format=_native.Format.fp32,
         columns=columns,
         weight=weight,
@@ -83,6 +84,7 @@ def calls() -> dict[str, Call]:
         "pack": (
             _native.pack,
             [
+                kernels,
                 _native.Format.int4,
                 8,
                 torch.zeros(16, 4, dtype=torch.uint8),
@@ -103,6 +105,7 @@ def calls() -> dict[str, Call]:
         "pack with parts": (
             _native.pack,
             [
+                kernels,
                 _native.Format.k4,
                 256,
                 torch.zeros(16, 256, dtype=torch.uint8),
@@ -123,6 +126,7 @@ def calls() -> dict[str, Call]:
         "pack with a table": (
             _native.pack,
             [
+                kernels,
                 _native.Format.table4,
                 32,
                 torch.zeros(16, 32, dtype=torch.uint8),
@@ -227,7 +231,7 @@ def fits_too(name: str, path: tuple[int, ...], wrong: Tensor, tensor: Tensor) ->
     """Where a function takes other shapes as well."""
     if wrong.is_meta or wrong.layout is not torch.strided or not wrong.is_contiguous():
         return False
-    if name.startswith("pack") and path == (2,):  # bytes are bytes
+    if name.startswith("pack") and path == (3,):  # bytes are bytes
         return wrong.element_size() == tensor.element_size() and wrong.shape == tensor.shape
     if wrong.dtype is not tensor.dtype:
         return False

@@ -138,7 +138,7 @@ def test_a_token_is_the_same_alone_in_a_batch_and_on_any_number_of_threads(
         row = slice(token, token + 1)
         assert torch.equal(moe(x[row], ids[row], weights[row], table), together[row])
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
-    for threads in (2, 3):
+    for threads in (2, 3, 8, 64):
         use_threads(threads)
         assert torch.equal(moe(x, ids, weights, table), together)
         assert torch.equal(moe(x[order], ids[order], weights[order], table), together[order])

@@ -18,6 +18,7 @@ BASELINE = (
     "product/linear.cpp",
     "formats/bf16_coding.cpp",
     "runtime/arena.cpp",
+    "runtime/placement.cpp",
     "runtime/pool.cpp",
 )
 

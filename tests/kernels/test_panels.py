@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from amalgam.config.settings import NATIVE_ISAS
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
@@ -79,6 +80,23 @@ def test_bf16_is_coded_without_loss_where_it_gains() -> None:
         assert prepare(weight, codes=False).layout is PANELS_BF16
     assert prepare(coded((1, 8))).layout is PANELS_BF16
     assert prepare(scattered((16, 128))).layout is PANELS_BF16
+
+
+@pytest.mark.parametrize("isa", NATIVE_ISAS[1:])
+def test_coded_bytes_are_the_same_on_every_instruction_set(use_isa: Callable[[str], None], isa: str) -> None:
+    """Sizes around those of a register and of a block, incomplete panels, and exceptions everywhere."""
+    shapes = [(rows, columns) for rows in (16, 19, 64) for columns in (128, 136, 152, 512, 1003, 1040, 2048)]
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    everything = torch.full((512, len(bits)), 0.5).bfloat16()
+    everything[3] = bits.view(torch.bfloat16)
+    sources = [*map(coded, shapes), PackedWeight(DENSE, tuple(everything.shape), {"weight": everything})]
+    use_isa("portable")
+    expected = [prepare(source) for source in sources]
+    use_isa(isa)
+    for source, one in zip(sources, expected, strict=True):
+        other = prepare(source)
+        assert one.layout is other.layout is PANELS_BF16_CODED
+        assert torch.equal(*(weight.matrix.memory for weight in (one, other))), source.shape
 
 
 @pytest.mark.usefixtures("isa")
@@ -222,7 +240,7 @@ def test_a_row_is_the_same_alone_in_a_batch_and_on_any_number_of_threads(
             together = linear(x, packed)
             assert torch.equal(together[::7], alone), name
             assert torch.equal(linear(x[3:12], packed), together[3:12]), name
-            for threads in (2, 3):
+            for threads in (2, 3, 8, 64):
                 use_threads(threads)
                 assert torch.equal(linear(x, packed), together), name
 

@@ -541,7 +541,7 @@ def test_a_step_is_the_same_on_any_number_of_threads(
 ) -> None:
     save_tiny(FAMILIES[name], tmp_path)
     steps = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 8, 64):
         use_threads(threads)
         steps.append(Runner(*load_model(tmp_path)).step({0: list(range(3, 43)), 1: [5]}))
     for step in steps[1:]:

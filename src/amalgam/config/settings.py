@@ -169,6 +169,10 @@ class EngineSettings(Section):
     """Most requests waiting; more are refused with 503."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)
     """Compute threads. None: one for each core that affinity and the cgroup's quota allow, at most OMP_NUM_THREADS."""
+    pin_threads: bool = False
+    """Whether each compute thread stays on a core of its own. For machines that compute nothing else."""
+    numa: Literal["off", "interleaved", "local"] = "off"
+    """Packed weights on several memory nodes: off (anywhere), interleaved by pages, local to the threads that read."""
     load_threads: int | None = Field(default=None, ge=1, le=256)
     """Threads that read and pack weights. None: as many as cores are allowed, from 4 to 32."""
 

@@ -19,6 +19,7 @@ from amalgam.engine.generation_config import read_model_defaults
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.experts.overview import drift
 from amalgam.experts.tracker import ExpertTracker
+from amalgam.kernels.backends.cpu.threads import arrange
 from amalgam.models.decoder import Decoder
 from amalgam.models.spec import ModelSpec
 from amalgam.runtime.deployment import Deployment
@@ -39,6 +40,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
     """
     ensure_derived(settings, progress)
     torch.set_num_threads(choose_num_threads(settings.engine.num_threads))
+    arrange(torch.get_num_threads(), settings.engine.numa, settings.engine.pin_threads)
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)

@@ -277,6 +277,7 @@ def _pack(
     offset, scale, group, (rows, columns) = _offset(parts), parts.get("scale"), parts.get("group"), weight.shape
     scale_dtype = torch.float32 if scale is None else scale.dtype
     return _native.pack(
+        kernels=extension.kernels(),
         format=_native.Format[target.name.removeprefix(_PREFIX)],
         columns=columns,
         weight=parts["weight"],

@@ -236,10 +236,11 @@ void paged_attention(const AttentionKernels& kernels, const AttentionPlan& plan,
     add_ranges(work);
     const size_t num_items = work.items.size();
     const int num_workers = static_cast<int>(std::min<size_t>(static_cast<size_t>(num_threads), num_items));
-    std::atomic<size_t> num_taken{0};
-    parallel_for(num_workers, num_workers, [&](int64_t) {
+    std::atomic<size_t> num_taken{static_cast<size_t>(num_workers)};
+    parallel_for(num_workers, num_workers, [&](int64_t worker) {
         const AttentionItem* guess = nullptr;
-        for (size_t i; (i = num_taken.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
+        for (auto i = static_cast<size_t>(worker); i < num_items;
+             i = num_taken.fetch_add(1, std::memory_order_relaxed)) {
             const AttentionItem& item = work.items[i];
             const bool is_fetched = &item == guess;
             // While this one is computed, every other thread takes one.

@@ -15,7 +15,7 @@
 namespace amalgam {
 
 constexpr int64_t kTileKeys = 64;
-constexpr int64_t kRangeKeys = 1024;
+constexpr int64_t kRangeKeys = 256;
 
 // A step's sequences, copied from the tensors of AttentionBatch; the same for all layers.
 class AttentionPlan {

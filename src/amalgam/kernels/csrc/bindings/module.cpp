@@ -30,7 +30,9 @@
 #include "product/kernels.h"
 #include "product/linear.h"
 #include "product/packing.h"
+#include "runtime/placement.h"
 #include "runtime/pool.h"
+#include "runtime/recording.h"
 #include "step/routing.h"
 
 namespace nb = nanobind;
@@ -120,11 +122,11 @@ void swiglu(const Kernels& table, const Tensor& gate, const Tensor& up, const Te
 
 // weight: as PackArgs has it; columns cannot be told from its shape where two of them share a byte. block: rows and
 // columns that share a scale.
-std::shared_ptr<PackedMatrix> pack(Format format, int64_t columns, const Tensor& weight, const Tensor& scale,
-                                   DType scale_dtype, std::pair<int64_t, int64_t> block, const Tensor& zero,
-                                   const Tensor& offset, Offset offset_kind, const Tensor& part_scale,
-                                   const Tensor& part_minimum, const Tensor& table, const Tensor& order, bool quantizes,
-                                   bool codes) {
+std::shared_ptr<PackedMatrix> pack(const Kernels& kernels, Format format, int64_t columns, const Tensor& weight,
+                                   const Tensor& scale, DType scale_dtype, std::pair<int64_t, int64_t> block,
+                                   const Tensor& zero, const Tensor& offset, Offset offset_kind,
+                                   const Tensor& part_scale, const Tensor& part_minimum, const Tensor& table,
+                                   const Tensor& order, bool quantizes, bool codes) {
     weight.dense("weight", kAnyKind, {kAny, kAny});
     const int64_t rows = weight.shape(0), row_bits = weight.shape(1) * weight.item_bits();
     struct Has {
@@ -164,6 +166,7 @@ std::shared_ptr<PackedMatrix> pack(Format format, int64_t columns, const Tensor&
     args.offset_kind = offset_kind;
     args.quantizes = quantizes;
     args.codes = codes;
+    args.kernels = &kernels;
     if (scale) {
         const auto [block_rows, block_columns] = block;
         require(block_rows > 0 && block_columns > 0, "block has a size below 1");
@@ -476,7 +479,36 @@ void run(const ProgramBuilder& self, size_t first, size_t end, const Kernels& ke
     args.gate_weights = gate_weights.data<float>();
     args.logits = logits.data<float>();
     args.num_logits = logits.shape(0);
+    bind_caller();
     run_step(kernels, attention, self.program, memory.step, args, first, end, threads);
+}
+
+// Nodes by id, with their processors.
+void place(Placement placement, const std::vector<std::pair<int, std::vector<int>>>& nodes) {
+    std::vector<Node> found;
+    for (const auto& [id, processors] : nodes) found.push_back({id, processors});
+    place_weights(placement, found);
+}
+
+// --- What a step is made of, for a simulation ---
+
+// Kernel, and of each item: bytes, operations in int8, bfloat16 and float32, elements.
+using ItemTuple = std::tuple<double, double, double, double, double>;
+using PhaseTuple = std::pair<std::string, std::vector<ItemTuple>>;
+
+// What the calls of run_parallel within `work` consist of.
+std::vector<PhaseTuple> record(const nb::callable& work) {
+    Recording recording;
+    work();
+    std::vector<PhaseTuple> phases;
+    for (const Phase& phase : recording.phases) {
+        phases.emplace_back(phase.kernel, std::vector<ItemTuple>());
+        for (const Cost& cost : phase.items) {
+            phases.back().second.emplace_back(cost.bytes, cost.int8_operations, cost.bfloat16_operations,
+                                              cost.float32_operations, cost.elements);
+        }
+    }
+    return phases;
 }
 
 // --- Read bandwidth, for benchmarks: every byte once, as fast as a plain loop can ---
@@ -579,14 +611,22 @@ NB_MODULE(_native, module) {
         .def("linear", &linear_rows, Unlocked())
         .def("route", &route_tokens, Unlocked())
         .def("moe", &moe_layer, Unlocked());
-    module.def("pack", &pack, "format"_a, "columns"_a, "weight"_a, "scale"_a.none(), "scale_dtype"_a, "block"_a,
-               "zero"_a.none(), "offset"_a.none(), "offset_kind"_a, "part_scale"_a.none(), "part_minimum"_a.none(),
-               "table"_a.none(), "order"_a.none(), "quantizes"_a, "codes"_a, Unlocked());
+    module.def("pack", &pack, "kernels"_a, "format"_a, "columns"_a, "weight"_a, "scale"_a.none(), "scale_dtype"_a,
+               "block"_a, "zero"_a.none(), "offset"_a.none(), "offset_kind"_a, "part_scale"_a.none(),
+               "part_minimum"_a.none(), "table"_a.none(), "order"_a.none(), "quantizes"_a, "codes"_a, Unlocked());
     module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "scale_dtype"_a, "num_groups"_a, "group"_a,
                "scale_lanes"_a, "has_zero"_a, "offset_kind"_a, "order"_a.none(), "quantizes"_a, nb::keep_alive<0, 4>());
     module.def("most_coded_bytes", &most_coded_bytes, "rows"_a, "columns"_a);
     module.attr("layout_version") = kLayoutVersion;
     module.def("draw", &draw_tokens, Unlocked());
+    nb::enum_<Placement>(module, "Placement")
+        .value("anywhere", Placement::kAnywhere)
+        .value("interleaved", Placement::kInterleaved)
+        .value("local", Placement::kLocal);
+    module.def("place_weights", &place, "placement"_a, "nodes"_a);
+    module.def("bind_threads", &bind_threads, "processors"_a);
+    module.def("limit_threads", &limit_threads, "most"_a);
+    module.def("record", &record, "work"_a);
     module.def("checksum", &checksum, Unlocked());
     module.def("read_memory", &read_memory, Unlocked());
     module.def("supported_isas", &supported_isas);

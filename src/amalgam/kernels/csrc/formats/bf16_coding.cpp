@@ -15,25 +15,23 @@ constexpr int64_t kMaxExceptions = 512;  // one value in so many
 
 uint8_t exponent_of(uint16_t bits) { return static_cast<uint8_t>(bits >> 7); }
 
-// The place of a value's exponent in a window, which has those from 1 to kWindow. All in 16 bits, signed and without
-// branches, as compilers need it to compute many at a time.
-int16_t place_of(uint16_t bits, int16_t window) { return static_cast<int16_t>((bits >> 7 & 0xff) - window); }
-
-int16_t is_outside(int16_t place) { return static_cast<int16_t>((place < 1) | (place > kWindow)); }
-
-// 1 or 0.
-int16_t is_exception(uint16_t bits, int16_t window) {
-    const int16_t magnitude = static_cast<int16_t>(bits & 0x7fff);
-    return static_cast<int16_t>(is_outside(place_of(bits, window)) & (magnitude != 0));
+bool is_exception(uint16_t bits, int window) {
+    const int place = exponent_of(bits) - window;
+    return (place < 1 || place > kWindow) && (bits & 0x7fff) != 0;
 }
 
 // The window with most of the values, by a sample of a large panel: counting exponents takes longer than coding them.
 uint8_t choose_window(const uint16_t* values, int64_t count) {
     constexpr int64_t kSample = 4096, kStretch = 16;
     const int64_t step = std::max<int64_t>(kStretch, count / kSample * kStretch);
-    int32_t counts[256] = {};
+    // In turns: a count that has just been stored can only be read after a while.
+    constexpr int kTurns = 4;
+    int32_t turns[kTurns][256] = {}, counts[256];
     for (int64_t first = 0; first < count; first += step) {
-        for (int64_t i = first; i < std::min(first + kStretch, count); ++i) counts[exponent_of(values[i])]++;
+        for (int64_t i = first; i < std::min(first + kStretch, count); ++i) turns[i % kTurns][exponent_of(values[i])]++;
+    }
+    for (int exponent = 0; exponent < 256; ++exponent) {
+        counts[exponent] = turns[0][exponent] + turns[1][exponent] + turns[2][exponent] + turns[3][exponent];
     }
     int32_t within = 0, most = 0;
     int window = 0;
@@ -48,47 +46,58 @@ uint8_t choose_window(const uint16_t* values, int64_t count) {
     return static_cast<uint8_t>(window);
 }
 
-int64_t count_exceptions(const uint16_t* values, int64_t count, uint8_t window) {
-    constexpr int64_t kStretch = 16384;  // counts in 16 bits are quick to sum up
-    int64_t total = 0;
-    for (int64_t first = 0; first < count; first += kStretch) {
-        const int64_t end = std::min(first + kStretch, count);
-        int16_t exceptions = 0;
-        for (int64_t i = first; i < end; ++i) {
-            exceptions = static_cast<int16_t>(exceptions + is_exception(values[i], window));
+// What a panel has of the inputs [first, end): its lines, and what they leave out.
+class PanelCoder {
+ public:
+    PanelCoder(const Kernels& kernels, const Matrix& matrix, const uint16_t* weight, int64_t panel, int window)
+        : kernels_(kernels),
+          columns_(matrix.columns),
+          values_(weight + panel * kPanelRows * matrix.columns),
+          num_rows_(std::min<int64_t>(kPanelRows, matrix.rows - panel * kPanelRows)),
+          window_(window) {}
+
+    // first and end: multiples of 8 but for the last input. `lines` are those of the whole panel.
+    void code(int64_t first, int64_t end, uint8_t* lines, std::vector<Exception>& exceptions) const {
+        const int64_t whole = (end - first) / kColumnUnit * kColumnUnit, left = end - first - whole;
+        lines += first * CodedBf16::kBytesPerInput;
+        for (int64_t row = 0; row < kPanelRows; row += 4, lines += 16) {
+            static constexpr uint16_t kNone[kBlock] = {};
+            const uint16_t* rows[4];
+            for (int64_t i = 0; i < 4; ++i) rows[i] = row + i < num_rows_ ? values(row + i) + first : kNone;
+            int with_exceptions = kernels_.code_rows(rows, whole, window_, lines);
+            if (left > 0) {
+                uint16_t padded[4][kColumnUnit] = {};
+                for (int64_t i = 0; i < 4; ++i) {
+                    std::memcpy(padded[i], rows[i] + whole, static_cast<size_t>(left) * sizeof(uint16_t));
+                    rows[i] = padded[i];
+                }
+                with_exceptions |=
+                    kernels_.code_rows(rows, kColumnUnit, window_, lines + whole * CodedBf16::kBytesPerInput);
+            }
+            for (int64_t i = 0; i < 4; ++i) {
+                if (with_exceptions >> i & 1) add_exceptions(row + i, first, end, exceptions);
+            }
         }
-        total += exceptions;
     }
-    return total;
-}
 
-// A row's values within one block → a byte of sign and mantissa and a code each; returns how many are exceptions.
-int split(const uint16_t* values, int64_t count, int16_t window, uint8_t* rest, uint8_t* code) {
-    int16_t exceptions = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const uint16_t bits = values[i];
-        const int16_t place = place_of(bits, window);
-        const int16_t is_dropped = is_exception(bits, window);
-        code[i] = static_cast<uint8_t>(place & (is_outside(place) - 1));
-        rest[i] = static_cast<uint8_t>(((bits >> 8 & 0x80) | (bits & 0x7f)) & (is_dropped - 1));
-        exceptions = static_cast<int16_t>(exceptions + is_dropped);
-    }
-    return exceptions;
-}
+ private:
+    const uint16_t* values(int64_t row) const { return values_ + row * columns_; }
 
-// Eight values of one row → their places in three lines.
-void scatter(const uint8_t* rest, const uint8_t* code, uint8_t* lines) {
-    uint32_t first, second, low, high;
-    std::memcpy(&first, rest, sizeof first);
-    std::memcpy(&second, rest + 4, sizeof second);
-    std::memcpy(&low, code, sizeof low);
-    std::memcpy(&high, code + 4, sizeof high);
-    const uint32_t words[] = {first, second, low | high << 4};
-    for (int line = 0; line < 3; ++line) {
-        std::memcpy(lines + line * kLineBytes, reinterpret_cast<const uint8_t*>(&words[line]), 2);
-        std::memcpy(lines + line * kLineBytes + 8, reinterpret_cast<const uint8_t*>(&words[line]) + 2, 2);
+    void add_exceptions(int64_t row, int64_t first, int64_t end, std::vector<Exception>& exceptions) const {
+        for (int64_t i = first; i < end; ++i) {
+            const uint16_t bits = values(row)[i];
+            if (is_exception(bits, window_)) {
+                exceptions.push_back({static_cast<int32_t>(i), static_cast<uint16_t>(row), bits});
+            }
+        }
     }
-}
+
+    const Kernels& kernels_;
+    int64_t columns_;
+    const uint16_t* values_;
+    int64_t num_rows_;
+    int window_;
+};
 
 }  // namespace
 
@@ -102,14 +111,14 @@ int64_t CodingLayout::num_exceptions(int64_t num_panels, int64_t nbytes) {
     return left >= 0 && left % size == 0 ? left / size : -1;
 }
 
-WindowChoice choose_windows(const uint16_t* weight, int64_t rows, int64_t columns) {
+WindowChoice choose_windows(const Kernels& kernels, const uint16_t* weight, int64_t rows, int64_t columns) {
     WindowChoice result{{}, 0};
     for (int64_t row = 0; row < rows; row += kPanelRows) {
         const int64_t count = std::min<int64_t>(kPanelRows, rows - row) * columns;
         const uint16_t* values = weight + row * columns;
         const uint8_t window = choose_window(values, count);
         result.windows.push_back(window);
-        result.num_exceptions += count_exceptions(values, count, window);
+        result.num_exceptions += kernels.count_exceptions(values, count, window);
     }
     return result;
 }
@@ -127,33 +136,14 @@ bool is_worth_coding(int64_t num_exceptions, int64_t rows, int64_t columns) {
            saved > CodingLayout(rows / kPanelRows + 1, num_exceptions).nbytes;
 }
 
-Coding encode(const Matrix& matrix, std::vector<uint8_t> windows, const uint16_t* weight, uint8_t* memory) {
+Coding encode(const Kernels& kernels, const Matrix& matrix, std::vector<uint8_t> windows, const uint16_t* weight,
+              uint8_t* memory) {
     Coding coding{std::move(windows), {0}, {}};
-    const int64_t padded = matrix.padded_columns();
     uint8_t* lines = memory;
     for (int64_t panel = 0; panel < matrix.num_panels(); ++panel, lines += matrix.panel_bytes()) {
-        const uint8_t window = coding.windows[static_cast<size_t>(panel)];
-        const int64_t rows = std::min<int64_t>(kPanelRows, matrix.rows - panel * kPanelRows);
-        if (rows < kPanelRows) std::memset(lines, 0, static_cast<size_t>(matrix.panel_bytes()));
-        for (int64_t first = 0; first < padded; first += kBlock) {
-            const int64_t end = std::min(first + kBlock, padded), count = std::min(end, matrix.columns) - first;
-            for (int64_t row = 0; row < rows; ++row) {
-                const uint16_t* values = weight + (panel * kPanelRows + row) * matrix.columns + first;
-                uint8_t rest[kBlock], code[kBlock];
-                if (split(values, count, window, rest, code) > 0) {
-                    for (int64_t i = 0; i < count; ++i) {
-                        if (is_exception(values[i], window) == 0) continue;
-                        coding.exceptions.push_back(
-                            {static_cast<int32_t>(first + i), static_cast<uint16_t>(row), values[i]});
-                    }
-                }
-                std::memset(rest + count, 0, static_cast<size_t>(end - first - count));
-                std::memset(code + count, 0, static_cast<size_t>(end - first - count));
-                uint8_t* to = lines + first * matrix.bytes_per_input + row / 4 * 16 + row % 4 * 2;
-                for (int64_t i = 0; i < end - first; i += kColumnUnit, to += 3 * kLineBytes) {
-                    scatter(rest + i, code + i, to);
-                }
-            }
+        const PanelCoder coder(kernels, matrix, weight, panel, coding.windows[static_cast<size_t>(panel)]);
+        for (int64_t first = 0; first < matrix.columns; first += kBlock) {
+            coder.code(first, std::min(first + kBlock, matrix.columns), lines, coding.exceptions);
         }
         std::stable_sort(coding.exceptions.begin() + coding.exception_starts.back(), coding.exceptions.end(),
                          [](const Exception& a, const Exception& b) { return a.column < b.column; });

@@ -19,7 +19,7 @@ struct WindowChoice {
     std::vector<uint8_t> windows;
     int64_t num_exceptions;
 };
-WindowChoice choose_windows(const uint16_t* weight, int64_t rows, int64_t columns);
+WindowChoice choose_windows(const Kernels& kernels, const uint16_t* weight, int64_t rows, int64_t columns);
 
 // What a weight takes with as many exceptions as one may have that is coded.
 int64_t most_coded_bytes(int64_t rows, int64_t columns);
@@ -28,7 +28,8 @@ int64_t most_coded_bytes(int64_t rows, int64_t columns);
 bool is_worth_coding(int64_t num_exceptions, int64_t rows, int64_t columns);
 
 // Writes the lines of a matrix whose format and sizes are set, and what else it has behind them.
-Coding encode(const Matrix& matrix, std::vector<uint8_t> windows, const uint16_t* weight, uint8_t* memory);
+Coding encode(const Kernels& kernels, const Matrix& matrix, std::vector<uint8_t> windows, const uint16_t* weight,
+              uint8_t* memory);
 
 // What `encode` wrote behind the lines. Throws std::invalid_argument at what would make a product read outside.
 Coding read_coding(const Matrix& matrix, const uint8_t* memory, int64_t nbytes);

@@ -269,6 +269,84 @@ inline void load_looked_up(const uint8_t* line, int half, const Codes& codes, Pa
     looked_up_words(nibbles.b, half, codes, first.b, second.b);
 }
 
+// The other way round. Sixteen values of one row: place in the window or 0; sign and mantissa, 0 for an exception.
+struct CodedRow {
+    __m256i code, rest, is_kept;
+};
+inline CodedRow code_row(__m256i bits, __m256i window) {
+    const __m256i exponent = _mm256_srli_epi16(_mm256_slli_epi16(bits, 1), 8);
+    const __m256i place = _mm256_sub_epi16(exponent, window), before = _mm256_sub_epi16(place, _mm256_set1_epi16(1));
+    const __m256i is_inside = _mm256_cmpeq_epi16(_mm256_min_epu16(before, _mm256_set1_epi16(14)), before);
+    const __m256i is_zero = _mm256_cmpeq_epi16(_mm256_slli_epi16(bits, 1), _mm256_setzero_si256());
+    const __m256i is_kept = _mm256_or_si256(is_inside, is_zero);
+    const __m256i sign = _mm256_and_si256(_mm256_srli_epi16(bits, 8), _mm256_set1_epi16(0x80));
+    const __m256i rest = _mm256_or_si256(sign, _mm256_and_si256(bits, _mm256_set1_epi16(0x7f)));
+    return {_mm256_and_si256(place, is_inside), _mm256_and_si256(rest, is_kept), is_kept};
+}
+// Bytes of four rows' eight inputs, in either half → inputs 0 to 3 of the rows, and 4 to 7.
+inline Words gather_rows(__m256i row0, __m256i row1, __m256i row2, __m256i row3) {
+    const __m256i by_pairs =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    const __m256i first = _mm256_shuffle_epi8(_mm256_packus_epi16(row0, row1), by_pairs);
+    const __m256i last = _mm256_shuffle_epi8(_mm256_packus_epi16(row2, row3), by_pairs);
+    return {_mm256_unpacklo_epi32(first, last), _mm256_unpackhi_epi32(first, last)};
+}
+inline int code_rows(const uint16_t* const* rows, int64_t count, int window, uint8_t* lines) {
+    const __m256i base = _mm256_set1_epi16(static_cast<short>(window)), all = _mm256_set1_epi16(-1);
+    __m256i kept[4] = {all, all, all, all};
+    for (int64_t i = 0; i < count; i += 16) {
+        const bool is_whole = i + 16 <= count;
+        CodedRow row[4];
+        for (int r = 0; r < 4; ++r) {
+            const uint16_t* from = rows[r] + i;
+            const __m256i bits = is_whole
+                                     ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                                     : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+            row[r] = code_row(bits, base);
+            kept[r] = _mm256_and_si256(kept[r], row[r].is_kept);
+        }
+        const Words rest = gather_rows(row[0].rest, row[1].rest, row[2].rest, row[3].rest);
+        const Words code = gather_rows(row[0].code, row[1].code, row[2].code, row[3].code);
+        const __m256i nibbles = _mm256_or_si256(code.a, _mm256_slli_epi16(code.b, 4));
+        const auto store = [&](uint8_t* to, __m256i line) {
+            _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(line));
+            if (is_whole) {
+                _mm_store_si128(reinterpret_cast<__m128i*>(to + 3 * kLineBytes), _mm256_extracti128_si256(line, 1));
+            }
+        };
+        uint8_t* line = lines + i / 8 * 3 * kLineBytes;
+        store(line, rest.a);
+        store(line + kLineBytes, rest.b);
+        store(line + 2 * kLineBytes, nibbles);
+    }
+    int with_exceptions = 0;
+    for (int r = 0; r < 4; ++r) with_exceptions |= (_mm256_movemask_epi8(kept[r]) != -1) << r;
+    return with_exceptions;
+}
+inline int64_t count_exceptions(const uint16_t* values, int64_t count, int window) {
+    const __m256i base = _mm256_set1_epi16(static_cast<short>(window));
+    int64_t exceptions = 0, i = 0;
+    while (i + 16 <= count) {
+        // As many as 16 bits hold: -1 for each value that is kept.
+        __m256i kept = _mm256_setzero_si256();
+        const int64_t first = i, end = i + (count - i < 16 * 0x7fff ? count - i : 16 * 0x7fff) / 16 * 16;
+        for (; i < end; i += 16) {
+            const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i));
+            kept = _mm256_add_epi16(kept, code_row(bits, base).is_kept);
+        }
+        const __m256i pairs = _mm256_madd_epi16(kept, _mm256_set1_epi16(1));
+        alignas(32) int32_t lanes[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), pairs);
+        exceptions += i - first;
+        for (const int32_t lane : lanes) exceptions += lane;
+    }
+    for (; i < count; ++i) {
+        const uint32_t place = (values[i] >> 7 & 0xffu) - static_cast<uint32_t>(window);
+        exceptions += place - 1 >= 15 && (values[i] & 0x7fff) != 0;
+    }
+    return exceptions;
+}
+
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 // Into L2.
 inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }

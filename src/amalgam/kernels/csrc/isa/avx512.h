@@ -182,6 +182,74 @@ inline void load_looked_up(const uint8_t* line, int half, const Codes& codes, Pa
     second = _mm512_unpackhi_epi8(low, high);
 }
 
+// The other way round. Thirty-two values of one row: place in the window or 0; sign and mantissa, 0 for an exception.
+struct CodedRow {
+    __m512i code, rest;
+    __mmask32 is_exception;
+};
+inline CodedRow code_row(__m512i bits, __m512i window) {
+    const __m512i exponent = _mm512_srli_epi16(_mm512_slli_epi16(bits, 1), 8);
+    const __m512i place = _mm512_sub_epi16(exponent, window);
+    const __mmask32 is_inside =
+        _mm512_cmplt_epu16_mask(_mm512_sub_epi16(place, _mm512_set1_epi16(1)), _mm512_set1_epi16(15));
+    const __mmask32 is_exception = ~is_inside & _mm512_test_epi16_mask(bits, _mm512_set1_epi16(0x7fff));
+    const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(bits, 8), _mm512_set1_epi16(0x80));
+    const __m512i rest = _mm512_or_si512(sign, _mm512_and_si512(bits, _mm512_set1_epi16(0x7f)));
+    return {_mm512_maskz_mov_epi16(is_inside, place), _mm512_maskz_mov_epi16(~is_exception, rest), is_exception};
+}
+// Bytes of four rows' eight inputs, in each quarter → inputs 0 to 3 of the rows, and 4 to 7.
+inline void gather_rows(__m512i row0, __m512i row1, __m512i row2, __m512i row3, __m512i& low, __m512i& high) {
+    const __m512i by_pairs =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    const __m512i first = _mm512_shuffle_epi8(_mm512_packus_epi16(row0, row1), by_pairs);
+    const __m512i last = _mm512_shuffle_epi8(_mm512_packus_epi16(row2, row3), by_pairs);
+    low = _mm512_unpacklo_epi32(first, last);
+    high = _mm512_unpackhi_epi32(first, last);
+}
+inline int code_rows(const uint16_t* const* rows, int64_t count, int window, uint8_t* lines) {
+    const __m512i base = _mm512_set1_epi16(static_cast<short>(window));
+    __mmask32 exceptions[4] = {};
+    for (int64_t i = 0; i < count; i += 32) {
+        const int64_t steps = count - i < 32 ? (count - i) / 8 : 4;
+        const auto wanted = static_cast<__mmask32>((uint64_t{1} << 8 * steps) - 1);
+        CodedRow row[4];
+        for (int r = 0; r < 4; ++r) {
+            row[r] = code_row(_mm512_maskz_loadu_epi16(wanted, rows[r] + i), base);
+            exceptions[r] |= row[r].is_exception;
+        }
+        __m512i line[3], low, high;
+        gather_rows(row[0].rest, row[1].rest, row[2].rest, row[3].rest, line[0], line[1]);
+        gather_rows(row[0].code, row[1].code, row[2].code, row[3].code, low, high);
+        line[2] = _mm512_or_si512(low, _mm512_slli_epi16(high, 4));
+        uint8_t* to = lines + i / 8 * 3 * kLineBytes;
+        const auto store = [&](int64_t step, const auto& quarter) {
+            if (step >= steps) return;
+            for (int l = 0; l < 3; ++l) {
+                auto* at = reinterpret_cast<__m128i*>(to + (3 * step + l) * kLineBytes);
+                _mm_store_si128(at, quarter(line[l]));
+            }
+        };
+        store(0, [](__m512i v) { return _mm512_extracti32x4_epi32(v, 0); });
+        store(1, [](__m512i v) { return _mm512_extracti32x4_epi32(v, 1); });
+        store(2, [](__m512i v) { return _mm512_extracti32x4_epi32(v, 2); });
+        store(3, [](__m512i v) { return _mm512_extracti32x4_epi32(v, 3); });
+    }
+    int with_exceptions = 0;
+    for (int r = 0; r < 4; ++r) with_exceptions |= (exceptions[r] != 0) << r;
+    return with_exceptions;
+}
+inline int64_t count_exceptions(const uint16_t* values, int64_t count, int window) {
+    const __m512i base = _mm512_set1_epi16(static_cast<short>(window));
+    int64_t exceptions = 0;
+    for (int64_t i = 0; i < count; i += 32) {
+        const int64_t left = count - i < 32 ? count - i : 32;
+        const auto wanted = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+        const CodedRow row = code_row(_mm512_maskz_loadu_epi16(wanted, values + i), base);
+        exceptions += __builtin_popcount(row.is_exception);
+    }
+    return exceptions;
+}
+
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 // Into L2.
 inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }

@@ -275,6 +275,35 @@ inline void load_looked_up(const uint8_t* line, int half, const Codes& codes, Pa
     }
 }
 
+// Inputs [0, count) of four rows, count a multiple of 8, whose exponents have places from `window` on → what the rows
+// have in their lines (formats/bf16_coded.h), 16 bytes of each line. Returns a bit for each row with exceptions.
+inline int code_rows(const uint16_t* const* rows, int64_t count, int window, uint8_t* lines) {
+    int with_exceptions = 0;
+    for (int row = 0; row < 4; ++row) {
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t bits = rows[row][i], place = (bits >> 7 & 0xff) - static_cast<uint32_t>(window);
+            const bool is_inside = place - 1 < 15, is_zero = (bits & 0x7fff) == 0;
+            uint8_t* line = lines + i / 8 * 3 * kLineBytes + i % 4 / 2 * 8 + row * 2 + i % 2;
+            line[i % 8 / 4 * kLineBytes] =
+                static_cast<uint8_t>(is_inside || is_zero ? (bits >> 8 & 0x80) | (bits & 0x7f) : 0);
+            const uint32_t code = is_inside ? place : 0;
+            uint8_t& nibbles = line[2 * kLineBytes];
+            nibbles = static_cast<uint8_t>(i % 8 < 4 ? code : nibbles | code << 4);
+            if (!is_inside && !is_zero) with_exceptions |= 1 << row;
+        }
+    }
+    return with_exceptions;
+}
+// How many of `count` values are neither zero nor have an exponent with a place from `window` on.
+inline int64_t count_exceptions(const uint16_t* values, int64_t count, int window) {
+    int64_t exceptions = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t bits = values[i], place = (bits >> 7 & 0xff) - static_cast<uint32_t>(window);
+        exceptions += place - 1 >= 15 && (bits & 0x7fff) != 0;
+    }
+    return exceptions;
+}
+
 inline void prefetch(const uint8_t*) {}      // into L1
 inline void prefetch_far(const uint8_t*) {}  // into L2
 

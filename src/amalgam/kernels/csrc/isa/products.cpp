@@ -13,6 +13,7 @@ const Kernels AMALGAM_OF_ISA(kKernels) = {AMALGAM_ISA_NAME, unit_kernels<MatrixU
                                           expand,           rms_norm,
                                           rotate,           swiglu,
                                           layer_norm,       elementwise,
-                                          scale_rows,       boltzmann};
+                                          scale_rows,       boltzmann,
+                                          code_rows,        count_exceptions};
 
 }  // namespace amalgam

@@ -17,7 +17,11 @@ struct InstructionSet {
 // Slowest first, those that this processor and operating system can run.
 const std::vector<InstructionSet>& instruction_sets();
 
-// Throws std::invalid_argument where this processor cannot run it.
+// Computes nothing and says what it would have cost (runtime/recording.h).
+extern const Kernels kCountingKernels;
+extern const AttentionKernels kCountingAttention;
+
+// One of these, or "counting". Throws std::invalid_argument where this processor cannot run it.
 const InstructionSet& instruction_set(const std::string& name);
 
 }  // namespace amalgam

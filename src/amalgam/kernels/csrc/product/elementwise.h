@@ -126,8 +126,8 @@ void combine_tokens(const CombineArgs& args, int64_t first, int64_t end) {
         const int32_t* slots = args.slots + token * args.num_active;
         const float* weights = args.gate_weights + token * args.num_active;
         Out* out = static_cast<Out*>(args.out) + token * args.hidden;
-        for (int64_t start = 0; start < args.hidden; start += kPart) {
-            const int64_t count = args.hidden - start < kPart ? args.hidden - start : kPart;
+        for (int64_t start = args.first_column; start < args.end_column; start += kPart) {
+            const int64_t count = args.end_column - start < kPart ? args.end_column - start : kPart;
             float total[kPart];
             for (int64_t k = 0; k < args.num_active; ++k) {
                 const float* part = args.parts + slots[k] * args.hidden + start;

@@ -83,6 +83,7 @@ struct CombineArgs {
     int64_t hidden;
     void* out;  // [tokens, hidden]
     DType out_dtype;
+    int64_t first_column, end_column;  // of out and parts; others are left alone
 };
 
 // out[r, i] = cast(x[r, i] / sqrt(mean(x[r]^2) + eps)) * weight[i], where cast goes from float32 to the type of x, and
@@ -203,6 +204,9 @@ struct Kernels {
     void (*elementwise)(const ElementwiseArgs&, int64_t first, int64_t end);
     void (*scale_rows)(const ScaleRowsArgs&, int64_t first_row, int64_t end_row);
     void (*boltzmann)(const BoltzmannArgs&, double* weights);
+    // bfloat16 → the lines of a coded panel (isa/portable.h).
+    int (*code_rows)(const uint16_t* const* rows, int64_t count, int window, uint8_t* lines);
+    int64_t (*count_exceptions)(const uint16_t* values, int64_t count, int window);
 };
 
 // What the panels of an item should be a multiple of.

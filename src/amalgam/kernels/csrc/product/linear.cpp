@@ -4,35 +4,57 @@
 
 #include "isa/float_types.h"
 #include "product/operands.h"
+#include "runtime/placement.h"
 
 namespace amalgam {
 namespace {
 
 constexpr int64_t kRowsPerItem = 128;  // their activations stay in the second-level cache
-constexpr int64_t kElementsPerItem = 1 << 15;
+constexpr int64_t kElementsPerItem = 1 << 13;
+constexpr int64_t kFewRows = 8;         // whose arithmetic takes about as long as reading the panel
 constexpr int64_t kItemsPerThread = 8;  // so that a thread that was held up does not hold up the others
 
-// Runs all products, cut into items that the threads take one after another.
-void run_products(const Execution& execution, const std::vector<ProductArgs>& products, int64_t rows) {
-    struct Item {
-        const ProductArgs* product;
-        int64_t first_row, first_panel, end_panel;
-    };
+struct Item {
+    const ProductArgs* product;
+    int64_t first_row, first_panel, end_panel;
+};
+
+// Cuts all products into items of about as many panels, a few for each thread. First come the panels of the first
+// node, so that the shares that threads begin with are those of their nodes.
+std::vector<Item> cut(const Execution& execution, const std::vector<ProductArgs>& products, int64_t rows) {
+    const int parts = num_node_parts();
+    // A few rows wait for memory, not for a matrix unit that multiplies several panels at once.
+    const int64_t at_once = rows > kFewRows ? panels_at_once(*execution.kernels) : 1;
     const int64_t row_blocks = (rows + kRowsPerItem - 1) / kRowsPerItem;
-    const int64_t wanted = std::max<int64_t>(1, execution.num_threads * kItemsPerThread / row_blocks);
-    int64_t total = 0;
-    for (const ProductArgs& product : products) total += product.weight->num_panels();
-    const int64_t at_once = panels_at_once(*execution.kernels);
-    const int64_t step = ((total + wanted - 1) / wanted + at_once - 1) / at_once * at_once;
     std::vector<Item> items;
-    for (int64_t row = 0; row < rows; row += kRowsPerItem) {
-        for (const ProductArgs& product : products) {
-            const int64_t panels = product.weight->num_panels();
-            for (int64_t panel = 0; panel < panels; panel += step) {
-                items.push_back({&product, row, panel, std::min(panel + step, panels)});
+    for (int part = 0; part < parts; ++part) {
+        const auto bound = [&](const ProductArgs& product, int which) {
+            return part_start(product.weight->num_panels(), which, parts);
+        };
+        int64_t total = 0;
+        for (const ProductArgs& product : products) total += bound(product, part + 1) - bound(product, part);
+        // Items of equal size, since each thread has as many: rather twice as many as wanted than some of twice the
+        // size.
+        const int64_t wanted = std::max<int64_t>(1, execution.num_threads * kItemsPerThread / row_blocks / parts);
+        const int64_t step = (std::max<int64_t>(1, total / wanted) + at_once - 1) / at_once * at_once;
+        for (int64_t row = 0; row < rows; row += kRowsPerItem) {
+            int64_t at = 0;  // panels so far
+            for (const ProductArgs& product : products) {
+                const int64_t end = bound(product, part + 1);
+                for (int64_t panel = bound(product, part); panel < end;) {
+                    const int64_t stop = std::min(end, panel + step - at % step);
+                    items.push_back({&product, row, panel, stop});
+                    at += stop - panel;
+                    panel = stop;
+                }
             }
         }
     }
+    return items;
+}
+
+void run_products(const Execution& execution, const std::vector<ProductArgs>& products, int64_t rows) {
+    const std::vector<Item> items = cut(execution, products, rows);
     parallel_for(static_cast<int64_t>(items.size()), execution.num_threads, [&](int64_t i) {
         const Item& item = items[static_cast<size_t>(i)];
         execution.kernels->product(*item.product, item.first_row, std::min(item.first_row + kRowsPerItem, rows),

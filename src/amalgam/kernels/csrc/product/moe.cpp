@@ -8,11 +8,13 @@
 
 #include "product/linear.h"
 #include "product/operands.h"
+#include "runtime/placement.h"
 
 namespace amalgam {
 namespace {
 
 constexpr int64_t kItemsPerThread = 12;
+constexpr int64_t kElementsPerSum = 1 << 13, kMinColumns = 256;  // of one item of the weighted sum
 constexpr int64_t kRowsPerPanelRead = 8;  // rows whose arithmetic takes about as long as reading the panel
 
 struct Active {
@@ -96,19 +98,23 @@ struct Item {
     int64_t first_panel, end_panel;
 };
 
-// Cuts every active expert's panels into items of about equal cost, many enough to keep all threads busy, in steps of
-// `at_once` panels.
+// Cuts every active expert's panels into items of about equal cost, many enough to keep all threads busy, and many
+// rows' in steps of `at_once` panels. First come the panels of the first node, so that the shares that threads begin
+// with are those of their nodes.
 std::vector<Item> cut(const std::vector<Active>& active, int64_t panels, int64_t at_once, int num_threads) {
+    const int parts = num_node_parts();
     int64_t total = 0;
     for (const Active& expert : active) total += kRowsPerPanelRead + expert.rows;
-    const int64_t steps = (panels + at_once - 1) / at_once;
     std::vector<Item> items;
-    for (size_t e = 0; e < active.size(); ++e) {
-        const int64_t cost = kRowsPerPanelRead + active[e].rows;
-        const int64_t share = (cost * num_threads * kItemsPerThread + total - 1) / total;
-        const int64_t count = std::clamp<int64_t>(share, 1, steps);
-        for (int64_t i = 0; i < count; ++i) {
-            items.push_back({e, steps * i / count * at_once, std::min(steps * (i + 1) / count * at_once, panels)});
+    for (int part = 0; part < parts; ++part) {
+        const int64_t first = part_start(panels, part, parts), size = part_start(panels, part + 1, parts) - first;
+        for (size_t e = 0; e < active.size() && size > 0; ++e) {
+            const int64_t unit = active[e].rows > kRowsPerPanelRead ? at_once : 1, steps = (size + unit - 1) / unit;
+            const int64_t cost = kRowsPerPanelRead + active[e].rows;
+            const int64_t share = (cost * num_threads * kItemsPerThread + total * parts - 1) / (total * parts);
+            const int64_t count = std::clamp<int64_t>(share, 1, steps);
+            const auto bound = [&](int64_t i) { return first + std::min(steps * i / count * unit, size); };
+            for (int64_t i = 0; i < count; ++i) items.push_back({e, bound(i), bound(i + 1)});
         }
     }
     return items;
@@ -172,10 +178,15 @@ void moe(const Execution& execution, const MoeArgs& args) {
     run_conversions(execution, conversions);
     run_items(execution, routing, routing.active.front().weights->down->matrix().num_panels(), down, kernels.product);
 
-    const CombineArgs sum{parts, routing.slots, args.gate_weights, args.num_active, hidden, args.out, args.x_dtype};
-    const int64_t tokens_per_item = std::max<int64_t>(1, (1 << 15) / (hidden * args.num_active));
-    parallel_ranges(args.tokens, tokens_per_item, execution.num_threads,
-                    [&](int64_t begin, int64_t end) { kernels.combine(sum, begin, end); });
+    // By tokens and, where a token's row is long, by columns.
+    const int64_t columns = std::min(hidden, std::max<int64_t>(kMinColumns, kElementsPerSum / args.num_active));
+    const int64_t ranges = (hidden + columns - 1) / columns;
+    parallel_for(args.tokens * ranges, execution.num_threads, [&](int64_t item) {
+        const int64_t token = item / ranges, first = item % ranges * columns;
+        kernels.combine({parts, routing.slots, args.gate_weights, args.num_active, hidden, args.out, args.x_dtype,
+                         first, std::min(first + columns, hidden)},
+                        token, token + 1);
+    });
 }
 
 }  // namespace amalgam

@@ -84,8 +84,8 @@ inline bool is_shared(const Activations& known, const Matrix& weight, Operand ki
 }
 
 inline void run_conversions(const Execution& execution, const std::vector<Conversion>& conversions) {
-    // Some 10 µs of work each: below that, waking a thread costs more than it helps.
-    constexpr int64_t kElementsPerItem = 1 << 15;
+    // A few µs of work each: below that, a round of all threads costs more than it helps.
+    constexpr int64_t kElementsPerItem = 1 << 13;
     struct Item {
         const ConvertArgs* args;
         int64_t first, end;

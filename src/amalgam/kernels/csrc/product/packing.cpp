@@ -9,6 +9,7 @@
 #include "formats/table.h"
 #include "isa/float_types.h"
 #include "runtime/arena.h"
+#include "runtime/placement.h"
 #include "runtime/pool.h"
 
 #if defined(__SSE2__)
@@ -243,6 +244,9 @@ PackedMatrix::PackedMatrix(const PackArgs& args, Format format, int64_t num_exce
     set_order(args.order);
     set_layout(args.zero != nullptr, num_exceptions);
     owned_ = allocate_weight(static_cast<size_t>(layout_.nbytes));
+    const int64_t panels = matrix_.num_panels();
+    const int64_t starts[] = {0, layout_.scale, layout_.zero, layout_.offset, layout_.parts, layout_.table};
+    for (int i = 0; i < 5; ++i) touch_by_node(owned_ + starts[i], panels, (starts[i + 1] - starts[i]) / panels);
     set_memory(owned_, args.zero != nullptr);
     const auto pack_floats = [&](const void* grid, int64_t block_rows, int lanes, uint8_t* out) {
         switch (dtype_bytes(args.scale_dtype)) {
@@ -368,10 +372,10 @@ std::shared_ptr<PackedMatrix> PackedMatrix::pack(const PackArgs& args) {
     require(args.format != kFormat<CodedBf16>, "values are packed as bf16, which may be coded");
     if (args.format == kFormat<Bf16> && args.codes) {
         const auto* values = static_cast<const uint16_t*>(args.weight);
-        WindowChoice found = choose_windows(values, args.rows, args.columns);
+        WindowChoice found = choose_windows(*args.kernels, values, args.rows, args.columns);
         if (is_worth_coding(found.num_exceptions, args.rows, args.columns)) {
             std::shared_ptr<PackedMatrix> coded(new PackedMatrix(args, kFormat<CodedBf16>, found.num_exceptions));
-            coded->set_coding(encode(coded->matrix_, std::move(found.windows), values, coded->owned_));
+            coded->set_coding(encode(*args.kernels, coded->matrix_, std::move(found.windows), values, coded->owned_));
             return coded;
         }
     }

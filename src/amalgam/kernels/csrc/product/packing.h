@@ -30,6 +30,7 @@ struct PackArgs {
     const int32_t* order;        // integers: packed input → input, or null
     bool quantizes;              // integer formats: whether bfloat16 activations are quantized to int8
     bool codes;  // bf16: whether to store it in 12 bits where few values are exceptions (formats/bf16_coded.h)
+    const Kernels* kernels = nullptr;  // where `codes`: who does; the bytes are the same with all
 };
 
 // A weight that is in panels already, as another PackedMatrix had them in its memory.

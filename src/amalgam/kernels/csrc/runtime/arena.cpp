@@ -7,6 +7,8 @@
 #include <mutex>
 #include <new>
 
+#include "runtime/placement.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -15,6 +17,7 @@ namespace amalgam {
 namespace {
 
 constexpr size_t kAlignment = 64;
+constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kRegionBytes = size_t{64} << 20;
 
@@ -23,7 +26,8 @@ size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * 
 class Arena {
  public:
     uint8_t* allocate(size_t bytes) {
-        bytes = round_up(std::max<size_t>(bytes, 1), kAlignment);
+        // Pages that are placed one by one have one owner.
+        bytes = round_up(std::max<size_t>(bytes, 1), is_placed_by_touch() ? kPage : kAlignment);
         std::lock_guard<std::mutex> lock(mutex_);
         auto found = std::find_if(free_.begin(), free_.end(), [&](const auto& range) { return range.second >= bytes; });
         if (found == free_.end()) found = add_region(bytes);
@@ -38,6 +42,14 @@ class Arena {
     void free(uint8_t* data) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto used = used_.find(data);
+#if defined(__linux__)
+        if (is_placed_by_touch()) {
+            uint8_t* first =
+                data + round_up(reinterpret_cast<uintptr_t>(data), kPage) - reinterpret_cast<uintptr_t>(data);
+            const uint8_t* end = data + used->second;
+            if (first + kPage <= end) madvise(first, static_cast<size_t>(end - first) / kPage * kPage, MADV_DONTNEED);
+        }
+#endif
         auto range = free_.emplace(data, used->second).first;
         used_.erase(used);
         const auto region = std::prev(regions_.upper_bound(data));
@@ -70,9 +82,7 @@ class Arena {
         // aligned_alloc of this size is a mapping of its own; its pages are not touched before they are used.
         void* data = std::aligned_alloc(kHugePage, size);
         if (data == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-        madvise(data, size, MADV_HUGEPAGE);
-#endif
+        place_region(static_cast<uint8_t*>(data), size);
         regions_.emplace(static_cast<uint8_t*>(data), size);
         return free_.emplace(static_cast<uint8_t*>(data), size).first;
     }

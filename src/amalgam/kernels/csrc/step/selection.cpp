@@ -12,7 +12,7 @@
 namespace amalgam {
 namespace {
 
-constexpr int64_t kTokensPerItem = 64;
+constexpr int64_t kTokensPerItem = 4;
 constexpr int64_t kLane = 64;  // values that are looked at together before one by one
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();

@@ -11,7 +11,7 @@
 namespace amalgam {
 namespace {
 
-constexpr int64_t kElementsPerItem = 1 << 15;
+constexpr int64_t kElementsPerItem = 1 << 13;
 
 void check(int64_t value, int64_t end, const char* what) {
     if (value >= 0 && value < end) return;
