@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from amalgam.base.processors import usable_threads
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import Settings
@@ -19,12 +18,12 @@ from amalgam.engine.generation_config import read_model_defaults
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.experts.overview import drift
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.kernels.backends.cpu.threads import arrange
 from amalgam.models.decoder import Decoder
 from amalgam.models.spec import ModelSpec
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
+from amalgam.runtime.threads import set_threads
 from amalgam.text.files import read_template
 from amalgam.text.tokenizer import Tokenizer
 
@@ -39,8 +38,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         AmalgamError: whatever is wrong with settings, checkpoints or plan, before anything is half loaded.
     """
     ensure_derived(settings, progress)
-    torch.set_num_threads(choose_num_threads(settings.engine.num_threads))
-    arrange(torch.get_num_threads(), settings.engine.numa, settings.engine.pin_threads)
+    set_threads(settings.engine)
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
@@ -62,14 +60,6 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         on_failure.pop_all()
     engine.start()
     return Deployment(settings, loader, loaded, engine, tokenizer, tracker, defaults)
-
-
-def choose_num_threads(wanted: int | None) -> int:
-    """How many threads compute: as many as are wanted, else as many as this process may use cores.
-
-    But no more then than PyTorch has, which is what OMP_NUM_THREADS or the program around us says, or all processors.
-    """
-    return wanted or min(usable_threads(), torch.get_num_threads())
 
 
 def _open_tracker(settings: Settings, spec: ModelSpec) -> ExpertTracker | None:

@@ -42,6 +42,7 @@ from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.device import choose_device
+from amalgam.runtime.threads import set_threads
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 
@@ -172,6 +173,7 @@ def shape_engine(
     """
     if name not in SHAPES:
         raise ConfigError(f"Shape {name!r} is unknown.", remedy=f"Known shapes: {', '.join(SHAPES)}.")
+    set_threads(settings.engine)
     _, spec = read_spec(SHAPES[name], f"shape {name}")
     version = random_weights(spec, weights, settings.inference, choose_device(settings.inference.device_map), progress)
     with _running(spec, version, settings, max_tokens, max_batch, observer) as engine:
@@ -187,8 +189,9 @@ def file_engine(
     Raises:
         AmalgamError: the checkpoint cannot be loaded.
     """
+    set_threads(settings.engine)
     device = choose_device(settings.inference.device_map)
-    loader = ModelLoader(ModelSettings(base_path=path), settings.inference, device, threads=torch.get_num_threads())
+    loader = ModelLoader(ModelSettings(base_path=path), settings.inference, device, settings.engine.num_load_threads)
     version = loader.build(loader.plan(), 1).version
     with _running(loader.spec, version, settings, max_tokens, max_batch, observer) as engine:
         yield engine, loader.spec

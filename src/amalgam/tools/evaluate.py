@@ -23,6 +23,7 @@ from amalgam.evaluation.texts import DEFAULT_WINDOW, Sample, read_texts, sample_
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
 from amalgam.runtime.opening import open_deployment
+from amalgam.runtime.threads import set_threads
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.bench import bench_model
 
@@ -170,10 +171,9 @@ def open_with_texts(
         CheckpointError: the tokenizer is of another model.
     """
     ensure_derived(settings, progress)
-    if settings.engine.num_threads is not None:
-        torch.set_num_threads(settings.engine.num_threads)
+    set_threads(settings.engine)
     device = choose_device(settings.inference.device_map)
-    loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
+    loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
     planned = loader.plan()
     tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
     tokenizer.check_vocabulary(loader.spec.vocab_size)
@@ -195,7 +195,7 @@ def _beside(
 ) -> Contestant:
     """A plan beside its reference; weights that both have are in memory once where the settings allow it."""
     ensure_derived(settings, progress)
-    loader = ModelLoader(settings.model, settings.inference, base.loader.device, settings.engine.load_threads)
+    loader = ModelLoader(settings.model, settings.inference, base.loader.device, settings.engine.num_load_threads)
     planned = loader.plan()
     if loader.spec.vocab_size != base.loader.spec.vocab_size:
         raise ConfigError(

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import pytest
 
-from amalgam.runtime import opening
+from amalgam.runtime import threads
 
 
 def test_threads_are_those_of_the_cores_unless_somebody_says_less(
     monkeypatch: pytest.MonkeyPatch, use_threads: Callable[[int], None]
 ) -> None:
-    monkeypatch.setattr(opening, "usable_threads", lambda: 6)
+    monkeypatch.setattr(threads, "usable_threads", lambda: 6)
     use_threads(12)
-    assert opening.choose_num_threads(None) == 6
-    assert opening.choose_num_threads(9) == 9
+    assert threads.choose_num_threads(None) == 6
+    assert threads.choose_num_threads(9) == 9
     use_threads(4)
-    assert opening.choose_num_threads(None) == 4
+    assert threads.choose_num_threads(None) == 4
