@@ -36,6 +36,7 @@ from amalgam.planning.speed import SpeedModel, measure_speed, step_seconds
 from amalgam.planning.use import Use, use_of_set, use_of_texts
 from amalgam.planning.writing import rules_of, write_config
 from amalgam.runtime.derive import ensure_derived
+from amalgam.runtime.threads import set_threads
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.estimate import workspace_bytes
 from amalgam.tools.evaluate import TextOptions, plan_name
@@ -143,13 +144,12 @@ class Studio:
             AmalgamError: no weight has a choice, texts that cannot be read or are too short, damaged sources.
         """
         ensure_derived(settings, progress)
-        if settings.engine.num_threads is not None:
-            torch.set_num_threads(settings.engine.num_threads)
+        set_threads(settings.engine)
         self.settings = settings
         self.options = options
         self._progress = progress
         device = torch.device("cpu")
-        self.loader = ModelLoader(settings.model, settings.inference, device, settings.engine.load_threads)
+        self.loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
         self.problem = problem_of(self.loader, options.sources, options.floors)
         tokenizer = Tokenizer.load(self.loader.base_folder, self.loader.base_metadata)
         tokenizer.check_vocabulary(self.loader.spec.vocab_size)
