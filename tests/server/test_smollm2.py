@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 from examples import smollm2
 
@@ -14,6 +15,7 @@ def test_it_answers_sensibly_through_both_clients() -> None:
     with smollm2.serve(MODEL) as url:
         chats = dict(smollm2.ask_openai(url))
         messages = dict(smollm2.ask_anthropic(url))
+        weights = httpx.get(f"{url}/manifest").json()["weights"]
     assert "Paris" in chats["chat.completions.create"]
     assert "".join(chats["… stream=True"]) == chats["chat.completions.create"] == chats["responses.create"]
     assert chats["… response_format=json_schema"]["capital"] == "Paris"
@@ -25,3 +27,5 @@ def test_it_answers_sensibly_through_both_clients() -> None:
     assert "".join(messages["messages.stream"]) == messages["messages.create"]
     assert messages["… tool_choice=any"] == [["get_weather", {"city": "Paris"}]]
     assert messages["messages.count_tokens"] > 5
+    layouts = {weight["layout"] for weight in weights if ".mlp." in weight["slot"]}
+    assert layouts <= {"panels_int4", "panels_int8"}, "Q4_1 and its neighbours run in compiled code"
