@@ -10,6 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken
 
 from amalgam.errors import RequestError, UnsupportedError
+from amalgam.text.answers.contract import ToolCallDelta
 from amalgam.text.answers.format import AnswerFormat
 from amalgam.text.answers.registry import tool_formats
 from amalgam.text.grammar import Grammar
@@ -177,6 +178,33 @@ def test_reasoning_is_free_before_free_text(backend: Any) -> None:
     weather = CALLS["hermes"][0]
     assert takes(backend, source, f"hm</think>\n\nHello.\n{weather}") and takes(backend, source, "hm</think>Hello.")
     assert not takes(backend, source, f"hm</think>\n\nHello.\n{weather.replace('3', 'x')}")
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_thought_may_speak_of_calls(backend: Any, name: str) -> None:
+    """Whether or not its tags are tokens: where the mark of a call is one, a thought does not have it."""
+    answers, weather = bound(name, backend), CALLS[name][0]
+    mark = answers.tool_format.opening
+    spoken = "a call" if mark in answers.special_tokens.values() else f"a {mark} or so"
+    thought, wrong = f"<think>\nI need {spoken}.\n</think>\n\n", weather.replace("3", "x")
+    for parallel in (True, False):
+        source = answers.free_grammar(TOOLS, parallel=parallel).source
+        for text in (f"{thought}Hello.", f"{thought}{weather}", f"{thought}Hello.\n{weather}", weather, "a <thi"):
+            assert takes(backend, source, text), text
+        for text in (f"{thought}{wrong}", f"{thought}Hello.\n{wrong}", wrong):
+            assert not takes(backend, source, text), text
+        assert takes(backend, source, f"{thought}{weather}\nHello.") == parallel
+
+
+def test_calls_that_are_read_without_their_opening_are_bound_too(backend: Any) -> None:
+    answers, (weather, _) = bound("qwen_xml", backend), CALLS["qwen_xml"]
+    short = weather.removeprefix("<tool_call>").lstrip()
+    parser = answers.parser(TOOLS)
+    assert any(isinstance(delta, ToolCallDelta) for delta in (*parser.push(short), *parser.finish()))
+    source = answers.free_grammar(TOOLS).source
+    assert takes(backend, source, weather) and takes(backend, source, "a <function of x")
+    for text in (short, f"Hello.\n{short}", f"{short}\n{weather}", f"{weather}\n{short}"):
+        assert not takes(backend, source, text), text
 
 
 @pytest.mark.parametrize("name", sorted(CALLS.keys() - set(MARKED)))

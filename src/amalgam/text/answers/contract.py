@@ -71,6 +71,7 @@ class ToolFormat:
         reasons: it sets reasoning apart by itself, and needs to read answers to requests without tools too.
         thought: what stands around that reasoning.
         opening: what every call begins with, and no other text; empty: calls have no such mark.
+        short_openings: what calls are known by too, where the model has left out `opening`.
     """
 
     name: str
@@ -82,6 +83,7 @@ class ToolFormat:
     reasons: bool = False
     thought: Tags | None = None
     opening: str = ""
+    short_openings: tuple[str, ...] = ()
 
 
 class Answer:
@@ -196,7 +198,7 @@ class GrammarWriter:
         """A rule for any text and then `mark`, where that comes first."""
         if any(mark.startswith(text) for text in self.special_ids):
             return f"{rule}: /(?s:.*)/ {self.text(mark)}"
-        return f"{rule}[lazy]: /(?s:.*){re.escape(mark).replace('/', chr(92) + '/')}/".replace("\n", "n")
+        return f"{rule}[lazy]: /(?s:.*){pattern_of(mark)}/"
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """A JSON value that fits the schema, written as `json.dumps` does."""
@@ -204,6 +206,11 @@ class GrammarWriter:
 
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def pattern_of(text: str) -> str:
+    """A regular expression for exactly this text, as it stands between slashes."""
+    return re.escape(text).replace("/", r"\/").replace("\n", "n")  # behind the backslash that is there
 
 
 def _quoted(text: str) -> str:

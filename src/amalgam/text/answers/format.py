@@ -5,7 +5,6 @@ In: a `ToolFormat`, tags, the tokenizer's special tokens. Out: parsers and gramm
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from amalgam.text.answers.contract import (
     ToolFormat,
     Tools,
     name_of,
+    pattern_of,
 )
 from amalgam.text.answers.reading import Reader
 from amalgam.text.grammar import Grammar, as_rule
@@ -134,26 +134,42 @@ class AnswerFormat:
             )
         writer = self._writer()
         call = self.tool_format.grammar(_BehindOpening(writer.special_ids, opening), tools, False)
-        is_token = opening in writer.special_ids
-        other = "/(?s:.+)/" if is_token else f"/(?s:.+)/ & ~/(?s:.*{re.escape(opening)}.*)/"
-        rules = [
-            f"free: {'(opening calls)* TEXT?' if parallel else 'TEXT? | opening calls'}",
-            writer.up_to("opening", opening),
-            f"TEXT: {other}",
-            call,
-        ]
-        if self.tags is None:
-            first = "free"
-        elif self.opens_reasoning(prompt_end):
+        rules = ["free: (opening calls)* TEXT?" if parallel else "free: TEXT? | opening calls", call]
+        rules += self._text_rules(writer)
+        first = "free"
+        if self.tags is not None and self.opens_reasoning(prompt_end):
             first = "thought free"
-        elif self.tags.start in writer.special_ids:
-            first = f"free | {writer.text(self.tags.start)} thought free"
-        else:  # a text like any other
-            first = "free"
-        if "thought" in first:
-            assert self.tags is not None
             rules.append(writer.up_to("thought", self.tags.end))
+        elif self.tags is not None and self.tags.start in writer.special_ids:
+            first = f"free | {writer.text(self.tags.start)} thought free"
+            rules.append(writer.up_to("thought", self.tags.end))
+        elif self.tags is not None:  # only what comes first tells its characters from other text
+            start, end = map(pattern_of, self.tags)
+            first = f"FIRST_TEXT? | first_opening calls{' free' if parallel else ''} | thought free"
+            rules.append(f"thought[lazy]: /\\s*{start}(?s:.*){end}/")
+            rules += self._text_rules(writer, "first_", f"\\s*{start}(?s:.*)")
         return Grammar("lark", "\n".join([f"start: {first}", *rules]))
+
+    def _text_rules(self, writer: GrammarWriter, prefix: str = "", other: str = "") -> list[str]:
+        """Rules for text without a call, `TEXT`, and for what comes up to a call's opening, `opening`.
+
+        Args:
+            prefix: of their names.
+            other: a regular expression of texts that are neither.
+        """
+        opening, short = self.tool_format.opening, self.tool_format.short_openings
+        text_name = f"{prefix}text".upper()
+
+        def without(marks: tuple[str, ...]) -> str:
+            patterns = [f"(?s:.*({'|'.join(map(pattern_of, marks))}).*)"] if marks else []
+            return "".join(f" & ~/{pattern}/" for pattern in [*patterns, *([other] if other else [])])
+
+        if opening in writer.special_ids:
+            text, before = without(short), f"{prefix}opening: {text_name}? {writer.text(opening)}"
+        else:
+            text = without((opening, *short))
+            before = f"{prefix}opening[lazy]: /(?s:.*){pattern_of(opening)}/{without(short)}"
+        return [f"{text_name}: /(?s:.+)/{text}", before]
 
     def form_or_calls(self, grammar: Grammar, tools: Tools, *, parallel: bool = True, prompt_end: str = "") -> Grammar:
         """What an answer may be that either follows `grammar` or calls tools. See `after_reasoning`."""

@@ -60,4 +60,6 @@ def _recognizes(template: str) -> bool:
     return _FUNCTION in template and _PARAMETER in template
 
 
-FORMAT = ToolFormat("qwen_xml", (_START, _END), _recognizes, _read, _grammar, opening=_START)
+FORMAT = ToolFormat(
+    "qwen_xml", (_START, _END), _recognizes, _read, _grammar, opening=_START, short_openings=(_FUNCTION,)
+)
