@@ -1,6 +1,6 @@
 """One running Transformer out of several checkpoints of the same model in different precisions.
 
-`LLM`, `SamplingParams` and `Grammar` are imported at first use, so that `import amalgam` costs nothing.
+All but the version is imported at first use, so that `import amalgam` costs nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 from amalgam.version import __version__
 
 if TYPE_CHECKING:
-    from amalgam.engine.params import SamplingParams
+    from amalgam.engine.params import SamplingParams, ThinkingLimit
     from amalgam.llm import LLM
     from amalgam.text.grammar import Grammar
 
-__all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Grammar", "SamplingParams", "ThinkingLimit", "__version__"]
 
-_HOMES = {"LLM": "amalgam.llm", "SamplingParams": "amalgam.engine.params", "Grammar": "amalgam.text.grammar"}
+_HOMES = {
+    "LLM": "amalgam.llm",
+    "SamplingParams": "amalgam.engine.params",
+    "ThinkingLimit": "amalgam.engine.params",
+    "Grammar": "amalgam.text.grammar",
+}
 
 
 def __getattr__(name: str) -> Any:

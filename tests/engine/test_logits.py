@@ -11,6 +11,7 @@ from amalgam.engine.params import SamplingParams, ThinkingLimit
 from amalgam.engine.request import Request
 from amalgam.engine.sampler import choose_tokens
 from amalgam.errors import RequestError
+from tests.errors import raises
 
 
 def make_place(token_ids=(1, 2), proposed_ids=(), processors=()):
@@ -242,6 +243,11 @@ class TestThinking:
         logits[0, 9] = float(NEVER)
         [row], _ = process(logits, [(request, ())])
         assert row.tolist() == logits[0].tolist()
+
+    def test_what_opens_it_may_be_a_list(self):
+        assert ThinkingLimit(3, 9, [6, 7]) == ThinkingLimit(3, 9, (6, 7))  # type: ignore[arg-type]
+        with raises(RequestError, "start_ids", "7"):
+            ThinkingLimit(3, 9, 7)  # type: ignore[arg-type]
 
     def test_proposals_are_forgotten(self):
         request = Request(0, [1], SamplingParams(), lambda output: None, processors=(EndThinking(ThinkingLimit(2, 9)),))

@@ -45,6 +45,9 @@ class ThinkingLimit:
 
     def __post_init__(self) -> None:
         _check_int("thinking.num_tokens", self.num_tokens, 0, 2**31 - 1)
+        if not isinstance(self.start_ids, list | tuple):
+            raise RequestError(f"thinking.start_ids is {describe(self.start_ids)}.", remedy="Give a list of token ids.")
+        object.__setattr__(self, "start_ids", tuple(self.start_ids))
         for token_id in (self.end_id, *self.start_ids):
             _check_int("a token id of thinking", token_id, 0, 2**31 - 1)
 
