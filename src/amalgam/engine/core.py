@@ -498,9 +498,7 @@ class Engine:
                 num_streams += 1
             else:
                 num_beside += item.num_tokens
-            if item.start < len(
-                item.request.prompt_ids
-            ):  # what a preemption made the step compute again is not counted
+            if item.start < item.request.num_prompt_tokens:  # what a preemption made it compute again does not count
                 num_prompt += max(0, min(item.end, item.request.num_prompt_tokens) - (item.end - item.num_unrecorded))
         num_new = sum([len(output.token_ids) for _, output in deliveries])
         self._pace.add(num_streams, num_beside, seconds)

@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import json
 import shutil
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -18,6 +19,10 @@ import pytest
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.params import SamplingParams, ThinkingLimit
 from amalgam.engine.request import FinishReason, Observation, RequestOutput, Usage
+from amalgam.server.api.chats import EncodedChat
+from amalgam.server.api.common import ToolUse
+from amalgam.text.answers.format import AnswerFormat
+from amalgam.text.answers.registry import tool_formats
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 from tests.server.conftest import serving, wait_until
@@ -84,10 +89,16 @@ THINK_ID, END_ID = 8192, 8193
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The demo's, and the marks of reasoning are tokens, as in models that were trained to reason."""
-    folder = tmp_path_factory.mktemp("thinking")
+    return tokenizer_with(tmp_path_factory.mktemp("thinking"), {"<think>": THINK_ID, "</think>": END_ID})
+
+
+def tokenizer_with(folder: Path, marks: Mapping[str, int], *, special: bool = False) -> Tokenizer:
     fields = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
-    for token_id, mark in ((THINK_ID, "<think>"), (END_ID, "</think>")):
-        fields["added_tokens"].append({**fields["added_tokens"][0], "id": token_id, "content": mark, "special": False})
+    added = [
+        {**fields["added_tokens"][0], "id": token_id, "content": mark, "special": special}
+        for mark, token_id in marks.items()
+    ]
+    fields["added_tokens"] += added
     (folder / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
     for name in ("config.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, folder / name)
@@ -371,6 +382,17 @@ class TestThinking:
         assert limits == [ThinkingLimit(0, END_ID, (THINK_ID,)), ThinkingLimit(5, END_ID)]
         both = ask(thinking_token_budget=0, thinking={"type": "enabled", "budget_tokens": 5})
         assert (both.status_code, both.json()["error"]["param"]) == (400, "thinking.budget_tokens")
+
+    def test_messages_of_gpt_oss_are_limited_by_their_special_tokens(self, tmp_path: Path) -> None:
+        marks = {
+            mark: 8192 + place for place, mark in enumerate(("<|channel|>", "<|message|>", "<|end|>", "<|start|>"))
+        }
+        tokenizer = tokenizer_with(tmp_path, marks, special=True)
+        form = AnswerFormat(tool_formats()["gpt_oss"], None, tokenizer.special_tokens)
+        chat = EncodedChat([1], None, form, ToolUse(), tokenizer, "<|start|>assistant")
+        start_ids = tuple(tokenizer.encode("<|channel|>analysis<|message|>"))
+        assert {8192, 8193} < set(start_ids)
+        assert chat.thinking_limit(7, "thinking_token_budget") == ThinkingLimit(7, 8194, start_ids)
 
     def test_it_can_be_left_out(self, client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
         engine.answer = "hm</think>\nYes."

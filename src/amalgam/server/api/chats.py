@@ -105,7 +105,7 @@ async def encode_chat(
 
 def _mark_ids(tokenizer: Tokenizer, mark: str) -> tuple[int, ...]:
     """The tokens of a mark, without the space that some tokenizers begin every text with."""
-    pieces = tokenizer.encode_by_piece(mark, len(mark), add_special_tokens=False)
+    pieces = tokenizer.encode_by_piece(mark, len(mark) + 1, add_special_tokens=False)
     token_ids = [token_id for piece in pieces for token_id in piece]
     while token_ids and not tokenizer.token_text(token_ids[0]).strip():
         del token_ids[0]
