@@ -1,6 +1,7 @@
 """How near to the best possible plan the planner's is, where all plans can be tried: 3^8 = 6,561 maps of one layer.
 
-    python benchmarks/optimality.py [--model FOLDER] [--work FOLDER] [--text FILE] [--tokens 160] [--draws 16]
+    python benchmarks/optimality.py [--model FOLDER] [--work FOLDER] [--text FILE] [--tokens 128] [--draws 16]
+        [--experts 8]
 
 Eight experts of the last layer in int3, int4 or int8 each, the rest in bf16. What an expert adds to a token is computed
 once for each format; a map's divergence is then that of the head over the sums, exactly. The text is the sensitivities'
@@ -42,7 +43,6 @@ from amalgam.tools.bench import commit, hardware
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 FORMATS = {"int3": QuantizeOptions(32), "int4": QuantizeOptions(32), "int8": QuantizeOptions(128)}
-NUM_EXPERTS = 8
 BUDGETS = (0.2, 0.4, 0.6, 0.8)  # of the way from the smallest map to the largest
 
 
@@ -77,8 +77,9 @@ def main() -> int:
     parser.add_argument("--model", default=str(ROOT / "models" / "demo"))
     parser.add_argument("--work", type=Path, default=ROOT / "models" / "optimality")
     parser.add_argument("--text", nargs="*", default=[])
-    parser.add_argument("--tokens", type=int, default=160)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--experts", type=int, default=8, help="how many have a choice: 3^N maps")
     options = parser.parse_args()
     paths = {}
     for name, how in FORMATS.items():
@@ -101,7 +102,7 @@ def main() -> int:
     used = sorted(
         {item.expert for item in whole.items if item.layer == last and item.expert is not None},
         key=lambda expert: -sensitivities.weights[name_of(last, expert)].num_tokens,
-    )[:NUM_EXPERTS]
+    )[: options.experts]
     rows = {expert: [r for r, i in enumerate(whole.items) if (i.layer, i.expert) == (last, expert)] for expert in used}
     names = [option.source for option in whole.items[rows[used[0]][0]].options]
     expected = np.array([loss[rows[expert]][:, : len(names)].sum(axis=0) for expert in used])
@@ -120,13 +121,7 @@ def main() -> int:
     for choice in itertools.product(range(len(names)), repeat=len(used)):
         measured[choice] = divergence_of(base + sum(added[row, column] for row, column in enumerate(choice)))
 
-    # The same through the engine's own path, for one map.
-    contestant = open_contestant("base", loader, loader.plan(()), torch.float32, 32)
-    map_ = tuple(number % len(names) for number in range(len(used)))
-    rules = {whole.items[r].name: names[map_[n]] for n, expert in enumerate(used) for r in rows[expert]}
-    figures = Reference(contestant, sample).figures(contestant.with_plan("map", loader.plan(build_rules(rules))))
-    print(f"{len(measured):,} maps of {len(base)} tokens; one of them {measured[map_]:.6f}, by the engine "
-          f"{figures.divergence.mean():.6f} (which leaves each text's last token out)")  # fmt: skip
+    print(f"{len(measured):,} maps of {len(base)} tokens", flush=True)
     results: list[dict[str, Any]] = []
     totals = {choice: float(sizes[np.arange(len(used)), list(choice)].sum()) for choice in measured}
     print(f"{'budget':>8}{'maps':>8}{'best KL':>12}{'chosen KL':>12}{'above':>9}{'uniform':>10}")
@@ -137,7 +132,19 @@ def main() -> int:
         chosen = measured[tuple(int(index) for index in solve(expected, sizes, budget).choice)]
         even = min(kl for choice, kl in within.items() if len(set(choice)) == 1)
         results.append({"budget": budget, "maps": len(within), "best": best, "chosen": chosen, "uniform": even})
-        print(f"{share:>8.0%}{len(within):>8}{best:>12.6f}{chosen:>12.6f}{chosen / best - 1:>+9.2%}{even:>10.6f}")
+        print(
+            f"{share:>8.0%}{len(within):>8}{best:>12.6f}{chosen:>12.6f}{chosen / best - 1:>+9.2%}{even:>10.6f}",
+            flush=True,
+        )
+    # The same through the engine's own path, for one map.
+    contestant = open_contestant("base", loader, loader.plan(()), torch.float32, 32)
+    map_ = tuple(number % len(names) for number in range(len(used)))
+    rules = {whole.items[r].name: names[map_[n]] for n, expert in enumerate(used) for r in rows[expert]}
+    figures = Reference(contestant, sample).figures(contestant.with_plan("map", loader.plan(build_rules(rules))))
+    print(
+        f"one of the maps: {measured[map_]:.6f}, by the engine {figures.divergence.mean():.6f}, which leaves each "
+        "text's last token out"
+    )
     print(json.dumps({"command": sys.argv, "commit": commit(), "hardware": hardware(), "results": results}))
     return 0
 
