@@ -50,9 +50,11 @@ int main() {
         floats[i] = widen(halves[i]);
     }
     const auto int8 = PackedMatrix::pack({kFormat<Int8>, kRows, kColumns, codes.data(), scale.data(), DType::kFloat32,
-                                          kRows, 1, 1, kColumns, nullptr, nullptr, true, false});
-    const auto bf16 = PackedMatrix::pack({kFormat<Bf16>, kRows, kColumns, halves.data(), nullptr, DType::kFloat32, 0, 0,
-                                          1, 1, nullptr, nullptr, false, false});
+                                          kRows, 1, 1, kColumns, nullptr, nullptr, Offset::kNone, nullptr, nullptr,
+                                          nullptr, nullptr, true, false});
+    const auto bf16 =
+        PackedMatrix::pack({kFormat<Bf16>, kRows, kColumns, halves.data(), nullptr, DType::kFloat32, 0, 0, 1, 1,
+                            nullptr, nullptr, Offset::kNone, nullptr, nullptr, nullptr, nullptr, false, false});
     std::puts(kKernels_toy.isa);
     return is_right(*int8, integers, false) && is_right(*bf16, floats, true) ? 0 : 1;
 }
