@@ -1,6 +1,6 @@
 """How near to the best possible plan the planner's is, where all plans can be tried: 3^8 = 6,561 maps of one layer.
 
-    python benchmarks/optimality.py [--model FOLDER] [--work FOLDER] [--text FILE] [--tokens 128] [--draws 16]
+    python benchmarks/optimality.py [--model FOLDER] [--work FOLDER] [--text FILE] [--tokens 128] [--draws 64]
         [--experts 8]
 
 Eight experts of the last layer in int3, int4 or int8 each, the rest in bf16. What an expert adds to a token is computed
@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "models" / "optimality")
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--draws", type=int, default=64)
     parser.add_argument("--experts", type=int, default=8, help="how many have a choice: 3^N maps")
     options = parser.parse_args()
     paths = {}
