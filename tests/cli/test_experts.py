@@ -48,7 +48,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         }
     )
     with serving(settings, lambda: open_deployment(settings)) as address:
-        wait_until(lambda: httpx.get(address + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(address + "/ready", timeout=60).status_code == 200)
         for domain, prompt in (("en", "The captain looked at the sea"), ("zh", "春风又绿江南岸")):
             body = {"prompt": prompt, "max_new_tokens": 8, "domain": domain}
             httpx.post(address + "/generate", json=body, timeout=60).raise_for_status()

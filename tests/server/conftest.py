@@ -68,7 +68,7 @@ def url(deployment: FakeDeployment) -> Iterator[str]:
     """Base URL of a server that is ready with `deployment`."""
     settings = fake_settings(port=0, max_body_bytes=8 * 2**20, max_batch_prompts=4)
     with serving(settings, lambda: deployment) as base_url:
-        wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(base_url + "/ready", timeout=60).status_code == 200)
         yield base_url
 
 
@@ -82,7 +82,7 @@ def client(url: str) -> Iterator[httpx.Client]:
 def shared_client() -> Iterator[httpx.Client]:
     """One server for tests that leave no trace on it."""
     with serving(fake_settings(port=0), FakeDeployment) as base_url:
-        wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(base_url + "/ready", timeout=60).status_code == 200)
         with httpx.Client(base_url=base_url, timeout=60) as client:
             yield client
 

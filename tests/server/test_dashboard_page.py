@@ -178,7 +178,7 @@ def demo_url(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def large_url() -> Iterator[str]:
     deployment = LargeDeployment()
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         yield url
 
 
@@ -330,7 +330,7 @@ def test_windows_are_those_that_the_server_keeps(page: Page) -> None:
     deployment = LargeDeployment()
     deployment.tracker.settings = StatisticsSettings(history_minutes=3)
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         page.open(url + "/dashboard")
         page.show("#usage")
         options = "return [...document.querySelector(arguments[0]).options].map((option) => option.value)"
@@ -459,7 +459,7 @@ def test_a_long_answer_leaves_the_page_usable(page: Page) -> None:
     """What is there is not written again for each token, and one can stop in the middle."""
     deployment = FakeDeployment()
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         page.open(url + "/dashboard")
         page.run("arguments[0].value = '4000'", page.show("#play-max"))
         page.run(
@@ -496,7 +496,7 @@ def test_enter_sends_in_a_chat(page: Page) -> None:
     """
     deployment = FakeDeployment()
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         page.open(url + "/dashboard")
         assert page.run("return document.querySelector('#play-max').placeholder") == "server default 512"
         assert page.run(press, {}, "a text") is True  # one that is continued may have several lines
@@ -520,7 +520,7 @@ def test_what_is_not_known_is_not_drawn(page: Page) -> None:
     deployment = LargeDeployment()
     deployment.tracker = ExpertTracker(range(4), 8, 2, StatisticsSettings())
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         page.open(url + "/dashboard")
         for panel in ("usage", "coactivation"):
             page.show(f"#{panel}")
@@ -555,7 +555,7 @@ def test_the_playground_stops(page: Page, mode: str, caption: str) -> None:
     deployment = LargeDeployment()
     deployment.engine.held_at = 5  # the answer does not end before it is stopped
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         page.open(url + "/dashboard")
         page.choose("#play-mode", mode)
         page.click("#play-start")
@@ -589,7 +589,7 @@ def test_the_playground_stops(page: Page, mode: str, caption: str) -> None:
 def test_a_server_that_counts_no_experts(page: Page, num_experts: int, reasons: tuple[str, str]) -> None:
     deployment = FakeDeployment(num_experts=num_experts)
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         page.open(url + "/dashboard")
         explained = "return document.querySelector(`#${arguments[0]} .panel-empty`)?.checkVisibility()"
         for panel in NEED_STATISTICS:
@@ -699,7 +699,7 @@ def test_a_large_grid_stays_fluid_and_hostile_names_inert(page: Page, large_url:
 
 def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
     with serving(fake_settings(port=0), LargeDeployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         page.open(url + "/dashboard")
         assert page.run(STALENESS) == ["healthy", "false", 1, ""]
     page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")
@@ -723,7 +723,7 @@ def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest
     monkeypatch.setattr(events, "INTERVAL_SECONDS", 0.3)
     monkeypatch.setattr(events, "describe_event", held_describe)
     with serving(fake_settings(port=0), FakeDeployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         page.open(url + "/dashboard")
         page.wait("return document.querySelector('#status').dataset.status === 'healthy'")
         may_go_on.clear()

@@ -32,7 +32,7 @@ def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         }
     )
     with serving(settings, lambda: open_deployment(settings)) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         yield url
 
 
