@@ -10,7 +10,8 @@ from pathlib import Path
 from amalgam.base.locks import FileLock, clean_up
 from amalgam.checkpoint.hub import resolve
 from amalgam.composition.progress import Progress, waiting_for
-from amalgam.composition.quantize import QuantizeReport, quantize_checkpoint
+from amalgam.composition.quantize import quantize_checkpoint
+from amalgam.composition.quantizing.report import QuantizeReport
 from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError
 from amalgam.formats.grid import QuantizeOptions
