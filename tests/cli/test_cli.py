@@ -219,7 +219,7 @@ BAD = {
     "an unknown option": (["plan", "--modell", str(DEMO)], 2, "--modell"),
     "an unknown verb": (["plann"], 2, "plann"),
     "an unknown weight": (["plan", "--model", str(DEMO), "--explain", "model.norm.wight"], 4, "model.norm.weight"),
-    "an unknown format": (["quantize", str(DEMO), "/tmp/never", "--format", "int3"], 3, "int3"),
+    "an unknown format": (["quantize", str(DEMO), "/tmp/never", "--format", "int5"], 3, "int5"),
     "a group that does not divide": (
         ["quantize", str(DEMO), "/tmp/never", "--format", "int4", "--group-size", "48"],
         2,

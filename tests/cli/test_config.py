@@ -54,6 +54,7 @@ def test_some_settings_are_chosen_by_their_names(capsys: pytest.CaptureFixture[s
     assert [line.split("\t")[0] for line in out.splitlines()[1:]] == [
         "server.port",
         "engine.num_threads",
+        "engine.pin_threads",
         "engine.load_threads",
     ]
     code, _, err = run(capsys, "nothing.like.it")

@@ -143,7 +143,10 @@ def test_gpt_oss_in_mxfp4_equals_the_hugging_face_class(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     decoder, version = load_model(tmp_path)
-    assert {version[f"layers.0.mlp.experts.1.{part}"].layout.name for part in ("gate", "up", "down")} == {"table4"}
+    assert {version[f"layers.0.mlp.experts.1.{part}"].layout.name for part in ("gate", "up", "down")} <= {
+        "table4",
+        "panels_table4",
+    }
     logits = Runner(decoder, version).step({0: PROMPT})[0]
     torch.testing.assert_close(logits, HuggingFace(model).logits(PROMPT), atol=1e-4, rtol=0)
 

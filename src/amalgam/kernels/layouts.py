@@ -202,7 +202,7 @@ PANELS_INT2 = _panels("int2", "scale", optional=_OFFSETS)
 PANELS_INT3 = _panels("int3", "scale", optional=_OFFSETS)
 PANELS_INT4 = _panels("int4", "scale", optional=_OFFSETS)
 PANELS_INT5 = _panels("int5", "scale", optional=_OFFSETS)
-PANELS_INT8 = _panels("int8", "scale", optional=_OFFSETS)
+PANELS_INT8 = _panels("int8", "scale", optional=("zero", "minimum"))  # its lines do not take an order of inputs
 PANELS_K2 = _panels("k2", "scale", "minimum", "part")
 PANELS_K3 = _panels("k3", "scale", "part")
 PANELS_K4 = _panels("k4", "scale", "minimum", "part")

@@ -102,6 +102,8 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes:
         return weight
     parts = _split(weight)
     target, parts = _narrowest(target, parts, weight)
+    if "group" in parts and "group" not in target.optional:
+        return weight
     packed = _pack(weight, parts, target, activation, codes)
     if packed is None:
         return weight

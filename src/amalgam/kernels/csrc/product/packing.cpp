@@ -247,6 +247,11 @@ PackedMatrix::PackedMatrix(const PackArgs& args, Format format, int64_t num_exce
     const int64_t panels = matrix_.num_panels();
     const int64_t starts[] = {0, layout_.scale, layout_.zero, layout_.offset, layout_.parts, layout_.table};
     for (int i = 0; i < 5; ++i) touch_by_node(owned_ + starts[i], panels, (starts[i + 1] - starts[i]) / panels);
+    // Between sections lie bytes of nobody's, and the same weight is to be the same bytes wherever it lies.
+    for (int64_t end : {starts[1], starts[2], starts[3], starts[4], starts[5], layout_.nbytes}) {
+        const int64_t begin = std::max<int64_t>(end - kLineBytes, 0);
+        std::memset(owned_ + begin, 0, static_cast<size_t>(end - begin));
+    }
     set_memory(owned_, args.zero != nullptr);
     const auto pack_floats = [&](const void* grid, int64_t block_rows, int lanes, uint8_t* out) {
         switch (dtype_bytes(args.scale_dtype)) {
