@@ -39,6 +39,7 @@ from servers import MAX_SEQUENCES, SERVERS, Running, Server, awake, serving
 from amalgam.tools.bench import commit, hardware
 
 CLIENTS = (1, 4, 8, 16)
+SHARE_CLIENTS = (1, 16)  # with so many, our server is compared with its engine alone
 PROMPTS = (16, 32, 64, 128)
 LONG_PROMPTS, SHORT_PROMPTS = (4000, 1000, 3000, 2000), (32, 64, 128, 256)
 LONG_TOKENS = 128
@@ -87,9 +88,9 @@ def throughput(options: argparse.Namespace, servers: dict[str, Server], console:
     """All servers side by side, and how much of the engine's own throughput ours keeps."""
     until = time.monotonic() + options.minutes * 60
     cells = {(name, clients): Cell(name, clients) for name in servers for clients in options.clients}
-    shares: list[float] = []
+    shares: dict[int, list[float]] = {clients: [] for clients in SHARE_CLIENTS if clients in options.clients}
     # The server whose twin, in a process of its own and without HTTP, gets the same prompts.
-    ours = next((name for name, server in servers.items() if server.is_ours and 16 in options.clients), None)
+    ours = next((name for name, server in servers.items() if server.is_ours and shares), None)
     twins = {ours: _twin(options, servers[ours])} if ours else {}
     max_tokens = max(options.prompts) + options.tokens
     with serving(servers, options.folder, max_tokens=max_tokens) as running, contestants(twins, options.folder) as twin:
@@ -107,18 +108,19 @@ def throughput(options: argparse.Namespace, servers: dict[str, Server], console:
                         answers = asyncio.run(closed_loop(running[name].address, requests, clients))
                     check(answers)
                     cells[name, clients].add(answers)
-                if ours and clients == 16:
+                if ours and clients in shares:
                     own = len(requests) * options.tokens / twin[ours].ask("streams", clients)
-                    shares.append(cells[ours, clients].tokens_per_second[-1] / own)
+                    shares[clients].append(cells[ours, clients].tokens_per_second[-1] / own)
             if time.monotonic() + (time.monotonic() - started) > until:
                 break
     console.print(_throughput_table(list(cells.values())))
     ratios = list(_ratios(cells, servers, options.clients))
     if ratios:
         console.print(_ratio_table(ratios))
-    if shares:
+    for clients, measured in shares.items() if ours else ():
         console.print(
-            f"Over HTTP, {ours} keeps {median(shares):.1%} of its own throughput at 16 streams ({_range(shares)})."
+            f"Over HTTP, {ours} keeps {median(measured):.1%} of its own throughput with {clients} at a time "
+            f"({_range(measured)})."
         )
     return {"cells": [cell.summary() for cell in cells.values()], "ratios": ratios, "http_share": shares}
 

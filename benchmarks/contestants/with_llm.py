@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
 
@@ -29,10 +31,10 @@ def load(stack: ExitStack, streams: int) -> Measure:
     params = SamplingParams(
         max_new_tokens=num_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, do_sample=True, ignore_eos=True
     )
-    seeds = count()
+    seeds: defaultdict[int, Iterator[int]] = defaultdict(count)  # for each size, a round after the other
 
     def measure(scenario: str, size: int) -> float:
-        prompts = texts(lengths, max(size, least), next(seeds))
+        prompts = texts(lengths, max(size, least), next(seeds[size]))
         started = time.perf_counter()
         for result in model_here.generate(prompts, params):
             if result.error is not None:

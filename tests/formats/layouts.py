@@ -57,6 +57,10 @@ def fp8(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns).to(torch.float8_e4m3fn)
 
 
+def e5m2(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns).to(torch.float8_e5m2)
+
+
 def int8(rows: int, columns: int) -> Tensor:
     return octets(rows, columns).view(torch.int8)
 
@@ -243,6 +247,7 @@ LAYOUTS = {
     "fp16": plain("fp16", torch.float16),
     "fp8-tensor": scaled("fp8", ct("float-quantized", **_FP8, strategy="tensor"), fp8, "weight_scale", _one),
     "fp8-channel": scaled("fp8", ct("float-quantized", **_FP8, strategy="channel"), fp8, "weight_scale", _rows, _one),
+    "fp8-e5m2": scaled("fp8-e5m2", ct("float-quantized-e5m2", **_FP8, strategy="tensor"), e5m2, "weight_scale", _one),
     "fp8-block": scaled("fp8", _FP8_BLOCKS, fp8, "weight_scale_inv", _blocks, _block_columns),
     "fp8-scalar": scaled("fp8", {"quant_method": "fp8", "activation_scheme": "static"}, fp8, "weight_scale_inv"),
     "fp8-powers": scaled(

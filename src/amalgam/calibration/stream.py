@@ -16,37 +16,21 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from amalgam.calibration.frames import frame_of, in_chunks, linear
 from amalgam.calibration.inputs import Inputs
 from amalgam.kernels.backends.reference.interpreter import Frame, execute
-from amalgam.kernels.backends.reference.operators import Operators, gated
+from amalgam.kernels.backends.reference.operators import gated
 from amalgam.kernels.packed import Expert, PackedWeight
 from amalgam.kernels.program import AttendLatent, Embed, Instruction, Mix, Project, Route, Rows, rows_of
-from amalgam.kernels.step import LayerCache, StepContext, StepSequence
 from amalgam.models.decoder import emit_layer, ropes_of
-from amalgam.models.kv_cache import KVCache
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 
 # Sees the inputs of a group before they are used, and may give other weights for it, by slot.
 See = Callable[[Inputs], Mapping[str, PackedWeight] | None]
 
-_BLOCK = 16
 _X = "x"
-
-
-def _linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    result = functional.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-    return result if out_dtype is None else result.to(out_dtype)
-
-
-class _WholeProducts(Operators):
-    """Products of any number of rows in one call."""
-
-    linear = staticmethod(_linear)
 
 
 class Stream:
@@ -78,7 +62,7 @@ class Stream:
         longest = max(map(len, token_ids), default=0)
         self._tables = [rope.tables(longest, torch.device("cpu")) for rope in self._ropes]
         self._linear_slots = {slot.name for slot in spec.slots if slot.is_linear}
-        self._chunks = _split(token_ids, chunk_tokens)
+        self._chunks = in_chunks(token_ids, chunk_tokens)
         self.num_tokens = sum(map(len, token_ids))
         x = Rows(_X, spec.hidden_size, 0, spec.hidden_size)
         start = [Embed(outside["embedding"], x)]
@@ -86,7 +70,7 @@ class Stream:
             start.append(Embed(outside["positions"], x, by_position=True, adds=True))
         self.hidden = []
         for sequences in self._chunks:
-            frame = self._frame(sequences, layer_id=0)
+            frame = frame_of(spec, sequences, 0, self._tables)
             for instruction in start:
                 execute(instruction, frame)
             self.hidden.append(frame.get(x))
@@ -109,7 +93,7 @@ class Stream:
         version = WeightVersion(1, weights, {}, {})
         names = {id(weight): slot for slot, weight in weights.items() if slot in self._linear_slots}
         program, x = emit_layer(self._spec, layer_id, version, self._ropes)
-        frames = [self._frame(sequences, layer_id) for sequences in self._chunks]
+        frames = [frame_of(self._spec, sequences, layer_id, self._tables) for sequences in self._chunks]
         for frame, hidden in zip(frames, self.hidden, strict=True):
             frame.put(x, hidden.clone())
         last_use = {rows.buffer: index for index, one in enumerate(program) for rows in rows_of(one)}
@@ -121,18 +105,6 @@ class Stream:
                     frame.forget(buffer)
         if advances:
             self.hidden = [frame.get(x) for frame in frames]
-
-    def _frame(self, sequences: list[list[int]], layer_id: int) -> Frame:
-        num_blocks = [-(-len(sequence) // _BLOCK) for sequence in sequences]
-        heads, key, value = self._spec.kv_shapes[layer_id]
-        slots = sum(num_blocks) * _BLOCK
-        cache = LayerCache(torch.zeros(slots, heads, key), torch.zeros(slots, heads, value))
-        kv = KVCache([cache] * self._spec.num_layers, _BLOCK)
-        parts, first = [], 0
-        for sequence, count in zip(sequences, num_blocks, strict=True):
-            parts.append(StepSequence(sequence, 0, range(first, first + count), 0))
-            first += count
-        return Frame(StepContext(parts, kv), torch.float32, self._tables, _WholeProducts)
 
 
 class _Layer:
@@ -196,12 +168,12 @@ class _Layer:
         inputs = [part[torch.cat(rows)] for part, *rows in zip(x, chosen, near, strict=True)]
         gate, up = self._replaced([expert.gate, expert.up], inputs, sum(counts))
         joined = [
-            gated(_linear(part, gate, expert.gate_bias), _linear(part, up, expert.up_bias), one.activation)
+            gated(linear(part, gate, expert.gate_bias), linear(part, up, expert.up_bias), one.activation)
             for part in inputs
         ]
         (down,) = self._replaced([expert.down], joined, sum(counts))
         parts = (part[:count] for part, count in zip(joined, counts, strict=True))
-        return [_linear(part, down, expert.down_bias) for part in parts]
+        return [linear(part, down, expert.down_bias) for part in parts]
 
     def _near(self, expert_id: int, frames: Sequence[Frame], chosen: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Of a rare expert the rows, in each frame, that came nearest to being sent to it."""
@@ -226,7 +198,7 @@ class _Layer:
 
     def _distance(self, route: Route, frame: Frame, expert_id: int) -> Tensor:
         """How much an expert's score lies below the least that was chosen, for each token."""
-        scores = _linear(frame.get(route.x), route.weight, route.bias)
+        scores = linear(frame.get(route.x), route.weight, route.bias)
         if route.scoring == "sigmoid":
             scores = frame.operators.sigmoid(scores)
         if route.correction is not None:
@@ -239,16 +211,3 @@ def _latent(one: AttendLatent, frame: Frame) -> Tensor:
     """What the projections to keys and values read: the normed latent vectors."""
     compressed = frame.get(one.compressed)[:, : one.latent_dim].contiguous()
     return frame.operators.rms_norm(compressed, one.norm, one.norm_eps)
-
-
-def _split(token_ids: Sequence[Sequence[int]], chunk_tokens: int) -> list[list[list[int]]]:
-    """Sequences in parts of about so many tokens."""
-    parts: list[list[list[int]]] = []
-    room = 0
-    for sequence in token_ids:
-        if not parts or room < len(sequence):
-            parts.append([])
-            room = chunk_tokens
-        parts[-1].append(list(sequence))
-        room -= len(sequence)
-    return parts

@@ -21,16 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from amalgam.calibration.frames import frame_of, in_chunks, linear
 from amalgam.calibration.stream import Stream
 from amalgam.errors import CheckpointError
-from amalgam.evaluation.running import BLOCK_SIZE
 from amalgam.kernels.backends.reference.interpreter import Frame, execute
-from amalgam.kernels.backends.reference.operators import Operators, gated
+from amalgam.kernels.backends.reference.operators import gated
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Emitter, Instruction, Mix, Project
-from amalgam.kernels.step import LayerCache, StepContext, StepSequence
 from amalgam.models.decoder import emit_layer, ropes_of
-from amalgam.models.kv_cache import KVCache
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 
@@ -59,19 +57,6 @@ class Seen:
     gate_mass: float
 
 
-def _linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    result = functional.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-    return result if out_dtype is None else result.to(out_dtype)
-
-
-class _Differentiable(Operators):
-    """Products in one call, whose inputs autograd keeps, and nothing else."""
-
-    linear = staticmethod(_linear)
-
-
 @dataclass
 class _Recorder:
     """Runs a layer's instructions and keeps what its projections read and give."""
@@ -82,7 +67,7 @@ class _Recorder:
     outputs: list[Tensor] = field(default_factory=list)
 
     def project(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, rows: Tensor, mass: float) -> Tensor:
-        y = _linear(x, weight, bias)
+        y = linear(x, weight, bias)
         name = self.names.get(id(weight))
         if name is not None and len(x):
             if not y.requires_grad:
@@ -149,7 +134,7 @@ class Gradients:
         longest = max(map(len, token_ids))
         self._tables = [rope.tables(longest, torch.device("cpu")) for rope in self._ropes]
         self._linear_slots = {slot.name for slot in spec.slots if slot.is_linear}
-        self._chunks = list(_chunks(token_ids, chunk_tokens))
+        self._chunks = in_chunks(token_ids, chunk_tokens)
         self._chunk_tokens = chunk_tokens
         self._done = done
         self.num_tokens = sum(map(len, token_ids))
@@ -194,7 +179,7 @@ class Gradients:
         step = Emitter(self._ropes)
         x, normed = step.rows("x", spec.hidden_size), step.rows("normed", spec.hidden_size)
         spec.norm.emit(step, x, normed, version.block(""), "norm")
-        frame = Frame(StepContext([], KVCache([], BLOCK_SIZE)), torch.float32, self._tables, _Differentiable)
+        frame = frame_of(spec, [], 0, self._tables)
         start = hidden.clone().requires_grad_()
         with torch.enable_grad():
             frame.put(x, start)
@@ -228,7 +213,7 @@ class Gradients:
             recorder = _Recorder(names, numbers)
             start = hidden[index].clone().requires_grad_()
             with torch.enable_grad():
-                frame = self._frame(sequences, layer_id)
+                frame = frame_of(self._spec, sequences, layer_id, self._tables)
                 frame.put(x, start)
                 for instruction in program:
                     recorder.execute(instruction, frame)
@@ -246,25 +231,3 @@ class Gradients:
                 Seen(slot, inputs, torch.stack([own[number] for own in slopes]), rows, mass)
                 for number, (slot, inputs, rows, mass) in enumerate(recorder.inputs)
             ]
-
-    def _frame(self, sequences: Sequence[Sequence[int]], layer_id: int) -> Frame:
-        heads, key, value = self._spec.kv_shapes[layer_id]
-        parts, first = [], 0
-        for ids in sequences:
-            count = -(-len(ids) // BLOCK_SIZE)
-            parts.append(StepSequence(list(ids), 0, range(first, first + count), 0))
-            first += count
-        slots = first * BLOCK_SIZE
-        cache = LayerCache(torch.zeros(slots, heads, key), torch.zeros(slots, heads, value))
-        kv = KVCache([cache] * self._spec.num_layers, BLOCK_SIZE)
-        return Frame(StepContext(parts, kv), torch.float32, self._tables, _Differentiable)
-
-
-def _chunks(token_ids: Sequence[Sequence[int]], num_tokens: int) -> Iterator[list[list[int]]]:
-    chunk: list[list[int]] = []
-    for ids in token_ids:
-        if chunk and sum(map(len, chunk)) + len(ids) > num_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(list(ids))
-    yield chunk

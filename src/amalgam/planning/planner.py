@@ -19,7 +19,7 @@ from amalgam.planning.knapsack import Solution, solve
 from amalgam.planning.losses import Floats, costs, losses
 from amalgam.planning.problem import Problem
 from amalgam.planning.proof import DECIDING, HAND, UNIFORM, Scale, Verdict, judge
-from amalgam.planning.recipes import cost_of, hand_recipes, random_plan, uniforms, usage_only
+from amalgam.planning.recipes import hand_recipes, random_plan, uniforms, usage_only
 from amalgam.planning.sensitivity import Sensitivities
 from amalgam.planning.speed import SpeedModel
 from amalgam.planning.use import Use
@@ -208,9 +208,6 @@ class Planner:
         cost = costs(self.problem, kind)
         finite = np.where(np.isfinite(cost), cost, -np.inf)
         return float(cost.min(axis=1).sum()), float(finite.max(axis=1).sum())
-
-    def spent(self, cost: Costs, choice: Sequence[int]) -> float:
-        return cost_of(choice, cost.values)
 
 
 @dataclass(frozen=True)

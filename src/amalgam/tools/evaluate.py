@@ -39,6 +39,20 @@ class TextOptions:
     max_tokens: int | None = None
     seed: int = 0
 
+    def sample(self, tokenizer: Tokenizer, max_positions: int, files: Sequence[str] | None = None) -> Sample:
+        """Windows of the files, or of others cut in the same way.
+
+        Raises:
+            ConfigError: a window is longer than the model's positions, or texts cannot be read.
+        """
+        if self.window > max_positions:
+            raise ConfigError(
+                f"--window is {self.window}, and the model has {max_positions} positions.",
+                remedy="Choose a smaller window.",
+            )
+        documents = read_texts(self.files if files is None else files)
+        return sample_of(documents, tokenizer, window=self.window, max_tokens=self.max_tokens, seed=self.seed)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -141,7 +155,8 @@ def compare_models(
     """Measure two models on the same texts and this machine, one after the other."""
     documents = read_texts(texts.files)
     left, sample = open_with_texts(first, texts, progress)
-    sides = [_side(first, left, own_figures(left, sample, progress), progress)]
+    left_figures = own_figures(left, sample, progress)
+    sides = [_side(first, left, left_figures, progress)]
     right, other_sample = open_with_texts(second, texts, progress)
     right_figures = own_figures(right, other_sample, progress)
     sides.append(_side(second, right, right_figures, progress))
@@ -154,8 +169,7 @@ def compare_models(
     differences = {"weights_bytes": Interval(sides[1].weights_bytes / sides[0].weights_bytes - 1)}
     differences |= {name: Interval(sides[1].speed[name] / value - 1) for name, value in sides[0].speed.items() if value}
     if is_shared:
-        figures = own_figures(left, sample, progress)
-        differences["loss"] = Bootstrap(figures.units).ratio_of_means(right_figures.loss, figures.loss)
+        differences["loss"] = Bootstrap(left_figures.units).ratio_of_means(right_figures.loss, left_figures.loss)
     else:
         bits = [side.quality.bits_per_byte.value for side in sides]
         differences["bits_per_byte"] = Interval(bits[1] / bits[0] - 1)
@@ -177,14 +191,7 @@ def open_with_texts(
     planned = loader.plan()
     tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata)
     tokenizer.check_vocabulary(loader.spec.vocab_size)
-    if texts.window > loader.spec.max_positions:
-        raise ConfigError(
-            f"--window is {texts.window}, and the model has {loader.spec.max_positions} positions.",
-            remedy="Choose a smaller window.",
-        )
-    sample = sample_of(
-        read_texts(texts.files), tokenizer, window=texts.window, max_tokens=texts.max_tokens, seed=texts.seed
-    )
+    sample = texts.sample(tokenizer, loader.spec.max_positions)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     contestant = open_contestant(plan_name(settings), loader, planned, dtype, texts.window, progress)
     return contestant, sample

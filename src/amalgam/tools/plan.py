@@ -20,7 +20,7 @@ from amalgam.errors import CheckpointError, ConfigError
 from amalgam.evaluation.confidence import Interval
 from amalgam.evaluation.quality import Reference, remarks, summarise
 from amalgam.evaluation.running import Contestant, open_contestant
-from amalgam.evaluation.texts import Sample, read_texts, sample_of
+from amalgam.evaluation.texts import Sample
 from amalgam.experts.saved.files import load
 from amalgam.experts.saved.sets import SavedSet
 from amalgam.models.kv_cache import KVCache, kv_type
@@ -161,15 +161,11 @@ class Studio:
         self.use = self._use()
 
     def _samples(self, tokenizer: Tokenizer) -> tuple[Sample, Sample]:
-        texts = self.options.texts
-        cut = {"window": texts.window, "max_tokens": texts.max_tokens}
-        whole = sample_of(read_texts(texts.files), tokenizer, seed=texts.seed, **cut)  # type: ignore[arg-type]
-        if not self.options.held_out and self.options.splits:
-            return whole.split(HELD_OUT_SHARE, texts.seed)
-        if not self.options.held_out:
-            return whole, Sample((), whole.unit)
-        held_out = sample_of(read_texts(self.options.held_out), tokenizer, seed=texts.seed, **cut)  # type: ignore[arg-type]
-        return whole, held_out
+        texts, max_positions = self.options.texts, self.loader.spec.max_positions
+        whole = texts.sample(tokenizer, max_positions)
+        if self.options.held_out:
+            return whole, texts.sample(tokenizer, max_positions, self.options.held_out)
+        return whole.split(HELD_OUT_SHARE, texts.seed) if self.options.splits else (whole, Sample((), whole.unit))
 
     def _measure(self) -> Sensitivities:
         with writing(self.study.folder):
