@@ -84,6 +84,16 @@ struct CodeLines {
     }
 };
 
+// Quads of codes as they are.
+template <int kBits>
+struct CodeLoader {
+    explicit CodeLoader(const Run&) {}
+    template <int kQuad>
+    Bytes quad(const uint8_t* lines) const {
+        return CodeLines<kBits>::template quad<kQuad>(lines);
+    }
+};
+
 // Lines of codes that int8 activations multiply.
 template <class F, int kBits>
 struct CodeFormat : LineFormat<F, kBits> {
@@ -102,13 +112,7 @@ struct CodeFormat : LineFormat<F, kBits> {
         Lines::read(lines, position, codes);
     }
 
-    struct Loader {
-        explicit Loader(const Run&) {}
-        template <int kQuad>
-        Bytes quad(const uint8_t* lines) const {
-            return Lines::template quad<kQuad>(lines);
-        }
-    };
+    using Loader = CodeLoader<kBits>;
     static Partial dot(const Partial& sum, const Bytes& w, Operand4 x) { return dot_codes(sum, w, x); }
 };
 

@@ -3,7 +3,7 @@
 //     i0|i4 i1|i5 i2|i6 i3|i7     low|high nibble
 #pragma once
 
-#include "formats/format.h"
+#include "formats/codes.h"
 
 namespace amalgam {
 namespace {
@@ -15,6 +15,15 @@ struct Int4 : LineFormat<Int4, 4> {
     static constexpr int kZero = 8;
     static constexpr int64_t kDirectRows = kAnyRows;
     static constexpr int kDotsPerLine = 2, kByteLines = 2;
+
+    // Lines of codes, where partial sums of 16 bits take fewer instructions than chains of 32; with one row latency
+    // matters more.
+    static constexpr bool kIsCodes = kLargestPartial <= 32767;
+    static constexpr int kChainRows = 1;
+    static constexpr int kLargest = 15;
+    using Lines = CodeLines<4>;
+    using Loader = CodeLoader<4>;
+    static Partial dot(const Partial& sum, const Bytes& w, Operand4 x) { return dot_codes(sum, w, x); }
 
     static constexpr int shift(int64_t p) { return static_cast<int>(p % 4 * 8 + p % 8 / 4 * 4); }
     static float decode(uint32_t code, float zero) { return static_cast<float>(static_cast<int32_t>(code)) - zero; }

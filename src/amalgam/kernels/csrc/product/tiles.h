@@ -191,7 +191,7 @@ template <class F, int M>
 constexpr TileFunction tile_function() {
     if constexpr (kOwnTile<F, M> != nullptr) {
         return kOwnTile<F, M>;
-    } else if constexpr (F::kIsCodes) {
+    } else if constexpr (F::kIsCodes && M > F::kChainRows) {
         return codes_tile<F, M, TilePrefetch<F, M>>;
     } else if constexpr (F::kOperand == Operand::kInt8) {
         return int8_tile<F, M>;
