@@ -175,6 +175,7 @@ class Engine:
             state,
             reader,
             observation,
+            end_token_ids=params.end_token_ids(self._tokenizer.eos_token_ids),
         )
         return self._queue(request)
 
@@ -419,7 +420,7 @@ class Engine:
         Returns:
             Seconds since each request's tokens before these.
         """
-        now, eos_token_ids = time.monotonic(), self._tokenizer.eos_token_ids
+        now = time.monotonic()
         gaps: list[float] = []
         for item in plan.scheduled:
             request = item.request
@@ -435,7 +436,7 @@ class Engine:
                 else:
                     gaps.append(now - last)
                 request.last_token_at = now
-                output = take_tokens(request, new, eos_token_ids, now)
+                output = take_tokens(request, new, now)
             elif item.num_logits:
                 output = end(request, FinishReason.ERROR, now, result.errors[request.request_id])
             else:

@@ -206,7 +206,7 @@ def processors_for(
         found.append(Follow(constraint))
     if params.thinking is not None:
         found.append(EndThinking(params.thinking))
-    end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+    end_ids = params.end_token_ids(eos_token_ids)
     if params.min_tokens and end_ids:
         found.append(NoEndBefore(params.min_tokens, end_ids))
     return tuple(found)

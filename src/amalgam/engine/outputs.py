@@ -5,12 +5,10 @@ In: a request and its new tokens. Out: `RequestOutput`. Must never know: queues,
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
-
 from amalgam.engine.request import FinishReason, NewTokens, Request, RequestOutput, Usage
 
 
-def take_tokens(request: Request, new: NewTokens, eos_token_ids: AbstractSet[int], now: float) -> RequestOutput:
+def take_tokens(request: Request, new: NewTokens, now: float) -> RequestOutput:
     """Add tokens to a request, up to the one that ends it: end of sequence, stop string or length.
 
     Args:
@@ -23,14 +21,13 @@ def take_tokens(request: Request, new: NewTokens, eos_token_ids: AbstractSet[int
     reason: FinishReason | None = None
     stopped_by: str | int | None = None
     error: Exception | None = None
-    stream, constraint, params, text, num_taken = request.text, request.constraint, request.params, "", 0
+    stream, constraint, text, num_taken = request.text, request.constraint, "", 0
     for token_id in new.token_ids:
         request.token_ids.append(token_id)
         num_taken += 1
-        is_stop = token_id in params.stop_token_ids
-        if is_stop or (token_id in eos_token_ids and not params.ignore_eos):
+        if token_id in request.end_token_ids:
             text += stream.finish(token_id)
-            reason, stopped_by = FinishReason.STOP, token_id if is_stop else None
+            reason, stopped_by = FinishReason.STOP, token_id if token_id in request.params.stop_token_ids else None
             break
         text += stream.push(token_id)
         if stream.is_stopped:
@@ -45,9 +42,11 @@ def take_tokens(request: Request, new: NewTokens, eos_token_ids: AbstractSet[int
             text += stream.finish()
             reason = FinishReason.STOP if stream.is_stopped else FinishReason.LENGTH
             break
-    token_ids, logprobs = new.token_ids[:num_taken], new.logprobs[:num_taken]
     if reason is None:
-        return RequestOutput(request.request_id, text, token_ids, logprobs=logprobs)
+        if not new.logprobs:
+            return RequestOutput(request.request_id, text, new.token_ids)
+        return RequestOutput(request.request_id, text, new.token_ids, logprobs=new.logprobs)
+    token_ids, logprobs = new.token_ids[:num_taken], new.logprobs[:num_taken]
     if stopped_by is None:
         stopped_by = stream.stop_string
     last = end(request, reason, now, error)

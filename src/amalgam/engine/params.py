@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -156,6 +157,12 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0.0
+
+    def end_token_ids(self, eos_token_ids: AbstractSet[int]) -> AbstractSet[int]:
+        """Tokens that end an answer of a model with these ends of sequence."""
+        if not self.stop_token_ids and not self.ignore_eos:
+            return eos_token_ids
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else eos_token_ids)
 
     @cached_property
     def draw(self) -> tuple[int, float, float, float]:

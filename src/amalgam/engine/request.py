@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -203,6 +204,7 @@ class Request:
     reader: PromptReader | None = None  # until the first output
     observation: Observation = Observation()
     version: WeightVersion | None = None  # bound at first admission, dropped at the end
+    end_token_ids: AbstractSet[int] = frozenset()  # any of them ends the answer
     max_new_tokens: int = -1  # as in params until the scheduler lowers it to what fits; 0: only the prompt is computed
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)

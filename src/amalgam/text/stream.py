@@ -34,6 +34,8 @@ class TextStream:
         push: adds a token; returns new text that is safe to show.
     """
 
+    __slots__ = ("_detokenizer", "_keeps_special_tokens", "_num_unstoppable", "_special_tokens", "_stops", "push")
+
     def __init__(
         self,
         tokenizer: Tokenizer,
