@@ -97,7 +97,18 @@ class Kernels:
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, threads: int, /) -> None:
         """x: `[tokens, heads, dim]`, gaps between tokens allowed; cos, sin: `[tokens, half]`."""
 
-    def swiglu(self, gate: Tensor, up: Tensor, out: Tensor, threads: int, /) -> None: ...
+    def swiglu(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        out: Tensor,
+        alpha: float,
+        offset: float,
+        limit: float,
+        is_gelu: bool,
+        threads: int,
+        /,
+    ) -> None: ...
     def unpack(self, weight: Matrix, out: Tensor, threads: int, /) -> None: ...
     def embedding(self, weight: Matrix, row_ids: Tensor, out: Tensor, threads: int, /) -> None: ...
     def linear(self, x: Tensor, outputs: Sequence[tuple[Matrix, Tensor | None, Tensor]], threads: int, /) -> None:
@@ -126,6 +137,7 @@ class Kernels:
         alpha: float,
         offset: float,
         limit: float,
+        is_gelu: bool,
         threads: int,
         /,
     ) -> None: ...
@@ -227,6 +239,7 @@ class AttentionKernels:
         scale: float,
         window: int | None,
         sinks: Tensor | None,
+        softcap: float | None,
         threads: int,
         /,
     ) -> None:
@@ -242,11 +255,14 @@ class AttentionKernels:
         slot_ids: Tensor,
         norms: _Pair,
         eps: float,
+        rounds_last: bool,
         rotary: _Pair,
+        is_interleaved: bool,
         out: Tensor,
         scale: float,
         window: int | None,
         sinks: Tensor | None,
+        softcap: float | None,
         threads: int,
         /,
     ) -> None:
@@ -262,6 +278,8 @@ class Elementwise(Enum):
     add = 0
     clamp = 1
     gelu = 2
+    scale = 3
+    softcap = 4
 
 @final
 class StepMemory:
@@ -319,6 +337,9 @@ class Program:
         window: int | None,
         sinks: Tensor | None,
         rope: int,
+        softcap: float | None,
+        rounds_last: bool,
+        is_interleaved: bool,
         /,
     ) -> None:
         """`rows`: query, key, value, out."""
@@ -363,13 +384,27 @@ class Program:
         alpha: float,
         offset: float,
         limit: float,
+        is_gelu: bool,
         route: int,
         /,
     ) -> None: ...
-    def add_swiglu(self, gate: _Columns, up: _Columns, out: _Columns, /) -> None: ...
-    def add_elementwise(self, kind: Elementwise, x: _Columns, y: _Columns | None, limit: float, /) -> None: ...
+    def add_swiglu(
+        self,
+        gate: _Columns,
+        up: _Columns,
+        out: _Columns,
+        alpha: float,
+        offset: float,
+        limit: float,
+        is_gelu: bool,
+        /,
+    ) -> None: ...
+    def add_elementwise(self, kind: Elementwise, x: _Columns, y: _Columns | None, number: float, /) -> None: ...
     def add_scale(self, x: _Columns, gate: _Columns, /) -> None: ...
-    def add_head(self, x: _Columns, matrix: object, bias: Tensor | None, /) -> None: ...
+    def add_scale_by_position(self, x: _Columns, beta: float, length: float, offset: float, /) -> None: ...
+    def add_head(
+        self, x: _Columns, matrix: object, bias: Tensor | None, scale: float, softcap: float | None, /
+    ) -> None: ...
     def run(
         self,
         first: int,

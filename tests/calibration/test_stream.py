@@ -52,7 +52,8 @@ def test_hidden_states_and_inputs_are_those_of_the_decoder(name: str, tmp_path: 
             hidden, hidden.shape[1:], weights["norm"].dense, weights["norm_bias"].dense, spec.norm.eps
         )
     else:
-        expected = rms_norm(hidden, hidden.shape[1:], weights["norm"].dense, spec.norm.eps)
+        weight = weights["norm"].dense + float(getattr(spec.norm, "adds_one", False))
+        expected = rms_norm(hidden, hidden.shape[1:], weight, spec.norm.eps)
     assert torch.allclose(normed, expected, rtol=2e-3, atol=2e-3)
     named = [slot for inputs in shown for slot in inputs.slots]
     wanted = {slot.name for slot in spec.slots if slot.is_linear and slot.role != "head"}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ class Case:
     block_size: int = 16
     window: int | None = None
     has_sinks: bool = False
+    softcap: float | None = None
     query_type: torch.dtype = torch.float32
     cache_type: torch.dtype | None = None
     codes: torch.dtype | None = None
@@ -69,8 +71,10 @@ class Layer:
     case: Case
 
     def run(self, function: Callable[..., Tensor] = attention.paged_attention) -> Tensor:
-        scale = self.case.key_dim**-0.5
-        return function(self.query, self.cache, self.batch, scale=scale, window=self.case.window, sinks=self.sinks)
+        scale, window, softcap = self.case.key_dim**-0.5, self.case.window, self.case.softcap
+        return function(
+            self.query, self.cache, self.batch, scale=scale, window=window, sinks=self.sinks, softcap=softcap
+        )
 
     @property
     def cache(self) -> LayerCache:
@@ -153,6 +157,8 @@ CASES = [
     Case(sequences=((70, 200),), heads=7, kv_heads=1, window=33),
     Case(sequences=((1, 200), (3, 150)), window=1, has_sinks=True),
     Case(sequences=((1, 200), (40, 150)), heads=8, window=64, has_sinks=True, key_dim=32, value_dim=32),
+    Case(sequences=((1, 300), (20, 90)), heads=8, kv_heads=1, key_dim=128, value_dim=128, softcap=0.7),
+    Case(sequences=((5, 17), (1, 400)), key_dim=17, value_dim=23, window=33, has_sinks=True, softcap=1.5),
 ]
 
 
@@ -252,14 +258,18 @@ def test_bits_depend_neither_on_chunks_nor_on_neighbours(
                 assert torch.equal(rows_of(layer, sequence, first, last).run(), expected[first:last])
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("codes", [None, *CODES])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.usefixtures("isa")
-def test_packed_and_direct_tiles_give_the_same_bits(dtype: torch.dtype, codes: torch.dtype | None) -> None:
+def test_packed_and_direct_tiles_give_the_same_bits(
+    dtype: torch.dtype, codes: torch.dtype | None, softcap: float | None
+) -> None:
     """One row of 8 heads is read straight from the cache, many rows go through packed tiles; runs and single slots."""
-    layer = make(Case(((40, 700),), 8, 1, 128, 128, query_type=dtype, codes=codes))
+    case = Case(((40, 700),), 8, 1, 128, 128, query_type=dtype, codes=codes, softcap=softcap)
+    layer = make(case)
     whole = layer.run()
-    scattered = make(Case(((40, 700),), 8, 1, 128, 128, block_size=4, query_type=dtype, codes=codes))
+    scattered = make(replace(case, block_size=4))
     position = torch.arange(700)
 
     def slots_of(other: Layer) -> Tensor:
@@ -343,6 +353,7 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
         (replace(layer, keys=layer.keys[:8], values=layer.values[:8]), ("keys", 8, 144)),
         (replace(layer, sinks=torch.zeros(3)), ("sinks", "(3,)", 4)),
         (replace(layer, case=replace(layer.case, window=0)), ("window", 0)),
+        (replace(layer, case=replace(layer.case, softcap=-1.0)), ("softcap", -1.0)),
     ]
     for wrong, named in broken:
         with raises(ValueError, *named):
@@ -382,8 +393,15 @@ def test_cached_attention_over_every_type_of_cache(cache_type: torch.dtype, dtyp
     check_cached_attention(Case(value_dim=32), dtype, cache_type, has_norm=True, rotated=32)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("options", [{"rounds_last": True}, {"is_interleaved": True}, {"softcap": 0.7}], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_cached_attention_of_other_kinds(options: dict[str, Any], dtype: torch.dtype) -> None:
+    check_cached_attention(Case(), dtype, dtype, has_norm=True, rotated=32, **options)
+
+
 def check_cached_attention(
-    case: Case, dtype: torch.dtype, cache_type: torch.dtype, *, has_norm: bool, rotated: int
+    case: Case, dtype: torch.dtype, cache_type: torch.dtype, *, has_norm: bool, rotated: int, **options: Any
 ) -> None:
     layer = make(replace(case, query_type=dtype))
     tokens, heads, dim = layer.query.shape
@@ -416,6 +434,7 @@ def check_cached_attention(
                 rotary=(angles.cos(), angles.sin()) if rotated else None,
                 window=case.window,
                 sinks=layer.sinks,
+                **options,
             ),
         )
         return out, *(part.float().nan_to_num() for part in cache if part is not None)

@@ -60,7 +60,7 @@ def calls() -> dict[str, Call]:
     rows = floats(TOKENS, HEADS * DIM), floats(TOKENS, KV_HEADS * DIM), floats(TOKENS, KV_HEADS * DIM)
     slot_ids = torch.arange(16, 16 + TOKENS)
     new = floats(TOKENS, KV_HEADS, DIM)
-    attended = [floats(TOKENS, HEADS * DIM), 0.25, None, floats(HEADS), 1]
+    attended = [floats(TOKENS, HEADS * DIM), 0.25, None, floats(HEADS), 2.0, 1]
     experts = _native.Experts()
     for _ in range(EXPERTS):
         gate, up, down = packed(WIDTH, HIDDEN), packed(WIDTH, HIDDEN), packed(HIDDEN, WIDTH)
@@ -71,12 +71,12 @@ def calls() -> dict[str, Call]:
     return {
         "rms_norm": (kernels.rms_norm, [x, x + 1, x + 2, floats(HIDDEN), x + 3, 1e-6, 1]),
         "rotate": (kernels.rotate, [floats(TOKENS, HEADS, DIM), half, half + 1, floats(TOKENS, HEADS, DIM), 1]),
-        "swiglu": (kernels.swiglu, [x, x + 1, x + 2, 1]),
+        "swiglu": (kernels.swiglu, [x, x + 1, x + 2, 1.0, 0.0, 1e9, False, 1]),
         "unpack": (kernels.unpack, [packed(5, 8), floats(5, 8), 1]),
         "embedding": (kernels.embedding, [packed(5, 8), torch.tensor([4, 0, 2]), floats(3, 8), 1]),
         "linear": (kernels.linear, [x, [(packed(WIDTH, HIDDEN), floats(WIDTH), floats(TOKENS, WIDTH))], 1]),
         "route": (kernels.route, [packed(EXPERTS, HIDDEN), x, True, 0.0, ids.clone(), gates, 1]),
-        "moe": (kernels.moe, [experts, x, ids, gates, x + 1, 1.0, 0.0, 1e9, 1]),
+        "moe": (kernels.moe, [experts, x, ids, gates, x + 1, 1.0, 0.0, 1e9, False, 1]),
         "Experts.add": (
             _native.Experts().add,
             [*(packed(WIDTH, HIDDEN) for _ in range(2)), packed(HIDDEN, WIDTH), *map(floats, (WIDTH, WIDTH, HIDDEN))],
@@ -165,11 +165,23 @@ def calls() -> dict[str, Call]:
         "AttentionPlan": (_native.AttentionPlan, list(batch)),
         "attend": (
             attention.attend,
-            [plan, floats(TOKENS, HEADS, DIM), *caches, floats(TOKENS, HEADS, DIM), 0.25, None, floats(HEADS), 1],
+            [plan, floats(TOKENS, HEADS, DIM), *caches, floats(TOKENS, HEADS, DIM), 0.25, None, floats(HEADS), 2.0, 1],
         ),
         "attend_cached": (
             attention.attend_cached,
-            [kernels, plan, rows, *caches, slot_ids, (floats(DIM), floats(DIM)), 1e-6, (half, half + 1), *attended],
+            [
+                kernels,
+                plan,
+                rows,
+                *caches,
+                slot_ids,
+                (floats(DIM), floats(DIM)),
+                1e-6,
+                True,
+                (half, half + 1),
+                True,
+                *attended,
+            ],
         ),
         "write_kv": (_native.write_kv, [*caches, new, new + 1, slot_ids, 1]),
         "StepMemory": (_native.StepMemory, [[caches, caches], 16, [(floats(9, 8), floats(9, 8))], 9]),

@@ -11,6 +11,7 @@ import torch
 from amalgam.kernels.backends.cpu import elementwise, extension, panels, products, sampling
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import dense
+from amalgam.kernels.packed import GEGLU, SWIGLU, Activation
 from tests.errors import raises
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -39,25 +40,30 @@ def test_rotate(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.usefixtures("isa")
-def test_swiglu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "activation",
+    [SWIGLU, GEGLU, Activation(1.702, 1.0, 2.0), Activation(limit=2.0, is_gelu=True)],
+    ids=["swiglu", "geglu", "clamped", "clamped geglu"],
+)
+def test_gated(dtype: torch.dtype, activation: Activation) -> None:
     for size in (1, 15, 17, 1000):
         gate, up = sample(3, size, dtype=dtype) * 5, sample(3, size, dtype=dtype, seed=1)
-        torch.testing.assert_close(elementwise.swiglu(gate, up), reference.swiglu(gate, up))
+        expected = reference.gated(gate, up, activation)
+        torch.testing.assert_close(elementwise.gated(gate, up, activation), expected)
     extremes = torch.tensor([0.0, -0.0, 1e-20, 88.0, -88.0, 1e4, -1e4, 3e38, -3e38, torch.inf, torch.nan]).to(dtype)
     ones = torch.ones_like(extremes)
-    torch.testing.assert_close(
-        elementwise.swiglu(extremes, ones), reference.swiglu(extremes, ones), equal_nan=True, atol=1e-30, rtol=1e-6
-    )
+    found, expected = elementwise.gated(extremes, ones, activation), reference.gated(extremes, ones, activation)
+    torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-30, rtol=1e-6)
 
 
 def test_elements_have_the_same_bits_wherever_they_stand(use_isa: Callable[[str], None]) -> None:
     gate, up = sample(100_003) * 4, sample(100_003, seed=1)
     use_isa("portable")
-    expected = elementwise.swiglu(gate, up)
-    assert torch.equal(elementwise.swiglu(gate[5:77], up[5:77]), expected[5:77])
+    expected = elementwise.gated(gate, up, SWIGLU)
+    assert torch.equal(elementwise.gated(gate[5:77], up[5:77], SWIGLU), expected[5:77])
     for isa in ("avx2", "avx512"):
         use_isa(isa)
-        assert torch.equal(elementwise.swiglu(gate, up), expected)
+        assert torch.equal(elementwise.gated(gate, up, SWIGLU), expected)
 
 
 @pytest.mark.usefixtures("isa")
@@ -72,12 +78,12 @@ def test_long_rms_norm_runs_in_parallel_with_the_same_bits(use_threads: Callable
 def test_many_threads_may_call_at_once(use_threads: Callable[[int], None]) -> None:
     use_threads(3)
     gate, up = sample(300_000), sample(300_000, seed=1)
-    expected = elementwise.swiglu(gate, up)
+    expected = elementwise.gated(gate, up, SWIGLU)
     results: list[bool] = []
 
     def work() -> None:
         for _ in range(20):
-            results.append(torch.equal(elementwise.swiglu(gate, up), expected))
+            results.append(torch.equal(elementwise.gated(gate, up, SWIGLU), expected))
 
     threads = [threading.Thread(target=work) for _ in range(5)]
     for thread in threads:

@@ -22,8 +22,8 @@ from amalgam.calibration.inputs import Inputs
 from amalgam.kernels.backends.reference.interpreter import Frame, execute
 from amalgam.kernels.backends.reference.operators import gated
 from amalgam.kernels.packed import Expert, PackedWeight
-from amalgam.kernels.program import AttendLatent, Embed, Instruction, Mix, Project, Route, Rows, rows_of
-from amalgam.models.decoder import emit_layer, ropes_of
+from amalgam.kernels.program import AttendLatent, Instruction, Mix, Project, Route, Rows, rows_of
+from amalgam.models.decoder import embed, emit_layer, ropes_of
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 
@@ -65,9 +65,7 @@ class Stream:
         self._chunks = in_chunks(token_ids, chunk_tokens)
         self.num_tokens = sum(map(len, token_ids))
         x = Rows(_X, spec.hidden_size, 0, spec.hidden_size)
-        start = [Embed(outside["embedding"], x)]
-        if spec.has_position_embedding:
-            start.append(Embed(outside["positions"], x, by_position=True, adds=True))
+        start = list(embed(spec, outside["embedding"], outside.get("positions"), x))
         self.hidden = []
         for sequences in self._chunks:
             frame = frame_of(spec, sequences, 0, self._tables)

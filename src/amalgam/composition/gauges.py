@@ -107,7 +107,7 @@ def _mlp(layer: str, local: str) -> Axes:
     inputs = frozenset() if is_bias else stream
     if part == "gate":
         return Axes(numbered | {channels}, inputs, leaves_open=numbered)
-    if part == "up":
+    if part in ("up", "gate_up"):
         return Axes(numbered | {channels, factors}, inputs, leaves_open=numbered)
     if part == "down":
         inner = frozenset() if is_bias else numbered | {channels, factors}

@@ -25,7 +25,7 @@ from amalgam.calibration.frames import frame_of, in_chunks, linear
 from amalgam.calibration.stream import Stream
 from amalgam.errors import CheckpointError
 from amalgam.kernels.backends.reference.interpreter import Frame, execute
-from amalgam.kernels.backends.reference.operators import gated
+from amalgam.kernels.backends.reference.operators import changed_logits, gated
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Emitter, Instruction, Mix, Project
 from amalgam.models.decoder import emit_layer, ropes_of
@@ -192,11 +192,16 @@ class Gradients:
         for first in range(0, len(hidden), _HEAD_ROWS):
             rows = slice(first, first + _HEAD_ROWS)
             logits = functional.linear(result.detach()[rows], head, None if bias is None else bias.float())
+            logits = changed_logits(logits, spec.logits_scale, spec.logits_softcap)
+            growth = torch.full_like(logits, spec.logits_scale)  # of a logit with the product that it is made of
+            if spec.logits_softcap is not None:
+                growth *= 1.0 - (logits / spec.logits_softcap) ** 2
             p = logits.softmax(-1)
             labels = torch.multinomial(p, self._draws, replacement=True, generator=self._generator)
-            mean = p @ head
+            mean = (p * growth) @ head
             for draw in range(self._draws):
-                slopes[draw, rows] = head[labels[:, draw]] - mean
+                label = labels[:, draw]
+                slopes[draw, rows] = head[label] * growth.gather(1, label.unsqueeze(1)) - mean
         found = [torch.autograd.grad(result, start, slope, retain_graph=True)[0] for slope in slopes]
         return torch.stack(found)
 

@@ -122,14 +122,16 @@ class Activation:
     """How the gate and up projections of a gated MLP meet: `g × sigmoid(alpha × g) × (u + offset)`.
 
     With a `limit`, first g = min(gate, limit) and u = up within ±limit. The defaults make it SwiGLU (Shazeer 2020).
+    `is_gelu`: the first factor is gelu(g) instead, in the tanh approximation (Hendrycks & Gimpel 2016).
     """
 
     alpha: float = 1.0
     offset: float = 0.0
     limit: float | None = None
+    is_gelu: bool = False
 
 
-SWIGLU = Activation()
+SWIGLU, GEGLU = Activation(), Activation(is_gelu=True)
 
 
 @dataclass(frozen=True, eq=False)

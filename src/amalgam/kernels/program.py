@@ -105,6 +105,9 @@ class Attend:
         rope: index into the step's rotary tables; None: no rotation.
         window: a token sees so many positions, itself included; None: all before it.
         sinks: one logit per head that takes part in the softmax without a value.
+        softcap: scores become `softcap × tanh(score / softcap)` (Gemma Team 2024, "Gemma 2"); None: they stay.
+        rounds_last: of the head norms, as in `Normalize`.
+        is_interleaved: rotary pairs are neighbours, not halves apart.
     """
 
     query: Rows
@@ -121,6 +124,9 @@ class Attend:
     rope: int | None = None
     window: int | None = None
     sinks: Tensor | None = None
+    softcap: float | None = None
+    rounds_last: bool = False
+    is_interleaved: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,11 +215,12 @@ class Mix:
 
 @dataclass(frozen=True, eq=False)
 class SwiGlu:
-    """out = silu(gate) × up (Shazeer 2020)."""
+    """out = silu(gate) × up (Shazeer 2020), or as another `Activation` says."""
 
     gate: Rows
     up: Rows
     out: Rows
+    activation: Activation = SWIGLU
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +236,28 @@ class Clamp:
 
     x: Rows
     limit: float
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """x ×= factor; with `rounds_factor` the factor is rounded to the activations' type before."""
+
+    x: Rows
+    factor: float
+    rounds_factor: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleByPosition:
+    """x ×= 1 + beta × ln(1 + ⌊(position + offset) / length⌋): attention that stays sharp in long contexts.
+
+    Nakanishi 2025, "Scalable-Softmax Is Superior for Attention"; the logarithm with its steps is Llama 4's.
+    """
+
+    x: Rows
+    beta: float
+    length: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,11 +293,16 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The step's result: float32 logits `[rows, vocabulary]` of the rows that are wanted."""
+    """The step's result: float32 logits `[rows, vocabulary]` of the rows that are wanted.
+
+    They are multiplied by `scale`; with a `softcap` they then become `softcap × tanh(logit / softcap)`.
+    """
 
     x: Rows
     weight: PackedWeight
     bias: Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 Instruction = (
@@ -282,6 +316,8 @@ Instruction = (
     | SwiGlu
     | Gelu
     | Clamp
+    | Scale
+    | ScaleByPosition
     | ScaleBySigmoid
     | Add
     | Call

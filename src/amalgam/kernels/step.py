@@ -77,6 +77,7 @@ class CachedAttention:
         rotary: cos and sin, float32 `[tokens, r / 2]`; None: no rotation.
         window: how many positions a token sees, itself included; None: all before it.
         sinks: `[heads]`, logits that take part in the softmax without a value.
+        softcap, rounds_last, is_interleaved: see `Attend`.
     """
 
     cache: LayerCache
@@ -88,6 +89,9 @@ class CachedAttention:
     rotary: tuple[Tensor, Tensor] | None = None
     window: int | None = None
     sinks: Tensor | None = None
+    softcap: float | None = None
+    rounds_last: bool = False
+    is_interleaved: bool = False
 
 
 class Cache(Protocol):

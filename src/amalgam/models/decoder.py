@@ -2,21 +2,22 @@
 
     token ids ─ embedding ─┬────────────────┬+──┬──────────┬+── … ── norm ─ hidden ─ head ─ logits
                            └ norm ─ attention┘  └ norm ─ mlp┘
-                             (one layer; the blocks are chosen by ModelSpec.layers)
+                             (one layer; the blocks are chosen by ModelSpec.layers, where norms are by ModelSpec.norms)
 
 Must never know: requests, files, plans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from amalgam.kernels.backends import Backend, Compiled, choose_backend
-from amalgam.kernels.program import Add, Embed, Emitter, Head, Instruction, Program, Rows
+from amalgam.kernels.packed import PackedWeight
+from amalgam.kernels.program import Add, Embed, Emitter, Head, Instruction, Program, Rows, Scale
 from amalgam.kernels.step import StepContext
 from amalgam.models.rope import Rope
 from amalgam.models.spec import ModelSpec
@@ -74,18 +75,25 @@ def emit(spec: ModelSpec, weights: WeightVersion, ropes: tuple[Rope, ...]) -> Pr
     Args:
         ropes: in the order of the tables that the program will be run with.
     """
-    step, norm, outside = Emitter(ropes), spec.norm, weights.block("")
+    step, outside = Emitter(ropes), weights.block("")
     x, normed = step.rows("x", spec.hidden_size), step.rows("normed", spec.hidden_size)
-    step.add(Embed(weights["embedding"], x))
-    if spec.has_position_embedding:
-        step.add(Embed(weights["positions"], x, by_position=True, adds=True))
-    norm.emit(step, x, normed, outside, "layers.0.attention_norm")
+    step.add(*embed(spec, weights["embedding"], weights.get("positions"), x))
+    delta: Rows | None = None
     for layer_id in range(spec.num_layers):
-        delta = _emit_blocks(spec, layer_id, step, weights, x, normed)
-        is_last = layer_id + 1 == spec.num_layers
-        norm.emit(step, x, normed, outside, "norm" if is_last else f"layers.{layer_id + 1}.attention_norm", delta)
-    step.add(Head(normed, weights["embedding" if spec.has_tied_head else "head"], outside.vector("head_bias")))
+        delta = _emit_blocks(spec, layer_id, step, weights, x, delta)
+    spec.norm.emit(step, x, normed, outside, "norm", delta)
+    head, bias = weights["embedding" if spec.has_tied_head else "head"], outside.vector("head_bias")
+    step.add(Head(normed, head, bias, spec.logits_scale, spec.logits_softcap))
     return step.finish()
+
+
+def embed(spec: ModelSpec, embedding: PackedWeight, positions: PackedWeight | None, x: Rows) -> Iterator[Embed | Scale]:
+    """What turns token ids into the hidden states before the first layer."""
+    yield Embed(embedding, x)
+    if spec.embedding_scale != 1.0:
+        yield Scale(x, spec.embedding_scale, rounds_factor=spec.rounds_embedding_scale)
+    if positions is not None:
+        yield Embed(positions, x, by_position=True, adds=True)
 
 
 def emit_layer(
@@ -98,15 +106,28 @@ def emit_layer(
         ropes: as in `emit`.
     """
     step = Emitter(ropes)
-    x, normed = step.rows("x", spec.hidden_size), step.rows("normed", spec.hidden_size)
-    spec.norm.emit(step, x, normed, weights.block(""), f"layers.{layer_id}.attention_norm")
-    step.add(Add(x, _emit_blocks(spec, layer_id, step, weights, x, normed)))
+    x = step.rows("x", spec.hidden_size)
+    step.add(Add(x, _emit_blocks(spec, layer_id, step, weights, x, None)))
     return step.instructions, x
 
 
-def _emit_blocks(spec: ModelSpec, layer_id: int, step: Emitter, weights: WeightVersion, x: Rows, normed: Rows) -> Rows:
-    """A layer from its normed input to the result of its MLP, which is still to be added to `x`."""
-    step.layer_id, layer, prefix = layer_id, spec.layers[layer_id], f"layers.{layer_id}"
-    delta = layer.attention.emit(step, normed, weights.block(f"{prefix}.attention"))
-    spec.norm.emit(step, x, normed, weights.block(""), f"{prefix}.mlp_norm", delta)
-    return layer.mlp.emit(step, normed, weights.block(f"{prefix}.mlp"))
+def _emit_blocks(
+    spec: ModelSpec, layer_id: int, step: Emitter, weights: WeightVersion, x: Rows, delta: Rows | None
+) -> Rows:
+    """A layer from `x`, to which `delta` is added first, to the result of its MLP, which is still to be added."""
+    step.layer_id, layer, outside = layer_id, spec.layers[layer_id], weights.block("")
+    for name, block in (("attention", layer.attention), ("mlp", layer.mlp)):
+        slot = f"layers.{layer_id}.{name}"
+        read = x
+        if spec.norms.is_before:
+            read = step.rows("normed", spec.hidden_size)
+            spec.norm.emit(step, x, read, outside, f"{slot}_norm", delta)
+        elif delta is not None:
+            step.add(Add(x, delta))
+        delta = block.emit(step, read, weights.block(slot))
+        if spec.norms.is_behind:
+            spec.norm.emit(step, delta, delta, outside, f"{slot}_post_norm")
+        if spec.residual_scale != 1.0:
+            step.add(Scale(delta, spec.residual_scale))
+    assert delta is not None
+    return delta

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -93,16 +94,36 @@ class LayerSpec:
     mlp: MlpBlock
 
 
+class Norms(Enum):
+    """Where a layer's norms are: before each of its blocks, on what each of them adds to the stream, or both."""
+
+    BEFORE = "before"
+    BEHIND = "behind"
+    AROUND = "around"
+
+    @property
+    def is_before(self) -> bool:
+        return self is not Norms.BEHIND
+
+    @property
+    def is_behind(self) -> bool:
+        return self is not Norms.BEFORE
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Sizes and block choices of a whole decoder.
 
     Attributes:
         max_positions: the longest sequence that the checkpoint declares.
-        norm: before every block and after the last one.
+        norm: of the blocks, and after the last one.
         has_position_embedding: positions are learned vectors, added to the embedding (GPT-2).
         num_draft_layers: layers behind the last one that predict further tokens; checkpoints may hold them, the
             decoder has no use for them.
+        norms: where the blocks have theirs.
+        embedding_scale: multiplies the embedding's rows; `rounds_embedding_scale`: in the activations' type (Gemma).
+        residual_scale: multiplies what each block adds to the stream.
+        logits_scale, logits_softcap: see `Head`.
     """
 
     family: str
@@ -115,6 +136,12 @@ class ModelSpec:
     has_head_bias: bool = False
     has_position_embedding: bool = False
     num_draft_layers: int = 0
+    norms: Norms = Norms.BEFORE
+    embedding_scale: float = 1.0
+    rounds_embedding_scale: bool = False
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    logits_softcap: float | None = None
 
     @property
     def num_layers(self) -> int:
@@ -146,11 +173,13 @@ class ModelSpec:
         if self.has_position_embedding:
             slots.append(Slot("positions", (self.max_positions, hidden), "embedding"))
         for index, layer in enumerate(self.layers):
-            prefix = f"layers.{index}"
-            slots += self.norm.slots(f"{prefix}.attention_norm", hidden)
-            slots += _prefixed(f"{prefix}.attention", layer.attention.slots(hidden))
-            slots += self.norm.slots(f"{prefix}.mlp_norm", hidden)
-            slots += _prefixed(f"{prefix}.mlp", layer.mlp.slots(hidden))
+            for name, block in (("attention", layer.attention), ("mlp", layer.mlp)):
+                prefix = f"layers.{index}.{name}"
+                if self.norms.is_before:
+                    slots += self.norm.slots(f"{prefix}_norm", hidden)
+                slots += _prefixed(prefix, block.slots(hidden))
+                if self.norms.is_behind:
+                    slots += self.norm.slots(f"{prefix}_post_norm", hidden)
         slots += self.norm.slots("norm", hidden)
         if not self.has_tied_head:
             slots.append(Slot("head", (self.vocab_size, hidden), "head"))
@@ -228,6 +257,10 @@ class ConfigReader(Fields):
 
     least = 1
     null_is_false = True  # which is how the Hugging Face classes take it
+
+    def completed(self, defaults: Mapping[str, Any]) -> ConfigReader:
+        """The same config with values where keys are missing."""
+        return ConfigReader({**defaults, **self.values}, self.where, self.path)
 
     def refuse(self, key: str, value: Any, allowed: str) -> NoReturn:
         self.unsupported(key, value, allowed)

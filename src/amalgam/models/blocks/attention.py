@@ -1,11 +1,12 @@
-"""Grouped-query attention."""
+"""Grouped-query attention, and what several families change about it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amalgam.kernels.program import Attend, Emitter, Rows
+from amalgam.kernels.program import Attend, Emitter, Normalize, Rows, ScaleByPosition
+from amalgam.models.blocks.norms import norm_weight
 from amalgam.models.rope import Rope
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
@@ -24,6 +25,11 @@ class Attention:
         has_qkv_bias, has_output_bias: whether the projections have biases.
         has_head_norm: RMSNorm over each query and key head before the rotation (Qwen3).
         window: a token sees this many positions, itself included; None: all before it.
+        scale: of the scores; None: 1 / √head_dim.
+        softcap: scores are kept within ±softcap by a tanh (Gemma 2).
+        is_interleaved: rotary pairs are neighbours, not halves apart.
+        head_norm_adds_one: the head norms are Gemma's, see `RmsNorm`.
+        sharpening: (beta, length): queries grow with their positions, as `ScaleByPosition` does it.
     """
 
     num_heads: int
@@ -35,6 +41,11 @@ class Attention:
     has_output_bias: bool = False
     has_head_norm: bool = False
     window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    is_interleaved: bool = False
+    head_norm_adds_one: bool = False
+    sharpening: tuple[float, int] | None = None
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -57,6 +68,10 @@ class Attention:
     def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
         query, key, value = self.project(step, x, weights)
         attended = step.rows("attended", self.num_heads * self.head_dim)
+        adds_one = self.head_norm_adds_one
+        norms = [norm_weight(weights, name, adds_one) for name in ("q_norm", "k_norm") if self.has_head_norm]
+        if self.sharpening is not None:
+            step.add(ScaleByPosition(query, *self.sharpening))
         step.add(
             Attend(
                 query,
@@ -67,12 +82,15 @@ class Attention:
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
                 head_dim=self.head_dim,
-                scale=self.head_dim**-0.5,
-                head_norms=(weights["q_norm"].dense, weights["k_norm"].dense) if self.has_head_norm else None,
+                scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+                head_norms=(norms[0], norms[1]) if norms else None,
                 head_norm_eps=self.norm_eps,
                 rope=step.rope(self.rope),
                 window=self.window,
                 sinks=weights.vector("sinks"),
+                softcap=self.softcap,
+                rounds_last=adds_one,
+                is_interleaved=self.is_interleaved,
             )
         )
         (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))
@@ -84,4 +102,48 @@ class Attention:
         query, key, value = step.project(
             x, *((weights[name], weights.vector(f"{name}_bias"), buffer) for name, buffer in names)
         )
+        return query, key, value
+
+
+@dataclass(frozen=True)
+class FusedAttention(Attention):
+    """One projection gives query, key and value, side by side."""
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        yield Slot("qkv", (width, hidden_size), "attention")
+        if self.has_qkv_bias:
+            yield Slot("qkv_bias", (width,), "bias")
+        yield Slot("o", (hidden_size, self.num_heads * self.head_dim), "attention")
+        if self.has_output_bias:
+            yield Slot("o_bias", (hidden_size,), "bias")
+
+    def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
+        (together,) = step.project(x, (weights["qkv"], weights.vector("qkv_bias"), "query_key_value"))
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return (
+            together.columns(0, queries),
+            together.columns(queries, keys),
+            together.columns(queries + keys, keys),
+        )
+
+
+@dataclass(frozen=True)
+class WholeNormAttention(Attention):
+    """RMSNorm over the whole query and key projections instead of over each head (OLMo).
+
+    `rounds_last`: of these norms, see `RmsNorm`.
+    """
+
+    rounds_last: bool = False
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        yield from super().slots(hidden_size)
+        yield Slot("q_norm", (self.num_heads * self.head_dim,), "norm")
+        yield Slot("k_norm", (self.num_kv_heads * self.head_dim,), "norm")
+
+    def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
+        query, key, value = super().project(step, x, weights)
+        for rows, name in ((query, "q_norm"), (key, "k_norm")):
+            step.add(Normalize(rows, weights[name].dense, rows, self.norm_eps, rounds_last=self.rounds_last))
         return query, key, value

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from amalgam.kernels.packed import SWIGLU, Activation
 from amalgam.kernels.program import Add, Emitter, Mix, Project, Projection, Route, Rows, ScaleBySigmoid
-from amalgam.models.blocks.mlp import emit_swiglu, gated_slots
+from amalgam.models.blocks.mlp import emit_gated, gated_slots
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
 
@@ -128,7 +128,7 @@ class SparseMoe:
         delta = step.rows("delta", x.width)
         step.add(self.router.route(x, weights, step.layer_id), Mix(x, weights.experts, delta, self.activation))
         if self.shared_size:
-            shared = emit_swiglu(step, x, weights, "shared.", "shared")
+            shared = emit_gated(step, x, weights, "shared.", "shared")
             if self.has_shared_gate:
                 gate = step.rows("shared_gate", 1, is_wide=True)
                 step.add(Project(x, (Projection(weights["shared_gate"], None, gate),), widens=True))

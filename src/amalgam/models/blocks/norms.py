@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from amalgam.kernels.program import Emitter, Normalize, Rows
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
@@ -12,10 +14,16 @@ from amalgam.models.weights import BlockWeights
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """RMSNorm (Zhang & Sennrich 2019); `rounds_last`: after the multiplication with the weight, not before."""
+    """RMSNorm (Zhang & Sennrich 2019).
+
+    Attributes:
+        rounds_last: after the multiplication with the weight, not before.
+        adds_one: the weight is stored without the 1 that is added to it (Gemma).
+    """
 
     eps: float
     rounds_last: bool = False
+    adds_one: bool = False
 
     def slots(self, name: str, width: int) -> Iterator[Slot]:
         yield Slot(name, (width,), "norm")
@@ -23,8 +31,14 @@ class RmsNorm:
     def emit(
         self, step: Emitter, x: Rows, out: Rows, weights: BlockWeights, name: str, delta: Rows | None = None
     ) -> None:
-        weight = weights[name].dense
+        weight = norm_weight(weights, name, self.adds_one)
         step.add(Normalize(x, weight, out, self.eps, delta=delta, rounds_last=self.rounds_last))
+
+
+def norm_weight(weights: BlockWeights, name: str, adds_one: bool) -> Tensor:
+    """A norm's weight as it multiplies, `[width]`."""
+    weight = weights[name].dense
+    return 1.0 + weight.float() if adds_one else weight
 
 
 @dataclass(frozen=True)

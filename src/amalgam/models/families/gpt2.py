@@ -3,53 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
-from amalgam.kernels.program import Emitter, Gelu, Rows
-from amalgam.models.blocks.attention import Attention
+from amalgam.models.blocks.attention import FusedAttention
+from amalgam.models.blocks.mlp import GeluMlp
 from amalgam.models.blocks.norms import LayerNorm
 from amalgam.models.naming import with_biases
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
-from amalgam.models.weights import BlockWeights
 
 
-def _conv1d_slots(name: str, shape: tuple[int, int], role: str) -> Iterator[Slot]:
-    """A projection with a bias; the checkpoint's `Conv1D` stores the weight as `(in, out)`."""
-    yield Slot(name, shape, role, is_transposed=True)
-    yield Slot(f"{name}_bias", shape[:1], "bias")
+def _transposed(slots: Iterator[Slot]) -> Iterator[Slot]:
+    """The checkpoint's `Conv1D` stores weights as `(in, out)`."""
+    return (replace(slot, is_transposed=len(slot.shape) == 2) for slot in slots)
 
 
-@dataclass(frozen=True)
-class FusedAttention(Attention):
-    """The thirds of one projection are query, key and value."""
-
+class Conv1DAttention(FusedAttention):
     def slots(self, hidden_size: int) -> Iterator[Slot]:
-        yield from _conv1d_slots("qkv", (3 * hidden_size, hidden_size), "attention")
-        yield from _conv1d_slots("o", (hidden_size, hidden_size), "attention")
-
-    def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
-        (together,) = step.project(x, (weights["qkv"], weights.vector("qkv_bias"), "query_key_value"))
-        width = together.width // 3
-        return together.columns(0, width), together.columns(width, width), together.columns(2 * width, width)
+        return _transposed(super().slots(hidden_size))
 
 
-@dataclass(frozen=True)
-class GeluMlp:
-    """`down(gelu(up(x)))` with the tanh approximation (Hendrycks & Gimpel 2016)."""
-
-    intermediate_size: int
-    num_experts: int = 0
-    num_active_experts: int = 0
-
+class Conv1DMlp(GeluMlp):
     def slots(self, hidden_size: int) -> Iterator[Slot]:
-        yield from _conv1d_slots("up", (self.intermediate_size, hidden_size), "mlp")
-        yield from _conv1d_slots("down", (hidden_size, self.intermediate_size), "mlp")
-
-    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
-        (up,) = step.project(x, (weights["up"], weights.vector("up_bias"), "up"))
-        step.add(Gelu(up))
-        (delta,) = step.project(up, (weights["down"], weights.vector("down_bias"), "delta"))
-        return delta
+        return _transposed(super().slots(hidden_size))
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
@@ -60,8 +35,15 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     hidden, heads = config.int("n_embd", "hidden_size"), config.int("n_head", "num_attention_heads")
     if hidden % heads:
         config.refuse("n_head", heads, f"a divisor of n_embd {hidden}")
-    attention = FusedAttention(num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads, rope=None)
-    mlp = GeluMlp(config.int("n_inner", default=4 * hidden))
+    attention = Conv1DAttention(
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        rope=None,
+        has_qkv_bias=True,
+        has_output_bias=True,
+    )
+    mlp = Conv1DMlp(config.int("n_inner", default=4 * hidden))
     return ModelSpec(
         family="gpt2",
         hidden_size=hidden,

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amalgam.kernels.program import Clamp, Emitter, Normalize, Rows
-from amalgam.models.blocks.attention import Attention
+from amalgam.kernels.program import Clamp, Emitter, Rows
+from amalgam.models.blocks.attention import WholeNormAttention
 from amalgam.models.blocks.mixture import SoftmaxRouter, SparseMoe
 from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, HEAD_NORMS
 from amalgam.models.reading.attention import read_attention
 from amalgam.models.reading.layers import read_expert_counts, read_model
-from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
+from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
 from amalgam.models.weights import BlockWeights
 
 NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class OlmoeAttention(Attention):
+class OlmoeAttention(WholeNormAttention):
     """`clip`: queries, keys and values are kept within ±clip; None: as they are."""
 
     clip: float | None = None
 
-    def slots(self, hidden_size: int) -> Iterator[Slot]:
-        yield from super().slots(hidden_size)
-        yield Slot("q_norm", (self.num_heads * self.head_dim,), "norm")
-        yield Slot("k_norm", (self.num_kv_heads * self.head_dim,), "norm")
-
     def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
         query, key, value = super().project(step, x, weights)
-        for rows, name in ((query, "q_norm"), (key, "k_norm")):
-            step.add(Normalize(rows, weights[name].dense, rows, self.norm_eps))
         if self.clip is not None:
             step.add(*(Clamp(rows, self.clip) for rows in (query, key, value)))
         return query, key, value

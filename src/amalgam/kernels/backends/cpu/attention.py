@@ -50,6 +50,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention over a paged cache; see `operators.paged_attention`.
 
@@ -68,6 +69,7 @@ def paged_attention(
         scale,
         window,
         None if sinks is None else sinks.to("cpu", torch.float32).contiguous(),
+        softcap,
         torch.get_num_threads(),
     )
     return out
@@ -104,11 +106,14 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, how: CachedAtten
         how.slot_ids.contiguous(),
         _pair(how.norms),
         how.norm_eps,
+        how.rounds_last,
         _pair(how.rotary),
+        how.is_interleaved,
         out,
         how.scale,
         how.window,
         None if how.sinks is None else how.sinks.to("cpu", torch.float32).contiguous(),
+        how.softcap,
         torch.get_num_threads(),
     )
     return out

@@ -6,10 +6,13 @@ not depend on the other rows. Must never know: weights' layouts, plans, requests
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.cpu import extension
+from amalgam.kernels.packed import Activation
 
 
 def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
@@ -83,8 +86,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def supports_swiglu(gate: Tensor, up: Tensor) -> bool:
-    """Whether `swiglu` takes these tensors."""
+def supports_gated(gate: Tensor, up: Tensor) -> bool:
+    """Whether `gated` takes these tensors."""
     return (
         extension.is_available()
         and gate.dtype == up.dtype
@@ -94,13 +97,19 @@ def supports_swiglu(gate: Tensor, up: Tensor) -> bool:
     )
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) × up`; see `reference.swiglu`.
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """Gate and up projection joined as `Activation` says; see `reference.gated`.
 
     Raises:
         ValueError: types or shapes that do not fit together.
     """
     gate = gate.contiguous()
     out = torch.empty_like(gate)
-    extension.kernels().swiglu(gate, up.contiguous(), out, torch.get_num_threads())
+    extension.kernels().swiglu(gate, up.contiguous(), out, *numbers_of(activation), torch.get_num_threads())
     return out
+
+
+def numbers_of(activation: Activation) -> tuple[float, float, float, bool]:
+    """An activation as the extension takes it."""
+    limit = math.inf if activation.limit is None else activation.limit
+    return activation.alpha, activation.offset, limit, activation.is_gelu

@@ -5,7 +5,6 @@ In: instructions whose weights are in panels. Out: a native program. Must never 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 from weakref import WeakKeyDictionary
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.cpu import extension, panels
+from amalgam.kernels.backends.cpu.elementwise import numbers_of
 from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.backends.cpu.products import PanelExperts, matrix_of
 from amalgam.kernels.backends.reference.interpreter import latent_matrices
@@ -34,6 +34,8 @@ from amalgam.kernels.program import (
     Project,
     Route,
     Rows,
+    Scale,
+    ScaleByPosition,
     ScaleBySigmoid,
     SwiGlu,
 )
@@ -131,6 +133,9 @@ class Encoder:
             one.window,
             _wide(one.sinks),
             -1 if one.rope is None else one.rope,
+            one.softcap,
+            one.rounds_last,
+            one.is_interleaved,
         )
         return True
 
@@ -175,29 +180,32 @@ class Encoder:
     def _mix(self, one: Mix) -> bool:
         if not isinstance(one.experts, PanelExperts):
             return False
-        activation = one.activation
-        self.native.add_mix(
-            self._columns(one.x),
-            one.experts.native,
-            self._columns(one.out),
-            activation.alpha,
-            activation.offset,
-            math.inf if activation.limit is None else activation.limit,
-            self.num_routes - 1,
-        )
+        x, out, numbers = self._columns(one.x), self._columns(one.out), numbers_of(one.activation)
+        self.native.add_mix(x, one.experts.native, out, *numbers, self.num_routes - 1)
         return True
 
     def _swiglu(self, one: SwiGlu) -> bool:
-        self.native.add_swiglu(*(self._columns(rows) for rows in (one.gate, one.up, one.out)))
+        gate, up, out = (self._columns(rows) for rows in (one.gate, one.up, one.out))
+        self.native.add_swiglu(gate, up, out, *numbers_of(one.activation))
         return True
 
-    def _elementwise(self, one: Add | Clamp | Gelu) -> bool:
+    def _elementwise(self, one: Add | Clamp | Gelu | Scale) -> bool:
         from amalgam import _native
 
-        y = self._columns(one.y) if isinstance(one, Add) else None
-        limit = one.limit if isinstance(one, Clamp) else 0.0
+        y, number = None, 0.0
+        match one:
+            case Add():
+                y = self._columns(one.y)
+            case Clamp():
+                number = one.limit
+            case Scale():
+                number = torch.tensor(one.factor, dtype=self._dtype).item() if one.rounds_factor else one.factor
         kind = _native.Elementwise[type(one).__name__.lower()]
-        self.native.add_elementwise(kind, self._columns(one.x), y, limit)
+        self.native.add_elementwise(kind, self._columns(one.x), y, number)
+        return True
+
+    def _scale_by_position(self, one: ScaleByPosition) -> bool:
+        self.native.add_scale_by_position(self._columns(one.x), one.beta, one.length, one.offset)
         return True
 
     def _scale_by_sigmoid(self, one: ScaleBySigmoid) -> bool:
@@ -207,7 +215,7 @@ class Encoder:
     def _head(self, one: Head) -> bool:
         if not isinstance(one.weight, PanelWeight):
             return False
-        self.native.add_head(self._columns(one.x), one.weight.matrix, _vector(one.bias))
+        self.native.add_head(self._columns(one.x), one.weight.matrix, _vector(one.bias), one.scale, one.softcap)
         return True
 
     def _latent_matrices(self, one: AttendLatent) -> LatentMatrices | None:
@@ -234,6 +242,8 @@ _ENCODERS: dict[type[Instruction], Callable[[Encoder, Any], bool]] = {
     Normalize: Encoder._normalize,
     Project: Encoder._project,
     Route: Encoder._route,
+    Scale: Encoder._elementwise,
+    ScaleByPosition: Encoder._scale_by_position,
     ScaleBySigmoid: Encoder._scale_by_sigmoid,
     SwiGlu: Encoder._swiglu,
 }

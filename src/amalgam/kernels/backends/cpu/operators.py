@@ -90,10 +90,10 @@ class CpuOperators(Operators):
         return Operators.rotate(x, cos, sin)
 
     @staticmethod
-    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-        if elementwise.supports_swiglu(gate, up):
-            return elementwise.swiglu(gate, up)
-        return Operators.swiglu(gate, up)
+    def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        if elementwise.supports_gated(gate, up):
+            return elementwise.gated(gate, up, activation)
+        return Operators.gated(gate, up, activation)
 
     @staticmethod
     def write_kv(cache: LayerCache, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
@@ -111,10 +111,11 @@ class CpuOperators(Operators):
         scale: float,
         window: int | None = None,
         sinks: Tensor | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
-        if attention.supports_paged_attention(query, cache, batch):
-            return attention.paged_attention(query, cache, batch, scale=scale, window=window, sinks=sinks)
-        return Operators.paged_attention(query, cache, batch, scale=scale, window=window, sinks=sinks)
+        is_compiled = attention.supports_paged_attention(query, cache, batch)
+        attend = attention.paged_attention if is_compiled else Operators.paged_attention
+        return attend(query, cache, batch, scale=scale, window=window, sinks=sinks, softcap=softcap)
 
     @classmethod
     def cached_attention(cls, query: Tensor, key: Tensor, value: Tensor, how: CachedAttention) -> Tensor:

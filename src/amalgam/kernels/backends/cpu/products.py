@@ -17,7 +17,6 @@ Arithmetic depends on the type of the activations:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.cpu import extension
+from amalgam.kernels.backends.cpu.elementwise import numbers_of
 from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.packed import SWIGLU, Activation, Expert, ExpertTable, PackedWeight
 
@@ -178,9 +178,7 @@ def moe(
         expert_ids.long().contiguous(),
         gate_weights.float().contiguous(),
         out,
-        activation.alpha,
-        activation.offset,
-        math.inf if activation.limit is None else activation.limit,
+        *numbers_of(activation),
         torch.get_num_threads(),
     )
     return out

@@ -19,7 +19,7 @@ from amalgam.kernels.backends.cpu import attention, extension
 from amalgam.kernels.backends.cpu.encoders import Encoder
 from amalgam.kernels.backends.cpu.operators import CpuOperators, who_runs
 from amalgam.kernels.backends.cpu.workspace import Workspace, new_routing
-from amalgam.kernels.backends.reference.interpreter import Frame, execute
+from amalgam.kernels.backends.reference.interpreter import Frame, execute, logits_of
 from amalgam.kernels.program import Instruction, Mix, Rows
 from amalgam.kernels.step import StepContext
 
@@ -122,8 +122,7 @@ class CpuProgram:
         return self.view(self._program.head.x, self._placed[0])
 
     def head(self, hidden: Tensor) -> Tensor:
-        head = self._program.head
-        return CpuOperators.linear(hidden, head.weight, head.bias, torch.float32)
+        return logits_of(self._program.head, hidden, CpuOperators)
 
     def view(self, rows: Rows, tokens: int) -> Tensor:
         """`[tokens, width]` of the arena as `run` has laid it out."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.base import ActivationType, Compiled, Tables, describe
-from amalgam.kernels.backends.reference.operators import Operators
+from amalgam.kernels.backends.reference.operators import Operators, changed_logits, gelu, part_pairs
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
     Add,
@@ -33,6 +33,8 @@ from amalgam.kernels.program import (
     Project,
     Route,
     Rows,
+    Scale,
+    ScaleByPosition,
     ScaleBySigmoid,
     SwiGlu,
 )
@@ -150,8 +152,7 @@ class Interpreted:
         return self._hidden
 
     def head(self, hidden: Tensor) -> Tensor:
-        head = self._program.head
-        return self._operators.linear(hidden, head.weight, head.bias, torch.float32)
+        return logits_of(self._program.head, hidden, self._operators)
 
     def describe(self) -> dict[str, str]:
         return describe(
@@ -217,6 +218,9 @@ def _attend(one: Attend, frame: Frame) -> None:
         rotary=None if one.rope is None else frame.rotary(one.rope),
         window=one.window,
         sinks=one.sinks,
+        softcap=one.softcap,
+        rounds_last=one.rounds_last,
+        is_interleaved=one.is_interleaved,
     )
     query, key, value = frame.get(one.query), frame.get(one.key), frame.get(one.value)
     frame.put(one.out, frame.operators.cached_attention(query, key, value, how))
@@ -228,8 +232,7 @@ def _attend_latent(one: AttendLatent, frame: Frame) -> None:
     latent = frame.operators.rms_norm(compressed[:, : one.latent_dim].contiguous(), one.norm, one.norm_eps)
 
     def rotate(x: Tensor) -> Tensor:
-        # Queries and keys are reordered alike, which no score notices.
-        halves = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if one.is_interleaved else x
+        halves = part_pairs(x, one.rope_dim) if one.is_interleaved else x
         return frame.operators.rotate(halves, *frame.rotary(one.rope))
 
     to_keys, to_values = latent_matrices(one, frame.dtype)
@@ -307,19 +310,29 @@ def _mix(one: Mix, frame: Frame) -> None:
 
 
 def _swiglu(one: SwiGlu, frame: Frame) -> None:
-    frame.put(one.out, frame.operators.swiglu(frame.get(one.gate), frame.get(one.up)))
+    frame.put(one.out, frame.operators.gated(frame.get(one.gate), frame.get(one.up), one.activation))
 
 
 def _gelu(one: Gelu, frame: Frame) -> None:
     x = frame.get(one.x)
-    wide = x.float()
-    # (1 + tanh(a)) / 2 = sigmoid(2 a)
-    slope = frame.operators.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))
-    frame.put(one.x, (wide * slope).to(x.dtype))
+    frame.put(one.x, gelu(x.float()).to(x.dtype))
 
 
 def _clamp(one: Clamp, frame: Frame) -> None:
     frame.put(one.x, frame.get(one.x).clamp(-one.limit, one.limit))
+
+
+def _scale(one: Scale, frame: Frame) -> None:
+    x = frame.get(one.x)
+    factor = torch.tensor(one.factor, dtype=x.dtype if one.rounds_factor else torch.float32, device=x.device)
+    frame.put(one.x, (x.float() * factor.float()).to(x.dtype))
+
+
+def _scale_by_position(one: ScaleByPosition, frame: Frame) -> None:
+    x = frame.get(one.x)
+    turns = torch.floor((frame.step.positions.double() + one.offset) / one.length)
+    factors = (1.0 + one.beta * torch.log1p(turns)).float().unsqueeze(1)
+    frame.put(one.x, (x.float() * factors).to(x.dtype))
 
 
 def _scale_by_sigmoid(one: ScaleBySigmoid, frame: Frame) -> None:
@@ -342,7 +355,13 @@ def _head(one: Head, frame: Frame) -> None:
         frame.logits = torch.empty((0, one.weight.shape[0]), dtype=torch.float32, device=x.device)
         return
     wanted = x if len(rows) == len(x) else x.index_select(0, rows)
-    frame.logits = frame.operators.linear(wanted, one.weight, one.bias, torch.float32)
+    frame.logits = logits_of(one, wanted, frame.operators)
+
+
+def logits_of(head: Head, hidden: Tensor, operators: type[Operators]) -> Tensor:
+    """float32 logits `[rows, vocabulary]` of hidden states `[rows, hidden]`."""
+    logits = operators.linear(hidden, head.weight, head.bias, torch.float32)
+    return changed_logits(logits, head.scale, head.softcap)
 
 
 _HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {
@@ -358,6 +377,8 @@ _HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {
     Normalize: _normalize,
     Project: _project,
     Route: _route,
+    Scale: _scale,
+    ScaleByPosition: _scale_by_position,
     ScaleBySigmoid: _scale_by_sigmoid,
     SwiGlu: _swiglu,
 }

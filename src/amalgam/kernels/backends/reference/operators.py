@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amalgam.kernels.layouts import DENSE
-from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
+from amalgam.kernels.packed import GEGLU, SWIGLU, Activation, ExpertTable, PackedWeight
 from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
 
 # 8 rows: on a CPU a matrix product still runs near the memory's speed; a GPU needs more to be busy.
@@ -122,6 +122,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
 
 
+def part_pairs(x: Tensor, width: int) -> Tensor:
+    """The first `width` dimensions, rotary pairs of neighbours, as halves.
+
+    Queries and keys are reordered alike, which no score notices.
+    """
+    return torch.cat((x[..., 0:width:2], x[..., 1:width:2], x[..., width:]), dim=-1)
+
+
 def sigmoid(x: Tensor) -> Tensor:
     """Logistic function in float32, the same bits for a value wherever it stands in a tensor."""
     return 1.0 / (1.0 + torch.exp(-x.float()))
@@ -133,15 +141,36 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (wide / (1.0 + torch.exp(-wide))).to(gate.dtype) * up
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU in the tanh approximation (Hendrycks & Gimpel 2016), of float32."""
+    # (1 + tanh(a)) / 2 = sigmoid(2 a)
+    return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """`cap × tanh(x / cap)`, of float32, the same bits for a value wherever it stands in a tensor."""
+    return cap - 2.0 * cap / (1.0 + torch.exp(x * (2.0 / cap)))
+
+
+def changed_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Logits as `Head` changes them."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else soft_cap(logits, softcap)
+
+
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """Gate and up projection joined as `Activation` says, in float32; plain SwiGLU as `swiglu` does it."""
+    """Gate and up projection joined as `Activation` says, in float32; plain SwiGLU and GEGLU as `swiglu` does it."""
     if activation == SWIGLU:
         return swiglu(gate, up)
+    if activation == GEGLU:
+        return gelu(gate.float()).to(gate.dtype) * up
     wide, factor = gate.float(), up.float()
     if activation.limit is not None:
         wide = wide.clamp(max=activation.limit)
         factor = factor.clamp(-activation.limit, activation.limit)
-    return (wide / (1.0 + torch.exp(-activation.alpha * wide)) * (factor + activation.offset)).to(gate.dtype)
+    first = gelu(wide) if activation.is_gelu else wide / (1.0 + torch.exp(-activation.alpha * wide))
+    return (first * (factor + activation.offset)).to(gate.dtype)
 
 
 def moe(
@@ -226,12 +255,13 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention over a paged cache with an online softmax (Milakov & Gimelshein 2018; Kwon et al. 2023).
 
     query: `[tokens, heads, d]`. A token at position p sees the keys at `max(0, p - window + 1) .. p`. `sinks`: one
-    logit per head that takes part in the softmax without a value. Returns `[tokens, heads, v]` in query's type; float32
-    inside.
+    logit per head that takes part in the softmax without a value. `softcap`: see `soft_cap`. Returns
+    `[tokens, heads, v]` in query's type; float32 inside.
     """
     device = query.device
     heads, kv_heads, value_dim = query.shape[1], cache.keys.shape[1], cache.values.shape[2]
@@ -293,7 +323,10 @@ def paged_attention(
         if window is not None:
             visible &= distance < window
         visible = visible.repeat_interleave(shared, dim=1).unsqueeze(1)
-        scores = _batched_product(tiles[active], key).masked_fill(~visible, -torch.inf)
+        scores = _batched_product(tiles[active], key)
+        if softcap is not None:
+            scores = soft_cap(scores, softcap)
+        scores = scores.masked_fill(~visible, -torch.inf)
 
         old_maximum = maximum[active]
         new_maximum = torch.maximum(old_maximum, scores.amax(-1))
@@ -328,7 +361,7 @@ class Operators:
     moe = staticmethod(moe)
     rotate = staticmethod(rotate)
     sigmoid = staticmethod(sigmoid)
-    swiglu = staticmethod(swiglu)
+    gated = staticmethod(gated)
     write_kv = staticmethod(write_kv)
     paged_attention = staticmethod(paged_attention)
 
@@ -350,10 +383,16 @@ class Operators:
         tokens, cache, dim = query.shape[0], how.cache, how.cache.keys.shape[2]
         queries, new_keys = query.view(tokens, -1, dim), key.view(tokens, -1, dim)
         if how.norms is not None:
-            queries = cls.rms_norm(queries, how.norms[0], how.norm_eps)
-            new_keys = cls.rms_norm(new_keys, how.norms[1], how.norm_eps)
+            kind = torch.float32 if how.rounds_last else queries.dtype
+            queries = cls.rms_norm(queries.to(kind), how.norms[0], how.norm_eps).to(queries.dtype)
+            new_keys = cls.rms_norm(new_keys.to(kind), how.norms[1], how.norm_eps).to(new_keys.dtype)
         if how.rotary is not None:
+            if how.is_interleaved:
+                width = 2 * how.rotary[0].shape[1]
+                queries, new_keys = part_pairs(queries, width), part_pairs(new_keys, width)
             queries, new_keys = cls.rotate(queries, *how.rotary), cls.rotate(new_keys, *how.rotary)
         cls.write_kv(cache, new_keys, value.view(tokens, *cache.values.shape[1:]), how.slot_ids)
-        attended = cls.paged_attention(queries, cache, how.batch, scale=how.scale, window=how.window, sinks=how.sinks)
+        attended = cls.paged_attention(
+            queries, cache, how.batch, scale=how.scale, window=how.window, sinks=how.sinks, softcap=how.softcap
+        )
         return attended.flatten(1)

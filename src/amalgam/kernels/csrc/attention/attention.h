@@ -70,6 +70,7 @@ struct AttentionArgs {
     float scale;
     int64_t window;      // a token sees so many positions, itself included; 0: all before it
     const float* sinks;  // [heads] or null
+    float softcap;       // scores become softcap * tanh(score / softcap); 0: they stay
 };
 
 // Some positions of one sequence × some KV heads × some keys. Rows are numbered [kv head, position, shared head].

@@ -19,18 +19,43 @@ char* room(Bytes& buffer, int64_t bytes) {
     return buffer.data();
 }
 
+// Of each head the first 2 * half dimensions, pairs of neighbours, as halves; the others as they are.
+template <class T>
+void part_pairs(const void* from, int64_t heads, int64_t dim, int64_t half, void* to) {
+    const T* x = static_cast<const T*>(from);
+    T* out = static_cast<T*>(to);
+    for (int64_t head = 0; head < heads; ++head, x += dim, out += dim) {
+        for (int64_t i = 0; i < half; ++i) {
+            out[i] = x[2 * i];
+            out[half + i] = x[2 * i + 1];
+        }
+        std::copy(x + 2 * half, x + dim, out + 2 * half);
+    }
+}
+
 // Some of a token's heads, normed and rotated, from `x` to `out`, which do not overlap.
 void place_heads(const Kernels& kernels, const CachedAttentionArgs& args, int64_t token, int64_t heads, const void* x,
                  const void* norm, void* out) {
-    static thread_local Bytes buffer;
+    static thread_local Bytes buffer, halves;
     const int64_t dim = args.attention.keys.dim, size = heads * dim;
     const int64_t bytes = size * dtype_bytes(args.dtype);
     if (norm != nullptr) {
         void* normed = args.cos != nullptr ? room(buffer, bytes) : out;
-        kernels.rms_norm({x, nullptr, nullptr, norm, normed, dim, args.eps, args.dtype, args.norm_dtype}, 0, heads);
+        kernels.rms_norm(
+            {x, nullptr, nullptr, norm, normed, dim, args.eps, args.dtype, args.norm_dtype, args.rounds_last}, 0,
+            heads);
         x = normed;
     }
     if (args.cos != nullptr) {
+        if (args.is_interleaved) {
+            void* apart = room(halves, bytes);
+            if (args.dtype == DType::kFloat32) {
+                part_pairs<float>(x, heads, dim, args.half, apart);
+            } else {
+                part_pairs<Bfloat16>(x, heads, dim, args.half, apart);
+            }
+            x = apart;
+        }
         const int64_t row = args.positions != nullptr ? args.positions[token] : token;
         const float *cos = args.cos + row * args.half, *sin = args.sin + row * args.half;
         kernels.rotate({x, cos, sin, out, size, heads, dim, args.half, args.dtype}, 0, 1);

@@ -7,7 +7,8 @@
 namespace amalgam {
 
 // Norm of every query and key head (see RmsNormArgs), rotary embedding (see RotateArgs), keys and values into the
-// cache, attention over it. All activations are of one type; rows are dense.
+// cache, attention over it. is_interleaved: rotary pairs are neighbours; they leave as halves, queries and keys alike,
+// which no score notices. All activations are of one type; rows are dense.
 struct CachedAttentionArgs {
     const void* query;  // [tokens, heads, dim]
     const void* key;    // [tokens, kv heads, dim]
@@ -18,6 +19,7 @@ struct CachedAttentionArgs {
     const void* key_norm;
     DType norm_dtype;
     float eps;
+    bool rounds_last, is_interleaved;
     const float* cos;  // [tokens, half], or by position; null: no rotation
     const float* sin;
     const int64_t* positions;  // [tokens], rows of cos and sin; null: they are by token

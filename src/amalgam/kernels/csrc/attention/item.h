@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "attention/microkernel.h"
+#include "product/exponential.h"
 
 namespace amalgam {
 namespace {
@@ -40,7 +41,7 @@ class Attention {
         key_steps_ = (args.keys.dim + A::kElements - 1) / A::kElements;
         query_stride_ = round_up(key_steps_, kLanes);
         value_dim_ = padded_value_dim(args);
-        factor_ = args.scale * kLog2E;
+        factor_ = (args.softcap > 0.0f ? 1.0f : args.scale) * kLog2E;
         constexpr DType kDType = A::kElements == 2 ? DType::kBfloat16 : DType::kFloat32;
         const bool is_direct_type = args.keys.dtype == kDType || (A::kElements == 2 && is_code(args.keys.dtype));
         reads_directly_ = head_rows_ <= kTileRows && args.keys.dtype == args.values.dtype && is_direct_type &&
@@ -243,7 +244,9 @@ class Attention {
     // --- One tile of keys, one KV head ---
 
     void attend_tile(const Tile& tile, int64_t head, Prefetcher& prefetcher) {
-        if (args_.keys.scales != nullptr) gather_factors(args_.keys, tile, head, factor_, key_factors_);
+        if (args_.keys.scales != nullptr) {
+            gather_factors(args_.keys, tile, head, args_.softcap > 0.0f ? args_.scale : factor_, key_factors_);
+        }
         if (args_.values.scales != nullptr) gather_factors(args_.values, tile, head, 1.0f, value_factors_);
         if constexpr (kFusesPacking) {
             if (reads_directly_) {
@@ -312,6 +315,7 @@ class Attention {
         static_assert(M <= kLanes);
         alignas(64) float old_maximum[kLanes] = {}, new_maximum[kLanes] = {};
         const Floats factor = broadcast(factor_);
+        const bool is_capped = args_.softcap > 0.0f;
         for (int m = 0; m < M; ++m) {
             const int64_t last = item_.first_position + (local + m) / shared_ - tile.first_key;
             const int64_t first = args_.window > 0 ? last - args_.window + 1 : 0;
@@ -319,8 +323,10 @@ class Attention {
             float* scores = scores_ + m * kTileKeys;
             old_maximum[m] = maximum_[row + m];
             Floats highest = broadcast(old_maximum[m]);
+            if (is_capped) cap_scores(scores, blocks * kLanes);
             for (int64_t key = 0; key < blocks * kLanes; key += kLanes) {
-                const Floats scale = key_factors_ != nullptr ? load_floats(key_factors_ + key) : factor;
+                const bool is_by_key = key_factors_ != nullptr && !is_capped;
+                const Floats scale = is_by_key ? load_floats(key_factors_ + key) : factor;
                 Floats score = mul(load_floats(scores + key), scale);
                 if (!is_whole) {
                     score = keep_range(score, static_cast<int>(std::clamp<int64_t>(first - key, 0, kLanes)),
@@ -353,6 +359,15 @@ class Attention {
             }
             store_floats(totals, total);
             prefetcher.stop();
+        }
+    }
+
+    void cap_scores(float* scores, int64_t count) const {
+        const float cap = args_.softcap, scale = args_.scale;
+        if (key_factors_ != nullptr) {
+            for (int64_t key = 0; key < count; ++key) scores[key] = soft_cap(scores[key] * key_factors_[key], cap);
+        } else {
+            for (int64_t key = 0; key < count; ++key) scores[key] = soft_cap(scores[key] * scale, cap);
         }
     }
 

@@ -109,11 +109,12 @@ void rotate(const Kernels& table, const Tensor& x, const Tensor& cos, const Tens
                     [&](int64_t first, int64_t end) { table.rotate(args, first, end); });
 }
 
-void swiglu(const Kernels& table, const Tensor& gate, const Tensor& up, const Tensor& out, int threads) {
+void swiglu(const Kernels& table, const Tensor& gate, const Tensor& up, const Tensor& out, float alpha, float offset,
+            float limit, bool is_gelu, int threads) {
     gate.dense("gate", kActivations);
     up.like("up", gate);
     out.like("out", gate);
-    const SwigluArgs args{gate.data(), up.data(), out.data(), gate.dtype()};
+    const SwigluArgs args{gate.data(), up.data(), out.data(), gate.dtype(), {alpha, offset, limit, is_gelu}};
     parallel_ranges(gate.size(), kElementsPerItem, threads,
                     [&](int64_t first, int64_t end) { table.swiglu(args, first, end); });
 }
@@ -276,7 +277,8 @@ void route_tokens(const Kernels& table, const PackedMatrix& weight, const Tensor
 }
 
 void moe_layer(const Kernels& table, const Experts& experts, const Tensor& x, const Tensor& expert_ids,
-               const Tensor& gate_weights, const Tensor& out, float alpha, float offset, float limit, int threads) {
+               const Tensor& gate_weights, const Tensor& out, float alpha, float offset, float limit, bool is_gelu,
+               int threads) {
     require(!experts.experts.empty(), "a mixture of no experts");
     x.dense("x", kActivations, {kAny, experts.experts.front().gate->matrix().columns});
     const int64_t tokens = x.shape(0);
@@ -293,7 +295,7 @@ void moe_layer(const Kernels& table, const Experts& experts, const Tensor& x, co
                             expert_ids.data<const int64_t>(),
                             gate_weights.data<const float>(),
                             k,
-                            {alpha, offset, limit},
+                            {alpha, offset, limit, is_gelu},
                             out.data()});
 }
 
@@ -312,13 +314,16 @@ void make_plan(AttentionPlan* self, const Tensor& query_starts, const Tensor& co
 
 // The parts of an attention's arguments that both functions below have.
 AttentionArgs attention_args(const AttentionPlan& plan, int64_t tokens, int64_t heads, int64_t num_slots,
-                             int64_t kv_heads, float scale, std::optional<int64_t> window, const Tensor& sinks) {
+                             int64_t kv_heads, float scale, std::optional<int64_t> window, const Tensor& sinks,
+                             std::optional<float> softcap) {
     AttentionArgs args{};
     args.heads = heads;
     args.kv_heads = kv_heads;
     args.scale = scale;
     args.window = window.value_or(0);
+    args.softcap = softcap.value_or(0.0f);
     if (sinks) args.sinks = sinks.dense("sinks", kFloat32, {heads}).data<const float>();
+    require(softcap.value_or(1.0f) > 0.0f, "softcap is " + std::to_string(args.softcap) + "; needed: above 0");
     require(window.value_or(1) >= 1, "window is " + std::to_string(args.window) + "; needed: at least 1");
     require(kv_heads > 0 && heads % kv_heads == 0,
             "keys has " + std::to_string(kv_heads) + " heads; needed: a divisor of " + std::to_string(heads));
@@ -331,7 +336,7 @@ AttentionArgs attention_args(const AttentionPlan& plan, int64_t tokens, int64_t 
 
 void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tensor& query, const CacheTuple& keys,
             const CacheTuple& values, const Tensor& out, float scale, std::optional<int64_t> window,
-            const Tensor& sinks, int threads) {
+            const Tensor& sinks, std::optional<float> softcap, int threads) {
     const CacheView key_view = cache_view("keys", keys, 1), value_view = cache_view("values", values, 1);
     const Tensor& first = std::get<0>(keys);
     std::get<0>(values).rows("values", kCaches, {first.shape(0), first.shape(1), kAny});
@@ -339,7 +344,8 @@ void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tens
     const int64_t tokens = query.shape(0), heads = query.shape(1);
     out.dense("out", query.kind(), {tokens, heads, value_view.dim});
     require(key_view.dim > 0, "keys is " + first.describe() + "; needed: dimensions");
-    AttentionArgs args = attention_args(plan, tokens, heads, first.shape(0), first.shape(1), scale, window, sinks);
+    AttentionArgs args =
+        attention_args(plan, tokens, heads, first.shape(0), first.shape(1), scale, window, sinks, softcap);
     args.keys = key_view;
     args.values = value_view;
     args.query = query.data();
@@ -353,9 +359,9 @@ void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tens
 // norms: of queries and keys; rotary: cos and sin; both or neither of each.
 void attend_cached(const AttentionKernels& table, const Kernels& kernels, const AttentionPlan& plan,
                    const std::tuple<Tensor, Tensor, Tensor>& rows, const CacheTuple& keys, const CacheTuple& values,
-                   const Tensor& slot_ids, const std::tuple<Tensor, Tensor>& norms, float eps,
-                   const std::tuple<Tensor, Tensor>& rotary, const Tensor& out, float scale,
-                   std::optional<int64_t> window, const Tensor& sinks, int threads) {
+                   const Tensor& slot_ids, const std::tuple<Tensor, Tensor>& norms, float eps, bool rounds_last,
+                   const std::tuple<Tensor, Tensor>& rotary, bool is_interleaved, const Tensor& out, float scale,
+                   std::optional<int64_t> window, const Tensor& sinks, std::optional<float> softcap, int threads) {
     const auto& [query, key, value] = rows;
     const auto& [query_norm, key_norm] = norms;
     const auto& [cos, sin] = rotary;
@@ -372,7 +378,7 @@ void attend_cached(const AttentionKernels& table, const Kernels& kernels, const 
     slot_ids.dense("slot_ids", kInt64, {tokens});
     out.dense("out", kind, {tokens, heads * value_dim});
     CachedAttentionArgs args{};
-    args.attention = attention_args(plan, tokens, heads, num_slots, kv_heads, scale, window, sinks);
+    args.attention = attention_args(plan, tokens, heads, num_slots, kv_heads, scale, window, sinks, softcap);
     args.attention.keys = key_view;
     args.attention.values = value_view;
     args.attention.out = out.data();
@@ -391,6 +397,8 @@ void attend_cached(const AttentionKernels& table, const Kernels& kernels, const 
         args.norm_dtype = query_norm.dtype();
     }
     args.eps = eps;
+    args.rounds_last = rounds_last;
+    args.is_interleaved = is_interleaved;
     if (cos) {
         cos.dense("cos", kFloat32, {tokens, kAny});
         sin.like("sin", cos);
@@ -639,9 +647,10 @@ NB_MODULE(_native, module) {
     nb::class_<AttentionKernels>(module, "AttentionKernels")
         .def_prop_ro("isa", [](const AttentionKernels& table) { return table.isa; })
         .def("attend", &attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(),
-             optional(), nb::arg(), Unlocked())
+             optional(), optional(), nb::arg(), Unlocked())
         .def("attend_cached", &attend_cached, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(), optional(), nb::arg(), Unlocked());
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(), optional(),
+             optional(), nb::arg(), Unlocked());
     module.def("write_kv", &write_rows, Unlocked());
     nb::enum_<Scoring>(module, "Scoring")
         .value("softmax", Scoring::kSoftmax)
@@ -651,7 +660,9 @@ NB_MODULE(_native, module) {
     nb::enum_<ElementwiseKind>(module, "Elementwise")
         .value("add", ElementwiseKind::kAdd)
         .value("clamp", ElementwiseKind::kClamp)
-        .value("gelu", ElementwiseKind::kGelu);
+        .value("gelu", ElementwiseKind::kGelu)
+        .value("scale", ElementwiseKind::kScale)
+        .value("softcap", ElementwiseKind::kSoftcap);
     using Buffers = std::vector<std::tuple<int64_t, bool>>;
     using Caches = std::vector<std::pair<CacheTuple, CacheTuple>>;
     using Ropes = std::vector<std::pair<Tensor, Tensor>>;
@@ -664,7 +675,8 @@ NB_MODULE(_native, module) {
              nb::arg(), nb::arg())
         .def("add_project", &ProgramBuilder::add_project)
         .def("add_attend", &ProgramBuilder::add_attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-             optional(), optional(), nb::arg(), nb::arg(), optional(), optional(), nb::arg())
+             optional(), optional(), nb::arg(), nb::arg(), optional(), optional(), nb::arg(), optional(), nb::arg(),
+             nb::arg())
         .def("add_attend_latent", &ProgramBuilder::add_attend_latent)
         .def("add_route", &ProgramBuilder::add_route, nb::arg(), nb::arg(), optional(), optional(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
@@ -672,6 +684,7 @@ NB_MODULE(_native, module) {
         .def("add_swiglu", &ProgramBuilder::add_swiglu)
         .def("add_elementwise", &ProgramBuilder::add_elementwise, nb::arg(), nb::arg(), optional(), nb::arg())
         .def("add_scale", &ProgramBuilder::add_scale)
-        .def("add_head", &ProgramBuilder::add_head, nb::arg(), nb::arg(), optional())
+        .def("add_scale_by_position", &ProgramBuilder::add_scale_by_position)
+        .def("add_head", &ProgramBuilder::add_head, nb::arg(), nb::arg(), optional(), nb::arg(), optional())
         .def("run", &run, Unlocked());
 }

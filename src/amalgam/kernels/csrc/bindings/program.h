@@ -169,7 +169,8 @@ struct ProgramBuilder {
     // rows: query, key, value, out; rope: -1: none.
     void add_attend(const std::vector<ColumnsTuple>& rows, int64_t layer, int64_t heads, int64_t kv_heads,
                     int64_t head_dim, const Tensor& query_norm, const Tensor& key_norm, float head_norm_eps,
-                    float scale, std::optional<int64_t> window, const Tensor& sinks, int64_t rope) {
+                    float scale, std::optional<int64_t> window, const Tensor& sinks, int64_t rope,
+                    std::optional<float> softcap, bool rounds_last, bool is_interleaved) {
         Attend attend{};
         attend.query = columns(rows.at(0));
         attend.key = columns(rows.at(1));
@@ -198,6 +199,9 @@ struct ProgramBuilder {
         attend.window = window.value_or(0);
         attend.sinks = floats("sinks", sinks, heads);
         attend.rope = rope;
+        attend.softcap = positive("softcap", softcap);
+        attend.rounds_last = rounds_last;
+        attend.is_interleaved = is_interleaved;
         program.instructions.emplace_back(attend);
     }
 
@@ -252,8 +256,8 @@ struct ProgramBuilder {
     }
 
     void add_mix(const ColumnsTuple& x, const Experts& experts, const ColumnsTuple& out, float alpha, float offset,
-                 float limit, int64_t route) {
-        const Mix mix{narrow(x), narrow(out), &experts.experts, {alpha, offset, limit}, route};
+                 float limit, bool is_gelu, int64_t route) {
+        const Mix mix{narrow(x), narrow(out), &experts.experts, {alpha, offset, limit, is_gelu}, route};
         require(!experts.experts.empty() && experts.experts.front().gate->matrix().columns == mix.x.width &&
                     mix.x.width == mix.out.width && route >= 0,
                 "experts of another size than their rows");
@@ -261,14 +265,16 @@ struct ProgramBuilder {
         num_routes = std::max(num_routes, route + 1);
     }
 
-    void add_swiglu(const ColumnsTuple& gate, const ColumnsTuple& up, const ColumnsTuple& out) {
-        const SwiGlu join{narrow(gate), narrow(up), narrow(out)};
+    void add_swiglu(const ColumnsTuple& gate, const ColumnsTuple& up, const ColumnsTuple& out, float alpha,
+                    float offset, float limit, bool is_gelu) {
+        const SwiGlu join{columns(gate), columns(up), narrow(out), {alpha, offset, limit, is_gelu}};
+        require(!is_wide(join.gate) && !is_wide(join.up), "float32 rows where activations are needed");
         require(join.gate.width == join.up.width && join.up.width == join.out.width, "rows of different sizes");
         program.instructions.emplace_back(join);
     }
 
-    void add_elementwise(ElementwiseKind kind, const ColumnsTuple& x, const OptionalColumns& y, float limit) {
-        Elementwise work{narrow(x), {0, 0, 0, 0}, kind, limit};
+    void add_elementwise(ElementwiseKind kind, const ColumnsTuple& x, const OptionalColumns& y, float number) {
+        Elementwise work{narrow(x), {0, 0, 0, 0}, kind, number};
         require((kind == ElementwiseKind::kAdd) == y.has_value(), "a sum has two parts");
         if (y) {
             work.y = narrow(*y);
@@ -277,17 +283,26 @@ struct ProgramBuilder {
         program.instructions.emplace_back(work);
     }
 
+    void add_scale_by_position(const ColumnsTuple& x, double beta, double length, double offset) {
+        const ScaleByPosition scale{columns(x), beta, length, offset};
+        require(!is_wide(scale.x), "float32 rows where activations are needed");
+        require(length > 0.0 && offset >= 0.0, "a factor of positions below 0");
+        program.instructions.emplace_back(scale);
+    }
+
     void add_scale(const ColumnsTuple& x, const ColumnsTuple& gate) {
         const ScaleBySigmoid scale{narrow(x), whole(gate)};
         require(is_wide(scale.gate) && scale.gate.width == 1, "a factor is float32, and one per row");
         program.instructions.emplace_back(scale);
     }
 
-    void add_head(const ColumnsTuple& x, const MatrixPointer& matrix, const Tensor& bias) {
+    void add_head(const ColumnsTuple& x, const MatrixPointer& matrix, const Tensor& bias, float scale,
+                  std::optional<float> softcap) {
         require(matrix != nullptr, "a weight is not in panels");
         const Columns rows = narrow(x);
         vocabulary = matrix->matrix().rows;
-        program.instructions.emplace_back(Head{rows, weight(matrix, bias, vocabulary, rows.width)});
+        program.instructions.emplace_back(
+            Head{rows, weight(matrix, bias, vocabulary, rows.width), scale, positive("softcap", softcap)});
     }
 
     // Throws unless every layer has caches of its shape and a rotary table of at most its size.
@@ -306,6 +321,12 @@ struct ProgramBuilder {
 
  private:
     using Shape = std::pair<int64_t, int64_t>;
+
+    // 0 for none.
+    static float positive(const char* name, std::optional<float> value) {
+        require(value.value_or(1.0f) > 0.0f, name + (" is " + std::to_string(*value)) + "; needed: above 0");
+        return value.value_or(0.0f);
+    }
 
     static std::string layer_name(int64_t layer) { return "layer " + std::to_string(layer); }
 

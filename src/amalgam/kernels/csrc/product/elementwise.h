@@ -11,24 +11,43 @@ namespace {
 
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
+inline float gelu(float x) {
+    // (1 + tanh(a)) / 2 = sigmoid(2 a)
+    return x / (1.0f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+}
+
 // Comparisons are written so that a NaN stays.
-inline float join(const Gating& gating, float gate, float up) {
+template <bool kIsGelu>
+float join(const Gating& gating, float gate, float up) {
     gate = gate > gating.limit ? gating.limit : gate;
     up = up > gating.limit ? gating.limit : up;
     up = up < -gating.limit ? -gating.limit : up;
-    return gate / (1.0f + exponential(-gating.alpha * gate)) * (up + gating.offset);
+    const float factor = kIsGelu ? gelu(gate) : gate / (1.0f + exponential(-gating.alpha * gate));
+    return factor * (up + gating.offset);
+}
+
+template <class T, bool kIsGelu>
+void join_range(const SwigluArgs& args, int64_t first, int64_t end) {
+    const T* gate = static_cast<const T*>(args.gate);
+    const T* up = static_cast<const T*>(args.up);
+    T* out = static_cast<T*>(args.out);
+    if (!args.gating.is_plain()) {
+        for (int64_t i = first; i < end; ++i) {
+            narrow(join<kIsGelu>(args.gating, widen(gate[i]), widen(up[i])), &out[i]);
+        }
+        return;
+    }
+    for (int64_t i = first; i < end; ++i) {
+        const float x = widen(gate[i]);
+        T rounded;
+        narrow(kIsGelu ? gelu(x) : silu(x), &rounded);
+        narrow(widen(rounded) * widen(up[i]), &out[i]);
+    }
 }
 
 template <class T>
 void swiglu_range(const SwigluArgs& args, int64_t first, int64_t end) {
-    const T* gate = static_cast<const T*>(args.gate);
-    const T* up = static_cast<const T*>(args.up);
-    T* out = static_cast<T*>(args.out);
-    for (int64_t i = first; i < end; ++i) {
-        T rounded;
-        narrow(silu(widen(gate[i])), &rounded);
-        narrow(widen(rounded) * widen(up[i]), &out[i]);
-    }
+    args.gating.is_gelu ? join_range<T, true>(args, first, end) : join_range<T, false>(args, first, end);
 }
 
 void swiglu(const SwigluArgs& args, int64_t first, int64_t end) {
@@ -37,11 +56,6 @@ void swiglu(const SwigluArgs& args, int64_t first, int64_t end) {
     } else {
         swiglu_range<Bfloat16>(args, first, end);
     }
-}
-
-inline float gelu(float x) {
-    // (1 + tanh(a)) / 2 = sigmoid(2 a)
-    return x / (1.0f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
 }
 
 // Comparisons are written so that a NaN stays.
@@ -59,10 +73,16 @@ void elementwise_range(const ElementwiseArgs& args, int64_t first, int64_t end) 
             for (int64_t i = first; i < end; ++i) narrow(widen(x[i]) + widen(y[i]), &x[i]);
             break;
         case ElementwiseKind::kClamp:
-            for (int64_t i = first; i < end; ++i) narrow(clamp(widen(x[i]), args.limit), &x[i]);
+            for (int64_t i = first; i < end; ++i) narrow(clamp(widen(x[i]), args.number), &x[i]);
             break;
         case ElementwiseKind::kGelu:
             for (int64_t i = first; i < end; ++i) narrow(gelu(widen(x[i])), &x[i]);
+            break;
+        case ElementwiseKind::kScale:
+            for (int64_t i = first; i < end; ++i) narrow(widen(x[i]) * args.number, &x[i]);
+            break;
+        case ElementwiseKind::kSoftcap:
+            for (int64_t i = first; i < end; ++i) narrow(soft_cap(widen(x[i]), args.number), &x[i]);
             break;
     }
 }

@@ -28,6 +28,9 @@ inline float exponential(float argument) {
     return argument > 88.0f ? std::numeric_limits<float>::infinity() : result;
 }
 
+// cap * tanh(x / cap): (1 + tanh(a)) / 2 = sigmoid(2 a). A NaN stays.
+inline float soft_cap(float x, float cap) { return cap - 2.0f * cap / (1.0f + exponential(2.0f / cap * x)); }
+
 // e^x for x <= 0 to 2 units in the last place, 0 below -708: Cody and Waite's range reduction, then the Taylor series,
 // whose first omitted term is below 10^-17.
 inline double exponential_below_0(double argument) {

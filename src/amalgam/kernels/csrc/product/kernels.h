@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "product/matrix.h"
 
@@ -60,11 +61,15 @@ struct ProductArgs {
 };
 
 // How gate and up meet: min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (up within +-limit, + offset). SwiGLU
-// has alpha 1, offset 0 and an infinite limit.
+// has alpha 1, offset 0 and an infinite limit. is_gelu: gelu(min(gate, limit)), the tanh approximation, is the first
+// factor instead.
 struct Gating {
     float alpha;
     float offset;
     float limit;
+    bool is_gelu = false;
+
+    bool is_plain() const { return alpha == 1.0f && offset == 0.0f && limit > std::numeric_limits<float>::max(); }
 };
 
 // out[r, n] = gate and up joined, the two products that read the same tokens; out is float32.
@@ -136,26 +141,30 @@ struct RotateArgs {
     DType dtype;
 };
 
-// out = cast(silu(gate)) * up over flat arrays of one type; cast goes from float32 to that type.
+// out = cast(silu(gate)) * up over flat arrays of one type; cast goes from float32 to that type. A gating that is not
+// plain is computed in float32 up to one rounding.
 struct SwigluArgs {
     const void* gate;
     const void* up;
     void* out;
     DType dtype;
+    Gating gating;
 };
 
 // Over flat arrays of one type, in place; float32 up to one rounding.
 enum class ElementwiseKind {
-    kAdd,    // x + y
-    kClamp,  // x within +-limit
-    kGelu,   // the tanh approximation (Hendrycks and Gimpel 2016)
+    kAdd,      // x + y
+    kClamp,    // x within +-number
+    kGelu,     // the tanh approximation (Hendrycks and Gimpel 2016)
+    kScale,    // x * number
+    kSoftcap,  // number * tanh(x / number)
 };
 
 struct ElementwiseArgs {
     ElementwiseKind kind;
     void* x;
     const void* y;
-    float limit;
+    float number;
     DType dtype;
 };
 

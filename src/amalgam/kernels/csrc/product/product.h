@@ -158,6 +158,11 @@ void product(const ProductArgs& args, int64_t first_row, int64_t end_row, int64_
                  });
 }
 
+template <bool kIsGelu, class Row>
+void join_lanes(const Gating& gating, int width, const Row& up, float* out) {
+    for (int lane = 0; lane < width; ++lane) out[lane] = join<kIsGelu>(gating, out[lane], up[lane]);
+}
+
 // All gate panels first: a weight is then read as one long stream. Their sums wait in the result's place.
 void gate_up(const GateUpArgs& args, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
     product(args.gate, first_row, end_row, first_panel, end_panel);
@@ -168,7 +173,11 @@ void gate_up(const GateUpArgs& args, int64_t first_row, int64_t end_row, int64_t
                      const int width = panel_width(*args.up.weight, panel);
                      float* out = static_cast<float*>(args.gate.out) + row * stride + panel * kPanelRows;
                      for (int64_t i = 0; i < rows; ++i, out += stride) {
-                         for (int lane = 0; lane < width; ++lane) out[lane] = join(gating, out[lane], up.row[i][lane]);
+                         if (gating.is_gelu) {
+                             join_lanes<true>(gating, width, up.row[i], out);
+                         } else {
+                             join_lanes<false>(gating, width, up.row[i], out);
+                         }
                      }
                  });
 }

@@ -1,6 +1,7 @@
 #include "step/step.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -150,6 +151,8 @@ class Step {
         args.key_norm = attend.key_norm.data;
         args.norm_dtype = attend.query_norm.dtype;
         args.eps = attend.head_norm_eps;
+        args.rounds_last = attend.rounds_last;
+        args.is_interleaved = attend.is_interleaved;
         if (attend.rope >= 0) {
             const auto rope = static_cast<size_t>(attend.rope);
             args.cos = memory_.cos[rope];
@@ -167,6 +170,7 @@ class Step {
         args.attention.scale = attend.scale;
         args.attention.window = attend.window;
         args.attention.sinks = attend.sinks;
+        args.attention.softcap = attend.softcap;
         cached_attention(*execution_.kernels, attention_, plan_, args, execution_.num_threads);
     }
 
@@ -190,14 +194,38 @@ class Step {
     }
 
     void operator()(const SwiGlu& join) {
-        const SwigluArgs args{at(join.gate), at(join.up), at(join.out), args_.dtype};
-        parallel_ranges(tokens_ * join.out.width, kElementsPerItem, execution_.num_threads,
-                        [&](int64_t first, int64_t end) { execution_.kernels->swiglu(args, first, end); });
+        const SwigluArgs args{at(join.gate), at(join.up), at(join.out), args_.dtype, join.gating};
+        const int64_t width = join.out.width;
+        if (join.gate.stride == width && join.up.stride == width) {
+            parallel_ranges(tokens_ * width, kElementsPerItem, execution_.num_threads,
+                            [&](int64_t first, int64_t end) { execution_.kernels->swiglu(args, first, end); });
+            return;
+        }
+        const auto row_at = [&](const Columns& columns, int64_t token) {
+            return at(columns) + token * columns.stride * item_bytes_;
+        };
+        parallel_for_columns(width, [&](int64_t token, int64_t first, int64_t end) {
+            const SwigluArgs row{row_at(join.gate, token), row_at(join.up, token), row_at(join.out, token), args_.dtype,
+                                 join.gating};
+            execution_.kernels->swiglu(row, first, end);
+        });
     }
 
     void operator()(const Elementwise& work) {
         const void* y = work.kind == ElementwiseKind::kAdd ? at(work.y) : nullptr;
-        apply({work.kind, at(work.x), y, work.limit, args_.dtype}, tokens_ * work.x.width);
+        apply({work.kind, at(work.x), y, work.number, args_.dtype}, tokens_ * work.x.width);
+    }
+
+    void operator()(const ScaleByPosition& scale) {
+        const int64_t bytes = scale.x.stride * item_bytes_;
+        parallel_for_columns(scale.x.width, [&](int64_t token, int64_t first, int64_t end) {
+            const auto position = static_cast<double>(rows_.positions[static_cast<size_t>(token)]);
+            const double turns = std::floor((position + scale.offset) / scale.length);
+            const auto factor = static_cast<float>(1.0 + scale.beta * std::log1p(turns));
+            if (factor == 1.0f) return;
+            execution_.kernels->elementwise(
+                {ElementwiseKind::kScale, at(scale.x) + token * bytes, nullptr, factor, args_.dtype}, first, end);
+        });
     }
 
     void operator()(const ScaleBySigmoid& scale) {
@@ -218,6 +246,12 @@ class Step {
             std::memcpy(rows + i * bytes, x + rows_.wanted[static_cast<size_t>(i)] * bytes, static_cast<size_t>(bytes));
         }
         linear(execution_, {rows, args_.dtype, count, DType::kFloat32}, {projection(head.weight, args_.logits)});
+        const int64_t elements = count * head.weight.matrix->matrix().rows;
+        const auto change = [&](ElementwiseKind kind, float number) {
+            apply({kind, args_.logits, nullptr, number, DType::kFloat32}, elements);
+        };
+        if (head.scale != 1.0f) change(ElementwiseKind::kScale, head.scale);
+        if (head.softcap > 0.0f) change(ElementwiseKind::kSoftcap, head.softcap);
     }
 
  private:
@@ -235,6 +269,19 @@ class Step {
 
     static Projection projection(const Weight& weight, void* out) {
         return {&weight.matrix->matrix(), weight.bias, out};
+    }
+
+    // function(token, first, end) for some columns of each token.
+    template <class Function>
+    void parallel_for_columns(int64_t width, Function&& function) const {
+        const int64_t pieces = (width + kElementsPerItem - 1) / kElementsPerItem;
+        const int64_t rows = std::max<int64_t>(1, kElementsPerItem / width);
+        parallel_ranges(tokens_ * pieces, pieces > 1 ? 1 : rows, execution_.num_threads, [&](int64_t i, int64_t end) {
+            for (; i < end; ++i) {
+                const int64_t first = i % pieces * kElementsPerItem;
+                function(i / pieces, first, std::min(first + kElementsPerItem, width));
+            }
+        });
     }
 
     void apply(const ElementwiseArgs& args, int64_t elements) const {

@@ -58,6 +58,9 @@ struct Attend {
     int64_t window;      // 0: none
     const float* sinks;  // or null
     int64_t rope;        // which pair of tables; -1: none
+    float softcap;       // 0: none
+    bool rounds_last;    // of the head norms
+    bool is_interleaved;
 };
 
 struct AttendLatent {
@@ -81,13 +84,20 @@ struct Mix {
 };
 
 struct SwiGlu {
-    Columns gate, up, out;
+    Columns gate, up, out;  // gate and up may be columns of wider rows
+    Gating gating;
 };
 
 struct Elementwise {
     Columns x, y;  // y of kAdd only
     ElementwiseKind kind;
-    float limit;  // of kClamp
+    float number;
+};
+
+// x *= 1 + beta * ln(1 + floor((position + offset) / length))
+struct ScaleByPosition {
+    Columns x;
+    double beta, length, offset;
 };
 
 struct ScaleBySigmoid {
@@ -97,10 +107,11 @@ struct ScaleBySigmoid {
 struct Head {
     Columns x;
     Weight weight;
+    float scale, softcap;  // 1 and 0: the logits stay as they are
 };
 
 using Instruction = std::variant<Embed, Normalize, Project, Attend, AttendLatent, Route, Mix, SwiGlu, Elementwise,
-                                 ScaleBySigmoid, Head>;
+                                 ScaleByPosition, ScaleBySigmoid, Head>;
 
 // Whoever adds an instruction keeps alive what it points to.
 struct Program {
