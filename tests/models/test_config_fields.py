@@ -46,6 +46,13 @@ BASES: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {
     "mixtral": [({"sliding_window": 4}, _WINDOW_FIELDS)],
     "phimoe": [({"sliding_window": 4}, _WINDOW_FIELDS)],
     "mistral": [({"sliding_window": None}, _WINDOW_FIELDS)],
+    "phi3": [({"sliding_window": 4}, _WINDOW_FIELDS)],
+    "starcoder2": [({"sliding_window": 4}, _WINDOW_FIELDS)],
+    "ministral3": [({"sliding_window": 4}, _WINDOW_FIELDS)],
+    "smollm3": [
+        (_WINDOWED, (*_WINDOW_FIELDS, "no_rope_layers")),
+        ({"no_rope_layers": None, "layer_types": None}, ("no_rope_layers", "no_rope_layer_interval")),
+    ],
     "deepseek_v2": [
         (
             {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
@@ -81,6 +88,13 @@ VALUES: dict[str, list[Any]] = {
     "embedding_multiplier": [3.0],
     "logits_scaling": [2.0],
     "residual_multiplier": [0.5],
+    "hidden_activation": ["gelu", "relu"],
+    "query_pre_attn_scalar": [7],
+    "use_bidirectional_attention": [True],
+    "no_rope_layers": [[0, 1], [1, 1], [0, 0]],
+    "no_rope_layer_interval": [1, 2, 3],
+    "use_bias": [True, False],
+    "attention_out_bias": [True, False],
     "pretraining_tp": [2],
     "clip_qkv": [0.3, None],
     "swiglu_limit": [0.3],
@@ -195,6 +209,8 @@ def _is_random_alike(one: Any, other: Any) -> bool:
     return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
+# Families whose layers differ by type, so that any choice is one of theirs.
+OWN_TYPES = ("gpt_oss", "qwen2_moe", "gemma2", "gemma3", "olmo3")
 CASES = [(name, base, fields) for name in FAMILIES for base, fields in (({}, ()), *BASES.get(name, []))]
 
 
@@ -222,10 +238,18 @@ def test_a_field_means_what_the_class_makes_of_it(
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        *((name, {"layer_types": [SLIDING, FULL]}) for name in FAMILIES if name not in ("gpt_oss", "qwen2_moe")),
-        *((name, {"partial_rotary_factor": 0.5}) for name in FAMILIES if name not in ("glm4_moe", "gpt2")),
+        *((name, {"layer_types": [SLIDING, FULL]}) for name in FAMILIES if name not in OWN_TYPES),
+        *((name, {"partial_rotary_factor": 0.5}) for name in FAMILIES if name not in ("glm4_moe", "gpt2", "phi3")),
         ("qwen3_moe", {**_WINDOWED, "layer_types": [SLIDING, FULL]}),
         ("gpt_oss", {"sliding_window": None}),
+        ("gemma3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "twisted"}}}),
+        ("gemma2", {"hidden_activation": "relu"}),
+        ("olmo3", {"rope_theta": 10000.0}),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}),
+        ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+        ("smollm3", {"no_rope_layers": [1]}),
+        ("granite", {"logits_scaling": 0.0}),
         ("llama", {"layer_types": ["linear_attention", FULL]}),
     ],
     ids=str,

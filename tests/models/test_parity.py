@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,41 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "rope_parameters": {**LONGROPE, "short_mscale": 1.24, "long_mscale": 1.3},
     },
+    "gemma2_plain": {
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "gemma3_capped": {
+        "final_logit_softcapping": 2.0,
+        "attention_bias": True,
+        "rope_parameters": None,
+        "num_hidden_layers": 3,
+        "layer_types": None,
+        "sliding_window_pattern": 3,
+    },
+    "phi3_longrope": {
+        "sliding_window": 16,
+        "tie_word_embeddings": True,
+        "rope_parameters": {**LONGROPE, "partial_rotary_factor": 1.0},
+        "original_max_position_embeddings": 256,
+    },
+    "olmo2_biases": {"attention_bias": True, "tie_word_embeddings": True},
+    "olmo3_plain": {"rope_parameters": None, "layer_types": None, "num_hidden_layers": 4, "attention_bias": True},
+    "smollm3_window": {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "granite_biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "seed_oss_biases": {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    "ministral3_window": {"sliding_window": 8, "tie_word_embeddings": True},
+    "ernie4_5_biases": {"use_bias": True, "tie_word_embeddings": False},
+    "starcoder2_plain": {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False},
     "xverse_dense": {"num_experts": None, "moe_top_k": None, "num_shared_experts": None, "rope_theta": 10000.0},
 }
 
@@ -195,3 +231,15 @@ def test_greedy_tokens_equal(models: Any, prompts: list[list[int]]) -> None:
         tokens.append(int(logits.argmax()))
         logits = runner.step({0: [tokens[-1]]})[0][-1]
     assert tokens == expected
+
+
+def test_longrope_beyond_the_original_context(tmp_path: Path) -> None:
+    """Prompts that are longer than it: their classes choose the long factors by the prompt, we by what is served."""
+    family = next(family for family in all_families() if family.name == "phi3")
+    rope = {**LONGROPE, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 32}
+    reference = save_tiny(family, tmp_path, rope_parameters=rope, original_max_position_embeddings=32)
+    runner = Runner(*load_model(tmp_path), num_sequences=2, blocks_each=40)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 256, (length,), generator=generator).tolist() for length in (37, 61)]
+    for prompt, logits in zip(prompts, runner.step(dict(enumerate(prompts))).values(), strict=True):
+        torch.testing.assert_close(logits, reference.logits(prompt), atol=TOLERANCE, rtol=0)

@@ -62,7 +62,17 @@ pytestmark = pytest.mark.skipif(not extension.is_available(), reason=str(extensi
 CPU = torch.device("cpu")
 FAMILIES = {family.name: family for family in all_families()}
 # Instructions that the interpreter computes with torch's functions, whose last bits are others.
-ROUNDS_OTHERWISE = {"deepseek_v2", "deepseek_v3", "glm4_moe", "gpt2", "gpt_oss", "phimoe", "qwen2_moe"}
+ROUNDS_OTHERWISE = {
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma2",
+    "glm4_moe",
+    "gpt2",
+    "gpt_oss",
+    "phimoe",
+    "qwen2_moe",
+    "starcoder2",
+}
 
 
 class Observer:
@@ -137,6 +147,10 @@ def test_every_family_runs_in_one_call(family: str, dtype: torch.dtype, tmp_path
         ("olmoe", {"clip_qkv": 0.5}),
         ("qwen2_moe", {"norm_topk_prob": True}),
         ("gpt_oss", {"num_experts_per_tok": 4}),
+        ("gemma2", {"attention_bias": True, "final_logit_softcapping": None}),
+        ("gemma3", {"attention_bias": True}),
+        ("ernie4_5", {"use_bias": True}),
+        ("phi3", {"intermediate_size": 96, "num_key_value_heads": 4}),
     ],
 )
 def test_other_settings_of_a_family(family: str, changes: dict[str, Any], tmp_path: Path) -> None:

@@ -18,6 +18,13 @@ DECODER = {
     "layers.{}.attention_norm": f"{_LAYER}.input_layernorm.weight",
     "layers.{}.mlp_norm": f"{_LAYER}.post_attention_layernorm.weight",
 }
+# Norms on what the blocks add to the stream, with none before them (OLMo 2), and with one before each (Gemma 2).
+_POST_NORMS = {
+    "layers.{}.attention_post_norm": f"{_LAYER}.post_attention_layernorm.weight",
+    "layers.{}.mlp_post_norm": f"{_LAYER}.post_feedforward_layernorm.weight",
+}
+POST_NORM_DECODER = {**{slot: DECODER[slot] for slot in ("embedding", "norm", "head")}, **_POST_NORMS}
+SANDWICH_DECODER = {**DECODER, "layers.{}.mlp_norm": f"{_LAYER}.pre_feedforward_layernorm.weight", **_POST_NORMS}
 
 
 def with_biases(names: Mapping[str, str]) -> dict[str, str]:
@@ -30,6 +37,10 @@ ATTENTION = with_biases(
     {f"layers.{{}}.attention.{part}": f"{_LAYER}.self_attn.{part}_proj.weight" for part in ("q", "k", "v", "o")}
 )
 HEAD_NORMS = {f"layers.{{}}.attention.{part}": f"{_LAYER}.self_attn.{part}.weight" for part in ("q_norm", "k_norm")}
+FUSED_ATTENTION = with_biases(
+    {f"layers.{{}}.attention.{part}": f"{_LAYER}.self_attn.{part}_proj.weight" for part in ("qkv", "o")}
+)
+FUSED_MLP = with_biases({f"layers.{{}}.mlp.{part}": f"{_LAYER}.mlp.{part}_proj.weight" for part in ("gate_up", "down")})
 MLP = with_biases({f"layers.{{}}.mlp.{part}": f"{_LAYER}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")})
 EXPERTS = {
     "layers.{}.mlp.router": f"{_LAYER}.mlp.gate.weight",

@@ -214,7 +214,9 @@ def _features(slots: set[str]) -> dict[str, list[str]]:
         },
         "other": {
             "mlp.gate": "dense MLP layers",
+            "mlp.gate_up": "gate and up in one",
             "mlp.up": "",
+            "attention_post_norm": "norms behind the blocks",
             "attention_norm_bias": "LayerNorm",
             "positions": "learned positions",
             "head_bias": "head bias",

@@ -21,14 +21,19 @@ def read_attention(
     default_head_dim: int | None = None,
     default_kv_heads: int | None = None,
     default_eps: float = NORM_EPS,
-    default_rotary: float = 1.0,
+    default_rotary: float | None = None,
     has_bias: bool = False,
+    layer_type: str | None = None,
+    theta_key: str = "rope_theta",
+    rope_settings: frozenset[str] = frozenset(),
 ) -> Attention:
     """The attention that Llama's relatives share; a family changes what differs with `dataclasses.replace`.
 
     Args:
         default_kv_heads: where the key is missing; None: as many as there are heads, which null means everywhere.
-        default_rotary: share of a head that turns. Classes with a default of 1 do not look at `partial_rotary_factor`.
+        default_rotary: share of a head that turns; None: the class turns whole heads, see `read_rope`.
+        layer_type, theta_key: see `read_rope`.
+        rope_settings: those that the family reads itself.
     """
     heads = config.int("num_attention_heads")
     kv_heads = config.int(
@@ -42,7 +47,15 @@ def read_attention(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        rope=read_rope(config, head_dim, default_theta, default_rotary),
+        rope=read_rope(
+            config,
+            head_dim,
+            default_theta,
+            default_rotary,
+            layer_type=layer_type,
+            theta_key=theta_key,
+            others=rope_settings,
+        ),
         norm_eps=config.float("rms_norm_eps", default=default_eps, low=0),
         has_qkv_bias=has_bias,
         has_output_bias=has_bias,
@@ -73,16 +86,30 @@ def read_used_window(config: ConfigReader) -> int | None:
 
 
 def by_layer_type(
-    config: ConfigReader, attention: Attention, window: int | None, default_types: list[str]
+    config: ConfigReader,
+    attention: Attention,
+    window: int | None,
+    default_types: list[str],
+    full: Attention | None = None,
 ) -> tuple[Attention, ...]:
-    """One attention per layer, as `layer_types` says: full, or with a window if there is one."""
+    """One attention per layer, as `layer_types` says: full, or with a window if there is one.
+
+    Args:
+        full: attention of the full layers; None: as that of the others, without the window.
+    """
     types = config.get("layer_types", default=default_types)
-    known = {"full_attention": attention}
+    known = {"full_attention": attention if full is None else full}
     if window is not None:
         known["sliding_attention"] = replace(attention, window=window)
     if not isinstance(types, list) or len(types) != len(default_types) or not all(kind in known for kind in types):
         config.refuse("layer_types", types, f"{len(default_types)} of {', '.join(known)}")
     return tuple(known[kind] for kind in types)
+
+
+def every_nth_full(config: ConfigReader, n: int) -> list[str]:
+    """Layer types: windows in all layers but every `n`-th."""
+    count = config.int("num_hidden_layers")
+    return ["full_attention" if i % n == 0 else "sliding_attention" for i in range(1, count + 1)]
 
 
 def windowed(config: ConfigReader, attention: Attention) -> tuple[Attention, ...]:

@@ -11,19 +11,32 @@ from amalgam.models.blocks.norms import RmsNorm
 from amalgam.models.reading.attention import NORM_EPS
 from amalgam.models.spec import AttentionBlock, ConfigReader, LayerSpec, ModelSpec
 
+SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
+
 
 def read_model(
-    config: ConfigReader, family: str, layers: tuple[LayerSpec, ...], *, default_eps: float = NORM_EPS
+    config: ConfigReader,
+    family: str,
+    layers: tuple[LayerSpec, ...],
+    *,
+    default_eps: float = NORM_EPS,
+    default_tied: bool = False,
+    activations: tuple[str, ...] = SILU,
+    activation_key: str = "hidden_act",
 ) -> ModelSpec:
-    """The parts of a spec that do not depend on the blocks."""
-    config.expect("hidden_act", "silu", "swish")
+    """The parts of a spec that do not depend on the blocks.
+
+    Args:
+        activations: what `activation_key` may name.
+    """
+    config.expect(activation_key, *activations)
     return ModelSpec(
         family=family,
         hidden_size=config.int("hidden_size"),
         vocab_size=config.int("vocab_size"),
         max_positions=config.int("max_position_embeddings"),
         norm=RmsNorm(config.float("rms_norm_eps", default=default_eps, low=0)),
-        has_tied_head=config.bool("tie_word_embeddings", default=False),
+        has_tied_head=config.bool("tie_word_embeddings", default=default_tied),
         layers=layers,
     )
 
@@ -31,6 +44,19 @@ def read_model(
 def with_draft_layers(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
     """The spec, knowing of the layers for multi-token prediction that checkpoints hold behind the last one."""
     return replace(spec, num_draft_layers=config.int("num_nextn_predict_layers", default=1, low=0))
+
+
+def with_multipliers(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
+    """The spec with Granite's factors on the embedding, on what the blocks add, and on the logits."""
+    divisor = config.float("logits_scaling", default=1.0)
+    if divisor <= 0:
+        config.refuse("logits_scaling", divisor, "a number above 0")
+    return replace(
+        spec,
+        embedding_scale=config.float("embedding_multiplier", default=1.0),
+        residual_scale=config.float("residual_multiplier", default=1.0),
+        logits_scale=1.0 / divisor,
+    )
 
 
 def read_expert_counts(config: ConfigReader, active_key: str = "num_experts_per_tok") -> tuple[int, int]:

@@ -9,13 +9,22 @@ from amalgam.models.rope import Linear, Llama3, LongRope, Rope, Scaling, Yarn, y
 from amalgam.models.spec import ConfigReader
 
 _LARGEST = 2.0**63
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class RopeSettings:
-    """The rope settings of a config.json: `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
+    """The rope settings of a config.json: `rope_parameters` (transformers 5) or `rope_scaling` (before).
 
-    def __init__(self, config: ConfigReader) -> None:
+    Args:
+        layer_type: whose settings, where `rope_parameters` has some for each type; `rope_scaling` then is of the full
+            layers alone. None: all layers have the same.
+    """
+
+    def __init__(self, config: ConfigReader, layer_type: str | None = None) -> None:
         new, old = config.object("rope_parameters", default=None), config.object("rope_scaling", default=None)
+        if layer_type is not None:
+            new = None if new is None else _of_layer_type(new, layer_type)
+            old = old if layer_type == "full_attention" else None
         if new and old and new.values and old.values and new.values != old.values:
             config.refuse("rope_scaling", old.values, "either it or rope_parameters")
         found = new if new and new.values else old
@@ -66,6 +75,13 @@ class RopeSettings:
         for fields, key, value in self._values.unread():
             if value is not None:
                 fields.refuse(key, value, f"{', '.join(sorted(known))} for rope type {self.kind}")
+
+
+def _of_layer_type(settings: ConfigReader, layer_type: str) -> ConfigReader | None:
+    for key, value in settings.values.items():
+        if key not in _LAYER_TYPES:
+            settings.refuse(key, value, f"settings of {' and '.join(_LAYER_TYPES)}")
+    return settings.object(layer_type, default=None)
 
 
 def _read_dynamic(settings: RopeSettings) -> None:
@@ -139,31 +155,40 @@ _KINDS: Mapping[str, tuple[Callable[[RopeSettings], Scaling | None], set[str]]] 
 
 
 def read_rope(
-    config: ConfigReader, head_dim: int, default_theta: float = 10000.0, default_fraction: float = 1.0
+    config: ConfigReader,
+    head_dim: int,
+    default_theta: float = 10000.0,
+    default_fraction: float | None = None,
+    *,
+    layer_type: str | None = None,
+    theta_key: str = "rope_theta",
+    others: frozenset[str] = frozenset(),
 ) -> Rope:
     """The rotary embedding that a config.json describes.
 
     Args:
         head_dim: dimensions of a head, of which `rotary_dim` turn, which GGUF files say, else the share
             `partial_rotary_factor`, else `default_fraction`.
-        default_fraction: with 1, no other `partial_rotary_factor` is taken: the classes of such families turn whole
-            heads whatever it says.
+        default_fraction: None: the class turns whole heads, so that no `partial_rotary_factor` but 1 is taken.
+        layer_type: see `RopeSettings`.
+        theta_key: where the base is, if not in the settings.
+        others: settings that the family reads itself.
 
     Raises:
         UnsupportedError: an unknown rope type or setting, a missing or impossible value.
     """
-    settings = RopeSettings(config)
+    settings = RopeSettings(config, layer_type)
     read_scaling, known = _KINDS[settings.kind]
-    settings.refuse_unknown(_COMMON | known)
+    settings.refuse_unknown(_COMMON | known | others)
     fraction = settings.number(
-        "partial_rotary_factor", default=config.float("partial_rotary_factor", default=default_fraction)
+        "partial_rotary_factor", default=config.float("partial_rotary_factor", default=default_fraction or 1.0)
     )
-    if default_fraction == 1 and fraction != 1:
+    if default_fraction is None and fraction != 1:
         config.refuse("partial_rotary_factor", fraction, "1 for this family")
     rotary_dim = settings.rotary_dim(int(head_dim * fraction))
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
         config.refuse("partial_rotary_factor", fraction, f"an even share of head_dim {head_dim}")
-    theta = settings.number("rope_theta", default=config.float("rope_theta", default=default_theta), above=1)
+    theta = settings.number("rope_theta", default=config.float(theta_key, default=default_theta), above=1)
     scaling = read_scaling(settings)
     if isinstance(scaling, LongRope):
         for key, factors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):

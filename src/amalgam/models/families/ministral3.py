@@ -1,0 +1,57 @@
+"""Ministral 3, text (`Ministral3ForCausalLM`): Mistral with YaRN, and queries that grow with their positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from amalgam.models.blocks.mlp import DenseMlp
+from amalgam.models.naming import ATTENTION, DECODER, MLP
+from amalgam.models.reading.attention import read_attention, read_window
+from amalgam.models.reading.layers import read_model
+from amalgam.models.reading.rope import RopeSettings
+from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
+
+NORM_EPS = 1e-5
+_BETA = "llama_4_scaling_beta"
+
+
+def _read_spec(config: ConfigReader) -> ModelSpec:
+    settings = RopeSettings(config)
+    if settings.kind != "yarn":
+        config.refuse("rope_parameters", settings.kind, "the settings of YaRN")
+    common = read_attention(
+        config,
+        default_theta=1e6,
+        default_head_dim=128,
+        default_kv_heads=8,
+        default_eps=NORM_EPS,
+        rope_settings=frozenset({_BETA, "max_position_embeddings"}),
+    )
+    length = settings.number("original_max_position_embeddings", above=1)
+    attention = replace(common, window=read_window(config), sharpening=(settings.number(_BETA), int(length)))
+    layer = LayerSpec(attention, DenseMlp(config.int("intermediate_size")))
+    return read_model(config, "ministral3", (layer,) * config.int("num_hidden_layers"), default_eps=NORM_EPS)
+
+
+FAMILY = Family(
+    name="ministral3",
+    architectures=("Ministral3ForCausalLM",),
+    read_spec=_read_spec,
+    names={**DECODER, **ATTENTION, **MLP},
+    tiny_config={
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "head_dim": 32,
+        "rope_parameters": {
+            "type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            _BETA: 0.1,
+        },
+    },
+)
