@@ -36,6 +36,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
+    "long_factor": [1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}, {}),
@@ -58,9 +66,29 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "deepseek_v2_latent": ("deepseek_v2", {}, {"splits_latent": True}),
     "deepseek_v3_latent": ("deepseek_v3", {}, {"splits_latent": True}),
+    "gemma2_plain": (
+        "gemma2",
+        {"query_pre_attn_scalar": 32, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        {},
+    ),
+    "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}, {}),
+    "seed_oss_biases": ("seed_oss", {"attention_out_bias": True, "attention_bias": True, "mlp_bias": True}, {}),
+    "ernie4_5_biases": ("ernie4_5", {"use_bias": True, "tie_word_embeddings": False}, {}),
+    "granite_tied": ("granite", {"tie_word_embeddings": True}, {}),
     "qwen3_moe_split": ("qwen3_moe", {}, {"split_max_tensors": 5}),
 }
-CASES = {name: (name, {}, {}) for name in FAMILIES if name != "xverse"} | VARIANTS
+# What these files cannot say: the first two have scores of a scale of their own, the fourth a choice of layers.
+FIXED: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3": {
+        "query_pre_attn_scalar": 32,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    },
+    "olmo3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+}
+CASES = {name: (name, FIXED.get(name, {}), {}) for name in FAMILIES if name != "xverse"} | VARIANTS
 
 
 def logits_of(path: Path, mixed: MixedPrecisionSettings | None = None) -> torch.Tensor:

@@ -26,6 +26,17 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3moe",
     "OlmoeForCausalLM": "olmoe",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Phi3ForCausalLM": "phi3",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo2",
+    "SmolLM3ForCausalLM": "smollm3",
+    "SeedOssForCausalLM": "seed_oss",
+    "Ministral3ForCausalLM": "mistral3",
+    "Ernie4_5ForCausalLM": "ernie4_5",
+    "GraniteForCausalLM": "granite",
+    "Starcoder2ForCausalLM": "starcoder2",
     "DeepseekV2ForCausalLM": "deepseek2",
     "DeepseekV3ForCausalLM": "deepseek2",
     "Glm4MoeForCausalLM": "glm4moe",
@@ -33,6 +44,8 @@ ARCHITECTURES = {
     "GPT2LMHeadModel": "gpt2",
     "XverseForCausalLM": "xverse",
 }
+HAVE_WINDOWS = ("llama", "gpt-oss", "gemma2", "gemma3", "phi3", "olmo2", "starcoder2")
+HAVE_PAIRS = ("llama", "xverse", "smollm3", "mistral3", "granite")
 KIND = gguf.GGMLQuantizationType
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.(weight|bias)")
 _PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
@@ -90,7 +103,9 @@ def _converted(
             continue
         if architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             array = array.T
-        if architecture in ("llama", "xverse") and (part := re.search(r"\.([qk])_proj\.", name)):
+        if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+            array = array + 1
+        if architecture in HAVE_PAIRS and (part := re.search(r"\.([qk])_proj\.", name)):
             heads = config["num_attention_heads"]
             array = _permute(array, heads if part[1] == "q" else config.get("num_key_value_heads", heads))
         if name.endswith("e_score_correction_bias"):
@@ -111,6 +126,9 @@ def _converted(
             parts = [result.pop(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up")]
             result[f"blk.{layer}.ffn_gate_up_exps.weight"] = np.concatenate(parts, axis=1)
     scaling = config.get("rope_parameters") or {}
+    if scaling.get("rope_type") == "longrope":
+        for length in ("short", "long"):
+            result[f"rope_factors_{length}.weight"] = np.array(scaling[f"{length}_factor"], np.float32)
     if scaling.get("rope_type") == "llama3":
         result["rope_freqs.weight"] = _llama3_divisors(config, scaling)
     return result
@@ -181,15 +199,22 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         writer.add_layer_norm_eps(config["layer_norm_epsilon"])
         return
     writer.add_head_count_kv(1 if splits_latent else number("num_key_value_heads", "num_attention_heads"))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if architecture == "starcoder2":
+        writer.add_layer_norm_eps(config["norm_epsilon"])
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
         if rope["rope_type"] == "yarn":
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-            if rope.get("mscale_all_dim"):
+            if architecture == "mistral3":
+                writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+                writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+            elif rope.get("mscale_all_dim"):
                 writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if architecture == "deepseek2":
         _write_latent_attention(writer, config, splits_latent)
@@ -201,8 +226,25 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         writer.add_value_length(head_dim)
     if config.get("clip_qkv"):
         writer.add_clamp_kqv(config["clip_qkv"])
-    if config.get("sliding_window") and architecture in ("llama", "gpt-oss"):
+    if config.get("sliding_window") and architecture in HAVE_WINDOWS:
         writer.add_sliding_window(config["sliding_window"])
+    if architecture == "olmo2" and config.get("sliding_window"):
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if architecture == "phi3":
+        original = config["original_max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(original)
+        if rope["rope_type"] == "longrope":
+            scale = config["max_position_embeddings"] / original
+            writer.add_rope_scaling_attn_factors(np.sqrt(1 + np.log(scale) / np.log(original)) if scale > 1 else 1.0)
+    if architecture == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     experts = number("num_experts", "num_local_experts", "n_routed_experts")
     if experts:
         writer.add_expert_count(experts)

@@ -60,7 +60,7 @@ _GROUPS = {(60, 160): (8, 3), (27, 64): (1, 1), (61, 256): (8, 4), (61, 384): (1
 # Llama 3.1 to 3.3 differ in the factor only.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
-_ROPE_KINDS = "none, linear, yarn, and the tables of Llama 3"
+_ROPE_KINDS = "none, linear, yarn, and the tables of Llama 3 and of LongRoPE"
 # Numbers of llama.cpp.
 _UNSAID, _SOFTMAX, _SIGMOID, _SOFTMAX_OF_CHOSEN = 0, 1, 2, 3
 
@@ -190,7 +190,7 @@ class _Metadata(Fields):
                 self.unsupported(key, value, " or ".join(map(repr, neutral)) or "nothing under this key")
 
 
-def _common(metadata: _Metadata, architecture: str) -> Config:
+def _common(metadata: _Metadata, architecture: str, norm_key: str = "layer_norm_rms_epsilon") -> Config:
     """What all but GPT-2 share, without the head's size."""
     heads = metadata.int("attention.head_count")
     return {
@@ -201,7 +201,7 @@ def _common(metadata: _Metadata, architecture: str) -> Config:
         "num_key_value_heads": metadata.int("attention.head_count_kv", default=heads),
         "intermediate_size": metadata.int("feed_forward_length"),
         "hidden_act": "silu",
-        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": metadata.number(f"attention.{norm_key}"),
         "max_position_embeddings": metadata.int("context_length"),
         "vocab_size": metadata.num_rows("token_embd.weight"),
         "tie_word_embeddings": not metadata.has_tensor("output.weight"),
@@ -209,9 +209,9 @@ def _common(metadata: _Metadata, architecture: str) -> Config:
     }
 
 
-def _decoder(metadata: _Metadata, architecture: str) -> Config:
+def _decoder(metadata: _Metadata, architecture: str, norm_key: str = "layer_norm_rms_epsilon") -> Config:
     """`_common`, with heads of one size and rotary positions."""
-    config = _common(metadata, architecture)
+    config = _common(metadata, architecture, norm_key)
     heads = config["num_attention_heads"]
     head_dim = metadata.int("attention.key_length", default=config["hidden_size"] // max(heads, 1))
     metadata.expect("attention.value_length", head_dim)
@@ -227,12 +227,12 @@ def _decoder(metadata: _Metadata, architecture: str) -> Config:
 def _rope(metadata: _Metadata, rotary_dim: int) -> Config:
     """Scaling is linear unless a type is named, and there is none without a factor."""
     theta = metadata.number("rope.freq_base", 10000.0)
+    if metadata.has_tensor("rope_factors_long.weight"):
+        return {"rope_type": "longrope", "rope_theta": theta, **_longrope(metadata)}
     kind = metadata.get("rope.scaling.type")
     kind = "linear" if kind is None else kind
     # The second key is the older one; llama.cpp reads it where the first is missing.
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 0.0)) or 1.0
-    if metadata.has_tensor("rope_factors_long.weight"):
-        metadata.unsupported("rope.scaling.type", "longrope", _ROPE_KINDS)
     if kind not in ("none", "linear", "yarn"):
         metadata.unsupported("rope.scaling.type", kind, _ROPE_KINDS)
     is_scaled = kind != "none" and factor != 1.0
@@ -245,6 +245,20 @@ def _rope(metadata: _Metadata, rotary_dim: int) -> Config:
     if is_scaled:
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     return {"rope_type": "default", "rope_theta": theta}
+
+
+def _longrope(metadata: _Metadata) -> Config:
+    """Phi-3's and its relatives', whose factors are tensors."""
+    metadata.expect("rope.scaling.type", "none", "linear", "longrope")
+    metadata.expect("rope.scaling.factor", 0.0, 1.0)
+    config: Config = {
+        f"{length}_factor": [float(str(np.float32(f))) for f in metadata.small_tensor(f"rope_factors_{length}.weight")]
+        for length in ("short", "long")
+    }
+    config["original_max_position_embeddings"] = metadata.int("rope.scaling.original_context_length")
+    if metadata.has("rope.scaling.attn_factor"):
+        config["attention_factor"] = metadata.number("rope.scaling.attn_factor")
+    return config
 
 
 def _yarn(metadata: _Metadata) -> Config:
@@ -326,6 +340,117 @@ def _olmoe(metadata: _Metadata) -> Config:
     if metadata.has("attention.clamp_kqv"):
         config["clip_qkv"] = metadata.number("attention.clamp_kqv")
     return config | {"norm_topk_prob": metadata.bool("expert_weights_norm", default=False)}
+
+
+def _gemma(metadata: _Metadata, architecture: str, largest: int, period: int) -> Config:
+    """Gemma 2 and 3. The largest model of each, told by its number of layers, scales its scores by hidden size per head
+    and all others by the size of a head, as llama.cpp has it; no key says so."""
+    config = _decoder(metadata, architecture)
+    num_layers = config["num_hidden_layers"]
+    metadata.expect_pattern(period, num_layers)
+    is_largest = num_layers == largest
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    return config | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": per_head if is_largest else config["head_dim"],
+        "sliding_window": metadata.int("attention.sliding_window"),
+        "layer_types": [
+            f"{'full' if (layer + 1) % period == 0 else 'sliding'}_attention" for layer in range(num_layers)
+        ],
+        **{key: metadata.number(key, 0.0) or None for key in ("attn_logit_softcapping", "final_logit_softcapping")},
+    }
+
+
+def _gemma3(metadata: _Metadata) -> Config:
+    config = _gemma(metadata, "Gemma3ForCausalLM", 62, 6)
+    local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", 10000.0)}
+    return config | {"rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local}}
+
+
+def _phi3(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "Phi3ForCausalLM")
+    trained = metadata.int("rope.scaling.original_context_length", default=config["max_position_embeddings"])
+    return config | {
+        "sliding_window": metadata.int("attention.sliding_window", default=0) or None,
+        "original_max_position_embeddings": trained,
+    }
+
+
+def _olmo2(metadata: _Metadata) -> Config:
+    """OLMo 3 where there is a window; its scaling is of the layers without one."""
+    config = _decoder(metadata, "Olmo2ForCausalLM")
+    window = metadata.int("attention.sliding_window", default=0)
+    if not window:
+        return config
+    num_layers, rope = config["num_hidden_layers"], config["rope_parameters"]
+    metadata.expect_pattern(4, num_layers)
+    return config | {
+        "architectures": ["Olmo3ForCausalLM"],
+        "sliding_window": window,
+        "layer_types": [f"{'full' if (layer + 1) % 4 == 0 else 'sliding'}_attention" for layer in range(num_layers)],
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": rope["rope_theta"]},
+        },
+    }
+
+
+def _smollm3(metadata: _Metadata) -> Config:
+    # Every fourth layer without positions, told by the architecture.
+    config = _decoder(metadata, "SmolLM3ForCausalLM")
+    return config | {"no_rope_layer_interval": 4, "mlp_bias": metadata.has_tensor("blk.0.ffn_gate.bias")}
+
+
+def _seed_oss(metadata: _Metadata) -> Config:
+    return _decoder(metadata, "SeedOssForCausalLM") | {
+        "attention_out_bias": metadata.has_tensor("blk.0.attn_output.bias"),
+        "mlp_bias": metadata.has_tensor("blk.0.ffn_gate.bias"),
+    }
+
+
+def _mistral3(metadata: _Metadata) -> Config:
+    """Ministral 3; Mistral Small 3.1 and 3.2 are of this architecture, too, without a scale that grows."""
+    config = _decoder(metadata, "Ministral3ForCausalLM")
+    config["sliding_window"] = metadata.int("attention.sliding_window", default=0) or None
+    beta = metadata.number("attention.temperature_scale", 0.0)
+    if not beta:
+        return config | {"architectures": ["MistralForCausalLM"]}
+    rope = config["rope_parameters"]
+    if rope["rope_type"] != "yarn":
+        metadata.unsupported("rope.scaling.type", rope["rope_type"], "yarn, where attention.temperature_scale is")
+    metadata.expect("attention.temperature_length", rope["original_max_position_embeddings"])
+    # All published models have an equal mscale.
+    scale = metadata.number("rope.scaling.yarn_log_multiplier", 1.0)
+    rope |= {"mscale": scale, "mscale_all_dim": scale, "llama_4_scaling_beta": beta}
+    return config
+
+
+def _ernie4_5(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "Ernie4_5ForCausalLM")
+    return config | {"use_bias": config["attention_bias"]}
+
+
+def _granite(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "GraniteForCausalLM")
+    keys = {
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    }
+    config |= {name: metadata.number(key, 1.0) for name, key in keys.items()}
+    return config | {"mlp_bias": metadata.has_tensor("blk.0.ffn_gate.bias")}
+
+
+def _starcoder2(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "Starcoder2ForCausalLM", "layer_norm_epsilon")
+    return config | {
+        "norm_epsilon": config["rms_norm_eps"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "use_bias": config["attention_bias"],
+        # Converters do not write it; it is 4096 in all models.
+        "sliding_window": metadata.int("attention.sliding_window", default=4096),
+    }
 
 
 def _gpt_oss(metadata: _Metadata) -> Config:
@@ -432,6 +557,16 @@ ARCHITECTURES: Mapping[str, Callable[[_Metadata], Config]] = {
     "qwen3": _plain("Qwen3ForCausalLM"),
     "qwen2moe": _qwen2_moe,
     "qwen3moe": _qwen3_moe,
+    "gemma2": lambda metadata: _gemma(metadata, "Gemma2ForCausalLM", 46, 2),
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "olmo2": _olmo2,
+    "smollm3": _smollm3,
+    "seed_oss": _seed_oss,
+    "mistral3": _mistral3,
+    "ernie4_5": _ernie4_5,
+    "granite": _granite,
+    "starcoder2": _starcoder2,
     "olmoe": _olmoe,
     "gpt-oss": _gpt_oss,
     "deepseek2": _deepseek2,
@@ -446,6 +581,17 @@ _MODEL_TYPES = {
     "XverseForCausalLM": "xverse",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "SeedOssForCausalLM": "seed_oss",
+    "Ministral3ForCausalLM": "ministral3",
+    "Ernie4_5ForCausalLM": "ernie4_5",
+    "GraniteForCausalLM": "granite",
+    "Starcoder2ForCausalLM": "starcoder2",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "OlmoeForCausalLM": "olmoe",

@@ -5,7 +5,7 @@ the architecture's table are refused. Must never know: layers, families, what is
 
 The converter stacks the experts of a layer (expert e is one run of bytes), and for llama and its relatives reorders the
 rows of query and key from two halves per head into pairs (`LlamaModel.permute`). Both concern whole rows, so they are
-undone on the bytes of any type.
+undone on the bytes of any type. To the norms of Gemma it adds the 1 that their class adds; these are always float32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from amalgam.checkpoint.store import TensorEntry, TensorStore
@@ -55,11 +56,13 @@ class Naming:
             a number. A logical name with one `{}` more is that of one expert in a stack; several share the rows.
         has_pairs: rows of query and key alternate between the halves of each head.
         has_transposed: the published checkpoint stores unquantized projections as `[in, out]`.
+        has_raised_norms: norms hold 1 more than the published checkpoint's.
     """
 
     names: Mapping[str, str | tuple[str, ...]]
     has_pairs: bool = False
     has_transposed: bool = False
+    has_raised_norms: bool = False
 
 
 def is_rope_table(name: str) -> bool:
@@ -161,6 +164,10 @@ def _whole(store: TensorStore, naming: Naming, stem: str, suffix: str, entry: Te
         return _piece(entry, _from_pairs(entry, _num_heads(store, stem, entry)))
     if stem == "blk.{}.ffn_gate_inp_shexp" and len(entry.shape) == 1:
         return _piece(replace(entry, shape=(1, *entry.shape)))
+    if naming.has_raised_norms and stem.endswith("_norm"):
+        if entry.dtype is not torch.float32 or entry.encoding is not None:
+            _refuse(f"Norm {describe(entry.name)} in {entry.file} is not float32", "Convert the model again.")
+        return _piece(entry, lambda stored: stored - 1.0)
     is_projection = stem.startswith("blk.") and suffix == "weight" and len(entry.shape) == 2
     if naming.has_transposed and is_projection and entry.encoding is None:
         rows, columns = entry.shape
@@ -233,6 +240,8 @@ _HEAD_NORMS = _layer({"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_at
 _MLP = _layer({"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"})
 _MLP_NORM = _layer({"ffn_norm": "post_attention_layernorm"})
 _LATE_NORM = _layer({"post_attention_norm": "post_attention_layernorm"})
+_POST_NORMS = {**_LATE_NORM, **_layer({"post_ffw_norm": "post_feedforward_layernorm"})}
+_GEMMA = {**_OUTSIDE, **_ATTENTION, **_POST_NORMS, **_layer({"ffn_norm": "pre_feedforward_layernorm"}), **_MLP}
 _SHARED = _layer({f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")})
 _SHARED_ONE = _layer({f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")})
 _CORRECTION = {"blk.{}.exp_probs_b.bias": f"{_LAYER}.mlp.gate.e_score_correction_bias"}
@@ -246,6 +255,32 @@ NAMINGS: Mapping[str, Naming] = {
     "xverse": Naming(_DENSE, has_pairs=True),
     "qwen2": Naming(_DENSE),
     "qwen3": Naming({**_DENSE, **_HEAD_NORMS}),
+    "gemma2": Naming(_GEMMA, has_raised_norms=True),
+    "gemma3": Naming({**_GEMMA, **_HEAD_NORMS}, has_raised_norms=True),
+    "phi3": Naming(
+        {
+            **_OUTSIDE,
+            **_MLP_NORM,
+            **_layer(
+                {
+                    "attn_norm": "input_layernorm",
+                    "attn_qkv": "self_attn.qkv_proj",
+                    "attn_output": "self_attn.o_proj",
+                    "ffn_up": "mlp.gate_up_proj",
+                    "ffn_down": "mlp.down_proj",
+                }
+            ),
+        }
+    ),
+    "olmo2": Naming({**_OUTSIDE, **_ATTENTION, **_HEAD_NORMS, **_POST_NORMS, **_MLP}),
+    "smollm3": Naming(_DENSE, has_pairs=True),
+    "seed_oss": Naming({**_OUTSIDE, **_ATTENTION, **_LATE_NORM, **_MLP}),
+    "mistral3": Naming(_DENSE, has_pairs=True),
+    "ernie4_5": Naming(_DENSE),
+    "granite": Naming(_DENSE, has_pairs=True),
+    "starcoder2": Naming(
+        {**_OUTSIDE, **_ATTENTION, **_MLP_NORM, **_layer({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"})}
+    ),
     "qwen2moe": Naming(
         {**_MOE, **_SHARED_ONE, **_layer({"ffn_gate_inp_shexp": "mlp.shared_expert_gate"})},
     ),
