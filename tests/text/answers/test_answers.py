@@ -49,6 +49,15 @@ def qwen_xml(name: str, arguments: dict[str, Any]) -> str:
     return f"<tool_call>\n<function={name}>\n{values}</function>\n</tool_call>"
 
 
+def seed(name: str, arguments: dict[str, Any]) -> str:
+    values = "".join(f"<parameter={key}>{typed(value)}</parameter>\n" for key, value in arguments.items())
+    return f"<seed:tool_call>\n<function={name}>\n{values}</function>\n</seed:tool_call>"
+
+
+def granite(*calls: tuple[str, Any]) -> str:
+    return "<|tool_call|>" + as_json([{"name": name, "arguments": arguments} for name, arguments in calls])
+
+
 def glm(name: str, arguments: dict[str, Any]) -> str:
     values = "".join(
         f"<arg_key>{key}</arg_key>\n<arg_value>{typed(value)}</arg_value>\n" for key, value in arguments.items()
@@ -117,6 +126,11 @@ ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
     "qwen_xml": ("qwen_xml", qwen_xml(*WEATHER), "", "", [WEATHER]),
     "qwen_xml two": ("qwen_xml", f"Now:\n{qwen_xml(*NOTE)}\n{qwen_xml('now', {})}", "Now:", "", [NOTE, ("now", {})]),
     "qwen_xml broken": ("qwen_xml", "<tool_call>\n{1}\n</tool_call>", "<tool_call>\n{1}\n</tool_call>", "", []),
+    "seed": ("seed", f"<seed:think>{THOUGHT}</seed:think>{seed(*WEATHER)}{seed(*NOTE)}", "", THOUGHT, [WEATHER, NOTE]),
+    "seed broken": ("seed", "<seed:tool_call>\nf()", "<seed:tool_call>\nf()", "", []),
+    "granite": ("granite", granite(WEATHER, NOTE), "", "", [WEATHER, NOTE]),
+    "granite with an end": ("granite", f"So: {granite(WEATHER)}<|/tool_call|>", "So:", "", [WEATHER]),
+    "granite broken": ("granite", "<|tool_call|>[1]", "<|tool_call|>[1]", "", []),
     "glm": ("glm", f"<think>{THOUGHT}</think>\n{glm(*WEATHER)}", "", THOUGHT, [WEATHER]),
     "glm two": ("glm", f"Go.{glm(*NOTE)}{glm('now', {})}", "Go.", "", [NOTE, ("now", {})]),
     "glm on one line": (

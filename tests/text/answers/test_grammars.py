@@ -23,6 +23,8 @@ from tests.text.answers.test_answers import NOTE, TOOLS, WEATHER, made, tool
 CALLS = {
     "hermes": (written.hermes(*WEATHER), written.hermes(*NOTE)),
     "qwen_xml": (written.qwen_xml(*WEATHER), written.qwen_xml(*NOTE)),
+    "seed": (written.seed(*WEATHER), written.seed(*NOTE)),
+    "granite": (written.granite(WEATHER), written.granite(NOTE)),
     "glm": (written.glm(*WEATHER), written.glm(*NOTE)),
     "mistral": (written.mistral(WEATHER), written.mistral(NOTE)),
     "llama": (written.llama(*WEATHER), written.llama(*NOTE)),

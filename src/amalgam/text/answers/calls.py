@@ -76,6 +76,27 @@ def read_call(reader: Reader, answer: Answer, only: Collection[str] | None = Non
     return Found.CALL
 
 
+def read_calls(reader: Reader, answer: Answer) -> Waiting[Found]:
+    """Read a list of `read_call`'s objects behind its `[`; the reader remembers, and forgets what was a call."""
+    num_calls = 0
+    while True:
+        yield from reader.spaces()
+        if num_calls and (yield from reader.accept("]")):
+            return Found.CALL
+        if num_calls:
+            reader.forget()
+            reader.remember()
+        found = yield from read_call(reader, answer)
+        if found is Found.BROKEN or (found is Found.NO_CALL and not num_calls):
+            return found
+        if found is Found.NO_CALL:
+            answer.content(reader.forget())
+            return Found.CALL
+        num_calls += 1
+        yield from reader.spaces()
+        yield from reader.accept(",")
+
+
 _BROKEN = object()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import string
 
-from amalgam.text.answers.calls import Found, grammar_of_calls, held_until, is_name, read_call
+from amalgam.text.answers.calls import Found, grammar_of_calls, held_until, is_name, read_call, read_calls
 from amalgam.text.answers.contract import Answer, GrammarWriter, Reading, ToolFormat, Tools
 from amalgam.text.answers.reading import Reader, Waiting
 
@@ -22,7 +22,7 @@ def _read(reader: Reader, answer: Answer) -> Reading:
         reader.remember()
         yield from reader.spaces()
         if (yield from reader.accept("[")):
-            found = yield from _read_list(reader, answer)
+            found = yield from read_calls(reader, answer)
         elif reader.text.startswith("{"):
             found = yield from read_call(reader, answer)
         else:
@@ -40,26 +40,6 @@ def _read(reader: Reader, answer: Answer) -> Reading:
 def _rest(reader: Reader, answer: Answer) -> Reading:
     """What is broken goes on to the end."""
     yield from reader.until((), answer.arguments)
-
-
-def _read_list(reader: Reader, answer: Answer) -> Waiting[Found]:
-    num_calls = 0
-    while True:
-        yield from reader.spaces()
-        if num_calls and (yield from reader.accept("]")):
-            return Found.CALL
-        if num_calls:
-            reader.forget()
-            reader.remember()
-        found = yield from read_call(reader, answer)
-        if found is Found.BROKEN or (found is Found.NO_CALL and not num_calls):
-            return found
-        if found is Found.NO_CALL:
-            answer.content(reader.forget())
-            return Found.CALL
-        num_calls += 1
-        yield from reader.spaces()
-        yield from reader.accept(",")
 
 
 def _read_named(reader: Reader, answer: Answer) -> Waiting[Found]:

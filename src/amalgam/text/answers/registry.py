@@ -17,7 +17,11 @@ from amalgam.text.answers.format import AnswerFormat
 
 AUTO = "auto"
 NO_REASONING = "none"
-REASONING_TAGS: Mapping[str, Tags] = {"think": Tags("<think>", "</think>"), "mistral": Tags("[THINK]", "[/THINK]")}
+REASONING_TAGS: Mapping[str, Tags] = {
+    "think": Tags("<think>", "</think>"),
+    "mistral": Tags("[THINK]", "[/THINK]"),
+    "seed": Tags("<seed:think>", "</seed:think>"),
+}
 _PLAIN, _GENERAL = "plain", "hermes"
 
 
