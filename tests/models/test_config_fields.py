@@ -210,7 +210,7 @@ def _is_random_alike(one: Any, other: Any) -> bool:
 
 
 # Families whose layers differ by type, so that any choice is one of theirs.
-OWN_TYPES = ("gpt_oss", "qwen2_moe", "gemma2", "gemma3", "olmo3")
+OWN_TYPES = ("dots1", "exaone_moe", "gpt_oss", "qwen2_moe", "gemma2", "gemma3", "olmo3")
 CASES = [(name, base, fields) for name in FAMILIES for base, fields in (({}, ()), *BASES.get(name, []))]
 
 
@@ -239,7 +239,11 @@ def test_a_field_means_what_the_class_makes_of_it(
     ("name", "changes"),
     [
         *((name, {"layer_types": [SLIDING, FULL]}) for name in FAMILIES if name not in OWN_TYPES),
-        *((name, {"partial_rotary_factor": 0.5}) for name in FAMILIES if name not in ("glm4_moe", "gpt2", "phi3")),
+        *(
+            (name, {"partial_rotary_factor": 0.5})
+            for name in FAMILIES
+            if name not in ("glm4_moe", "gpt2", "minimax_m2", "phi3")
+        ),
         ("qwen3_moe", {**_WINDOWED, "layer_types": [SLIDING, FULL]}),
         ("gpt_oss", {"sliding_window": None}),
         ("gemma3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
@@ -269,7 +273,7 @@ def test_fields_that_a_class_cannot_follow_are_refused_by_name(name: str, change
         ("qwen3_moe", "sliding_window", {"use_sliding_window": True}),
         *(
             (name, "num_key_value_heads", {"num_attention_heads": 32, "head_dim": 4, "hidden_size": 128})
-            for name in ("mistral", "mixtral", "qwen3", "qwen3_moe", "gpt_oss", "glm4_moe")
+            for name in ("mistral", "mixtral", "qwen3", "qwen3_moe", "gpt_oss", "glm4_moe", "dots1", "minimax_m2")
         ),
     ],
 )

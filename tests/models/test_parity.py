@@ -102,6 +102,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.7,
         "partial_rotary_factor": 1.0,
     },
+    "minimax_m2_whole_heads": {"rotary_dim": None, "tie_word_embeddings": True},
+    "dots1_full": {"sliding_window": None, "attention_bias": True, "n_group": 2, "topk_group": 1},
+    "glm4_moe_lite_sparse_first": {
+        "mlp_layer_types": ["sparse", "dense"],
+        "q_lora_rank": None,
+        "rope_interleave": False,
+        "attention_bias": True,
+    },
+    "exaone_moe_full": {"layer_types": ["full_attention"] * 3, "n_group": 2, "topk_group": 1},
     "gpt_oss_layer_types": {
         "layer_types": ["full_attention", "sliding_attention"],
         "swiglu_limit": 0.3,

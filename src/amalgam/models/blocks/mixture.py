@@ -61,14 +61,16 @@ class ExpertGroups:
 class CorrectedRouter:
     """Sigmoid scores; a bias per expert that balances their load takes part in the choice, but not in the weights.
 
-    Groups score by the sum of their two largest corrected scores.
+    Groups score by the sum of their two largest corrected scores. `normalises` divides the chosen scores by their sum
+    + `sum_eps`.
     """
 
     num_experts: int
     num_active_experts: int
-    groups: ExpertGroups
-    normalises: bool
-    scaling: float
+    groups: ExpertGroups = ExpertGroups(1, 1)
+    normalises: bool = True
+    scaling: float = 1.0
+    sum_eps: float = 1e-20
 
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         yield Slot("router", (self.num_experts, hidden_size), "router")
@@ -85,7 +87,7 @@ class CorrectedRouter:
             num_groups=self.groups.num_groups,
             num_kept=self.groups.num_kept,
             normalises=self.normalises,
-            sum_eps=1e-20,
+            sum_eps=self.sum_eps,
             scaling=self.scaling,
         )
 

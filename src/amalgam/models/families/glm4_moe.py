@@ -18,7 +18,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
         has_qkv_bias=config.bool("attention_bias", default=False),
         has_head_norm=config.bool("use_qk_norm", default=False),
     )
-    router = read_corrected_router(config, default_groups=1, default_kept=1, default_scaling=1.0)
+    router = read_corrected_router(config)
     layers = read_moe_layers(config, attention, router, default_dense=1, default_shared=1)
     return with_draft_layers(config, read_model(config, "glm4_moe", layers, default_eps=NORM_EPS))
 

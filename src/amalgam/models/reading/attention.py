@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from amalgam.models.blocks.attention import Attention
 from amalgam.models.blocks.latent_attention import LatentAttention
@@ -113,28 +113,49 @@ def every_nth_full(config: ConfigReader, n: int) -> list[str]:
 
 
 def windowed(config: ConfigReader, attention: Attention) -> tuple[Attention, ...]:
+    """`with_upper_windows` where `use_sliding_window` says so, in no layer otherwise."""
+    return with_upper_windows(config, attention, read_used_window(config), _FIRST_WINDOW)
+
+
+def with_upper_windows(
+    config: ConfigReader, attention: Attention, window: int | None, default_first: int
+) -> tuple[Attention, ...]:
     """One attention per layer: `layer_types` decides, else windows from layer `max_window_layers` on."""
-    window = read_used_window(config)
-    num_layers, first = config.int("num_hidden_layers"), config.int("max_window_layers", default=_FIRST_WINDOW, low=0)
+    num_layers, first = config.int("num_hidden_layers"), config.int("max_window_layers", default=default_first, low=0)
     types = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(num_layers)]
     return by_layer_type(config, attention, window, types)
 
 
-def read_latent_attention(config: ConfigReader, *, is_interleaved: bool) -> LatentAttention:
+@dataclass(frozen=True)
+class LatentDefaults:
+    """What a configuration class takes where a key of latent attention is missing; DeepSeek-V3's."""
+
+    query_rank: int = 1536
+    latent_rank: int = 512
+    nope_dim: int = 128
+    rope_dim: int = 64
+    value_dim: int = 128
+
+
+def read_latent_attention(
+    config: ConfigReader, *, is_interleaved: bool, defaults: LatentDefaults = LatentDefaults()
+) -> LatentAttention:
     """Latent attention as DeepSeek-V2 and V3 configure it. `head_dim` means something else there and is not read."""
     heads = config.int("num_attention_heads")
     config.expect("num_key_value_heads", heads)
-    nope_dim, rope_dim = config.int("qk_nope_head_dim", default=128), config.int("qk_rope_head_dim", default=64)
+    nope_dim = config.int("qk_nope_head_dim", default=defaults.nope_dim)
+    rope_dim = config.int("qk_rope_head_dim", default=defaults.rope_dim)
     settings = RopeSettings(config)
     sharpening = settings.optional("mscale_all_dim")
     magnitude = 1.0 if sharpening is None else yarn_scale(settings.number("factor"), sharpening)
+    has_query_rank = not config.is_null("q_lora_rank")
     return LatentAttention(
         num_heads=heads,
-        query_rank=None if config.is_null("q_lora_rank") else config.int("q_lora_rank", default=1536),
-        latent_rank=config.int("kv_lora_rank", default=512),
+        query_rank=config.int("q_lora_rank", default=defaults.query_rank) if has_query_rank else None,
+        latent_rank=config.int("kv_lora_rank", default=defaults.latent_rank),
         nope_dim=nope_dim,
         rope_dim=rope_dim,
-        value_dim=config.int("v_head_dim", default=128),
+        value_dim=config.int("v_head_dim", default=defaults.value_dim),
         rope=read_rope(config, rope_dim),
         scale=(nope_dim + rope_dim) ** -0.5 * magnitude**2,
         is_interleaved=is_interleaved,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from amalgam.models.blocks.attention import Attention
@@ -9,7 +10,7 @@ from amalgam.models.blocks.mixture import CorrectedRouter, ExpertGroups, Router,
 from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.blocks.norms import RmsNorm
 from amalgam.models.reading.attention import NORM_EPS
-from amalgam.models.spec import AttentionBlock, ConfigReader, LayerSpec, ModelSpec
+from amalgam.models.spec import AttentionBlock, ConfigReader, LayerSpec, MlpBlock, ModelSpec
 
 SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
 
@@ -89,18 +90,34 @@ def read_sparse_layers(
 
 
 def read_moe_layers(
-    config: ConfigReader, attention: AttentionBlock, router: Router, *, default_dense: int, default_shared: int
+    config: ConfigReader,
+    attention: AttentionBlock | Sequence[AttentionBlock],
+    router: Router,
+    *,
+    default_dense: int,
+    default_shared: int,
+    shared_key: str = "n_shared_experts",
 ) -> tuple[LayerSpec, ...]:
-    """The first `first_k_dense_replace` layers with a dense MLP, the others with experts and shared ones."""
+    """The first `first_k_dense_replace` layers with a dense MLP, the others with experts and shared ones; or as
+    `mlp_layer_types` says.
+
+    Args:
+        attention: of all layers, or of each.
+        shared_key: how many shared experts there are.
+    """
     config.expect("moe_layer_freq", 1)
     config.expect("mlp_bias", False)
+    num_layers = config.int("num_hidden_layers")
     size = config.int("moe_intermediate_size")
-    num_shared = config.int("n_shared_experts", default=default_shared, low=0)
-    moe = SparseMoe(router, size, shared_size=size * num_shared)
+    moe = SparseMoe(router, size, shared_size=size * config.int(shared_key, default=default_shared, low=0))
     dense = DenseMlp(config.int("intermediate_size"))
     num_dense = config.int("first_k_dense_replace", default=default_dense, low=0)
-    num_layers = config.int("num_hidden_layers")
-    return tuple(LayerSpec(attention, dense if i < num_dense else moe) for i in range(num_layers))
+    kinds = config.get("mlp_layer_types", default=["dense" if i < num_dense else "sparse" for i in range(num_layers)])
+    known: dict[str, MlpBlock] = {"dense": dense, "sparse": moe}
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in known for kind in kinds):
+        config.refuse("mlp_layer_types", kinds, f"{num_layers} of {', '.join(known)}")
+    attentions = attention if isinstance(attention, Sequence) else (attention,) * num_layers
+    return tuple(LayerSpec(one, known[kind]) for one, kind in zip(attentions, kinds, strict=True))
 
 
 def read_groups(config: ConfigReader, default_groups: int, default_kept: int) -> ExpertGroups:
@@ -117,10 +134,20 @@ def read_groups(config: ConfigReader, default_groups: int, default_kept: int) ->
 
 
 def read_corrected_router(
-    config: ConfigReader, *, default_groups: int, default_kept: int, default_scaling: float
+    config: ConfigReader,
+    *,
+    default_groups: int = 1,
+    default_kept: int = 1,
+    default_scaling: float = 1.0,
+    default_normalises: bool = True,
+    scoring_names: tuple[str, ...] = ("sigmoid",),
 ) -> CorrectedRouter:
-    """The router of DeepSeek-V3 and GLM-4.5."""
-    config.expect("scoring_func", "sigmoid")
+    """The router of DeepSeek-V3 and GLM-4.5.
+
+    Args:
+        scoring_names: what a config may call sigmoid scores.
+    """
+    config.expect("scoring_func", *scoring_names)
     config.expect("topk_method", "noaux_tc")
     num_experts, num_active = read_expert_counts(config)
     groups = read_groups(config, default_groups, default_kept)
@@ -130,6 +157,6 @@ def read_corrected_router(
         num_experts,
         num_active,
         groups,
-        normalises=config.bool("norm_topk_prob", default=True),
+        normalises=config.bool("norm_topk_prob", default=default_normalises),
         scaling=config.float("routed_scaling_factor", default=default_scaling),
     )
