@@ -92,6 +92,34 @@ def deepseek_v31(*calls: tuple[str, Any]) -> str:
     return f"<｜tool▁calls▁begin｜>{each}<｜tool▁calls▁end｜>"
 
 
+def minimax(*calls: tuple[str, dict[str, Any]]) -> str:
+    def one(name: str, arguments: dict[str, Any]) -> str:
+        values = "".join(f'<parameter name="{key}">{typed(value)}</parameter>\n' for key, value in arguments.items())
+        return f'<invoke name="{name}">\n{values}</invoke>'
+
+    each = "\n".join(one(*call) for call in calls)
+    return f"<minimax:tool_call>\n{each}\n</minimax:tool_call>"
+
+
+def kimi(*calls: tuple[str, Any]) -> str:
+    each = "".join(
+        f"<|tool_call_begin|>functions.{name}:{index}<|tool_call_argument_begin|>{as_json(arguments)}<|tool_call_end|>"
+        for index, (name, arguments) in enumerate(calls)
+    )
+    return f"<|tool_calls_section_begin|>{each}<|tool_calls_section_end|>"
+
+
+def hunyuan(*calls: tuple[str, Any]) -> str:
+    return f"<tool_calls>{as_json([{'name': name, 'arguments': arguments} for name, arguments in calls])}</tool_calls>"
+
+
+def pythonic(*calls: tuple[str, dict[str, Any]]) -> str:
+    def one(name: str, arguments: dict[str, Any]) -> str:
+        return f"{name}({', '.join(f'{key}={as_json(value)}' for key, value in arguments.items())})"
+
+    return f"[{', '.join(one(*call) for call in calls)}]"
+
+
 def harmony(name: str, arguments: object) -> str:
     return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{as_json(arguments)}"
 
@@ -152,6 +180,24 @@ ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
     ),
     "deepseek": ("deepseek", f"{THOUGHT}\n</think>\n\nOk.{deepseek(WEATHER, NOTE)}", "Ok.", THOUGHT, [WEATHER, NOTE]),
     "deepseek new": ("deepseek_v31", deepseek_v31(WEATHER, NOTE), "", "", [WEATHER, NOTE]),
+    "llama 4": ("llama", f"<|python_start|>{llama(*WEATHER)}<|python_end|>", "", "", [WEATHER]),
+    "llama 4 code": ("llama", "<|python_start|>1<|python_end|>", "<|python_start|>1<|python_end|>", "", []),
+    "pythonic": ("pythonic", pythonic(WEATHER, ("now", {})), "", "", [WEATHER, ("now", {})]),
+    "pythonic marks": ("pythonic", f"Hm.<|python_start|>{pythonic(NOTE)}<|python_end|>", "Hm.", "", [NOTE]),
+    "pythonic literals": (
+        "pythonic", "[note(text='it\\'s', tags=[True, None, -1.5, {'a': (1,)}])]", "", "",
+        [("note", {"text": "it's", "tags": [True, None, -1.5, {"a": [1]}]})],
+    ),
+    "pythonic list": ("pythonic", "[1, 2] and [now]", "[1, 2] and [now]", "", []),
+    "pythonic code": ("pythonic", "[now(x=open('f'))]", "[now(x=open('f'))]", "", []),
+    "pythonic other": ("pythonic", "[print(a=1)]", "[print(a=1)]", "", []),
+    "minimax": ("minimax", f"<think>{THOUGHT}</think>\n{minimax(WEATHER, NOTE)}", "", THOUGHT, [WEATHER, NOTE]),
+    "minimax without its block": ("minimax", '<invoke name="now"></invoke>', "", "", [("now", {})]),
+    "minimax broken": ("minimax", "<minimax:tool_call>\n{1}", "<minimax:tool_call>\n{1}", "", []),
+    "kimi": ("kimi", f"Go.{kimi(WEATHER, NOTE)}", "Go.", "", [WEATHER, NOTE]),
+    "kimi broken": ("kimi", "a<|tool_call_begin|>functions.f:0 {}", "a<|tool_call_begin|>functions.f:0 {}", "", []),
+    "hunyuan": ("hunyuan", hunyuan(WEATHER, NOTE), "", "", [WEATHER, NOTE]),
+    "hunyuan broken": ("hunyuan", "<tool_calls>[3]</tool_calls>", "<tool_calls>[3]</tool_calls>", "", []),
     "deepseek broken": (
         "deepseek", "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>x",
         "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>x", "", [],
@@ -305,8 +351,9 @@ def test_the_prompt_may_open_reasoning() -> None:
 def test_ids_of_calls() -> None:
     ids = {
         name: next(delta.id for delta in made(name).parser(TOOLS).push(text) if isinstance(delta, ToolCallDelta))
-        for name, text in (("hermes", hermes(*WEATHER)), ("mistral", mistral(WEATHER)))
+        for name, text in (("hermes", hermes(*WEATHER)), ("mistral", mistral(WEATHER)), ("kimi", kimi(WEATHER)))
     }
+    assert ids["kimi"] == "functions.get_weather:0"  # as its template shows it to the model again
     assert re.fullmatch(r"call_\w{20,}", ids["hermes"])
     assert re.fullmatch(r"[A-Za-z0-9]{9}", ids["mistral"])
 
@@ -322,6 +369,11 @@ def test_ids_of_calls() -> None:
         ("<｜tool▁calls▁begin｜> ```json </think>", "deepseek", "think"),
         ("<｜tool▁calls▁begin｜> </think>", "deepseek_v31", "think"),
         ("<|start|><|channel|>analysis<|message|>", "gpt_oss", None),
+        ('<|header_start|> {"name": n, "parameters": p}', "llama", None),
+        ("<|header_start|> [func_name1(params_name1=params_value1)]", "pythonic", None),
+        ("<minimax:tool_call><invoke </think>", "minimax", "think"),
+        ("<|tool_calls_section_begin|><|tool_call_begin|>", "kimi", None),
+        ("<tool_calls>[{}]</tool_calls><think>", "hunyuan", "think"),
         ("<|im_start|>{{ content }}<|im_end|>", "hermes", None),
         (None, "plain", None),
     ],

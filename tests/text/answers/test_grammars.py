@@ -30,6 +30,10 @@ CALLS = {
     "llama": (written.llama(*WEATHER), written.llama(*NOTE)),
     "deepseek": (written.deepseek(WEATHER), written.deepseek(NOTE)),
     "deepseek_v31": (written.deepseek_v31(WEATHER), written.deepseek_v31(NOTE)),
+    "minimax": (written.minimax(WEATHER), written.minimax(NOTE)),
+    "kimi": (written.kimi(WEATHER), written.kimi(NOTE)),
+    "hunyuan": (written.hunyuan(WEATHER), written.hunyuan(NOTE)),
+    "pythonic": (written.pythonic(WEATHER), written.pythonic(NOTE)),
     "gpt_oss": (written.harmony(*WEATHER) + "<|call|>", written.harmony(*NOTE) + "<|call|>"),
 }
 
@@ -161,7 +165,13 @@ def test_text_is_free_and_calls_fit_their_schemas(backend: Any, name: str) -> No
     ):
         assert takes(backend, free, text), text
     wrong = weather.replace("3", "x")
-    for text in (wrong, f"Hello.\n{wrong}", f"{note}\n{wrong}", "<tool_call>", weather.replace("get_weather", "other")):
+    for text in (
+        wrong,
+        f"Hello.\n{wrong}",
+        f"{note}\n{wrong}",
+        answers.tool_format.opening,
+        weather.replace("get_weather", "other"),
+    ):
         assert not takes(backend, free, text), text
 
 

@@ -109,10 +109,10 @@ class Answer:
     def reasoning(self, text: str) -> None:
         self._say(ReasoningDelta, text)
 
-    def call(self, name: str) -> None:
-        """A call begins; `arguments` are its."""
+    def call(self, name: str, call_id: str | None = None) -> None:
+        """A call begins; `arguments` are its. Without an id it is given one."""
         self._spaces, self._is_leading = [], True
-        self._id = self._new_id()
+        self._id = self._new_id() if call_id is None else call_id
         self.deltas.append(ToolCallDelta(self._num_calls, self._id, name, ""))
         self._num_calls += 1
 

@@ -1,8 +1,8 @@
 """The format of tool calls of Llama 3 and 4.
 
-In: an answer that begins with `{"name": …, "parameters": {…}}`, or has it after `<|python_tag|>`; several stand one
-after the other, with semicolons or lines between; or `<function=name>{…}</function>`. Out: calls of the request's
-tools; any other JSON is content.
+In: an answer that begins with `{"name": …, "parameters": {…}}`, or has it after `<|python_tag|>` or, Llama 4, between
+`<|python_start|>` and `<|python_end|>`; several stand one after the other, with semicolons or lines between; or
+`<function=name>{…}</function>`. Out: calls of the request's tools; any other JSON is content.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from amalgam.text.answers.calls import Found, grammar_of_calls, held_until, is_n
 from amalgam.text.answers.contract import Answer, GrammarWriter, Reading, ToolFormat, Tools, name_of
 from amalgam.text.answers.reading import Reader, Waiting
 
-_TAG = "<|python_tag|>"
+_TAG, _START, _END = "<|python_tag|>", "<|python_start|>", "<|python_end|>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 
 
@@ -21,15 +21,16 @@ def _read(reader: Reader, answer: Answer) -> Reading:
         answer.content(spaces)
     else:
         yield from _read_calls(reader, answer, "")
-    while mark := (yield from reader.until([_TAG, _FUNCTION], answer.content)):
-        if mark == _TAG:
-            yield from _read_calls(reader, answer, _TAG)
+    while mark := (yield from reader.until([_TAG, _START, _FUNCTION], answer.content)):
+        if mark in (_TAG, _START):
+            if (yield from _read_calls(reader, answer, mark)):
+                yield from reader.accept(_END)
         else:
             yield from _read_function(reader, answer)
 
 
-def _read_calls(reader: Reader, answer: Answer, before: str) -> Waiting[None]:
-    """One call after the other; what is none is content, with what stands `before` it."""
+def _read_calls(reader: Reader, answer: Answer, before: str) -> Waiting[bool]:
+    """One call after the other; what is none is content, with what stands `before` it. Returns whether all were."""
     names = {name_of(tool) for tool in answer.tools}
     while True:
         reader.remember()
@@ -38,17 +39,17 @@ def _read_calls(reader: Reader, answer: Answer, before: str) -> Waiting[None]:
         read = reader.forget()
         if found is Found.NO_CALL:
             answer.content(before + read)
-            return
+            return False
         if found is Found.BROKEN:
             yield from reader.until((), answer.arguments)
-            return
+            return False
         answer.end_part()
         before = ""
         yield from reader.spaces()
         yield from reader.accept(";")
         yield from reader.spaces()
         if not reader.text.startswith("{"):
-            return
+            return True
 
 
 def _read_function(reader: Reader, answer: Answer) -> Waiting[None]:
@@ -72,7 +73,8 @@ def _grammar(writer: GrammarWriter, tools: Tools, parallel: bool) -> str:
 
 
 def _recognizes(template: str) -> bool:
-    return _TAG in template or ('"parameters": ' in template and "<|start_header_id|>" in template)
+    is_llama = any(header in template for header in ("<|start_header_id|>", "<|header_start|>"))
+    return _TAG in template or (is_llama and '"parameters": ' in template)
 
 
-FORMAT = ToolFormat("llama", (_TAG,), _recognizes, _read, _grammar)
+FORMAT = ToolFormat("llama", (_TAG, _START, _END), _recognizes, _read, _grammar)
