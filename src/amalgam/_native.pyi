@@ -240,6 +240,7 @@ class AttentionKernels:
         window: int | None,
         sinks: Tensor | None,
         softcap: float | None,
+        chunk: int | None,
         threads: int,
         /,
     ) -> None:
@@ -258,11 +259,13 @@ class AttentionKernels:
         rounds_last: bool,
         rotary: _Pair,
         is_interleaved: bool,
+        norms_last: bool,
         out: Tensor,
         scale: float,
         window: int | None,
         sinks: Tensor | None,
         softcap: float | None,
+        chunk: int | None,
         threads: int,
         /,
     ) -> None:
@@ -272,7 +275,8 @@ class Scoring(Enum):
     softmax = 0
     sigmoid = 1
     chosen = 2
-    mixer = 3
+    apart = 3
+    mixer = 4
 
 class Elementwise(Enum):
     add = 0
@@ -340,6 +344,8 @@ class Program:
         softcap: float | None,
         rounds_last: bool,
         is_interleaved: bool,
+        norms_last: bool,
+        chunk: int | None,
         /,
     ) -> None:
         """`rows`: query, key, value, out."""
@@ -386,8 +392,10 @@ class Program:
         limit: float,
         is_gelu: bool,
         route: int,
+        weighs: bool,
         /,
     ) -> None: ...
+    def add_weigh_input(self, x: _Columns, out: _Columns, route: int, /) -> None: ...
     def add_swiglu(
         self,
         gate: _Columns,

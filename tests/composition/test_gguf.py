@@ -75,6 +75,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "seed_oss_biases": ("seed_oss", {"attention_out_bias": True, "attention_bias": True, "mlp_bias": True}, {}),
     "ernie4_5_biases": ("ernie4_5", {"use_bias": True, "tie_word_embeddings": False}, {}),
     "granite_tied": ("granite", {"tie_word_embeddings": True}, {}),
+    "granitemoe_shared": (
+        "granitemoe",
+        {"architecture": "GraniteMoeSharedForCausalLM", "shared_intermediate_size": 48, "tie_word_embeddings": True},
+        {},
+    ),
+    "glm4_moe_lite_latent": ("glm4_moe_lite", {}, {"splits_latent": True}),
+    "exaone_moe_full": ("exaone_moe", {"layer_types": ["full_attention"] * 3}, {}),
+    "ernie4_5_moe_some": ("ernie4_5_moe", {"moe_layer_interval": 2, "num_hidden_layers": 4}, {}),
     "qwen3_moe_split": ("qwen3_moe", {}, {"split_max_tensors": 5}),
 }
 # What these files cannot say: the first two have scores of a scale of their own, the fourth a choice of layers.
@@ -85,6 +93,8 @@ FIXED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
     },
+    "dots1": {"sliding_window": None},
+    "llama4": {"attention_chunk_size": 8192, "floor_scale": 8192},
     "olmo3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
 }

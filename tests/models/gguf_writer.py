@@ -37,6 +37,15 @@ ARCHITECTURES = {
     "Ernie4_5ForCausalLM": "ernie4_5",
     "GraniteForCausalLM": "granite",
     "Starcoder2ForCausalLM": "starcoder2",
+    "GraniteMoeForCausalLM": "granitemoe",
+    "GraniteMoeSharedForCausalLM": "granitemoe",
+    "MiniMaxM2ForCausalLM": "minimax-m2",
+    "Dots1ForCausalLM": "dots1",
+    "ExaoneMoeForCausalLM": "exaone-moe",
+    "Ernie4_5_MoeForCausalLM": "ernie4_5-moe",
+    "HunYuanMoEV1ForCausalLM": "hunyuan-moe",
+    "Llama4ForCausalLM": "llama4",
+    "Glm4MoeLiteForCausalLM": "deepseek2",
     "DeepseekV2ForCausalLM": "deepseek2",
     "DeepseekV3ForCausalLM": "deepseek2",
     "Glm4MoeForCausalLM": "glm4moe",
@@ -45,7 +54,8 @@ ARCHITECTURES = {
     "XverseForCausalLM": "xverse",
 }
 HAVE_WINDOWS = ("llama", "gpt-oss", "gemma2", "gemma3", "phi3", "olmo2", "starcoder2")
-HAVE_PAIRS = ("llama", "xverse", "smollm3", "mistral3", "granite")
+HAVE_PAIRS = ("llama", "xverse", "smollm3", "mistral3", "granite", "granitemoe")
+HAVE_MOE_SIZES = ("qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "dots1", "exaone-moe", "ernie4_5-moe")
 KIND = gguf.GGMLQuantizationType
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.(weight|bias)")
 _PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
@@ -101,6 +111,9 @@ def _converted(
         if architecture == "gpt-oss" and ".experts." in name:
             result |= _gpt_oss_experts(name, array)
             continue
+        if (architecture == "llama4" and ".experts." in name) or "_linear" in name:
+            result |= _joined_parts(name, array, architecture)
+            continue
         if architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             array = array.T
         if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
@@ -109,6 +122,7 @@ def _converted(
             heads = config["num_attention_heads"]
             array = _permute(array, heads if part[1] == "q" else config.get("num_key_value_heads", heads))
         if name.endswith("e_score_correction_bias"):
+            array = array.squeeze()
             name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         if name.endswith("sinks"):
             name += ".weight"
@@ -144,6 +158,18 @@ def _gpt_oss_experts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     if "down_proj" in name:
         return {f"{prefix}down_exps.{suffix}": rows}
     return {f"{prefix}gate_exps.{suffix}": rows[:, ::2], f"{prefix}up_exps.{suffix}": rows[:, 1::2]}
+
+
+def _joined_parts(name: str, array: np.ndarray, architecture: str) -> dict[str, np.ndarray]:
+    """Gate and up in one tensor, of all experts or of the shared one; down."""
+    layer = re.search(r"\.(\d+)\.", name)
+    assert layer is not None
+    kind = "shexp" if "shared" in name else "exps"
+    rows = array.swapaxes(-1, -2) if architecture == "llama4" else array
+    if "down_proj" in name or "output_linear" in name:
+        return {f"blk.{layer[1]}.ffn_down_{kind}.weight": rows}
+    gate, up = np.split(rows, 2, axis=-2)
+    return {f"blk.{layer[1]}.ffn_gate_{kind}.weight": gate, f"blk.{layer[1]}.ffn_up_{kind}.weight": up}
 
 
 def _split_latent(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -192,7 +218,9 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
     writer.add_block_count(number("num_hidden_layers", "n_layer"))
     writer.add_context_length(number("max_position_embeddings", "n_positions"))
     writer.add_embedding_length(number("hidden_size", "n_embd"))
-    writer.add_feed_forward_length(number("intermediate_size", "n_inner") or 4 * number("hidden_size", "n_embd"))
+    writer.add_feed_forward_length(
+        number("intermediate_size_mlp", "intermediate_size", "n_inner") or 4 * number("hidden_size", "n_embd")
+    )
     writer.add_head_count(heads)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     if architecture == "gpt2":
@@ -205,7 +233,8 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": config["rope_theta"]}
     rope = rope.get("full_attention", rope)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_rope_freq_base(rope["rope_theta"] * rope.get("alpha", 1.0) ** (dim / (dim - 2)))
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
@@ -220,7 +249,8 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         _write_latent_attention(writer, config, splits_latent)
     else:
         head_dim = number("head_dim") or config["hidden_size"] // heads
-        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+        share = config["rotary_dim"] / head_dim if config.get("rotary_dim") else rope.get("partial_rotary_factor", 1.0)
+        writer.add_rope_dimension_count(int(head_dim * share))
         writer.add_vocab_size(config["vocab_size"])
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
@@ -236,7 +266,7 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         if rope["rope_type"] == "longrope":
             scale = config["max_position_embeddings"] / original
             writer.add_rope_scaling_attn_factors(np.sqrt(1 + np.log(scale) / np.log(original)) if scale > 1 else 1.0)
-    if architecture == "granite":
+    if architecture in ("granite", "granitemoe"):
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
@@ -245,18 +275,19 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
     if config.get("final_logit_softcapping"):
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-    experts = number("num_experts", "num_local_experts", "n_routed_experts")
+    experts = number("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if experts:
         writer.add_expert_count(experts)
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-    if architecture in ("qwen2moe", "qwen3moe", "deepseek2", "glm4moe"):
+        writer.add_expert_used_count(number("num_experts_per_tok", "moe_topk", "moe_k"))
+    _write_newer_experts(writer, config, architecture)
+    if architecture in HAVE_MOE_SIZES:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if architecture == "gpt-oss":
         writer.add_expert_feed_forward_length(config["intermediate_size"])
     if architecture == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if architecture in ("deepseek2", "glm4moe"):
-        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_leading_dense_block_count(config.get("first_k_dense_replace", 1))
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
@@ -266,6 +297,44 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         )
         writer.add_expert_group_count(config["n_group"])
         writer.add_expert_group_used_count(config["topk_group"])
+
+
+def _write_newer_experts(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str) -> None:
+    """What the converters of 2025 and later write."""
+    if architecture in ("dots1", "exaone-moe"):
+        writer.add_expert_shared_count(config.get("n_shared_experts") or config["num_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    if architecture in ("minimax-m2", "dots1", "exaone-moe"):
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    match architecture:
+        case "minimax-m2":
+            writer.add_expert_feed_forward_length(config["intermediate_size"])
+        case "exaone-moe":
+            size = config["moe_intermediate_size"] * config["num_shared_experts"]
+            writer.add_expert_shared_feed_forward_length(size)
+            writer.add_sliding_window(config["sliding_window"])
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+            writer.add_nextn_predict_layers(0)
+            writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        case "ernie4_5-moe":
+            writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+            writer.add_leading_dense_block_count(config["moe_layer_start_index"])
+            writer.add_expert_shared_count(config["moe_num_shared_experts"])
+            writer.add_expert_shared_feed_forward_length(config["intermediate_size"] // config["num_key_value_heads"])
+        case "hunyuan-moe":
+            writer.add_expert_shared_feed_forward_length(config["intermediate_size"])
+            writer.add_expert_feed_forward_length(config["intermediate_size"])
+            writer.add_expert_shared_count(1)
+            writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+            writer.add_rope_scaling_factor(1)
+            writer.add_rope_scaling_orig_ctx_len(256 * 1024)
+        case "granitemoe" if config.get("shared_intermediate_size"):
+            writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+        case "llama4":
+            writer.add_interleave_moe_layer_step(config["interleave_moe_layer_step"])
+            writer.add_expert_feed_forward_length(config["intermediate_size"])
 
 
 def _write_latent_attention(writer: gguf.GGUFWriter, config: dict[str, Any], splits: bool) -> None:

@@ -65,7 +65,7 @@ def tiny_model(family: Family, **changes: Any) -> Any:
     router corrections left at 0 would prove nothing."""
     import transformers
 
-    model_class = getattr(transformers, family.architectures[0])
+    model_class = getattr(transformers, changes.pop("architecture", family.architectures[0]))
     return random_model(model_class, model_class.config_class(**{**BASE_CONFIG, **family.tiny_config, **changes}))
 
 

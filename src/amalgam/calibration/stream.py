@@ -151,7 +151,7 @@ class _Layer:
             for routing in routings:
                 assert routing is not None
                 rows, place = (routing[0] == expert_id).nonzero(as_tuple=True)
-                chosen.append((rows, routing[1][rows, place]))
+                chosen.append((rows, routing[1][rows, place] if one.weighs else torch.ones(len(rows))))
             results = self._expert(one, expert, x, [rows for rows, _ in chosen], self._near(expert_id, frames, chosen))
             for total, (rows, share), result in zip(totals, chosen, results, strict=True):
                 total.index_add_(0, rows, result * share.unsqueeze(1))

@@ -96,7 +96,7 @@ class _Recorder:
             rows, place = (expert_ids == expert_id).nonzero(as_tuple=True)
             if not len(rows):
                 continue
-            share = gate_weights[rows, place]
+            share = gate_weights[rows, place] if one.weighs else torch.ones(len(rows))
             mass = float(share.detach().sum())
             part = x[rows]
             gate = self.project(part, expert.gate, expert.gate_bias, rows, mass)

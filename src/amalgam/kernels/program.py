@@ -104,10 +104,12 @@ class Attend:
         head_norms: RMSNorm weights over each query and each key head, with `head_norm_eps`; None: no norm.
         rope: index into the step's rotary tables; None: no rotation.
         window: a token sees so many positions, itself included; None: all before it.
+        chunk: a token sees no position before the last multiple of it (Llama 4); None: no such cut.
         sinks: one logit per head that takes part in the softmax without a value.
         softcap: scores become `softcap × tanh(score / softcap)` (Gemma Team 2024, "Gemma 2"); None: they stay.
         rounds_last: of the head norms, as in `Normalize`.
         is_interleaved: rotary pairs are neighbours, not halves apart.
+        norms_last: the head norms come behind the rotation (Hunyuan); their weights are in the order that it leaves.
     """
 
     query: Rows
@@ -127,6 +129,8 @@ class Attend:
     softcap: float | None = None
     rounds_last: bool = False
     is_interleaved: bool = False
+    norms_last: bool = False
+    chunk: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +170,7 @@ class AttendLatent:
         return self.compressed.width - self.rope_dim
 
 
-Scoring = Literal["softmax", "sigmoid", "chosen", "mixer"]
+Scoring = Literal["softmax", "sigmoid", "chosen", "apart", "mixer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +182,7 @@ class Route:
         softmax  the k largest probabilities over all experts (Shazeer et al. 2017)
         sigmoid  sigmoid scores; `correction` takes part in the choice, not in the weights (DeepSeek-V3)
         chosen   the k largest scores, and a softmax over those alone (gpt-oss)
+        apart    the k largest scores, and the sigmoid of each (Llama 4)
         mixer    the best, then the best of the others; each weighted by a softmax over the candidates within a
                  relative distance of `2 × jitter` of it (Liu et al. 2024, "GRIN: GRadient-INformed MoE")
 
@@ -205,12 +210,24 @@ class Route:
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """out = Σₖ gate weight × expert(x), each expert a gated MLP, with the routing of the last `Route`."""
+    """out = Σₖ gate weight × expert(x), each expert a gated MLP, with the routing of the last `Route`.
+
+    `weighs`: whether there is a gate weight; see `WeighInput`.
+    """
 
     x: Rows
     experts: ExpertTable
     out: Rows
     activation: Activation = SWIGLU
+    weighs: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class WeighInput:
+    """out = x × the gate weight of the token's only expert, by the last `Route` (Llama 4)."""
+
+    x: Rows
+    out: Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,6 +330,7 @@ Instruction = (
     | AttendLatent
     | Route
     | Mix
+    | WeighInput
     | SwiGlu
     | Gelu
     | Clamp

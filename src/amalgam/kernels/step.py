@@ -77,7 +77,7 @@ class CachedAttention:
         rotary: cos and sin, float32 `[tokens, r / 2]`; None: no rotation.
         window: how many positions a token sees, itself included; None: all before it.
         sinks: `[heads]`, logits that take part in the softmax without a value.
-        softcap, rounds_last, is_interleaved: see `Attend`.
+        chunk, softcap, rounds_last, is_interleaved, norms_last: see `Attend`.
     """
 
     cache: LayerCache
@@ -92,6 +92,8 @@ class CachedAttention:
     softcap: float | None = None
     rounds_last: bool = False
     is_interleaved: bool = False
+    norms_last: bool = False
+    chunk: int | None = None
 
 
 class Cache(Protocol):

@@ -81,17 +81,25 @@ LATENT_ATTENTION = {
     ),
 }
 
+# Weights of the indexer of sparse attention, which is not run.
+INDEXER = r"model\.layers\.\d+\.self_attn\.indexer\..*"
+
 
 def fused_experts(
-    logical: str, parts: tuple[str, str, str], *, is_transposed: bool = False, is_interleaved: bool = False
+    logical: str,
+    parts: tuple[str, str, str],
+    *,
+    is_transposed: bool = False,
+    is_interleaved: bool = False,
+    stored: str = f"{_LAYER}.mlp.experts",
 ) -> tuple[FusedTensor, ...]:
     """All experts of a layer in two tensors, as transformers 5 keeps them in memory and publishes newer models.
 
     Args:
         logical: the experts' logical prefix, `model.layers.{}.mlp.experts.{}`.
         parts: logical names of gate, up and down.
+        stored: the two tensors' prefix.
     """
-    stored = f"{_LAYER}.mlp.experts"
     gate, up, down = (f"{logical}.{part}" for part in parts)
     return (
         FusedTensor(f"{stored}.gate_up_proj", (gate, up), True, is_transposed, is_interleaved),

@@ -18,12 +18,14 @@ from amalgam.base.plugins import load_plugins
 from amalgam.errors import CheckpointError, UnsupportedError, describe
 from amalgam.formats.fused import FusedTensor
 from amalgam.models import families
-from amalgam.models.spec import ConfigReader, Family, ModelSpec
+from amalgam.models.spec import AttentionBlock, ConfigReader, Family, ModelSpec
 
 # Several times what the largest published models have. Every layer and expert becomes an object, before any file is
 # asked whether it holds them.
 MAX_LAYERS = 1024
 MAX_EXPERTS = 2**16
+# Older names of `layer_types`, as transformers takes them.
+_OLDER_TYPES = {"attention": "full_attention", "deepseek_sparse_attention": "indexed_attention"}
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 
 
@@ -91,10 +93,18 @@ def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]
     return family, spec
 
 
+def _layer_type(attention: AttentionBlock) -> str:
+    for kind, field in (("sliding", "window"), ("chunked", "chunk")):
+        if getattr(attention, field, None) is not None:
+            return f"{kind}_attention"
+    return "indexed_attention" if getattr(attention, "is_indexed", False) else "full_attention"
+
+
 def _check_layer_types(config: ConfigReader, spec: ModelSpec) -> None:
     """Fail if `layer_types` says of a layer's attention something else than its family reads, or can."""
-    windows = [getattr(layer.attention, "window", None) for layer in spec.layers]
-    expected = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    expected = [_layer_type(layer.attention) for layer in spec.layers]
     found = config.get("layer_types")
+    if isinstance(found, list):
+        found = [_OLDER_TYPES.get(kind, kind) if isinstance(kind, str) else kind for kind in found]
     if found is not None and found != expected:
         config.refuse("layer_types", found, f"{expected}, as the other keys describe this family's layers")

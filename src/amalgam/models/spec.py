@@ -115,12 +115,14 @@ class ModelSpec:
     """Sizes and block choices of a whole decoder.
 
     Attributes:
-        max_positions: the longest sequence that the checkpoint declares.
+        max_positions: the longest sequence that the checkpoint declares, or that is served: see `indexed_positions`.
         norm: of the blocks, and after the last one.
         has_position_embedding: positions are learned vectors, added to the embedding (GPT-2).
         num_draft_layers: layers behind the last one that predict further tokens; checkpoints may hold them, the
             decoder has no use for them.
         norms: where the blocks have theirs.
+        indexed_positions: an indexer chooses so many positions for a token to attend to. Longer sequences are not
+            served: up to there attention is the same without it. None: there is no indexer.
         embedding_scale: multiplies the embedding's rows; `rounds_embedding_scale`: in the activations' type (Gemma).
         residual_scale: multiplies what each block adds to the stream.
         logits_scale, logits_softcap: see `Head`.
@@ -137,6 +139,7 @@ class ModelSpec:
     has_position_embedding: bool = False
     num_draft_layers: int = 0
     norms: Norms = Norms.BEFORE
+    indexed_positions: int | None = None
     embedding_scale: float = 1.0
     rounds_embedding_scale: bool = False
     residual_scale: float = 1.0

@@ -55,8 +55,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
 }
 # Groups of experts, and how many may be used, by layers and experts of the models that were converted before the key
-# existed (autumn of 2025): DeepSeek V2 and V2-Lite, V3 and R1, Moonlight, Kimi K2.
-_GROUPS = {(60, 160): (8, 3), (27, 64): (1, 1), (61, 256): (8, 4), (61, 384): (1, 1)}
+# existed (autumn of 2025): DeepSeek V2 and V2-Lite, V3 and R1, Moonlight, Kimi K2; and GLM-4.7-Flash.
+_GROUPS = {(60, 160): (8, 3), (27, 64): (1, 1), (61, 256): (8, 4), (61, 384): (1, 1), (47, 64): (1, 1)}
 # Llama 3.1 to 3.3 differ in the factor only.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
@@ -127,6 +127,15 @@ class _Metadata(Fields):
         is_flags = isinstance(value, Sequence) and not isinstance(value, str) and list(map(bool, value)) == pattern
         if value is not None and value != period and not is_flags:
             self.unsupported(key, value, f"{period}, or the same for each layer")
+
+    def layer_types(self, num_layers: int, default_period: int) -> list[str]:
+        """Which layers have a window; where that is not said, all but every `default_period`th."""
+        key = "attention.sliding_window_pattern"
+        value = super().get(key, default=default_period)
+        flags = [(layer + 1) % value != 0 for layer in range(num_layers)] if type(value) is int and value > 0 else value
+        if not isinstance(flags, Sequence) or isinstance(flags, str) or len(flags) != num_layers:
+            self.unsupported(key, value, f"a period, or true or false for each of {num_layers} layers")
+        return ["sliding_attention" if flag else "full_attention" for flag in flags]
 
     def has_tensor(self, name: str) -> bool:
         return name in self._store
@@ -277,14 +286,20 @@ def _llama3(metadata: _Metadata, theta: float, rotary_dim: int) -> Config:
     divisors = metadata.small_tensor("rope_freqs.weight")
     factor = float(max(divisors, default=0.0))
     wavelengths = [2 * math.pi * theta ** (2 * i / rotary_dim) for i in range(rotary_dim // 2)]
-    low, high, original = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"], 8192
-    expected = []
-    for wavelength in wavelengths:
-        smooth = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
-        expected.append(1 / ((1 - smooth) / factor + smooth) if factor > 0 else 0.0)
-    if len(divisors) != len(expected) or not np.allclose(divisors, expected, rtol=1e-5, atol=0):
-        metadata.unsupported("rope_freqs.weight", divisors, "the divisors of Llama 3.1 to 3.3")
-    return {"factor": factor, **_LLAMA3}
+    low, original = _LLAMA3["low_freq_factor"], 8192
+
+    def expected(high: float) -> list[float]:
+        turns = [original / wavelength for wavelength in wavelengths]
+        smooth = [min(max((t - low) / (high - low), 0.0), 1.0) if high > low else float(t >= low) for t in turns]
+        return [1 / ((1 - part) / factor + part) if factor > 0 else 0.0 for part in smooth]
+
+    # The second is Llama 4 Scout's: no passage between divided frequencies and others.
+    ends = (_LLAMA3["high_freq_factor"], low)
+    fitting = (h for h in ends if len(divisors) == len(wavelengths) and np.allclose(divisors, expected(h), 1e-5, 0))
+    high = next(fitting, None)
+    if high is None:
+        metadata.unsupported("rope_freqs.weight", divisors, "the divisors of Llama 3.1 to 3.3 and Llama 4")
+    return {"factor": factor, **_LLAMA3, "high_freq_factor": high}
 
 
 def _experts(metadata: _Metadata) -> Config:
@@ -442,6 +457,14 @@ def _granite(metadata: _Metadata) -> Config:
     return config | {"mlp_bias": metadata.has_tensor("blk.0.ffn_gate.bias")}
 
 
+def _granite_moe(metadata: _Metadata) -> Config:
+    # Softmax over the chosen experts' logits is what a softmax over all comes to when it is normalised.
+    config = _granite(metadata) | _softmax_experts(metadata)
+    shared = metadata.int("expert_shared_feed_forward_length", default=0)
+    kind = "GraniteMoeSharedForCausalLM" if shared else "GraniteMoeForCausalLM"
+    return config | {"architectures": [kind], "shared_intermediate_size": shared}
+
+
 def _starcoder2(metadata: _Metadata) -> Config:
     config = _decoder(metadata, "Starcoder2ForCausalLM", "layer_norm_epsilon")
     return config | {
@@ -535,6 +558,82 @@ def _glm4_moe(metadata: _Metadata) -> Config:
     }
 
 
+def _minimax_m2(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "MiniMaxM2ForCausalLM") | _experts(metadata)
+    metadata.expect("expert_gating_func", _UNSAID, _SIGMOID)
+    size = metadata.int("expert_feed_forward_length", default=config["intermediate_size"])
+    return config | {"intermediate_size": size}
+
+
+def _corrected_experts(metadata: _Metadata) -> Config:
+    """`_grouped_experts` without groups, weighed by sigmoids."""
+    metadata.expect("expert_gating_func", _UNSAID, _SIGMOID)
+    normalises = metadata.bool("expert_weights_norm", default=True)
+    return _grouped_experts(metadata, (1, 1)) | {"norm_topk_prob": normalises}
+
+
+def _dots1(metadata: _Metadata) -> Config:
+    # Converters write no window, and none of the models has one.
+    return _decoder(metadata, "Dots1ForCausalLM") | _corrected_experts(metadata) | {"sliding_window": None}
+
+
+def _exaone_moe(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "ExaoneMoeForCausalLM") | _corrected_experts(metadata)
+    shared = config["n_shared_experts"]
+    metadata.expect("expert_shared_feed_forward_length", shared * config["moe_intermediate_size"])
+    config |= {"num_experts": config["n_routed_experts"], "num_shared_experts": shared}
+    window = metadata.int("attention.sliding_window", default=0)
+    if not window:
+        metadata.unsupported("attention.sliding_window", window, "the window that all models of this architecture have")
+    types = metadata.layer_types(config["num_hidden_layers"], default_period=4)
+    return config | {"sliding_window": window, "layer_types": types}
+
+
+def _ernie4_5_moe(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "Ernie4_5_MoeForCausalLM")
+    metadata.expect("expert_gating_func", _UNSAID, _SOFTMAX)
+    size = metadata.int("expert_feed_forward_length")
+    shared = metadata.int("expert_shared_count", default=0)
+    # What converters write is the width of a dense layer divided by the number of KV heads, whatever is shared.
+    metadata.pass_over({"expert_shared_feed_forward_length"})
+    if shared and metadata.width("", "ffn_gate_shexp") != shared * size:
+        metadata.unsupported("expert_shared_count", shared, f"experts of {size} outputs in ffn_gate_shexp")
+    return config | {
+        "use_bias": config["attention_bias"],
+        "moe_num_experts": metadata.num_experts(),
+        "moe_k": metadata.int("expert_used_count"),
+        "moe_intermediate_size": size,
+        "moe_num_shared_experts": shared,
+        "moe_layer_start_index": metadata.int("leading_dense_block_count", default=0),
+        "moe_layer_interval": metadata.int("interleave_moe_layer_step", default=1),
+    }
+
+
+def _hunyuan_moe(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "HunYuanMoEV1ForCausalLM") | _softmax_experts(metadata)
+    metadata.expect("expert_shared_count", 0, 1)
+    metadata.pass_over({"rope.scaling.original_context_length"})  # told with a base that is stretched already
+    for key in ("expert_feed_forward_length", "expert_shared_feed_forward_length"):
+        metadata.expect(key, config["intermediate_size"])
+    return config | {"moe_topk": config["num_experts_per_tok"]}
+
+
+def _llama4(metadata: _Metadata) -> Config:
+    config = _decoder(metadata, "Llama4ForCausalLM") | _experts(metadata)
+    metadata.expect("expert_gating_func", _UNSAID, _SIGMOID)
+    metadata.expect("leading_dense_block_count", 0)
+    metadata.pass_over({"attention.sliding_window"})  # llama.cpp takes 8192, and sets the sizes below likewise
+    return config | {
+        "intermediate_size_mlp": config["intermediate_size"],
+        "intermediate_size": metadata.int("expert_feed_forward_length"),
+        "interleave_moe_layer_step": metadata.int("interleave_moe_layer_step", default=1),
+        "use_qk_norm": config["num_experts"] != 128,
+        "attention_chunk_size": 8192,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    }
+
+
 def _gpt2(metadata: _Metadata) -> Config:
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -568,6 +667,13 @@ ARCHITECTURES: Mapping[str, Callable[[_Metadata], Config]] = {
     "granite": _granite,
     "starcoder2": _starcoder2,
     "olmoe": _olmoe,
+    "granitemoe": _granite_moe,
+    "minimax-m2": _minimax_m2,
+    "dots1": _dots1,
+    "exaone-moe": _exaone_moe,
+    "ernie4_5-moe": _ernie4_5_moe,
+    "hunyuan-moe": _hunyuan_moe,
+    "llama4": _llama4,
     "gpt-oss": _gpt_oss,
     "deepseek2": _deepseek2,
     "glm4moe": _glm4_moe,
@@ -599,5 +705,13 @@ _MODEL_TYPES = {
     "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v3",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "GraniteMoeForCausalLM": "granitemoe",
+    "GraniteMoeSharedForCausalLM": "granitemoeshared",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
+    "Dots1ForCausalLM": "dots1",
+    "ExaoneMoeForCausalLM": "exaone_moe",
+    "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
+    "HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe",
+    "Llama4ForCausalLM": "llama4_text",
     "GPT2LMHeadModel": "gpt2",
 }

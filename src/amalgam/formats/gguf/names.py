@@ -162,7 +162,8 @@ def _experts(
 def _whole(store: TensorStore, naming: Naming, stem: str, suffix: str, entry: TensorEntry) -> Piece:
     if naming.has_pairs and stem in ("blk.{}.attn_q", "blk.{}.attn_k"):
         return _piece(entry, _from_pairs(entry, _num_heads(store, stem, entry)))
-    if stem == "blk.{}.ffn_gate_inp_shexp" and len(entry.shape) == 1:
+    is_row = stem == "blk.{}.ffn_gate_inp_shexp" or str(naming.names.get(f"{stem}.{suffix}")).endswith(_STATICS)
+    if is_row and len(entry.shape) == 1:
         return _piece(replace(entry, shape=(1, *entry.shape)))
     if naming.has_raised_norms and stem.endswith("_norm"):
         if entry.dtype is not torch.float32 or entry.encoding is not None:
@@ -245,7 +246,14 @@ _GEMMA = {**_OUTSIDE, **_ATTENTION, **_POST_NORMS, **_layer({"ffn_norm": "pre_fe
 _SHARED = _layer({f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")})
 _SHARED_ONE = _layer({f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")})
 _CORRECTION = {"blk.{}.exp_probs_b.bias": f"{_LAYER}.mlp.gate.e_score_correction_bias"}
+_STATICS = "mlp.moe_statics.e_score_correction_bias"  # of ERNIE, `[1, experts]`
 _W123 = ("w1", "w3", "w2")
+_LLAMA4 = _layer(
+    {
+        **{f"ffn_{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")},
+        **{f"ffn_{part}_shexp": f"feed_forward.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+    }
+)
 
 _DENSE = {**_OUTSIDE, **_ATTENTION, **_MLP_NORM, **_MLP}
 _MOE = {**_DENSE, **_experts_of("mlp")}
@@ -289,6 +297,38 @@ NAMINGS: Mapping[str, Naming] = {
     "phimoe": Naming({**_DENSE, **_experts_of("block_sparse_moe", projections=_W123)}),
     "glm4moe": Naming(
         {**_OUTSIDE, **_ATTENTION, **_HEAD_NORMS, **_LATE_NORM, **_MLP, **_experts_of("mlp"), **_SHARED, **_CORRECTION}
+    ),
+    "granitemoe": Naming(
+        {
+            **_DENSE,
+            **_experts_of("block_sparse_moe", router="router.layer", projections=_W123),
+            **_layer({f"ffn_{part}_shexp": f"shared_mlp.{part}_proj" for part in ("gate", "up", "down")}),
+        },
+        has_pairs=True,
+    ),
+    "minimax-m2": Naming(
+        {
+            **_DENSE,
+            **_HEAD_NORMS,
+            **_experts_of("block_sparse_moe", projections=_W123),
+            "blk.{}.exp_probs_b.bias": f"{_LAYER}.block_sparse_moe.e_score_correction_bias",
+        }
+    ),
+    "dots1": Naming({**_MOE, **_HEAD_NORMS, **_SHARED, **_CORRECTION}),
+    "exaone-moe": Naming(
+        {**_MOE, **_HEAD_NORMS, **_SHARED, "blk.{}.exp_probs_b.bias": f"{_LAYER}.mlp.e_score_correction_bias"}
+    ),
+    "ernie4_5-moe": Naming({**_MOE, **_SHARED, "blk.{}.exp_probs_b.bias": f"{_LAYER}.{_STATICS}"}),
+    "hunyuan-moe": Naming(
+        {
+            **_DENSE,
+            **_experts_of("mlp", router="gate.wg"),
+            **_layer({"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}),
+            **_layer({f"ffn_{part}_shexp": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}),
+        }
+    ),
+    "llama4": Naming(
+        {**_OUTSIDE, **_ATTENTION, **_MLP_NORM, **_LLAMA4, **_experts_of("feed_forward", router="router")}
     ),
     "gpt-oss": Naming(
         {

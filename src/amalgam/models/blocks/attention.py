@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from amalgam.kernels.program import Attend, Emitter, Normalize, Rows, ScaleByPosition
 from amalgam.models.blocks.norms import norm_weight
 from amalgam.models.rope import Rope
@@ -29,7 +31,10 @@ class Attention:
         softcap: scores are kept within ±softcap by a tanh (Gemma 2).
         is_interleaved: rotary pairs are neighbours, not halves apart.
         head_norm_adds_one: the head norms are Gemma's, see `RmsNorm`.
-        sharpening: (beta, length): queries grow with their positions, as `ScaleByPosition` does it.
+        sharpening: (beta, length), perhaps an offset: queries grow with their positions, as `ScaleByPosition` does it.
+        norms_last: the head norms come behind the rotation (Hunyuan).
+        has_unit_norm: every query and key head is normed, without weights (Llama 4).
+        chunk: a token sees no position before the last multiple of it (Llama 4).
     """
 
     num_heads: int
@@ -45,7 +50,10 @@ class Attention:
     softcap: float | None = None
     is_interleaved: bool = False
     head_norm_adds_one: bool = False
-    sharpening: tuple[float, int] | None = None
+    sharpening: tuple[float, int] | tuple[float, int, int] | None = None
+    norms_last: bool = False
+    has_unit_norm: bool = False
+    chunk: int | None = None
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -70,6 +78,8 @@ class Attention:
         attended = step.rows("attended", self.num_heads * self.head_dim)
         adds_one = self.head_norm_adds_one
         norms = [norm_weight(weights, name, adds_one) for name in ("q_norm", "k_norm") if self.has_head_norm]
+        if self.has_unit_norm:
+            norms = [torch.ones(self.head_dim)] * 2
         if self.sharpening is not None:
             step.add(ScaleByPosition(query, *self.sharpening))
         step.add(
@@ -91,6 +101,8 @@ class Attention:
                 softcap=self.softcap,
                 rounds_last=adds_one,
                 is_interleaved=self.is_interleaved,
+                norms_last=self.norms_last,
+                chunk=self.chunk,
             )
         )
         (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amalgam.kernels.program import AttendLatent, Emitter, Normalize, Rows
+from amalgam.kernels.program import AttendLatent, Emitter, Normalize, Rows, ScaleByPosition
 from amalgam.models.rope import Rope
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
@@ -25,6 +25,9 @@ class LatentAttention:
         query_rank: the queries' own low rank; None: one full projection.
         scale: of the scores before the softmax.
         is_interleaved: rotary pairs are neighbours in the checkpoint, not halves apart.
+        is_indexed: the model attends to the positions that an indexer chooses (DeepSeek-V3.2). It chooses all of a
+            context that is short enough, and no other is served: see `ModelSpec.indexed_positions`.
+        sharpening: (beta, length): queries grow with their positions, as `ScaleByPosition` does it (Mistral 4).
     """
 
     num_heads: int
@@ -37,6 +40,8 @@ class LatentAttention:
     scale: float
     is_interleaved: bool
     has_bias: bool
+    sharpening: tuple[float, int] | None = None
+    is_indexed: bool = False
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -66,6 +71,8 @@ class LatentAttention:
         query = self._emit_query(step, x, weights)
         (compressed,) = step.project(x, (weights["kv_a"], weights.vector("kv_a_bias"), "compressed"))
         attended = step.rows("attended", self.num_heads * self.value_dim)
+        if self.sharpening is not None:
+            step.add(ScaleByPosition(query, *self.sharpening))
         step.add(
             AttendLatent(
                 query,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from amalgam.kernels.packed import SWIGLU, Activation
-from amalgam.kernels.program import Add, Emitter, Mix, Project, Projection, Route, Rows, ScaleBySigmoid
+from amalgam.kernels.program import Add, Emitter, Mix, Project, Projection, Route, Rows, ScaleBySigmoid, WeighInput
 from amalgam.models.blocks.mlp import emit_gated, gated_slots
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
@@ -33,20 +33,22 @@ class Router(Protocol):
 class SoftmaxRouter:
     """Probabilities over all experts, the top k kept (Shazeer et al. 2017; Fedus et al. 2022).
 
-    `normalises` divides them by their sum, to which `sum_eps` is added.
+    `normalises` divides them by their sum, to which `sum_eps` is added; `scaling` multiplies them then.
     """
 
     num_experts: int
     num_active_experts: int
     normalises: bool
     sum_eps: float = 0.0
+    scaling: float = 1.0
 
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         yield Slot("router", (self.num_experts, hidden_size), "router")
 
     def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
         router, k = weights["router"], self.num_active_experts
-        return Route(x, router, layer_id, k, normalises=self.normalises, sum_eps=self.sum_eps)
+        normalises, sum_eps, scaling = self.normalises, self.sum_eps, self.scaling
+        return Route(x, router, layer_id, k, normalises=normalises, sum_eps=sum_eps, scaling=scaling)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class SparseMoe:
     Attributes:
         shared_size: width of the shared experts, which are one SwiGLU MLP; 0: none.
         has_shared_gate: the shared experts' output is multiplied by a sigmoid of a projection of x (Qwen2-MoE).
+        weighs_input: the gate weight of a token's only expert multiplies what goes in, not what comes out (Llama 4).
     """
 
     router: Router
@@ -107,6 +110,7 @@ class SparseMoe:
     has_bias: bool = False
     shared_size: int = 0
     has_shared_gate: bool = False
+    weighs_input: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -128,7 +132,12 @@ class SparseMoe:
 
     def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
         delta = step.rows("delta", x.width)
-        step.add(self.router.route(x, weights, step.layer_id), Mix(x, weights.experts, delta, self.activation))
+        step.add(self.router.route(x, weights, step.layer_id))
+        routed = x
+        if self.weighs_input:
+            routed = step.rows("weighed", x.width)
+            step.add(WeighInput(x, routed))
+        step.add(Mix(routed, weights.experts, delta, self.activation, weighs=not self.weighs_input))
         if self.shared_size:
             shared = emit_gated(step, x, weights, "shared.", "shared")
             if self.has_shared_gate:

@@ -138,9 +138,19 @@ class LatentDefaults:
 
 
 def read_latent_attention(
-    config: ConfigReader, *, is_interleaved: bool, defaults: LatentDefaults = LatentDefaults()
+    config: ConfigReader,
+    *,
+    is_interleaved: bool,
+    defaults: LatentDefaults = LatentDefaults(),
+    says_share: bool = False,
+    rope_settings: frozenset[str] = frozenset(),
 ) -> LatentAttention:
-    """Latent attention as DeepSeek-V2 and V3 configure it. `head_dim` means something else there and is not read."""
+    """Latent attention as DeepSeek-V2 and V3 configure it. `head_dim` means something else there and is not read.
+
+    Args:
+        says_share: the settings may say which share of a whole head turns, which `qk_rope_head_dim` says already.
+        rope_settings: those that the family reads itself.
+    """
     heads = config.int("num_attention_heads")
     config.expect("num_key_value_heads", heads)
     nope_dim = config.int("qk_nope_head_dim", default=defaults.nope_dim)
@@ -148,6 +158,12 @@ def read_latent_attention(
     settings = RopeSettings(config)
     sharpening = settings.optional("mscale_all_dim")
     magnitude = 1.0 if sharpening is None else yarn_scale(settings.number("factor"), sharpening)
+    width = nope_dim + rope_dim if says_share else rope_dim
+    rope = read_rope(config, width, default_fraction=rope_dim / width if says_share else None, others=rope_settings)
+    if rope.rotary_dim != rope_dim:
+        config.refuse(
+            "partial_rotary_factor", rope.rotary_dim / width, f"{rope_dim / width:g}, as qk_rope_head_dim says"
+        )
     has_query_rank = not config.is_null("q_lora_rank")
     return LatentAttention(
         num_heads=heads,
@@ -156,7 +172,7 @@ def read_latent_attention(
         nope_dim=nope_dim,
         rope_dim=rope_dim,
         value_dim=config.int("v_head_dim", default=defaults.value_dim),
-        rope=read_rope(config, rope_dim),
+        rope=rope,
         scale=(nope_dim + rope_dim) ** -0.5 * magnitude**2,
         is_interleaved=is_interleaved,
         has_bias=config.bool("attention_bias", default=False),

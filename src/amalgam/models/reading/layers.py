@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from amalgam.base.fields import REQUIRED, Required
 from amalgam.models.blocks.attention import Attention
 from amalgam.models.blocks.mixture import CorrectedRouter, ExpertGroups, Router, SparseMoe
 from amalgam.models.blocks.mlp import DenseMlp
@@ -47,6 +48,12 @@ def with_draft_layers(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
     return replace(spec, num_draft_layers=config.int("num_nextn_predict_layers", default=1, low=0))
 
 
+def with_indexer(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
+    """The spec, limited to sequences for which the indexer of sparse attention chooses every position."""
+    chosen = config.int("index_topk", default=2048)
+    return replace(spec, indexed_positions=chosen, max_positions=min(chosen, spec.max_positions))
+
+
 def with_multipliers(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
     """The spec with Granite's factors on the embedding, on what the blocks add, and on the logits."""
     divisor = config.float("logits_scaling", default=1.0)
@@ -60,10 +67,22 @@ def with_multipliers(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
     )
 
 
-def read_expert_counts(config: ConfigReader, active_key: str = "num_experts_per_tok") -> tuple[int, int]:
-    """Experts of a layer, and how many of them a token goes to, which is `active_key`."""
-    num_experts = config.int("num_experts", "num_local_experts", "n_routed_experts")
-    num_active = config.int(active_key)
+def read_expert_counts(
+    config: ConfigReader,
+    active_key: str = "num_experts_per_tok",
+    *count_keys: str,
+    default_experts: int | Required = REQUIRED,
+    default_active: int | Required = REQUIRED,
+) -> tuple[int, int]:
+    """Experts of a layer, and how many of them a token goes to, which is `active_key`.
+
+    Args:
+        count_keys: what else the number of experts may be called.
+    """
+    num_experts = config.int(
+        *count_keys, "num_experts", "num_local_experts", "n_routed_experts", default=default_experts
+    )
+    num_active = config.int(active_key, default=default_active)
     if num_active > num_experts:
         config.refuse(active_key, num_active, f"at most the {num_experts} experts of a layer")
     return num_experts, num_active

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 from amalgam.models.rope import Linear, Llama3, LongRope, Rope, Scaling, Yarn, yarn_scale
 from amalgam.models.spec import ConfigReader
@@ -69,6 +70,9 @@ class RopeSettings:
         """How many dimensions of a head turn, where that is said in dimensions."""
         return int(self.number("rotary_dim", default=default))
 
+    def refuse(self, key: str, value: float, allowed: str) -> NoReturn:
+        self._values.refuse(key, value, allowed)
+
     def refuse_unknown(self, known: set[str]) -> None:
         """Fail on a setting that would otherwise be ignored."""
         self._values.pass_over(known)
@@ -93,11 +97,13 @@ def _read_linear(settings: RopeSettings) -> Linear:
 
 
 def _read_llama3(settings: RopeSettings) -> Llama3:
-    low = settings.number("low_freq_factor")
+    low, high = settings.number("low_freq_factor"), settings.number("high_freq_factor")
+    if high < low:  # equal: no passage between (Llama 4 Scout)
+        settings.refuse("high_freq_factor", high, f"at least low_freq_factor {low:g}")
     return Llama3(
         factor=settings.number("factor"),
         low_freq_factor=low,
-        high_freq_factor=settings.number("high_freq_factor", above=low),
+        high_freq_factor=high,
         original_max_positions=settings.original_max_positions(),
     )
 

@@ -51,6 +51,7 @@ def paged_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Causal attention over a paged cache; see `operators.paged_attention`.
 
@@ -70,6 +71,7 @@ def paged_attention(
         window,
         None if sinks is None else sinks.to("cpu", torch.float32).contiguous(),
         softcap,
+        chunk,
         torch.get_num_threads(),
     )
     return out
@@ -109,11 +111,13 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, how: CachedAtten
         how.rounds_last,
         _pair(how.rotary),
         how.is_interleaved,
+        how.norms_last,
         out,
         how.scale,
         how.window,
         None if how.sinks is None else how.sinks.to("cpu", torch.float32).contiguous(),
         how.softcap,
+        how.chunk,
         torch.get_num_threads(),
     )
     return out

@@ -38,6 +38,7 @@ from amalgam.kernels.program import (
     ScaleByPosition,
     ScaleBySigmoid,
     SwiGlu,
+    WeighInput,
 )
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ class Encoder:
             one.softcap,
             one.rounds_last,
             one.is_interleaved,
+            one.norms_last,
+            one.chunk,
         )
         return True
 
@@ -181,7 +184,11 @@ class Encoder:
         if not isinstance(one.experts, PanelExperts):
             return False
         x, out, numbers = self._columns(one.x), self._columns(one.out), numbers_of(one.activation)
-        self.native.add_mix(x, one.experts.native, out, *numbers, self.num_routes - 1)
+        self.native.add_mix(x, one.experts.native, out, *numbers, self.num_routes - 1, one.weighs)
+        return True
+
+    def _weigh_input(self, one: WeighInput) -> bool:
+        self.native.add_weigh_input(self._columns(one.x), self._columns(one.out), self.num_routes - 1)
         return True
 
     def _swiglu(self, one: SwiGlu) -> bool:
@@ -246,6 +253,7 @@ _ENCODERS: dict[type[Instruction], Callable[[Encoder, Any], bool]] = {
     ScaleByPosition: Encoder._scale_by_position,
     ScaleBySigmoid: Encoder._scale_by_sigmoid,
     SwiGlu: Encoder._swiglu,
+    WeighInput: Encoder._weigh_input,
 }
 
 

@@ -112,10 +112,11 @@ class CpuOperators(Operators):
         window: int | None = None,
         sinks: Tensor | None = None,
         softcap: float | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         is_compiled = attention.supports_paged_attention(query, cache, batch)
         attend = attention.paged_attention if is_compiled else Operators.paged_attention
-        return attend(query, cache, batch, scale=scale, window=window, sinks=sinks, softcap=softcap)
+        return attend(query, cache, batch, scale=scale, window=window, sinks=sinks, softcap=softcap, chunk=chunk)
 
     @classmethod
     def cached_attention(cls, query: Tensor, key: Tensor, value: Tensor, how: CachedAttention) -> Tensor:

@@ -20,7 +20,7 @@ from amalgam.kernels.backends.cpu.encoders import Encoder
 from amalgam.kernels.backends.cpu.operators import CpuOperators, who_runs
 from amalgam.kernels.backends.cpu.workspace import Workspace, new_routing
 from amalgam.kernels.backends.reference.interpreter import Frame, execute, logits_of
-from amalgam.kernels.program import Instruction, Mix, Rows
+from amalgam.kernels.program import Instruction, Mix, Rows, WeighInput
 from amalgam.kernels.step import StepContext
 
 
@@ -159,7 +159,7 @@ class _CpuFrame(Frame):
     def execute(self, instruction: Instruction, route_index: int) -> None:
         """Run one instruction behind so many routes."""
         self._route_index = route_index
-        if isinstance(instruction, Mix):
+        if isinstance(instruction, Mix | WeighInput):
             self.routing = self._expert_ids[route_index], self._gate_weights[route_index]
         execute(instruction, self)
 

@@ -37,6 +37,7 @@ from amalgam.kernels.program import (
     ScaleByPosition,
     ScaleBySigmoid,
     SwiGlu,
+    WeighInput,
 )
 from amalgam.kernels.step import CachedAttention, StepContext
 
@@ -221,6 +222,8 @@ def _attend(one: Attend, frame: Frame) -> None:
         softcap=one.softcap,
         rounds_last=one.rounds_last,
         is_interleaved=one.is_interleaved,
+        norms_last=one.norms_last,
+        chunk=one.chunk,
     )
     query, key, value = frame.get(one.query), frame.get(one.key), frame.get(one.value)
     frame.put(one.out, frame.operators.cached_attention(query, key, value, how))
@@ -277,6 +280,8 @@ def _route(one: Route, frame: Frame) -> None:
     gate_weights = scores.gather(1, expert_ids)
     if one.scoring == "chosen":
         gate_weights = torch.softmax(gate_weights, dim=-1)
+    elif one.scoring == "apart":
+        gate_weights = frame.operators.sigmoid(gate_weights)
     if one.normalises:
         gate_weights = gate_weights / (gate_weights.sum(-1, keepdim=True) + one.sum_eps)
     frame.route(one.layer_id, expert_ids, gate_weights * one.scaling)
@@ -306,7 +311,16 @@ def _mixed_choices(scores: Tensor, one: Route) -> tuple[Tensor, Tensor]:
 
 def _mix(one: Mix, frame: Frame) -> None:
     assert frame.routing is not None
-    frame.put(one.out, frame.operators.moe(frame.get(one.x), *frame.routing, one.experts, one.activation))
+    expert_ids, gate_weights = frame.routing
+    if not one.weighs:
+        gate_weights = torch.ones_like(gate_weights)
+    frame.put(one.out, frame.operators.moe(frame.get(one.x), expert_ids, gate_weights, one.experts, one.activation))
+
+
+def _weigh_input(one: WeighInput, frame: Frame) -> None:
+    assert frame.routing is not None and frame.routing[1].shape[1] == 1
+    x = frame.get(one.x)
+    frame.put(one.out, (x.float() * frame.routing[1]).to(x.dtype))
 
 
 def _swiglu(one: SwiGlu, frame: Frame) -> None:
@@ -381,4 +395,5 @@ _HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {
     ScaleByPosition: _scale_by_position,
     ScaleBySigmoid: _scale_by_sigmoid,
     SwiGlu: _swiglu,
+    WeighInput: _weigh_input,
 }

@@ -256,6 +256,7 @@ def paged_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Causal attention over a paged cache with an online softmax (Milakov & Gimelshein 2018; Kwon et al. 2023).
 
@@ -322,6 +323,8 @@ def paged_attention(
         visible = (distance >= 0) & exists[:, None, :]
         if window is not None:
             visible &= distance < window
+        if chunk is not None:
+            visible &= (row_position[active] // chunk * chunk)[:, :, None] <= key_position.to(device)
         visible = visible.repeat_interleave(shared, dim=1).unsqueeze(1)
         scores = _batched_product(tiles[active], key)
         if softcap is not None:
@@ -382,17 +385,37 @@ class Operators:
         """
         tokens, cache, dim = query.shape[0], how.cache, how.cache.keys.shape[2]
         queries, new_keys = query.view(tokens, -1, dim), key.view(tokens, -1, dim)
-        if how.norms is not None:
-            kind = torch.float32 if how.rounds_last else queries.dtype
-            queries = cls.rms_norm(queries.to(kind), how.norms[0], how.norm_eps).to(queries.dtype)
-            new_keys = cls.rms_norm(new_keys.to(kind), how.norms[1], how.norm_eps).to(new_keys.dtype)
-        if how.rotary is not None:
-            if how.is_interleaved:
-                width = 2 * how.rotary[0].shape[1]
-                queries, new_keys = part_pairs(queries, width), part_pairs(new_keys, width)
-            queries, new_keys = cls.rotate(queries, *how.rotary), cls.rotate(new_keys, *how.rotary)
+        for place in (cls._rotated, cls._normed) if how.norms_last else (cls._normed, cls._rotated):
+            queries, new_keys = place(queries, new_keys, how)
         cls.write_kv(cache, new_keys, value.view(tokens, *cache.values.shape[1:]), how.slot_ids)
         attended = cls.paged_attention(
-            queries, cache, how.batch, scale=how.scale, window=how.window, sinks=how.sinks, softcap=how.softcap
+            queries,
+            cache,
+            how.batch,
+            scale=how.scale,
+            window=how.window,
+            sinks=how.sinks,
+            softcap=how.softcap,
+            chunk=how.chunk,
         )
         return attended.flatten(1)
+
+    @classmethod
+    def _normed(cls, queries: Tensor, keys: Tensor, how: CachedAttention) -> tuple[Tensor, Tensor]:
+        if how.norms is None:
+            return queries, keys
+        kind = torch.float32 if how.rounds_last else queries.dtype
+        normed = (
+            cls.rms_norm(x.to(kind), weight, how.norm_eps).to(x.dtype)
+            for x, weight in zip((queries, keys), how.norms, strict=True)
+        )
+        return next(normed), next(normed)
+
+    @classmethod
+    def _rotated(cls, queries: Tensor, keys: Tensor, how: CachedAttention) -> tuple[Tensor, Tensor]:
+        if how.rotary is None:
+            return queries, keys
+        if how.is_interleaved:
+            width = 2 * how.rotary[0].shape[1]
+            queries, keys = part_pairs(queries, width), part_pairs(keys, width)
+        return cls.rotate(queries, *how.rotary), cls.rotate(keys, *how.rotary)

@@ -81,7 +81,7 @@ void for_each_item(const AttentionPlan& plan, const AttentionArgs& args, const A
             item.num_positions = std::min(cut.positions, sequence.num_tokens - token);
             item.first_kv_head = head;
             item.num_kv_heads = std::min(cut.heads, args.kv_heads - head);
-            item.first_key = args.window > 0 ? std::max<int64_t>(0, item.first_position - args.window + 1) : 0;
+            item.first_key = first_visible(args, item.first_position);
             item.end_key = item.first_position + item.num_positions;
             function(item);
         }

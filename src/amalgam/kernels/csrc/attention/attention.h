@@ -7,6 +7,7 @@
 // with it nor on how the work was shared out.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -69,9 +70,16 @@ struct AttentionArgs {
     int64_t kv_heads;
     float scale;
     int64_t window;      // a token sees so many positions, itself included; 0: all before it
+    int64_t chunk;       // a token sees no position before the last multiple of it; 0: no such cut
     const float* sinks;  // [heads] or null
     float softcap;       // scores become softcap * tanh(score / softcap); 0: they stay
 };
+
+// The first position that a token at `position` sees.
+inline int64_t first_visible(const AttentionArgs& args, int64_t position) {
+    const int64_t chunk = args.chunk > 0 ? position / args.chunk * args.chunk : 0;
+    return args.window > 0 ? std::max(chunk, position - args.window + 1) : chunk;
+}
 
 // Some positions of one sequence × some KV heads × some keys. Rows are numbered [kv head, position, shared head].
 struct AttentionItem {

@@ -33,34 +33,44 @@ void part_pairs(const void* from, int64_t heads, int64_t dim, int64_t half, void
     }
 }
 
+// Some of a token's heads, rotated, from `x` to `out`, which do not overlap.
+void rotate_heads(const Kernels& kernels, const CachedAttentionArgs& args, int64_t token, int64_t heads, const void* x,
+                  void* out) {
+    static thread_local Bytes halves;
+    const int64_t dim = args.attention.keys.dim, size = heads * dim;
+    if (args.is_interleaved) {
+        void* apart = room(halves, size * dtype_bytes(args.dtype));
+        if (args.dtype == DType::kFloat32) {
+            part_pairs<float>(x, heads, dim, args.half, apart);
+        } else {
+            part_pairs<Bfloat16>(x, heads, dim, args.half, apart);
+        }
+        x = apart;
+    }
+    const int64_t row = args.positions != nullptr ? args.positions[token] : token;
+    const float *cos = args.cos + row * args.half, *sin = args.sin + row * args.half;
+    kernels.rotate({x, cos, sin, out, size, heads, dim, args.half, args.dtype}, 0, 1);
+}
+
 // Some of a token's heads, normed and rotated, from `x` to `out`, which do not overlap.
 void place_heads(const Kernels& kernels, const CachedAttentionArgs& args, int64_t token, int64_t heads, const void* x,
                  const void* norm, void* out) {
-    static thread_local Bytes buffer, halves;
-    const int64_t dim = args.attention.keys.dim, size = heads * dim;
-    const int64_t bytes = size * dtype_bytes(args.dtype);
-    if (norm != nullptr) {
-        void* normed = args.cos != nullptr ? room(buffer, bytes) : out;
+    static thread_local Bytes buffer;
+    const int64_t dim = args.attention.keys.dim, bytes = heads * dim * dtype_bytes(args.dtype);
+    const bool has_norm = norm != nullptr, has_rope = args.cos != nullptr;
+    void* between = has_norm && has_rope ? room(buffer, bytes) : out;
+    const auto normalize = [&](const void* from, void* to) {
         kernels.rms_norm(
-            {x, nullptr, nullptr, norm, normed, dim, args.eps, args.dtype, args.norm_dtype, args.rounds_last}, 0,
-            heads);
-        x = normed;
-    }
-    if (args.cos != nullptr) {
-        if (args.is_interleaved) {
-            void* apart = room(halves, bytes);
-            if (args.dtype == DType::kFloat32) {
-                part_pairs<float>(x, heads, dim, args.half, apart);
-            } else {
-                part_pairs<Bfloat16>(x, heads, dim, args.half, apart);
-            }
-            x = apart;
-        }
-        const int64_t row = args.positions != nullptr ? args.positions[token] : token;
-        const float *cos = args.cos + row * args.half, *sin = args.sin + row * args.half;
-        kernels.rotate({x, cos, sin, out, size, heads, dim, args.half, args.dtype}, 0, 1);
-    } else if (x != out) {
+            {from, nullptr, nullptr, norm, to, dim, args.eps, args.dtype, args.norm_dtype, args.rounds_last}, 0, heads);
+    };
+    if (!has_norm && !has_rope) {
         std::memcpy(out, x, static_cast<size_t>(bytes));
+    } else if (args.norms_last) {
+        if (has_rope) rotate_heads(kernels, args, token, heads, x, between);
+        if (has_norm) normalize(has_rope ? between : x, out);
+    } else {
+        if (has_norm) normalize(x, between);
+        if (has_rope) rotate_heads(kernels, args, token, heads, has_norm ? between : x, out);
     }
 }
 

@@ -8,7 +8,7 @@ namespace amalgam {
 
 // Norm of every query and key head (see RmsNormArgs), rotary embedding (see RotateArgs), keys and values into the
 // cache, attention over it. is_interleaved: rotary pairs are neighbours; they leave as halves, queries and keys alike,
-// which no score notices. All activations are of one type; rows are dense.
+// which no score notices. norms_last: after the rotation. All activations are of one type; rows are dense.
 struct CachedAttentionArgs {
     const void* query;  // [tokens, heads, dim]
     const void* key;    // [tokens, kv heads, dim]
@@ -19,7 +19,7 @@ struct CachedAttentionArgs {
     const void* key_norm;
     DType norm_dtype;
     float eps;
-    bool rounds_last, is_interleaved;
+    bool rounds_last, is_interleaved, norms_last;
     const float* cos;  // [tokens, half], or by position; null: no rotation
     const float* sin;
     const int64_t* positions;  // [tokens], rows of cos and sin; null: they are by token

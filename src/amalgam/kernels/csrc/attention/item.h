@@ -318,7 +318,7 @@ class Attention {
         const bool is_capped = args_.softcap > 0.0f;
         for (int m = 0; m < M; ++m) {
             const int64_t last = item_.first_position + (local + m) / shared_ - tile.first_key;
-            const int64_t first = args_.window > 0 ? last - args_.window + 1 : 0;
+            const int64_t first = first_visible(args_, last + tile.first_key) - tile.first_key;
             const bool is_whole = first <= 0 && last >= blocks * kLanes - 1;
             float* scores = scores_ + m * kTileKeys;
             old_maximum[m] = maximum_[row + m];

@@ -315,15 +315,17 @@ void make_plan(AttentionPlan* self, const Tensor& query_starts, const Tensor& co
 // The parts of an attention's arguments that both functions below have.
 AttentionArgs attention_args(const AttentionPlan& plan, int64_t tokens, int64_t heads, int64_t num_slots,
                              int64_t kv_heads, float scale, std::optional<int64_t> window, const Tensor& sinks,
-                             std::optional<float> softcap) {
+                             std::optional<float> softcap, std::optional<int64_t> chunk) {
     AttentionArgs args{};
     args.heads = heads;
     args.kv_heads = kv_heads;
     args.scale = scale;
     args.window = window.value_or(0);
     args.softcap = softcap.value_or(0.0f);
+    args.chunk = chunk.value_or(0);
     if (sinks) args.sinks = sinks.dense("sinks", kFloat32, {heads}).data<const float>();
     require(softcap.value_or(1.0f) > 0.0f, "softcap is " + std::to_string(args.softcap) + "; needed: above 0");
+    require(chunk.value_or(1) >= 1, "chunk is " + std::to_string(args.chunk) + "; needed: at least 1");
     require(window.value_or(1) >= 1, "window is " + std::to_string(args.window) + "; needed: at least 1");
     require(kv_heads > 0 && heads % kv_heads == 0,
             "keys has " + std::to_string(kv_heads) + " heads; needed: a divisor of " + std::to_string(heads));
@@ -336,7 +338,7 @@ AttentionArgs attention_args(const AttentionPlan& plan, int64_t tokens, int64_t 
 
 void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tensor& query, const CacheTuple& keys,
             const CacheTuple& values, const Tensor& out, float scale, std::optional<int64_t> window,
-            const Tensor& sinks, std::optional<float> softcap, int threads) {
+            const Tensor& sinks, std::optional<float> softcap, std::optional<int64_t> chunk, int threads) {
     const CacheView key_view = cache_view("keys", keys, 1), value_view = cache_view("values", values, 1);
     const Tensor& first = std::get<0>(keys);
     std::get<0>(values).rows("values", kCaches, {first.shape(0), first.shape(1), kAny});
@@ -345,7 +347,7 @@ void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tens
     out.dense("out", query.kind(), {tokens, heads, value_view.dim});
     require(key_view.dim > 0, "keys is " + first.describe() + "; needed: dimensions");
     AttentionArgs args =
-        attention_args(plan, tokens, heads, first.shape(0), first.shape(1), scale, window, sinks, softcap);
+        attention_args(plan, tokens, heads, first.shape(0), first.shape(1), scale, window, sinks, softcap, chunk);
     args.keys = key_view;
     args.values = value_view;
     args.query = query.data();
@@ -360,8 +362,9 @@ void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tens
 void attend_cached(const AttentionKernels& table, const Kernels& kernels, const AttentionPlan& plan,
                    const std::tuple<Tensor, Tensor, Tensor>& rows, const CacheTuple& keys, const CacheTuple& values,
                    const Tensor& slot_ids, const std::tuple<Tensor, Tensor>& norms, float eps, bool rounds_last,
-                   const std::tuple<Tensor, Tensor>& rotary, bool is_interleaved, const Tensor& out, float scale,
-                   std::optional<int64_t> window, const Tensor& sinks, std::optional<float> softcap, int threads) {
+                   const std::tuple<Tensor, Tensor>& rotary, bool is_interleaved, bool norms_last, const Tensor& out,
+                   float scale, std::optional<int64_t> window, const Tensor& sinks, std::optional<float> softcap,
+                   std::optional<int64_t> chunk, int threads) {
     const auto& [query, key, value] = rows;
     const auto& [query_norm, key_norm] = norms;
     const auto& [cos, sin] = rotary;
@@ -378,7 +381,7 @@ void attend_cached(const AttentionKernels& table, const Kernels& kernels, const 
     slot_ids.dense("slot_ids", kInt64, {tokens});
     out.dense("out", kind, {tokens, heads * value_dim});
     CachedAttentionArgs args{};
-    args.attention = attention_args(plan, tokens, heads, num_slots, kv_heads, scale, window, sinks, softcap);
+    args.attention = attention_args(plan, tokens, heads, num_slots, kv_heads, scale, window, sinks, softcap, chunk);
     args.attention.keys = key_view;
     args.attention.values = value_view;
     args.attention.out = out.data();
@@ -399,6 +402,7 @@ void attend_cached(const AttentionKernels& table, const Kernels& kernels, const 
     args.eps = eps;
     args.rounds_last = rounds_last;
     args.is_interleaved = is_interleaved;
+    args.norms_last = norms_last;
     if (cos) {
         cos.dense("cos", kFloat32, {tokens, kAny});
         sin.like("sin", cos);
@@ -647,15 +651,16 @@ NB_MODULE(_native, module) {
     nb::class_<AttentionKernels>(module, "AttentionKernels")
         .def_prop_ro("isa", [](const AttentionKernels& table) { return table.isa; })
         .def("attend", &attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(),
-             optional(), optional(), nb::arg(), Unlocked())
+             optional(), optional(), optional(), nb::arg(), Unlocked())
         .def("attend_cached", &attend_cached, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(), optional(),
-             optional(), nb::arg(), Unlocked());
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(),
+             optional(), optional(), optional(), nb::arg(), Unlocked());
     module.def("write_kv", &write_rows, Unlocked());
     nb::enum_<Scoring>(module, "Scoring")
         .value("softmax", Scoring::kSoftmax)
         .value("sigmoid", Scoring::kSigmoid)
         .value("chosen", Scoring::kChosen)
+        .value("apart", Scoring::kApart)
         .value("mixer", Scoring::kMixer);
     nb::enum_<ElementwiseKind>(module, "Elementwise")
         .value("add", ElementwiseKind::kAdd)
@@ -676,11 +681,12 @@ NB_MODULE(_native, module) {
         .def("add_project", &ProgramBuilder::add_project)
         .def("add_attend", &ProgramBuilder::add_attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
              optional(), optional(), nb::arg(), nb::arg(), optional(), optional(), nb::arg(), optional(), nb::arg(),
-             nb::arg())
+             nb::arg(), nb::arg(), optional())
         .def("add_attend_latent", &ProgramBuilder::add_attend_latent)
         .def("add_route", &ProgramBuilder::add_route, nb::arg(), nb::arg(), optional(), optional(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
         .def("add_mix", &ProgramBuilder::add_mix, nb::keep_alive<1, 3>())
+        .def("add_weigh_input", &ProgramBuilder::add_weigh_input)
         .def("add_swiglu", &ProgramBuilder::add_swiglu)
         .def("add_elementwise", &ProgramBuilder::add_elementwise, nb::arg(), nb::arg(), optional(), nb::arg())
         .def("add_scale", &ProgramBuilder::add_scale)

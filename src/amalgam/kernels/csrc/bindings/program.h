@@ -170,13 +170,15 @@ struct ProgramBuilder {
     void add_attend(const std::vector<ColumnsTuple>& rows, int64_t layer, int64_t heads, int64_t kv_heads,
                     int64_t head_dim, const Tensor& query_norm, const Tensor& key_norm, float head_norm_eps,
                     float scale, std::optional<int64_t> window, const Tensor& sinks, int64_t rope,
-                    std::optional<float> softcap, bool rounds_last, bool is_interleaved) {
+                    std::optional<float> softcap, bool rounds_last, bool is_interleaved, bool norms_last,
+                    std::optional<int64_t> chunk) {
         Attend attend{};
         attend.query = columns(rows.at(0));
         attend.key = columns(rows.at(1));
         attend.value = columns(rows.at(2));
         attend.out = narrow(rows.at(3));
-        require(kv_heads > 0 && head_dim > 0 && heads % kv_heads == 0 && window.value_or(1) >= 1 && layer >= 0,
+        require(kv_heads > 0 && head_dim > 0 && heads % kv_heads == 0 && window.value_or(1) >= 1 &&
+                    chunk.value_or(1) >= 1 && layer >= 0,
                 "attention of " + std::to_string(heads) + " heads over " + std::to_string(kv_heads));
         require(attend.query.width == heads * head_dim && attend.out.width == heads * head_dim &&
                     attend.key.width == kv_heads * head_dim && attend.value.width == kv_heads * head_dim,
@@ -202,6 +204,8 @@ struct ProgramBuilder {
         attend.softcap = positive("softcap", softcap);
         attend.rounds_last = rounds_last;
         attend.is_interleaved = is_interleaved;
+        attend.norms_last = norms_last;
+        attend.chunk = chunk.value_or(0);
         program.instructions.emplace_back(attend);
     }
 
@@ -256,12 +260,20 @@ struct ProgramBuilder {
     }
 
     void add_mix(const ColumnsTuple& x, const Experts& experts, const ColumnsTuple& out, float alpha, float offset,
-                 float limit, bool is_gelu, int64_t route) {
-        const Mix mix{narrow(x), narrow(out), &experts.experts, {alpha, offset, limit, is_gelu}, route};
+                 float limit, bool is_gelu, int64_t route, bool weighs) {
+        const Mix mix{narrow(x), narrow(out), &experts.experts, {alpha, offset, limit, is_gelu}, route, weighs};
         require(!experts.experts.empty() && experts.experts.front().gate->matrix().columns == mix.x.width &&
                     mix.x.width == mix.out.width && route >= 0,
                 "experts of another size than their rows");
         program.instructions.emplace_back(mix);
+        num_routes = std::max(num_routes, route + 1);
+    }
+
+    void add_weigh_input(const ColumnsTuple& x, const ColumnsTuple& out, int64_t route) {
+        const WeighInput weigh{narrow(x), narrow(out), route};
+        require(weigh.x.width == weigh.out.width && program.num_active == 1 && route >= 0,
+                "inputs are weighed for one expert");
+        program.instructions.emplace_back(weigh);
         num_routes = std::max(num_routes, route + 1);
     }
 

@@ -36,6 +36,10 @@ void softmax(float* values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] /= total;
 }
 
+void sigmoids(float* values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] = 1.0f / (1.0f + exponential(-values[i]));
+}
+
 // Indices of the k largest values in descending order; `keys` is room for k.
 void top(const float* values, int64_t count, int64_t k, int64_t* ids, float* keys) {
     int64_t found = 0;
@@ -103,9 +107,7 @@ void choose_for_token(const TopExpertsArgs& args, int64_t token, RoutingScratch&
     scratch.values.assign(scores, scores + args.experts);
     float* values = scratch.values.data();
     if (how.scoring == Scoring::kSoftmax) softmax(values, args.experts);
-    if (how.scoring == Scoring::kSigmoid) {
-        for (int64_t i = 0; i < args.experts; ++i) values[i] = 1.0f / (1.0f + exponential(-values[i]));
-    }
+    if (how.scoring == Scoring::kSigmoid) sigmoids(values, args.experts);
     const float* choice = values;
     if (how.correction != nullptr || how.num_kept < how.num_groups) {
         scratch.choice.assign(values, values + args.experts);
@@ -121,6 +123,7 @@ void choose_for_token(const TopExpertsArgs& args, int64_t token, RoutingScratch&
     top(choice, args.experts, how.k, ids, scratch.keys.data());
     for (int64_t i = 0; i < how.k; ++i) weights[i] = values[ids[i]];
     if (how.scoring == Scoring::kChosen) softmax(weights, how.k);
+    if (how.scoring == Scoring::kApart) sigmoids(weights, how.k);
     if (how.normalises) {
         const float sum = std::accumulate(weights, weights + how.k, 0.0f) + how.sum_eps;
         for (int64_t i = 0; i < how.k; ++i) weights[i] /= sum;

@@ -9,7 +9,7 @@
 namespace amalgam {
 
 // How scores become experts; amalgam/kernels/program.py says what each does.
-enum class Scoring { kSoftmax, kSigmoid, kChosen, kMixer };
+enum class Scoring { kSoftmax, kSigmoid, kChosen, kApart, kMixer };
 
 struct ExpertChoice {
     Scoring scoring;

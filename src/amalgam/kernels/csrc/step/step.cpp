@@ -153,6 +153,7 @@ class Step {
         args.eps = attend.head_norm_eps;
         args.rounds_last = attend.rounds_last;
         args.is_interleaved = attend.is_interleaved;
+        args.norms_last = attend.norms_last;
         if (attend.rope >= 0) {
             const auto rope = static_cast<size_t>(attend.rope);
             args.cos = memory_.cos[rope];
@@ -169,6 +170,7 @@ class Step {
         args.attention.kv_heads = attend.kv_heads;
         args.attention.scale = attend.scale;
         args.attention.window = attend.window;
+        args.attention.chunk = attend.chunk;
         args.attention.sinks = attend.sinks;
         args.attention.softcap = attend.softcap;
         cached_attention(*execution_.kernels, attention_, plan_, args, execution_.num_threads);
@@ -189,8 +191,24 @@ class Step {
     }
 
     void operator()(const Mix& mix) {
-        moe(execution_, {mix.experts, at(mix.x), args_.dtype, tokens_, ids(mix.route), gate_weights(mix.route),
-                         program_.num_active, mix.gating, at(mix.out)});
+        static thread_local std::vector<float> ones;
+        const int64_t k = program_.num_active;
+        if (!mix.weighs) ones.assign(static_cast<size_t>(tokens_ * k), 1.0f);
+        const float* weights = mix.weighs ? gate_weights(mix.route) : ones.data();
+        moe(execution_,
+            {mix.experts, at(mix.x), args_.dtype, tokens_, ids(mix.route), weights, k, mix.gating, at(mix.out)});
+    }
+
+    void operator()(const WeighInput& weigh) {
+        const int64_t bytes = weigh.x.width * item_bytes_;
+        const float* weights = gate_weights(weigh.route);
+        parallel_for_columns(weigh.x.width, [&](int64_t token, int64_t first, int64_t end) {
+            char* out = at(weigh.out) + token * bytes;
+            std::memcpy(out + first * item_bytes_, at(weigh.x) + token * bytes + first * item_bytes_,
+                        static_cast<size_t>((end - first) * item_bytes_));
+            execution_.kernels->elementwise({ElementwiseKind::kScale, out, nullptr, weights[token], args_.dtype}, first,
+                                            end);
+        });
     }
 
     void operator()(const SwiGlu& join) {

@@ -61,6 +61,8 @@ struct Attend {
     float softcap;       // 0: none
     bool rounds_last;    // of the head norms
     bool is_interleaved;
+    bool norms_last;  // after the rotation
+    int64_t chunk;    // 0: none
 };
 
 struct AttendLatent {
@@ -80,6 +82,13 @@ struct Mix {
     Columns x, out;
     const std::vector<ExpertWeights>* experts;
     Gating gating;
+    int64_t route;
+    bool weighs;  // whether the results are multiplied by the gate weights
+};
+
+// out = x times the gate weight of the token's only expert.
+struct WeighInput {
+    Columns x, out;
     int64_t route;
 };
 
@@ -111,7 +120,7 @@ struct Head {
 };
 
 using Instruction = std::variant<Embed, Normalize, Project, Attend, AttendLatent, Route, Mix, SwiGlu, Elementwise,
-                                 ScaleByPosition, ScaleBySigmoid, Head>;
+                                 ScaleByPosition, ScaleBySigmoid, WeighInput, Head>;
 
 // Whoever adds an instruction keeps alive what it points to.
 struct Program {
