@@ -44,7 +44,7 @@ def usable_threads(root: Path = _ROOT, affinity: Iterable[int] | None = None) ->
 def usable_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> tuple[Core, ...]:
     """Cores with at least one processor that affinity and cpuset allow, those of a node one after the other."""
     cpus = _affinity() if affinity is None else set(affinity)
-    for group in _groups(root, "cpuset"):
+    for group in control_groups(root, "cpuset"):
         for name in ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus"):
             found = _read(group / name)
             if found:
@@ -70,7 +70,7 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
     Both versions: `cpu.max` (v2), `cpu.cfs_quota_us` and `cpu.cfs_period_us` (v1).
     """
     limits = []
-    for group in _groups(root, "cpu"):
+    for group in control_groups(root, "cpu"):
         quota, period = ([*(_read(group / "cpu.max") or "").split(), "", ""])[:2]
         if not quota:
             quota, period = (_read(group / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
@@ -96,7 +96,7 @@ def _affinity() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
     """Folders of the cgroups that this process is in, each with those above it, of v2 and of v1's `controller`.
 
     A container often sees its own group as the mount's root, and its path from outside of that.

@@ -24,6 +24,7 @@ VERBS = (
     "generate",
     "chat",
     "plan",
+    "fit",
     "config",
     "quantize",
     "evaluate",

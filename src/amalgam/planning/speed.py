@@ -15,7 +15,6 @@ from statistics import median
 
 import torch
 
-from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
 from amalgam.evaluation.running import BLOCK_SIZE, Contestant
 from amalgam.kernels.backends import choose_backend
@@ -23,7 +22,9 @@ from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache
+from amalgam.models.weights import WeightVersion
 from amalgam.planning.losses import Floats, table
 from amalgam.planning.problem import Item, Problem
 from amalgam.planning.use import Use
@@ -31,6 +32,7 @@ from amalgam.planning.use import Use
 _COPIES_BYTES = 64 * 2**20  # more than the caches of a processor hold for us
 _MAX_COPIES = 256
 _ROUNDS, _STEPS, _CONTEXT = 5, 24, 32
+STEP_POSITIONS = _CONTEXT + _STEPS
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ def measure_speed(
     for number, (kind, (item, source)) in enumerate(kinds.items()):
         if progress is not None:
             progress("Timing products", number, len(kinds))
-        times[kind] = _seconds(loader, item, source, plan.decoder.dtype)
+        found = loader.candidate(item.name, source)
+        assert found is not None, (item.name, source)
+        weight = found.load(choose_backend(plan.decoder.dtype, loader.device))
+        times[kind] = _seconds(weight, plan.decoder.dtype, loader.device)
     if progress is not None:
         progress("Timing products", len(kinds), len(kinds))
     values: dict[str, Mapping[str, float]] = {
@@ -78,42 +83,41 @@ def measure_speed(
         for item in problem.items
     }
     seconds = table(problem, values)
-    measured = step_seconds(plan)
+    measured = step_seconds(plan.decoder, plan.version)
     products = sum(float(seconds[row, index]) for row, index in enumerate(choice))
     return SpeedModel(seconds, max(measured - products, 0.0), measured)
 
 
 @torch.inference_mode()
-def step_seconds(plan: Contestant) -> float:
+def step_seconds(decoder: Decoder, version: WeightVersion) -> float:
     """The median step of one sequence with one token, behind a short context."""
-    blocks = -(-(_CONTEXT + _STEPS) // BLOCK_SIZE)
-    cache = KVCache.allocate(plan.decoder.spec, blocks, BLOCK_SIZE, plan.decoder.dtype, plan.decoder.device)
-    vocabulary = plan.decoder.spec.vocab_size
-    tokens = [(7919 * place) % vocabulary for place in range(_CONTEXT + _STEPS)]
-    compiled, times = plan.compiled, []
+    blocks = -(-STEP_POSITIONS // BLOCK_SIZE)
+    cache = KVCache.allocate(decoder.spec, blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
+    tokens = [(7919 * place) % decoder.spec.vocab_size for place in range(STEP_POSITIONS)]
+    compiled, times = decoder.compile(version), []
     compiled.run(StepContext([StepSequence(tokens[:_CONTEXT], 0, range(blocks), 1)], cache))
-    for place in range(_CONTEXT, _CONTEXT + _STEPS):
+    for place in range(_CONTEXT, STEP_POSITIONS):
+        _wait_for(decoder.device)
         started = time.perf_counter()
         compiled.run(StepContext([StepSequence([tokens[place]], place, range(blocks), 1)], cache))
+        _wait_for(decoder.device)
         times.append(time.perf_counter() - started)
     return median(times)
 
 
 @torch.inference_mode()
-def _seconds(loader: ModelLoader, item: Item, source: str, dtype: torch.dtype) -> float:
+def _seconds(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> float:
     """Of a product of one row with a weight, read from memory."""
-    backend = choose_backend(dtype, loader.device)
-    found = loader.candidate(item.name, source)
-    assert found is not None, (item.name, source)
-    weight = found.load(backend)
-    copies = [weight, *(_copy(weight) for _ in range(min(_MAX_COPIES, _COPIES_BYTES // max(1, weight.nbytes))))]
-    operators = CpuOperators if loader.device.type == "cpu" else Operators
-    x = torch.ones((1, weight.shape[1]), dtype=dtype, device=loader.device)
+    copies = copies_beyond_caches(weight)
+    operators = CpuOperators if device.type == "cpu" else Operators
+    x = torch.ones((1, weight.shape[1]), dtype=dtype, device=device)
     best = []
     for _ in range(_ROUNDS):
+        _wait_for(device)
         started = time.perf_counter()
         for copy in copies:
             operators.linear(x, copy)
+        _wait_for(device)
         best.append((time.perf_counter() - started) / len(copies))
     empty = time.perf_counter()
     for _ in range(len(copies)):
@@ -122,8 +126,19 @@ def _seconds(loader: ModelLoader, item: Item, source: str, dtype: torch.dtype) -
     return max(median(best) - call, 1e-9)
 
 
+def copies_beyond_caches(weight: PackedWeight) -> list[PackedWeight]:
+    """A weight and copies of it, so many that each is read from memory if they are read in turns."""
+    return [weight, *(_copy(weight) for _ in range(min(_MAX_COPIES, _COPIES_BYTES // max(1, weight.nbytes))))]
+
+
 def _copy(weight: PackedWeight) -> PackedWeight:
     return replace(weight, parts={name: part.clone() for name, part in weight.parts.items()})
+
+
+def _wait_for(device: torch.device) -> None:
+    """A GPU computes on its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _share(item: Item, use: Use) -> float:

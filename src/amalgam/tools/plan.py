@@ -272,7 +272,7 @@ def _report(studio: Studio, planner: Planner, found: Plan, base: Contestant) -> 
     speed = None
     if planner.speed is not None:
         plan = base.with_plan("the plan", planned)
-        speed = planner.speed.tokens_per_second(list(verdict.choice)), 1.0 / step_seconds(plan)
+        speed = planner.speed.tokens_per_second(list(verdict.choice)), 1.0 / step_seconds(plan.decoder, plan.version)
     return PlanReport(
         found.budget.text,
         verdict.is_accepted,

@@ -1,0 +1,501 @@
+"""What of a model this machine can run, and which of it to run: one recommendation with its reasons.
+
+In: settings. Out: `FitReport`. Reads headers, and one weight of each kind to time it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amalgam.base.machine import Machine, detect_machine
+from amalgam.composition.loader import ModelLoader
+from amalgam.composition.planned import PlannedWeight
+from amalgam.composition.progress import Progress
+from amalgam.config.settings import BASE_SOURCE, Rule, Settings, build_rules
+from amalgam.errors import AmalgamError
+from amalgam.formats.grid import QuantizeOptions
+from amalgam.formats.registry import writable_format
+from amalgam.kernels.backends import choose_backend
+from amalgam.kernels.packed import PackedWeight
+from amalgam.models.kv_cache import KVCache, kv_type
+from amalgam.models.spec import Slot
+from amalgam.planning.pace import Sample, expected_step
+from amalgam.quantizers.nearest import round_to_nearest
+from amalgam.runtime.device import choose_device
+from amalgam.runtime.threads import set_threads
+from amalgam.text.tokenizer import Tokenizer
+from amalgam.tools.estimate import workspace_bytes
+
+SAFE_SHARE = 0.85  # of all memory that may be in use, with the model
+MIN_CONTEXT = 512  # a plan that has not room for so much of one sequence is not recommended
+_SAME_BITS = 0.5  # plans that differ by less are told apart by speed
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+AS_CONFIGURED = "as configured"
+# What `amalgam quantize` makes without texts. 2 and 3 bits take the memory of 4 and are worse.
+MAKEABLE: tuple[tuple[str, int | None], ...] = (("int8", None), ("fp8", None), ("int4", 32), ("int4", 128))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One that PyTorch sees."""
+
+    name: str
+    memory_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Attributes:
+    device: where the model would run.
+    memory_bytes, available_bytes: of that device.
+    """
+
+    machine: Machine
+    gpus: tuple[Gpu, ...]
+    device: str
+    memory_bytes: int
+    available_bytes: int
+
+    @property
+    def room_bytes(self) -> int:
+        """What a model may take, so that no more than `SAFE_SHARE` of all memory is in use."""
+        return max(0, self.available_bytes - int((1 - SAFE_SHARE) * self.memory_bytes))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user asks of a plan.
+
+    Attributes:
+        context: tokens of one sequence.
+        sequences: most at a time.
+        tokens_per_second: of one sequence, at least; 0: any.
+    """
+
+    context: int
+    sequences: int
+    tokens_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to have the model.
+
+    Attributes:
+        name: `base`, a source's name, `as configured`, or a format that could be made.
+        command: what makes it; empty: it is there.
+        serve: what runs it.
+        bits_per_weight: of the weights that are multiplied, as they lie in memory.
+        weights_bytes: in memory.
+        tokens_per_second: expected of one sequence; None: not measured.
+    """
+
+    name: str
+    command: str
+    serve: str
+    bits_per_weight: float
+    weights_bytes: int
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What every candidate takes beside its weights, in bytes."""
+
+    fixed: int
+    workspace_per_sequence: int
+    kv_per_block: int
+    block_size: int
+
+    def of(self, context: int, sequences: int) -> int:
+        blocks = sequences * math.ceil(context / self.block_size)
+        return self.fixed + sequences * self.workspace_per_sequence + blocks * self.kv_per_block
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A candidate on this machine.
+
+    Attributes:
+        context: tokens of a sequence for which there is room, at most what is wanted; 0: not for `MIN_CONTEXT`.
+        sequences: of that context.
+        kv_bytes: for all of them.
+        total_bytes: with KV cache, workspace and the program.
+        spare_bytes: room that is left; below zero what is missing for one sequence of the least context.
+    """
+
+    candidate: Candidate
+    context: int
+    sequences: int
+    kv_bytes: int
+    total_bytes: int
+    spare_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.spare_bytes >= 0
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Attributes:
+    reasons: sentences.
+    commands: what to type, in order.
+    """
+
+    fit: Fit
+    reasons: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """Attributes:
+    left_out: source → why it cannot be had as a whole.
+    """
+
+    model: str
+    num_parameters: int
+    num_active_parameters: int
+    hardware: Hardware
+    wanted: Wanted
+    fits: tuple[Fit, ...]
+    recommendation: Recommendation | None
+    left_out: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        document = asdict(self)
+        document["hardware"]["room_bytes"] = self.hardware.room_bytes
+        for row, fit in zip(document["fits"], self.fits, strict=True):
+            row["fits"] = fit.fits
+        return document
+
+
+def detect_hardware(settings: Settings) -> Hardware:
+    """
+    Raises:
+        ConfigError: `inference.device_map` names a GPU that is not there.
+    """
+    machine = detect_machine()
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        available, total = torch.cuda.mem_get_info(index)
+        gpus.append(Gpu(torch.cuda.get_device_name(index), total, available))
+    device = choose_device(settings.inference.device_map)
+    if device.type == "cuda":
+        gpu = gpus[device.index or 0]
+        return Hardware(machine, tuple(gpus), str(device), gpu.memory_bytes, gpu.available_bytes)
+    return Hardware(machine, tuple(gpus), "cpu", machine.memory_bytes, machine.available_bytes)
+
+
+def fit_model(
+    settings: Settings,
+    wanted: Wanted | None = None,
+    *,
+    measures: bool = True,
+    config: Path | None = None,
+    hardware: Callable[[Settings], Hardware] = detect_hardware,
+    progress: Progress | None = None,
+) -> FitReport:
+    """
+    Args:
+        wanted: None: as the settings say.
+        measures: whether to time layers, which takes seconds; otherwise no speed is told.
+        config: the file that the settings came from, for the commands.
+
+    Raises:
+        AmalgamError: the base checkpoint cannot be read.
+    """
+    set_threads(settings.engine)
+    device = choose_device(settings.inference.device_map)
+    loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
+    spec = loader.spec
+    limit = spec.max_positions
+    if wanted is None:
+        wanted = Wanted(settings.inference.max_seq_length, settings.inference.max_batch_size)
+    wanted = replace(wanted, context=min(wanted.context, limit))
+    Tokenizer.load(loader.base_folder, loader.base_metadata)  # the largest part of a process without weights
+    found = hardware(settings)
+    needs = _needs(settings, loader, wanted, device)
+    stock = _Stock(settings, loader, config)
+    ways = list(stock.ways())
+    speeds: list[float | None] = [None] * len(ways)
+    if measures:
+        speeds = list(_speeds(loader, settings, device, ways, progress))
+    candidates = [
+        Candidate(way.name, way.command, way.serve, way.bits, way.memory_bytes, speed)
+        for way, speed in zip(ways, speeds, strict=True)
+    ]
+    fits = tuple(fit_candidate(candidate, needs, found.room_bytes, wanted) for candidate in candidates)
+    best = recommend(fits, found, wanted)
+    return FitReport(
+        settings.model.name or loader.base_folder.name,
+        spec.num_parameters,
+        spec.num_active_parameters,
+        found,
+        wanted,
+        fits,
+        best,
+        stock.left_out,
+    )
+
+
+def _needs(settings: Settings, loader: ModelLoader, wanted: Wanted, device: torch.device) -> Needs:
+    dtype: torch.dtype = getattr(torch, settings.inference.dtype)
+    engine = settings.engine
+    per_block = KVCache.bytes_per_block(loader.spec, engine.block_size, kv_type(engine.kv_dtype, dtype))
+    step = min(engine.max_step_tokens, wanted.sequences * wanted.context)
+    one, two = (workspace_bytes(loader.spec, step, count, dtype) for count in (1, 2))
+    # This process has a program and a tokenizer too, so what it takes is no more available.
+    return Needs(one - (two - one), two - one, per_block, engine.block_size)
+
+
+def fit_candidate(candidate: Candidate, needs: Needs, room: int, wanted: Wanted) -> Fit:
+    """As long a context as there is room for, up to what is wanted; then as many sequences."""
+    left = room - candidate.weights_bytes
+    least = min(MIN_CONTEXT, wanted.context)
+    if needs.of(least, 1) > left:
+        total = candidate.weights_bytes + needs.of(least, 1)
+        return Fit(candidate, 0, 0, 0, total, room - total)
+    blocks = (left - needs.of(0, 1)) // needs.kv_per_block
+    context = min(wanted.context, blocks * needs.block_size)
+    sequences = wanted.sequences
+    while sequences > 1 and needs.of(context, sequences) > left:
+        sequences = min(sequences - 1, _sequences_at_most(needs, context, left))
+    total = candidate.weights_bytes + needs.of(context, sequences)
+    kv_bytes = needs.of(context, sequences) - needs.of(0, sequences)
+    return Fit(candidate, context, sequences, kv_bytes, total, room - total)
+
+
+def _sequences_at_most(needs: Needs, context: int, left: int) -> int:
+    return max(1, (left - needs.fixed) // (needs.of(context, 1) - needs.fixed))
+
+
+def recommend(fits: Sequence[Fit], hardware: Hardware, wanted: Wanted) -> Recommendation | None:
+    """The widest candidate that fits with all of the wanted context and is fast enough; None: none fits.
+
+    Where none has all that is wanted: speed is given up last, the context before that.
+    """
+    fitting = [fit for fit in fits if fit.fits]
+    if not fitting:
+        return None
+    fast = [fit for fit in fitting if is_fast_enough(fit, wanted)]
+    pool = [fit for fit in fast if fit.context >= wanted.context] or fast or fitting
+    widest = max(fit.candidate.bits_per_weight for fit in pool)
+    alike = [fit for fit in pool if fit.candidate.bits_per_weight > widest - _SAME_BITS]
+    # What is there is preferred to what has to be made, unless that is faster by more than noise.
+    best = max(alike, key=lambda fit: (round(_speed(fit) / max(map(_speed, alike), default=1) * 10), _is_there(fit)))
+    size = f" --inference.max_seq_length {best.context} --inference.max_batch_size {best.sequences}"
+    commands = (best.candidate.command, best.candidate.serve + size)
+    return Recommendation(best, tuple(_reasons(best, fits, hardware, wanted)), tuple(filter(None, commands)))
+
+
+def is_fast_enough(fit: Fit, wanted: Wanted) -> bool:
+    speed = fit.candidate.tokens_per_second
+    return speed is None or speed >= wanted.tokens_per_second
+
+
+def _speed(fit: Fit) -> float:
+    return fit.candidate.tokens_per_second or 1.0
+
+
+def _is_there(fit: Fit) -> bool:
+    return not fit.candidate.command
+
+
+def _reasons(best: Fit, fits: Sequence[Fit], hardware: Hardware, wanted: Wanted) -> Iterator[str]:
+    name = best.candidate.name
+    yield (
+        f"{name} has {best.candidate.bits_per_weight:.1f} bits a weight and takes {_gb(best.total_bytes)} of the "
+        f"{_gb(hardware.room_bytes)} that a model may take here ({SAFE_SHARE:.0%} of {_gb(hardware.memory_bytes)}, "
+        "less what is in use)."
+    )
+    for fit in fits:
+        if fit.candidate.bits_per_weight <= best.candidate.bits_per_weight + _SAME_BITS:
+            continue
+        if not fit.fits:
+            yield f"{fit.candidate.name} is wider and does not fit: it lacks {_gb(-fit.spare_bytes)}."
+        elif not is_fast_enough(fit, wanted):
+            yield (
+                f"{fit.candidate.name} is wider and too slow: {fit.candidate.tokens_per_second:.1f} tok/s, where "
+                f"{wanted.tokens_per_second:g} are wanted."
+            )
+        else:
+            yield f"{fit.candidate.name} is wider, but has room for {fit.context:,} tokens of context only."
+    if not is_fast_enough(best, wanted):
+        yield f"Nothing that fits makes {wanted.tokens_per_second:g} tok/s; this is the widest."
+    if best.context < wanted.context:
+        yield f"There is room for {best.context:,} of the {wanted.context:,} tokens of context that are wanted."
+    if best.sequences < wanted.sequences:
+        yield f"There is room for {best.sequences} of {wanted.sequences} sequences of that length at a time."
+    faster = [
+        fit
+        for fit in fits
+        if fit.fits and fit is not best and _speed(fit) > 1.2 * _speed(best) and fit.candidate.tokens_per_second
+    ]
+    if faster and best.candidate.tokens_per_second:
+        other = max(faster, key=_speed)
+        yield (
+            f"{other.candidate.name} would be {_speed(other) / _speed(best):.1f} times as fast, with "
+            f"{other.candidate.bits_per_weight:.1f} bits a weight (--min-speed asks for that)."
+        )
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB"
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One weight as it would lie in memory.
+
+    Attributes:
+        kind: equal for weights that take the same time.
+        load: makes one to be timed.
+    """
+
+    kind: tuple[Any, ...]
+    memory_bytes: int
+    load: Callable[[], PackedWeight]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A candidate before it is timed."""
+
+    name: str
+    command: str
+    serve: str
+    held: Sequence[tuple[Slot, _Held]]
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(held.memory_bytes for _, held in self.held)
+
+    @property
+    def bits(self) -> float:
+        linear = [(slot, held) for slot, held in self.held if slot.is_linear]
+        weights = sum(math.prod(slot.shape) for slot, _ in linear)
+        return 8 * sum(held.memory_bytes for _, held in linear) / max(1, weights)
+
+
+class _Stock:
+    """What there is to choose from: the plan as configured, each source alone, and what could be made.
+
+    Attributes:
+        left_out: source → why it cannot be had as a whole.
+    """
+
+    def __init__(self, settings: Settings, loader: ModelLoader, config: Path | None) -> None:
+        self.left_out: dict[str, str] = {}
+        self._settings = settings
+        self._loader = loader
+        self._config = config
+        self._backend = choose_backend(getattr(torch, settings.inference.dtype), loader.device)
+
+    def ways(self) -> Iterator[_Way]:
+        base_path, mixed = self._settings.model.base_path, self._settings.model.mixed_precision
+        base = self._loader.plan(())
+        folder = shlex.quote(base_path)
+        yield self._way(BASE_SOURCE, f"amalgam serve --model {folder}", base)
+        if mixed.all_rules or mixed.default_source != BASE_SOURCE:
+            serve = f"amalgam serve --config {shlex.quote(str(self._config))}"
+            yield from self._planned(AS_CONFIGURED, serve, None)
+        for source, path in mixed.sources.items():
+            if source in mixed.derived and not Path(path).expanduser().exists():
+                self.left_out[source] = "It is derived and not made yet. `amalgam serve` makes it."
+                continue
+            yield from self._uniform(source, path)
+        if all(weight.stored.is_wide for weight in base if weight.slot.is_linear):
+            yield from self._makeable(base)
+
+    def _uniform(self, source: str, path: str) -> Iterator[_Way]:
+        try:
+            names = [rule.pattern for rule in self._loader.uniform(source)]
+        except AmalgamError as error:
+            self.left_out[source] = error.what
+            return
+        patterns = sorted({_NUMBER.sub("*", name) for name in names})
+        rules = build_rules(dict.fromkeys(patterns, source))
+        if not names or {name for name, each in self._chosen(rules) if each == source} != set(names):
+            self.left_out[source] = "It does not hold the weights of all layers."
+            return
+        folder = shlex.quote(self._settings.model.base_path)
+        maps = " ".join(f"--map {shlex.quote(f'{pattern}={source}')}" for pattern in patterns)
+        serve = f"amalgam serve --model {folder} --source {shlex.quote(f'{source}={path}')} {maps}"
+        yield from self._planned(source, serve, rules)
+
+    def _chosen(self, rules: Sequence[Rule]) -> list[tuple[str, str]]:
+        choices = self._loader.choose(rules)
+        return [(name, choices[name].source) for name in self._loader.names]
+
+    def _planned(self, name: str, serve: str, rules: Sequence[Rule] | None) -> Iterator[_Way]:
+        try:
+            yield self._way(name, serve, self._loader.plan(rules))
+        except AmalgamError as error:
+            self.left_out[name] = error.what
+
+    def _way(self, name: str, serve: str, planned: Sequence[PlannedWeight]) -> _Way:
+        return _Way(name, "", serve, [(weight.slot, self._held(weight)) for weight in planned])
+
+    def _held(self, weight: PlannedWeight) -> _Held:
+        kind = weight.slot.shape, weight.format.name, weight.stored.block, weight.coded_bytes is not None
+        return _Held(kind, weight.memory_bytes, lambda: weight.load(self._backend))
+
+    def _makeable(self, base: Sequence[PlannedWeight]) -> Iterator[_Way]:
+        """Every weight that is multiplied, but the head and routers, in one format."""
+        path = self._settings.model.base_path
+        for name, group_size in MAKEABLE:
+            label = name if group_size is None else f"{name}-g{group_size}"
+            options = QuantizeOptions(group_size)
+            flags = f"--format {name}" + ("" if group_size is None else f" --group-size {group_size}")
+            out = shlex.quote(f"{Path(path).name}-{label}")
+            try:
+                held = [(weight.slot, self._made(weight, name, options)) for weight in base]
+            except AmalgamError as error:  # a shape that the format cannot hold
+                self.left_out[label] = error.what
+                continue
+            yield _Way(
+                label,
+                f"amalgam quantize {shlex.quote(path)} {out} {flags}",
+                f"amalgam serve --model {out}",
+                held,
+            )
+
+    def _made(self, weight: PlannedWeight, name: str, options: QuantizeOptions) -> _Held:
+        slot = weight.slot
+        if not slot.is_linear or slot.role == "head":
+            return self._held(weight)
+        target = writable_format(name)
+        grid = target.grid(slot.shape, torch.bfloat16, options)
+        activation = self._settings.inference.activation
+
+        def load() -> PackedWeight:
+            values = torch.randn(slot.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+            packed = target.pack(target.encode(round_to_nearest(values, grid)))
+            return self._backend.prepare(packed, activation, codes=False)
+
+        return _Held((slot.shape, name, grid.block, False), target.nbytes(slot.shape, options), load)
+
+
+def _speeds(
+    loader: ModelLoader, settings: Settings, device: torch.device, ways: Sequence[_Way], progress: Progress | None
+) -> Iterator[float]:
+    """Tokens a second of each, for one sequence with a short context."""
+    dtype: torch.dtype = getattr(torch, settings.inference.dtype)
+    for number, way in enumerate(ways):
+        if progress is not None:
+            progress("Timing layers", number, len(ways))
+        samples = {slot.name: Sample(held.kind if slot.is_linear else None, held.load) for slot, held in way.held}
+        yield 1.0 / expected_step(loader.spec, samples.__getitem__, dtype, device)
+    if progress is not None:
+        progress("Timing layers", len(ways), len(ways))
