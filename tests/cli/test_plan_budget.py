@@ -76,6 +76,22 @@ def test_a_plan_is_made_proven_and_written(
     assert len(measured["weights"]) == 104 and set(measured["ranks"]) == {"rounding", "kurtosis", "spectrum"}
 
 
+def test_a_budget_of_speed_is_kept_by_the_cost_model_and_timed(
+    capsys: pytest.CaptureFixture[str], config: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What every plan reaches leaves all weights wide; how fast this machine is decides nothing here."""
+    kept = tmp_path_factory.getbasetemp() / "kept"
+    planning = ["plan", "--config", str(config), "--text", str(text), "--cache", str(kept), "--checks", "0", "--json"]
+    code, printed, err = run(capsys, *planning, "--budget", "0.001tok/s")
+    assert code == 0, err
+    report = json.loads(printed)
+    assert report["bits_per_weight"] == 16 and report["plan_divergence"]["value"] < 1e-6
+    expected, measured = report["tokens_per_second"]
+    assert expected > 0.001 and measured > 0.001
+    code, _, err = run(capsys, *planning, "--budget", "100000000tok/s")
+    assert code == 4 and "100000000tok/s" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [

@@ -216,6 +216,7 @@ class FakeDeployment:
     rules: tuple[Rule, ...] = ()
     configured_rules: tuple[Rule, ...] = ()
     earlier_rules: list[tuple[Rule, ...]] = field(default_factory=list)
+    autoplan: Any = None
 
     @property
     def version(self) -> Any:

@@ -32,7 +32,7 @@ DOMAINS = {
 }
 PANELS = (
     *("serving", "usage", "expert", "hints", "precision", "stage", "inspector", "analysis", "coactivation", "drift"),
-    *("memory", "remaps", "playground"),
+    *("autoplan", "memory", "remaps", "playground"),
 )
 COLORS_OF_CELL = """
     const grid = document.getElementById(arguments[0]).grid;
@@ -120,7 +120,9 @@ WORST_EXPERT_COLOR = f"""
         done(worst);
     }});
 """
-NEED_STATISTICS = tuple(name for name in PANELS if name not in ("serving", "memory", "remaps", "playground"))
+NEED_STATISTICS = tuple(
+    name for name in PANELS if name not in ("serving", "autoplan", "memory", "remaps", "playground")
+)
 UPDATE_OFTEN = """
     const [selector, name, done] = arguments;
     const select = document.querySelector(selector);

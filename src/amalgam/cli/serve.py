@@ -11,7 +11,9 @@ import threading
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from amalgam.cli.options import with_settings
 from amalgam.config.settings import Settings
@@ -23,8 +25,16 @@ if TYPE_CHECKING:
 
 
 @with_settings(shown=("server.host", "server.port", "server.api_keys", "server.root_path", "server.metrics_compat"))
-def command(settings: Settings) -> int:
+def command(
+    settings: Settings,
+    autoplan: Annotated[
+        bool, typer.Option("--autoplan", help="Let the plan follow the traffic: planning.autoplan.enabled.")
+    ] = False,
+) -> int:
     """Start the HTTP server."""
+    if autoplan:
+        wanted = settings.planning.autoplan.model_dump() | {"enabled": True}
+        settings = settings.replace(planning={"autoplan": wanted})
     # Imports and loading make a million objects that all stay. Looking for garbage among them takes time until the
     # server is ready, and would hold up steps later on.
     gc.disable()

@@ -76,6 +76,9 @@ class Engine:
         propose: guesses the next tokens of a sequence, in the step thread; the step verifies them. Changes no answer:
             an error is logged and means no guess; guesses end before what is no token of the model.
 
+    Attributes:
+        on_ended: is shown the tokens of each counted request that has ended well, in the step thread.
+
     Raises:
         ConfigError: the KV cache would not hold one sequence of the longest length.
     """
@@ -101,6 +104,7 @@ class Engine:
         self._num_failures = 0  # steps in a row; of the step thread
         self._propose = propose
         self._has_proposing_failed = False
+        self.on_ended: Callable[[Sequence[int]], None] | None = None
         self.meter = Meter(distinct_experts=lambda: None if observer is None else observer.distinct_experts())
 
         max_step_tokens = settings.engine.max_step_tokens
@@ -387,7 +391,11 @@ class Engine:
                 self._scheduler.finish(request, is_sound=output.error is None)
             if ended:  # otherwise the load is as it was before the step
                 self._note_load()
-            return deliveries
+        if self.on_ended is not None:
+            for request, output in ended:
+                if output.error is None and request.observation.is_counted:
+                    self.on_ended(request.token_ids)
+        return deliveries
 
     def _finish_cancelled(self) -> _Deliveries:
         requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]

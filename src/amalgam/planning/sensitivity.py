@@ -34,6 +34,7 @@ from amalgam.planning.problem import Item, Problem
 
 VERSION = 1  # of what a file holds; others are measured again
 DRAWS = 2
+STUDY = "study.json"  # what a folder is about
 _FORWARD_AND_BACK = 2  # forward passes over all tokens, beside one for each draw and one for each option
 
 
@@ -117,6 +118,7 @@ class SensitivityStudy:
             for item in problem.items
         }
         self.folder = root / self._digest()
+        self._weights_digest = digest_of_weights(loader, problem)
 
     def _candidate(self, item: Item, source: str) -> PlannedWeight:
         found = self._loader.candidate(item.name, source)
@@ -202,6 +204,8 @@ class SensitivityStudy:
                 if layer == min(missing):
                     break
         weights = {name: errors for layer in sorted(found) for name, errors in found[layer].items()}
+        study = {"version": VERSION, "num_tokens": self._sample.num_tokens, "weights": self._weights_digest}
+        replace_file(self.folder / STUDY, json.dumps(study))
         return Sensitivities(self._sample.num_tokens, weights)
 
     def _load(self, layer: int) -> dict[str, PackedWeight]:
@@ -248,7 +252,7 @@ class SensitivityStudy:
         return weight.load(self._backend).dequantize(torch.float32)
 
     def _file(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:04}.json"
+        return file_of(self.folder, layer)
 
     def _write(self, layer: int, errors: Mapping[str, WeightErrors]) -> None:
         document = {
@@ -269,11 +273,33 @@ class SensitivityStudy:
 
     def _read(self, layer: int) -> dict[str, WeightErrors] | None:
         """What is on the disk of a layer; None if that is nothing, or cannot be used."""
-        try:
-            document = parse_json(self._file(layer).read_bytes())
-            return _errors_of(document, {item.name for item in self._problem.items if item.layer == layer})
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return errors_on_disk(self.folder, layer, self._problem)
+
+
+def file_of(folder: Path, layer: int) -> Path:
+    """Where a layer's errors are kept."""
+    return folder / f"layer-{layer:04}.json"
+
+
+def errors_on_disk(folder: Path, layer: int, problem: Problem) -> dict[str, WeightErrors] | None:
+    """A layer's errors; None if they are not there, or cannot be used for the problem."""
+    try:
+        document = parse_json(file_of(folder, layer).read_bytes())
+        return _errors_of(document, {item.name for item in problem.items if item.layer == layer})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def digest_of_weights(loader: ModelLoader, problem: Problem) -> str:
+    """Names every weight of base and of the options: equal exactly if their bytes are."""
+    digest = hashlib.sha256(repr(VERSION).encode())
+    for weight in loader.plan(()):
+        digest.update(repr(weight.key).encode())
+    for item in problem.items:
+        for option in item.options:
+            found = loader.candidate(item.name, option.source)
+            digest.update(repr((item.name, option.source, None if found is None else found.key)).encode())
+    return digest.hexdigest()
 
 
 def _errors_of(document: Any, names: set[str]) -> dict[str, WeightErrors]:

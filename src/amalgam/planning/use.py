@@ -6,12 +6,13 @@ token, by layer and expert. Must never know: precisions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from amalgam.errors import ConfigError
+from amalgam.experts.history import Tally
 from amalgam.experts.saved.sets import SavedSet
 from amalgam.models.spec import ModelSpec
 from amalgam.planning.problem import Problem
@@ -88,12 +89,18 @@ def use_of_set(saved: SavedSet, spec: ModelSpec, where: str) -> Use:
             f"{where} has {tokens} tokens, too few to tell which experts the traffic uses.",
             remedy=f"Collect at least {MIN_TOKENS}, or leave --use out: then the calibration texts count.",
         )
-    counts, masses = saved.total.counts.sum(axis=0), saved.total.gate_mass.sum(axis=0)
+    return use_of_tally(saved.total, saved.layer_ids, where)
+
+
+def use_of_tally(tally: Tally, layer_ids: Sequence[int], where: str) -> Use:
+    """What was counted of some tokens; an expert that none reached counts half an activation."""
+    tokens = int(tally.num_tokens.sum())
+    counts, masses = tally.counts.sum(axis=0), tally.gate_mass.sum(axis=0)
     mass: dict[Cell, float] = {}
     activations: dict[Cell, float] = {}
-    for row, layer in enumerate(saved.layer_ids):
+    for row, layer in enumerate(layer_ids):
         mean = float(masses[row].sum() / max(1, counts[row].sum()))
-        for expert in range(saved.num_experts):
+        for expert in range(counts.shape[1]):
             mass[layer, expert] = (float(masses[row, expert]) + mean / 2) / tokens
             activations[layer, expert] = (float(counts[row, expert]) + 0.5) / tokens
     return Use(where, tokens, mass, activations)

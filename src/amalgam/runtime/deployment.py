@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.manifest import plan_manifest
@@ -21,6 +22,8 @@ from amalgam.errors import ConflictError, PlanError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion, manifest
+from amalgam.planning.following import Proposer
+from amalgam.runtime.autoplan import Autoplan
 from amalgam.runtime.changes import RemapLog, RemapRecord, RemapResult, changed_weights
 from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections
 from amalgam.runtime.served import ServedWeights
@@ -35,6 +38,7 @@ class Deployment:
 
     Attributes:
         statistics: which experts the traffic uses; None where nothing is counted.
+        autoplan: gives it other weights when the traffic changes, once it is started; None where that is not wanted.
         defaults: how the model is sampled where a request says nothing.
         loaded_seconds: what reading its first weights took.
     """
@@ -48,6 +52,7 @@ class Deployment:
         tokenizer: Tokenizer,
         tracker: ExpertTracker | None,
         defaults: ModelDefaults,
+        proposer: Proposer | None = None,
     ) -> None:
         self.settings = settings
         self.defaults = defaults
@@ -63,6 +68,11 @@ class Deployment:
         self.statistics = (
             None if tracker is None else ExpertStatistics(tracker, lambda: self.version, model=self.model_name)
         )
+        self._alive: WeakSet[WeightVersion] = WeakSet([loaded.version])
+        self.autoplan: Autoplan | None = None
+        if proposer is not None and tracker is not None:
+            self.autoplan = Autoplan(self, tracker, proposer)
+            engine.on_ended = self.autoplan.ring.add
 
     @property
     def spec(self) -> ModelSpec:
@@ -76,6 +86,16 @@ class Deployment:
     @property
     def version_id(self) -> int:
         return self._served.version.version_id
+
+    @property
+    def live_versions(self) -> list[WeightVersion]:
+        """The newest weight version, and those that requests in flight have begun with."""
+        return list(self._alive)
+
+    @property
+    def loader(self) -> ModelLoader:
+        """Of the files that the newest version is made of."""
+        return self._served.loader
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -115,6 +135,26 @@ class Deployment:
         with self._change() as served:
             kept = (rule for rule in served.rules if rule.pattern not in mapping)
             result = self._go_live(served.loader, (*kept, *added))
+            self._earlier_rules.append(served.rules)
+            return result
+
+    def adopt(self, loaded: LoadedVersion, rules: tuple[Rule, ...], version_id: int) -> RemapResult:
+        """Let new requests start on a version that was built beside the one in use.
+
+        Args:
+            rules: that it follows.
+            version_id: the version in use when it was built.
+
+        Raises:
+            ConflictError: another version is in use now, or another change is under way.
+        """
+        with self._change() as served:
+            if version_id != served.version.version_id:
+                raise ConflictError(
+                    f"Weight version {version_id} is not in use any more: {served.version.version_id} is.",
+                    remedy="The change is given up.",
+                )
+            result = self._go_live(served.loader, rules, loaded)
             self._earlier_rules.append(served.rules)
             return result
 
@@ -219,6 +259,8 @@ class Deployment:
         Statistics that are to be kept are saved.
         """
         self._is_closing.set()
+        if self.autoplan is not None:
+            self.autoplan.close()
         self.engine.stop()
         if self._tracker is not None:
             self._tracker.close()
@@ -242,13 +284,17 @@ class Deployment:
         finally:
             self._changing.release()
 
-    def _go_live(self, loader: ModelLoader, rules: tuple[Rule, ...]) -> RemapResult:
+    def _go_live(
+        self, loader: ModelLoader, rules: tuple[Rule, ...], loaded: LoadedVersion | None = None
+    ) -> RemapResult:
         started, before = time.monotonic(), self.version
-        loaded = loader.build(loader.plan(rules), before.version_id + 1, before, self._unless_closing)
+        if loaded is None:
+            loaded = loader.build(loader.plan(rules), before.version_id + 1, before, self._unless_closing)
         after = loaded.version
         changed = changed_weights(before, after)
         self.engine.set_version(after)
         self._served = ServedWeights(loader, after, rules)
+        self._alive.add(after)
         result = RemapResult(
             version=after.version_id,
             previous_version=before.version_id,

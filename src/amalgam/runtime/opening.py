@@ -21,6 +21,7 @@ from amalgam.experts.overview import drift
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.decoder import Decoder
 from amalgam.models.spec import ModelSpec
+from amalgam.runtime.autoplan import open_proposer
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
@@ -50,6 +51,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
     tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, template)
     tokenizer.check_vocabulary(loader.spec.vocab_size)
     defaults = read_model_defaults(loader.base_folder, loader.base_metadata)
+    proposer = open_proposer(settings, loader)
     # Before the weights: what it keeps its figures in may not fit, or be somebody else's.
     tracker = _open_tracker(settings, loader.spec)
     with ExitStack() as on_failure:
@@ -66,9 +68,12 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
         decoder = Decoder(loader.spec, max_positions, dtype, device)
         engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, tracker)
+        deployment = Deployment(settings, loader, loaded, engine, tokenizer, tracker, defaults, proposer)
         on_failure.pop_all()
     engine.start()
-    return Deployment(settings, loader, loaded, engine, tokenizer, tracker, defaults)
+    if deployment.autoplan is not None:
+        deployment.autoplan.start()
+    return deployment
 
 
 def _open_tracker(settings: Settings, spec: ModelSpec) -> ExpertTracker | None:

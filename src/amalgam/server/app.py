@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute
 
 from amalgam.config.settings import Settings
 from amalgam.server import dashboard, page
-from amalgam.server.api import anthropic, experts, exports, native, probes, serving, traces, weights
+from amalgam.server.api import anthropic, autoplan, experts, exports, native, probes, serving, traces, weights
 from amalgam.server.api.native import SamplingFields
 from amalgam.server.api.openai import chat, completions, embeddings, models, responses, tokenize
 from amalgam.server.http.access import AccessLog
@@ -42,8 +42,8 @@ from amalgam.server.service import Service
 from amalgam.version import __version__
 
 ROUTERS = (  # every interface there is, in the order of /docs
-    page.router, native.router, experts.router, exports.router, traces.router, weights.router, probes.router,
-    serving.router, models.router, completions.router, chat.router, responses.router, embeddings.router,
+    page.router, native.router, experts.router, exports.router, traces.router, weights.router, autoplan.router,
+    probes.router, serving.router, models.router, completions.router, chat.router, responses.router, embeddings.router,
     tokenize.router, anthropic.router, dashboard.router,
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ WITH_KEY |= {"/dashboard/chat", "/metrics"}
 WITH_KEY_BELOW = ("/v1/",)
 WITH_ADMIN_KEY = {
     "/update_weight_mapping", "/reload_weights", "/reset_expert_stats", "/export_expert_stats", "/expert_stats",
-    "/serving", "/remaps", "/manifest",
+    "/serving", "/remaps", "/manifest", "/autoplan", "/explain",
 }  # fmt: skip
 WITH_ADMIN_KEY_BELOW = ("/experts/", "/dashboard/")
 

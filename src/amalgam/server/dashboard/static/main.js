@@ -8,6 +8,7 @@ import { language, onLanguage, setLanguage, startLanguage, t, translate } from "
 import { askForKeys } from "./key.js";
 import { onTheme, toggleTheme } from "./theme.js";
 import * as analysis from "./panels/analysis.js";
+import * as autoplan from "./panels/autoplan.js";
 import * as expert from "./panels/expert.js";
 import * as inspector from "./panels/inspector.js";
 import * as memory from "./panels/memory.js";
@@ -20,7 +21,7 @@ import * as usage from "./panels/usage.js";
 // Each module makes its panels: [{id, node, refresh, redraw}]. `refresh` reads from the server, when the panel comes
 // into view and when `dirtyOn` says that what it shows has changed; `redraw` shows the same in another language or theme.
 // With `needsStatistics` a panel says why it is empty where nothing is counted, and reads nothing.
-const MODULES = [serving, usage, expert, precision, inspector, analysis, memory, playground];
+const MODULES = [serving, usage, expert, precision, inspector, analysis, autoplan, memory, playground];
 const NAV = ["serving", "usage", "precision", "inspector", "analysis", "memory", "playground"];
 const RECONNECT_MS = [1000, 2000, 5000, 10000];
 const SILENT_INTERVALS = 3.5; // without an event, and nobody is there

@@ -1,0 +1,260 @@
+"""Weights that follow the traffic of the demo model: from verse to code, and what keeps them where they are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from amalgam.composition.loader import ModelLoader
+from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Settings, build_settings
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Generation
+from amalgam.errors import ConfigError, RequestError
+from amalgam.evaluation.texts import Document, sample_of
+from amalgam.planning.following import Decision
+from amalgam.planning.problem import problem_of
+from amalgam.planning.sensitivity import SensitivityStudy
+from amalgam.planning.shadow import be_quiet
+from amalgam.runtime.autoplan import Autoplan, TokenRing
+from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.opening import open_deployment
+from amalgam.text.tokenizer import Tokenizer
+from tests.errors import raises
+from tests.planning.conftest import small
+
+__all__ = ["small"]
+
+VERSE = ["明月几时有，把酒问青天。", "床前明月光，疑是地上霜。", "大江东去，浪淘尽，千古风流人物。"]
+CODE = ["def main(argv):\n    return [", "import os\n\nclass Reader:\n    def ", "for item in range(10):\n    "]
+OUTCOMES_OF_NOTHING = {"few_tokens", "few_requests", "no_drift"}
+
+
+@pytest.fixture(scope="module")
+def sensitivities(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with those of the two layers, on verse and code."""
+    mixed = MixedPrecisionSettings(sources={"int3": str(small / "int3"), "int8": str(small / "int8")})
+    model = ModelSettings(base_path=str(small / "base"), mixed_precision=mixed)
+    loader = ModelLoader(model, InferenceSettings(), torch.device("cpu"), 1)
+    documents = [Document("mixed", text * 4) for text in (VERSE + CODE) * 6]
+    sample = sample_of(documents, Tokenizer.load(small / "base"), window=48)
+    study = SensitivityStudy(loader, problem_of(loader), sample, tmp_path_factory.mktemp("kept"), draws=1)
+    study.measure()
+    return study.folder
+
+
+def settings_of(small: Path, kept: Path, **autoplan: Any) -> Settings:
+    """Half of the experts in 8 bits, the others in 3; looked at only when a test does."""
+    sources = {"int3": str(small / "int3"), "int8": str(small / "int8")}
+    mapping = {"model.layers.*.mlp.experts.*": "int3", "model.layers.*.mlp.experts.{0-7}.*": "int8"}
+    wanted = {
+        "enabled": True, "sensitivities": str(kept), "interval_seconds": 86400, "min_tokens": 256,
+        "sampled_share": 1.0, "max_share": 1.0, "min_gain": 0.02, "short_minutes": 1000,
+    } | autoplan  # fmt: skip
+    return build_settings(
+        {
+            "model": {
+                "base_path": str(small / "base"),
+                "mixed_precision": {"sources": sources, "weight_mapping": mapping},
+            },
+            "inference": {"max_seq_length": 256, "max_batch_size": 16},
+            "statistics": {"bucket_seconds": 60, "history_minutes": 1440},
+            "planning": {"autoplan": wanted},
+        }
+    )
+
+
+@pytest.fixture
+def deployment(small: Path, sensitivities: Path) -> Iterator[Deployment]:
+    deployment = open_deployment(settings_of(small, sensitivities))
+    yield deployment
+    deployment.close()
+
+
+def ask(deployment: Deployment, texts: list[str], count: int = 24, first: int = 0) -> list[Generation]:
+    prompts = [deployment.tokenizer.encode(texts[index % len(texts)] * 3) for index in range(count)]
+    params = [SamplingParams(max_new_tokens=12, temperature=1.0, seed=first + index) for index in range(count)]
+    answers = deployment.engine.generate(prompts, params)
+    assert all(answer.error is None for answer in answers)
+    return answers
+
+
+def autoplan_of(deployment: Deployment) -> Autoplan:
+    assert deployment.autoplan is not None
+    return deployment.autoplan
+
+
+def look_after(deployment: Deployment, texts: list[str]) -> Decision:
+    """What comes of traffic of one kind alone: the other kind's has left the short window."""
+    autoplan = autoplan_of(deployment)
+    deployment.statistics.tracker.reset()  # type: ignore[union-attr]
+    autoplan.ring = TokenRing(1.0, 8192)
+    deployment.engine.on_ended = autoplan.ring.add
+    ask(deployment, texts)
+    return autoplan.look()
+
+
+def test_weights_follow_from_verse_to_code_and_nothing_is_dropped(deployment: Deployment) -> None:
+    autoplan = autoplan_of(deployment)
+    budget = autoplan.limits().budget_bytes
+    failures: list[Exception | None] = []
+    stopping = threading.Event()
+
+    def traffic() -> None:
+        first = 1000
+        while not stopping.is_set():
+            first += 4
+            failures.extend(answer.error for answer in ask(deployment, CODE, 4, first))
+
+    verse = look_after(deployment, VERSE)
+    assert verse.outcome == "committed", verse.reason
+    assert verse.drift.from_planned is None and verse.shadowed is not None and verse.version == 2
+    assert verse.shadowed.candidate.value < verse.shadowed.now.value and verse.shadowed.difference.is_below_zero
+    assert autoplan._proposer.cost(autoplan._choice(deployment.version), "memory") <= budget
+    again = autoplan.look()
+    assert again.outcome == "no_drift" and again.drift.from_planned == 0
+
+    thread = threading.Thread(target=traffic)
+    thread.start()
+    try:
+        code = look_after(deployment, CODE)
+    finally:
+        stopping.set()
+        thread.join()
+    assert code.outcome == "committed", code.reason
+    assert code.drift.from_planned is not None and code.drift.from_planned > 0.02
+    assert not any(failures) and code.version == deployment.version_id == 3
+    assert autoplan._proposer.cost(autoplan._choice(deployment.version), "memory") <= budget
+    assert [record.error for record in deployment.remaps] == [None, None] and deployment.num_undoable == 2
+
+    told = autoplan.describe()
+    assert told["swaps_in_last_hour"] == 2 and told["weight_version"] == 3
+    assert [decision["outcome"] for decision in told["decisions"]] == ["committed", "no_drift", "committed"]
+    assert len(told["points"]) == 3 and told["points"][-1]["divergence"] == code.shadowed.candidate.value  # type: ignore[union-attr]
+
+
+def test_frozen_or_capped_it_proposes_and_changes_nothing(deployment: Deployment) -> None:
+    autoplan = autoplan_of(deployment)
+    autoplan.set_frozen(True)
+    frozen = look_after(deployment, VERSE)
+    assert frozen.outcome == "frozen" and frozen.is_proposal and frozen.num_changed
+    autoplan.set_frozen(False)
+    limits = autoplan.limits()
+    for changes, outcome in (
+        ({"max_swaps_per_hour": 0}, "swap_cap"),
+        ({"memory_bytes": deployment.version.nbytes}, "no_memory"),
+        ({"min_gain": 0.99}, "small_expected_gain"),
+    ):
+        autoplan.limits = lambda changes=changes: replace(limits, **changes)  # type: ignore[method-assign,misc]
+        autoplan._planned = None
+        assert autoplan.look().outcome == outcome
+    assert deployment.version_id == 1 and not deployment.remaps
+
+
+def test_a_change_by_somebody_else_is_not_taken_back(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    autoplan = autoplan_of(deployment)
+    shadow = autoplan._shadow
+
+    def overtaken(*arguments: Any) -> Any:
+        deployment.update_weight_mapping({"model.layers.0.mlp.experts.0.*": "int3"})
+        return shadow(*arguments)
+
+    monkeypatch.setattr(autoplan, "_shadow", overtaken)
+    decision = look_after(deployment, VERSE)
+    assert decision.outcome == "overtaken" and deployment.version_id == 2
+
+
+def test_nan_in_the_candidate_keeps_the_plan(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    autoplan = autoplan_of(deployment)
+    shadow = autoplan._shadow
+
+    def damaged(loader: Any, now: Any, candidate: Any, *others: Any) -> Any:
+        (slot,) = [slot for slot in candidate.keys if slot == "layers.0.attention_norm"]
+        weights = {slot: candidate[slot] for slot in candidate.keys}
+        part = weights[slot].parts
+        weights[slot] = replace(
+            weights[slot], parts={name: torch.full_like(each, torch.nan) for name, each in part.items()}
+        )
+        return shadow(loader, now, type(candidate)(9, weights, candidate.origins, candidate.keys), *others)
+
+    monkeypatch.setattr(autoplan, "_shadow", damaged)
+    decision = look_after(deployment, VERSE)
+    assert decision.outcome == "failed" and "NaN" in decision.reason and deployment.version_id == 1
+
+
+def test_an_expert_is_explained(deployment: Deployment) -> None:
+    autoplan = autoplan_of(deployment)
+    with raises(RequestError):
+        autoplan.explain(0, 3)
+    ask(deployment, VERSE)
+    found = autoplan.explain(0, 3)
+    assert [projection["source"] for projection in found["projections"]] == ["int8"] * 3
+    assert found["use"]["num_tokens"] > 256 and found["projections"][0]["step_down"]["bytes"] < 0
+    for layer, expert in ((0, 99), (9, 0)):
+        with raises(RequestError, expert):
+            autoplan.explain(layer, expert)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sensitivities": "{small}"}, "{small}"),
+        ({"budget": "30tok/s"}, "'30tok/s'"),
+        ({"memory": "4bpw"}, "'4bpw'"),
+    ],
+)
+def test_what_it_cannot_start_with_is_named(
+    small: Path, sensitivities: Path, changes: dict[str, str], named: str
+) -> None:
+    changes = {key: value.format(small=small) for key, value in changes.items()}
+    with raises(ConfigError, named.format(small=small)):
+        open_deployment(settings_of(small, sensitivities, **changes)).close()
+
+
+def test_sensitivities_of_other_weights_are_refused(small: Path, sensitivities: Path) -> None:
+    settings = settings_of(small, sensitivities)
+    mixed = settings.model.mixed_precision.model_dump() | {
+        "sources": {"int4": str(small / "int4")},
+        "weight_mapping": {},
+    }
+    other = settings.replace(model={**settings.model.model_dump(), "mixed_precision": mixed})
+    with raises(ConfigError, sensitivities):
+        open_deployment(other).close()
+
+
+def test_the_ring_keeps_the_latest_within_its_size() -> None:
+    ring = TokenRing(1.0, 300)
+    for number in range(5):
+        ring.add([number] * 100)
+    ring.add([1])
+    assert [ids[0] for ids in ring.read(60)] == [2, 3, 4] and ring.num_tokens == 300
+    ring.add(list(range(1000)))
+    assert [len(ids) for ids in ring.read(60)] == [256] and ring.read(0) == []
+    none = TokenRing(0.0, 300)
+    none.add([1, 2])
+    assert none.read(60) == []
+
+
+def test_one_thread_compares_and_the_others_go_on_as_before() -> None:
+    found: list[int] = []
+
+    def quiet() -> None:
+        be_quiet()
+        found.append(torch.get_num_threads())
+
+    torch.set_num_threads(2)
+    try:
+        thread = threading.Thread(target=quiet)
+        thread.start()
+        thread.join()
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert found == [1, 2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
