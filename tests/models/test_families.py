@@ -64,7 +64,12 @@ def test_a_missing_key_means_what_the_hugging_face_class_makes_of_it(name: str) 
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"hidden_act": "gelu"}) for name in sorted(FAMILIES.keys() - {"gpt2"})),
+    *((name, {"hidden_act": "gelu"}) for name in sorted(FAMILIES.keys() - {"gpt2", "gemma2", "gemma3"})),
+    *((name, {"hidden_activation": "silu"}) for name in ("gemma2", "gemma3")),
+    *((name, {"layer_types": ["full_attention", "linear_attention"]}) for name in ("gemma3", "olmo3", "smollm3")),
+    *((name, {"rope_parameters": {"rope_type": "su"}}) for name in ("olmo2", "granite", "starcoder2")),
+    ("gemma2", {"use_bidirectional_attention": True}),
+    ("gemma3", {"attn_logit_softcapping": 30.0}),
     *((name, {"num_experts_per_tok": 0}) for name in ("mixtral", "olmoe", "deepseek_v2", "gpt_oss")),
     ("mixtral", {"num_experts_per_tok": 5}),
     ("xverse", {"moe_top_k": 9}),
@@ -173,7 +178,13 @@ def test_quantized_gpt2_is_not_transposed(tmp_path: Path, target: str) -> None:
     assert 0 < float((logits - expected).norm() / expected.norm()) < {"int8": 0.03, "int4": 0.3}[target]
 
 
-@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "gpt_oss", "phimoe", "xverse", "glm4_moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("deepseek_v2", "deepseek_v3", "gpt_oss", "phimoe", "xverse", "glm4_moe"),
+        *("gemma2", "gemma3", "phi3", "olmo2", "granite", "starcoder2"),
+    ],
+)
 @pytest.mark.parametrize("target", ["int8", "int4"])
 def test_routers_and_biases_stay_wide(tmp_path: Path, name: str, target: str) -> None:
     """Quantizing leaves them alone, and the result runs near the original."""
