@@ -56,6 +56,7 @@ class Case:
     window: int | None = None
     has_sinks: bool = False
     softcap: float | None = None
+    chunk: int | None = None
     query_type: torch.dtype = torch.float32
     cache_type: torch.dtype | None = None
     codes: torch.dtype | None = None
@@ -71,9 +72,15 @@ class Layer:
     case: Case
 
     def run(self, function: Callable[..., Tensor] = attention.paged_attention) -> Tensor:
-        scale, window, softcap = self.case.key_dim**-0.5, self.case.window, self.case.softcap
         return function(
-            self.query, self.cache, self.batch, scale=scale, window=window, sinks=self.sinks, softcap=softcap
+            self.query,
+            self.cache,
+            self.batch,
+            scale=self.case.key_dim**-0.5,
+            window=self.case.window,
+            sinks=self.sinks,
+            softcap=self.case.softcap,
+            chunk=self.case.chunk,
         )
 
     @property
@@ -152,6 +159,8 @@ CASES = [
     Case(sequences=((1, 300), (1, 1), (1, 64), (1, 65)), heads=8, kv_heads=1, key_dim=128, value_dim=128),
     Case(sequences=((7, 130), (1, 63)), heads=5, kv_heads=5, key_dim=80, value_dim=80, block_size=4),
     Case(sequences=((33, 90), (1, 129)), heads=16, kv_heads=1, key_dim=192, value_dim=128, block_size=64),
+    Case(sequences=((5, 17), (1, 400), (70, 70)), chunk=48),
+    Case(sequences=((40, 300), (1, 64)), heads=8, kv_heads=1, key_dim=128, value_dim=128, chunk=64),
     Case(sequences=((1, 70), (2, 70)), heads=9, kv_heads=3, key_dim=96, value_dim=96, block_size=32),
     Case(sequences=((5, 17), (1, 40)), heads=6, kv_heads=3, key_dim=17, value_dim=23, block_size=5),
     Case(sequences=((70, 200),), heads=7, kv_heads=1, window=33),
@@ -354,6 +363,7 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
         (replace(layer, sinks=torch.zeros(3)), ("sinks", "(3,)", 4)),
         (replace(layer, case=replace(layer.case, window=0)), ("window", 0)),
         (replace(layer, case=replace(layer.case, softcap=-1.0)), ("softcap", -1.0)),
+        (replace(layer, case=replace(layer.case, chunk=0)), ("chunk", 0)),
     ]
     for wrong, named in broken:
         with raises(ValueError, *named):
@@ -394,7 +404,11 @@ def test_cached_attention_over_every_type_of_cache(cache_type: torch.dtype, dtyp
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("options", [{"rounds_last": True}, {"is_interleaved": True}, {"softcap": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"rounds_last": True}, {"is_interleaved": True}, {"softcap": 0.7}, {"norms_last": True}, {"chunk": 16}],
+    ids=str,
+)
 @pytest.mark.usefixtures("isa")
 def test_cached_attention_of_other_kinds(options: dict[str, Any], dtype: torch.dtype) -> None:
     check_cached_attention(Case(), dtype, dtype, has_norm=True, rotated=32, **options)

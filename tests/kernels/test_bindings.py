@@ -60,7 +60,7 @@ def calls() -> dict[str, Call]:
     rows = floats(TOKENS, HEADS * DIM), floats(TOKENS, KV_HEADS * DIM), floats(TOKENS, KV_HEADS * DIM)
     slot_ids = torch.arange(16, 16 + TOKENS)
     new = floats(TOKENS, KV_HEADS, DIM)
-    attended = [floats(TOKENS, HEADS * DIM), 0.25, None, floats(HEADS), 2.0, 1]
+    attended = [floats(TOKENS, HEADS * DIM), 0.25, None, floats(HEADS), 2.0, None, 1]
     experts = _native.Experts()
     for _ in range(EXPERTS):
         gate, up, down = packed(WIDTH, HIDDEN), packed(WIDTH, HIDDEN), packed(HIDDEN, WIDTH)
@@ -165,7 +165,18 @@ def calls() -> dict[str, Call]:
         "AttentionPlan": (_native.AttentionPlan, list(batch)),
         "attend": (
             attention.attend,
-            [plan, floats(TOKENS, HEADS, DIM), *caches, floats(TOKENS, HEADS, DIM), 0.25, None, floats(HEADS), 2.0, 1],
+            [
+                plan,
+                floats(TOKENS, HEADS, DIM),
+                *caches,
+                floats(TOKENS, HEADS, DIM),
+                0.25,
+                None,
+                floats(HEADS),
+                2.0,
+                None,
+                1,
+            ],
         ),
         "attend_cached": (
             attention.attend_cached,
@@ -180,6 +191,7 @@ def calls() -> dict[str, Call]:
                 True,
                 (half, half + 1),
                 True,
+                False,
                 *attended,
             ],
         ),

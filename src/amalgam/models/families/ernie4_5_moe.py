@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from amalgam.kernels.program import Route, Rows
 from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.blocks.mlp import DenseMlp
@@ -33,7 +35,7 @@ class CorrectedSoftmaxRouter:
         yield Slot("router_correction", (1, self.num_experts), "router")
 
     def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
-        correction = weights["router_correction"].dense.flatten()
+        correction = weights["router_correction"].dequantize(torch.float32).flatten()
         return Route(x, weights["router"], layer_id, self.num_active_experts, correction=correction, normalises=True)
 
 
