@@ -30,7 +30,11 @@ class FakeDecoder:
 
     def __init__(self):
         self.spec = SimpleNamespace(
-            vocab_size=VOCAB_SIZE, max_positions=MAX_POSITIONS, kv_shapes=((1, 1, 1), (2, 3, 1)), num_experts=8
+            vocab_size=VOCAB_SIZE,
+            max_positions=MAX_POSITIONS,
+            kv_shapes=((1, 1, 1), (2, 3, 1)),
+            state_shapes=(None, None),
+            num_experts=8,
         )
         self.gate = threading.Event()
         self.gate.set()

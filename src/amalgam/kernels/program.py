@@ -279,10 +279,90 @@ class ScaleByPosition:
 
 @dataclass(frozen=True, eq=False)
 class ScaleBySigmoid:
-    """x ×= sigmoid(gate), one factor per row."""
+    """x ×= sigmoid(gate): one factor per row, or where the gate is as wide as x one per element."""
 
     x: Rows
     gate: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Columns in equal groups become buffers of one part each: all queries, all keys, …
+
+        x         group 0: part 0, part 1, …  |  group 1: part 0, part 1, …  |  …
+        outs[i]   part i of group 0, part i of group 1, …
+
+    Attributes:
+        outs: none of them in x's buffer. A part is as wide as its `out` divided by `num_groups`; together they are as
+            wide as x.
+    """
+
+    x: Rows
+    num_groups: int
+    outs: tuple[Rows, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Convolve:
+    """Causal depthwise convolution along each sequence, and a SiLU: with w the weight, of n columns,
+
+        out[t] = silu(w[:, 0] × x[t - n + 1] + w[:, 1] × x[t - n + 2] + … + w[:, n - 1] × x[t])
+
+    in float32, in this order. Rows from before the step's tokens are in the layer's `LayerState.convolution`; those
+    from before the sequence are 0. Which state a sequence starts from and leaves is said by its `SequenceState`.
+
+    Attributes:
+        x, out: `[tokens, channels]`, in different buffers.
+        weight: `[channels, n]`.
+    """
+
+    x: Rows
+    weight: Tensor
+    out: Rows
+    layer_id: int
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaRule:
+    """The gated delta rule (Yang et al. 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule").
+
+    Each value head h has a matrix S `[key_dim, value_dim]` per sequence, in the layer's `LayerState.recurrent`. It
+    reads query and key of head h // (num_value_heads / num_key_heads). Token by token, all in float32,
+
+        q = query / √(Σ query² + 1e-6) / √key_dim        k = key / √(Σ key² + 1e-6)
+        S = exp(-exp(log_rate) × softplus(decay + decay_bias)) × S
+        S = S + k ⊗ (sigmoid(strength) × (value - Sᵀk))
+        out = Sᵀq
+
+    so that neither the step that a token came in nor its neighbours matter. softplus(x) = log(1 + exp(x)), for x > 20
+    it is x. Which state a sequence starts from and leaves is said by its `SequenceState`.
+
+    Attributes:
+        query, key: `[tokens, num_key_heads × key_dim]`.
+        value, out: `[tokens, num_value_heads × value_dim]`; out is in no buffer that the instruction reads.
+        decay, strength: `[tokens, num_value_heads]`.
+        log_rate, decay_bias: float32 `[num_value_heads]`.
+    """
+
+    query: Rows
+    key: Rows
+    value: Rows
+    decay: Rows
+    strength: Rows
+    out: Rows
+    layer_id: int
+    num_key_heads: int
+    num_value_heads: int
+    log_rate: Tensor
+    decay_bias: Tensor
+
+    @property
+    def key_dim(self) -> int:
+        return self.key.width // self.num_key_heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.value.width // self.num_value_heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,6 +417,9 @@ Instruction = (
     | Scale
     | ScaleByPosition
     | ScaleBySigmoid
+    | Split
+    | Convolve
+    | DeltaRule
     | Add
     | Call
     | Head

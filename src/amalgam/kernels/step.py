@@ -16,6 +16,23 @@ import torch
 from torch import Tensor
 
 
+class SequenceState(NamedTuple):
+    """Where a step finds and leaves a sequence's recurrent state: slots of every `LayerState`.
+
+    No slot is written for two sequences, nor written for one and read for another. A step that reads one slot and
+    writes another can be taken back.
+
+    Attributes:
+        source: holds the state before the first of the step's tokens; None: there is none yet, all is 0.
+        target: gets the state after the last one. May be the source.
+        saves: (after how many of the step's tokens, the slot that gets the state there), in order.
+    """
+
+    source: int | None
+    target: int
+    saves: tuple[tuple[int, int], ...] = ()
+
+
 class StepSequence(NamedTuple):
     """One sequence's share of a step.
 
@@ -23,12 +40,14 @@ class StepSequence(NamedTuple):
         token_ids: one after another, the first of them at `first_position`.
         block_ids: the cache's blocks with its keys and values, from position 0 on.
         num_logits: of how many of the last tokens the logits are wanted.
+        state: None: the model has no recurrent state.
     """
 
     token_ids: list[int]
     first_position: int
     block_ids: Sequence[int]
     num_logits: int
+    state: SequenceState | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +84,18 @@ class LayerCache(NamedTuple):
     value_scales: Tensor | None = None
 
 
+class LayerState(NamedTuple):
+    """What one layer knows of sequences beside keys and values: one slot for each, contiguous float32.
+
+    Attributes:
+        convolution: `[slots, n - 1, channels]`, the rows that the convolution of n rows saw last, the oldest first.
+        recurrent: `[slots, value_heads, key_dim, value_dim]`.
+    """
+
+    convolution: Tensor
+    recurrent: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class CachedAttention:
     """What one layer's attention works with beside its queries, keys and values.
@@ -97,10 +128,14 @@ class CachedAttention:
 
 
 class Cache(Protocol):
-    """Keys and values of all layers, with `num_blocks × block_size` slots each."""
+    """Keys and values of all layers, with `num_blocks × block_size` slots each, and their recurrent states."""
 
     @property
     def layers(self) -> tuple[LayerCache, ...]: ...
+
+    @property
+    def states(self) -> tuple[LayerState | None, ...]:
+        """Of each layer; None where it has none."""
 
     @property
     def block_size(self) -> int: ...
@@ -180,7 +215,7 @@ class StepContext:
         logit_rows: list[int] = []
         tables: list[int] = []
         query_starts, context_lengths = [0], []
-        for new_ids, first, block_ids, num_logits in self.sequences:
+        for new_ids, first, block_ids, num_logits, _ in self.sequences:
             places = range(first, first + len(new_ids))
             token_ids += new_ids
             positions += places

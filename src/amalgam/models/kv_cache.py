@@ -1,4 +1,7 @@
-"""The KV cache: keys and values of every layer, sized by a model's spec. Must never know: whose blocks are whose."""
+"""The KV cache: keys and values of every layer, and recurrent states beside them, sized by a model's spec.
+
+Must never know: whose blocks and states are whose.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amalgam.kernels.step import LayerCache
-from amalgam.models.spec import ModelSpec
+from amalgam.kernels.step import LayerCache, LayerState
+from amalgam.models.spec import ModelSpec, StateShape
 
 # As `engine.kv_dtype` calls them. The last two hold codes, each token's key and value of a head with a scale.
 KV_TYPES = {
@@ -30,10 +33,13 @@ def kv_type(name: str, activations: torch.dtype) -> torch.dtype:
 
 
 class KVCache:
-    """Keys and values of all layers, as slots `[num_blocks × block_size, kv_heads, dim]`."""
+    """Keys and values of all layers, as slots `[num_blocks × block_size, kv_heads, dim]`, and states of sequences."""
 
-    def __init__(self, layers: Sequence[LayerCache], block_size: int) -> None:
+    def __init__(
+        self, layers: Sequence[LayerCache], block_size: int, states: Sequence[LayerState | None] | None = None
+    ) -> None:
         self.layers = tuple(layers)
+        self.states = (None,) * len(self.layers) if states is None else tuple(states)
         self.block_size = block_size
 
     @property
@@ -42,21 +48,34 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """Of keys and values."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer if tensor is not None)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Of the states."""
+        return sum(tensor.nbytes for layer in self.states if layer is not None for tensor in layer)
 
     @classmethod
     def allocate(
-        cls, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        cls,
+        spec: ModelSpec,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        num_states: int = 1,
     ) -> KVCache:
         """Zeroed storage; on the CPU, pages cost no memory until they are used.
 
         Args:
             dtype: of keys and values, one of `KV_TYPES`.
+            num_states: slots for the recurrent states of sequences, if the model has any.
         """
         slots = num_blocks * block_size
 
-        def zeros(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
-            shape = (slots, *sizes)
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             if device.type != "cpu" or not math.prod(shape):
                 return torch.zeros(shape, dtype=dtype, device=device)
             # torch.zeros writes every page; numpy asks the system for pages that are zero already.
@@ -64,13 +83,18 @@ class KVCache:
             return torch.from_numpy(raw).view(dtype).view(shape)
 
         def scales(heads: int) -> Tensor | None:
-            return zeros(heads, dtype=torch.float32) if dtype in _CODES else None
+            return zeros(slots, heads, dtype=torch.float32) if dtype in _CODES else None
+
+        def state(shape: StateShape) -> LayerState:
+            return LayerState(*(zeros(num_states, *part, dtype=torch.float32) for part in shape))
 
         layers = [
-            LayerCache(zeros(heads, key), zeros(heads, value), scales(heads), scales(heads if value else 0))
+            LayerCache(
+                zeros(slots, heads, key), zeros(slots, heads, value), scales(heads), scales(heads if value else 0)
+            )
             for heads, key, value in spec.kv_shapes
         ]
-        return cls(layers, block_size)
+        return cls(layers, block_size, [shape and state(shape) for shape in spec.state_shapes])
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 from amalgam.base.fields import Fields
 from amalgam.formats.fused import FusedTensor
@@ -68,10 +68,25 @@ class Block(Protocol):
         """Add what computes the block from the normed rows `x`; returns where its result will be."""
 
 
+class StateShape(NamedTuple):
+    """Sizes of one sequence's recurrent state in one layer; see `LayerState`."""
+
+    convolution: tuple[int, int]
+    recurrent: tuple[int, int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * (math.prod(self.convolution) + math.prod(self.recurrent))
+
+
 class AttentionBlock(Block, Protocol):
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """(kv_heads, key_dim, value_dim) of one token in the cache."""
+        """(kv_heads, key_dim, value_dim) of one token in the cache; zeros: it keeps none."""
+
+    @property
+    def state_shape(self) -> StateShape | None:
+        """Of its recurrent state; None: it has none."""
 
     @property
     def rope(self) -> Rope | None: ...
@@ -167,6 +182,16 @@ class ModelSpec:
     def kv_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """(kv_heads, key_dim, value_dim) of each layer."""
         return tuple(layer.attention.kv_shape for layer in self.layers)
+
+    @property
+    def state_shapes(self) -> tuple[StateShape | None, ...]:
+        """Of each layer's recurrent state; None where it has none."""
+        return tuple(layer.attention.state_shape for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one sequence's recurrent states in all layers; 0: the model has none."""
+        return sum(shape.nbytes for shape in self.state_shapes if shape is not None)
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:

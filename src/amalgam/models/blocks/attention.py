@@ -59,6 +59,10 @@ class Attention:
     def kv_shape(self) -> tuple[int, int, int]:
         return self.num_kv_heads, self.head_dim, self.head_dim
 
+    @property
+    def state_shape(self) -> None:
+        return None
+
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         widths = {"q": self.num_heads * self.head_dim, "k": self.num_kv_heads * self.head_dim}
         widths["v"] = widths["k"]

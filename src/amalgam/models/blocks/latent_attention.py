@@ -47,6 +47,10 @@ class LatentAttention:
     def kv_shape(self) -> tuple[int, int, int]:
         return 1, self.latent_rank + self.rope_dim, 0
 
+    @property
+    def state_shape(self) -> None:
+        return None
+
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         query_width = self.num_heads * (self.nope_dim + self.rope_dim)
         if self.query_rank is None:

@@ -216,6 +216,8 @@ class Encoder:
         return True
 
     def _scale_by_sigmoid(self, one: ScaleBySigmoid) -> bool:
+        if one.gate.width == one.x.width != 1:
+            return False
         self.native.add_scale(self._columns(one.x), self._columns(one.gate))
         return True
 

@@ -81,7 +81,7 @@ class CpuProgram:
         workspace, sequences, observer = self._workspace, step.sequences, step.observer
         memory = workspace.memory(step.kv, self.tables)
         tokens = rows = 0
-        for token_ids, _, _, num_logits in sequences:
+        for token_ids, _, _, num_logits, _ in sequences:
             tokens += len(token_ids)
             rows += min(num_logits, len(token_ids))
         logits = workspace.logits((rows, self._vocab_size))
@@ -94,7 +94,7 @@ class CpuProgram:
             self._kernels,
             self._attention,
             memory.native,
-            sequences,
+            [sequence[:4] for sequence in sequences],
             self._native_dtype,
             workspace.arena,
             starts,

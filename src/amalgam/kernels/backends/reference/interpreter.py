@@ -23,6 +23,8 @@ from amalgam.kernels.program import (
     AttendLatent,
     Call,
     Clamp,
+    Convolve,
+    DeltaRule,
     Embed,
     Gelu,
     Head,
@@ -36,6 +38,7 @@ from amalgam.kernels.program import (
     Scale,
     ScaleByPosition,
     ScaleBySigmoid,
+    Split,
     SwiGlu,
     WeighInput,
 )
@@ -62,8 +65,14 @@ class Frame:
         return self._buffers[rows.buffer][:, rows.start : rows.start + rows.width]
 
     def put(self, rows: Rows, value: Tensor) -> None:
-        assert rows.is_whole and value.shape[1] == rows.width, (rows, value.shape)
-        self._buffers[rows.buffer] = value
+        assert value.shape[1] == rows.width, (rows, value.shape)
+        if rows.is_whole:
+            self._buffers[rows.buffer] = value
+            return
+        buffer = self._buffers.get(rows.buffer)
+        if buffer is None or buffer.shape != (len(value), rows.stride):
+            buffer = self._buffers[rows.buffer] = value.new_empty((len(value), rows.stride))
+        buffer[:, rows.start : rows.start + rows.width] = value
 
     def forget(self, buffer: str) -> None:
         """Give up the memory of a buffer that nothing reads any more."""
@@ -354,6 +363,30 @@ def _scale_by_sigmoid(one: ScaleBySigmoid, frame: Frame) -> None:
     frame.put(one.x, (frame.operators.sigmoid(frame.get(one.gate)) * x.float()).to(x.dtype))
 
 
+def _split(one: Split, frame: Frame) -> None:
+    groups = frame.get(one.x).unflatten(1, (one.num_groups, -1))
+    parts = groups.split([out.width // one.num_groups for out in one.outs], dim=2)
+    for out, part in zip(one.outs, parts, strict=True):
+        frame.put(out, part.flatten(1))
+
+
+def _convolve(one: Convolve, frame: Frame) -> None:
+    state = frame.step.kv.states[one.layer_id]
+    assert state is not None
+    frame.put(one.out, frame.operators.convolve(frame.get(one.x), one.weight, state.convolution, frame.step.sequences))
+
+
+def _delta_rule(one: DeltaRule, frame: Frame) -> None:
+    state = frame.step.kv.states[one.layer_id]
+    assert state is not None
+    query, key = (frame.get(rows).unflatten(1, (one.num_key_heads, -1)) for rows in (one.query, one.key))
+    value = frame.get(one.value).unflatten(1, (one.num_value_heads, -1))
+    decay = frame.operators.decay(frame.get(one.decay), one.log_rate, one.decay_bias)
+    strength = frame.operators.sigmoid(frame.get(one.strength))
+    out = frame.operators.delta_rule(query, key, value, decay, strength, state.recurrent, frame.step.sequences)
+    frame.put(one.out, out.flatten(1))
+
+
 def _add(one: Add, frame: Frame) -> None:
     frame.put(one.x, frame.get(one.x) + frame.get(one.y))
 
@@ -384,6 +417,8 @@ _HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {
     AttendLatent: _attend_latent,
     Call: _call,
     Clamp: _clamp,
+    Convolve: _convolve,
+    DeltaRule: _delta_rule,
     Embed: _embed,
     Gelu: _gelu,
     Head: _head,
@@ -394,6 +429,7 @@ _HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {
     Scale: _scale,
     ScaleByPosition: _scale_by_position,
     ScaleBySigmoid: _scale_by_sigmoid,
+    Split: _split,
     SwiGlu: _swiglu,
     WeighInput: _weigh_input,
 }

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from amalgam.kernels.layouts import DENSE
 from amalgam.kernels.packed import GEGLU, SWIGLU, Activation, ExpertTable, PackedWeight
-from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
+from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache, SequenceState, StepSequence
 
 # 8 rows: on a CPU a matrix product still runs near the memory's speed; a GPU needs more to be busy.
 _TILE_ROWS = {"cpu": 8, "cuda": 64}
@@ -205,6 +205,86 @@ def moe(
     return total.to(x.dtype)
 
 
+def convolve(x: Tensor, weight: Tensor, states: Tensor, sequences: Sequence[StepSequence]) -> Tensor:
+    """See `Convolve`.
+
+    x: `[tokens, channels]`; weight: `[channels, n]`; states: float32 `[slots, n - 1, channels]`, read and written.
+    Returns `[tokens, channels]` in x's type.
+    """
+    rows, columns = x.float(), weight.float().t()
+    num_before = len(columns) - 1
+    results = []
+    start = 0
+    for sequence in sequences:
+        state, num_tokens = _state_of(sequence), len(sequence.token_ids)
+        before = states.new_zeros(states.shape[1:]) if state.source is None else states[state.source]
+        seen = torch.cat((before, rows[start : start + num_tokens]))
+        total = seen[:num_tokens] * columns[0]
+        for index in range(1, num_before + 1):
+            total = total + seen[index : index + num_tokens] * columns[index]
+        results.append(total / (1.0 + torch.exp(-total)))
+        for count, slot in (*state.saves, (num_tokens, state.target)):
+            states[slot] = seen[count : count + num_before]
+        start += num_tokens
+    return torch.cat(results).to(x.dtype)
+
+
+def decay(x: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
+    """exp(-exp(log_rate) × softplus(x + bias)) in float32: `[tokens, heads]` by `[heads]` and `[heads]`."""
+    wide = x.float() + bias.float()
+    softplus = torch.where(wide > 20.0, wide, torch.log1p(torch.exp(wide)))
+    return torch.exp(-torch.exp(log_rate.float()) * softplus)
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    strength: Tensor,
+    states: Tensor,
+    sequences: Sequence[StepSequence],
+) -> Tensor:
+    """See `DeltaRule`.
+
+    query, key: `[tokens, key_heads, d]`; value: `[tokens, value_heads, v]`; decay, the factor of the state, and
+    strength: float32 `[tokens, value_heads]`; states: float32 `[slots, value_heads, d, v]`, read and written. Returns
+    `[tokens, value_heads, v]` in value's type.
+    """
+    shared = value.shape[1] // key.shape[1]
+
+    def to_unit(x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + 1e-6)).repeat_interleave(shared, dim=1)
+
+    # A trailing dimension for the one that a vector has not: [tokens, heads, d, 1], and [tokens, heads, 1, v].
+    queries, keys = (to_unit(query) * query.shape[2] ** -0.5).unsqueeze(3), to_unit(key).unsqueeze(3)
+    values = value.float().unsqueeze(2)
+    factors, strengths = decay[:, :, None, None], strength[:, :, None, None]
+    out = torch.empty_like(values)
+    start = 0
+    for sequence in sequences:
+        state, num_tokens = _state_of(sequence), len(sequence.token_ids)
+        memory = states.new_zeros(states.shape[1:]) if state.source is None else states[state.source].clone()
+        saves = dict(state.saves)
+        for count, row in enumerate(range(start, start + num_tokens), 1):
+            memory *= factors[row]
+            known = (memory * keys[row]).sum(1, keepdim=True)
+            memory += keys[row] * (strengths[row] * (values[row] - known))
+            out[row] = (memory * queries[row]).sum(1, keepdim=True)
+            if count in saves:
+                states[saves[count]] = memory
+        states[state.target] = memory
+        start += num_tokens
+    return out.squeeze(2).to(value.dtype)
+
+
+def _state_of(sequence: StepSequence) -> SequenceState:
+    if sequence.state is None:
+        raise ValueError("a sequence without a state, and a layer that has one")
+    return sequence.state
+
+
 def write_kv(cache: LayerCache, key: Tensor, value: Tensor, slot_ids: Tensor) -> None:
     """Store this step's keys and values in the cache's type: `cache[slot_ids[t]] = new[t]`."""
     _write(cache.keys, cache.key_scales, key, slot_ids)
@@ -365,6 +445,9 @@ class Operators:
     rotate = staticmethod(rotate)
     sigmoid = staticmethod(sigmoid)
     gated = staticmethod(gated)
+    convolve = staticmethod(convolve)
+    decay = staticmethod(decay)
+    delta_rule = staticmethod(delta_rule)
     write_kv = staticmethod(write_kv)
     paged_attention = staticmethod(paged_attention)
 
