@@ -123,7 +123,7 @@ def test_a_cache_takes_what_its_type_takes(kv_dtype, slot_bytes):
 
 
 def test_latents_have_no_values_and_so_no_scales_of_them():
-    spec = SimpleNamespace(kv_shapes=((1, 20, 0),))
+    spec = SimpleNamespace(kv_shapes=((1, 20, 0),), state_shapes=(None,))
     assert KVCache.bytes_per_block(spec, 16, torch.int8) == 16 * (20 + 4)
     assert KVCache.allocate(spec, 3, 16, torch.int8, CPU).nbytes == 3 * 16 * (20 + 4)
 

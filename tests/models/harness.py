@@ -16,7 +16,7 @@ from amalgam.kernels.backends.cpu.backend import CpuBackend
 from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.program import Program
-from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.kernels.step import SequenceState, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.routing import RoutingObserver
@@ -80,14 +80,20 @@ class Runner:
     ) -> None:
         self.decoder, self.version, self.block_size, self.observer = decoder, version, block_size, observer
         num_blocks = num_sequences * blocks_each
-        self.kv = KVCache.allocate(decoder.spec, num_blocks, block_size, decoder.dtype, CPU)
+        self.kv = KVCache.allocate(decoder.spec, num_blocks, block_size, decoder.dtype, CPU, num_states=num_sequences)
         self.tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).view(num_sequences, -1)
         self.lengths = [0] * num_sequences
 
     def step(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
         """Run one step: sequence → its next tokens. Returns sequence → logits `[tokens, vocabulary]`."""
         sequences = [
-            StepSequence(token_ids, self.lengths[index], self.tables[index].tolist(), len(token_ids))
+            StepSequence(
+                token_ids,
+                self.lengths[index],
+                self.tables[index].tolist(),
+                len(token_ids),
+                SequenceState.of(index, self.lengths[index]),
+            )
             for index, token_ids in chunks.items()
         ]
         for index, token_ids in chunks.items():

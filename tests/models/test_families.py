@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
+from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import ModelSpec
 from amalgam.tools.analyze import analyze_checkpoint
@@ -124,6 +124,18 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("granitemoe", {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["attention", "mamba"]}),
     ("granitemoe", {"logits_scaling": 0.0}),
     ("phimoe", {"num_experts_per_tok": 1}),
+    *(
+        ("qwen3_next", changes)
+        for changes in (
+            {"layer_types": ["linear_attention", "full_attention", "sparse_attention"]},
+            {"layer_types": ["linear_attention", "full_attention"]},
+            {"linear_num_value_heads": 3},
+            {"linear_conv_kernel_dim": 1},
+            {"attn_output_gate": False},
+        )
+    ),
+    ("qwen3_5", {"layer_types": ["linear_attention", "linear_attention", "sliding_attention"]}),
+    ("qwen3_5_moe", {"norm_topk_prob": False}),
     ("phimoe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
 ]
 
@@ -147,6 +159,35 @@ def test_layers_for_multi_token_prediction_are_left_alone(tmp_path: Path) -> Non
     write_checkpoint(tmp_path, {**config, "num_nextn_predict_layers": 0}, {**tensors, **extra})
     with raises(CheckpointError, "model.layers.2.eh_proj.weight"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_the_text_part_of_a_multimodal_model_is_that_model(tmp_path: Path, name: str) -> None:
+    """Under the names of published checkpoints: what sees images and what predicts further tokens is left out."""
+    save_tiny(FAMILIES[name], tmp_path / "text")
+    config, tensors = (
+        json.loads((tmp_path / "text/config.json").read_text()),
+        load_file(tmp_path / "text/model.safetensors"),
+    )
+    renamed = {re.sub(r"^model\.", "model.language_model.", key): tensor for key, tensor in tensors.items()}
+    others = {"model.visual.blocks.0.attn.qkv.weight": torch.zeros(6, 2), "mtp.fc.weight": torch.zeros(4, 8)}
+    architecture = FAMILIES[name].architectures[1]
+    nested = {"architectures": [architecture], "text_config": config, "vision_config": {"depth": 1}}
+    write_checkpoint(tmp_path / "whole", nested, {**renamed, **others})
+    (decoder, version), whole = load_model(tmp_path / "text"), load_model(tmp_path / "whole")
+    assert decoder.spec == whole[0].spec
+    assert {origin.name for origin in version.origins.values()} == {o.name for o in whole[1].origins.values()}
+    assert torch.equal(Runner(decoder, version).step({0: PROMPT})[0], Runner(*whole).step({0: PROMPT})[0])
+    notes = " ".join(analyze_checkpoint(str(tmp_path / "whole")).notes)
+    assert "the vision encoder" in notes and "predict further tokens" in notes and "has no place" not in notes
+
+    write_checkpoint(tmp_path / "vision", nested, others)
+    with raises(PlanError, "the vision encoder"):
+        load_model(tmp_path / "vision")
+    missing = "model.language_model.layers.0.linear_attn.conv1d.weight"
+    write_checkpoint(tmp_path / "lacking", nested, {key: tensor for key, tensor in renamed.items() if key != missing})
+    with raises(PlanError, missing):
+        load_model(tmp_path / "lacking")
 
 
 def test_gpt2_is_the_same_without_its_prefix(tmp_path: Path) -> None:

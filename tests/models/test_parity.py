@@ -14,7 +14,7 @@ from tests.models.harness import Runner, load_model
 from tests.models.tiny import EOS, Reference, save_tiny
 
 TOLERANCE = 1e-4
-LENGTHS = (37, 5, 61, 1)
+LENGTHS = (37, 5, 71, 1)  # delta nets of the Hugging Face classes work in chunks of 64
 
 YARN = {
     "rope_type": "yarn",
@@ -164,6 +164,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"],
         "swiglu_limit": 0.3,
         "swiglu_alpha": 1.2,
+    },
+    "qwen3_next_mixed": {
+        "layer_types": None,
+        "full_attention_interval": 2,
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": False,
+        "attention_bias": True,
+        "linear_conv_kernel_dim": 2,
+        "linear_num_key_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5_moe_yarn": {
+        "rope_parameters": {
+            **YARN,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 3, 3],
+            "mrope_interleaved": True,
+        },
+        "tie_word_embeddings": True,
     },
     "gpt2_untied": {"tie_word_embeddings": False, "n_inner": 96},
     "phimoe_longrope": {

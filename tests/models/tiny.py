@@ -80,6 +80,8 @@ def random_model(model_class: Any, config: Any) -> Any:
                 tensor.normal_(0, 0.2)
             elif tensor.dim() == 1:
                 tensor.uniform_(0.5, 1.5)
+            elif name.endswith("conv1d.weight"):
+                tensor.uniform_(-1, 1)
             else:
                 tensor.mul_(4.0)  # the default 0.02 makes every logit alike
     return model

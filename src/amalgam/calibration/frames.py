@@ -16,7 +16,7 @@ from amalgam.kernels.backends.base import Tables
 from amalgam.kernels.backends.reference.interpreter import Frame
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.step import LayerCache, StepContext, StepSequence
+from amalgam.kernels.step import LayerCache, LayerState, SequenceState, StepContext, StepSequence
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.spec import ModelSpec
 
@@ -43,13 +43,15 @@ def frame_of(spec: ModelSpec, sequences: Sequence[Sequence[int]], layer_id: int,
     """
     heads, key, value = spec.kv_shapes[layer_id]
     parts, first = [], 0
-    for ids in sequences:
+    for index, ids in enumerate(sequences):
         count = -(-len(ids) // _BLOCK_SIZE)
-        parts.append(StepSequence(list(ids), 0, range(first, first + count), 0))
+        parts.append(StepSequence(list(ids), 0, range(first, first + count), 0, SequenceState.of(index, 0)))
         first += count
     slots = first * _BLOCK_SIZE
     cache = LayerCache(torch.zeros(slots, heads, key), torch.zeros(slots, heads, value))
-    kv = KVCache([cache] * spec.num_layers, _BLOCK_SIZE)
+    shape = spec.state_shapes[layer_id]
+    state = shape and LayerState(*(torch.zeros(len(parts), *part) for part in shape))
+    kv = KVCache([cache] * spec.num_layers, _BLOCK_SIZE, [state] * spec.num_layers)
     return Frame(StepContext(parts, kv), torch.float32, tables, WholeProducts)
 
 

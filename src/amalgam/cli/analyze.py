@@ -33,6 +33,7 @@ def command(
         ),
     ] = None,
     attention: Annotated[str | None, _precision("attention")] = None,
+    linear_attention: Annotated[str | None, _precision("linear_attention")] = None,
     mlp: Annotated[str | None, _precision("mlp")] = None,
     expert: Annotated[str | None, _precision("expert")] = None,
     shared_expert: Annotated[str | None, _precision("shared_expert")] = None,
@@ -50,6 +51,7 @@ def command(
         raise ConfigError("No model is given." if not given else "Two models are given.", remedy="Give one folder.")
     wishes = {
         "attention": attention,
+        "linear_attention": linear_attention,
         "mlp": mlp,
         "expert": expert,
         "shared_expert": shared_expert,

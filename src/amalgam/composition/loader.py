@@ -243,12 +243,19 @@ class ModelLoader:
         return fused_tensors(config) if config else self.family.fused
 
     def _with_logical_names(self, source: Source) -> Source:
-        return replace(source, weights=self.family.with_optional_prefix(source.weights, self._slots))
+        return replace(source, weights=self.family.with_whole_names(source.weights, self._slots))
 
     def _plan_weight(self, slot: Slot, choice: Choice) -> PlannedWeight:
         source = self._source(choice.source)
         stored = source.weights.get(choice.name)
         if stored is None:
+            others = {self.family.what_is_left_out(name) for name in source.weights}
+            if others and None not in others:
+                raise PlanError(
+                    f"Source {choice.source!r} ({source.folder}) has no weight {choice.name!r} ({choice.reason}), "
+                    f"nothing but {' and '.join(sorted(filter(None, others)))}.",
+                    remedy="Name a checkpoint that has the model's text part.",
+                )
             is_head = slot.role == "head" and self.family.logical_name(self.spec.slots[0]) in source.weights
             raise PlanError(
                 f"Source {choice.source!r} ({source.folder}) has no weight {choice.name!r} ({choice.reason}).",

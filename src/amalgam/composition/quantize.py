@@ -99,7 +99,7 @@ def make_checkpoint(
         raise CheckpointError(source.config_place, remedy=f"The model's sizes stand in {CONFIG_NAME}.")
     family, spec = read_spec(source.config, source.config_place)
     slots = {family.logical_name(slot): slot for slot in spec.slots}
-    source = replace(source, weights=family.with_optional_prefix(source.weights, slots))
+    source = replace(source, weights=family.with_whole_names(source.weights, slots))
     missing = [name for name in slots if name not in source.weights]
     if missing:
         raise CheckpointError(f"{source.folder} lacks {len(missing)} weights, for instance {missing[0]!r}.")

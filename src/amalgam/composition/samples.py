@@ -16,7 +16,7 @@ from amalgam.models.spec import Slot
 
 # Runs of rows, which most formats have apart, and about so many values.
 _RUN, _NUM_VALUES = 8, 2**16
-_LEAST_RUNS = {"embedding": 8, "head": 8, "attention": 4}
+_LEAST_RUNS = {"embedding": 8, "head": 8, "attention": 4, "linear_attention": 4}
 _MAX_COLUMNS = 1024  # of a router, whose rows are all compared
 
 

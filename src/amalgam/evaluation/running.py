@@ -20,7 +20,7 @@ from amalgam.composition.progress import Progress
 from amalgam.errors import CheckpointError
 from amalgam.evaluation.texts import Window
 from amalgam.kernels.backends import Compiled
-from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.kernels.step import SequenceState, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.weights import WeightVersion
@@ -62,12 +62,15 @@ def step_context(
         dtype: of keys and values; None: as the activations.
     """
     sequences, first_block = [], 0
-    for window in windows:
+    for index, window in enumerate(windows):
         num_blocks = -(-len(window.token_ids) // BLOCK_SIZE)
         blocks = range(first_block, first_block + num_blocks)
-        sequences.append(StepSequence(list(window.token_ids), 0, blocks, num_logits))
+        state = SequenceState.of(index, 0)
+        sequences.append(StepSequence(list(window.token_ids), 0, blocks, num_logits, state))
         first_block += num_blocks
-    cache = KVCache.allocate(decoder.spec, first_block, BLOCK_SIZE, dtype or decoder.dtype, decoder.device)
+    cache = KVCache.allocate(
+        decoder.spec, first_block, BLOCK_SIZE, dtype or decoder.dtype, decoder.device, num_states=len(windows)
+    )
     return StepContext(sequences, cache)
 
 

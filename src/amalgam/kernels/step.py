@@ -32,6 +32,11 @@ class SequenceState(NamedTuple):
     target: int
     saves: tuple[tuple[int, int], ...] = ()
 
+    @classmethod
+    def of(cls, slot: int, first_position: int) -> SequenceState:
+        """Of a sequence that keeps its state in one slot."""
+        return cls(slot if first_position else None, slot)
+
 
 class StepSequence(NamedTuple):
     """One sequence's share of a step.

@@ -5,7 +5,8 @@ Biases of a projection follow from its weight: a slot `q_bias` is published as `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from amalgam.formats.fused import FusedTensor
 
@@ -105,6 +106,42 @@ def fused_experts(
         FusedTensor(f"{stored}.gate_up_proj", (gate, up), True, is_transposed, is_interleaved),
         FusedTensor(f"{stored}.down_proj", (down,), True, is_transposed),
     )
+
+
+# Qwen's: one MLP beside the experts, whose gate is a projection to one number.
+GATED_SHARED_EXPERT = {
+    "layers.{}.mlp.shared_gate": f"{_LAYER}.mlp.shared_expert_gate.weight",
+    **{
+        f"layers.{{}}.mlp.shared.{part}": f"{_LAYER}.mlp.shared_expert.{part}_proj.weight"
+        for part in ("gate", "up", "down")
+    },
+}
+DELTA_NET = {
+    **{
+        f"layers.{{}}.attention.{part}": f"{_LAYER}.linear_attn.in_proj_{part}.weight"
+        for part in ("qkvz", "ba", "qkv", "z", "b", "a")
+    },
+    "layers.{}.attention.convolution": f"{_LAYER}.linear_attn.conv1d.weight",
+    "layers.{}.attention.log_rate": f"{_LAYER}.linear_attn.A_log",
+    "layers.{}.attention.decay_bias": f"{_LAYER}.linear_attn.dt_bias",
+    "layers.{}.attention.norm": f"{_LAYER}.linear_attn.norm.weight",
+    "layers.{}.attention.out": f"{_LAYER}.linear_attn.out_proj.weight",
+}
+
+
+def in_language_model(names: Mapping[str, str]) -> dict[str, str]:
+    """The same names in a multimodal model, whose text part is `model.language_model`."""
+    return {slot: _in_language_model(name) for slot, name in names.items()}
+
+
+def fused_in_language_model(table: Sequence[FusedTensor]) -> tuple[FusedTensor, ...]:
+    """The same fused tensors in a multimodal model, stored under its names or under those of its text part alone."""
+    logical = [replace(fused, modules=tuple(map(_in_language_model, fused.modules))) for fused in table]
+    return *logical, *(replace(fused, stored=_in_language_model(fused.stored)) for fused in logical)
+
+
+def _in_language_model(name: str) -> str:
+    return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

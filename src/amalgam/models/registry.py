@@ -79,9 +79,11 @@ def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]
     """
     family = find_family(config, where)
     reader = ConfigReader(config, where)
-    for key in _LAYER_COUNTS:
-        if isinstance(config.get(key), int) and config[key] > MAX_LAYERS:
-            reader.refuse(key, config[key], f"at most {MAX_LAYERS} layers")
+    text = reader.object("text_config", default=None)
+    for fields in (reader,) if text is None else (reader, text):
+        for key in _LAYER_COUNTS:
+            if isinstance(count := fields.values.get(key), int) and count > MAX_LAYERS:
+                fields.refuse(key, count, f"at most {MAX_LAYERS} layers")
     spec = family.read_spec(reader)
     _check_layer_types(reader, spec)
     num_experts = sum(layer.mlp.num_experts for layer in spec.layers)
@@ -108,3 +110,9 @@ def _check_layer_types(config: ConfigReader, spec: ModelSpec) -> None:
         found = [_OLDER_TYPES.get(kind, kind) if isinstance(kind, str) else kind for kind in found]
     if found is not None and found != expected:
         config.refuse("layer_types", found, f"{expected}, as the other keys describe this family's layers")
+
+
+def _layer_type(attention: AttentionBlock) -> str:
+    if attention.state_shape is not None:
+        return "linear_attention"
+    return "full_attention" if getattr(attention, "window", None) is None else "sliding_attention"

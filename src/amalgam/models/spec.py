@@ -22,6 +22,8 @@ from amalgam.models.weights import BlockWeights
 
 T = TypeVar("T")
 
+DRAFT_LAYERS = "layers that predict further tokens"  # as `Family.left_out` and reports call them
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -30,7 +32,8 @@ class Slot:
     Attributes:
         name: `layers.3.attention.q`, unique in the model.
         shape: logical shape, `(out, in)` for a linear weight.
-        role: embedding, head, norm, bias, router, attention, mlp, expert or shared_expert.
+        role: embedding, head, norm, bias, router, convolution, attention, linear_attention, mlp, expert or
+            shared_expert.
         is_transposed: unquantized checkpoints store the weight as `(in, out)` (GPT-2's `Conv1D`).
     """
 
@@ -42,7 +45,7 @@ class Slot:
     @property
     def is_linear(self) -> bool:
         """Whether the weight multiplies activations and may be quantized."""
-        return self.role in {"attention", "mlp", "expert", "shared_expert", "head"}
+        return self.role in {"attention", "linear_attention", "mlp", "expert", "shared_expert", "head"}
 
 
 class Norm(Protocol):
@@ -244,8 +247,9 @@ class Family:
         read_spec: config → spec; fails on values that it does not understand.
         names: slot pattern → the published checkpoint's name; `{}` stands for a number, in order.
         ignored: regular expressions of checkpoint tensors that hold no weight.
+        left_out: regular expressions of checkpoint tensors that the decoder has no use for → what they are, for people.
         fused: checkpoint tensors that hold several weights, or one under another name.
-        optional_prefix: what some checkpoints leave out at the start of all names.
+        short_prefixes: how names start in some checkpoints → what that stands for.
         tiny_config: keyword arguments of the Hugging Face configuration class for the parity test.
     """
 
@@ -255,7 +259,8 @@ class Family:
     names: Mapping[str, str]
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     fused: tuple[FusedTensor, ...] = ()
-    optional_prefix: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    short_prefixes: Mapping[str, str] = field(default_factory=dict)
     tiny_config: Mapping[str, Any] = field(default_factory=dict)
 
     def logical_name(self, slot: Slot) -> str:
@@ -268,14 +273,25 @@ class Family:
         layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
         if layer is not None and 0 <= int(layer[1]) - spec.num_layers < spec.num_draft_layers:
             return True
-        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored) or self.what_is_left_out(name) is not None
 
-    def with_optional_prefix(self, weights: Mapping[str, T], names: Container[str]) -> dict[str, T]:
-        """A checkpoint's weights under the model's `names`: completed where only the prefix is missing."""
+    def what_is_left_out(self, name: str) -> str | None:
+        """What a checkpoint tensor belongs to that the decoder has no use for; None if it is of the decoder."""
+        return next((what for pattern, what in self.left_out.items() if re.fullmatch(pattern, name)), None)
+
+    def with_whole_names(self, weights: Mapping[str, T], names: Container[str]) -> dict[str, T]:
+        """A checkpoint's weights under the model's `names`: completed where only the prefix is shorter."""
+        if not self.short_prefixes:
+            return dict(weights)
 
         def complete(name: str) -> str:
-            longer = self.optional_prefix + name
-            return longer if name not in names and longer in names and longer not in weights else name
+            if name in names:
+                return name
+            for short, whole in self.short_prefixes.items():
+                longer = whole + name[len(short) :]
+                if name.startswith(short) and longer in names and longer not in weights:
+                    return longer
+            return name
 
         return {complete(name): weight for name, weight in weights.items()}
 

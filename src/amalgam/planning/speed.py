@@ -21,7 +21,7 @@ from amalgam.kernels.backends import choose_backend
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference.operators import Operators
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.kernels.step import SequenceState, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache
 from amalgam.models.weights import WeightVersion
@@ -95,11 +95,12 @@ def step_seconds(decoder: Decoder, version: WeightVersion) -> float:
     cache = KVCache.allocate(decoder.spec, blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
     tokens = [(7919 * place) % decoder.spec.vocab_size for place in range(STEP_POSITIONS)]
     compiled, times = decoder.compile(version), []
-    compiled.run(StepContext([StepSequence(tokens[:_CONTEXT], 0, range(blocks), 1)], cache))
+    compiled.run(StepContext([StepSequence(tokens[:_CONTEXT], 0, range(blocks), 1, SequenceState.of(0, 0))], cache))
     for place in range(_CONTEXT, STEP_POSITIONS):
+        state = SequenceState.of(0, place)
         _wait_for(decoder.device)
         started = time.perf_counter()
-        compiled.run(StepContext([StepSequence([tokens[place]], place, range(blocks), 1)], cache))
+        compiled.run(StepContext([StepSequence([tokens[place]], place, range(blocks), 1, state)], cache))
         _wait_for(decoder.device)
         times.append(time.perf_counter() - started)
     return median(times)

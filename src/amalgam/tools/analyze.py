@@ -29,7 +29,7 @@ from amalgam.formats.contract import WEIGHT_SUFFIX
 from amalgam.formats.declared.config import read_declaration
 from amalgam.formats.declared.values import Declaration, Declared
 from amalgam.models.registry import fused_tensors, read_spec
-from amalgam.models.spec import Family, ModelSpec, Slot
+from amalgam.models.spec import DRAFT_LAYERS, Family, ModelSpec, Slot
 from amalgam.tools.roles import ROLES, role_by_name
 
 UNRECOGNISED = "unrecognised"
@@ -232,24 +232,25 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         found = _by_headers(store, config, declaration, notes)
         num_shards = len(store.files)
 
-    weights, ignored = {}, []
+    weights: dict[str, Weight] = {}
+    left_out: dict[str, list[str]] = {}
     if family is not None:
-        found = family.with_optional_prefix(found, slots)
+        found = family.with_whole_names(found, slots)
     for name, weight in found.items():
         slot = slots.get(name)
         if slot is not None:
             weights[name] = Weight(slot.role, weight.format, weight.shape or slot.shape, weight.nbytes)
         elif family is None or spec is None or not family.is_ignored(name, spec):
             weights[name] = weight
+        elif (what := family.what_is_left_out(name)) is not None:
+            left_out.setdefault(what, []).append(name)
         elif not any(re.fullmatch(pattern, name) for pattern in family.ignored):
-            ignored.append(name)
+            left_out.setdefault(DRAFT_LAYERS, []).append(name)
     if source is not None:
-        ignored += left_out_tensors(source, source.weights)
-    if ignored:
-        notes.append(
-            f"{len(ignored)} tensors of layers that predict further tokens are not counted, for instance "
-            f"{describe(ignored[0], 400)}."
-        )
+        for name in left_out_tensors(source, source.weights):
+            left_out.setdefault(DRAFT_LAYERS, []).append(name)
+    for what, names in left_out.items():
+        notes.append(f"{len(names)} tensors of {what} are not counted, for instance {describe(names[0], 400)}.")
     if spec is not None:
         notes += _compare(weights, slots, spec)
     return Analysis(

@@ -208,6 +208,7 @@ def _features(slots: set[str]) -> dict[str, list[str]]:
             "attention.kv_b": "latent (MLA)",
             "attention.q_norm": "norms on q and k",
             "attention.sinks": "sinks",
+            "attention.convolution": "gated delta nets",
         },
         "experts": {
             "mlp.experts.{}.gate": "routed",

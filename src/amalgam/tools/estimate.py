@@ -121,7 +121,11 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
 
 def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: torch.dtype) -> int:
     """Activations of the largest step: residual, one block's inner values per token, and the logits."""
-    widths = [math.prod(slot.shape[:1]) for slot in spec.slots if slot.role in {"attention", "mlp", "shared_expert"}]
+    widths = [
+        math.prod(slot.shape[:1])
+        for slot in spec.slots
+        if slot.role in {"attention", "linear_attention", "mlp", "shared_expert"}
+    ]
     experts = [slot.shape[0] for slot in spec.slots if slot.role == "expert"]
     inner = max(widths, default=0) + max(experts, default=0) * max(1, spec.num_active_experts)
     per_token = (4 * spec.hidden_size + 2 * inner) * max(dtype.itemsize, _ACCUMULATOR_BYTES)

@@ -28,6 +28,7 @@ from amalgam.tools.roles import template
 _ABSENT = {
     "embedding": "the model has no embedding",
     "attention": "the model has no attention weights",
+    "linear_attention": "the model has no linear attention",
     "mlp": "the model has no dense MLP layers",
     "expert": "the model has no experts",
     "shared_expert": "the model has no shared experts",

@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-ROLES = ("embedding", "attention", "mlp", "expert", "shared_expert", "router", "norm", "bias", "head", "other")
+ROLES = (
+    *("embedding", "attention", "linear_attention", "mlp", "expert", "shared_expert"),
+    *("router", "convolution", "norm", "bias", "head", "other"),
+)
 _NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
@@ -30,17 +33,20 @@ def _role_of_template(name: str) -> str:
     def has(pattern: str) -> bool:
         return any(re.search(pattern, part) for part in (*modules, leaf))
 
-    # In order: a router's bias decides as the router does; a norm or bias is one wherever it stands; an expert is no
-    # MLP although its path says so. The tower of another modality is no part of the decoder.
+    # In order: a router's bias decides as the router does, and so does what tells a state what to forget; a norm or
+    # bias is one wherever it stands; an expert is no MLP although its path says so. The tower of another modality is no
+    # part of the decoder.
     customs = (
         ("other", has("visual|vision|audio")),
-        ("router", last in ("gate", "shared_expert_gate") or has("router")),
-        ("bias", leaf in ("bias", "sinks") or leaf.endswith("_bias")),
+        ("router", last in ("gate", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba") or has("router")),
+        ("bias", leaf in ("bias", "sinks", "A_log") or leaf.endswith("_bias")),
+        ("convolution", last == "conv1d"),
         ("norm", bool(re.search(r"norm|^ln(_|\d|$)", last))),
         ("shared_expert", has("^shared_(expert|mlp)")),
         ("expert", has("^experts$")),
         ("head", bool(re.search("lm_head|embed_out", last)) or name == "output.weight"),
         ("embedding", bool(re.search("embed|^w[tp]e$", last))),
+        ("linear_attention", has("^linear_att")),
         ("attention", has("attn|attention")),
         ("mlp", has("mlp|ffn|feed_forward")),
     )

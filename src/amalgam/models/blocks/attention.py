@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from amalgam.kernels.program import Attend, Emitter, Normalize, Rows, ScaleByPosition
+from amalgam.kernels.program import Attend, Emitter, Normalize, Rows, ScaleByPosition, ScaleBySigmoid, Split
 from amalgam.models.blocks.norms import norm_weight
 from amalgam.models.rope import Rope
 from amalgam.models.spec import Slot
@@ -35,6 +35,8 @@ class Attention:
         norms_last: the head norms come behind the rotation (Hunyuan).
         has_unit_norm: every query and key head is normed, without weights (Llama 4).
         chunk: a token sees no position before the last multiple of it (Llama 4).
+        has_gate: the projection of queries gives each head a gate behind its query; what the head gives is multiplied
+            by its sigmoid (Qwen3-Next).
     """
 
     num_heads: int
@@ -54,6 +56,7 @@ class Attention:
     norms_last: bool = False
     has_unit_norm: bool = False
     chunk: int | None = None
+    has_gate: bool = False
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -67,9 +70,10 @@ class Attention:
         widths = {"q": self.num_heads * self.head_dim, "k": self.num_kv_heads * self.head_dim}
         widths["v"] = widths["k"]
         for name, width in widths.items():
-            yield Slot(name, (width, hidden_size), "attention")
+            rows = 2 * width if name == "q" and self.has_gate else width
+            yield Slot(name, (rows, hidden_size), "attention")
             if self.has_qkv_bias:
-                yield Slot(f"{name}_bias", (width,), "bias")
+                yield Slot(f"{name}_bias", (rows,), "bias")
         yield Slot("o", (hidden_size, widths["q"]), "attention")
         if self.has_output_bias:
             yield Slot("o_bias", (hidden_size,), "bias")
@@ -109,15 +113,21 @@ class Attention:
                 chunk=self.chunk,
             )
         )
+        if self.has_gate:
+            step.add(ScaleBySigmoid(attended, step.rows("attention_gate", attended.width)))
         (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))
         return delta
 
     def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
         """Where the queries, `num_heads × head_dim` columns, and the keys and values of the kv heads will be."""
-        names = ("q", "query"), ("k", "key"), ("v", "value")
+        names = ("q", "gated_query" if self.has_gate else "query"), ("k", "key"), ("v", "value")
         query, key, value = step.project(
             x, *((weights[name], weights.vector(f"{name}_bias"), buffer) for name, buffer in names)
         )
+        if self.has_gate:
+            width, together = self.num_heads * self.head_dim, query
+            query = step.rows("query", width)
+            step.add(Split(together, self.num_heads, (query, step.rows("attention_gate", width))))
         return query, key, value
 
 

@@ -80,5 +80,5 @@ FAMILY = Family(
     },
     # The causal mask, which old checkpoints store.
     ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
-    optional_prefix="transformer.",
+    short_prefixes={"": "transformer."},
 )

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from amalgam.models.blocks.mixture import SoftmaxRouter, SparseMoe
-from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, MLP
+from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, GATED_SHARED_EXPERT, MLP
 from amalgam.models.reading.attention import read_attention, windowed
 from amalgam.models.reading.layers import read_expert_counts, read_model, read_sparse_layers
 from amalgam.models.spec import ConfigReader, Family, ModelSpec
-
-_MLP = "model.layers.{}.mlp"
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
@@ -36,11 +34,7 @@ FAMILY = Family(
         **ATTENTION,
         **MLP,
         **EXPERTS,
-        "layers.{}.mlp.shared_gate": f"{_MLP}.shared_expert_gate.weight",
-        **{
-            f"layers.{{}}.mlp.shared.{part}": f"{_MLP}.shared_expert.{part}_proj.weight"
-            for part in ("gate", "up", "down")
-        },
+        **GATED_SHARED_EXPERT,
     },
     fused=FUSED_EXPERTS,
     tiny_config={

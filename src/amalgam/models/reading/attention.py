@@ -63,12 +63,18 @@ def read_attention(
 
 
 def read_normed_attention(
-    config: ConfigReader, default_head_dim: int | None = None, default_kv_heads: int | None = None
+    config: ConfigReader,
+    default_head_dim: int | None = None,
+    default_kv_heads: int | None = None,
+    default_rotary: float | None = None,
 ) -> Attention:
     """Attention with a norm on every query and key head, without a window: Qwen3's, dense and mixture alike."""
-    has_bias = config.bool("attention_bias", default=False)
     common = read_attention(
-        config, has_bias=has_bias, default_head_dim=default_head_dim, default_kv_heads=default_kv_heads
+        config,
+        has_bias=config.bool("attention_bias", default=False),
+        default_head_dim=default_head_dim,
+        default_kv_heads=default_kv_heads,
+        default_rotary=default_rotary,
     )
     return replace(common, has_head_norm=True)
 

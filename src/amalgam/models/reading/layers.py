@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from amalgam.base.fields import REQUIRED, Required
-from amalgam.models.blocks.attention import Attention
 from amalgam.models.blocks.mixture import CorrectedRouter, ExpertGroups, Router, SparseMoe
 from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.blocks.norms import RmsNorm
@@ -98,7 +97,7 @@ def _is_sparse(config: ConfigReader, layer_id: int) -> bool:
 
 
 def read_sparse_layers(
-    config: ConfigReader, attentions: tuple[Attention, ...], moe: SparseMoe
+    config: ConfigReader, attentions: Sequence[AttentionBlock], moe: SparseMoe
 ) -> tuple[LayerSpec, ...]:
     """`moe` in the layers that have experts, a dense MLP in the others."""
     dense = DenseMlp(config.int("intermediate_size"))

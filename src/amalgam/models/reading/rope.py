@@ -142,6 +142,8 @@ def _read_longrope(settings: RopeSettings) -> LongRope:
 _COMMON = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "rotary_dim"),
     *("original_max_position_embeddings", "finetuned"),
+    # How the axes of images share the frequencies; a text's tokens have the same position on each.
+    *("mrope_section", "mrope_interleaved"),
 }
 # Rope type → reader of its scaling, and the settings that it understands.
 _KINDS: Mapping[str, tuple[Callable[[RopeSettings], Scaling | None], set[str]]] = {
