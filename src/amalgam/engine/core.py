@@ -46,6 +46,7 @@ from amalgam.engine.request import (
 )
 from amalgam.engine.runner import Runner
 from amalgam.engine.scheduler import Scheduler
+from amalgam.engine.states import StatePool
 from amalgam.errors import UnavailableError, UnsupportedError, describe
 from amalgam.models.decoder import Decoder
 from amalgam.models.routing import RoutingObserver
@@ -120,6 +121,7 @@ class Engine:
             max_sequence_tokens=max_sequence_tokens,
             max_queue=settings.engine.max_queue,
             shares_blocks=settings.engine.prefix_cache,
+            states=StatePool(self._runner.num_states) if self._runner.num_states else None,
         )
         self._scheduler.prompt_tokens_beside = self._pace.prompt_tokens_beside
         self._requests: dict[int, Request] = {}  # until their last output has been delivered
@@ -313,6 +315,11 @@ class Engine:
     def kv_cache_bytes(self) -> int:
         """Size of the KV cache."""
         return self._runner.kv_cache_bytes
+
+    @property
+    def state_cache_bytes(self) -> int:
+        """Size of the recurrent states' slots; 0: the model has none."""
+        return self._runner.state_cache_bytes
 
     def status(self) -> EngineStatus:
         """A consistent view of the moment."""

@@ -16,10 +16,13 @@ class Prefixes:
 
     Args:
         is_shared: False: nobody finds anything.
+        has_states: a request can only go on where a recurrent state is kept, so that only the blocks that end there are
+            waited for.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, *, is_shared: bool) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, *, is_shared: bool, has_states: bool = False) -> None:
         self._pool = pool
+        self._has_states = has_states
         self._block_size = block_size
         self._is_shared = is_shared
         self._announced: dict[tuple[int, Key], Request] = {}  # version id, key → who is about to compute that block
@@ -47,6 +50,9 @@ class Prefixes:
             return 0
         keys = request.block_keys[index : (len(request.token_ids) - 1) // self._block_size]
         owners = [self._announced.get((version_id, key)) for key in keys]
+        if self._has_states:
+            is_near = [owner is not None and bool(shares.get(owner.request_id)) for owner in owners]
+            return max((count for count, near in enumerate(is_near, 1) if near), default=0)
         if not owners or owners[0] is None or not shares.get(owners[0].request_id):
             return 0
         return [*owners, None].index(None)
@@ -57,7 +63,10 @@ class Prefixes:
             return
         assert request.version is not None
         extend_keys(request.block_keys, request.token_ids, self._block_size, len(request.token_ids) // self._block_size)
-        for key in request.block_keys[request.num_published :]:
+        keys = request.block_keys[request.num_published :]
+        if request.state is not None:
+            keys = [request.block_keys[border // self._block_size - 1] for border in request.state.borders]
+        for key in keys:
             self._announced.setdefault((request.version.version_id, key), request)
 
     def publish(self, request: Request) -> None:

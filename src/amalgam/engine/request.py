@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from amalgam.engine.params import SamplingParams
+from amalgam.engine.states import RequestState, StateShare
 from amalgam.errors import RequestError, describe
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
+    state: RequestState | None = None  # while it runs, if the model has recurrent states
     num_published: int = 0
     num_computed: int = 0
     num_recorded: int = 0
@@ -273,6 +275,7 @@ class ScheduledRequest(NamedTuple):
     num_unrecorded: int  # how many of these tokens, from the end, the expert statistics have not seen
     needs_sample: bool  # these tokens catch up with all known ones: the last one's logits give the next token
     proposed_ids: tuple[int, ...] = ()
+    state: StateShare | None = None  # of its recurrent state, if the model has one
 
     @property
     def end(self) -> int:

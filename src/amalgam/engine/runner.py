@@ -14,7 +14,7 @@ from amalgam.engine.memory import available_bytes
 from amalgam.engine.request import ScheduledRequest, StepPlan, StepResult
 from amalgam.engine.sampler import sample
 from amalgam.errors import ConfigError
-from amalgam.kernels.step import StepContext, StepSequence
+from amalgam.kernels.step import SequenceState, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache, kv_type
 from amalgam.models.routing import RoutingObserver, TokenSpan
@@ -22,6 +22,7 @@ from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 
 _MEMORY_SHARE = 4  # without a setting the cache takes at most one part in four of the available memory
+_STATE_SHARE = 8  # and recurrent states one part in eight
 
 
 class Runner:
@@ -33,6 +34,10 @@ class Runner:
 
     Raises:
         ConfigError: the cache would be too small for one sequence.
+
+    Attributes:
+        num_blocks: of the KV cache.
+        num_states: slots for recurrent states; 0: the model has none.
     """
 
     def __init__(
@@ -49,12 +54,20 @@ class Runner:
         self._block_size = settings.engine.block_size
         cache_type = kv_type(settings.engine.kv_dtype, dtype)
         self.num_blocks = choose_num_blocks(decoder.spec, settings, max_sequence_tokens, device, cache_type)
-        self._kv = KVCache.allocate(decoder.spec, self.num_blocks, self._block_size, cache_type, device)
+        self.num_states = choose_num_states(decoder.spec, settings, device)
+        self._kv = KVCache.allocate(
+            decoder.spec, self.num_blocks, self._block_size, cache_type, device, num_states=self.num_states
+        )
 
     @property
     def kv_cache_bytes(self) -> int:
         """Size of the KV cache."""
         return self._kv.nbytes
+
+    @property
+    def state_cache_bytes(self) -> int:
+        """Size of the recurrent states' slots."""
+        return self._kv.state_nbytes
 
     @property
     def observer(self) -> RoutingObserver | None:
@@ -78,7 +91,8 @@ class Runner:
         has_readers = False
         for item in plan.scheduled:
             num_logits = item.num_logits
-            sequences.append(StepSequence(item.token_ids, item.start, item.block_ids, num_logits))
+            state = None if item.state is None else SequenceState(*item.state)
+            sequences.append(StepSequence(item.token_ids, item.start, item.block_ids, num_logits, state))
             has_readers = has_readers or item.request.reader is not None
             if num_logits:
                 sampled.append(item)
@@ -167,3 +181,24 @@ def choose_num_blocks(
             remedy="Raise engine.kv_cache_bytes, lower inference.max_seq_length or choose a smaller engine.kv_dtype.",
         )
     return num_blocks
+
+
+def choose_num_states(spec: ModelSpec, settings: Settings, device: torch.device) -> int:
+    """How many slots for recurrent states: `engine.state_cache_bytes`, or two for each sequence of a full batch, one of
+    them for a state that others can start from. 0: the model has none.
+
+    Raises:
+        ConfigError: there is no room for one.
+    """
+    if not spec.state_bytes:
+        return 0
+    allowed, origin = settings.engine.state_cache_bytes, "engine.state_cache_bytes"
+    if allowed is None:
+        allowed, origin = available_bytes(device) // _STATE_SHARE, "an eighth of the available memory"
+    num_states = min(2 * settings.inference.max_batch_size, allowed // spec.state_bytes)
+    if not num_states:
+        raise ConfigError(
+            f"The recurrent state of one sequence takes {spec.state_bytes} bytes, and {origin} is {allowed}.",
+            remedy="Raise engine.state_cache_bytes.",
+        )
+    return num_states

@@ -19,7 +19,8 @@ long one. A waiting request that would get none stays in the queue.
 Shared beginnings: a full block is found by the weight version and all tokens up to its end, as long as it is not handed
 out again. A request is admitted with the blocks of its beginning that are there, and at least its last token is
 computed. If its next block is one that a running request computes in this very step, it stays in the queue for the
-moment: it will find that block rather than compute it too.
+moment: it will find that block rather than compute it too. A model with recurrent states goes on only where one is kept
+(`amalgam.engine.states`), and takes no proposals: a state that has gone too far does not come back.
 
 Whoever stays in the queue for one of these reasons keeps its place: the slot and the blocks that it would take are set
 aside, so that those behind it get what they would have got behind it, and no more.
@@ -41,6 +42,7 @@ from amalgam.engine.blocks import BlockPool
 from amalgam.engine.meter import Counts
 from amalgam.engine.prefixes import Prefixes
 from amalgam.engine.request import Request, RequestStatus, ScheduledRequest, StepPlan
+from amalgam.engine.states import StatePool
 from amalgam.errors import OverloadedError, PromptTooLongError
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Scheduler:
         max_sequence_tokens: most tokens of one request, prompt and answer; limited by the pool's capacity as well.
         max_queue: most waiting requests.
         shares_blocks: whether requests use blocks that others have computed.
+        states: slots for recurrent states, of which each running request has one; None: the model has none.
 
     Attributes:
         prompt_tokens_beside: number of streams → most prompt tokens in their step; may be set at any time.
@@ -75,9 +78,11 @@ class Scheduler:
         max_sequence_tokens: int,
         max_queue: int,
         shares_blocks: bool = True,
+        states: StatePool | None = None,
     ) -> None:
         self._version = version
         self.pool = pool
+        self.states = states
         self.waiting: list[Request] = []  # by rank
         self.running: list[Request] = []  # by priority, then in order of admission
         self.prompt_tokens_beside: Callable[[int], int] = lambda num_streams: max_step_tokens
@@ -88,7 +93,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._max_queue = max_queue
         self._shares_blocks = shares_blocks
-        self._prefixes = Prefixes(pool, block_size, is_shared=shares_blocks)
+        self._prefixes = self._new_prefixes()
         self._last_version_id = 0
 
     @property
@@ -155,6 +160,8 @@ class Scheduler:
         Args:
             proposals: request id → tokens that may follow its own.
         """
+        if self.states is not None:
+            return plan
         scheduled = list(plan.scheduled)
         budget = self._max_step_tokens - sum(item.num_tokens for item in scheduled)
         for index, item in enumerate(scheduled):
@@ -189,6 +196,9 @@ class Scheduler:
                 request.num_computed -= rejected.get(request.request_id, 0)
             request.num_recorded = max(request.num_recorded, request.num_computed)
             self._prefixes.publish(request)
+            if self.states is not None and request.state is not None:
+                version_id = plan.version.version_id
+                self.states.commit(request.state, version_id, request.block_keys, self._block_size)
 
     def finish(self, request: Request, *, is_sound: bool = True) -> None:
         """Take a request out, wherever it is, and free its blocks; must not happen between `schedule` and `commit`.
@@ -201,7 +211,7 @@ class Scheduler:
             self.running.remove(request)
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
-        self._prefixes.release(request, is_sound=is_sound)
+        self._release(request, is_sound=is_sound)
         request.status = RequestStatus.FINISHED
         request.version = None
         self._forget_dead_versions()
@@ -209,7 +219,8 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all requests, whatever state an error has left them in."""
         self.pool = BlockPool(self.pool.num_blocks)
-        self._prefixes = Prefixes(self.pool, self._block_size, is_shared=self._shares_blocks)
+        self.states = None if self.states is None else StatePool(self.states.num_slots)
+        self._prefixes = self._new_prefixes()
         self.waiting.clear()
         self.running.clear()
 
@@ -224,7 +235,7 @@ class Scheduler:
         if self.waiting and self._has_slot():
             first = self.waiting[0]
             version = first.version or self.version
-            if self._has_blocks(self._num_blocks_to_take(first, self._prefixes.find(first, version.version_id))):
+            if self._has_blocks(self._num_blocks_to_take(first, self._find(first, version))):
                 by_id[version.version_id] = version
         if not by_id:
             return None
@@ -274,7 +285,7 @@ class Scheduler:
         for request in list(self.waiting) if self.waiting and self._has_slot() else ():
             if (request.version or self.version) is not version or not self._has_slot(num_kept_places):
                 break
-            shared_ids = self._prefixes.find(request, version.version_id)
+            shared_ids = self._find(request, version)
             num_blocks = self._num_blocks_to_take(request, shared_ids)
             if not self._has_blocks(num_blocks, num_kept_places, num_kept_blocks):
                 break
@@ -303,6 +314,9 @@ class Scheduler:
         request.block_ids = [*shared_ids, *self.pool.allocate(num_missing)]
         request.num_computed = len(shared_ids) * self._block_size
         request.num_published = len(shared_ids)
+        if self.states is not None:
+            keys = request.block_keys[: len(shared_ids)]
+            request.state = self.states.begin(version.version_id, keys, self._borders(request, version))
         if request.num_recorded == 0:
             request.num_cached_tokens = request.num_computed
         if request.started_at is None:
@@ -311,8 +325,37 @@ class Scheduler:
                 self._count(num_prefix_query_tokens=request.num_prompt_tokens)
         self._prefixes.announce(request)
 
+    def _new_prefixes(self) -> Prefixes:
+        has_states = self.states is not None
+        return Prefixes(self.pool, self._block_size, is_shared=self._shares_blocks, has_states=has_states)
+
+    def _find(self, request: Request, version: WeightVersion) -> list[int]:
+        """The blocks that a waiting request would share."""
+        found = self._prefixes.find(request, version.version_id)
+        if self.states is None:
+            return found
+        return found[: self.states.count_usable(version.version_id, request.block_keys[: len(found)])]
+
+    def _borders(self, request: Request, version: WeightVersion) -> list[int]:
+        """Where a request that is admitted keeps its state: see `amalgam.engine.states`."""
+        if not self._shares_blocks:
+            return []
+        counts = {
+            len(self._prefixes.find(request, version.version_id)),
+            (len(request.token_ids) - 1) // self._block_size,
+        }
+        return sorted(count * self._block_size for count in counts if count * self._block_size > request.num_computed)
+
+    def _release(self, request: Request, *, is_sound: bool = True) -> None:
+        """Take back a request's blocks and its state."""
+        self._prefixes.release(request, is_sound=is_sound)
+        if self.states is not None and request.state is not None:
+            self.states.release(request.state, is_sound=is_sound)
+            request.state = None
+
     def _has_slot(self, num_kept_places: int = 0) -> bool:
-        return len(self.running) + num_kept_places < self._max_batch_size
+        has_state = self.states is None or self.states.num_available > num_kept_places
+        return has_state and len(self.running) + num_kept_places < self._max_batch_size
 
     def _has_blocks(self, num_blocks: int, num_kept_places: int = 0, num_kept_blocks: int = 0) -> bool:
         """Whether a request may take so many, beside those that keep their places."""
@@ -325,10 +368,13 @@ class Scheduler:
 
     def _forget_dead_versions(self) -> None:
         """Drop what blocks hold of versions that no request, old or new, can run on."""
-        if self.pool.version_ids <= {self.version.version_id}:
+        known = self.pool.version_ids if self.states is None else self.pool.version_ids | self.states.version_ids
+        if known <= {self.version.version_id}:
             return
-        for version_id in self.pool.version_ids - self.count_by_version().keys():
+        for version_id in known - self.count_by_version().keys():
             self.pool.forget_version(version_id)
+            if self.states is not None:
+                self.states.forget_version(version_id)
 
     def _reserve(self, request: Request, num_tokens: int) -> bool:
         """Get blocks for `num_tokens` tokens, if need be from later requests; False if the request itself had to go."""
@@ -345,7 +391,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._prefixes.release(request)
+        self._release(request)
         request.num_computed = 0
         request.status = RequestStatus.WAITING
         insort(self.waiting, request, key=_rank)
@@ -357,8 +403,12 @@ class Scheduler:
         needs_sample = start + num_tokens == len(request.token_ids)
         num_tokens += len(proposed_ids)
         num_unrecorded = min(num_tokens, max(0, start + num_tokens - request.num_recorded))
-        block_ids = tuple(request.block_ids)
-        return ScheduledRequest(request, start, num_tokens, block_ids, num_unrecorded, needs_sample, proposed_ids)
+        block_ids, state = tuple(request.block_ids), None
+        if self.states is not None and request.state is not None:
+            state = self.states.share(request.state, start, start + num_tokens)
+        return ScheduledRequest(
+            request, start, num_tokens, block_ids, num_unrecorded, needs_sample, proposed_ids, state
+        )
 
     def _count(self, **more: int) -> None:
         self.counts = self.counts._replace(**{name: getattr(self.counts, name) + by for name, by in more.items()})

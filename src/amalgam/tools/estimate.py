@@ -50,6 +50,7 @@ class Estimate:
         process_bytes: resident memory of this process, which has a tokenizer and no weights.
         workspace_bytes: activations of the largest step.
         kv_bytes_per_token: keys and values of one token over all layers.
+        state_bytes: recurrent states of the sequences; 0: the model has none.
         max_tokens_that_fit: sequences × length that the rest of the memory holds.
     """
 
@@ -60,6 +61,7 @@ class Estimate:
     mapped_bytes: int
     kv_bytes_per_token: int
     kv_bytes: int
+    state_bytes: int
     workspace_bytes: int
     process_bytes: int
     total_bytes: int
@@ -97,7 +99,8 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
     process = resident_bytes() if device.type == "cpu" else 0
     available = available_bytes(device)
     mapped = sum(weight.memory_bytes for weight in planned if loader.maps(weight.format))
-    fixed = sum(weights.values()) - mapped + workspace
+    states = batch_size * spec.state_bytes
+    fixed = sum(weights.values()) - mapped + workspace + states
     kv_bytes = blocks * per_block
     # What this process holds already is not available any more, so it counts in the total but not against the rest.
     room = available - fixed
@@ -109,13 +112,14 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
         mapped_bytes=mapped,
         kv_bytes_per_token=per_block // settings.engine.block_size,
         kv_bytes=kv_bytes,
+        state_bytes=states,
         workspace_bytes=workspace,
         process_bytes=process,
         total_bytes=fixed + kv_bytes + process,
         available_bytes=available,
         fits=fixed + kv_bytes <= available,
-        max_tokens_that_fit=max(0, room // per_block) * settings.engine.block_size,
-        uniform=tuple(_uniform(loader, planned, workspace + kv_bytes, process, available)),
+        max_tokens_that_fit=max(0, room // max(per_block, 1)) * settings.engine.block_size,
+        uniform=tuple(_uniform(loader, planned, workspace + states + kv_bytes, process, available)),
     )
 
 

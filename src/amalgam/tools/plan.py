@@ -180,14 +180,15 @@ class Studio:
 
     @property
     def other_bytes(self) -> int:
-        """KV cache and workspace."""
+        """KV cache, recurrent states and workspace."""
         spec, inference, engine = self.loader.spec, self.settings.inference, self.settings.engine
         dtype: torch.dtype = getattr(torch, inference.dtype)
         context = self.options.context or min(inference.max_seq_length, spec.max_positions)
         per_block = KVCache.bytes_per_block(spec, engine.block_size, kv_type(engine.kv_dtype, dtype))
         blocks = self.options.sequences * -(-context // engine.block_size)
         step = min(engine.max_step_tokens, self.options.sequences * context)
-        return blocks * per_block + workspace_bytes(spec, step, self.options.sequences, dtype)
+        states = self.options.sequences * spec.state_bytes
+        return blocks * per_block + states + workspace_bytes(spec, step, self.options.sequences, dtype)
 
     def base(self) -> Contestant:
         dtype: torch.dtype = getattr(torch, self.settings.inference.dtype)
