@@ -25,6 +25,9 @@ ARCHITECTURES = {
     "Qwen2MoeForCausalLM": "qwen2moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3moe",
+    "Qwen3NextForCausalLM": "qwen3next",
+    "Qwen3_5ForCausalLM": "qwen35",
+    "Qwen3_5MoeForCausalLM": "qwen35moe",
     "OlmoeForCausalLM": "olmoe",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
@@ -57,6 +60,7 @@ HAVE_WINDOWS = ("llama", "gpt-oss", "gemma2", "gemma3", "phi3", "olmo2", "starco
 HAVE_PAIRS = ("llama", "xverse", "smollm3", "mistral3", "granite", "granitemoe")
 HAVE_MOE_SIZES = ("qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "dots1", "exaone-moe", "ernie4_5-moe")
 KIND = gguf.GGMLQuantizationType
+HYBRID = ("qwen3next", "qwen35", "qwen35moe")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.(weight|bias)")
 _PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
@@ -84,7 +88,9 @@ def write_gguf(
     if splits_latent:
         converted = _split_latent(converted, config)
     for name, array in converted.items():
-        is_wide = array.ndim == 1 or name.endswith((".bias", "ffn_gate_inp.weight")) or "norm" in name
+        is_wide = (
+            array.ndim == 1 or name.endswith((".bias", "ffn_gate_inp.weight")) or "norm" in name or "conv1d" in name
+        )
         if is_wide or kind == KIND.F32:
             writer.add_tensor(name, np.ascontiguousarray(array))
         else:
@@ -121,6 +127,12 @@ def _converted(
         if architecture in HAVE_PAIRS and (part := re.search(r"\.([qk])_proj\.", name)):
             heads = config["num_attention_heads"]
             array = _permute(array, heads if part[1] == "q" else config.get("num_key_value_heads", heads))
+        if architecture in HYBRID:
+            found = _hybrid(name, array, config, architecture)
+            if len(found) > 1:
+                result |= found
+                continue
+            ((name, array),) = found.items()
         if name.endswith("e_score_correction_bias"):
             array = array.squeeze()
             name = name.replace("e_score_correction_bias", "e_score_correction.bias")
@@ -146,6 +158,46 @@ def _converted(
     if scaling.get("rope_type") == "llama3":
         result["rope_freqs.weight"] = _llama3_divisors(config, scaling)
     return result
+
+
+def _hybrid(name: str, array: np.ndarray, config: dict[str, Any], architecture: str) -> dict[str, np.ndarray]:
+    """`Qwen3NextModel` and `_LinearAttentionVReorderBase` of the converter."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
+
+    def tiled(heads: np.ndarray, dim: int) -> np.ndarray:
+        return heads.reshape(keys, values // keys, dim, *heads.shape[1:]).swapaxes(0, 1).reshape(heads.shape)
+
+    leaf = name.split("linear_attn.")[-1]
+    if architecture != "qwen3next" and leaf != name:
+        if leaf in ("in_proj_qkv.weight", "conv1d.weight"):
+            head = 2 * keys * key_dim
+            array = np.concatenate((array[:head], tiled(array[head:], value_dim)))
+        elif leaf == "in_proj_z.weight":
+            array = tiled(array, value_dim)
+        elif leaf in ("in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias"):
+            array = tiled(array, 1)
+        elif leaf == "out_proj.weight":
+            array = np.ascontiguousarray(tiled(array.T, value_dim).T)
+    if leaf == "in_proj_qkvz.weight":
+        groups = array.reshape(keys, -1, array.shape[1])
+        shared = values // keys * value_dim
+        parts = np.split(groups, [key_dim, 2 * key_dim, 2 * key_dim + shared], axis=1)
+        query, key, value, gate = (part.reshape(-1, array.shape[1]) for part in parts)
+        layer = name.split(".")[2]
+        return {
+            f"blk.{layer}.attn_qkv.weight": np.concatenate((query, key, value)),
+            f"blk.{layer}.attn_gate.weight": gate,
+        }
+    if leaf == "A_log":
+        array = -np.exp(array)
+    elif leaf == "dt_bias":
+        name = name.replace("dt_bias", "dt_proj.bias")
+    elif leaf == "conv1d.weight":
+        array = array.squeeze(1)
+    elif name.endswith("norm.weight") and leaf != "norm.weight":
+        array = array + 1
+    return {name: array}
 
 
 def _gpt_oss_experts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
@@ -284,6 +336,18 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if architecture == "gpt-oss":
         writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if architecture in HYBRID:
+        writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+        writer.add_ssm_state_size(config["linear_key_head_dim"])
+        writer.add_ssm_group_count(config["linear_num_key_heads"])
+        writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+        writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+        writer.add_full_attention_interval(2)
+        if experts:
+            writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+            writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if architecture in ("qwen35", "qwen35moe"):
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
     if architecture == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if architecture in ("deepseek2", "glm4moe"):

@@ -59,6 +59,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _GROUPS = {(60, 160): (8, 3), (27, 64): (1, 1), (61, 256): (8, 4), (61, 384): (1, 1), (47, 64): (1, 1)}
 # Llama 3.1 to 3.3 differ in the factor only.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_WITHOUT_MLP = {"Qwen3_5MoeForCausalLM"}
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 _ROPE_KINDS = "none, linear, yarn, and the tables of Llama 3 and of LongRoPE"
 # Numbers of llama.cpp.
@@ -208,7 +209,9 @@ def _common(metadata: _Metadata, architecture: str, norm_key: str = "layer_norm_
         "num_hidden_layers": metadata.num_layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.int("attention.head_count_kv", default=heads),
-        "intermediate_size": metadata.int("feed_forward_length"),
+        "intermediate_size": metadata.int(
+            "feed_forward_length", default=None if architecture in _WITHOUT_MLP else REQUIRED
+        ),
         "hidden_act": "silu",
         "rms_norm_eps": metadata.number(f"attention.{norm_key}"),
         "max_position_embeddings": metadata.int("context_length"),
@@ -348,6 +351,51 @@ def _qwen3_moe(metadata: _Metadata) -> Config:
         # Never written, and always true in the models of this architecture.
         "norm_topk_prob": metadata.bool("expert_weights_norm", default=True),
     }
+
+
+def _hybrid(metadata: _Metadata, architecture: str) -> Config:
+    """Gated delta nets, with attention in every `full_attention_interval`th layer."""
+    config = _decoder(metadata, architecture)
+    key_heads, value_heads = metadata.int("ssm.group_count", low=1), metadata.int("ssm.time_step_rank", low=1)
+    inner = metadata.int("ssm.inner_size", low=1)
+    if inner % value_heads:
+        metadata.refuse("ssm.inner_size", inner, f"a multiple of ssm.time_step_rank {value_heads}")
+    metadata.pass_over(["rope.dimension_sections"])  # of images; a text's tokens have the same position on each axis
+    interval = metadata.int("full_attention_interval", default=4, low=1)
+    first_full = f"blk.{interval - 1}.attn_q.bias"
+    return config | {
+        "attention_bias": metadata.has_tensor(first_full),
+        "full_attention_interval": interval,
+        "linear_conv_kernel_dim": metadata.int("ssm.conv_kernel"),
+        "linear_key_head_dim": metadata.int("ssm.state_size"),
+        "linear_value_head_dim": inner // value_heads,
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": value_heads,
+    }
+
+
+def _hybrid_experts(metadata: _Metadata) -> Config:
+    return _softmax_experts(metadata) | {
+        "moe_intermediate_size": metadata.width("expert_feed_forward_length", "ffn_gate(_up)?_exps"),
+        "shared_expert_intermediate_size": metadata.width("expert_shared_feed_forward_length", "ffn_gate_shexp"),
+        "norm_topk_prob": metadata.bool("expert_weights_norm", default=True),
+    }
+
+
+def _qwen3_next(metadata: _Metadata) -> Config:
+    config = _hybrid(metadata, "Qwen3NextForCausalLM") | _hybrid_experts(metadata)
+    # Until the end of 2025 the converter left queries, keys, values and gates in one projection.
+    return config | {"linear_grouped_values": metadata.has_tensor("blk.0.ssm_in.weight")}
+
+
+def _qwen3_5(metadata: _Metadata) -> Config:
+    config = _hybrid(metadata, "Qwen3_5ForCausalLM")
+    return config | {"linear_tiled_heads": config["linear_num_value_heads"] != config["linear_num_key_heads"]}
+
+
+def _qwen3_5_moe(metadata: _Metadata) -> Config:
+    config = _hybrid(metadata, "Qwen3_5MoeForCausalLM") | _hybrid_experts(metadata)
+    return config | {"linear_tiled_heads": config["linear_num_value_heads"] != config["linear_num_key_heads"]}
 
 
 def _olmoe(metadata: _Metadata) -> Config:
@@ -656,6 +704,9 @@ ARCHITECTURES: Mapping[str, Callable[[_Metadata], Config]] = {
     "qwen3": _plain("Qwen3ForCausalLM"),
     "qwen2moe": _qwen2_moe,
     "qwen3moe": _qwen3_moe,
+    "qwen3next": _qwen3_next,
+    "qwen35": _qwen3_5,
+    "qwen35moe": _qwen3_5_moe,
     "gemma2": lambda metadata: _gemma(metadata, "Gemma2ForCausalLM", 46, 2),
     "gemma3": _gemma3,
     "phi3": _phi3,
@@ -713,5 +764,8 @@ _MODEL_TYPES = {
     "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
     "HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe",
     "Llama4ForCausalLM": "llama4_text",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
     "GPT2LMHeadModel": "gpt2",
 }

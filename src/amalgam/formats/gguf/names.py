@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NoReturn
 
@@ -57,12 +57,14 @@ class Naming:
         has_pairs: rows of query and key alternate between the halves of each head.
         has_transposed: the published checkpoint stores unquantized projections as `[in, out]`.
         has_raised_norms: norms hold 1 more than the published checkpoint's.
+        values: GGUF name without its layer → what makes the published values of a float32 tensor's.
     """
 
     names: Mapping[str, str | tuple[str, ...]]
     has_pairs: bool = False
     has_transposed: bool = False
     has_raised_norms: bool = False
+    values: Mapping[str, Arrange] = field(default_factory=dict)
 
 
 def is_rope_table(name: str) -> bool:
@@ -160,6 +162,15 @@ def _experts(
 
 
 def _whole(store: TensorStore, naming: Naming, stem: str, suffix: str, entry: TensorEntry) -> Piece:
+    local = stem if suffix in ("weight", "bias") else f"{stem}.{suffix}"
+    undo = naming.values.get(local.removeprefix("blk.{}."))
+    if undo is not None:
+        if entry.encoding is not None or entry.dtype != torch.float32:
+            _refuse(
+                f"Tensor {describe(entry.name)} in {entry.file} is not float32", "The converter writes no other type."
+            )
+        shape = entry.shape if undo is not _apart else (*entry.shape[:1], 1, *entry.shape[1:])
+        return _piece(replace(entry, shape=shape), undo)
     if naming.has_pairs and stem in ("blk.{}.attn_q", "blk.{}.attn_k"):
         return _piece(entry, _from_pairs(entry, _num_heads(store, stem, entry)))
     is_row = stem == "blk.{}.ffn_gate_inp_shexp" or str(naming.names.get(f"{stem}.{suffix}")).endswith(_STATICS)
@@ -245,6 +256,55 @@ _POST_NORMS = {**_LATE_NORM, **_layer({"post_ffw_norm": "post_feedforward_layern
 _GEMMA = {**_OUTSIDE, **_ATTENTION, **_POST_NORMS, **_layer({"ffn_norm": "pre_feedforward_layernorm"}), **_MLP}
 _SHARED = _layer({f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")})
 _SHARED_ONE = _layer({f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")})
+_DELTA_NET = {
+    **_layer(
+        {
+            "attn_qkv": "linear_attn.in_proj_qkv",
+            "attn_gate": "linear_attn.in_proj_z",
+            "ssm_in": "linear_attn.in_proj_qkvz",
+            "ssm_ba": "linear_attn.in_proj_ba",
+            "ssm_beta": "linear_attn.in_proj_b",
+            "ssm_alpha": "linear_attn.in_proj_a",
+            "ssm_conv1d": "linear_attn.conv1d",
+            "ssm_norm": "linear_attn.norm",
+            "ssm_out": "linear_attn.out_proj",
+        }
+    ),
+    "blk.{}.ssm_a": f"{_LAYER}.linear_attn.A_log",
+    "blk.{}.ssm_dt.bias": f"{_LAYER}.linear_attn.dt_bias",
+}
+_GATED_SHARED = {**_SHARED_ONE, **_layer({"ffn_gate_inp_shexp": "mlp.shared_expert_gate"})}
+
+
+def _without_one(stored: Tensor) -> Tensor:
+    return stored - 1.0
+
+
+def _logarithm(stored: Tensor) -> Tensor:
+    """The converter writes -exp(A_log)."""
+    return torch.log(-stored)
+
+
+def _apart(stored: Tensor) -> Tensor:
+    """A depthwise convolution has one input per channel, whose dimension the converter leaves out."""
+    return stored.view(stored.shape[0], 1, -1)
+
+
+_QWEN_VALUES = {
+    **dict.fromkeys(("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm"), _without_one),
+    "ssm_a": _logarithm,
+    "ssm_conv1d": _apart,
+}
+_HYBRID = {**_OUTSIDE, **_ATTENTION, **_HEAD_NORMS, **_LATE_NORM, **_DELTA_NET}
+
+
+def _in_language_model(names: Mapping[str, str | tuple[str, ...]]) -> dict[str, str | tuple[str, ...]]:
+    def moved(name: str) -> str:
+        return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+    return {key: moved(name) if isinstance(name, str) else tuple(map(moved, name)) for key, name in names.items()}
+
+
 _CORRECTION = {"blk.{}.exp_probs_b.bias": f"{_LAYER}.mlp.gate.e_score_correction_bias"}
 _STATICS = "mlp.moe_statics.e_score_correction_bias"  # of ERNIE, `[1, experts]`
 _W123 = ("w1", "w3", "w2")
@@ -290,9 +350,12 @@ NAMINGS: Mapping[str, Naming] = {
         {**_OUTSIDE, **_ATTENTION, **_MLP_NORM, **_layer({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"})}
     ),
     "qwen2moe": Naming(
-        {**_MOE, **_SHARED_ONE, **_layer({"ffn_gate_inp_shexp": "mlp.shared_expert_gate"})},
+        {**_MOE, **_GATED_SHARED},
     ),
     "qwen3moe": Naming({**_MOE, **_HEAD_NORMS}),
+    "qwen3next": Naming({**_HYBRID, **_MLP, **_experts_of("mlp"), **_GATED_SHARED}, values=_QWEN_VALUES),
+    "qwen35": Naming(_in_language_model({**_HYBRID, **_MLP}), values=_QWEN_VALUES),
+    "qwen35moe": Naming(_in_language_model({**_HYBRID, **_experts_of("mlp"), **_GATED_SHARED}), values=_QWEN_VALUES),
     "olmoe": Naming({**_MOE, **_HEAD_NORMS}),
     "phimoe": Naming({**_DENSE, **_experts_of("block_sparse_moe", projections=_W123)}),
     "glm4moe": Naming(

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from amalgam.kernels.program import Convolve, DeltaRule, Emitter, Normalize, Rows, Split, SwiGlu
 from amalgam.models.spec import Slot, StateShape
 from amalgam.models.weights import BlockWeights
@@ -18,9 +20,11 @@ class DeltaNet:
     Attributes:
         kernel_size: rows that the convolution sees, the newest included.
         norm_eps: of the norm over what each value head gives.
-        is_grouped: two projections give all that there is, in groups, one for each key head: query, key, values and
-            gates of its value heads; strengths and decays of these (Qwen3-Next). Otherwise there are four: queries,
-            keys and values, one kind after the other; gates; strengths; decays.
+        has_grouped_values: one projection gives queries, keys, values and gates in groups, one for each key head
+            (Qwen3-Next). Otherwise one gives queries, keys and values, one kind after the other, and one the gates.
+        has_grouped_rates: likewise strengths and decays, otherwise from a projection for each.
+        is_tiled: of all weights, the first value head of each key head, then the second of each, and so on (GGUF), not
+            all value heads of the first key head, then those of the second.
     """
 
     num_key_heads: int
@@ -29,7 +33,9 @@ class DeltaNet:
     value_dim: int
     kernel_size: int
     norm_eps: float
-    is_grouped: bool = False
+    has_grouped_values: bool = False
+    has_grouped_rates: bool = False
+    is_tiled: bool = False
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -58,12 +64,14 @@ class DeltaNet:
 
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         # Strengths and decays are to a state what a router is to experts: small, and what they decide stays decided.
-        if self.is_grouped:
+        if self.has_grouped_values:
             yield Slot("qkvz", (self._channels + self._values, hidden_size), "linear_attention")
-            yield Slot("ba", (2 * self.num_value_heads, hidden_size), "router")
         else:
             yield Slot("qkv", (self._channels, hidden_size), "linear_attention")
             yield Slot("z", (self._values, hidden_size), "linear_attention")
+        if self.has_grouped_rates:
+            yield Slot("ba", (2 * self.num_value_heads, hidden_size), "router")
+        else:
             yield Slot("b", (self.num_value_heads, hidden_size), "router")
             yield Slot("a", (self.num_value_heads, hidden_size), "router")
         yield Slot("convolution", (self._channels, 1, self.kernel_size), "convolution")
@@ -76,43 +84,61 @@ class DeltaNet:
         mixed, gate, strength, decay = self._project(step, x, weights)
         seen = step.rows("convolved", self._channels)
         recalled, gated = step.rows("recalled", self._values), step.rows("gated", self._values)
+        step.add(Convolve(mixed, weights["convolution"].dense.flatten(1), seen, step.layer_id))
+        value = seen.columns(2 * self._keys, self._values)
+        rule = DeltaRule(
+            seen.columns(0, self._keys),
+            seen.columns(self._keys, self._keys),
+            self._by_key_head(step, value, "value_heads"),
+            self._by_key_head(step, decay, "decay_heads"),
+            self._by_key_head(step, strength, "strength_heads"),
+            step.rows("recalled_heads", self._values) if self.is_tiled else recalled,
+            layer_id=step.layer_id,
+            num_key_heads=self.num_key_heads,
+            num_value_heads=self.num_value_heads,
+            log_rate=self._vector(weights["log_rate"].dense),
+            decay_bias=self._vector(weights["decay_bias"].dense),
+        )
+        step.add(rule)
+        if self.is_tiled:
+            width = self._values // self._heads_per_key
+            tiles = tuple(recalled.columns(start, width) for start in range(0, self._values, width))
+            step.add(Split(rule.out, self.num_key_heads, tiles))
         step.add(
-            Convolve(mixed, weights["convolution"].dense.flatten(1), seen, step.layer_id),
-            DeltaRule(
-                seen.columns(0, self._keys),
-                seen.columns(self._keys, self._keys),
-                seen.columns(2 * self._keys, self._values),
-                decay,
-                strength,
-                recalled,
-                layer_id=step.layer_id,
-                num_key_heads=self.num_key_heads,
-                num_value_heads=self.num_value_heads,
-                log_rate=weights["log_rate"].dense.float(),
-                decay_bias=weights["decay_bias"].dense.float(),
-            ),
             Normalize(recalled, weights["norm"].dense, recalled, self.norm_eps),
             SwiGlu(gate, recalled, gated),
         )
         (delta,) = step.project(gated, (weights["out"], None, "delta"))
         return delta
 
+    @property
+    def _heads_per_key(self) -> int:
+        return self.num_value_heads // self.num_key_heads
+
+    def _by_key_head(self, step: Emitter, x: Rows, buffer: str) -> Rows:
+        """What the value heads have, those of the first key head first."""
+        if not self.is_tiled:
+            return x
+        out, width = step.rows(buffer, x.width), x.width // self.num_key_heads
+        parts = tuple(out.columns(start, width) for start in range(0, x.width, width))
+        step.add(Split(x, self._heads_per_key, parts))
+        return out
+
+    def _vector(self, tiled: Tensor) -> Tensor:
+        """One number for each value head, likewise."""
+        return tiled.float().view(self._heads_per_key, -1).t().flatten() if self.is_tiled else tiled.float()
+
     def _project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows, Rows]:
         """Where queries, keys and values of all heads will be, one kind after the other; gates; strengths; decays."""
-        names = (("qkvz", "grouped"), ("ba", "rates")) if self.is_grouped else _APART
-        rows = step.project(x, *((weights[name], None, buffer) for name, buffer in names))
-        if not self.is_grouped:
-            mixed, gate, strength, decay = rows
-            return mixed, gate, strength, decay
+        values = (("qkvz", "grouped_values"),) if self.has_grouped_values else (("qkv", "mixed"), ("z", "output_gate"))
+        rates = (("ba", "grouped_rates"),) if self.has_grouped_rates else (("b", "strength"), ("a", "decay"))
+        rows = step.project(x, *((weights[name], None, buffer) for name, buffer in (*values, *rates)))
         mixed, gate = step.rows("mixed", self._channels), step.rows("output_gate", self._values)
         strength, decay = (step.rows(name, self.num_value_heads) for name in ("strength", "decay"))
-        query, key = mixed.columns(0, self._keys), mixed.columns(self._keys, self._keys)
-        value = mixed.columns(2 * self._keys, self._values)
-        step.add(
-            Split(rows[0], self.num_key_heads, (query, key, value, gate)),
-            Split(rows[1], self.num_key_heads, (strength, decay)),
-        )
+        if self.has_grouped_values:
+            query, key = mixed.columns(0, self._keys), mixed.columns(self._keys, self._keys)
+            value = mixed.columns(2 * self._keys, self._values)
+            step.add(Split(rows[0], self.num_key_heads, (query, key, value, gate)))
+        if self.has_grouped_rates:
+            step.add(Split(rows[-1], self.num_key_heads, (strength, decay)))
         return mixed, gate, strength, decay
-
-
-_APART = ("qkv", "mixed"), ("z", "output_gate"), ("b", "strength"), ("a", "decay")

@@ -26,8 +26,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
         shared_size=config.int("shared_expert_intermediate_size"),
         has_shared_gate=True,
     )
-    # GGUF files have the projections of Qwen3.5, whose kinds stand one after the other.
-    attentions = read_hybrid_attention(config, is_grouped=config.bool("has_grouped_projections", default=True))
+    attentions = read_hybrid_attention(config, has_groups=True)
     return with_qwen_norms(read_model(config, "qwen3_next", read_sparse_layers(config, attentions, moe)))
 
 

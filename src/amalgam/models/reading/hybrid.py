@@ -16,7 +16,7 @@ QWEN_LEFT_OUT = {r"model\.visual\..*": "the vision encoder", r"mtp\..*": DRAFT_L
 
 
 def read_hybrid_attention(
-    config: ConfigReader, *, default_kv_heads: int = _KV_HEADS, is_grouped: bool = False
+    config: ConfigReader, *, default_kv_heads: int = _KV_HEADS, has_groups: bool = False
 ) -> tuple[AttentionBlock, ...]:
     """Attention or delta net of each layer, as `layer_types` says, else `full_attention_interval`."""
     config.expect("attn_output_gate", True)
@@ -27,7 +27,7 @@ def read_hybrid_attention(
     types = config.get("layer_types", default=default_types)
     known: dict[str, AttentionBlock] = {
         "full_attention": _read_gated_attention(config, default_kv_heads),
-        "linear_attention": _read_delta_net(config, is_grouped),
+        "linear_attention": _read_delta_net(config, has_groups),
     }
     if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
         config.refuse("layer_types", types, f"{num_layers} of {', '.join(known)}")
@@ -41,7 +41,7 @@ def _read_gated_attention(config: ConfigReader, default_kv_heads: int) -> Attent
     return replace(common, head_norm_adds_one=True, has_gate=True)
 
 
-def _read_delta_net(config: ConfigReader, is_grouped: bool) -> DeltaNet:
+def _read_delta_net(config: ConfigReader, has_groups: bool) -> DeltaNet:
     key_heads, value_heads = (
         config.int(f"linear_num_{kind}_heads", default=default) for kind, default in (("key", 16), ("value", 32))
     )
@@ -54,7 +54,10 @@ def _read_delta_net(config: ConfigReader, is_grouped: bool) -> DeltaNet:
         value_dim=config.int("linear_value_head_dim", default=128),
         kernel_size=config.int("linear_conv_kernel_dim", default=4, low=2, high=64),
         norm_eps=config.float("rms_norm_eps", default=NORM_EPS, low=0),
-        is_grouped=is_grouped,
+        # GGUF files say how the converter has laid the weights out.
+        has_grouped_values=config.bool("linear_grouped_values", default=has_groups),
+        has_grouped_rates=has_groups,
+        is_tiled=config.bool("linear_tiled_heads", default=False),
     )
 
 
