@@ -23,6 +23,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
         default_theta=THETA,
         default_head_dim=128,
         default_kv_heads=2,
+        default_eps=NORM_EPS,
         has_bias=has_bias,
     )
     layer = LayerSpec(

@@ -22,7 +22,9 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     kind = RopeSettings(config).kind
     if kind not in ("default", "longrope"):
         config.refuse("rope_type", kind, "default or longrope for this family")
-    common = read_attention(config.completed({"original_max_position_embeddings": 4096}), default_rotary=1.0)
+    common = read_attention(
+        config.completed({"original_max_position_embeddings": 4096}), default_rotary=1.0, default_eps=NORM_EPS
+    )
     attention = replace(FusedAttention(**vars(common)), window=read_window(config))
     layer = LayerSpec(attention, DenseMlp(config.int("intermediate_size"), is_fused=True))
     return read_model(config, "phi3", (layer,) * config.int("num_hidden_layers"), default_eps=NORM_EPS)
