@@ -133,6 +133,18 @@ def test_other_texts_are_other_sensitivities(
     assert SensitivityStudy(loader, problem, part, study.folder.parent).folder != study.folder
 
 
+def test_what_no_gradient_has_seen_is_not_free(problem: Problem, sensitivities: Sensitivities) -> None:
+    """It is taken to be like the layer's others that all tokens reach."""
+    name = "model.layers.1.self_attn.o_proj.weight"
+    seen = sensitivities.weights[name]
+    options = {source: dataclasses.replace(error, divergence=0.0) for source, error in seen.options.items()}
+    unseen = dataclasses.replace(seen, num_tokens=0, options=options)
+    found = losses(problem, dataclasses.replace(sensitivities, weights={**sensitivities.weights, name: unseen}), None)
+    row = next(index for index, item in enumerate(problem.items) if item.name == name)
+    assert found[row][0] > found[row][1] > found[row][2] > found[row][3] == 0
+    assert 0.05 < found[row][0] / seen.options["int3"].divergence < 20
+
+
 def test_losses_follow_the_use(problem: Problem, sensitivities: Sensitivities) -> None:
     own = use_of_texts(problem, sensitivities)
     cell = (1, 3)

@@ -7,12 +7,15 @@ from typing import Any
 import httpx
 import pytest
 
+from amalgam.cli import main
+from amalgam.config.settings import Settings
 from amalgam.errors import RequestError
 from amalgam.evaluation.confidence import Interval
 from amalgam.planning.following import Decision, Drift, Shadowed
 from amalgam.runtime.autoplan import Point
 from amalgam.server.http.keys import Needs
 from amalgam.server.permissions import needs_of
+from tests.conftest import DEMO
 from tests.server.browser import Page
 from tests.server.fakes import FakeDeployment
 
@@ -82,6 +85,15 @@ def test_an_expert_is_explained(client: httpx.Client, deployment: FakeDeployment
 @pytest.mark.parametrize("path", ["/autoplan", "/explain"])
 def test_both_need_the_admin_key(path: str) -> None:
     assert needs_of(path) is Needs.ADMIN
+
+
+@pytest.mark.parametrize("flags", [[], ["--autoplan"], ["--planning.autoplan.enabled", "true"]])
+def test_a_flag_turns_it_on(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    given: list[Settings] = []
+    monkeypatch.setattr("amalgam.server.app.run", lambda settings, load, stopping: given.append(settings) or 0)
+    assert main(["serve", "--model", str(DEMO), "--planning.autoplan.budget", "4bpw", *flags]) == 0
+    autoplan = given[0].planning.autoplan
+    assert autoplan.enabled is bool(flags) and autoplan.budget == "4bpw"
 
 
 def test_the_panel_tells_decisions_and_freezes(browser: Page, url: str, deployment: FakeDeployment) -> None:

@@ -113,6 +113,11 @@ class Gradients:
         load: gives a layer's weights; called twice for each layer.
         draws: backward passes, each with labels of its own.
         chunk_tokens: about how many tokens run together; only memory depends on it.
+
+    Attributes:
+        outside: the weights outside of the layers.
+        head_inputs: `[tokens, hidden]` for each chunk, what the head reads; once `layers` has given the first.
+        at_start: `[draws, tokens, hidden]` for each chunk, gradients at the first layer's start; once it has ended.
     """
 
     def __init__(
@@ -138,6 +143,9 @@ class Gradients:
         self._chunk_tokens = chunk_tokens
         self._done = done
         self.num_tokens = sum(map(len, token_ids))
+        self.outside: Mapping[str, PackedWeight] = {}
+        self.head_inputs: list[Tensor] = []
+        self.at_start: list[Tensor] = []
 
     def layers(self) -> Iterator[tuple[int, Iterator[list[Seen]]]]:
         """Each layer, the last first, with what its projections see: a list for each chunk of the texts.
@@ -147,11 +155,9 @@ class Gradients:
         Raises:
             CheckpointError: hidden states hold NaN or infinity; names the layer.
         """
-        outside = self._load(OUTSIDE)
+        outside = self.outside = self._load(OUTSIDE)
         kept: list[list[Tensor]] = []
-        stream = Stream(
-            self._spec, [ids for chunk in self._chunks for ids in chunk], outside, chunk_tokens=self._chunk_tokens
-        )
+        stream = self._stream(outside)
         for layer_id in range(self._spec.num_layers):
             kept.append(self._together(stream.hidden))
             stream.run(layer_id, self._load(layer_id))
@@ -166,6 +172,24 @@ class Gradients:
         del stream
         for layer_id in reversed(range(self._spec.num_layers)):
             yield layer_id, self._layer(layer_id, kept.pop(), upstream)
+        self.at_start = upstream
+
+    def embedded(self, outside: Mapping[str, PackedWeight]) -> list[Tensor]:
+        """`[tokens, hidden]` for each chunk: the first layer's start with other weights outside of the layers."""
+        return self._together(self._stream(outside).hidden)
+
+    def sequences(self) -> list[Tensor]:
+        """int64 `[tokens]` for each chunk: which sequence each token is of."""
+        found, first = [], 0
+        for chunk in self._chunks:
+            lengths = torch.tensor([len(ids) for ids in chunk])
+            found.append(torch.arange(len(chunk)).repeat_interleave(lengths) + first)
+            first += len(chunk)
+        return found
+
+    def _stream(self, outside: Mapping[str, PackedWeight]) -> Stream:
+        token_ids = [ids for chunk in self._chunks for ids in chunk]
+        return Stream(self._spec, token_ids, outside, chunk_tokens=self._chunk_tokens)
 
     def _together(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """One tensor for each of our chunks."""
@@ -186,6 +210,7 @@ class Gradients:
             for instruction in step.instructions:
                 execute(instruction, frame)
             result = frame.get(normed)
+        self.head_inputs.append(result.detach())
         head = outside["embedding" if spec.has_tied_head else "head"].dequantize(torch.float32)
         bias = version.block("").vector("head_bias")
         slopes = torch.empty((self._draws, *hidden.shape))

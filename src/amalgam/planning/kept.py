@@ -12,7 +12,15 @@ from amalgam.base.strict_json import parse_json
 from amalgam.composition.loader import ModelLoader
 from amalgam.errors import ConfigError
 from amalgam.planning.problem import Problem
-from amalgam.planning.sensitivity import STUDY, Sensitivities, WeightErrors, digest_of_weights, errors_on_disk
+from amalgam.planning.sensitivity import (
+    STUDY,
+    Sensitivities,
+    WeightErrors,
+    digest_of_weights,
+    errors_on_disk,
+    file_of,
+    layers_of,
+)
 
 _REMEDY = "Measure them: amalgam evaluate --sensitivity --config FILE --text FILE, with texts like the traffic."
 
@@ -29,10 +37,10 @@ def read_sensitivities(folder: Path, loader: ModelLoader, problem: Problem) -> S
     if digest != digest_of_weights(loader, problem):
         raise ConfigError(f"The sensitivities in {folder} are of other weights or sources.", remedy=_REMEDY)
     weights: dict[str, WeightErrors] = {}
-    for layer in sorted({item.layer for item in problem.items if item.layer is not None}):
+    for layer in layers_of(problem):
         errors = errors_on_disk(folder, layer, problem)
         if errors is None:
-            raise ConfigError(f"{folder} holds no sensitivities of layer {layer}.", remedy=_REMEDY)
+            raise ConfigError(f"{file_of(folder, layer)} is missing or damaged.", remedy=_REMEDY)
         weights.update(errors)
     return Sensitivities(num_tokens, weights)
 

@@ -52,12 +52,13 @@ def losses(problem: Problem, sensitivities: Sensitivities, use: Use | None) -> F
         use: None: as if a layer's experts were all used alike.
     """
     priors = _priors(problem, sensitivities)
+    usual = _usual(problem, sensitivities)
     own = _mean_mass(problem, sensitivities)
     values: dict[str, dict[str, float]] = {}
     for item in problem.items:
         found = sensitivities.weights.get(item.name)
         values[item.name] = {
-            option.source: _loss(item, option.source, found, priors, own, sensitivities.num_tokens, use)
+            option.source: _loss(item, option.source, found, priors, usual, own, sensitivities.num_tokens, use)
             for option in item.options
         }
     return table(problem, values)
@@ -68,15 +69,17 @@ def _loss(
     source: str,
     found: WeightErrors | None,
     priors: Mapping[tuple[int | None, str], float],
+    usual: Mapping[int | None, float],
     even: Mapping[int | None, tuple[float, float]],
     num_tokens: int,
     use: Use | None,
 ) -> float:
-    if found is None:  # outside of the layers: no expert's, measured otherwise or not at all
+    if found is None:
         return 0.0
     error = found.options[source]
     if item.expert is None or item.layer is None:
-        return error.divergence
+        # What no gradient has seen (MLA's expansion) is not free, but like the others.
+        return error.divergence if found.num_tokens else usual.get(item.layer, 0.0) * error.rounding_error
     prior = priors[item.layer, item.part]
     mean_mass, mean_gate = even[item.layer]
     weight = _PRIOR_TOKENS * mean_gate
@@ -97,6 +100,20 @@ def _priors(problem: Problem, sensitivities: Sensitivities) -> dict[tuple[int | 
             above[item.layer, item.part] += error.divergence * sensitivities.num_tokens
             below[item.layer, item.part] += found.gate_mass * error.rounding_error
     return {key: value / below[key] if below[key] else 0.0 for key, value in above.items()}
+
+
+def _usual(problem: Problem, sensitivities: Sensitivities) -> dict[int | None, float]:
+    """Layer → divergence per rounding error of its weights that all tokens reach, and that were seen."""
+    sums: dict[int | None, list[float]] = {}
+    for item in problem.items:
+        found = sensitivities.weights.get(item.name)
+        if found is None or item.expert is not None or not found.num_tokens:
+            continue
+        entry = sums.setdefault(item.layer, [0.0, 0.0])
+        for error in found.options.values():
+            entry[0] += error.divergence
+            entry[1] += error.rounding_error
+    return {layer: above / below if below else 0.0 for layer, (above, below) in sums.items()}
 
 
 def _mean_mass(problem: Problem, sensitivities: Sensitivities) -> dict[int | None, tuple[float, float]]:

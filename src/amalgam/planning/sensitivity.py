@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from amalgam.base.files import replace_file
 from amalgam.base.strict_json import parse_json
@@ -35,6 +36,7 @@ from amalgam.planning.problem import Item, Problem
 VERSION = 1  # of what a file holds; others are measured again
 DRAWS = 2
 STUDY = "study.json"  # what a folder is about
+_HEAD_ROWS = 256
 _FORWARD_AND_BACK = 2  # forward passes over all tokens, beside one for each draw and one for each option
 
 
@@ -137,14 +139,14 @@ class SensitivityStudy:
 
     @property
     def layers(self) -> list[int]:
-        """Those with weights that have a choice."""
-        return sorted({item.layer for item in self._problem.items if item.layer is not None})
+        """Those with weights that have a choice; `OUTSIDE` for weights outside of the layers."""
+        return layers_of(self._problem)
 
     def cost(self) -> Cost:
         """Reads nothing; multiplies two matrices to see how fast that is."""
         tokens, spec = self._sample.num_tokens, self._loader.spec
         missing = [layer for layer in self.layers if self._read(layer) is None]
-        items = [item for item in self._problem.items if item.layer in missing]
+        items = [item for item in self._problem.items if layer_of(item) in missing]
         share = _active_share(self._loader)
         linear = sum(math.prod(w.slot.shape) * share(w.slot.role) for w in self._base.values() if w.slot.is_linear)
         passes = 2 * tokens * linear * (_FORWARD_AND_BACK + self._draws) if missing else 0
@@ -184,7 +186,7 @@ class SensitivityStudy:
         found = {layer: layer_errors for layer in self.layers if (layer_errors := self._read(layer)) is not None}
         missing = [layer for layer in self.layers if layer not in found]
         if missing:
-            total = self._sample.num_tokens * (2 * self._loader.spec.num_layers - min(missing))
+            total = self._sample.num_tokens * (2 * self._loader.spec.num_layers - max(0, min(missing)))
             steps = _Steps(progress, total)
             gradients = Gradients(
                 self._loader.spec,
@@ -203,6 +205,9 @@ class SensitivityStudy:
                         pass
                 if layer == min(missing):
                     break
+            if OUTSIDE in missing:
+                found[OUTSIDE] = self._measure_outside(gradients)
+                self._write(OUTSIDE, found[OUTSIDE])
         weights = {name: errors for layer in sorted(found) for name, errors in found[layer].items()}
         study = {"version": VERSION, "num_tokens": self._sample.num_tokens, "weights": self._weights_digest}
         replace_file(self.folder / STUDY, json.dumps(study))
@@ -221,8 +226,54 @@ class SensitivityStudy:
         for chunk in chunks:
             for seen in chunk:
                 by_slot.setdefault(seen.slot, []).append(seen)
-        items = [item for item in self._problem.items if item.layer == layer]
+        items = [item for item in self._problem.items if layer_of(item) == layer]
         return {item.name: self._errors(item, by_slot.pop(item.slot, [])) for item in items}
+
+    def _measure_outside(self, gradients: Gradients) -> dict[str, WeightErrors]:
+        """Of the head the divergence itself, since its inputs stay; of embeddings by gradients, as of projections.
+
+        One that is both has both, which are taken to be independent.
+        """
+        outside, tokens = gradients.outside, self._sample.num_tokens
+        result = {}
+        for item in (item for item in self._problem.items if layer_of(item) == OUTSIDE):
+            base = self._values(self._base[item.slot])
+            norm = max(float(base.square().sum()), 1e-30)
+            is_head = item.role == "head" or (item.slot == "embedding" and self._loader.spec.has_tied_head)
+            options = {}
+            for option in item.options:
+                weight = self._candidates[item.name][option.source].load(self._backend)
+                change = weight.dequantize(torch.float32) - base
+                divergence = moved = 0.0
+                if is_head:
+                    divergence, moved = self._head_errors(gradients, base, change)
+                if item.role == "embedding":
+                    shifts = self._shifts(gradients, {**outside, item.slot: weight})
+                    divergence += _squares_at_start(gradients, shifts) / (2 * self._draws * tokens)
+                    moved = moved or _relative(shifts, gradients.embedded(outside))
+                rounding = float(change.square().sum()) / norm
+                options[option.source] = OptionError(divergence, moved, rounding)
+            result[item.name] = WeightErrors(tokens, float(tokens), options)
+        return result
+
+    def _head_errors(self, gradients: Gradients, base: Tensor, change: Tensor) -> tuple[float, float]:
+        """Nats a token, and the mean square of the logits' change relative to theirs."""
+        bias = self._base.get("head_bias")
+        added = None if bias is None else bias.load(self._backend).dense.float()
+        divergence = above = below = 0.0
+        for hidden in gradients.head_inputs:
+            for rows in hidden.split(_HEAD_ROWS):
+                logits, moved = functional.linear(rows, base), functional.linear(rows, change)
+                above, below = above + float(moved.square().sum()), below + float(logits.square().sum())
+                logits = logits if added is None else logits + added
+                before, after = logits.double().log_softmax(-1), (logits + moved).double().log_softmax(-1)
+                divergence += float((before.exp() * (before - after)).sum())
+        return max(0.0, divergence) / self._sample.num_tokens, above / max(below, 1e-30)
+
+    @staticmethod
+    def _shifts(gradients: Gradients, outside: Mapping[str, PackedWeight]) -> list[Tensor]:
+        pairs = zip(gradients.embedded(outside), gradients.embedded(gradients.outside), strict=True)
+        return [other - own for other, own in pairs]
 
     def _errors(self, item: Item, all_seen: Sequence[Seen]) -> WeightErrors:
         """One weight in all of its options; an expert that no token reached has rounding errors only."""
@@ -276,16 +327,26 @@ class SensitivityStudy:
         return errors_on_disk(self.folder, layer, self._problem)
 
 
+def layer_of(item: Item) -> int:
+    """`OUTSIDE` for a weight outside of the layers."""
+    return OUTSIDE if item.layer is None else item.layer
+
+
+def layers_of(problem: Problem) -> list[int]:
+    """Those with weights that have a choice, in order; `OUTSIDE` comes first."""
+    return sorted({layer_of(item) for item in problem.items})
+
+
 def file_of(folder: Path, layer: int) -> Path:
     """Where a layer's errors are kept."""
-    return folder / f"layer-{layer:04}.json"
+    return folder / ("outside.json" if layer == OUTSIDE else f"layer-{layer:04}.json")
 
 
 def errors_on_disk(folder: Path, layer: int, problem: Problem) -> dict[str, WeightErrors] | None:
     """A layer's errors; None if they are not there, or cannot be used for the problem."""
     try:
         document = parse_json(file_of(folder, layer).read_bytes())
-        return _errors_of(document, {item.name for item in problem.items if item.layer == layer})
+        return _errors_of(document, {item.name for item in problem.items if layer_of(item) == layer})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -333,6 +394,22 @@ def _squares(seen: Seen, changes: Tensor) -> Tensor:
             total += (changes @ (gradients.T @ inputs).flatten()).square()
         start += size
     return total
+
+
+def _squares_at_start(gradients: Gradients, shifts: Sequence[Tensor]) -> float:
+    """Σ of the squares of Σₜ gₜ · Δₜ, each over one sequence and one draw."""
+    total = 0.0
+    for slopes, shift, sequences in zip(gradients.at_start, shifts, gradients.sequences(), strict=True):
+        products = (slopes * shift).sum(-1)  # [draws, tokens]
+        ids = sequences - sequences[0]
+        sums = torch.zeros(len(products), int(ids[-1]) + 1).index_add_(1, ids, products)
+        total += float(sums.square().sum())
+    return total
+
+
+def _relative(shifts: Sequence[Tensor], values: Sequence[Tensor]) -> float:
+    above = sum(float(shift.square().sum()) for shift in shifts)
+    return above / max(sum(float(value.square().sum()) for value in values), 1e-30)
 
 
 class _Steps:

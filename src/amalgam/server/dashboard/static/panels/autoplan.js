@@ -71,7 +71,7 @@ export function create() {
       line(t("autoplan_divergence"), "divergence", css("--series-2"), { trace: { yaxis: "y2" } }),
     ], {
       shapes: [limit], margin: { l: 48, r: 56, t: 8, b: 28 },
-      xaxis: { type: "date", nticks: 6, hoverformat: "%H:%M:%S" },
+      xaxis: { type: "date", nticks: 6, tickformat: "%H:%M", hoverformat: "%H:%M:%S" },
       yaxis: { rangemode: "tozero", nticks: 4 },
       yaxis2: { overlaying: "y", side: "right", rangemode: "tozero", nticks: 4, showgrid: false },
     });
