@@ -1,15 +1,19 @@
 """Speed of each compiled kernel, per format and number of rows, against what the machine gives on the same buffers.
 
-    python benchmarks/kernels.py                          all formats, linear and moe
+    python benchmarks/kernels.py                          all formats, linear and moe; the delta rule
     python benchmarks/kernels.py --format int4 fp8 --rows 1 512 --layers 2
     python benchmarks/kernels.py --against avx512 --rows 1 4 8 16 32 128 512      on a machine with AMX
     python benchmarks/kernels.py --format published --kernel linear --rows 1   other layouts that are published
+    python benchmarks/kernels.py --kernel delta_rule --rows 1 16 512           of a gated delta net
 
 The shape is that of a mixture with hidden size 2048, 64 experts of width 768, 8 active; every layer has weights of its
 own, so that no cache holds them. GB/s counts the weights that a call reads (each active expert once); the share is of a
 plain read of the same buffers between the repeats. Where there is a matrix unit, operations are told as a share of what
 it does in registers. `--against` runs a second instruction set in turns, on the same inputs, and tells how many times
 as fast the first one is. Prints a table and, as the last line, one JSON object.
+
+The delta rule has 16 key heads and 32 value heads of 128. Up to 16 rows are sequences with a token each, more are one
+sequence's prompt. Its GB/s counts the sequences' states twice: a step reads and writes them.
 
 int4-bf16: int4 with activations that stay bfloat16. The matrix unit's choices, to find the best ones on a machine:
 `--int8-rows N`, from how many rows on int8 operands are multiplied on it (1: always), and `--scales-weights`, which
@@ -31,6 +35,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,16 +46,23 @@ from amalgam.config.settings import NATIVE_ISA_VARIABLE
 from amalgam.formats.gguf import FORMATS as GGUF_FORMATS
 from amalgam.formats.gguf.blocks import GgufFormat
 from amalgam.formats.registry import writable_format
+from amalgam.kernels.backends.base import Compiled
 from amalgam.kernels.backends.cpu import extension, panels
+from amalgam.kernels.backends.cpu.backend import CpuBackend
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.cpu.products import matrix_of, prepare_experts, supports_moe
 from amalgam.kernels.layouts import AFFINE4, E2M1, INT4, TABLE4, dense, pack_nibbles
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
+from amalgam.kernels.program import DeltaRule, Embed, Head, Program, Rows
+from amalgam.kernels.step import LayerCache, LayerState, SequenceState, StepContext, StepSequence
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 
 HIDDEN, WIDTH, NUM_EXPERTS, NUM_ACTIVE = 2048, 768, 64, 8
 LINEAR_SHAPE = (4096, 2048)
+KEY_HEADS, VALUE_HEADS, HEAD_DIM = 16, 32, 128
+MOST_SEQUENCES = 16
+STATES = "fp32"  # what the delta rule reads
 PLAIN = "bf16-plain"  # in 16 bits
 WIDENED = "int4-bf16"  # multiplied by bfloat16
 FORMATS = ("int4", WIDENED, "int8", "fp8", "bf16", PLAIN)
@@ -74,6 +87,7 @@ TABLES = ("nvfp4", "nf4")
 GROUPS = ("gptq-int2", "gptq-int3", "hqq-int3", "hqq-int4", "groups-of-12")
 PUBLISHED = (*GGUF_TYPES, *TABLES, *GROUPS)
 ROWS = (1, 8, 16, 128, 512)
+KERNELS = ("linear", "moe", "delta_rule")
 
 
 @dataclass(frozen=True)
@@ -92,13 +106,18 @@ class Result:
     times_as_fast: float | None  # as the instruction set that it runs against
 
 
+Run = Callable[[int], tuple[Callable[[], None], int, float]]  # rows → (call, bytes read, operations)
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel over all layers: what it reads and computes, and how to run it once on fresh inputs."""
 
     kernel: str
-    weights: list[PackedWeight]
-    run: Callable[[int], tuple[Callable[[], None], int, float]]  # rows → (call, bytes read, operations)
+    num_bytes: int  # of all weights, or states
+    bits: float  # of one of them
+    read: Callable[[], object]  # all of them
+    run: Run
 
 
 def source(name: str, shape: tuple[int, int]) -> PackedWeight:
@@ -159,7 +178,7 @@ def linear_case(name: str, num_layers: int) -> Case:
         operations = 2.0 * rows * LINEAR_SHAPE[0] * LINEAR_SHAPE[1] * len(weights)
         return call, sum(weight.nbytes for weight in weights), operations
 
-    return Case("linear", weights, run)
+    return case_of("linear", weights, run)
 
 
 def moe_case(name: str, num_layers: int) -> Case:
@@ -190,7 +209,51 @@ def moe_case(name: str, num_layers: int) -> Case:
         num_bytes = sum(len(ids.unique()) for ids, _ in routes) * expert_bytes
         return call, num_bytes, 6.0 * rows * NUM_ACTIVE * HIDDEN * WIDTH * num_layers
 
-    return Case("moe", weights, run)
+    return case_of("moe", weights, run)
+
+
+def case_of(kernel: str, weights: list[PackedWeight], run: Run) -> Case:
+    matrices = [matrix_of(weight) for weight in weights]
+    num_bytes = sum(weight.nbytes for weight in weights)
+    bits = 8.0 * num_bytes / sum(math.prod(weight.shape) for weight in weights)
+    return Case(kernel, num_bytes, bits, lambda: _native.checksum(matrices, torch.get_num_threads()), run)
+
+
+def delta_case(num_layers: int) -> Case:
+    shape = VALUE_HEADS, HEAD_DIM, HEAD_DIM
+    memory = torch.randn(num_layers, MOST_SEQUENCES, *shape)
+    states = tuple(LayerState(torch.zeros(MOST_SEQUENCES, 0, 1), one) for one in memory)
+    layers = (LayerCache(*torch.zeros(2, 1 << 20, 0, 0)),) * num_layers
+    cache: Any = SimpleNamespace(layers=layers, states=states, block_size=1 << 20)
+    keys, values = KEY_HEADS * HEAD_DIM, VALUE_HEADS * HEAD_DIM
+    width = 2 * keys + values + 2 * VALUE_HEADS
+    x, out = Rows("x", width, 0, width), Rows("out", values, 0, values)
+    query, key, value = x.columns(0, keys), x.columns(keys, keys), x.columns(2 * keys, values)
+    decay, strength = (x.columns(width - count * VALUE_HEADS, VALUE_HEADS) for count in (2, 1))
+    heads = KEY_HEADS, VALUE_HEADS, torch.zeros(VALUE_HEADS), torch.zeros(VALUE_HEADS)
+    rules = [DeltaRule(query, key, value, decay, strength, out, layer, *heads) for layer in range(num_layers)]
+    backend = CpuBackend(torch.bfloat16)
+    head = Head(out, backend.prepare(dense(torch.zeros(1, values)), "bf16", codes=False), None)
+
+    def run(rows: int) -> tuple[Callable[[], None], int, float]:
+        embed = Embed(dense(torch.randn(rows, width).bfloat16()), x)
+        compiled: dict[str, Compiled] = {}
+        shares = [[token] for token in range(rows)] if rows <= MOST_SEQUENCES else [list(range(rows))]
+        step = StepContext(
+            [StepSequence(share, 0, [0], 0, SequenceState(slot, slot)) for slot, share in enumerate(shares)], cache
+        )
+
+        def call() -> None:
+            isa = extension.isa()
+            if isa not in compiled:
+                compiled[isa] = backend.compile(Program((embed, *rules, head)), [])
+            compiled[isa].run(step)
+
+        elements = num_layers * math.prod(shape)
+        return call, len(shares) * elements * 2 * 4, 7.0 * elements * rows
+
+    raw = memory.view(-1).view(torch.uint8)
+    return Case("delta_rule", raw.nbytes, 32.0, lambda: _native.read_memory(raw, torch.get_num_threads()), run)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -230,10 +293,6 @@ def unit_gigaoperations(name: str) -> float | None:
 
 
 def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int, against: str | None) -> Iterator[Result]:
-    matrices = [matrix_of(weight) for weight in case.weights]
-    total_bytes = sum(weight.nbytes for weight in case.weights)
-    threads = torch.get_num_threads()
-    bits = 8.0 * total_bytes / sum(math.prod(weight.shape) for weight in case.weights)
     for count in rows:
         samples, shares, ratios = [], [], []
         for _ in range(repeats):
@@ -242,11 +301,11 @@ def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int, against:
                 with instruction_set(against):
                     other = seconds(call)
             elapsed = seconds(call)
-            read = total_bytes / seconds(lambda: _native.checksum(matrices, threads)) / 1e9
+            read = case.num_bytes / seconds(case.read) / 1e9
             samples.append(
                 (elapsed, num_bytes / elapsed / 1e9, num_bytes / elapsed / 1e9 / read, operations / elapsed / 1e9)
             )
-            unit = unit_gigaoperations(name)
+            unit = None if name == STATES else unit_gigaoperations(name)
             if unit is not None:
                 shares.append(operations / elapsed / 1e9 / unit)
             if against is not None:
@@ -257,7 +316,7 @@ def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int, against:
             name,
             count,
             medians[0] * 1e3,
-            bits,
+            case.bits,
             *medians[1:],
             share_of_unit=statistics.median(shares) if shares else None,
             times_as_fast=statistics.median(ratios) if ratios else None,
@@ -271,7 +330,7 @@ def commit() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", nargs="+", choices=("linear", "moe"), default=["linear", "moe"])
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--format", nargs="+", choices=(*FORMATS, *PUBLISHED, "published"), default=list(FORMATS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--layers", type=int, default=8)
@@ -295,16 +354,16 @@ def main() -> int:
     results: list[Result] = []
     against = "" if arguments.against is None else f"  × {arguments.against}"
     columns = f"{'ms':>10}{'bits':>7}{'GB/s':>8}{'of read':>9}{'Gop/s':>8}{'of unit':>9}"
-    print(f"{'kernel':8}{'format':13}{'rows':>5}{columns}{against}")
+    print(f"{'kernel':12}{'format':13}{'rows':>5}{columns}{against}")
     for kernel in arguments.kernel:
-        for name in names:
-            case = makers[kernel](name, arguments.layers)
+        for name in (STATES,) if kernel == "delta_rule" else names:
+            case = delta_case(arguments.layers) if name == STATES else makers[kernel](name, arguments.layers)
             for r in measure(case, name, tuple(arguments.rows), arguments.repeats, arguments.against):
                 results.append(r)
                 share = "" if r.share_of_unit is None else f"{r.share_of_unit:.0%}"
                 ratio = "" if r.times_as_fast is None else f"{r.times_as_fast:.2f}"
                 print(
-                    f"{r.kernel:8}{r.format:13}{r.rows:5}{r.milliseconds:10.2f}{r.bits:7.3f}"
+                    f"{r.kernel:12}{r.format:13}{r.rows:5}{r.milliseconds:10.2f}{r.bits:7.3f}"
                     f"{r.gigabytes_per_second:8.1f}{r.share_of_read:9.0%}{r.gigaoperations_per_second:8.0f}{share:>9}{ratio:>{len(against)}}",
                     flush=True,
                 )

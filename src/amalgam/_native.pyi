@@ -286,8 +286,16 @@ class Elementwise(Enum):
     softcap = 4
 
 @final
+class GatedKernels:
+    @property
+    def isa(self) -> str: ...
+
+# The slot that a state is in, if there is one, the one that it goes to, and others after so many tokens.
+_StateSlots = tuple[int | None, int, Sequence[tuple[int, int]]]
+
+@final
 class StepMemory:
-    """Caches of all layers and rotary tables, kept alive."""
+    """Caches and states of all layers and rotary tables, kept alive."""
 
     def __init__(
         self,
@@ -295,6 +303,7 @@ class StepMemory:
         block_size: int,
         ropes: Sequence[tuple[Tensor, Tensor]],
         num_positions: int,
+        states: Sequence[tuple[Tensor, Tensor] | None],
         /,
     ) -> None: ...
 
@@ -410,6 +419,23 @@ class Program:
     def add_elementwise(self, kind: Elementwise, x: _Columns, y: _Columns | None, number: float, /) -> None: ...
     def add_scale(self, x: _Columns, gate: _Columns, /) -> None: ...
     def add_scale_by_position(self, x: _Columns, beta: float, length: float, offset: float, /) -> None: ...
+    def add_gate(self, x: _Columns, gate: _Columns, /) -> None: ...
+    def add_split(self, x: _Columns, num_groups: int, outs: Sequence[_Columns], /) -> None: ...
+    def add_convolve(self, x: _Columns, weight: Tensor, out: _Columns, layer: int, /) -> None:
+        """`weight`: float32 `[n, channels]`."""
+
+    def add_delta_rule(
+        self,
+        rows: Sequence[_Columns],
+        layer: int,
+        num_key_heads: int,
+        num_value_heads: int,
+        log_rate: Tensor,
+        decay_bias: Tensor,
+        /,
+    ) -> None:
+        """`rows`: query, key, value, decay, strength, out."""
+
     def add_head(
         self, x: _Columns, matrix: object, bias: Tensor | None, scale: float, softcap: float | None, /
     ) -> None: ...
@@ -419,8 +445,9 @@ class Program:
         end: int,
         kernels: Kernels,
         attention: AttentionKernels,
+        gated: GatedKernels,
         memory: StepMemory,
-        sequences: Sequence[tuple[Sequence[int], int, Sequence[int], int]],
+        sequences: Sequence[tuple[Sequence[int], int, Sequence[int], int, _StateSlots | None]],
         dtype: DType,
         arena: Tensor,
         starts: Sequence[int],
@@ -433,13 +460,15 @@ class Program:
         """Run instructions `[first, end)`.
 
         Args:
-            sequences: token ids, first position, block ids, how many of the last tokens' logits are wanted.
+            sequences: token ids, first position, block ids, how many of the last tokens' logits are wanted, and the
+                slots of `SequenceState`.
             starts: bytes of the arena where the buffers are, each at 64 bytes of the address space.
             expert_ids, gate_weights: `[routes, tokens, k]`.
             logits: `[wanted, vocabulary]`.
         """
 
 def attention_kernels(isa: str) -> AttentionKernels: ...
+def gated_kernels(isa: str) -> GatedKernels: ...
 def read_memory(memory: Tensor, threads: int, /) -> int: ...
 def write_kv(keys: _Cache, values: _Cache, key: Tensor, value: Tensor, slot_ids: Tensor, threads: int, /) -> None: ...
 def supported_isas() -> list[str]: ...

@@ -196,7 +196,10 @@ def calls() -> dict[str, Call]:
             ],
         ),
         "write_kv": (_native.write_kv, [*caches, new, new + 1, slot_ids, 1]),
-        "StepMemory": (_native.StepMemory, [[caches, caches], 16, [(floats(9, 8), floats(9, 8))], 9]),
+        "StepMemory": (
+            _native.StepMemory,
+            [[caches, caches], 16, [(floats(9, 8), floats(9, 8))], 9, [(floats(3, 2, 8), floats(3, 2, 4, 4))]],
+        ),
     }
 
 
@@ -263,8 +266,8 @@ def fits_too(name: str, path: tuple[int, ...], wrong: Tensor, tensor: Tensor) ->
         return True
     if name == "embedding" and path != (0,):
         return wrong.numel() == tensor.numel()
-    # A smaller vocabulary; caches of other shapes, which are looked at together with the program.
-    is_cache = name == "StepMemory" and path[0] == 0 and path[-1] == 0
+    # A smaller vocabulary; caches and states of other shapes, which are looked at together with the program.
+    is_cache = name == "StepMemory" and ((path[0] == 0 and path[-1] == 0) or path[0] == 4)
     return (name == "draw" or is_cache) and wrong.dim() == tensor.dim()
 
 

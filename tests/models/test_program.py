@@ -75,6 +75,9 @@ ROUNDS_OTHERWISE = {
     "minimax_m2",
     "phimoe",
     "qwen2_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
     "starcoder2",
 }
 

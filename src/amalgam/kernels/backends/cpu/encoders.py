@@ -24,6 +24,8 @@ from amalgam.kernels.program import (
     Attend,
     AttendLatent,
     Clamp,
+    Convolve,
+    DeltaRule,
     Embed,
     Gelu,
     Head,
@@ -37,6 +39,7 @@ from amalgam.kernels.program import (
     Scale,
     ScaleByPosition,
     ScaleBySigmoid,
+    Split,
     SwiGlu,
     WeighInput,
 )
@@ -217,8 +220,30 @@ class Encoder:
 
     def _scale_by_sigmoid(self, one: ScaleBySigmoid) -> bool:
         if one.gate.width == one.x.width != 1:
-            return False
+            self.native.add_gate(self._columns(one.x), self._columns(one.gate))
+            return True
         self.native.add_scale(self._columns(one.x), self._columns(one.gate))
+        return True
+
+    def _split(self, one: Split) -> bool:
+        self.native.add_split(self._columns(one.x), one.num_groups, [self._columns(out) for out in one.outs])
+        return True
+
+    def _convolve(self, one: Convolve) -> bool:
+        weight = one.weight.float().t().contiguous()
+        self.native.add_convolve(self._columns(one.x), weight, self._columns(one.out), one.layer_id)
+        return True
+
+    def _delta_rule(self, one: DeltaRule) -> bool:
+        rows = (one.query, one.key, one.value, one.decay, one.strength, one.out)
+        self.native.add_delta_rule(
+            [self._columns(part) for part in rows],
+            one.layer_id,
+            one.num_key_heads,
+            one.num_value_heads,
+            one.log_rate.float().contiguous(),
+            one.decay_bias.float().contiguous(),
+        )
         return True
 
     def _head(self, one: Head) -> bool:
@@ -244,6 +269,8 @@ _ENCODERS: dict[type[Instruction], Callable[[Encoder, Any], bool]] = {
     Attend: Encoder._attend,
     AttendLatent: Encoder._attend_latent,
     Clamp: Encoder._elementwise,
+    Convolve: Encoder._convolve,
+    DeltaRule: Encoder._delta_rule,
     Embed: Encoder._embed,
     Gelu: Encoder._elementwise,
     Head: Encoder._head,
@@ -254,6 +281,7 @@ _ENCODERS: dict[type[Instruction], Callable[[Encoder, Any], bool]] = {
     Scale: Encoder._elementwise,
     ScaleByPosition: Encoder._scale_by_position,
     ScaleBySigmoid: Encoder._scale_by_sigmoid,
+    Split: Encoder._split,
     SwiGlu: Encoder._swiglu,
     WeighInput: Encoder._weigh_input,
 }

@@ -81,6 +81,13 @@ def kernels() -> _native.Kernels:
     return _native.kernels(found[-1])
 
 
+def gated_kernels() -> _native.GatedKernels:
+    """The compiled functions of a gated delta net for the instruction set in use."""
+    from amalgam import _native
+
+    return _native.gated_kernels(isa())
+
+
 @functools.cache
 def native_dtype(dtype: torch.dtype) -> _native.DType:
     """A floating type as the extension calls it."""

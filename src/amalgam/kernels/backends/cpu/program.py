@@ -40,6 +40,7 @@ class CpuProgram:
         self._index = encoder.index
         self._native = encoder.native
         self._kernels, self._attention = extension.kernels(), attention.table(extension.isa())
+        self._gated = extension.gated_kernels()
         self._native_dtype = extension.native_dtype(workspace.dtype)
         self._num_active = program.routes[0].k if program.routes else 1
         self._num_routes = len(program.routes)
@@ -93,8 +94,9 @@ class CpuProgram:
         arguments = (
             self._kernels,
             self._attention,
+            self._gated,
             memory.native,
-            [sequence[:4] for sequence in sequences],
+            sequences,
             self._native_dtype,
             workspace.arena,
             starts,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.base import Tables
-from amalgam.kernels.step import Cache, LayerCache
+from amalgam.kernels.step import Cache, LayerCache, LayerState
 
 if TYPE_CHECKING:
     from amalgam import _native
@@ -24,9 +24,10 @@ _ALIGNMENT = 64  # bytes, of every buffer
 
 @dataclass(eq=False)
 class Memory:
-    """A KV cache and rotary tables as the extension sees them."""
+    """A KV cache, states and rotary tables as the extension sees them."""
 
     layers: tuple[LayerCache, ...]
+    states: tuple[LayerState | None, ...]
     block_size: int
     tables: Tables
     native: _native.StepMemory
@@ -59,6 +60,7 @@ class Workspace:
         if (
             known is None
             or known.layers is not kv.layers
+            or known.states is not kv.states
             or known.block_size != kv.block_size
             or known.tables is not tables
         ):
@@ -73,8 +75,9 @@ class Workspace:
             kv.block_size,
             list(tables),
             min((len(cos) for cos, _ in tables), default=sys.maxsize),
+            kv.states,
         )
-        return Memory(kv.layers, kv.block_size, tables, memory)
+        return Memory(kv.layers, kv.states, kv.block_size, tables, memory)
 
     def logits(self, shape: tuple[int, int]) -> Tensor:
         """float32, good until the next step."""

@@ -57,6 +57,8 @@ const Kernels& kernels(const std::string& isa) { return *instruction_set(isa).ke
 
 const AttentionKernels& attention_kernels(const std::string& isa) { return *instruction_set(isa).attention; }
 
+const GatedKernels& gated_kernels(const std::string& isa) { return *instruction_set(isa).gated; }
+
 // Rounds of a matrix unit's products for this format's operands, without memory, on each of `threads` threads. Returns
 // the operations of all.
 int64_t run_unit(const UnitKernels& unit, Format format, int64_t rounds, int threads) {
@@ -456,20 +458,30 @@ std::vector<int64_t> draw_tokens(const Kernels& kernels, const Tensor& logits, c
 // --- A step in one call ---
 
 // Token ids, first position, block ids, how many of the last tokens' logits are wanted.
-using SequenceTuple = std::tuple<std::vector<int64_t>, int64_t, std::vector<int64_t>, int64_t>;
+// Slots: where the state before the step is, if there is one; where the one after it goes; and others after so many
+// tokens.
+using StateSlotsTuple = std::tuple<std::optional<int64_t>, int64_t, std::vector<std::pair<int64_t, int64_t>>>;
+using SequenceTuple =
+    std::tuple<std::vector<int64_t>, int64_t, std::vector<int64_t>, int64_t, std::optional<StateSlotsTuple>>;
 
 // Buffers start at these bytes of `arena`. expert_ids and gate_weights: [routes, tokens, k].
 void run(const ProgramBuilder& self, size_t first, size_t end, const Kernels& kernels,
-         const AttentionKernels& attention, const Memory& memory, const std::vector<SequenceTuple>& sequences,
-         DType dtype, const Tensor& arena, const std::vector<int64_t>& starts, const Tensor& expert_ids,
-         const Tensor& gate_weights, const Tensor& logits, int threads) {
+         const AttentionKernels& attention, const GatedKernels& gated, const Memory& memory,
+         const std::vector<SequenceTuple>& sequences, DType dtype, const Tensor& arena,
+         const std::vector<int64_t>& starts, const Tensor& expert_ids, const Tensor& gate_weights, const Tensor& logits,
+         int threads) {
     require(first <= end && end <= self.num_instructions() && starts.size() == self.widths.size(),
             "instructions or buffers that there are not");
     self.check_memory(memory);
     StepArgs args{{}, dtype, {}, nullptr, nullptr, nullptr, 0};
     int64_t tokens = 0;
-    for (const auto& [token_ids, position, block_ids, wanted] : sequences) {
-        args.sequences.push_back({token_ids, position, block_ids, wanted});
+    for (const auto& [token_ids, position, block_ids, wanted, state] : sequences) {
+        args.sequences.push_back({token_ids, position, block_ids, wanted, {}});
+        if (state) {
+            const auto& [source, target, saves] = *state;
+            require(source.value_or(0) >= 0, "a state in slot " + std::to_string(source.value_or(0)));
+            args.sequences.back().state = StateSlots{source.value_or(-1), target, saves};
+        }
         tokens += static_cast<int64_t>(token_ids.size());
     }
     arena.dense("arena", kUint8, {kAny});
@@ -492,7 +504,7 @@ void run(const ProgramBuilder& self, size_t first, size_t end, const Kernels& ke
     args.logits = logits.data<float>();
     args.num_logits = logits.shape(0);
     bind_caller();
-    run_step(kernels, attention, self.program, memory.step, args, first, end, threads);
+    run_step(kernels, attention, gated, self.program, memory.step, args, first, end, threads);
 }
 
 // Nodes by id, with their processors.
@@ -644,6 +656,10 @@ NB_MODULE(_native, module) {
     module.def("supported_isas", &supported_isas);
     module.def("kernels", &kernels, "isa"_a, nb::rv_policy::reference);
     module.def("attention_kernels", &attention_kernels, "isa"_a, nb::rv_policy::reference);
+    module.def("gated_kernels", &gated_kernels, "isa"_a, nb::rv_policy::reference);
+    nb::class_<GatedKernels>(module, "GatedKernels").def_prop_ro("isa", [](const GatedKernels& table) {
+        return table.isa;
+    });
     nb::class_<AttentionPlan>(module, "AttentionPlan")
         .def("__init__", &make_plan)
         .def_prop_ro("num_tokens", &AttentionPlan::num_tokens)
@@ -671,7 +687,9 @@ NB_MODULE(_native, module) {
     using Buffers = std::vector<std::tuple<int64_t, bool>>;
     using Caches = std::vector<std::pair<CacheTuple, CacheTuple>>;
     using Ropes = std::vector<std::pair<Tensor, Tensor>>;
-    nb::class_<Memory>(module, "StepMemory").def(nb::init<const Caches&, int64_t, const Ropes&, int64_t>());
+    using States = std::vector<std::optional<StateTuple>>;
+    nb::class_<Memory>(module, "StepMemory")
+        .def(nb::init<const Caches&, int64_t, const Ropes&, int64_t, const States&>());
     nb::class_<ProgramBuilder>(module, "Program")
         .def(nb::init<const Buffers&, int64_t>())
         .def_prop_ro("num_instructions", &ProgramBuilder::num_instructions)
@@ -691,6 +709,10 @@ NB_MODULE(_native, module) {
         .def("add_elementwise", &ProgramBuilder::add_elementwise, nb::arg(), nb::arg(), optional(), nb::arg())
         .def("add_scale", &ProgramBuilder::add_scale)
         .def("add_scale_by_position", &ProgramBuilder::add_scale_by_position)
+        .def("add_gate", &ProgramBuilder::add_gate)
+        .def("add_split", &ProgramBuilder::add_split)
+        .def("add_convolve", &ProgramBuilder::add_convolve)
+        .def("add_delta_rule", &ProgramBuilder::add_delta_rule)
         .def("add_head", &ProgramBuilder::add_head, nb::arg(), nb::arg(), optional(), nb::arg(), optional())
         .def("run", &run, Unlocked());
 }

@@ -64,15 +64,20 @@ inline CacheView cache_view(const char* name, const CacheTuple& tuple, int num_d
     return {cache.data(), cache.dtype(), cache.stride(0), cache.stride(1), cache.shape(2), data};
 }
 
-// Caches and rotary tables of all layers, and what keeps them alive.
+// A layer's states of sequences: [slots, taps - 1, channels] and [slots, value heads, key dim, value dim].
+using StateTuple = std::tuple<Tensor, Tensor>;
+
+// Caches, states and rotary tables of all layers, and what keeps them alive.
 struct Memory {
     StepMemory step{};
     std::vector<std::pair<int64_t, int64_t>> key_shapes, value_shapes;  // heads and dim
+    std::vector<std::vector<int64_t>> state_shapes;                     // of a slot, or empty
     std::vector<nanobind::object> tensors;
 
-    // caches: keys and values of each layer.
+    // caches, states: of each layer.
     Memory(const std::vector<std::pair<CacheTuple, CacheTuple>>& caches, int64_t block_size,
-           const std::vector<std::pair<Tensor, Tensor>>& ropes, int64_t num_positions) {
+           const std::vector<std::pair<Tensor, Tensor>>& ropes, int64_t num_positions,
+           const std::vector<std::optional<StateTuple>>& states) {
         require(!caches.empty() && block_size >= 1, "a cache without layers or with empty blocks");
         const Tensor& first = std::get<0>(caches.front().first);
         cache_view("keys", caches.front().first);
@@ -101,7 +106,27 @@ struct Memory {
             tensors.push_back(nanobind::borrow(cos.object()));
             tensors.push_back(nanobind::borrow(sin.object()));
         }
+        for (const std::optional<StateTuple>& state : states) add(state);
     }
+
+ private:
+    void add(const std::optional<StateTuple>& state) {
+        step.states.push_back({nullptr, nullptr});
+        state_shapes.emplace_back();
+        if (!state) return;
+        const auto& [convolution, recurrent] = *state;
+        const int64_t slots = has_states_ ? step.num_states : kAny;
+        convolution.dense("convolution", kFloat32, {slots, kAny, kAny});
+        step.num_states = convolution.shape(0);
+        recurrent.dense("recurrent", kFloat32, {step.num_states, kAny, kAny, kAny});
+        step.states.back() = {convolution.data<float>(), recurrent.data<float>()};
+        state_shapes.back() = {convolution.shape(1), convolution.shape(2), recurrent.shape(1), recurrent.shape(2),
+                               recurrent.shape(3)};
+        for (const Tensor& part : {convolution, recurrent}) tensors.push_back(nanobind::borrow(part.object()));
+        has_states_ = true;
+    }
+
+    bool has_states_ = false;
 };
 
 struct ProgramBuilder {
@@ -308,6 +333,68 @@ struct ProgramBuilder {
         program.instructions.emplace_back(scale);
     }
 
+    void add_gate(const ColumnsTuple& x, const ColumnsTuple& gate) {
+        const Gate found{columns(x), columns(gate)};
+        require(found.x.width == found.gate.width, "a gate of another width than its rows");
+        program.instructions.emplace_back(found);
+    }
+
+    void add_split(const ColumnsTuple& x, int64_t groups, const std::vector<ColumnsTuple>& outs) {
+        Split split{columns(x), groups, {}};
+        int64_t width = 0;
+        for (const ColumnsTuple& out : outs) {
+            split.outs.push_back(columns(out));
+            const Columns& part = split.outs.back();
+            require(groups > 0 && part.width % groups == 0 && is_wide(part) == is_wide(split.x) &&
+                        part.buffer != split.x.buffer,
+                    "a part of other columns than its groups have");
+            width += part.width;
+        }
+        require(width == split.x.width, "parts that are not all of the columns");
+        program.instructions.emplace_back(std::move(split));
+    }
+
+    // weight: [taps, channels].
+    void add_convolve(const ColumnsTuple& x, const Tensor& weight, const ColumnsTuple& out, int64_t layer) {
+        weight.dense("weight", kFloat32, {kAny, kAny});
+        Convolve convolve{columns(x), columns(out), layer, weight.shape(0), nullptr};
+        require(convolve.taps > 0 && weight.shape(1) == convolve.x.width && convolve.x.width == convolve.out.width,
+                "weight is " + weight.describe() + " for " + std::to_string(convolve.x.width) +
+                    " columns that become " + std::to_string(convolve.out.width));
+        require(convolve.x.buffer != convolve.out.buffer && layer >= 0, "a convolution into the rows that it reads");
+        convolve.weight = static_cast<const float*>(keep(weight));
+        program.instructions.emplace_back(convolve);
+    }
+
+    // rows: query, key, value, decay, strength, out.
+    void add_delta_rule(const std::vector<ColumnsTuple>& rows, int64_t layer, int64_t key_heads, int64_t value_heads,
+                        const Tensor& log_rate, const Tensor& decay_bias) {
+        DeltaRule rule{columns(rows.at(0)),
+                       columns(rows.at(1)),
+                       columns(rows.at(2)),
+                       columns(rows.at(3)),
+                       columns(rows.at(4)),
+                       columns(rows.at(5)),
+                       layer,
+                       key_heads,
+                       value_heads,
+                       nullptr,
+                       nullptr};
+        require(key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0 && layer >= 0,
+                "a delta rule of " + std::to_string(value_heads) + " heads for " + std::to_string(key_heads));
+        require(rule.query.width == rule.key.width && rule.key.width % key_heads == 0 &&
+                    rule.value.width == rule.out.width && rule.value.width % value_heads == 0 &&
+                    rule.decay.width == value_heads && rule.strength.width == value_heads,
+                "a delta rule over rows of other sizes than its heads");
+        for (const Columns& part : {rule.query, rule.key, rule.value, rule.decay, rule.strength}) {
+            require(part.buffer != rule.out.buffer, "a delta rule into the rows that it reads");
+        }
+        require(log_rate && decay_bias, "a delta rule without rates");
+        rule.log_rate = floats("log_rate", log_rate, value_heads);
+        rule.decay_bias = floats("decay_bias", decay_bias, value_heads);
+        program.instructions.emplace_back(rule);
+    }
+
     void add_head(const ColumnsTuple& x, const MatrixPointer& matrix, const Tensor& bias, float scale,
                   std::optional<float> softcap) {
         require(matrix != nullptr, "a weight is not in panels");
@@ -317,7 +404,7 @@ struct ProgramBuilder {
             Head{rows, weight(matrix, bias, vocabulary, rows.width), scale, positive("softcap", softcap)});
     }
 
-    // Throws unless every layer has caches of its shape and a rotary table of at most its size.
+    // Throws unless every layer has caches and states of its shape and a rotary table of at most its size.
     void check_memory(const Memory& memory) const {
         for (const Instruction& instruction : program.instructions) {
             if (const auto* attend = std::get_if<Attend>(&instruction)) {
@@ -327,6 +414,10 @@ struct ProgramBuilder {
             } else if (const auto* latent = std::get_if<AttendLatent>(&instruction)) {
                 check_caches(memory, latent->layer, {1, latent->heads.latent + latent->heads.rope}, {1, 0});
                 check_rope(memory, latent->layer, latent->rope, latent->heads.rope);
+            } else if (const auto* convolve = std::get_if<Convolve>(&instruction)) {
+                check_state(memory, convolve->layer, 0, {convolve->taps - 1, convolve->x.width});
+            } else if (const auto* rule = std::get_if<DeltaRule>(&instruction)) {
+                check_state(memory, rule->layer, 2, {rule->value_heads, rule->key_dim(), rule->value_dim()});
             }
         }
     }
@@ -352,6 +443,22 @@ struct ProgramBuilder {
         require(found_keys == keys && found_values == values, layer_name(layer) + " has caches of " + text(found_keys) +
                                                                   " and " + text(found_values) +
                                                                   "; needed: " + text(keys) + " and " + text(values));
+    }
+
+    // Of a slot: `sizes` from the place `first` in its shapes on.
+    static void check_state(const Memory& memory, int64_t layer, size_t first, const std::vector<int64_t>& sizes) {
+        const auto index = static_cast<size_t>(layer);
+        require(index < memory.state_shapes.size() && !memory.state_shapes[index].empty(),
+                layer_name(layer) + " has no state");
+        const std::vector<int64_t>& shape = memory.state_shapes[index];
+        std::string found, needed;
+        bool fits = true;
+        for (size_t i = 0; i < sizes.size(); ++i) {
+            fits = fits && shape[first + i] == sizes[i];
+            found += (i > 0 ? ", " : "") + std::to_string(shape[first + i]);
+            needed += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
+        }
+        require(fits, layer_name(layer) + " has a state of (" + found + "); needed: (" + needed + ")");
     }
 
     static void check_rope(const Memory& memory, int64_t layer, int64_t rope, int64_t dim) {

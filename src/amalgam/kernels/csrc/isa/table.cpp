@@ -23,18 +23,20 @@ namespace {
 
 }  // namespace
 
-// isas.inc, which CMakeLists.txt makes: ISA(name, the one whose attention it has, what it needs), slowest first.
-#define ISA(name, attention, is_supported) \
-    extern const Kernels kKernels_##name;  \
-    extern const AttentionKernels kAttention_##attention;
+// isas.inc, which CMakeLists.txt makes: ISA(name, the one whose attention and gated delta net it has, what it needs),
+// slowest first.
+#define ISA(name, shared, is_supported)                \
+    extern const Kernels kKernels_##name;              \
+    extern const AttentionKernels kAttention_##shared; \
+    extern const GatedKernels kGated_##shared;
 #include "isas.inc"
 #undef ISA
 
 const std::vector<InstructionSet>& instruction_sets() {
     static const std::vector<InstructionSet> supported = [] {
         std::vector<InstructionSet> sets;
-#define ISA(name, attention, is_supported) \
-    if (is_supported) sets.push_back({&kKernels_##name, &kAttention_##attention});
+#define ISA(name, shared, is_supported) \
+    if (is_supported) sets.push_back({&kKernels_##name, &kAttention_##shared, &kGated_##shared});
 #define HAS(feature) __builtin_cpu_supports(#feature)
 #include "isas.inc"
 #undef HAS
@@ -45,7 +47,7 @@ const std::vector<InstructionSet>& instruction_sets() {
 }
 
 const InstructionSet& instruction_set(const std::string& name) {
-    static const InstructionSet counting{&kCountingKernels, &kCountingAttention};
+    static const InstructionSet counting{&kCountingKernels, &kCountingAttention, &kCountingGated};
     if (name == counting.kernels->isa) return counting;
     for (const InstructionSet& set : instruction_sets()) {
         if (name == set.kernels->isa) return set;

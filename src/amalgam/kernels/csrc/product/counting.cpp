@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "attention/attention.h"
+#include "gated/gated.h"
 #include "isa/float_types.h"
 #include "isa/table.h"
 #include "product/kernels.h"
@@ -124,11 +125,30 @@ void merge(const AttentionArgs& args, const AttentionItem& item, int64_t num_ran
     note_elements("merge", num_ranges * item_rows(args, item) * args.values.dim);
 }
 
+void convolve(const ConvolveArgs& args, const StateSequence& sequence, int64_t first, int64_t end, float*) {
+    note_elements("convolve", sequence.num_tokens * args.taps * (end - first));
+}
+
+int64_t delta_scratch(const DeltaArgs&) { return 1; }
+
+void delta_rule(const DeltaArgs& args, const StateSequence& sequence, int64_t, int64_t first, int64_t end, float*) {
+    const auto state = static_cast<double>(args.key_dim * (end - first));
+    Cost cost;
+    cost.bytes = state * sizeof(float) * 2;  // read and written
+    cost.float32_operations = state * static_cast<double>(7 * sequence.num_tokens);
+    note("delta_rule", cost);
+}
+
+void gate(const GateArgs& args, int64_t first, int64_t end) {
+    note_elements("elementwise", (end - first) * args.width);
+}
+
 }  // namespace
 
 const Kernels kCountingKernels = {"counting", nullptr,   convert, product, gate_up,    combine,
                                   expand,     rms_norm,  rotate,  swiglu,  layer_norm, elementwise,
                                   scale_rows, boltzmann, nullptr, nullptr};
 const AttentionKernels kCountingAttention = {"counting", scratch_floats, attend, merge};
+const GatedKernels kCountingGated = {"counting", convolve, delta_rule, delta_scratch, gate};
 
 }  // namespace amalgam

@@ -24,7 +24,8 @@ struct TokenRows {
     std::vector<int64_t> token_ids, positions, slot_ids;
     std::vector<int64_t> wanted;  // whose logits are
     std::vector<int64_t> starts = {0}, lengths, tables;
-    int64_t num_blocks = 0;  // of a row of tables
+    std::vector<StateSequence> states;  // of those that have one
+    int64_t num_blocks = 0;             // of a row of tables
 
     TokenRows(const std::vector<StepSequence>& sequences, const StepMemory& memory) {
         for (const StepSequence& sequence : sequences) {
@@ -56,12 +57,31 @@ struct TokenRows {
             positions.push_back(position);
             slot_ids.push_back(slot);
         }
+        if (sequence.state && tokens > 0) {
+            check_slots(*sequence.state, tokens, memory.num_states);
+            states.push_back({starts.back(), tokens, *sequence.state});
+        }
         const int64_t last = starts.back() + tokens;
         for (int64_t row = last - std::min(sequence.num_logits, tokens); row < last; ++row) wanted.push_back(row);
         starts.push_back(last);
         lengths.push_back(end);
         tables.insert(tables.end(), sequence.block_ids.begin(), sequence.block_ids.end());
         tables.resize(tables.size() + static_cast<size_t>(num_blocks - blocks));
+    }
+
+    static void check_slots(const StateSlots& slots, int64_t tokens, int64_t num_states) {
+        if (slots.source != -1) check(slots.source, num_states, "state");
+        check(slots.target, num_states, "state");
+        int64_t last = 0;
+        for (const auto& [count, slot] : slots.saves) {
+            check(slot, num_states, "state");
+            if (count <= last || count > tokens) {
+                throw std::invalid_argument("a state saved after " + std::to_string(count) + " of " +
+                                            std::to_string(tokens) + " tokens, behind one after " +
+                                            std::to_string(last));
+            }
+            last = count;
+        }
     }
 };
 
@@ -75,10 +95,12 @@ T* room(std::vector<T>& buffer, int64_t count) {
 // Runs one instruction after the other.
 class Step {
  public:
-    Step(const Kernels& kernels, const AttentionKernels& attention, const Program& program, const StepMemory& memory,
-         const StepArgs& args, const TokenRows& rows, const AttentionPlan& plan, int num_threads)
+    Step(const Kernels& kernels, const AttentionKernels& attention, const GatedKernels& gated, const Program& program,
+         const StepMemory& memory, const StepArgs& args, const TokenRows& rows, const AttentionPlan& plan,
+         int num_threads)
         : execution_{&kernels, num_threads},
           attention_(attention),
+          gated_(gated),
           program_(program),
           memory_(memory),
           args_(args),
@@ -253,6 +275,43 @@ class Step {
                         [&](int64_t first, int64_t end) { execution_.kernels->scale_rows(args, first, end); });
     }
 
+    void operator()(const Gate& gate) {
+        amalgam::gate(gated_, {rows(gate.x), rows(gate.gate), gate.x.width}, tokens_, execution_.num_threads);
+    }
+
+    void operator()(const Split& split) {
+        const int64_t bytes = dtype_bytes(dtype(split.x));
+        parallel_ranges(tokens_, std::max<int64_t>(1, kElementsPerItem / split.x.width), execution_.num_threads,
+                        [&](int64_t first, int64_t end) {
+                            for (int64_t token = first; token < end; ++token) {
+                                const char* from = at(split.x) + token * split.x.stride * bytes;
+                                for (int64_t group = 0; group < split.groups; ++group) {
+                                    for (const Columns& out : split.outs) {
+                                        const int64_t part = out.width / split.groups * bytes;
+                                        char* to = at(out) + token * out.stride * bytes + group * part;
+                                        std::memcpy(to, from, static_cast<size_t>(part));
+                                        from += part;
+                                    }
+                                }
+                            }
+                        });
+    }
+
+    void operator()(const Convolve& how) {
+        convolve(gated_, rows_.states,
+                 {rows(how.x), rows(how.out), how.weight, how.taps, how.x.width,
+                  memory_.states[static_cast<size_t>(how.layer)].convolution},
+                 execution_.num_threads);
+    }
+
+    void operator()(const DeltaRule& how) {
+        delta_rule(gated_, rows_.states,
+                   {rows(how.query), rows(how.key), rows(how.value), rows(how.out), rows(how.decay), rows(how.strength),
+                    how.log_rate, how.decay_bias, how.key_heads, how.value_heads, how.key_dim(), how.value_dim(),
+                    memory_.states[static_cast<size_t>(how.layer)].recurrent},
+                   execution_.num_threads);
+    }
+
     void operator()(const Head& head) {
         static thread_local std::vector<char> wanted;
         const auto count = static_cast<int64_t>(rows_.wanted.size());
@@ -280,6 +339,8 @@ class Step {
     char* at(const Columns& columns) const {
         return args_.buffers[static_cast<size_t>(columns.buffer)] + columns.start * dtype_bytes(dtype(columns));
     }
+
+    ActivationRows rows(const Columns& columns) const { return {at(columns), dtype(columns), columns.stride}; }
 
     int64_t* ids(int64_t route) const { return args_.expert_ids + route * tokens_ * program_.num_active; }
 
@@ -324,6 +385,7 @@ class Step {
 
     Execution execution_;
     const AttentionKernels& attention_;
+    const GatedKernels& gated_;
     const Program& program_;
     const StepMemory& memory_;
     const StepArgs& args_;
@@ -335,12 +397,21 @@ class Step {
 
 }  // namespace
 
-void run_step(const Kernels& kernels, const AttentionKernels& attention, const Program& program,
-              const StepMemory& memory, const StepArgs& args, size_t first, size_t end, int num_threads) {
+void run_step(const Kernels& kernels, const AttentionKernels& attention, const GatedKernels& gated,
+              const Program& program, const StepMemory& memory, const StepArgs& args, size_t first, size_t end,
+              int num_threads) {
     const TokenRows rows(args.sequences, memory);
     if (static_cast<int64_t>(rows.wanted.size()) != args.num_logits) {
         throw std::invalid_argument(std::to_string(rows.wanted.size()) + " rows are wanted, " +
                                     std::to_string(args.num_logits) + " have a place");
+    }
+    const auto has_state = [](const StepSequence& sequence) { return sequence.state.has_value(); };
+    const bool all_have_states = std::all_of(args.sequences.begin(), args.sequences.end(), has_state);
+    for (size_t i = first; i < end; ++i) {
+        const Instruction& instruction = program.instructions[i];
+        if (std::holds_alternative<Convolve>(instruction) || std::holds_alternative<DeltaRule>(instruction)) {
+            if (!all_have_states) throw std::invalid_argument("a sequence without a state, and a layer that has one");
+        }
     }
     for (size_t i = first; i < end; ++i) {
         const auto* embed = std::get_if<Embed>(&program.instructions[i]);
@@ -351,7 +422,7 @@ void run_step(const Kernels& kernels, const AttentionKernels& attention, const P
     }
     const AttentionPlan plan = rows.plan(memory.block_size);
     check(plan.num_slots() - 1, memory.num_slots, "slot");
-    Step step(kernels, attention, program, memory, args, rows, plan, num_threads);
+    Step step(kernels, attention, gated, program, memory, args, rows, plan, num_threads);
     for (size_t i = first; i < end; ++i) std::visit(step, program.instructions[i]);
 }
 

@@ -4,11 +4,13 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <variant>
 #include <vector>
 
 #include "attention/cached.h"
 #include "attention/latent.h"
+#include "gated/gated.h"
 #include "step/routing.h"
 
 namespace amalgam {
@@ -113,6 +115,33 @@ struct ScaleBySigmoid {
     Columns x, gate;
 };
 
+// x *= sigmoid(gate), one factor per element.
+struct Gate {
+    Columns x, gate;
+};
+
+// Columns in equal groups become one part of each group after the other: all queries, all keys, ...
+struct Split {
+    Columns x;
+    int64_t groups;
+    std::vector<Columns> outs;
+};
+
+struct Convolve {
+    Columns x, out;
+    int64_t layer, taps;
+    const float* weight;  // [taps, channels]
+};
+
+struct DeltaRule {
+    Columns query, key, value, decay, strength, out;
+    int64_t layer, key_heads, value_heads;
+    const float *log_rate, *decay_bias;
+
+    int64_t key_dim() const { return key.width / key_heads; }
+    int64_t value_dim() const { return value.width / value_heads; }
+};
+
 struct Head {
     Columns x;
     Weight weight;
@@ -120,7 +149,7 @@ struct Head {
 };
 
 using Instruction = std::variant<Embed, Normalize, Project, Attend, AttendLatent, Route, Mix, SwiGlu, Elementwise,
-                                 ScaleByPosition, ScaleBySigmoid, WeighInput, Head>;
+                                 ScaleByPosition, ScaleBySigmoid, WeighInput, Gate, Split, Convolve, DeltaRule, Head>;
 
 // Whoever adds an instruction keeps alive what it points to.
 struct Program {
@@ -129,13 +158,20 @@ struct Program {
     int64_t num_active = 0;  // experts of a token
 };
 
-// What steps find in the same place: the caches by layer, dense, and the rotary tables by rope.
+// A layer's states of sequences, by slot; null: it has none.
+struct StateView {
+    float *convolution, *recurrent;
+};
+
+// What steps find in the same place: caches and states by layer, dense, and the rotary tables by rope.
 struct StepMemory {
     std::vector<CacheView> keys, values;
     int64_t num_slots, block_size;
     std::vector<const float*> cos, sin;  // [positions, half]
     std::vector<int64_t> half;
     int64_t num_positions;  // rows that all tables have
+    std::vector<StateView> states;
+    int64_t num_states;  // slots
 };
 
 // One sequence's share of a step.
@@ -144,6 +180,7 @@ struct StepSequence {
     int64_t first_position;
     std::vector<int64_t> block_ids;  // where its keys and values lie, from position 0 on
     int64_t num_logits;              // of its last tokens
+    std::optional<StateSlots> state;
 };
 
 struct StepArgs {
@@ -157,8 +194,10 @@ struct StepArgs {
 };
 
 // Runs instructions [first, end). Throws std::out_of_range at a token, a position or a slot that there is not, and
-// std::invalid_argument where a sequence has too few blocks or `num_logits` is wrong. Nothing is written then.
-void run_step(const Kernels& kernels, const AttentionKernels& attention, const Program& program,
-              const StepMemory& memory, const StepArgs& step, size_t first, size_t end, int num_threads);
+// std::invalid_argument where a sequence has too few blocks, no state that an instruction needs, states saved in no
+// order, or `num_logits` is wrong. Nothing is written then.
+void run_step(const Kernels& kernels, const AttentionKernels& attention, const GatedKernels& gated,
+              const Program& program, const StepMemory& memory, const StepArgs& step, size_t first, size_t end,
+              int num_threads);
 
 }  // namespace amalgam
