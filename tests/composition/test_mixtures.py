@@ -37,7 +37,7 @@ class Case:
         return slot.is_linear and slot.role != "head" and not any(part in name for part in self.spared)
 
 
-LATENT = {"q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+LATENT = {"q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 32, "v_head_dim": 16}
 CASES = {
     "MiniMax M2 in FP8": Case(
         "minimax_m2", "fp8-block", {"modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
@@ -94,10 +94,10 @@ def test_equals_the_model_of_dequantized_weights(name: str, tmp_path: Path) -> N
     case = CASES[name]
     torch.manual_seed(3)
     write(case, tmp_path)
-    decoder, version = load_model(tmp_path, dtype=torch.bfloat16)
-    logits, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built(version, torch.bfloat16)))
+    decoder, version = load_model(tmp_path)
+    logits, expected = (Runner(decoder, v).step({0: PROMPT})[0] for v in (version, hand_built(version)))
     assert bool(torch.isfinite(expected).all())
-    torch.testing.assert_close(logits, expected, rtol=0, atol=0.1 * float(expected.std()))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3 * float(expected.std()))
     formats = {origin.slot: origin.stored_format for origin in version.origins.values()}
     spec, family = decoder.spec, FAMILIES[case.family]
     for slot in spec.slots:

@@ -107,10 +107,10 @@ serves up to `max_position_embeddings`, where it equals the default, and refuses
 long factors for every token if `inference.max_seq_length` is above `original_max_position_embeddings`, and its short
 ones otherwise.
 
-DeepSeek-V3.2 and GLM-5 attend to the `index_topk` positions that an indexer chooses. It is not run: sequences of at most
-so many tokens are served (2048 as published), for which attention is the same, and its weights are passed over. Granite
-4 (`GraniteMoeHybridForCausalLM`) is served where no layer is Mamba's. Kimi K2 is `DeepseekV3ForCausalLM`; its tokenizer
-is published for tiktoken only, see [text](text.md).
+DeepSeek-V3.2 and GLM-5 attend to the `index_topk` positions that an indexer chooses. It is not run: sequences of at
+most so many tokens are served (2048 as published), for which attention is the same, and its weights are passed over.
+Granite 4 (`GraniteMoeHybridForCausalLM`) is served where no layer is Mamba's. Kimi K2 is `DeepseekV3ForCausalLM`; its
+tokenizer is published for tiktoken only, see [text](text.md).
 """
 _GGUF = """## GGUF
 

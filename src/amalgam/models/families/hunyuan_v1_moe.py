@@ -35,12 +35,12 @@ def _read_attention(config: ConfigReader) -> Attention:
     return replace(attention, rope=rope, has_head_norm=True, norms_last=True)
 
 
-def _shared_by_layers(config: ConfigReader, key: str, default: int) -> int:
+def _shared_by_layers(config: ConfigReader, *keys: str, default: int) -> int:
     """A number, or a list of the same number for each layer."""
-    value = config.get(key, default=default)
+    value = config.get(*keys, default=default)
     numbers = value if isinstance(value, list) else [value]
     if not numbers or len(set(numbers)) != 1 or type(numbers[0]) is not int or numbers[0] < 1:
-        config.refuse(key, value, "one number from 1 on for all layers")
+        config.refuse(config.present(*keys), value, "one number from 1 on for all layers")
     return int(numbers[0])
 
 
@@ -48,10 +48,11 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     size = config.int("intermediate_size")
     config.expect("moe_layer_num_skipped", 0)
     for key, expected in (("num_shared_expert", 1), ("moe_intermediate_size", size)):
-        found = _shared_by_layers(config, key, expected)
+        found = _shared_by_layers(config, key, default=expected)
         if found != expected:
             config.refuse(key, found, str(expected))
-    num_experts, num_active = _shared_by_layers(config, "num_experts", 1), _shared_by_layers(config, "moe_topk", 1)
+    num_experts = _shared_by_layers(config, "num_experts", "num_local_experts", default=1)
+    num_active = _shared_by_layers(config, "moe_topk", "num_experts_per_tok", default=1)
     if num_active > num_experts:
         config.refuse("moe_topk", num_active, f"at most the {num_experts} experts of a layer")
     moe = SparseMoe(SoftmaxRouter(num_experts, num_active, normalises=True), size, shared_size=size)

@@ -27,8 +27,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
         says_share=True,
         rope_settings=frozenset({_BETA, "max_position_embeddings"}),
     )
-    length = settings.number("original_max_position_embeddings", above=1)
-    attention = replace(common, sharpening=(settings.number(_BETA), int(length)))
+    attention = replace(common, sharpening=(settings.number(_BETA), int(settings.original_max_positions())))
     config.expect("n_group", 1)
     config.expect("topk_group", 1)
     router = SoftmaxRouter(

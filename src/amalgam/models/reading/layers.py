@@ -15,6 +15,9 @@ from amalgam.models.spec import AttentionBlock, ConfigReader, LayerSpec, MlpBloc
 SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
 
 
+_ACTIVE = "num_experts_per_tok"
+
+
 def read_model(
     config: ConfigReader,
     family: str,
@@ -68,12 +71,12 @@ def with_multipliers(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
 
 def read_expert_counts(
     config: ConfigReader,
-    active_key: str = "num_experts_per_tok",
+    active_key: str = _ACTIVE,
     *count_keys: str,
     default_experts: int | Required = REQUIRED,
     default_active: int | Required = REQUIRED,
 ) -> tuple[int, int]:
-    """Experts of a layer, and how many of them a token goes to, which is `active_key`.
+    """Experts of a layer, and how many of them a token goes to, which may be called `active_key`.
 
     Args:
         count_keys: what else the number of experts may be called.
@@ -81,7 +84,7 @@ def read_expert_counts(
     num_experts = config.int(
         *count_keys, "num_experts", "num_local_experts", "n_routed_experts", default=default_experts
     )
-    num_active = config.int(active_key, default=default_active)
+    num_active = config.int(*dict.fromkeys((active_key, _ACTIVE)), default=default_active)
     if num_active > num_experts:
         config.refuse(active_key, num_active, f"at most the {num_experts} experts of a layer")
     return num_experts, num_active
