@@ -96,6 +96,8 @@ def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]
 
 
 def _layer_type(attention: AttentionBlock) -> str:
+    if attention.state_shape is not None:
+        return "linear_attention"
     for kind, field in (("sliding", "window"), ("chunked", "chunk")):
         if getattr(attention, field, None) is not None:
             return f"{kind}_attention"
@@ -110,9 +112,3 @@ def _check_layer_types(config: ConfigReader, spec: ModelSpec) -> None:
         found = [_OLDER_TYPES.get(kind, kind) if isinstance(kind, str) else kind for kind in found]
     if found is not None and found != expected:
         config.refuse("layer_types", found, f"{expected}, as the other keys describe this family's layers")
-
-
-def _layer_type(attention: AttentionBlock) -> str:
-    if attention.state_shape is not None:
-        return "linear_attention"
-    return "full_attention" if getattr(attention, "window", None) is None else "sliding_attention"
