@@ -111,6 +111,12 @@ DeepSeek-V3.2 and GLM-5 attend to the `index_topk` positions that an indexer cho
 most so many tokens are served (2048 as published), for which attention is the same, and its weights are passed over.
 Granite 4 (`GraniteMoeHybridForCausalLM`) is served where no layer is Mamba's. Kimi K2 is `DeepseekV3ForCausalLM`; its
 tokenizer is published for tiktoken only, see [text](text.md).
+
+Qwen3-Next and Qwen3.5 have a recurrent state in three layers of four (gated delta nets): `engine.state_cache_bytes` is
+its room, and a prefix is shared up to where a state has been kept. Of multimodal checkpoints the text part is served;
+what sees images, and layers that predict further tokens, are left out. No tokens are proposed for these models. Their
+GGUF files have heads and projections in another order than the published checkpoints, so that one is no source beside
+the other.
 """
 _GGUF = """## GGUF
 
