@@ -25,7 +25,7 @@ from amalgam.tools.fit import (
 from tests.conftest import DEMO
 
 GB = 10**9
-NEEDS = Needs(fixed=GB, workspace_per_sequence=0, kv_per_block=GB // 100, block_size=16)  # 1 GB for 1,600 tokens
+NEEDS = Needs(fixed=GB, per_sequence=0, kv_per_block=GB // 100, block_size=16)  # 1 GB for 1,600 tokens
 
 
 def hardware(memory: int, available: int | None = None) -> Hardware:

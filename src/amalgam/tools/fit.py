@@ -109,16 +109,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Needs:
-    """What every candidate takes beside its weights, in bytes."""
+    """What every candidate takes beside its weights, in bytes; `per_sequence`: workspace and recurrent states."""
 
     fixed: int
-    workspace_per_sequence: int
+    per_sequence: int
     kv_per_block: int
     block_size: int
 
     def of(self, context: int, sequences: int) -> int:
         blocks = sequences * math.ceil(context / self.block_size)
-        return self.fixed + sequences * self.workspace_per_sequence + blocks * self.kv_per_block
+        return self.fixed + sequences * self.per_sequence + blocks * self.kv_per_block
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _needs(settings: Settings, loader: ModelLoader, wanted: Wanted, device: torc
     step = min(engine.max_step_tokens, wanted.sequences * wanted.context)
     one, two = (workspace_bytes(loader.spec, step, count, dtype) for count in (1, 2))
     # This process has a program and a tokenizer too, so what it takes is no more available.
-    return Needs(one - (two - one), two - one, per_block, engine.block_size)
+    return Needs(one - (two - one), two - one + loader.spec.state_bytes, per_block, engine.block_size)
 
 
 def fit_candidate(candidate: Candidate, needs: Needs, room: int, wanted: Wanted) -> Fit:
