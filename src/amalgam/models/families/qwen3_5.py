@@ -7,6 +7,7 @@ from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.naming import ATTENTION, DECODER, DELTA_NET, HEAD_NORMS, MLP, in_language_model
 from amalgam.models.reading.hybrid import (
     QWEN_LEFT_OUT,
+    QWEN_SHORT_PREFIXES,
     read_hybrid_attention,
     read_text_model,
     text_config,
@@ -28,7 +29,7 @@ FAMILY = Family(
     read_spec=_read_spec,
     names=in_language_model({**DECODER, **ATTENTION, **HEAD_NORMS, **DELTA_NET, **MLP}),
     left_out=QWEN_LEFT_OUT,
-    short_prefixes={"model.": "model.language_model."},
+    short_prefixes=QWEN_SHORT_PREFIXES,
     tiny_config={
         "num_hidden_layers": 3,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],

@@ -4,7 +4,6 @@ layers, experts beside a gated shared expert in each. What sees images is left o
 from __future__ import annotations
 
 from amalgam.models.blocks.mixture import SoftmaxRouter, SparseMoe
-from amalgam.models.families.qwen3_5 import FAMILY as QWEN3_5
 from amalgam.models.naming import (
     ATTENTION,
     DECODER,
@@ -18,6 +17,7 @@ from amalgam.models.naming import (
 )
 from amalgam.models.reading.hybrid import (
     QWEN_LEFT_OUT,
+    QWEN_SHORT_PREFIXES,
     read_hybrid_attention,
     read_text_model,
     text_config,
@@ -47,9 +47,16 @@ FAMILY = Family(
     names=in_language_model({**DECODER, **ATTENTION, **HEAD_NORMS, **DELTA_NET, **EXPERTS, **GATED_SHARED_EXPERT}),
     fused=fused_in_language_model(FUSED_EXPERTS),
     left_out=QWEN_LEFT_OUT,
-    short_prefixes=QWEN3_5.short_prefixes,
+    short_prefixes=QWEN_SHORT_PREFIXES,
     tiny_config={
-        **{key: value for key, value in QWEN3_5.tiny_config.items() if key != "intermediate_size"},
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 64,
         "num_experts": 8,

@@ -12,6 +12,7 @@ from amalgam.models.reading.layers import read_model
 from amalgam.models.spec import DRAFT_LAYERS, AttentionBlock, ConfigReader, LayerSpec, ModelSpec
 
 _HEAD_DIM, _KV_HEADS, _ROTARY = 256, 2, 0.25  # the configuration classes' defaults
+QWEN_SHORT_PREFIXES = {"model.": "model.language_model."}  # of the text part saved by itself
 QWEN_LEFT_OUT = {r"model\.visual\..*": "the vision encoder", r"mtp\..*": DRAFT_LAYERS}
 
 
