@@ -362,7 +362,7 @@ def test_attention_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
         (replace(layer, keys=layer.keys[:8], values=layer.values[:8]), ("keys", 8, 144)),
         (replace(layer, sinks=torch.zeros(3)), ("sinks", "(3,)", 4)),
         (replace(layer, case=replace(layer.case, window=0)), ("window", 0)),
-        (replace(layer, case=replace(layer.case, softcap=-1.0)), ("softcap", -1.0)),
+        (replace(layer, case=replace(layer.case, softcap=-1.0)), ("softcap", "-1.000000")),
         (replace(layer, case=replace(layer.case, chunk=0)), ("chunk", 0)),
     ]
     for wrong, named in broken:

@@ -28,6 +28,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
         rope_settings=frozenset({_BETA, "max_position_embeddings"}),
     )
     length = settings.number("original_max_position_embeddings", above=1)
+    config.expect("original_max_position_embeddings", length)  # the class has both, for rotation and queries
     attention = replace(common, window=read_window(config), sharpening=(settings.number(_BETA), int(length)))
     layer = LayerSpec(attention, DenseMlp(config.int("intermediate_size")))
     return read_model(config, "ministral3", (layer,) * config.int("num_hidden_layers"), default_eps=NORM_EPS)

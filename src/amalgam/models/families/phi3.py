@@ -21,7 +21,7 @@ NORM_EPS = 1e-5
 def _read_spec(config: ConfigReader) -> ModelSpec:
     kind = RopeSettings(config).kind
     if kind not in ("default", "longrope"):
-        config.refuse("rope_type", kind, "default or longrope for this family")
+        config.refuse("rope_parameters.rope_type", kind, "default or longrope for this family")
     common = read_attention(
         config.completed({"original_max_position_embeddings": 4096}), default_rotary=1.0, default_eps=NORM_EPS
     )
