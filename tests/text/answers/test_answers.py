@@ -154,7 +154,9 @@ ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
     "qwen_xml": ("qwen_xml", qwen_xml(*WEATHER), "", "", [WEATHER]),
     "qwen_xml two": ("qwen_xml", f"Now:\n{qwen_xml(*NOTE)}\n{qwen_xml('now', {})}", "Now:", "", [NOTE, ("now", {})]),
     "qwen_xml broken": ("qwen_xml", "<tool_call>\n{1}\n</tool_call>", "<tool_call>\n{1}\n</tool_call>", "", []),
-    "seed": ("seed_think", f"<seed:think>{THOUGHT}</seed:think>{seed(*WEATHER)}{seed(*NOTE)}", "", THOUGHT, [WEATHER, NOTE]),
+    "seed": (
+        "seed_think", f"<seed:think>{THOUGHT}</seed:think>{seed(*WEATHER)}{seed(*NOTE)}", "", THOUGHT, [WEATHER, NOTE],
+    ),
     "seed broken": ("seed", "<seed:tool_call>\nf()", "<seed:tool_call>\nf()", "", []),
     "granite": ("granite", granite(WEATHER, NOTE), "", "", [WEATHER, NOTE]),
     "granite with an end": ("granite", f"So: {granite(WEATHER)}<|/tool_call|>", "So:", "", [WEATHER]),
