@@ -247,3 +247,31 @@ def test_expert_names_are_the_published_ones() -> None:
         names = [family.logical_name(slot) for slot in spec_of(config_of(name)).slots]
         assert len(set(names)) == len(names)
         assert not any(re.search(r"[{}]", published) for published in names)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+@pytest.mark.parametrize("name", ["gemma3", "ministral3"])
+def test_the_text_part_of_llavas_relatives(name: str, prefix: str, tmp_path: Path) -> None:
+    """Under both names that it has had; the tower that sees images is named as left out."""
+    save_tiny(FAMILIES[name], tmp_path / "text", tie_word_embeddings=False)
+    config = json.loads((tmp_path / "text/config.json").read_text())
+    tensors = load_file(tmp_path / "text/model.safetensors")
+    head = "language_model.lm_head.weight" if prefix.startswith("language") else "lm_head.weight"
+    renamed = {re.sub(r"^model\.", prefix, key): tensor for key, tensor in tensors.items() if key != "lm_head.weight"}
+    renamed |= {head: tensors["lm_head.weight"], "vision_tower.patch_embedding.weight": torch.zeros(6, 2)}
+    nested = {"architectures": [FAMILIES[name].architectures[1]], "text_config": config, "vision_config": {"depth": 1}}
+    write_checkpoint(tmp_path / "whole", nested, renamed)
+    (decoder, version), whole = load_model(tmp_path / "text"), load_model(tmp_path / "whole")
+    assert decoder.spec == whole[0].spec
+    assert torch.equal(Runner(decoder, version).step({0: PROMPT})[0], Runner(*whole).step({0: PROMPT})[0])
+    assert any("the vision encoder" in note for note in analyze_checkpoint(str(tmp_path / "whole")).notes)
+
+
+def test_mistral_small_is_the_plain_text_part_of_mistral_3(tmp_path: Path) -> None:
+    save_tiny(FAMILIES["mistral"], tmp_path / "text")
+    config = json.loads((tmp_path / "text/config.json").read_text())
+    tensors = load_file(tmp_path / "text/model.safetensors")
+    nested = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": config}
+    write_checkpoint(tmp_path / "whole", nested, {f"language_model.{key}": tensor for key, tensor in tensors.items()})
+    one, other = (Runner(*load_model(tmp_path / folder)).step({0: PROMPT})[0] for folder in ("text", "whole"))
+    assert torch.equal(one, other)

@@ -19,6 +19,16 @@ DECODER = {
     "layers.{}.attention_norm": f"{_LAYER}.input_layernorm.weight",
     "layers.{}.mlp_norm": f"{_LAYER}.post_attention_layernorm.weight",
 }
+# How the text part of LLaVA's relatives is called, before transformers 4.52 and since, and what is beside it.
+LANGUAGE_MODEL = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+VISION = {
+    rf"(model\.)?{part}\..*": "the vision encoder" for part in ("vision_tower", "multi_modal_projector", "vision_model")
+}
+
 # Norms on what the blocks add to the stream, with none before them (OLMo 2), and with one before each (Gemma 2).
 _POST_NORMS = {
     "layers.{}.attention_post_norm": f"{_LAYER}.post_attention_layernorm.weight",

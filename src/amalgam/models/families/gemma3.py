@@ -1,4 +1,5 @@
-"""Gemma 3, text (`Gemma3ForCausalLM`): five layers of six with a window and a rotation of their own, normed heads.
+"""Gemma 3, text and the text part (`Gemma3ForCausalLM`, `Gemma3ForConditionalGeneration`): five layers of six with a
+window and a rotation of their own, normed heads. What sees images is left out.
 
 Gemma Team 2025, "Gemma 3 Technical Report".
 """
@@ -7,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from amalgam.models.naming import ATTENTION, HEAD_NORMS, MLP, SANDWICH_DECODER
+from amalgam.models.naming import ATTENTION, HEAD_NORMS, LANGUAGE_MODEL, MLP, SANDWICH_DECODER, VISION
 from amalgam.models.reading.attention import by_layer_type, every_nth_full, read_window
 from amalgam.models.reading.gemma import read_gemma, read_gemma_attention
+from amalgam.models.reading.hybrid import text_config
 from amalgam.models.spec import ConfigReader, Family, ModelSpec
 
 # What published configurations leave to the class.
@@ -21,7 +23,7 @@ _DEFAULTS = {
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
-    config = config.completed(_DEFAULTS)
+    config = text_config(config).completed(_DEFAULTS)
     if (cap := config.get("attn_logit_softcapping")) is not None:
         config.refuse("attn_logit_softcapping", cap, "null for this family, whose class does not apply it")
     full = read_gemma_attention(config, default_theta=1e6, layer_type="full_attention")
@@ -34,9 +36,11 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
 
 FAMILY = Family(
     name="gemma3",
-    architectures=("Gemma3ForCausalLM",),
+    architectures=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     read_spec=_read_spec,
     names={**SANDWICH_DECODER, **ATTENTION, **HEAD_NORMS, **MLP},
+    left_out=VISION,
+    short_prefixes=LANGUAGE_MODEL,
     tiny_config={
         "num_key_value_heads": 2,
         "head_dim": 32,
