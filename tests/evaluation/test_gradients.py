@@ -13,6 +13,7 @@ from amalgam.calibration.stream import Stream
 from amalgam.evaluation.gradients import OUTSIDE, Gradients
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
+from amalgam.models.blocks.norms import RmsNorm
 from amalgam.models.registry import all_families
 from tests.models.harness import load_model
 from tests.models.tiny import save_tiny
@@ -35,6 +36,7 @@ def test_logits_that_are_scaled_and_capped(tmp_path: Path, monkeypatch: pytest.M
     stream = Stream(spec, [IDS], weights)
     for layer_id in range(spec.num_layers):
         stream.run(layer_id, load(layer_id))
+    assert isinstance(spec.norm, RmsNorm)
     end = stream.hidden[0].clone().requires_grad_()
     normed = torch.nn.functional.rms_norm(end, end.shape[1:], weights["norm"].dense, spec.norm.eps)
     logits = 0.3 * torch.tanh(normed @ weights["head"].dense.T / 8.0 / 0.3)
