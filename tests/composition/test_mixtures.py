@@ -72,7 +72,7 @@ def write(case: Case, folder: Path) -> None:
     _, spec = read_spec(config, "config.json")
     _, wide = load_model(folder, dtype=torch.bfloat16)
     stored = load_file(folder / "model.safetensors")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for slot in spec.slots:
         name = family.logical_name(slot)
         if case.is_quantized(slot, name):

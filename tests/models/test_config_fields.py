@@ -64,7 +64,16 @@ _LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 SLIDING, FULL = "sliding_attention", "full_attention"
 # Or not at all.
-PARTLY_ROTATED = {"glm4_moe", "gpt2", "minimax_m2", "mistral4", "mistral4", "phi3", "qwen3_next", "qwen3_5", "qwen3_5_moe"}
+PARTLY_ROTATED = {
+    "glm4_moe",
+    "gpt2",
+    "minimax_m2",
+    "mistral4",
+    "phi3",
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+}
 # Of any class: fields → values to try.
 VALUES: dict[str, list[Any]] = {
     "hidden_act": ["gelu", "relu"],

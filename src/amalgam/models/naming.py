@@ -92,8 +92,7 @@ LATENT_ATTENTION = {
     ),
 }
 
-# Weights of the indexer of sparse attention, which is not run.
-INDEXER = r"model\.layers\.\d+\.self_attn\.indexer\..*"
+INDEXER = {r"model\.layers\.\d+\.self_attn\.indexer\..*": "the indexer of sparse attention"}  # `Family.left_out`
 
 
 def fused_experts(

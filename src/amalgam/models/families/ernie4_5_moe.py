@@ -16,7 +16,7 @@ from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, MLP, SHARED_EXPERTS
 from amalgam.models.reading.attention import read_attention
 from amalgam.models.reading.layers import read_expert_counts, read_model
-from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
+from amalgam.models.spec import DRAFT_LAYERS, ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
 
 NORM_EPS, THETA = 1e-5, 500000.0
@@ -81,8 +81,8 @@ FAMILY = Family(
         **SHARED_EXPERTS,
         "layers.{}.mlp.router_correction": "model.layers.{}.mlp.moe_statics.e_score_correction_bias",
     },
-    ignored=(r".*\.rotary_emb\.inv_freq", r"model\.mtp_.*"),
     fused=FUSED_EXPERTS,
+    left_out={r"model\.mtp_.*": DRAFT_LAYERS},
     tiny_config={
         "num_key_value_heads": 2,
         "intermediate_size": 128,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from amalgam.models.naming import ATTENTION, CORRECTED_EXPERTS, DECODER, FUSED_EXPERTS, HEAD_NORMS, MLP
 from amalgam.models.reading.attention import by_layer_type, every_nth_full, read_attention, read_window
 from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers
-from amalgam.models.spec import ConfigReader, Family, ModelSpec
+from amalgam.models.spec import DRAFT_LAYERS, ConfigReader, Family, ModelSpec
 
 NORM_EPS = 1e-5
 WINDOW, PERIOD = 4096, 4  # the configuration class's defaults, where a key is missing
@@ -49,8 +49,8 @@ FAMILY = Family(
         **CORRECTED_EXPERTS,
         "layers.{}.mlp.router_correction": "model.layers.{}.mlp.e_score_correction_bias",
     },
-    ignored=(r".*\.rotary_emb\.inv_freq", r"mtp\..*"),
     fused=FUSED_EXPERTS,
+    left_out={r"mtp\..*": DRAFT_LAYERS},
     tiny_config={
         "num_key_value_heads": 2,
         "head_dim": 32,

@@ -36,8 +36,8 @@ FAMILY = Family(
     architectures=("GlmMoeDsaForCausalLM",),
     read_spec=_read_spec,
     names={**DECODER, **LATENT_ATTENTION, **MLP, **CORRECTED_EXPERTS},
-    ignored=(r".*\.rotary_emb\.inv_freq", INDEXER),
     fused=FUSED_EXPERTS,
+    left_out=INDEXER,
     tiny_config={
         "num_key_value_heads": 4,
         "intermediate_size": 128,
