@@ -79,7 +79,7 @@ class Kind:
         self.calibration = [Document(name, text) for text in texts[::2]]
         self.prompts = [tokenizer.encode(text)[:96] for text in texts[1::4]]
         held_out = [Document(name, text) for text in texts[3::4]]
-        self.held_out = sample_of(held_out, tokenizer, window=WINDOW, max_tokens=4000)
+        self.held_out = sample_of(held_out, tokenizer, window=WINDOW, max_tokens=2000)
 
 
 class Traffic:
@@ -231,6 +231,9 @@ def main() -> int:
     }
     base = open_contestant("base", loader, loader.plan(()), torch.bfloat16, WINDOW)
     scales = Scales(loader, base, {name: kind.held_out for name, kind in kinds.items()})
+    for rules in plans.values():  # beforehand, so that traffic need not wait
+        for name in kinds:
+            scales.divergence(rules, name)
     deployment = open_deployment(settings_of(options.model, sources, plans["verse"], kept, options))
     autoplan = deployment.autoplan
     assert autoplan is not None
@@ -288,6 +291,7 @@ def main() -> int:
                 "widest_bits": widest,
                 "rows": [asdict(row) for row in rows],
                 "decisions": told["decisions"],
+                "points": told["points"],
             }
         )
     )

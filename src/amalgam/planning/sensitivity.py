@@ -30,6 +30,7 @@ from amalgam.composition.progress import Progress
 from amalgam.evaluation.gradients import OUTSIDE, Gradients, Seen
 from amalgam.evaluation.texts import Sample
 from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
+from amalgam.kernels.backends.reference.operators import changed_logits
 from amalgam.kernels.packed import PackedWeight
 from amalgam.planning.problem import Item, Problem
 
@@ -258,15 +259,19 @@ class SensitivityStudy:
 
     def _head_errors(self, gradients: Gradients, base: Tensor, change: Tensor) -> tuple[float, float]:
         """Nats a token, and the mean square of the logits' change relative to theirs."""
-        bias = self._base.get("head_bias")
+        spec, bias = self._loader.spec, self._base.get("head_bias")
         added = None if bias is None else bias.load(self._backend).dense.float()
+
+        def distribution(products: Tensor) -> Tensor:
+            logits = products if added is None else products + added
+            return changed_logits(logits, spec.logits_scale, spec.logits_softcap).double().log_softmax(-1)
+
         divergence = above = below = 0.0
         for hidden in gradients.head_inputs:
             for rows in hidden.split(_HEAD_ROWS):
-                logits, moved = functional.linear(rows, base), functional.linear(rows, change)
-                above, below = above + float(moved.square().sum()), below + float(logits.square().sum())
-                logits = logits if added is None else logits + added
-                before, after = logits.double().log_softmax(-1), (logits + moved).double().log_softmax(-1)
+                products, moved = functional.linear(rows, base), functional.linear(rows, change)
+                above, below = above + float(moved.square().sum()), below + float(products.square().sum())
+                before, after = distribution(products), distribution(products + moved)
                 divergence += float((before.exp() * (before - after)).sum())
         return max(0.0, divergence) / self._sample.num_tokens, above / max(below, 1e-30)
 

@@ -22,7 +22,7 @@ from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
 from amalgam.planning.following import Shadowed
 
-_NICENESS = 15
+_NICENESS = 5  # no more: whoever holds the interpreter's lock must not wait long for a core
 
 
 class Throttle:
