@@ -143,7 +143,7 @@ def settings_of(
     autoplan = {
         "enabled": True, "sensitivities": str(kept), "budget": options.budget, "interval_seconds": options.seconds / 2,
         "short_minutes": 3 * options.seconds / 60, "long_minutes": 30 * options.seconds / 60, "min_tokens": 512,
-        "sampled_share": 0.5, "max_share": 0.5, "max_swaps_per_hour": 8, "min_gain": 0.05,
+        "sampled_share": 0.5, "sampled_tokens": 2048, "max_share": 1.0, "max_swaps_per_hour": 8, "min_gain": 0.05,
     }  # fmt: skip
     return build_settings(
         {

@@ -323,8 +323,8 @@ class AutoplanSettings(Section):
     """Most changes of the weights in any hour."""
     sampled_share: float = Field(default=0.25, ge=0, le=1)
     """Share of the requests whose tokens are kept for comparing plans. They are in memory only."""
-    sampled_tokens: int = Field(default=8192, ge=256, le=2**24)
-    """Most tokens that are kept; the oldest make room."""
+    sampled_tokens: int = Field(default=4096, ge=2048, le=2**24)
+    """Most tokens that are kept, 128 of a request; the oldest make room. Comparing takes time in proportion."""
     max_share: float = Field(default=0.1, gt=0, le=1)
     """Most of one core's time that comparing may take."""
 

@@ -43,7 +43,7 @@ from amalgam.runtime.changes import RemapResult
 
 logger = logging.getLogger("amalgam.autoplan")
 
-WINDOW_TOKENS = 256  # of a request's beginning, at most
+WINDOW_TOKENS = 128  # of a request's beginning, at most
 MAX_DECISIONS, MAX_POINTS = 256, 1440
 _SAFE_SHARE = 0.85
 
