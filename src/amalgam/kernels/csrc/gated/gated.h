@@ -59,7 +59,7 @@ struct GateArgs {
 };
 
 // Channels and rows that a convolution works on at a time.
-constexpr int64_t kConvolvedChannels = 64, kConvolvedRows = 16;
+constexpr int64_t kConvolvedChannels = 128, kConvolvedRows = 16;
 
 // scratch is at a multiple of 64 bytes.
 struct GatedKernels {

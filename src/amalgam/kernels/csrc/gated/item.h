@@ -19,6 +19,13 @@
 #include "isa/isa.h"
 #include "product/exponential.h"
 
+// For a loop that needs all registers for itself.
+#if defined(__GNUC__)
+#define AMALGAM_APART __attribute__((noinline))
+#else
+#define AMALGAM_APART
+#endif
+
 namespace amalgam {
 namespace {
 
@@ -95,8 +102,9 @@ void convolve(const ConvolveArgs& args, const StateSequence& sequence, int64_t f
 
 // What a block's tokens bring to one head, whatever the column.
 struct HeadTokens {
-    float* keys;     // [tokens, key_dim]
-    float* queries;  // likewise
+    int64_t first, count;  // rows
+    float* keys;           // [tokens, key_dim]
+    float* queries;        // likewise
     float decay[kBlockTokens], strength[kBlockTokens];
     float product[kBlockTokens];  // of key and query
 };
@@ -134,11 +142,11 @@ inline float load_one(const ActivationRows& rows, int64_t token, int64_t column)
     return value;
 }
 
-void load_tokens(const DeltaArgs& args, int64_t first_token, int64_t count, int64_t head, HeadTokens& tokens) {
+void load_tokens(const DeltaArgs& args, int64_t head, HeadTokens& tokens) {
     const int64_t size = args.key_dim, column = head / (args.value_heads / args.key_heads) * size;
     const float rate = std::exp(args.log_rate[head]), length = 1.0f / std::sqrt(static_cast<float>(size));
-    for (int64_t t = 0; t < count; ++t) {
-        const int64_t token = first_token + t;
+    for (int64_t t = 0; t < tokens.count; ++t) {
+        const int64_t token = tokens.first + t;
         float *key = tokens.keys + t * size, *query = tokens.queries + t * size;
         load_unit(args.key, token, column, size, 1.0f, key);
         load_unit(args.query, token, column, size, length, query);
@@ -163,8 +171,7 @@ struct Sums {
 // One pass over a slice: target = decay * source + key change^T, and the sums of that, or of the source, with the key
 // and the query of the next token.
 template <int N, bool kUpdates, bool kSums>
-inline void sweep(const Slice& source, const Slice& target, int64_t rows, int64_t ahead, const Update& update,
-                  const Sums& sums) {
+AMALGAM_APART void sweep(Slice source, Slice target, int64_t rows, int64_t ahead, Update update, Sums sums) {
     Floats decay = zero_floats(), change[N], with_key[N], with_query[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
@@ -201,24 +208,25 @@ inline void sweep(const Slice& source, const Slice& target, int64_t rows, int64_
 
 // A block's tokens through N * 16 columns of a head, of which `width` count, from source to target by way of `kept`.
 template <int N>
-void run_tokens(const DeltaArgs& args, const HeadTokens& tokens, int64_t first_token, int64_t count, int64_t column,
-                int64_t width, const Slice& source, const Slice& target, const Slice& kept) {
+void run_tokens(const DeltaArgs& args, const HeadTokens& tokens, int64_t head, int64_t column, int64_t width,
+                Slice source, Slice target, Slice kept) {
     alignas(64) float value[N * kLanes] = {}, with_key[N * kLanes], with_query[N * kLanes], change[N * kLanes];
-    const int64_t size = args.key_dim;
+    const int64_t size = args.key_dim, value_column = head * args.value_dim + column;
     // The next head, which this thread will probably compute next.
     const int64_t ahead = size * args.value_dim;
     sweep<N, false, true>(source, kept, size, ahead, {}, {tokens.keys, tokens.queries, with_key, with_query});
-    for (int64_t t = 0; t < count; ++t) {
+    for (int64_t t = 0; t < tokens.count; ++t) {
+        const int64_t token = tokens.first + t;
         const float decay = tokens.decay[t], strength = tokens.strength[t], product = tokens.product[t];
-        widen_all(row_of(args.value, first_token + t, column), args.value.dtype, width, value);
+        widen_all(row_of(args.value, token, value_column), args.value.dtype, width, value);
         for (int i = 0; i < N * kLanes; ++i) {
             change[i] = strength * (value[i] - decay * with_key[i]);
             with_query[i] = decay * with_query[i] + product * change[i];
         }
-        store_row(with_query, width, args.out, first_token + t, column);
-        const Slice& from = t == 0 ? source : kept;
+        store_row(with_query, width, args.out, token, value_column);
+        const Slice from = t == 0 ? source : kept;
         const Update update{tokens.keys + t * size, decay, change};
-        if (t + 1 == count) {
+        if (t + 1 == tokens.count) {
             sweep<N, true, false>(from, target, size, 0, update, {});
         } else {
             const int64_t next = (t + 1) * size;
@@ -247,7 +255,9 @@ void delta_rule(const DeltaArgs& args, const StateSequence& sequence, int64_t he
         const bool saves = save != sequence.slots.saves.end() && save->first <= end;
         if (saves) end = save->first;
         const int64_t target = saves && end < sequence.num_tokens ? save->second : sequence.slots.target;
-        load_tokens(args, sequence.first_token + first, end - first, head, tokens);
+        tokens.first = sequence.first_token + first;
+        tokens.count = end - first;
+        load_tokens(args, head, tokens);
         for (int64_t column = first_column; column < end_column; column += kSliceColumns) {
             const int64_t width = std::min(kSliceColumns, end_column - column);
             const bool is_whole = width % kLanes == 0;
@@ -257,11 +267,10 @@ void delta_rule(const DeltaArgs& args, const StateSequence& sequence, int64_t he
                 if (source >= 0) copy_floats(from.data, from.stride, kept.data, kept.stride, size, width);
                 from = to = kept;
             }
-            const int64_t token = sequence.first_token + first, value = head * args.value_dim + column;
             if (width <= kLanes) {
-                run_tokens<1>(args, tokens, token, end - first, value, width, from, to, kept);
+                run_tokens<1>(args, tokens, head, column, width, from, to, kept);
             } else {
-                run_tokens<kSliceBlocks>(args, tokens, token, end - first, value, width, from, to, kept);
+                run_tokens<kSliceBlocks>(args, tokens, head, column, width, from, to, kept);
             }
             const Slice last = at(target, column);
             if (!is_whole) copy_floats(kept.data, kept.stride, last.data, last.stride, size, width);
