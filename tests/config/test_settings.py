@@ -175,10 +175,10 @@ def read_by(way: str, key: str, text: str, folder: Path) -> Any:
     if way == "flag":
         [info] = [info for info in all_settings() if info.key == key]
         return value_of(load_settings(None, {**model, key: info.read(text)}, {}), key)
-    section, name = key.split(".")
     (folder / "m").mkdir(exist_ok=True)
     text = f"'{text}'" if text.endswith(":") else text  # which YAML wants
-    return value_of(load_settings(write(folder, f"{section}:\n  {name}: {text}"), model, {}), key)
+    lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate(key.split("."))]
+    return value_of(load_settings(write(folder, "\n".join(lines) + f" {text}"), model, {}), key)
 
 
 @pytest.mark.parametrize("way", ["file", "variable", "flag"])
