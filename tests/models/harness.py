@@ -83,6 +83,7 @@ class Runner:
         self.kv = KVCache.allocate(decoder.spec, num_blocks, block_size, decoder.dtype, CPU, num_states=num_sequences)
         self.tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).view(num_sequences, -1)
         self.lengths = [0] * num_sequences
+        self.has_states = any(shape is not None for shape in decoder.spec.state_shapes)
 
     def step(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
         """Run one step: sequence → its next tokens. Returns sequence → logits `[tokens, vocabulary]`."""
@@ -92,7 +93,7 @@ class Runner:
                 self.lengths[index],
                 self.tables[index].tolist(),
                 len(token_ids),
-                SequenceState.of(index, self.lengths[index]),
+                SequenceState.of(index, self.lengths[index]) if self.has_states else None,
             )
             for index, token_ids in chunks.items()
         ]
