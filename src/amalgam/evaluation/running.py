@@ -65,7 +65,7 @@ def step_context(
     for index, window in enumerate(windows):
         num_blocks = -(-len(window.token_ids) // BLOCK_SIZE)
         blocks = range(first_block, first_block + num_blocks)
-        state = SequenceState.of(index, 0)
+        state = SequenceState.of(index, 0) if decoder.spec.state_bytes else None
         sequences.append(StepSequence(list(window.token_ids), 0, blocks, num_logits, state))
         first_block += num_blocks
     cache = KVCache.allocate(

@@ -95,9 +95,11 @@ def step_seconds(decoder: Decoder, version: WeightVersion) -> float:
     cache = KVCache.allocate(decoder.spec, blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
     tokens = [(7919 * place) % decoder.spec.vocab_size for place in range(STEP_POSITIONS)]
     compiled, times = decoder.compile(version), []
-    compiled.run(StepContext([StepSequence(tokens[:_CONTEXT], 0, range(blocks), 1, SequenceState.of(0, 0))], cache))
+    has_states = bool(decoder.spec.state_bytes)
+    state = SequenceState.of(0, 0) if has_states else None
+    compiled.run(StepContext([StepSequence(tokens[:_CONTEXT], 0, range(blocks), 1, state)], cache))
     for place in range(_CONTEXT, STEP_POSITIONS):
-        state = SequenceState.of(0, place)
+        state = SequenceState.of(0, place) if has_states else None
         _wait_for(decoder.device)
         started = time.perf_counter()
         compiled.run(StepContext([StepSequence([tokens[place]], place, range(blocks), 1, state)], cache))
