@@ -57,7 +57,7 @@ struct TokenRows {
             positions.push_back(position);
             slot_ids.push_back(slot);
         }
-        if (sequence.state && tokens > 0) {
+        if (sequence.state && tokens > 0 && memory.num_states > 0) {  // whoever has no layer with states ignores them
             check_slots(*sequence.state, tokens, memory.num_states);
             states.push_back({starts.back(), tokens, *sequence.state});
         }
