@@ -75,7 +75,8 @@ class Engine:
         device, dtype: of the KV cache.
         observer: sees which experts each token was routed to.
         propose: guesses the next tokens of a sequence, in the step thread; the step verifies them. Changes no answer:
-            an error is logged and means no guess; guesses end before what is no token of the model.
+            an error is logged and means no guess; guesses end before what is no token of the model. A model with
+            recurrent states takes none.
 
     Attributes:
         on_ended: is shown the tokens of each counted request that has ended well, in the step thread.
@@ -103,7 +104,7 @@ class Engine:
         self._max_queue = settings.engine.max_queue
         self._thread = StoppableThread(self._loop, "amalgam-engine", self._ask_to_stop)
         self._num_failures = 0  # steps in a row; of the step thread
-        self._propose = propose
+        self._propose = None if self._runner.num_states else propose  # a state cannot be taken back
         self._has_proposing_failed = False
         self.on_ended: Callable[[Sequence[int]], None] | None = None
         self.meter = Meter(distinct_experts=lambda: None if observer is None else observer.distinct_experts())

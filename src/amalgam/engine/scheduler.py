@@ -310,13 +310,14 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         request.version = version
         self.pool.share(shared_ids)
+        request.num_computed = len(shared_ids) * self._block_size
+        borders = [] if self.states is None else self._borders(request, version)  # before blocks change hands
         num_missing = self._num_blocks_for(len(request.token_ids)) - len(shared_ids)
         request.block_ids = [*shared_ids, *self.pool.allocate(num_missing)]
-        request.num_computed = len(shared_ids) * self._block_size
         request.num_published = len(shared_ids)
         if self.states is not None:
             keys = request.block_keys[: len(shared_ids)]
-            request.state = self.states.begin(version.version_id, keys, self._borders(request, version))
+            request.state = self.states.begin(version.version_id, keys, borders)
         if request.num_recorded == 0:
             request.num_cached_tokens = request.num_computed
         if request.started_at is None:
@@ -367,7 +368,7 @@ class Scheduler:
         return self._num_blocks_for(len(request.token_ids)) - len(shared_ids) + self.pool.count_free(shared_ids)
 
     def _forget_dead_versions(self) -> None:
-        """Drop what blocks hold of versions that no request, old or new, can run on."""
+        """Drop what blocks and slots of states hold of versions that no request, old or new, can run on."""
         known = self.pool.version_ids if self.states is None else self.pool.version_ids | self.states.version_ids
         if known <= {self.version.version_id}:
             return

@@ -39,7 +39,7 @@ class RequestState:
         source: the kept slot that its first step reads; None: it has begun, or begins with nothing.
         borders: positions whose states are to be kept, in order.
         pending: position → the slot that the step under way saves its state to.
-        kept: names of the states that it has kept.
+        kept: names of the states that it has kept, or started from.
     """
 
     slot: int
@@ -56,12 +56,12 @@ class StatePool:
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._kept: OrderedDict[_Name, int] = OrderedDict()  # the longest unused comes first
-        self._num_readers: dict[int, int] = {}  # kept slot → requests whose next step reads it
+        self._num_readers: dict[int, int] = {}  # slot → requests whose next step reads it
 
     @property
     def num_available(self) -> int:
         """Slots that a request can get: nobody's, or with a state that nobody is about to read."""
-        return len(self._free) + len(self._kept) - len(self._num_readers)
+        return len(self._free) + sum(slot not in self._num_readers for slot in self._kept.values())
 
     @property
     def version_ids(self) -> AbstractSet[int]:
@@ -90,7 +90,7 @@ class StatePool:
             assert source is not None and keys
             self._end_reading(source)
             slot = self._kept.pop((version_id, keys[-1]))
-        return RequestState(slot, source, borders)
+        return RequestState(slot, source, borders, kept=[(version_id, keys[-1])] if keys else [])
 
     def share(self, state: RequestState, start: int, end: int) -> StateShare:
         """What a step does that computes tokens `[start, end)`, which the request has."""
@@ -112,6 +112,7 @@ class StatePool:
             name = version_id, keys[border // block_size - 1]
             if name in self._kept:
                 self._free.append(slot)
+                self._kept.move_to_end(name)
             else:
                 self._kept[name] = slot
                 state.kept.append(name)
@@ -122,13 +123,14 @@ class StatePool:
         """A request has no use for its state any more.
 
         Args:
-            is_sound: False: what it has kept may be wrong, and nobody is to find it.
+            is_sound: False: what it has kept or started from may be wrong, and nobody is to find it.
         """
         self._begun(state)
         self._free += [state.slot, *state.pending.values()]
         for name in () if is_sound else state.kept:
-            if name in self._kept and self._kept[name] not in self._num_readers:
-                self._free.append(self._kept.pop(name))
+            slot = self._kept.pop(name, None)
+            if slot is not None and slot not in self._num_readers:  # or it is free when it has been read
+                self._free.append(slot)
 
     def forget_version(self, version_id: int) -> None:
         """States of a weight version are of no use any more; no request of it runs."""
@@ -145,6 +147,8 @@ class StatePool:
         self._num_readers[slot] -= 1
         if not self._num_readers[slot]:
             del self._num_readers[slot]
+            if slot not in self._kept.values():  # nobody is to find it any more
+                self._free.append(slot)
 
     def _take(self) -> int | None:
         if self._free:

@@ -87,8 +87,10 @@ class Attention:
         adds_one = self.head_norm_adds_one
         norms = [norm_weight(weights, name, adds_one) for name in ("q_norm", "k_norm") if self.has_head_norm]
         if self.has_unit_norm:
-            norms = [torch.ones(self.head_dim)] * 2
+            device = next((part.device for part in weights["q"].parts.values()), None)
+            norms = [torch.ones(self.head_dim, device=device)] * 2
         if self.sharpening is not None:
+            assert not norms, "a norm behind it would undo the factor"
             step.add(ScaleByPosition(query, *self.sharpening))
         step.add(
             Attend(

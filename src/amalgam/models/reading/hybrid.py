@@ -32,6 +32,8 @@ def read_hybrid_attention(
     }
     if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
         config.refuse("layer_types", types, f"{num_layers} of {', '.join(known)}")
+    if "full_attention" not in types:
+        config.refuse("layer_types", types, "at least one full_attention")
     return tuple(known[kind] for kind in types)
 
 

@@ -457,10 +457,10 @@ std::vector<int64_t> draw_tokens(const Kernels& kernels, const Tensor& logits, c
 
 // --- A step in one call ---
 
-// Token ids, first position, block ids, how many of the last tokens' logits are wanted.
 // Slots: where the state before the step is, if there is one; where the one after it goes; and others after so many
 // tokens.
 using StateSlotsTuple = std::tuple<std::optional<int64_t>, int64_t, std::vector<std::pair<int64_t, int64_t>>>;
+// Token ids, first position, block ids, how many of the last tokens' logits are wanted, slots of states.
 using SequenceTuple =
     std::tuple<std::vector<int64_t>, int64_t, std::vector<int64_t>, int64_t, std::optional<StateSlotsTuple>>;
 

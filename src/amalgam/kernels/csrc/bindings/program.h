@@ -427,8 +427,9 @@ struct ProgramBuilder {
 
     // 0 for none.
     static float positive(const char* name, std::optional<float> value) {
-        require(value.value_or(1.0f) > 0.0f, name + (" is " + std::to_string(*value)) + "; needed: above 0");
-        return value.value_or(0.0f);
+        const float found = value.value_or(0.0f);
+        require(!value || found > 0.0f, name + (" is " + std::to_string(found)) + "; needed: above 0");
+        return found;
     }
 
     static std::string layer_name(int64_t layer) { return "layer " + std::to_string(layer); }
@@ -451,14 +452,13 @@ struct ProgramBuilder {
         require(index < memory.state_shapes.size() && !memory.state_shapes[index].empty(),
                 layer_name(layer) + " has no state");
         const std::vector<int64_t>& shape = memory.state_shapes[index];
+        if (std::equal(sizes.begin(), sizes.end(), shape.begin() + static_cast<std::ptrdiff_t>(first))) return;
         std::string found, needed;
-        bool fits = true;
         for (size_t i = 0; i < sizes.size(); ++i) {
-            fits = fits && shape[first + i] == sizes[i];
             found += (i > 0 ? ", " : "") + std::to_string(shape[first + i]);
             needed += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
         }
-        require(fits, layer_name(layer) + " has a state of (" + found + "); needed: (" + needed + ")");
+        require(false, layer_name(layer) + " has a state of (" + found + "); needed: (" + needed + ")");
     }
 
     static void check_rope(const Memory& memory, int64_t layer, int64_t rope, int64_t dim) {

@@ -410,7 +410,9 @@ void run_step(const Kernels& kernels, const AttentionKernels& attention, const G
     for (size_t i = first; i < end; ++i) {
         const Instruction& instruction = program.instructions[i];
         if (std::holds_alternative<Convolve>(instruction) || std::holds_alternative<DeltaRule>(instruction)) {
-            if (!all_have_states) throw std::invalid_argument("a sequence without a state, and a layer that has one");
+            if (!all_have_states || memory.num_states == 0) {
+                throw std::invalid_argument("a sequence without a state, and a layer that has one");
+            }
         }
     }
     for (size_t i = first; i < end; ++i) {
