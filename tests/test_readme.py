@@ -96,7 +96,7 @@ def test_requests(name: str, server: str) -> None:
 
 def test_local_commands(server: str, tmp_path: Path) -> None:
     lines = [line for name in READMES for line in commands(name) if line.startswith(".venv/bin/")]
-    assert len(lines) == 17
+    assert len(lines) == 18
     for line in dict.fromkeys(lines):
         words = shlex.split(line.replace("/tmp/demo-int8", str(tmp_path / "int8")))
         program = words[0].rpartition("/")[2]

@@ -280,7 +280,7 @@ class TestRefusals:
             (lambda w: w.add_float32("llama.rope.freq_base", float("nan")), CheckpointError, "freq_base = nan"),
             (lambda w: w.add_string("llama.rope.scaling.type", "spiral"), CheckpointError, "scaling.type = 'spiral'"),
             (lambda w: add(w, "rope_freqs.weight", 8), CheckpointError, "rope_freqs"),
-            (lambda w: add(w, "rope_factors_long.weight", 8), CheckpointError, "longrope"),
+            (lambda w: add(w, "rope_factors_long.weight", 8), CheckpointError, "rope_factors_short"),
             (lambda w: add(w, "blk.0.attn_gate.weight", 64), CheckpointError, "'blk.0.attn_gate.weight'"),
             (lambda w: add(w, "blk.0.attn_q_norm.weight", 16), CheckpointError, "attn_q_norm"),
             (lambda w: add(w, "blk.7.attn_norm.weight", 64), CheckpointError, "model.layers.7"),

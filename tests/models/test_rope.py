@@ -118,7 +118,7 @@ def test_longrope_takes_the_long_factors_where_long_sequences_are_served(tmp_pat
 REFUSED: dict[str, dict[str, Any]] = {
     "unknown type": {"rope_type": "mrope"},
     "type of another kind": {"rope_type": ["yarn"]},
-    "unknown setting": {"rope_type": "default", "mrope_section": [16, 24, 24]},
+    "unknown setting": {"rope_type": "default", "turns": [16, 24, 24]},
     "setting of another type": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32},
     "settings by layer type": {"full_attention": {"rope_type": "default"}},
     "no factor": {"rope_type": "linear"},
@@ -127,7 +127,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "factor true": {"rope_type": "linear", "factor": True},
     "original length one": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1},
     "theta one": {"rope_type": "default", "rope_theta": 1.0},
-    "bounds crossed": {**PUBLISHED["llama3"], "low_freq_factor": 4.0},
+    "bounds crossed": {**PUBLISHED["llama3"], "low_freq_factor": 4.5},
     "too few factors": {**PUBLISHED["longrope_phi"], "long_factor": [1.0, 2.0]},
     "no factors": {key: value for key, value in PUBLISHED["longrope_phi"].items() if key != "long_factor"},
     "no list": {**PUBLISHED["longrope_phi"], "short_factor": 2.0},

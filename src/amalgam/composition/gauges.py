@@ -77,14 +77,28 @@ def _attention(layer: str, local: str) -> Axes:
         "v": ({heads, value_out}, stream),
         "qkv": ({heads, query_key, value_out}, stream),
         "o": ({RESIDUAL}, {heads, value_out}),
+        "qkvz": ({heads, query_key, value_out}, stream),
+        "z": ({heads, value_out}, stream),
+        **{rates: ({heads}, stream) for rates in ("ba", "b", "a")},
+        "out": ({RESIDUAL}, {heads, value_out}),
         "q_a": ({low}, stream),
         "q_b": ({heads, query_key, rotary}, {low}),
         "kv_a": ({latent, rotary}, stream),
         "kv_b": ({heads, query_key, value_out}, {latent}),
     }
-    vectors = {"q_norm": query_key, "k_norm": query_key, "q_a_norm": low, "kv_a_norm": latent, "sinks": heads}
+    vectors = {
+        "q_norm": {query_key},
+        "k_norm": {query_key},
+        "q_a_norm": {low},
+        "kv_a_norm": {latent},
+        "sinks": {heads},
+        "convolution": {heads, query_key, value_out},
+        "log_rate": {heads},
+        "decay_bias": {heads},
+        "norm": {value_out},
+    }
     if local in vectors:
-        return Axes(outputs=frozenset({vectors[local]}))
+        return Axes(outputs=frozenset(vectors[local]))
     outputs, inputs = matrices.get(local.removesuffix("_bias"), (set(), set()))
     is_bias, part = local.endswith("_bias"), local.removesuffix("_bias")
     leaves_open = frozenset({heads}) if part in ("k", "v") else frozenset()

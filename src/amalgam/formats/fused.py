@@ -55,6 +55,7 @@ class FusedTensor:
         is_stacked: the first dimension counts experts.
         is_transposed: wide weights lie `[in, out]`; biases and packed weights never do.
         is_interleaved: rows of the modules alternate instead of standing one module after the other.
+        is_tensor: both names are those of one wide tensor, not of modules.
     """
 
     stored: str
@@ -62,11 +63,13 @@ class FusedTensor:
     is_stacked: bool = True
     is_transposed: bool = False
     is_interleaved: bool = False
+    is_tensor: bool = False
 
     @property
     def is_renamed(self) -> bool:
         """Whether it holds one whole weight, in any format, and only its module is called otherwise."""
-        return len(self.modules) == 1 and not (self.is_stacked or self.is_transposed or self.is_interleaved)
+        is_cut = self.is_stacked or self.is_transposed or self.is_interleaved
+        return len(self.modules) == 1 and not is_cut and not self.is_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,10 @@ def split_fused(
         CheckpointError: a fused tensor's shape cannot be what the table says.
     """
     by_name = {
-        fused.stored + suffix: (fused, suffix) for fused in table if not fused.is_renamed for suffix in _SUFFIXES
+        fused.stored + suffix: (fused, suffix)
+        for fused in table
+        if not fused.is_renamed
+        for suffix in ([""] if fused.is_tensor else _SUFFIXES)
     }
     ends = tuple({stored.rpartition("{}")[2] for stored in by_name})  # a quick look before the regular expression
     pieces: list[Piece] = []
@@ -227,7 +233,8 @@ def _split(
 ) -> Iterator[Piece]:
     role, last = _SUFFIXES[suffix]
     shape = entry.shape
-    if len(shape) < fused.is_stacked + (last == "weight" and role == "weight") + 1 and role != "activation_scale":
+    is_matrix = last == "weight" and role == "weight" and not fused.is_tensor
+    if len(shape) < fused.is_stacked + is_matrix + 1 and role != "activation_scale":
         _refuse(entry, f"{'experts, ' if fused.is_stacked else ''}outputs, …")
     num_items = shape[0] if fused.is_stacked else 1
     inner = shape[1:] if fused.is_stacked else shape
@@ -251,7 +258,8 @@ def _split(
         names = (*numbers, str(index))
         for module, rows in zip(fused.modules, ranges, strict=True):
             part = TensorSlice(entry, position, rows, inner, is_transposed)
-            yield Piece(f"{module.format(*names)}.{last}", role, part)
+            logical = module.format(*names)
+            yield Piece(logical if fused.is_tensor else f"{logical}.{last}", role, part)
 
 
 def _rows(entry: TensorEntry, fused: FusedTensor, total: int, per_module: int) -> Iterator[tuple[int, int, int]]:

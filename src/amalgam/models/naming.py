@@ -117,6 +117,11 @@ def fused_experts(
     )
 
 
+def renamed_tensor(stored: str, logical: str) -> FusedTensor:
+    """One wide tensor that some checkpoints have under another name."""
+    return FusedTensor(stored, (logical,), is_stacked=False, is_tensor=True)
+
+
 # Qwen's: one MLP beside the experts, whose gate is a projection to one number.
 GATED_SHARED_EXPERT = {
     "layers.{}.mlp.shared_gate": f"{_LAYER}.mlp.shared_expert_gate.weight",

@@ -12,6 +12,7 @@ ROLES = (
     *("embedding", "attention", "linear_attention", "mlp", "expert", "shared_expert"),
     *("router", "convolution", "norm", "bias", "head", "other"),
 )
+_ROUTERS = ("gate", "wg", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba")  # modules
 _NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
@@ -38,7 +39,7 @@ def _role_of_template(name: str) -> str:
     # part of the decoder.
     customs = (
         ("other", has("visual|vision|audio")),
-        ("router", last in ("gate", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba") or has("router")),
+        ("router", last in _ROUTERS or leaf == "e_score_correction_bias" or has("router")),
         ("bias", leaf in ("bias", "sinks", "A_log") or leaf.endswith("_bias")),
         ("convolution", last == "conv1d"),
         ("norm", bool(re.search(r"norm|^ln(_|\d|$)", last))),

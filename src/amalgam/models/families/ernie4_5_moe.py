@@ -13,7 +13,7 @@ import torch
 from amalgam.kernels.program import Route, Rows
 from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.blocks.mlp import DenseMlp
-from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, MLP, SHARED_EXPERTS
+from amalgam.models.naming import ATTENTION, DECODER, EXPERTS, FUSED_EXPERTS, MLP, SHARED_EXPERTS, renamed_tensor
 from amalgam.models.reading.attention import read_attention
 from amalgam.models.reading.layers import read_expert_counts, read_model
 from amalgam.models.spec import DRAFT_LAYERS, ConfigReader, Family, LayerSpec, ModelSpec, Slot
@@ -69,6 +69,8 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     return read_model(config, "ernie4_5_moe", layers, default_eps=NORM_EPS, default_tied=True)
 
 
+_CORRECTION = "model.layers.{}.mlp.moe_statics.e_score_correction_bias"
+
 FAMILY = Family(
     name="ernie4_5_moe",
     architectures=("Ernie4_5_MoeForCausalLM",),
@@ -79,9 +81,12 @@ FAMILY = Family(
         **MLP,
         **EXPERTS,
         **SHARED_EXPERTS,
-        "layers.{}.mlp.router_correction": "model.layers.{}.mlp.moe_statics.e_score_correction_bias",
+        "layers.{}.mlp.router_correction": _CORRECTION,
     },
-    fused=FUSED_EXPERTS,
+    fused=(  # the last one as transformers 5 has it
+        *FUSED_EXPERTS,
+        renamed_tensor("model.layers.{}.mlp.gate.moe_statics.e_score_correction_bias", _CORRECTION),
+    ),
     left_out={r"model\.mtp_.*": DRAFT_LAYERS},
     tiny_config={
         "num_key_value_heads": 2,

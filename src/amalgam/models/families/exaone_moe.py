@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from amalgam.models.naming import ATTENTION, CORRECTED_EXPERTS, DECODER, FUSED_EXPERTS, HEAD_NORMS, MLP
+from amalgam.models.naming import ATTENTION, CORRECTED_EXPERTS, DECODER, FUSED_EXPERTS, HEAD_NORMS, MLP, renamed_tensor
 from amalgam.models.reading.attention import by_layer_type, every_nth_full, read_attention, read_window
 from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers
 from amalgam.models.spec import DRAFT_LAYERS, ConfigReader, Family, ModelSpec
@@ -37,6 +37,8 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     return read_model(config, "exaone_moe", layers, default_eps=NORM_EPS)
 
 
+_CORRECTION = "model.layers.{}.mlp.e_score_correction_bias"
+
 FAMILY = Family(
     name="exaone_moe",
     architectures=("ExaoneMoeForCausalLM",),
@@ -47,9 +49,12 @@ FAMILY = Family(
         **HEAD_NORMS,
         **MLP,
         **CORRECTED_EXPERTS,
-        "layers.{}.mlp.router_correction": "model.layers.{}.mlp.e_score_correction_bias",
+        "layers.{}.mlp.router_correction": _CORRECTION,
     },
-    fused=FUSED_EXPERTS,
+    fused=(  # the last one as transformers 5 has it
+        *FUSED_EXPERTS,
+        renamed_tensor("model.layers.{}.mlp.gate.e_score_correction_bias", _CORRECTION),
+    ),
     left_out={r"mtp\..*": DRAFT_LAYERS},
     tiny_config={
         "num_key_value_heads": 2,

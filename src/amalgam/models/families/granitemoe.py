@@ -11,7 +11,7 @@ from amalgam.formats.fused import FusedTensor
 from amalgam.kernels.program import Route, Rows
 from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.blocks.mlp import DenseMlp
-from amalgam.models.naming import ATTENTION, DECODER, NUMBERED_EXPERTS
+from amalgam.models.naming import ATTENTION, DECODER, NUMBERED_EXPERTS, fused_experts
 from amalgam.models.reading.attention import read_attention
 from amalgam.models.reading.layers import read_expert_counts, read_model, with_multipliers
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
@@ -80,6 +80,9 @@ FAMILY = Family(
         FusedTensor(f"{_EXPERTS}.output_linear", (f"{_EXPERTS}.experts.{{}}.w2",)),
         FusedTensor(f"{_SHARED}.input_linear", (f"{_SHARED}.gate_proj", f"{_SHARED}.up_proj"), is_stacked=False),
         FusedTensor(f"{_SHARED}.output_linear", (f"{_SHARED}.down_proj",), is_stacked=False),
+        # As transformers 5 has them.
+        *fused_experts(f"{_EXPERTS}.experts.{{}}", ("w1", "w3", "w2"), stored=f"{_EXPERTS}.experts"),
+        FusedTensor(f"{_EXPERTS}.router", (f"{_EXPERTS}.router.layer",), is_stacked=False),
     ),
     tiny_config={
         "num_key_value_heads": 2,

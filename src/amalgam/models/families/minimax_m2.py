@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from amalgam.models.blocks.attention import WholeNormAttention
 from amalgam.models.blocks.mixture import CorrectedRouter, SparseMoe
-from amalgam.models.naming import ATTENTION, DECODER, FUSED_NUMBERED_EXPERTS, HEAD_NORMS, NUMBERED_EXPERTS
+from amalgam.models.naming import (
+    ATTENTION,
+    DECODER,
+    FUSED_NUMBERED_EXPERTS,
+    HEAD_NORMS,
+    NUMBERED_EXPERTS,
+    renamed_tensor,
+)
 from amalgam.models.reading.attention import read_attention
 from amalgam.models.reading.layers import read_expert_counts, read_model
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
@@ -40,7 +47,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     return read_model(config, "minimax_m2", (layer,) * config.int("num_hidden_layers"))
 
 
-_CORRECTION = "e_score_correction_bias"
+_CORRECTION = "model.layers.{}.block_sparse_moe.e_score_correction_bias"
 
 FAMILY = Family(
     name="minimax_m2",
@@ -51,9 +58,10 @@ FAMILY = Family(
         **ATTENTION,
         **HEAD_NORMS,
         **NUMBERED_EXPERTS,
-        "layers.{}.mlp.router_correction": f"model.layers.{{}}.block_sparse_moe.{_CORRECTION}",
+        "layers.{}.mlp.router_correction": _CORRECTION,
     },
-    fused=FUSED_NUMBERED_EXPERTS,
+    # The last one as transformers 5 has it.
+    fused=(*FUSED_NUMBERED_EXPERTS, renamed_tensor("model.layers.{}.mlp.e_score_correction_bias", _CORRECTION)),
     tiny_config={
         "num_key_value_heads": 2,
         "head_dim": 32,
