@@ -205,6 +205,8 @@ def test_an_expert_is_explained(deployment: Deployment) -> None:
     [
         ({"sensitivities": "{small}"}, "{small}"),
         ({"budget": "30tok/s"}, "'30tok/s'"),
+        ({"budget": "1MB"}, "1MB"),
+        ({"budget": "5.9bpw"}, "5.9bpw"),
         ({"memory": "4bpw"}, "'4bpw'"),
     ],
 )

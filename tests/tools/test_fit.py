@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from amalgam.base.machine import Machine
 from amalgam.cli import main
+from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import Settings, build_settings
+from amalgam.engine.runner import choose_num_blocks
 from amalgam.tools.fit import (
     SAFE_SHARE,
     Candidate,
@@ -102,6 +109,23 @@ def test_without_speeds_what_is_there_is_preferred() -> None:
     assert best is not None and best.fit.candidate.name == "mine"
 
 
+def test_the_command_gives_the_caches_the_room_that_was_counted() -> None:
+    wanted = Wanted(3200, 4)
+    needs = replace(NEEDS, states=GB // 10)
+    found = hardware(24 * GB)
+    fit = fit_candidate(candidate("base", 16), needs, found.room_bytes, wanted)
+    assert (fit.sequences, fit.kv_bytes, fit.state_bytes) == (1, 2 * GB, GB // 10)
+    assert fit.total_bytes == 16 * GB + GB + 2 * GB + GB // 10
+    best = recommend([fit], found, wanted)
+    assert best is not None
+    assert f"--engine.kv_cache_bytes {2 * GB}" in best.commands[0]
+    assert f"--engine.state_cache_bytes {GB // 10}" in best.commands[0]
+    none = fit_candidate(candidate("base", 16), replace(NEEDS, kv_per_block=0), found.room_bytes, wanted)
+    assert (none.context, none.kv_bytes) == (3200, 0)
+    without = recommend([none], found, wanted)
+    assert without is not None and "cache_bytes" not in without.commands[0]
+
+
 def test_others_memory_is_not_taken() -> None:
     found = hardware(100 * GB, 40 * GB)
     assert found.room_bytes == pytest.approx(40 * GB - (1 - SAFE_SHARE) * 100 * GB)
@@ -137,6 +161,75 @@ def test_sources_of_a_configuration_are_compared_and_what_is_not_there_is_said(t
     assert twin.candidate.bits_per_weight == report.fits[0].candidate.bits_per_weight
     assert f"--source twin={DEMO}" in twin.candidate.serve and "--map" in twin.candidate.serve
     assert set(report.left_out) == {"lost"}
+
+
+def served(command: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What a command that was recommended would serve."""
+    given: list[Settings] = []
+
+    def run(settings: Settings, load: object, stopping: object) -> int:
+        given.append(settings)
+        return 0
+
+    monkeypatch.setattr("amalgam.server.app.run", run)
+    name, *arguments = shlex.split(command)
+    assert name == "amalgam" and main(arguments) == 0
+    return given[0]
+
+
+MIXED = {"twin_path": str(DEMO), "weight_mapping": {"model.layers.0.*": "twin"}}
+FLAGS = ["--inference.dtype", "float32", "--engine.kv_dtype", "int8", "--inference.bf16_coding", "false"]
+MAPS = ["--source", f"other={DEMO}", "--map", "model.layers.1.*=other"]
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "rules"),
+    [
+        (None, ["--model", str(DEMO), *FLAGS, *MAPS], ["model.layers.1.*"]),
+        ({"model": {"mixed_precision": MIXED}, "engine": {"block_size": 32}}, [], ["model.layers.0.*"]),
+        ({"model": {"mixed_precision": MIXED}}, [*FLAGS, *MAPS], ["model.layers.0.*", "model.layers.1.*"]),
+        ({"inference": {"dtype": "float32"}}, ["--inference.dtype", "bfloat16", *MAPS], ["model.layers.1.*"]),
+    ],
+)
+def test_printed_commands_serve_what_was_computed(
+    file: dict[str, Any] | None,
+    arguments: list[str],
+    rules: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if file is not None:
+        document = file | {"model": {"base_path": str(DEMO), **file.get("model", {})}}
+        config = tmp_path / "some model.yaml"
+        config.write_text(yaml.safe_dump(document))
+        arguments = ["--config", str(config), *arguments]
+    monkeypatch.setattr("amalgam.tools.fit.set_threads", lambda engine: None)
+    assert main(["fit", *arguments, "--no-measure", "--context", "128", "--sequences", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    asked = served(shlex.join(["amalgam", "serve", *arguments]), monkeypatch)
+    commands = {fit["candidate"]["name"]: fit["candidate"]["serve"] for fit in report["fits"]}
+    for name, command in commands.items():
+        settings = served(command, monkeypatch)
+        assert (settings.inference, settings.engine) == (asked.inference, asked.engine), name
+        patterns = [rule.pattern for rule in settings.model.mixed_precision.all_rules]
+        if name == "as configured":
+            assert settings.model == asked.model and patterns == rules
+        elif name == "base":
+            assert settings.model.base_path == str(DEMO) and not patterns
+        elif name in asked.model.mixed_precision.sources:
+            assert settings.model.mixed_precision.sources == {name: str(DEMO)} and patterns
+    assert "as configured" in commands
+
+
+def test_what_is_recommended_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = found_on(64 * GB, settings_of(DEMO)).recommendation
+    assert best is not None
+    settings = served(best.commands[-1], monkeypatch)
+    monkeypatch.setattr("amalgam.engine.runner.available_bytes", lambda device: 0)
+    spec = ModelLoader(settings.model, settings.inference, torch.device("cpu"), 1).spec
+    blocks = choose_num_blocks(spec, settings, best.fit.context, torch.device("cpu"), torch.bfloat16)
+    assert blocks * settings.engine.block_size == best.fit.sequences * best.fit.context
 
 
 def test_speed_is_measured_on_a_few_layers() -> None:

@@ -26,7 +26,10 @@ _NICENESS = 5  # no more: whoever holds the interpreter's lock must not wait lon
 
 
 class Throttle:
-    """Keeps a thread's work within a share of the time; a `Progress`, called between two pieces of it.
+    """Keeps the work of each thread that calls it within a share of the time; a `Progress`, between two pieces of it.
+
+    The thread that makes it counts from then on, another one from its own beginning: weights are loaded in threads that
+    are there for nothing else.
 
     Args:
         check: raises what ends the work.
@@ -37,13 +40,14 @@ class Throttle:
         self._share = share
         self._check = check
         self._wait = wait
-        self._since = time.thread_time()
+        self._since = threading.local()  # `seconds` of each thread's own clock
+        self._since.seconds = time.thread_time()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         self._check()
-        now = time.thread_time()
-        self._wait((now - self._since) * (1 / self._share - 1))
-        self._since = time.thread_time()
+        spent = time.thread_time() - getattr(self._since, "seconds", 0.0)
+        self._wait(spent * (1 / self._share - 1))
+        self._since.seconds = time.thread_time()
         self._check()
 
 

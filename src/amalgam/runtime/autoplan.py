@@ -139,7 +139,8 @@ class Autoplan:
         tracker: counts the use of the experts.
 
     Raises:
-        ConfigError: a budget that is none; the plan in force has weights from sources that could not be chosen.
+        ConfigError: a budget that is none, or that the plan in force does not keep; that plan has weights from
+            sources that could not be chosen.
     """
 
     def __init__(self, deployment: Served, tracker: ExpertTracker, proposer: Proposer) -> None:
@@ -155,7 +156,14 @@ class Autoplan:
         self._memory = _budget_of(self.settings.memory, "planning.autoplan.memory")
         if self._memory is not None and self._memory.kind != "bytes":
             raise ConfigError(f"planning.autoplan.memory is {self._memory.text!r}.", remedy="Give bytes: 40GB.")
-        self._first_cost = proposer.cost(self._choice(deployment.version), "memory")
+        first = self._choice(deployment.version)
+        self._first_cost = proposer.cost(first, "memory")
+        limits = self.limits()
+        if proposer.cost(first, limits.budget_kind) > limits.budget_bytes:
+            raise ConfigError(
+                f"planning.autoplan.budget is {self.settings.budget}; the plan to start with takes more.",
+                remedy=f"Start with a plan within it: amalgam plan --budget {self.settings.budget} --out FILE.",
+            )
         self._is_frozen = self.settings.frozen
         self._is_closing = threading.Event()
         self._thread = StoppableThread(self._run, "amalgam-autoplan", self._ask_to_stop)

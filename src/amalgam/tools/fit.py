@@ -19,8 +19,8 @@ from amalgam.base.machine import Machine, detect_machine
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import BASE_SOURCE, Rule, Settings, build_rules
-from amalgam.errors import AmalgamError
+from amalgam.config.settings import BASE_SOURCE, Rule, Settings, build_rules, read_settings
+from amalgam.errors import AmalgamError, ConfigError
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends import choose_backend
@@ -39,6 +39,7 @@ MIN_CONTEXT = 512  # a plan that has not room for so much of one sequence is not
 _SAME_BITS = 0.5  # plans that differ by less are told apart by speed
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 AS_CONFIGURED = "as configured"
+_DECIDED = {"max_seq_length", "max_batch_size", "kv_cache_bytes", "state_cache_bytes"}  # by what is recommended
 # What `amalgam quantize` makes without texts. 2 and 3 bits take the memory of 4 and are worse.
 MAKEABLE: tuple[tuple[str, int | None], ...] = (("int8", None), ("fp8", None), ("int4", 32), ("int4", 128))
 
@@ -109,16 +110,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Needs:
-    """What every candidate takes beside its weights, in bytes; `per_sequence`: workspace and recurrent states."""
+    """What every candidate takes beside its weights, in bytes.
+
+    Attributes:
+        per_sequence: of the workspace.
+        states: recurrent ones of a sequence, as many as the engine keeps.
+    """
 
     fixed: int
     per_sequence: int
     kv_per_block: int
     block_size: int
+    states: int = 0
 
     def of(self, context: int, sequences: int) -> int:
         blocks = sequences * math.ceil(context / self.block_size)
-        return self.fixed + sequences * self.per_sequence + blocks * self.kv_per_block
+        return self.fixed + sequences * (self.per_sequence + self.states) + blocks * self.kv_per_block
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,8 @@ class Fit:
     Attributes:
         context: tokens of a sequence for which there is room, at most what is wanted; 0: not for `MIN_CONTEXT`.
         sequences: of that context.
-        kv_bytes: for all of them.
-        total_bytes: with KV cache, workspace and the program.
+        kv_bytes, state_bytes: for all of them.
+        total_bytes: with KV cache, recurrent states and workspace.
         spare_bytes: room that is left; below zero what is missing for one sequence of the least context.
     """
 
@@ -139,6 +146,7 @@ class Fit:
     kv_bytes: int
     total_bytes: int
     spare_bytes: int
+    state_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -256,7 +264,8 @@ def _needs(settings: Settings, loader: ModelLoader, wanted: Wanted, device: torc
     step = min(engine.max_step_tokens, wanted.sequences * wanted.context)
     one, two = (workspace_bytes(loader.spec, step, count, dtype) for count in (1, 2))
     # This process has a program and a tokenizer too, so what it takes is no more available.
-    return Needs(one - (two - one), two - one + loader.spec.state_bytes, per_block, engine.block_size)
+    states = 2 * loader.spec.state_bytes  # the engine wants one more for each, that others can start from
+    return Needs(one - (two - one), two - one, per_block, engine.block_size, states)
 
 
 def fit_candidate(candidate: Candidate, needs: Needs, room: int, wanted: Wanted) -> Fit:
@@ -266,14 +275,14 @@ def fit_candidate(candidate: Candidate, needs: Needs, room: int, wanted: Wanted)
     if needs.of(least, 1) > left:
         total = candidate.weights_bytes + needs.of(least, 1)
         return Fit(candidate, 0, 0, 0, total, room - total)
-    blocks = (left - needs.of(0, 1)) // needs.kv_per_block
+    blocks = (left - needs.of(0, 1)) // max(1, needs.kv_per_block)
     context = min(wanted.context, blocks * needs.block_size)
     sequences = wanted.sequences
     while sequences > 1 and needs.of(context, sequences) > left:
         sequences = min(sequences - 1, _sequences_at_most(needs, context, left))
     total = candidate.weights_bytes + needs.of(context, sequences)
     kv_bytes = needs.of(context, sequences) - needs.of(0, sequences)
-    return Fit(candidate, context, sequences, kv_bytes, total, room - total)
+    return Fit(candidate, context, sequences, kv_bytes, total, room - total, sequences * needs.states)
 
 
 def _sequences_at_most(needs: Needs, context: int, left: int) -> int:
@@ -295,6 +304,9 @@ def recommend(fits: Sequence[Fit], hardware: Hardware, wanted: Wanted) -> Recomm
     # What is there is preferred to what has to be made, unless that is faster by more than noise.
     best = max(alike, key=lambda fit: (round(_speed(fit) / max(map(_speed, alike), default=1) * 10), _is_there(fit)))
     size = f" --inference.max_seq_length {best.context} --inference.max_batch_size {best.sequences}"
+    # Without a size the engine takes no more than a share of what is available, and may have to refuse.
+    size += f" --engine.kv_cache_bytes {best.kv_bytes}" if best.kv_bytes else ""
+    size += f" --engine.state_cache_bytes {best.state_bytes}" if best.state_bytes else ""
     commands = (best.candidate.command, best.candidate.serve + size)
     return Recommendation(best, tuple(_reasons(best, fits, hardware, wanted)), tuple(filter(None, commands)))
 
@@ -388,6 +400,55 @@ class _Way:
         return 8 * sum(held.memory_bytes for _, held in linear) / max(1, weights)
 
 
+class _Serving:
+    """Commands that serve what figures were computed for: with the settings that are not as the command has them.
+
+    Args:
+        config: the file that settings came from; None: flags and variables only.
+    """
+
+    def __init__(self, settings: Settings, config: Path | None) -> None:
+        self._settings = settings
+        self._file = [] if config is None else ["--config", str(config)]
+        self._plain = read_settings(needs_model=False).settings
+        sources = settings.model.mixed_precision.sources
+        try:
+            self._read = read_settings(config, needs_model=False).settings
+            known = self._read.model.mixed_precision.sources
+        except ConfigError:  # the file's rules name a source that a flag declares
+            self._read, known = read_settings(config, sources=sources, needs_model=False).settings, {}
+        self._declared = [(name, path) for name, path in sources.items() if known.get(name) != path]
+
+    def as_configured(self) -> str:
+        model, read = self._settings.model, self._read.model
+        mixed, known = model.mixed_precision, read.mixed_precision
+        words = list(self._file)
+        if model.base_path != read.base_path:
+            words += ["--model", model.base_path]
+        for source, path in self._declared:
+            words += ["--source", f"{source}={path}"]
+        if mixed.default_source != known.default_source:
+            words += ["--model.mixed_precision.default_source", mixed.default_source]
+        there = len(known.all_rules)
+        for rule in mixed.all_rules[there if mixed.all_rules[:there] == known.all_rules else 0 :]:
+            words += ["--map", f"{rule.pattern}={rule.source}"]
+        return self._line(words, self._read)
+
+    def alone(self, model: str, *words: str) -> str:
+        """A checkpoint without the configured rules."""
+        return self._line(["--model", model, *words], self._plain)
+
+    def _line(self, words: Sequence[str], there: Settings) -> str:
+        flags: list[str] = []
+        for section in ("inference", "engine"):
+            wanted = getattr(self._settings, section).model_dump(exclude=_DECIDED, exclude_none=True)
+            known = getattr(there, section).model_dump()
+            for name, value in wanted.items():
+                if value != known[name]:
+                    flags += [f"--{section}.{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        return shlex.join(["amalgam", "serve", *words, *flags])
+
+
 class _Stock:
     """What there is to choose from: the plan as configured, each source alone, and what could be made.
 
@@ -399,17 +460,15 @@ class _Stock:
         self.left_out: dict[str, str] = {}
         self._settings = settings
         self._loader = loader
-        self._config = config
+        self._serving = _Serving(settings, config)
         self._backend = choose_backend(getattr(torch, settings.inference.dtype), loader.device)
 
     def ways(self) -> Iterator[_Way]:
         base_path, mixed = self._settings.model.base_path, self._settings.model.mixed_precision
         base = self._loader.plan(())
-        folder = shlex.quote(base_path)
-        yield self._way(BASE_SOURCE, f"amalgam serve --model {folder}", base)
+        yield self._way(BASE_SOURCE, self._serving.alone(base_path), base)
         if mixed.all_rules or mixed.default_source != BASE_SOURCE:
-            serve = f"amalgam serve --config {shlex.quote(str(self._config))}"
-            yield from self._planned(AS_CONFIGURED, serve, None)
+            yield from self._planned(AS_CONFIGURED, self._serving.as_configured(), None)
         for source, path in mixed.sources.items():
             if source in mixed.derived and not Path(path).expanduser().exists():
                 self.left_out[source] = "It is derived and not made yet. `amalgam serve` makes it."
@@ -429,9 +488,10 @@ class _Stock:
         if not names or {name for name, each in self._chosen(rules) if each == source} != set(names):
             self.left_out[source] = "It does not hold the weights of all layers."
             return
-        folder = shlex.quote(self._settings.model.base_path)
-        maps = " ".join(f"--map {shlex.quote(f'{pattern}={source}')}" for pattern in patterns)
-        serve = f"amalgam serve --model {folder} --source {shlex.quote(f'{source}={path}')} {maps}"
+        words = ["--source", f"{source}={path}"]
+        for pattern in patterns:
+            words += ["--map", f"{pattern}={source}"]
+        serve = self._serving.alone(self._settings.model.base_path, *words)
         yield from self._planned(source, serve, rules)
 
     def _chosen(self, rules: Sequence[Rule]) -> list[tuple[str, str]]:
@@ -458,7 +518,7 @@ class _Stock:
             label = name if group_size is None else f"{name}-g{group_size}"
             options = QuantizeOptions(group_size)
             flags = f"--format {name}" + ("" if group_size is None else f" --group-size {group_size}")
-            out = shlex.quote(f"{Path(path).name}-{label}")
+            out = f"{Path(path).name}-{label}"
             try:
                 held = [(weight.slot, self._made(weight, name, options)) for weight in base]
             except AmalgamError as error:  # a shape that the format cannot hold
@@ -466,8 +526,8 @@ class _Stock:
                 continue
             yield _Way(
                 label,
-                f"amalgam quantize {shlex.quote(path)} {out} {flags}",
-                f"amalgam serve --model {out}",
+                f"{shlex.join(['amalgam', 'quantize', path, out])} {flags}",
+                self._serving.alone(out),
                 held,
             )
 
