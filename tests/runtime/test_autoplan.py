@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from amalgam.base.machine import Machine
 from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Settings, build_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation
 from amalgam.errors import ConfigError, RequestError
+from amalgam.evaluation.confidence import Interval
 from amalgam.evaluation.texts import Document, sample_of
 from amalgam.planning.following import Decision
 from amalgam.planning.problem import problem_of
@@ -167,6 +169,54 @@ def test_a_change_by_somebody_else_is_not_taken_back(deployment: Deployment, mon
     monkeypatch.setattr(autoplan, "_shadow", overtaken)
     decision = look_after(deployment, VERSE)
     assert decision.outcome == "overtaken" and deployment.version_id == 2
+    assert decision.shadowed is not None and decision.is_proposal
+    monkeypatch.undo()
+    kept = autoplan.look()
+    assert kept.outcome == "no_drift" and kept.drift.from_planned == 0 and deployment.version_id == 2
+    assert look_after(deployment, CODE).outcome not in OUTCOMES_OF_NOTHING
+
+
+def test_a_mapping_sent_before_the_first_look_and_an_undo_stay_until_the_use_drifts(deployment: Deployment) -> None:
+    deployment.update_weight_mapping({"model.layers.0.mlp.experts.0.*": "int3"})
+    assert look_after(deployment, VERSE).outcome == "no_drift" and deployment.version_id == 2
+    code = look_after(deployment, CODE)
+    assert code.outcome == "committed" and deployment.version_id == 3, code.reason
+    deployment.undo_weight_mapping(3)
+    rules = deployment.rules
+    assert autoplan_of(deployment).look().outcome == "no_drift"
+    assert deployment.version_id == 4 and deployment.rules == rules
+
+
+def test_another_mapping_while_a_plan_is_judged_is_not_taken_for_the_one_that_was(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autoplan = autoplan_of(deployment)
+    shadow = autoplan._shadow
+
+    def remapped(*arguments: Any) -> Any:
+        deployment.update_weight_mapping({"model.layers.0.mlp.experts.0.*": "int3"})
+        measured = shadow(*arguments)
+        return replace(measured, candidate=measured.now, difference=Interval(0.0, -0.1, 0.1))
+
+    monkeypatch.setattr(autoplan, "_shadow", remapped)
+    assert look_after(deployment, VERSE).outcome == "not_better"
+    assert autoplan._known == 1 and deployment.version_id == 2
+
+
+def test_files_with_other_weights_end_proposals(deployment: Deployment) -> None:
+    autoplan = autoplan_of(deployment)
+    autoplan.set_frozen(True)
+    deployment.reload_weights()
+    autoplan._known, autoplan._planned = deployment.version_id, None
+    assert look_after(deployment, VERSE).outcome == "frozen"  # they are the same
+    autoplan._proposer.digest = "of others"
+    assert autoplan.explain(0, 3)["use"]
+    deployment.reload_weights()
+    autoplan._known = deployment.version_id
+    decision = autoplan.look()
+    assert decision.outcome == "failed" and "other weights" in decision.reason and not decision.is_proposal
+    with raises(RequestError, "other weights"):
+        autoplan.explain(0, 3)
 
 
 def test_nan_in_the_candidate_keeps_the_plan(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +235,49 @@ def test_nan_in_the_candidate_keeps_the_plan(deployment: Deployment, monkeypatch
     monkeypatch.setattr(autoplan, "_shadow", damaged)
     decision = look_after(deployment, VERSE)
     assert decision.outcome == "failed" and "NaN" in decision.reason and deployment.version_id == 1
+    assert decision.is_proposal and decision.num_changed
+
+
+def test_a_candidate_that_fails_is_told_with_its_figures_and_not_tried_again(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    autoplan = autoplan_of(deployment)
+    calls: list[int] = []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(1)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(autoplan, "_shadow", broken)
+    decision = look_after(deployment, VERSE)
+    assert decision.outcome == "failed" and "out of memory" in decision.reason and decision.expected_gain
+    assert autoplan.look().outcome == "no_drift" and len(calls) == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "out of memory" in warnings[0] and deployment.version_id == 1
+
+
+def test_only_looks_without_an_event_are_told_as_one(deployment: Deployment) -> None:
+    autoplan = autoplan_of(deployment)
+
+    def told() -> list[str]:
+        return [decision["outcome"] for decision in autoplan.describe()["decisions"]]
+
+    for _ in range(3):
+        assert autoplan.look().outcome == "few_tokens"
+    autoplan.set_frozen(True)
+    look_after(deployment, VERSE)
+    autoplan.look()  # the same candidate
+    assert told() == ["few_tokens", "frozen"]
+    look_after(deployment, CODE)
+    assert told() == ["few_tokens", "frozen", "frozen"]
+
+
+def test_caches_that_are_not_written_yet_are_not_free(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine("Some Xeon", 8, 1, 8, None, (), 10**10, None, 5 * 10**9)
+    monkeypatch.setattr("amalgam.runtime.autoplan.detect_machine", lambda: machine)
+    assert deployment.engine.kv_cache_bytes > 0
+    room = int(5 * 10**9 - 0.15 * 10**10) - deployment.engine.kv_cache_bytes
+    assert autoplan_of(deployment).limits().memory_bytes == pytest.approx(deployment.version.nbytes + room, abs=2)
 
 
 def test_an_expert_is_explained(deployment: Deployment) -> None:

@@ -28,6 +28,8 @@ from amalgam.planning.use import Use
 
 HOUR = 3600.0
 SETTLED = ("same_plan", "small_expected_gain", "not_better", "committed")  # for this use; until it drifts
+QUIET = ("few_tokens", "no_drift")  # nothing has happened
+FAILED = ("failed", "not_finite")
 
 Outcome = Literal[
     "frozen", "few_tokens", "no_drift", "same_plan", "small_expected_gain", "swap_cap", "over_budget", "no_memory",
@@ -105,11 +107,12 @@ class Candidate:
 class Proposer:
     """Chooses for a use; keeps what does not depend on it.
 
-    Weights without sensitivities (outside of the layers) stay as they are.
+    Weights without sensitivities stay as they are.
     """
 
     def __init__(self, problem: Problem, sensitivities: Sensitivities) -> None:
         self.problem = problem
+        self.digest = sensitivities.digest
         self._sensitivities = sensitivities
         self._costs = {kind: costs(problem, kind) for kind in ("memory", "stored")}
         self._rows = np.arange(len(problem.items))
@@ -187,6 +190,11 @@ class Decision:
     def is_proposal(self) -> bool:
         """Whether there was a plan to decide about."""
         return self.candidate_bytes is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is tried before the use drifts: the same candidate would fail again."""
+        return self.outcome in SETTLED or (self.outcome in FAILED and self.is_proposal)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -42,7 +42,7 @@ def read_sensitivities(folder: Path, loader: ModelLoader, problem: Problem) -> S
         if errors is None:
             raise ConfigError(f"{file_of(folder, layer)} is missing or damaged.", remedy=_REMEDY)
         weights.update(errors)
-    return Sensitivities(num_tokens, weights)
+    return Sensitivities(num_tokens, weights, digest)
 
 
 def find_sensitivities(root: Path, loader: ModelLoader, problem: Problem) -> Path:

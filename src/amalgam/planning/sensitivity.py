@@ -73,10 +73,15 @@ class WeightErrors:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Of all weights that have a choice and were measured, by logical name."""
+    """Of all weights that have a choice and were measured, by logical name.
+
+    Attributes:
+        digest: of those weights and their options, see `digest_of_weights`; empty: not known.
+    """
 
     num_tokens: int
     weights: Mapping[str, WeightErrors]
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ class SensitivityStudy:
         weights = {name: errors for layer in sorted(found) for name, errors in found[layer].items()}
         study = {"version": VERSION, "num_tokens": self._sample.num_tokens, "weights": self._weights_digest}
         replace_file(self.folder / STUDY, json.dumps(study))
-        return Sensitivities(self._sample.num_tokens, weights)
+        return Sensitivities(self._sample.num_tokens, weights, self._weights_digest)
 
     def _load(self, layer: int) -> dict[str, PackedWeight]:
         prefix = f"layers.{layer}."

@@ -26,6 +26,7 @@ from amalgam.base.threads import EXIT_SECONDS, StoppableThread
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.settings import BASE_SOURCE, AutoplanSettings, Rule, Settings, build_rules, state_folder
+from amalgam.engine.core import Engine
 from amalgam.errors import AmalgamError, ConfigError, ConflictError, RequestError, UnavailableError
 from amalgam.evaluation.confidence import MIN_UNITS
 from amalgam.experts.tracker import ExpertTracker
@@ -36,6 +37,7 @@ from amalgam.planning.budget import Budget, parse_budget
 from amalgam.planning.following import Candidate, Decision, Limits, Proposer, Shadowed, Verdict
 from amalgam.planning.kept import find_sensitivities, read_sensitivities
 from amalgam.planning.problem import problem_of
+from amalgam.planning.sensitivity import digest_of_weights
 from amalgam.planning.shadow import Throttle, be_quiet, shadow
 from amalgam.planning.use import Use, use_of_tally
 from amalgam.planning.writing import rules_of
@@ -46,6 +48,8 @@ logger = logging.getLogger("amalgam.autoplan")
 WINDOW_TOKENS = 128  # of a request's beginning, at most
 MAX_DECISIONS, MAX_POINTS = 256, 1440
 _SAFE_SHARE = 0.85
+_OTHERS = "Sensitivities are of other weights than the files hold now."
+_MEASURE = "Measure them again, then restart the server."
 
 
 class Served(Protocol):
@@ -55,6 +59,8 @@ class Served(Protocol):
     def settings(self) -> Settings: ...
     @property
     def loader(self) -> ModelLoader: ...
+    @property
+    def engine(self) -> Engine: ...
     @property
     def version(self) -> WeightVersion: ...
     @property
@@ -131,6 +137,19 @@ def open_proposer(settings: Settings, loader: ModelLoader) -> Proposer | None:
     return Proposer(problem, read_sensitivities(folder, loader, problem))
 
 
+@dataclass
+class _Look:
+    """What is known of a look so far, which is told even if it fails.
+
+    Attributes:
+        decision: without its outcome.
+        choice: of the candidate; None: there is none.
+    """
+
+    decision: Decision
+    choice: tuple[int, ...] | None = None
+
+
 class Autoplan:
     """Looks at the traffic of a deployment in a thread of its own.
 
@@ -171,7 +190,10 @@ class Autoplan:
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._points: deque[Point] = deque(maxlen=MAX_POINTS)
         self._swaps: deque[float] = deque(maxlen=max(1, self.settings.max_swaps_per_hour))  # by the monotonic clock
-        self._planned: tuple[int, npt.NDArray[Any]] | None = None  # version and the use that it is good for
+        self._told: tuple[Any, ...] | None = None  # what the latest decision is about
+        self._checked = deployment.loader, True  # and whether sensitivities are of its weights
+        self._known = deployment.version.version_id  # another version is somebody else's
+        self._planned: npt.NDArray[Any] | None = None  # the use that the known version is good for
 
     def start(self) -> None:
         self._thread.start()
@@ -217,8 +239,10 @@ class Autoplan:
         """Why an expert has its precision: use, sensitivity, and what the next steps up and down would do.
 
         Raises:
-            RequestError: the model has no such expert.
+            RequestError: the model has no such expert, or its weights are others than sensitivities were measured of.
         """
+        if not self._has_sensitivities():
+            raise RequestError(_OTHERS, remedy=_MEASURE)
         version = self._deployment.version
         use = self._use() or self._use_so_far()
         choice = self._choice(version)
@@ -260,37 +284,43 @@ class Autoplan:
         at, version = time.time(), self._deployment.version
         short, long = (self._tracker.snapshot(minutes).tally for minutes in self._minutes)
         counts, tokens = short.counts.sum(axis=0), int(short.num_tokens.sum())
-        planned = None
-        if self._planned is not None and self._planned[0] == version.version_id:
-            planned = self._planned[1]
-        drift = following.drift_of(counts, long.counts.sum(axis=0), planned, tokens)
-        decision = Decision(at, "failed", "", drift)
+        if version.version_id != self._known and tokens >= self.settings.min_tokens:
+            # Somebody else has chosen it with this traffic in view, so it stays until the use drifts from there.
+            self._known, self._planned = version.version_id, counts
+        planned = self._planned if version.version_id == self._known else None
+        look = _Look(Decision(at, "failed", "", following.drift_of(counts, long.counts.sum(axis=0), planned, tokens)))
         try:
             use = use_of_tally(short, self._tracker.layer_ids, "live") if tokens else None
-            decision = self._decide(decision, version, use)
+            verdict = self._decide(look, version, use)
         except UnavailableError:
             raise
         except ConflictError as error:
-            decision = replace(decision, outcome="overtaken", reason=str(error))
+            verdict = Verdict("overtaken", str(error))
         except AmalgamError as error:
-            decision = replace(decision, reason=str(error))
-        if decision.outcome in following.SETTLED:
-            self._planned = self._deployment.version.version_id, counts
-        self._note(decision)
+            verdict = Verdict("failed", str(error))
+        except Exception as error:
+            logger.exception("a look at the traffic has failed; weights stay as they are")
+            verdict = Verdict("failed", f"{type(error).__name__}: {error}")
+        look.decision = decision = replace(look.decision, outcome=verdict.outcome, reason=verdict.reason)
+        if decision.is_settled:
+            self._known, self._planned = decision.version or version.version_id, counts
+        self._note(look)
         return decision
 
-    def _decide(self, decision: Decision, version: WeightVersion, use: Use | None) -> Decision:
+    def _decide(self, look: _Look, version: WeightVersion, use: Use | None) -> Verdict:
         limits = self.limits()
-        verdict = following.before_proposing(decision.drift, limits)
+        verdict = following.before_proposing(look.decision.drift, limits)
         if verdict is not None or use is None:
-            return _with(decision, verdict or Verdict("few_tokens", "No token in the short window."))
+            return verdict or Verdict("few_tokens", "No token in the short window.")
+        if not self._has_sensitivities():
+            return Verdict("failed", f"{_OTHERS} {_MEASURE}")
         now = self._choice(version)
         candidate = self._proposer.propose(use, now, limits)
-        changed = sum(one != other for one, other in zip(candidate.choice, now, strict=True))
-        decision = replace(
-            decision,
+        look.choice = candidate.choice
+        look.decision = replace(
+            look.decision,
             candidate_bytes=candidate.memory_bytes,
-            num_changed=changed,
+            num_changed=sum(one != other for one, other in zip(candidate.choice, now, strict=True)),
             expected_gain=candidate.expected_gain,
         )
         reference, transient = self._reference(version, candidate, now, limits)
@@ -304,36 +334,42 @@ class Autoplan:
             transient_bytes=transient,
         )
         if verdict is not None:
-            return _with(decision, verdict)
+            return verdict
         windows = self.ring.read(self._minutes[0] * 60)
         if len(windows) < MIN_UNITS:
-            return _with(
-                decision,
-                Verdict("few_requests", f"{len(windows)} sampled requests to compare with, {MIN_UNITS} are needed."),
-            )
-        return self._try(decision, version, candidate, reference, windows, limits)
+            return Verdict("few_requests", f"{len(windows)} sampled requests to compare with, {MIN_UNITS} are needed.")
+        return self._try(look, version, candidate, reference, windows, limits)
 
     def _try(
         self,
-        decision: Decision,
+        look: _Look,
         version: WeightVersion,
         candidate: Candidate,
         reference: Sequence[int],
         windows: Sequence[Sequence[int]],
         limits: Limits,
-    ) -> Decision:
+    ) -> Verdict:
         loader, problem = self._deployment.loader, self._proposer.problem
         rules = build_rules(rules_of(loader, problem, candidate.choice))
         throttle = Throttle(self.settings.max_share, self._check, self._is_closing.wait)
         loaded = loader.build(loader.plan(rules), version.version_id + 1, version, throttle)
         shadowed = self._shadow(loader, version, loaded.version, reference, windows, throttle)
-        decision = replace(decision, shadowed=shadowed)
+        look.decision = replace(look.decision, shadowed=shadowed)
         verdict = following.after_shadowing(shadowed, limits, is_frozen=self._is_frozen)
-        if verdict.outcome != "committed":
-            return _with(decision, verdict)
-        result = self._deployment.adopt(loaded, rules, version.version_id)
-        self._swaps.append(time.monotonic())
-        return replace(_with(decision, verdict), version=result.version)
+        if verdict.outcome == "committed":
+            result = self._deployment.adopt(loaded, rules, version.version_id)
+            self._swaps.append(time.monotonic())
+            look.decision = replace(look.decision, version=result.version)
+        return verdict
+
+    def _has_sensitivities(self) -> bool:
+        """Whether they are of the weights in the files that are served now."""
+        loader, is_theirs = self._checked
+        if loader is not self._deployment.loader:
+            loader = self._deployment.loader
+            is_theirs = digest_of_weights(loader, self._proposer.problem) == self._proposer.digest
+            self._checked = loader, is_theirs
+        return is_theirs
 
     def _shadow(
         self,
@@ -431,21 +467,28 @@ class Autoplan:
         if device.type == "cuda":
             available, total = torch.cuda.mem_get_info(device)
         else:
-            machine = detect_machine()
-            available, total = machine.available_bytes, machine.memory_bytes
+            machine, engine = detect_machine(), self._deployment.engine
+            # Pages of the caches that nothing has written yet count as available.
+            available = machine.available_bytes - engine.kv_cache_bytes - engine.state_cache_bytes
+            total = machine.memory_bytes
         return alive + max(0, available - int((1 - _SAFE_SHARE) * total))
 
-    def _note(self, decision: Decision) -> None:
-        """Uneventful looks are told as one, the latest."""
+    def _note(self, look: _Look) -> None:
+        """Of looks in a row without an event, only the latest is kept, and of those about one candidate."""
+        decision = look.decision
         drift, shadowed = decision.drift, decision.shadowed
         divergence = None
         if shadowed is not None:
             divergence = (shadowed.candidate if decision.outcome == "committed" else shadowed.now).value
         size = self._deployment.version.nbytes
         point = Point(decision.at, drift.num_tokens, drift.from_long, drift.from_planned, size, divergence)
-        level = logging.INFO if decision.is_proposal else logging.DEBUG
+        is_failure = decision.outcome in following.FAILED
+        about = decision.outcome, look.choice, decision.reason if is_failure else ""
+        is_same = about == self._told and shadowed is None
+        self._told = about
+        level = logging.WARNING if is_failure else logging.INFO
         logger.log(
-            level,
+            logging.DEBUG if is_same or decision.outcome in following.QUIET else level,
             "%s: %s drift=%s from_long=%s tokens=%d changed=%s bytes=%s expected_gain=%s version=%s",
             decision.outcome,
             decision.reason,
@@ -459,8 +502,6 @@ class Autoplan:
         )
         with self._lock:
             self._points.append(point)
-            last = self._decisions[-1] if self._decisions else None
-            is_same = last is not None and last.outcome == decision.outcome and last.shadowed is decision.shadowed
             if is_same:
                 self._decisions.pop()
             self._decisions.append(decision)
@@ -493,10 +534,6 @@ def _sharing(planned: Sequence[PlannedWeight], now: WeightVersion, candidate: We
             if version.keys.get(slot) == weight.key:
                 weights[slot], keys[slot] = version[slot], weight.key
     return WeightVersion(0, weights, {}, keys)
-
-
-def _with(decision: Decision, verdict: Verdict) -> Decision:
-    return replace(decision, outcome=verdict.outcome, reason=verdict.reason)
 
 
 def _budget_of(text: str, name: str) -> Budget | None:
