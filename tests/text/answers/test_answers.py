@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 import pytest
 
 from amalgam.errors import ConfigError
@@ -193,12 +194,35 @@ ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
     "pythonic list": ("pythonic", "[1, 2] and [now]", "[1, 2] and [now]", "", []),
     "pythonic code": ("pythonic", "[now(x=open('f'))]", "[now(x=open('f'))]", "", []),
     "pythonic other": ("pythonic", "[print(a=1)]", "[print(a=1)]", "", []),
+    "pythonic keywords": (
+        "pythonic", "[now(from='f(a=1)', class = null, in={'b(': true})]", "", "",
+        [("now", {"from": "f(a=1)", "class": None, "in": {"b(": True}})],
+    ),
+    **{
+        f"pythonic {value}": ("pythonic", f"[now({value})]", f"[now({value})]", "", [])
+        for value in (
+            "x=...", "x={1,2}", "x=b'a'", "x=1j", "x={[1]}", "x={{}: 1}", "x={b'a': 1}", "x={**{'a': 1}}", "x=1, x=2",
+            "**{'a': 1}", "*[1]", "1", "x=1e999", "x=-'a'", "x=f'{1}'", "x=now()",
+        )
+    },
     "minimax": ("minimax", f"<think>{THOUGHT}</think>\n{minimax(WEATHER, NOTE)}", "", THOUGHT, [WEATHER, NOTE]),
     "minimax without its block": ("minimax", '<invoke name="now"></invoke>', "", "", [("now", {})]),
     "minimax broken": ("minimax", "<minimax:tool_call>\n{1}", "<minimax:tool_call>\n{1}", "", []),
     "kimi": ("kimi", f"Go.{kimi(WEATHER, NOTE)}", "Go.", "", [WEATHER, NOTE]),
     "kimi broken": ("kimi", "a<|tool_call_begin|>functions.f:0 {}", "a<|tool_call_begin|>functions.f:0 {}", "", []),
     "hunyuan": ("hunyuan", hunyuan(WEATHER, NOTE), "", "", [WEATHER, NOTE]),
+    "hunyuan frame": (
+        "hunyuan", f"<think>\n{THOUGHT}\n</think>\n<answer>\nYes: <answer> </answer>.\n</answer>",
+        "Yes: <answer> </answer>.", THOUGHT, [],
+    ),
+    "hunyuan call in a frame": (
+        "hunyuan", f"<think>\n\n</think>\n<answer>\nHm.\n{hunyuan(WEATHER)}\n</answer>\n", "Hm.", "", [WEATHER],
+    ),
+    "hunyuan call behind a frame": (
+        "hunyuan", f"<answer>\nHm.\n</answer>\n{hunyuan(WEATHER)}", "Hm.", "", [WEATHER],
+    ),
+    "hunyuan no frame": ("hunyuan", "Hm <answer>a</answer>", "Hm <answer>a</answer>", "", []),
+    "hunyuan frame left open": ("hunyuan", "<answer>a </answer", "a </answer", "", []),
     "hunyuan broken": ("hunyuan", "<tool_calls>[3]</tool_calls>", "<tool_calls>[3]</tool_calls>", "", []),
     "deepseek broken": (
         "deepseek", "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>x",
@@ -290,7 +314,7 @@ def test_noise_is_never_lost(name: str) -> None:
         text = "".join(chance.choices(bits, k=chance.randint(1, 30)))
         whole = taken_apart(made(name), [text])
         assert taken_apart(made(name), list(text)) == whole
-        if not whole[2] and name != "gpt_oss":  # whose marks are no text
+        if not whole[2] and name != "gpt_oss" and not text.lstrip().startswith("<answer>"):  # whose marks are no text
             assert "".join(whole[0].split()) == "".join(text.split())
 
 
@@ -335,6 +359,35 @@ def test_arguments_are_json_whatever_the_model_writes(value: str) -> None:
     assert put_together(deltas)[2] == [("f", as_json({"a": value}))]
 
 
+def test_names_of_tools_need_be_no_names_of_python() -> None:
+    parser = made("pythonic").parser([tool("get-weather"), tool("3d.view")])
+    text = "[get-weather(from-date='2 (a=1)', $x=1), 3d.view()]"
+    calls = put_together([*parser.push(text), *parser.finish()])[2]
+    assert calls == [("get-weather", as_json({"from-date": "2 (a=1)", "$x": 1})), ("3d.view", "{}")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pythonic", r"""[f(a="\ud83d")]"""),
+        ("glm", r"""<tool_call>f<arg_key>a</arg_key><arg_value>"\ud83d"</arg_value></tool_call>"""),
+        ("hermes", r"""<tool_call>{"arguments": {"a": "\ud83d"}, "name": "f"}</tool_call>"""),
+        ("hermes", r"""<tool_call>{"name": "\ud83d", "arguments": {}}</tool_call>"""),
+    ],
+)
+def test_half_a_character_stays_escaped(name: str, text: str) -> None:
+    parser = made(name).parser([tool("f", a={"type": "object"})])
+    content, _, calls = put_together([*parser.push(text), *parser.finish()])
+    assert orjson.dumps([content, calls])
+    assert [json.loads(arguments) for _, arguments in calls] == [{"a": "\ud83d"}] or content == text
+
+
+def test_without_tools_an_answer_has_no_frame_either() -> None:
+    parser = made("hunyuan").parser()
+    text = f"<think>x</think>\n<answer>\n{hunyuan(WEATHER)}\n</answer>"
+    assert put_together([*parser.push(text), *parser.finish()]) == (hunyuan(WEATHER), "x", [])
+
+
 def test_without_tools_nothing_is_a_call() -> None:
     parser = made("hermes").parser()
     text = f"<think>x</think>{hermes(*WEATHER)}"
@@ -358,6 +411,18 @@ def test_ids_of_calls() -> None:
     assert ids["kimi"] == "functions.get_weather:0"  # as its template shows it to the model again
     assert re.fullmatch(r"call_\w{20,}", ids["hermes"])
     assert re.fullmatch(r"[A-Za-z0-9]{9}", ids["mistral"])
+
+
+def test_ids_of_kimis_calls_are_the_models() -> None:
+    text = (
+        kimi(WEATHER, NOTE, ("now", {}), ("now", {}))
+        .replace(":1<", ":7<")
+        .replace("now:2", "now")
+        .replace("w:3", "w:2")
+    )
+    deltas = made("kimi").parser(TOOLS).push(text)
+    ids = [delta.id for delta in deltas if isinstance(delta, ToolCallDelta) and delta.name is not None]
+    assert ids == [f"functions.{name}" for name in ("get_weather:0", "note:7", "now:2", "now:3")]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from amalgam.text.answers.reading import Reader, Waiting
 
 _ARGUMENTS = ("arguments", "parameters")
 _MAX_NAME_CHARS = 256
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 class Found(enum.Enum):
@@ -55,7 +57,7 @@ def read_call(reader: Reader, answer: Answer, only: Collection[str] | None = Non
             if value is _BROKEN:
                 return broken
             if key == "name" and not begun:
-                if not isinstance(value, str) or not value or (only is not None and value not in only):
+                if not isinstance(value, str) or not _is_text(value) or (only is not None and value not in only):
                     return broken
                 name = value
             elif key in _ARGUMENTS and not begun:
@@ -119,7 +121,10 @@ def _as_arguments(value: Any) -> str | None:
             return None
     if value is None:
         value = {}
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else None
+    try:
+        return written(value) if isinstance(value, dict) else None
+    except ValueError:
+        return None
 
 
 def held_until(reader: Reader, marks: Sequence[str]) -> Waiting[tuple[str, str | None]]:
@@ -146,10 +151,10 @@ class TypedArguments:
 
     def add(self, key: str, text: str, *, is_whole: bool = True) -> None:
         """One more; one that breaks off stays open."""
-        value = self._typed(key, text) if is_whole else _written(text)[:-1]
+        value = self._typed(key, text) if is_whole else written(text)[:-1]
         separator = ", " if self._names else "{"
         self._names.add(key)
-        self._answer.arguments(f"{separator}{_written(key)}: {value}")
+        self._answer.arguments(f"{separator}{written(key)}: {value}")
 
     def finish(self) -> None:
         self._answer.arguments("}" if self._names else "{}")
@@ -158,16 +163,27 @@ class TypedArguments:
         properties = self._schema.get("properties")
         types = types_of(properties.get(key)) if isinstance(properties, Mapping) else set()
         if not types or ("string" in types and not (text == "null" and "null" in types)):
-            return _written(text)
+            return written(text)
         try:
-            return _written(json.loads(text))
+            return written(json.loads(text))
         except (ValueError, RecursionError):
-            return _written(text)
+            return written(text)
 
 
-def _written(value: Any) -> str:
-    """As JSON, which has neither NaN nor infinity."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+def written(value: Any) -> str:
+    """As JSON that UTF-8 can hold.
+
+    Raises:
+        ValueError: JSON has neither NaN nor infinity, nor numbers of that many digits.
+        TypeError: a value of a type that JSON does not have.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if _is_text(text) else json.dumps(value, allow_nan=False)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it is some, and UTF-8 can hold it: escapes may write half a character."""
+    return bool(text) and _HALF_CHARACTER.search(text) is None
 
 
 def types_of(schema: Any) -> set[str]:

@@ -68,7 +68,8 @@ class ToolFormat:
         grammar: a rule `calls` in llguidance's dialect of Lark: exactly calls of the tools, and one only unless they
             may be several.
         new_id: of a call, as the family's templates take it.
-        reasons: it sets reasoning apart by itself, and needs to read answers to requests without tools too.
+        reasons: it sets reasoning apart by itself, and reads answers to requests without tools too.
+        frames_content: marks stand around content, too: it reads answers to requests without tools.
         thought: what stands around that reasoning.
         opening: what every call begins with, and no other text; empty: calls have no such mark.
         short_openings: what calls are known by too, where the model has left out `opening`.
@@ -81,6 +82,7 @@ class ToolFormat:
     grammar: Callable[[GrammarWriter, Tools, bool], str]
     new_id: Callable[[], str] = _new_id
     reasons: bool = False
+    frames_content: bool = False
     thought: Tags | None = None
     opening: str = ""
     short_openings: tuple[str, ...] = ()

@@ -82,7 +82,7 @@ class AnswerFormat:
         def read(reader: Reader, answer: Answer) -> Reading:
             if self.tags is not None and reasoning:
                 yield from _read_reasoning(reader, answer, self.tags, opens=opens)
-            if answer.tools or self.tool_format.reasons:
+            if answer.tools or self.tool_format.reasons or self.tool_format.frames_content:
                 yield from self.tool_format.read(reader, answer)
             else:
                 yield from reader.until((), answer.content)

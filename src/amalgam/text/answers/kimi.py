@@ -6,6 +6,9 @@ calls, whose ids are those that the model wrote: its template shows them to it a
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection
+
 from amalgam.text.answers.calls import grammar_of_calls, held_until, is_name
 from amalgam.text.answers.contract import Answer, GrammarWriter, Reading, ToolFormat, Tools
 from amalgam.text.answers.reading import Reader, Waiting
@@ -17,7 +20,7 @@ _KIND = "functions."
 
 
 def _read(reader: Reader, answer: Answer) -> Reading:
-    num_calls = 0
+    ids: set[str] = set()
     while mark := (yield from reader.until([_SECTION, _CALL], answer.content)):
         reader.remember()
         if mark == _SECTION:
@@ -25,13 +28,14 @@ def _read(reader: Reader, answer: Answer) -> Reading:
             if not (yield from reader.accept(_CALL)):
                 answer.content(mark + reader.forget())
                 continue
-        name = yield from _read_name(reader)
+        header = yield from _read_header(reader)
         read = reader.forget()
-        if name is None:
+        if header is None:
             answer.content(mark + read)
             continue
-        answer.call(name, f"{_KIND}{name}:{num_calls}")
-        num_calls += 1
+        call_id = _new_id(*header, ids)
+        ids.add(call_id)
+        answer.call(header[0], call_id)
         if (yield from reader.json_value(answer.arguments)):
             yield from reader.spaces()
             yield from reader.accept(_CALL_END)
@@ -42,14 +46,21 @@ def _read(reader: Reader, answer: Answer) -> Reading:
         answer.end_part()
 
 
-def _read_name(reader: Reader) -> Waiting[str | None]:
-    """Up to where the arguments begin; None: this is no call."""
+def _new_id(name: str, index: str, ids: Collection[str]) -> str:
+    """The one that the model wrote, or a free one where it wrote none, or one twice."""
+    free = (f"{_KIND}{name}:{number}" for number in itertools.count(len(ids)))
+    candidates = itertools.chain([f"{_KIND}{name}:{index}"] if index else [], free)
+    return next(candidate for candidate in candidates if candidate not in ids)
+
+
+def _read_header(reader: Reader) -> Waiting[tuple[str, str] | None]:
+    """Name and index, which may be empty, up to where the arguments begin; None: this is no call."""
     written, mark = yield from held_until(reader, [_ARGUMENTS])
     yield from reader.spaces()
     name = written.strip().removeprefix(_KIND)
-    stem, colon, index = name.rpartition(":")
-    name = stem if colon and index.isdigit() else name
-    return name if mark is not None and is_name(name) and reader.text.startswith("{") else None
+    stem, _, index = name.rpartition(":")
+    name, index = (stem, index) if stem and index.isdecimal() else (name, "")
+    return (name, index) if mark is not None and is_name(name) and reader.text.startswith("{") else None
 
 
 def _grammar(writer: GrammarWriter, tools: Tools, parallel: bool) -> str:

@@ -7,16 +7,27 @@ Out: calls of the request's tools; any other list is content.
 from __future__ import annotations
 
 import ast
-import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from amalgam.text.answers.calls import written
 from amalgam.text.answers.contract import Answer, GrammarWriter, Reading, ToolFormat, Tools, name_of, schema_of
 from amalgam.text.answers.reading import Reader, Waiting
 
 _START, _END = "<|python_start|>", "<|python_end|>"
 _SHOWN = "[func_name1("  # how the templates say it
 _PAIRS = {")": "(", "]": "[", "}": "{"}
+_NAME_CHARS = r"[\w.$@/-]"
+# A string, which is passed over, or the name of a function or an argument.
+_STRING_OR_NAME = re.compile(
+    r'"""(?:\\.|[^\\])*?"""'
+    r"|\'\'\'(?:\\.|[^\\])*?\'\'\'"
+    r'|"(?:\\.|[^"\\])*"'
+    r"|'(?:\\.|[^'\\])*'"
+    rf"|(?<!{_NAME_CHARS})(?P<name>{_NAME_CHARS}++)(?=\s*[(=])",
+    re.DOTALL,
+)
 
 
 def _read(reader: Reader, answer: Answer) -> Reading:
@@ -70,22 +81,39 @@ def _read_brackets(reader: Reader) -> Waiting[bool]:
 
 def _calls_of(text: str) -> list[tuple[str, str]] | None:
     """Names and arguments as JSON; None: this is something else than a list of calls. Nothing is run."""
+    names: dict[str, str] = {}
+
+    def named(match: re.Match[str]) -> str:
+        if match["name"] is None:
+            return match[0]
+        placeholder = f"_{len(names)}"
+        names[placeholder] = match["name"]
+        return placeholder
+
     try:
-        parsed = ast.parse(text.strip(), mode="eval").body
+        # Tools and arguments may be called what no name in Python is: `get-weather`, `from`.
+        parsed = ast.parse(_STRING_OR_NAME.sub(named, text.strip()), mode="eval").body
         if not isinstance(parsed, ast.List):
             return None
-        return [_call_of(call) for call in parsed.elts]
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return [_call_of(call, names) for call in parsed.elts]
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
-def _call_of(call: ast.expr) -> tuple[str, str]:
-    if not isinstance(call, ast.Call) or call.args:
+def _call_of(call: ast.expr, names: Mapping[str, str]) -> tuple[str, str]:
+    """
+    Raises:
+        ValueError, TypeError: it is no call whose arguments JSON can hold.
+    """
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         raise ValueError
-    arguments = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
-    if None in arguments:
-        raise ValueError
-    return ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    arguments: dict[str, Any] = {}
+    for keyword in call.keywords:
+        name = None if keyword.arg is None else names[keyword.arg]
+        if name is None or name in arguments:
+            raise ValueError
+        arguments[name] = _value(keyword.value)
+    return names[call.func.id], written(arguments)
 
 
 _CONSTANTS = {"true": True, "false": False, "null": None}
@@ -99,7 +127,9 @@ def _value(node: ast.expr) -> Any:
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return [_value(item) for item in items]
         case ast.Dict(keys=keys, values=values):
-            return {str(ast.literal_eval(key)): _value(value) for key, value in zip(keys, values, strict=True) if key}
+            if None in keys:  # `**` and another
+                raise ValueError
+            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
     return ast.literal_eval(node)
 
 
