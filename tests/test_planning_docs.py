@@ -23,7 +23,7 @@ def test_every_command_of_planning_runs(tmp_path: Path) -> None:
             place = words.index("--tokens") + 1
             words[place] = str(int(words[place]) // 2)
         elif "--reference" in words or "--config" in words:
-            words += ["--tokens", "1024"]
+            words += ["--tokens", "512"]
         program = [sys.executable, "-m", "amalgam.cli", *words[1:]]
         result = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
         assert result.returncode == 0, (line, result.stderr)

@@ -19,10 +19,10 @@ import json, sys
 from amalgam import LLM, SamplingParams
 from amalgam.config.settings import load_settings
 from amalgam.tools.estimate import estimate
-overrides = {"inference.max_batch_size": 32, "inference.max_seq_length": 1024, "engine.num_threads": 1}
+overrides = {"inference.max_batch_size": 16, "inference.max_seq_length": 1024, "engine.num_threads": 1}
 found = estimate(load_settings(sys.argv[1], overrides))
 with LLM(config=sys.argv[1], settings=overrides) as llm:
-    prompts = [f"{index} " + "word " * 930 for index in range(32)]  # the first decodes until the last has come
+    prompts = [f"{index} " + "word " * 930 for index in range(16)]  # the first decodes until the last has come
     params = SamplingParams(max_new_tokens=1000, ignore_eos=True, do_sample=False, repetition_penalty=1.0)
     answers = llm.generate(prompts, params)
     assert all(a.usage.num_prompt_tokens + a.usage.num_new_tokens == 1024 for a in answers)
