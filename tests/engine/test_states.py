@@ -131,6 +131,30 @@ def test_what_is_not_sound_is_not_found() -> None:
     assert shared.computed(prompt) == 30
 
 
+def test_a_state_that_may_be_wrong_is_forgotten_by_whoever_started_from_it() -> None:
+    shared, prompt = Shared(), list(range(30))
+    assert shared.computed(prompt) == 30
+    request = make_request(7, prompt=[*prompt[:28], 7, 8, 9], num_new=4)
+    shared.scheduler.add(request)
+    shared.simulation.step()
+    shared.scheduler.finish(request, is_sound=False)
+    assert at_rest(shared.scheduler)
+    assert shared.computed(prompt) == 30
+
+
+def test_a_state_that_somebody_reads_is_forgotten_and_freed_when_it_is_read() -> None:
+    pool = StatePool(4)
+    first = pool.begin(1, [], [4])
+    pool.share(first, 0, 4)
+    pool.commit(first, 1, [b"a"], 4)
+    reader = pool.begin(1, [b"a"], [])
+    pool.release(first, is_sound=False)
+    assert pool.count_usable(1, [b"a"]) == 0
+    assert pool.num_available == 2, "the reader's slot and the one it is about to read are taken"
+    pool.release(reader)
+    assert pool.num_available == pool.num_slots
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_traffic_finds_its_states(seed: int) -> None:
     """Requests that come, leave, preempt each other and share beginnings, over changing versions, in few slots."""
@@ -261,6 +285,7 @@ def test_a_cancelled_request_gives_its_slot_back(make: Callable[..., Engine]) ->
 def test_slots_without_room_are_refused(model: tuple[Decoder, WeightVersion]) -> None:
     spec = model[0].spec
     cpu = torch.device("cpu")
-    assert choose_num_states(spec, make_settings(state_cache_bytes=3 * spec.state_bytes), cpu) == 3
+    for count in (3, 300):
+        assert choose_num_states(spec, make_settings(state_cache_bytes=count * spec.state_bytes), cpu) == count
     with raises(ConfigError, str(spec.state_bytes), "state_cache_bytes"):
         choose_num_states(spec, make_settings(state_cache_bytes=spec.state_bytes - 1), cpu)
