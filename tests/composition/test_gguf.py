@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,16 @@ LONGROPE = {
     "short_factor": [1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
     "long_factor": [1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
 }
+OLMO3 = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+
+
+def olmo3_scaled(factor: float, write: Callable[[gguf.GGUFWriter, float], None]) -> tuple[str, dict[str, Any], Any]:
+    """OLMo 3, whose file says how much YaRN sharpens attention."""
+    rope = FAMILIES["olmo3"].tiny_config["rope_parameters"]
+    rope = {**rope, "full_attention": {**rope["full_attention"], "attention_factor": factor}}
+    return "olmo3", {**OLMO3, "rope_parameters": rope}, {"edit": lambda writer: write(writer, factor)}
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}, {}),
@@ -83,6 +95,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "glm4_moe_lite_latent": ("glm4_moe_lite", {}, {"splits_latent": True}),
     "exaone_moe_full": ("exaone_moe", {"layer_types": ["full_attention"] * 3}, {}),
     "ernie4_5_moe_some": ("ernie4_5_moe", {"moe_layer_interval": 2, "num_hidden_layers": 4}, {}),
+    "olmo3_factor": olmo3_scaled(1.3, gguf.GGUFWriter.add_rope_scaling_yarn_attn_factor),
+    "olmo3_older_factor": olmo3_scaled(1.3, gguf.GGUFWriter.add_rope_scaling_attn_factors),
+    "olmo3_published_factor": olmo3_scaled(0.1 * math.log(4.0) + 1, gguf.GGUFWriter.add_rope_scaling_yarn_attn_factor),
     "qwen3_moe_split": ("qwen3_moe", {}, {"split_max_tensors": 5}),
 }
 # What these files cannot say: the first two have scores of a scale of their own, the fourth a choice of layers.
@@ -95,7 +110,7 @@ FIXED: dict[str, dict[str, Any]] = {
     },
     "dots1": {"sliding_window": None},
     "llama4": {"attention_chunk_size": 8192, "floor_scale": 8192},
-    "olmo3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    "olmo3": OLMO3,
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
 }
 CASES = {name: (name, FIXED.get(name, {}), {}) for name in FAMILIES if name != "xverse"} | VARIANTS

@@ -60,6 +60,7 @@ _GROUPS = {(60, 160): (8, 3), (27, 64): (1, 1), (61, 256): (8, 4), (61, 384): (1
 # Llama 3.1 to 3.3 differ in the factor only.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _WITHOUT_MLP = {"Qwen3_5MoeForCausalLM"}
+_YARN_FACTORS = ("rope.scaling.yarn_attn_factor", "rope.scaling.attn_factor")
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 _ROPE_KINDS = "none, linear, yarn, and the tables of Llama 3 and of LongRoPE"
 # Numbers of llama.cpp.
@@ -447,6 +448,12 @@ def _olmo2(metadata: _Metadata) -> Config:
         return config
     num_layers, rope = config["num_hidden_layers"], config["rope_parameters"]
     metadata.expect_pattern(4, num_layers)
+    if rope["rope_type"] == "yarn" and rope["factor"] > 1:
+        # What config.json calls `attention_factor`, under today's key or the older one; 1 says nothing. Nor does the
+        # class's default, which float32 has rounded.
+        written, default = metadata.number(metadata.present(*_YARN_FACTORS), 1.0), 0.1 * math.log(rope["factor"]) + 1
+        if written != 1.0 and not math.isclose(written, default, rel_tol=1e-6):
+            rope["attention_factor"] = written
     return config | {
         "architectures": ["Olmo3ForCausalLM"],
         "sliding_window": window,
