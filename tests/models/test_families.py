@@ -99,6 +99,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe", {"scoring_func": "softmax"}),
     ("minimax_m2", {"scoring_func": "softmax"}),
     ("minimax_m2", {"use_qk_norm": False}),
+    ("minimax_m2", {"attn_type_list": [1, 0]}),
     ("minimax_m2", {"shared_intermediate_size": 64}),
     ("dots1", {"scoring_func": "softmax"}),
     ("dots1", {"n_group": 3}),
@@ -106,6 +107,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe_lite", {"mlp_layer_types": ["dense", "linear"]}),
     ("glm4_moe_lite", {"topk_method": "greedy"}),
     ("exaone_moe", {"mlp_layer_types": ["dense", "sparse"]}),
+    ("exaone_moe", {"is_moe_layer": [True, True, True]}),
+    ("exaone_moe", {"swiglu_limits": [None, 7.0, 7.0]}),
+    ("exaone_moe", {"sliding_windows": [8, 8, 4]}),
     ("exaone_moe", {"layer_types": ["full_attention", "sliding_attention", "linear_attention"]}),
     ("ernie4_5_moe", {"moe_gate": "top2"}),
     ("ernie4_5_moe", {"use_bias": True}),
@@ -250,7 +254,7 @@ def test_expert_names_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-@pytest.mark.parametrize("name", ["gemma3", "ministral3"])
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "ministral3", "mistral4"])
 def test_the_text_part_of_llavas_relatives(name: str, prefix: str, tmp_path: Path) -> None:
     """Under both names that it has had; the tower that sees images is named as left out."""
     save_tiny(FAMILIES[name], tmp_path / "text", tie_word_embeddings=False)
@@ -259,7 +263,8 @@ def test_the_text_part_of_llavas_relatives(name: str, prefix: str, tmp_path: Pat
     head = "language_model.lm_head.weight" if prefix.startswith("language") else "lm_head.weight"
     renamed = {re.sub(r"^model\.", prefix, key): tensor for key, tensor in tensors.items() if key != "lm_head.weight"}
     renamed |= {head: tensors["lm_head.weight"], "vision_tower.patch_embedding.weight": torch.zeros(6, 2)}
-    nested = {"architectures": [FAMILIES[name].architectures[1]], "text_config": config, "vision_config": {"depth": 1}}
+    architecture = FAMILIES["ministral3" if name == "mistral4" else name].architectures[1]
+    nested = {"architectures": [architecture], "text_config": config, "vision_config": {"depth": 1}}
     write_checkpoint(tmp_path / "whole", nested, renamed)
     (decoder, version), whole = load_model(tmp_path / "text"), load_model(tmp_path / "whole")
     assert decoder.spec == whole[0].spec
@@ -267,10 +272,33 @@ def test_the_text_part_of_llavas_relatives(name: str, prefix: str, tmp_path: Pat
     assert any("the vision encoder" in note for note in analyze_checkpoint(str(tmp_path / "whole")).notes)
 
 
+@pytest.mark.parametrize("changes", [{"model_type": "mistral5"}, {"layer_types": ["sliding_attention"] * 2}], ids=str)
+def test_of_a_text_part_nothing_is_guessed(changes: dict[str, Any]) -> None:
+    nested = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "text_config": config_of("mistral", sliding_window=None) | changes,
+    }
+    with raises(UnsupportedError, *(f"text_config.{key}" for key in changes)):
+        spec_of(nested)
+
+
+def test_minimax_says_that_all_layers_attend_fully() -> None:
+    config = config_of("minimax_m2")
+    assert spec_of({**config, "attn_type_list": [1, 1]}) == spec_of(config)
+
+
+def test_k_exaone_as_it_was_published_first() -> None:
+    config = config_of("exaone_moe")
+    early = {key: value for key, value in config.items() if key not in ("first_k_dense_replace", "mlp_layer_types")}
+    early |= {"architectures": ["ExaoneMoEForCausalLM"], "first_last_k_dense_replace": 1}
+    assert spec_of({**early, "is_moe_layer": [False, True, True]}) == spec_of(config)
+
+
 def test_mistral_small_is_the_plain_text_part_of_mistral_3(tmp_path: Path) -> None:
     save_tiny(FAMILIES["mistral"], tmp_path / "text")
     config = json.loads((tmp_path / "text/config.json").read_text())
     tensors = load_file(tmp_path / "text/model.safetensors")
+    del config["model_type"]  # which is what the class takes then
     nested = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": config}
     write_checkpoint(tmp_path / "whole", nested, {f"language_model.{key}": tensor for key, tensor in tensors.items()})
     one, other = (Runner(*load_model(tmp_path / folder)).step({0: PROMPT})[0] for folder in ("text", "whole"))

@@ -158,6 +158,17 @@ def _in_language_model(name: str) -> str:
     return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
+def stored_in_language_model(table: Sequence[FusedTensor]) -> tuple[FusedTensor, ...]:
+    """The same fused tensors, also stored under `LANGUAGE_MODEL`'s names."""
+    prefixes = {"": "", **LANGUAGE_MODEL}
+    return tuple(
+        replace(fused, stored=short + fused.stored.removeprefix(whole))
+        for short, whole in prefixes.items()
+        for fused in table
+        if fused.stored.startswith(whole)
+    )
+
+
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FUSED_EXPERTS = fused_experts(f"{_LAYER}.mlp.experts.{{}}", _PROJECTIONS)
 # gpt-oss: wide experts lie `[in, out]`, and gate and up alternate in any precision.

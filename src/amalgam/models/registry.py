@@ -80,12 +80,14 @@ def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]
     family = find_family(config, where)
     reader = ConfigReader(config, where)
     text = reader.object("text_config", default=None)
-    for fields in (reader,) if text is None else (reader, text):
+    parts = (reader,) if text is None else (reader, text)
+    for fields in parts:
         for key in _LAYER_COUNTS:
             if isinstance(count := fields.values.get(key), int) and count > MAX_LAYERS:
                 fields.refuse(key, count, f"at most {MAX_LAYERS} layers")
     spec = family.read_spec(reader)
-    _check_layer_types(reader, spec)
+    for fields in parts:
+        _check_layer_types(fields, spec)
     num_experts = sum(layer.mlp.num_experts for layer in spec.layers)
     if num_experts > MAX_EXPERTS:
         raise UnsupportedError(

@@ -113,10 +113,13 @@ Granite 4 (`GraniteMoeHybridForCausalLM`) is served where no layer is Mamba's. K
 tokenizer is published for tiktoken only, see [text](text.md).
 
 Qwen3-Next and Qwen3.5 have a recurrent state in three layers of four (gated delta nets): `engine.state_cache_bytes` is
-its room, and a prefix is shared up to where a state has been kept. Of multimodal checkpoints the text part is served;
-what sees images, and layers that predict further tokens, are left out. No tokens are proposed for these models. Their
+its room, and a prefix is shared up to where a state has been kept. No tokens are proposed for these models. Their
 GGUF files have heads and projections in another order than the published checkpoints, so that one is no source beside
 the other.
+
+Of multimodal checkpoints (`…ForConditionalGeneration` below) the text part is served; what sees images, and layers that
+predict further tokens, are left out. `Mistral3ForConditionalGeneration` holds Mistral, Ministral 3 or Mistral 4, as its
+`text_config.model_type` says.
 """
 _GGUF = """## GGUF
 

@@ -1,16 +1,18 @@
-"""K-EXAONE (`ExaoneMoeForCausalLM`): windows with rotary positions and full layers without, DeepSeek-V3's experts.
+"""K-EXAONE (`ExaoneMoeForCausalLM`, published as `ExaoneMoEForCausalLM`): windows with rotary positions and full layers
+without, DeepSeek-V3's experts.
 
 The block for multi-token prediction is not loaded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from amalgam.models.naming import ATTENTION, CORRECTED_EXPERTS, DECODER, FUSED_EXPERTS, HEAD_NORMS, MLP, renamed_tensor
 from amalgam.models.reading.attention import by_layer_type, every_nth_full, read_attention, read_window
 from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers
-from amalgam.models.spec import DRAFT_LAYERS, ConfigReader, Family, ModelSpec
+from amalgam.models.spec import DRAFT_LAYERS, ConfigReader, Family, LayerSpec, ModelSpec
 
 NORM_EPS = 1e-5
 WINDOW, PERIOD = 4096, 4  # the configuration class's defaults, where a key is missing
@@ -24,7 +26,18 @@ def _default_types(config: ConfigReader, has_windows: bool) -> list[str]:
     )
 
 
+def _check_sparse_layers(config: ConfigReader, layers: Sequence[LayerSpec]) -> None:
+    """Fail if `is_moe_layer`, which decided before there was `mlp_layer_types`, says something else."""
+    expected = [bool(layer.mlp.num_experts) for layer in layers]
+    flags = config.get("is_moe_layer", default=expected)
+    if not isinstance(flags, list) or flags != expected:
+        config.refuse("is_moe_layer", flags, f"{expected}, as the other keys say")
+
+
 def _read_spec(config: ConfigReader) -> ModelSpec:
+    # K-EXAONE 2's, by layer.
+    config.expect("sliding_windows", None)
+    config.expect("swiglu_limits", None)
     common = read_attention(config, default_eps=NORM_EPS, default_kv_heads=32)
     attention = replace(common, has_head_norm=True)
     window = read_window(config, default=WINDOW)
@@ -34,6 +47,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     layers = read_moe_layers(
         config, attentions, router, default_dense=1, default_shared=1, shared_key="num_shared_experts"
     )
+    _check_sparse_layers(config, layers)
     return read_model(config, "exaone_moe", layers, default_eps=NORM_EPS)
 
 
@@ -41,7 +55,7 @@ _CORRECTION = "model.layers.{}.mlp.e_score_correction_bias"
 
 FAMILY = Family(
     name="exaone_moe",
-    architectures=("ExaoneMoeForCausalLM",),
+    architectures=("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
     read_spec=_read_spec,
     names={
         **DECODER,

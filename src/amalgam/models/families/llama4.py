@@ -1,5 +1,6 @@
-"""Llama 4, text (`Llama4ForCausalLM`): attention in chunks with rotary positions, and in every fourth layer over
-everything without; one expert per token beside a shared one, in all layers or in some.
+"""Llama 4, text and the text part (`Llama4ForCausalLM`, `Llama4ForConditionalGeneration`): attention in chunks with
+rotary positions, and in every fourth layer over everything without; one expert per token beside a shared one, in all
+layers or in some. What sees images is left out.
 
 Meta 2025, "The Llama 4 herd".
 """
@@ -13,8 +14,9 @@ from amalgam.kernels.program import Route, Rows
 from amalgam.models.blocks.attention import Attention
 from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.blocks.mlp import DenseMlp
-from amalgam.models.naming import ATTENTION, DECODER, fused_experts
+from amalgam.models.naming import ATTENTION, DECODER, LANGUAGE_MODEL, VISION, fused_experts, stored_in_language_model
 from amalgam.models.reading.attention import read_attention
+from amalgam.models.reading.hybrid import text_config
 from amalgam.models.reading.layers import read_expert_counts, read_model
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec, Slot
 from amalgam.models.weights import BlockWeights
@@ -72,6 +74,7 @@ def _read_attentions(config: ConfigReader) -> list[Attention]:
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
+    config = text_config(config)
     num_layers, period = config.int("num_hidden_layers"), config.int("interleave_moe_layer_step", default=1)
     num_experts, num_active = read_expert_counts(config, default_experts=16, default_active=1)
     if num_active != 1:
@@ -94,7 +97,7 @@ _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 FAMILY = Family(
     name="llama4",
-    architectures=("Llama4ForCausalLM",),
+    architectures=("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
     read_spec=_read_spec,
     names={
         **DECODER,
@@ -110,7 +113,11 @@ FAMILY = Family(
             for part in _PARTS
         },
     },
-    fused=fused_experts(f"{_BLOCK}.experts.{{}}", _PARTS, is_transposed=True, stored=f"{_BLOCK}.experts"),
+    fused=stored_in_language_model(
+        fused_experts(f"{_BLOCK}.experts.{{}}", _PARTS, is_transposed=True, stored=f"{_BLOCK}.experts")
+    ),
+    left_out=VISION,
+    short_prefixes=LANGUAGE_MODEL,
     tiny_config={
         "num_key_value_heads": 2,
         "head_dim": 16,

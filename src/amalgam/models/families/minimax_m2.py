@@ -35,6 +35,9 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     config.expect("use_routing_bias", True)
     config.expect("shared_intermediate_size", 0)
     config.expect("sliding_window", None)
+    kinds = config.list("attn_type_list", of=int, what="numbers", default=[])
+    if set(kinds) - {1}:
+        config.refuse("attn_type_list", kinds, "1, full attention, for each layer")
     common = read_attention(
         config,
         default_theta=5e6,

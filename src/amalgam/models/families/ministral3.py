@@ -1,7 +1,7 @@
 """Ministral 3 (`Ministral3ForCausalLM`): Mistral with YaRN, and queries that grow with their positions.
 
-And the text part of `Mistral3ForConditionalGeneration`, which is that or, in Mistral Small 3.1 and 3.2, plain Mistral.
-What sees images is left out.
+And the text part of `Mistral3ForConditionalGeneration`, which is that or, in Mistral Small 3.1 and 3.2, plain Mistral,
+or Mistral 4. What sees images is left out.
 """
 
 from __future__ import annotations
@@ -9,21 +9,37 @@ from __future__ import annotations
 from dataclasses import replace
 
 from amalgam.models.blocks.mlp import DenseMlp
-from amalgam.models.naming import ATTENTION, DECODER, LANGUAGE_MODEL, MLP, VISION
+from amalgam.models.naming import (
+    ATTENTION,
+    DECODER,
+    EXPERTS,
+    FUSED_EXPERTS,
+    LANGUAGE_MODEL,
+    LATENT_ATTENTION,
+    MLP,
+    SHARED_EXPERTS,
+    VISION,
+    stored_in_language_model,
+)
 from amalgam.models.reading.attention import read_attention, read_window
-from amalgam.models.reading.hybrid import text_config
 from amalgam.models.reading.layers import read_model
+from amalgam.models.reading.mistral import BETA, read_mistral4
 from amalgam.models.reading.rope import RopeSettings
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
 
 NORM_EPS = 1e-5
 WINDOW = 4096  # Mistral's default, where the key is missing
-_BETA = "llama_4_scaling_beta"
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
-    text = text_config(config)
-    return _read_mistral(text) if text.get("model_type") == "mistral" else _read_ministral(text)
+    text = config.object("text_config", default=None)
+    if text is None:
+        kind = config.get("model_type", default="ministral3")
+    else:
+        config, kind = text, text.get("model_type", default="mistral")  # as `Mistral3Config` has it
+    if not isinstance(kind, str) or kind not in _READERS:
+        config.refuse("model_type", kind, " or ".join(_READERS))
+    return _READERS[kind](config)
 
 
 def _read_mistral(config: ConfigReader) -> ModelSpec:
@@ -43,20 +59,23 @@ def _read_ministral(config: ConfigReader) -> ModelSpec:
         default_head_dim=128,
         default_kv_heads=8,
         default_eps=NORM_EPS,
-        rope_settings=frozenset({_BETA, "max_position_embeddings"}),
+        rope_settings=frozenset({BETA, "max_position_embeddings"}),
     )
     length = settings.number("original_max_position_embeddings", above=1)
     config.expect("original_max_position_embeddings", length)  # the class has both, for rotation and queries
-    attention = replace(common, window=read_window(config), sharpening=(settings.number(_BETA), int(length)))
+    attention = replace(common, window=read_window(config), sharpening=(settings.number(BETA), int(length)))
     layer = LayerSpec(attention, DenseMlp(config.int("intermediate_size")))
     return read_model(config, "ministral3", (layer,) * config.int("num_hidden_layers"), default_eps=NORM_EPS)
 
+
+_READERS = {"mistral": _read_mistral, "ministral3": _read_ministral, "mistral4": read_mistral4}
 
 FAMILY = Family(
     name="ministral3",
     architectures=("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
     read_spec=_read_spec,
-    names={**DECODER, **ATTENTION, **MLP},
+    names={**DECODER, **ATTENTION, **LATENT_ATTENTION, **MLP, **EXPERTS, **SHARED_EXPERTS},
+    fused=stored_in_language_model(FUSED_EXPERTS),
     left_out=VISION,
     short_prefixes=LANGUAGE_MODEL,
     tiny_config={
@@ -72,7 +91,7 @@ FAMILY = Family(
             "beta_slow": 1.0,
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
-            _BETA: 0.1,
+            BETA: 0.1,
         },
     },
 )

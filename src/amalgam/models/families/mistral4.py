@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from amalgam.models.blocks.mixture import SoftmaxRouter
 from amalgam.models.naming import DECODER, EXPERTS, FUSED_EXPERTS, LATENT_ATTENTION, MLP, SHARED_EXPERTS
-from amalgam.models.reading.attention import LatentDefaults, read_latent_attention
-from amalgam.models.reading.layers import read_expert_counts, read_model, read_moe_layers
-from amalgam.models.reading.rope import RopeSettings
-from amalgam.models.spec import ConfigReader, Family, ModelSpec
-
-# Of the configuration class, where a key is missing.
-DEFAULTS = LatentDefaults(query_rank=1024, latent_rank=256, nope_dim=64, rope_dim=64, value_dim=128)
-_BETA = "llama_4_scaling_beta"
-
-
-def _read_spec(config: ConfigReader) -> ModelSpec:
-    settings = RopeSettings(config)
-    if settings.kind != "yarn":
-        config.refuse("rope_parameters", settings.kind, "the settings of YaRN")
-    common = read_latent_attention(
-        config,
-        is_interleaved=config.bool("rope_interleave", default=True),
-        defaults=DEFAULTS,
-        says_share=True,
-        rope_settings=frozenset({_BETA, "max_position_embeddings"}),
-    )
-    attention = replace(common, sharpening=(settings.number(_BETA), int(settings.original_max_positions())))
-    config.expect("n_group", 1)
-    config.expect("topk_group", 1)
-    router = SoftmaxRouter(
-        *read_expert_counts(config),
-        normalises=config.bool("norm_topk_prob", default=True),
-        sum_eps=1e-20,
-        scaling=config.float("routed_scaling_factor", default=1.0),
-    )
-    layers = read_moe_layers(config, attention, router, default_dense=0, default_shared=1)
-    return read_model(config, "mistral4", layers)
-
+from amalgam.models.reading.mistral import BETA, read_mistral4
+from amalgam.models.spec import Family
 
 FAMILY = Family(
     name="mistral4",
     architectures=("Mistral4ForCausalLM",),
-    read_spec=_read_spec,
+    read_spec=read_mistral4,
     names={**DECODER, **LATENT_ATTENTION, **MLP, **EXPERTS, **SHARED_EXPERTS},
     fused=FUSED_EXPERTS,
     tiny_config={
@@ -69,7 +35,7 @@ FAMILY = Family(
             "beta_slow": 1.0,
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
-            _BETA: 0.1,
+            BETA: 0.1,
         },
     },
 )

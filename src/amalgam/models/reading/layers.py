@@ -132,7 +132,8 @@ def read_moe_layers(
     size = config.int("moe_intermediate_size")
     moe = SparseMoe(router, size, shared_size=size * config.int(shared_key, default=default_shared, low=0))
     dense = DenseMlp(config.int("intermediate_size"))
-    num_dense = config.int("first_k_dense_replace", default=default_dense, low=0)
+    # K-EXAONE's first revision has the second name.
+    num_dense = config.int("first_k_dense_replace", "first_last_k_dense_replace", default=default_dense, low=0)
     kinds = config.get("mlp_layer_types", default=["dense" if i < num_dense else "sparse" for i in range(num_layers)])
     known: dict[str, MlpBlock] = {"dense": dense, "sparse": moe}
     if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in known for kind in kinds):
