@@ -91,12 +91,18 @@ class Traffic:
         self.kind: Kind | None = None
         self._deployment = deployment
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run_and_tell)
         self._thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
         self._thread.join()
+
+    def _run_and_tell(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # without traffic, curves mean nothing
+            self.errors.append(error)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -278,6 +284,8 @@ def main() -> int:
         f"\nmean KL: {', '.join(f'{name} {value:.5f}' for name, value in means.items())}; at most {widest:.3f} bits of "
         f"{budget_bits}; {swaps} swaps; {traffic.num_requests} requests, {len(traffic.errors)} dropped; {options.out}"
     )
+    for error in traffic.errors[:3]:
+        print(f"dropped: {error!r}", file=sys.stderr)
     print(
         json.dumps(
             {
@@ -301,7 +309,12 @@ def main() -> int:
 def bits_of(loader: ModelLoader, proposer: Proposer, rules: dict[str, str]) -> float:
     """Of the weights that have a choice, as stored."""
     choices, problem = loader.choose(build_rules(rules)), proposer.problem
-    choice = [item.index_of(choices[item.name].source) or 0 for item in problem.items]
+    choice = []
+    for item in problem.items:
+        index = item.index_of(choices[item.name].source)
+        if index is None:
+            raise ValueError(f"{item.name} comes from {choices[item.name].source!r}, which is none of its options.")
+        choice.append(index)
     return problem.bits_per_weight(choice)
 
 

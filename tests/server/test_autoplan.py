@@ -116,3 +116,12 @@ def test_the_panel_tells_decisions_and_freezes(browser: Page, url: str, deployme
     browser.wait(lambda: deployment.autoplan.is_frozen)
     browser.wait("return document.querySelector('#autoplan .tile b').textContent === 'frozen'")
     assert browser.complaints == []
+
+    def refuse(is_frozen: bool) -> None:
+        raise RequestError("It is being closed.")
+
+    deployment.autoplan.set_frozen = refuse
+    browser.run("document.querySelector('#autoplan-freeze').click()")
+    browser.wait("return document.querySelector('#autoplan .panel-error')?.textContent.includes('being closed')")
+    browser.collect()
+    assert not any("Uncaught" in complaint for complaint in browser.complaints)

@@ -96,6 +96,24 @@ def test_reasons_name_what_is_missing_and_what_would_be_faster() -> None:
     assert "1 of 4 sequences" in reasons and "int4 would be 1.7 times" in reasons
 
 
+def test_the_whole_context_goes_before_bits_where_nothing_is_fast_enough() -> None:
+    wanted = Wanted(3200, 1, 99.0)
+    found, machine = fits(21 * GB, wanted, candidate("base", 16, 4), candidate("int4", 4.2, 15))  # 17.85 GB
+    assert [fit.context for fit in found] == [1360, 3200]
+    best = recommend(found, machine, wanted)
+    assert best is not None and best.fit.candidate.name == "int4"
+    reasons = "\n".join(best.reasons)
+    assert "1,360 tokens of context only" in reasons and "Nothing that fits makes 99 tok/s" in reasons
+
+
+def test_a_context_beyond_the_models_positions_is_said() -> None:
+    asked = fit_model(settings_of(DEMO), Wanted(10**6, 1), measures=False, hardware=lambda settings: hardware(64 * GB))
+    assert asked.recommendation is not None
+    assert asked.recommendation.fit.context == asked.wanted.context < 10**6
+    assert "1,000,000 tokens" in asked.recommendation.reasons[-1]
+    assert f"{asked.wanted.context:,} positions" in asked.recommendation.reasons[-1]
+
+
 def test_nothing_fits() -> None:
     found, machine = fits(4 * GB, Wanted(3200, 4), *ALL)
     assert recommend(found, machine, Wanted(3200, 4)) is None

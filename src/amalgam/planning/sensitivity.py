@@ -357,7 +357,7 @@ def errors_on_disk(folder: Path, layer: int, problem: Problem) -> dict[str, Weig
     try:
         document = parse_json(file_of(folder, layer).read_bytes())
         return _errors_of(document, {item.name for item in problem.items if layer_of(item) == layer})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

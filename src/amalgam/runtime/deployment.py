@@ -69,6 +69,7 @@ class Deployment:
             None if tracker is None else ExpertStatistics(tracker, lambda: self.version, model=self.model_name)
         )
         self._alive: WeakSet[WeightVersion] = WeakSet([loaded.version])
+        self._alive_lock = threading.Lock()  # a set that grows while it is read raises
         self.autoplan: Autoplan | None = None
         if proposer is not None and tracker is not None:
             self.autoplan = Autoplan(self, tracker, proposer)
@@ -90,7 +91,8 @@ class Deployment:
     @property
     def live_versions(self) -> list[WeightVersion]:
         """The newest weight version, and those that requests in flight have begun with."""
-        return list(self._alive)
+        with self._alive_lock:
+            return list(self._alive)
 
     @property
     def loader(self) -> ModelLoader:
@@ -294,7 +296,8 @@ class Deployment:
         changed = changed_weights(before, after)
         self.engine.set_version(after)
         self._served = ServedWeights(loader, after, rules)
-        self._alive.add(after)
+        with self._alive_lock:
+            self._alive.add(after)
         result = RemapResult(
             version=after.version_id,
             previous_version=before.version_id,

@@ -230,7 +230,7 @@ def fit_model(
     limit = spec.max_positions
     if wanted is None:
         wanted = Wanted(settings.inference.max_seq_length, settings.inference.max_batch_size)
-    wanted = replace(wanted, context=min(wanted.context, limit))
+    asked, wanted = wanted.context, replace(wanted, context=min(wanted.context, limit))
     Tokenizer.load(loader.base_folder, loader.base_metadata)  # the largest part of a process without weights
     found = hardware(settings)
     needs = _needs(settings, loader, wanted, device)
@@ -245,6 +245,9 @@ def fit_model(
     ]
     fits = tuple(fit_candidate(candidate, needs, found.room_bytes, wanted) for candidate in candidates)
     best = recommend(fits, found, wanted)
+    if best is not None and asked > limit:
+        reason = f"{asked:,} tokens of context are asked for, and the model has {limit:,} positions."
+        best = replace(best, reasons=(*best.reasons, reason))
     return FitReport(
         settings.model.name or loader.base_folder.name,
         spec.num_parameters,
@@ -292,13 +295,14 @@ def _sequences_at_most(needs: Needs, context: int, left: int) -> int:
 def recommend(fits: Sequence[Fit], hardware: Hardware, wanted: Wanted) -> Recommendation | None:
     """The widest candidate that fits with all of the wanted context and is fast enough; None: none fits.
 
-    Where none has all that is wanted: speed is given up last, the context before that.
+    Where none has all that is wanted: the context is given up first, then the speed. Where nothing is fast enough,
+    what has the whole context goes before what is wider.
     """
     fitting = [fit for fit in fits if fit.fits]
     if not fitting:
         return None
-    fast = [fit for fit in fitting if is_fast_enough(fit, wanted)]
-    pool = [fit for fit in fast if fit.context >= wanted.context] or fast or fitting
+    pool = [fit for fit in fitting if is_fast_enough(fit, wanted)] or fitting
+    pool = [fit for fit in pool if fit.context >= wanted.context] or pool
     widest = max(fit.candidate.bits_per_weight for fit in pool)
     alike = [fit for fit in pool if fit.candidate.bits_per_weight > widest - _SAME_BITS]
     # What is there is preferred to what has to be made, unless that is faster by more than noise.
@@ -336,7 +340,7 @@ def _reasons(best: Fit, fits: Sequence[Fit], hardware: Hardware, wanted: Wanted)
             continue
         if not fit.fits:
             yield f"{fit.candidate.name} is wider and does not fit: it lacks {_gb(-fit.spare_bytes)}."
-        elif not is_fast_enough(fit, wanted):
+        elif not is_fast_enough(fit, wanted) and is_fast_enough(best, wanted):
             yield (
                 f"{fit.candidate.name} is wider and too slow: {fit.candidate.tokens_per_second:.1f} tok/s, where "
                 f"{wanted.tokens_per_second:g} are wanted."
@@ -344,7 +348,7 @@ def _reasons(best: Fit, fits: Sequence[Fit], hardware: Hardware, wanted: Wanted)
         else:
             yield f"{fit.candidate.name} is wider, but has room for {fit.context:,} tokens of context only."
     if not is_fast_enough(best, wanted):
-        yield f"Nothing that fits makes {wanted.tokens_per_second:g} tok/s; this is the widest."
+        yield f"Nothing that fits makes {wanted.tokens_per_second:g} tok/s."
     if best.context < wanted.context:
         yield f"There is room for {best.context:,} of the {wanted.context:,} tokens of context that are wanted."
     if best.sequences < wanted.sequences:

@@ -19,7 +19,8 @@ export function create() {
   const tiles = h("div", { class: "tiles small" });
   const plot = h("div", { class: "chart", dataset: { chart: "autoplan" } });
   const decisions = h("div", { id: "autoplan-decisions" });
-  const body = h("div", {}, off, h("div", {}, tiles, plot), decisions);
+  const failure = h("div");
+  const body = h("div", {}, failure, off, h("div", {}, tiles, plot), decisions);
   const node = frame("autoplan", "autoplan", "autoplan_hint", body, { tools: [freeze] });
   let answer = null;
 
@@ -30,9 +31,12 @@ export function create() {
 
   async function toggle() {
     freeze.disabled = true;
+    fill(failure);
     try {
       answer = await post("autoplan", { frozen: !answer.frozen });
       redraw();
+    } catch (error) {
+      fill(failure, h("div", { class: "panel-error", role: "alert" }, error.message));
     } finally {
       freeze.disabled = false;
     }
@@ -48,7 +52,7 @@ export function create() {
     const last = points.at(-1);
     fill(tiles,
       tile(t("autoplan_state"), t(answer.frozen ? "autoplan_is_frozen" : "autoplan_follows")),
-      tile(t("drift"), format.short(last?.from_planned ?? last?.from_long), t("autoplan_from", limits.drift)),
+      tile(t("drift"), format.short(last?.from_planned), t("autoplan_from", limits.drift)),
       tile(t("autoplan_swaps"), `${answer.swaps_in_last_hour} / ${limits.max_swaps_per_hour}`, t("autoplan_within_hour")));
     plot.hidden = !points.length;
     if (points.length) draw(points, limits);
