@@ -6,6 +6,7 @@ In: a source, a weight, its slot. Out: values. Must never know: what they are co
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def name_hash(text: str) -> bytes:
 
 def _runs(slot: Slot) -> list[range]:
     """Runs of a matrix's rows, by a hash of its name: what is moved at a stride is seen too."""
-    num_rows, num_columns = slot.shape
+    num_rows, num_columns = slot.shape[0], math.prod(slot.shape[1:])
     count = max(_NUM_VALUES // num_columns // _RUN, _LEAST_RUNS.get(slot.role, 2))
     starts = range(0, num_rows, _RUN)
     if slot.role != "router" and count < len(starts):

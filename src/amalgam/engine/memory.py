@@ -15,6 +15,7 @@ import torch
 
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroups 2 and 1
 _STATUS = "/proc/self/status"
+STATES_PER_SEQUENCE = 2  # slots for recurrent states: its own, and one that others can start from
 
 
 def available_bytes(device: torch.device) -> int:

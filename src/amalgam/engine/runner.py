@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from amalgam.config.settings import Settings
-from amalgam.engine.memory import available_bytes
+from amalgam.engine.memory import STATES_PER_SEQUENCE, available_bytes
 from amalgam.engine.request import ScheduledRequest, StepPlan, StepResult
 from amalgam.engine.sampler import sample
 from amalgam.errors import ConfigError
@@ -196,7 +196,7 @@ def choose_num_states(spec: ModelSpec, settings: Settings, device: torch.device)
     most = None
     if allowed is None:
         allowed, origin = available_bytes(device) // _STATE_SHARE, "an eighth of the available memory"
-        most = 2 * settings.inference.max_batch_size
+        most = STATES_PER_SEQUENCE * settings.inference.max_batch_size
     num_states = allowed // spec.state_bytes if most is None else min(most, allowed // spec.state_bytes)
     if not num_states:
         raise ConfigError(

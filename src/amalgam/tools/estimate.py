@@ -17,7 +17,7 @@ import torch
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.settings import Settings
-from amalgam.engine.memory import available_bytes, resident_bytes
+from amalgam.engine.memory import STATES_PER_SEQUENCE, available_bytes, resident_bytes
 from amalgam.errors import AmalgamError
 from amalgam.formats.contract import WritableFormat
 from amalgam.formats.registry import all_formats
@@ -99,7 +99,7 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
     process = resident_bytes() if device.type == "cpu" else 0
     available = available_bytes(device)
     mapped = sum(weight.memory_bytes for weight in planned if loader.maps(weight.format))
-    states = batch_size * spec.state_bytes
+    states = batch_size * STATES_PER_SEQUENCE * spec.state_bytes
     fixed = sum(weights.values()) - mapped + workspace + states
     kv_bytes = blocks * per_block
     # What this process holds already is not available any more, so it counts in the total but not against the rest.

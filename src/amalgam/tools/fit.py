@@ -20,6 +20,7 @@ from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import BASE_SOURCE, Rule, Settings, build_rules, read_settings
+from amalgam.engine.memory import STATES_PER_SEQUENCE
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
@@ -267,7 +268,7 @@ def _needs(settings: Settings, loader: ModelLoader, wanted: Wanted, device: torc
     step = min(engine.max_step_tokens, wanted.sequences * wanted.context)
     one, two = (workspace_bytes(loader.spec, step, count, dtype) for count in (1, 2))
     # This process has a program and a tokenizer too, so what it takes is no more available.
-    states = 2 * loader.spec.state_bytes  # the engine wants one more for each, that others can start from
+    states = STATES_PER_SEQUENCE * loader.spec.state_bytes
     return Needs(one - (two - one), two - one, per_block, engine.block_size, states)
 
 

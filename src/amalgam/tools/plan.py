@@ -16,6 +16,7 @@ from amalgam.base.files import replace_file, writing
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import Settings, build_rules, state_folder
+from amalgam.engine.memory import STATES_PER_SEQUENCE
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.evaluation.confidence import Interval
 from amalgam.evaluation.quality import Reference, remarks, summarise
@@ -187,7 +188,7 @@ class Studio:
         per_block = KVCache.bytes_per_block(spec, engine.block_size, kv_type(engine.kv_dtype, dtype))
         blocks = self.options.sequences * -(-context // engine.block_size)
         step = min(engine.max_step_tokens, self.options.sequences * context)
-        states = self.options.sequences * spec.state_bytes
+        states = self.options.sequences * STATES_PER_SEQUENCE * spec.state_bytes
         return blocks * per_block + states + workspace_bytes(spec, step, self.options.sequences, dtype)
 
     def base(self) -> Contestant:
