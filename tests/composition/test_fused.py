@@ -31,7 +31,8 @@ from tests.formats.layouts import LAYOUTS
 from tests.models.harness import CPU, Runner, load_model
 from tests.models.tiny import HuggingFace, tiny_model, write_checkpoint
 
-FUSED = [family for family in all_families() if family.fused and family is not gpt_oss.FAMILY]
+# gpt-oss stores nothing else, and of what Ministral 3's wrapper may hold only Mistral 4 has experts.
+FUSED = [family for family in all_families() if family.fused and family.name not in ("gpt_oss", "ministral3")]
 PROMPT = list(range(3, 40))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def config_of(name: str, **changes: Any) -> dict[str, Any]:
     import transformers
 
     family = FAMILIES[name]
-    settings = {**BASE_CONFIG, **family.tiny_config, **changes}
+    settings = deepcopy({**BASE_CONFIG, **family.tiny_config, **changes})
     if name == "xverse":
         return {**settings, "architectures": list(family.architectures)}
     config_class = getattr(transformers, family.architectures[0]).config_class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +67,8 @@ def tiny_model(family: Family, **changes: Any) -> Any:
     import transformers
 
     model_class = getattr(transformers, changes.pop("architecture", family.architectures[0]))
-    return random_model(model_class, model_class.config_class(**{**BASE_CONFIG, **family.tiny_config, **changes}))
+    settings = deepcopy({**BASE_CONFIG, **family.tiny_config, **changes})  # some classes write into what they are given
+    return random_model(model_class, model_class.config_class(**settings))
 
 
 def random_model(model_class: Any, config: Any) -> Any:
