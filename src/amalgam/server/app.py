@@ -12,9 +12,11 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.responses import HTMLResponse
 from starlette.routing import BaseRoute
 
@@ -51,6 +53,13 @@ DESCRIPTION = """One running Transformer made out of several checkpoints in diff
 field of a request means its default. How a model is sampled by default says its generation_config.json where it has
 one, and its defaults are those shown here once it is loaded; GET /model_info has them too, as sampling_defaults."""
 
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request cannot be served as it is"},
+    422: {"model": ErrorAnswer, "description": "A field is missing, unknown or out of range"},
+    503: {"model": ErrorAnswer, "description": "Loading, draining or overloaded; see Retry-After"},
+}
+
+UNDOCUMENTED_PAGES = {"/dashboard", "/docs", "/openapi.json"}
 YOUNG_OBJECTS = 10_000  # that the garbage collector waits for; 700 are a fraction of one request
 
 logger = logging.getLogger("amalgam.server")
@@ -150,11 +159,45 @@ def add_middleware(app: FastAPI, service: Service, keys: KeyRing, tracer: Tracer
 
 def paths_of(routes: Iterable[BaseRoute]) -> Iterator[str]:
     """Of all routes, as they are declared; FastAPI keeps an included router as one route."""
+    for route in _single(routes):
+        if path := getattr(route, "path", ""):
+            yield path
+
+
+def _single(routes: Iterable[BaseRoute]) -> Iterator[BaseRoute]:
     for route in routes:
         if (router := getattr(route, "original_router", None)) is not None:
-            yield from paths_of(router.routes)
-        elif path := getattr(route, "path", ""):
-            yield path
+            yield from _single(router.routes)
+        else:
+            yield route
+
+
+@cache
+def every_route() -> list[BaseRoute]:
+    """The routes of all routers, made once in a process: FastAPI takes milliseconds for each."""
+    together = APIRouter(default_response_class=OrjsonResponse, responses=RESPONSES)
+    for router in ROUTERS:
+        together.include_router(router)
+    return together.routes
+
+
+@cache
+def pages() -> frozenset[str]:
+    """What a browser may open: documented paths that take GET, and pages."""
+    documented = {
+        route.path_format
+        for route in _single(every_route())
+        if isinstance(route, APIRoute) and route.include_in_schema and "GET" in (route.methods or ())
+    }
+    return frozenset(documented | UNDOCUMENTED_PAGES)
+
+
+def prepare_routes(app: FastAPI) -> None:
+    """Ask each route about a request that none takes: FastAPI finishes a route when it is first asked, and the first
+    path that nobody serves would hold up all streams for half a second."""
+    scope = {"type": "http", "method": "GET", "path": "/ ", "root_path": "", "headers": [], "app": app}
+    for route in app.router.routes:
+        route.matches(scope)
 
 
 def create_app(service: Service, keys: KeyRing | None = None, tracer: Tracer | None = None) -> FastAPI:
@@ -173,6 +216,7 @@ def create_app(service: Service, keys: KeyRing | None = None, tracer: Tracer | N
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        await asyncio.to_thread(prepare_routes, app)
         yield
         await asyncio.to_thread(service.close)
         await asyncio.to_thread(tracer.close)
@@ -187,16 +231,11 @@ def create_app(service: Service, keys: KeyRing | None = None, tracer: Tracer | N
         redirect_slashes=False,
         servers=[{"url": root}] if (root := service.settings.server.root_path) else None,
         default_response_class=OrjsonResponse,
-        responses={
-            "4XX": {"model": ErrorAnswer, "description": "The request cannot be served as it is"},
-            422: {"model": ErrorAnswer, "description": "A field is missing, unknown or out of range"},
-            503: {"model": ErrorAnswer, "description": "Loading, draining or overloaded; see Retry-After"},
-        },
+        responses=RESPONSES,
     )
     app.state.service = service
-    register_error_handlers(app)
-    for router in ROUTERS:
-        app.include_router(router)
+    register_error_handlers(app, pages())
+    app.router.routes += every_route()
     add_middleware(app, service, keys, tracer)
 
     schema = app.openapi

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,6 @@ from amalgam.server.http.shapes import Refusal, Shape, native, shape_for
 RETRY_AFTER_SECONDS = 5
 MAX_REPORTED_ERRORS = 3
 MAX_NAME_CHARS = 120
-UNDOCUMENTED_PAGES = {"/dashboard", "/docs", "/openapi.json"}
 
 
 class BodyTooLargeError(AmalgamError):
@@ -110,8 +110,12 @@ def error_response(error: Exception, request_id: str = "") -> ErrorResponse:
     return ErrorResponse(refusal, headers)
 
 
-def register_error_handlers(app: FastAPI) -> None:
-    """Answer user errors, refused bodies, unknown paths and wrong methods in the shape of the interface."""
+def register_error_handlers(app: FastAPI, pages: AbstractSet[str]) -> None:
+    """Answer user errors, refused bodies, unknown paths and wrong methods in the shape of the interface.
+
+    Args:
+        pages: paths that a slash behind them leads to.
+    """
 
     async def on_amalgam_error(request: Request, error: Exception) -> OrjsonResponse:
         return error_response(error)
@@ -128,7 +132,7 @@ def register_error_handlers(app: FastAPI) -> None:
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         where = describe(request.url.path, MAX_NAME_CHARS)
-        if error.status_code == 404 and (place := without_slash(_pages(app), request.scope)) is not None:
+        if error.status_code == 404 and (place := without_slash(pages, request.scope)) is not None:
             return RedirectResponse(place, 308)
         if error.status_code == 404:
             message = f"There is no {where} here. GET /docs lists the endpoints."
@@ -143,11 +147,6 @@ def register_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(AmalgamError, on_amalgam_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
-
-
-def _pages(app: FastAPI) -> set[str]:
-    documented = {path for path, methods in app.openapi()["paths"].items() if "get" in methods}
-    return documented | UNDOCUMENTED_PAGES
 
 
 def _parameter(item: Mapping[str, Any]) -> str:
