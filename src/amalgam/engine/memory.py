@@ -5,15 +5,14 @@ In: a device. Out: bytes. Must never know: models.
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
-from itertools import chain
 from pathlib import Path
 
 import torch
 
-_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroups 2 and 1
+from amalgam.base.machine import detect_machine
+
 _STATUS = "/proc/self/status"
 STATES_PER_SEQUENCE = 2  # slots for recurrent states: its own, and one that others can start from
 
@@ -22,12 +21,7 @@ def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    # MemAvailable counts the page cache in, which the pages of a checkpoint just read have filled.
-    available = _read_kib("/proc/meminfo", "MemAvailable")
-    if available is None:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = chain.from_iterable(map(_read_lines, _CONTAINER_LIMITS))
-    return min([available, *(int(limit) for limit in limits if limit.isdecimal())])
+    return detect_machine().available_bytes
 
 
 def resident_bytes() -> int:

@@ -193,11 +193,12 @@ def choose_num_states(spec: ModelSpec, settings: Settings, device: torch.device)
     if not spec.state_bytes:
         return 0
     allowed, origin = settings.engine.state_cache_bytes, "engine.state_cache_bytes"
-    most = None
     if allowed is None:
         allowed, origin = available_bytes(device) // _STATE_SHARE, "an eighth of the available memory"
-        most = STATES_PER_SEQUENCE * settings.inference.max_batch_size
-    num_states = allowed // spec.state_bytes if most is None else min(most, allowed // spec.state_bytes)
+        wanted = STATES_PER_SEQUENCE * settings.inference.max_batch_size * spec.state_bytes
+        num_states = min(wanted, allowed) // spec.state_bytes
+    else:
+        num_states = allowed // spec.state_bytes
     if not num_states:
         raise ConfigError(
             f"The recurrent state of one sequence takes {spec.state_bytes} bytes, and {origin} is {allowed}.",
