@@ -28,8 +28,8 @@ GREEDY = SamplingParams(max_new_tokens=12, do_sample=False)
 
 
 @pytest.fixture
-def llm(demo_config: Path) -> Iterator[LLM]:
-    with LLM(config=demo_config, settings={"inference.max_seq_length": 256}) as llm:
+def llm(demo_config: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(config=demo_config, settings={"inference.max_seq_length": getattr(request, "param", 256)}) as llm:
         yield llm
 
 
@@ -181,6 +181,7 @@ print(peak_memory_bytes() - before, version.nbytes, max(version[slot].nbytes for
     assert grown <= 1.1 * weights + largest
 
 
+@pytest.mark.parametrize("llm", [1024], indirect=True)
 def test_answers_follow_grammars(llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schema = {
         "type": "object",
@@ -188,9 +189,11 @@ def test_answers_follow_grammars(llm: LLM, tmp_path: Path, capsys: pytest.Captur
         "required": ["size", "count"],
         "additionalProperties": False,
     }
-    params = SamplingParams(max_new_tokens=400, top_k=0, top_p=1.0, temperature=1.0)
+    # A grammar lets 64 characters of white space stand at each of eight places: with less room an answer may be cut.
+    params = SamplingParams(max_new_tokens=600, top_k=0, top_p=1.0, temperature=1.0)
     answers = llm.generate(["The old man", "def main("] * 4, params, grammar=Grammar.of_schema(schema))
     for answer in answers:
+        assert answer.finish_reason == "stop"
         found = json.loads(answer.text)
         assert found["size"] in {"small", "large"} and 0 <= found["count"] <= 99
     streamed = "".join(
@@ -201,7 +204,7 @@ def test_answers_follow_grammars(llm: LLM, tmp_path: Path, capsys: pytest.Captur
     with raises(RequestError, "not"):
         llm.generate("The", grammar=Grammar.of_schema({"not": {}}))
     (tmp_path / "schema.json").write_text(json.dumps(schema))
-    sampled = ["generate", "The", "--model", str(DEMO), "--top-k", "0", "--temperature", "1"]
+    sampled = ["generate", "The", "--model", str(DEMO), "--top-k", "0", "--temperature", "1", "--max-new-tokens", "600"]
     assert main([*sampled, "--json-schema", str(tmp_path / "schema.json")]) == 0
     assert json.loads(capsys.readouterr().out)["size"] in {"small", "large"}
     assert main([*sampled, "--regex", "[0-9]{3}"]) == 0

@@ -19,6 +19,10 @@ def stream_text(tokenizer, token_ids, stop=(), prompt_ids=()):
     return [*parts, stream.finish()]
 
 
+def bytes_of_single_tokens(tokenizer):
+    return {token_id: tokenizer.byte_pieces[token_id] for token_id in range(tokenizer.vocab_size)}
+
+
 class TestStream:
     @pytest.mark.parametrize("name", TEXTS)
     def test_pieces_make_the_text_and_characters_come_whole(self, tokenizer, name):
@@ -49,6 +53,25 @@ class TestStream:
         parts = stream_text(tokenizer, token_ids)
         assert "".join(parts) == tokenizer.decode(token_ids)
         assert not any("\ufffd" in part for part in parts)
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_bytes_are_put_together_as_the_decoder_does(self, tokenizer, seed):
+        """All that UTF-8 forbids among it: overlong forms, surrogates, what is beyond U+10FFFF, ends that are cut."""
+        rng = random.Random(seed)
+        by_byte = {piece: token_id for token_id, piece in bytes_of_single_tokens(tokenizer).items() if len(piece) == 1}
+        hard = [
+            b"\xc0\x80",
+            b"\xe0\x80\x80",
+            b"\xed\xa0\x80",
+            b"\xf4\x90\x80\x80",
+            b"\xf0\x9f\x98\x80",
+            b"\xef\xbf\xbd",
+        ]
+        text = b"".join(rng.choice(hard)[: rng.randint(1, 4)] + rng.randbytes(rng.randint(0, 2)) for _ in range(200))
+        token_ids = [by_byte[bytes([byte])] for byte in text]
+        assert (
+            "".join(stream_text(tokenizer, token_ids)) == tokenizer.decode(token_ids) == text.decode(errors="replace")
+        )
 
     def test_endless_noise_costs_no_more_per_token(self, tokenizer):
         noise = next(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\ufffd")

@@ -5,14 +5,16 @@ In: one token id after another. Out: text that is safe to show. Must never know:
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 
 from amalgam.text.tokenizer import UNDECODABLE, Tokenizer
 
 _MAX_HELD_TOKENS = 64
-_MAX_TOKENS_OF_CHARACTER = 4  # one for each byte of UTF-8
+_MAX_BYTES_OF_CHARACTER = _MAX_TOKENS_OF_CHARACTER = 4  # UTF-8, and a token for each byte
 _NUM_CONTEXT_TOKENS = 8
+_Utf8Decoder = getincrementaldecoder("utf-8")
 
 
 class TextStream:
@@ -47,7 +49,10 @@ class TextStream:
     ) -> None:
         self._special_tokens = tokenizer.special_tokens
         self._num_unstoppable = min_tokens  # tokens that are still to come
-        self._detokenizer = _Detokenizer(tokenizer, prompt_ids)
+        pieces = tokenizer.byte_pieces
+        self._detokenizer = (
+            _WindowDetokenizer(tokenizer, prompt_ids) if pieces is None else _ByteDetokenizer(pieces, prompt_ids)
+        )
         self._stops = _StopStrings(stop, {} if keeps_special_tokens else tokenizer.special_tokens) if stop else None
         self._keeps_special_tokens = keeps_special_tokens
         # Bound once: it is called for every token of every answer.
@@ -94,8 +99,45 @@ class TextStream:
         return shown if self._stops.is_found else shown + self._stops.finish(self._detokenizer.unfinished())
 
 
-class _Detokenizer:
-    """Tokens → text as they come, whole characters at a time.
+class _ByteDetokenizer:
+    """Tokens → text as they come, whole characters at a time, where each token is the same bytes wherever it stands."""
+
+    __slots__ = ("_continues_prompt", "_decoder", "_pieces")
+
+    def __init__(self, pieces: Mapping[int, bytes], prompt_ids: Sequence[int]) -> None:
+        self._pieces = pieces
+        self._decoder = _Utf8Decoder("replace")
+        tail = b""
+        for token_id in reversed(prompt_ids):
+            tail = pieces[token_id] + tail
+            if len(tail) >= _MAX_BYTES_OF_CHARACTER:
+                break
+        self._decoder.decode(tail)
+        # If the answer does not end the prompt's last character, its replacement is the prompt's text.
+        self._continues_prompt = bool(self._decoder.getstate()[0])
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that has become whole."""
+        text = self._decoder.decode(self._pieces[token_id])
+        if self._continues_prompt and text:
+            self._continues_prompt = False
+            return text.removeprefix(UNDECODABLE)
+        return text
+
+    def unfinished(self) -> str:
+        """What is left of the text if no token follows."""
+        return "" if self._continues_prompt else self._decoder.getstate()[0].decode(errors="replace")
+
+    def finish_part(self) -> str:
+        """What is left of the text before something else than text."""
+        text = self.unfinished()
+        self._decoder.reset()
+        self._continues_prompt = False
+        return text
+
+
+class _WindowDetokenizer:
+    """Tokens → text as they come, whole characters at a time, where a token's text depends on its neighbours.
 
     Tokens are decoded after the last ones shown, as decoders treat the first token of a text differently. Of the
     window, `num_shown` tokens have their text in `shown`, and all of them that came from the prompt.

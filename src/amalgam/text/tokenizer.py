@@ -292,6 +292,16 @@ class Tokenizer:
         tokens = [bytes_of(token_id) for token_id in range(self.vocab_size)]
         return tokens, sorted(self.special_tokens), encode
 
+    @cached_property
+    def byte_pieces(self) -> Mapping[int, bytes] | None:
+        """The bytes that `decode` puts together, by token; none for what has no text. They are UTF-8 when together.
+
+        None: the decoder makes of a token what its neighbours say (SentencePiece), and not of each one its bytes.
+        """
+        from tokenizers.decoders import ByteLevel
+
+        return _BytePieces(self._backend, self.has_text) if isinstance(self._backend.decoder, ByteLevel) else None
+
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` makes anything of a token."""
         return 0 <= token_id < self.vocab_size and bool(self._has_text[token_id])
@@ -300,6 +310,23 @@ class Tokenizer:
         """The text of token ids; ids beyond the vocabulary give none, nor do special tokens unless they are kept."""
         text: str = self._backend.decode(token_ids, skip_special_tokens=not keeps_special_tokens)
         return text
+
+
+class _BytePieces(dict[int, bytes]):
+    """The bytes of a byte-level tokenizer's tokens, looked up when they are first asked for."""
+
+    def __init__(self, backend: Any, has_text: Callable[[int], bool]) -> None:
+        super().__init__()
+        self._backend = backend
+        self._has_text = has_text
+
+    def __missing__(self, token_id: int) -> bytes:
+        if not self._has_text(token_id):
+            return b""
+        piece, letters = self._backend.id_to_token(token_id), _byte_of_letter()
+        spelled = all(letter in letters for letter in piece)
+        self[token_id] = found = bytes(letters[letter] for letter in piece) if spelled else piece.encode()
+        return found
 
 
 def _with_template(parts: Any, chat_template: str | None) -> TokenizerParts:

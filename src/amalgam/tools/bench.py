@@ -365,11 +365,13 @@ def _copy(weight: PackedWeight) -> PackedWeight:
 
 
 def word_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer with one word per id, for models that exist only as a shape."""
+    """A tokenizer with one word per id, for models that exist only as a shape; its text is bytes, as most have it."""
     from tokenizers import Tokenizer as Backend
+    from tokenizers.decoders import ByteLevel
     from tokenizers.models import WordLevel
 
     backend = Backend(WordLevel({f"w{index}": index for index in range(vocab_size)}, unk_token="w0"))
+    backend.decoder = ByteLevel()
     return Tokenizer(TokenizerParts(backend), frozenset())
 
 
