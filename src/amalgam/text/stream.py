@@ -5,7 +5,7 @@ In: one token id after another. Out: text that is safe to show. Must never know:
 
 from __future__ import annotations
 
-from codecs import getincrementaldecoder
+from codecs import utf_8_decode
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 
@@ -14,7 +14,6 @@ from amalgam.text.tokenizer import UNDECODABLE, Tokenizer
 _MAX_HELD_TOKENS = 64
 _MAX_BYTES_OF_CHARACTER = _MAX_TOKENS_OF_CHARACTER = 4  # UTF-8, and a token for each byte
 _NUM_CONTEXT_TOKENS = 8
-_Utf8Decoder = getincrementaldecoder("utf-8")
 
 
 class TextStream:
@@ -49,9 +48,9 @@ class TextStream:
     ) -> None:
         self._special_tokens = tokenizer.special_tokens
         self._num_unstoppable = min_tokens  # tokens that are still to come
-        pieces = tokenizer.byte_pieces
+        texts = tokenizer.texts
         self._detokenizer = (
-            _WindowDetokenizer(tokenizer, prompt_ids) if pieces is None else _ByteDetokenizer(pieces, prompt_ids)
+            _WindowDetokenizer(tokenizer, prompt_ids) if texts is None else _ByteDetokenizer(texts, prompt_ids)
         )
         self._stops = _StopStrings(stop, {} if keeps_special_tokens else tokenizer.special_tokens) if stop else None
         self._keeps_special_tokens = keeps_special_tokens
@@ -102,38 +101,46 @@ class TextStream:
 class _ByteDetokenizer:
     """Tokens → text as they come, whole characters at a time, where each token is the same bytes wherever it stands."""
 
-    __slots__ = ("_continues_prompt", "_decoder", "_pieces")
+    __slots__ = ("_begun", "_has_prompt_begun", "_texts")
 
-    def __init__(self, pieces: Mapping[int, bytes], prompt_ids: Sequence[int]) -> None:
-        self._pieces = pieces
-        self._decoder = _Utf8Decoder("replace")
+    def __init__(self, texts: Mapping[int, str | bytes], prompt_ids: Sequence[int]) -> None:
+        self._texts = texts
+        self._begun = b""  # of a character that is not whole yet
+        self._has_prompt_begun = False  # it; without an end, what replaces it is the prompt's text
         tail = b""
         for token_id in reversed(prompt_ids):
-            tail = pieces[token_id] + tail
+            tail = _encoded(texts[token_id]) + tail
             if len(tail) >= _MAX_BYTES_OF_CHARACTER:
                 break
-        self._decoder.decode(tail)
-        # If the answer does not end the prompt's last character, its replacement is the prompt's text.
-        self._continues_prompt = bool(self._decoder.getstate()[0])
+        self._join(tail)
+        self._has_prompt_begun = bool(self._begun)
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that has become whole."""
-        text = self._decoder.decode(self._pieces[token_id])
-        if self._continues_prompt and text:
-            self._continues_prompt = False
-            return text.removeprefix(UNDECODABLE)
-        return text
+        text = self._texts[token_id]
+        return text if isinstance(text, str) and not self._begun else self._join(_encoded(text))
 
     def unfinished(self) -> str:
         """What is left of the text if no token follows."""
-        return "" if self._continues_prompt else self._decoder.getstate()[0].decode(errors="replace")
+        return "" if self._has_prompt_begun else self._begun.decode(errors="replace")
 
     def finish_part(self) -> str:
         """What is left of the text before something else than text."""
         text = self.unfinished()
-        self._decoder.reset()
-        self._continues_prompt = False
+        self._begun, self._has_prompt_begun = b"", False
         return text
+
+    def _join(self, new: bytes) -> str:
+        text, num_read = utf_8_decode(self._begun + new, "replace", False)
+        self._begun = (self._begun + new)[num_read:]
+        if text and self._has_prompt_begun:
+            self._has_prompt_begun = False
+            return text.removeprefix(UNDECODABLE)
+        return text
+
+
+def _encoded(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
 
 class _WindowDetokenizer:

@@ -293,14 +293,14 @@ class Tokenizer:
         return tokens, sorted(self.special_tokens), encode
 
     @cached_property
-    def byte_pieces(self) -> Mapping[int, bytes] | None:
-        """The bytes that `decode` puts together, by token; none for what has no text. They are UTF-8 when together.
+    def texts(self) -> Mapping[int, str | bytes] | None:
+        """What `decode` puts together, by token: its text, or bytes where these are no whole characters.
 
-        None: the decoder makes of a token what its neighbours say (SentencePiece), and not of each one its bytes.
+        None: the decoder makes of a token what its neighbours say (SentencePiece); only byte-level ones do not.
         """
         from tokenizers.decoders import ByteLevel
 
-        return _BytePieces(self._backend, self.has_text) if isinstance(self._backend.decoder, ByteLevel) else None
+        return _Texts(self._backend, self.has_text) if isinstance(self._backend.decoder, ByteLevel) else None
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` makes anything of a token."""
@@ -312,21 +312,25 @@ class Tokenizer:
         return text
 
 
-class _BytePieces(dict[int, bytes]):
-    """The bytes of a byte-level tokenizer's tokens, looked up when they are first asked for."""
+class _Texts(dict[int, str | bytes]):
+    """The text of each token of a byte-level tokenizer, looked up when it is first asked for."""
 
     def __init__(self, backend: Any, has_text: Callable[[int], bool]) -> None:
         super().__init__()
         self._backend = backend
         self._has_text = has_text
 
-    def __missing__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> str | bytes:
         if not self._has_text(token_id):
-            return b""
+            return ""
         piece, letters = self._backend.id_to_token(token_id), _byte_of_letter()
-        spelled = all(letter in letters for letter in piece)
-        self[token_id] = found = bytes(letters[letter] for letter in piece) if spelled else piece.encode()
-        return found
+        found = bytes(map(letters.__getitem__, piece)) if letters.keys() >= set(piece) else piece.encode()
+        try:
+            self[token_id] = text = found.decode()
+        except UnicodeDecodeError:
+            self[token_id] = found
+            return found
+        return text
 
 
 def _with_template(parts: Any, chat_template: str | None) -> TokenizerParts:
