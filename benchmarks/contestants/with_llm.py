@@ -10,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import count
 
@@ -35,11 +36,12 @@ def load(stack: ExitStack, streams: int) -> Measure:
 
     def measure(scenario: str, size: int) -> float:
         prompts = texts(lengths, max(size, least), next(seeds[size]))
-        started = time.perf_counter()
-        for result in model_here.generate(prompts, params):
-            if result.error is not None:
-                raise result.error
-        return time.perf_counter() - started
+        with ThreadPoolExecutor(size) as clients:
+            started = time.perf_counter()
+            for [result] in clients.map(lambda prompt: model_here.generate(prompt, params), prompts):
+                if result.error is not None:
+                    raise result.error
+            return time.perf_counter() - started
 
     return measure
 
