@@ -226,6 +226,7 @@ def create_app(service: Service, keys: KeyRing | None = None, tracer: Tracer | N
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        openapi_url=None,  # see `add_description`
         docs_url=None,  # FastAPI's own page needs files from a CDN
         redoc_url=None,
         redirect_slashes=False,
@@ -238,15 +239,26 @@ def create_app(service: Service, keys: KeyRing | None = None, tracer: Tracer | N
     app.router.routes += every_route()
     add_middleware(app, service, keys, tracer)
 
-    schema = app.openapi
+    schema, turn = app.openapi, threading.Lock()
 
     def openapi() -> dict[str, Any]:
-        return with_defaults(schema(), set(SamplingFields.model_fields), asdict(service.default_params))
+        with turn:  # whoever asks first has it made, which takes most of a second
+            made = schema()
+        return with_defaults(made, set(SamplingFields.model_fields), asdict(service.default_params))
 
     app.openapi = openapi  # type: ignore[method-assign]
+    add_description(app)
+    return app
+
+
+def add_description(app: FastAPI) -> None:
+    """`/openapi.json` and `/docs`, made in a thread: the loop that all streams share goes on."""
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def description() -> OrjsonResponse:
+        return await asyncio.to_thread(lambda: OrjsonResponse(app.openapi()))
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(render_docs(app.openapi()), headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY})
-
-    return app
+        html = await asyncio.to_thread(lambda: render_docs(app.openapi()))
+        return HTMLResponse(html, headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY})
