@@ -22,7 +22,7 @@ from amalgam.engine.request import FinishReason, Observation, RequestOutput, Usa
 from amalgam.server.api.chats import EncodedChat
 from amalgam.server.api.common import ToolUse
 from amalgam.text.answers.format import AnswerFormat
-from amalgam.text.answers.registry import tool_formats
+from amalgam.text.answers.registry import answer_format, tool_formats
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 from tests.server.conftest import serving, wait_until
@@ -382,6 +382,14 @@ class TestThinking:
         assert limits == [ThinkingLimit(0, END_ID, (THINK_ID,)), ThinkingLimit(5, END_ID)]
         both = ask(thinking_token_budget=0, thinking={"type": "enabled", "budget_tokens": 5})
         assert (both.status_code, both.json()["error"]["param"]) == (400, "thinking.budget_tokens")
+
+    def test_it_holds_where_reasoning_stays_content(self, tokenizer: Tokenizer) -> None:
+        form = answer_format(tokenizer.chat_template, tokenizer.special_tokens, reasoning_parser="none")
+        chats = [
+            EncodedChat([1], None, form, ToolUse(), tokenizer, end) for end in ("[assistant]<think>\n", "[assistant]")
+        ]
+        limits = [chat.thinking_limit(5, "thinking_token_budget") for chat in chats]
+        assert limits == [ThinkingLimit(5, END_ID), ThinkingLimit(5, END_ID, (THINK_ID,))]
 
     def test_messages_of_gpt_oss_are_limited_by_their_special_tokens(self, tmp_path: Path) -> None:
         marks = {

@@ -459,6 +459,14 @@ def test_settings_name_the_format() -> None:
         answer_format(None, {}, "auto", "x")
 
 
+def test_reasoning_that_stays_content_is_still_known() -> None:
+    left = answer_format("<tool_call> <think>", {}, reasoning_parser="none")
+    assert (left.tags, left.thought) == (None, REASONING_TAGS["think"])
+    assert left.opens_reasoning("[assistant]<think>\n")
+    parser = left.parser(prompt_end="<think>")
+    assert [*parser.push("hm</think>Yes."), *parser.finish()] == [ContentDelta("hm</think>Yes.")]
+
+
 def test_special_tokens_are_kept_where_a_format_has_some() -> None:
     template = "[TOOL_CALLS]"
     assert answer_format(template, {5: "[TOOL_CALLS]"}).keeps_special_tokens

@@ -41,13 +41,15 @@ class AnswerFormat:
     """How one model writes answers.
 
     Attributes:
-        tags: around reasoning; None if it has none, or the tool format sets it apart by itself.
+        tags: around reasoning; None if it has none, or the tool format sets it apart by itself, or it stays content.
         special_tokens: the tokenizer's, by id.
+        content_tags: around reasoning that stays content.
     """
 
     tool_format: ToolFormat
     tags: Tags | None
     special_tokens: Mapping[int, str] = field(default_factory=dict)
+    content_tags: Tags | None = None
 
     @property
     def name(self) -> str:
@@ -66,8 +68,8 @@ class AnswerFormat:
 
     @property
     def thought(self) -> Tags | None:
-        """What stands around reasoning; None: the model has none."""
-        return self.tags or self.tool_format.thought
+        """What stands around reasoning, set apart or not; None: the model has none."""
+        return self.tags or self.tool_format.thought or self.content_tags
 
     def parser(self, tools: Tools | None = None, *, reasoning: bool = True, prompt_end: str = "") -> AnswerParser:
         """A parser for one answer.
@@ -214,7 +216,7 @@ class AnswerFormat:
 
     def opens_reasoning(self, prompt_end: str) -> bool:
         """Whether an answer to a prompt that ends so begins inside of its reasoning."""
-        return self.tags is not None and prompt_end.rstrip().endswith(self.tags.start)
+        return self.thought is not None and prompt_end.rstrip().endswith(self.thought.start)
 
 
 def _read_reasoning(reader: Reader, answer: Answer, tags: Tags, *, opens: bool) -> Reading:

@@ -56,15 +56,18 @@ def answer_format(
         template: its chat template, which shows how calls are written that it has made before; None: it has none.
         special_tokens: the tokenizer's, by id.
         tool_parser: a name of `tool_formats`, or "auto".
-        reasoning_parser: a name of `REASONING_TAGS`, "none" or "auto".
+        reasoning_parser: a name of `REASONING_TAGS`, "none" or "auto". With "none" reasoning stays content; a limit
+            of its tokens still holds.
 
     Raises:
         ConfigError: see `check_parsers`.
     """
     check_parsers(tool_parser, reasoning_parser)
     tool_format = tool_formats()[_recognized(template) if tool_parser == AUTO else tool_parser]
-    tags = _tags(template or "") if reasoning_parser == AUTO else REASONING_TAGS.get(reasoning_parser)
-    return AnswerFormat(tool_format, None if tool_format.reasons else tags, special_tokens)
+    shown = _tags(template or "")
+    tags = shown if reasoning_parser == AUTO else REASONING_TAGS.get(reasoning_parser)
+    content_tags = shown if reasoning_parser == NO_REASONING else None
+    return AnswerFormat(tool_format, None if tool_format.reasons else tags, special_tokens, content_tags)
 
 
 def _recognized(template: str | None) -> str:
