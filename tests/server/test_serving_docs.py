@@ -1,0 +1,43 @@
+"""docs/serving names every field, refused ones too, and every setting of serving."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pydantic import BaseModel
+
+from amalgam.config.settings import EngineSettings, ServerSettings
+from amalgam.server.api.anthropic.fields import MessagesBody
+from amalgam.server.api.openai.chat import ChatBody
+from amalgam.server.api.openai.completions import CompletionBody
+from amalgam.server.api.openai.embeddings import EmbeddingBody
+from amalgam.server.api.openai.refusing import REFUSED, RefusingBody
+from amalgam.server.api.openai.responses import ResponseBody
+from amalgam.server.api.openai.tokenize import DetokenizeBody, TokenizeBody
+from tests.conftest import ROOT
+
+OPENAI = (CompletionBody, ChatBody, ResponseBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
+
+
+def words_of(*pages: str) -> set[str]:
+    """What stands in code font, taken apart at dots, commas and the like."""
+    text = "".join((ROOT / "docs/serving" / page).read_text(encoding="utf-8") for page in pages)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return {word for code in re.findall(r"`([^`\n]+)`", prose) for word in re.findall(r"\w+", code)}
+
+
+@pytest.mark.parametrize("body", OPENAI, ids=lambda body: body.__name__)
+def test_openai_s_fields(body: type[RefusingBody]) -> None:
+    named = words_of("openai.md")
+    assert {field.alias or name for name, field in body.model_fields.items()} - named == set()
+    assert {*body.refused, *REFUSED} - named == set()
+
+
+def test_anthropic_s_fields() -> None:
+    assert set(MessagesBody.model_fields) - words_of("anthropic.md") == set()
+
+
+@pytest.mark.parametrize("section", [ServerSettings, EngineSettings])
+def test_settings(section: type[BaseModel]) -> None:
+    assert set(section.model_fields) - words_of("operation.md", "chat-templates.md") == set()
