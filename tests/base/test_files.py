@@ -11,13 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from amalgam.base.files import NewFile, new_file, new_folder, partial_folder, replace_file, resumable_folder
+from amalgam.base.files import NewFile, new_file, partial_folder, replace_file, resumable_folder
 from amalgam.errors import CheckpointError
 from tests.errors import raises
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def nothing(folder: Path) -> bool:
+    """What of a folder is worth keeping."""
+    return False
 
 
 @pytest.mark.parametrize("content", ["ä\n", b"\0\xff", "", b"x" * 3_000_000])
@@ -123,9 +128,9 @@ def test_a_file_that_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     assert names(tmp_path / "a") == {"file"}
 
 
-def test_new_folder_appears_when_complete(tmp_path: Path) -> None:
+def test_a_folder_appears_when_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
-    with new_folder(target) as folder:
+    with resumable_folder(target, nothing) as folder:
         assert folder.parent == target.parent
         assert not target.exists()
         (folder / "config.json").write_text("{}")
@@ -134,9 +139,9 @@ def test_new_folder_appears_when_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
-def test_new_folder_vanishes_on_failure(error: type[BaseException], tmp_path: Path) -> None:
+def test_a_folder_without_anything_of_use_vanishes_on_failure(error: type[BaseException], tmp_path: Path) -> None:
     def fail() -> None:
-        with new_folder(tmp_path / "model") as folder:
+        with resumable_folder(tmp_path / "model", nothing) as folder:
             (folder / "config.json").write_text("{}")
             raise error
 
@@ -145,21 +150,21 @@ def test_new_folder_vanishes_on_failure(error: type[BaseException], tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_new_folder_replaces_only_an_empty_folder(tmp_path: Path) -> None:
+def test_a_folder_replaces_only_an_empty_one(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()
-    with new_folder(target) as folder:
+    with resumable_folder(target, nothing) as folder:
         (folder / "x").touch()
     for existing in (target, target / "x"):
-        with raises(CheckpointError, existing), new_folder(existing):
+        with raises(CheckpointError, existing), resumable_folder(existing, nothing):
             pytest.fail("must not be entered")
-    with raises(CheckpointError, target / "x" / "y"), new_folder(target / "x" / "y"):
+    with raises(CheckpointError, target / "x" / "y"), resumable_folder(target / "x" / "y", nothing):
         pytest.fail("must not be entered")
 
 
 def test_folder_that_somebody_else_filled_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with raises(CheckpointError, target), new_folder(target):
+    with raises(CheckpointError, target), resumable_folder(target, nothing):
         target.mkdir()
         (target / "weights").touch()
     assert names(tmp_path) == {"model"}

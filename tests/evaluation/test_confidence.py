@@ -36,7 +36,7 @@ def test_differences_are_paired() -> None:
 def test_too_few_units_have_no_interval() -> None:
     interval = Bootstrap(np.array([0, 0, 1, 1])).mean(np.array([1.0, 2.0, 3.0, 4.0]))
     assert (interval.value, interval.low, interval.high) == (2.5, None, None)
-    assert not interval.is_below_zero and not interval.is_above_zero
+    assert not interval.is_below_zero
 
 
 def test_quantiles_are_those_of_the_values() -> None:

@@ -31,6 +31,3 @@ def test_of_two_first_starts_one_makes_the_sources_and_the_other_waits(tmp_path:
     first.join()
     assert num_made == [1]
     assert {path.name for path in tmp_path.iterdir()} == {"int4"}
-    (tmp_path / ".int4.0123456789abcdef.tmp").mkdir()  # of a process that was killed later
-    assert ensure_derived(settings) == []
-    assert {path.name for path in tmp_path.iterdir()} == {"int4"}

@@ -16,13 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from amalgam.base.locks import (
-    FileLock,
-    create_locked,
-    remove_abandoned,
-    remove_abandoned_folders,
-    temporary_folder,
-)
+from amalgam.base.locks import FileLock, create_locked, remove_abandoned
 from amalgam.errors import CheckpointError, ConflictError
 
 logger = logging.getLogger("amalgam.files")
@@ -102,43 +96,21 @@ def replace_file(target: Path, content: str | bytes) -> Path:
 
 
 @contextmanager
-def new_folder(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends, and is removed when it fails.
-
-    What killed processes have left of earlier attempts is removed.
-
-    Args:
-        lock: of `path`, held by the caller; None: it is taken here.
-
-    Raises:
-        CheckpointError: `path` exists and is not an empty folder.
-        ConflictError: another process is making it.
-    """
-    with _locked(path, lock) as held:
-        temporary = temporary_folder(held)
-        try:
-            with writing(path):
-                temporary.mkdir(parents=True)
-            yield temporary
-            with writing(path):
-                temporary.rename(path.absolute())
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
 def resumable_folder(
     path: Path, is_worth_keeping: Callable[[Path], bool], lock: FileLock | None = None
 ) -> Iterator[Path]:
-    """As `new_folder`, but what a block has made before it failed is there again at the next attempt.
+    """A folder beside `path` that takes its place when the block ends. What a block has made before it failed, or its
+    process was killed, is there again at the next attempt.
 
-    The folder stands beside `path`, under a name that is taken for nothing whole: `.NAME.partial`.
+    Its name is taken for nothing whole: `.NAME.partial`.
 
     Args:
         is_worth_keeping: whether a failed attempt has left anything of use in the folder; else it is removed.
+        lock: of `path`, held by the caller; None: it is taken here.
 
     Raises:
-        As `new_folder`.
+        CheckpointError: `path` exists and is not an empty folder, or cannot be written.
+        ConflictError: another process is making it.
     """
     with _locked(path, lock) as held:
         partial = partial_folder(held.target)
@@ -162,7 +134,7 @@ def partial_folder(path: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path, lock: FileLock | None) -> Iterator[FileLock]:
-    """The lock of a folder that is not there yet; what is left of attempts at it is gone."""
+    """The lock of a folder that is not there yet."""
     path = path.absolute()
     if lock is None:
         with FileLock(path) as own:
@@ -177,7 +149,6 @@ def _locked(path: Path, lock: FileLock | None) -> Iterator[FileLock]:
         return
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise CheckpointError(f"{path} exists already.", remedy="Remove it or choose another folder.")
-    remove_abandoned_folders(lock)
     yield lock
 
 

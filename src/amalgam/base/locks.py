@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -150,37 +149,6 @@ def remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
                 os.close(descriptor)
         except OSError:  # it has just been renamed, or is not ours to remove
             continue
-
-
-def temporary_folder(lock: FileLock) -> Path:
-    """Name of a folder that is to take the place of the lock's target; it is abandoned when nobody holds the lock."""
-    prefix, suffix = _affixes(lock.target)
-    return lock.target.with_name(f"{prefix}{secrets.token_hex(_RANDOM_BYTES)}{suffix}")
-
-
-def remove_abandoned_folders(lock: FileLock) -> None:
-    """Remove what killed processes have left of the target of a lock that we hold; never fails."""
-    if lock.is_held:
-        for path in _leftovers(lock.target.parent, *_affixes(lock.target)):
-            logger.info("removing %s, left by a process that was killed", path)
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def clean_up(target: Path) -> None:
-    """Remove what killed processes have left of `target`, unless somebody is writing it; never fails."""
-    lock = FileLock(target)
-    if not _leftovers(lock.target.parent, *_affixes(lock.target)):
-        return
-    try:
-        with lock:
-            if lock.try_acquire():
-                remove_abandoned_folders(lock)
-    except OSError as error:
-        logger.warning("what is left of %s cannot be removed: %s", target, error)
-
-
-def _affixes(target: Path) -> tuple[str, str]:
-    return f".{target.name}.", ".tmp"
 
 
 def _leftovers(folder: Path, prefix: str, suffix: str) -> list[Path]:

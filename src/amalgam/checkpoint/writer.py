@@ -32,7 +32,7 @@ def write_checkpoint(
     """Write `tensors` as `model.safetensors`, or as numbered shards with an index when they do not fit one.
 
     Holds one tensor in memory at a time. Files get their names only when all are complete. For a whole folder that
-    appears at once, write into `base.files.new_folder`.
+    appears at once, write into `base.files.resumable_folder`.
 
     Args:
         folder: created if missing; must not hold safetensors yet.

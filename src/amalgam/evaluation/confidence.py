@@ -33,11 +33,6 @@ class Interval:
         """With confidence."""
         return self.high is not None and self.high < 0
 
-    @property
-    def is_above_zero(self) -> bool:
-        """With confidence."""
-        return self.low is not None and self.low > 0
-
 
 class Bootstrap:
     """Draws of units with replacement, the same for all that is asked of it, so that differences are paired."""

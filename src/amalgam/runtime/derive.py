@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amalgam.base.locks import FileLock, clean_up
+from amalgam.base.locks import FileLock
 from amalgam.checkpoint.hub import resolve
 from amalgam.composition.progress import Progress, waiting_for
 from amalgam.composition.quantize import quantize_checkpoint
@@ -20,14 +20,13 @@ from amalgam.formats.grid import QuantizeOptions
 def ensure_derived(settings: Settings, progress: Progress | None = None) -> list[QuantizeReport]:
     """Make the sources under `mixed_precision.derived` whose folders do not exist yet, from the base checkpoint.
 
-    One that another process is making is waited for. What killed processes have left of them is removed.
+    One that another process is making is waited for; what a killed one has made of it is gone on from.
     """
     mixed = settings.model.mixed_precision
     reports = []
     for name, derived in mixed.derived.items():
         folder = Path(mixed.sources[name]).expanduser()
         if folder.exists():
-            clean_up(folder)
             continue
         with FileLock(folder) as lock:
             try:
