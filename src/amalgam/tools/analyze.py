@@ -203,49 +203,28 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         config = read_json(folder, CONFIG_NAME) if is_present(folder / CONFIG_NAME) else {}
     family, spec, notes = _read_family(config, place)
     slots = {family.logical_name(slot): slot for slot in spec.slots} if family and spec else {}
-    declaration = Declaration()
-    if source is None:
-        try:
-            declaration = read_declaration(folder, config)
-        except UnsupportedError as error:
-            notes.append(f"Formats are told without the declared quantization: {error}")
-
     index = _read_index(folder) if source is None else None
     missing = index.missing_shards if index else []
-    if index is not None and missing:
-        shards = set(index.weight_map.values())
-        found = _by_names(index.weight_map, config, declaration)
-        notes.append(
-            f"{len(missing)} of {len(shards)} shards are missing, for instance {missing[0]}: "
-            f"told by the names in {index.name}, bytes by its metadata.total_size, "
-            + ("parameters computed from config.json." if slots else "parameters unknown.")
-        )
-        num_shards = len(shards)
-    elif source is not None:
+    if source is not None:
         found = {
             name: Weight(role_by_name(name), stored.format.name, stored.shape, stored.nbytes)
             for name, stored in source.weights.items()
         }
         num_shards = len(source.store.files)
     else:
-        store = TensorStore.open(folder)
-        found = _by_headers(store, config, declaration, notes)
-        num_shards = len(store.files)
+        declaration = _read_declaration(folder, config, notes)
+        if index is not None and missing:
+            found, num_shards = _by_names(index.weight_map, config, declaration), len(set(index.weight_map.values()))
+            notes.append(
+                f"{len(missing)} of {num_shards} shards are missing, for instance {missing[0]}: "
+                f"told by the names in {index.name}, bytes by its metadata.total_size, "
+                + ("parameters computed from config.json." if slots else "parameters unknown.")
+            )
+        else:
+            store = TensorStore.open(folder)
+            found, num_shards = _by_headers(store, config, declaration, notes), len(store.files)
 
-    weights: dict[str, Weight] = {}
-    left_out: dict[str, list[str]] = {}
-    if family is not None:
-        found = family.with_whole_names(found, slots)
-    for name, weight in found.items():
-        slot = slots.get(name)
-        if slot is not None:
-            weights[name] = Weight(slot.role, weight.format, weight.shape or slot.shape, weight.nbytes)
-        elif family is None or spec is None or not family.is_ignored(name, spec):
-            weights[name] = weight
-        elif (what := family.what_is_left_out(name)) is not None:
-            left_out.setdefault(what, []).append(name)
-        elif not any(re.fullmatch(pattern, name) for pattern in family.ignored):
-            left_out.setdefault(DRAFT_LAYERS, []).append(name)
+    weights, left_out = _sort_out(found, family, spec, slots)
     if source is not None:
         for name in left_out_tensors(source, source.weights):
             left_out.setdefault(DRAFT_LAYERS, []).append(name)
@@ -267,6 +246,35 @@ def analyze_checkpoint(path_or_hub_id: str) -> Analysis:
         weights=weights,
         notes=tuple(notes),
     )
+
+
+def _read_declaration(folder: Path, config: Mapping[str, Any], notes: list[str]) -> Declaration:
+    try:
+        return read_declaration(folder, config)
+    except UnsupportedError as error:
+        notes.append(f"Formats are told without the declared quantization: {error}")
+        return Declaration()
+
+
+def _sort_out(
+    found: Mapping[str, Weight], family: Family | None, spec: ModelSpec | None, slots: Mapping[str, Slot]
+) -> tuple[dict[str, Weight], dict[str, list[str]]]:
+    """The model's weights, by the roles of their slots, and the names of what it leaves out, by what that is."""
+    weights: dict[str, Weight] = {}
+    left_out: dict[str, list[str]] = {}
+    if family is not None:
+        found = family.with_whole_names(found, slots)
+    for name, weight in found.items():
+        slot = slots.get(name)
+        if slot is not None:
+            weights[name] = Weight(slot.role, weight.format, weight.shape or slot.shape, weight.nbytes)
+        elif family is None or spec is None or not family.is_ignored(name, spec):
+            weights[name] = weight
+        elif (what := family.what_is_left_out(name)) is not None:
+            left_out.setdefault(what, []).append(name)
+        elif not any(re.fullmatch(pattern, name) for pattern in family.ignored):
+            left_out.setdefault(DRAFT_LAYERS, []).append(name)
+    return weights, left_out
 
 
 def _locate(path_or_hub_id: str) -> Path:
