@@ -64,7 +64,7 @@ class Cell:
     def add(self, answers: Sequence[Answer]) -> None:
         seconds = max(answer.ended for answer in answers) - min(answer.sent for answer in answers)
         first = [answer.first_token_seconds for answer in answers]
-        self.tokens_per_second.append(sum(answer.num_new_tokens for answer in answers) / seconds)
+        self.tokens_per_second.append(sum(answer.num_tokens for answer in answers) / seconds)
         self.first_token_p50.append(median(first))
         self.first_token_seconds += first
         self.gap_seconds += [gap for answer in answers for gap in answer.gaps]
@@ -233,7 +233,7 @@ async def _long_prompts(address: Address) -> Document:
     return {
         "before": gaps(settled, started),
         "during": gaps(started, until),
-        "first_token_seconds": {len(answer.request.prompt): answer.first_token_seconds for answer in answers},
+        "first_token_seconds": {len(answer.question.prompt): answer.first_token_seconds for answer in answers},
     }
 
 
@@ -247,7 +247,7 @@ def shared_prefix(options: argparse.Namespace, servers: dict[str, Server], conso
             with awake(running[name]):
                 pairs = asyncio.run(_shared_prefix(running[name].address, options.rounds))
             unshared, shared = ([pair[side].first_token_seconds for pair in pairs] for side in (0, 1))
-            cached = [pair[1].num_cached_tokens for pair in pairs]
+            cached = [pair[1].num_cached_tokens or 0 for pair in pairs]
             predicted = 1 - median(cached) / pairs[0][1].num_prompt_tokens
             ratio = median(b / a for a, b in zip(unshared, shared, strict=True))
             result = {"server": name, "unshared": unshared, "shared": shared, "cached": cached, "predicted": predicted}
@@ -319,7 +319,7 @@ async def _overload(server: Running, options: argparse.Namespace) -> Document:
     following.cancel()
     await _until_idle(server)
     refused = [answer for answer in answers if answer.status in (429, 503)]
-    whole = [answer for answer in answers if not answer.error and answer.num_new_tokens == options.tokens]
+    whole = [answer for answer in answers if not answer.error_kind and answer.num_new_tokens == options.tokens]
     third = max(1, len(samples.resident_bytes) // 3)
     return {
         "requests_per_second_alone": capacity,
@@ -328,7 +328,7 @@ async def _overload(server: Running, options: argparse.Namespace) -> Document:
         "answered": len(whole),
         "refused": len(refused),
         "lost": len(answers) - len(whole) - len(refused),
-        "lost_how": sorted({answer.error for answer in answers if answer.error and answer not in refused})[:3],
+        "lost_how": sorted({answer.error for answer in answers if answer.error_kind and answer not in refused})[:3],
         "memory_mib_first_third": mean(samples.resident_bytes[:third]) / MIB,
         "memory_mib_last_third": mean(samples.resident_bytes[-third:]) / MIB,
         "most_descriptors": max(samples.descriptors),

@@ -96,9 +96,9 @@ def test_requests(name: str, server: str) -> None:
 
 def test_local_commands(server: str, tmp_path: Path) -> None:
     lines = [line for name in READMES for line in commands(name) if line.startswith(".venv/bin/")]
-    assert len(lines) == 18
+    assert len(lines) == 22
     for line in dict.fromkeys(lines):
-        words = shlex.split(line.replace("/tmp/demo-int8", str(tmp_path / "int8")))
+        words = shlex.split(line.replace("/tmp/demo-int8", str(tmp_path / "int8")).replace(ADDRESS, server))
         program = words[0].rpartition("/")[2]
         start = [sys.executable] if program == "python" else [sys.executable, "-m", "amalgam.cli"]
         where = {"examples/test_expert_tracking.py": ["--base-url", server], "experts": ["--url", server]}

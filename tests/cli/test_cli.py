@@ -42,7 +42,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, verb, "--help")
+    code, out, _ = run(capsys, *verb.split(), "--help")
     assert code == 0
     assert f"amalgam {verb}" in out
 

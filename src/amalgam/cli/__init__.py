@@ -18,7 +18,8 @@ from amalgam.base.threads import stop_threads
 from amalgam.cli.streams import OutputError, guarded_streams
 from amalgam.errors import AmalgamError
 
-# In the order of a user's day. `amalgam.cli.<verb>` exports `command`; its docstring is the help text.
+# In the order of a user's day. `amalgam.cli.<verb>` exports `command`; its docstring is the help text. One of two words
+# is in `amalgam.cli.<first>_<second>`.
 VERBS = (
     "serve",
     "generate",
@@ -32,6 +33,8 @@ VERBS = (
     "estimate",
     "experts",
     "bench",
+    "bench serve",
+    "bench cache",
 )
 
 INTERRUPTED = 130
@@ -42,10 +45,14 @@ class _Verbs(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words in VERBS else args)
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
             return None
-        command = importlib.import_module(f"amalgam.cli.{cmd_name}").command
+        command = importlib.import_module(f"amalgam.cli.{cmd_name.replace(' ', '_')}").command
         # Plain help: frames cut names at 80 columns, and markup takes the brackets of a description for its own.
         verb = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         verb.command(name=cmd_name, context_settings=_HELP, epilog=getattr(command, "epilog", None))(command)

@@ -33,8 +33,8 @@ def command(
     from amalgam.tools import bench
 
     chosen: dict[str, Any] = {
-        "prompts": _numbers("--prompts", prompts),
-        "batches": _numbers("--batches", batches),
+        "prompts": numbers_of("--prompts", prompts),
+        "batches": numbers_of("--batches", batches),
         "num_tokens": num_tokens,
         "repeats": repeats,
     }
@@ -62,7 +62,7 @@ def command(
     print_json(document, is_indented=False)
 
 
-def _numbers(flag: str, text: str) -> list[int]:
+def numbers_of(flag: str, text: str) -> list[int]:
     from amalgam.errors import ConfigError
 
     parts = [part.strip() for part in text.split(",") if part.strip()]

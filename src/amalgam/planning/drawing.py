@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from amalgam.base.figures import COLOURS, page
 from amalgam.planning.planner import Point
 
-# Colours that people with any colour vision tell apart (Okabe & Ito 2008); the plan's is the strongest.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -32,7 +31,7 @@ def frontier_html(points: Sequence[Point], model: str, text: str) -> str:
             name=kind,
             mode="lines+markers",
             line={
-                "color": _COLOURS[number % len(_COLOURS)],
+                "color": COLOURS[number % len(COLOURS)],
                 "dash": _DASHES[number % len(_DASHES)],
                 "width": 3 if number == 0 else 1.5,
             },
@@ -58,4 +57,4 @@ def frontier_html(points: Sequence[Point], model: str, text: str) -> str:
         hovermode="closest",
         legend={"orientation": "h", "y": -0.18},
     )
-    return str(figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
+    return page(figure)

@@ -237,7 +237,7 @@ def measure_engine(
 def prompt_seconds(engine: Engine, spec: ModelSpec, length: int, seed: int) -> float:
     """From handing in a prompt of random tokens to its first new token."""
     started = time.monotonic()
-    (answer,) = engine.generate([_random_ids(spec, length, seed)], _sampling(1, seed))
+    (answer,) = engine.generate([random_ids(spec, length, seed)], _sampling(1, seed))
     if answer.error is not None:
         raise answer.error
     return time.monotonic() - started
@@ -262,7 +262,7 @@ def step_seconds(
             ended.release()
 
     params = [_sampling(max(2, num_tokens), seed + index) for index in range(batch)]
-    prompts = [_random_ids(spec, context, seed + index) for index in range(batch)]
+    prompts = [random_ids(spec, context, seed + index) for index in range(batch)]
     with engine.between_steps():
         ids = [engine.submit(prompt, chosen, on_output) for prompt, chosen in zip(prompts, params, strict=True)]
     for _ in ids:
@@ -286,7 +286,7 @@ def _sampling(num_tokens: int, seed: int) -> SamplingParams:
     return SamplingParams(max_new_tokens=num_tokens, temperature=1.0, seed=seed, ignore_eos=True)
 
 
-def _random_ids(spec: ModelSpec, length: int, seed: int) -> list[int]:
+def random_ids(spec: ModelSpec, length: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(0, spec.vocab_size, (length,), generator=generator).tolist()
     return ids
