@@ -80,10 +80,15 @@ inline Bytes load_int8(const uint8_t* line) {
     const Words v = load_words(line);
     return {_mm256_xor_si256(v.a, offset), _mm256_xor_si256(v.b, offset)};
 }
+// A sum that is to be added here. GCC moves additions down to where sums are read, and spills all products until then.
+inline __m256i summed(__m256i sum) {
+    asm("" : "+x"(sum));
+    return sum;
+}
 // Sums of two products fit 16 bits: 2 * 15 * 127 here, 2 * 128 * 127 below.
 inline __m256i dot_half(__m256i sum, __m256i w_unsigned, __m256i x) {
     const __m256i pairs = _mm256_maddubs_epi16(w_unsigned, x);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return summed(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 }
 inline Ints dot_nibbles(Ints sum, Bytes w, Operand4 x) { return {dot_half(sum.a, w.a, x), dot_half(sum.b, w.b, x)}; }
 // The weight's sign goes over to the activation, which is never -128.
@@ -121,14 +126,14 @@ inline Bytes look_up(Table table, Bytes index) {
 using Partial = Words;
 inline Partial zero_partial() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Partial dot_codes(Partial sum, Bytes w, Operand4 x) {
-    return {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x)),
-            _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x))};
+    return {summed(_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x))),
+            summed(_mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x)))};
 }
 // The weight's sign goes over to the activation, as in dot_int8.
 inline Partial dot_looked_up(Partial sum, Bytes w, Operand4 x) {
     const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a));
     const __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b));
-    return {_mm256_add_epi16(sum.a, a), _mm256_add_epi16(sum.b, b)};
+    return {summed(_mm256_add_epi16(sum.a, a)), summed(_mm256_add_epi16(sum.b, b))};
 }
 inline Ints add_shorts(Ints sum, Words w, Words x) {
     return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(w.a, x.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(w.b, x.b))};
@@ -196,14 +201,12 @@ inline void store_pairs(uint8_t* line, Pairs v) {
     _mm256_store_si256(p, v.a);
     _mm256_store_si256(p + 1, v.b);
 }
-// A product of two bfloat16 is exact in float32, so that this rounds as often as a fused instruction.
 inline __m256 dot_pairs_half(__m256 sum, __m256i w, __m256i x) {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-    const __m256 second =
-        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)));
-    const __m256 first =
-        _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)));
-    return _mm256_add_ps(_mm256_add_ps(sum, second), first);
+    sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)),
+                          _mm256_castsi256_ps(_mm256_and_si256(x, high)), sum);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
+                           sum);
 }
 inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) {
     return {dot_pairs_half(sum.a, w.a, x), dot_pairs_half(sum.b, w.b, x)};
