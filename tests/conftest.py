@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from amalgam.composition.quantize import quantize_checkpoint
+from amalgam.engine import core
 from amalgam.formats.grid import QuantizeOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo"
 
+# Longest first: whoever got one of them last would work alone at the end.
+LONG = (
+    "server/test_dashboard_page.py", "server/test_page.py", "models/test_config_fields.py", "test_readme.py",
+    "cli/test_plan_budget.py", "composition/test_packed_cache.py", "runtime/test_autoplan.py", "kernels/test_panels.py",
+    "models/test_parity.py", "runtime/test_deployment.py", "test_planning_docs.py", "composition/test_calibrated.py",
+    "server/test_lifecycle.py", "server/test_faults.py", "kernels/test_new_isa.py", "server/test_description.py",
+    "tools/test_estimate.py", "test_llm.py", "cli/test_quantize.py",
+)  # fmt: skip
 CONFIG = """
 model:
   name: demo
@@ -35,6 +48,30 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
+    # Certificates of the world, which no test needs: httpx reads them for each client, in 50 ms.
+    os.environ["SSL_CERT_DIR"] = str(ROOT / "tests")
+    # Requests without a seed of their own draw it from the sequence that each test begins anew.
+    core.secrets = SimpleNamespace(randbelow=random.randrange)  # type: ignore[assignment]
+    gc.disable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"tests/{name}": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: to look for garbage among their millions of objects takes a second each time."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Whatever a test and its fixtures draw without a seed of their own is the same each time."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -57,6 +94,10 @@ def derived(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def demo_config(derived: Path, tmp_path: Path) -> Path:
     """A configuration that maps the demo model across bf16, fp8 and int4."""
-    path = tmp_path / "model_config.yaml"
+    return write_demo_config(tmp_path, derived)
+
+
+def write_demo_config(folder: Path, derived: Path) -> Path:
+    path = folder / "model_config.yaml"
     path.write_text(CONFIG.format(demo=DEMO, derived=derived))
     return path

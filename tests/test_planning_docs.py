@@ -1,31 +1,55 @@
-"""Every command in docs/planning.md runs and answers."""
+"""Every command in docs/planning.md runs and answers, on two of the demo's layers."""
 
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from amalgam.cli import main
 from tests.conftest import ROOT
-from tests.test_readme import commands, environment
+from tests.planning.conftest import small
+from tests.test_readme import commands
+
+__all__ = ["small"]
 
 
-@pytest.mark.timeout(600)
-def test_every_command_of_planning_runs(tmp_path: Path) -> None:
+@pytest.fixture
+def config(small: Path, tmp_path: Path) -> Path:
+    """The demo's, of the small model; its sources are made at the first use."""
+    settings = yaml.safe_load((ROOT / "config" / "model_config.yaml").read_text())
+    model, mixed = settings["model"], settings["model"]["mixed_precision"]
+    model["base_path"] = str(small / "base")
+    mixed |= {"fp8_path": str(tmp_path / "fp8"), "int4_path": str(tmp_path / "int4")}
+    mapping = mixed["weight_mapping"]
+    mixed["weight_mapping"] = {name: source for name, source in mapping.items() if name.split(".")[2] in "*01"}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def test_every_command_of_planning_runs(
+    config: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     lines = commands("docs/planning.md")
     assert len(lines) == 5 and all(line.startswith(".venv/bin/amalgam ") for line in lines)
     for line in lines:
-        words = shlex.split(line.replace("/tmp/", f"{tmp_path}/"))
+        words = shlex.split(line)[1:]
+        for place, word in enumerate(words):
+            if word.startswith("/tmp/"):
+                words[place] = str(tmp_path / word.removeprefix("/tmp/"))
+        places = {"config/model_config.yaml": str(config), "models/demo": str(small / "base")}
+        words = [places.get(word, word) for word in words]
         if "--tokens" in words:  # the commands are tested, and not their figures
             place = words.index("--tokens") + 1
             words[place] = str(int(words[place]) // 2)
-        elif "--reference" in words or "--config" in words:
+        elif "evaluate" in words:
             words += ["--tokens", "512"]
-        program = [sys.executable, "-m", "amalgam.cli", *words[1:]]
-        result = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-        assert result.returncode == 0, (line, result.stderr)
-        assert result.stdout.strip(), line
+        code = main(words)
+        captured = capsys.readouterr()
+        assert code == 0, (line, captured.err)
+        assert captured.out.strip(), line
     assert "mixed_precision" in (tmp_path / "plan.yaml").read_text()

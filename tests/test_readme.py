@@ -15,10 +15,21 @@ from pathlib import Path
 
 import pytest
 
+from amalgam.cli import main
 from tests.conftest import ROOT
 
 READMES = ("README.md", "README.zh-CN.md")
 ADDRESS = "http://127.0.0.1:8080"
+
+
+# Requests without a seed of their own get the same ones each time: an answer by chance may be empty.
+SERVER = """
+import random, runpy
+from types import SimpleNamespace
+from amalgam.engine import core
+core.secrets = SimpleNamespace(randbelow=random.Random(0).randrange)
+runpy.run_path("main.py", run_name="__main__")
+"""
 
 
 def commands(name: str, language: str = "bash") -> list[str]:
@@ -35,7 +46,7 @@ def environment() -> dict[str, str]:
 def server() -> Iterator[str]:
     """What `make serve` runs, on a free port."""
     process = subprocess.Popen(
-        [sys.executable, "main.py", "--config", "config/model_config.yaml", "--port", "0"],
+        [sys.executable, "-c", SERVER, "--config", "config/model_config.yaml", "--port", "0"],
         cwd=ROOT,
         env=environment(),
         stderr=subprocess.PIPE,
@@ -94,24 +105,26 @@ def test_requests(name: str, server: str) -> None:
             assert answer["content"][0]["text"].strip()
 
 
-def test_local_commands(server: str, tmp_path: Path) -> None:
+def test_local_commands(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
     lines = [line for name in READMES for line in commands(name) if line.startswith(".venv/bin/")]
     assert len(lines) == 22
     for line in dict.fromkeys(lines):
-        words = shlex.split(line.replace("/tmp/demo-int8", str(tmp_path / "int8")).replace(ADDRESS, server))
-        program = words[0].rpartition("/")[2]
-        start = [sys.executable] if program == "python" else [sys.executable, "-m", "amalgam.cli"]
+        program, *words = shlex.split(line.replace("/tmp/demo-int8", str(tmp_path / "int8")).replace(ADDRESS, server))
         where = {"examples/test_expert_tracking.py": ["--base-url", server], "experts": ["--url", server]}
-        result = subprocess.run(
-            [*start, *words[1:], *where.get(words[1], [])],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, (line, result.stderr)
-        assert result.stdout.strip(), line
+        words += where.get(words[0], [])
+        if program == ".venv/bin/python":
+            command = [sys.executable, *words]
+            result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+            code, out, err = result.returncode, result.stdout, result.stderr
+        else:
+            assert program == ".venv/bin/amalgam"
+            code = main(words)
+            out, err = capsys.readouterr()
+        assert code == 0, (line, err)
+        assert out.strip(), line
 
 
 def test_python() -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from amalgam.engine.request import Generation
 from amalgam.errors import AmalgamError, CheckpointError, ConfigError, ConflictError, PlanError, UnavailableError
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
-from tests.conftest import DEMO
+from tests.conftest import DEMO, write_demo_config
 from tests.errors import raises
 
 EXPERTS = "model.layers.*.mlp.experts.*"
@@ -39,12 +40,25 @@ PARAMS = [
 ]
 
 
-@pytest.fixture
-def deployment(demo_config: Path) -> Iterator[Deployment]:
-    settings = load_settings(demo_config, {"engine.max_step_tokens": 64, "inference.max_seq_length": 512}, {})
+@contextmanager
+def opened(config: Path) -> Iterator[Deployment]:
+    settings = load_settings(config, {"engine.max_step_tokens": 64, "inference.max_seq_length": 512}, {})
     deployment = open_deployment(settings)
     yield deployment
     deployment.close()
+
+
+@pytest.fixture
+def deployment(demo_config: Path) -> Iterator[Deployment]:
+    with opened(demo_config) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def shared(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """For tests that change nothing of it."""
+    with opened(write_demo_config(tmp_path_factory.mktemp("shared"), derived)) as deployment:
+        yield deployment
 
 
 def run(deployment: Deployment, indices: list[int]) -> list[Generation]:
@@ -52,9 +66,9 @@ def run(deployment: Deployment, indices: list[int]) -> list[Generation]:
     return deployment.engine.generate(token_ids, [PARAMS[index] for index in indices])
 
 
-def test_32_requests_together_get_what_each_gets_alone(deployment: Deployment) -> None:
-    alone = [run(deployment, [index])[0].token_ids for index in range(32)]
-    together = [answer.token_ids for answer in run(deployment, list(range(32)))]
+def test_32_requests_together_get_what_each_gets_alone(shared: Deployment) -> None:
+    alone = [run(shared, [index])[0].token_ids for index in range(32)]
+    together = [answer.token_ids for answer in run(shared, list(range(32)))]
     assert together == alone
     assert len(set(alone)) > 16
 
@@ -160,14 +174,14 @@ def test_a_remap_loads_only_what_changed(deployment: Deployment) -> None:
         ({"model.layers.[": "int4"}, "model.layers.["),
     ],
 )
-def test_a_bad_mapping_changes_nothing(deployment: Deployment, mapping: dict[str, str], message: str) -> None:
-    before, rules = deployment.version, deployment.rules
+def test_a_bad_mapping_changes_nothing(shared: Deployment, mapping: dict[str, str], message: str) -> None:
+    before, rules = shared.version, shared.rules
     with pytest.raises(AmalgamError) as error:
-        deployment.update_weight_mapping(mapping)
+        shared.update_weight_mapping(mapping)
     assert message in str(error.value)
-    assert deployment.version is before
-    assert deployment.rules == rules
-    assert len(run(deployment, [1])[0].token_ids) > 0
+    assert shared.version is before
+    assert shared.rules == rules
+    assert len(run(shared, [1])[0].token_ids) > 0
 
 
 def test_the_second_of_two_remaps_is_refused(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,13 +190,13 @@ def test_the_second_of_two_remaps_is_refused(deployment: Deployment, monkeypatch
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         entered.set()
-        leave.wait(10)
+        leave.wait(60)
         return build(*args, **kwargs)
 
     monkeypatch.setattr(ModelLoader, "build", slow)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(deployment.update_weight_mapping, {EXPERTS: "fp8"})
-        entered.wait(10)
+        entered.wait(60)
         with pytest.raises(ConflictError):
             deployment.reload_weights()
         leave.set()
@@ -337,10 +351,10 @@ def test_changes_of_the_mapping_are_taken_back_one_after_the_other(deployment: D
     assert deployment.version.version_id == 6
 
 
-def test_a_change_that_fails_is_not_there_to_be_taken_back(deployment: Deployment) -> None:
+def test_a_change_that_fails_is_not_there_to_be_taken_back(shared: Deployment) -> None:
     with pytest.raises(PlanError):
-        deployment.update_weight_mapping({"model.layers.99.*": "fp8"})
-    assert deployment.num_undoable == 0
+        shared.update_weight_mapping({"model.layers.99.*": "fp8"})
+    assert shared.num_undoable == 0
 
 
 def test_the_size_of_a_change_is_told_before_it_is_made(deployment: Deployment) -> None:

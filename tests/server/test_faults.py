@@ -109,7 +109,7 @@ def num_descriptors() -> int:
 
 @pytest.mark.parametrize("held_at", [0, 2], ids=["mid-prompt", "mid-answer"])
 @pytest.mark.parametrize("streams", [False, True], ids=["unary", "stream"])
-def test_two_hundred_clients_that_leave_leave_nothing(stand: Stand, streams: bool, held_at: int) -> None:
+def test_clients_that_leave_leave_nothing(stand: Stand, streams: bool, held_at: int) -> None:
     stand.engine.held_at = held_at
 
     async def leave(client: httpx.AsyncClient) -> None:
@@ -129,10 +129,10 @@ def test_two_hundred_clients_that_leave_leave_nothing(stand: Stand, streams: boo
     wait_until(lambda: stand.service.num_active == 0)
     gc.collect()
     before = num_descriptors()
-    asyncio.run(run(200))
+    asyncio.run(run(50))
     wait_until(lambda: not stand.engine.running and stand.service.num_active == 0)
     wait_until(lambda: num_descriptors() <= before + 1)
-    assert stand.engine.num_submitted == 203
+    assert stand.engine.num_submitted == 53
     stand.engine.held_at = None
     assert generate(stand.url, max_new_tokens=1).status_code == 200
 

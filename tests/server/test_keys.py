@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import httpx
-import openai
 import pytest
 from fastapi import FastAPI
 
@@ -24,8 +22,12 @@ from amalgam.server.http.keys import KeyRing, Needs, UnauthorizedError, presente
 from amalgam.server.permissions import needs_of
 from amalgam.server.service import Service
 from tests.errors import raises
+from tests.lazy import Lazy
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, fake_settings
+
+anthropic = Lazy("anthropic")
+openai = Lazy("openai")
 
 USER, OTHER, ADMIN = "user-key-1", "user-key-2", "admin-key"
 GENERATE = {"prompt": "a", "max_new_tokens": 1}
@@ -82,7 +84,10 @@ def test_no_endpoint_answers_a_bad_key(app: FastAPI, path: str) -> None:
     async def ask() -> None:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            for method, headers, host in itertools.product(METHODS, BAD_HEADERS, HOSTS):
+            for method, headers, host in [
+                *itertools.product(METHODS, [{}, bearer("wrong")], HOSTS),
+                *itertools.product(("GET", "POST"), BAD_HEADERS, HOSTS[:1]),
+            ]:
                 response = await client.request(method, address, headers={**headers, "Host": host})
                 if host == "rebound.example":
                     assert response.status_code == 403, (method, headers)

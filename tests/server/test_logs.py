@@ -108,28 +108,31 @@ def test_prompts_are_logged_only_if_asked_for(form: str, is_wanted: bool) -> Non
         assert json.loads(found[0]).get("prompts") == (["my\nprompt"] if is_wanted else None)
 
 
-@pytest.mark.parametrize("text", ATTACKS)
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_nothing_that_a_client_sends_makes_a_second_line(text: str, form: str) -> None:
+def test_nothing_that_a_client_sends_makes_a_second_line(form: str) -> None:
     formatter = JSONFormatter() if form == "json" else logging.Formatter(TEXT)
     with logged(formatter, log_prompts=True) as (client, log):
-        headers = [
-            (b"x-request-id", text.encode("utf-8").replace(b"\n", b"?").replace(b"\r", b"?").replace(b"\x00", b"?"))
-        ]
-        response = client.post("/x" + quote(text), headers=headers)
-        assert response.status_code in (400, 404)
-        client.post("/generate", json={"prompt": text[:60], "max_new_tokens": 1, "domain": "a"})
-        client.get("/end")
-        wait_until(lambda: "GET /end" in log.getvalue())
-    # People's lines are split at any Unicode line end, as some readers do.
-    found = log.getvalue().removesuffix("\n").split("\n") if form == "json" else log.getvalue().splitlines()
-    assert all(line.startswith("{") if form == "json" else " INFO amalgam.server " in line for line in found)
-    assert len(found) == (3 if response.status_code == 404 else 2)
-    assert "\x1b" not in log.getvalue() and "\x00" not in log.getvalue()
-    for line in found:
-        if form == "json":
-            assert json.loads(line)["level"] == "INFO"
-        assert len(line) < 2500
+        for text in ATTACKS:
+            headers = [
+                (b"x-request-id", text.encode("utf-8").replace(b"\n", b"?").replace(b"\r", b"?").replace(b"\x00", b"?"))
+            ]
+            response = client.post("/x" + quote(text), headers=headers)
+            assert response.status_code in (400, 404)
+            client.post("/generate", json={"prompt": text[:60], "max_new_tokens": 1, "domain": "a"})
+            client.get("/end")
+            wait_until(lambda: "GET /end" in log.getvalue())
+            written = log.getvalue()
+            log.seek(0)
+            log.truncate()
+            # People's lines are split at any Unicode line end, as some readers do.
+            found = written.removesuffix("\n").split("\n") if form == "json" else written.splitlines()
+            assert all(line.startswith("{") if form == "json" else " INFO amalgam.server " in line for line in found)
+            assert len(found) == (3 if response.status_code == 404 else 2)
+            assert "\x1b" not in written and "\x00" not in written
+            for line in found:
+                if form == "json":
+                    assert json.loads(line)["level"] == "INFO"
+                assert len(line) < 2500
 
 
 @pytest.mark.parametrize("given", ["", "a b", "a" * 129, "é", "a;b", "<script>", "a\tb"])
