@@ -56,11 +56,13 @@ class ChatTemplates:
     Args:
         sources: Jinja, by name.
         variables: what templates may refer to beside the messages, such as `bos_token`.
+        sorts_tools: the keys of tools are put in order, as Kimi's tokenizer does it.
     """
 
-    def __init__(self, sources: Mapping[str, str], variables: Mapping[str, str]) -> None:
+    def __init__(self, sources: Mapping[str, str], variables: Mapping[str, str], *, sorts_tools: bool = False) -> None:
         self._sources = dict(sources)
         self._variables = dict(variables)
+        self._sorts_tools = sorts_tools
 
     @property
     def names(self) -> list[str]:
@@ -103,19 +105,27 @@ class ChatTemplates:
         end = ""
         if prompt.continue_final_message:
             messages[-1], end = _with_end(messages[-1], marks.end)
+        tools = _in_order(prompt.tools) if self._sorts_tools else prompt.tools
         text = render(
             source,
             {
                 **self._variables,
                 **marks.in_value(dict(prompt.variables)),
                 "messages": messages,
-                "tools": marks.in_value(prompt.tools),
+                "tools": marks.in_value(tools),
                 "documents": marks.in_value(prompt.documents),
                 "add_generation_prompt": prompt.add_generation_prompt,
             },
             marks.mark,
         )
         return _up_to_end(text, marks.end, end) if prompt.continue_final_message else text
+
+
+def _in_order(value: Any) -> Any:
+    """The same value, its keys sorted at every depth."""
+    if isinstance(value, Mapping):
+        return {key: _in_order(value[key]) for key in sorted(value)}
+    return [_in_order(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _check(prompt: ChatPrompt) -> None:

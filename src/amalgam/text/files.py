@@ -14,8 +14,8 @@ files add to it is what it cannot say or does not:
   DeepSeek models are published that way; transformers 5 leaves out their first token.
 - `clean_up_tokenization_spaces` changes text after decoding, and is not done.
 
-Without tokenizer.json, `tokenizer.model` is read here, and vocab.json with merges.txt by transformers, whose class then
-is the definition. All else is refused.
+Without tokenizer.json, `tokenizer.model` is read here, `tiktoken.model` of Kimi too, and vocab.json with merges.txt by
+transformers, whose class then is the definition. All else is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,13 +33,14 @@ from amalgam.base.fields import Fields
 from amalgam.base.folders import member, member_folder
 from amalgam.base.strict_json import read_advice, read_json_object
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError, describe
+from amalgam.text import tiktoken
 from amalgam.text.chat import DEFAULT
 from amalgam.text.gguf.metadata import build_tokenizer
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.sentencepiece import read_model
 
 _JSON, _SENTENCE_PIECE = "tokenizer.json", "tokenizer.model"
-TOKENIZER_FILES = (_JSON, _SENTENCE_PIECE, "vocab.json", "vocab.txt", "tekken.json")
+TOKENIZER_FILES = (_JSON, _SENTENCE_PIECE, tiktoken.FILE, "vocab.json", "vocab.txt", "tekken.json")
 _CONFIG, _NAMES, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # What transformers looks at, and more.
@@ -71,6 +73,8 @@ def read_folder(folder: Path) -> tuple[TokenizerParts, frozenset[int]]:
         parts = _Folder(folder).from_json()
     elif (folder / _SENTENCE_PIECE).is_file():
         parts = _Folder(folder).from_sentence_piece()
+    elif (folder / tiktoken.FILE).is_file():
+        parts = _Folder(folder).from_ranks()
     else:
         parts = _read_with_transformers(folder)
     eos = parts.special_tokens_map.get("eos_token")
@@ -165,6 +169,14 @@ class _Folder:
         self._names = {**wrapped.special_tokens_map, **self._names}
         self._config.setdefault("add_bos_token", "bos_token" in self._names)
         return self._finish(backend)
+
+    def from_ranks(self) -> TokenizerParts:
+        path = self._folder / tiktoken.FILE
+        if path.stat().st_size > tiktoken.MAX_BYTES:
+            raise self._unreadable(ValueError(f"more than {tiktoken.MAX_BYTES} bytes"))
+        named = {token_id: (text, flags) for token_id, text, flags in self._declared_tokens()}
+        backend = tiktoken.build_backend(path.read_bytes(), self._config, named, repr(str(path)))
+        return replace(self._finish(backend), sorts_tools=True)
 
     def _finish(self, backend: Any) -> TokenizerParts:
         """What the other files say beside the one that `backend` was read from."""

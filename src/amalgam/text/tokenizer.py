@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from amalgam.text.chat import DEFAULT, ChatPrompt, ChatTemplates
 from amalgam.text.files import TOKENIZER_FILES, eos_token_ids, has_tokenizer, read_folder
 from amalgam.text.gguf.metadata import build_tokenizer
 from amalgam.text.marking import MarkedEncoder, SpecialTokenFinder
-from amalgam.text.parts import TokenizerParts
+from amalgam.text.parts import TokenizerParts, byte_of_letter
 from amalgam.text.pieces import PIECE_CHARS, LengthBound, surrounding_ids, token_ids_by_piece
 from amalgam.text.rendering import TemplateError
 
@@ -26,14 +26,6 @@ UNDECODABLE = "\ufffd"  # what `decode` makes of bytes that are no whole charact
 _NUM_END_TOKENS = 32
 _MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
 _NONE: Mapping[str, Any] = MappingProxyType({})
-
-
-@cache
-def _byte_of_letter() -> dict[str, int]:
-    """How byte-level BPE spells bytes: printable Latin-1 as itself, the others in order from U+0100 (as GPT-2 did)."""
-    as_themselves = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
-    others = [byte for byte in range(256) if byte not in as_themselves]
-    return {chr(byte): byte for byte in as_themselves} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells them
@@ -56,7 +48,8 @@ class Tokenizer:
         self._backend.no_padding()
         sources = parts.chat_template or {}
         sources = {DEFAULT: sources} if isinstance(sources, str) else sources
-        self._templates = ChatTemplates(sources, parts.special_tokens_map)
+        sorts_tools = getattr(parts, "sorts_tools", False)
+        self._templates = ChatTemplates(sources, parts.special_tokens_map, sorts_tools=sorts_tools)
         self.eos_token_ids = eos_token_ids
         known_ids = self._backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = 1 + max(known_ids, default=-1)
@@ -251,7 +244,7 @@ class Tokenizer:
         text, piece = self.token_text(token_id), self._backend.id_to_token(token_id) or ""
         if found := _BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(found[1])
-        letters = _byte_of_letter()
+        letters = byte_of_letter()
         if UNDECODABLE in text and all(letter in letters for letter in piece):
             return bytes(letters[letter] for letter in piece)
         return text.encode()
@@ -288,7 +281,7 @@ class Tokenizer:
             ids: list[int] = backend.encode(text.decode(errors="replace"), add_special_tokens=False).ids
             return ids
 
-        added, letters = backend.get_added_tokens_decoder(), _byte_of_letter()
+        added, letters = backend.get_added_tokens_decoder(), byte_of_letter()
         tokens = [bytes_of(token_id) for token_id in range(self.vocab_size)]
         return tokens, sorted(self.special_tokens), encode
 
@@ -323,7 +316,7 @@ class _Texts(dict[int, str | bytes]):
     def __missing__(self, token_id: int) -> str | bytes:
         if not self._has_text(token_id):
             return ""
-        piece, letters = self._backend.id_to_token(token_id), _byte_of_letter()
+        piece, letters = self._backend.id_to_token(token_id), byte_of_letter()
         found = bytes(map(letters.__getitem__, piece)) if letters.keys() >= set(piece) else piece.encode()
         try:
             self[token_id] = text = found.decode()
@@ -338,6 +331,7 @@ def _with_template(parts: Any, chat_template: str | None) -> TokenizerParts:
         parts.backend_tokenizer,
         parts.special_tokens_map,
         parts.chat_template if chat_template is None else chat_template,
+        getattr(parts, "sorts_tools", False),  # which a tokenizer of transformers does not have
     )
 
 

@@ -5,10 +5,10 @@ is cut is refused unless it is known: llama.cpp falls back to a default instead,
 than it was trained on.
 Must never know: files, tensors, requests.
 
-Two kinds, by `tokenizer.ggml.model`. `gpt2`: byte-level BPE with merges; `tokenizer.ggml.pre` names the expression
-that cuts text into words. `llama`: SentencePiece BPE, whose merges follow from the pieces' scores. As llama.cpp does it
-(src/llama-vocab.cpp), and where it differs from the published tokenizer.json, as that does it: Unicode's form NFC for
-Qwen and others, the published expressions.
+Three kinds, by `tokenizer.ggml.model`. `gpt2`: byte-level BPE with merges; `tokenizer.ggml.pre` names the expression
+that cuts text into words. `gemma4`: the same, with pieces and an expression of its own. `llama`: SentencePiece BPE,
+whose merges follow from the pieces' scores. As llama.cpp does it (src/llama-vocab.cpp), and where it differs from the
+published tokenizer.json, as that does it: Unicode's form NFC for Qwen and others, the published expressions.
 """
 
 from __future__ import annotations
@@ -165,11 +165,9 @@ class _Tables(Fields):
             self.unsupported(name, value, "nothing under this key")
 
 
-def _words_and_merges(tables: _Tables) -> tuple[Any, bool]:
+def _words_and_merges(tables: _Tables, default_pre: str | None = None) -> tuple[Any, bool]:
     """BPE with merges in words, by letters that stand for bytes or by pieces as SentencePiece has them."""
-    from tokenizers import Tokenizer, models
-
-    pre = tables.get("pre")
+    pre = tables.get("pre", default=default_pre)
     pretokenizer = PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
     if pretokenizer is None:
         tables.unsupported("pre", pre, "the names in docs/support.md")
@@ -180,15 +178,23 @@ def _words_and_merges(tables: _Tables) -> tuple[Any, bool]:
         if cut < 0 or not all(part in tables.vocab for part in (left, right, left + right)):
             tables.refuse("merges", merge, "pairs of tokens whose concatenation is a token")
         merges.append((left, right))
-    model = models.BPE(
-        tables.vocab,
-        merges,
-        ignore_merges=pretokenizer.ignores_merges,
-        byte_fallback=not pretokenizer.is_byte_level,
+    return bpe_backend(tables.vocab, merges, pretokenizer), pretokenizer.adds_bos
+
+
+def bpe_backend(vocab: dict[str, int], merges: list[tuple[str, str]], pretokenizer: PreTokenizer) -> Any:
+    """A `tokenizers.Tokenizer` that merges within words, the first pairs of `merges` first."""
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(
+        models.BPE(
+            vocab,
+            merges,
+            ignore_merges=pretokenizer.ignores_merges,
+            byte_fallback=not pretokenizer.is_byte_level,
+        )
     )
-    backend = Tokenizer(model)
     (_cut_bytes if pretokenizer.is_byte_level else _cut_pieces)(backend, pretokenizer)
-    return backend, pretokenizer.adds_bos
+    return backend
 
 
 def _cut_bytes(backend: Any, pretokenizer: PreTokenizer) -> None:
@@ -258,4 +264,8 @@ def _merges_by_score(tables: _Tables) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
-_KINDS: Mapping[str, Callable[[_Tables], tuple[Any, bool]]] = {"gpt2": _words_and_merges, "llama": _sentence_piece}
+_KINDS: Mapping[str, Callable[[_Tables], tuple[Any, bool]]] = {
+    "gpt2": _words_and_merges,
+    "gemma4": lambda tables: _words_and_merges(tables, "gemma4"),
+    "llama": _sentence_piece,
+}
