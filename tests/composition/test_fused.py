@@ -29,7 +29,7 @@ from amalgam.tools.analyze import analyze_checkpoint
 from tests.errors import raises
 from tests.formats.layouts import LAYOUTS
 from tests.models.harness import CPU, Runner, load_model
-from tests.models.tiny import HuggingFace, tiny_model, write_checkpoint
+from tests.models.tiny import GEMMA4_MOE, HuggingFace, tiny_model, write_checkpoint
 
 # gpt-oss stores nothing else, and of what Ministral 3's wrapper may hold only Mistral 4 has experts.
 FUSED = [family for family in all_families() if family.fused and family.name not in ("gpt_oss", "ministral3")]
@@ -38,7 +38,7 @@ PROMPT = list(range(3, 40))
 
 @pytest.mark.parametrize("family", FUSED, ids=lambda family: family.name)
 def test_both_sets_of_names_hold_the_same_weights(family: Family, tmp_path: Path) -> None:
-    model = tiny_model(family)
+    model = tiny_model(family, **(GEMMA4_MOE if family.name == "gemma4" else {}))
     model.save_pretrained(tmp_path / "alone")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     assert any(".experts.gate_up_proj" in name for name in load_file(tmp_path / "fused/model.safetensors"))

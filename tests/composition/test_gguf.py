@@ -25,7 +25,7 @@ from amalgam.models.registry import all_families
 from tests.errors import raises
 from tests.models.gguf_writer import ARCHITECTURES, KIND, write_gguf
 from tests.models.harness import Runner, hand_built, load_model
-from tests.models.tiny import save_tiny, write_checkpoint
+from tests.models.tiny import GEMMA4_MOE, save_tiny, write_checkpoint
 
 TOLERANCE = 1e-4
 PROMPT = list(range(3, 64))
@@ -83,6 +83,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"query_pre_attn_scalar": 32, "attn_logit_softcapping": None, "final_logit_softcapping": None},
         {},
     ),
+    "gemma4_moe": ("gemma4", GEMMA4_MOE, {}),
     "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}, {}),
     "seed_oss_biases": ("seed_oss", {"attention_out_bias": True, "attention_bias": True, "mlp_bias": True}, {}),
     "ernie4_5_biases": ("ernie4_5", {"use_bias": True, "tie_word_embeddings": False}, {}),

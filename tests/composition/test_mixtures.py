@@ -17,7 +17,7 @@ from amalgam.models.registry import all_families, read_spec
 from amalgam.models.spec import Slot
 from tests.formats.layouts import LAYOUTS
 from tests.models.harness import Runner, hand_built, load_model
-from tests.models.tiny import save_tiny, write_checkpoint
+from tests.models.tiny import GEMMA4_MOE, save_tiny, write_checkpoint
 
 FAMILIES = {family.name: family for family in all_families()}
 PROMPT = list(range(3, 40))
@@ -61,6 +61,9 @@ CASES = {
     "GLM-5 in FP8": Case("glm_moe_dsa", "fp8-block", changes=LATENT),
     "Llama 4 in FP8": Case("llama4", "fp8-channel"),
     "Granite MoE in W4A16": Case("granitemoe", "int4"),
+    "Gemma 4 in FP8": Case("gemma4", "fp8-block", {"modules_to_not_convert": ["router", "lm_head"]}, GEMMA4_MOE),
+    "Gemma 4 in W4A16": Case("gemma4", "int4", changes=GEMMA4_MOE),
+    "Gemma 4 with inputs of layers in GPTQ": Case("gemma4", "gptq-int4", changes={"hidden_size_per_layer_input": 64}),
 }
 
 
@@ -106,11 +109,11 @@ def test_equals_the_model_of_dequantized_weights(name: str, tmp_path: Path) -> N
             assert (formats[slot.name] == LAYOUTS[case.layout].format) == is_quantized, slot.name
 
 
-@pytest.mark.parametrize("family", ["minimax_m2", "ernie4_5_moe", "llama4", "granitemoe", "hunyuan_v1_moe"])
+@pytest.mark.parametrize("family", ["minimax_m2", "ernie4_5_moe", "llama4", "granitemoe", "hunyuan_v1_moe", "gemma4"])
 def test_a_single_expert_may_come_from_elsewhere(family: str, tmp_path: Path) -> None:
     from amalgam.composition.quantize import quantize_checkpoint
 
-    save_tiny(FAMILIES[family], tmp_path / "base")
+    save_tiny(FAMILIES[family], tmp_path / "base", **(GEMMA4_MOE if family == "gemma4" else {}))
     quantize_checkpoint(str(tmp_path / "base"), tmp_path / "int8", "int8")
     config = json.loads((tmp_path / "base/config.json").read_text())
     _, spec = read_spec(config, "config.json")

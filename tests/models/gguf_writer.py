@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "OlmoeForCausalLM": "olmoe",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma4ForCausalLM": "gemma4",
     "Phi3ForCausalLM": "phi3",
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo2",
@@ -117,6 +118,11 @@ def _converted(
         if architecture == "gpt-oss" and ".experts." in name:
             result |= _gpt_oss_experts(name, array)
             continue
+        if architecture == "gemma4":
+            name, special = _gemma4(name)
+            if special is not None:
+                result[special] = array
+                continue
         if (architecture == "llama4" and ".experts." in name) or "_linear" in name:
             result |= _joined_parts(name, array, architecture)
             continue
@@ -155,6 +161,10 @@ def _converted(
     if scaling.get("rope_type") == "longrope":
         for length in ("short", "long"):
             result[f"rope_factors_{length}.weight"] = np.array(scaling[f"{length}_factor"], np.float32)
+    if (full := scaling.get("full_attention", {})).get("rope_type") == "proportional":
+        half = _full_layer(config)["head_dim"] // 2
+        turning = int(half * full["partial_rotary_factor"])
+        result["rope_freqs.weight"] = np.array([1.0] * turning + [1e30] * (half - turning), np.float32)
     if scaling.get("rope_type") == "llama3":
         result["rope_freqs.weight"] = _llama3_divisors(config, scaling)
     return result
@@ -198,6 +208,27 @@ def _hybrid(name: str, array: np.ndarray, config: dict[str, Any], architecture: 
     elif name.endswith("norm.weight") and leaf != "norm.weight":
         array = array + 1
     return {name: array}
+
+
+def _gemma4(name: str) -> tuple[str, str | None]:
+    """`Gemma4Model` of the converter: the name that the table knows, or the one in the file."""
+    layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+    for published, written in (
+        ("router.scale", "ffn_gate_inp.scale"),
+        ("router.per_expert_scale", "ffn_down_exps.scale"),
+    ):
+        if name.endswith(published):
+            return name, f"blk.{layer}.{written}"
+    return f"{name}.weight" if name.endswith(
+        ("layer_scalar", "experts.gate_up_proj", "experts.down_proj")
+    ) else name, None
+
+
+def _full_layer(config: dict[str, Any]) -> dict[str, int]:
+    """Sizes of Gemma 4's full layers."""
+    full = next(i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention")
+    found: dict[str, int] = config["per_layer_config"][str(full)]
+    return found
 
 
 def _gpt_oss_experts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
@@ -330,8 +361,10 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
     experts = number("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if experts:
         writer.add_expert_count(experts)
-        writer.add_expert_used_count(number("num_experts_per_tok", "moe_topk", "moe_k"))
+        writer.add_expert_used_count(number("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"))
     _write_newer_experts(writer, config, architecture)
+    if architecture == "gemma4":
+        _write_gemma4(writer, config)
     if architecture in HAVE_MOE_SIZES:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if architecture == "gpt-oss":
@@ -361,6 +394,35 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         )
         writer.add_expert_group_count(config["n_group"])
         writer.add_expert_group_used_count(config["topk_group"])
+
+
+def _write_gemma4(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """`Gemma4Model.set_gguf_parameters` of the converter, in place of what `write_metadata` has written."""
+    rope, full = config["rope_parameters"], _full_layer(config)
+    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
+    shared, num_layers = config["num_kv_shared_layers"], config["num_hidden_layers"]
+    for key in ("key_length", "value_length", "head_count_kv"):
+        del writer.kv_data[0][f"gemma4.attention.{key}"]
+    for key in ("rope.dimension_count", "feed_forward_length"):
+        del writer.kv_data[0][f"gemma4.{key}"]
+    writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern(sliding)
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"] or 0)
+    writer.add_key_length(full["head_dim"])
+    writer.add_value_length(full["head_dim"])
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_value_length_swa(config["head_dim"])
+    writer.add_rope_dimension_count(full["head_dim"])
+    writer.add_rope_dimension_count_swa(config["head_dim"])
+    kv_heads = config["num_key_value_heads"]
+    writer.add_head_count_kv([kv_heads if local else full.get("num_key_value_heads", kv_heads) for local in sliding])
+    size, wide = config["intermediate_size"], 2 if config["use_double_wide_mlp"] else 1
+    first = num_layers - shared
+    writer.add_feed_forward_length([size * (wide if layer >= first else 1) for layer in range(num_layers)])
+    if config["enable_moe_block"]:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
 def _write_newer_experts(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str) -> None:

@@ -65,12 +65,28 @@ def test_a_missing_key_means_what_the_hugging_face_class_makes_of_it(name: str) 
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"hidden_act": "gelu"}) for name in sorted(FAMILIES.keys() - {"gpt2", "gemma2", "gemma3"})),
-    *((name, {"hidden_activation": "silu"}) for name in ("gemma2", "gemma3")),
+    *((name, {"hidden_act": "gelu"}) for name in sorted(FAMILIES.keys() - {"gpt2", "gemma2", "gemma3", "gemma4"})),
+    *((name, {"hidden_activation": "silu"}) for name in ("gemma2", "gemma3", "gemma4")),
     *((name, {"layer_types": ["full_attention", "linear_attention"]}) for name in ("gemma3", "olmo3", "smollm3")),
     *((name, {"rope_parameters": {"rope_type": "su"}}) for name in ("olmo2", "granite", "starcoder2")),
     ("gemma2", {"use_bidirectional_attention": True}),
     ("gemma3", {"attn_logit_softcapping": 30.0}),
+    *(
+        ("gemma4", changes)
+        for changes in (
+            {"layer_types": ["sliding_attention", "linear_attention"] * 2},
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            {"num_kv_shared_layers": 3},
+            {"num_kv_shared_layers": 4},
+            {"use_bidirectional_attention": "all"},
+            {"vocab_size_per_layer_input": 200},
+            {"per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 64}}},
+            {"per_layer_config": {"1": {"head_dim": 32}}},
+            {"per_layer_config": {"1": {"sliding_window": 4}, "3": {"sliding_window": 4}}},
+            {"enable_moe_block": True, "num_experts": 2, "moe_intermediate_size": 8, "top_k_experts": 3},
+        )
+    ),
     *((name, {"num_experts_per_tok": 0}) for name in ("mixtral", "olmoe", "deepseek_v2", "gpt_oss")),
     ("mixtral", {"num_experts_per_tok": 5}),
     ("xverse", {"moe_top_k": 9}),
@@ -255,7 +271,7 @@ def test_expert_names_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-@pytest.mark.parametrize("name", ["gemma3", "llama4", "ministral3", "mistral4"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "llama4", "ministral3", "mistral4"])
 def test_the_text_part_of_llavas_relatives(name: str, prefix: str, tmp_path: Path) -> None:
     """Under both names that it has had; the tower that sees images is named as left out."""
     save_tiny(FAMILIES[name], tmp_path / "text", tie_word_embeddings=False)
@@ -281,6 +297,30 @@ def test_of_a_text_part_nothing_is_guessed(changes: dict[str, Any]) -> None:
     }
     with raises(UnsupportedError, *(f"text_config.{key}" for key in changes)):
         spec_of(nested)
+
+
+def test_gemma_4_as_it_is_published(tmp_path: Path) -> None:
+    """Sizes of full layers in keys of their own; with the keys and values of layers that share those of others."""
+    save_tiny(FAMILIES["gemma4"], tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    published = {key: value for key, value in config.items() if key != "per_layer_config"}
+    published |= {
+        "global_head_dim": 32,
+        "num_global_key_value_heads": None,
+        "rope_parameters": {**config["rope_parameters"]},
+    }
+    assert spec_of(published) == spec_of(config)
+    tensors = load_file(tmp_path / "saved/model.safetensors")
+    unused = {f"model.layers.3.self_attn.{part}.weight": torch.zeros(2, 2) for part in ("k_proj", "v_proj", "k_norm")}
+    assert not unused.keys() & tensors.keys()
+    write_checkpoint(tmp_path / "whole", published, tensors | unused)
+    one, other = (Runner(*load_model(tmp_path / folder)).step({0: PROMPT})[0] for folder in ("saved", "whole"))
+    assert torch.equal(one, other)
+    (note,) = analyze_checkpoint(str(tmp_path / "whole")).notes
+    assert "3 tensors" in note and "keys and values" in note
+    write_checkpoint(tmp_path / "whole", published, tensors | {"model.layers.1.self_attn.v_bias": torch.zeros(2)})
+    with raises(CheckpointError, "model.layers.1.self_attn.v_bias"):
+        load_model(tmp_path / "whole")
 
 
 def test_minimax_says_that_all_layers_attend_fully() -> None:

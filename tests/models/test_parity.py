@@ -11,7 +11,7 @@ import torch
 from amalgam.models.registry import all_families
 from amalgam.models.spec import Family
 from tests.models.harness import Runner, load_model
-from tests.models.tiny import EOS, Reference, save_tiny
+from tests.models.tiny import EOS, GEMMA4_MOE, Reference, save_tiny
 
 TOLERANCE = 1e-4
 LENGTHS = (37, 5, 71, 1)  # delta nets of the Hugging Face classes work in chunks of 64
@@ -207,6 +207,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "layer_types": None,
         "sliding_window_pattern": 3,
+    },
+    "gemma4_moe": GEMMA4_MOE,
+    "gemma4_dense": {
+        **GEMMA4_MOE,
+        "enable_moe_block": False,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "num_hidden_layers": 6,
+        "layer_types": None,
+        "rope_parameters": None,
+        "use_bidirectional_attention": "vision",
+    },
+    "gemma4_unified": {
+        "architecture": "Gemma4UnifiedForCausalLM",
+        "hidden_size_per_layer_input": None,
+        "vocab_size_per_layer_input": None,
+        "layer_types": ["full_attention"] * 4,
+        "num_kv_shared_layers": 1,
     },
     "phi3_longrope": {
         "sliding_window": 16,

@@ -21,7 +21,7 @@ from amalgam.models.spec import Family, ModelSpec
 FOLDER = Path(__file__).parents[1] / "data" / "published_names"
 _RANGE = re.compile(r"\[([\d,-]+)\]")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_SCALES = re.compile(r"_scale_inv$|_scale$|_scales$|_blocks$")
+_SCALES = re.compile(r"_scale_inv$|(?<!per_expert)_scale$|_scales$|_blocks$")  # Gemma 4 has factors of that name
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,22 @@ BASE_CONFIG = {
     "pad_token_id": 0,
 }
 EOS = 2
+# Gemma 4's mixture: no keys that layers share, values that are keys.
+GEMMA4_MOE = {
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+}
+_LEARNED_BUFFERS = ("e_score_correction_bias", "layer_scalar")
 
 
 class Reference(Protocol):
@@ -75,7 +91,7 @@ def random_model(model_class: Any, config: Any) -> Any:
     """The same of a class and its config."""
     torch.manual_seed(7)
     model = model_class._from_config(config, experts_implementation="eager", attn_implementation="eager").float().eval()
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(_LEARNED_BUFFERS)]
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *buffers]:
             if "bias" in name or name.endswith("sinks"):

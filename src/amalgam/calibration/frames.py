@@ -41,7 +41,8 @@ def frame_of(spec: ModelSpec, sequences: Sequence[Sequence[int]], layer_id: int,
     Args:
         tables: of the model's ropes, for the longest sequence.
     """
-    heads, key, value = spec.kv_shapes[layer_id]
+    source = getattr(spec.layers[layer_id].attention, "source", None)
+    heads, key, value = spec.kv_shapes[layer_id if source is None else source]
     parts, first = [], 0
     for index, ids in enumerate(sequences):
         count = -(-len(ids) // _BLOCK_SIZE)

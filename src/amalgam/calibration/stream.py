@@ -22,10 +22,10 @@ from amalgam.calibration.inputs import Inputs
 from amalgam.kernels.backends.reference.interpreter import Frame, execute
 from amalgam.kernels.backends.reference.operators import gated
 from amalgam.kernels.packed import Expert, PackedWeight
-from amalgam.kernels.program import AttendLatent, Instruction, Mix, Project, Route, Rows, rows_of
+from amalgam.kernels.program import AttendLatent, Emitter, Instruction, Mix, Project, Route, Rows, rows_of
 from amalgam.models.decoder import embed, emit_layer, ropes_of
 from amalgam.models.spec import ModelSpec
-from amalgam.models.weights import WeightVersion
+from amalgam.models.weights import BlockWeights, WeightVersion
 
 # Sees the inputs of a group before they are used, and may give other weights for it, by slot.
 See = Callable[[Inputs], Mapping[str, PackedWeight] | None]
@@ -37,7 +37,7 @@ class Stream:
     """Token ids on their way through the layers, as float32 hidden states.
 
     Args:
-        outside: the weights `embedding` and, where there are, `positions`.
+        outside: the weights that turn token ids into the first layer's hidden states, and into inputs of all layers.
         chunk_tokens: about how many tokens run together; only memory depends on it.
         min_expert_tokens: an expert that the router sends fewer tokens is shown, beside those, the tokens that come
             nearest to being sent to it. What it does for other tokens' results stays as it is.
@@ -65,13 +65,18 @@ class Stream:
         self._chunks = in_chunks(token_ids, chunk_tokens)
         self.num_tokens = sum(map(len, token_ids))
         x = Rows(_X, spec.hidden_size, 0, spec.hidden_size)
-        start = list(embed(spec, outside["embedding"], outside.get("positions"), x))
+        step = Emitter(self._ropes)
+        step.add(*embed(spec, outside["embedding"], outside.get("positions"), x))
+        if spec.layer_inputs is not None:
+            spec.layer_inputs.emit_start(step, x, BlockWeights(outside))
         self.hidden = []
+        self._carried: list[dict[str, Tensor]] = []
         for sequences in self._chunks:
             frame = frame_of(spec, sequences, 0, self._tables)
-            for instruction in start:
+            for instruction in step.instructions:
                 execute(instruction, frame)
             self.hidden.append(frame.get(x))
+            self._carried.append(frame.whole(spec.carried))
 
     @torch.no_grad()
     def run(
@@ -92,17 +97,21 @@ class Stream:
         names = {id(weight): slot for slot, weight in weights.items() if slot in self._linear_slots}
         program, x = emit_layer(self._spec, layer_id, version, self._ropes)
         frames = [frame_of(self._spec, sequences, layer_id, self._tables) for sequences in self._chunks]
-        for frame, hidden in zip(frames, self.hidden, strict=True):
+        for frame, hidden, carried in zip(frames, self.hidden, self._carried, strict=True):
             frame.put(x, hidden.clone())
+            for buffer, rows in carried.items():
+                frame.put(Rows(buffer, rows.shape[1], 0, rows.shape[1]), rows)
+        kept = {x.buffer, *self._spec.carried}
         last_use = {rows.buffer: index for index, one in enumerate(program) for rows in rows_of(one)}
         layer = _Layer(names, see, self._min_expert_tokens)
         for index, instruction in enumerate(program):
             layer.execute(instruction, frames)
-            for buffer in [name for name, last in last_use.items() if last == index and name != x.buffer]:
+            for buffer in [name for name, last in last_use.items() if last == index and name not in kept]:
                 for frame in frames:
                     frame.forget(buffer)
         if advances:
             self.hidden = [frame.get(x) for frame in frames]
+            self._carried = [frame.whole(self._spec.carried) for frame in frames]
 
 
 class _Layer:

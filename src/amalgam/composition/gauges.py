@@ -15,6 +15,7 @@ gauges that it touches are the same in both.
     N.value_out         values and what projects them back; N.latent of latent attention
     N.experts           the order of experts, by the router
     N.E.channels        the order of the channels of one MLP or expert: gate, up, down
+    inputs              the channels of what layers are given beside the stream
     N.E.up_down         the factors of its channels, which the gate's nonlinearity has no part in
 """
 
@@ -26,6 +27,7 @@ from functools import cache, cached_property
 
 RESIDUAL = "residual"
 _LAST_NORM = "norm"
+_INPUTS = "inputs"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ def axes_of(slot: str) -> Axes:
     """The gauges of a slot by its name; none for one whose place is not known, which a family has for itself."""
     if slot in ("embedding", "positions"):
         return Axes(inputs=frozenset({RESIDUAL}))
+    if slot.startswith("inputs_"):
+        stream = frozenset({RESIDUAL}) if slot == "inputs_projection" else frozenset()
+        inputs = frozenset({_INPUTS})
+        return Axes(inputs=inputs) if slot == "inputs_embedding" else Axes(inputs, stream)
     if slot == "head":
         return Axes(inputs=frozenset({RESIDUAL, _LAST_NORM}))
     if slot.removesuffix("_bias") == _LAST_NORM:
@@ -64,7 +70,20 @@ def axes_of(slot: str) -> Axes:
     if local is None:  # layers.N.attention_norm, perhaps with _bias
         gauge = f"{layer}.{block.removesuffix('_bias')}"
         return Axes(outputs=frozenset({gauge}), decides=gauge)
-    return _attention(layer, local) if block == "attention" else _mlp(layer, local)
+    return {"attention": _attention, "mlp": _mlp, "inputs": _inputs}[block](layer, local)
+
+
+def _inputs(layer: str, local: str) -> Axes:
+    """What a layer makes of inputs of its own."""
+    inputs, stream = frozenset({_INPUTS}), frozenset({RESIDUAL})
+    known = {"gate": Axes(inputs, stream), "projection": Axes(stream, inputs)}
+    return known.get(local) or _own_norm(layer, f"inputs_{local}")
+
+
+def _own_norm(layer: str, local: str) -> Axes:
+    """A norm inside of a block."""
+    gauge = f"{layer}.{local}"
+    return Axes(outputs=frozenset({gauge}), decides=gauge)
 
 
 def _attention(layer: str, local: str) -> Axes:
@@ -110,8 +129,10 @@ def _mlp(layer: str, local: str) -> Axes:
     order = f"{layer}.experts"
     if local == "router":
         return Axes(frozenset({order}), stream, decides=order)
-    if local in ("router_bias", "router_correction"):
+    if local in ("router_bias", "router_correction", "router_factors"):
         return Axes(frozenset({order}))
+    if local == "router_scale" or local.endswith("_norm"):
+        return _own_norm(layer, local)
     if local == "shared_gate":
         return Axes(inputs=stream)
     expert, _, part = local.rpartition(".")

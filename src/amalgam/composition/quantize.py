@@ -260,7 +260,7 @@ class _Work:
         outside = {
             slot.name: self._wide(name, slot)
             for name, slot in self._slots.items()
-            if slot.role == "embedding" and _layer_of(slot) is None
+            if slot.role != "head" and _layer_of(slot) is None
         }
         return Stream(self._spec, self._token_ids, outside, min_expert_tokens=self._recipe.texts.min_expert_tokens)
 

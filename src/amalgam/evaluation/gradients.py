@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from amalgam.calibration.frames import frame_of, in_chunks, linear
 from amalgam.calibration.stream import Stream
-from amalgam.errors import CheckpointError
+from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.kernels.backends.reference.interpreter import Frame, execute
 from amalgam.kernels.backends.reference.operators import changed_logits, gated
 from amalgam.kernels.packed import PackedWeight
@@ -109,6 +109,9 @@ class _Recorder:
 class Gradients:
     """Texts on their way through the model and back.
 
+    Raises:
+        UnsupportedError: layers read more than the stream.
+
     Args:
         load: gives a layer's weights; called twice for each layer.
         draws: backward passes, each with labels of its own.
@@ -131,6 +134,11 @@ class Gradients:
         chunk_tokens: int = 2048,
         done: Callable[[int], None] = lambda tokens: None,
     ) -> None:
+        if spec.carried:
+            raise UnsupportedError(
+                f"Layers of {spec.family} share keys or inputs, through which gradients do not go here.",
+                remedy="Name the precisions by rules, or let `amalgam fit` choose among whole checkpoints.",
+            )
         self._spec = spec
         self._load = load
         self._draws = draws

@@ -191,6 +191,7 @@ class Route:
             counts as its largest score, with `sigmoid` as the sum of its two largest.
         normalises: the weights are divided by their sum + `sum_eps`.
         scaling: multiplies the weights at the end.
+        factors: of each expert, `[experts]`, multiply its weights at the end (Gemma 4).
     """
 
     x: Rows
@@ -206,6 +207,7 @@ class Route:
     sum_eps: float = 0.0
     scaling: float = 1.0
     jitter: float = 0.0
+    factors: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

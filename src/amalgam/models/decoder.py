@@ -78,6 +78,8 @@ def emit(spec: ModelSpec, weights: WeightVersion, ropes: tuple[Rope, ...]) -> Pr
     step, outside = Emitter(ropes), weights.block("")
     x, normed = step.rows("x", spec.hidden_size), step.rows("normed", spec.hidden_size)
     step.add(*embed(spec, weights["embedding"], weights.get("positions"), x))
+    if spec.layer_inputs is not None:
+        spec.layer_inputs.emit_start(step, x, outside)
     delta: Rows | None = None
     for layer_id in range(spec.num_layers):
         delta = _emit_blocks(spec, layer_id, step, weights, x, delta)
@@ -107,14 +109,17 @@ def emit_layer(
     """
     step = Emitter(ropes)
     x = step.rows("x", spec.hidden_size)
-    step.add(Add(x, _emit_blocks(spec, layer_id, step, weights, x, None)))
+    delta = _emit_blocks(spec, layer_id, step, weights, x, None)
+    if delta is not None:
+        step.add(Add(x, delta))
     return step.instructions, x
 
 
 def _emit_blocks(
     spec: ModelSpec, layer_id: int, step: Emitter, weights: WeightVersion, x: Rows, delta: Rows | None
-) -> Rows:
-    """A layer from `x`, to which `delta` is added first, to the result of its MLP, which is still to be added."""
+) -> Rows | None:
+    """A layer from `x`, to which `delta` is added first, to the result of its MLP, which is still to be added; None
+    where nothing is."""
     step.layer_id, layer, outside = layer_id, spec.layers[layer_id], weights.block("")
     for name, block in (("attention", layer.attention), ("mlp", layer.mlp)):
         slot = f"layers.{layer_id}.{name}"
@@ -130,4 +135,11 @@ def _emit_blocks(
         if spec.residual_scale != 1.0:
             step.add(Scale(delta, spec.residual_scale))
     assert delta is not None
-    return delta
+    if spec.layer_inputs is None and not spec.has_layer_scalars:
+        return delta
+    step.add(Add(x, delta))
+    if spec.layer_inputs is not None:
+        step.add(Add(x, spec.layer_inputs.emit(step, x, weights.block(f"layers.{layer_id}.inputs"))))
+    if spec.has_layer_scalars:
+        step.add(Scale(x, float(outside[f"layers.{layer_id}.scalar"].dense)))
+    return None

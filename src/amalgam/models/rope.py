@@ -119,6 +119,19 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class Proportional:
+    """The first `num_turning` frequencies, divided by `factor`; the pairs of the others stand still (Gemma 4)."""
+
+    num_turning: int
+    factor: float
+
+    def __call__(self, rope: Rope, num_positions: int) -> tuple[Tensor, float]:
+        frequencies = 1.0 / rope.periods() / self.factor
+        frequencies[self.num_turning :] = 0.0
+        return frequencies, 1.0
+
+
+@dataclass(frozen=True)
 class LongRope:
     """A factor of its own for each frequency, one set for short and one for long contexts (Ding et al. 2024)."""
 

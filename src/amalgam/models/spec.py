@@ -95,6 +95,27 @@ class AttentionBlock(Block, Protocol):
     def rope(self) -> Rope | None: ...
 
 
+class LayerInputs(Protocol):
+    """What each layer is given of the tokens themselves, beside the stream: a frozen dataclass, like a block.
+
+    Its slots of all layers together stand outside of the layers, those of a layer under `layers.{}.inputs`.
+    """
+
+    @property
+    def buffer(self) -> str:
+        """Where the inputs of all layers are."""
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]: ...
+
+    def layer_slots(self, hidden_size: int) -> Iterator[Slot]: ...
+
+    def emit_start(self, step: Emitter, x: Rows, weights: BlockWeights) -> None:
+        """Add what computes the inputs of all layers from the token ids and the embedded rows `x`."""
+
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        """Add what a layer makes of its input and of `x`, behind its blocks; returns what is to be added to `x`."""
+
+
 class MlpBlock(Block, Protocol):
     @property
     def num_experts(self) -> int:
@@ -144,6 +165,9 @@ class ModelSpec:
         embedding_scale: multiplies the embedding's rows; `rounds_embedding_scale`: in the activations' type (Gemma).
         residual_scale: multiplies what each block adds to the stream.
         logits_scale, logits_softcap: see `Head`.
+        layer_inputs: None: a layer sees the stream alone.
+        has_layer_scalars: each layer's result, the stream included, is multiplied by a number of its own.
+        unused: regular expressions of tensors that checkpoints hold for nothing, and what they are, for people.
     """
 
     family: str
@@ -163,6 +187,9 @@ class ModelSpec:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     logits_softcap: float | None = None
+    layer_inputs: LayerInputs | None = None
+    has_layer_scalars: bool = False
+    unused: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -171,6 +198,13 @@ class ModelSpec:
     @cached_property
     def moe_layer_ids(self) -> tuple[int, ...]:
         return tuple(i for i, layer in enumerate(self.layers) if layer.mlp.num_experts)
+
+    @cached_property
+    def carried(self) -> frozenset[str]:
+        """Buffers that layers read, beside the stream, and have not written: see `LayerInputs`, `Attention.source`."""
+        inputs = () if self.layer_inputs is None else (self.layer_inputs.buffer,)
+        shared = (buffer for layer in self.layers for buffer in getattr(layer.attention, "shared_buffers", ()))
+        return frozenset((*inputs, *shared))
 
     @property
     def num_experts(self) -> int:
@@ -203,6 +237,8 @@ class ModelSpec:
         slots = [Slot("embedding", (self.vocab_size, hidden), "embedding")]
         if self.has_position_embedding:
             slots.append(Slot("positions", (self.max_positions, hidden), "embedding"))
+        if self.layer_inputs is not None:
+            slots += self.layer_inputs.slots(hidden)
         for index, layer in enumerate(self.layers):
             for name, block in (("attention", layer.attention), ("mlp", layer.mlp)):
                 prefix = f"layers.{index}.{name}"
@@ -211,6 +247,10 @@ class ModelSpec:
                 slots += _prefixed(prefix, block.slots(hidden))
                 if self.norms.is_behind:
                     slots += self.norm.slots(f"{prefix}_post_norm", hidden)
+            if self.layer_inputs is not None:
+                slots += _prefixed(f"layers.{index}.inputs", self.layer_inputs.layer_slots(hidden))
+            if self.has_layer_scalars:
+                slots.append(Slot(f"layers.{index}.scalar", (1,), "norm"))
         slots += self.norm.slots("norm", hidden)
         if not self.has_tied_head:
             slots.append(Slot("head", (self.vocab_size, hidden), "head"))
@@ -273,11 +313,18 @@ class Family:
         layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
         if layer is not None and 0 <= int(layer[1]) - spec.num_layers < spec.num_draft_layers:
             return True
-        return any(re.fullmatch(pattern, name) for pattern in self.ignored) or self.what_is_left_out(name) is not None
+        if any(re.fullmatch(pattern, name) for pattern in self.ignored):
+            return True
+        return self.what_is_left_out(name, spec) is not None
 
-    def what_is_left_out(self, name: str) -> str | None:
-        """What a checkpoint tensor belongs to that the decoder has no use for; None if it is of the decoder."""
-        return next((what for pattern, what in self.left_out.items() if re.fullmatch(pattern, name)), None)
+    def what_is_left_out(self, name: str, spec: ModelSpec | None = None) -> str | None:
+        """What a checkpoint tensor belongs to that the decoder has no use for; None if it is of the decoder.
+
+        Args:
+            spec: of the checkpoint, which may have no use for more.
+        """
+        known = (*self.left_out.items(), *(() if spec is None else spec.unused))
+        return next((what for pattern, what in known if re.fullmatch(pattern, name)), None)
 
     def with_whole_names(self, weights: Mapping[str, T], names: Container[str]) -> dict[str, T]:
         """A checkpoint's weights under the model's `names`: completed where only the prefix is shorter."""

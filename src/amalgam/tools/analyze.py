@@ -270,7 +270,7 @@ def _sort_out(
             weights[name] = Weight(slot.role, weight.format, weight.shape or slot.shape, weight.nbytes)
         elif family is None or spec is None or not family.is_ignored(name, spec):
             weights[name] = weight
-        elif (what := family.what_is_left_out(name)) is not None:
+        elif (what := family.what_is_left_out(name, spec)) is not None:
             left_out.setdefault(what, []).append(name)
         elif not any(re.fullmatch(pattern, name) for pattern in family.ignored):
             left_out.setdefault(DRAFT_LAYERS, []).append(name)

@@ -109,8 +109,8 @@ ones otherwise.
 
 DeepSeek-V3.2 and GLM-5 attend to the `index_topk` positions that an indexer chooses. It is not run: sequences of at
 most so many tokens are served (2048 as published), for which attention is the same, and its weights are passed over.
-Granite 4 (`GraniteMoeHybridForCausalLM`) is served where no layer is Mamba's. Kimi K2 is `DeepseekV3ForCausalLM`; of its
-tokenizer, which is published for tiktoken, see [text](text.md).
+Granite 4 (`GraniteMoeHybridForCausalLM`) is served where no layer is Mamba's. Kimi K2 is `DeepseekV3ForCausalLM`; its
+tokenizer is read from tiktoken's file, see [text](text.md).
 
 Qwen3-Next and Qwen3.5 have a recurrent state in three layers of four (gated delta nets): `engine.state_cache_bytes` is
 its room, and a prefix is shared up to where a state has been kept. No tokens are proposed for these models. Their

@@ -12,7 +12,7 @@ ROLES = (
     *("embedding", "attention", "linear_attention", "mlp", "expert", "shared_expert"),
     *("router", "convolution", "norm", "bias", "head", "other"),
 )
-_ROUTERS = ("gate", "wg", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba")  # modules
+_ROUTERS = ("gate", "wg", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "per_layer_model_projection")
 _NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
@@ -42,13 +42,13 @@ def _role_of_template(name: str) -> str:
         ("router", last in _ROUTERS or leaf == "e_score_correction_bias" or has("router")),
         ("bias", leaf in ("bias", "sinks", "A_log") or leaf.endswith("_bias")),
         ("convolution", last == "conv1d"),
-        ("norm", bool(re.search(r"norm|^ln(_|\d|$)", last))),
+        ("norm", bool(re.search(r"norm|^ln(_|\d|$)", last)) or leaf == "layer_scalar"),
         ("shared_expert", has("^shared_(expert|mlp)")),
         ("expert", has("^experts$")),
         ("head", bool(re.search("lm_head|embed_out", last)) or name == "output.weight"),
         ("embedding", bool(re.search("embed|^w[tp]e$", last))),
         ("linear_attention", has("^linear_att")),
         ("attention", has("attn|attention")),
-        ("mlp", has("mlp|ffn|feed_forward")),
+        ("mlp", has("mlp|ffn|feed_forward|^per_layer_(input_gate|projection)$")),
     )
     return next((role for role, applies in customs if applies), "other")

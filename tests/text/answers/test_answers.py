@@ -30,6 +30,7 @@ TOOLS = [
 ]
 WEATHER = ("get_weather", {"city": "Zürich", "days": 3})
 NOTE = ("note", {"text": 'a "b"\n{c} </d>', "tags": ["x", "y]"]})
+VALUES = {"flag": True, "none": None, "n": -1.5, "deep": {"a": [{"b": 'x,}]"\\'}, []], "empty": {}}, "s": ""}
 THOUGHT = "I need\n\nthe weather."
 
 
@@ -108,6 +109,19 @@ def kimi(*calls: tuple[str, Any]) -> str:
         for index, (name, arguments) in enumerate(calls)
     )
     return f"<|tool_calls_section_begin|>{each}<|tool_calls_section_end|>"
+
+
+def gemma(*calls: tuple[str, dict[str, Any]]) -> str:
+    def value(argument: object) -> str:
+        if isinstance(argument, str):
+            return f'<|"|>{argument}<|"|>'
+        if isinstance(argument, dict):
+            return "{" + ",".join(f"{key}:{value(item)}" for key, item in argument.items()) + "}"
+        if isinstance(argument, list):
+            return f"[{','.join(map(value, argument))}]"
+        return as_json(argument)
+
+    return "".join(f"<|tool_call>call:{name}{value(arguments)}<tool_call|>" for name, arguments in calls)
 
 
 def hunyuan(*calls: tuple[str, Any]) -> str:
@@ -210,6 +224,19 @@ ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
     "minimax broken": ("minimax", "<minimax:tool_call>\n{1}", "<minimax:tool_call>\n{1}", "", []),
     "kimi": ("kimi", f"Go.{kimi(WEATHER, NOTE)}", "Go.", "", [WEATHER, NOTE]),
     "kimi broken": ("kimi", "a<|tool_call_begin|>functions.f:0 {}", "a<|tool_call_begin|>functions.f:0 {}", "", []),
+    "gemma": (
+        "gemma_think", f"<|channel>thought\n{THOUGHT}<channel|>{gemma(WEATHER, NOTE)}", "", THOUGHT, [WEATHER, NOTE],
+    ),
+    "gemma values": (
+        "gemma", "Go." + gemma(("now", VALUES)) + gemma(("now", {})), "Go.", "", [("now", VALUES), ("now", {})],
+    ),
+    "gemma as JSON": (
+        "gemma", '<|tool_call> call:now{ "a": "b", <|"|>c:d<|"|>: [1, 2,], e: None, f: Rome }\n<tool_call|> Done.',
+        "Done.", "", [("now", {"a": "b", "c:d": [1, 2], "e": None, "f": "Rome"})],
+    ),
+    "gemma without its end": ("gemma", gemma(WEATHER)[:-12], "", "", [WEATHER]),
+    "gemma broken": ("gemma", "a<|tool_call>get_weather{}", "a<|tool_call>get_weather{}", "", []),
+    "gemma no name": ("gemma", "<|tool_call>call:a b{}<tool_call|>", "<|tool_call>call:a b{}<tool_call|>", "", []),
     "hunyuan": ("hunyuan", hunyuan(WEATHER, NOTE), "", "", [WEATHER, NOTE]),
     "hunyuan frame": (
         "hunyuan", f"<think>\n{THOUGHT}\n</think>\n<answer>\nYes: <answer> </answer>.\n</answer>",
@@ -250,7 +277,8 @@ ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
 
 def made(name: str) -> AnswerFormat:
     tool_format = tool_formats()[name.removesuffix("_think")]
-    tags = REASONING_TAGS[{"mistral_think": "mistral", "seed_think": "seed"}.get(name, "think")]
+    kinds = {"mistral_think": "mistral", "seed_think": "seed", "gemma_think": "gemma"}
+    tags = REASONING_TAGS[kinds.get(name, "think")]
     return AnswerFormat(tool_format, None if tool_format.reasons else tags)
 
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from amalgam.errors import RequestError, UnsupportedError
 from amalgam.text.answers.contract import ToolCallDelta
 from amalgam.text.answers.format import AnswerFormat
-from amalgam.text.answers.registry import tool_formats
+from amalgam.text.answers.registry import REASONING_TAGS, tool_formats
 from amalgam.text.grammar import Grammar
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
@@ -32,6 +32,7 @@ CALLS = {
     "deepseek_v31": (written.deepseek_v31(WEATHER), written.deepseek_v31(NOTE)),
     "minimax": (written.minimax(WEATHER), written.minimax(NOTE)),
     "kimi": (written.kimi(WEATHER), written.kimi(NOTE)),
+    "gemma": (written.gemma(WEATHER), written.gemma(NOTE)),
     "hunyuan": (written.hunyuan(WEATHER), written.hunyuan(NOTE)),
     "pythonic": (written.pythonic(WEATHER), written.pythonic(NOTE)),
     "gpt_oss": (written.harmony(*WEATHER) + "<|call|>", written.harmony(*NOTE) + "<|call|>"),
@@ -123,6 +124,53 @@ def test_values_as_text_are_of_the_declared_type(backend: Any) -> None:
     assert takes(backend, source, written.qwen_xml("f", {"unit": "F", "n": 3}))
     assert not takes(backend, source, written.qwen_xml("f", {"unit": "K"}))
     assert not takes(backend, source, written.qwen_xml("f", {"n": 3}))
+
+
+def test_gemmas_values_fit_their_schemas(backend: Any) -> None:
+    tools = [
+        tool(
+            "f",
+            unit={"enum": ["C", "F"]},
+            n={"type": ["integer", "null"]},
+            at={
+                "type": "object",
+                "properties": {"x": {"type": "number"}, "y": {"$ref": "#/$defs/y"}},
+                "required": ["x"],
+            },
+            any={},
+        )
+    ]
+    parameters = tools[0]["function"]["parameters"]
+    parameters |= {"required": ["n"], "$defs": {"y": {"type": "array", "items": {"type": "boolean"}}}}
+    source = bound("gemma", backend).grammar(tools).source
+    for arguments in (
+        {"n": 3},
+        {"unit": "C", "n": None},
+        {"n": 1, "at": {"x": 0.5}},
+        {"unit": "F", "n": 1, "at": {"x": 1, "y": [True, False]}, "any": {"a": ["b", 1, {}]}},
+        {"n": 1, "any": "text"},
+    ):
+        assert takes(backend, source, written.gemma(("f", arguments))), arguments
+    for arguments in (
+        {},
+        {"n": "3"},
+        {"unit": "K", "n": 1},
+        {"n": 1, "unit": "C"},
+        {"n": 1, "at": {"y": []}},
+        {"n": 1, "z": 1},
+    ):
+        assert not takes(backend, source, written.gemma(("f", arguments))), arguments
+
+
+def test_gemmas_thoughts_begin_with_a_token(backend: Any) -> None:
+    tags = REASONING_TAGS["gemma"]
+    backend.add_special_tokens([AddedToken(mark, special=True) for mark in ("<|channel>", "<channel|>")])
+    made_format = AnswerFormat(made("gemma").tool_format, tags, specials(backend))
+    call = CALLS["gemma"][0]
+    for text in ("Hi.", f"<|channel>thought\nhm<channel|>{call}", f"Look:{call}", call):
+        assert takes(backend, made_format.free_grammar(TOOLS).source, text), text
+    assert not takes(backend, made_format.free_grammar(TOOLS).source, call.replace("3", "x"))
+    assert takes(backend, made_format.grammar(TOOLS).source, f"<|channel>thought\nhm<channel|>{call}")
 
 
 def test_a_tool_without_parameters_takes_none(backend: Any) -> None:

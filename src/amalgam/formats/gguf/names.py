@@ -254,6 +254,30 @@ _MLP_NORM = _layer({"ffn_norm": "post_attention_layernorm"})
 _LATE_NORM = _layer({"post_attention_norm": "post_attention_layernorm"})
 _POST_NORMS = {**_LATE_NORM, **_layer({"post_ffw_norm": "post_feedforward_layernorm"})}
 _GEMMA = {**_OUTSIDE, **_ATTENTION, **_POST_NORMS, **_layer({"ffn_norm": "pre_feedforward_layernorm"}), **_MLP}
+_GEMMA4_PARTS = {part: f"{_LAYER}.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
+_GEMMA4 = {
+    **_GEMMA,
+    **_HEAD_NORMS,
+    **_layer(
+        {
+            "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+            "post_ffw_norm_1": "post_feedforward_layernorm_1",
+            "post_ffw_norm_2": "post_feedforward_layernorm_2",
+            "ffn_gate_inp": "router.proj",
+            "ffn_gate_inp.scale": "router.scale",
+            "ffn_down_exps.scale": "router.per_expert_scale",
+            "layer_output_scale.weight": "layer_scalar",
+            "inp_gate": "per_layer_input_gate",
+            "proj": "per_layer_projection",
+            "post_norm": "post_per_layer_input_norm",
+        }
+    ),
+    **{f"blk.{{}}.ffn_{part}_exps": name for part, name in _GEMMA4_PARTS.items()},
+    "blk.{}.ffn_gate_up_exps": (_GEMMA4_PARTS["gate"], _GEMMA4_PARTS["up"]),
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
 _SHARED = _layer({f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")})
 _SHARED_ONE = _layer({f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")})
 _DELTA_NET = {
@@ -325,6 +349,7 @@ NAMINGS: Mapping[str, Naming] = {
     "qwen3": Naming({**_DENSE, **_HEAD_NORMS}),
     "gemma2": Naming(_GEMMA, has_raised_norms=True),
     "gemma3": Naming({**_GEMMA, **_HEAD_NORMS}, has_raised_norms=True),
+    "gemma4": Naming(_in_language_model(_GEMMA4)),
     "phi3": Naming(
         {
             **_OUTSIDE,

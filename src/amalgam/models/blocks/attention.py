@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Attend, Emitter, Normalize, Rows, ScaleByPosition, ScaleBySigmoid, Split
 from amalgam.models.blocks.norms import norm_weight
 from amalgam.models.rope import Rope
@@ -31,10 +33,13 @@ class Attention:
         softcap: scores are kept within ±softcap by a tanh (Gemma 2).
         is_interleaved: rotary pairs are neighbours, not halves apart.
         head_norm_adds_one: the head norms are Gemma's, see `RmsNorm`.
+        head_norm_rounds_last: of the head norms; those that add one do.
         sharpening: (beta, length), perhaps an offset: queries grow with their positions, as `ScaleByPosition` does it.
         norms_last: the head norms come behind the rotation (Hunyuan).
         has_unit_norm: every query and key head is normed, without weights (Llama 4).
         chunk: a token sees no position before the last multiple of it (Llama 4).
+        source: the layer whose keys and values it attends to; None: its own. Where they are in a step is said by the
+            `project` of the family that has such layers (Gemma 4).
         has_gate: the projection of queries gives each head a gate behind its query; what the head gives is multiplied
             by its sigmoid (Qwen3-Next).
     """
@@ -52,15 +57,17 @@ class Attention:
     softcap: float | None = None
     is_interleaved: bool = False
     head_norm_adds_one: bool = False
+    head_norm_rounds_last: bool = False
     sharpening: tuple[float, int] | tuple[float, int, int] | None = None
     norms_last: bool = False
     has_unit_norm: bool = False
     chunk: int | None = None
+    source: int | None = None
     has_gate: bool = False
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        return self.num_kv_heads, self.head_dim, self.head_dim
+        return (self.num_kv_heads, self.head_dim, self.head_dim) if self.source is None else (0, 0, 0)
 
     @property
     def state_shape(self) -> None:
@@ -84,11 +91,7 @@ class Attention:
     def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
         query, key, value = self.project(step, x, weights)
         attended = step.rows("attended", self.num_heads * self.head_dim)
-        adds_one = self.head_norm_adds_one
-        norms = [norm_weight(weights, name, adds_one) for name in ("q_norm", "k_norm") if self.has_head_norm]
-        if self.has_unit_norm:
-            device = next((part.device for part in weights["q"].parts.values()), None)
-            norms = [torch.ones(self.head_dim, device=device)] * 2
+        norms = self.head_norms(weights)
         if self.sharpening is not None:
             assert not norms, "a norm behind it would undo the factor"
             step.add(ScaleByPosition(query, *self.sharpening))
@@ -98,7 +101,7 @@ class Attention:
                 key,
                 value,
                 attended,
-                layer_id=step.layer_id,
+                layer_id=step.layer_id if self.source is None else self.source,
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
                 head_dim=self.head_dim,
@@ -109,7 +112,7 @@ class Attention:
                 window=self.window,
                 sinks=weights.vector("sinks"),
                 softcap=self.softcap,
-                rounds_last=adds_one,
+                rounds_last=self.head_norm_rounds_last or self.head_norm_adds_one,
                 is_interleaved=self.is_interleaved,
                 norms_last=self.norms_last,
                 chunk=self.chunk,
@@ -119,6 +122,13 @@ class Attention:
             step.add(ScaleBySigmoid(attended, step.rows("attention_gate", attended.width)))
         (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))
         return delta
+
+    def head_norms(self, weights: BlockWeights) -> list[Tensor]:
+        """Of queries and of keys, as they multiply; none of them where there are no norms."""
+        if self.has_unit_norm:
+            return [ones_beside(weights["q"], self.head_dim)] * 2
+        names = ("q_norm", "k_norm") if self.has_head_norm else ()
+        return [norm_weight(weights, name, self.head_norm_adds_one) for name in names]
 
     def project(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, Rows, Rows]:
         """Where the queries, `num_heads × head_dim` columns, and the keys and values of the kv heads will be."""
@@ -131,6 +141,11 @@ class Attention:
             query = step.rows("query", width)
             step.add(Split(together, self.num_heads, (query, step.rows("attention_gate", width))))
         return query, key, value
+
+
+def ones_beside(weight: PackedWeight, size: int) -> Tensor:
+    """The weight of a norm that has none, `[size]`, where another weight is."""
+    return torch.ones(size, device=next((part.device for part in weight.parts.values()), None))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from amalgam.models.blocks.attention import Attention
 from amalgam.models.blocks.latent_attention import LatentAttention
@@ -11,6 +12,7 @@ from amalgam.models.rope import yarn_scale
 from amalgam.models.spec import ConfigReader
 
 NORM_EPS = 1e-6
+A = TypeVar("A", bound=Attention)
 _WINDOW, _FIRST_WINDOW = 4096, 28  # Qwen's defaults, where a key is missing
 
 
@@ -93,11 +95,11 @@ def read_used_window(config: ConfigReader) -> int | None:
 
 def by_layer_type(
     config: ConfigReader,
-    attention: Attention,
+    attention: A,
     window: int | None,
     default_types: list[str],
-    full: Attention | None = None,
-) -> tuple[Attention, ...]:
+    full: A | None = None,
+) -> tuple[A, ...]:
     """One attention per layer, as `layer_types` says: full, or with a window if there is one.
 
     Args:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from amalgam.models.rope import Linear, Llama3, LongRope, Rope, Scaling, Yarn, yarn_scale
+from amalgam.models.rope import Linear, Llama3, LongRope, Proportional, Rope, Scaling, Yarn, yarn_scale
 from amalgam.models.spec import ConfigReader
 
 _LARGEST = 2.0**63
@@ -138,6 +138,15 @@ def _read_longrope(settings: RopeSettings) -> LongRope:
     )
 
 
+def _read_proportional(config: ConfigReader, settings: RopeSettings, head_dim: int) -> Rope:
+    """Pairs are halves of the head apart, whatever share of them turns."""
+    share = settings.number("partial_rotary_factor", default=1.0)
+    if share > 1 or head_dim % 2:
+        config.refuse("rope_parameters.partial_rotary_factor", share, f"a share of head_dim {head_dim}, which is even")
+    scaling = Proportional(int(share * head_dim // 2), settings.number("factor", default=1.0))
+    return Rope(settings.number("rope_theta", above=1), head_dim, scaling)
+
+
 # The last two say how the checkpoint came about.
 _COMMON = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "rotary_dim"),
@@ -159,6 +168,7 @@ _KINDS: Mapping[str, tuple[Callable[[RopeSettings], Scaling | None], set[str]]] 
         _read_longrope,
         {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
     ),
+    "proportional": (lambda settings: None, {"factor"}),  # read with the head's size, see `read_rope`
 }
 
 
@@ -188,6 +198,8 @@ def read_rope(
     settings = RopeSettings(config, layer_type)
     read_scaling, known = _KINDS[settings.kind]
     settings.refuse_unknown(_COMMON | known | others)
+    if settings.kind == "proportional":
+        return _read_proportional(config, settings, head_dim)
     fraction = settings.number(
         "partial_rotary_factor", default=config.float("partial_rotary_factor", default=default_fraction or 1.0)
     )

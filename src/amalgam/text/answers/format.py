@@ -142,7 +142,7 @@ class AnswerFormat:
         if self.tags is not None and self.opens_reasoning(prompt_end):
             first = "thought free"
             rules.append(writer.up_to("thought", self.tags.end))
-        elif self.tags is not None and self.tags.start in writer.special_ids:
+        elif self.tags is not None and any(self.tags.start.startswith(text) for text in writer.special_ids):
             first = f"free | {writer.text(self.tags.start)} thought free"
             rules.append(writer.up_to("thought", self.tags.end))
         elif self.tags is not None:  # only what comes first tells its characters from other text

@@ -21,6 +21,7 @@ REASONING_TAGS: Mapping[str, Tags] = {
     "think": Tags("<think>", "</think>"),
     "mistral": Tags("[THINK]", "[/THINK]"),
     "seed": Tags("<seed:think>", "</seed:think>"),
+    "gemma": Tags("<|channel>thought", "<channel|>"),
 }
 _PLAIN, _GENERAL = "plain", "hermes"
 

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 
 from amalgam.checkpoint.store import TensorStore
 from amalgam.errors import UnsupportedError, describe
-from amalgam.formats.gguf.config import dense, grouped, hybrid, mixtures
+from amalgam.formats.gguf.config import dense, gemma4, grouped, hybrid, mixtures
 from amalgam.formats.gguf.config.metadata import Builder, Config, Metadata
 from amalgam.formats.gguf.names import ARCHITECTURE_KEY
 
-_KINDS = (dense, mixtures, grouped, hybrid)
+_KINDS = (dense, mixtures, grouped, hybrid, gemma4)
 ARCHITECTURES: Mapping[str, Builder] = {name: build for kind in _KINDS for name, build in kind.ARCHITECTURES.items()}
 MODEL_TYPES: Mapping[str, str] = {name: model_type for kind in _KINDS for name, model_type in kind.MODEL_TYPES.items()}
 

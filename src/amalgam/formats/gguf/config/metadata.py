@@ -95,6 +95,14 @@ class Metadata(Fields):
             self.unsupported(key, value, f"a period, or true or false for each of {num_layers} layers")
         return ["sliding_attention" if flag else "full_attention" for flag in flags]
 
+    def per_layer(self, key: str, num_layers: int) -> list[int]:
+        """A whole number of each layer, which are written as one where they are the same."""
+        value = super().get(key)
+        values = [value] * num_layers if type(value) is int else value
+        if not isinstance(values, Sequence) or len(values) != num_layers or not all(type(v) is int for v in values):
+            self.refuse(key, value, f"an integer, or one for each of {num_layers} layers")
+        return list(values)
+
     def has_tensor(self, name: str) -> bool:
         return name in self._store
 

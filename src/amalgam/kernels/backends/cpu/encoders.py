@@ -165,7 +165,7 @@ class Encoder:
     def _route(self, one: Route) -> bool:
         from amalgam import _native
 
-        if not isinstance(one.weight, PanelWeight):
+        if not isinstance(one.weight, PanelWeight) or one.factors is not None:
             return False
         self.native.add_route(
             self._columns(one.x),

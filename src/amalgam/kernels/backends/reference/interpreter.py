@@ -8,7 +8,7 @@ for. Who wants to see activations, for a calibration, hands in a `Watch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ class Frame:
         if buffer is None or buffer.shape != (len(value), rows.stride):
             buffer = self._buffers[rows.buffer] = value.new_empty((len(value), rows.stride))
         buffer[:, rows.start : rows.start + rows.width] = value
+
+    def whole(self, buffers: Collection[str]) -> dict[str, Tensor]:
+        """Those of the buffers that hold something."""
+        return {name: self._buffers[name] for name in buffers if name in self._buffers}
 
     def forget(self, buffer: str) -> None:
         """Give up the memory of a buffer that nothing reads any more."""
@@ -268,8 +272,8 @@ def latent_matrices(one: AttendLatent, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def _route(one: Route, frame: Frame) -> None:
     x = frame.get(one.x)
-    is_plain = one.scoring == "softmax" and one.num_groups == 1 and one.scaling == 1.0 and one.bias is None
-    if is_plain and one.correction is None:
+    is_plain = one.scoring == "softmax" and one.num_groups == 1 and one.scaling == 1.0
+    if is_plain and one.bias is None and one.correction is None and one.factors is None:
         frame.route(
             one.layer_id, *frame.operators.route(x, one.weight, one.k, normalises=one.normalises, sum_eps=one.sum_eps)
         )
@@ -293,7 +297,10 @@ def _route(one: Route, frame: Frame) -> None:
         gate_weights = frame.operators.sigmoid(gate_weights)
     if one.normalises:
         gate_weights = gate_weights / (gate_weights.sum(-1, keepdim=True) + one.sum_eps)
-    frame.route(one.layer_id, expert_ids, gate_weights * one.scaling)
+    gate_weights = gate_weights * one.scaling
+    if one.factors is not None:
+        gate_weights = gate_weights * one.factors.float()[expert_ids]
+    frame.route(one.layer_id, expert_ids, gate_weights)
 
 
 def _in_best_groups(choice: Tensor, one: Route) -> Tensor:
