@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import re
 import shutil
@@ -21,6 +23,8 @@ from amalgam.errors import ConfigError, PromptTooLongError, RequestError, Unsupp
 from amalgam.experts.saved.files import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.registry import read_spec
+from amalgam.runtime.chats import message_of
+from amalgam.text.answers.contract import ContentDelta, ReasoningDelta, ToolCallDelta
 from tests.conftest import DEMO, ROOT
 from tests.errors import raises
 
@@ -217,3 +221,59 @@ def test_a_repeated_token_is_penalized(llm: LLM) -> None:
     [plain] = llm.generate("The old man", SamplingParams(max_new_tokens=40, do_sample=False))
     [varied] = llm.generate("The old man", SamplingParams(max_new_tokens=40, do_sample=False, frequency_penalty=2.0))
     assert len(set(varied.token_ids)) > len(set(plain.token_ids))
+
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def test_a_chat_is_answered_as_the_template_has_it(llm: LLM) -> None:
+    [answer] = llm.chat(HELLO, GREEDY)
+    assert answer.message == {"role": "assistant", "content": answer.generation.text} and answer.generation.text
+    again = [*HELLO, answer.message, {"role": "user", "content": "And then?"}]
+    both = llm.chat([HELLO, again], GREEDY)
+    assert both[0].message == answer.message and both[1].generation.usage.num_prompt_tokens > len(answer.message)
+    [digits] = llm.chat(HELLO, SamplingParams(max_new_tokens=8), grammar=Grammar("regex", "[0-9]{3}"))
+    assert re.fullmatch("[0-9]{3}", digits.message["content"])
+    with raises(RequestError, "tools"):
+        llm.chat(HELLO, tools=[{"type": "function", "function": {"name": "f"}}], grammar=Grammar("regex", "x"))
+    with raises(RequestError, "message"):
+        llm.chat([])
+
+
+def test_reasoning_and_calls_are_set_apart() -> None:
+    deltas = [
+        ReasoningDelta("Let me "), ReasoningDelta("see."), ContentDelta("It "), ContentDelta("rains."),
+        ToolCallDelta(1, "b", "g", "{}"), ToolCallDelta(0, "a", "f", '{"x":'), ToolCallDelta(0, "a", None, "1}"),
+    ]  # fmt: skip
+    assert message_of(deltas) == {
+        "role": "assistant", "content": "It rains.", "reasoning_content": "Let me see.",
+        "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x":1}'}},
+            {"id": "b", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+        ],
+    }  # fmt: skip
+
+
+def test_what_is_awaited_is_what_is_returned(llm: LLM) -> None:
+    prompts = ["The old man", "def main("]
+    expected = [answer.text for answer in llm.generate(prompts, GREEDY)]
+
+    async def ask() -> None:
+        several = await asyncio.gather(llm.agenerate(prompts, GREEDY), llm.achat(HELLO, GREEDY))
+        assert [answer.text for answer in several[0]] == expected
+        assert several[1][0].message == llm.chat(HELLO, GREEDY)[0].message
+        assert "".join([output.text async for output in llm.astream(prompts[0], GREEDY)]) == expected[0]
+        endless = SamplingParams(max_new_tokens=200, ignore_eos=True)
+        waiting = asyncio.create_task(llm.agenerate(prompts * 8, endless))
+        async with contextlib.aclosing(llm.astream(prompts[0], endless)) as outputs:
+            await anext(outputs)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        with raises(PromptTooLongError, 256):
+            await llm.agenerate(["x", "word " * 1000])
+
+    asyncio.run(ask())
+    engine = llm._deployment.engine
+    while engine.status().num_running or engine.status().num_waiting:
+        pass

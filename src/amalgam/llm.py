@@ -5,10 +5,13 @@ In: a configuration, prompts. Out: answers. Must never know: how a deployment is
 
 from __future__ import annotations
 
+import asyncio
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +20,19 @@ from amalgam.composition.progress import Progress
 from amalgam.config.settings import load_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput
-from amalgam.errors import ConfigError
+from amalgam.errors import ConfigError, RequestError
 from amalgam.experts.saved.files import save
 from amalgam.runtime.changes import RemapResult
+from amalgam.runtime.chats import ChatAnswer, Chats, Messages, Tools
 from amalgam.runtime.opening import open_deployment
 from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.text.grammar import CompiledGrammar, Grammar, compile_grammar
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
 
 class LLM:
-    """A model in this process.
+    """A model in this process. Any thread may use it, and any number of them; the methods with an `a` are awaited.
 
     Args:
         config: a YAML file as `amalgam serve --config` takes it; or
@@ -50,6 +56,7 @@ class LLM:
         if model is not None:
             overrides["model.base_path"] = str(model)
         self._deployment = open_deployment(load_settings(config, overrides), progress)
+        self._chats = Chats(self._deployment)
 
     def generate(
         self,
@@ -74,6 +81,94 @@ class LLM:
             Observation(domain, routed_experts),
             constraint=self._compile(grammar),
         )
+
+    async def agenerate(
+        self,
+        prompts: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+        domain: str | None = None,
+        routed_experts: bool = False,
+    ) -> list[Generation]:
+        """`generate`, awaited; several calls are answered together. Cancelling one cancels its requests."""
+        return await self._deployment.engine.generate_async(
+            await asyncio.to_thread(self._encode, prompts),
+            self._over_defaults(params),
+            Observation(domain, routed_experts),
+            await asyncio.to_thread(self._compile, grammar),
+        )
+
+    def chat(
+        self,
+        conversations: Messages | Sequence[Messages],
+        params: SamplingParams | None = None,
+        *,
+        tools: Tools | None = None,
+        grammar: Grammar | None = None,
+        template_variables: Mapping[str, Any] = _NONE,
+        domain: str | None = None,
+        routed_experts: bool = False,
+    ) -> list[ChatAnswer]:
+        """Answer a conversation, `[{"role": "user", "content": "…"}]`, or several of them together.
+
+        Args:
+            params: as those of `generate`.
+            tools: functions that the model may call, `{"type": "function", "function": {…}}`.
+            grammar: what each answer's content must follow; not together with tools.
+            template_variables: what else the chat template may refer to, such as `enable_thinking`.
+
+        Raises:
+            RequestError: the model has no chat template, or it refuses the messages.
+        """
+        prompts_ids, constraint = self._encode_chats(conversations, tools, grammar, template_variables)
+        sampling, observation = self._chats.params(self._over_defaults(params)), Observation(domain, routed_experts)
+        answers = self._deployment.engine.generate(prompts_ids, sampling, observation, constraint=constraint)
+        return self._taken_apart(prompts_ids, tools, answers)
+
+    async def achat(
+        self,
+        conversations: Messages | Sequence[Messages],
+        params: SamplingParams | None = None,
+        *,
+        tools: Tools | None = None,
+        grammar: Grammar | None = None,
+        template_variables: Mapping[str, Any] = _NONE,
+        domain: str | None = None,
+        routed_experts: bool = False,
+    ) -> list[ChatAnswer]:
+        """`chat`, awaited; several calls are answered together. Cancelling one cancels its requests."""
+        prompts_ids, constraint = await asyncio.to_thread(
+            self._encode_chats, conversations, tools, grammar, template_variables
+        )
+        sampling, observation = self._chats.params(self._over_defaults(params)), Observation(domain, routed_experts)
+        answers = await self._deployment.engine.generate_async(prompts_ids, sampling, observation, constraint)
+        return self._taken_apart(prompts_ids, tools, answers)
+
+    def _encode_chats(
+        self,
+        conversations: Messages | Sequence[Messages],
+        tools: Tools | None,
+        grammar: Grammar | None,
+        variables: Mapping[str, Any],
+    ) -> tuple[list[list[int]], CompiledGrammar | None]:
+        if tools and grammar is not None:
+            raise RequestError("grammar is given with tools.", remedy="Give one of them: a call would not follow it.")
+        if not conversations:
+            raise RequestError("There is no message.", remedy="Give at least one.")
+        is_one = isinstance(conversations[0], Mapping)
+        several = cast("Sequence[Messages]", [conversations] if is_one else conversations)
+        prompts_ids = [self._chats.encode(messages, tools, variables) for messages in several]
+        # All of them end alike: in what the template begins an answer with.
+        return prompts_ids, self._compile(None if grammar is None else self._chats.grammar(grammar, prompts_ids[0]))
+
+    def _taken_apart(
+        self, prompts_ids: Sequence[Sequence[int]], tools: Tools | None, answers: Sequence[Generation]
+    ) -> list[ChatAnswer]:
+        return [
+            self._chats.answer(prompt_ids, tools, answer)
+            for prompt_ids, answer in zip(prompts_ids, answers, strict=True)
+        ]
 
     def embed(
         self, prompts: str | Sequence[str], pooling: Pooling = "mean", *, domain: str | None = None
@@ -115,6 +210,24 @@ class LLM:
                     return
         finally:
             engine.cancel(request_id)
+
+    async def astream(
+        self, prompt: str, params: SamplingParams | None = None, *, grammar: Grammar | None = None
+    ) -> AsyncGenerator[RequestOutput]:
+        """`stream`, awaited. To leave it early and cancel the request, close it: `contextlib.aclosing`.
+
+        Raises:
+            AmalgamError: the request cannot be served, or failed on its way.
+        """
+        engine, encode = self._deployment.engine, self._deployment.tokenizer.encode
+        token_ids = await asyncio.to_thread(encode, prompt, engine.max_prompt_tokens)
+        constraint = await asyncio.to_thread(self._compile, grammar)
+        outputs = engine.stream(token_ids, self._over_defaults(params), constraint=constraint)
+        async with aclosing(outputs):
+            async for output in outputs:
+                if output.error is not None:
+                    raise output.error
+                yield output
 
     @property
     def default_params(self) -> SamplingParams:

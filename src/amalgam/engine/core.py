@@ -275,6 +275,16 @@ class Engine:
         """
         return streams.generate(self, prompts_ids, params, observation, self._max_queue, watch, constraint)
 
+    async def generate_async(
+        self,
+        prompts_ids: Sequence[Sequence[int]],
+        params: SamplingParams,
+        observation: Observation = _UNLABELLED,
+        constraint: CompiledGrammar | None = None,
+    ) -> list[Generation]:
+        """`generate`, awaited. Cancelling the caller cancels the requests."""
+        return await streams.generate_async(self, prompts_ids, params, observation, self._max_queue, constraint)
+
     async def embed(
         self, prompt_ids: Sequence[int], pooling: Pooling = "mean", observation: Observation = _UNLABELLED
     ) -> npt.NDArray[np.float32]:

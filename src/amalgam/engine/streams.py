@@ -140,6 +140,36 @@ def generate(
     return [_collect(parts) for parts in _run_all(engine, len(prompts_ids), submit, max_in_flight, watch)]
 
 
+async def generate_async(
+    engine: Submitter,
+    prompts_ids: Sequence[Sequence[int]],
+    params: SamplingParams,
+    observation: Observation,
+    max_in_flight: int,
+    constraint: CompiledGrammar | None = None,
+) -> list[Generation]:
+    """See `Engine.generate_async`."""
+    places = asyncio.Semaphore(max_in_flight)
+
+    async def answer(prompt_ids: Sequence[int]) -> Generation:
+        async with places:
+            while True:
+                try:
+                    outputs = stream(engine, prompt_ids, params, observation, constraint)
+                    break
+                except OverloadedError:  # others fill the queue
+                    await asyncio.sleep(ROOM_SECONDS)
+            async with aclosing(outputs):
+                return _collect([output async for output in outputs])
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(answer(prompt_ids)) for prompt_ids in prompts_ids]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
 def _run_all(
     engine: Submitter,
     num_requests: int,
