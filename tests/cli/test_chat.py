@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tests.conftest import DEMO, ROOT
 
 from amalgam.cli import chat_input, main
 from amalgam.cli.chat_input import InputError
+from amalgam.cli.markdown import MarkdownWriter
 from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.errors import UnavailableError
@@ -43,9 +46,9 @@ def conversations(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]
     seen: list[list[dict[str, str]]] = []
     original = Tokenizer.encode_chat
 
-    def encode_chat(tokenizer: Tokenizer, messages: Any, *limit: int) -> list[int]:
+    def encode_chat(tokenizer: Tokenizer, messages: Any, *limit: int, **options: Any) -> list[int]:
         seen.append(list(messages))
-        return original(tokenizer, messages, *limit)
+        return original(tokenizer, messages, *limit, **options)
 
     monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
     return seen
@@ -145,6 +148,82 @@ never
     assert asked(conversations) == ["first", "second", "/slashed", "two\nlines"]
     assert [m["content"] for m in conversations[2]] == ["Be brief.", "/slashed"]
     assert "/reset" in err and "/set NAME VALUE" in err
+
+
+def test_a_conversation_can_be_told_how_to_behave_looked_into_and_kept(
+    conversations: list[list[dict[str, str]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = f"""/save {tmp_path}/early.json
+/experts
+first
+/system Be brief.
+second
+/system
+/system none
+third
+/experts 3
+/experts many
+/save
+/save {tmp_path}/chat.json
+/save {tmp_path}/chat.json
+/save {tmp_path}/chat.md
+/save /dev/null/chat.md
+"""
+    code, _, err = talk(lines.encode(), capsys, monkeypatch, "--system", "Be kind.")
+    assert code == 0
+    assert [messages[0]["content"] for messages in conversations] == ["Be kind.", "Be brief.", "first"]
+    assert [message["role"] for message in conversations[2]] == ["user", "assistant", "user", "assistant", "user"]
+    assert err.count("System message: Be brief.") == 2 and "There is no system message." in err
+    saved = json.loads((tmp_path / "chat.json").read_text())
+    assert saved["model"] == "demo" and saved["messages"][:5] == conversations[2]
+    assert saved["messages"][5]["role"] == "assistant" and not (tmp_path / "early.json").exists()
+    written = (tmp_path / "chat.md").read_text()
+    assert written.startswith("# demo\n\n## user\n\nfirst\n\n## assistant\n\n")
+    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
+    for part in ("no conversation", "'many'", "no file", "chat.json' exists", "/dev/null/chat.md"):
+        assert sum(part in line for line in errors) == 1
+    assert len(errors) == 5
+    assert "0 activations" in err and re.search(r"[1-9][\d,]* activations = .* 3 requests", err)
+
+
+def test_markdown_is_laid_out_and_nothing_of_it_is_lost() -> None:
+    text = """# A title
+
+Two *words* <b>of</b> HTML :smile: [bold] \x1b[2J
+and a second line
+
+- one
+- two [link](https://example.org/a_b)
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+def f(x):
+    return x
+```
+明月几时有？
+把酒问青天。"""
+    shown = set()
+    for size in (1, 7, 10_000):
+        for is_terminal in (True, False):
+            console = Console(file=io.StringIO(), force_terminal=is_terminal, width=60, height=10, color_system=None)
+            with MarkdownWriter(console) as writer:
+                for start in range(0, len(text), size):
+                    writer.write(text[start : start + size])
+            raw = console.file.getvalue()  # type: ignore[attr-defined]
+            assert "\x1b[2J" not in raw
+            for part in ("A title", "Two words <b>of</b> HTML :smile: [bold] \\x1b[2J", "and a second line", "• one",
+                         "https://example.org/a_b", "def f(x):", "明月几时有？", "把酒问青天。"):  # fmt: skip
+                assert part in raw
+            if not is_terminal:
+                shown.add(raw)
+    [final] = shown
+    assert "```" not in final and "|--" not in final
 
 
 def test_an_engine_that_is_gone_ends_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
