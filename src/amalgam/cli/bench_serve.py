@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -272,17 +272,19 @@ def _work(
         raise ConfigError(
             f"--shared-prefix is {shared_prefix}.", remedy=f"A prompt has {prompts} tokens: it must be shorter."
         )
-    count = None
-    if tokenizer is not None:
-        from amalgam.text.tokenizer import Tokenizer
-
-        read = Tokenizer.load(tokenizer)
-
-        def count(text: str) -> int:
-            return len(read.encode(text))
-
     chosen = "chat" if endpoint == "chat" else "completions"
+    count = None if tokenizer is None else _counter(tokenizer, is_chat=chosen == "chat")
     return chosen, Work(prompts, outputs, shared_prefix, num_prefixes, count=count, seed=seed)
+
+
+def _counter(tokenizer: Path, *, is_chat: bool) -> Callable[[str], int]:
+    """Tokens of a prompt; of a chat with what its template puts around it."""
+    from amalgam.text.tokenizer import Tokenizer
+
+    read = Tokenizer.load(tokenizer)
+    if is_chat and read.has_chat_template:
+        return lambda text: len(read.encode_chat([{"role": "user", "content": text}]))
+    return lambda text: len(read.encode(text))
 
 
 def _command(api_key: str) -> list[str]:

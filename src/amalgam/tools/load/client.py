@@ -317,8 +317,8 @@ class _AnswerReader:
 def _has_text(choice: Mapping[str, Any]) -> bool:
     if choice.get("text"):
         return True
-    delta = choice.get("delta")
-    return bool(delta) and any(delta.get(name) for name in _DELTA_TEXTS)
+    delta = choice.get("delta") or {}
+    return any(delta.get(name) for name in _DELTA_TEXTS)
 
 
 def _number(value: Any) -> int | None:

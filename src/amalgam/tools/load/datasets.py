@@ -227,7 +227,7 @@ def _text(where: str, text: str) -> str:
 
 def _message(where: str, turn: Any) -> Message:
     """A turn of ShareGPT."""
-    role = _ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+    role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
     if role is None or not isinstance(turn.get("value"), str):
         raise _no_question(where, turn)
     return {"role": role, "content": turn["value"]}

@@ -91,10 +91,10 @@ def _draw_sweep(figure: Any, row: int, points: Sequence[Point], axis: str, objec
     if objectives:
         good = [point.goodput.requests_per_second if point.goodput else 0.0 for point in ordered]
         throughputs.append(("answers a second that meet the objectives", good, True, 2))
-    for name, values, is_second, colour in throughputs:
+    for name, speeds, is_second, colour in throughputs:
         figure.add_scatter(
             x=x,
-            y=values,
+            y=speeds,
             name=name,
             legendgroup=name,
             showlegend=row == 1,

@@ -47,12 +47,13 @@ class Distribution:
         values = np.fromiter(seconds, np.float64)
         if not values.size:
             return None
-        levels = np.percentile(values, PERCENTILES).tolist()
-        return cls(values.size, float(values.mean()), float(values.std()), values.min(), *levels, values.max())
+        p50, p90, p95, p99 = np.percentile(values, PERCENTILES).tolist()
+        mean, std, least, most = (float(value) for value in (values.mean(), values.std(), values.min(), values.max()))
+        return cls(values.size, mean, std, least, p50, p90, p95, p99, most)
 
     def as_json(self) -> dict[str, float]:
         """In milliseconds."""
-        return {key: value if key == "count" else float(value) * 1e3 for key, value in asdict(self).items()}
+        return {key: value if key == "count" else value * 1e3 for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
