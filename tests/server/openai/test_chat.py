@@ -201,6 +201,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"temprature": 1}, "temprature"),
     ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"continue_final_message": True}, "continue_final_message"),
 ]  # fmt: skip
 

@@ -111,8 +111,8 @@ def test_text_formats(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         ({"input": []}, "input"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "messages"),
-        ({"reasoning": {"summary": "detailed"}}, "summary"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"n": 2}, "n"),
     ],
 )

@@ -59,6 +59,7 @@ Metadata = Annotated[
 
 
 class Thinking(RefusingBody):
+    place = "thinking."
     refused = {  # noqa: RUF012
         "clear_thinking": Refused("The chat template says which thoughts of earlier messages the model sees."),
     }

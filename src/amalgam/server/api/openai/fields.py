@@ -33,6 +33,7 @@ JSONSchema = Annotated[Any, WithJsonSchema({"type": "object", "description": "A 
 
 
 class StreamOptions(RefusingBody):
+    place = "stream_options."
     refused = {  # noqa: RUF012
         "include_obfuscation": Refused("Events are not padded.", (False,))
     }
@@ -54,6 +55,8 @@ class JSONSchemaFormat(Body):
 
 
 class ResponseFormat(RefusingBody):
+    place = "response_format."
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchemaFormat | None = None
 
@@ -72,6 +75,7 @@ class ResponseFormat(RefusingBody):
 class StructuredOutputs(RefusingBody):
     """What the answer must look like, as vLLM has it; one of them."""
 
+    place = "structured_outputs."
     refused = {
         name: Refused("The grammars of llguidance have it as it is.", (False,))
         for name in ("disable_fallback", "disable_any_whitespace", "disable_additional_properties")
@@ -207,12 +211,6 @@ class SamplingFields(SamplerFields):
     routed_experts: bool = False
     """Each choice has the experts that each token was routed to: `[tokens - 1, layers, top_k]`, a .npy in base64."""
 
-    @model_validator(mode="after")
-    def _options_need_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is allowed with stream true only")
-        return self
-
     @property
     def with_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -229,6 +227,10 @@ class SamplingFields(SamplerFields):
         if self.n > service.settings.engine.max_queue:
             limit = service.settings.engine.max_queue
             raise RequestError(f"n is {self.n}.", remedy=f"Allowed: at most engine.max_queue, {limit}.", param="n")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError(
+                "stream_options is given without stream.", remedy="Set stream to true.", param="stream_options"
+            )
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError(
                 "prompt_logprobs is given with stream true.", remedy="Ask for one of them.", param="prompt_logprobs"

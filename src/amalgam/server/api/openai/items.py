@@ -15,11 +15,16 @@ from pydantic import Discriminator, Field, Tag
 
 from amalgam.errors import RequestError, UnsupportedError, describe
 from amalgam.server.api.common import MAX_PARTS
-from amalgam.server.api.openai.messages import ContentParts
+from amalgam.server.api.openai.messages import ContentPart
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
 from amalgam.text.answers.contract import AnswerDelta, ContentDelta, ReasoningDelta, ToolCallDelta
 
-Content = str | ContentParts
+
+class InputPart(ContentPart):
+    inside = "input"
+
+
+Content = str | Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Event = dict[str, Any]
 

@@ -6,7 +6,7 @@ In: a request's JSON. Out: dictionaries for `ChatPrompt`. Must never know: templ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,7 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 
 
 class ContentPart(RefusingBody):
+    inside: ClassVar[str] = "messages"  # the request's field
     refused = CACHE_CONTROL | {
         "annotations": Refused("They say nothing to the model.", ([],)),
         "logprobs": Refused("They say nothing to the model.", ([],)),
@@ -37,7 +38,7 @@ class ContentPart(RefusingBody):
             kind = data.get("type")
             if isinstance(kind, str) and kind not in _TEXT_PARTS:
                 raise UnsupportedError(
-                    f"A message has content of type {describe(kind)}.", remedy=TEXT_ONLY, param="messages"
+                    f"A message has content of type {describe(kind)}.", remedy=TEXT_ONLY, param=cls.inside
                 )
             if isinstance(kind, str) and not isinstance(data.get(_TEXT_PARTS[kind]), str):
                 raise ValueError(f"a part of type {kind!r} needs {_TEXT_PARTS[kind]!r}, a string")

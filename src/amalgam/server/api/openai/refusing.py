@@ -67,9 +67,14 @@ REFUSED: Mapping[str, Refused] = {
 
 
 class RefusingBody(Body):
-    """A body that refuses, by name and with the reason, the fields in `REFUSED` and in its own `refused`."""
+    """A body that refuses, by name and with the reason, the fields in `REFUSED` and in its own `refused`.
+
+    Attributes:
+        place: of an object in the request, `reasoning.`: its fields are named with it.
+    """
 
     refused: ClassVar[Mapping[str, Refused]] = {}
+    place: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,7 +87,7 @@ class RefusingBody(Body):
             if refused is None:
                 kept[name] = value
             else:
-                refused.check(name, value)
+                refused.check(cls.place + name, value)
         return kept
 
 

@@ -54,6 +54,8 @@ router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErr
 
 
 class TextFormat(RefusingBody):
+    place = "text.format."
+
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = Field(default=None, min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")
     schema_: JSONSchema = Field(default=None, alias="schema")
@@ -74,10 +76,13 @@ class TextFormat(RefusingBody):
 
 
 class TextOptions(RefusingBody):
+    place = "text."
+
     format: TextFormat | None = None
 
 
 class ReasoningOptions(RefusingBody):
+    place = "reasoning."
     refused = {  # noqa: RUF012
         "summary": Refused("Reasoning is shown as it is, not summarized.", ("auto",)),
         "generate_summary": Refused("Reasoning is shown as it is, not summarized.", ("auto",)),
@@ -87,6 +92,7 @@ class ReasoningOptions(RefusingBody):
 
 
 class ResponseStreamOptions(RefusingBody):
+    place = "stream_options."
     refused = {  # noqa: RUF012
         "include_obfuscation": Refused("Events are not padded.", (False,))
     }

@@ -5,10 +5,10 @@ In: a text, messages, or token ids. Out: token ids or a text.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import Field, model_validator
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -45,11 +45,20 @@ class TokenizeBody(ModelField):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
 
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
+    def check(self) -> None:
+        """
+        Raises:
+            RequestError: there is not one text or chat, or a chat is to have special tokens around it.
+        """
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
+            given = "both given" if self.prompt is not None else "missing"
+            raise RequestError(f"prompt and messages are {given}.", remedy="Give one of them.", param="prompt")
+        if self.messages is not None and self.add_special_tokens:
+            raise RequestError(
+                "add_special_tokens is true for messages.",
+                remedy="Leave it out: the chat template says which special tokens there are.",
+                param="add_special_tokens",
+            )
 
 
 class DetokenizeBody(ModelField):
@@ -61,17 +70,12 @@ class DetokenizeBody(ModelField):
 async def tokenize(body: TokenizeBody, request: Request, service: ServiceArgument) -> Response:
     """Token ids of a text or a chat."""
     body.check_model(service)
+    body.check()
     tokenizer = service.deployment.tokenizer
     max_model_len = service.deployment.engine.max_prompt_tokens + 1
     prompt: Prompt
     if body.messages is None:
         prompt = TextPrompt(body.prompt or "", body.add_special_tokens is not False)
-    elif body.add_special_tokens:
-        raise RequestError(
-            "add_special_tokens is true for messages.",
-            remedy="Leave it out: the chat template says which special tokens there are.",
-            param="add_special_tokens",
-        )
     else:
         prompt = _chat_prompt(body, body.messages, tokenizer.chat_template)
 
