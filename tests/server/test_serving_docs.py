@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
 from pydantic import BaseModel
 
 from amalgam.config.settings import EngineSettings, ServerSettings
+from amalgam.engine.params import SamplingParams
 from amalgam.server.api.anthropic.fields import MessagesBody
 from amalgam.server.api.openai.chat import ChatBody
 from amalgam.server.api.openai.completions import CompletionBody
@@ -36,6 +38,10 @@ def test_openai_s_fields(body: type[RefusingBody]) -> None:
 
 def test_anthropic_s_fields() -> None:
     assert set(MessagesBody.model_fields) - words_of("anthropic.md") == set()
+
+
+def test_python_s_parameters() -> None:
+    assert {field.name for field in fields(SamplingParams)} - words_of("sampling.md") == set()
 
 
 @pytest.mark.parametrize("section", [ServerSettings, EngineSettings])
