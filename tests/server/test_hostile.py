@@ -213,6 +213,9 @@ def test_messages_name_field_value_and_what_is_allowed(shared_client: httpx.Clie
         assert part in error["message"]
     error = check_error(shared_client.post("/batch_generate", json={"prompts": ["a", 7]}))
     assert error["param"] == "prompts[1]"
+    image = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}, "text"]}]}
+    answer = shared_client.post("/v1/messages", json=image)
+    assert (answer.status_code, answer.json()["error"]["message"][:22]) == (400, "messages[0].content[0]")
     assert "temprature" in check_error(shared_client.post("/generate", json={**GOOD, "temprature": 1}))["message"]
 
 

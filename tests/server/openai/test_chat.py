@@ -232,7 +232,7 @@ def test_errors_have_openais_shape(client: openai.OpenAI, http: httpx.Client) ->
 
 
 class TestLangChain:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def model(self, demo_url: str) -> Any:
         from langchain_openai import ChatOpenAI
         from pydantic import SecretStr

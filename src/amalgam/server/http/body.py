@@ -144,7 +144,7 @@ class StrictRoute(APIRoute):
             return value
         validated, errors = self.body_field.validate(value, {}, loc=("body",))
         if errors:
-            raise RequestValidationError(errors)
+            raise RequestValidationError(errors, body=value)
         return validated
 
 

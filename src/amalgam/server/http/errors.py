@@ -123,11 +123,13 @@ def register_error_handlers(app: FastAPI, pages: AbstractSet[str]) -> None:
     async def on_validation_error(request: Request, error: Exception) -> OrjsonResponse:
         assert isinstance(error, RequestValidationError)
         items = error.errors()
-        messages = [_explain(item) for item in items[:MAX_REPORTED_ERRORS]]
+        messages = [_explain(item, error.body) for item in items[:MAX_REPORTED_ERRORS]]
         if len(items) > MAX_REPORTED_ERRORS:
             messages.append(f"{len(items) - MAX_REPORTED_ERRORS} more errors.")
         cause = str(items[0]["type"])
-        return ErrorResponse(Refusal(422, "invalid_request", " ".join(messages), _parameter(items[0]), cause))
+        return ErrorResponse(
+            Refusal(422, "invalid_request", " ".join(messages), _parameter(items[0], error.body), cause)
+        )
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -149,16 +151,27 @@ def register_error_handlers(app: FastAPI, pages: AbstractSet[str]) -> None:
     app.add_exception_handler(HTTPException, on_http_exception)
 
 
-def _parameter(item: Mapping[str, Any]) -> str:
-    """`("body", "prompts", 3)` → `prompts[3]`."""
-    name = ""
-    for part in item["loc"][1:]:
-        name += f"[{part}]" if isinstance(part, int) else f"{'.' if name else ''}{part}"
+def _parameter(item: Mapping[str, Any], body: Any) -> str:
+    """`("body", "prompts", 3)` → `prompts[3]`. What pydantic adds, the tag or type of one of several, is left out.
+
+    Args:
+        body: of the request; None: there is none.
+    """
+    where, *path = item["loc"]
+    body = body if where == "body" else None
+    name, value = "", body
+    for place, part in enumerate(path, 1):
+        is_there = isinstance(value, dict) and part in value
+        is_entry = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        is_missing = item["type"] == "missing" and place == len(path)
+        if is_there or is_entry or is_missing or body is None:
+            name += f"[{part}]" if isinstance(part, int) else f"{'.' if name else ''}{part}"
+            value = value[part] if is_there or is_entry else None
     return name[:MAX_NAME_CHARS] or "body"
 
 
-def _explain(item: Mapping[str, Any]) -> str:
-    param = _parameter(item)
+def _explain(item: Mapping[str, Any], body: Any) -> str:
+    param = _parameter(item, body)
     if item["type"] == "missing":
         return f"{param} is required."
     if item["type"] == "extra_forbidden":
