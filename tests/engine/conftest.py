@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from amalgam.engine.core import Engine
+from amalgam.engine.speculation.speculator import Speculator
 from amalgam.text.tokenizer import Tokenizer
-from tests.engine.fakes import FakeDecoder, FakeVersion, make_settings
+from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, FunctionProposer, make_settings
 from tests.engine.running import GREEDY, Outputs
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
@@ -21,7 +22,9 @@ def make_engine(tokenizer):
     """Engines over a `FakeDecoder`, stopped at the end; their settings are those of `make_settings`."""
     engines = []
 
-    def make(decoder=None, version=None, observer=None, propose=None, starts=True, **settings):
+    def make(decoder=None, version=None, observer=None, propose=None, starts=True, speculator=None, **settings):
+        if propose is not None:
+            speculator = Speculator("function", FunctionProposer(propose), 8, VOCAB_SIZE)
         engine = Engine(
             decoder or FakeDecoder(),
             version or FakeVersion(1),
@@ -30,7 +33,7 @@ def make_engine(tokenizer):
             torch.device("cpu"),
             torch.float32,
             observer,
-            propose,
+            speculator,
         )
         engines.append((engine, decoder))
         if starts:

@@ -79,6 +79,25 @@ class FakeDecoder:
         return terms.cumsum(0)[length - num_rows :] // 2
 
 
+class FunctionProposer:
+    """Guesses what a function of a request's tokens says."""
+
+    is_free = True
+    num_computed = 0
+
+    def __init__(self, propose):
+        self._propose = propose
+
+    def propose(self, wanted):
+        return {request.request_id: self._propose(tuple(request.token_ids)) for request, _ in wanted}
+
+    def num_missing(self, request):
+        return 0
+
+    def forget(self, request_id):
+        pass
+
+
 def greedy_tokens(prompt_ids, num_new, version_id=1):
     """What the fake decoder answers, computed without it."""
     token_ids = list(prompt_ids)

@@ -14,13 +14,14 @@ from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import FinishReason
 from amalgam.engine.runner import choose_num_states
+from amalgam.engine.speculation.speculator import Speculator
 from amalgam.engine.states import StatePool
 from amalgam.errors import ConfigError
 from amalgam.models.decoder import Decoder
 from amalgam.models.registry import all_families
 from amalgam.models.weights import WeightVersion
 from amalgam.text.tokenizer import Tokenizer
-from tests.engine.fakes import make_settings
+from tests.engine.fakes import FunctionProposer, make_settings
 from tests.engine.running import Outputs, is_at_rest, wait_until
 from tests.engine.test_scheduler import Simulation, expected_tokens, guesses, make_request, make_scheduler
 from tests.engine.test_scheduler import make_version as version_of
@@ -35,13 +36,13 @@ class WithStates(Simulation):
     def __init__(self, scheduler: Any) -> None:
         super().__init__(scheduler)
         self.slots: list[Any] = [None] * scheduler.states.num_slots
-        self.num_computed = 0
+        self.num_computed = self.num_guessed = 0
 
     def _compute(self, item: Any, version_id: int) -> None:
         super()._compute(item, version_id)
         self.num_computed += item.num_tokens
-        state, tokens = item.state, item.request.token_ids
-        assert not item.proposed_ids
+        self.num_guessed += len(item.proposed_ids)
+        state, tokens = item.state, [*item.request.token_ids, *item.proposed_ids]
         if state.source is None:
             assert item.start == 0
         else:
@@ -166,7 +167,7 @@ def test_any_traffic_finds_its_states(seed: int) -> None:
         max_step_tokens=rng.randint(1, 40),
         max_sequence_tokens=rng.randint(20, 100),
         propose=guesses(rng) if seed % 2 else None,
-        states=StatePool(rng.randint(1, 2 * max_batch_size)),
+        states=StatePool(num_slots := rng.randint(1, 2 * max_batch_size), rng.randint(0, num_slots // 2)),
     )
     scheduler.prompt_tokens_beside = lambda num_streams: rng.randint(0, 20)
     simulation, cancelled = WithStates(scheduler), set[int]()
@@ -190,6 +191,7 @@ def test_any_traffic_finds_its_states(seed: int) -> None:
             break
     assert not scheduler.has_requests, "no progress"
     assert at_rest(scheduler)
+    assert bool(simulation.num_guessed) == bool(seed % 2) or scheduler.states.num_slots < 3
     assert len(simulation.finished) + len(cancelled) == len(requests)
     for request in simulation.finished:
         (version_id,) = simulation.versions[request.request_id]
@@ -215,7 +217,8 @@ def make(model: tuple[Decoder, WeightVersion], tokenizer: Tokenizer) -> Iterator
     def make(propose: Any = None, **settings: Any) -> Engine:
         decoder, version = model
         cpu = torch.device("cpu")
-        engine = Engine(decoder, version, tokenizer, make_settings(**settings), cpu, torch.float32, None, propose)
+        guess = None if propose is None else Speculator("function", FunctionProposer(propose), 8, 256)
+        engine = Engine(decoder, version, tokenizer, make_settings(**settings), cpu, torch.float32, None, guess)
         engines.append(engine)
         engine.start()
         return engine
@@ -241,11 +244,22 @@ def test_chunks_neighbours_preemption_and_shared_beginnings_change_no_bit(make: 
     alone = make(max_batch_size=1, prefix_cache=False)
     expected = answers_of(alone, prompts)
     cramped = make(max_seq_length=72, kv_cache_bytes=19 * 4 * 2 * 2 * 32 * 4, max_step_tokens=7)
-    for engine in (make(), make(max_step_tokens=5), make(propose=lambda token_ids: [5, 6]), cramped):
+    whole = [tuple(prompt) + token_ids for prompt, (token_ids, _) in zip(prompts, expected, strict=True)]
+
+    def guess(token_ids: tuple[int, ...]) -> list[int]:
+        """None, one or two of three are right."""
+        known = next(one for one in whole if one[: len(token_ids)] == token_ids)
+        num_right = len(token_ids) % 3
+        return [*known[len(token_ids) :][:num_right], 5, 6, 7][:3]
+
+    guessing = make(propose=guess)
+    for engine in (make(), make(max_step_tokens=5), guessing, make(propose=guess, max_step_tokens=9), cramped):
         assert answers_of(engine, prompts) == expected
         assert answers_of(engine, prompts) == expected  # from states that the first round has left
         assert is_at_rest(engine)
         assert engine._scheduler.counts.num_prefix_hit_tokens > 0
+    counts = guessing.meter.read().speculation
+    assert counts is not None and 0 < counts.num_accepted < counts.num_proposed
     assert cramped._scheduler.counts.num_preemptions > 0
     assert alone._scheduler.counts.num_prefix_hit_tokens == 0
 

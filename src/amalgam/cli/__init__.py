@@ -35,6 +35,7 @@ VERBS = (
     "bench",
     "bench serve",
     "bench cache",
+    "bench speculate",
 )
 
 INTERRUPTED = 130

@@ -16,6 +16,7 @@ from amalgam.errors import ConfigError
 SHORT = {
     "model.base_path": "--model", "server.api_keys": "--api-key", "server.host": "--host",
     "server.metrics_compat": "--metrics-compat", "server.port": "--port", "server.root_path": "--root-path",
+    "speculation.draft": "--draft", "speculation.kind": "--speculation",
 }  # fmt: skip
 _GIVEN = {"settings", "origins", "config_file"}  # parameters of a verb that are no flags of its own
 SETTINGS_NOTE = "Every setting is a flag too, such as --inference.max_seq_length 2048: `amalgam config` lists them."

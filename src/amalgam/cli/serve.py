@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from amalgam.runtime.deployment import Deployment
 
 
-@with_settings(shown=("server.host", "server.port", "server.api_keys", "server.root_path", "server.metrics_compat"))
+_SHOWN = (
+    "server.host", "server.port", "server.api_keys", "server.root_path", "server.metrics_compat", "speculation.kind",
+    "speculation.num_tokens", "speculation.draft",
+)  # fmt: skip
+
+
+@with_settings(shown=_SHOWN)
 def command(
     settings: Settings,
     autoplan: Annotated[

@@ -336,6 +336,25 @@ class PlanningSettings(Section):
     """Plans that follow the traffic while the server runs."""
 
 
+class SpeculationSettings(Section):
+    """Tokens that are guessed ahead and verified in one step. Changes no answer."""
+
+    kind: Literal["none", "ngram", "self", "draft"] = "none"
+    """Who guesses: earlier text of the request (ngram), the model in its lowest precision (self), another (draft)."""
+    num_tokens: int = Field(default=4, ge=1, le=64)
+    """Most tokens that are guessed for a request in a step."""
+    adaptive: bool = True
+    """Guess only as many as pay by the measured times of steps and guesses. false: as many as there is room for."""
+    min_match: int = Field(default=3, ge=1, le=32)
+    """How many of a request's last tokens must have occurred before (ngram)."""
+    draft: UserPath = ""
+    """Folder, `.gguf` file or hub id of a smaller model with the same vocabulary (draft)."""
+    source: str = ""
+    """Source of the draft's experts, or linear weights if there are none (self). Empty: the smallest for each."""
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    """KV cache of the draft (self, draft). None: as engine.kv_cache_bytes, within a quarter of memory."""
+
+
 class Settings(Section):
     """Everything, as `config/model_config.yaml` holds it."""
 
@@ -351,6 +370,8 @@ class Settings(Section):
     """Expert statistics."""
     planning: PlanningSettings = PlanningSettings()
     """Plans for a budget."""
+    speculation: SpeculationSettings = SpeculationSettings()
+    """Tokens that are guessed ahead."""
 
     def replace(self, **sections: Any) -> Settings:
         """A new object with whole sections exchanged, validated again."""
@@ -566,6 +587,9 @@ def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
         looks_like_path = value.startswith(".") or value.count("/") != 1
         return os.path.normpath(candidate) if looks_like_path or candidate.exists() else value
 
+    speculation = data.get("speculation")
+    if isinstance(speculation, dict) and "draft" in speculation:
+        speculation["draft"] = anchor(speculation["draft"])
     model = data.get("model")
     if not isinstance(model, dict):
         return

@@ -46,6 +46,7 @@ from amalgam.engine.request import (
 )
 from amalgam.engine.runner import Runner
 from amalgam.engine.scheduler import Scheduler
+from amalgam.engine.speculation.speculator import Speculator
 from amalgam.engine.states import StatePool
 from amalgam.errors import UnavailableError, UnsupportedError, describe
 from amalgam.models.decoder import Decoder
@@ -59,9 +60,8 @@ logger = logging.getLogger("amalgam.engine")
 
 _MAX_FAILURES = 3  # steps in a row
 _MIN_PROMPT_TOKENS = 32  # in a step with streams: with fewer, reading experts costs more than computing with them
+_GUESSING_STREAMS = 4  # that have slots for their states before guesses, where there are recurrent states
 _FATAL = (MemoryError, torch.OutOfMemoryError)
-
-Propose = Callable[[Sequence[int]], Sequence[int]]  # a sequence's tokens → tokens that may follow them; () for none
 
 _UNLABELLED = Observation()
 _Deliveries = list[tuple[Request, RequestOutput]]
@@ -74,12 +74,11 @@ class Engine:
         version: weight version of new requests until `set_version` gives another.
         device, dtype: of the KV cache.
         observer: sees which experts each token was routed to.
-        propose: guesses the next tokens of a sequence, in the step thread; the step verifies them. Changes no answer:
-            an error is logged and means no guess; guesses end before what is no token of the model. A model with
-            recurrent states takes none.
+        speculator: guesses the next tokens of requests; the step verifies them. Changes no answer.
 
     Attributes:
         on_ended: is shown the tokens of each counted request that has ended well, in the step thread.
+        speculator: as given; None: nothing is guessed.
 
     Raises:
         ConfigError: the KV cache would not hold one sequence of the longest length.
@@ -94,7 +93,7 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         observer: RoutingObserver | None = None,
-        propose: Propose | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         max_sequence_tokens = min(settings.inference.max_seq_length, decoder.spec.max_positions)
         self._runner = Runner(decoder, settings, max_sequence_tokens, device, dtype, observer)
@@ -104,10 +103,12 @@ class Engine:
         self._max_queue = settings.engine.max_queue
         self._thread = StoppableThread(self._loop, "amalgam-engine", self._ask_to_stop)
         self._num_failures = 0  # steps in a row; of the step thread
-        self._propose = None if self._runner.num_states else propose  # a state cannot be taken back
-        self._has_proposing_failed = False
+        self.speculator = speculator
         self.on_ended: Callable[[Sequence[int]], None] | None = None
-        self.meter = Meter(distinct_experts=lambda: None if observer is None else observer.distinct_experts())
+        self.meter = Meter(
+            distinct_experts=lambda: None if observer is None else observer.distinct_experts(),
+            speculation=lambda: None if self.speculator is None else self.speculator.counts,
+        )
 
         max_step_tokens = settings.engine.max_step_tokens
         self._pace = Pace(settings.engine.max_slowdown, min(_MIN_PROMPT_TOKENS, max_step_tokens), max_step_tokens)
@@ -122,7 +123,7 @@ class Engine:
             max_sequence_tokens=max_sequence_tokens,
             max_queue=settings.engine.max_queue,
             shares_blocks=settings.engine.prefix_cache,
-            states=StatePool(self._runner.num_states) if self._runner.num_states else None,
+            states=self._new_states(),
         )
         self._scheduler.prompt_tokens_beside = self._pace.prompt_tokens_beside
         self._requests: dict[int, Request] = {}  # until their last output has been delivered
@@ -130,6 +131,13 @@ class Engine:
         self._next_id = 1
         self._is_draining = False
         self._end_reason: str | None = None  # why nothing is computed any more
+
+    def _new_states(self) -> StatePool | None:
+        num_states = self._runner.num_states
+        if not num_states:
+            return None
+        num_guesses = 0 if self.speculator is None else self.speculator.num_tokens
+        return StatePool(num_states, min(_GUESSING_STREAMS * num_guesses, num_states // 4))
 
     def start(self) -> None:
         """Start the step loop; requests submitted before wait for it."""
@@ -388,25 +396,30 @@ class Engine:
         self._deliver(cancelled)
         if plan is None:
             return []
-        if self._propose is not None:
-            proposals = self._guess(plan, self._propose)
+        if self.speculator is not None:
+            proposals = self.speculator.propose(plan)  # without the condition: a guess may take its time
             with self._condition:
                 plan = self._scheduler.add_proposals(plan, proposals)
         deliveries: _Deliveries = []
         started = time.monotonic()
         try:
             gaps = self._take(plan, self._runner.execute(plan), deliveries)
-            rejected = {} if self._propose is None else _num_rejected(plan, deliveries)
+            rejected = {} if self.speculator is None else _num_rejected(plan, deliveries)
             self._runner.commit(plan, rejected)
         except Exception as error:
             return self._give_up(plan, error, deliveries)
         self._num_failures = 0
+        seconds = time.monotonic() - started
+        ended = [(request, output) for request, output in deliveries if output.is_finished]
+        if self.speculator is not None:
+            observer = self._runner.observer
+            count_experts = (lambda: None) if observer is None else observer.distinct_in_step
+            self.speculator.commit(plan, rejected, {request.request_id for request, _ in ended}, seconds, count_experts)
         with self._condition:
             self._scheduler.commit(plan, rejected)
-            self._measure(plan, deliveries, time.monotonic() - started, gaps)
-            ended = [(request, output) for request, output in deliveries if output.is_finished]
+            self._measure(plan, deliveries, seconds, gaps)
             for request, output in ended:
-                self._scheduler.finish(request, is_sound=output.error is None)
+                self._leave(request, is_sound=output.error is None)
             if ended:  # otherwise the load is as it was before the step
                 self._note_load()
         if self.on_ended is not None:
@@ -419,26 +432,6 @@ class Engine:
         requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
         self._cancelled.clear()
         return self._finish(requests, FinishReason.CANCELLED)
-
-    def _guess(self, plan: StepPlan, propose: Propose) -> dict[int, list[int]]:
-        """Request id → tokens that may follow its own. Without the condition: a guess may take its time."""
-        proposals: dict[int, list[int]] = {}
-        for item in plan.scheduled:
-            if not item.needs_sample:
-                continue
-            try:
-                guessed = propose(tuple(item.request.token_ids))
-                is_known = [0 <= token_id < self._vocab_size for token_id in guessed]
-                known = list(guessed[: [*is_known, False].index(False)])
-                constraint = item.request.constraint
-                proposals[item.request.request_id] = (
-                    known if constraint is None else known[: constraint.num_valid(known)]
-                )
-            except Exception as error:
-                if not self._has_proposing_failed:
-                    logger.warning("Tokens cannot be guessed; answers stay as they are.", exc_info=error)
-                self._has_proposing_failed = True
-        return proposals
 
     def _take(self, plan: StepPlan, result: StepResult, deliveries: _Deliveries) -> list[float]:
         """Add the step's tokens to their requests, and to `deliveries` what their callers see of it.
@@ -500,9 +493,14 @@ class Engine:
         now = time.monotonic()
         deliveries = [(request, end(request, reason, now, error=error)) for request in requests]
         for request in requests:
-            self._scheduler.finish(request, is_sound=error is None)
+            self._leave(request, is_sound=error is None)
         self._note_load()
         return deliveries
+
+    def _leave(self, request: Request, *, is_sound: bool) -> None:
+        self._scheduler.finish(request, is_sound=is_sound)
+        if self.speculator is not None:
+            self.speculator.forget(request.request_id)
 
     def _admit_observation(self, request: Request) -> None:
         observation, observer = request.observation, self._runner.observer

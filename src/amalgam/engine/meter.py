@@ -48,6 +48,22 @@ class Counts(NamedTuple):
     num_prefix_hit_tokens: int = 0  # those whose keys and values were there already
 
 
+class SpeculationCounts(NamedTuple):
+    """What has come of guesses since the start."""
+
+    num_drafts: int = 0  # times that a request was given guesses
+    num_proposed: int = 0  # tokens guessed, and computed behind a request's own
+    num_accepted: int = 0  # of these, tokens that the model chose itself
+    accepted_at: tuple[int, ...] = ()  # the same by their place in the guess, the first one first
+    num_declined: int = 0  # times that a request could have been given guesses, and it did not pay
+    proposing_seconds: float = 0.0  # time that guessing took
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the guesses that came true; None: there were none."""
+        return self.num_accepted / self.num_proposed if self.num_proposed else None
+
+
 class Level(NamedTuple):
     """A quantity over some time."""
 
@@ -98,6 +114,7 @@ class Reading:
     step_tokens: Histogram  # tokens that it computed: prompt, generated, computed again, guessed
     distinct_experts: Histogram | None  # experts that a step computed with in one layer, mean over layers; exact
     counts: Counts
+    speculation: SpeculationCounts | None  # None: nothing is guessed
 
 
 class _Interval:
@@ -133,10 +150,14 @@ class Meter:
     Args:
         clock: gives the times; those of a `Reading` follow the wall clock as it is set then.
         distinct_experts: asked at each `read`; None: nobody sees the routing.
+        speculation: the same; None: nothing is guessed.
     """
 
     def __init__(
-        self, clock: Clock | None = None, distinct_experts: Callable[[], Histogram | None] = lambda: None
+        self,
+        clock: Clock | None = None,
+        distinct_experts: Callable[[], Histogram | None] = lambda: None,
+        speculation: Callable[[], SpeculationCounts | None] = lambda: None,
     ) -> None:
         self._clock = Clock() if clock is None else clock
         self._lock = threading.Lock()
@@ -146,6 +167,7 @@ class Meter:
         self._load = Load()
         self._counts = Counts()
         self._distinct_experts = distinct_experts
+        self._speculation = speculation
         self._measured_to = self._clock.now()
         first = _Interval(_interval_start(self._measured_to), self._measured_to, self._load)
         self._intervals = deque([first], NUM_POINTS)
@@ -239,6 +261,7 @@ class Meter:
                 self._step_tokens.read(),
                 distinct_experts,
                 self._counts,
+                self._speculation(),
             )
 
     def _advance(self) -> float:

@@ -73,6 +73,7 @@ class SamplingParams:
             request ends without an answer.
         keeps_special_tokens: the text has them, as some formats of tool calls need it; not the one that ends it.
         priority: of waiting requests the lowest is taken first, and of equal ones the first.
+        speculate: whether tokens may be guessed ahead where the engine does that; changes no answer.
         thinking: how long reasoning may be; None: as long as the answer.
         given: the fields that the caller gave, so that `over` knows which to leave to a model.
 
@@ -101,6 +102,7 @@ class SamplingParams:
     priority: int = 0
     keeps_special_tokens: bool = False
     thinking: ThinkingLimit | None = None
+    speculate: bool = True
 
     if TYPE_CHECKING:
         given: ClassVar[frozenset[str]]
@@ -132,6 +134,7 @@ class SamplingParams:
         _check_bool("ignore_eos", self.ignore_eos)
         _check_bool("continues_prompt", self.continues_prompt)
         _check_bool("keeps_special_tokens", self.keeps_special_tokens)
+        _check_bool("speculate", self.speculate)
         if self.thinking is not None and not isinstance(self.thinking, ThinkingLimit):
             raise RequestError(f"thinking is {describe(self.thinking)}.", remedy="Give a ThinkingLimit.")
         object.__setattr__(self, "stop", _stop_strings(self.stop))

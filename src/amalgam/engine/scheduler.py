@@ -20,7 +20,7 @@ Shared beginnings: a full block is found by the weight version and all tokens up
 out again. A request is admitted with the blocks of its beginning that are there, and at least its last token is
 computed. If its next block is one that a running request computes in this very step, it stays in the queue for the
 moment: it will find that block rather than compute it too. A model with recurrent states goes on only where one is kept
-(`amalgam.engine.states`), and takes no proposals: a state that has gone too far does not come back.
+(`amalgam.engine.states`).
 
 Whoever stays in the queue for one of these reasons keeps its place: the slot and the blocks that it would take are set
 aside, so that those behind it get what they would have got behind it, and no more.
@@ -160,8 +160,6 @@ class Scheduler:
         Args:
             proposals: request id → tokens that may follow its own.
         """
-        if self.states is not None:
-            return plan
         scheduled = list(plan.scheduled)
         budget = self._max_step_tokens - sum(item.num_tokens for item in scheduled)
         for index, item in enumerate(scheduled):
@@ -176,8 +174,21 @@ class Scheduler:
             if room <= 0:
                 continue
             proposed_ids = tuple(proposed_ids[:room])
+            state = item.state
+            if self.states is not None and request.state is not None and state is not None:
+                guessing = self.states.guess(request.state, state, item.num_tokens, len(proposed_ids))
+                if guessing is None:
+                    continue
+                proposed_ids = proposed_ids[: len(guessing.saves) - len(state.saves)]
+                state = guessing
             self._reserve(request, item.end + len(proposed_ids))
-            scheduled[index] = self._share_of(request, item.num_tokens, proposed_ids)
+            scheduled[index] = item._replace(
+                num_tokens=item.num_tokens + len(proposed_ids),
+                block_ids=tuple(request.block_ids),
+                num_unrecorded=item.num_unrecorded + len(proposed_ids),
+                proposed_ids=proposed_ids,
+                state=state,
+            )
             budget -= len(proposed_ids)
         return StepPlan(plan.version, tuple(scheduled))
 
@@ -198,7 +209,8 @@ class Scheduler:
             self._prefixes.publish(request)
             if self.states is not None and request.state is not None:
                 version_id = plan.version.version_id
-                self.states.commit(request.state, version_id, request.block_keys, self._block_size)
+                num_rejected = rejected.get(request.request_id, 0) if item.proposed_ids else 0
+                self.states.commit(request.state, version_id, request.block_keys, self._block_size, num_rejected)
 
     def finish(self, request: Request, *, is_sound: bool = True) -> None:
         """Take a request out, wherever it is, and free its blocks; must not happen between `schedule` and `commit`.
@@ -219,7 +231,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all requests, whatever state an error has left them in."""
         self.pool = BlockPool(self.pool.num_blocks)
-        self.states = None if self.states is None else StatePool(self.states.num_slots)
+        self.states = None if self.states is None else StatePool(self.states.num_slots, self.states.num_spare)
         self._prefixes = self._new_prefixes()
         self.waiting.clear()
         self.running.clear()
@@ -398,18 +410,15 @@ class Scheduler:
         insort(self.waiting, request, key=_rank)
         self._count(num_preemptions=1)
 
-    def _share_of(self, request: Request, num_tokens: int, proposed_ids: tuple[int, ...] = ()) -> ScheduledRequest:
-        """A share of `num_tokens` that the request has, and of proposals."""
+    def _share_of(self, request: Request, num_tokens: int) -> ScheduledRequest:
+        """A share of `num_tokens` that the request has."""
         start = request.num_computed
         needs_sample = start + num_tokens == len(request.token_ids)
-        num_tokens += len(proposed_ids)
         num_unrecorded = min(num_tokens, max(0, start + num_tokens - request.num_recorded))
         block_ids, state = tuple(request.block_ids), None
         if self.states is not None and request.state is not None:
             state = self.states.share(request.state, start, start + num_tokens)
-        return ScheduledRequest(
-            request, start, num_tokens, block_ids, num_unrecorded, needs_sample, proposed_ids, state
-        )
+        return ScheduledRequest(request, start, num_tokens, block_ids, num_unrecorded, needs_sample, state=state)
 
     def _count(self, **more: int) -> None:
         self.counts = self.counts._replace(**{name: getattr(self.counts, name) + by for name, by in more.items()})

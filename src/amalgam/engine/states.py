@@ -7,6 +7,9 @@ request starts from blocks that are there only if somebody has kept the state at
 a prompt's last full block, and where its beginning parts from one whose blocks are there: what two have shared, a third
 may share as well. A slot takes as much memory as the keys and values of thousands of tokens, so other borders are not
 kept. What is kept stays until a slot is needed; what has not been used for longest goes first.
+
+A state that has taken a token in does not give it back. So a step with guesses leaves a state before each of them, in
+slots that are free: the one before the first wrong guess becomes the request's own.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class RequestState:
         borders: positions whose states are to be kept, in order.
         pending: position → the slot that the step under way saves its state to.
         kept: names of the states that it has kept, or started from.
+        guesses: the slots that the step under way saves its state to, before each guess.
     """
 
     slot: int
@@ -47,13 +51,19 @@ class RequestState:
     borders: list[int]
     pending: dict[int, int] = field(default_factory=dict)
     kept: list[_Name] = field(default_factory=list)
+    guesses: list[int] = field(default_factory=list)
 
 
 class StatePool:
-    """Hands out slots `0 … num_slots - 1`, and finds those with a state that is needed. Not thread-safe."""
+    """Hands out slots `0 … num_slots - 1`, and finds those with a state that is needed. Not thread-safe.
 
-    def __init__(self, num_slots: int) -> None:
+    Args:
+        num_spare: slots in which no states are kept, so that they are free for guesses.
+    """
+
+    def __init__(self, num_slots: int, num_spare: int = 0) -> None:
         self.num_slots = num_slots
+        self.num_spare = num_spare
         self._free = list(range(num_slots - 1, -1, -1))
         self._kept: OrderedDict[_Name, int] = OrderedDict()  # the longest unused comes first
         self._num_readers: dict[int, int] = {}  # slot → requests whose next step reads it
@@ -95,19 +105,39 @@ class StatePool:
     def share(self, state: RequestState, start: int, end: int) -> StateShare:
         """What a step does that computes tokens `[start, end)`, which the request has."""
         for border in state.borders:
-            if start < border <= end and (slot := self._take()) is not None:
+            if start < border <= end and (slot := self._take(self.num_spare)) is not None:
                 state.pending[border] = slot
         saves = tuple((border - start, slot) for border, slot in state.pending.items())
         source = state.slot if state.source is None else state.source
         return StateShare(source if start else None, state.slot, saves)
 
-    def commit(self, state: RequestState, version_id: int, keys: Sequence[Key], block_size: int) -> None:
+    def guess(self, state: RequestState, share: StateShare, num_known: int, num_guesses: int) -> StateShare | None:
+        """The same step with guesses behind its `num_known` tokens, if there are slots; None: none is free.
+
+        How many it may have is the number of saves that have been added.
+        """
+        count = min(num_guesses, len(self._free))
+        if not count:
+            return None
+        state.guesses = [self._free.pop() for _ in range(count)]
+        saves = tuple((num_known + place, slot) for place, slot in enumerate(state.guesses))
+        return share._replace(saves=share.saves + saves)
+
+    def commit(
+        self, state: RequestState, version_id: int, keys: Sequence[Key], block_size: int, num_rejected: int = 0
+    ) -> None:
         """The step has been computed: what it has saved can be found.
 
         Args:
             keys: of the request's full blocks.
+            num_rejected: guesses that did not come true, the last ones.
         """
         self._begun(state)
+        if num_rejected:
+            index = len(state.guesses) - num_rejected
+            state.slot, state.guesses[index] = state.guesses[index], state.slot
+        self._free += state.guesses
+        state.guesses.clear()
         for border, slot in state.pending.items():
             name = version_id, keys[border // block_size - 1]
             if name in self._kept:
@@ -126,7 +156,7 @@ class StatePool:
             is_sound: False: what it has kept or started from may be wrong, and nobody is to find it.
         """
         self._begun(state)
-        self._free += [state.slot, *state.pending.values()]
+        self._free += [state.slot, *state.pending.values(), *state.guesses]
         for name in () if is_sound else state.kept:
             slot = self._kept.pop(name, None)
             if slot is not None and slot not in self._num_readers:  # or it is free when it has been read
@@ -150,8 +180,9 @@ class StatePool:
             if slot not in self._kept.values():  # nobody is to find it any more
                 self._free.append(slot)
 
-    def _take(self) -> int | None:
-        if self._free:
+    def _take(self, num_left: int = 0) -> int | None:
+        """A free slot, if more than `num_left` are, or one with a kept state that nobody is about to read."""
+        if len(self._free) > num_left:
             return self._free.pop()
         name = next((name for name, slot in self._kept.items() if slot not in self._num_readers), None)
         return None if name is None else self._kept.pop(name)

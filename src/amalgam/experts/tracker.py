@@ -80,6 +80,7 @@ class ExpertTracker:
         self._spans: Sequence[TokenSpan] | None = None  # of the step under way
         self._routing: dict[int, tuple[Tensor, Tensor]] = {}  # layer by layer
         self._routing_of_all: tuple[Tensor, Tensor] | None = None  # or at once
+        self._latest_ids: Tensor | None = None  # of the step that has ended last, [layers, tokens, top_k]
 
         self._lock = threading.Lock()  # guards everything below
         self.revision = 0  # changes whenever the statistics do
@@ -134,7 +135,7 @@ class ExpertTracker:
         elif not routing[0].is_cpu:
             # A captured graph writes to the same tensors again; on the CPU each step has its own.
             routing = routing[0].clone(), routing[1].clone()
-        num_rows = routing[0].shape[1]
+        self._latest_ids, num_rows = routing[0], routing[0].shape[1]
         with self._lock:
             now = self._advance()  # which may take what was pending
             self._pending.append(Step(now, spans, num_rows, *routing))
@@ -163,6 +164,15 @@ class ExpertTracker:
         with self._lock:
             self._sum_up()
             return self._distinct.read()
+
+    def distinct_in_step(self) -> float | None:
+        """See `RoutingObserver.distinct_in_step`."""
+        if self._latest_ids is None:
+            return None
+        expert_ids = self._latest_ids.cpu().numpy()
+        is_used = np.zeros((len(expert_ids), self.num_experts), bool)
+        np.put_along_axis(is_used, expert_ids.reshape(len(expert_ids), -1), True, axis=1)
+        return float(is_used.sum()) / len(expert_ids)
 
     def snapshot(self, minutes: float | None = None, label: str | None = None) -> ExpertSnapshot:
         """The statistics of the last `minutes`; None: since the start or the last reset.

@@ -84,6 +84,9 @@ class RoutingObserver(Observer, Protocol):
     def distinct_experts(self) -> Histogram:
         """With how many experts of a layer a step computed, on the mean over its layers: a value for each step."""
 
+    def distinct_in_step(self) -> float | None:
+        """The same of the step that has ended last, guesses included; None: it is not known. In the step thread."""
+
     def take_trace(self, request_id: int) -> RoutingTrace | None:
         """The trace of a request that has ended, which is then forgotten; None if it kept none."""
 

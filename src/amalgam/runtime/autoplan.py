@@ -30,7 +30,6 @@ from amalgam.engine.core import Engine
 from amalgam.errors import AmalgamError, ConfigError, ConflictError, RequestError, UnavailableError
 from amalgam.evaluation.confidence import MIN_UNITS
 from amalgam.experts.tracker import ExpertTracker
-from amalgam.kernels.packed import PackedWeight
 from amalgam.models.weights import WeightVersion
 from amalgam.planning import following
 from amalgam.planning.budget import Budget, parse_budget
@@ -42,6 +41,7 @@ from amalgam.planning.shadow import Throttle, be_quiet, shadow
 from amalgam.planning.use import Use, use_of_tally
 from amalgam.planning.writing import rules_of
 from amalgam.runtime.changes import RemapResult
+from amalgam.runtime.served import shared_weights
 
 logger = logging.getLogger("amalgam.autoplan")
 
@@ -382,7 +382,7 @@ class Autoplan:
     ) -> Shadowed:
         """The reference is in memory only here."""
         planned = self._planned_weights(loader, choice)
-        reference = loader.build(planned, 0, _sharing(planned, now, candidate), throttle).version
+        reference = loader.build(planned, 0, shared_weights(planned, now, candidate), throttle).version
         return shadow(loader, self._dtype, (reference, now, candidate), self._name_of(choice), windows, throttle)
 
     def _planned_weights(self, loader: ModelLoader, choice: Sequence[int]) -> list[PlannedWeight]:
@@ -522,18 +522,6 @@ class Autoplan:
                 return
             except Exception:
                 logger.exception("the traffic could not be looked at; weights stay as they are")
-
-
-def _sharing(planned: Sequence[PlannedWeight], now: WeightVersion, candidate: WeightVersion) -> WeightVersion:
-    """What a version has in common with two others."""
-    weights: dict[str, PackedWeight] = {}
-    keys: dict[str, tuple[Any, ...]] = {}
-    for weight in planned:
-        slot = weight.slot.name
-        for version in (now, candidate):
-            if version.keys.get(slot) == weight.key:
-                weights[slot], keys[slot] = version[slot], weight.key
-    return WeightVersion(0, weights, {}, keys)
 
 
 def _budget_of(text: str, name: str) -> Budget | None:

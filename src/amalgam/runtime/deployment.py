@@ -27,6 +27,7 @@ from amalgam.runtime.autoplan import Autoplan
 from amalgam.runtime.changes import RemapLog, RemapRecord, RemapResult, changed_weights
 from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections
 from amalgam.runtime.served import ServedWeights
+from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.text.tokenizer import Tokenizer
 
@@ -53,6 +54,7 @@ class Deployment:
         tracker: ExpertTracker | None,
         defaults: ModelDefaults,
         proposer: Proposer | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.settings = settings
         self.defaults = defaults
@@ -65,6 +67,7 @@ class Deployment:
         self._is_closing = threading.Event()
         self._earlier_rules: deque[tuple[Rule, ...]] = deque(maxlen=MAX_UNDOS)  # the latest last
         self._tracker = tracker
+        self._speculation = speculation
         self.statistics = (
             None if tracker is None else ExpertStatistics(tracker, lambda: self.version, model=self.model_name)
         )
@@ -294,6 +297,8 @@ class Deployment:
             loaded = loader.build(loader.plan(rules), before.version_id + 1, before, self._unless_closing)
         after = loaded.version
         changed = changed_weights(before, after)
+        if self._speculation is not None:
+            self._speculation.follow(loader, rules, after, self._unless_closing)
         self.engine.set_version(after)
         self._served = ServedWeights(loader, after, rules)
         with self._alive_lock:

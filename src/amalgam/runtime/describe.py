@@ -16,6 +16,8 @@ from amalgam.config.settings import Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.memory import peak_memory_bytes
+from amalgam.engine.speculation.draft import DraftProposer
+from amalgam.engine.speculation.speculator import Speculator
 from amalgam.errors import RequestError
 from amalgam.experts.precision_map import PROJECTIONS
 from amalgam.models.weights import WeightVersion
@@ -76,7 +78,41 @@ def describe_model(
         "kv_dtype": settings.inference.dtype if settings.engine.kv_dtype == "auto" else settings.engine.kv_dtype,
         "compute_threads": torch.get_num_threads(),
         "kernels": engine.kernels,
+        "speculation": None if engine.speculator is None else describe_speculation(engine.speculator, version),
         "load_seconds": round(load_seconds, 3),
+    }
+
+
+def describe_speculation(speculator: Speculator, version: WeightVersion) -> dict[str, Any]:
+    """Who guesses tokens, and what has come of it since the start.
+
+    Args:
+        version: the model's own weights.
+    """
+    counts, proposer = speculator.counts, speculator.proposer
+    draft = None
+    if isinstance(proposer, DraftProposer):
+        weights = proposer.version
+        shared = [slot for slot, key in weights.keys.items() if version.keys.get(slot) == key]
+        shared_bytes = sum(weights[slot].nbytes for slot in shared)
+        draft = {
+            "weights_bytes": weights.nbytes - shared_bytes,  # that are there for the draft alone
+            "shared_bytes": shared_bytes,
+            "kv_cache_bytes": proposer.kv_cache_bytes,
+        }
+    return {
+        "kind": speculator.kind,
+        "num_tokens": speculator.num_tokens,
+        "drafts": counts.num_drafts,
+        "declined": counts.num_declined,
+        "proposed_tokens": counts.num_proposed,
+        "accepted_tokens": counts.num_accepted,
+        "accepted_by_position": list(counts.accepted_at),
+        "acceptance": counts.acceptance,
+        "tokens_per_draft": 1 + counts.num_accepted / counts.num_drafts if counts.num_drafts else None,
+        "proposing_seconds": round(counts.proposing_seconds, 3),
+        "costs": None if speculator.costs is None else speculator.costs.describe(),
+        "draft": draft,
     }
 
 

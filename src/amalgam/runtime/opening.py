@@ -25,6 +25,7 @@ from amalgam.runtime.autoplan import open_proposer
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
+from amalgam.runtime.speculation import check_together, open_speculation
 from amalgam.runtime.threads import set_threads
 from amalgam.text.files import read_template
 from amalgam.text.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
     Raises:
         AmalgamError: whatever is wrong with settings, checkpoints or plan, before anything is half loaded.
     """
+    check_together(settings.speculation)
     ensure_derived(settings, progress)
     set_threads(settings.engine)
     device = choose_device(settings.inference.device_map)
@@ -67,8 +69,10 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
             )
         settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
         decoder = Decoder(loader.spec, max_positions, dtype, device)
-        engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, tracker)
-        deployment = Deployment(settings, loader, loaded, engine, tokenizer, tracker, defaults, proposer)
+        speculation = open_speculation(settings, loader, loaded.version, tokenizer, device, progress)
+        speculator = None if speculation is None else speculation.speculator
+        engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, tracker, speculator)
+        deployment = Deployment(settings, loader, loaded, engine, tokenizer, tracker, defaults, proposer, speculation)
         on_failure.pop_all()
     engine.start()
     if deployment.autoplan is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from amalgam.composition.loader import ModelLoader
+from amalgam.composition.planned import PlannedWeight
 from amalgam.config.settings import Rule
+from amalgam.kernels.packed import PackedWeight
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 
@@ -21,3 +25,15 @@ class ServedWeights:
     @property
     def spec(self) -> ModelSpec:
         return self.loader.spec
+
+
+def shared_weights(planned: Sequence[PlannedWeight], *versions: WeightVersion) -> WeightVersion:
+    """What a version that is to be built has in common with others."""
+    weights: dict[str, PackedWeight] = {}
+    keys: dict[str, tuple[Any, ...]] = {}
+    for weight in planned:
+        slot = weight.slot.name
+        for version in versions:
+            if version.keys.get(slot) == weight.key:
+                weights[slot], keys[slot] = version[slot], weight.key
+    return WeightVersion(0, weights, {}, keys)

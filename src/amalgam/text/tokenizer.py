@@ -92,6 +92,24 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._templates.source() is not None
 
+    def first_difference(self, other: Tokenizer) -> int | None:
+        """The first token id that stands for something else in another tokenizer, or for nothing; None: there is none.
+
+        Special tokens that one of them lacks do not count: chats end differently in models of one vocabulary.
+        """
+        mine, others = (
+            {token_id: text for text, token_id in tokenizer._backend.get_vocab(with_added_tokens=True).items()}
+            for tokenizer in (self, other)
+        )
+        special = self.special_tokens.keys() | other.special_tokens.keys()
+        differing = (
+            token_id
+            for token_id in mine.keys() | others.keys()
+            if mine.get(token_id) != others.get(token_id)
+            and not (token_id in special and (token_id not in mine or token_id not in others))
+        )
+        return min(differing, default=None)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """
         Raises:

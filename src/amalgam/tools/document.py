@@ -19,8 +19,9 @@ _INTRODUCTION = f"""# Configuration
 
 One YAML file (`--config`), environment variables and flags, in rising order of precedence. A flag is the key itself:
 `--inference.max_seq_length 2048`; `--model` is short for `--model.base_path`, and `--host`, `--port`, `--api-key`,
-`--root-path` and `--metrics-compat` are short for settings of the server. `--source NAME=FOLDER` and
-`--map PATTERN=SOURCE` add a source and a rule to the file's; a source of the same name takes the place of the file's.
+`--root-path` and `--metrics-compat` are short for settings of the server, `--speculation` and
+`--draft` for `speculation.kind` and `speculation.draft`. `--source NAME=FOLDER` and `--map PATTERN=SOURCE` add a
+source and a rule to the file's; a source of the same name takes the place of the file's.
 Unknown keys are errors. `amalgam config` checks a configuration and shows each setting's value and where it comes from.
 
 **Types are those below, in the file too**; nothing is guessed. Text is taken as it is (`--host ::`, `--model 2024`,
@@ -113,9 +114,9 @@ Granite 4 (`GraniteMoeHybridForCausalLM`) is served where no layer is Mamba's. K
 tokenizer is read from tiktoken's file, see [text](text.md).
 
 Qwen3-Next and Qwen3.5 have a recurrent state in three layers of four (gated delta nets): `engine.state_cache_bytes` is
-its room, and a prefix is shared up to where a state has been kept. No tokens are proposed for these models. Their
-GGUF files have heads and projections in another order than the published checkpoints, so that one is no source beside
-the other.
+its room, and a prefix is shared up to where a state has been kept. They are no
+drafts ([speculation.md](speculation.md)). Their GGUF files have heads and projections in another order than the
+published checkpoints, so that one is no source beside the other.
 
 Of multimodal checkpoints (`…ForConditionalGeneration` below) the text part is served; what sees images, and layers that
 predict further tokens, are left out. `Mistral3ForConditionalGeneration` holds Mistral, Ministral 3 or Mistral 4, as its

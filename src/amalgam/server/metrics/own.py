@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import Metric
 
+from amalgam.engine.meter import SpeculationCounts
 from amalgam.engine.request import FinishReason
 from amalgam.runtime.changes import RemapRecord
 from amalgam.server.interface import Statistics
@@ -71,6 +72,19 @@ def _of_engine(engine: EngineFigures) -> Iterator[Metric]:
     if reading.distinct_experts is not None:
         help_text = "Experts that a step computed with in one layer, mean over the layers."
         yield make.histogram("step_distinct_experts", help_text, reading.distinct_experts)
+    if reading.speculation is not None:
+        yield from _of_speculation(reading.speculation)
+
+
+def _of_speculation(counts: SpeculationCounts) -> Iterator[Metric]:
+    """Tokens that were guessed ahead."""
+    yield make.counter("speculation_drafts", "Times that a request was given guesses.", counts.num_drafts)
+    yield make.counter("speculation_declined", "Times that guesses would not have paid.", counts.num_declined)
+    yield make.counter("speculation_proposed_tokens", "Tokens guessed.", counts.num_proposed)
+    yield make.counter("speculation_accepted_tokens", "Guesses that came true.", counts.num_accepted)
+    places = [({"position": place}, count) for place, count in enumerate(counts.accepted_at)]
+    yield make.counter("speculation_accepted_tokens_by_position", "The same by place, 0: the first.", places)
+    yield make.counter("speculation_seconds", "Time that guessing took.", counts.proposing_seconds)
 
 
 def _of_latencies(engine: EngineFigures) -> Iterator[Metric]:

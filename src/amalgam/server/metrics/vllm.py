@@ -1,7 +1,7 @@
 """Our figures under the names that vLLM's V1 engine gives its own, so that boards and alerts made for it draw from us.
 
 In: the engine's figures. Out: metric families `vllm:…` with vLLM's types, and its labels `model_name` and `engine`. The
-bounds of the histograms are ours. What is not counted here has no family (per-request parameters, LoRA, speculation).
+bounds of the histograms are ours. What is not counted here has no family (per-request parameters, LoRA).
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ def families(service: Service, engine: EngineFigures) -> Iterator[Metric]:
     yield make.counter("num_preemptions", "Requests that gave their blocks back.", counts.num_preemptions)
     yield make.counter("prompt_tokens", "Prompt tokens computed.", reading.num_prompt_tokens)
     yield make.counter("generation_tokens", "Tokens generated.", reading.num_new_tokens)
+    if (guessed := reading.speculation) is not None:
+        yield make.counter("spec_decode_num_drafts", "Times that a request was given guesses.", guessed.num_drafts)
+        yield make.counter("spec_decode_num_draft_tokens", "Tokens guessed.", guessed.num_proposed)
+        yield make.counter("spec_decode_num_accepted_tokens", "Guesses that came true.", guessed.num_accepted)
+        places = [({"position": place}, count) for place, count in enumerate(guessed.accepted_at)]
+        yield make.counter("spec_decode_num_accepted_tokens_per_pos", "The same by their place.", places)
     finished = [({"finished_reason": name}, reading.finished.get(key, 0)) for key, name in _FINISHED_REASONS.items()]
     yield make.counter("request_success", "Requests by how they ended.", finished)
     for name, help_text, histogram in (

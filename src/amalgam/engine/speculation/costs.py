@@ -1,0 +1,267 @@
+"""What steps and guesses cost, learned from how long they take, and how many guesses pay.
+
+In: of each step its rows, its distinct experts and its seconds; of each guess its steps, its tokens and its seconds;
+what came true. Out: how many tokens to guess for each request. Must never know: requests' tokens, tensors.
+
+Model: a step of `n` rows takes `a + b n + c d(n)` seconds, with `d(n)` distinct experts in a layer; guessing takes
+`e + f s + g m` with `s` steps of the draft and `m` tokens computed by it. The coefficients are not negative, fitted by
+least squares in which older measurements fade. What has never been tried, or not for long, costs nothing: so it is
+tried, and then it is known; steps without guesses are asked for now and then too. The i-th guess for a request comes
+true with probability p^i.
+
+Choice: the rows of a step are shared by all requests, so guesses are chosen together. In order of their chance to come
+true they are added one by one, and the number is taken that gives most tokens in a second, none included. A request
+whose guesses are never worth it gets one now and then, or nobody would see that its text has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+_FADE = 0.98  # of a measurement's weight, with each later one
+_RIDGE = 1e-4  # how firmly a coefficient that nothing is known of is held at 0
+_FIRST_CHANCE = 0.7  # that a guess comes true, as long as nothing is known
+_PRIOR_WEIGHT = 2.0  # guesses of a request that count as much as those of all others
+_CHANCE_FADE = 0.9
+_NEWEST = 0.05  # part of one request's guess in the chance of all
+_PROBE_STEPS = 32  # without a guess, then comes one
+_MAX_CHANCE = 0.98
+_PLAIN_STEPS = 32  # with guesses, then comes one without
+_FIRST_STEPS = 16  # of which every other one is without
+
+
+Counts = npt.NDArray[np.float64]  # one dimension
+
+
+class Fit:
+    """y as a sum of features with coefficients that are not negative.
+
+    Args:
+        num_features: beside the constant.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        self._moments: npt.NDArray[np.float64] = np.zeros((num_features + 1, num_features + 1))
+        self._products: npt.NDArray[np.float64] = np.zeros(num_features + 1)
+        self._coefficients: tuple[float, ...] | None = None
+        self.num_seen = 0
+
+    def add(self, features: Sequence[float], y: float) -> None:
+        row = np.array((1.0, *features))
+        self._moments = _FADE * self._moments + np.outer(row, row)
+        self._products = _FADE * self._products + y * row
+        self._coefficients = None
+        self.num_seen += 1
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The constant first."""
+        if self._coefficients is None:
+            self._coefficients = self._solve()
+        return self._coefficients
+
+    def predict(self, *features: float) -> float:
+        constant, *slopes = self.coefficients
+        return constant + sum(slope * feature for slope, feature in zip(slopes, features, strict=True))
+
+    def _solve(self) -> tuple[float, ...]:
+        found = np.zeros(len(self._products))
+        used = np.flatnonzero(np.diag(self._moments) > 0)
+        while len(used):
+            moments = self._moments[np.ix_(used, used)]
+            held = _RIDGE * np.diag(moments) * (used > 0)  # the constant takes what others do not explain
+            values = np.linalg.solve(moments + np.diag(held), self._products[used])
+            if values.min() >= 0:
+                found[used] = values
+                break
+            used = np.delete(used, values.argmin())
+        return tuple(found.tolist())
+
+
+class Experts:
+    """How many distinct experts of a layer `n` rows need.
+
+    If each row chose on its own it would be `E (1 - (1 - k/E)^n)`. Rows of one text choose alike; by how much less it
+    is, is measured, for each power of two of rows.
+
+    Args:
+        num_experts, num_active: E and k; 0: the model has none.
+    """
+
+    def __init__(self, num_experts: int, num_active: int) -> None:
+        self._num_experts, self._num_active = num_experts, num_active
+        self._shares: dict[int, float] = {}  # bit length of the number of rows → what was measured by what was expected
+
+    def add(self, num_rows: int, num_distinct: float) -> None:
+        (expected,) = self._independent(np.array([float(num_rows)]))
+        if expected:
+            size = num_rows.bit_length()
+            share, before = num_distinct / float(expected), self._shares.get(size)
+            self._shares[size] = share if before is None else before + 0.1 * (share - before)
+
+    def predict(self, num_rows: Counts) -> Counts:
+        """For each number of rows."""
+        expected = self._independent(num_rows)
+        if not self._num_experts or not self._shares:
+            return expected
+        sizes = np.frexp(num_rows)[1]
+        known = np.array(list(self._shares))
+        nearest = np.abs(sizes[:, None] - known).argmin(axis=1)
+        return np.asarray(expected * np.array(list(self._shares.values()))[nearest])
+
+    def _independent(self, num_rows: Counts) -> Counts:
+        if not self._num_experts:
+            return np.zeros(len(num_rows))
+        return np.asarray(self._num_experts * (1 - (1 - self._num_active / self._num_experts) ** num_rows))
+
+
+class Candidate(NamedTuple):
+    """A request that could be given guesses."""
+
+    request_id: int
+    num_tokens: int  # at most so many
+    num_missing: int = 0  # tokens that the draft would have to compute first
+    num_left: int = 1  # tokens that may still come, over which that is spread
+
+
+@dataclass
+class _Record:
+    """What has come of one request's guesses; both fade."""
+
+    num_tested: float = 0.0
+    num_true: float = 0.0
+    num_idle: int = 0  # times in a row that it was given none
+
+
+class CostModel:
+    """Says how many guesses pay. In the step thread only.
+
+    Args:
+        num_experts, num_active: of a layer of the model, and how many of them a token needs; 0: it has none.
+    """
+
+    def __init__(self, num_experts: int = 0, num_active: int = 0) -> None:
+        self._step = Fit(2)
+        self._guess = Fit(2)
+        self._experts = Experts(num_experts, num_active)
+        self._records: dict[int, _Record] = {}
+        self._chance = _FIRST_CHANCE
+        self._num_guessing = 0  # steps since the last one without guesses
+
+    def add_step(self, num_rows: int, seconds: float, num_distinct: float | None = None) -> None:
+        """A step of streams and guesses alone has been computed.
+
+        Args:
+            num_distinct: experts of a layer that it needed, the mean over layers; None: nobody has counted.
+        """
+        if num_distinct is not None:
+            self._experts.add(num_rows, num_distinct)
+        else:
+            num_distinct = float(self._experts.predict(np.array([float(num_rows)]))[0])
+        self._step.add((num_rows, num_distinct), seconds)
+
+    def add_guess(self, num_steps: int, num_tokens: int, seconds: float) -> None:
+        """Guesses have been made.
+
+        Args:
+            num_steps: one after another, of the draft: the longest guess.
+            num_tokens: that the draft has computed.
+        """
+        self._guess.add((num_steps, num_tokens), seconds)
+
+    def add_outcome(self, request_id: int, num_proposed: int, num_true: int) -> None:
+        """So many of a request's guesses came true, and the next one, if there was any, did not."""
+        record = self._records.setdefault(request_id, _Record())
+        num_tested = min(num_true + 1, num_proposed)
+        record.num_tested = _CHANCE_FADE * record.num_tested + num_tested
+        record.num_true = _CHANCE_FADE * record.num_true + num_true
+        for outcome in [1.0] * num_true + [0.0] * (num_tested - num_true):
+            self._chance += _NEWEST * (outcome - self._chance)
+
+    def forget(self, request_id: int) -> None:
+        """A request has ended."""
+        self._records.pop(request_id, None)
+
+    def chance(self, request_id: int) -> float:
+        """That a guess for the request comes true, if those before it do."""
+        record = self._records.get(request_id, _Record())
+        chance = (_PRIOR_WEIGHT * self._chance + record.num_true) / (_PRIOR_WEIGHT + record.num_tested)
+        return min(chance, _MAX_CHANCE)
+
+    def seconds(self, num_rows: Counts) -> Counts:
+        """What steps of so many rows take."""
+        constant, per_row, per_expert = self._step.coefficients
+        return np.asarray(constant + per_row * num_rows + per_expert * self._experts.predict(num_rows))
+
+    def choose(self, num_rows: int, num_streams: int, candidates: Sequence[Candidate]) -> dict[int, int]:
+        """Request id → how many tokens to guess for it; requests that get none are left out.
+
+        Args:
+            num_rows: of the step without guesses.
+            num_streams: requests that get a token from it.
+        """
+        if self._num_guessing >= (1 if self._step.num_seen < _FIRST_STEPS else _PLAIN_STEPS):
+            self._num_guessing = 0
+            return {}
+        # Every guess that can be made, the likeliest first: of request `owners[i]`, the `places[i]`-th.
+        limits = [one.num_tokens for one in candidates]
+        owners = np.repeat(np.arange(len(candidates)), limits)
+        places = np.concatenate([np.arange(1.0, limit + 1) for limit in limits]) if candidates else np.zeros(0)
+        gains = np.array([self.chance(one.request_id) for one in candidates])[owners] ** places
+        first = np.array([_num_first(one) for one in candidates])
+        order = np.lexsort((places, -gains))
+        owners, places = owners[order], places[order]
+        computed = np.where(places == 1, first[owners], 1.0)
+        # What the step gives and takes with the first 0, 1, 2, … of them.
+        given = num_streams + np.concatenate(([0.0], gains[order].cumsum()))
+        constant, per_step, per_token = self._guess.coefficients
+        guessing = constant + per_step * np.maximum.accumulate(places) + per_token * computed.cumsum()
+        seconds = self.seconds(num_rows + np.arange(len(places) + 1.0)) + np.concatenate(([0.0], guessing))
+        num_best = int((given / np.maximum(seconds, 1e-9)).argmax())
+        chosen: dict[int, int] = {}
+        for owner, place in zip(owners[:num_best].tolist(), places[:num_best].tolist(), strict=True):
+            chosen[candidates[owner].request_id] = int(place)
+        self._probe(chosen, num_rows, num_streams, candidates)
+        self._num_guessing = self._num_guessing + 1 if chosen else 0
+        return chosen
+
+    def describe(self) -> Mapping[str, float]:
+        """What is known: coefficients in seconds, and the chance of a guess for a new request."""
+        constant, per_row, per_expert = self._step.coefficients
+        return {
+            "step_seconds": constant,
+            "step_seconds_per_row": per_row,
+            "step_seconds_per_expert": per_expert,
+            "guess_seconds": self._guess.coefficients[0],
+            "guess_seconds_per_step": self._guess.coefficients[1],
+            "guess_seconds_per_token": self._guess.coefficients[2],
+            "chance": self._chance,
+        }
+
+    def _probe(self, chosen: dict[int, int], num_rows: int, num_streams: int, candidates: Sequence[Candidate]) -> None:
+        """One guess for each request that has not been given any for long, if one that is right would pay."""
+        due = []
+        for one in candidates:
+            record = self._records.setdefault(one.request_id, _Record())
+            record.num_idle = 0 if one.request_id in chosen else record.num_idle + 1
+            if record.num_idle >= _PROBE_STEPS:
+                due.append(one)
+        if not due:
+            return
+        before, after = self.seconds(np.array([num_rows, num_rows + 1.0])).tolist()
+        more = after - before + self._guess.predict(1, 1)
+        for one in due:
+            self._records[one.request_id].num_idle = 0
+            if more * num_streams < before:  # a token of the step takes so long
+                chosen[one.request_id] = 1
+
+
+def _num_first(one: Candidate) -> float:
+    """Tokens that a draft computes for a request's first guess: what it lacks of the request, a prompt spread."""
+    at_once = min(one.num_missing, 2)
+    return max(at_once + (one.num_missing - at_once) / max(one.num_left, 1), 1.0)

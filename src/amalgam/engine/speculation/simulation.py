@@ -1,0 +1,134 @@
+"""What speculation would bring, before anybody tries: arithmetic for one sequence, and a server in miniature.
+
+In: what steps and guesses take, how often guesses come true. Out: speed-ups, tokens a second. Must never know: models,
+clocks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from amalgam.engine.speculation.costs import Candidate, CostModel
+
+Mode = Literal["off", "on", "adaptive"]
+
+
+def tokens_of_step(chance: float, num_tokens: int) -> float:
+    """How many tokens a step gives on average that has so many guesses, each of which comes true with `chance` if those
+    before it do: `1 + p + … + p^k` (Leviathan et al., 2023).
+    """
+    return float(sum(chance**place for place in range(num_tokens + 1)))
+
+
+def distinct_experts(num_experts: int, num_active: int, num_rows: int) -> float:
+    """Experts of a layer that rows need which choose independently of each other."""
+    return num_experts * (1 - (1 - num_active / num_experts) ** num_rows)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What steps and guesses take, in units of a step of one row.
+
+    A step reads its weights once: `expert_share` of what one row needs are experts, of which more rows need more, and
+    the rest serves all rows. Each row beyond the first adds `per_row` for arithmetic.
+
+    Attributes:
+        draft: a step of the draft with one row.
+        draft_per_row: each further row of it.
+        num_experts, num_active: of a layer, and how many of them a token needs; 0: there are none.
+    """
+
+    draft: float = 0.0
+    draft_per_row: float = 0.0
+    per_row: float = 0.0
+    expert_share: float = 0.0
+    num_experts: int = 0
+    num_active: int = 0
+
+    def step(self, num_rows: int) -> float:
+        """A step of so many rows."""
+        experts = 1.0
+        if self.num_experts:
+            experts = distinct_experts(self.num_experts, self.num_active, num_rows) / self.num_active
+        return 1 + self.expert_share * (experts - 1) + self.per_row * (num_rows - 1)
+
+    def guess(self, num_steps: int, num_tokens: int) -> float:
+        """So many steps of the draft, of so many rows in all."""
+        return self.draft * num_steps + self.draft_per_row * (num_tokens - num_steps)
+
+
+def speed_up(costs: Costs, chance: float, num_tokens: int) -> float:
+    """Tokens a second of one sequence with guesses, by tokens a second without."""
+    seconds = costs.step(1 + num_tokens) + costs.guess(num_tokens, num_tokens)
+    return tokens_of_step(chance, num_tokens) / seconds
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests that are always there.
+
+    Attributes:
+        num_streams: that run at a time.
+        chances: that a guess comes true, of each kind of request; kinds come equally often.
+        answer_tokens: of a request, on average.
+        coverage: how often there is something to guess.
+    """
+
+    num_streams: int
+    chances: Sequence[float]
+    answer_tokens: int = 200
+    coverage: float = 1.0
+
+
+def simulate(
+    costs: Costs, traffic: Traffic, mode: Mode, num_tokens: int = 4, num_steps: int = 2000, seed: int = 0
+) -> float:
+    """Tokens in the time of a step of one row.
+
+    Args:
+        mode: no guesses; all that may be made; or those that a cost model chooses that learns from what it sees.
+        num_tokens: most guesses for a request in a step.
+    """
+    rng = random.Random(seed)
+    model = CostModel(costs.num_experts, costs.num_active)
+    is_free = not costs.draft
+    next_id = 0
+    streams: dict[int, tuple[float, int]] = {}  # request → its chance, and tokens left
+    num_given, elapsed = 0, 0.0
+    for _ in range(num_steps):
+        while len(streams) < traffic.num_streams:
+            length = 1 + int(rng.expovariate(1 / traffic.answer_tokens))
+            streams[next_id] = rng.choice(traffic.chances), length
+            next_id += 1
+        candidates = [
+            Candidate(request_id, min(num_tokens, left - 1), 0 if is_free else 1, left)
+            for request_id, (_, left) in streams.items()
+            if left > 1 and rng.random() < traffic.coverage
+        ]
+        chosen = {one.request_id: one.num_tokens for one in candidates} if mode == "on" else {}
+        if mode == "adaptive":
+            chosen = model.choose(len(streams), len(streams), candidates)
+        guess_seconds = costs.guess(max(chosen.values(), default=0), sum(chosen.values()))
+        num_rows = len(streams) + sum(chosen.values())
+        if mode == "adaptive" and chosen and not is_free:
+            model.add_guess(max(chosen.values()), sum(chosen.values()), guess_seconds)
+        if mode == "adaptive":
+            model.add_step(num_rows, costs.step(num_rows))
+        elapsed += guess_seconds + costs.step(num_rows)
+        for request_id, (chance, left) in list(streams.items()):
+            num_proposed = chosen.get(request_id, 0)
+            num_true = 0
+            while num_true < num_proposed and rng.random() < chance:
+                num_true += 1
+            num_given += 1 + num_true
+            if left > 1 + num_true:
+                streams[request_id] = chance, left - 1 - num_true
+                if num_proposed:
+                    model.add_outcome(request_id, num_proposed, num_true)
+            else:
+                del streams[request_id]
+                model.forget(request_id)
+    return num_given / elapsed
