@@ -46,6 +46,14 @@ LONGROPE = {
     "short_factor": [1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
     "long_factor": [1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
 }
+HYBRID = {
+    "architecture": "GraniteMoeHybridForCausalLM",
+    "shared_intermediate_size": 48,
+    "layer_types": ["full_attention", "linear_attention"],
+    "mamba_n_heads": 4,
+    "mamba_d_state": 16,
+    "tie_word_embeddings": True,
+}
 OLMO3 = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
 
 
@@ -93,6 +101,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"architecture": "GraniteMoeSharedForCausalLM", "shared_intermediate_size": 48, "tie_word_embeddings": True},
         {},
     ),
+    "granitemoe_hybrid": ("granitemoe", HYBRID, {}),
+    "granitemoe_hybrid_dense": ("granitemoe", {**HYBRID, "num_local_experts": 0, "mamba_n_groups": 2}, {}),
+    "lfm2_biases": ("lfm2", {"conv_bias": True, "block_auto_adjust_ff_dim": False}, {}),
     "glm4_moe_lite_latent": ("glm4_moe_lite", {}, {"splits_latent": True}),
     "exaone_moe_full": ("exaone_moe", {"layer_types": ["full_attention"] * 3}, {}),
     "ernie4_5_moe_some": ("ernie4_5_moe", {"moe_layer_interval": 2, "num_hidden_layers": 4}, {}),
@@ -111,6 +122,8 @@ FIXED: dict[str, dict[str, Any]] = {
     },
     "dots1": {"sliding_window": None},
     "llama4": {"attention_chunk_size": 8192, "floor_scale": 8192},
+    "lfm2": {"block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {"routed_scaling_factor": 1.0},
     "olmo3": OLMO3,
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,46 @@ def test_quantized_projections(tmp_path: Path, name: str, target: str) -> None:
     logits, expected = (Runner(decoder, one).step({0: PROMPT})[0] for one in (version, hand_built(version)))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert not torch.equal(logits, Runner(*load_model(tmp_path / "wide")).step({0: PROMPT})[0])
+
+
+WIDE: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
+    "lfm2_moe": (
+        {"moe_intermediate_size": 64},
+        ("layers.0.attention.bcx", "layers.0.attention.out", "layers.1.attention.o", "layers.0.mlp.gate"),
+        ("layers.0.attention.convolution", "layers.1.mlp.router", "layers.1.mlp.router_correction"),
+    ),
+    "bailing_hybrid": (
+        {"moe_intermediate_size": 64, "head_dim": 32, "kv_lora_rank": 32, "v_head_dim": 32},
+        ("layers.1.attention.g", *(f"layers.0.attention.{part}" for part in ("q", "k", "v", "f", "g", "out"))),
+        tuple(f"layers.0.attention.{part}" for part in ("b", "q_convolution", "log_rate", "decay_bias", "norm")),
+    ),
+    "granitemoe": (
+        {
+            "architecture": "GraniteMoeHybridForCausalLM",
+            "layer_types": ["linear_attention", "full_attention"],
+            "intermediate_size": 64,
+            "shared_intermediate_size": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_state": 32,
+        },
+        ("layers.0.attention.in", "layers.0.attention.out", "layers.1.attention.q", "layers.0.mlp.shared.gate"),
+        tuple(f"layers.0.attention.{part}" for part in ("convolution", "convolution_bias", "log_rate", "skip")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("target", ["int4", "fp8", "int8"])
+def test_every_projection_beside_a_state(tmp_path: Path, name: str, target: str) -> None:
+    changes, quantized, wide = WIDE[name]
+    save_tiny(FAMILIES[name], tmp_path / "wide", **changes)
+    quantize_checkpoint(str(tmp_path / "wide"), tmp_path / target, target)
+    decoder, version = load_model(tmp_path / target)
+    formats = {slot: origin.format for slot, origin in version.origins.items()}
+    assert {formats[slot] for slot in quantized} == {formats["layers.1.mlp.experts.0.up"]} != {"fp32"}
+    assert {formats[slot] for slot in wide} == {"fp32"}
+    logits, expected = (Runner(decoder, one).step({0: PROMPT})[0] for one in (version, hand_built(version)))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 def test_experts_in_int4_beside_delta_nets_in_fp8(tmp_path: Path) -> None:

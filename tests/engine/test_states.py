@@ -204,9 +204,10 @@ GREEDY = SamplingParams(max_new_tokens=24, do_sample=False, ignore_eos=True, log
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, WeightVersion]:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, WeightVersion]:
     folder: Path = tmp_path_factory.mktemp("hybrid")
-    save_tiny(next(family for family in all_families() if family.name == "qwen3_5_moe"), folder)
+    name = getattr(request, "param", "qwen3_5_moe")
+    save_tiny(next(family for family in all_families() if family.name == name), folder)
     return load_model(folder)
 
 
@@ -239,6 +240,7 @@ def answers_of(engine: Engine, prompts: list[list[int]]) -> list[tuple[Any, Any]
     return [(answer.token_ids, answer.logprobs) for answer in engine.generate(prompts, GREEDY)]
 
 
+@pytest.mark.parametrize("model", ["lfm2_moe", "qwen3_5_moe"], indirect=True)
 def test_chunks_neighbours_preemption_and_shared_beginnings_change_no_bit(make: Callable[..., Engine]) -> None:
     prompts = prompts_of(6)
     alone = make(max_batch_size=1, prefix_cache=False)

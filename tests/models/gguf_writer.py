@@ -43,6 +43,9 @@ ARCHITECTURES = {
     "Starcoder2ForCausalLM": "starcoder2",
     "GraniteMoeForCausalLM": "granitemoe",
     "GraniteMoeSharedForCausalLM": "granitemoe",
+    "GraniteMoeHybridForCausalLM": "granitehybrid",
+    "Lfm2ForCausalLM": "lfm2",
+    "Lfm2MoeForCausalLM": "lfm2moe",
     "MiniMaxM2ForCausalLM": "minimax-m2",
     "Dots1ForCausalLM": "dots1",
     "ExaoneMoeForCausalLM": "exaone-moe",
@@ -58,11 +61,13 @@ ARCHITECTURES = {
     "XverseForCausalLM": "xverse",
 }
 HAVE_WINDOWS = ("llama", "gpt-oss", "gemma2", "gemma3", "phi3", "olmo2", "starcoder2")
-HAVE_PAIRS = ("llama", "xverse", "smollm3", "mistral3", "granite", "granitemoe")
-HAVE_MOE_SIZES = ("qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "dots1", "exaone-moe", "ernie4_5-moe")
+HAVE_PAIRS = ("llama", "xverse", "smollm3", "mistral3", "granite", "granitemoe", "granitehybrid")
+HAVE_MOE_SIZES = ("qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "dots1", "exaone-moe", "ernie4_5-moe", "lfm2moe")
 KIND = gguf.GGMLQuantizationType
 HYBRID = ("qwen3next", "qwen35", "qwen35moe")
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.(weight|bias)")
+_EXPERT = re.compile(
+    r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.experts\.(\d+)\.(\w+)\.(weight|bias)"
+)
 _PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
@@ -90,7 +95,9 @@ def write_gguf(
         converted = _split_latent(converted, config)
     for name, array in converted.items():
         is_wide = (
-            array.ndim == 1 or name.endswith((".bias", "ffn_gate_inp.weight")) or "norm" in name or "conv1d" in name
+            array.ndim == 1
+            or name.endswith((".bias", "ffn_gate_inp.weight", "ssm_a", "ssm_d"))
+            or any(part in name for part in ("norm", "conv1d", "shortconv.conv"))
         )
         if is_wide or kind == KIND.F32:
             writer.add_tensor(name, np.ascontiguousarray(array))
@@ -124,7 +131,9 @@ def _converted(
                 result[special] = array
                 continue
         if (architecture == "llama4" and ".experts." in name) or "_linear" in name:
-            result |= _joined_parts(name, array, architecture)
+            parts = _joined_parts(name, array, architecture)
+            has_experts = bool(config.get("num_local_experts", True))
+            result |= parts if has_experts else {key.replace("_shexp", ""): part for key, part in parts.items()}
             continue
         if architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             array = array.T
@@ -139,6 +148,8 @@ def _converted(
                 result |= found
                 continue
             ((name, array),) = found.items()
+        if architecture in ("granitehybrid", "lfm2", "lfm2moe"):
+            name, array = _with_states(name, array, config)
         if name.endswith("e_score_correction_bias"):
             array = array.squeeze()
             name = name.replace("e_score_correction_bias", "e_score_correction.bias")
@@ -231,6 +242,17 @@ def _full_layer(config: dict[str, Any]) -> dict[str, int]:
     return found
 
 
+def _with_states(name: str, array: np.ndarray, config: dict[str, Any]) -> tuple[str, np.ndarray]:
+    """`Mamba2Model`, and `LFM2MoeModel` of the converter."""
+    if name.endswith((".conv1d.weight", ".conv.conv.weight")):
+        array = array.squeeze(1)
+    elif name.endswith((".A_log", ".D")):
+        array = (-np.exp(array) if name.endswith("A_log") else array)[:, None]
+    elif name.endswith("mamba.norm.weight"):
+        array = array.reshape(config["mamba_n_groups"], -1)
+    return name.replace(".dt_bias", ".dt_proj.bias").replace(".expert_bias", ".expert_bias.bias"), array
+
+
 def _gpt_oss_experts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     layer = re.search(r"\.(\d+)\.", name)
     assert layer is not None
@@ -309,11 +331,14 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
     if architecture == "gpt2":
         writer.add_layer_norm_eps(config["layer_norm_epsilon"])
         return
-    writer.add_head_count_kv(1 if splits_latent else number("num_key_value_heads", "num_attention_heads"))
+    kv_heads = number("num_key_value_heads", "num_attention_heads")
+    if architecture in ("granitehybrid", "lfm2", "lfm2moe"):
+        kv_heads = [kv_heads if kind == "full_attention" else 0 for kind in config["layer_types"]]
+    writer.add_head_count_kv(1 if splits_latent else kv_heads)
     if architecture == "starcoder2":
         writer.add_layer_norm_eps(config["norm_epsilon"])
     else:
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_layer_norm_rms_eps(number("rms_norm_eps", "norm_eps"))
     rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": config["rope_theta"]}
     rope = rope.get("full_attention", rope)
     dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -349,7 +374,7 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         if rope["rope_type"] == "longrope":
             scale = config["max_position_embeddings"] / original
             writer.add_rope_scaling_attn_factors(np.sqrt(1 + np.log(scale) / np.log(original)) if scale > 1 else 1.0)
-    if architecture in ("granite", "granitemoe"):
+    if architecture in ("granite", "granitemoe", "granitehybrid"):
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
@@ -379,6 +404,15 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         if experts:
             writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
             writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if architecture in ("lfm2", "lfm2moe"):
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
+    if architecture == "granitehybrid":
+        writer.add_ssm_conv_kernel(config["mamba_d_conv"])
+        writer.add_ssm_state_size(config["mamba_d_state"])
+        writer.add_ssm_group_count(config["mamba_n_groups"])
+        writer.add_ssm_inner_size(config["mamba_expand"] * config["hidden_size"])
+        writer.add_ssm_time_step_rank(config["mamba_n_heads"])
+        writer.add_rope_scaling_finetuned(False)
     if architecture in ("qwen35", "qwen35moe"):
         writer.add_rope_dimension_sections([11, 11, 10, 0])
     if architecture == "qwen2moe":
@@ -456,8 +490,11 @@ def _write_newer_experts(writer: gguf.GGUFWriter, config: dict[str, Any], archit
             writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
             writer.add_rope_scaling_factor(1)
             writer.add_rope_scaling_orig_ctx_len(256 * 1024)
-        case "granitemoe" if config.get("shared_intermediate_size"):
+        case "granitemoe" | "granitehybrid" if config.get("shared_intermediate_size"):
             writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+        case "lfm2moe":
+            writer.add_leading_dense_block_count(config["num_dense_layers"])
+            writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         case "llama4":
             writer.add_interleave_moe_layer_step(config["interleave_moe_layer_step"])
             writer.add_expert_feed_forward_length(config["intermediate_size"])

@@ -142,7 +142,30 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("llama4", {"layer_types": ["full_attention", "linear_attention", "full_attention", "full_attention"]}),
     ("llama4", {"no_rope_layers": [1]}),
     ("granitemoe", {"num_experts_per_tok": 9}),
-    ("granitemoe", {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["attention", "mamba"]}),
+    *(
+        ("granitemoe", {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": types})
+        for types in (["attention", "recurrent"], ["attention"], ["mamba", "mamba"])
+    ),
+    *(
+        (
+            "granitemoe",
+            {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["attention", "mamba"], **changes},
+        )
+        for changes in ({"mamba_n_heads": 3}, {"mamba_n_groups": 3}, {"time_step_limit": [1.0, 0.5]})
+    ),
+    *(("lfm2_moe", {"layer_types": types}) for types in (["conv", "full_attention", "linear_attention", "conv"], None)),
+    ("lfm2", {"layer_types": ["conv"] * 3}),
+    ("lfm2", {"conv_L_cache": 1}),
+    *(
+        ("bailing_hybrid", changes)
+        for changes in (
+            {"layer_types": ["linear_attention", "full_attention", "conv"]},
+            {"kda_lower_bound": 0.5},
+            {"gated_attention_proj_granularity_type": "element_wise"},
+            {"no_kda_lora": False},
+            {"moe_shared_expert_intermediate_size": 33},
+        )
+    ),
     ("granitemoe", {"logits_scaling": 0.0}),
     ("phimoe", {"num_experts_per_tok": 1}),
     *(

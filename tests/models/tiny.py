@@ -40,7 +40,7 @@ GEMMA4_MOE = {
     "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 3.0,
 }
-_LEARNED_BUFFERS = ("e_score_correction_bias", "layer_scalar")
+_LEARNED_BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar")
 
 
 class Reference(Protocol):
@@ -98,7 +98,7 @@ def random_model(model_class: Any, config: Any) -> Any:
                 tensor.normal_(0, 0.2)
             elif tensor.dim() == 1:
                 tensor.uniform_(0.5, 1.5)
-            elif name.endswith("conv1d.weight"):
+            elif name.endswith(("conv1d.weight", "conv.conv.weight")):
                 tensor.uniform_(-1, 1)
             else:
                 tensor.mul_(4.0)  # the default 0.02 makes every logit alike

@@ -100,6 +100,9 @@ def _attention(layer: str, local: str) -> Axes:
         "z": ({heads, value_out}, stream),
         **{rates: ({heads}, stream) for rates in ("ba", "b", "a")},
         "out": ({RESIDUAL}, {heads, value_out}),
+        **{part: ({heads, query_key, value_out}, stream) for part in ("in", "bcx")},
+        "f": ({heads, query_key}, stream),
+        "g": ({heads, value_out}, stream),
         "q_a": ({low}, stream),
         "q_b": ({heads, query_key, rotary}, {low}),
         "kv_a": ({latent, rotary}, stream),
@@ -112,8 +115,11 @@ def _attention(layer: str, local: str) -> Axes:
         "kv_a_norm": {latent},
         "sinks": {heads},
         "convolution": {heads, query_key, value_out},
+        "convolution_bias": {heads, query_key, value_out},
+        **{f"{part}_convolution": {heads, query_key} for part in ("q", "k")},
+        "v_convolution": {heads, value_out},
         "log_rate": {heads},
-        "decay_bias": {heads},
+        **{part: {heads} for part in ("decay_bias", "step_bias", "skip")},
         "norm": {value_out},
     }
     if local in vectors:

@@ -164,7 +164,7 @@ class EngineSettings(Section):
     kv_cache_bytes: int | None = Field(default=None, ge=1)
     """Size of the KV cache. None: room for max_batch_size sequences of max_seq_length, within a quarter of memory."""
     state_cache_bytes: int | None = Field(default=None, ge=1)
-    """Size of recurrent states (gated delta nets). None: two for each of max_batch_size, within an eighth of memory."""
+    """Size of recurrent states (see support.md). None: two for each of max_batch_size, within an eighth of memory."""
     prefix_cache: bool = True
     """Whether a request uses keys and values that are there already for its beginning. Changes no answer."""
     max_queue: int = Field(default=1024, ge=1, le=2**20)

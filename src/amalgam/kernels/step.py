@@ -94,7 +94,7 @@ class LayerState(NamedTuple):
 
     Attributes:
         convolution: `[slots, n - 1, channels]`, the rows that the convolution of n rows saw last, the oldest first.
-        recurrent: `[slots, value_heads, key_dim, value_dim]`.
+        recurrent: `[slots, value_heads, key_dim, value_dim]`; empty where there is a convolution only.
     """
 
     convolution: Tensor

@@ -25,7 +25,11 @@ from amalgam.models.spec import AttentionBlock, ConfigReader, Family, ModelSpec
 MAX_LAYERS = 1024
 MAX_EXPERTS = 2**16
 # Older names of `layer_types`, as transformers takes them.
-_OLDER_TYPES = {"attention": "full_attention", "deepseek_sparse_attention": "indexed_attention"}
+_OLDER_TYPES = {
+    "attention": "full_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+    "mamba": "linear_attention",
+}
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 
 
@@ -99,7 +103,7 @@ def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]
 
 def _layer_type(attention: AttentionBlock) -> str:
     if attention.state_shape is not None:
-        return "linear_attention"
+        return getattr(attention, "layer_type", "linear_attention")
     for kind, field in (("sliding", "window"), ("chunked", "chunk")):
         if getattr(attention, field, None) is not None:
             return f"{kind}_attention"

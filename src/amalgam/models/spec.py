@@ -72,7 +72,7 @@ class Block(Protocol):
 
 
 class StateShape(NamedTuple):
-    """Sizes of one sequence's recurrent state in one layer; see `LayerState`."""
+    """Sizes of one sequence's recurrent state in one layer; see `LayerState`. Zeros where it is a convolution only."""
 
     convolution: tuple[int, int]
     recurrent: tuple[int, int, int]

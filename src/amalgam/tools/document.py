@@ -110,13 +110,14 @@ ones otherwise.
 
 DeepSeek-V3.2 and GLM-5 attend to the `index_topk` positions that an indexer chooses. It is not run: sequences of at
 most so many tokens are served (2048 as published), for which attention is the same, and its weights are passed over.
-Granite 4 (`GraniteMoeHybridForCausalLM`) is served where no layer is Mamba's. Kimi K2 is `DeepseekV3ForCausalLM`; its
-tokenizer is read from tiktoken's file, see [text](text.md).
+Kimi K2 is `DeepseekV3ForCausalLM`; its tokenizer is read from tiktoken's file, see [text](text.md).
 
-Qwen3-Next and Qwen3.5 have a recurrent state in three layers of four (gated delta nets): `engine.state_cache_bytes` is
-its room, and a prefix is shared up to where a state has been kept. They are no
-drafts ([speculation.md](speculation.md)). Their GGUF files have heads and projections in another order than the
-published checkpoints, so that one is no source beside the other.
+In most of their layers Qwen3-Next, Qwen3.5 and Ling 3 (delta nets), Granite 4 (Mamba-2) and LFM2 (short convolutions)
+have a recurrent state: `engine.state_cache_bytes` is its room, and a prefix is shared up to where a state has been
+kept. They are no drafts ([speculation.md](speculation.md)). Qwen's GGUF files have heads and projections in another
+order than the published checkpoints, so that one is no source beside the other. Of the models whose `model_type` is
+`bailing_hybrid` Ling 3 is served; Ling 2.5 and Ring 2.5 have another linear attention. llama.cpp has no architecture
+for Ling 3.
 
 Of multimodal checkpoints (`…ForConditionalGeneration` below) the text part is served; what sees images, and layers that
 predict further tokens, are left out. `Mistral3ForConditionalGeneration` holds Mistral, Ministral 3 or Mistral 4, as its
@@ -218,7 +219,9 @@ def _features(slots: set[str]) -> dict[str, list[str]]:
             "attention.kv_b": "latent (MLA)",
             "attention.q_norm": "norms on q and k",
             "attention.sinks": "sinks",
-            "attention.convolution": "gated delta nets",
+            "attention.b": "delta nets",
+            "attention.skip": "Mamba-2",
+            "attention.bcx": "short convolutions",
         },
         "experts": {
             "mlp.experts.{}.gate": "routed",

@@ -12,7 +12,11 @@ ROLES = (
     *("embedding", "attention", "linear_attention", "mlp", "expert", "shared_expert"),
     *("router", "convolution", "norm", "bias", "head", "other"),
 )
-_ROUTERS = ("gate", "wg", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "per_layer_model_projection")
+_ROUTERS = (  # modules
+    *("gate", "wg", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "b_proj"),
+    "per_layer_model_projection",
+)
+_CORRECTIONS = ("e_score_correction_bias", "expert_bias")  # tensors
 _NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
@@ -39,15 +43,15 @@ def _role_of_template(name: str) -> str:
     # part of the decoder.
     customs = (
         ("other", has("visual|vision|audio")),
-        ("router", last in _ROUTERS or leaf == "e_score_correction_bias" or has("router")),
-        ("bias", leaf in ("bias", "sinks", "A_log") or leaf.endswith("_bias")),
-        ("convolution", last == "conv1d"),
+        ("router", last in _ROUTERS or leaf in _CORRECTIONS or has("router")),
+        ("bias", leaf in ("bias", "sinks", "A_log", "D") or leaf.endswith("_bias")),
+        ("convolution", bool(re.search(r"conv1d$|^conv$", last))),
         ("norm", bool(re.search(r"norm|^ln(_|\d|$)", last)) or leaf == "layer_scalar"),
         ("shared_expert", has("^shared_(expert|mlp)")),
         ("expert", has("^experts$")),
         ("head", bool(re.search("lm_head|embed_out", last)) or name == "output.weight"),
         ("embedding", bool(re.search("embed|^w[tp]e$", last))),
-        ("linear_attention", has("^linear_att")),
+        ("linear_attention", has("^linear_att|^mamba$|^conv$")),
         ("attention", has("attn|attention")),
         ("mlp", has("mlp|ffn|feed_forward|^per_layer_(input_gate|projection)$")),
     )

@@ -140,6 +140,7 @@ def harmony(name: str, arguments: object) -> str:
 
 
 START = "<|end|><|start|>assistant"
+LFM2_OTHER = "<|tool_call_start|>[print(a=1)]<|tool_call_end|>"
 # format, what the model writes, content, reasoning, calls
 ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
     "plain": ("plain", "2 < 3 <tool_call> {", "2 < 3 <tool_call> {", "", []),
@@ -204,6 +205,13 @@ ANSWERS: dict[str, tuple[str, str, str, str, list[tuple[str, Any]]]] = {
     "pythonic literals": (
         "pythonic", "[note(text='it\\'s', tags=[True, None, -1.5, {'a': (1,)}])]", "", "",
         [("note", {"text": "it's", "tags": [True, None, -1.5, {"a": [1]}]})],
+    ),
+    "lfm2": (
+        "lfm2", f"Hm.<|tool_call_start|>{pythonic(WEATHER, NOTE)}<|tool_call_end|>", "Hm.", "", [WEATHER, NOTE],
+    ),
+    "lfm2 list": ("lfm2", "[now()] is a call.", "[now()] is a call.", "", []),
+    "lfm2 other": (
+        "lfm2", LFM2_OTHER, LFM2_OTHER, "", [],
     ),
     "pythonic list": ("pythonic", "[1, 2] and [now]", "[1, 2] and [now]", "", []),
     "pythonic code": ("pythonic", "[now(x=open('f'))]", "[now(x=open('f'))]", "", []),
@@ -466,6 +474,7 @@ def test_ids_of_kimis_calls_are_the_models() -> None:
         ("<|start|><|channel|>analysis<|message|>", "gpt_oss", None),
         ('<|header_start|> {"name": n, "parameters": p}', "llama", None),
         ("<|header_start|> [func_name1(params_name1=params_value1)]", "pythonic", None),
+        ("List of tools: <|tool_list_start|>[", "lfm2", None),
         ("<minimax:tool_call><invoke </think>", "minimax", "think"),
         ("<|tool_calls_section_begin|><|tool_call_begin|>", "kimi", None),
         ("<tool_calls>[{}]</tool_calls><think>", "hunyuan", "think"),

@@ -35,6 +35,7 @@ CALLS = {
     "gemma": (written.gemma(WEATHER), written.gemma(NOTE)),
     "hunyuan": (written.hunyuan(WEATHER), written.hunyuan(NOTE)),
     "pythonic": (written.pythonic(WEATHER), written.pythonic(NOTE)),
+    "lfm2": tuple(f"<|tool_call_start|>{written.pythonic(call)}<|tool_call_end|>" for call in (WEATHER, NOTE)),
     "gpt_oss": (written.harmony(*WEATHER) + "<|call|>", written.harmony(*NOTE) + "<|call|>"),
 }
 

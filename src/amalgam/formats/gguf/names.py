@@ -164,12 +164,12 @@ def _experts(
 def _whole(store: TensorStore, naming: Naming, stem: str, suffix: str, entry: TensorEntry) -> Piece:
     local = stem if suffix in ("weight", "bias") else f"{stem}.{suffix}"
     undo = naming.values.get(local.removeprefix("blk.{}."))
-    if undo is not None:
+    if undo is not None and suffix != "bias":
         if entry.encoding is not None or entry.dtype != torch.float32:
             _refuse(
                 f"Tensor {describe(entry.name)} in {entry.file} is not float32", "The converter writes no other type."
             )
-        shape = entry.shape if undo is not _apart else (*entry.shape[:1], 1, *entry.shape[1:])
+        shape = _SHAPES.get(undo, tuple)(entry.shape)
         return _piece(replace(entry, shape=shape), undo)
     if naming.has_pairs and stem in ("blk.{}.attn_q", "blk.{}.attn_k"):
         return _piece(entry, _from_pairs(entry, _num_heads(store, stem, entry)))
@@ -304,9 +304,14 @@ def _without_one(stored: Tensor) -> Tensor:
     return stored - 1.0
 
 
+def _flat(stored: Tensor) -> Tensor:
+    """Numbers of heads or channels, of which the converter makes a column or rows for each group."""
+    return stored.flatten()
+
+
 def _logarithm(stored: Tensor) -> Tensor:
     """The converter writes -exp(A_log)."""
-    return torch.log(-stored)
+    return torch.log(-stored.flatten())
 
 
 def _apart(stored: Tensor) -> Tensor:
@@ -314,6 +319,12 @@ def _apart(stored: Tensor) -> Tensor:
     return stored.view(stored.shape[0], 1, -1)
 
 
+# What becomes of a shape.
+_SHAPES: Mapping[Arrange, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    _apart: lambda shape: (*shape[:1], 1, *shape[1:]),
+    _flat: lambda shape: (prod(shape),),
+    _logarithm: lambda shape: (prod(shape),),
+}
 _QWEN_VALUES = {
     **dict.fromkeys(("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm"), _without_one),
     "ssm_a": _logarithm,
@@ -338,6 +349,40 @@ _LLAMA4 = _layer(
         **{f"ffn_{part}_shexp": f"feed_forward.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
     }
 )
+
+_LFM2: dict[str, str | tuple[str, ...]] = {
+    "token_embd": "model.embed_tokens",
+    "token_embd_norm": "model.embedding_norm",
+    "output": "lm_head",
+    **_layer(
+        {
+            "attn_norm": "operator_norm",
+            **{f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v")},
+            "attn_output": "self_attn.out_proj",
+            **{f"attn_{part}_norm": f"self_attn.{part}_layernorm" for part in ("q", "k")},
+            "shortconv.in_proj": "conv.in_proj",
+            "shortconv.conv": "conv.conv",
+            "shortconv.out_proj": "conv.out_proj",
+            "ffn_norm": "ffn_norm",
+            **{f"ffn_{part}": f"feed_forward.{name}" for part, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
+        }
+    ),
+}
+_LFM2_VALUES = {"shortconv.conv": _apart}
+_MAMBA = {
+    **_layer(
+        {
+            "ssm_in": "mamba.in_proj",
+            "ssm_conv1d": "mamba.conv1d",
+            "ssm_norm": "mamba.norm",
+            "ssm_out": "mamba.out_proj",
+        }
+    ),
+    "blk.{}.ssm_a": f"{_LAYER}.mamba.A_log",
+    "blk.{}.ssm_d": f"{_LAYER}.mamba.D",
+    "blk.{}.ssm_dt.bias": f"{_LAYER}.mamba.dt_bias",
+}
+_MAMBA_VALUES = {"ssm_a": _logarithm, "ssm_d": _flat, "ssm_norm": _flat, "ssm_conv1d": _apart}
 
 _DENSE = {**_OUTSIDE, **_ATTENTION, **_MLP_NORM, **_MLP}
 _MOE = {**_DENSE, **_experts_of("mlp")}
@@ -393,6 +438,33 @@ NAMINGS: Mapping[str, Naming] = {
             **_layer({f"ffn_{part}_shexp": f"shared_mlp.{part}_proj" for part in ("gate", "up", "down")}),
         },
         has_pairs=True,
+    ),
+    "granitehybrid": Naming(
+        {
+            **_OUTSIDE,
+            **_ATTENTION,
+            **_MLP_NORM,
+            **_MAMBA,
+            **_experts_of("block_sparse_moe", router="router.layer", projections=_W123),
+            **_layer(
+                {
+                    f"ffn_{part}{kind}": f"shared_mlp.{part}_proj"
+                    for part in ("gate", "up", "down")
+                    for kind in ("", "_shexp")
+                }
+            ),
+        },
+        has_pairs=True,
+        values=_MAMBA_VALUES,
+    ),
+    "lfm2": Naming(_LFM2, values=_LFM2_VALUES),
+    "lfm2moe": Naming(
+        {
+            **_LFM2,
+            **_experts_of("feed_forward", projections=_W123),
+            "blk.{}.exp_probs_b.bias": f"{_LAYER}.feed_forward.expert_bias",
+        },
+        values=_LFM2_VALUES,
     ),
     "minimax-m2": Naming(
         {

@@ -1,14 +1,15 @@
-"""Gated delta net: linear attention with a state instead of keys and values (Yang et al. 2024, "Gated Delta Networks:
-Improving Mamba2 with Delta Rule"), as Qwen3-Next and Qwen3.5 have it."""
+"""Gated delta nets: linear attention with a state instead of keys and values (Yang et al. 2024, "Gated Delta Networks:
+Improving Mamba2 with Delta Rule"), as Qwen3-Next and Qwen3.5 have it; and Kimi Delta Attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from amalgam.kernels.program import Convolve, DeltaRule, Emitter, Normalize, Rows, Split, SwiGlu
+from amalgam.kernels.program import Convolve, DeltaRule, Emitter, Normalize, Rows, ScaleBySigmoid, Split, SwiGlu
 from amalgam.models.spec import Slot, StateShape
 from amalgam.models.weights import BlockWeights
 
@@ -142,3 +143,89 @@ class DeltaNet:
         if self.has_grouped_rates:
             step.add(Split(rows[-1], self.num_key_heads, (strength, decay)))
         return mixed, gate, strength, decay
+
+
+@dataclass(frozen=True)
+class KimiDeltaNet:
+    """A delta net that forgets each row of its state at a rate of its own (Kimi Team 2025, "Kimi Linear: An Expressive,
+    Efficient Attention Architecture"), as Ling 3 has it: full projections for rates and gates.
+
+    Attributes:
+        head_dim: of queries, keys and values.
+        kernel_size: rows that the convolutions see, the newest included.
+        norm_eps: of the norm over what each head gives, which is multiplied by the sigmoid of a gate.
+        bound: see `DeltaRule`.
+    """
+
+    num_heads: int
+    head_dim: int
+    kernel_size: int
+    norm_eps: float
+    bound: float | None
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        return 0, 0, 0
+
+    @property
+    def state_shape(self) -> StateShape:
+        recurrent = self.num_heads, self.head_dim, self.head_dim
+        return StateShape((self.kernel_size - 1, 3 * self._width), recurrent)
+
+    @property
+    def rope(self) -> None:
+        return None
+
+    @property
+    def _width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    def slots(self, hidden_size: int) -> Iterator[Slot]:
+        # Ling's latent attention has projections of the same names, by which rules for a role go.
+        for part in ("q", "k", "v", "f", "g"):
+            yield Slot(part, (self._width, hidden_size), "attention")
+        for part in ("q", "k", "v"):
+            yield Slot(f"{part}_convolution", (self._width, 1, self.kernel_size), "convolution")
+        yield Slot("b", (self.num_heads, hidden_size), "router")  # as in `DeltaNet`
+        yield Slot("log_rate", (self.num_heads,), "bias")
+        yield Slot("decay_bias", (self._width,), "bias")
+        yield Slot("norm", (self.head_dim,), "norm")
+        yield Slot("out", (hidden_size, self._width), "attention")
+
+    def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+        width = self._width
+        parts = (
+            ("q", "query"),
+            ("k", "key"),
+            ("v", "value"),
+            ("f", "row_decay"),
+            ("g", "output_gate"),
+            ("b", "strength"),
+        )
+        *mixed, decay, gate, strength = step.project(x, *((weights[name], None, buffer) for name, buffer in parts))
+        seen, recalled = step.rows("convolved", 3 * width), step.rows("recalled", width)
+        query, key, value = (seen.columns(index * width, width) for index in range(3))
+        together = step.rows("mixed", 3 * width)
+        kernels = torch.cat([weights[f"{part}_convolution"].dense.flatten(1) for part in ("q", "k", "v")])
+        step.add(
+            *(Split(part, 1, (together.columns(index * width, width),)) for index, part in enumerate(mixed)),
+            Convolve(together, kernels, seen, step.layer_id),
+            DeltaRule(
+                query,
+                key,
+                value,
+                decay,
+                strength,
+                recalled,
+                layer_id=step.layer_id,
+                num_key_heads=self.num_heads,
+                num_value_heads=self.num_heads,
+                log_rate=weights["log_rate"].dense.float(),
+                decay_bias=weights["decay_bias"].dense.float(),
+                bound=self.bound,
+            ),
+            Normalize(recalled, weights["norm"].dense, recalled, self.norm_eps, rounds_last=True),
+            ScaleBySigmoid(recalled, gate),
+        )
+        (delta,) = step.project(recalled, (weights["out"], None, "delta"))
+        return delta

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amalgam.kernels.program import AttendLatent, Emitter, Normalize, Rows, ScaleByPosition
+from amalgam.kernels.program import AttendLatent, Emitter, Normalize, Rows, ScaleByPosition, ScaleBySigmoid
 from amalgam.models.rope import Rope
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
@@ -28,6 +28,7 @@ class LatentAttention:
         is_indexed: the model attends to the positions that an indexer chooses (DeepSeek-V3.2). It chooses all of a
             context that is short enough, and no other is served: see `ModelSpec.indexed_positions`.
         sharpening: (beta, length): queries grow with their positions, as `ScaleByPosition` does it (Mistral 4).
+        has_head_gate: what each head gives is multiplied by the sigmoid of a projection to one number (Ling 3).
     """
 
     num_heads: int
@@ -42,6 +43,7 @@ class LatentAttention:
     has_bias: bool
     sharpening: tuple[float, int] | None = None
     is_indexed: bool = False
+    has_head_gate: bool = False
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -62,6 +64,8 @@ class LatentAttention:
         yield from self._biased("kv_a", (self.latent_rank + self.rope_dim, hidden_size))
         yield Slot("kv_a_norm", (self.latent_rank,), "norm")
         yield Slot("kv_b", (self.num_heads * (self.nope_dim + self.value_dim), self.latent_rank), "attention")
+        if self.has_head_gate:
+            yield Slot("g", (self.num_heads, hidden_size), "attention")
         yield from self._biased("o", (hidden_size, self.num_heads * self.value_dim))
 
     def _biased(self, name: str, shape: tuple[int, int]) -> Iterator[Slot]:
@@ -95,6 +99,9 @@ class LatentAttention:
                 is_interleaved=self.is_interleaved,
             )
         )
+        if self.has_head_gate:
+            (gate,) = step.project(x, (weights["g"], None, "head_gate"))
+            step.add(ScaleBySigmoid(attended, gate))
         (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))
         return delta
 

@@ -64,7 +64,7 @@ class CorrectedRouter:
     """Sigmoid scores; a bias per expert that balances their load takes part in the choice, but not in the weights.
 
     Groups score by the sum of their two largest corrected scores. `normalises` divides the chosen scores by their sum
-    + `sum_eps`.
+    + `sum_eps`. `has_correction` False: there is no such bias.
     """
 
     num_experts: int
@@ -73,10 +73,12 @@ class CorrectedRouter:
     normalises: bool = True
     scaling: float = 1.0
     sum_eps: float = 1e-20
+    has_correction: bool = True
 
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         yield Slot("router", (self.num_experts, hidden_size), "router")
-        yield Slot("router_correction", (self.num_experts,), "router")
+        if self.has_correction:
+            yield Slot("router_correction", (self.num_experts,), "router")
 
     def route(self, x: Rows, weights: BlockWeights, layer_id: int) -> Route:
         return Route(
@@ -85,7 +87,7 @@ class CorrectedRouter:
             layer_id,
             self.num_active_experts,
             scoring="sigmoid",
-            correction=weights["router_correction"].dense,
+            correction=weights.vector("router_correction"),
             num_groups=self.groups.num_groups,
             num_kept=self.groups.num_kept,
             normalises=self.normalises,

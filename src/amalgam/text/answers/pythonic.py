@@ -1,6 +1,7 @@
-"""Tool calls as a list of Python's calls, as Llama 3.2 and 4 are told to write them.
+"""Tool calls as a list of Python's calls, as Llama 3.2 and 4 are told to write them, and LFM2.
 
-In: an answer that begins with `[f(city="…", days=3), now()]`, perhaps between `<|python_start|>` and `<|python_end|>`.
+In: an answer that begins with `[f(city="…", days=3), now()]`, perhaps between `<|python_start|>` and `<|python_end|>`;
+or an answer with such lists between `<|tool_call_start|>` and `<|tool_call_end|>` (LFM2).
 Out: calls of the request's tools; any other list is content.
 """
 
@@ -17,6 +18,8 @@ from amalgam.text.answers.reading import Reader, Waiting
 
 _START, _END = "<|python_start|>", "<|python_end|>"
 _SHOWN = "[func_name1("  # how the templates say it
+_LFM2_START, _LFM2_END = "<|tool_call_start|>", "<|tool_call_end|>"
+_LFM2_SHOWN = ("<|tool_list_start|>", _LFM2_START)
 _PAIRS = {")": "(", "]": "[", "}": "{"}
 _NAME_CHARS = r"[\w.$@/-]"
 # A string, which is passed over, or the name of a function or an argument.
@@ -33,14 +36,19 @@ _STRING_OR_NAME = re.compile(
 def _read(reader: Reader, answer: Answer) -> Reading:
     spaces = yield from reader.spaces()
     if reader.text.startswith("["):
-        yield from _read_calls(reader, answer, "")
+        yield from _read_calls(reader, answer, "", _END)
     else:
         answer.content(spaces)
     while (yield from reader.until([_START], answer.content)):
-        yield from _read_calls(reader, answer, _START)
+        yield from _read_calls(reader, answer, _START, _END)
 
 
-def _read_calls(reader: Reader, answer: Answer, before: str) -> Waiting[None]:
+def _read_lfm2(reader: Reader, answer: Answer) -> Reading:
+    while (yield from reader.until([_LFM2_START], answer.content)):
+        yield from _read_calls(reader, answer, _LFM2_START, _LFM2_END)
+
+
+def _read_calls(reader: Reader, answer: Answer, before: str, end: str) -> Waiting[None]:
     reader.remember()
     yield from reader.spaces()
     is_whole = yield from _read_brackets(reader)
@@ -55,7 +63,7 @@ def _read_calls(reader: Reader, answer: Answer, before: str) -> Waiting[None]:
         answer.arguments(arguments)
         answer.end_part()
     yield from reader.spaces()
-    yield from reader.accept(_END)
+    yield from reader.accept(end)
 
 
 def _read_brackets(reader: Reader) -> Waiting[bool]:
@@ -133,9 +141,9 @@ def _value(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def _grammar(writer: GrammarWriter, tools: Tools, parallel: bool) -> str:
+def _grammar(writer: GrammarWriter, tools: Tools, parallel: bool, before: str = "", behind: str = "") -> str:
     more = f" ({writer.text(', ')} call)*" if parallel else ""
-    lines = [f"calls: {writer.text('[')} call{more} {writer.text(']')}"]
+    lines = [f"calls: {writer.text(before + '[')} call{more} {writer.text(']' + behind)}"]
     lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
     for index, tool in enumerate(tools):
         lines.append(f"call_{index}: {writer.text(name_of(tool) + '(')} first_{index}_0 {writer.text(')')}")
@@ -164,4 +172,15 @@ def _recognizes(template: str) -> bool:
     return _SHOWN in template
 
 
-FORMAT = ToolFormat("pythonic", (_START, _END), _recognizes, _read, _grammar)
+def _lfm2_grammar(writer: GrammarWriter, tools: Tools, parallel: bool) -> str:
+    return _grammar(writer, tools, parallel, _LFM2_START, _LFM2_END)
+
+
+def _recognizes_lfm2(template: str) -> bool:
+    return any(mark in template for mark in _LFM2_SHOWN)
+
+
+FORMATS = (
+    ToolFormat("pythonic", (_START, _END), _recognizes, _read, _grammar),
+    ToolFormat("lfm2", (_LFM2_START, _LFM2_END), _recognizes_lfm2, _read_lfm2, _lfm2_grammar, opening=_LFM2_START),
+)

@@ -9,15 +9,17 @@ from amalgam.formats.gguf.config.rope import rope_parameters
 _WITHOUT_MLP = {"Qwen3_5MoeForCausalLM"}
 
 
-def common(metadata: Metadata, architecture: str, norm_key: str = "layer_norm_rms_epsilon") -> Config:
-    """What all but GPT-2 share, without the head's size."""
+def common(
+    metadata: Metadata, architecture: str, norm_key: str = "layer_norm_rms_epsilon", kv_heads: int | None = None
+) -> Config:
+    """What all but GPT-2 share, without the head's size; `kv_heads` where not all layers have them."""
     heads = metadata.int("attention.head_count")
     return {
         "architectures": [architecture],
         "hidden_size": metadata.int("embedding_length"),
         "num_hidden_layers": metadata.num_layers(),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.int("attention.head_count_kv", default=heads),
+        "num_key_value_heads": kv_heads or metadata.int("attention.head_count_kv", default=heads),
         "intermediate_size": metadata.int(
             "feed_forward_length", default=None if architecture in _WITHOUT_MLP else REQUIRED
         ),
@@ -30,9 +32,11 @@ def common(metadata: Metadata, architecture: str, norm_key: str = "layer_norm_rm
     }
 
 
-def decoder(metadata: Metadata, architecture: str, norm_key: str = "layer_norm_rms_epsilon") -> Config:
+def decoder(
+    metadata: Metadata, architecture: str, norm_key: str = "layer_norm_rms_epsilon", kv_heads: int | None = None
+) -> Config:
     """`common`, with heads of one size and rotary positions."""
-    config = common(metadata, architecture, norm_key)
+    config = common(metadata, architecture, norm_key, kv_heads)
     heads = config["num_attention_heads"]
     head_dim = metadata.int("attention.key_length", default=config["hidden_size"] // max(heads, 1))
     metadata.expect("attention.value_length", head_dim)

@@ -123,8 +123,8 @@ def _ernie4_5(metadata: Metadata) -> Config:
     return config | {"use_bias": config["attention_bias"]}
 
 
-def granite(metadata: Metadata) -> Config:
-    config = decoder(metadata, "GraniteForCausalLM")
+def granite(metadata: Metadata, kv_heads: int | None = None) -> Config:
+    config = decoder(metadata, "GraniteForCausalLM", kv_heads=kv_heads)
     keys = {
         "attention_multiplier": "attention.scale",
         "embedding_multiplier": "embedding_scale",

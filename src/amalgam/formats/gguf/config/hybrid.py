@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from amalgam.formats.gguf.config.decoder import decoder
-from amalgam.formats.gguf.config.experts import softmax_experts
+from amalgam.formats.gguf.config.dense import granite
+from amalgam.formats.gguf.config.experts import SIGMOID, softmax_experts
 from amalgam.formats.gguf.config.metadata import Builder, Config, Metadata
 
 
@@ -54,12 +55,86 @@ def _qwen3_5_moe(metadata: Metadata) -> Config:
     return config | {"linear_tiled_heads": config["linear_num_value_heads"] != config["linear_num_key_heads"]}
 
 
+def _kv_heads(metadata: Metadata) -> list[int]:
+    """Of each layer; 0 where it has a state instead."""
+    key = "attention.head_count_kv"
+    numbers = metadata.per_layer(key, metadata.num_layers())
+    if min(numbers) < 0 or len({number for number in numbers if number}) != 1:
+        metadata.unsupported(key, numbers, "the same number for every layer that has attention, and one that has")
+    return numbers
+
+
+def _granite_hybrid(metadata: Metadata) -> Config:
+    """Granite 4 with layers of Mamba-2; without any, converters write it as granite or granitemoe."""
+    kv_heads = _kv_heads(metadata)
+    config = granite(metadata, max(kv_heads))
+    heads, inner = metadata.int("ssm.time_step_rank", low=1), metadata.int("ssm.inner_size", low=1)
+    for key, size, whole in (("ssm.time_step_rank", heads, inner), ("embedding_length", config["hidden_size"], inner)):
+        if whole % size:
+            metadata.refuse(key, size, f"a divisor of ssm.inner_size {inner}")
+    shared = metadata.int("expert_shared_feed_forward_length", default=0)
+    if metadata.int("expert_count", default=0):
+        config |= softmax_experts(metadata)
+    else:
+        config |= {"num_local_experts": 0}
+        shared = shared or config["intermediate_size"]
+    first = kv_heads.index(max(kv_heads))
+    return config | {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "shared_intermediate_size": shared,
+        "attention_bias": metadata.has_tensor(f"blk.{first}.attn_q.bias"),
+        # llama.cpp rotates where this is set.
+        "position_embedding_type": "rope" if metadata.bool("rope.scaling.finetuned", default=False) else "nope",
+        "layer_types": ["full_attention" if number else "linear_attention" for number in kv_heads],
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_expand": inner // config["hidden_size"],
+        "mamba_n_groups": metadata.int("ssm.group_count", low=1),
+        "mamba_d_state": metadata.int("ssm.state_size"),
+        "mamba_d_conv": metadata.int("ssm.conv_kernel"),
+        "mamba_conv_bias": metadata.has_tensor_like(r"blk\.\d+\.ssm_conv1d\.bias"),
+        "mamba_proj_bias": metadata.has_tensor_like(r"blk\.\d+\.ssm_in\.bias"),
+    }
+
+
+def _lfm2(metadata: Metadata, architecture: str = "Lfm2ForCausalLM") -> Config:
+    kv_heads = _kv_heads(metadata)
+    config = decoder(metadata, architecture, kv_heads=max(kv_heads))
+    return config | {
+        "norm_eps": config["rms_norm_eps"],
+        "conv_L_cache": metadata.int("shortconv.l_cache"),
+        "conv_bias": metadata.has_tensor_like(r"blk\.\d+\.shortconv\.conv\.bias"),
+        "layer_types": ["full_attention" if number else "conv" for number in kv_heads],
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+def _lfm2_moe(metadata: Metadata) -> Config:
+    metadata.expect("expert_gating_func", SIGMOID)
+    return _lfm2(metadata, "Lfm2MoeForCausalLM") | {
+        "num_experts": metadata.num_experts(),
+        "num_experts_per_tok": metadata.int("expert_used_count"),
+        "moe_intermediate_size": metadata.int("expert_feed_forward_length"),
+        "num_dense_layers": metadata.int("leading_dense_block_count", default=0),
+        "use_expert_bias": metadata.has_tensor_like(r"blk\.\d+\.exp_probs_b\.bias"),
+        # llama.cpp does so whatever the file says.
+        "norm_topk_prob": metadata.bool("expert_weights_norm", default=True),
+        "routed_scaling_factor": metadata.number("expert_weights_scale", 1.0) or 1.0,
+    }
+
+
 ARCHITECTURES: Mapping[str, Builder] = {
+    "granitehybrid": _granite_hybrid,
+    "lfm2": _lfm2,
+    "lfm2moe": _lfm2_moe,
     "qwen3next": _qwen3_next,
     "qwen35": _qwen3_5,
     "qwen35moe": _qwen3_5_moe,
 }
 MODEL_TYPES: Mapping[str, str] = {
+    "GraniteMoeHybridForCausalLM": "granitemoehybrid",
+    "Lfm2ForCausalLM": "lfm2",
+    "Lfm2MoeForCausalLM": "lfm2_moe",
     "Qwen3NextForCausalLM": "qwen3_next",
     "Qwen3_5ForCausalLM": "qwen3_5_text",
     "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",

@@ -222,6 +222,8 @@ class Encoder:
         if one.gate.width == one.x.width != 1:
             self.native.add_gate(self._columns(one.x), self._columns(one.gate))
             return True
+        if one.gate.width != 1:
+            return False
         self.native.add_scale(self._columns(one.x), self._columns(one.gate))
         return True
 
@@ -230,11 +232,15 @@ class Encoder:
         return True
 
     def _convolve(self, one: Convolve) -> bool:
+        if not one.activates or any(part is not None for part in (one.bias, one.before, one.behind)):
+            return False
         weight = one.weight.float().t().contiguous()
         self.native.add_convolve(self._columns(one.x), weight, self._columns(one.out), one.layer_id)
         return True
 
     def _delta_rule(self, one: DeltaRule) -> bool:
+        if one.bound is not None or one.decay.width != one.num_value_heads:
+            return False
         rows = (one.query, one.key, one.value, one.decay, one.strength, one.out)
         self.native.add_delta_rule(
             [self._columns(part) for part in rows],

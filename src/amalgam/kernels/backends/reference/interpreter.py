@@ -38,6 +38,7 @@ from amalgam.kernels.program import (
     Scale,
     ScaleByPosition,
     ScaleBySigmoid,
+    ScanStates,
     Split,
     SwiGlu,
     WeighInput,
@@ -367,7 +368,8 @@ def _scale_by_position(one: ScaleByPosition, frame: Frame) -> None:
 
 def _scale_by_sigmoid(one: ScaleBySigmoid, frame: Frame) -> None:
     x = frame.get(one.x)
-    frame.put(one.x, (frame.operators.sigmoid(frame.get(one.gate)) * x.float()).to(x.dtype))
+    parts = x.unflatten(1, (one.gate.width, -1)).float()
+    frame.put(one.x, (frame.operators.sigmoid(frame.get(one.gate)).unsqueeze(2) * parts).flatten(1).to(x.dtype))
 
 
 def _split(one: Split, frame: Frame) -> None:
@@ -380,7 +382,17 @@ def _split(one: Split, frame: Frame) -> None:
 def _convolve(one: Convolve, frame: Frame) -> None:
     state = frame.step.kv.states[one.layer_id]
     assert state is not None
-    frame.put(one.out, frame.operators.convolve(frame.get(one.x), one.weight, state.convolution, frame.step.sequences))
+    x = frame.get(one.x)
+    rows = x if one.before is None else x.float() * frame.get(one.before).float()
+    out = frame.operators.convolve(
+        rows if one.behind is None else rows.float(),
+        one.weight,
+        state.convolution,
+        frame.step.sequences,
+        one.bias,
+        activates=one.activates,
+    )
+    frame.put(one.out, (out if one.behind is None else out * frame.get(one.behind).float()).to(x.dtype))
 
 
 def _delta_rule(one: DeltaRule, frame: Frame) -> None:
@@ -388,9 +400,21 @@ def _delta_rule(one: DeltaRule, frame: Frame) -> None:
     assert state is not None
     query, key = (frame.get(rows).unflatten(1, (one.num_key_heads, -1)) for rows in (one.query, one.key))
     value = frame.get(one.value).unflatten(1, (one.num_value_heads, -1))
-    decay = frame.operators.decay(frame.get(one.decay), one.log_rate, one.decay_bias)
+    decay = frame.operators.decay(frame.get(one.decay), one.log_rate, one.decay_bias, one.bound)
+    decay = decay.unflatten(1, (one.num_value_heads, -1))
     strength = frame.operators.sigmoid(frame.get(one.strength))
     out = frame.operators.delta_rule(query, key, value, decay, strength, state.recurrent, frame.step.sequences)
+    frame.put(one.out, out.flatten(1))
+
+
+def _scan_states(one: ScanStates, frame: Frame) -> None:
+    state = frame.step.kv.states[one.layer_id]
+    assert state is not None
+    write, read = (frame.get(rows).unflatten(1, (one.num_groups, -1)) for rows in (one.write, one.read))
+    x = frame.get(one.x).unflatten(1, (one.num_heads, -1))
+    step = frame.operators.softplus(frame.get(one.step).float() + one.step_bias.float()).clamp(*one.limits)
+    decay = torch.exp(-torch.exp(one.log_rate.float()) * step)
+    out = frame.operators.scan_states(write, read, x, step, decay, one.skip, state.recurrent, frame.step.sequences)
     frame.put(one.out, out.flatten(1))
 
 
@@ -436,6 +460,7 @@ _HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {
     Scale: _scale,
     ScaleByPosition: _scale_by_position,
     ScaleBySigmoid: _scale_by_sigmoid,
+    ScanStates: _scan_states,
     Split: _split,
     SwiGlu: _swiglu,
     WeighInput: _weigh_input,

@@ -205,7 +205,15 @@ def moe(
     return total.to(x.dtype)
 
 
-def convolve(x: Tensor, weight: Tensor, states: Tensor, sequences: Sequence[StepSequence]) -> Tensor:
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    states: Tensor,
+    sequences: Sequence[StepSequence],
+    bias: Tensor | None = None,
+    *,
+    activates: bool = True,
+) -> Tensor:
     """See `Convolve`.
 
     x: `[tokens, channels]`; weight: `[channels, n]`; states: float32 `[slots, n - 1, channels]`, read and written.
@@ -222,18 +230,26 @@ def convolve(x: Tensor, weight: Tensor, states: Tensor, sequences: Sequence[Step
         total = seen[:num_tokens] * columns[0]
         for index in range(1, num_before + 1):
             total = total + seen[index : index + num_tokens] * columns[index]
-        results.append(total / (1.0 + torch.exp(-total)))
+        if bias is not None:
+            total = total + bias.float()
+        results.append(total / (1.0 + torch.exp(-total)) if activates else total)
         for count, slot in (*state.saves, (num_tokens, state.target)):
             states[slot] = seen[count : count + num_before]
         start += num_tokens
     return torch.cat(results).to(x.dtype)
 
 
-def decay(x: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
-    """exp(-exp(log_rate) × softplus(x + bias)) in float32: `[tokens, heads]` by `[heads]` and `[heads]`."""
+def decay(x: Tensor, log_rate: Tensor, bias: Tensor, bound: float | None = None) -> Tensor:
+    """exp(-exp(log_rate) × softplus(x + bias)) in float32, or with a bound exp(bound × sigmoid(exp(log_rate) × (x +
+    bias))): `[tokens, n]` by `[heads]` and `[n]`, n a multiple of the heads."""
     wide = x.float() + bias.float()
-    softplus = torch.where(wide > 20.0, wide, torch.log1p(torch.exp(wide)))
-    return torch.exp(-torch.exp(log_rate.float()) * softplus)
+    rate = torch.exp(log_rate.float()).repeat_interleave(x.shape[1] // len(log_rate))
+    return torch.exp(-rate * softplus(wide) if bound is None else bound / (1.0 + torch.exp(-rate * wide)))
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) of float32; for x > 20 it is x."""
+    return torch.where(x > 20.0, x, torch.log1p(torch.exp(x)))
 
 
 def delta_rule(
@@ -247,9 +263,9 @@ def delta_rule(
 ) -> Tensor:
     """See `DeltaRule`.
 
-    query, key: `[tokens, key_heads, d]`; value: `[tokens, value_heads, v]`; decay, the factor of the state, and
-    strength: float32 `[tokens, value_heads]`; states: float32 `[slots, value_heads, d, v]`, read and written. Returns
-    `[tokens, value_heads, v]` in value's type.
+    query, key: `[tokens, key_heads, d]`; value: `[tokens, value_heads, v]`; decay, the factor of the state: float32
+    `[tokens, value_heads, d or 1]`; strength: float32 `[tokens, value_heads]`; states: float32
+    `[slots, value_heads, d, v]`, read and written. Returns `[tokens, value_heads, v]` in value's type.
     """
     shared = value.shape[1] // key.shape[1]
 
@@ -260,7 +276,7 @@ def delta_rule(
     # A trailing dimension for the one that a vector has not: [tokens, heads, d, 1], and [tokens, heads, 1, v].
     queries, keys = (to_unit(query) * query.shape[2] ** -0.5).unsqueeze(3), to_unit(key).unsqueeze(3)
     values = value.float().unsqueeze(2)
-    factors, strengths = decay[:, :, None, None], strength[:, :, None, None]
+    factors, strengths = decay.unsqueeze(3), strength[:, :, None, None]
     out = torch.empty_like(values)
     start = 0
     for sequence in sequences:
@@ -277,6 +293,44 @@ def delta_rule(
         states[state.target] = memory
         start += num_tokens
     return out.squeeze(2).to(value.dtype)
+
+
+def scan_states(
+    write: Tensor,
+    read: Tensor,
+    x: Tensor,
+    step: Tensor,
+    decay: Tensor,
+    skip: Tensor,
+    states: Tensor,
+    sequences: Sequence[StepSequence],
+) -> Tensor:
+    """See `ScanStates`.
+
+    write, read: `[tokens, groups, n]`; x: `[tokens, heads, p]`; step, dt, and decay, the factor of the state: float32
+    `[tokens, heads]`; skip: `[heads]`; states: float32 `[slots, heads, n, p]`, read and written. Returns
+    `[tokens, heads, p]` in x's type.
+    """
+    shared = x.shape[1] // write.shape[1]
+    # A trailing dimension for the one that a vector has not: [tokens, heads, n, 1], and [tokens, heads, 1, p].
+    writes, reads = (part.float().repeat_interleave(shared, dim=1).unsqueeze(3) for part in (write, read))
+    values = x.float().unsqueeze(2)
+    factors, inputs = decay[:, :, None, None], step[:, :, None, None] * values
+    out = skip.float()[:, None, None] * values
+    start = 0
+    for sequence in sequences:
+        state, num_tokens = _state_of(sequence), len(sequence.token_ids)
+        memory = states.new_zeros(states.shape[1:]) if state.source is None else states[state.source].clone()
+        saves = dict(state.saves)
+        for count, row in enumerate(range(start, start + num_tokens), 1):
+            memory *= factors[row]
+            memory += writes[row] * inputs[row]
+            out[row] += (memory * reads[row]).sum(1, keepdim=True)
+            if count in saves:
+                states[saves[count]] = memory
+        states[state.target] = memory
+        start += num_tokens
+    return out.squeeze(2).to(x.dtype)
 
 
 def _state_of(sequence: StepSequence) -> SequenceState:
@@ -447,7 +501,9 @@ class Operators:
     gated = staticmethod(gated)
     convolve = staticmethod(convolve)
     decay = staticmethod(decay)
+    softplus = staticmethod(softplus)
     delta_rule = staticmethod(delta_rule)
+    scan_states = staticmethod(scan_states)
     write_kv = staticmethod(write_kv)
     paged_attention = staticmethod(paged_attention)
 
