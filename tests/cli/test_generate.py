@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.conftest import DEMO
+from tests.conftest import DEMO, ROOT
 
 from amalgam.cli import console, main
 from amalgam.engine.core import Engine
@@ -166,3 +170,37 @@ def test_a_wide_terminal_and_a_narrow_one_get_the_same_text(texts: list[str], mo
     import sys
 
     assert sys.stdout.getvalue() == texts[0].removesuffix("\n") + "\n"  # type: ignore[attr-defined]
+
+
+def test_a_file_of_lines_survives_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is there after a kill and a second run is what one run gives."""
+    chat = {"url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hello"}]}}
+    lines = [
+        json.dumps(f"{PROMPTS[i % 3]} {i}") if i % 4 else json.dumps(chat | {"custom_id": f"{i}"}) for i in range(30)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, "", "{broken"]))
+    flags = ["--seed", "7", "--max-new-tokens", "12", "--inference.max_batch_size", "4", "--engine.num_threads", "1"]
+    flags += ["--input", str(tmp_path / "in.jsonl"), "--model", str(DEMO), "--output"]
+    arguments = [sys.executable, "-m", "amalgam.cli", "generate", *flags, str(tmp_path / "killed.jsonl")]
+    process = subprocess.Popen(arguments, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    journal = tmp_path / "killed.jsonl.partial"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 8):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    num_kept = journal.read_bytes().count(b"\n") - 2  # the lines that say what the run is of
+    for name in ("killed", "whole"):
+        code, out, err = run(capsys, *flags, str(tmp_path / f"{name}.jsonl"), "--json")
+        assert code == 0
+        totals = json.loads(out)
+        assert (totals["num_lines"], totals["num_answered"], totals["num_errors"]) == (32, 30, 2)
+        assert totals["num_resumed"] == (num_kept if name == "killed" else 0)
+    killed, whole = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+                     for name in ("killed", "whole"))  # fmt: skip
+    for line in [*killed, *whole]:
+        if line.get("response"):
+            del line["response"]["body"]["created"]
+    assert killed == whole
+    code, _, err = run(capsys, *flags, str(tmp_path / "whole.jsonl"))
+    assert code == 5 and "whole.jsonl" in err

@@ -244,6 +244,7 @@ class FakeDeployment:
     def tokenizer(self) -> Any:
         return self.tokenizer_override or SimpleNamespace(
             encode_by_piece=self._encode_by_piece,
+            token_starts_by_piece=lambda text: iter([list(range(len(text)))]),
             vocab_size=0x110000,
             decode=lambda token_ids, **_: "".join(map(chr, token_ids)),
             encode_chat_by_piece=lambda messages, limit, **_: self._encode_by_piece(messages[-1]["content"], limit),

@@ -177,10 +177,10 @@ def test_what_the_bound_lets_pass_ends_with_the_piece_that_is_too_much(monkeypat
     long, num_chars = tokenizer(byte_level()), 0
     begun = text_pieces.Piece.__init__
 
-    def count(self: Any, backend: Any, prompt: str, start: int, length: int) -> None:
+    def count(self: Any, backend: Any, prompt: str, start: int, length: int, **options: Any) -> None:
         nonlocal num_chars
         num_chars += length
-        begun(self, backend, prompt, start, length)
+        begun(self, backend, prompt, start, length, **options)
 
     monkeypatch.setattr(text_pieces.Piece, "__init__", count)
     with raises(PromptTooLongError, 15_001):

@@ -24,6 +24,7 @@ VERBS = (
     "serve",
     "generate",
     "chat",
+    "summarize",
     "plan",
     "fit",
     "config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,7 @@ from amalgam.cli.sampling import (
 )
 from amalgam.config.settings import Settings
 from amalgam.engine.request import FinishReason, RequestOutput
+from amalgam.errors import RequestError
 
 _INTERRUPTED = 130
 _MAX_NEW_TOKENS = 128  # where neither the user nor the model says
@@ -36,8 +38,15 @@ _MAX_NEW_TOKENS = 128  # where neither the user nor the model says
 
 @with_settings
 def command(
-    prompt: Annotated[list[str], typer.Argument(help="One or more prompts, answered together.")],
     settings: Settings,
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts, answered together.")] = [],  # noqa: B006
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", "-i", help="Answer each line of this file: JSONL of prompts, or of OpenAI requests."),
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the answers to --input here, a line for each.")
+    ] = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -55,7 +64,8 @@ def command(
 ) -> int:
     """Answer prompts without a server. The answer is printed as it comes; Ctrl-C keeps what has come.
 
-    Several answers are printed in the order of their prompts, each below a line that repeats its prompt.
+    Several answers are printed in the order of their prompts, each below a line that repeats its prompt. With --input
+    and --output the prompts are lines of a file; a run that was interrupted goes on when the command is given again.
     """
     from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.runtime.opening import open_deployment
@@ -75,6 +85,17 @@ def command(
         min_tokens=min_tokens,
     )
     grammar = grammar_of(json_schema, regex)
+    if input_file is not None or output_file is not None:
+        from amalgam.cli.batch import answer_lines
+
+        if input_file is None or output_file is None or prompt or grammar is not None:
+            raise RequestError(
+                "--input and --output stand alone.",
+                remedy="Give both, and neither prompts nor --json-schema or --regex: lines may have a response_format.",
+            )
+        return answer_lines(settings, input_file, output_file, params, as_json=as_json)
+    if not prompt:
+        raise RequestError("There is no prompt.", remedy="Give one, or --input and --output.")
     with progress_bar() as progress:
         deployment = open_deployment(settings, progress)
     answers = _Answers(prompt, is_shown=not as_json)

@@ -195,7 +195,7 @@ class ServerSettings(Section):
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """Largest request body; more is refused with 413."""
     max_batch_prompts: int = Field(default=256, ge=1, le=65536)
-    """Most prompts in one /batch_generate."""
+    """Most prompts in one /batch_generate, and most chunks in one /summarize."""
     drain_seconds: float = Field(default=30.0, ge=0)
     """How long requests in flight may run on after SIGTERM."""
     log_probes: bool = True

@@ -22,8 +22,19 @@ from starlette.routing import BaseRoute
 
 from amalgam.config.settings import Settings
 from amalgam.server import dashboard, page
-from amalgam.server.api import anthropic, autoplan, experts, exports, native, probes, serving, traces, weights
-from amalgam.server.api.native import SamplingFields
+from amalgam.server.api import (
+    anthropic,
+    autoplan,
+    experts,
+    exports,
+    native,
+    probes,
+    serving,
+    summaries,
+    traces,
+    weights,
+)
+from amalgam.server.api.native import SamplerFields
 from amalgam.server.api.openai import chat, completions, embeddings, models, responses, tokenize
 from amalgam.server.http.access import AccessLog
 from amalgam.server.http.body import BodyLimit
@@ -44,9 +55,9 @@ from amalgam.server.service import Service
 from amalgam.version import __version__
 
 ROUTERS = (  # every interface there is, in the order of /docs
-    page.router, native.router, experts.router, exports.router, traces.router, weights.router, autoplan.router,
-    probes.router, serving.router, models.router, completions.router, chat.router, responses.router, embeddings.router,
-    tokenize.router, anthropic.router, dashboard.router,
+    page.router, native.router, summaries.router, experts.router, exports.router, traces.router, weights.router,
+    autoplan.router, probes.router, serving.router, models.router, completions.router, chat.router, responses.router,
+    embeddings.router, tokenize.router, anthropic.router, dashboard.router,
 )  # fmt: skip
 
 DESCRIPTION = """One running Transformer made out of several checkpoints in different precisions. null in an optional
@@ -244,7 +255,7 @@ def create_app(service: Service, keys: KeyRing | None = None, tracer: Tracer | N
     def openapi() -> dict[str, Any]:
         with turn:  # whoever asks first has it made, which takes most of a second
             made = schema()
-        return with_defaults(made, set(SamplingFields.model_fields), asdict(service.default_params))
+        return with_defaults(made, set(SamplerFields.model_fields), asdict(service.default_params))
 
     app.openapi = openapi  # type: ignore[method-assign]
     add_description(app)

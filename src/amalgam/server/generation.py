@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ROOM_SECONDS = 0.05  # how soon a batch looks again whether the queue has room
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ async def complete_all(
 
 
 async def run_all(
-    run: Callable[[Sequence[int]], Awaitable[T]],
-    prompts_ids: Sequence[Sequence[int]],
+    run: Callable[[P], Awaitable[T]],
+    prompts: Sequence[P],
     max_in_flight: int,
     name: str = "prompts",
 ) -> list[T]:
@@ -87,17 +88,17 @@ async def run_all(
         OverloadedError: there is no place even for the first.
     """
     results: dict[int, T] = {}
-    waiting = iter(enumerate(prompts_ids))
+    waiting = iter(enumerate(prompts))
     num_in_flight = 0
     has_ended = asyncio.Event()  # one of ours, which may have made room
 
-    async def run_one(index: int, prompt_ids: Sequence[int]) -> T:
+    async def run_one(index: int, prompt: P) -> T:
         nonlocal num_in_flight
         while True:
             num_in_flight += 1
             try:
-                with naming(name, index, len(prompts_ids)):
-                    result = await run(prompt_ids)
+                with naming(name, index, len(prompts)):
+                    result = await run(prompt)
                 has_ended.set()
                 return result
             except OverloadedError:
@@ -110,16 +111,16 @@ async def run_all(
                 await asyncio.wait_for(has_ended.wait(), ROOM_SECONDS)
 
     async def work() -> None:
-        for index, prompt_ids in waiting:  # which all of us take from
-            results[index] = await run_one(index, prompt_ids)
+        for index, prompt in waiting:  # which all of us take from
+            results[index] = await run_one(index, prompt)
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(max_in_flight, len(prompts_ids))):
+            for _ in range(min(max_in_flight, len(prompts))):
                 group.create_task(work())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return [results[index] for index in range(len(prompts_ids))]
+    return [results[index] for index in range(len(prompts))]
 
 
 def check_lengths(engine: Engine, prompts_ids: Sequence[Sequence[int]], name: str) -> None:

@@ -72,6 +72,7 @@ class Tokenizer(Protocol):
     def encode_by_piece(
         self, text: str, max_tokens: int, *, add_special_tokens: bool = True
     ) -> Iterator[list[int]]: ...
+    def token_starts_by_piece(self, text: str) -> Iterator[list[int]]: ...
     def encode_chat_by_piece(
         self,
         messages: Sequence[Mapping[str, Any]],

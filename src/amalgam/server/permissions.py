@@ -15,7 +15,7 @@ KEYLESS = {"/", "/health", "/ready", "/dashboard", "/docs", "/openapi.json"}
 KEYLESS_BELOW = ("/dashboard/static/", "/static/")
 # For everyone with a key: generation, and what is served.
 WITH_KEY = {"/generate", "/batch_generate", "/model_info", "/experts/precision_map", "/tokenize", "/detokenize"}
-WITH_KEY |= {"/dashboard/chat", "/metrics"}
+WITH_KEY |= {"/dashboard/chat", "/metrics", "/summarize"}
 WITH_KEY_BELOW = ("/v1/",)
 WITH_ADMIN_KEY = {
     "/update_weight_mapping", "/reload_weights", "/reset_expert_stats", "/export_expert_stats", "/expert_stats",

@@ -1,7 +1,7 @@
 """Long texts → token ids, a piece at a time, and how few tokens a text can have at least.
 
-In: a tokenizer of the tokenizers library, a text. Out: exactly the ids that the whole text has, in portions of bounded
-work and memory. Must never know: models, requests, HTTP.
+In: a tokenizer of the tokenizers library, a text. Out: exactly the ids that the whole text has, or where its tokens
+begin, in portions of bounded work and memory. Must never know: models, requests, HTTP.
 
 A tokenizer takes a megabyte of text in a second, with a hundred times as much memory, and cannot be interrupted. Pieces
 overlap: where one ends, its last tokens may be wrong, and where the next one begins, its first. In between, both must
@@ -29,26 +29,38 @@ _COMPLETE_SPLITS = {"ByteLevel", "Metaspace", "Digits", "UnicodeScripts"}
 
 def token_ids_by_piece(backend: Any, text: str) -> Iterator[list[int]]:
     """The ids of a text without the tokens around it, in portions that together are those of the whole text."""
-    piece, first = Piece(backend, text, 0, PIECE_CHARS), 0
+    for piece, first, end in _parts_of(backend, text):
+        yield piece.ids[first:end]
+
+
+def token_starts_by_piece(backend: Any, text: str) -> Iterator[list[int]]:
+    """For each of the same tokens the character that it begins in: several tokens may spell one character."""
+    for piece, first, end in _parts_of(backend, text, needs_places=True):
+        yield piece.starts[first:end]
+
+
+def _parts_of(backend: Any, text: str, *, needs_places: bool = False) -> Iterator[tuple[Piece, int, int]]:
+    """Pieces, and which of their tokens together are the text's."""
+    piece, first = Piece(backend, text, 0, PIECE_CHARS, needs_places=needs_places), 0
     while piece.end < len(text):
         joint = _next_piece(backend, text, piece)
         if joint is None:
             cut = piece.starts[first]
-            piece = Piece(backend, text, piece.start, 2 * (piece.end - piece.start))
+            piece = Piece(backend, text, piece.start, 2 * (piece.end - piece.start), needs_places=needs_places)
             first = bisect_left(piece.starts, cut)
             continue
-        yield piece.ids[first : joint[1]]
+        yield piece, first, joint[1]
         piece, _, first = joint
-    yield piece.ids[first:]
+    yield piece, first, len(piece.ids)
 
 
 class Piece:
     """Tokens of a part of a text; `starts` and `ends` are their places in the text."""
 
-    def __init__(self, backend: Any, text: str, start: int, num_chars: int) -> None:
+    def __init__(self, backend: Any, text: str, start: int, num_chars: int, *, needs_places: bool = False) -> None:
         self.start = start
         self.end = min(start + num_chars, len(text))
-        if start == 0 and self.end == len(text):  # nothing to be joined
+        if start == 0 and self.end == len(text) and not needs_places:  # nothing to be joined
             self.ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
             self.starts, self.ends = [0] * len(self.ids), [0] * len(self.ids)
             return

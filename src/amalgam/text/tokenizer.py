@@ -19,7 +19,7 @@ from amalgam.text.files import TOKENIZER_FILES, eos_token_ids, has_tokenizer, re
 from amalgam.text.gguf.metadata import build_tokenizer
 from amalgam.text.marking import MarkedEncoder, SpecialTokenFinder
 from amalgam.text.parts import TokenizerParts, byte_of_letter
-from amalgam.text.pieces import PIECE_CHARS, LengthBound, surrounding_ids, token_ids_by_piece
+from amalgam.text.pieces import PIECE_CHARS, LengthBound, surrounding_ids, token_ids_by_piece, token_starts_by_piece
 from amalgam.text.rendering import TemplateError
 
 UNDECODABLE = "\ufffd"  # what `decode` makes of bytes that are no whole character
@@ -180,6 +180,15 @@ class Tokenizer:
             return
         _check_surrogates(text)
         yield from self._within(self._marked_encoder.pieces(text, mark), text, max_tokens)
+
+    def token_starts_by_piece(self, text: str) -> Iterator[list[int]]:
+        """The character that each token of a text begins in, without those around it, in portions as of `encode`.
+
+        Raises:
+            RequestError: the text holds lone surrogates.
+        """
+        _check_surrogates(text)
+        return token_starts_by_piece(self._backend, text)
 
     @property
     def chat_template(self) -> str | None:

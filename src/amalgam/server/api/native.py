@@ -38,11 +38,9 @@ if TYPE_CHECKING:
 router = APIRouter(route_class=StrictRoute, tags=["native"])
 
 
-class SamplingFields(CommonSampling):
+class SamplerFields(CommonSampling):
     """How to sample. The defaults are those of the model's `generation_config.json` where it has any."""
 
-    max_new_tokens: int = Field(default=SamplingParams.max_new_tokens, ge=1, le=MAX_INT)
-    """Most tokens to generate; less if prompt and answer would exceed the model's sequence length."""
     temperature: float = Field(default=SamplingParams.temperature, ge=0, le=MAX_TEMPERATURE)
     """Divides the logits; 0 is greedy."""
     top_p: float = Field(default=SamplingParams.top_p, gt=0, le=1)
@@ -59,6 +57,11 @@ class SamplingFields(CommonSampling):
         default=SamplingParams.repetition_penalty, ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY
     )
     """Above 1: tokens that have appeared become less likely."""
+
+
+class SamplingFields(SamplerFields):
+    max_new_tokens: int = Field(default=SamplingParams.max_new_tokens, ge=1, le=MAX_INT)
+    """Most tokens to generate; less if prompt and answer would exceed the model's sequence length."""
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """What the body says, and `defaults` where it says nothing."""

@@ -31,7 +31,7 @@ def with_defaults(schema: dict[str, Any], names: set[str], defaults: Mapping[str
         name: {
             **part,
             "properties": {
-                key: {**field, "default": defaults[key]} if key in names and key in defaults else field
+                key: {**field, "default": defaults[key]} if key in defaults else field
                 for key, field in part["properties"].items()
             },
         }

@@ -1,0 +1,103 @@
+"""`amalgam summarize`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from amalgam.cli.options import with_settings
+from amalgam.cli.sampling import MinP, RepetitionPenalty, Seed, Temperature, TopK, TopP, chosen
+from amalgam.config.settings import Settings
+from amalgam.errors import RequestError
+from amalgam.text.summary import CHUNK_TOKENS, OVERLAP_TOKENS, SUMMARY_TOKENS, check_sizes
+
+if TYPE_CHECKING:
+    from amalgam.composition.progress import Progress
+    from amalgam.runtime.deployment import Deployment
+    from amalgam.server.api.summaries import SummarizeAnswer, SummarizeBody
+
+_STDIN = Path("-")
+
+
+@with_settings
+def command(
+    file: Annotated[Path, typer.Argument(help="A text in UTF-8, of any length; - is what stdin gives.")],
+    settings: Settings,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens that are summarized at once.")] = CHUNK_TOKENS,
+    overlap_tokens: Annotated[int, typer.Option(help="How many of them the next chunk repeats.")] = OVERLAP_TOKENS,
+    max_summary_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each summary.")] = SUMMARY_TOKENS,
+    language: Annotated[
+        Literal["auto", "en", "zh"], typer.Option(help="In which the model is asked; auto: as the text's.")
+    ] = "auto",
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, chunks and figures too.")] = False,
+) -> None:
+    """Summarize a long text without a server: its chunks side by side, then their summaries, until one is left."""
+    from amalgam.cli.console import note, print_json, progress_bar, write
+    from amalgam.runtime.opening import open_deployment
+    from amalgam.server.api.summaries import SummarizeBody
+
+    check_sizes(chunk_tokens, overlap_tokens)
+    params = chosen(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
+        repetition_penalty=repetition_penalty,
+    )  # fmt: skip
+    body = SummarizeBody(
+        text=_read(file),
+        chunk_tokens=chunk_tokens,
+        overlap_tokens=overlap_tokens,
+        max_summary_tokens=max_summary_tokens,
+        language=language,
+        **{name: getattr(params, name) for name in params.given},
+    )
+    with progress_bar() as progress:
+        deployment = open_deployment(settings, progress)
+    try:
+        with progress_bar("prompts") as progress:
+            answer = asyncio.run(_run(deployment, settings, body, progress))
+    finally:
+        deployment.close()
+    if as_json:
+        print_json(answer.model_dump())
+        return
+    write(answer.summary.removesuffix("\n") + "\n")
+    note(
+        f"{answer.document_tokens} tokens in {len(answer.chunks)} chunks, merged in {answer.merges} rounds, "
+        f"{answer.timings.total_seconds:.1f} s"
+    )
+
+
+async def _run(deployment: Deployment, settings: Settings, body: SummarizeBody, progress: Progress) -> SummarizeAnswer:
+    from amalgam.server.local import LocalServer
+
+    server = LocalServer(deployment, settings)
+    await server.start()
+    return await server.summarize(body, lambda done, known: progress("Summarizing", done, known))
+
+
+def _read(file: Path) -> str:
+    """
+    Raises:
+        RequestError: it cannot be read, is no UTF-8, or has no words.
+    """
+    where = "stdin" if file == _STDIN else repr(str(file))
+    try:
+        text = (sys.stdin.buffer.read() if file == _STDIN else file.expanduser().read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise RequestError(f"{where} cannot be read ({error.strerror}).", remedy="Give a text file.") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{where} is not UTF-8 (byte {error.start + 1}).", remedy="Convert it, for instance with iconv."
+        ) from None
+    if not text.strip():
+        raise RequestError(f"{where} is empty.", remedy="Give a text with words.")
+    return text
