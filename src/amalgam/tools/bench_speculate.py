@@ -150,7 +150,7 @@ def _sum(total: SpeculationCounts, before: SpeculationCounts, after: Speculation
 def _measured(
     name: str, count: int, mode: Mode, rounds: dict[Mode, list[_Round]], spent: SpeculationCounts
 ) -> Measured:
-    speeds, off = ([one.tokens_per_second for one in rounds[each]] for each in (mode, "off"))  # type: ignore[index]
+    speeds, off = ([one.tokens_per_second for one in rounds[each]] for each in (mode, "off"))
     num_tokens = sum(len(token_ids) - 1 for one in rounds[mode] for token_ids in one.token_ids)
     asked = spent.num_drafts + spent.num_declined
     return Measured(
