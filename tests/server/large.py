@@ -33,10 +33,10 @@ def source_of(format_name: str) -> str:
 class LargeVersion(FakeVersion):
     """int4, but for every tenth expert in fp8 and every fiftieth in the hostile format."""
 
-    def __init__(self, version_id: int) -> None:
+    def __init__(self, version_id: int, num_layers: int = NUM_LAYERS, num_experts: int = NUM_EXPERTS) -> None:
         super().__init__(version_id)
-        for index in range(NUM_LAYERS * NUM_EXPERTS):
-            layer_id, expert_id = divmod(index, NUM_EXPERTS)
+        for index in range(num_layers * num_experts):
+            layer_id, expert_id = divmod(index, num_experts)
             format_name = HOSTILE % "format" if index % 50 == 0 else "fp8" if index % 10 == 0 else "int4"
             for part in ("gate", "up", "down"):
                 slot = f"layers.{layer_id}.mlp.experts.{expert_id}.{part}"
@@ -48,10 +48,15 @@ class LargeVersion(FakeVersion):
 
 
 class LargeDeployment(FakeDeployment):
-    """Serves what `FakeEngine` answers; its tracker has counted a thousand tokens."""
+    """Serves what `FakeEngine` answers; its tracker has counted a thousand tokens.
 
-    def __init__(self) -> None:
-        super().__init__(FakeEngine(version=LargeVersion(1)), make_tracker(), NUM_EXPERTS, HOSTILE % "model")
+    With fewer layers and experts it is a page for tests that look at something else.
+    """
+
+    def __init__(self, num_layers: int = NUM_LAYERS, num_experts: int = NUM_EXPERTS) -> None:
+        version, tracker = LargeVersion(1, num_layers, num_experts), make_tracker(num_layers, num_experts)
+        super().__init__(FakeEngine(version=version), tracker, num_experts, HOSTILE % "model")
+        self.num_layers = num_layers
 
     def planned_bytes(self, mapping: dict[str, str]) -> tuple[int, int]:
         bits = {source_of(name): BITS[name] for name in BITS}
@@ -69,24 +74,28 @@ class LargeDeployment(FakeDeployment):
             rows[name] = {"weights": count, "parameters": count * size, "bytes": count * size * bits // 8}
         total = sum(row["bytes"] for row in rows.values())
         return {
-            "sizes": {"layers": NUM_LAYERS, "experts_per_layer": NUM_EXPERTS, "active_experts_per_token": TOP_K},
+            "sizes": {
+                "layers": self.num_layers,
+                "experts_per_layer": self.num_experts,
+                "active_experts_per_token": TOP_K,
+            },
             "sources": {source_of(name): {"path": HOSTILE % "path", **row} for name, row in rows.items()},
             "precisions": rows,
             "memory": {"weights_bytes": total, "kv_cache_bytes": 0, "process_peak_bytes": 0},
         }
 
 
-def make_tracker(num_tokens: int = 500) -> ExpertTracker:
+def make_tracker(num_layers: int = NUM_LAYERS, num_experts: int = NUM_EXPERTS, num_tokens: int = 500) -> ExpertTracker:
     """`num_tokens` random tokens of each label, with some experts more likely than others."""
-    tracker = ExpertTracker(range(NUM_LAYERS), NUM_EXPERTS, TOP_K, StatisticsSettings())
+    tracker = ExpertTracker(range(num_layers), num_experts, TOP_K, StatisticsSettings())
     rng = np.random.default_rng(0)
     for request_id, label in enumerate(LABELS):
         tracker.admit(request_id, label, 0)
         tracker.count_request(label)
         tracker.begin_step([TokenSpan(request_id, 0, num_tokens, 0, num_tokens // 2, label=label)])
-        liking = rng.gamma(0.6, 1.0, (NUM_LAYERS, NUM_EXPERTS))
-        for layer_id in range(NUM_LAYERS):
-            scores = rng.gumbel(size=(num_tokens, NUM_EXPERTS)) + np.log(liking[layer_id])
+        liking = rng.gamma(0.6, 1.0, (num_layers, num_experts))
+        for layer_id in range(num_layers):
+            scores = rng.gumbel(size=(num_tokens, num_experts)) + np.log(liking[layer_id])
             expert_ids = np.argsort(-scores, axis=-1)[:, :TOP_K].copy()
             gate_weights = rng.dirichlet(np.ones(TOP_K), num_tokens).astype(np.float32)
             tracker.observe(layer_id, torch.from_numpy(expert_ids), torch.from_numpy(gate_weights))

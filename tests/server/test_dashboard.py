@@ -236,7 +236,7 @@ def test_all_viewers_share_one_computation(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(events, "hub_of", noted_hub)
     monkeypatch.setattr(events, "describe_event", held_describe)
     monkeypatch.setattr(events, "INTERVAL_SECONDS", 0.05)
-    with serving(fake_settings(port=0), LargeDeployment) as url:
+    with serving(fake_settings(port=0), lambda: LargeDeployment(6, 16)) as url:
         wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
 
         def view(_: int) -> list[int]:

@@ -5,6 +5,7 @@ import { get } from "./api.js";
 const BUSY_MS = 2000; // between two looks while it loads or cannot be reached
 const IDLE_MS = 15000;
 const listeners = [];
+let timer = 0; // of the next look
 const maps = new Map(); // weight version → the precision map, or null where there is none
 
 export const server = {
@@ -21,7 +22,7 @@ export function onServer(listener) {
 
 const isReady = () => server.status === "healthy";
 
-// Looks at once, and calls the listeners if anything has changed.
+// Looks at once, calls the listeners if anything has changed, and will look again: soon, if something is wrong.
 export async function look() {
   const before = JSON.stringify([server.status, server.model, server.version, Boolean(server.info)]);
   try {
@@ -32,19 +33,18 @@ export async function look() {
     if (error.status === undefined) server.status = "disconnected";
   }
   if (JSON.stringify([server.status, server.model, server.version, Boolean(server.info)]) !== before) for (const listener of listeners) listener();
+  lookLater();
+}
+
+function lookLater() {
+  clearTimeout(timer);
+  timer = setTimeout(() => { if (document.hidden) lookLater(); else look(); }, isReady() ? IDLE_MS : BUSY_MS);
 }
 
 async function describe() {
   const [models, info] = await Promise.all([get("v1/models"), get("model_info")]);
   server.modelId = models.data[0].id;
   server.info = info;
-}
-
-export async function watch() {
-  for (;;) {
-    if (!document.hidden) await look();
-    await new Promise((resolve) => { setTimeout(resolve, isReady() ? IDLE_MS : BUSY_MS); });
-  }
 }
 
 // Of one weight version; null where the server does not tell, or no longer has that version.
