@@ -82,6 +82,7 @@ def test_every_sampling_field_reaches_the_engine(client: httpx.Client, deploymen
     given: dict[str, Any] = {
         "max_new_tokens": 2, "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -1.0, "min_tokens": 1,
         "stop_token_ids": [5, 7], "ignore_eos": True, "priority": -3, "logit_bias": {"9": 1.5, "3": -100},
+        "speculate": False,
     }  # fmt: skip
     assert client.post("/generate", json={"prompt": "x", **given}).status_code == 200
     bias = {int(token_id): float(value) for token_id, value in given["logit_bias"].items()}

@@ -55,7 +55,7 @@ def test_the_models_own_values_hold(params_of: Any, nulls: dict[str, Any]) -> No
 def test_a_requests_values_come_before_them(params_of: Any) -> None:
     said: dict[str, Any] = {
         "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "stop": "x", "stop_token_ids": [3],
-        "logit_bias": {"7": -1.5}, "ignore_eos": True, "priority": -2,
+        "logit_bias": {"7": -1.5}, "ignore_eos": True, "priority": -2, "speculate": False,
     }  # fmt: skip
     params = params_of(said)
     assert {name: getattr(params, name) for name in said} == said | {

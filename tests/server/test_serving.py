@@ -18,6 +18,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from amalgam.config.settings import StatisticsSettings
+from amalgam.engine.meter import Meter, SpeculationCounts
 from amalgam.engine.request import FinishReason
 from amalgam.errors import AmalgamError
 from amalgam.experts.saved.files import to_bytes
@@ -133,6 +134,22 @@ def test_metrics_keep_their_names_types_labels_and_help(client: httpx.Client, co
     lines = client.get("/metrics").text.splitlines()
     assert {series_of(line) for line in lines} == set(expected.splitlines())
     assert len(lines) == len(set(lines)) == len(expected.splitlines())
+
+
+def test_guesses_have_metrics_where_there_are_any() -> None:
+    deployment, counts = FakeDeployment(), SpeculationCounts(3, 9, 4, (3, 1, 0), 2, 0.5)
+    deployment.engine.meter = Meter(speculation=lambda: counts)
+    with serving(fake_settings(port=0, metrics_compat="vllm"), lambda: deployment) as url:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+    values = {series_of(line): float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    assert values["amalgam_speculation_proposed_tokens_total"] == 9
+    assert values["amalgam_speculation_accepted_tokens_total"] == 4
+    assert values['amalgam_speculation_accepted_tokens_by_position_total{position="1"}'] == 1
+    assert values["amalgam_speculation_declined_total"] == 2
+    of_vllm = {name.partition("{")[0]: value for name, value in values.items() if name.startswith("vllm:spec_decode")}
+    assert of_vllm["vllm:spec_decode_num_drafts_total"] == 3
+    assert of_vllm["vllm:spec_decode_num_draft_tokens_total"] == 9
+    assert of_vllm["vllm:spec_decode_num_accepted_tokens_total"] == 4
 
 
 def test_metrics_are_openmetrics_where_that_is_asked_for(client: httpx.Client, counted: FakeDeployment) -> None:

@@ -1,24 +1,29 @@
 """What speculation brings: by arithmetic before anybody tries, and measured, with and without in turns.
 
-In: costs, or a running deployment that guesses. Out: tables as rows. Must never know: files, HTTP.
+In: costs, or a running engine. Out: tables as rows. Must never know: files, HTTP.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
 from amalgam.composition.progress import Progress
+from amalgam.engine.core import Engine
 from amalgam.engine.meter import SpeculationCounts
 from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Request
+from amalgam.engine.speculation.costs import CostModel
+from amalgam.engine.speculation.proposer import Wanted
 from amalgam.engine.speculation.simulation import Costs, speed_up
+from amalgam.engine.speculation.speculator import Speculator
 from amalgam.errors import ConfigError
 from amalgam.models.spec import ModelSpec
-from amalgam.runtime.deployment import Deployment
 
 CHANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 LENGTHS = (1, 2, 3, 4, 6, 8)
@@ -91,23 +96,94 @@ class _Round:
     token_ids: list[tuple[int, ...]]
 
 
-def measure(
-    deployment: Deployment, batches: Sequence[int], num_tokens: int, repeats: int, progress: Progress
+class KnownAnswers:
+    """Guesses answers that it has been told, each token right with a given chance: the same `Proposer` for any model.
+
+    Args:
+        chance: that a guess comes true, if those before it do.
+        vocab_size: of the model.
+    """
+
+    is_free = True
+    num_computed = 0
+
+    def __init__(self, chance: float, vocab_size: int) -> None:
+        self._rng = random.Random(0)
+        self._chance = chance
+        self._vocab_size = vocab_size
+        self.answers: dict[int, tuple[int, ...]] = {}  # by the request's seed
+
+    def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Sequence[int]]:
+        """See `Proposer.propose`."""
+        return {request.request_id: self._guess(request, num_tokens) for request, num_tokens in wanted}
+
+    def num_missing(self, request: Request) -> int:
+        """See `Proposer.num_missing`."""
+        return 0
+
+    def forget(self, request_id: int) -> None:
+        """See `Proposer.forget`."""
+
+    def _guess(self, request: Request, num_tokens: int) -> list[int]:
+        start = request.num_new_tokens
+        known = self.answers.get(request.seed, ())[start : start + num_tokens]
+        return [
+            token_id if self._rng.random() < self._chance else (token_id + 1) % self._vocab_size for token_id in known
+        ]
+
+
+def measure_chances(
+    engine: Engine,
+    spec: ModelSpec,
+    prompts: Mapping[str, Sequence[int]],
+    chances: Sequence[float],
+    num_guesses: int,
+    **chosen: Any,
 ) -> list[Measured]:
-    """Greedy answers to each of `PROMPTS`, without guesses, with all, and with those that pay, in turns.
+    """What guesses would bring that come true with each of `chances`, and cost nothing themselves.
+
+    Args:
+        num_guesses: most of them for a sequence in a step.
+        chosen: see `measure`.
+    """
+    before, rows = engine.speculator, []
+    try:
+        for chance in chances:
+            proposer = KnownAnswers(chance, spec.vocab_size)
+            costs = CostModel(spec.num_experts, spec.num_active_experts)
+            engine.speculator = Speculator("known", proposer, num_guesses, spec.vocab_size, costs)
+            for name, prompt_ids in prompts.items():
+                proposer.answers = {}
+                longest = _run(engine, prompt_ids, max(chosen["batches"]), chosen["num_tokens"], guesses=False)
+                proposer.answers = dict(enumerate(longest.token_ids))
+                rows += measure(engine, {f"{name}, {chance:.0%} true": prompt_ids}, **chosen)
+    finally:
+        engine.speculator = before
+    return rows
+
+
+def measure(
+    engine: Engine,
+    prompts: Mapping[str, Sequence[int]],
+    *,
+    batches: Sequence[int],
+    num_tokens: int,
+    repeats: int,
+    progress: Progress,
+) -> list[Measured]:
+    """Answers to each prompt, without guesses, with all, and with those that pay, in turns. Nothing else may run.
 
     Raises:
-        ConfigError: the deployment guesses nothing.
+        ConfigError: the engine guesses nothing.
         AssertionError: an answer differs.
     """
-    speculator = deployment.engine.speculator
+    speculator = engine.speculator
     if speculator is None:
         raise ConfigError("Nothing is guessed.", remedy="Give --speculation ngram, self or draft.")
     model = speculator.costs
-    done, total = 0, len(PROMPTS) * len(batches) * (repeats + 1) * len(MODES)
+    done, total = 0, len(prompts) * len(batches) * (repeats + 1) * len(MODES)
     rows: list[Measured] = []
-    for name, text in PROMPTS.items():
-        prompt_ids = deployment.tokenizer.encode(text)
+    for name, prompt_ids in prompts.items():
         for count in batches:
             rounds: dict[Mode, list[_Round]] = {"off": [], "always": [], "adaptive": []}
             spent: dict[Mode, SpeculationCounts] = dict.fromkeys(rounds, SpeculationCounts())
@@ -116,23 +192,33 @@ def measure(
                     # Only while nothing runs, so that the step thread does not see the change amid a step.
                     speculator.costs = None if mode == "always" else model
                     before = speculator.counts
-                    found = _run(deployment, prompt_ids, count, num_tokens, guesses=mode != "off")
+                    found = _run(engine, prompt_ids, count, num_tokens, guesses=mode != "off")
                     if index:
                         kept.append(found)
                         spent[mode] = _sum(spent[mode], before, speculator.counts)
                     done += 1
                     progress("rounds", done, total)
             speculator.costs = model
-            answers = {tuple(map(tuple, one.token_ids)) for kept in rounds.values() for one in kept}
+            answers = {tuple(one.token_ids) for kept in rounds.values() for one in kept}
             assert len(answers) == 1, f"answers to {name!r} differ with and without guesses"
             rows += [_measured(name, count, mode, rounds, spent[mode]) for mode in rounds]
     return rows
 
 
-def _run(deployment: Deployment, prompt_ids: Sequence[int], count: int, num_tokens: int, *, guesses: bool) -> _Round:
-    params = SamplingParams(max_new_tokens=num_tokens, do_sample=False, ignore_eos=True, speculate=guesses)
+def _run(engine: Engine, prompt_ids: Sequence[int], count: int, num_tokens: int, *, guesses: bool) -> _Round:
+    """Sampled, but for the first sequence, so that each has a text of its own."""
+    params = [
+        SamplingParams(
+            max_new_tokens=num_tokens, do_sample=index > 0, temperature=1.0, seed=index, ignore_eos=True,
+            speculate=guesses,
+        )
+        for index in range(count)
+    ]  # fmt: skip
     started = time.perf_counter()
-    answers = deployment.engine.generate([prompt_ids] * count, params)
+    answers = engine.generate([prompt_ids] * count, params)
+    for answer in answers:
+        if answer.error is not None:
+            raise answer.error
     seconds = time.perf_counter() - started - max(answer.usage.first_token_seconds for answer in answers)
     given = sum(len(answer.token_ids) - 1 for answer in answers)
     return _Round(given / max(seconds, 1e-9), [answer.token_ids for answer in answers])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -9,18 +11,18 @@ from amalgam.engine.speculation.costs import Candidate, CostModel, Experts, Fit
 from amalgam.engine.speculation.simulation import Costs, Traffic, simulate, speed_up, tokens_of_step
 
 ROWS = np.array([1.0, 4.0])
-MOE = {"num_experts": 128, "num_active": 8, "expert_share": 0.6}
+MOE = partial(Costs, expert_share=0.6, num_experts=128, num_active=8)
 MIXES = {
     "dense, one stream, a good draft": (Costs(draft=0.1, per_row=0.02), Traffic(1, [0.85])),
     "dense, one stream, a poor draft": (Costs(draft=0.3, per_row=0.02), Traffic(1, [0.3])),
     "dense, limited by arithmetic": (Costs(draft=0.3, draft_per_row=0.2, per_row=0.9), Traffic(16, [0.7])),
     "dense, many streams, copies": (Costs(per_row=0.02), Traffic(16, [0.9], coverage=0.7)),
     "dense, itself in 4 bits": (Costs(draft=0.3, per_row=0.02), Traffic(1, [0.95])),
-    "experts, one stream, chat": (Costs(per_row=0.01, **MOE), Traffic(1, [0.4], coverage=0.5)),
-    "experts, one stream, copies": (Costs(per_row=0.01, **MOE), Traffic(1, [0.97])),
-    "experts, itself in 4 bits": (Costs(draft=0.35, per_row=0.01, **MOE), Traffic(1, [0.9])),
-    "experts that are read anyway": (Costs(per_row=0.01, **MOE), Traffic(32, [0.8])),
-    "experts, half of the requests copy": (Costs(per_row=0.05, **MOE), Traffic(8, [0.98, 0.05])),
+    "experts, one stream, chat": (MOE(per_row=0.01), Traffic(1, [0.4], coverage=0.5)),
+    "experts, one stream, copies": (MOE(per_row=0.01), Traffic(1, [0.97])),
+    "experts, itself in 4 bits": (MOE(draft=0.35, per_row=0.01), Traffic(1, [0.9])),
+    "experts that are read anyway": (MOE(per_row=0.01), Traffic(32, [0.8])),
+    "experts, half of the requests copy": (MOE(per_row=0.05), Traffic(8, [0.98, 0.05])),
 }
 
 
