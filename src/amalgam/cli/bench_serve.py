@@ -12,7 +12,7 @@ import typer
 from amalgam.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
-    from amalgam.tools.load.benchmark import Benchmark, Work
+    from amalgam.tools.load.benchmark import Benchmark, Extent, Work
     from amalgam.tools.load.client import Endpoint
     from amalgam.tools.load.metrics import Distribution, Point
     from amalgam.tools.load.running import Load
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 _CLIENTS = "1,4,16"  # where neither rates nor clients are given
 _SECONDS = 20.0  # of a load, where neither requests nor seconds are given
+_LEAST = 150  # requests of a rate, where it is searched: with fewer, chance hides what is 10% too much
 _OUTPUT_TOKENS = "64"
 _PROMPT_TOKENS = "256"
 _ARRIVALS = ("poisson", "constant", "burst")
@@ -165,7 +166,7 @@ def command(
     until then is reported), 130 after Ctrl-C (likewise).
     """
     from amalgam.cli.console import note, print_json, progress_bar
-    from amalgam.tools.load.benchmark import Benchmark, Extent, Target, body_fields, run_until_interrupted
+    from amalgam.tools.load.benchmark import Benchmark, Target, body_fields, run_until_interrupted
     from amalgam.tools.load.http import Address
     from amalgam.tools.load.metrics import parse_objectives
     from amalgam.tools.load.running import Load
@@ -189,7 +190,7 @@ def command(
     benchmark = Benchmark(
         Target(address, endpoint_, model, api_key, fields, usage, timeout),
         work,
-        Extent(requests, _SECONDS if requests is None and seconds is None else seconds, warmup),
+        _extent(requests, seconds, warmup, is_search=find_saturation),
         objectives,
     )
     with progress_bar("requests") as progress:
@@ -213,6 +214,14 @@ def command(
     if benchmark.is_gone:
         note(f"Error: {address} went away; the figures are of what it had answered.")
     return UnavailableError.exit_code if benchmark.is_gone or not _has_answers(benchmark) else 0
+
+
+def _extent(requests: int | None, seconds: float | None, warmup: int, *, is_search: bool) -> Extent:
+    from amalgam.tools.load.benchmark import Extent
+
+    if requests is None and seconds is None:
+        return Extent(None, _SECONDS, warmup, least=_LEAST if is_search else 0)
+    return Extent(requests, seconds, warmup)
 
 
 def _has_answers(benchmark: Benchmark) -> bool:

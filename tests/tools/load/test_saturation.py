@@ -9,7 +9,7 @@ import pytest
 
 from amalgam.tools.load.metrics import Errors, Goodput, Point, figures
 from amalgam.tools.load.running import Load, Measured
-from amalgam.tools.load.saturation import PRECISION, Saturation, find
+from amalgam.tools.load.saturation import PRECISION, Saturation, find, refusal
 
 NOTHING = figures(Measured(Load()))
 
@@ -43,6 +43,7 @@ class Server:
             requests_per_second=answered,
             errors={"HTTP 429": Errors(num_failed, "")} if num_failed else {},
             slope=offered - answered,
+            sending_seconds=1000.0,
             goodput=None if self.limit is None else Goodput(share, 0.0, {}),
             is_gone=len(self.loads) == self.gone_at,
         )
@@ -86,3 +87,11 @@ def test_a_server_that_goes_away_leaves_what_was_found() -> None:
     server.gone_at = 8
     found = search(server)
     assert found.capacity == 10.0 and len(server.loads) == 8
+
+
+def test_chance_is_no_growth() -> None:
+    point = replace(
+        NOTHING, load=Load(rate=4.0), num_completed=40, mean_concurrency=2.0, slope=0.4, sending_seconds=10.0
+    )
+    assert not refusal(point, 0.9), "2.7 more at the end, of two: that happens"
+    assert refusal(replace(point, sending_seconds=60.0), 0.9)

@@ -70,11 +70,22 @@ class Work:
 
 @dataclass(frozen=True)
 class Extent:
-    """How long a load lasts: requests, seconds, or whichever ends first; and requests before it that do not count."""
+    """How long a load lasts: requests, seconds, or whichever ends first; and requests before it that do not count.
+
+    Attributes:
+        least: requests of a load with a rate, however long they take.
+    """
 
     requests: int | None = None
     seconds: float | None = None
     warmup: int = 4
+    least: int = 0
+
+    def of(self, load: Load) -> tuple[int | None, float | None]:
+        """Requests and seconds of a load, as `run` takes them."""
+        if load.rate is not None and self.seconds is not None and self.least > load.rate * self.seconds:
+            return self.least, None
+        return self.requests, self.seconds
 
 
 @dataclass
@@ -257,7 +268,8 @@ class Benchmark:
             await run(client, questions, Measured(Load(concurrency=extent.warmup)), count=extent.warmup, seconds=None)
         measured = Measured(load)
         self.measured.append(measured)
-        expected = _expected(load, extent)
+        count, seconds = extent.of(load)
+        expected = _expected(load, count, seconds)
 
         def tell(num_ended: int) -> None:
             progress(str(load), num_ended, max(expected, num_ended))
@@ -267,8 +279,8 @@ class Benchmark:
             client,
             questions,
             measured,
-            count=extent.requests,
-            seconds=extent.seconds,
+            count=count,
+            seconds=seconds,
             seed=self.work.seed + number,
             progress=tell,
         )
@@ -288,12 +300,12 @@ class Benchmark:
         return True
 
 
-def _expected(load: Load, extent: Extent) -> int:
+def _expected(load: Load, count: int | None, seconds: float | None) -> int:
     """How many answers a load will have, as far as it is known: for a progress bar."""
-    if load.rate is None or extent.seconds is None:
-        return extent.requests or 0
-    by_time = max(1, round(load.rate * extent.seconds))
-    return min(by_time, extent.requests) if extent.requests else by_time
+    if load.rate is None or seconds is None:
+        return count or 0
+    by_time = max(1, round(load.rate * seconds))
+    return min(by_time, count) if count else by_time
 
 
 def _record(measured: Measured, answer: Answer) -> dict[str, Any]:

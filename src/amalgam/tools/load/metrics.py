@@ -18,6 +18,7 @@ from amalgam.tools.load.client import Answer
 from amalgam.tools.load.running import Generator, Load, Measured
 
 PERCENTILES = (50, 90, 95, 99)
+SLOPE_SHARE = 2 / 3  # of the sending time, its end, in which it is looked at whether requests under way become more
 OBJECTIVES = ("ttft", "itl", "tpot", "e2e")
 _UNITS = {"": 1e-3, "ms": 1e-3, "s": 1.0, "us": 1e-6}
 _OBJECTIVE = re.compile(r"(\w+)[:=](\d+(?:\.\d+)?)(ms|us|s|)")
@@ -89,6 +90,7 @@ class Point:
         num_cached_tokens: of prompts; None where the server does not tell.
         mean_concurrency: requests under way, on the average over `seconds`.
         slope: requests under way more from one second to the next, while requests were sent.
+        sending_seconds: for how long requests were sent.
         distortion: why the figures are rather the sending program's; empty if they are not.
     """
 
@@ -113,6 +115,7 @@ class Point:
     mean_concurrency: float
     max_concurrency: int
     slope: float
+    sending_seconds: float
     goodput: Goodput | None
     send_lag: Distribution | None
     loop_lag: Distribution | None
@@ -137,6 +140,7 @@ class Point:
                 "errors": {kind: asdict(error) for kind, error in self.errors.items()},
             },
             "seconds": self.seconds,
+            "sending_seconds": self.sending_seconds,
             "throughput": {
                 "requests_per_second": self.requests_per_second,
                 "output_tokens_per_second": self.output_tokens_per_second,
@@ -229,6 +233,7 @@ def figures(measured: Measured, objectives: Mapping[str, float] | None = None) -
         mean_concurrency=sum(answer.total_seconds for answer in measured.answers if answer.sent) / seconds,
         max_concurrency=most,
         slope=slope,
+        sending_seconds=measured.sending_seconds,
         goodput=_goodput(whole, failed, objectives, seconds) if objectives else None,
         send_lag=send_lag,
         loop_lag=loop_lag,
@@ -297,7 +302,7 @@ def _under_way(measured: Measured) -> tuple[int, float]:
         return 0, 0.0
     times, steps = (np.array(column, np.float64) for column in zip(*sorted(changes), strict=True))
     numbers = np.cumsum(steps)
-    begin, end = (measured.started + share * measured.sending_seconds for share in (1 / 3, 1.0))
+    begin, end = (measured.started + share * measured.sending_seconds for share in (1 - SLOPE_SHARE, 1.0))
     moments = np.linspace(begin, end, 200)
     sampled = np.concatenate(([0.0], numbers))[np.searchsorted(times, moments, side="right")]
     slope = float(np.polyfit(moments - begin, sampled, 1)[0]) if end > begin else 0.0

@@ -2,9 +2,9 @@
 
 In: a function that measures a load. Out: the rate, and what was measured on the way. Must never know how.
 
-First clients that ask one question after another, twice as many each time, until twice as many get no more answered:
-that is the server's capacity. Then rates around it, each time halving the interval between the highest that was borne
-and the lowest that was not, until it is narrow enough.
+First clients that ask one question after another, twice as many each time, until doubling them twice gets no more
+answered: that is the server's capacity. Then rates around it, each time halving the interval between the highest that
+was borne and the lowest that was not, until it is narrow enough.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from amalgam.tools.load.metrics import Point
+from amalgam.tools.load.metrics import SLOPE_SHARE, Point
 from amalgam.tools.load.running import Arrivals, Load
 
 GAIN = 1.05  # clients doubled that answer less than this more are enough
 MAX_ERROR_SHARE = 0.01
 MAX_GROWTH = 0.05  # of the rate, by which requests under way may become more
+NOISE = 3.0  # standard deviations by which those under way vary by chance, if they arrive independently
 PRECISION = 1.05  # of the highest borne to the lowest not borne
 _FIRST_STEP = 1.25  # from the capacity, until there is one of each
 _MAX_PROBES = 16
@@ -59,7 +60,7 @@ def refusal(point: Point, attainment: float) -> str:
     """Why a rate is not borne; empty if it is.
 
     With objectives: fewer than `attainment` of the requests meet them. Without: requests under way become more and
-    more, or some fail.
+    more, by more than chance does, or some fail.
     """
     ended = point.num_completed + point.num_failed
     if point.num_failed > MAX_ERROR_SHARE * ended:
@@ -69,22 +70,26 @@ def refusal(point: Point, attainment: float) -> str:
         return f"{share:.1%} met the objectives" if share < attainment else ""
     assert point.load.rate is not None
     growth = point.slope / point.load.rate
-    return f"requests under way grew by {growth:.0%} of the rate" if growth > MAX_GROWTH else ""
+    # Their number is a Poisson variable where they arrive independently: its variance is its mean.
+    by_chance = NOISE * math.sqrt(max(1.0, point.mean_concurrency))
+    is_growing = growth > MAX_GROWTH and point.slope * SLOPE_SHARE * point.sending_seconds > by_chance
+    return f"requests under way grew by {growth:.0%} of the rate" if is_growing else ""
 
 
 async def find(
     measure: Measure, found: Saturation, *, arrivals: Arrivals, burst: int, max_clients: int, attainment: float
 ) -> None:
     """Fill `found`; it holds what there is when `measure` raises."""
-    clients = 1
-    while clients <= max_clients:
+    clients, num_useless = 1, 0
+    while clients <= max_clients and num_useless < 2:
         point = await measure(Load(concurrency=clients))
         if point.is_gone:
             return
         better = point.requests_per_second > GAIN * found.capacity
         if point.requests_per_second > found.capacity:
             found.capacity, found.clients = point.requests_per_second, clients
-        if not better or point.num_failed > MAX_ERROR_SHARE * point.num_sent:
+        num_useless = 0 if better else num_useless + 1
+        if point.num_failed > MAX_ERROR_SHARE * point.num_sent:
             break
         clients *= 2
     rate = found.capacity
