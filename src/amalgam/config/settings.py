@@ -255,7 +255,7 @@ class ServerSettings(Section):
     tool_parser: str = "auto"
     """How the model writes tool calls: auto (as its template shows), hermes, qwen_xml, mistral, llama, deepseek, ..."""
     reasoning_parser: str = "auto"
-    """What stands around the model's reasoning: auto (as its template shows), think, mistral, seed or none."""
+    """What stands around the model's reasoning: auto (as its template shows), think, mistral, seed, gemma or none."""
     served_model_names: tuple[ModelName, ...] = ()
     """Names under which OpenAI's and Anthropic's interface have the model; answers bear the first. Empty: its own."""
     embedding_pooling: Literal["mean", "last"] = "mean"

@@ -99,9 +99,9 @@ experts may have the names of other families (`mlp.experts.N.gate_proj`), as llm
 _FAMILIES = """## Families
 
 Each is proven against its Hugging Face class in float32 (XVERSE against an independent float64 implementation). Rotary
-positions: default, linear, dynamic, llama3, yarn, longrope. Sliding windows and a head tied to the embedding where the
-config has them. Each field of a config.json means what the class makes of it, and has its default where it is missing;
-what the class could not follow either is refused.
+positions: default, linear, dynamic, llama3, yarn, longrope, proportional. Sliding windows and a head tied to the
+embedding where the config has them. Each field of a config.json means what the class makes of it, and has its default
+where it is missing; what the class could not follow either is refused.
 
 Where the Hugging Face classes look at the longest sequence of a batch, a table here holds for all requests: *dynamic*
 serves up to `max_position_embeddings`, where it equals the default, and refuses longer sequences; *longrope* takes its
@@ -119,9 +119,13 @@ order than the published checkpoints, so that one is no source beside the other.
 `bailing_hybrid` Ling 3 is served; Ling 2.5 and Ring 2.5 have another linear attention. llama.cpp has no architecture
 for Ling 3.
 
-Of multimodal checkpoints (`…ForConditionalGeneration` below) the text part is served; what sees images, and layers that
-predict further tokens, are left out. `Mistral3ForConditionalGeneration` holds Mistral, Ministral 3 or Mistral 4, as its
-`text_config.model_type` says.
+Gemma 4's layers may share keys and values, and may have an embedding of their own: such models are quantized with
+texts as others are, but what each projection does to the loss is not measured (`amalgam plan`). Tokens of images, which
+attend in both directions there, do not come up.
+
+Of multimodal checkpoints (`…ForConditionalGeneration` below) the text part is served; what sees images or hears, and
+layers that predict further tokens, are left out. `Mistral3ForConditionalGeneration` holds Mistral, Ministral 3 or
+Mistral 4, as its `text_config.model_type` says.
 """
 _GGUF = """## GGUF
 
@@ -133,8 +137,8 @@ in its folder takes their place if the folder is named instead of the file.
   would change what is computed and is not understood is refused by name. DeepSeek files without
   `expert_group_count` (converters until autumn 2025) work for V2, V3, R1, Moonlight and Kimi K2, which are known by
   their size; of others the published `config.json` has to be there.
-- **Tokenizers** `gpt2` and `llama`. `tokenizer.ggml.pre` may be {names}. Where llama.cpp differs from the published
-  `tokenizer.json`, the latter counts: Unicode's form NFC for {normalized}; the published expressions
+- **Tokenizers** `gpt2`, `gemma4` and `llama`. `tokenizer.ggml.pre` may be {names}. Where llama.cpp differs from the
+  published `tokenizer.json`, the latter counts: Unicode's form NFC for {normalized}; the published expressions
   of GPT-4o's kind, Kimi K2, Cohere and others, which llama.cpp comes near to with `std::regex`.
 - **An answer ends** where it does in llama.cpp: at the ids that the file names (eos, eot, eom, fim_pad, fim_rep,
   fim_sep) and at tokens known by their text (`<|im_end|>`, `<|eot_id|>`, `<|endoftext|>` …). Texts that can stand in an
@@ -236,6 +240,7 @@ def _features(slots: set[str]) -> dict[str, list[str]]:
             "mlp.gate_up": "gate and up in one",
             "mlp.up": "",
             "attention_post_norm": "norms behind the blocks",
+            "inputs.gate": "an embedding for each layer",
             "attention_norm_bias": "LayerNorm",
             "positions": "learned positions",
             "head_bias": "head bias",
