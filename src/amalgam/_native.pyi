@@ -389,6 +389,7 @@ class Program:
         scaling: float,
         jitter: float,
         index: int,
+        factors: Tensor | None = None,
         /,
     ) -> None: ...
     def add_mix(

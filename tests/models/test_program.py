@@ -55,7 +55,7 @@ from amalgam.models.spec import LayerSpec
 from amalgam.models.weights import BlockWeights, WeightVersion
 from tests.errors import raises
 from tests.models.harness import Runner, interpreted, like, load_model
-from tests.models.tiny import save_tiny
+from tests.models.tiny import GEMMA4_MOE, save_tiny
 
 pytestmark = pytest.mark.skipif(not extension.is_available(), reason=str(extension.why_unavailable()))
 
@@ -183,6 +183,7 @@ def test_every_family_runs_in_one_call(family: str, dtype: torch.dtype, tmp_path
         ("granitemoe", {**MAMBA, "num_local_experts": 0, "mamba_conv_bias": False, "mamba_proj_bias": True}),
         ("gemma2", {"attention_bias": True, "final_logit_softcapping": None}),
         ("gemma3", {"attention_bias": True}),
+        ("gemma4", GEMMA4_MOE),
         ("ernie4_5", {"use_bias": True}),
         ("phi3", {"intermediate_size": 96, "num_key_value_heads": 4}),
     ],

@@ -165,7 +165,7 @@ class Encoder:
     def _route(self, one: Route) -> bool:
         from amalgam import _native
 
-        if not isinstance(one.weight, PanelWeight) or one.factors is not None:
+        if not isinstance(one.weight, PanelWeight):
             return False
         self.native.add_route(
             self._columns(one.x),
@@ -180,6 +180,7 @@ class Encoder:
             one.scaling,
             one.jitter,
             self.num_routes - 1,
+            _wide(one.factors),
         )
         return True
 

@@ -702,7 +702,7 @@ NB_MODULE(_native, module) {
              nb::arg(), nb::arg(), optional())
         .def("add_attend_latent", &ProgramBuilder::add_attend_latent)
         .def("add_route", &ProgramBuilder::add_route, nb::arg(), nb::arg(), optional(), optional(), nb::arg(),
-             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional() = nb::none())
         .def("add_mix", &ProgramBuilder::add_mix, nb::keep_alive<1, 3>())
         .def("add_weigh_input", &ProgramBuilder::add_weigh_input)
         .def("add_swiglu", &ProgramBuilder::add_swiglu)

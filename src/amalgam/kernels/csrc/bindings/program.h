@@ -268,7 +268,7 @@ struct ProgramBuilder {
 
     void add_route(const ColumnsTuple& x, const MatrixPointer& matrix, const Tensor& bias, const Tensor& correction,
                    Scoring scoring, int64_t num_groups, int64_t num_kept, bool normalises, float sum_eps, float scaling,
-                   float jitter, int64_t index) {
+                   float jitter, int64_t index, const Tensor& factors) {
         require(matrix != nullptr, "a weight is not in panels");
         const Columns rows = whole(x);
         const int64_t experts = matrix->matrix().rows, k = program.num_active;
@@ -277,9 +277,9 @@ struct ProgramBuilder {
                 "routing to " + std::to_string(k) + " of " + std::to_string(experts) + " experts in " +
                     std::to_string(num_groups) + " groups");
         const Weight found = weight(matrix, bias, experts, rows.width);
-        const ExpertChoice choice{scoring,    k,        floats("correction", correction, experts),
-                                  num_groups, num_kept, normalises,
-                                  sum_eps,    scaling,  jitter};
+        const ExpertChoice choice{
+            scoring, k,      floats("correction", correction, experts), num_groups, num_kept, normalises, sum_eps,
+            scaling, jitter, floats("factors", factors, experts)};
         program.instructions.emplace_back(Route{rows, found, choice, index});
         num_routes = std::max(num_routes, index + 1);
     }

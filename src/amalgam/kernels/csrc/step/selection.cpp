@@ -131,6 +131,9 @@ void choose_for_token(const TopExpertsArgs& args, int64_t token, RoutingScratch&
     if (how.scaling != 1.0f) {
         for (int64_t i = 0; i < how.k; ++i) weights[i] *= how.scaling;
     }
+    if (how.factors != nullptr) {
+        for (int64_t i = 0; i < how.k; ++i) weights[i] *= how.factors[ids[i]];
+    }
 }
 
 // Not NaN, not infinite: 0 times anything else is 0.

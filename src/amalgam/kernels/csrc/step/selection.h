@@ -19,6 +19,7 @@ struct ExpertChoice {
     int64_t num_kept;         // groups that are taken
     bool normalises;
     float sum_eps, scaling, jitter;
+    const float* factors;  // [experts], multiply the weights at the end; or null
 };
 
 // The experts of every row of scores, the first choice first (equal ones: smaller index first). Any input gives
