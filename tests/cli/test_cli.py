@@ -228,6 +228,7 @@ BAD = {
     "a temperature out of range": (["generate", "x", "--model", str(DEMO), "--temperature", "-1"], 2, "-1"),
     "an unknown shape": (["bench", "--shape", "XXL"], 2, "XXL"),
     "nothing to measure": (["bench"], 2, "--shape"),
+    "weights of no shape": (["bench", "--model", str(DEMO), "--weights", "int4"], 2, "--shape"),
     "a reference that is not there": (
         ["generate", "x", "--model", str(DEMO), "--statistics.reference", "nowhere.npz"],
         2,

@@ -51,6 +51,8 @@ def test_commands_of_the_page(
     [
         (["--method", "gptq"], "--calibrate"),
         (["--method", "best"], "best"),
+        (["--sequence-length", "64"], "--calibrate"),
+        (["--method", "search", "--damping", "0.1"], "--method gptq"),
         (["--calibrate", "nowhere.json", "--method", "awq"], "nowhere.json"),
         (["--activations", "dynamic"], "int4"),
         (["--zero-points", "--format", "fp8"], "zero points"),

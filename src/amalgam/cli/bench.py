@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from amalgam.cli.options import with_settings
+from amalgam.cli.options import refuse_unused, with_settings
 from amalgam.config.settings import Settings
 
 
@@ -18,8 +18,8 @@ def command(
         str | None, typer.Option(help="Time this shape with random weights instead of a model: S.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="Format of the shape's weights: bf16, fp8, int8, int4, … or mixed.")
-    ] = "bf16",
+        str | None, typer.Option(help="Format of the shape's weights: bf16 (the default), fp8, int8, int4, … or mixed.")
+    ] = None,
     prompts: Annotated[str, typer.Option(help="Prompt lengths.")] = "128,512",
     batches: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1,8,16",
     num_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence decodes.")] = 32,
@@ -32,6 +32,8 @@ def command(
     from amalgam.runtime.opening import open_deployment
     from amalgam.tools import bench
 
+    if shape is None:
+        refuse_unused({"--weights": weights}, "--shape", "Add --shape S.")
     chosen: dict[str, Any] = {
         "prompts": numbers_of("--prompts", prompts),
         "batches": numbers_of("--batches", batches),
@@ -40,7 +42,7 @@ def command(
     }
     with progress_bar() as progress:
         if shape is not None:
-            report = bench.bench_shape(shape, weights, settings, progress=progress, **chosen)
+            report = bench.bench_shape(shape, weights or "bf16", settings, progress=progress, **chosen)
         elif settings.model.base_path:
             deployment = open_deployment(settings, progress)
             try:

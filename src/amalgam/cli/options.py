@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -96,3 +96,16 @@ def _rule(text: str) -> dict[str, str]:
     if not (pattern and equals and source):
         raise ConfigError(f"--map is {text!r}.", remedy="Expected PATTERN=SOURCE.")
     return {"pattern": pattern, "source": source}
+
+
+def refuse_unused(given: Mapping[str, Any], partner: str, remedy: str) -> None:
+    """
+    Args:
+        given: flags that have no effect without `partner`; what is true was given.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    for flag, value in given.items():
+        if value:
+            raise ConfigError(f"{flag} is given without {partner}.", remedy=remedy)

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from amalgam.cli.options import with_settings
+from amalgam.cli.options import refuse_unused, with_settings
 from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 
 _PLANNING = "Planning for a budget"
+_TOKENS, _WINDOW, _CHECKS = 16384, 256, 1  # what planning takes where nothing is said
 
 
 @with_settings
@@ -78,16 +79,16 @@ def command(
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of each kind of text.", rich_help_panel=_PLANNING)
-    ] = 16384,
+    ] = _TOKENS,
     window: Annotated[
         int, typer.Option(min=2, help="Tokens that are computed as one prompt.", rich_help_panel=_PLANNING)
-    ] = 256,
+    ] = _WINDOW,
     checks: Annotated[
         int,
         typer.Option(
             min=0, max=8, help="Rounds of checking sensitivities by measured divergences.", rich_help_panel=_PLANNING
         ),
-    ] = 1,
+    ] = _CHECKS,
     context: Annotated[
         int | None,
         typer.Option(
@@ -118,50 +119,69 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.yaml.", rich_help_panel=_PLANNING)] = False,
 ) -> None:
     """Check the weight mapping and show which source each weight comes from; or choose the sources for a budget."""
-    import torch
-
-    from amalgam.cli.console import progress_bar
-    from amalgam.composition.loader import ModelLoader
-    from amalgam.runtime.derive import ensure_derived
-
     given = {
         "--text": text,
         "--heldout": held_out,
         "--use": use,
         "--sources": sources,
         "--floor": floor,
+        "--tokens": tokens != _TOKENS,
+        "--window": window != _WINDOW,
+        "--checks": checks != _CHECKS,
+        "--context": context,
+        "--sequences": num_sequences != 1,
         "--out": out,
         "--frontier": frontier,
         "--cache": cache,
+        "--force": force,
     }
-    if budget is not None:
-        if explain is not None or show_all or show_manifest:
-            raise ConfigError(
-                "--budget is given beside --explain, --all or --manifest.",
-                remedy="Write the plan with --out, and then ask about it with --config.",
-            )
-        from amalgam.cli.plan_view import plan_for_budget
-        from amalgam.planning.problem import parse_floor
-        from amalgam.tools.evaluate import TextOptions
-        from amalgam.tools.plan import PlanOptions
-
-        options = PlanOptions(
-            TextOptions(text or [], window, tokens),
-            held_out or [],
-            use,
-            None if sources is None else [name.strip() for name in sources.split(",")],
-            dict(map(parse_floor, floor or [])),
-            checks,
-            context,
-            num_sequences,
-            cache=cache,
-        )
-        plan_for_budget(settings, options, budget, out, config_file, frontier, force=force, as_json=as_json)
+    shown = {"--explain": explain is not None, "--all": show_all, "--manifest": show_manifest}
+    views = [name for name, value in shown.items() if value]
+    if len(views) > 1:
+        raise ConfigError(f"{' and '.join(views)} are given.", remedy="Give one of them.")
+    if not show_manifest:
+        refuse_unused({"--sha256": sha256}, "--manifest", "Add --manifest.")
+    if budget is None:
+        refuse_unused(given, "--budget", "Add --budget, for instance 4.5bpw.")
+        _show(settings, explain, as_json, show_all=show_all, show_manifest=show_manifest, sha256=sha256)
         return
-    if unused := [name for name, value in given.items() if value]:
-        raise ConfigError(f"{unused[0]} is given without --budget.", remedy="Add --budget, for instance 4.5bpw.")
-    if sha256 and not show_manifest:
-        raise ConfigError("--sha256 is given without --manifest.", remedy="Add --manifest.")
+    if views:
+        raise ConfigError(
+            f"--budget is given beside {views[0]}.",
+            remedy="Write the plan with --out, and then ask about it with --config.",
+        )
+    if out is None:
+        refuse_unused({"--force": force}, "--out", "Add --out.")
+    from amalgam.cli.plan_view import plan_for_budget
+    from amalgam.planning.problem import parse_floor
+    from amalgam.tools.evaluate import TextOptions
+    from amalgam.tools.plan import PlanOptions
+
+    options = PlanOptions(
+        TextOptions(text or [], window, tokens),
+        held_out or [],
+        use,
+        None if sources is None else [name.strip() for name in sources.split(",")],
+        dict(map(parse_floor, floor or [])),
+        checks,
+        context,
+        num_sequences,
+        cache=cache,
+    )
+    plan_for_budget(settings, options, budget, out, config_file, frontier, force=force, as_json=as_json)
+
+
+def _show(
+    settings: Settings, explain: str | None, as_json: bool, *, show_all: bool, show_manifest: bool, sha256: bool
+) -> None:
+    """The plan that the settings make."""
+    import torch
+
+    from amalgam.cli.console import print_json, progress_bar
+    from amalgam.composition.loader import ModelLoader
+    from amalgam.composition.manifest import plan_manifest
+    from amalgam.runtime.derive import ensure_derived
+
     with progress_bar() as progress:
         ensure_derived(settings, progress)
     loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), settings.engine.num_load_threads)
@@ -170,14 +190,10 @@ def command(
         return
     planned = loader.plan()
     if show_manifest:
-        from amalgam.cli.console import print_json
-        from amalgam.composition.manifest import plan_manifest
-
         with progress_bar() as progress:
             document = plan_manifest(planned, settings.engine.num_load_threads if sha256 else None, progress)
         print_json(document)
-        return
-    if as_json or show_all:
+    elif as_json or show_all:
         _list(planned, as_json)
     else:
         _summarise(planned)

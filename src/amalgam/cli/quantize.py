@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amalgam.cli.options import refuse_unused
+
 if TYPE_CHECKING:
     from amalgam.composition.quantizing.report import QuantizeReport
 
 _MAX_NAMED = 20
+_TOKENS, _LENGTH, _EXPERT_TOKENS, _DAMPING = 65_536, 512, 256, 0.01  # where nothing is said
 
 
 def command(
@@ -43,13 +46,13 @@ def command(
             help="File of texts that the model reads: .json (list of strings), .jsonl or plain text. Repeatable."
         ),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1024, help="Tokens of the texts that are read.")] = 65_536,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Longest sequence of them.")] = 512,
+    calibration_tokens: Annotated[int, typer.Option(min=1024, help="Tokens of the texts that are read.")] = _TOKENS,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Longest sequence of them.")] = _LENGTH,
     min_expert_tokens: Annotated[
         int,
         typer.Option(min=0, help="Experts that fewer tokens are sent to are shown those that come nearest to it too."),
-    ] = 256,
-    damping: Annotated[float, typer.Option(min=1e-6, max=1.0, help="gptq: damping, a share of the mean.")] = 0.01,
+    ] = _EXPERT_TOKENS,
+    damping: Annotated[float, typer.Option(min=1e-6, max=1.0, help="gptq: damping, a share of the mean.")] = _DAMPING,
     act_order: Annotated[
         bool, typer.Option(help="gptq: round the inputs' columns in the order of their size; groups stay in place.")
     ] = True,
@@ -65,6 +68,15 @@ def command(
     from amalgam.composition.quantizing.recipe import CalibrationTexts, Recipe
     from amalgam.formats.grid import QuantizeOptions
 
+    about_texts = {
+        "--calibration-tokens": calibration_tokens != _TOKENS,
+        "--sequence-length": sequence_length != _LENGTH,
+        "--min-expert-tokens": min_expert_tokens != _EXPERT_TOKENS,
+    }
+    if not calibrate:
+        refuse_unused(about_texts, "--calibrate", "Give a file of texts.")
+    if method != "gptq":
+        refuse_unused({"--damping": damping != _DAMPING, "--no-act-order": not act_order}, "--method gptq", "Add it.")
     texts = None
     if calibrate:
         files = tuple(file.expanduser() for file in calibrate)
