@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import pytest
+from tests.cli.verb import run_verb
 from tests.conftest import DEMO
 from tests.errors import raises
 from tests.server.conftest import wait_until
+from tests.server.test_lifecycle import context
 
 from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.errors import ConflictError
 from amalgam.formats.grid import QuantizeOptions
 
-ROOT = Path(__file__).parents[2]
+__all__ = ["context"]
+
 CONFIG = """
 model:
   base_path: {demo}
@@ -29,30 +31,30 @@ model:
     weight_mapping: {{"model.layers.*.mlp.experts.*": int4}}
 server: {{port: 0}}
 """
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., ForkServerProcess]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts a verb: `start("quantize", …)`."""
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the standard error output of the verb goes."""
+    return tmp_path_factory.mktemp("log") / "stderr"
+
+
+@pytest.fixture
+def start(context: ForkServerContext, log: Path) -> Iterator[Start]:
+    """Starts a verb in a process of its own: `start("quantize", …)`."""
     processes = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "amalgam.cli", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(*arguments: str) -> ForkServerProcess:
+        process = context.Process(target=run_verb, args=(log, arguments))
+        process.start()
         processes.append(process)
         return process
 
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 def is_being_written(folder: Path) -> bool:
@@ -64,7 +66,7 @@ def is_being_written(folder: Path) -> bool:
     [("quantize", signal.SIGINT, 130), ("quantize", signal.SIGTERM, 143), ("serve", signal.SIGTERM, 0)],
 )
 def test_a_signal_ends_what_is_being_made(
-    tmp_path: Path, start: Start, verb: str, number: signal.Signals, code: int
+    tmp_path: Path, start: Start, log: Path, verb: str, number: signal.Signals, code: int
 ) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG.format(demo=DEMO, folder=tmp_path))
     if verb == "quantize":
@@ -72,9 +74,11 @@ def test_a_signal_ends_what_is_being_made(
     else:
         process = start("serve", "--config", str(tmp_path / "config.yaml"))
     wait_until(lambda: is_being_written(tmp_path))
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
+    stderr = log.read_text()
     assert "terminate" not in stderr and "Traceback" not in stderr
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
 
@@ -82,11 +86,12 @@ def test_a_signal_ends_what_is_being_made(
 def test_a_second_process_is_refused_and_what_a_killed_one_has_left_goes(tmp_path: Path, start: Start) -> None:
     process = start("quantize", str(DEMO), str(tmp_path / "int4"), "--format", "int4")
     wait_until(lambda: is_being_written(tmp_path))
-    process.send_signal(signal.SIGSTOP)  # it holds its lock, and is not done meanwhile
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)  # it holds its lock, and is not done meanwhile
     with raises(ConflictError, "int4", process.pid):
         quantize_checkpoint(str(DEMO), tmp_path / "int4", "int4", QuantizeOptions())
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert is_being_written(tmp_path)
     quantize_checkpoint(str(DEMO), tmp_path / "int4", "int4", QuantizeOptions())
     assert {path.name for path in tmp_path.iterdir()} == {"int4"}

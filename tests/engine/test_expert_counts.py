@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from amalgam.composition import loader
 from amalgam.config.settings import build_settings
@@ -22,6 +21,9 @@ from amalgam.models.routing import RoutingTrace
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from tests.conftest import DEMO
+from tests.lazy import Lazy
+
+AutoModelForCausalLM = Lazy("transformers", "AutoModelForCausalLM")
 
 NUM_REQUESTS = 100
 MAX_TOKENS = 96

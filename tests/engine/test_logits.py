@@ -4,7 +4,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from amalgam.engine.logits import NEVER, CountPenalty, EndThinking, Follow, RepetitionPenalty, process, processors_for
 from amalgam.engine.params import SamplingParams, ThinkingLimit
@@ -12,6 +11,9 @@ from amalgam.engine.request import Request
 from amalgam.engine.sampler import choose_tokens
 from amalgam.errors import RequestError
 from tests.errors import raises
+from tests.lazy import Lazy
+
+transformers = Lazy("transformers")
 
 
 def make_place(token_ids=(1, 2), proposed_ids=(), processors=()):
@@ -112,9 +114,9 @@ def test_biases_penalties_and_their_order_are_those_of_transformers():
     logits = torch.randn(1, 40) * 5
     biases = {3: 7.5, 1: -100.0, 39: 0.25}
     token_ids = [1, 3, 3, 17]
-    expected = LogitsProcessorList(
-        [SequenceBiasLogitsProcessor([[[key], value] for key, value in biases.items()]),
-         RepetitionPenaltyLogitsProcessor(1.7)]
+    expected = transformers.LogitsProcessorList(
+        [transformers.SequenceBiasLogitsProcessor([[[key], value] for key, value in biases.items()]),
+         transformers.RepetitionPenaltyLogitsProcessor(1.7)]
     )(torch.tensor([token_ids]), logits.clone())  # fmt: skip
     found = processed(logits, SamplingParams(logit_bias=biases, repetition_penalty=1.7), token_ids)
     assert found.tolist() == pytest.approx(expected[0].tolist(), abs=1e-5)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from amalgam import LLM, SamplingParams
 from amalgam.engine import prompts
@@ -18,6 +17,9 @@ from amalgam.errors import RequestError
 from tests.conftest import DEMO
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, greedy_tokens, kv_cache_bytes
 from tests.errors import raises
+from tests.lazy import Lazy
+
+AutoModelForCausalLM = Lazy("transformers", "AutoModelForCausalLM")
 
 TEXTS = ["The captain looked at the sea for a long while, and then he said: " * 6, "def f(x):", "春风又绿江南岸"]
 SCORE = SamplingParams(max_new_tokens=0, prompt_logprobs=2)

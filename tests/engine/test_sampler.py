@@ -1,14 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from amalgam.engine import sampler
 from amalgam.engine.logits import processors_for
@@ -18,6 +10,10 @@ from amalgam.engine.sampler import NonFiniteLogitsError, choose, uniform
 from amalgam.errors import RequestError
 from amalgam.kernels.backends.cpu import extension, sampling
 from tests.errors import raises
+from tests.lazy import Lazy
+
+transformers = Lazy("transformers")
+
 
 VOCAB_SIZE = 300
 
@@ -57,12 +53,14 @@ def make_logits(num_rows, seed=0, vocab_size=VOCAB_SIZE):
 
 def transformers_probabilities(logits, request):
     params = request.params
-    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(params.repetition_penalty)])
-    processors.append(TemperatureLogitsWarper(params.temperature))
+    processors = transformers.LogitsProcessorList(
+        [transformers.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)]
+    )
+    processors.append(transformers.TemperatureLogitsWarper(params.temperature))
     if params.top_k:
-        processors.append(TopKLogitsWarper(params.top_k))
-    processors.append(TopPLogitsWarper(params.top_p))
-    processors.append(MinPLogitsWarper(params.min_p))
+        processors.append(transformers.TopKLogitsWarper(params.top_k))
+    processors.append(transformers.TopPLogitsWarper(params.top_p))
+    processors.append(transformers.MinPLogitsWarper(params.min_p))
     return processors(torch.tensor([request.token_ids]), logits.clone()).softmax(dim=1)[0].double()
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
 
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
@@ -37,6 +34,10 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_tensors_are_those_of_the_library(name: str, options: QuantizeOptions) -> None:
+    from compressed_tensors.compressors import BaseCompressor  # takes seconds, in each process that reads this file
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
     torch.manual_seed(3)
     weight = torch.randn(40, 192) * torch.rand(40, 1) + torch.rand(40, 1) / 4
     weight[5] = weight[5].abs()

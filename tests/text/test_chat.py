@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from amalgam.errors import RequestError
 from amalgam.text import rendering
@@ -17,6 +16,9 @@ from amalgam.text.chat import ChatPrompt, ChatTemplates
 from amalgam.text.gguf.metadata import _chat_templates
 from amalgam.text.rendering import TemplateError
 from tests.errors import raises
+from tests.lazy import Lazy
+
+render_jinja_template = Lazy("transformers.utils.chat_template_utils", "render_jinja_template")
 
 CHATS = (
     [{"role": "user", "content": "hi"}],

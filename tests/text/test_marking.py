@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
 
 from amalgam.errors import PromptTooLongError, RequestError
 from amalgam.text.chat import ChatPrompt
@@ -16,7 +15,10 @@ from amalgam.text.marking import Marks, SpecialTokenFinder
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 from tests.errors import raises
+from tests.lazy import Lazy
 from tests.text.tokenizer_files import LLAMA3, byte_level, sentence_piece
+
+PreTrainedTokenizerFast = Lazy("transformers", "PreTrainedTokenizerFast")
 
 SPECIAL = (
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import httpx
 import pytest
 
@@ -25,8 +24,11 @@ from amalgam.text.answers.format import AnswerFormat
 from amalgam.text.answers.registry import answer_format, tool_formats
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
+from tests.lazy import Lazy
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, FakeEngine, fake_settings
+
+anthropic = Lazy("anthropic")
 
 TEMPLATE = (
     "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]"

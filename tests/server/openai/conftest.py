@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import openai
 import pytest
 
 from amalgam.config.settings import build_settings
 from amalgam.runtime.opening import open_deployment
+from tests.lazy import Lazy
 from tests.server.conftest import serving, wait_until
+
+openai = Lazy("openai")
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
 MAX_TOKENS = 1024

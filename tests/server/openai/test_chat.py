@@ -7,8 +7,11 @@ import json
 from typing import Any
 
 import httpx
-import openai
 import pytest
+
+from tests.lazy import Lazy
+
+openai = Lazy("openai")
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell me of the sea."}]
 WEATHER: Any = {

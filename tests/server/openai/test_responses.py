@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import openai
 import pytest
+
+from tests.lazy import Lazy
+
+openai = Lazy("openai")
 
 TOOL: Any = {
     "type": "function",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import httpx
-import openai
 import pytest
 
+from tests.lazy import Lazy
 from tests.server.openai.conftest import MAX_TOKENS
+
+openai = Lazy("openai")
 
 
 def test_models(client: openai.OpenAI) -> None:
