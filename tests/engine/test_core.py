@@ -133,7 +133,7 @@ class TestAnswers:
             first = engine.submit([5], SamplingParams(max_new_tokens=3, ignore_eos=True), on_output)
             time.sleep(0.05)  # steps enough for the first to end, were it alone
             second = engine.submit([6], SamplingParams(max_new_tokens=3, ignore_eos=True), on_output)
-        assert done.acquire(timeout=10) and done.acquire(timeout=10)
+        assert done.acquire(timeout=60) and done.acquire(timeout=60)
         assert order == [first, second] * 3
 
     def test_prompts_and_parameters_must_be_as_many(self, make_engine):
@@ -222,12 +222,12 @@ class TestProposals:
 
         def propose(token_ids):
             is_guessing.set()
-            assert may_go_on.wait(30)
+            assert may_go_on.wait(60)
             return ()
 
         engine, outputs = make_engine(propose=propose), Outputs()
         engine.submit([5], GREEDY, outputs)
-        assert is_guessing.wait(30)
+        assert is_guessing.wait(60)
         assert engine.status().num_running == 1  # would wait for the guess if that held the condition
         engine.submit([6], GREEDY, Outputs())
         may_go_on.set()
@@ -363,7 +363,7 @@ class TestStream:
         def on_step(token_ids):
             steps.append(token_ids)
             if len(steps) == 4:  # the answer cannot end before its reader has left
-                assert has_left.wait(10)
+                assert has_left.wait(60)
 
         decoder.on_step = on_step
 
@@ -553,7 +553,7 @@ class TestVersions:
         gc.disable()
         try:
             decoder.gate.set()
-            assert released.get(timeout=10) is None  # gone even before the last output arrives
+            assert released.get(timeout=60) is None  # gone even before the last output arrives
         finally:
             gc.enable()
 

@@ -8,6 +8,15 @@ from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS
 from amalgam.kernels.backends.cpu import extension
 
 
+def supported_isas() -> list[str]:
+    """Instruction sets to test with; test_extension.py tells by its skipped tests which others there are."""
+    if not extension.is_available():
+        return list(NATIVE_ISAS[:1])  # which is skipped, and says why
+    from amalgam import _native
+
+    return [isa for isa in NATIVE_ISAS if isa in _native.supported_isas()]
+
+
 @pytest.fixture
 def use_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Forces an instruction set the way a user does; skips where the processor or the build lacks it."""
@@ -24,7 +33,7 @@ def use_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     extension.kernels.cache_clear()
 
 
-@pytest.fixture(params=NATIVE_ISAS)
+@pytest.fixture(params=supported_isas())
 def isa(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> str:
     """Each instruction set in turn, in use."""
     use_isa(request.param)

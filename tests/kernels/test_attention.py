@@ -9,20 +9,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.config.settings import NATIVE_ISAS
 from amalgam.kernels.backends.cpu import attention, extension
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.step import AttentionBatch, CachedAttention, LayerCache
 from tests.errors import raises
+from tests.kernels.conftest import supported_isas
 
 TYPES = (torch.float32, torch.bfloat16)
 CODES = (torch.int8, torch.float8_e4m3fn)
 
 
-@pytest.fixture(params=NATIVE_ISAS)
+def isas_of_attention() -> list[str]:
+    """Those that have one of their own."""
+    if not extension.is_available():
+        return supported_isas()
+    from amalgam import _native
+
+    return [isa for isa in supported_isas() if _native.attention_kernels(isa).isa == isa]
+
+
+@pytest.fixture(params=isas_of_attention())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set in turn, in use; skips where the processor or the build lacks it."""
+    """Each instruction set in turn, in use."""
     use_isa(monkeypatch, request.param)
     return str(request.param)
 

@@ -181,7 +181,7 @@ def test_a_body_that_comes_slowly_is_refused_and_its_connection_closed() -> None
 def test_a_request_has_its_time_and_no_more(stream: bool) -> None:
     deployment = FakeDeployment()
     deployment.engine.held_at = 2
-    with server(deployment, request_seconds=0.3) as client:
+    with server(deployment, request_seconds=1.0) as client:
         response = client.post("/generate", json={**GENERATE, "stream": stream})
         assert response.status_code == (200 if stream else 504)
         assert '"type":"timed_out"' in response.text

@@ -142,7 +142,7 @@ def exchange(connection: socket.socket) -> bytes:
 
 def test_connections_live_for_as_long_as_the_setting_says() -> None:
     assert fake_settings().server.keep_alive_seconds == 75
-    with serving(fake_settings(port=0, keep_alive_seconds=0.1), FakeDeployment) as url:
+    with serving(fake_settings(port=0, keep_alive_seconds=0.5), FakeDeployment) as url:
         address = (httpx.URL(url).host, httpx.URL(url).port)
         with socket.create_connection(address, timeout=60) as used, socket.create_connection(address, 60) as silent:
             assert b" 200 " in exchange(used)

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, normalizers, processors
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer
 
 from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
 from amalgam.text.tokenizer import Tokenizer
 from tests.errors import raises
+from tests.lazy import Lazy
 from tests.text.tokenizer_files import (
     BOS,
     DEEPSEEK3,
@@ -31,6 +31,8 @@ from tests.text.tokenizer_files import (
     publish,
     sentence_piece,
 )
+
+AutoTokenizer = Lazy("transformers", "AutoTokenizer")
 
 KINDS: dict[str, Callable[[], Backend]] = {
     "llama3": lambda: byte_level(LLAMA3),

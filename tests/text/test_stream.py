@@ -72,9 +72,9 @@ class TestStream:
 
     def test_endless_noise_costs_no_more_per_token(self, tokenizer):
         noise = next(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\ufffd")
-        started = time.monotonic()
+        started = time.process_time()
         parts = stream_text(tokenizer, [noise] * 20_000)
-        assert time.monotonic() - started < 5
+        assert time.process_time() - started < 10
         assert len("".join(parts)) == 20_000
         assert len(parts[-1]) < 100
 
@@ -182,7 +182,7 @@ class TestContinuation:
         started = time.process_time()
         for _ in range(20):
             TextStream(kind, (), prompt_ids)
-        assert time.process_time() - started < 0.5
+        assert time.process_time() - started < 2
 
     @pytest.mark.parametrize("token", ["special", "beyond the vocabulary"])
     def test_tokens_without_text_cost_no_more_as_they_get_more(self, kind, token):

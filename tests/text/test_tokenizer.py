@@ -6,14 +6,16 @@ import sys
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
-from transformers import AutoTokenizer
 
 from amalgam.errors import CheckpointError, RequestError
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 from tests.errors import raises
+from tests.lazy import Lazy
 from tests.text.tokenizer_files import BOS, PROBES, TEXTS, sentence_piece
+
+AutoTokenizer = Lazy("transformers", "AutoTokenizer")
 
 
 @pytest.fixture
