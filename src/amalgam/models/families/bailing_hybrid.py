@@ -36,19 +36,16 @@ def _with_published_keys(config: ConfigReader) -> ConfigReader:
 
 def _read_delta_net(config: ConfigReader) -> KimiDeltaNet:
     config.expect("no_kda_lora", True)
-    head_dim = config.int("head_dim", default=128)
-    size = config.int("linear_head_dim", default=head_dim)
-    # transformers writes the rotary part of a head of latent attention as `head_dim`.
-    if head_dim not in (size, config.int("qk_rope_head_dim", default=64)):
-        config.refuse("head_dim", head_dim, f"{size}, as linear_head_dim says, or qk_rope_head_dim")
     is_bounded = config.bool("kda_safe_gate", default=True)
     bound = config.float("kda_lower_bound", default=-5.0)
     if bound >= 0:
         config.refuse("kda_lower_bound", bound, "a number below 0")
+    kernel_size = config.int("short_conv_kernel_size", default=4, low=2, high=64)
+    # transformers writes sizes of its own beside the published keys, and heeds those.
     return KimiDeltaNet(
-        num_heads=config.int("num_attention_heads"),
-        head_dim=size,
-        kernel_size=config.int("short_conv_kernel_size", default=4, low=2, high=64),
+        num_heads=config.int("linear_num_heads", default=config.int("num_attention_heads")),
+        head_dim=config.int("linear_head_dim", default=config.int("head_dim", default=128)),
+        kernel_size=config.int("linear_conv_kernel_dim", default=kernel_size, low=2, high=64),
         norm_eps=config.float("rms_norm_eps", default=NORM_EPS, low=0),
         bound=bound if is_bounded else None,
     )
