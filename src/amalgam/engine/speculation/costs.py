@@ -53,8 +53,10 @@ class Fit:
 
     def add(self, features: Sequence[float], y: float) -> None:
         row = np.array((1.0, *features))
-        self._moments = _FADE * self._moments + np.outer(row, row)
-        self._products = _FADE * self._products + y * row
+        self._moments *= _FADE
+        self._moments += row[:, None] * row
+        self._products *= _FADE
+        self._products += y * row
         self._coefficients = None
         self.num_seen += 1
 

@@ -17,6 +17,8 @@ from amalgam.engine.speculation.proposer import Proposer, Wanted
 
 logger = logging.getLogger("amalgam.engine")
 
+_COUNTED_STEPS = 5  # of so many one has its experts counted; no divisor of the cost model's periods
+
 
 class Speculator:
     """Guesses for the requests of steps. In the step thread, but for `counts`.
@@ -41,6 +43,7 @@ class Speculator:
         self.costs = costs
         self._vocab_size = vocab_size
         self._has_failed = False
+        self._num_steps = 0  # that the cost model was told of
 
     def propose(self, plan: StepPlan) -> dict[int, Sequence[int]]:
         """Request id → tokens that may follow its own. Takes its time where the proposer does."""
@@ -90,7 +93,9 @@ class Speculator:
             if self.costs is not None and request_id not in ended:
                 self.costs.add_outcome(request_id, len(item.proposed_ids), count)
         if self.costs is not None and all(item.is_stream for item in plan.scheduled):
-            self.costs.add_step(plan.num_tokens, seconds, count_experts())
+            is_counted = self._num_steps % _COUNTED_STEPS == 0  # counting takes a while where there are many layers
+            self.costs.add_step(plan.num_tokens, seconds, count_experts() if is_counted else None)
+            self._num_steps += 1
         if num_drafts:
             self.counts = self.counts._replace(
                 num_drafts=self.counts.num_drafts + num_drafts,
