@@ -99,7 +99,7 @@ def test_long_prompts_are_not_computed_for_short_answers() -> None:
         model.add_guess(4, 4, 0.4)
         model.add_guess(4, 24, 0.6)
     assert model.choose(1, 1, [Candidate(1, 4, num_missing=2000, num_left=5)]) == {}
-    assert model.choose(1, 1, [Candidate(1, 4, num_missing=2000, num_left=2000)]) == {1: 4}
+    assert model.choose(1, 1, [Candidate(2, 4, num_missing=2000, num_left=2000)]) == {2: 4}
 
 
 def test_the_better_of_on_and_off_is_chosen() -> None:

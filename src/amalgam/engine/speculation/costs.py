@@ -32,6 +32,7 @@ _NEWEST = 0.05  # part of one request's guess in the chance of all
 _PROBE_STEPS = 32  # without a guess, then comes one
 _MAX_CHANCE = 0.98
 _PLAIN_STEPS = 32  # with guesses, then comes one without
+_REST_STEPS = 7  # that are not looked at once nothing has paid, unless a request is new
 _FIRST_STEPS = 16  # of which every other one is without
 
 
@@ -154,6 +155,7 @@ class CostModel:
         self._records: dict[int, _Record] = {}
         self._chance = _FIRST_CHANCE
         self._num_guessing = 0  # steps since the last one without guesses
+        self._num_resting = 0  # steps that are not looked at
 
     def add_step(self, num_rows: int, seconds: float, num_distinct: float | None = None) -> None:
         """A step of streams and guesses alone has been computed.
@@ -210,6 +212,11 @@ class CostModel:
         if self._num_guessing >= (1 if self._step.num_seen < _FIRST_STEPS else _PLAIN_STEPS):
             self._num_guessing = 0
             return {}
+        if self._num_resting and all(one.request_id in self._records for one in candidates):
+            self._num_resting -= 1
+            for one in candidates:
+                self._records[one.request_id].num_idle += 1
+            return {}
         # Every guess that can be made, the likeliest first: of request `owners[i]`, the `places[i]`-th.
         limits = [one.num_tokens for one in candidates]
         owners = np.repeat(np.arange(len(candidates)), limits)
@@ -230,6 +237,7 @@ class CostModel:
             chosen[candidates[owner].request_id] = int(place)
         self._probe(chosen, num_rows, num_streams, candidates)
         self._num_guessing = self._num_guessing + 1 if chosen else 0
+        self._num_resting = 0 if chosen else _REST_STEPS
         return chosen
 
     def describe(self) -> Mapping[str, float]:
