@@ -214,6 +214,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "bailing_hybrid_softplus": {
         "head_dim": 16,
+        "n_group": 4,
+        "topk_group": 2,
         "kda_safe_gate": False,
         "layer_types": None,
         "layer_group_size": 2,
