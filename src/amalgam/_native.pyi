@@ -422,7 +422,18 @@ class Program:
     def add_scale_by_position(self, x: _Columns, beta: float, length: float, offset: float, /) -> None: ...
     def add_gate(self, x: _Columns, gate: _Columns, /) -> None: ...
     def add_split(self, x: _Columns, num_groups: int, outs: Sequence[_Columns], /) -> None: ...
-    def add_convolve(self, x: _Columns, weight: Tensor, out: _Columns, layer: int, /) -> None:
+    def add_convolve(
+        self,
+        x: _Columns,
+        weight: Tensor,
+        bias: Tensor | None,
+        before: _Columns | None,
+        behind: _Columns | None,
+        out: _Columns,
+        layer: int,
+        activates: bool,
+        /,
+    ) -> None:
         """`weight`: float32 `[n, channels]`."""
 
     def add_delta_rule(
@@ -433,9 +444,25 @@ class Program:
         num_value_heads: int,
         log_rate: Tensor,
         decay_bias: Tensor,
+        bound: float,
         /,
     ) -> None:
-        """`rows`: query, key, value, decay, strength, out."""
+        """`rows`: query, key, value, decay, strength, out; `bound` 0: none."""
+
+    def add_state_space(
+        self,
+        rows: Sequence[_Columns],
+        layer: int,
+        num_groups: int,
+        num_heads: int,
+        log_rate: Tensor,
+        step_bias: Tensor,
+        skip: Tensor,
+        least: float,
+        most: float,
+        /,
+    ) -> None:
+        """`rows`: read, write, x, step, out."""
 
     def add_head(
         self, x: _Columns, matrix: object, bias: Tensor | None, scale: float, softcap: float | None, /

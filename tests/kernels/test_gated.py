@@ -1,4 +1,4 @@
-"""The compiled gated delta net computes what its reference does; chunks, neighbours and threads do not change a bit."""
+"""Compiled blocks with a state compute what their reference does; chunks, neighbours and threads change no bit."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from amalgam.kernels.program import (
     Projection,
     Rows,
     ScaleBySigmoid,
+    ScanStates,
     Split,
 )
 from amalgam.kernels.step import LayerCache, LayerState, SequenceState, StepContext, StepSequence
@@ -57,6 +58,11 @@ class Sizes:
     key_dim: int
     value_dim: int
     taps: int = 4
+    kind: str = "delta"
+
+    @property
+    def decays(self) -> int:
+        return self.value_heads * (self.key_dim if self.kind in ("rows", "bounded") else 1)
 
     @property
     def query(self) -> int:
@@ -72,7 +78,7 @@ class Sizes:
 
 
 class Net:
-    """Embeddings, convolution and delta rule; a token's id is its place among all tokens of all sequences.
+    """Embeddings, convolution, and delta rule or state space; a token's id is its place among the tokens of all.
 
     Args:
         decay, strength: what all gates are, before their functions; None: random.
@@ -87,43 +93,60 @@ class Net:
         decay: float | None = None,
         strength: float | None = None,
     ) -> None:
-        self.sizes, heads = sizes, sizes.value_heads
+        self.sizes, heads, decays = sizes, sizes.value_heads, sizes.decays
+        width = decays + heads
         generator = torch.Generator().manual_seed(1)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
 
         backend = CpuBackend(dtype) if backend is None else backend
-        mixed, gates = random(sum(LENGTHS), sizes.channels), 2 * random(sum(LENGTHS), 2 * heads)
-        for columns, value in (((0, heads), decay), ((heads, 2 * heads), strength)):
+        mixed, gates = random(sum(LENGTHS), sizes.channels), 2 * random(sum(LENGTHS), width)
+        for columns, value in (((0, decays), decay), ((decays, width), strength)):
             if value is not None:
                 gates[:, slice(*columns)] = value
         self.convolve = Convolve(
             whole("mixed", sizes.channels), random(sizes.channels, sizes.taps), whole("convolved", sizes.channels), 0
         )
-        out, wide = self.convolve.out, whole("wide", 2 * heads, is_wide=True)
-        self.rule = DeltaRule(
-            out.columns(0, sizes.query),
-            out.columns(sizes.query, sizes.query),
-            out.columns(2 * sizes.query, sizes.value),
-            wide.columns(0, heads),
-            wide.columns(heads, heads) if dtype is torch.float32 else whole("gates", 2 * heads).columns(heads, heads),
-            whole("out", sizes.value),
-            layer_id=0,
-            num_key_heads=sizes.key_heads,
-            num_value_heads=heads,
-            log_rate=random(heads),
-            decay_bias=random(heads),
-        )
+        out, wide, gated = self.convolve.out, whole("wide", width, is_wide=True), whole("gates", width)
+        query, key = (out.columns(start, sizes.query) for start in (0, sizes.query))
+        self.rule: DeltaRule | ScanStates
+        if sizes.kind == "space":
+            self.rule = ScanStates(
+                key,
+                query,
+                out.columns(2 * sizes.query, sizes.value),
+                wide.columns(0, heads),
+                whole("out", sizes.value),
+                layer_id=0,
+                num_groups=sizes.key_heads,
+                num_heads=heads,
+                log_rate=random(heads),
+                step_bias=random(heads),
+                skip=random(heads),
+                limits=(0.1, 3.0),
+            )
+        else:
+            self.rule = DeltaRule(
+                query,
+                key,
+                out.columns(2 * sizes.query, sizes.value),
+                wide.columns(0, decays),
+                (wide if dtype is torch.float32 else gated).columns(decays, heads),
+                whole("out", sizes.value),
+                layer_id=0,
+                num_key_heads=sizes.key_heads,
+                num_value_heads=heads,
+                log_rate=random(heads),
+                decay_bias=random(decays),
+                bound=-5.0 if sizes.kind == "bounded" else None,
+            )
         self._backend = backend
         self.program = self.compile(
             (
                 Embed(dense(mixed.to(dtype)), whole("mixed", sizes.channels)),
-                Embed(dense(gates.to(dtype)), whole("gates", 2 * heads)),
-                Project(
-                    whole("gates", 2 * heads),
-                    (Projection(prepared(backend, torch.eye(2 * heads, dtype=dtype)), None, wide),),
-                ),
+                Embed(dense(gates.to(dtype)), gated),
+                Project(gated, (Projection(prepared(backend, torch.eye(width, dtype=dtype)), None, wide),)),
                 self.convolve,
                 self.rule,
             )
@@ -169,6 +192,9 @@ SHAPES = [
     Sizes(3, 6, 24, 16, taps=2),
     Sizes(2, 4, 8, 6),
     Sizes(1, 2, 130, 250, taps=5),
+    Sizes(2, 2, 32, 48, kind="bounded"),
+    Sizes(2, 4, 24, 30, kind="rows"),
+    Sizes(2, 4, 40, 64, kind="space"),
 ]
 
 
@@ -205,7 +231,7 @@ def test_gates_that_are_quite_open_or_shut(isa: str, decay: float, strength: flo
         assert one.any() == (strength > 0)
 
 
-@pytest.mark.parametrize("sizes", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("sizes", [*SHAPES[:3], *SHAPES[7:]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("chunk", [1, 3, 32, 33, 69])
 def test_chunks_neighbours_and_threads_do_not_change_a_bit(
@@ -236,7 +262,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     assert all(torch.equal(one, other) for one, other in pairwise(found))
 
 
-@pytest.mark.parametrize("sizes", [SHAPES[0], SHAPES[2], SHAPES[3]], ids=str)
+@pytest.mark.parametrize("sizes", [SHAPES[0], SHAPES[2], SHAPES[3], *SHAPES[7:]], ids=str)
 def test_states_are_saved_on_the_way_and_read_without_being_written(sizes: Sizes) -> None:
     net = Net(sizes)
     saves = ((1, 1), (16, 2), (33, 3), (64, 4), (70, 5))
@@ -255,6 +281,37 @@ def test_states_are_saved_on_the_way_and_read_without_being_written(sizes: Sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_convolution_between_two_factors(isa: str, dtype: torch.dtype) -> None:
+    """With a bias and without a SiLU, of columns of wider rows; the state holds what it has seen."""
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn(sum(LENGTHS), 3 * 300, generator=generator).to(dtype)
+    weight, bias = torch.randn(300, 3, generator=generator), torch.randn(300, generator=generator)
+    x = whole("x", 900)
+    results = []
+    for backend in (CpuBackend(dtype), ReferenceBackend(dtype, CPU)):
+        before, behind, mixed = (x.columns(start, 300) for start in (0, 300, 600))
+        convolve = Convolve(
+            mixed, weight, whole("out", 300), 0, bias=bias, before=before, behind=behind, activates=False
+        )
+        head = Head(convolve.out, prepared(backend, torch.zeros(1, 300, dtype=dtype)), None)
+        program = backend.compile(Program((Embed(dense(table), x), convolve, head)), [])
+        assert isinstance(backend, ReferenceBackend) or set(program.describe().values()) == {f"native ({isa})"}
+        layer = LayerCache(torch.zeros(128, 0, 0), torch.zeros(128, 0, 0))
+        state = LayerState(torch.zeros(2, 2, 300), torch.zeros(2, 0, 0, 0))
+        cache: Any = SimpleNamespace(layers=(layer,), states=(state,), block_size=128, device=CPU)
+        found = []
+        for first, end in ((0, 37), (37, 70)):
+            share = SequenceState.of(1, first)
+            program.run(StepContext([StepSequence(list(range(first, end)), first, [0], 0, share)], cache))
+            found.append(program.hidden().float().clone())
+        results.append((torch.cat(found), state.convolution[1].clone()))
+    for one, other in zip(*results, strict=True):
+        assert_close(one.to(dtype), other.to(dtype))
+    gate, _, last = table[68:70].float().split(300, dim=1)
+    torch.testing.assert_close(results[0][1], gate * last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_split_and_a_gate_for_each_element(isa: str, dtype: torch.dtype) -> None:
     """Two groups of 24 + 40 + 8 columns, of which two parts go beside each other, and one gates a share of another."""
     tokens, groups = sum(LENGTHS), 2
@@ -264,7 +321,11 @@ def test_split_and_a_gate_for_each_element(isa: str, dtype: torch.dtype) -> None
     results = []
     for backend in (CpuBackend(dtype), ReferenceBackend(dtype, CPU)):
         head = Head(whole("joined", 128), prepared(backend, torch.zeros(1, 128, dtype=dtype)), None)
-        gates = ScaleBySigmoid(first.columns(8, 16), third), ScaleBySigmoid(second.columns(0, 16), first.columns(8, 16))
+        gates = (
+            ScaleBySigmoid(first.columns(8, 16), third),
+            ScaleBySigmoid(second.columns(0, 16), first.columns(8, 16)),
+            ScaleBySigmoid(second.columns(16, 64), third.columns(0, 4)),
+        )
         program = backend.compile(
             Program((Embed(dense(table), x), Split(x, groups, (first, second, third)), *gates, head)), []
         )
@@ -309,6 +370,7 @@ def test_states_that_do_not_fit_are_refused_before_anything_is_written() -> None
 def test_instructions_that_do_not_fit_together_are_refused() -> None:
     net = Net(SHAPES[0])
     rule, convolve = net.rule, net.convolve
+    assert isinstance(rule, DeltaRule)
     for wrong in (
         replace(rule, num_key_heads=3),
         replace(rule, num_value_heads=3),
@@ -318,7 +380,7 @@ def test_instructions_that_do_not_fit_together_are_refused() -> None:
         replace(rule, log_rate=torch.zeros(3)),
         replace(convolve, weight=convolve.weight[1:]),
         replace(convolve, out=convolve.x),
-        ScaleBySigmoid(rule.out, rule.out.columns(0, 16)),
+        ScaleBySigmoid(rule.out, rule.out.columns(0, 17)),
         Split(convolve.x, 3, (convolve.out,)),
         Split(convolve.x, 2, (rule.value,)),
         Split(convolve.x, 2, (convolve.x,)),

@@ -100,9 +100,6 @@ MAMBA = {
 }
 
 
-INTERPRETED = {"bailing_hybrid", "lfm2", "lfm2_moe"}  # what no kernel computes goes through the interpreter
-
-
 class Observer:
     """Keeps all routing."""
 
@@ -161,9 +158,8 @@ def is_one_call(decoder: Decoder, version: WeightVersion) -> bool:
 def test_every_family_runs_in_one_call(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_tiny(FAMILIES[family], tmp_path)
     decoder, version = load_model(tmp_path, dtype=dtype)
-    if family not in INTERPRETED:
-        assert is_one_call(decoder, version)
-        assert set(decoder.compile(version).describe().values()) == {f"native ({extension.isa()})"}
+    assert is_one_call(decoder, version)
+    assert set(decoder.compile(version).describe().values()) == {f"native ({extension.isa()})"}
     assert_same(decoder, version, is_exact=family not in ROUNDS_OTHERWISE)
 
 
@@ -191,7 +187,7 @@ def test_every_family_runs_in_one_call(family: str, dtype: torch.dtype, tmp_path
 def test_other_settings_of_a_family(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     save_tiny(FAMILIES[family], tmp_path, **changes)
     decoder, version = load_model(tmp_path)
-    assert is_one_call(decoder, version) or family in INTERPRETED or "mamba_n_heads" in changes
+    assert is_one_call(decoder, version)
     assert_same(decoder, version, is_exact=family not in ROUNDS_OTHERWISE)
 
 

@@ -39,6 +39,7 @@ from amalgam.kernels.program import (
     Scale,
     ScaleByPosition,
     ScaleBySigmoid,
+    ScanStates,
     Split,
     SwiGlu,
     WeighInput,
@@ -220,12 +221,8 @@ class Encoder:
         return True
 
     def _scale_by_sigmoid(self, one: ScaleBySigmoid) -> bool:
-        if one.gate.width == one.x.width != 1:
-            self.native.add_gate(self._columns(one.x), self._columns(one.gate))
-            return True
-        if one.gate.width != 1:
-            return False
-        self.native.add_scale(self._columns(one.x), self._columns(one.gate))
+        add = self.native.add_scale if one.gate.width == 1 else self.native.add_gate
+        add(self._columns(one.x), self._columns(one.gate))
         return True
 
     def _split(self, one: Split) -> bool:
@@ -233,15 +230,13 @@ class Encoder:
         return True
 
     def _convolve(self, one: Convolve) -> bool:
-        if not one.activates or any(part is not None for part in (one.bias, one.before, one.behind)):
-            return False
         weight = one.weight.float().t().contiguous()
-        self.native.add_convolve(self._columns(one.x), weight, self._columns(one.out), one.layer_id)
+        before, behind = (None if rows is None else self._columns(rows) for rows in (one.before, one.behind))
+        x, out = self._columns(one.x), self._columns(one.out)
+        self.native.add_convolve(x, weight, _wide(one.bias), before, behind, out, one.layer_id, one.activates)
         return True
 
     def _delta_rule(self, one: DeltaRule) -> bool:
-        if one.bound is not None or one.decay.width != one.num_value_heads:
-            return False
         rows = (one.query, one.key, one.value, one.decay, one.strength, one.out)
         self.native.add_delta_rule(
             [self._columns(part) for part in rows],
@@ -250,6 +245,18 @@ class Encoder:
             one.num_value_heads,
             one.log_rate.float().contiguous(),
             one.decay_bias.float().contiguous(),
+            one.bound or 0.0,
+        )
+        return True
+
+    def _scan_states(self, one: ScanStates) -> bool:
+        self.native.add_state_space(
+            [self._columns(part) for part in (one.read, one.write, one.x, one.step, one.out)],
+            one.layer_id,
+            one.num_groups,
+            one.num_heads,
+            *(part.float().contiguous() for part in (one.log_rate, one.step_bias, one.skip)),
+            *one.limits,
         )
         return True
 
@@ -288,6 +295,7 @@ _ENCODERS: dict[type[Instruction], Callable[[Encoder, Any], bool]] = {
     Scale: Encoder._elementwise,
     ScaleByPosition: Encoder._scale_by_position,
     ScaleBySigmoid: Encoder._scale_by_sigmoid,
+    ScanStates: Encoder._scan_states,
     Split: Encoder._split,
     SwiGlu: Encoder._swiglu,
     WeighInput: Encoder._weigh_input,

@@ -711,8 +711,10 @@ NB_MODULE(_native, module) {
         .def("add_scale_by_position", &ProgramBuilder::add_scale_by_position)
         .def("add_gate", &ProgramBuilder::add_gate)
         .def("add_split", &ProgramBuilder::add_split)
-        .def("add_convolve", &ProgramBuilder::add_convolve)
+        .def("add_convolve", &ProgramBuilder::add_convolve, nb::arg(), nb::arg(), optional(), optional(), optional(),
+             nb::arg(), nb::arg(), nb::arg())
         .def("add_delta_rule", &ProgramBuilder::add_delta_rule)
+        .def("add_state_space", &ProgramBuilder::add_state_space)
         .def("add_head", &ProgramBuilder::add_head, nb::arg(), nb::arg(), optional(), nb::arg(), optional())
         .def("run", &run, Unlocked());
 }

@@ -335,7 +335,7 @@ struct ProgramBuilder {
 
     void add_gate(const ColumnsTuple& x, const ColumnsTuple& gate) {
         const Gate found{columns(x), columns(gate)};
-        require(found.x.width == found.gate.width, "a gate of another width than its rows");
+        require(found.gate.width > 0 && found.x.width % found.gate.width == 0, "a gate of another width than its rows");
         program.instructions.emplace_back(found);
     }
 
@@ -354,45 +354,42 @@ struct ProgramBuilder {
         program.instructions.emplace_back(std::move(split));
     }
 
-    // weight: [taps, channels].
-    void add_convolve(const ColumnsTuple& x, const Tensor& weight, const ColumnsTuple& out, int64_t layer) {
+    // weight: [taps, channels]; before, behind: what the rows are multiplied by.
+    void add_convolve(const ColumnsTuple& x, const Tensor& weight, const Tensor& bias, const OptionalColumns& before,
+                      const OptionalColumns& behind, const ColumnsTuple& out, int64_t layer, bool activates) {
         weight.dense("weight", kFloat32, {kAny, kAny});
-        Convolve convolve{columns(x), columns(out), layer, weight.shape(0), nullptr};
+        Convolve convolve{columns(x), columns(out), {}, {}, layer, weight.shape(0), nullptr, nullptr, activates};
+        const auto factor = [&](const OptionalColumns& rows, std::optional<Columns>& at) {
+            if (!rows) return;
+            at = columns(*rows);
+            require(at->width == convolve.x.width && at->buffer != convolve.out.buffer,
+                    "a factor of another width than its rows");
+        };
+        factor(before, convolve.before);
+        factor(behind, convolve.behind);
         require(convolve.taps > 0 && weight.shape(1) == convolve.x.width && convolve.x.width == convolve.out.width,
                 "weight is " + weight.describe() + " for " + std::to_string(convolve.x.width) +
                     " columns that become " + std::to_string(convolve.out.width));
         require(convolve.x.buffer != convolve.out.buffer && layer >= 0, "a convolution into the rows that it reads");
         convolve.weight = static_cast<const float*>(keep(weight));
+        convolve.bias = floats("bias", bias, convolve.x.width);
         program.instructions.emplace_back(convolve);
     }
 
-    // rows: query, key, value, decay, strength, out.
+    // rows: query, key, value, decay, strength, out. bound: 0: none.
     void add_delta_rule(const std::vector<ColumnsTuple>& rows, int64_t layer, int64_t key_heads, int64_t value_heads,
-                        const Tensor& log_rate, const Tensor& decay_bias) {
-        DeltaRule rule{columns(rows.at(0)),
-                       columns(rows.at(1)),
-                       columns(rows.at(2)),
-                       columns(rows.at(3)),
-                       columns(rows.at(4)),
-                       columns(rows.at(5)),
-                       layer,
-                       key_heads,
-                       value_heads,
-                       nullptr,
-                       nullptr};
-        require(key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0 && layer >= 0,
-                "a delta rule of " + std::to_string(value_heads) + " heads for " + std::to_string(key_heads));
-        require(rule.query.width == rule.key.width && rule.key.width % key_heads == 0 &&
-                    rule.value.width == rule.out.width && rule.value.width % value_heads == 0 &&
-                    rule.decay.width == value_heads && rule.strength.width == value_heads,
-                "a delta rule over rows of other sizes than its heads");
-        for (const Columns& part : {rule.query, rule.key, rule.value, rule.decay, rule.strength}) {
-            require(part.buffer != rule.out.buffer, "a delta rule into the rows that it reads");
-        }
-        require(log_rate && decay_bias, "a delta rule without rates");
-        rule.log_rate = floats("log_rate", log_rate, value_heads);
-        rule.decay_bias = floats("decay_bias", decay_bias, value_heads);
-        program.instructions.emplace_back(rule);
+                        const Tensor& log_rate, const Tensor& decay_bias, float bound) {
+        add_recurrence(rows, layer, key_heads, value_heads, log_rate, decay_bias, bound, std::nullopt);
+    }
+
+    // rows: query, key, value, step, out.
+    void add_state_space(const std::vector<ColumnsTuple>& rows, int64_t layer, int64_t groups, int64_t heads,
+                         const Tensor& log_rate, const Tensor& step_bias, const Tensor& skip, float least, float most) {
+        require(least <= most && skip, "a state space without steps or without what goes past it");
+        const StateSpace space{least, most, floats("skip", skip, heads)};
+        const auto& step = rows.at(3);
+        add_recurrence({rows.at(0), rows.at(1), rows.at(2), step, step, rows.at(4)}, layer, groups, heads, log_rate,
+                       step_bias, 0.0f, space);
     }
 
     void add_head(const ColumnsTuple& x, const MatrixPointer& matrix, const Tensor& bias, float scale,
@@ -423,6 +420,38 @@ struct ProgramBuilder {
     }
 
  private:
+    void add_recurrence(const std::vector<ColumnsTuple>& rows, int64_t layer, int64_t key_heads, int64_t value_heads,
+                        const Tensor& log_rate, const Tensor& decay_bias, float bound,
+                        const std::optional<StateSpace>& space) {
+        DeltaRule rule{columns(rows.at(0)),
+                       columns(rows.at(1)),
+                       columns(rows.at(2)),
+                       columns(rows.at(3)),
+                       columns(rows.at(4)),
+                       columns(rows.at(5)),
+                       layer,
+                       key_heads,
+                       value_heads,
+                       nullptr,
+                       nullptr,
+                       bound,
+                       space};
+        require(key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0 && layer >= 0,
+                "a delta rule of " + std::to_string(value_heads) + " heads for " + std::to_string(key_heads));
+        require(rule.query.width == rule.key.width && rule.key.width % key_heads == 0 &&
+                    rule.value.width == rule.out.width && rule.value.width % value_heads == 0 &&
+                    (rule.decay.width == value_heads || (!space && rule.decay.width == value_heads * rule.key_dim())) &&
+                    rule.strength.width == value_heads,
+                "a delta rule over rows of other sizes than its heads");
+        for (const Columns& part : {rule.query, rule.key, rule.value, rule.decay, rule.strength}) {
+            require(part.buffer != rule.out.buffer, "a delta rule into the rows that it reads");
+        }
+        require(log_rate && decay_bias, "a delta rule without rates");
+        rule.log_rate = floats("log_rate", log_rate, value_heads);
+        rule.decay_bias = floats("decay_bias", decay_bias, rule.decay.width);
+        program.instructions.emplace_back(rule);
+    }
+
     using Shape = std::pair<int64_t, int64_t>;
 
     // 0 for none.

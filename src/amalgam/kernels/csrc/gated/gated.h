@@ -1,5 +1,6 @@
-// The gated delta net (Yang et al. 2024, arXiv:2412.06464) behind its projections: a causal convolution and the delta
-// rule, each with a state per sequence that lies in slots. And the gate of gated attention.
+// Blocks with a state per sequence that lies in slots, behind their projections: a causal convolution, the delta rule
+// (Yang et al. 2024, arXiv:2412.06464) and Mamba-2's state space (Dao & Gu 2024, arXiv:2405.21060). And the gate of
+// gated attention.
 //
 // Order of arithmetic. A token's state is computed from that of the token before it, element by element in float32, so
 // that a row's bits depend neither on the rows computed with it nor on how the work was shared out.
@@ -33,29 +34,47 @@ struct ActivationRows {
     int64_t stride;  // elements from row to row
 };
 
-// out[t] = silu(sum over i of weight[i] * x[t - taps + 1 + i]); rows before the sequence's are in its state.
+// out[t] = behind[t] * silu(bias + sum over i of weight[i] * (before * x)[t - taps + 1 + i]); rows before the
+// sequence's are in its state.
 struct ConvolveArgs {
-    ActivationRows x, out;  // [tokens, channels], apart from each other
-    const float* weight;    // [taps, channels]
+    ActivationRows x, out;          // [tokens, channels], apart from each other
+    ActivationRows before, behind;  // likewise; without data: no factor
+    const float* weight;            // [taps, channels]
+    const float* bias;              // [channels], or null
+    bool activates;                 // whether there is a silu
     int64_t taps, channels;
     float* states;  // [slots, taps - 1, channels], the last rows that were seen, the oldest first
 };
 
-// The delta rule. Per value head, with S its state, and q and k of length 1 / sqrt(key_dim) and 1:
-//   S = exp(-exp(log_rate) softplus(decay + decay_bias)) S;  S += k (sigmoid(strength) (value - S^T k))^T;  out = S^T q
-struct DeltaArgs {
-    ActivationRows query, key;       // [tokens, key_heads, key_dim]
-    ActivationRows value, out;       // [tokens, value_heads, value_dim], apart from each other
-    ActivationRows decay, strength;  // [tokens, value_heads]
-    const float *log_rate, *decay_bias;
-    int64_t key_heads, value_heads, key_dim, value_dim;
-    float* states;  // [slots, value_heads, key_dim, value_dim]
+// How a step of Mamba-2 comes about and what goes past the state.
+struct StateSpace {
+    float least, most;  // of a step
+    const float* skip;  // [value_heads]
 };
 
-// x[t, i] *= sigmoid(gate[t, i]), in place.
+// The delta rule. Per value head, with S its state, and q and k of length 1 / sqrt(key_dim) and 1:
+//   S = exp(-exp(log_rate) softplus(decay + decay_bias)) S;  S += k (sigmoid(strength) (value - S^T k))^T;  out = S^T q
+// With a `bound` the factor of S is exp(bound sigmoid(exp(log_rate) (decay + decay_bias))). Or Mamba-2's state space,
+// with q and k as they are, and step = softplus(decay + decay_bias) within bounds:
+//   S = exp(-exp(log_rate) step) S;  S += k (step value)^T;  out = S^T q + skip value
+struct DeltaArgs {
+    ActivationRows query, key;  // [tokens, key_heads, key_dim]
+    ActivationRows value, out;  // [tokens, value_heads, value_dim], apart from each other
+    ActivationRows decay;       // [tokens, value_heads], or [tokens, value_heads, key_dim]: a factor for each row of S
+    ActivationRows strength;    // [tokens, value_heads]
+    const float* log_rate;      // [value_heads]
+    const float* decay_bias;    // as wide as decay
+    int64_t key_heads, value_heads, key_dim, value_dim;
+    bool has_row_decays;
+    float bound;                    // 0: none
+    const StateSpace* state_space;  // or null
+    float* states;                  // [slots, value_heads, key_dim, value_dim]
+};
+
+// x[t, i] *= sigmoid(gate[t, i / share]), in place.
 struct GateArgs {
     ActivationRows x, gate;
-    int64_t width;
+    int64_t width, share;
 };
 
 // Channels and rows that a convolution works on at a time.

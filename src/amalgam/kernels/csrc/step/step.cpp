@@ -276,7 +276,8 @@ class Step {
     }
 
     void operator()(const Gate& gate) {
-        amalgam::gate(gated_, {rows(gate.x), rows(gate.gate), gate.x.width}, tokens_, execution_.num_threads);
+        amalgam::gate(gated_, {rows(gate.x), rows(gate.gate), gate.x.width, gate.x.width / gate.gate.width}, tokens_,
+                      execution_.num_threads);
     }
 
     void operator()(const Split& split) {
@@ -299,8 +300,8 @@ class Step {
 
     void operator()(const Convolve& how) {
         convolve(gated_, rows_.states,
-                 {rows(how.x), rows(how.out), how.weight, how.taps, how.x.width,
-                  memory_.states[static_cast<size_t>(how.layer)].convolution},
+                 {rows(how.x), rows(how.out), factor(how.before), factor(how.behind), how.weight, how.bias,
+                  how.activates, how.taps, how.x.width, memory_.states[static_cast<size_t>(how.layer)].convolution},
                  execution_.num_threads);
     }
 
@@ -308,6 +309,7 @@ class Step {
         delta_rule(gated_, rows_.states,
                    {rows(how.query), rows(how.key), rows(how.value), rows(how.out), rows(how.decay), rows(how.strength),
                     how.log_rate, how.decay_bias, how.key_heads, how.value_heads, how.key_dim(), how.value_dim(),
+                    how.decay.width != how.value_heads, how.bound, how.state_space ? &*how.state_space : nullptr,
                     memory_.states[static_cast<size_t>(how.layer)].recurrent},
                    execution_.num_threads);
     }
@@ -341,6 +343,10 @@ class Step {
     }
 
     ActivationRows rows(const Columns& columns) const { return {at(columns), dtype(columns), columns.stride}; }
+
+    ActivationRows factor(const std::optional<Columns>& columns) const {
+        return columns ? rows(*columns) : ActivationRows{nullptr, args_.dtype, 0};
+    }
 
     int64_t* ids(int64_t route) const { return args_.expert_ids + route * tokens_ * program_.num_active; }
 

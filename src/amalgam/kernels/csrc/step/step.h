@@ -115,7 +115,7 @@ struct ScaleBySigmoid {
     Columns x, gate;
 };
 
-// x *= sigmoid(gate), one factor per element.
+// x *= sigmoid(gate), one factor per element, or for each equal part of a row.
 struct Gate {
     Columns x, gate;
 };
@@ -129,14 +129,19 @@ struct Split {
 
 struct Convolve {
     Columns x, out;
+    std::optional<Columns> before, behind;
     int64_t layer, taps;
     const float* weight;  // [taps, channels]
+    const float* bias;    // [channels], or null
+    bool activates;
 };
 
 struct DeltaRule {
     Columns query, key, value, decay, strength, out;
     int64_t layer, key_heads, value_heads;
     const float *log_rate, *decay_bias;
+    float bound;                            // 0: none
+    std::optional<StateSpace> state_space;  // which has no strengths
 
     int64_t key_dim() const { return key.width / key_heads; }
     int64_t value_dim() const { return value.width / value_heads; }
