@@ -271,6 +271,13 @@ class AttentionKernels:
     ) -> None:
         """`rows`: query, key and value, `[tokens, heads × dim]`, gaps between tokens allowed."""
 
+    def score_keys(
+        self, plan: AttentionPlan, query: Tensor, keys: _Cache, weights: Tensor, out: Tensor, threads: int, /
+    ) -> None:
+        """`out`: `[tokens, positions]`, a multiple of `score_tile`."""
+
+score_tile: int
+
 class Scoring(Enum):
     softmax = 0
     sigmoid = 1
@@ -304,6 +311,7 @@ class StepMemory:
         ropes: Sequence[tuple[Tensor, Tensor]],
         num_positions: int,
         states: Sequence[tuple[Tensor, Tensor] | None],
+        indexes: Sequence[_Cache | None],
         /,
     ) -> None: ...
 
@@ -371,10 +379,12 @@ class Program:
         rope_dim: int,
         rope: int,
         is_interleaved: bool,
+        is_indexed: bool,
         /,
     ) -> None:
         """`rows`: query, compressed, out."""
 
+    def add_keep_index_key(self, key: _Columns, layer: int, rope: int, is_interleaved: bool, /) -> None: ...
     def add_route(
         self,
         x: _Columns,
@@ -482,6 +492,7 @@ class Program:
         expert_ids: Tensor,
         gate_weights: Tensor,
         logits: Tensor,
+        chosen: AttentionPlan | None,
         threads: int,
         /,
     ) -> None:

@@ -34,10 +34,12 @@ class Case:
     spared: tuple[str, ...] = ()
 
     def is_quantized(self, slot: Slot, name: str) -> bool:
-        return slot.is_linear and slot.role != "head" and not any(part in name for part in self.spared)
+        is_projection = (slot.is_linear and slot.role != "head") or slot.role == "indexer"
+        return is_projection and not any(part in name for part in self.spared)
 
 
 LATENT = {"q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 32, "v_head_dim": 16}
+INDEXED = {**LATENT, "index_topk": 12, "index_head_dim": 64, "index_n_heads": 16}
 CASES = {
     "MiniMax M2 in FP8": Case(
         "minimax_m2", "fp8-block", {"modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
@@ -57,8 +59,12 @@ CASES = {
     "ERNIE 4.5 in W4A16": Case("ernie4_5_moe", "int4"),
     "Hunyuan in GPTQ": Case("hunyuan_v1_moe", "gptq-int4"),
     "Mistral 4 in NVFP4": Case("mistral4", "nvfp4", changes=LATENT),
-    "DeepSeek-V3.2 in FP8": Case("deepseek_v32", "fp8-block", changes=LATENT),
-    "GLM-5 in FP8": Case("glm_moe_dsa", "fp8-block", changes=LATENT),
+    "DeepSeek-V3.2 in FP8": Case(
+        "deepseek_v32", "fp8-block", {"modules_to_not_convert": ["weights_proj"]}, INDEXED, ("weights_proj",)
+    ),
+    "GLM-5 in FP8": Case(
+        "glm_moe_dsa", "fp8-block", {"modules_to_not_convert": ["weights_proj"]}, INDEXED, ("weights_proj",)
+    ),
     "Llama 4 in FP8": Case("llama4", "fp8-channel"),
     "Granite MoE in W4A16": Case("granitemoe", "int4"),
     "Gemma 4 in FP8": Case("gemma4", "fp8-block", {"modules_to_not_convert": ["router", "lm_head"]}, GEMMA4_MOE),
@@ -104,7 +110,7 @@ def test_equals_the_model_of_dequantized_weights(name: str, tmp_path: Path) -> N
     formats = {origin.slot: origin.stored_format for origin in version.origins.values()}
     spec, family = decoder.spec, FAMILIES[case.family]
     for slot in spec.slots:
-        if slot.is_linear and slot.role != "head":
+        if (slot.is_linear and slot.role != "head") or slot.role == "indexer":
             is_quantized = case.is_quantized(slot, family.logical_name(slot))
             assert (formats[slot.name] == LAYOUTS[case.layout].format) == is_quantized, slot.name
 

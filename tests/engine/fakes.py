@@ -34,6 +34,7 @@ class FakeDecoder:
             max_positions=MAX_POSITIONS,
             kv_shapes=((1, 1, 1), (2, 3, 1)),
             state_shapes=(None, None),
+            index_dims=(0, 0),
             state_bytes=0,
             num_experts=8,
         )

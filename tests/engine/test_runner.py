@@ -123,9 +123,16 @@ def test_a_cache_takes_what_its_type_takes(kv_dtype, slot_bytes):
 
 
 def test_latents_have_no_values_and_so_no_scales_of_them():
-    spec = SimpleNamespace(kv_shapes=((1, 20, 0),), state_shapes=(None,))
+    spec = SimpleNamespace(kv_shapes=((1, 20, 0),), state_shapes=(None,), index_dims=(0,))
     assert KVCache.bytes_per_block(spec, 16, torch.int8) == 16 * (20 + 4)
     assert KVCache.allocate(spec, 3, 16, torch.int8, CPU).nbytes == 3 * 16 * (20 + 4)
+
+
+def test_index_keys_are_counted_with_keys_and_values():
+    spec = SimpleNamespace(kv_shapes=((1, 20, 0),) * 2, state_shapes=(None, None), index_dims=(8, 0))
+    for dtype, token_bytes in ((torch.bfloat16, 2 * 40 + 16), (torch.int8, 2 * (20 + 4) + 8 + 4)):
+        assert KVCache.bytes_per_block(spec, 16, dtype) == 16 * token_bytes
+        assert KVCache.allocate(spec, 3, 16, dtype, CPU).nbytes == 3 * 16 * token_bytes
 
 
 def test_other_types_of_cache_are_refused():

@@ -402,6 +402,6 @@ def test_states_of_other_types_are_refused() -> None:
     ]
     for state in wrong:
         with raises(ValueError):
-            _native.StepMemory(caches, 128, [], 128, [state])
+            _native.StepMemory(caches, 128, [], 128, [state], [])
     with raises(ValueError):
-        _native.StepMemory(caches, 128, [], 128, [net.state, LayerState(*(part[1:] for part in net.state))])
+        _native.StepMemory(caches, 128, [], 128, [net.state, LayerState(*(part[1:] for part in net.state))], [])

@@ -102,6 +102,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.7,
         "partial_rotary_factor": 1.0,
     },
+    # Contexts of more positions than are chosen. Of few heads many scores would be 0, and the classes choose by chance.
+    "deepseek_v32_chosen": {"index_topk": 16, "index_n_heads": 16, "rope_scaling": YARN},
+    "glm_moe_dsa_chosen": {
+        "index_topk": 16,
+        "index_n_heads": 16,
+        "num_hidden_layers": 3,
+        "indexer_types": ["full", "shared", "full"],
+    },
     "minimax_m2_whole_heads": {"rotary_dim": None, "tie_word_embeddings": True},
     "dots1_full": {"sliding_window": None, "attention_bias": True, "n_group": 2, "topk_group": 1},
     "glm4_moe_lite_sparse_first": {

@@ -52,7 +52,9 @@ def frame_of(spec: ModelSpec, sequences: Sequence[Sequence[int]], layer_id: int,
     cache = LayerCache(torch.zeros(slots, heads, key), torch.zeros(slots, heads, value))
     shape = spec.state_shapes[layer_id]
     state = shape and LayerState(*(torch.zeros(len(parts), *part) for part in shape))
-    kv = KVCache([cache] * spec.num_layers, _BLOCK_SIZE, [state] * spec.num_layers)
+    dim = spec.index_dims[layer_id]
+    index_keys = LayerCache(torch.zeros(slots, 1, dim), torch.zeros(slots, 1, 0)) if dim else None
+    kv = KVCache([cache] * spec.num_layers, _BLOCK_SIZE, [state] * spec.num_layers, [index_keys] * spec.num_layers)
     return Frame(StepContext(parts, kv), torch.float32, tables, WholeProducts)
 
 

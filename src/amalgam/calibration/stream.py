@@ -23,6 +23,7 @@ from amalgam.kernels.backends.reference.interpreter import Frame, execute
 from amalgam.kernels.backends.reference.operators import gated
 from amalgam.kernels.packed import Expert, PackedWeight
 from amalgam.kernels.program import AttendLatent, Emitter, Instruction, Mix, Project, Route, Rows, rows_of
+from amalgam.kernels.step import AttentionBatch
 from amalgam.models.decoder import embed, emit_layer, ropes_of
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import BlockWeights, WeightVersion
@@ -45,6 +46,7 @@ class Stream:
     Attributes:
         hidden: float32 `[tokens, hidden]` for each chunk: before layer 0, later behind the last layer that has run.
         num_tokens: all of them.
+        chosen: for each chunk, the positions that an indexer chose in the last layer that has one; see `Frame`.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Stream:
         self._linear_slots = {slot.name for slot in spec.slots if slot.is_linear}
         self._chunks = in_chunks(token_ids, chunk_tokens)
         self.num_tokens = sum(map(len, token_ids))
+        self.chosen: list[AttentionBatch | None] = [None] * len(self._chunks)
         x = Rows(_X, spec.hidden_size, 0, spec.hidden_size)
         step = Emitter(self._ropes)
         step.add(*embed(spec, outside["embedding"], outside.get("positions"), x))
@@ -97,8 +100,9 @@ class Stream:
         names = {id(weight): slot for slot, weight in weights.items() if slot in self._linear_slots}
         program, x = emit_layer(self._spec, layer_id, version, self._ropes)
         frames = [frame_of(self._spec, sequences, layer_id, self._tables) for sequences in self._chunks]
-        for frame, hidden, carried in zip(frames, self.hidden, self._carried, strict=True):
+        for frame, hidden, chosen, carried in zip(frames, self.hidden, self.chosen, self._carried, strict=True):
             frame.put(x, hidden.clone())
+            frame.chosen = chosen
             for buffer, rows in carried.items():
                 frame.put(Rows(buffer, rows.shape[1], 0, rows.shape[1]), rows)
         kept = {x.buffer, *self._spec.carried}
@@ -112,6 +116,7 @@ class Stream:
         if advances:
             self.hidden = [frame.get(x) for frame in frames]
             self._carried = [frame.whole(self._spec.carried) for frame in frames]
+            self.chosen = [frame.chosen for frame in frames]
 
 
 class _Layer:

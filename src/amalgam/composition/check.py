@@ -95,7 +95,7 @@ class SourceCheck:
 def is_surplus_bias(name: str, shape: tuple[int, ...] | None, slots: Mapping[str, Slot]) -> bool:
     """Whether a leftover is the bias of a projection that has none in the model; GPTQ's tools store zeros there."""
     slot = slots.get(f"{name.removesuffix('.bias')}.weight") if name.endswith(".bias") else None
-    return slot is not None and (slot.is_linear or slot.role == "router") and shape in (None, slot.shape[:1])
+    return slot is not None and (slot.is_linear or slot.decides) and shape in (None, slot.shape[:1])
 
 
 def check_leftovers(source: Source, family: Family, spec: ModelSpec, known: Container[str]) -> None:

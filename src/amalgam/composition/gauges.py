@@ -107,6 +107,9 @@ def _attention(layer: str, local: str) -> Axes:
         "q_b": ({heads, query_key, rotary}, {low}),
         "kv_a": ({latent, rotary}, stream),
         "kv_b": ({heads, query_key, value_out}, {latent}),
+        "index_q": (set(), {low}),
+        "index_k": (set(), stream),
+        "index_weights": (set(), stream),
     }
     vectors = {
         "q_norm": {query_key},

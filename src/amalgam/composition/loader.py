@@ -272,14 +272,12 @@ class ModelLoader:
                 f"Weight {choice.name!r} has shape {list(stored.shape)} in source {choice.source!r} ({source.folder}).",
                 remedy=f"The model's config.json makes it {list(expected)}: is this a checkpoint of the same model?",
             )
-        if not slot.is_linear and not stored.is_wide and slot.role not in {"embedding", "router"}:
+        if not slot.is_linear and not stored.is_wide and not slot.decides and slot.role != "embedding":
             raise PlanError(
                 f"Weight {choice.name!r} is stored as {stored.format.name} in source {choice.source!r}.",
                 remedy=f"A {slot.role} must be floating: choose another source for it.",
             )
-        is_multiplied = (
-            slot.is_linear or slot.role == "router" or (slot.role == "embedding" and self.spec.has_tied_head)
-        )
+        is_multiplied = slot.is_linear or slot.decides or (slot.role == "embedding" and self.spec.has_tied_head)
         activation = self._inference.activation if is_multiplied else None
         quantize_to = self._quantize_to(slot, choice, stored)
         coded_bytes = self._coded_bytes(slot, quantize_to or stored.format) if is_multiplied else None

@@ -350,7 +350,7 @@ class _Work:
         ignore = [
             module
             for name, slot in self._slots.items()
-            if slot.role in {"head", "router"} and (module := name.removesuffix(".weight")) not in quantized
+            if (slot.role == "head" or slot.decides) and (module := name.removesuffix(".weight")) not in quantized
         ]
         schemes = [(json.loads(scheme), modules) for scheme, modules in self._schemes.items()]
         groups = {

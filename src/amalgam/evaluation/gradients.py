@@ -28,6 +28,7 @@ from amalgam.kernels.backends.reference.interpreter import Frame, execute
 from amalgam.kernels.backends.reference.operators import changed_logits, gated
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Emitter, Instruction, Mix, Project
+from amalgam.kernels.step import AttentionBatch
 from amalgam.models.decoder import emit_layer, ropes_of
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
@@ -164,10 +165,10 @@ class Gradients:
             CheckpointError: hidden states hold NaN or infinity; names the layer.
         """
         outside = self.outside = self._load(OUTSIDE)
-        kept: list[list[Tensor]] = []
+        kept: list[tuple[list[Tensor], list[AttentionBatch | None]]] = []
         stream = self._stream(outside)
         for layer_id in range(self._spec.num_layers):
-            kept.append(self._together(stream.hidden))
+            kept.append((self._together(stream.hidden), stream.chosen))
             stream.run(layer_id, self._load(layer_id))
             for hidden in stream.hidden:
                 if not bool(hidden.isfinite().all()):
@@ -179,7 +180,7 @@ class Gradients:
         upstream = [self._behind(hidden, outside) for hidden in self._together(stream.hidden)]
         del stream
         for layer_id in reversed(range(self._spec.num_layers)):
-            yield layer_id, self._layer(layer_id, kept.pop(), upstream)
+            yield layer_id, self._layer(layer_id, *kept.pop(), upstream)
         self.at_start = upstream
 
     def embedded(self, outside: Mapping[str, PackedWeight]) -> list[Tensor]:
@@ -238,7 +239,9 @@ class Gradients:
         found = [torch.autograd.grad(result, start, slope, retain_graph=True)[0] for slope in slopes]
         return torch.stack(found)
 
-    def _layer(self, layer_id: int, hidden: list[Tensor], upstream: list[Tensor]) -> Iterator[list[Seen]]:
+    def _layer(
+        self, layer_id: int, hidden: list[Tensor], chosen: list[AttentionBatch | None], upstream: list[Tensor]
+    ) -> Iterator[list[Seen]]:
         weights = self._load(layer_id)
         version = WeightVersion(1, weights, {}, {})
         names = {id(weight): slot for slot, weight in weights.items() if slot in self._linear_slots}
@@ -253,6 +256,7 @@ class Gradients:
             with torch.enable_grad():
                 frame = frame_of(self._spec, sequences, layer_id, self._tables)
                 frame.put(x, start)
+                frame.chosen = chosen[index]
                 for instruction in program:
                     recorder.execute(instruction, frame)
                 end = frame.get(x)

@@ -148,6 +148,7 @@ class AttendLatent:
         compressed: `[tokens, latent + rope]`, before norm and rotation.
         expand: Wₖ and Wᵥ, `[heads × (nope + value), latent]`.
         is_interleaved: rotary pairs are neighbours, not halves apart.
+        is_indexed: over the positions that the last `Choose` has chosen.
     """
 
     query: Rows
@@ -164,10 +165,48 @@ class AttendLatent:
     rope: int
     scale: float
     is_interleaved: bool
+    is_indexed: bool = False
 
     @property
     def latent_dim(self) -> int:
         return self.compressed.width - self.rope_dim
+
+
+@dataclass(frozen=True, eq=False)
+class KeepIndexKey:
+    """The keys that an indexer finds tokens by, rotated, go into the layer's cache of them, `Cache.indexes`."""
+
+    key: Rows
+    layer_id: int
+    rope: int
+    is_interleaved: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Choose:
+    """Which positions a token attends to, by a lightning indexer (DeepSeek-AI 2025, "DeepSeek-V3.2", section 2.1).
+
+    Of the positions up to the token's own, the `k` with the largest scores; all of them where there are no more.
+
+        score of a position = Σₕ scale × weights[h] × max(0, query[h] · key of the position)
+
+    in float32. Of equal scores the earlier position is chosen, and a score that is not a number counts as infinite.
+
+    Attributes:
+        query: `[tokens, heads × dim]`, before the rotation.
+        weights: float32 `[tokens, heads]`.
+        k: how many positions.
+        is_interleaved: rotary pairs are neighbours, not halves apart; of the keys likewise.
+    """
+
+    query: Rows
+    weights: Rows
+    layer_id: int
+    num_heads: int
+    k: int
+    scale: float
+    rope: int
+    is_interleaved: bool
 
 
 Scoring = Literal["softmax", "sigmoid", "chosen", "apart", "mixer"]
@@ -460,6 +499,8 @@ Instruction = (
     | Project
     | Attend
     | AttendLatent
+    | KeepIndexKey
+    | Choose
     | Route
     | Mix
     | WeighInput

@@ -143,6 +143,10 @@ class Cache(Protocol):
         """Of each layer; None where it has none."""
 
     @property
+    def indexes(self) -> tuple[LayerCache | None, ...]:
+        """Of each layer, the keys of one head that its indexer finds tokens by, and no values; None: it has none."""
+
+    @property
     def block_size(self) -> int: ...
 
     @property

@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of every layer, and recurrent states beside them, sized by a model's spec.
+"""The KV cache: keys and values of every layer, index keys and recurrent states beside them, sized by a model's spec.
 
 Must never know: whose blocks and states are whose.
 """
@@ -33,13 +33,19 @@ def kv_type(name: str, activations: torch.dtype) -> torch.dtype:
 
 
 class KVCache:
-    """Keys and values of all layers, as slots `[num_blocks × block_size, kv_heads, dim]`, and states of sequences."""
+    """Keys and values of all layers, as slots `[num_blocks × block_size, kv_heads, dim]`, and what layers have beside
+    them: index keys in the same slots, states of sequences."""
 
     def __init__(
-        self, layers: Sequence[LayerCache], block_size: int, states: Sequence[LayerState | None] | None = None
+        self,
+        layers: Sequence[LayerCache],
+        block_size: int,
+        states: Sequence[LayerState | None] | None = None,
+        indexes: Sequence[LayerCache | None] | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.states = (None,) * len(self.layers) if states is None else tuple(states)
+        self.indexes = (None,) * len(self.layers) if indexes is None else tuple(indexes)
         self.block_size = block_size
 
     @property
@@ -48,8 +54,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer if tensor is not None)
+        """Of keys and values, and of index keys."""
+        layers = [layer for layer in (*self.layers, *self.indexes) if layer is not None]
+        return sum(tensor.nbytes for layer in layers for tensor in layer if tensor is not None)
 
     @property
     def state_nbytes(self) -> int:
@@ -88,13 +95,15 @@ class KVCache:
         def state(shape: StateShape) -> LayerState:
             return LayerState(*(zeros(num_states, *part, dtype=torch.float32) for part in shape))
 
-        layers = [
-            LayerCache(
+        def layer(heads: int, key: int, value: int) -> LayerCache:
+            return LayerCache(
                 zeros(slots, heads, key), zeros(slots, heads, value), scales(heads), scales(heads if value else 0)
             )
-            for heads, key, value in spec.kv_shapes
-        ]
-        return cls(layers, block_size, [shape and state(shape) for shape in spec.state_shapes])
+
+        layers = [layer(*shape) for shape in spec.kv_shapes]
+        states = [shape and state(shape) for shape in spec.state_shapes]
+        indexes = [layer(1, dim, 0) if dim else None for dim in spec.index_dims]
+        return cls(layers, block_size, states, indexes)
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
@@ -105,4 +114,5 @@ class KVCache:
             for heads, key, value in spec.kv_shapes
             for dim in (key, value)
         )
+        per_token += sum(dim * dtype.itemsize + scale for dim in spec.index_dims if dim)
         return per_token * block_size

@@ -91,8 +91,12 @@ LATENT_ATTENTION = {
         }
     ),
 }
-
-INDEXER = {r"model\.layers\.\d+\.self_attn\.indexer\..*": "the indexer of sparse attention"}  # `Family.left_out`
+INDEXER = {
+    "layers.{}.attention.index_q": f"{_LAYER}.self_attn.indexer.wq_b.weight",
+    "layers.{}.attention.index_k": f"{_LAYER}.self_attn.indexer.wk.weight",
+    "layers.{}.attention.index_weights": f"{_LAYER}.self_attn.indexer.weights_proj.weight",
+    **with_biases({"layers.{}.attention.index_k_norm": f"{_LAYER}.self_attn.indexer.k_norm.weight"}),
+}
 
 
 def fused_experts(

@@ -32,7 +32,7 @@ class Slot:
     Attributes:
         name: `layers.3.attention.q`, unique in the model.
         shape: logical shape, `(out, in)` for a linear weight.
-        role: embedding, head, norm, bias, router, convolution, attention, linear_attention, mlp, expert or
+        role: embedding, head, norm, bias, router, convolution, indexer, attention, linear_attention, mlp, expert or
             shared_expert.
         is_transposed: unquantized checkpoints store the weight as `(in, out)` (GPT-2's `Conv1D`).
     """
@@ -46,6 +46,11 @@ class Slot:
     def is_linear(self) -> bool:
         """Whether the weight multiplies activations and may be quantized."""
         return self.role in {"attention", "linear_attention", "mlp", "expert", "shared_expert", "head"}
+
+    @property
+    def decides(self) -> bool:
+        """Whether the weight multiplies activations to choose by what comes out: it is never quantized here."""
+        return self.role in {"router", "indexer"}
 
 
 class Norm(Protocol):
@@ -154,14 +159,12 @@ class ModelSpec:
     """Sizes and block choices of a whole decoder.
 
     Attributes:
-        max_positions: the longest sequence that the checkpoint declares, or that is served: see `indexed_positions`.
+        max_positions: the longest sequence that the checkpoint declares.
         norm: of the blocks, and after the last one.
         has_position_embedding: positions are learned vectors, added to the embedding (GPT-2).
         num_draft_layers: layers behind the last one that predict further tokens; checkpoints may hold them, the
             decoder has no use for them.
         norms: where the blocks have theirs.
-        indexed_positions: an indexer chooses so many positions for a token to attend to. Longer sequences are not
-            served: up to there attention is the same without it. None: there is no indexer.
         embedding_scale: multiplies the embedding's rows; `rounds_embedding_scale`: in the activations' type (Gemma).
         residual_scale: multiplies what each block adds to the stream.
         logits_scale, logits_softcap: see `Head`.
@@ -181,7 +184,6 @@ class ModelSpec:
     has_position_embedding: bool = False
     num_draft_layers: int = 0
     norms: Norms = Norms.BEFORE
-    indexed_positions: int | None = None
     embedding_scale: float = 1.0
     rounds_embedding_scale: bool = False
     residual_scale: float = 1.0
@@ -219,6 +221,16 @@ class ModelSpec:
     def kv_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """(kv_heads, key_dim, value_dim) of each layer."""
         return tuple(layer.attention.kv_shape for layer in self.layers)
+
+    @property
+    def index_dims(self) -> tuple[int, ...]:
+        """Of each layer's key that its indexer finds a token by; 0: it has none."""
+        return tuple(getattr(layer.attention, "index_dim", 0) for layer in self.layers)
+
+    @property
+    def num_chosen(self) -> int:
+        """How many positions an indexer chooses for a token at most; 0: the model has none."""
+        return max((getattr(layer.attention, "num_chosen", 0) for layer in self.layers), default=0)
 
     @property
     def state_shapes(self) -> tuple[StateShape | None, ...]:

@@ -5,7 +5,6 @@ In: settings. Out: a `Deployment`, with derived sources made, weights loaded, ex
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,8 +28,6 @@ from amalgam.runtime.speculation import check_together, open_speculation
 from amalgam.runtime.threads import set_threads
 from amalgam.text.files import read_template
 from amalgam.text.tokenizer import Tokenizer
-
-logger = logging.getLogger("amalgam.runtime")
 
 
 def open_deployment(settings: Settings, progress: Progress | None = None) -> Deployment:
@@ -61,12 +58,6 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
             on_failure.callback(tracker.close)
         loaded = loader.build(planned, version_id=1, progress=progress)
         max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
-        if loader.spec.indexed_positions is not None and settings.inference.max_seq_length > max_positions:
-            logger.warning(
-                "Sequences of at most %d tokens are served: the indexer of the model's sparse attention is not run, "
-                "which chooses so many positions.",
-                max_positions,
-            )
         settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
         decoder = Decoder(loader.spec, max_positions, dtype, device)
         speculation = open_speculation(settings, loader, loaded.version, tokenizer, device, progress)

@@ -315,7 +315,7 @@ def random_weights(
         if key not in templates:
             templates[key] = _random_weight(*key, dtype)
         weight = _copy(templates[key])
-        if slot.is_linear or slot.role == "router":
+        if slot.is_linear or slot.decides:
             codes = codes_bf16(slot, inference, backend)
             weight = backend.prepare(weight, inference.activation, codes=codes)
         made[slot.name] = weight.to(device)

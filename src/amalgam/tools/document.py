@@ -108,8 +108,10 @@ serves up to `max_position_embeddings`, where it equals the default, and refuses
 long factors for every token if `inference.max_seq_length` is above `original_max_position_embeddings`, and its short
 ones otherwise.
 
-DeepSeek-V3.2 and GLM-5 attend to the `index_topk` positions that an indexer chooses. It is not run: sequences of at
-most so many tokens are served (2048 as published), for which attention is the same, and its weights are passed over.
+DeepSeek-V3.2 and GLM-5 attend to the `index_topk` positions (2048 as published) that an indexer chooses, and to all
+where there are no more. Its keys are cached beside the latent vectors, in the cache's type. Of equal scores, whose
+order the classes leave open, the earlier position is chosen. The indexer's weights stay in the precision that they
+are stored in.
 Kimi K2 is `DeepseekV3ForCausalLM`; its tokenizer is read from tiktoken's file, see [text](text.md).
 
 In most of their layers Qwen3-Next, Qwen3.5 and Ling 3 (delta nets), Granite 4 (Mamba-2) and LFM2 (short convolutions)

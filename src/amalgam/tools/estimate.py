@@ -21,12 +21,16 @@ from amalgam.engine.memory import STATES_PER_SEQUENCE, available_bytes, resident
 from amalgam.errors import AmalgamError
 from amalgam.formats.contract import WritableFormat
 from amalgam.formats.registry import all_formats
+from amalgam.kernels.chosen import MOST_SCORES
 from amalgam.models.kv_cache import KVCache, kv_type
 from amalgam.models.spec import ModelSpec
 from amalgam.runtime.device import choose_device
 from amalgam.text.tokenizer import Tokenizer
 
 _ACCUMULATOR_BYTES = 4
+# Of each score that an indexer gives: the score, a copy, a count and three marks. Of each position that it chooses: the
+# position, its slot and two tables of those.
+_SCORE_BYTES, _CHOICE_BYTES = 16, 32
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
 
 
 def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: torch.dtype) -> int:
-    """Activations of the largest step: residual, one block's inner values per token, and the logits."""
+    """Activations of the largest step: residual, one block's inner values per token, logits, an indexer's choice."""
     widths = [
         math.prod(slot.shape[:1])
         for slot in spec.slots
@@ -133,7 +137,9 @@ def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: t
     experts = [slot.shape[0] for slot in spec.slots if slot.role == "expert"]
     inner = max(widths, default=0) + max(experts, default=0) * max(1, spec.num_active_experts)
     per_token = (4 * spec.hidden_size + 2 * inner) * max(dtype.itemsize, _ACCUMULATOR_BYTES)
-    return step_tokens * per_token + 2 * batch_size * spec.vocab_size * _ACCUMULATOR_BYTES
+    logits = 2 * batch_size * spec.vocab_size * _ACCUMULATOR_BYTES
+    choice = MOST_SCORES * _SCORE_BYTES + step_tokens * spec.num_chosen * _CHOICE_BYTES if spec.num_chosen else 0
+    return step_tokens * per_token + logits + choice
 
 
 def _uniform(

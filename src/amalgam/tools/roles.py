@@ -10,7 +10,7 @@ from functools import lru_cache
 
 ROLES = (
     *("embedding", "attention", "linear_attention", "mlp", "expert", "shared_expert"),
-    *("router", "convolution", "norm", "bias", "head", "other"),
+    *("router", "indexer", "convolution", "norm", "bias", "head", "other"),
 )
 _ROUTERS = (  # modules
     *("gate", "wg", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "b_proj"),
@@ -47,6 +47,7 @@ def _role_of_template(name: str) -> str:
         ("bias", leaf in ("bias", "sinks", "A_log", "D") or leaf.endswith("_bias")),
         ("convolution", bool(re.search(r"conv1d$|^conv$", last))),
         ("norm", bool(re.search(r"norm|^ln(_|\d|$)", last)) or leaf == "layer_scalar"),
+        ("indexer", has("^indexer$")),
         ("shared_expert", has("^shared_(expert|mlp)")),
         ("expert", has("^experts$")),
         ("head", bool(re.search("lm_head|embed_out", last)) or name == "output.weight"),

@@ -6,12 +6,70 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amalgam.kernels.program import AttendLatent, Emitter, Normalize, Rows, ScaleByPosition, ScaleBySigmoid
+from amalgam.kernels.program import (
+    AttendLatent,
+    Choose,
+    Emitter,
+    KeepIndexKey,
+    Normalize,
+    Project,
+    Projection,
+    Rows,
+    ScaleByPosition,
+    ScaleBySigmoid,
+)
 from amalgam.models.rope import Rope
 from amalgam.models.spec import Slot
 from amalgam.models.weights import BlockWeights
 
 _LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps says
+_INDEX_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """What chooses the positions that a token attends to: the lightning indexer of DeepSeek-V3.2; see `Choose`.
+
+    Its queries are made of the attention's queries at their low rank. It has one key per token, in a cache of its own.
+
+    Attributes:
+        head_dim: of queries and key, of which the first dimensions turn as the attention's do.
+        num_chosen: how many positions.
+        is_interleaved: rotary pairs are neighbours in the checkpoint, not halves apart.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_chosen: int
+    is_interleaved: bool
+
+    def slots(self, hidden_size: int, query_rank: int) -> Iterator[Slot]:
+        yield Slot("index_q", (self.num_heads * self.head_dim, query_rank), "indexer")
+        yield Slot("index_k", (self.head_dim, hidden_size), "indexer")
+        yield Slot("index_weights", (self.num_heads, hidden_size), "indexer")
+        yield Slot("index_k_norm", (self.head_dim,), "norm")
+        yield Slot("index_k_norm_bias", (self.head_dim,), "bias")
+
+    def emit(self, step: Emitter, x: Rows, projected: tuple[Rows, ...], rope: int, weights: BlockWeights) -> None:
+        """Keep the tokens' keys and choose their positions; x: normed rows, `projected`: queries and keys."""
+        query, key = projected
+        norm, bias = weights["index_k_norm"].dense, weights["index_k_norm_bias"].dense
+        of_heads = step.rows("index_weights", self.num_heads, is_wide=True)
+        step.add(
+            Normalize(key, norm, key, _INDEX_NORM_EPS, bias=bias),
+            KeepIndexKey(key, step.layer_id, rope, self.is_interleaved),
+            Project(x, (Projection(weights["index_weights"], None, of_heads),), widens=True),
+            Choose(
+                query,
+                of_heads,
+                layer_id=step.layer_id,
+                num_heads=self.num_heads,
+                k=self.num_chosen,
+                scale=(self.head_dim * self.num_heads) ** -0.5,
+                rope=rope,
+                is_interleaved=self.is_interleaved,
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -25,10 +83,10 @@ class LatentAttention:
         query_rank: the queries' own low rank; None: one full projection.
         scale: of the scores before the softmax.
         is_interleaved: rotary pairs are neighbours in the checkpoint, not halves apart.
-        is_indexed: the model attends to the positions that an indexer chooses (DeepSeek-V3.2). It chooses all of a
-            context that is short enough, and no other is served: see `ModelSpec.indexed_positions`.
         sharpening: (beta, length): queries grow with their positions, as `ScaleByPosition` does it (Mistral 4).
         has_head_gate: what each head gives is multiplied by the sigmoid of a projection to one number (Ling 3).
+        is_indexed: over the positions that an indexer chooses (DeepSeek-V3.2).
+        indexer: None: that of the last layer before which has one (GLM-5).
     """
 
     num_heads: int
@@ -44,6 +102,17 @@ class LatentAttention:
     sharpening: tuple[float, int] | None = None
     is_indexed: bool = False
     has_head_gate: bool = False
+    indexer: Indexer | None = None
+
+    @property
+    def index_dim(self) -> int:
+        """Of the key that the indexer finds a token by; 0: there is none."""
+        return 0 if self.indexer is None else self.indexer.head_dim
+
+    @property
+    def num_chosen(self) -> int:
+        """How many positions the indexer chooses; 0: there is none."""
+        return 0 if self.indexer is None else self.indexer.num_chosen
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -67,6 +136,9 @@ class LatentAttention:
         if self.has_head_gate:
             yield Slot("g", (self.num_heads, hidden_size), "attention")
         yield from self._biased("o", (hidden_size, self.num_heads * self.value_dim))
+        if self.indexer is not None:
+            assert self.query_rank is not None
+            yield from self.indexer.slots(hidden_size, self.query_rank)
 
     def _biased(self, name: str, shape: tuple[int, int]) -> Iterator[Slot]:
         yield Slot(name, shape, "attention")
@@ -76,8 +148,13 @@ class LatentAttention:
     def emit(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
         expand, rope = weights["kv_b"], step.rope(self.rope)
         assert rope is not None
-        query = self._emit_query(step, x, weights)
-        (compressed,) = step.project(x, (weights["kv_a"], weights.vector("kv_a_bias"), "compressed"))
+        query, *index_query = self._emit_query(step, x, weights)
+        narrowing = [(weights["kv_a"], weights.vector("kv_a_bias"), "compressed")]
+        if self.indexer is not None:
+            narrowing.append((weights["index_k"], None, "index_key"))
+        compressed, *index_key = step.project(x, *narrowing)
+        if self.indexer is not None:
+            self.indexer.emit(step, x, (*index_query, *index_key), rope, weights)
         attended = step.rows("attended", self.num_heads * self.value_dim)
         if self.sharpening is not None:
             step.add(ScaleByPosition(query, *self.sharpening))
@@ -97,6 +174,7 @@ class LatentAttention:
                 rope=rope,
                 scale=self.scale,
                 is_interleaved=self.is_interleaved,
+                is_indexed=self.is_indexed,
             )
         )
         if self.has_head_gate:
@@ -105,11 +183,13 @@ class LatentAttention:
         (delta,) = step.project(attended, (weights["o"], weights.vector("o_bias"), "delta"))
         return delta
 
-    def _emit_query(self, step: Emitter, x: Rows, weights: BlockWeights) -> Rows:
+    def _emit_query(self, step: Emitter, x: Rows, weights: BlockWeights) -> tuple[Rows, ...]:
+        """Where the queries will be, and those of the indexer if there is one."""
         if self.query_rank is None:
-            (query,) = step.project(x, (weights["q"], None, "query"))
-            return query
+            return step.project(x, (weights["q"], None, "query"))
         (low,) = step.project(x, (weights["q_a"], weights.vector("q_a_bias"), "low_query"))
         step.add(Normalize(low, weights["q_a_norm"].dense, low, _LATENT_NORM_EPS))
-        (query,) = step.project(low, (weights["q_b"], None, "query"))
-        return query
+        widening = [(weights["q_b"], None, "query")]
+        if self.indexer is not None:
+            widening.append((weights["index_q"], None, "index_query"))
+        return step.project(low, *widening)

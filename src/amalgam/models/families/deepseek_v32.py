@@ -1,38 +1,31 @@
 """DeepSeek-V3.2 (`DeepseekV32ForCausalLM`): V3 whose tokens attend to the positions that an indexer chooses.
 
-DeepSeek-AI 2025, "DeepSeek-V3.2". The indexer is not run: sequences that it would choose from are not served.
+DeepSeek-AI 2025, "DeepSeek-V3.2", section 2.1. Index keys and queries are kept as they are: the published code rotates
+both by a Hadamard matrix, which no score notices, and rounds them to 8 bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from amalgam.models.naming import CORRECTED_EXPERTS, DECODER, FUSED_EXPERTS, INDEXER, LATENT_ATTENTION, MLP
-from amalgam.models.reading.attention import read_latent_attention
-from amalgam.models.reading.layers import (
-    read_corrected_router,
-    read_model,
-    read_moe_layers,
-    with_draft_layers,
-    with_indexer,
-)
+from amalgam.models.reading.attention import read_latent_attention, with_indexer
+from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers, with_draft_layers
 from amalgam.models.spec import ConfigReader, Family, ModelSpec
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
-    attention = replace(read_latent_attention(config, is_interleaved=True), is_indexed=True)
+    attention = read_latent_attention(config, is_interleaved=True)
+    attention = with_indexer(config, attention, default_heads=64, default_interleaved=False)
     router = read_corrected_router(config, default_groups=8, default_kept=4, default_scaling=2.5)
     layers = read_moe_layers(config, attention, router, default_dense=3, default_shared=1)
-    return with_indexer(config, with_draft_layers(config, read_model(config, "deepseek_v32", layers)))
+    return with_draft_layers(config, read_model(config, "deepseek_v32", layers))
 
 
 FAMILY = Family(
     name="deepseek_v32",
     architectures=("DeepseekV32ForCausalLM",),
     read_spec=_read_spec,
-    names={**DECODER, **LATENT_ATTENTION, **MLP, **CORRECTED_EXPERTS},
+    names={**DECODER, **LATENT_ATTENTION, **INDEXER, **MLP, **CORRECTED_EXPERTS},
     fused=FUSED_EXPERTS,
-    left_out=INDEXER,
     tiny_config={
         "num_key_value_heads": 4,
         "intermediate_size": 128,

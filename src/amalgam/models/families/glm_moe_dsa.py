@@ -1,43 +1,59 @@
-"""GLM-5 (`GlmMoeDsaForCausalLM`): DeepSeek-V3.2's sparse attention, one indexer for several layers, GLM's experts.
+"""GLM-5 (`GlmMoeDsaForCausalLM`): DeepSeek-V3.2's sparse attention, GLM's experts, fewer indexers than layers.
 
-The indexer is not run: sequences that it would choose from are not served.
+A layer without an indexer attends to what the last one before it has chosen (arXiv:2603.12201).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from amalgam.models.blocks.latent_attention import LatentAttention
 from amalgam.models.naming import CORRECTED_EXPERTS, DECODER, FUSED_EXPERTS, INDEXER, LATENT_ATTENTION, MLP
-from amalgam.models.reading.attention import LatentDefaults, read_latent_attention
-from amalgam.models.reading.layers import (
-    read_corrected_router,
-    read_model,
-    read_moe_layers,
-    with_draft_layers,
-    with_indexer,
-)
+from amalgam.models.reading.attention import LatentDefaults, read_latent_attention, with_indexer
+from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers, with_draft_layers
 from amalgam.models.spec import ConfigReader, Family, ModelSpec
 
 NORM_EPS = 1e-5
 # Of the configuration class, where a key is missing.
 DEFAULTS = LatentDefaults(query_rank=2048, nope_dim=192, value_dim=256)
+_TYPES = {"F": "full", "S": "shared"}
+
+
+def _read_attentions(config: ConfigReader) -> list[LatentAttention]:
+    """Of each layer: with an indexer of its own or without."""
+    latent = read_latent_attention(config, is_interleaved=True, defaults=DEFAULTS)
+    full = with_indexer(config, latent, default_heads=32, default_interleaved=True)
+    known = {"full": full, "shared": replace(full, indexer=None)}
+    count = config.int("num_hidden_layers")
+    every = max(config.int("index_topk_freq", default=1, low=0), 1)
+    offset = config.int("index_skip_topk_offset", default=2, low=0)
+    types = ["full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(count)]
+    key = next((key for key in ("indexer_types", "index_topk_pattern") if config.get(key) is not None), None)
+    if key is not None:
+        types = config.get(key)
+        if isinstance(types, str):
+            types = [_TYPES.get(letter, letter) for letter in types]
+    if not isinstance(types, list) or len(types) != count or not all(kind in known for kind in types):
+        config.refuse(key or "index_topk_freq", types, f"{count} of {', '.join(known)}")
+    if types[0] != "full":
+        config.refuse(key or "index_skip_topk_offset", types[0], "full in the first layer, which none is before")
+    return [known[kind] for kind in types]
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
-    attention = replace(read_latent_attention(config, is_interleaved=True, defaults=DEFAULTS), is_indexed=True)
+    config.expect("index_kpool", 1)
     router = read_corrected_router(config, default_scaling=2.5)
-    layers = read_moe_layers(config, attention, router, default_dense=3, default_shared=1)
-    spec = read_model(config, "glm_moe_dsa", layers, default_eps=NORM_EPS)
-    return with_indexer(config, with_draft_layers(config, spec))
+    layers = read_moe_layers(config, _read_attentions(config), router, default_dense=3, default_shared=1)
+    return with_draft_layers(config, read_model(config, "glm_moe_dsa", layers, default_eps=NORM_EPS))
 
 
 FAMILY = Family(
     name="glm_moe_dsa",
     architectures=("GlmMoeDsaForCausalLM",),
     read_spec=_read_spec,
-    names={**DECODER, **LATENT_ATTENTION, **MLP, **CORRECTED_EXPERTS},
+    names={**DECODER, **LATENT_ATTENTION, **INDEXER, **MLP, **CORRECTED_EXPERTS},
     fused=FUSED_EXPERTS,
-    left_out=INDEXER,
+    left_out={r"model\.layers\.\d+\.self_attn\.indexer\..*": "an indexer that its layer does not use"},
     tiny_config={
         "num_key_value_heads": 4,
         "intermediate_size": 128,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from amalgam.models.blocks.attention import Attention
-from amalgam.models.blocks.latent_attention import LatentAttention
+from amalgam.models.blocks.latent_attention import Indexer, LatentAttention
 from amalgam.models.reading.rope import RopeSettings, read_rope
 from amalgam.models.rope import yarn_scale
 from amalgam.models.spec import ConfigReader
@@ -185,3 +185,25 @@ def read_latent_attention(
         is_interleaved=is_interleaved,
         has_bias=config.bool("attention_bias", default=False),
     )
+
+
+def with_indexer(
+    config: ConfigReader, attention: LatentAttention, *, default_heads: int, default_interleaved: bool
+) -> LatentAttention:
+    """Latent attention over the positions that DeepSeek-V3.2's indexer chooses.
+
+    Args:
+        default_heads, default_interleaved: of the indexer.
+    """
+    dim = config.int("index_head_dim", default=128)
+    if dim < attention.rope_dim:
+        config.refuse("index_head_dim", dim, f"at least qk_rope_head_dim {attention.rope_dim}")
+    if attention.query_rank is None:
+        config.refuse("q_lora_rank", None, "a number: the indexer reads the queries' low rank")
+    indexer = Indexer(
+        num_heads=config.int("index_n_heads", default=default_heads),
+        head_dim=dim,
+        num_chosen=config.int("index_topk", default=2048),
+        is_interleaved=config.bool("indexer_rope_interleave", default=default_interleaved),
+    )
+    return replace(attention, is_indexed=True, indexer=indexer)

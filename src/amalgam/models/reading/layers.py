@@ -50,12 +50,6 @@ def with_draft_layers(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
     return replace(spec, num_draft_layers=config.int("num_nextn_predict_layers", default=1, low=0))
 
 
-def with_indexer(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
-    """The spec, limited to sequences for which the indexer of sparse attention chooses every position."""
-    chosen = config.int("index_topk", default=2048)
-    return replace(spec, indexed_positions=chosen, max_positions=min(chosen, spec.max_positions))
-
-
 def with_multipliers(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
     """The spec with Granite's factors on the embedding, on what the blocks add, and on the logits."""
     divisor = config.float("logits_scaling", default=1.0)

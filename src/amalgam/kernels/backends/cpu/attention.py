@@ -77,6 +77,29 @@ def paged_attention(
     return out
 
 
+def index_scores(query: Tensor, weights: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
+    """An indexer's scores; see `operators.index_scores`. For the tensors that `supports_paged_attention` tells.
+
+    query: `[tokens, heads, d]`, float32 or bfloat16. weights: float32 `[tokens, heads]`.
+
+    Raises:
+        ValueError: shapes, types or block tables that do not fit together.
+    """
+    from amalgam import _native
+
+    tile = _native.score_tile
+    out = torch.empty((len(query), -(-int(batch.context_lengths.max()) // tile) * tile))
+    table(extension.isa()).score_keys(
+        plan_of(batch),
+        _dense_rows(query),
+        (_dense_rows(cache.keys), cache.key_scales),
+        weights.contiguous(),
+        out,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def supports_cached_attention(query: Tensor, key: Tensor, value: Tensor, how: CachedAttention) -> bool:
     """Whether `cached_attention` takes these tensors; depends on types, devices and the cache's layout only."""
     return (

@@ -30,6 +30,7 @@ from amalgam.kernels.program import (
     Gelu,
     Head,
     Instruction,
+    KeepIndexKey,
     Mix,
     Normalize,
     Program,
@@ -160,7 +161,12 @@ class Encoder:
             one.rope_dim,
             one.rope,
             one.is_interleaved,
+            one.is_indexed,
         )
+        return True
+
+    def _keep_index_key(self, one: KeepIndexKey) -> bool:
+        self.native.add_keep_index_key(self._columns(one.key), one.layer_id, one.rope, one.is_interleaved)
         return True
 
     def _route(self, one: Route) -> bool:
@@ -288,6 +294,7 @@ _ENCODERS: dict[type[Instruction], Callable[[Encoder, Any], bool]] = {
     Embed: Encoder._embed,
     Gelu: Encoder._elementwise,
     Head: Encoder._head,
+    KeepIndexKey: Encoder._keep_index_key,
     Mix: Encoder._mix,
     Normalize: Encoder._normalize,
     Project: Encoder._project,

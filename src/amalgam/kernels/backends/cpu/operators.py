@@ -18,9 +18,11 @@ from amalgam.kernels.packed import SWIGLU, Activation, ExpertTable, PackedWeight
 from amalgam.kernels.program import (
     Attend,
     AttendLatent,
+    Choose,
     Embed,
     Head,
     Instruction,
+    KeepIndexKey,
     Mix,
     Normalize,
     Project,
@@ -118,6 +120,12 @@ class CpuOperators(Operators):
         attend = attention.paged_attention if is_compiled else Operators.paged_attention
         return attend(query, cache, batch, scale=scale, window=window, sinks=sinks, softcap=softcap, chunk=chunk)
 
+    @staticmethod
+    def index_scores(query: Tensor, weights: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
+        is_compiled = attention.supports_paged_attention(query, cache, batch)
+        score = attention.index_scores if is_compiled else Operators.index_scores
+        return score(query, weights, cache, batch)
+
     @classmethod
     def cached_attention(cls, query: Tensor, key: Tensor, value: Tensor, how: CachedAttention) -> Tensor:
         if attention.supports_cached_attention(query, key, value, how):
@@ -134,7 +142,7 @@ def who_runs(instruction: Instruction, dtype: torch.dtype) -> str:
             is_compiled = isinstance(weight, PanelWeight)
         case Mix(experts=experts):
             is_compiled = isinstance(experts, products.PanelExperts)
-        case Attend() | AttendLatent() | Normalize() | SwiGlu():
+        case Attend() | AttendLatent() | KeepIndexKey() | Choose() | Normalize() | SwiGlu():
             is_compiled = dtype in extension.FLOAT_TYPES
         case Route(weight=weight):
             is_compiled = isinstance(weight, PanelWeight) and dtype in extension.FLOAT_TYPES

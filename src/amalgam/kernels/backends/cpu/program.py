@@ -6,10 +6,13 @@ by one wherever those are compiled. Must never know: names, plans, requests.
 Between two products a layer's many small calls would fetch Python's code and data back into caches that the weights
 have just filled: with one sequence that was a fifth of a step. An instruction that the extension cannot take, because a
 weight is in a layout that it does not know or because it is a `Call`, goes through the interpreter, and the program
-goes on in the extension behind it.
+goes on in the extension behind it. So does a `Choose`, but only in steps in which a token has positions to choose from:
+the others are as if it was not there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +23,33 @@ from amalgam.kernels.backends.cpu.encoders import Encoder
 from amalgam.kernels.backends.cpu.operators import CpuOperators, who_runs
 from amalgam.kernels.backends.cpu.workspace import Workspace, new_routing
 from amalgam.kernels.backends.reference.interpreter import Frame, execute, logits_of
-from amalgam.kernels.program import Instruction, Mix, Rows, WeighInput
+from amalgam.kernels.chosen import chooses
+from amalgam.kernels.program import Choose, Instruction, Mix, Rows, WeighInput
 from amalgam.kernels.step import StepContext
+
+# Instructions [first, end) of the native program, or one for the interpreter with its last route.
+_Part = tuple[int, int] | tuple[Instruction, int]
+
+
+def _join(parts: list[_Part], first: int, end: int) -> None:
+    """Add native instructions to what runs in one call, if such a part is the last."""
+    start = parts[-1][0] if parts else None
+    if isinstance(start, int):
+        parts[-1] = (start, end)
+    else:
+        parts.append((first, end))
+
+
+def _without_choice(parts: Sequence[_Part]) -> list[_Part]:
+    """The same without any `Choose`."""
+    found: list[_Part] = []
+    for part in parts:
+        first, end = part
+        if isinstance(first, int):
+            _join(found, first, end)
+        elif not isinstance(first, Choose):
+            found.append(part)
+    return found
 
 
 class CpuProgram:
@@ -47,29 +75,25 @@ class CpuProgram:
         self._vocab_size = program.head.weight.shape[0]
         self._starts: list[int] = []  # of the buffers, for so many tokens in this arena
         self._placed: tuple[int, Tensor | None] = (-1, None)
-        # In order: instructions [first, end) of the native program, or one for the interpreter with its last route.
-        self._parts: list[tuple[int, int] | tuple[Instruction, int]] = []
+        self._parts: list[_Part] = []
         self._interpreted: set[int] = set()
         for number, instruction in enumerate(program.instructions):
             self._add(number, instruction, encoder)
+        self._least_chosen = min((one.k for one in program.instructions if isinstance(one, Choose)), default=None)
+        self._parts_without_choice = _without_choice(self._parts)
 
     def _add(self, number: int, instruction: Instruction, encoder: Encoder) -> None:
         first = self._native.num_instructions
-        if not encoder.add(instruction):
-            self._interpreted.add(number)
-            self._parts.append((instruction, encoder.num_routes - 1))
+        if encoder.add(instruction):
+            _join(self._parts, first, self._native.num_instructions)
             return
-        end = self._native.num_instructions
-        last = self._parts[-1] if self._parts else None
-        if last is not None and isinstance(last[0], int):
-            self._parts[-1] = (last[0], end)
-        else:
-            self._parts.append((first, end))
+        self._interpreted.add(number)
+        self._parts.append((instruction, encoder.num_routes - 1))
 
     @property
     def is_one_call(self) -> bool:
-        """Whether the extension runs the whole step."""
-        return not self._interpreted
+        """Whether the extension runs the whole step, if no token has positions to choose from."""
+        return len(self._parts_without_choice) == 1 and isinstance(self._parts_without_choice[0][0], int)
 
     def describe(self) -> dict[str, str]:
         native = f"native ({extension.isa()})"
@@ -91,6 +115,7 @@ class CpuProgram:
         shape = (self._num_routes, tokens, self._num_active)
         expert_ids, gate_weights = workspace.routing(shape) if observer is None else new_routing(shape)
         starts = self._place(tokens)  # which may make a larger arena
+        has_choice = self._least_chosen is not None and chooses(step, self._least_chosen)
         arguments = (
             self._kernels,
             self._attention,
@@ -103,13 +128,13 @@ class CpuProgram:
             expert_ids,
             gate_weights,
             logits,
-            torch.get_num_threads(),
         )
+        threads = torch.get_num_threads()
         frame: _CpuFrame | None = None
-        for part in self._parts:
-            first, end = part
+        for first, end in self._parts if has_choice else self._parts_without_choice:
             if isinstance(first, int):
-                self._native.run(first, end, *arguments)
+                chosen = None if frame is None or frame.chosen is None else attention.plan_of(frame.chosen)
+                self._native.run(first, end, *arguments, chosen, threads)
                 continue
             if frame is None:
                 frame = _CpuFrame(step, self, expert_ids, gate_weights, tokens)

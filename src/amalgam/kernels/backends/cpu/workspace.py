@@ -24,10 +24,11 @@ _ALIGNMENT = 64  # bytes, of every buffer
 
 @dataclass(eq=False)
 class Memory:
-    """A KV cache, states and rotary tables as the extension sees them."""
+    """A KV cache, states, index keys and rotary tables as the extension sees them."""
 
     layers: tuple[LayerCache, ...]
     states: tuple[LayerState | None, ...]
+    indexes: tuple[LayerCache | None, ...]
     block_size: int
     tables: Tables
     native: _native.StepMemory
@@ -61,6 +62,7 @@ class Workspace:
             known is None
             or known.layers is not kv.layers
             or known.states is not kv.states
+            or known.indexes is not kv.indexes
             or known.block_size != kv.block_size
             or known.tables is not tables
         ):
@@ -76,8 +78,9 @@ class Workspace:
             list(tables),
             min((len(cos) for cos, _ in tables), default=sys.maxsize),
             kv.states,
+            [None if index is None else (index.keys, index.key_scales) for index in kv.indexes],
         )
-        return Memory(kv.layers, kv.states, kv.block_size, tables, memory)
+        return Memory(kv.layers, kv.states, kv.indexes, kv.block_size, tables, memory)
 
     def logits(self, shape: tuple[int, int]) -> Tensor:
         """float32, good until the next step."""

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.base import ActivationType, Compiled, Tables, describe
-from amalgam.kernels.backends.reference.operators import Operators, changed_logits, gelu, part_pairs
+from amalgam.kernels.backends.reference.operators import Operators, changed_logits, gelu, largest, part_pairs
+from amalgam.kernels.chosen import Choice, chooses
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import (
     Add,
     Attend,
     AttendLatent,
     Call,
+    Choose,
     Clamp,
     Convolve,
     DeltaRule,
@@ -29,6 +31,7 @@ from amalgam.kernels.program import (
     Gelu,
     Head,
     Instruction,
+    KeepIndexKey,
     Mix,
     Normalize,
     Program,
@@ -43,11 +46,15 @@ from amalgam.kernels.program import (
     SwiGlu,
     WeighInput,
 )
-from amalgam.kernels.step import CachedAttention, StepContext
+from amalgam.kernels.step import AttentionBatch, CachedAttention, StepContext
 
 
 class Frame:
-    """What one step has computed so far: activations by buffer, the last routing, the logits."""
+    """What one step has computed so far: activations by buffer, the last routing and choice, the logits.
+
+    Attributes:
+        chosen: the step's tokens over the positions that an indexer chose for them; None: over all.
+    """
 
     def __init__(
         self, step: StepContext, dtype: torch.dtype, tables: Tables, operators: type[Operators] = Operators
@@ -56,10 +63,12 @@ class Frame:
         self.dtype = dtype
         self.operators = operators
         self.routing: tuple[Tensor, Tensor] | None = None
+        self.chosen: AttentionBatch | None = None
         self.logits: Tensor | None = None
         self._tables = tables
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
         self._buffers: dict[str, Tensor] = {}
+        self._choices: dict[int, Choice | None] = {}
 
     def get(self, rows: Rows) -> Tensor:
         """`[tokens, width]`, perhaps a view."""
@@ -89,6 +98,12 @@ class Frame:
             cos, sin = self._tables[rope]
             self._rotary[rope] = cos[self.step.positions], sin[self.step.positions]
         return self._rotary[rope]
+
+    def choice(self, k: int) -> Choice | None:
+        """The step's tokens that have more than k positions to choose from; None if there are none."""
+        if k not in self._choices:
+            self._choices[k] = Choice(self.step, k) if chooses(self.step, k) else None
+        return self._choices[k]
 
     def route(self, layer_id: int, expert_ids: Tensor, gate_weights: Tensor) -> None:
         self.routing = expert_ids, gate_weights
@@ -259,7 +274,8 @@ def _attend_latent(one: AttendLatent, frame: Frame) -> None:
     cache = step.kv.layers[one.layer_id]
     frame.operators.write_kv(cache, key, key[..., :0], step.slot_ids)
     latents = cache._replace(values=cache.keys[..., : one.latent_dim], value_scales=cache.key_scales)
-    attended = frame.operators.paged_attention(query, latents, step.attention, scale=one.scale)
+    batch = frame.chosen if one.is_indexed and frame.chosen is not None else step.attention
+    attended = frame.operators.paged_attention(query, latents, batch, scale=one.scale)
     frame.put(one.out, frame.operators.per_head(attended, to_values.transpose(1, 2)).flatten(1))
 
 
@@ -269,6 +285,35 @@ def latent_matrices(one: AttendLatent, dtype: torch.dtype) -> tuple[Tensor, Tens
     matrices = expand.dequantize(None if expand.is_floating else dtype)
     matrices = matrices.view(one.num_heads, one.nope_dim + one.value_dim, one.latent_dim)
     return matrices[:, : one.nope_dim], matrices[:, one.nope_dim :]
+
+
+def _keep_index_key(one: KeepIndexKey, frame: Frame) -> None:
+    cache = frame.step.kv.indexes[one.layer_id]
+    assert cache is not None
+    key = frame.get(one.key).detach().unsqueeze(1)
+    if one.is_interleaved:
+        key = part_pairs(key, 2 * frame.rotary(one.rope)[0].shape[1])
+    key = frame.operators.rotate(key, *frame.rotary(one.rope))
+    frame.operators.write_kv(cache, key, key[..., :0], frame.step.slot_ids)
+
+
+@torch.no_grad()
+def _choose(one: Choose, frame: Frame) -> None:
+    choice, cache = frame.choice(one.k), frame.step.kv.indexes[one.layer_id]
+    assert cache is not None
+    if choice is None:
+        frame.chosen = None
+        return
+    cos, sin = frame.rotary(one.rope)
+    queries, weights, positions = frame.get(one.query), frame.get(one.weights), []
+    for part in choice.parts:
+        query = queries[part.rows].unflatten(1, (one.num_heads, -1))
+        if one.is_interleaved:
+            query = part_pairs(query, 2 * cos.shape[1])
+        query = frame.operators.rotate(query, cos[part.rows], sin[part.rows])
+        scores = frame.operators.index_scores(query, weights[part.rows] * one.scale, cache, part.batch)
+        positions.append(largest(scores, one.k))
+    frame.chosen = choice.attention(torch.cat(positions))
 
 
 def _route(one: Route, frame: Frame) -> None:
@@ -447,12 +492,14 @@ _HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {
     Attend: _attend,
     AttendLatent: _attend_latent,
     Call: _call,
+    Choose: _choose,
     Clamp: _clamp,
     Convolve: _convolve,
     DeltaRule: _delta_rule,
     Embed: _embed,
     Gelu: _gelu,
     Head: _head,
+    KeepIndexKey: _keep_index_key,
     Mix: _mix,
     Normalize: _normalize,
     Project: _project,

@@ -479,6 +479,43 @@ def paged_attention(
     return output[tile_index, row_index].to(query.dtype)
 
 
+def index_scores(query: Tensor, weights: Tensor, cache: LayerCache, batch: AttentionBatch) -> Tensor:
+    """An indexer's scores of all positions up to each token's own; see `Choose`.
+
+    query: `[tokens, heads, d]`, rotated; weights: float32 `[tokens, heads]`; cache: of one head. Returns float32
+    `[tokens, positions]`, -∞ behind the token's own. Every product is of one token and one tile of keys.
+    """
+    longest = -(-int(batch.context_lengths.max()) // _KEY_TILE) * _KEY_TILE
+    scores = torch.full((query.shape[0], longest), -torch.inf, device=query.device)
+    of_heads = weights.float()[:, None, None, :]
+    for index, (start, end) in enumerate(batch.query_starts.unfold(0, 2, 1).tolist()):
+        context, queries = int(batch.context_lengths[index]), query[start:end].float().unsqueeze(1)
+        if start == end:
+            continue
+        own = torch.arange(context - (end - start), context, device=query.device).unsqueeze(1)
+        for first in range(0, context, _KEY_TILE):
+            places = torch.arange(first, first + _KEY_TILE, device=query.device)
+            block = (places // batch.block_size).clamp(max=batch.block_tables.shape[1] - 1)
+            slots = batch.block_tables[index][block] * batch.block_size + places % batch.block_size
+            keys = _read(cache.keys, cache.key_scales, slots)[:, 0].t().expand(end - start, 1, -1, -1)
+            tile = _batched_product(of_heads[start:end], _batched_product(queries, keys).relu())
+            scores[start:end, first : first + _KEY_TILE] = tile[:, 0, 0].masked_fill(places > own, -torch.inf)
+    return scores
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """The places of each row's k largest scores, ascending; of equal ones the first, and NaN counts as infinite.
+
+    scores: float32 `[rows, n]`. Returns int64 `[rows, k]`.
+    """
+    scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    least = scores.topk(k, dim=1).values[:, -1:]
+    is_above, is_least = scores > least, scores == least
+    room = k - is_above.sum(1, keepdim=True)
+    is_chosen = is_above | (is_least & (is_least.cumsum(1, dtype=torch.int32) <= room))
+    return is_chosen.nonzero()[:, 1].view(len(scores), k)
+
+
 def _batched_product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` over the two leading dimensions; contiguous operands, so that every product takes the same path."""
     shape = (*a.shape[:2], a.shape[2], b.shape[3])
@@ -506,6 +543,7 @@ class Operators:
     scan_states = staticmethod(scan_states)
     write_kv = staticmethod(write_kv)
     paged_attention = staticmethod(paged_attention)
+    index_scores = staticmethod(index_scores)
 
     @classmethod
     def linears(

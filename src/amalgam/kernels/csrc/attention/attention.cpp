@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kRowsPerItem = 64;  // enough to make packing a tile cheap next to using it
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kElementsPerWrite = int64_t{1} << 17;
+constexpr int64_t kScoredKeys = 16 * kTileKeys;  // of an item
 
 // 64-byte aligned memory that grows and is kept by its thread for the next call.
 class Buffer {
@@ -254,6 +255,31 @@ void paged_attention(const AttentionKernels& kernels, const AttentionPlan& plan,
         float* scratch = scratch_buffer.get(kernels.scratch_floats(args, merge.first));
         kernels.merge(args, merge.first, merge.num_ranges, merge.stride, scratch);
     });
+}
+
+void index_scores(const AttentionKernels& kernels, const AttentionPlan& plan, const AttentionArgs& args,
+                  const float* weights, float* out, int64_t stride, int num_threads) {
+    std::vector<AttentionItem> items;
+    for (const auto& sequence : plan.sequences()) {
+        for_each_item(plan, args, sequence, cut_sequence(args, sequence), [&](AttentionItem item) {
+            const int64_t end = item.end_key;
+            for (int64_t first = 0; first < end; first += kScoredKeys) {
+                item.first_key = first;
+                item.end_key = std::min(first + kScoredKeys, end);
+                items.push_back(item);
+            }
+        });
+    }
+    parallel_for(static_cast<int64_t>(items.size()), num_threads, [&](int64_t i) {
+        const AttentionItem& item = items[static_cast<size_t>(i)];
+        kernels.score(args, item, weights, out, stride, scratch_buffer.get(kernels.scratch_floats(args, item)));
+    });
+    for (const auto& sequence : plan.sequences()) {
+        for (int64_t i = 0; i < sequence.num_tokens; ++i) {
+            float* row = out + (sequence.first_token + i) * stride;
+            std::fill(row + sequence.first_position + i + 1, row + stride, -std::numeric_limits<float>::infinity());
+        }
+    }
 }
 
 void check_slots(const int64_t* slot_ids, int64_t num_tokens, int64_t num_slots) {

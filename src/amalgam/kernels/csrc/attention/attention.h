@@ -106,6 +106,10 @@ struct AttentionKernels {
                    float* scratch);
     // Merges the partial results of num_ranges items that differ in their keys only, `stride` floats apart.
     void (*merge)(const AttentionArgs&, const AttentionItem&, int64_t num_ranges, int64_t stride, float* scratch);
+    // One KV head: sums over the heads, in their order, of weights [tokens, heads] times a score above 0; out
+    // [tokens, keys], `stride` floats from token to token. Whole blocks of 16 keys from first_key on are written.
+    void (*score)(const AttentionArgs&, const AttentionItem&, const float* weights, float* out, int64_t stride,
+                  float* scratch);
 };
 
 inline int64_t padded_value_dim(const AttentionArgs& args) { return (args.values.dim + 15) / 16 * 16; }
@@ -121,6 +125,12 @@ inline int64_t partial_floats(const AttentionArgs& args, const AttentionItem& it
 
 void paged_attention(const AttentionKernels& kernels, const AttentionPlan& plan, const AttentionArgs& args,
                      int num_threads);
+
+// What an indexer finds keys by: out[token, key] = sum over heads of weights[token, head] * max(0, query . key),
+// float32 [tokens, stride]; minus infinity behind the token. stride: a multiple of kTileKeys. args: query and keys of
+// one KV head; there are no values.
+void index_scores(const AttentionKernels& kernels, const AttentionPlan& plan, const AttentionArgs& args,
+                  const float* weights, float* out, int64_t stride, int num_threads);
 
 // cache[slot, head] = row, [dim] in `dtype`. As codes (E4M3 or int8): the scale is the largest magnitude divided by the
 // largest code, 0 if there is none, and NaN where a value is not finite; the codes are the nearest ones.

@@ -123,4 +123,12 @@ void cached_attention(const Kernels& kernels, const AttentionKernels& attention,
     paged_attention(attention, plan, attend, num_threads);
 }
 
+void write_keys(const Kernels& kernels, const CachedAttentionArgs& args, int64_t tokens, int num_threads) {
+    check_slots(args.slot_ids, tokens, args.num_slots);
+    const int64_t step = std::max<int64_t>(1, kElementsPerItem / args.attention.keys.dim);
+    parallel_ranges(tokens, step, num_threads, [&](int64_t first, int64_t end) {
+        for (int64_t token = first; token < end; ++token) place_key(kernels, args, token, args.slot_ids[token], 0);
+    });
+}
+
 }  // namespace amalgam

@@ -33,4 +33,8 @@ struct CachedAttentionArgs {
 void cached_attention(const Kernels& kernels, const AttentionKernels& attention, const AttentionPlan& plan,
                       const CachedAttentionArgs& args, int num_threads);
 
+// Keys alone into a cache of one head, as above. Of `args`, what concerns queries and values is not looked at.
+// Throws std::out_of_range, before anything is written, at a slot that is not in the cache.
+void write_keys(const Kernels& kernels, const CachedAttentionArgs& args, int64_t tokens, int num_threads);
+
 }  // namespace amalgam

@@ -105,6 +105,22 @@ class Attention {
         write_output();
     }
 
+    // See AttentionKernels::score.
+    void score(const float* weights, float* out, int64_t stride) {
+        std::fill_n(zeros_, args_.keys.dim + kLanes, 0.0f);
+        gather_query();
+        Tile tile;
+        Prefetcher prefetcher;
+        for (int64_t first = item_.first_key; first < item_.end_key; first += kTileKeys) {
+            locate(item_, first, tile);
+            if (key_factors_ != nullptr) gather_factors(args_.keys, tile, 0, 1.0f, key_factors_);
+            with_element(args_.keys.dtype, [&](auto element) { pack_keys<decltype(element)>(tile, 0, prefetcher); });
+            for (int64_t row = 0; row < rows_; row += kTileRows) {
+                score_rows<kTileRows>(tile, row, rows_ - row, weights, out + first, stride);
+            }
+        }
+    }
+
  private:
     using Element = typename A::Element;
 
@@ -495,6 +511,29 @@ class Attention {
         }
     }
 
+    // --- An indexer's scores ---
+
+    template <int M>
+    void score_rows(const Tile& tile, int64_t row, int64_t count, const float* weights, float* out, int64_t stride) {
+        if constexpr (M > 1) {
+            if (count < M) return score_rows<M - 1>(tile, row, count, weights, out, stride);
+        }
+        Prefetcher prefetcher;
+        multiply_blocks<A, M>(query_ + row * query_stride_, query_stride_, keys_, kTileKeys, key_steps_, scores_,
+                              kTileKeys, nullptr, tile.num_blocks, prefetcher);
+        for (int m = 0; m < M; ++m) {
+            const int64_t token = item_.first_token + (row + m) / shared_, head = (row + m) % shared_;
+            const Floats weight = broadcast(weights[token * args_.heads + head]);
+            float* sums = out + token * stride;
+            for (int64_t key = 0; key < tile.num_blocks * kLanes; key += kLanes) {
+                Floats score = load_floats(scores_ + m * kTileKeys + key);
+                if (key_factors_ != nullptr) score = mul(score, load_floats(key_factors_ + key));
+                const Floats sum = head == 0 ? zero_floats() : load_floats(sums + key);
+                store_floats(sums + key, fused(weight, maximum(zero_floats(), score), sum));
+            }
+        }
+    }
+
     // --- Packing ---
 
     template <class T>
@@ -605,6 +644,15 @@ void attend(const AttentionArgs& args, const AttentionItem& item, const Attentio
         Attention<PairArithmetic>(args, item, scratch).attend(next, is_first);
     } else {
         Attention<FloatArithmetic>(args, item, scratch).attend(next, is_first);
+    }
+}
+
+void score(const AttentionArgs& args, const AttentionItem& item, const float* weights, float* out, int64_t stride,
+           float* scratch) {
+    if (works_in_pairs(args)) {
+        Attention<PairArithmetic>(args, item, scratch).score(weights, out, stride);
+    } else {
+        Attention<FloatArithmetic>(args, item, scratch).score(weights, out, stride);
     }
 }
 

@@ -360,6 +360,32 @@ void attend(const AttentionKernels& table, const AttentionPlan& plan, const Tens
     if (out.size() > 0) paged_attention(table, plan, args, threads);
 }
 
+// See index_scores. out: [tokens, keys], keys a multiple of kTileKeys that no token's position reaches.
+void score_keys(const AttentionKernels& table, const AttentionPlan& plan, const Tensor& query, const CacheTuple& keys,
+                const Tensor& weights, const Tensor& out, int threads) {
+    const CacheView view = cache_view("keys", keys, 1);
+    const Tensor& first = std::get<0>(keys);
+    query.rows("query", kActivations, {kAny, kAny, first.shape(2)});
+    const int64_t tokens = query.shape(0), heads = query.shape(1);
+    require(first.shape(1) == 1 && view.dim > 0 && heads > 0, "keys is " + first.describe() + "; needed: one head");
+    weights.dense("weights", kFloat32, {tokens, heads});
+    out.dense("out", kFloat32, {tokens, kAny});
+    AttentionArgs args = attention_args(plan, tokens, heads, first.shape(0), 1, 1.0f, {}, Tensor(), {}, {});
+    for (const auto& sequence : plan.sequences()) {
+        require(
+            out.shape(1) % kTileKeys == 0 && sequence.first_position + sequence.num_tokens <= out.shape(1),
+            "out is " + out.describe() + "; needed: columns for all keys, a multiple of " + std::to_string(kTileKeys));
+    }
+    args.keys = args.values = view;
+    args.values.dim = 0;
+    args.values.scales = nullptr;
+    args.query = query.data();
+    args.query_dtype = query.dtype();
+    args.query_token_stride = query.stride(0);
+    args.query_head_stride = query.stride(1);
+    index_scores(table, plan, args, weights.data<const float>(), out.data<float>(), out.shape(1), threads);
+}
+
 // norms: of queries and keys; rotary: cos and sin; both or neither of each.
 void attend_cached(const AttentionKernels& table, const Kernels& kernels, const AttentionPlan& plan,
                    const std::tuple<Tensor, Tensor, Tensor>& rows, const CacheTuple& keys, const CacheTuple& values,
@@ -469,7 +495,7 @@ void run(const ProgramBuilder& self, size_t first, size_t end, const Kernels& ke
          const AttentionKernels& attention, const GatedKernels& gated, const Memory& memory,
          const std::vector<SequenceTuple>& sequences, DType dtype, const Tensor& arena,
          const std::vector<int64_t>& starts, const Tensor& expert_ids, const Tensor& gate_weights, const Tensor& logits,
-         int threads) {
+         const AttentionPlan* chosen, int threads) {
     require(first <= end && end <= self.num_instructions() && starts.size() == self.widths.size(),
             "instructions or buffers that there are not");
     self.check_memory(memory);
@@ -503,6 +529,7 @@ void run(const ProgramBuilder& self, size_t first, size_t end, const Kernels& ke
     args.gate_weights = gate_weights.data<float>();
     args.logits = logits.data<float>();
     args.num_logits = logits.shape(0);
+    args.chosen = chosen;
     bind_caller();
     run_step(kernels, attention, gated, self.program, memory.step, args, first, end, threads);
 }
@@ -670,7 +697,9 @@ NB_MODULE(_native, module) {
              optional(), optional(), optional(), nb::arg(), Unlocked())
         .def("attend_cached", &attend_cached, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(),
-             optional(), optional(), optional(), nb::arg(), Unlocked());
+             optional(), optional(), optional(), nb::arg(), Unlocked())
+        .def("score_keys", &score_keys, Unlocked());
+    module.attr("score_tile") = kTileKeys;
     module.def("write_kv", &write_rows, Unlocked());
     nb::enum_<Scoring>(module, "Scoring")
         .value("softmax", Scoring::kSoftmax)
@@ -688,8 +717,9 @@ NB_MODULE(_native, module) {
     using Caches = std::vector<std::pair<CacheTuple, CacheTuple>>;
     using Ropes = std::vector<std::pair<Tensor, Tensor>>;
     using States = std::vector<std::optional<StateTuple>>;
+    using Indexes = std::vector<std::optional<CacheTuple>>;
     nb::class_<Memory>(module, "StepMemory")
-        .def(nb::init<const Caches&, int64_t, const Ropes&, int64_t, const States&>());
+        .def(nb::init<const Caches&, int64_t, const Ropes&, int64_t, const States&, const Indexes&>());
     nb::class_<ProgramBuilder>(module, "Program")
         .def(nb::init<const Buffers&, int64_t>())
         .def_prop_ro("num_instructions", &ProgramBuilder::num_instructions)
@@ -701,6 +731,7 @@ NB_MODULE(_native, module) {
              optional(), optional(), nb::arg(), nb::arg(), optional(), optional(), nb::arg(), optional(), nb::arg(),
              nb::arg(), nb::arg(), optional())
         .def("add_attend_latent", &ProgramBuilder::add_attend_latent)
+        .def("add_keep_index_key", &ProgramBuilder::add_keep_index_key)
         .def("add_route", &ProgramBuilder::add_route, nb::arg(), nb::arg(), optional(), optional(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional() = nb::none())
         .def("add_mix", &ProgramBuilder::add_mix, nb::keep_alive<1, 3>())
@@ -716,5 +747,6 @@ NB_MODULE(_native, module) {
         .def("add_delta_rule", &ProgramBuilder::add_delta_rule)
         .def("add_state_space", &ProgramBuilder::add_state_space)
         .def("add_head", &ProgramBuilder::add_head, nb::arg(), nb::arg(), optional(), nb::arg(), optional())
-        .def("run", &run, Unlocked());
+        .def("run", &run, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), optional(), nb::arg(), Unlocked());
 }

@@ -70,14 +70,15 @@ using StateTuple = std::tuple<Tensor, Tensor>;
 // Caches, states and rotary tables of all layers, and what keeps them alive.
 struct Memory {
     StepMemory step{};
-    std::vector<std::pair<int64_t, int64_t>> key_shapes, value_shapes;  // heads and dim
-    std::vector<std::vector<int64_t>> state_shapes;                     // of a slot, or empty
+    std::vector<std::pair<int64_t, int64_t>> key_shapes, value_shapes, index_shapes;  // heads and dim
+    std::vector<std::vector<int64_t>> state_shapes;                                   // of a slot, or empty
     std::vector<nanobind::object> tensors;
 
-    // caches, states: of each layer.
+    // caches, states, indexes: of each layer.
     Memory(const std::vector<std::pair<CacheTuple, CacheTuple>>& caches, int64_t block_size,
            const std::vector<std::pair<Tensor, Tensor>>& ropes, int64_t num_positions,
-           const std::vector<std::optional<StateTuple>>& states) {
+           const std::vector<std::optional<StateTuple>>& states,
+           const std::vector<std::optional<CacheTuple>>& indexes) {
         require(!caches.empty() && block_size >= 1, "a cache without layers or with empty blocks");
         const Tensor& first = std::get<0>(caches.front().first);
         cache_view("keys", caches.front().first);
@@ -107,6 +108,14 @@ struct Memory {
             tensors.push_back(nanobind::borrow(sin.object()));
         }
         for (const std::optional<StateTuple>& state : states) add(state);
+        for (const std::optional<CacheTuple>& index : indexes) {
+            if (index) {
+                cache("index keys", *index, step.index_keys, index_shapes);
+            } else {
+                step.index_keys.push_back({});
+                index_shapes.emplace_back(0, 0);
+            }
+        }
     }
 
  private:
@@ -238,8 +247,8 @@ struct ProgramBuilder {
     void add_attend_latent(const std::vector<ColumnsTuple>& rows, int64_t layer,
                            const std::vector<MatrixPointer>& to_keys, const std::vector<MatrixPointer>& to_values,
                            const Tensor& norm, float eps, float scale, int64_t rope_dim, int64_t rope,
-                           bool is_interleaved) {
-        AttendLatent attend{narrow(rows.at(0)), narrow(rows.at(1)), narrow(rows.at(2)), layer, rope, {}};
+                           bool is_interleaved, bool is_indexed) {
+        AttendLatent attend{narrow(rows.at(0)), narrow(rows.at(1)), narrow(rows.at(2)), layer, rope, is_indexed, {}};
         const auto heads = static_cast<int64_t>(to_keys.size());
         require(heads > 0 && to_values.size() == to_keys.size() && layer >= 0 && rope >= 0 && rope_dim % 2 == 0 &&
                     to_keys.front() && to_values.front(),
@@ -264,6 +273,11 @@ struct ProgramBuilder {
         found.scale = scale;
         found.is_interleaved = is_interleaved;
         program.instructions.emplace_back(std::move(attend));
+    }
+
+    void add_keep_index_key(const ColumnsTuple& key, int64_t layer, int64_t rope, bool is_interleaved) {
+        require(layer >= 0 && rope >= 0, "an index key without a layer or a rotation");
+        program.instructions.emplace_back(KeepIndexKey{narrow(key), layer, rope, is_interleaved});
     }
 
     void add_route(const ColumnsTuple& x, const MatrixPointer& matrix, const Tensor& bias, const Tensor& correction,
@@ -411,6 +425,12 @@ struct ProgramBuilder {
             } else if (const auto* latent = std::get_if<AttendLatent>(&instruction)) {
                 check_caches(memory, latent->layer, {1, latent->heads.latent + latent->heads.rope}, {1, 0});
                 check_rope(memory, latent->layer, latent->rope, latent->heads.rope);
+            } else if (const auto* keep = std::get_if<KeepIndexKey>(&instruction)) {
+                const auto index = static_cast<size_t>(keep->layer);
+                require(index < memory.index_shapes.size() && memory.index_shapes[index] == Shape(1, keep->key.width),
+                        layer_name(keep->layer) + " has no index keys of " + std::to_string(keep->key.width) +
+                            " dimensions");
+                check_rope(memory, keep->layer, keep->rope, keep->key.width);
             } else if (const auto* convolve = std::get_if<Convolve>(&instruction)) {
                 check_state(memory, convolve->layer, 0, {convolve->taps - 1, convolve->x.width});
             } else if (const auto* rule = std::get_if<DeltaRule>(&instruction)) {

@@ -5,6 +5,7 @@
 namespace amalgam {
 
 extern const AttentionKernels AMALGAM_OF_ISA(kAttention);
-const AttentionKernels AMALGAM_OF_ISA(kAttention) = {AMALGAM_ISA_NAME, attention_scratch, attend, merge_attention};
+const AttentionKernels AMALGAM_OF_ISA(kAttention) = {AMALGAM_ISA_NAME, attention_scratch, attend, merge_attention,
+                                                     score};
 
 }  // namespace amalgam

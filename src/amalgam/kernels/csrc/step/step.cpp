@@ -176,15 +176,7 @@ class Step {
         args.rounds_last = attend.rounds_last;
         args.is_interleaved = attend.is_interleaved;
         args.norms_last = attend.norms_last;
-        if (attend.rope >= 0) {
-            const auto rope = static_cast<size_t>(attend.rope);
-            args.cos = memory_.cos[rope];
-            args.sin = memory_.sin[rope];
-            args.half = memory_.half[rope];
-            args.positions = rows_.positions.data();
-        }
-        args.slot_ids = rows_.slot_ids.data();
-        args.num_slots = memory_.num_slots;
+        place(args, attend.rope);
         args.attention.keys = memory_.keys[layer];
         args.attention.values = memory_.values[layer];
         args.attention.out = at(attend.out);
@@ -200,10 +192,23 @@ class Step {
 
     void operator()(const AttendLatent& attend) {
         const auto rope = static_cast<size_t>(attend.rope);
-        latent_attention(execution_, attention_, plan_,
+        const bool is_chosen = attend.is_indexed && args_.chosen != nullptr;
+        latent_attention(execution_, attention_, is_chosen ? *args_.chosen : plan_,
                          {&attend.heads, at(attend.query), at(attend.compressed), at(attend.out), args_.dtype,
                           memory_.cos[rope], memory_.sin[rope], rows_.positions.data(),
                           memory_.keys[static_cast<size_t>(attend.layer)], rows_.slot_ids.data(), memory_.num_slots});
+    }
+
+    void operator()(const KeepIndexKey& keep) {
+        CachedAttentionArgs args{};
+        args.key = at(keep.key);
+        args.dtype = args_.dtype;
+        args.key_stride = keep.key.stride;
+        args.is_interleaved = keep.is_interleaved;
+        place(args, keep.rope);
+        args.attention.keys = memory_.index_keys[static_cast<size_t>(keep.layer)];
+        args.attention.kv_heads = 1;
+        write_keys(*execution_.kernels, args, tokens_, execution_.num_threads);
     }
 
     void operator()(const Route& how) {
@@ -338,6 +343,18 @@ class Step {
         return program_.is_wide[static_cast<size_t>(columns.buffer)] ? DType::kFloat32 : args_.dtype;
     }
 
+    // Where heads are rotated to and keys are kept; rope -1: no rotation.
+    void place(CachedAttentionArgs& args, int64_t rope) const {
+        if (rope >= 0) {
+            args.cos = memory_.cos[static_cast<size_t>(rope)];
+            args.sin = memory_.sin[static_cast<size_t>(rope)];
+            args.half = memory_.half[static_cast<size_t>(rope)];
+            args.positions = rows_.positions.data();
+        }
+        args.slot_ids = rows_.slot_ids.data();
+        args.num_slots = memory_.num_slots;
+    }
+
     char* at(const Columns& columns) const {
         return args_.buffers[static_cast<size_t>(columns.buffer)] + columns.start * dtype_bytes(dtype(columns));
     }
@@ -430,6 +447,13 @@ void run_step(const Kernels& kernels, const AttentionKernels& attention, const G
     }
     const AttentionPlan plan = rows.plan(memory.block_size);
     check(plan.num_slots() - 1, memory.num_slots, "slot");
+    if (args.chosen != nullptr) {
+        if (args.chosen->num_tokens() != plan.num_tokens()) {
+            throw std::invalid_argument("positions are chosen for " + std::to_string(args.chosen->num_tokens()) +
+                                        " tokens of " + std::to_string(plan.num_tokens()));
+        }
+        check(args.chosen->num_slots() - 1, memory.num_slots, "slot");
+    }
     Step step(kernels, attention, gated, program, memory, args, rows, plan, num_threads);
     for (size_t i = first; i < end; ++i) std::visit(step, program.instructions[i]);
 }

@@ -70,7 +70,15 @@ struct Attend {
 struct AttendLatent {
     Columns query, compressed, out;
     int64_t layer, rope;
+    bool is_indexed;  // over the positions of StepArgs::chosen, if there are
     LatentHeads heads;
+};
+
+// The key that an indexer finds a token by, rotated, into the layer's cache of them.
+struct KeepIndexKey {
+    Columns key;
+    int64_t layer, rope;
+    bool is_interleaved;
 };
 
 struct Route {
@@ -153,8 +161,9 @@ struct Head {
     float scale, softcap;  // 1 and 0: the logits stay as they are
 };
 
-using Instruction = std::variant<Embed, Normalize, Project, Attend, AttendLatent, Route, Mix, SwiGlu, Elementwise,
-                                 ScaleByPosition, ScaleBySigmoid, WeighInput, Gate, Split, Convolve, DeltaRule, Head>;
+using Instruction =
+    std::variant<Embed, Normalize, Project, Attend, AttendLatent, KeepIndexKey, Route, Mix, SwiGlu, Elementwise,
+                 ScaleByPosition, ScaleBySigmoid, WeighInput, Gate, Split, Convolve, DeltaRule, Head>;
 
 // Whoever adds an instruction keeps alive what it points to.
 struct Program {
@@ -171,6 +180,7 @@ struct StateView {
 // What steps find in the same place: caches and states by layer, dense, and the rotary tables by rope.
 struct StepMemory {
     std::vector<CacheView> keys, values;
+    std::vector<CacheView> index_keys;  // of the layers that have an indexer; the others' have no data
     int64_t num_slots, block_size;
     std::vector<const float*> cos, sin;  // [positions, half]
     std::vector<int64_t> half;
@@ -196,11 +206,12 @@ struct StepArgs {
     float* gate_weights;         // likewise
     float* logits;               // of the wanted rows, [num_logits, vocabulary]
     int64_t num_logits;
+    const AttentionPlan* chosen = nullptr;  // which positions the tokens see where an indexer chooses; null: all
 };
 
 // Runs instructions [first, end). Throws std::out_of_range at a token, a position or a slot that there is not, and
 // std::invalid_argument where a sequence has too few blocks, no state that an instruction needs, states saved in no
-// order, or `num_logits` is wrong. Nothing is written then.
+// order, positions are chosen for other tokens, or `num_logits` is wrong. Nothing is written then.
 void run_step(const Kernels& kernels, const AttentionKernels& attention, const GatedKernels& gated,
               const Program& program, const StepMemory& memory, const StepArgs& step, size_t first, size_t end,
               int num_threads);
