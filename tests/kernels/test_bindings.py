@@ -198,7 +198,14 @@ def calls() -> dict[str, Call]:
         "write_kv": (_native.write_kv, [*caches, new, new + 1, slot_ids, 1]),
         "StepMemory": (
             _native.StepMemory,
-            [[caches, caches], 16, [(floats(9, 8), floats(9, 8))], 9, [(floats(3, 2, 8), floats(3, 2, 4, 4))]],
+            [
+                [caches, caches],
+                16,
+                [(floats(9, 8), floats(9, 8))],
+                9,
+                [(floats(3, 2, 8), floats(3, 2, 4, 4))],
+                [(floats(SLOTS, 1, DIM).char(), floats(SLOTS, 1))],
+            ],
         ),
     }
 
@@ -267,7 +274,7 @@ def fits_too(name: str, path: tuple[int, ...], wrong: Tensor, tensor: Tensor) ->
     if name == "embedding" and path != (0,):
         return wrong.numel() == tensor.numel()
     # A smaller vocabulary; caches and states of other shapes, which are looked at together with the program.
-    is_cache = name == "StepMemory" and ((path[0] == 0 and path[-1] == 0) or path[0] == 4)
+    is_cache = name == "StepMemory" and ((path[0] in (0, 5) and path[-1] == 0) or path[0] == 4)
     return (name == "draw" or is_cache) and wrong.dim() == tensor.dim()
 
 

@@ -156,7 +156,9 @@ class Net:
             torch.full((SLOTS, heads, sizes.key_dim, sizes.value_dim), torch.nan),
         )
         layer = LayerCache(torch.zeros(128, 0, 0), torch.zeros(128, 0, 0))
-        self.cache: Any = SimpleNamespace(layers=(layer,), states=(self.state,), block_size=128, device=CPU)
+        self.cache: Any = SimpleNamespace(
+            layers=(layer,), states=(self.state,), indexes=(None,), block_size=128, device=CPU
+        )
 
     def compile(self, instructions: tuple[Instruction, ...]) -> Compiled:
         head = Head(self.rule.out, prepared(self._backend, torch.zeros(1, self.rule.out.width)), None)
@@ -298,7 +300,7 @@ def test_a_convolution_between_two_factors(isa: str, dtype: torch.dtype) -> None
         assert isinstance(backend, ReferenceBackend) or set(program.describe().values()) == {f"native ({isa})"}
         layer = LayerCache(torch.zeros(128, 0, 0), torch.zeros(128, 0, 0))
         state = LayerState(torch.zeros(2, 2, 300), torch.zeros(2, 0, 0, 0))
-        cache: Any = SimpleNamespace(layers=(layer,), states=(state,), block_size=128, device=CPU)
+        cache: Any = SimpleNamespace(layers=(layer,), states=(state,), indexes=(None,), block_size=128, device=CPU)
         found = []
         for first, end in ((0, 37), (37, 70)):
             share = SequenceState.of(1, first)
@@ -331,7 +333,7 @@ def test_split_and_a_gate_for_each_element(isa: str, dtype: torch.dtype) -> None
         )
         assert isinstance(backend, ReferenceBackend) or set(program.describe().values()) == {f"native ({isa})"}
         layer = LayerCache(torch.zeros(128, 0, 0), torch.zeros(128, 0, 0))
-        cache: Any = SimpleNamespace(layers=(layer,), states=(None,), block_size=128, device=CPU)
+        cache: Any = SimpleNamespace(layers=(layer,), states=(None,), indexes=(None,), block_size=128, device=CPU)
         program.run(StepContext([StepSequence(list(range(tokens)), 0, [0], 0)], cache))
         results.append(program.hidden().float())
     torch.testing.assert_close(results[0], results[1], rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=1e-6)

@@ -191,7 +191,7 @@ def test_other_settings_of_a_family(family: str, changes: dict[str, Any], tmp_pa
     save_tiny(FAMILIES[family], tmp_path, **changes)
     decoder, version = load_model(tmp_path)
     assert is_one_call(decoder, version)
-    assert_same(decoder, version, is_exact=family not in ROUNDS_OTHERWISE)
+    assert_same(decoder, version, is_exact=family not in ROUNDS_OTHERWISE and changes is not GEMMA4_MOE)
 
 
 def test_float16_is_interpreted(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def wrong_instructions(program: Program) -> Iterator[Any]:
     yield replace(mix, x=replace(mix.x, width=8, stride=8))
     yield Add(mix.out, replace(mix.out, width=8, stride=8))
     yield SwiGlu(mix.out, mix.out, replace(mix.out, width=8, stride=8))
-    yield ScaleBySigmoid(mix.out, mix.out.columns(0, 2))
+    yield ScaleBySigmoid(mix.out, mix.out.columns(0, 3))  # neither one gate, nor one for each head or element
     yield Normalize(Rows("nowhere", 64, 0, 64), normalize.weight, normalize.out, 1e-6)
 
 

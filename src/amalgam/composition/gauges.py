@@ -90,6 +90,7 @@ def _attention(layer: str, local: str) -> Axes:
     stream = frozenset({RESIDUAL, f"{layer}.attention_norm"})
     heads, query_key, value_out = f"{layer}.heads", f"{layer}.query_key", f"{layer}.value_out"
     low, latent, rotary = f"{layer}.query_low", f"{layer}.latent", f"{layer}.rotary"
+    index = f"{layer}.index"  # heads and channels of an indexer
     matrices = {
         "q": ({heads, query_key, rotary}, stream),
         "k": ({heads, query_key}, stream),
@@ -107,15 +108,17 @@ def _attention(layer: str, local: str) -> Axes:
         "q_b": ({heads, query_key, rotary}, {low}),
         "kv_a": ({latent, rotary}, stream),
         "kv_b": ({heads, query_key, value_out}, {latent}),
-        "index_q": (set(), {low}),
-        "index_k": (set(), stream),
-        "index_weights": (set(), stream),
+        "index_q": ({index}, {low}),
+        "index_k": ({index}, stream),
+        "index_weights": ({index}, stream),
     }
     vectors = {
         "q_norm": {query_key},
         "k_norm": {query_key},
         "q_a_norm": {low},
         "kv_a_norm": {latent},
+        "index_k_norm": {index},
+        "index_k_norm_bias": {index},
         "sinks": {heads},
         "convolution": {heads, query_key, value_out},
         "convolution_bias": {heads, query_key, value_out},

@@ -35,7 +35,9 @@ class TableDecoder:
     def __init__(self, table: torch.Tensor) -> None:
         self.table = table
         self.num_rows = 0
-        self.spec = SimpleNamespace(vocab_size=len(table), kv_shapes=((1, 1, 1),), state_shapes=(None,), state_bytes=0)
+        self.spec = SimpleNamespace(
+            vocab_size=len(table), kv_shapes=((1, 1, 1),), index_dims=(0,), state_shapes=(None,), state_bytes=0
+        )
 
     def compile(self, version: Any) -> None:
         pass
