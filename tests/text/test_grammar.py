@@ -120,6 +120,15 @@ def test_a_proposal_is_judged_and_forgotten(tokenizer: Tokenizer) -> None:
     assert state.blocked(len(right) - 2) is None
 
 
+def test_a_proposal_that_is_no_token_of_the_tokenizer_leaves_the_answer_as_it_is(tokenizer: Tokenizer) -> None:
+    state = compile_grammar(tokenizer, Grammar.of_schema(PERSON)).start()
+    right, padding = tokenizer.encode('{"name"'), tokenizer.vocab_size + 3
+    assert (state.num_valid([right[0], padding, right[1]]), state.num_valid([-1])) == (1, 0)
+    state.prepare([right[0], padding])
+    assert [state.blocked(count) is None for count in range(3)] == [False, False, True]
+    assert not state.take(right[0]) and state.error is None
+
+
 @pytest.mark.parametrize(
     ("grammar", "named"),
     [

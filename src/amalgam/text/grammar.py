@@ -109,8 +109,10 @@ class GrammarState:
         self.error: RequestError | None = None
 
     def num_valid(self, token_ids: Sequence[int]) -> int:
-        """How many of the tokens may follow, one after the other."""
-        return int(self._matcher.validate_tokens(list(token_ids)))
+        """How many of the tokens may follow, one after the other; none of those that the tokenizer does not have."""
+        # A model may have more rows than its tokenizer has tokens; asked about one, the matcher fails for good.
+        is_known = [0 <= token_id < self._vocab_size for token_id in token_ids]
+        return int(self._matcher.validate_tokens(list(token_ids[: [*is_known, False].index(False)])))
 
     def take(self, token_id: int) -> bool:
         """The answer has a token more; whether it is complete: nothing may follow, or the grammar is lost."""
@@ -147,7 +149,7 @@ class GrammarState:
         masks = [self._blocked()]
         num_taken = 0
         for token_id in proposed_ids:
-            if matcher.validate_tokens([token_id]) != 1 or not matcher.consume_token(token_id):
+            if self.num_valid((token_id,)) != 1 or not matcher.consume_token(token_id):
                 break
             num_taken += 1
             if matcher.is_stopped():
