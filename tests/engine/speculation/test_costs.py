@@ -41,12 +41,40 @@ def test_a_sum_of_features_is_found_and_unknown_ones_are_0() -> None:
     assert falling.coefficients[1] == 0
 
 
+def test_who_looks_at_the_costs_does_not_disturb_the_step_thread() -> None:
+    class Busy(Fit):
+        """Another thread adds as soon as the coefficients are known."""
+
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if name == "_coefficients" and value is not None:
+                self.add((1,), 1.0)
+
+    assert len(Busy(1).coefficients) == 2
+
+
 def test_an_older_machine_is_forgotten() -> None:
     fit = Fit(1)
     for seconds in (1.0, 2.0):
         for index in range(400):
             fit.add((1 + index % 4,), seconds * (1 + index % 4))
     assert fit.predict(2) == pytest.approx(4.0, rel=0.02)
+
+
+def test_a_machine_that_stood_still_is_the_same_afterwards() -> None:
+    model = CostModel()
+    for _ in range(50):
+        for rows in (1, 2, 5):
+            model.add_step(rows, 0.02 + 0.001 * rows)
+            model.add_guess(rows, rows, 0.001 * rows)
+    for _ in range(20):
+        model.add_outcome(7, 4, 4)
+    model.add_step(5, 60.0)
+    model.add_guess(4, 4, 60.0)
+    assert model.choose(1, 1, [Candidate(7, 4)]) == {7: 4}
+    for _ in range(300):
+        model.add_step(5, 2.0)
+    assert model.seconds(np.array([5.0]))[0] == pytest.approx(2.0, rel=0.02), "it has become slower"
 
 
 def test_rows_of_one_text_need_fewer_experts() -> None:

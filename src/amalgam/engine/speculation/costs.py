@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 _FADE = 0.98  # of a measurement's weight, with each later one
+_MAX_SURPRISE = 4.0
 _RIDGE = 1e-4  # how firmly a coefficient that nothing is known of is held at 0
 _FIRST_CHANCE = 0.7  # that a guess comes true, as long as nothing is known
 _PRIOR_WEIGHT = 2.0  # guesses of a request that count as much as those of all others
@@ -42,6 +43,9 @@ Counts = npt.NDArray[np.float64]  # one dimension
 class Fit:
     """y as a sum of features with coefficients that are not negative.
 
+    Once some values are known, one that is far above what they let expect counts as a few times that: a machine that
+    stands still for a while says nothing of the next step, and one that has become slower is believed soon.
+
     Args:
         num_features: beside the constant.
     """
@@ -53,6 +57,8 @@ class Fit:
         self.num_seen = 0
 
     def add(self, features: Sequence[float], y: float) -> None:
+        if self.num_seen >= _FIRST_STEPS and (expected := self.predict(*features)) > 0:
+            y = min(y, _MAX_SURPRISE * expected)
         row = np.array((1.0, *features))
         self._moments *= _FADE
         self._moments += row[:, None] * row
@@ -63,10 +69,11 @@ class Fit:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """The constant first."""
-        if self._coefficients is None:
-            self._coefficients = self._solve()
-        return self._coefficients
+        """The constant first. Any thread, while another one adds."""
+        found = self._coefficients
+        if found is None:
+            found = self._coefficients = self._solve()
+        return found
 
     def predict(self, *features: float) -> float:
         constant, *slopes = self.coefficients
@@ -142,7 +149,7 @@ class _Record:
 
 
 class CostModel:
-    """Says how many guesses pay. In the step thread only.
+    """Says how many guesses pay. In the step thread, but for `describe`.
 
     Args:
         num_experts, num_active: of a layer of the model, and how many of them a token needs; 0: it has none.
