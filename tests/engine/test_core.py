@@ -19,11 +19,19 @@ from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.params import SamplingParams, ThinkingLimit
 from amalgam.engine.request import FinishReason, Observation
 from amalgam.engine.scheduler import Scheduler
+from amalgam.engine.speculation.speculator import Speculator
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
-from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens
+from tests.engine.fakes import (
+    VOCAB_SIZE,
+    FakeDecoder,
+    FakeVersion,
+    FunctionProposer,
+    greedy_tokens,
+    kv_cache_bytes,
+)
 from tests.engine.running import GREEDY, TINY_CACHE, Outputs, held_engine, is_at_rest, random_prompts, wait_until
 from tests.errors import raises
 
@@ -216,6 +224,21 @@ class TestProposals:
         engine = make_engine(propose=propose)
         assert engine.generate([[5]], GREEDY)[0].token_ids == greedy_tokens([5], 12)
         assert is_at_rest(engine)
+
+    @pytest.mark.parametrize("cache", [{"kv_cache_bytes": kv_cache_bytes(4)}, {"max_step_tokens": 3}])
+    def test_nothing_is_guessed_that_the_step_has_no_room_for(self, make_engine, cache):
+        class Costly(FunctionProposer):
+            is_free = False
+
+            def propose(self, wanted):
+                self.num_computed += sum(wish.num_tokens for wish in wanted)
+                return {wish.request.request_id: [0] * wish.num_tokens for wish in wanted}
+
+        proposer = Costly(None)
+        engine = make_engine(speculator=Speculator("costly", proposer, 8, VOCAB_SIZE), max_seq_length=16, **cache)
+        params = replace(GREEDY, max_new_tokens=15)
+        assert engine.generate([[5]], params)[0].token_ids == greedy_tokens([5], 15)
+        assert 0 < engine.meter.read().speculation.num_proposed == proposer.num_computed
 
     def test_callers_do_not_wait_for_a_guess(self, make_engine):
         is_guessing, may_go_on = threading.Event(), threading.Event()

@@ -392,12 +392,13 @@ class Engine:
         with self._condition:
             cancelled = self._finish_cancelled() if self._cancelled else []
             plan = self._scheduler.schedule()
+            rooms = {} if plan is None or self.speculator is None else self._scheduler.room_for_proposals(plan)
             self._note_load()
         self._deliver(cancelled)
         if plan is None:
             return []
-        if self.speculator is not None:
-            proposals = self.speculator.propose(plan)  # without the condition: a guess may take its time
+        if self.speculator is not None and rooms:
+            proposals = self.speculator.propose(plan, rooms)  # without the condition: a guess may take its time
             with self._condition:
                 plan = self._scheduler.add_proposals(plan, proposals)
         deliveries: _Deliveries = []

@@ -154,6 +154,15 @@ class Scheduler:
                 return StepPlan(version, tuple(scheduled))
         return None
 
+    def room_for_proposals(self, plan: StepPlan) -> dict[int, int]:
+        """Request id → how many proposed tokens a step that has just been scheduled takes, if they are of it alone.
+
+        Requests that it takes none of are left out: there is nothing to guess for them.
+        """
+        budget = self._max_step_tokens - plan.num_tokens
+        rooms = ((item.request.request_id, self._room(item, budget)) for item in plan.scheduled)
+        return {request_id: room for request_id, room in rooms if room > 0}
+
     def add_proposals(self, plan: StepPlan, proposals: Mapping[int, Sequence[int]]) -> StepPlan:
         """A step that has just been scheduled, with as many of the proposed tokens as it leaves room for.
 
@@ -161,19 +170,13 @@ class Scheduler:
             proposals: request id → tokens that may follow its own.
         """
         scheduled = list(plan.scheduled)
-        budget = self._max_step_tokens - sum(item.num_tokens for item in scheduled)
+        budget = self._max_step_tokens - plan.num_tokens
         for index, item in enumerate(scheduled):
             request = item.request
-            proposed_ids = proposals.get(request.request_id, ())
-            if budget <= 0 or not item.needs_sample or not proposed_ids:
+            proposed_ids = tuple(proposals.get(request.request_id, ()))
+            if not proposed_ids or (room := self._room(item, budget)) <= 0:
                 continue
-            # One spare block for each running request stays, so that no guess makes anyone go.
-            num_free = max(0, self.pool.num_free - len(self.running))
-            num_slots = (len(request.block_ids) + num_free) * self._block_size - len(request.token_ids)
-            room = min(budget, num_slots, request.max_new_tokens - request.num_new_tokens - 1)
-            if room <= 0:
-                continue
-            proposed_ids = tuple(proposed_ids[:room])
+            proposed_ids = proposed_ids[:room]
             state = item.state
             if self.states is not None and request.state is not None and state is not None:
                 guessing = self.states.guess(request.state, state, item.num_tokens, len(proposed_ids))
@@ -191,6 +194,17 @@ class Scheduler:
             )
             budget -= len(proposed_ids)
         return StepPlan(plan.version, tuple(scheduled))
+
+    def _room(self, item: ScheduledRequest, budget: int) -> int:
+        """How many proposed tokens a request may have in a step that has `budget` tokens left."""
+        if budget <= 0 or not item.num_logits:
+            return 0
+        request = item.request
+        # One spare block for each running request stays, so that no guess makes anyone go.
+        num_free = max(0, self.pool.num_free - len(self.running))
+        num_slots = (len(request.block_ids) + num_free) * self._block_size - len(request.token_ids)
+        room = min(budget, num_slots, request.max_new_tokens - request.num_new_tokens - 1)
+        return room if self.states is None else min(room, self.states.num_free)
 
     def commit(self, plan: StepPlan, rejected: Mapping[int, int]) -> None:
         """The step has been computed: its tokens' keys and values are in their blocks.

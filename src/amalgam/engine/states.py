@@ -69,6 +69,11 @@ class StatePool:
         self._num_readers: dict[int, int] = {}  # slot → requests whose next step reads it
 
     @property
+    def num_free(self) -> int:
+        """Slots in which nothing is."""
+        return len(self._free)
+
+    @property
     def num_available(self) -> int:
         """Slots that a request can get: nobody's, or with a state that nobody is about to read."""
         return len(self._free) + sum(slot not in self._num_readers for slot in self._kept.values())

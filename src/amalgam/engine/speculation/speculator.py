@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Container, Mapping, Sequence
 
 from amalgam.engine.meter import SpeculationCounts
-from amalgam.engine.request import ScheduledRequest, StepPlan
+from amalgam.engine.request import StepPlan
 from amalgam.engine.speculation.costs import Candidate, CostModel
 from amalgam.engine.speculation.proposer import Proposer, Wanted
 
@@ -45,9 +45,17 @@ class Speculator:
         self._has_failed = False
         self._num_steps = 0  # that the cost model was told of
 
-    def propose(self, plan: StepPlan) -> dict[int, Sequence[int]]:
-        """Request id → tokens that may follow its own. Takes its time where the proposer does."""
-        wanted = [wish for item in plan.scheduled if (wish := self._wish(item)) is not None]
+    def propose(self, plan: StepPlan, rooms: Mapping[int, int]) -> dict[int, Sequence[int]]:
+        """Request id → tokens that may follow its own. Takes its time where the proposer does.
+
+        Args:
+            rooms: request id → how many the step can take for it; of those that are left out, none.
+        """
+        wanted = [
+            Wanted(item.request, min(self.num_tokens, room))
+            for item in plan.scheduled
+            if item.request.params.speculate and (room := rooms.get(item.request.request_id, 0)) > 0
+        ]
         if not wanted:
             return {}
         started = time.monotonic()
@@ -160,10 +168,3 @@ class Speculator:
             if token_ids:
                 known[request.request_id] = token_ids
         return known
-
-    def _wish(self, item: ScheduledRequest) -> Wanted | None:
-        request = item.request
-        if not item.num_logits or not request.params.speculate:
-            return None
-        num_tokens = min(self.num_tokens, request.max_new_tokens - request.num_new_tokens - 1)
-        return Wanted(request, num_tokens) if num_tokens > 0 else None
