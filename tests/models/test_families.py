@@ -174,6 +174,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
             {"gated_attention_proj_granularity_type": "element_wise"},
             {"no_kda_lora": False},
             {"moe_shared_expert_intermediate_size": 33},
+            {"partial_rotary_factor": 0.25},
         )
     ),
     ("granitemoe", {"logits_scaling": 0.0}),

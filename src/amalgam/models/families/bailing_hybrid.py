@@ -16,7 +16,7 @@ from amalgam.models.reading.attention import NORM_EPS, read_latent_attention
 from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers
 from amalgam.models.spec import AttentionBlock, ConfigReader, Family, ModelSpec
 
-_THETA = 6e6
+_THETA, _SHARE = 6e6, "partial_rotary_factor"
 # What transformers calls keys in its own files, and what the published ones do.
 _SYNONYMS = {
     "model_max_length": "max_position_embeddings",
@@ -51,10 +51,27 @@ def _read_delta_net(config: ConfigReader) -> KimiDeltaNet:
     )
 
 
+def _without_share(config: ConfigReader) -> ConfigReader:
+    """Without the share of a head that turns, which published files write beside `qk_rope_head_dim`: it is of the delta
+    nets' heads, and no class reads it."""
+    rope_dim, values = config.int("qk_rope_head_dim", default=64), dict(config.values)
+    head_dim = config.int("linear_head_dim", default=config.int("head_dim", default=128))
+    parts = {key: config.object(key, default=None) for key in ("rope_parameters", "rope_scaling")}
+    for fields in (config, *parts.values()):
+        share = 1.0 if fields is None else fields.float(_SHARE, default=1.0)
+        if fields is not None and share not in (1.0, rope_dim / head_dim):
+            fields.refuse(_SHARE, share, f"{rope_dim / head_dim:g}, which makes qk_rope_head_dim {rope_dim}")
+    for key, part in parts.items():
+        if part is not None:
+            values[key] = {name: value for name, value in part.values.items() if name != _SHARE}
+    values.pop(_SHARE, None)
+    return ConfigReader(values, config.where, config.path)
+
+
 def _read_attentions(config: ConfigReader) -> tuple[AttentionBlock, ...]:
     config.expect("rope_interleave", True)
     config.expect("gated_attention_proj_granularity_type", "head_wise")
-    with_rank = config.completed({"q_lora_rank": None, "rope_theta": _THETA})
+    with_rank = _without_share(config).completed({"q_lora_rank": None, "rope_theta": _THETA})
     latent = read_latent_attention(with_rank, is_interleaved=True)
     num_layers, size = config.int("num_hidden_layers"), config.int("layer_group_size", default=6)
     default_types = [f"{'linear' if i % size else 'full'}_attention" for i in range(1, num_layers + 1)]
