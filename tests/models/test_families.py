@@ -161,11 +161,20 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
             "granitemoe",
             {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["attention", "mamba"], **changes},
         )
-        for changes in ({"mamba_n_heads": 3}, {"mamba_n_groups": 3}, {"time_step_limit": [1.0, 0.5]})
+        for changes in (
+            {"mamba_n_heads": 3},
+            {"mamba_n_groups": 3},
+            {"time_step_limit": [1.0, 0.5]},
+            {"mamba_n_heads": 4, "time_step_limit": [0, 10**400]},
+            {"mamba_n_heads": 4, "time_step_limit": [{"__float__": "Infinity"}] * 2},
+        )
     ),
     *(("lfm2_moe", {"layer_types": types}) for types in (["conv", "full_attention", "linear_attention", "conv"], None)),
     ("lfm2", {"layer_types": ["conv"] * 3}),
     ("lfm2", {"conv_L_cache": 1}),
+    *(("lfm2", {"block_ffn_dim_multiplier": factor}) for factor in (1e308, 0)),
+    *((name, {"layer_types": [{}, [], None]}) for name in ("lfm2", "bailing_hybrid", "gemma3", "qwen3_next")),
+    ("glm4_moe_lite", {"mlp_layer_types": [{}, "dense"]}),
     *(
         ("bailing_hybrid", changes)
         for changes in (

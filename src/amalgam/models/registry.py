@@ -31,6 +31,7 @@ _OLDER_TYPES = {
     "mamba": "linear_attention",
 }
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer")
+_LAYER_TYPES = ("layer_types", "layers_block_type", "mlp_layer_types")
 
 
 @cache
@@ -89,6 +90,10 @@ def read_spec(config: Mapping[str, Any], where: str) -> tuple[Family, ModelSpec]
         for key in _LAYER_COUNTS:
             if isinstance(count := fields.values.get(key), int) and count > MAX_LAYERS:
                 fields.refuse(key, count, f"at most {MAX_LAYERS} layers")
+        for key in _LAYER_TYPES:
+            types = fields.values.get(key)
+            if isinstance(types, list) and not all(isinstance(kind, str) for kind in types):
+                fields.refuse(key, types, "a list of names")
     spec = family.read_spec(reader)
     for fields in parts:
         _check_layer_types(fields, spec)

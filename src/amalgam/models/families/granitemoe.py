@@ -5,6 +5,7 @@ which may have the shared expert alone."""
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -51,7 +52,9 @@ def _read_step_limits(config: ConfigReader) -> tuple[float, float]:
     found = config.get("time_step_limit", default=[0.0, math.inf])
     limits = [math.inf if limit == _INFINITY else limit for limit in found] if isinstance(found, list) else []
     is_number = [isinstance(limit, int | float) and not isinstance(limit, bool) for limit in limits]
-    if len(limits) != 2 or not all(is_number) or not 0 <= limits[0] <= limits[1]:
+    if len(limits) != 2 or not all(is_number) or not 0 <= limits[0] <= min(limits[1], sys.float_info.max):
+        limits = []
+    if not limits or sys.float_info.max < limits[1] != math.inf:
         config.refuse("time_step_limit", found, "two numbers of at least 0, the first no larger than the second")
     return float(limits[0]), float(limits[1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from amalgam.base.fields import MAX_INTEGER
 from amalgam.models.blocks.mlp import DenseMlp
 from amalgam.models.reading.lfm2 import LFM2, read_lfm2_attention, read_lfm2_model
 from amalgam.models.spec import ConfigReader, Family, LayerSpec, ModelSpec
@@ -15,13 +16,17 @@ def _read_intermediate_size(config: ConfigReader) -> int:
         return size
     multiple: int = config.int("block_multiple_of", default=256)
     factor: float = config.float("block_ffn_dim_multiplier", default=1.0, low=0)
-    return -(-int(factor * int(2 * size / 3)) // multiple) * multiple
+    adjusted = factor * int(2 * size / 3)
+    if not 1 <= adjusted <= MAX_INTEGER:
+        config.refuse("block_ffn_dim_multiplier", factor, f"a number that makes a size of {key} {size}")
+    return -(-int(adjusted) // multiple) * multiple
 
 
 def _default_types(config: ConfigReader) -> list[str]:
     num_layers = config.int("num_hidden_layers")
     indices = config.list("full_attn_idxs", of=int, what="layer numbers", default=list(range(num_layers)))
-    return ["full_attention" if layer in indices else "conv" for layer in range(num_layers)]
+    full = set(indices)
+    return ["full_attention" if layer in full else "conv" for layer in range(num_layers)]
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:
