@@ -81,6 +81,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
             {"num_kv_shared_layers": 4},
             {"use_bidirectional_attention": "all"},
             {"vocab_size_per_layer_input": 200},
+            {"rope_parameters": {}},
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
             {"per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 64}}},
             {"per_layer_config": {"1": {"head_dim": 32}}},
             {"per_layer_config": {"1": {"sliding_window": 4}, "3": {"sliding_window": 4}}},
@@ -340,6 +342,14 @@ def test_of_a_text_part_nothing_is_guessed(changes: dict[str, Any]) -> None:
     }
     with raises(UnsupportedError, *(f"text_config.{key}" for key in changes)):
         spec_of(nested)
+
+
+def test_gemma_4_turns_whole_heads_in_plain_settings() -> None:
+    """The class heeds a share of them with the type `proportional` alone."""
+    config = config_of("gemma4")
+    full = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    with raises(UnsupportedError, "partial_rotary_factor"):
+        spec_of({**config, "rope_parameters": {**config["rope_parameters"], "full_attention": full}})
 
 
 def test_gemma_4_as_it_is_published(tmp_path: Path) -> None:

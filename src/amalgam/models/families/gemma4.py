@@ -163,8 +163,8 @@ def _read_full_sizes(config: ConfigReader, types: Sequence[str]) -> dict[str, in
     if config.bool("attention_k_eq_v", default=False) and config.get("num_global_key_value_heads") is not None:
         sizes["num_key_value_heads"] = config.int("num_global_key_value_heads")
     layers = config.objects("per_layer_config")
-    if not layers:
-        return sizes
+    if not layers:  # an empty one: all layers have the same
+        return sizes if config.get("per_layer_config") is None else {}
     full = {str(index) for index, kind in enumerate(types) if kind == _FULL}
     found = [dict(layer.values) for layer in layers.values()]
     known = {"head_dim", "num_key_value_heads"}
@@ -190,7 +190,6 @@ def _read_attentions(config: ConfigReader) -> tuple[Gemma4Attention, ...]:
             default_kv_heads=4,
             has_bias=config.bool("attention_bias", default=False),
             layer_type=layer_type,
-            default_rotary=1.0 if layer_type == _FULL else None,
         )
         values = {**vars(common), "scale": 1.0, "has_head_norm": True, "head_norm_rounds_last": True}
         return Gemma4Attention(**values, has_values=layer_type == _SLIDING or not has_keys_as_values)
@@ -198,6 +197,10 @@ def _read_attentions(config: ConfigReader) -> tuple[Gemma4Attention, ...]:
     local, window, count = of_type(_SLIDING, {}), read_window(config), config.int("num_hidden_layers")
     if not isinstance(types, list) or len(types) != count or types[-1] != _FULL:
         config.refuse("layer_types", types, f"{count} of {_SLIDING} and {_FULL}, the last of them {_FULL}")
+    settings = config.object("rope_parameters")
+    for kind in (_SLIDING, _FULL):
+        if kind in types and settings.get(kind) is None:
+            config.refuse("rope_parameters", settings.values, f"settings of {kind}")
     full = of_type(_FULL, _read_full_sizes(config, types))
     attentions = by_layer_type(config, local, window, every_nth_full(config, 6), full)
     return _with_sources(config, attentions)
