@@ -102,6 +102,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "granitemoe_hybrid": ("granitemoe", HYBRID, {}),
+    "granitemoe_hybrid_rope": ("granitemoe", {**HYBRID, "position_embedding_type": "rope"}, {}),
     "granitemoe_hybrid_dense": ("granitemoe", {**HYBRID, "num_local_experts": 0, "mamba_n_groups": 2}, {}),
     "lfm2_biases": ("lfm2", {"conv_bias": True, "block_auto_adjust_ff_dim": False}, {}),
     "glm4_moe_lite_latent": ("glm4_moe_lite", {}, {"splits_latent": True}),
@@ -195,6 +196,17 @@ def test_latent_attention_in_two_parts(kind: gguf.GGMLQuantizationType, tmp_path
         assert torch.equal(found, torch.from_numpy(expected))
         parts = version.origins[f"layers.{layer}.attention.kv_b"].parts
         assert {part.tensor for part in parts} == {f"blk.{layer}.attn_{part}_b.weight" for part in "kv"}
+
+
+def test_granite_without_rotary_positions(tmp_path: Path) -> None:
+    """A key that says nothing elsewhere says for Granite whether heads are rotated."""
+
+    def without(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_finetuned(False)
+
+    save_tiny(FAMILIES["granite"], tmp_path / "hf")
+    with raises(UnsupportedError, "rope.scaling.finetuned"):
+        load_model(write_gguf(tmp_path / "hf", tmp_path / "model.gguf", edit=without))
 
 
 def test_draft_layers_have_no_place(tmp_path: Path) -> None:

@@ -412,7 +412,8 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         writer.add_ssm_group_count(config["mamba_n_groups"])
         writer.add_ssm_inner_size(config["mamba_expand"] * config["hidden_size"])
         writer.add_ssm_time_step_rank(config["mamba_n_heads"])
-        writer.add_rope_scaling_finetuned(False)
+        if config.get("position_embedding_type") != "rope":
+            writer.add_rope_scaling_finetuned(False)
     if architecture in ("qwen35", "qwen35moe"):
         writer.add_rope_dimension_sections([11, 11, 10, 0])
     if architecture == "qwen2moe":

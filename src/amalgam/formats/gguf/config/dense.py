@@ -124,6 +124,8 @@ def _ernie4_5(metadata: Metadata) -> Config:
 
 
 def granite(metadata: Metadata, kv_heads: int | None = None) -> Config:
+    if kv_heads is None:  # what other architectures note by the way is to Granite's whether to rotate at all
+        metadata.expect("rope.scaling.finetuned", True)
     config = decoder(metadata, "GraniteForCausalLM", kv_heads=kv_heads)
     keys = {
         "attention_multiplier": "attention.scale",

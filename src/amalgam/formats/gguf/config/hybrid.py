@@ -83,8 +83,8 @@ def _granite_hybrid(metadata: Metadata) -> Config:
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "shared_intermediate_size": shared,
         "attention_bias": metadata.has_tensor(f"blk.{first}.attn_q.bias"),
-        # llama.cpp rotates where this is set.
-        "position_embedding_type": "rope" if metadata.bool("rope.scaling.finetuned", default=False) else "nope",
+        # llama.cpp rotates unless this says no.
+        "position_embedding_type": "rope" if metadata.bool("rope.scaling.finetuned", default=True) else "nope",
         "layer_types": ["full_attention" if number else "linear_attention" for number in kv_heads],
         "mamba_n_heads": heads,
         "mamba_d_head": inner // heads,
