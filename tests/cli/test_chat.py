@@ -226,6 +226,33 @@ def f(x):
     assert "```" not in final and "|--" not in final
 
 
+def laid_out(text: str) -> str:
+    console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    with MarkdownWriter(console) as writer:
+        writer.write(text)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_addresses_and_entities_bring_no_controls_to_the_terminal() -> None:
+    hostile = "<http://x/%1B%5B2J%C2%9B31m> [a](<http://x/%1b> 'b%1b&#27;') &#27;[2J &#155; &#13; `%1b`"
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", laid_out(hostile))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("![a view](http://x/view.png)", ["a view", "http://x/view.png"]),
+        ("As in [1].\n\n[1]: http://x/source\n", ["As in [1].", "[1]: http://x/source"]),
+        ('[a link](http://x/ "and a title")', ["a link", 'http://x/ "and a title"']),
+        ("one\u2028two\n\n```\nx = 1\n\ny = 2\n```\n\nend\n", ["one\u2028two", "x = 1", "y = 2", "end"]),
+    ],
+)
+def test_what_markdown_would_leave_out_is_shown(text: str, parts: list[str]) -> None:
+    shown = laid_out(text)
+    assert all(part in shown for part in parts)
+    assert "y = 2" not in shown or " y = 2" in shown, "code is one block"
+
+
 def test_an_engine_that_is_gone_ends_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def submit(*_: Any) -> int:
         raise UnavailableError("The engine has stopped.")

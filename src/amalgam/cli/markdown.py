@@ -6,6 +6,7 @@ is text, links show where they lead, ends of lines stay. Must never know: models
 
 from __future__ import annotations
 
+import io
 from itertools import chain, pairwise
 from typing import Self
 
@@ -26,7 +27,9 @@ class MarkdownWriter:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        # A picture is then a link, which shows where it leads, and a definition of a link is text.
         self._parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+        self._parser.disable(["image", "reference"])
         self._live = Live(
             console=console,
             transient=True,
@@ -58,7 +61,7 @@ class MarkdownWriter:
 
     def _blocks(self) -> list[str]:
         """What is being written, cut where paragraphs, lists, tables and so on begin."""
-        lines = self._pending.splitlines(keepends=True)
+        lines = list(io.StringIO(self._pending, newline="\n"))  # the parser knows no other end of a line
         starts = [token.map[0] for token in self._parser.parse(self._pending) if not token.level and token.map]
         borders = [0, *sorted(set(starts[1:])), len(lines)]
         return ["".join(lines[start:end]) for start, end in pairwise(borders)]
@@ -78,7 +81,10 @@ class MarkdownWriter:
         self._has_written = True
         rendered = Markdown("", code_theme="ansi_dark", hyperlinks=False)
         rendered.parsed = self._parser.parse(text)
-        for child in chain.from_iterable(token.children or () for token in rendered.parsed):
-            if child.type == "softbreak":  # a line of verse is one
-                child.type = "hardbreak"
+        for token in chain.from_iterable((token, *(token.children or ())) for token in rendered.parsed):
+            token.content = harmless(token.content)  # %1B in an address is an escape once more
+            if token.type == "softbreak":  # a line of verse is one
+                token.type = "hardbreak"
+            elif title := token.attrs.get("title"):
+                token.attrs["href"] = harmless(f'{token.attrs["href"]} "{title}"')
         self._console.print(rendered)
