@@ -150,6 +150,24 @@ def test_nobody_listens() -> None:
         asyncio.run(model_names(nowhere))
 
 
+def test_why_there_is_no_connection_is_told_in_words() -> None:
+    async def plain(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async def ask() -> None:
+        async with await asyncio.start_server(plain, "127.0.0.1", 0) as server:
+            await model_names(Address("https", "127.0.0.1", server.sockets[0].getsockname()[1]))
+
+    with raises(UnavailableError, "https://127.0.0.1") as caught:
+        asyncio.run(ask())
+    assert "Operation not permitted" not in str(caught.value), "what the number of TLS's error is for a file"
+    for key in ("schlüssel", "two\nlines"):
+        with raises(ConfigError, "--api-key") as refused:
+            asyncio.run(model_names(Address("http", "127.0.0.1", 9), key))
+        assert key not in str(refused.value)
+
+
 def models(status: str, body: bytes) -> list[str]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -180,8 +198,18 @@ def test_addresses() -> None:
         "http://127.0.0.1:8080/v1/": "http://127.0.0.1:8080",
         "https://host/path/v1": "https://host/path",
         "http://[::1]:81/": "http://[::1]:81",
+        "http://bücher.example/ü a%2fb": "http://xn--bcher-kva.example/%C3%BC%20a%2fb",
     }.items():
         assert str(Address.parse(url)) == expected
-    for url in ("127.0.0.1:8080", "ftp://host", "http://", "http://h:99999", "http://user:word@h", "http://h/?a=1"):
+    for url in (
+        "127.0.0.1:8080",
+        "ftp://host",
+        "ftp://host:21",
+        "http://a..b",
+        "http://",
+        "http://h:99999",
+        "http://user:word@h",
+        "http://h/?a=1",
+    ):
         with raises(ConfigError):
             Address.parse(url)

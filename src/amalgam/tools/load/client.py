@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import orjson
 
-from amalgam.errors import RequestError, UnavailableError, describe
+from amalgam.errors import ConfigError, RequestError, UnavailableError, describe
 from amalgam.tools.load.http import Address, Connections, ExchangeError
 
 Endpoint = Literal["completions", "chat"]
@@ -210,6 +210,12 @@ def error_message(content: bytes) -> str:
 
 
 def _headers(api_key: str) -> list[tuple[str, str]]:
+    """
+    Raises:
+        ConfigError: the key cannot stand in a header.
+    """
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigError("The API key has characters that no header may have.", remedy="Check --api-key.")
     headers = [("Content-Type", "application/json"), ("Accept", "text/event-stream, application/json")]
     return [*headers, ("Authorization", f"Bearer {api_key}")] if api_key else headers
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 import ssl
 import time
 import urllib.parse
@@ -61,12 +62,14 @@ class Address:
         try:
             parts = urllib.parse.urlsplit(url)
             port = parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
-            is_address = bool(port and parts.hostname and parts.port != 0)
+            host = (parts.hostname or "").encode("idna").decode()
+            is_address = bool(port and host and parts.port != 0 and parts.scheme in _DEFAULT_PORTS)
         except ValueError:
             is_address = False
         if not is_address or parts.query or parts.fragment or parts.username is not None:
             raise ConfigError(f"The address is {describe(url)}.", remedy="Expected one like http://127.0.0.1:8080.")
-        return cls(parts.scheme, parts.hostname or "", port, parts.path.rstrip("/").removesuffix("/v1").rstrip("/"))
+        path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~")
+        return cls(parts.scheme, host, port, path.rstrip("/").removesuffix("/v1").rstrip("/"))
 
     @property
     def authority(self) -> str:
@@ -153,7 +156,9 @@ class Connections:
             raise ExchangeError("connect", f"no connection in {CONNECT_SECONDS:g} s") from None
         except OSError as error:  # TLS that fails is one too
             kind = "descriptors" if error.errno in _NO_DESCRIPTORS else "connect"
-            raise ExchangeError(kind, os.strerror(error.errno) if error.errno else str(error)) from None
+            # Of TLS and of names, the numbers are not the system's.
+            is_own = error.errno is None or isinstance(error, ssl.SSLError | socket.gaierror)
+            raise ExchangeError(kind, str(error) if is_own else os.strerror(error.errno or 0)) from None
         return connection
 
 
