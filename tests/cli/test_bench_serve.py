@@ -135,6 +135,14 @@ BAD = {
     "no dataset": ["--dataset", "nowhere.jsonl"],
     "lengths of a dataset": ["--dataset", "README.md", "--prompt-tokens", "5"],
     "no tokenizer": ["--tokenizer", "tests"],
+    "a body's length": ["--body", '{"max_tokens": 5}'],
+    "a body that is not streamed": ["--body", '{"stream": false}'],
+    "arrivals of clients": ["--arrivals", "constant"],
+    "a burst of independent ones": ["--rate", "5", "--burst", "3"],
+    "an attainment of nothing": ["--find-saturation", "--attainment", "0.5"],
+    "clients of no search": ["--max-concurrency", "5"],
+    "beginnings without a length": ["--num-prefixes", "5"],
+    "no number": ["--prompt-tokens", "²"],
     "a search of a rate": ["--find-saturation", "--rate", "5"],
 }
 

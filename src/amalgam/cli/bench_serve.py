@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amalgam.cli.options import refuse_unused
 from amalgam.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _INTERRUPTED = 130
 _CLIENTS = "1,4,16"  # where neither rates nor clients are given
 _SECONDS = 20.0  # of a load, where neither requests nor seconds are given
 _LEAST = 150  # requests of a rate, where it is searched: with fewer, chance hides what is 10% too much
+_BURST, _MAX_CLIENTS, _ATTAINMENT = 8, 256, 0.9
 _OUTPUT_TOKENS = "64"
 _PROMPT_TOKENS = "256"
 _ARRIVALS = ("poisson", "constant", "burst")
@@ -69,7 +71,7 @@ def command(
     ] = "poisson",
     burst: Annotated[
         int, typer.Option(min=1, help="Requests that come together, with --arrivals burst.", rich_help_panel=_LOAD)
-    ] = 8,
+    ] = _BURST,
     concurrency: Annotated[
         str,
         typer.Option(
@@ -101,7 +103,7 @@ def command(
     ] = False,
     max_concurrency: Annotated[
         int, typer.Option(min=1, help="Most clients that --find-saturation tries.", rich_help_panel=_LOAD)
-    ] = 256,
+    ] = _MAX_CLIENTS,
     prompt_tokens: Annotated[
         str, typer.Option(metavar="N|LOW-HIGH", help="Length of made-up prompts [256].", rich_help_panel=_WORK)
     ] = "",
@@ -155,7 +157,7 @@ def command(
         typer.Option(
             min=0.01, max=1.0, help="Share of requests that must meet --slo at saturation.", rich_help_panel=_JUDGE
         ),
-    ] = 0.9,
+    ] = _ATTAINMENT,
     out: Annotated[Path | None, typer.Option(metavar="OUT.html", help="Draw it.")] = None,
     records: Annotated[Path | None, typer.Option(metavar="OUT.jsonl", help="Write the times of each answer.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, and no table.")] = False,
@@ -180,6 +182,19 @@ def command(
     loads = _loads(rate, concurrency, form)
     if find_saturation and (rate or concurrency):
         raise ConfigError("--find-saturation chooses the loads.", remedy="Leave out --rate and --concurrency.")
+    if not rate and not find_saturation:
+        refuse_unused(
+            {"--arrivals": arrivals != "poisson"}, "--rate", "Add --rate: clients ask when they are answered."
+        )
+    if arrivals != "burst":
+        refuse_unused({"--burst": burst != _BURST}, "--arrivals burst", "Add it.")
+    if not find_saturation:
+        searching = {"--max-concurrency": max_concurrency != _MAX_CLIENTS, "--attainment": attainment != _ATTAINMENT}
+        refuse_unused(searching, "--find-saturation", "Add it, or leave this out.")
+    if not slo:
+        refuse_unused({"--attainment": attainment != _ATTAINMENT}, "--slo", "Add --slo, for instance ttft:500ms.")
+    if not shared_prefix:
+        refuse_unused({"--num-prefixes": num_prefixes != 1}, "--shared-prefix", "Say how long they are.")
     address = Address.parse(url)
     endpoint_, work = _work(
         endpoint, dataset, prompt_tokens, output_tokens, shared_prefix, num_prefixes, tokenizer, seed

@@ -11,8 +11,9 @@ import pytest
 
 from amalgam.errors import ConfigError
 from amalgam.tools.load import datasets
-from amalgam.tools.load.client import Question
+from amalgam.tools.load.client import Client, Question
 from amalgam.tools.load.datasets import Lengths, Measure, from_file, synthetic
+from amalgam.tools.load.http import Address
 from tests.errors import raises
 
 SHARE_GPT = {
@@ -97,6 +98,7 @@ BAD = {
     "no user": ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1"),
     "a strange turn": ('{"conversations": [{"from": "bing", "value": "a"}]}', "bing"),
     "no length": ('{"prompt": "a", "max_tokens": 0}', "0"),
+    "a number that no request can carry": ('{"body": {"prompt": "a", "seed": 1180591620717411303424}}', "line 1"),
     "nothing": ("\n\n", "no rows"),
 }
 
@@ -109,6 +111,18 @@ def test_bad_rows_are_named(tmp_path: Path, case: str) -> None:
     with raises(ConfigError) as caught:
         from_file(path, "chat", None)
     assert named in str(caught.value)
+
+
+def test_a_batch_file_s_row_is_asked_as_it_says(tmp_path: Path) -> None:
+    body = {"model": "m", "stream": False, "messages": [{"role": "user", "content": "q"}], "temperature": 0, "n": 2}
+    path = write(tmp_path / "rows", {"custom_id": "1", "body": {**body, "max_completion_tokens": 3}})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert from_file(path, "chat", None) == [Question(body["messages"], 3, {"temperature": 0, "n": 2})]  # type: ignore[arg-type]
+    asked = Client(Address("http", "h", 1), "chat", "mine", fields={"temperature": 1, "top_p": 0.5}, wants_usage=False)
+    assert asked.body(from_file(path, "chat", None)[0]) == {
+        "model": "mine", "stream": True, "temperature": 0, "top_p": 0.5, "n": 2, "max_tokens": 3,
+        "messages": body["messages"],
+    }  # fmt: skip
 
 
 def test_messages_are_for_chats(tmp_path: Path) -> None:

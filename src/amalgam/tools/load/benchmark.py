@@ -28,6 +28,14 @@ from amalgam.tools.load.running import Load, Measured, run
 from amalgam.tools.load.saturation import Saturation
 
 _CHECK_TOKENS = 2
+_OWN_FIELDS = {  # of a body, and what says them
+    "model": "--model",
+    "prompt": "--dataset",
+    "messages": "--dataset",
+    "max_tokens": "--output-tokens",
+    "stream": "nothing: answers are always streamed",
+    "stream_options": "--usage or --no-usage",
+}
 
 Progress = Callable[[str, int, int], None]
 
@@ -329,7 +337,7 @@ def _record(measured: Measured, answer: Answer) -> dict[str, Any]:
 def body_fields(text: str) -> dict[str, Any]:
     """
     Raises:
-        ConfigError: it is no JSON object.
+        ConfigError: it is no JSON object, or has a field that an option says.
     """
     try:
         value = orjson.loads(text)
@@ -337,6 +345,8 @@ def body_fields(text: str) -> dict[str, Any]:
         raise ConfigError(f"--body is no JSON: {error}.", remedy='Expected an object: {"temperature": 0}.') from None
     if not isinstance(value, dict):
         raise ConfigError(f"--body is {text!r}.", remedy='Expected an object: {"temperature": 0}.')
+    if own := [name for name in value if name in _OWN_FIELDS]:
+        raise ConfigError(f"--body has {own[0]}.", remedy=f"That is said by {_OWN_FIELDS[own[0]]}.")
     return value
 
 

@@ -35,10 +35,12 @@ class Question:
     Attributes:
         prompt: a text, or the messages of a chat.
         num_tokens: the most new tokens; None: as many as the server likes.
+        fields: of the body, besides.
     """
 
     prompt: str | Sequence[Message]
     num_tokens: int | None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,7 +136,7 @@ class Client:
                 answer's headers.
         """
         answer = into or Answer(question, time.perf_counter())
-        body = orjson.dumps(self._body(question))
+        body = orjson.dumps(self.body(question))
         answer.sent = time.perf_counter()
         reader = _AnswerReader(answer, leave_after)
         try:
@@ -155,7 +157,8 @@ class Client:
         """Let go of the connections that are kept."""
         self._connections.close()
 
-    def _body(self, question: Question) -> dict[str, Any]:
+    def body(self, question: Question) -> dict[str, Any]:
+        """What a question is sent as."""
         if self._endpoint == "completions":
             asked: dict[str, Any] = {"prompt": question.prompt}
         elif isinstance(question.prompt, str):
@@ -164,7 +167,7 @@ class Client:
             asked = {"messages": list(question.prompt)}
         if question.num_tokens is not None:
             asked["max_tokens"] = question.num_tokens
-        return self._fields | asked
+        return {**self._fields, **question.fields, **asked}
 
 
 async def model_names(address: Address, api_key: str = "", timeout_seconds: float = 30.0) -> list[str]:

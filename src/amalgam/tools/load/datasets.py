@@ -6,12 +6,16 @@ the server.
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from amalgam.base.strict_json import parse_json
 from amalgam.errors import ConfigError, describe
@@ -29,6 +33,9 @@ _WORDS = (
 WORDS = tuple(_WORDS.split())
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _LENGTH_KEYS = ("output_tokens", "max_tokens", "max_completion_tokens")
+_LENGTHS = re.compile("([0-9]{1,9})(?:-([0-9]{1,9}))?")
+# Of the body of a batch file's row, what the benchmark chooses itself; the other fields are sent.
+_OWN_KEYS = {"model", "stream", "stream_options", "prompt", "messages", *_LENGTH_KEYS}
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,11 @@ class Lengths:
         Raises:
             ConfigError: it is neither.
         """
-        low, dash, high = text.partition("-")
-        if not (low.isdigit() and int(low) > 0 and (not dash or (high.isdigit() and int(high) >= int(low)))):
+        found = _LENGTHS.fullmatch(text)
+        low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 0 < low <= high:
             raise ConfigError(f"{flag} is {describe(text)}.", remedy="Expected a number such as 512, or 256-1024.")
-        return cls(int(low), int(high or low))
+        return cls(low, high)
 
     def draw(self, chances: random.Random) -> int:
         return chances.randint(self.low, self.high)
@@ -133,8 +141,8 @@ def from_file(path: Path, endpoint: Endpoint, output_lengths: Lengths | None, se
     """Questions of a file: JSON lines, or one JSON list.
 
     A row is a text, or an object with `prompt`, `messages`, ShareGPT's `conversations`, or `body` (a line of OpenAI's
-    batch files). A conversation is asked up to its last user's turn. `output_tokens` or `max_tokens` of a row, then
-    `output_lengths`, limit the answer.
+    batch files, whose other fields are sent too). A conversation is asked up to its last user's turn. `output_tokens`
+    or `max_tokens` of a row, then `output_lengths`, limit the answer.
 
     Raises:
         ConfigError: it cannot be read, a row is none of these, or has messages for an endpoint that takes texts.
@@ -146,12 +154,16 @@ def from_file(path: Path, endpoint: Endpoint, output_lengths: Lengths | None, se
     chances = random.Random(seed)
     questions = []
     for where, row in _rows(path, content):
-        prompt, length = _read_row(where, row)
+        prompt, length, fields = _read_row(where, row)
         if not isinstance(prompt, str) and endpoint == "completions":
             raise ConfigError(f"{where} has messages.", remedy="Give --endpoint chat.")
         if length is None and output_lengths is not None:
             length = output_lengths.draw(chances)
-        questions.append(Question(prompt, length))
+        try:
+            orjson.dumps((prompt, fields))
+        except TypeError:
+            raise ConfigError(f"{where} has a number of more than 64 bits.", remedy="Correct it.") from None
+        questions.append(Question(prompt, length, fields))
     if not questions:
         raise ConfigError(f"{path} has no rows.", remedy="Expected JSON lines.")
     return questions
@@ -178,6 +190,7 @@ def repeated(questions: Sequence[Question]) -> Iterator[Question]:
 
 
 def _rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    content = content.removeprefix(codecs.BOM_UTF8)
     if content.lstrip()[:1] == b"[" and (rows := _as_list(path, content)) is not None:
         for number, row in enumerate(rows, 1):
             yield f"{path}, row {number},", row
@@ -199,23 +212,25 @@ def _as_list(path: Path, content: bytes) -> list[Any] | None:
     return value if isinstance(value, list) else None
 
 
-def _read_row(where: str, row: Any) -> tuple[str | list[Message], int | None]:
-    """The prompt and the length of the answer, if the row says it."""
+def _read_row(where: str, row: Any) -> tuple[str | list[Message], int | None, dict[str, Any]]:
+    """The prompt, the length of the answer if the row says it, and what else is to be sent."""
+    fields: dict[str, Any] = {}
     if isinstance(row, dict) and isinstance(row.get("body"), dict):
         row = row["body"]
+        fields = {name: value for name, value in row.items() if name not in _OWN_KEYS}
     if isinstance(row, str):
-        return _text(where, row), None
+        return _text(where, row), None, fields
     if not isinstance(row, dict):
         raise _no_question(where, row)
     length = next((row[key] for key in _LENGTH_KEYS if row.get(key) is not None), None)
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
         raise ConfigError(f"{where} asks for {describe(length)} tokens.", remedy="Expected a whole number above 0.")
     if isinstance(row.get("prompt"), str):
-        return _text(where, row["prompt"]), length
+        return _text(where, row["prompt"]), length, fields
     if isinstance(row.get("messages"), list):
-        return _messages(where, row["messages"]), length
+        return _messages(where, row["messages"]), length, fields
     if isinstance(row.get("conversations"), list):
-        return _messages(where, [_message(where, turn) for turn in row["conversations"]]), length
+        return _messages(where, [_message(where, turn) for turn in row["conversations"]]), length, fields
     raise _no_question(where, row)
 
 
