@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from amalgam.base.locks import FileLock
 from amalgam.errors import ConflictError, RequestError, UnavailableError
 from amalgam.tools.batch import Defaults, InputFile, LineError, Totals, answer_file, ask_until_failure, read_line
 from amalgam.tools.journal import Journal, partial_of
@@ -165,10 +169,69 @@ def test_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:
     with raises(RequestError, "other.partial'"):
         run(Model(), source, other)
     assert partial_of(other).read_text() == "what somebody\nhas written\n"
+    for content in ("one line without an end", '{"format":1}\n[[1],{}]\n', '{"format":1}\n[1,2]\n', '{"format":2}\n'):
+        partial_of(other).write_text(content)
+        with raises(RequestError, "other.partial'"):
+            run(Model(), source, other)
+        assert partial_of(other).read_text() == content
+    for content in ("", "{", '{"format":1,"se'):  # what a kill at the very beginning leaves
+        partial_of(other).write_text(content)
+        assert run(Model(), source, other).num_answered == 2
+        other.unlink()
     with raises(RequestError, "empty"):
         InputFile.read(write(tmp_path / "empty"), 100)
     with raises(RequestError, "nowhere'"):
         InputFile.read(tmp_path / "nowhere", 100)
+
+
+def test_who_has_waited_for_an_output_does_not_write_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = write(tmp_path / "in", "a"), tmp_path / "out"
+    acquire = FileLock.try_acquire
+
+    def finished_meanwhile(lock: FileLock) -> bool:
+        output.write_text("another run's\n")
+        return acquire(lock)
+
+    monkeypatch.setattr(FileLock, "try_acquire", finished_meanwhile)
+    with raises(ConflictError, "out'"):
+        run(Model(), source, output)
+    assert {file.name for file in tmp_path.iterdir()} == {"in", "out"}
+
+
+def test_an_input_that_cannot_be_read_twice_or_changes_is_no_input(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with raises(RequestError, tmp_path / name):
+            InputFile.read(tmp_path / name, 100)
+    source, output = write(tmp_path / "in", *"abcdef"), tmp_path / "out"
+    model = Model()
+    ask = model.ask
+
+    async def shortening(*asked: Any) -> tuple[int, Any]:
+        write(source, "a")
+        return await ask(*asked)
+
+    model.ask = shortening  # type: ignore[method-assign]
+    with raises(RequestError, "in'"):
+        run(model, source, output)
+    assert not output.exists() and partial_of(output).exists()
+
+
+def test_ids_of_tool_calls_follow_from_the_line(tmp_path: Path) -> None:
+    class Calling(Model):
+        async def ask(self, path: str, body: Mapping[str, Any], request_id: str) -> tuple[int, Any]:
+            drawn = [f"call_{secrets.token_hex(12)}", secrets.token_hex(5)[:9], "functions.f:0"]
+            choices = [{"index": i, "message": {"tool_calls": [{"id": one} for one in drawn]}} for i in range(2)]
+            return 200, {"choices": choices}
+
+    found = []
+    for name in ("one", "two"):
+        run(Calling(), write(tmp_path / "in", CHAT, {**CHAT, "custom_id": "d"}), tmp_path / name)
+        found.append((tmp_path / name).read_bytes())
+    assert found[0] == found[1]
+    ids = re.findall(r'"id":"((?:call_)?[0-9a-f]+|functions.f:0)"', found[0].decode())
+    assert len(ids) == 12 and len(set(ids)) == 9 and ids.count("functions.f:0") == 4
+    assert {len(one) for one in ids} == {29, 9, 13}
 
 
 def test_a_model_that_is_gone_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:

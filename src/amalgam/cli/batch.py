@@ -40,6 +40,7 @@ def answer_lines(settings: Settings, source: Path, output: Path, params: Samplin
         "sampling": given | ({} if seed is None else {"seed": seed}),
         "model": settings.model.model_dump(mode="json"),
         "inference": settings.inference.model_dump(mode="json", exclude={"max_batch_size"}),
+        "engine": settings.engine.model_dump(mode="json", include={"kv_dtype"}),
         "server": settings.server.model_dump(mode="json", include=_SHAPING),
     }
     fresh = {"seed": secrets.randbelow(MAX_SEED) if seed is None else seed, "created": int(time.time())}

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import re
+import stat
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +38,7 @@ _LIMIT_FIELDS = {
 _UNAVAILABLE, _RETRY_SECONDS = 503, 0.05
 _MAX_CUSTOM_ID = 512
 _BOM = b"\xef\xbb\xbf"
+_DRAWN_CALL_ID = re.compile("(call_)[0-9a-f]{24}|()[0-9A-Za-z]{9}")  # others are the model's
 
 Ask = Callable[[str, Mapping[str, Any], str], Awaitable[tuple[int, Any]]]
 """A path, a body and a request id → the status and the JSON that it is answered with."""
@@ -65,21 +69,31 @@ class LineRequest:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of lines, looked at once."""
+    """A file of lines, looked at once.
+
+    Attributes:
+        state: its size and when it was changed.
+    """
 
     path: Path
     num_lines: int
     sha256: str
     max_line_bytes: int
+    state: tuple[int, int]
 
     @classmethod
     def read(cls, path: Path, max_line_bytes: int) -> InputFile:
         """
         Raises:
-            RequestError: it cannot be read, or has no lines.
+            RequestError: it cannot be read, is no file that can be read twice, or has no lines.
         """
         digest, num_lines, last = hashlib.sha256(), 0, b"\n"
         try:
+            state = path.stat()
+            if not stat.S_ISREG(state.st_mode):
+                raise RequestError(
+                    f"{str(path)!r} is no regular file: a run that goes on reads it again.", remedy="Give a file."
+                )
             with path.open("rb") as stream:
                 while block := stream.read(2**20):
                     digest.update(block)
@@ -90,13 +104,23 @@ class InputFile:
         num_lines += last != b"\n"
         if not num_lines:
             raise RequestError(f"{str(path)!r} is empty.", remedy="Give a line of JSON for each prompt.")
-        return cls(path, num_lines, digest.hexdigest(), max_line_bytes)
+        return cls(path, num_lines, digest.hexdigest(), max_line_bytes, (state.st_size, state.st_mtime_ns))
 
     def lines(self) -> Iterator[tuple[int, bytes | None]]:
-        """Index and bytes of each line; None: it is too long."""
+        """Index and bytes of each line; None: it is too long.
+
+        Raises:
+            RequestError: it has been changed.
+        """
         with self.path.open("rb") as stream:
             for index in range(self.num_lines):
+                state = os.fstat(stream.fileno())
                 line = stream.readline(self.max_line_bytes + 1)
+                if (state.st_size, state.st_mtime_ns) != self.state:
+                    raise RequestError(
+                        f"{str(self.path)!r} has been changed since the run began.",
+                        remedy="Put it back and give the same command, or begin anew with another output.",
+                    )
                 if len(line) <= self.max_line_bytes or line.endswith(b"\n"):
                     yield index, line.removeprefix(_BOM) if index == 0 else line
                     continue
@@ -313,6 +337,12 @@ class _Answering:
             content["created"] = self._created
         if isinstance(usage := content.get("usage"), dict):
             usage.pop("prompt_tokens_details", None)  # how many of them the cache had
+        for choice in content.get("choices") or ():
+            for place, call in enumerate((choice.get("message") or {}).get("tool_calls") or ()):
+                if drawn := _DRAWN_CALL_ID.fullmatch(call["id"]):
+                    digest = hashlib.sha256(f"{line_id}:{choice['index']}:{place}".encode()).hexdigest()
+                    prefix = drawn[1] or ""
+                    call["id"] = prefix + digest[: len(call["id"]) - len(prefix)]
         return content
 
 

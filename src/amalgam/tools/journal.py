@@ -28,6 +28,7 @@ from amalgam.base.locks import FileLock
 from amalgam.errors import ConflictError, RequestError, describe
 
 FORMAT = 1
+_BEGINNING = b'{"format":'
 _SYNC_SECONDS = 1.0  # that a machine which loses power may cost
 _CHUNK_BYTES = 2**22
 
@@ -66,12 +67,12 @@ class Journal:
             OSError: it cannot be written.
         """
         partial = partial_of(output)
-        if output.exists():
-            raise ConflictError(f"{str(output)!r} exists.", remedy="Remove it, or name another output.")
         lock = FileLock(output)
         if not lock.try_acquire():
             raise ConflictError(f"{str(output)!r} is being written by {lock.holder}.", remedy="Wait for it.")
         try:
+            if output.exists():  # who has just finished it held the lock until then
+                raise ConflictError(f"{str(output)!r} exists.", remedy="Remove it, or name another output.")
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o666)
             journal = cls(output, {}, lock, descriptor)
         except BaseException:
@@ -173,24 +174,25 @@ class Journal:
         """Take what an earlier run has left, up to the first line that is not whole."""
         with partial.open("rb") as stream:
             first = stream.readline()
+            if not first.endswith(b"\n") and (first.startswith(_BEGINNING) or _BEGINNING.startswith(first)):
+                return  # what a kill in the first line leaves
             header = _parsed(first)
-            if not isinstance(header, dict):
-                if stream.readline():  # more than a kill in the first line leaves
-                    raise _foreign(partial)
-                return
-            if header.get("format") != FORMAT:
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
                 raise _foreign(partial)
             self.header, self._end = header, len(first)
             for line in stream:
                 record = _parsed(line)
-                if not isinstance(record, list) or len(record) != 2:
+                if record is None:
                     break
-                if isinstance(record[0], str):
-                    self.header[record[0]] = record[1]
-                else:
-                    start = line.index(b",") + 1
-                    self._places[record[0]] = (self._end + start, len(line) - start - 2)
-                    seen(record[1])
+                match record:
+                    case [str(name), str(value)]:
+                        self.header[name] = value
+                    case [int(item), dict(value)]:
+                        start = line.index(b",") + 1
+                        self._places[item] = (self._end + start, len(line) - start - 2)
+                        seen(value)
+                    case _:
+                        raise _foreign(partial)
                 self._end += len(line)
         os.ftruncate(self._descriptor, self._end)
 
