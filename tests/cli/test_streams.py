@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,9 +166,14 @@ def test_json_is_json_whatever_the_strings_are(monkeypatch: pytest.MonkeyPatch) 
     for encoding in ("utf-8", "ascii"):
         file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr("sys.stdout", file)
-        print_json({"path": "/\udcff/月😀", "list": [1, None]})
-        file.flush()
-        assert json.loads(file.buffer.getvalue()) == {"path": "/\udcff/月😀", "list": [1, None]}
+        for value in ({"path": "/\udcff/月😀", "list": [1, None]}, {"text": "月\x1b[2J\x9b31m\x7f"}):
+            print_json(value)
+            file.flush()
+            written = file.buffer.getvalue()
+            assert json.loads(written) == value
+            assert not re.search(r"[^\n\x20-\x7e\xa0-\U0010ffff]", written.decode(encoding)), "what steers a terminal"
+            file.buffer.seek(0)
+            file.buffer.truncate()
 
 
 def test_a_disk_that_is_full_is_no_traceback(

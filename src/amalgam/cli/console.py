@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from amalgam.composition.progress import Progress as ProgressCallback
 
 _UNLIMITED = 1_000_000
+_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # which JSON need not escape, and terminals obey
 
 
 class _Console(Console):
@@ -133,7 +134,7 @@ def print_json(value: Any, *, is_indented: bool = True) -> None:
         text.encode(sys.stdout.encoding or "utf-8")
     except (TypeError, UnicodeEncodeError):  # lone surrogates, such as in paths that are not UTF-8; or the encoding
         text = json.dumps(value, indent=2 if is_indented else None, default=str)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(text.translate(_CONTROLS) + "\n")
 
 
 def human_bytes(count: float) -> str:
