@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from amalgam.tools.journal import Journal
 
 _INTERRUPTED = 130
-_SHAPING = {"chat_template", "reasoning_parser", "tool_parser"}  # settings of the server that change answers
+# Settings of the server that change answers.
+_SHAPING = {"chat_template", "embedding_pooling", "reasoning_parser", "served_model_names", "tool_parser"}
 _MAX_NEW_TOKENS = 128  # of a prompt, where neither the user nor the model says
 
 

@@ -21,8 +21,8 @@ from amalgam.server.service import Service
 
 # Of the section `server`: what concerns answers. Keys, limits, addresses and traces are for requests from outside.
 _KEPT = (
-    "chat_template", "max_batch_prompts", "max_body_bytes", "max_workers", "reasoning_parser", "served_model_names",
-    "tool_parser",
+    "chat_template", "embedding_pooling", "max_batch_prompts", "max_body_bytes", "max_workers", "reasoning_parser",
+    "served_model_names", "tool_parser",
 )  # fmt: skip
 _POLL_SECONDS = 0.01
 
@@ -57,7 +57,8 @@ class LocalServer:
         Args:
             request_id: as `X-Request-ID` has it.
         """
-        content = json.dumps(body).encode()  # which takes integers of any size: the endpoint refuses them
+        # Takes integers of any size, which the endpoint refuses; and is no longer than the line that it came from.
+        content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
         headers: Sequence[tuple[bytes, bytes]] = [
             (b"content-type", b"application/json"),
             (b"x-request-id", request_id.encode("ascii", "replace")),

@@ -1,0 +1,31 @@
+"""Requests of this process get what they would get over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from amalgam.server.local import LocalServer
+from tests.server.fakes import FakeDeployment, fake_settings
+
+
+def ask(path: str, body: dict[str, Any], **server: Any) -> tuple[int, Any]:
+    async def run() -> tuple[int, Any]:
+        local = LocalServer(FakeDeployment(), fake_settings(**server))
+        await local.start()
+        return await local.post(path, body)
+
+    return asyncio.run(run())
+
+
+def test_settings_that_change_answers_hold() -> None:
+    for pooling, last in (("mean", 0), ("last", ord("c"))):
+        status, answer = ask("/v1/embeddings", {"input": "abc", "normalize": False}, embedding_pooling=pooling)
+        assert status == 200 and answer["data"][0]["embedding"][1] == last
+    assert ask("/v1/embeddings", {"input": "abc"}, served_model_names=["mine"])[1]["model"] == "mine"
+
+
+def test_a_body_is_no_longer_than_the_line_that_it_comes_from() -> None:
+    """Or a line would be refused that the limit allows."""
+    for count, status in ((330, 200), (340, 413)):
+        assert ask("/tokenize", {"prompt": "月" * count}, max_body_bytes=1024)[0] == status
