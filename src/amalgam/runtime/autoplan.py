@@ -27,6 +27,7 @@ from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.settings import BASE_SOURCE, AutoplanSettings, Rule, Settings, build_rules, state_folder
 from amalgam.engine.core import Engine
+from amalgam.engine.speculation.draft import DraftProposer
 from amalgam.errors import AmalgamError, ConfigError, ConflictError, RequestError, UnavailableError
 from amalgam.evaluation.confidence import MIN_UNITS
 from amalgam.experts.tracker import ExpertTracker
@@ -468,8 +469,11 @@ class Autoplan:
             available, total = torch.cuda.mem_get_info(device)
         else:
             machine, engine = detect_machine(), self._deployment.engine
+            proposer = None if engine.speculator is None else engine.speculator.proposer
+            caches = engine.kv_cache_bytes + engine.state_cache_bytes
+            caches += proposer.kv_cache_bytes if isinstance(proposer, DraftProposer) else 0
             # Pages of the caches that nothing has written yet count as available.
-            available = machine.available_bytes - engine.kv_cache_bytes - engine.state_cache_bytes
+            available = machine.available_bytes - caches
             total = machine.memory_bytes
         return alive + max(0, available - int((1 - _SAFE_SHARE) * total))
 
