@@ -3,7 +3,7 @@
 In: a request's own tokens. Out: guesses. Must never know: models, tensors.
 
 Answers that quote their prompt (code that is edited, summaries, tables) are guessed well, others not at all. It costs
-no step and no memory but a few integers for each token.
+no step; what it notes takes about 220 bytes for each token of a request.
 """
 
 from __future__ import annotations

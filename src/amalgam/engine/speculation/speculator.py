@@ -82,7 +82,8 @@ class Speculator:
 
         Args:
             rejected: request id → how many of its guesses it did not take.
-            ended: ids of requests that have ended: what of their guesses would have come true is not known.
+            ended: ids of requests that have ended: what of their guesses would have come true is not known. Nor is it
+                of those that have been cancelled.
             seconds: that it took, guessing left out.
             count_experts: says how many experts of a layer it needed, the mean over layers; None: nobody knows.
         """
@@ -98,7 +99,7 @@ class Speculator:
             num_accepted += count
             for place in range(count):
                 accepted_at[place] += 1
-            if self.costs is not None and request_id not in ended:
+            if self.costs is not None and request_id not in ended and not item.request.is_cancelled:
                 self.costs.add_outcome(request_id, len(item.proposed_ids), count)
         if self.costs is not None and all(item.is_stream for item in plan.scheduled):
             is_counted = self._num_steps % _COUNTED_STEPS == 0  # counting takes a while where there are many layers
