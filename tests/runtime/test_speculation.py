@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import Settings, build_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation
+from amalgam.engine.speculation.draft import DraftProposer
 from amalgam.errors import ConfigError
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
+from amalgam.tools.estimate import estimate
 from tests.errors import raises
 from tests.planning.conftest import small
 
@@ -96,6 +99,13 @@ def check(answers: list[Generation], expected: list[Generation]) -> None:
         assert (one.token_ids, one.text, one.logprobs) == (other.token_ids, other.text, other.logprobs)
 
 
+def check_estimate(settings: Settings, deployment: Deployment) -> None:
+    """What was estimated for a draft is what it takes, as near as bf16 is coded."""
+    described = (deployment.model_info()["speculation"] or {}).get("draft") or {}
+    taken = described.get("weights_bytes", 0) + described.get("kv_cache_bytes", 0)
+    assert estimate(settings).draft_bytes == pytest.approx(taken, rel=0.01)
+
+
 @pytest.mark.parametrize(("kind", "is_adaptive"), [("ngram", False), ("self", True), ("draft", False)])
 def test_answers_and_statistics_are_the_same(
     small: Path, shorter: Path, expected: list[list[Generation]], kind: str, is_adaptive: bool
@@ -126,11 +136,43 @@ def test_answers_and_statistics_are_the_same(
         deployment.close()
 
 
+def test_a_draft_takes_no_memory_for_what_the_model_has_got_meanwhile(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(small, kinds(small)["self"])
+    deployment = open_deployment(settings)
+    check_estimate(settings, deployment)
+    speculator, lowest = deployment.engine.speculator, {EXPERTS: "int3"}
+    assert speculator is not None and isinstance(speculator.proposer, DraftProposer)
+    try:
+        for mapping, is_lowest in (({"model.layers.0.mlp.experts.{8-11}.*": "int3"}, False), (lowest, True)):
+            deployment.update_weight_mapping(mapping)
+            draft, version = speculator.proposer.version, deployment.version
+            shared = [slot for slot, key in draft.keys.items() if version.keys[slot] == key]
+            assert all(draft[slot] is version[slot] for slot in shared)
+            assert (len(shared) == len(draft.keys)) == is_lowest
+        described = deployment.model_info()["speculation"]["draft"]
+        assert (described["weights_bytes"], described["shared_bytes"]) == (0, deployment.version.nbytes)
+        deployment.update_weight_mapping({EXPERTS: "int8"})
+        assert speculator.proposer.version.nbytes < deployment.version.nbytes
+
+        def fail(*parts: Any) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr("amalgam.runtime.speculation._build_own_draft", fail)
+        assert deployment.update_weight_mapping({EXPERTS: "base"}).version == deployment.version_id
+        assert speculator.proposer.version is deployment.version
+        assert {answer.error for answer in run(deployment, 2)} == {None}
+    finally:
+        deployment.close()
+
+
 def test_experts_are_counted_for_tokens_that_stay(small: Path, shorter: Path) -> None:
     tallies = []
     for speculation in ({}, kinds(shorter)["draft"] | {"adaptive": False}):
         deployment = open_deployment(settings_of(small, speculation, prefix_cache=False))
         try:
+            check_estimate(deployment.settings, deployment)
             run(deployment, 8)
             assert deployment.statistics is not None
             tallies.append(deployment.statistics.saved_set().total)
@@ -154,6 +196,13 @@ def test_a_request_may_have_no_guesses(small: Path) -> None:
         deployment.close()
 
 
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None may be read: what is wrong is said before."""
+    monkeypatch.setattr(ModelLoader, "build", None)
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_a_draft_that_cannot_guess_is_refused(small: Path, shorter: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(shorter, other)
@@ -174,6 +223,7 @@ def test_a_draft_that_cannot_guess_is_refused(small: Path, shorter: Path, tmp_pa
         open_deployment(larger)
 
 
+@pytest.mark.usefixtures("no_weights")
 def test_a_model_that_has_nothing_lower_is_no_draft_of_itself(small: Path) -> None:
     alone = build_settings({"model": {"base_path": str(small / "base")}, "speculation": {"kind": "self"}})
     with raises(ConfigError, "self"):
@@ -190,6 +240,7 @@ def test_a_model_that_has_nothing_lower_is_no_draft_of_itself(small: Path) -> No
         {"kind": "draft"},
         {"draft": "a"},
         {"kind": "ngram", "draft": "a"},
+        {"kind": "ngram", "kv_cache_bytes": 2**30},
         {"kind": "draft", "draft": "a", "source": "b"},
     ],
 )

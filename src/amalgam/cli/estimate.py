@@ -34,6 +34,7 @@ def command(
     rows += [
         (f"KV cache ({human_bytes(result.kv_bytes_per_token)} per token)", human_bytes(result.kv_bytes)),
         *([("recurrent states", human_bytes(result.state_bytes))] if result.state_bytes else []),
+        *([("draft that guesses tokens", human_bytes(result.draft_bytes))] if result.draft_bytes else []),
         ("workspace of a step", human_bytes(result.workspace_bytes)),
         ("the program itself", human_bytes(result.process_bytes)),
         ("all", human_bytes(result.total_bytes)),

@@ -297,12 +297,12 @@ class Deployment:
             loaded = loader.build(loader.plan(rules), before.version_id + 1, before, self._unless_closing)
         after = loaded.version
         changed = changed_weights(before, after)
-        if self._speculation is not None:
-            self._speculation.follow(loader, rules, after, self._unless_closing)
         self.engine.set_version(after)
         self._served = ServedWeights(loader, after, rules)
         with self._alive_lock:
             self._alive.add(after)
+        if self._speculation is not None:
+            self._speculation.follow(loader, rules, after, self._unless_closing)
         result = RemapResult(
             version=after.version_id,
             previous_version=before.version_id,

@@ -24,7 +24,7 @@ from amalgam.runtime.autoplan import open_proposer
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
-from amalgam.runtime.speculation import check_together, open_speculation
+from amalgam.runtime.speculation import check_draft, check_together, open_speculation
 from amalgam.runtime.threads import set_threads
 from amalgam.text.files import read_template
 from amalgam.text.tokenizer import Tokenizer
@@ -49,6 +49,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
     template = read_template(Path(settings.server.chat_template)) if settings.server.chat_template else None
     tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, template)
     tokenizer.check_vocabulary(loader.spec.vocab_size)
+    check_draft(settings, loader, tokenizer)
     defaults = read_model_defaults(loader.base_folder, loader.base_metadata)
     proposer = open_proposer(settings, loader)
     # Before the weights: what it keeps its figures in may not fit, or be somebody else's.
@@ -60,7 +61,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
         settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
         decoder = Decoder(loader.spec, max_positions, dtype, device)
-        speculation = open_speculation(settings, loader, loaded.version, tokenizer, device, progress)
+        speculation = open_speculation(settings, loader, loaded.version, device, progress)
         speculator = None if speculation is None else speculation.speculator
         engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, tracker, speculator)
         deployment = Deployment(settings, loader, loaded, engine, tokenizer, tracker, defaults, proposer, speculation)

@@ -28,12 +28,12 @@ class ServedWeights:
 
 
 def shared_weights(planned: Sequence[PlannedWeight], *versions: WeightVersion) -> WeightVersion:
-    """What a version that is to be built has in common with others."""
+    """What a version that is to be built has in common with others; of several copies, that of the first."""
     weights: dict[str, PackedWeight] = {}
     keys: dict[str, tuple[Any, ...]] = {}
     for weight in planned:
         slot = weight.slot.name
-        for version in versions:
-            if version.keys.get(slot) == weight.key:
-                weights[slot], keys[slot] = version[slot], weight.key
+        found = next((version for version in versions if version.keys.get(slot) == weight.key), None)
+        if found is not None:
+            weights[slot], keys[slot] = found[slot], weight.key
     return WeightVersion(0, weights, {}, keys)

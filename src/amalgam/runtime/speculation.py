@@ -20,7 +20,7 @@ from amalgam.engine.speculation.draft import DraftProposer
 from amalgam.engine.speculation.ngram import NgramProposer
 from amalgam.engine.speculation.proposer import Proposer
 from amalgam.engine.speculation.speculator import Speculator
-from amalgam.errors import AmalgamError, ConfigError, UnavailableError, UnsupportedError
+from amalgam.errors import ConfigError, UnavailableError, UnsupportedError
 from amalgam.models.decoder import Decoder
 from amalgam.models.kv_cache import KVCache, kv_type
 from amalgam.models.spec import ModelSpec
@@ -43,7 +43,10 @@ class Speculation:
     def follow(
         self, loader: ModelLoader, rules: Sequence[Rule], version: WeightVersion, progress: Progress | None = None
     ) -> None:
-        """The model is about to have other weights: a draft that is the model itself gets them, but for its experts.
+        """The model has other weights: a draft that is the model itself gets them, but for its experts.
+
+        Never fails: a draft that cannot be made has all of the model's own weights, which takes no memory. The ones
+        that it had would hold what nobody else uses any more.
 
         Args:
             rules: of `version`.
@@ -53,11 +56,10 @@ class Speculation:
             return
         try:
             draft = _build_own_draft(self.settings, loader, rules, (version, proposer.version), progress)
-        except UnavailableError:  # the model is being closed
-            raise
-        except AmalgamError as error:
-            logger.warning("The draft keeps its weights, which only makes its guesses worse. %s", error)
-            return
+        except Exception as error:
+            if not isinstance(error, UnavailableError):  # the model is being closed
+                logger.warning("The draft has the model's own weights, whose guesses save nothing. %s", error)
+            draft = version
         proposer.set_version(draft)
 
 
@@ -66,33 +68,50 @@ def check_together(settings: SpeculationSettings) -> None:
     Raises:
         ConfigError: a setting that is given does not go with the kind, or one that it needs is missing.
     """
-    for name, value, kind in (("draft", settings.draft, "draft"), ("source", settings.source, "self")):
-        if value and settings.kind != kind:
+    for name, kinds in (("draft", {"draft"}), ("source", {"self"}), ("kv_cache_bytes", {"draft", "self"})):
+        value = getattr(settings, name)
+        if value and settings.kind not in kinds:
             raise ConfigError(
                 f"speculation.{name} is {value!r}, and speculation.kind is {settings.kind!r}.",
-                remedy=f"It goes with kind {kind} only.",
+                remedy=f"It goes with kind {' or '.join(sorted(kinds))} only.",
             )
     if settings.kind == "draft" and not settings.draft:
         raise ConfigError("speculation.kind is 'draft', and there is none.", remedy="Name it: --draft FOLDER.")
+
+
+def check_draft(settings: Settings, loader: ModelLoader, tokenizer: Tokenizer) -> None:
+    """Whether a draft can guess for the model, before the weights of either are read.
+
+    Raises:
+        UnsupportedError: it has recurrent states.
+        ConfigError: it has another vocabulary, is larger than the model, or would be no other than the model.
+        PlanError, CheckpointError: it cannot be planned.
+    """
+    wanted = settings.speculation
+    if wanted.kind == "self":
+        _check_no_states("the model", loader.spec, wanted)
+        _smaller_weights(wanted, loader, settings.model.mixed_precision.all_rules)
+    elif wanted.kind == "draft":
+        other = _draft_loader(settings, loader.device)
+        _check_other_model(wanted.draft, other, loader.spec, tokenizer, wanted)
+        other.plan()
 
 
 def open_speculation(
     settings: Settings,
     loader: ModelLoader,
     version: WeightVersion,
-    tokenizer: Tokenizer,
     device: torch.device,
     progress: Progress | None = None,
 ) -> Speculation | None:
-    """Make what guesses; None: nothing is to be guessed. Blocking: a draft is loaded.
+    """Make what guesses; None: nothing is to be guessed. Blocking: a draft is loaded, which `check_draft` has checked.
 
     Args:
         settings: with the sequence length that is served.
         version: the model's weights, by the configured rules.
 
     Raises:
-        UnsupportedError: the draft has recurrent states.
-        ConfigError: the draft has another vocabulary, is larger than the model, or would be no other than the model.
+        ConfigError: the draft's cache would hold nothing.
         PlanError, CheckpointError: the draft cannot be loaded.
     """
     wanted = settings.speculation
@@ -102,20 +121,52 @@ def open_speculation(
     if wanted.kind == "ngram":
         proposer = NgramProposer(wanted.min_match)
     elif wanted.kind == "self":
-        _check_no_states("the model", loader.spec, wanted)
         rules = settings.model.mixed_precision.all_rules
         draft = _build_own_draft(wanted, loader, rules, (version,), progress)
         proposer = _draft_proposer(settings, loader.spec, draft, device)
     else:
-        other = ModelLoader(
-            ModelSettings(base_path=wanted.draft), settings.inference, device, settings.engine.num_load_threads
-        )
-        _check_draft(wanted.draft, other, loader.spec, tokenizer, wanted)
+        other = _draft_loader(settings, device)
         draft = other.build(other.plan(), 1, progress=progress).version
         proposer = _draft_proposer(settings, other.spec, draft, device)
     spec = loader.spec
     costs = CostModel(spec.num_experts, spec.num_active_experts) if wanted.adaptive else None
     return Speculation(Speculator(wanted.kind, proposer, wanted.num_tokens, spec.vocab_size, costs), wanted)
+
+
+def draft_bytes(settings: Settings, loader: ModelLoader, num_blocks: int) -> int:
+    """What a draft takes of memory beside the model: weights that the model does not have, and keys and values.
+
+    Reads headers only.
+
+    Args:
+        num_blocks: that sequences take in the model's own KV cache.
+
+    Raises:
+        ConfigError: the settings do not go together, or the draft would be no other than the model.
+        PlanError, CheckpointError: the draft cannot be planned.
+    """
+    wanted, spec = settings.speculation, loader.spec
+    check_together(wanted)
+    if wanted.kind == "self":
+        rules = settings.model.mixed_precision.all_rules
+        own = {weight.slot.name: weight.key for weight in loader.plan(rules)}
+        planned = loader.plan((*rules, *_smaller_weights(wanted, loader, rules)))
+        planned = [weight for weight in planned if own[weight.slot.name] != weight.key]
+    elif wanted.kind == "draft":
+        loader = _draft_loader(settings, loader.device)
+        planned, spec = loader.plan(), loader.spec
+    else:
+        return 0
+    cache_type = kv_type(settings.engine.kv_dtype, getattr(torch, settings.inference.dtype))
+    kv_bytes = num_blocks * KVCache.bytes_per_block(spec, settings.engine.block_size, cache_type)
+    allowed = wanted.kv_cache_bytes or settings.engine.kv_cache_bytes
+    in_memory = sum(weight.memory_bytes for weight in planned if not loader.maps(weight.format))
+    return in_memory + (kv_bytes if allowed is None else min(kv_bytes, allowed))
+
+
+def _draft_loader(settings: Settings, device: torch.device) -> ModelLoader:
+    model = ModelSettings(base_path=settings.speculation.draft)
+    return ModelLoader(model, settings.inference, device, settings.engine.num_load_threads)
 
 
 def _check_no_states(who: str, spec: ModelSpec, settings: SpeculationSettings) -> None:
@@ -127,10 +178,10 @@ def _check_no_states(who: str, spec: ModelSpec, settings: SpeculationSettings) -
         )
 
 
-def _check_draft(
+def _check_other_model(
     path: str, draft: ModelLoader, target: ModelSpec, tokenizer: Tokenizer, settings: SpeculationSettings
 ) -> None:
-    """Whether a model can guess for another one, before its weights are read."""
+    """Whether a model can guess for another one."""
     _check_no_states("the draft", draft.spec, settings)
     own = Tokenizer.load(draft.base_folder, draft.base_metadata)
     own.check_vocabulary(draft.spec.vocab_size)

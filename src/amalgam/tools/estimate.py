@@ -25,6 +25,7 @@ from amalgam.kernels.chosen import MOST_SCORES
 from amalgam.models.kv_cache import KVCache, kv_type
 from amalgam.models.spec import ModelSpec
 from amalgam.runtime.device import choose_device
+from amalgam.runtime.speculation import draft_bytes
 from amalgam.text.tokenizer import Tokenizer
 
 _ACCUMULATOR_BYTES = 4
@@ -55,6 +56,7 @@ class Estimate:
         workspace_bytes: activations of the largest step.
         kv_bytes_per_token: keys and values of one token over all layers.
         state_bytes: recurrent states of the sequences; 0: the model has none.
+        draft_bytes: weights and KV cache of the draft that guesses tokens; 0: there is none.
         max_tokens_that_fit: sequences × length that the rest of the memory holds.
     """
 
@@ -66,6 +68,7 @@ class Estimate:
     kv_bytes_per_token: int
     kv_bytes: int
     state_bytes: int
+    draft_bytes: int
     workspace_bytes: int
     process_bytes: int
     total_bytes: int
@@ -104,7 +107,8 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
     available = available_bytes(device)
     mapped = sum(weight.memory_bytes for weight in planned if loader.maps(weight.format))
     states = batch_size * STATES_PER_SEQUENCE * spec.state_bytes
-    fixed = sum(weights.values()) - mapped + workspace + states
+    draft = draft_bytes(settings, loader, blocks)
+    fixed = sum(weights.values()) - mapped + workspace + states + draft
     kv_bytes = blocks * per_block
     # What this process holds already is not available any more, so it counts in the total but not against the rest.
     room = available - fixed
@@ -117,13 +121,14 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
         kv_bytes_per_token=per_block // settings.engine.block_size,
         kv_bytes=kv_bytes,
         state_bytes=states,
+        draft_bytes=draft,
         workspace_bytes=workspace,
         process_bytes=process,
         total_bytes=fixed + kv_bytes + process,
         available_bytes=available,
         fits=fixed + kv_bytes <= available,
         max_tokens_that_fit=max(0, room // max(per_block, 1)) * settings.engine.block_size,
-        uniform=tuple(_uniform(loader, planned, workspace + states + kv_bytes, process, available)),
+        uniform=tuple(_uniform(loader, planned, workspace + states + draft + kv_bytes, process, available)),
     )
 
 

@@ -33,10 +33,10 @@ class _Sequence:
     Attributes:
         token_ids: those whose keys and values are in its blocks.
         num_true: how many of them are known to be the request's own.
-        version_id: of the weights that have computed them.
+        generation: of the weights that have computed them.
     """
 
-    version_id: int
+    generation: int
     token_ids: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     num_true: int = 0
@@ -83,12 +83,13 @@ class DraftProposer:
         self._pool = BlockPool(num_blocks)
         self.num_computed = 0
         self._sequences: dict[int, _Sequence] = {}  # by request; those asked for last come last
+        self._weights = 0, version  # and how many there have been before
         self.set_version(version)
 
     @property
     def version(self) -> WeightVersion:
         """The draft's weights."""
-        return self._version
+        return self._weights[1]
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -97,15 +98,15 @@ class DraftProposer:
     def set_version(self, version: WeightVersion) -> None:
         """Guess with other weights of the same model from the next step on. Any thread."""
         self._decoder.compile(version)
-        self._version = version
+        self._weights = self._weights[0] + 1, version
 
     def propose(self, wanted: Sequence[Wanted]) -> Mapping[int, Sequence[int]]:
         """See `Proposer.propose`."""
-        version = self._version  # to the end of the guess, whatever is set meanwhile
+        generation, version = self._weights  # to the end of the guess, whatever is set meanwhile
         drafts, budget = [], self._max_step_tokens
         kept = {request.request_id for request, _ in wanted}
         for wish in wanted:
-            draft = self._begin(wish, version.version_id, kept, budget)
+            draft = self._begin(wish, generation, kept, budget)
             if draft is not None:
                 drafts.append(draft)
                 budget -= len(draft.new_ids)
@@ -125,7 +126,7 @@ class DraftProposer:
         if sequence is not None:
             self._pool.free(reversed(sequence.block_ids))
 
-    def _begin(self, wish: Wanted, version_id: int, kept: set[int], budget: int) -> _Draft | None:
+    def _begin(self, wish: Wanted, generation: int, kept: set[int], budget: int) -> _Draft | None:
         """The next tokens to be computed for a request; None: there is no room, or a token that the draft lacks."""
         request = wish.request
         token_ids = request.token_ids
@@ -133,8 +134,8 @@ class DraftProposer:
         if num_tokens <= 0 or budget <= 0:
             return None
         sequence = self._sequences.pop(request.request_id, None)
-        if sequence is None or sequence.version_id != version_id:
-            sequence = _Sequence(version_id, block_ids=[] if sequence is None else sequence.block_ids)
+        if sequence is None or sequence.generation != generation:
+            sequence = _Sequence(generation, block_ids=[] if sequence is None else sequence.block_ids)
         self._sequences[request.request_id] = sequence
         self._cut(sequence, token_ids)
         start = len(sequence.token_ids)
