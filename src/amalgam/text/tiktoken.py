@@ -12,6 +12,7 @@ from __future__ import annotations
 import binascii
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from amalgam.errors import CheckpointError, UnsupportedError, describe
@@ -22,6 +23,7 @@ from amalgam.text.parts import byte_of_letter
 FILE = "tiktoken.model"
 MAX_BYTES = 32 * 2**20
 _MAX_TOKEN_BYTES, _MAX_RANK_DIGITS = 512, 8
+_MAX_MERGES = 2**22  # published files have a few for each token
 _NUM_RESERVED = 256
 _CLASSES = {"tokenization_kimi.TikTokenTokenizer": "kimi-k2"}  # `auto_map` → how it cuts words
 
@@ -94,7 +96,9 @@ def build_backend(
             )
     letters = {byte: letter for letter, byte in byte_of_letter().items()}
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
+    merges = [(spelled[left], spelled[right]) for left, right in islice(_merges(ranks), _MAX_MERGES + 1)]
+    if len(merges) > _MAX_MERGES:
+        raise _damaged(where, f"its tokens are made of each other in more than {_MAX_MERGES} ways")
     # As tiktoken does it: a word that is a token is that token, whether merges lead there or not.
     pretokenizer = replace(PRE_TOKENIZERS[_CLASSES[name]], ignores_merges=True)
     backend = bpe_backend({spelled[token]: rank for token, rank in ranks.items()}, merges, pretokenizer)

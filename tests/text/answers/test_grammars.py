@@ -163,6 +163,20 @@ def test_gemmas_values_fit_their_schemas(backend: Any) -> None:
         assert not takes(backend, source, written.gemma(("f", arguments))), arguments
 
 
+def test_gemmas_schemas_may_refer_to_themselves(backend: Any) -> None:
+    """One rule for each schema: a tree has two branches, each of which has two, and so on."""
+    branch = {"$ref": "#/$defs/tree"}
+    tree = {"type": "object", "properties": {"n": {"type": "integer"}, "left": branch, "right": branch}}
+    loop = {"anyOf": [{"$ref": "#/$defs/loop"}, {"type": "integer"}]}
+    tools = [tool("f", at=branch, any={"$ref": "#/$defs/loop"})]
+    tools[0]["function"]["parameters"] |= {"required": [], "$defs": {"tree": tree, "loop": loop}}
+    source = bound("gemma", backend).grammar(tools).source
+    assert len(source) < 10_000
+    for arguments in ({"at": {"left": {"n": 1, "right": {"n": 2}}}}, {"any": 3}):
+        assert takes(backend, source, written.gemma(("f", arguments))), arguments
+    assert not takes(backend, source, written.gemma(("f", {"at": {"left": {"n": "1"}}})))
+
+
 def test_gemmas_thoughts_begin_with_a_token(backend: Any) -> None:
     tags = REASONING_TAGS["gemma"]
     backend.add_special_tokens([AddedToken(mark, special=True) for mark in ("<|channel>", "<channel|>")])

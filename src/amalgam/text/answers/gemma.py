@@ -133,6 +133,7 @@ class _Rules:
         self._writer = writer
         self._num_rules = 0
         self._any = ""
+        self._of_schema: dict[int, str] = {}
         self.lines: list[str] = []
 
     def new(self, rule: str) -> str:
@@ -142,26 +143,32 @@ class _Rules:
         self.lines.append(f"{name}: {rule}")
         return name
 
-    def value(self, schema: Any, root: Mapping[str, Any], depth: int = 0) -> str:
-        """A rule for values of a schema; what refers to more than `_MAX_DEPTH` others may be anything.
+    def value(self, schema: Any, root: Mapping[str, Any], depth: int = 0, within: frozenset[int] = frozenset()) -> str:
+        """A rule for values of a schema; what is nested deeper than `_MAX_DEPTH` may be anything.
 
         Args:
-            root: what `$ref` starts from.
+            root: what `$ref` starts from. What several refer to has one rule, which may refer to itself.
+            within: schemas that this one is an alternative of; one that is its own alternative may be anything.
         """
         schema = _resolved(schema, root)
-        if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+        if not isinstance(schema, Mapping) or depth > _MAX_DEPTH or id(schema) in within:
             return self.anything()
-        if (
-            isinstance(choices := schema.get("enum", [schema["const"]] if "const" in schema else None), list)
-            and choices
-        ):
-            return self.new(" | ".join(self._exactly(choice) for choice in choices))
+        if (name := self._of_schema.get(id(schema))) is None:
+            name = self._of_schema[id(schema)] = f"schema_{len(self._of_schema)}"
+            self.lines.append(f"{name}: {self._alternatives(schema, root, depth, within | {id(schema)})}")
+        return name
+
+    def _alternatives(
+        self, schema: Mapping[str, Any], root: Mapping[str, Any], depth: int, within: frozenset[int]
+    ) -> str:
+        choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        if isinstance(choices, list) and choices:
+            return " | ".join(self._exactly(choice) for choice in choices)
         for key in ("anyOf", "oneOf"):
             if isinstance(found := schema.get(key), list) and found:
-                return self.new(" | ".join(self.value(one, root, depth + 1) for one in found))
-        types = types_of(schema)
-        rules = [self._of_type(kind, schema, root, depth) for kind in sorted(types)]
-        return self.new(" | ".join(rules)) if rules else self.anything()
+                return " | ".join(self.value(one, root, depth + 1, within) for one in found)
+        rules = [self._of_type(kind, schema, root, depth) for kind in sorted(types_of(schema))]
+        return " | ".join(rules) if rules else self.anything()
 
     def members(self, schema: Mapping[str, Any], root: Mapping[str, Any], depth: int) -> str:
         """A rule for an object's members, in the order of their declaration, with the required ones."""
