@@ -18,6 +18,8 @@ from amalgam.engine.core import Engine
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from amalgam.server.local import LocalServer
+from amalgam.text import pieces
+from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 
 ENGLISH = "The old man looked at the sea. He had been there for 17 years, and knew every one of its tides. " * 20
@@ -81,6 +83,7 @@ def test_every_chunk_is_asked_about_and_only_new_text_is_answered(
         ({"overlap_tokens": 120}, "overlap_tokens"),
         ({"chunk_tokens": 8}, "chunk_tokens"),
         ({"chunk_tokens": 505}, "chunk_tokens"),
+        ({"max_summary_tokens": 200}, "max_summary_tokens"),  # of which two are too long for a prompt
         ({"text": " \n"}, "text"),
         ({"text": ENGLISH * 10, "chunk_tokens": 20, "overlap_tokens": 19}, "text"),
         ({"stream": True}, "stream"),
@@ -92,6 +95,26 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     status, answer = ask(deployment, settings, **{"text": ENGLISH, **SIZES, **body})
     assert (status, answer["error"]["param"]) == (422, param)
+
+
+def test_a_text_of_too_many_chunks_is_not_read_to_its_end(
+    deployment: Deployment, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_pieces = 0
+    read = Tokenizer.token_starts_by_piece
+
+    def watched(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
+        nonlocal num_pieces
+        for piece in read(tokenizer, text):
+            num_pieces += 1
+            yield piece
+
+    monkeypatch.setattr(Tokenizer, "token_starts_by_piece", watched)
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 4096)
+    monkeypatch.setattr(pieces, "OVERLAP_CHARS", 512)
+    status, answer = ask(deployment, settings, text=ENGLISH * 60, **SIZES)
+    assert (status, answer["error"]["param"]) == (422, "text")
+    assert num_pieces < len(ENGLISH * 60) / 4096 / 2
 
 
 class _Stdin:
@@ -113,7 +136,10 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     captured = capsys.readouterr()
     assert captured.out == answer["summary"] + "\n" and "chunks" in captured.err
     file.write_bytes(b"half \xe6\x9c")
-    for arguments in ([str(file)], [str(tmp_path / "nowhere")], [str(file), "--overlap-tokens", "120"]):
+    huge = ["--max-summary-tokens", str(10**20)]
+    for arguments in (
+        [str(file)], [str(tmp_path / "nowhere")], [str(file), "--overlap-tokens", "120"], [str(file), *huge]
+    ):  # fmt: skip
         assert main(["summarize", *arguments, "--chunk-tokens", "120", "--model", str(DEMO)]) == 2
     err = capsys.readouterr().err
     assert "byte 6" in err and "nowhere" in err and "overlap_tokens is 120" in err

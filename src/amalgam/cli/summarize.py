@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from amalgam.server.api.summaries import SummarizeAnswer, SummarizeBody
 
 _STDIN = Path("-")
+_MOST = 2**31 - 1  # as the server has it
 
 
 @with_settings
 def command(
     file: Annotated[Path, typer.Argument(help="A text in UTF-8, of any length; - is what stdin gives.")],
     settings: Settings,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens that are summarized at once.")] = CHUNK_TOKENS,
+    chunk_tokens: Annotated[int, typer.Option(max=_MOST, help="Tokens that are summarized at once.")] = CHUNK_TOKENS,
     overlap_tokens: Annotated[int, typer.Option(help="How many of them the next chunk repeats.")] = OVERLAP_TOKENS,
-    max_summary_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each summary.")] = SUMMARY_TOKENS,
+    max_summary_tokens: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Most tokens of each summary.")
+    ] = SUMMARY_TOKENS,
     language: Annotated[
         Literal["auto", "en", "zh"], typer.Option(help="In which the model is asked; auto: as the text's.")
     ] = "auto",

@@ -242,15 +242,24 @@ class Service:
         deployment = self.deployment
         if self.settings.server.log_prompts and (record := current_record.get()) is not None:
             record.prompts += [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
-        max_queue = self.settings.engine.max_queue
-        if deployment.engine.status().num_waiting + self._num_encoding >= max_queue:
-            raise OverloadedError(f"{max_queue} requests are waiting already.", remedy="Try again later.")
+        self.check_room()
         self._num_encoding += 1  # a batch takes places in the queue one after the other
         try:
             max_tokens = deployment.engine.max_prompt_tokens if max_tokens is None else max_tokens
             return await self.encoder.encode(deployment.tokenizer, prompts, max_tokens, name)
         finally:
             self._num_encoding -= 1
+
+    def check_room(self) -> None:
+        """To be called before a request costs anything.
+
+        Raises:
+            UnavailableError: see `deployment`.
+            OverloadedError: the queue is full.
+        """
+        max_queue = self.settings.engine.max_queue
+        if self.deployment.engine.status().num_waiting + self._num_encoding >= max_queue:
+            raise OverloadedError(f"{max_queue} requests are waiting already.", remedy="Try again later.")
 
     async def compile_grammar(self, grammar: Grammar) -> CompiledGrammar:
         """A grammar that an answer has to follow, made ready in a thread. Takes turns with prompts.

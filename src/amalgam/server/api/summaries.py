@@ -122,7 +122,7 @@ async def summary_of(
     Raises:
         RequestError: the text is empty, the sizes do not fit each other or the model, there are too many chunks, or the
             model answers with nothing.
-        OverloadedError: there is no room for the first chunk.
+        OverloadedError: the queue is full, or there is no room for the first chunk.
     """
     started = time.monotonic()
     check_sizes(body.chunk_tokens, body.overlap_tokens)
@@ -133,15 +133,17 @@ async def summary_of(
             remedy=f"With the request around them they have to fit into the model's {max_tokens + 1} tokens.",
             param="chunk_tokens",
         )
-    starts = await _token_starts(service, body.text)
-    if not starts or not body.text.strip():
+    if not body.text.strip():
         raise RequestError("The text is empty.", remedy="Give one with words.", param="text")
-    count = num_chunks(len(starts), body.chunk_tokens, body.overlap_tokens)
-    if max_chunks is not None and count > max_chunks:
+    service.check_room()  # a document that is refused is not read
+    starts = await _token_starts(service, body, max_chunks)
+    if not starts:
+        raise RequestError("The text has no tokens.", remedy="Give one with words.", param="text")
+    if len(starts) > body.chunk_tokens and 3 * body.max_summary_tokens > max_tokens:
         raise RequestError(
-            f"The text has {len(starts)} tokens, which are {count} chunks.",
-            remedy=f"Allowed: server.max_batch_prompts, {max_chunks}. Raise chunk_tokens, or lower overlap_tokens.",
-            param="text",
+            f"max_summary_tokens is {body.max_summary_tokens}.",
+            remedy=f"Two summaries and the one of both have to fit into the model's {max_tokens + 1} tokens.",
+            param="max_summary_tokens",
         )
     chunks = cut(starts, len(body.text), body.chunk_tokens, body.overlap_tokens)
     language = language_of(body.text) if body.language == "auto" else body.language
@@ -171,12 +173,22 @@ async def summary_of(
     return asking.answer(summary, chunks, language, len(starts), timings)
 
 
-async def _token_starts(service: Service, text: str) -> list[int]:
-    """In turns, as prompts become tokens: a long text holds up nobody."""
-    pieces = service.deployment.tokenizer.token_starts_by_piece(text)
+async def _token_starts(service: Service, body: SummarizeBody, max_chunks: int | None) -> list[int]:
+    """In turns, as prompts become tokens: a long text holds up nobody.
+
+    Raises:
+        RequestError: there are more than `max_chunks` chunks; told as soon as it is known.
+    """
+    pieces = service.deployment.tokenizer.token_starts_by_piece(body.text)
     starts: list[int] = []
     while (piece := await service.encoder.turn(lambda: next(pieces, None))) is not None:
         starts += piece
+        if max_chunks is not None and num_chunks(len(starts), body.chunk_tokens, body.overlap_tokens) > max_chunks:
+            raise RequestError(
+                f"The text has {len(starts)} tokens or more: too many chunks.",
+                remedy=f"Allowed: server.max_batch_prompts, {max_chunks}. Raise chunk_tokens, or lower overlap_tokens.",
+                param="text",
+            )
     return starts
 
 
