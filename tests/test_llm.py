@@ -262,6 +262,7 @@ def test_what_is_awaited_is_what_is_returned(llm: LLM) -> None:
         several = await asyncio.gather(llm.agenerate(prompts, GREEDY), llm.achat(HELLO, GREEDY))
         assert [answer.text for answer in several[0]] == expected
         assert several[1][0].message == llm.chat(HELLO, GREEDY)[0].message
+        assert (await llm.aembed(prompts, "last") == llm.embed(prompts, "last")).all()
         assert "".join([output.text async for output in llm.astream(prompts[0], GREEDY)]) == expected[0]
         endless = SamplingParams(max_new_tokens=200, ignore_eos=True)
         waiting = asyncio.create_task(llm.agenerate(prompts * 8, endless))

@@ -179,6 +179,13 @@ class LLM:
         """
         return np.stack(self._deployment.engine.embed_all(self._encode(prompts), pooling, Observation(domain)))
 
+    async def aembed(
+        self, prompts: str | Sequence[str], pooling: Pooling = "mean", *, domain: str | None = None
+    ) -> npt.NDArray[np.float32]:
+        """`embed`, awaited; computed together with whatever else waits. Cancelling it cancels its requests."""
+        prompts_ids = await asyncio.to_thread(self._encode, prompts)
+        return np.stack(await self._deployment.engine.embed_all_async(prompts_ids, pooling, Observation(domain)))
+
     def _encode(self, prompts: str | Sequence[str]) -> list[list[int]]:
         texts = [prompts] if isinstance(prompts, str) else prompts
         return [self._deployment.tokenizer.encode(text, self._deployment.engine.max_prompt_tokens) for text in texts]

@@ -1,6 +1,7 @@
 """Requests that are cancelled, one or a thousand of them."""
 
 import _thread
+import asyncio
 import gc
 import random
 import signal
@@ -34,6 +35,17 @@ class TestCancelling:
         first.last()
         assert first.token_ids == greedy_tokens([5], 12)
         wait_until(lambda: is_at_rest(engine))
+
+    def test_an_event_loop_that_has_ended_is_told_nothing(self, make_engine, caplog):
+        engine, decoder = held_engine(make_engine)
+
+        async def leave():
+            await engine.stream([5], GREEDY).aclose()
+
+        asyncio.run(leave())
+        decoder.gate.set()
+        wait_until(lambda: is_at_rest(engine))
+        assert not caplog.records
 
     def test_slot_and_blocks_are_free_in_the_next_step(self, make_engine, submit):
         decoder = FakeDecoder()

@@ -309,6 +309,12 @@ class Engine:
         """`embed` of several prompts together. Blocks; an interrupt cancels them."""
         return streams.embed_all(self, prompts_ids, pooling, observation, self._max_queue)
 
+    async def embed_all_async(
+        self, prompts_ids: Sequence[Sequence[int]], pooling: Pooling = "mean", observation: Observation = _UNLABELLED
+    ) -> list[npt.NDArray[np.float32]]:
+        """`embed_all`, awaited. Cancelling the caller cancels the requests."""
+        return await streams.embed_all_async(self, prompts_ids, pooling, observation, self._max_queue)
+
     def set_version(self, version: WeightVersion) -> None:
         """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""
         self._runner.prepare(version)  # here, and not in its first step

@@ -6,10 +6,10 @@ In: prompts as token ids. Out: `RequestOutput`s, `Generation`s. Must never know:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from queue import Empty, SimpleQueue
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation, OutputCallback, Pooling, RequestOutput
 from amalgam.errors import OverloadedError, RequestError, UnavailableError
 from amalgam.text.grammar import CompiledGrammar
+
+T = TypeVar("T")
 
 ROOM_SECONDS = 0.05  # how soon a caller looks again whether the queue has room
 
@@ -51,7 +53,8 @@ class OutputStream:
         self._is_finished = False
 
         def on_output(output: RequestOutput) -> None:
-            loop.call_soon_threadsafe(self._outputs.put_nowait, output)
+            if not self._is_finished:  # what a cancelled request still says may come when the loop has ended
+                loop.call_soon_threadsafe(self._outputs.put_nowait, output)
 
         self._request_id = submit(on_output)
 
@@ -149,22 +152,42 @@ async def generate_async(
     constraint: CompiledGrammar | None = None,
 ) -> list[Generation]:
     """See `Engine.generate_async`."""
-    places = asyncio.Semaphore(max_in_flight)
 
     async def answer(prompt_ids: Sequence[int]) -> Generation:
+        async with aclosing(stream(engine, prompt_ids, params, observation, constraint)) as outputs:
+            return _collect([output async for output in outputs])
+
+    return await _each(prompts_ids, answer, max_in_flight)
+
+
+async def embed_all_async(
+    engine: Submitter,
+    prompts_ids: Sequence[Sequence[int]],
+    pooling: Pooling,
+    observation: Observation,
+    max_in_flight: int,
+) -> list[npt.NDArray[np.float32]]:
+    """See `Engine.embed_all_async`."""
+    return await _each(prompts_ids, lambda prompt_ids: embed(engine, prompt_ids, pooling, observation), max_in_flight)
+
+
+async def _each(
+    prompts_ids: Sequence[Sequence[int]], answer: Callable[[Sequence[int]], Awaitable[T]], max_in_flight: int
+) -> list[T]:
+    """What `answer` gives for each prompt, at most `max_in_flight` at a time. An error of one cancels the others."""
+    places = asyncio.Semaphore(max_in_flight)
+
+    async def one(prompt_ids: Sequence[int]) -> T:
         async with places:
             while True:
                 try:
-                    outputs = stream(engine, prompt_ids, params, observation, constraint)
-                    break
+                    return await answer(prompt_ids)
                 except OverloadedError:  # others fill the queue
                     await asyncio.sleep(ROOM_SECONDS)
-            async with aclosing(outputs):
-                return _collect([output async for output in outputs])
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(answer(prompt_ids)) for prompt_ids in prompts_ids]
+            tasks = [group.create_task(one(prompt_ids)) for prompt_ids in prompts_ids]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
