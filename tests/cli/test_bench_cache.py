@@ -23,7 +23,8 @@ def test_tokens_that_go_through_the_model() -> None:
 def test_both_ways_give_the_same_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "cache.html"
     sizes = ("--prompts", "8,24", "--num-tokens", "5", "--repeats", "1", "--inference.dtype", "float32")
-    assert main(["bench", "cache", "--model", str(DEMO), *sizes, "--out", str(page)]) == 0
+    guesses = ("--speculation.kind", "draft", "--speculation.draft", "nowhere")  # which are not made
+    assert main(["bench", "cache", "--model", str(DEMO), *sizes, *guesses, "--out", str(page)]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     report = json.loads(last)
     assert report["num_equal"] == report["num_compared"] == 10
@@ -42,6 +43,7 @@ def test_both_ways_give_the_same_tokens(capsys: pytest.CaptureFixture[str], tmp_
         (["--model", str(DEMO), "--num-tokens", "9999999"], "inference.max_seq_length"),
         (["--model", str(DEMO), "--prompts", "none"], "--prompts"),
         ([], "--shape"),
+        (["--model", str(DEMO), "--weights", "int4"], "--weights"),
         (["--shape", "XXL"], "XXL"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from amalgam.cli.bench import numbers_of
-from amalgam.cli.options import with_settings
+from amalgam.cli.options import refuse_unused, with_settings
 from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 
@@ -28,7 +28,9 @@ def command(
     shape: Annotated[
         str | None, typer.Option(help="Time this shape with random weights instead of a model: S.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="Format of the shape's weights, as for `amalgam bench`.")] = "bf16",
+    weights: Annotated[
+        str | None, typer.Option(help="Format of the shape's weights, as for `amalgam bench` [bf16].")
+    ] = None,
     prompts: Annotated[str, typer.Option(help="Prompt lengths.")] = "16,256",
     num_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are generated.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 3,
@@ -42,11 +44,13 @@ def command(
     from amalgam.tools.bench_cache import cache_html, measure
 
     lengths = numbers_of("--prompts", prompts)
-    # Blocks that a former step has left would be a cache after all.
-    settings = settings.replace(engine=settings.engine.model_dump() | {"prefix_cache": False})
+    if shape is None:
+        refuse_unused({"--weights": weights}, "--shape", "Add --shape S.")
+    # Blocks that a former step has left would be a cache after all, and steps of several tokens nothing to compare.
+    settings = settings.replace(engine=settings.engine.model_dump() | {"prefix_cache": False}, speculation={})
     with ExitStack() as stack:
         with progress_bar() as progress:
-            opening = _engine(settings, shape, weights, max(lengths) + num_tokens, progress)
+            opening = _engine(settings, shape, weights or "bf16", max(lengths) + num_tokens, progress)
             name, engine, spec = stack.enter_context(opening)
         with progress_bar("tokens") as progress:
             report = measure(engine, spec, lengths, num_tokens, repeats, progress)
