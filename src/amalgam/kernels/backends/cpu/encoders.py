@@ -261,7 +261,9 @@ class Encoder:
             one.layer_id,
             one.num_groups,
             one.num_heads,
-            *(part.float().contiguous() for part in (one.log_rate, one.step_bias, one.skip)),
+            one.log_rate.float().contiguous(),
+            one.step_bias.float().contiguous(),
+            one.skip.float().contiguous(),
             *one.limits,
         )
         return True
