@@ -365,6 +365,8 @@ def test_a_session_in_a_terminal(screen: _Screen, tmp_path: Path) -> None:
     screen.wait_for(r"\+ \d+ tokens, [\d.]+ tokens/s.*>")
     screen.send("/set max_new_tokens 4000\r")
     screen.wait_for("max_new_tokens = 4000.*>")
+    screen.send("/set min_tokens 3900\r")  # the answer is not over before Ctrl-C
+    screen.wait_for("min_tokens = 3900.*>")
     screen.send("first\x1b\rsecond")  # Alt-Enter
     screen.wait_for("second")
     screen.send("\r")
