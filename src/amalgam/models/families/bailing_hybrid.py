@@ -80,7 +80,7 @@ def _read_attentions(config: ConfigReader) -> tuple[AttentionBlock, ...]:
         "full_attention": replace(latent, has_head_gate=True),
         "linear_attention": _read_delta_net(config),
     }
-    if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
+    if not isinstance(types, list) or len(types) != num_layers or not all(kind in tuple(known) for kind in types):
         config.refuse("layer_types", types, f"{num_layers} of {', '.join(known)}")
     if "full_attention" not in types:
         config.refuse("layer_types", types, "at least one full_attention")

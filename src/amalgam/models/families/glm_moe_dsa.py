@@ -33,7 +33,7 @@ def _read_attentions(config: ConfigReader) -> list[LatentAttention]:
         types = config.get(key)
         if isinstance(types, str):
             types = [_TYPES.get(letter, letter) for letter in types]
-    if not isinstance(types, list) or len(types) != count or not all(kind in known for kind in types):
+    if not isinstance(types, list) or len(types) != count or not all(kind in tuple(known) for kind in types):
         config.refuse(key or "index_topk_freq", types, f"{count} of {', '.join(known)}")
     if types[0] != "full":
         config.refuse(key or "index_skip_topk_offset", types[0], "full in the first layer, which none is before")

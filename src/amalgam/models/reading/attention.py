@@ -109,7 +109,11 @@ def by_layer_type(
     known = {"full_attention": attention if full is None else full}
     if window is not None:
         known["sliding_attention"] = replace(attention, window=window)
-    if not isinstance(types, list) or len(types) != len(default_types) or not all(kind in known for kind in types):
+    if (
+        not isinstance(types, list)
+        or len(types) != len(default_types)
+        or not all(kind in tuple(known) for kind in types)
+    ):
         config.refuse("layer_types", types, f"{len(default_types)} of {', '.join(known)}")
     return tuple(known[kind] for kind in types)
 

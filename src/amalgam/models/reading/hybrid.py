@@ -30,7 +30,7 @@ def read_hybrid_attention(
         "full_attention": _read_gated_attention(config, default_kv_heads),
         "linear_attention": _read_delta_net(config, has_groups),
     }
-    if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
+    if not isinstance(types, list) or len(types) != num_layers or not all(kind in tuple(known) for kind in types):
         config.refuse("layer_types", types, f"{num_layers} of {', '.join(known)}")
     if "full_attention" not in types:
         config.refuse("layer_types", types, "at least one full_attention")

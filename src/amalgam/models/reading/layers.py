@@ -130,7 +130,7 @@ def read_moe_layers(
     num_dense = config.int("first_k_dense_replace", "first_last_k_dense_replace", default=default_dense, low=0)
     kinds = config.get("mlp_layer_types", default=["dense" if i < num_dense else "sparse" for i in range(num_layers)])
     known: dict[str, MlpBlock] = {"dense": dense, "sparse": moe}
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in known for kind in kinds):
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in tuple(known) for kind in kinds):
         config.refuse("mlp_layer_types", kinds, f"{num_layers} of {', '.join(known)}")
     attentions = attention if isinstance(attention, Sequence) else (attention,) * num_layers
     return tuple(LayerSpec(one, known[kind]) for one, kind in zip(attentions, kinds, strict=True))

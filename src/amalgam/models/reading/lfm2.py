@@ -51,7 +51,7 @@ def read_lfm2_attention(config: ConfigReader, default_types: list[str] | None = 
     )
     known: dict[str, AttentionBlock] = {"full_attention": attention, "conv": convolution}
     types = config.get("layer_types", default=default_types)
-    if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
+    if not isinstance(types, list) or len(types) != num_layers or not all(kind in tuple(known) for kind in types):
         config.refuse("layer_types", types, f"{num_layers} of {', '.join(known)}")
     if "full_attention" not in types:
         config.refuse("layer_types", types, "at least one full_attention")
