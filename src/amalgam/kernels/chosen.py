@@ -57,16 +57,14 @@ class Choice:
     def _slots(self, sequences: Tensor, positions: Tensor) -> Tensor:
         """`[rows, n]`, where the cache has the positions `[rows, n]` of some sequences."""
         whole = self._step.attention
-        blocks = whole.block_tables[sequences].gather(1, positions // whole.block_size)
+        blocks = whole.block_tables[sequences.unsqueeze(1), positions // whole.block_size]
         return blocks * whole.block_size + positions % whole.block_size
 
     def _in_parts(self) -> Iterator[Part]:
         whole = self._step.attention
         most_rows = max(1, MOST_SCORES // int(whole.context_lengths.max()))
         rows: list[int] = []
-        found: list[
-            tuple[int, int, int]
-        ] = []  # sequence, its tokens in this part, its positions up to the last of them
+        found: list[tuple[int, int, int]] = []  # sequence, its tokens in this part, its positions up to their last
         start = 0
 
         def part() -> Part:
