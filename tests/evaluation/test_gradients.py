@@ -49,3 +49,28 @@ def test_logits_that_are_scaled_and_capped(tmp_path: Path, monkeypatch: pytest.M
     _, chunks = next(Gradients(spec, [IDS], load, draws=1).layers())
     found = {seen.slot: seen.gradients[0] for chunk in chunks for seen in chunk}
     torch.testing.assert_close(found["layers.1.mlp.down"], 0.22 * slope, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_attend_to_what_was_chosen_on_the_way_back_too(tmp_path: Path) -> None:
+    """Of texts in two chunks, longer than what is chosen; the second layer has no indexer."""
+    family = next(family for family in all_families() if family.name == "glm_moe_dsa")
+    save_tiny(family, tmp_path, index_topk=12, index_n_heads=16)
+    decoder, version = load_model(tmp_path)
+    weights = {slot: dense(version[slot].dequantize(torch.float32)) for slot in version.origins}
+    texts = [list(range(3, 43)), list(range(90, 120))]
+
+    def load(layer_id: int) -> dict[str, PackedWeight]:
+        prefix = f"layers.{layer_id}."
+        inside = layer_id != OUTSIDE
+        return {s: w for s, w in weights.items() if (s.startswith(prefix) if inside else not s.startswith("layers."))}
+
+    stream = Stream(decoder.spec, texts, weights, chunk_tokens=40)
+    shown: dict[str, Tensor] = {}
+    for layer_id in range(decoder.spec.num_layers):
+        stream.run(
+            layer_id, load(layer_id), lambda seen: shown.update(dict.fromkeys(seen.slots, torch.cat(list(seen.chunks))))
+        )
+    for _, chunks in Gradients(decoder.spec, texts, load, draws=1, chunk_tokens=40).layers():
+        seen = [seen for chunk in chunks for seen in chunk if seen.slot.endswith(".attention.o")]
+        torch.testing.assert_close(torch.cat([one.inputs for one in seen]), shown[seen[0].slot])
+        assert all(bool(one.gradients.isfinite().all()) for one in seen)
