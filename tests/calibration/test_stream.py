@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ CHOOSING = {"index_topk": 12, "index_n_heads": 16}
     ("name", "changes"),
     [*((name, {}) for name in sorted(FAMILIES)), ("deepseek_v32", CHOOSING), ("glm_moe_dsa", CHOOSING)],
 )
-def test_hidden_states_and_inputs_are_those_of_the_decoder(name: str, changes: dict[str, int], tmp_path: Path) -> None:
+def test_hidden_states_and_inputs_are_those_of_the_decoder(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     save_tiny(FAMILIES[name], tmp_path, **changes)
     runner, spec, weights = opened(tmp_path)
     stream = Stream(spec, PROMPTS, weights, chunk_tokens=40)
