@@ -28,6 +28,18 @@ def is_at_rest(engine):
     return status.num_running == status.num_waiting == 0 and status.num_free_blocks == status.num_blocks
 
 
+def all_made(monkeypatch, module, name):
+    """What a module makes of a class from now on, in order."""
+    made, make = [], getattr(module, name)
+
+    def keep(*arguments, **keywords):
+        made.append(make(*arguments, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(module, name, keep)
+    return made
+
+
 class Outputs:
     """A callback that keeps what it gets."""
 

@@ -69,8 +69,8 @@ def test_chunks_neighbours_preemption_versions_and_shared_beginnings_change_no_b
         for _ in range(2):  # the second time from blocks that the first has left
             assert answers_of(engine, prompts) == expected
         assert is_at_rest(engine)
-        assert engine._scheduler.counts.num_prefix_hit_tokens > 0
-    assert cramped._scheduler.counts.num_preemptions > 0
+        assert engine.meter.read().counts.num_prefix_hit_tokens > 0
+    assert cramped.meter.read().counts.num_preemptions > 0
     other = hand_built(version)
     key = -other["layers.0.attention.index_k"].dequantize(torch.float32)
     changed = {slot: other[slot] for slot in other.origins}

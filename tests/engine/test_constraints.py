@@ -1,6 +1,7 @@
 """Answers that follow grammars."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,13 +60,13 @@ class TestConstraints:
             assert (answer.finish_reason, answer.stopped_by) == (FinishReason.STOP, None)
 
     def test_one_that_cannot_go_on_fails_alone(self, make_engine, tokenizer):
-        constraint = compile_grammar(tokenizer, Grammar("regex", "a{40}"))
+        state = compile_grammar(tokenizer, Grammar("regex", "a{40}")).start()
+        state.error = RequestError("The grammar is lost.")
         broken = Outputs()
         engine = make_engine(starts=False)
         good = Outputs()
         engine.submit([1], GREEDY, good)
-        engine.submit([1], GREEDY, broken, constraint=constraint)
-        engine._requests[2].constraint.error = RequestError("The grammar is lost.")
+        engine.submit([1], GREEDY, broken, constraint=SimpleNamespace(start=lambda: state))
         engine.start()
         assert broken.last().finish_reason is FinishReason.ERROR
         assert good.last().error is None

@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import pytest
 
+from amalgam.engine import core
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import FinishReason, Request
 from amalgam.errors import PromptTooLongError
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, FakeVersion, greedy_tokens, kv_cache_bytes
-from tests.engine.running import GREEDY, held_engine, is_at_rest, wait_until
+from tests.engine.running import GREEDY, all_made, held_engine, is_at_rest, wait_until
 
 
 class TestCancelling:
@@ -125,8 +126,9 @@ class TestThousandLeave:
     """At every stage: waiting, within a prompt, streaming, sharing blocks or about to."""
 
     @pytest.mark.filterwarnings("ignore::FutureWarning")  # of modules that the collector's objects belong to
-    def test_blocks_and_objects_are_where_they_were(self, make_engine):
+    def test_blocks_and_objects_are_where_they_were(self, make_engine, monkeypatch):
         rng, decoder = random.Random(11), FakeDecoder()
+        schedulers = all_made(monkeypatch, core, "Scheduler")
         engine = make_engine(
             decoder, max_seq_length=64, kv_cache_bytes=kv_cache_bytes(60), max_step_tokens=16, max_queue=4096
         )
@@ -145,7 +147,8 @@ class TestThousandLeave:
                 has_ended.release()
 
         def leave(token_ids):
-            for request in rng.sample(engine._scheduler.running, len(engine._scheduler.running) // 3):
+            running = schedulers[0].running
+            for request in rng.sample(running, len(running) // 3):
                 engine.cancel(request.request_id)
             engine.cancel(waiting.pop(rng.randrange(len(waiting))) if waiting else 0)
 

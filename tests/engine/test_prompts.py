@@ -14,6 +14,7 @@ from amalgam.engine import prompts
 from amalgam.engine.prompts import PromptEmbedding, PromptLogprobs
 from amalgam.engine.request import FinishReason, RequestOutput
 from amalgam.errors import RequestError
+from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 from tests.engine.fakes import VOCAB_SIZE, FakeDecoder, greedy_tokens, kv_cache_bytes
 from tests.errors import raises
@@ -40,9 +41,9 @@ def reference() -> torch.nn.Module:
 
 
 class TestTransformers:
-    def test_log_probabilities_of_prompts(self, llm: LLM, reference: torch.nn.Module) -> None:
+    def test_log_probabilities_of_prompts(self, llm: LLM, reference: torch.nn.Module, tokenizer: Tokenizer) -> None:
         for text, answer in zip(TEXTS, llm.generate(TEXTS, SCORE), strict=True):
-            token_ids = llm._deployment.tokenizer.encode(text)
+            token_ids = tokenizer.encode(text)
             with torch.inference_mode():
                 expected = reference(torch.tensor([token_ids])).logits[0, :-1].log_softmax(dim=1)
             assert (answer.finish_reason, answer.token_ids, answer.text) == (FinishReason.LENGTH, (), "")
@@ -59,12 +60,12 @@ class TestTransformers:
             assert all(one.top[0][0] == best for one, best, clear in firsts if clear)
 
     @pytest.mark.parametrize("pooling", ["mean", "last"])
-    def test_embeddings(self, llm: LLM, reference: torch.nn.Module, pooling: str) -> None:
+    def test_embeddings(self, llm: LLM, reference: torch.nn.Module, tokenizer: Tokenizer, pooling: str) -> None:
         found = llm.embed(TEXTS, pooling)
         assert (found.shape, found.dtype) == ((3, 256), np.float32)
         for text, vector in zip(TEXTS, found, strict=True):
             with torch.inference_mode():
-                hidden = reference.model(torch.tensor([llm._deployment.tokenizer.encode(text)])).last_hidden_state[0]
+                hidden = reference.model(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0]
             expected = hidden.mean(dim=0) if pooling == "mean" else hidden[-1]
             np.testing.assert_allclose(vector, expected.numpy(), atol=1e-3, rtol=1e-3)
 
@@ -158,7 +159,8 @@ def test_logits_are_made_in_pieces(monkeypatch):
     assert sizes[0] == 100
     assert max(sizes[1:]) == 7
     assert sum(sizes[1:]) == 100
-    assert [one.chosen for one in cut._found[1:]] == pytest.approx([one.chosen for one in whole._found[1:]], abs=1e-5)
+    found, expected = (reader.added_to(RequestOutput(0, "", ())).prompt_logprobs[1:] for reader in (cut, whole))
+    assert [one.chosen for one in found] == pytest.approx([one.chosen for one in expected], abs=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])

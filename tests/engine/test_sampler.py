@@ -283,6 +283,11 @@ class TestLogprobs:
 class TestCompiled:
     """The extension draws the tokens that the arithmetic written here draws."""
 
+    def without_it(self, logits, places):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(extension, "is_available", lambda: False)
+            return sampler.choose_tokens(logits, places)
+
     @pytest.mark.parametrize("vocab_size", [1, 2, 63, 64, 65, 300, 5000])
     @pytest.mark.parametrize("params", PARAMS, ids=str)
     def test_draws_the_same_tokens(self, vocab_size, params):
@@ -294,7 +299,7 @@ class TestCompiled:
                 make_request(row, prompt=(0,), generated=[0] * row, seed=seed * 2**59, **params) for row in range(5)
             ]
             places = [(request, ()) for request in requests]
-            assert sampler.choose_tokens(logits, places) == sampler._choose(logits, places)
+            assert sampler.choose_tokens(logits, places) == self.without_it(logits, places)
 
     def test_extremes(self):
         logits = make_logits(8, vocab_size=1000)
@@ -304,7 +309,7 @@ class TestCompiled:
         requests = [make_request(row, temperature=1e-300 if row == 6 else 1.0, do_sample=row != 7) for row in range(8)]
         places = [(request, ()) for request in requests]
         tokens = sampler.choose_tokens(logits, places)
-        assert tokens == sampler._choose(logits, places)
+        assert tokens == self.without_it(logits, places)
         assert tokens[1:4] == [-1, -1, -1]
         assert tokens[5:] == logits[5:].argmax(dim=1).tolist()
 
@@ -322,7 +327,7 @@ class TestCompiled:
         logits = torch.stack((make_logits(1, vocab_size=100)[0], torch.zeros(100), torch.full((100,), 7.25)))
         places = [(request, ()) for request in requests]
         tokens = sampler.choose_tokens(logits, places)
-        assert tokens == sampler._choose(logits, places)
+        assert tokens == self.without_it(logits, places)
         assert tokens[0] == logits[0].argmax()
 
     def test_refuses_what_does_not_fit(self):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from amalgam.engine import core
 from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import FinishReason
@@ -22,7 +23,7 @@ from amalgam.models.registry import all_families
 from amalgam.models.weights import WeightVersion
 from amalgam.text.tokenizer import Tokenizer
 from tests.engine.fakes import FunctionProposer, make_settings
-from tests.engine.running import Outputs, is_at_rest, wait_until
+from tests.engine.running import Outputs, all_made, is_at_rest, wait_until
 from tests.engine.test_scheduler import Simulation, expected_tokens, guesses, make_request, make_scheduler
 from tests.engine.test_scheduler import make_version as version_of
 from tests.errors import raises
@@ -106,10 +107,8 @@ def test_with_one_slot_a_request_goes_on_in_the_one_it_starts_from() -> None:
     shared, prompt = Shared(num_slots=1), list(range(30))
     assert shared.computed(prompt) == 30
     assert shared.computed(prompt, prompt) == 60  # there was no slot to keep a state in
-    pool = shared.scheduler.states
+    pool = StatePool(2)
     state = pool.begin(1, [], [8])
-    pool.num_slots += 1
-    pool._free.append(1)
     assert pool.share(state, 0, 9).saves == ((8, 1),)
     pool.commit(state, 1, [b"a", b"b"], 4)
     pool.release(state)
@@ -259,15 +258,17 @@ def test_chunks_neighbours_preemption_and_shared_beginnings_change_no_bit(make: 
         assert answers_of(engine, prompts) == expected
         assert answers_of(engine, prompts) == expected  # from states that the first round has left
         assert is_at_rest(engine)
-        assert engine._scheduler.counts.num_prefix_hit_tokens > 0
+        assert engine.meter.read().counts.num_prefix_hit_tokens > 0
     counts = guessing.meter.read().speculation
     assert counts is not None and 0 < counts.num_accepted < counts.num_proposed
-    assert cramped._scheduler.counts.num_preemptions > 0
-    assert alone._scheduler.counts.num_prefix_hit_tokens == 0
+    assert cramped.meter.read().counts.num_preemptions > 0
+    assert alone.meter.read().counts.num_prefix_hit_tokens == 0
 
 
-def test_two_versions_have_their_own_states(make: Callable[..., Engine], model: tuple[Decoder, WeightVersion]) -> None:
-    version = model[1]
+def test_two_versions_have_their_own_states(
+    make: Callable[..., Engine], model: tuple[Decoder, WeightVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, pools = model[1], all_made(monkeypatch, core, "StatePool")
     other = hand_built(version)
     changed = {slot: other[slot] for slot in other.origins}
     changed["layers.0.attention.log_rate"] = changed["layers.2.attention.log_rate"]
@@ -284,18 +285,21 @@ def test_two_versions_have_their_own_states(make: Callable[..., Engine], model: 
     assert [tuple(output.token_ids) for output in outputs if output.last()] == [tokens for tokens, _ in first]
     assert second != first
     assert second == answers_of(engine, prompts)
-    assert engine._scheduler.states is not None and engine._scheduler.states.version_ids == {2}
+    assert [pool.version_ids for pool in pools] == [{2}]
 
 
-def test_a_cancelled_request_gives_its_slot_back(make: Callable[..., Engine]) -> None:
+def test_a_cancelled_request_gives_its_slot_back(
+    make: Callable[..., Engine], model: tuple[Decoder, WeightVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = all_made(monkeypatch, core, "StatePool")
     engine, output = make(max_batch_size=1), Outputs()
     request_id = engine.submit(prompts_of(1)[0], SamplingParams(max_new_tokens=200, ignore_eos=True), output)
     wait_until(lambda: len(output.all) > 2)
     engine.cancel(request_id)
     assert output.last().finish_reason is FinishReason.CANCELLED
-    pool = engine._scheduler.states
-    assert pool is not None and pool.num_available == pool.num_slots == 2
-    assert engine.state_cache_bytes == 2 * engine._runner._decoder.spec.state_bytes > 0
+    (pool,) = pools
+    assert pool.num_available == pool.num_slots == 2
+    assert engine.state_cache_bytes == 2 * model[0].spec.state_bytes > 0
 
 
 def test_slots_without_room_are_refused(model: tuple[Decoder, WeightVersion]) -> None:

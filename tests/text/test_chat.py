@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from amalgam.errors import RequestError
-from amalgam.text import rendering
+from amalgam.text import sandbox
 from amalgam.text.chat import ChatPrompt, ChatTemplates
 from amalgam.text.gguf.metadata import _chat_templates
 from amalgam.text.rendering import TemplateError
 from tests.errors import raises
 from tests.lazy import Lazy
+from tests.text.processes import running
 
 render_jinja_template = Lazy("transformers.utils.chat_template_utils", "render_jinja_template")
 
@@ -238,9 +239,10 @@ def test_a_template_that_does_not_end_is_ended(name: str) -> None:
 def test_a_template_reads_no_files() -> None:
     """The process that runs templates could not, whatever its sandbox let through."""
     assert rendered("{{ 1 }}", CHATS[0]) == "1"
-    running = [process for process in rendering._processes._idle.queue if process is not None]
-    for process in running:
-        limits = Path(f"/proc/{process.pid}/limits").read_text()
+    found = running(sandbox.__file__)
+    assert found
+    for pid in found:
+        limits = Path(f"/proc/{pid}/limits").read_text()
         assert re.search(r"Max open files +0 +0 ", limits) and re.search(r"Max file size +0 +0 ", limits)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import select
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import pytest
 from llguidance import LLMatcher
 
 from amalgam.errors import UnavailableError
-from amalgam.text import grammar_trial, rendering
+from amalgam.text import grammar_trial, rendering, sandbox
 from amalgam.text.grammar import Grammar, GrammarCompiler
 from amalgam.text.grammar_trial import Trial
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
+from tests.text.processes import kill, running
 
 TOKENS = [*(bytes([byte]) for byte in range(256)), b"\xff<end>"]
 END = 256
@@ -33,6 +35,13 @@ def trial() -> Trial:
     return Trial(TOKENS, [END], [END])
 
 
+@pytest.fixture
+def processes() -> Callable[[], set[int]]:
+    """Those that a test has started to try grammars, and that run still."""
+    before = running(grammar_trial.__file__)
+    return lambda: running(grammar_trial.__file__) - before
+
+
 @contextmanager
 def no_descriptors() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -43,40 +52,42 @@ def no_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_process_that_has_died_is_no_fault_of_the_next_grammar(trial: Trial) -> None:
+def test_a_process_that_has_died_is_no_fault_of_the_next_grammar(
+    trial: Trial, processes: Callable[[], set[int]]
+) -> None:
     assert trial.run(DIGITS, SECONDS) == ""
-    (process,) = trial._processes
-    process.kill()
-    process.wait()
+    (pid,) = processes()
+    kill(pid)
     assert trial.run(DIGITS, SECONDS) == ""
 
 
-def test_an_interrupt_leaves_no_answer_behind(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_no_answer_behind(
+    trial: Trial, processes: Callable[[], set[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert trial.run(DIGITS, SECONDS) == ""
-    ask = grammar_trial._ask
 
-    def interrupted(*args: object) -> None:
-        ask(*args)  # type: ignore[arg-type]
+    def interrupted() -> None:
         raise KeyboardInterrupt
 
-    (process,) = trial._processes
+    assert len(processes()) == 1
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(grammar_trial, "_ask", interrupted)
+        patch.setattr(select, "poll", interrupted)  # while the answer is waited for
         trial.run(DIGITS, SECONDS)
-    assert process.poll() is not None
+    assert not processes()
     assert trial.run(UNCLOSED, SECONDS)
 
 
-def test_hostile_grammars_leave_nothing_behind_and_hold_up_nobody(trial: Trial) -> None:
+def test_hostile_grammars_leave_nothing_behind_and_hold_up_nobody(
+    trial: Trial, processes: Callable[[], set[int]]
+) -> None:
     assert trial.run(DIGITS, SECONDS) == ""
-    processes, num_finalizers = trial._processes[:], len(weakref.finalize._registry)  # type: ignore[attr-defined]
+    (pid,), num_finalizers = processes(), len(weakref.finalize._registry)  # type: ignore[attr-defined]
     for _ in range(3):
         assert trial.run(HOSTILE, 0.05) is None
         assert trial.run(DIGITS, SECONDS) == ""
-    assert trial._processes == processes  # it has not read the vocabulary again
+    assert processes() == {pid}  # it has not read the vocabulary again
     assert len(weakref.finalize._registry) == num_finalizers  # type: ignore[attr-defined]
-    (process,) = processes
-    assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text() == ""
+    assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
 
 
 def test_blocked_signals_are_no_way_out() -> None:
@@ -89,9 +100,10 @@ def test_blocked_signals_are_no_way_out() -> None:
     assert trial.run(HOSTILE, 0.05) is None
 
 
-def test_without_descriptors_a_request_is_told_so_and_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_descriptors_a_request_is_told_so_and_the_next_is_served() -> None:
     compiler = GrammarCompiler(Tokenizer.load(DEMO))
-    monkeypatch.setattr(rendering, "_processes", rendering._Processes())
+    for pid in running(sandbox.__file__):  # another is to be started
+        kill(pid)
     with no_descriptors():
         with pytest.raises(UnavailableError):
             compiler.compile(Grammar("regex", "[0-9]+"))

@@ -10,8 +10,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from amalgam.errors import PromptTooLongError, RequestError
-from amalgam.text.chat import ChatPrompt
-from amalgam.text.marking import Marks, SpecialTokenFinder
+from amalgam.text.marking import SpecialTokenFinder
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
 from tests.errors import raises
@@ -139,18 +138,15 @@ def test_they_are_text_in_tools_roles_calls_and_variables() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama3", "prepend"])
-def test_long_prompts_are_encoded_by_piece(kind: str) -> None:
+def test_long_prompts_are_encoded_by_piece(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = ours(kind, TEMPLATES["chatml"])
     text = "The quick brown fox <|im_end|> jumps; 123456. " * 4000
     messages = [{"role": "user", "content": text}]
     pieces = list(tokenizer.encode_chat_by_piece(messages))
     assert len(pieces) > 2 and max(map(len, pieces)) < len(text) / 2
-    encoder, finder = tokenizer._marked_encoder, tokenizer._special_token_finder
-    prompt = ChatPrompt(messages)
-    marks = Marks(prompt, "", finder)
-    marked = f"<|im_start|>user\n{marks.in_value(text)}<|im_end|>\n<|im_start|>assistant\n"
-    named = encoder._named(marked, marks.mark)
-    whole = encoder._to_ids(encoder._backend.encode(named, add_special_tokens=False).ids)
+    with monkeypatch.context() as patch:
+        patch.setattr("amalgam.text.marking.PIECE_CHARS", 2 * len(text))
+        [whole] = tokenizer.encode_chat_by_piece(messages)
     assert [token_id for piece in pieces for token_id in piece] == whole
     with raises(PromptTooLongError):
         tokenizer.encode_chat(messages, 100)

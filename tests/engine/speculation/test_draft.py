@@ -14,10 +14,12 @@ import torch
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Request, ScheduledRequest
 from amalgam.engine.sampler import sample
+from amalgam.engine.speculation import draft as draft_module
 from amalgam.engine.speculation.draft import DraftProposer
 from amalgam.engine.speculation.proposer import Wanted
 from amalgam.kernels.step import StepContext
 from amalgam.models.kv_cache import KVCache
+from tests.engine.running import all_made
 from tests.engine.speculation.test_ngram import ignore
 
 VOCAB_SIZE = 6
@@ -100,7 +102,8 @@ def test_a_long_prompt_is_computed_in_pieces() -> None:
     assert decoder.num_rows == 20 + 1
 
 
-def test_blocks_go_to_whoever_wants_a_guess_now() -> None:
+def test_blocks_go_to_whoever_wants_a_guess_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = all_made(monkeypatch, draft_module, "BlockPool")
     draft, _ = draft_of(CYCLE, num_blocks=4)
     first, second = (request_of(number, [0] * 11, do_sample=False) for number in (1, 2))
     assert propose(draft, first, 2) == [1, 2]
@@ -109,7 +112,7 @@ def test_blocks_go_to_whoever_wants_a_guess_now() -> None:
     assert draft.propose([Wanted(first, 2), Wanted(second, 2)]) == {1: [1, 2]}, "no room for both"
     draft.forget(1)
     draft.forget(2)
-    assert draft._pool.num_free == 4
+    assert [pool.num_free for pool in pools] == [4]
 
 
 def test_it_ends_where_the_answer_or_the_draft_does() -> None:

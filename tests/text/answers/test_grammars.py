@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
 from amalgam.errors import RequestError, UnsupportedError
 from amalgam.text.answers.contract import ToolCallDelta
 from amalgam.text.answers.format import AnswerFormat
 from amalgam.text.answers.registry import REASONING_TAGS, tool_formats
 from amalgam.text.grammar import Grammar
-from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 from tests.errors import raises
 from tests.text.answers import test_answers as written
@@ -43,7 +43,7 @@ CALLS = {
 @pytest.fixture(scope="module", params=["text", "special"])
 def backend(request: Any) -> Any:
     """A tokenizer for which marks are mere text, and one for which they are special tokens."""
-    backend = Tokenizer.load(DEMO)._backend
+    backend = Backend.from_file(str(DEMO / "tokenizer.json"))
     if request.param == "special":
         marks = {mark for tool_format in tool_formats().values() for mark in tool_format.marks}
         backend.add_special_tokens([AddedToken(mark, special=True) for mark in sorted({*marks, "<think>", "</think>"})])
