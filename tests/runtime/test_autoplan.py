@@ -22,8 +22,8 @@ from amalgam.evaluation.texts import Document, sample_of
 from amalgam.planning.following import Decision
 from amalgam.planning.problem import problem_of
 from amalgam.planning.sensitivity import SensitivityStudy
-from amalgam.planning.shadow import be_quiet
-from amalgam.runtime.autoplan import Autoplan, TokenRing
+from amalgam.planning.shadow import be_quiet, shadow
+from amalgam.runtime.autoplan import Autoplan, TokenRing, open_proposer
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from amalgam.text.tokenizer import Tokenizer
@@ -91,6 +91,14 @@ def autoplan_of(deployment: Deployment) -> Autoplan:
     return deployment.autoplan
 
 
+def cost_of(deployment: Deployment) -> float:
+    """What the weights in force take, as plans count it."""
+    proposer, origins = open_proposer(deployment.settings, deployment.loader), deployment.version.origins
+    assert proposer is not None
+    choice = [item.index_of(origins[item.slot].source) for item in proposer.problem.items]
+    return proposer.cost([index for index in choice if index is not None], "memory")
+
+
 def look_after(deployment: Deployment, texts: list[str]) -> Decision:
     """What comes of traffic of one kind alone: the other kind's has left the short window."""
     autoplan = autoplan_of(deployment)
@@ -117,7 +125,7 @@ def test_weights_follow_from_verse_to_code_and_nothing_is_dropped(deployment: De
     assert verse.outcome == "committed", verse.reason
     assert verse.drift.from_planned is None and verse.shadowed is not None and verse.version == 2
     assert verse.shadowed.candidate.value < verse.shadowed.now.value and verse.shadowed.difference.is_below_zero
-    assert autoplan._proposer.cost(autoplan._choice(deployment.version), "memory") <= budget
+    assert cost_of(deployment) <= budget
     again = autoplan.look()
     assert again.outcome == "no_drift" and again.drift.from_planned == 0
 
@@ -131,7 +139,7 @@ def test_weights_follow_from_verse_to_code_and_nothing_is_dropped(deployment: De
     assert code.outcome == "committed", code.reason
     assert code.drift.from_planned is not None and code.drift.from_planned > 0.02
     assert not any(failures) and code.version == deployment.version_id == 3
-    assert autoplan._proposer.cost(autoplan._choice(deployment.version), "memory") <= budget
+    assert cost_of(deployment) <= budget
     assert [record.error for record in deployment.remaps] == [None, None] and deployment.num_undoable == 2
 
     told = autoplan.describe()
@@ -153,20 +161,18 @@ def test_frozen_or_capped_it_proposes_and_changes_nothing(deployment: Deployment
         ({"min_gain": 0.99}, "small_expected_gain"),
     ):
         autoplan.limits = lambda changes=changes: replace(limits, **changes)  # type: ignore[method-assign,misc]
-        autoplan._planned = None
         assert autoplan.look().outcome == outcome
     assert deployment.version_id == 1 and not deployment.remaps
 
 
 def test_a_change_by_somebody_else_is_not_taken_back(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     autoplan = autoplan_of(deployment)
-    shadow = autoplan._shadow
 
     def overtaken(*arguments: Any) -> Any:
         deployment.update_weight_mapping({"model.layers.0.mlp.experts.0.*": "int3"})
         return shadow(*arguments)
 
-    monkeypatch.setattr(autoplan, "_shadow", overtaken)
+    monkeypatch.setattr("amalgam.runtime.autoplan.shadow", overtaken)
     decision = look_after(deployment, VERSE)
     assert decision.outcome == "overtaken" and deployment.version_id == 2
     assert decision.shadowed is not None and decision.is_proposal
@@ -190,29 +196,27 @@ def test_a_mapping_sent_before_the_first_look_and_an_undo_stay_until_the_use_dri
 def test_another_mapping_while_a_plan_is_judged_is_not_taken_for_the_one_that_was(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    autoplan = autoplan_of(deployment)
-    shadow = autoplan._shadow
-
     def remapped(*arguments: Any) -> Any:
         deployment.update_weight_mapping({"model.layers.0.mlp.experts.0.*": "int3"})
         measured = shadow(*arguments)
         return replace(measured, candidate=measured.now, difference=Interval(0.0, -0.1, 0.1))
 
-    monkeypatch.setattr(autoplan, "_shadow", remapped)
+    monkeypatch.setattr("amalgam.runtime.autoplan.shadow", remapped)
     assert look_after(deployment, VERSE).outcome == "not_better"
-    assert autoplan._known == 1 and deployment.version_id == 2
+    assert deployment.version_id == 2
+    assert look_after(deployment, CODE).outcome == "no_drift"  # the other mapping has been chosen for this use
 
 
-def test_files_with_other_weights_end_proposals(deployment: Deployment) -> None:
+def test_files_with_other_weights_end_proposals(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     autoplan = autoplan_of(deployment)
+    limits = replace(autoplan.limits(), drift=0.0)
+    monkeypatch.setattr(autoplan, "limits", lambda: limits)
     autoplan.set_frozen(True)
     deployment.reload_weights()
-    autoplan._known, autoplan._planned = deployment.version_id, None
     assert look_after(deployment, VERSE).outcome == "frozen"  # they are the same
-    autoplan._proposer.digest = "of others"
+    monkeypatch.setattr("amalgam.runtime.autoplan.digest_of_weights", lambda *_: "of others")
     assert autoplan.explain(0, 3)["use"]
     deployment.reload_weights()
-    autoplan._known = deployment.version_id
     decision = autoplan.look()
     assert decision.outcome == "failed" and "other weights" in decision.reason and not decision.is_proposal
     with raises(RequestError, "other weights"):
@@ -220,19 +224,17 @@ def test_files_with_other_weights_end_proposals(deployment: Deployment) -> None:
 
 
 def test_nan_in_the_candidate_keeps_the_plan(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
-    autoplan = autoplan_of(deployment)
-    shadow = autoplan._shadow
-
-    def damaged(loader: Any, now: Any, candidate: Any, *others: Any) -> Any:
-        (slot,) = [slot for slot in candidate.keys if slot == "layers.0.attention_norm"]
+    def damaged(loader: Any, dtype: Any, versions: Any, *others: Any) -> Any:
+        (reference, now, candidate), slot = versions, "layers.0.attention_norm"
         weights = {slot: candidate[slot] for slot in candidate.keys}
         part = weights[slot].parts
         weights[slot] = replace(
             weights[slot], parts={name: torch.full_like(each, torch.nan) for name, each in part.items()}
         )
-        return shadow(loader, now, type(candidate)(9, weights, candidate.origins, candidate.keys), *others)
+        broken = type(candidate)(9, weights, candidate.origins, candidate.keys)
+        return shadow(loader, dtype, (reference, now, broken), *others)
 
-    monkeypatch.setattr(autoplan, "_shadow", damaged)
+    monkeypatch.setattr("amalgam.runtime.autoplan.shadow", damaged)
     decision = look_after(deployment, VERSE)
     assert decision.outcome == "failed" and "NaN" in decision.reason and deployment.version_id == 1
     assert decision.is_proposal and decision.num_changed
@@ -248,7 +250,7 @@ def test_a_candidate_that_fails_is_told_with_its_figures_and_not_tried_again(
         calls.append(1)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(autoplan, "_shadow", broken)
+    monkeypatch.setattr("amalgam.runtime.autoplan.shadow", broken)
     decision = look_after(deployment, VERSE)
     assert decision.outcome == "failed" and "out of memory" in decision.reason and decision.expected_gain
     assert autoplan.look().outcome == "no_drift" and len(calls) == 1
