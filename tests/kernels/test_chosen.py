@@ -84,7 +84,9 @@ def test_scores(heads: int, dtype: torch.dtype, codes: torch.dtype | None) -> No
         cache = LayerCache(found, found[..., :0], scales, scales[:, :0])
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
     batch = AttentionBatch(starts, contexts, tables, BLOCK)
-    values = reference._read(cache.keys, cache.key_scales, torch.arange(4800))[:, 0]
+    values = cache.keys[:, 0].float()
+    if cache.key_scales is not None:
+        values = values * cache.key_scales
     for score in (attention.index_scores, reference.index_scores):
         scores = score(query, weights, cache, batch)
         for sequence in range(3):

@@ -16,7 +16,7 @@ from torch import Tensor
 from amalgam.composition.quantize import quantize_checkpoint
 from amalgam.config.settings import MixedPrecisionSettings
 from amalgam.formats.grid import QuantizeOptions
-from amalgam.kernels.backends.cpu import extension, panels
+from amalgam.kernels.backends.cpu import encoders, extension, panels
 from amalgam.kernels.backends.cpu.backend import CpuBackend
 from amalgam.kernels.backends.cpu.encoders import Encoder
 from amalgam.kernels.backends.cpu.operators import CpuOperators
@@ -24,6 +24,7 @@ from amalgam.kernels.backends.cpu.panels import PanelWeight
 from amalgam.kernels.backends.cpu.products import prepare_experts
 from amalgam.kernels.backends.cpu.program import CpuProgram
 from amalgam.kernels.backends.cpu.workspace import Workspace
+from amalgam.kernels.backends.reference import interpreter
 from amalgam.kernels.backends.reference.interpreter import Frame, ReferenceBackend
 from amalgam.kernels.layouts import SCALED8, dense
 from amalgam.kernels.packed import PackedWeight
@@ -382,23 +383,29 @@ def test_two_caches_in_turns(tmp_path: Path) -> None:
         assert torch.equal(torch.cat(halves[key]), alone[key])
 
 
-def test_a_version_is_compiled_once_and_forgotten_with_it(tmp_path: Path) -> None:
+def test_a_version_is_compiled_once_and_forgotten_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[weakref.ref[PackedWeight]] = []
+
+    def latent_matrices(one: AttendLatent, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        packed.append(weakref.ref(one.expand))
+        return interpreter.latent_matrices(one, dtype)
+
+    monkeypatch.setattr(encoders, "latent_matrices", latent_matrices)
     save_tiny(FAMILIES["deepseek_v3"], tmp_path)
     decoder, version = load_model(tmp_path)
     compiled = decoder.compile(version)
     step_logits(decoder, version)
     assert decoder.compile(version) is compiled
-    backend = decoder.backend
-    assert isinstance(backend, CpuBackend)
-    assert len(backend._latent) == decoder.spec.num_layers
+    assert isinstance(decoder.backend, CpuBackend)
+    assert len(packed) == decoder.spec.num_layers
     shared = with_slots(version)
     decoder.compile(shared)  # the same weights: nothing is packed again
-    assert len(backend._latent) == decoder.spec.num_layers
+    assert len(packed) == decoder.spec.num_layers
     gone = weakref.ref(compiled)
     del compiled, version, shared
     gc.collect()
     assert gone() is None
-    assert not backend._latent
+    assert not any(weight() for weight in packed)
 
 
 def test_a_head_is_not_touched_where_nobody_wants_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
