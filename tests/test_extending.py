@@ -50,7 +50,7 @@ def installed(extension: dict[str, types.ModuleType], monkeypatch: pytest.Monkey
         "amalgam.formats": [EntryPoint(extension["halves"].FORMAT)],
         "amalgam.families": [EntryPoint(extension["tiny_llama"].FAMILY)],
     }
-    caches = (formats.all_formats, families.all_families, recognition._companions, recognition.fitting)
+    caches = (formats.all_formats, families.all_families, recognition.companion_suffixes, recognition.fitting)
     monkeypatch.setattr(plugins, "entry_points", lambda group: found[group])
     for cached in caches:
         cached.cache_clear()

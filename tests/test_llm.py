@@ -82,7 +82,7 @@ def test_leaving_a_stream_cancels_it(llm: LLM) -> None:
     stream = llm.stream("The old man", SamplingParams(max_new_tokens=200, ignore_eos=True))
     next(stream)
     stream.close()
-    engine = llm._deployment.engine
+    engine = llm.engine
     while engine.status().num_running:
         pass
     assert engine.status().num_free_blocks == engine.status().num_blocks
@@ -275,6 +275,6 @@ def test_what_is_awaited_is_what_is_returned(llm: LLM) -> None:
             await llm.agenerate(["x", "word " * 1000])
 
     asyncio.run(ask())
-    engine = llm._deployment.engine
+    engine = llm.engine
     while engine.status().num_running or engine.status().num_waiting:
         pass

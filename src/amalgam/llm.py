@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import load_settings
+from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput
 from amalgam.errors import ConfigError, RequestError
@@ -235,6 +236,11 @@ class LLM:
                 if output.error is not None:
                     raise output.error
                 yield output
+
+    @property
+    def engine(self) -> Engine:
+        """What computes the answers: `status()` and `meter` tell how busy it is."""
+        return self._deployment.engine
 
     @property
     def default_params(self) -> SamplingParams:

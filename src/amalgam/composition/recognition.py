@@ -80,7 +80,7 @@ def group_names(tensors: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def _split(name: str, known: set[str]) -> tuple[str, str]:
     """(module, companion suffix), or (name, "weight") for a tensor of its own."""
-    companions, generic = _companions()
+    companions, generic = companion_suffixes()
     start = len(name)
     for _ in range(3):  # `weight.quant_state.bitsandbytes__nf4` is the longest suffix
         start = name.rfind(".", 0, start)
@@ -95,7 +95,7 @@ def _split(name: str, known: set[str]) -> tuple[str, str]:
 
 
 @cache
-def _companions() -> tuple[frozenset[str], Mapping[str, str]]:
+def companion_suffixes() -> tuple[frozenset[str], Mapping[str, str]]:
     """Suffixes that always belong to a weight, and those that do beside an anchor."""
     formats = all_formats()
     always = {s for f in formats if f.anchor is None for s in f.required | f.optional} - _WHOLE

@@ -132,8 +132,7 @@ def client(served: tuple[str, ScriptedEngine]) -> anthropic.Anthropic:
 
 
 def prompt_of(engine: ScriptedEngine, tokenizer: Tokenizer) -> str:
-    text: str = tokenizer._backend.decode(engine.prompt_ids[-1], skip_special_tokens=False)
-    return text
+    return tokenizer.decode(engine.prompt_ids[-1], keeps_special_tokens=True)
 
 
 class TestMessages:
