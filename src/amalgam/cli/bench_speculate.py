@@ -13,8 +13,8 @@ from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 
 if TYPE_CHECKING:
-    from amalgam.engine.speculation.simulation import Costs
     from amalgam.tools.bench_speculate import Measured
+    from amalgam.tools.speculation_costs import Costs
 
 
 @with_settings(needs_model=False, shown=("speculation.kind", "speculation.num_tokens", "speculation.draft"))
@@ -93,7 +93,7 @@ class _Plan(NamedTuple):
 
 
 def _any(draft_cost: float, row_cost: float, experts: str, expert_share: float) -> dict[str, Costs]:
-    from amalgam.engine.speculation.simulation import Costs
+    from amalgam.tools.speculation_costs import Costs
 
     active, total = _experts(experts)
     return {

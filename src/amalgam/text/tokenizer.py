@@ -271,10 +271,8 @@ class Tokenizer:
         text, piece = self.token_text(token_id), self._backend.id_to_token(token_id) or ""
         if found := _BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(found[1])
-        letters = byte_of_letter()
-        if UNDECODABLE in text and all(letter in letters for letter in piece):
-            return bytes(letters[letter] for letter in piece)
-        return text.encode()
+        spelled = _spelled_bytes(piece) if UNDECODABLE in text else None
+        return text.encode() if spelled is None else spelled
 
     @cached_property
     def _context(self) -> tuple[list[int], str]:
@@ -289,10 +287,7 @@ class Tokenizer:
             The bytes of each token, which of a special one begin with 0xFF and of an id without a token are none; the
             special ones; and how the tokenizer writes a text.
         """
-        from tokenizers.decoders import ByteLevel
-
-        backend = self._backend  # all that `encode` may refer to
-        is_byte_level = isinstance(backend.decoder, ByteLevel)
+        backend, is_byte_level = self._backend, self._is_byte_level  # `encode` may refer to the backend alone
 
         def bytes_of(token_id: int) -> bytes:
             if token_id in self.special_tokens:
@@ -300,15 +295,14 @@ class Tokenizer:
             piece = backend.id_to_token(token_id)
             if piece is None:
                 return b""
-            if is_byte_level and token_id not in added and all(letter in letters for letter in piece):
-                return bytes(letters[letter] for letter in piece)
-            return self.token_bytes(token_id)
+            spelled = _spelled_bytes(piece) if is_byte_level and token_id not in added else None
+            return self.token_bytes(token_id) if spelled is None else spelled
 
         def encode(text: bytes) -> list[int]:
             ids: list[int] = backend.encode(text.decode(errors="replace"), add_special_tokens=False).ids
             return ids
 
-        added, letters = backend.get_added_tokens_decoder(), byte_of_letter()
+        added = backend.get_added_tokens_decoder()
         tokens = [bytes_of(token_id) for token_id in range(self.vocab_size)]
         return tokens, sorted(self.special_tokens), encode
 
@@ -318,9 +312,13 @@ class Tokenizer:
 
         None: the decoder makes of a token what its neighbours say (SentencePiece); only byte-level ones do not.
         """
+        return _Texts(self._backend, self.has_text) if self._is_byte_level else None
+
+    @property
+    def _is_byte_level(self) -> bool:
         from tokenizers.decoders import ByteLevel
 
-        return _Texts(self._backend, self.has_text) if isinstance(self._backend.decoder, ByteLevel) else None
+        return isinstance(self._backend.decoder, ByteLevel)
 
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` makes anything of a token."""
@@ -343,14 +341,21 @@ class _Texts(dict[int, str | bytes]):
     def __missing__(self, token_id: int) -> str | bytes:
         if not self._has_text(token_id):
             return ""
-        piece, letters = self._backend.id_to_token(token_id), byte_of_letter()
-        found = bytes(map(letters.__getitem__, piece)) if letters.keys() >= set(piece) else piece.encode()
+        piece = self._backend.id_to_token(token_id)
+        spelled = _spelled_bytes(piece)
+        found = piece.encode() if spelled is None else spelled
         try:
             self[token_id] = text = found.decode()
         except UnicodeDecodeError:
             self[token_id] = found
             return found
         return text
+
+
+def _spelled_bytes(piece: str) -> bytes | None:
+    """What byte-level BPE spells so; None: it is no such spelling."""
+    letters = byte_of_letter()
+    return bytes(map(letters.__getitem__, piece)) if letters.keys() >= set(piece) else None
 
 
 def _with_template(parts: Any, chat_template: str | None) -> TokenizerParts:

@@ -20,10 +20,10 @@ from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Request
 from amalgam.engine.speculation.costs import CostModel
 from amalgam.engine.speculation.proposer import Wanted
-from amalgam.engine.speculation.simulation import Costs, speed_up
 from amalgam.engine.speculation.speculator import Speculator
 from amalgam.errors import ConfigError
 from amalgam.models.spec import ModelSpec
+from amalgam.tools.speculation_costs import Costs, speed_up
 
 CHANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 LENGTHS = (1, 2, 3, 4, 6, 8)

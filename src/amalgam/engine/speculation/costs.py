@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ _FIRST_STEPS = 16  # of which every other one is without
 
 
 Counts = npt.NDArray[np.float64]  # one dimension
+Rows = TypeVar("Rows", float, Counts)
 
 
 class Fit:
@@ -93,11 +94,17 @@ class Fit:
         return tuple(found.tolist())
 
 
+def distinct_experts(num_experts: int, num_active: int, num_rows: Rows) -> Rows:
+    """Experts of a layer that rows need which choose independently of each other: `E (1 - (1 - k/E)^n)`."""
+    unread: Rows = (1 - num_active / num_experts) ** num_rows
+    return num_experts * (1 - unread)
+
+
 class Experts:
     """How many distinct experts of a layer `n` rows need.
 
-    If each row chose on its own it would be `E (1 - (1 - k/E)^n)`. Rows of one text choose alike; by how much less it
-    is, is measured, for each power of two of rows.
+    If each row chose on its own it would be `distinct_experts`. Rows of one text choose alike; by how much less it is,
+    is measured, for each power of two of rows.
 
     Args:
         num_experts, num_active: E and k; 0: the model has none.
@@ -127,7 +134,7 @@ class Experts:
     def _independent(self, num_rows: Counts) -> Counts:
         if not self._num_experts:
             return np.zeros(len(num_rows))
-        return np.asarray(self._num_experts * (1 - (1 - self._num_active / self._num_experts) ** num_rows))
+        return np.asarray(distinct_experts(self._num_experts, self._num_active, num_rows))
 
 
 class Candidate(NamedTuple):

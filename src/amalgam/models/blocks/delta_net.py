@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.program import Convolve, DeltaRule, Emitter, Normalize, Rows, ScaleBySigmoid, Split, SwiGlu
+from amalgam.models.blocks.recurrent import RecurrentBlock
 from amalgam.models.spec import Slot, StateShape
 from amalgam.models.weights import BlockWeights
 
 
 @dataclass(frozen=True)
-class DeltaNet:
+class DeltaNet(RecurrentBlock):
     """Queries, keys and values go through a short convolution and the gated delta rule; a norm and a gate follow.
 
     Attributes:
@@ -39,17 +40,9 @@ class DeltaNet:
     is_tiled: bool = False
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        return 0, 0, 0
-
-    @property
     def state_shape(self) -> StateShape:
         recurrent = self.num_value_heads, self.key_dim, self.value_dim
         return StateShape((self.kernel_size - 1, self._channels), recurrent)
-
-    @property
-    def rope(self) -> None:
-        return None
 
     @property
     def _keys(self) -> int:
@@ -146,7 +139,7 @@ class DeltaNet:
 
 
 @dataclass(frozen=True)
-class KimiDeltaNet:
+class KimiDeltaNet(RecurrentBlock):
     """A delta net that forgets each row of its state at a rate of its own (Kimi Team 2025, "Kimi Linear: An Expressive,
     Efficient Attention Architecture"), as Ling 3 has it: full projections for rates and gates.
 
@@ -164,17 +157,9 @@ class KimiDeltaNet:
     bound: float | None
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        return 0, 0, 0
-
-    @property
     def state_shape(self) -> StateShape:
         recurrent = self.num_heads, self.head_dim, self.head_dim
         return StateShape((self.kernel_size - 1, 3 * self._width), recurrent)
-
-    @property
-    def rope(self) -> None:
-        return None
 
     @property
     def _width(self) -> int:

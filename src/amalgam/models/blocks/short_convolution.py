@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from amalgam.kernels.program import Convolve, Emitter, Rows
+from amalgam.models.blocks.recurrent import RecurrentBlock
 from amalgam.models.spec import Slot, StateShape
 from amalgam.models.weights import BlockWeights
 
 
 @dataclass(frozen=True)
-class ShortConvolution:
+class ShortConvolution(RecurrentBlock):
     """out(C × convolution(B × x)), where one projection gives B, C and x.
 
     Attributes:
@@ -28,16 +29,8 @@ class ShortConvolution:
     layer_type: ClassVar[str] = "conv"
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        return 0, 0, 0
-
-    @property
     def state_shape(self) -> StateShape:
         return StateShape((self.kernel_size - 1, self.width), (0, 0, 0))
-
-    @property
-    def rope(self) -> None:
-        return None
 
     def slots(self, hidden_size: int) -> Iterator[Slot]:
         parts = (

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from amalgam.kernels.program import Convolve, Emitter, Normalize, Rows, ScanStates, Split, SwiGlu
+from amalgam.models.blocks.recurrent import RecurrentBlock
 from amalgam.models.spec import Slot, StateShape
 from amalgam.models.weights import BlockWeights
 
 
 @dataclass(frozen=True)
-class StateSpace:
+class StateSpace(RecurrentBlock):
     """One projection gives gates, x, B, C and steps; x, B and C go through a short convolution, and the states are
     scanned. What comes out is gated and then normed, group by group.
 
@@ -34,16 +35,8 @@ class StateSpace:
     limits: tuple[float, float] = (0.0, float("inf"))
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        return 0, 0, 0
-
-    @property
     def state_shape(self) -> StateShape:
         return StateShape((self.kernel_size - 1, self._channels), (self.num_heads, self.state_dim, self.head_dim))
-
-    @property
-    def rope(self) -> None:
-        return None
 
     @property
     def _width(self) -> int:

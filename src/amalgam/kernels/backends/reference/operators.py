@@ -12,7 +12,7 @@ scalar tails in the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -278,21 +278,30 @@ def delta_rule(
     values = value.float().unsqueeze(2)
     factors, strengths = decay.unsqueeze(3), strength[:, :, None, None]
     out = torch.empty_like(values)
-    start = 0
+    for row, memory in _recurrence(states, sequences):
+        memory *= factors[row]
+        known = (memory * keys[row]).sum(1, keepdim=True)
+        memory += keys[row] * (strengths[row] * (values[row] - known))
+        out[row] = (memory * queries[row]).sum(1, keepdim=True)
+    return out.squeeze(2).to(value.dtype)
+
+
+def _recurrence(states: Tensor, sequences: Sequence[StepSequence]) -> Iterator[tuple[int, Tensor]]:
+    """Each token's row, in order, and its sequence's state before it, which the caller moves on in place.
+
+    The state is kept where the sequence says; states: `[slots, ...]`, read and written.
+    """
+    row = 0
     for sequence in sequences:
-        state, num_tokens = _state_of(sequence), len(sequence.token_ids)
+        state = _state_of(sequence)
         memory = states.new_zeros(states.shape[1:]) if state.source is None else states[state.source].clone()
         saves = dict(state.saves)
-        for count, row in enumerate(range(start, start + num_tokens), 1):
-            memory *= factors[row]
-            known = (memory * keys[row]).sum(1, keepdim=True)
-            memory += keys[row] * (strengths[row] * (values[row] - known))
-            out[row] = (memory * queries[row]).sum(1, keepdim=True)
+        for count in range(1, len(sequence.token_ids) + 1):
+            yield row, memory
             if count in saves:
                 states[saves[count]] = memory
+            row += 1
         states[state.target] = memory
-        start += num_tokens
-    return out.squeeze(2).to(value.dtype)
 
 
 def scan_states(
@@ -317,19 +326,10 @@ def scan_states(
     values = x.float().unsqueeze(2)
     factors, inputs = decay[:, :, None, None], step[:, :, None, None] * values
     out = skip.float()[:, None, None] * values
-    start = 0
-    for sequence in sequences:
-        state, num_tokens = _state_of(sequence), len(sequence.token_ids)
-        memory = states.new_zeros(states.shape[1:]) if state.source is None else states[state.source].clone()
-        saves = dict(state.saves)
-        for count, row in enumerate(range(start, start + num_tokens), 1):
-            memory *= factors[row]
-            memory += writes[row] * inputs[row]
-            out[row] += (memory * reads[row]).sum(1, keepdim=True)
-            if count in saves:
-                states[saves[count]] = memory
-        states[state.target] = memory
-        start += num_tokens
+    for row, memory in _recurrence(states, sequences):
+        memory *= factors[row]
+        memory += writes[row] * inputs[row]
+        out[row] += (memory * reads[row]).sum(1, keepdim=True)
     return out.squeeze(2).to(x.dtype)
 
 
