@@ -73,6 +73,13 @@ class ModelNotFoundError(RequestError):
     code = "model_not_found"
 
 
+class VersionNotFoundError(RequestError):
+    """A weight version is asked for that does not exist, or that takes no new requests."""
+
+    http_status = 404
+    code = "version_not_found"
+
+
 class PromptTooLongError(RequestError):
     """Prompt plus new tokens do not fit the model's sequence length or the KV cache."""
 
@@ -86,6 +93,14 @@ class ConflictError(AmalgamError):
     http_status = 409
     exit_code = 5
     code = "conflict"
+
+
+class OutOfMemoryError(AmalgamError):
+    """New weights would not fit into memory; nothing has been loaded."""
+
+    http_status = 507
+    exit_code = 6
+    code = "out_of_memory"
 
 
 class OverloadedError(AmalgamError):

@@ -563,6 +563,41 @@ class TestVersions:
         assert new.token_ids == greedy_tokens([5], 12, version_id=2)
         assert engine.status().versions == {2: 0}
 
+    def test_requests_of_several_versions_together_get_each_its_own_answer(self, make_engine):
+        """They preempt one another, and have beginnings in common, which versions do not share."""
+        engine = make_engine(FakeDecoder(), **TINY_CACHE)
+        versions = [engine.version, FakeVersion(2), FakeVersion(3)]
+        engine.keep({2, 3})
+        prompts = [[*range(1, 20), index // 3] for index in range(30)]
+        outputs = [Outputs() for _ in prompts]
+        left = []
+        engine.on_left = left.append
+        for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+            engine.submit(prompt, GREEDY, output, version=versions[index % 3])
+        for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+            assert output.last().usage.version == index % 3 + 1
+            assert output.token_ids == greedy_tokens(prompt, 12, index % 3 + 1)
+        assert any(output.last().usage.num_cached_tokens for output in outputs)
+        wait_until(lambda: engine.status().versions == {1: 0, 2: 0, 3: 0})
+        wait_until(lambda: set(left) == {1, 2, 3})
+
+    def test_what_a_kept_version_has_computed_of_a_beginning_stays_shared(self, make_engine, submit):
+        engine = make_engine(FakeDecoder(), block_size=4)
+        kept, prompt = engine.version, list(range(1, 20))
+
+        def cached_tokens():
+            output = Outputs()
+            engine.submit(prompt, GREEDY, output, version=kept)
+            return output.last().usage.num_cached_tokens
+
+        assert cached_tokens() == 0
+        engine.keep({1})
+        engine.set_version(FakeVersion(2))
+        submit(engine, prompt).last()
+        assert cached_tokens() == 16
+        engine.keep(set())
+        assert cached_tokens() == 0
+
     def test_an_old_version_is_let_go_with_its_last_request(self, make_engine):
         decoder = FakeDecoder()
         engine = make_engine(decoder, version=(version := FakeVersion(1)))

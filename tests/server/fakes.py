@@ -30,7 +30,14 @@ from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Load, Meter
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import EngineStatus, FinishReason, Observation, RequestOutput, Usage
-from amalgam.errors import CheckpointError, ConflictError, OverloadedError, PromptTooLongError, UnavailableError
+from amalgam.errors import (
+    CheckpointError,
+    ConflictError,
+    OverloadedError,
+    PromptTooLongError,
+    UnavailableError,
+    VersionNotFoundError,
+)
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import RoutingTrace
 from amalgam.runtime.changes import RemapRecord
@@ -81,6 +88,7 @@ class FakeEngine:
     meter: Meter = field(default_factory=Meter)
     observations: list[Observation] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
+    embedded_by: list[int] = field(default_factory=list)
 
     def check_prompt_length(self, num_tokens: int) -> None:
         if num_tokens >= MAX_SEQ_LENGTH:
@@ -91,7 +99,12 @@ class FakeEngine:
         return MAX_SEQ_LENGTH - 1
 
     def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation, constraint: Any = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        observation: Observation,
+        constraint: Any = None,
+        version: Any = None,
     ) -> FakeStream:
         self.observations.append(observation)
         self.params.append(params)
@@ -104,7 +117,9 @@ class FakeEngine:
         self.running.add(self.num_submitted)  # at once, as in the engine, and not when the first output is asked for
         self.max_running = max(self.max_running, len(self.running))
         self.meter.set_load(Load(len(self.running)))
-        return FakeStream(self, self.num_submitted, self._answer(self.num_submitted, prompt_ids, params, observation))
+        version_id = (version or self.version).version_id
+        outputs = self._answer(self.num_submitted, prompt_ids, params, observation, version_id)
+        return FakeStream(self, self.num_submitted, outputs)
 
     def end(self, request_id: int) -> None:
         """Harmless when repeated."""
@@ -112,7 +127,12 @@ class FakeEngine:
         self.meter.set_load(Load(len(self.running)))
 
     async def _answer(
-        self, request_id: int, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation
+        self,
+        request_id: int,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        observation: Observation,
+        version_id: int,
     ) -> AsyncGenerator[RequestOutput]:
         started, count = time.monotonic(), params.max_new_tokens
         try:
@@ -130,7 +150,7 @@ class FakeEngine:
                     return
                 is_last = index == count - 1
                 seconds = time.monotonic() - started
-                usage = Usage(len(prompt_ids), count, 0.0, seconds, seconds, self.version.version_id)
+                usage = Usage(len(prompt_ids), count, 0.0, seconds, seconds, version_id)
                 reason = FinishReason.LENGTH if is_last else None
                 trace = fake_trace(len(prompt_ids) + count - 1) if is_last and observation.wants_trace else None
                 output = RequestOutput(
@@ -149,7 +169,10 @@ class FakeEngine:
     def between_steps(self) -> Any:
         return nullcontext()
 
-    async def embed(self, prompt_ids: Sequence[int], pooling: str, observation: Observation) -> Any:
+    async def embed(
+        self, prompt_ids: Sequence[int], pooling: str, observation: Observation, version: Any = None
+    ) -> Any:
+        self.embedded_by.append((version or self.version).version_id)
         self.observations.append(observation)
         self.check_prompt_length(len(prompt_ids))
         if len(self.running) >= self.max_queue:
@@ -217,10 +240,18 @@ class FakeDeployment:
     configured_rules: tuple[Rule, ...] = ()
     earlier_rules: list[tuple[Rule, ...]] = field(default_factory=list)
     autoplan: Any = None
+    named: dict[str, FakeVersion] = field(default_factory=dict)
 
     @property
     def version(self) -> Any:
         return self.engine.version
+
+    def version_for(self, weights: str | int | None = None) -> Any:
+        if weights is None or str(weights) == str(self.version_id):
+            return self.version
+        if weights not in self.named:
+            raise VersionNotFoundError(f"There are no weights {weights!r}.", param="weights")
+        return self.named[str(weights)]
 
     @property
     def version_id(self) -> int:

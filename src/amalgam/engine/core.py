@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
 import numpy as np
@@ -77,6 +78,8 @@ class Engine:
         speculator: guesses the next tokens of requests; the step verifies them. Changes no answer.
 
     Attributes:
+        on_left: is told the weight version id of each request that has ended, in the step thread, where nothing refers
+            to that version any more but other requests.
         on_ended: is shown the tokens of each counted request that has ended well, in the step thread.
         speculator: as given; None: nothing is guessed.
 
@@ -105,6 +108,7 @@ class Engine:
         self._num_failures = 0  # steps in a row; of the step thread
         self.speculator = speculator
         self.on_ended: Callable[[Sequence[int]], None] | None = None
+        self.on_left: Callable[[int], None] | None = None
         self.meter = Meter(
             distinct_experts=lambda: None if observer is None else observer.distinct_experts(),
             speculation=lambda: None if self.speculator is None else self.speculator.counts,
@@ -150,12 +154,15 @@ class Engine:
         on_output: OutputCallback,
         observation: Observation = _UNLABELLED,
         constraint: CompiledGrammar | None = None,
+        version: WeightVersion | None = None,
     ) -> int:
         """Queue a request and return its id. Any thread.
 
         Args:
             on_output: takes the request's outputs in the step thread, so it must be quick; the last one `is_finished`.
             constraint: what the answer must follow, `amalgam.text.grammar.compile_grammar` of this engine's tokenizer.
+            version: of the model's weights, which the request runs on to its end; None: the one of new requests when it
+                is admitted to a step.
 
         Raises:
             RequestError: the prompt is empty or holds something that is not a token id of the model, parameters name
@@ -190,6 +197,7 @@ class Engine:
             state,
             reader,
             observation,
+            version,
             end_token_ids=params.end_token_ids(self._tokenizer.eos_token_ids),
         )
         return self._queue(request)
@@ -200,6 +208,7 @@ class Engine:
         pooling: Pooling,
         on_output: OutputCallback,
         observation: Observation = _UNLABELLED,
+        version: WeightVersion | None = None,
     ) -> int:
         """Queue a request for one vector, which its only output carries; see `embed`. Otherwise as `submit`."""
         self._scheduler.check_prompt_length(len(prompt_ids))
@@ -212,6 +221,7 @@ class Engine:
                 on_output,
                 reader=PromptEmbedding(len(prompt_ids), pooling),
                 observation=observation,
+                version=version,
                 max_new_tokens=0,
             )
         )
@@ -260,12 +270,13 @@ class Engine:
         params: SamplingParams,
         observation: Observation = _UNLABELLED,
         constraint: CompiledGrammar | None = None,
+        version: WeightVersion | None = None,
     ) -> streams.OutputStream:
         """Submit a request; its outputs as they come. Closing it early cancels the request: use `contextlib.aclosing`.
 
         Raises the errors of `submit`.
         """
-        return streams.stream(self, prompt_ids, params, observation, constraint)
+        return streams.stream(self, prompt_ids, params, observation, constraint, version)
 
     def generate(
         self,
@@ -274,6 +285,7 @@ class Engine:
         observation: Observation = _UNLABELLED,
         watch: Callable[[int, RequestOutput], None] | None = None,
         constraint: CompiledGrammar | None = None,
+        version: WeightVersion | None = None,
     ) -> list[Generation]:
         """Run requests to their end and return the answers in order. Blocks; an interrupt cancels them.
 
@@ -281,7 +293,7 @@ class Engine:
         `params` is for all prompts, or one for each. Raises the errors of `submit`; a request that fails later has its
         error in its `Generation`.
         """
-        return streams.generate(self, prompts_ids, params, observation, self._max_queue, watch, constraint)
+        return streams.generate(self, prompts_ids, params, observation, self._max_queue, watch, constraint, version)
 
     async def generate_async(
         self,
@@ -289,19 +301,26 @@ class Engine:
         params: SamplingParams,
         observation: Observation = _UNLABELLED,
         constraint: CompiledGrammar | None = None,
+        version: WeightVersion | None = None,
     ) -> list[Generation]:
         """`generate`, awaited. Cancelling the caller cancels the requests."""
-        return await streams.generate_async(self, prompts_ids, params, observation, self._max_queue, constraint)
+        return await streams.generate_async(
+            self, prompts_ids, params, observation, self._max_queue, constraint, version
+        )
 
     async def embed(
-        self, prompt_ids: Sequence[int], pooling: Pooling = "mean", observation: Observation = _UNLABELLED
+        self,
+        prompt_ids: Sequence[int],
+        pooling: Pooling = "mean",
+        observation: Observation = _UNLABELLED,
+        version: WeightVersion | None = None,
     ) -> npt.NDArray[np.float32]:
         """One vector `[hidden]` for a prompt: of the final norm's outputs the mean over its tokens, or the last one's.
 
         It is not scaled to a length. Computed in turn with answers; cancelling the caller cancels the request. Raises
         the errors of `submit`.
         """
-        return await streams.embed(self, prompt_ids, pooling, observation)
+        return await streams.embed(self, prompt_ids, pooling, observation, version)
 
     def embed_all(
         self, prompts_ids: Sequence[Sequence[int]], pooling: Pooling = "mean", observation: Observation = _UNLABELLED
@@ -320,6 +339,15 @@ class Engine:
         self._runner.prepare(version)  # here, and not in its first step
         with self._condition:
             self._scheduler.version = version
+
+    def prepare(self, version: WeightVersion) -> None:
+        """Make a version ready to run, so that its first step takes no longer than others. In any thread."""
+        self._runner.prepare(version)
+
+    def keep(self, version_ids: AbstractSet[int]) -> None:
+        """Requests may still ask for these versions: what they have computed of beginnings stays to be shared."""
+        with self._condition:
+            self._scheduler.kept_ids = frozenset(version_ids)
 
     @property
     def version(self) -> WeightVersion:
@@ -562,6 +590,9 @@ class Engine:
             for request_id in ended:
                 del self._requests[request_id]
             self._condition.notify_all()
+        if self.on_left is not None:
+            for version_id in {output.usage.version for _, output in deliveries if output.usage is not None}:
+                self.on_left(version_id)
 
     def _fail(self, error: BaseException) -> None:
         logger.critical("The engine has failed and ends.", exc_info=error)

@@ -142,7 +142,7 @@ class EngineStatus:
     num_waiting: int
     num_free_blocks: int
     num_blocks: int
-    versions: Mapping[int, int]  # weight version id → requests bound to it; the newest is always there
+    versions: Mapping[int, int]  # weight version id → requests bound to it; the newest and kept ones are always there
 
 
 OutputCallback = Callable[[RequestOutput], None]
@@ -204,7 +204,7 @@ class Request:
     constraint: GrammarState | None = None  # has taken all of the request's new tokens
     reader: PromptReader | None = None  # until the first output
     observation: Observation = Observation()
-    version: WeightVersion | None = None  # bound at first admission, dropped at the end
+    version: WeightVersion | None = None  # as asked for, or bound at first admission; dropped at the end
     end_token_ids: AbstractSet[int] = frozenset()  # any of them ends the answer
     max_new_tokens: int = -1  # as in params until the scheduler lowers it to what fits; 0: only the prompt is computed
     status: RequestStatus = RequestStatus.WAITING

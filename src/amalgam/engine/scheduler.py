@@ -22,6 +22,8 @@ computed. If its next block is one that a running request computes in this very 
 moment: it will find that block rather than compute it too. A model with recurrent states goes on only where one is kept
 (`amalgam.engine.states`).
 
+A step is of one weight version: versions with something to do take turns, and a waiting request of another stays.
+
 Whoever stays in the queue for one of these reasons keeps its place: the slot and the blocks that it would take are set
 aside, so that those behind it get what they would have got behind it, and no more.
 
@@ -65,6 +67,7 @@ class Scheduler:
 
     Attributes:
         prompt_tokens_beside: number of streams → most prompt tokens in their step; may be set at any time.
+        kept_ids: weight versions that requests may still ask for; may be set at any time.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Scheduler:
         states: StatePool | None = None,
     ) -> None:
         self._version = version
+        self._kept_ids: frozenset[int] = frozenset()
         self.pool = pool
         self.states = states
         self.waiting: list[Request] = []  # by rank
@@ -103,6 +107,15 @@ class Scheduler:
     @version.setter
     def version(self, version: WeightVersion) -> None:
         self._version = version
+        self._forget_dead_versions()
+
+    @property
+    def kept_ids(self) -> frozenset[int]:
+        return self._kept_ids
+
+    @kept_ids.setter
+    def kept_ids(self, version_ids: frozenset[int]) -> None:
+        self._kept_ids = version_ids
         self._forget_dead_versions()
 
     @property
@@ -251,9 +264,10 @@ class Scheduler:
         self.running.clear()
 
     def count_by_version(self) -> dict[int, int]:
-        """Weight version id → requests that are bound to it; the newest version is always there."""
+        """Weight version id → requests that are bound to it; the newest version and kept ones are always there."""
         bound = [request.version for request in (*self.running, *self.waiting) if request.version is not None]
-        return {self.version.version_id: 0} | Counter(version.version_id for version in bound)
+        known = {self.version.version_id: 0} | dict.fromkeys(sorted(self.kept_ids), 0)
+        return known | Counter(version.version_id for version in bound)
 
     def _next_version(self) -> WeightVersion | None:
         """Versions with something to do take turns."""
@@ -309,12 +323,19 @@ class Scheduler:
         wanted = [(request, request.num_behind) for request in prompts]
         shares = _split(budget, wanted)
         for request in list(self.waiting) if self.waiting and self._has_slot() else ():
-            if (request.version or self.version) is not version or not self._has_slot(num_kept_places):
+            if not self._has_slot(num_kept_places):
                 break
-            shared_ids = self._find(request, version)
+            own = request.version or self.version
+            shared_ids = self._find(request, own)
             num_blocks = self._num_blocks_to_take(request, shared_ids)
             if not self._has_blocks(num_blocks, num_kept_places, num_kept_blocks):
                 break
+            if own is not version:  # its turn comes in another step
+                num_kept_places += 1
+                num_kept_blocks += num_blocks
+                if num_kept_places == _MAX_PASSED:
+                    break
+                continue
             num_behind = len(request.token_ids) - len(shared_ids) * self._block_size
             more_shares = _split(budget, [*wanted, (request, num_behind)])
             num_coming = self._prefixes.count_coming(request, version.version_id, len(shared_ids), shares)

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from queue import Empty, SimpleQueue
-from typing import Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation, OutputCallback, Pooling, RequestOutput
 from amalgam.errors import OverloadedError, RequestError, UnavailableError
 from amalgam.text.grammar import CompiledGrammar
+
+if TYPE_CHECKING:
+    from amalgam.models.weights import WeightVersion
 
 T = TypeVar("T")
 
@@ -34,10 +37,16 @@ class Submitter(Protocol):
         on_output: OutputCallback,
         observation: Observation,
         constraint: CompiledGrammar | None = None,
+        version: WeightVersion | None = None,
     ) -> int: ...
 
     def submit_embedding(
-        self, prompt_ids: Sequence[int], pooling: Pooling, on_output: OutputCallback, observation: Observation
+        self,
+        prompt_ids: Sequence[int],
+        pooling: Pooling,
+        on_output: OutputCallback,
+        observation: Observation,
+        version: WeightVersion | None = None,
     ) -> int: ...
 
     def cancel(self, request_id: int) -> None: ...
@@ -81,17 +90,24 @@ def stream(
     params: SamplingParams,
     observation: Observation,
     constraint: CompiledGrammar | None = None,
+    version: WeightVersion | None = None,
 ) -> OutputStream:
     """See `Engine.stream`."""
-    return OutputStream(engine, lambda on_output: engine.submit(prompt_ids, params, on_output, observation, constraint))
+    return OutputStream(
+        engine, lambda on_output: engine.submit(prompt_ids, params, on_output, observation, constraint, version)
+    )
 
 
 async def embed(
-    engine: Submitter, prompt_ids: Sequence[int], pooling: Pooling, observation: Observation
+    engine: Submitter,
+    prompt_ids: Sequence[int],
+    pooling: Pooling,
+    observation: Observation,
+    version: WeightVersion | None = None,
 ) -> npt.NDArray[np.float32]:
     """See `Engine.embed`."""
     outputs = OutputStream(
-        engine, lambda on_output: engine.submit_embedding(prompt_ids, pooling, on_output, observation)
+        engine, lambda on_output: engine.submit_embedding(prompt_ids, pooling, on_output, observation, version)
     )
     async with aclosing(outputs):
         return _embedding(await anext(outputs))
@@ -128,6 +144,7 @@ def generate(
     max_in_flight: int,
     watch: Callable[[int, RequestOutput], None] | None = None,
     constraint: CompiledGrammar | None = None,
+    version: WeightVersion | None = None,
 ) -> list[Generation]:
     """See `Engine.generate`."""
     per_prompt = [params] * len(prompts_ids) if isinstance(params, SamplingParams) else list(params)
@@ -138,7 +155,7 @@ def generate(
         )
 
     def submit(index: int, on_output: OutputCallback) -> int:
-        return engine.submit(prompts_ids[index], per_prompt[index], on_output, observation, constraint)
+        return engine.submit(prompts_ids[index], per_prompt[index], on_output, observation, constraint, version)
 
     return [_collect(parts) for parts in _run_all(engine, len(prompts_ids), submit, max_in_flight, watch)]
 
@@ -150,11 +167,12 @@ async def generate_async(
     observation: Observation,
     max_in_flight: int,
     constraint: CompiledGrammar | None = None,
+    version: WeightVersion | None = None,
 ) -> list[Generation]:
     """See `Engine.generate_async`."""
 
     async def answer(prompt_ids: Sequence[int]) -> Generation:
-        async with aclosing(stream(engine, prompt_ids, params, observation, constraint)) as outputs:
+        async with aclosing(stream(engine, prompt_ids, params, observation, constraint, version)) as outputs:
             return _collect([output async for output in outputs])
 
     return await _each(prompts_ids, answer, max_in_flight)

@@ -43,6 +43,7 @@ from amalgam.planning.use import Use, use_of_tally
 from amalgam.planning.writing import rules_of
 from amalgam.runtime.changes import RemapResult
 from amalgam.runtime.served import shared_weights
+from amalgam.runtime.versions import VersionBook
 
 logger = logging.getLogger("amalgam.autoplan")
 
@@ -64,6 +65,8 @@ class Served(Protocol):
     def engine(self) -> Engine: ...
     @property
     def version(self) -> WeightVersion: ...
+    @property
+    def versions(self) -> VersionBook: ...
     @property
     def live_versions(self) -> Sequence[WeightVersion]: ...
     def adopt(self, loaded: LoadedVersion, rules: tuple[Rule, ...], version_id: int) -> RemapResult: ...
@@ -353,7 +356,7 @@ class Autoplan:
         loader, problem = self._deployment.loader, self._proposer.problem
         rules = build_rules(rules_of(loader, problem, candidate.choice))
         throttle = Throttle(self.settings.max_share, self._check, self._is_closing.wait)
-        loaded = loader.build(loader.plan(rules), version.version_id + 1, version, throttle)
+        loaded = loader.build(loader.plan(rules), self._deployment.versions.next_id(), version, throttle)
         shadowed = self._shadow(loader, version, loaded.version, reference, windows, throttle)
         look.decision = replace(look.decision, shadowed=shadowed)
         verdict = following.after_shadowing(shadowed, limits, is_frozen=self._is_frozen)

@@ -1,21 +1,80 @@
-"""What a change of the weights did, and the latest attempts to make one.
+"""What a change of the weights asks for, what it did, and the latest attempts to make one.
 
-In: two weight versions. Out: records. Must never know: how a version is built.
+In: mappings and rules. Out: rules, records. Must never know: how a version is built, tensors.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from amalgam.base.clock import Clock
-from amalgam.errors import describe
-
-if TYPE_CHECKING:
-    from amalgam.models.weights import WeightVersion
+from amalgam.config.settings import Rule, build_rules
+from amalgam.errors import PlanError, RequestError, describe
 
 MAX_REMAPS = 256  # that are remembered
+
+
+@dataclass(frozen=True)
+class ChangeRequest:
+    """What a change of the weights asks for: a mapping, a whole set of rules, the files as they are now, or a version.
+
+    Attributes:
+        mapping: pattern → source: rules that are added to the current ones, or replace those of the same patterns; None
+            instead of a source removes the rule.
+        rules: all that hold from now on.
+        is_reload: the current rules, of the files as they are now.
+        version: to go back to, by name or id: itself if it is still in memory, otherwise what its rules give now.
+        name: what the version is called; None: new requests start on it.
+
+    Raises:
+        RequestError: not exactly one of the four is asked for.
+    """
+
+    mapping: Mapping[str, str | None] | None = None
+    rules: tuple[Rule, ...] | None = None
+    is_reload: bool = False
+    version: str | int | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        given = {
+            "weight_mapping": self.mapping is not None,
+            "rules": self.rules is not None,
+            "reload": self.is_reload,
+            "version": self.version is not None,
+        }
+        if sum(given.values()) != 1:
+            found = " and ".join(name for name, is_given in given.items() if is_given) or "none"
+            raise RequestError(f"Of {', '.join(given)} there is {found}.", remedy="Give exactly one of them.")
+
+    def rules_after(self, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+        """The rules that it makes of those that hold now; a change to a version keeps them.
+
+        Raises:
+            PlanError: the mapping is empty, or there is no rule to remove.
+        """
+        if self.rules is not None:
+            return self.rules
+        rules = tuple(rules)
+        return rules if self.mapping is None else merged(rules, self.mapping)
+
+
+def merged(rules: tuple[Rule, ...], mapping: Mapping[str, str | None]) -> tuple[Rule, ...]:
+    """Rules with those of a mapping behind them, in place of those of the same patterns; None removes.
+
+    Raises:
+        PlanError: the mapping is empty, or there is no rule to remove.
+    """
+    if not mapping:
+        raise PlanError("weight_mapping is empty.", remedy="Give at least one name or pattern and its source.")
+    known = {rule.pattern for rule in rules}
+    for pattern, source in mapping.items():
+        if source is None and pattern not in known:
+            raise PlanError(f"There is no rule {describe(pattern)} to remove.", remedy="GET /weights tells the rules.")
+    added = build_rules({pattern: source for pattern, source in mapping.items() if source is not None})
+    return (*(rule for rule in rules if rule.pattern not in mapping), *added)
 
 
 @dataclass(frozen=True)
@@ -56,23 +115,6 @@ class RemapRecord:
     loaded_bytes: int
     seconds: float
     error: str | None = None  # why it changed nothing
-
-
-def changed_weights(before: WeightVersion, after: WeightVersion) -> list[WeightChange]:
-    """The weights of `after` that are not those of `before`."""
-    return [
-        WeightChange(
-            after.origins[slot].name,
-            before.origins[slot].source,
-            after.origins[slot].source,
-            before.origins[slot].format,
-            after.origins[slot].format,
-            before[slot].nbytes,
-            after[slot].nbytes,
-        )
-        for slot in after.keys
-        if after.keys[slot] != before.keys[slot]
-    ]
 
 
 class RemapLog:

@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.manifest import plan_manifest
-from amalgam.config.settings import Rule, Settings, build_rules
+from amalgam.composition.progress import Progress
+from amalgam.config.settings import Rule, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults
-from amalgam.errors import ConflictError, PlanError, UnavailableError
+from amalgam.errors import ConflictError, UnavailableError, VersionNotFoundError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion, manifest
 from amalgam.planning.following import Proposer
 from amalgam.runtime.autoplan import Autoplan
-from amalgam.runtime.changes import RemapLog, RemapRecord, RemapResult, changed_weights
+from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapResult
 from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections
-from amalgam.runtime.served import ServedWeights
+from amalgam.runtime.preview import Contents, changed_weights
+from amalgam.runtime.served import ServedWeights, shared_weights
 from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.statistics import ExpertStatistics
+from amalgam.runtime.versions import VersionBook, as_id
 from amalgam.text.tokenizer import Tokenizer
 
 MAX_UNDOS = 64
@@ -40,6 +41,7 @@ class Deployment:
     Attributes:
         statistics: which experts the traffic uses; None where nothing is counted.
         autoplan: gives it other weights when the traffic changes, once it is started; None where that is not wanted.
+        versions: the weight versions that requests can run on.
         defaults: how the model is sampled where a request says nothing.
         loaded_seconds: what reading its first weights took.
     """
@@ -61,22 +63,26 @@ class Deployment:
         self.engine = engine
         self.tokenizer = tokenizer
         self.loaded_seconds = loaded.seconds
-        self._served = ServedWeights(loader, loaded.version, self.configured_rules)
+        self.versions = VersionBook(ServedWeights(loader, loaded.version, self.configured_rules), engine)
         self._changing, self._hashing = threading.Lock(), threading.Lock()
         self._remaps = RemapLog()
         self._is_closing = threading.Event()
-        self._earlier_rules: deque[tuple[Rule, ...]] = deque(maxlen=MAX_UNDOS)  # the latest last
+        self._earlier_rules: list[tuple[Rule, ...]] = []  # those that were in use, the latest last
+        self._earlier_versions: list[int] = []  # those that new requests started on, the latest last
+        self._rules_by_version = {loaded.version.version_id: self.configured_rules}
         self._tracker = tracker
         self._speculation = speculation
         self.statistics = (
             None if tracker is None else ExpertStatistics(tracker, lambda: self.version, model=self.model_name)
         )
-        self._alive: WeakSet[WeightVersion] = WeakSet([loaded.version])
-        self._alive_lock = threading.Lock()  # a set that grows while it is read raises
         self.autoplan: Autoplan | None = None
         if proposer is not None and tracker is not None:
             self.autoplan = Autoplan(self, tracker, proposer)
             engine.on_ended = self.autoplan.ring.add
+
+    @property
+    def _served(self) -> ServedWeights:
+        return self.versions.current
 
     @property
     def spec(self) -> ModelSpec:
@@ -84,7 +90,7 @@ class Deployment:
 
     @property
     def version(self) -> WeightVersion:
-        """The newest weight version, which new requests start on."""
+        """The weight version that new requests start on."""
         return self._served.version
 
     @property
@@ -93,9 +99,8 @@ class Deployment:
 
     @property
     def live_versions(self) -> list[WeightVersion]:
-        """The newest weight version, and those that requests in flight have begun with."""
-        with self._alive_lock:
-            return list(self._alive)
+        """The weight versions in memory: what new requests start on, what is kept, what requests have begun with."""
+        return self.versions.versions
 
     @property
     def loader(self) -> ModelLoader:
@@ -125,23 +130,39 @@ class Deployment:
     def model_name(self) -> str:
         return self.settings.model.name or self._served.loader.base_folder.name
 
-    def update_weight_mapping(self, mapping: Mapping[str, str]) -> RemapResult:
-        """Add rules (name or pattern → source), build a new version and let new requests start on it.
+    def version_for(self, weights: str | int | None = None) -> WeightVersion:
+        """The weight version that a request runs on.
 
-        Requests in flight finish on their version. A rule for a pattern that has one already replaces it. Blocking.
+        Args:
+            weights: a name or an id that it asks for; None: what new requests start on.
+
+        Raises:
+            VersionNotFoundError: there is none, or it takes no new requests.
+        """
+        return self.version if weights is None else self.versions.find(weights).version
+
+    def change(self, request: ChangeRequest, progress: Progress | None = None) -> RemapResult:
+        """Make another version and let new requests start on it, or give it a name. Blocking.
+
+        Requests in flight finish on their version.
+
+        Args:
+            progress: called while weights are read; what it raises ends the change, and nothing has changed.
 
         Raises:
             ConflictError: another change is under way.
-            PlanError, CheckpointError: the mapping cannot be fulfilled; nothing has changed.
+            VersionNotFoundError: nobody knows the version that is to come back.
+            PlanError, CheckpointError: the change cannot be made; nothing has changed.
         """
-        if not mapping:
-            raise PlanError("weight_mapping is empty.", remedy="Give at least one name or pattern and its source.")
-        added = build_rules(mapping)
         with self._change() as served:
-            kept = (rule for rule in served.rules if rule.pattern not in mapping)
-            result = self._go_live(served.loader, (*kept, *added))
-            self._earlier_rules.append(served.rules)
-            return result
+            return self._make(request, served, progress)
+
+    def update_weight_mapping(self, mapping: Mapping[str, str | None]) -> RemapResult:
+        """Add rules (name or pattern → source), build a new version and let new requests start on it.
+
+        A rule for a pattern that has one already replaces it; None removes it. Otherwise as `change`.
+        """
+        return self.change(ChangeRequest(mapping=mapping))
 
     def adopt(self, loaded: LoadedVersion, rules: tuple[Rule, ...], version_id: int) -> RemapResult:
         """Let new requests start on a version that was built beside the one in use.
@@ -159,9 +180,7 @@ class Deployment:
                     f"Weight version {version_id} is not in use any more: {served.version.version_id} is.",
                     remedy="The change is given up.",
                 )
-            result = self._go_live(served.loader, rules, loaded)
-            self._earlier_rules.append(served.rules)
-            return result
+            return self._go_live(ServedWeights(served.loader, loaded.version, rules), loaded, time.monotonic())
 
     def undo_weight_mapping(self, version_id: int) -> RemapResult:
         """Go back to the rules before the latest `update_weight_mapping`. Blocking.
@@ -184,19 +203,34 @@ class Deployment:
                     "No change of the weight mapping is left to undo.",
                     remedy=f"The last {MAX_UNDOS} changes since the start can be taken back, one after the other.",
                 )
-            result = self._go_live(served.loader, self._earlier_rules[-1])
-            self._earlier_rules.pop()
+            result = self._make(ChangeRequest(rules=self._earlier_rules[-1]), served)
+            del self._earlier_rules[-2:]  # the ones that have come back, and the ones that are left
             return result
 
     def reload_weights(self) -> RemapResult:
         """Build a new version under the same rules from the files as they are now; unchanged weights are shared.
 
+        Otherwise as `change`.
+        """
+        return self.change(ChangeRequest(is_reload=True))
+
+    def rollback(self, version: str | int | None = None) -> RemapResult:
+        """Let new requests start on an earlier version again: itself if it is still in memory, otherwise its rules.
+
+        Args:
+            version: None: the one before the current one. Otherwise as `change`.
+
         Raises:
-            ConflictError: another change is under way.
-            PlanError, CheckpointError: the files do not fit any more; nothing has changed.
+            ConflictError: there is none before.
         """
         with self._change() as served:
-            return self._go_live(served.loader.reopen(), served.rules)
+            if version is None:
+                if not self._earlier_versions:
+                    raise ConflictError("There is no earlier version to go back to.", remedy="Name one that is kept.")
+                result = self._make(ChangeRequest(version=self._earlier_versions[-1]), served)
+                del self._earlier_versions[-2:]  # the one that has come back, and the one that is left
+                return result
+            return self._make(ChangeRequest(version=version), served)
 
     def planned_bytes(self, mapping: Mapping[str, str]) -> tuple[int, int]:
         """What the named weights take now, and what they would take from the given sources. Reads headers.
@@ -269,6 +303,7 @@ class Deployment:
         self.engine.stop()
         if self._tracker is not None:
             self._tracker.close()
+        self.versions.close()
 
     def _unless_closing(self, what: str, done: int, total: int) -> None:
         """A `Progress` that ends long work when nobody wants it any more."""
@@ -289,29 +324,72 @@ class Deployment:
         finally:
             self._changing.release()
 
+    def _make(self, request: ChangeRequest, served: ServedWeights, progress: Progress | None = None) -> RemapResult:
+        """Fulfil a request, beside nothing else that changes the weights."""
+        started = time.monotonic()
+        loader, rules = served.loader, request.rules_after(served.rules)
+        if request.version is not None:
+            found = self._alive(request.version)
+            if found is not None:
+                return self._go_live(found, None, started, request.name)
+            rules = self._rules_of(request.version)
+        if request.is_reload:
+            loader = loader.reopen()
+        planned = loader.plan(rules)
+        others = [live.version for live in self.versions.live() if live.version is not served.version]
+        shared = shared_weights(planned, served.version, *others)
+
+        def step(what: str, done: int, total: int) -> None:
+            self._unless_closing(what, done, total)
+            if progress is not None:
+                progress(what, done, total)
+
+        loaded = loader.build(planned, self.versions.next_id(), shared, step)
+        return self._go_live(ServedWeights(loader, loaded.version, rules), loaded, started, request.name)
+
     def _go_live(
-        self, loader: ModelLoader, rules: tuple[Rule, ...], loaded: LoadedVersion | None = None
+        self, served: ServedWeights, loaded: LoadedVersion | None, started: float, name: str | None = None
     ) -> RemapResult:
-        started, before = time.monotonic(), self.version
-        if loaded is None:
-            loaded = loader.build(loader.plan(rules), before.version_id + 1, before, self._unless_closing)
-        after = loaded.version
-        changed = changed_weights(before, after)
-        self.engine.set_version(after)
-        self._served = ServedWeights(loader, after, rules)
-        with self._alive_lock:
-            self._alive.add(after)
-        if self._speculation is not None:
-            self._speculation.follow(loader, rules, after, self._unless_closing)
+        """
+        Args:
+            loaded: what making it took; None: it was there.
+            name: what it is called from now on; None: new requests start on it.
+        """
+        before, after = self._served, served.version
+        changed = changed_weights(Contents.of(before.version), Contents.of(after))
+        if name is None:
+            self.versions.make_current(served)
+            if after is not before.version:
+                self._earlier_versions = [*self._earlier_versions, before.version_id][-MAX_UNDOS:]
+            if served.rules != before.rules:
+                self._earlier_rules = [*self._earlier_rules, before.rules][-MAX_UNDOS:]
+            if self._speculation is not None:
+                self._speculation.follow(served.loader, served.rules, after, self._unless_closing)
+                self.versions.has_freed()
+        else:
+            self.versions.name(name, served)
+        self._rules_by_version[after.version_id] = served.rules
         result = RemapResult(
             version=after.version_id,
             previous_version=before.version_id,
             fingerprint=after.fingerprint,
             changed=changed,
-            num_loaded=loaded.num_loaded,
-            loaded_bytes=loaded.loaded_bytes,
-            shared_bytes=loaded.shared_bytes,
+            num_loaded=0 if loaded is None else loaded.num_loaded,
+            loaded_bytes=0 if loaded is None else loaded.loaded_bytes,
+            shared_bytes=after.nbytes if loaded is None else loaded.shared_bytes,
             seconds=time.monotonic() - started,
         )
         self._remaps.add(result)
         return result
+
+    def _alive(self, version: str | int) -> ServedWeights | None:
+        version_id = as_id(version)
+        return self.versions.find(version) if version_id is None else self.versions.alive(version_id)
+
+    def _rules_of(self, version: str | int) -> tuple[Rule, ...]:
+        rules = self._rules_by_version.get(as_id(version) or 0)
+        if rules is None:
+            raise VersionNotFoundError(
+                f"Nobody knows weight version {version}.", remedy="GET /weights/changes tells of earlier ones."
+            )
+        return rules

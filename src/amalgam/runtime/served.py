@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from amalgam.composition.loader import ModelLoader
@@ -21,6 +22,11 @@ class ServedWeights:
     loader: ModelLoader
     version: WeightVersion
     rules: tuple[Rule, ...]
+    created_at: float = field(default_factory=time.time)  # Unix seconds
+
+    @property
+    def version_id(self) -> int:
+        return self.version.version_id
 
     @property
     def spec(self) -> ModelSpec:

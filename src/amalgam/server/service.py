@@ -63,12 +63,14 @@ REFUSALS = (
     Status.FAILED.value,
     "unavailable",
     "conflict",
+    "out_of_memory",
     "invalid_plan",
     "invalid_checkpoint",
     "invalid_config",
     "non_finite_logits",
     "not_found",
     "model_not_found",
+    "version_not_found",
     "method_not_allowed",
     "internal_error",
 )
@@ -298,6 +300,21 @@ class Service:
     def model_names(self) -> tuple[str, ...]:
         """The names under which the model can be asked for; answers bear the first."""
         return self.settings.server.served_model_names or (self.model_name,)
+
+    def choose_weights(self, weights: str | int | None) -> int:
+        """Give a request the weight version that it asks for, for all that is computed of it; returns its id.
+
+        Args:
+            weights: a name or an id; None: what new requests start on now.
+
+        Raises:
+            VersionNotFoundError: there is none, or it takes no new requests.
+            UnavailableError: see `deployment`.
+        """
+        version = self.deployment.version_for(weights)
+        if (record := current_record.get()) is not None:
+            record.weights, record.weight_version = version, version.version_id
+        return version.version_id
 
     def check_model(self, name: str | None) -> str:
         """The name that an answer bears.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from amalgam.models.weights import WeightVersion
     from amalgam.text.grammar import CompiledGrammar
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class _WatchedEngine:
         params: SamplingParams,
         observation: Observation,
         constraint: CompiledGrammar | None = None,
+        version: WeightVersion | None = None,
     ) -> OutputStream:
         """See `Engine.stream`.
 
@@ -72,20 +74,25 @@ class _WatchedEngine:
         """
         record = current_record.get()
         if record is None:
-            return self._engine.stream(prompt_ids, params, observation, constraint)
+            return self._engine.stream(prompt_ids, params, observation, constraint, version)
         params, observation = _with_priority(record, params), _with_arrival(record, observation)
-        outputs = self._engine.stream(prompt_ids, params, observation, constraint)
+        outputs = self._engine.stream(prompt_ids, params, observation, constraint, version or record.weights)
         _note_prompt(record, prompt_ids)
         return _WatchedStream(outputs, record)
 
     async def embed(
-        self, prompt_ids: Sequence[int], pooling: Literal["mean", "last"], observation: Observation
+        self,
+        prompt_ids: Sequence[int],
+        pooling: Literal["mean", "last"],
+        observation: Observation,
+        version: WeightVersion | None = None,
     ) -> npt.NDArray[np.float32]:
         """See `Engine.embed`."""
         record = current_record.get()
         if record is None:
-            return await self._engine.embed(prompt_ids, pooling, observation)
-        result = self._engine.embed(prompt_ids, pooling, _with_arrival(record, observation))
+            return await self._engine.embed(prompt_ids, pooling, observation, version)
+        version = version or record.weights
+        result = self._engine.embed(prompt_ids, pooling, _with_arrival(record, observation), version)
         is_taken = True
         try:
             return await _in_time(record, result)

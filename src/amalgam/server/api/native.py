@@ -23,7 +23,7 @@ from amalgam.engine.params import (
 )
 from amalgam.engine.request import Observation, RequestOutput, Usage
 from amalgam.errors import RequestError
-from amalgam.server.api.common import MAX_INT, CommonSampling
+from amalgam.server.api.common import MAX_INT, CommonSampling, WeightsField
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.generation import Completion, complete, complete_all, stream_events
 from amalgam.server.http.access import unless_client_leaves
@@ -68,7 +68,7 @@ class SamplingFields(SamplerFields):
         return SamplingParams(**self.given(SamplingFields)).over(defaults)
 
 
-class ObservedFields(SamplingFields):
+class ObservedFields(SamplingFields, WeightsField):
     domain: str | None = Field(default=None, min_length=1, max_length=64)
     """A label under which the expert statistics count this request apart."""
     routed_experts: bool = False
@@ -174,6 +174,7 @@ async def generate(
 ) -> GenerateAnswer | Response:
     """Continue one prompt."""
     params, observation = body.sampling_params(service.default_params), body.observation()
+    service.choose_weights(body.weights)
 
     async def answer() -> GenerateAnswer | Response:
         [prompt_ids] = await service.encode([body.prompt])
@@ -204,6 +205,7 @@ async def batch_generate(
     if len(body.prompts) > limit:
         raise RequestError(f"prompts has {len(body.prompts)} entries.", remedy=f"Allowed: at most {limit}.")
     params, observation = body.sampling_params(service.default_params), body.observation()
+    service.choose_weights(body.weights)
 
     async def answer() -> list[Completion]:
         prompts_ids = await service.encode(body.prompts)

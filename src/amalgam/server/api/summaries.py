@@ -18,7 +18,7 @@ from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Observation, Usage
 from amalgam.errors import RequestError
 from amalgam.server.api.chats import encode_chat
-from amalgam.server.api.common import MAX_INT, ToolUse
+from amalgam.server.api.common import MAX_INT, ToolUse, WeightsField
 from amalgam.server.api.native import SamplerFields
 from amalgam.server.api.variables import template_variables
 from amalgam.server.dependencies import Admission, ServiceArgument
@@ -48,7 +48,7 @@ router = APIRouter(route_class=StrictRoute, tags=["native"])
 Watch = Callable[[int, int], None]  # prompts answered, prompts known of so far
 
 
-class SummarizeBody(SamplerFields):
+class SummarizeBody(SamplerFields, WeightsField):
     text: Annotated[str, Field(min_length=1)]
     """The document."""
     chunk_tokens: int = Field(default=CHUNK_TOKENS, ge=MIN_CHUNK_TOKENS, le=MAX_INT)
@@ -103,7 +103,7 @@ class SummarizeAnswer(BaseModel):
     total_tokens: int
     timings: SummaryTimings
     weight_version: int
-    """The newest that answered."""
+    """The one that answered all of them."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -125,6 +125,7 @@ async def summary_of(
         OverloadedError: the queue is full, or there is no room for the first chunk.
     """
     started = time.monotonic()
+    service.choose_weights(body.weights)
     check_sizes(body.chunk_tokens, body.overlap_tokens)
     max_tokens = service.deployment.engine.max_prompt_tokens
     if body.chunk_tokens + body.max_summary_tokens > max_tokens:

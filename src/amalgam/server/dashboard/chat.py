@@ -40,6 +40,7 @@ async def chat(body: ChatBody, request: Request, service: ServiceArgument, reque
     """Go on with a conversation, as the model's chat template has it."""
     params = replace(body.sampling_params(service.default_params), continues_prompt=False)
     observation = body.observation()
+    service.choose_weights(body.weights)
 
     async def answer() -> Response:
         [prompt_ids] = await service.encode([ChatPrompt([message.model_dump() for message in body.messages])])

@@ -30,6 +30,7 @@ from amalgam.server.http.shapes import id_headers
 CLIENT_LEFT = 499  # nginx's status for a request whose client closed the connection
 MAX_PATH_CHARS = 200
 PROBES = ("/health", "/ready", "/metrics")  # which machines ask every few seconds
+VERSION_HEADER = b"x-amalgam-weight-version"
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 SHORTAGE_SECONDS = 60
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -80,6 +81,8 @@ class AccessLog:
                 record.status = message["status"]
                 ids = [(name, record.request_id.encode()) for name in id_headers(scope)]
                 message["headers"] = [*message.get("headers", ()), *ids]
+                if record.weight_version is not None:
+                    message["headers"].append((VERSION_HEADER, str(record.weight_version).encode()))
             await send(message)
 
         try:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -46,7 +47,8 @@ class RequestRecord:
     first_token_seconds: float | None = None
     queue_seconds: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
-    weight_version: int | None = None
+    weights: Any = None  # the weight version that it has chosen, for the engine
+    weight_version: int | None = None  # its id
     traceparent: str = ""  # of W3C Trace Context, as it came
     tracestate: str = ""
     charge: Callable[[int], None] | None = None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from amalgam.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TEMPERATURE
-from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, MAX_PARTS
+from amalgam.server.api.common import MAX_INT, MAX_MESSAGES, MAX_PARTS, WeightsField
 from amalgam.server.http.body import Body
 
 MAX_TOOLS = 1024
@@ -213,7 +213,7 @@ class PromptBody(Body):
     speed: Literal["standard"] = "standard"
 
 
-class MessagesBody(PromptBody):
+class MessagesBody(PromptBody, WeightsField):
     max_tokens: int = Field(ge=1, le=MAX_INT)
     """Most tokens to generate; less if prompt and answer would exceed the model's sequence length."""
     stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] = Field(

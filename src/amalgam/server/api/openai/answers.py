@@ -26,7 +26,7 @@ class Head:
     kind: str  # `chat.completion.chunk`
     prefix: str  # of the id
     model: str
-    version: int  # the weight version that new requests get
+    version: int  # the weight version that answers
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -195,11 +195,12 @@ async def create_chat_completion(
     conversation = Conversation(
         prompt, use, params, body.n, observation, body.grammar(), max_thinking=body.max_thinking
     )
+    version_id = service.choose_weights(body.weights)
 
     async def answer() -> Response:
         started = await start(service, conversation)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        head = Head(kind, "chatcmpl", model, service.deployment.version_id)
+        head = Head(kind, "chatcmpl", model, version_id)
         answering = _Answering(body, head, tokenizer, use, started)
         if body.stream:
             return stream_of(service, started.choices, answering.events(), request_id)

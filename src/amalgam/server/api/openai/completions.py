@@ -90,6 +90,7 @@ async def create_completion(
     params = body.sampling_params(
         service, max_new_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=body.scored
     )
+    version_id = service.choose_weights(body.weights)
 
     async def answer() -> Response:
         limit = service.settings.server.max_batch_prompts
@@ -100,7 +101,7 @@ async def create_completion(
         wanted = Wanted(params, body.n, body.observation(wants_trace=body.routed_experts), constraint)
         deployment = service.deployment
         echoes = await _echoes(deployment.tokenizer, body, prompts_ids)
-        head = Head("text_completion", "cmpl", model, deployment.version_id)
+        head = Head("text_completion", "cmpl", model, version_id)
         choices = await Choices.submit(deployment.engine, prompts_ids, wanted, service.max_batch_in_flight)
         answering = _Answering(body, head, deployment.tokenizer, prompts_ids, echoes)
         if body.stream:

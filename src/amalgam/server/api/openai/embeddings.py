@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from amalgam.engine.request import Observation
 from amalgam.errors import RequestError
+from amalgam.server.api.common import WeightsField
 from amalgam.server.api.openai.documents import EmbeddingAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import ModelField
 from amalgam.server.api.openai.prompts import Prompts, encode_prompts
@@ -34,7 +35,7 @@ MAX_INPUTS = 2048  # as OpenAI has it
 router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErrorAnswer.RESPONSES)
 
 
-class EmbeddingBody(ModelField):
+class EmbeddingBody(ModelField, WeightsField):
     input: Prompts
     """A text, a list of texts, token ids, or a list of such lists."""
     encoding_format: Literal["float", "base64"] = "float"
@@ -55,6 +56,7 @@ class EmbeddingBody(ModelField):
 async def create_embeddings(body: EmbeddingBody, request: Request, service: ServiceArgument) -> Response:
     """Vectors of texts."""
     model = body.check_model(service)
+    service.choose_weights(body.weights)
 
     async def answer() -> Response:
         prompts_ids = await encode_prompts(

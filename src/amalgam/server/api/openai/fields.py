@@ -20,7 +20,7 @@ from amalgam.engine.params import (
 )
 from amalgam.engine.request import Observation
 from amalgam.errors import RequestError, describe
-from amalgam.server.api.common import MAX_INT, CommonSampling, neutral_defaults
+from amalgam.server.api.common import MAX_INT, CommonSampling, WeightsField, neutral_defaults
 from amalgam.server.api.openai.refusing import Refused, RefusingBody
 from amalgam.server.http.body import Body
 from amalgam.server.service import Service
@@ -141,7 +141,7 @@ class ModelField(RefusingBody):
         return service.check_model(self.model)
 
 
-class SamplerFields(CommonSampling, ModelField):
+class SamplerFields(CommonSampling, ModelField, WeightsField):
     """How to sample. The defaults are those of the model's `generation_config.json`, and else OpenAI's."""
 
     temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)

@@ -38,7 +38,6 @@ _NOT_STORED = Refused("Nothing is stored here.", (False,))
 _NO_CODE = "A request cannot bring code or templates along."
 
 REFUSED: Mapping[str, Refused] = {
-    "weights": Refused("The name is reserved for choosing a weight version."),
     "service_tier": Refused("There is one tier.", ("auto", "default")),
     "prediction": Refused("Predicted outputs are not used."),
     "moderation": Refused("Nothing is moderated."),

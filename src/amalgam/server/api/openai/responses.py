@@ -186,10 +186,11 @@ async def create_response(
     text_format = None if body.text is None else body.text.format
     grammar = None if text_format is None else text_format.grammar()
     conversation = Conversation(prompt, use, params, 1, body.observation(), grammar)
+    version_id = service.choose_weights(body.weights)
 
     async def answer() -> Response:
         started = await start(service, conversation)
-        answering = _Answering(body, model, service.deployment.version_id, params, tokenizer, started)
+        answering = _Answering(body, model, version_id, params, tokenizer, started)
         if body.stream:
             return EventStream(
                 started.choices,

@@ -1,0 +1,162 @@
+"""What versions hold, in what they differ, and what a change of the weights would take. Nothing is loaded.
+
+In: versions, planned weights. Out: differences, bytes, seconds. Must never know: requests, HTTP.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from amalgam.composition.loader import ModelLoader
+from amalgam.composition.planned import PlannedWeight
+from amalgam.config.settings import Rule
+from amalgam.engine.memory import available_bytes
+from amalgam.errors import OutOfMemoryError
+from amalgam.models.weights import Origin, WeightVersion, fingerprint
+from amalgam.runtime.changes import WeightChange
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a version holds or would hold, by slot.
+
+    Attributes:
+        keys: equal ones stand for the same bytes.
+        sizes: bytes in memory; of a version that is not built, as they are expected.
+    """
+
+    origins: Mapping[str, Origin]
+    keys: Mapping[str, tuple[Any, ...]]
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, version: WeightVersion) -> Self:
+        return cls(version.origins, version.keys, {slot: version[slot].nbytes for slot in version.keys})
+
+    @classmethod
+    def planned(cls, planned: Iterable[PlannedWeight]) -> Self:
+        weights = {weight.slot.name: weight for weight in planned}
+        return cls(
+            {slot: weight.origin for slot, weight in weights.items()},
+            {slot: weight.key for slot, weight in weights.items()},
+            {slot: weight.memory_bytes for slot, weight in weights.items()},
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.origins, self.keys)
+
+    @property
+    def bytes_by_format(self) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for slot, origin in self.origins.items():
+            found[origin.format] += self.sizes[slot]
+        return dict(found)
+
+
+def changed_weights(before: Contents, after: Contents) -> list[WeightChange]:
+    """The weights of `after` that are not those of `before`."""
+    return [
+        WeightChange(
+            after.origins[slot].name,
+            before.origins[slot].source,
+            after.origins[slot].source,
+            before.origins[slot].format,
+            after.origins[slot].format,
+            before.sizes[slot],
+            after.sizes[slot],
+        )
+        for slot in after.keys
+        if after.keys[slot] != before.keys[slot]
+    ]
+
+
+@dataclass(frozen=True)
+class ChangePlan:
+    """A change of the weights as it would be made now.
+
+    Attributes:
+        rules: that would hold.
+        version: that is in memory and would come back; None: one would be built.
+        changed: weights that differ from the current version's.
+        num_loaded: weights that no version in memory has.
+        read_bytes: of their files.
+        new_bytes: of memory that they would take; pages of the packed cache are none.
+        shared_bytes: of those that are there already.
+        peak_bytes: of memory that would be taken at most while they are loaded.
+        available_bytes: of memory that can be taken.
+        seconds: that it would take, as fast as weights were loaded so far.
+    """
+
+    rules: tuple[Rule, ...]
+    version: int | None
+    previous_version: int
+    fingerprint: str
+    changed: Sequence[WeightChange]
+    num_loaded: int
+    read_bytes: int
+    new_bytes: int
+    shared_bytes: int
+    peak_bytes: int
+    available_bytes: int
+    seconds: float
+
+    @property
+    def has_room(self) -> bool:
+        return self.peak_bytes <= self.available_bytes
+
+    def check_room(self) -> None:
+        """
+        Raises:
+            OutOfMemoryError: there is none.
+        """
+        if not self.has_room:
+            raise OutOfMemoryError(
+                f"The new weights take {self.peak_bytes} bytes of memory while they are loaded, and "
+                f"{self.available_bytes} are available.",
+                remedy="Change fewer weights at a time, choose smaller formats, or let go of versions that are kept.",
+            )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What loading some weights takes.
+
+    Attributes:
+        read_bytes, new_bytes, peak_bytes: as in `ChangePlan`.
+    """
+
+    num_weights: int
+    read_bytes: int
+    new_bytes: int
+    peak_bytes: int
+
+    @classmethod
+    def of(cls, loader: ModelLoader, planned: Sequence[PlannedWeight], shared: WeightVersion, num_threads: int) -> Self:
+        """
+        Args:
+            shared: what need not be loaded.
+            num_threads: that load at a time.
+        """
+        missing = [weight for weight in planned if weight.slot.name not in shared.keys]
+        new_bytes = sum(weight.memory_bytes for weight in missing if not loader.maps(weight.format))
+        beside = sorted((_bytes_beside(weight) for weight in missing), reverse=True)[:num_threads]
+        read_bytes = sum(weight.stored.nbytes for weight in missing)
+        return cls(len(missing), read_bytes, new_bytes, new_bytes + sum(beside))
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes of memory that new weights can take."""
+    return available_bytes(device)
+
+
+def _bytes_beside(weight: PlannedWeight) -> int:
+    """What a thread takes beside the packed weight while it loads it: the stored one, and wide where it is changed."""
+    is_changed = weight.quantize_to is not None or weight.is_expanded
+    wide_bytes = torch.Size(weight.slot.shape).numel() * torch.float32.itemsize if is_changed else weight.nbytes
+    return weight.stored.nbytes + wide_bytes

@@ -1,0 +1,338 @@
+"""The book of weight versions: which ones requests can run on, under which names, and when their memory goes back.
+
+In: versions as they are built, names, pins. Out: the version that a request asks for, and what is told of each. Must
+never know: how a version is built, HTTP.
+
+    current     new requests run on it unless they ask for another
+    pinned      kept until it is unpinned
+    named       kept as long as it has a name that requests can ask for
+    candidate   kept while it is tried
+    draining    nothing of these: only requests that have begun with it hold it
+
+When the last request of a draining version has ended, its weights are freed, one by one in a thread of its own so that
+no step waits for it, and the memory is given back to the system.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from amalgam.base.threads import StoppableThread
+from amalgam.engine.core import Engine
+from amalgam.engine.memory import return_free_memory
+from amalgam.errors import ConflictError, RequestError, VersionNotFoundError, describe
+from amalgam.models.weights import WeightVersion
+from amalgam.runtime.served import ServedWeights
+
+CURRENT = "current"  # what a request may ask for, too
+MAX_KEPT = 64  # versions beside the current one
+
+_NAME = re.compile(r"(?![0-9]+\Z)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class VersionState(StrEnum):
+    CURRENT = CURRENT
+    PINNED = "pinned"
+    NAMED = "named"
+    CANDIDATE = "candidate"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True)
+class LiveVersion:
+    """A version whose weights are in memory."""
+
+    served: ServedWeights
+    states: tuple[VersionState, ...]  # why it is kept; never empty
+    names: tuple[str, ...]
+    num_requests: int
+
+    @property
+    def version(self) -> WeightVersion:
+        return self.served.version
+
+    @property
+    def age_seconds(self) -> float:
+        return max(0.0, time.time() - self.served.created_at)
+
+
+class VersionBook:
+    """See above. Any thread."""
+
+    def __init__(self, first: ServedWeights, engine: Engine, free: Callable[[], None] = return_free_memory) -> None:
+        self._engine = engine
+        self._free = free
+        self._lock = threading.Lock()  # guards everything below
+        self._current = first
+        self._next_id = first.version_id + 1
+        self._pinned: dict[int, ServedWeights] = {}
+        self._named: dict[str, ServedWeights] = {}
+        self._candidates: dict[int, ServedWeights] = {}
+        self._draining: dict[int, ServedWeights] = {}
+        self._has_freed = False  # something else than a version
+        self._wake = threading.Event()
+        self._is_closed = False
+        self._janitor: StoppableThread | None = None
+        engine.on_left = self._left
+
+    @property
+    def current(self) -> ServedWeights:
+        """What new requests run on."""
+        return self._current
+
+    def next_id(self) -> int:
+        """An id that no version has had."""
+        with self._lock:
+            version_id = self._next_id
+            self._next_id += 1
+            return version_id
+
+    def make_current(self, served: ServedWeights) -> None:
+        """Let new requests run on a version; the one before drains unless it is kept for another reason."""
+        self._engine.set_version(served.version)
+        with self._lock:
+            before, self._current = self._current, served
+            self._draining.pop(served.version_id, None)
+            self._next_id = max(self._next_id, served.version_id + 1)
+            self._let_go(before)
+        self._settle()
+
+    def name(self, name: str, served: ServedWeights) -> None:
+        """Give a version a name that requests can ask for; one that another version had passes to it.
+
+        Raises:
+            RequestError: the name is not allowed, or too many versions are kept.
+        """
+        check_name(name)
+        self._engine.prepare(served.version)
+        with self._lock:
+            self._check_room(served)
+            before = self._named.get(name)
+            self._named[name] = served
+            self._draining.pop(served.version_id, None)
+            if before is not None:
+                self._let_go(before)
+        self._settle()
+
+    def remove_name(self, name: str) -> ServedWeights:
+        """Take a name away; its version drains unless it is kept for another reason.
+
+        Raises:
+            VersionNotFoundError: there is no such name.
+        """
+        with self._lock:
+            served = self._named.pop(name, None)
+            if served is None:
+                raise self._unknown(name)
+            self._let_go(served)
+        self._settle()
+        return served
+
+    def pin(self, version_id: int) -> ServedWeights:
+        """Keep a version that is alive until it is unpinned. Harmless when repeated.
+
+        Raises:
+            VersionNotFoundError: it is not alive.
+            RequestError: too many versions are kept.
+        """
+        with self._lock:
+            served = self._alive().get(version_id)
+            if served is None:
+                raise self._unknown(version_id)
+            self._check_room(served)
+            self._pinned[version_id] = served
+            self._draining.pop(version_id, None)
+        self._settle()
+        return served
+
+    def unpin(self, version_id: int) -> ServedWeights:
+        """Keep a version no longer, unless for another reason.
+
+        Raises:
+            VersionNotFoundError: it is not pinned.
+        """
+        with self._lock:
+            served = self._pinned.pop(version_id, None)
+            if served is None:
+                raise VersionNotFoundError(
+                    f"Weight version {version_id} is not pinned.",
+                    remedy=f"Pinned: {', '.join(map(str, self._pinned)) or 'none'}.",
+                )
+            self._let_go(served)
+        self._settle()
+        return served
+
+    def add_candidate(self, served: ServedWeights) -> None:
+        """Keep a version while it is tried.
+
+        Raises:
+            RequestError: too many versions are kept.
+        """
+        self._engine.prepare(served.version)
+        with self._lock:
+            self._check_room(served)
+            self._candidates[served.version_id] = served
+            self._draining.pop(served.version_id, None)
+        self._settle()
+
+    def remove_candidate(self, version_id: int) -> None:
+        """A version is tried no more. Harmless when repeated."""
+        with self._lock:
+            served = self._candidates.pop(version_id, None)
+            if served is not None:
+                self._let_go(served)
+        self._settle()
+
+    def find(self, weights: str | int) -> ServedWeights:
+        """The version that a request asks for, by a name or an id.
+
+        Raises:
+            VersionNotFoundError: there is none, or it only drains.
+        """
+        with self._lock:
+            if weights == CURRENT:
+                return self._current
+            if isinstance(weights, str) and weights in self._named:
+                return self._named[weights]
+            version_id = as_id(weights)
+            found = None if version_id is None else self._kept().get(version_id)
+            if found is None:
+                raise self._unknown(weights)
+            return found
+
+    def alive(self, version_id: int) -> ServedWeights | None:
+        """A version whose weights are in memory, draining ones too."""
+        with self._lock:
+            return self._alive().get(version_id)
+
+    def live(self) -> list[LiveVersion]:
+        """Every version whose weights are in memory: the current one first, then the newest."""
+        num_requests = self._engine.status().versions
+        with self._lock:
+            return [
+                LiveVersion(served, self._states(version_id), self._names(version_id), num_requests.get(version_id, 0))
+                for version_id, served in sorted(
+                    self._alive().items(), key=lambda item: (item[0] != self._current.version_id, -item[0])
+                )
+            ]
+
+    @property
+    def versions(self) -> list[WeightVersion]:
+        """All that are in memory, the current one first."""
+        with self._lock:
+            return [served.version for served in self._alive().values()]
+
+    def has_freed(self) -> None:
+        """Something else has let go of weights, whose memory is to go back to the system as well."""
+        self._has_freed = True
+        self._settle()
+
+    def close(self) -> None:
+        """End the thread that frees."""
+        self._is_closed = True
+        self._engine.on_left = None
+        self._wake.set()
+
+    def _kept(self) -> dict[int, ServedWeights]:
+        kept = [self._current, *self._pinned.values(), *self._named.values(), *self._candidates.values()]
+        return {served.version_id: served for served in kept}
+
+    def _alive(self) -> dict[int, ServedWeights]:
+        return self._kept() | self._draining
+
+    def _states(self, version_id: int) -> tuple[VersionState, ...]:
+        found = [
+            state
+            for state, holds in (
+                (VersionState.CURRENT, version_id == self._current.version_id),
+                (VersionState.PINNED, version_id in self._pinned),
+                (VersionState.NAMED, bool(self._names(version_id))),
+                (VersionState.CANDIDATE, version_id in self._candidates),
+            )
+            if holds
+        ]
+        return tuple(found) or (VersionState.DRAINING,)
+
+    def _names(self, version_id: int) -> tuple[str, ...]:
+        return tuple(name for name, served in self._named.items() if served.version_id == version_id)
+
+    def _check_room(self, served: ServedWeights) -> None:
+        kept = self._kept().keys() | {served.version_id}
+        if len(kept) > MAX_KEPT + 1:
+            raise ConflictError(
+                f"{MAX_KEPT} weight versions are kept beside the current one.", remedy="Unpin one, or remove a name."
+            )
+
+    def _let_go(self, served: ServedWeights) -> None:
+        if served.version_id not in self._kept():
+            self._draining[served.version_id] = served
+
+    def _unknown(self, weights: str | int) -> VersionNotFoundError:
+        known = [CURRENT, *self._named, *map(str, self._kept())]
+        if as_id(weights) in self._draining:
+            what = f"Weight version {weights} takes no new requests."
+        else:
+            what = f"There are no weights {describe(weights)}."
+        return VersionNotFoundError(what, remedy=f"Known: {', '.join(known)}.", param="weights")
+
+    def _settle(self) -> None:
+        """The engine hears what is kept, and what nobody needs any more is freed."""
+        with self._lock:
+            kept_ids = frozenset(self._kept()) - {self._current.version_id}
+            needs_janitor = bool(self._draining) or self._has_freed
+            if needs_janitor and self._janitor is None and not self._is_closed:
+                self._janitor = StoppableThread(self._clean_up, "amalgam-versions", self.close)
+                self._janitor.start()
+            self._engine.keep(kept_ids)
+        self._wake.set()
+
+    def _left(self, version_id: int) -> None:
+        if version_id in self._draining:
+            self._wake.set()
+
+    def _clean_up(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            if self._is_closed:
+                return
+            self._free_drained()
+
+    def _free_drained(self) -> None:
+        num_requests = self._engine.status().versions
+        with self._lock:
+            gone = [version_id for version_id in self._draining if not num_requests.get(version_id)]
+            weights = [weight for version_id in gone for weight in self._draining[version_id].version.weights]
+            for version_id in gone:
+                del self._draining[version_id]
+            has_freed, self._has_freed = self._has_freed, False
+        if not gone and not has_freed:
+            return
+        while weights:
+            weights.pop()
+            time.sleep(0)  # a step that waits for the interpreter's lock gets it
+        self._free()
+
+
+def as_id(weights: str | int) -> int | None:
+    """The version id that a request asks for; None: it asks for a name."""
+    text = str(weights)
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        RequestError: a version cannot be called so.
+    """
+    if not _NAME.fullmatch(name) or name == CURRENT:
+        raise RequestError(
+            f"Weights cannot be called {describe(name)}.",
+            remedy=f"Allowed: letters, digits, '.', '_' and '-', at most 64, not digits alone, and not {CURRENT!r}.",
+            param="name",
+        )

@@ -1,0 +1,141 @@
+"""The book of versions, beside an engine that only counts."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from weakref import ref
+
+import pytest
+import torch
+
+from amalgam.errors import AmalgamError, ConflictError, RequestError, VersionNotFoundError
+from amalgam.kernels.layouts import dense
+from amalgam.models.weights import WeightVersion
+from amalgam.runtime import versions
+from amalgam.runtime.served import ServedWeights
+from amalgam.runtime.versions import VersionBook
+from tests.errors import raises
+
+
+class CountingEngine:
+    def __init__(self) -> None:
+        self.requests: Counter[int] = Counter()
+        self.kept: frozenset[int] = frozenset()
+        self.current = 0
+        self.on_left: Callable[[int], None] | None = None
+
+    def set_version(self, version: WeightVersion) -> None:
+        self.current = version.version_id
+
+    def prepare(self, version: WeightVersion) -> None:
+        pass
+
+    def keep(self, version_ids: frozenset[int]) -> None:
+        self.kept = version_ids
+
+    def status(self) -> Any:
+        return SimpleNamespace(versions=dict(self.requests))
+
+
+class Stand:
+    """A book, its engine, and how often memory has gone back to the system."""
+
+    def __init__(self) -> None:
+        self.engine = CountingEngine()
+        self.freed = threading.Semaphore(0)
+        self.book = VersionBook(self.made(1), self.engine, self.freed.release)  # type: ignore[arg-type]
+
+    def made(self, version_id: int) -> ServedWeights:
+        weights = {"layers.0.mlp.up": dense(torch.zeros(4))}
+        return ServedWeights(None, WeightVersion(version_id, weights, {}, {}), ())  # type: ignore[arg-type]
+
+    def end_request(self, version_id: int) -> None:
+        self.engine.requests[version_id] -= 1
+        assert self.engine.on_left is not None
+        self.engine.on_left(version_id)
+
+    def states(self) -> dict[int, str]:
+        return {live.served.version_id: " ".join(live.states) for live in self.book.live()}
+
+
+@pytest.fixture
+def stand() -> Iterator[Stand]:
+    stand = Stand()
+    yield stand
+    stand.book.close()
+
+
+def test_a_version_is_kept_for_what_it_is_kept_for(stand: Stand) -> None:
+    book, engine = stand.book, stand.engine
+    assert (book.next_id(), book.next_id()) == (2, 3)
+    engine.requests[1] = 1
+    book.make_current(stand.made(3))
+    assert engine.current == 3 and stand.states() == {3: "current", 1: "draining"}
+    book.pin(1)
+    book.name("careful", stand.made(4))
+    book.add_candidate(stand.made(5))
+    assert stand.states() == {3: "current", 5: "candidate", 4: "named", 1: "pinned"}
+    assert engine.kept == {1, 4, 5}
+    assert [book.find(asked).version_id for asked in ("current", "careful", "4", 1, "5")] == [3, 4, 4, 1, 5]
+    book.pin(4)
+    book.remove_name("careful")
+    assert stand.states()[4] == "pinned"
+
+
+def test_what_takes_no_requests_is_not_found(stand: Stand) -> None:
+    book = stand.book
+    stand.engine.requests[1] = 1
+    book.make_current(stand.made(2))
+    for asked in ("nobody", "9", 1, "1", "9" * 5000, "²"):
+        with pytest.raises(VersionNotFoundError):
+            book.find(asked)
+    with raises(VersionNotFoundError, 9):
+        book.pin(9)
+    with raises(VersionNotFoundError, 2):
+        book.unpin(2)
+    with raises(VersionNotFoundError, "nobody"):
+        book.remove_name("nobody")
+
+
+@pytest.mark.parametrize("name", ["", "7", "current", "a b", ".hidden", "x" * 65, "../up", "名"])
+def test_a_name_is_one_that_requests_can_write(stand: Stand, name: str) -> None:
+    with pytest.raises(RequestError):
+        stand.book.name(name, stand.book.current)
+
+
+def test_weights_are_freed_when_the_last_request_has_left(stand: Stand) -> None:
+    book, engine = stand.book, stand.engine
+    old = ref(book.current.version)
+    engine.requests[1] = 2
+    book.make_current(stand.made(2))
+    stand.end_request(1)
+    stand.end_request(1)
+    assert stand.freed.acquire(timeout=60)
+    assert old() is None and stand.states() == {2: "current"}
+
+
+def test_a_name_that_passes_on_lets_its_version_go(stand: Stand) -> None:
+    book = stand.book
+    book.name("plan", stand.made(2))
+    old = ref(book.find("plan").version)
+    book.name("plan", stand.made(3))
+    assert stand.freed.acquire(timeout=60)
+    assert old() is None and stand.states() == {1: "current", 3: "named"}
+
+
+def test_as_many_are_kept_as_there_may_be(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "MAX_KEPT", 2)
+    book = stand.book
+    book.name("a", stand.made(2))
+    book.name("b", stand.made(3))
+    for one_more in (lambda: book.name("c", stand.made(4)), lambda: book.add_candidate(stand.made(4))):
+        with pytest.raises(AmalgamError) as error:
+            one_more()
+        assert isinstance(error.value, ConflictError)
+    book.name("c", book.current)
+    book.pin(3)
+    assert stand.states() == {1: "current named", 3: "pinned named", 2: "named"}
