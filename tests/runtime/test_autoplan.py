@@ -174,11 +174,12 @@ def test_a_change_by_somebody_else_is_not_taken_back(deployment: Deployment, mon
 
     monkeypatch.setattr("amalgam.runtime.autoplan.shadow", overtaken)
     decision = look_after(deployment, VERSE)
-    assert decision.outcome == "overtaken" and deployment.version_id == 2
+    theirs = deployment.version_id
+    assert decision.outcome == "overtaken" and theirs > 1
     assert decision.shadowed is not None and decision.is_proposal
     monkeypatch.undo()
     kept = autoplan.look()
-    assert kept.outcome == "no_drift" and kept.drift.from_planned == 0 and deployment.version_id == 2
+    assert kept.outcome == "no_drift" and kept.drift.from_planned == 0 and deployment.version_id == theirs
     assert look_after(deployment, CODE).outcome not in OUTCOMES_OF_NOTHING
 
 
@@ -203,7 +204,7 @@ def test_another_mapping_while_a_plan_is_judged_is_not_taken_for_the_one_that_wa
 
     monkeypatch.setattr("amalgam.runtime.autoplan.shadow", remapped)
     assert look_after(deployment, VERSE).outcome == "not_better"
-    assert deployment.version_id == 2
+    assert [record.error for record in deployment.remaps] == [None]
     assert look_after(deployment, CODE).outcome == "no_drift"  # the other mapping has been chosen for this use
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import pytest
 import torch
@@ -53,11 +53,6 @@ class Stand:
         weights = {"layers.0.mlp.up": dense(torch.zeros(4))}
         return ServedWeights(None, WeightVersion(version_id, weights, {}, {}), ())  # type: ignore[arg-type]
 
-    def end_request(self, version_id: int) -> None:
-        self.engine.requests[version_id] -= 1
-        assert self.engine.on_left is not None
-        self.engine.on_left(version_id)
-
     def states(self) -> dict[int, str]:
         return {live.served.version_id: " ".join(live.states) for live in self.book.live()}
 
@@ -72,10 +67,11 @@ def stand() -> Iterator[Stand]:
 def test_a_version_is_kept_for_what_it_is_kept_for(stand: Stand) -> None:
     book, engine = stand.book, stand.engine
     assert (book.next_id(), book.next_id()) == (2, 3)
-    engine.requests[1] = 1
+    request = book.current.version
     book.make_current(stand.made(3))
     assert engine.current == 3 and stand.states() == {3: "current", 1: "draining"}
     book.pin(1)
+    del request
     book.name("careful", stand.made(4))
     book.add_candidate(stand.made(5))
     assert stand.states() == {3: "current", 5: "candidate", 4: "named", 1: "pinned"}
@@ -87,8 +83,7 @@ def test_a_version_is_kept_for_what_it_is_kept_for(stand: Stand) -> None:
 
 
 def test_what_takes_no_requests_is_not_found(stand: Stand) -> None:
-    book = stand.book
-    stand.engine.requests[1] = 1
+    book, _request = stand.book, stand.book.current.version
     book.make_current(stand.made(2))
     for asked in ("nobody", "9", 1, "1", "9" * 5000, "²"):
         with pytest.raises(VersionNotFoundError):
@@ -107,15 +102,28 @@ def test_a_name_is_one_that_requests_can_write(stand: Stand, name: str) -> None:
         stand.book.name(name, stand.book.current)
 
 
-def test_weights_are_freed_when_the_last_request_has_left(stand: Stand) -> None:
-    book, engine = stand.book, stand.engine
-    old = ref(book.current.version)
-    engine.requests[1] = 2
+def test_weights_are_freed_when_nobody_holds_their_version_any_more(stand: Stand) -> None:
+    """And in the thread that is there for it, whoever lets go last."""
+    book, threads = stand.book, []
+    request = book.current.version
+    finalize(request["layers.0.mlp.up"], lambda: threads.append(threading.current_thread().name))
     book.make_current(stand.made(2))
-    stand.end_request(1)
-    stand.end_request(1)
+    assert stand.states() == {2: "current", 1: "draining"} and not stand.freed.acquire(blocking=False)
+    del request
     assert stand.freed.acquire(timeout=60)
-    assert old() is None and stand.states() == {2: "current"}
+    assert threads == ["amalgam-versions"] and stand.states() == {2: "current"}
+
+
+def test_a_draining_version_can_come_back(stand: Stand) -> None:
+    book, request = stand.book, stand.book.current.version
+    book.make_current(stand.made(2))
+    book.pin(1)
+    del request
+    assert stand.states() == {2: "current", 1: "pinned"}
+    book.make_current(book.find(1))
+    book.unpin(1)
+    assert stand.freed.acquire(timeout=60)  # the other one
+    assert stand.states() == {1: "current"}
 
 
 def test_a_name_that_passes_on_lets_its_version_go(stand: Stand) -> None:

@@ -327,7 +327,7 @@ class FakeDeployment:
         changed = [WeightChange(name, "base", source, "bf16", source, 4, 2) for name, source in mapping.items()]
         return SimpleNamespace(
             version=before + 1, previous_version=before, fingerprint="f", changed=changed, num_loaded=len(changed),
-            loaded_bytes=2, shared_bytes=3, seconds=0.0,
+            loaded_bytes=2, shared_bytes=3, seconds=0.0, name=None,
         )  # fmt: skip
 
     def reload_weights(self) -> Any:

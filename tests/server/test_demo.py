@@ -174,6 +174,58 @@ def test_a_mapping_that_cannot_be_fulfilled_changes_nothing(demo: tuple[httpx.Cl
     assert generate(client)["generated_tokens"] == 12
 
 
+def test_versions_side_by_side(demo: tuple[httpx.Client, Deployment]) -> None:
+    """A dry run, a named plan beside the current one, pins, the difference, going back: what is told of each is so."""
+    client, _ = demo
+    first, experts = generate(client), {"model.layers.{0-2}.mlp.experts.*": "base"}
+
+    dry = client.post("/update_weight_mapping", json={"weight_mapping": experts, "dry_run": True}).json()
+    assert dry["dry_run"] and dry["has_room"] and generate(client) | {"timings": 0} == first | {"timings": 0}
+    assert dry == client.post("/weights/plan", json={"weight_mapping": experts}).json() | {
+        name: dry[name] for name in ("seconds", "available_bytes")
+    }
+    named = client.put("/weights/named/wide", json={"weight_mapping": experts, "details": True}).json()
+    assert named["name"] == "wide" and named["num_changed"] == dry["num_changed"] == len(named["changed"])
+    assert generate(client)["weight_version"] == first["weight_version"]
+    wide = generate(client, weights="wide")
+    assert wide["weight_version"] == named["weight_version"] != first["weight_version"]
+
+    difference = client.get("/weights/difference?before=wide&details=true").json()
+    assert (difference["before"], difference["after"]) == (named["weight_version"], first["weight_version"])
+    assert difference["num_changed"] == len(difference["changed"]) == dry["num_changed"]
+
+    pinned = client.put(f"/weights/pins/{first['weight_version']}").json()
+    assert pinned == {"weight_version": first["weight_version"], "pinned": True}
+    assert client.post("/weights/rollback", json={"version": "wide"}).json()["num_loaded"] == 0
+    told = client.get("/weights").json()
+    assert told["current"] == named["weight_version"]
+    assert [one["states"] for one in told["versions"]] == [["current", "named"], ["pinned"]]
+    assert client.get("/weights/versions/wide").json()["rules"] == client.get("/model_info").json()["rules"]
+    assert generate(client)["generated_text"] == wide["generated_text"]
+
+    assert client.post("/weights/rollback").json()["weight_version"] == first["weight_version"]
+    assert client.delete(f"/weights/pins/{first['weight_version']}").json()["pinned"] is False
+    assert client.delete("/weights/named/wide").json() == {"name": "wide", "weight_version": named["weight_version"]}
+    wait_until(lambda: len(client.get("/weights").json()["versions"]) == 1)
+    assert generate(client)["generated_text"] == first["generated_text"]
+
+    for method, path, body, status in (
+        ("PUT", "/weights/pins/9999", None, 404),
+        ("DELETE", "/weights/pins/9999", None, 404),
+        ("DELETE", "/weights/named/wide", None, 404),
+        ("PUT", "/weights/named/7", {"version": "current"}, 422),
+        ("PUT", "/weights/named/x", {}, 422),
+        ("PUT", "/weights/named/x", {"version": 1, "reload": True}, 422),
+        ("POST", "/weights/rollback", {"version": 9999}, 404),
+        ("POST", "/weights/plan", {"rules": [{"pattern": "no.such", "source": "base"}]}, 422),
+        ("POST", "/update_weight_mapping", {"weight_mapping": {"no.such": None}}, 422),
+        ("GET", "/weights/difference?before=9999", None, 404),
+        ("GET", "/weights/versions/9999", None, 404),
+    ):
+        answer = client.request(method, path, json=body)
+        assert answer.status_code == status and answer.json()["error"]["message"], (path, answer.text)
+
+
 def test_the_expert_tracking_example_prints_the_busiest(demo: tuple[httpx.Client, Deployment]) -> None:
     client, _ = demo
     command = [sys.executable, "examples/test_expert_tracking.py", "--base-url", str(client.base_url)]

@@ -74,7 +74,9 @@ def test_every_chunk_is_asked_about_and_only_new_text_is_answered(
     assert answer["merges"] >= 1 and len(prompts) > len(chunks)
     assert answer["generated_tokens"] <= 12 * len(prompts) and answer["prompt_tokens"] > num_tokens
     assert answer["summary"] and not any(answer["summary"] in prompt for prompt in prompts)
-    assert answer == ask(deployment, settings, text=text, **SIZES)[1] | {"timings": answer["timings"]}
+    again = ask(deployment, settings, text=text, weights=deployment.version_id, **SIZES)[1]
+    assert answer == again | {"timings": answer["timings"]}
+    assert ask(deployment, settings, text=text, weights="nobody", **SIZES)[0] == 404
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from amalgam.errors import ConflictError, PlanError
-from tests.server.fakes import FakeDeployment
+from tests.server.fakes import FakeDeployment, FakeVersion
 
 REMAP = {
     "weight_version", "previous_version", "fingerprint", "num_changed", "changes", "num_loaded", "loaded_bytes",
@@ -85,6 +85,42 @@ def test_a_refused_mapping_has_its_status(
     response = client.post("/update_weight_mapping", json={"weight_mapping": {"x": "base"}})
     assert response.status_code == status
     assert str(error) in response.json()["error"]["message"]
+
+
+HI = [{"role": "user", "content": "a"}]
+GENERATING: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"prompt": "a", "max_new_tokens": 1}),
+    ("/generate", {"prompt": "a", "max_new_tokens": 1, "stream": True}),
+    ("/batch_generate", {"prompts": ["a", "b"], "max_new_tokens": 1}),
+    ("/experts/trace", {"text": "a"}),
+    ("/dashboard/chat", {"messages": HI, "max_new_tokens": 1}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+    ("/v1/chat/completions", {"messages": HI, "max_tokens": 1}),
+    ("/v1/chat/completions", {"messages": HI, "max_tokens": 1, "stream": True}),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 1}),
+    ("/v1/embeddings", {"input": "a"}),
+    ("/v1/messages", {"model": "fake", "messages": HI, "max_tokens": 1}),
+]
+
+
+def test_a_request_gets_the_weights_that_it_asks_for_and_is_told_which(
+    client: httpx.Client, deployment: FakeDeployment
+) -> None:
+    deployment.named["careful"] = FakeVersion(7)
+    for path, body in GENERATING:
+        for weights, version in ((None, 1), ("careful", 7), (1, 1), ("1", 1)):
+            answer = client.post(path, json={**body, "weights": weights})
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["X-Amalgam-Weight-Version"] == str(version), path
+            if "system_fingerprint" in answer.text:
+                assert f"-weights-{version}" in answer.text and f"-weights-{8 - version}" not in answer.text
+            elif path in ("/generate", "/batch_generate"):
+                assert f'"weight_version":{version}' in answer.text.replace(" ", "")
+        refused = client.post(path, json={**body, "weights": "nobody"})
+        assert refused.status_code == 404 and "nobody" in refused.text, path
+        assert client.post(path, json={**body, "weights": True}).status_code in (400, 422), path
+    assert deployment.engine.embedded_by == [1, 7, 1, 1]
+    assert "X-Amalgam-Weight-Version" not in client.get("/model_info").headers
 
 
 def test_health_and_ready(client: httpx.Client, deployment: FakeDeployment) -> None:

@@ -42,6 +42,7 @@ class LoadedVersion:
     loaded_bytes: int
     shared_bytes: int
     seconds: float
+    read_bytes: int = 0  # of files
 
 
 class ModelLoader:
@@ -215,6 +216,7 @@ class ModelLoader:
             loaded_bytes=sum(weights[weight.slot.name].nbytes for weight in missing),
             shared_bytes=sum(weight.nbytes for weight in shared.values()),
             seconds=time.monotonic() - started,
+            read_bytes=sum(weight.stored.nbytes for weight in missing),
         )
 
     def reopen(self) -> ModelLoader:

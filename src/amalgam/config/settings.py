@@ -329,6 +329,15 @@ class AutoplanSettings(Section):
     """Most of one core's time that comparing may take."""
 
 
+class WeightsSettings(Section):
+    """Changes of the weights while they serve."""
+
+    history: UserPath = ""
+    """File that keeps what has changed the weights across restarts, one process' own. Empty: it ends with it."""
+    resume: bool = False
+    """Start by the rules of the last version that new requests started on, instead of the configured ones."""
+
+
 class PlanningSettings(Section):
     """Plans for a budget."""
 
@@ -370,6 +379,8 @@ class Settings(Section):
     """Expert statistics."""
     planning: PlanningSettings = PlanningSettings()
     """Plans for a budget."""
+    weights: WeightsSettings = WeightsSettings()
+    """Changes of the weights while they serve."""
     speculation: SpeculationSettings = SpeculationSettings()
     """Tokens that are guessed ahead."""
 

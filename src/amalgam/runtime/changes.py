@@ -6,7 +6,7 @@ In: mappings and rules. Out: rules, records. Must never know: how a version is b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from amalgam.base.clock import Clock
@@ -102,6 +102,7 @@ class RemapResult:
     loaded_bytes: int
     shared_bytes: int
     seconds: float
+    name: str | None = None  # that the version has been given; None: new requests start on it
 
 
 @dataclass(frozen=True)
@@ -115,18 +116,39 @@ class RemapRecord:
     loaded_bytes: int
     seconds: float
     error: str | None = None  # why it changed nothing
+    name: str | None = None  # that the version was given; None: new requests started on it
+    fingerprint: str = ""  # of the version
+    rules: tuple[Rule, ...] | None = None  # of the version; None: nothing has changed
+    is_start: bool = False  # of a process, which began with that version
 
 
 class RemapLog:
-    """The latest attempts, refused ones too. Any thread."""
+    """The latest attempts, refused ones too. Any thread.
 
-    def __init__(self) -> None:
+    Args:
+        earlier: of former processes, the oldest first.
+        write: takes each record.
+    """
+
+    def __init__(
+        self, earlier: Sequence[RemapRecord] = (), write: Callable[[RemapRecord], None] = lambda record: None
+    ) -> None:
+        self._earlier = tuple(earlier)
+        self._write = write
         self._records: deque[RemapRecord] = deque(maxlen=MAX_REMAPS)
         self._clock = Clock()
 
-    def add(self, result: RemapResult) -> None:
-        """A change went live."""
-        self._records.append(
+    def start(self, record: RemapRecord) -> None:
+        """The process has begun."""
+        self._add(replace(record, at=self._clock.now(), is_start=True))
+
+    def add(self, result: RemapResult, rules: tuple[Rule, ...]) -> None:
+        """A change went live.
+
+        Args:
+            rules: of the version.
+        """
+        self._add(
             RemapRecord(
                 self._clock.now(),
                 result.version,
@@ -134,15 +156,35 @@ class RemapLog:
                 len(result.changed),
                 result.loaded_bytes,
                 result.seconds,
+                name=result.name,
+                fingerprint=result.fingerprint,
+                rules=rules,
             )
         )
 
     def add_failure(self, version_id: int, seconds: float, error: Exception) -> None:
         """Nothing has changed: `version_id` is in use still."""
         reason = describe(str(error), 400)
-        self._records.append(RemapRecord(self._clock.now(), version_id, version_id, 0, 0, seconds, reason))
+        self._add(RemapRecord(self._clock.now(), version_id, version_id, 0, 0, seconds, reason))
+
+    def rules_of(self, version_id: int) -> tuple[Rule, ...] | None:
+        """Of a version that there has been; None: nobody knows."""
+        return next(
+            (r.rules for r in reversed(self.history()) if r.rules is not None and r.version == version_id), None
+        )
+
+    def _add(self, record: RemapRecord) -> None:
+        self._records.append(record)
+        self._write(record)
+
+    def history(self) -> list[RemapRecord]:
+        """Those of former processes too, and what each process began with; the oldest first."""
+        return [*self._earlier, *self._current()]
 
     def read(self) -> list[RemapRecord]:
-        """Oldest first, at times of the wall clock as it is set now."""
+        """Of this process. Oldest first, at times of the wall clock as it is set now."""
+        return [record for record in self._current() if not record.is_start]
+
+    def _current(self) -> list[RemapRecord]:
         shift = self._clock.shift()
         return [replace(record, at=record.at + shift) for record in list(self._records)]

@@ -17,6 +17,7 @@ from amalgam.composition.progress import Progress
 from amalgam.config.settings import Rule, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults
+from amalgam.engine.memory import available_bytes
 from amalgam.errors import ConflictError, UnavailableError, VersionNotFoundError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.spec import ModelSpec
@@ -24,8 +25,9 @@ from amalgam.models.weights import WeightVersion, manifest
 from amalgam.planning.following import Proposer
 from amalgam.runtime.autoplan import Autoplan
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapResult
-from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections
-from amalgam.runtime.preview import Contents, changed_weights
+from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections, describe_versions
+from amalgam.runtime.history import HistoryFile
+from amalgam.runtime.preview import ChangePlan, Contents, Difference, Load, Prepared, changed_weights
 from amalgam.runtime.served import ServedWeights, shared_weights
 from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.statistics import ExpertStatistics
@@ -49,7 +51,7 @@ class Deployment:
     def __init__(
         self,
         settings: Settings,
-        loader: ModelLoader,
+        served: ServedWeights,
         loaded: LoadedVersion,
         engine: Engine,
         tokenizer: Tokenizer,
@@ -57,19 +59,33 @@ class Deployment:
         defaults: ModelDefaults,
         proposer: Proposer | None = None,
         speculation: Speculation | None = None,
+        history: HistoryFile | None = None,
     ) -> None:
         self.settings = settings
         self.defaults = defaults
         self.engine = engine
         self.tokenizer = tokenizer
         self.loaded_seconds = loaded.seconds
-        self.versions = VersionBook(ServedWeights(loader, loaded.version, self.configured_rules), engine)
+        self.versions = VersionBook(served, engine)
         self._changing, self._hashing = threading.Lock(), threading.Lock()
-        self._remaps = RemapLog()
+        self._history = history
+        self._remaps = RemapLog() if history is None else RemapLog(history.records, history.add)
+        self._remaps.start(
+            RemapRecord(
+                at=0.0,
+                version=served.version_id,
+                previous_version=served.version_id,
+                num_changed=0,
+                loaded_bytes=loaded.loaded_bytes,
+                seconds=loaded.seconds,
+                fingerprint="" if history is None else served.version.fingerprint,  # which takes a while
+                rules=served.rules,
+            )
+        )
+        self._seconds_per_byte = loaded.seconds / max(1, loaded.read_bytes)
         self._is_closing = threading.Event()
         self._earlier_rules: list[tuple[Rule, ...]] = []  # those that were in use, the latest last
         self._earlier_versions: list[int] = []  # those that new requests started on, the latest last
-        self._rules_by_version = {loaded.version.version_id: self.configured_rules}
         self._tracker = tracker
         self._speculation = speculation
         self.statistics = (
@@ -123,8 +139,13 @@ class Deployment:
 
     @property
     def remaps(self) -> list[RemapRecord]:
-        """The latest attempts to change the weights, oldest first."""
+        """The latest attempts of this process to change the weights, oldest first."""
         return self._remaps.read()
+
+    @property
+    def history(self) -> list[RemapRecord]:
+        """Those of former processes too, and what each began with, where `weights.history` keeps them."""
+        return self._remaps.history()
 
     @property
     def model_name(self) -> str:
@@ -232,6 +253,56 @@ class Deployment:
                 return result
             return self._make(ChangeRequest(version=version), served)
 
+    def plan_change(self, request: ChangeRequest) -> ChangePlan:
+        """What `change` would change and take now; reads headers. Blocking.
+
+        Raises:
+            VersionNotFoundError: nobody knows the version that is to come back.
+            PlanError, CheckpointError: the change could not be made.
+        """
+        started, served = time.monotonic(), self._served
+        return self._plan_of(self._prepare(request, served), served, started)
+
+    def difference(self, before: str | int, after: str | int) -> Difference:
+        """In what two versions differ, by names or ids; reads headers for one that has left memory. Blocking.
+
+        Raises:
+            VersionNotFoundError: nobody knows one of them.
+            PlanError, CheckpointError: what the rules of one ask for is not there any more.
+        """
+        (first_id, first), (second_id, second) = self._contents(before), self._contents(after)
+        return Difference(first_id, second_id, changed_weights(first, second))
+
+    def _contents(self, version: str | int) -> tuple[int, Contents]:
+        found = self._alive(version)
+        if found is not None:
+            return found.version_id, Contents.of(found.version)
+        return as_id(version) or 0, Contents.planned(self._served.loader.plan(self._rules_of(version)))
+
+    def describe_weights(self) -> dict[str, Any]:
+        """What `GET /weights` answers: the versions in memory. Blocking."""
+        live = self.versions.live()
+        weights = {id(weight): weight.nbytes for one in live for weight in one.version.weights}
+        return {
+            "current": self.version_id,
+            "versions": describe_versions(live),
+            "bytes": sum(weights.values()),
+            "available_bytes": available_bytes(self.loader.device),
+        }
+
+    def describe_version(self, weights: str | int) -> dict[str, Any]:
+        """What `GET /weights` tells of one version, by a name or id. Blocking.
+
+        Raises:
+            VersionNotFoundError: it is not in memory.
+        """
+        found = self._alive(weights)
+        version_id = None if found is None else found.version_id
+        for described in describe_versions(self.versions.live()):
+            if described["version"] == version_id:
+                return described
+        raise VersionNotFoundError(f"Weight version {weights} is not in memory.", remedy="GET /weights lists those.")
+
     def planned_bytes(self, mapping: Mapping[str, str]) -> tuple[int, int]:
         """What the named weights take now, and what they would take from the given sources. Reads headers.
 
@@ -304,6 +375,8 @@ class Deployment:
         if self._tracker is not None:
             self._tracker.close()
         self.versions.close()
+        if self._history is not None:
+            self._history.close()
 
     def _unless_closing(self, what: str, done: int, total: int) -> None:
         """A `Progress` that ends long work when nobody wants it any more."""
@@ -327,25 +400,57 @@ class Deployment:
     def _make(self, request: ChangeRequest, served: ServedWeights, progress: Progress | None = None) -> RemapResult:
         """Fulfil a request, beside nothing else that changes the weights."""
         started = time.monotonic()
-        loader, rules = served.loader, request.rules_after(served.rules)
-        if request.version is not None:
-            found = self._alive(request.version)
-            if found is not None:
-                return self._go_live(found, None, started, request.name)
-            rules = self._rules_of(request.version)
-        if request.is_reload:
-            loader = loader.reopen()
-        planned = loader.plan(rules)
-        others = [live.version for live in self.versions.live() if live.version is not served.version]
-        shared = shared_weights(planned, served.version, *others)
+        prepared = self._prepare(request, served)
+        if isinstance(prepared, ServedWeights):
+            return self._go_live(prepared, None, started, request.name)
+        self._plan_of(prepared, served, started).check_room()
 
         def step(what: str, done: int, total: int) -> None:
             self._unless_closing(what, done, total)
             if progress is not None:
                 progress(what, done, total)
 
-        loaded = loader.build(planned, self.versions.next_id(), shared, step)
-        return self._go_live(ServedWeights(loader, loaded.version, rules), loaded, started, request.name)
+        loaded = prepared.loader.build(prepared.planned, self.versions.next_id(), prepared.shared, step)
+        if loaded.read_bytes:
+            self._seconds_per_byte = loaded.seconds / loaded.read_bytes
+        made = ServedWeights(prepared.loader, loaded.version, prepared.rules)
+        return self._go_live(made, loaded, started, request.name)
+
+    def _prepare(self, request: ChangeRequest, served: ServedWeights) -> ServedWeights | Prepared:
+        """The version that a request asks for, if it is in memory, or what it is made of."""
+        loader, rules = served.loader, request.rules_after(served.rules)
+        if request.version is not None:
+            found = self._alive(request.version)
+            if found is not None:
+                return found
+            rules = self._rules_of(request.version)
+        if request.name is not None:
+            self.versions.check_new(request.name)
+        if request.is_reload:
+            loader = loader.reopen()
+        planned = loader.plan(rules)
+        others = [version for version in self.versions.versions if version is not served.version]
+        return Prepared(loader, rules, planned, shared_weights(planned, served.version, *others))
+
+    def _plan_of(self, prepared: ServedWeights | Prepared, served: ServedWeights, started: float) -> ChangePlan:
+        if isinstance(prepared, ServedWeights):
+            contents, load = Contents.of(prepared.version), Load()
+            version: int | None = prepared.version_id
+        else:
+            contents = Contents.planned(prepared.planned)
+            load = Load.of(prepared, self.settings.engine.num_load_threads)
+            version = None
+        return ChangePlan(
+            rules=prepared.rules,
+            version=version,
+            previous_version=served.version_id,
+            contents=contents,
+            changed=changed_weights(Contents.of(served.version), contents),
+            load=load,
+            shared_bytes=sum(contents.sizes.values()) - load.memory_bytes,
+            available_bytes=available_bytes(prepared.loader.device),
+            seconds=time.monotonic() - started + load.read_bytes * self._seconds_per_byte,
+        )
 
     def _go_live(
         self, served: ServedWeights, loaded: LoadedVersion | None, started: float, name: str | None = None
@@ -368,7 +473,6 @@ class Deployment:
                 self.versions.has_freed()
         else:
             self.versions.name(name, served)
-        self._rules_by_version[after.version_id] = served.rules
         result = RemapResult(
             version=after.version_id,
             previous_version=before.version_id,
@@ -378,8 +482,9 @@ class Deployment:
             loaded_bytes=0 if loaded is None else loaded.loaded_bytes,
             shared_bytes=after.nbytes if loaded is None else loaded.shared_bytes,
             seconds=time.monotonic() - started,
+            name=name,
         )
-        self._remaps.add(result)
+        self._remaps.add(result, served.rules)
         return result
 
     def _alive(self, version: str | int) -> ServedWeights | None:
@@ -387,7 +492,7 @@ class Deployment:
         return self.versions.find(version) if version_id is None else self.versions.alive(version_id)
 
     def _rules_of(self, version: str | int) -> tuple[Rule, ...]:
-        rules = self._rules_by_version.get(as_id(version) or 0)
+        rules = self._remaps.rules_of(as_id(version) or 0)
         if rules is None:
             raise VersionNotFoundError(
                 f"Nobody knows weight version {version}.", remedy="GET /weights/changes tells of earlier ones."

@@ -7,7 +7,8 @@ and what an expert is made of. Must never know: who asks.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,31 @@ from amalgam.engine.speculation.speculator import Speculator
 from amalgam.errors import RequestError
 from amalgam.experts.precision_map import PROJECTIONS
 from amalgam.models.weights import WeightVersion
+from amalgam.runtime.preview import Contents
 from amalgam.runtime.served import ServedWeights
+from amalgam.runtime.versions import LiveVersion, VersionState
+
+
+def describe_versions(live: Sequence[LiveVersion]) -> list[dict[str, Any]]:
+    """Weight versions in memory: what `GET /weights` tells of each."""
+    holders = Counter(id(weight) for one in live for weight in {id(w): w for w in one.version.weights}.values())
+    return [
+        {
+            "version": one.version.version_id,
+            "states": [state.value for state in one.states],
+            "names": list(one.names),
+            "pinned": VersionState.PINNED in one.states,
+            "fingerprint": one.version.fingerprint,
+            "rules": [rule.model_dump() for rule in one.served.rules],
+            "bytes": one.version.nbytes,
+            "own_bytes": sum(weight.nbytes for weight in one.version.weights if holders[id(weight)] == 1),
+            "bytes_by_format": Contents.of(one.version).bytes_by_format,
+            "created": one.served.created_at,
+            "age_seconds": one.age_seconds,
+            "requests": one.num_requests,
+        }
+        for one in live
+    ]
 
 
 def describe_model(

@@ -5,14 +5,16 @@ In: settings. Out: a `Deployment`, with derived sources made, weights loaded, ex
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from amalgam.composition.loader import ModelLoader
+from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import Settings
+from amalgam.config.settings import Rule, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import read_model_defaults
 from amalgam.errors import AmalgamError, ConfigError
@@ -24,10 +26,14 @@ from amalgam.runtime.autoplan import open_proposer
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
+from amalgam.runtime.history import HistoryFile
+from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.speculation import check_draft, check_together, open_speculation
 from amalgam.runtime.threads import set_threads
 from amalgam.text.files import read_template
 from amalgam.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("amalgam.runtime")
 
 
 def open_deployment(settings: Settings, progress: Progress | None = None) -> Deployment:
@@ -45,31 +51,67 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
-    planned = loader.plan()  # before anything that takes longer
-    template = read_template(Path(settings.server.chat_template)) if settings.server.chat_template else None
-    tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, template)
-    tokenizer.check_vocabulary(loader.spec.vocab_size)
-    check_draft(settings, loader, tokenizer)
-    defaults = read_model_defaults(loader.base_folder, loader.base_metadata)
-    proposer = open_proposer(settings, loader)
-    # Before the weights: what it keeps its figures in may not fit, or be somebody else's.
-    tracker = _open_tracker(settings, loader.spec)
     with ExitStack() as on_failure:
+        history = _open_history(settings)
+        if history is not None:
+            on_failure.callback(history.close)
+        rules, planned = _first_plan(settings, loader, history)  # before anything that takes longer
+        template = read_template(Path(settings.server.chat_template)) if settings.server.chat_template else None
+        tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, template)
+        tokenizer.check_vocabulary(loader.spec.vocab_size)
+        check_draft(settings, loader, tokenizer)
+        defaults = read_model_defaults(loader.base_folder, loader.base_metadata)
+        proposer = open_proposer(settings, loader)
+        # Before the weights: what it keeps its figures in may not fit, or be somebody else's.
+        tracker = _open_tracker(settings, loader.spec)
         if tracker is not None:
             on_failure.callback(tracker.close)
-        loaded = loader.build(planned, version_id=1, progress=progress)
+        version_id = 1 if history is None else history.last_version_id + 1
+        loaded = loader.build(planned, version_id, progress=progress)
         max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
         settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
         decoder = Decoder(loader.spec, max_positions, dtype, device)
         speculation = open_speculation(settings, loader, loaded.version, device, progress)
         speculator = None if speculation is None else speculation.speculator
         engine = Engine(decoder, loaded.version, tokenizer, settings, device, dtype, tracker, speculator)
-        deployment = Deployment(settings, loader, loaded, engine, tokenizer, tracker, defaults, proposer, speculation)
+        if speculation is not None and rules != settings.model.mixed_precision.all_rules:
+            speculation.follow(loader, rules, loaded.version, progress)
+        served = ServedWeights(loader, loaded.version, rules)
+        deployment = Deployment(
+            settings, served, loaded, engine, tokenizer, tracker, defaults, proposer, speculation, history
+        )
         on_failure.pop_all()
     engine.start()
     if deployment.autoplan is not None:
         deployment.autoplan.start()
     return deployment
+
+
+def _open_history(settings: Settings) -> HistoryFile | None:
+    """
+    Raises:
+        ConfigError, ConflictError: `weights.history` or `weights.resume` cannot be used.
+    """
+    if settings.weights.history:
+        return HistoryFile(Path(settings.weights.history))
+    if settings.weights.resume:
+        raise ConfigError("weights.resume is true, and weights.history is empty.", remedy="Name a file there.")
+    return None
+
+
+def _first_plan(
+    settings: Settings, loader: ModelLoader, history: HistoryFile | None
+) -> tuple[tuple[Rule, ...], list[PlannedWeight]]:
+    """The rules to begin with: the last ones in use where that is wanted and they can still be fulfilled."""
+    configured = settings.model.mixed_precision.all_rules
+    last = history.last_rules if history is not None and settings.weights.resume else None
+    if last is None or last == configured:
+        return configured, loader.plan(configured)
+    try:
+        return last, loader.plan(last)
+    except AmalgamError as error:
+        logger.warning("weights.resume: the last rules cannot be fulfilled, the configured ones hold: %s", error)
+        return configured, loader.plan(configured)
 
 
 def _open_tracker(settings: Settings, spec: ModelSpec) -> ExpertTracker | None:

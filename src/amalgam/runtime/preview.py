@@ -15,7 +15,6 @@ import torch
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.settings import Rule
-from amalgam.engine.memory import available_bytes
 from amalgam.errors import OutOfMemoryError
 from amalgam.models.weights import Origin, WeightVersion, fingerprint
 from amalgam.runtime.changes import WeightChange
@@ -77,38 +76,95 @@ def changed_weights(before: Contents, after: Contents) -> list[WeightChange]:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Two versions, and the weights in which they differ."""
+
+    before: int
+    after: int
+    changed: Sequence[WeightChange]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a version is to be made of.
+
+    Attributes:
+        shared: weights that are in memory already.
+    """
+
+    loader: ModelLoader
+    rules: tuple[Rule, ...]
+    planned: Sequence[PlannedWeight]
+    shared: WeightVersion
+
+
+@dataclass(frozen=True)
+class Load:
+    """What loading some weights takes.
+
+    Attributes:
+        read_bytes: of their files.
+        memory_bytes: that they have in memory, pages of the packed cache too.
+        new_bytes: of memory that they would take; pages of the packed cache are none.
+        peak_bytes: of memory that would be taken at most while they are loaded.
+    """
+
+    num_weights: int = 0
+    read_bytes: int = 0
+    memory_bytes: int = 0
+    new_bytes: int = 0
+    peak_bytes: int = 0
+
+    @classmethod
+    def of(cls, prepared: Prepared, num_threads: int) -> Self:
+        """
+        Args:
+            num_threads: that load at a time.
+        """
+        missing = [weight for weight in prepared.planned if weight.slot.name not in prepared.shared.keys]
+        new_bytes = sum(weight.memory_bytes for weight in missing if not prepared.loader.maps(weight.format))
+        beside = sorted((_bytes_beside(weight) for weight in missing), reverse=True)[:num_threads]
+        return cls(
+            num_weights=len(missing),
+            read_bytes=sum(weight.stored.nbytes for weight in missing),
+            memory_bytes=sum(weight.memory_bytes for weight in missing),
+            new_bytes=new_bytes,
+            peak_bytes=new_bytes + sum(beside),
+        )
+
+
+@dataclass(frozen=True)
 class ChangePlan:
     """A change of the weights as it would be made now.
 
     Attributes:
         rules: that would hold.
         version: that is in memory and would come back; None: one would be built.
-        changed: weights that differ from the current version's.
-        num_loaded: weights that no version in memory has.
-        read_bytes: of their files.
-        new_bytes: of memory that they would take; pages of the packed cache are none.
+        previous_version: the current one.
+        changed: weights that differ from its own.
+        load: of the weights that no version in memory has.
         shared_bytes: of those that are there already.
-        peak_bytes: of memory that would be taken at most while they are loaded.
         available_bytes: of memory that can be taken.
-        seconds: that it would take, as fast as weights were loaded so far.
+        seconds: that it would take, as fast as weights were loaded the last time.
     """
 
     rules: tuple[Rule, ...]
     version: int | None
     previous_version: int
-    fingerprint: str
+    contents: Contents
     changed: Sequence[WeightChange]
-    num_loaded: int
-    read_bytes: int
-    new_bytes: int
+    load: Load
     shared_bytes: int
-    peak_bytes: int
     available_bytes: int
     seconds: float
 
     @property
+    def fingerprint(self) -> str:
+        return self.contents.fingerprint
+
+    @property
     def has_room(self) -> bool:
-        return self.peak_bytes <= self.available_bytes
+        return self.load.peak_bytes <= self.available_bytes
 
     def check_room(self) -> None:
         """
@@ -117,42 +173,10 @@ class ChangePlan:
         """
         if not self.has_room:
             raise OutOfMemoryError(
-                f"The new weights take {self.peak_bytes} bytes of memory while they are loaded, and "
+                f"The new weights take {self.load.peak_bytes} bytes of memory while they are loaded, and "
                 f"{self.available_bytes} are available.",
                 remedy="Change fewer weights at a time, choose smaller formats, or let go of versions that are kept.",
             )
-
-
-@dataclass(frozen=True)
-class Load:
-    """What loading some weights takes.
-
-    Attributes:
-        read_bytes, new_bytes, peak_bytes: as in `ChangePlan`.
-    """
-
-    num_weights: int
-    read_bytes: int
-    new_bytes: int
-    peak_bytes: int
-
-    @classmethod
-    def of(cls, loader: ModelLoader, planned: Sequence[PlannedWeight], shared: WeightVersion, num_threads: int) -> Self:
-        """
-        Args:
-            shared: what need not be loaded.
-            num_threads: that load at a time.
-        """
-        missing = [weight for weight in planned if weight.slot.name not in shared.keys]
-        new_bytes = sum(weight.memory_bytes for weight in missing if not loader.maps(weight.format))
-        beside = sorted((_bytes_beside(weight) for weight in missing), reverse=True)[:num_threads]
-        read_bytes = sum(weight.stored.nbytes for weight in missing)
-        return cls(len(missing), read_bytes, new_bytes, new_bytes + sum(beside))
-
-
-def room_on(device: torch.device) -> int:
-    """Bytes of memory that new weights can take."""
-    return available_bytes(device)
 
 
 def _bytes_beside(weight: PlannedWeight) -> int:

@@ -9,8 +9,8 @@ never know: how a version is built, HTTP.
     candidate   kept while it is tried
     draining    nothing of these: only requests that have begun with it hold it
 
-When the last request of a draining version has ended, its weights are freed, one by one in a thread of its own so that
-no step waits for it, and the memory is given back to the system.
+When nobody holds a draining version any more, neither a request nor who answers it, its weights are freed one by one in
+a thread of its own, so that no step waits for that, and the memory goes back to the system.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from queue import SimpleQueue
+from weakref import ref
 
 from amalgam.base.threads import StoppableThread
 from amalgam.engine.core import Engine
@@ -61,6 +63,41 @@ class LiveVersion:
         return max(0.0, time.time() - self.served.created_at)
 
 
+class _Signal:
+    """An event that can be set where an object dies, which may be inside any lock of this thread."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[None] = SimpleQueue()
+
+    def set(self) -> None:
+        self._queue.put(None)
+
+    def wait(self) -> None:
+        """Until it has been set since the last wait."""
+        self._queue.get()
+        while not self._queue.empty():
+            self._queue.get()
+
+
+class _Draining:
+    """A version that requests in flight hold, and its weights, which outlive it so that they die where they may.
+
+    Args:
+        on_gone: called in any thread when nobody holds the version any more.
+    """
+
+    def __init__(self, served: ServedWeights, on_gone: Callable[[], None]) -> None:
+        self.weights = list(served.version.weights)
+        self._version = ref(served.version, lambda _: on_gone())
+        self._loader, self._rules, self._created_at = served.loader, served.rules, served.created_at
+
+    @property
+    def served(self) -> ServedWeights | None:
+        """None: it is gone."""
+        version = self._version()
+        return None if version is None else ServedWeights(self._loader, version, self._rules, self._created_at)
+
+
 class VersionBook:
     """See above. Any thread."""
 
@@ -73,9 +110,9 @@ class VersionBook:
         self._pinned: dict[int, ServedWeights] = {}
         self._named: dict[str, ServedWeights] = {}
         self._candidates: dict[int, ServedWeights] = {}
-        self._draining: dict[int, ServedWeights] = {}
+        self._draining: dict[int, _Draining] = {}
         self._has_freed = False  # something else than a version
-        self._wake = threading.Event()
+        self._wake = _Signal()
         self._is_closed = False
         self._janitor: StoppableThread | None = None
         engine.on_left = self._left
@@ -102,16 +139,29 @@ class VersionBook:
             self._let_go(before)
         self._settle()
 
+    def check_new(self, name: str) -> None:
+        """To be called before a version is built for a name.
+
+        Raises:
+            RequestError: the name is not allowed.
+            ConflictError: too many versions are kept.
+        """
+        check_name(name)
+        with self._lock:
+            if name not in self._named:
+                self._check_room(1)
+
     def name(self, name: str, served: ServedWeights) -> None:
         """Give a version a name that requests can ask for; one that another version had passes to it.
 
         Raises:
-            RequestError: the name is not allowed, or too many versions are kept.
+            RequestError: the name is not allowed.
+            ConflictError: too many versions are kept.
         """
         check_name(name)
         self._engine.prepare(served.version)
         with self._lock:
-            self._check_room(served)
+            self._check_room(served.version_id not in self._kept())
             before = self._named.get(name)
             self._named[name] = served
             self._draining.pop(served.version_id, None)
@@ -138,13 +188,13 @@ class VersionBook:
 
         Raises:
             VersionNotFoundError: it is not alive.
-            RequestError: too many versions are kept.
+            ConflictError: too many versions are kept.
         """
         with self._lock:
             served = self._alive().get(version_id)
             if served is None:
                 raise self._unknown(version_id)
-            self._check_room(served)
+            self._check_room(served.version_id not in self._kept())
             self._pinned[version_id] = served
             self._draining.pop(version_id, None)
         self._settle()
@@ -171,11 +221,11 @@ class VersionBook:
         """Keep a version while it is tried.
 
         Raises:
-            RequestError: too many versions are kept.
+            ConflictError: too many versions are kept.
         """
         self._engine.prepare(served.version)
         with self._lock:
-            self._check_room(served)
+            self._check_room(served.version_id not in self._kept())
             self._candidates[served.version_id] = served
             self._draining.pop(served.version_id, None)
         self._settle()
@@ -243,7 +293,8 @@ class VersionBook:
         return {served.version_id: served for served in kept}
 
     def _alive(self) -> dict[int, ServedWeights]:
-        return self._kept() | self._draining
+        draining = {version_id: one.served for version_id, one in self._draining.items()}
+        return self._kept() | {version_id: served for version_id, served in draining.items() if served is not None}
 
     def _states(self, version_id: int) -> tuple[VersionState, ...]:
         found = [
@@ -261,16 +312,15 @@ class VersionBook:
     def _names(self, version_id: int) -> tuple[str, ...]:
         return tuple(name for name, served in self._named.items() if served.version_id == version_id)
 
-    def _check_room(self, served: ServedWeights) -> None:
-        kept = self._kept().keys() | {served.version_id}
-        if len(kept) > MAX_KEPT + 1:
+    def _check_room(self, num_more: int) -> None:
+        if len(self._kept()) + num_more > MAX_KEPT + 1:
             raise ConflictError(
                 f"{MAX_KEPT} weight versions are kept beside the current one.", remedy="Unpin one, or remove a name."
             )
 
     def _let_go(self, served: ServedWeights) -> None:
         if served.version_id not in self._kept():
-            self._draining[served.version_id] = served
+            self._draining[served.version_id] = _Draining(served, self._wake.set)
 
     def _unknown(self, weights: str | int) -> VersionNotFoundError:
         known = [CURRENT, *self._named, *map(str, self._kept())]
@@ -298,18 +348,14 @@ class VersionBook:
     def _clean_up(self) -> None:
         while True:
             self._wake.wait()
-            self._wake.clear()
             if self._is_closed:
                 return
             self._free_drained()
 
     def _free_drained(self) -> None:
-        num_requests = self._engine.status().versions
         with self._lock:
-            gone = [version_id for version_id in self._draining if not num_requests.get(version_id)]
-            weights = [weight for version_id in gone for weight in self._draining[version_id].version.weights]
-            for version_id in gone:
-                del self._draining[version_id]
+            gone = [version_id for version_id, one in self._draining.items() if one.served is None]
+            weights = [weight for version_id in gone for weight in self._draining.pop(version_id).weights]
             has_freed, self._has_freed = self._has_freed, False
         if not gone and not has_freed:
             return

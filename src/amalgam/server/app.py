@@ -55,7 +55,7 @@ from amalgam.server.service import Service
 from amalgam.version import __version__
 
 ROUTERS = (  # every interface there is, in the order of /docs
-    page.router, native.router, summaries.router, experts.router, exports.router, traces.router, weights.router,
+    page.router, native.router, summaries.router, experts.router, exports.router, traces.router, *weights.ROUTERS,
     autoplan.router, probes.router, serving.router, models.router, completions.router, chat.router, responses.router,
     embeddings.router, tokenize.router, anthropic.router, dashboard.router,
 )  # fmt: skip

@@ -15,13 +15,13 @@ KEYLESS = {"/", "/health", "/ready", "/dashboard", "/docs", "/openapi.json"}
 KEYLESS_BELOW = ("/dashboard/static/", "/static/")
 # For everyone with a key: generation, and what is served.
 WITH_KEY = {"/generate", "/batch_generate", "/model_info", "/experts/precision_map", "/tokenize", "/detokenize"}
-WITH_KEY |= {"/dashboard/chat", "/metrics", "/summarize"}
+WITH_KEY |= {"/dashboard/chat", "/metrics", "/summarize", "/weights"}
 WITH_KEY_BELOW = ("/v1/",)
 WITH_ADMIN_KEY = {
     "/update_weight_mapping", "/reload_weights", "/reset_expert_stats", "/export_expert_stats", "/expert_stats",
     "/serving", "/remaps", "/manifest", "/autoplan", "/explain",
 }  # fmt: skip
-WITH_ADMIN_KEY_BELOW = ("/experts/", "/dashboard/")
+WITH_ADMIN_KEY_BELOW = ("/experts/", "/dashboard/", "/weights/")
 
 
 def needs_of(path: str) -> Needs | None:

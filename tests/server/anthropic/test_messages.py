@@ -67,7 +67,12 @@ class ScriptedEngine(FakeEngine):
         pass
 
     def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams, observation: Observation, constraint: Any = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        observation: Observation,
+        constraint: Any = None,
+        version: Any = None,
     ) -> AsyncIterator[RequestOutput]:
         self.params.append(params)
         self.prompt_ids.append(list(prompt_ids))

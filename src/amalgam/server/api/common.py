@@ -47,10 +47,13 @@ def _as_number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,10}", value) else value
 
 
+AskedWeights = Annotated[str, Field(min_length=1, max_length=64)] | Annotated[int, Field(ge=1, le=2**53)]
+
+
 class WeightsField(Body):
     """Of requests that are answered with weights of their choice."""
 
-    weights: str | Annotated[int, Field(ge=1, le=2**53)] | None = Field(default=None, max_length=64)
+    weights: AskedWeights | None = None
     """Named weights, or the id of a weight version that is kept, as `GET /weights` lists them. null: the current ones.
     """
 

@@ -15,10 +15,11 @@ from starlette.responses import Response
 
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Observation
+from amalgam.server.api.common import WeightsField
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.generation import complete
 from amalgam.server.http.access import unless_client_leaves
-from amalgam.server.http.body import Body, StrictRoute
+from amalgam.server.http.body import StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.interface import Tokenizer
 from amalgam.text.chat import ChatPrompt
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 router = APIRouter(route_class=StrictRoute, tags=["experts"])
 
 
-class TraceBody(Body):
+class TraceBody(WeightsField):
     text: str = Field(min_length=1)
     """What to run through the model."""
     chat: bool = False
@@ -44,6 +45,8 @@ async def trace(body: TraceBody, request: Request, service: ServiceArgument) -> 
 
     A token that is not made of whole characters has its `bytes`, in hexadecimal digits, beside its `text`.
     """
+
+    service.choose_weights(body.weights)
 
     async def answer() -> Response:
         prompt = ChatPrompt([{"role": "user", "content": body.text}]) if body.chat else body.text

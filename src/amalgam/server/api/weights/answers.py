@@ -1,6 +1,6 @@
-"""Where weights come from, and changes of it.
+"""What answers about weights have in common: what changed, by sources and formats.
 
-In: mappings. Out: what changed. Whatever blocks runs in a thread of its own, so that generation goes on.
+In: results of changes. Out: JSON. Must never know: requests.
 """
 
 from __future__ import annotations
@@ -8,36 +8,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import Response
 
-from amalgam.config.settings import SourceName
 from amalgam.runtime.changes import RemapResult, WeightChange
-from amalgam.server.dependencies import Admission, ServiceArgument
-from amalgam.server.http.body import MAX_JSON_KEYS, Body, StrictRoute
-from amalgam.server.http.errors import OrjsonResponse
-from amalgam.server.service import in_own_thread
 
-router = APIRouter(route_class=StrictRoute, tags=["weights"])
+if TYPE_CHECKING:
+    from amalgam.runtime.preview import ChangePlan
 
 NUM_EXAMPLES = 3
 
 LogicalName = Annotated[str, Field(min_length=1, max_length=1024)]
-
-
-class UpdateWeightMappingBody(Body):
-    weight_mapping: dict[LogicalName, SourceName] = Field(min_length=1, max_length=MAX_JSON_KEYS)
-    """Logical weight name or pattern → source. Replaces earlier entries of the same name, adds the rest."""
-    details: bool = False
-    """Answer with every weight that changed, in `changed`."""
-
-
-class ReloadBody(Body):
-    details: bool = False
-    """Answer with every weight that changed, in `changed`."""
 
 
 class WeightChangeAnswer(BaseModel):
@@ -66,7 +48,9 @@ class ChangeSummary(BaseModel):
 
 class RemapAnswer(BaseModel):
     weight_version: int
-    """The version that new requests start on; requests in flight finish on theirs."""
+    """The version that new requests start on, or that has the name; requests in flight finish on theirs."""
+    name: str | None = None
+    """That requests can ask for, if it was to have one."""
     previous_version: int
     fingerprint: str
     num_changed: int
@@ -84,40 +68,75 @@ class RemapAnswer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-@router.post("/update_weight_mapping", dependencies=[Admission], response_model_exclude_none=True)
-async def update_weight_mapping(body: UpdateWeightMappingBody, service: ServiceArgument) -> RemapAnswer:
-    """Take weights from other sources, while requests go on. A mapping that cannot be fulfilled changes nothing."""
-    update = service.deployment.update_weight_mapping
-    return remap_answer(await in_own_thread(lambda: update(body.weight_mapping)), details=body.details)
+class PlanAnswer(BaseModel):
+    dry_run: Literal[True] = True
+    """Nothing has changed."""
+    version: int | None = None
+    """That is in memory and would come back; null: one would be built."""
+    previous_version: int
+    """The current one, that all is compared with."""
+    fingerprint: str
+    num_rules: int
+    num_changed: int
+    changes: list[ChangeSummary]
+    changed: list[WeightChangeAnswer] | None = None
+    """Each weight that would change. Only if asked for."""
+    num_loaded: int
+    """Weights that no version in memory has."""
+    read_bytes: int
+    """Of their files."""
+    new_bytes: int
+    """Of memory that they would take; pages of the packed cache are none."""
+    shared_bytes: int
+    """Of weights that are there already."""
+    peak_bytes: int
+    """Of memory that would be taken at most while they are loaded."""
+    available_bytes: int
+    """Of memory now."""
+    has_room: bool
+    """False: the change would be refused."""
+    seconds: float
+    """That it would take, as fast as weights were loaded so far."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-@router.post("/reload_weights", dependencies=[Admission], response_model_exclude_none=True)
-async def reload_weights(service: ServiceArgument, body: ReloadBody | None = None) -> RemapAnswer:
-    """Build the weights anew from the files as they are now."""
-    details = body is not None and body.details
-    return remap_answer(await in_own_thread(service.deployment.reload_weights), details=details)
+def plan_answer(plan: ChangePlan, *, details: bool = False) -> PlanAnswer:
+    """What a change would be."""
+    return PlanAnswer(
+        version=plan.version,
+        previous_version=plan.previous_version,
+        fingerprint=plan.fingerprint,
+        num_rules=len(plan.rules),
+        num_changed=len(plan.changed),
+        changes=summary(plan.changed),
+        changed=listed(plan.changed) if details else None,
+        num_loaded=plan.load.num_weights,
+        read_bytes=plan.load.read_bytes,
+        new_bytes=plan.load.new_bytes,
+        shared_bytes=plan.shared_bytes,
+        peak_bytes=plan.load.peak_bytes,
+        available_bytes=plan.available_bytes,
+        has_room=plan.has_room,
+        seconds=plan.seconds,
+    )
 
 
-@router.get("/manifest", response_model=dict[str, Any])
-async def manifest(service: ServiceArgument, sha256: bool = False) -> Response:
-    """Where every weight comes from: source, file, offset, bytes, format, the rule that chose it; and its layout.
-
-    Layouts in `panels_…` run in the native kernels, others through PyTorch, expanded at each use unless dense.
-    `sha256=true` adds the digest of each tensor's bytes, for which all files are read.
-    """
-    make = service.deployment.manifest
-    return OrjsonResponse(await in_own_thread(lambda: make(sha256=sha256)))
+def listed(changed: Sequence[WeightChange]) -> list[WeightChangeAnswer]:
+    """Each of them."""
+    return [WeightChangeAnswer(**asdict(change)) for change in changed]
 
 
 def remap_answer(result: RemapResult, *, details: bool = False) -> RemapAnswer:
     """What a change of the weights answers."""
     return RemapAnswer(
         weight_version=result.version,
+        name=result.name,
         previous_version=result.previous_version,
         fingerprint=result.fingerprint,
         num_changed=len(result.changed),
-        changes=_summary(result.changed),
-        changed=[WeightChangeAnswer(**asdict(change)) for change in result.changed] if details else None,
+        changes=summary(result.changed),
+        changed=listed(result.changed) if details else None,
         num_loaded=result.num_loaded,
         loaded_bytes=result.loaded_bytes,
         shared_bytes=result.shared_bytes,
@@ -125,7 +144,7 @@ def remap_answer(result: RemapResult, *, details: bool = False) -> RemapAnswer:
     )
 
 
-def _summary(changed: Sequence[WeightChange]) -> list[ChangeSummary]:
+def summary(changed: Sequence[WeightChange]) -> list[ChangeSummary]:
     """By sources and formats, those of most weights first."""
     groups: dict[tuple[str, ...], list[WeightChange]] = defaultdict(list)
     for change in changed:

@@ -1,0 +1,134 @@
+"""The file of what has changed the weights, which a restart goes on from.
+
+In: records. Out: the file, and the records and rules of former processes. Must never know: how a version is built,
+tensors.
+
+One JSON object in a line. A line is on the disk before its change is answered; what a killed process has left half
+written is passed over. Rules that are those of the line before are not repeated. The file is locked as long as it is in
+use: the numbers of versions go on from its last one, and two processes would give the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from amalgam.base.files import replace_file
+from amalgam.base.locks import FileLock
+from amalgam.config.settings import Rule
+from amalgam.errors import ConfigError, ConflictError
+from amalgam.runtime.changes import MAX_REMAPS, RemapRecord
+
+logger = logging.getLogger("amalgam.runtime")
+
+_RECORD = TypeAdapter(RemapRecord)
+
+
+class HistoryFile:
+    """A history that is open.
+
+    Attributes:
+        records: of former processes, the oldest first; the latest 256.
+
+    Raises:
+        ConfigError: the file cannot be read, or is none of ours.
+        ConflictError: another process has it open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.expanduser().absolute()
+        self._lock = FileLock(self._path)
+        self._rules: tuple[Rule, ...] | None = None  # of the last line that has some
+        self._is_torn = False  # the last line may be half written
+        try:
+            if not self._lock.try_acquire():
+                raise ConflictError(
+                    f"weights.history {str(path)!r} is in use by {self._lock.holder}.",
+                    remedy="Give each process a file of its own.",
+                )
+            try:
+                self.records: Sequence[RemapRecord] = self._read()[-MAX_REMAPS:]
+                self._rewrite()
+            except BaseException:
+                self._lock.release()
+                raise
+        except OSError as error:
+            raise ConfigError(
+                f"weights.history {str(path)!r} cannot be used: {error}.",
+                remedy="Name a file in a folder that this process may write to.",
+            ) from None
+
+    @property
+    def last_version_id(self) -> int:
+        """The highest number that a version has had; 0: there was none."""
+        return max((record.version for record in self.records), default=0)
+
+    @property
+    def last_rules(self) -> tuple[Rule, ...] | None:
+        """Of the last version that new requests started on; None: there was none."""
+        good = (record.rules for record in reversed(self.records) if record.error is None and record.name is None)
+        return next(good, None)
+
+    def add(self, record: RemapRecord) -> None:
+        """Write a record behind the others. A file that cannot be written is logged: the weights matter more."""
+        line = (b"\n" if self._is_torn else b"") + self._line(record)
+        self._is_torn = True
+        try:
+            with self._path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            logger.error("weights.history %s cannot be written; a restart will not know of this: %s", self._path, error)
+            return
+        self._is_torn = False
+
+    def close(self) -> None:
+        """Let others have the file. Harmless when repeated."""
+        self._lock.release()
+
+    def _line(self, record: RemapRecord) -> bytes:
+        data = _RECORD.dump_python(record, mode="json")
+        if record.rules is not None:
+            if record.rules == self._rules:
+                del data["rules"]
+            self._rules = record.rules
+        return json.dumps(data, ensure_ascii=False).encode() + b"\n"
+
+    def _read(self) -> list[RemapRecord]:
+        if not self._path.exists():
+            return []
+        records: list[RemapRecord] = []
+        rules: tuple[Rule, ...] | None = None
+        lines = self._path.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = _RECORD.validate_python(self._parsed(line, rules))
+            except (ValueError, ValidationError):
+                logger.warning("weights.history %s: line %d is no record and is passed over", self._path, number)
+                continue
+            rules = rules if record.rules is None else record.rules
+            records.append(record)
+        if lines and not records:
+            raise ConfigError(
+                f"weights.history {str(self._path)!r} holds no record of a change.", remedy="Name another file."
+            )
+        return records
+
+    def _parsed(self, line: bytes, rules: tuple[Rule, ...] | None) -> dict[str, Any]:
+        data = json.loads(line)
+        if not isinstance(data, dict):
+            raise ValueError("no object")
+        return data if "rules" in data else {**data, "rules": rules}
+
+    def _rewrite(self) -> None:
+        """The records that are kept, each line whole."""
+        replace_file(self._path, b"".join(map(self._line, self.records)))

@@ -1,0 +1,131 @@
+"""What has changed the weights outlives the process; what a killed one has left half written does no harm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from amalgam.config.settings import Rule, load_settings
+from amalgam.errors import ConfigError, ConflictError
+from amalgam.runtime.changes import ChangeRequest, RemapRecord
+from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.history import HistoryFile
+from amalgam.runtime.opening import open_deployment
+from tests.conftest import DEMO
+from tests.errors import raises
+
+RULES = (Rule(pattern="a.*", source="int4"), Rule(pattern="名", source="fp8"))
+START = RemapRecord(1.0, 1, 1, 0, 9, 0.5, fingerprint="f", rules=RULES, is_start=True)
+CHANGE = RemapRecord(2.0, 2, 1, 3, 4, 0.5, fingerprint="g", rules=RULES[:1])
+RELOAD = RemapRecord(3.0, 3, 2, 1, 4, 0.5, fingerprint="h", rules=RULES[:1])
+REFUSED = RemapRecord(4.0, 3, 3, 0, 0, 0.1, "Pattern 'x' matches nothing.")
+NAMED = RemapRecord(5.0, 4, 3, 2, 4, 0.5, name="wide", fingerprint="i", rules=())
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "history.jsonl"
+
+
+def written(path: Path, *records: RemapRecord) -> None:
+    file = HistoryFile(path)
+    for record in records:
+        file.add(record)
+    file.close()
+
+
+def test_a_history_goes_on_where_it_ended(path: Path) -> None:
+    written(path, START, CHANGE, RELOAD)
+    assert "rules" not in json.loads(path.read_text(encoding="utf-8").splitlines()[2])
+    written(path, REFUSED, NAMED)
+    file = HistoryFile(path)
+    assert list(file.records) == [START, CHANGE, RELOAD, REFUSED, NAMED]
+    assert (file.last_version_id, file.last_rules) == (4, RULES[:1])  # new requests did not start on the named one
+    file.close()
+
+
+@pytest.mark.parametrize("num_bytes", [1, 40, 200])
+def test_a_line_that_is_half_written_is_passed_over(path: Path, num_bytes: int) -> None:
+    written(path, START, CHANGE)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.splitlines()[1][:num_bytes])
+    written(path, RELOAD)
+    file = HistoryFile(path)
+    assert list(file.records) == [START, CHANGE, RELOAD]
+    file.close()
+
+
+def test_a_full_disk_ends_nothing(path: Path) -> None:
+    file = HistoryFile(path)
+    file.add(START)
+    path.rename(path.with_name("kept"))
+    path.mkdir()
+    file.add(CHANGE)
+    path.rmdir()
+    path.with_name("kept").rename(path)
+    file.add(RELOAD)
+    file.close()
+    file = HistoryFile(path)
+    assert [record.version for record in file.records] == [1, 3]
+    file.close()
+
+
+def test_a_file_of_somebody_else_is_left_alone(path: Path) -> None:
+    file = HistoryFile(path)
+    with raises(ConflictError, path):
+        HistoryFile(path)
+    file.close()
+    path.write_text('{"my": "file"}\n', encoding="utf-8")
+    with raises(ConfigError, path):
+        HistoryFile(path)
+    assert path.read_text(encoding="utf-8") == '{"my": "file"}\n'
+    with raises(ConfigError, "/proc/nowhere"):
+        HistoryFile(Path("/proc/nowhere/history"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, path: Path) -> Path:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {{base_path: {DEMO}, mixed_precision: {{same_path: {DEMO}}}}}\n"
+        f"inference: {{max_seq_length: 64}}\nweights: {{history: {path}, resume: true}}\n",
+        encoding="utf-8",
+    )
+    return config
+
+
+def opened(config: Path) -> Deployment:
+    return open_deployment(load_settings(config, {}, {}))
+
+
+def test_a_restart_begins_with_the_last_good_version(config: Path) -> None:
+    name = "model.layers.1.mlp.experts.{}.up_proj.weight"
+    rule = Rule(pattern=name.format(1), source="same")
+    deployment = opened(config)
+    deployment.update_weight_mapping({rule.pattern: "same"})
+    deployment.change(ChangeRequest({name.format(2): "same"}, name="other"))
+    fingerprint = deployment.version.fingerprint
+    deployment.close()
+
+    deployment = opened(config)
+    assert (deployment.rules, deployment.configured_rules) == ((rule,), ())
+    assert (deployment.version.fingerprint, deployment.version_id) == (fingerprint, 4)
+    assert [record.version for record in deployment.history] == [1, 2, 3, 4] and deployment.remaps == []
+    assert deployment.rollback(1).version == 5 and deployment.rules == ()
+    deployment.close()
+
+
+def test_rules_that_cannot_be_fulfilled_any_more_are_not_resumed(config: Path, path: Path) -> None:
+    written(path, START)
+    deployment = opened(config)
+    assert deployment.rules == () and deployment.version_id == 2
+    deployment.close()
+    written(path)  # and nobody holds the file
+
+
+def test_resuming_needs_a_history(config: Path) -> None:
+    settings = load_settings(config, {"weights.history": ""}, {})
+    with raises(ConfigError, "weights.history"):
+        open_deployment(settings)
