@@ -6,6 +6,7 @@ translate an error without knowing it. A message says what is wrong, names the o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -16,17 +17,21 @@ class AmalgamError(Exception):
         what: what is wrong, naming the offending value.
         remedy: what the user can do about it; appended as a second sentence.
         param: the field of a request that is at fault.
+        details: figures for programs, JSON; an answer has them beside the message.
     """
 
     http_status = 400
     exit_code = 2
     code = "invalid_request"
 
-    def __init__(self, what: str, *, remedy: str = "", param: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, remedy: str = "", param: str | None = None, details: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(f"{what} {remedy}".strip())
         self.what = what
         self.remedy = remedy
         self.param = param
+        self.details = dict(details or {})
 
 
 class ConfigError(AmalgamError):
@@ -80,6 +85,13 @@ class VersionNotFoundError(RequestError):
     code = "version_not_found"
 
 
+class NotFoundError(RequestError):
+    """Something is asked for by a name or id that nothing here has."""
+
+    http_status = 404
+    code = "not_found"
+
+
 class PromptTooLongError(RequestError):
     """Prompt plus new tokens do not fit the model's sequence length or the KV cache."""
 
@@ -101,6 +113,10 @@ class OutOfMemoryError(AmalgamError):
     http_status = 507
     exit_code = 6
     code = "out_of_memory"
+
+
+class CancelledError(ConflictError):
+    """Work was given up because somebody asked for that."""
 
 
 class OverloadedError(AmalgamError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from amalgam.base.collector import collector_paused
 from amalgam.composition.agreement import check_agreement
 from amalgam.composition.check import SourceCheck
 from amalgam.composition.planned import PlannedWeight, codes_bf16
-from amalgam.composition.progress import Progress
+from amalgam.composition.progress import Progress, Turn
 from amalgam.composition.reading import WeightReader, packed_cache_folder
 from amalgam.composition.rules import Choice, Choices
 from amalgam.composition.source import CONFIG_NAME, Source
@@ -198,16 +199,20 @@ class ModelLoader:
         version_id: int,
         previous: WeightVersion | None = None,
         progress: Progress | None = None,
+        turn: Turn = nullcontext,
     ) -> LoadedVersion:
         """Load what `previous` does not hold, and return a new version.
 
         Memory at its peak: the new weights, and per loading thread one more copy of the tensor it works on.
+
+        Args:
+            turn: entered by the thread that reads a weight, for as long as it does.
         """
         started = time.monotonic()
         keys = {weight.slot.name: weight.key for weight in planned}
         shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
         missing = [weight for weight in planned if weight.slot.name not in shared]
-        weights = {**shared, **self._reader.read(missing, progress)}
+        weights = {**shared, **self._reader.read(missing, progress, turn)}
         origins = {weight.slot.name: weight.origin for weight in planned}
         version = WeightVersion(version_id, weights, origins, keys)
         return LoadedVersion(

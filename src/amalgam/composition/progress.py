@@ -1,16 +1,20 @@
-"""How long work says how far it is, and that it waits."""
+"""How long work says how far it is and that it waits, and how it waits for others."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from amalgam.base.locks import FileLock
 
 logger = logging.getLogger("amalgam.models")
 
+LOADING = "Loading weights"  # told once for each weight that has been read
+
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+Turn = Callable[[], AbstractContextManager[object]]  # what each loading thread enters around one weight
 
 
 def waiting_for(path: Path, lock: FileLock, progress: Progress | None) -> Callable[[], None]:

@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from amalgam.base.threads import map_in_threads
 from amalgam.checkpoint.shards import Identity
 from amalgam.composition.packed_cache import PackedCache
 from amalgam.composition.planned import PlannedWeight
-from amalgam.composition.progress import Progress, waiting_for
+from amalgam.composition.progress import LOADING, Progress, Turn, waiting_for
 from amalgam.config.settings import InferenceSettings
 from amalgam.kernels.backends import Backend, why_not_compiled
 from amalgam.kernels.packed import PackedWeight
@@ -36,16 +36,22 @@ class WeightReader:
         self._threads = threads
         self._cache_folder = cache_folder
 
-    def read(self, planned: Sequence[PlannedWeight], progress: Progress | None) -> dict[str, PackedWeight]:
-        """The weights by slot, from the packed cache where there is one and it has them."""
+    def read(
+        self, planned: Sequence[PlannedWeight], progress: Progress | None, turn: Turn = nullcontext
+    ) -> dict[str, PackedWeight]:
+        """The weights by slot, from the packed cache where there is one and it has them.
+
+        Args:
+            turn: entered by the thread that reads a weight, for as long as it does.
+        """
         if self._cache_folder is None or not planned:
-            return _only(self._read(planned, progress))
+            return _only(self._read(planned, progress, turn))
         cache = PackedCache(self._cache_folder)
         keys = {weight.slot.name: weight.cache_key for weight in planned}
         found = self._find(cache, planned, keys)
         missing = [weight for weight in planned if weight.slot.name not in found]
         if missing:
-            found |= self._fill(cache, missing, keys, progress)
+            found |= self._fill(cache, missing, keys, progress, turn)
         num_bytes = sum(weight.nbytes for weight in found.values() if weight.is_mapped)
         logger.info(
             "packed cache %s: %d of %d weights were there, %d MiB are mapped",
@@ -63,7 +69,12 @@ class WeightReader:
         return _only(found)
 
     def _fill(
-        self, cache: PackedCache, missing: Sequence[PlannedWeight], keys: Mapping[str, str], progress: Progress | None
+        self,
+        cache: PackedCache,
+        missing: Sequence[PlannedWeight],
+        keys: Mapping[str, str],
+        progress: Progress | None,
+        turn: Turn,
     ) -> dict[str, PackedWeight]:
         """Write weights into the cache and map them from there; a weight leaves memory as soon as it is written.
 
@@ -94,19 +105,19 @@ class WeightReader:
                 def keep(weight: PlannedWeight, packed: PackedWeight) -> PackedWeight | None:
                     return None if files[id(weight.source)].add(keys[weight.slot.name], packed) else packed
 
-                weights = _only(self._read(missing, progress, keep))
+                weights = _only(self._read(missing, progress, turn, keep))
                 for file in files.values():
                     file.commit()
         except OSError as error:
             logger.warning("The packed cache in %s cannot be written (%s); going on without.", cache.folder, error)
-            return found | _only(self._read(missing, progress))
+            return found | _only(self._read(missing, progress, turn))
         written = [weight for weight in missing if weight.slot.name not in weights]
         weights |= self._find(cache, written, keys)
         lost = [weight for weight in missing if weight.slot.name not in weights]
-        return {**found, **weights, **_only(self._read(lost, None))}
+        return {**found, **weights, **_only(self._read(lost, None, turn))}
 
     def _read(
-        self, planned: Sequence[PlannedWeight], progress: Progress | None, keep: Keep | None = None
+        self, planned: Sequence[PlannedWeight], progress: Progress | None, turn: Turn, keep: Keep | None = None
     ) -> dict[str, PackedWeight | None]:
         """Read and pack in threads; slot → what `keep` makes of the packed weight."""
         total = sum(weight.stored.nbytes for weight in planned)
@@ -115,12 +126,13 @@ class WeightReader:
 
         def load(weight: PlannedWeight) -> PackedWeight | None:
             nonlocal done
-            packed = weight.load(self._backend)
-            kept = packed if keep is None else keep(weight, packed)
+            with turn():
+                packed = weight.load(self._backend)
+                kept = packed if keep is None else keep(weight, packed)
             if progress is not None:
                 with lock:
                     done += weight.stored.nbytes
-                    progress("Loading weights", done, total)
+                    progress(LOADING, done, total)
             return kept
 
         loaded = map_in_threads(load, planned, self._threads, "load")

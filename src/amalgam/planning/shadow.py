@@ -24,6 +24,8 @@ from amalgam.planning.following import Shadowed
 
 _NICENESS = 5  # no more: whoever holds the interpreter's lock must not wait long for a core
 
+_turning_quiet = threading.Lock()
+
 
 class Throttle:
     """Keeps the work of each thread that calls it within a share of the time; a `Progress`, between two pieces of it.
@@ -56,12 +58,13 @@ def be_quiet() -> None:
 
     A call of a kernel that finds the other threads at work for the engine would leave the engine without them.
     """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # That is what threads begun from now on would have too. A thread that says otherwise undoes it for these only.
-    other = threading.Thread(target=torch.set_num_threads, args=[num_threads], name="amalgam-threads")
-    other.start()
-    other.join()
+    with _turning_quiet:  # who asks in between how many threads compute is told one
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        # That is what threads begun from now on would have too. A thread that says otherwise undoes it for these only.
+        other = threading.Thread(target=torch.set_num_threads, args=[num_threads], name="amalgam-threads")
+        other.start()
+        other.join()
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 

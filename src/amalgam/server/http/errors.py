@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -53,6 +53,10 @@ class ErrorDetail(BaseModel):
     type: str
     message: str
     param: str | None = None
+    change: dict[str, Any] | None = None
+    """The change of the weights that is under way, of an answer 409 to another one."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class ErrorAnswer(BaseModel):
@@ -91,7 +95,7 @@ def refusal_of(error: Exception, request_id: str = "") -> Refusal:
         return Refusal(500, "internal_error", message, request_id=request_id)
     notes = [f"{note.removesuffix('.')}." for note in getattr(error, "__notes__", ())]
     message = " ".join([f"{str(error).removesuffix('.')}.", *notes]) if notes else str(error)
-    return Refusal(error.http_status, error.code, message, error.param, request_id=request_id)
+    return Refusal(error.http_status, error.code, message, error.param, request_id=request_id, details=error.details)
 
 
 def error_content(error: Exception, request_id: str = "", shape: Shape = native) -> dict[str, Any]:

@@ -5,8 +5,8 @@ In: what is wrong. Out: a status and a JSON body. Must never know: exceptions, e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import Scope
@@ -24,6 +24,7 @@ class Refusal:
         code: what kind of error; see `AmalgamError.code`.
         param: the field that it is about.
         cause: what is wrong with the field: a type of pydantic's errors.
+        details: what the native shape has beside the message.
     """
 
     status: int
@@ -32,6 +33,7 @@ class Refusal:
     param: str | None = None
     cause: str = ""
     request_id: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 Shape = Callable[[Refusal], tuple[int, dict[str, Any]]]  # the status may be another one
@@ -55,8 +57,8 @@ def _is_at(path: str, places: Sequence[str]) -> bool:
 
 
 def native(refusal: Refusal) -> tuple[int, dict[str, Any]]:
-    """`{"error": {"type", "message", "param"?}}`."""
-    error = {"type": refusal.code, "message": refusal.message}
+    """`{"error": {"type", "message", "param"?, …}}`, with the details of the error."""
+    error: dict[str, Any] = {"type": refusal.code, "message": refusal.message, **refusal.details}
     if refusal.param is not None:
         error["param"] = refusal.param
     return refusal.status, {"error": error}
