@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
-from http.client import HTTPResponse
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amalgam.base.strict_json import parse_json
 from amalgam.cli.options import with_settings
+from amalgam.cli.server import Server, address_of, no_server_of_ours
 from amalgam.config.settings import ServerSettings, Settings
-from amalgam.errors import CheckpointError, ConfigError, RequestError, UnavailableError
+from amalgam.errors import CheckpointError, ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -28,9 +21,6 @@ if TYPE_CHECKING:
     from amalgam.experts.saved.sets import SavedSet
 
 _REFRESH_SECONDS = 2.0
-_TIMEOUT_SECONDS = 30.0
-_MAX_ERROR_BYTES = 4096
-_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # to listen on; one that can be called
 _SERVER_SIDES = ("label", "minutes", "saved")
 # What each kind of analysis takes; the last one, without a flag of its own, shows a server's statistics.
 _TAKES = {
@@ -79,7 +69,7 @@ def command(
         "--json": as_json or None,
     }
     _check_combination({flag for flag, value in flags.items() if value is not None})
-    address = _address(url, settings.server)
+    address = address_of(url, settings.server)
     if prompt is not None:
         _trace(settings, prompt, chat, max_new_tokens or 1, layer, save, as_json)
     elif compare is not None:
@@ -113,20 +103,6 @@ def _check_combination(given: set[str]) -> None:
             raise ConfigError(f"{flag} and --json are given together.", remedy="Give one of them.")
 
 
-def _address(url: str | None, server: ServerSettings) -> str:
-    if url is None:
-        host = _EVERY_ADDRESS.get(server.host, server.host)
-        return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise ConfigError(f"--url is {url!r}.", remedy="Expected an address like http://127.0.0.1:8080.")
-    return url.rstrip("/")
-
-
 def _show(url: str, body: dict[str, Any], watch: bool, as_json: bool) -> None:
     from rich.live import Live
 
@@ -135,7 +111,8 @@ def _show(url: str, body: dict[str, Any], watch: bool, as_json: bool) -> None:
 
     if watch and not out.is_terminal:
         raise ConfigError("--watch needs a terminal.", remedy="Leave it out, or give --json.")
-    statistics = _post(url, "expert_stats", body)
+    server = Server(url)
+    statistics = server.send("POST", "expert_stats", body)
     if as_json:
         print_json(statistics)
         return
@@ -149,7 +126,7 @@ def _show(url: str, body: dict[str, Any], watch: bool, as_json: bool) -> None:
             live.update(screen(statistics, *out.size, waiting), refresh=True)
             time.sleep(_REFRESH_SECONDS)
             try:
-                statistics, waiting = _post(url, "expert_stats", body), ""
+                statistics, waiting = server.send("POST", "expert_stats", body), ""
             except UnavailableError as error:  # restarting, or loading; the figures stay until it answers
                 waiting = f"Waiting for the server since it does not answer: {error.what}"
 
@@ -215,7 +192,7 @@ def _compare(url: str, first: str, second: str, *, as_json: bool) -> None:
             )
         answer = {"a": first, "b": second, "layer_ids": layer_ids, **compare(counts, other)}
     else:
-        answer = _get(url, "experts/compare", {"a": first, "b": second})
+        answer = Server(url).get("experts/compare", {"a": first, "b": second})
     if as_json:
         print_json(answer)
     else:
@@ -242,7 +219,7 @@ def _side(url: str, text: str) -> tuple[list[int], npt.NDArray[Any]]:
             f"{text!r} is a set of the server, which is compared there, and not with files.",
             remedy="Give its file, which lies in the server's export folder.",
         )
-    grid = _get(url, "experts/grid", {} if kind == "all" else {kind: name})
+    grid = Server(url).get("experts/grid", {} if kind == "all" else {kind: name})
     counts = np.array(grid["values"], np.int64).reshape(len(grid["layer_ids"]), grid["num_experts"])
     return grid["layer_ids"], counts
 
@@ -270,18 +247,14 @@ def _save(saved: SavedSet, path: Path) -> None:
     note(f"Saved {path} ({human_bytes(num_bytes)}).")
 
 
-def _get(url: str, path: str, query: dict[str, str]) -> Any:
-    return _fetch(urllib.request.Request(f"{url}/{path}?{urllib.parse.urlencode(query)}"), url)
-
-
 def _get_set(url: str, path: str) -> SavedSet:
     from amalgam.experts.saved.files import from_bytes
 
-    content: bytes = _fetch(urllib.request.Request(f"{url}/{path}"), url, HTTPResponse.read)
+    content = Server(url).read(path)
     try:
         return from_bytes(content, url)
     except CheckpointError:
-        raise _no_server_of_ours(url) from None
+        raise no_server_of_ours(url) from None
 
 
 def saved_set_of(url: str) -> SavedSet:
@@ -291,46 +264,4 @@ def saved_set_of(url: str) -> SavedSet:
         ConfigError: it is no address.
         UnavailableError: no server of ours answers there.
     """
-    return _get_set(_address(url, ServerSettings()), "experts/set.npz")
-
-
-def _post(url: str, path: str, body: dict[str, Any]) -> Any:
-    headers = {"Content-Type": "application/json"}
-    return _fetch(urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), headers), url)
-
-
-def _fetch(request: urllib.request.Request, url: str, read: Callable[[HTTPResponse], Any] | None = None) -> Any:
-    """The body of an answer, as `read` gives it; None: its JSON.
-
-    Raises:
-        RequestError: the server refuses the request.
-        UnavailableError: there is no server, or it cannot answer.
-    """
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-            return parse_json(response.read()) if read is None else read(response)
-    except urllib.error.HTTPError as error:
-        kind = RequestError if error.code < 500 else UnavailableError
-        raise kind(f"{url} answered {error.code}: {_message(error)}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise UnavailableError(
-            f"No server answers at {url} ({getattr(error, 'reason', error)}).",
-            remedy="Start one with `amalgam serve`, or give the address of one with --url.",
-        ) from None
-    except ValueError:
-        raise _no_server_of_ours(url) from None
-
-
-def _no_server_of_ours(url: str) -> UnavailableError:
-    return UnavailableError(f"What answers at {url} is no amalgam server.", remedy="Check --url.")
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    """What an answer with an error says; its beginning if it is none of ours."""
-    from amalgam.base.escaping import one_line
-
-    text = error.read(_MAX_ERROR_BYTES).decode(errors="replace")
-    try:
-        return one_line(parse_json(text.encode())["error"]["message"])
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return one_line(text[:200])
+    return _get_set(address_of(url, ServerSettings()), "experts/set.npz")

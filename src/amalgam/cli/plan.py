@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from amalgam.cli.options import refuse_unused, with_settings
-from amalgam.config.settings import Settings
+from amalgam.config.settings import ServerSettings, Settings
 from amalgam.errors import ConfigError
 
 _PLANNING = "Planning for a budget"
 _TOKENS, _WINDOW, _CHECKS = 16384, 256, 1  # what planning takes where nothing is said
 
 
-@with_settings
+@with_settings(needs_model=False)
 def command(
     settings: Settings,
+    origins: Mapping[str, str],
     config_file: Path | None,
     explain: Annotated[
         str | None, typer.Option(metavar="NAME", help="Say which rule decides for this weight, and why.")
@@ -30,6 +32,13 @@ def command(
     sha256: Annotated[
         bool, typer.Option("--sha256", help="With --manifest: digest every tensor; reads all of it.")
     ] = False,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="A B",
+            help="Compare two plans: configurations (YAML), manifests (.json) or addresses of running servers.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     budget: Annotated[
         str | None,
@@ -118,7 +127,7 @@ def command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.yaml.", rich_help_panel=_PLANNING)] = False,
 ) -> None:
-    """Check the weight mapping and show which source each weight comes from; or choose the sources for a budget."""
+    """Check the weight mapping and show which source each weight comes from; compare two; or plan for a budget."""
     given = {
         "--text": text,
         "--heldout": held_out,
@@ -141,6 +150,14 @@ def command(
         raise ConfigError(f"{' and '.join(views)} are given.", remedy="Give one of them.")
     if not show_manifest:
         refuse_unused({"--sha256": sha256}, "--manifest", "Add --manifest.")
+    if diff is not None:
+        if budget is not None:
+            raise ConfigError("--budget is given beside --diff.", remedy="Write the plan with --out, then compare it.")
+        refuse_unused(given, "--budget", "Add --budget, and leave out --diff.")
+        _compare(diff, settings.server, origins, views, as_json, show_all=show_all)
+        return
+    if not settings.model.base_path:
+        raise ConfigError("model.base_path is required.", remedy="Give --config FILE or --model FOLDER.")
     if budget is None:
         refuse_unused(given, "--budget", "Add --budget, for instance 4.5bpw.")
         _show(settings, explain, as_json, show_all=show_all, show_manifest=show_manifest, sha256=sha256)
@@ -169,6 +186,28 @@ def command(
         cache=cache,
     )
     plan_for_budget(settings, options, budget, out, config_file, frontier, force=force, as_json=as_json)
+
+
+def _compare(
+    places: tuple[str, str],
+    server: ServerSettings,
+    origins: Mapping[str, str],
+    views: list[str],
+    as_json: bool,
+    *,
+    show_all: bool,
+) -> None:
+    from amalgam.cli.console import progress_bar
+    from amalgam.cli.plan_diff import manifest_of, show_difference
+    from amalgam.tools.difference import difference
+
+    refuse_unused({view: view != "--all" for view in views}, "--diff", "Leave out --diff.")
+    for key, origin in origins.items():
+        if origin in ("flag", "file") and key != "server.admin_key":
+            raise ConfigError(f"{key} is given beside --diff.", remedy="The plans that are compared have their own.")
+    with progress_bar() as progress:
+        before, after = (manifest_of(place, server, progress) for place in places)
+    show_difference(places, difference(before, after), as_json, show_all=show_all)
 
 
 def _show(
