@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from amalgam.runtime.jobs import MAX_JOBS, Job, Jobs, JobState, JobStatus
 from amalgam.runtime.yielding import Turns
 from tests.errors import raises
 
+MAX_NICENESS = 19
 RESULT = RemapResult(2, 1, "f", [], 3, 30, 70, 0.5)
 
 
@@ -160,7 +162,7 @@ def test_the_latest_are_remembered_and_those_of_an_earlier_process_are_told() ->
 def test_building_threads_take_turns_only_while_requests_run() -> None:
     is_serving = False
     turns = Turns(lambda: is_serving, lambda: None)
-    both, alone, found_alone = threading.Barrier(2, timeout=60), threading.Lock(), []
+    both, alone, found_alone, niceness = threading.Barrier(2, timeout=60), threading.Lock(), [], []
 
     def build_beside_another() -> None:
         with turns():
@@ -169,6 +171,7 @@ def test_building_threads_take_turns_only_while_requests_run() -> None:
     def build_alone() -> None:
         with turns():
             found_alone.append(alone.acquire(blocking=False))
+            niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
             alone.release()
 
     run_together([build_beside_another] * 2)
@@ -176,6 +179,8 @@ def test_building_threads_take_turns_only_while_requests_run() -> None:
     is_serving = True
     run_together([build_alone] * 4)
     assert found_alone == [True] * 4
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert all(each > own for each in niceness) or own == MAX_NICENESS
 
 
 def run_together(calls: list[Callable[[], None]]) -> None:

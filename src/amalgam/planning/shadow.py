@@ -22,7 +22,7 @@ from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
 from amalgam.planning.following import Shadowed
 
-_NICENESS = 5  # no more: whoever holds the interpreter's lock must not wait long for a core
+_NICENESS = 5  # more than others; no more than that: whoever holds the interpreter's lock must not wait long for a core
 
 _turning_quiet = threading.Lock()
 
@@ -54,7 +54,7 @@ class Throttle:
 
 
 def be_quiet() -> None:
-    """Have the calling thread, from now on, compute alone and behind others.
+    """Have the calling thread, from now on, compute alone and behind others. Once for each thread.
 
     A call of a kernel that finds the other threads at work for the engine would leave the engine without them.
     """
@@ -66,7 +66,8 @@ def be_quiet() -> None:
         other.start()
         other.join()
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
 
 
 def shadow(

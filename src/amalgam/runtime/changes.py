@@ -6,7 +6,7 @@ In: mappings and rules. Out: rules, records. Must never know: how a version is b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 
 from amalgam.base.clock import Clock
@@ -49,6 +49,26 @@ class ChangeRequest:
             found = " and ".join(name for name, is_given in given.items() if is_given) or "none"
             raise RequestError(f"Of {', '.join(given)} there is {found}.", remedy="Give exactly one of them.")
 
+    @property
+    def kind(self) -> str:
+        """What is asked for, in a word."""
+        if self.mapping is not None:
+            return "mapping"
+        if self.rules is not None:
+            return "rules"
+        return "reload" if self.is_reload else "version"
+
+    @property
+    def what(self) -> str:
+        """The same in a few words."""
+        if self.mapping is not None:
+            told = counted(self.mapping, "rule")
+        elif self.rules is not None:
+            told = f"the whole set of {counted(self.rules, 'rule')}"
+        else:
+            told = "the files as they are now" if self.is_reload else f"back to version {self.version}"
+        return told if self.name is None else f"{told}, called {self.name}"
+
     def rules_after(self, rules: Iterable[Rule]) -> tuple[Rule, ...]:
         """The rules that it makes of those that hold now; a change to a version keeps them.
 
@@ -59,6 +79,11 @@ class ChangeRequest:
             return self.rules
         rules = tuple(rules)
         return rules if self.mapping is None else merged(rules, self.mapping)
+
+
+def counted(things: Sized, noun: str) -> str:
+    """`1 rule`, `2 rules`."""
+    return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def merged(rules: tuple[Rule, ...], mapping: Mapping[str, str | None]) -> tuple[Rule, ...]:

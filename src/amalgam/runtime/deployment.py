@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.manifest import plan_manifest
-from amalgam.composition.progress import Progress
+from amalgam.composition.progress import LOADING, Progress
 from amalgam.config.settings import Rule, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.memory import available_bytes
-from amalgam.errors import ConflictError, UnavailableError, VersionNotFoundError
+from amalgam.errors import ConflictError, VersionNotFoundError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion, manifest
@@ -27,11 +27,13 @@ from amalgam.runtime.autoplan import Autoplan
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapResult
 from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections, describe_versions
 from amalgam.runtime.history import HistoryFile
+from amalgam.runtime.jobs import Job, Jobs
 from amalgam.runtime.preview import ChangePlan, Contents, Difference, Load, Prepared, changed_weights
 from amalgam.runtime.served import ServedWeights, shared_weights
 from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.runtime.versions import VersionBook, as_id
+from amalgam.runtime.yielding import Turns, begin_quietly
 from amalgam.text.tokenizer import Tokenizer
 
 MAX_UNDOS = 64
@@ -43,6 +45,7 @@ class Deployment:
     Attributes:
         statistics: which experts the traffic uses; None where nothing is counted.
         autoplan: gives it other weights when the traffic changes, once it is started; None where that is not wanted.
+        jobs: the change of the weights that is under way, and those before it.
         versions: the weight versions that requests can run on.
         defaults: how the model is sampled where a request says nothing.
         loaded_seconds: what reading its first weights took.
@@ -67,7 +70,8 @@ class Deployment:
         self.tokenizer = tokenizer
         self.loaded_seconds = loaded.seconds
         self.versions = VersionBook(served, engine)
-        self._changing, self._hashing = threading.Lock(), threading.Lock()
+        self.jobs = Jobs(lambda: self.version_id)
+        self._hashing = threading.Lock()
         self._history = history
         self._remaps = RemapLog() if history is None else RemapLog(history.records, history.add)
         self._remaps.start(
@@ -83,7 +87,6 @@ class Deployment:
             )
         )
         self._seconds_per_byte = loaded.seconds / max(1, loaded.read_bytes)
-        self._is_closing = threading.Event()
         self._earlier_rules: list[tuple[Rule, ...]] = []  # those that were in use, the latest last
         self._earlier_versions: list[int] = []  # those that new requests started on, the latest last
         self._tracker = tracker
@@ -175,8 +178,30 @@ class Deployment:
             VersionNotFoundError: nobody knows the version that is to come back.
             PlanError, CheckpointError: the change cannot be made; nothing has changed.
         """
-        with self._change() as served:
+        with self._change(request.kind, request.what) as served:
             return self._make(request, served, progress)
+
+    def start_change(self, request: ChangeRequest) -> Job:
+        """Begin what `change` does, and let a thread of its own, behind requests, go on with it. Returns at once.
+
+        Raises:
+            ConflictError: another change is under way; `details` tells how far it is.
+        """
+        return self._start(request.kind, request.what, lambda: self.change(request))
+
+    def start_rollback(self) -> Job:
+        """`rollback` to the version before, in a thread of its own. Returns at once.
+
+        Raises: see `start_change`.
+        """
+        return self._start("rollback", "back to the version before", self.rollback)
+
+    def _start(self, kind: str, what: str, change: Callable[[], RemapResult]) -> Job:
+        def work() -> None:
+            begin_quietly()
+            change()
+
+        return self.jobs.start(kind, what, work)
 
     def update_weight_mapping(self, mapping: Mapping[str, str | None]) -> RemapResult:
         """Add rules (name or pattern → source), build a new version and let new requests start on it.
@@ -195,7 +220,7 @@ class Deployment:
         Raises:
             ConflictError: another version is in use now, or another change is under way.
         """
-        with self._change() as served:
+        with self._change("adopt", "a version that was built beside the one in use") as served:
             if version_id != served.version.version_id:
                 raise ConflictError(
                     f"Weight version {version_id} is not in use any more: {served.version.version_id} is.",
@@ -213,7 +238,7 @@ class Deployment:
             ConflictError: another version is in use, or there is nothing to take back.
             PlanError, CheckpointError: the earlier rules cannot be fulfilled any more; nothing has changed.
         """
-        with self._change() as served:
+        with self._change("undo", f"back from version {version_id}") as served:
             if version_id != served.version.version_id:
                 raise ConflictError(
                     f"Weight version {version_id} is not in use any more: {served.version.version_id} is.",
@@ -244,7 +269,8 @@ class Deployment:
         Raises:
             ConflictError: there is none before.
         """
-        with self._change() as served:
+        what = "the version before" if version is None else f"version {version}"
+        with self._change("rollback", f"back to {what}") as served:
             if version is None:
                 if not self._earlier_versions:
                     raise ConflictError("There is no earlier version to go back to.", remedy="Name one that is kept.")
@@ -368,7 +394,7 @@ class Deployment:
 
         Statistics that are to be kept are saved.
         """
-        self._is_closing.set()
+        self.jobs.close()
         if self.autoplan is not None:
             self.autoplan.close()
         self.engine.stop()
@@ -380,22 +406,25 @@ class Deployment:
 
     def _unless_closing(self, what: str, done: int, total: int) -> None:
         """A `Progress` that ends long work when nobody wants it any more."""
-        if self._is_closing.is_set():
-            raise UnavailableError("The model has been closed.", remedy="Open it again.")
+        self.jobs.check_open()
 
     @contextmanager
-    def _change(self) -> Iterator[ServedWeights]:
+    def _change(self, kind: str, what: str) -> Iterator[ServedWeights]:
         """Refuses instead of waiting: the second of two re-maps must not silently follow the first."""
-        if not self._changing.acquire(blocking=False):
-            raise ConflictError("Another change of the weights is under way.", remedy="Try again when it is done.")
-        started, served = time.monotonic(), self._served
-        try:
-            yield served
-        except Exception as error:
-            self._remaps.add_failure(served.version.version_id, time.monotonic() - started, error)
-            raise
-        finally:
-            self._changing.release()
+        with self.jobs.begin(kind, what) as job:
+            served = self._served
+            try:
+                yield served
+            except Exception as error:
+                self._remaps.add_failure(served.version.version_id, job.status().seconds, error)
+                raise
+
+    @property
+    def _job(self) -> Job:
+        """The change under way, of which the caller is a part."""
+        job = self.jobs.running
+        assert job is not None
+        return job
 
     def _make(self, request: ChangeRequest, served: ServedWeights, progress: Progress | None = None) -> RemapResult:
         """Fulfil a request, beside nothing else that changes the weights."""
@@ -405,12 +434,16 @@ class Deployment:
             return self._go_live(prepared, None, started, request.name)
         self._plan_of(prepared, served, started).check_room()
 
+        job, shared = self._job, prepared.shared
+        job.begin_stage(LOADING, sum(shared.keys.get(weight.slot.name) != weight.key for weight in prepared.planned))
+
         def step(what: str, done: int, total: int) -> None:
-            self._unless_closing(what, done, total)
+            job.report(what, done, total)
             if progress is not None:
                 progress(what, done, total)
 
-        loaded = prepared.loader.build(prepared.planned, self.versions.next_id(), prepared.shared, step)
+        turns = Turns(lambda: self.engine.status().num_running > 0, job.check)
+        loaded = prepared.loader.build(prepared.planned, self.versions.next_id(), prepared.shared, step, turns)
         if loaded.read_bytes:
             self._seconds_per_byte = loaded.seconds / loaded.read_bytes
         made = ServedWeights(prepared.loader, loaded.version, prepared.rules)
@@ -462,6 +495,10 @@ class Deployment:
         """
         before, after = self._served, served.version
         changed = changed_weights(Contents.of(before.version), Contents.of(after))
+        job = self._job
+        job.begin_stage("Compiling")
+        self.engine.prepare(after)
+        job.go_live()
         if name is None:
             self.versions.make_current(served)
             if after is not before.version:
@@ -469,11 +506,11 @@ class Deployment:
             if served.rules != before.rules:
                 self._earlier_rules = [*self._earlier_rules, before.rules][-MAX_UNDOS:]
             if self._speculation is not None:
-                self._speculation.follow(served.loader, served.rules, after, self._unless_closing)
+                self._speculation.follow(served.loader, served.rules, after, job.report)
                 self.versions.has_freed()
         else:
             self.versions.name(name, served)
-        result = RemapResult(
+        job.result = result = RemapResult(
             version=after.version_id,
             previous_version=before.version_id,
             fingerprint=after.fingerprint,

@@ -53,7 +53,8 @@ class JobStatus:
         seconds: since it began, or that it took.
         seconds_left: of the stage, if it goes on as it did; None: unknown.
         can_be_cancelled: until it goes live.
-        version: that went live, or that requests go on with; None until it has ended.
+        version: that was made, or that requests go on with; None until it has ended.
+        name: that the version was given; None: new requests start on it.
         num_changed, loaded_bytes: weights that differ from the version before, and bytes that were read for them.
         error, error_type: why it changed nothing; the type as answers over HTTP have it.
     """
@@ -74,6 +75,7 @@ class JobStatus:
     can_be_cancelled: bool
     previous_version: int
     version: int | None = None
+    name: str | None = None
     num_changed: int = 0
     loaded_bytes: int = 0
     error: str | None = None
@@ -258,6 +260,7 @@ class Job:
                 can_be_cancelled=self._seconds is None and not self._is_going_live and not self._is_cancelled,
                 previous_version=self._previous_version,
                 version=version,
+                name=None,
                 num_changed=0 if result is None else len(result.changed),
                 loaded_bytes=0 if result is None else result.loaded_bytes,
                 error=None if error is None else reason_of(error),
