@@ -17,16 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import load_settings
+from amalgam.config.settings import build_rules, load_settings
 from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput
 from amalgam.errors import ConfigError, RequestError
 from amalgam.experts.saved.files import save
-from amalgam.runtime.changes import RemapResult
+from amalgam.models.weights import WeightVersion
+from amalgam.runtime.changes import ChangeRequest, RemapResult
 from amalgam.runtime.chats import ChatAnswer, Chats, Messages, Tools
+from amalgam.runtime.jobs import Job, JobStatus
 from amalgam.runtime.opening import open_deployment
 from amalgam.runtime.statistics import ExpertStatistics
+from amalgam.runtime.versions import LiveVersion
 from amalgam.text.grammar import CompiledGrammar, Grammar, compile_grammar
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -67,6 +70,7 @@ class LLM:
         grammar: Grammar | None = None,
         domain: str | None = None,
         routed_experts: bool = False,
+        weights: str | int | None = None,
     ) -> list[Generation]:
         """Answer all prompts together; results in their order.
 
@@ -75,12 +79,17 @@ class LLM:
             grammar: what each answer must follow: `Grammar.of_schema({...})`, `Grammar("regex", "[0-9]+")`.
             domain: a label under which the expert statistics count these prompts apart.
             routed_experts: each result's `trace` tells the experts of every token.
+            weights: a version to run on, by name or id; None: the current one.
+
+        Raises:
+            VersionNotFoundError: there are no such weights.
         """
         return self._deployment.engine.generate(
             self._encode(prompts),
             self._over_defaults(params),
             Observation(domain, routed_experts),
             constraint=self._compile(grammar),
+            version=self._version(weights),
         )
 
     async def agenerate(
@@ -91,6 +100,7 @@ class LLM:
         grammar: Grammar | None = None,
         domain: str | None = None,
         routed_experts: bool = False,
+        weights: str | int | None = None,
     ) -> list[Generation]:
         """`generate`, awaited; several calls are answered together. Cancelling one cancels its requests."""
         return await self._deployment.engine.generate_async(
@@ -98,6 +108,7 @@ class LLM:
             self._over_defaults(params),
             Observation(domain, routed_experts),
             await asyncio.to_thread(self._compile, grammar),
+            self._version(weights),
         )
 
     def chat(
@@ -110,6 +121,7 @@ class LLM:
         template_variables: Mapping[str, Any] = _NONE,
         domain: str | None = None,
         routed_experts: bool = False,
+        weights: str | int | None = None,
     ) -> list[ChatAnswer]:
         """Answer a conversation, `[{"role": "user", "content": "…"}]`, or several of them together.
 
@@ -118,13 +130,18 @@ class LLM:
             tools: functions that the model may call, `{"type": "function", "function": {…}}`.
             grammar: what each answer's content must follow; not together with tools.
             template_variables: what else the chat template may refer to, such as `enable_thinking`.
+            weights: a version to run on, by name or id; None: the current one.
 
         Raises:
+            VersionNotFoundError: there are no such weights.
             RequestError: the model has no chat template, or it refuses the messages.
         """
         prompts_ids, constraint = self._encode_chats(conversations, tools, grammar, template_variables)
         sampling, observation = self._chats.params(self._over_defaults(params)), Observation(domain, routed_experts)
-        answers = self._deployment.engine.generate(prompts_ids, sampling, observation, constraint=constraint)
+        version = self._version(weights)
+        answers = self._deployment.engine.generate(
+            prompts_ids, sampling, observation, constraint=constraint, version=version
+        )
         return self._taken_apart(prompts_ids, tools, answers)
 
     async def achat(
@@ -137,13 +154,15 @@ class LLM:
         template_variables: Mapping[str, Any] = _NONE,
         domain: str | None = None,
         routed_experts: bool = False,
+        weights: str | int | None = None,
     ) -> list[ChatAnswer]:
         """`chat`, awaited; several calls are answered together. Cancelling one cancels its requests."""
         prompts_ids, constraint = await asyncio.to_thread(
             self._encode_chats, conversations, tools, grammar, template_variables
         )
         sampling, observation = self._chats.params(self._over_defaults(params)), Observation(domain, routed_experts)
-        answers = await self._deployment.engine.generate_async(prompts_ids, sampling, observation, constraint)
+        version = self._version(weights)
+        answers = await self._deployment.engine.generate_async(prompts_ids, sampling, observation, constraint, version)
         return self._taken_apart(prompts_ids, tools, answers)
 
     def _encode_chats(
@@ -195,7 +214,12 @@ class LLM:
         return None if grammar is None else compile_grammar(self._deployment.tokenizer, grammar)
 
     def stream(
-        self, prompt: str, params: SamplingParams | None = None, *, grammar: Grammar | None = None
+        self,
+        prompt: str,
+        params: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+        weights: str | int | None = None,
     ) -> Iterator[RequestOutput]:
         """Answer one prompt piece by piece; leaving the iterator early cancels the request.
 
@@ -206,7 +230,11 @@ class LLM:
         engine = self._deployment.engine
         token_ids = self._deployment.tokenizer.encode(prompt, engine.max_prompt_tokens)
         request_id = engine.submit(
-            token_ids, self._over_defaults(params), outputs.put, constraint=self._compile(grammar)
+            token_ids,
+            self._over_defaults(params),
+            outputs.put,
+            constraint=self._compile(grammar),
+            version=self._version(weights),
         )
         try:
             while True:
@@ -220,7 +248,12 @@ class LLM:
             engine.cancel(request_id)
 
     async def astream(
-        self, prompt: str, params: SamplingParams | None = None, *, grammar: Grammar | None = None
+        self,
+        prompt: str,
+        params: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+        weights: str | int | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """`stream`, awaited. To leave it early and cancel the request, close it: `contextlib.aclosing`.
 
@@ -230,7 +263,8 @@ class LLM:
         engine, encode = self._deployment.engine, self._deployment.tokenizer.encode
         token_ids = await asyncio.to_thread(encode, prompt, engine.max_prompt_tokens)
         constraint = await asyncio.to_thread(self._compile, grammar)
-        outputs = engine.stream(token_ids, self._over_defaults(params), constraint=constraint)
+        version = self._version(weights)
+        outputs = engine.stream(token_ids, self._over_defaults(params), constraint=constraint, version=version)
         async with aclosing(outputs):
             async for output in outputs:
                 if output.error is not None:
@@ -250,13 +284,58 @@ class LLM:
     def _over_defaults(self, params: SamplingParams | None) -> SamplingParams:
         return (params or SamplingParams()).over(self.default_params)
 
-    def update_weight_mapping(self, mapping: Mapping[str, str]) -> RemapResult:
-        """Change where weights come from; requests in flight finish on what they started with."""
-        return self._deployment.update_weight_mapping(mapping)
+    def _version(self, weights: str | int | None) -> WeightVersion | None:
+        return None if weights is None else self._deployment.version_for(weights)
 
-    def reload_weights(self) -> RemapResult:
+    def update_weight_mapping(
+        self, mapping: Mapping[str, str | None], *, name: str | None = None, progress: Progress | None = None
+    ) -> RemapResult:
+        """Change where weights come from; requests in flight finish on what they started with.
+
+        Args:
+            mapping: name or pattern → source, added to the rules in use; None removes a rule.
+            name: of a version beside the current one, which requests get with `weights=name`; None: all get it.
+            progress: called while weights are read; what it raises ends the change, and nothing has changed.
+        """
+        return self._deployment.change(ChangeRequest(mapping=mapping, name=name), progress)
+
+    def set_weight_mapping(
+        self, mapping: Mapping[str, str], *, name: str | None = None, progress: Progress | None = None
+    ) -> RemapResult:
+        """The same with the whole set of rules, in place of those in use; `{}`: all from the default source."""
+        return self._deployment.change(ChangeRequest(rules=build_rules(mapping), name=name), progress)
+
+    def reload_weights(self, *, progress: Progress | None = None) -> RemapResult:
         """Take the files as they are now."""
-        return self._deployment.reload_weights()
+        return self._deployment.change(ChangeRequest(is_reload=True), progress)
+
+    def start_update(self, mapping: Mapping[str, str | None], *, name: str | None = None) -> Job:
+        """`update_weight_mapping` in the background: `status()` of what it returns tells how far it is, `cancel()` ends
+        it, `wait()` gives its result.
+
+        Raises:
+            ConflictError: another change is under way.
+        """
+        return self._deployment.start_change(ChangeRequest(mapping=mapping, name=name))
+
+    def rollback(self, version: str | int | None = None) -> RemapResult:
+        """Go back to an earlier version, by name or id; None: the one before the current one.
+
+        Raises:
+            ConflictError: there is none before.
+            VersionNotFoundError: nobody knows the version.
+        """
+        return self._deployment.rollback(version)
+
+    @property
+    def versions(self) -> list[LiveVersion]:
+        """The weight versions in memory, the current one first: why each is kept, and the requests on it."""
+        return self._deployment.versions.live()
+
+    @property
+    def changes(self) -> list[JobStatus]:
+        """The changes of the weights so far, oldest first; refused ones too."""
+        return self._deployment.jobs.read()
 
     def expert_stats(self, top_k: int | None = None, minutes: float | None = None) -> dict[str, Any]:
         """Which experts the traffic has activated; the answer of `GET /expert_stats`.
