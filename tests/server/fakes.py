@@ -40,8 +40,9 @@ from amalgam.errors import (
 )
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import RoutingTrace
-from amalgam.runtime.changes import RemapRecord
+from amalgam.runtime.changes import ChangeRequest, RemapRecord
 from amalgam.runtime.describe import describe_projections
+from amalgam.runtime.jobs import Job, Jobs
 from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.server import run
 from amalgam.server.http import lifecycle
@@ -242,6 +243,9 @@ class FakeDeployment:
     autoplan: Any = None
     named: dict[str, FakeVersion] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.jobs = Jobs(lambda: self.version_id)
+
     @property
     def version(self) -> Any:
         return self.engine.version
@@ -333,7 +337,29 @@ class FakeDeployment:
     def reload_weights(self) -> Any:
         return self._go_live({})
 
+    def describe_weights(self) -> dict[str, Any]:
+        version = {
+            "version": self.version_id, "states": ["current"], "names": [], "pinned": False, "fingerprint": "f",
+            "rules": [], "bytes": 2, "own_bytes": 2, "bytes_by_format": {"bf16": 2}, "created": 0.0,
+            "age_seconds": 1.0, "requests": len(self.engine.running),
+        }  # fmt: skip
+        return {"current": self.version_id, "versions": [version], "bytes": 2, "available_bytes": 8}
+
+    def change(self, request: ChangeRequest, progress: Any = None) -> Any:
+        with self.jobs.begin(request.kind, request.what) as job:
+            job.result = result = (
+                self.reload_weights() if request.is_reload else self.update_weight_mapping(request.mapping or {})
+            )
+            return result
+
+    def start_change(self, request: ChangeRequest) -> Job:
+        return self.jobs.start(request.kind, request.what, lambda: self.change(request))
+
+    def start_rollback(self) -> Job:
+        return self.start_change(ChangeRequest(version=self.version_id - 1))
+
     def close(self) -> None:
+        self.jobs.close()
         self.engine.stop()
         self.is_closed = True
 

@@ -27,7 +27,7 @@ from amalgam.runtime.autoplan import Autoplan
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapResult
 from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections, describe_versions
 from amalgam.runtime.history import HistoryFile
-from amalgam.runtime.jobs import Job, Jobs
+from amalgam.runtime.jobs import Job, Jobs, status_of_record
 from amalgam.runtime.preview import ChangePlan, Contents, Difference, Load, Prepared, changed_weights
 from amalgam.runtime.served import ServedWeights, shared_weights
 from amalgam.runtime.speculation import Speculation
@@ -70,7 +70,7 @@ class Deployment:
         self.tokenizer = tokenizer
         self.loaded_seconds = loaded.seconds
         self.versions = VersionBook(served, engine)
-        self.jobs = Jobs(lambda: self.version_id)
+        self.jobs = Jobs(lambda: self.version_id, () if history is None else map(status_of_record, history.records))
         self._hashing = threading.Lock()
         self._history = history
         self._remaps = RemapLog() if history is None else RemapLog(history.records, history.add)

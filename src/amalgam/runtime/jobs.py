@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any
 
 from amalgam.base.clock import Clock
-from amalgam.base.threads import StoppableThread
+from amalgam.base.threads import EXIT_SECONDS, StoppableThread
 from amalgam.composition.progress import LOADING
 from amalgam.errors import AmalgamError, CancelledError, ConflictError, NotFoundError, UnavailableError, describe
-from amalgam.runtime.changes import RemapResult
+from amalgam.runtime.changes import RemapRecord, RemapResult
 
 MAX_JOBS = 256  # that are remembered
 MAX_REASON_CHARS = 400
@@ -120,6 +120,7 @@ class Job:
         self._started_at, self._started = jobs.clock.now(), time.monotonic()
         self._stage_started = self._started
         self._seconds: float | None = None
+        self.thread = threading.current_thread()  # that does the work
 
     def __enter__(self) -> Job:
         return self
@@ -227,6 +228,10 @@ class Job:
         assert self.result is not None
         return self.result
 
+    def wait_for_end(self, seconds: float) -> bool:
+        """Whether it has ended within so many seconds."""
+        return self._ended.wait(seconds)
+
     @property
     def has_ended(self) -> bool:
         return self._seconds is not None
@@ -260,7 +265,7 @@ class Job:
                 can_be_cancelled=self._seconds is None and not self._is_going_live and not self._is_cancelled,
                 previous_version=self._previous_version,
                 version=version,
-                name=None,
+                name=None if result is None else result.name,
                 num_changed=0 if result is None else len(result.changed),
                 loaded_bytes=0 if result is None else result.loaded_bytes,
                 error=None if error is None else reason_of(error),
@@ -316,6 +321,7 @@ class Jobs:
         reserved: Job | None = getattr(self._reserved, "job", None)
         if reserved is not None:
             self._reserved.job = None
+            reserved.thread = threading.current_thread()
             return reserved
         with self._lock:
             self.check_open()
@@ -400,8 +406,11 @@ class Jobs:
                 logger.exception("what became of change %s could not be kept", job.id)
 
     def close(self) -> None:
-        """The change under way gives up, and none begins any more."""
+        """The change under way gives up, and none begins any more. A weight that takes long is not waited for."""
         self._is_closing.set()
+        job = self._running
+        if job is not None and job.thread is not threading.current_thread():
+            job.wait_for_end(EXIT_SECONDS)
 
     def check_open(self) -> None:
         """
@@ -439,3 +448,30 @@ def reason_of(error: BaseException) -> str:
     """Why a change has failed, for people; never longer than a line of a table bears."""
     text = str(error) or type(error).__name__
     return text if len(text) <= MAX_REASON_CHARS else f"{text[:MAX_REASON_CHARS]}…"
+
+
+def status_of_record(record: RemapRecord) -> JobStatus:
+    """What is known of a change of a former process."""
+    is_done = record.error is None
+    return JobStatus(
+        id=f"{int(record.at * 1000):012x}",
+        kind="start" if record.is_start else "earlier",
+        what="a start" if record.is_start else "before the latest start",
+        state=JobState.DONE if is_done else JobState.FAILED,
+        stage="",
+        done_bytes=0,
+        total_bytes=0,
+        num_done=0,
+        num_weights=0,
+        started_at=record.at - record.seconds,
+        ended_at=record.at,
+        seconds=record.seconds,
+        seconds_left=None,
+        can_be_cancelled=False,
+        previous_version=record.previous_version,
+        version=record.version,
+        name=record.name,
+        num_changed=record.num_changed,
+        loaded_bytes=record.loaded_bytes,
+        error=record.error,
+    )
