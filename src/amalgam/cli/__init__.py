@@ -22,6 +22,7 @@ from amalgam.errors import AmalgamError
 # is in `amalgam.cli.<first>_<second>`.
 VERBS = (
     "serve",
+    "remap",
     "generate",
     "chat",
     "summarize",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from amalgam.composition.progress import Progress as ProgressCallback
 
 _UNLIMITED = 1_000_000
+_MAX_NAMED = 3
 _CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # which JSON need not escape, and terminals obey
 
 
@@ -144,6 +145,16 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def arrow(before: str, after: str) -> str:
+    """`base → fp8`, or once what did not change."""
+    return before if before == after else f"{before} → {after}"
+
+
+def named(names: Sequence[str], count: int) -> str:
+    """The first few of `count` names."""
+    return ", ".join(names[:_MAX_NAMED]) + (", …" if count > _MAX_NAMED else "")
 
 
 def interval(value: Any, form: str) -> str:

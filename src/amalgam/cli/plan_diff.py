@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from amalgam.cli.console import human_bytes, print_json, print_table, say
+from amalgam.cli.console import arrow, human_bytes, named, print_json, print_table, say
 from amalgam.cli.server import Server, address_of, key_of, no_server_of_ours
 from amalgam.config.settings import ServerSettings
 from amalgam.tools.difference import PlanDifference, checked_manifest, read_plan
 
 if TYPE_CHECKING:
     from amalgam.composition.progress import Progress
-
-_MAX_NAMED = 3
 
 
 def manifest_of(place: str, server: ServerSettings, progress: Progress) -> dict[str, Any]:
@@ -63,27 +60,17 @@ def show_difference(places: tuple[str, str], found: PlanDifference, as_json: boo
                 arrow(*key[2:]),
                 human_bytes(sum(weight.bytes_before for weight in group)),
                 human_bytes(sum(weight.bytes_after for weight in group)),
-                named([weight.name for weight in group]),
+                named([weight.name for weight in group], len(group)),
             )
             for key, group in found.groups.items()
         ]
         print_table(("weights", "source", "format", "bytes before", "after", "for instance"), groups)
     for names, place in ((found.only_before, places[0]), (found.only_after, places[1])):
         if names:
-            say(f"{len(names):,} weights are in {place} alone: {named(names)}")
+            say(f"{len(names):,} weights are in {place} alone: {named(names, len(names))}")
     change = found.bytes_after - found.bytes_before
     say(
         f"{len(found.changed):,} of {found.num_weights:,} weights differ. As stored: {human_bytes(found.bytes_before)} "
         f"→ {human_bytes(found.bytes_after)} ({'+' if change >= 0 else '−'}{human_bytes(abs(change))}). "
         f"Fingerprints: {found.fingerprint_before} → {found.fingerprint_after}."
     )
-
-
-def arrow(before: str, after: str) -> str:
-    """`base → fp8`, or once what did not change."""
-    return before if before == after else f"{before} → {after}"
-
-
-def named(names: Sequence[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:_MAX_NAMED]) + (", …" if len(names) > _MAX_NAMED else "")
