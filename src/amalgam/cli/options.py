@@ -18,7 +18,7 @@ SHORT = {
     "server.metrics_compat": "--metrics-compat", "server.port": "--port", "server.root_path": "--root-path",
     "speculation.draft": "--draft", "speculation.kind": "--speculation",
 }  # fmt: skip
-_GIVEN = {"settings", "origins", "config_file"}  # parameters of a verb that are no flags of its own
+_GIVEN = {"settings", "origins", "config_file", "read_again"}  # parameters of a verb that are no flags of its own
 SETTINGS_NOTE = "Every setting is a flag too, such as --inference.max_seq_length 2048: `amalgam config` lists them."
 
 
@@ -28,7 +28,7 @@ def with_settings(
     """Give a verb `--config`, `--source`, `--map` and a flag for every setting; it receives `settings: Settings`.
 
     One that has a parameter `origins` also receives where each setting that was given comes from, one that has
-    `config_file` the file that was named, or None.
+    `config_file` the file that was named, or None, and one that has `read_again` a function that reads the same anew.
 
     Args:
         needs_model: False for a verb that can do without; it sees an empty `model.base_path` when none is given, but a
@@ -46,14 +46,21 @@ def with_settings(
     def wrapper(**arguments: Any) -> Any:
         config: Path | None = arguments.pop("config")
         texts = {name: text for name in flags if (text := arguments.pop(name)) is not None}
-        read = read_settings(
+        read_all = functools.partial(
+            read_settings,
             config,
             {flags[name].key: flags[name].read(text) for name, text in texts.items()},
             sources=dict(_source(item) for item in arguments.pop("source")),
             rules=[_rule(item) for item in arguments.pop("map_")],
             needs_model=needs_model or config is not None,
         )
-        found = {"settings": read.settings, "origins": read.origins, "config_file": config}
+        read = read_all()
+        found = {
+            "settings": read.settings,
+            "origins": read.origins,
+            "config_file": config,
+            "read_again": lambda: read_all().settings,
+        }
         let_threads_sleep()  # verbs load PyTorch when they need it, which is later
         return function(**{name: found[name] for name in wanted}, **arguments)
 

@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 import threading
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ import typer
 
 from amalgam.cli.options import with_settings
 from amalgam.config.settings import Settings
-from amalgam.errors import UnavailableError
+from amalgam.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     from amalgam.composition.progress import Progress
@@ -33,6 +34,8 @@ _SHOWN = (
 @with_settings(shown=_SHOWN)
 def command(
     settings: Settings,
+    config_file: Path | None,
+    read_again: Callable[[], Settings],
     autoplan: Annotated[
         bool, typer.Option("--autoplan", help="Let the plan follow the traffic: planning.autoplan.enabled.")
     ] = False,
@@ -41,6 +44,12 @@ def command(
     if autoplan:
         wanted = settings.planning.autoplan.model_dump() | {"enabled": True}
         settings = settings.replace(planning={"autoplan": wanted})
+    watch_seconds = settings.weights.watch_seconds
+    if watch_seconds and config_file is None:
+        raise ConfigError(
+            f"weights.watch_seconds is {watch_seconds:g}, and there is no configuration file.",
+            remedy="Give one with --config.",
+        )
     # Imports and loading make a million objects that all stay. Looking for garbage among them takes time until the
     # server is ready, and would hold up steps later on.
     gc.disable()
@@ -62,6 +71,11 @@ def command(
                         show(what, done, total)
 
                 deployment = open_deployment(settings, progress)
+            if watch_seconds and config_file is not None:
+                from amalgam.runtime.config_watch import ConfigWatch
+
+                watch = ConfigWatch(config_file.expanduser(), read_again, settings, deployment.change)
+                watch.start(watch_seconds)
             prepare_grammars(deployment.tokenizer)  # in the first request it would hold up all others
             gc.freeze()
             gc.enable()

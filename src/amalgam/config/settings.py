@@ -336,6 +336,8 @@ class WeightsSettings(Section):
     """File that keeps what has changed the weights across restarts, one process' own. Empty: it ends with it."""
     resume: bool = False
     """Start by the rules of the last version that new requests started on, instead of the configured ones."""
+    watch_seconds: float = Field(default=0.0, ge=0, le=86400)
+    """How often the server looks at its configuration file, whose rules come into use when they change. 0: never."""
 
 
 class PlanningSettings(Section):
