@@ -24,6 +24,7 @@ from tests.server.browser import Page, open_browser
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, fake_settings
 from tests.server.large import LABELS, NUM_EXPERTS, NUM_LAYERS, LargeDeployment
+from tests.server.test_changes import HeldDeployment, held
 
 DOMAINS = {
     "prose": ["It was a dark night, and", "The old captain looked at the sea"],
@@ -33,7 +34,7 @@ DOMAINS = {
 FEW = (6, 16)  # layers and experts of a layer
 PANELS = (
     *("serving", "usage", "expert", "hints", "precision", "stage", "inspector", "analysis", "coactivation", "drift"),
-    *("autoplan", "memory", "remaps", "playground"),
+    *("autoplan", "weights", "memory", "remaps", "playground"),
 )
 COLORS_OF_CELL = """
     const grid = document.getElementById(arguments[0]).grid;
@@ -122,7 +123,7 @@ WORST_EXPERT_COLOR = f"""
     }});
 """
 NEED_STATISTICS = tuple(
-    name for name in PANELS if name not in ("serving", "autoplan", "memory", "remaps", "playground")
+    name for name in PANELS if name not in ("serving", "autoplan", "weights", "memory", "remaps", "playground")
 )
 UPDATE_OFTEN = """
     const [selector, name, done] = arguments;
@@ -398,6 +399,52 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
     page.wait("return document.querySelector('#stage-kept').textContent.startsWith('As the server was started')")
     assert page.run("return document.querySelector('#stage-undo').disabled")
     assert_clean(page, demo_url)
+
+
+def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) -> None:
+    first = httpx.get(demo_url + "/").json()["weight_version"]
+    page.open(demo_url + "/dashboard")
+    page.show("#weights")
+    row = "#versions tr[data-version='{}'] {}"
+    states = "return document.querySelector(arguments[0])?.textContent === arguments[1]"
+    page.wait(states, row.format(first, "td:nth-child(2)"), "current")
+    page.click(row.format(first, "button"))  # pins it
+    page.wait(states, row.format(first, "td:nth-child(2)"), "current, pinned")
+    mapping = {"model.layers.2.mlp.experts.7.*": "base"}
+    httpx.post(demo_url + "/update_weight_mapping", json={"weight_mapping": mapping}, timeout=60).raise_for_status()
+    page.wait(states, row.format(first + 1, "td:nth-child(2)"), "current")
+    page.wait(states, row.format(first, "td:nth-child(2)"), "pinned")
+    page.choose("#difference-before", str(first))
+    page.choose("#difference-after", str(first + 1))
+    page.wait(states, "#difference tbody td:nth-child(2)", "int4 → base")
+    assert page.text("#difference tbody td:nth-child(1)") == "3"
+
+    page.click(row.format(first, "button"))  # goes back to it
+    page.wait(states, row.format(first, "td:nth-child(2)"), "current, pinned")
+    page.wait("return document.querySelectorAll('#versions tbody tr').length === 1")
+    assert httpx.get(demo_url + "/").json()["weight_version"] == first
+    page.click(row.format(first, "button"))
+    page.wait(states, row.format(first, "td:nth-child(2)"), "current")
+    assert_clean(page, demo_url)
+
+
+def test_a_change_is_followed_and_cancelled(page: Page) -> None:
+    deployment = HeldDeployment()
+    with serving(fake_settings(port=0), lambda: deployment) as url, held(deployment, after=3):
+        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        page.open(url + "/dashboard")
+        page.show("#weights")
+        body = {"weight_mapping": {"a": "int4", "<b>": "fp8"}}
+        change = httpx.post(url + "/weights/changes", json=body).json()
+        page.wait("return document.querySelector('#change progress')?.value === 0.75")
+        assert "Rules" in page.text("#change") and "3 of 4 weights" in page.text("#change")
+        page.click("#change-cancel")
+        page.wait("return document.querySelector('#change').hidden")
+        page.wait("return document.querySelector('#weights-outcome').textContent.includes('cancelled')")
+        assert httpx.get(f"{url}/weights/changes/{change['id']}").json()["state"] == "cancelled"
+        page.show("#remaps")
+        page.wait("return document.querySelectorAll('#remap-body td.warn').length === 1")
+        assert page.complaints == []
 
 
 def test_tokens_and_their_experts(page: Page, demo_url: str) -> None:

@@ -149,7 +149,8 @@ def describe_event(service: Service) -> dict[str, Any]:
     """The fields of one event. Any thread. `interval` is how many seconds later the next one comes.
 
     Of the serving figures' history it holds the end: a page reads the rest once. `remapped_at` and `statistics_version`
-    change when there are new entries in `/remaps` and new counts.
+    change when there are new entries in `/remaps` and new counts. `change` is the change of
+    the weights that is under way.
     """
     fields = {
         "interval": INTERVAL_SECONDS,
@@ -160,13 +161,19 @@ def describe_event(service: Service) -> dict[str, Any]:
         "remapped_at": None,
         "statistics_version": None,
         "serving": None,
+        "change": None,
     }
     if not service.has_loaded or service.status is Status.FAILED:
         return fields
     serving = describe_serving(service)
-    remaps, statistics = service.deployment.remaps, service.deployment.statistics
+    remaps, statistics, change = (
+        service.deployment.remaps,
+        service.deployment.statistics,
+        service.deployment.jobs.running,
+    )
     return fields | {
         "remapped_at": remaps[-1].at if remaps else None,
         "statistics_version": None if statistics is None else statistics.revision,
+        "change": None if change is None else change.status().as_json(),
         "serving": serving.model_copy(update={"series": serving.series[-NUM_POINTS:]}).model_dump(),
     }

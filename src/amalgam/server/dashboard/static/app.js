@@ -1,6 +1,7 @@
 // What the panels share: the server's answers that several of them need, the chosen expert, and the staged changes.
 
-import { get } from "./api.js";
+import { get, request, stream } from "./api.js";
+import { t } from "./i18n.js";
 
 const listeners = new Map();
 
@@ -20,6 +21,7 @@ export const state = {
   grid: null, // GET /experts/grid as the usage panel shows it
   precision: null, // GET /experts/precision_map
   remaps: [],
+  changes: [], // GET /weights/changes
   mapping: null, // GET /dashboard/mapping
   chosen: null, // {layerId, expertId}
   staged: new Map(), // weight name → {name, layerId, expertId, projection, source}
@@ -45,13 +47,33 @@ export async function loadPrecision() {
 }
 
 export async function loadRemaps() {
-  state.remaps = (await get("remaps")).remaps;
+  const [{ remaps }, { changes }] = await Promise.all([get("remaps"), get("weights/changes")]);
+  Object.assign(state, { remaps, changes });
   emit("remaps");
 }
 
 export async function loadMapping() {
   state.mapping = await get("dashboard/mapping");
   emit("mapping");
+}
+
+// Shows each step of a change of the weights with onStep(status) until it has ended, and returns its last status.
+export async function followChange(id, onStep) {
+  let status = null;
+  const take = (next) => {
+    status = next;
+    if (next.state === "running") onStep(next);
+  };
+  await stream(`weights/changes/${id}/events`, undefined, take);
+  if (!status || status.state === "running") throw new Error(t("change_unknown"));
+  return status;
+}
+
+// Begins a change, and returns its last status; what ends it otherwise is an error.
+export async function changeWeights(body, onStep) {
+  const status = await followChange((await request("POST", "weights/changes", body)).id, onStep);
+  if (status.state !== "done") throw new Error(status.error);
+  return status;
 }
 
 export function choose(layerId, expertId) {

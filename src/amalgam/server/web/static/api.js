@@ -57,13 +57,12 @@ async function failure(response) {
   return new ApiError(message, response.status, type, Number.isFinite(seconds) ? seconds : null);
 }
 
-async function send(path, body, signal) {
+async function send(path, body, signal, method = body === undefined ? "GET" : "POST") {
   for (;;) {
     const tried = key;
-    const options = { signal, headers: { Accept: "application/json" } };
+    const options = { method, signal, headers: { Accept: "application/json" } };
     if (tried) options.headers.Authorization = `Bearer ${tried}`;
     if (body !== undefined) {
-      options.method = "POST";
       options.headers["Content-Type"] = "application/json";
       options.body = JSON.stringify(body);
     }
@@ -78,6 +77,11 @@ export async function get(path, query = {}, signal = undefined) {
   const pairs = Object.entries(query).filter(([, value]) => value !== undefined && value !== null && value !== "");
   const search = new URLSearchParams(pairs).toString();
   return (await send(search ? `${path}?${search}` : path, undefined, signal)).json();
+}
+
+// Any other method; `body` may be undefined.
+export async function request(method, path, body = undefined, signal = undefined) {
+  return (await send(path, body, signal, method)).json();
 }
 
 export async function post(path, body, signal = undefined) {

@@ -24,6 +24,11 @@ export function t(key, ...values) {
   return text.replace(/\{(\d)\}/g, (_, index) => values[index] ?? "");
 }
 
+// The word for something that may have none, such as a server's own words.
+export function tOr(key, text) {
+  return key in WORDS || key in COMMON ? t(key) : text;
+}
+
 export function setLanguage(choice, isChosen = true) {
   current = choice === "zh" ? "zh" : "en";
   if (isChosen) {

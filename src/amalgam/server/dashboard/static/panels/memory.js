@@ -7,6 +7,8 @@ import { t } from "../i18n.js";
 import { pick, scale, toCss } from "../theme.js";
 import { frame, note } from "./panel.js";
 
+const TONES = { done: "good", failed: "bad", cancelled: "warn" };
+
 export function create() {
   return [memoryPanel(), remapPanel()];
 }
@@ -50,20 +52,26 @@ function remapPanel() {
   const node = frame("remaps", "remaps", null, body, { wide: "half" });
 
   function redraw() {
-    const { remaps } = state;
-    fill(body, remaps.length
-      ? table([t("when"), t("version"), t("changed"), t("read"), t("took"), t("result")], [...remaps].reverse().map((remap) => h("tr", {},
-        h("td", { class: "num" }, format.clock(remap.at)),
-        h("td", { class: "num" }, remap.ok ? `v${remap.previous_version} → v${remap.version}` : `v${remap.previous_version ?? ""}`),
-        h("td", { class: "num" }, format.number(remap.num_changed)),
-        h("td", { class: "num" }, format.bytes(remap.loaded_bytes)),
-        h("td", { class: "num" }, format.seconds(remap.seconds)),
-        h("td", { class: remap.ok ? "good" : "bad", title: remap.error ?? "" }, remap.ok ? t("ok") : remap.error ?? t("refused")))))
+    const { changes } = state;
+    fill(body, changes.length
+      ? table([t("when"), t("what"), t("version"), t("changed"), t("read"), t("took"), t("result")], [...changes].reverse().map((change) => h("tr", {},
+        h("td", { class: "num" }, format.clock(change.started_at)),
+        h("td", { title: change.what }, t(`kind_${change.kind}`)),
+        h("td", { class: "num" }, versionsOf(change)),
+        h("td", { class: "num" }, format.number(change.num_changed)),
+        h("td", { class: "num" }, format.bytes(change.loaded_bytes)),
+        h("td", { class: "num" }, format.seconds(change.seconds)),
+        h("td", { class: TONES[change.state] ?? "", title: change.error ?? "" }, change.error ?? t(`result_${change.state}`)))))
       : note(t("no_remaps")));
   }
 
   on("remaps", redraw);
   return { id: "remaps", node, redraw, refresh: redraw };
+}
+
+function versionsOf({ kind, state: outcome, name, version, previous_version: previous }) {
+  if (outcome !== "done" || kind === "start") return `v${previous}`;
+  return name ? `v${version} “${name}”` : `v${previous} → v${version}`;
 }
 
 function tile(name, value) {

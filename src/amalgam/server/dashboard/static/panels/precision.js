@@ -1,11 +1,11 @@
 // The precision of every expert's projections on the heatmap's grid, and changes of it: chosen, staged, applied.
 
 import { followWithKey, post } from "../api.js";
-import { choose, emit, getStatistics, loadInfo, loadMapping, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
+import { changeWeights, choose, emit, getStatistics, loadInfo, loadMapping, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
 import { coalesced, fill, h, setOptions, table, timed } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
-import { onLanguage, t } from "../i18n.js";
+import { onLanguage, t, tOr } from "../i18n.js";
 import { css, pick, scale, toCss } from "../theme.js";
 import { control, followStatistics, frame, note, select } from "./panel.js";
 
@@ -289,10 +289,10 @@ export function create() {
 
   function applyStaged() {
     return change("applied", async () => {
-      const answer = await post("update_weight_mapping", { weight_mapping: stagedMapping() });
+      const { version, ...rest } = await changeWeights({ weight_mapping: stagedMapping() }, (status) => tell(() => note(stepOf(status))));
       state.staged.clear();
       selected.clear();
-      return answer;
+      return { weight_version: version, ...rest };
     });
   }
 
@@ -407,4 +407,9 @@ function findMarked(map, use, hotFrom, coldTo) {
     else if (value <= coldTo && map.isWide[index][expert]) coldWide.push([index, expert]);
   }));
   return { hotNarrow, coldWide };
+}
+
+function stepOf({ stage, num_done, num_weights }) {
+  const step = tOr(`stage_${stage}`, stage);
+  return num_weights ? `${step}: ${t("weights_read", format.number(num_done), format.number(num_weights))}` : step;
 }

@@ -1,0 +1,170 @@
+// The weight versions in memory, the change under way, and in what two versions differ.
+
+import { get, request } from "../api.js";
+import { followChange, loadInfo, loadMapping, loadPrecision, loadRemaps, on } from "../app.js";
+import { fill, h, setOptions, table } from "../dom.js";
+import * as format from "../format.js";
+import { t, tOr } from "../i18n.js";
+import { control, frame, note, select } from "./panel.js";
+
+const REFRESH_MS = 4000;
+
+export function create() {
+  const progress = h("div", { id: "change", role: "status" });
+  const versions = h("div", { id: "versions" });
+  const before = select(readDifference, { id: "difference-before" });
+  const after = select(readDifference, { id: "difference-after" });
+  const controls = h("div", { class: "controls" }, control("difference_before", before), control("difference_after", after));
+  const difference = h("div", { id: "difference" });
+  const outcome = h("div", { id: "weights-outcome", role: "alert" });
+  const node = frame("weights", "weights", "weights_hint", h("div", {},
+    progress, versions, outcome,
+    h("h3", { dataset: { i18n: "difference" } }), controls, difference));
+
+  let weights = null; // GET /weights
+  let compared = null; // GET /weights/difference
+  let change = null; // the status of the change under way
+  let followed = null; // its id
+  let readAt = -Infinity;
+
+  async function refresh() {
+    readAt = performance.now();
+    weights = await get("weights");
+    redraw();
+    await readDifference();
+  }
+
+  function redraw() {
+    showChange();
+    if (!weights) return;
+    const ids = weights.versions.map(({ version }) => version);
+    const names = weights.versions.map((item) => [item.version, [`v${item.version}`, ...item.names].join(" · ")]);
+    setOptions(before, names);
+    setOptions(after, names);
+    if (ids.length > 1 && before.value === after.value) before.value = String(ids.find((id) => String(id) !== after.value));
+    controls.hidden = ids.length < 2;
+    fill(versions,
+      table([t("version"), t("kept_because"), t("requests"), t("size"), t("own_size"), t("format"), t("made"), ""], weights.versions.map(row)),
+      h("p", { class: "figures" }, t("weights_together", format.bytes(weights.bytes), format.bytes(weights.available_bytes))));
+    showDifference();
+  }
+
+  function row(item) {
+    const isCurrent = item.states.includes("current");
+    const formats = Object.entries(item.bytes_by_format).map(([name, bytes]) => `${name} ${format.bytes(bytes)}`);
+    return h("tr", { dataset: { version: item.version } },
+      h("td", { class: "num", title: item.fingerprint }, `v${item.version}`),
+      h("td", {}, [...item.states.map((name) => t(`state_${name}`)), ...item.names.map((name) => `“${name}”`)].join(", ")),
+      h("td", { class: "num" }, format.number(item.requests)),
+      h("td", { class: "num" }, format.bytes(item.bytes)),
+      h("td", { class: "num" }, format.bytes(item.own_bytes)),
+      h("td", {}, formats.join(", ")),
+      h("td", { class: "num" }, t("ago", format.seconds(Math.round(item.age_seconds)))),
+      h("td", {}, h("div", { class: "buttons row-buttons" },
+        isCurrent ? null : button("go_back", () => begin({ version: item.version })),
+        item.pinned ? button("unpin", () => act("DELETE", `weights/pins/${item.version}`)) : button("pin", () => act("PUT", `weights/pins/${item.version}`)))));
+  }
+
+  function button(word, onclick) {
+    return h("button", { type: "button", onclick, disabled: change !== null && word === "go_back" }, t(word));
+  }
+
+  async function act(method, path) {
+    try {
+      await request(method, path, {});
+      fill(outcome);
+      await refresh();
+    } catch (error) {
+      fill(outcome, h("div", { class: "panel-error" }, error.message));
+    }
+  }
+
+  async function begin(body) {
+    try {
+      fill(outcome);
+      follow(await request("POST", "weights/changes", body));
+    } catch (error) {
+      fill(outcome, h("div", { class: "panel-error" }, error.message));
+    }
+  }
+
+  // Shows a change until it ends, whoever has begun it.
+  async function follow(status) {
+    change = status;
+    showChange();
+    if (followed === status.id) return;
+    followed = status.id;
+    try {
+      const last = await followChange(status.id, (next) => {
+        change = next;
+        showChange();
+      });
+      change = null;
+      fill(outcome, last.state === "done" ? null : h("div", { class: "panel-error" }, t(`change_${last.state}`, t(`kind_${last.kind}`), last.error ?? "")));
+      await Promise.all([loadInfo(), loadPrecision(), loadRemaps(), loadMapping()]);
+      await refresh();
+    } catch {
+      change = null; // the next event tells
+    } finally {
+      followed = null;
+      showChange();
+    }
+  }
+
+  function showChange() {
+    progress.hidden = change === null;
+    if (change === null) return;
+    const share = change.total_bytes ? change.done_bytes / change.total_bytes : null;
+    const figures = [
+      change.num_weights ? t("weights_read", format.number(change.num_done), format.number(change.num_weights)) : null,
+      share === null ? null : `${format.bytes(change.done_bytes)} / ${format.bytes(change.total_bytes)}`,
+      change.seconds_left === null ? null : t("seconds_left", format.seconds(change.seconds_left)),
+    ];
+    fill(progress,
+      h("div", { class: "change-line" },
+        h("b", { title: change.what }, t(`kind_${change.kind}`)), h("span", {}, tOr(`stage_${change.stage}`, change.stage)),
+        h("span", { class: "quiet" }, figures.filter(Boolean).join(" · ")),
+        h("button", { type: "button", id: "change-cancel", class: "stop", disabled: !change.can_be_cancelled, onclick: () => act("DELETE", `weights/changes/${change.id}`) }, t("cancel"))),
+      h("progress", share === null ? { "aria-label": change.what } : { value: share, max: 1, "aria-label": change.what }));
+  }
+
+  async function readDifference() {
+    compared = null;
+    if (weights && weights.versions.length > 1 && before.value !== after.value) {
+      const query = { before: before.value, after: after.value };
+      compared = await get("weights/difference", query);
+    }
+    showDifference();
+  }
+
+  function showDifference() {
+    if (!weights) return;
+    if (weights.versions.length < 2) {
+      fill(difference, note(t("one_version")));
+      return;
+    }
+    if (!compared) {
+      fill(difference, note(t(before.value === after.value ? "same_version" : "loading")));
+      return;
+    }
+    fill(difference, compared.changes.length
+      ? table([t("weights_count"), t("source"), t("format"), t("size"), t("example")], compared.changes.map((group) => h("tr", {},
+        h("td", { class: "num" }, format.number(group.num_weights)),
+        h("td", {}, arrow(group.source_before, group.source_after)),
+        h("td", {}, arrow(group.format_before, group.format_after)),
+        h("td", { class: "num" }, `${format.bytes(group.bytes_before)} → ${format.bytes(group.bytes_after)}`),
+        h("td", {}, group.examples[0] ?? ""))))
+      : note(t("no_difference")));
+  }
+
+  on("event", ({ change: running }) => {
+    if (running && followed !== running.id) follow(running);
+  });
+  const panel = { id: "weights", node, refresh, redraw, dirtyOn: ["remaps"] };
+  on("event", () => { // requests come and go
+    if (panel.isVisible && !document.hidden && performance.now() - readAt > REFRESH_MS) refresh().catch(() => {});
+  });
+  return [panel];
+}
+
+const arrow = (before, after) => (before === after ? before : `${before} → ${after}`);
