@@ -61,8 +61,7 @@ def interpreted(decoder: Decoder) -> Decoder:
 
 def like(decoder: Decoder, choose: Callable[[torch.dtype, torch.device], Backend]) -> Decoder:
     """The same model on another backend."""
-    num_positions = len(decoder.tables[0][0]) if decoder.tables else 256
-    return Decoder(decoder.spec, num_positions, decoder.dtype, CPU, choose)
+    return Decoder(decoder.spec, decoder.max_positions, decoder.dtype, CPU, choose)
 
 
 class Runner:

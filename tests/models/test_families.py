@@ -20,7 +20,7 @@ from amalgam.models.spec import ModelSpec
 from amalgam.tools.analyze import analyze_checkpoint
 from tests.errors import raises
 from tests.models.harness import Runner, load_model
-from tests.models.tiny import BASE_CONFIG, save_tiny, write_checkpoint
+from tests.models.tiny import BASE_CONFIG, save_tiny, text_config_class, write_checkpoint
 
 FAMILIES = {family.name: family for family in all_families()}
 PROMPT = list(range(3, 40))
@@ -34,7 +34,7 @@ def config_of(name: str, **changes: Any) -> dict[str, Any]:
     settings = deepcopy({**BASE_CONFIG, **family.tiny_config, **changes})
     if name == "xverse":
         return {**settings, "architectures": list(family.architectures)}
-    config_class = getattr(transformers, family.architectures[0]).config_class
+    config_class = text_config_class(getattr(transformers, family.architectures[0]))
     config: dict[str, Any] = config_class(**settings, architectures=list(family.architectures)).to_dict()
     return config
 
@@ -48,7 +48,7 @@ def test_a_missing_key_means_what_the_hugging_face_class_makes_of_it(name: str) 
     """Or it is refused, or the weights would have other shapes, which loading refuses."""
     import transformers
 
-    config_class = getattr(transformers, FAMILIES[name].architectures[0]).config_class
+    config_class = text_config_class(getattr(transformers, FAMILIES[name].architectures[0]))
     config = config_of(name)
     read = 0
     for key in config.keys() - {"architectures"}:
@@ -151,6 +151,15 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("hunyuan_v1_moe", {"moe_intermediate_size": [64, 64]}),
     ("hunyuan_v1_moe", {"use_cla": True}),
     ("mistral4", {"n_group": 2}),
+    ("mistral_large4", {"n_group": 2}),
+    ("mistral_large4", {"q_lora_rank": 32}),
+    ("mistral_large4", {"indexer_rope_interleave": False}),
+    ("mistral_large4", {"no_rope_layers": [1, 0, 1]}),
+    ("mistral_large4", {"no_rope_layers": [1, 0, 1, 2]}),
+    ("mistral_large4", {"kv_source_layers": [0, 1]}),
+    ("mistral_large4", {"kv_source_layers": [0, 0, 1, 3]}),
+    ("mistral_large4", {"kv_source_layers": [1, 1, 2, 3]}),
+    ("mistral_large4", {"kv_source_layers": [0, 1, 2, 1]}),  # the one turns, the other does not
     ("mistral4", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     ("llama4", {"num_experts_per_tok": 2}),
     ("llama4", {"layer_types": ["full_attention", "linear_attention", "full_attention", "full_attention"]}),

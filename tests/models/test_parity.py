@@ -110,6 +110,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "indexer_types": ["full", "shared", "full"],
     },
+    "mistral_large4_shared": {
+        "kv_source_layers": [0, 1, 0, 1],
+        "no_rope_layers": [1, 0, 1, 0],
+        "indexer_types": ["full", "full", "shared", "full"],
+        "index_topk": 16,
+        "index_n_heads": 16,
+        "attention_bias": True,
+    },
     "minimax_m2_whole_heads": {"rotary_dim": None, "tie_word_embeddings": True},
     "dots1_full": {"sliding_window": None, "attention_bias": True, "n_group": 2, "topk_group": 1},
     "glm4_moe_lite_sparse_first": {

@@ -40,7 +40,16 @@ GEMMA4_MOE = {
     "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 3.0,
 }
-_LEARNED_BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar")
+_LEARNED_BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar", "rotary_emb.alpha")
+_VISION = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 16,
+}
 
 
 class Reference(Protocol):
@@ -84,7 +93,28 @@ def tiny_model(family: Family, **changes: Any) -> Any:
 
     model_class = getattr(transformers, changes.pop("architecture", family.architectures[0]))
     settings = deepcopy({**BASE_CONFIG, **family.tiny_config, **changes})  # some classes write into what they are given
-    return random_model(model_class, model_class.config_class(**settings))
+    if not _has_vision(model_class):
+        return random_model(model_class, model_class.config_class(**settings))
+    return random_model(model_class, class_config(model_class, settings))
+
+
+def text_config_class(model_class: Any) -> Any:
+    """The class of a model's configuration, or of its text part's."""
+    whole = model_class.config_class
+    return whole.sub_configs["text_config"] if _has_vision(model_class) else whole
+
+
+def class_config(model_class: Any, settings: dict[str, Any]) -> Any:
+    """A class's configuration of these settings, which are those of its text part if it has more."""
+    text = text_config_class(model_class).from_dict(settings)
+    if not _has_vision(model_class):
+        return text
+    is_tied = settings.get("tie_word_embeddings", False)
+    return model_class.config_class(text_config=text.to_dict(), vision_config=_VISION, tie_word_embeddings=is_tied)
+
+
+def _has_vision(model_class: Any) -> bool:
+    return "vision_config" in (model_class.config_class.sub_configs or ())
 
 
 def random_model(model_class: Any, config: Any) -> Any:

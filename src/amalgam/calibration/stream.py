@@ -19,12 +19,12 @@ from torch import Tensor
 
 from amalgam.calibration.frames import frame_of, in_chunks, linear
 from amalgam.calibration.inputs import Inputs
-from amalgam.kernels.backends.reference.interpreter import Frame, execute
+from amalgam.kernels.backends.reference.interpreter import Frame, execute, normed_latent
 from amalgam.kernels.backends.reference.operators import gated
 from amalgam.kernels.packed import Expert, PackedWeight
 from amalgam.kernels.program import AttendLatent, Emitter, Instruction, Mix, Project, Route, Rows, rows_of
 from amalgam.kernels.step import AttentionBatch
-from amalgam.models.decoder import embed, emit_layer, ropes_of
+from amalgam.models.decoder import embed, emit_layer, ropes_of, tables_of
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import BlockWeights, WeightVersion
 
@@ -62,7 +62,7 @@ class Stream:
         self._min_expert_tokens = min_expert_tokens
         self._ropes = ropes_of(spec)
         longest = max(map(len, token_ids), default=0)
-        self._tables = [rope.tables(longest, torch.device("cpu")) for rope in self._ropes]
+        self._tables = tables_of(self._ropes, longest, torch.device("cpu"), outside.get("rope_growth"))
         self._linear_slots = {slot.name for slot in spec.slots if slot.is_linear}
         self._chunks = in_chunks(token_ids, chunk_tokens)
         self.num_tokens = sum(map(len, token_ids))
@@ -140,7 +140,7 @@ class _Layer:
             projections = zip(instruction.projections, found, strict=True)
             instruction = replace(instruction, projections=tuple(replace(p, weight=w) for p, w in projections))
         elif isinstance(instruction, AttendLatent):
-            (expand,) = self._replaced([instruction.expand], [_latent(instruction, frame) for frame in frames])
+            (expand,) = self._replaced([instruction.expand], [normed_latent(instruction, frame) for frame in frames])
             instruction = replace(instruction, expand=expand)
         for frame in frames:
             execute(instruction, frame)
@@ -217,9 +217,3 @@ class _Layer:
             scores = scores + route.correction.float()
         assert frame.routing is not None
         return scores.gather(1, frame.routing[0]).amin(1) - scores[:, expert_id]
-
-
-def _latent(one: AttendLatent, frame: Frame) -> Tensor:
-    """What the projections to keys and values read: the normed latent vectors."""
-    compressed = frame.get(one.compressed)[:, : one.latent_dim].contiguous()
-    return frame.operators.rms_norm(compressed, one.norm, one.norm_eps)

@@ -16,6 +16,7 @@ gauges that it touches are the same in both.
     N.experts           the order of experts, by the router
     N.E.channels        the order of the channels of one MLP or expert: gate, up, down
     inputs              the channels of what layers are given beside the stream
+    rope_growth         the frequencies of rotations, where they are learned
     N.E.up_down         the factors of its channels, which the gate's nonlinearity has no part in
 """
 
@@ -59,6 +60,8 @@ def axes_of(slot: str) -> Axes:
         stream = frozenset({RESIDUAL}) if slot == "inputs_projection" else frozenset()
         inputs = frozenset({_INPUTS})
         return Axes(inputs=inputs) if slot == "inputs_embedding" else Axes(inputs, stream)
+    if slot == "rope_growth":
+        return Axes(outputs=frozenset({slot}), decides=slot)
     if slot == "head":
         return Axes(inputs=frozenset({RESIDUAL, _LAST_NORM}))
     if slot.removesuffix("_bias") == _LAST_NORM:
@@ -109,6 +112,7 @@ def _attention(layer: str, local: str) -> Axes:
         "kv_a": ({latent, rotary}, stream),
         "kv_b": ({heads, query_key, value_out}, {latent}),
         "index_q": ({index}, {low}),
+        "index_query": ({index}, stream | {f"{layer}.index_query_norm"}),
         "index_k": ({index}, stream),
         "index_weights": ({index}, stream),
     }
@@ -119,6 +123,8 @@ def _attention(layer: str, local: str) -> Axes:
         "kv_a_norm": {latent},
         "index_k_norm": {index},
         "index_k_norm_bias": {index},
+        **{part: {index} for part in ("index_scales", "index_scales_bias")},
+        **{part: {heads} for part in ("scales", "scales_bias")},
         "sinks": {heads},
         "convolution": {heads, query_key, value_out},
         "convolution_bias": {heads, query_key, value_out},
@@ -130,6 +136,8 @@ def _attention(layer: str, local: str) -> Axes:
     }
     if local in vectors:
         return Axes(outputs=frozenset(vectors[local]))
+    if local.removesuffix("_bias") == "index_query_norm":
+        return _own_norm(layer, "index_query_norm")
     outputs, inputs = matrices.get(local.removesuffix("_bias"), (set(), set()))
     is_bias, part = local.endswith("_bias"), local.removesuffix("_bias")
     leaves_open = frozenset({heads}) if part in ("k", "v") else frozenset()

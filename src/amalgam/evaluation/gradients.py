@@ -24,12 +24,13 @@ from torch.nn import functional
 from amalgam.calibration.frames import frame_of, in_chunks, linear
 from amalgam.calibration.stream import Stream
 from amalgam.errors import CheckpointError, UnsupportedError
+from amalgam.kernels.backends import Tables
 from amalgam.kernels.backends.reference.interpreter import Frame, execute
 from amalgam.kernels.backends.reference.operators import changed_logits, gated
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Emitter, Instruction, Mix, Project
 from amalgam.kernels.step import AttentionBatch
-from amalgam.models.decoder import emit_layer, ropes_of
+from amalgam.models.decoder import emit_layer, ropes_of, tables_of
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 
@@ -145,8 +146,8 @@ class Gradients:
         self._draws = draws
         self._generator = torch.Generator().manual_seed(seed)
         self._ropes = ropes_of(spec)
-        longest = max(map(len, token_ids))
-        self._tables = [rope.tables(longest, torch.device("cpu")) for rope in self._ropes]
+        self._longest = max(map(len, token_ids))
+        self._tables: Tables = []
         self._linear_slots = {slot.name for slot in spec.slots if slot.is_linear}
         self._chunks = in_chunks(token_ids, chunk_tokens)
         self._chunk_tokens = chunk_tokens
@@ -165,6 +166,7 @@ class Gradients:
             CheckpointError: hidden states hold NaN or infinity; names the layer.
         """
         outside = self.outside = self._load(OUTSIDE)
+        self._tables = tables_of(self._ropes, self._longest, torch.device("cpu"), outside.get("rope_growth"))
         kept: list[tuple[list[Tensor], list[AttentionBatch | None]]] = []
         stream = self._stream(outside)
         for layer_id in range(self._spec.num_layers):

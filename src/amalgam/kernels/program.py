@@ -147,6 +147,8 @@ class AttendLatent:
         query: `[tokens, heads × (nope + rope)]`.
         compressed: `[tokens, latent + rope]`, before norm and rotation.
         expand: Wₖ and Wᵥ, `[heads × (nope + value), latent]`.
+        norm: None: the latent vectors are normed already.
+        rope: index into the step's rotary tables; None: there are no dimensions that turn.
         is_interleaved: rotary pairs are neighbours, not halves apart.
         is_indexed: over the positions that the last `Choose` has chosen.
     """
@@ -156,13 +158,13 @@ class AttendLatent:
     out: Rows
     layer_id: int
     expand: PackedWeight
-    norm: Tensor
+    norm: Tensor | None
     norm_eps: float
     num_heads: int
     nope_dim: int
     rope_dim: int
     value_dim: int
-    rope: int
+    rope: int | None
     scale: float
     is_interleaved: bool
     is_indexed: bool = False
@@ -174,11 +176,14 @@ class AttendLatent:
 
 @dataclass(frozen=True, eq=False)
 class KeepIndexKey:
-    """The keys that an indexer finds tokens by, rotated, go into the layer's cache of them, `Cache.indexes`."""
+    """The keys that an indexer finds tokens by, rotated, go into the layer's cache of them, `Cache.indexes`.
+
+    rope: None: no rotation.
+    """
 
     key: Rows
     layer_id: int
-    rope: int
+    rope: int | None
     is_interleaved: bool
 
 
@@ -196,6 +201,7 @@ class Choose:
         query: `[tokens, heads × dim]`, before the rotation.
         weights: float32 `[tokens, heads]`.
         k: how many positions.
+        rope: None: no rotation.
         is_interleaved: rotary pairs are neighbours, not halves apart; of the keys likewise.
     """
 
@@ -205,7 +211,7 @@ class Choose:
     num_heads: int
     k: int
     scale: float
-    rope: int
+    rope: int | None
     is_interleaved: bool
 
 
@@ -316,6 +322,21 @@ class ScaleByPosition:
     beta: float
     length: int
     offset: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleHeads:
+    """x ×= slope × ln(position + 1) + bias, with a slope and a bias for each of the equal parts of a row.
+
+    Nakanishi 2025, "Scalable-Softmax Is Superior for Attention".
+
+    Attributes:
+        slopes, biases: `[heads]`.
+    """
+
+    x: Rows
+    slopes: Tensor
+    biases: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -510,6 +531,7 @@ Instruction = (
     | Scale
     | ScaleByPosition
     | ScaleBySigmoid
+    | ScaleHeads
     | Split
     | Convolve
     | DeltaRule

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from amalgam.kernels.backends import Backend, Compiled, choose_backend
+from amalgam.kernels.backends import Backend, Compiled, Tables, choose_backend
 from amalgam.kernels.packed import PackedWeight
 from amalgam.kernels.program import Add, Embed, Emitter, Head, Instruction, Program, Rows, Scale
 from amalgam.kernels.step import StepContext
@@ -42,18 +42,34 @@ class Decoder:
         self.spec = spec
         self.dtype = dtype
         self.device = device
+        self.max_positions = max_positions
         self.ropes = ropes_of(spec)
-        self.tables = [rope.tables(max_positions, device) for rope in self.ropes]
         self.backend = choose(dtype, device)
         self._compiled: WeakKeyDictionary[WeightVersion, Compiled] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[PackedWeight, Tables] = (
+            WeakKeyDictionary()
+        )  # of versions that have learned some
+        self._fixed: Tables | None = None
 
     def compile(self, weights: WeightVersion) -> Compiled:
         """Make a version ready to run. To be called before it goes live: that takes longer than a step."""
         compiled = self._compiled.get(weights)
         if compiled is None:
-            compiled = self.backend.compile(emit(self.spec, weights, self.ropes), self.tables)
+            compiled = self.backend.compile(emit(self.spec, weights, self.ropes), self.tables(weights))
             self._compiled[weights] = compiled
         return compiled
+
+    def tables(self, weights: WeightVersion) -> Tables:
+        """Of the rotations; versions that turn alike share them."""
+        growth = weights["rope_growth"] if self.spec.rope_growth else None
+        found = self._fixed if growth is None else self._tables.get(growth)
+        if found is None:
+            found = tables_of(self.ropes, self.max_positions, self.device, growth)
+            if growth is None:
+                self._fixed = found
+            else:
+                self._tables[growth] = found
+        return found
 
     def forward(self, context: StepContext, weights: WeightVersion) -> Tensor:
         """Run one step: float32 logits `[rows, vocabulary]` of the rows that it wants, good until the next step.
@@ -67,6 +83,13 @@ def ropes_of(spec: ModelSpec) -> tuple[Rope, ...]:
     """The different rotations of a model, in order of use."""
     ropes = (layer.attention.rope for layer in spec.layers)
     return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
+
+
+def tables_of(
+    ropes: tuple[Rope, ...], num_positions: int, device: torch.device, growth: PackedWeight | None
+) -> list[tuple[Tensor, Tensor]]:
+    """cos and sin of each rotation; growth: the weight of that name, if the model has it."""
+    return [rope.tables(num_positions, device, None if growth is None else growth.dense) for rope in ropes]
 
 
 def emit(spec: ModelSpec, weights: WeightVersion, ropes: tuple[Rope, ...]) -> Program:

@@ -46,11 +46,16 @@ class Rope:
         exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.int64).float() / self.rotary_dim
         return torch.pow(self.theta, exponents)
 
-    def tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 `[num_positions, rotary_dim / 2]`."""
+    def tables(self, num_positions: int, device: torch.device, growth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 `[num_positions, rotary_dim / 2]`.
+
+        growth: `[rotary_dim / 2]`, whose exponentials multiply the frequencies.
+        """
         frequencies, factor = 1.0 / self.periods(), 1.0
         if self.scaling is not None:
             frequencies, factor = self.scaling(self, num_positions)
+        if growth is not None:
+            frequencies = frequencies * growth.cpu().float().exp()
         angles = torch.outer(torch.arange(num_positions).float(), frequencies)
         return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
 

@@ -169,6 +169,7 @@ class ModelSpec:
         residual_scale: multiplies what each block adds to the stream.
         logits_scale, logits_softcap: see `Head`.
         layer_inputs: None: a layer sees the stream alone.
+        rope_growth: how many frequencies of rotations are multiplied by the exponentials of a weight; 0: none.
         has_layer_scalars: each layer's result, the stream included, is multiplied by a number of its own.
         unused: regular expressions of tensors that checkpoints hold for nothing, and what they are, for people.
     """
@@ -190,6 +191,7 @@ class ModelSpec:
     logits_scale: float = 1.0
     logits_softcap: float | None = None
     layer_inputs: LayerInputs | None = None
+    rope_growth: int = 0
     has_layer_scalars: bool = False
     unused: tuple[tuple[str, str], ...] = ()
 
@@ -251,6 +253,8 @@ class ModelSpec:
             slots.append(Slot("positions", (self.max_positions, hidden), "embedding"))
         if self.layer_inputs is not None:
             slots += self.layer_inputs.slots(hidden)
+        if self.rope_growth:
+            slots.append(Slot("rope_growth", (self.rope_growth,), "norm"))
         for index, layer in enumerate(self.layers):
             for name, block in (("attention", layer.attention), ("mlp", layer.mlp)):
                 prefix = f"layers.{index}.{name}"

@@ -46,7 +46,7 @@ def _role_of_template(name: str) -> str:
         ("router", last in _ROUTERS or leaf in _CORRECTIONS or has("router")),
         ("bias", leaf in ("bias", "sinks", "A_log", "D") or leaf.endswith("_bias")),
         ("convolution", bool(re.search(r"conv1d$|^conv$", last))),
-        ("norm", bool(re.search(r"norm|^ln(_|\d|$)", last)) or leaf == "layer_scalar"),
+        ("norm", bool(re.search(r"norm|^ln(_|\d|$)|^ssmax|^lerope$", last)) or leaf == "layer_scalar"),
         ("indexer", has("^indexer$")),
         ("shared_expert", has("^shared_(expert|mlp)")),
         ("expert", has("^experts$")),

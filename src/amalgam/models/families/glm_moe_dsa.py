@@ -9,35 +9,20 @@ from dataclasses import replace
 
 from amalgam.models.blocks.latent_attention import LatentAttention
 from amalgam.models.naming import CORRECTED_EXPERTS, DECODER, FUSED_EXPERTS, INDEXER, LATENT_ATTENTION, MLP
-from amalgam.models.reading.attention import LatentDefaults, read_latent_attention, with_indexer
+from amalgam.models.reading.attention import LatentDefaults, read_indexers, read_latent_attention, with_indexer
 from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers, with_draft_layers
 from amalgam.models.spec import ConfigReader, Family, ModelSpec
 
 NORM_EPS = 1e-5
 # Of the configuration class, where a key is missing.
 DEFAULTS = LatentDefaults(query_rank=2048, nope_dim=192, value_dim=256)
-_TYPES = {"F": "full", "S": "shared"}
 
 
 def _read_attentions(config: ConfigReader) -> list[LatentAttention]:
     """Of each layer: with an indexer of its own or without."""
     latent = read_latent_attention(config, is_interleaved=True, defaults=DEFAULTS)
     full = with_indexer(config, latent, default_heads=32, default_interleaved=True)
-    known = {"full": full, "shared": replace(full, indexer=None)}
-    count = config.int("num_hidden_layers")
-    every = max(config.int("index_topk_freq", default=1, low=0), 1)
-    offset = config.int("index_skip_topk_offset", default=2, low=0)
-    types = ["full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(count)]
-    key = next((key for key in ("indexer_types", "index_topk_pattern") if config.get(key) is not None), None)
-    if key is not None:
-        types = config.get(key)
-        if isinstance(types, str):
-            types = [_TYPES.get(letter, letter) for letter in types]
-    if not isinstance(types, list) or len(types) != count or not all(kind in tuple(known) for kind in types):
-        config.refuse(key or "index_topk_freq", types, f"{count} of {', '.join(known)}")
-    if types[0] != "full":
-        config.refuse(key or "index_skip_topk_offset", types[0], "full in the first layer, which none is before")
-    return [known[kind] for kind in types]
+    return [full if has_one else replace(full, indexer=None) for has_one in read_indexers(config)]
 
 
 def _read_spec(config: ConfigReader) -> ModelSpec:

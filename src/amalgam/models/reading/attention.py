@@ -192,17 +192,23 @@ def read_latent_attention(
 
 
 def with_indexer(
-    config: ConfigReader, attention: LatentAttention, *, default_heads: int, default_interleaved: bool
+    config: ConfigReader,
+    attention: LatentAttention,
+    *,
+    default_heads: int,
+    default_interleaved: bool,
+    reads_stream: bool = False,
 ) -> LatentAttention:
     """Latent attention over the positions that DeepSeek-V3.2's indexer chooses.
 
     Args:
         default_heads, default_interleaved: of the indexer.
+        reads_stream: its queries are not made of the attention's queries at low rank, which there are none of.
     """
     dim = config.int("index_head_dim", default=128)
     if dim < attention.rope_dim:
         config.refuse("index_head_dim", dim, f"at least qk_rope_head_dim {attention.rope_dim}")
-    if attention.query_rank is None:
+    if attention.query_rank is None and not reads_stream:
         config.refuse("q_lora_rank", None, "a number: the indexer reads the queries' low rank")
     indexer = Indexer(
         num_heads=config.int("index_n_heads", default=default_heads),
@@ -211,3 +217,24 @@ def with_indexer(
         is_interleaved=config.bool("indexer_rope_interleave", default=default_interleaved),
     )
     return replace(attention, is_indexed=True, indexer=indexer)
+
+
+def read_indexers(config: ConfigReader) -> list[bool]:
+    """Whether each layer has an indexer of its own: `indexer_types`, else `index_topk_pattern`, else every
+    `index_topk_freq`-th layer from `index_skip_topk_offset` on. The others attend to what the last one before them has
+    chosen (arXiv:2603.12201)."""
+    known = {"full": True, "shared": False}
+    count = config.int("num_hidden_layers")
+    every = max(config.int("index_topk_freq", default=1, low=0), 1)
+    offset = config.int("index_skip_topk_offset", default=2, low=0)
+    types = ["full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(count)]
+    key = next((key for key in ("indexer_types", "index_topk_pattern") if config.get(key) is not None), None)
+    if key is not None:
+        types = config.get(key)
+        if isinstance(types, str):
+            types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in types]
+    if not isinstance(types, list) or len(types) != count or not all(kind in tuple(known) for kind in types):
+        config.refuse(key or "index_topk_freq", types, f"{count} of {', '.join(known)}")
+    if types[0] != "full":
+        config.refuse(key or "index_skip_topk_offset", types[0], "full in the first layer, which none is before")
+    return [known[kind] for kind in types]

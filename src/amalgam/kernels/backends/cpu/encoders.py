@@ -107,6 +107,8 @@ class Encoder:
         return True
 
     def _normalize(self, one: Normalize) -> bool:
+        if not (one.x.is_whole and one.out.is_whole):
+            return False
         weight, bias = _vector(one.weight), _vector(one.bias)
         if bias is not None and bias.dtype is not weight.dtype:
             weight, bias = weight.float(), bias.float()
@@ -148,8 +150,7 @@ class Encoder:
         return True
 
     def _attend_latent(self, one: AttendLatent) -> bool:
-        matrices = self._latent_matrices(one)
-        if matrices is None:
+        if one.norm is None or one.rope is None or (matrices := self._latent_matrices(one)) is None:
             return False
         self.native.add_attend_latent(
             [self._columns(rows) for rows in (one.query, one.compressed, one.out)],
@@ -166,6 +167,8 @@ class Encoder:
         return True
 
     def _keep_index_key(self, one: KeepIndexKey) -> bool:
+        if one.rope is None:
+            return False
         self.native.add_keep_index_key(self._columns(one.key), one.layer_id, one.rope, one.is_interleaved)
         return True
 

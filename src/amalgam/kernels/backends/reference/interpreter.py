@@ -41,6 +41,7 @@ from amalgam.kernels.program import (
     Scale,
     ScaleByPosition,
     ScaleBySigmoid,
+    ScaleHeads,
     ScanStates,
     Split,
     SwiGlu,
@@ -261,11 +262,10 @@ def _attend(one: Attend, frame: Frame) -> None:
 def _attend_latent(one: AttendLatent, frame: Frame) -> None:
     step, compressed = frame.step, frame.get(one.compressed)
     query = frame.get(one.query).unflatten(1, (one.num_heads, -1))
-    latent = frame.operators.rms_norm(compressed[:, : one.latent_dim].contiguous(), one.norm, one.norm_eps)
+    latent = normed_latent(one, frame)
 
     def rotate(x: Tensor) -> Tensor:
-        halves = part_pairs(x, one.rope_dim) if one.is_interleaved else x
-        return frame.operators.rotate(halves, *frame.rotary(one.rope))
+        return _rotated(x, one.rope, one.is_interleaved, frame)
 
     to_keys, to_values = latent_matrices(one, frame.dtype)
     rotated = rotate(query[..., one.nope_dim :])
@@ -279,6 +279,24 @@ def _attend_latent(one: AttendLatent, frame: Frame) -> None:
     frame.put(one.out, frame.operators.per_head(attended, to_values.transpose(1, 2)).flatten(1))
 
 
+def normed_latent(one: AttendLatent, frame: Frame) -> Tensor:
+    """`[tokens, latent]`, what the projections to keys and values read."""
+    latent = frame.get(one.compressed)[:, : one.latent_dim]
+    if one.norm is None:
+        return latent
+    return frame.operators.rms_norm(latent.contiguous(), one.norm, one.norm_eps)
+
+
+def _rotated(x: Tensor, rope: int | None, is_interleaved: bool, frame: Frame, rows: Tensor | None = None) -> Tensor:
+    """Heads `[tokens, heads, dim]`, whose first dimensions are turned; of some `rows` of the step, or of all."""
+    if rope is None:
+        return x
+    cos, sin = frame.rotary(rope)
+    if rows is not None:
+        cos, sin = cos[rows], sin[rows]
+    return frame.operators.rotate(part_pairs(x, 2 * cos.shape[1]) if is_interleaved else x, cos, sin)
+
+
 def latent_matrices(one: AttendLatent, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Wₖ `[heads, nope, latent]` and Wᵥ `[heads, value, latent]`: floating weights as they are, others in `dtype`."""
     expand = one.expand
@@ -290,10 +308,7 @@ def latent_matrices(one: AttendLatent, dtype: torch.dtype) -> tuple[Tensor, Tens
 def _keep_index_key(one: KeepIndexKey, frame: Frame) -> None:
     cache = frame.step.kv.indexes[one.layer_id]
     assert cache is not None
-    key = frame.get(one.key).detach().unsqueeze(1)
-    if one.is_interleaved:
-        key = part_pairs(key, 2 * frame.rotary(one.rope)[0].shape[1])
-    key = frame.operators.rotate(key, *frame.rotary(one.rope))
+    key = _rotated(frame.get(one.key).detach().unsqueeze(1), one.rope, one.is_interleaved, frame)
     frame.operators.write_kv(cache, key, key[..., :0], frame.step.slot_ids)
 
 
@@ -304,13 +319,10 @@ def _choose(one: Choose, frame: Frame) -> None:
     if choice is None:
         frame.chosen = None
         return
-    cos, sin = frame.rotary(one.rope)
     queries, weights, positions = frame.get(one.query), frame.get(one.weights), []
     for part in choice.parts:
         query = queries[part.rows].unflatten(1, (one.num_heads, -1))
-        if one.is_interleaved:
-            query = part_pairs(query, 2 * cos.shape[1])
-        query = frame.operators.rotate(query, cos[part.rows], sin[part.rows])
+        query = _rotated(query, one.rope, one.is_interleaved, frame, part.rows)
         scores = frame.operators.index_scores(query, weights[part.rows] * one.scale, cache, part.batch)
         positions.append(largest(scores, one.k))
     frame.chosen = choice.attention(torch.cat(positions))
@@ -417,6 +429,14 @@ def _scale_by_sigmoid(one: ScaleBySigmoid, frame: Frame) -> None:
     frame.put(one.x, (frame.operators.sigmoid(frame.get(one.gate)).unsqueeze(2) * parts).flatten(1).to(x.dtype))
 
 
+def _scale_heads(one: ScaleHeads, frame: Frame) -> None:
+    x = frame.get(one.x)
+    logarithms = torch.log1p(frame.step.positions.double()).float().unsqueeze(1)
+    factors = one.slopes.float() * logarithms + one.biases.float()
+    parts = x.unflatten(1, (factors.shape[1], -1)).float()
+    frame.put(one.x, (factors.unsqueeze(2) * parts).flatten(1).to(x.dtype))
+
+
 def _split(one: Split, frame: Frame) -> None:
     groups = frame.get(one.x).unflatten(1, (one.num_groups, -1))
     parts = groups.split([out.width // one.num_groups for out in one.outs], dim=2)
@@ -507,6 +527,7 @@ _HANDLERS: dict[type[Instruction], Callable[[Any, Frame], None]] = {
     Scale: _scale,
     ScaleByPosition: _scale_by_position,
     ScaleBySigmoid: _scale_by_sigmoid,
+    ScaleHeads: _scale_heads,
     ScanStates: _scan_states,
     Split: _split,
     SwiGlu: _swiglu,
