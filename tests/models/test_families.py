@@ -197,6 +197,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
             {"no_kda_lora": False},
             {"moe_shared_expert_intermediate_size": 33},
             {"partial_rotary_factor": 0.25},
+            {"expert_swiglu_limit_list": [0, -1, 4.0]},
+            {"share_expert_swiglu_limit_list": [4.0]},
         )
     ),
     ("granitemoe", {"logits_scaling": 0.0}),
@@ -353,6 +355,38 @@ def test_of_a_text_part_nothing_is_guessed(changes: dict[str, Any]) -> None:
     }
     with raises(UnsupportedError, *(f"text_config.{key}" for key in changes)):
         spec_of(nested)
+
+
+def test_limits_of_lings_experts(tmp_path: Path) -> None:
+    """They are of silu(gate) and of up, in the layers that have them; the class passes them over."""
+    limits = {"expert_swiglu_limit_list": [0, 0.02, None], "share_expert_swiglu_limit_list": [0, 0.0, 0.03]}
+    family = FAMILIES["bailing_hybrid"]
+    model = save_tiny(family, tmp_path, first_k_dense_replace=0).model  # type: ignore[attr-defined]
+    plain = model(torch.tensor([PROMPT])).logits[0]
+
+    class Limited:
+        def __init__(self, first: torch.Tensor, limit: float) -> None:
+            self.first, self.limit = first.clamp(max=limit), limit
+
+        def __mul__(self, up: torch.Tensor) -> torch.Tensor:
+            return self.first * up.clamp(-self.limit, self.limit)
+
+    class Activation(torch.nn.Module):
+        def __init__(self, limit: float) -> None:
+            super().__init__()
+            self.limit = limit
+
+        def forward(self, gate: torch.Tensor) -> Limited:
+            return Limited(torch.nn.functional.silu(gate), self.limit)
+
+    model.model.layers[1].mlp.experts.act_fn = Activation(0.02)
+    model.model.layers[2].mlp.shared_experts.act_fn = Activation(0.03)
+    expected = model(torch.tensor([PROMPT])).logits[0]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **limits}))
+    logits = Runner(*load_model(tmp_path)).step({0: PROMPT})[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert (plain - expected).abs().max() > 1e-3
 
 
 def test_gemma_4_turns_whole_heads_in_plain_settings() -> None:

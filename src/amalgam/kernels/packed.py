@@ -122,6 +122,7 @@ class Activation:
     """How the gate and up projections of a gated MLP meet: `g × sigmoid(alpha × g) × (u + offset)`.
 
     With a `limit`, first g = min(gate, limit) and u = up within ±limit. The defaults make it SwiGLU (Shazeer 2020).
+    `limits_last`: the limit is of the first factor instead of g (Ling 3); no compiled kernel has it.
     `is_gelu`: the first factor is gelu(g) instead, in the tanh approximation (Hendrycks & Gimpel 2016).
     """
 
@@ -129,6 +130,7 @@ class Activation:
     offset: float = 0.0
     limit: float | None = None
     is_gelu: bool = False
+    limits_last: bool = False
 
 
 SWIGLU, GEGLU = Activation(), Activation(is_gelu=True)

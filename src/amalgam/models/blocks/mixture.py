@@ -101,7 +101,7 @@ class SparseMoe:
     """Mixture of gated experts, perhaps beside shared ones that every token passes.
 
     Attributes:
-        shared_size: width of the shared experts, which are one SwiGLU MLP; 0: none.
+        shared_size: width of the shared experts, which are one gated MLP; 0: none.
         has_shared_gate: the shared experts' output is multiplied by a sigmoid of a projection of x (Qwen2-MoE).
         weighs_input: the gate weight of a token's only expert multiplies what goes in, not what comes out (Llama 4).
     """
@@ -113,6 +113,7 @@ class SparseMoe:
     shared_size: int = 0
     has_shared_gate: bool = False
     weighs_input: bool = False
+    shared_activation: Activation = SWIGLU
 
     @property
     def num_experts(self) -> int:
@@ -141,7 +142,7 @@ class SparseMoe:
             step.add(WeighInput(x, routed))
         step.add(Mix(routed, weights.experts, delta, self.activation, weighs=not self.weighs_input))
         if self.shared_size:
-            shared = emit_gated(step, x, weights, "shared.", "shared")
+            shared = emit_gated(step, x, weights, "shared.", "shared", self.shared_activation)
             if self.has_shared_gate:
                 gate = step.rows("shared_gate", 1, is_wide=True)
                 step.add(Project(x, (Projection(weights["shared_gate"], None, gate),), widens=True))

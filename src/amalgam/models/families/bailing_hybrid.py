@@ -7,14 +7,17 @@ linear attention and another architecture.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 from amalgam.formats.fused import FusedTensor
+from amalgam.kernels.packed import SWIGLU, Activation
 from amalgam.models.blocks.delta_net import KimiDeltaNet
+from amalgam.models.blocks.mixture import SparseMoe
 from amalgam.models.naming import CORRECTED_EXPERTS, FUSED_EXPERTS, MLP, renamed_tensor
 from amalgam.models.reading.attention import NORM_EPS, read_latent_attention
 from amalgam.models.reading.layers import read_corrected_router, read_model, read_moe_layers
-from amalgam.models.spec import AttentionBlock, ConfigReader, Family, ModelSpec
+from amalgam.models.spec import AttentionBlock, ConfigReader, Family, LayerSpec, ModelSpec
 
 _THETA, _SHARE = 6e6, "partial_rotary_factor"
 # What transformers calls keys in its own files, and what the published ones do.
@@ -87,6 +90,32 @@ def _read_attentions(config: ConfigReader) -> tuple[AttentionBlock, ...]:
     return tuple(known[kind] for kind in types)
 
 
+def _with_limits(config: ConfigReader, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+    """Experts whose factors are limited, as the published model was trained. The class passes the limits over."""
+    routed, shared = (
+        _read_limits(config, key, len(layers)) for key in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list")
+    )
+    return tuple(
+        replace(layer, mlp=replace(layer.mlp, activation=routed[index], shared_activation=shared[index]))
+        if isinstance(layer.mlp, SparseMoe)
+        else layer
+        for index, layer in enumerate(layers)
+    )
+
+
+def _read_limits(config: ConfigReader, key: str, num_layers: int) -> list[Activation]:
+    """Of each layer; 0 and null: there is none."""
+    limits = config.get(key, default=[None] * num_layers)
+    if not isinstance(limits, list) or len(limits) != num_layers or not all(map(_is_limit, limits)):
+        config.refuse(key, limits, f"{num_layers} numbers of at least 0, one for each layer")
+    return [Activation(limit=float(limit), limits_last=True) if limit else SWIGLU for limit in limits]
+
+
+def _is_limit(limit: object) -> bool:
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    return limit is None or (is_number and 0 <= limit <= sys.float_info.max)  # type: ignore[operator]
+
+
 def _read_spec(config: ConfigReader) -> ModelSpec:
     config = _with_published_keys(config)
     for key in ("use_bias", "use_qkv_bias", "tie_word_embeddings"):
@@ -98,6 +127,7 @@ def _read_spec(config: ConfigReader) -> ModelSpec:
     layers = read_moe_layers(
         config, _read_attentions(config), router, default_dense=2, default_shared=1, shared_key="num_shared_experts"
     )
+    layers = _with_limits(config, layers)
     num_drafts = config.int("num_nextn_predict_layers", default=1, low=0)
     return replace(read_model(config, "bailing_hybrid", layers), num_draft_layers=num_drafts)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.cpu import extension
-from amalgam.kernels.packed import Activation
+from amalgam.kernels.packed import SWIGLU, Activation
 
 
 def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
@@ -86,10 +86,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def supports_gated(gate: Tensor, up: Tensor) -> bool:
-    """Whether `gated` takes these tensors."""
+def supports_gated(gate: Tensor, up: Tensor, activation: Activation = SWIGLU) -> bool:
+    """Whether `gated` takes these."""
     return (
         extension.is_available()
+        and not activation.limits_last
         and gate.dtype == up.dtype
         and gate.dtype in extension.FLOAT_TYPES
         and gate.device.type == up.device.type == "cpu"

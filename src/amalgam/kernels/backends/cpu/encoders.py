@@ -195,7 +195,7 @@ class Encoder:
         return True
 
     def _mix(self, one: Mix) -> bool:
-        if not isinstance(one.experts, PanelExperts):
+        if not isinstance(one.experts, PanelExperts) or one.activation.limits_last:
             return False
         x, out, numbers = self._columns(one.x), self._columns(one.out), numbers_of(one.activation)
         self.native.add_mix(x, one.experts.native, out, *numbers, self.num_routes - 1, one.weighs)
@@ -206,6 +206,8 @@ class Encoder:
         return True
 
     def _swiglu(self, one: SwiGlu) -> bool:
+        if one.activation.limits_last:
+            return False
         gate, up, out = (self._columns(rows) for rows in (one.gate, one.up, one.out))
         self.native.add_swiglu(gate, up, out, *numbers_of(one.activation))
         return True

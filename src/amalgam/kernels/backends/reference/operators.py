@@ -167,9 +167,11 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         return gelu(gate.float()).to(gate.dtype) * up
     wide, factor = gate.float(), up.float()
     if activation.limit is not None:
-        wide = wide.clamp(max=activation.limit)
+        wide = wide if activation.limits_last else wide.clamp(max=activation.limit)
         factor = factor.clamp(-activation.limit, activation.limit)
     first = gelu(wide) if activation.is_gelu else wide / (1.0 + torch.exp(-activation.alpha * wide))
+    if activation.limits_last:
+        first = first.clamp(max=activation.limit)
     return (first * (factor + activation.offset)).to(gate.dtype)
 
 
