@@ -55,6 +55,8 @@ def logical_names(name: str, family: Family, spec: ModelSpec) -> set[str]:
     """The weights of ours that a tensor holds, or is a part of."""
     numbers = _NUMBER.findall(name)
     for fused in family.fused:
+        if not name.startswith(fused.stored.partition("{}")[0]):
+            continue
         stem = fused.stored.format(*numbers) if fused.stored.count("{}") == len(numbers) else None
         if stem is None or not (name == stem or name.startswith((f"{stem}.", f"{stem}_"))):
             continue
