@@ -184,6 +184,8 @@ def test_versions_side_by_side(demo: tuple[httpx.Client, Deployment]) -> None:
     assert dry == client.post("/weights/plan", json={"weight_mapping": experts}).json() | {
         name: dry[name] for name in ("seconds", "available_bytes")
     }
+    detailed = client.post("/weights/plan", json={"weight_mapping": experts, "details": True}).json()
+    assert detailed["rules"][-1] == {"pattern": "model.layers.{0-2}.mlp.experts.*", "source": "base"}
     named = client.put("/weights/named/wide", json={"weight_mapping": experts, "details": True}).json()
     assert named["name"] == "wide" and named["num_changed"] == dry["num_changed"] == len(named["changed"])
     assert generate(client)["weight_version"] == first["weight_version"]

@@ -198,6 +198,16 @@ class RemapLog:
             (r.rules for r in reversed(self.history()) if r.rules is not None and r.version == version_id), None
         )
 
+    def earlier_versions(self, rules: tuple[Rule, ...]) -> list[int]:
+        """Those of former processes that new requests started on, up to the last one with other rules than these."""
+        found: list[tuple[int, tuple[Rule, ...]]] = []
+        for record in self._earlier:
+            if record.rules is not None and record.name is None and (not found or found[-1][1] != record.rules):
+                found.append((record.version, record.rules))
+        while found and found[-1][1] == rules:
+            found.pop()
+        return [version_id for version_id, _ in found]
+
     def _add(self, record: RemapRecord) -> None:
         self._records.append(record)
         self._write(record)

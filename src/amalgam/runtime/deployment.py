@@ -88,7 +88,8 @@ class Deployment:
         )
         self._seconds_per_byte = loaded.seconds / max(1, loaded.read_bytes)
         self._earlier_rules: list[tuple[Rule, ...]] = []  # those that were in use, the latest last
-        self._earlier_versions: list[int] = []  # those that new requests started on, the latest last
+        # Those that new requests started on, the latest last.
+        self._earlier_versions = self._remaps.earlier_versions(served.rules)[-MAX_UNDOS:]
         self._tracker = tracker
         self._speculation = speculation
         self.statistics = (
@@ -432,7 +433,7 @@ class Deployment:
         prepared = self._prepare(request, served)
         if isinstance(prepared, ServedWeights):
             return self._go_live(prepared, None, started, request.name)
-        self._plan_of(prepared, served, started).check_room()
+        self._load_of(prepared).check_room(available_bytes(prepared.loader.device))
 
         job, shared = self._job, prepared.shared
         job.begin_stage(LOADING, sum(shared.keys.get(weight.slot.name) != weight.key for weight in prepared.planned))
@@ -465,13 +466,16 @@ class Deployment:
         others = [version for version in self.versions.versions if version is not served.version]
         return Prepared(loader, rules, planned, shared_weights(planned, served.version, *others))
 
+    def _load_of(self, prepared: Prepared) -> Load:
+        return Load.of(prepared, self.settings.engine.num_load_threads)
+
     def _plan_of(self, prepared: ServedWeights | Prepared, served: ServedWeights, started: float) -> ChangePlan:
         if isinstance(prepared, ServedWeights):
             contents, load = Contents.of(prepared.version), Load()
             version: int | None = prepared.version_id
         else:
             contents = Contents.planned(prepared.planned)
-            load = Load.of(prepared, self.settings.engine.num_load_threads)
+            load = self._load_of(prepared)
             version = None
         return ChangePlan(
             rules=prepared.rules,

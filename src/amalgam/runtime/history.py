@@ -46,6 +46,7 @@ class HistoryFile:
         self._lock = FileLock(self._path)
         self._rules: tuple[Rule, ...] | None = None  # of the last line that has some
         self._is_torn = False  # the last line may be half written
+        self._is_closed = False
         try:
             if not self._lock.try_acquire():
                 raise ConflictError(
@@ -77,6 +78,8 @@ class HistoryFile:
 
     def add(self, record: RemapRecord) -> None:
         """Write a record behind the others. A file that cannot be written is logged: the weights matter more."""
+        if self._is_closed:  # somebody else may have it by now
+            return
         line = (b"\n" if self._is_torn else b"") + self._line(record)
         self._is_torn = True
         try:
@@ -91,6 +94,7 @@ class HistoryFile:
 
     def close(self) -> None:
         """Let others have the file. Harmless when repeated."""
+        self._is_closed = True
         self._lock.release()
 
     def _line(self, record: RemapRecord) -> bytes:

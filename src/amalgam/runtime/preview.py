@@ -132,6 +132,21 @@ class Load:
             peak_bytes=new_bytes + sum(beside),
         )
 
+    def check_room(self, available: int) -> None:
+        """
+        Args:
+            available: bytes of memory that can be taken.
+
+        Raises:
+            OutOfMemoryError: there are too few.
+        """
+        if self.peak_bytes > available:
+            raise OutOfMemoryError(
+                f"The new weights take {self.peak_bytes} bytes of memory while they are loaded, and {available} are "
+                "available.",
+                remedy="Change fewer weights at a time, choose smaller formats, or let go of versions that are kept.",
+            )
+
 
 @dataclass(frozen=True)
 class ChangePlan:
@@ -165,18 +180,6 @@ class ChangePlan:
     @property
     def has_room(self) -> bool:
         return self.load.peak_bytes <= self.available_bytes
-
-    def check_room(self) -> None:
-        """
-        Raises:
-            OutOfMemoryError: there is none.
-        """
-        if not self.has_room:
-            raise OutOfMemoryError(
-                f"The new weights take {self.load.peak_bytes} bytes of memory while they are loaded, and "
-                f"{self.available_bytes} are available.",
-                remedy="Change fewer weights at a time, choose smaller formats, or let go of versions that are kept.",
-            )
 
 
 def _bytes_beside(weight: PlannedWeight) -> int:

@@ -24,10 +24,10 @@ from amalgam.server.http.errors import error_response
 
 ANY = "*"
 MAX_AGE_SECONDS = 600  # how long a browser may remember what it was allowed
-_EXPOSED = "X-Request-ID, Retry-After, " + ", ".join(
+_EXPOSED = "X-Request-ID, X-Amalgam-Weight-Version, Retry-After, " + ", ".join(
     f"X-RateLimit-{what}-{of}" for of in ("Requests", "Tokens") for what in ("Limit", "Remaining", "Reset")
 )
-_METHODS = "GET, HEAD, POST, OPTIONS"
+_METHODS = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
 _HEADERS = "Authorization, Content-Type, X-API-Key, X-Request-ID"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 

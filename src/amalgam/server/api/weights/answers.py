@@ -68,6 +68,11 @@ class RemapAnswer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+class RuleAnswer(BaseModel):
+    pattern: str
+    source: str
+
+
 class PlanAnswer(BaseModel):
     dry_run: Literal[True] = True
     """Nothing has changed."""
@@ -77,6 +82,9 @@ class PlanAnswer(BaseModel):
     """The current one, that all is compared with."""
     fingerprint: str
     num_rules: int
+    """That would hold."""
+    rules: list[RuleAnswer] | None = None
+    """They, in order. Only if asked for."""
     num_changed: int
     changes: list[ChangeSummary]
     changed: list[WeightChangeAnswer] | None = None
@@ -108,6 +116,7 @@ def plan_answer(plan: ChangePlan, *, details: bool = False) -> PlanAnswer:
         previous_version=plan.previous_version,
         fingerprint=plan.fingerprint,
         num_rules=len(plan.rules),
+        rules=[RuleAnswer(**rule.model_dump()) for rule in plan.rules] if details else None,
         num_changed=len(plan.changed),
         changes=summary(plan.changed),
         changed=listed(plan.changed) if details else None,

@@ -15,12 +15,13 @@ from amalgam.server.api.weights.answers import (
     ChangeSummary,
     PlanAnswer,
     RemapAnswer,
+    RuleAnswer,
     WeightChangeAnswer,
     listed,
     remap_answer,
     summary,
 )
-from amalgam.server.api.weights.bodies import ChangeBody, RuleBody
+from amalgam.server.api.weights.bodies import ChangeBody
 from amalgam.server.api.weights.updates import planned
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.http.body import Body, StrictRoute
@@ -41,7 +42,7 @@ class VersionAnswer(BaseModel):
     """That requests can ask for, beside its number."""
     pinned: bool
     fingerprint: str
-    rules: list[RuleBody]
+    rules: list[RuleAnswer]
     bytes: int
     own_bytes: int
     """Of weights that no other version in memory has."""
@@ -82,7 +83,7 @@ class DifferenceAnswer(BaseModel):
 
 class PlanBody(ChangeBody):
     details: bool = False
-    """Answer with every weight that would change, in `changed`."""
+    """Answer with every weight that would change, in `changed`, and with the rules that would hold."""
 
 
 class NameBody(ChangeBody):
