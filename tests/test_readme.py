@@ -110,10 +110,14 @@ def test_local_commands(
 ) -> None:
     monkeypatch.chdir(ROOT)
     lines = [line for name in READMES for line in commands(name) if line.startswith(".venv/bin/")]
-    assert len(lines) == 26
+    assert len(lines) == 28
     for line in dict.fromkeys(lines):
         program, *words = shlex.split(line.replace("/tmp/", f"{tmp_path}/").replace(ADDRESS, server))
-        where = {"examples/test_expert_tracking.py": ["--base-url", server], "experts": ["--url", server]}
+        where = {
+            "examples/test_expert_tracking.py": ["--base-url", server],
+            "experts": ["--url", server],
+            "remap": ["--url", server],
+        }
         words += where.get(words[0], [])
         if program == ".venv/bin/python":
             command = [sys.executable, *words]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -122,6 +124,33 @@ def test_work_in_the_background_takes_the_place_at_once(jobs: Jobs) -> None:
     may_go_on.set()
     assert job.wait() is RESULT
     assert [status.what for status in jobs.read()] == ["1 rule"]
+
+
+def test_nothing_that_a_change_has_worked_on_is_kept(jobs: Jobs) -> None:
+    class Weights:
+        pass
+
+    alive: list[weakref.ref[Weights]] = []
+
+    def work() -> None:
+        with jobs.begin("mapping", "1 rule"):
+            weights = Weights()
+            alive.append(weakref.ref(weights))
+            try:
+                raise OSError("full")
+            except OSError as error:
+                raise PlanError("It cannot be made.") from error
+
+    job = jobs.start("mapping", "1 rule", work)
+    with pytest.raises(PlanError):
+        job.wait()
+    job.thread.join()
+    gc.collect()
+    assert alive[0]() is None
+    with pytest.raises(PlanError):
+        work()
+    gc.collect()
+    assert alive[1]() is None
 
 
 def test_work_that_does_not_come_to_its_change_ends_it(jobs: Jobs) -> None:

@@ -198,10 +198,7 @@ class Job:
         """
         with self._lock:
             if self._seconds is not None or self._is_going_live:
-                state = "goes live already" if self._seconds is None else f"has ended: {self._state()}"
-                raise ConflictError(
-                    f"The change {self.id} {state}.", remedy="To go back to the version before, start another change."
-                )
+                raise _ended(self.id, "goes live already" if self._seconds is None else f"has ended: {self._state()}")
             self._is_cancelled = True
             self.revision += 1
 
@@ -354,6 +351,8 @@ class Jobs:
                 logger.exception("change %s (%s) failed", job.id, what)
             if not job.has_ended:  # it did not come to its block
                 job.end(failure or AssertionError("the work has no block"))
+            if failure is not None:  # its frames hold weights
+                failure.__traceback__ = failure.__cause__ = failure.__context__ = None
 
         StoppableThread(run, "amalgam-change", job.stop).start()
         return job
@@ -389,19 +388,20 @@ class Jobs:
         """
         found = self._find(job_id)
         if isinstance(found, JobStatus):
-            raise ConflictError(
-                f"The change {found.id} has ended: {found.state}.", remedy="It was made before the server was started."
-            )
+            raise _ended(found.id, f"has ended: {found.state}")
         found.cancel()
         return found.status()
 
     def note_end(self, job: Job) -> None:
-        """The place is free again. Called by the job."""
+        """The place is free again. Called by the job, of which no more is kept than what can be told."""
+        status = job.status()
         with self._lock:
             self._running = None
+            if job in self._jobs:
+                self._jobs[self._jobs.index(job)] = status
         if self._on_end is not None:
             try:
-                self._on_end(job.status())
+                self._on_end(status)
             except Exception:
                 logger.exception("what became of change %s could not be kept", job.id)
 
@@ -428,6 +428,10 @@ class Jobs:
         raise NotFoundError(
             f"There is no change {describe(job_id)}.", remedy=f"The latest {MAX_JOBS} are in GET /weights/changes."
         )
+
+
+def _ended(job_id: str, how: str) -> ConflictError:
+    return ConflictError(f"The change {job_id} {how}.", remedy="To go back to the version before, start another one.")
 
 
 def conflict_with(status: JobStatus) -> ConflictError:
