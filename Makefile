@@ -6,7 +6,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-CSRC := $(shell find src/amalgam/kernels/csrc -name '*.h' -o -name '*.cpp')
+CSRC := $(shell find src/amalgam/*/csrc -name '*.h' -o -name '*.cpp')
 LOG := $(VENV)/setup.log
 # One more than there are cores: a third of the tests' time is spent waiting for servers and browsers.
 PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')

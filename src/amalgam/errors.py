@@ -136,6 +136,12 @@ class UnavailableError(AmalgamError):
     code = "unavailable"
 
 
+class LostWeightsError(UnavailableError):
+    """Weights that are in use are not there any more; nothing can be computed with them."""
+
+    code = "weights_lost"
+
+
 def describe(value: Any, limit: int = 120) -> str:
     """`repr` of a user's value, shortened and safe to print on one line."""
     text = repr(value)

@@ -30,6 +30,7 @@ from typing import Any, NoReturn, overload
 import torch
 
 from amalgam.base.folders import member
+from amalgam.base.mapping import MappedFile
 from amalgam.checkpoint.safetensors_header import MAX_ELEMENTS, TensorEntry, check_ranges
 from amalgam.checkpoint.shards import MappedShard, identify
 from amalgam.errors import CheckpointError, describe
@@ -223,8 +224,13 @@ def read_header(file: Path) -> GgufHeader:
                 _refuse(file, "is a Git LFS pointer, not the weights", "Run `git lfs pull` in its folder.")
             if prefix != MAGIC:
                 _refuse(file, f"begins with {prefix!r} instead of {MAGIC!r}", "Is it a GGUF file?")
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as pages:
-                return _Parser(file, file_bytes, pages).parse()
+            mapped = MappedFile(stream.fileno(), file_bytes, is_writable=False)
+            with mapped.pages as pages:
+                try:
+                    return _Parser(file, file_bytes, pages).parse()
+                finally:
+                    if mapped.has_lost:
+                        _refuse(file, "has become shorter while it was read", "Load the checkpoint again.")
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error}).", remedy="Check the file.") from error
 

@@ -8,15 +8,14 @@ Layout; numbers are 64 bits, lowest byte first:
     0        8               16              24               56    64                           index start
     | magic | index start u64 | index bytes u64 | SHA-256 of index | 0 | runs, each from a 64-byte boundary | JSON |
 
-The digest tells damage from a file of ours; it keeps no secrets. A file that somebody truncates while it is mapped can
-end the process with SIGBUS, as with `checkpoint.shards`.
+The digest tells damage from a file of ours; it keeps no secrets. Of a file that somebody truncates while it is mapped,
+pages become zeros: `amalgam.base.mapping` tells.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import threading
 import warnings
@@ -30,8 +29,8 @@ from torch import Tensor
 
 from amalgam.base import locks
 from amalgam.base.files import NewFile, new_file
+from amalgam.base.mapping import MappedFile
 from amalgam.base.strict_json import parse_foreign_json
-from amalgam.checkpoint.shards import MAP_NORESERVE
 from amalgam.errors import CheckpointError, describe
 
 MAGIC = b"AMALGAM\x01"
@@ -72,7 +71,7 @@ class PackedFile:
             if not isinstance(index, dict):
                 raise CheckpointError(f"{path} has the index {describe(index)}.")
             self.index: Mapping[str, Any] = index
-            pages = mmap.mmap(stream.fileno(), size, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ)
+            pages = MappedFile(stream.fileno(), size, is_writable=False).pages
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch knows no tensors that must not be written; nobody writes to weights
             self._memory = torch.frombuffer(pages, dtype=torch.uint8)

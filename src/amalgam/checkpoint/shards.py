@@ -3,9 +3,9 @@
 In: a safetensors or `.bin` file (GGUF: `checkpoint.gguf`). Out: `TensorEntry`s and CPU tensors that share the file's
 pages. Must never know how files are grouped into a checkpoint.
 
-A view is handed out only while the file is the one that was opened. A file that somebody truncates *after* that can
-still end the process with SIGBUS when the missing pages are touched, as with every memory-mapped reader: replace a
-checkpoint's files by renaming new ones into place, never by rewriting them.
+A view is handed out only while the file is the one that was opened, and `check` tells behind the reading whether it
+still was: of a file that is rewritten or truncated meanwhile nothing is used. Replace a checkpoint's files by renaming
+new ones into place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import mmap
 import os
 import re
-import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -24,13 +23,12 @@ from typing import NoReturn, Protocol
 
 import torch
 
+from amalgam.base.mapping import MappedFile, Watch
 from amalgam.checkpoint.safetensors_header import DTYPES, TensorEntry, read_header
 from amalgam.errors import CheckpointError, describe
 
 Identity = tuple[str, int, int, int]
 MAX_PICKLE_BYTES = 64 * 2**20
-# Without it, Linux refuses to map a file larger than the machine's memory writably, although we never write.
-MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 SMALL_BYTES = 2**16
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -43,6 +41,7 @@ class Shard(Protocol):
     entries: list[TensorEntry]
 
     def read(self, entry: TensorEntry) -> torch.Tensor: ...
+    def check(self) -> None: ...
     def release(self, entry: TensorEntry) -> None: ...
     def close(self) -> None: ...
 
@@ -69,6 +68,16 @@ def check_unchanged(opened: Identity, now: Identity) -> None:
         )
 
 
+def check_read(opened: Identity, *, has_lost: bool) -> None:
+    """Raise CheckpointError unless what has been read of a mapped file was that of the file that was opened."""
+    check_unchanged(opened, identify(Path(opened[0])))
+    if has_lost:
+        raise CheckpointError(
+            f"{opened[0]} cannot be read: the disk does not give all of its pages.",
+            remedy="The system's log has the cause. Load the checkpoint from another disk.",
+        )
+
+
 class MappedShard:
     """A file of raw tensors, mapped privately when first read: writing to a view does not reach the file.
 
@@ -80,7 +89,7 @@ class MappedShard:
         self.file = file
         self.identity = identity
         self.entries = entries
-        self._map: mmap.mmap | None = None
+        self._map: MappedFile | None = None
         self._lock = threading.Lock()
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
@@ -90,16 +99,20 @@ class MappedShard:
         assert entry.offset is not None
         if entry.nbytes <= SMALL_BYTES:
             return torch.frombuffer(self._copied(entry.offset, entry.nbytes), dtype=entry.dtype).view(entry.shape)
-        pages = self._mapped()
+        pages = self._mapped().pages
         if entry.offset % entry.dtype.itemsize:  # kernels may fault on unaligned elements
             raw = bytearray(pages[entry.offset : entry.offset + entry.nbytes])
             return torch.frombuffer(raw, dtype=entry.dtype).view(entry.shape)
         count = entry.nbytes // entry.dtype.itemsize
         return torch.frombuffer(pages, dtype=entry.dtype, count=count, offset=entry.offset).view(entry.shape)
 
+    def check(self) -> None:
+        mapped = self._map
+        check_read(self.identity, has_lost=mapped is not None and mapped.has_lost)
+
     def release(self, entry: TensorEntry) -> None:
         assert entry.offset is not None
-        pages = self._map
+        pages = None if (mapped := self._map) is None else mapped.pages
         first = -(-entry.offset // mmap.PAGESIZE) * mmap.PAGESIZE  # pages shared with a neighbour stay
         last = (entry.offset + entry.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if pages is not None and last > first:
@@ -117,16 +130,11 @@ class MappedShard:
             check_unchanged(self.identity, identify(self.file))
         return raw
 
-    def _mapped(self) -> mmap.mmap:
+    def _mapped(self) -> MappedFile:
         with self._lock:
             if self._map is None:
                 with self._opened() as stream:
-                    self._map = mmap.mmap(
-                        stream.fileno(),
-                        self.identity[2],
-                        flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
-                        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                    )
+                    self._map = MappedFile(stream.fileno(), self.identity[2], is_writable=True)
             return self._map
 
     @contextmanager
@@ -155,18 +163,19 @@ class PickleShard:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.identity = identify(file)
-        self._tensors: dict[str, torch.Tensor] | None = _load_state_dict(file)
+        self._tensors: dict[str, torch.Tensor] | None = None
+        self._watches: list[Watch] = []
         self._lock = threading.Lock()
         self.entries = [
-            TensorEntry(name, tensor.dtype, tuple(tensor.shape), file, None) for name, tensor in self._tensors.items()
+            TensorEntry(name, tensor.dtype, tuple(tensor.shape), file, None) for name, tensor in self._loaded().items()
         ]
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
         check_unchanged(self.identity, identify(self.file))
-        with self._lock:
-            if self._tensors is None:
-                self._tensors = _load_state_dict(self.file)
-            return self._tensors[entry.name]
+        return self._loaded()[entry.name]
+
+    def check(self) -> None:
+        check_read(self.identity, has_lost=any(watch.has_lost for watch in self._watches))
 
     def release(self, entry: TensorEntry) -> None:
         """Nothing: torch owns the mapping."""
@@ -174,6 +183,14 @@ class PickleShard:
     def close(self) -> None:
         with self._lock:
             self._tensors = None
+
+    def _loaded(self) -> dict[str, torch.Tensor]:
+        with self._lock:
+            if self._tensors is None:
+                self._tensors = _load_state_dict(self.file)
+                storages = {storage.data_ptr(): storage for storage in map(_bytes_of, self._tensors.values())}
+                self._watches = [Watch(storage.numpy(), self) for storage in storages.values() if storage.numel()]
+            return self._tensors
 
 
 def _load_state_dict(file: Path) -> dict[str, torch.Tensor]:
@@ -214,3 +231,8 @@ def _load_state_dict(file: Path) -> dict[str, torch.Tensor]:
         if tensor.nbytes > tensor.untyped_storage().nbytes():  # stride 0: a few bytes would become any number
             refuse(f"stores fewer bytes of {describe(name)} than its shape {tuple(tensor.shape)} takes")
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All bytes of a tensor's storage, uint8 `[bytes]`."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

@@ -102,6 +102,14 @@ class TensorStore(Mapping[str, TensorEntry]):
         entry, shard = self._find(tensor)
         return shard.read(entry)
 
+    def check(self, tensor: str | TensorEntry) -> None:
+        """To be called when what `read` gave has been used, and before that use counts.
+
+        Raises:
+            CheckpointError: the tensor's file has changed, or lost pages, since it was opened.
+        """
+        self._find(tensor)[1].check()
+
     def release(self, tensor: str | TensorEntry) -> None:
         """Give back the memory of a tensor's pages; they are read again from the file when touched again."""
         entry, shard = self._find(tensor)
@@ -113,6 +121,13 @@ class TensorStore(Mapping[str, TensorEntry]):
         Take it *before* `read`, which fails when the file has changed since `open`: then it belongs to what was read.
         """
         return identify(self._find(tensor)[0].file)
+
+    def has_changed(self) -> bool:
+        """Whether a file is another one than when it was opened, or gone."""
+        try:
+            return any(identify(shard.file) != shard.identity for shard in self._shards.values())
+        except CheckpointError:
+            return True
 
     def close(self) -> None:
         """Let go of the files; views that were handed out stay valid. Reading again maps them again."""

@@ -7,10 +7,11 @@ what the previous version does not already hold. Must never know: requests.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -80,6 +81,7 @@ class ModelLoader:
         self.family, self.spec = read_spec(base.config, base.config_place)
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
         self._sources = {BASE_SOURCE: self._with_logical_names(base)}
+        self._built: WeakKeyDictionary[WeightVersion, frozenset[str]] = WeakKeyDictionary()  # version → its sources
         self._source_check = SourceCheck(
             self.family, self.spec, self._slots, self._base_place, inference.max_seq_length
         )
@@ -117,12 +119,14 @@ class ModelLoader:
             CheckpointError: a source is damaged, of another model, or holds weights that the model has no place for.
         """
         choices = self.choose(rules)
-        planned = [self._plan_weight(slot, choices[name]) for name, slot in self._slots.items()]
-        for source in {id(weight.source): weight.source for weight in planned}.values():
-            self._source_check.check(source)
-        for target, shape in {(w.quantize_to, w.slot.shape) for w in planned if w.quantize_to is not None}:
-            target.grid(shape, torch.float32)  # whether it can at all
-        check_agreement(planned)
+        self._forget(lambda source: source.store.has_changed())
+        with self._forgetting_on_failure():
+            planned = [self._plan_weight(slot, choices[name]) for name, slot in self._slots.items()]
+            for source in {id(weight.source): weight.source for weight in planned}.values():
+                self._source_check.check(source)
+            for target, shape in {(w.quantize_to, w.slot.shape) for w in planned if w.quantize_to is not None}:
+                target.grid(shape, torch.float32)  # whether it can at all
+            check_agreement(planned)
         return planned
 
     def uniform(self, source: str) -> tuple[Rule, ...]:
@@ -207,14 +211,23 @@ class ModelLoader:
 
         Args:
             turn: entered by the thread that reads a weight, for as long as it does.
+
+        Raises:
+            CheckpointError, OutOfMemoryError: see `PlannedWeight.load`.
         """
         started = time.monotonic()
         keys = {weight.slot.name: weight.key for weight in planned}
         shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
         missing = [weight for weight in planned if weight.slot.name not in shared]
-        weights = {**shared, **self._reader.read(missing, progress, turn)}
+        try:
+            with self._forgetting_on_failure():
+                weights = {**shared, **self._reader.read(missing, progress, turn)}
+        finally:
+            for source in {id(weight.source): weight.source for weight in planned}.values():
+                source.store.close()  # so that files that are removed leave the disk
         origins = {weight.slot.name: weight.origin for weight in planned}
         version = WeightVersion(version_id, weights, origins, keys)
+        self._built[version] = frozenset(weight.choice.source for weight in planned)
         return LoadedVersion(
             version=version,
             num_loaded=len(missing),
@@ -238,6 +251,22 @@ class ModelLoader:
                 remedy="Restart the server to serve it.",
             )
         return fresh
+
+    @contextmanager
+    def _forgetting_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._forget(lambda source: True)
+            raise
+
+    def _forget(self, condition: Callable[[Source], bool]) -> None:
+        """Open sources anew when they are next asked for, but for those that living versions are made of.
+
+        So whoever mends or exchanges the files of others need not reload everything.
+        """
+        kept = {BASE_SOURCE}.union(*self._built.values())
+        self._sources = {n: source for n, source in self._sources.items() if n in kept or not condition(source)}
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:

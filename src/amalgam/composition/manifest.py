@@ -18,7 +18,6 @@ from amalgam.base.collector import collector_paused
 from amalgam.base.threads import map_in_threads
 from amalgam.composition.planned import PlannedWeight
 from amalgam.composition.progress import Progress
-from amalgam.formats.fused import whole_of
 from amalgam.models.weights import fingerprint, manifest
 
 
@@ -52,7 +51,7 @@ def _digest_all(planned: Sequence[PlannedWeight], threads: int, progress: Progre
             tensor = weight.source.read(stored)
             raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
             digests.append((part.key, hashlib.sha256(raw.data).hexdigest()))
-            weight.source.store.release(whole_of(stored))
+            weight.source.release(stored)
         if progress is not None:
             with lock:
                 done += weight.stored.nbytes

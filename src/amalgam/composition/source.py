@@ -129,7 +129,11 @@ class Source:
 
     @contextmanager
     def opened(self, stored: StoredWeight) -> Iterator[PackedWeight]:
-        """A weight that may share the file's pages, which are given back at the end."""
+        """A weight that may share the file's pages, which are given back at the end.
+
+        Raises:
+            CheckpointError: when it ends, too: its file has changed or become shorter meanwhile.
+        """
         plain = reader(self.store)
 
         def read(part: TensorPart) -> Tensor:
@@ -141,16 +145,23 @@ class Source:
             assert layout in stored.format.layouts, (stored.format.name, layout.name)
             yield packed
         finally:
-            for part in stored.parts.values():
-                self.store.release(whole_of(part))
+            self.release(*stored.parts.values())  # whatever else has gone wrong may come from a file that has changed
 
     def read(self, part: TensorPart) -> Tensor:
         """A part's data as the file has it; shares the file's pages."""
         return reader(self.store)(part)
 
-    def release(self, part: TensorPart) -> None:
-        """Give back the memory of a part's pages."""
-        self.store.release(whole_of(part))
+    def release(self, *parts: TensorPart) -> None:
+        """Give back the memory of parts that have been read.
+
+        Raises:
+            CheckpointError: a file has changed or become shorter meanwhile: what was read does not count.
+        """
+        tensors = [whole_of(part) for part in parts]
+        for tensor in tensors:
+            self.store.release(tensor)
+        for tensor in {tensor.file: tensor for tensor in tensors}.values():
+            self.store.check(tensor)
 
     def identity(self, stored: StoredWeight) -> tuple[Any, ...]:
         """Equal for two weights exactly if they come from the same unchanged bytes."""

@@ -49,7 +49,7 @@ from amalgam.engine.runner import Runner
 from amalgam.engine.scheduler import Scheduler
 from amalgam.engine.speculation.speculator import Speculator
 from amalgam.engine.states import StatePool
-from amalgam.errors import UnavailableError, UnsupportedError, describe
+from amalgam.errors import LostWeightsError, UnavailableError, UnsupportedError, describe
 from amalgam.models.decoder import Decoder
 from amalgam.models.routing import RoutingObserver
 from amalgam.models.weights import WeightVersion
@@ -62,7 +62,7 @@ logger = logging.getLogger("amalgam.engine")
 _MAX_FAILURES = 3  # steps in a row
 _MIN_PROMPT_TOKENS = 32  # in a step with streams: with fewer, reading experts costs more than computing with them
 _GUESSING_STREAMS = 4  # that have slots for their states before guesses, where there are recurrent states
-_FATAL = (MemoryError, torch.OutOfMemoryError)
+_FATAL = (MemoryError, torch.OutOfMemoryError, LostWeightsError)
 
 _UNLABELLED = Observation()
 _Deliveries = list[tuple[Request, RequestOutput]]
@@ -502,7 +502,7 @@ class Engine:
         return gaps
 
     def _give_up(self, plan: StepPlan, error: Exception, taken: _Deliveries) -> _Deliveries:
-        """End the requests of a step that failed; the third in a row, or a lack of memory, ends the engine.
+        """End the requests of a step that failed; the third in a row, or a lack of memory or weights, ends the engine.
 
         Args:
             taken: what requests had got of the step before it failed; they still get it.

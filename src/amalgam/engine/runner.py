@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from amalgam.base.mapping import num_lost
 from amalgam.config.settings import Settings
 from amalgam.engine.memory import STATES_PER_SEQUENCE, available_bytes
 from amalgam.engine.request import ScheduledRequest, StepPlan, StepResult
@@ -51,6 +52,7 @@ class Runner:
     ) -> None:
         self._decoder = decoder
         self._observer = observer
+        self._sound: dict[int, int] = {}  # weight version → how many losses there were when its pages were all there
         self._block_size = settings.engine.block_size
         cache_type = kv_type(settings.engine.kv_dtype, dtype)
         self.num_blocks = choose_num_blocks(decoder.spec, settings, max_sequence_tokens, device, cache_type)
@@ -85,6 +87,9 @@ class Runner:
         """Compute a step: its keys and values go to the cache, its routing to the observer. In inference mode.
 
         The logits are the decoder's until its next step; nothing in the result refers to them.
+
+        Raises:
+            LostWeightsError: see `WeightVersion.check_mapped`; nothing of the step counts.
         """
         sequences: list[StepSequence] = []
         sampled: list[ScheduledRequest] = []
@@ -101,10 +106,18 @@ class Runner:
         if self._observer is not None:
             self._observer.begin_step(token_spans(plan))
         logits = self._decoder.forward(StepContext(sequences, self._kv, self._observer), plan.version)
+        if lost := num_lost():
+            self._check_mapped(plan.version, lost)
         result = sample(logits, sampled) if sampled else StepResult({}, {})
         if has_readers:
             self._read_prompts(plan)
         return result
+
+    def _check_mapped(self, version: WeightVersion, lost: int) -> None:
+        """Look at a version's files once after each loss: most are those of checkpoints that a re-map read."""
+        if self._sound.get(version.version_id) != lost:
+            version.check_mapped()
+            self._sound[version.version_id] = lost
 
     def _read_prompts(self, plan: StepPlan) -> None:
         compiled = self._decoder.compile(plan.version)

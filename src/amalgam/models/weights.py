@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from amalgam.base.mapping import has_lost_at
+from amalgam.errors import LostWeightsError
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
 
 
@@ -130,6 +132,19 @@ class WeightVersion:
     def mapped_bytes(self) -> int:
         """Those of them that are a packed cache's pages and not this process's memory."""
         return sum(weight.nbytes for weight in self._weights.values() if weight.is_mapped)
+
+    def check_mapped(self) -> None:
+        """
+        Raises:
+            LostWeightsError: a file of the packed cache has become shorter since its pages were mapped.
+        """
+        for slot, weight in self._weights.items():
+            if weight.is_mapped and any(has_lost_at(run.data_ptr()) for run in weight.runs):
+                raise LostWeightsError(
+                    f"Weights of version {self.version_id} are lost, among them {self.origins[slot].name!r}: a file of "
+                    "the packed cache has been truncated while it was in use.",
+                    remedy="Start again: the cache is written anew. Its files may be removed, but never changed.",
+                )
 
     @cached_property
     def fingerprint(self) -> str:

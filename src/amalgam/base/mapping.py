@@ -1,0 +1,72 @@
+"""Files as memory: one that shrinks while it is mapped is an error, and not the process's end.
+
+In: an open file. Out: its pages, and whether all that were touched were the file's. Must never know what is in them.
+
+Touching a page that a file has no more, or that the disk does not give, raises SIGBUS. The extension puts zeros in its
+place and notes it: who reads mapped pages asks `has_lost` behind it. Without the extension the signal ends the process.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import weakref
+
+try:
+    from amalgam import _mapping
+except ImportError:  # built without a C++ compiler
+    _mapping = None  # type: ignore[assignment]
+
+IS_WATCHED = _mapping is not None
+# Without it, Linux refuses to map a file larger than the machine's memory writably, although we never write.
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+
+class Watch:
+    """Memory that is watched until its owner is gone.
+
+    Args:
+        pages: of a mapped file; anything with a buffer.
+        owner: what keeps them mapped; anything that can be referred to weakly.
+    """
+
+    def __init__(self, pages: object, owner: object) -> None:
+        if _mapping is not None:
+            self._range = _mapping.watch(pages)
+            weakref.finalize(owner, _mapping.forget, self._range).atexit = False
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether pages were touched that the file did not have any more."""
+        return _mapping is not None and _mapping.has_lost(self._range)
+
+
+class MappedFile:
+    """A file, mapped privately: what is written to the pages does not reach it.
+
+    Attributes:
+        pages: the mapping; lives as long as it, or a view of it, is in use.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+
+    def __init__(self, descriptor: int, nbytes: int, *, is_writable: bool) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+        self.pages = mmap.mmap(descriptor, nbytes, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=protection)
+        self._watch = Watch(self.pages, self.pages)
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether pages were touched that the file did not have any more: they are zeros from there on."""
+        return self._watch.has_lost
+
+
+def num_lost() -> int:
+    """How often a page was touched that its file did not have any more, in the whole process."""
+    return 0 if _mapping is None else _mapping.num_lost()
+
+
+def has_lost_at(address: int) -> bool:
+    """Whether the mapping that an address lies in has lost pages; False where nothing is watched."""
+    return _mapping is not None and _mapping.has_lost_at(address)
