@@ -1,0 +1,152 @@
+"""Answers while weights change, beside those of deployments that were opened with the same rules."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from remapping.bench import MOST_TOKENS, QUESTIONS, Bench, Change, Weights, clients, until
+from remapping.live import LiveServer, Question, StreamedAnswer
+
+from amalgam.config.settings import BASE_SOURCE
+from amalgam.engine.params import SamplingParams
+from amalgam.runtime.opening import open_deployment
+
+ANSWERS_BETWEEN = 3  # that end between two re-maps, so that versions live side by side
+
+
+async def change_under_load(
+    bench: Bench, server: LiveServer, weights: Weights, num_remaps: int
+) -> tuple[list[StreamedAnswer], dict[int, Change], dict[str, Any]]:
+    """Answers, the rules of each version, and memory before and after."""
+    rules: dict[int, Change] = {server.ask("/")["weight_version"]: {}}
+    mapping: Change = {}
+
+    async def load(num_answers: int) -> None:
+        async with clients(server, bench.num_streams, lambda: bench.rng.choice(QUESTIONS)) as some:
+            await until(lambda: len(some) >= num_answers)
+
+    await load(16 * bench.num_streams)  # touches all blocks of the KV cache
+    before = await server.settled_bytes()
+    async with clients(server, bench.num_streams, lambda: bench.rng.choice(QUESTIONS)) as answers:
+        for _ in range(num_remaps):
+            change = weights.any_change(bench.rng)
+            result = await server.remap(change)
+            mapping = {**mapping, **change}
+            rules[result["weight_version"]] = mapping
+            enough = len(answers) + ANSWERS_BETWEEN
+            await until(lambda enough=enough: len(answers) >= enough)  # type: ignore[misc]
+    if mapping:  # the rules of the beginning: what is resident then is comparable
+        result = await server.remap(dict.fromkeys(mapping, BASE_SOURCE))
+        rules[result["weight_version"]] = dict.fromkeys(mapping, BASE_SOURCE)
+    answers += [await server.stream(question) for question in QUESTIONS[:2]]
+    after = await server.settled_bytes()
+    return answers, rules, {"resident_before": before, "resident_after": after}
+
+
+def offline(bench: Bench, mapping: Mapping[str, str], questions: Sequence[Question]) -> dict[Question, tuple[str, int]]:
+    """Text and number of tokens of each answer of a deployment that is opened with a version's rules."""
+    alone = {
+        "inference.max_batch_size": 1,
+        "inference.max_seq_length": MOST_TOKENS,
+        "engine.prefix_cache": False,
+        "engine.num_threads": 1,
+        "speculation.kind": "none",
+        "statistics.enabled": False,
+    }
+    deployment = open_deployment(bench.settings(mapping, **alone))
+    try:
+        found = {}
+        for question in questions:
+            params = SamplingParams(
+                max_new_tokens=question.num_tokens,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                do_sample=not question.is_greedy,
+                seed=question.seed,
+                ignore_eos=question.ignore_eos,
+            )
+            [answer] = deployment.engine.generate([deployment.tokenizer.encode(question.prompt)], params)
+            if answer.error is not None:
+                raise answer.error
+            found[question] = (answer.text, len(answer.token_ids))
+        return found
+    finally:
+        deployment.close()
+
+
+def compare(
+    bench: Bench,
+    answers: Sequence[StreamedAnswer],
+    rules: Mapping[int, Change],
+    num_checked: int | None,
+    progress: Callable[[str], None],
+) -> dict[str, int]:
+    """How many answers differ from those of an offline run.
+
+    Args:
+        num_checked: versions, drawn at random; None: all.
+    """
+    by_version: dict[int, list[StreamedAnswer]] = defaultdict(list)
+    for answer in answers:
+        assert answer.version is not None
+        by_version[answer.version].append(answer)
+    checked = sorted(by_version)
+    if num_checked is not None and num_checked < len(checked):
+        checked = sorted(bench.rng.sample(checked, num_checked))
+    differing = 0
+    for index, version in enumerate(checked):
+        progress(f"version {version}, {index + 1} of {len(checked)}")
+        asked = list(dict.fromkeys(answer.question for answer in by_version[version]))
+        expected = offline(bench, rules[version], asked)
+        for answer in by_version[version]:
+            if (answer.text, answer.num_tokens) != expected[answer.question]:
+                differing += 1
+    return {
+        "versions": len(by_version),
+        "versions_checked": len(checked),
+        "answers_checked": sum(len(by_version[version]) for version in checked),
+        "differing": differing,
+    }
+
+
+def show_exact(
+    bench: Bench, sources: Sequence[str], num_remaps: int, num_checked: int | None, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    rows = []
+    kv_bytes = 0
+    for name in ("plain", "prefixes, preemption, guesses"):
+        flags: tuple[str, ...] = ("--engine.prefix_cache", "false")
+        if kv_bytes:
+            # Of each stream's room a fourth part: there are always some that have to give theirs back.
+            flags = ("--engine.kv_cache_bytes", str(kv_bytes // 4), "--speculation.kind", "ngram")
+            flags += ("--speculation.adaptive", "false")
+        with bench.serving(MOST_TOKENS, *flags) as server:
+            kv_bytes = server.ask("/model_info")["memory"]["kv_cache_bytes"]
+            weights = Weights.of(server, sources)
+            progress(f"{name}: {num_remaps} re-maps under {bench.num_streams} streams")
+            began = time.perf_counter()
+            answers, rules, memory = asyncio.run(change_under_load(bench, server, weights, num_remaps))
+            seconds = time.perf_counter() - began
+            counters = server.counters()
+        result = compare(bench, answers, rules, num_checked, progress)
+        rows.append(
+            {
+                "variant": name,
+                "remaps": num_remaps,
+                "seconds": seconds,
+                "answers": len(answers),
+                "tokens": sum(answer.num_tokens for answer in answers),
+                **result,
+                "preemptions": int(counters.get("amalgam_preemptions_total", 0)),
+                "cached_tokens": int(counters.get("vllm:prefix_cache_hits_total", 0)),
+                "guesses_taken": int(counters.get("amalgam_speculation_accepted_tokens_total", 0)),
+                **memory,
+                "resident_ratio": memory["resident_after"] / memory["resident_before"],
+            }
+        )
+    return rows

@@ -1,0 +1,101 @@
+"""What a re-map takes while it is made, and what a killed one leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from clients import percentile
+from remapping.bench import MOST_TOKENS, QUESTIONS, Bench, Change, Weights, ask_each
+from remapping.live import LiveServer
+
+from amalgam.config.settings import BASE_SOURCE
+
+
+def show_memory(bench: Bench, sources: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    with bench.serving(MOST_TOKENS) as server:
+        weights = Weights.of(server, sources)
+        layers = list(weights.experts)[: max(len(weights.experts) // 2, 1)]
+        names = [name for layer in layers for expert in weights.experts[layer] for name in expert]
+        asyncio.run(ask_each(server))
+        for source in (*[source for source in sources if source != BASE_SOURCE], BASE_SOURCE):
+            before, anonymous = asyncio.run(server.settled_bytes()), server.anonymous_bytes
+            with server.watching_memory() as peaks:
+                result = server.ask("/update_weight_mapping", {"weight_mapping": dict.fromkeys(names, source)})
+            asyncio.run(ask_each(server))  # lets go of the version before
+            changed = result["loaded_bytes"]
+            difference = sum(change["bytes_after"] - change["bytes_before"] for change in result["changes"])
+            rows.append(
+                {
+                    "to": source,
+                    "weights": result["num_loaded"],
+                    "seconds": result["seconds"],
+                    "changed": changed,
+                    "resident_before": before,
+                    "resident_peak": peaks["resident"],
+                    "anonymous_before": anonymous,
+                    "anonymous_peak": peaks["anonymous"],
+                    "of_limit": peaks["resident"] / ((before + changed) * 1.05),
+                    "left": asyncio.run(server.settled_bytes()) - before - difference,
+                }
+            )
+    return rows
+
+
+def show_kills(
+    bench: Bench, sources: Sequence[str], count: int, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    cache = bench.folder / "packed"
+    num_midway = num_differing = num_leftovers = 0
+    starts: list[float] = []
+    expected: tuple[str, str] | None = None
+    for index in range(count + 1):
+        progress(f"{index} of {count}")
+        began = time.perf_counter()
+        with bench.serving(MOST_TOKENS, "--inference.packed_cache", str(cache)) as server:
+            starts.append(time.perf_counter() - began)
+            state = (server.ask("/manifest")["fingerprint"], asyncio.run(server.stream(QUESTIONS[0])).text)
+            expected = expected or state
+            num_differing += state != expected
+            num_leftovers += len(list(cache.glob(".*")))
+            if index < count:
+                weights = Weights.of(server, sources)
+                changes = weights.in_turn(bench.rng, lambda weights=weights: weights.any_layer(bench.rng))  # type: ignore[misc]
+                num_midway += kill_midway(server, changes, bench.rng.uniform(0.02, 0.4))
+    return [
+        {
+            "kills": count,
+            "midway": num_midway,
+            "differing": num_differing,
+            "leftovers": num_leftovers,
+            "start_seconds": percentile(starts, 0.5),
+        }
+    ]
+
+
+def kill_midway(server: LiveServer, changes: Iterator[Change], delay: float) -> bool:
+    """End a server while it makes one change after the other; whether one was under way."""
+    is_under_way = False
+
+    def change() -> None:
+        nonlocal is_under_way
+        with suppress(OSError, http.client.HTTPException):
+            while True:
+                mapping = next(changes)
+                is_under_way = True
+                server.ask("/update_weight_mapping", {"weight_mapping": mapping})
+                is_under_way = False
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    time.sleep(delay)
+    was_under_way = is_under_way
+    server.close()  # SIGKILL to it and whatever it has started
+    thread.join()
+    return was_under_way

@@ -1,0 +1,80 @@
+"""The benchmark of re-maps reads streams right, and tells answers and gaps apart."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+from remapping import exact, pause
+from remapping.bench import Bench, Weights
+from remapping.live import Question, StreamedAnswer
+
+QUESTION = Question("a", 3, seed=1)
+EVENTS = [
+    {"text": "a"},
+    {"text": "bc"},
+    {"text": "", "weight_version": 4, "generated_tokens": 3, "finish_reason": "length"},
+]
+STREAM = b"".join(f"data: {json.dumps(event)}\n\n".encode() for event in EVENTS) + b"data: [DONE]\n\n"
+
+
+def answered(*parts: bytes, status: int = 200) -> StreamedAnswer:
+    answer = StreamedAnswer(QUESTION)
+    answer.head(status, ())
+    for index, part in enumerate(parts):
+        answer.piece(part, float(index))
+    return answer
+
+
+@pytest.mark.parametrize("size", [1, 7, len(STREAM)])
+def test_a_stream_is_read_however_it_is_cut(size: int) -> None:
+    answer = answered(*(STREAM[at : at + size] for at in range(0, len(STREAM), size)))
+    assert (answer.text, answer.version, answer.num_tokens, answer.error) == ("abc", 4, 3, "")
+    assert len(answer.arrivals) == 2
+
+
+def test_errors_and_streams_that_are_cut_are_no_answers() -> None:
+    assert answered(b'{"error": 1}', status=503).error
+    assert answered(b'data: {"error": {"type": "unavailable"}}\n\n').error
+    assert answered(STREAM[:20]).version is None
+
+
+def test_gaps_that_overlap_a_remap_are_told_from_others() -> None:
+    answer = StreamedAnswer(QUESTION, arrivals=[0.0, 1.0, 3.0, 4.0])
+    assert pause.gaps_beside([answer], [(1.5, 2.0)]) == ([2000.0], [1000.0, 1000.0])
+    assert pause.gaps_beside([answer], [(0.5, 3.5)])[1] == []
+
+
+def test_changes_in_turn_always_change_something() -> None:
+    weights = Weights({0: [["a"], ["b"]], 3: [["c"]]}, ["q"], ("base", "int8", "int4"))
+    rng, now = random.Random(0), {}
+    for change in itertools.islice(weights.in_turn(rng, lambda: weights.any_expert(rng)), 50):
+        [(name, source)] = change.items()
+        assert now.get(name, "base") != source
+        now[name] = source
+
+
+def test_answers_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(bench: Bench, rules: dict[str, str], asked: list[Question]) -> dict[Question, tuple[str, int]]:
+        return dict.fromkeys(asked, (rules["a"], 1))
+
+    def answer(version: int, text: str, num_tokens: int = 1) -> StreamedAnswer:
+        return StreamedAnswer(QUESTION, text=text, version=version, num_tokens=num_tokens)
+
+    monkeypatch.setattr(exact, "offline", offline)
+    bench = Bench(tmp_path, tmp_path, (), 1, random.Random(0))
+    answers = [answer(1, "x"), answer(2, "y"), answer(2, "x"), answer(1, "x", num_tokens=2)]
+    rules: dict[int, Any] = {1: {"a": "x"}, 2: {"a": "y"}}
+    found = exact.compare(bench, answers, rules, None, lambda text: None)
+    assert found == {"versions": 2, "versions_checked": 2, "answers_checked": 4, "differing": 2}
+    assert exact.compare(bench, answers, rules, 1, lambda text: None)["versions_checked"] == 1
