@@ -122,8 +122,9 @@ def show_exact(
     for name in ("plain", "prefixes, preemption, guesses"):
         flags: tuple[str, ...] = ("--engine.prefix_cache", "false")
         if kv_bytes:
-            # Of each stream's room a fourth part: there are always some that have to give theirs back.
-            flags = ("--engine.kv_cache_bytes", str(kv_bytes // 4), "--speculation.kind", "ngram")
+            # An eighth of the streams' room, or one sequence: there are always some that have to give theirs back.
+            small = kv_bytes // min(8, bench.num_streams + 1)
+            flags = ("--engine.kv_cache_bytes", str(small), "--speculation.kind", "ngram")
             flags += ("--speculation.adaptive", "false")
         with bench.serving(MOST_TOKENS, *flags) as server:
             kv_bytes = server.ask("/model_info")["memory"]["kv_cache_bytes"]
@@ -142,9 +143,9 @@ def show_exact(
                 "answers": len(answers),
                 "tokens": sum(answer.num_tokens for answer in answers),
                 **result,
-                "preemptions": int(counters.get("amalgam_preemptions_total", 0)),
-                "cached_tokens": int(counters.get("vllm:prefix_cache_hits_total", 0)),
-                "guesses_taken": int(counters.get("amalgam_speculation_accepted_tokens_total", 0)),
+                "preemptions": int(counters["amalgam_preemptions_total"]),
+                "cached_tokens": int(counters["vllm:prefix_cache_hits_total"]),
+                "guesses_taken": int(counters["amalgam_speculation_accepted_tokens_total"]),
                 **memory,
                 "resident_ratio": memory["resident_after"] / memory["resident_before"],
             }

@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Question:
             "temperature": 1.0,
             "top_k": 0,
             "top_p": 1.0,
+            "repetition_penalty": 1.0,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
         }
@@ -158,11 +160,15 @@ class LiveServer(Child):
         """The answer of `POST /update_weight_mapping`."""
         return await asyncio.to_thread(self.ask, "/update_weight_mapping", {"weight_mapping": mapping})
 
-    def counters(self) -> dict[str, float]:
-        """The metrics without labels."""
+    def counters(self) -> Mapping[str, float]:
+        """The metrics by name, over all labels."""
+        found: dict[str, float] = defaultdict(float)
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
-            lines = [line.split() for line in answer.read().decode().splitlines() if not line.startswith("#")]
-        return {line[0]: float(line[1]) for line in lines if "{" not in line[0]}
+            for line in answer.read().decode().splitlines():
+                if not line.startswith("#"):
+                    name, _, value = line.rpartition(" ")
+                    found[name.partition("{")[0]] += float(value)
+        return found
 
     async def stream(self, question: Question, into: StreamedAnswer | None = None) -> StreamedAnswer:
         """One answer to its end, over a connection of its own."""

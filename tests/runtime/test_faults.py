@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -320,3 +321,37 @@ def test_changes_while_a_version_drains(opened: Stand) -> None:
     assert (answer.token_ids, answer.usage.version, len(versions)) == (alone.token_ids, first, 2)
     gc.collect()
     assert [version.version_id for version in deployment.live_versions] == versions[1:]
+
+
+CHILD = """
+import json, sys
+from amalgam.config.settings import build_settings
+from amalgam.runtime.opening import open_deployment
+deployment = open_deployment(build_settings(json.loads(sys.argv[1])))
+print(deployment.version.fingerprint, flush=True)
+while True:
+    for source in ("other", "base"):
+        deployment.update_weight_mapping({sys.argv[2]: source})
+"""
+
+
+@pytest.mark.skipif(not extension.is_available(), reason="the native kernels are not built")
+def test_a_process_that_is_killed_midway_leaves_nothing(opened: Stand, folders: Path, tmp_path: Path) -> None:
+    """The next start has the same weights, and what was half written into the packed cache is gone."""
+    opened.repair()
+    settings = {
+        "model": {"base_path": str(folders / "base"), "mixed_precision": {"other_path": str(opened.other)}},
+        "inference": {"max_seq_length": 64, "packed_cache": str(tmp_path)},
+    }
+    command = [sys.executable, "-c", CHILD, json.dumps(settings), EXPERTS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        fingerprint = child.stdout.readline().strip()
+        child.kill()
+    deployment = open_deployment(build_settings(settings))
+    try:
+        assert deployment.version.fingerprint == fingerprint
+        assert Stand(deployment, opened.other, opened.whole).answer() == opened.answer()
+        assert not list(tmp_path.glob(".*"))
+    finally:
+        deployment.close()
