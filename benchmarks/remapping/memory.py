@@ -41,6 +41,7 @@ def show_memory(bench: Bench, sources: Sequence[str]) -> list[dict[str, Any]]:
                     "resident_peak": peaks["resident"],
                     "anonymous_before": anonymous,
                     "anonymous_peak": peaks["anonymous"],
+                    "peak_of_changed": (peaks["resident"] - before) / changed,
                     "of_limit": peaks["resident"] / ((before + changed) * 1.05),
                     "left": asyncio.run(server.settled_bytes()) - before - difference,
                 }

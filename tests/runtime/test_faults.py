@@ -21,10 +21,11 @@ from amalgam.checkpoint.shards import MappedShard, PickleShard
 from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.loader import LoadedVersion, ModelLoader
-from amalgam.composition.planned import PlannedWeight
+from amalgam.composition.source import Source
 from amalgam.config.settings import build_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.errors import AmalgamError, CheckpointError, LostWeightsError, OutOfMemoryError, PlanError
+from amalgam.formats.contract import StoredWeight
 from amalgam.kernels.backends.cpu import extension
 from amalgam.models.registry import read_spec
 from amalgam.models.spec import Slot
@@ -255,15 +256,15 @@ def test_a_file_that_changes_midway(stand: Stand, monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_memory(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = PlannedWeight.load
+    load = Source.load
 
-    def fail(self: PlannedWeight, backend: Any) -> Any:
-        if self.choice.name != UP:
-            return load(self, backend)
+    def fail(self: Source, stored: StoredWeight, *arguments: Any) -> Any:
+        if stored.name != UP:
+            return load(self, stored, *arguments)
         return torch.empty(2**50, dtype=torch.uint8)  # more than any machine maps
 
     with monkeypatch.context() as patch:
-        patch.setattr(PlannedWeight, "load", fail)
+        patch.setattr(Source, "load", fail)
         with raises(OutOfMemoryError, UP):
             stand.deployment.update_weight_mapping({EXPERTS: "other"})
 

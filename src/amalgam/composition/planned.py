@@ -17,7 +17,7 @@ from amalgam.composition.packed_cache import key_of
 from amalgam.composition.rules import Choice
 from amalgam.composition.source import Source
 from amalgam.config.settings import InferenceSettings
-from amalgam.errors import CheckpointError
+from amalgam.errors import CheckpointError, OutOfMemoryError
 from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.kernels.backends import ActivationType, Backend
 from amalgam.kernels.layouts import dense
@@ -91,8 +91,21 @@ class PlannedWeight:
         return is_wanted and not self.stored.is_wide
 
     def load(self, backend: Backend) -> PackedWeight:
-        """Read, arrange and pack it for a backend."""
-        return self.source.load(self.stored, lambda packed: self._finish(packed, backend))
+        """Read, arrange and pack it for a backend.
+
+        Raises:
+            CheckpointError: its file has changed since it was opened, or its data contradict its header.
+            OutOfMemoryError: there is no memory for it.
+        """
+        try:
+            return self.source.load(self.stored, lambda packed: self._finish(packed, backend))
+        except (MemoryError, RuntimeError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"There is no memory for weight {self.choice.name!r} of {self.nbytes} bytes.",
+                remedy="Change fewer weights at a time, choose a lower precision, or set inference.packed_cache.",
+            ) from error
 
     def _finish(self, packed: PackedWeight, backend: Backend) -> PackedWeight:
         packed = oriented(packed, self.stored, self.slot)
@@ -124,6 +137,11 @@ class PlannedWeight:
             rule=self.choice.reason,
             parts=tuple(Part(e.name, str(e.file), e.offset, e.nbytes) for e in stored.parts.values()),
         )
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """PyTorch raises a plain RuntimeError for it on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def codes_bf16(slot: Slot, inference: InferenceSettings, backend: Backend) -> bool:
