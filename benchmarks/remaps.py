@@ -13,8 +13,8 @@ beside the configuration in `--folder`. What is shown:
              those in between; then of clients that ask anew all the time, until the version before is drained
     memory   the most that a re-map of many weights takes, and what is left of it
     first    seconds from the request of a re-map of one expert to the first token of its version
-    kills    `kill -9` while re-maps write a packed cache, and a start behind each: the same weights and answer, and
-             nothing left of what was being written
+    kills    `kill -9` while re-maps write a packed cache, and a start behind each that resumes: the weights of the last
+             change that was answered, or of the one under way, the same answers, nothing left of what was being written
     flip     milliseconds that `Engine.set_version` takes between two steps, of a version that is ready to run
 
 Prints tables and, as the last line, one JSON object; with `--json` nothing else.

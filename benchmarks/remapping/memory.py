@@ -49,26 +49,58 @@ def show_memory(bench: Bench, sources: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+class Changes:
+    """One change after the other, until the server is gone.
+
+    Attributes:
+        is_under_way: a change has been asked for and not been answered.
+        fingerprints: of the weights that a start may find: those of the last answer, and what was under way then.
+    """
+
+    def __init__(self, server: LiveServer, changes: Iterator[Change]) -> None:
+        self._server = server
+        self._changes = changes
+        self.is_under_way = False
+        self.fingerprints = {server.ask("/manifest")["fingerprint"]}
+
+    def make(self) -> None:
+        with suppress(OSError, http.client.HTTPException):
+            while True:
+                body = {"weight_mapping": next(self._changes)}
+                self.fingerprints.add(self._server.ask("/weights/plan", body)["fingerprint"])
+                self.is_under_way = True
+                result = self._server.ask("/update_weight_mapping", body)
+                self.is_under_way, self.fingerprints = False, {result["fingerprint"]}
+
+
 def show_kills(
     bench: Bench, sources: Sequence[str], count: int, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     cache = bench.folder / "packed"
+    flags = f"--inference.packed_cache {cache} --weights.history {bench.folder / 'history.jsonl'} --weights.resume true"
     num_midway = num_differing = num_leftovers = 0
     starts: list[float] = []
-    expected: tuple[str, str] | None = None
+    expected: set[str] = set()
+    answers: dict[str, str] = {}
     for index in range(count + 1):
         progress(f"{index} of {count}")
         began = time.perf_counter()
-        with bench.serving(MOST_TOKENS, "--inference.packed_cache", str(cache)) as server:
+        with bench.serving(MOST_TOKENS, *flags.split()) as server:
             starts.append(time.perf_counter() - began)
-            state = (server.ask("/manifest")["fingerprint"], asyncio.run(server.stream(QUESTIONS[0])).text)
-            expected = expected or state
-            num_differing += state != expected
+            fingerprint = server.ask("/manifest")["fingerprint"]
+            text = asyncio.run(server.stream(QUESTIONS[0])).text
+            is_known = not expected or fingerprint in expected
+            num_differing += not is_known or answers.setdefault(fingerprint, text) != text
             num_leftovers += len(list(cache.glob(".*")))
-            if index < count:
-                weights = Weights.of(server, sources)
-                changes = weights.in_turn(bench.rng, lambda weights=weights: weights.any_layer(bench.rng))  # type: ignore[misc]
-                num_midway += kill_midway(server, changes, bench.rng.uniform(0.02, 0.4))
+            if index == count:
+                break
+            weights = Weights.of(server, sources)
+            changes = Changes(
+                server,
+                weights.in_turn(bench.rng, lambda weights=weights: weights.any_layer(bench.rng)),  # type: ignore[misc]
+            )
+            num_midway += kill_midway(server, changes, bench.rng.uniform(0.02, 0.4))
+            expected = changes.fingerprints
     return [
         {
             "kills": count,
@@ -80,23 +112,12 @@ def show_kills(
     ]
 
 
-def kill_midway(server: LiveServer, changes: Iterator[Change], delay: float) -> bool:
+def kill_midway(server: LiveServer, changes: Changes, delay: float) -> bool:
     """End a server while it makes one change after the other; whether one was under way."""
-    is_under_way = False
-
-    def change() -> None:
-        nonlocal is_under_way
-        with suppress(OSError, http.client.HTTPException):
-            while True:
-                mapping = next(changes)
-                is_under_way = True
-                server.ask("/update_weight_mapping", {"weight_mapping": mapping})
-                is_under_way = False
-
-    thread = threading.Thread(target=change)
+    thread = threading.Thread(target=changes.make)
     thread.start()
     time.sleep(delay)
-    was_under_way = is_under_way
+    was_under_way = changes.is_under_way
     server.close()  # SIGKILL to it and whatever it has started
     thread.join()
     return was_under_way
