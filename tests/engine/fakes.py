@@ -113,7 +113,7 @@ def make_settings(*, max_seq_length=256, max_batch_size=8, **engine):
         {
             "model": {"base_path": "unused"},
             "inference": {"max_seq_length": max_seq_length, "max_batch_size": max_batch_size, "dtype": "float32"},
-            "engine": {"block_size": 4, "max_step_tokens": 32, **engine},
+            "engine": {"block_size": 4, "max_step_tokens": 32, "rollback_answers": 0, **engine},
         }
     )
 

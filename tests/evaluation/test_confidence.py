@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
-from amalgam.evaluation.confidence import Bootstrap
+import numpy as np
+import pytest
+
+from amalgam.evaluation.confidence import Bootstrap, Interval, difference_of_shares, ratio_of_groups
 
 
 def clustered(generator: np.random.Generator, mean: float) -> tuple[np.ndarray, np.ndarray]:
@@ -45,3 +48,29 @@ def test_quantiles_are_those_of_the_values() -> None:
     high, higher = Bootstrap(units).quantiles(values, (0.99, 0.999))
     assert sum(values <= high.value) == 990 and sum(values <= higher.value) == 999
     assert high.low is not None and high.high is not None and high.low <= high.value <= high.high
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "low", "high"),  # Newcombe 1998, table II, method 10
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0000),
+        ((0, 10), (0, 10), -0.2775, 0.2775),
+    ],
+)
+def test_the_difference_of_two_shares(first: tuple[int, int], second: tuple[int, int], low: float, high: float) -> None:
+    found = difference_of_shares(first, second)
+    assert found.value == pytest.approx(first[0] / first[1] - second[0] / second[1])
+    assert (found.low, found.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+
+
+def test_the_ratio_of_two_groups_that_share_nothing() -> None:
+    generator = np.random.default_rng(1)
+    first, second = generator.normal(3.0, 1.0, 400), generator.normal(2.0, 1.0, 200)
+    found = ratio_of_groups(first, second)
+    assert found.value == first.mean() / second.mean()
+    assert found.low is not None and found.high is not None
+    assert found.low < 1.5 < found.high and found.high - found.low < 0.35
+    assert ratio_of_groups(first[:9], second) == Interval(first[:9].mean() / second.mean())
+    assert math.isnan(ratio_of_groups(first, second[:0]).value)

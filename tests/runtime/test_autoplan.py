@@ -104,7 +104,7 @@ def look_after(deployment: Deployment, texts: list[str]) -> Decision:
     autoplan = autoplan_of(deployment)
     deployment.statistics.tracker.reset()  # type: ignore[union-attr]
     autoplan.ring = TokenRing(1.0, 8192)
-    deployment.engine.on_ended = autoplan.ring.add
+    deployment.engine.on_ended = autoplan.note
     ask(deployment, texts)
     return autoplan.look()
 

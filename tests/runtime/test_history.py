@@ -21,6 +21,7 @@ START = RemapRecord(1.0, 1, 1, 0, 9, 0.5, fingerprint="f", rules=RULES, is_start
 CHANGE = RemapRecord(2.0, 2, 1, 3, 4, 0.5, fingerprint="g", rules=RULES[:1])
 RELOAD = RemapRecord(3.0, 3, 2, 1, 4, 0.5, fingerprint="h", rules=RULES[:1])
 REFUSED = RemapRecord(4.0, 3, 3, 0, 0, 0.1, "Pattern 'x' matches nothing.")
+FAILED = RemapRecord(4.5, 1, 3, 0, 0, 0.0, "Version 3 computed NaN.", rules=RULES)  # and 1 is in use again
 NAMED = RemapRecord(5.0, 4, 3, 2, 4, 0.5, name="wide", fingerprint="i", rules=())
 
 
@@ -43,6 +44,13 @@ def test_a_history_goes_on_where_it_ended(path: Path) -> None:
     file = HistoryFile(path)
     assert list(file.records) == [START, CHANGE, RELOAD, REFUSED, NAMED]
     assert (file.last_version_id, file.last_rules) == (4, RULES[:1])  # new requests did not start on the named one
+    file.close()
+
+
+def test_a_restart_does_not_begin_with_a_version_that_failed(path: Path) -> None:
+    written(path, START, CHANGE, RELOAD, FAILED, REFUSED, NAMED)
+    file = HistoryFile(path)
+    assert (file.last_version_id, file.last_rules) == (4, RULES)
     file.close()
 
 

@@ -12,6 +12,7 @@ from weakref import finalize, ref
 import pytest
 import torch
 
+from amalgam.engine.probation import FailedVersion
 from amalgam.errors import AmalgamError, ConflictError, RequestError, VersionNotFoundError
 from amalgam.kernels.layouts import dense
 from amalgam.models.weights import WeightVersion
@@ -27,11 +28,19 @@ class CountingEngine:
         self.kept: frozenset[int] = frozenset()
         self.current = 0
         self.on_left: Callable[[int], None] | None = None
+        self.on_version_failed: Callable[[FailedVersion], None] | None = None
+        self.fallback: WeightVersion | None = None
 
     def set_version(self, version: WeightVersion) -> None:
         self.current = version.version_id
 
     def prepare(self, version: WeightVersion) -> None:
+        pass
+
+    def watch(self, candidate: WeightVersion) -> None:
+        pass
+
+    def unwatch(self, candidate: WeightVersion) -> None:
         pass
 
     def keep(self, version_ids: frozenset[int]) -> None:

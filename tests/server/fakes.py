@@ -226,6 +226,18 @@ def encode(text: str) -> list[int]:
 
 
 @dataclass
+class FakeTrials:
+    """Nothing is being tried."""
+
+    canary: Any = None
+    shadow: Any = None
+    num_failed_versions: int = 0
+
+    def report(self, kind: str) -> dict[str, Any]:
+        return {"state": "none"}
+
+
+@dataclass
 class FakeDeployment:
     engine: FakeEngine = field(default_factory=FakeEngine)
     tracker: ExpertTracker | None = None
@@ -241,6 +253,7 @@ class FakeDeployment:
     configured_rules: tuple[Rule, ...] = ()
     earlier_rules: list[tuple[Rule, ...]] = field(default_factory=list)
     autoplan: Any = None
+    trials: Any = field(default_factory=lambda: FakeTrials())
     named: dict[str, FakeVersion] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -250,7 +263,7 @@ class FakeDeployment:
     def version(self) -> Any:
         return self.engine.version
 
-    def version_for(self, weights: str | int | None = None) -> Any:
+    def version_for(self, weights: str | int | None = None, key: str | None = None) -> Any:
         if weights is None or str(weights) == str(self.version_id):
             return self.version
         if weights not in self.named:

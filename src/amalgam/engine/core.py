@@ -13,7 +13,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
@@ -30,6 +30,7 @@ from amalgam.engine.meter import Load, Meter
 from amalgam.engine.outputs import end, take_tokens
 from amalgam.engine.pace import Pace
 from amalgam.engine.params import MAX_SEED, SamplingParams, check_param_ids
+from amalgam.engine.probation import FailedVersion, Probation, weights_failed
 from amalgam.engine.prompts import PromptEmbedding, PromptLogprobs
 from amalgam.engine.request import (
     EngineStatus,
@@ -46,6 +47,7 @@ from amalgam.engine.request import (
     check_token_ids,
 )
 from amalgam.engine.runner import Runner
+from amalgam.engine.sampler import NonFiniteLogitsError
 from amalgam.engine.scheduler import Scheduler
 from amalgam.engine.speculation.speculator import Speculator
 from amalgam.engine.states import StatePool
@@ -80,7 +82,8 @@ class Engine:
     Attributes:
         on_left: is told the weight version id of each request that has ended, in the step thread, where nothing refers
             to that version any more but other requests.
-        on_ended: is shown the tokens of each counted request that has ended well, in the step thread.
+        on_ended: is shown each request that has ended, and its last output, in the step thread.
+        on_version_failed: hears of a version that has failed on its first requests, in the step thread.
         speculator: as given; None: nothing is guessed.
 
     Raises:
@@ -107,8 +110,9 @@ class Engine:
         self._thread = StoppableThread(self._loop, "amalgam-engine", self._ask_to_stop)
         self._num_failures = 0  # steps in a row; of the step thread
         self.speculator = speculator
-        self.on_ended: Callable[[Sequence[int]], None] | None = None
+        self.on_ended: Callable[[Request, RequestOutput], None] | None = None
         self.on_left: Callable[[int], None] | None = None
+        self.on_version_failed: Callable[[FailedVersion], None] | None = None
         self.meter = Meter(
             distinct_experts=lambda: None if observer is None else observer.distinct_experts(),
             speculation=lambda: None if self.speculator is None else self.speculator.counts,
@@ -130,6 +134,7 @@ class Engine:
             states=self._new_states(),
         )
         self._scheduler.prompt_tokens_beside = self._pace.prompt_tokens_beside
+        self._probation = Probation(settings.engine.rollback_answers, version)
         self._requests: dict[int, Request] = {}  # until their last output has been delivered
         self._cancelled: list[Request] = []
         self._next_id = 1
@@ -198,6 +203,7 @@ class Engine:
             reader,
             observation,
             version,
+            keeps_version=version is not None and not observation.may_move,
             end_token_ids=params.end_token_ids(self._tokenizer.eos_token_ids),
         )
         return self._queue(request)
@@ -222,6 +228,7 @@ class Engine:
                 reader=PromptEmbedding(len(prompt_ids), pooling),
                 observation=observation,
                 version=version,
+                keeps_version=version is not None and not observation.may_move,
                 max_new_tokens=0,
             )
         )
@@ -232,6 +239,9 @@ class Engine:
                 raise self._unavailable()
             if self._is_draining:
                 raise UnavailableError("The engine is draining.", remedy="Send the request to another server.")
+            version = request.version
+            if version is not None and not request.keeps_version and self._probation.has_failed(version):
+                request.version = None  # it was chosen before that
             request.request_id = self._next_id
             self._scheduler.check_room()
             self._admit_observation(request)
@@ -335,9 +345,13 @@ class Engine:
         return await streams.embed_all_async(self, prompts_ids, pooling, observation, self._max_queue)
 
     def set_version(self, version: WeightVersion) -> None:
-        """Give requests that are admitted from now on another weight version; the others keep theirs to the end."""
+        """Give requests that are admitted from now on another weight version; the others keep theirs to the end.
+
+        It is on probation: if it fails on its first requests, it is left for the one before.
+        """
         self._runner.prepare(version)  # here, and not in its first step
         with self._condition:
+            self._probation.replace(self._scheduler.version, version)
             self._scheduler.version = version
 
     def prepare(self, version: WeightVersion) -> None:
@@ -348,6 +362,22 @@ class Engine:
         """Requests may still ask for these versions: what they have computed of beginnings stays to be shared."""
         with self._condition:
             self._scheduler.kept_ids = frozenset(version_ids)
+
+    def watch(self, candidate: WeightVersion) -> None:
+        """Requests try a version beside the current one: as long as they do, it is left if it fails."""
+        with self._condition:
+            self._probation.watch(candidate)
+
+    def unwatch(self, candidate: WeightVersion) -> None:
+        """A version is tried no more. One that is the current one now stays on probation as any new one."""
+        with self._condition:
+            if candidate is not self._scheduler.version:
+                self._probation.forget(candidate)
+
+    @property
+    def fallback(self) -> WeightVersion | None:
+        """What is gone back to if the current version fails; None: it has shown that it answers."""
+        return self._probation.fallback
 
     @property
     def version(self) -> WeightVersion:
@@ -438,7 +468,9 @@ class Engine:
         deliveries: _Deliveries = []
         started = time.monotonic()
         try:
-            gaps = self._take(plan, self._runner.execute(plan), deliveries)
+            result = self._runner.execute(plan)
+            self._check_weights(plan, result)
+            gaps = self._take(plan, result, deliveries)
             rejected = {} if self.speculator is None else _num_rejected(plan, deliveries)
             self._runner.commit(plan, rejected)
         except Exception as error:
@@ -455,13 +487,23 @@ class Engine:
             self._measure(plan, deliveries, seconds, gaps)
             for request, output in ended:
                 self._leave(request, is_sound=output.error is None)
+                if output.error is None:
+                    self._probation.succeed(plan.version, self._scheduler.version)
             if ended:  # otherwise the load is as it was before the step
                 self._note_load()
-        if self.on_ended is not None:
-            for request, output in ended:
-                if output.error is None and request.observation.is_counted:
-                    self.on_ended(request.token_ids)
         return deliveries
+
+    def _check_weights(self, plan: StepPlan, result: StepResult) -> None:
+        """
+        Raises:
+            NonFiniteLogitsError: of a request, if its version is to be left for that.
+        """
+        if not self._probation.is_on_probation(plan.version, self._scheduler.version):
+            return
+        readers = (item.request.reader for item in plan.scheduled)
+        for error in (*result.errors.values(), *(reader.error for reader in readers if reader is not None)):
+            if isinstance(error, NonFiniteLogitsError):
+                raise error
 
     def _finish_cancelled(self) -> _Deliveries:
         requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
@@ -504,25 +546,59 @@ class Engine:
     def _give_up(self, plan: StepPlan, error: Exception, taken: _Deliveries) -> _Deliveries:
         """End the requests of a step that failed; the third in a row, or a lack of memory or weights, ends the engine.
 
+        A version on probation is left instead.
+
         Args:
             taken: what requests had got of the step before it failed; they still get it.
         """
         logger.error("A step of %d requests failed.", len(plan.scheduled), exc_info=error)
         # The error lives on with the caller; its frames hold the step's tensors and weights.
         error.__traceback__ = error.__cause__ = error.__context__ = None
-        self._num_failures += 1
-        if self._num_failures >= _MAX_FAILURES or isinstance(error, _FATAL):
-            self._fail(error)
         got = {request.request_id: output for request, output in taken}
         with self._condition:
             self.meter.add_step(0, sum(len(output.token_ids) for output in got.values()))
-            ended = self._finish([item.request for item in plan.scheduled], FinishReason.ERROR, error)
+            left: FailedVersion | None = None
+            if self._probation.is_on_probation(plan.version, self._scheduler.version):
+                left, ended = self._leave_version(plan.version, error, got)
+            else:
+                ended = self._finish([item.request for item in plan.scheduled], FinishReason.ERROR, error)
+        if left is None:
+            self._num_failures += 1
+            if self._num_failures >= _MAX_FAILURES or isinstance(error, _FATAL):
+                self._fail(error)
+        elif self.on_version_failed is not None:
+            self.on_version_failed(left)
         return [
             (request, output._replace(text=one.text, token_ids=one.token_ids, logprobs=one.logprobs))
             if (one := got.get(request.request_id))
             else (request, output)
             for request, output in ended
         ]
+
+    def _leave_version(
+        self, version: WeightVersion, error: Exception, got: Container[int]
+    ) -> tuple[FailedVersion, _Deliveries]:
+        """Go back to the version before; requests that have got nothing yet start again on it, the others end.
+
+        Args:
+            got: ids of requests that got something of the step that failed.
+        """
+        instead = self._probation.fail(version, self._scheduler.version)
+        if self._scheduler.version is version:
+            self._scheduler.version = instead
+        ending: list[Request] = []
+        bound = self._scheduler.bound_to(version)
+        for request in bound:
+            if request.request_id in got or not request.may_start_again:
+                ending.append(request)
+                continue
+            self._scheduler.start_again(request)
+            if self.speculator is not None:
+                self.speculator.forget(request.request_id)
+        failure = weights_failed(version.version_id, instead.version_id, error)
+        left = FailedVersion(version, instead, str(failure.what), len(bound) - len(ending), len(ending))
+        logger.error("%s %d requests start again, %d end.", failure.what, left.num_restarted, left.num_ended)
+        return left, self._finish(ending, FinishReason.ERROR, failure)
 
     def _finish(self, requests: Sequence[Request], reason: FinishReason, error: Exception | None = None) -> _Deliveries:
         now = time.monotonic()
@@ -579,6 +655,8 @@ class Engine:
                 self.meter.add_finished(output)
                 if observer is not None and request.observation.wants_trace:
                     output = output._replace(trace=observer.take_trace(request.request_id))
+                if self.on_ended is not None:
+                    self.on_ended(request, output)
             try:
                 request.on_output(output)
             except Exception as error:

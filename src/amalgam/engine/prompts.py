@@ -30,6 +30,10 @@ class PromptLogprobs:
         self._prompt_ids = prompt_ids
         self._num_top = num_top
         self._num_rows = max(1, PIECE_BYTES // (4 * vocab_size))
+        self.restart()
+
+    def restart(self) -> None:
+        """See `PromptReader`."""
         self._found: list[TokenLogprobs | None] = [None]
         self.error: Exception | None = None
 
@@ -55,6 +59,10 @@ class PromptEmbedding:
     def __init__(self, num_tokens: int, pooling: Pooling) -> None:
         self._num_tokens = num_tokens
         self._pooling = pooling
+        self.restart()
+
+    def restart(self) -> None:
+        """See `PromptReader`."""
         self._num_read = 0
         self._sum: npt.NDArray[np.float64] | None = None
         self.error: Exception | None = None

@@ -37,12 +37,14 @@ class Observation:
         wants_trace: the last output carries the experts of each token.
         is_counted: False keeps the request out of all expert statistics.
         arrived_at: by `time.monotonic`, when its text was there, which has become tokens since; None: with them.
+        may_move: the weight version that it names was chosen for it: if that fails, another may answer.
     """
 
     label: str | None = None
     wants_trace: bool = False
     is_counted: bool = True
     arrived_at: float | None = field(default=None, compare=False)
+    may_move: bool = field(default=False, compare=False)
 
 
 def check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
@@ -167,6 +169,9 @@ class PromptReader(Protocol):
             head: gives float32 logits of such rows.
         """
 
+    def restart(self) -> None:
+        """Forget what has been read: another weight version computes the prompt."""
+
     def added_to(self, output: RequestOutput) -> RequestOutput:
         """The request's first output, with what was read of the whole prompt."""
 
@@ -205,6 +210,7 @@ class Request:
     reader: PromptReader | None = None  # until the first output
     observation: Observation = Observation()
     version: WeightVersion | None = None  # as asked for, or bound at first admission; dropped at the end
+    keeps_version: bool = False  # no other one may answer it
     end_token_ids: AbstractSet[int] = frozenset()  # any of them ends the answer
     max_new_tokens: int = -1  # as in params until the scheduler lowers it to what fits; 0: only the prompt is computed
     status: RequestStatus = RequestStatus.WAITING
@@ -254,6 +260,12 @@ class Request:
     @property
     def priority(self) -> int:
         return self.params.priority
+
+    @property
+    def may_start_again(self) -> bool:
+        """Whether another weight version may compute it from its beginning, and nobody would notice."""
+        is_traced = self.observation.wants_trace and self.num_recorded > 0
+        return not (self.num_new_tokens or self.keeps_version or is_traced)
 
     @property
     def may_skip_shared(self) -> bool:

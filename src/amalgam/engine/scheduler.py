@@ -255,6 +255,26 @@ class Scheduler:
         request.version = None
         self._forget_dead_versions()
 
+    def bound_to(self, version: WeightVersion) -> list[Request]:
+        """The requests that run on a weight version, and those that wait to go on with it."""
+        return [request for request in (*self.running, *self.waiting) if request.version is version]
+
+    def start_again(self, request: Request) -> None:
+        """Put a request back in the queue, as if no version had begun with it; not between `schedule` and `commit`.
+
+        What its version has computed is not used by others.
+        """
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            insort(self.waiting, request, key=_rank)
+        self._release(request, is_sound=False)
+        request.status = RequestStatus.WAITING
+        request.version = None
+        request.num_computed = 0
+        if request.reader is not None:
+            request.reader.restart()
+        self._forget_dead_versions()
+
     def clear(self) -> None:
         """Forget all requests, whatever state an error has left them in."""
         self.pool = BlockPool(self.pool.num_blocks)

@@ -1,4 +1,5 @@
-"""Confidence intervals by resampling: the cluster bootstrap (Efron & Tibshirani 1993; Cameron et al. 2008).
+"""Confidence intervals: by resampling, the cluster bootstrap (Efron & Tibshirani 1993; Cameron et al. 2008), and of
+shares that two groups have, by their scores (Wilson 1927; Newcombe 1998).
 
 In: a value for each token, and which unit (document or window) each token belongs to. Out: `Interval`s. Tokens of one
 unit depend on each other, so whole units are drawn. Must never know: what the values are.
@@ -6,6 +7,7 @@ unit depend on each other, so whole units are drawn. Must never know: what the v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +18,7 @@ import numpy.typing as npt
 MIN_UNITS = 10  # of fewer, an interval says nothing
 LEVEL = 0.95
 _MEAN_DRAWS, _QUANTILE_DRAWS = 2000, 200
+_Z = 1.959963984540054  # of a standard normal, beyond which 1 - LEVEL lies
 
 Floats = npt.NDArray[np.float64]
 
@@ -90,6 +93,42 @@ class Bootstrap:
         draws = [_quantiles(ordered, weights[units], shares) for weights in self._draws[:_QUANTILE_DRAWS]]
         columns = np.array(draws).T
         return [_interval(value, column) for value, column in zip(estimates, columns, strict=True)]
+
+
+def ratio_of_groups(first: Floats, second: Floats, seed: int = 0) -> Interval:
+    """mean(first) / mean(second) of two groups that have nothing to do with each other, a unit for each value."""
+    if not len(first) or not len(second) or not second.mean():
+        return Interval(math.nan)
+    estimate = float(first.mean() / second.mean())
+    if min(len(first), len(second)) < MIN_UNITS:
+        return Interval(estimate)
+    groups = [Bootstrap(np.arange(len(each)), seed + index).means(each) for index, each in enumerate((first, second))]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _interval(estimate, groups[0] / groups[1])
+
+
+def difference_of_shares(first: tuple[int, int], second: tuple[int, int]) -> Interval:
+    """The share of the first group less that of the second; Newcombe's method 10, which fits shares near 0 too.
+
+    Args:
+        first, second: how many of a group have what is counted, and its size.
+    """
+    if not first[1] or not second[1]:
+        return Interval(math.nan)
+    (share, low, high), (other, other_low, other_high) = (_wilson(*group) for group in (first, second))
+    difference = share - other
+    if min(first[1], second[1]) < MIN_UNITS:
+        return Interval(difference)
+    below, above = math.hypot(share - low, other_high - other), math.hypot(high - share, other - other_low)
+    return Interval(difference, difference - below, difference + above)
+
+
+def _wilson(count: int, size: int) -> tuple[float, float, float]:
+    """A share and the bounds of its score interval."""
+    share, square = count / size, _Z**2
+    middle = (count + square / 2) / (size + square)
+    half = _Z / (size + square) * math.sqrt(count * (size - count) / size + square / 4)
+    return share, max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _quantiles(ordered: Floats, weights: Floats, shares: Sequence[float]) -> Floats:

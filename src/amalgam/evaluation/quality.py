@@ -100,12 +100,12 @@ class Reference:
             for some, wanted in zip(rows.split(self._at_once), targets.split(self._at_once), strict=True):
                 reference = self._log_probabilities(step, some)
                 if other is None or plan is None:
-                    loss.append(-reference.gather(1, wanted[:, None]).squeeze(1))
+                    loss.append(loss_of(reference, wanted))
                     continue
                 found = log_probabilities(other, hidden[some], plan.name)
-                loss.append(-found.gather(1, wanted[:, None]).squeeze(1))
-                divergence.append((reference.exp() * (reference - found)).sum(-1))
-                agrees.append((reference.argmax(-1) == found.argmax(-1)).double())
+                loss.append(loss_of(found, wanted))
+                divergence.append(divergence_of(reference, found))
+                agrees.append(agreement_of(reference, found))
         zeros = [torch.zeros(sum(map(len, loss)), dtype=torch.float64)]
         return _figures(self.sample, loss, divergence or zeros, agrees or zeros)
 
@@ -133,7 +133,7 @@ def own_figures(contestant: Contestant, sample: Sample, progress: Progress | Non
         rows, targets = scored(sample.windows[step.start : step.stop])
         for some, wanted in zip(rows.split(at_once), targets.split(at_once), strict=True):
             found = log_probabilities(contestant.compiled, hidden[some], contestant.name)
-            loss.append(-found.gather(1, wanted[:, None]).squeeze(1))
+            loss.append(loss_of(found, wanted))
     zeros = [torch.zeros(sum(map(len, loss)), dtype=torch.float64)]
     return _figures(sample, loss, zeros, zeros)
 
@@ -149,6 +149,21 @@ def log_probabilities(compiled: Compiled, hidden: Tensor, name: str) -> Tensor:
     if not bool(logits.sum().isfinite()):
         raise CheckpointError(f"{name}: logits hold NaN or infinity.", remedy="Check the weights of the head.")
     return logits.double().log_softmax(-1)
+
+
+def loss_of(found: Tensor, targets: Tensor) -> Tensor:
+    """Of each row of log-probabilities, minus that of its target."""
+    return -found.gather(1, targets[:, None]).squeeze(1)
+
+
+def divergence_of(reference: Tensor, found: Tensor) -> Tensor:
+    """KL(reference ‖ found) of each row of log-probabilities, in nats."""
+    return (reference.exp() * (reference - found)).sum(-1)
+
+
+def agreement_of(reference: Tensor, found: Tensor) -> Tensor:
+    """1 where both have the same likeliest token, else 0; float64."""
+    return (reference.argmax(-1) == found.argmax(-1)).double()
 
 
 def scored(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:

@@ -113,17 +113,28 @@ class Contestant:
             part = windows[step.start : step.stop]
             self.compiled.run(step_context(part, self.decoder))
             hidden = self.compiled.hidden().clone()
-            if not bool(hidden.isfinite().all()):
-                row = int((~hidden.isfinite()).any(dim=1).nonzero()[0])
-                raise CheckpointError(
-                    f"{self.name}: the hidden state of token {row} of a text of domain {part[0].domain!r} holds NaN or "
-                    "infinity.",
-                    remedy="A weight is damaged, or the activations overflow: try --inference.dtype float32.",
-                )
+            check_finite(hidden, self.name, part[0].domain)
             done += len(hidden)
             if progress is not None:
                 progress(f"Computing {self.name}", done, total)
             yield step, hidden
+
+
+def check_finite(hidden: Tensor, name: str, domain: str) -> None:
+    """
+    Args:
+        name, domain: of the plan and of its text, for people.
+
+    Raises:
+        CheckpointError: a hidden state holds NaN or infinity.
+    """
+    if bool(hidden.isfinite().all()):
+        return
+    row = int((~hidden.isfinite()).any(dim=1).nonzero()[0])
+    raise CheckpointError(
+        f"{name}: the hidden state of token {row} of a text of domain {domain!r} holds NaN or infinity.",
+        remedy="A weight is damaged, or the activations overflow: try --inference.dtype float32.",
+    )
 
 
 def open_contestant(

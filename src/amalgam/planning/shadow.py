@@ -1,27 +1,36 @@
 """Two plans of a running model on the same tokens, beside its work: a little at a time, on one core, at low priority.
 
-In: loaded versions, windows of tokens. Out: `Shadowed`. Must never know: requests, rules.
+In: loaded versions, windows of tokens. Out: `Shadowed`, with a third plan as the reference; `Compared`, one plan
+against the other, whose answers the tokens are. Must never know: requests, rules.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.evaluation.confidence import Bootstrap
-from amalgam.evaluation.quality import Reference
-from amalgam.evaluation.running import Contestant
+from amalgam.evaluation.confidence import Bootstrap, Floats, Interval
+from amalgam.evaluation.quality import Reference, agreement_of, divergence_of, log_probabilities, loss_of
+from amalgam.evaluation.running import BLOCK_SIZE, STEP_TOKENS, Contestant, check_finite, rows_at_once
 from amalgam.evaluation.texts import Sample, Window
+from amalgam.kernels.step import SequenceState, StepContext, StepSequence
 from amalgam.models.decoder import Decoder
+from amalgam.models.kv_cache import KVCache
 from amalgam.models.weights import WeightVersion
 from amalgam.planning.following import Shadowed
 
+_SINGLE_TOKENS = 4  # of a request, that are computed one by one to see how long that takes
 _NICENESS = 5  # more than others; no more than that: whoever holds the interpreter's lock must not wait long for a core
 
 _turning_quiet = threading.Lock()
@@ -100,3 +109,197 @@ def shadow(
     before, after = (bootstrap.mean(each.divergence) for each in figures)
     difference = bootstrap.ratio_of_means(figures[1].divergence, figures[0].divergence)
     return Shadowed(name, sample.num_tokens, len(windows), before, after, difference, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one core's time for each token.
+
+    Attributes:
+        ratio: candidate / now.
+    """
+
+    now: float
+    candidate: float
+    ratio: Interval
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A candidate against the plan in force, on tokens of answers that this one gave.
+
+    Attributes:
+        divergence: KL(now ‖ candidate) in nats a token; `percentile_99` of it.
+        agreement: share of the tokens for which both have the same likeliest one.
+        perplexity_now, perplexity_candidate: of the answers.
+        prompt_time: of tokens that are computed many at a time; `token_time`: one by one.
+    """
+
+    num_requests: int
+    num_tokens: int
+    divergence: Interval
+    percentile_99: Interval
+    agreement: Interval
+    perplexity_now: Interval
+    perplexity_candidate: Interval
+    prompt_time: Times
+    token_time: Times
+
+
+class _Run(NamedTuple):
+    """One plan on one request.
+
+    Attributes:
+        hidden: `[tokens, hidden]`, what the head reads.
+        seconds: of the tokens that were computed together, and of the others; `num_tokens` likewise.
+    """
+
+    hidden: Tensor
+    seconds: tuple[float, float]
+    num_tokens: tuple[int, int]
+
+
+class _Row(NamedTuple):
+    """What one request has given; the figures `[tokens]`."""
+
+    divergence: Floats
+    agreement: Floats
+    loss_now: Floats
+    loss_candidate: Floats
+    runs: tuple[_Run, _Run]
+
+
+class Comparison:
+    """Two plans, compared on one request after the other.
+
+    Args:
+        max_tokens: of a request.
+        throttle: is called between two pieces of work.
+    """
+
+    def __init__(
+        self,
+        loader: ModelLoader,
+        dtype: torch.dtype,
+        now: WeightVersion,
+        candidate: WeightVersion,
+        max_tokens: int,
+        throttle: Throttle,
+    ) -> None:
+        self._decoder = Decoder(loader.spec, max_tokens, dtype, loader.device)
+        self._versions: tuple[WeightVersion, ...] = now, candidate
+        self._names = "the weights in use", "the candidate"
+        self._at_once = rows_at_once(loader.spec.vocab_size)
+        self._throttle = throttle
+        self._rows: list[_Row] = []
+        self._known: Compared | None = None  # of as many requests as it says
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._rows)
+
+    @torch.inference_mode()
+    def add(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Run both on a request; the figures are of its answer's tokens, of which there is at least one.
+
+        Raises:
+            CheckpointError: hidden states or logits hold NaN or infinity.
+        """
+        runs: dict[int, _Run] = {}
+        for which in (0, 1) if len(self._rows) % 2 else (1, 0):  # who comes second finds the caches warm
+            runs[which] = self._run(token_ids, which)
+        targets = torch.tensor(token_ids[num_prompt_tokens:])
+        rows = torch.arange(num_prompt_tokens - 1, len(token_ids) - 1)
+        parts: list[tuple[Tensor, ...]] = []
+        for some, wanted in zip(rows.split(self._at_once), targets.split(self._at_once), strict=True):
+            now, candidate = (
+                log_probabilities(self._decoder.compile(version), runs[which].hidden[some], name).cpu()
+                for which, (version, name) in enumerate(zip(self._versions, self._names, strict=True))
+            )
+            losses = loss_of(now, wanted), loss_of(candidate, wanted)
+            parts.append((divergence_of(now, candidate), agreement_of(now, candidate), *losses))
+            self._throttle("Comparing", 0, 1)
+        divergence, agreement, loss_now, loss_candidate = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
+        kept = tuple(runs[which]._replace(hidden=torch.empty(0)) for which in (0, 1))
+        self._rows.append(_Row(divergence, agreement, loss_now, loss_candidate, (kept[0], kept[1])))
+
+    def _run(self, token_ids: Sequence[int], which: int) -> _Run:
+        """Compute all but the last few tokens together, and those one by one, as an engine does."""
+        decoder = self._decoder
+        compiled = decoder.compile(self._versions[which])
+        num_single = min(_SINGLE_TOKENS, len(token_ids) - 1)
+        num_together = len(token_ids) - num_single
+        blocks = range(-(-len(token_ids) // BLOCK_SIZE))
+        cache = KVCache.allocate(decoder.spec, len(blocks), BLOCK_SIZE, decoder.dtype, decoder.device, num_states=1)
+        hidden: list[Tensor] = []
+
+        def run(first: int, stop: int, num_logits: int) -> float:
+            state = SequenceState.of(0, first) if decoder.spec.state_bytes else None
+            sequence = StepSequence(list(token_ids[first:stop]), first, blocks, num_logits, state)
+            started = _clock(decoder.device)
+            compiled.run(StepContext([sequence], cache))
+            seconds = _clock(decoder.device) - started
+            hidden.append(compiled.hidden().clone())
+            self._throttle("Comparing", stop, len(token_ids))
+            return seconds
+
+        together = sum(
+            run(first, min(first + STEP_TOKENS, num_together), 0) for first in range(0, num_together, STEP_TOKENS)
+        )
+        single = sum(run(place, place + 1, 1) for place in range(num_together, len(token_ids)))
+        found = torch.cat(hidden)
+        check_finite(found, self._names[which], "traffic")
+        return _Run(found, (together, single), (num_together, num_single))
+
+    def close(self) -> None:
+        """Let the weights go; the figures stay."""
+        self._versions = ()
+
+    def read(self) -> Compared | None:
+        """What is known so far; None: nothing. In any thread."""
+        rows, known = list(self._rows), self._known
+        if not rows or (known is not None and known.num_requests == len(rows)):
+            return known
+        sizes = [len(row.divergence) for row in rows]
+        by_token = Bootstrap(np.repeat(np.arange(len(rows)), sizes))
+        divergence = _joined(row.divergence for row in rows)
+        losses = [by_token.mean(_joined(getattr(row, name) for row in rows)) for name in ("loss_now", "loss_candidate")]
+        perplexities = [_exponential(loss) for loss in losses]
+        self._known = Compared(
+            num_requests=len(rows),
+            num_tokens=sum(sizes),
+            divergence=by_token.mean(divergence),
+            percentile_99=by_token.quantiles(divergence, (0.99,))[0],
+            agreement=by_token.mean(_joined(row.agreement for row in rows)),
+            perplexity_now=perplexities[0],
+            perplexity_candidate=perplexities[1],
+            prompt_time=_times(rows, 0),
+            token_time=_times(rows, 1),
+        )
+        return self._known
+
+
+def _times(rows: Sequence[_Row], phase: int) -> Times:
+    """Of tokens that are computed together (0), or one by one (1)."""
+    now, candidate = (np.array([row.runs[which].seconds[phase] for row in rows]) for which in (0, 1))
+    num_tokens = max(1, sum(row.runs[0].num_tokens[phase] for row in rows))
+    more = Bootstrap(np.arange(len(rows))).ratio_of_means(candidate, now)
+    bounds = [None if value is None else value + 1 for value in (more.low, more.high)]
+    return Times(float(now.sum()) / num_tokens, float(candidate.sum()) / num_tokens, Interval(more.value + 1, *bounds))
+
+
+def _joined(parts: Iterable[Floats]) -> Floats:
+    return np.concatenate(list(parts))
+
+
+def _exponential(loss: Interval) -> Interval:
+    bounds = [None if value is None else math.exp(value) for value in (loss.low, loss.high)]
+    return Interval(math.exp(loss.value), *bounds)
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds: of this thread's work on a CPU, whoever else has the cores; else by the clock, when all is done."""
+    if device.type == "cpu":
+        return time.thread_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()

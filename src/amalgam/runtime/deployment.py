@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from amalgam.base.threads import StoppableThread
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.manifest import plan_manifest
 from amalgam.composition.progress import LOADING, Progress
@@ -18,6 +19,8 @@ from amalgam.config.settings import Rule, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.memory import available_bytes
+from amalgam.engine.probation import FailedVersion
+from amalgam.engine.request import Request, RequestOutput
 from amalgam.errors import ConflictError, VersionNotFoundError
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.spec import ModelSpec
@@ -32,6 +35,7 @@ from amalgam.runtime.preview import ChangePlan, Contents, Difference, Load, Prep
 from amalgam.runtime.served import ServedWeights, shared_weights
 from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.statistics import ExpertStatistics
+from amalgam.runtime.trial import Trials
 from amalgam.runtime.versions import VersionBook, as_id
 from amalgam.runtime.yielding import Turns, begin_quietly
 from amalgam.text.tokenizer import Tokenizer
@@ -47,6 +51,7 @@ class Deployment:
         autoplan: gives it other weights when the traffic changes, once it is started; None where that is not wanted.
         jobs: the change of the weights that is under way, and those before it.
         versions: the weight versions that requests can run on.
+        trials: of a candidate for the weights, on live requests.
         defaults: how the model is sampled where a request says nothing.
         loaded_seconds: what reading its first weights took.
     """
@@ -98,7 +103,9 @@ class Deployment:
         self.autoplan: Autoplan | None = None
         if proposer is not None and tracker is not None:
             self.autoplan = Autoplan(self, tracker, proposer)
-            engine.on_ended = self.autoplan.ring.add
+        self.trials = Trials(self)
+        engine.on_ended = self._note_ended
+        self.versions.on_failed = self._note_failed
 
     @property
     def _served(self) -> ServedWeights:
@@ -155,16 +162,20 @@ class Deployment:
     def model_name(self) -> str:
         return self.settings.model.name or self._served.loader.base_folder.name
 
-    def version_for(self, weights: str | int | None = None) -> WeightVersion:
+    def version_for(self, weights: str | int | None = None, key: str | None = None) -> WeightVersion:
         """The weight version that a request runs on.
 
         Args:
-            weights: a name or an id that it asks for; None: what new requests start on.
+            weights: a name or an id that it asks for; None: what new requests start on, or what is being tried.
+            key: requests with the same one stay together while something is tried.
 
         Raises:
             VersionNotFoundError: there is none, or it takes no new requests.
         """
-        return self.version if weights is None else self.versions.find(weights).version
+        if weights is not None:
+            return self.versions.find(weights).version
+        candidate = self.trials.choose(key)
+        return self.version if candidate is None else candidate.version
 
     def change(self, request: ChangeRequest, progress: Progress | None = None) -> RemapResult:
         """Make another version and let new requests start on it, or give it a name. Blocking.
@@ -398,12 +409,38 @@ class Deployment:
         self.jobs.close()
         if self.autoplan is not None:
             self.autoplan.close()
+        self.trials.close()
         self.engine.stop()
         if self._tracker is not None:
             self._tracker.close()
         self.versions.close()
         if self._history is not None:
             self._history.close()
+
+    def _note_ended(self, request: Request, output: RequestOutput) -> None:
+        """In the step thread."""
+        if self.autoplan is not None:
+            self.autoplan.note(request, output)
+        self.trials.note(request, output)
+
+    def _note_failed(self, failed: FailedVersion) -> None:
+        """A version has been left. In the step thread: what takes time is done in another one."""
+        self.trials.version_failed(failed)
+        self.trials.current_changed(self.version_id)
+        failed_id, reason = failed.version.version_id, failed.reason  # and not the version, which is to go
+        StoppableThread(lambda: self._follow_back(failed_id, reason), "amalgam-rollback", self.jobs.close).start()
+
+    def _follow_back(self, failed_id: int, reason: str) -> None:
+        """What followed a version that has been left goes back with the others."""
+        served = self._served
+        self._remaps.add_failed_version(served.version_id, served.rules, failed_id, reason)
+        if self._earlier_versions[-1:] == [served.version_id]:
+            self._earlier_versions = self._earlier_versions[:-1]
+        if self._earlier_rules[-1:] == [served.rules]:
+            self._earlier_rules = self._earlier_rules[:-1]
+        if self._speculation is not None:
+            self._speculation.follow(served.loader, served.rules, served.version, self._unless_closing)
+        self.versions.has_freed()
 
     def _unless_closing(self, what: str, done: int, total: int) -> None:
         """A `Progress` that ends long work when nobody wants it any more."""
@@ -505,6 +542,7 @@ class Deployment:
         job.go_live()
         if name is None:
             self.versions.make_current(served)
+            self.trials.current_changed(after.version_id)
             if after is not before.version:
                 self._earlier_versions = [*self._earlier_versions, before.version_id][-MAX_UNDOS:]
             if served.rules != before.rules:

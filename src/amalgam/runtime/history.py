@@ -73,8 +73,9 @@ class HistoryFile:
     @property
     def last_rules(self) -> tuple[Rule, ...] | None:
         """Of the last version that new requests started on; None: there was none."""
-        good = (record.rules for record in reversed(self.records) if record.error is None and record.name is None)
-        return next(good, None)
+        # A refused change has no rules; one whose version failed has those of the version that was gone back to.
+        live = (record.rules for record in reversed(self.records) if record.rules is not None and record.name is None)
+        return next(live, None)
 
     def add(self, record: RemapRecord) -> None:
         """Write a record behind the others. A file that cannot be written is logged: the weights matter more."""

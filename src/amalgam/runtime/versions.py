@@ -7,6 +7,7 @@ never know: how a version is built, HTTP.
     pinned      kept until it is unpinned
     named       kept as long as it has a name that requests can ask for
     candidate   kept while it is tried
+    fallback    kept until the current one has shown that it answers: if it fails before, this one is current again
     draining    nothing of these: only requests that have begun with it hold it
 
 When nobody holds a draining version any more, neither a request nor who answers it, its weights are freed one by one in
@@ -27,6 +28,7 @@ from weakref import ref
 from amalgam.base.threads import StoppableThread
 from amalgam.engine.core import Engine
 from amalgam.engine.memory import return_free_memory
+from amalgam.engine.probation import FailedVersion
 from amalgam.errors import ConflictError, RequestError, VersionNotFoundError, describe
 from amalgam.models.weights import WeightVersion
 from amalgam.runtime.served import ServedWeights
@@ -42,6 +44,7 @@ class VersionState(StrEnum):
     PINNED = "pinned"
     NAMED = "named"
     CANDIDATE = "candidate"
+    FALLBACK = "fallback"
     DRAINING = "draining"
 
 
@@ -110,12 +113,15 @@ class VersionBook:
         self._pinned: dict[int, ServedWeights] = {}
         self._named: dict[str, ServedWeights] = {}
         self._candidates: dict[int, ServedWeights] = {}
+        self._fallback: ServedWeights | None = None
         self._draining: dict[int, _Draining] = {}
         self._has_freed = False  # something else than a version
         self._wake = _Signal()
         self._is_closed = False
         self._janitor: StoppableThread | None = None
+        self.on_failed: Callable[[FailedVersion], None] = lambda failed: None
         engine.on_left = self._left
+        engine.on_version_failed = self._version_failed
 
     @property
     def current(self) -> ServedWeights:
@@ -131,9 +137,15 @@ class VersionBook:
 
     def make_current(self, served: ServedWeights) -> None:
         """Let new requests run on a version; the one before drains unless it is kept for another reason."""
-        self._engine.set_version(served.version)
+        self._engine.prepare(served.version)
         with self._lock:
+            known = self._alive()
+            self._engine.set_version(served.version)  # under the lock: it may fail at once
             before, self._current = self._current, served
+            fallback = self._engine.fallback
+            former, self._fallback = self._fallback, None if fallback is None else known.get(fallback.version_id)
+            if former is not None:
+                self._let_go(former)
             self._draining.pop(served.version_id, None)
             self._next_id = max(self._next_id, served.version_id + 1)
             self._let_go(before)
@@ -226,6 +238,7 @@ class VersionBook:
         self._engine.prepare(served.version)
         with self._lock:
             self._check_room(served.version_id not in self._kept())
+            self._engine.watch(served.version)
             self._candidates[served.version_id] = served
             self._draining.pop(served.version_id, None)
         self._settle()
@@ -235,6 +248,7 @@ class VersionBook:
         with self._lock:
             served = self._candidates.pop(version_id, None)
             if served is not None:
+                self._engine.unwatch(served.version)
                 self._let_go(served)
         self._settle()
 
@@ -290,6 +304,7 @@ class VersionBook:
 
     def _kept(self) -> dict[int, ServedWeights]:
         kept = [self._current, *self._pinned.values(), *self._named.values(), *self._candidates.values()]
+        kept += [] if self._fallback is None else [self._fallback]
         return {served.version_id: served for served in kept}
 
     def _alive(self) -> dict[int, ServedWeights]:
@@ -304,6 +319,7 @@ class VersionBook:
                 (VersionState.PINNED, version_id in self._pinned),
                 (VersionState.NAMED, bool(self._names(version_id))),
                 (VersionState.CANDIDATE, version_id in self._candidates),
+                (VersionState.FALLBACK, self._fallback is not None and version_id == self._fallback.version_id),
             )
             if holds
         ]
@@ -342,8 +358,28 @@ class VersionBook:
         self._wake.set()
 
     def _left(self, version_id: int) -> None:
+        if self._fallback is not None and self._engine.fallback is None:  # it has answered
+            with self._lock:
+                fallback, self._fallback = self._fallback, None
+                if fallback is not None:
+                    self._let_go(fallback)
+            self._settle()
         if version_id in self._draining:
             self._wake.set()
+
+    def _version_failed(self, failed: FailedVersion) -> None:
+        """The engine has left a version: so does the book, whoever wanted to keep it."""
+        version_id = failed.version.version_id
+        with self._lock:
+            if version_id == self._current.version_id and (instead := self._alive().get(failed.instead.version_id)):
+                self._fallback, before, self._current = None, self._current, instead
+                self._draining.pop(instead.version_id, None)
+                self._let_go(before)
+            candidate = self._candidates.pop(version_id, None)
+            if candidate is not None:
+                self._let_go(candidate)
+        self._settle()
+        self.on_failed(failed)
 
     def _clean_up(self) -> None:
         while True:

@@ -68,6 +68,7 @@ REFUSALS = (
     "invalid_checkpoint",
     "invalid_config",
     "non_finite_logits",
+    "weights_failed",
     "not_found",
     "model_not_found",
     "version_not_found",
@@ -301,19 +302,22 @@ class Service:
         """The names under which the model can be asked for; answers bear the first."""
         return self.settings.server.served_model_names or (self.model_name,)
 
-    def choose_weights(self, weights: str | int | None) -> int:
+    def choose_weights(self, weights: str | int | None, key: str | None = None) -> int:
         """Give a request the weight version that it asks for, for all that is computed of it; returns its id.
 
         Args:
-            weights: a name or an id; None: what new requests start on now.
+            weights: a name or an id; None: what new requests start on now, or what is being tried.
+            key: requests with the same one stay together; where the client names a session, that goes before.
 
         Raises:
             VersionNotFoundError: there is none, or it takes no new requests.
             UnavailableError: see `deployment`.
         """
-        version = self.deployment.version_for(weights)
-        if (record := current_record.get()) is not None:
+        record = current_record.get()
+        version = self.deployment.version_for(weights, (record.session if record is not None else "") or key)
+        if record is not None:
             record.weights, record.weight_version = version, version.version_id
+            record.may_move = weights is None
         return version.version_id
 
     def check_model(self, name: str | None) -> str:

@@ -138,7 +138,7 @@ def _with_priority(record: RequestRecord, params: SamplingParams) -> SamplingPar
 
 
 def _with_arrival(record: RequestRecord, observation: Observation) -> Observation:
-    return observation if record.received_at is None else replace(observation, arrived_at=record.received_at)
+    return replace(observation, arrived_at=record.received_at, may_move=record.may_move)
 
 
 async def _in_time(record: RequestRecord, result: Awaitable[T]) -> T:

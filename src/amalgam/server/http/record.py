@@ -49,6 +49,8 @@ class RequestRecord:
     finish_reasons: list[str] = field(default_factory=list)
     weights: Any = None  # the weight version that it has chosen, for the engine
     weight_version: int | None = None  # its id
+    may_move: bool = False  # whether it was chosen for the request, which has not asked for it
+    session: str = ""  # what the client calls the requests that belong together
     traceparent: str = ""  # of W3C Trace Context, as it came
     tracestate: str = ""
     charge: Callable[[int], None] | None = None

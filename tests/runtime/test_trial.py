@@ -1,0 +1,259 @@
+"""A candidate for the demo model's weights, tried on live requests: canary, shadow, and a version that fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from amalgam.config.settings import load_settings
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import Generation, Observation
+from amalgam.errors import ConflictError, VersionNotFoundError
+from amalgam.evaluation.quality import Reference
+from amalgam.evaluation.running import Contestant
+from amalgam.evaluation.texts import Sample, Window
+from amalgam.models.decoder import Decoder
+from amalgam.models.weights import WeightVersion
+from amalgam.planning.trials import CanaryLimits, CanaryPlan, ShadowLimits, ShadowPlan
+from amalgam.runtime.changes import ChangeRequest
+from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.opening import open_deployment
+from amalgam.runtime.trial import TrialState
+from tests.conftest import write_demo_config
+from tests.errors import raises
+
+EXPERTS = "model.layers.*.mlp.experts.*"
+TEXTS = ["The old man looked at the sea. ", "明月几时有，把酒问青天。", "def main(argv):\n    ", "import os\n"]
+CHOSEN = Observation(may_move=True)  # as the server says of a request that asks for no weights
+
+
+@pytest.fixture(scope="module")
+def opened(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    config = write_demo_config(tmp_path_factory.mktemp("trial"), derived)
+    limits = {"inference.max_seq_length": 256, "inference.max_batch_size": 8, "engine.rollback_answers": 2}
+    deployment = open_deployment(load_settings(config, limits, {}))
+    yield deployment
+    deployment.close()
+
+
+@pytest.fixture
+def deployment(opened: Deployment) -> Iterator[Deployment]:
+    """With `other` as a named plan, which has all experts in fp8; new requests run on what was configured."""
+    if opened.rules != opened.configured_rules:
+        opened.change(ChangeRequest(rules=opened.configured_rules))
+    opened.change(ChangeRequest(mapping={EXPERTS: "fp8"}, name="other"))
+    yield opened
+    for kind, trial in (("canary", opened.trials.canary), ("shadow", opened.trials.shadow)):
+        if trial is not None and trial.is_running:
+            opened.trials.abort(kind)  # type: ignore[arg-type]
+
+
+def ask(deployment: Deployment, count: int, key: Callable[[int], str | None] = lambda index: None) -> list[Generation]:
+    """Requests as the server sends them."""
+    answers = []
+    for first in range(0, count, 8):
+        indices = range(first, min(first + 8, count))
+        versions = [deployment.version_for(None, key(index)) for index in indices]
+        for version in dict.fromkeys(versions):
+            mine = [index for index, each in zip(indices, versions, strict=True) if each is version]
+            prompts = [deployment.tokenizer.encode(TEXTS[index % 4] * (1 + index % 3)) for index in mine]
+            params = [SamplingParams(max_new_tokens=6, seed=index, ignore_eos=True) for index in mine]
+            answers += deployment.engine.generate(prompts, params, CHOSEN, version=version)
+    return answers
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def states(deployment: Deployment) -> dict[int, str]:
+    return {live.served.version_id: " ".join(live.states) for live in deployment.versions.live()}
+
+
+class TestCanary:
+    def test_a_share_of_the_requests_runs_on_the_candidate_until_it_is_promoted(self, deployment: Deployment) -> None:
+        before, candidate_id = deployment.version_id, deployment.versions.find("other").version_id
+        plan = CanaryPlan("other", 0.5, CanaryLimits(min_requests=10, max_error_increase=0.5))
+        canary = deployment.trials.start_canary(plan)
+        answers = ask(deployment, 48)
+        counts = {
+            version: sum(answer.usage.version == version for answer in answers) for version in (before, candidate_id)
+        }
+        assert sum(counts.values()) == 48 and min(counts.values()) >= 10  # 1 in 10,000 has fewer
+        report = canary.report()
+        assert report["arms"]["candidate"]["requests"] == counts[candidate_id]
+        assert report["arms"]["current"]["tokens"] == 6 * counts[before]
+        assert report["arms"]["candidate"]["errors"] == 0 and report["arms"]["candidate"]["token_seconds"] > 0
+        assert report["verdict"]["outcome"] == "promote", report
+        assert "candidate" in states(deployment)[candidate_id]
+        result = deployment.trials.promote("canary")
+        assert (result.version, deployment.version_id, canary.state) == (
+            candidate_id,
+            candidate_id,
+            TrialState.PROMOTED,
+        )
+        assert {answer.usage.version for answer in ask(deployment, 4)} == {candidate_id}
+        with raises(ConflictError, "canary"):
+            deployment.trials.promote("canary")
+
+    def test_requests_of_one_key_stay_together_as_the_share_grows(self, deployment: Deployment) -> None:
+        def chosen(share: float) -> set[int]:
+            deployment.trials.start_canary(CanaryPlan("other", share))
+            current = deployment.version_id
+            return {n for n in range(200) if deployment.version_for(None, f"user {n}").version_id != current}
+
+        few, more = chosen(0.2), chosen(0.6)
+        assert few == chosen(0.2) and few < more
+        assert 15 < len(few) < 75 and 80 < len(more) < 160
+        assert not chosen(0.0) and len(chosen(1.0)) == 200
+
+    def test_those_that_ask_for_weights_are_left_out(self, deployment: Deployment) -> None:
+        canary = deployment.trials.start_canary(CanaryPlan("other", 1.0))
+        prompt, params = [5, 6, 7], SamplingParams(max_new_tokens=2)
+        for weights in ("current", "other"):
+            deployment.engine.generate([prompt], params, version=deployment.version_for(weights))
+        assert [canary.arm("current").num_requests, canary.arm("candidate").num_requests] == [0, 0]
+
+    def test_an_automatic_one_carries_its_verdict_out(self, deployment: Deployment) -> None:
+        limits = CanaryLimits(min_requests=10, max_error_increase=0.9)
+        canary = deployment.trials.start_canary(CanaryPlan("other", 0.5, limits, is_automatic=True))
+        while canary.arm("candidate").num_requests < 10 or canary.arm("current").num_requests < 10:
+            ask(deployment, 16)
+        wait_until(lambda: not canary.is_running)
+        assert (canary.state, deployment.version_id) == (TrialState.PROMOTED, canary.candidate_id)
+
+    def test_another_change_of_the_weights_overtakes_it(self, deployment: Deployment) -> None:
+        canary = deployment.trials.start_canary(CanaryPlan("other"))
+        result = deployment.update_weight_mapping({"model.layers.0.mlp.experts.3.*": "base"})
+        assert canary.state is TrialState.OVERTAKEN and str(result.version) in canary.reason
+        assert "candidate" not in states(deployment)[canary.candidate_id]
+
+    def test_what_is_no_candidate_is_refused(self, deployment: Deployment) -> None:
+        with raises(ConflictError, deployment.version_id):
+            deployment.trials.start_canary(CanaryPlan("current"))
+        with raises(VersionNotFoundError, "nobody"):
+            deployment.trials.start_shadow(ShadowPlan("nobody"))
+        deployment.trials.start_canary(CanaryPlan("other"))
+        deployment.change(ChangeRequest(mapping={EXPERTS: "base"}, name="third"))
+        with raises(ConflictError, "canary"):
+            deployment.trials.start_canary(CanaryPlan("third"))
+
+
+class TestShadow:
+    def test_both_are_compared_on_what_the_current_weights_have_answered(self, deployment: Deployment) -> None:
+        limits = ShadowLimits(min_requests=12, max_divergence=5.0, min_agreement=0.0)
+        shadow = deployment.trials.start_shadow(ShadowPlan("other", 1.0, limits, max_requests=12, max_share=1.0))
+        answers = ask(deployment, 16)
+        assert {answer.usage.version for answer in answers} == {deployment.version_id}
+        wait_until(lambda: shadow.num_requests == 12)
+        report = shadow.report()
+        figures = report["figures"]
+        assert (figures["num_requests"], figures["num_tokens"]) == (12, 72)
+        divergence = figures["divergence"]
+        assert 0 < divergence["low"] <= divergence["value"] <= divergence["high"]
+        assert 0 <= figures["agreement"]["value"] <= 1 and figures["token_time"]["ratio"]["value"] > 0
+        assert report["verdict"]["outcome"] == "promote", report
+        strict = replace(shadow.plan, limits=ShadowLimits(max_divergence=1e-9))
+        shadow.plan = strict
+        assert shadow.verdict().outcome == "reject"
+
+    def test_nan_in_the_candidate_rejects_it(self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+        shadow = deployment.trials.start_shadow(ShadowPlan("other", 1.0, max_share=1.0))
+        break_version(monkeypatch, shadow.candidate_id)
+        answers = ask(deployment, 4)
+        assert all(answer.error is None for answer in answers)
+        wait_until(lambda: not shadow.is_running)
+        assert shadow.state is TrialState.FAILED and shadow.verdict().outcome == "reject"
+        assert "candidate" not in states(deployment)[shadow.candidate_id]
+
+
+class TestRollback:
+    def test_new_weights_that_compute_nan_are_left_and_nobody_notices(
+        self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = deployment.version_id
+        break_version(monkeypatch, deployment.versions.find("other").version_id)
+        result = deployment.change(ChangeRequest(version="other"))
+        assert states(deployment)[before] == "fallback"
+        answers = ask(deployment, 8)
+        assert {(answer.error, answer.usage.version) for answer in answers} == {(None, before)}
+        assert deployment.version_id == deployment.engine.version.version_id == before
+        wait_until(lambda: deployment.remaps[-1].error is not None)
+        record = deployment.remaps[-1]
+        assert (record.version, record.previous_version) == (before, result.version) and "NaN" in str(record.error)
+
+    def test_the_weights_before_are_kept_until_new_ones_have_answered(self, deployment: Deployment) -> None:
+        before = deployment.version_id
+        deployment.change(ChangeRequest(version="other"))
+        assert states(deployment)[before] == "fallback"
+        ask(deployment, 3)
+        wait_until(lambda: before not in states(deployment))
+
+    def test_a_canary_that_computes_nan_fails_and_its_requests_are_answered(
+        self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        canary = deployment.trials.start_canary(CanaryPlan("other", 1.0))
+        break_version(monkeypatch, canary.candidate_id)
+        answers = ask(deployment, 8)
+        assert {(answer.error, answer.usage.version) for answer in answers} == {(None, deployment.version_id)}
+        assert canary.state is TrialState.FAILED and canary.report()["verdict"]["outcome"] == "reject"
+        assert deployment.version_for().version_id == deployment.version_id
+
+
+def break_version(monkeypatch: pytest.MonkeyPatch, version_id: int) -> None:
+    """From now on it computes NaN, wherever it is compiled."""
+    compile_version = Decoder.compile
+
+    class Broken:
+        def __init__(self, compiled: object) -> None:
+            self._compiled = compiled
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._compiled, name)
+
+        def run(self, context: object) -> torch.Tensor:
+            return self._compiled.run(context).fill_(torch.nan)  # type: ignore[attr-defined, no-any-return]
+
+        def head(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self._compiled.head(hidden).fill_(torch.nan)  # type: ignore[attr-defined, no-any-return]
+
+    def compiled(decoder: Decoder, version: WeightVersion) -> object:
+        found = compile_version(decoder, version)
+        return Broken(found) if version.version_id == version_id else found
+
+    monkeypatch.setattr(Decoder, "compile", compiled)
+
+
+def test_a_comparison_says_what_an_evaluation_of_the_same_tokens_says(deployment: Deployment) -> None:
+    """Both plans on one text: prompt and answer in chunks there, as a whole here."""
+    from amalgam.planning.shadow import Comparison, Throttle
+
+    now, candidate = deployment.versions.current, deployment.versions.find("other")
+    token_ids = deployment.tokenizer.encode(TEXTS[0] * 6)
+    comparison = Comparison(
+        now.loader,
+        torch.bfloat16,
+        now.version,
+        candidate.version,
+        256,
+        Throttle(1.0, lambda: None, lambda seconds: None),
+    )
+    comparison.add(token_ids, 1)
+    found = comparison.read()
+    decoder = Decoder(now.loader.spec, 256, torch.bfloat16, now.loader.device)
+    plans = [Contestant("a plan", now.loader, decoder, served.version) for served in (now, candidate)]
+    scale = Reference(plans[0], Sample((Window("text", 0, tuple(token_ids), 0.0),), "texts"))
+    own, other = scale.figures(), scale.figures(plans[1])
+    assert found is not None and found.num_tokens == len(token_ids) - 1
+    assert found.divergence.value == pytest.approx(other.divergence.mean(), rel=1e-6)
+    assert found.agreement.value == pytest.approx(other.agrees.mean())
+    assert found.perplexity_candidate.value == pytest.approx(float(torch.tensor(other.loss).mean().exp()), rel=1e-6)
+    assert found.perplexity_now.value == pytest.approx(float(torch.tensor(own.loss).mean().exp()), rel=1e-6)
