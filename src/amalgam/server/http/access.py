@@ -31,6 +31,8 @@ CLIENT_LEFT = 499  # nginx's status for a request whose client closed the connec
 MAX_PATH_CHARS = 200
 PROBES = ("/health", "/ready", "/metrics")  # which machines ask every few seconds
 VERSION_HEADER = b"x-amalgam-weight-version"
+SESSION_HEADER = b"x-amalgam-session"  # what a client calls requests that belong together
+MAX_SESSION_CHARS = 256
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 SHORTAGE_SECONDS = 60
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -110,6 +112,7 @@ class AccessLog:
             path=scope["path"],
             traceparent=headers.get(b"traceparent", ""),
             tracestate=headers.get(b"tracestate", ""),
+            session=headers.get(SESSION_HEADER, "")[:MAX_SESSION_CHARS],
         )
         if self._request_seconds:
             record.deadline = record.started_at + self._request_seconds

@@ -6,16 +6,21 @@ In: the service. Out: metric families. Experts appear per layer only: one series
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import Metric
 
 from amalgam.engine.meter import SpeculationCounts
 from amalgam.engine.request import FinishReason
+from amalgam.planning.trials import WHICH
 from amalgam.runtime.changes import RemapRecord
 from amalgam.server.interface import Statistics
 from amalgam.server.metrics.families import EngineFigures, Families
 from amalgam.server.service import Service, Status
 from amalgam.version import __version__
+
+if TYPE_CHECKING:
+    from amalgam.runtime.trial import Trials
 
 _LAYER_GAUGES = {
     "max_to_mean": "Busiest expert against the mean.",
@@ -37,6 +42,7 @@ def families(service: Service, engine: EngineFigures | None) -> Iterator[Metric]
     yield from _of_engine(engine)
     yield from _of_latencies(engine)
     yield from _of_remaps(deployment.remaps, deployment.version_id)
+    yield from _of_trials(deployment.trials)
     if deployment.statistics is not None:
         yield from _of_experts(deployment.statistics)
 
@@ -110,6 +116,28 @@ def _of_remaps(remaps: Iterable[RemapRecord], version_id: int) -> Iterator[Metri
     results = [record.error is None for record in remaps]
     samples = [({"result": "ok"}, results.count(True)), ({"result": "failed"}, results.count(False))]
     yield make.gauge("remaps", "The latest attempts to change the weights (at most 256).", samples)
+
+
+def _of_trials(trials: Trials) -> Iterator[Metric]:
+    """A candidate for the weights on live requests, and versions that could not answer."""
+    help_text = "Weight versions that were left because they failed on their first requests."
+    yield make.counter("weight_versions_failed", help_text, trials.num_failed_versions)
+    if trials.canary is not None:
+        canary = trials.canary
+        share = canary.plan.share if canary.is_running else 0.0
+        yield make.gauge("canary_share", "Of new requests, how many run on the candidate.", share)
+        samples = []
+        for which in WHICH:
+            arm = canary.arm(which)
+            counts = {"ok": arm.num_requests - arm.num_errors, "error": arm.num_errors}
+            samples += [({"weights": which, "result": result}, count) for result, count in counts.items()]
+        yield make.gauge("canary_requests", "Requests of the latest canary by what they ran on.", samples)
+    if trials.shadow is not None and (compared := trials.shadow.compared()) is not None:
+        yield make.gauge("shadow_requests", "Compared in the latest shadow.", compared.num_requests)
+        help_text = "KL divergence of the candidate from the current weights, nats a token."
+        yield make.gauge("shadow_divergence", help_text, compared.divergence.value)
+        help_text = "Share of tokens for which both have the same likeliest one."
+        yield make.gauge("shadow_agreement", help_text, compared.agreement.value)
 
 
 def _of_experts(statistics: Statistics) -> Iterator[Metric]:

@@ -186,7 +186,7 @@ class ContextManagement(Body):
 
 class Metadata(Body):
     user_id: str | None = Field(default=None, max_length=512)
-    """Accepted; nobody is told."""
+    """Nobody is told. While a candidate for the weights is tried, requests of one user get the same weights."""
 
 
 class PromptBody(Body):

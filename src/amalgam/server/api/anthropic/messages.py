@@ -122,7 +122,7 @@ async def _start(service: Service, body: MessagesBody) -> _Answer:
         AmalgamError: the request cannot be served.
     """
     name = service.check_model(body.model)
-    service.choose_weights(body.weights)
+    service.choose_weights(body.weights, body.metadata.user_id)
     use, json_format = tool_use(body), body.output_config.format
     if use.is_strict and not service.answer_format.marks_calls:
         raise UnsupportedError(

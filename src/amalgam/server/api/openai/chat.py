@@ -117,9 +117,9 @@ class ChatBody(SamplingFields):
     metadata: Metadata | None = None
     """Answered as it is; nothing is stored."""
     prompt_cache_key: str | None = None
-    """Accepted: prompts with the same beginning share it without a key."""
+    """Prompts with the same beginning share it without a key. While weights are tried, equal keys get the same ones."""
     safety_identifier: str | None = None
-    """Accepted; nothing is made of it."""
+    """Nothing is made of it but this: while a candidate for the weights is tried, equal ones get the same weights."""
 
     def check(self, service: Service) -> None:
         super().check(service)
@@ -195,7 +195,7 @@ async def create_chat_completion(
     conversation = Conversation(
         prompt, use, params, body.n, observation, body.grammar(), max_thinking=body.max_thinking
     )
-    version_id = service.choose_weights(body.weights)
+    version_id = service.choose_weights(body.weights, body.prompt_cache_key or body.safety_identifier or body.user)
 
     async def answer() -> Response:
         started = await start(service, conversation)

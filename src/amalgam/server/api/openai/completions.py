@@ -90,7 +90,7 @@ async def create_completion(
     params = body.sampling_params(
         service, max_new_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=body.scored
     )
-    version_id = service.choose_weights(body.weights)
+    version_id = service.choose_weights(body.weights, body.user)
 
     async def answer() -> Response:
         limit = service.settings.server.max_batch_prompts

@@ -130,7 +130,7 @@ class ModelField(RefusingBody):
     model: str | None = Field(default=None, max_length=512)
     """The served model's name, as `GET /v1/models` lists it."""
     user: str | None = None
-    """Accepted; nothing is made of it."""
+    """Nothing is made of it but this: while a candidate for the weights is tried, equal ones get the same weights."""
 
     def check_model(self, service: Service) -> str:
         """The name that the answer bears.

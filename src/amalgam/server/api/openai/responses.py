@@ -151,9 +151,9 @@ class ResponseBody(SamplerFields):
     metadata: Metadata | None = None
     """Answered as it is."""
     prompt_cache_key: str | None = None
-    """Accepted: prompts with the same beginning share it without a key."""
+    """Prompts with the same beginning share it without a key. While weights are tried, equal keys get the same ones."""
     safety_identifier: str | None = None
-    """Accepted; nothing is made of it."""
+    """Nothing is made of it but this: while a candidate for the weights is tried, equal ones get the same weights."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, such as `enable_thinking`."""
 
@@ -186,7 +186,7 @@ async def create_response(
     text_format = None if body.text is None else body.text.format
     grammar = None if text_format is None else text_format.grammar()
     conversation = Conversation(prompt, use, params, 1, body.observation(), grammar)
-    version_id = service.choose_weights(body.weights)
+    version_id = service.choose_weights(body.weights, body.prompt_cache_key or body.safety_identifier or body.user)
 
     async def answer() -> Response:
         started = await start(service, conversation)
