@@ -34,7 +34,7 @@ DOMAINS = {
 FEW = (6, 16)  # layers and experts of a layer
 PANELS = (
     *("serving", "usage", "expert", "hints", "precision", "stage", "inspector", "analysis", "coactivation", "drift"),
-    *("autoplan", "weights", "memory", "remaps", "playground"),
+    *("autoplan", "weights", "trials", "memory", "remaps", "playground"),
 )
 COLORS_OF_CELL = """
     const grid = document.getElementById(arguments[0]).grid;
@@ -123,7 +123,9 @@ WORST_EXPERT_COLOR = f"""
     }});
 """
 NEED_STATISTICS = tuple(
-    name for name in PANELS if name not in ("serving", "autoplan", "weights", "memory", "remaps", "playground")
+    name
+    for name in PANELS
+    if name not in ("serving", "autoplan", "weights", "trials", "memory", "remaps", "playground")
 )
 UPDATE_OFTEN = """
     const [selector, name, done] = arguments;

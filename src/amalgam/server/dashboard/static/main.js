@@ -16,13 +16,14 @@ import { explainEmpty } from "./panels/panel.js";
 import * as playground from "./panels/playground.js";
 import * as precision from "./panels/precision.js";
 import * as serving from "./panels/serving.js";
+import * as trials from "./panels/trials.js";
 import * as usage from "./panels/usage.js";
 import * as weights from "./panels/weights.js";
 
 // Each module makes its panels: [{id, node, refresh, redraw}]. `refresh` reads from the server, when the panel comes
 // into view and when `dirtyOn` says that what it shows has changed; `redraw` shows the same in another language or theme.
 // With `needsStatistics` a panel says why it is empty where nothing is counted, and reads nothing.
-const MODULES = [serving, usage, expert, precision, inspector, analysis, autoplan, weights, memory, playground];
+const MODULES = [serving, usage, expert, precision, inspector, analysis, autoplan, weights, trials, memory, playground];
 const NAV = ["serving", "usage", "precision", "inspector", "analysis", "weights", "memory", "playground"];
 const RECONNECT_MS = [1000, 2000, 5000, 10000];
 const SILENT_INTERVALS = 3.5; // without an event, and nobody is there
