@@ -100,6 +100,10 @@ class MixedPrecisionAPIClient:
         """Write the statistics to a file on the server ("json" or "csv"): `file_name`, `content`."""
         return self._call("POST", "/export_expert_stats", {"format": format})
 
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Any other endpoint, as `/docs` of the server has it."""
+        return self._call(method, path, body)
+
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         with self._open(method, path, body) as response:
             try:
