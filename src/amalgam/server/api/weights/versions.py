@@ -37,7 +37,7 @@ VersionId = Annotated[int, Path(ge=1, le=2**53)]
 class VersionAnswer(BaseModel):
     version: int
     states: list[str]
-    """Why it is in memory: `current`, `pinned`, `named`, `candidate`, or nothing but `draining`."""
+    """Why it is in memory: `current`, `pinned`, `named`, `candidate`, `fallback`, or nothing but `draining`."""
     names: list[str]
     """That requests can ask for, beside its number."""
     pinned: bool

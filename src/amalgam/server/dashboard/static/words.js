@@ -303,6 +303,7 @@ export const WORDS = {
   state_pinned: ["pinned", "已固定"],
   state_named: ["named", "已命名"],
   state_candidate: ["candidate", "候选"],
+  state_fallback: ["to go back to", "备回退"],
   state_draining: ["draining", "排空中"],
   requests: ["Requests", "请求"],
   own_size: ["Its own", "独占"],
