@@ -64,7 +64,7 @@ def test_each_two_layouts_meet(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_model_of_dequantized_weights(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The blocks are random, so that each source is a model of its own.
-    monkeypatch.setattr(loader, "check_agreement", lambda planned: None)
+    monkeypatch.setattr(loader, "check_agreement", lambda *_: None)
     names, (width, hidden) = CASES[case]
     layers = layers_of(names)
     sizes = {

@@ -563,9 +563,10 @@ class TestVersions:
         assert new.token_ids == greedy_tokens([5], 12, version_id=2)
         assert engine.status().versions == {2: 0}
 
-    def test_requests_of_several_versions_together_get_each_its_own_answer(self, make_engine):
-        """They preempt one another, and have beginnings in common, which versions do not share."""
-        engine = make_engine(FakeDecoder(), **TINY_CACHE)
+    @pytest.mark.parametrize("propose", [None, lambda token_ids: greedy_tokens(token_ids, 3)], ids=["", "guessing"])
+    def test_requests_of_several_versions_together_get_each_its_own_answer(self, make_engine, propose):
+        """They preempt one another, and have beginnings in common, which versions do not share; guesses are of one."""
+        engine = make_engine(FakeDecoder(), propose=propose, **TINY_CACHE)
         versions = [engine.version, FakeVersion(2), FakeVersion(3)]
         engine.keep({2, 3})
         prompts = [[*range(1, 20), index // 3] for index in range(30)]

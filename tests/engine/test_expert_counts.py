@@ -91,7 +91,7 @@ def deployment(other: Path) -> Iterator[Deployment]:
     )
     with pytest.MonkeyPatch.context() as patch:
         # The other routers are another model's, so that a re-map changes all choices.
-        patch.setattr(loader, "check_agreement", lambda planned: None)
+        patch.setattr(loader, "check_agreement", lambda *_: None)
         deployment = open_deployment(settings)
         yield deployment
         deployment.close()

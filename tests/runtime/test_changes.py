@@ -10,6 +10,7 @@ from weakref import ref
 
 import pytest
 
+from amalgam.composition import agreement
 from amalgam.config.settings import Rule, load_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import RequestOutput
@@ -113,6 +114,14 @@ def test_a_dry_run_says_what_the_change_then_does(deployment: Deployment) -> Non
         assert plan.load.memory_bytes == pytest.approx(result.loaded_bytes, rel=0.03)
         assert plan.load.peak_bytes >= plan.load.new_bytes and plan.has_room
         assert (plan.load.read_bytes > 0) == (result.num_loaded > 0) and plan.seconds > 0
+
+
+def test_sources_are_compared_once(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A re-map of one expert is not held up by what is known of the others."""
+    deployment.plan_change(ChangeRequest({ONE: "fp8"}))
+    monkeypatch.setattr(agreement, "sample", lambda *_: pytest.fail("a weight is read"))
+    monkeypatch.setattr("amalgam.composition.source.Source.values", lambda *_: pytest.fail("a weight is read"))
+    deployment.plan_change(ChangeRequest({ONE: "fp8"}))
 
 
 def test_named_weights_answer_beside_the_current_ones(deployment: Deployment) -> None:

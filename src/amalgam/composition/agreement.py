@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,17 @@ _VECTOR_TOLERANCE = 0.01
 # for. A tool that moved something moved it in more than a few places.
 _MIXED_EXPERTS, _WHOLE_EXPERTS, _OTHERS = 192, 4, 4
 _EXPERTS_OF_LAYER = 2  # that stand for a norm or a router that one of two sources lacks
+_MAX_KNOWN = 2**16
 _EXPERT = re.compile(r"(layers\.\d+\.mlp)\.experts\.\d+(?=\.)")
 
+Known = dict[tuple[Any, ...], Likeness | None]  # what was compared, slot and bytes → how it compares
 
-def check_agreement(planned: Sequence[PlannedWeight]) -> None:
+
+def check_agreement(planned: Sequence[PlannedWeight], known: Known | None = None) -> None:
     """Compare the sources that a plan mixes; reads what `_Pair` chooses.
+
+    Args:
+        known: what has been compared before, which is not read again; what is compared now is added.
 
     Raises:
         PlanError: a basis differs between two sources, and weights that stand in it come from both.
@@ -56,7 +63,7 @@ def check_agreement(planned: Sequence[PlannedWeight]) -> None:
         return
     origins = _Origins(planned)
     for one, other in combinations(sources.values(), 2):
-        _Pair(one, other, origins).check()
+        _Pair(one, other, origins, {} if known is None else known).check()
 
 
 class _Origins:
@@ -115,9 +122,10 @@ class _Gauge:
 class _Pair:
     """Two sources of a plan, and what is known of the gauges between them."""
 
-    def __init__(self, one: Source, other: Source, origins: _Origins) -> None:
+    def __init__(self, one: Source, other: Source, origins: _Origins, known: Known) -> None:
         self._sources = one, other
         self._origins = origins
+        self._known = known
         self._gauges: dict[str, _Gauge] = defaultdict(_Gauge)
 
     def check(self) -> None:
@@ -173,7 +181,7 @@ class _Pair:
 
     def _compared(self) -> Iterator[tuple[PlannedWeight, Likeness]]:
         for weight in self._chosen():
-            likeness = self._compare(weight)
+            likeness = self._compare_once(weight) if self._have(weight) else None
             if likeness is not None:
                 yield weight, likeness
 
@@ -220,10 +228,19 @@ class _Pair:
     def _have(self, weight: PlannedWeight) -> bool:
         return all(weight.choice.name in source.weights for source in self._sources)
 
+    def _compare_once(self, weight: PlannedWeight) -> Likeness | None:
+        """`_compare`, unless the same bytes of the same files have been compared before."""
+        stored = (source.weights[weight.choice.name] for source in self._sources)
+        compared = ((source.identity(s), source.config_digest) for source, s in zip(self._sources, stored, strict=True))
+        key = (weight.slot.name, *compared)
+        if key not in self._known:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[key] = self._compare(weight)
+        return self._known[key]
+
     def _compare(self, weight: PlannedWeight) -> Likeness | None:
-        """How the sources' versions of a weight compare; None where one of them has none of this shape."""
-        if not self._have(weight):
-            return None
+        """How the sources' versions of a weight, which both have, compare; None if the shapes differ."""
         one, other = (source.weights[weight.choice.name] for source in self._sources)
         slot = weight.slot
         if one.shape != other.shape:

@@ -99,6 +99,7 @@ class AccessLog:
             if record.status == 0:
                 await error_response(error, record.request_id)(scope, receive, send_with_id)
         finally:
+            record.weights = None  # an idle connection keeps the record of its last request
             record.seconds = time.monotonic() - record.started_at
             record.route = getattr(scope.get("route"), "path", "")
             self._end(record, scope["state"].get("refusal"))
