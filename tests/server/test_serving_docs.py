@@ -8,15 +8,26 @@ from dataclasses import fields
 import pytest
 from pydantic import BaseModel
 
-from amalgam.config.settings import EngineSettings, ServerSettings
+from amalgam.config.settings import EngineSettings, ServerSettings, WeightsSettings
 from amalgam.engine.params import SamplingParams
 from amalgam.server.api.anthropic.fields import MessagesBody
+from amalgam.server.api.common import WeightsField
 from amalgam.server.api.openai.chat import ChatBody
 from amalgam.server.api.openai.completions import CompletionBody
 from amalgam.server.api.openai.embeddings import EmbeddingBody
 from amalgam.server.api.openai.refusing import REFUSED, RefusingBody
 from amalgam.server.api.openai.responses import ResponseBody
 from amalgam.server.api.openai.tokenize import DetokenizeBody, TokenizeBody
+from amalgam.server.api.weights.answers import PlanAnswer, RemapAnswer
+from amalgam.server.api.weights.updates import ReloadBody, UpdateWeightMappingBody
+from amalgam.server.api.weights.versions import (
+    DifferenceAnswer,
+    NameBody,
+    PlanBody,
+    RollbackBody,
+    VersionAnswer,
+    WeightsAnswer,
+)
 from tests.conftest import ROOT
 
 OPENAI = (CompletionBody, ChatBody, ResponseBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
@@ -38,6 +49,18 @@ def test_openai_s_fields(body: type[RefusingBody]) -> None:
 
 def test_anthropic_s_fields() -> None:
     assert set(MessagesBody.model_fields) - words_of("anthropic.md") == set()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(WeightsField, UpdateWeightMappingBody, ReloadBody, PlanBody, NameBody, RollbackBody),
+        *(RemapAnswer, PlanAnswer, VersionAnswer, WeightsAnswer, DifferenceAnswer, WeightsSettings),
+    ],
+    ids=lambda shape: shape.__name__,
+)
+def test_weight_versions(shape: type[BaseModel]) -> None:
+    assert set(shape.model_fields) - words_of("weights.md") == set()
 
 
 def test_python_s_parameters() -> None:
