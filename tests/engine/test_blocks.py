@@ -14,6 +14,17 @@ def test_blocks_are_handed_out_once_and_come_back():
     assert sorted(pool.allocate(3)) == sorted(first)
 
 
+def test_what_nobody_has_had_is_counted():
+    pool = BlockPool(6)
+    pool.free(publish(pool, [b"a", b"b"]))
+    pool.free(pool.allocate(1))
+    assert pool.num_untouched == 3  # blocks without a key are handed out before those with one
+    pool.free(pool.allocate(1))
+    assert pool.num_untouched == 3
+    pool.allocate(6)
+    assert pool.num_untouched == 0
+
+
 def test_misuse_is_an_assertion():
     pool = BlockPool(2)
     blocks = pool.allocate(1)

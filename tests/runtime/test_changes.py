@@ -180,8 +180,11 @@ def test_the_difference_of_versions_that_are_in_memory_and_of_one_that_is_not(de
 def test_what_does_not_fit_is_refused_before_anything_is_read(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    answer(deployment)
     before, needed = deployment.version, deployment.plan_change(ChangeRequest({EXPERTS: "base"})).load.peak_bytes
-    monkeypatch.setattr(deployments, "available_bytes", lambda device: needed - 1)
+    untouched = deployment.engine.untouched_bytes  # what the KV cache has not written yet, and will
+    assert 0 < untouched < deployment.engine.kv_cache_bytes
+    monkeypatch.setattr(deployments, "available_bytes", lambda device: untouched + needed - 1)
     monkeypatch.setattr("amalgam.composition.source.Source.load", lambda *_: pytest.fail("a weight is read"))
     assert not deployment.plan_change(ChangeRequest({EXPERTS: "base"})).has_room
     with raises(OutOfMemoryError, needed, needed - 1):

@@ -22,10 +22,14 @@ _KEY_BYTES = 32
 
 
 class BlockPool:
-    """Hands out block ids `0 … num_blocks - 1`, and finds those that hold what is needed already."""
+    """Hands out block ids `0 … num_blocks - 1`, and finds those that hold what is needed already.
+
+    Attributes:
+        num_untouched: blocks that nobody has had yet.
+    """
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks = self.num_untouched = num_blocks
         self._blank_ids = list(range(num_blocks - 1, -1, -1))  # free; a stack: the block used last is the warmest
         self._kept_ids: OrderedDict[int, None] = OrderedDict()  # free, with a key; the longest free comes first
         self._num_users = [0] * num_blocks
@@ -54,6 +58,7 @@ class BlockPool:
                 self._forget(block_id)
             self._num_users[block_id] = 1
             block_ids.append(block_id)
+        self.num_untouched = min(self.num_untouched, len(self._blank_ids))  # they lie below those that have come back
         return block_ids
 
     def free(self, block_ids: Iterable[int]) -> None:

@@ -106,6 +106,7 @@ class Engine:
         self._runner.prepare(version)
         self._tokenizer = tokenizer
         self._vocab_size = decoder.spec.vocab_size
+        self._is_on_cpu = device.type == "cpu"
         self._max_queue = settings.engine.max_queue
         self._thread = StoppableThread(self._loop, "amalgam-engine", self._ask_to_stop)
         self._num_failures = 0  # steps in a row; of the step thread
@@ -398,6 +399,12 @@ class Engine:
     def kv_cache_bytes(self) -> int:
         """Size of the KV cache."""
         return self._runner.kv_cache_bytes
+
+    @property
+    def untouched_bytes(self) -> int:
+        """Of the KV cache, what has never been written: on the CPU it takes no memory before that."""
+        pool = self._scheduler.pool
+        return self.kv_cache_bytes * pool.num_untouched // pool.num_blocks if self._is_on_cpu else 0
 
     @property
     def state_cache_bytes(self) -> int:

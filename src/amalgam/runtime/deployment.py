@@ -325,7 +325,7 @@ class Deployment:
             "current": self.version_id,
             "versions": describe_versions(live),
             "bytes": sum(weights.values()),
-            "available_bytes": available_bytes(self.loader.device),
+            "available_bytes": self._room(),
         }
 
     def describe_version(self, weights: str | int) -> dict[str, Any]:
@@ -470,7 +470,7 @@ class Deployment:
         prepared = self._prepare(request, served)
         if isinstance(prepared, ServedWeights):
             return self._go_live(prepared, None, started, request.name)
-        self._load_of(prepared).check_room(available_bytes(prepared.loader.device))
+        self._load_of(prepared).check_room(self._room())
 
         job, shared = self._job, prepared.shared
         job.begin_stage(LOADING, sum(shared.keys.get(weight.slot.name) != weight.key for weight in prepared.planned))
@@ -503,6 +503,10 @@ class Deployment:
         others = [version for version in self.versions.versions if version is not served.version]
         return Prepared(loader, rules, planned, shared_weights(planned, served.version, *others))
 
+    def _room(self) -> int:
+        """Bytes of memory for more weights: what is available but for what the KV cache will take of it."""
+        return max(0, available_bytes(self.loader.device) - self.engine.untouched_bytes)
+
     def _load_of(self, prepared: Prepared) -> Load:
         return Load.of(prepared, self.settings.engine.num_load_threads)
 
@@ -522,7 +526,7 @@ class Deployment:
             changed=changed_weights(Contents.of(served.version), contents),
             load=load,
             shared_bytes=sum(contents.sizes.values()) - load.memory_bytes,
-            available_bytes=available_bytes(prepared.loader.device),
+            available_bytes=self._room(),
             seconds=time.monotonic() - started + load.read_bytes * self._seconds_per_byte,
         )
 
