@@ -19,7 +19,14 @@ from amalgam import LLM, Grammar, SamplingParams
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.cli import main
 from amalgam.config.settings import StatisticsSettings
-from amalgam.errors import ConfigError, PromptTooLongError, RequestError, UnsupportedError
+from amalgam.errors import (
+    ConfigError,
+    PlanError,
+    PromptTooLongError,
+    RequestError,
+    UnsupportedError,
+    VersionNotFoundError,
+)
 from amalgam.experts.saved.files import load, to_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.registry import read_spec
@@ -43,6 +50,35 @@ def test_generate_and_stream_agree(llm: LLM) -> None:
     assert streamed == answers[0].text
     assert answers[0].text != answers[1].text
     assert llm.generate("The old man", GREEDY)[0].text == streamed
+
+
+def test_weights_change_while_others_stay(llm: LLM) -> None:
+    first = llm.generate("The old man", GREEDY)[0].token_ids
+    told: list[tuple[str, int, int]] = []
+    changed = llm.update_weight_mapping(
+        {"model.layers.*.mlp.experts.*": "base"}, progress=lambda *step: told.append(step)
+    )
+    assert changed.changed and told[-1][1] == told[-1][2] > 0
+    second = llm.generate("The old man", GREEDY)[0].token_ids
+    llm.set_weight_mapping({}, name="plain")
+    [current, plain] = llm.versions
+    assert (current.version.version_id, plain.names) == (changed.version, ("plain",))
+    assert {origin.source for origin in plain.version.origins.values()} == {"base"}
+    [answer] = llm.generate("The old man", GREEDY, weights="plain")
+    assert answer.usage.version == plain.version.version_id
+    assert "".join(output.text for output in llm.stream("The old man", GREEDY, weights="plain")) == answer.text
+    assert llm.generate("The old man", GREEDY)[0].token_ids == second
+
+    change = llm.start_update({"model.layers.0.mlp.experts.*": "fp8"})
+    assert change.wait().version == llm.versions[0].version.version_id
+    llm.rollback()
+    assert llm.rollback(1).fingerprint and llm.generate("The old man", GREEDY)[0].token_ids == first
+    assert [status.state for status in llm.changes] == ["done"] * 5
+    with raises(VersionNotFoundError, "nobody"):
+        llm.generate("The old man", GREEDY, weights="nobody")
+    with raises(PlanError, "model.nothing"):
+        llm.update_weight_mapping({"model.nothing": None})
+    assert llm.changes[-1].error_type == PlanError.code
 
 
 def test_the_models_own_sampling_holds_where_nothing_is_said(

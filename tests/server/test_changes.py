@@ -87,6 +87,7 @@ def test_a_change_is_begun_followed_and_remembered(client: httpx.Client, deploym
         now = client.get(path).json()
         assert (now["stage"], now["done_bytes"], now["total_bytes"], now["num_weights"]) == (LOADING, 30, 40, 4)
         assert client.get("/weights/changes").json()["running"] == change["id"]
+        assert client.get("/weights").json()["change"]["id"] == change["id"]
 
         refused = client.post("/weights/changes", json={"reload": True})
         assert refused.status_code == 409

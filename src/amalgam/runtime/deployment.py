@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.runtime.trial import Trials
 from amalgam.runtime.versions import VersionBook, as_id
-from amalgam.runtime.yielding import Turns, begin_quietly
+from amalgam.runtime.yielding import Turns
 from amalgam.text.tokenizer import Tokenizer
 
 MAX_UNDOS = 64
@@ -194,26 +194,19 @@ class Deployment:
             return self._make(request, served, progress)
 
     def start_change(self, request: ChangeRequest) -> Job:
-        """Begin what `change` does, and let a thread of its own, behind requests, go on with it. Returns at once.
+        """Begin what `change` does, and let a thread of its own go on with it. Returns at once.
 
         Raises:
             ConflictError: another change is under way; `details` tells how far it is.
         """
-        return self._start(request.kind, request.what, lambda: self.change(request))
+        return self.jobs.start(request.kind, request.what, lambda: self.change(request))
 
     def start_rollback(self) -> Job:
         """`rollback` to the version before, in a thread of its own. Returns at once.
 
         Raises: see `start_change`.
         """
-        return self._start("rollback", "back to the version before", self.rollback)
-
-    def _start(self, kind: str, what: str, change: Callable[[], RemapResult]) -> Job:
-        def work() -> None:
-            begin_quietly()
-            change()
-
-        return self.jobs.start(kind, what, work)
+        return self.jobs.start("rollback", "back to the version before", self.rollback)
 
     def update_weight_mapping(self, mapping: Mapping[str, str | None]) -> RemapResult:
         """Add rules (name or pattern → source), build a new version and let new requests start on it.

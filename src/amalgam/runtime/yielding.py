@@ -24,7 +24,8 @@ def begin_quietly() -> None:
 class Turns:
     """A `Turn`: while requests run, one thread builds at a time, and what it needs beside its result is in memory once.
 
-    Threads that enter it stay behind others from then on, so it is for those that are there for nothing else.
+    Threads that enter it then stay behind others, so it is for those that are there for nothing else. The thread that
+    plans is not among them: while it waits for a core it may hold the interpreter's lock, which the engine needs.
 
     Args:
         is_serving: whether requests run now.
@@ -38,10 +39,10 @@ class Turns:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        begin_quietly()
         if not self._is_serving():
             yield
             return
+        begin_quietly()
         with self._place:
             self._check()
             yield

@@ -22,6 +22,7 @@ from amalgam.server.api.weights.answers import (
     summary,
 )
 from amalgam.server.api.weights.bodies import ChangeBody
+from amalgam.server.api.weights.changes import ChangeAnswer, answer_of
 from amalgam.server.api.weights.updates import planned
 from amalgam.server.dependencies import Admission, ServiceArgument
 from amalgam.server.http.body import Body, StrictRoute
@@ -65,6 +66,8 @@ class WeightsAnswer(BaseModel):
     """What they take together; shared weights count once."""
     available_bytes: int
     """Of memory for more."""
+    change: ChangeAnswer | None
+    """The change under way."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -113,8 +116,10 @@ class NameAnswer(BaseModel):
 
 @router.get("/weights")
 async def weights(service: ServiceArgument) -> WeightsAnswer:
-    """The weight versions in memory, and the requests on each."""
-    return WeightsAnswer(**await in_own_thread(service.deployment.describe_weights))
+    """The weight versions in memory, the requests on each, and the change under way."""
+    deployment = service.deployment
+    described, running = await in_own_thread(deployment.describe_weights), deployment.jobs.running
+    return WeightsAnswer(**described, change=None if running is None else answer_of(running.status()))
 
 
 @router.get("/weights/versions/{version}")
