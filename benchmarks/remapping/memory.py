@@ -99,7 +99,7 @@ def show_kills(
                 server,
                 weights.in_turn(bench.rng, lambda weights=weights: weights.any_layer(bench.rng)),  # type: ignore[misc]
             )
-            num_midway += kill_midway(server, changes, bench.rng.uniform(0.02, 0.4))
+            num_midway += kill_midway(server, changes, bench.rng.uniform(0, 0.15))
             expected = changes.fingerprints
     return [
         {
@@ -113,9 +113,11 @@ def show_kills(
 
 
 def kill_midway(server: LiveServer, changes: Changes, delay: float) -> bool:
-    """End a server while it makes one change after the other; whether one was under way."""
+    """End a server that makes one change after the other, so long after the first began; whether one was under way."""
     thread = threading.Thread(target=changes.make)
     thread.start()
+    while thread.is_alive() and not changes.is_under_way:
+        time.sleep(0.001)
     time.sleep(delay)
     was_under_way = changes.is_under_way
     server.close()  # SIGKILL to it and whatever it has started

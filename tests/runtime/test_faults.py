@@ -29,10 +29,12 @@ from amalgam.formats.contract import StoredWeight
 from amalgam.kernels.backends.cpu import extension
 from amalgam.models.registry import read_spec
 from amalgam.models.spec import Slot
+from amalgam.models.weights import WeightVersion
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from tests.conftest import DEMO
 from tests.errors import raises
+from tests.server.conftest import wait_until
 
 EXPERTS = "model.layers.*.mlp.experts.*"
 UP = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -137,6 +139,12 @@ def kept_open(folder: Path) -> list[str]:
     return [name for name in names if f"{folder}/" in name]
 
 
+def versions_of(deployment: Deployment) -> list[WeightVersion]:
+    """Those in memory; what is freed is freed in a thread."""
+    gc.collect()
+    return deployment.live_versions
+
+
 @pytest.fixture
 def stand(opened: Stand) -> Iterator[Stand]:
     """Whatever a test does to the files: afterwards all is as before, and with whole files the re-map succeeds."""
@@ -148,8 +156,7 @@ def stand(opened: Stand) -> Iterator[Stand]:
     assert (deployment.version.fingerprint, deployment.rules) == (before.fingerprint, rules)
     assert deployment.remaps[-1].error is not None
     assert opened.answer() == expected
-    gc.collect()
-    assert deployment.live_versions == [before]
+    wait_until(lambda: versions_of(deployment) == [before])
     assert not kept_open(opened.other)
     opened.repair()
     deployment.update_weight_mapping({EXPERTS: "other"})
@@ -320,8 +327,7 @@ def test_changes_while_a_version_drains(opened: Stand) -> None:
     versions: list[int] = []
     [answer] = deployment.engine.generate([PROMPT], params, watch=change)
     assert (answer.token_ids, answer.usage.version, len(versions)) == (alone.token_ids, first, 2)
-    gc.collect()
-    assert [version.version_id for version in deployment.live_versions] == versions[1:]
+    wait_until(lambda: [version.version_id for version in versions_of(deployment)] == versions[1:])
 
 
 CHILD = """
