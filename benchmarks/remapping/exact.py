@@ -30,7 +30,12 @@ async def change_under_load(
             await until(lambda: len(some) >= num_answers)
 
     await load(16 * bench.num_streams)  # touches all blocks of the KV cache
-    before = await server.settled_bytes()
+    start = await server.settled_bytes()
+    expert = weights.any_expert(bench.rng)
+    for source in (*weights.sources, BASE_SOURCE):  # whose headers and code are there from then on
+        result = await server.remap(dict.fromkeys(expert, source))
+    rules[result["weight_version"]] = {}
+    before, anonymous_before = await server.settled_bytes(), server.anonymous_bytes
     async with clients(server, bench.num_streams, lambda: bench.rng.choice(QUESTIONS)) as answers:
         for _ in range(num_remaps):
             change = weights.any_change(bench.rng)
@@ -43,8 +48,18 @@ async def change_under_load(
         result = await server.remap(dict.fromkeys(mapping, BASE_SOURCE))
         rules[result["weight_version"]] = dict.fromkeys(mapping, BASE_SOURCE)
     answers += [await server.stream(question) for question in QUESTIONS[:2]]
-    after = await server.settled_bytes()
-    return answers, rules, {"resident_before": before, "resident_after": after}
+    after, anonymous_after = await server.settled_bytes(), server.anonymous_bytes
+    return (
+        answers,
+        rules,
+        {
+            "resident_at_start": start,
+            "resident_before": before,
+            "resident_after": after,
+            "anonymous_before": anonymous_before,
+            "anonymous_after": anonymous_after,
+        },
+    )
 
 
 def offline(bench: Bench, mapping: Mapping[str, str], questions: Sequence[Question]) -> dict[Question, tuple[str, int]]:
@@ -148,6 +163,7 @@ def show_exact(
                 "guesses_taken": int(counters["amalgam_speculation_accepted_tokens_total"]),
                 **memory,
                 "resident_ratio": memory["resident_after"] / memory["resident_before"],
+                "anonymous_ratio": memory["anonymous_after"] / memory["anonymous_before"],
             }
         )
     return rows
