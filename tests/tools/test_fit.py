@@ -15,8 +15,13 @@ import yaml
 from amalgam.base.machine import Machine
 from amalgam.cli import main
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import Settings, build_settings
+from amalgam.config.settings import InferenceSettings, Settings, build_settings
 from amalgam.engine.runner import choose_num_blocks
+from amalgam.models.decoder import Decoder
+from amalgam.models.registry import all_families
+from amalgam.models.weights import WeightVersion
+from amalgam.planning.pace import Sample, expected_step
+from amalgam.runtime.speculation import draft_bytes
 from amalgam.tools.fit import (
     SAFE_SHARE,
     Candidate,
@@ -30,6 +35,8 @@ from amalgam.tools.fit import (
     recommend,
 )
 from tests.conftest import DEMO
+from tests.models.harness import Runner
+from tests.models.tiny import save_tiny
 
 GB = 10**9
 NEEDS = Needs(fixed=GB, per_sequence=0, kv_per_block=GB // 100, block_size=16)  # 1 GB for 1,600 tokens
@@ -138,6 +145,9 @@ def test_the_command_gives_the_caches_the_room_that_was_counted() -> None:
     assert best is not None
     assert f"--engine.kv_cache_bytes {2 * GB}" in best.commands[0]
     assert f"--engine.state_cache_bytes {GB // 10}" in best.commands[0]
+    guessing = replace(NEEDS, draft_per_block=GB // 100)
+    fit = fit_candidate(candidate("base", 16), guessing, hardware(32 * GB).room_bytes, wanted)
+    assert (fit.sequences, fit.kv_bytes, fit.total_bytes) == (2, 2 * 2 * GB, 16 * GB + GB + 2 * 2 * 2 * GB)
     none = fit_candidate(candidate("base", 16), replace(NEEDS, kv_per_block=0), found.room_bytes, wanted)
     assert (none.context, none.kv_bytes) == (3200, 0)
     without = recommend([none], found, wanted)
@@ -253,6 +263,38 @@ def test_what_is_recommended_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_speed_is_measured_on_a_few_layers() -> None:
     report = found_on(64 * GB, settings_of(DEMO), measures=True)
     assert all(fit.candidate.tokens_per_second for fit in report.fits)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma4", {}),
+        ("mistral_large4", {"kv_source_layers": [0, 1, 0, 1], "no_rope_layers": [1, 0, 1, 0]}),
+    ],
+)
+def test_layers_that_share_are_measured_with_what_they_share(
+    family: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_once(decoder: Decoder, version: WeightVersion) -> float:
+        Runner(decoder, version, num_sequences=1).step({0: [3, 4]})
+        return 1.0
+
+    monkeypatch.setattr("amalgam.planning.pace.step_seconds", run_once)
+    save_tiny(next(one for one in all_families() if one.name == family), tmp_path, dtype=torch.bfloat16, **changes)
+    loader = ModelLoader(settings_of(tmp_path).model, InferenceSettings(), torch.device("cpu"), 1)
+    version = loader.build(loader.plan(), 1).version
+    samples = {slot.name: Sample(None, lambda slot=slot: version[slot.name]) for slot in loader.spec.slots}
+    assert expected_step(loader.spec, samples.__getitem__, torch.bfloat16, torch.device("cpu")) == 1.0
+
+
+def test_a_draft_takes_of_the_room() -> None:
+    speculation = {"kind": "draft", "draft": str(DEMO)}
+    settings = build_settings({"model": {"base_path": str(DEMO)}, "speculation": speculation})
+    alone, guessed = found_on(64 * GB, settings_of(DEMO)).fits[0], found_on(64 * GB, settings).fits[0]
+    blocks = -(-256 // settings.engine.block_size) * 2
+    loader = ModelLoader(settings.model, settings.inference, torch.device("cpu"), 1)
+    assert guessed.total_bytes - alone.total_bytes == draft_bytes(settings, loader, blocks) > 0
+    assert guessed.kv_bytes == alone.kv_bytes
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,10 @@ class LayerInputs(Protocol):
     def buffer(self) -> str:
         """Where the inputs of all layers are."""
 
+    @property
+    def width(self) -> int:
+        """Of a token's inputs for all layers."""
+
     def slots(self, hidden_size: int) -> Iterator[Slot]: ...
 
     def layer_slots(self, hidden_size: int) -> Iterator[Slot]: ...
@@ -209,6 +213,13 @@ class ModelSpec:
         inputs = () if self.layer_inputs is None else (self.layer_inputs.buffer,)
         shared = (buffer for layer in self.layers for buffer in getattr(layer.attention, "shared_buffers", ()))
         return frozenset((*inputs, *shared))
+
+    @property
+    def carried_width(self) -> int:
+        """Elements that a token takes in `carried`, and while they are made."""
+        sources = {getattr(layer.attention, "source", None) for layer in self.layers} - {None}
+        shared = (heads * (key + value) for heads, key, value in (self.kv_shapes[source] for source in sources))
+        return sum(shared) + (0 if self.layer_inputs is None else 2 * self.layer_inputs.width)
 
     @property
     def num_experts(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -65,10 +66,21 @@ def expected_step(
 
 
 def _seconds(spec: ModelSpec, layers: Sequence[int], shelf: _Shelf, dtype: torch.dtype, device: torch.device) -> float:
-    part = replace(spec, layers=tuple(spec.layers[index] for index in layers), num_draft_layers=0)
+    source = getattr(spec.layers[layers[0]].attention, "source", None)
+    if source is not None:  # what these layers share has to be there
+        layers = (source, *layers)
+    chosen = (_sharing(spec.layers[index]) for index in layers)
+    part = replace(spec, layers=tuple(chosen), num_draft_layers=0)
     weights = {slot.name: shelf.take(slot, layers) for slot in part.slots}
     decoder = Decoder(part, STEP_POSITIONS, dtype, device)
     return step_seconds(decoder, WeightVersion(1, weights, {}, {}))
+
+
+def _sharing(layer: LayerSpec) -> LayerSpec:
+    """A layer whose keys are those of another one, if they are, of the first."""
+    attention: Any = layer.attention
+    is_sharing = getattr(attention, "source", None) is not None
+    return replace(layer, attention=replace(attention, source=0)) if is_sharing else layer
 
 
 class _Shelf:

@@ -133,7 +133,8 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
 
 
 def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: torch.dtype) -> int:
-    """Activations of the largest step: residual, one block's inner values per token, logits, an indexer's choice."""
+    """Activations of the largest step: residual, one block's inner values per token, what layers are given and share
+    beside it, logits, an indexer's choice."""
     widths = [
         math.prod(slot.shape[:1])
         for slot in spec.slots
@@ -142,6 +143,7 @@ def workspace_bytes(spec: ModelSpec, step_tokens: int, batch_size: int, dtype: t
     experts = [slot.shape[0] for slot in spec.slots if slot.role == "expert"]
     inner = max(widths, default=0) + max(experts, default=0) * max(1, spec.num_active_experts)
     per_token = (4 * spec.hidden_size + 2 * inner) * max(dtype.itemsize, _ACCUMULATOR_BYTES)
+    per_token += spec.carried_width * dtype.itemsize
     logits = 2 * batch_size * spec.vocab_size * _ACCUMULATOR_BYTES
     choice = MOST_SCORES * _SCORE_BYTES + step_tokens * spec.num_chosen * _CHOICE_BYTES if spec.num_chosen else 0
     return step_tokens * per_token + logits + choice

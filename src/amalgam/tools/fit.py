@@ -31,6 +31,7 @@ from amalgam.models.spec import Slot
 from amalgam.planning.pace import Sample, expected_step
 from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.runtime.device import choose_device
+from amalgam.runtime.speculation import draft_bytes
 from amalgam.runtime.threads import set_threads
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.estimate import workspace_bytes
@@ -116,6 +117,7 @@ class Needs:
     Attributes:
         per_sequence: of the workspace.
         states: recurrent ones of a sequence, as many as the engine keeps.
+        draft_per_block: of the KV cache of a draft that guesses tokens.
     """
 
     fixed: int
@@ -123,10 +125,15 @@ class Needs:
     kv_per_block: int
     block_size: int
     states: int = 0
+    draft_per_block: int = 0
 
     def of(self, context: int, sequences: int) -> int:
-        blocks = sequences * math.ceil(context / self.block_size)
-        return self.fixed + sequences * (self.per_sequence + self.states) + blocks * self.kv_per_block
+        per_block = self.kv_per_block + self.draft_per_block
+        fixed = self.fixed + sequences * (self.per_sequence + self.states)
+        return fixed + self.blocks(context, sequences) * per_block
+
+    def blocks(self, context: int, sequences: int) -> int:
+        return sequences * math.ceil(context / self.block_size)
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ class Fit:
         context: tokens of a sequence for which there is room, at most what is wanted; 0: not for `MIN_CONTEXT`.
         sequences: of that context.
         kv_bytes, state_bytes: for all of them.
-        total_bytes: with KV cache, recurrent states and workspace.
+        total_bytes: with KV cache, recurrent states, workspace, and the draft that guesses tokens.
         spare_bytes: room that is left; below zero what is missing for one sequence of the least context.
     """
 
@@ -269,7 +276,9 @@ def _needs(settings: Settings, loader: ModelLoader, wanted: Wanted, device: torc
     one, two = (workspace_bytes(loader.spec, step, count, dtype) for count in (1, 2))
     # This process has a program and a tokenizer too, so what it takes is no more available.
     states = STATES_PER_SEQUENCE * loader.spec.state_bytes
-    return Needs(one - (two - one), two - one, per_block, engine.block_size, states)
+    draft = draft_bytes(settings, loader, 0)
+    draft_per_block = draft_bytes(settings, loader, 1) - draft
+    return Needs(one - (two - one) + draft, two - one, per_block, engine.block_size, states, draft_per_block)
 
 
 def fit_candidate(candidate: Candidate, needs: Needs, room: int, wanted: Wanted) -> Fit:
@@ -279,13 +288,13 @@ def fit_candidate(candidate: Candidate, needs: Needs, room: int, wanted: Wanted)
     if needs.of(least, 1) > left:
         total = candidate.weights_bytes + needs.of(least, 1)
         return Fit(candidate, 0, 0, 0, total, room - total)
-    blocks = (left - needs.of(0, 1)) // max(1, needs.kv_per_block)
+    blocks = (left - needs.of(0, 1)) // max(1, needs.kv_per_block + needs.draft_per_block)
     context = min(wanted.context, blocks * needs.block_size)
     sequences = wanted.sequences
     while sequences > 1 and needs.of(context, sequences) > left:
         sequences = min(sequences - 1, _sequences_at_most(needs, context, left))
     total = candidate.weights_bytes + needs.of(context, sequences)
-    kv_bytes = needs.of(context, sequences) - needs.of(0, sequences)
+    kv_bytes = needs.blocks(context, sequences) * needs.kv_per_block
     return Fit(candidate, context, sequences, kv_bytes, total, room - total, sequences * needs.states)
 
 

@@ -37,6 +37,7 @@ from amalgam.planning.speed import SpeedModel, measure_speed, step_seconds
 from amalgam.planning.use import Use, use_of_set, use_of_texts
 from amalgam.planning.writing import rules_of, write_config
 from amalgam.runtime.derive import ensure_derived
+from amalgam.runtime.speculation import draft_bytes
 from amalgam.runtime.threads import set_threads
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.estimate import workspace_bytes
@@ -181,7 +182,7 @@ class Studio:
 
     @property
     def other_bytes(self) -> int:
-        """KV cache, recurrent states and workspace."""
+        """KV cache, recurrent states, workspace, and the draft that guesses tokens."""
         spec, inference, engine = self.loader.spec, self.settings.inference, self.settings.engine
         dtype: torch.dtype = getattr(torch, inference.dtype)
         context = self.options.context or min(inference.max_seq_length, spec.max_positions)
@@ -189,7 +190,8 @@ class Studio:
         blocks = self.options.sequences * -(-context // engine.block_size)
         step = min(engine.max_step_tokens, self.options.sequences * context)
         states = self.options.sequences * STATES_PER_SEQUENCE * spec.state_bytes
-        return blocks * per_block + states + workspace_bytes(spec, step, self.options.sequences, dtype)
+        draft = draft_bytes(self.settings, self.loader, blocks)
+        return blocks * per_block + states + draft + workspace_bytes(spec, step, self.options.sequences, dtype)
 
     def base(self) -> Contestant:
         dtype: torch.dtype = getattr(torch, self.settings.inference.dtype)
