@@ -1,10 +1,10 @@
 """Speed of each compiled kernel, per format and number of rows, against what the machine gives on the same buffers.
 
-    python benchmarks/kernels.py                          all formats, linear and moe; the delta rule
+    python benchmarks/kernels.py                          all formats, linear and moe; what has states; an indexer
     python benchmarks/kernels.py --format int4 fp8 --rows 1 512 --layers 2
     python benchmarks/kernels.py --against avx512 --rows 1 4 8 16 32 128 512      on a machine with AMX
     python benchmarks/kernels.py --format published --kernel linear --rows 1   other layouts that are published
-    python benchmarks/kernels.py --kernel delta_rule --rows 1 16 512           of a gated delta net
+    python benchmarks/kernels.py --kernel delta_rule kimi_delta state_space convolution indexer --rows 1 16 512
 
 The shape is that of a mixture with hidden size 2048, 64 experts of width 768, 8 active; every layer has weights of its
 own, so that no cache holds them. GB/s counts the weights that a call reads (each active expert once); the share is of a
@@ -12,8 +12,12 @@ plain read of the same buffers between the repeats. Where there is a matrix unit
 it does in registers. `--against` runs a second instruction set in turns, on the same inputs, and tells how many times
 as fast the first one is. Prints a table and, as the last line, one JSON object.
 
-The delta rule has 16 key heads and 32 value heads of 128. Up to 16 rows are sequences with a token each, more are one
-sequence's prompt. Its GB/s counts the sequences' states twice: a step reads and writes them.
+Of recurrences up to 16 rows are sequences with a token each, more are one sequence's prompt. Their GB/s counts the
+sequences' states twice: a step reads and writes them. The delta rule has 16 key heads and 32 value heads of 128
+(Qwen3.5); Kimi delta attention 16 heads of 128 with a decay for each row of a state (Ling 3); the state space 48 heads
+of 64 with 128 rows and one group (Granite 4). The short convolution has 2048 channels and 3 taps, and its rows are
+multiplied before and behind it (LFM2): its GB/s counts the rows, as its states are small. The indexer scores 8192
+positions with 64 heads of 128 (DeepSeek-V3.2); its GB/s counts the keys, once for each sequence.
 
 int4-bf16: int4 with activations that stay bfloat16. The matrix unit's choices, to find the best ones on a machine:
 `--int8-rows N`, from how many rows on int8 operands are multiplied on it (1: always), and `--scales-weights`, which
@@ -53,16 +57,19 @@ from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.cpu.products import matrix_of, prepare_experts, supports_moe
 from amalgam.kernels.layouts import AFFINE4, E2M1, INT4, TABLE4, dense, pack_nibbles
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
-from amalgam.kernels.program import DeltaRule, Embed, Head, Program, Rows
-from amalgam.kernels.step import LayerCache, LayerState, SequenceState, StepContext, StepSequence
+from amalgam.kernels.program import Convolve, DeltaRule, Embed, Head, Instruction, Program, Rows, ScanStates
+from amalgam.kernels.step import AttentionBatch, LayerCache, LayerState, SequenceState, StepContext, StepSequence
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 
 HIDDEN, WIDTH, NUM_EXPERTS, NUM_ACTIVE = 2048, 768, 64, 8
 LINEAR_SHAPE = (4096, 2048)
-KEY_HEADS, VALUE_HEADS, HEAD_DIM = 16, 32, 128
+HEAD_DIM = 128
+SPACE_HEADS, SPACE_DIM, STATE_DIM = 48, 64, 128
+CHANNELS, TAPS = 2048, 3
+INDEX_HEADS, POSITIONS = 64, 8192
 MOST_SEQUENCES = 16
-STATES = "fp32"  # what the delta rule reads
+STATES, KEYS = "fp32", "bf16"  # what recurrences and an indexer read
 PLAIN = "bf16-plain"  # in 16 bits
 WIDENED = "int4-bf16"  # multiplied by bfloat16
 FORMATS = ("int4", WIDENED, "int8", "fp8", "bf16", PLAIN)
@@ -87,7 +94,8 @@ TABLES = ("nvfp4", "nf4")
 GROUPS = ("gptq-int2", "gptq-int3", "hqq-int3", "hqq-int4", "groups-of-12")
 PUBLISHED = (*GGUF_TYPES, *TABLES, *GROUPS)
 ROWS = (1, 8, 16, 128, 512)
-KERNELS = ("linear", "moe", "delta_rule")
+RECURRENCES = ("delta_rule", "kimi_delta", "state_space", "convolution")
+KERNELS = ("linear", "moe", *RECURRENCES, "indexer")
 
 
 @dataclass(frozen=True)
@@ -219,24 +227,91 @@ def case_of(kernel: str, weights: list[PackedWeight], run: Run) -> Case:
     return Case(kernel, num_bytes, bits, lambda: _native.checksum(matrices, torch.get_num_threads()), run)
 
 
-def delta_case(num_layers: int) -> Case:
-    shape = VALUE_HEADS, HEAD_DIM, HEAD_DIM
-    memory = torch.randn(num_layers, MOST_SEQUENCES, *shape)
-    states = tuple(LayerState(torch.zeros(MOST_SEQUENCES, 0, 1), one) for one in memory)
+@dataclass(frozen=True)
+class Recurrence:
+    """Attributes:
+    width: columns that a layer reads.
+    convolution, state: a sequence's, in one layer.
+    emit: (what is read, layer) → the instruction.
+    operations: of a row in one layer.
+    row_bytes: that are counted of a row in one layer.
+    """
+
+    width: int
+    out: Rows
+    convolution: tuple[int, int]
+    state: tuple[int, int, int]
+    emit: Callable[[Rows, int], Instruction]
+    operations: float
+    row_bytes: int = 0
+
+
+def delta_rule(key_heads: int, value_heads: int, *, is_kimi: bool) -> Recurrence:
+    keys, values = key_heads * HEAD_DIM, value_heads * HEAD_DIM
+    decays = keys if is_kimi else value_heads
+    width = 2 * keys + values + decays + value_heads
+    out = Rows("out", values, 0, values)
+    rates, bound = (torch.zeros(value_heads), torch.zeros(decays)), -5.0 if is_kimi else None
+
+    def emit(x: Rows, layer: int) -> DeltaRule:
+        query, key, value = x.columns(0, keys), x.columns(keys, keys), x.columns(2 * keys, values)
+        decay, strength = x.columns(2 * keys + values, decays), x.columns(width - value_heads, value_heads)
+        return DeltaRule(query, key, value, decay, strength, out, layer, key_heads, value_heads, *rates, bound)
+
+    state = value_heads, HEAD_DIM, HEAD_DIM
+    return Recurrence(width, out, (0, 1), state, emit, 7.0 * math.prod(state))
+
+
+def state_space() -> Recurrence:
+    values = SPACE_HEADS * SPACE_DIM
+    width = 2 * STATE_DIM + values + SPACE_HEADS
+    out = Rows("out", values, 0, values)
+    rates = torch.zeros(3, SPACE_HEADS)
+
+    def emit(x: Rows, layer: int) -> ScanStates:
+        write, read = x.columns(0, STATE_DIM), x.columns(STATE_DIM, STATE_DIM)
+        inputs, steps = x.columns(2 * STATE_DIM, values), x.columns(width - SPACE_HEADS, SPACE_HEADS)
+        return ScanStates(write, read, inputs, steps, out, layer, 1, SPACE_HEADS, *rates, (0.0, math.inf))
+
+    state = SPACE_HEADS, STATE_DIM, SPACE_DIM
+    return Recurrence(width, out, (0, 1), state, emit, 5.0 * math.prod(state))
+
+
+def convolution() -> Recurrence:
+    out, weight = Rows("out", CHANNELS, 0, CHANNELS), torch.randn(CHANNELS, TAPS).bfloat16()
+
+    def emit(x: Rows, layer: int) -> Convolve:
+        before, behind, inputs = (x.columns(part * CHANNELS, CHANNELS) for part in range(3))
+        return Convolve(inputs, weight, out, layer, before=before, behind=behind, activates=False)
+
+    operations, row_bytes = 2.0 * (TAPS + 1) * CHANNELS, 4 * 2 * CHANNELS
+    return Recurrence(3 * CHANNELS, out, (TAPS - 1, CHANNELS), (0, 0, 0), emit, operations, row_bytes)
+
+
+def recurrence_of(kernel: str) -> Recurrence:
+    makers: dict[str, Callable[[], Recurrence]] = {
+        "delta_rule": lambda: delta_rule(16, 32, is_kimi=False),
+        "kimi_delta": lambda: delta_rule(16, 16, is_kimi=True),
+        "state_space": state_space,
+        "convolution": convolution,
+    }
+    return makers[kernel]()
+
+
+def recurrent_case(kernel: str, num_layers: int) -> Case:
+    how = recurrence_of(kernel)
+    memory = torch.randn(num_layers, MOST_SEQUENCES, *how.state)
+    states = tuple(LayerState(torch.zeros(MOST_SEQUENCES, *how.convolution), one) for one in memory)
     layers = (LayerCache(*torch.zeros(2, 1 << 20, 0, 0)),) * num_layers
-    cache: Any = SimpleNamespace(layers=layers, states=states, block_size=1 << 20)
-    keys, values = KEY_HEADS * HEAD_DIM, VALUE_HEADS * HEAD_DIM
-    width = 2 * keys + values + 2 * VALUE_HEADS
-    x, out = Rows("x", width, 0, width), Rows("out", values, 0, values)
-    query, key, value = x.columns(0, keys), x.columns(keys, keys), x.columns(2 * keys, values)
-    decay, strength = (x.columns(width - count * VALUE_HEADS, VALUE_HEADS) for count in (2, 1))
-    heads = KEY_HEADS, VALUE_HEADS, torch.zeros(VALUE_HEADS), torch.zeros(VALUE_HEADS)
-    rules = [DeltaRule(query, key, value, decay, strength, out, layer, *heads) for layer in range(num_layers)]
+    indexes = (None,) * num_layers
+    cache: Any = SimpleNamespace(layers=layers, states=states, indexes=indexes, block_size=1 << 20)
+    x = Rows("x", how.width, 0, how.width)
+    instructions = [how.emit(x, layer) for layer in range(num_layers)]
     backend = CpuBackend(torch.bfloat16)
-    head = Head(out, backend.prepare(dense(torch.zeros(1, values)), "bf16", codes=False), None)
+    head = Head(how.out, backend.prepare(dense(torch.zeros(1, how.out.width)), "bf16", codes=False), None)
 
     def run(rows: int) -> tuple[Callable[[], None], int, float]:
-        embed = Embed(dense(torch.randn(rows, width).bfloat16()), x)
+        embed = Embed(dense(torch.randn(rows, how.width).bfloat16()), x)
         compiled: dict[str, Compiled] = {}
         shares = [[token] for token in range(rows)] if rows <= MOST_SEQUENCES else [list(range(rows))]
         step = StepContext(
@@ -246,14 +321,42 @@ def delta_case(num_layers: int) -> Case:
         def call() -> None:
             isa = extension.isa()
             if isa not in compiled:
-                compiled[isa] = backend.compile(Program((embed, *rules, head)), [])
+                compiled[isa] = backend.compile(Program((embed, *instructions, head)), [])
             compiled[isa].run(step)
 
-        elements = num_layers * math.prod(shape)
-        return call, len(shares) * elements * 2 * 4, 7.0 * elements * rows
+        elements = math.prod(how.state) + math.prod(how.convolution)
+        num_bytes = num_layers * (len(shares) * elements * 2 * 4 + rows * how.row_bytes)
+        return call, num_bytes, num_layers * rows * how.operations
+
+    plain = memory if memory.nbytes else torch.zeros(1 << 24)  # what a plain read is measured on
+    raw = plain.view(-1).view(torch.uint8)
+    return Case(kernel, raw.nbytes, 32.0, lambda: _native.read_memory(raw, torch.get_num_threads()), run)
+
+
+def indexer_case(num_layers: int) -> Case:
+    memory = torch.randn(num_layers, MOST_SEQUENCES * POSITIONS, 1, HEAD_DIM).bfloat16()
+
+    def run(rows: int) -> tuple[Callable[[], None], int, float]:
+        count = rows if rows <= MOST_SEQUENCES else 1
+        each = rows // count
+        batch = AttentionBatch(
+            torch.arange(count + 1) * each,
+            torch.full((count,), POSITIONS),
+            torch.arange(count).unsqueeze(1),
+            POSITIONS,
+        )
+        query = torch.randn(rows, INDEX_HEADS, HEAD_DIM).bfloat16()
+        weights = torch.rand(rows, INDEX_HEADS)
+
+        def call() -> None:
+            for keys in memory:
+                CpuOperators.index_scores(query, weights, LayerCache(keys, keys[..., :0]), batch)
+
+        num_bytes = num_layers * count * POSITIONS * HEAD_DIM * 2
+        return call, num_bytes, 2.0 * num_layers * rows * POSITIONS * INDEX_HEADS * HEAD_DIM
 
     raw = memory.view(-1).view(torch.uint8)
-    return Case("delta_rule", raw.nbytes, 32.0, lambda: _native.read_memory(raw, torch.get_num_threads()), run)
+    return Case("indexer", raw.nbytes, 16.0, lambda: _native.read_memory(raw, torch.get_num_threads()), run)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -305,7 +408,7 @@ def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int, against:
             samples.append(
                 (elapsed, num_bytes / elapsed / 1e9, num_bytes / elapsed / 1e9 / read, operations / elapsed / 1e9)
             )
-            unit = None if name == STATES else unit_gigaoperations(name)
+            unit = unit_gigaoperations(name) if case.kernel in ("linear", "moe") else None
             if unit is not None:
                 shares.append(operations / elapsed / 1e9 / unit)
             if against is not None:
@@ -321,6 +424,14 @@ def measure(case: Case, name: str, rows: tuple[int, ...], repeats: int, against:
             share_of_unit=statistics.median(shares) if shares else None,
             times_as_fast=statistics.median(ratios) if ratios else None,
         )
+
+
+def case_for(kernel: str, name: str, num_layers: int) -> Case:
+    if kernel in RECURRENCES:
+        return recurrent_case(kernel, num_layers)
+    if kernel == "indexer":
+        return indexer_case(num_layers)
+    return {"linear": linear_case, "moe": moe_case}[kernel](name, num_layers)
 
 
 def commit() -> str:
@@ -350,14 +461,13 @@ def main() -> int:
         parser.error(f"{extension.isa()} is what runs; needed: another one of {', '.join(_native.supported_isas())}")
     torch.manual_seed(0)
     names = [one for name in arguments.format for one in (PUBLISHED if name == "published" else (name,))]
-    makers = {"linear": linear_case, "moe": moe_case}
     results: list[Result] = []
     against = "" if arguments.against is None else f"  × {arguments.against}"
     columns = f"{'ms':>10}{'bits':>7}{'GB/s':>8}{'of read':>9}{'Gop/s':>8}{'of unit':>9}"
     print(f"{'kernel':12}{'format':13}{'rows':>5}{columns}{against}")
     for kernel in arguments.kernel:
-        for name in (STATES,) if kernel == "delta_rule" else names:
-            case = delta_case(arguments.layers) if name == STATES else makers[kernel](name, arguments.layers)
+        for name in {"indexer": [KEYS]}.get(kernel, [STATES] if kernel in RECURRENCES else names):
+            case = case_for(kernel, name, arguments.layers)
             for r in measure(case, name, tuple(arguments.rows), arguments.repeats, arguments.against):
                 results.append(r)
                 share = "" if r.share_of_unit is None else f"{r.share_of_unit:.0%}"
