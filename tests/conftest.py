@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -50,6 +51,11 @@ def pytest_configure() -> None:
         os.environ.pop(name, None)
     # Certificates of the world, which no test needs: httpx reads them for each client, in 50 ms.
     os.environ["SSL_CERT_DIR"] = str(ROOT / "tests")
+    os.environ.pop("SSL_CERT_FILE", None)  # which would go first
+    # pytest puts its handlers into each logger that does not propagate, six times a test, and torch has forty of them.
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.startswith("torch.") and logger.level > logging.DEBUG:
+            logger.propagate = True
     # Requests without a seed of their own draw it from the sequence that each test begins anew.
     core.secrets = SimpleNamespace(randbelow=random.randrange)  # type: ignore[assignment]
     gc.disable()
