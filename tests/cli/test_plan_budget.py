@@ -35,17 +35,23 @@ def config(small: Path, tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "mixed.json"
-    file.write_text(json.dumps(texts(60)))
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "mixed.json"
+    file.write_text(json.dumps(texts(32)))
     return file
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where sensitivities are kept: the first test measures them for all."""
+    return tmp_path_factory.mktemp("kept")
+
+
 def test_a_plan_is_made_proven_and_written(
-    capsys: pytest.CaptureFixture[str], config: Path, text: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], config: Path, text: Path, cache: Path, tmp_path: Path
 ) -> None:
-    out, page, cache = tmp_path / "plan.yaml", tmp_path / "frontier.html", tmp_path / "cache"
+    out, page = tmp_path / "plan.yaml", tmp_path / "frontier.html"
     shared = ["--config", str(config), "--text", str(text), "--cache", str(cache)]
     planning = ["plan", *shared, "--budget", "4.2bpw", "--checks", "0"]
     code, printed, err = run(capsys, *planning, "--out", str(out), "--frontier", str(page), "--json")
@@ -77,11 +83,10 @@ def test_a_plan_is_made_proven_and_written(
 
 
 def test_a_budget_of_speed_is_kept_by_the_cost_model_and_timed(
-    capsys: pytest.CaptureFixture[str], config: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+    capsys: pytest.CaptureFixture[str], config: Path, text: Path, cache: Path
 ) -> None:
     """What every plan reaches leaves all weights wide; how fast this machine is decides nothing here."""
-    kept = tmp_path_factory.getbasetemp() / "kept"
-    planning = ["plan", "--config", str(config), "--text", str(text), "--cache", str(kept), "--checks", "0", "--json"]
+    planning = ["plan", "--config", str(config), "--text", str(text), "--cache", str(cache), "--checks", "0", "--json"]
     code, printed, err = run(capsys, *planning, "--budget", "0.001tok/s")
     assert code == 0, err
     report = json.loads(printed)
@@ -112,12 +117,11 @@ def test_what_cannot_be_planned_is_named(
     capsys: pytest.CaptureFixture[str],
     config: Path,
     text: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    cache: Path,
     arguments: list[str],
     code: int,
     named: str,
 ) -> None:
-    texts_ = ["--text", str(text)] if "--budget" in arguments else []
-    cache = ["--cache", str(tmp_path_factory.getbasetemp() / "kept")] if texts_ else []
-    found, out, err = run(capsys, "plan", "--config", str(config), *texts_, *cache, *arguments)
+    measuring = ["--text", str(text), "--cache", str(cache)] if "--budget" in arguments else []
+    found, out, err = run(capsys, "plan", "--config", str(config), *measuring, *arguments)
     assert (found, out) == (code, "") and named in err

@@ -58,9 +58,6 @@ class Reference(Protocol):
     def logits(self, prompt: list[int]) -> Tensor:
         """float32 `[tokens, vocabulary]`."""
 
-    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """The most likely continuation that does not end."""
-
 
 class HuggingFace:
     """A model of a Hugging Face class."""
@@ -72,18 +69,6 @@ class HuggingFace:
         with torch.inference_mode():
             result: Tensor = self.model(torch.tensor([prompt])).logits[0].float()
         return result
-
-    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        answer = self.model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
-        tokens: list[int] = answer[0, len(prompt) :].tolist()
-        return tokens
 
 
 def tiny_model(family: Family, **changes: Any) -> Any:
@@ -119,7 +104,7 @@ def _has_vision(model_class: Any) -> bool:
 
 def random_model(model_class: Any, config: Any) -> Any:
     """The same of a class and its config."""
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)
     model = model_class._from_config(config, experts_implementation="eager", attn_implementation="eager").float().eval()
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(_LEARNED_BUFFERS)]
     with torch.no_grad():

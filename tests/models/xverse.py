@@ -38,14 +38,6 @@ class Xverse:
         x = self._norm(x, "model.norm")
         return torch.from_numpy(x @ self.weights["lm_head.weight"].T).float()
 
-    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        tokens = list(prompt)
-        for _ in range(num_tokens):
-            last = self.logits(tokens)[-1]
-            last[self.config["eos_token_id"]] = -torch.inf
-            tokens.append(int(last.argmax()))
-        return tokens[len(prompt) :]
-
     def _linear(self, x: Array, name: str) -> Array:
         product: Array = x @ self.weights[f"{name}.weight"].T
         return product
