@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
 def test_a_request_keeps_its_version_in_memory_and_nobody_else_does(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gc.collect()  # what pytest keeps of other tests' errors
     may_go_on, slot = threading.Event(), "layers.3.mlp.experts.9.up"
     execute = Runner.execute
     monkeypatch.setattr(Runner, "execute", lambda *arguments: may_go_on.wait(60) and execute(*arguments))
