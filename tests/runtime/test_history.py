@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from amalgam.config.settings import Rule, load_settings
 from amalgam.errors import ConfigError, ConflictError
-from amalgam.runtime.changes import ChangeRequest, RemapRecord
+from amalgam.runtime import changes
+from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.history import HistoryFile
 from amalgam.runtime.opening import open_deployment
@@ -39,7 +41,8 @@ def written(path: Path, *records: RemapRecord) -> None:
 
 def test_a_history_goes_on_where_it_ended(path: Path) -> None:
     written(path, START, CHANGE, RELOAD)
-    assert "rules" not in json.loads(path.read_text(encoding="utf-8").splitlines()[2])
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(line["since"], line["dropped"], line["added"]) for line in lines[1:]] == [(1, [1], []), (2, [], [])]
     written(path, REFUSED, NAMED)
     file = HistoryFile(path)
     assert list(file.records) == [START, CHANGE, RELOAD, REFUSED, NAMED]
@@ -76,8 +79,32 @@ def test_a_full_disk_ends_nothing(path: Path) -> None:
     file.add(RELOAD)
     file.close()
     file = HistoryFile(path)
-    assert [record.version for record in file.records] == [1, 3]
+    assert list(file.records) == [START, RELOAD]
     file.close()
+
+
+def test_rules_of_a_line_that_is_lost_are_not_made_up(path: Path) -> None:
+    others = (Rule(pattern="c", source="base"), *RULES[1:])
+    written(path, START, CHANGE, replace(RELOAD, rules=others), replace(RELOAD, version=4, rules=RULES))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[2] + lines[3])
+    file = HistoryFile(path)
+    assert [(record.version, record.rules) for record in file.records] == [(1, RULES), (3, None), (4, None)]
+    file.add(NAMED)
+    file.close()
+    file = HistoryFile(path)
+    assert file.records[-1] == NAMED
+    file.close()
+
+
+def test_rules_are_kept_of_the_latest_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "MAX_RULES", 3)
+    log = RemapLog([START])
+    for version_id in range(2, 6):
+        log.start(replace(CHANGE, version=version_id))
+    assert [log.rules_of(version_id) is None for version_id in range(1, 6)] == [False] * 5  # all have the same
+    log.start(replace(CHANGE, version=6, rules=(*RULES, *RULES)))
+    assert [log.rules_of(version_id) is None for version_id in range(1, 7)] == [True] * 5 + [False]
 
 
 def test_a_file_of_somebody_else_is_left_alone(path: Path) -> None:

@@ -14,6 +14,7 @@ from amalgam.config.settings import Rule, build_rules
 from amalgam.errors import PlanError, RequestError, describe
 
 MAX_REMAPS = 256  # that are remembered
+MAX_RULES = 2**18  # that are remembered, of all of them; those of the latest
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,22 @@ class RemapLog:
     def _add(self, record: RemapRecord) -> None:
         self._records.append(record)
         self._write(record)
+        self._forget_rules()
+
+    def _forget_rules(self) -> None:
+        """Of the oldest, where all together are too many: there may be one for each of a hundred thousand weights."""
+        room, kept = MAX_RULES, set[int]()
+        for place in reversed(range(len(self._records))):
+            rules = self._records[place].rules
+            if rules is None or id(rules) in kept:
+                continue
+            room -= len(rules)
+            if room < 0 and kept:
+                self._records[place] = replace(self._records[place], rules=None)
+            else:
+                kept.add(id(rules))
+        if room < 0:
+            self._earlier = tuple(replace(record, rules=None) for record in self._earlier)
 
     def history(self) -> list[RemapRecord]:
         """Those of former processes too, and what each process began with; the oldest first."""

@@ -4,8 +4,9 @@ In: records. Out: the file, and the records and rules of former processes. Must 
 tensors.
 
 One JSON object in a line. A line is on the disk before its change is answered; what a killed process has left half
-written is passed over. Rules that are those of the line before are not repeated. The file is locked as long as it is in
-use: the numbers of versions go on from its last one, and two processes would give the same ones.
+written is passed over. Of rules a line has what differs from those of a version before: `since` which one, the places
+`dropped`, the rules `added` behind the rest. The file is locked as long as it is in use: the numbers of versions go on
+from its last one, and two processes would give the same ones.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from amalgam.base.files import replace_file
 from amalgam.base.locks import FileLock
@@ -28,6 +30,7 @@ from amalgam.runtime.changes import MAX_REMAPS, RemapRecord
 logger = logging.getLogger("amalgam.runtime")
 
 _RECORD = TypeAdapter(RemapRecord)
+_RULES = TypeAdapter(tuple[Rule, ...])
 
 
 class HistoryFile:
@@ -44,7 +47,7 @@ class HistoryFile:
     def __init__(self, path: Path) -> None:
         self._path = path.expanduser().absolute()
         self._lock = FileLock(self._path)
-        self._rules: tuple[Rule, ...] | None = None  # of the last line that has some
+        self._written: tuple[int, tuple[Rule, ...]] | None = None  # the last version in the file, and its rules
         self._is_torn = False  # the last line may be half written
         self._is_closed = False
         try:
@@ -90,6 +93,7 @@ class HistoryFile:
                 os.fsync(file.fileno())
         except OSError as error:
             logger.error("weights.history %s cannot be written; a restart will not know of this: %s", self._path, error)
+            self._written = None
             return
         self._is_torn = False
 
@@ -99,41 +103,66 @@ class HistoryFile:
         self._lock.release()
 
     def _line(self, record: RemapRecord) -> bytes:
-        data = _RECORD.dump_python(record, mode="json")
+        data = _RECORD.dump_python(replace(record, rules=None), mode="json")
         if record.rules is not None:
-            if record.rules == self._rules:
-                del data["rules"]
-            self._rules = record.rules
+            since, before = self._written or (0, ())
+            dropped, added = _difference(before, record.rules)
+            del data["rules"]
+            data |= {"since": since, "dropped": dropped, "added": [rule.model_dump() for rule in added]}
+            self._written = record.version, record.rules
         return json.dumps(data, ensure_ascii=False).encode() + b"\n"
 
     def _read(self) -> list[RemapRecord]:
         if not self._path.exists():
             return []
         records: list[RemapRecord] = []
-        rules: tuple[Rule, ...] | None = None
+        known: tuple[int, tuple[Rule, ...]] | None = 0, ()
         lines = self._path.read_bytes().splitlines()
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                record = _RECORD.validate_python(self._parsed(line, rules))
-            except (ValueError, ValidationError):
+                data = json.loads(line)
+                if "since" in data:
+                    rules = _rules_of(data, known)
+                    data["rules"], known = rules, None if rules is None else (data["version"], rules)
+                records.append(_RECORD.validate_python(data))
+            except (ValueError, TypeError, LookupError):
                 logger.warning("weights.history %s: line %d is no record and is passed over", self._path, number)
-                continue
-            rules = rules if record.rules is None else record.rules
-            records.append(record)
         if lines and not records:
             raise ConfigError(
                 f"weights.history {str(self._path)!r} holds no record of a change.", remedy="Name another file."
             )
         return records
 
-    def _parsed(self, line: bytes, rules: tuple[Rule, ...] | None) -> dict[str, Any]:
-        data = json.loads(line)
-        if not isinstance(data, dict):
-            raise ValueError("no object")
-        return data if "rules" in data else {**data, "rules": rules}
-
     def _rewrite(self) -> None:
         """The records that are kept, each line whole."""
         replace_file(self._path, b"".join(map(self._line, self.records)))
+
+
+def _difference(before: Sequence[Rule], after: Sequence[Rule]) -> tuple[list[int], Sequence[Rule]]:
+    """Which rules of `before` to leave out, and which to put behind the rest, to get `after`."""
+    num_kept, dropped = 0, []
+    for place, rule in enumerate(before):
+        if num_kept < len(after) and (after[num_kept] is rule or after[num_kept] == rule):
+            num_kept += 1
+        else:
+            dropped.append(place)
+    return dropped, after[num_kept:]
+
+
+def _rules_of(data: dict[str, Any], known: tuple[int, tuple[Rule, ...]] | None) -> tuple[Rule, ...] | None:
+    """The rules of a line, whose fields for them are taken out.
+
+    Args:
+        known: the last version whose rules are known, and they.
+
+    Returns:
+        None: they differ from those of a version that is not there.
+    """
+    since, dropped, added = data.pop("since"), set(data.pop("dropped")), _RULES.validate_python(data.pop("added"))
+    if since == 0:
+        return added
+    if known is None or since != known[0]:
+        return None
+    return (*(rule for place, rule in enumerate(known[1]) if place not in dropped), *added)
