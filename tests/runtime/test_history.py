@@ -148,10 +148,10 @@ def test_a_restart_begins_with_the_last_good_version(config: Path) -> None:
     assert (deployment.rules, deployment.configured_rules) == ((rule,), ())
     assert (deployment.version.fingerprint, deployment.version_id) == (fingerprint, 4)
     assert [record.version for record in deployment.history] == [1, 2, 3, 4] and deployment.remaps == []
-    assert deployment.rollback().version == 5 and deployment.rules == ()
+    assert (deployment.rollback().version, deployment.rules) == (5, ())
     with pytest.raises(ConflictError):
         deployment.rollback()
-    assert deployment.rollback(2).version == 6 and deployment.rules == (rule,)
+    assert (deployment.rollback(2).version, deployment.rules) == (6, (rule,))
     deployment.close()
 
 
