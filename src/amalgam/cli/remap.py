@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -180,7 +181,8 @@ def change(server: Server, body: Mapping[str, Any], as_json: bool, *, detach: bo
         return
     if status["num_changed"]:
         query = {"before": status["previous_version"], "after": status["version"]}
-        show_groups(server.get("weights/difference", query)["changes"])
+        with contextlib.suppress(AmalgamError):  # the change is made, whatever comes of this question
+            show_groups(server.get("weights/difference", query)["changes"])
     say(told(status))
 
 
@@ -189,10 +191,13 @@ def _follow(server: Server, path: str) -> dict[str, Any]:
     from amalgam.cli.console import progress_bar
 
     status: dict[str, Any] = {}
-    with progress_bar() as progress:
-        for _, status in server.events(f"{path}/events"):
-            if status.get("total_bytes"):
-                progress(status["stage"], status["done_bytes"], status["total_bytes"])
+    try:
+        with progress_bar() as progress:
+            for _, status in server.events(f"{path}/events"):
+                if status.get("total_bytes"):
+                    progress(status["stage"], status["done_bytes"], status["total_bytes"])
+    except UnavailableError as error:
+        raise UnavailableError(error.what, remedy="The change may go on: look again with --list.") from None
     if status.get("state", "running") == "running":
         raise UnavailableError(
             f"The server drains, and {path} has not ended.", remedy="It ends with the server; look again with --list."
