@@ -186,6 +186,8 @@ def test_the_latest_are_remembered_and_those_of_an_earlier_process_are_told() ->
     assert later.follow(kept[0].id)[1] == kept[0]
     with raises(ConflictError, kept[0].id):
         later.cancel(kept[0].id)
+    later.add(kept[0])
+    assert later.read() == [*kept, kept[0]]
 
 
 def test_building_threads_take_turns_only_while_requests_run() -> None:

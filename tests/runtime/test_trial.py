@@ -189,6 +189,8 @@ class TestRollback:
         wait_until(lambda: deployment.remaps[-1].error is not None)
         record = deployment.remaps[-1]
         assert (record.version, record.previous_version) == (before, result.version) and "NaN" in str(record.error)
+        wait_until(lambda: deployment.jobs.read()[-1].kind == "failed_version")
+        assert deployment.jobs.read()[-1].error == record.error
 
     def test_the_weights_before_are_kept_until_new_ones_have_answered(self, deployment: Deployment) -> None:
         before = deployment.version_id

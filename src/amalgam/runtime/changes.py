@@ -193,9 +193,11 @@ class RemapLog:
         reason = describe(str(error), 400)
         self._add(RemapRecord(self._clock.now(), version_id, version_id, 0, 0, seconds, reason))
 
-    def add_failed_version(self, version_id: int, rules: tuple[Rule, ...], failed_id: int, reason: str) -> None:
+    def add_failed_version(self, version_id: int, rules: tuple[Rule, ...], failed_id: int, reason: str) -> RemapRecord:
         """`failed_id` could not answer, and `version_id` with these rules is in use in its place."""
-        self._add(RemapRecord(self._clock.now(), version_id, failed_id, 0, 0, 0.0, reason, rules=rules))
+        record = RemapRecord(self._clock.now(), version_id, failed_id, 0, 0, 0.0, reason, rules=rules)
+        self._add(record)
+        return record
 
     def rules_of(self, version_id: int) -> tuple[Rule, ...] | None:
         """Of a version that there has been; None: nobody knows."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from amalgam.base.threads import StoppableThread
@@ -426,7 +427,9 @@ class Deployment:
     def _follow_back(self, failed_id: int, reason: str) -> None:
         """What followed a version that has been left goes back with the others."""
         served = self._served
-        self._remaps.add_failed_version(served.version_id, served.rules, failed_id, reason)
+        record = self._remaps.add_failed_version(served.version_id, served.rules, failed_id, reason)
+        what = f"version {failed_id} could not answer"
+        self.jobs.add(replace(status_of_record(record), kind="failed_version", what=what))
         if self._earlier_versions[-1:] == [served.version_id]:
             self._earlier_versions = self._earlier_versions[:-1]
         if self._earlier_rules[-1:] == [served.rules]:

@@ -358,6 +358,11 @@ class Jobs:
         StoppableThread(run, "amalgam-change", job.stop).start()
         return job
 
+    def add(self, status: JobStatus) -> None:
+        """Remember a change that nobody has begun: a version that failed was left."""
+        with self._lock:
+            self._jobs.append(status)
+
     def read(self) -> list[JobStatus]:
         """All that are remembered, oldest first."""
         with self._lock:

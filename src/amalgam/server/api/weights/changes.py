@@ -40,7 +40,8 @@ class StartBody(ChangeBody):
 class ChangeAnswer(BaseModel):
     id: str
     kind: str
-    """What was asked for: mapping, rules, reload, version, rollback or undo; adopt: by a plan that follows traffic."""
+    """What was asked for: mapping, rules, reload, version, rollback or undo; adopt: by a plan that follows traffic;
+    failed_version: by nobody, the version before could not answer."""
     what: str
     """The same in a few words."""
     state: Literal["running", "done", "failed", "cancelled"]

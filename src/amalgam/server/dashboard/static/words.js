@@ -332,6 +332,7 @@ export const WORDS = {
   kind_rollback: ["Back to a version", "回到某版本"],
   kind_undo: ["Undone", "撤销"],
   kind_adopt: ["Plan that follows the traffic", "跟随流量的方案"],
+  kind_failed_version: ["Failed, left", "失败并放弃"],
   kind_earlier: ["Before the latest start", "最近启动之前"],
   kind_start: ["Start", "启动"],
   stage_Planning: ["planning", "规划中"],

@@ -70,6 +70,7 @@ function remapPanel() {
 }
 
 function versionsOf({ kind, state: outcome, name, version, previous_version: previous }) {
+  if (kind === "failed_version") return `v${previous} → v${version}`;
   if (outcome !== "done" || kind === "start") return `v${previous}`;
   return name ? `v${version} “${name}”` : `v${previous} → v${version}`;
 }
