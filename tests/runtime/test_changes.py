@@ -33,7 +33,8 @@ OTHER = "model.layers.2.mlp.experts.8.down_proj.weight"
 @pytest.fixture(scope="module")
 def opened(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     config = write_demo_config(tmp_path_factory.mktemp("changes"), derived)
-    deployment = open_deployment(load_settings(config, {"inference.max_seq_length": 256}, {}))
+    overrides = {"inference.max_seq_length": 256, "engine.rollback_answers": 0}  # nothing is kept to fall back to
+    deployment = open_deployment(load_settings(config, overrides, {}))
     yield deployment
     deployment.close()
 
