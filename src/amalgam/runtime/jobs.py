@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -134,7 +133,7 @@ class Job:
     def end(self, error: BaseException | None) -> None:
         """Its work is over, and `error` what ended it, if any; `result` is there if none did."""
         with self._lock:
-            self.error = None if error is None else _without_frames(error)
+            self.error = error
             self._seconds = time.monotonic() - self._started
             self.revision += 1
         self._jobs.note_end(self)
@@ -452,14 +451,6 @@ def conflict_with(status: JobStatus) -> ConflictError:
         remedy=f"Wait for it, or cancel it with DELETE /weights/changes/{status.id}.",
         details={"change": status.as_json()},
     )
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """The same error for those who ask later: frames of the one that is raised hold weights, and half of a version."""
-    try:
-        return copy(error)
-    except Exception:  # made in a way of its own
-        return RuntimeError(reason_of(error))
 
 
 def reason_of(error: BaseException) -> str:
