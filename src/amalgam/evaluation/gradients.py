@@ -25,11 +25,18 @@ from amalgam.calibration.frames import frame_of, in_chunks, linear
 from amalgam.calibration.stream import Stream
 from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.kernels.backends import Tables
-from amalgam.kernels.backends.reference.interpreter import Frame, execute
+from amalgam.kernels.backends.reference.interpreter import (
+    Frame,
+    attention_of,
+    execute,
+    latent_query,
+    normed_latent,
+    shared_key,
+)
 from amalgam.kernels.backends.reference.operators import changed_logits, gated
 from amalgam.kernels.packed import PackedWeight
-from amalgam.kernels.program import Emitter, Instruction, Mix, Project
-from amalgam.kernels.step import AttentionBatch
+from amalgam.kernels.program import AttendLatent, Emitter, Instruction, Mix, Project
+from amalgam.kernels.step import AttentionBatch, LayerCache
 from amalgam.models.decoder import emit_layer, ropes_of, tables_of
 from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
@@ -87,8 +94,24 @@ class _Recorder:
                 frame.put(projection.out, self.project(wide, projection.weight, projection.bias, rows, float(len(x))))
         elif isinstance(one, Mix):
             self._mix(one, frame)
+        elif isinstance(one, AttendLatent):
+            self._attend_latent(one, frame)
         else:
             execute(one, frame)
+
+    def _attend_latent(self, one: AttendLatent, frame: Frame) -> None:
+        """With keys and values of every head, so that the projection to them has outputs to take gradients of."""
+        latent = normed_latent(one, frame)
+        rows = torch.arange(len(latent))
+        wide = self.project(latent, one.expand, None, rows, float(len(latent))).unflatten(1, (one.num_heads, -1))
+        key = torch.cat((wide[..., : one.nope_dim], shared_key(one, frame).expand(-1, one.num_heads, -1)), dim=-1)
+        value = wide[..., one.nope_dim :]
+        num_slots = len(frame.step.kv.layers[one.layer_id].keys)
+        cache = LayerCache(*(part.new_zeros(num_slots, *part.shape[1:]) for part in (key, value)))
+        frame.operators.write_kv(cache, key, value, frame.step.slot_ids)
+        query = torch.cat(latent_query(one, frame), dim=-1)
+        attended = frame.operators.paged_attention(query, cache, attention_of(one, frame), scale=one.scale)
+        frame.put(one.out, attended.flatten(1))
 
     def _mix(self, one: Mix, frame: Frame) -> None:
         assert frame.routing is not None

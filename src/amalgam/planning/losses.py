@@ -78,7 +78,7 @@ def _loss(
         return 0.0
     error = found.options[source]
     if item.expert is None or item.layer is None:
-        # What no gradient has seen (MLA's expansion) is not free, but like the others.
+        # What no gradient has seen is not free, but like the others.
         return error.divergence if found.num_tokens else usual.get(item.layer, 0.0) * error.rounding_error
     prior = priors[item.layer, item.part]
     mean_mass, mean_gate = even[item.layer]

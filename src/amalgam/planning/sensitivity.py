@@ -34,7 +34,7 @@ from amalgam.kernels.backends.reference.operators import changed_logits
 from amalgam.kernels.packed import PackedWeight
 from amalgam.planning.problem import Item, Problem
 
-VERSION = 1  # of what a file holds; others are measured again
+VERSION = 2  # of what a file holds; others are measured again
 DRAWS = 2
 STUDY = "study.json"  # what a folder is about
 _HEAD_ROWS = 256

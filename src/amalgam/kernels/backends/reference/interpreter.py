@@ -260,22 +260,15 @@ def _attend(one: Attend, frame: Frame) -> None:
 
 
 def _attend_latent(one: AttendLatent, frame: Frame) -> None:
-    step, compressed = frame.step, frame.get(one.compressed)
-    query = frame.get(one.query).unflatten(1, (one.num_heads, -1))
-    latent = normed_latent(one, frame)
-
-    def rotate(x: Tensor) -> Tensor:
-        return _rotated(x, one.rope, one.is_interleaved, frame)
-
+    step, latent = frame.step, normed_latent(one, frame)
+    query, query_rope = latent_query(one, frame)
     to_keys, to_values = latent_matrices(one, frame.dtype)
-    rotated = rotate(query[..., one.nope_dim :])
-    query = torch.cat((frame.operators.per_head(query[..., : one.nope_dim], to_keys), rotated), dim=-1)
-    key = torch.cat((latent.unsqueeze(1), rotate(compressed[:, None, one.latent_dim :])), dim=-1)
+    query = torch.cat((frame.operators.per_head(query, to_keys), query_rope), dim=-1)
+    key = torch.cat((latent.unsqueeze(1), shared_key(one, frame)), dim=-1)
     cache = step.kv.layers[one.layer_id]
     frame.operators.write_kv(cache, key, key[..., :0], step.slot_ids)
     latents = cache._replace(values=cache.keys[..., : one.latent_dim], value_scales=cache.key_scales)
-    batch = frame.chosen if one.is_indexed and frame.chosen is not None else step.attention
-    attended = frame.operators.paged_attention(query, latents, batch, scale=one.scale)
+    attended = frame.operators.paged_attention(query, latents, attention_of(one, frame), scale=one.scale)
     frame.put(one.out, frame.operators.per_head(attended, to_values.transpose(1, 2)).flatten(1))
 
 
@@ -285,6 +278,22 @@ def normed_latent(one: AttendLatent, frame: Frame) -> Tensor:
     if one.norm is None:
         return latent
     return frame.operators.rms_norm(latent.contiguous(), one.norm, one.norm_eps)
+
+
+def shared_key(one: AttendLatent, frame: Frame) -> Tensor:
+    """`[tokens, 1, rope]`, the rotated key beside the latent vectors."""
+    return _rotated(frame.get(one.compressed)[:, None, one.latent_dim :], one.rope, one.is_interleaved, frame)
+
+
+def latent_query(one: AttendLatent, frame: Frame) -> tuple[Tensor, Tensor]:
+    """`[tokens, heads, nope]` and, rotated, `[tokens, heads, rope]`."""
+    query = frame.get(one.query).unflatten(1, (one.num_heads, -1))
+    return query[..., : one.nope_dim], _rotated(query[..., one.nope_dim :], one.rope, one.is_interleaved, frame)
+
+
+def attention_of(one: AttendLatent, frame: Frame) -> AttentionBatch:
+    """Over the positions that an indexer chose, or over all."""
+    return frame.chosen if one.is_indexed and frame.chosen is not None else frame.step.attention
 
 
 def _rotated(x: Tensor, rope: int | None, is_interleaved: bool, frame: Frame, rows: Tensor | None = None) -> Tensor:
