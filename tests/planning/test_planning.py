@@ -72,6 +72,14 @@ def test_every_projection_has_a_choice(problem: Problem) -> None:
     assert problem.mapping(problem.uniform("base") or []) == {}
 
 
+@pytest.mark.parametrize("source", ["int3", "int4", "int8", "base"])
+def test_a_plan_takes_the_memory_that_is_counted(source: str, loader: ModelLoader, problem: Problem) -> None:
+    """But for the tensor that says a weight's shape, which does not stay."""
+    version = loader.build(loader.plan(loader.uniform(source)), 1).version
+    counted = problem.fixed_memory + problem.memory_bytes(problem.uniform(source) or [])
+    assert counted == pytest.approx(version.nbytes, rel=0.001)
+
+
 def test_a_floor_takes_narrower_options_away(loader: ModelLoader) -> None:
     found = problem_of(loader, floors={"model.layers.0.*": "int4"}, compares=False)
     for item in found.items:

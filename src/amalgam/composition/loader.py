@@ -6,6 +6,7 @@ what the previous version does not already hold. Must never know: requests.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -175,7 +176,14 @@ class ModelLoader:
         """
         size = weight_format.nbytes(slot.shape)
         coded = self._coded_bytes(slot, weight_format)
-        return size if coded is None else coded
+        if coded is not None:
+            return coded
+        bits = weight_format.bits
+        if bits in (2, 3) and isinstance(weight_format, WritableFormat) and len(slot.shape) == 2:
+            block = weight_format.grid((slot.shape[0], slot.shape[1]), torch.float32).block
+            if self._keeps_bits(slot, bits, block):
+                size -= math.prod(slot.shape) * (4 - bits) // 8  # which `nbytes` counts with 4
+        return size
 
     def planned_bytes(self, mapping: Mapping[str, str]) -> int:
         """What weights would take in memory, each from the source given with its logical name; reads headers only.
@@ -193,6 +201,9 @@ class ModelLoader:
     def _coded_bytes(self, slot: Slot, weight_format: WeightFormat) -> int | None:
         is_coded = weight_format.name == "bf16" and codes_bf16(slot, self._inference, self._backend)
         return self._backend.coded_bytes(slot.shape) if is_coded else None
+
+    def _keeps_bits(self, slot: Slot, bits: int, block: tuple[int, int] | None) -> bool:
+        return block is not None and self._backend.keeps_bits(slot.shape, bits, block[1])
 
     def maps(self, weight_format: WeightFormat) -> bool:
         """Whether weights of a format become pages of the packed cache instead of memory of the process."""
@@ -319,7 +330,10 @@ class ModelLoader:
         activation = self._inference.activation if is_multiplied else None
         quantize_to = self._quantize_to(slot, choice, stored)
         coded_bytes = self._coded_bytes(slot, quantize_to or stored.format) if is_multiplied else None
-        return PlannedWeight(slot, choice, source, stored, quantize_to, activation, coded_bytes)
+        is_widened = stored.bits in (2, 3) and not (
+            activation is not None and self._keeps_bits(slot, stored.bits, stored.block)
+        )
+        return PlannedWeight(slot, choice, source, stored, quantize_to, activation, is_widened, coded_bytes)
 
     def _quantize_to(self, slot: Slot, choice: Choice, stored: StoredWeight) -> WritableFormat | None:
         """`load_in_8bit` and `load_in_4bit` concern wide linear weights that no rule names; the head stays wide."""

@@ -38,6 +38,7 @@ class PlannedWeight:
     stored: StoredWeight
     quantize_to: WritableFormat | None  # quantize while loading
     activation: ActivationType | None  # of bfloat16 activations for integer weights; None: nothing is multiplied
+    is_widened: bool  # codes of 2 or 3 bits take the room of 4 in memory
     coded_bytes: int | None  # about what it takes if its bf16 is coded in memory; None: it is not
 
     @cached_property
@@ -68,11 +69,17 @@ class PlannedWeight:
 
     @property
     def memory_bytes(self) -> int:
-        """What it is expected to take in memory: `nbytes`, or less where bf16 is coded.
+        """What it is expected to take in memory: `nbytes`, less where bf16 is coded, more where codes are widened.
 
-        Whether it can be is known when it is read: trained weights can, one whose exponents are spread takes `nbytes`.
+        Whether bf16 can be coded is known when it is read: trained weights can, one whose exponents are spread takes
+        `nbytes`.
         """
-        return self.nbytes if self.coded_bytes is None else self.coded_bytes
+        if self.coded_bytes is not None:
+            return self.coded_bytes
+        stored = self.stored
+        if not self.is_widened or stored.bits is None:
+            return self.nbytes
+        return self.nbytes + math.prod(self.slot.shape) * (4 - stored.bits) // 8
 
     @property
     def format(self) -> WeightFormat:

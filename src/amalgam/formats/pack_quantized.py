@@ -176,7 +176,7 @@ class PackedInt(WritableFormat):
 
     def nbytes(self, shape: tuple[int, ...], options: QuantizeOptions = QuantizeOptions()) -> int:
         rows, columns = shape
-        # 2 and 3 bits take the room of 4 in memory: see `formats.common.integers`.
+        # 2 and 3 bits take the room of 4 in memory, unless a backend keeps them: see `formats.common.integers`.
         values = rows * columns if self.bits == 8 else -(-rows * columns // 2)
         groups = rows * -(-columns // _group_size(self.name, columns, options))
         return values + (3 if options.has_zero_points else 2) * groups

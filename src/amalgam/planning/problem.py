@@ -15,8 +15,7 @@ from amalgam.composition.loader import ModelLoader
 from amalgam.composition.patterns import compile_pattern
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.settings import BASE_SOURCE
-from amalgam.errors import AmalgamError, ConfigError, PlanError
-from amalgam.formats.grid import QuantizeOptions
+from amalgam.errors import ConfigError, PlanError
 
 _EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)$")
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -194,7 +193,7 @@ def _options(loader: ModelLoader, name: str, base: PlannedWeight, sources: Seque
             continue
         # Two sources of one format differ in how they were rounded, which is a choice too.
         found[(f"{source}/{key[0]}", key[1], key[2])] = Option(
-            source, stored.format.name, _stored_bytes(weight), _memory_bytes(weight)
+            source, stored.format.name, _stored_bytes(weight), weight.memory_bytes
         )
     return tuple(sorted(found.values(), key=lambda option: (option.stored_bytes, option.memory_bytes)))
 
@@ -202,17 +201,6 @@ def _options(loader: ModelLoader, name: str, base: PlannedWeight, sources: Seque
 def _stored_bytes(weight: PlannedWeight) -> int:
     """Codes, scales and zero points; a tensor that only says the shape is none of them."""
     return sum(part.nbytes for role, part in weight.stored.parts.items() if role != "weight_shape")
-
-
-def _memory_bytes(weight: PlannedWeight) -> int:
-    """Some formats take more room in memory than in their files: 2 and 3 bits that of 4."""
-    stored = weight.stored
-    if stored.is_wide or stored.block is None or stored.bits not in (2, 3):
-        return weight.memory_bytes
-    try:
-        return max(weight.memory_bytes, stored.format.nbytes(stored.shape, QuantizeOptions(group_size=stored.block[1])))
-    except AmalgamError:
-        return weight.memory_bytes
 
 
 def _with_floors(items: Sequence[Item], floors: Mapping[str, str]) -> list[Item]:

@@ -54,6 +54,9 @@ class Backend(Protocol):
     def coded_bytes(self, shape: tuple[int, ...]) -> int | None:
         """About what a bf16 weight takes that `prepare` codes, as it can trained ones; None if it codes none."""
 
+    def keeps_bits(self, shape: tuple[int, ...], bits: int, group_size: int) -> bool:
+        """Whether `prepare` keeps integers of so many bits, in groups along the inputs, in as many; else in 4 or 8."""
+
     def prepare(self, weight: PackedWeight, activation: ActivationType, *, codes: bool) -> PackedWeight:
         """A weight that is multiplied, on the device and in the layout that programs run fastest with. Thread-safe.
 

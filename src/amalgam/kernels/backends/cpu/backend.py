@@ -33,6 +33,9 @@ class CpuBackend:
         """Portable code takes ten times as long to undo the code as to read the weight, so it is not used there."""
         return None if extension.isa() in ("amx_emulated", "portable") else panels.coded_bytes(shape)
 
+    def keeps_bits(self, shape: tuple[int, ...], bits: int, group_size: int) -> bool:
+        return panels.keeps_bits(shape, bits, group_size)
+
     def prepare(self, weight: PackedWeight, activation: ActivationType, *, codes: bool) -> PackedWeight:
         return panels.prepare(weight.to(self.device), activation, codes=codes)
 

@@ -128,6 +128,11 @@ def coded_bytes(shape: tuple[int, ...]) -> int:
     return min(_native.most_coded_bytes(*shape), 2 * math.prod(shape))
 
 
+def keeps_bits(shape: tuple[int, ...], bits: int, group_size: int) -> bool:
+    """Whether there are panels of so many bits for integers in such groups."""
+    return extension.is_available() and bits in _NARROW and _divides(_NARROW[bits][0], shape[1], group_size)
+
+
 def view(memory: Tensor, panels: Panels, group: Tensor | None, activation: ActivationType) -> PackedWeight:
     """A weight whose panels lie in memory already, as `runs` gave them; shares the memory and never writes.
 
@@ -224,7 +229,7 @@ def _narrowest(
         return target, parts
     assert weight.block is not None
     unit = weight.shape[1] if parts["scale"].shape[1] == 1 else weight.block[1]
-    widths = [(bits, to) for bits, (step, to) in _NARROW.items() if unit % step == 0 and weight.shape[1] % step == 0]
+    widths = [(bits, to) for bits, (step, to) in _NARROW.items() if _divides(step, weight.shape[1], unit)]
     has_own_zero = "zero" in parts or "minimum" in parts
 
     def codes_of(rows: Tensor) -> Tensor:
@@ -243,6 +248,10 @@ def _narrowest(
     codes = codes_of(parts["weight"])
     found = fitting(codes)
     return (target, parts) if found is None else (found[0], {**parts, "weight": codes - found[1]})
+
+
+def _divides(step: int, columns: int, group_size: int) -> bool:
+    return columns % step == 0 and group_size % step == 0
 
 
 def _offset(parts: Mapping[str, Tensor]) -> str:

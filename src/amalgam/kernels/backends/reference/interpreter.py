@@ -131,6 +131,9 @@ class ReferenceBackend:
     def coded_bytes(self, shape: tuple[int, ...]) -> int | None:
         return None
 
+    def keeps_bits(self, shape: tuple[int, ...], bits: int, group_size: int) -> bool:
+        return False
+
     def prepare(self, weight: PackedWeight, activation: ActivationType, *, codes: bool) -> PackedWeight:
         return weight.to(self.device)
 
