@@ -1,11 +1,17 @@
 """What each way to quantize a model costs in KL on text that it has not seen, at the same bytes; or how long it takes.
 
     python benchmarks/quantizing.py --calibrate TEXTS.json --held-out OTHERS.json [--model FOLDER] [--cases int4 ...]
+    python benchmarks/quantizing.py --against auto-round llm-compressor --calibrate … --held-out …
     python benchmarks/quantizing.py --speed FOLDER [--out FOLDER]
 
-A case is `format[:method[:option=value…]]`, for instance `int4:gptq:group_size=32`. Each is made in a temporary folder,
-and the model of it compared with the wide one: the mean KL divergence over all held-out tokens, file by file, with a
-95% interval over the texts' sequences (bootstrap). Prints a table and, as the last line, one JSON object.
+A case is `format[:method[:option=value…]]`, for instance `int4:gptq:group_size=32`; `int4:llm-compressor/gptq` lets
+another tool do it. Each is made in a temporary folder, and the model of it compared with the wide one as `amalgam
+evaluate` does: the mean KL divergence over all held-out tokens, in float32, with a 95% interval. Prints a table and, as
+the last line, one JSON object.
+
+`--against` adds what other tools make by their methods, and says how far each of ours is from each of theirs, by draws
+of the same texts for both. They read the same token ids. Their environments are made where there are none, or named
+with `--environment TOOL=FOLDER`.
 
 With `--speed`, a checkpoint is rounded to int4, and its time compared with what reading its files, the arithmetic in
 memory, and writing as many bytes as there are at the end take one after the other.
@@ -19,109 +25,114 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from amalgam.calibration.texts import sequences
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import make_checkpoint
 from amalgam.composition.quantizing.recipe import CalibrationTexts, Recipe
+from amalgam.composition.quantizing.report import QuantizeReport
 from amalgam.composition.source import Source
 from amalgam.config.settings import InferenceSettings, ModelSettings
+from amalgam.evaluation.confidence import Bootstrap, Interval
+from amalgam.evaluation.quality import Figures, Reference, by_domain
+from amalgam.evaluation.running import Contestant, open_contestant
+from amalgam.evaluation.texts import read_texts, sample_of
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format
-from amalgam.kernels.step import StepContext, StepSequence
-from amalgam.models.decoder import Decoder
-from amalgam.models.kv_cache import KVCache
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.bench import commit, hardware
+from amalgam.tools.quantizing.environment import default_folder, open_environment
+from amalgam.tools.quantizing.external import TOOLS, ExternalRecipe, quantize_with
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU, BLOCK_SIZE = torch.device("cpu"), 16
+CPU, WINDOW = torch.device("cpu"), 512
 DEFAULT_CASES = ("int4:round", "int4:search", "int4:gptq", "int4:awq")
 _UNCALIBRATED = ("round",)
 
 
-class Reader:
-    """Log-probabilities that a checkpoint gives to the tokens of held-out texts, sequence by sequence."""
-
-    def __init__(self, folder: Path) -> None:
-        loader = ModelLoader(ModelSettings(base_path=str(folder)), InferenceSettings(dtype="float32"), CPU, threads=2)
-        self._version = loader.build(loader.plan(), 1).version
-        self._decoder = Decoder(loader.spec, 4096, torch.float32, CPU)
-
-    @torch.inference_mode()
-    def log_probabilities(self, token_ids: list[int]) -> Tensor:
-        num_blocks = -(-len(token_ids) // BLOCK_SIZE)
-        cache = KVCache.allocate(self._decoder.spec, num_blocks, BLOCK_SIZE, torch.float32, CPU)
-        step = StepContext([StepSequence(token_ids, 0, range(num_blocks), len(token_ids))], cache)
-        return self._decoder.forward(step, self._version).log_softmax(-1)
-
-
-def parse(case: str, texts: CalibrationTexts) -> Recipe:
-    """`int4:gptq:group_size=32` as a recipe."""
+def make(
+    case: str, model: Path, out: Path, texts: CalibrationTexts, environments: Mapping[str, Path]
+) -> QuantizeReport:
+    """`int4:gptq:group_size=32`, or `int4:llm-compressor/gptq:group_size=32`."""
     name, *rest = case.split(":")
-    method = rest[0] if rest else "round"
+    tool, _, method = (rest[0] if rest else "round").rpartition("/")
     given = dict(option.split("=") for option in rest[1:])
     options = QuantizeOptions(
         int(given["group_size"]) if "group_size" in given else None, given.get("scale"), "zero_points" in given
     )
-    return Recipe(name, options, method, texts=None if method in _UNCALIBRATED else texts)  # type: ignore[arg-type]
+    read = None if method in _UNCALIBRATED else texts
+    if not tool:
+        return make_checkpoint(str(model), out, Recipe(name, options, method, texts=read))  # type: ignore[arg-type]
+    found = TOOLS[tool]
+    folder = environments.get(tool, default_folder(found.name, found.version))
+    environment = open_environment(folder, found.distribution, found.requirements, lambda text: print(text, flush=True))
+    return quantize_with(found, environment, str(model), out, ExternalRecipe(name, options, method, texts=read))
+
+
+def opened(folder: Path) -> Contestant:
+    loader = ModelLoader(ModelSettings(base_path=str(folder)), InferenceSettings(dtype="float32"), CPU, threads=2)
+    return open_contestant(folder.name, loader, loader.plan(()), torch.float32, WINDOW)
 
 
 def compare(
-    model: Path, held_out: list[Path], tokens: int, texts: CalibrationTexts, cases: list[str]
+    model: Path,
+    held_out: list[Path],
+    tokens: int,
+    texts: CalibrationTexts,
+    cases: list[str],
+    environments: Mapping[str, Path],
 ) -> list[dict[str, Any]]:
-    tokenizer = Tokenizer.load(model)
-    pieces = {
-        file.stem: sequences([file], tokenizer, max_tokens=tokens, sequence_tokens=512, min_tokens=64)
-        for file in held_out
-    }
-    reader = Reader(model)
-    reference = {name: [reader.log_probabilities(piece) for piece in found] for name, found in pieces.items()}
+    sample = sample_of(
+        read_texts([str(file) for file in held_out]),
+        Tokenizer.load(model),
+        window=WINDOW,
+        max_tokens=tokens * len(held_out),
+    )
+    reference = Reference(opened(model), sample)
     results: list[dict[str, Any]] = []
-    names = list(pieces)
-    print(f"{'case':28}{'MB':>8}{'seconds':>9}" + "".join(f"{name:>14}" for name in names) + f"{'all':>11}  95%")
+    measured: dict[str, Figures] = {}
+    print(f"{'case':34}{'MB':>8}{'seconds':>9}" + "".join(f"{n:>16}" for n in sample.domains) + f"{'all':>11}  95%")
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "made"
             started = time.monotonic()
-            report = make_checkpoint(str(model), out, parse(case, texts))
+            report = make(case, model, out, texts, environments)
             seconds = time.monotonic() - started
-            made = Reader(out)
-            sums: list[tuple[float, int]] = []
-            by_file = {}
-            for name, found in pieces.items():
-                own = []
-                for piece, expected in zip(found, reference[name], strict=True):
-                    divergence = (expected.exp() * (expected - made.log_probabilities(piece))).sum(-1)
-                    own.append((float(divergence.sum()), len(piece)))
-                by_file[name] = sum(total for total, _ in own) / sum(count for _, count in own)
-                sums += own
-        low, high = interval(sums)
-        mean = sum(total for total, _ in sums) / sum(count for _, count in sums)
-        row = {"case": case, "bytes": report.bytes_after, "seconds": seconds, "kl": mean, "kl_95": [low, high]}
+            figures = measured[case] = reference.figures(opened(out))
+        of_all = Bootstrap(figures.units).mean(figures.divergence)
+        by_file = {
+            name: quality.divergence.value
+            for name, quality in by_domain(figures, sample).items()
+            if quality.divergence is not None
+        }
+        row = {"case": case, "tool": report.tool, "bytes": report.bytes_after, "seconds": seconds, "kl": asdict(of_all)}
         results.append({**row, "kl_by_file": by_file, "rounded": len(report.rounded)})
-        figures = "".join(f"{by_file[name]:14.5f}" for name in names)
-        print(
-            f"{case:28}{report.bytes_after / 1e6:8.2f}{seconds:9.1f}{figures}{mean:11.5f}  {low:.5f}–{high:.5f}",
-            flush=True,
-        )
+        columns = "".join(f"{by_file[name]:16.5f}" for name in sample.domains)
+        print(f"{case:34}{report.bytes_after / 1e6:8.2f}{seconds:9.1f}{columns}{shown(of_all)}", flush=True)
+    others = [case for case in cases if "/" in case]
+    for case in cases:
+        if case in others or not others:
+            continue
+        differences = {
+            other: Bootstrap(measured[case].units).ratio_of_means(measured[case].divergence, measured[other].divergence)
+            for other in others
+        }
+        for other, difference in differences.items():
+            print(f"{case:20} to {other:34}{shown(difference, '{:+.1%}')}")
+        results.append({"case": case, "to": {other: asdict(each) for other, each in differences.items()}})
     return results
 
 
-def interval(sums: list[tuple[float, int]], rounds: int = 2000) -> tuple[float, float]:
-    """The 95% interval of a mean over sequences, drawn anew."""
-    table = torch.tensor(sums, dtype=torch.float64)
-    drawn = table[torch.randint(len(table), (rounds, len(table)), generator=torch.Generator().manual_seed(1))]
-    means = drawn[..., 0].sum(1) / drawn[..., 1].sum(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+def shown(value: Interval, form: str = "{:.5f}") -> str:
+    text = f"{form.format(value.value):>11}"
+    return text if value.low is None else f"{text}  {form.format(value.low)} to {form.format(value.high)}"
 
 
 def speed(model: Path, out: Path) -> dict[str, Any]:
@@ -163,6 +174,8 @@ def main() -> int:
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
     parser.add_argument("--held-out-tokens", type=int, default=8192, help="of each file")
     parser.add_argument("--cases", nargs="+", default=list(DEFAULT_CASES))
+    parser.add_argument("--against", nargs="+", choices=list(TOOLS), default=[], help="int4 of other tools too")
+    parser.add_argument("--environment", nargs="+", default=[], metavar="TOOL=FOLDER")
     parser.add_argument("--speed", type=Path, help="a wide checkpoint")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()), help="where --speed writes")
     options = parser.parse_args()
@@ -175,7 +188,9 @@ def main() -> int:
         if not options.calibrate or not options.held_out:
             parser.error("--calibrate and --held-out are needed")
         texts = CalibrationTexts(tuple(options.calibrate), options.calibration_tokens)
-        results = compare(options.model, options.held_out, options.held_out_tokens, texts, options.cases)
+        environments = {tool: Path(folder) for tool, _, folder in (text.partition("=") for text in options.environment)}
+        cases = [*options.cases, *(f"int4:{tool}/{way}" for tool in options.against for way in TOOLS[tool].methods)]
+        results = compare(options.model, options.held_out, options.held_out_tokens, texts, cases, environments)
     print(json.dumps({"command": sys.argv, "commit": commit(), "hardware": hardware(), "results": results}))
     return 0
 

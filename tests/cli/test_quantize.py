@@ -57,6 +57,11 @@ def test_commands_of_the_page(
         (["--activations", "dynamic"], "int4"),
         (["--zero-points", "--format", "fp8"], "zero points"),
         (["--group-size", "48"], "48"),
+        (["--environment", "here"], "--with"),
+        (["--iterations", "5"], "--with"),
+        (["--with", "auto-round", "--method", "gptq"], "signround"),
+        (["--with", "llm-compressor", "--method", "round", "--iterations", "5"], "--with auto-round"),
+        (["--with", "llm-compressor", "--method", "round", "--no-act-order"], "--method gptq"),
     ],
 )
 def test_what_cannot_be_done_is_said(

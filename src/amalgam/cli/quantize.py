@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amalgam.cli.options import refuse_unused
+from amalgam.errors import ConfigError
 
 if TYPE_CHECKING:
     from amalgam.composition.quantizing.report import QuantizeReport
 
 _MAX_NAMED = 20
 _TOKENS, _LENGTH, _EXPERT_TOKENS, _DAMPING = 65_536, 512, 256, 0.01  # where nothing is said
+_ITERATIONS = 200
 
 
 def command(
@@ -37,9 +39,14 @@ def command(
         bool, typer.Option("--zero-points", help="Integers: choose a zero point for each scale too.")
     ] = False,
     method: Annotated[
-        str,
-        typer.Option("--method", "-m", help="How codes are chosen: round, search (for the best clip), gptq or awq."),
-    ] = "round",
+        str | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="How codes are chosen: round (default), search (for the best clip), gptq or awq. With --with: "
+            "auto-round has signround and round; llm-compressor gptq, awq and round; gptqmodel gptq.",
+        ),
+    ] = None,
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(
@@ -60,10 +67,24 @@ def command(
         str | None,
         typer.Option(help="fp8, int8: declare 8-bit activations with dynamic or static scales, for other engines."),
     ] = None,
+    tool: Annotated[
+        str | None,
+        typer.Option(
+            "--with", help="Let another tool do it, in its own layout: auto-round, llm-compressor or gptqmodel."
+        ),
+    ] = None,
+    environment: Annotated[
+        Path | None,
+        typer.Option(
+            help="--with: Python environment that has the tool. Default: one under ~/.local/state/amalgam. It is made "
+            "if it is not there, which downloads the tool and PyTorch."
+        ),
+    ] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="--with auto-round: steps for each layer.")] = _ITERATIONS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Make a checkpoint of a model in fewer bits (compressed-tensors layout), layer by layer."""
-    from amalgam.cli.console import print_json, progress_bar
+    from amalgam.cli.console import note, print_json, progress_bar
     from amalgam.composition.quantize import make_checkpoint
     from amalgam.composition.quantizing.recipe import CalibrationTexts, Recipe
     from amalgam.formats.grid import QuantizeOptions
@@ -75,16 +96,41 @@ def command(
     }
     if not calibrate:
         refuse_unused(about_texts, "--calibrate", "Give a file of texts.")
-    if method != "gptq":
-        refuse_unused({"--damping": damping != _DAMPING, "--no-act-order": not act_order}, "--method gptq", "Add it.")
     texts = None
     if calibrate:
         files = tuple(file.expanduser() for file in calibrate)
         texts = CalibrationTexts(files, calibration_tokens, sequence_length, min_expert_tokens)
     options = QuantizeOptions(group_size, scale, zero_points)
-    recipe = Recipe(format_name, options, method, activations, texts, damping, act_order)  # type: ignore[arg-type]
-    with progress_bar() as progress:
-        report = make_checkpoint(checkpoint, out_folder.expanduser(), recipe, progress)
+    of_gptq = {"--damping": damping != _DAMPING, "--no-act-order": not act_order}
+    if tool is None:
+        method = method or "round"
+        refuse_unused(
+            {"--environment": environment is not None, "--iterations": iterations != _ITERATIONS},
+            "--with",
+            "Name a tool.",
+        )
+        if method != "gptq":
+            refuse_unused(of_gptq, "--method gptq", "Add it.")
+        recipe = Recipe(format_name, options, method, activations, texts, damping, act_order)  # type: ignore[arg-type]
+        with progress_bar() as progress:
+            report = make_checkpoint(checkpoint, out_folder.expanduser(), recipe, progress)
+    else:
+        from amalgam.tools.quantizing.environment import default_folder, open_environment
+        from amalgam.tools.quantizing.external import ExternalRecipe, checked_method, quantize_with, tool_of
+
+        found = tool_of(tool)
+        asked = ExternalRecipe(format_name, options, method, activations, texts, damping, act_order, iterations)
+        method = checked_method(found, asked)
+        if method != "gptq":
+            refuse_unused(of_gptq, "--method gptq", "Add it.")
+        if method != "signround":
+            refuse_unused({"--iterations": iterations != _ITERATIONS}, "--with auto-round", "Add it.")
+        if min_expert_tokens != _EXPERT_TOKENS:
+            raise ConfigError(f"--min-expert-tokens is ours; {tool} has its own way.", remedy="Leave it out.")
+        folder = environment.expanduser() if environment else default_folder(found.name, found.version)
+        opened = open_environment(folder, found.distribution, found.requirements, note)
+        with progress_bar("steps") as progress:
+            report = quantize_with(found, opened, checkpoint, out_folder.expanduser(), asked, progress)
     if as_json:
         print_json(_as_json(report))
     else:
@@ -106,6 +152,7 @@ def _as_json(report: QuantizeReport) -> dict[str, Any]:
         "folder": str(report.folder),
         "format": report.format,
         "method": report.method,
+        "tool": report.tool or None,
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
         "roles": roles,
@@ -114,6 +161,7 @@ def _as_json(report: QuantizeReport) -> dict[str, Any]:
         "carried_over": report.carried,
         "left_out": {"tensors": report.left_out_tensors, "files": report.left_out_files},
         "config_changes": report.config_changes,
+        "moved": report.moved,
     }
 
 
@@ -132,7 +180,7 @@ def _show(report: QuantizeReport) -> None:
         for name, role in report.roles.items()
     ]
     rows.append(("all", "", human_bytes(report.bytes_before), human_bytes(report.bytes_after), ""))
-    title = f"{report.folder} ({report.format}, {report.method})"
+    title = f"{report.folder} ({', '.join(filter(None, (report.format, report.method, report.tool)))})"
     print_table(("role", "weights", "before", "after", "relative error"), rows, title, num_totals=1)
     if report.num_resumed:
         say(f"Went on behind {report.num_resumed} files that an earlier run had finished.")
@@ -146,6 +194,7 @@ def _show(report: QuantizeReport) -> None:
         ("Not carried over: tensors", report.left_out_tensors),
         ("Not carried over: files", report.left_out_files),
         ("Changed in config.json", [f"{key}: {value}" for key, value in report.config_changes.items()]),
+        ("Other than in the base checkpoint, so that blocks have to be taken from here as a whole", report.moved),
     ):
         if names:
             more = f" and {len(names) - _MAX_NAMED} more (all with --json)" if len(names) > _MAX_NAMED else ""

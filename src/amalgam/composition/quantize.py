@@ -357,7 +357,7 @@ class _Work:
             f"group_{index}": {
                 "targets": ["Linear"] if len(schemes) == 1 else modules,
                 "weights": scheme["arguments"],
-                "input_activations": input_arguments(self._recipe, scheme["arguments"]),
+                "input_activations": input_arguments(self._recipe.activations, scheme["arguments"]),
                 "output_activations": None,
                 "format": scheme["layout"],
             }

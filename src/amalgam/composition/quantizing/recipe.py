@@ -108,12 +108,12 @@ class Recipe:
         return plain
 
 
-def input_arguments(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+def input_arguments(activations: str | None, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """compressed-tensors' `QuantizationArgs` of activations, for weights that are declared with `arguments`."""
-    if recipe.activations is None:
+    if activations is None:
         return None
     found = {"num_bits": 8, "type": arguments["type"], "symmetric": True}
-    if recipe.activations == "static":
+    if activations == "static":
         return {**found, "strategy": "tensor", "dynamic": False}
     if arguments["strategy"] == "block":
         return {**found, "strategy": "group", "group_size": arguments["block_structure"][1], "dynamic": True}

@@ -37,6 +37,8 @@ class QuantizeReport:
         left_out_tensors, left_out_files: of the checkpoint, not in the folder.
         config_changes: keys of config.json that say something else now, besides the quantization.
         num_resumed: files that an earlier, interrupted run had finished.
+        tool: another tool that has done it, with its version; empty: we have.
+        moved: weights beside the quantized ones that the tool has changed; what they belong to has to stay together.
     """
 
     folder: Path
@@ -51,6 +53,8 @@ class QuantizeReport:
     left_out_files: list[str] = field(default_factory=list)
     config_changes: dict[str, Any] = field(default_factory=dict)
     num_resumed: int = 0
+    tool: str = ""
+    moved: list[str] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:

@@ -1,0 +1,79 @@
+"""What runs in a tool's environment, beside stand-ins for the tools' packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from amalgam.tools.quantizing import worker
+
+JOB: dict[str, Any] = {
+    "tool": "auto-round",
+    "method": "signround",
+    "model": "/a/model",
+    "out": "/a/folder",
+    "weights": {"num_bits": 4, "group_size": 32, "symmetric": False},
+    "iterations": 7,
+    "token_ids": [[1, 2, 3, 4], [5, 6], [7, 8, 9]],
+    "sequence_length": 4,
+}
+STAND_IN = """
+import json, sys, time
+from tqdm import tqdm
+class AutoRound:
+    def __init__(self, model, **options):
+        options["dataset"] = [batch.tolist() for batch in options["dataset"]]
+        self.options = options
+    def quantize_and_save(self, out, format):
+        for _ in tqdm(range(3), desc="layers", mininterval=0):
+            print("chatter")
+        print(json.dumps({"out": out, "format": format, **self.options}), file=sys.stderr)
+        time.sleep(SECONDS)
+"""
+NO_TORCH = """
+class Rows(list):
+    def tolist(self):
+        return list(self)
+tensor = Rows
+"""
+
+
+def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    (folder / "auto_round.py").write_text(STAND_IN.replace("SECONDS", str(seconds)))
+    (folder / "torch.py").write_text(NO_TORCH)
+    job = folder / "job.json"
+    job.write_text(json.dumps(JOB))
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, worker.__file__, str(job)],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
+
+
+def test_a_job_reaches_the_tool_and_bars_are_told(tmp_path: Path) -> None:
+    process = start(tmp_path, 0)
+    assert process.stdout is not None and process.stderr is not None
+    lines, said = process.stdout.read(), process.stderr.read()
+    assert process.wait() == 0, said
+    assert {"what": "layers", "done": 3, "total": 3} in [json.loads(line) for line in lines.splitlines()]
+    assert "chatter" in said
+    options = json.loads(said.splitlines()[-1])
+    assert options["out"] == "/a/folder" and options["format"] == "auto_round" and options["trust_remote_code"] is False
+    assert (options["bits"], options["group_size"], options["sym"], options["iters"]) == (4, 32, False, 7)
+    assert options["dataset"] == [[[1, 2, 3, 4], [5, 6, 7, 8]]] and options["seqlen"] == 4 and options["nsamples"] == 2
+
+
+def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    process = start(tmp_path, 3600)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.readline()  # it is at work
+    process.stdin.close()
+    assert process.wait() == 1
