@@ -39,6 +39,8 @@ class Rows(list):
     def tolist(self):
         return list(self)
 tensor = Rows
+class cuda:
+    is_available = staticmethod(lambda: False)
 """
 
 
@@ -67,6 +69,7 @@ def test_a_job_reaches_the_tool_and_bars_are_told(tmp_path: Path) -> None:
     assert "chatter" in said
     options = json.loads(said.splitlines()[-1])
     assert options["out"] == "/a/folder" and options["format"] == "auto_round" and options["trust_remote_code"] is False
+    assert options["enable_torch_compile"] is False
     assert (options["bits"], options["group_size"], options["sym"], options["iters"]) == (4, 32, False, 7)
     assert options["dataset"] == [[[1, 2, 3, 4], [5, 6, 7, 8]]] and options["seqlen"] == 4 and options["nsamples"] == 2
 

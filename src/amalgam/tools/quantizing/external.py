@@ -186,17 +186,16 @@ def quantize_with(
     report.tool = f"{tool.name} {environment.version}"
     report.num_tokens = sum(map(len, job["token_ids"]))
     with resumable_folder(out_folder, lambda partial: False) as folder, writing(out_folder):
-        made, log = folder / ".made", folder / ".log"
-        file = folder / ".job"
-        file.write_text(json.dumps({**job, "out": str(made)}))
-        _Process(tool, environment, file, log).follow(progress)
+        work = folder / ".work"
+        made = work / "made"
+        work.mkdir()
+        (work / "job.json").write_text(json.dumps({**job, "out": str(made.absolute())}))
+        _Process(tool, environment, work).follow(progress)
         _take(tool, made, folder)
         config = {**base.source.config, "quantization_config": _declaration(tool, made)}
         write_json(folder / CONFIG_NAME, config)
         report.left_out_files = carry_files(base.source.store, folder)
-        shutil.rmtree(made)
-        for each in (file, log):
-            each.unlink()
+        shutil.rmtree(work)
         _Check(tool, base, folder, job["weights"], report).run(progress)
     return report
 
@@ -262,7 +261,7 @@ def _job(tool: Tool, method: str, base: _Base, recipe: ExternalRecipe) -> dict[s
     return {
         "tool": tool.name,
         "method": method,
-        "model": str(base.source.folder),
+        "model": str(base.source.folder.absolute()),
         "weights": arguments,
         "input_activations": input_arguments(recipe.activations, arguments),
         "ignore": ["lm_head", *(name.removesuffix(".weight") for name in others if name != HEAD)],
@@ -275,12 +274,13 @@ def _job(tool: Tool, method: str, base: _Base, recipe: ExternalRecipe) -> dict[s
 
 
 class _Process:
-    """A tool at work; it and what it has started end with us."""
+    """A tool at work in a folder, where it leaves what it likes; it and what it has started end with us."""
 
-    def __init__(self, tool: Tool, environment: Environment, job: Path, log: Path) -> None:
+    def __init__(self, tool: Tool, environment: Environment, folder: Path) -> None:
         self._tool = tool
-        self._command = [str(environment.python), "-I", worker.__file__, str(job)]
-        self._log = log
+        self._command = [str(environment.python), "-I", worker.__file__, "job.json"]
+        self._folder = folder
+        self._log = folder / "log.txt"
 
     def follow(self, progress: Progress | None) -> None:
         """
@@ -289,7 +289,12 @@ class _Process:
         """
         with self._log.open("wb") as log:
             process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+                self._command,
+                cwd=self._folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
             )
             try:
                 assert process.stdout is not None

@@ -42,6 +42,7 @@ def auto_round(job: Job) -> None:
         nsamples=max(1, len(windows)),
         seqlen=length,
         batch_size=_BATCH,
+        enable_torch_compile=torch.cuda.is_available(),  # elsewhere a compiler of C++ would have to be there
         trust_remote_code=False,
     )
     rounder.quantize_and_save(job["out"], format="auto_round")
