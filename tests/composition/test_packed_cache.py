@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +31,7 @@ from amalgam.kernels.packed import PackedWeight
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.weights import WeightVersion
 from amalgam.tools.estimate import estimate
-from tests.conftest import DEMO, ROOT
+from tests.conftest import DEMO
 from tests.errors import raises
 from tests.kernels import weights as made
 from tests.models.tiny import save_tiny
@@ -235,14 +233,16 @@ def test_panels_must_be_aligned() -> None:
         mapped.restore(mapped.describe(weight), [shifted], "int8")
 
 
-def test_the_second_start_reads_no_source_and_gives_the_same_bits(folders: Path, cache: Path, loads: list[str]) -> None:
-    expected = build(folders, None)
+def test_the_second_start_reads_no_source_and_gives_the_same_bits(
+    originals: Path, cache: Path, loads: list[str]
+) -> None:
+    expected = build(originals, None)
     assert expected.mapped_bytes == 0
     loads.clear()
-    first = build(folders, cache)
+    first = build(originals, cache)
     assert sorted(loads) == sorted(origin.name for origin in first.origins.values())
     loads.clear()
-    second = build(folders, cache)
+    second = build(originals, cache)
     assert loads == []
     for version in (first, second):
         assert_same(version, expected)
@@ -250,12 +250,12 @@ def test_the_second_start_reads_no_source_and_gives_the_same_bits(folders: Path,
     assert len(list(cache.iterdir())) == 4  # one file per source, and nothing temporary
 
 
-def test_panels_serve_every_activation(folders: Path, cache: Path, loads: list[str]) -> None:
-    build(folders, cache, activation="int8")
+def test_panels_serve_every_activation(originals: Path, cache: Path, loads: list[str]) -> None:
+    build(originals, cache, activation="int8")
     loads.clear()
-    found = build(folders, cache, activation="bf16")
+    found = build(originals, cache, activation="bf16")
     assert loads == []
-    expected = build(folders, None, activation="bf16")
+    expected = build(originals, None, activation="bf16")
     assert_same(found, expected)
     name = "layers.0.mlp.experts.1.gate"  # int8
     x = torch.randn(2, found[name].shape[1]).to(torch.bfloat16)
@@ -265,23 +265,23 @@ def test_panels_serve_every_activation(folders: Path, cache: Path, loads: list[s
 @pytest.mark.skipif(
     extension.is_available() and extension.isa() == "portable", reason="portable code does not gain from coding"
 )
-def test_coded_and_plain_bf16_are_kept_apart(folders: Path, cache: Path, loads: list[str]) -> None:
-    coded = build(folders, cache, mapping={})
+def test_coded_and_plain_bf16_are_kept_apart(originals: Path, cache: Path, loads: list[str]) -> None:
+    coded = build(originals, cache, mapping={})
     loads.clear()
-    plain = build(folders, cache, mapping={}, bf16_coding=False)
+    plain = build(originals, cache, mapping={}, bf16_coding=False)
     assert loads and not any(name.endswith(("mlp.gate.weight", "norm.weight")) for name in loads)
-    assert_same(plain, build(folders, None, mapping={}, bf16_coding=False))
+    assert_same(plain, build(originals, None, mapping={}, bf16_coding=False))
     layouts = [{version[slot].layout for slot in version.origins} for version in (coded, plain)]
     assert layouts[0] - layouts[1] == {PANELS_BF16_CODED}
     for slot in plain.origins:
         assert torch.equal(coded[slot].dequantize(), plain[slot].dequantize())
     loads.clear()
-    assert_same(build(folders, cache, mapping={}), coded)
+    assert_same(build(originals, cache, mapping={}), coded)
     assert loads == []
 
 
-def test_what_a_weight_takes_is_known_before_it_is_loaded(folders: Path) -> None:
-    opened = loader(folders, None)
+def test_what_a_weight_takes_is_known_before_it_is_loaded(originals: Path) -> None:
+    opened = loader(originals, None)
     planned = opened.plan()
     version = opened.build(planned, 1).version
     for weight in planned:
@@ -293,15 +293,15 @@ def test_what_a_weight_takes_is_known_before_it_is_loaded(folders: Path) -> None
             assert weight.nbytes <= found.nbytes <= weight.memory_bytes + padding
 
 
-def test_weights_quantized_while_loading_are_kept_apart(folders: Path, cache: Path, loads: list[str]) -> None:
-    plain = build(folders, cache, mapping={})
+def test_weights_quantized_while_loading_are_kept_apart(originals: Path, cache: Path, loads: list[str]) -> None:
+    plain = build(originals, cache, mapping={})
     loads.clear()
-    narrow = build(folders, cache, mapping={}, load_in_4bit=True)
+    narrow = build(originals, cache, mapping={}, load_in_4bit=True)
     assert loads and all("proj" in name for name in loads)
-    assert_same(narrow, build(folders, None, mapping={}, load_in_4bit=True))
+    assert_same(narrow, build(originals, None, mapping={}, load_in_4bit=True))
     loads.clear()
-    assert_same(build(folders, cache, mapping={}), plain)
-    assert_same(build(folders, cache, mapping={}, load_in_4bit=True), narrow)
+    assert_same(build(originals, cache, mapping={}), plain)
+    assert_same(build(originals, cache, mapping={}, load_in_4bit=True), narrow)
     assert loads == []
 
 
@@ -422,36 +422,36 @@ def test_files_that_do_not_fit_are_ignored_and_written_again(
     assert loads == []
 
 
-def test_what_others_keep_in_the_folder_stays(folders: Path, cache: Path) -> None:
+def test_what_others_keep_in_the_folder_stays(originals: Path, cache: Path) -> None:
     cache.mkdir()
     for name in ("notes.txt", "model.packed", ".packed-mine.tmp"):
         (cache / name).write_text("mine")
-    build(folders, cache)
+    build(originals, cache)
     assert {"notes.txt", "model.packed", ".packed-mine.tmp"} <= {path.name for path in cache.iterdir()}
 
 
-def test_a_remap_fills_the_cache_and_uses_it(folders: Path, cache: Path, loads: list[str]) -> None:
-    opened = loader(folders, cache, {})
+def test_a_remap_fills_the_cache_and_uses_it(originals: Path, cache: Path, loads: list[str]) -> None:
+    opened = loader(originals, cache, {})
     first = opened.build(opened.plan(), 1).version
-    other = loader(folders, cache)
+    other = loader(originals, cache)
     remapped = opened.build(other.plan(), 2, first)
     assert remapped.num_loaded and remapped.version.mapped_bytes == remapped.version.nbytes
     loads.clear()
-    assert_same(build(folders, cache), remapped.version)
+    assert_same(build(originals, cache), remapped.version)
     again = opened.build(other.plan(), 3, first)
     assert loads == [] and again.num_loaded == remapped.num_loaded
     assert_same(again.version, remapped.version)
 
 
 def test_of_writers_at_the_same_time_one_writes_and_the_others_wait(
-    folders: Path, cache: Path, loads: list[str]
+    originals: Path, cache: Path, loads: list[str]
 ) -> None:
-    expected = build(folders, None)
+    expected = build(originals, None)
     loads.clear()
     found: list[LoadedVersion] = []
 
     def start() -> None:
-        opened = loader(folders, cache)
+        opened = loader(originals, cache)
         found.append(opened.build(opened.plan(), 1))
 
     threads = [threading.Thread(target=start) for _ in range(4)]
@@ -466,10 +466,10 @@ def test_of_writers_at_the_same_time_one_writes_and_the_others_wait(
     assert len(list(cache.iterdir())) == 4
 
 
-def test_two_sources_may_be_one_folder(folders: Path, cache: Path) -> None:
-    sources = {name: str(folders / "int8") for name in SOURCES}
+def test_two_sources_may_be_one_folder(originals: Path, cache: Path) -> None:
+    sources = {name: str(originals / "int8") for name in SOURCES}
     mixed = MixedPrecisionSettings(sources=sources, weight_mapping=MAPPING)
-    model = ModelSettings(base_path=str(folders / "bf16"), mixed_precision=mixed)
+    model = ModelSettings(base_path=str(originals / "bf16"), mixed_precision=mixed)
     for folder in ("", str(cache)):
         opened = ModelLoader(model, InferenceSettings(packed_cache=folder), CPU, 2)
         version = opened.build(opened.plan(), 1).version
@@ -477,18 +477,18 @@ def test_two_sources_may_be_one_folder(folders: Path, cache: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_to(
-    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, loads: list[str]
+    originals: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, loads: list[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        version = build(folders, tmp_path / "file" / "cache")
+        version = build(originals, tmp_path / "file" / "cache")
     assert "cannot be written" in caplog.text and version.mapped_bytes == 0
     assert len(loads) == len(version.origins), "nothing is read twice"
-    assert_same(version, build(folders, None))
+    assert_same(version, build(originals, None))
 
 
 def test_a_disk_that_gets_full(
-    folders: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    originals: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write, left = os.pwrite, [20]
 
@@ -500,19 +500,19 @@ def test_a_disk_that_gets_full(
 
     monkeypatch.setattr(packed_file.os, "pwrite", full)
     with caplog.at_level(logging.WARNING):
-        version = build(folders, cache)
+        version = build(originals, cache)
     assert "No space left" in caplog.text
-    assert_same(version, build(folders, None))
+    assert_same(version, build(originals, None))
     assert list(cache.iterdir()) == []
 
 
 def test_a_disk_that_is_too_small(
-    folders: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, loads: list[str]
+    originals: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, loads: list[str]
 ) -> None:
-    usage = shutil.disk_usage(folders)
+    usage = shutil.disk_usage(originals)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with caplog.at_level(logging.WARNING):
-        version = build(folders, cache)
+        version = build(originals, cache)
     assert "1000 are free" in caplog.text and len(loads) == len(version.origins)
 
 
@@ -528,12 +528,13 @@ def test_a_failed_load_leaves_nothing_behind(folders: Path, cache: Path) -> None
 
 
 def test_files_of_writers_that_died_are_removed(cache: Path) -> None:
-    dies = (
-        "import os, sys; from pathlib import Path; from amalgam.checkpoint.packed_file import new_packed_file;"
-        "writing = new_packed_file(Path(sys.argv[1])); writing.__enter__(); os._exit(1)"
-    )
     with new_packed_file(cache):
-        subprocess.run([sys.executable, "-c", dies, str(cache)], env={"PYTHONPATH": str(ROOT / "src")}, check=False)
+        if (child := os.fork()) == 0:
+            try:
+                new_packed_file(cache).__enter__()
+            finally:
+                os._exit(1)
+        os.waitpid(child, 0)
         assert len(list(cache.iterdir())) == 2
         packed_cache.PackedCache(cache)
         assert len(list(cache.iterdir())) == 1, "the one that is being written stays"
@@ -554,24 +555,24 @@ def test_runs_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_other_layouts_come_from_the_source(
-    folders: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, loads: list[str]
+    originals: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, loads: list[str]
 ) -> None:
     """What no table can expand again is loaded as ever, and everything else from the cache."""
     monkeypatch.setattr(mapped, "can_be_mapped", lambda weight: isinstance(weight, panels.PanelWeight))
-    expected = build(folders, None)
-    assert_same(build(folders, cache), expected)
+    expected = build(originals, None)
+    assert_same(build(originals, cache), expected)
     loads.clear()
-    assert_same(build(folders, cache), expected)
+    assert_same(build(originals, cache), expected)
     assert len(loads) == sum(not isinstance(expected[slot], panels.PanelWeight) for slot in expected.origins) > 0
 
 
 def test_a_cache_without_native_kernels_is_refused_with_a_warning(
-    folders: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    originals: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(extension, "is_available", lambda: False)
     monkeypatch.setattr(extension, "why_unavailable", lambda: "They are not built.")
     with caplog.at_level(logging.WARNING):
-        version = build(folders, cache)
+        version = build(originals, cache)
     assert "packed_cache is not used: They are not built." in caplog.text
     assert version.mapped_bytes == 0 and not cache.exists()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -156,8 +159,9 @@ def nf4(shape: tuple[int, int], group: int, seed: int = 0) -> PackedWeight:
     return PackedWeight(TABLE4, shape, parts, (1, group))
 
 
-def every_layout(shape: tuple[int, int], seed: int = 0) -> dict[str, PackedWeight]:
-    """Name → weight, for each layout that the shape allows."""
+@cache
+def every_layout(shape: tuple[int, int], seed: int = 0) -> Mapping[str, PackedWeight]:
+    """Name → weight, for each layout that the shape allows; made once, and left as they are."""
     columns = shape[1]
     fp8, int8 = torch.float8_e4m3fn, torch.int8
     weights = {
