@@ -121,7 +121,8 @@ def opened(folders: Path) -> Iterator[Stand]:
             {
                 "model": {"base_path": str(folders / "base"), "mixed_precision": {"other_path": str(other)}},
                 "inference": {"max_seq_length": 64},
-                "engine": {"load_threads": 1},  # so that a build reads in the order of its weights
+                # A build reads in the order of its weights, and none are kept to go back to.
+                "engine": {"load_threads": 1, "rollback_answers": 0},
             }
         )
     )

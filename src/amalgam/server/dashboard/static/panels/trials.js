@@ -103,13 +103,13 @@ function row(check) {
     h("td", { class: `num ${TONES[check.outcome] ?? ""}` }, t(`trial_check_${check.outcome}`)));
 }
 
-function arms({ arms: both, slowdown }) {
+function arms({ arms: both, checks, slowdown }) {
   const of = (name, write) => h("tr", {}, h("td", {}, t(`trial_arm_${name}`)), ["current", "candidate"].map((arm) => h("td", { class: "num" }, write(both[arm][name]))));
   return [
     table(["", "trial_current", "trial_candidate"].map((word) => word && t(word)), [
       of("requests", format.number), of("errors", format.number), of("first_token_seconds", format.seconds), of("token_seconds", format.seconds),
     ]),
-    slowdown.low === null ? null : note(t("trial_slowdown", format.times(slowdown.value), format.times(slowdown.low), format.times(slowdown.high))),
+    slowdown.low === null || checks.some((check) => check.name === "slowdown") ? null : note(t("trial_slowdown", format.times(slowdown.value), format.times(slowdown.low), format.times(slowdown.high))),
   ];
 }
 
