@@ -41,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Clien
                 },
             },
             "inference": {"device_map": "cpu", "max_seq_length": MAX_TOKENS},
-            "engine": {"num_threads": 1},
+            "engine": {"num_threads": 1, "rollback_answers": 0},
             "server": {"port": 0, "export_dir": str(tmp_path_factory.mktemp("exports"))},
         }
     )
