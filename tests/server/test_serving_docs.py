@@ -69,4 +69,4 @@ def test_python_s_parameters() -> None:
 
 @pytest.mark.parametrize("section", [ServerSettings, EngineSettings])
 def test_settings(section: type[BaseModel]) -> None:
-    assert set(section.model_fields) - words_of("operation.md", "chat-templates.md") == set()
+    assert set(section.model_fields) - words_of("operation.md", "chat-templates.md", "trials.md") == set()
