@@ -143,7 +143,7 @@ async def progress_events(service: Service, change_id: str) -> AsyncGenerator[by
     while True:
         is_last = service.status is Status.DRAINING
         revision, status = service.deployment.jobs.follow(change_id)
-        if revision != told or is_last:
+        if revision != told or status.has_ended or is_last:  # it may end between two readings
             told = revision
             yield event(asdict(status), "progress" if status.state == "running" else status.state)
         if status.has_ended or is_last:
