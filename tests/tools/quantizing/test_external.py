@@ -28,6 +28,7 @@ COMPRESSOR = TOOLS["llm-compressor"]
 HERE = Environment(Path(sys.executable), "0.1")
 ROUNDED = ExternalRecipe("int4", QuantizeOptions(32), "round")
 UP, NORM = "model.layers.0.mlp.experts.3.up_proj", "model.layers.1.input_layernorm.weight"
+EMBEDDING = "model.embed_tokens.weight"
 STAND_IN = """
 import json, pathlib, shutil, sys
 job = json.loads(pathlib.Path(sys.argv[1]).read_text())
@@ -61,7 +62,11 @@ def changed(folder: Path, made: Path, change: Callable[[Tensors], object]) -> Pa
 
 
 def test_a_result_that_fits_becomes_a_checkpoint(small: Path, tmp_path: Path, stand_in: Callable[[str], None]) -> None:
-    given = changed(small / "int4", tmp_path / "given", lambda tensors: tensors[NORM].mul_(2))
+    def change(tensors: Tensors) -> None:
+        tensors[NORM].mul_(2)
+        tensors[EMBEDDING] = tensors[EMBEDDING].float()  # saved wider than it was
+
+    given = changed(small / "int4", tmp_path / "given", change)
     (given / "config.json").write_text(
         json.dumps({"quantization_config": json.loads((given / "config.json").read_text())["quantization_config"]})
     )
@@ -72,6 +77,9 @@ def test_a_result_that_fits_becomes_a_checkpoint(small: Path, tmp_path: Path, st
     report = quantize_with(COMPRESSOR, HERE, str(small / "base"), out, ROUNDED, lambda *step: told.append(step))
     assert ("llm-compressor: layers", 1, 2) in told and told[-1][0] == "Checking" and told[-1][1] == told[-1][2]
     assert report.tool == "llm-compressor 0.1" and report.moved == [NORM]
+    embedding = load_file(out / "model.safetensors")[EMBEDDING]
+    assert embedding.dtype == torch.bfloat16
+    assert torch.equal(embedding, load_file(small / "base" / "model.safetensors")[EMBEDDING])
     expert = report.roles["expert"]
     assert expert.num_weights == 96 and 0 < expert.error < 0.2
     config = json.loads((out / "config.json").read_text())

@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ import torch
 
 from amalgam.base.files import resumable_folder, writing
 from amalgam.base.strict_json import parse_json
+from amalgam.checkpoint.store import TensorStore
+from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.carry import carry_files, write_json
 from amalgam.composition.check import HEAD, SourceCheck
 from amalgam.composition.planned import oriented
@@ -191,7 +193,7 @@ def quantize_with(
         work.mkdir()
         (work / "job.json").write_text(json.dumps({**job, "out": str(made.absolute())}))
         _Process(tool, environment, work).follow(progress)
-        _take(tool, made, folder)
+        _take(tool, made, base, folder)
         config = {**base.source.config, "quantization_config": _declaration(tool, made)}
         write_json(folder / CONFIG_NAME, config)
         report.left_out_files = carry_files(base.source.store, folder)
@@ -333,14 +335,26 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def _take(tool: Tool, made: Path, folder: Path) -> None:
-    """The weights that a tool has saved, and their index, under the names that it gave them."""
-    files = sorted(made.rglob("*.safetensors"))
-    parents = {file.parent for file in files}
-    if len(parents) != 1:
+def _take(tool: Tool, made: Path, base: _Base, folder: Path) -> None:
+    """The tensors that a tool has saved, under the names that it gave them."""
+    folders = {file.parent for file in made.rglob("*.safetensors")}
+    if len(folders) != 1:
         raise CheckpointError(f"{tool.name} has saved no model, or several, in {made}.", remedy=_REPORT)
-    for file in (*files, *parents.pop().glob("*.safetensors.index.json")):
-        file.rename(folder / file.name)
+    store = TensorStore.open(folders.pop())
+    write_checkpoint(folder, _narrowed(store, base.source.store))
+    store.close()
+
+
+def _narrowed(store: TensorStore, base: TensorStore) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors one by one; those that a tool has only widened (it computes in float32 on a CPU) as they were."""
+    for name in store:
+        tensor = store.read(name)
+        dtype = base[name].dtype if name in base else tensor.dtype
+        if dtype.is_floating_point and tensor.is_floating_point() and dtype.itemsize < tensor.dtype.itemsize:
+            narrow = tensor.to(dtype)
+            tensor = narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+        yield name, tensor
+        store.release(name)
 
 
 def _declaration(tool: Tool, made: Path) -> dict[str, Any]:

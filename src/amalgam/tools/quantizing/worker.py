@@ -59,8 +59,11 @@ def llm_compressor(job: Job) -> None:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not torch.accelerator.is_available():  # its AWQ pins memory for one all the same, which fails
+        IntermediatesCache.pin_memory = lambda *_: None
     # It takes fused experts apart by itself. Its way to load them apart imports all of transformers, and torchvision.
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto", **_LOADING)
     groups = {
