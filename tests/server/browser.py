@@ -27,7 +27,10 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--disable-features=BackForwardCache",  # it keeps the connections of pages left behind, of six to a host
+    # The first keeps the connections of pages left behind, of six to a host; a spare process costs what it may spare.
+    "--disable-features=BackForwardCache,SpareRendererForSitePerProcess",
+    "--renderer-process-limit=1",
+    "--disable-site-isolation-trials",
     "--hide-scrollbars",
 )
 WAIT_SECONDS = 60.0  # ends what would hang; a busy machine takes some
@@ -39,6 +42,7 @@ class Page:
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
+        self.user_agent: str = driver.execute_cdp_cmd("Browser.getVersion", {})["userAgent"]
         self.complaints: list[str] = []
         self.addresses: list[str] = []
 
@@ -106,12 +110,22 @@ class Page:
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": kind, **fields})
 
-    def emulate(self, width: int = 1440, height: int = 900, *, is_mobile: bool = False, is_dark: bool = False) -> None:
-        """Another screen."""
+    def emulate(
+        self,
+        width: int = 1440,
+        height: int = 900,
+        *,
+        is_mobile: bool = False,
+        is_dark: bool = False,
+        language: str = "en",
+    ) -> None:
+        """Another screen, and another language of the user."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_mobile}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        identity = {"userAgent": self.user_agent, "acceptLanguage": language}
+        self.driver.execute_cdp_cmd("Emulation.setUserAgentOverride", identity)
 
     def collect(self) -> None:
         """Read the browser's logs: complaints (errors, refused content) and all addresses it turned to."""
@@ -135,7 +149,7 @@ class Page:
 
 
 @contextmanager
-def open_browser(profile: Path, language: str = "en") -> Iterator[Page]:
+def open_browser(profile: Path) -> Iterator[Page]:
     """A browser with an empty profile in the folder `profile`. Skips the test if there is none on this machine."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     binary = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -144,10 +158,10 @@ def open_browser(profile: Path, language: str = "en") -> Iterator[Page]:
         pytest.skip("chromium and chromedriver are not installed (Debian: apt install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    flags = (*FLAGS, f"--user-data-dir={profile}", f"--lang={language}", f"--accept-lang={language}")
-    for flag in flags:
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.add_experimental_option("perfLoggingPrefs", {"enableNetwork": True, "enablePage": False})
     service = webdriver.ChromeService(driver_path, log_output=os.devnull)
     driver = webdriver.Chrome(options=options, service=service)
     try:

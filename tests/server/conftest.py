@@ -87,8 +87,9 @@ def shared_client() -> Iterator[httpx.Client]:
             yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """One for all files; a test begins with `reset`."""
     from tests.server.browser import open_browser  # most tests here need no selenium
 
     with open_browser(tmp_path_factory.mktemp("browser") / "profile") as page:

@@ -18,9 +18,10 @@ from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import StatisticsSettings, build_settings, load_settings
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.runtime.opening import open_deployment
-from amalgam.server.dashboard import events
+from amalgam.server.dashboard import events, pages
+from amalgam.server.web.files import PageFile
 from tests.conftest import DEMO
-from tests.server.browser import Page, open_browser
+from tests.server.browser import Page
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import FakeDeployment, fake_settings
 from tests.server.large import LABELS, NUM_EXPERTS, NUM_LAYERS, LargeDeployment
@@ -194,6 +195,14 @@ def page(browser: Page) -> Page:
     return browser
 
 
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at no chart: to load plotly.js and to draw takes longer than all else of a page."""
+    script = b"window.Plotly = { react: async (node, data, layout) => { Object.assign(node, { data, layout }); } };"
+    files = {**pages.files(), pages.PLOTLY: PageFile(script, "text/javascript; charset=utf-8")}
+    monkeypatch.setattr(pages, "files", lambda: files)
+
+
 def show_everything(page: Page) -> None:
     """Scroll past every panel, and wait until each has its figures."""
     for panel in PANELS:
@@ -214,7 +223,7 @@ def assert_clean(page: Page, url: str) -> None:
     assert page.addresses
 
 
-def test_every_panel_is_fed_and_none_moves_when_a_cell_is_clicked(page: Page, demo_url: str) -> None:
+def test_every_panel_is_fed_and_can_be_read_and_none_moves_when_a_cell_is_clicked(page: Page, demo_url: str) -> None:
     page.open(demo_url + "/dashboard")
     show_everything(page)
     assert page.text("#model") == "demo"
@@ -231,9 +240,19 @@ def test_every_panel_is_fed_and_none_moves_when_a_cell_is_clicked(page: Page, de
     page.click_cell("usage", 2, 5)
     page.wait("return document.querySelector('#expert-card h3') !== null")
     assert page.run(places) == before
+
+    # Contrast of at least 4.5:1 for all text, on the colours of experts too.
+    page.click("#trace-run")
+    page.wait("return document.querySelectorAll('#trace-tokens .chip').length > 0")
+    for theme in ("light", "dark"):
+        page.emulate(is_dark=theme == "dark")
+        page.wait("return document.documentElement.dataset.theme === arguments[0]", theme)
+        assert page.run(UNREADABLE) == [], theme
+        assert page.driver.execute_async_script(WORST_EXPERT_COLOR) >= 4.5, theme
     assert_clean(page, demo_url)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
     page.open(demo_url + "/dashboard")
     page.click_cell("usage", 2, 5)
@@ -274,6 +293,7 @@ def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
     assert_clean(page, demo_url)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_precision_map_marks_what_the_hints_name(page: Page, large_url: str) -> None:
     hints = httpx.get(large_url + "/experts/hints", timeout=60).json()["hints"]
     counts = {hint["kind"]: hint["figures"].get("num_experts", hint["figures"].get("num_found")) for hint in hints}
@@ -304,6 +324,7 @@ def test_the_precision_map_marks_what_the_hints_name(page: Page, large_url: str)
     assert is_nearer("edge", "hot", "staged") and is_nearer("inner", "staged", "hot")
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_hint_shows_the_comparison_that_it_speaks_of(page: Page, demo_url: str) -> None:
     page.open(demo_url + "/dashboard")
     page.show("#hints")
@@ -337,6 +358,7 @@ def test_drift_is_explained_until_there_is_some(page: Page, demo_url: str) -> No
     assert_clean(page, demo_url)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_windows_are_those_that_the_server_keeps(page: Page) -> None:
     deployment = LargeDeployment(*FEW)
     deployment.tracker.settings = StatisticsSettings(history_minutes=3)
@@ -358,6 +380,7 @@ def test_windows_are_those_that_the_server_keeps(page: Page) -> None:
         assert_clean(page, url)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, tmp_path: Path) -> None:
     page.open(demo_url + "/dashboard")
     version = httpx.get(demo_url + "/").json()["weight_version"]
@@ -403,6 +426,7 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
     assert_clean(page, demo_url)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) -> None:
     first = httpx.get(demo_url + "/").json()["weight_version"]
     page.open(demo_url + "/dashboard")
@@ -429,6 +453,7 @@ def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) 
     assert_clean(page, demo_url)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_change_is_followed_and_cancelled(page: Page) -> None:
     deployment = HeldDeployment()
     with serving(fake_settings(port=0), lambda: deployment) as url, held(deployment, after=3):
@@ -448,6 +473,7 @@ def test_a_change_is_followed_and_cancelled(page: Page) -> None:
         assert page.complaints == []
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_tokens_and_their_experts(page: Page, demo_url: str) -> None:
     """A character is one chip however many tokens it takes: bytes of one code point, code points of one emoji."""
     text = "The moon 明月 銀😀👩\u200d🚀e\u0301 🇨🇭"
@@ -481,7 +507,8 @@ def test_tokens_and_their_experts(page: Page, demo_url: str) -> None:
     assert_clean(page, demo_url)
 
 
-def test_the_playground_streams(page: Page, demo_url: str) -> None:
+@pytest.mark.usefixtures("without_charts")
+def test_the_playground_streams_and_tells_errors(page: Page, demo_url: str) -> None:
     page.open(demo_url + "/dashboard")
     page.run("arguments[0].value = '12'", page.show("#play-max"))
     page.run("arguments[0].value = 'prose'", page.show("#play-domain"))
@@ -499,8 +526,14 @@ def test_the_playground_streams(page: Page, demo_url: str) -> None:
         page.wait("return document.querySelector('#play-figures').textContent.includes('first after')")
     assert page.text("#play-output").count("Tell me of the sea") == 2
     assert_clean(page, demo_url)
+    page.choose("#play-mode", "text")
+    page.run("arguments[0].value = 'A text'", page.show("#play-prompt"))
+    page.run("arguments[0].value = '0'", page.show("#play-max"))
+    page.click("#play-start")
+    page.wait("return document.querySelector('#playground .panel-error')?.textContent.includes('max_new_tokens')")
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_long_answer_leaves_the_page_usable(page: Page) -> None:
     """What is there is not written again for each token, and one can stop in the middle."""
     deployment = FakeDeployment()
@@ -533,6 +566,7 @@ def test_a_long_answer_leaves_the_page_usable(page: Page) -> None:
         assert_clean(page, url)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_enter_sends_in_a_chat(page: Page) -> None:
     press = """
         const field = document.querySelector("#play-prompt");
@@ -561,6 +595,7 @@ def test_enter_sends_in_a_chat(page: Page) -> None:
         assert_clean(page, url)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_what_is_not_known_is_not_drawn(page: Page) -> None:
     """A server that has counted nothing yet, in a model small enough for its cells to be seen one by one."""
     deployment = LargeDeployment(4, 8)
@@ -593,28 +628,31 @@ def test_what_is_not_known_is_not_drawn(page: Page) -> None:
         assert_clean(page, url)
 
 
-@pytest.mark.parametrize(
-    ("mode", "caption"),
-    [("text", "in this answer and its prompt"), ("chat", "in this answer alone, without the conversation before it")],
-)
-def test_the_playground_stops(page: Page, mode: str, caption: str) -> None:
+@pytest.mark.usefixtures("without_charts")
+def test_the_playground_stops(page: Page) -> None:
     deployment = LargeDeployment(*FEW)
-    deployment.engine.held_at = 5  # the answer does not end before it is stopped
+    captions = {
+        "text": "in this answer and its prompt",
+        "chat": "in this answer alone, without the conversation before it",
+    }
     with serving(fake_settings(port=0), lambda: deployment) as url:
         wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
         page.open(url + "/dashboard")
-        page.choose("#play-mode", mode)
-        page.click("#play-start")
-        page.wait("return document.querySelector('#play-output').textContent.includes('w4')")
-        assert page.text("#play-start") == "Stop"
-        assert len(deployment.engine.running) == 1
-        page.click("#play-start")
-        wait_until(lambda: not deployment.engine.running)
-        page.wait("return document.querySelector('#play-figures').textContent.includes('stopped')")
-        assert page.text("#play-start") == "Generate"
-        assert "w4" in page.text("#play-output")
-        deployment.engine.held_at = None
-        page.wait("return document.querySelector('#play-used').textContent.includes(arguments[0])", caption)
+        for mode, caption in captions.items():
+            deployment.engine.held_at = 5  # the answer does not end before it is stopped
+            page.choose("#play-mode", mode)
+            page.run("arguments[0].value = 'Hello'", page.show("#play-prompt"))
+            page.click("#play-start")
+            page.wait("return document.querySelector('#play-output').textContent.includes('w4')")
+            assert page.text("#play-start") == "Stop"
+            assert len(deployment.engine.running) == 1
+            page.click("#play-start")
+            wait_until(lambda: not deployment.engine.running)
+            page.wait("return document.querySelector('#play-figures').textContent.includes('stopped')")
+            assert page.text("#play-start") == "Generate"
+            assert "w4" in page.text("#play-output")
+            deployment.engine.held_at = None
+            page.wait("return document.querySelector('#play-used').textContent.includes(arguments[0])", caption)
         assert_clean(page, url)
 
 
@@ -632,6 +670,7 @@ def test_the_playground_stops(page: Page, mode: str, caption: str) -> None:
     ],
     ids=["dense", "statistics off"],
 )
+@pytest.mark.usefixtures("without_charts")
 def test_a_server_that_counts_no_experts(page: Page, num_experts: int, reasons: tuple[str, str]) -> None:
     deployment = FakeDeployment(num_experts=num_experts)
     with serving(fake_settings(port=0), lambda: deployment) as url:
@@ -656,13 +695,7 @@ def test_a_server_that_counts_no_experts(page: Page, num_experts: int, reasons: 
     assert [item.wants_trace for item in deployment.engine.observations] == [False]
 
 
-def test_the_playground_tells_errors(page: Page, demo_url: str) -> None:
-    page.open(demo_url + "/dashboard")
-    page.run("arguments[0].value = '0'", page.show("#play-max"))
-    page.click("#play-start")
-    page.wait("return document.querySelector('#playground .panel-error')?.textContent.includes('max_new_tokens')")
-
-
+@pytest.mark.usefixtures("without_charts")
 def test_nothing_stays_in_the_other_language(page: Page, demo_url: str) -> None:
     page.open(demo_url + "/dashboard")
     page.run("arguments[0].value = '3'", page.show("#play-max"))
@@ -709,12 +742,12 @@ def test_languages_themes_and_a_telephone(page: Page, demo_url: str) -> None:
 
 
 @pytest.mark.parametrize(("language", "title"), [("zh-CN", "专家使用"), ("en", "Expert use")])
-def test_the_browser_chooses_the_language(tmp_path: Path, large_url: str, language: str, title: str) -> None:
-    with open_browser(tmp_path / "profile", language) as page:
-        page.emulate(is_dark=True)
-        page.open(large_url + "/dashboard")
-        assert page.text("#usage h2") == title
-        assert page.run("return document.documentElement.dataset.theme") == "dark"
+@pytest.mark.usefixtures("without_charts")
+def test_the_browser_chooses_the_language(page: Page, large_url: str, language: str, title: str) -> None:
+    page.emulate(is_dark=True, language=language)
+    page.open(large_url + "/dashboard")
+    assert page.text("#usage h2") == title
+    assert page.run("return document.documentElement.dataset.theme") == "dark"
 
 
 def test_a_large_grid_stays_fluid_and_hostile_names_inert(page: Page, large_url: str) -> None:
@@ -743,6 +776,7 @@ def test_a_large_grid_stays_fluid_and_hostile_names_inert(page: Page, large_url:
     assert_clean(page, large_url)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
     with serving(fake_settings(port=0), lambda: LargeDeployment(*FEW)) as url:
         wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
@@ -757,6 +791,7 @@ def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
         assert max(page.run(cut)) <= width
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection stays open, and nothing comes; later the server is well again."""
     may_go_on, describe = threading.Event(), events.describe_event
@@ -783,21 +818,7 @@ def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest
         assert page.run(STALENESS)[1] == "false"
 
 
-def test_everything_can_be_read(page: Page, demo_url: str) -> None:
-    """Contrast of at least 4.5:1 for all text, on the colours of experts too."""
-    page.open(demo_url + "/dashboard")
-    show_everything(page)
-    page.click_cell("usage", 2, 5)
-    page.wait("return document.querySelector('#expert-card h3') !== null")
-    page.click("#trace-run")
-    page.wait("return document.querySelectorAll('#trace-tokens .chip').length > 0")
-    for theme in ("light", "dark"):
-        page.emulate(is_dark=theme == "dark")
-        page.wait("return document.documentElement.dataset.theme === arguments[0]", theme)
-        assert page.run(UNREADABLE) == [], theme
-        assert page.driver.execute_async_script(WORST_EXPERT_COLOR) >= 4.5, theme
-
-
+@pytest.mark.usefixtures("without_charts")
 def test_the_precision_map_follows_the_traffic(page: Page, demo_url: str) -> None:
     """An open page marks what has become hot since. Last, because it forgets the traffic that other tests look at."""
     httpx.post(demo_url + "/reset_expert_stats")
@@ -817,6 +838,7 @@ def test_the_precision_map_follows_the_traffic(page: Page, demo_url: str) -> Non
     page.wait(f"{hot} === arguments[0]", f"hot and narrow ({marked})")
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_dashboard_asks_for_the_admin_key_and_its_links_carry_it(page: Page) -> None:
     with serving(fake_settings(port=0, api_keys="user", admin_key="root"), lambda: LargeDeployment(*FEW)) as url:
         page.driver.get(url + "/dashboard")

@@ -157,16 +157,17 @@ def test_a_chinese_word_has_one_meaning() -> None:
 
 
 def test_files_come_with_a_strict_policy(url: str) -> None:
-    for path in ("/", *(f"/static/{name}" for name in page_files.files())):
-        response = httpx.get(url + path, headers={"Accept": "text/html"})
-        assert response.status_code == 200
-        policy = response.headers["content-security-policy"]
-        assert policy.startswith("default-src 'self';")
-        assert not re.search(r"unsafe|data:|\*", policy)
-        assert response.headers["x-content-type-options"] == "nosniff"
-        assert "Accept-Encoding" in response.headers["vary"]
-    assert httpx.get(url + "/static/../__init__.py").status_code == 404
-    assert httpx.get(url + "/static/%2e%2e/__init__.py").status_code == 404
+    with httpx.Client(base_url=url) as client:
+        for path in ("/", *(f"/static/{name}" for name in page_files.files())):
+            response = client.get(path, headers={"Accept": "text/html"})
+            assert response.status_code == 200
+            policy = response.headers["content-security-policy"]
+            assert policy.startswith("default-src 'self';")
+            assert not re.search(r"unsafe|data:|\*", policy)
+            assert response.headers["x-content-type-options"] == "nosniff"
+            assert "Accept-Encoding" in response.headers["vary"]
+        assert client.get("/static/../__init__.py").status_code == 404
+        assert client.get("/static/%2e%2e/__init__.py").status_code == 404
 
 
 def test_send_stream_and_figures(page: Page, model: ScriptedModel, url: str) -> None:
@@ -606,7 +607,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(page: Page, model: ScriptedModel
 class Front(BaseHTTPRequestHandler):
     """A proxy that serves what `back` has under /a/prefix/."""
 
-    back: str
+    back: httpx.Client
 
     def do_GET(self) -> None:
         self._pass()
@@ -622,8 +623,8 @@ class Front(BaseHTTPRequestHandler):
         headers = {
             name: value for name, value in self.headers.items() if name.lower() in ("accept", "content-type", "host")
         }
-        address = self.back + self.path.removeprefix("/a/prefix")
-        with httpx.stream(self.command, address, content=body, headers=headers) as answer:
+        path = self.path.removeprefix("/a/prefix")
+        with self.back.stream(self.command, path, content=body, headers=headers) as answer:
             self.send_response(answer.status_code)
             for name in ("content-type", "content-security-policy"):
                 if name in answer.headers:
@@ -637,8 +638,10 @@ class Front(BaseHTTPRequestHandler):
 
 
 def test_behind_a_path_prefix(page: Page, model: ScriptedModel, url: str) -> None:
-    handler = type("Handler", (Front,), {"back": url})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as front:
+    with (
+        httpx.Client(base_url=url) as client,
+        ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Front,), {"back": client})) as front,
+    ):
         thread = threading.Thread(target=front.serve_forever)
         thread.start()
         try:
