@@ -531,7 +531,8 @@ def test_files_of_writers_that_died_are_removed(cache: Path) -> None:
     with new_packed_file(cache):
         if (child := os.fork()) == 0:
             try:
-                new_packed_file(cache).__enter__()
+                writing = new_packed_file(cache)
+                writing.__enter__()
             finally:
                 os._exit(1)
         os.waitpid(child, 0)
