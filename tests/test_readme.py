@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -131,29 +132,30 @@ def test_local_commands(
         assert out.strip(), line
 
 
-def test_python() -> None:
+def output_of(program: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a program prints; run here, since another interpreter would import everything again."""
+    (folder / "program.py").write_text(program, encoding="utf-8")
+    runpy.run_path(str(folder / "program.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The programs of both languages, one after the other."""
+    monkeypatch.chdir(ROOT)
     programs = [program for name in READMES for program in commands(name, "python") if "LLM" in program]
     assert len(programs) == 2
     printed = "print(answer.text); print('length', len(answer.text.strip()))"
-    program = "\n".join(programs).replace("print(answer.text)", printed)
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert "layer_id" in result.stdout
-    lengths = [int(number) for number in re.findall(r"^length (\d+)$", result.stdout, re.MULTILINE)]
+    found = output_of("\n".join(programs).replace("print(answer.text)", printed), tmp_path, capsys)
+    assert "layer_id" in found
+    lengths = [int(number) for number in re.findall(r"^length (\d+)$", found, re.MULTILINE)]
     assert len(lengths) == 4 and min(lengths) > 20, "answers that are worth showing"
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_client(name: str, server: str) -> None:
+def test_client(name: str, server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The program with OpenAI's client, whose answer comes as a stream."""
     (program,) = [program for program in commands(name, "python") if "OpenAI" in program]
-    words = [sys.executable, "-c", program.replace(ADDRESS, server)]
-    result = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+    assert output_of(program.replace(ADDRESS, server), tmp_path, capsys).strip()
 
 
 @pytest.mark.parametrize("name", READMES)
