@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion
 from tests.models.harness import CPU, Runner, load_model
 from tests.models.test_families import config_of
-from tests.models.tiny import HuggingFace, class_config, random_model, tiny_model
+from tests.models.tiny import HuggingFace, class_config, model_with, random_model, tiny_model
 
 FAMILIES = {family.name: family for family in all_families() if family.name != "xverse"}
 PROMPT = list(range(3, 43))
@@ -185,32 +186,38 @@ class Case:
         import transformers
 
         self.family, self.folder = FAMILIES[name], folder
-        self.model = tiny_model(self.family, **base)
-        self.model.save_pretrained(folder)
+        model = tiny_model(self.family, **base)
+        model.save_pretrained(folder)
+        self.weights = model.state_dict()
         self.config: dict[str, Any] = json.loads(json.dumps(config_of(name, **base)))
         (folder / "config.json").write_text(json.dumps(self.config))
         self.decoder, self.version = load_model(folder)
         self.model_class = getattr(transformers, self.family.architectures[0])
-        self.logits = HuggingFace(self.model).logits(PROMPT)
-        assert is_same(Runner(self.decoder, self.version).step({0: PROMPT})[0], self.logits)
+        assert is_same(self.run(self.decoder, self.version), HuggingFace(model).logits(PROMPT))
 
-    def of_the_class(self, config: dict[str, Any]) -> tuple[Any, Tensor] | None:
-        """A model of the class under another config, and its logits; None if the class cannot have it."""
-        with contextlib.suppress(Exception):  # its complaints have many types
-            model = random_model(self.model_class, class_config(self.model_class, copy.deepcopy(config)))
-            return model, HuggingFace(model).logits(PROMPT)
+    def of_the_class(self, config: dict[str, Any]) -> tuple[Any, bool, Tensor] | None:
+        """A model of the class under another config, with our weights if it can have them; whether it has them; and
+        its logits. None if the class cannot have the config."""
+        for make in (partial(model_with, self.weights), random_model):
+            with contextlib.suppress(Exception):  # its complaints have many types
+                model = make(self.model_class, class_config(self.model_class, copy.deepcopy(config)))
+                if model is not None:
+                    return model, make is not random_model, HuggingFace(model).logits(PROMPT)
         return None
 
-    def of_us(self, config: dict[str, Any], model: Any) -> Tensor:
+    def of_us(self, config: dict[str, Any], model: Any, is_alike: bool) -> Tensor:
         _, spec = read_spec(config, "config.json")
-        if spec.slots == self.decoder.spec.slots and _is_random_alike(self.model, model):
+        if is_alike and spec.slots == self.decoder.spec.slots:
             weights = {slot: self.version[slot] for slot in self.version.origins}
             version = WeightVersion(2, weights, self.version.origins, self.version.keys)
-            return Runner(Decoder(spec, 256, torch.float32, CPU), version).step({0: PROMPT})[0]
+            return self.run(Decoder(spec, 256, torch.float32, CPU), version)
         changed = self.folder / "changed"
         model.save_pretrained(changed)
         (changed / "config.json").write_text(json.dumps(config))
-        return Runner(*load_model(changed)).step({0: PROMPT})[0]
+        return self.run(*load_model(changed))
+
+    def run(self, decoder: Decoder, version: WeightVersion) -> Tensor:
+        return Runner(decoder, version, num_sequences=1).step({0: PROMPT})[0]
 
     def spec_of(self, key: str, value: Any) -> ModelSpec | None:
         """What we read; None if it is refused, which has to name a key."""
@@ -231,17 +238,11 @@ class Case:
     def compare(self, changes: dict[str, Any]) -> str | None:
         """What is wrong with the result under other fields; empty if nothing, None if there is none to compare."""
         config = {**self.config, **changes}
-        expected = self.of_the_class(config)
-        if expected is None:
+        found = self.of_the_class(config)
+        if found is None:
             return None
-        logits = self.of_us(config, expected[0])
-        return "" if is_same(logits, expected[1]) else f"{changes}: computed otherwise"
-
-
-def _is_random_alike(one: Any, other: Any) -> bool:
-    """Whether two models of a class have the same weights: they are drawn in order."""
-    tensors, others = one.state_dict(), other.state_dict()
-    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+        *model, expected = found
+        return "" if is_same(self.of_us(config, *model), expected) else f"{changes}: computed otherwise"
 
 
 # Families whose layers differ by type, so that any choice is one of theirs.

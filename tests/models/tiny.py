@@ -120,6 +120,22 @@ def random_model(model_class: Any, config: Any) -> Any:
     return model
 
 
+def model_with(weights: dict[str, Tensor], model_class: Any, config: Any) -> Any:
+    """A model of a class under another config, with given weights; None if it has others."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = (
+            model_class._from_config(config, experts_implementation="eager", attn_implementation="eager").float().eval()
+        )
+    model.tie_weights()
+    own = model.state_dict()
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in weights.items()}:
+        return None
+    model.load_state_dict(weights)
+    return model if all(torch.equal(own[name], tensor) for name, tensor in weights.items()) else None  # tied, or not
+
+
 def save_tiny(family: Family, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Reference:
     """Make a tiny model and save it in `folder`."""
     if family.name == "xverse":
