@@ -157,4 +157,4 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def ask_each(server: LiveServer) -> None:
-    await asyncio.gather(*(server.stream(question) for question in QUESTIONS[:8]))
+    await asyncio.gather(*(server.stream(question) for question in QUESTIONS[:16]))

@@ -122,7 +122,7 @@ class ModelLoader:
         """
         choices = self.choose(rules)
         self._forget(lambda source: source.store.has_changed())
-        with self._forgetting_on_failure():
+        with self._reading():
             planned = [self._plan_weight(slot, choices[name]) for name, slot in self._slots.items()]
             for source in {id(weight.source): weight.source for weight in planned}.values():
                 self._source_check.check(source)
@@ -231,12 +231,8 @@ class ModelLoader:
         keys = {weight.slot.name: weight.key for weight in planned}
         shared = {} if previous is None else {s: previous[s] for s, key in keys.items() if previous.keys.get(s) == key}
         missing = [weight for weight in planned if weight.slot.name not in shared]
-        try:
-            with self._forgetting_on_failure():
-                weights = {**shared, **self._reader.read(missing, progress, turn)}
-        finally:
-            for source in {id(weight.source): weight.source for weight in planned}.values():
-                source.store.close()  # so that files that are removed leave the disk
+        with self._reading():
+            weights = {**shared, **self._reader.read(missing, progress, turn)}
         origins = {weight.slot.name: weight.origin for weight in planned}
         version = WeightVersion(version_id, weights, origins, keys)
         self._built[version] = frozenset(weight.choice.source for weight in planned)
@@ -266,12 +262,16 @@ class ModelLoader:
         return fresh
 
     @contextmanager
-    def _forgetting_on_failure(self) -> Iterator[None]:
+    def _reading(self) -> Iterator[None]:
+        """Behind it no file stays mapped: those that are removed leave the disk."""
         try:
             yield
         except Exception:
             self._forget(lambda source: True)
             raise
+        finally:
+            for source in list(self._sources.values()):  # other threads may open some
+                source.store.close()
 
     def _forget(self, condition: Callable[[Source], bool]) -> None:
         """Open sources anew when they are next asked for, but for those that living versions are made of.
@@ -279,13 +279,15 @@ class ModelLoader:
         So whoever mends or exchanges the files of others need not reload everything.
         """
         kept = {BASE_SOURCE}.union(*self._built.values())
-        self._sources = {n: source for n, source in self._sources.items() if n in kept or not condition(source)}
+        sources = list(self._sources.items())
+        self._sources = {name: source for name, source in sources if name in kept or not condition(source)}
 
     def _source(self, name: str) -> Source:
-        if name not in self._sources:
-            source = Source.open(name, self._paths[name], self._fused)
-            self._sources[name] = self._with_logical_names(source)
-        return self._sources[name]
+        source = self._sources.get(name)
+        if source is None:
+            source = self._with_logical_names(Source.open(name, self._paths[name], self._fused))
+            self._sources[name] = source
+        return source
 
     def _fused(self, config: Mapping[str, Any]) -> Sequence[FusedTensor]:
         """The fused tensors of a source; one without a config.json is of the base checkpoint's family."""
