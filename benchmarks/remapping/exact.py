@@ -159,7 +159,7 @@ def show_exact(
                 "tokens": sum(answer.num_tokens for answer in answers),
                 **result,
                 "preemptions": int(counters["amalgam_preemptions_total"]),
-                "cached_tokens": int(counters["vllm:prefix_cache_hits_total"]),
+                "cached_tokens": int(counters["amalgam_prefix_hit_tokens_total"]),
                 "guesses_taken": int(counters["amalgam_speculation_accepted_tokens_total"]),
                 **memory,
                 "resident_ratio": memory["resident_after"] / memory["resident_before"],
