@@ -62,7 +62,8 @@ def theirs(engine: str, python: str, folder: Path, sample: Sample, work: Path) -
     script = [python, str(CONTESTANTS / "logits.py"), engine, str(folder), str(ids), str(out), ENGINES[engine]]
     result = subprocess.run(script, capture_output=True, text=True, errors="replace")
     if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if "Error" in line]
+        said = (result.stderr + result.stdout).splitlines()
+        errors = [line for line in said if "Error" in line and "root cause above" not in line]
         return errors[-1] if errors else f"it ended with {result.returncode}"
     found: Tensor = torch.load(out, weights_only=True).double()
     return found
