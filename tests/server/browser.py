@@ -92,8 +92,13 @@ class Page:
         return element
 
     def click(self, selector: str) -> None:
-        """Click as a user does."""
-        self.show(selector).click()
+        """Click as a user does; once more if what was found has been drawn anew meanwhile."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        try:
+            self.show(selector).click()
+        except StaleElementReferenceException:
+            self.show(selector).click()
 
     def choose(self, selector: str, value: str) -> None:
         """Choose an option of a select."""

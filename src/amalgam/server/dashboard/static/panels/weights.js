@@ -71,8 +71,8 @@ export function create() {
 
   async function act(method, path) {
     try {
+      fill(outcome); // before it: what follows a change may tell of its end first
       await request(method, path, {});
-      fill(outcome);
       await refresh();
     } catch (error) {
       fill(outcome, h("div", { class: "panel-error" }, error.message));
