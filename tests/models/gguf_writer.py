@@ -56,13 +56,16 @@ ARCHITECTURES = {
     "DeepseekV2ForCausalLM": "deepseek2",
     "DeepseekV3ForCausalLM": "deepseek2",
     "Glm4MoeForCausalLM": "glm4moe",
+    "GlmMoeDsaForCausalLM": "glm-dsa",
     "GptOssForCausalLM": "gpt-oss",
     "GPT2LMHeadModel": "gpt2",
     "XverseForCausalLM": "xverse",
 }
 HAVE_WINDOWS = ("llama", "gpt-oss", "gemma2", "gemma3", "phi3", "olmo2", "starcoder2")
 HAVE_PAIRS = ("llama", "xverse", "smollm3", "mistral3", "granite", "granitemoe", "granitehybrid")
-HAVE_MOE_SIZES = ("qwen2moe", "qwen3moe", "deepseek2", "glm4moe", "dots1", "exaone-moe", "ernie4_5-moe", "lfm2moe")
+HAVE_MOE_SIZES = (
+    *("qwen2moe", "qwen3moe", "deepseek2", "glm-dsa", "glm4moe", "dots1", "exaone-moe", "ernie4_5-moe", "lfm2moe"),
+)
 KIND = gguf.GGMLQuantizationType
 HYBRID = ("qwen3next", "qwen35", "qwen35moe")
 _EXPERT = re.compile(
@@ -353,7 +356,7 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
                 writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
             elif rope.get("mscale_all_dim"):
                 writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
-    if architecture == "deepseek2":
+    if architecture in ("deepseek2", "glm-dsa"):
         _write_latent_attention(writer, config, splits_latent)
     else:
         head_dim = number("head_dim") or config["hidden_size"] // heads
@@ -418,7 +421,12 @@ def write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture
         writer.add_rope_dimension_sections([11, 11, 10, 0])
     if architecture == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if architecture in ("deepseek2", "glm4moe"):
+    if architecture == "glm-dsa":
+        writer.add_indexer_head_count(config["index_n_heads"])
+        writer.add_indexer_key_length(config["index_head_dim"])
+        writer.add_indexer_top_k(config["index_topk"])
+        writer.add_array("glm-dsa.attention.indexer.types", [kind == "full" for kind in config["indexer_types"]])
+    if architecture in ("deepseek2", "glm-dsa", "glm4moe"):
         writer.add_leading_dense_block_count(config.get("first_k_dense_replace", 1))
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_expert_weights_scale(config["routed_scaling_factor"])

@@ -387,6 +387,36 @@ _MAMBA_VALUES = {"ssm_a": _logarithm, "ssm_d": _flat, "ssm_norm": _flat, "ssm_co
 _DENSE = {**_OUTSIDE, **_ATTENTION, **_MLP_NORM, **_MLP}
 _MOE = {**_DENSE, **_experts_of("mlp")}
 
+_DEEPSEEK = {
+    **_OUTSIDE,
+    **_MLP_NORM,
+    **_MLP,
+    **_experts_of("mlp"),
+    **_SHARED,
+    **_CORRECTION,
+    **_layer(
+        {
+            "attn_norm": "input_layernorm",
+            "attn_q": "self_attn.q_proj",
+            "attn_q_a": "self_attn.q_a_proj",
+            "attn_q_a_norm": "self_attn.q_a_layernorm",
+            "attn_q_b": "self_attn.q_b_proj",
+            "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+            "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+            "attn_kv_b": "self_attn.kv_b_proj",
+            "attn_output": "self_attn.o_proj",
+        }
+    ),
+}
+_INDEXER = _layer(
+    {
+        "indexer.attn_q_b": "self_attn.indexer.wq_b",
+        "indexer.attn_k": "self_attn.indexer.wk",
+        "indexer.k_norm": "self_attn.indexer.k_norm",
+        "indexer.proj": "self_attn.indexer.weights_proj",
+    }
+)
+
 NAMINGS: Mapping[str, Naming] = {
     "llama": Naming({**_DENSE, **_experts_of("block_sparse_moe", projections=_W123)}, has_pairs=True),
     "xverse": Naming(_DENSE, has_pairs=True),
@@ -499,29 +529,8 @@ NAMINGS: Mapping[str, Naming] = {
             "blk.{}.attn_sinks.weight": f"{_LAYER}.self_attn.sinks",
         }
     ),
-    "deepseek2": Naming(
-        {
-            **_OUTSIDE,
-            **_MLP_NORM,
-            **_MLP,
-            **_experts_of("mlp"),
-            **_SHARED,
-            **_CORRECTION,
-            **_layer(
-                {
-                    "attn_norm": "input_layernorm",
-                    "attn_q": "self_attn.q_proj",
-                    "attn_q_a": "self_attn.q_a_proj",
-                    "attn_q_a_norm": "self_attn.q_a_layernorm",
-                    "attn_q_b": "self_attn.q_b_proj",
-                    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-                    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-                    "attn_kv_b": "self_attn.kv_b_proj",
-                    "attn_output": "self_attn.o_proj",
-                }
-            ),
-        }
-    ),
+    "deepseek2": Naming(_DEEPSEEK),
+    "glm-dsa": Naming({**_DEEPSEEK, **_INDEXER}),
     "gpt2": Naming(
         {
             "token_embd": "transformer.wte",

@@ -51,6 +51,20 @@ def _deepseek2(metadata: Metadata) -> Config:
     }
 
 
+def _glm_dsa(metadata: Metadata) -> Config:
+    metadata.expect("expert_gating_func", SIGMOID)
+    config = _deepseek2(metadata)
+    # Files of models that have an indexer in every layer do not say so.
+    have_one = metadata.flags("attention.indexer.types", config["num_hidden_layers"], default=True)
+    return config | {
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "index_n_heads": metadata.int("attention.indexer.head_count"),
+        "index_head_dim": metadata.int("attention.indexer.key_length"),
+        "index_topk": metadata.int("attention.indexer.top_k"),
+        "indexer_types": ["full" if has_one else "shared" for has_one in have_one],
+    }
+
+
 def _glm4_moe(metadata: Metadata) -> Config:
     # All models of this architecture have one group, which older converters did not write.
     config = decoder(metadata, "Glm4MoeForCausalLM") | grouped_experts(metadata, (1, 1))
@@ -80,6 +94,7 @@ def _exaone_moe(metadata: Metadata) -> Config:
 
 ARCHITECTURES: Mapping[str, Builder] = {
     "deepseek2": _deepseek2,
+    "glm-dsa": _glm_dsa,
     "glm4moe": _glm4_moe,
     "dots1": _dots1,
     "exaone-moe": _exaone_moe,
@@ -88,6 +103,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v3",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "GlmMoeDsaForCausalLM": "glm_moe_dsa",
     "Dots1ForCausalLM": "dots1",
     "ExaoneMoeForCausalLM": "exaone_moe",
 }

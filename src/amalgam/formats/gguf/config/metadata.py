@@ -103,6 +103,14 @@ class Metadata(Fields):
             self.refuse(key, value, f"an integer, or one for each of {num_layers} layers")
         return list(values)
 
+    def flags(self, key: str, num_layers: int, *, default: bool) -> list[bool]:
+        """Yes or no for each layer."""
+        value = super().get(key, default=[default] * num_layers)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        if not is_list or len(value) < num_layers or not set(value) <= {False, True}:
+            self.unsupported(key, value, f"true or false for each of {num_layers} layers")
+        return [bool(flag) for flag in value[:num_layers]]
+
     def has_tensor(self, name: str) -> bool:
         return name in self._store
 
