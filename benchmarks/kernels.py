@@ -266,12 +266,12 @@ def state_space() -> Recurrence:
     values = SPACE_HEADS * SPACE_DIM
     width = 2 * STATE_DIM + values + SPACE_HEADS
     out = Rows("out", values, 0, values)
-    rates = torch.zeros(3, SPACE_HEADS)
+    rate, bias, skip = torch.zeros(3, SPACE_HEADS)
 
     def emit(x: Rows, layer: int) -> ScanStates:
         write, read = x.columns(0, STATE_DIM), x.columns(STATE_DIM, STATE_DIM)
         inputs, steps = x.columns(2 * STATE_DIM, values), x.columns(width - SPACE_HEADS, SPACE_HEADS)
-        return ScanStates(write, read, inputs, steps, out, layer, 1, SPACE_HEADS, *rates, (0.0, math.inf))
+        return ScanStates(write, read, inputs, steps, out, layer, 1, SPACE_HEADS, rate, bias, skip, (0.0, math.inf))
 
     state = SPACE_HEADS, STATE_DIM, SPACE_DIM
     return Recurrence(width, out, (0, 1), state, emit, 5.0 * math.prod(state))

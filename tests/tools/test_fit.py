@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,7 @@ def test_layers_that_share_are_measured_with_what_they_share(
     save_tiny(next(one for one in all_families() if one.name == family), tmp_path, dtype=torch.bfloat16, **changes)
     loader = ModelLoader(settings_of(tmp_path).model, InferenceSettings(), torch.device("cpu"), 1)
     version = loader.build(loader.plan(), 1).version
-    samples = {slot.name: Sample(None, lambda slot=slot: version[slot.name]) for slot in loader.spec.slots}
+    samples = {slot.name: Sample(None, partial(version.__getitem__, slot.name)) for slot in loader.spec.slots}
     assert expected_step(loader.spec, samples.__getitem__, torch.bfloat16, torch.device("cpu")) == 1.0
 
 

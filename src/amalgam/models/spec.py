@@ -217,7 +217,8 @@ class ModelSpec:
     @property
     def carried_width(self) -> int:
         """Elements that a token takes in `carried`, and while they are made."""
-        sources = {getattr(layer.attention, "source", None) for layer in self.layers} - {None}
+        found = (getattr(layer.attention, "source", None) for layer in self.layers)
+        sources: set[int] = {source for source in found if source is not None}
         shared = (heads * (key + value) for heads, key, value in (self.kv_shapes[source] for source in sources))
         return sum(shared) + (0 if self.layer_inputs is None else 2 * self.layer_inputs.width)
 
