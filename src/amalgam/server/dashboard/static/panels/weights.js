@@ -4,21 +4,25 @@ import { get, request } from "../api.js";
 import { followChange, loadInfo, loadMapping, loadPrecision, loadRemaps, on } from "../app.js";
 import { fill, h, setOptions, table } from "../dom.js";
 import * as format from "../format.js";
-import { t, tOr } from "../i18n.js";
+import { language, t, tOr } from "../i18n.js";
 import { control, frame, note, select } from "./panel.js";
 
 const REFRESH_MS = 4000;
 
 export function create() {
-  const progress = h("div", { id: "change", role: "status" });
+  // These stay while their texts change: a button that is replaced loses the click on it.
+  const [title, stage, figures, bar] = [h("b"), h("span"), h("span", { class: "quiet" }), h("progress", { max: 1 })];
+  const cancel = h("button", { type: "button", id: "change-cancel", class: "stop", dataset: { i18n: "cancel" }, onclick: () => act("DELETE", `weights/changes/${change.id}`) });
+  const progress = h("div", { id: "change", role: "status", hidden: true }, h("div", { class: "change-line" }, title, stage, figures, cancel), bar);
   const versions = h("div", { id: "versions" });
+  const together = h("p", { class: "figures" });
   const before = select(readDifference, { id: "difference-before" });
   const after = select(readDifference, { id: "difference-after" });
   const controls = h("div", { class: "controls" }, control("difference_before", before), control("difference_after", after));
   const difference = h("div", { id: "difference" });
   const outcome = h("div", { id: "weights-outcome", role: "alert" });
   const node = frame("weights", "weights", "weights_hint", h("div", {},
-    progress, versions, outcome,
+    progress, versions, together, outcome,
     h("h3", { dataset: { i18n: "difference" } }), controls, difference));
 
   let weights = null; // GET /weights
@@ -37,16 +41,22 @@ export function create() {
   function redraw() {
     showChange();
     if (!weights) return;
+    together.textContent = t("weights_together", format.bytes(weights.bytes), format.bytes(weights.available_bytes));
+    showVersions();
+    showDifference();
+  }
+
+  function showVersions() {
+    const shown = JSON.stringify([language(), change === null, weights.versions.map(({ age_seconds, ...item }) => item)]);
+    if (versions.dataset.shown === shown) return; // whoever is about to click finds the button
+    versions.dataset.shown = shown;
     const ids = weights.versions.map(({ version }) => version);
     const names = weights.versions.map((item) => [item.version, [`v${item.version}`, ...item.names].join(" · ")]);
     setOptions(before, names);
     setOptions(after, names);
     if (ids.length > 1 && before.value === after.value) before.value = String(ids.find((id) => String(id) !== after.value));
     controls.hidden = ids.length < 2;
-    fill(versions,
-      table([t("version"), t("kept_because"), t("requests"), t("size"), t("own_size"), t("format"), t("made"), ""], weights.versions.map(row)),
-      h("p", { class: "figures" }, t("weights_together", format.bytes(weights.bytes), format.bytes(weights.available_bytes))));
-    showDifference();
+    fill(versions, table([t("version"), t("kept_because"), t("requests"), t("size"), t("own_size"), t("format"), t("made"), ""], weights.versions.map(row)));
   }
 
   function row(item) {
@@ -59,7 +69,7 @@ export function create() {
       h("td", { class: "num" }, format.bytes(item.bytes)),
       h("td", { class: "num" }, format.bytes(item.own_bytes)),
       h("td", {}, formats.join(", ")),
-      h("td", { class: "num" }, t("ago", format.seconds(Math.round(item.age_seconds)))),
+      h("td", { class: "num" }, format.clock(item.created)),
       h("td", {}, h("div", { class: "buttons row-buttons" },
         isCurrent ? null : button("go_back", () => begin({ version: item.version })),
         item.pinned ? button("unpin", () => act("DELETE", `weights/pins/${item.version}`)) : button("pin", () => act("PUT", `weights/pins/${item.version}`)))));
@@ -70,12 +80,13 @@ export function create() {
   }
 
   async function act(method, path) {
+    fill(outcome); // before: what comes of it may be told by the change itself
     try {
       fill(outcome); // before it: what follows a change may tell of its end first
       await request(method, path, {});
       await refresh();
     } catch (error) {
-      fill(outcome, h("div", { class: "panel-error" }, error.message));
+      fill(outcome, h("p", { class: "bad" }, error.message));
     }
   }
 
@@ -84,7 +95,7 @@ export function create() {
       fill(outcome);
       follow(await request("POST", "weights/changes", body));
     } catch (error) {
-      fill(outcome, h("div", { class: "panel-error" }, error.message));
+      fill(outcome, h("p", { class: "bad" }, error.message));
     }
   }
 
@@ -100,7 +111,7 @@ export function create() {
         showChange();
       });
       change = null;
-      fill(outcome, last.state === "done" ? null : h("div", { class: "panel-error" }, t(`change_${last.state}`, t(`kind_${last.kind}`), last.error ?? "")));
+      fill(outcome, last.state === "done" ? null : h("p", { class: "bad" }, t(`change_${last.state}`, t(`kind_${last.kind}`), last.error ?? "")));
       await Promise.all([loadInfo(), loadPrecision(), loadRemaps(), loadMapping()]);
       await refresh();
     } catch {
@@ -113,19 +124,21 @@ export function create() {
 
   function showChange() {
     progress.hidden = change === null;
+    if (weights) showVersions();
     if (change === null) return;
     const share = change.total_bytes ? change.done_bytes / change.total_bytes : null;
-    const figures = [
+    title.textContent = t(`kind_${change.kind}`);
+    title.title = change.what;
+    stage.textContent = tOr(`stage_${change.stage}`, change.stage);
+    figures.textContent = [
       change.num_weights ? t("weights_read", format.number(change.num_done), format.number(change.num_weights)) : null,
       share === null ? null : `${format.bytes(change.done_bytes)} / ${format.bytes(change.total_bytes)}`,
       change.seconds_left === null ? null : t("seconds_left", format.seconds(change.seconds_left)),
-    ];
-    fill(progress,
-      h("div", { class: "change-line" },
-        h("b", { title: change.what }, t(`kind_${change.kind}`)), h("span", {}, tOr(`stage_${change.stage}`, change.stage)),
-        h("span", { class: "quiet" }, figures.filter(Boolean).join(" · ")),
-        h("button", { type: "button", id: "change-cancel", class: "stop", disabled: !change.can_be_cancelled, onclick: () => act("DELETE", `weights/changes/${change.id}`) }, t("cancel"))),
-      h("progress", share === null ? { "aria-label": change.what } : { value: share, max: 1, "aria-label": change.what }));
+    ].filter(Boolean).join(" · ");
+    cancel.disabled = !change.can_be_cancelled;
+    bar.setAttribute("aria-label", change.what);
+    if (share === null) bar.removeAttribute("value");
+    else bar.value = share;
   }
 
   async function readDifference() {
