@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,55 @@ def test_rules_of_a_line_that_is_lost_are_not_made_up(path: Path) -> None:
     file = HistoryFile(path)
     assert file.records[-1] == NAMED
     file.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"at": NaN, "version": 9, "previous_version": 1, "num_changed": 0, "loaded_bytes": 0, "seconds": 0}',
+        b'{"at": 1e999, "version": 9, "previous_version": 1, "num_changed": 0, "loaded_bytes": 0, "seconds": 0}',
+        b'{"at": 1, "version": 1%s, "previous_version": 1, "num_changed": 0, "loaded_bytes": 0, "seconds": 0}'
+        % (b"0" * 30),
+        b'{"since": {}, "dropped": 3, "added": [], "version": 9}',
+        b"\xff\x00\xfe",
+    ],
+)
+def test_a_line_that_is_damaged_is_passed_over(path: Path, line: bytes) -> None:
+    written(path, START, CHANGE)
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    file = HistoryFile(path)
+    assert list(file.records) == [START, CHANGE]
+    file.close()
+
+
+def test_records_of_several_threads_do_not_mix(path: Path) -> None:
+    file = HistoryFile(path)
+    writing = threading.Lock()
+
+    def write(record: RemapRecord) -> None:
+        assert writing.acquire(blocking=False), "two at once"
+        file.add(record)
+        writing.release()
+
+    log = RemapLog((), write)
+    log.start(START)
+    others = [
+        threading.Thread(
+            target=lambda first=first: [
+                log.add_failed_version(n, RULES[: n % 2], 1, "NaN") for n in range(first, first + 20)
+            ]
+        )
+        for first in (100, 200, 300)
+    ]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    file.close()
+    records = HistoryFile(path).records
+    assert sorted(record.version for record in records) == [1, *range(100, 120), *range(200, 220), *range(300, 320)]
+    assert all(record.rules == RULES[: record.version % 2] for record in records[1:])
 
 
 def test_rules_are_kept_of_the_latest_changes(monkeypatch: pytest.MonkeyPatch) -> None:

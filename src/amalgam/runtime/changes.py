@@ -5,6 +5,7 @@ In: mappings and rules. Out: rules, records. Must never know: how a version is b
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -163,6 +164,7 @@ class RemapLog:
         self._write = write
         self._records: deque[RemapRecord] = deque(maxlen=MAX_REMAPS)
         self._clock = Clock()
+        self._lock = threading.Lock()  # the file has each record as it differs from the one before
 
     def start(self, record: RemapRecord) -> None:
         """The process has begun."""
@@ -216,9 +218,10 @@ class RemapLog:
         return [version_id for version_id, _ in found]
 
     def _add(self, record: RemapRecord) -> None:
-        self._records.append(record)
-        self._write(record)
-        self._forget_rules()
+        with self._lock:
+            self._records.append(record)
+            self._write(record)
+            self._forget_rules()
 
     def _forget_rules(self) -> None:
         """Of the oldest, where all together are too many: there may be one for each of a hundred thousand weights."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,8 @@ from amalgam.errors import ConfigError, ConflictError
 from amalgam.runtime.changes import MAX_REMAPS, RemapRecord
 
 logger = logging.getLogger("amalgam.runtime")
+
+MAX_VERSION_ID = 10**18 - 1  # that requests can ask for
 
 _RECORD = TypeAdapter(RemapRecord)
 _RULES = TypeAdapter(tuple[Rule, ...])
@@ -126,8 +129,11 @@ class HistoryFile:
                 if "since" in data:
                     rules = _rules_of(data, known)
                     data["rules"], known = rules, None if rules is None else (data["version"], rules)
-                records.append(_RECORD.validate_python(data))
-            except (ValueError, TypeError, LookupError):
+                record = _RECORD.validate_python(data)
+                if not math.isfinite(record.at + record.seconds) or record.version > MAX_VERSION_ID:
+                    raise ValueError("no time, or no number of a version")
+                records.append(record)
+            except (ValueError, TypeError, LookupError, RecursionError):
                 logger.warning("weights.history %s: line %d is no record and is passed over", self._path, number)
         if lines and not records:
             raise ConfigError(
