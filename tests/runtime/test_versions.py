@@ -84,11 +84,19 @@ def test_a_version_is_kept_for_what_it_is_kept_for(stand: Stand) -> None:
     book.name("careful", stand.made(4))
     book.add_candidate(stand.made(5))
     assert stand.states() == {3: "current", 5: "candidate", 4: "named", 1: "pinned"}
-    assert engine.kept == {1, 4, 5}
+    assert engine.kept == {1, 3, 4, 5}
     assert [book.find(asked).version_id for asked in ("current", "careful", "4", 1, "5")] == [3, 4, 4, 1, 5]
     book.pin(4)
     book.remove_name("careful")
     assert stand.states()[4] == "pinned"
+
+
+def test_what_is_kept_is_known_to_the_engine_before_another_version_takes_its_place(stand: Stand) -> None:
+    stand.book.pin(1)
+    kept: list[frozenset[int]] = []
+    stand.engine.set_version = lambda version: kept.append(stand.engine.kept)  # type: ignore[method-assign,assignment]
+    stand.book.make_current(stand.made(2))
+    assert 1 in kept[0]  # or what it has computed of beginnings would be forgotten
 
 
 def test_what_takes_no_requests_is_not_found(stand: Stand) -> None:

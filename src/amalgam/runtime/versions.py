@@ -349,12 +349,13 @@ class VersionBook:
     def _settle(self) -> None:
         """The engine hears what is kept, and what nobody needs any more is freed."""
         with self._lock:
-            kept_ids = frozenset(self._kept()) - {self._current.version_id}
             needs_janitor = bool(self._draining) or self._has_freed
             if needs_janitor and self._janitor is None and not self._is_closed:
                 self._janitor = StoppableThread(self._clean_up, "amalgam-versions", self.close)
                 self._janitor.start()
-            self._engine.keep(kept_ids)
+            self._engine.keep(
+                self._kept().keys()
+            )  # the current one too: it may be kept when another one takes its place
         self._wake.set()
 
     def _left(self, version_id: int) -> None:
