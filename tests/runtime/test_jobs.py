@@ -164,6 +164,16 @@ def test_work_that_does_not_come_to_its_change_ends_it(jobs: Jobs) -> None:
     assert jobs.running is None
 
 
+def test_a_thread_that_cannot_begin_gives_the_place_back(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(threading.Thread, "start", start)
+        jobs.start("mapping", "1 rule", lambda: None)
+    assert jobs.running is None and jobs.read()[-1].state is JobState.FAILED
+
+
 def test_closing_ends_what_is_under_way_and_lets_nothing_begin(jobs: Jobs) -> None:
     with pytest.raises(UnavailableError), jobs.begin("mapping", "1 rule") as job:
         jobs.close()

@@ -354,7 +354,11 @@ class Jobs:
             if failure is not None:  # its frames hold weights
                 failure.__traceback__ = failure.__cause__ = failure.__context__ = None
 
-        StoppableThread(run, "amalgam-change", job.stop).start()
+        try:
+            StoppableThread(run, "amalgam-change", job.stop).start()
+        except BaseException as error:  # no more threads
+            job.end(error)
+            raise
         return job
 
     def add(self, status: JobStatus) -> None:
