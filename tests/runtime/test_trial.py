@@ -192,6 +192,26 @@ class TestRollback:
         wait_until(lambda: deployment.jobs.read()[-1].kind == "failed_version")
         assert deployment.jobs.read()[-1].error == record.error
 
+    def test_what_follows_the_weights_in_use_ends_with_those_before_if_the_new_ones_fail_at_once(
+        self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before, followed = deployment.version_id, list[int]()
+        break_version(monkeypatch, deployment.versions.find("other").version_id)
+
+        class Follower:
+            def follow(self, loader: object, rules: object, version: WeightVersion, progress: object) -> None:
+                if version.version_id != before:  # the change is still at it
+                    ask(deployment, 4)
+                    assert deployment.version_id == before
+                followed.append(version.version_id)
+
+        monkeypatch.setattr(deployment, "_speculation", Follower())
+        result = deployment.change(ChangeRequest(version="other"))
+        wait_until(lambda: deployment.jobs.read()[-1].kind == "failed_version" and len(followed) == 2)
+        assert followed == [result.version, before]
+        last = [record for record in deployment.remaps if record.rules is not None and record.name is None][-1]
+        assert (last.version, last.rules) == (before, deployment.rules)  # a restart goes on with these
+
     def test_the_weights_before_are_kept_until_new_ones_have_answered(self, deployment: Deployment) -> None:
         before = deployment.version_id
         deployment.change(ChangeRequest(version="other"))

@@ -78,6 +78,7 @@ class Deployment:
         self.versions = VersionBook(served, engine)
         self.jobs = Jobs(lambda: self.version_id, () if history is None else map(status_of_record, history.records))
         self._hashing = threading.Lock()
+        self._following = threading.Lock()  # what follows the weights in use does so for one version after the other
         self._history = history
         self._remaps = RemapLog() if history is None else RemapLog(history.records, history.add)
         self._remaps.start(
@@ -426,16 +427,17 @@ class Deployment:
 
     def _follow_back(self, failed_id: int, reason: str) -> None:
         """What followed a version that has been left goes back with the others."""
-        served = self._served
-        record = self._remaps.add_failed_version(served.version_id, served.rules, failed_id, reason)
-        what = f"version {failed_id} could not answer"
-        self.jobs.add(replace(status_of_record(record), kind="failed_version", what=what))
-        if self._earlier_versions[-1:] == [served.version_id]:
-            self._earlier_versions = self._earlier_versions[:-1]
-        if self._earlier_rules[-1:] == [served.rules]:
-            self._earlier_rules = self._earlier_rules[:-1]
-        if self._speculation is not None:
-            self._speculation.follow(served.loader, served.rules, served.version, self._unless_closing)
+        with self._following:  # its change may still be at it
+            served = self._served
+            record = self._remaps.add_failed_version(served.version_id, served.rules, failed_id, reason)
+            what = f"version {failed_id} could not answer"
+            self.jobs.add(replace(status_of_record(record), kind="failed_version", what=what))
+            if self._earlier_versions[-1:] == [served.version_id]:
+                self._earlier_versions = self._earlier_versions[:-1]
+            if self._earlier_rules[-1:] == [served.rules]:
+                self._earlier_rules = self._earlier_rules[:-1]
+            if self._speculation is not None:
+                self._speculation.follow(served.loader, served.rules, served.version, self._unless_closing)
         self.versions.has_freed()
 
     def _unless_closing(self, what: str, done: int, total: int) -> None:
@@ -540,19 +542,7 @@ class Deployment:
         job.begin_stage("Compiling")
         self.engine.prepare(after)
         job.go_live()
-        if name is None:
-            self.versions.make_current(served)
-            self.trials.current_changed(after.version_id)
-            if after is not before.version:
-                self._earlier_versions = [*self._earlier_versions, before.version_id][-MAX_UNDOS:]
-            if served.rules != before.rules:
-                self._earlier_rules = [*self._earlier_rules, before.rules][-MAX_UNDOS:]
-            if self._speculation is not None:
-                self._speculation.follow(served.loader, served.rules, after, job.report)
-                self.versions.has_freed()
-        else:
-            self.versions.name(name, served)
-        job.result = result = RemapResult(
+        result = RemapResult(
             version=after.version_id,
             previous_version=before.version_id,
             fingerprint=after.fingerprint,
@@ -563,7 +553,22 @@ class Deployment:
             seconds=time.monotonic() - started,
             name=name,
         )
-        self._remaps.add(result, served.rules)
+        if name is not None:
+            self.versions.name(name, served)
+            self._remaps.add(result, served.rules)
+        else:
+            with self._following:
+                self.versions.make_current(served)
+                self._remaps.add(result, served.rules)  # before what takes longer: a process may be killed in it
+                self.trials.current_changed(self.version_id)  # it may have failed already
+                if after is not before.version:
+                    self._earlier_versions = [*self._earlier_versions, before.version_id][-MAX_UNDOS:]
+                if served.rules != before.rules:
+                    self._earlier_rules = [*self._earlier_rules, before.rules][-MAX_UNDOS:]
+                if self._speculation is not None:
+                    self._speculation.follow(served.loader, served.rules, after, job.report)
+                    self.versions.has_freed()
+        job.result = result
         return result
 
     def _alive(self, version: str | int) -> ServedWeights | None:
