@@ -126,6 +126,17 @@ def test_work_in_the_background_takes_the_place_at_once(jobs: Jobs) -> None:
     assert [status.what for status in jobs.read()] == ["1 rule"]
 
 
+def test_what_is_told_of_a_change_is_one_line(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
+    def work() -> None:
+        raise PlanError("There are no such weights.")
+
+    job = jobs.start("version", "back to version a\x1b[31m\nINFO forged", work)
+    with pytest.raises(PlanError):
+        job.wait()
+    assert job.status().what.isprintable()
+    assert [line.isprintable() for line in caplog.messages] == [True]
+
+
 def test_nothing_that_a_change_has_worked_on_is_kept(jobs: Jobs) -> None:
     class Weights:
         pass

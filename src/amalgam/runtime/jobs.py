@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from amalgam.base.clock import Clock
+from amalgam.base.escaping import one_line
 from amalgam.base.threads import EXIT_SECONDS, StoppableThread
 from amalgam.composition.progress import LOADING
 from amalgam.errors import AmalgamError, CancelledError, ConflictError, NotFoundError, UnavailableError, describe
@@ -107,11 +108,12 @@ class Job:
 
     def __init__(self, jobs: Jobs, kind: str, what: str, previous_version: int) -> None:
         self.id = secrets.token_hex(6)
+        self.what = one_line(what)  # it goes to logs and terminals, and bears names that clients have chosen
         self.result: RemapResult | None = None  # set in the block
         self.error: BaseException | None = None
         self.revision = 0  # changes with all that is told
         self._jobs = jobs
-        self._kind, self._what, self._previous_version = kind, what, previous_version
+        self._kind, self._previous_version = kind, previous_version
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._is_cancelled = self._is_going_live = False
@@ -248,7 +250,7 @@ class Job:
             return JobStatus(
                 id=self.id,
                 kind=self._kind,
-                what=self._what,
+                what=self.what,
                 state=self._state(),
                 stage=self._stage,
                 done_bytes=self._done,
@@ -345,10 +347,10 @@ class Jobs:
                 work()
             except AmalgamError as error:
                 failure = error
-                logger.warning("change %s (%s): %s", job.id, what, error)
+                logger.warning("change %s (%s): %s", job.id, job.what, error)
             except BaseException as error:
                 failure = error
-                logger.exception("change %s (%s) failed", job.id, what)
+                logger.exception("change %s (%s) failed", job.id, job.what)
             if not job.has_ended:  # it did not come to its block
                 job.end(failure or AssertionError("the work has no block"))
             if failure is not None:  # its frames hold weights
