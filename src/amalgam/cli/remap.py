@@ -47,12 +47,12 @@ def command(
         typer.Option(metavar="VERSION", help="Go back to this version, or named plan.", rich_help_panel=_CHANGE),
     ] = None,
     name: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Leave the current version and give the new one this name, which requests can ask for.",
             rich_help_panel=_CHANGE,
         ),
-    ] = "",
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would change, and change nothing.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Begin, and do not wait for the end.")] = False,
     versions: Annotated[
@@ -87,7 +87,7 @@ def command(
             remedy=f"Give one of {', '.join(wanted)}.",
         )
     is_look = versions or list_changes or cancel
-    for flag, is_given in {"--dry-run": dry_run, "--detach": detach, "--name": bool(name)}.items():
+    for flag, is_given in {"--dry-run": dry_run, "--detach": detach, "--name": name is not None}.items():
         if is_given and is_look:
             raise ConfigError(f"{flag} is given with {given[0]}.", remedy=f"Leave {flag} out.")
     if dry_run and rollback:
@@ -116,14 +116,14 @@ def _body(
     reload: bool,
     rollback: bool,
     to: str | None,
-    name: str,
+    name: str | None,
 ) -> dict[str, Any]:
     """What the server is asked for, as `POST /weights/changes` takes it.
 
     Raises:
-        ConfigError: a rule cannot be read, or a pattern is both given and removed.
+        ConfigError: a rule cannot be read, or a pattern is given twice.
     """
-    body: dict[str, Any] = {"name": name} if name else {}
+    body: dict[str, Any] = {} if name is None else {"name": name}
     if like is not None:
         from amalgam.config.settings import load_settings
 
@@ -142,10 +142,12 @@ def _body(
             raise ConfigError(
                 f"The rule is {text!r}.", remedy="Expected PATTERN=SOURCE, such as 'model.layers.3.*=fp8'."
             )
+        if pattern in mapping:
+            raise ConfigError(f"{pattern!r} is given twice.", remedy="Name one source for it.")
         mapping[pattern] = source
     for pattern in remove:
         if pattern in mapping:
-            raise ConfigError(f"{pattern!r} is given and removed.", remedy="Do one of them.")
+            raise ConfigError(f"{pattern!r} is given or removed already.", remedy="Do one of them, once.")
         mapping[pattern] = None
     return body | {"weight_mapping": mapping}
 
@@ -228,8 +230,7 @@ def show_plan(server: Server, body: Mapping[str, Any], as_json: bool) -> None:
     """What a change would be."""
     from amalgam.cli.console import human_bytes, print_json, say
 
-    fields = {name: value for name, value in body.items() if name != "name"}
-    plan = server.send("POST", "weights/plan", fields)
+    plan = server.send("POST", "weights/plan", body)
     if as_json:
         print_json(plan)
         return

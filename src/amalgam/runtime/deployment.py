@@ -199,8 +199,11 @@ class Deployment:
         """Begin what `change` does, and let a thread of its own go on with it. Returns at once.
 
         Raises:
-            ConflictError: another change is under way; `details` tells how far it is.
+            RequestError: a version cannot have the name.
+            ConflictError: another change is under way, and `details` tells how far it is; or too many are kept.
         """
+        if request.name is not None:
+            self.versions.check_new(request.name)
         return self.jobs.start(request.kind, request.what, lambda: self.change(request))
 
     def start_rollback(self) -> Job:

@@ -16,6 +16,7 @@ from amalgam.server.api.weights.answers import LogicalName
 from amalgam.server.http.body import MAX_JSON_KEYS, Body
 
 WeightMapping = Annotated[dict[LogicalName, SourceName | None], Field(min_length=1, max_length=MAX_JSON_KEYS)]
+WeightsName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class RuleBody(Body):

@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from amalgam.errors import RequestError
 from amalgam.runtime.jobs import JobStatus
-from amalgam.server.api.weights.bodies import ChangeBody
+from amalgam.server.api.weights.bodies import ChangeBody, WeightsName
 from amalgam.server.dependencies import Admission, RequestId, ServiceArgument
 from amalgam.server.events import EventStream, event
 from amalgam.server.http.body import StrictRoute
@@ -33,7 +33,7 @@ class StartBody(ChangeBody):
 
     rollback: bool = False
     """Go back to the version before the current one."""
-    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    name: WeightsName | None = None
     """Leave the current version, and make one that requests can ask for by this name. null: they start on it."""
 
 

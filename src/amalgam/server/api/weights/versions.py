@@ -21,7 +21,7 @@ from amalgam.server.api.weights.answers import (
     remap_answer,
     summary,
 )
-from amalgam.server.api.weights.bodies import ChangeBody
+from amalgam.server.api.weights.bodies import ChangeBody, WeightsName
 from amalgam.server.api.weights.changes import ChangeAnswer, answer_of
 from amalgam.server.api.weights.updates import planned
 from amalgam.server.dependencies import Admission, ServiceArgument
@@ -85,6 +85,8 @@ class DifferenceAnswer(BaseModel):
 
 
 class PlanBody(ChangeBody):
+    name: WeightsName | None = None
+    """That the version would get beside the current one: whether it may have it is checked, too."""
     details: bool = False
     """Answer with every weight that would change, in `changed`, and with the rules that would hold."""
 
@@ -148,7 +150,7 @@ async def difference(
 @router.post("/weights/plan", dependencies=[Admission], response_model_exclude_none=True)
 async def plan(body: PlanBody, service: ServiceArgument) -> PlanAnswer:
     """What a change would change and take. Nothing is loaded, nothing changes."""
-    return await planned(service.deployment, body.request(), details=body.details)
+    return await planned(service.deployment, body.request(body.name), details=body.details)
 
 
 @router.post("/weights/rollback", dependencies=[Admission], response_model_exclude_none=True)
