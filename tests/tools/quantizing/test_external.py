@@ -140,6 +140,19 @@ def test_a_tool_that_fails_says_why(small: Path, tmp_path: Path, stand_in: Calla
     assert not list(tmp_path.glob(".out.partial"))
 
 
+def test_what_a_tool_has_forked_is_not_waited_for(small: Path, tmp_path: Path, stand_in: Callable[[str], None]) -> None:
+    stand_in("import os, sys, time\nif os.fork() == 0:\n    time.sleep(3600)\nsys.exit('out of memory')")
+    with raises(UnavailableError, "out of memory"):
+        quantize_with(COMPRESSOR, HERE, str(small / "base"), tmp_path / "out", ROUNDED)
+
+
+def test_of_what_a_tool_says_the_end_is_read(small: Path, tmp_path: Path, stand_in: Callable[[str], None]) -> None:
+    """However much it is: the file has a hole here."""
+    stand_in("import os, sys; os.ftruncate(2, 2**40); os.lseek(2, 0, 2); sys.exit('no room left')")
+    with raises(UnavailableError, "no room left"):
+        quantize_with(COMPRESSOR, HERE, str(small / "base"), tmp_path / "out", ROUNDED)
+
+
 def test_what_is_left_of_a_killed_run_is_no_hindrance(
     small: Path, tmp_path: Path, stand_in: Callable[[str], None]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,8 @@ class cuda:
 """
 
 
-def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
-    (folder / "auto_round.py").write_text(STAND_IN.replace("SECONDS", str(seconds)))
+def start(folder: Path, seconds: float, *, leads_group: bool = False, more: str = "") -> subprocess.Popen[str]:
+    (folder / "auto_round.py").write_text(more + STAND_IN.replace("SECONDS", str(seconds)))
     (folder / "torch.py").write_text(NO_TORCH)
     job = folder / "job.json"
     job.write_text(json.dumps(JOB))
@@ -57,6 +58,7 @@ def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
         stderr=pipe,
         text=True,
         env={**os.environ, "PYTHONPATH": str(folder)},
+        start_new_session=leads_group,
     )
 
 
@@ -80,3 +82,13 @@ def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
     process.stdout.readline()  # it is at work
     process.stdin.close()
     assert process.wait() == 1
+
+
+def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
+    fork = "import os, time\nif os.fork() == 0:\n    time.sleep(3600)\n    os._exit(0)\n"
+    process = start(tmp_path, 3600, leads_group=True, more=fork)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.readline()
+    process.stdin.close()
+    process.stdout.read()  # ends when nobody has the pipe any more
+    assert process.wait() == -signal.SIGKILL

@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -298,7 +299,10 @@ class _Process:
                 stderr=log,
                 start_new_session=True,
             )
+            # What it has forked may hold its pipe open when it is gone, so its end is not waited for there.
+            reaper = threading.Thread(target=lambda: (process.wait(), _kill(process)), daemon=True)
             try:
+                reaper.start()
                 assert process.stdout is not None
                 while line := process.stdout.readline(_MAX_LINE_BYTES):
                     self._tell(line, progress)
@@ -306,8 +310,7 @@ class _Process:
             finally:
                 _end(process)
         if code:
-            said = self._log.read_bytes()[-_MAX_LINE_BYTES:].decode(errors="replace").splitlines()
-            last = [line for line in said if line.strip()][-_MAX_LINES:]
+            last = _last_lines(self._log)
             how = f"was ended by signal {-code}" if code < 0 else f"has failed ({code})"
             raise UnavailableError(
                 "\n".join((f"{self._tool.name} {how}. Its last lines:", *last)),
@@ -325,10 +328,22 @@ class _Process:
         progress(f"{self._tool.name}: {what}" if what else self._tool.name, done, total)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a process and of its children."""
+def _last_lines(log: Path) -> list[str]:
+    with log.open("rb") as stream:  # which may be of any size
+        stream.seek(max(0, log.stat().st_size - _MAX_LINE_BYTES))
+        said = stream.read(_MAX_LINE_BYTES).decode(errors="replace").splitlines()
+    return [line for line in said if line.strip()][-_MAX_LINES:]
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """A process, if it still runs, and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a process and of its children."""
+    _kill(process)
     process.wait(_SETTLE_SECONDS)
     for stream in (process.stdin, process.stdout):
         if stream is not None:

@@ -2,7 +2,7 @@
 
     python -I worker.py JOB.json < PIPE
 
-A job is a JSON object: see `external.Run`. On stdout stands a JSON object a line: `{"what", "done", "total"}`, whenever
+A job is a JSON object: see `external._job`. On stdout stands a JSON object a line: `{"what", "done", "total"}`, whenever
 one of the tool's own progress bars moves. All that the tool prints goes to stderr. Ends when the pipe does: whoever
 started it is gone then. Nothing is fetched, no code of a checkpoint is run, nothing is unpickled.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -117,6 +118,8 @@ _TOOLS = {"auto-round": auto_round, "llm-compressor": llm_compressor, "gptqmodel
 def _end_with_parent() -> None:
     """Our standard input is a pipe that nobody writes to: it ends when its other end closes."""
     os.read(0, 1)  # not sys.stdin: its lock would be held while the interpreter ends
+    if os.getpgrp() == os.getpid():  # what it has started belongs to its group, and ends too
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
