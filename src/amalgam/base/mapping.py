@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import sys
 import weakref
+from typing import Self
 
 try:
     from amalgam import _mapping
@@ -27,22 +28,34 @@ class Watch:
 
     Args:
         pages: of a mapped file; anything with a buffer.
-        owner: what keeps them mapped; anything that can be referred to weakly.
+        owner: what keeps them mapped, and lives no longer than they are; anything that can be referred to weakly. Other
+            memory may be where they were.
     """
 
     def __init__(self, pages: object, owner: object) -> None:
+        self._range: int | None = None
+        self._had_lost = False
         if _mapping is not None:
             self._range = _mapping.watch(pages)
-            weakref.finalize(owner, _mapping.forget, self._range).atexit = False
+            weakref.finalize(owner, self.end).atexit = False
 
     @property
     def has_lost(self) -> bool:
         """Whether pages were touched that the file did not have any more."""
-        return _mapping is not None and _mapping.has_lost(self._range)
+        return self._had_lost or (self._range is not None and _mapping.has_lost(self._range))
+
+    def end(self) -> None:
+        """Watch no more, though the owner may be there still."""
+        if self._range is not None:
+            self._had_lost = _mapping.has_lost(self._range)
+            ended, self._range = self._range, None
+            _mapping.forget(ended)
 
 
 class MappedFile:
     """A file, mapped privately: what is written to the pages does not reach it.
+
+    As a context, it is unmapped at the end; then no view may be left.
 
     Attributes:
         pages: the mapping; lives as long as it, or a view of it, is in use.
@@ -55,6 +68,13 @@ class MappedFile:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         self.pages = mmap.mmap(descriptor, nbytes, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=protection)
         self._watch = Watch(self.pages, self.pages)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.end()
+        self.pages.close()
 
     @property
     def has_lost(self) -> bool:

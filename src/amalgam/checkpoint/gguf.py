@@ -224,10 +224,9 @@ def read_header(file: Path) -> GgufHeader:
                 _refuse(file, "is a Git LFS pointer, not the weights", "Run `git lfs pull` in its folder.")
             if prefix != MAGIC:
                 _refuse(file, f"begins with {prefix!r} instead of {MAGIC!r}", "Is it a GGUF file?")
-            mapped = MappedFile(stream.fileno(), file_bytes, is_writable=False)
-            with mapped.pages as pages:
+            with MappedFile(stream.fileno(), file_bytes, is_writable=False) as mapped:
                 try:
-                    return _Parser(file, file_bytes, pages).parse()
+                    return _Parser(file, file_bytes, mapped.pages).parse()
                 finally:
                     if mapped.has_lost:
                         _refuse(file, "has become shorter while it was read", "Load the checkpoint again.")

@@ -189,7 +189,8 @@ class PickleShard:
             if self._tensors is None:
                 self._tensors = _load_state_dict(self.file)
                 storages = {storage.data_ptr(): storage for storage in map(_bytes_of, self._tensors.values())}
-                self._watches = [Watch(storage.numpy(), self) for storage in storages.values() if storage.numel()]
+                watched = (storage for storage in storages.values() if storage.numel())
+                self._watches = [Watch(storage.numpy(), storage.untyped_storage()) for storage in watched]
             return self._tensors
 
 

@@ -299,10 +299,8 @@ class _Process:
                 stderr=log,
                 start_new_session=True,
             )
-            # What it has forked may hold its pipe open when it is gone, so its end is not waited for there.
-            reaper = threading.Thread(target=lambda: (process.wait(), _kill(process)), daemon=True)
             try:
-                reaper.start()
+                threading.Thread(target=_kill_behind, args=(process,), daemon=True).start()
                 assert process.stdout is not None
                 while line := process.stdout.readline(_MAX_LINE_BYTES):
                     self._tell(line, progress)
@@ -339,6 +337,12 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     """A process, if it still runs, and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _kill_behind(process: subprocess.Popen[bytes]) -> None:
+    """When a process is gone, its children: they may hold its pipes, so that these do not end."""
+    process.wait()
+    _kill(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

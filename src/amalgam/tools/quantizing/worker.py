@@ -2,9 +2,9 @@
 
     python -I worker.py JOB.json < PIPE
 
-A job is a JSON object: see `external._job`. On stdout stands a JSON object a line: `{"what", "done", "total"}`, whenever
-one of the tool's own progress bars moves. All that the tool prints goes to stderr. Ends when the pipe does: whoever
-started it is gone then. Nothing is fetched, no code of a checkpoint is run, nothing is unpickled.
+A job is a JSON object: see `external._job`. On stdout stands a JSON object a line: `{"what", "done", "total"}`,
+whenever one of the tool's own progress bars moves. All that the tool prints goes to stderr. Ends when the pipe does:
+whoever started it is gone then. Nothing is fetched, no code of a checkpoint is run, nothing is unpickled.
 """
 
 from __future__ import annotations
