@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def make(
         return make_checkpoint(str(model), out, Recipe(name, options, method, texts=read))  # type: ignore[arg-type]
     found = TOOLS[tool]
     folder = environments.get(tool, default_folder(found.name, found.version))
-    environment = open_environment(folder, found.distribution, found.requirements, lambda text: print(text, flush=True))
+    say = partial(print, flush=True)
+    environment = partial(open_environment, folder, found.distribution, found.requirements, say)
     return quantize_with(found, environment, str(model), out, ExternalRecipe(name, options, method, texts=read))
 
 

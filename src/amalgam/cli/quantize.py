@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,7 +129,7 @@ def command(
         if min_expert_tokens != _EXPERT_TOKENS:
             raise ConfigError(f"--min-expert-tokens is ours; {tool} has its own way.", remedy="Leave it out.")
         folder = environment.expanduser() if environment else default_folder(found.name, found.version)
-        opened = open_environment(folder, found.distribution, found.requirements, note)
+        opened = partial(open_environment, folder, found.distribution, found.requirements, note)
         with progress_bar("steps") as progress:
             report = quantize_with(found, opened, checkpoint, out_folder.expanduser(), asked, progress)
     if as_json:

@@ -25,7 +25,6 @@ from tests.planning.conftest import small
 __all__ = ["small"]
 
 COMPRESSOR = TOOLS["llm-compressor"]
-HERE = Environment(Path(sys.executable), "0.1")
 ROUNDED = ExternalRecipe("int4", QuantizeOptions(32), "round")
 UP, NORM = "model.layers.0.mlp.experts.3.up_proj", "model.layers.1.input_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -38,6 +37,14 @@ shutil.copytree(GIVEN, job["out"])
 """
 
 Tensors = dict[str, torch.Tensor]
+
+
+def here() -> Environment:
+    return Environment(Path(sys.executable), "0.1")
+
+
+def nowhere() -> Environment:
+    raise AssertionError("nothing is installed for what cannot be done")
 
 
 @pytest.fixture
@@ -74,7 +81,7 @@ def test_a_result_that_fits_becomes_a_checkpoint(small: Path, tmp_path: Path, st
     stand_in(STAND_IN.replace("GIVEN", repr(str(given))))
     told: list[tuple[str, int, int]] = []
     out = tmp_path / "out"
-    report = quantize_with(COMPRESSOR, HERE, str(small / "base"), out, ROUNDED, lambda *step: told.append(step))
+    report = quantize_with(COMPRESSOR, here, str(small / "base"), out, ROUNDED, lambda *step: told.append(step))
     assert ("llm-compressor: layers", 1, 2) in told and told[-1][0] == "Checking" and told[-1][1] == told[-1][2]
     assert report.tool == "llm-compressor 0.1" and report.moved == [NORM]
     embedding = load_file(out / "model.safetensors")[EMBEDDING]
@@ -117,7 +124,7 @@ def test_a_result_that_does_not_fit_is_refused(
     given = changed(small / "int4", tmp_path / "given", change)
     stand_in(STAND_IN.replace("GIVEN", repr(str(given))))
     with raises(CheckpointError, *named):
-        quantize_with(COMPRESSOR, HERE, str(small / "base"), tmp_path / "out", recipe)
+        quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", recipe)
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".out.partial"))
 
 
@@ -127,30 +134,30 @@ def test_a_tool_that_saves_nothing_or_declares_nothing_is_refused(
     for script in ("", STAND_IN.replace("GIVEN", repr(str(small / "base")))):
         stand_in(script)
         with raises(CheckpointError, "llm-compressor"):
-            quantize_with(COMPRESSOR, HERE, str(small / "base"), tmp_path / "out", ROUNDED)
+            quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", ROUNDED)
 
 
 def test_a_tool_that_fails_says_why(small: Path, tmp_path: Path, stand_in: Callable[[str], None]) -> None:
     stand_in("raise RuntimeError('model type demo is unknown')")
     with raises(UnavailableError, "llm-compressor", "RuntimeError: model type demo is unknown"):
-        quantize_with(COMPRESSOR, HERE, str(small / "base"), tmp_path / "out", ROUNDED)
+        quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", ROUNDED)
     stand_in("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with raises(UnavailableError, "signal 9"):
-        quantize_with(COMPRESSOR, HERE, str(small / "base"), tmp_path / "out", ROUNDED)
+        quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", ROUNDED)
     assert not list(tmp_path.glob(".out.partial"))
 
 
 def test_what_a_tool_has_forked_is_not_waited_for(small: Path, tmp_path: Path, stand_in: Callable[[str], None]) -> None:
     stand_in("import os, sys, time\nif os.fork() == 0:\n    time.sleep(3600)\nsys.exit('out of memory')")
     with raises(UnavailableError, "out of memory"):
-        quantize_with(COMPRESSOR, HERE, str(small / "base"), tmp_path / "out", ROUNDED)
+        quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", ROUNDED)
 
 
 def test_of_what_a_tool_says_the_end_is_read(small: Path, tmp_path: Path, stand_in: Callable[[str], None]) -> None:
     """However much it is: the file has a hole here."""
     stand_in("import os, sys; os.ftruncate(2, 2**40); os.lseek(2, 0, 2); sys.exit('no room left')")
     with raises(UnavailableError, "no room left"):
-        quantize_with(COMPRESSOR, HERE, str(small / "base"), tmp_path / "out", ROUNDED)
+        quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", ROUNDED)
 
 
 def test_what_is_left_of_a_killed_run_is_no_hindrance(
@@ -160,7 +167,7 @@ def test_what_is_left_of_a_killed_run_is_no_hindrance(
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     stand_in(STAND_IN.replace("GIVEN", repr(str(small / "int4"))))
-    quantize_with(COMPRESSOR, HERE, str(small / "base"), tmp_path / "out", ROUNDED)
+    quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", ROUNDED)
     assert (tmp_path / "out" / "config.json").is_file() and not left.exists()
 
 
@@ -175,6 +182,8 @@ TEXTS = CalibrationTexts((Path("nowhere.json"),))
         ("auto-round", ExternalRecipe("int4"), ("'signround'", "--calibrate")),
         ("llm-compressor", ExternalRecipe("int4", method="round", texts=TEXTS), ("'round'",)),
         ("llm-compressor", ExternalRecipe("int4", method="round", activations="dynamic"), ("'dynamic'", "int4")),
+        ("llm-compressor", ExternalRecipe("int8", method="round", activations="none"), ("'none'", "dynamic")),
+        ("llm-compressor", ExternalRecipe("int8", method="round", activations="static"), ("'static'", "--calibrate")),
         ("llm-compressor", ExternalRecipe("int4", method="awq", texts=TEXTS), ("nowhere.json",)),
         ("gptqmodel", ExternalRecipe("int4"), ("'gptq'", "--calibrate")),
     ],
@@ -183,7 +192,7 @@ def test_what_a_tool_cannot_do_is_said(
     tool: str, recipe: ExternalRecipe, named: tuple[str, ...], small: Path, tmp_path: Path
 ) -> None:
     with raises(ConfigError, *named):
-        quantize_with(TOOLS[tool], HERE, str(small / "base"), tmp_path / "out", recipe)
+        quantize_with(TOOLS[tool], nowhere, str(small / "base"), tmp_path / "out", recipe)
 
 
 def test_one_group_size_has_to_fit_all_weights(small: Path, tmp_path: Path) -> None:
@@ -196,4 +205,10 @@ def test_one_group_size_has_to_fit_all_weights(small: Path, tmp_path: Path) -> N
             tensors[name] = (tensor[:, :96] if "down" in name else tensor[:96]).contiguous()
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     with raises(ConfigError, 128, "--group-size 32"):
-        quantize_with(COMPRESSOR, HERE, str(base), tmp_path / "out", ExternalRecipe("int4", method="round"))
+        quantize_with(COMPRESSOR, nowhere, str(base), tmp_path / "out", ExternalRecipe("int4", method="round"))
+
+
+def test_nothing_is_installed_for_a_folder_that_is_there(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with raises(CheckpointError, tmp_path):
+        quantize_with(COMPRESSOR, nowhere, str(small / "base"), tmp_path, ROUNDED)

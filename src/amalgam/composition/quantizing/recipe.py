@@ -76,18 +76,11 @@ class Recipe:
         """
         if self.method not in METHODS:
             raise ConfigError(f"There is no method {self.method!r}.", remedy=f"Methods: {', '.join(METHODS)}.")
-        if self.activations is not None and self.activations not in ACTIVATIONS:
-            raise ConfigError(
-                f"There are no {self.activations!r} activation scales.", remedy=f"Allowed: {', '.join(ACTIVATIONS)}."
-            )
+        check_activations(self.activations, self.options)
         if self.activations is not None and weight_format.name not in ("fp8", "int8"):
             raise ConfigError(
                 f"Format {weight_format.name} takes wide activations.",
                 remedy="Scales of activations go with fp8 and int8.",
-            )
-        if self.activations == "static" and self.options.scale == "block":
-            raise ConfigError(
-                "Scales per block go with dynamic activation scales only.", remedy="Set activations to dynamic."
             )
         needs = self.method if self.method in _NEED_TEXTS else "static" if self.activations == "static" else None
         if needs and self.texts is None:
@@ -106,6 +99,21 @@ class Recipe:
             values["texts"] = {**asdict(self.texts), "files": digests}
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
+
+
+def check_activations(activations: str | None, options: QuantizeOptions) -> None:
+    """
+    Raises:
+        ConfigError: there are no such scales of activations, or not beside such weights.
+    """
+    if activations is not None and activations not in ACTIVATIONS:
+        raise ConfigError(
+            f"There are no {activations!r} activation scales.", remedy=f"Allowed: {', '.join(ACTIVATIONS)}."
+        )
+    if activations == "static" and options.scale == "block":
+        raise ConfigError(
+            "Scales per block go with dynamic activation scales only.", remedy="Set activations to dynamic."
+        )
 
 
 def input_arguments(activations: str | None, arguments: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from amalgam.composition.carry import carry_files, write_json
 from amalgam.composition.check import HEAD, SourceCheck
 from amalgam.composition.planned import oriented
 from amalgam.composition.progress import Progress
-from amalgam.composition.quantizing.recipe import CalibrationTexts, input_arguments
+from amalgam.composition.quantizing.recipe import CalibrationTexts, check_activations, input_arguments
 from amalgam.composition.quantizing.report import QuantizeReport
 from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.errors import CheckpointError, ConfigError, UnavailableError, UnsupportedError
@@ -156,8 +156,10 @@ def checked_method(tool: Tool, recipe: ExternalRecipe) -> str:
             f"{tool.name} declares no {recipe.activations!r} activations beside {recipe.format_name}.",
             remedy="They go with llm-compressor's fp8 and int8.",
         )
-    if method in tool.needs_texts and recipe.texts is None:
-        raise ConfigError(f"{method!r} needs texts to calibrate with.", remedy="Give files of texts (--calibrate).")
+    check_activations(recipe.activations, recipe.options)
+    needs = method if method in tool.needs_texts else "static" if recipe.activations == "static" else None
+    if needs and recipe.texts is None:
+        raise ConfigError(f"{needs!r} needs texts to calibrate with.", remedy="Give files of texts (--calibrate).")
     if method not in tool.needs_texts and recipe.texts is not None and recipe.activations != "static":
         raise ConfigError(f"{method!r} reads no calibration texts.", remedy="Leave them out, or choose another method.")
     return method
@@ -165,13 +167,16 @@ def checked_method(tool: Tool, recipe: ExternalRecipe) -> str:
 
 def quantize_with(
     tool: Tool,
-    environment: Environment,
+    open_environment: Callable[[], Environment],
     checkpoint: str,
     out_folder: Path,
     recipe: ExternalRecipe,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Let a tool quantize the linear weights of `checkpoint` into `out_folder`.
+
+    Args:
+        open_environment: the tool's; asked for when all else is known to be right, since it may have to be made.
 
     Nothing is left behind when it fails or is killed, but for a folder `.NAME.partial` that the next run removes.
 
@@ -186,9 +191,10 @@ def quantize_with(
     base = _Base.open(checkpoint)
     job = _job(tool, method, base, recipe)
     report = QuantizeReport(out_folder, recipe.format_name, method)
-    report.tool = f"{tool.name} {environment.version}"
     report.num_tokens = sum(map(len, job["token_ids"]))
     with resumable_folder(out_folder, lambda partial: False) as folder, writing(out_folder):
+        environment = open_environment()
+        report.tool = f"{tool.name} {environment.version}"
         work = folder / ".work"
         made = work / "made"
         work.mkdir()
