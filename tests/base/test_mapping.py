@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,26 @@ def test_pages_that_are_gone_are_zeros_and_told(tmp_path: Path) -> None:
     assert mapped.pages[0] == ord("x") and not mapped.has_lost
     assert mapped.pages[2**15] == 0 and mapped.has_lost and mapping.num_lost() == before + 1
     assert mapped.pages[-1] == 0 and mapping.num_lost() == before + 1
+
+
+def test_a_signal_that_somebody_sends_does_what_it_did() -> None:
+    """The first one: the process ends by it, or goes on where it is ignored, still watching."""
+    program = """
+import mmap, os, signal, sys, tempfile
+from amalgam import _mapping
+signal.signal(signal.SIGBUS, getattr(signal, sys.argv[1]))
+with tempfile.TemporaryFile() as file:
+    file.truncate(2**16)
+    pages = mmap.mmap(file.fileno(), 2**16)
+    _mapping.watch(pages)
+    os.kill(os.getpid(), signal.SIGBUS)
+    print("on", flush=True)
+    file.truncate(0)
+    raise SystemExit(pages[2**15])
+"""
+    command = [sys.executable, "-c", program]
+    ends = [subprocess.run([*command, action], stdout=subprocess.PIPE) for action in ("SIG_DFL", "SIG_IGN")]
+    assert [(end.returncode, end.stdout) for end in ends] == [(-signal.SIGBUS, b""), (0, b"on\n")]
 
 
 def test_a_mapping_is_watched_until_its_last_view_is_gone(spy: Spy, tmp_path: Path) -> None:

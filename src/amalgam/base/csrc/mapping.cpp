@@ -35,7 +35,10 @@ std::mutex mutex;
 Range* find(uintptr_t address) {
     for (Range* range = ranges.load(std::memory_order_acquire); range != nullptr; range = range->next) {
         const uintptr_t begin = range->begin.load(std::memory_order_acquire);
-        if (begin != 0 && begin <= address && address < range->end.load(std::memory_order_relaxed)) return range;
+        const uintptr_t end = range->end.load(std::memory_order_acquire);
+        // Once more: the end may be that of other memory, which the range has been given to meanwhile.
+        const bool is_one = begin != 0 && range->begin.load(std::memory_order_relaxed) == begin;
+        if (is_one && begin <= address && address < end) return range;
     }
     return nullptr;
 }
@@ -68,7 +71,9 @@ void on_bus_error(int number, siginfo_t* info, void* context) {
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(number, info, context);
     } else if (previous.sa_handler == SIG_DFL || previous.sa_handler == SIG_IGN) {
+        if (info->si_code <= 0 && previous.sa_handler == SIG_IGN) return;
         sigaction(number, &previous, nullptr);  // what faulted runs again, and ends as it would have
+        if (info->si_code <= 0) raise(number);  // unless somebody has sent it
     } else {
         previous.sa_handler(number);
     }
@@ -99,7 +104,7 @@ uintptr_t watch(nb::handle pages) {
     const bool is_new = range == nullptr;
     if (is_new) range = new Range;
     range->has_lost.store(false, std::memory_order_relaxed);
-    range->end.store(end, std::memory_order_relaxed);
+    range->end.store(end, std::memory_order_release);
     range->begin.store(begin, std::memory_order_release);
     if (is_new) {
         range->next = ranges.load(std::memory_order_relaxed);
