@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,6 +133,88 @@ def test_an_error_after_enough_answers_is_the_requests_own(make_engine, submit):
     engine.generate([[5], [6]], GREEDY)
     assert isinstance(submit(engine, [666]).last().error, NonFiniteLogitsError)
     assert engine.version.version_id == 2
+
+
+@pytest.mark.parametrize("kind", ["moves", "asked for", "read", "guessed"])
+def test_a_prompt_that_no_version_bears_hurts_nobody_else(make_engine, submit, kind):
+    decoder = FakeDecoder()
+    decoder.nan_token = 666
+    guesses = {"propose": lambda token_ids: [9, 666]} if kind == "guessed" else {}
+    engine = make_engine(decoder, starts=False, rollback_answers=8, max_step_tokens=16, **guesses)
+    told = []
+    engine.on_version_failed = told.append
+    engine.set_version(version := FakeVersion(2))
+    prompts = [[5], [6] * 20, [7]]
+    others = [submit(engine, prompt) for prompt in prompts]
+    hostile = Outputs()
+    params = replace(GREEDY, prompt_logprobs=1) if kind == "read" else GREEDY
+    engine.submit([8] * 20 + [666], params, hostile, version=version if kind == "asked for" else None)
+    engine.start()
+    assert isinstance(hostile.last().error, NonFiniteLogitsError)
+    assert (hostile.last().usage.version, hostile.token_ids) == (2, ())
+    for prompt, output in zip(prompts, others, strict=True):
+        assert (output.last().error, output.token_ids) == (None, greedy_tokens(prompt, 12, 2))
+    assert (engine.version.version_id, told) == (2, [])
+    wait_until(lambda: is_at_rest(engine))
+
+
+def test_an_answer_that_no_version_goes_on_with_is_its_own_fault(make_engine, submit):
+    decoder = FakeDecoder()
+    decoder.nan_token = greedy_tokens([5], 4, 2)[3]
+    engine = make_engine(decoder, starts=False, rollback_answers=8)
+    engine.set_version(version := FakeVersion(2))
+    began = submit(engine, [5])
+    engine.start()
+    assert isinstance(began.last().error, NonFiniteLogitsError)
+    assert (began.last().usage.version, began.token_ids) == (2, greedy_tokens([5], 4, 2))
+    assert engine.version.version_id == 2
+    old = weakref.ref(version)
+    engine.set_version(FakeVersion(3))
+    del version
+    wait_until(lambda: gc.collect() >= 0 and old() is None)
+
+
+def test_no_prompt_goes_round_between_versions_that_are_both_on_probation(make_engine, submit):
+    decoder = FakeDecoder()
+    decoder.nan_token = 666
+    engine = make_engine(decoder, rollback_answers=8)
+    engine.set_version(FakeVersion(2))
+    engine.generate([[5]], GREEDY)
+    engine.set_version(FakeVersion(3))  # which 2 would be gone back to from
+    hostile = submit(engine, [666])
+    assert isinstance(hostile.last().error, NonFiniteLogitsError)
+    assert engine.version.version_id == 3
+    wait_until(lambda: is_at_rest(engine))
+
+
+def test_a_prompt_for_a_vector_that_no_version_bears_is_its_own_fault(make_engine):
+    decoder = FakeDecoder()
+    decoder._head = lambda hidden: FakeDecoder._head(decoder, hidden.nan_to_num())
+    decoder.compile = lambda weights: SimpleNamespace(
+        describe=dict, hidden=lambda: decoder._hidden * float("nan"), head=decoder._head
+    )
+    engine = make_engine(decoder, rollback_answers=8)
+    engine.set_version(FakeVersion(2))
+    with pytest.raises(NonFiniteLogitsError):
+        engine.embed_all([[5, 6]])
+    assert engine.version.version_id == 2
+    wait_until(lambda: is_at_rest(engine))
+
+
+def test_of_several_on_probation_that_one_is_left_for_which_another_answers(make_engine):
+    engine = make_engine(FailingDecoder(bad=(2, 3)), starts=False, rollback_answers=8)
+    told = []
+    engine.on_version_failed = told.append
+    engine.set_version(FakeVersion(2))
+    engine.watch(candidate := FakeVersion(3))
+    output = Outputs()
+    engine.submit([5], GREEDY, output, Observation(may_move=True), version=candidate)
+    engine.start()
+    assert (output.last().error, output.token_ids) == (None, greedy_tokens([5], 12, 1))
+    assert [(left.version.version_id, left.num_restarted) for left in told] == [(2, 1)]
+    engine.submit([6], GREEDY, later := Outputs(), Observation(may_move=True), version=candidate)
+    assert (later.last().error, later.token_ids) == (None, greedy_tokens([6], 12, 1))
+    assert [left.version.version_id for left in told] == [2, 3]
 
 
 def test_where_it_is_not_wanted_nothing_is_left(held):

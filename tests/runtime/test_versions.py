@@ -94,7 +94,7 @@ def test_a_version_is_kept_for_what_it_is_kept_for(stand: Stand) -> None:
 def test_what_is_kept_is_known_to_the_engine_before_another_version_takes_its_place(stand: Stand) -> None:
     stand.book.pin(1)
     kept: list[frozenset[int]] = []
-    stand.engine.set_version = lambda version: kept.append(stand.engine.kept)  # type: ignore[method-assign,assignment]
+    stand.engine.set_version = lambda version: kept.append(stand.engine.kept)  # type: ignore[method-assign]
     stand.book.make_current(stand.made(2))
     assert 1 in kept[0]  # or what it has computed of beginnings would be forgotten
 

@@ -33,6 +33,7 @@ from amalgam.engine.params import MAX_SEED, SamplingParams, check_param_ids
 from amalgam.engine.probation import FailedVersion, Probation, weights_failed
 from amalgam.engine.prompts import PromptEmbedding, PromptLogprobs
 from amalgam.engine.request import (
+    Doubt,
     EngineStatus,
     FinishReason,
     Generation,
@@ -476,8 +477,8 @@ class Engine:
         started = time.monotonic()
         try:
             result = self._runner.execute(plan)
-            self._check_weights(plan, result)
-            gaps = self._take(plan, result, deliveries)
+            doubtful = self._doubtful(plan, result)
+            gaps = self._take(plan, result, deliveries, doubtful)
             rejected = {} if self.speculator is None else _num_rejected(plan, deliveries)
             self._runner.commit(plan, rejected)
         except Exception as error:
@@ -492,33 +493,94 @@ class Engine:
         with self._condition:
             self._scheduler.commit(plan, rejected)
             self._measure(plan, deliveries, seconds, gaps)
+            left, more = self._judge(plan, doubtful)
             for request, output in ended:
                 self._leave(request, is_sound=output.error is None)
                 if output.error is None:
                     self._probation.succeed(plan.version, self._scheduler.version)
-            if ended:  # otherwise the load is as it was before the step
+            if ended or doubtful:  # otherwise the load is as it was before the step
                 self._note_load()
-        return deliveries
+        if self.on_version_failed is not None:
+            for failed in left:
+                self.on_version_failed(failed)
+        return deliveries + more
 
-    def _check_weights(self, plan: StepPlan, result: StepResult) -> None:
+    def _doubtful(self, plan: StepPlan, result: StepResult) -> dict[int, Exception | None]:
+        """Request id → its NaN, of those requests of a step that get nothing of it before it is known who is at fault.
+
+        None: there was none on this version, which only was to tell that.
         """
-        Raises:
-            NonFiniteLogitsError: of a request, if its version is to be left for that.
-        """
-        if not self._probation.is_on_probation(plan.version, self._scheduler.version):
-            return
-        readers = (item.request.reader for item in plan.scheduled)
-        for error in (*result.errors.values(), *(reader.error for reader in readers if reader is not None)):
+        is_on_probation = self._probation.is_on_probation(plan.version, self._scheduler.version)
+        doubtful: dict[int, Exception | None] = {}
+        for item in plan.scheduled:
+            request = item.request
+            if not is_on_probation and request.doubt is None:
+                continue
+            error = None if request.reader is None else request.reader.error
+            error = error or result.errors.get(request.request_id)
             if isinstance(error, NonFiniteLogitsError):
-                raise error
+                doubtful[request.request_id] = error
+            elif error is None and request.doubt is not None and item.needs_sample and not request.doubt.may_go_on:
+                doubtful[request.request_id] = None
+        return doubtful
+
+    def _judge(
+        self, plan: StepPlan, doubtful: Mapping[int, Exception | None]
+    ) -> tuple[list[FailedVersion], _Deliveries]:
+        """Whose fault a NaN is: that of a version on probation if another one computes none for the same request.
+
+        Returns:
+            The versions that are left, and the last outputs of requests that end.
+        """
+        left: list[FailedVersion] = []
+        ended: _Deliveries = []
+        for item in plan.scheduled:
+            request, doubt = item.request, item.request.doubt
+            error = doubtful.get(request.request_id)
+            if request.is_cancelled or request.status is RequestStatus.FINISHED:
+                continue
+            if error is not None:
+                tried_ids = frozenset({plan.version.version_id}) | (frozenset() if doubt is None else doubt.tried_ids)
+                instead = self._probation.instead_of(plan.version, self._scheduler.version)
+                if instead is not None and instead.version_id not in tried_ids:
+                    request.doubt = Doubt(plan.version, error, request.may_start_again, tried_ids)
+                    self._start_again(request, instead)
+                else:  # on all of them, or the version has shown meanwhile that it answers
+                    ended += self._end_as_begun(request, error)
+            elif doubt is not None and item.needs_sample:
+                if self._probation.is_on_probation(doubt.version, self._scheduler.version):
+                    failed, more = self._leave_version(doubt.version, doubt.error, ())
+                    left.append(failed)
+                    ended += more
+                elif doubt.may_go_on:
+                    request.doubt = None
+                else:
+                    ended += self._end_as_begun(request, doubt.error)
+        return left, ended
+
+    def _end_as_begun(self, request: Request, error: Exception) -> _Deliveries:
+        """End a request with an error, and with the version that it began with."""
+        if request.doubt is not None:
+            self._start_again(request, request.doubt.version)
+        return self._finish([request], FinishReason.ERROR, error)
+
+    def _start_again(self, request: Request, version: WeightVersion | None = None) -> None:
+        self._scheduler.start_again(request, version)
+        if self.speculator is not None:
+            self.speculator.forget(request.request_id)
 
     def _finish_cancelled(self) -> _Deliveries:
         requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
         self._cancelled.clear()
         return self._finish(requests, FinishReason.CANCELLED)
 
-    def _take(self, plan: StepPlan, result: StepResult, deliveries: _Deliveries) -> list[float]:
+    def _take(
+        self, plan: StepPlan, result: StepResult, deliveries: _Deliveries, doubtful: Container[int]
+    ) -> list[float]:
         """Add the step's tokens to their requests, and to `deliveries` what their callers see of it.
+
+        Args:
+            doubtful: ids of requests that get nothing.
 
         Returns:
             Seconds since each request's tokens before these.
@@ -527,7 +589,7 @@ class Engine:
         gaps: list[float] = []
         for item in plan.scheduled:
             request = item.request
-            if request.is_cancelled or not item.needs_sample:
+            if request.is_cancelled or not item.needs_sample or request.request_id in doubtful:
                 continue
             reader = request.reader
             new = result.tokens.get(request.request_id)
@@ -594,14 +656,18 @@ class Engine:
         if self._scheduler.version is version:
             self._scheduler.version = instead
         ending: list[Request] = []
-        bound = self._scheduler.bound_to(version)
+        bound, doubting = self._scheduler.bound_to(version), self._scheduler.doubting(version)
         for request in bound:
             if request.request_id in got or not request.may_start_again:
                 ending.append(request)
                 continue
-            self._scheduler.start_again(request)
-            if self.speculator is not None:
-                self.speculator.forget(request.request_id)
+            self._start_again(request)
+        for request in doubting:
+            if request.doubt is not None and not request.doubt.may_go_on:
+                self._start_again(request, version)  # it ends with the version that it began with
+                ending.append(request)
+            request.doubt = None
+        bound += doubting
         failure = weights_failed(version.version_id, instead.version_id, error)
         left = FailedVersion(version, instead, str(failure.what), len(bound) - len(ending), len(ending))
         logger.error("%s %d requests start again, %d end.", failure.what, left.num_restarted, left.num_ended)

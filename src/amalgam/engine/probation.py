@@ -3,9 +3,12 @@
 In: versions as they come, answers as they end. Out: which version's errors are its own fault, what is used instead.
 Must never know: requests, steps, threads. Not thread-safe.
 
-A version is on probation until it has given so many answers; an error before that is taken for the version's fault, a
-later one for the request's. So long the weights of the version before stay in memory, whoever uses them. That is the
-last one that has given an answer: of versions that came one after the other and answered nothing, none is gone back to.
+A version is on probation until it has given so many answers; an exception before that is taken for the version's fault,
+a later one for the request's. A NaN may come from a prompt that no version bears: the request is computed again on the
+version that would be gone back to, and only if that answers the one on probation is at fault.
+
+So long the weights of the version before stay in memory, whoever uses them. That is the last one that has given an
+answer: of versions that came one after the other and answered nothing, none is gone back to.
 """
 
 from __future__ import annotations
@@ -101,6 +104,15 @@ class Probation:
             return False
         return version in self._candidates or self._answers.get(version, self._num_answers) < self._num_answers
 
+    def instead_of(self, version: WeightVersion, current: WeightVersion) -> WeightVersion | None:
+        """What is used in place of a version on probation if it fails: of a candidate, the current one.
+
+        None: it is not on probation.
+        """
+        if not self.is_on_probation(version, current):
+            return None
+        return self.fallback if version is current else current
+
     def has_failed(self, version: WeightVersion) -> bool:
         """Whether it has been left, and nobody has wanted it since."""
         return version in self._failed
@@ -114,12 +126,12 @@ class Probation:
             self.fallback = None
 
     def fail(self, version: WeightVersion, current: WeightVersion) -> WeightVersion:
-        """A version on probation has failed; returns what to use in its place: of a candidate, the current one."""
+        """A version on probation has failed; returns what to use in its place."""
+        instead = self.instead_of(version, current)
+        assert instead is not None, "the version is not on probation"
         self._candidates.discard(version)
         self._answers.pop(version, None)
         self._failed.add(version)
-        if version is not current:
-            return current
-        fallback, self.fallback = self.fallback, None
-        assert fallback is not None, "the version is not on probation"
-        return fallback
+        if version is current:
+            self.fallback = None
+        return instead

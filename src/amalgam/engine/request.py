@@ -151,6 +151,22 @@ OutputCallback = Callable[[RequestOutput], None]
 Pooling = Literal["mean", "last"]  # how a prompt's hidden states become one vector
 
 
+@dataclass(frozen=True)
+class Doubt:
+    """A version on probation has computed NaN for a request. Another one computes it again and tells whose fault it is.
+
+    Attributes:
+        error: what the request ends with if the fault is its own.
+        may_go_on: on the other version, as it has sent nothing.
+        tried_ids: of all versions that have computed NaN for it.
+    """
+
+    version: WeightVersion
+    error: Exception
+    may_go_on: bool
+    tried_ids: frozenset[int]
+
+
 class PromptReader(Protocol):
     """Reads the hidden states of all of a prompt's tokens: none of them may be left out because it is cached.
 
@@ -211,6 +227,7 @@ class Request:
     observation: Observation = Observation()
     version: WeightVersion | None = None  # as asked for, or bound at first admission; dropped at the end
     keeps_version: bool = False  # no other one may answer it
+    doubt: Doubt | None = None  # `version` is another one than it began with, which has computed NaN
     end_token_ids: AbstractSet[int] = frozenset()  # any of them ends the answer
     max_new_tokens: int = -1  # as in params until the scheduler lowers it to what fits; 0: only the prompt is computed
     status: RequestStatus = RequestStatus.WAITING

@@ -252,24 +252,32 @@ class Scheduler:
             self.waiting.remove(request)
         self._release(request, is_sound=is_sound)
         request.status = RequestStatus.FINISHED
-        request.version = None
+        request.version = request.doubt = None
         self._forget_dead_versions()
 
     def bound_to(self, version: WeightVersion) -> list[Request]:
         """The requests that run on a weight version, and those that wait to go on with it."""
         return [request for request in (*self.running, *self.waiting) if request.version is version]
 
-    def start_again(self, request: Request) -> None:
+    def doubting(self, version: WeightVersion) -> list[Request]:
+        """The requests that another version computes again, as this one has computed NaN for them."""
+        requests = (*self.running, *self.waiting)
+        return [request for request in requests if request.doubt is not None and request.doubt.version is version]
+
+    def start_again(self, request: Request, version: WeightVersion | None = None) -> None:
         """Put a request back in the queue, as if no version had begun with it; not between `schedule` and `commit`.
 
         What its version has computed is not used by others.
+
+        Args:
+            version: that computes what it has; None: the one of new requests when it is admitted.
         """
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             insort(self.waiting, request, key=_rank)
         self._release(request, is_sound=False)
         request.status = RequestStatus.WAITING
-        request.version = None
+        request.version = version
         request.num_computed = 0
         if request.reader is not None:
             request.reader.restart()
