@@ -20,9 +20,11 @@ from amalgam.evaluation.texts import Sample, Window
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
 from amalgam.planning.trials import CanaryLimits, CanaryPlan, ShadowLimits, ShadowPlan
+from amalgam.runtime import trial
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
+from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.trial import TrialState
 from tests.conftest import write_demo_config
 from tests.errors import raises
@@ -48,8 +50,8 @@ def deployment(opened: Deployment) -> Iterator[Deployment]:
         opened.change(ChangeRequest(rules=opened.configured_rules))
     opened.change(ChangeRequest(mapping={EXPERTS: "fp8"}, name="other"))
     yield opened
-    for kind, trial in (("canary", opened.trials.canary), ("shadow", opened.trials.shadow)):
-        if trial is not None and trial.is_running:
+    for kind, each in (("canary", opened.trials.canary), ("shadow", opened.trials.shadow)):
+        if each is not None and each.is_running:
             opened.trials.abort(kind)  # type: ignore[arg-type]
 
 
@@ -136,6 +138,20 @@ class TestCanary:
         assert canary.state is TrialState.OVERTAKEN and str(result.version) in canary.reason
         assert "candidate" not in states(deployment)[canary.candidate_id]
 
+    def test_a_change_while_it_starts_overtakes_it_too(
+        self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add = deployment.versions.add_candidate
+
+        def add_and_change(candidate: ServedWeights) -> None:
+            add(candidate)
+            deployment.change(ChangeRequest(mapping={EXPERTS: "int4"}))
+
+        monkeypatch.setattr(deployment.versions, "add_candidate", add_and_change)
+        canary = deployment.trials.start_canary(CanaryPlan("other", 1.0))
+        assert canary.state is TrialState.OVERTAKEN
+        assert "candidate" not in states(deployment)[canary.candidate_id]
+
     def test_what_is_no_candidate_is_refused(self, deployment: Deployment) -> None:
         with raises(ConflictError, deployment.version_id):
             deployment.trials.start_canary(CanaryPlan("current"))
@@ -164,6 +180,27 @@ class TestShadow:
         strict = replace(shadow.plan, limits=ShadowLimits(max_divergence=1e-9))
         shadow.plan = strict
         assert shadow.verdict().outcome == "reject"
+
+    @pytest.mark.parametrize("hindrance", [ConflictError("Another change is under way."), RuntimeError("broken")])
+    def test_a_verdict_that_could_not_be_carried_out_is_carried_out_later(
+        self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, hindrance: Exception
+    ) -> None:
+        change, hindered = deployment.change, list[ChangeRequest]()
+
+        def hinder(request: ChangeRequest) -> object:
+            hindered.append(request)
+            if len(hindered) == 1:
+                raise hindrance
+            return change(request)
+
+        monkeypatch.setattr(deployment, "change", hinder)
+        monkeypatch.setattr(trial, "CHECK_SECONDS", 0.01)
+        limits = ShadowLimits(min_requests=12, max_divergence=5.0, min_agreement=0.0)
+        plan = ShadowPlan("other", 1.0, limits, max_requests=12, max_share=1.0, is_automatic=True)
+        shadow = deployment.trials.start_shadow(plan)
+        ask(deployment, 16)
+        wait_until(lambda: not shadow.is_running)
+        assert shadow.state is TrialState.PROMOTED and deployment.version_id == shadow.candidate_id
 
     def test_nan_in_the_candidate_rejects_it(self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
         shadow = deployment.trials.start_shadow(ShadowPlan("other", 1.0, max_share=1.0))

@@ -336,8 +336,9 @@ class Shadow(Trial[ShadowPlan]):
     def _run(self) -> None:
         be_quiet()
         while True:
-            self._wake.wait()
+            self._wake.wait(CHECK_SECONDS if self.plan.is_automatic else None)
             self._wake.clear()
+            self._act_on_verdict()  # again, where another change was under way
             while self._pending and not self._is_ending.is_set():
                 token_ids, num_prompt_tokens = self._pending.popleft()
                 try:
@@ -400,6 +401,7 @@ class Trials:
             self._deployment.versions.add_candidate(candidate)
             self._canary = canary
             canary.start()
+            self.current_changed(self._deployment.versions.current.version_id)  # it may have, in the meantime
             return canary
 
     def start_shadow(self, plan: ShadowPlan) -> Shadow:
@@ -421,6 +423,7 @@ class Trials:
             book.add_candidate(candidate)
             self._shadow = shadow
             shadow.start()
+            self.current_changed(book.current.version_id)  # it may have, in the meantime
             return shadow
 
     def choose(self, key: str | None) -> ServedWeights | None:
@@ -531,6 +534,8 @@ class Trials:
             return
         except AmalgamError as error:
             logger.warning("the candidate could not be promoted: %s", error)
+        except Exception:
+            logger.exception("the candidate could not be promoted")
 
 
 def _taken(trial: Canary | Shadow) -> ConflictError:
