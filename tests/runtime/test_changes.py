@@ -17,7 +17,7 @@ from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import RequestOutput
 from amalgam.engine.runner import Runner
 from amalgam.errors import ConflictError, OutOfMemoryError, PlanError, RequestError, VersionNotFoundError
-from amalgam.runtime import deployment as deployments
+from amalgam.runtime import remapper
 from amalgam.runtime.changes import ChangeRequest, merged
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
     before, needed = deployment.version, deployment.plan_change(ChangeRequest({EXPERTS: "base"})).load.peak_bytes
     untouched = deployment.engine.untouched_bytes  # what the KV cache has not written yet, and will
     assert 0 < untouched < deployment.engine.kv_cache_bytes
-    monkeypatch.setattr(deployments, "available_bytes", lambda device: untouched + needed - 1)
+    monkeypatch.setattr(remapper, "available_bytes", lambda device: untouched + needed - 1)
     monkeypatch.setattr("amalgam.composition.source.Source.load", lambda *_: pytest.fail("a weight is read"))
     assert not deployment.plan_change(ChangeRequest({EXPERTS: "base"})).has_room
     with raises(OutOfMemoryError, needed, needed - 1):

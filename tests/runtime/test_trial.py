@@ -242,7 +242,7 @@ class TestRollback:
                     assert deployment.version_id == before
                 followed.append(version.version_id)
 
-        monkeypatch.setattr(deployment, "_speculation", Follower())
+        monkeypatch.setattr(deployment._remapper, "_speculation", Follower())
         result = deployment.change(ChangeRequest(version="other"))
         wait_until(lambda: deployment.jobs.read()[-1].kind == "failed_version" and len(followed) == 2)
         assert followed == [result.version, before]

@@ -6,20 +6,17 @@ What the server, the command line and the Python interface use; `opening` makes 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from amalgam.base.threads import StoppableThread
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.manifest import plan_manifest
-from amalgam.composition.progress import LOADING, Progress
+from amalgam.composition.progress import Progress
 from amalgam.config.settings import Rule, Settings
 from amalgam.engine.core import Engine
 from amalgam.engine.generation_config import ModelDefaults
-from amalgam.engine.memory import available_bytes
 from amalgam.engine.probation import FailedVersion
 from amalgam.engine.request import Request, RequestOutput
 from amalgam.errors import ConflictError, VersionNotFoundError
@@ -32,16 +29,14 @@ from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapR
 from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections, describe_versions
 from amalgam.runtime.history import HistoryFile
 from amalgam.runtime.jobs import Job, Jobs, status_of_record
-from amalgam.runtime.preview import ChangePlan, Contents, Difference, Load, Prepared, changed_weights
-from amalgam.runtime.served import ServedWeights, shared_weights
+from amalgam.runtime.preview import ChangePlan, Difference
+from amalgam.runtime.remapper import Remapper
+from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.runtime.trial import Trials
-from amalgam.runtime.versions import VersionBook, as_id
-from amalgam.runtime.yielding import Turns
+from amalgam.runtime.versions import VersionBook
 from amalgam.text.tokenizer import Tokenizer
-
-MAX_UNDOS = 64
 
 
 class Deployment:
@@ -78,7 +73,6 @@ class Deployment:
         self.versions = VersionBook(served, engine)
         self.jobs = Jobs(lambda: self.version_id, () if history is None else map(status_of_record, history.records))
         self._hashing = threading.Lock()
-        self._following = threading.Lock()  # what follows the weights in use does so for one version after the other
         self._history = history
         self._remaps = RemapLog() if history is None else RemapLog(history.records, history.add)
         self._remaps.start(
@@ -93,12 +87,8 @@ class Deployment:
                 rules=served.rules,
             )
         )
-        self._seconds_per_byte = loaded.seconds / max(1, loaded.read_bytes)
-        self._earlier_rules: list[tuple[Rule, ...]] = []  # those that were in use, the latest last
-        # Those that new requests started on, the latest last.
-        self._earlier_versions = self._remaps.earlier_versions(served.rules)[-MAX_UNDOS:]
+        self._remapper = Remapper(settings, self.versions, engine, self.jobs, self._remaps, speculation, loaded)
         self._tracker = tracker
-        self._speculation = speculation
         self.statistics = (
             None if tracker is None else ExpertStatistics(tracker, lambda: self.version, model=self.model_name)
         )
@@ -106,6 +96,7 @@ class Deployment:
         if proposer is not None and tracker is not None:
             self.autoplan = Autoplan(self, tracker, proposer)
         self.trials = Trials(self)
+        self._remapper.on_live = self.trials.current_changed
         engine.on_ended = self._note_ended
         self.versions.on_failed = self._note_failed
 
@@ -148,7 +139,7 @@ class Deployment:
     @property
     def num_undoable(self) -> int:
         """How many changes of the rules `undo_weight_mapping` can take back, one after the other."""
-        return len(self._earlier_rules)
+        return self._remapper.num_undoable
 
     @property
     def remaps(self) -> list[RemapRecord]:
@@ -192,8 +183,7 @@ class Deployment:
             VersionNotFoundError: nobody knows the version that is to come back.
             PlanError, CheckpointError: the change cannot be made; nothing has changed.
         """
-        with self._change(request.kind, request.what) as served:
-            return self._make(request, served, progress)
+        return self._remapper.change(request, progress)
 
     def start_change(self, request: ChangeRequest) -> Job:
         """Begin what `change` does, and let a thread of its own go on with it. Returns at once.
@@ -230,13 +220,7 @@ class Deployment:
         Raises:
             ConflictError: another version is in use now, or another change is under way.
         """
-        with self._change("adopt", "a version that was built beside the one in use") as served:
-            if version_id != served.version.version_id:
-                raise ConflictError(
-                    f"Weight version {version_id} is not in use any more: {served.version.version_id} is.",
-                    remedy="The change is given up.",
-                )
-            return self._go_live(ServedWeights(served.loader, loaded.version, rules), loaded, time.monotonic())
+        return self._remapper.adopt(loaded, rules, version_id)
 
     def undo_weight_mapping(self, version_id: int) -> RemapResult:
         """Go back to the rules before the latest `update_weight_mapping`. Blocking.
@@ -248,20 +232,7 @@ class Deployment:
             ConflictError: another version is in use, or there is nothing to take back.
             PlanError, CheckpointError: the earlier rules cannot be fulfilled any more; nothing has changed.
         """
-        with self._change("undo", f"back from version {version_id}") as served:
-            if version_id != served.version.version_id:
-                raise ConflictError(
-                    f"Weight version {version_id} is not in use any more: {served.version.version_id} is.",
-                    remedy="Look at what has changed since, then undo that version.",
-                )
-            if not self._earlier_rules:
-                raise ConflictError(
-                    "No change of the weight mapping is left to undo.",
-                    remedy=f"The last {MAX_UNDOS} changes since the start can be taken back, one after the other.",
-                )
-            result = self._make(ChangeRequest(rules=self._earlier_rules[-1]), served)
-            del self._earlier_rules[-2:]  # the ones that have come back, and the ones that are left
-            return result
+        return self._remapper.undo(version_id)
 
     def reload_weights(self) -> RemapResult:
         """Build a new version under the same rules from the files as they are now; unchanged weights are shared.
@@ -279,15 +250,7 @@ class Deployment:
         Raises:
             ConflictError: there is none before.
         """
-        what = "the version before" if version is None else f"version {version}"
-        with self._change("rollback", f"back to {what}") as served:
-            if version is None:
-                if not self._earlier_versions:
-                    raise ConflictError("There is no earlier version to go back to.", remedy="Name one that is kept.")
-                result = self._make(ChangeRequest(version=self._earlier_versions[-1]), served)
-                del self._earlier_versions[-2:]  # the one that has come back, and the one that is left
-                return result
-            return self._make(ChangeRequest(version=version), served)
+        return self._remapper.rollback(version)
 
     def plan_change(self, request: ChangeRequest) -> ChangePlan:
         """What `change` would change and take now; reads headers. Blocking.
@@ -296,8 +259,7 @@ class Deployment:
             VersionNotFoundError: nobody knows the version that is to come back.
             PlanError, CheckpointError: the change could not be made.
         """
-        started, served = time.monotonic(), self._served
-        return self._plan_of(self._prepare(request, served), served, started)
+        return self._remapper.plan(request)
 
     def difference(self, before: str | int, after: str | int) -> Difference:
         """In what two versions differ, by names or ids; reads headers for one that has left memory. Blocking.
@@ -306,14 +268,7 @@ class Deployment:
             VersionNotFoundError: nobody knows one of them.
             PlanError, CheckpointError: what the rules of one ask for is not there any more.
         """
-        (first_id, first), (second_id, second) = self._contents(before), self._contents(after)
-        return Difference(first_id, second_id, changed_weights(first, second))
-
-    def _contents(self, version: str | int) -> tuple[int, Contents]:
-        found = self._alive(version)
-        if found is not None:
-            return found.version_id, Contents.of(found.version)
-        return as_id(version) or 0, Contents.planned(self._served.loader.plan(self._rules_of(version)))
+        return self._remapper.difference(before, after)
 
     def describe_weights(self) -> dict[str, Any]:
         """What `GET /weights` answers: the versions in memory. Blocking."""
@@ -323,7 +278,7 @@ class Deployment:
             "current": self.version_id,
             "versions": describe_versions(live),
             "bytes": sum(weights.values()),
-            "available_bytes": self._room(),
+            "available_bytes": self._remapper.room(),
         }
 
     def describe_version(self, weights: str | int) -> dict[str, Any]:
@@ -332,7 +287,7 @@ class Deployment:
         Raises:
             VersionNotFoundError: it is not in memory.
         """
-        found = self._alive(weights)
+        found = self._remapper.alive(weights)
         version_id = None if found is None else found.version_id
         for described in describe_versions(self.versions.live()):
             if described["version"] == version_id:
@@ -426,162 +381,9 @@ class Deployment:
         self.trials.version_failed(failed)
         self.trials.current_changed(self.version_id)
         failed_id, reason = failed.version.version_id, failed.reason  # and not the version, which is to go
-        StoppableThread(lambda: self._follow_back(failed_id, reason), "amalgam-rollback", self.jobs.close).start()
-
-    def _follow_back(self, failed_id: int, reason: str) -> None:
-        """What followed a version that has been left goes back with the others."""
-        with self._following:  # its change may still be at it
-            served = self._served
-            record = self._remaps.add_failed_version(served.version_id, served.rules, failed_id, reason)
-            what = f"version {failed_id} could not answer"
-            self.jobs.add(replace(status_of_record(record), kind="failed_version", what=what))
-            if self._earlier_versions[-1:] == [served.version_id]:
-                self._earlier_versions = self._earlier_versions[:-1]
-            if self._earlier_rules[-1:] == [served.rules]:
-                self._earlier_rules = self._earlier_rules[:-1]
-            if self._speculation is not None:
-                self._speculation.follow(served.loader, served.rules, served.version, self._unless_closing)
-        self.versions.has_freed()
+        follow = partial(self._remapper.follow_back, failed_id, reason)
+        StoppableThread(follow, "amalgam-rollback", self.jobs.close).start()
 
     def _unless_closing(self, what: str, done: int, total: int) -> None:
         """A `Progress` that ends long work when nobody wants it any more."""
         self.jobs.check_open()
-
-    @contextmanager
-    def _change(self, kind: str, what: str) -> Iterator[ServedWeights]:
-        """Refuses instead of waiting: the second of two re-maps must not silently follow the first."""
-        with self.jobs.begin(kind, what) as job:
-            served = self._served
-            try:
-                yield served
-            except Exception as error:
-                self._remaps.add_failure(served.version.version_id, job.status().seconds, error)
-                raise
-
-    @property
-    def _job(self) -> Job:
-        """The change under way, of which the caller is a part."""
-        job = self.jobs.running
-        assert job is not None
-        return job
-
-    def _make(self, request: ChangeRequest, served: ServedWeights, progress: Progress | None = None) -> RemapResult:
-        """Fulfil a request, beside nothing else that changes the weights."""
-        started = time.monotonic()
-        prepared = self._prepare(request, served)
-        if isinstance(prepared, ServedWeights):
-            return self._go_live(prepared, None, started, request.name)
-        self._load_of(prepared).check_room(self._room())
-
-        job, shared = self._job, prepared.shared
-        job.begin_stage(LOADING, sum(shared.keys.get(weight.slot.name) != weight.key for weight in prepared.planned))
-
-        def step(what: str, done: int, total: int) -> None:
-            job.report(what, done, total)
-            if progress is not None:
-                progress(what, done, total)
-
-        turns = Turns(lambda: self.engine.status().num_running > 0, job.check)
-        loaded = prepared.loader.build(prepared.planned, self.versions.next_id(), prepared.shared, step, turns)
-        if loaded.read_bytes:
-            self._seconds_per_byte = loaded.seconds / loaded.read_bytes
-        made = ServedWeights(prepared.loader, loaded.version, prepared.rules)
-        return self._go_live(made, loaded, started, request.name)
-
-    def _prepare(self, request: ChangeRequest, served: ServedWeights) -> ServedWeights | Prepared:
-        """The version that a request asks for, if it is in memory, or what it is made of."""
-        loader, rules = served.loader, request.rules_after(served.rules)
-        if request.version is not None:
-            found = self._alive(request.version)
-            if found is not None:
-                return found
-            rules = self._rules_of(request.version)
-        if request.name is not None:
-            self.versions.check_new(request.name)
-        if request.is_reload:
-            loader = loader.reopen()
-        planned = loader.plan(rules)
-        others = [version for version in self.versions.versions if version is not served.version]
-        return Prepared(loader, rules, planned, shared_weights(planned, served.version, *others))
-
-    def _room(self) -> int:
-        """Bytes of memory for more weights: what is available but for what the KV cache will take of it."""
-        return max(0, available_bytes(self.loader.device) - self.engine.untouched_bytes)
-
-    def _load_of(self, prepared: Prepared) -> Load:
-        return Load.of(prepared, self.settings.engine.num_load_threads)
-
-    def _plan_of(self, prepared: ServedWeights | Prepared, served: ServedWeights, started: float) -> ChangePlan:
-        if isinstance(prepared, ServedWeights):
-            contents, load = Contents.of(prepared.version), Load()
-            version: int | None = prepared.version_id
-        else:
-            contents = Contents.planned(prepared.planned)
-            load = self._load_of(prepared)
-            version = None
-        return ChangePlan(
-            rules=prepared.rules,
-            version=version,
-            previous_version=served.version_id,
-            contents=contents,
-            changed=changed_weights(Contents.of(served.version), contents),
-            load=load,
-            shared_bytes=sum(contents.sizes.values()) - load.memory_bytes,
-            available_bytes=self._room(),
-            seconds=time.monotonic() - started + load.read_bytes * self._seconds_per_byte,
-        )
-
-    def _go_live(
-        self, served: ServedWeights, loaded: LoadedVersion | None, started: float, name: str | None = None
-    ) -> RemapResult:
-        """
-        Args:
-            loaded: what making it took; None: it was there.
-            name: what it is called from now on; None: new requests start on it.
-        """
-        before, after = self._served, served.version
-        changed = changed_weights(Contents.of(before.version), Contents.of(after))
-        job = self._job
-        job.begin_stage("Compiling")
-        self.engine.prepare(after)
-        job.go_live()
-        result = RemapResult(
-            version=after.version_id,
-            previous_version=before.version_id,
-            fingerprint=after.fingerprint,
-            changed=changed,
-            num_loaded=0 if loaded is None else loaded.num_loaded,
-            loaded_bytes=0 if loaded is None else loaded.loaded_bytes,
-            shared_bytes=after.nbytes if loaded is None else loaded.shared_bytes,
-            seconds=time.monotonic() - started,
-            name=name,
-        )
-        if name is not None:
-            self.versions.name(name, served)
-            self._remaps.add(result, served.rules)
-        else:
-            with self._following:
-                self.versions.make_current(served)
-                self._remaps.add(result, served.rules)  # before what takes longer: a process may be killed in it
-                self.trials.current_changed(self.version_id)  # it may have failed already
-                if after is not before.version:
-                    self._earlier_versions = [*self._earlier_versions, before.version_id][-MAX_UNDOS:]
-                if served.rules != before.rules:
-                    self._earlier_rules = [*self._earlier_rules, before.rules][-MAX_UNDOS:]
-                if self._speculation is not None:
-                    self._speculation.follow(served.loader, served.rules, after, job.report)
-                    self.versions.has_freed()
-        job.result = result
-        return result
-
-    def _alive(self, version: str | int) -> ServedWeights | None:
-        version_id = as_id(version)
-        return self.versions.find(version) if version_id is None else self.versions.alive(version_id)
-
-    def _rules_of(self, version: str | int) -> tuple[Rule, ...]:
-        rules = self._remaps.rules_of(as_id(version) or 0)
-        if rules is None:
-            raise VersionNotFoundError(
-                f"Nobody knows weight version {version}.", remedy="GET /weights/changes tells of earlier ones."
-            )
-        return rules
