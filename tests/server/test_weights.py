@@ -123,6 +123,21 @@ def test_a_request_gets_the_weights_that_it_asks_for_and_is_told_which(
     assert "X-Amalgam-Weight-Version" not in client.get("/model_info").headers
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/weights/difference?before=1&detials=true", None),
+        ("GET", "/manifest?sha265=true", None),
+        ("PUT", "/weights/pins/1", {"name": "a"}),
+        ("POST", "/weights/canary/promote", {"share": 1}),
+        ("POST", "/weights/shadow/promote", {"share": 1}),
+    ],
+)
+def test_what_nobody_reads_is_refused(client: httpx.Client, method: str, path: str, body: Any) -> None:
+    answer = client.request(method, path, json=body)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (422, "invalid_request")
+
+
 def test_health_and_ready(client: httpx.Client, deployment: FakeDeployment) -> None:
     assert client.get("/health").json() == client.get("/ready").json() == {"status": "healthy"}
     deployment.engine.is_alive = False

@@ -16,7 +16,7 @@ from amalgam.planning.trials import CanaryLimits, CanaryPlan, Kind, ShadowLimits
 from amalgam.server.api.common import AskedWeights
 from amalgam.server.api.weights.answers import RemapAnswer, remap_answer
 from amalgam.server.dependencies import Admission, ServiceArgument
-from amalgam.server.http.body import Body, StrictRoute
+from amalgam.server.http.body import Body, NoFields, StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.service import Service, in_own_thread
 
@@ -79,8 +79,8 @@ class ShadowBody(Body):
 async def put_canary(body: CanaryBody, service: ServiceArgument) -> Response:
     """Let a share of new requests run on a candidate, or change the share. Answers with the report.
 
-    Requests with the same `user`, `prompt_cache_key`, `metadata.user_id` or `X-Amalgam-Session` stay together, and so
-    do the turns of a chat; others are chosen by chance.
+    Requests with the same `X-Amalgam-Session`, `prompt_cache_key`, `safety_identifier`, `user` or `metadata.user_id`
+    stay together; others are chosen by chance.
     """
     trials = service.deployment.trials
     return OrjsonResponse(await in_own_thread(lambda: trials.start_canary(body.plan()).report()))
@@ -121,13 +121,13 @@ async def abort_shadow(service: ServiceArgument) -> Response:
 
 
 @router.post("/weights/canary/promote", dependencies=[Admission], response_model_exclude_none=True)
-async def promote_canary(service: ServiceArgument) -> RemapAnswer:
+async def promote_canary(service: ServiceArgument, body: NoFields | None = None) -> RemapAnswer:
     """Let all new requests run on the candidate, whatever the verdict is."""
     return await _promote(service, "canary")
 
 
 @router.post("/weights/shadow/promote", dependencies=[Admission], response_model_exclude_none=True)
-async def promote_shadow(service: ServiceArgument) -> RemapAnswer:
+async def promote_shadow(service: ServiceArgument, body: NoFields | None = None) -> RemapAnswer:
     """Let all new requests run on the candidate, whatever the verdict is."""
     return await _promote(service, "shadow")
 

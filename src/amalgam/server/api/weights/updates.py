@@ -5,9 +5,10 @@ In: mappings. Out: what changed. Whatever blocks runs in a thread of its own, so
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
+from pydantic import ConfigDict
 from starlette.responses import Response
 
 from amalgam.runtime.changes import ChangeRequest
@@ -38,6 +39,13 @@ class ReloadBody(Body):
     """Answer with every weight that changed, in `changed`."""
 
 
+class ManifestQuery(Body):
+    model_config = ConfigDict(strict=False)  # a query holds nothing but strings
+
+    sha256: bool = False
+    """Answer with the digest of each tensor's bytes, for which all files are read."""
+
+
 @router.post("/update_weight_mapping", dependencies=[Admission], response_model_exclude_none=True)
 async def update_weight_mapping(body: UpdateWeightMappingBody, service: ServiceArgument) -> RemapAnswer | PlanAnswer:
     """Take weights from other sources, while requests go on. A mapping that cannot be fulfilled changes nothing."""
@@ -58,14 +66,14 @@ async def reload_weights(service: ServiceArgument, body: ReloadBody | None = Non
 
 
 @router.get("/manifest", response_model=dict[str, Any])
-async def manifest(service: ServiceArgument, sha256: bool = False) -> Response:
+async def manifest(service: ServiceArgument, query: Annotated[ManifestQuery, Query()]) -> Response:
     """Where every weight comes from: source, file, offset, bytes, format, the rule that chose it; and its layout.
 
     Layouts in `panels_…` run in the native kernels, others through PyTorch, expanded at each use unless dense.
     `sha256=true` adds the digest of each tensor's bytes, for which all files are read.
     """
     make = service.deployment.manifest
-    return OrjsonResponse(await in_own_thread(lambda: make(sha256=sha256)))
+    return OrjsonResponse(await in_own_thread(lambda: make(sha256=query.sha256)))
 
 
 async def planned(deployment: Deployment, request: ChangeRequest, *, details: bool) -> PlanAnswer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from amalgam.server.api.common import AskedWeights
 from amalgam.server.api.weights.answers import (
@@ -25,12 +25,12 @@ from amalgam.server.api.weights.bodies import ChangeBody, WeightsName
 from amalgam.server.api.weights.changes import ChangeAnswer, answer_of
 from amalgam.server.api.weights.updates import planned
 from amalgam.server.dependencies import Admission, ServiceArgument
-from amalgam.server.http.body import Body, StrictRoute
+from amalgam.server.http.body import Body, NoFields, StrictRoute
 from amalgam.server.service import in_own_thread
 
 router = APIRouter(route_class=StrictRoute, tags=["weights"])
 
-Asked = Annotated[str, Query(min_length=1, max_length=64)]
+Asked = Annotated[str, Field(min_length=1, max_length=64)]
 AskedInPath = Annotated[str, Path(min_length=1, max_length=64)]
 VersionId = Annotated[int, Path(ge=1, le=2**53)]
 
@@ -84,6 +84,17 @@ class DifferenceAnswer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+class DifferenceQuery(Body):
+    model_config = ConfigDict(strict=False)  # a query holds nothing but strings
+
+    before: Asked
+    """A version, by name or id."""
+    after: Asked = "current"
+    """The one that it is compared with."""
+    details: bool = False
+    """Answer with every weight that differs, in `changed`."""
+
+
 class PlanBody(ChangeBody):
     name: WeightsName | None = None
     """That the version would get beside the current one: whether it may have it is checked, too."""
@@ -132,18 +143,16 @@ async def version(version: AskedInPath, service: ServiceArgument) -> VersionAnsw
 
 
 @router.get("/weights/difference", response_model_exclude_none=True)
-async def difference(
-    before: Asked, service: ServiceArgument, after: Asked = "current", details: bool = False
-) -> DifferenceAnswer:
+async def difference(service: ServiceArgument, query: Annotated[DifferenceQuery, Query()]) -> DifferenceAnswer:
     """The weights in which two versions differ. Of versions that have left memory it is known what their rules give."""
     compare = service.deployment.difference
-    found = await in_own_thread(lambda: compare(before, after))
+    found = await in_own_thread(lambda: compare(query.before, query.after))
     return DifferenceAnswer(
         before=found.before,
         after=found.after,
         num_changed=len(found.changed),
         changes=summary(found.changed),
-        changed=listed(found.changed) if details else None,
+        changed=listed(found.changed) if query.details else None,
     )
 
 
@@ -162,7 +171,7 @@ async def rollback(service: ServiceArgument, body: RollbackBody | None = None) -
 
 
 @router.put("/weights/pins/{version}", dependencies=[Admission])
-async def pin(version: VersionId, service: ServiceArgument) -> PinAnswer:
+async def pin(version: VersionId, service: ServiceArgument, body: NoFields | None = None) -> PinAnswer:
     """Keep a version in memory until it is unpinned; requests can ask for it."""
     versions = service.deployment.versions
     await in_own_thread(lambda: versions.pin(version))
