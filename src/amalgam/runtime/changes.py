@@ -15,6 +15,7 @@ from amalgam.config.settings import Rule, build_rules
 from amalgam.errors import PlanError, RequestError, describe
 
 MAX_REMAPS = 256  # that are remembered
+MAX_REASON_CHARS = 400
 MAX_RULES = 2**18  # that are remembered, of all of them; those of the latest
 
 
@@ -102,6 +103,12 @@ def merged(rules: tuple[Rule, ...], mapping: Mapping[str, str | None]) -> tuple[
             raise PlanError(f"There is no rule {describe(pattern)} to remove.", remedy="GET /weights tells the rules.")
     added = build_rules({pattern: source for pattern, source in mapping.items() if source is not None})
     return (*(rule for rule in rules if rule.pattern not in mapping), *added)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a change has failed, for people; never longer than a line of a table bears."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= MAX_REASON_CHARS else f"{text[:MAX_REASON_CHARS]}…"
 
 
 @dataclass(frozen=True)
@@ -192,8 +199,7 @@ class RemapLog:
 
     def add_failure(self, version_id: int, seconds: float, error: Exception) -> None:
         """Nothing has changed: `version_id` is in use still."""
-        reason = describe(str(error), 400)
-        self._add(RemapRecord(self._clock.now(), version_id, version_id, 0, 0, seconds, reason))
+        self._add(RemapRecord(self._clock.now(), version_id, version_id, 0, 0, seconds, reason_of(error)))
 
     def add_failed_version(self, version_id: int, rules: tuple[Rule, ...], failed_id: int, reason: str) -> RemapRecord:
         """`failed_id` could not answer, and `version_id` with these rules is in use in its place."""

@@ -22,10 +22,9 @@ from amalgam.base.escaping import one_line
 from amalgam.base.threads import EXIT_SECONDS, StoppableThread
 from amalgam.composition.progress import LOADING
 from amalgam.errors import AmalgamError, CancelledError, ConflictError, NotFoundError, UnavailableError, describe
-from amalgam.runtime.changes import RemapRecord, RemapResult
+from amalgam.runtime.changes import RemapRecord, RemapResult, reason_of
 
 MAX_JOBS = 256  # that are remembered
-MAX_REASON_CHARS = 400
 WAIT_SECONDS = 0.5  # an interrupt is noticed between two waits
 
 logger = logging.getLogger("amalgam.models")
@@ -457,12 +456,6 @@ def conflict_with(status: JobStatus) -> ConflictError:
         remedy=f"Wait for it, or cancel it with DELETE /weights/changes/{status.id}.",
         details={"change": status.as_json()},
     )
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a change has failed, for people; never longer than a line of a table bears."""
-    text = str(error) or type(error).__name__
-    return text if len(text) <= MAX_REASON_CHARS else f"{text[:MAX_REASON_CHARS]}…"
 
 
 def status_of_record(record: RemapRecord) -> JobStatus:
