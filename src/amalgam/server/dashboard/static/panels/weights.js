@@ -80,7 +80,6 @@ export function create() {
   }
 
   async function act(method, path) {
-    fill(outcome); // before: what comes of it may be told by the change itself
     try {
       fill(outcome); // before it: what follows a change may tell of its end first
       await request(method, path, {});
@@ -145,7 +144,9 @@ export function create() {
     compared = null;
     if (weights && weights.versions.length > 1 && before.value !== after.value) {
       const query = { before: before.value, after: after.value };
-      compared = await get("weights/difference", query);
+      const answer = await get("weights/difference", query);
+      if (query.before !== before.value || query.after !== after.value) return; // others have been chosen since
+      compared = answer;
     }
     showDifference();
   }
