@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.conftest import DEMO, ROOT
 
 from amalgam.cli import VERBS, main, serve
+from amalgam.config.settings import Settings
 from amalgam.experts.saved.files import load
 from amalgam.kernels.backends.cpu import extension
 from amalgam.llm import LLM
@@ -100,6 +103,37 @@ def test_loading_torch_ahead_may_fail(is_there: bool, tmp_path: Path, monkeypatc
     for thread in started:
         thread.join()
     assert len(started) == is_there
+
+
+def test_a_watched_configuration_is_read_again_with_all_flags(
+    demo_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each look would tell of settings that nobody has changed."""
+    seen: list[tuple[Settings, Settings]] = []
+
+    class Watch:
+        def __init__(self, path: Path, read: Callable[[], Settings], settings: Settings, change: object) -> None:
+            seen.append((read(), settings))
+
+        def start(self, seconds: float) -> None:
+            assert seconds == 5
+
+    def run_server(settings: Settings, load: Callable[[], object], stopping: threading.Event) -> int:
+        load()
+        return 0
+
+    monkeypatch.setattr("amalgam.runtime.config_watch.ConfigWatch", Watch)
+    monkeypatch.setattr("amalgam.server.app.run", run_server)
+    monkeypatch.setattr(
+        "amalgam.runtime.opening.open_deployment", lambda *_: SimpleNamespace(change=None, tokenizer=None)
+    )
+    monkeypatch.setattr("amalgam.text.grammar.prepare_grammars", lambda _: None)
+    monkeypatch.setattr(serve, "begin_to_load_torch", lambda: None)
+    monkeypatch.setattr(serve.gc, "freeze", lambda: None)
+    flags = ["--autoplan", "--weights.watch_seconds", "5", "--server.port", "1"]
+    assert main(["serve", "--config", str(demo_config), *flags]) == 0
+    [(again, first)] = seen
+    assert again == first and first.planning.autoplan.enabled
 
 
 def test_generate_answers_in_json(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,9 +41,15 @@ def command(
     ] = False,
 ) -> int:
     """Start the HTTP server."""
-    if autoplan:
+
+    def chosen(settings: Settings) -> Settings:
+        """With what the flags of this verb say."""
+        if not autoplan:
+            return settings
         wanted = settings.planning.autoplan.model_dump() | {"enabled": True}
-        settings = settings.replace(planning={"autoplan": wanted})
+        return settings.replace(planning={"autoplan": wanted})
+
+    settings = chosen(settings)
     watch_seconds = settings.weights.watch_seconds
     if watch_seconds and config_file is None:
         raise ConfigError(
@@ -74,7 +80,7 @@ def command(
             if watch_seconds and config_file is not None:
                 from amalgam.runtime.config_watch import ConfigWatch
 
-                watch = ConfigWatch(config_file.expanduser(), read_again, settings, deployment.change)
+                watch = ConfigWatch(config_file.expanduser(), lambda: chosen(read_again()), settings, deployment.change)
                 watch.start(watch_seconds)
             prepare_grammars(deployment.tokenizer)  # in the first request it would hold up all others
             gc.freeze()
