@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -36,6 +39,27 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with raises(UnavailableError, "atool==9", "--environment"):
         open_environment(tmp_path / "environment", "atool", ["atool==9"])
     assert not list(tmp_path.glob("*environment*")) and not list(tmp_path.glob(".environment.partial"))
+
+
+def test_an_interrupt_ends_what_has_been_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fifo, program = tmp_path / "fifo", tmp_path / "program"
+    os.mkfifo(fifo)
+    program.write_text(f"#!/bin/sh\nexec 3> {fifo}\nsleep 3600 & echo begun >&3\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    said: list[BinaryIO] = []
+
+    def interrupted(process: subprocess.Popen[str]) -> None:
+        said.append(fifo.open("rb"))
+        said[0].readline()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_environment(tmp_path / "environment", "atool", ["atool==9"])
+    assert said[0].read() == b"", "ends when nobody holds it any more"
+    said[0].close()
+    assert not list(tmp_path.glob(".environment.partial"))
 
 
 def test_a_folder_without_the_tool_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from amalgam.base.files import resumable_folder
 from amalgam.config.settings import state_folder
 from amalgam.errors import UnavailableError
+from amalgam.tools.quantizing.processes import kill_group
 
 _VERSION = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
 _PYTHON = Path("bin") / "python"
@@ -82,11 +83,12 @@ def _run(command: Sequence[str], folder: Path, requirements: Sequence[str]) -> N
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        start_new_session=True,
     )
     try:
         _, said = process.communicate()
     except BaseException:
-        process.kill()
+        kill_group(process)  # what it compiles, too
         process.wait()
         raise
     if process.returncode:

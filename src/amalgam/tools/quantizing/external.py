@@ -10,11 +10,8 @@ values. The folder appears complete or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +41,7 @@ from amalgam.models.spec import Family, ModelSpec, Slot
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.quantizing import worker
 from amalgam.tools.quantizing.environment import Environment
+from amalgam.tools.quantizing.processes import kill_group
 
 _MAX_LINES = 30  # of what a tool says, in a message
 _MAX_LINE_BYTES = 2**16
@@ -339,21 +337,15 @@ def _last_lines(log: Path) -> list[str]:
     return [line for line in said if line.strip()][-_MAX_LINES:]
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """A process, if it still runs, and its children."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
 def _kill_behind(process: subprocess.Popen[bytes]) -> None:
     """When a process is gone, its children: they may hold its pipes, so that these do not end."""
     process.wait()
-    _kill(process)
+    kill_group(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill what is left of a process and of its children."""
-    _kill(process)
+    kill_group(process)
     process.wait(_SETTLE_SECONDS)
     for stream in (process.stdin, process.stdout):
         if stream is not None:
