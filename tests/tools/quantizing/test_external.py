@@ -160,6 +160,41 @@ def test_of_what_a_tool_says_the_end_is_read(small: Path, tmp_path: Path, stand_
         quantize_with(COMPRESSOR, here, str(small / "base"), tmp_path / "out", ROUNDED)
 
 
+def test_a_tool_is_given_no_code(small: Path, tmp_path: Path, stand_in: Callable[[str], None]) -> None:
+    """Not each of its parts passes on that none may be run. All else is there, in one file or several."""
+    base = shutil.copytree(small / "base", tmp_path / "base")
+    (base / "evil.py").write_text("class Evil: pass")
+    for name in ("config.json", "tokenizer_config.json"):
+        found = json.loads((base / name).read_text()) if (base / name).exists() else {}
+        (base / name).write_text(json.dumps(found | {"auto_map": {"AutoConfig": "evil.Evil"}}))
+    tensors = load_file(base / "model.safetensors")
+    check = f"""
+import json, pathlib, sys
+from safetensors.torch import load_file
+job = json.loads(pathlib.Path(sys.argv[1]).read_text())
+model, base = pathlib.Path(job["model"]), pathlib.Path({str(base)!r})
+assert not list(model.rglob("*.py"))
+for file in model.glob("*.json"):
+    assert "auto_map" not in file.read_text(), file
+assert json.loads((model / "config.json").read_text())["hidden_size"]
+assert (model / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+index = model / "model.safetensors.index.json"
+parts = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {{"model.safetensors"}}
+sys.exit(f"{{len(parts)}} files, {{sum(len(load_file(model / part)) for part in parts)}} tensors")
+"""
+    stand_in(check)
+    with raises(UnavailableError, f"1 files, {len(tensors)} tensors"):
+        quantize_with(COMPRESSOR, here, str(base), tmp_path / "out", ROUNDED)
+    names = list(tensors)
+    (base / "model.safetensors").unlink()
+    weight_map = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(names)}
+    for part in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == part}, base / part, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with raises(UnavailableError, f"2 files, {len(tensors)} tensors"):
+        quantize_with(COMPRESSOR, here, str(base), tmp_path / "out", ROUNDED)
+
+
 def test_what_is_left_of_a_killed_run_is_no_hindrance(
     small: Path, tmp_path: Path, stand_in: Callable[[str], None]
 ) -> None:

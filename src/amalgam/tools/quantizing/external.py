@@ -41,6 +41,7 @@ from amalgam.models.spec import Family, ModelSpec, Slot
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.quantizing import worker
 from amalgam.tools.quantizing.environment import Environment
+from amalgam.tools.quantizing.harmless import without_code
 from amalgam.tools.quantizing.processes import kill_group
 
 _MAX_LINES = 30  # of what a tool says, in a message
@@ -196,7 +197,9 @@ def quantize_with(
         work = folder / ".work"
         made = work / "made"
         work.mkdir()
-        (work / "job.json").write_text(json.dumps({**job, "out": str(made.absolute())}))
+        without_code(base.source, work / "model")
+        places = {"model": str((work / "model").absolute()), "out": str(made.absolute())}
+        (work / "job.json").write_text(json.dumps({**job, **places}))
         _Process(tool, environment, work).follow(progress)
         _take(tool, made, base, folder)
         config = {**base.source.config, "quantization_config": _declaration(tool, made)}
@@ -246,7 +249,7 @@ class _Base:
 
 
 def _job(tool: Tool, method: str, base: _Base, recipe: ExternalRecipe) -> dict[str, Any]:
-    """What `worker.py` reads."""
+    """What `worker.py` reads, but for the folders of the model and of the result."""
     weight_format = writable_format(recipe.format_name)
     shapes = {base.slots[name].shape for name in base.quantized}
     schemes = {}
@@ -268,7 +271,6 @@ def _job(tool: Tool, method: str, base: _Base, recipe: ExternalRecipe) -> dict[s
     return {
         "tool": tool.name,
         "method": method,
-        "model": str(base.source.folder.absolute()),
         "weights": arguments,
         "input_activations": input_arguments(recipe.activations, arguments),
         "ignore": ["lm_head", *(name.removesuffix(".weight") for name in others if name != HEAD)],

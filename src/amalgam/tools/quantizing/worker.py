@@ -23,7 +23,7 @@ _LOADING = {"trust_remote_code": False, "use_safetensors": True, "local_files_on
 
 
 def auto_round(job: Job) -> None:
-    """SignRound (Cheng et al. 2023), or plain rounding with the tool's own search for scales."""
+    """SignRound (Cheng et al. 2023), or plain rounding."""
     import torch
     from auto_round import AutoRound
 
@@ -39,6 +39,7 @@ def auto_round(job: Job) -> None:
         sym=weights["symmetric"],
         data_type="int",
         iters=job["iterations"] if job["method"] == "signround" else 0,
+        disable_opt_rtn=True,  # a search for scales, for which it would fetch texts where there are none
         dataset=batches or None,
         nsamples=max(1, len(windows)),
         seqlen=length,
