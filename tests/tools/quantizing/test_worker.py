@@ -72,6 +72,7 @@ def test_a_job_reaches_the_tool_and_bars_are_told(tmp_path: Path) -> None:
     options = json.loads(said.splitlines()[-1])
     assert options["out"] == "/a/folder" and options["format"] == "auto_round" and options["trust_remote_code"] is False
     assert options["enable_torch_compile"] is False
+    assert options["disable_opt_rtn"] is True and options["disable_model_free"] is True, "or it fetches texts"
     assert (options["bits"], options["group_size"], options["sym"], options["iters"]) == (4, 32, False, 7)
     assert options["dataset"] == [[[1, 2, 3, 4], [5, 6, 7, 8]]] and options["seqlen"] == 4 and options["nsamples"] == 2
 

@@ -32,6 +32,7 @@ _CALIBRATION = {
         "n_blocks",
         "dynamic_max_gap",
         "disable_opt_rtn",
+        "model_free",
         "scale_dtype",
         "zp_dtype",
         "optimize",

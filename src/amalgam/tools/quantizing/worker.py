@@ -40,6 +40,7 @@ def auto_round(job: Job) -> None:
         data_type="int",
         iters=job["iterations"] if job["method"] == "signround" else 0,
         disable_opt_rtn=True,  # a search for scales, for which it would fetch texts where there are none
+        disable_model_free=True,  # another way to round, which declares itself by a key of its own
         dataset=batches or None,
         nsamples=max(1, len(windows)),
         seqlen=length,
