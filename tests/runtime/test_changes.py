@@ -229,3 +229,12 @@ def test_what_is_told_of_versions(deployment: Deployment) -> None:
     assert deployment.describe_version("plan")["version"] == named["version"]
     with raises(VersionNotFoundError, 9999):
         deployment.describe_version(9999)
+    for asks, field in (
+        (lambda: deployment.version_for("nobody"), "weights"),
+        (lambda: deployment.describe_version("nobody"), None),
+        (lambda: deployment.change(ChangeRequest(version="nobody")), None),
+        (lambda: deployment.versions.pin(9999), None),
+    ):
+        with pytest.raises(VersionNotFoundError) as refused:
+            asks()
+        assert refused.value.param == field  # of the request, which is not always called so

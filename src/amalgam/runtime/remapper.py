@@ -290,7 +290,7 @@ class Remapper:
             VersionNotFoundError: nobody knows the name.
         """
         version_id = as_id(version)
-        return self._versions.find(version) if version_id is None else self._versions.alive(version_id)
+        return self._versions.find(version, param=None) if version_id is None else self._versions.alive(version_id)
 
     def _rules_of(self, version: str | int) -> tuple[Rule, ...]:
         rules = self._log.rules_of(as_id(version) or 0)

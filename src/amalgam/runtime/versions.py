@@ -252,8 +252,11 @@ class VersionBook:
                 self._let_go(served)
         self._settle()
 
-    def find(self, weights: str | int) -> ServedWeights:
+    def find(self, weights: str | int, param: str | None = "weights") -> ServedWeights:
         """The version that a request asks for, by a name or an id.
+
+        Args:
+            param: the field that asks for it.
 
         Raises:
             VersionNotFoundError: there is none, or it only drains.
@@ -266,7 +269,7 @@ class VersionBook:
             version_id = as_id(weights)
             found = None if version_id is None else self._kept().get(version_id)
             if found is None:
-                raise self._unknown(weights)
+                raise self._unknown(weights, param)
             return found
 
     def alive(self, version_id: int) -> ServedWeights | None:
@@ -338,13 +341,13 @@ class VersionBook:
         if served.version_id not in self._kept():
             self._draining[served.version_id] = _Draining(served, self._wake.set)
 
-    def _unknown(self, weights: str | int) -> VersionNotFoundError:
+    def _unknown(self, weights: str | int, param: str | None = None) -> VersionNotFoundError:
         known = [CURRENT, *self._named, *map(str, self._kept())]
         if as_id(weights) in self._draining:
             what = f"Weight version {weights} takes no new requests."
         else:
             what = f"There are no weights {describe(weights)}."
-        return VersionNotFoundError(what, remedy=f"Known: {', '.join(known)}.", param="weights")
+        return VersionNotFoundError(what, remedy=f"Known: {', '.join(known)}.", param=param)
 
     def _settle(self) -> None:
         """The engine hears what is kept, and what nobody needs any more is freed."""
