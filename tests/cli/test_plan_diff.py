@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import write_demo_config
@@ -88,9 +89,20 @@ def test_what_has_no_effect_beside_it_is_refused(
 
 
 def test_what_is_no_plan_is_refused(plans: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("{}", "[1]", '{"fingerprint": "a", "weights": [{"name": 1}]}', "nonsense"):
+    def plan(name: Any, nbytes: Any) -> dict[str, Any]:
+        part = {"tensor": "t", "file": "f", "offset": 0, "nbytes": nbytes}
+        return {"name": name, "source": "s", "format": "f", "parts": [part]}
+
+    def document(*weights: Any) -> str:
+        return json.dumps({"fingerprint": "a", "weights": weights})
+
+    for text, named in (
+        ("{}", "'weights'"), ("[1]", ""), ("nonsense", ""), (document("a"), ""), (document(plan(1, 2)), "name is 1"),
+        (document(plan("a", "2")), "nbytes is '2'"), (document(plan("a", -5)), "nbytes is -5"),
+        (document(plan("a", None)), "nbytes is None"), (document(plan("a", 1), plan("a", 2)), "'a'"),
+    ):  # fmt: skip
         file = tmp_path / "other.json"
         file.write_text(text)
         code, _, err = run(capsys, "--diff", str(file), plans[0])
-        assert code == 2 and "other.json" in err
+        assert code == 2 and "other.json" in err and named in err
     assert run(capsys, "--diff", str(tmp_path / "absent.yaml"), plans[0])[0] == 2

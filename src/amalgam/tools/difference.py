@@ -5,7 +5,7 @@ In: provenance manifests, of configurations, files or running servers. Out: `Pla
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,20 +151,32 @@ def checked_manifest(document: Any) -> dict[str, Any]:
                         "tensor": _text(part, "tensor"),
                         "file": _text(part, "file"),
                         "offset": part["offset"],
-                        "nbytes": int(part["nbytes"]),
+                        "nbytes": _size(part, "nbytes"),
                     }
                     for part in weight["parts"]
                 ],
             }
             for weight in document["weights"]
         ]
-        return {"fingerprint": _text(document, "fingerprint"), "weights": weights}
-    except (TypeError, KeyError, AttributeError) as error:
+        fingerprint = _text(document, "fingerprint")
+    except KeyError as error:
         raise ValueError(f"it lacks {error}") from None
+    except TypeError:
+        raise ValueError("it is no object of lists of objects") from None
+    name, count = next(iter(Counter(weight["name"] for weight in weights).most_common(1)), ("", 0))
+    if count > 1:
+        raise ValueError(f"the weight {describe(name)} stands {count} times")
+    return {"fingerprint": fingerprint, "weights": weights}
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
     if not isinstance(value := fields[name], str):
+        raise ValueError(f"{name} is {describe(value)}")
+    return value
+
+
+def _size(fields: Mapping[str, Any], name: str) -> int:
+    if type(value := fields[name]) is not int or value < 0:
         raise ValueError(f"{name} is {describe(value)}")
     return value
 
