@@ -69,6 +69,17 @@ def test_weights_change_while_others_stay(llm: LLM) -> None:
     assert "".join(output.text for output in llm.stream("The old man", GREEDY, weights="plain")) == answer.text
     assert llm.generate("The old man", GREEDY)[0].token_ids == second
 
+    planned = llm.plan_update({"model.layers.0.mlp.experts.*": "fp8"})
+    assert {weight.source_after for weight in planned.changed} == {"fp8"}
+    assert {weight.source_after for weight in llm.difference(changed.version, "plain").changed} == {"base"}
+    llm.pin(plain.version.version_id)
+    llm.remove_weights("plain")
+    assert [live.states for live in llm.versions if live.version is plain.version] == [("pinned",)]
+    llm.unpin(plain.version.version_id)
+    with raises(VersionNotFoundError, "plain"):
+        llm.remove_weights("plain")
+    del plain
+
     change = llm.start_update({"model.layers.0.mlp.experts.*": "fp8"})
     assert change.wait().version == llm.versions[0].version.version_id
     llm.rollback()

@@ -28,6 +28,7 @@ from amalgam.runtime.changes import ChangeRequest, RemapResult
 from amalgam.runtime.chats import ChatAnswer, Chats, Messages, Tools
 from amalgam.runtime.jobs import Job, JobStatus
 from amalgam.runtime.opening import open_deployment
+from amalgam.runtime.preview import ChangePlan, Difference
 from amalgam.runtime.statistics import ExpertStatistics
 from amalgam.runtime.versions import LiveVersion
 from amalgam.text.grammar import CompiledGrammar, Grammar, compile_grammar
@@ -309,6 +310,10 @@ class LLM:
         """Take the files as they are now."""
         return self._deployment.change(ChangeRequest(is_reload=True), progress)
 
+    def plan_update(self, mapping: Mapping[str, str | None]) -> ChangePlan:
+        """What `update_weight_mapping` would change, read and take; nothing changes."""
+        return self._deployment.plan_change(ChangeRequest(mapping=mapping))
+
     def start_update(self, mapping: Mapping[str, str | None], *, name: str | None = None) -> Job:
         """`update_weight_mapping` in the background: `status()` of what it returns tells how far it is, `cancel()` ends
         it, `wait()` gives its result.
@@ -326,6 +331,37 @@ class LLM:
             VersionNotFoundError: nobody knows the version.
         """
         return self._deployment.rollback(version)
+
+    def remove_weights(self, name: str) -> None:
+        """Take a name away; the memory of its version goes back unless something else keeps it.
+
+        Raises:
+            VersionNotFoundError: there is no such name.
+        """
+        self._deployment.versions.remove_name(name)
+
+    def pin(self, version_id: int) -> None:
+        """Keep a version in memory until `unpin`.
+
+        Raises:
+            VersionNotFoundError: it is not in memory.
+        """
+        self._deployment.versions.pin(version_id)
+
+    def unpin(self, version_id: int) -> None:
+        """
+        Raises:
+            VersionNotFoundError: it is not pinned.
+        """
+        self._deployment.versions.unpin(version_id)
+
+    def difference(self, before: str | int, after: str | int = "current") -> Difference:
+        """The weights in which two versions differ, by names or ids; of one that has left memory, what its rules give.
+
+        Raises:
+            VersionNotFoundError: nobody knows one of them.
+        """
+        return self._deployment.difference(before, after)
 
     @property
     def versions(self) -> list[LiveVersion]:
