@@ -85,7 +85,7 @@ def test_what_has_no_effect_beside_it_is_refused(
 ) -> None:
     more = [plans[0] if word == "x" else word for word in more]
     code, _, err = run(capsys, "--diff", *plans, *more)
-    assert code == 2 and "--diff" in err
+    assert code == 2 and "beside --diff" in err and more[0].strip("-") in err
 
 
 def test_what_is_no_plan_is_refused(plans: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,10 +201,13 @@ def _compare(
     from amalgam.cli.plan_diff import manifest_of, show_difference
     from amalgam.tools.difference import difference
 
-    refuse_unused({view: view != "--all" for view in views}, "--diff", "Leave out --diff.")
+    for view in views:
+        if view != "--all":
+            raise ConfigError(f"{view} is given beside --diff.", remedy="Give one of them.")
     for key, origin in origins.items():
         if origin in ("flag", "file") and key != "server.admin_key":
-            raise ConfigError(f"{key} is given beside --diff.", remedy="The plans that are compared have their own.")
+            given = "--config" if origin == "file" else key
+            raise ConfigError(f"{given} is given beside --diff.", remedy="The plans that are compared have their own.")
     with progress_bar() as progress:
         before, after = (manifest_of(place, server, progress) for place in places)
     show_difference(places, difference(before, after), as_json, show_all=show_all)
