@@ -112,7 +112,7 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             raise UnavailableError(
                 f"No server answers at {self.url} ({getattr(error, 'reason', error)}).",
-                remedy="Start one with `amalgam serve`, or give the address of one with --url.",
+                remedy="Start one with `amalgam serve`, or give the address of another.",
             ) from None
         except ValueError:
             raise no_server_of_ours(self.url) from None
@@ -133,7 +133,7 @@ def address_of(url: str | None, server: ServerSettings) -> str:
     except ValueError:
         is_address = False
     if not is_address:
-        raise ConfigError(f"--url is {url!r}.", remedy="Expected an address like http://127.0.0.1:8080.")
+        raise ConfigError(f"{url!r} is no address of a server.", remedy="Expected one like http://127.0.0.1:8080.")
     return url.rstrip("/")
 
 
@@ -145,7 +145,7 @@ def key_of(server: ServerSettings) -> str:
 
 
 def no_server_of_ours(url: str) -> UnavailableError:
-    return UnavailableError(f"What answers at {url} is no amalgam server.", remedy="Check --url.")
+    return UnavailableError(f"What answers at {url} is no amalgam server.", remedy="Check the address.")
 
 
 def _json(response: HTTPResponse) -> Any:
