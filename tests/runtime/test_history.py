@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from amalgam.config.settings import Rule, load_settings
-from amalgam.errors import ConfigError, ConflictError
+from amalgam.errors import CancelledError, ConfigError, ConflictError, PlanError
 from amalgam.runtime import changes
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.history import HistoryFile
+from amalgam.runtime.jobs import status_of_record
 from amalgam.runtime.opening import open_deployment
 from tests.conftest import DEMO
 from tests.errors import raises
@@ -48,6 +49,17 @@ def test_a_history_goes_on_where_it_ended(path: Path) -> None:
     file = HistoryFile(path)
     assert list(file.records) == [START, CHANGE, RELOAD, REFUSED, NAMED]
     assert (file.last_version_id, file.last_rules) == (4, RULES[:1])  # new requests did not start on the named one
+    file.close()
+
+
+def test_a_change_that_was_cancelled_has_not_failed_after_a_restart(path: Path) -> None:
+    file = HistoryFile(path)
+    log = RemapLog((), file.add)
+    for error in (CancelledError("Enough."), PlanError("Pattern 'x' matches nothing.")):
+        log.add_failure(1, 0.1, error)
+    file.close()
+    file = HistoryFile(path)
+    assert [status_of_record(record).state for record in file.records] == ["cancelled", "failed"]
     file.close()
 
 

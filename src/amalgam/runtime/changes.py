@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from amalgam.base.clock import Clock
 from amalgam.config.settings import Rule, build_rules
-from amalgam.errors import PlanError, RequestError, describe
+from amalgam.errors import CancelledError, PlanError, RequestError, describe
 
 MAX_REMAPS = 256  # that are remembered
 MAX_REASON_CHARS = 400
@@ -154,6 +154,7 @@ class RemapRecord:
     fingerprint: str = ""  # of the version
     rules: tuple[Rule, ...] | None = None  # of the version; None: nothing has changed
     is_start: bool = False  # of a process, which began with that version
+    is_cancelled: bool = False  # somebody has ended it
 
 
 class RemapLog:
@@ -199,7 +200,8 @@ class RemapLog:
 
     def add_failure(self, version_id: int, seconds: float, error: Exception) -> None:
         """Nothing has changed: `version_id` is in use still."""
-        self._add(RemapRecord(self._clock.now(), version_id, version_id, 0, 0, seconds, reason_of(error)))
+        now, is_cancelled = self._clock.now(), isinstance(error, CancelledError)
+        self._add(RemapRecord(now, version_id, version_id, 0, 0, seconds, reason_of(error), is_cancelled=is_cancelled))
 
     def add_failed_version(self, version_id: int, rules: tuple[Rule, ...], failed_id: int, reason: str) -> RemapRecord:
         """`failed_id` could not answer, and `version_id` with these rules is in use in its place."""

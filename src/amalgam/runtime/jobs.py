@@ -460,12 +460,12 @@ def conflict_with(status: JobStatus) -> ConflictError:
 
 def status_of_record(record: RemapRecord) -> JobStatus:
     """What is known of a change of a former process."""
-    is_done = record.error is None
+    ended = JobState.CANCELLED if record.is_cancelled else JobState.FAILED
     return JobStatus(
         id=f"{int(record.at * 1000):012x}",
         kind="start" if record.is_start else "earlier",
         what="a start" if record.is_start else "before the latest start",
-        state=JobState.DONE if is_done else JobState.FAILED,
+        state=JobState.DONE if record.error is None else ended,
         stage="",
         done_bytes=0,
         total_bytes=0,
