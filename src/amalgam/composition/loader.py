@@ -7,6 +7,7 @@ what the previous version does not already hold. Must never know: requests.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -83,6 +84,7 @@ class ModelLoader:
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
         self._sources = {BASE_SOURCE: self._with_logical_names(base)}
         self._built: WeakKeyDictionary[WeightVersion, frozenset[str]] = WeakKeyDictionary()  # version → its sources
+        self._building = threading.Lock()  # a version is added while another thread plans
         self._likenesses: Known = {}
         self._source_check = SourceCheck(
             self.family, self.spec, self._slots, self._base_place, inference.max_seq_length
@@ -235,7 +237,8 @@ class ModelLoader:
             weights = {**shared, **self._reader.read(missing, progress, turn)}
         origins = {weight.slot.name: weight.origin for weight in planned}
         version = WeightVersion(version_id, weights, origins, keys)
-        self._built[version] = frozenset(weight.choice.source for weight in planned)
+        with self._building:
+            self._built[version] = frozenset(weight.choice.source for weight in planned)
         return LoadedVersion(
             version=version,
             num_loaded=len(missing),
@@ -278,7 +281,8 @@ class ModelLoader:
 
         So whoever mends or exchanges the files of others need not reload everything.
         """
-        kept = {BASE_SOURCE}.union(*self._built.values())
+        with self._building:
+            kept = {BASE_SOURCE}.union(*self._built.values())
         sources = list(self._sources.items())
         self._sources = {name: source for name, source in sources if name in kept or not condition(source)}
 
