@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,6 +201,22 @@ class TestShadow:
         ask(deployment, 16)
         wait_until(lambda: not shadow.is_running)
         assert shadow.state is TrialState.PROMOTED and deployment.version_id == shadow.candidate_id
+
+    def test_nan_in_both_tells_nothing_of_the_candidate(
+        self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shadow = deployment.trials.start_shadow(ShadowPlan("other", 1.0, max_share=1.0))
+        compare = shadow._comparison.add
+
+        def compare_broken(token_ids: Sequence[int], num_prompt_tokens: int) -> bool:
+            with monkeypatch.context() as patched:
+                break_version(patched, shadow.candidate_id)
+                break_version(patched, shadow.now_id)
+                return compare(token_ids, num_prompt_tokens)
+
+        monkeypatch.setattr(shadow._comparison, "add", compare_broken)
+        assert not compare_broken(deployment.tokenizer.encode(TEXTS[0]), 2)
+        assert shadow.is_running and shadow.num_requests == 0
 
     def test_nan_in_the_candidate_rejects_it(self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
         shadow = deployment.trials.start_shadow(ShadowPlan("other", 1.0, max_share=1.0))

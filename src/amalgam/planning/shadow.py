@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
+from amalgam.errors import CheckpointError
 from amalgam.evaluation.confidence import Bootstrap, Floats, Interval
 from amalgam.evaluation.quality import Reference, agreement_of, divergence_of, log_probabilities, loss_of
 from amalgam.evaluation.running import BLOCK_SIZE, STEP_TOKENS, Contestant, check_finite, rows_at_once
@@ -199,29 +200,46 @@ class Comparison:
         return len(self._rows)
 
     @torch.inference_mode()
-    def add(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+    def add(self, token_ids: Sequence[int], num_prompt_tokens: int) -> bool:
         """Run both on a request; the figures are of its answer's tokens, of which there is at least one.
 
+        Returns:
+            False: the plan in force computes NaN or infinity for it, which tells nothing of the candidate.
+
         Raises:
-            CheckpointError: hidden states or logits hold NaN or infinity.
+            CheckpointError: of the candidate only, hidden states or logits hold NaN or infinity.
         """
         runs: dict[int, _Run] = {}
+        failure: CheckpointError | None = None
         for which in (0, 1) if len(self._rows) % 2 else (1, 0):  # who comes second finds the caches warm
-            runs[which] = self._run(token_ids, which)
+            try:
+                runs[which] = self._run(token_ids, which)
+            except CheckpointError as error:
+                if which == 0:
+                    return False
+                failure = error
+        if failure is not None:
+            raise failure
         targets = torch.tensor(token_ids[num_prompt_tokens:])
         rows = torch.arange(num_prompt_tokens - 1, len(token_ids) - 1)
         parts: list[tuple[Tensor, ...]] = []
         for some, wanted in zip(rows.split(self._at_once), targets.split(self._at_once), strict=True):
-            now, candidate = (
-                log_probabilities(self._decoder.compile(version), runs[which].hidden[some], name).cpu()
-                for which, (version, name) in enumerate(zip(self._versions, self._names, strict=True))
-            )
+            try:
+                now = self._log_probabilities(runs, 0, some)
+            except CheckpointError:
+                return False
+            candidate = self._log_probabilities(runs, 1, some)
             losses = loss_of(now, wanted), loss_of(candidate, wanted)
             parts.append((divergence_of(now, candidate), agreement_of(now, candidate), *losses))
             self._throttle("Comparing", 0, 1)
         divergence, agreement, loss_now, loss_candidate = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
         kept = tuple(runs[which]._replace(hidden=torch.empty(0)) for which in (0, 1))
         self._rows.append(_Row(divergence, agreement, loss_now, loss_candidate, (kept[0], kept[1])))
+        return True
+
+    def _log_probabilities(self, runs: Mapping[int, _Run], which: int, rows: Tensor) -> Tensor:
+        compiled = self._decoder.compile(self._versions[which])
+        return log_probabilities(compiled, runs[which].hidden[rows], self._names[which]).cpu()
 
     def _run(self, token_ids: Sequence[int], which: int) -> _Run:
         """Compute all but the last few tokens together, and those one by one, as an engine does."""

@@ -272,7 +272,8 @@ class Shadow(Trial[ShadowPlan]):
         self._random = random.Random()
         self._pending: deque[tuple[tuple[int, ...], int]] = deque()
         self._wake = threading.Event()
-        self._num_taken = self._num_dropped = 0
+        self._num_taken = self._num_dropped = 0  # of the step thread
+        self._num_incomparable = 0  # of the thread that compares
         self._thread = StoppableThread(self._run, "amalgam-shadow", self._stop)
 
     def start(self) -> None:
@@ -305,7 +306,7 @@ class Shadow(Trial[ShadowPlan]):
         ):
             return
         is_full = len(self._pending) >= MAX_PENDING or request.num_prompt_tokens >= wanted.max_tokens
-        if is_full or self._num_taken >= wanted.max_requests:
+        if is_full or self._num_taken - self._num_incomparable >= wanted.max_requests:
             self._num_dropped += is_full
             return
         self._num_taken += 1
@@ -323,7 +324,8 @@ class Shadow(Trial[ShadowPlan]):
     def figures(self) -> dict[str, Any]:
         compared = self.compared()
         figures = None if compared is None else asdict(compared)
-        return {"requests": self.num_requests, "left_out": self._num_dropped, "figures": figures}
+        num_left_out = self._num_dropped + self._num_incomparable
+        return {"requests": self.num_requests, "left_out": num_left_out, "figures": figures}
 
     def _check(self) -> None:
         if self._is_ending.is_set():
@@ -342,7 +344,7 @@ class Shadow(Trial[ShadowPlan]):
             while self._pending and not self._is_ending.is_set():
                 token_ids, num_prompt_tokens = self._pending.popleft()
                 try:
-                    self._comparison.add(token_ids, num_prompt_tokens)
+                    self._num_incomparable += not self._comparison.add(token_ids, num_prompt_tokens)
                 except UnavailableError:
                     break
                 except CheckpointError as error:
