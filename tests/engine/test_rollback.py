@@ -174,6 +174,20 @@ def test_an_answer_that_no_version_goes_on_with_is_its_own_fault(make_engine, su
     wait_until(lambda: gc.collect() >= 0 and old() is None)
 
 
+def test_who_cancels_while_another_version_computes_it_again_is_told_the_one_that_answered(make_engine, submit):
+    decoder = FakeDecoder()
+    decoder.nan_token = greedy_tokens([5], 4, 2)[3]
+    engine = make_engine(decoder, starts=False, rollback_answers=8)
+    engine.set_version(FakeVersion(2))
+    began = Outputs()
+    request_id = engine.submit([5], GREEDY, began)
+    decoder.on_step = lambda token_ids: engine.cancel(request_id) if len(token_ids) == 5 else None
+    engine.start()
+    assert (began.last().finish_reason, began.last().usage.version) == (FinishReason.CANCELLED, 2)
+    assert began.token_ids == greedy_tokens([5], 4, 2)
+    wait_until(lambda: is_at_rest(engine))
+
+
 def test_no_prompt_goes_round_between_versions_that_are_both_on_probation(make_engine, submit):
     decoder = FakeDecoder()
     decoder.nan_token = 666

@@ -61,13 +61,15 @@ def end(request: Request, reason: FinishReason, now: float, error: Exception | N
 def _usage(request: Request, now: float) -> Usage:
     started_at = now if request.started_at is None else request.started_at
     first_token_at = now if request.first_token_at is None else request.first_token_at
+    doubt = request.doubt
+    version = request.version if doubt is None or doubt.may_go_on else doubt.version  # that has given its tokens
     return Usage(
         num_prompt_tokens=request.num_prompt_tokens,
         num_new_tokens=request.num_new_tokens,
         queue_seconds=started_at - request.submitted_at,
         first_token_seconds=first_token_at - request.arrived_at,
         total_seconds=now - request.arrived_at,
-        version=0 if request.version is None else request.version.version_id,
+        version=0 if version is None else version.version_id,
         num_cached_tokens=request.num_cached_tokens,
         encoding_seconds=request.submitted_at - request.arrived_at,
     )

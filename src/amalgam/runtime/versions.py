@@ -296,7 +296,8 @@ class VersionBook:
 
     def has_freed(self) -> None:
         """Something else has let go of weights, whose memory is to go back to the system as well."""
-        self._has_freed = True
+        with self._lock:
+            self._has_freed = True
         self._settle()
 
     def close(self) -> None:
