@@ -201,8 +201,9 @@ def quantize_with(
         places = {"model": str((work / "model").absolute()), "out": str(made.absolute())}
         (work / "job.json").write_text(json.dumps({**job, **places}))
         _Process(tool, environment, work).follow(progress)
-        _take(tool, made, base, folder)
-        config = {**base.source.config, "quantization_config": _declaration(tool, made)}
+        saved = _saved(tool, made)
+        _take(saved, base, folder)
+        config = {**base.source.config, "quantization_config": _declaration(tool, saved)}
         write_json(folder / CONFIG_NAME, config)
         report.left_out_files = carry_files(base.source.store, folder)
         shutil.rmtree(work)
@@ -354,12 +355,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def _take(tool: Tool, made: Path, base: _Base, folder: Path) -> None:
-    """The tensors that a tool has saved, under the names that it gave them."""
+def _saved(tool: Tool, made: Path) -> Path:
+    """Where a tool has saved the model: below the folder that it was told, or there."""
     folders = {file.parent for file in made.rglob("*.safetensors")}
     if len(folders) != 1:
         raise CheckpointError(f"{tool.name} has saved no model, or several, in {made}.", remedy=_REPORT)
-    store = TensorStore.open(folders.pop())
+    return folders.pop()
+
+
+def _take(made: Path, base: _Base, folder: Path) -> None:
+    """The tensors that a tool has saved, under the names that it gave them."""
+    store = TensorStore.open(made)
     write_checkpoint(folder, _narrowed(store, base.source.store))
     store.close()
 
@@ -377,9 +383,8 @@ def _narrowed(store: TensorStore, base: TensorStore) -> Iterator[tuple[str, torc
 
 
 def _declaration(tool: Tool, made: Path) -> dict[str, Any]:
-    (config_file,) = list(made.rglob(CONFIG_NAME))[:1] or [made / CONFIG_NAME]
     try:
-        found = parse_json(config_file.read_bytes())["quantization_config"]
+        found = parse_json((made / CONFIG_NAME).read_bytes())["quantization_config"]
     except (OSError, ValueError, KeyError, TypeError):
         found = None
     if not isinstance(found, dict):
