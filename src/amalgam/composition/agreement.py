@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -233,11 +234,13 @@ class _Pair:
         stored = (source.weights[weight.choice.name] for source in self._sources)
         compared = ((source.identity(s), source.config_digest) for source, s in zip(self._sources, stored, strict=True))
         key = (weight.slot.name, *compared)
-        if key not in self._known:
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            self._known[key] = self._compare(weight)
-        return self._known[key]
+        with suppress(KeyError):  # no question before: plans of other threads are compared at the same time
+            return self._known[key]
+        likeness = self._compare(weight)
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        self._known[key] = likeness
+        return likeness
 
     def _compare(self, weight: PlannedWeight) -> Likeness | None:
         """How the sources' versions of a weight, which both have, compare; None if the shapes differ."""
