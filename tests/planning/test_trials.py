@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from amalgam.evaluation.confidence import Interval
-from amalgam.planning.trials import Arm, CanaryLimits, Check, canary_checks, decide
+from amalgam.planning.trial_plans import CanaryLimits
+from amalgam.planning.trials import Arm, Check, canary_checks, decide
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from amalgam.evaluation.running import Contestant
 from amalgam.evaluation.texts import Sample, Window
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
-from amalgam.planning.trials import CanaryLimits, CanaryPlan, ShadowLimits, ShadowPlan
+from amalgam.planning.trial_plans import CanaryLimits, CanaryPlan, ShadowLimits, ShadowPlan
 from amalgam.runtime import trial
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.runtime.deployment import Deployment

@@ -12,7 +12,8 @@ import pytest
 
 from amalgam.errors import ConflictError
 from amalgam.evaluation.confidence import Interval
-from amalgam.planning.trials import Arm, CanaryPlan, Check, Kind, ShadowPlan
+from amalgam.planning.trial_plans import CanaryPlan, Kind, ShadowPlan
+from amalgam.planning.trials import Arm, Check
 from amalgam.server.http.keys import Needs
 from amalgam.server.permissions import needs_of
 from tests.server.browser import Page

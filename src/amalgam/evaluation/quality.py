@@ -27,6 +27,8 @@ from amalgam.evaluation.running import Contestant, Step, rows_at_once
 from amalgam.evaluation.texts import Sample, Window
 from amalgam.kernels.backends import Compiled
 
+CHANCE = 0.25  # of the vocabulary: a perplexity beyond it is that of a guess
+
 _KEPT_BYTES = 512 * 2**20  # of the reference's log-probabilities
 
 
@@ -240,7 +242,7 @@ def remarks(reference: Quality, sample: Sample, vocab_size: int) -> list[str]:
             f"{reference.num_units} {sample.unit} are too few for confidence intervals: give texts of at least "
             f"{MIN_UNITS} {sample.unit}."
         )
-    if reference.perplexity.value > vocab_size / 4:
+    if reference.perplexity.value > CHANCE * vocab_size:
         found.append(
             f"The reference predicts these texts as badly as chance would (perplexity "
             f"{reference.perplexity.value:.0f}, {vocab_size} tokens): the tokenizer may be another model's."

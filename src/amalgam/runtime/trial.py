@@ -29,19 +29,8 @@ from amalgam.engine.probation import FailedVersion
 from amalgam.engine.request import FinishReason, Request, RequestOutput
 from amalgam.errors import AmalgamError, CheckpointError, ConflictError, RequestError, UnavailableError, describe
 from amalgam.planning.shadow import Compared, Comparison, Throttle, be_quiet
-from amalgam.planning.trials import (
-    Arm,
-    CanaryPlan,
-    Check,
-    Kind,
-    ShadowPlan,
-    Verdict,
-    Which,
-    canary_checks,
-    decide,
-    shadow_checks,
-    slowdown,
-)
+from amalgam.planning.trial_plans import CanaryPlan, Kind, ShadowPlan, Which
+from amalgam.planning.trials import Arm, Check, Verdict, canary_checks, decide, shadow_checks, slowdown
 from amalgam.runtime.changes import ChangeRequest, RemapResult
 from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.versions import VersionBook

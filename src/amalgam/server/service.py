@@ -69,6 +69,7 @@ REFUSALS = (
     "invalid_config",
     "non_finite_logits",
     "weights_failed",
+    "weights_lost",
     "not_found",
     "model_not_found",
     "version_not_found",

@@ -12,7 +12,7 @@ from prometheus_client.core import Metric
 
 from amalgam.engine.meter import SpeculationCounts
 from amalgam.engine.request import FinishReason
-from amalgam.planning.trials import WHICH
+from amalgam.planning.trial_plans import WHICH
 from amalgam.runtime.changes import RemapRecord
 from amalgam.server.interface import Statistics
 from amalgam.server.metrics.families import EngineFigures, Families

@@ -107,6 +107,8 @@ class Encoder:
         return True
 
     def _normalize(self, one: Normalize) -> bool:
+        if one.x.width != one.out.width:
+            raise ValueError(f"{one.x.width} elements of a row are normalized into {one.out.width}.")
         if not (one.x.is_whole and one.out.is_whole):
             return False
         weight, bias = _vector(one.weight), _vector(one.bias)

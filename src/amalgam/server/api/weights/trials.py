@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from pydantic import Field
 from starlette.responses import Response
 
-from amalgam.planning.trials import CanaryLimits, CanaryPlan, Kind, ShadowLimits, ShadowPlan
+from amalgam.planning.trial_plans import CanaryLimits, CanaryPlan, Kind, ShadowLimits, ShadowPlan
 from amalgam.server.api.common import AskedWeights
 from amalgam.server.api.weights.answers import RemapAnswer, remap_answer
 from amalgam.server.dependencies import Admission, ServiceArgument
