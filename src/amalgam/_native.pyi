@@ -106,6 +106,7 @@ class Kernels:
         offset: float,
         limit: float,
         is_gelu: bool,
+        limits_last: bool,
         threads: int,
         /,
     ) -> None: ...
@@ -138,6 +139,7 @@ class Kernels:
         offset: float,
         limit: float,
         is_gelu: bool,
+        limits_last: bool,
         threads: int,
         /,
     ) -> None: ...
@@ -373,7 +375,7 @@ class Program:
         layer: int,
         to_keys: Sequence[Matrix],
         to_values: Sequence[Matrix],
-        norm: Tensor,
+        norm: Tensor | None,
         eps: float,
         scale: float,
         rope_dim: int,
@@ -411,6 +413,7 @@ class Program:
         offset: float,
         limit: float,
         is_gelu: bool,
+        limits_last: bool,
         route: int,
         weighs: bool,
         /,
@@ -425,10 +428,12 @@ class Program:
         offset: float,
         limit: float,
         is_gelu: bool,
+        limits_last: bool,
         /,
     ) -> None: ...
     def add_elementwise(self, kind: Elementwise, x: _Columns, y: _Columns | None, number: float, /) -> None: ...
     def add_scale(self, x: _Columns, gate: _Columns, /) -> None: ...
+    def add_scale_heads(self, x: _Columns, slopes: Tensor, biases: Tensor, /) -> None: ...
     def add_scale_by_position(self, x: _Columns, beta: float, length: float, offset: float, /) -> None: ...
     def add_gate(self, x: _Columns, gate: _Columns, /) -> None: ...
     def add_split(self, x: _Columns, num_groups: int, outs: Sequence[_Columns], /) -> None: ...

@@ -557,3 +557,27 @@ def test_operators_take_the_compiled_path(monkeypatch: pytest.MonkeyPatch) -> No
     half = replace(layer, query=layer.query.half(), keys=layer.keys.half(), values=layer.values.half())
     assert not attention.supports_paged_attention(half.query, half.cache, half.batch)
     torch.testing.assert_close(half.run(CpuOperators.paged_attention).float(), result, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("num_sequences", [2, 40])
+def test_tokens_that_are_not_split_between_threads_have_the_same_bits(num_sequences: int) -> None:
+    """Alone a token's keys are cut into ranges, beside many others they are not."""
+    generator = torch.Generator().manual_seed(num_sequences)
+    length = 700
+    slots = num_sequences * length
+    keys = torch.randn(slots, 1, 144, generator=generator).bfloat16()
+    cache = LayerCache(keys, keys[..., :128])
+    query = torch.randn(num_sequences, 16, 144, generator=generator).bfloat16()
+    tables = torch.arange(slots).view(num_sequences, length)
+    lengths, threads = torch.full((num_sequences,), length), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = CpuOperators.paged_attention(
+            query, cache, AttentionBatch(torch.arange(num_sequences + 1), lengths, tables, 1), scale=0.1
+        )
+        for index in range(num_sequences):
+            one = slice(index, index + 1)
+            batch = AttentionBatch(torch.arange(2), lengths[one], tables[one], 1)
+            assert torch.equal(CpuOperators.paged_attention(query[one], cache, batch, scale=0.1), together[one])
+    finally:
+        torch.set_num_threads(threads)

@@ -83,6 +83,7 @@ ROUNDS_OTHERWISE = {
     "llama4",
     "minimax_m2",
     "mistral4",
+    "mistral_large4",
     "phimoe",
     "qwen2_moe",
     "qwen3_5",
@@ -155,7 +156,7 @@ def is_one_call(decoder: Decoder, version: WeightVersion) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mistral_large4"}))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_runs_in_one_call(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_tiny(FAMILIES[family], tmp_path)
     decoder, version = load_model(tmp_path, dtype=dtype)
@@ -178,6 +179,10 @@ def test_every_family_runs_in_one_call(family: str, dtype: torch.dtype, tmp_path
         ("qwen2_moe", {"norm_topk_prob": True}),
         ("gpt_oss", {"num_experts_per_tok": 4}),
         ("bailing_hybrid", {"kda_safe_gate": False}),
+        (
+            "bailing_hybrid",
+            {"expert_swiglu_limit_list": [0, 0.02, None], "share_expert_swiglu_limit_list": [0, 0, 0.03]},
+        ),
         ("lfm2_moe", {"use_expert_bias": False, "conv_bias": True}),
         ("granitemoe", {**MAMBA, "mamba_n_groups": 2}),
         ("granitemoe", {**MAMBA, "num_local_experts": 0, "mamba_conv_bias": False, "mamba_proj_bias": True}),

@@ -122,7 +122,7 @@ class Activation:
     """How the gate and up projections of a gated MLP meet: `g × sigmoid(alpha × g) × (u + offset)`.
 
     With a `limit`, first g = min(gate, limit) and u = up within ±limit. The defaults make it SwiGLU (Shazeer 2020).
-    `limits_last`: the limit is of the first factor instead of g (Ling 3); no compiled kernel has it.
+    `limits_last`: the limit is of the first factor instead of g (Ling 3).
     `is_gelu`: the first factor is gelu(g) instead, in the tanh approximation (Hendrycks & Gimpel 2016).
     """
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels.backends.cpu import extension
-from amalgam.kernels.packed import SWIGLU, Activation
+from amalgam.kernels.packed import Activation
 
 
 def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
@@ -86,11 +86,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def supports_gated(gate: Tensor, up: Tensor, activation: Activation = SWIGLU) -> bool:
-    """Whether `gated` takes these."""
+def supports_gated(gate: Tensor, up: Tensor) -> bool:
+    """Whether `gated` takes these tensors."""
     return (
         extension.is_available()
-        and not activation.limits_last
         and gate.dtype == up.dtype
         and gate.dtype in extension.FLOAT_TYPES
         and gate.device.type == up.device.type == "cpu"
@@ -110,7 +109,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return out
 
 
-def numbers_of(activation: Activation) -> tuple[float, float, float, bool]:
+def numbers_of(activation: Activation) -> tuple[float, float, float, bool, bool]:
     """An activation as the extension takes it."""
     limit = math.inf if activation.limit is None else activation.limit
-    return activation.alpha, activation.offset, limit, activation.is_gelu
+    return activation.alpha, activation.offset, limit, activation.is_gelu, activation.limits_last

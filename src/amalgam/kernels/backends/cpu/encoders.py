@@ -40,6 +40,7 @@ from amalgam.kernels.program import (
     Scale,
     ScaleByPosition,
     ScaleBySigmoid,
+    ScaleHeads,
     ScanStates,
     Split,
     SwiGlu,
@@ -152,7 +153,7 @@ class Encoder:
         return True
 
     def _attend_latent(self, one: AttendLatent) -> bool:
-        if one.norm is None or one.rope is None or (matrices := self._latent_matrices(one)) is None:
+        if one.norm is None or (matrices := self._latent_matrices(one)) is None:
             return False
         self.native.add_attend_latent(
             [self._columns(rows) for rows in (one.query, one.compressed, one.out)],
@@ -162,16 +163,15 @@ class Encoder:
             one.norm_eps,
             one.scale,
             one.rope_dim,
-            one.rope,
+            -1 if one.rope is None else one.rope,
             one.is_interleaved,
             one.is_indexed,
         )
         return True
 
     def _keep_index_key(self, one: KeepIndexKey) -> bool:
-        if one.rope is None:
-            return False
-        self.native.add_keep_index_key(self._columns(one.key), one.layer_id, one.rope, one.is_interleaved)
+        rope = -1 if one.rope is None else one.rope
+        self.native.add_keep_index_key(self._columns(one.key), one.layer_id, rope, one.is_interleaved)
         return True
 
     def _route(self, one: Route) -> bool:
@@ -197,7 +197,7 @@ class Encoder:
         return True
 
     def _mix(self, one: Mix) -> bool:
-        if not isinstance(one.experts, PanelExperts) or one.activation.limits_last:
+        if not isinstance(one.experts, PanelExperts):
             return False
         x, out, numbers = self._columns(one.x), self._columns(one.out), numbers_of(one.activation)
         self.native.add_mix(x, one.experts.native, out, *numbers, self.num_routes - 1, one.weighs)
@@ -208,8 +208,6 @@ class Encoder:
         return True
 
     def _swiglu(self, one: SwiGlu) -> bool:
-        if one.activation.limits_last:
-            return False
         gate, up, out = (self._columns(rows) for rows in (one.gate, one.up, one.out))
         self.native.add_swiglu(gate, up, out, *numbers_of(one.activation))
         return True
@@ -231,6 +229,11 @@ class Encoder:
 
     def _scale_by_position(self, one: ScaleByPosition) -> bool:
         self.native.add_scale_by_position(self._columns(one.x), one.beta, one.length, one.offset)
+        return True
+
+    def _scale_heads(self, one: ScaleHeads) -> bool:
+        slopes, biases = (part.float().contiguous() for part in (one.slopes, one.biases))
+        self.native.add_scale_heads(self._columns(one.x), slopes, biases)
         return True
 
     def _scale_by_sigmoid(self, one: ScaleBySigmoid) -> bool:
@@ -311,6 +314,7 @@ _ENCODERS: dict[type[Instruction], Callable[[Encoder, Any], bool]] = {
     Scale: Encoder._elementwise,
     ScaleByPosition: Encoder._scale_by_position,
     ScaleBySigmoid: Encoder._scale_by_sigmoid,
+    ScaleHeads: Encoder._scale_heads,
     ScanStates: Encoder._scan_states,
     Split: Encoder._split,
     SwiGlu: Encoder._swiglu,

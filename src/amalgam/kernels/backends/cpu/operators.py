@@ -69,7 +69,7 @@ class CpuOperators(Operators):
     def moe(
         x: Tensor, expert_ids: Tensor, gate_weights: Tensor, experts: ExpertTable, activation: Activation = SWIGLU
     ) -> Tensor:
-        if products.supports_moe(x, experts, activation):
+        if products.supports_moe(x, experts):
             return products.moe(x, expert_ids, gate_weights, experts, activation)
         return Operators.moe(x, expert_ids, gate_weights, experts, activation)
 
@@ -93,7 +93,7 @@ class CpuOperators(Operators):
 
     @staticmethod
     def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-        if elementwise.supports_gated(gate, up, activation):
+        if elementwise.supports_gated(gate, up):
             return elementwise.gated(gate, up, activation)
         return Operators.gated(gate, up, activation)
 

@@ -149,11 +149,10 @@ def prepare_experts(experts: ExpertTable) -> ExpertTable:
     return PanelExperts(experts.experts, native=table)
 
 
-def supports_moe(x: Tensor, experts: ExpertTable, activation: Activation = SWIGLU) -> bool:
+def supports_moe(x: Tensor, experts: ExpertTable) -> bool:
     """Whether `moe` takes these."""
     return (
         isinstance(experts, PanelExperts)
-        and not activation.limits_last
         and x.device.type == "cpu"
         and (x.dtype in extension.FLOAT_TYPES or x.dtype == torch.float16)
     )

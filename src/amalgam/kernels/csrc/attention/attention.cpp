@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kRowsPerItem = 64;  // enough to make packing a tile cheap next to using it
 constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kWholePerThread = 8;  // of so many equal items no thread is left with much more than others
 constexpr int64_t kElementsPerWrite = int64_t{1} << 17;
 constexpr int64_t kScoredKeys = 16 * kTileKeys;  // of an item
 
@@ -106,18 +107,20 @@ Work divide(const AttentionPlan& plan, const AttentionArgs& args, int num_thread
             split += num_ranges(item);
         });
     }
-    // A sequence's only tile is always split: others may be much shorter, and one thread would be left with it.
     const bool splits_all = whole < wanted && num_threads > 1;
     Work work;
     for (const auto& sequence : plan.sequences()) {
         Cut cut = cut_sequence(args, sequence);
-        const bool splits = splits_all || (num_threads > 1 && sequence.num_tokens <= cut.positions);
+        const bool is_alone = num_threads > 1 && sequence.num_tokens <= cut.positions;
         // One head alone is read in small pieces, so that heads are kept apart only where a thread would be idle.
         for (int64_t count = splits_all ? split : whole; count < num_threads && cut.heads > 1; count *= 2) {
             cut.heads = (cut.heads + 1) / 2;
         }
         for_each_item(plan, args, sequence, cut, [&](const AttentionItem& item) {
             const int64_t ranges = num_ranges(item);
+            // A sequence's only tile is split where others are much shorter: one thread would be left with it. What is
+            // split has partial results in memory, which many tokens that choose their keys would fill.
+            const bool splits = splits_all || (is_alone && ranges * num_threads * kWholePerThread > split);
             if (!splits || ranges == 1) {
                 work.items.push_back(item);
                 return;

@@ -29,9 +29,13 @@ class Placing {
         const bool is_direct = args_.keys.dtype == args_.dtype;
         if (!is_direct) placing.resize(static_cast<size_t>(cached_));
         char* row = is_direct ? static_cast<char*>(args_.keys.data) + args_.slot_ids[token] * cached_ : placing.data();
-        kernels_.rms_norm({compressed, nullptr, nullptr, heads_.norm.data, row, heads_.latent, heads_.eps, args_.dtype,
-                           heads_.norm.dtype},
-                          0, 1);
+        if (heads_.norm.data != nullptr) {
+            kernels_.rms_norm({compressed, nullptr, nullptr, heads_.norm.data, row, heads_.latent, heads_.eps,
+                               args_.dtype, heads_.norm.dtype},
+                              0, 1);
+        } else {
+            std::memcpy(row, compressed, static_cast<size_t>(heads_.latent * item_));
+        }
         rotate(token, compressed + heads_.latent * item_, row + heads_.latent * item_);
         if (!is_direct) store_row(row, args_.dtype, args_.keys, 1, args_.slot_ids[token], 0);
         const int64_t head_bytes = (heads_.nope + heads_.rope) * item_;
@@ -45,6 +49,7 @@ class Placing {
 
  private:
     void rotate(int64_t token, const char* x, char* out) const {
+        if (heads_.rope == 0) return;
         static thread_local std::vector<char> halves;
         if (heads_.is_interleaved) {
             halves.resize(static_cast<size_t>(heads_.rope * item_));

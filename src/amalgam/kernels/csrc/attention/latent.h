@@ -14,7 +14,7 @@ namespace amalgam {
 struct LatentHeads {
     std::vector<std::shared_ptr<PackedMatrix>> to_keys;    // by head [latent, nope]: multiplies the query
     std::vector<std::shared_ptr<PackedMatrix>> to_values;  // by head [value, latent]: multiplies what is attended to
-    NormWeight norm;                                       // of the latent vector
+    NormWeight norm;                                       // of the latent vector; null: it is normed already
     float eps, scale;
     int64_t nope, rope, latent, value;  // dimensions
     bool is_interleaved;                // rotary pairs are neighbours
@@ -26,7 +26,7 @@ struct LatentAttentionArgs {
     const void* compressed;  // [tokens, latent + rope], dense
     void* out;               // [tokens, heads, value], dense
     DType dtype;             // of all activations
-    const float* cos;        // [positions, rope / 2]
+    const float* cos;        // [positions, rope / 2], or null where rope is 0
     const float* sin;
     const int64_t* positions;  // [tokens]
     CacheView keys;            // one head of latent + rope, dense

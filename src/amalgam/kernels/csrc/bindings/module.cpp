@@ -112,11 +112,11 @@ void rotate(const Kernels& table, const Tensor& x, const Tensor& cos, const Tens
 }
 
 void swiglu(const Kernels& table, const Tensor& gate, const Tensor& up, const Tensor& out, float alpha, float offset,
-            float limit, bool is_gelu, int threads) {
+            float limit, bool is_gelu, bool limits_last, int threads) {
     gate.dense("gate", kActivations);
     up.like("up", gate);
     out.like("out", gate);
-    const SwigluArgs args{gate.data(), up.data(), out.data(), gate.dtype(), {alpha, offset, limit, is_gelu}};
+    const SwigluArgs args{gate.data(), up.data(), out.data(), gate.dtype(), {alpha, offset, limit, is_gelu, limits_last}};
     parallel_ranges(gate.size(), kElementsPerItem, threads,
                     [&](int64_t first, int64_t end) { table.swiglu(args, first, end); });
 }
@@ -280,7 +280,7 @@ void route_tokens(const Kernels& table, const PackedMatrix& weight, const Tensor
 
 void moe_layer(const Kernels& table, const Experts& experts, const Tensor& x, const Tensor& expert_ids,
                const Tensor& gate_weights, const Tensor& out, float alpha, float offset, float limit, bool is_gelu,
-               int threads) {
+               bool limits_last, int threads) {
     require(!experts.experts.empty(), "a mixture of no experts");
     x.dense("x", kActivations, {kAny, experts.experts.front().gate->matrix().columns});
     const int64_t tokens = x.shape(0);
@@ -297,7 +297,7 @@ void moe_layer(const Kernels& table, const Experts& experts, const Tensor& x, co
                             expert_ids.data<const int64_t>(),
                             gate_weights.data<const float>(),
                             k,
-                            {alpha, offset, limit, is_gelu},
+                            {alpha, offset, limit, is_gelu, limits_last},
                             out.data()});
 }
 
@@ -739,6 +739,7 @@ NB_MODULE(_native, module) {
         .def("add_swiglu", &ProgramBuilder::add_swiglu)
         .def("add_elementwise", &ProgramBuilder::add_elementwise, nb::arg(), nb::arg(), optional(), nb::arg())
         .def("add_scale", &ProgramBuilder::add_scale)
+        .def("add_scale_heads", &ProgramBuilder::add_scale_heads)
         .def("add_scale_by_position", &ProgramBuilder::add_scale_by_position)
         .def("add_gate", &ProgramBuilder::add_gate)
         .def("add_split", &ProgramBuilder::add_split)

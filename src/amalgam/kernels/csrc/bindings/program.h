@@ -243,15 +243,16 @@ struct ProgramBuilder {
         program.instructions.emplace_back(attend);
     }
 
-    // rows: query, compressed, out; matrices: by head, [latent, nope] and [value, latent].
+    // rows: query, compressed, out; matrices: by head, [latent, nope] and [value, latent]. Without a norm the latent
+    // vectors are normed already; without dimensions that turn, rope is -1.
     void add_attend_latent(const std::vector<ColumnsTuple>& rows, int64_t layer,
                            const std::vector<MatrixPointer>& to_keys, const std::vector<MatrixPointer>& to_values,
                            const Tensor& norm, float eps, float scale, int64_t rope_dim, int64_t rope,
                            bool is_interleaved, bool is_indexed) {
         AttendLatent attend{narrow(rows.at(0)), narrow(rows.at(1)), narrow(rows.at(2)), layer, rope, is_indexed, {}};
         const auto heads = static_cast<int64_t>(to_keys.size());
-        require(heads > 0 && to_values.size() == to_keys.size() && layer >= 0 && rope >= 0 && rope_dim % 2 == 0 &&
-                    to_keys.front() && to_values.front(),
+        require(heads > 0 && to_values.size() == to_keys.size() && layer >= 0 && rope_dim % 2 == 0 &&
+                    (rope >= 0) == (rope_dim > 0) && to_keys.front() && to_values.front(),
                 "latent attention without heads");
         LatentHeads& found = attend.heads;
         found.nope = to_keys.front()->matrix().columns;
@@ -267,16 +268,19 @@ struct ProgramBuilder {
         for (const MatrixPointer& matrix : to_values) {
             found.to_values.push_back(weight(matrix, Tensor(), found.value, found.latent).matrix);
         }
-        norm.dense("norm", kActivations, {found.latent});
-        found.norm = {keep(norm), norm.dtype()};
+        if (norm) {
+            norm.dense("norm", kActivations, {found.latent});
+            found.norm = {keep(norm), norm.dtype()};
+        }
         found.eps = eps;
         found.scale = scale;
         found.is_interleaved = is_interleaved;
         program.instructions.emplace_back(std::move(attend));
     }
 
+    // rope: -1: none.
     void add_keep_index_key(const ColumnsTuple& key, int64_t layer, int64_t rope, bool is_interleaved) {
-        require(layer >= 0 && rope >= 0, "an index key without a layer or a rotation");
+        require(layer >= 0, "an index key without a layer");
         program.instructions.emplace_back(KeepIndexKey{narrow(key), layer, rope, is_interleaved});
     }
 
@@ -299,8 +303,9 @@ struct ProgramBuilder {
     }
 
     void add_mix(const ColumnsTuple& x, const Experts& experts, const ColumnsTuple& out, float alpha, float offset,
-                 float limit, bool is_gelu, int64_t route, bool weighs) {
-        const Mix mix{narrow(x), narrow(out), &experts.experts, {alpha, offset, limit, is_gelu}, route, weighs};
+                 float limit, bool is_gelu, bool limits_last, int64_t route, bool weighs) {
+        const Gating gating{alpha, offset, limit, is_gelu, limits_last};
+        const Mix mix{narrow(x), narrow(out), &experts.experts, gating, route, weighs};
         require(!experts.experts.empty() && experts.experts.front().gate->matrix().columns == mix.x.width &&
                     mix.x.width == mix.out.width && route >= 0,
                 "experts of another size than their rows");
@@ -317,8 +322,8 @@ struct ProgramBuilder {
     }
 
     void add_swiglu(const ColumnsTuple& gate, const ColumnsTuple& up, const ColumnsTuple& out, float alpha,
-                    float offset, float limit, bool is_gelu) {
-        const SwiGlu join{columns(gate), columns(up), narrow(out), {alpha, offset, limit, is_gelu}};
+                    float offset, float limit, bool is_gelu, bool limits_last) {
+        const SwiGlu join{columns(gate), columns(up), narrow(out), {alpha, offset, limit, is_gelu, limits_last}};
         require(!is_wide(join.gate) && !is_wide(join.up), "float32 rows where activations are needed");
         require(join.gate.width == join.up.width && join.up.width == join.out.width, "rows of different sizes");
         program.instructions.emplace_back(join);
@@ -338,6 +343,15 @@ struct ProgramBuilder {
         const ScaleByPosition scale{columns(x), beta, length, offset};
         require(!is_wide(scale.x), "float32 rows where activations are needed");
         require(length > 0.0 && offset >= 0.0, "a factor of positions below 0");
+        program.instructions.emplace_back(scale);
+    }
+
+    void add_scale_heads(const ColumnsTuple& x, const Tensor& slopes, const Tensor& biases) {
+        slopes.dense("slopes", kFloat32, {kAny});
+        const int64_t heads = slopes.size();
+        const ScaleHeads scale{columns(x), heads, floats("slopes", slopes, heads), floats("biases", biases, heads)};
+        require(!is_wide(scale.x), "float32 rows where activations are needed");
+        require(heads > 0 && scale.x.width % heads == 0 && biases, "a row is not cut into so many heads");
         program.instructions.emplace_back(scale);
     }
 
@@ -424,13 +438,13 @@ struct ProgramBuilder {
                 if (attend->rope >= 0) check_rope(memory, attend->layer, attend->rope, attend->head_dim);
             } else if (const auto* latent = std::get_if<AttendLatent>(&instruction)) {
                 check_caches(memory, latent->layer, {1, latent->heads.latent + latent->heads.rope}, {1, 0});
-                check_rope(memory, latent->layer, latent->rope, latent->heads.rope);
+                if (latent->rope >= 0) check_rope(memory, latent->layer, latent->rope, latent->heads.rope);
             } else if (const auto* keep = std::get_if<KeepIndexKey>(&instruction)) {
                 const auto index = static_cast<size_t>(keep->layer);
                 require(index < memory.index_shapes.size() && memory.index_shapes[index] == Shape(1, keep->key.width),
                         layer_name(keep->layer) + " has no index keys of " + std::to_string(keep->key.width) +
                             " dimensions");
-                check_rope(memory, keep->layer, keep->rope, keep->key.width);
+                if (keep->rope >= 0) check_rope(memory, keep->layer, keep->rope, keep->key.width);
             } else if (const auto* convolve = std::get_if<Convolve>(&instruction)) {
                 check_state(memory, convolve->layer, 0, {convolve->taps - 1, convolve->x.width});
             } else if (const auto* rule = std::get_if<DeltaRule>(&instruction)) {

@@ -19,10 +19,11 @@ inline float gelu(float x) {
 // Comparisons are written so that a NaN stays.
 template <bool kIsGelu>
 float join(const Gating& gating, float gate, float up) {
-    gate = gate > gating.limit ? gating.limit : gate;
+    gate = gate > gating.gate_limit ? gating.gate_limit : gate;
     up = up > gating.limit ? gating.limit : up;
     up = up < -gating.limit ? -gating.limit : up;
-    const float factor = kIsGelu ? gelu(gate) : gate / (1.0f + exponential(-gating.alpha * gate));
+    float factor = kIsGelu ? gelu(gate) : gate / (1.0f + exponential(-gating.alpha * gate));
+    factor = factor > gating.factor_limit ? gating.factor_limit : factor;
     return factor * (up + gating.offset);
 }
 

@@ -60,16 +60,26 @@ struct ProductArgs {
     int64_t out_stride;
 };
 
-// How gate and up meet: min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (up within +-limit, + offset). SwiGLU
-// has alpha 1, offset 0 and an infinite limit. is_gelu: gelu(min(gate, limit)), the tanh approximation, is the first
-// factor instead.
+// How gate and up meet: with g = min(gate, limit), g * sigmoid(alpha * g) * (up within +-limit, + offset). SwiGLU has
+// alpha 1, offset 0 and an infinite limit. is_gelu: gelu(g), the tanh approximation, is the first factor instead.
+// limits_last: the limit is of the first factor instead of g.
 struct Gating {
-    float alpha;
-    float offset;
-    float limit;
-    bool is_gelu = false;
+    Gating(float alpha, float offset, float limit, bool is_gelu, bool limits_last)
+        : alpha(alpha),
+          offset(offset),
+          limit(limit),
+          gate_limit(limits_last ? kNone : limit),
+          factor_limit(limits_last ? limit : kNone),
+          is_gelu(is_gelu) {}
 
-    bool is_plain() const { return alpha == 1.0f && offset == 0.0f && limit > std::numeric_limits<float>::max(); }
+    float alpha, offset;
+    float limit, gate_limit, factor_limit;  // of up, of gate and of the first factor
+    bool is_gelu;
+
+    bool is_plain() const { return alpha == 1.0f && offset == 0.0f && limit == kNone; }
+
+ private:
+    static constexpr float kNone = std::numeric_limits<float>::infinity();
 };
 
 // out[r, n] = gate and up joined, the two products that read the same tokens; out is float32.

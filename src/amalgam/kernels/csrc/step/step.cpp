@@ -191,11 +191,13 @@ class Step {
     }
 
     void operator()(const AttendLatent& attend) {
-        const auto rope = static_cast<size_t>(attend.rope);
+        const bool turns = attend.rope >= 0;
+        const auto rope = static_cast<size_t>(turns ? attend.rope : 0);
         const bool is_chosen = attend.is_indexed && args_.chosen != nullptr;
         latent_attention(execution_, attention_, is_chosen ? *args_.chosen : plan_,
                          {&attend.heads, at(attend.query), at(attend.compressed), at(attend.out), args_.dtype,
-                          memory_.cos[rope], memory_.sin[rope], rows_.positions.data(),
+                          turns ? memory_.cos[rope] : nullptr, turns ? memory_.sin[rope] : nullptr,
+                          rows_.positions.data(),
                           memory_.keys[static_cast<size_t>(attend.layer)], rows_.slot_ids.data(), memory_.num_slots});
     }
 
@@ -271,6 +273,24 @@ class Step {
             execution_.kernels->elementwise(
                 {ElementwiseKind::kScale, at(scale.x) + token * bytes, nullptr, factor, args_.dtype}, first, end);
         });
+    }
+
+    void operator()(const ScaleHeads& scale) {
+        const int64_t dim = scale.x.width / scale.heads;
+        parallel_ranges(tokens_, std::max<int64_t>(1, kElementsPerItem / scale.x.width), execution_.num_threads,
+                        [&](int64_t token, int64_t end) {
+                            for (; token < end; ++token) {
+                                char* row = at(scale.x) + token * scale.x.stride * item_bytes_;
+                                const auto position = static_cast<double>(rows_.positions[static_cast<size_t>(token)]);
+                                const auto logarithm = static_cast<float>(std::log1p(position));
+                                for (int64_t head = 0; head < scale.heads; ++head) {
+                                    const float factor = scale.slopes[head] * logarithm + scale.biases[head];
+                                    execution_.kernels->elementwise(
+                                        {ElementwiseKind::kScale, row, nullptr, factor, args_.dtype}, head * dim,
+                                        (head + 1) * dim);
+                                }
+                            }
+                        });
     }
 
     void operator()(const ScaleBySigmoid& scale) {

@@ -69,15 +69,15 @@ struct Attend {
 
 struct AttendLatent {
     Columns query, compressed, out;
-    int64_t layer, rope;
-    bool is_indexed;  // over the positions of StepArgs::chosen, if there are
+    int64_t layer, rope;  // rope -1: none
+    bool is_indexed;      // over the positions of StepArgs::chosen, if there are
     LatentHeads heads;
 };
 
 // The key that an indexer finds a token by, rotated, into the layer's cache of them.
 struct KeepIndexKey {
     Columns key;
-    int64_t layer, rope;
+    int64_t layer, rope;  // rope -1: none
     bool is_interleaved;
 };
 
@@ -117,6 +117,13 @@ struct Elementwise {
 struct ScaleByPosition {
     Columns x;
     double beta, length, offset;
+};
+
+// x *= slopes[head] * ln(position + 1) + biases[head]
+struct ScaleHeads {
+    Columns x;
+    int64_t heads;
+    const float *slopes, *biases;
 };
 
 struct ScaleBySigmoid {
@@ -163,7 +170,7 @@ struct Head {
 
 using Instruction =
     std::variant<Embed, Normalize, Project, Attend, AttendLatent, KeepIndexKey, Route, Mix, SwiGlu, Elementwise,
-                 ScaleByPosition, ScaleBySigmoid, WeighInput, Gate, Split, Convolve, DeltaRule, Head>;
+                 ScaleByPosition, ScaleHeads, ScaleBySigmoid, WeighInput, Gate, Split, Convolve, DeltaRule, Head>;
 
 // Whoever adds an instruction keeps alive what it points to.
 struct Program {
