@@ -18,6 +18,9 @@ class FakeVersion:
     def __init__(self, version_id):
         self.version_id = version_id
 
+    def check_mapped(self):
+        """None of its weights are mapped; asked for where a mapped file has been lost anywhere in the process."""
+
 
 class FakeDecoder:
     """Adds up `(token + 1) × (17 × place + 3)` over the sequence, from a cache that holds token and place.

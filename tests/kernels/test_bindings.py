@@ -71,12 +71,12 @@ def calls() -> dict[str, Call]:
     return {
         "rms_norm": (kernels.rms_norm, [x, x + 1, x + 2, floats(HIDDEN), x + 3, 1e-6, 1]),
         "rotate": (kernels.rotate, [floats(TOKENS, HEADS, DIM), half, half + 1, floats(TOKENS, HEADS, DIM), 1]),
-        "swiglu": (kernels.swiglu, [x, x + 1, x + 2, 1.0, 0.0, 1e9, False, 1]),
+        "swiglu": (kernels.swiglu, [x, x + 1, x + 2, 1.0, 0.0, 1e9, False, False, 1]),
         "unpack": (kernels.unpack, [packed(5, 8), floats(5, 8), 1]),
         "embedding": (kernels.embedding, [packed(5, 8), torch.tensor([4, 0, 2]), floats(3, 8), 1]),
         "linear": (kernels.linear, [x, [(packed(WIDTH, HIDDEN), floats(WIDTH), floats(TOKENS, WIDTH))], 1]),
         "route": (kernels.route, [packed(EXPERTS, HIDDEN), x, True, 0.0, ids.clone(), gates, 1]),
-        "moe": (kernels.moe, [experts, x, ids, gates, x + 1, 1.0, 0.0, 1e9, False, 1]),
+        "moe": (kernels.moe, [experts, x, ids, gates, x + 1, 1.0, 0.0, 1e9, False, False, 1]),
         "Experts.add": (
             _native.Experts().add,
             [*(packed(WIDTH, HIDDEN) for _ in range(2)), packed(HIDDEN, WIDTH), *map(floats, (WIDTH, WIDTH, HIDDEN))],
