@@ -116,7 +116,8 @@ void swiglu(const Kernels& table, const Tensor& gate, const Tensor& up, const Te
     gate.dense("gate", kActivations);
     up.like("up", gate);
     out.like("out", gate);
-    const SwigluArgs args{gate.data(), up.data(), out.data(), gate.dtype(), {alpha, offset, limit, is_gelu, limits_last}};
+    const SwigluArgs args{
+        gate.data(), up.data(), out.data(), gate.dtype(), {alpha, offset, limit, is_gelu, limits_last}};
     parallel_ranges(gate.size(), kElementsPerItem, threads,
                     [&](int64_t first, int64_t end) { table.swiglu(args, first, end); });
 }

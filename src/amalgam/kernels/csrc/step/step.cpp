@@ -194,11 +194,11 @@ class Step {
         const bool turns = attend.rope >= 0;
         const auto rope = static_cast<size_t>(turns ? attend.rope : 0);
         const bool is_chosen = attend.is_indexed && args_.chosen != nullptr;
-        latent_attention(execution_, attention_, is_chosen ? *args_.chosen : plan_,
-                         {&attend.heads, at(attend.query), at(attend.compressed), at(attend.out), args_.dtype,
-                          turns ? memory_.cos[rope] : nullptr, turns ? memory_.sin[rope] : nullptr,
-                          rows_.positions.data(),
-                          memory_.keys[static_cast<size_t>(attend.layer)], rows_.slot_ids.data(), memory_.num_slots});
+        latent_attention(
+            execution_, attention_, is_chosen ? *args_.chosen : plan_,
+            {&attend.heads, at(attend.query), at(attend.compressed), at(attend.out), args_.dtype,
+             turns ? memory_.cos[rope] : nullptr, turns ? memory_.sin[rope] : nullptr, rows_.positions.data(),
+             memory_.keys[static_cast<size_t>(attend.layer)], rows_.slot_ids.data(), memory_.num_slots});
     }
 
     void operator()(const KeepIndexKey& keep) {
