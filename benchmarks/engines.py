@@ -12,14 +12,17 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 CONTESTANTS = Path(__file__).parent / "contestants"
+READY_SECONDS = 900  # that a server may take
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WATCH = 'read -r _; kill -s KILL -- "-$0"'  # its input ends when whoever holds the other end has ended
 
@@ -54,6 +57,14 @@ def exit_on_signals() -> None:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 class Child:
     """A process group that ends with this process, however this one ends.
 
@@ -73,6 +84,7 @@ class Child:
     ) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"} | dict(variables or {})
         environment.pop("PYTHONPATH", None)
+        self._log = log
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 [str(part) for part in command],
@@ -91,6 +103,24 @@ class Child:
     @property
     def is_running(self) -> bool:
         return self.process.poll() is None
+
+    def wait_until(self, is_ready: Callable[[], bool]) -> None:
+        """Ask again and again until it is ready; an OSError is a no. It is ended if it does not get there.
+
+        Raises:
+            RuntimeError: it has ended, or takes longer than `READY_SECONDS`.
+        """
+        deadline = time.monotonic() + READY_SECONDS
+        try:
+            while self.is_running and time.monotonic() < deadline:
+                with suppress(OSError):
+                    if is_ready():
+                        return
+                time.sleep(0.1)
+            raise RuntimeError(f"It does not get ready:\n{self._log.read_text(errors='replace')[-3000:]}")
+        except BaseException:
+            self.close()
+            raise
 
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)

@@ -7,9 +7,7 @@ descriptors. Must never know what is measured.
 from __future__ import annotations
 
 import json
-import socket
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -19,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from clients import Address
-from engines import Child
+from engines import Child, free_port
 from environments import LLAMA_SERVER
 
 ROOT = Path(__file__).resolve().parents[1]
-READY_SECONDS = 900
 MAX_SEQUENCES = 32  # that run together, in every server
 
 
@@ -116,9 +113,7 @@ class Running(Child):
     def __init__(
         self, name: str, server: Server, folder: Path, *, max_tokens: int, shares_prefixes: bool, flags: tuple[str, ...]
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         values = {
             "model": folder / server.model,
             "port": port,
@@ -132,29 +127,21 @@ class Running(Child):
             program = str(folder / server.environment / program)
         caching = server.caching[0 if shares_prefixes else 1]
         self.name = name
-        self._log = folder / f"{name.replace(' ', '-')}-server.log"
-        super().__init__([program, *arguments, *caching, *flags], self._log, server.variables)
+        log = folder / f"{name.replace(' ', '-')}-server.log"
+        super().__init__([program, *arguments, *caching, *flags], log, server.variables)
         self.address = Address(port, "model", dict(server.fields))
-        try:
-            self._wait()
-        except BaseException:
-            self.close()
-            raise
+        self.wait_until(self._lists_its_model)
 
-    def _wait(self) -> None:
-        """Until it lists its model, which then is the address's."""
-        deadline = time.monotonic() + READY_SECONDS
-        while True:
-            if not self.is_running or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name} does not answer:\n{self._log.read_text(errors='replace')[-3000:]}")
-            try:
-                if self._is_ready():
-                    models = json.loads(self.get("/v1/models"))
-                    self.address = Address(self.address.port, models["data"][0]["id"], self.address.fields)
-                    return
-            except (OSError, ValueError):
-                pass
-            time.sleep(0.1)
+    def _lists_its_model(self) -> bool:
+        """Whether it does; the model is then the address's."""
+        try:
+            if not self._is_ready():
+                return False
+            models = json.loads(self.get("/v1/models"))
+        except ValueError:
+            return False
+        self.address = Address(self.address.port, models["data"][0]["id"], self.address.fields)
+        return True
 
     def _is_ready(self) -> bool:
         """llama.cpp's and vLLM's `/health` are 200 once they are ready; ours also while it loads, but not `/ready`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 import threading
 import time
@@ -23,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from engines import Child
+from engines import Child, free_port
 
 from amalgam.tools.load.http import Address, Connections
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_SECONDS = 900
 POLL_SECONDS = 0.002
 SETTLE_SECONDS = 0.5
 SETTLE_READS = 40
@@ -121,27 +119,10 @@ class LiveServer(Child):
     """
 
     def __init__(self, config: Path, log: Path, flags: Sequence[str] = ()) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         main = [sys.executable, str(ROOT / "main.py"), "--config", str(config), "--port", str(self.port)]
         super().__init__([*main, *flags], log)
-        self._log = log
-        try:
-            self._wait()
-        except BaseException:
-            self.close()
-            raise
-
-    def _wait(self) -> None:
-        deadline = time.monotonic() + READY_SECONDS
-        while self.is_running and time.monotonic() < deadline:
-            try:
-                self.ask("/ready")
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise RuntimeError(f"The server does not get ready:\n{self._log.read_text(errors='replace')[-3000:]}")
+        self.wait_until(lambda: bool(self.ask("/ready")))
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """A JSON answer. Blocking.

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -88,14 +88,6 @@ class JobStatus:
     def as_json(self) -> dict[str, Any]:
         """A JSON object of all attributes."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> JobStatus:
-        """
-        Raises:
-            TypeError, ValueError: these are other fields than `as_json` gives.
-        """
-        return cls(**{**fields, "state": JobState(fields.get("state", ""))})
 
 
 class Job:
@@ -284,18 +276,15 @@ class Jobs:
     Args:
         version_id: the weight version in use.
         earlier: changes of an earlier process, oldest first.
-        on_end: is told of each change that has ended, in its thread.
     """
 
     def __init__(
         self,
         version_id: Callable[[], int],
         earlier: Iterable[JobStatus] = (),
-        on_end: Callable[[JobStatus], None] | None = None,
     ) -> None:
         self.clock = Clock()
         self._version_id = version_id
-        self._on_end = on_end
         self._lock = threading.Lock()
         self._running: Job | None = None
         self._jobs: deque[Job | JobStatus] = deque(earlier, maxlen=MAX_JOBS)
@@ -409,11 +398,6 @@ class Jobs:
             self._running = None
             if job in self._jobs:
                 self._jobs[self._jobs.index(job)] = status
-        if self._on_end is not None:
-            try:
-                self._on_end(status)
-            except Exception:
-                logger.exception("what became of change %s could not be kept", job.id)
 
     def close(self) -> None:
         """The change under way gives up, and none begins any more. A weight that takes long is not waited for."""

@@ -178,10 +178,11 @@ class Remapper:
         prepared = self._prepare(request, served)
         if isinstance(prepared, ServedWeights):
             return self._go_live(prepared, None, started, request.name)
-        self._load_of(prepared).check_room(self.room())
+        load = self._load_of(prepared)
+        load.check_room(self.room())
 
-        job, shared = self._job, prepared.shared
-        job.begin_stage(LOADING, sum(shared.keys.get(weight.slot.name) != weight.key for weight in prepared.planned))
+        job = self._job
+        job.begin_stage(LOADING, load.num_weights)
 
         def step(what: str, done: int, total: int) -> None:
             job.report(what, done, total)

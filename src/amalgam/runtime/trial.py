@@ -14,6 +14,7 @@ import logging
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -64,7 +65,7 @@ class Served(Protocol):
 P = TypeVar("P", CanaryPlan, ShadowPlan)
 
 
-class Trial(Generic[P]):
+class Trial(ABC, Generic[P]):
     """What a canary and a shadow have in common.
 
     Args:
@@ -89,20 +90,21 @@ class Trial(Generic[P]):
         return self.state is TrialState.RUNNING
 
     @property
+    @abstractmethod
     def num_requests(self) -> int:
         """That the candidate has had."""
-        raise NotImplementedError
 
+    @abstractmethod
     def checks(self) -> list[Check]:
-        raise NotImplementedError
+        """Its figures beside their limits."""
 
+    @abstractmethod
     def figures(self) -> dict[str, Any]:
         """What is told beside the checks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def note(self, request: Request, output: RequestOutput) -> None:
         """A request has ended. In the step thread, so it must be quick."""
-        raise NotImplementedError
 
     def verdict(self, checks: list[Check] | None = None) -> Verdict:
         if self.state is TrialState.FAILED:
