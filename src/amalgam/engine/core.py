@@ -30,10 +30,9 @@ from amalgam.engine.meter import Load, Meter
 from amalgam.engine.outputs import end, take_tokens
 from amalgam.engine.pace import Pace
 from amalgam.engine.params import MAX_SEED, SamplingParams, check_param_ids
-from amalgam.engine.probation import FailedVersion, Probation, weights_failed
+from amalgam.engine.probation import FailedVersion, Probation
 from amalgam.engine.prompts import PromptEmbedding, PromptLogprobs
 from amalgam.engine.request import (
-    Doubt,
     EngineStatus,
     FinishReason,
     Generation,
@@ -47,8 +46,8 @@ from amalgam.engine.request import (
     StepResult,
     check_token_ids,
 )
+from amalgam.engine.rollback import Deliveries, Rollback
 from amalgam.engine.runner import Runner
-from amalgam.engine.sampler import NonFiniteLogitsError
 from amalgam.engine.scheduler import Scheduler
 from amalgam.engine.speculation.speculator import Speculator
 from amalgam.engine.states import StatePool
@@ -68,7 +67,6 @@ _GUESSING_STREAMS = 4  # that have slots for their states before guesses, where 
 _FATAL = (MemoryError, torch.OutOfMemoryError, LostWeightsError)
 
 _UNLABELLED = Observation()
-_Deliveries = list[tuple[Request, RequestOutput]]
 
 
 class Engine:
@@ -136,7 +134,12 @@ class Engine:
             states=self._new_states(),
         )
         self._scheduler.prompt_tokens_beside = self._pace.prompt_tokens_beside
-        self._probation = Probation(settings.engine.rollback_answers, version)
+        self._rollback = Rollback(
+            Probation(settings.engine.rollback_answers, version),
+            self._scheduler,
+            end=lambda requests, error: self._finish(requests, FinishReason.ERROR, error),
+            forget_guesses=lambda request_id: None if self.speculator is None else self.speculator.forget(request_id),
+        )
         self._requests: dict[int, Request] = {}  # until their last output has been delivered
         self._cancelled: list[Request] = []
         self._next_id = 1
@@ -242,7 +245,7 @@ class Engine:
             if self._is_draining:
                 raise UnavailableError("The engine is draining.", remedy="Send the request to another server.")
             version = request.version
-            if version is not None and not request.keeps_version and self._probation.has_failed(version):
+            if version is not None and not request.keeps_version and self._rollback.has_failed(version):
                 request.version = None  # it was chosen before that
             request.request_id = self._next_id
             self._scheduler.check_room()
@@ -353,8 +356,7 @@ class Engine:
         """
         self._runner.prepare(version)  # here, and not in its first step
         with self._condition:
-            self._probation.replace(self._scheduler.version, version)
-            self._scheduler.version = version
+            self._rollback.replace(version)
 
     def prepare(self, version: WeightVersion) -> None:
         """Make a version ready to run, so that its first step takes no longer than others. In any thread."""
@@ -368,18 +370,17 @@ class Engine:
     def watch(self, candidate: WeightVersion) -> None:
         """Requests try a version beside the current one: as long as they do, it is left if it fails."""
         with self._condition:
-            self._probation.watch(candidate)
+            self._rollback.watch(candidate)
 
     def unwatch(self, candidate: WeightVersion) -> None:
         """A version is tried no more. One that is the current one now stays on probation as any new one."""
         with self._condition:
-            if candidate is not self._scheduler.version:
-                self._probation.forget(candidate)
+            self._rollback.unwatch(candidate)
 
     @property
     def fallback(self) -> WeightVersion | None:
         """What is gone back to if the current version fails; None: it has shown that it answers."""
-        return self._probation.fallback
+        return self._rollback.fallback
 
     @property
     def version(self) -> WeightVersion:
@@ -459,7 +460,7 @@ class Engine:
             self._condition.wait_for(lambda: self._end_reason is not None or self._scheduler.has_requests)
             return self._end_reason is None
 
-    def _step(self) -> _Deliveries:
+    def _step(self) -> Deliveries:
         """One step. When it returns, nothing here refers to the plan any more, nor to its weight version."""
         with self._condition:
             cancelled = self._finish_cancelled() if self._cancelled else []
@@ -473,11 +474,11 @@ class Engine:
             proposals = self.speculator.propose(plan, rooms)  # without the condition: a guess may take its time
             with self._condition:
                 plan = self._scheduler.add_proposals(plan, proposals)
-        deliveries: _Deliveries = []
+        deliveries: Deliveries = []
         started = time.monotonic()
         try:
             result = self._runner.execute(plan)
-            doubtful = self._doubtful(plan, result)
+            doubtful = self._rollback.doubtful(plan, result)
             gaps = self._take(plan, result, deliveries, doubtful)
             rejected = {} if self.speculator is None else _num_rejected(plan, deliveries)
             self._runner.commit(plan, rejected)
@@ -493,11 +494,11 @@ class Engine:
         with self._condition:
             self._scheduler.commit(plan, rejected)
             self._measure(plan, deliveries, seconds, gaps)
-            left, more = self._judge(plan, doubtful)
+            left, more = self._rollback.judge(plan, doubtful)
             for request, output in ended:
                 self._leave(request, is_sound=output.error is None)
                 if output.error is None:
-                    self._probation.succeed(plan.version, self._scheduler.version)
+                    self._rollback.succeed(plan.version)
             if ended or doubtful:  # otherwise the load is as it was before the step
                 self._note_load()
         if self.on_version_failed is not None:
@@ -505,77 +506,13 @@ class Engine:
                 self.on_version_failed(failed)
         return deliveries + more
 
-    def _doubtful(self, plan: StepPlan, result: StepResult) -> dict[int, Exception | None]:
-        """Request id → its NaN, of those requests of a step that get nothing of it before it is known who is at fault.
-
-        None: there was none on this version, which only was to tell that.
-        """
-        is_on_probation = self._probation.is_on_probation(plan.version, self._scheduler.version)
-        doubtful: dict[int, Exception | None] = {}
-        for item in plan.scheduled:
-            request = item.request
-            if not is_on_probation and request.doubt is None:
-                continue
-            error = None if request.reader is None else request.reader.error
-            error = error or result.errors.get(request.request_id)
-            if isinstance(error, NonFiniteLogitsError):
-                doubtful[request.request_id] = error
-            elif error is None and request.doubt is not None and item.needs_sample and not request.doubt.may_go_on:
-                doubtful[request.request_id] = None
-        return doubtful
-
-    def _judge(
-        self, plan: StepPlan, doubtful: Mapping[int, Exception | None]
-    ) -> tuple[list[FailedVersion], _Deliveries]:
-        """Whose fault a NaN is: that of a version on probation if another one computes none for the same request.
-
-        Returns:
-            The versions that are left, and the last outputs of requests that end.
-        """
-        left: list[FailedVersion] = []
-        ended: _Deliveries = []
-        for item in plan.scheduled:
-            request, doubt = item.request, item.request.doubt
-            error = doubtful.get(request.request_id)
-            if request.is_cancelled or request.status is RequestStatus.FINISHED:
-                continue
-            if error is not None:
-                tried_ids = frozenset({plan.version.version_id}) | (frozenset() if doubt is None else doubt.tried_ids)
-                instead = self._probation.instead_of(plan.version, self._scheduler.version)
-                if instead is not None and instead.version_id not in tried_ids:
-                    request.doubt = Doubt(plan.version, error, request.may_start_again, tried_ids)
-                    self._start_again(request, instead)
-                else:  # on all of them, or the version has shown meanwhile that it answers
-                    ended += self._end_as_begun(request, error)
-            elif doubt is not None and item.needs_sample:
-                if self._probation.is_on_probation(doubt.version, self._scheduler.version):
-                    failed, more = self._leave_version(doubt.version, doubt.error, ())
-                    left.append(failed)
-                    ended += more
-                elif doubt.may_go_on:
-                    request.doubt = None
-                else:
-                    ended += self._end_as_begun(request, doubt.error)
-        return left, ended
-
-    def _end_as_begun(self, request: Request, error: Exception) -> _Deliveries:
-        """End a request with an error, and with the version that it began with."""
-        if request.doubt is not None:
-            self._start_again(request, request.doubt.version)
-        return self._finish([request], FinishReason.ERROR, error)
-
-    def _start_again(self, request: Request, version: WeightVersion | None = None) -> None:
-        self._scheduler.start_again(request, version)
-        if self.speculator is not None:
-            self.speculator.forget(request.request_id)
-
-    def _finish_cancelled(self) -> _Deliveries:
+    def _finish_cancelled(self) -> Deliveries:
         requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
         self._cancelled.clear()
         return self._finish(requests, FinishReason.CANCELLED)
 
     def _take(
-        self, plan: StepPlan, result: StepResult, deliveries: _Deliveries, doubtful: Container[int]
+        self, plan: StepPlan, result: StepResult, deliveries: Deliveries, doubtful: Container[int]
     ) -> list[float]:
         """Add the step's tokens to their requests, and to `deliveries` what their callers see of it.
 
@@ -612,7 +549,7 @@ class Engine:
             deliveries.append((request, output))
         return gaps
 
-    def _give_up(self, plan: StepPlan, error: Exception, taken: _Deliveries) -> _Deliveries:
+    def _give_up(self, plan: StepPlan, error: Exception, taken: Deliveries) -> Deliveries:
         """End the requests of a step that failed; the third in a row, or a lack of memory or weights, ends the engine.
 
         A version on probation is left instead.
@@ -627,8 +564,8 @@ class Engine:
         with self._condition:
             self.meter.add_step(0, sum(len(output.token_ids) for output in got.values()))
             left: FailedVersion | None = None
-            if self._probation.is_on_probation(plan.version, self._scheduler.version):
-                left, ended = self._leave_version(plan.version, error, got)
+            if self._rollback.is_on_probation(plan.version):
+                left, ended = self._rollback.leave(plan.version, error, got)
             else:
                 ended = self._finish([item.request for item in plan.scheduled], FinishReason.ERROR, error)
         if left is None:
@@ -644,36 +581,7 @@ class Engine:
             for request, output in ended
         ]
 
-    def _leave_version(
-        self, version: WeightVersion, error: Exception, got: Container[int]
-    ) -> tuple[FailedVersion, _Deliveries]:
-        """Go back to the version before; requests that have got nothing yet start again on it, the others end.
-
-        Args:
-            got: ids of requests that got something of the step that failed.
-        """
-        instead = self._probation.fail(version, self._scheduler.version)
-        if self._scheduler.version is version:
-            self._scheduler.version = instead
-        ending: list[Request] = []
-        bound, doubting = self._scheduler.bound_to(version), self._scheduler.doubting(version)
-        for request in bound:
-            if request.request_id in got or not request.may_start_again:
-                ending.append(request)
-                continue
-            self._start_again(request)
-        for request in doubting:
-            if request.doubt is not None and not request.doubt.may_go_on:
-                self._start_again(request, version)  # it ends with the version that it began with
-                ending.append(request)
-            request.doubt = None
-        bound += doubting
-        failure = weights_failed(version.version_id, instead.version_id, error)
-        left = FailedVersion(version, instead, str(failure.what), len(bound) - len(ending), len(ending))
-        logger.error("%s %d requests start again, %d end.", failure.what, left.num_restarted, left.num_ended)
-        return left, self._finish(ending, FinishReason.ERROR, failure)
-
-    def _finish(self, requests: Sequence[Request], reason: FinishReason, error: Exception | None = None) -> _Deliveries:
+    def _finish(self, requests: Sequence[Request], reason: FinishReason, error: Exception | None = None) -> Deliveries:
         now = time.monotonic()
         deliveries = [(request, end(request, reason, now, error=error)) for request in requests]
         for request in requests:
@@ -699,7 +607,7 @@ class Engine:
         num_traced = min(num_tokens, self._scheduler.max_sequence_tokens) if observation.wants_trace else 0
         observer.admit(request.request_id, observation.label if observation.is_counted else None, num_traced)
 
-    def _measure(self, plan: StepPlan, deliveries: _Deliveries, seconds: float, gaps: Sequence[float]) -> None:
+    def _measure(self, plan: StepPlan, deliveries: Deliveries, seconds: float, gaps: Sequence[float]) -> None:
         num_tokens = num_beside = num_streams = num_prompt = 0
         for item in plan.scheduled:
             num_tokens += item.num_tokens
@@ -719,7 +627,7 @@ class Engine:
         load = Load(len(scheduler.running), len(scheduler.waiting), pool.num_blocks - pool.num_free)
         self.meter.set_load(load, scheduler.counts)
 
-    def _deliver(self, deliveries: _Deliveries) -> None:
+    def _deliver(self, deliveries: Deliveries) -> None:
         observer = self._runner.observer
         ended: list[int] = []
         for request, output in deliveries:
@@ -765,7 +673,7 @@ class Engine:
         return UnavailableError(f"The engine {self._end_reason}.", remedy="Restart it; the log has the cause.")
 
 
-def _num_rejected(plan: StepPlan, deliveries: _Deliveries) -> Mapping[int, int]:
+def _num_rejected(plan: StepPlan, deliveries: Deliveries) -> Mapping[int, int]:
     """Request id → how many of its proposals it did not take: they were wrong, or it has ended before them."""
     num_proposed = {item.request.request_id: len(item.proposed_ids) for item in plan.scheduled if item.proposed_ids}
     if not num_proposed:
