@@ -13,6 +13,7 @@ from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import GEGLU, SWIGLU, Activation
 from tests.errors import raises
+from tests.kernels.conftest import supported_isas
 
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -61,7 +62,7 @@ def test_elements_have_the_same_bits_wherever_they_stand(use_isa: Callable[[str]
     use_isa("portable")
     expected = elementwise.gated(gate, up, SWIGLU)
     assert torch.equal(elementwise.gated(gate[5:77], up[5:77], SWIGLU), expected[5:77])
-    for isa in ("avx2", "avx512"):
+    for isa in supported_isas():
         use_isa(isa)
         assert torch.equal(elementwise.gated(gate, up, SWIGLU), expected)
 
@@ -149,6 +150,6 @@ def test_tokens_are_drawn_alike_on_every_instruction_set(use_isa: Callable[[str]
     use_isa("portable")
     expected = sampling.draw(logits, params)
     assert len(set(expected)) > rows / 2
-    for isa in ("avx2", "avx512"):
+    for isa in supported_isas():
         use_isa(isa)
         assert sampling.draw(logits, params) == expected

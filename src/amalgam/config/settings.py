@@ -23,7 +23,7 @@ from amalgam.errors import ConfigError, describe
 
 BASE_SOURCE = "base"
 NATIVE_ISA_VARIABLE = "AMALGAM_NATIVE_ISA"
-NATIVE_ISAS = ("amx_emulated", "portable", "avx2", "avx512", "amx")  # slowest first
+NATIVE_ISAS = ("amx_emulated", "portable", "avx2", "avx512_vnni", "avx512", "amx")  # slowest first
 _SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 _PATH_SUFFIX = "_path"
 

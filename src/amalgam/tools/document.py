@@ -58,8 +58,9 @@ the file says beyond that, or out of range, is told in one line of the log.
 `GET /model_info` shows all of it as `sampling_defaults`, and `/docs` the values that hold.
 
 `{NATIVE_ISA_VARIABLE}` ({", ".join(NATIVE_ISAS)}) makes the native kernels use a lower instruction set than the
-processor has. `amx` needs a Linux that lets the process use its tiles; where it does not, `avx512` runs. `amx_emulated`
-is for tests: the code of `amx` on any machine, a thousand times slower.
+processor has. `avx512` is AVX-512 with VNNI and BF16, `avx512_vnni` without BF16 (Cascade Lake, Ice Lake). `amx` needs
+a Linux that lets the process use its tiles; where it does not, `avx512` runs. `amx_emulated` is for tests: the code of
+`amx` on any machine, a thousand times slower.
 """
 
 _SUPPORT = """# What is read, and how it runs

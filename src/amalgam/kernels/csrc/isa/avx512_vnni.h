@@ -1,0 +1,29 @@
+// AVX-512 with VNNI and without BF16: Intel's Cascade Lake and Ice Lake.
+#pragma once
+
+#include "isa/avx512_lines.h"
+
+namespace amalgam {
+namespace {
+
+inline Floats first_of_pairs(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline Floats second_of_pairs(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) {
+    sum = _mm512_fmadd_ps(second_of_pairs(w), second_of_pairs(x), sum);
+    return _mm512_fmadd_ps(first_of_pairs(w), first_of_pairs(x), sum);
+}
+
+inline Floats store_bfloat16(float* out, Floats v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_mask_mov_epi32(nearest, is_nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    return second_of_pairs(rounded);
+}
+
+}  // namespace
+}  // namespace amalgam
