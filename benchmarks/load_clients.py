@@ -1,0 +1,230 @@
+"""`amalgam bench serve` beside aiperf and guidellm: the same load on the same server, in turns.
+
+    python benchmarks/load_clients.py --aiperf ENV/bin/aiperf --guidellm ENV/bin/guidellm             a simulated server
+    python benchmarks/load_clients.py --aiperf … --url http://127.0.0.1:8080 --model demo --tokenizer models/demo
+    python benchmarks/load_clients.py --saturation                       the search for it, beside what is known
+
+Without `--url` a server whose times are known is asked (simulated.py): what a tool says can be held against them, and
+differences between rounds are the tools' own. A real server should share no prefixes (`--engine.prefix_cache false`):
+guidellm sends the same prompts in each round. Medians of a round's answers, and of the rounds; `to ours` is a tool's
+figure by ours in the same round. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from amalgam.tools.bench import commit, hardware
+
+ROOT = Path(__file__).resolve().parents[1]
+PORT = 8391
+FIRST_MS, GAP_MS, SLOTS = 50.0, 10.0, 8  # of the simulated server
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked: so many clients, each of which asks again when it has its answer."""
+
+    url: str
+    model: str
+    tokenizer: Path
+    clients: int
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one round, in requests a second and milliseconds; medians of its answers."""
+
+    requests_per_second: float
+    ttft: float
+    tpot: float
+    e2e: float
+
+
+def ours(_: str, load: Load, folder: Path) -> Figures:
+    [point] = bench_serve(
+        load.url,
+        *f"--model {load.model} --tokenizer {load.tokenizer} --concurrency {load.clients}".split(),
+        *f"--requests {load.requests} --warmup {load.clients}".split(),
+        *f"--prompt-tokens {load.prompt_tokens} --output-tokens {load.output_tokens}".split(),
+    )["points"]
+    latency = point["latency_ms"]
+    return Figures(
+        point["throughput"]["requests_per_second"], *(latency[name]["p50"] for name in ("ttft", "tpot", "e2e"))
+    )
+
+
+def aiperf(program: str, load: Load, folder: Path) -> Figures:
+    run(
+        program, "profile", "--url", load.url, "--model", load.model, "--tokenizer", str(load.tokenizer),
+        *["--endpoint-type", "completions", "--streaming", "--ui", "none", "--extra-inputs", "ignore_eos:true"],
+        *f"--concurrency {load.clients} --request-count {load.requests}".split(),
+        *f"--warmup-request-count {load.clients} --isl {load.prompt_tokens} --osl {load.output_tokens}".split(),
+        *f"--random-seed {time.time_ns() % 10**6} --artifact-dir {folder}".split(),
+    )  # fmt: skip
+    found = json.loads((folder / "profile_export_aiperf.json").read_text())
+    names = ("time_to_first_token", "inter_token_latency", "request_latency")
+    return Figures(found["request_throughput"]["avg"], *(found[name]["p50"] for name in names))
+
+
+def guidellm(program: str, load: Load, folder: Path) -> Figures:
+    run(
+        program, "run", "--disable-console",
+        "--backend", f"kind=openai_http,target={load.url},model={load.model},request_format=/v1/completions",
+        "--profile", f"kind=concurrent,streams={load.clients}",
+        "--constraint", f"kind=max_requests,count={load.requests}",
+        "--data", f"kind=synthetic_text,prompt_tokens={load.prompt_tokens},output_tokens={load.output_tokens}",
+        "--tokenizer", f"kind=huggingface_auto,model={load.tokenizer}",
+        "--output", f"kind=json,path={folder / 'guidellm.json'}",
+        HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    [benchmark] = json.loads((folder / "guidellm.json").read_text())["benchmarks"]
+    median = {
+        name: figures["successful"]["median"] for name, figures in benchmark["metrics"].items() if name in GUIDELLM
+    }
+    # Its own rate is of a window that leaves out the ends.
+    requests = benchmark["requests"]["successful"]
+    span = max(one["request_end_time"] for one in requests) - min(one["request_start_time"] for one in requests)
+    return Figures(len(requests) / span, *(median[name] * factor for name, factor in GUIDELLM.items()))
+
+
+GUIDELLM = {"time_to_first_token_ms": 1.0, "inter_token_latency_ms": 1.0, "request_latency": 1e3}
+TOOLS: dict[str, Callable[[str, Load, Path], Figures]] = {"ours": ours, "aiperf": aiperf, "guidellm": guidellm}
+
+
+def bench_serve(url: str, *options: str) -> dict[str, Any]:
+    """What `amalgam bench serve --json` prints."""
+    command = [sys.executable, "-m", "amalgam.cli", "bench", "serve", "--url", url, "--json", *options]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def run(*command: str, **variables: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+    if result.returncode:
+        raise SystemExit(f"{command[0]} ended with {result.returncode}:\n{(result.stdout + result.stderr)[-2000:]}")
+
+
+@contextmanager
+def simulated() -> Iterator[str]:
+    """A server with known times; its address."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "simulated.py"), "--port", str(PORT)]
+    script += f"--first-ms {FIRST_MS} --gap-ms {GAP_MS} --slots {SLOTS}".split()
+    server = subprocess.Popen(script, stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{PORT}"
+    try:
+        for _ in range(100):
+            try:
+                urlopen(f"{url}/health").close()
+                break
+            except URLError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def compare(programs: dict[str, str], load: Load, rounds: int) -> dict[str, list[Figures]]:
+    found: dict[str, list[Figures]] = {name: [] for name in programs}
+    for index in range(rounds):
+        order = list(programs)
+        for name in order[index % len(order) :] + order[: index % len(order)]:
+            with tempfile.TemporaryDirectory() as folder:
+                found[name].append(TOOLS[name](programs[name], load, Path(folder)))
+            print(f"round {index + 1}, {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+    return found
+
+
+def print_comparison(found: dict[str, list[Figures]]) -> None:
+    print(f"{'':10}{'':22}{'median':>9}{'range':>18}{'to ours':>9}")
+    for name, figures in found.items():
+        for field in Figures.__dataclass_fields__:
+            values = [getattr(one, field) for one in figures]
+            ratios = [
+                getattr(one, field) / getattr(own, field) for one, own in zip(figures, found["ours"], strict=True)
+            ]
+            spread = f"{min(values):.4g} to {max(values):.4g}"
+            print(f"{name:10}{field:22}{statistics.median(values):9.4g}{spread:>18}{statistics.median(ratios):9.3f}")
+
+
+def find_saturation(url: str, load: Load, rounds: int) -> list[float]:
+    """Requests a second, as found by each of some searches."""
+    found = []
+    for _ in range(rounds):
+        document = bench_serve(
+            url,
+            "--find-saturation",
+            *f"--model {load.model} --tokenizer {load.tokenizer} --max-concurrency 64".split(),
+            *f"--prompt-tokens {load.prompt_tokens} --output-tokens {load.output_tokens}".split(),
+        )
+        found.append(document["saturation"]["requests_per_second"])
+        print(f"saturation: {found[-1]:.4g} requests/s", file=sys.stderr, flush=True)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="default: a simulated server")
+    parser.add_argument("--model", default="simulated")
+    parser.add_argument("--tokenizer", type=Path, default=ROOT / "models" / "demo", metavar="FOLDER")
+    parser.add_argument("--aiperf", metavar="PROGRAM")
+    parser.add_argument("--guidellm", metavar="PROGRAM")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--saturation", action="store_true", help="search it instead, beside what the simulated one bears"
+    )
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    programs = {"ours": ""} | {
+        name: getattr(options, name) for name in ("aiperf", "guidellm") if getattr(options, name)
+    }
+    document: dict[str, Any] = {"command": sys.argv, "commit": commit(), "hardware": hardware()}
+    with simulated() if options.url is None else nothing(options.url) as url:
+        sizes = options.clients, options.requests, options.prompt_tokens, options.output_tokens
+        load = Load(url, options.model, options.tokenizer.resolve(), *sizes)
+        if options.saturation:
+            rates = find_saturation(url, load, options.rounds)
+            known = SLOTS / (FIRST_MS + (load.output_tokens - 1) * GAP_MS) * 1e3 if options.url is None else None
+            print(
+                f"found {', '.join(f'{rate:.4g}' for rate in rates)} requests/s"
+                + (f", known {known:.4g}" if known else "")
+            )
+            document |= {"found": rates, "known": known}
+        else:
+            found = compare(programs, load, options.rounds)
+            print_comparison(found)
+            document |= {"rounds": {name: [asdict(one) for one in figures] for name, figures in found.items()}}
+    print(json.dumps(document))
+    return 0
+
+
+@contextmanager
+def nothing(url: str) -> Iterator[str]:
+    yield url
+
+
+if __name__ == "__main__":
+    sys.exit(main())
