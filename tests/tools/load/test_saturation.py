@@ -61,7 +61,8 @@ def test_what_is_answered(capacity: float) -> None:
     assert found.capacity == pytest.approx(capacity)
     assert 0.95 * capacity <= found.requests_per_second <= 1.1 * capacity
     assert found.not_borne and found.not_borne <= PRECISION * found.requests_per_second
-    assert len(found.probes) <= 8
+    assert len(found.probes) <= 9
+    assert found.probes[-1].rate == found.requests_per_second, "measured once more"
 
 
 @pytest.mark.parametrize("limit", [0.9, 3.0, 9.0])
@@ -87,6 +88,19 @@ def test_a_server_that_goes_away_leaves_what_was_found() -> None:
     server.gone_at = 8
     found = search(server)
     assert found.capacity == 10.0 and len(server.loads) == 8
+
+
+def test_a_rate_that_is_borne_by_luck_is_not_the_result() -> None:
+    class Lucky(Server):
+        """Bears the first rate above its capacity that it is asked for."""
+
+        async def measure(self, load: Load) -> Point:
+            point = await super().measure(load)
+            is_first = sum((one.rate or 0) > self.capacity for one in self.loads) == 1
+            return replace(point, slope=0.0) if is_first and (load.rate or 0) > self.capacity else point
+
+    found = search(Lucky(9.9, seconds=0.99))
+    assert 0.9 * 9.9 <= found.requests_per_second <= 1.05 * 9.9
 
 
 def test_chance_is_no_growth() -> None:

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 _FADE = 0.98  # of a measurement's weight, with each later one
 _MAX_SURPRISE = 4.0
+_EARLY = 64  # measurements, after each of which the coefficients are found anew; then after every
+_SOLVE_EVERY = 8  # as that takes as long as ten choices
 _RIDGE = 1e-4  # how firmly a coefficient that nothing is known of is held at 0
 _FIRST_CHANCE = 0.7  # that a guess comes true, as long as nothing is known
 _PRIOR_WEIGHT = 2.0  # guesses of a request that count as much as those of all others
@@ -32,13 +34,11 @@ _CHANCE_FADE = 0.9
 _NEWEST = 0.05  # part of one request's guess in the chance of all
 _PROBE_STEPS = 32  # without a guess, then comes one
 _MAX_CHANCE = 0.98
+_INSTANT = 1e-9  # seconds; nothing is divided by less
 _PLAIN_STEPS = 32  # with guesses, then comes one without
 _REST_STEPS = 7  # that are not looked at once nothing has paid, unless a request is new
 _FIRST_STEPS = 16  # of which every other one is without
-
-
-Counts = npt.NDArray[np.float64]  # one dimension
-Rows = TypeVar("Rows", float, Counts)
+_SIZES = range(64)  # bit lengths of numbers of rows
 
 
 class Fit:
@@ -52,21 +52,23 @@ class Fit:
     """
 
     def __init__(self, num_features: int) -> None:
-        self._moments: npt.NDArray[np.float64] = np.zeros((num_features + 1, num_features + 1))
-        self._products: npt.NDArray[np.float64] = np.zeros(num_features + 1)
+        self._moments = [[0.0] * (num_features + 1) for _ in range(num_features + 1)]
+        self._products = [0.0] * (num_features + 1)
         self._coefficients: tuple[float, ...] | None = None
         self.num_seen = 0
 
     def add(self, features: Sequence[float], y: float) -> None:
         if self.num_seen >= _FIRST_STEPS and (expected := self.predict(*features)) > 0:
             y = min(y, _MAX_SURPRISE * expected)
-        row = np.array((1.0, *features))
-        self._moments *= _FADE
-        self._moments += row[:, None] * row
-        self._products *= _FADE
-        self._products += y * row
-        self._coefficients = None
+        row = (1.0, *features)
+        for place, feature in enumerate(row):  # so few that arrays would take longer
+            self._moments[place] = [
+                _FADE * moment + feature * other for moment, other in zip(self._moments[place], row, strict=True)
+            ]
+            self._products[place] = _FADE * self._products[place] + feature * y
         self.num_seen += 1
+        if self.num_seen < _EARLY or self.num_seen % _SOLVE_EVERY == 0:
+            self._coefficients = None
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -81,12 +83,13 @@ class Fit:
         return constant + sum(slope * feature for slope, feature in zip(slopes, features, strict=True))
 
     def _solve(self) -> tuple[float, ...]:
-        found = np.zeros(len(self._products))
-        used = np.flatnonzero(np.diag(self._moments) > 0)
+        all_moments, products = np.array(self._moments), np.array(self._products)
+        found = np.zeros(len(products))
+        used = np.flatnonzero(np.diag(all_moments) > 0)
         while len(used):
-            moments = self._moments[np.ix_(used, used)]
+            moments = all_moments[np.ix_(used, used)]
             held = _RIDGE * np.diag(moments) * (used > 0)  # the constant takes what others do not explain
-            values = np.linalg.solve(moments + np.diag(held), self._products[used])
+            values = np.linalg.solve(moments + np.diag(held), products[used])
             if values.min() >= 0:
                 found[used] = values
                 break
@@ -94,9 +97,9 @@ class Fit:
         return tuple(found.tolist())
 
 
-def distinct_experts(num_experts: int, num_active: int, num_rows: Rows) -> Rows:
+def distinct_experts(num_experts: int, num_active: int, num_rows: int) -> float:
     """Experts of a layer that rows need which choose independently of each other: `E (1 - (1 - k/E)^n)`."""
-    unread: Rows = (1 - num_active / num_experts) ** num_rows
+    unread: float = (1 - num_active / num_experts) ** num_rows
     return num_experts * (1 - unread)
 
 
@@ -113,28 +116,27 @@ class Experts:
     def __init__(self, num_experts: int, num_active: int) -> None:
         self._num_experts, self._num_active = num_experts, num_active
         self._shares: dict[int, float] = {}  # bit length of the number of rows → what was measured by what was expected
+        self._expected: list[float] = []  # for each number of rows, if each row chose on its own
+        self._nearest: dict[int, int] = {}  # bit length → the one next to it whose share is known
 
     def add(self, num_rows: int, num_distinct: float) -> None:
-        (expected,) = self._independent(np.array([float(num_rows)]))
-        if expected:
+        if expected := self._independent(num_rows):
             size = num_rows.bit_length()
-            share, before = num_distinct / float(expected), self._shares.get(size)
+            share, before = num_distinct / expected, self._shares.get(size)
             self._shares[size] = share if before is None else before + 0.1 * (share - before)
+            if before is None:
+                self._nearest = {other: min(self._shares, key=lambda known: abs(known - other)) for other in _SIZES}
 
-    def predict(self, num_rows: Counts) -> Counts:
-        """For each number of rows."""
+    def predict(self, num_rows: int) -> float:
         expected = self._independent(num_rows)
-        if not self._num_experts or not self._shares:
-            return expected
-        sizes = np.frexp(num_rows)[1]
-        known = np.array(list(self._shares))
-        nearest = np.abs(sizes[:, None] - known).argmin(axis=1)
-        return np.asarray(expected * np.array(list(self._shares.values()))[nearest])
+        return expected * self._shares[self._nearest[num_rows.bit_length()]] if self._shares else expected
 
-    def _independent(self, num_rows: Counts) -> Counts:
+    def _independent(self, num_rows: int) -> float:
         if not self._num_experts:
-            return np.zeros(len(num_rows))
-        return np.asarray(distinct_experts(self._num_experts, self._num_active, num_rows))
+            return 0.0
+        while len(self._expected) <= num_rows:
+            self._expected.append(distinct_experts(self._num_experts, self._num_active, len(self._expected)))
+        return self._expected[num_rows]
 
 
 class Candidate(NamedTuple):
@@ -144,6 +146,22 @@ class Candidate(NamedTuple):
     num_tokens: int  # at most so many
     num_missing: int = 0  # tokens that the draft would have to compute first
     num_left: int = 1  # tokens that may still come, over which that is spread
+
+
+class _Guess(NamedTuple):
+    """One token that could be guessed.
+
+    Attributes:
+        chance: that it comes true, which takes those of the request before it to.
+        place: among the request's guesses, from 1 on.
+    """
+
+    chance: float
+    place: int
+    candidate: Candidate
+
+
+_likelihood = itemgetter(0)
 
 
 @dataclass
@@ -180,7 +198,7 @@ class CostModel:
         if num_distinct is not None:
             self._experts.add(num_rows, num_distinct)
         else:
-            num_distinct = float(self._experts.predict(np.array([float(num_rows)]))[0])
+            num_distinct = self._experts.predict(num_rows)
         self._step.add((num_rows, num_distinct), seconds)
 
     def add_guess(self, num_steps: int, num_tokens: int, seconds: float) -> None:
@@ -211,10 +229,10 @@ class CostModel:
         chance = (_PRIOR_WEIGHT * self._chance + record.num_true) / (_PRIOR_WEIGHT + record.num_tested)
         return min(chance, _MAX_CHANCE)
 
-    def seconds(self, num_rows: Counts) -> Counts:
-        """What steps of so many rows take."""
+    def seconds(self, num_rows: int) -> float:
+        """What a step of so many rows takes."""
         constant, per_row, per_expert = self._step.coefficients
-        return np.asarray(constant + per_row * num_rows + per_expert * self._experts.predict(num_rows))
+        return constant + per_row * num_rows + per_expert * self._experts.predict(num_rows)
 
     def choose(self, num_rows: int, num_streams: int, candidates: Sequence[Candidate]) -> dict[int, int]:
         """Request id → how many tokens to guess for it; requests that get none are left out.
@@ -231,24 +249,10 @@ class CostModel:
             for one in candidates:
                 self._records[one.request_id].num_idle += 1
             return {}
-        # Every guess that can be made, the likeliest first: of request `owners[i]`, the `places[i]`-th.
-        limits = [one.num_tokens for one in candidates]
-        owners = np.repeat(np.arange(len(candidates)), limits)
-        places = np.concatenate([np.arange(1.0, limit + 1) for limit in limits]) if candidates else np.zeros(0)
-        gains = np.array([self.chance(one.request_id) for one in candidates])[owners] ** places
-        first = np.array([_num_first(one) for one in candidates])
-        order = np.lexsort((places, -gains))
-        owners, places = owners[order], places[order]
-        computed = np.where(places == 1, first[owners], 1.0)
-        # What the step gives and takes with the first 0, 1, 2, … of them.
-        given = num_streams + np.concatenate(([0.0], gains[order].cumsum()))
-        constant, per_step, per_token = self._guess.coefficients
-        guessing = constant + per_step * np.maximum.accumulate(places) + per_token * computed.cumsum()
-        seconds = self.seconds(num_rows + np.arange(len(places) + 1.0)) + np.concatenate(([0.0], guessing))
-        num_best = int((given / np.maximum(seconds, 1e-9)).argmax())
+        guesses = self._likeliest_first(candidates)
         chosen: dict[int, int] = {}
-        for owner, place in zip(owners[:num_best].tolist(), places[:num_best].tolist(), strict=True):
-            chosen[candidates[owner].request_id] = int(place)
+        for guess in guesses[: self._num_best(num_rows, num_streams, guesses)]:
+            chosen[guess.candidate.request_id] = guess.place
         self._probe(chosen, num_rows, num_streams, candidates)
         self._num_guessing = self._num_guessing + 1 if chosen else 0
         self._num_resting = 0 if chosen else _REST_STEPS
@@ -267,6 +271,29 @@ class CostModel:
             "chance": self._chance,
         }
 
+    def _likeliest_first(self, candidates: Sequence[Candidate]) -> list[_Guess]:
+        """Every guess that can be made. Those of a request are in their order."""
+        guesses = []
+        for candidate in candidates:
+            chance = self.chance(candidate.request_id)
+            guesses += [_Guess(chance**place, place, candidate) for place in range(1, candidate.num_tokens + 1)]
+        return sorted(guesses, key=_likelihood, reverse=True)
+
+    def _num_best(self, num_rows: int, num_streams: int, guesses: Sequence[_Guess]) -> int:
+        """With how many of the guesses, from the first on, a step gives most tokens in a second."""
+        constant, per_step, per_token = self._guess.coefficients
+        given, longest, num_computed = float(num_streams), 0, 0.0
+        num_best, most = 0, given / max(self.seconds(num_rows), _INSTANT)
+        for count, (chance, place, candidate) in enumerate(guesses, 1):
+            given += chance
+            if place > longest:
+                longest = place
+            num_computed += _num_first(candidate) if place == 1 else 1.0
+            seconds = self.seconds(num_rows + count) + constant + per_step * longest + per_token * num_computed
+            if given > most * seconds:
+                num_best, most = count, given / max(seconds, _INSTANT)
+        return num_best
+
     def _probe(self, chosen: dict[int, int], num_rows: int, num_streams: int, candidates: Sequence[Candidate]) -> None:
         """One guess for each request that has not been given any for long, if one that is right would pay."""
         due = []
@@ -277,7 +304,7 @@ class CostModel:
                 due.append(one)
         if not due:
             return
-        before, after = self.seconds(np.array([num_rows, num_rows + 1.0])).tolist()
+        before, after = self.seconds(num_rows), self.seconds(num_rows + 1)
         more = after - before + self._guess.predict(1, 1)
         for one in due:
             self._records[one.request_id].num_idle = 0

@@ -4,7 +4,8 @@ In: a function that measures a load. Out: the rate, and what was measured on the
 
 First clients that ask one question after another, twice as many each time, until doubling them twice gets no more
 answered: that is the server's capacity. Then rates around it, each time halving the interval between the highest that
-was borne and the lowest that was not, until it is narrow enough.
+was borne and the lowest that was not, until it is narrow enough. What is found is measured once more, with other
+arrivals: a rate somewhat too high is borne by luck now and then, but hardly twice.
 """
 
 from __future__ import annotations
@@ -93,18 +94,20 @@ async def find(
             break
         clients *= 2
     rate = found.capacity
-    while 0 < rate < _MAX_FACTOR * found.capacity and len(found.probes) < _MAX_PROBES and not _is_narrow(found):
+    while 0 < rate < _MAX_FACTOR * found.capacity and len(found.probes) < _MAX_PROBES and not _is_confirmed(found):
         point = await measure(Load(rate=rate, arrivals=arrivals, burst=burst))
         if point.is_gone:
             return
         reason = refusal(point, attainment)
         found.probes.append(Probe(rate, not reason, reason))
         _narrow(found)
-        low, high = found.requests_per_second, found.not_borne
-        rate = _next_rate(low, high)
+        rate = _next_rate(found)
 
 
-def _next_rate(low: float, high: float | None) -> float:
+def _next_rate(found: Saturation) -> float:
+    low, high = found.requests_per_second, found.not_borne
+    if _is_narrow(found):
+        return low
     if high is None:
         return low * _FIRST_STEP
     return math.sqrt(low * high) if low else high / _FIRST_STEP**2
@@ -123,3 +126,9 @@ def _narrow(found: Saturation) -> None:
 def _is_narrow(found: Saturation) -> bool:
     low, high = found.requests_per_second, found.not_borne
     return bool(low and high and high <= PRECISION * low)
+
+
+def _is_confirmed(found: Saturation) -> bool:
+    """Whether it is narrow, and the highest rate was borne twice."""
+    num_borne = sum(probe.is_borne for probe in found.probes if probe.rate == found.requests_per_second)
+    return _is_narrow(found) and num_borne > 1
