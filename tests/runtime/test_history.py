@@ -70,6 +70,43 @@ def test_a_restart_does_not_begin_with_a_version_that_failed(path: Path) -> None
     file.close()
 
 
+def started(path: Path, version_id: int) -> tuple[Rule, ...] | None:
+    """A process that begins with the last rules and is killed; the rules that the next one finds."""
+    file = HistoryFile(path)
+    file.add(replace(START, version=version_id, rules=file.last_rules or ()))
+    file.close()
+    file = HistoryFile(path)
+    file.close()
+    return file.last_rules
+
+
+def test_a_version_that_kills_every_process_is_left_for_the_last_sound_one(path: Path) -> None:
+    file = HistoryFile(path)
+    for record in (START, CHANGE):
+        file.add(record)
+        if record is START:
+            file.note_sound(START.version)
+    file.close()
+    assert [started(path, 3), started(path, 4), started(path, 5)] == [CHANGE.rules, CHANGE.rules, RULES]
+    assert [started(path, version) for version in range(6, 10)] == [RULES, RULES, RULES, RULES]
+
+
+def test_one_answer_is_enough_to_begin_with_a_version_again(path: Path) -> None:
+    written(path, START, CHANGE)
+    started(path, 3)
+    file = HistoryFile(path)
+    file.note_sound(3)
+    file.note_sound(3)
+    file.close()
+    assert path.read_bytes().count(b"sound") == 1
+    assert [started(path, version) for version in (4, 5)] == [CHANGE.rules, CHANGE.rules]
+
+
+def test_where_nothing_was_ever_sound_the_configuration_holds(path: Path) -> None:
+    written(path, replace(START, is_start=False))
+    assert [started(path, version) for version in (2, 3, 4)] == [RULES, RULES, None]
+
+
 @pytest.mark.parametrize("num_bytes", [1, 40, 200])
 def test_a_line_that_is_half_written_is_passed_over(path: Path, num_bytes: int) -> None:
     written(path, START, CHANGE)

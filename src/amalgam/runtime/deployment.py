@@ -74,6 +74,7 @@ class Deployment:
         self.jobs = Jobs(lambda: self.version_id, () if history is None else map(status_of_record, history.records))
         self._hashing = threading.Lock()
         self._history = history
+        self._answered_ids: set[int] = set()  # versions that the history knows to have answered
         self._remaps = RemapLog() if history is None else RemapLog(history.records, history.add)
         self._remaps.start(
             RemapRecord(
@@ -363,6 +364,8 @@ class Deployment:
         if self.autoplan is not None:
             self.autoplan.close()
         self.trials.close()
+        if self._history is not None and self.engine.status().is_alive:
+            self._history.note_sound(self.version_id)  # it may have been asked nothing, but has killed nobody
         self.engine.stop()
         if self._tracker is not None:
             self._tracker.close()
@@ -372,9 +375,18 @@ class Deployment:
 
     def _note_ended(self, request: Request, output: RequestOutput) -> None:
         """In the step thread."""
+        if self._history is not None and output.error is None and output.usage is not None:
+            self._note_sound(self._history, output.usage.version)
         if self.autoplan is not None:
             self.autoplan.note(request, output)
         self.trials.note(request, output)
+
+    def _note_sound(self, history: HistoryFile, version_id: int) -> None:
+        """A version has answered. In the step thread: the file is written in another one, once for each version."""
+        if version_id in self._answered_ids:
+            return
+        self._answered_ids.add(version_id)
+        threading.Thread(target=history.note_sound, args=(version_id,), name="amalgam-history", daemon=True).start()
 
     def _note_failed(self, failed: FailedVersion) -> None:
         """A version has been left. In the step thread: what takes time is done in another one."""

@@ -7,15 +7,20 @@ One JSON object in a line. A line is on the disk before its change is answered; 
 written is passed over. Of rules a line has what differs from those of a version before: `since` which one, the places
 `dropped`, the rules `added` behind the rest. The file is locked as long as it is in use: the numbers of versions go on
 from its last one, and two processes would give the same ones.
+
+Between the records stand lines that name a sound version: it has answered, or its process has ended in order. A version
+that kills its process has no such line, and is not begun with again and again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +36,12 @@ from amalgam.runtime.changes import MAX_REMAPS, RemapRecord
 logger = logging.getLogger("amalgam.runtime")
 
 MAX_VERSION_ID = 10**18 - 1  # that requests can ask for
+_MAX_STARTS = 3  # with rules under which no version has turned out sound
 
 _RECORD = TypeAdapter(RemapRecord)
 _RULES = TypeAdapter(tuple[Rule, ...])
+_VERSION_ID = TypeAdapter(int)
+_SOUND = "sound"  # the only key of a line that names a sound version
 
 
 class HistoryFile:
@@ -50,6 +58,8 @@ class HistoryFile:
     def __init__(self, path: Path) -> None:
         self._path = path.expanduser().absolute()
         self._lock = FileLock(self._path)
+        self._writing = threading.Lock()
+        self._sound_ids: set[int] = set()
         self._written: tuple[int, tuple[Rule, ...]] | None = None  # the last version in the file, and its rules
         self._is_torn = False  # the last line may be half written
         self._is_closed = False
@@ -78,16 +88,44 @@ class HistoryFile:
 
     @property
     def last_rules(self) -> tuple[Rule, ...] | None:
-        """Of the last version that new requests started on; None: there was none."""
+        """Of the last version that new requests started on; None: there was none.
+
+        Processes may have begun with it several times, and each may have been killed before it gave one answer: then
+        those of the last sound version.
+        """
         # A refused change has no rules; one whose version failed has those of the version that was gone back to.
-        live = (record.rules for record in reversed(self.records) if record.rules is not None and record.name is None)
-        return next(live, None)
+        live = [record for record in reversed(self.records) if record.rules is not None and record.name is None]
+        if not live:
+            return None
+        untold = list(itertools.takewhile(lambda record: record.version not in self._sound_ids, live))
+        num_starts = sum(record.is_start and record.rules == live[0].rules for record in untold)
+        if num_starts < _MAX_STARTS:
+            return live[0].rules
+        logger.warning(
+            "weights.resume: %d processes have begun with the rules of version %d, and none has given an answer: "
+            "those of the last version that has hold again",
+            num_starts,
+            live[0].version,
+        )
+        return live[len(untold)].rules if len(untold) < len(live) else None
 
     def add(self, record: RemapRecord) -> None:
         """Write a record behind the others. A file that cannot be written is logged: the weights matter more."""
+        with self._writing:
+            if not self._append(lambda: self._line(record)):
+                self._written = None
+
+    def note_sound(self, version_id: int) -> None:
+        """A version has answered, or its process ends in order. Written once. Any thread."""
+        with self._writing:
+            if version_id not in self._sound_ids:
+                self._sound_ids.add(version_id)
+                self._append(lambda: _sound_line(version_id))
+
+    def _append(self, make: Callable[[], bytes]) -> bool:
         if self._is_closed:  # somebody else may have it by now
-            return
-        line = (b"\n" if self._is_torn else b"") + self._line(record)
+            return True
+        line = (b"\n" if self._is_torn else b"") + make()
         self._is_torn = True
         try:
             with self._path.open("ab") as file:
@@ -96,9 +134,9 @@ class HistoryFile:
                 os.fsync(file.fileno())
         except OSError as error:
             logger.error("weights.history %s cannot be written; a restart will not know of this: %s", self._path, error)
-            self._written = None
-            return
+            return False
         self._is_torn = False
+        return True
 
     def close(self) -> None:
         """Let others have the file. Harmless when repeated."""
@@ -126,6 +164,9 @@ class HistoryFile:
                 continue
             try:
                 data = json.loads(line)
+                if data.keys() == {_SOUND}:
+                    self._sound_ids.add(_VERSION_ID.validate_python(data[_SOUND]))
+                    continue
                 if "since" in data:
                     rules = _rules_of(data, known)
                     data["rules"], known = rules, None if rules is None else (data["version"], rules)
@@ -133,7 +174,7 @@ class HistoryFile:
                 if not math.isfinite(record.at + record.seconds) or record.version > MAX_VERSION_ID:
                     raise ValueError("no time, or no number of a version")
                 records.append(record)
-            except (ValueError, TypeError, LookupError, RecursionError):
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 logger.warning("weights.history %s: line %d is no record and is passed over", self._path, number)
         if lines and not records:
             raise ConfigError(
@@ -142,8 +183,14 @@ class HistoryFile:
         return records
 
     def _rewrite(self) -> None:
-        """The records that are kept, each line whole."""
-        replace_file(self._path, b"".join(map(self._line, self.records)))
+        """The records that are kept, each line whole, and which of their versions are sound."""
+        self._sound_ids &= {record.version for record in self.records}
+        lines = [*map(self._line, self.records), *map(_sound_line, sorted(self._sound_ids))]
+        replace_file(self._path, b"".join(lines))
+
+
+def _sound_line(version_id: int) -> bytes:
+    return json.dumps({_SOUND: version_id}).encode() + b"\n"
 
 
 def _difference(before: Sequence[Rule], after: Sequence[Rule]) -> tuple[list[int], Sequence[Rule]]:
