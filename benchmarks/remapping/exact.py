@@ -137,8 +137,8 @@ def show_exact(
     for name in ("plain", "prefixes, preemption, guesses"):
         flags: tuple[str, ...] = ("--engine.prefix_cache", "false")
         if kv_bytes:
-            # A part of the streams' room, or one sequence: there are always some that have to give theirs back.
-            small = kv_bytes // min(6, bench.num_streams + 1)
+            # Little more than one sequence may need: there are always some that have to give theirs back.
+            small = kv_bytes // min(12, bench.num_streams)
             flags = ("--engine.kv_cache_bytes", str(small), "--speculation.kind", "ngram")
             flags += ("--speculation.adaptive", "false")
         with bench.serving(MOST_TOKENS, *flags) as server:
