@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from amalgam.base.machine import detect_machine
+from amalgam.base.machine import detect_machine, resident_memory
 from tests.base.test_processors import V2, machine, tree
 
 GIB = 2**30
@@ -61,3 +61,12 @@ def test_a_machine_that_tells_nothing_is_there_all_the_same(tmp_path: Path) -> N
     found = detect_machine(tmp_path, (0,))
     assert found.cores == found.threads == 1 and found.instruction_sets == ()
     assert 0 < found.available_bytes <= found.memory_bytes
+
+
+def test_resident_memory_by_kind(tmp_path: Path) -> None:
+    status = tmp_path / "proc/self/status"
+    status.parent.mkdir(parents=True)
+    status.write_text("Name:\tamalgam\nVmRSS:\t 70 kB\nRssAnon:\t 40 kB\nRssFile:\t 20 kB\nRssShmem:\t 10 kB\n")
+    assert resident_memory(tmp_path) == {"anonymous": 40 * 1024, "mapped": 30 * 1024}
+    status.write_text("Name:\tamalgam\nVmRSS:\t 70 kB\n")
+    assert resident_memory(tmp_path) == {}

@@ -75,6 +75,17 @@ def detect_machine(root: Path = _ROOT, affinity: Iterable[int] | None = None) ->
     )
 
 
+def resident_memory(root: Path = _ROOT) -> dict[str, int]:
+    """Bytes of this process that are in memory, by kind: `anonymous` stays there until it is freed or swapped, `mapped`
+    are pages of files and of shared memory. Empty where the system does not tell.
+    """
+    fields = _fields(_read(root / "proc/self/status"))
+    kinds = {"anonymous": ("RssAnon",), "mapped": ("RssFile", "RssShmem")}
+    if any(key not in fields for keys in kinds.values() for key in keys):
+        return {}
+    return {kind: sum(int(fields[key].split()[0]) * 1024 for key in keys) for kind, keys in kinds.items()}
+
+
 def _installed(root: Path) -> tuple[int, int]:
     """All memory, and what programs can still take: free, and pages of files that the system can drop."""
     found: dict[str, int] = {}

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from amalgam.base.histogram import Histogram
 from amalgam.engine.meter import Reading
 from amalgam.engine.request import EngineStatus
+from amalgam.server.metrics.catalogue import CATALOGUE
 
 Samples = Iterable[tuple[Mapping[str, Any], float]]  # labels, value
 
@@ -38,6 +39,14 @@ class Families:
 
     def counter(self, name: str, help_text: str, samples: Samples | float) -> Metric:
         return self._filled(CounterMetricFamily(self.prefix + name, help_text), f"{name}_total", samples)
+
+    def of(self, name: str, figures: Samples | float | Histogram) -> Metric:
+        """A family of the catalogue."""
+        declared = CATALOGUE[name]
+        if isinstance(figures, Histogram):
+            return self.histogram(name, declared.help_text, figures)
+        make = self.counter if declared.kind == "counter" else self.gauge
+        return make(name, declared.help_text, figures)
 
     def histogram(self, name: str, help_text: str, histogram: Histogram) -> Metric:
         bounds = [*(f"{bound:g}" for bound in histogram.bounds), "+Inf"]
