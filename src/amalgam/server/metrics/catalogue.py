@@ -31,6 +31,12 @@ class Declared:
         """What a query names: of a histogram its buckets."""
         return PREFIX + self.name + {"gauge": "", "counter": "_total", "histogram": "_bucket"}[self.kind]
 
+    @property
+    def series_pattern(self) -> str:
+        """A regular expression of all names that queries may use for it."""
+        suffix = {"gauge": "", "counter": "_total", "histogram": "_(bucket|sum|count)"}[self.kind]
+        return PREFIX + self.name + suffix
+
 
 def _gauge(name: str, help_text: str, *labels: str) -> Declared:
     return Declared(name, "gauge", help_text, labels)
