@@ -1,0 +1,52 @@
+# amalgam on CPUs. `docker build -t amalgam .`; docs/production.md says how to run it.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+# PyTorch without CUDA, which is a tenth of the size. Another index brings another build.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+# The compiler stays in this stage, so that whichever one Debian has is right.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/amalgam
+WORKDIR /src
+# Dependencies first: they change less often than the code.
+COPY requirements.txt ./
+RUN grep '^torch==' requirements.txt > torch.txt \
+ && grep -v '^-e' requirements.txt > packages.txt \
+ && /opt/amalgam/bin/pip install --extra-index-url "${TORCH_INDEX}" -r torch.txt \
+ && /opt/amalgam/bin/pip install -r packages.txt
+COPY CMakeLists.txt LICENSE README.md pyproject.toml ./
+COPY src src
+# Without a compiler the package installs without its kernels, which is not meant here.
+RUN /opt/amalgam/bin/pip install --no-deps . \
+ && /opt/amalgam/bin/python -c 'import amalgam._mapping, amalgam._native'
+
+FROM ${PYTHON_IMAGE}
+LABEL org.opencontainers.image.title="amalgam" \
+      org.opencontainers.image.description="Serves one language model made of checkpoints in several precisions" \
+      org.opencontainers.image.licenses="MIT"
+RUN groupadd --gid 10001 amalgam \
+ && useradd --uid 10001 --gid amalgam --no-create-home --home-dir /cache --shell /usr/sbin/nologin amalgam \
+ && install --directory --owner amalgam --group amalgam /cache \
+ && install --directory /config /models
+COPY --from=build /opt/amalgam /opt/amalgam
+# All that is written goes to /cache: packed and derived weights, downloads, statistics.
+ENV PATH=/opt/amalgam/bin:${PATH} \
+    PYTHONUNBUFFERED=1 \
+    HF_HOME=/cache/hub \
+    AMALGAM_SERVER_HOST=0.0.0.0 \
+    AMALGAM_SERVER_PORT=8080 \
+    AMALGAM_INFERENCE_PACKED_CACHE=/cache/packed
+USER 10001:10001
+WORKDIR /cache
+VOLUME ["/models", "/cache"]
+EXPOSE 8080
+# Alive, which loading is too: /ready says whether requests are taken.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s --retries=3 \
+  CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/health', timeout=4)"]
+ENTRYPOINT ["amalgam"]
+CMD ["serve", "--config", "/config/model_config.yaml"]
