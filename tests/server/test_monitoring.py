@@ -82,11 +82,12 @@ def test_rules_name_metrics_that_are_there(rules: list[dict[str, Any]]) -> None:
 def test_each_alert_says_how_bad_it_is_and_what_to_do(rules: list[dict[str, Any]]) -> None:
     alerts = [rule for rule in rules if "alert" in rule]
     assert len(alerts) > 10
-    tested = RULE_TESTS.read_text()
+    tested, described = RULE_TESTS.read_text(), (ROOT / "docs/production.md").read_text()
     for alert in alerts:
         assert alert["labels"]["severity"] in ("critical", "warning", "info")
         assert set(alert["annotations"]) == {"summary", "description"}
         assert re.search(rf"\b{alert['alert']}\b", tested), alert["alert"]
+        assert f"`{alert['alert']}`" in described
 
 
 def test_metrics_served_are_those_of_the_catalogue() -> None:
