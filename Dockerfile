@@ -13,11 +13,11 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/amalgam
 WORKDIR /src
-# Dependencies first: they change less often than the code.
+# Dependencies first: they change less often than the code. PyTorch is most of it, and has a layer of its own.
 COPY requirements.txt ./
 RUN grep '^torch==' requirements.txt > torch.txt \
- && grep -v '^-e' requirements.txt > packages.txt \
- && /opt/amalgam/bin/pip install --extra-index-url "${TORCH_INDEX}" -r torch.txt \
+ && /opt/amalgam/bin/pip install --extra-index-url "${TORCH_INDEX}" -r torch.txt
+RUN grep -v '^-e' requirements.txt > packages.txt \
  && /opt/amalgam/bin/pip install -r packages.txt
 COPY CMakeLists.txt LICENSE README.md pyproject.toml ./
 COPY src src

@@ -5,7 +5,7 @@
 Needs `prometheus` and `promtool` (Debian: apt install prometheus). Two servers of one model, one of them guessing
 tokens ahead, are sent labelled prompts, requests that are refused, changes of the weights that succeed and one that
 fails, a shadow and a canary. Then Prometheus is asked for its targets, for the health of all rules, and for every query
-of the board: it must take each, and each must have data but those named in `MAY_BE_EMPTY`.
+of the board: it must take each, and each must have data.
 
 `--html` draws the panels' queries as Prometheus answers them, one chart for each panel.
 Prints tables and, as the last line, one JSON object; with `--json` nothing else. Exits with 1 if anything is amiss.
@@ -44,7 +44,6 @@ from amalgam.tools.bench import commit, hardware
 ROOT = Path(__file__).resolve().parents[1]
 SCRAPE_SECONDS = 2
 VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "30s"}
-MAY_BE_EMPTY: tuple[str, ...] = ()
 PROMPTS = ("It was a dark and stormy night, and", "def fibonacci(n):\n", "床前明月光，", "The captain said")
 _COLUMNS = 3
 
@@ -63,6 +62,14 @@ def start_server(config: Path, folder: Path, name: str, *flags: str) -> str:
     url = f"http://127.0.0.1:{port}"
     Child(command, folder / f"{name}.log").wait_until(lambda: call(f"{url}/ready") is not None)
     return url
+
+
+def save_reference(server: str, path: Path) -> None:
+    """Keep what some prompts have activated, which drift is measured from."""
+    for seed, prompt in enumerate(PROMPTS[:2]):
+        call(f"{server}/generate", {"prompt": prompt, "max_new_tokens": 32, "seed": seed})
+    with urllib.request.urlopen(f"{server}/experts/set.npz", timeout=60) as answer:
+        path.write_bytes(answer.read())
 
 
 def start_prometheus(folder: Path, servers: list[str]) -> str:
@@ -204,15 +211,15 @@ def main() -> int:
     exit_on_signals()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="amalgam-monitoring-"))
     folder.mkdir(parents=True, exist_ok=True)
-    servers = [
-        start_server(options.config, folder, "guessing", "--speculation", "ngram"),
-        start_server(options.config, folder, "plain"),
-    ]
+    guessing = start_server(options.config, folder, "guessing", "--speculation", "ngram")
+    save_reference(guessing, reference := folder / "reference.npz")
+    plain = start_server(options.config, folder, "plain", "--statistics.reference", str(reference))
+    servers = [guessing, plain]
     prometheus = start_prometheus(folder, servers)
     traffic = threading.Thread(target=send_traffic, args=[servers, time.monotonic() + options.seconds])
     traffic.start()
     time.sleep(5)
-    change_weights(servers[1])
+    change_weights(plain)
     traffic.join(max(0.0, options.seconds - 3))
     targets = answers(prometheus, "targets")["activeTargets"]
     rules, queries = rule_states(prometheus), query_board(prometheus)
@@ -224,7 +231,7 @@ def main() -> int:
     amiss += [f"{rule['name']}: {rule['error']}" for rule in rules if rule["health"] != "ok"]
     amiss += [f"{row['expression']}: {row['error']}" for row in queries if row["error"]]
     empty = [row for row in queries if not row["series"] and not row["error"]]
-    amiss += [f"no data: {row['expression']}" for row in empty if row["panel"] not in MAY_BE_EMPTY]
+    amiss += [f"no data: {row['expression']}" for row in empty]
     result = {
         "command": " ".join(sys.argv),
         "targets_up": sum(target["health"] == "up" for target in targets),
