@@ -20,6 +20,8 @@ class Lazy:
         return getattr(module, self._name) if self._name else module
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pytest asks all that a test module holds whether it is a mock or a fixture
+            raise AttributeError(name)
         return getattr(self._found(), name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
