@@ -44,17 +44,14 @@ _VECTOR_TOLERANCE = 0.01
 # for. A tool that moved something moved it in more than a few places.
 _MIXED_EXPERTS, _WHOLE_EXPERTS, _OTHERS = 192, 4, 4
 _EXPERTS_OF_LAYER = 2  # that stand for a norm or a router that one of two sources lacks
+# How weights of two sources compare: by slot and bytes, so that no loader of a process asks what another one has asked.
+_known: dict[tuple[Any, ...], Likeness | None] = {}
 _MAX_KNOWN = 2**16
 _EXPERT = re.compile(r"(layers\.\d+\.mlp)\.experts\.\d+(?=\.)")
 
-Known = dict[tuple[Any, ...], Likeness | None]  # what was compared, slot and bytes → how it compares
 
-
-def check_agreement(planned: Sequence[PlannedWeight], known: Known | None = None) -> None:
-    """Compare the sources that a plan mixes; reads what `_Pair` chooses.
-
-    Args:
-        known: what has been compared before, which is not read again; what is compared now is added.
+def check_agreement(planned: Sequence[PlannedWeight]) -> None:
+    """Compare the sources that a plan mixes; reads what `_Pair` chooses and nobody in this process has compared.
 
     Raises:
         PlanError: a basis differs between two sources, and weights that stand in it come from both.
@@ -64,7 +61,7 @@ def check_agreement(planned: Sequence[PlannedWeight], known: Known | None = None
         return
     origins = _Origins(planned)
     for one, other in combinations(sources.values(), 2):
-        _Pair(one, other, origins, {} if known is None else known).check()
+        _Pair(one, other, origins).check()
 
 
 class _Origins:
@@ -123,10 +120,9 @@ class _Gauge:
 class _Pair:
     """Two sources of a plan, and what is known of the gauges between them."""
 
-    def __init__(self, one: Source, other: Source, origins: _Origins, known: Known) -> None:
+    def __init__(self, one: Source, other: Source, origins: _Origins) -> None:
         self._sources = one, other
         self._origins = origins
-        self._known = known
         self._gauges: dict[str, _Gauge] = defaultdict(_Gauge)
 
     def check(self) -> None:
@@ -233,13 +229,13 @@ class _Pair:
         """`_compare`, unless the same bytes of the same files have been compared before."""
         stored = (source.weights[weight.choice.name] for source in self._sources)
         compared = ((source.identity(s), source.config_digest) for source, s in zip(self._sources, stored, strict=True))
-        key = (weight.slot.name, *compared)
+        key = (weight.slot, *compared)
         with suppress(KeyError):  # no question before: plans of other threads are compared at the same time
-            return self._known[key]
+            return _known[key]
         likeness = self._compare(weight)
-        if len(self._known) >= _MAX_KNOWN:
-            self._known.clear()
-        self._known[key] = likeness
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known[key] = likeness
         return likeness
 
     def _compare(self, weight: PlannedWeight) -> Likeness | None:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from amalgam.base.collector import collector_paused
-from amalgam.composition.agreement import Known, check_agreement
+from amalgam.composition.agreement import check_agreement
 from amalgam.composition.check import SourceCheck
 from amalgam.composition.planned import PlannedWeight, codes_bf16
 from amalgam.composition.progress import Progress, Turn
@@ -85,7 +85,6 @@ class ModelLoader:
         self._sources = {BASE_SOURCE: self._with_logical_names(base)}
         self._built: WeakKeyDictionary[WeightVersion, frozenset[str]] = WeakKeyDictionary()  # version → its sources
         self._building = threading.Lock()  # a version is added while another thread plans
-        self._likenesses: Known = {}
         self._source_check = SourceCheck(
             self.family, self.spec, self._slots, self._base_place, inference.max_seq_length
         )
@@ -130,7 +129,7 @@ class ModelLoader:
                 self._source_check.check(source)
             for target, shape in {(w.quantize_to, w.slot.shape) for w in planned if w.quantize_to is not None}:
                 target.grid(shape, torch.float32)  # whether it can at all
-            check_agreement(planned, self._likenesses)
+            check_agreement(planned)
         return planned
 
     def uniform(self, source: str) -> tuple[Rule, ...]:
@@ -261,7 +260,6 @@ class ModelLoader:
                 f"{fresh._base_place} describes another model than the one being served.",
                 remedy="Restart the server to serve it.",
             )
-        fresh._likenesses = self._likenesses
         return fresh
 
     @contextmanager
