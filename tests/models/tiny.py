@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -136,13 +138,42 @@ def model_with(weights: dict[str, Tensor], model_class: Any, config: Any) -> Any
     return model if all(torch.equal(own[name], tensor) for name, tensor in weights.items()) else None  # tied, or not
 
 
+@dataclass(frozen=True)
+class _Saved:
+    files: dict[str, bytes]
+    reference: Reference
+    random_state: Tensor  # behind its making
+
+
+_saved: dict[tuple[str, torch.dtype, str], _Saved] = {}
+_MAX_SAVED = 16
+
+
 def save_tiny(family: Family, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Reference:
-    """Make a tiny model and save it in `folder`."""
-    if family.name == "xverse":
-        return xverse.save(folder, {**BASE_CONFIG, **family.tiny_config, **changes}, dtype)
-    model = tiny_model(family, **changes).to(dtype)
-    model.save_pretrained(folder)
-    return HuggingFace(model)
+    """Make a tiny model and save it in `folder`. The latest ones are copied: to make and save one takes long."""
+    key = family.name, dtype, repr(changes)
+    found = _saved.pop(key, None) or _save(family, dtype, changes)
+    _saved[key] = found
+    if len(_saved) > _MAX_SAVED:
+        del _saved[next(iter(_saved))]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in found.files.items():
+        (folder / name).write_bytes(content)
+    torch.default_generator.set_state(found.random_state)
+    return deepcopy(found.reference)
+
+
+def _save(family: Family, dtype: torch.dtype, changes: dict[str, Any]) -> _Saved:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if family.name == "xverse":
+            reference = xverse.save(folder, {**BASE_CONFIG, **family.tiny_config, **changes}, dtype)
+        else:
+            model = tiny_model(family, **changes).to(dtype)
+            model.save_pretrained(folder)
+            reference = HuggingFace(model)
+        files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    return _Saved(files, reference, torch.default_generator.get_state())
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
