@@ -56,7 +56,7 @@ def settings_of(small: Path, speculation: dict[str, Any] | None = None, **engine
     return build_settings(
         {
             "model": {"base_path": str(small / "base"), "mixed_precision": mixed},
-            "inference": {"max_seq_length": 128, "max_batch_size": 32},
+            "inference": {"max_seq_length": 128, "max_batch_size": 16},
             "engine": engine,
             "speculation": speculation or {},
         }
@@ -71,7 +71,7 @@ def kinds(shorter: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def run(deployment: Deployment, count: int = 32) -> list[Generation]:
+def run(deployment: Deployment, count: int = 16) -> list[Generation]:
     prompts = [deployment.tokenizer.encode(TEXTS[index % 4] + " and" * (index // 4)) for index in range(count)]
     params = [
         SamplingParams(
@@ -110,7 +110,7 @@ def check_estimate(settings: Settings, deployment: Deployment) -> None:
 def test_answers_and_statistics_are_the_same(
     small: Path, shorter: Path, expected: list[list[Generation]], kind: str, is_adaptive: bool
 ) -> None:
-    """32 together, in so few blocks that they preempt each other, with shared beginnings and a re-map between."""
+    """16 together, in so few blocks that they preempt each other, with shared beginnings and a re-map between."""
     speculation = kinds(shorter)[kind] | {"adaptive": is_adaptive}
     deployment = open_deployment(
         settings_of(small, speculation, block_size=4, kv_cache_bytes=160 * TOKEN_BYTES, max_step_tokens=96)

@@ -15,7 +15,7 @@ from amalgam.runtime.opening import open_deployment
 from tests.server.conftest import serving, wait_until
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
-NUM_EXAMPLES = 4  # per operation and mode
+NUM_EXAMPLES = 2  # per operation and mode: most of the time goes into making them up
 ENDLESS = {"/dashboard/api/events", "/dashboard/events"}  # streams that end with their client
 
 
