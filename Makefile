@@ -24,8 +24,9 @@ setup: $(INSTALLED) ## install into .venv and build the native kernels
 serve: $(INSTALLED) ## serve the demo model (CONFIG=FILE for another one, ARGS="--port 9000" for flags)
 	$(BIN)/python main.py --config $(CONFIG) $(ARGS)
 
+# With bytecode kept: to rewrite the assertions of all files takes longer than to collect them.
 test: $(INSTALLED_DEV) ## run the tests in up to four processes (ARGS="-k name" for some, "-n 0 --pdb" to look into one)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED_DEV) ## formatting, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
+import importlib
 import logging
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +65,17 @@ def pytest_configure() -> None:
     gc.disable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Each of the processes that share all tests imports another part of them first: what one compiles all find."""
+    worker, count = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
+    if worker and session.config.args == session.config.getini("testpaths"):
+        files = sorted((ROOT / "tests").rglob("test_*.py"))
+        for file in files[int(worker.removeprefix("gw")) :: int(count)]:
+            with contextlib.suppress(Exception, pytest.skip.Exception):  # pytest will tell
+                importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {f"tests/{name}": rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
@@ -91,13 +106,29 @@ def use_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that is made by one of the processes that share the tests, and only read by all."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with folder.with_suffix(".made").open("a+") as note:
+        fcntl.flock(note, fcntl.LOCK_EX)
+        if not os.fstat(note.fileno()).st_size:
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            make(folder)
+            note.write("made")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def derived(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the demo model's fp8 and int4 checkpoints."""
-    folder = tmp_path_factory.mktemp("derived")
-    quantize_checkpoint(str(DEMO), folder / "fp8", "fp8", QuantizeOptions(scale="block"))
-    quantize_checkpoint(str(DEMO), folder / "int4", "int4", QuantizeOptions())
-    return folder
+
+    def make(folder: Path) -> None:
+        quantize_checkpoint(str(DEMO), folder / "fp8", "fp8", QuantizeOptions(scale="block"))
+        quantize_checkpoint(str(DEMO), folder / "int4", "int4", QuantizeOptions())
+
+    return made_once(tmp_path_factory, "derived", make)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from amalgam.evaluation.texts import Document, Sample, sample_of
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.planning.problem import Problem, problem_of
 from amalgam.text.tokenizer import Tokenizer
-from tests.conftest import DEMO
+from tests.conftest import DEMO, made_once
 
 SOURCES = {"int3": QuantizeOptions(128), "int4": QuantizeOptions(32), "int8": QuantizeOptions(128)}
 LINES = (
@@ -31,7 +31,10 @@ LINES = (
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base` and a checkpoint in each precision."""
-    folder = tmp_path_factory.mktemp("small")
+    return made_once(tmp_path_factory, "small", make_small)
+
+
+def make_small(folder: Path) -> None:
     base = folder / "base"
     base.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -43,7 +46,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(kept, base / "model.safetensors")
     for name, options in SOURCES.items():
         quantize_checkpoint(str(base), folder / name, name, options)
-    return folder
 
 
 @pytest.fixture(scope="session")
