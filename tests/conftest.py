@@ -28,8 +28,8 @@ DEMO = ROOT / "models" / "demo"
 # Longest first: whoever got one of them last would work alone at the end.
 LONG = (
     "server/test_dashboard_page.py", "server/test_page.py", "models/test_config_fields.py", "test_readme.py",
-    "cli/test_plan_budget.py", "composition/test_packed_cache.py", "runtime/test_autoplan.py", "kernels/test_panels.py",
-    "models/test_parity.py", "runtime/test_deployment.py", "test_planning_docs.py", "composition/test_calibrated.py",
+    "cli/test_plan_budget.py", "runtime/test_autoplan.py", "kernels/test_panels.py", "models/test_parity.py",
+    "models/test_program.py", "runtime/test_deployment.py", "test_planning_docs.py", "composition/test_calibrated.py",
     "server/test_lifecycle.py", "server/test_faults.py", "kernels/test_new_isa.py", "server/test_description.py",
     "tools/test_estimate.py", "test_llm.py", "cli/test_quantize.py",
 )  # fmt: skip
