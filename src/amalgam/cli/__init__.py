@@ -30,6 +30,7 @@ VERBS = (
     "fit",
     "config",
     "quantize",
+    "export",
     "evaluate",
     "analyze",
     "estimate",

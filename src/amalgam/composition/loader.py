@@ -90,6 +90,11 @@ class ModelLoader:
         )
 
     @property
+    def base(self) -> Source:
+        """The base checkpoint."""
+        return self._sources[BASE_SOURCE]
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._slots)
 

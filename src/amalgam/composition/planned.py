@@ -114,7 +114,21 @@ class PlannedWeight:
                 remedy="Change fewer weights at a time, choose a lower precision, or set inference.packed_cache.",
             ) from error
 
+    def unprepared(self) -> PackedWeight:
+        """It for no backend, in a runtime layout on the CPU: what is to be written instead of computed with.
+
+        Raises:
+            CheckpointError: see `load`.
+        """
+        return self.source.load(self.stored, self._arranged)
+
     def _finish(self, packed: PackedWeight, backend: Backend) -> PackedWeight:
+        packed = self._arranged(packed)
+        if self.activation is None:
+            return packed.to(backend.device)
+        return backend.prepare(packed, self.activation, codes=self.coded_bytes is not None)
+
+    def _arranged(self, packed: PackedWeight) -> PackedWeight:
         packed = oriented(packed, self.stored, self.slot)
         if len(self.slot.shape) == 1 and not bool(packed.dense.isfinite().all()):
             raise CheckpointError(
@@ -126,9 +140,7 @@ class PlannedWeight:
             packed = self.quantize_to.pack(quantize(packed.dequantize(), self.quantize_to, round_to_nearest))
         if self.is_expanded:
             packed = dense(packed.dequantize())
-        if self.activation is None:
-            return packed.to(backend.device)
-        return backend.prepare(packed, self.activation, codes=self.coded_bytes is not None)
+        return packed
 
     @property
     def origin(self) -> Origin:

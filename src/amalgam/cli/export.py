@@ -1,0 +1,118 @@
+"""`amalgam export`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from amalgam.cli.options import refuse_unused, with_settings
+from amalgam.config.settings import Settings
+from amalgam.errors import ConfigError
+
+if TYPE_CHECKING:
+    from amalgam.tools.export.contract import ExportReport
+
+_SHARES = ("widest", "narrowest")
+
+
+@with_settings
+def command(
+    settings: Settings,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder to write; must not exist. An interrupted export goes on when repeated.")
+    ],
+    target: Annotated[str, typer.Option("--to", help="What to write: hf, vllm or modelopt.")],
+    share: Annotated[
+        str,
+        typer.Option(
+            help="Where the engine wants one format for several weights, such as all experts of a layer: the widest "
+            "of theirs, or the narrowest."
+        ),
+    ] = "widest",
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse what would change the value of any weight.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="[NAME=]FILE",
+            help="Measure the KL divergence from the base checkpoint on this text, before and after. Repeatable.",
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="--text: tokens that are computed as one prompt.")] = 256,
+    tokens: Annotated[int | None, typer.Option(min=2, help="--text: most tokens.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write a plan, or a model, as one checkpoint folder that other engines open."""
+    from amalgam.cli.console import print_json, progress_bar
+    from amalgam.tools.evaluate import TextOptions
+    from amalgam.tools.export.contract import ExportOptions
+    from amalgam.tools.export.exporting import export_model
+
+    if share not in _SHARES:
+        raise ConfigError(f"--share is {share!r}.", remedy=f"Allowed: {', '.join(_SHARES)}.")
+    if not text:
+        refuse_unused({"--window": window != 256, "--tokens": tokens is not None}, "--text", "Name a file of text.")
+    if dry_run:
+        refuse_unused({"--text": text}, "writing anything", "Leave --dry-run out to measure.")
+    options = ExportOptions(share=share)  # type: ignore[arg-type]
+    with progress_bar() as progress:
+        report = export_model(
+            settings,
+            target,
+            folder.expanduser(),
+            options,
+            is_strict=strict,
+            is_dry=dry_run,
+            texts=TextOptions(text, window, tokens) if text else None,
+            progress=progress,
+        )
+    if as_json:
+        print_json(_as_json(report))
+    else:
+        _show(report)
+
+
+def _as_json(report: ExportReport) -> dict[str, Any]:
+    return asdict(report) | {"folder": str(report.folder)}
+
+
+def _show(report: ExportReport) -> None:
+    from amalgam.cli.console import human_bytes, interval, print_table, say
+
+    groups: dict[tuple[str, str, str, bool], list[Any]] = {}
+    for change in report.changes:
+        groups.setdefault((change.before, change.after, change.reason, change.is_exact), []).append(change)
+    if groups:
+        rows = [
+            (
+                f"{before} → {after}",
+                str(len(changes)),
+                human_bytes(sum(change.bytes_before for change in changes)),
+                human_bytes(sum(change.bytes_after for change in changes)),
+                "same" if is_exact else "rounded anew",
+                reason,
+            )
+            for (before, after, reason, is_exact), changes in groups.items()
+        ]
+        print_table(("stored otherwise", "weights", "before", "after", "values", "because"), rows)
+    verb = "Wrote" if report.is_written else "Would write"
+    say(
+        f"{verb} {report.folder} ({report.target}): {human_bytes(report.nbytes)}; the plan's weights are "
+        f"{human_bytes(report.plan_bytes)}."
+    )
+    if report.divergence:
+        rows = [(when, interval(q.divergence, "{:.5f}"), interval(q.agreement, "{:.2%}")) for when, q in _both(report)]
+        print_table(("against base", "KL divergence", "top-1"), rows)
+    if report.left_out:
+        say(f"Not carried over: {', '.join(report.left_out)}")
+    for note in report.notes:
+        say(note)
+
+
+def _both(report: ExportReport) -> list[tuple[str, Any]]:
+    names = {"before": "the plan", "after": "what was written"}
+    return [(names[when], quality) for when, quality in report.divergence.items()]
