@@ -15,7 +15,7 @@ from amalgam.errors import ConfigError
 if TYPE_CHECKING:
     from amalgam.tools.export.contract import ExportReport
 
-_SHARES = ("widest", "narrowest")
+_SHARES = ("widest", "narrowest", "none")
 
 
 @with_settings

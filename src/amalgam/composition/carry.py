@@ -8,18 +8,21 @@ Must never know: what was done to the weights.
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from amalgam.base.folders import member, member_folder
 from amalgam.checkpoint.store import TensorStore
+from amalgam.composition.check import HEAD, check_leftovers
 from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.errors import AmalgamError
 from amalgam.formats.fused import whole_of
 from amalgam.formats.gguf.names import is_rope_table
+from amalgam.models.spec import Family, ModelSpec
 from amalgam.text.gguf.metadata import MODEL_KEY, build_tokenizer
 
 # Tokenizers, templates, defaults; and a licence goes along with what it covers.
@@ -30,6 +33,39 @@ _COPIED = (
 _COPIED_FOLDERS = {"additional_chat_templates": "*.jinja"}
 _REPLACED = (CONFIG_NAME, "*.index.json")
 _TEMPLATE_KEY = "tokenizer.chat_template"
+_DRAFTS_KEY = "num_nextn_predict_layers"
+LAYER = re.compile(r"(.*?\b(?:layers|blk)\.(\d{1,6}))\.")
+
+
+def weights_besides(source: Source, family: Family, spec: ModelSpec, names: Collection[str]) -> list[str]:
+    """Weights that the checkpoint holds beside the model's, to be copied; draft layers as a whole or not at all.
+
+    Args:
+        names: of the model's weights.
+
+    Raises:
+        CheckpointError: some are neither the model's nor the family's to be left over.
+    """
+    tied = {HEAD} if spec.has_tied_head else set()
+    check_leftovers(source, family, spec, {*names, *tied})
+    others = [name for name in source.weights if name not in names]
+    wide = [name for name in others if source.weights[name].is_wide]
+    if len(wide) < len(others):  # some are quantized: in what way, the new configuration cannot say
+        drafts = set(drafts_among(wide, spec))
+        wide = [name for name in wide if name not in drafts]
+    return wide
+
+
+def drafts_among(names: Iterable[str], spec: ModelSpec) -> list[str]:
+    """Weights of layers behind the decoder's last one."""
+    layers = ((name, LAYER.match(name)) for name in names)
+    return [name for name, layer in layers if layer is not None and int(layer[2]) >= spec.num_layers]
+
+
+def without_drafts(config: Mapping[str, Any], left_out: Iterable[str], spec: ModelSpec) -> dict[str, Any]:
+    """What config.json has to say instead if its draft layers are left out."""
+    is_said = config.get(_DRAFTS_KEY) and drafts_among(left_out, spec)
+    return {_DRAFTS_KEY: 0} if is_said else {}
 
 
 def left_out_tensors(source: Source, written: Iterable[str]) -> list[str]:

@@ -27,8 +27,15 @@ from amalgam.base.files import resumable_folder, writing
 from amalgam.base.locks import FileLock
 from amalgam.calibration.stream import Stream
 from amalgam.checkpoint.writer import shard_name
-from amalgam.composition.carry import carry_files, left_out_tensors, write_json
-from amalgam.composition.check import HEAD, check_leftovers
+from amalgam.composition.carry import (
+    LAYER,
+    carry_files,
+    drafts_among,
+    left_out_tensors,
+    weights_besides,
+    without_drafts,
+    write_json,
+)
 from amalgam.composition.planned import oriented
 from amalgam.composition.progress import Progress
 from amalgam.composition.quantizing.recipe import Recipe, input_arguments
@@ -43,13 +50,11 @@ from amalgam.formats.registry import writable_format
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
 from amalgam.models.registry import fused_tensors, read_spec
-from amalgam.models.spec import Family, ModelSpec, Slot
+from amalgam.models.spec import ModelSpec, Slot
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.version import __version__
 
 SHARD_BYTES = 2 * 2**30
-_DRAFTS_KEY = "num_nextn_predict_layers"
-_LAYER = re.compile(r"(.*?\b(?:layers|blk)\.(\d{1,6}))\.")
 
 
 def quantize_checkpoint(
@@ -110,42 +115,23 @@ def make_checkpoint(
             remedy="Give the bf16, fp16 or fp32 checkpoint.",
         )
     report = QuantizeReport(out_folder, recipe.format_name, recipe.method)
-    others = _besides(source, family, spec, slots)
+    others = weights_besides(source, family, spec, slots)
     report.carried = others if carries_others else []
     report.left_out_tensors = left_out_tensors(source, {*slots, *report.carried})
-    if source.config.get(_DRAFTS_KEY) and _drafts(report.left_out_tensors, spec):
-        report.config_changes[_DRAFTS_KEY] = 0
+    report.config_changes |= without_drafts(source.config, report.left_out_tensors, spec)
     work = _Work(source, spec, slots, recipe, weight_format, report, progress)
     with resumable_folder(out_folder, has_shards, lock) as folder, writing(out_folder):
         work.write(folder, shard_bytes)
         config = {
             **source.config,
             **report.config_changes,
-            "quantization_config": work.quantization_config(_drafts(report.carried, spec)),
+            "quantization_config": work.quantization_config(drafts_among(report.carried, spec)),
         }
         if source.store.metadata and "dtype" not in config:
             config["dtype"] = _main_dtype(source, slots)
         write_json(folder / CONFIG_NAME, config)
         report.left_out_files = carry_files(source.store, folder)
     return report
-
-
-def _besides(source: Source, family: Family, spec: ModelSpec, slots: dict[str, Slot]) -> list[str]:
-    """Weights that the checkpoint holds beside the model's, to be copied; draft layers as a whole or not at all."""
-    tied = {HEAD} if spec.has_tied_head else set()
-    check_leftovers(source, family, spec, {*slots, *tied})
-    others = [name for name in source.weights if name not in slots]
-    wide = [name for name in others if source.weights[name].is_wide]
-    if len(wide) < len(others):  # some are quantized: in what way, the new configuration cannot say
-        drafts = set(_drafts(wide, spec))
-        wide = [name for name in wide if name not in drafts]
-    return wide
-
-
-def _drafts(names: list[str], spec: ModelSpec) -> list[str]:
-    """Weights of layers behind the decoder's last one."""
-    layers = ((name, _LAYER.match(name)) for name in names)
-    return [name for name, layer in layers if layer is not None and int(layer[2]) >= spec.num_layers]
 
 
 def _main_dtype(source: Source, slots: dict[str, Slot]) -> str:
@@ -372,7 +358,7 @@ class _Work:
             "ignore": [
                 "lm_head",
                 *(module for module in ignore if module != "lm_head"),
-                *sorted({f"re:{re.escape(layer[1])}\\..*" for name in drafts if (layer := _LAYER.match(name))}),
+                *sorted({f"re:{re.escape(layer[1])}\\..*" for name in drafts if (layer := LAYER.match(name))}),
             ],
             "kv_cache_scheme": None,
         }

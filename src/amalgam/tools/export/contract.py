@@ -20,7 +20,7 @@ from amalgam.composition.source import Source
 from amalgam.config.settings import Settings
 from amalgam.models.spec import Family, ModelSpec
 
-Share = Literal["widest", "narrowest"]
+Share = Literal["widest", "narrowest", "none"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,270 @@
+"""Decided weights → a checkpoint folder: safetensors, config.json, and what the base checkpoint has beside them.
+
+In: decisions, a `Dialect`, which encodes weights and declares them. Out: the folder, file by file, so that an
+interrupted run goes on behind those that are complete. Must never know: which engine is to read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from amalgam.composition.carry import carry_files, left_out_tensors, weights_besides, without_drafts, write_json
+from amalgam.composition.progress import Progress
+from amalgam.composition.quantizing.shards import Shards, has_shards
+from amalgam.composition.source import CONFIG_NAME
+from amalgam.config.settings import Rule, build_rules
+from amalgam.errors import UnsupportedError
+from amalgam.formats.contract import ACTIVATION_SUFFIXES, StoredWeight, owned
+from amalgam.formats.fused import TensorSlice, whole_of
+from amalgam.kernels.packed import PackedWeight
+from amalgam.tools.export.choosing import Decision, changes_of
+from amalgam.tools.export.contract import Job, PlannedModel, Written
+from amalgam.tools.export.encoding import converted
+from amalgam.tools.export.forms import Form, form_of
+from amalgam.version import __version__
+
+SHARD_BYTES = 2 * 2**30
+# Other tools' declarations, which would contradict the new one.
+_SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a folder stores and declares quantized weights.
+
+    Attributes:
+        name: for messages.
+        encode: logical name, weight, form → its tensors by suffix.
+        is_native: whether a stored weight has these very tensors already.
+        declare: decisions and the module that each weight is published as → keys of config.json, and further files.
+    """
+
+    name: str
+    encode: Callable[[str, PackedWeight, Form], Tensors]
+    is_native: Callable[[Form, StoredWeight], bool]
+    declare: Callable[[Sequence[Decision], Mapping[str, str]], tuple[dict[str, Any], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tensors that are made together."""
+
+    names: tuple[str, ...]
+    nbytes: int
+    make: Callable[[], Tensors]
+
+
+class CheckpointJob(Job):
+    """Writes decided weights.
+
+    Raises:
+        UnsupportedError: the family keeps weights in tensors that hold no quantized ones.
+        PlanError: sources that weights were moved to do not fit their neighbours.
+    """
+
+    def __init__(
+        self,
+        model: PlannedModel,
+        decisions: Sequence[Decision],
+        dialect: Dialect,
+        notes: Sequence[str] = (),
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self._model = model
+        self._decisions = decisions
+        self._dialect = dialect
+        self._shard_bytes = shard_bytes
+        self._check_moved()
+        self._besides = weights_besides(model.base, model.family, model.spec, set(model.by_name))
+        self._pieces = list(self._all_pieces())
+        self.changes = changes_of(model, decisions)
+        self.nbytes = sum(piece.nbytes for piece in self._pieces)
+        self.notes = notes
+
+    def has_begun(self, folder: Path) -> bool:
+        return has_shards(folder)
+
+    def write(self, folder: Path, progress: Progress | None) -> Written:
+        parts = self._parts()
+        shards = Shards(folder, len(parts), self._settings())
+        done = sum(piece.nbytes for part in parts[: shards.num_complete] for piece in part)
+        for part in parts[shards.num_complete :]:
+            tensors: Tensors = {}
+            for piece in part:
+                tensors |= piece.make()
+                done += piece.nbytes
+                if progress is not None:
+                    progress("Exporting", done, self.nbytes)
+            shards.add(tensors, {})
+        shards.finish()
+        left_out = left_out_tensors(self._model.base, {*self._model.by_name, *self._besides})
+        return Written([*left_out, *self._write_config(folder, left_out)])
+
+    def _write_config(self, folder: Path, left_out: Sequence[str]) -> list[str]:
+        """
+        Returns:
+            Files that are left out.
+        """
+        base = self._model.base
+        config = {key: value for key, value in base.config.items() if key != "quantization_config"}
+        if isinstance(text := config.get("text_config"), dict):
+            config["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+        modules = {decision.name: self._module(decision.name) for decision in self._decisions}
+        declared, files = self._dialect.declare(self._decisions, modules)
+        config |= without_drafts(config, left_out, self._model.spec) | declared
+        if "dtype" not in config and "torch_dtype" not in config:
+            floats = [decision for decision in self._decisions if decision.form.is_float]
+            widest = max(floats, key=lambda decision: decision.nbytes)
+            config["dtype"] = str(widest.form.dtype).removeprefix("torch.")
+        write_json(folder / CONFIG_NAME, config)
+        left_out_files = carry_files(base.store, folder)
+        for name in _SIDE_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name, content in files.items():
+            write_json(folder / name, content)
+        return left_out_files
+
+    def _settings(self) -> dict[str, Any]:
+        """What the files' bytes depend on."""
+        identities = [
+            (decision.weight.source.identity(decision.weight.stored), str(decision.form), decision.is_same)
+            for decision in self._decisions
+        ]
+        return {
+            "target": self._dialect.name,
+            "weights": hashlib.sha256(repr(identities).encode()).hexdigest()[:16],
+            "shard_bytes": self._shard_bytes,
+            "version": __version__,
+        }
+
+    def _parts(self) -> list[list[_Piece]]:
+        """Pieces by the file that they go to."""
+        parts: list[list[_Piece]] = []
+        room = 0
+        for piece in self._pieces:
+            if not parts or room < piece.nbytes:
+                parts.append([])
+                room = self._shard_bytes
+            parts[-1].append(piece)
+            room -= piece.nbytes
+        return parts
+
+    def _all_pieces(self) -> Iterator[_Piece]:
+        """Weights in order; those that the base checkpoint keeps in one tensor together, where they stay so."""
+        whole = self._whole_tensors()
+        done: set[str] = set()
+        for decision in self._decisions:
+            if decision.name in done:
+                continue
+            if decision.name in whole:
+                piece = whole[decision.name]
+                done.update(piece.names)
+                yield piece
+                continue
+            self._check_known(decision)
+            yield _Piece((decision.name,), decision.nbytes, lambda decision=decision: self._tensors(decision))  # type: ignore[misc]
+        for name in self._besides:
+            stored = self._model.base.weights[name]
+            yield _Piece((name,), stored.nbytes, lambda name=name, stored=stored: self._beside(name, stored))  # type: ignore[misc]
+
+    def _whole_tensors(self) -> dict[str, _Piece]:
+        """Logical name → the tensor of the base checkpoint that it stays a part of, all others of which do, too."""
+        base = self._model.base
+        by_tensor: dict[str, list[str]] = {}
+        kept: set[str] = set()
+        for decision in self._decisions:
+            stored = base.weights.get(decision.name)
+            if stored is None or not all(isinstance(part, TensorSlice) for part in stored.parts.values()):
+                continue
+            for part in stored.parts.values():
+                by_tensor.setdefault(whole_of(part).name, []).append(decision.name)
+            if decision.form.is_float and decision.weight.stored is stored:
+                kept.add(decision.name)
+        pieces: dict[str, _Piece] = {}
+        for tensor, names in by_tensor.items():
+            if not kept.issuperset(names):
+                continue
+            part = next(iter(base.weights[names[0]].parts.values()))
+            entry = whole_of(part)
+
+            def make(tensor: str = tensor, entry: Any = entry) -> Tensors:
+                copy = owned(base.read(entry))
+                base.release(entry)
+                return {tensor: copy}
+
+            pieces |= dict.fromkeys(names, _Piece(tuple(names), entry.nbytes, make))
+        return pieces
+
+    def _check_known(self, decision: Decision) -> None:
+        """Raise UnsupportedError if a weight has no published name of its own in its family."""
+        stored = self._model.base.weights.get(decision.name)
+        if stored is None:
+            return
+        if any(isinstance(part, TensorSlice) and part.is_transposed for part in stored.parts.values()):
+            raise UnsupportedError(
+                f"Family {self._model.family.name!r} keeps weight {decision.name!r} with others in one tensor, which "
+                f"an export to {self._dialect.name} cannot divide.",
+                remedy="Take all of these weights from the base checkpoint.",
+            )
+
+    def _check_moved(self) -> None:
+        """Check a plan whose weights come from where the decisions take them: neighbours have to agree."""
+        moved = {
+            decision.name: decision.weight.choice.source
+            for decision in self._decisions
+            if decision.weight is not self._model.by_name[decision.name]
+        }
+        if moved:
+            rules: tuple[Rule, ...] = self._model.settings.model.mixed_precision.all_rules
+            self._model.loader.plan((*rules, *build_rules(moved)))
+
+    def _module(self, name: str) -> str:
+        """What a weight's tensors are called, without suffix: as the base checkpoint calls it, if that has it alone."""
+        stored = self._model.base.weights.get(name)
+        if stored is not None and not self._model.base.store.metadata:
+            role, part = next(iter(stored.parts.items()))
+            if not isinstance(part, TensorSlice) and part.name.endswith(f".{role}"):
+                return part.name.removesuffix(f".{role}")
+        return name.removesuffix(".weight")
+
+    def _tensors(self, decision: Decision) -> Tensors:
+        weight, form = decision.weight, decision.form
+        module = self._module(decision.name)
+        if form.is_float and not self._is_module(decision.name):
+            tensors = {decision.name: converted(decision.name, weight.unprepared(), form, decision.is_same).dense}
+            return {
+                name: tensor.t().contiguous() if weight.slot.is_transposed else tensor
+                for name, tensor in tensors.items()
+            }
+        if self._is_carried(decision):
+            source = weight.source
+            tensors = {
+                role: owned(source.read(part))
+                for role, part in weight.stored.parts.items()
+                if role not in ACTIVATION_SUFFIXES
+            }
+            source.release(*weight.stored.parts.values())
+        else:
+            packed = converted(decision.name, weight.unprepared(), form, decision.is_same)
+            tensors = self._dialect.encode(decision.name, packed, form)
+            if form.is_float and weight.slot.is_transposed:
+                tensors = {role: tensor.t().contiguous() for role, tensor in tensors.items()}
+        return {f"{module}.{role}": tensor for role, tensor in tensors.items()}
+
+    def _is_carried(self, decision: Decision) -> bool:
+        weight = decision.weight
+        is_plain = weight.quantize_to is None and weight.stored.arrange is None and not decision.form.is_float
+        return is_plain and decision.form == form_of(weight) and self._dialect.is_native(decision.form, weight.stored)
+
+    def _is_module(self, name: str) -> bool:
+        return name.endswith(".weight")
+
+    def _beside(self, name: str, stored: StoredWeight) -> Tensors:
+        return {name: self._model.base.load(stored).dense}

@@ -1,0 +1,126 @@
+"""compressed-tensors' folders: what `hf` and `vllm` have in common."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from amalgam.models.spec import Slot
+from amalgam.tools.export.checkpoint import Dialect
+from amalgam.tools.export.choosing import Decision
+from amalgam.tools.export.encoding import compressed_tensors
+from amalgam.tools.export.forms import Form, is_published, scheme_of
+
+# The `QuantizationArgs` of the activations beside a weight; None: they stay as they are.
+Activations = Callable[[Slot, Form], dict[str, Any] | None]
+# Further names under which an engine looks for a module.
+Aliases = Callable[[str], Sequence[str]]
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def dialect(name: str, activations: Activations, aliases: Aliases = lambda module: ()) -> Dialect:
+    def declare(decisions: Sequence[Decision], modules: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return quantization_config(decisions, modules, activations, aliases), {}
+
+    return Dialect(name, compressed_tensors, is_published, declare)
+
+
+def quantization_config(
+    decisions: Sequence[Decision], modules: Mapping[str, str], activations: Activations, aliases: Aliases
+) -> dict[str, Any]:
+    """The key of config.json with a group for each way in which weights are quantized; nothing if none is.
+
+    Groups with experts come first: transformers takes the first whose targets name experts for the experts'.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    with_experts: set[str] = set()
+    left: list[str] = ["lm_head"]
+    for decision in decisions:
+        slot = decision.weight.slot
+        module = modules[decision.name]
+        if decision.form.is_float:
+            if slot.is_linear or slot.decides:
+                left += [module, *aliases(module)]
+            continue
+        scheme = scheme_of(decision.form)
+        inputs = activations(slot, decision.form)
+        key = json.dumps([scheme.layout, dict(scheme.arguments), inputs], sort_keys=True)
+        groups[key] += [module, *aliases(module)]
+        if slot.role == "expert":
+            with_experts.add(key)
+    if not groups:
+        return {}
+    known = {*left, *(module for found in groups.values() for module in found)}
+    described: list[dict[str, Any]] = []
+    for key in sorted(groups, key=lambda key: key not in with_experts):
+        layout, arguments, inputs = json.loads(key)
+        described.append(
+            {
+                "targets": targets_of(groups[key], known),
+                "weights": arguments,
+                "input_activations": inputs,
+                "output_activations": None,
+                "format": layout,
+            }
+        )
+    layouts = {group["format"] for group in described}
+    return {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": {f"group_{index}": group for index, group in enumerate(described)},
+            "ignore": targets_of(dict.fromkeys(left), known),
+            "kv_cache_scheme": None,
+        }
+    }
+
+
+def targets_of(modules: Iterable[str], known: Collection[str]) -> list[str]:
+    """Names and regular expressions that match these of all known modules, few enough for models with many experts."""
+    everywhere = _by_shape(known)
+    targets: list[str] = []
+    for shape, numbers in sorted(_by_shape(modules).items()):
+        if "{}" not in shape:
+            targets.append(shape)
+        else:
+            targets += [f"re:{_regex(shape, columns)}$" for columns in _boxes(numbers, everywhere[shape])]
+    return targets
+
+
+def _by_shape(modules: Iterable[str]) -> dict[str, set[tuple[str, ...]]]:
+    """Names with their numbers taken out → the numbers."""
+    found: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for module in modules:
+        found[_NUMBER.sub("{}", module)].add(tuple(_NUMBER.findall(module)))
+    return found
+
+
+def _boxes(wanted: Collection[tuple[str, ...]], known: Collection[tuple[str, ...]]) -> list[list[str]]:
+    """Tuples of numbers as products of alternatives: a regular expression for each place."""
+    if set(wanted) == set(known):
+        return [[r"\d+"] * len(next(iter(known)))]
+    firsts: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    others: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for numbers in wanted:
+        firsts[numbers[0]].add(numbers[1:])
+    for numbers in known:
+        others[numbers[0]].add(numbers[1:])
+    alike: dict[tuple[tuple[str, ...], ...], list[str]] = defaultdict(list)
+    for first, rests in firsts.items():
+        boxes = _boxes(rests, others[first]) if rests != {()} else [[]]
+        alike[tuple(tuple(box) for box in boxes)].append(first)
+    return [[_any_of(alternatives), *box] for boxes, alternatives in sorted(alike.items()) for box in boxes]
+
+
+def _any_of(numbers: Sequence[str]) -> str:
+    ordered = sorted(numbers, key=int)
+    return ordered[0] if len(ordered) == 1 else f"(?:{'|'.join(ordered)})"
+
+
+def _regex(shape: str, numbers: Sequence[str]) -> str:
+    pieces = shape.split("{}")
+    return "".join(re.escape(piece) + number for piece, number in zip(pieces, [*numbers, ""], strict=True))
