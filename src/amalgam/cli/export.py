@@ -29,9 +29,13 @@ def command(
         str,
         typer.Option(
             help="Where the engine wants one format for several weights, such as all experts of a layer: the widest "
-            "of theirs, or the narrowest."
+            "of theirs, or the narrowest. none: each keeps its own, for engines that can."
         ),
     ] = "widest",
+    activations: Annotated[
+        str | None,
+        typer.Option(help="vllm: declare 8-bit activations for all 8-bit weights (dynamic), as its CPU build needs."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse what would change the value of any weight.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     text: Annotated[
@@ -54,11 +58,13 @@ def command(
 
     if share not in _SHARES:
         raise ConfigError(f"--share is {share!r}.", remedy=f"Allowed: {', '.join(_SHARES)}.")
+    if activations not in (None, "dynamic"):
+        raise ConfigError(f"--activations is {activations!r}.", remedy="Allowed: dynamic.")
     if not text:
         refuse_unused({"--window": window != 256, "--tokens": tokens is not None}, "--text", "Name a file of text.")
     if dry_run:
         refuse_unused({"--text": text}, "writing anything", "Leave --dry-run out to measure.")
-    options = ExportOptions(share=share)  # type: ignore[arg-type]
+    options = ExportOptions(share, activations)  # type: ignore[arg-type]
     with progress_bar() as progress:
         report = export_model(
             settings,
@@ -93,7 +99,7 @@ def _show(report: ExportReport) -> None:
                 str(len(changes)),
                 human_bytes(sum(change.bytes_before for change in changes)),
                 human_bytes(sum(change.bytes_after for change in changes)),
-                "same" if is_exact else "rounded anew",
+                "same" if is_exact else "other",
                 reason,
             )
             for (before, after, reason, is_exact), changes in groups.items()

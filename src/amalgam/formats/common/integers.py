@@ -63,7 +63,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
         eights = padded.unflatten(-1, (-1, 8)).int()
         triple = sum((eights[..., index] << (3 * index) for index in range(1, 8)), start=eights[..., 0])
         stream = torch.stack([(triple >> shift) & 255 for shift in (0, 8, 16)], dim=-1).flatten(-2).to(torch.uint8)
-    return stream[:, : 4 * words].contiguous().view(torch.int32).view(rows, words)
+    # Behind `reshape` the stride is 1 also where one row or column made others look contiguous.
+    return stream[:, : 4 * words].reshape(-1).contiguous().view(torch.int32).view(rows, words)
 
 
 class Groups(NamedTuple):

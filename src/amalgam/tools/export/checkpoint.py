@@ -75,12 +75,10 @@ class CheckpointJob(Job):
         decisions: Sequence[Decision],
         dialect: Dialect,
         notes: Sequence[str] = (),
-        shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self._model = model
         self._decisions = decisions
         self._dialect = dialect
-        self._shard_bytes = shard_bytes
         self._check_moved()
         self._besides = weights_besides(model.base, model.family, model.spec, set(model.by_name))
         self._pieces = list(self._all_pieces())
@@ -140,7 +138,7 @@ class CheckpointJob(Job):
         return {
             "target": self._dialect.name,
             "weights": hashlib.sha256(repr(identities).encode()).hexdigest()[:16],
-            "shard_bytes": self._shard_bytes,
+            "shard_bytes": SHARD_BYTES,
             "version": __version__,
         }
 
@@ -151,7 +149,7 @@ class CheckpointJob(Job):
         for piece in self._pieces:
             if not parts or room < piece.nbytes:
                 parts.append([])
-                room = self._shard_bytes
+                room = SHARD_BYTES
             parts[-1].append(piece)
             room -= piece.nbytes
         return parts

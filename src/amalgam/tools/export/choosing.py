@@ -130,6 +130,11 @@ def wide_dtype(model: PlannedModel) -> torch.dtype:
     return getattr(torch, model.settings.inference.dtype)  # type: ignore[no-any-return]
 
 
+def no_units(model: PlannedModel) -> Iterator[Unit]:
+    """Of an engine that keeps every weight apart."""
+    return iter(())
+
+
 def experts_by_layer(model: PlannedModel) -> Iterator[Unit]:
     """All routed experts of a layer."""
     groups: dict[str, list[str]] = {}
@@ -195,18 +200,21 @@ def _unite(unit: Unit, found: dict[str, Decision], model: PlannedModel, engine: 
 def _moved(
     name: str, planned: PlannedWeight, target: Form, sources: Iterable[str], model: PlannedModel, reason: str
 ) -> Decision:
-    """A weight in a form that others have."""
-    if _has(planned, target):
-        return Decision(name, planned, target, True, reason)
+    """A weight in a form that others have: from a source of theirs, or as it is if the form holds the same values, or
+    rounded to it."""
+    others = []
     for source in sources:
         try:
-            other = model.loader.candidate(name, source)
+            others.append(model.loader.candidate(name, source))
         except PlanError:  # in another shape
-            other = None
+            continue
+    for other in others:
         if other is not None and _has(other, target):
             form = form_of(other) if target.is_float else target
             assert form is not None
-            return Decision(name, other, form, True, f"{reason}: taken from source {source}")
+            return Decision(name, other, form, True, f"{reason}: taken from source {other.choice.source}")
+    if _has(planned, target):
+        return Decision(name, planned, target, True, reason)
     if not target.is_float and writable(target) is None:
         raise ConfigError(
             f"{reason}, which would be {target}, and weight {name!r} cannot be rounded to it.",

@@ -61,10 +61,14 @@ class ExportOptions:
 
     Attributes:
         share: where an engine computes several weights at once and wants one format for them: the format of the
-            widest of them, so that none loses precision, or of the narrowest, so that none takes more room.
+            widest of them, so that none loses precision, or of the narrowest, so that none takes more room. `none`:
+            each keeps its own, for engines that can.
+        activations: `dynamic`: declare 8-bit activations with scales that are found as the engine runs beside all
+            8-bit weights. None: only where the engine has no other way.
     """
 
     share: Share = "widest"
+    activations: Literal["dynamic"] | None = None
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,13 @@ class Form:
             return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.dtype or torch.float32, "fp32")
         if self.kind not in ("int", "fp8"):
             return self.kind
-        name = f"int{self.bits}" if self.kind == "int" else "fp8"
+        name = "fp8" if self.kind == "fp8" else f"int{self.bits}{' in words' * (self.is_packed and self.bits == 8)}"
         shared = {
             "group": f"groups of {self.block[1]}" if self.block else "",
             "block": f"blocks of {self.block[0]}×{self.block[1]}" if self.block else "",
         }.get(self.strategy, f"per {self.strategy}")
-        extras = [", zero points"] * self.has_zero + [", reordered"] * self.is_reordered
-        return f"{name} in {shared}{''.join(extras)}" if self.block else f"{name} {shared}{''.join(extras)}"
+        extras = ", zero points" * self.has_zero + ", reordered" * self.is_reordered
+        return f"{name}, {shared}{extras}"
 
     @property
     def is_float(self) -> bool:

@@ -21,15 +21,29 @@ Aliases = Callable[[str], Sequence[str]]
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def dialect(name: str, activations: Activations, aliases: Aliases = lambda module: ()) -> Dialect:
+def dialect(
+    name: str,
+    activations: Activations,
+    aliases: Aliases = lambda module: (),
+    first: Mapping[str, Any] | None = None,
+) -> Dialect:
+    """
+    Args:
+        first: a group to declare before the others, if there are any.
+    """
+
     def declare(decisions: Sequence[Decision], modules: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        return quantization_config(decisions, modules, activations, aliases), {}
+        return quantization_config(decisions, modules, activations, aliases, first), {}
 
     return Dialect(name, compressed_tensors, is_published, declare)
 
 
 def quantization_config(
-    decisions: Sequence[Decision], modules: Mapping[str, str], activations: Activations, aliases: Aliases
+    decisions: Sequence[Decision],
+    modules: Mapping[str, str],
+    activations: Activations,
+    aliases: Aliases,
+    first: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The key of config.json with a group for each way in which weights are quantized; nothing if none is.
 
@@ -54,7 +68,7 @@ def quantization_config(
     if not groups:
         return {}
     known = {*left, *(module for found in groups.values() for module in found)}
-    described: list[dict[str, Any]] = []
+    described: list[Mapping[str, Any]] = [] if first is None else [first]
     for key in sorted(groups, key=lambda key: key not in with_experts):
         layout, arguments, inputs = json.loads(key)
         described.append(
