@@ -26,6 +26,7 @@ from amalgam.tools.export.encoding import compressed_tensors, converted
 from amalgam.tools.export.exporting import export_model, open_plan
 from amalgam.tools.export.forms import exact_forms, scheme_of, stored_form
 from amalgam.tools.export.targets.compressed import targets_of
+from tests.conftest import ROOT
 from tests.errors import raises
 from tests.formats.layouts import LAYOUTS, Layout
 from tests.models.harness import Runner, load_model
@@ -202,6 +203,19 @@ def test_modelopt_keeps_values(source: str, sources: Path, tmp_path: Path) -> No
     assert "exclude_modules" in json.loads((tmp_path / "out/hf_quant_config.json").read_text())["quantization"]
 
 
+def test_what_an_engine_has_no_form_for_is_taken_from_where_it_is_wide(sources: Path, tmp_path: Path) -> None:
+    base, blocks = sources / "moe/base", tmp_path / "blocks"
+    quantize_checkpoint(str(base), blocks, "fp8", QuantizeOptions(scale="block"))
+    mixed = {"fp8_path": str(blocks), "weight_mapping": {EXPERTS: "fp8"}}
+    settings = Settings.model_validate({"model": {"base_path": str(base), "mixed_precision": mixed}})
+    report = export_model(settings, "hf", tmp_path / "out")
+    assert all(".experts." in change.name and not change.is_exact for change in report.changes)
+    assert set(formats_of(tmp_path / "out").values()) == {"bf16"}
+    written = values_of(Settings.model_validate({"model": {"base_path": str(tmp_path / "out")}}))
+    wide = values_of(Settings.model_validate({"model": {"base_path": str(base)}}))
+    assert report.changes and all(torch.equal(value, written[name]) for name, value in wide.items())
+
+
 def test_what_is_quantized_while_loading_is_written_so(sources: Path, tmp_path: Path) -> None:
     settings = plan_of(sources / "dense", {}, load_in_4bit=True)
     export_model(settings, "hf", tmp_path / "out")
@@ -303,8 +317,19 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
+def test_experts_that_are_published_in_one_tensor_stay_there(family: str, tmp_path: Path) -> None:
+    save_tiny(FAMILIES[family], tmp_path / "base", torch.bfloat16)
+    settings = Settings.model_validate({"model": {"base_path": str(tmp_path / "base")}})
+    export_model(settings, "vllm", tmp_path / "out")
+    names = [set(Source.open("s", str(tmp_path / folder)).store) for folder in ("base", "out")]
+    assert names[0] == names[1]
+    with raises(UnsupportedError, family):
+        export_model(settings.replace(inference={"load_in_4bit": True}), "vllm", tmp_path / "other")
+
+
 def test_an_interrupted_export_goes_on(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 150_000)
     settings = plan_of(sources / "moe", RULES)
 
     def stop(what: str, done: int, total: int) -> None:
@@ -322,6 +347,16 @@ def test_an_interrupted_export_goes_on(sources: Path, tmp_path: Path, monkeypatc
     assert begun[0] > whole.nbytes // 4
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+def test_commands_of_the_page(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = re.findall(r"^    amalgam (export .*)$", (ROOT / "docs/scaling.md").read_text(), re.MULTILINE)
+    assert len(lines) == 3
+    model = f"--model {sources / 'dense/base'} --source int8={sources / 'dense/int8'} --map model.layers.0.mlp.*=int8"
+    for line in lines:
+        words = line.replace("/tmp/", f"{tmp_path}/").replace("--config config/model_config.yaml", model).split()
+        assert main(words) == 0
+        assert words[1] in capsys.readouterr().out
 
 
 def test_the_verb(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

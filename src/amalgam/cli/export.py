@@ -111,14 +111,13 @@ def _show(report: ExportReport) -> None:
         f"{human_bytes(report.plan_bytes)}."
     )
     if report.divergence:
-        rows = [(when, interval(q.divergence, "{:.5f}"), interval(q.agreement, "{:.2%}")) for when, q in _both(report)]
-        print_table(("against base", "KL divergence", "top-1"), rows)
+        names = {"before": "the plan", "after": "what was written"}
+        measured = [
+            (names[when], interval(quality.divergence, "{:.5f}"), interval(quality.agreement, "{:.2%}"))
+            for when, quality in report.divergence.items()
+        ]
+        print_table(("against base", "KL divergence", "top-1"), measured)
     if report.left_out:
         say(f"Not carried over: {', '.join(report.left_out)}")
     for note in report.notes:
         say(note)
-
-
-def _both(report: ExportReport) -> list[tuple[str, Any]]:
-    names = {"before": "the plan", "after": "what was written"}
-    return [(names[when], quality) for when, quality in report.divergence.items()]

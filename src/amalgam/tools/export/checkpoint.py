@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from amalgam.checkpoint.store import TensorEntry
 from amalgam.composition.carry import carry_files, left_out_tensors, weights_besides, without_drafts, write_json
 from amalgam.composition.progress import Progress
 from amalgam.composition.quantizing.shards import Shards, has_shards
@@ -43,13 +45,16 @@ class Dialect:
         name: for messages.
         encode: logical name, weight, form → its tensors by suffix.
         is_native: whether a stored weight has these very tensors already.
-        declare: decisions and the module that each weight is published as → keys of config.json, and further files.
+        declare: decisions, the module that each weight is published as, and modules beside the model's, which are not
+            quantized → keys of config.json, and further files.
+        keeps_stacked: whether experts that the base checkpoint has in one tensor may stay so.
     """
 
     name: str
     encode: Callable[[str, PackedWeight, Form], Tensors]
     is_native: Callable[[Form, StoredWeight], bool]
-    declare: Callable[[Sequence[Decision], Mapping[str, str]], tuple[dict[str, Any], dict[str, Any]]]
+    declare: Callable[[Sequence[Decision], Mapping[str, str], Sequence[str]], tuple[dict[str, Any], dict[str, Any]]]
+    keeps_stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ class CheckpointJob(Job):
         if isinstance(text := config.get("text_config"), dict):
             config["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
         modules = {decision.name: self._module(decision.name) for decision in self._decisions}
-        declared, files = self._dialect.declare(self._decisions, modules)
+        others = [name.removesuffix(".weight") for name in self._besides if len(base.weights[name].shape) == 2]
+        declared, files = self._dialect.declare(self._decisions, modules, others)
         config |= without_drafts(config, left_out, self._model.spec) | declared
         if "dtype" not in config and "torch_dtype" not in config:
             floats = [decision for decision in self._decisions if decision.form.is_float]
@@ -131,10 +137,12 @@ class CheckpointJob(Job):
 
     def _settings(self) -> dict[str, Any]:
         """What the files' bytes depend on."""
+        base = self._model.base
         identities = [
             (decision.weight.source.identity(decision.weight.stored), str(decision.form), decision.is_same)
             for decision in self._decisions
         ]
+        identities += [(base.identity(base.weights[name]), "", True) for name in self._besides]
         return {
             "target": self._dialect.name,
             "weights": hashlib.sha256(repr(identities).encode()).hexdigest()[:16],
@@ -167,45 +175,54 @@ class CheckpointJob(Job):
                 yield piece
                 continue
             self._check_known(decision)
-            yield _Piece((decision.name,), decision.nbytes, lambda decision=decision: self._tensors(decision))  # type: ignore[misc]
+            yield _Piece((decision.name,), decision.nbytes, partial(self._tensors, decision))
         for name in self._besides:
             stored = self._model.base.weights[name]
-            yield _Piece((name,), stored.nbytes, lambda name=name, stored=stored: self._beside(name, stored))  # type: ignore[misc]
+            yield _Piece((name,), stored.nbytes, partial(self._beside, name, stored))
 
     def _whole_tensors(self) -> dict[str, _Piece]:
         """Logical name → the tensor of the base checkpoint that it stays a part of, all others of which do, too."""
         base = self._model.base
-        by_tensor: dict[str, list[str]] = {}
+        by_tensor: dict[TensorEntry, list[str]] = {}
         kept: set[str] = set()
         for decision in self._decisions:
             stored = base.weights.get(decision.name)
             if stored is None or not all(isinstance(part, TensorSlice) for part in stored.parts.values()):
                 continue
             for part in stored.parts.values():
-                by_tensor.setdefault(whole_of(part).name, []).append(decision.name)
+                by_tensor.setdefault(whole_of(part), []).append(decision.name)
             if decision.form.is_float and decision.weight.stored is stored:
                 kept.add(decision.name)
         pieces: dict[str, _Piece] = {}
         for tensor, names in by_tensor.items():
-            if not kept.issuperset(names):
-                continue
-            part = next(iter(base.weights[names[0]].parts.values()))
-            entry = whole_of(part)
-
-            def make(tensor: str = tensor, entry: Any = entry) -> Tensors:
-                copy = owned(base.read(entry))
-                base.release(entry)
-                return {tensor: copy}
-
-            pieces |= dict.fromkeys(names, _Piece(tuple(names), entry.nbytes, make))
+            if kept.issuperset(names) and (self._dialect.keeps_stacked or not self._is_divisible(names[0])):
+                piece = _Piece(tuple(names), tensor.nbytes, partial(self._whole, tensor))
+                pieces |= dict.fromkeys(names, piece)
         return pieces
+
+    def _is_divisible(self, name: str) -> bool:
+        """Whether the base checkpoint's family is published with a tensor for this weight alone, too.
+
+        Experts are, unless their one tensor has a name or an order of the family's own; gate and up in one are not.
+        """
+        stored = self._model.base.weights.get(name)
+        slices = [part for part in ({} if stored is None else stored.parts).values() if isinstance(part, TensorSlice)]
+        return not any(
+            part.is_transposed
+            or (part.index is None and part.rows is not None)
+            or (part.index is not None and ".experts" not in part.whole.name)
+            for part in slices
+        )
+
+    def _whole(self, tensor: TensorEntry) -> Tensors:
+        base = self._model.base
+        copy = owned(base.read(tensor))
+        base.release(tensor)
+        return {tensor.name: copy}
 
     def _check_known(self, decision: Decision) -> None:
         """Raise UnsupportedError if a weight has no published name of its own in its family."""
-        stored = self._model.base.weights.get(decision.name)
-        if stored is None:
-            return
-        if any(isinstance(part, TensorSlice) and part.is_transposed for part in stored.parts.values()):
+        if not self._is_divisible(decision.name):
             raise UnsupportedError(
                 f"Family {self._model.family.name!r} keeps weight {decision.name!r} with others in one tensor, which "
                 f"an export to {self._dialect.name} cannot divide.",
@@ -225,44 +242,37 @@ class CheckpointJob(Job):
 
     def _module(self, name: str) -> str:
         """What a weight's tensors are called, without suffix: as the base checkpoint calls it, if that has it alone."""
-        stored = self._model.base.weights.get(name)
-        if stored is not None and not self._model.base.store.metadata:
-            role, part = next(iter(stored.parts.items()))
-            if not isinstance(part, TensorSlice) and part.name.endswith(f".{role}"):
-                return part.name.removesuffix(f".{role}")
-        return name.removesuffix(".weight")
+        return self._tensor_name(name).removesuffix(".weight")
+
+    def _tensor_name(self, name: str) -> str:
+        """What a floating weight is called."""
+        base = self._model.base
+        stored = base.weights.get(name)
+        if stored is None or base.store.metadata:
+            return name
+        role, part = next(iter(stored.parts.items()))
+        if isinstance(part, TensorSlice):
+            return name
+        return part.name if stored.is_wide else f"{part.name.removesuffix(f'.{role}')}.weight"
 
     def _tensors(self, decision: Decision) -> Tensors:
-        weight, form = decision.weight, decision.form
-        module = self._module(decision.name)
-        if form.is_float and not self._is_module(decision.name):
-            tensors = {decision.name: converted(decision.name, weight.unprepared(), form, decision.is_same).dense}
-            return {
-                name: tensor.t().contiguous() if weight.slot.is_transposed else tensor
-                for name, tensor in tensors.items()
-            }
+        name, weight, form = decision.name, decision.weight, decision.form
         if self._is_carried(decision):
-            source = weight.source
-            tensors = {
-                role: owned(source.read(part))
-                for role, part in weight.stored.parts.items()
-                if role not in ACTIVATION_SUFFIXES
-            }
-            source.release(*weight.stored.parts.values())
-        else:
-            packed = converted(decision.name, weight.unprepared(), form, decision.is_same)
-            tensors = self._dialect.encode(decision.name, packed, form)
-            if form.is_float and weight.slot.is_transposed:
-                tensors = {role: tensor.t().contiguous() for role, tensor in tensors.items()}
-        return {f"{module}.{role}": tensor for role, tensor in tensors.items()}
+            parts = {role: part for role, part in weight.stored.parts.items() if role not in ACTIVATION_SUFFIXES}
+            tensors = {role: owned(weight.source.read(part)) for role, part in parts.items()}
+            weight.source.release(*parts.values())
+            return {f"{self._module(name)}.{role}": tensor for role, tensor in tensors.items()}
+        packed = converted(name, weight.unprepared(), form, decision.is_same)
+        if form.is_float:
+            values = packed.dense.t().contiguous() if weight.slot.is_transposed else packed.dense
+            return {self._tensor_name(name): values}
+        tensors = self._dialect.encode(name, packed, form)
+        return {f"{self._module(name)}.{role}": tensor for role, tensor in tensors.items()}
 
     def _is_carried(self, decision: Decision) -> bool:
         weight = decision.weight
         is_plain = weight.quantize_to is None and weight.stored.arrange is None and not decision.form.is_float
         return is_plain and decision.form == form_of(weight) and self._dialect.is_native(decision.form, weight.stored)
-
-    def _is_module(self, name: str) -> bool:
-        return name.endswith(".weight")
 
     def _beside(self, name: str, stored: StoredWeight) -> Tensors:
         return {name: self._model.base.load(stored).dense}

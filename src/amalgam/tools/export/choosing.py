@@ -2,9 +2,9 @@
 
 In: a plan, what an engine takes and computes together. Out: a `Decision` for each weight. Reads headers only.
 
-A weight keeps its form where the engine takes it, or gets the first that holds the same values. Where several weights
-need one form and have different ones, it is the widest or the narrowest of theirs. Who has another then is taken from a
-source that has it in this form, which costs nothing of what that source knows, or else rounded to it.
+A weight keeps its form where the engine takes it, or gets the first that holds the same values, or becomes floating.
+Where several weights need one form and have different ones, it is the widest or the narrowest of theirs. A weight that
+gets another form is taken from a source that has it so, which costs nothing of what that source knows, or else rounded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from amalgam.composition.planned import PlannedWeight
+from amalgam.config.settings import BASE_SOURCE
 from amalgam.errors import ConfigError, PlanError
 from amalgam.models.spec import Slot
 from amalgam.tools.export.contract import Change, PlannedModel, Share
@@ -85,8 +86,12 @@ def choose(model: PlannedModel, engine: Engine, share: Share) -> list[Decision]:
     Raises:
         ConfigError: a form that is to be shared cannot be made of a weight.
     """
-    wide = wide_dtype(model)
-    found = {weight.choice.name: _alone(weight, engine, wide) for weight in model.planned}
+    wide = floating(wide_dtype(model))
+    sources = tuple(dict.fromkeys((BASE_SOURCE, *(weight.choice.source for weight in model.planned))))
+    found: dict[str, Decision] = {}
+    for weight in model.planned:
+        name = weight.choice.name
+        found[name] = _kept(weight, engine) or _moved(name, weight, wide, sources, model, _refusal(weight, engine))
     if share != "none":
         for unit in engine.units(model):
             _unite(unit, found, model, engine, share)
@@ -166,17 +171,23 @@ def fused_projections(model: PlannedModel) -> Iterator[Unit]:
     yield from (Unit("fused projections", tuple(names)) for names in groups.values() if len(names) > 1)
 
 
-def _alone(weight: PlannedWeight, engine: Engine, wide: torch.dtype) -> Decision:
-    """A weight in the first form with its values that the engine takes; floating where there is none."""
+def _kept(weight: PlannedWeight, engine: Engine) -> Decision | None:
+    """A weight in the first form with its values that the engine takes."""
     name, slot, form = weight.choice.name, weight.slot, form_of(weight)
-    if form is not None:
-        for same in [form] if form.is_float else exact_forms(form, slot.shape):
-            if same.is_float or (slot.is_linear and engine.takes(slot, same)):
-                reason = "" if same == form else f"{engine.name} takes no {form} there, and this has the same values"
-                return Decision(name, weight, same, True, reason)
-    what = str(form) if form is not None else weight.format.name
-    place = "there" if slot.is_linear else f"for a {slot.role}"
-    return Decision(name, weight, floating(wide), False, f"{engine.name} takes no {what} {place}")
+    if form is None:
+        return None
+    if form.is_float:
+        return Decision(name, weight, form, True)
+    for same in exact_forms(form, slot.shape) if slot.is_linear else ():
+        if engine.takes(slot, same):
+            reason = "" if same == form else f"{engine.name} takes no {form} there, and this has the same values"
+            return Decision(name, weight, same, True, reason)
+    return None
+
+
+def _refusal(weight: PlannedWeight, engine: Engine) -> str:
+    what = form_of(weight) or weight.format.name
+    return f"{engine.name} takes no {what} {'there' if weight.slot.is_linear else f'for a {weight.slot.role}'}"
 
 
 def _unite(unit: Unit, found: dict[str, Decision], model: PlannedModel, engine: Engine, share: Share) -> None:

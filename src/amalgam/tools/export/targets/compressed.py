@@ -26,60 +26,67 @@ def dialect(
     activations: Activations,
     aliases: Aliases = lambda module: (),
     first: Mapping[str, Any] | None = None,
+    *,
+    keeps_stacked: bool = False,
 ) -> Dialect:
     """
     Args:
         first: a group to declare before the others, if there are any.
     """
 
-    def declare(decisions: Sequence[Decision], modules: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        return quantization_config(decisions, modules, activations, aliases, first), {}
+    def declare(
+        decisions: Sequence[Decision], modules: Mapping[str, str], others: Sequence[str]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        groups, left = _grouped(decisions, modules, activations, aliases)
+        return quantization_config(groups, [*left, *others], first), {}
 
-    return Dialect(name, compressed_tensors, is_published, declare)
+    return Dialect(name, compressed_tensors, is_published, declare, keeps_stacked)
 
 
-def quantization_config(
-    decisions: Sequence[Decision],
-    modules: Mapping[str, str],
-    activations: Activations,
-    aliases: Aliases,
-    first: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """The key of config.json with a group for each way in which weights are quantized; nothing if none is.
+def _grouped(
+    decisions: Sequence[Decision], modules: Mapping[str, str], activations: Activations, aliases: Aliases
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Modules by the group that declares them, as JSON, and those that are not quantized.
 
     Groups with experts come first: transformers takes the first whose targets name experts for the experts'.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     with_experts: set[str] = set()
-    left: list[str] = ["lm_head"]
+    left = ["lm_head"]
     for decision in decisions:
-        slot = decision.weight.slot
-        module = modules[decision.name]
+        slot, module = decision.weight.slot, modules[decision.name]
         if decision.form.is_float:
             if slot.is_linear or slot.decides:
                 left += [module, *aliases(module)]
             continue
         scheme = scheme_of(decision.form)
-        inputs = activations(slot, decision.form)
-        key = json.dumps([scheme.layout, dict(scheme.arguments), inputs], sort_keys=True)
+        group = {
+            "weights": dict(scheme.arguments),
+            "input_activations": activations(slot, decision.form),
+            "output_activations": None,
+            "format": scheme.layout,
+        }
+        key = json.dumps(group)
         groups[key] += [module, *aliases(module)]
         if slot.role == "expert":
             with_experts.add(key)
+    return {key: groups[key] for key in sorted(groups, key=lambda key: key not in with_experts)}, left
+
+
+def quantization_config(
+    groups: Mapping[str, Sequence[str]], left: Sequence[str], first: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The key of config.json; nothing if no weight is quantized.
+
+    Args:
+        groups: a config group as JSON → its modules.
+        left: modules that are not quantized.
+    """
     if not groups:
         return {}
-    known = {*left, *(module for found in groups.values() for module in found)}
-    described: list[Mapping[str, Any]] = [] if first is None else [first]
-    for key in sorted(groups, key=lambda key: key not in with_experts):
-        layout, arguments, inputs = json.loads(key)
-        described.append(
-            {
-                "targets": targets_of(groups[key], known),
-                "weights": arguments,
-                "input_activations": inputs,
-                "output_activations": None,
-                "format": layout,
-            }
-        )
+    known = {*left, *(module for modules in groups.values() for module in modules)}
+    described = [] if first is None else [first]
+    described += [{"targets": targets_of(modules, known), **json.loads(group)} for group, modules in groups.items()]
     layouts = {group["format"] for group in described}
     return {
         "quantization_config": {

@@ -38,14 +38,14 @@ def prepare(model: PlannedModel, options: ExportOptions) -> Job:
     if options.share == "none":
         decisions = choose(model, Engine("transformers", _takes_modules, no_units), "none")
         notes = [_MIXED] if len(_expert_forms(decisions)) > 1 else []
-        return CheckpointJob(model, decisions, dialect("hf", _no_activations), notes)
+        return CheckpointJob(model, decisions, dialect("hf", _no_activations, keeps_stacked=True), notes)
     alone = choose(model, Engine("transformers", _takes, no_units), "none")
     is_e4m3 = all(form.kind in ("float", "fp8") for form in _expert_forms(alone))
     units = experts_by_layer if is_e4m3 else all_experts
     decisions = choose(model, Engine("transformers", _takes, units), options.share)
     has_plain_experts = any(form.is_float for form in _expert_forms(decisions))
     first = _NO_EXPERTS if has_plain_experts and not is_e4m3 else None
-    return CheckpointJob(model, decisions, dialect("hf", _no_activations, first=first))
+    return CheckpointJob(model, decisions, dialect("hf", _no_activations, first=first, keeps_stacked=True))
 
 
 def _takes_modules(slot: Slot, form: Form) -> bool:

@@ -70,7 +70,9 @@ def _is_native(form: Form, stored: StoredWeight) -> bool:
     return stored.format.name in ("modelopt-int4", "modelopt-nvfp4")
 
 
-def _declare(decisions: Sequence[Decision], modules: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _declare(
+    decisions: Sequence[Decision], modules: Mapping[str, str], others: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     layers = {modules[decision.name]: _algorithm(decision.form) for decision in decisions if not decision.form.is_float}
     if not layers:
         return {}, {}
@@ -82,7 +84,7 @@ def _declare(decisions: Sequence[Decision], modules: Mapping[str, str]) -> tuple
     algorithms = list({str(each): each for each in layers.values()}.values())
     quantization: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None}
     if len(algorithms) == 1:
-        quantization |= algorithms[0] | {"exclude_modules": _wildcards(excluded, layers)}
+        quantization |= algorithms[0] | {"exclude_modules": _wildcards([*excluded, *others], layers)}
     else:
         quantization["quantized_layers"] = layers
     producer = {"name": "amalgam", "version": __version__}
