@@ -193,9 +193,10 @@ class CheckpointJob(Job):
                 by_tensor.setdefault(whole_of(part), []).append(decision.name)
             if decision.form.is_float and decision.weight.stored is stored:
                 kept.add(decision.name)
+        stays = self._dialect.keeps_stacked or not all(map(self._is_divisible, self._model.by_name))
         pieces: dict[str, _Piece] = {}
-        for tensor, names in by_tensor.items():
-            if kept.issuperset(names) and (self._dialect.keeps_stacked or not self._is_divisible(names[0])):
+        for tensor, names in by_tensor.items() if stays else ():
+            if kept.issuperset(names):
                 piece = _Piece(tuple(names), tensor.nbytes, partial(self._whole, tensor))
                 pieces |= dict.fromkeys(names, piece)
         return pieces
