@@ -1,6 +1,7 @@
 """Whether other engines read what `amalgam quantize` makes, and what they make of it.
 
     python benchmarks/readers.py --text FILE --transformers PYTHON --vllm PYTHON [--model FOLDER] [--cases int4 …]
+    python benchmarks/readers.py --text FILE --vllm PYTHON --made FOLDER …    of folders that `amalgam export` wrote
 
 A case is a format, with `+dynamic` where 8-bit activations are declared: vLLM's CPU build takes int8 and fp8 so only,
 and rounds them then, which amalgam does not. Each is made of the model. amalgam and the engines compute the same
@@ -69,6 +70,12 @@ def theirs(engine: str, python: str, folder: Path, sample: Sample, work: Path) -
     return found
 
 
+def make(case: str, model: Path, folder: Path) -> Path:
+    name, _, activations = case.partition("+")
+    make_checkpoint(str(model), folder, Recipe(name, activations=activations or None))  # type: ignore[arg-type]
+    return folder
+
+
 def divergence(one: Tensor, other: Tensor) -> float:
     return float((one.exp() * (one - other)).sum(-1).mean())
 
@@ -79,6 +86,7 @@ def main() -> int:
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--made", nargs="+", type=Path, metavar="FOLDER", help="in place of cases")
     for engine in ENGINES:
         parser.add_argument(f"--{engine}", metavar="PYTHON", help=f"of an environment with {engine}")
     options = parser.parse_args()
@@ -88,11 +96,10 @@ def main() -> int:
     wide = ours(options.model, sample)
     results: list[dict[str, Any]] = []
     print(f"{'case':16}{'engine':16}{'KL, ours to it':>16}{'same token':>12}{'KL, wide to ours':>18}")
-    for case in options.cases:
-        name, _, activations = case.partition("+")
+    for what in options.made or options.cases:
         with tempfile.TemporaryDirectory() as work:
-            made = Path(work) / "made"
-            make_checkpoint(str(options.model), made, Recipe(name, activations=activations or None))  # type: ignore[arg-type]
+            made = what if options.made else make(what, options.model, Path(work) / "made")
+            case = made.name if options.made else what
             own = ours(made, sample)
             cost = divergence(wide, own)
             for engine, python in pythons.items():
