@@ -73,11 +73,11 @@ class Form:
         each = {"int": 2 if self.is_packed else 4, "fp8": 4}.get(self.kind, 1)
         return values + scales * (each + (self.has_zero * self.bits + 7) // 8) + 4 * columns * self.is_reordered
 
-    def grid_name(self) -> str:
-        """Of the writable format that makes it of floating values."""
-        return {"int": f"int{self.bits}{'-packed' if self.is_packed and self.bits == 8 else ''}"}.get(
-            self.kind, self.kind
-        )
+    def format_name(self) -> str:
+        """Of the format of ours that has this form."""
+        if self.kind != "int":
+            return self.kind
+        return "int8-packed" if self.bits == 8 and self.is_packed else f"int{self.bits}"
 
 
 def floating(dtype: torch.dtype) -> Form:
@@ -116,7 +116,7 @@ def stored_form(stored: StoredWeight) -> Form | None:
         block=block,
         has_zero="weight_zero_point" in stored.parts
         or ("qzeros" in stored.parts and declared.is_symmetric is not True),
-        is_reordered=declared.is_reordered or "weight_g_idx" in stored.parts,
+        is_reordered=strategy == "group" and (declared.is_reordered or "weight_g_idx" in stored.parts),
     )
 
 
@@ -184,12 +184,12 @@ def _other_scales(form: Form, shape: tuple[int, ...]) -> Iterator[Form]:
 
 def is_published(form: Form, stored: StoredWeight) -> bool:
     """Whether a stored weight has the tensors of compressed-tensors' layout of a form, byte by byte."""
-    return stored.format.name == form.grid_name() and "weight_scale_inv" not in stored.parts and not stored.is_wide
+    return stored.format.name == form.format_name() and "weight_scale_inv" not in stored.parts and not stored.is_wide
 
 
 def writable(form: Form) -> WritableFormat | None:
     """The format that makes a form of floating values."""
-    name = form.grid_name()
+    name = form.format_name()
     found = next((each for each in all_formats() if each.name == name), None)
     return found if isinstance(found, WritableFormat) and not form.is_reordered else None
 
