@@ -4,8 +4,8 @@ vLLM holds a layer's experts in one tensor with one scheme, and fuses query, key
 folder in which these differ ("All MoE projections need to have same quantization scheme"). What it takes
 (`layers/quantization/compressed_tensors`, 0.32): integers of 4 and 8 bits in words, symmetric among experts; E4M3 with
 a scale for a tensor, a row or a block of 128×128; NVFP4, MXFP4, MXFP8. E4M3 among experts, and in blocks anywhere,
-needs 8-bit activations, which vLLM rounds as it runs. Its build for CPUs takes 8 bits with such activations only:
-`--activations dynamic`.
+needs 8-bit activations, which vLLM rounds as it runs. Its build for CPUs takes 8 bits with such activations only
+(`--activations dynamic`), and quantized experts on some processors only.
 """
 
 from __future__ import annotations
