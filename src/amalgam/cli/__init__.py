@@ -39,6 +39,7 @@ VERBS = (
     "bench serve",
     "bench cache",
     "bench speculate",
+    "check",
 )
 
 INTERRUPTED = 130

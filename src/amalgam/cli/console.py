@@ -127,6 +127,23 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     out.print(table)
 
 
+_STATUS_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+
+
+def print_statuses(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> None:
+    """A table whose first column is a status, in its colour; as `print_table` where stdout is no terminal."""
+    if not is_terminal(sys.stdout):
+        print_table(columns, rows, title)
+        return
+    table = Table(title=Text(one_line(title), "bold"), title_justify="left", expand=True, show_lines=False)
+    for name, ratio in zip(columns, (None, 3, 8, 4), strict=True):
+        table.add_column(name, overflow="fold", ratio=ratio)
+    for status, *cells in rows:
+        style = _STATUS_STYLES[status]
+        table.add_row(Text(status, style), *(Text(one_line(cell), "dim" if status == "skip" else "") for cell in cells))
+    out.print(table)
+
+
 def print_json(value: Any, *, is_indented: bool = True) -> None:
     """One JSON document on stdout, also where its encoding or the strings are not Unicode."""
     option = orjson.OPT_NON_STR_KEYS | (orjson.OPT_INDENT_2 if is_indented else 0)
