@@ -60,16 +60,16 @@ class Finding:
         return replace(self, status=worst) if self.status in (Status.WARN, Status.FAIL) else self
 
 
-def passed(value: str, threshold: str = "", **measured: Any) -> Finding:
-    return Finding(Status.PASS, value, threshold, measured=measured)
+def passed(value: str, threshold: str = "", *, figures: Mapping[str, Any] | None = None) -> Finding:
+    return Finding(Status.PASS, value, threshold, measured=figures or {})
 
 
-def warned(value: str, threshold: str = "", *, remedy: str = "", **measured: Any) -> Finding:
-    return Finding(Status.WARN, value, threshold, remedy, measured)
+def warned(value: str, threshold: str = "", *, remedy: str = "", figures: Mapping[str, Any] | None = None) -> Finding:
+    return Finding(Status.WARN, value, threshold, remedy, figures or {})
 
 
-def failed(value: str, threshold: str = "", *, remedy: str = "", **measured: Any) -> Finding:
-    return Finding(Status.FAIL, value, threshold, remedy, measured)
+def failed(value: str, threshold: str = "", *, remedy: str = "", figures: Mapping[str, Any] | None = None) -> Finding:
+    return Finding(Status.FAIL, value, threshold, remedy, figures or {})
 
 
 def skipped(reason: str, *, remedy: str = "") -> Finding:

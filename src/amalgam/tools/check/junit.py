@@ -26,7 +26,8 @@ def render_junit(report: Report) -> bytes:
         for result in results:
             _add_case(suite, result)
     ET.indent(root)
-    return ET.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
+    content: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    return content + b"\n"
 
 
 def _numbers(results: list[Result]) -> dict[str, str]:

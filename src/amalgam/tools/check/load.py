@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amalgam.errors import AmalgamError, RequestError
-from amalgam.tools.check.contract import CannotTellError
+from amalgam.tools.check.contract import CannotTellError, PlainRefusalError
 from amalgam.tools.check.target import Target
 from amalgam.tools.check.thresholds import Thresholds
 from amalgam.tools.load.benchmark import Benchmark, Extent, Work
@@ -52,16 +52,19 @@ async def measured(target: Target) -> Measured:
     """The figures; the first call measures.
 
     Raises:
-        CannotTellError: nothing could be measured, or the server's own limit refused some requests.
+        PlainRefusalError: the server did not answer what the load begins with.
+        CannotTellError: the server's own limit refused some requests.
     """
     if "load" not in target.kept:
         try:
             target.kept["load"] = await _measure(target)
-        except (AmalgamError, CannotTellError) as error:
-            target.kept["load"] = CannotTellError(str(error))
-    if isinstance(target.kept["load"], CannotTellError):
-        raise target.kept["load"]
-    found: Measured = target.kept["load"]
+        except AmalgamError as error:
+            target.kept["load"] = PlainRefusalError(str(error))
+        except CannotTellError as error:
+            target.kept["load"] = error
+    found: Measured | Exception = target.kept["load"]
+    if isinstance(found, Exception):
+        raise found
     return found
 
 
@@ -103,7 +106,6 @@ async def _run(target: Target, load: Load, extent: Extent) -> Point:
 
 def _benchmark(target: Target, fields: Mapping[str, Any], extent: Extent) -> Benchmark:
     wanted = target.thresholds.performance
-    lengths = (Lengths(count, count) for count in (wanted.prompt_tokens, wanted.output_tokens))
     return Benchmark(
         LoadTarget(
             target.address,
@@ -114,7 +116,7 @@ def _benchmark(target: Target, fields: Mapping[str, Any], extent: Extent) -> Ben
             target.kept.get("stream_options", True),
             target.thresholds.timeout_seconds,
         ),
-        Work(*lengths),
+        Work(Lengths(wanted.prompt_tokens, wanted.prompt_tokens), Lengths(wanted.output_tokens, wanted.output_tokens)),
         extent,
     )
 

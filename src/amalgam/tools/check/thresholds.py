@@ -143,6 +143,8 @@ class Monitoring(Section):
     """Longest that a probe may take, also under load."""
     metrics_path: str = "/metrics"
     """Where Prometheus reads."""
+    fresh_seconds: float = Field(default=3.0, gt=0, le=600)
+    """Longest until what has happened shows in the metrics."""
     families: dict[str, str] = Field(
         default_factory=lambda: {
             "time to first token": "first_token|time_to_first_token|ttft",
@@ -187,6 +189,8 @@ class Thresholds(Section):
     """chat | batch: other defaults for performance."""
     timeout_seconds: float = Field(default=30.0, gt=0, le=3600)
     """Longest for one answer; a server that takes longer hangs."""
+    cancel_seconds: float = Field(default=5.0, gt=0, le=600)
+    """Longest until the place of a client that has left is free."""
     severity: dict[str, Literal["warn", "fail"]] = Field(default_factory=dict)
     """A check's id → what a fault of it counts as, whatever the check says."""
     performance: Performance = Performance()

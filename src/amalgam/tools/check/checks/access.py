@@ -157,7 +157,7 @@ async def encryption(target: Target) -> Finding:
     days = (ssl.cert_time_to_seconds(str(certificate["notAfter"])) - time.time()) / _DAY_SECONDS
     least = target.thresholds.access.certificate_days
     value, threshold = f"https; the certificate holds for {days:.0f} days", f"≥ {least:g} days"
-    return (failed if days < 0 else warned if days < least else passed)(value, threshold, days=days)
+    return (failed if days < 0 else warned if days < least else passed)(value, threshold, figures={"days": days})
 
 
 async def _certificate(target: Target) -> Mapping[str, Any]:

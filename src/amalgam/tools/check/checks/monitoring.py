@@ -13,7 +13,17 @@ from amalgam.errors import UnavailableError
 from amalgam.tools.check import metrics as exposition
 from amalgam.tools.check import rules as alerting
 from amalgam.tools.check.asking import Response, fetch
-from amalgam.tools.check.contract import EARLY, CannotTellError, Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.contract import (
+    EARLY,
+    CannotTellError,
+    Finding,
+    PlainRefusalError,
+    check,
+    failed,
+    passed,
+    skipped,
+    warned,
+)
 from amalgam.tools.check.load import load_requests, measured
 from amalgam.tools.check.target import Target
 from amalgam.tools.load.http import Address
@@ -78,7 +88,10 @@ async def readiness(target: Target) -> Finding:
 async def health_under_load(target: Target) -> Finding:
     if not target.kept.get("health_path"):
         return skipped("There is no probe for health.")
-    probes = (await measured(target)).probe_seconds
+    try:
+        probes = (await measured(target)).probe_seconds
+    except PlainRefusalError as error:
+        raise CannotTellError(f"There was no load: {error}") from None
     if not probes:
         return skipped("The load was over before a probe was answered.")
     limit, worst = target.thresholds.monitoring.health_ms, max(probes) * 1e3
@@ -86,7 +99,7 @@ async def health_under_load(target: Target) -> Finding:
         bad = sum(map(math.isinf, probes))
         return failed(f"{bad} of {len(probes)} probes were not answered with 200", f"≤ {limit:g} ms")
     value = f"{len(probes)} probes, the slowest in {worst:.0f} ms"
-    return (passed if worst <= limit else failed)(value, f"≤ {limit:g} ms", slowest_ms=worst)
+    return (passed if worst <= limit else failed)(value, f"≤ {limit:g} ms", figures={"slowest_ms": worst})
 
 
 @check(
@@ -108,9 +121,11 @@ async def metrics(target: Target) -> Finding:
     present = len(wanted.families) - len(missing)
     value = f"{present} of {len(wanted.families)} kinds in {len(families)} families"
     if not missing:
-        return passed(value, families=len(families))
+        return passed(value, figures={"families": len(families)})
     value += f"; missing: {', '.join(missing)}"
-    return (warned if present >= wanted.family_share * len(wanted.families) else failed)(value, missing=missing)
+    return (warned if present >= wanted.family_share * len(wanted.families) else failed)(
+        value, figures={"missing": missing}
+    )
 
 
 @check(
@@ -130,9 +145,10 @@ async def counting(target: Target) -> Finding:
         after = exposition.tokens_generated(_parsed(await target.metrics()))
         return after is not None and after - before >= asked
 
-    if await target.until(has_risen, 3.0, 1.0):
-        return passed(f"generated tokens rose by at least the {asked} of an answer")
-    return failed(f"generated tokens did not rise by the {asked} of an answer within 3 s")
+    limit = target.thresholds.monitoring.fresh_seconds
+    if await target.until(has_risen, limit, min(1.0, limit / 3)):
+        return passed(f"generated tokens rose by at least the {asked} of an answer", f"≤ {limit:g} s")
+    return failed(f"generated tokens did not rise by the {asked} of an answer", f"≤ {limit:g} s")
 
 
 def _parsed(response: Response) -> list[Any]:
@@ -176,10 +192,10 @@ def _judge_alerts(target: Target, found: Sequence[alerting.Rule], problems: Sequ
     value = f"{len(found)} alerts, for {present} of {len(wanted.alerts)} kinds"
     value += f"; missing: {', '.join(missing)}" if missing else ""
     if problems:
-        return failed("; ".join([value, *problems]), missing=missing)
+        return failed("; ".join([value, *problems]), figures={"missing": missing})
     if not missing:
         return passed(value)
-    return (warned if present >= wanted.min_alerts else failed)(value, missing=missing)
+    return (warned if present >= wanted.min_alerts else failed)(value, figures={"missing": missing})
 
 
 async def _ask_prometheus(target: Target, address: Address, what: str) -> Mapping[str, Any]:

@@ -153,7 +153,7 @@ async def _drain(target: Target, pid: int, watched: Watched) -> Finding:
 async def _meanwhile(target: Target, streaming: asyncio.Task[Response]) -> list[Response]:
     """Answers to new requests, until the one under way has ended."""
     await asyncio.sleep(0.2)
-    answers = []
+    answers: list[Response] = []
     while not streaming.done() and len(answers) < 20:
         answers.append(await target.post(target.path, target.body("Hello", 1), timeout_seconds=5.0))
         if ready := target.kept.get("ready_path"):

@@ -143,5 +143,9 @@ async def errors(target: Target) -> Finding:
     value = f"{bad} of {count} requests" + (f": {', '.join(kinds)}" if kinds else "")
     figures = {"failed": bad, "sent": count, "kinds": kinds}
     if share > wanted.error_share_fail:
-        return failed(value, threshold, **figures)
-    return warned(value, threshold, **figures) if share > wanted.error_share else passed(value, threshold, **figures)
+        return failed(value, threshold, figures=figures)
+    return (
+        warned(value, threshold, figures=figures)
+        if share > wanted.error_share
+        else passed(value, threshold, figures=figures)
+    )

@@ -36,10 +36,10 @@ async def memory(target: Target) -> Finding:
     threshold = f"≤ {wanted.memory_share:.0%} in use, failure above {wanted.memory_share_fail:.0%}"
     figures = {"resident_bytes": resident, "memory_bytes": machine.memory_bytes, "share": share}
     if share > wanted.memory_share_fail or 0 < wanted.memory_bytes < resident:
-        return failed(value, _with_bytes(threshold, wanted.memory_bytes), **figures)
+        return failed(value, _with_bytes(threshold, wanted.memory_bytes), figures=figures)
     if share > wanted.memory_share:
-        return warned(value, _with_bytes(threshold, wanted.memory_bytes), **figures)
-    return passed(value, _with_bytes(threshold, wanted.memory_bytes), **figures)
+        return warned(value, _with_bytes(threshold, wanted.memory_bytes), figures=figures)
+    return passed(value, _with_bytes(threshold, wanted.memory_bytes), figures=figures)
 
 
 def _with_bytes(threshold: str, limit: int) -> str:
@@ -60,7 +60,7 @@ async def _remote_memory(target: Target) -> Finding:
         return skipped(f"{value}; resources.memory_bytes, which it is judged by, is not set.")
     threshold = f"≤ {limit / _GIB:.2f} GiB"
     verdict = failed if resident > limit else passed
-    return verdict(value, threshold, resident_bytes=resident)
+    return verdict(value, threshold, figures={"resident_bytes": resident})
 
 
 @check(
@@ -81,8 +81,8 @@ async def disk(target: Target) -> Finding:
     threshold, scarcest = f"≥ {least / 1e9:.0f} GB", min(free.values())
     figures = {"free_bytes": {str(path): size for path, size in free.items()}}
     if scarcest >= least:
-        return passed(value, threshold, **figures)
-    return (failed if scarcest < least / 2 else warned)(value, threshold, **figures)
+        return passed(value, threshold, figures=figures)
+    return (failed if scarcest < least / 2 else warned)(value, threshold, figures=figures)
 
 
 def _mount_of(path: Path) -> Path:
@@ -106,4 +106,4 @@ async def open_files(target: Target) -> Finding:
     count, limit = found
     most = target.thresholds.resources.descriptors_share
     value, threshold = f"{count} of {limit:,} open", f"≤ {most:.0%}"
-    return (warned if count > most * limit else passed)(value, threshold, open=count, limit=limit)
+    return (warned if count > most * limit else passed)(value, threshold, figures={"open": count, "limit": limit})
