@@ -109,7 +109,7 @@ def command(
     """Check whether a running server is ready for production: measure it, and say what to mend.
 
     Nothing changes the server, unless --drain names a process to end. The exit code is 0 when it is ready, 1 when a
-    check failed, 2 when the checks could not run, 130 after Ctrl-C (what was found until then is reported).
+    check failed, 2 when checks could not run, for lack of time too, 130 after Ctrl-C (what was found until then is reported).
     """
     from amalgam.tools.check.registry import chosen
     from amalgam.tools.check.target import Evidence
@@ -182,7 +182,9 @@ def _run(
     if not is_whole:
         note("Interrupted.")
         return _INTERRUPTED
-    return 0 if report.is_ready(is_strict=is_strict) else _NOT_READY
+    if report.num_failed(is_strict=is_strict):
+        return _NOT_READY
+    return _COULD_NOT_RUN if report.out_of_time else 0
 
 
 def _write(report: Report, html: Path | None, junit: Path | None, *, is_strict: bool) -> None:

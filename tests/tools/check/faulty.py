@@ -6,9 +6,12 @@ import asyncio
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
+import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -25,7 +28,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 KEY, ADMIN_KEY = "sk-user-0123456789", "sk-admin-0123456789"
 FORBIDDEN = "purple walrus"
-CONTEXT = 400
+CONTEXT = 2000
 MAX_BODY = 100_000
 _WORDS = ("sea", "wind", "ship", "iron", "bread", "star", "horse", "garden", "clock", "letter")
 _SPECIAL = re.compile(r"<\|\w+\|>|</s>|<eos>|<end_of_turn>")
@@ -50,6 +53,7 @@ class Server:
     log: Path
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     prompts: list[str] = field(default_factory=list)  # under way
+    is_draining: bool = False
     ids: Iterator[int] = field(default_factory=itertools.count)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -103,6 +107,8 @@ def make_app(server: Server) -> FastAPI:
     mixed: dict[str, str] = {}
 
     def guard(request: Request, key: str = KEY) -> None:
+        if server.is_draining:
+            raise RefusedError(503, "The server is draining.")
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if has("leaks_key"):
             server.note(f"key {given}")
@@ -129,6 +135,8 @@ def make_app(server: Server) -> FastAPI:
 
         @app.get("/ready")
         async def ready() -> str:
+            if server.is_draining:
+                raise RefusedError(503, "The server is draining.")
             return "ok"
 
     @app.get("/metrics")
@@ -267,15 +275,21 @@ def make_app(server: Server) -> FastAPI:
 @contextmanager
 def serving(log: Path, *faults: str) -> Iterator[str]:
     """The server in a thread; its address."""
+    with _running(log, *faults) as (url, _):
+        yield url
+
+
+@contextmanager
+def _running(log: Path, *faults: str) -> Iterator[tuple[str, Server]]:
     log.touch()
+    state = Server(frozenset(faults), log)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(make_app(Server(frozenset(faults), log)), log_level="critical", lifespan="off")
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn.Config(make_app(state), log_level="critical", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
             _wait(lambda: server.started)
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}", state
         finally:
             server.should_exit = server.force_exit = True
             thread.join(60)
@@ -286,3 +300,21 @@ def _wait(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def main() -> None:
+    """A process of its own, which drains at SIGTERM: it prints its address."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    log, *faults = sys.argv[1:]
+    with _running(Path(log), *faults) as (url, server):
+        print(url, flush=True)
+        signal.sigwait({signal.SIGTERM})
+        if "ends_at_once" in faults:
+            os._exit(3)
+        server.is_draining = "takes_all" not in faults
+        _wait(lambda: not server.prompts)
+        time.sleep(0.1)  # the last bytes of the last stream
+
+
+if __name__ == "__main__":
+    main()

@@ -14,8 +14,17 @@ from tests.tools.check.faulty import ADMIN_KEY, FORBIDDEN, KEY, serving
 # Nothing here hangs on how fast or how full the machine is.
 THRESHOLDS = f"""
 performance:
-  {{requests: 3, clients: 3, concurrent_requests: 6, output_tokens: 12, prompt_tokens: 24,
-   ttft_p95_ms: 0, tpot_p95_ms: 0, stream_tokens_per_second: 0.001, total_tokens_per_second: 0.001, requests_per_second: 0.001, latency_p99_ms: 0}}
+  requests: 3
+  clients: 3
+  concurrent_requests: 6
+  output_tokens: 12
+  prompt_tokens: 24
+  ttft_p95_ms: 0
+  tpot_p95_ms: 0
+  stream_tokens_per_second: 0.001
+  total_tokens_per_second: 0.001
+  requests_per_second: 0.001
+  latency_p99_ms: 0
 resources: {{memory_share: 1.0, memory_share_fail: 1.0, disk_free_bytes: 0, descriptors_share: 1.0}}
 limits: {{body_bytes: 200000, rate_requests: 9}}
 filters: {{input_marker: {FORBIDDEN}, output_marker: {FORBIDDEN}}}

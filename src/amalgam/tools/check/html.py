@@ -46,7 +46,7 @@ def render_html(report: Report, *, is_strict: bool = False) -> str:
     target = report.target
     title = f"Is {escape(target.model)} ready?"
     is_ready = report.is_ready(is_strict=is_strict)
-    verdict = "Ready for production." if is_ready else "Not ready: something failed."
+    verdict = "Ready: nothing failed." if is_ready else "Not ready."
     notes = [
         f"{escape(str(target.address))}, {report.started.strftime('%Y-%m-%d %H:%M:%S')} UTC",
         f"{len(report.results)} checks, {target.num_requests} requests, {report.seconds:.0f} s, "

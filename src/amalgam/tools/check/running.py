@@ -23,6 +23,7 @@ from amalgam.tools.check.thresholds import Thresholds
 from amalgam.version import __version__
 
 Progress = Callable[[str, int, int], None]
+_NO_TIME = "The time was up: --max-seconds gives more."
 _DRAIN_NEEDS = "--drain PID asks for it: it ends the process."
 
 
@@ -33,6 +34,7 @@ class Report:
     Attributes:
         results: in the order of the checks that were asked for, as far as they have ended.
         seconds: that all of them took.
+        out_of_time: checks that could not run, or not to their end, for lack of time.
     """
 
     target: Target
@@ -40,6 +42,7 @@ class Report:
     results: list[Result] = field(default_factory=list)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: float = 0.0
+    out_of_time: list[str] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[Status, int]:
@@ -47,8 +50,12 @@ class Report:
         return {status: found[status] for status in Status}
 
     def is_ready(self, *, is_strict: bool = False) -> bool:
-        """No check failed; if it is strict, none warned either."""
-        return not self.counts[Status.FAIL] and not (is_strict and self.counts[Status.WARN])
+        """All checks had their time, and none failed; if it is strict, none warned either."""
+        return not (self.out_of_time or self.num_failed(is_strict=is_strict))
+
+    def num_failed(self, *, is_strict: bool = False) -> int:
+        """Checks that failed; if it is strict, warnings count too."""
+        return self.counts[Status.FAIL] + is_strict * self.counts[Status.WARN]
 
     def as_json(self) -> dict[str, Any]:
         target = self.target
@@ -64,6 +71,7 @@ class Report:
             "requests_sent": target.num_requests,
             "ready": self.is_ready(),
             "summary": {status.value: count for status, count in self.counts.items()},
+            "out_of_time": self.out_of_time,
             "notes": target.notes,
             "checks": [result.as_json() for result in self.results],
         }
@@ -110,7 +118,11 @@ async def run(target: Target, report: Report, max_seconds: float, progress: Prog
             progress("checks", number, len(checks))
             begun = time.monotonic()
             left = max_seconds - (begun - started)
-            finding = await _finding(check, target, left)
+            try:
+                finding = await _finding(check, target, left)
+            except TimeoutError:
+                report.out_of_time.append(check.id)
+                finding = as_skipped(_NO_TIME)
             if severity := target.thresholds.severity.get(check.id):
                 finding = finding.at_most(Status(severity))
             found[check.id] = Result(check, finding, time.monotonic() - begun)
@@ -122,15 +134,17 @@ async def run(target: Target, report: Report, max_seconds: float, progress: Prog
 
 
 async def _finding(check: Check, target: Target, seconds: float) -> Finding:
+    """
+    Raises:
+        TimeoutError: the time was up.
+    """
     if check.is_opt_in and target.evidence.drain is None:
         return as_skipped(_DRAIN_NEEDS)
     if seconds <= 0:
-        return as_skipped("The time was up: --max-seconds gives more.")
+        raise TimeoutError
     try:
         async with asyncio.timeout(seconds):
             return await check.run(target)
-    except TimeoutError:
-        return as_skipped("It did not end in the time that was left: --max-seconds gives more.")
     except CannotTellError as error:
         return as_skipped(str(error))
     except (PlainRefusalError, AmalgamError) as error:

@@ -28,11 +28,11 @@ class Performance(Section):
     """Length of a prompt."""
     output_tokens: int = Field(default=32, ge=2, le=2**16)
     """Length of an answer."""
-    requests: int = Field(default=20, ge=1, le=10**6)
+    requests: int = Field(default=20, ge=1, le=10**4)
     """Requests of one client, one after the other."""
     clients: int = Field(default=8, ge=1, le=4096)
     """Clients that ask at the same time; so many prompts are also asked at once to see that answers do not mix."""
-    concurrent_requests: int = Field(default=64, ge=1, le=10**6)
+    concurrent_requests: int = Field(default=64, ge=1, le=10**4)
     """Requests of all these clients together."""
     seconds: float = Field(default=30.0, gt=0, le=86400)
     """None is sent later than so long after the first one, of each of the two loads."""

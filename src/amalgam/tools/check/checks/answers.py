@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from amalgam.tools.check.asking import Reply, Response, text_of
@@ -167,34 +167,30 @@ async def determinism(target: Target) -> Finding:
     "Answers do not mix",
     why="Text of one user in the answer to another is the worst that a server can do.",
     remedy="Take the server out of service; look at how its batches and caches tell requests apart.",
-    requests=lambda thresholds: 3 * _num_prompts(thresholds),
+    requests=lambda thresholds: 3 * _num_prompts(thresholds) + 2,
 )
 async def isolation(target: Target) -> Finding:
     count = _num_prompts(target.thresholds)
-    codes = [f"{secrets.token_hex(4)}" for _ in range(count)]
-    prompts = [f"Code {code}. Write about {_TOPICS[i % len(_TOPICS)]}." for i, code in enumerate(codes)]
-    alone = [await target.ask(prompt, _NUM_TOKENS) for prompt in prompts]
+    codes = [secrets.token_hex(4) for _ in range(count)]
+    questions = [f"Code {code}. Write about {_TOPICS[i % len(_TOPICS)]}." for i, code in enumerate(codes)]
+    fields = await _telling_fields(target, questions)
+    alone = [await target.ask(text, _NUM_TOKENS, **more) for text, more in zip(questions, fields, strict=True)]
     texts = [reply.text for reply in alone]
     changed, ids = 0, [reply.id for reply in alone]
     for _ in range(2):
-        together = await asyncio.gather(*(target.ask(prompt, _NUM_TOKENS) for prompt in prompts))
+        asking = (target.ask(text, _NUM_TOKENS, **more) for text, more in zip(questions, fields, strict=True))
+        together = await asyncio.gather(*asking)
         ids += [reply.id for reply in together]
         for index, reply in enumerate(together):
-            foreign = [code for code in codes if code != codes[index] and code in reply.text]
-            if foreign:
-                return failed(f"Answer {index} of {count} at a time has the code of prompt {codes.index(foreign[0])}")
-            if reply.text == texts[index]:
-                continue
-            if reply.text and reply.text in texts:
-                return failed(f"Answer {index} of {count} at a time is that of prompt {texts.index(reply.text)}")
-            changed += 1
+            if whose := _owner(reply.text, index, codes, texts):
+                return failed(f"Answer {index} of {count} at a time {whose}")
+            changed += reply.text != texts[index]
     if any(ids) and (twice := [id for id, times in Counter(ids).items() if times > 1]):
         return failed(f"{len(twice)} ids belong to several answers, such as {twice[0]!r}")
     if len(set(texts)) < count:
-        return warned(
-            f"{count} at a time: none has another's code, but only {len(set(texts))} of {count} answers differ when "
-            "they are asked alone, so that a mixture may go unseen",
-            remedy="Check a model whose answers depend on the prompt.",
+        raise CannotTellError(
+            f"{len(set(texts))} different answers to {count} prompts: a mixture of them could not be seen. None has "
+            "the code of another prompt."
         )
     seen = f"{2 * count} answers, {count} at a time: none is another's"
     if changed:
@@ -204,6 +200,25 @@ async def isolation(target: Target) -> Finding:
             "choose batch-invariant kernels.",
         )
     return passed(f"{seen}, each as it is alone")
+
+
+async def _telling_fields(target: Target, questions: Sequence[str]) -> list[dict[str, Any]]:
+    """What makes answers differ most: sampling by a seed for each, where a seed gives the same again."""
+    seeded: dict[str, Any] = {"temperature": 1.0, "seed": 1000}
+    first, again = [await target.ask(questions[0], _NUM_TOKENS, **seeded) for _ in range(2)]
+    if first.text != again.text:
+        return [{} for _ in questions]
+    return [{"temperature": 1.0, "seed": 1000 + index} for index in range(len(questions))]
+
+
+def _owner(text: str, index: int, codes: Sequence[str], texts: Sequence[str]) -> str:
+    """Which other prompt an answer belongs to; empty: none."""
+    for other, (code, alone) in enumerate(zip(codes, texts, strict=True)):
+        if code != codes[index] and code in text:
+            return f"has the code of prompt {other}"
+        if text and text == alone and text != texts[index]:
+            return f"is that of prompt {other}"
+    return ""
 
 
 def _num_prompts(thresholds: Thresholds) -> int:

@@ -74,7 +74,7 @@ async def mapping(target: Target) -> Finding:
     written = [(rule.pattern, rule.source) for rule in settings.model.mixed_precision.all_rules]
     version = (described.get("weight_version") or {}).get("version")
     if served == written:
-        return passed(f"weight version {version}: the {len(written)} rules of {path}")
+        return passed(f"weight version {version} has the rules of {path} ({len(written)})")
     if settings.weights.resume and settings.weights.history:
         return passed(f"weight version {version} has other rules than {path}; a restart goes on from weights.history")
     return failed(f"weight version {version} has {len(served)} rules that are not the {len(written)} of {path}")
