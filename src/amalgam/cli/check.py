@@ -109,7 +109,7 @@ def command(
     """Check whether a running server is ready for production: measure it, and say what to mend.
 
     Nothing changes the server, unless --drain names a process to end. The exit code is 0 when it is ready, 1 when a
-    check failed, 2 when checks could not run, for lack of time too, 130 after Ctrl-C (what was found until then is reported).
+    check failed, 2 when checks could not run, for lack of time too, 130 after Ctrl-C (what was found is reported).
     """
     from amalgam.tools.check.registry import chosen
     from amalgam.tools.check.target import Evidence
