@@ -28,7 +28,8 @@ CATEGORIES: Mapping[str, str] = {
     "operation": "Configuration, end of the process",
 }
 
-EARLY, USUAL, LATE, LAST = 0, 50, 90, 100  # when a check runs: late ones disturb those that follow them
+# When a check runs: those that disturb others, or take long, after them.
+EARLY, USUAL, LOAD, AFTER_LOAD, LATE, LAST = 0, 50, 70, 80, 90, 100
 
 
 class Status(StrEnum):
@@ -74,14 +75,6 @@ def failed(value: str, threshold: str = "", *, remedy: str = "", figures: Mappin
 
 def skipped(reason: str, *, remedy: str = "") -> Finding:
     return Finding(Status.SKIP, reason, remedy=remedy)
-
-
-class CannotTellError(Exception):
-    """A check has nothing to go by; it is skipped, with this as the reason."""
-
-
-class PlainRefusalError(Exception):
-    """A request that every server must answer was not answered; the check fails with this."""
 
 
 @dataclass(frozen=True)

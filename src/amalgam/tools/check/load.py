@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amalgam.errors import AmalgamError, RequestError
-from amalgam.tools.check.contract import CannotTellError, PlainRefusalError
+from amalgam.tools.check.failures import CannotTellError, PlainRefusalError
 from amalgam.tools.check.target import Target
 from amalgam.tools.check.thresholds import Thresholds
 from amalgam.tools.load.benchmark import Benchmark, Extent, Work

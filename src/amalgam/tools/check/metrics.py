@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from prometheus_client.samples import Sample
 
 from amalgam.tools.check.asking import Response
-from amalgam.tools.check.contract import CannotTellError
+from amalgam.tools.check.failures import CannotTellError
 
 if TYPE_CHECKING:
     from amalgam.tools.check.target import Target

@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from amalgam.errors import AmalgamError
-from amalgam.tools.check.contract import CannotTellError, Check, Finding, PlainRefusalError, Result, Status
+from amalgam.tools.check.contract import Check, Finding, Result, Status
 from amalgam.tools.check.contract import failed as as_failure
 from amalgam.tools.check.contract import skipped as as_skipped
+from amalgam.tools.check.failures import CannotTellError, PlainRefusalError
 from amalgam.tools.check.target import Target
 from amalgam.tools.check.thresholds import Thresholds
 from amalgam.version import __version__

@@ -18,7 +18,7 @@ import orjson
 
 from amalgam.errors import ConfigError, RequestError, UnavailableError
 from amalgam.tools.check.asking import Reply, Response, fetch
-from amalgam.tools.check.contract import CannotTellError, PlainRefusalError
+from amalgam.tools.check.failures import CannotTellError, PlainRefusalError
 from amalgam.tools.check.process import is_there, listener, listens
 from amalgam.tools.check.rules import read as read_rules
 from amalgam.tools.check.thresholds import Thresholds

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from amalgam.tools.check.asking import Response
-from amalgam.tools.check.contract import CannotTellError, Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.contract import Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.failures import CannotTellError
 from amalgam.tools.check.target import Target
 
 _REFUSED = (401, 403)

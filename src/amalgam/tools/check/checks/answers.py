@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from amalgam.tools.check.asking import Reply, Response, text_of
-from amalgam.tools.check.contract import CannotTellError, Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.contract import Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.failures import CannotTellError
 from amalgam.tools.check.metrics import gauge_of_running
 from amalgam.tools.check.process import cpu_seconds
 from amalgam.tools.check.target import Target

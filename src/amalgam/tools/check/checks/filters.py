@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from amalgam.tools.check.asking import Reply
-from amalgam.tools.check.contract import CannotTellError, Finding, check, failed, passed, skipped
+from amalgam.tools.check.contract import Finding, check, failed, passed, skipped
+from amalgam.tools.check.failures import CannotTellError
 from amalgam.tools.check.target import Target
 
 _CONTROL = "plain harbour"

@@ -13,17 +13,8 @@ from amalgam.errors import UnavailableError
 from amalgam.tools.check import metrics as exposition
 from amalgam.tools.check import rules as alerting
 from amalgam.tools.check.asking import Response, fetch
-from amalgam.tools.check.contract import (
-    EARLY,
-    CannotTellError,
-    Finding,
-    PlainRefusalError,
-    check,
-    failed,
-    passed,
-    skipped,
-    warned,
-)
+from amalgam.tools.check.contract import EARLY, LOAD, Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.failures import CannotTellError, PlainRefusalError
 from amalgam.tools.check.load import load_requests, measured
 from amalgam.tools.check.target import Target
 from amalgam.tools.load.http import Address
@@ -84,6 +75,7 @@ async def readiness(target: Target) -> Finding:
     remedy="Answer probes in another thread than the model computes in.",
     requests=load_requests,
     shares="load",
+    order=LOAD,
 )
 async def health_under_load(target: Target) -> Finding:
     if not target.kept.get("health_path"):

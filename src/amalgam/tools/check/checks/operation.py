@@ -14,7 +14,8 @@ import yaml
 from amalgam.config.settings import Settings, read_settings
 from amalgam.errors import ConfigError
 from amalgam.tools.check.asking import Reply, Response
-from amalgam.tools.check.contract import LAST, CannotTellError, Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.contract import LAST, Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.failures import CannotTellError
 from amalgam.tools.check.process import Watched, listens, name_of
 from amalgam.tools.check.target import Target
 

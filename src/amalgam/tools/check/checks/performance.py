@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amalgam.tools.check.contract import Finding, Status, check, failed, passed, skipped, warned
+from amalgam.tools.check.contract import LOAD, Finding, Status, check, failed, passed, skipped, warned
 from amalgam.tools.check.load import load_requests, measured
 from amalgam.tools.check.target import Target
 from amalgam.tools.load.metrics import Point
@@ -47,6 +47,7 @@ def _rate(target: Target, point: Point, rate: float, least: float, unit: str) ->
     remedy="Shorter prompts, a prefix cache, fewer prompt tokens beside streams, more machines.",
     requests=load_requests,
     shares="load",
+    order=LOAD,
 )
 async def ttft(target: Target) -> Finding:
     point = (await measured(target)).single
@@ -60,6 +61,7 @@ async def ttft(target: Target) -> Finding:
     remedy="Fewer bits in the weights, a faster machine, speculation, a smaller batch.",
     requests=load_requests,
     shares="load",
+    order=LOAD,
 )
 async def tpot(target: Target) -> Finding:
     point = (await measured(target)).single
@@ -75,6 +77,7 @@ async def tpot(target: Target) -> Finding:
     remedy="As for the time per token.",
     requests=load_requests,
     shares="load",
+    order=LOAD,
 )
 async def stream_rate(target: Target) -> Finding:
     point = (await measured(target)).single
@@ -89,6 +92,7 @@ async def stream_rate(target: Target) -> Finding:
     remedy="Larger batches, fewer bits in the weights, more machines.",
     requests=load_requests,
     shares="load",
+    order=LOAD,
 )
 async def total_rate(target: Target) -> Finding:
     point = (await measured(target)).crowd
@@ -103,6 +107,7 @@ async def total_rate(target: Target) -> Finding:
     remedy="Shorter answers, larger batches, more machines.",
     requests=load_requests,
     shares="load",
+    order=LOAD,
 )
 async def request_rate(target: Target) -> Finding:
     point = (await measured(target)).crowd
@@ -118,6 +123,7 @@ async def request_rate(target: Target) -> Finding:
     remedy="Limit what is under way at once, refuse what does not fit (503), add machines.",
     requests=load_requests,
     shares="load",
+    order=LOAD,
 )
 async def latency(target: Target) -> Finding:
     point = (await measured(target)).crowd
@@ -131,6 +137,7 @@ async def latency(target: Target) -> Finding:
     remedy="The server's log has the causes; an overload is refused with 503 and Retry-After.",
     requests=load_requests,
     shares="load",
+    order=LOAD,
 )
 async def errors(target: Target) -> Finding:
     both = await measured(target)

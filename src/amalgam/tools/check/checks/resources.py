@@ -7,7 +7,8 @@ from pathlib import Path
 
 from amalgam.base.machine import detect_machine
 from amalgam.tools.check import metrics
-from amalgam.tools.check.contract import CannotTellError, Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.contract import AFTER_LOAD, Finding, check, failed, passed, skipped, warned
+from amalgam.tools.check.failures import CannotTellError
 from amalgam.tools.check.process import descriptors, name_of, resident_bytes, working_folder
 from amalgam.tools.check.target import Target
 
@@ -21,7 +22,7 @@ _NOT_HERE = "The server's process is not on this machine (or in another namespac
     why="A machine without memory ends the largest process, which is the server.",
     remedy="A smaller KV cache, fewer bits in the weights, more memory; a limit that is the container's own.",
     requests=1,
-    order=80,
+    order=AFTER_LOAD,
 )
 async def memory(target: Target) -> Finding:
     wanted, pid = target.thresholds.resources, target.process
@@ -68,7 +69,7 @@ async def _remote_memory(target: Target) -> Finding:
     "Disk",
     why="A full disk loses logs, statistics and the packed cache, and the next model does not fit.",
     remedy="Make room, rotate logs.",
-    order=80,
+    order=AFTER_LOAD,
 )
 async def disk(target: Target) -> Finding:
     pid, least = target.process, target.thresholds.resources.disk_free_bytes
@@ -96,7 +97,7 @@ def _mount_of(path: Path) -> Path:
     "Descriptors",
     why="Each connection takes one; without any left a server accepts nobody, or ends.",
     remedy="Raise the limit (LimitNOFILE, ulimit -n), and look for connections that nobody closes.",
-    order=80,
+    order=AFTER_LOAD,
 )
 async def open_files(target: Target) -> Finding:
     pid = target.process
