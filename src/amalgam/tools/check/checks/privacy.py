@@ -29,7 +29,7 @@ async def log(target: Target) -> Finding:
     path = target.evidence.log
     if path is None:
         return skipped("No log is named.", remedy="--log FILE names the file that the server's log is written to.")
-    size = path.stat().st_size
+    before = _state_of(path)
     canaries = {kind: _canary() for kind in ("a prompt", "a streamed prompt", "a refused prompt", "a broken request")}
     answer = (await target.ask(f"Remember {canaries['a prompt']}. Tell me of rivers.", 32)).text
     await target.stream(f"Remember {canaries['a streamed prompt']}.", 4)
@@ -42,12 +42,17 @@ async def log(target: Target) -> Finding:
         kept.append("an answer")
     if kept:
         return failed(f"{path} has the text of {', '.join(kept)}", "none")
-    if path.stat().st_size == size:
+    if _state_of(path) == before:
         return warned(
-            f"{path} did not grow while 4 requests were answered",
+            f"{path} did not change while 4 requests were answered",
             remedy="Is it this server's log? Name the right file.",
         )
     return passed(f"4 requests are logged in {path}, their texts are not", "none")
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def _forms(text: str) -> set[bytes]:
