@@ -10,11 +10,12 @@ CSRC := $(shell find src/amalgam/*/csrc -name '*.h' -o -name '*.cpp')
 LOG := $(VENV)/setup.log
 # One more than there are cores: a third of the tests' time is spent waiting for servers and browsers.
 PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+RELEASE := build/release
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check sanitize bench format clean
+.PHONY: help setup serve test check sanitize bench format clean docs wheel try lowest
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +51,19 @@ bench: $(INSTALLED) ## load time, memory and tokens/s of the demo model; plannin
 	$(BIN)/amalgam bench --config $(CONFIG) $(ARGS)
 	$(BIN)/python benchmarks/scale.py
 
+docs: $(INSTALLED_DEV) ## the documentation as a site, checked: build/site/index.html
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-docs.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+wheel: $(RELEASE)/.installed ## source archive and wheels into dist/ (ARGS=--aarch64 for ARM too, with a cross compiler)
+	$(RELEASE)/bin/python release/wheels.py $(ARGS)
+
+try: ## install dist/'s wheel where there is no compiler, and run the README's commands
+	$(PYTHON) release/try_wheel.py $(ARGS)
+
+lowest: ## the same with the lowest versions that pyproject.toml allows
+	$(PYTHON) release/try_wheel.py --lowest $(ARGS)
+
 format: $(INSTALLED_DEV) ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -74,6 +88,11 @@ define install
 	@$(BIN)/python -m compileall -q src
 	@$(BIN)/python -c 'from amalgam.kernels.backends.cpu import extension as e; print(e.why_unavailable() or f"Native kernels: {e.isa()}")'
 endef
+
+$(RELEASE)/.installed: release/requirements.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --disable-pip-version-check -q -r release/requirements.txt
+	@touch $@
 
 $(INSTALLED): requirements.txt pyproject.toml CMakeLists.txt $(CSRC)
 	$(call install,requirements.txt)

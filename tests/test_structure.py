@@ -71,11 +71,10 @@ def pinned(file: str) -> dict[str, Requirement]:
     return {str(canonicalize_name(requirement.name)): requirement for requirement in parsed}
 
 
-def declared() -> tuple[list[Requirement], list[Requirement]]:
-    """What all need, and what developers need."""
+def declared() -> list[Requirement]:
+    """What all need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    runtime, dev = project["dependencies"], project["optional-dependencies"]["dev"]
-    return [Requirement(text) for text in runtime], [Requirement(text) for text in dev]
+    return [Requirement(text) for text in project["dependencies"]]
 
 
 def extra(name: str) -> list[Requirement]:
@@ -155,8 +154,7 @@ def test_nothing_runs_code_from_data() -> None:
 
 
 def test_every_import_is_a_declared_dependency() -> None:
-    runtime, _ = declared()
-    allowed = {canonicalize_name(requirement.name) for requirement in runtime} | {"amalgam", "triton"}
+    allowed = {canonicalize_name(requirement.name) for requirement in declared()} | {"amalgam", "triton"}
     distributions = packages_distributions()
     undeclared: dict[str, list[str]] = {}
     for module in MODULES:
@@ -171,10 +169,11 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert undeclared == {}
 
 
-@pytest.mark.parametrize(("file", "extra"), [("requirements.txt", False), ("requirements-dev.txt", True)])
-def test_every_dependency_is_pinned_within_its_bounds(file: str, extra: bool) -> None:
-    pins = pinned(file)
-    wanted = {str(canonicalize_name(requirement.name)): requirement for requirement in declared()[extra]}
+@pytest.mark.parametrize("name", ["", "dev", "docs"])
+def test_every_dependency_is_pinned_within_its_bounds(name: str) -> None:
+    pins = pinned(f"requirements-{name}.txt" if name else "requirements.txt")
+    requirements = extra(name) if name else declared()
+    wanted = {str(canonicalize_name(requirement.name)): requirement for requirement in requirements}
     assert pins.keys() == wanted.keys()
     for name, pin in pins.items():
         (specifier,) = pin.specifier

@@ -116,5 +116,5 @@ def test_without_an_endpoint_there_is_no_tracer() -> None:
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with raises(ConfigError, "amalgam[tracing]"):
+    with raises(ConfigError, "amalgam-llm[tracing]"):
         create_app(Service(fake_settings(otlp_endpoint="http://127.0.0.1:9"), FakeDeployment))

@@ -21,6 +21,7 @@ from amalgam.errors import AmalgamError
 # In the order of a user's day. `amalgam.cli.<verb>` exports `command`; its docstring is the help text. One of two words
 # is in `amalgam.cli.<first>_<second>`.
 VERBS = (
+    "demo",
     "serve",
     "remap",
     "generate",
@@ -75,11 +76,24 @@ app = typer.Typer(
 
 
 def _print_version(is_wanted: bool) -> None:
+    """The version on a line of its own; below it what a report of a fault has to say. Loads no PyTorch."""
     if is_wanted:
+        import platform
+        from importlib.metadata import version
+
         from amalgam.version import __version__
 
-        sys.stdout.write(f"amalgam {__version__}\n")
+        torch = f"PyTorch {version('torch')}"
+        sys.stdout.write(f"amalgam {__version__}\nPython {platform.python_version()}, {torch}, {_native_kernels()}\n")
         raise typer.Exit
+
+
+def _native_kernels() -> str:
+    try:
+        from amalgam import _native
+    except ImportError:
+        return "no native kernels"
+    return f"native kernels for {_native.supported_isas()[-1]}"
 
 
 @app.callback()

@@ -1,11 +1,12 @@
-"""The OpenAPI schema as one HTML page: no scripts, nothing fetched from elsewhere.
+"""The OpenAPI schema as tables, and as one HTML page: no scripts, nothing fetched from elsewhere.
 
-In: the schema that FastAPI derives from the routes. Out: a page.
+In: the schema that FastAPI derives from the routes. Out: its endpoints with their fields, or a page of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -41,36 +42,89 @@ def with_defaults(schema: dict[str, Any], names: set[str], defaults: Mapping[str
     return {**schema, "components": {**schema["components"], "schemas": {**parts, **changed}}}
 
 
+@dataclass(frozen=True)
+class Field:
+    """A field of a query, a body or an answer. `default` is JSON, "required" or "none"."""
+
+    name: str
+    kind: str
+    default: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A method of a path. `tables` are those of "Query", "Body" and "Answer" that have fields."""
+
+    method: str
+    path: str
+    tag: str
+    description: str
+    tables: Mapping[str, tuple[Field, ...]]
+
+
+def endpoints(schema: dict[str, Any]) -> Iterator[Endpoint]:
+    """Every endpoint of a schema, in its order."""
+    for path, methods in schema["paths"].items():
+        for method, operation in methods.items():
+            tag, *_ = [*operation.get("tags", []), ""]
+            tables = dict(_tables(operation, schema))
+            yield Endpoint(method.upper(), path, tag, operation.get("description", ""), tables)
+
+
 def render_docs(schema: dict[str, Any]) -> str:
     """A page with every endpoint, its fields, their defaults and what its answer holds."""
     info = schema["info"]
-    sections = [
-        _section(path, method.upper(), operation, schema)
-        for path, methods in schema["paths"].items()
-        for method, operation in methods.items()
-    ]
+    sections = "".join(_section(endpoint) for endpoint in endpoints(schema))
     title = f"{escape(info['title'])} {escape(info['version'])}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head>'
         f"<body><h1>{title}</h1><p>{escape(info.get('description', ''))} "
-        f'The same as a schema: <a href="openapi.json">openapi.json</a>.</p>{"".join(sections)}</body></html>'
+        f'The same as a schema: <a href="openapi.json">openapi.json</a>.</p>{sections}</body></html>'
     )
 
 
-def _section(path: str, method: str, operation: dict[str, Any], schema: dict[str, Any]) -> str:
-    html = f'<h2><span class="method">{escape(method)}</span> <code>{escape(path)}</code></h2>'
-    html += f"<p>{escape(operation.get('description', ''))}</p>"
+def _section(endpoint: Endpoint) -> str:
+    html = f'<h2><span class="method">{escape(endpoint.method)}</span> <code>{escape(endpoint.path)}</code></h2>'
+    html += f"<p>{escape(endpoint.description)}</p>"
+    return html + "".join(_table(title, fields) for title, fields in endpoint.tables.items())
+
+
+def _table(title: str, fields: tuple[Field, ...]) -> str:
+    is_answer = title == "Answer"
+    rows = "".join(
+        f"<tr><td><code>{escape(field.name)}</code></td><td>{escape(field.kind)}</td>"
+        + ("" if is_answer else f"<td>{escape(field.default)}</td>")
+        + f"<td>{escape(field.description)}</td></tr>"
+        for field in fields
+    )
+    default_head = "" if is_answer else "<th>Default</th>"
+    return f"<h3>{title}</h3><table><tr><th>Field</th><th>Type</th>{default_head}<th></th></tr>{rows}</table>"
+
+
+def _tables(operation: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[str, tuple[Field, ...]]]:
     query = [parameter for parameter in operation.get("parameters", []) if parameter["in"] == "query"]
-    fields = {
-        "properties": {item["name"]: {**item["schema"], "description": item.get("description", "")} for item in query},
-        "required": [item["name"] for item in query if item.get("required")],
+    parts = {
+        "Query": {
+            "properties": {
+                item["name"]: {**item["schema"], "description": item.get("description", "")} for item in query
+            },
+            "required": [item["name"] for item in query if item.get("required")],
+        },
+        "Body": _resolve(_json_schema(operation.get("requestBody", {})), schema),
+        "Answer": _resolve(_json_schema(operation.get("responses", {}).get("200", {})), schema),
     }
-    html += _table("Query", fields, schema)
-    body = _json_schema(operation.get("requestBody", {}))
-    html += _table("Body", _resolve(body, schema), schema)
-    answer = _json_schema(operation.get("responses", {}).get("200", {}))
-    return html + _table("Answer", _resolve(answer, schema), schema)
+    for title, part in parts.items():
+        required = part.get("required", [])
+        fields = [
+            Field(name, _kind(field, schema), _default(field, name in required), field.get("description", ""))
+            for name, field in part.get("properties", {}).items()
+        ]
+        if title != "Answer":
+            fields.sort(key=lambda field: field.default != "required")
+        if fields:
+            yield title, tuple(fields)
 
 
 def _json_schema(content: dict[str, Any]) -> dict[str, Any]:
@@ -87,22 +141,6 @@ def _resolve(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
         name = part["$ref"].rpartition("/")[2]
         part = schema["components"]["schemas"][name]
     return part
-
-
-def _table(title: str, fields: dict[str, Any], schema: dict[str, Any]) -> str:
-    properties = fields.get("properties")
-    if not properties:
-        return ""
-    required = fields.get("required", [])
-    is_answer = title == "Answer"
-    rows = "".join(
-        f"<tr><td><code>{escape(name)}</code></td><td>{escape(_kind(field, schema))}</td>"
-        + ("" if is_answer else f"<td>{escape(_default(field, name in required))}</td>")
-        + f"<td>{escape(field.get('description', ''))}</td></tr>"
-        for name, field in sorted(properties.items(), key=lambda item: item[0] not in required and not is_answer)
-    )
-    default_head = "" if is_answer else "<th>Default</th>"
-    return f"<h3>{title}</h3><table><tr><th>Field</th><th>Type</th>{default_head}<th></th></tr>{rows}</table>"
 
 
 def _default(field: dict[str, Any], is_required: bool) -> str:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from amalgam.base.escaping import one_line
 from amalgam.errors import ConfigError
 from amalgam.server.http.record import RequestRecord
-from amalgam.version import __version__
+from amalgam.version import DISTRIBUTION, __version__
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -61,7 +61,7 @@ def tracer_of(endpoint: str, model_name: Callable[[], str]) -> Tracer:
     except ImportError:
         raise ConfigError(
             "server.otlp_endpoint is set, and OpenTelemetry is not installed.",
-            remedy="Install it: pip install 'amalgam[tracing]'.",
+            remedy=f"Install it: pip install '{DISTRIBUTION}[tracing]'.",
         ) from None
     return OpenTelemetryTracer(OTLPSpanExporter(endpoint=traces_url(endpoint)), model_name)
 

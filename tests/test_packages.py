@@ -1,0 +1,48 @@
+"""What installers see, and what the site is made of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from website.commands import problem_of, shell_lines
+
+from amalgam.cli import main
+from amalgam.version import __version__
+from tests.conftest import ROOT
+
+
+def test_the_changelog_knows_the_version() -> None:
+    """A release has a heading with its number; what is to become one is in the unreleased part."""
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", __version__)
+    assert headings[0] in ("Unreleased", __version__)
+    assert headings == list(dict.fromkeys(headings))
+
+
+def test_documents_show_verbs_and_options_that_there_are() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    lines = {line: path.name for path in documents for line in shell_lines(path.read_text(encoding="utf-8"))}
+    assert len(lines) > 100
+    assert [(name, line, problem) for line, name in lines.items() if (problem := problem_of(line))] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["amalgam surf", "amalgam serve --prot 1", "true | .venv/bin/amalgam chat --modle x", "amalgam bench --slo x"],
+)
+def test_a_command_that_is_none_is_noticed(line: str) -> None:
+    assert problem_of(line)
+
+
+def test_the_demo_is_a_folder_to_try_things_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "demo"
+    assert main(["demo", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert main(["config", "--config", str(folder / "config/model_config.yaml"), "base_path", "--json"]) == 0
+    for name in ("config/model_config.yaml", "examples/test_client.py", "models/demo/model.safetensors"):
+        assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+    (folder / "config/model_config.yaml").write_text("mine")
+    assert main(["demo", str(folder)]) == 3
+    assert (folder / "config/model_config.yaml").read_text() == "mine"
