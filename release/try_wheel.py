@@ -81,7 +81,8 @@ class Trial:
         subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
         found = [name for name in COMPILERS if shutil.which(name, path=self._environment["PATH"])]
         assert not found, f"{found} can be found"
-        self._run("python", "-m", "pip", "install", "--quiet", "--only-binary", ":all:", str(wheel), *pins, cwd=folder)
+        options = ("--quiet", "--no-compile", "--only-binary", ":all:")
+        self._run("python", "-m", "pip", "install", *options, str(wheel), *pins, cwd=folder)
         self._run("python", "-m", "pip", "check", cwd=folder)
         self._run("amalgam", "--version", cwd=folder)
         self._run("amalgam", "demo", str(self._folder), cwd=folder)

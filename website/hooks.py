@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from amalgam.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "index.md", "README.zh-CN.md": "zh.md", "CHANGELOG.md": "changelog.md"}
-INTERFACES = {
+TITLES = {
     "native": "Native interface",
     "openai": "OpenAI's interface",
     "anthropic": "Anthropic's interface",
@@ -51,7 +52,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for name in sorted(set(rest) - named, key=lambda name: (not name.endswith("README.md"), name)):
         sections["Log" if name.startswith("log/") else "Guides"].append(name)
     http = next(entry["HTTP"] for entry in sections["Reference"] if isinstance(entry, dict) and "HTTP" in entry)
-    http += [{title: f"reference/http/{tag}.md"} for tag, title in INTERFACES.items()]
+    http += [{_title(tag): f"reference/http/{tag}.md"} for tag in _interfaces()]
     return config
 
 
@@ -72,17 +73,31 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path.relative_to(ROOT / "website").as_posix(), abs_src_path=str(path)))
     icon = ROOT / "src/amalgam/server/web/static/icon.svg"
     files.append(File.generated(config, "assets/icon.svg", abs_src_path=str(icon)))
+    files.append(File.generated(config, "reference/http/openapi.json", content=json.dumps(_schema(), indent=1)))
+    for tag, described in _interfaces().items():
+        files.append(File.generated(config, f"reference/http/{tag}.md", content=_interface(_title(tag), described)))
+    return files
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    """What a server without a model of its own says of its interfaces."""
     api = FastAPI(title="amalgam", version=__version__, description=DESCRIPTION, responses=RESPONSES)
     api.router.routes += every_route()
-    schema = api.openapi()
-    files.append(File.generated(config, "reference/http/openapi.json", content=json.dumps(schema, indent=1)))
-    described = list(endpoints(schema))
-    if unknown := {endpoint.tag for endpoint in described} - INTERFACES.keys():
-        logger.warning("endpoints have tags without a page: %s", unknown)
-    for tag, title in INTERFACES.items():
-        page = _interface(title, [endpoint for endpoint in described if endpoint.tag == tag])
-        files.append(File.generated(config, f"reference/http/{tag}.md", content=page))
-    return files
+    return api.openapi()
+
+
+@cache
+def _interfaces() -> dict[str, list[Endpoint]]:
+    """The endpoints by their tags; those that have a title here first."""
+    found: dict[str, list[Endpoint]] = {tag: [] for tag in TITLES}
+    for endpoint in endpoints(_schema()):
+        found.setdefault(endpoint.tag or "others", []).append(endpoint)
+    return {tag: described for tag, described in found.items() if described}
+
+
+def _title(tag: str) -> str:
+    return TITLES.get(tag, tag.capitalize())
 
 
 def _with_links_into_docs(text: str) -> str:
@@ -117,7 +132,7 @@ def _commands() -> str:
             f"{escape(help_text, quote=False)}\n",
         ]
         records = [record for each in command.get_params(context) if (record := each.get_help_record(context))]
-        rows = [f"| `{_cell(names)}` | {_cell(escape(meaning, quote=False))} |" for names, meaning in records]
+        rows = [f"| `{_line(names)}` | {_cell(escape(meaning, quote=False))} |" for names, meaning in records]
         lines += ["| option | |", "|---|---|", *rows, ""]
     return "\n".join(lines)
 
@@ -143,9 +158,14 @@ def _fields(fields: Iterable[Field], has_default: bool) -> Iterator[str]:
         yield f"| `{field.name}` | {kind} |{default} {meaning} |"
 
 
+def _line(text: str) -> str:
+    """Text on one line, which no table takes apart."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
+
+
 def _cell(text: str) -> str:
-    """Text on one line that neither a table nor Markdown takes apart."""
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("*", "\\*").replace("[", "\\[").strip()
+    """The same where Markdown has a meaning."""
+    return re.sub(r"([*\[])", r"\\\1", _line(text))
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
