@@ -58,11 +58,11 @@ docs: $(INSTALLED_DEV) ## the documentation as a site, checked: build/site/index
 wheel: $(RELEASE)/.installed ## source archive and wheels into dist/ (ARGS=--aarch64 for ARM too, with a cross compiler)
 	$(RELEASE)/bin/python release/wheels.py $(ARGS)
 
-try: ## install dist/'s wheel where there is no compiler, and run the README's commands
-	$(PYTHON) release/try_wheel.py $(ARGS)
+try: $(RELEASE)/.installed ## install dist/'s wheel where there is no compiler, and run the README's commands
+	$(RELEASE)/bin/python release/try_wheel.py $(ARGS)
 
-lowest: ## the same with the lowest versions that pyproject.toml allows
-	$(PYTHON) release/try_wheel.py --lowest $(ARGS)
+lowest: $(RELEASE)/.installed ## the same with the lowest versions that pyproject.toml allows
+	$(RELEASE)/bin/python release/try_wheel.py --lowest $(ARGS)
 
 format: $(INSTALLED_DEV) ## format and fix what can be fixed
 	$(BIN)/ruff format .

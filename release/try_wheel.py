@@ -1,7 +1,8 @@
 """A wheel as a user gets it: a new environment, no compiler in the path, the README's commands. `make try` runs it.
 
 In: a wheel; without one, that of `dist/` for this interpreter. Out: what each command printed, and exit code 1 if one
-failed. With `--lowest` each library has the lowest version that the wheel's metadata allows.
+failed. With `--lowest` each library has the lowest version that the wheel's metadata allows. uv installs, and heeds its
+variables: `UV_TORCH_BACKEND=cpu` spares a machine without a GPU several GB.
 """
 
 from __future__ import annotations
@@ -55,6 +56,14 @@ def lowest_versions(wheel: Path) -> list[str]:
     return [f"{match[1]}=={match[2]}" for match in found if match]
 
 
+def uv(*words: str) -> None:
+    """
+    Raises:
+        CalledProcessError: it failed.
+    """
+    subprocess.run([sys.executable, "-m", "uv", *words], check=True)
+
+
 class Trial:
     """An environment with a wheel in it, and the demo's folder, where commands run.
 
@@ -77,13 +86,13 @@ class Trial:
             if not name.startswith(("PYTHON", "AMALGAM_", "CC", "CXX"))
         }
         self._environment = {**kept, "PATH": f"{self._bin}:{tools}", "HOME": str(folder)}
-        print(f"Installing {wheel.name} {' '.join(pins)}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
         found = [name for name in COMPILERS if shutil.which(name, path=self._environment["PATH"])]
         assert not found, f"{found} can be found"
-        options = ("--quiet", "--no-compile", "--only-binary", ":all:")
-        self._run("python", "-m", "pip", "install", *options, str(wheel), *pins, cwd=folder)
-        self._run("python", "-m", "pip", "check", cwd=folder)
+        print(f"Installing {wheel.name} {' '.join(pins)}", flush=True)
+        python = str(self._bin / "python")
+        uv("venv", "--quiet", "--python", sys.executable, str(folder / "env"))
+        uv("pip", "install", "--quiet", "--only-binary", ":all:", "--python", python, str(wheel), *pins)
+        uv("pip", "check", "--python", python)
         self._run("amalgam", "--version", cwd=folder)
         self._run("amalgam", "demo", str(self._folder), cwd=folder)
 
