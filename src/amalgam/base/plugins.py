@@ -20,6 +20,15 @@ def load_plugins(group: str) -> list[Any]:
     return [_load(entry) for entry in entry_points(group=group)]
 
 
+def load_plugins_named(group: str) -> dict[str, Any]:
+    """The same by the names under which they are offered.
+
+    Raises:
+        UnsupportedError: one cannot be imported; the message names its package.
+    """
+    return {entry.name: _load(entry) for entry in entry_points(group=group)}
+
+
 def _load(entry: EntryPoint) -> Any:
     try:
         return entry.load()

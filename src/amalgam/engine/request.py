@@ -73,6 +73,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"  # max_new_tokens reached
     CANCELLED = "cancelled"
     ERROR = "error"
+    CONTENT_FILTER = "content_filter"  # never the engine's: a filter lets nothing more pass
 
 
 class TokenLogprobs(NamedTuple):
@@ -99,10 +100,16 @@ class RequestOutput(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # on the first output, if wanted; None for the first token
     stopped_by: str | int | None = None  # on the last output: the stop string or stop token; None at an end of sequence
     embedding: npt.NDArray[np.float32] | None = None  # on the last output of a request for one, `[hidden]`
+    num_hidden: int = 0  # tokens that were computed and are not told of, since a filter lets their text not pass
 
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens since the last output, those that are not told of included."""
+        return len(self.token_ids) + self.num_hidden
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ class OutputStream:
         self._is_finished = output.is_finished
         return output
 
+    def cancel(self) -> None:
+        """Have the request end; its last output still comes."""
+        if not self._is_finished:
+            self._engine.cancel(self._request_id)
+
     async def aclose(self) -> None:
         """Cancel the request if it goes on."""
         if not self._is_finished:

@@ -27,6 +27,7 @@ from amalgam.server.api import (
     autoplan,
     experts,
     exports,
+    filters,
     native,
     probes,
     serving,
@@ -56,8 +57,8 @@ from amalgam.version import __version__
 
 ROUTERS = (  # every interface there is, in the order of /docs
     page.router, native.router, summaries.router, experts.router, exports.router, traces.router, *weights.ROUTERS,
-    autoplan.router, probes.router, serving.router, models.router, completions.router, chat.router, responses.router,
-    embeddings.router, tokenize.router, anthropic.router, dashboard.router,
+    autoplan.router, probes.router, serving.router, filters.router, models.router, completions.router, chat.router,
+    responses.router, embeddings.router, tokenize.router, anthropic.router, dashboard.router,
 )  # fmt: skip
 
 DESCRIPTION = """One running Transformer made out of several checkpoints in different precisions. null in an optional

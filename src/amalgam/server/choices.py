@@ -163,6 +163,7 @@ class Collected:
 
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    num_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     finish_reason: FinishReason | None = None
@@ -173,6 +174,7 @@ class Collected:
     def add(self, output: RequestOutput) -> None:
         self.texts.append(output.text)
         self.token_ids += output.token_ids
+        self.num_tokens += output.num_tokens
         self.logprobs += output.logprobs
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         if output.is_finished:

@@ -35,10 +35,14 @@ JSON = dict[str, Any]
 
 
 class OutputStream(Protocol):
-    """The outputs of one request as they come; closing it cancels the request unless it has ended."""
+    """The outputs of one request as they come; closing it cancels the request unless it has ended.
+
+    After `cancel` it goes on to its last output, which comes soon.
+    """
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
     async def __anext__(self) -> RequestOutput: ...
+    def cancel(self) -> None: ...
     async def aclose(self) -> None: ...
 
 

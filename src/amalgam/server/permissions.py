@@ -19,9 +19,9 @@ WITH_KEY |= {"/dashboard/chat", "/metrics", "/summarize", "/weights"}
 WITH_KEY_BELOW = ("/v1/",)
 WITH_ADMIN_KEY = {
     "/update_weight_mapping", "/reload_weights", "/reset_expert_stats", "/export_expert_stats", "/expert_stats",
-    "/serving", "/remaps", "/manifest", "/autoplan", "/explain",
+    "/serving", "/remaps", "/manifest", "/autoplan", "/explain", "/filters",
 }  # fmt: skip
-WITH_ADMIN_KEY_BELOW = ("/experts/", "/dashboard/", "/weights/")
+WITH_ADMIN_KEY_BELOW = ("/experts/", "/dashboard/", "/weights/", "/filters/")
 
 
 def needs_of(path: str) -> Needs | None:

@@ -20,7 +20,9 @@ from amalgam.base.threads import StoppableThread
 from amalgam.config.settings import Settings
 from amalgam.engine.params import SamplingParams
 from amalgam.errors import ModelNotFoundError, OverloadedError, UnavailableError, UnsupportedError, describe
-from amalgam.server.encoding import Encoder, Prompt, start_thread
+from amalgam.server.encoding import Encoder, Prompt, TextPrompt, start_thread
+from amalgam.server.filtering import filtering
+from amalgam.server.filters import Filters, RefusedPrompt
 from amalgam.server.http.record import current_record
 from amalgam.server.interface import Deployment, Statistics
 from amalgam.server.sharing import SharedAnswers
@@ -55,6 +57,8 @@ REFUSALS = (
     "rate_limited",
     "token_rate_limited",
     "timed_out",
+    "content_filtered",
+    "filter_failed",
     "body_timeout",
     "headers_too_large",
     "unsupported",
@@ -110,6 +114,7 @@ class Service:
         self._is_closed = False
         self._num_encoding = 0
         self.encoder = Encoder(settings.server.max_workers)
+        self.filters = Filters(settings.filters, self.encoder) if settings.filters.rules else None
 
     def start(self) -> None:
         """Begin to load; returns at once."""
@@ -122,7 +127,8 @@ class Service:
             if not self._stopping.is_set():
                 self._load_error = error
             return
-        self._deployment = watched(deployment)
+        deployment = watched(deployment)
+        self._deployment = deployment if self.filters is None else filtering(deployment, self.filters)
         dashboard = f"; dashboard at {self._url}/dashboard" if self._url else ""
         logger.info("ready after %.1f s: %s%s", self.uptime_seconds, deployment.model_name, dashboard)
         if self._is_closed:
@@ -229,30 +235,64 @@ class Service:
             self.num_active -= 1
 
     async def encode(
-        self, prompts: Sequence[Prompt], max_tokens: int | None = None, name: str = "prompts"
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int | None = None,
+        name: str = "prompts",
+        *,
+        is_answered: bool = True,
+        is_filtered: bool = True,
     ) -> list[list[int]]:
-        """Token ids of each prompt.
+        """Token ids of each prompt as filters let it pass; none of one that they refuse, which the engine answers too.
 
         Args:
             prompts: texts, or chats.
             max_tokens: of each; None: as many as the engine takes.
             name: of the field that they stand in, for errors.
+            is_answered: whether an answer can be a refusal.
+            is_filtered: whether filters look at them here.
 
         Raises:
+            ContentFilteredError, FilterFailedError: see `Filters.prompts`.
             OverloadedError: the queue is full. Checked first, so that overload costs no tokenizing.
             PromptTooLongError: a prompt leaves no room for a new token; told from its length where that is enough.
             RequestError: a prompt cannot be encoded.
         """
+        filters = self.filters if is_filtered else None
+        return [token_ids for token_ids, _ in await self._encode(prompts, max_tokens, name, filters, is_answered)]
+
+    async def encode_texts(
+        self, prompts: Sequence[TextPrompt], name: str, *, is_answered: bool = True
+    ) -> list[tuple[list[int], str]]:
+        """The same of texts, each with the text that was encoded."""
+        encoded = await self._encode(prompts, None, name, self.filters, is_answered)
+        return [(ids, prompt.text if isinstance(prompt, TextPrompt) else "") for ids, prompt in encoded]
+
+    async def _encode(
+        self, prompts: Sequence[Prompt], max_tokens: int | None, name: str, filters: Filters | None, is_answered: bool
+    ) -> list[tuple[list[int], Prompt | RefusedPrompt]]:
         deployment = self.deployment
-        if self.settings.server.log_prompts and (record := current_record.get()) is not None:
-            record.prompts += [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
         self.check_room()
         self._num_encoding += 1  # a batch takes places in the queue one after the other
         try:
+            await self._note_prompts(prompts)
+            passed: Sequence[Prompt | RefusedPrompt] = prompts
+            if filters is not None:
+                passed = await filters.prompts(prompts, name, is_answered=is_answered)
             max_tokens = deployment.engine.max_prompt_tokens if max_tokens is None else max_tokens
-            return await self.encoder.encode(deployment.tokenizer, prompts, max_tokens, name)
+            texts = [prompt for prompt in passed if not isinstance(prompt, RefusedPrompt)]
+            encoded = iter(await self.encoder.encode(deployment.tokenizer, texts, max_tokens, name))
+            return [(prompt if isinstance(prompt, RefusedPrompt) else next(encoded), prompt) for prompt in passed]
         finally:
             self._num_encoding -= 1
+
+    async def _note_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """For the request's line in the log, if they are wanted there."""
+        if not self.settings.server.log_prompts or (record := current_record.get()) is None:
+            return
+        for prompt in prompts:
+            text = prompt if isinstance(prompt, str) else repr(prompt)
+            record.prompts.append(text if self.filters is None else await self.filters.masked(text))
 
     def check_room(self) -> None:
         """To be called before a request costs anything.

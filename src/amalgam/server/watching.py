@@ -120,6 +120,9 @@ class _WatchedStream:
         _note_output(self._record, output)
         return output
 
+    def cancel(self) -> None:
+        self._outputs.cancel()
+
     async def aclose(self) -> None:
         await self._outputs.aclose()
 

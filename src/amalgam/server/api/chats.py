@@ -148,7 +148,7 @@ class AnswerReader:
             deltas = [*deltas, *self._parser.finish()]
         if not self._is_parallel:
             deltas = self._up_to_second_call(deltas)
-        self._count(len(output.token_ids), deltas)
+        self._count(output.num_tokens, deltas)
         self.has_called = self.has_called or any(isinstance(delta, ToolCallDelta) for delta in deltas)
         return deltas
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
 from amalgam.engine.params import SamplingParams
-from amalgam.engine.request import Observation, Usage
+from amalgam.engine.request import FinishReason, Observation, Usage
 from amalgam.errors import RequestError
 from amalgam.server.api.chats import encode_chat
 from amalgam.server.api.common import MAX_INT, ToolUse, WeightsField
@@ -28,6 +28,7 @@ from amalgam.server.http.body import StrictRoute
 from amalgam.server.service import Service
 from amalgam.text.answers.contract import ContentDelta
 from amalgam.text.chat import ChatPrompt
+from amalgam.text.filters.contract import ContentFilteredError
 from amalgam.text.summary import (
     CHUNK_TOKENS,
     MIN_CHUNK_TOKENS,
@@ -137,6 +138,8 @@ async def summary_of(
     if not body.text.strip():
         raise RequestError("The text is empty.", remedy="Give one with words.", param="text")
     service.check_room()  # a document that is refused is not read
+    if service.filters is not None:
+        body = body.model_copy(update={"text": await service.filters.text(body.text, "text")})
     starts = await _token_starts(service, body, max_chunks)
     if not starts:
         raise RequestError("The text has no tokens.", remedy="Give one with words.", param="text")
@@ -248,6 +251,8 @@ class _Asking:
             parser = chat.form.parser(prompt_end=chat.prompt_end)
             deltas = [*parser.push(completion.text), *parser.finish()]
             text = "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))
+        if completion.finish_reason == FinishReason.CONTENT_FILTER:
+            raise ContentFilteredError("A filter lets a summary not pass.", param="text")
         self.usages.append(completion.usage)
         self._tell()
         return Answer(text, completion.usage.num_new_tokens)

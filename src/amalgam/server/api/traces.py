@@ -23,6 +23,7 @@ from amalgam.server.http.body import StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
 from amalgam.server.interface import Tokenizer
 from amalgam.text.chat import ChatPrompt
+from amalgam.text.filters.contract import ContentFilteredError
 
 if TYPE_CHECKING:
     from amalgam.models.routing import RoutingTrace
@@ -50,11 +51,12 @@ async def trace(body: TraceBody, request: Request, service: ServiceArgument) -> 
 
     async def answer() -> Response:
         prompt = ChatPrompt([{"role": "user", "content": body.text}]) if body.chat else body.text
-        [token_ids] = await service.encode([prompt])
+        [token_ids] = await service.encode([prompt], is_answered=False)
         params = SamplingParams(max_new_tokens=1, do_sample=False)
         observation = Observation(wants_trace=True, is_counted=body.record)
         result = await complete(service.deployment.engine, token_ids, params, observation)
-        assert result.trace is not None
+        if result.trace is None:
+            raise ContentFilteredError("A filter lets the token not pass that follows this text.", param="text")
         return await asyncio.to_thread(_answer, service.deployment.tokenizer, token_ids, result.trace)
 
     return await unless_client_leaves(request.receive, answer())

@@ -76,6 +76,7 @@ def openai(refusal: Refusal) -> tuple[int, dict[str, Any]]:
         "rate_limited": "rate_limit_exceeded",
         "token_rate_limited": "rate_limit_exceeded",
         "unsupported": "unsupported_parameter",
+        "content_filtered": "content_filter",
     }.get(refusal.code, refusal.code)
     if status == 401:
         code = "invalid_api_key"

@@ -56,6 +56,7 @@ _FAMILIES = (
     _gauge("ready", "Whether requests are taken."),
     _gauge("uptime_seconds", "Since the server started."),
     _counter("requests_refused", "HTTP requests answered with an error, probes left out.", "reason"),
+    _counter("filtered", "What filters have found, by what was done about it.", "filter", "where", "action"),
     _gauge("memory_bytes", "Resident memory; mapped: pages of files, which the system can drop.", "kind"),
     _gauge("memory_limit_bytes", "Memory that the process may use: the machine's, or its control group's limit."),
     _counter("cpu_seconds", "Processor time of the process."),

@@ -53,6 +53,12 @@ def _of_server(service: Service) -> Iterator[Metric]:
     yield _family("uptime_seconds", service.uptime_seconds)
     refused = [({"reason": reason}, count) for reason, count in dict(service.refusals).items()]
     yield _family("requests_refused", refused)
+    if service.filters is not None:
+        filtered = [
+            ({"filter": name, "where": where, "action": action}, count)
+            for (name, where, action), count in sorted(service.filters.counts.items())
+        ]
+        yield _family("filtered", filtered)
     yield from _of_process()
 
 
@@ -68,7 +74,9 @@ def _of_process() -> Iterator[Metric]:
 def _of_engine(engine: EngineFigures) -> Iterator[Metric]:
     """Requests, tokens, KV cache, steps."""
     reading, status = engine
-    finished = [({"reason": reason.value}, reading.finished.get(reason, 0)) for reason in FinishReason]
+    # What filters end is cancelled for the engine; `filtered` counts it.
+    reasons = [reason for reason in FinishReason if reason is not FinishReason.CONTENT_FILTER]
+    finished = [({"reason": reason.value}, reading.finished.get(reason, 0)) for reason in reasons]
     yield _family("requests_finished", finished)
     yield _family("requests_running", status.num_running)
     yield _family("requests_waiting", status.num_waiting)

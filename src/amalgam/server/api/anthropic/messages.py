@@ -111,7 +111,9 @@ async def count_tokens(body: PromptBody, query: Query, request: Request, service
     """How many tokens the prompt of a message has."""
     service.check_model(body.model)
     prompt = chat_prompt(body, service.deployment.tokenizer.chat_template)
-    [prompt_ids] = await unless_client_leaves(request.receive, service.encode([prompt], MAX_COUNTED_TOKENS))
+    [prompt_ids] = await unless_client_leaves(
+        request.receive, service.encode([prompt], MAX_COUNTED_TOKENS, is_answered=False)
+    )
     return CountAnswer(input_tokens=len(prompt_ids))
 
 
@@ -184,7 +186,7 @@ class _Answer:
             yield event(fields, fields["type"])
 
     def _read(self, output: RequestOutput) -> Iterator[JSON]:
-        self.num_new_tokens += len(output.token_ids)
+        self.num_new_tokens += output.num_tokens
         if output.usage is not None:
             self.num_cached_tokens = output.usage.num_cached_tokens
         for delta in self.reader.read(output):
@@ -197,6 +199,8 @@ class _Answer:
     def _finish(self, output: RequestOutput) -> None:
         if output.finish_reason is FinishReason.LENGTH:
             self.stop_reason = "max_tokens"
+        elif output.finish_reason is FinishReason.CONTENT_FILTER:
+            self.stop_reason = "refusal"
         elif output.stopped_by in self.stop_sequences:
             self.stop_reason, self.stop_sequence = "stop_sequence", str(output.stopped_by)
         else:

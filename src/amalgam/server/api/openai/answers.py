@@ -54,7 +54,7 @@ def fingerprint(version: int) -> str:
 
 def reason_of(reason: FinishReason | None) -> str:
     """A finish reason in OpenAI's words."""
-    return "length" if reason is FinishReason.LENGTH else "stop"
+    return reason.value if reason in (FinishReason.LENGTH, FinishReason.CONTENT_FILTER) else "stop"
 
 
 @dataclass

@@ -235,7 +235,7 @@ class _Answering:
             await self._choices.aclose()
         counts = self._counts()
         for index, item in enumerate(collected):
-            counts.num_new_tokens += len(item.token_ids)
+            counts.num_new_tokens += item.num_tokens
             counts.num_reasoning_tokens += readers[index].num_reasoning_tokens
             assert item.usage is not None
             counts.finish(item.usage, is_first_sample=index == 0)
@@ -266,7 +266,7 @@ class _Answering:
         has_begun: set[int] = set()
         version: int | None = None
         async for index, output in self._choices:
-            counts.num_new_tokens += len(output.token_ids)
+            counts.num_new_tokens += output.num_tokens
             reader = readers[index]
             deltas = reader.read(output, keeps_stop=body.include_stop_str_in_output)
             counts.num_reasoning_tokens = sum(item.num_reasoning_tokens for item in readers)

@@ -23,7 +23,7 @@ from amalgam.server.api.common import MAX_INT
 from amalgam.server.api.openai.answers import Head, TokenCounts, reason_of, stream_of, versions_of
 from amalgam.server.api.openai.documents import CompletionAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import SamplingFields
-from amalgam.server.api.openai.prompts import Prompts, TokenIds, encode_prompts
+from amalgam.server.api.openai.prompts import EncodedPrompts, Prompts, TokenIds, encode_prompts
 from amalgam.server.api.openai.refusing import Refused
 from amalgam.server.api.openai.tokens import LegacyLogprobs, TokenNames, prompt_logprobs, routed_experts
 from amalgam.server.choices import Choices, Collected, Wanted
@@ -94,13 +94,14 @@ async def create_completion(
 
     async def answer() -> Response:
         limit = service.settings.server.max_batch_prompts
-        prompts_ids = await encode_prompts(
+        prompts = await encode_prompts(
             service, "prompt", body.prompt, limit, add_special_tokens=body.add_special_tokens
         )
+        prompts_ids = prompts.token_ids
         constraint = None if grammar is None else await service.compile_grammar(grammar)
         wanted = Wanted(params, body.n, body.observation(wants_trace=body.routed_experts), constraint)
         deployment = service.deployment
-        echoes = await _echoes(deployment.tokenizer, body, prompts_ids)
+        echoes = await _echoes(deployment.tokenizer, prompts) if body.echo else [""] * len(prompts_ids)
         head = Head("text_completion", "cmpl", model, version_id)
         choices = await Choices.submit(deployment.engine, prompts_ids, wanted, service.max_batch_in_flight)
         answering = _Answering(body, head, deployment.tokenizer, prompts_ids, echoes)
@@ -111,15 +112,12 @@ async def create_completion(
     return await unless_client_leaves(request.receive, answer())
 
 
-async def _echoes(tokenizer: Tokenizer, body: CompletionBody, prompts_ids: Sequence[TokenIds]) -> list[str]:
-    """The text of each prompt that is to be repeated."""
-    if not body.echo:
-        return [""] * len(prompts_ids)
-    if isinstance(body.prompt, str):
-        return [body.prompt]
-    if isinstance(body.prompt[0], str):
-        return list(body.prompt)
-    return await asyncio.to_thread(lambda: [tokenizer.decode(token_ids) for token_ids in prompts_ids])
+async def _echoes(tokenizer: Tokenizer, prompts: EncodedPrompts) -> list[str]:
+    """The text of each prompt, as it was computed."""
+    if None not in prompts.texts:
+        return [text or "" for text in prompts.texts]
+    pairs = list(zip(prompts.texts, prompts.token_ids, strict=True))
+    return await asyncio.to_thread(lambda: [tokenizer.decode(ids) if text is None else text for text, ids in pairs])
 
 
 @dataclass
@@ -142,7 +140,7 @@ class _Answering:
             await choices.aclose()
         counts = self._counts()
         for index, item in enumerate(collected):
-            counts.num_new_tokens += len(item.token_ids)
+            counts.num_new_tokens += item.num_tokens
             assert item.usage is not None
             counts.finish(item.usage, is_first_sample=index % body.n == 0)
 
@@ -167,7 +165,7 @@ class _Answering:
             shapes = {index: LegacyLogprobs(names, body.logprobs) for index in range(number)}
         version: int | None = None
         async for index, output in choices:
-            counts.num_new_tokens += len(output.token_ids)
+            counts.num_new_tokens += output.num_tokens
             if output.usage is not None:
                 version = output.usage.version
                 counts.finish(output.usage, is_first_sample=index % body.n == 0)

@@ -59,9 +59,10 @@ async def create_embeddings(body: EmbeddingBody, request: Request, service: Serv
     service.choose_weights(body.weights)
 
     async def answer() -> Response:
-        prompts_ids = await encode_prompts(
-            service, "input", body.input, MAX_INPUTS, add_special_tokens=body.add_special_tokens
+        prompts = await encode_prompts(
+            service, "input", body.input, MAX_INPUTS, add_special_tokens=body.add_special_tokens, is_answered=False
         )
+        prompts_ids = prompts.token_ids
         engine, observation = service.deployment.engine, Observation(body.domain)
         pooling = body.pooling or service.settings.server.embedding_pooling
         vectors = await run_all(

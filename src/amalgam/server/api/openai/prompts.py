@@ -6,6 +6,7 @@ In: JSON of any kind. Out: a list of prompts. Must never know: chats, sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
@@ -36,23 +37,51 @@ Prompts = Annotated[
 TokenIds = list[int]
 
 
-async def encode_prompts(
-    service: Service, name: str, value: Any, max_prompts: int, *, add_special_tokens: bool = True
-) -> list[TokenIds]:
-    """The token ids of each prompt.
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """The token ids of each prompt, and the text that they were made of; None: they came as token ids."""
 
+    token_ids: list[TokenIds]
+    texts: list[str | None]
+
+
+async def encode_prompts(
+    service: Service,
+    name: str,
+    value: Any,
+    max_prompts: int,
+    *,
+    add_special_tokens: bool = True,
+    is_answered: bool = True,
+) -> EncodedPrompts:
+    """
     Args:
         name: of the field.
+        is_answered: see `Service.encode`.
         add_special_tokens: those that the tokenizer puts around a text; token ids are taken as they are.
 
     Raises:
         RequestError: it is none of the four kinds, or has too many prompts.
-        OverloadedError, PromptTooLongError: see `Service.encode`.
+        OverloadedError, PromptTooLongError, ContentFilteredError: see `Service.encode`.
     """
     prompts = _as_prompts(service, name, value, max_prompts)
     texts = [TextPrompt(prompt, add_special_tokens) for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await service.encode(texts, name=name))  # without texts it tells of overload too
-    return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+    encoded = iter(await service.encode_texts(texts, name, is_answered=is_answered))  # of none, tells of overload too
+    tokenizer, filters = service.deployment.tokenizer, service.filters
+    token_ids: list[TokenIds] = []
+    shown: list[str | None] = []
+    for prompt in prompts:
+        ids: TokenIds
+        text: str | None
+        if isinstance(prompt, str):
+            ids, text = next(encoded)
+        else:
+            ids, text = prompt, None
+            if filters is not None:
+                ids = await filters.token_ids(tokenizer, prompt, name, is_answered=is_answered)
+        token_ids.append(ids)
+        shown.append(text)
+    return EncodedPrompts(token_ids, shown)
 
 
 def _as_prompts(service: Service, name: str, value: Any, max_prompts: int) -> Sequence[str | TokenIds]:

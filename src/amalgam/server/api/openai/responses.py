@@ -265,7 +265,13 @@ class _Answering:
 
     @property
     def _status(self) -> Literal["completed", "incomplete"]:
-        return "incomplete" if self.reason is FinishReason.LENGTH else "completed"
+        return "completed" if self._why_incomplete is None else "incomplete"
+
+    @property
+    def _why_incomplete(self) -> str | None:
+        if self.reason is FinishReason.LENGTH:
+            return "max_output_tokens"
+        return "content_filter" if self.reason is FinishReason.CONTENT_FILTER else None
 
     def _encode(self, fields: Event) -> bytes:
         encoded = event({**fields, "sequence_number": self.num_events}, fields["type"])
@@ -289,7 +295,7 @@ class _Answering:
             "status": status,
             "background": False,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {"reason": self._why_incomplete} if status == "incomplete" else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "max_tool_calls": None,

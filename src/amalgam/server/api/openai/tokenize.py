@@ -80,7 +80,7 @@ async def tokenize(body: TokenizeBody, request: Request, service: ServiceArgumen
         prompt = _chat_prompt(body, body.messages, tokenizer.chat_template)
 
     async def answer() -> Response:
-        [token_ids] = await service.encode([prompt], max(MIN_TOKEN_LIMIT, max_model_len))
+        [token_ids] = await service.encode([prompt], max(MIN_TOKEN_LIMIT, max_model_len), is_filtered=False)
 
         def render() -> Response:
             texts = [tokenizer.token_text(token_id) for token_id in token_ids] if body.return_token_strs else None

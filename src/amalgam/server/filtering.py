@@ -1,0 +1,261 @@
+"""Answers that leave filtered: text that has passed, and the tokens of that text only.
+
+In: the engine's outputs. Out: outputs. Must never know: HTTP, the shape of any interface.
+
+Every interface gets its outputs from the deployment's engine, so that none can pass the filters by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from amalgam.engine.params import SamplingParams
+from amalgam.engine.request import FinishReason, Observation, RequestOutput, TokenLogprobs, Usage
+from amalgam.server.filters import Filters, RefusedPrompt
+from amalgam.server.http.record import current_record
+from amalgam.server.interface import Deployment, Engine, OutputStream, Tokenizer
+from amalgam.text.filters.passing import Found, Passed
+from amalgam.text.filters.rules import Rule
+from amalgam.text.stream import TextStream
+
+if TYPE_CHECKING:
+    from amalgam.models.weights import WeightVersion
+    from amalgam.text.grammar import CompiledGrammar
+
+
+def filtering(deployment: Deployment, filters: Filters) -> Deployment:
+    """`deployment`, with its engine's answers filtered."""
+    return cast(Deployment, _FilteredDeployment(deployment, filters))
+
+
+class _FilteredDeployment:
+    def __init__(self, deployment: Deployment, filters: Filters) -> None:
+        self._deployment = deployment
+        self._filters = filters
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._deployment, name)
+
+    @property
+    def engine(self) -> Engine:
+        return cast(Engine, _FilteredEngine(self._deployment, self._filters))
+
+
+class _FilteredEngine:
+    def __init__(self, deployment: Deployment, filters: Filters) -> None:
+        self._deployment = deployment
+        self._engine = deployment.engine
+        self._filters = filters
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        observation: Observation,
+        constraint: CompiledGrammar | None = None,
+        version: WeightVersion | None = None,
+    ) -> OutputStream:
+        """See `Engine.stream`."""
+        if isinstance(prompt_ids, RefusedPrompt):
+            return _Refusal(prompt_ids.answer, self._deployment.version_id)
+        outputs = self._engine.stream(prompt_ids, params, observation, constraint, version)
+        if not self._filters.looks_at("answers"):
+            return outputs
+        return _FilteredStream(outputs, self._filters, self._deployment.tokenizer, prompt_ids, params)
+
+
+class _Refusal:
+    """The only output of a prompt that was not computed."""
+
+    def __init__(self, answer: str, version: int) -> None:
+        usage = Usage(0, 0, 0.0, 0.0, 0.0, version)
+        self._outputs = [RequestOutput(0, answer, (), FinishReason.CONTENT_FILTER, usage=usage)]
+
+    def __aiter__(self) -> _Refusal:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if not self._outputs:
+            raise StopAsyncIteration
+        return self._outputs.pop()
+
+    def cancel(self) -> None:
+        pass
+
+    async def aclose(self) -> None:
+        self._outputs.clear()
+
+
+@dataclass
+class _Tokens:
+    """Tokens of an answer, and which stretch of its text they gave together."""
+
+    start: int
+    end: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class _FilteredStream:
+    """The outputs of one request with text that has passed, and with the tokens of that text only.
+
+    One output for each that the engine gives. A token is told of when all of the text that it gave has passed, and
+    never if a part of that was replaced: it is then counted as hidden. If the answer is blocked, the request is
+    cancelled, and the last output has the engine's own figures.
+    """
+
+    def __init__(
+        self,
+        outputs: OutputStream,
+        filters: Filters,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+    ) -> None:
+        before = prompt_ids if params.continues_prompt else ()
+        self._outputs = outputs
+        self._filters = filters
+        self._tokenizer = tokenizer
+        self._passing = filters.passing("answers", _context(tokenizer, before, filters.rules))
+        # Its own, as the engine's holds text back and does not say whose.
+        self._texts = TextStream(tokenizer, (), before, keeps_special_tokens=params.keeps_special_tokens)  # type: ignore[arg-type] # a protocol
+        self._waiting: list[_Tokens] = []
+        self._replaced: list[Found] = []
+        self._num_chars = 0  # that the tokens so far have given
+        self._has_replaced = False
+        self._is_finished = False
+
+    def __aiter__(self) -> _FilteredStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._is_finished:
+            raise StopAsyncIteration
+        output = await self._outputs.__anext__()
+        self._take_tokens(output)
+        passing = self._passing
+        passing.push(output.text)
+        if output.is_finished:
+            passing.end()
+        await self._filters.look(passing, "answers")
+        passed = self._filters.released(passing, "answers")
+        self._replaced += passed.found
+        self._has_replaced = self._has_replaced or bool(passed.found)
+        self._is_finished = output.is_finished or passed.blocked_by is not None
+        if passed.blocked_by is not None:
+            return await self._blocked(output, passed)
+        return self._with_passed(output, passed)
+
+    def cancel(self) -> None:
+        self._outputs.cancel()
+
+    async def aclose(self) -> None:
+        self._is_finished = True
+        await self._outputs.aclose()
+
+    def _take_tokens(self, output: RequestOutput) -> None:
+        """Characters may take several tokens, which then belong together."""
+        logprobs = output.logprobs or (None,) * len(output.token_ids)
+        for token_id, logprob in zip(output.token_ids, logprobs, strict=True):
+            text = self._texts.push(token_id)
+            if not self._waiting or self._waiting[-1].end > self._waiting[-1].start:
+                self._waiting.append(_Tokens(self._num_chars, self._num_chars))
+            tokens = self._waiting[-1]
+            tokens.token_ids.append(token_id)
+            if logprob is not None:
+                tokens.logprobs.append(self._shown(logprob))
+            self._num_chars += len(text)
+            tokens.end = self._num_chars
+
+    def _shown(self, logprob: TokenLogprobs) -> TokenLogprobs:
+        if not logprob.top:
+            return logprob
+        filters, tokenizer = self._filters, self._tokenizer
+        top = tuple(entry for entry in logprob.top if filters.shows(tokenizer, entry[0]))
+        return TokenLogprobs(logprob.chosen, top)
+
+    def _with_passed(self, output: RequestOutput, passed: Passed) -> RequestOutput:
+        stopped_by = output.stopped_by
+        if output.is_finished and stopped_by is not None and self._completes(passed, stopped_by):
+            stopped_by = None  # which an interface would add to the text
+        token_ids, logprobs, num_hidden = self._released(passed.end, is_end=output.is_finished)
+        return output._replace(
+            text=passed.text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(entry and self._shown(entry) for entry in output.prompt_logprobs),
+            stopped_by=stopped_by,
+            trace=None if self._has_replaced else output.trace,
+            num_hidden=num_hidden,
+        )
+
+    def _completes(self, passed: Passed, stopped_by: str | int) -> bool:
+        """Whether something would be found that ends in what has stopped the answer."""
+        stop = stopped_by if isinstance(stopped_by, str) else self._tokenizer.token_text(stopped_by)
+        passing = self._filters.passing("answers")
+        passing.push(passed.text[-_longest(self._filters.rules) :] + stop)
+        passing.end()
+        found = passing.release()
+        return found.blocked_by is not None or any(item.end > found.end - len(stop) for item in found.found)
+
+    async def _blocked(self, output: RequestOutput, passed: Passed) -> RequestOutput:
+        """The last output: what has passed, and the figures of the request, which goes on no more."""
+        num_hidden = 0
+        last = output
+        if not output.is_finished:
+            self._outputs.cancel()
+            async for last in self._outputs:
+                num_hidden += len(last.token_ids)
+        if last.error is not None and last.usage is None:
+            return last
+        token_ids, logprobs, num_more = self._released(passed.end, is_end=False)
+        num_hidden += num_more + sum(len(tokens.token_ids) for tokens in self._waiting)
+        if (record := current_record.get()) is not None and record.finish_reasons:
+            record.finish_reasons[-1] = FinishReason.CONTENT_FILTER.value
+        return RequestOutput(
+            output.request_id,
+            passed.text,
+            token_ids,
+            FinishReason.CONTENT_FILTER,
+            usage=last.usage,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(entry and self._shown(entry) for entry in output.prompt_logprobs),
+            num_hidden=num_hidden,
+        )
+
+    def _released(self, end: int, *, is_end: bool) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...], int]:
+        """The tokens whose text is decided now: those that may be told of, and how many may not."""
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        num_hidden = num_taken = 0
+        for tokens in self._waiting:
+            is_empty = tokens.start == tokens.end  # may become a part of what follows
+            if not is_end and (tokens.end > end or is_empty):
+                break
+            num_taken += 1
+            if any(found.start < tokens.end and tokens.start < found.end for found in self._replaced):
+                num_hidden += len(tokens.token_ids)
+            else:
+                token_ids += tokens.token_ids
+                logprobs += tokens.logprobs
+        del self._waiting[:num_taken]
+        first = self._waiting[0].start if self._waiting else self._num_chars
+        self._replaced = [found for found in self._replaced if found.end > first]
+        return tuple(token_ids), tuple(logprobs), num_hidden
+
+
+def _longest(rules: Sequence[Rule]) -> int:
+    return max((rule.max_chars for rule in rules), default=1)
+
+
+def _context(tokenizer: Tokenizer, prompt_ids: Sequence[int], rules: Sequence[Rule]) -> str:
+    """The end of a prompt that the answer continues: what begins there and ends in the answer is found, too."""
+    if not prompt_ids:
+        return ""
+    num_chars = _longest([rule for rule in rules if "answers" in rule.where])
+    return tokenizer.decode(list(prompt_ids[-num_chars:]))[-num_chars:]

@@ -1,0 +1,1 @@
+"""What may pass of a text, found as it comes: words, regular expressions, personal data."""
