@@ -62,26 +62,29 @@ class WrittenEngine(FakeEngine):
     async def _answer(
         self, request_id: int, prompt_ids: Any, params: Any, observation: Any, version_id: int
     ) -> AsyncGenerator[RequestOutput]:
-        generator = random.Random(self.seed)
-        rest, num_new, stream = self.answer, 0, None
-        while rest or not num_new:
-            pieces = []
-            for _ in range(generator.randint(1, 2)):
-                size = generator.randint(1, 4)
-                pieces.append(rest[:size])
-                rest = rest[size:]
-            ids = tuple(self.vocabulary.id_of(piece) for piece in pieces)
-            num_new += len(ids)
-            is_cancelled = request_id in self.cancelled
-            usage = Usage(len(prompt_ids), num_new, 0.0, 0.0, 0.0, version_id)
-            reason = FinishReason.CANCELLED if is_cancelled else None if rest else FinishReason.STOP
-            likely = tuple((token_id, -1.0) for token_id in (ids[0], self.vocabulary.id_of("forbidden")))
-            logprobs = tuple(TokenLogprobs(-0.5, likely) for _ in ids) if params.logprobs is not None else ()
-            trace = fake_trace(len(prompt_ids) + num_new - 1) if reason and observation.wants_trace else None
-            text = "" if is_cancelled else "".join(pieces)
-            yield RequestOutput(request_id, text, ids, reason, None, usage if reason else None, trace, logprobs)
-            if is_cancelled:
-                return
+        try:
+            generator = random.Random(self.seed)
+            rest, num_new = self.answer, 0
+            while rest or not num_new:
+                pieces = []
+                for _ in range(generator.randint(1, 2)):
+                    size = generator.randint(1, 4)
+                    pieces.append(rest[:size])
+                    rest = rest[size:]
+                ids = tuple(self.vocabulary.id_of(piece) for piece in pieces)
+                num_new += len(ids)
+                is_cancelled = request_id in self.cancelled
+                usage = Usage(len(prompt_ids), num_new, 0.0, 0.0, 0.0, version_id)
+                reason = FinishReason.CANCELLED if is_cancelled else None if rest else FinishReason.STOP
+                likely = tuple((token_id, -1.0) for token_id in (ids[0], self.vocabulary.id_of("forbidden")))
+                logprobs = tuple(TokenLogprobs(-0.5, likely) for _ in ids) if params.logprobs is not None else ()
+                trace = fake_trace(len(prompt_ids) + num_new - 1) if reason and observation.wants_trace else None
+                text = "" if is_cancelled else "".join(pieces)
+                yield RequestOutput(request_id, text, ids, reason, None, usage if reason else None, trace, logprobs)
+                if is_cancelled:
+                    return
+        finally:
+            self.end(request_id)
 
     cancelled: set[int] = field(default_factory=set)
 
@@ -134,7 +137,7 @@ def server(answer: str, *rules: dict[str, Any], seed: int = 0, hook: Any = None,
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 if not service.has_loaded:
                     service.start()
-                while not service.has_loaded:
+                while not service.has_loaded:  # noqa: ASYNC110 – a thread tells
                     await asyncio.sleep(0.001)
                 return await (client.get(path) if body is None else client.post(path, json=body))
 
@@ -204,7 +207,7 @@ INTERFACES = [native, completions, chat, responses, anthropic]
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ask", INTERFACES)
 def test_every_interface_gives_what_has_passed_and_says_so(ask: Callable[..., Any], stream: bool) -> None:
-    answer = "Write to a@b.com about the forbidden thing"
+    answer = "Write to a@b.com about the forbidden thing, and then go on with something else"
     for seed in range(3):
         setup = server(answer, WORD, MAIL, seed=seed)
         text, reason, num_tokens = ask(setup, stream)
@@ -272,7 +275,7 @@ def test_a_stop_string_is_not_shown_where_it_would_complete_something() -> None:
             yield output._replace(stopped_by="den") if output.is_finished else output
 
     setup.engine._answer = stopped  # type: ignore[method-assign]
-    body = {"prompt": "x", "stop": "den", "include_stop_str_in_output": True}
+    body = {"prompt": "x ", "stop": "den", "include_stop_str_in_output": True}
     choice = setup.call("/v1/completions", body).json()["choices"][0]
     assert (choice["text"], choice["stop_reason"]) == ("forbid", None)
 
@@ -300,7 +303,7 @@ PROMPTED = [
     ("/v1/messages", {"model": "fake", "messages": [{"role": "user", "content": "forbidden"}], "max_tokens": 9}),
     ("/v1/messages/count_tokens", {"model": "fake", "messages": [{"role": "user", "content": "forbidden"}]}),
     ("/v1/embeddings", {"input": "a forbidden one"}),
-    ("/summarize", {"text": "a forbidden one"}),
+    ("/summarize", {"text": "a forbidden one", "chunk_tokens": 20, "overlap_tokens": 2, "max_summary_tokens": 8}),
     ("/experts/trace", {"text": "a forbidden one"}),
 ]  # fmt: skip
 NEVER_ANSWERED = ("/v1/messages/count_tokens", "/v1/embeddings", "/summarize", "/experts/trace")

@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 from pydantic import BaseModel
 
-from amalgam.config.settings import EngineSettings, ServerSettings, WeightsSettings
+from amalgam.config.settings import EngineSettings, FilterRule, FiltersSettings, ServerSettings, WeightsSettings
 from amalgam.engine.params import SamplingParams
 from amalgam.server.api.anthropic.fields import MessagesBody
 from amalgam.server.api.common import WeightsField
@@ -70,3 +70,9 @@ def test_python_s_parameters() -> None:
 @pytest.mark.parametrize("section", [ServerSettings, EngineSettings])
 def test_settings(section: type[BaseModel]) -> None:
     assert set(section.model_fields) - words_of("operation.md", "chat-templates.md", "trials.md") == set()
+
+
+@pytest.mark.parametrize("section", [FilterRule, FiltersSettings])
+def test_filters(section: type[BaseModel]) -> None:
+    text = (ROOT / "docs/serving/filters.md").read_text(encoding="utf-8")
+    assert set(section.model_fields) - set(re.findall(r"\w+", text)) == set()

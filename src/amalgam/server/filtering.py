@@ -17,7 +17,6 @@ from amalgam.server.filters import Filters, RefusedPrompt
 from amalgam.server.http.record import current_record
 from amalgam.server.interface import Deployment, Engine, OutputStream, Tokenizer
 from amalgam.text.filters.passing import Found, Passed
-from amalgam.text.filters.rules import Rule
 from amalgam.text.stream import TextStream
 
 if TYPE_CHECKING:
@@ -121,7 +120,9 @@ class _FilteredStream:
         self._outputs = outputs
         self._filters = filters
         self._tokenizer = tokenizer
-        self._passing = filters.passing("answers", _context(tokenizer, before, filters.rules))
+        self._num_kept = max((rule.max_chars for rule in filters.rules if "answers" in rule.where), default=1)
+        self._tail = _end_of(tokenizer, before, self._num_kept)  # of the text that is out, the prompt's before it
+        self._passing = filters.passing("answers", self._tail)
         # Its own, as the engine's holds text back and does not say whose.
         self._texts = TextStream(tokenizer, (), before, keeps_special_tokens=params.keeps_special_tokens)  # type: ignore[arg-type] # a protocol
         self._waiting: list[_Tokens] = []
@@ -146,6 +147,7 @@ class _FilteredStream:
         passed = self._filters.released(passing, "answers")
         self._replaced += passed.found
         self._has_replaced = self._has_replaced or bool(passed.found)
+        self._tail = (self._tail + passed.text)[-self._num_kept :]
         self._is_finished = output.is_finished or passed.blocked_by is not None
         if passed.blocked_by is not None:
             return await self._blocked(output, passed)
@@ -181,7 +183,7 @@ class _FilteredStream:
 
     def _with_passed(self, output: RequestOutput, passed: Passed) -> RequestOutput:
         stopped_by = output.stopped_by
-        if output.is_finished and stopped_by is not None and self._completes(passed, stopped_by):
+        if output.is_finished and stopped_by is not None and self._completes_something(stopped_by):
             stopped_by = None  # which an interface would add to the text
         token_ids, logprobs, num_hidden = self._released(passed.end, is_end=output.is_finished)
         return output._replace(
@@ -194,14 +196,14 @@ class _FilteredStream:
             num_hidden=num_hidden,
         )
 
-    def _completes(self, passed: Passed, stopped_by: str | int) -> bool:
-        """Whether something would be found that ends in what has stopped the answer."""
+    def _completes_something(self, stopped_by: str | int) -> bool:
+        """Whether something would be found that ends in what has stopped the answer, which is not in its text."""
         stop = stopped_by if isinstance(stopped_by, str) else self._tokenizer.token_text(stopped_by)
         passing = self._filters.passing("answers")
-        passing.push(passed.text[-_longest(self._filters.rules) :] + stop)
+        passing.push(self._tail + stop)
         passing.end()
-        found = passing.release()
-        return found.blocked_by is not None or any(item.end > found.end - len(stop) for item in found.found)
+        passed = passing.release()
+        return passed.blocked_by is not None or any(found.end > len(self._tail) for found in passed.found)
 
     async def _blocked(self, output: RequestOutput, passed: Passed) -> RequestOutput:
         """The last output: what has passed, and the figures of the request, which goes on no more."""
@@ -249,13 +251,6 @@ class _FilteredStream:
         return tuple(token_ids), tuple(logprobs), num_hidden
 
 
-def _longest(rules: Sequence[Rule]) -> int:
-    return max((rule.max_chars for rule in rules), default=1)
-
-
-def _context(tokenizer: Tokenizer, prompt_ids: Sequence[int], rules: Sequence[Rule]) -> str:
+def _end_of(tokenizer: Tokenizer, prompt_ids: Sequence[int], num_chars: int) -> str:
     """The end of a prompt that the answer continues: what begins there and ends in the answer is found, too."""
-    if not prompt_ids:
-        return ""
-    num_chars = _longest([rule for rule in rules if "answers" in rule.where])
-    return tokenizer.decode(list(prompt_ids[-num_chars:]))[-num_chars:]
+    return tokenizer.decode(list(prompt_ids[-num_chars:]))[-num_chars:] if prompt_ids else ""

@@ -1,7 +1,7 @@
 """What tokens cost: measured throughput × prices.
 
 In: a document of `amalgam bench` or `amalgam bench serve`, or a measurement made now; a table of prices. Out: costs by
-load and utilisation, and from how many tokens a month an own machine is cheaper than an API. Must never know: terminals.
+load and utilisation, and from how many tokens a month a machine is cheaper than an API. Must never know: terminals.
 
 Throughput is only ever that of the machine that was measured. Of other machines it says what they would have to give.
 """
@@ -72,7 +72,8 @@ class PriceTable(Section):
 
     @model_validator(mode="after")
     def _check_currencies(self) -> PriceTable:
-        for name in {self.currency, *(row.currency or self.currency for row in (*self.machines, *self.apis))}:
+        rows: list[MachinePrice | APIPrice] = [*self.machines, *self.apis]
+        for name in sorted({self.currency, *(row.currency or self.currency for row in rows)}):
             if self.currencies.get(name, 0) <= 0:
                 raise ValueError(f"currencies does not say how much of {name} is one US dollar")
         return self
@@ -116,7 +117,7 @@ class Measurements:
 
     Attributes:
         hardware: processor or card; empty: the document does not say.
-        joules_per_token: of the processors, for a new token; None: it could not be read.
+        watts: of the processors, on the average; None: it could not be read.
     """
 
     model: str
@@ -241,7 +242,7 @@ class MachineCost:
     """Of one machine.
 
     Attributes:
-        cards: of those it has, how many were measured: it is paid for in proportion.
+        cards: how many it has; all figures are of one, which is paid for in proportion.
         needed_tokens_per_second: of a machine that was not measured: to be as cheap as the cheapest one that was.
     """
 
@@ -324,8 +325,9 @@ def cost(measured: Measurements, prices: PriceTable, wanted: Wanted) -> CostRepo
 def _rows(measured: Measurements, prices: PriceTable, wanted: Wanted) -> list[MachinePrice]:
     """The rows of the machine that was measured."""
     if wanted.per_hour is not None:
-        row = {"name": "this machine", "per_hour": wanted.per_hour, "source": "--per-hour", "date": "2000"}
-        return [MachinePrice.model_validate({**row, "currency": wanted.currency})]
+        given = {"name": "this machine", "per_hour": wanted.per_hour, "source": "--per-hour", "date": "0000"}
+        row = MachinePrice.model_validate({**given, "currency": wanted.currency})
+        return [row.model_copy(update={"date": ""})]  # whoever gives it knows when
     by_name = {row.name: row for row in prices.machines}
     for name in wanted.machines:
         if name not in by_name:
@@ -361,15 +363,14 @@ class _Pricing:
 
     def measured_machine(self, row: MachinePrice) -> MachineCost:
         watts = self._measured.watts or row.watts
-        cards = 1 if row.count > 1 else row.count
         energy, per_hour = self._per_hour(row, watts)
         loads = tuple(self._load(pace, per_hour, watts) for pace in self._measured.paces)
-        return self._machine(row, per_hour, energy, cards, loads)
+        return self._machine(row, per_hour, energy, loads)
 
     def other_machine(self, row: MachinePrice, cheapest_token: float) -> MachineCost:
         energy, per_hour = self._per_hour(row, row.watts)
         needed = None if cheapest_token <= 0 else per_hour / 3600 / cheapest_token
-        return self._machine(row, per_hour, energy, 1, needed=needed)
+        return self._machine(row, per_hour, energy, needed=needed)
 
     def cheapest_token(self, machine: MachineCost) -> float:
         return min(machine.per_hour / 3600 / load.tokens_per_second for load in machine.loads)
@@ -388,13 +389,12 @@ class _Pricing:
         row: MachinePrice,
         per_hour: float,
         energy: float | None,
-        cards: int,
         loads: tuple[LoadCost, ...] = (),
         needed: float | None = None,
     ) -> MachineCost:
         per_month = per_hour * self._wanted.hours_per_month
         return MachineCost(
-            row.name, row.description, per_hour, per_month, energy, cards, row.source, row.date, loads, needed
+            row.name, row.description, per_hour, per_month, energy, row.count, row.source, row.date, loads, needed
         )
 
     def _per_hour(self, row: MachinePrice, watts: float | None) -> tuple[float | None, float]:

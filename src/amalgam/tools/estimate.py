@@ -58,6 +58,7 @@ class Estimate:
         state_bytes: recurrent states of the sequences; 0: the model has none.
         draft_bytes: weights and KV cache of the draft that guesses tokens; 0: there is none.
         max_tokens_that_fit: sequences × length that the rest of the memory holds.
+        num_parameters: of all weights.
     """
 
     seq_length: int
@@ -76,9 +77,29 @@ class Estimate:
     fits: bool
     max_tokens_that_fit: int
     uniform: tuple[UniformEstimate, ...]
+    num_parameters: int
+
+    @property
+    def rule_bytes(self) -> int:
+        """What is said of any model in bfloat16: its weights, and a fifth of them for all else."""
+        return round(2 * 1.2 * self.num_parameters)
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        return self.weights_bytes / self.num_parameters
+
+    @property
+    def share_beside_weights(self) -> float:
+        """What all else takes, of the weights' bytes."""
+        return (self.total_bytes + self.mapped_bytes - self.weights_bytes) / self.weights_bytes
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        derived = {
+            "rule_bytes": self.rule_bytes,
+            "bytes_per_parameter": self.bytes_per_parameter,
+            "share_beside_weights": self.share_beside_weights,
+        }
+        return {**asdict(self), **derived}
 
 
 def estimate(settings: Settings, seq_length: int | None = None, batch_size: int | None = None) -> Estimate:
@@ -128,6 +149,7 @@ def estimate(settings: Settings, seq_length: int | None = None, batch_size: int 
         available_bytes=available,
         fits=fixed + kv_bytes <= available,
         max_tokens_that_fit=max(0, room // max(per_block, 1)) * settings.engine.block_size,
+        num_parameters=sum(math.prod(weight.slot.shape) for weight in planned),
         uniform=tuple(_uniform(loader, planned, workspace + states + draft + kv_bytes, process, available)),
     )
 
