@@ -426,3 +426,30 @@ def test_prompts_in_the_log_are_redacted(caplog: pytest.LogCaptureFixture) -> No
     assert "I am [EMAIL], [REMOVED]" in caplog.text
     assert not any(part in caplog.text for part in ("a@b.com", "me@x.com", "forbidden"))
     assert setup.engine.prompts == ["I am a@b.com, forbidden", "me@x.com"]
+
+
+def test_words_of_the_interface_are_no_text() -> None:
+    rule = {"name": "roles", "words": ["user", "function", "text", "get"], "action": "block"}
+    message = {"role": "user", "content": [{"type": "text", "text": "Hello"}]}
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+    setup = server("ok", rule)
+    assert setup.call("/v1/chat/completions", {"messages": [message]}).status_code == 200
+    tool["function"]["name"] = "get"  # type: ignore[index]
+    blocked = setup.call("/v1/chat/completions", {"messages": [message], "tools": [tool]})
+    assert blocked.json()["error"]["code"] == "content_filter"
+
+
+def test_a_token_tells_nothing_that_stands_behind_a_stop_string() -> None:
+    setup = server("", WORD)
+    engine = setup.engine
+
+    async def stopped(*arguments: Any) -> AsyncGenerator[RequestOutput]:
+        ids = (engine.vocabulary.id_of("fine"), engine.vocabulary.id_of(" forbidden"))
+        usage = Usage(1, 2, 0.0, 0.0, 0.0, 1)
+        yield RequestOutput(1, "fine", ids, FinishReason.STOP, None, usage, stopped_by=" ")
+        engine.end(1)
+
+    engine._answer = stopped  # type: ignore[method-assign]
+    answer = setup.call("/v1/completions", {"prompt": "x", "stop": " ", "return_token_ids": True}).json()
+    assert [engine.vocabulary[token_id] for token_id in answer["choices"][0]["token_ids"]] == ["fine"]
+    assert answer["usage"]["completion_tokens"] == 2

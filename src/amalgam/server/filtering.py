@@ -61,6 +61,8 @@ class _FilteredEngine:
     ) -> OutputStream:
         """See `Engine.stream`."""
         if isinstance(prompt_ids, RefusedPrompt):
+            if (record := current_record.get()) is not None:
+                record.finish_reasons.append(FinishReason.CONTENT_FILTER.value)
             return _Refusal(prompt_ids.answer, self._deployment.version_id)
         outputs = self._engine.stream(prompt_ids, params, observation, constraint, version)
         if not self._filters.looks_at("answers"):
@@ -240,7 +242,9 @@ class _FilteredStream:
             if not is_end and (tokens.end > end or is_empty):
                 break
             num_taken += 1
-            if any(found.start < tokens.end and tokens.start < found.end for found in self._replaced):
+            # Behind a stop string a token may have text that no rule has seen.
+            is_beyond = tokens.end > end
+            if is_beyond or any(found.start < tokens.end and tokens.start < found.end for found in self._replaced):
                 num_hidden += len(tokens.token_ids)
             else:
                 token_ids += tokens.token_ids

@@ -24,7 +24,9 @@ from amalgam.text.filters.passing import Found, Look, Passed, TextFilter
 from amalgam.text.filters.rules import Rule, make_rules
 
 _PIECE_CHARS = 4096  # of a text, looked at in one turn of a thread
-_STRUCTURE = {"role", "type", "id", "tool_call_id", "name"}  # of messages: what is blocked there, but never replaced
+_SHORT_CHARS = 256  # take less time than a thread does
+_KEYWORDS = {"role", "type"}  # of messages: words of the interface
+_NAMES = {"id", "tool_call_id", "name"}  # what others refer to: it may be blocked, but not replaced
 _FAILED = "failed"
 _PLACES: tuple[Where, ...] = ("prompts", "answers", "logs")
 
@@ -135,12 +137,12 @@ class Filters:
             FilterFailedError: a hook has failed.
         """
         passing = self.passing(where)
-        for start in range(0, len(text), _PIECE_CHARS):
-            piece = text[start : start + _PIECE_CHARS]
-            if len(text) <= _PIECE_CHARS:
-                passing.push(piece)
-            else:
-                await self._encoder.turn(partial(passing.push, piece))
+        if len(text) <= _SHORT_CHARS:
+            passing.push(text)
+            await asyncio.sleep(0)  # there may be many of them
+        else:
+            for start in range(0, len(text), _PIECE_CHARS):
+                await self._encoder.turn(partial(passing.push, text[start : start + _PIECE_CHARS]))
         passing.end()
         await self.look(passing, where)
         passed = self.released(passing, where) if is_counted else passing.release()
@@ -277,11 +279,13 @@ async def _mapped(
     """A value with every text in it as it may pass.
 
     Args:
-        only: keys whose texts may be replaced; None: all but those that say what the others are.
+        only: keys whose texts may be replaced; None: all but names.
     """
     if isinstance(value, str):
+        if key in _KEYWORDS:
+            return value
         passed = await text(value)
-        return passed if (key in only if only is not None else key not in _STRUCTURE) else value
+        return passed if (key in only if only is not None else key not in _NAMES) else value
     if isinstance(value, Mapping):
         return {name: await _mapped(item, text, name, only) for name, item in value.items()}
     if isinstance(value, list | tuple):
