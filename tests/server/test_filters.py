@@ -16,7 +16,7 @@ import pytest
 
 from amalgam.config.settings import Settings
 from amalgam.engine.request import FinishReason, RequestOutput, TokenLogprobs, Usage
-from amalgam.errors import ConfigError
+from amalgam.errors import ConfigError, PromptTooLongError
 from amalgam.server import create_app
 from amalgam.server.service import Service
 from amalgam.text.filters.contract import Finding
@@ -112,9 +112,12 @@ class Setup:
         return {key: count for key, count in self.service.filters.counts.items() if count}
 
 
-def server(answer: str, *rules: dict[str, Any], seed: int = 0, hook: Any = None, **filters: Any) -> Setup:
+def server(
+    answer: str, *rules: dict[str, Any], seed: int = 0, deployment: FakeDeployment | None = None, **filters: Any
+) -> Setup:
     engine = WrittenEngine(answer=answer, seed=seed)
-    deployment = FakeDeployment(engine=engine)
+    deployment = deployment or FakeDeployment()
+    deployment.engine = engine
     words = engine.vocabulary
     deployment.tokenizer_override = SimpleNamespace(
         **{
@@ -208,7 +211,7 @@ INTERFACES = [native, completions, chat, responses, anthropic]
 @pytest.mark.parametrize("ask", INTERFACES)
 def test_every_interface_gives_what_has_passed_and_says_so(ask: Callable[..., Any], stream: bool) -> None:
     answer = "Write to a@b.com about the forbidden thing, and then go on with something else"
-    for seed in range(3):
+    for seed in range(2):
         setup = server(answer, WORD, MAIL, seed=seed)
         text, reason, num_tokens = ask(setup, stream)
         assert (text.rstrip(), reason) == ("Write to [EMAIL] about the", "content_filter")
@@ -221,7 +224,7 @@ def test_every_interface_gives_what_has_passed_and_says_so(ask: Callable[..., An
 
 
 def test_no_event_has_more_of_a_text_than_has_passed() -> None:
-    for seed in range(20):
+    for seed in range(8):
         setup = server("xx forbidde n, x forbiddx, not forbidden yy", WORD, seed=seed)
         parts = events(setup.call("/v1/completions", {"prompt": "Hello", "stream": True, "return_token_ids": True}))
         text = "".join(choice["text"] for part in parts for choice in part["choices"])
@@ -234,7 +237,7 @@ def test_no_event_has_more_of_a_text_than_has_passed() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_tokens_and_log_probabilities_tell_nothing_of_what_was_replaced(stream: bool) -> None:
     body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "return_token_ids": True, "stream": stream}
-    for seed in range(10):
+    for seed in range(6):
         setup = server("Ask secret@place.com, or others", MAIL, WORD, seed=seed)
         parts = [setup.call("/v1/chat/completions", body)]
         parts = events(parts[0]) if stream else [parts[0].json()]
@@ -394,6 +397,19 @@ def test_hooks_that_are_not_there_or_no_hooks_are_faults_of_the_settings(monkeyp
     monkeypatch.setattr("amalgam.text.filters.rules.load_plugins_named", lambda group: {"mine": lambda options: 7})
     with pytest.raises(ConfigError, match="own"):
         server("x", HOOK)
+    monkeypatch.setattr("amalgam.text.filters.rules.load_plugins_named", lambda group: {"mine": lambda options: 1 / 0})
+    with pytest.raises(ConfigError, match="own"):
+        server("x", HOOK)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_filters_read_it() -> None:
+    class Refusing(FakeDeployment):
+        def _encode_by_piece(self, text: str, max_tokens: int, **_: Any) -> Iterator[list[int]]:
+            raise PromptTooLongError("It is too long.")
+
+    setup = server("x", MAIL, deployment=Refusing())
+    assert setup.call("/generate", {"prompt": "a@b.com " * 10_000}).status_code == 413
+    assert setup.counts() == {}
 
 
 def test_figures_and_examples_for_the_admin() -> None:

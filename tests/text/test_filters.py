@@ -63,6 +63,7 @@ PII = rules_of({"pii": list(KINDS)})
         ("身份证11010519491231002X。", "身份证[ID_CARD]。"),
         ("110105194912310021 has a wrong check digit", "110105194912310021 has a wrong check digit"),
         ("card 4111 1111 1111 1111, 6222-0212-3456-7895?", "card [BANK_CARD], 6222-0212-3456-7895?"),
+        ("4111 1111 1111 1111 20 of them", "[BANK_CARD] 20 of them"),
         ("not 4111111111111112, not 41111111111111111111111", "not 4111111111111112, not 41111111111111111111111"),
         ("192.168.1.1, fe80::1, 999.1.1.1, 12:34:56, std::vector", "[IP], [IP], 999.1.1.1, 12:34:56, std::vector"),
         ("sk-abcdefghijklmnopqrstuvwxyz0123 and AKIAIOSFODNN7EXAMPLE.", "[API_KEY] and [API_KEY]."),
@@ -123,13 +124,13 @@ def test_expressions_find_the_longest_match_at_every_place(pattern: str) -> None
     rules = rules_of(
         {"regexes": [pattern], "action": "replace", "replacement": "#", "unicode": "none", "case_sensitive": True}
     )
-    reference = re.compile(pattern.replace(r"\p{Lu}", "[A-Z]").replace("(?<name>", "(?P<name>"))
+    reference = pattern.replace(r"\p{Lu}", "[A-Z]").replace("(?<name>", "(?P<name>")
     generator = random.Random(pattern)
     for _ in range(150):
         text = "".join(generator.choice("aabbccd  A") for _ in range(generator.randint(0, 16)))
         is_found = [False] * len(text)
         for start in range(len(text)):
-            ends = (end for end in range(len(text), start, -1) if _matches(reference, text, start, end))
+            ends = (end for end in range(len(text), start, -1) if matches(reference, text, start, end))
             for place in range(start, next(ends, start)):
                 is_found[place] = True
         kept = "".join(char for char, found in zip(text, is_found, strict=True) if not found)
@@ -137,13 +138,10 @@ def test_expressions_find_the_longest_match_at_every_place(pattern: str) -> None
         assert passed(rules, cut(text, generator))[0] == whole(rules, text), text
 
 
-def _matches(pattern: re.Pattern[str], text: str, start: int, end: int) -> bool:
-    """In its surroundings, which slicing would change."""
-    return (
-        re.compile(rf"(?:{pattern.pattern})(?=[\s\S]{{{len(text) - end}}}\Z)").match(text, start) is not None
-        if (not pattern.pattern.startswith("(?i)"))
-        else re.compile(rf"(?i:{pattern.pattern[4:]})(?=[\s\S]{{{len(text) - end}}}\Z)").match(text, start) is not None
-    )
+def matches(pattern: str, text: str, start: int, end: int) -> bool:
+    """Exactly there, in its surroundings, which slicing would change."""
+    flags, body = (re.IGNORECASE, pattern[4:]) if pattern.startswith("(?i)") else (re.NOFLAG, pattern)
+    return re.compile(rf"(?:{body})(?=[\s\S]{{{len(text) - end}}}\Z)", flags).match(text, start) is not None
 
 
 def test_no_character_leaves_that_a_match_may_have_begun_with() -> None:
@@ -183,21 +181,13 @@ def test_time_is_linear_where_backtracking_is_not() -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        "a*", "", "(?=a)b", "(?<!a)b", r"(a)\1", "^a", "a$", r"\Aa", "(a", "a)", "[a", "a{2", "a{3,2}", "*a", "a++",
+        "a*", "(?=a)b", "(?<!a)b", r"(a)\1", "^a", "a$", r"\Aa", "(a", "a)", "[a", "a{2", "a{3,2}", "*a", "a++",
         r"\q", r"\p{Nonsense}", "[b-a]", r"(?:(?:a{1000}){1000}){9}", "[[:alpha:]]", "[é]", "(?x)a", "(" * 99 + "a",
     ],
 )  # fmt: skip
 def test_expressions_that_cannot_be_used_are_refused_by_rule(pattern: str) -> None:
     with pytest.raises(ConfigError, match="rule0"):
-        make_rules(FiltersSettings.model_construct(rules=rules_settings({"regexes": [pattern]})))
-
-
-def rules_settings(*rules: dict[str, Any]) -> Any:
-    from amalgam.config.settings import FilterRule
-
-    named = [{"name": f"rule{index}", **rule} for index, rule in enumerate(rules)]
-    return tuple(FilterRule.model_construct(**{**FilterRule(name="x", words=("a",)).model_dump(), "words": (), **rule})
-                 for rule in named)  # fmt: skip
+        rules_of({"regexes": [pattern]})
 
 
 @pytest.mark.parametrize(

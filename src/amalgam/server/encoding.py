@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from amalgam.base.threads import StoppableThread
@@ -100,6 +101,20 @@ class Encoder:
             if (place := _place.get()) is not None:
                 place.leave()
         return token_ids
+
+    async def refuse_too_long(
+        self, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_tokens: int, name: str = "prompts"
+    ) -> None:
+        """Begin to encode long prompts: what cannot fit costs nothing else.
+
+        Raises:
+            PromptTooLongError, RequestError: see `encode`; of a prompt whose length says so.
+        """
+        for index, prompt in enumerate(prompts):
+            num_chars = len(repr(prompt.messages)) if isinstance(prompt, ChatPrompt) else _num_chars(prompt)
+            if num_chars > PIECE_CHARS:
+                with naming(name, index, len(prompts)):
+                    await self.turn(partial(next, _pieces(tokenizer, prompt, max_tokens), None))
 
     async def turn(self, call: Callable[[], T]) -> T:
         """Run a blocking call of bounded length in a thread when it has its turn."""

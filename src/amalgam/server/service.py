@@ -276,10 +276,11 @@ class Service:
         self._num_encoding += 1  # a batch takes places in the queue one after the other
         try:
             await self._note_prompts(prompts)
+            max_tokens = deployment.engine.max_prompt_tokens if max_tokens is None else max_tokens
             passed: Sequence[Prompt | RefusedPrompt] = prompts
             if filters is not None:
+                await self.encoder.refuse_too_long(deployment.tokenizer, prompts, max_tokens, name)
                 passed = await filters.prompts(prompts, name, is_answered=is_answered)
-            max_tokens = deployment.engine.max_prompt_tokens if max_tokens is None else max_tokens
             texts = [prompt for prompt in passed if not isinstance(prompt, RefusedPrompt)]
             encoded = iter(await self.encoder.encode(deployment.tokenizer, texts, max_tokens, name))
             return [(prompt if isinstance(prompt, RefusedPrompt) else next(encoded), prompt) for prompt in passed]

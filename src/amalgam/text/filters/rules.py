@@ -84,7 +84,15 @@ def _hook(rule: FilterRule, hooks: Mapping[str, HookFactory]) -> Hook:
             f"No installed package offers the hook {describe(rule.hook)}.",
             remedy=f"There are, as entry points of {GROUP}: {offered}.",
         )
-    hook = hooks[rule.hook](rule.options)
+    try:
+        hook = hooks[rule.hook](rule.options)
+    except ConfigError:
+        raise
+    except Exception as error:  # somebody else's code, which is given what a user wrote
+        raise ConfigError(
+            f"The hook {describe(rule.hook)} cannot be made ({type(error).__name__}: {error}).",
+            remedy="See what options it takes.",
+        ) from error
     max_chars = getattr(hook, "max_chars", None)
     if not callable(getattr(hook, "find", None)) or type(max_chars) is not int or max_chars < 1:
         raise ConfigError(
