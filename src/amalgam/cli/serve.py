@@ -107,7 +107,7 @@ def begin_to_load_torch() -> None:
     keeps its lock in `ctypes.CDLL(path)`, but not while a function is called that belongs to a library.
     """
     # A library that is being loaded keeps all others waiting. So those that are imported meanwhile come first.
-    for name in ("asyncio", "multiprocessing.connection", "orjson", "queue", "resource"):
+    for name in ("asyncio", "multiprocessing.connection", "orjson", "queue", "resource", "unicodedata"):
         import_module(name)
 
     def load(folder: Path) -> None:
