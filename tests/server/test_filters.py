@@ -20,6 +20,7 @@ from amalgam.errors import ConfigError, PromptTooLongError
 from amalgam.server import create_app
 from amalgam.server.service import Service
 from amalgam.text.filters.contract import Finding
+from tests.errors import raises
 from tests.server.fakes import FakeDeployment, FakeEngine, FakeStream, fake_settings, fake_trace
 
 WORD = {"name": "word", "words": ["forbidden"], "action": "block"}
@@ -392,13 +393,13 @@ def test_a_hook_that_fails_lets_nothing_pass(hook: Hooked, fault: str) -> None:
 
 
 def test_hooks_that_are_not_there_or_no_hooks_are_faults_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="own"):
+    with raises(ConfigError, "own"):
         server("x", {**HOOK, "hook": "nobody-offers-this"})
     monkeypatch.setattr("amalgam.text.filters.rules.load_plugins_named", lambda group: {"mine": lambda options: 7})
-    with pytest.raises(ConfigError, match="own"):
+    with raises(ConfigError, "own"):
         server("x", HOOK)
     monkeypatch.setattr("amalgam.text.filters.rules.load_plugins_named", lambda group: {"mine": lambda options: 1 / 0})
-    with pytest.raises(ConfigError, match="own"):
+    with raises(ConfigError, "own"):
         server("x", HOOK)
 
 

@@ -18,6 +18,7 @@ from amalgam.text.filters.folding import Folding
 from amalgam.text.filters.passing import TextFilter
 from amalgam.text.filters.personal import KINDS, has_id_check, has_luhn
 from amalgam.text.filters.rules import Rule, make_rules
+from tests.errors import raises
 
 
 def rules_of(*rules: dict[str, Any]) -> tuple[Rule, ...]:
@@ -186,7 +187,7 @@ def test_time_is_linear_where_backtracking_is_not() -> None:
     ],
 )  # fmt: skip
 def test_expressions_that_cannot_be_used_are_refused_by_rule(pattern: str) -> None:
-    with pytest.raises(ConfigError, match="rule0"):
+    with raises(ConfigError, "rule0"):
         rules_of({"regexes": [pattern]})
 
 
@@ -210,7 +211,7 @@ def test_files_of_words_and_their_faults(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\xfd")
     for rule in ({"words_file": str(file)}, {"words_file": str(tmp_path / "none")}, {"words": ["\u200b"]},
                  {"words": ["abc" * 100]}, {"hook": "nobody-offers-this"}):  # fmt: skip
-        with pytest.raises(ConfigError, match="rule0"):
+        with raises(ConfigError, "rule0"):
             rules_of(rule)
 
 
@@ -247,5 +248,5 @@ def test_findings_outside_of_the_text_are_a_fault_of_the_hook() -> None:
     passing.end()
     [look] = passing.looks()
     for finding in (Finding(-1, 2), Finding(2, 2), Finding(0, 100), "nonsense"):
-        with pytest.raises(FilterFailedError, match="hooked"):
+        with raises(FilterFailedError, "hooked"):
             passing.take(look, [finding])  # type: ignore[list-item]

@@ -21,6 +21,8 @@ from amalgam.tools.cost import (
     read_prices,
     with_energy,
 )
+from tests.errors import raises
+
 
 BENCH = {
     "model": "demo",
@@ -120,7 +122,7 @@ def test_a_benchmark_of_serving_brings_its_own_mix(prices: Path) -> None:
     found = report(prices, SERVE, machines=("rented",))
     [load] = found.machines[0].loads
     assert (load.load, load.tokens_per_second, load.prompt_tokens) == ("4 clients", 100.0, 3.0)
-    with pytest.raises(ConfigError, match="per-hour"):  # it does not say what it ran on
+    with raises(ConfigError, "per-hour"):  # it does not say what it ran on
         report(prices, SERVE)
     assert report(prices, SERVE, per_hour=7.2).machines[0].per_month == pytest.approx(7.2 * 730)
 
