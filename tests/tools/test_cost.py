@@ -23,7 +23,6 @@ from amalgam.tools.cost import (
 )
 from tests.errors import raises
 
-
 BENCH = {
     "model": "demo",
     "hardware": {"processor": "Some CPU", "gpu": "NVIDIA H100 80GB HBM3"},
