@@ -360,8 +360,6 @@ def test_commands_of_the_page(sources: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_verb(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The ferry left at nine, and nobody on the pier saw who had been standing at its rail. " * 4)
     words = ["export", str(tmp_path / "out"), "--to", "vllm", "--model", str(sources / "moe/base")]
     for name in OPTIONS:
         words += ["--source", f"{name}={sources / 'moe' / name}"]
@@ -369,6 +367,8 @@ def test_the_verb(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*words, "--dry-run", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert not report["is_written"] and report["changes"][0]["after"]
+    assert main([*words, "--text", str(tmp_path / "nowhere.txt")]) == ConfigError.exit_code
+    assert not (tmp_path / "out").exists()
     assert main([*words, "--share", "best"]) == ConfigError.exit_code
     assert main([*words, "--window", "64"]) == ConfigError.exit_code
     assert main(words) == 0

@@ -15,6 +15,7 @@ from amalgam.errors import ConfigError
 if TYPE_CHECKING:
     from amalgam.tools.export.contract import ExportReport
 
+_MAX_NAMED = 20
 _SHARES = ("widest", "narrowest", "none")
 
 
@@ -87,6 +88,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
 
 
 def _show(report: ExportReport) -> None:
+    from amalgam.base.escaping import one_line
     from amalgam.cli.console import human_bytes, interval, print_table, say
 
     groups: dict[tuple[str, str, str, bool], list[Any]] = {}
@@ -118,6 +120,8 @@ def _show(report: ExportReport) -> None:
         ]
         print_table(("against base", "KL divergence", "top-1"), measured)
     if report.left_out:
-        say(f"Not carried over: {', '.join(report.left_out)}")
+        rest = len(report.left_out) - _MAX_NAMED
+        more = f" and {rest} more (all with --json)" if rest > 0 else ""
+        say(f"Not carried over: {', '.join(map(one_line, report.left_out[:_MAX_NAMED]))}{more}")
     for note in report.notes:
         say(note)

@@ -13,6 +13,7 @@ from amalgam.composition.progress import Progress
 from amalgam.config.settings import Settings
 from amalgam.errors import CheckpointError, ConfigError, UnsupportedError
 from amalgam.evaluation.quality import Quality
+from amalgam.evaluation.texts import read_texts
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
 from amalgam.tools.evaluate import ALL, TextOptions, evaluate, plan_name, reference_settings
@@ -51,6 +52,8 @@ def export_model(
     """
     target = find_target(target_name)
     _check_options(target, options)
+    if texts is not None:
+        read_texts(texts.files)  # which may not be there: before anything that takes longer
     model = open_plan(settings, progress)
     job = target.prepare(model, options)
     lossy = [change for change in job.changes if not change.is_exact]
