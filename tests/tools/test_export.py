@@ -351,7 +351,7 @@ def test_an_interrupted_export_goes_on(sources: Path, tmp_path: Path, monkeypatc
 
 def test_commands_of_the_page(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = re.findall(r"^    amalgam (export .*)$", (ROOT / "docs/scaling.md").read_text(), re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 5
     model = f"--model {sources / 'dense/base'} --source int8={sources / 'dense/int8'} --map model.layers.0.mlp.*=int8"
     for line in lines:
         words = line.replace("/tmp/", f"{tmp_path}/").replace("--config config/model_config.yaml", model).split()

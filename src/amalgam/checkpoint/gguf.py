@@ -54,7 +54,7 @@ _DAMAGED = "The file is damaged or hostile: download it again from a source that
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-_PLAIN = {
+PLAIN_TYPES = {
     0: torch.float32,
     1: torch.float16,
     24: torch.int8,
@@ -390,8 +390,8 @@ class _Parser:
                 f"puts tensor {describe(name)} at offset {offset}, which is no multiple of the alignment {alignment}"
             )
         shape = tuple(reversed(sizes))
-        if kind in _PLAIN:
-            return name, _PLAIN[kind], shape, None, offset
+        if kind in PLAIN_TYPES:
+            return name, PLAIN_TYPES[kind], shape, None, offset
         block = BLOCK_TYPES.get(kind)
         if block is None:
             known = ", ".join(("F32", "F16", "BF16", *(each.name for each in BLOCK_TYPES.values())))

@@ -25,7 +25,7 @@ def command(
     folder: Annotated[
         Path, typer.Argument(help="Folder to write; must not exist. An interrupted export goes on when repeated.")
     ],
-    target: Annotated[str, typer.Option("--to", help="What to write: hf, vllm or modelopt.")],
+    target: Annotated[str, typer.Option("--to", help="What to write: hf, vllm, modelopt, gguf or ollama.")],
     share: Annotated[
         str,
         typer.Option(
@@ -36,6 +36,15 @@ def command(
     activations: Annotated[
         str | None,
         typer.Option(help="vllm: declare 8-bit activations for all 8-bit weights (dynamic), as its CPU build needs."),
+    ] = None,
+    type_name: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="gguf, ollama: llama.cpp's type for weights that it has no exact type for, such as Q4_K or Q8_0. "
+            "[default: the nearest that is at least as wide]",
+        ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse what would change the value of any weight.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
@@ -65,7 +74,7 @@ def command(
         refuse_unused({"--window": window != 256, "--tokens": tokens is not None}, "--text", "Name a file of text.")
     if dry_run:
         refuse_unused({"--text": text}, "writing anything", "Leave --dry-run out to measure.")
-    options = ExportOptions(share, activations)  # type: ignore[arg-type]
+    options = ExportOptions(share, activations, type_name)  # type: ignore[arg-type]
     with progress_bar() as progress:
         report = export_model(
             settings,

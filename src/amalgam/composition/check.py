@@ -117,6 +117,13 @@ def check_leftovers(source: Source, family: Family, spec: ModelSpec, known: Cont
     )
 
 
+def difference(one: ModelSpec, other: ModelSpec) -> str | None:
+    """The first thing that two specs compute otherwise, with both values; None if there is none."""
+    positions = max(one.max_positions, other.max_positions)
+    first, second = (_comparable(spec, positions, has_windows=True) for spec in (one, other))
+    return None if first == second else _difference(first, second)
+
+
 def _comparable(spec: ModelSpec, positions: int, *, has_windows: bool) -> ModelSpec:
     """What two checkpoints of one model must agree in: what is computed for sequences of so many positions."""
 

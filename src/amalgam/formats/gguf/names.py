@@ -319,6 +319,9 @@ def _apart(stored: Tensor) -> Tensor:
     return stored.view(stored.shape[0], 1, -1)
 
 
+# For `placing`, which does what they undo.
+VALUES_WITHOUT_ONE, VALUES_FLAT, VALUES_LOGARITHM, VALUES_APART = _without_one, _flat, _logarithm, _apart
+
 # What becomes of a shape.
 _SHAPES: Mapping[Arrange, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     _apart: lambda shape: (*shape[:1], 1, *shape[1:]),

@@ -65,10 +65,13 @@ class ExportOptions:
             each keeps its own, for engines that can.
         activations: `dynamic`: declare 8-bit activations with scales that are found as the engine runs beside all
             8-bit weights. None: only where the engine has no other way.
+        type: the engine's type, by its own name, for weights whose values have to be rounded. None: the nearest that is
+            at least as wide.
     """
 
     share: Share = "widest"
     activations: Literal["dynamic"] | None = None
+    type: str | None = None
 
 
 @dataclass(frozen=True)
