@@ -145,6 +145,22 @@ def make_app(server: Server) -> FastAPI:
             return PlainTextResponse("tiny_requests{ 3")
         return Response(generate_latest(server.registry), media_type="text/plain; version=0.0.4")
 
+    @app.get("/api/v1/{what}")
+    async def prometheus(what: str, request: Request) -> dict[str, Any]:
+        """As a Prometheus answers that reads this server, and has an alert of each kind."""
+        if what == "targets":
+            port = 1 if has("unscraped") else request.url.port
+            return {"data": {"activeTargets": [{"scrapeUrl": f"http://tiny:{port}/metrics", "health": "up"}]}}
+        queries = (
+            "tiny_request_seconds_sum > 3",
+            "tiny_requests_refused_total > 1",
+            "up == 0",
+            "node_memory_bytes < 1",
+        )
+        rules = [{"name": f"Alert{i}", "query": query, "type": "alerting"} for i, query in enumerate(queries)]
+        rules[0] |= {"health": "err", "lastError": "no such function"} if has("sick_rules") else {"health": "ok"}
+        return {"data": {"groups": [{"rules": rules}]}}
+
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         guard(request)

@@ -158,6 +158,21 @@ def test_rules_that_ask_for_what_is_not_there(capsys: pytest.CaptureFixture[str]
     assert alerts["status"] == "fail" and "tiny_no_such_latency_seconds" in alerts["value"]
 
 
+@pytest.mark.parametrize(
+    ("faults", "status"), [((), "pass"), (("sick_rules",), "fail"), (("unscraped",), "fail"), (("no_api",), "fail")]
+)
+def test_what_a_prometheus_has_loaded(
+    faults: tuple[str, ...], status: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with serving(tmp_path / "log", *faults) as url:
+        prometheus = f"{url}/nowhere" if "no_api" in faults else url
+        code = main(
+            ["check", "--url", url, "--key", KEY, "--only", "monitoring.alerts", "--prometheus", prometheus, "--json"]
+        )
+    [alerts] = json.loads(capsys.readouterr().out)["checks"]
+    assert (alerts["status"], code) == (status, int(status == "fail")), alerts
+
+
 def test_severities_are_the_users(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     more = "severity: {answers.special_tokens: warn, limits.rate: fail}\n"
     arguments = ["--only", "answers.special_tokens", "--only", "limits.rate"]
