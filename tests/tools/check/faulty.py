@@ -55,6 +55,7 @@ class Server:
     prompts: list[str] = field(default_factory=list)  # under way
     is_draining: bool = False
     ids: Iterator[int] = field(default_factory=itertools.count)
+    requests: Iterator[int] = field(default_factory=itertools.count)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -177,6 +178,8 @@ def make_app(server: Server) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         guard(request)
+        if has("tight_rate") and next(server.requests) % 2:
+            return JSONResponse({"error": {"message": "Too many."}}, 429, {"retry-after": "0"})
         content = await request.body()
         if len(content) > MAX_BODY and not has("any_body"):
             raise RefusedError(413, "The body is too large.")

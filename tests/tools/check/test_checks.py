@@ -173,6 +173,12 @@ def test_what_a_prometheus_has_loaded(
     assert (alerts["status"], code) == (status, int(status == "fail")), alerts
 
 
+def test_a_limit_of_the_rate_is_waited_for_and_no_fault(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = [part for id in ("answers.stream", "performance.ttft", "limits.rate") for part in ("--only", id)]
+    _, report = check(capsys, tmp_path, ("tight_rate", "no_rate"), *arguments)
+    assert statuses(report) == {"performance.ttft": "skip", "answers.stream": "pass", "limits.rate": "pass"}
+
+
 def test_severities_are_the_users(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     more = "severity: {answers.special_tokens: warn, limits.rate: fail}\n"
     arguments = ["--only", "answers.special_tokens", "--only", "limits.rate"]

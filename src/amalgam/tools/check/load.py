@@ -59,7 +59,8 @@ async def measured(target: Target) -> Measured:
         try:
             target.kept["load"] = await _measure(target)
         except AmalgamError as error:
-            target.kept["load"] = PlainRefusalError(str(error))
+            is_limit = _RATE_LIMIT in str(error)
+            target.kept["load"] = CannotTellError(str(error)) if is_limit else PlainRefusalError(str(error))
         except CannotTellError as error:
             target.kept["load"] = error
     found: Measured | Exception = target.kept["load"]
