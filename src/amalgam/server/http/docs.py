@@ -67,7 +67,7 @@ def endpoints(schema: dict[str, Any]) -> Iterator[Endpoint]:
     """Every endpoint of a schema, in its order."""
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
-            tag = next(iter(operation.get("tags", [])), "")
+            tag = next(iter(operation.get("tags", ())), "")
             tables = dict(_tables(operation, schema))
             yield Endpoint(method.upper(), path, tag, operation.get("description", ""), tables)
 

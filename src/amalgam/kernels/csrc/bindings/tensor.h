@@ -130,11 +130,12 @@ class Tensor {
     };
 
     // Of the last type that was asked, which is nearly always the one that is asked next. With the GIL.
-    static const Exchange* exchange_of(PyTypeObject* type) {
-        static PyTypeObject* known = nullptr;
+    static const Exchange* exchange_of(PyTypeObject* of) {
+        static PyObject* known = nullptr;
         static const Exchange* found = nullptr;
+        auto type = reinterpret_cast<PyObject*>(of);  // the stable ABI takes no other
         if (type == known) return found;
-        PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+        PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
         const void* api = capsule != nullptr ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
         Py_XDECREF(capsule);  // the type keeps it
         if (api == nullptr) {
@@ -183,9 +184,13 @@ class Tensor {
         throw std::invalid_argument(std::string(name) + " is " + found + "; needed: " + expected + " on the CPU");
     }
 
-    // Without the GIL, which a name of a type does not need.
+    // Whoever calls may have released the GIL; the stable ABI tells the name of a type only with it.
     [[noreturn]] void refuse_object(const char* name) const {
-        const std::string type = object_.ptr() != nullptr ? Py_TYPE(object_.ptr())->tp_name : "nothing";
+        std::string type = "nothing";
+        if (object_.ptr() != nullptr) {
+            nanobind::gil_scoped_acquire held;
+            type = nanobind::steal<nanobind::str>(PyType_GetName(Py_TYPE(object_.ptr()))).c_str();
+        }
         throw nanobind::type_error((std::string(name) + " is a " + type + "; needed: a tensor").c_str());
     }
 
