@@ -142,6 +142,12 @@ class LostWeightsError(UnavailableError):
     code = "weights_lost"
 
 
+class ReplicaLostError(UnavailableError):
+    """The replica that worked on a request has gone, and the request cannot be begun anew on another one."""
+
+    code = "replica_lost"
+
+
 def describe(value: Any, limit: int = 120) -> str:
     """`repr` of a user's value, shortened and safe to print on one line."""
     text = repr(value)

@@ -23,6 +23,7 @@ from amalgam.errors import AmalgamError
 VERBS = (
     "demo",
     "serve",
+    "deploy ray",
     "remap",
     "generate",
     "chat",

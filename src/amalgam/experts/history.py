@@ -173,6 +173,11 @@ class DecayingRate:
         self._weighted += counts
         self._latest = now
 
+    def restore(self, rates: npt.NDArray[np.float64], now: float) -> None:
+        """Go on from what `read` said at time `now`, somewhere else perhaps."""
+        self._started_at, self._latest = -np.inf, now
+        self._weighted = rates * self._mean_life
+
     def read(self, now: float) -> npt.NDArray[np.float64]:
         """The rate at time `now`; before much time has passed, the mean since the start."""
         fading = np.exp((self._latest - now) / self._mean_life)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -326,6 +327,11 @@ class ExpertTracker:
                 where,
                 _FORMER_TICK_SECONDS,
             )
+
+    def restore_rates(self, rates: npt.NDArray[np.float64]) -> None:
+        """Go on from experts' decaying rates, [layers, experts], which a saved set does not hold."""
+        with self._lock:
+            self._decaying.restore(rates, self._advance())
 
     def autosave_to(self, path: Path) -> None:
         """Go on from the statistics in a file, if there is one, and save them in it at intervals and at the end.

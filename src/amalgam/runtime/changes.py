@@ -30,6 +30,8 @@ class ChangeRequest:
         is_reload: the current rules, of the files as they are now.
         version: to go back to, by name or id: itself if it is still in memory, otherwise what its rules give now.
         name: what the version is called; None: new requests start on it.
+        version_id: that a version which is built gets, so that several servers call the same weights by one number;
+            None: the next.
 
     Raises:
         RequestError: not exactly one of the four is asked for.
@@ -40,6 +42,7 @@ class ChangeRequest:
     is_reload: bool = False
     version: str | int | None = None
     name: str | None = None
+    version_id: int | None = None
 
     def __post_init__(self) -> None:
         given = {

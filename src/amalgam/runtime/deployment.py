@@ -156,6 +156,10 @@ class Deployment:
     def model_name(self) -> str:
         return self.settings.model.name or self._served.loader.base_folder.name
 
+    def rules_of(self, version_id: int) -> tuple[Rule, ...] | None:
+        """The rules of a version that there has been, as far as changes are remembered; None: nobody knows."""
+        return self._remaps.rules_of(version_id)
+
     def version_for(self, weights: str | int | None = None, key: str | None = None) -> WeightVersion:
         """The weight version that a request runs on.
 

@@ -190,7 +190,13 @@ class Remapper:
                 progress(what, done, total)
 
         turns = Turns(lambda: self._engine.status().num_running > 0, job.check)
-        loaded = prepared.loader.build(prepared.planned, self._versions.next_id(), prepared.shared, step, turns)
+        wanted = request.version_id
+        version_id = self._versions.next_id() if wanted is None else self._versions.claim_id(wanted)
+        try:
+            loaded = prepared.loader.build(prepared.planned, version_id, prepared.shared, step, turns)
+        except BaseException:
+            self._versions.release_id(version_id)
+            raise
         if loaded.read_bytes:
             self._seconds_per_byte = loaded.seconds / loaded.read_bytes
         made = ServedWeights(prepared.loader, loaded.version, prepared.rules)

@@ -110,6 +110,7 @@ class VersionBook:
         self._lock = threading.Lock()  # guards everything below
         self._current = first
         self._next_id = first.version_id + 1
+        self._used_ids = {first.version_id}
         self._pinned: dict[int, ServedWeights] = {}
         self._named: dict[str, ServedWeights] = {}
         self._candidates: dict[int, ServedWeights] = {}
@@ -131,9 +132,36 @@ class VersionBook:
     def next_id(self) -> int:
         """An id that no version has had."""
         with self._lock:
-            version_id = self._next_id
-            self._next_id += 1
-            return version_id
+            return self._take(self._next_id)
+
+    @property
+    def coming_id(self) -> int:
+        """What `next_id` would give now."""
+        return self._next_id
+
+    def claim_id(self, version_id: int) -> int:
+        """Take an id that somebody else has chosen, so that several servers call the same weights by one number.
+
+        Raises:
+            ConflictError: a version has had it.
+        """
+        with self._lock:
+            if version_id in self._used_ids:
+                raise ConflictError(
+                    f"There has been a weight version {version_id} already.",
+                    remedy=f"Free from here on: {self._next_id}.",
+                )
+            return self._take(version_id)
+
+    def release_id(self, version_id: int) -> None:
+        """No version has come to have it: it may be claimed again. `next_id` goes on all the same."""
+        with self._lock:
+            self._used_ids.discard(version_id)
+
+    def _take(self, version_id: int) -> int:
+        self._used_ids.add(version_id)
+        self._next_id = max(self._next_id, version_id + 1)
+        return version_id
 
     def make_current(self, served: ServedWeights) -> None:
         """Let new requests run on a version; the one before drains unless it is kept for another reason."""

@@ -11,10 +11,10 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from amalgam.base.threads import StoppableThread
 from amalgam.config.settings import Settings
@@ -30,6 +30,9 @@ from amalgam.server.watching import watched
 from amalgam.text.answers.format import AnswerFormat
 from amalgam.text.answers.registry import answer_format, check_parsers
 from amalgam.text.grammar import CompiledGrammar, Grammar, compile_grammar
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 logger = logging.getLogger("amalgam.server")
 T = TypeVar("T")
@@ -74,6 +77,7 @@ REFUSALS = (
     "non_finite_logits",
     "weights_failed",
     "weights_lost",
+    "replica_lost",
     "not_found",
     "model_not_found",
     "version_not_found",
@@ -104,6 +108,7 @@ class Service:
         self.num_active = 0  # requests admitted and not yet answered; touched by the event loop only
         self.refusals = dict.fromkeys(REFUSALS, 0)  # answers that were errors; changed by the event loop only
         self.shared_answers = SharedAnswers()
+        self.more_families: Callable[[], Iterable[Metric]] = tuple  # of figures, beside the server's own
         self._started_at = time.monotonic()
         self._open_deployment = open_deployment
         self._deployment: Deployment | None = None

@@ -43,3 +43,4 @@ class ServiceCollector(Collector):
         yield from own.families(service, figures)
         if figures is not None and service.settings.server.metrics_compat == "vllm":
             yield from vllm.families(service, figures)
+        yield from service.more_families()

@@ -1,0 +1,130 @@
+"""`amalgam deploy ray`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+
+from amalgam.cli.options import with_settings
+from amalgam.config.settings import Settings, set_variables
+from amalgam.errors import ConfigError, UnsupportedError
+
+# What Ray reads when it is imported; an environment that says otherwise holds.
+_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # keeps what Ray starts on the loopback interface
+
+_SHOWN = (
+    "server.host", "server.port", "server.api_keys", "engine.num_threads", "cluster.target_requests",
+    "cluster.target_kv", "cluster.upscale_seconds", "cluster.downscale_seconds",
+)  # fmt: skip
+
+
+@with_settings(needs_model=False, shown=_SHOWN)
+def command(
+    settings: Settings,
+    replicas: Annotated[int | None, typer.Option(help="So many replicas: cluster.replicas.")] = None,
+    min_replicas: Annotated[int | None, typer.Option(help="At least so many: cluster.min_replicas.")] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="At most so many; the load decides: cluster.max_replicas.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray to run on: HOST:PORT, or auto for the one on this machine. Default: start one here."),
+    ] = None,
+    status: Annotated[bool, typer.Option("--status", help="Tell how a running cluster is, and exit.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Drain and end a running cluster.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON (with --status).")] = False,
+) -> int:
+    """Serve one model by several replicas on Ray, behind one address, until Ctrl-C or SIGTERM."""
+    given = {"replicas": replicas, "min_replicas": min_replicas, "max_replicas": max_replicas}
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if replicas is not None and (min_replicas is not None or max_replicas is not None):
+        raise ConfigError("--replicas and --min-replicas or --max-replicas are given.", remedy="Give one or the other.")
+    if min_replicas is not None and max_replicas is None and settings.cluster.max_replicas is None:
+        raise ConfigError(
+            "--min-replicas is given without --max-replicas.", remedy="Say how many there may be at most."
+        )
+    if status and stop:
+        raise ConfigError("--status and --stop are given.", remedy="Give one of them.")
+    if as_json and not status:
+        raise ConfigError("--json is given without --status.", remedy="Leave it out.")
+    if find_spec("ray") is None or find_spec("ray.serve") is None:
+        raise UnsupportedError("Ray Serve is not installed.", remedy="pip install 'amalgam[ray]'.")
+    is_local = address is None and not (status or stop)
+    set_variables({**_RAY, **(_LOOPBACK if is_local and _is_loopback(settings.server.host) else {})})
+    from amalgam.cluster.ray import deploying
+
+    if status or stop:
+        deploying.connect(address or "auto")
+        return _tell(deploying.status(), as_json) if status else _stop(deploying.stop, settings.server.drain_seconds)
+    if not settings.model.base_path:
+        raise ConfigError("model.base_path is required.", remedy="Give --config FILE, or --model FOLDER.")
+    if replicas is not None:
+        wanted["max_replicas"] = None  # type: ignore[assignment] # the file's, which the flag overrides
+    settings = settings.replace(cluster={**settings.cluster.model_dump(), **wanted})
+    settings = deploying.with_absolute_paths(deploying.with_threads(settings, is_local=is_local))
+    deploying.check_settings(settings)
+    return _run(settings, address)
+
+
+def _run(settings: Settings, address: str | None) -> int:
+    from amalgam.cluster.ray import deploying
+
+    stopping = threading.Event()
+    deploying.connect(address, settings)
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stopping.is_set():  # a second one ends the process at once
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has handlers of its own
+        signal.signal(number, on_signal)
+    cluster = settings.cluster
+    number_of = (
+        f"{cluster.replicas} replicas"
+        if cluster.max_replicas is None
+        else f"{cluster.min_replicas} to {cluster.max_replicas} replicas"
+    )
+    _say(f"{number_of} of {settings.engine.num_threads} threads each")
+    left = deploying.deploy(settings, address, stopping.is_set, _say)
+    if left:
+        _say(f"{left} requests were cut off.")
+    return 0
+
+
+def _stop(stop: Callable[[float], int], drain_seconds: float) -> int:
+    left = stop(drain_seconds)
+    _say("The cluster has ended." + (f" {left} requests were cut off." if left else ""))
+    return 0
+
+
+def _tell(status: Any, as_json: bool) -> int:
+    if as_json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(status)) + "\n")
+        return 0
+    states = ", ".join(f"{count} {state.lower()}" for state, count in status.replicas.items()) or "none"
+    sys.stdout.write(f"Ray        {status.address}\nstatus     {status.status}\nreplicas   {states}\n")
+    if status.message:
+        sys.stdout.write(f"message    {status.message}\n")
+    return 0
+
+
+def _is_loopback(host: str) -> bool:
+    from amalgam.server.http.origins import is_loopback
+
+    return is_loopback(host)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,154 @@
+"""The one address of a cluster: the server's application over all replicas, and what looks after them.
+
+In: settings, what carries calls and requests. Out: an ASGI application. Must never know: what carries them.
+
+It is the application of `amalgam serve`, with its keys, limits, logs, endpoints and pages, over a deployment that is
+all replicas together. Only what takes prompts is answered by a replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from starlette.middleware import Middleware
+from starlette.types import Receive, Scope, Send
+
+from amalgam.base.threads import StoppableThread
+from amalgam.cluster.coordinator import Coordinator
+from amalgam.cluster.deployment import ClusterDeployment
+from amalgam.cluster.forwarding import Forwarding, ForwardingCounts
+from amalgam.cluster.interface import Description, ReplicaState, Transport
+from amalgam.cluster.members import Members
+from amalgam.cluster.metrics import families
+from amalgam.cluster.routing import Routing
+from amalgam.config.settings import Settings
+from amalgam.errors import AmalgamError, ConfigError, UnavailableError
+from amalgam.server import create_app
+from amalgam.server.http.keys import KeyRing
+from amalgam.server.interface import Deployment
+from amalgam.server.service import Service
+
+LOOK_SECONDS = 0.25  # between two looks at the replicas
+STATE_SECONDS = 5.0  # how long a replica may take to tell its state
+HOLD_SECONDS = 10.0  # how long requests are held at most, should a replica hang while it goes live
+
+logger = logging.getLogger("amalgam.cluster")
+
+
+class Gateway:
+    """See above. An ASGI application whose lifespan says which event loop is its own."""
+
+    def __init__(self, settings: Settings, transport: Transport, routing: Routing) -> None:
+        check_settings(settings)
+        self._settings = settings
+        self._transport = transport
+        self._routing = routing
+        self._counts = ForwardingCounts()
+        self._stopping = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._gate = asyncio.Event()
+        self._gate.set()
+        self._looking: asyncio.Task[None] | None = None
+        self.service = Service(settings, self._open, self._stopping)
+        self._app = create_app(self.service, KeyRing(settings.server))
+        self._app.user_middleware.append(  # the innermost
+            Middleware(Forwarding, self.service, routing, transport, self._gate, self._counts)
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._looking = asyncio.create_task(self._look())
+        await self._app(scope, receive, send)
+
+    def _open(self) -> Deployment:
+        """In a thread: wait for a replica, and make a deployment of all."""
+        assert self._loop is not None, "the application has no lifespan"
+        members = Members(self._transport, self._loop)
+        coordinator = Coordinator(members, self._routing, self._holding)
+        while not coordinator.begin():
+            if self._stopping.wait(LOOK_SECONDS):
+                raise UnavailableError("The gateway is stopping.")
+        description: Description = members.any("describe")
+        StoppableThread(lambda: self._look_after(coordinator), "amalgam-cluster", self._stopping.set).start()
+        while not any(seen.is_ready for seen in list(self._routing.replicas.values())):
+            if self._stopping.wait(LOOK_SECONDS):
+                raise UnavailableError("The gateway is stopping.")
+        self.service.more_families = lambda: families(self._routing, self._counts, coordinator)
+        deployment = ClusterDeployment(
+            self._settings, description, members, self._routing, coordinator, self._stopping.set
+        )
+        return cast(Deployment, deployment)
+
+    async def _look(self) -> None:
+        """Ask all replicas for their state, again and again."""
+        while not self._stopping.is_set():
+            ids = set(self._transport.ids())
+            found = await asyncio.gather(*(self._state(replica_id) for replica_id in ids))
+            states = {replica_id: state for replica_id, state in zip(ids, found, strict=True) if state is not None}
+            self._routing.update(states, gone=set(self._routing.replicas) - ids)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _state(self, replica_id: str) -> ReplicaState | None:
+        try:
+            async with asyncio.timeout(STATE_SECONDS):
+                state: ReplicaState = await self._transport.call(replica_id, "state")
+                return state
+        except (AmalgamError, TimeoutError):  # it has gone, or is about to
+            return None
+        except Exception:
+            logger.exception("replica %s does not tell its state", replica_id)
+            return None
+
+    def _look_after(self, coordinator: Coordinator) -> None:
+        while not self._stopping.wait(LOOK_SECONDS):
+            try:
+                coordinator.look_after()
+            except AmalgamError as error:
+                logger.warning("replicas could not be looked after: %s", error)
+            except Exception:
+                logger.exception("replicas could not be looked after")
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """New requests wait. From any thread."""
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(self._close_gate(), self._loop).result()
+        began = time.monotonic()
+        release = self._loop.call_later  # a hung replica must not hold all requests
+        timer: list[asyncio.TimerHandle] = []
+        self._loop.call_soon_threadsafe(lambda: timer.append(release(HOLD_SECONDS, self._gate.set)))
+        try:
+            yield
+        finally:
+            self._loop.call_soon_threadsafe(lambda: [handle.cancel() for handle in timer])
+            self._loop.call_soon_threadsafe(self._gate.set)
+            logger.info("new requests have waited %.1f ms for all replicas", (time.monotonic() - began) * 1e3)
+
+    async def _close_gate(self) -> None:
+        self._gate.clear()
+
+
+def check_settings(settings: Settings) -> None:
+    """
+    Raises:
+        ConfigError: a setting is of one server only.
+    """
+    refused = {
+        "planning.autoplan.enabled": settings.planning.autoplan.enabled,
+        "weights.watch_seconds": settings.weights.watch_seconds,
+        "weights.history": settings.weights.history,
+        "weights.resume": settings.weights.resume,
+        "statistics.file": settings.statistics.file,
+        "server.unix_socket": settings.server.unix_socket,
+        "engine.pin_threads": settings.engine.pin_threads,
+    }
+    for name, value in refused.items():
+        if value:
+            raise ConfigError(f"{name} is {value!r}, and is of one server only.", remedy="Leave it out for a cluster.")

@@ -1,0 +1,157 @@
+"""The nouns between a gateway and its replicas, and what carries them from one to the other.
+
+In and out: plain values that any transport can copy. Must never know: what carries them, tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from amalgam.config.settings import Rule
+from amalgam.engine.generation_config import ModelDefaults
+from amalgam.engine.request import EngineStatus
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """One HTTP request on its way to a replica, with what the gateway has found out about its caller."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+    request_id: str
+    priority: int = 0
+    may_overtake: bool = True
+
+
+@dataclass(frozen=True)
+class Head:
+    """The beginning of an answer."""
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """The end of an answer: what the replica's record of the request says, for the gateway's log, limits and spans."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_new_tokens: int = 0
+    first_token_seconds: float | None = None
+    queue_seconds: float | None = None
+    finish_reasons: tuple[str, ...] = ()
+    weight_version: int | None = None
+    prompts: tuple[str, ...] = ()
+    refusal: str | None = None
+
+
+Part = Head | bytes | Noted
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request wants of the replica that gets it.
+
+    Attributes:
+        id: of this attempt.
+        beginnings: hashes of the prompt's beginnings, the shortest first: see `routing.beginnings_of`.
+        weights: the version that it asks for, by name or id; None: the current one.
+        tried: replicas that it must not go to again.
+    """
+
+    id: str
+    beginnings: tuple[int, ...] = ()
+    weights: str | int | None = None
+    tried: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ReplicaState:
+    """What a replica tells of itself all the time.
+
+    Attributes:
+        version_id: new requests start on it.
+        kept_ids: of versions that requests may ask for.
+        coming_id: the lowest id from which on all are free there.
+        num_left: versions that it has gone back from by itself, because they could not answer.
+        statistics_revision: changes with the expert statistics; None: nothing is counted.
+    """
+
+    version_id: int
+    names: Mapping[str, int]
+    kept_ids: frozenset[int]
+    coming_id: int
+    num_left: int
+    status: EngineStatus
+    statistics_revision: int | None
+
+    @property
+    def kv_use(self) -> float:
+        """Share of the KV cache in use."""
+        return 1 - self.status.num_free_blocks / max(self.status.num_blocks, 1)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One version as all replicas are to have it.
+
+    Attributes:
+        digest: over what it is made of, without the state of files, which differs from machine to machine.
+    """
+
+    version_id: int
+    rules: tuple[Rule, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a replica tells once: its weights, and what all replicas have in common."""
+
+    current: Weights
+    named: Mapping[str, Weights]
+    model_name: str
+    defaults: ModelDefaults
+    max_prompt_tokens: int
+    counts_experts: bool
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A replica's expert statistics: a saved set as a file, and the experts' decaying rates, [layers, experts]."""
+
+    content: bytes
+    rates: npt.NDArray[np.float64]
+
+
+class Transport(Protocol):
+    """Carries calls and requests to replicas. Belongs to the gateway's event loop."""
+
+    def ids(self) -> Collection[str]:
+        """The replicas that run, as far as is known."""
+
+    async def call(self, replica_id: str, method: str, *args: Any) -> Any:
+        """What `Member.<method>` of one replica returns.
+
+        Raises:
+            AmalgamError: it was raised there.
+            ReplicaLostError: the replica has gone.
+        """
+
+    def send(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
+        """The answer of a replica of the router's choice, in groups of parts as they come. Closing it cancels.
+
+        Raises:
+            ReplicaLostError: the replica has gone.
+            UnavailableError: there is none to go to.
+        """

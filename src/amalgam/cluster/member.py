@@ -1,0 +1,365 @@
+"""One replica's side: the application answers what the gateway forwards, and the deployment does what it is told.
+
+In: forwarded requests, calls by name. Out: parts of answers, plain values. Must never know: what carries them, other
+replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from amalgam.cluster.interface import Counted, Description, Forwarded, Head, Noted, Part, ReplicaState, Weights
+from amalgam.cluster.merging import merge_saved_sets
+from amalgam.config.settings import Settings, StatisticsSettings
+from amalgam.engine.meter import Reading
+from amalgam.errors import ConflictError, UnsupportedError, VersionNotFoundError
+from amalgam.experts.saved.files import from_bytes, to_bytes
+from amalgam.experts.tracker import ExpertTracker
+from amalgam.models.weights import WeightVersion
+from amalgam.runtime.changes import ChangeRequest, RemapResult
+from amalgam.runtime.deployment import Deployment
+from amalgam.runtime.served import ServedWeights
+from amalgam.runtime.statistics import ExpertStatistics
+from amalgam.server import create_app
+from amalgam.server.http.record import RequestRecord
+from amalgam.server.service import Service, in_own_thread
+
+# Of the section `server`: what concerns answers. Keys, origins, rates and addresses are the gateway's business.
+_KEPT = (
+    "chat_template", "embedding_pooling", "export_dir", "log_prompts", "max_batch_prompts", "max_body_bytes",
+    "max_workers", "reasoning_parser", "request_seconds", "served_model_names", "stream_comment_seconds",
+    "tool_parser",
+)  # fmt: skip
+# What the gateway may call of the deployment as it is.
+DEPLOYMENT_CALLS = frozenset({
+    "describe_version", "describe_weights", "difference", "expert_info", "manifest", "model_info", "plan_change",
+    "planned_bytes",
+})  # fmt: skip
+STATISTICS_CALLS = frozenset({
+    "by_layer", "coactivation", "compare", "concentration", "describe", "export", "export_to", "grid", "hints",
+    "labels", "overview", "precision_map", "save_set", "transitions", "use_of",
+})  # fmt: skip
+_POLL_SECONDS = 0.01
+_STATE = "forwarded"
+
+
+class Member:
+    """A deployment that is one of several.
+
+    Args:
+        batch_seconds: what the later parts of an answer wait for each other.
+    """
+
+    def __init__(self, deployment: Deployment, settings: Settings, batch_seconds: float | None = None) -> None:
+        kept = {name: getattr(settings.server, name) for name in _KEPT}
+        self._service = Service(settings.replace(server=kept), lambda: deployment)
+        self._app = create_app(self._service)
+        self._app.user_middleware.append(Middleware(_CallerOfGateway))  # the innermost: behind what makes a record
+        self._deployment = deployment
+        self._batch_seconds = settings.cluster.batch_seconds if batch_seconds is None else batch_seconds
+        self._prepared: dict[int, str] = {}  # version → the name that it is kept by until it goes live
+        self._merged: tuple[str, ExpertStatistics] | None = None
+
+    async def start(self) -> None:
+        """To be awaited before the first request."""
+        self._service.start()
+        while not self._service.has_loaded:  # noqa: ASYNC110 – a thread tells
+            await asyncio.sleep(_POLL_SECONDS)
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why nothing is answered any more."""
+        return self._service.failure
+
+    @property
+    def num_requests(self) -> int:
+        """Running and waiting."""
+        status = self._deployment.engine.status()
+        return status.num_running + status.num_waiting
+
+    def close(self) -> None:
+        """Release the model. Blocking."""
+        self._service.close()
+
+    async def answer(self, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
+        """The answer, in groups of parts: what there is when the consumer asks, after `batch_seconds` if more may come.
+
+        Closing the generator cancels the request.
+        """
+        parts: list[Part] = []
+        has_more = asyncio.Event()
+        scope = _scope_of(request)
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                parts.append(Head(message["status"], tuple(map(tuple, message.get("headers", ())))))
+            elif body := message.get("body", b""):
+                parts.append(body)
+            has_more.set()
+
+        async def run() -> None:
+            try:
+                await self._app(scope, _receiver(request.body), send)
+                parts.append(_noted(scope))
+            finally:
+                has_more.set()
+
+        task = asyncio.create_task(run())
+        sent_at = 0.0
+        try:
+            while not task.done() or parts:
+                if not parts:
+                    await has_more.wait()
+                if (early := sent_at + self._batch_seconds - time.monotonic()) > 0 and not task.done():
+                    await asyncio.wait({task}, timeout=early)
+                has_more.clear()
+                group = _joined(parts)
+                parts.clear()
+                if group:
+                    yield group
+                    if any(isinstance(part, bytes) for part in group):
+                        sent_at = time.monotonic()
+            await task  # what it raised
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """What the gateway asks for by name: a method below, or one of the deployment's. It runs in a thread.
+
+        Raises:
+            AmalgamError: as the method does.
+            UnsupportedError: there is no such method to call.
+        """
+        if method in DEPLOYMENT_CALLS:
+            return await in_own_thread(lambda: getattr(self._deployment, method)(*args))
+        if method not in CALLS:
+            raise UnsupportedError(f"A replica has no {method!r} to call.")
+        return await in_own_thread(lambda: getattr(self, method)(*args))
+
+    # What follows blocks, and is called by name.
+
+    def state(self) -> ReplicaState:
+        """What the router and the coordinator look at all the time."""
+        deployment, versions = self._deployment, self._deployment.versions
+        live = [one for one in versions.live() if any(state != "draining" for state in one.states)]
+        hidden = set(self._prepared.values())
+        return ReplicaState(
+            version_id=deployment.version_id,
+            names={name: one.version.version_id for one in live for name in one.names if name not in hidden},
+            kept_ids=frozenset(one.version.version_id for one in live),
+            coming_id=versions.coming_id,
+            num_left=deployment.trials.num_failed_versions,
+            status=deployment.engine.status(),
+            statistics_revision=None if deployment.statistics is None else deployment.statistics.revision,
+        )
+
+    def describe(self) -> Description:
+        """What the gateway asks once."""
+        deployment, hidden = self._deployment, set(self._prepared.values())
+        named = {
+            name: weights_of(one.served)
+            for one in deployment.versions.live()
+            for name in one.names
+            if name not in hidden
+        }
+        return Description(
+            current=weights_of(deployment.versions.current),
+            named=named,
+            model_name=deployment.model_name,
+            defaults=deployment.defaults,
+            max_prompt_tokens=deployment.engine.max_prompt_tokens,
+            counts_experts=deployment.statistics is not None,
+        )
+
+    def reading(self) -> Reading:
+        """Of the engine's meter."""
+        return self._deployment.engine.meter.read()
+
+    def rules_of(self, version_id: int) -> Any:
+        """The rules of a version that there has been; None: nobody here knows."""
+        found = self._deployment.versions.alive(version_id)
+        return found.rules if found is not None else self._deployment.rules_of(version_id)
+
+    def prepare(self, request: ChangeRequest, keep_as: str) -> tuple[RemapResult, str]:
+        """Build what a change asks for and keep it; new requests start on the version in use as before.
+
+        Args:
+            keep_as: a name that keeps it until `go_live` or `discard`.
+
+        Returns:
+            what was made, and the digest of what it is made of.
+
+        Raises: see `Deployment.change`.
+        """
+        result = self._deployment.change(replace(request, name=keep_as))
+        self._prepared[result.version] = keep_as
+        return result, digest_of(self._deployment.versions.find(keep_as).version)
+
+    def go_live(self, version_id: int, name: str | None = None) -> RemapResult:
+        """Let new requests start on a version that is in memory, or give it the name that a change asked for.
+
+        Raises:
+            VersionNotFoundError: it is not in memory.
+        """
+        if self._deployment.versions.alive(version_id) is None:
+            raise VersionNotFoundError(f"Weight version {version_id} is not in memory.")
+        return self._deployment.change(ChangeRequest(version=version_id, name=name))
+
+    def discard(self, version_id: int | None = None) -> None:
+        """Keep what was prepared no longer, unless it is in use; None: all of it. Harmless when repeated."""
+        for prepared in list(self._prepared) if version_id is None else [version_id]:
+            name = self._prepared.pop(prepared, None)
+            if name is not None:
+                self._deployment.versions.remove_name(name)
+
+    def cancel(self) -> None:
+        """Have the change under way give up, if there is one."""
+        job = self._deployment.jobs.running
+        if job is not None:
+            job.stop()
+
+    def pin(self, version_id: int) -> None:
+        self._deployment.versions.pin(version_id)
+
+    def unpin(self, version_id: int) -> None:
+        self._deployment.versions.unpin(version_id)
+
+    def remove_name(self, name: str) -> int:
+        """Take a name away; the id of its version."""
+        return self._deployment.versions.remove_name(name).version_id
+
+    def counted(self) -> Counted:
+        """All that has been counted since the last reset."""
+        return Counted(to_bytes(self._tracker.saved_set(with_history=True)), self._tracker.snapshot().decaying_rate)
+
+    def reset_statistics(self) -> Any:
+        """Forget all counts here; what they were."""
+        return self._statistics.reset()
+
+    def merge(self, key: str, others: Sequence[Counted]) -> None:
+        """Make one of the statistics here and those of others, to be asked for by `key` until the next one is made.
+
+        What was activated last, one by one, is not merged: there is no such list.
+        """
+        sets = [self._tracker.saved_set(with_history=True)]
+        sets += [from_bytes(other.content, "a replica's statistics") for other in others]
+        rates = self._tracker.snapshot().decaying_rate + sum(other.rates for other in others)
+        settings = StatisticsSettings(**{**self._tracker.settings.model_dump(), "file": "", "save_seconds": 60.0})
+        whole = ExpertTracker(
+            sets[0].layer_ids, sets[0].num_experts, sets[0].num_active_experts, settings, model=sets[0].model
+        )
+        whole.restore(merge_saved_sets(sets), "the replicas' statistics")
+        whole.restore_rates(rates)
+        self._merged = key, ExpertStatistics(whole, lambda: self._deployment.version, self._deployment.model_name)
+
+    def statistics(self, key: str, method: str, *args: Any) -> Any:
+        """What the statistics that were merged under `key` answer.
+
+        Raises:
+            ConflictError: others have been merged since.
+        """
+        if method not in STATISTICS_CALLS:
+            raise UnsupportedError(f"The statistics have no {method!r} to call.")
+        if self._merged is None or self._merged[0] != key:
+            raise ConflictError("These statistics have been merged anew.")
+        return getattr(self._merged[1], method)(*args)
+
+    @property
+    def _statistics(self) -> ExpertStatistics:
+        statistics = self._deployment.statistics
+        if statistics is None:
+            raise UnsupportedError("Expert statistics are not kept here.", remedy="Set statistics.enabled.")
+        return statistics
+
+    @property
+    def _tracker(self) -> ExpertTracker:
+        return self._statistics.tracker
+
+
+CALLS = frozenset({
+    "cancel", "counted", "describe", "discard", "go_live", "merge", "pin", "prepare", "reading", "remove_name",
+    "reset_statistics", "rules_of", "state", "statistics", "unpin",
+})  # fmt: skip
+
+
+def weights_of(served: ServedWeights) -> Weights:
+    return Weights(served.version_id, served.rules, digest_of(served.version))
+
+
+def digest_of(version: WeightVersion) -> str:
+    """16 hexadecimal digits over every weight's name, source, format and shape; not over the files' state."""
+    digest = hashlib.sha256()
+    for slot, origin in sorted(version.origins.items()):
+        digest.update(repr((slot, origin.name, origin.source, origin.format, origin.shape)).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+class _CallerOfGateway:
+    """Notes of a forwarded request what the gateway has found out about its caller."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (request := scope.get("state", {}).get(_STATE)) is not None:
+            record: RequestRecord = scope["state"]["record"]
+            record.priority, record.may_overtake = request.priority, request.may_overtake
+        await self.app(scope, receive, send)
+
+
+def _scope_of(request: Forwarded) -> Scope:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": "http",
+        "path": request.path,
+        "raw_path": request.path.encode(),
+        "root_path": "",
+        "query_string": request.query,
+        "headers": [*request.headers, (b"x-request-id", request.request_id.encode())],
+        "client": None,
+        "server": None,
+        "state": {_STATE: request},
+    }
+
+
+def _receiver(body: bytes) -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.Event().wait()  # the client stays, or the task is cancelled
+        raise AssertionError
+
+    return receive
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """The same with neighbouring pieces of the body as one."""
+    found: list[Part] = []
+    for part in parts:
+        if isinstance(part, bytes) and found and isinstance(found[-1], bytes):
+            found[-1] += part
+        else:
+            found.append(part)
+    return found
+
+
+def _noted(scope: Scope) -> Noted:
+    record: RequestRecord = scope["state"]["record"]
+    names = set(Noted.__dataclass_fields__) - {"finish_reasons", "prompts", "refusal"}
+    known = {name: getattr(record, name) for name in names}
+    refusal = scope["state"].get("refusal")
+    return Noted(**known, finish_reasons=tuple(record.finish_reasons), prompts=tuple(record.prompts), refusal=refusal)

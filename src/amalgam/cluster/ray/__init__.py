@@ -1,0 +1,1 @@
+"""A cluster on Ray Serve. The only room that knows Ray; `amalgam deploy ray` imports it."""

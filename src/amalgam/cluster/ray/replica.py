@@ -1,0 +1,66 @@
+"""A replica on Ray Serve: a deployment of the model, and the methods that Serve and the gateway call.
+
+In: settings, calls. Out: answers, health, load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from amalgam.cluster.interface import Ask, Forwarded, Part
+from amalgam.cluster.member import Member
+from amalgam.config.settings import Settings, let_threads_sleep
+from amalgam.errors import AmalgamError
+from amalgam.server.app import settling
+from amalgam.server.http.logs import start_logging
+
+
+class Replica:
+    """Serve makes one in each replica's process, and takes it for running when it is made."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc] # Serve awaits it
+        start_logging(settings.server.log_format)
+        let_threads_sleep()
+
+        def load() -> Any:
+            from amalgam.runtime.opening import open_deployment
+            from amalgam.text.grammar import prepare_grammars
+
+            deployment = open_deployment(settings)
+            prepare_grammars(deployment.tokenizer)  # in the first request it would hold up all others
+            return deployment
+
+        deployment = await asyncio.to_thread(settling(load))
+        self.member = Member(deployment, settings)
+        await self.member.start()
+
+    async def answer(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
+        """See `Member.answer`."""
+        groups = self.member.answer(request)
+        try:
+            async for parts in groups:
+                yield parts
+        finally:
+            await groups.aclose()
+
+    async def call(self, target: Any, method: str, *args: Any) -> Any:
+        """See `Member.call`; errors that a user can cause are returned, for Ray changes the class of what is raised."""
+        try:
+            return await self.member.call(method, *args)
+        except AmalgamError as error:
+            return error
+
+    async def check_health(self) -> None:
+        """Serve puts another replica in the place of one whose engine has died."""
+        if (failure := self.member.failure) is not None:
+            raise failure
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `scaling` decides by."""
+        return {"requests": float(self.member.num_requests), "kv_use": self.member.state().kv_use}
+
+    def __del__(self) -> None:
+        if (member := getattr(self, "member", None)) is not None:  # it may not have been loaded
+            member.close()

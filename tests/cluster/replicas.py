@@ -1,0 +1,154 @@
+"""Replicas in this process: real members or scripted ones, which can be killed at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from amalgam.cluster.interface import Ask, Description, Forwarded, Head, Noted, Part, ReplicaState, Weights
+from amalgam.cluster.routing import Routing
+from amalgam.config.settings import Rule
+from amalgam.engine.generation_config import ModelDefaults
+from amalgam.engine.request import EngineStatus
+from amalgam.errors import AmalgamError, PlanError, ReplicaLostError, UnavailableError
+from amalgam.runtime.changes import ChangeRequest, RemapResult
+
+IDLE = EngineStatus(
+    is_alive=True, is_draining=False, num_running=0, num_waiting=0, num_free_blocks=100, num_blocks=100, versions={1: 0}
+)
+RULES = (Rule(pattern="a.*", source="int4"),)
+
+
+def state(**changes: Any) -> ReplicaState:
+    """Of an idle replica with version 1."""
+    made = ReplicaState(1, {}, frozenset({1}), 2, 0, IDLE, None)
+    return replace(made, **changes)
+
+
+@dataclass
+class ScriptedMember:
+    """A member without a model: it keeps versions as a deployment does, and fails where it is told to.
+
+    Attributes:
+        fails: method → what it raises, once; True: the replica dies in it.
+        events: what an answer streams, before which `before_event` is called with the number of those sent.
+    """
+
+    fails: dict[str, AmalgamError | bool] = field(default_factory=dict)
+    current: Weights = Weights(1, RULES, "d1")
+    kept: dict[int, Weights] = field(default_factory=dict)
+    temporary: dict[int, str] = field(default_factory=dict)
+    named: dict[str, Weights] = field(default_factory=dict)
+    coming_id: int = 2
+    used_ids: set[int] = field(default_factory=lambda: {1})
+    num_left: int = 0
+    calls: list[str] = field(default_factory=list)
+    is_dead: bool = False
+    num_answers: int = 0
+    head: Head = Head(200, ((b"content-type", b"text/event-stream"),))
+    events: Sequence[bytes] = (b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n")
+    before_event: Callable[[int], None] = lambda number: None
+    digest_of: Callable[[ChangeRequest], str] = lambda request: f"d{request.version_id}"
+
+    async def call(self, method: str, *args: Any) -> Any:
+        self.calls.append(method)
+        await asyncio.sleep(0)
+        failure = self.fails.pop(method, None)
+        if failure is True:
+            self.is_dead = True
+        elif isinstance(failure, AmalgamError):
+            raise failure
+        if self.is_dead:
+            raise ReplicaLostError("It is dead.")
+        return getattr(self, method)(*args)
+
+    async def answer(self, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
+        self.num_answers += 1
+        yield [self.head]
+        for number, event in enumerate(self.events):
+            self.before_event(number)
+            if self.is_dead:
+                raise ReplicaLostError("It is dead.")
+            await asyncio.sleep(0)
+            yield [event]
+        yield [Noted(num_prompt_tokens=3, num_new_tokens=2, finish_reasons=("length",), weight_version=1)]
+
+    def state(self) -> ReplicaState:
+        kept = {self.current.version_id, *self.kept, *(one.version_id for one in self.named.values())}
+        names = {name: weights.version_id for name, weights in self.named.items()}
+        return ReplicaState(self.current.version_id, names, frozenset(kept), self.coming_id, self.num_left, IDLE, None)
+
+    def describe(self) -> Description:
+        return Description(self.current, dict(self.named), "demo", ModelDefaults(), 63, counts_experts=False)
+
+    def prepare(self, request: ChangeRequest, keep_as: str) -> tuple[RemapResult, str]:
+        if request.version is not None:
+            known = {self.current.version_id: self.current, **self.kept}
+            known |= {one.version_id: one for one in self.named.values()}
+            weights = known[int(request.version)]
+        else:
+            assert request.version_id is not None
+            assert request.version_id not in self.used_ids
+            self.used_ids.add(request.version_id)
+            rules = request.rules_after(self.current.rules)
+            weights = Weights(request.version_id, rules, self.digest_of(request))
+            self.coming_id = max(self.coming_id, request.version_id + 1)
+        self.kept[weights.version_id] = weights
+        self.temporary[weights.version_id] = keep_as
+        made = RemapResult(weights.version_id, self.current.version_id, "f", [], 1, 1, 0, 0.0, keep_as)
+        return made, weights.digest
+
+    def go_live(self, version_id: int, name: str | None = None) -> RemapResult:
+        weights = self.kept.get(version_id, self.current)
+        assert weights.version_id == version_id
+        before = self.current
+        if name is None:
+            self.kept[before.version_id] = before  # as long as it may be needed to fall back to
+            self.current = weights
+        else:
+            self.named[name] = weights
+        return RemapResult(version_id, before.version_id, "f", [], 0, 0, 0, 0.0, name)
+
+    def discard(self, version_id: int | None = None) -> None:
+        self.temporary.clear()
+
+    def remove_name(self, name: str) -> int:
+        return self.named.pop(name).version_id
+
+    def cancel(self) -> None:
+        self.calls.append("cancelled")
+
+
+class LocalTransport:
+    """Members by name; requests go where the routing says."""
+
+    def __init__(self, members: dict[str, Any], routing: Routing) -> None:
+        self.members = members
+        self.routing = routing
+
+    def ids(self) -> Collection[str]:
+        return [name for name, member in self.members.items() if not getattr(member, "is_dead", False)]
+
+    async def call(self, replica_id: str, method: str, *args: Any) -> Any:
+        if replica_id not in self.members:
+            raise ReplicaLostError("There is none.")
+        member = self.members[replica_id]
+        return await member.call(method, *args)
+
+    async def send(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
+        order = self.routing.order(ask, list(self.members))
+        if not order:
+            raise UnavailableError("There is none.")
+        self.routing.routed(ask, order[0])
+        groups = self.members[order[0]].answer(request)
+        try:
+            async for parts in groups:
+                yield parts
+        finally:
+            await groups.aclose()
+
+
+def no_such_source() -> PlanError:
+    return PlanError("There is no source 'x'.")

@@ -1,0 +1,223 @@
+"""One change of all replicas: all of them, or none."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from amalgam.cluster.coordinator import Coordinator
+from amalgam.cluster.interface import Weights
+from amalgam.cluster.members import Members
+from amalgam.cluster.routing import Routing
+from amalgam.errors import AmalgamError, CancelledError, ConflictError, OutOfMemoryError, UnavailableError, VersionNotFoundError
+from amalgam.runtime.changes import ChangeRequest
+from tests.cluster.replicas import RULES, LocalTransport, ScriptedMember, no_such_source
+from tests.errors import raises
+
+MAPPING = ChangeRequest(mapping={"b": "fp8"})
+
+
+class Cluster:
+    """Scripted members in an event loop of their own, and who coordinates them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, names: str = "abc") -> None:
+        self.members = {name: ScriptedMember() for name in names}
+        self.routing = Routing(4)
+        self.num_held = 0
+        self.transport = LocalTransport(self.members, self.routing)
+        self.coordinator = Coordinator(Members(self.transport, loop), self.routing, self.holding, 0.0)
+        self.look()
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        self.num_held += 1
+        yield
+
+    def look(self) -> None:
+        """What the gateway does again and again."""
+        alive = {name: self.members[name].state() for name in self.transport.ids()}
+        self.routing.update(alive, gone=set(self.routing.replicas) - alive.keys())
+        if self.coordinator.jobs.read() or self.coordinator.begin():
+            self.coordinator.look_after()
+
+    @property
+    def versions(self) -> dict[str, int]:
+        return {name: self.members[name].current.version_id for name in self.transport.ids()}
+
+    @property
+    def ready(self) -> set[str]:
+        return {name for name, seen in self.routing.replicas.items() if seen.is_ready}
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    made = asyncio.new_event_loop()
+    thread = threading.Thread(target=made.run_forever)
+    thread.start()
+    yield made
+    made.call_soon_threadsafe(made.stop)
+    thread.join()
+    made.close()
+
+
+@pytest.fixture
+def cluster(loop: asyncio.AbstractEventLoop) -> Cluster:
+    return Cluster(loop)
+
+
+def unchanged(cluster: Cluster) -> bool:
+    """New requests start where they did, and nothing is kept for a change."""
+    members = [member for member in cluster.members.values() if not member.is_dead]
+    return (
+        all(member.current.version_id == 1 and not member.temporary and not member.named for member in members)
+        and cluster.coordinator.version_id == 1
+        and cluster.coordinator.rules == RULES
+    )
+
+
+def test_all_replicas_change(cluster: Cluster) -> None:
+    result = cluster.coordinator.change(MAPPING)
+    assert (result.version, result.previous_version) == (2, 1)
+    assert cluster.versions == {"a": 2, "b": 2, "c": 2}
+    assert all(not member.temporary for member in cluster.members.values())
+    assert cluster.num_held == 1
+    assert [rule.pattern for rule in cluster.coordinator.rules] == ["a.*", "b"]
+    assert [record.error for record in cluster.coordinator.log.read()] == [None]
+
+
+@pytest.mark.parametrize("failure", [no_such_source(), OutOfMemoryError("No memory.")])
+def test_a_replica_that_cannot_prepare_keeps_all_as_they_are(
+    cluster: Cluster, failure: AmalgamError
+) -> None:
+    cluster.members["b"].fails["prepare"] = failure
+    with pytest.raises(type(failure)) as raised:
+        cluster.coordinator.change(MAPPING)
+    assert "Replica b" in raised.value.__notes__[0]
+    assert unchanged(cluster)
+    assert cluster.num_held == 0
+    cluster.coordinator.change(MAPPING)  # and the next one succeeds, under a number that is free everywhere
+    assert set(cluster.versions.values()) == {3}
+
+
+def test_a_replica_that_cannot_go_live_takes_all_others_back(cluster: Cluster) -> None:
+    cluster.members["c"].fails["go_live"] = UnavailableError("It is closed.")
+    with raises(UnavailableError, "closed"):
+        cluster.coordinator.change(MAPPING)
+    assert unchanged(cluster)
+
+
+def test_a_replica_that_dies_while_it_prepares_ends_the_change(cluster: Cluster) -> None:
+    cluster.members["b"].fails["prepare"] = True
+    with raises(UnavailableError, "b"):
+        cluster.coordinator.change(MAPPING)
+    assert unchanged(cluster)
+
+
+def test_a_replica_that_dies_as_others_go_live_does_not_take_them_back(cluster: Cluster) -> None:
+    cluster.members["b"].fails["go_live"] = True
+    cluster.coordinator.change(MAPPING)
+    assert cluster.versions == {"a": 2, "c": 2}
+
+
+def test_replicas_that_make_something_else_are_refused(cluster: Cluster) -> None:
+    cluster.members["b"].digest_of = lambda request: "other files"
+    with raises(ConflictError, "2"):
+        cluster.coordinator.change(MAPPING)
+    assert unchanged(cluster)
+
+
+def test_a_new_replica_gets_requests_when_it_has_the_weights_of_all(cluster: Cluster) -> None:
+    cluster.coordinator.change(MAPPING)
+    cluster.coordinator.change(ChangeRequest(rules=RULES, name="fast"))
+    late = cluster.members["d"] = ScriptedMember()
+    late.fails["prepare"] = OutOfMemoryError("Not yet.")
+    cluster.look()
+    assert cluster.ready == {"a", "b", "c"}
+    cluster.look()
+    assert cluster.ready == {"a", "b", "c", "d"}
+    assert (late.current.version_id, late.named["fast"].version_id) == (2, 3)
+
+
+def test_one_that_has_other_files_gets_no_requests(cluster: Cluster) -> None:
+    cluster.coordinator.change(MAPPING)
+    cluster.members["d"] = ScriptedMember(digest_of=lambda request: "other files")
+    cluster.look()
+    assert cluster.ready == {"a", "b", "c"}
+
+
+def test_if_one_replica_leaves_a_version_all_do(cluster: Cluster) -> None:
+    cluster.coordinator.change(MAPPING)
+    failing = cluster.members["b"]
+    failing.go_live(1)
+    failing.num_left += 1
+    cluster.look()
+    assert cluster.versions == {"a": 1, "b": 1, "c": 1}
+    assert (cluster.coordinator.version_id, cluster.coordinator.num_failed_versions) == (1, 1)
+
+
+def test_back_and_forth(cluster: Cluster) -> None:
+    coordinator = cluster.coordinator
+    coordinator.change(MAPPING)
+    coordinator.change(ChangeRequest(mapping={"c": "fp8"}))
+    assert coordinator.rollback().version == 2
+    assert coordinator.rollback(3).version == 3
+    assert coordinator.undo(3).version == 4  # the rules of version 2, as a version of their own
+    assert [rule.pattern for rule in coordinator.rules] == ["a.*", "b"]
+    with raises(ConflictError, "3"):
+        coordinator.undo(3)
+    with raises(VersionNotFoundError, "77"):
+        coordinator.rollback(77)
+    assert set(cluster.versions.values()) == {4}
+
+
+def test_names_are_everywhere_or_nowhere(cluster: Cluster) -> None:
+    named = ChangeRequest(mapping={"b": "fp8"}, name="fast")
+    cluster.members["c"].fails["go_live"] = UnavailableError("It is closed.")
+    with raises(UnavailableError, "closed"):
+        cluster.coordinator.change(named)
+    assert unchanged(cluster)
+    cluster.coordinator.change(named)
+    assert all(member.named["fast"].version_id == 3 for member in cluster.members.values())
+    assert cluster.coordinator.remove_name("fast") == 3
+    assert unchanged(cluster)
+    with raises(VersionNotFoundError, "fast"):
+        cluster.coordinator.remove_name("fast")
+
+
+def test_a_change_can_be_cancelled(cluster: Cluster) -> None:
+    slow = cluster.members["b"]
+    prepare = slow.prepare
+
+    def cancelling(*args: object) -> object:
+        running = cluster.coordinator.jobs.running
+        assert running is not None
+        running.cancel()
+        return prepare(*args)  # type: ignore[arg-type]
+
+    slow.prepare = cancelling  # type: ignore[assignment, method-assign]
+    with raises(CancelledError, "cancelled"):
+        cluster.coordinator.change(MAPPING)
+    assert unchanged(cluster)
+
+
+def test_who_begins_anew_goes_by_what_most_replicas_have(loop: asyncio.AbstractEventLoop) -> None:
+    before = Cluster(loop)
+    newer = Weights(2, RULES, "d2")
+    for name in "ab":
+        member = before.members[name]
+        member.kept, member.current, member.coming_id = {1: member.current}, newer, 3
+    after = Coordinator(Members(before.transport, loop), before.routing, before.holding)
+    assert after.begin()
+    assert after.version_id == 2
+    after.look_after()
+    assert set(before.versions.values()) == {2}
+
+
+def test_nobody_changes_nothing(loop: asyncio.AbstractEventLoop) -> None:
+    cluster = Cluster(loop, "")
+    with raises(UnavailableError, "replica"):
+        cluster.coordinator.change(MAPPING)
