@@ -25,7 +25,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ELSEWHERE = PACKAGE / "tools/quantizing/worker.py"  # a program of its own, for environments that other tools are in
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
 CODE_RUNNERS = {"eval", "exec", "compile", "pickle", "marshal", "shelve", "dill", "cloudpickle"}
-EXTRAS = {PACKAGE / "server/http/tracing.py": "tracing"}  # modules that do without, and say what to install
+# Modules that do without, or that are imported by those who say what to install.
+EXTRAS = {
+    PACKAGE / "server/http/tracing.py": "tracing",
+    **dict.fromkeys((PACKAGE / "cluster/ray").glob("*.py"), "ray"),
+}
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 

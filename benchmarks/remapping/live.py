@@ -116,12 +116,15 @@ class LiveServer(Child):
 
     Args:
         flags: for its command line, behind the configuration.
+        verb: what starts it; none: a server.
     """
 
-    def __init__(self, config: Path, log: Path, flags: Sequence[str] = ()) -> None:
+    def __init__(self, config: Path, log: Path, flags: Sequence[str] = (), verb: Sequence[str] = ()) -> None:
         self.port = free_port()
-        main = [sys.executable, str(ROOT / "main.py"), "--config", str(config), "--port", str(self.port)]
-        super().__init__([*main, *flags], log)
+        program = (
+            [str(Path(sys.executable).with_name("amalgam")), *verb] if verb else [sys.executable, str(ROOT / "main.py")]
+        )
+        super().__init__([*program, "--config", str(config), "--port", str(self.port), *flags], log)
         self.wait_until(lambda: bool(self.ask("/ready")))
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:

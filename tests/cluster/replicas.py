@@ -11,6 +11,7 @@ from amalgam.cluster.interface import Ask, Description, Forwarded, Head, Noted, 
 from amalgam.cluster.routing import Routing
 from amalgam.config.settings import Rule
 from amalgam.engine.generation_config import ModelDefaults
+from amalgam.engine.meter import Meter, Reading
 from amalgam.engine.request import EngineStatus
 from amalgam.errors import AmalgamError, PlanError, ReplicaLostError, UnavailableError
 from amalgam.runtime.changes import ChangeRequest, RemapResult
@@ -19,6 +20,8 @@ IDLE = EngineStatus(
     is_alive=True, is_draining=False, num_running=0, num_waiting=0, num_free_blocks=100, num_blocks=100, versions={1: 0}
 )
 RULES = (Rule(pattern="a.*", source="int4"),)
+FIRST = Weights(1, RULES, "d1")
+STREAM = Head(200, ((b"content-type", b"text/event-stream"),))
 
 
 def state(**changes: Any) -> ReplicaState:
@@ -37,7 +40,7 @@ class ScriptedMember:
     """
 
     fails: dict[str, AmalgamError | bool] = field(default_factory=dict)
-    current: Weights = Weights(1, RULES, "d1")
+    current: Weights = FIRST
     kept: dict[int, Weights] = field(default_factory=dict)
     temporary: dict[int, str] = field(default_factory=dict)
     named: dict[str, Weights] = field(default_factory=dict)
@@ -47,7 +50,7 @@ class ScriptedMember:
     calls: list[str] = field(default_factory=list)
     is_dead: bool = False
     num_answers: int = 0
-    head: Head = Head(200, ((b"content-type", b"text/event-stream"),))
+    head: Head = STREAM
     events: Sequence[bytes] = (b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n")
     before_event: Callable[[int], None] = lambda number: None
     digest_of: Callable[[ChangeRequest], str] = lambda request: f"d{request.version_id}"
@@ -79,6 +82,9 @@ class ScriptedMember:
         kept = {self.current.version_id, *self.kept, *(one.version_id for one in self.named.values())}
         names = {name: weights.version_id for name, weights in self.named.items()}
         return ReplicaState(self.current.version_id, names, frozenset(kept), self.coming_id, self.num_left, IDLE, None)
+
+    def reading(self) -> Reading:
+        return Meter().read()
 
     def describe(self) -> Description:
         return Description(self.current, dict(self.named), "demo", ModelDefaults(), 63, counts_experts=False)
@@ -127,6 +133,9 @@ class LocalTransport:
     def __init__(self, members: dict[str, Any], routing: Routing) -> None:
         self.members = members
         self.routing = routing
+
+    async def start(self) -> None:
+        """There is nothing to wait for."""
 
     def ids(self) -> Collection[str]:
         return [name for name, member in self.members.items() if not getattr(member, "is_dead", False)]

@@ -13,7 +13,14 @@ from amalgam.cluster.coordinator import Coordinator
 from amalgam.cluster.interface import Weights
 from amalgam.cluster.members import Members
 from amalgam.cluster.routing import Routing
-from amalgam.errors import AmalgamError, CancelledError, ConflictError, OutOfMemoryError, UnavailableError, VersionNotFoundError
+from amalgam.errors import (
+    AmalgamError,
+    CancelledError,
+    ConflictError,
+    OutOfMemoryError,
+    UnavailableError,
+    VersionNotFoundError,
+)
 from amalgam.runtime.changes import ChangeRequest
 from tests.cluster.replicas import RULES, LocalTransport, ScriptedMember, no_such_source
 from tests.errors import raises
@@ -90,9 +97,7 @@ def test_all_replicas_change(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("failure", [no_such_source(), OutOfMemoryError("No memory.")])
-def test_a_replica_that_cannot_prepare_keeps_all_as_they_are(
-    cluster: Cluster, failure: AmalgamError
-) -> None:
+def test_a_replica_that_cannot_prepare_keeps_all_as_they_are(cluster: Cluster, failure: AmalgamError) -> None:
     cluster.members["b"].fails["prepare"] = failure
     with pytest.raises(type(failure)) as raised:
         cluster.coordinator.change(MAPPING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from amalgam.base.clock import Clock
@@ -33,7 +35,7 @@ def test_counters_and_histograms_are_added_up() -> None:
     assert sum(point.num_new_tokens for point in merged.points) == 5
     assert last.running.peak >= 2
     times = [point.time for point in merged.points]
-    assert all(after - before == 2.0 for before, after in zip(times, times[1:], strict=False))
+    assert all(after - before == 2.0 for before, after in pairwise(times))
 
 
 def test_a_replica_that_has_gone_still_counts() -> None:

@@ -19,6 +19,7 @@ from amalgam.errors import ConfigError, UnsupportedError
 
 # What Ray reads when it is imported; an environment that says otherwise holds.
 _RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+_LOCAL = {"RAY_worker_niceness": "0"}  # Ray's workers are nice to all others by default, and so would the model be
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # keeps what Ray starts on the loopback interface
 
 _SHOWN = (
@@ -56,10 +57,12 @@ def command(
         raise ConfigError("--status and --stop are given.", remedy="Give one of them.")
     if as_json and not status:
         raise ConfigError("--json is given without --status.", remedy="Leave it out.")
-    if find_spec("ray") is None or find_spec("ray.serve") is None:
-        raise UnsupportedError("Ray Serve is not installed.", remedy="pip install 'amalgam[ray]'.")
     is_local = address is None and not (status or stop)
-    set_variables({**_RAY, **(_LOOPBACK if is_local and _is_loopback(settings.server.host) else {})})
+    set_variables(_RAY)
+    if is_local:
+        set_variables(_LOCAL | (_LOOPBACK if _is_loopback(settings.server.host) else {}))
+    if find_spec("ray") is None or find_spec("ray.serve") is None:  # which imports ray
+        raise UnsupportedError("Ray Serve is not installed.", remedy="pip install 'amalgam[ray]'.")
     from amalgam.cluster.ray import deploying
 
     if status or stop:
@@ -70,9 +73,7 @@ def command(
     if replicas is not None:
         wanted["max_replicas"] = None  # type: ignore[assignment] # the file's, which the flag overrides
     settings = settings.replace(cluster={**settings.cluster.model_dump(), **wanted})
-    settings = deploying.with_absolute_paths(deploying.with_threads(settings, is_local=is_local))
-    deploying.check_settings(settings)
-    return _run(settings, address)
+    return _run(deploying.prepared(settings, is_local=is_local), address)
 
 
 def _run(settings: Settings, address: str | None) -> int:

@@ -55,7 +55,7 @@ class Gateway:
         self._gate = asyncio.Event()
         self._gate.set()
         self._looking: asyncio.Task[None] | None = None
-        self.service = Service(settings, self._open, self._stopping)
+        self.service = Service(settings, self._open_or_log, self._stopping)
         self._app = create_app(self.service, KeyRing(settings.server))
         self._app.user_middleware.append(  # the innermost
             Middleware(Forwarding, self.service, routing, transport, self._gate, self._counts)
@@ -66,6 +66,14 @@ class Gateway:
             self._loop = asyncio.get_running_loop()
             self._looking = asyncio.create_task(self._look())
         await self._app(scope, receive, send)
+
+    def _open_or_log(self) -> Deployment:
+        try:
+            return self._open()
+        except Exception as error:  # nobody waits here for what the service keeps
+            if not self._stopping.is_set():
+                logger.error("the gateway cannot begin: %s", error, exc_info=not isinstance(error, AmalgamError))
+            raise
 
     def _open(self) -> Deployment:
         """In a thread: wait for a replica, and make a deployment of all."""
@@ -88,12 +96,17 @@ class Gateway:
 
     async def _look(self) -> None:
         """Ask all replicas for their state, again and again."""
-        while not self._stopping.is_set():
-            ids = set(self._transport.ids())
-            found = await asyncio.gather(*(self._state(replica_id) for replica_id in ids))
-            states = {replica_id: state for replica_id, state in zip(ids, found, strict=True) if state is not None}
-            self._routing.update(states, gone=set(self._routing.replicas) - ids)
-            await asyncio.sleep(LOOK_SECONDS)
+        try:
+            await self._transport.start()
+            while not self._stopping.is_set():
+                ids = set(self._transport.ids())
+                found = await asyncio.gather(*(self._state(replica_id) for replica_id in ids))
+                states = {replica_id: state for replica_id, state in zip(ids, found, strict=True) if state is not None}
+                self._routing.update(states, gone=set(self._routing.replicas) - ids)
+                await asyncio.sleep(LOOK_SECONDS)
+        except Exception:
+            logger.exception("the replicas are not looked at any more")
+            raise
 
     async def _state(self, replica_id: str) -> ReplicaState | None:
         try:
@@ -119,20 +132,22 @@ class Gateway:
     def _holding(self) -> Iterator[None]:
         """New requests wait. From any thread."""
         assert self._loop is not None
-        asyncio.run_coroutine_threadsafe(self._close_gate(), self._loop).result()
-        began = time.monotonic()
-        release = self._loop.call_later  # a hung replica must not hold all requests
-        timer: list[asyncio.TimerHandle] = []
-        self._loop.call_soon_threadsafe(lambda: timer.append(release(HOLD_SECONDS, self._gate.set)))
+        loop, began = self._loop, time.monotonic()
+
+        async def close() -> asyncio.TimerHandle:
+            self._gate.clear()
+            return loop.call_later(HOLD_SECONDS, self._gate.set)  # a replica that hangs must not hold all requests
+
+        def open_again() -> None:
+            timer.cancel()
+            self._gate.set()
+
+        timer = asyncio.run_coroutine_threadsafe(close(), loop).result()
         try:
             yield
         finally:
-            self._loop.call_soon_threadsafe(lambda: [handle.cancel() for handle in timer])
-            self._loop.call_soon_threadsafe(self._gate.set)
+            loop.call_soon_threadsafe(open_again)
             logger.info("new requests have waited %.1f ms for all replicas", (time.monotonic() - began) * 1e3)
-
-    async def _close_gate(self) -> None:
-        self._gate.clear()
 
 
 def check_settings(settings: Settings) -> None:

@@ -84,6 +84,7 @@ class ReplicaState:
         kept_ids: of versions that requests may ask for.
         coming_id: the lowest id from which on all are free there.
         num_left: versions that it has gone back from by itself, because they could not answer.
+        host, pid: where it runs.
         statistics_revision: changes with the expert statistics; None: nothing is counted.
     """
 
@@ -94,6 +95,8 @@ class ReplicaState:
     num_left: int
     status: EngineStatus
     statistics_revision: int | None
+    host: str = ""
+    pid: int = 0
 
     @property
     def kv_use(self) -> float:
@@ -135,10 +138,13 @@ class Counted:
 
 
 class Transport(Protocol):
-    """Carries calls and requests to replicas. Belongs to the gateway's event loop."""
+    """Carries calls and requests to replicas. Belongs to the gateway's event loop, but for `ids`."""
+
+    async def start(self) -> None:
+        """To be awaited before anything else; there may be no replica for long."""
 
     def ids(self) -> Collection[str]:
-        """The replicas that run, as far as is known."""
+        """The replicas that run, as far as is known. Any thread."""
 
     async def call(self, replica_id: str, method: str, *args: Any) -> Any:
         """What `Member.<method>` of one replica returns.

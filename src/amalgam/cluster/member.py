@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import socket
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
@@ -160,6 +162,8 @@ class Member:
             num_left=deployment.trials.num_failed_versions,
             status=deployment.engine.status(),
             statistics_revision=None if deployment.statistics is None else deployment.statistics.revision,
+            host=socket.gethostname(),
+            pid=os.getpid(),
         )
 
     def describe(self) -> Description:

@@ -25,6 +25,10 @@ def families(routing: Routing, counts: ForwardingCounts, coordinator: Coordinato
     yield make.gauge(
         "replicas", "Replicas.", [({"state": "ready"}, ready), ({"state": "other"}, len(replicas) - ready)]
     )
+    places = [
+        ({"replica": replica_id, "host": seen.state.host, "pid": seen.state.pid}, 1) for replica_id, seen in replicas
+    ]
+    yield make.gauge("replica_info", "Where each replica runs.", places)
     label = [({"replica": replica_id}, seen) for replica_id, seen in replicas]
     yield make.gauge("in_flight", "Requests sent and not answered.", [(x, seen.num_in_flight) for x, seen in label])
     running = [(x, seen.state.status.num_running) for x, seen in label]

@@ -50,7 +50,17 @@ class ClusterStatus:
     replicas: dict[str, int]  # Serve's states of replicas → how many are in each
 
 
-def with_threads(settings: Settings, *, is_local: bool) -> Settings:
+def prepared(settings: Settings, *, is_local: bool) -> Settings:
+    """Settings as all processes of a cluster can use them.
+
+    Raises:
+        ConfigError: a setting is of one server only, or lacks for a cluster.
+    """
+    check_settings(settings)
+    return _with_absolute_paths(_with_threads(settings, is_local=is_local))
+
+
+def _with_threads(settings: Settings, *, is_local: bool) -> Settings:
     """Settings in which the replicas of this machine share its cores, where nobody says how many each has.
 
     Raises:
@@ -68,7 +78,7 @@ def with_threads(settings: Settings, *, is_local: bool) -> Settings:
     return settings.replace(engine={**settings.engine.model_dump(), "num_threads": max(1, usable_threads() // most)})
 
 
-def with_absolute_paths(settings: Settings) -> Settings:
+def _with_absolute_paths(settings: Settings) -> Settings:
     """Paths as they are found from any process's folder; hub ids stay as they are."""
 
     def absolute(path: str) -> str:
@@ -124,7 +134,6 @@ def connect(address: str | None, settings: Settings | None = None) -> None:
 
 def application(settings: Settings) -> serve.Application:
     """The gateway and its replicas, to be given to Serve."""
-    check_settings(settings)
     cluster, engine = settings.cluster, settings.engine
     drain_seconds = settings.server.drain_seconds
     options: dict[str, Any] = {
@@ -224,7 +233,7 @@ def status() -> ClusterStatus:
     if found is None:
         raise UnavailableError(f"No cluster of amalgam runs on Ray at {address}.", remedy="Start one.")
     replicas = found.deployments.get(REPLICAS)
-    states = {} if replicas is None else {state.value: count for state, count in replicas.replica_states.items()}
+    states = {} if replicas is None else _states(replicas)
     return ClusterStatus(
         address=address,
         status=str(found.status.value),
@@ -259,11 +268,16 @@ def _wait_until_ready(handle: Any, should_stop: Callable[[], bool], say: Callabl
             if handle.is_ready.remote().result(timeout_s=30):
                 return
         elif found is not None and (replicas := found.deployments.get(REPLICAS)) is not None:
-            now = ", ".join(f"{count} {state.value.lower()}" for state, count in replicas.replica_states.items())
+            now = ", ".join(f"{count} {state.lower()}" for state, count in _states(replicas).items())
             if now != told:
                 say(f"Replicas: {now}")
                 told = now
         time.sleep(_POLL_SECONDS)
+
+
+def _states(deployment: Any) -> dict[str, int]:
+    """Serve's states of a deployment's replicas, and how many are in each."""
+    return {str(getattr(state, "value", state)): count for state, count in deployment.replica_states.items()}
 
 
 def _reason(application: Any) -> str:
@@ -271,7 +285,8 @@ def _reason(application: Any) -> str:
     messages = [deployment.message for deployment in application.deployments.values()] + [application.message]
     lines = [line.strip() for message in messages for line in message.splitlines() if ": " in line]
     ours = [line for line in lines if "amalgam.errors." in line]
-    return (ours or lines or ["unknown"])[-1].removeprefix("amalgam.errors.")
+    told: str = (ours or lines or ["unknown"])[-1]
+    return told.removeprefix("amalgam.errors.")
 
 
 def _drain(handle: Any, seconds: float) -> int:

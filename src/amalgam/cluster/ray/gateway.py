@@ -13,11 +13,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from amalgam.cluster.gateway import Gateway
-from amalgam.cluster.ray.router import here
+from amalgam.cluster.ray.shared import here
 from amalgam.cluster.ray.transport import RayTransport
 from amalgam.cluster.routing import Routing
 from amalgam.config.settings import Settings
 from amalgam.server.http.logs import start_logging
+from amalgam.server.service import Status
 
 _POLL_SECONDS = 0.05
 
@@ -34,9 +35,14 @@ class ServeGateway:
     def __serve_build_asgi_app__(self) -> Gateway:
         return self._gateway
 
+    async def check_health(self) -> None:
+        """Serve puts another gateway in the place of one that cannot go on."""
+        if (failure := self._gateway.service.failure) is not None:
+            raise failure
+
     async def is_ready(self) -> bool:
         """Whether requests are taken."""
-        return self._gateway.service.status == "healthy"
+        return self._gateway.service.status is Status.HEALTHY
 
     async def drain(self, seconds: float) -> int:
         """Take nothing more and wait for what is in flight, `seconds` at most; how many requests are left."""

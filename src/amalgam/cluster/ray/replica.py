@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from amalgam.cluster.interface import Ask, Forwarded, Part
 from amalgam.cluster.member import Member
@@ -15,6 +15,9 @@ from amalgam.config.settings import Settings, let_threads_sleep
 from amalgam.errors import AmalgamError
 from amalgam.server.app import settling
 from amalgam.server.http.logs import start_logging
+
+if TYPE_CHECKING:
+    from amalgam.runtime.deployment import Deployment
 
 
 class Replica:
@@ -33,7 +36,7 @@ class Replica:
             return deployment
 
         deployment = await asyncio.to_thread(settling(load))
-        self.member = Member(deployment, settings)
+        self.member = Member(cast("Deployment", deployment), settings)
         await self.member.start()
 
     async def answer(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:

@@ -2,38 +2,18 @@
 
 In: Serve's pending requests. Out: Serve's replicas, the best first. What is best says `cluster.routing`.
 
-Serve makes the router, and hands it no objects of ours; it lives in the process of whoever holds the handle, which is
-the gateway. So the two meet in `here`.
+Serve pickles this module by value: what it shares with the gateway is reached by way of another module's name.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from amalgam.cluster.interface import Ask
-from amalgam.cluster.routing import Routing
-
-
-@dataclass(frozen=True)
-class Target:
-    """The one replica that a call is for."""
-
-    replica_id: str
-
-
-@dataclass
-class Here:
-    """What the gateway and the router of one process share."""
-
-    routing: Routing | None = None
-    replica_ids: frozenset[str] = field(default_factory=frozenset)
-
-
-here = Here()
+from amalgam.cluster.ray import shared
 
 
 class ReplicaRouter(RequestRouter):
@@ -45,26 +25,26 @@ class ReplicaRouter(RequestRouter):
         """Ranks of one replica each; none if a call's replica has gone."""
         wanted = pending_request.args[0] if pending_request is not None and pending_request.args else None
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        if isinstance(wanted, Target):
+        if isinstance(wanted, shared.Target):
             return [[by_id[wanted.replica_id]]] if wanted.replica_id in by_id else []
-        if isinstance(wanted, Ask) and here.routing is not None:
-            return [[by_id[replica_id]] for replica_id in here.routing.order(wanted, list(by_id))]
+        if isinstance(wanted, Ask) and shared.here.routing is not None:
+            return [[by_id[replica_id]] for replica_id in shared.here.routing.order(wanted, list(by_id))]
         return [[replica] for replica in candidate_replicas]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Serve has chosen, and the request is on its way."""
         wanted = pending_request.args[0] if pending_request.args else None
-        if isinstance(wanted, Ask) and here.routing is not None:
-            here.routing.routed(wanted, replica_id.unique_id, time.time() - pending_request.created_at)
+        if isinstance(wanted, Ask) and shared.here.routing is not None:
+            shared.here.routing.routed(wanted, replica_id.unique_id, time.time() - pending_request.created_at)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve tells which replicas there are."""
         super().update_replicas(replicas)
-        here.replica_ids = frozenset(replica.replica_id.unique_id for replica in replicas)
+        shared.here.replica_ids = frozenset(replica.replica_id.unique_id for replica in replicas)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """A replica's process has ended; Serve's controller may not know yet."""
         super().on_replica_actor_died(replica_id)
-        here.replica_ids -= {replica_id.unique_id}
-        if here.routing is not None:
-            here.routing.lost(replica_id.unique_id)
+        shared.here.replica_ids -= {replica_id.unique_id}
+        if shared.here.routing is not None:
+            shared.here.routing.lost(replica_id.unique_id)

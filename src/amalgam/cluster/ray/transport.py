@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from amalgam.cluster.interface import Ask, Forwarded, Part
-from amalgam.cluster.ray.router import Target, here
+from amalgam.cluster.ray.shared import Target, here
 from amalgam.errors import AmalgamError, OverloadedError, ReplicaLostError, UnavailableError
 
 ROUTE_SECONDS = 5.0  # a call's replica may go while the call is on its way; Serve would look for it for ever
@@ -26,6 +26,10 @@ class RayTransport:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._calls = handle
         self._requests = handle.options(stream=True)
+
+    async def start(self) -> None:
+        """Serve tells of replicas who has a router, and a handle gets that with its first call."""
+        await self._calls.call.remote(None, "state")
 
     def ids(self) -> Collection[str]:
         """The replicas that Serve has told of."""
