@@ -9,17 +9,22 @@ import sys
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from amalgam.base.files import replace_file
 from amalgam.cli.options import with_settings
-from amalgam.config.settings import Settings, set_variables
-from amalgam.errors import ConfigError, UnsupportedError
+from amalgam.config.settings import Settings, set_variables, state_folder
+from amalgam.errors import ConfigError, UnavailableError, UnsupportedError
 
 # What Ray reads when it is imported; an environment that says otherwise holds.
 _RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
-_LOCAL = {"RAY_worker_niceness": "0"}  # Ray's workers are nice to all others by default, and so would the model be
+_LOCAL = {
+    "RAY_worker_niceness": "0",  # Ray's workers are nice to all others by default, and so would the model be
+    "RAY_max_direct_call_object_size": str(64 * 2**20),  # statistics travel in messages, not through shared memory
+}
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # keeps what Ray starts on the loopback interface
 
 _SHOWN = (
@@ -58,15 +63,16 @@ def command(
     if as_json and not status:
         raise ConfigError("--json is given without --status.", remedy="Leave it out.")
     is_local = address is None and not (status or stop)
-    set_variables(_RAY)
-    if is_local:
-        set_variables(_LOCAL | (_LOOPBACK if _is_loopback(settings.server.host) else {}))
+    if status or stop:
+        address = address or _running_address()
+    host = settings.server.host if address is None else address.rpartition(":")[0]
+    set_variables(_RAY | (_LOCAL if is_local else {}) | (_LOOPBACK if _is_loopback(host) else {}))
     if find_spec("ray") is None or find_spec("ray.serve") is None:  # which imports ray
         raise UnsupportedError("Ray Serve is not installed.", remedy="pip install 'amalgam[ray]'.")
     from amalgam.cluster.ray import deploying
 
     if status or stop:
-        deploying.connect(address or "auto")
+        deploying.connect(address)
         return _tell(deploying.status(), as_json) if status else _stop(deploying.stop, settings.server.drain_seconds)
     if not settings.model.base_path:
         raise ConfigError("model.base_path is required.", remedy="Give --config FILE, or --model FOLDER.")
@@ -80,7 +86,9 @@ def _run(settings: Settings, address: str | None) -> int:
     from amalgam.cluster.ray import deploying
 
     stopping = threading.Event()
-    deploying.connect(address, settings)
+    reached = deploying.connect(address, settings)
+    _address_file().parent.mkdir(parents=True, exist_ok=True)
+    replace_file(_address_file(), reached)
 
     def on_signal(number: int, frame: Any) -> None:
         if stopping.is_set():  # a second one ends the process at once
@@ -97,7 +105,10 @@ def _run(settings: Settings, address: str | None) -> int:
         else f"{cluster.min_replicas} to {cluster.max_replicas} replicas"
     )
     _say(f"{number_of} of {settings.engine.num_threads} threads each")
-    left = deploying.deploy(settings, address, stopping.is_set, _say)
+    try:
+        left = deploying.deploy(settings, address, stopping.is_set, _say)
+    finally:
+        _address_file().unlink(missing_ok=True)
     if left:
         _say(f"{left} requests were cut off.")
     return 0
@@ -118,6 +129,24 @@ def _tell(status: Any, as_json: bool) -> int:
     if status.message:
         sys.stdout.write(f"message    {status.message}\n")
     return 0
+
+
+def _running_address() -> str:
+    """Of the cluster that runs here; read without Ray, which has to be told of a loopback address before its import.
+
+    Raises:
+        UnavailableError: none has been started here.
+    """
+    try:
+        return _address_file().read_text().strip()
+    except OSError:
+        raise UnavailableError(
+            "No cluster has been started here.", remedy="Name Ray's --address, or start one with `amalgam deploy ray`."
+        ) from None
+
+
+def _address_file() -> Path:
+    return state_folder() / "ray-address"
 
 
 def _is_loopback(host: str) -> bool:

@@ -100,8 +100,8 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     return settings.replace(model=model, server=server, inference=inference)
 
 
-def connect(address: str | None, settings: Settings | None = None) -> None:
-    """Start Ray here, or join the cluster at an address.
+def connect(address: str | None, settings: Settings | None = None) -> str:
+    """Start Ray here, or join the cluster at an address; where it is.
 
     Args:
         address: `auto`, the one that runs on this machine; HOST:PORT; None: start one.
@@ -130,6 +130,8 @@ def connect(address: str | None, settings: Settings | None = None) -> None:
             f"There is no Ray at {address!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}.",
             remedy="Leave --address out to start one, or start it with `ray start --head`.",
         ) from None
+    reached: str = ray.get_runtime_context().gcs_address
+    return reached
 
 
 def application(settings: Settings) -> serve.Application:
