@@ -21,10 +21,7 @@ from amalgam.errors import ConfigError, UnavailableError, UnsupportedError
 
 # What Ray reads when it is imported; an environment that says otherwise holds.
 _RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
-_LOCAL = {
-    "RAY_worker_niceness": "0",  # Ray's workers are nice to all others by default, and so would the model be
-    "RAY_max_direct_call_object_size": str(64 * 2**20),  # statistics travel in messages, not through shared memory
-}
+_LOCAL = {"RAY_worker_niceness": "0"}  # Ray's workers are nice to all others by default, and so would the model be
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # keeps what Ray starts on the loopback interface
 
 _SHOWN = (

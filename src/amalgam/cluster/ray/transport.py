@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Sequence
+from contextvars import Context
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -36,7 +37,14 @@ class RayTransport:
         return here.replica_ids
 
     async def call(self, replica_id: str, method: str, *args: Any) -> Any:
-        """See `Transport.call`."""
+        """See `Transport.call`.
+
+        Serve knows calls by the request that they are made in. Several calls of one request at a time would be taken
+        for each other, so that each is made in a context of its own.
+        """
+        return await asyncio.create_task(self._call(replica_id, method, *args), context=Context())
+
+    async def _call(self, replica_id: str, method: str, *args: Any) -> Any:
         response = self._calls.call.remote(Target(replica_id), method, *args)
         waiting = asyncio.ensure_future(_awaited(response))
         try:
