@@ -7,7 +7,6 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +47,7 @@ def command(
 ) -> int:
     """Serve one model by several replicas on Ray, behind one address, until Ctrl-C or SIGTERM."""
     given = {"replicas": replicas, "min_replicas": min_replicas, "max_replicas": max_replicas}
-    wanted = {name: value for name, value in given.items() if value is not None}
+    wanted: dict[str, int | None] = {name: value for name, value in given.items() if value is not None}
     if replicas is not None and (min_replicas is not None or max_replicas is not None):
         raise ConfigError("--replicas and --min-replicas or --max-replicas are given.", remedy="Give one or the other.")
     if min_replicas is not None and max_replicas is None and settings.cluster.max_replicas is None:
@@ -59,29 +58,36 @@ def command(
         raise ConfigError("--status and --stop are given.", remedy="Give one of them.")
     if as_json and not status:
         raise ConfigError("--json is given without --status.", remedy="Leave it out.")
-    is_local = address is None and not (status or stop)
+    if replicas is not None:
+        wanted["max_replicas"] = None  # the file's, which the flag overrides
+    settings = settings.replace(cluster={**settings.cluster.model_dump(), **wanted})
     if status or stop:
-        address = address or _running_address()
-    host = settings.server.host if address is None else address.rpartition(":")[0]
+        return _look_or_stop(settings, address or _running_address(), stops=stop, as_json=as_json)
+    if not settings.model.base_path:
+        raise ConfigError("model.base_path is required.", remedy="Give --config FILE, or --model FOLDER.")
+    from amalgam.cluster.gateway import check_settings
+
+    check_settings(settings)
+    return _run(settings, address)
+
+
+def _prepare_ray(host: str, *, is_local: bool) -> None:
+    """Say to Ray what it reads when it is imported.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
     set_variables(_RAY | (_LOCAL if is_local else {}) | (_LOOPBACK if _is_loopback(host) else {}))
     if find_spec("ray") is None or find_spec("ray.serve") is None:  # which imports ray
         raise UnsupportedError("Ray Serve is not installed.", remedy="pip install 'amalgam[ray]'.")
-    from amalgam.cluster.ray import deploying
-
-    if status or stop:
-        deploying.connect(address)
-        return _tell(deploying.status(), as_json) if status else _stop(deploying.stop, settings.server.drain_seconds)
-    if not settings.model.base_path:
-        raise ConfigError("model.base_path is required.", remedy="Give --config FILE, or --model FOLDER.")
-    if replicas is not None:
-        wanted["max_replicas"] = None  # type: ignore[assignment] # the file's, which the flag overrides
-    settings = settings.replace(cluster={**settings.cluster.model_dump(), **wanted})
-    return _run(deploying.prepared(settings, is_local=is_local), address)
 
 
 def _run(settings: Settings, address: str | None) -> int:
+    is_local = address is None
+    _prepare_ray(settings.server.host if address is None else address.rpartition(":")[0], is_local=is_local)
     from amalgam.cluster.ray import deploying
 
+    settings = deploying.prepared(settings, is_local=is_local)
     stopping = threading.Event()
     reached = deploying.connect(address, settings)
     _address_file().parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +117,14 @@ def _run(settings: Settings, address: str | None) -> int:
     return 0
 
 
-def _stop(stop: Callable[[float], int], drain_seconds: float) -> int:
-    left = stop(drain_seconds)
+def _look_or_stop(settings: Settings, address: str, *, stops: bool, as_json: bool) -> int:
+    _prepare_ray(address.rpartition(":")[0], is_local=False)
+    from amalgam.cluster.ray import deploying
+
+    deploying.connect(address)
+    if not stops:
+        return _tell(deploying.status(), as_json)
+    left = deploying.stop(settings.server.drain_seconds)
     _say("The cluster has ended." + (f" {left} requests were cut off." if left else ""))
     return 0
 

@@ -22,7 +22,6 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.schema import ApplicationStatus
 
 from amalgam.base.processors import usable_threads
-from amalgam.cluster.gateway import check_settings
 from amalgam.cluster.ray.gateway import ServeGateway
 from amalgam.cluster.ray.replica import Replica
 from amalgam.cluster.ray.router import ReplicaRouter
@@ -54,9 +53,8 @@ def prepared(settings: Settings, *, is_local: bool) -> Settings:
     """Settings as all processes of a cluster can use them.
 
     Raises:
-        ConfigError: a setting is of one server only, or lacks for a cluster.
+        ConfigError: engine.num_threads is needed for replicas on other machines.
     """
-    check_settings(settings)
     return _with_absolute_paths(_with_threads(settings, is_local=is_local))
 
 
