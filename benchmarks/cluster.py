@@ -203,7 +203,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.config, self.folder = arguments.config, folder
         self.seconds, self.num_clients, self.num_tokens = arguments.seconds, arguments.clients, arguments.tokens
-        self.minutes = arguments.minutes
+        self.minutes, self.replicas = arguments.minutes, arguments.replicas
         self.number = 0
 
     def log(self, name: str) -> Path:
@@ -322,7 +322,7 @@ def show_prefix(bench: Bench) -> list[dict[str, Any]]:
 
 def show_kill(bench: Bench) -> list[dict[str, Any]]:
     rows = []
-    for num_replicas in (2, 3):
+    for num_replicas in bench.replicas:
         with bench.cluster("--replicas", str(num_replicas)) as cluster:
             pid = next(iter(cluster.pids.values()))
 
@@ -501,6 +501,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8, help="that ask at a time; of load, for each replica")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[2, 3], help="of kill")
     parser.add_argument("--folder", type=Path, help="keeps logs; default: temporary")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     arguments = parser.parse_args()
