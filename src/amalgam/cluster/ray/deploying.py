@@ -262,7 +262,7 @@ def _wait_until_ready(handle: Any, should_stop: Callable[[], bool], say: Callabl
     told = ""
     while not should_stop():
         found = _statuses().get(APPLICATION)
-        if found is not None and found.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        if found is not None and found.status == ApplicationStatus.DEPLOY_FAILED:
             raise UnavailableError(f"The replicas do not start: {_reason(found)}", remedy="")
         if found is not None and found.status == ApplicationStatus.RUNNING:
             if handle.is_ready.remote().result(timeout_s=30):

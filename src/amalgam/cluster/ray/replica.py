@@ -9,10 +9,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from ray import serve
+
 from amalgam.cluster.interface import Ask, Forwarded, Part
 from amalgam.cluster.member import Member
 from amalgam.config.settings import Settings, let_threads_sleep
-from amalgam.errors import AmalgamError
+from amalgam.errors import AmalgamError, ReplicaLostError
 from amalgam.server.app import settling
 from amalgam.server.http.logs import start_logging
 
@@ -50,6 +52,8 @@ class Replica:
 
     async def call(self, target: Any, method: str, *args: Any) -> Any:
         """See `Member.call`; errors that a user can cause are returned, for Ray changes the class of what is raised."""
+        if target is not None and target.replica_id != serve.get_replica_context().replica_id.unique_id:
+            return ReplicaLostError(f"The replica {target.replica_id} has gone.")
         try:
             return await self.member.call(method, *args)
         except AmalgamError as error:

@@ -22,14 +22,21 @@ class ReplicaRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ranks of one replica each; none if a call's replica has gone."""
+        """Ranks of one replica each. Never none: Serve tries the same again and again, in one of few tasks that route
+        all calls, so that what is for a replica that has gone would keep all others waiting. It is sent to any other
+        one, which takes it for what it is.
+        """
         wanted = pending_request.args[0] if pending_request is not None and pending_request.args else None
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        everyone = [[replica] for replica in candidate_replicas]
         if isinstance(wanted, shared.Target):
-            return [[by_id[wanted.replica_id]]] if wanted.replica_id in by_id else []
+            return [[by_id[wanted.replica_id]]] if wanted.replica_id in by_id else everyone
         if isinstance(wanted, Ask) and shared.here.routing is not None:
-            return [[by_id[replica_id]] for replica_id in shared.here.routing.order(wanted, list(by_id))]
-        return [[replica] for replica in candidate_replicas]
+            order = shared.here.routing.order(wanted, list(by_id))
+            if not order:
+                shared.here.misrouted.add(wanted.id)
+            return [[by_id[replica_id]] for replica_id in order] or everyone
+        return everyone
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Serve has chosen, and the request is on its way."""

@@ -71,6 +71,8 @@ class RayTransport:
         response = self._requests.answer.remote(ask, request)
         try:
             async for parts in response:
+                if ask.id in here.misrouted:
+                    raise ReplicaLostError("There was no replica for this request at that moment.")
                 yield parts
         except BackPressureError:
             raise OverloadedError("All replicas have full queues.", remedy="Try again later.") from None
@@ -83,6 +85,7 @@ class RayTransport:
         except RayError as error:
             raise _lost("of this answer", error) from None
         finally:
+            here.misrouted.discard(ask.id)
             response.cancel()
 
 
