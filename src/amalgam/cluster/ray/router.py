@@ -41,7 +41,7 @@ class ReplicaRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Serve has chosen, and the request is on its way."""
         wanted = pending_request.args[0] if pending_request.args else None
-        if isinstance(wanted, Ask) and shared.here.routing is not None:
+        if isinstance(wanted, Ask) and shared.here.routing is not None and wanted.id not in shared.here.misrouted:
             shared.here.routing.routed(wanted, replica_id.unique_id, time.time() - pending_request.created_at)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
