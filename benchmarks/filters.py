@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from amalgam.config.settings import FiltersSettings, Settings, load_settings
+from amalgam.config.filters import FiltersSettings
+from amalgam.config.settings import Settings, load_settings
 from amalgam.runtime.opening import open_deployment
 from amalgam.server.local import LocalServer
 from amalgam.text.filters.passing import TextFilter

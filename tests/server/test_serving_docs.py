@@ -8,7 +8,8 @@ from dataclasses import fields
 import pytest
 from pydantic import BaseModel
 
-from amalgam.config.settings import EngineSettings, FilterRule, FiltersSettings, ServerSettings, WeightsSettings
+from amalgam.config.filters import FilterRule, FiltersSettings
+from amalgam.config.settings import EngineSettings, ServerSettings, WeightsSettings
 from amalgam.engine.params import SamplingParams
 from amalgam.server.api.anthropic.fields import MessagesBody
 from amalgam.server.api.common import WeightsField

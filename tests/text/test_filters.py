@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from amalgam.config.settings import FiltersSettings, build_settings
+from amalgam.config.filters import FiltersSettings
+from amalgam.config.settings import build_settings
 from amalgam.errors import ConfigError
 from amalgam.text.filters.contract import FilterFailedError, Finding
 from amalgam.text.filters.folding import Folding

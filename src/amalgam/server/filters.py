@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from amalgam.config.settings import FiltersSettings
+from amalgam.config.filters import FiltersSettings
 from amalgam.server.encoding import Encoder, Prompt, TextPrompt, naming
 from amalgam.server.interface import Tokenizer
 from amalgam.text.filters.contract import ContentFilteredError, FilterFailedError, Finding, Hook, Where

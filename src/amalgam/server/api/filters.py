@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
-from amalgam.config.settings import FilterKind
+from amalgam.config.filters import FilterKind
 from amalgam.errors import UnsupportedError
 from amalgam.server.dependencies import ServiceArgument
 from amalgam.server.filters import Filters

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amalgam.base.plugins import load_plugins_named
-from amalgam.config.settings import FilterRule, FiltersSettings
+from amalgam.config.filters import FilterRule, FiltersSettings
 from amalgam.errors import ConfigError, describe
 from amalgam.text.filters import syntax
 from amalgam.text.filters.automaton import Automaton, Scanner, Tag
