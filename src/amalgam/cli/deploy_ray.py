@@ -17,6 +17,7 @@ from amalgam.base.files import replace_file
 from amalgam.cli.options import with_settings
 from amalgam.config.settings import Settings, set_variables, state_folder
 from amalgam.errors import ConfigError, UnavailableError, UnsupportedError
+from amalgam.version import DISTRIBUTION
 
 # What Ray reads when it is imported; an environment that says otherwise holds.
 _RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
@@ -79,7 +80,7 @@ def _prepare_ray(host: str, *, is_local: bool) -> None:
     """
     set_variables(_RAY | (_LOCAL if is_local else {}) | (_LOOPBACK if _is_loopback(host) else {}))
     if find_spec("ray") is None or find_spec("ray.serve") is None:  # which imports ray
-        raise UnsupportedError("Ray Serve is not installed.", remedy="pip install 'amalgam[ray]'.")
+        raise UnsupportedError("Ray Serve is not installed.", remedy=f"pip install '{DISTRIBUTION}[ray]'.")
 
 
 def _run(settings: Settings, address: str | None) -> int:
