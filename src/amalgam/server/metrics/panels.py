@@ -59,6 +59,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     "Traffic": (
         Panel("Requests by end", rates("requests_finished"), "reqps", is_stacked=True),
         Panel("Refused by reason", rates("requests_refused"), "reqps", is_stacked=True),
+        Panel("Found by filters", rates("filtered"), "cps", is_stacked=True),
         Panel("Failed, of all", error_share(), "percentunit", alarm=0.01),
         Panel("Running and waiting", levels("requests_running", "requests_waiting")),
         Panel("Tokens a second", rates("prompt_tokens", "generated_tokens"), "cps"),

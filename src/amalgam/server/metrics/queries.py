@@ -17,8 +17,8 @@ WINDOW = "[$__rate_interval]"
 QUANTILES = (0.5, 0.95, 0.99)
 # Codes of errors that are no fault of the request: the server could not, or not in time. All of 500 and above.
 SERVER_FAULTS = (
-    "draining", "failed", "internal_error", "loading", "non_finite_logits", "out_of_memory", "overloaded", "timed_out",
-    "unavailable", "weights_failed", "weights_lost",
+    "draining", "failed", "filter_failed", "internal_error", "loading", "non_finite_logits", "out_of_memory",
+    "overloaded", "replica_lost", "timed_out", "unavailable", "weights_failed", "weights_lost",
 )  # fmt: skip
 
 
