@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from amalgam.cluster.interface import Ask
 from amalgam.cluster.routing import PIECE_BYTES, Routing, beginnings_of, read_body, weights_of
 from amalgam.cluster.scaling import wanted_replicas
-from tests.cluster.replicas import IDLE, state
+from tests.cluster.replicas import state
 
 
 def routing(*names: str, max_imbalance: int = 2) -> Routing:
@@ -84,12 +82,6 @@ def test_what_is_not_ready_or_lost_or_tried_gets_nothing() -> None:
     assert made.order(Ask("1", tried=frozenset({"c"}))) == ["b"]
     made.update({}, gone=["b", "c"])
     assert not made.has_room(Ask("1"))
-
-
-def test_load_that_others_bring_counts_too() -> None:
-    made = routing("a", "b")
-    made.update({"a": state(status=replace(IDLE, num_running=3, num_waiting=1))})
-    assert made.order(Ask("1"))[0] == "b"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff"])

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from amalgam.cluster.interface import Ask, Forwarded, Head, Noted, Part, Transport
@@ -152,18 +153,22 @@ class Forwarding:
             await self.app(scope, receive, send)
             return
         scope["route"] = SimpleNamespace(path=scope["path"])
-        has_started = False
+        has_started = has_ended = False
 
-        async def noting_start(message: Message) -> None:
-            nonlocal has_started
+        async def noting(message: Message) -> None:
+            nonlocal has_started, has_ended
             has_started = True
             await send(message)
+            has_ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             with self._service.admit():
                 body = await _read(receive)
                 scope["state"]["record"].received_at = time.monotonic()
-                await unless_client_leaves(receive, self._forward(scope, body, noting_start))
+                await unless_client_leaves(receive, self._forward(scope, body, noting))
+        except ClientDisconnect:  # which ASGI servers tell behind the last part of an answer, too
+            if not has_ended:
+                raise
         except AmalgamError as error:
             if has_started:
                 raise

@@ -182,6 +182,5 @@ class Routing:
         return seen is not None and seen.is_ready and not seen.is_lost and replica_id not in ask.tried
 
     def _load(self, replica_id: str) -> int:
-        """Requests there: those of this gateway, or, if others send some too, those that it tells of."""
-        seen = self.replicas[replica_id]
-        return max(seen.num_in_flight, seen.state.status.num_running + seen.state.status.num_waiting)
+        """Requests there. What a replica tells of itself is a quarter of a second old, and not asked for."""
+        return self.replicas[replica_id].num_in_flight
