@@ -95,13 +95,13 @@ def test_what_cannot_run(arguments: list[str], capsys: pytest.CaptureFixture[str
 def test_thresholds_that_are_none(text: str, named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "thresholds.yaml"
     path.write_text(text)
-    assert main(["check", "--config", str(path)]) == 2
+    assert main(["check", "--thresholds", str(path)]) == 2
     assert named in capsys.readouterr().err
 
 
 def test_every_threshold_is_printed_and_read_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "thresholds.yaml"
-    assert main(["check", "--profile", "batch", "--print-config"]) == 0
+    assert main(["check", "--profile", "batch", "--print-thresholds"]) == 0
     path.write_text(capsys.readouterr().out)
     assert read_thresholds(path) == read_thresholds(None, "batch") != read_thresholds(None)
     assert yaml.safe_load(path.read_text())["performance"]["ttft_p95_ms"] == 2000
@@ -132,7 +132,7 @@ def test_what_will_be_sent_is_said_and_nothing_more_is(capsys: pytest.CaptureFix
 def test_the_time_is_bounded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = tmp_path / "thresholds.yaml"
     config.write_text("performance: {requests: 2000}")
-    arguments = ["--only", "performance.ttft", "--config", str(config), "--max-seconds", "1", "--key", KEY]
+    arguments = ["--only", "performance.ttft", "--thresholds", str(config), "--max-seconds", "1", "--key", KEY]
     with serving(tmp_path / "log") as url:
         code, report = report_of(capsys, "--url", url, *arguments)
     assert code == 2 and not report["ready"] and report["out_of_time"] == ["performance.ttft"]
@@ -155,7 +155,16 @@ def process(log: Path, *faults: str) -> Iterator[tuple[str, int]]:
 def test_draining(faults: tuple[str, ...], status: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = tmp_path / "thresholds.yaml"
     config.write_text("operation: {drain_tokens: 600}")
-    arguments = ["--only", "operation.drain", "--only", "monitoring.readiness", "--key", KEY, "--config", str(config)]
+    arguments = [
+        "--only",
+        "operation.drain",
+        "--only",
+        "monitoring.readiness",
+        "--key",
+        KEY,
+        "--thresholds",
+        str(config),
+    ]
     with process(tmp_path / "log", *faults) as (url, pid):
         code, report = report_of(capsys, "--url", url, *arguments, "--drain", str(pid))
     drain = report["checks"][-1]

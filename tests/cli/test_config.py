@@ -56,6 +56,7 @@ def test_some_settings_are_chosen_by_their_names(capsys: pytest.CaptureFixture[s
         "engine.num_threads",
         "engine.pin_threads",
         "engine.load_threads",
+        "filters.hook_threads",
     ]
     code, _, err = run(capsys, "nothing.like.it")
     assert code == 2 and "nothing.like.it" in err

@@ -42,8 +42,9 @@ def command(
     model: Annotated[
         str, typer.Option(help="Its name. Default: the first that the server lists.", rich_help_panel=_SERVER)
     ] = "",
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", metavar="FILE", help="Thresholds (YAML).", rich_help_panel=_WHAT)
+    file: Annotated[
+        Path | None,
+        typer.Option("--thresholds", metavar="FILE", help="What is good enough (YAML).", rich_help_panel=_WHAT),
     ] = None,
     profile: Annotated[
         str, typer.Option(metavar="chat|batch", help="Which thresholds [chat].", rich_help_panel=_WHAT)
@@ -102,8 +103,9 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be sent; ask nobody.", rich_help_panel=_OUT)
     ] = False,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print every threshold as YAML; ask nobody.", rich_help_panel=_OUT)
+    print_thresholds: Annotated[
+        bool,
+        typer.Option("--print-thresholds", help="Print every threshold as YAML; ask nobody.", rich_help_panel=_OUT),
     ] = False,
 ) -> int:
     """Check whether a running server is ready for production: measure it, and say what to mend.
@@ -117,9 +119,9 @@ def command(
 
     if profile not in _PROFILES:
         raise ConfigError(f"--profile is {profile!r}.", remedy="Expected chat or batch.")
-    thresholds = read_thresholds(config, profile)
+    thresholds = read_thresholds(file, profile)
     thresholds = thresholds.quick() if quick else thresholds
-    if print_config:
+    if print_thresholds:
         sys.stdout.write(as_yaml(thresholds))
         return 0
     checks = chosen(only or (), skip or ())

@@ -85,8 +85,8 @@ def check(
     rules.write_text(RULES)
     with serving(log, *faults) as url:
         code = main(
-            ["check", "--url", url, "--key", KEY, "--admin-key", ADMIN_KEY, "--config", str(config), "--log", str(log),
-             "--rules", str(rules), "--server-config", str(config), "--json", *arguments]
+            ["check", "--url", url, "--key", KEY, "--admin-key", ADMIN_KEY, "--thresholds", str(config),
+             "--log", str(log), "--rules", str(rules), "--server-config", str(config), "--json", *arguments]
         )  # fmt: skip
     return code, json.loads(capsys.readouterr().out)
 
@@ -133,7 +133,7 @@ def test_slowness_is_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     config.write_text(strict)
     _, report = check(
         capsys, tmp_path, ("slow", "slow_health"), "--only", "performance", "--only", "monitoring.health*",
-        "--config", str(config),
+        "--thresholds", str(config),
     )  # fmt: skip
     expected = {"ttft", "stream_rate", "total_rate", "request_rate", "latency"}
     assert faults_of(report) == {f"performance.{name}" for name in expected} | {"monitoring.health_under_load"}

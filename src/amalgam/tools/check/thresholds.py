@@ -264,7 +264,7 @@ def read_thresholds(path: Path | None, profile: str = "") -> Thresholds:
         raise ConfigError(f"{where}: " + "; ".join(_explained(error)), remedy=_REMEDY) from None
 
 
-_REMEDY = "`amalgam check --print-config` shows every key with its default."
+_REMEDY = "`amalgam check --print-thresholds` shows every key with its default."
 
 
 def _explained(error: ValidationError) -> Iterator[str]:
