@@ -42,10 +42,11 @@ def expected(archive: Path) -> set[str]:
     with tarfile.open(archive) as opened:
         names = [member.name.partition("/")[2] for member in opened if member.isfile()]
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["scikit-build"]
+    [packages] = [one["wheel"]["packages"] for one in settings["overrides"] if one["if"].get("state") == "wheel"]
     return {
         place + name.removeprefix(folder)
         for name in names
-        for place, folder in settings["wheel"]["packages"].items()
+        for place, folder in packages.items()
         if name.startswith(f"{folder}/") and "/csrc/" not in name
     }
 

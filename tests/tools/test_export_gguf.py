@@ -63,7 +63,7 @@ def export(base: Path, out: Path, options: ExportOptions = PLAIN, **mixed: Any) 
     return export_model(Settings(model=model, inference={"dtype": "float32"}), "gguf", out, options)
 
 
-@pytest.mark.parametrize("case", [*FAMILIES.keys() - {"xverse"}, *VARIANTS])
+@pytest.mark.parametrize("case", [*(name for name in FAMILIES if name != "xverse"), *VARIANTS])
 def test_read_back_it_computes_the_same(case: str, tmp_path: Path) -> None:
     family, changes, _ = CASES[case]
     save_tiny(FAMILIES[family], tmp_path / "hf", **changes, **EQUAL_HEADS.get(case, {}))
