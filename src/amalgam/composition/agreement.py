@@ -214,8 +214,8 @@ class _Pair:
             whole += [(block, name) for name, own in sources.items() if own & pair and not pair <= own]
         share = max(2, _MIXED_EXPERTS // max(1, len(mixed)))
         chosen = [(block, name) for block, names in mixed.items() for name in sorted(names, key=name_hash)[:share]]
-        generator = torch.Generator().manual_seed(len(whole))
-        whole = [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
+        # By a hash, too, so that they are the same ones after a re-map, and known by then.
+        whole.sort(key=lambda each: name_hash(each[1]))
         chosen += whole[:_WHOLE_EXPERTS]
         for block in sorted(lacking):
             chosen += [each for each in whole[_WHOLE_EXPERTS:] if each[0] == block][:_EXPERTS_OF_LAYER]
