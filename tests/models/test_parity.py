@@ -14,6 +14,8 @@ from tests.models.harness import Runner, load_model
 from tests.models.tiny import EOS, GEMMA4_MOE, Reference, save_tiny
 
 TOLERANCE = 1e-4
+# Cases whose class, in float32, is farther than that from itself in float64 (1.5e-4, with AVX-512).
+UNCERTAIN = {"qwen3_5_moe_yarn": 3e-4}
 LENGTHS = (37, 5, 71, 1)  # delta nets of the Hugging Face classes work in chunks of 64
 
 YARN = {
@@ -333,6 +335,12 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_tiny(family, folder, **changes), load_model(folder)
 
 
+@pytest.fixture
+def tolerance(request: pytest.FixtureRequest) -> float:
+    """How far logits may be from the reference's."""
+    return UNCERTAIN.get(request.node.callspec.params["models"][0], TOLERANCE)
+
+
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(5)
@@ -349,14 +357,16 @@ def _runner(models: Any) -> Runner:
     return Runner(*models[1], num_sequences=len(LENGTHS), blocks_each=40)
 
 
-def test_whole_prompt(models: Any, prompts: list[list[int]], expected: list[torch.Tensor]) -> None:
+def test_whole_prompt(models: Any, prompts: list[list[int]], expected: list[torch.Tensor], tolerance: float) -> None:
     runner = _runner(models)
     for sequence, prompt in enumerate(prompts):
         logits = runner.step({sequence: prompt})[sequence]
-        torch.testing.assert_close(logits, expected[sequence], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(logits, expected[sequence], atol=tolerance, rtol=0)
 
 
-def test_batched_chunked_and_cached(models: Any, prompts: list[list[int]], expected: list[torch.Tensor]) -> None:
+def test_batched_chunked_and_cached(
+    models: Any, prompts: list[list[int]], expected: list[torch.Tensor], tolerance: float
+) -> None:
     """Unequal lengths side by side, cut into chunks of unequal size, the last tokens one by one."""
     runner = _runner(models)
     collected: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -373,7 +383,7 @@ def test_batched_chunked_and_cached(models: Any, prompts: list[list[int]], expec
         for sequence, logits in runner.step(chunks).items():
             collected[sequence].append(logits)
     for parts, whole in zip(collected, expected, strict=True):
-        torch.testing.assert_close(torch.cat(parts), whole, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(torch.cat(parts), whole, atol=tolerance, rtol=0)
 
 
 def test_chunks_and_neighbours_change_no_bit(models: Any, prompts: list[list[int]]) -> None:
