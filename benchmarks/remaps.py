@@ -59,7 +59,7 @@ def print_table(console: Console, name: str, rows: Sequence[Mapping[str, Any]]) 
     table.add_column("")
     for index in range(len(rows)):
         table.add_column(str(index + 1), justify="right")
-    for key in rows[0]:
+    for key in (key for key, value in rows[0].items() if not isinstance(value, list)):
         table.add_row(key, *(f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for row in rows))
     console.print(table)
     console.print()

@@ -15,6 +15,7 @@ from amalgam.config.settings import BASE_SOURCE
 from amalgam.engine.params import SamplingParams
 from amalgam.runtime.opening import open_deployment
 
+MOST_EXAMPLES = 100  # of answers that differ, which are kept
 ANSWERS_BETWEEN = 3  # that end between two re-maps, so that versions live side by side
 
 
@@ -100,8 +101,8 @@ def compare(
     rules: Mapping[int, Change],
     num_checked: int | None,
     progress: Callable[[str], None],
-) -> dict[str, int]:
-    """How many answers differ from those of an offline run.
+) -> dict[str, Any]:
+    """How many answers differ from those of an offline run, and the first of them.
 
     Args:
         num_checked: versions, drawn at random; None: all.
@@ -114,6 +115,7 @@ def compare(
     if num_checked is not None and num_checked < len(checked):
         checked = sorted(bench.rng.sample(checked, num_checked))
     differing = 0
+    examples: list[dict[str, Any]] = []
     for index, version in enumerate(checked):
         progress(f"version {version}, {index + 1} of {len(checked)}")
         asked = list(dict.fromkeys(answer.question for answer in by_version[version]))
@@ -121,11 +123,22 @@ def compare(
         for answer in by_version[version]:
             if (answer.text, answer.num_tokens) != expected[answer.question]:
                 differing += 1
+                if len(examples) < MOST_EXAMPLES:
+                    examples.append(
+                        {
+                            "version": version,
+                            "seed": answer.question.seed,
+                            "is_greedy": answer.question.is_greedy,
+                            "found": [answer.text, answer.num_tokens],
+                            "expected": expected[answer.question],
+                        }
+                    )
     return {
         "versions": len(by_version),
         "versions_checked": len(checked),
         "answers_checked": sum(len(by_version[version]) for version in checked),
         "differing": differing,
+        "examples": examples,
     }
 
 
