@@ -81,7 +81,7 @@ define install
 	@echo "Installing what is needed into $(VENV): 0.3 GB to download and 1.3 GB on the disk with the CPU build of PyTorch, several GB with CUDA."
 	@grep -hv '^-' $(1) > $(VENV)/packages.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r $(VENV)/packages.txt
-	@echo "Compiling the native kernels: about 90 s on two free cores. Everything it says: $(LOG)"
+	@echo "Compiling the native kernels: 2 to 5 minutes on two free cores. Everything it says: $(LOG)"
 	@: > $(LOG); tail -f -n +1 --pid=$$$$ $(LOG) | sed -nu 's|^ *\(\[[0-9]*/[0-9]*\]\).* -c .*/\([^/ ]*\)$$|\1 \2|p' & \
 	  $(BIN)/python -m pip install --disable-pip-version-check -v --no-deps -e . > $(LOG) 2>&1 || \
 	  { tail -n 40 $(LOG); echo "The installation has failed."; exit 1; }

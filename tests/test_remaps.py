@@ -76,5 +76,7 @@ def test_answers_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     answers = [answer(1, "x"), answer(2, "y"), answer(2, "x"), answer(1, "x", num_tokens=2)]
     rules: dict[int, Any] = {1: {"a": "x"}, 2: {"a": "y"}}
     found = exact.compare(bench, answers, rules, None, lambda text: None)
+    examples = [(one["version"], one["found"], one["expected"]) for one in found.pop("examples")]
+    assert examples == [(1, ["x", 2], ("x", 1)), (2, ["x", 1], ("y", 1))]
     assert found == {"versions": 2, "versions_checked": 2, "answers_checked": 4, "differing": 2}
     assert exact.compare(bench, answers, rules, 1, lambda text: None)["versions_checked"] == 1
