@@ -15,19 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
+
+from engines import Child, exit_on_signals
 
 from amalgam.tools.bench import commit, hardware
 
@@ -128,19 +128,14 @@ def simulated() -> Iterator[str]:
     """A server with known times; its address."""
     script = [sys.executable, str(ROOT / "benchmarks" / "simulated.py"), "--port", str(PORT)]
     script += f"--first-ms {FIRST_MS} --gap-ms {GAP_MS} --slots {SLOTS}".split()
-    server = subprocess.Popen(script, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{PORT}"
-    try:
-        for _ in range(100):
-            try:
-                urlopen(f"{url}/health").close()
-                break
-            except URLError:
-                time.sleep(0.1)
-        yield url
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        server = Child(script, Path(folder) / "log")
+        try:
+            server.wait_until(lambda: urlopen(f"{url}/health").status == 200)
+            yield url
+        finally:
+            server.close()
 
 
 def compare(programs: dict[str, str], load: Load, rounds: int) -> dict[str, list[Figures]]:
@@ -197,12 +192,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--saturation", action="store_true", help="search it instead, beside what the simulated one bears"
     )
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_on_signals()
     programs = {"ours": ""} | {
         name: getattr(options, name) for name in ("aiperf", "guidellm") if getattr(options, name)
     }
     document: dict[str, Any] = {"command": sys.argv, "commit": commit(), "hardware": hardware()}
-    with simulated() if options.url is None else nothing(options.url) as url:
+    with simulated() if options.url is None else nullcontext(options.url) as url:
         sizes = options.clients, options.requests, options.prompt_tokens, options.output_tokens
         load = Load(url, options.model, options.tokenizer.resolve(), *sizes)
         if options.saturation:
@@ -219,11 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document |= {"rounds": {name: [asdict(one) for one in figures] for name, figures in found.items()}}
     print(json.dumps(document))
     return 0
-
-
-@contextmanager
-def nothing(url: str) -> Iterator[str]:
-    yield url
 
 
 if __name__ == "__main__":

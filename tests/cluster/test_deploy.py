@@ -50,7 +50,7 @@ def test_flags_that_contradict_each_other(flags: list[str], capsys: pytest.Captu
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
     if find_spec("ray") is None:
-        pytest.skip("Ray is not installed: pip install 'amalgam[ray]'")
+        pytest.skip("Ray is not installed: pip install 'amalgam-llm[ray]'")
     folder, port = tmp_path_factory.mktemp("ray"), free_port()
     flags = ["--replicas", "2", "--port", str(port), "--inference.max_seq_length", "256", "--engine.num_threads", "1"]
     command = [str(AMALGAM), "deploy", "ray", "--model", "models/demo", "--server.export_dir", str(folder), *flags]

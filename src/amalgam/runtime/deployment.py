@@ -74,7 +74,6 @@ class Deployment:
         self.jobs = Jobs(lambda: self.version_id, () if history is None else map(status_of_record, history.records))
         self._hashing = threading.Lock()
         self._history = history
-        self._answered_ids: set[int] = set()  # versions that the history knows to have answered
         self._remaps = RemapLog() if history is None else RemapLog(history.records, history.add)
         self._remaps.start(
             RemapRecord(
@@ -387,10 +386,8 @@ class Deployment:
 
     def _note_sound(self, history: HistoryFile, version_id: int) -> None:
         """A version has answered. In the step thread: the file is written in another one, once for each version."""
-        if version_id in self._answered_ids:
-            return
-        self._answered_ids.add(version_id)
-        threading.Thread(target=history.note_sound, args=(version_id,), name="amalgam-history", daemon=True).start()
+        if not history.is_sound(version_id):
+            threading.Thread(target=history.note_sound, args=(version_id,), name="amalgam-history", daemon=True).start()
 
     def _note_failed(self, failed: FailedVersion) -> None:
         """A version has been left. In the step thread: what takes time is done in another one."""

@@ -115,6 +115,10 @@ class HistoryFile:
             if not self._append(lambda: self._line(record)):
                 self._written = None
 
+    def is_sound(self, version_id: int) -> bool:
+        """Whether a version has answered, or its process has ended in order. Any thread."""
+        return version_id in self._sound_ids
+
     def note_sound(self, version_id: int) -> None:
         """A version has answered, or its process ends in order. Written once. Any thread."""
         with self._writing:

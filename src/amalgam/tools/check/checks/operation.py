@@ -46,6 +46,23 @@ async def configuration(target: Target) -> Finding:
     return passed(f"{path} can be read")
 
 
+def _settings_of_ours(target: Target, otherwise: str) -> Settings | Finding:
+    """What a server of ours was started with; of another one, or without the file, what is found instead.
+
+    Raises:
+        CannotTellError: the file cannot be read.
+    """
+    path = target.evidence.server_config
+    if target.kind != "amalgam":
+        return skipped(otherwise)
+    if path is None:
+        return skipped(_NO_FILE, remedy=_NAME_IT)
+    try:
+        return _settings(path)
+    except ConfigError as error:
+        raise CannotTellError(f"{path} cannot be read; see operation.configuration. {error}") from None
+
+
 def _settings(path: Path) -> Settings:
     """As the file has them: variables of this process are not the server's."""
     return read_settings(path, needs_model=True, environ={}).settings
@@ -59,15 +76,10 @@ def _settings(path: Path) -> Settings:
     requests=1,
 )
 async def mapping(target: Target) -> Finding:
+    settings = _settings_of_ours(target, "The server does not say which weights it serves.")
+    if isinstance(settings, Finding):
+        return settings
     path = target.evidence.server_config
-    if target.kind != "amalgam":
-        return skipped("The server does not say which weights it serves.")
-    if path is None:
-        return skipped(_NO_FILE, remedy=_NAME_IT)
-    try:
-        settings = _settings(path)
-    except ConfigError as error:
-        raise CannotTellError(f"{path} cannot be read; see operation.configuration. {error}") from None
     described = (await target.get("/model_info")).json
     if not isinstance(described, Mapping) or not isinstance(described.get("rules"), list):
         raise CannotTellError("/model_info does not say which rules hold.")
@@ -93,15 +105,9 @@ def _pairs(rules: Sequence[Any]) -> list[tuple[str, str]]:
     requests=2,
 )
 async def history(target: Target) -> Finding:
-    path = target.evidence.server_config
-    if target.kind != "amalgam":
-        return skipped("The server changes no weights while it serves.")
-    if path is None:
-        return skipped(_NO_FILE, remedy=_NAME_IT)
-    try:
-        settings = _settings(path)
-    except ConfigError as error:
-        raise CannotTellError(f"{path} cannot be read; see operation.configuration. {error}") from None
+    settings = _settings_of_ours(target, "The server changes no weights while it serves.")
+    if isinstance(settings, Finding):
+        return settings
     asked = await target.get("/remaps", key=target.admin_key or None)
     listed = asked.json.get("remaps") if isinstance(asked.json, Mapping) else None
     count = f"{len(listed)} changes so far" if isinstance(listed, list) else f"/remaps: {asked.said}"
