@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from remapping import exact, pause
 from remapping.bench import Bench, Weights
+from remapping.exact import Made, Offline
 from remapping.live import Question, StreamedAnswer
 
 QUESTION = Question("a", 3, seed=1)
@@ -65,8 +66,8 @@ def test_changes_in_turn_always_change_something() -> None:
 
 
 def test_answers_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def offline(bench: Bench, rules: dict[str, str], asked: list[Question]) -> dict[Question, tuple[str, int]]:
-        return dict.fromkeys(asked, (rules["a"], 1))
+    def offline(bench: Bench, rules: dict[str, str], asked: list[Question]) -> Offline:
+        return Offline(dict.fromkeys(asked, (rules["a"], 1)), fingerprint=rules["a"], kernels={"isa": "avx2"})
 
     def answer(version: int, text: str, num_tokens: int = 1) -> StreamedAnswer:
         return StreamedAnswer(QUESTION, text=text, version=version, num_tokens=num_tokens)
@@ -74,9 +75,19 @@ def test_answers_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(exact, "offline", offline)
     bench = Bench(tmp_path, tmp_path, (), 1, random.Random(0))
     answers = [answer(1, "x"), answer(2, "y"), answer(2, "x"), answer(1, "x", num_tokens=2)]
-    rules: dict[int, Any] = {1: {"a": "x"}, 2: {"a": "y"}}
-    found = exact.compare(bench, answers, rules, None, lambda text: None)
+    made = {1: Made({"a": "x"}, "x"), 2: Made({"a": "y"}, "y")}
+    kernels = {"isa": "avx2"}
+
+    def compare(num_checked: int | None = None, **others: Any) -> dict[str, Any]:
+        given = {"made": made, "kernels": kernels, **others}
+        return exact.compare(bench, answers, given["made"], given["kernels"], num_checked, lambda text: None)
+
+    found = compare()
     examples = [(one["version"], one["found"], one["expected"]) for one in found.pop("examples")]
     assert examples == [(1, ["x", 2], ("x", 1)), (2, ["x", 1], ("y", 1))]
     assert found == {"versions": 2, "versions_checked": 2, "answers_checked": 4, "differing": 2}
-    assert exact.compare(bench, answers, rules, 1, lambda text: None)["versions_checked"] == 1
+    assert compare(1)["versions_checked"] == 1
+    with pytest.raises(RuntimeError, match="version 2"):
+        compare(made={**made, 2: Made({"a": "y"}, "z")})
+    with pytest.raises(RuntimeError, match="avx512"):
+        compare(kernels={"isa": "avx512"})

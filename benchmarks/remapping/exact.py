@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from remapping.bench import MOST_TOKENS, QUESTIONS, Bench, Change, Weights, clients, until
@@ -19,11 +20,33 @@ MOST_EXAMPLES = 100  # of answers that differ, which are kept
 ANSWERS_BETWEEN = 3  # that end between two re-maps, so that versions live side by side
 
 
+@dataclass(frozen=True)
+class Made:
+    """A weight version as it was asked for, and the hash of the weights that the server made of that."""
+
+    rules: Change
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Offline:
+    """Answers of a deployment that runs nothing else: text and number of tokens.
+
+    Attributes:
+        kernels: what it computes with; another instruction set rounds otherwise.
+    """
+
+    answers: Mapping[Question, tuple[str, int]]
+    fingerprint: str
+    kernels: Any
+
+
 async def change_under_load(
     bench: Bench, server: LiveServer, weights: Weights, num_remaps: int
-) -> tuple[list[StreamedAnswer], dict[int, Change], dict[str, Any]]:
-    """Answers, the rules of each version, and memory before and after."""
-    rules: dict[int, Change] = {server.ask("/")["weight_version"]: {}}
+) -> tuple[list[StreamedAnswer], dict[int, Made], dict[str, Any]]:
+    """Answers, how each version was made, and memory before and after."""
+    first = server.ask("/model_info")["weight_version"]
+    made: dict[int, Made] = {first["version"]: Made({}, first["fingerprint"])}
     mapping: Change = {}
 
     async def load(num_answers: int) -> None:
@@ -35,24 +58,24 @@ async def change_under_load(
     expert = weights.any_expert(bench.rng)
     for source in (*weights.sources, BASE_SOURCE):  # whose headers and code are there from then on
         result = await server.remap(dict.fromkeys(expert, source))
-    rules[result["weight_version"]] = {}
+    made[result["weight_version"]] = Made({}, result["fingerprint"])
     before, anonymous_before = await server.settled_bytes(), server.anonymous_bytes
     async with clients(server, bench.num_streams, lambda: bench.rng.choice(QUESTIONS)) as answers:
         for _ in range(num_remaps):
             change = weights.any_change(bench.rng)
             result = await server.remap(change)
             mapping = {**mapping, **change}
-            rules[result["weight_version"]] = mapping
+            made[result["weight_version"]] = Made(mapping, result["fingerprint"])
             enough = len(answers) + ANSWERS_BETWEEN
             await until(lambda enough=enough: len(answers) >= enough)  # type: ignore[misc]
     if mapping:  # the rules of the beginning: what is resident then is comparable
         result = await server.remap(dict.fromkeys(mapping, BASE_SOURCE))
-        rules[result["weight_version"]] = dict.fromkeys(mapping, BASE_SOURCE)
+        made[result["weight_version"]] = Made(dict.fromkeys(mapping, BASE_SOURCE), result["fingerprint"])
     answers += [await server.stream(question) for question in QUESTIONS]  # as many as trust in the version takes
     after, anonymous_after = await server.settled_bytes(), server.anonymous_bytes
     return (
         answers,
-        rules,
+        made,
         {
             "resident_at_start": start,
             "resident_before": before,
@@ -63,8 +86,8 @@ async def change_under_load(
     )
 
 
-def offline(bench: Bench, mapping: Mapping[str, str], questions: Sequence[Question]) -> dict[Question, tuple[str, int]]:
-    """Text and number of tokens of each answer of a deployment that is opened with a version's rules."""
+def offline(bench: Bench, mapping: Mapping[str, str], questions: Sequence[Question]) -> Offline:
+    """The answers of a deployment that is opened with a version's rules, to one question after the other."""
     alone = {
         "inference.max_batch_size": 1,
         "inference.max_seq_length": MOST_TOKENS,
@@ -90,7 +113,7 @@ def offline(bench: Bench, mapping: Mapping[str, str], questions: Sequence[Questi
             if answer.error is not None:
                 raise answer.error
             found[question] = (answer.text, len(answer.token_ids))
-        return found
+        return Offline(found, deployment.version.fingerprint, deployment.engine.kernels)
     finally:
         deployment.close()
 
@@ -98,14 +121,19 @@ def offline(bench: Bench, mapping: Mapping[str, str], questions: Sequence[Questi
 def compare(
     bench: Bench,
     answers: Sequence[StreamedAnswer],
-    rules: Mapping[int, Change],
+    made: Mapping[int, Made],
+    kernels: Any,
     num_checked: int | None,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """How many answers differ from those of an offline run, and the first of them.
 
     Args:
+        kernels: what the server computed with.
         num_checked: versions, drawn at random; None: all.
+
+    Raises:
+        RuntimeError: the offline run had other weights, or computed otherwise, so that there is nothing to compare.
     """
     by_version: dict[int, list[StreamedAnswer]] = defaultdict(list)
     for answer in answers:
@@ -119,9 +147,14 @@ def compare(
     for index, version in enumerate(checked):
         progress(f"version {version}, {index + 1} of {len(checked)}")
         asked = list(dict.fromkeys(answer.question for answer in by_version[version]))
-        expected = offline(bench, rules[version], asked)
+        alone = offline(bench, made[version].rules, asked)
+        if alone.fingerprint != made[version].fingerprint:
+            raise RuntimeError(f"Weight version {version} had other weights than its rules give.")
+        if alone.kernels != kernels:
+            raise RuntimeError(f"The server computed with {kernels}, the offline run with {alone.kernels}.")
         for answer in by_version[version]:
-            if (answer.text, answer.num_tokens) != expected[answer.question]:
+            expected = alone.answers[answer.question]
+            if (answer.text, answer.num_tokens) != expected:
                 differing += 1
                 if len(examples) < MOST_EXAMPLES:
                     examples.append(
@@ -130,7 +163,7 @@ def compare(
                             "seed": answer.question.seed,
                             "is_greedy": answer.question.is_greedy,
                             "found": [answer.text, answer.num_tokens],
-                            "expected": expected[answer.question],
+                            "expected": expected,
                         }
                     )
     return {
@@ -155,14 +188,15 @@ def show_exact(
             flags = ("--engine.kv_cache_bytes", str(small), "--speculation.kind", "ngram")
             flags += ("--speculation.adaptive", "false")
         with bench.serving(MOST_TOKENS, *flags) as server:
-            kv_bytes = server.ask("/model_info")["memory"]["kv_cache_bytes"]
+            about = server.ask("/model_info")
+            kv_bytes, kernels = about["memory"]["kv_cache_bytes"], about["kernels"]
             weights = Weights.of(server, sources)
             progress(f"{name}: {num_remaps} re-maps under {bench.num_streams} streams")
             began = time.perf_counter()
-            answers, rules, memory = asyncio.run(change_under_load(bench, server, weights, num_remaps))
+            answers, made, memory = asyncio.run(change_under_load(bench, server, weights, num_remaps))
             seconds = time.perf_counter() - began
             counters = server.counters()
-        result = compare(bench, answers, rules, num_checked, progress)
+        result = compare(bench, answers, made, kernels, num_checked, progress)
         rows.append(
             {
                 "variant": name,

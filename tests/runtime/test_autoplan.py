@@ -22,7 +22,7 @@ from amalgam.evaluation.texts import Document, sample_of
 from amalgam.planning.following import Decision
 from amalgam.planning.problem import problem_of
 from amalgam.planning.sensitivity import SensitivityStudy
-from amalgam.planning.shadow import be_quiet, shadow
+from amalgam.planning.shadow import shadow
 from amalgam.runtime.autoplan import Autoplan, TokenRing, open_proposer
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
@@ -336,23 +336,3 @@ def test_the_ring_keeps_the_latest_within_its_size() -> None:
     none = TokenRing(0.0, 300)
     none.add([1, 2])
     assert none.read(60) == []
-
-
-def test_one_thread_compares_and_the_others_go_on_as_before() -> None:
-    found: list[int] = []
-
-    def quiet() -> None:
-        be_quiet()
-        found.append(torch.get_num_threads())
-
-    torch.set_num_threads(2)
-    try:
-        thread = threading.Thread(target=quiet)
-        thread.start()
-        thread.join()
-        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-        later.start()
-        later.join()
-        assert found == [1, 2] and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)

@@ -37,6 +37,7 @@ from amalgam.composition.samples import name_hash, sample
 from amalgam.composition.source import Source
 from amalgam.errors import PlanError
 from amalgam.formats.contract import StoredWeight
+from amalgam.kernels.quiet import alone
 
 # Vectors are stored as they are or cast to 16 bits, which moves them by less than half of a hundredth.
 _VECTOR_TOLERANCE = 0.01
@@ -60,8 +61,9 @@ def check_agreement(planned: Sequence[PlannedWeight]) -> None:
     if len(sources) < 2:
         return
     origins = _Origins(planned)
-    for one, other in combinations(sources.values(), 2):
-        _Pair(one, other, origins).check()
+    with alone():  # some rows at a time
+        for one, other in combinations(sources.values(), 2):
+            _Pair(one, other, origins).check()
 
 
 class _Origins:

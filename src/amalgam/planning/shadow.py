@@ -6,9 +6,7 @@ against the other, whose answers the tokens are. Must never know: requests, rule
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,9 +30,6 @@ from amalgam.models.weights import WeightVersion
 from amalgam.planning.following import Shadowed
 
 _SINGLE_TOKENS = 4  # of a request, that are computed one by one to see how long that takes
-_NICENESS = 5  # more than others; no more than that: whoever holds the interpreter's lock must not wait long for a core
-
-_turning_quiet = threading.Lock()
 
 
 class Throttle:
@@ -61,23 +56,6 @@ class Throttle:
         self._wait(spent * (1 / self._share - 1))
         self._since.seconds = time.thread_time()
         self._check()
-
-
-def be_quiet() -> None:
-    """Have the calling thread, from now on, compute alone and behind others. Once for each thread.
-
-    A call of a kernel that finds the other threads at work for the engine would leave the engine without them.
-    """
-    with _turning_quiet:  # who asks in between how many threads compute is told one
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        # That is what threads begun from now on would have too. A thread that says otherwise undoes it for these only.
-        other = threading.Thread(target=torch.set_num_threads, args=[num_threads], name="amalgam-threads")
-        other.start()
-        other.join()
-    with contextlib.suppress(OSError, AttributeError):
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
 
 
 def shadow(

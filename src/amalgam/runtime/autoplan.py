@@ -32,6 +32,7 @@ from amalgam.engine.speculation.draft import DraftProposer
 from amalgam.errors import AmalgamError, ConfigError, ConflictError, RequestError, UnavailableError
 from amalgam.evaluation.confidence import MIN_UNITS
 from amalgam.experts.tracker import ExpertTracker
+from amalgam.kernels.quiet import be_quiet
 from amalgam.models.weights import WeightVersion
 from amalgam.planning import following
 from amalgam.planning.budget import Budget, parse_budget
@@ -39,7 +40,7 @@ from amalgam.planning.following import Candidate, Decision, Limits, Proposer, Sh
 from amalgam.planning.kept import find_sensitivities, read_sensitivities
 from amalgam.planning.problem import problem_of
 from amalgam.planning.sensitivity import digest_of_weights
-from amalgam.planning.shadow import Throttle, be_quiet, shadow
+from amalgam.planning.shadow import Throttle, shadow
 from amalgam.planning.use import Use, use_of_tally
 from amalgam.planning.writing import rules_of
 from amalgam.runtime.changes import RemapResult

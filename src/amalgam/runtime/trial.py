@@ -29,7 +29,8 @@ from amalgam.config.settings import Settings
 from amalgam.engine.probation import FailedVersion
 from amalgam.engine.request import FinishReason, Request, RequestOutput
 from amalgam.errors import AmalgamError, CheckpointError, ConflictError, RequestError, UnavailableError, describe
-from amalgam.planning.shadow import Compared, Comparison, Throttle, be_quiet
+from amalgam.kernels.quiet import be_quiet
+from amalgam.planning.shadow import Compared, Comparison, Throttle
 from amalgam.planning.trial_plans import CanaryPlan, Kind, ShadowPlan, Which
 from amalgam.planning.trials import Arm, Check, Verdict, canary_checks, decide, shadow_checks, slowdown
 from amalgam.runtime.changes import ChangeRequest, RemapResult

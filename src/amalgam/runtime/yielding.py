@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from amalgam.planning.shadow import be_quiet
+from amalgam.kernels.quiet import be_quiet
 
 _quiet = threading.local()
 
