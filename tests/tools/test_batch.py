@@ -129,6 +129,37 @@ def test_an_openai_line_is_answered_in_the_form_of_its_output_files(tmp_path: Pa
     assert body["usage"] == {"prompt_tokens": 1, "completion_tokens": 2}
 
 
+def test_a_line_for_the_responses_interface_is_answered_alike_each_time(tmp_path: Path) -> None:
+    class Responses(Model):
+        async def ask(self, path: str, body: Mapping[str, Any], request_id: str) -> tuple[int, Any]:
+            self.asked.append((path, body))
+            items = [
+                {"type": "message", "id": f"msg_{secrets.token_hex(24)}"},
+                *(
+                    {"type": "function_call", "id": f"fc_{secrets.token_hex(24)}", "call_id": call_id}
+                    for call_id in (f"call_{secrets.token_hex(12)}", "functions.search:0")
+                ),
+            ]
+            usage = {"input_tokens": 3, "input_tokens_details": {"cached_tokens": 2}, "output_tokens": 4}
+            times = {"created_at": secrets.randbits(30), "completed_at": secrets.randbits(30)}
+            return 200, {"id": f"resp_{secrets.token_hex(8)}", **times, "output": items, "usage": usage}
+
+    line = {"custom_id": "r", "url": "/v1/responses", "body": {"input": "x"}}
+    source = write(tmp_path / "in", line)
+    found = []
+    for name in ("one", "other"):
+        model = Responses()
+        totals = run(model, source, tmp_path / name, Defaults(max_new_tokens=9))
+        assert (totals.num_prompt_tokens, totals.num_new_tokens) == (3, 4)
+        assert model.asked[0][1]["max_output_tokens"] == 9
+        found += answers(tmp_path / name)
+    assert found[0] == found[1]
+    body = found[0]["response"]["body"]
+    assert body["id"].startswith("resp_") and body["created_at"] == body["completed_at"] == 7
+    assert [item.get("call_id", "")[:5] for item in body["output"]] == ["", "call_", "funct"]
+    assert len({item["id"] for item in body["output"]}) == 3 and "input_tokens_details" not in body["usage"]
+
+
 def test_lines_say_more_than_flags(tmp_path: Path) -> None:
     completion = {"custom_id": "t", "url": "/v1/completions", "body": {"prompt": "x", "max_tokens": 2}}
     embedding = {"custom_id": "v", "url": "/v1/embeddings", "body": {"input": "x"}}

@@ -30,15 +30,24 @@ from amalgam.errors import AmalgamError, RequestError, UnavailableError, describ
 from amalgam.tools.journal import Journal
 
 GENERATE = "/generate"
-ID_PREFIXES = {"/v1/chat/completions": "chatcmpl", "/v1/completions": "cmpl", "/v1/embeddings": "embd"}
+ID_PREFIXES = {
+    "/v1/chat/completions": "chatcmpl-",
+    "/v1/completions": "cmpl-",
+    "/v1/responses": "resp_",
+    "/v1/embeddings": "embd-",
+}
 _LIMIT_FIELDS = {
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
     "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
 }
+_PROMPT_TOKENS = ("prompt_tokens", "input_tokens")  # as the interfaces call them
+_NEW_TOKENS = ("completion_tokens", "output_tokens", "generated_tokens")
 _UNAVAILABLE, _RETRY_SECONDS = 503, 0.05
 _MAX_CUSTOM_ID = 512
 _BOM = b"\xef\xbb\xbf"
 _DRAWN_CALL_ID = re.compile("(call_)[0-9a-f]{24}|()[0-9A-Za-z]{9}")  # others are the model's
+_DRAWN_ITEM_ID = re.compile("(fc_|msg_|rs_)[0-9a-f]+")
 
 Ask = Callable[[str, Mapping[str, Any], str], Awaitable[tuple[int, Any]]]
 """A path, a body and a request id → the status and the JSON that it is answered with."""
@@ -177,8 +186,8 @@ class Totals:
             return
         self.num_answered += 1
         usage = answer if response is None else response["body"].get("usage") or {}
-        self.num_prompt_tokens += usage.get("prompt_tokens", 0)
-        self.num_new_tokens += usage.get("completion_tokens", usage.get("generated_tokens", 0))
+        self.num_prompt_tokens += next((usage[name] for name in _PROMPT_TOKENS if name in usage), 0)
+        self.num_new_tokens += next((usage[name] for name in _NEW_TOKENS if name in usage), 0)
 
 
 async def answer_file(
@@ -332,18 +341,28 @@ class _Answering:
     def _settled(self, content: dict[str, Any], path: str, line_id: str) -> dict[str, Any]:
         """A body without what depends on when it was computed, and beside what."""
         if "id" in content:
-            content["id"] = f"{ID_PREFIXES[path]}-{line_id}"
-        if "created" in content:
-            content["created"] = self._created
+            content["id"] = f"{ID_PREFIXES[path]}{line_id}"
+        for name in ("created", "created_at", "completed_at"):
+            if content.get(name) is not None:
+                content[name] = self._created
         if isinstance(usage := content.get("usage"), dict):
-            usage.pop("prompt_tokens_details", None)  # how many of them the cache had
+            for details in ("prompt_tokens_details", "input_tokens_details"):
+                usage.pop(details, None)  # how many of them the cache had
         for choice in content.get("choices") or ():
             for place, call in enumerate((choice.get("message") or {}).get("tool_calls") or ()):
-                if drawn := _DRAWN_CALL_ID.fullmatch(call["id"]):
-                    digest = hashlib.sha256(f"{line_id}:{choice['index']}:{place}".encode()).hexdigest()
-                    prefix = drawn[1] or ""
-                    call["id"] = prefix + digest[: len(call["id"]) - len(prefix)]
+                _settle(call, "id", _DRAWN_CALL_ID, f"{line_id}:{choice['index']}:{place}")
+        for place, item in enumerate(content.get("output") or ()):
+            _settle(item, "id", _DRAWN_ITEM_ID, f"{line_id}:{place}")
+            _settle(item, "call_id", _DRAWN_CALL_ID, f"{line_id}:call:{place}")
         return content
+
+
+def _settle(content: dict[str, Any], name: str, drawn: re.Pattern[str], place: str) -> None:
+    """In place of an id that was drawn, one that follows from where it stands."""
+    if found := drawn.fullmatch(str(content.get(name))):
+        prefix = found[1] or ""
+        digest = hashlib.sha256(place.encode()).hexdigest()
+        content[name] = prefix + digest[: len(found[0]) - len(prefix)]
 
 
 def line_seed(seed: int, index: int) -> int:
