@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.002
 SETTLE_SECONDS = 0.5
 SETTLE_READS = 40
+SETTLED_READS = 4  # alike, one after the other
 SETTLED_BYTES = 2**18
 
 
@@ -171,11 +172,12 @@ class LiveServer(Child):
 
     async def settled_bytes(self) -> int:
         """`resident_bytes` once it stays the same: weights that nobody uses any more are freed behind the answers."""
-        before = self.resident_bytes
+        before, num_alike = self.resident_bytes, 0
         for _ in range(SETTLE_READS):
             await asyncio.sleep(SETTLE_SECONDS)
             now = self.resident_bytes
-            if abs(now - before) < SETTLED_BYTES:
+            num_alike = num_alike + 1 if abs(now - before) < SETTLED_BYTES else 0
+            if num_alike == SETTLED_READS:
                 break
             before = now
         return now

@@ -48,16 +48,26 @@ def pause_row(name: str, answers: Sequence[StreamedAnswer], windows: Sequence[tu
     }
 
 
+def long_streams(bench: Bench, server: LiveServer) -> tuple[list[StreamedAnswer], list[asyncio.Task[StreamedAnswer]]]:
+    """Streams that last longer than what is shown, as they come."""
+    questions = [Question(ENDINGS[i % 4], LONG_TOKENS - MOST_TOKENS, i) for i in range(bench.num_streams)]
+    answers = [StreamedAnswer(question) for question in questions]
+    return answers, [asyncio.create_task(server.stream(answer.question, answer)) for answer in answers]
+
+
+def have_begun(answers: Sequence[StreamedAnswer]) -> bool:
+    """Whether the prompts of all are behind them."""
+    return all(len(answer.arrivals) > 20 for answer in answers)
+
+
 async def pause_of_streams(
     bench: Bench, server: LiveServer, changes: Iterator[Change], num_remaps: int, name: str
 ) -> dict[str, Any]:
     """Long streams, none of which begins or ends meanwhile."""
-    questions = [Question(ENDINGS[i % 4], LONG_TOKENS - MOST_TOKENS, i) for i in range(bench.num_streams)]
-    answers = [StreamedAnswer(question) for question in questions]
+    answers, streams = long_streams(bench, server)
     windows: list[tuple[float, float]] = []
-    streams = [asyncio.create_task(server.stream(answer.question, answer)) for answer in answers]
     try:
-        await until(lambda: all(len(answer.arrivals) > 20 for answer in answers))
+        await until(lambda: have_begun(answers))
         quiet = 0.0
         for _ in range(num_remaps):
             if any(stream.done() for stream in streams):
@@ -132,12 +142,9 @@ def show_first(bench: Bench, sources: Sequence[str], count: int) -> list[dict[st
     rows = []
 
     async def beside_streams(server: LiveServer, changes: Iterator[Change]) -> list[float]:
-        streams = [
-            asyncio.create_task(server.stream(Question(ENDINGS[i % 4], LONG_TOKENS - MOST_TOKENS, i)))
-            for i in range(bench.num_streams)
-        ]
-        await asyncio.sleep(1)
+        answers, streams = long_streams(bench, server)
         try:
+            await until(lambda: have_begun(answers))
             return await first_tokens(server, changes, count)
         finally:
             for stream in streams:
