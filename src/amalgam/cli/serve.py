@@ -85,6 +85,11 @@ def command(
             prepare_grammars(deployment.tokenizer)  # in the first request it would hold up all others
             gc.freeze()
             gc.enable()
+            if settings.weights.look_ahead:
+                from amalgam.runtime.lookahead import LookAhead
+
+                used = {origin.source for origin in deployment.version.origins.values()}
+                LookAhead(deployment.loader, deployment.loader.sources.keys() - used).start()
             return deployment
 
         return run(settings, load, stopping)

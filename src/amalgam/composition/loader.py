@@ -150,6 +150,17 @@ class ModelLoader:
         names = [name for name, slot in self._slots.items() if slot.is_linear and slot.role != "head" and name in held]
         return build_rules(dict.fromkeys(names, source))
 
+    def look_at(self, source: str) -> None:
+        """Open a source and compare it with the default one as changes of experts, or of linear weights, will.
+
+        Raises:
+            PlanError, CheckpointError: see `plan`; a mix of the two would be refused.
+        """
+        held = self._opened(source).weights
+        experts = [name for name, slot in self._slots.items() if slot.role == "expert" and name in held]
+        if source != self._mixed.default_source:
+            self.plan(build_rules(dict.fromkeys(experts, source)) if experts else self.uniform(source))
+
     def candidate(self, name: str, source: str) -> PlannedWeight | None:
         """One weight as a source has it; None if the source does not hold it. Reads headers only.
 

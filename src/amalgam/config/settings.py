@@ -342,6 +342,9 @@ class WeightsSettings(Section):
     """Start by the rules of the last version that new requests started on, instead of the configured ones."""
     watch_seconds: float = Field(default=0.0, ge=0, le=86400)
     """How often the server looks at its configuration file, whose rules come into use when they change. 0: never."""
+    look_ahead: bool = True
+    """Open the sources that no weight comes from yet once the server has started, so that the first change that uses
+    one takes no longer than others."""
 
 
 class PlanningSettings(Section):
