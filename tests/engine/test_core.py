@@ -431,6 +431,18 @@ class TestStream:
         wait_until(lambda: is_at_rest(engine))
         assert engine.meter.read().finished[FinishReason.CANCELLED] == 1
 
+    def test_who_ends_a_request_says_what_it_ends_with(self, make_engine):
+        engine, decoder = held_engine(make_engine)
+
+        async def submit_and_end():
+            async with aclosing(engine.stream([5], GREEDY)) as outputs:
+                outputs.cancel(FinishReason.CONTENT_FILTER)
+                decoder.gate.set()
+                return [output async for output in outputs]
+
+        assert asyncio.run(submit_and_end())[-1].finish_reason is FinishReason.CONTENT_FILTER
+        assert engine.meter.read().finished == {FinishReason.CONTENT_FILTER: 1}
+
     def test_an_event_loop_that_is_gone_does_not_hurt_the_engine(self, make_engine):
         engine, decoder = held_engine(make_engine)
         loop = asyncio.new_event_loop()

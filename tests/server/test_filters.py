@@ -13,11 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
 from amalgam.config.settings import Settings
 from amalgam.engine.request import FinishReason, RequestOutput, TokenLogprobs, Usage
 from amalgam.errors import ConfigError, PromptTooLongError
 from amalgam.server import create_app
+from amalgam.server.api.openai.documents import ChatAnswer, CompletionAnswer
 from amalgam.server.service import Service
 from amalgam.text.filters.contract import Finding
 from tests.errors import raises
@@ -74,20 +76,23 @@ class WrittenEngine(FakeEngine):
                     rest = rest[size:]
                 ids = tuple(self.vocabulary.id_of(piece) for piece in pieces)
                 num_new += len(ids)
-                is_cancelled = request_id in self.cancelled
+                cancelled_as = self.cancelled.get(request_id)
                 usage = Usage(len(prompt_ids), num_new, 0.0, 0.0, 0.0, version_id)
-                reason = FinishReason.CANCELLED if is_cancelled else None if rest else FinishReason.STOP
+                reason = cancelled_as or (None if rest else FinishReason.STOP)
                 likely = tuple((token_id, -1.0) for token_id in (ids[0], self.vocabulary.id_of("forbidden")))
                 logprobs = tuple(TokenLogprobs(-0.5, likely) for _ in ids) if params.logprobs is not None else ()
                 trace = fake_trace(len(prompt_ids) + num_new - 1) if reason and observation.wants_trace else None
-                text = "" if is_cancelled else "".join(pieces)
-                yield RequestOutput(request_id, text, ids, reason, None, usage if reason else None, trace, logprobs)
-                if is_cancelled:
+                text = "" if cancelled_as else "".join(pieces)
+                output = RequestOutput(request_id, text, ids, reason, None, usage if reason else None, trace, logprobs)
+                if reason:
+                    self.meter.add_finished(output)
+                yield output
+                if cancelled_as:
                     return
         finally:
             self.end(request_id)
 
-    cancelled: set[int] = field(default_factory=set)
+    cancelled: dict[int, FinishReason] = field(default_factory=dict)
 
 
 class WrittenStream(FakeStream):
@@ -95,9 +100,9 @@ class WrittenStream(FakeStream):
         super().__init__(engine, stream._request_id, stream._outputs)
         self._written = engine
 
-    def cancel(self) -> None:
+    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         self._written.num_cancelled += 1
-        self._written.cancelled.add(self._request_id)
+        self._written.cancelled[self._request_id] = reason
 
 
 @dataclass
@@ -217,11 +222,25 @@ def test_every_interface_gives_what_has_passed_and_says_so(ask: Callable[..., An
         text, reason, num_tokens = ask(setup, stream)
         assert (text.rstrip(), reason) == ("Write to [EMAIL] about the", "content_filter")
         assert num_tokens > 0 and setup.engine.num_cancelled == 1 and not setup.engine.running
+        assert setup.engine.meter.read().finished == {FinishReason.CONTENT_FILTER: 1}
         assert setup.counts() == {("word", "answers", "block"): 1, ("mail", "answers", "redact"): 1}
         allowed = server("Write to a@b.com", WORD, MAIL, seed=seed)
         text, reason, num_tokens = ask(allowed, stream)
         plain = ask(server("Write to a@b.com", seed=seed), stream)
         assert (text, reason, num_tokens) == ("Write to [EMAIL]", "stop", plain[2])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "shape"),
+    [
+        ("/v1/completions", {"prompt": "Hello"}, CompletionAnswer),
+        ("/v1/chat/completions", {"messages": MESSAGES}, ChatAnswer),
+    ],
+)
+def test_a_blocked_answer_is_of_the_shape_that_is_described(path: str, body: dict[str, Any], shape: Any) -> None:
+    answer = server("about the forbidden thing, and then go on", WORD).call(path, body).json()
+    assert answer["choices"][0]["finish_reason"] == "content_filter"
+    TypeAdapter(shape).validate_python(answer)
 
 
 def test_no_event_has_more_of_a_text_than_has_passed() -> None:
@@ -420,7 +439,8 @@ def test_figures_and_examples_for_the_admin() -> None:
     assert told["blocked_prompt"] == "error"
     first = told["filters"][0]
     assert (first["name"], first["looks_for"], first["action"]) == ("mail", "pii", "redact")
-    assert first["found"] == {"answers": {"redact": 1}, "prompts": {"redact": 1}}
+    assert first["found"] == {"answers": {"redact": 1}, "logs": {"redact": 0}, "prompts": {"redact": 1}}
+    assert first["where"] == ["answers", "logs", "prompts"]
     example = setup.call("/filters/check", {"text": "x@y.com is forbidden"}).json()
     assert (example["text"], example["blocked_by"]) == ("[EMAIL] is ", "word")
     assert example["found"] == [{"filter": "mail", "start": 0, "end": 7, "replacement": "[EMAIL]"}]
@@ -433,16 +453,44 @@ def test_figures_and_examples_for_the_admin() -> None:
     )
 
 
-def test_prompts_in_the_log_are_redacted(caplog: pytest.LogCaptureFixture) -> None:
-    setup = server("ok", {**MAIL, "where": ["logs"]}, {**WORD, "where": ["logs"]})
+def logging_prompts(setup: Setup) -> Setup:
     settings = setup.service.settings
     setup.service.settings = settings.replace(server={**settings.server.model_dump(), "log_prompts": True})
+    return setup
+
+
+def test_prompts_in_the_log_are_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    setup = logging_prompts(server("ok", {**MAIL, "where": ["logs"]}, {**WORD, "where": ["logs"]}))
     with caplog.at_level("INFO", "amalgam.server"):
         setup.call("/generate", {"prompt": "I am a@b.com, forbidden"})
         setup.call("/v1/chat/completions", {"messages": [{"role": "user", "content": "me@x.com"}]})
     assert "I am [EMAIL], [REMOVED]" in caplog.text
     assert not any(part in caplog.text for part in ("a@b.com", "me@x.com", "forbidden"))
     assert setup.engine.prompts == ["I am a@b.com, forbidden", "me@x.com"]
+
+
+@pytest.mark.parametrize("where", [None, ["prompts"], ["answers"]])
+def test_what_may_not_be_in_prompts_is_not_in_the_log(
+    where: list[str] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of a prompt that is refused, and with a rule that says nothing of logs."""
+    rules = [{**rule, **({} if where is None else {"where": where})} for rule in (MAIL, WORD)]
+    setup = logging_prompts(server("ok", *rules))
+    with caplog.at_level("INFO", "amalgam.server"):
+        setup.call("/generate", {"prompt": "I am a@b.com"})
+        refused = setup.call("/generate", {"prompt": "I am c@d.com, forbidden"})
+    is_kept = where == ["answers"]
+    assert refused.status_code == (200 if is_kept else 400)
+    assert ("I am [EMAIL], [REMOVED]" in caplog.text) != is_kept
+    assert all((part in caplog.text) == is_kept for part in ("a@b.com", "c@d.com", "forbidden"))
+
+
+def test_hooks_do_not_look_at_the_log(hook: Hooked, caplog: pytest.LogCaptureFixture) -> None:
+    setup = logging_prompts(server("ok", {**HOOK, "where": ["prompts"]}, MAIL))
+    with caplog.at_level("INFO", "amalgam.server"):
+        setup.call("/generate", {"prompt": "hooked: a@b.com"})
+    assert "hooked: [EMAIL]" in caplog.text and setup.engine.prompts == ["[HOOK]: [EMAIL]"]
+    assert hook.texts == ["hooked: a@b.com"]
 
 
 def test_words_of_the_interface_are_no_text() -> None:

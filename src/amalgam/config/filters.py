@@ -17,7 +17,9 @@ class FilterRule(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
     """What it is called in metrics, errors and `GET /filters`."""
     where: tuple[Literal["prompts", "answers", "logs"], ...] = ("prompts", "answers")
-    """Texts that it looks at. In logs what it finds is always redacted."""
+    """Texts that it looks at. What may not be in prompts may not be in logs, unless a hook finds it; there it is always
+    redacted.
+    """
     action: Literal["block", "redact", "replace"] = "redact"
     """block: the prompt is refused, the answer ends before it. redact: `[EMAIL]` in its place. replace: `replacement`.
     """
@@ -66,6 +68,11 @@ class FilterRule(Section):
     def kind(self) -> FilterKind:
         """What it looks for."""
         return self._kinds[0]
+
+    @property
+    def places(self) -> frozenset[Literal["prompts", "answers", "logs"]]:
+        """Texts that it looks at: the log holds prompts, which whoever keeps them clean wants clean there, too."""
+        return frozenset((*self.where, "logs") if "prompts" in self.where and not self.hook else self.where)
 
     @property
     def _kinds(self) -> list[FilterKind]:

@@ -270,13 +270,13 @@ class Engine:
         with self._condition:
             yield
 
-    def cancel(self, request_id: int) -> None:
+    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request; its slot and blocks are free before the next step. A finished one stays as it is."""
         with self._condition:
             request = self._requests.get(request_id)
             if request is None or request.is_cancelled or request.status is RequestStatus.FINISHED:
                 return
-            request.is_cancelled = True
+            request.is_cancelled, request.cancelled_as = True, reason
             self._cancelled.append(request)
 
     def stream(
@@ -509,7 +509,7 @@ class Engine:
     def _finish_cancelled(self) -> Deliveries:
         requests = [request for request in self._cancelled if request.status is not RequestStatus.FINISHED]
         self._cancelled.clear()
-        return self._finish(requests, FinishReason.CANCELLED)
+        return [ended for request in requests for ended in self._finish([request], request.cancelled_as)]
 
     def _take(
         self, plan: StepPlan, result: StepResult, deliveries: Deliveries, doubtful: Container[int]

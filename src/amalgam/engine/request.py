@@ -73,7 +73,12 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"  # max_new_tokens reached
     CANCELLED = "cancelled"
     ERROR = "error"
-    CONTENT_FILTER = "content_filter"  # never the engine's: a filter lets nothing more pass
+    CONTENT_FILTER = "content_filter"  # a filter lets nothing more pass
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether somebody has ended the request before the model, its limit or an error did."""
+        return self in (FinishReason.CANCELLED, FinishReason.CONTENT_FILTER)
 
 
 class TokenLogprobs(NamedTuple):
@@ -219,7 +224,8 @@ class Request:
     and computed again, which keeps the counts exact.
     `block_keys` are those of its first full blocks, of which `num_published` may be found by others.
 
-    Only the step thread touches a request after `Scheduler.add`, but for `is_cancelled`.
+    Only the step thread touches a request after `Scheduler.add`, but for `is_cancelled` and
+    `cancelled_as`.
     """
 
     request_id: int
@@ -246,6 +252,7 @@ class Request:
     num_computed: int = 0
     num_recorded: int = 0
     is_cancelled: bool = False
+    cancelled_as: FinishReason = FinishReason.CANCELLED  # what it then ends with
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amalgam.engine.params import SamplingParams
-from amalgam.engine.request import Generation, Observation, OutputCallback, Pooling, RequestOutput
+from amalgam.engine.request import FinishReason, Generation, Observation, OutputCallback, Pooling, RequestOutput
 from amalgam.errors import OverloadedError, RequestError, UnavailableError
 from amalgam.text.grammar import CompiledGrammar
 
@@ -49,7 +49,7 @@ class Submitter(Protocol):
         version: WeightVersion | None = None,
     ) -> int: ...
 
-    def cancel(self, request_id: int) -> None: ...
+    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED) -> None: ...
 
 
 class OutputStream:
@@ -77,10 +77,10 @@ class OutputStream:
         self._is_finished = output.is_finished
         return output
 
-    def cancel(self) -> None:
-        """Have the request end; its last output still comes."""
+    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """Have the request end, with `reason`; its last output still comes."""
         if not self._is_finished:
-            self._engine.cancel(self._request_id)
+            self._engine.cancel(self._request_id, reason)
 
     async def aclose(self) -> None:
         """Cancel the request if it goes on."""

@@ -27,7 +27,7 @@ from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.planned import PlannedWeight
 from amalgam.config.settings import BASE_SOURCE, AutoplanSettings, Rule, Settings, build_rules, state_folder
 from amalgam.engine.core import Engine
-from amalgam.engine.request import FinishReason, Request, RequestOutput
+from amalgam.engine.request import Request, RequestOutput
 from amalgam.engine.speculation.draft import DraftProposer
 from amalgam.errors import AmalgamError, ConfigError, ConflictError, RequestError, UnavailableError
 from amalgam.evaluation.confidence import MIN_UNITS
@@ -206,7 +206,8 @@ class Autoplan:
 
     def note(self, request: Request, output: RequestOutput) -> None:
         """A request has ended; its tokens may be kept. In the step thread."""
-        if output.error is None and request.observation.is_counted and output.finish_reason != FinishReason.CANCELLED:
+        assert output.finish_reason is not None
+        if output.error is None and request.observation.is_counted and not output.finish_reason.is_cut:
             self.ring.add(request.token_ids)
 
     def close(self) -> None:

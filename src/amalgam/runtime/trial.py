@@ -213,9 +213,9 @@ class Canary(Trial[CanaryPlan]):
 
     def note(self, request: Request, output: RequestOutput) -> None:
         """See `Trial`. Requests that have asked for their weights say nothing of a share of them."""
-        assert output.usage is not None
+        assert output.usage is not None and output.finish_reason is not None
         arm = self._arms.get(output.usage.version)
-        if arm is None or request.keeps_version or output.finish_reason is FinishReason.CANCELLED:
+        if arm is None or request.keeps_version or output.finish_reason.is_cut:
             return
         if self.is_running and not isinstance(output.error, _NOT_THEIR_FAULT):
             arm.add(request, output)

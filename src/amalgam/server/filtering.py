@@ -85,7 +85,7 @@ class _Refusal:
             raise StopAsyncIteration
         return self._outputs.pop()
 
-    def cancel(self) -> None:
+    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         pass
 
     async def aclose(self) -> None:
@@ -155,8 +155,8 @@ class _FilteredStream:
             return await self._blocked(output, passed)
         return self._with_passed(output, passed)
 
-    def cancel(self) -> None:
-        self._outputs.cancel()
+    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        self._outputs.cancel(reason)
 
     async def aclose(self) -> None:
         self._is_finished = True
@@ -212,7 +212,7 @@ class _FilteredStream:
         num_hidden = 0
         last = output
         if not output.is_finished:
-            self._outputs.cancel()
+            self._outputs.cancel(FinishReason.CONTENT_FILTER)
             async for last in self._outputs:
                 num_hidden += len(last.token_ids)
         if last.error is not None and last.usage is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from amalgam.config.settings import Rule, Settings
 from amalgam.engine.meter import Meter
 from amalgam.engine.params import SamplingParams
-from amalgam.engine.request import EngineStatus, Observation, RequestOutput
+from amalgam.engine.request import EngineStatus, FinishReason, Observation, RequestOutput
 from amalgam.runtime.changes import ChangeRequest, RemapRecord, RemapResult
 from amalgam.runtime.jobs import Job, Jobs
 
@@ -42,7 +42,7 @@ class OutputStream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
     async def __anext__(self) -> RequestOutput: ...
-    def cancel(self) -> None: ...
+    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None: ...
     async def aclose(self) -> None: ...
 
 

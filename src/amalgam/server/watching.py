@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from amalgam.engine.params import MAX_PRIORITY, SamplingParams
-from amalgam.engine.request import Observation, RequestOutput
+from amalgam.engine.request import FinishReason, Observation, RequestOutput
 from amalgam.errors import AmalgamError, OverloadedError, RequestError
 from amalgam.server.http.keys import ForbiddenError
 from amalgam.server.http.record import RequestRecord, current_record
@@ -120,8 +120,8 @@ class _WatchedStream:
         _note_output(self._record, output)
         return output
 
-    def cancel(self) -> None:
-        self._outputs.cancel()
+    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        self._outputs.cancel(reason)
 
     async def aclose(self) -> None:
         await self._outputs.aclose()

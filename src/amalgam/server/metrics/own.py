@@ -74,9 +74,7 @@ def _of_process() -> Iterator[Metric]:
 def _of_engine(engine: EngineFigures) -> Iterator[Metric]:
     """Requests, tokens, KV cache, steps."""
     reading, status = engine
-    # What filters end is cancelled for the engine; `filtered` counts it.
-    reasons = [reason for reason in FinishReason if reason is not FinishReason.CONTENT_FILTER]
-    finished = [({"reason": reason.value}, reading.finished.get(reason, 0)) for reason in reasons]
+    finished = [({"reason": reason.value}, reading.finished.get(reason, 0)) for reason in FinishReason]
     yield _family("requests_finished", finished)
     yield _family("requests_running", status.num_running)
     yield _family("requests_waiting", status.num_waiting)

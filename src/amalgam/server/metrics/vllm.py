@@ -15,11 +15,12 @@ from amalgam.server.metrics.families import EngineFigures, Families
 from amalgam.server.service import Service
 
 ENGINE = "0"
-_FINISHED_REASONS = {  # vLLM's names
+_FINISHED_REASONS = {  # vLLM's names, and one that it has no cause for
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
     FinishReason.CANCELLED: "abort",
     FinishReason.ERROR: "error",
+    FinishReason.CONTENT_FILTER: "content_filter",
 }
 
 

@@ -67,7 +67,7 @@ def make_rules(settings: FiltersSettings) -> tuple[Rule, ...]:
 def _made(rule: FilterRule, hooks: Mapping[str, HookFactory]) -> Rule:
     folding = Folding(rule.unicode, ignores_case=bool(rule.words or rule.words_file) and not rule.case_sensitive)
     replacement = rule.replacement if rule.action == "replace" else None
-    common = (rule.name, frozenset(rule.where), rule.action, replacement)
+    common = (rule.name, rule.places, rule.action, replacement)
     try:
         if rule.hook:
             hook = _hook(rule, hooks)

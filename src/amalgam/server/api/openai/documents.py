@@ -76,7 +76,7 @@ class CompletionChoice(TypedDict):
     index: int
     text: str
     logprobs: LegacyLogprobsShape | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "content_filter"]
     stop_reason: str | int | None
     prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
     prompt_token_ids: NotRequired[list[int]]
@@ -133,7 +133,7 @@ class ChatChoice(TypedDict):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"]
     stop_reason: str | int | None
     token_ids: NotRequired[list[int]]
     routed_experts: NotRequired[str]
