@@ -78,6 +78,10 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="What the server was started with.", rich_help_panel=_BESIDE),
     ] = None,
+    backup: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A copy of that file, or a folder with one.", rich_help_panel=_BESIDE),
+    ] = None,
     pid: Annotated[
         int | None,
         typer.Option(min=1, help="Its process on this machine. Default: who listens.", rich_help_panel=_BESIDE),
@@ -130,7 +134,8 @@ def command(
         return 0
     if drain is not None:
         refuse_unused({"--drain": not any(check.is_opt_in for check in checks)}, "operation.drain", "Do not skip it.")
-    evidence = Evidence(log, tuple(rules or ()), prometheus, server_config, pid or drain, drain)
+    refuse_unused({"--backup": backup and server_config is None}, "--server-config", "Name the file it is a copy of.")
+    evidence = Evidence(log, tuple(rules or ()), prometheus, server_config, backup, pid or drain, drain)
     seconds = max_seconds or (_QUICK_SECONDS if quick else _SECONDS)
     try:
         return _run(

@@ -28,6 +28,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 KEY, ADMIN_KEY = "sk-user-0123456789", "sk-admin-0123456789"
 FORBIDDEN = "purple walrus"
+RULE = {"pattern": "model.layers.0.*", "source": "base"}
 CONTEXT = 2000
 MAX_BODY = 100_000
 _WORDS = ("sea", "wind", "ship", "iron", "bread", "star", "horse", "garden", "clock", "letter")
@@ -57,6 +58,7 @@ class Server:
     ids: Iterator[int] = field(default_factory=itertools.count)
     requests: Iterator[int] = field(default_factory=itertools.count)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    is_broken: bool = False
 
     def __post_init__(self) -> None:
         def metric(kind: Any, name: str, *labels: str) -> Any:
@@ -168,7 +170,20 @@ def make_app(server: Server) -> FastAPI:
         headers = {}
         if has("any_origin"):
             headers = {"access-control-allow-origin": "*"}
-        return JSONResponse({"data": [{"id": "tiny", "max_model_len": CONTEXT}]}, headers=headers)
+        owner = {"owned_by": "amalgam"} if has("ours") else {}
+        return JSONResponse({"data": [{"id": "tiny", "max_model_len": CONTEXT, **owner}]}, headers=headers)
+
+    if has("ours"):
+
+        @app.get("/model_info")
+        async def model_info(request: Request) -> dict[str, Any]:
+            guard(request)
+            return {"rules": [RULE], "weight_version": {"version": 2}}
+
+        @app.get("/remaps")
+        async def remaps(request: Request) -> dict[str, Any]:
+            guard(request, ADMIN_KEY)
+            return {"remaps": [{"version": 2, "ok": True}]}
 
     @app.get("/serving")
     async def serving(request: Request) -> dict[str, int]:
@@ -182,6 +197,7 @@ def make_app(server: Server) -> FastAPI:
             return JSONResponse({"error": {"message": "Too many."}}, 429, {"retry-after": "0"})
         content = await request.body()
         if len(content) > MAX_BODY and not has("any_body"):
+            server.is_broken = has("breaks")
             raise RefusedError(413, "The body is too large.")
         try:
             return await reply(content)
@@ -193,6 +209,8 @@ def make_app(server: Server) -> FastAPI:
             raise RefusedError(400, "The request is wrong.") from None
 
     async def reply(content: bytes) -> Response:
+        if server.is_broken:
+            raise RefusedError(500, "out of memory")
         if has("logs_bodies"):
             server.note(content.decode(errors="replace"))
         body = json.loads(content)

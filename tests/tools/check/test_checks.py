@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
+import ssl
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from amalgam.cli import main
-from tests.tools.check.faulty import ADMIN_KEY, FORBIDDEN, KEY, serving
+from amalgam.tools.check.checks import access
+from amalgam.tools.check.contract import Status
+from amalgam.tools.check.keeping import in_git
+from amalgam.tools.check.target import Target
+from amalgam.tools.load.http import Address
+from tests.tools.check.faulty import ADMIN_KEY, FORBIDDEN, KEY, RULE, serving
 
 # Nothing here hangs on how fast or how full the machine is.
 THRESHOLDS = f"""
@@ -63,6 +72,7 @@ FAULTS = {
     "fails_on_zero": ({"limits.max_tokens"}, "limits"),
     "any_body": ({"limits.body"}, "limits"),
     "no_rate": ({"limits.rate"}, "limits"),
+    "breaks": ({"limits.recovery", "limits.rate"}, "limits"),
     "unfiltered": ({"filters.input", "filters.output"}, "filters"),
     "unfiltered_streams": ({"filters.output"}, "filters"),
     "logs_bodies": ({"privacy.log"}, "privacy"),
@@ -83,10 +93,14 @@ def check(
     config, log, rules = folder / "thresholds.yaml", folder / "server.log", folder / "rules.yaml"
     config.write_text(THRESHOLDS + more)
     rules.write_text(RULES)
+    backup = folder / "backup"
+    backup.mkdir()
+    shutil.copy(config, backup)
     with serving(log, *faults) as url:
         code = main(
             ["check", "--url", url, "--key", KEY, "--admin-key", ADMIN_KEY, "--thresholds", str(config),
-             "--log", str(log), "--rules", str(rules), "--server-config", str(config), "--json", *arguments]
+             "--log", str(log), "--rules", str(rules), "--server-config", str(config), "--backup", str(backup),
+             "--json", *arguments]
         )  # fmt: skip
     return code, json.loads(capsys.readouterr().out)
 
@@ -137,6 +151,148 @@ def test_slowness_is_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     )  # fmt: skip
     expected = {"ttft", "stream_rate", "total_rate", "request_rate", "latency"}
     assert faults_of(report) == {f"performance.{name}" for name in expected} | {"monitoring.health_under_load"}
+
+
+@pytest.mark.parametrize(
+    ("id", "threshold", "status"),
+    [
+        ("performance.tpot", "performance: {requests: 2, output_tokens: 4, tpot_p95_ms: 1e-6}", "fail"),
+        ("access.metrics", "access: {keyless_metrics: false}", "fail"),
+        ("resources.memory", "resources: {memory_bytes: 1}", "fail"),
+        ("resources.memory", "resources: {memory_share: 1e-9, memory_share_fail: 1.0}", "warn"),
+        ("resources.disk", "resources: {disk_free_bytes: 1000000000000000000}", "fail"),
+        ("resources.descriptors", "resources: {descriptors_share: 1e-9}", "warn"),
+    ],
+)
+def test_what_is_past_a_threshold_is_found(
+    id: str, threshold: str, status: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    strict = tmp_path / "strict.yaml"
+    strict.write_text(threshold)
+    _, report = check(capsys, tmp_path, (), "--only", id, "--thresholds", str(strict))
+    assert statuses(report) == {id: status}, report["checks"]
+
+
+def test_what_is_not_encrypted_is_found() -> None:
+    finding = asyncio.run(access.encryption.run(Target(Address("http", "far.example", 80))))
+    assert finding.status is Status.WARN
+
+
+@pytest.mark.parametrize(("days", "status"), [(-1, Status.FAIL), (3, Status.WARN), (90, Status.PASS)])
+def test_a_certificate_that_ends_soon_is_found(days: int, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def certificate(target: Target) -> dict[str, str]:
+        return {"notAfter": "Jan  1 00:00:00 2040 GMT"}
+
+    end = ssl.cert_time_to_seconds("Jan  1 00:00:00 2040 GMT")
+    monkeypatch.setattr(access, "_certificate", certificate)
+    monkeypatch.setattr(access.time, "time", lambda: end - days * 86400)
+    assert asyncio.run(access.encryption.run(Target(Address("https", "far.example", 443)))).status is status
+
+
+class TestOperation:
+    """Of a server that says it is ours, which has one rule, and whose version 2 serves."""
+
+    def found(self, capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> dict[str, str]:
+        _, report = check(
+            capsys, folder, ("ours",), "--only", "operation", "--only", "resources.disk",
+            "--server-config", str(folder / "model.yaml"), *arguments,
+        )  # fmt: skip
+        found = statuses(report)
+        assert found.pop("operation.drain") == "skip"
+        return {id.removeprefix("operation."): status for id, status in found.items() if status != "pass"}
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """All is well."""
+        self.configure(tmp_path)
+        shutil.copy(tmp_path / "model.yaml", tmp_path / "copy.yaml")
+        lines = [{"version": 1}, {"sound": 1}, {"version": 2, "previous_version": 1}]
+        (tmp_path / "history.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"versi')
+        return tmp_path
+
+    def configure(self, folder: Path, rule: dict[str, str] = RULE, **more: Any) -> None:
+        mixed = {"rules": [rule]}
+        data = {
+            "model": {"base_path": str(folder), "mixed_precision": mixed},
+            "weights": {"history": str(folder / "history.jsonl")},
+            **more,
+        }
+        (folder / "model.yaml").write_text(json.dumps(data))
+
+    def test_nothing_is_invented(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.found(capsys, folder, "--backup", str(folder / "copy.yaml")) == {}
+
+    def test_a_configuration_that_is_kept_nowhere(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.found(capsys, folder) == {"configuration": "warn"}  # the folder has a copy of another file
+
+    def test_a_copy_that_differs(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.configure(folder, server={"port": 9000})
+        assert self.found(capsys, folder, "--backup", str(folder / "copy.yaml")) == {"configuration": "warn"}
+
+    def test_what_is_no_configuration(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (folder / "model.yaml").write_text("model: {no_such_setting: 1}")
+        found = self.found(capsys, folder)
+        assert found == {"configuration": "fail", "mapping": "skip", "history": "skip"}
+
+    def test_other_rules_than_those_that_serve(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.configure(folder, {"pattern": "model.layers.1.*", "source": "base"})
+        assert self.found(capsys, folder, "--backup", str(folder / "model.yaml")) == {
+            "configuration": "warn",  # a file is no copy of itself
+            "mapping": "fail",
+        }
+
+    @pytest.mark.parametrize("content", [None, "", '{"version": 1}\n'])
+    def test_a_history_that_is_not_written(
+        self, content: str | None, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (folder / "history.jsonl").unlink()
+        if content is not None:
+            (folder / "history.jsonl").write_text(content)
+        assert self.found(capsys, folder, "--backup", str(folder / "copy.yaml")) == {"history": "fail"}
+
+    def test_no_history(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.configure(folder, weights={})
+        shutil.copy(folder / "model.yaml", folder / "copy.yaml")
+        assert self.found(capsys, folder, "--backup", str(folder / "copy.yaml")) == {"history": "warn"}
+
+    def test_disks_are_those_that_are_written_to(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A folder that has yet to be made is on the disk of the one above it."""
+        monkeypatch.setattr(Path, "is_mount", lambda path: path in (folder / "packed", Path("/")))
+        (folder / "packed").mkdir()
+        self.configure(folder, inference={"packed_cache": str(folder / "packed" / "later")})
+        _, report = check(
+            capsys, folder, ("ours",), "--only", "resources.disk", "--server-config", str(folder / "model.yaml")
+        )
+        assert set(report["checks"][0]["measured"]["free_bytes"]) == {"/", str(folder / "packed")}
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", *who, "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="keeps versions")
+def test_what_git_keeps(tmp_path: Path) -> None:
+    file = tmp_path / "a*.yaml"  # no pattern
+    file.write_text("a: 1\n")
+    assert not in_git(file).is_kept
+    git(tmp_path, "init")
+    assert not in_git(file).is_kept
+    git(tmp_path, "add", "-A")
+    assert not in_git(file).is_kept
+    git(tmp_path, "commit", "-m", "first")
+    assert in_git(file).is_kept
+    (tmp_path / "ab.yaml").write_text("b: 1\n")
+    assert in_git(file).is_kept and not in_git(tmp_path / "ab.yaml").is_kept
+    link = tmp_path / "link"  # as Kubernetes lays files
+    link.symlink_to(file)
+    assert in_git(link).is_kept
+    file.write_text("a: 2\n")
+    assert not in_git(file).is_kept
+    (tmp_path / ".gitignore").write_text("ab.yaml\n")
+    assert not in_git(tmp_path / "ab.yaml").is_kept
 
 
 def test_everything_bad_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Evidence:
         rules: files with alerting rules for Prometheus.
         prometheus: its address.
         server_config: file that the server was started with.
+        backup: a copy of that file, or a folder that has one.
         pid: the server's process on this machine; None: looked for by its port.
         drain: the process that may be ended.
     """
@@ -47,6 +48,7 @@ class Evidence:
     rules: tuple[Path, ...] = ()
     prometheus: str = ""
     server_config: Path | None = None
+    backup: Path | None = None
     pid: int | None = None
     drain: int | None = None
 
@@ -98,7 +100,8 @@ class Target:
             ConfigError: a file cannot be read, or the process to be ended is not the server.
         """
         evidence = self.evidence
-        for flag, path in (("--log", evidence.log), ("--server-config", evidence.server_config)):
+        named = {"--log": evidence.log, "--server-config": evidence.server_config, "--backup": evidence.backup}
+        for flag, path in named.items():
             if path is not None and not os.access(path, os.R_OK):
                 raise ConfigError(f"{flag} {str(path)!r} cannot be read.", remedy="Give an existing file.")
         for path in evidence.rules:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from amalgam.config.settings import Settings, read_settings
+from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
+from amalgam.tools.check import configured, keeping
 from amalgam.tools.check.asking import Reply, Response
 from amalgam.tools.check.contract import LAST, Finding, check, failed, passed, skipped, warned
 from amalgam.tools.check.failures import CannotTellError
@@ -21,29 +24,46 @@ from amalgam.tools.check.target import Target
 
 _NO_FILE = "No configuration file is named."
 _NAME_IT = "--server-config FILE names the file that the server is started with."
+_PARSERS: Mapping[str, Callable[[str], Any]] = {
+    ".json": json.loads, ".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load,
+}  # fmt: skip
 
 
 @check(
     "operation.configuration",
-    "The configuration is a file that can be read",
+    "The configuration can be had again",
     why="A server that was set up by hand cannot be set up again.",
-    remedy="Keep the configuration in a file, and the file under version control.",
+    remedy="Keep the configuration in a file, and the file under version control; or name a copy of it with --backup.",
 )
 async def configuration(target: Target) -> Finding:
     path = target.evidence.server_config
     if path is None:
         return skipped(_NO_FILE, remedy=_NAME_IT)
-    if target.kind == "amalgam":
-        try:
-            _settings(path)
-        except ConfigError as error:
-            return failed(f"{path}: {error}")
-        return passed(f"{path} is a valid configuration")
     try:
-        yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        configured.read(path) if target.kind == "amalgam" else _read_other(path)
+    except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
         return failed(f"{path}: {error}")
-    return passed(f"{path} can be read")
+    backup = target.evidence.backup
+    looks = [keeping.in_git(path)] if backup is None else [keeping.in_backup(path, backup), keeping.in_git(path)]
+    threshold = "under version control, or in a backup"
+    for look in looks:
+        if look.is_kept:
+            return passed(f"{path} {look.how}", threshold)
+    return warned(f"{path} {', and '.join(look.how for look in looks)}", threshold)
+
+
+def _read_other(path: Path) -> None:
+    """A file of settings of somebody else's: what its ending promises, and not nothing.
+
+    Raises:
+        OSError, ValueError, yaml.YAMLError: it is none.
+    """
+    text = path.read_text()
+    if not text.strip():
+        raise ValueError("it is empty")
+    parse = _PARSERS.get(path.suffix.lower())
+    if parse is not None and not isinstance(parse(text), dict):
+        raise ValueError("it names no setting")
 
 
 def _settings_of_ours(target: Target, otherwise: str) -> Settings | Finding:
@@ -58,14 +78,9 @@ def _settings_of_ours(target: Target, otherwise: str) -> Settings | Finding:
     if path is None:
         return skipped(_NO_FILE, remedy=_NAME_IT)
     try:
-        return _settings(path)
+        return configured.read(path)
     except ConfigError as error:
         raise CannotTellError(f"{path} cannot be read; see operation.configuration. {error}") from None
-
-
-def _settings(path: Path) -> Settings:
-    """As the file has them: variables of this process are not the server's."""
-    return read_settings(path, needs_model=True, environ={}).settings
 
 
 @check(
@@ -80,17 +95,30 @@ async def mapping(target: Target) -> Finding:
     if isinstance(settings, Finding):
         return settings
     path = target.evidence.server_config
-    described = (await target.get("/model_info")).json
-    if not isinstance(described, Mapping) or not isinstance(described.get("rules"), list):
+    described = await _model_info(target)
+    if not isinstance(described.get("rules"), list):
         raise CannotTellError("/model_info does not say which rules hold.")
     served = _pairs(described["rules"])
     written = [(rule.pattern, rule.source) for rule in settings.model.mixed_precision.all_rules]
-    version = (described.get("weight_version") or {}).get("version")
+    version = _version(described)
     if served == written:
         return passed(f"weight version {version} has the rules of {path} ({len(written)})")
     if settings.weights.resume and settings.weights.history:
         return passed(f"weight version {version} has other rules than {path}; a restart goes on from weights.history")
     return failed(f"weight version {version} has {len(served)} rules that are not the {len(written)} of {path}")
+
+
+async def _model_info(target: Target) -> Mapping[str, Any]:
+    described = (await target.get("/model_info")).json
+    if not isinstance(described, Mapping):
+        raise CannotTellError("/model_info does not say what serves.")
+    return described
+
+
+def _version(described: Mapping[str, Any]) -> int | None:
+    """The weight version that serves."""
+    version = (described.get("weight_version") or {}).get("version")
+    return version if isinstance(version, int) else None
 
 
 def _pairs(rules: Sequence[Any]) -> list[tuple[str, str]]:
@@ -102,7 +130,7 @@ def _pairs(rules: Sequence[Any]) -> list[tuple[str, str]]:
     "Changes of the weights are kept",
     why="Who changed what, when, is asked after the restart that followed.",
     remedy="Set weights.history to a file on a disk that stays.",
-    requests=2,
+    requests=3,
 )
 async def history(target: Target) -> Finding:
     settings = _settings_of_ours(target, "The server changes no weights while it serves.")
@@ -111,9 +139,36 @@ async def history(target: Target) -> Finding:
     asked = await target.get("/remaps", key=target.admin_key or None)
     listed = asked.json.get("remaps") if isinstance(asked.json, Mapping) else None
     count = f"{len(listed)} changes so far" if isinstance(listed, list) else f"/remaps: {asked.said}"
-    if not settings.weights.history:
+    named = settings.weights.history
+    if not named:
         return warned(f"weights.history is not set: changes end with the process ({count})")
-    return passed(f"weights.history is {settings.weights.history!r}; {count}")
+    path, version = configured.place(target, named), _version(await _model_info(target))
+    if path is None:
+        return skipped(f"weights.history is {named!r}, on the machine of the server's process; {count}")
+    try:
+        written = _versions_in(path)
+    except (OSError, ValueError) as error:
+        return failed(f"weights.history is {named!r}, and {path} cannot be read ({error}); {count}")
+    if version not in written:
+        return failed(f"{path} has {len(written)} weight versions, and not {version}, which serves; {count}")
+    return passed(f"{path} has {len(written)} weight versions, with {version}, which serves; {count}")
+
+
+def _versions_in(path: Path) -> set[int]:
+    """Of the changes that a history holds; a line that is none, such as one half written, is passed over.
+
+    Raises:
+        OSError, ValueError: the file cannot be read.
+    """
+    found = set()
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("version"), int):
+            found.add(record["version"])
+    return found
 
 
 @check(

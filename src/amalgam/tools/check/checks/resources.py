@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from amalgam.base.machine import detect_machine
-from amalgam.tools.check import metrics
+from amalgam.tools.check import configured, metrics
 from amalgam.tools.check.contract import AFTER_LOAD, Finding, check, failed, passed, skipped, warned
 from amalgam.tools.check.failures import CannotTellError
 from amalgam.tools.check.process import descriptors, name_of, resident_bytes, working_folder
@@ -75,9 +75,11 @@ async def disk(target: Target) -> Finding:
     pid, least = target.process, target.thresholds.resources.disk_free_bytes
     folders = [working_folder(pid)] if pid is not None else []
     folders += [path.parent for path in (target.evidence.log, target.evidence.server_config) if path is not None]
+    folders += configured.written_folders(target)
     if not (places := [folder for folder in folders if folder is not None]):
         return skipped(_NOT_HERE)
-    free = {_mount_of(place.absolute()): shutil.disk_usage(place).free for place in places}
+    mounts = sorted({_mount_of(place.absolute()) for place in places})
+    free = {mount: shutil.disk_usage(mount).free for mount in mounts}
     value = ", ".join(f"{size / 1e9:.1f} GB free at {path}" for path, size in free.items())
     threshold, scarcest = f"≥ {least / 1e9:.0f} GB", min(free.values())
     figures = {"free_bytes": {str(path): size for path, size in free.items()}}
@@ -87,6 +89,8 @@ async def disk(target: Target) -> Finding:
 
 
 def _mount_of(path: Path) -> Path:
+    """Where the disk begins that holds a folder, or would if it were made."""
+    path = path.resolve()
     while not path.is_mount():
         path = path.parent
     return path
