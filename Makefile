@@ -11,11 +11,12 @@ LOG := $(VENV)/setup.log
 # One more than there are cores: a third of the tests' time is spent waiting for servers and browsers.
 PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 RELEASE := build/release
+MANIFESTS := build/manifests
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check sanitize bench format clean docs wheel try lowest
+.PHONY: help setup serve test check sanitize bench format clean docs manifests wheel try lowest
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +56,9 @@ docs: $(INSTALLED_DEV) ## the documentation as a site, checked: build/site/index
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-docs.txt
 	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
+manifests: $(MANIFESTS)/.installed ## Dockerfile, compose, Kubernetes and Prometheus files, by the tools that read them
+	$(MANIFESTS)/bin/python release/manifests.py $(ARGS)
+
 wheel: $(RELEASE)/.installed ## source archive and wheels into dist/ (ARGS=--aarch64 for ARM too, with a cross compiler)
 	$(RELEASE)/bin/python release/wheels.py $(ARGS)
 
@@ -92,6 +96,11 @@ endef
 $(RELEASE)/.installed: release/requirements.txt
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip install --disable-pip-version-check -q -r release/requirements.txt
+	@touch $@
+
+$(MANIFESTS)/.installed: release/requirements-manifests.txt
+	$(PYTHON) -m venv $(MANIFESTS)
+	$(MANIFESTS)/bin/python -m pip install --disable-pip-version-check -q -r release/requirements-manifests.txt
 	@touch $@
 
 $(INSTALLED): requirements.txt pyproject.toml CMakeLists.txt $(CSRC)
