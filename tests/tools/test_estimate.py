@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from amalgam.checkpoint.store import TensorStore
 from amalgam.cli import main
+from amalgam.cli.console import human_bytes
 from amalgam.config.settings import load_settings
 from amalgam.tools.estimate import estimate
-from tests.conftest import ROOT
+from tests.conftest import DEMO, ROOT
 
 FILL_THE_CACHE = """
 import json, sys
@@ -58,8 +62,45 @@ def test_weights_are_exact_and_kv_grows_with_length_and_batch(demo_config: Path)
     assert small.max_tokens_that_fit > 1000
 
 
-def test_the_command_says_whether_it_fits(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "--config", str(demo_config)]) == 0
-    assert "It fits." in capsys.readouterr().out
+def test_the_rule_of_thumb_is_explained_by_parts(demo_config: Path) -> None:
+    """2 bytes × 1.2 × billions of parameters: how many there are, what each takes, what stands behind the fifth."""
+    store = TensorStore.open(DEMO)
+    names = [name for name in store if name != "lm_head.weight"]  # the same as the embeddings
+    found = estimate(load_settings(demo_config, environ={}), 128, 1)
+    assert found.num_parameters == sum(math.prod(store[name].shape) for name in names)
+    assert found.rule_bytes == round(2.4 * found.num_parameters)
+    assert replace(found, num_parameters=25_800_000_000).rule_bytes == 61_920_000_000
+    assert found.weights_bytes == sum(found.weights.values())
+    assert found.bytes_per_parameter * found.num_parameters == pytest.approx(found.weights_bytes)
+    beside = found.kv_bytes + found.state_bytes + found.draft_bytes + found.workspace_bytes + found.process_bytes
+    assert found.total_bytes == found.weights_bytes + beside
+    assert found.share_beside_weights == pytest.approx(beside / found.weights_bytes)
+    wide = next(row for row in found.uniform if row.format == "bf16")
+    assert wide.weights_bytes / found.num_parameters == pytest.approx(2, rel=0.01)  # routers have float32
+    assert wide.total_bytes == wide.weights_bytes + beside
+
+
+def test_the_command_shows_each_part(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["estimate", "--config", str(demo_config), "--length", "256", "--batch", "4"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "It fits." in said
+    shown = dict(line.split("\t") for line in said.splitlines() if line.count("\t") == 1)
+    found = estimate(load_settings(demo_config, environ={}), 256, 4)
+    parts = {f"weights in {name}": size for name, size in found.weights.items()}
+    parts[f"KV cache ({human_bytes(found.kv_bytes_per_token)} per token)"] = found.kv_bytes
+    parts["workspace of a step"] = found.workspace_bytes
+    assert {name: shown[name] for name in parts} == {name: human_bytes(size) for name, size in parts.items()}
+    rest = set(shown) - set(parts) - {"memory for"}
+    assert rest == {"the program itself", "all", "available now"}  # which change from one moment to the next
+    assert f"{found.num_parameters / 1e9:.3g} billion parameters, says {human_bytes(found.rule_bytes)}" in said
+    assert f"take {found.bytes_per_parameter:.2f} bytes for each" in said
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["weights"] == found.weights and told["num_parameters"] == found.num_parameters
+    assert told["total_bytes"] == sum(parts.values()) + told["process_bytes"]
+
+
+def test_the_command_says_what_does_not_fit(demo_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--config", str(demo_config), "--batch", "100000000"]) == 0
     assert "does NOT fit" in capsys.readouterr().out
