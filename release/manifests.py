@@ -2,7 +2,7 @@
 
 In: Dockerfile and `deploy/`. Out: a line for each check, and exit code 1 if one failed. hadolint reads the Dockerfile,
 Docker Compose its file, Kubernetes' own schemas what kustomize builds, Prometheus its configuration, rules and tests.
-kubectl and promtool are the system's: without one, its checks are left out, which is said; with `--all` it is a failure.
+kubectl and promtool are the system's: without one, its checks are left out, and said so; with `--all` it fails.
 """
 
 from __future__ import annotations
@@ -80,9 +80,12 @@ def kubernetes(overlay: Path) -> Callable[[], str]:
                 try:
                     kubernetes_validate.validate(item, version, strict=True)
                 except kubernetes_validate.ValidationError as error:
-                    raise FaultError(f"{item['kind']} {item['metadata']['name']} in {version}: {error.message}") from None
+                    raise FaultError(
+                        f"{item['kind']} {item['metadata']['name']} in {version}: {error.message}"
+                    ) from None
         _show_that_faults_are_seen(known)
-        return f"{len(known)} objects in {' and '.join(KUBERNETES)}; operators' own, not checked: {', '.join(sorted(others))}"
+        rest = ", ".join(sorted(others))
+        return f"{len(known)} objects in {' and '.join(KUBERNETES)}; operators' own, not checked: {rest}"
 
     return check
 
@@ -119,7 +122,7 @@ def prometheus() -> str:
         said("promtool", "check", "config", config)
     said("promtool", "check", "rules", "--lint=all", RULES / "recording.yaml", RULES / "alerts.yaml")
     said("promtool", "test", "rules", RULES / "tests.yaml")
-    return said("promtool", "--version").split(",")[0]
+    return said("promtool", "--version").partition(" (")[0]
 
 
 def checks() -> dict[str, Callable[[], str]]:
