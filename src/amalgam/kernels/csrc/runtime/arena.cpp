@@ -42,15 +42,8 @@ class Arena {
     void free(uint8_t* data) {
         std::lock_guard<std::mutex> lock(mutex_);
         const auto used = used_.find(data);
-#if defined(__linux__)
-        if (is_placed_by_touch()) {
-            uint8_t* first =
-                data + round_up(reinterpret_cast<uintptr_t>(data), kPage) - reinterpret_cast<uintptr_t>(data);
-            const uint8_t* end = data + used->second;
-            if (first + kPage <= end) madvise(first, static_cast<size_t>(end - first) / kPage * kPage, MADV_DONTNEED);
-        }
-#endif
-        auto range = free_.emplace(data, used->second).first;
+        const size_t bytes = used->second;
+        auto range = free_.emplace(data, bytes).first;
         used_.erase(used);
         const auto region = std::prev(regions_.upper_bound(data));
         // Two regions may touch by chance; ranges of different regions must stay apart.
@@ -71,7 +64,9 @@ class Arena {
             free_.erase(range);
             std::free(region->first);
             regions_.erase(region);
+            return;
         }
+        give_back(data, bytes, *range);
     }
 
  private:
@@ -85,6 +80,18 @@ class Arena {
         place_region(static_cast<uint8_t*>(data), size);
         regions_.emplace(static_cast<uint8_t*>(data), size);
         return free_.emplace(static_cast<uint8_t*>(data), size).first;
+    }
+
+    // Pages of a block that has become free go back to the system where nothing else lies on them: a region with one
+    // weight left would keep 64 MB otherwise. And whoever places pages by touch has to find them untouched.
+    static void give_back(uint8_t* data, size_t bytes, const Ranges::value_type& range) {
+#if defined(__linux__)
+        const auto address = [](const uint8_t* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+        const uintptr_t first = std::max(round_up(address(range.first), kPage), address(data) / kPage * kPage);
+        const uintptr_t end =
+            std::min(address(range.first + range.second) / kPage * kPage, round_up(address(data + bytes), kPage));
+        if (first < end) madvise(range.first + (first - address(range.first)), end - first, MADV_DONTNEED);
+#endif
     }
 
     std::mutex mutex_;
