@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from amalgam.base.heap import share_one_heap
 from amalgam.config.settings import SettingInfo, all_settings, let_threads_sleep, read_settings
 from amalgam.errors import ConfigError
 
@@ -61,6 +62,7 @@ def with_settings(
             "config_file": config,
             "read_again": lambda: read_all().settings,
         }
+        share_one_heap()
         let_threads_sleep()  # verbs load PyTorch when they need it, which is later
         return function(**{name: found[name] for name in wanted}, **arguments)
 

@@ -5,7 +5,6 @@ In: a device. Out: bytes. Must never know: models.
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -39,13 +38,6 @@ def peak_memory_bytes() -> int:
         return peak
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
-
-
-def return_free_memory() -> None:
-    """Give memory that this process has freed back to the system, where its C library keeps it (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
 
 
 def _read_kib(path: str, key: str) -> int | None:

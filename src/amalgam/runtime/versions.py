@@ -25,9 +25,9 @@ from enum import StrEnum
 from queue import SimpleQueue
 from weakref import ref
 
+from amalgam.base.heap import return_free_memory
 from amalgam.base.threads import StoppableThread
 from amalgam.engine.core import Engine
-from amalgam.engine.memory import return_free_memory
 from amalgam.engine.probation import FailedVersion
 from amalgam.errors import ConflictError, RequestError, VersionNotFoundError, describe
 from amalgam.models.weights import WeightVersion

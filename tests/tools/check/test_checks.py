@@ -156,7 +156,11 @@ def test_slowness_is_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("id", "threshold", "status"),
     [
-        ("performance.tpot", "performance: {requests: 2, clients: 2, concurrent_requests: 2, output_tokens: 64, tpot_p95_ms: 1e-6}", "fail"),
+        (
+            "performance.tpot",
+            "performance: {requests: 2, clients: 2, concurrent_requests: 2, output_tokens: 64, tpot_p95_ms: 1e-6}",
+            "fail",
+        ),
         ("access.metrics", "access: {keyless_metrics: false}", "fail"),
         ("resources.memory", "resources: {memory_bytes: 1}", "fail"),
         ("resources.memory", "resources: {memory_share: 1e-9, memory_share_fail: 1.0}", "warn"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
 
+from amalgam.base.heap import share_one_heap
 from amalgam.cluster.interface import Ask, Forwarded, Part
 from amalgam.cluster.member import Member
 from amalgam.config.settings import Settings, let_threads_sleep
@@ -27,6 +28,7 @@ class Replica:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc] # Serve awaits it
         start_logging(settings.server.log_format)
+        share_one_heap()
         let_threads_sleep()
 
         def load() -> Any:
