@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.errors import raises
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -87,7 +88,7 @@ def test_answers_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert examples == [(1, ["x", 2], ("x", 1)), (2, ["x", 1], ("y", 1))]
     assert found == {"versions": 2, "versions_checked": 2, "answers_checked": 4, "differing": 2}
     assert compare(1)["versions_checked"] == 1
-    with pytest.raises(RuntimeError, match="version 2"):
+    with raises(RuntimeError, "version 2"):
         compare(made={**made, 2: Made({"a": "y"}, "z")})
-    with pytest.raises(RuntimeError, match="avx512"):
+    with raises(RuntimeError, "avx512"):
         compare(kernels={"isa": "avx512"})

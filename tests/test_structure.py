@@ -22,14 +22,22 @@ from tests.conftest import LONG
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "amalgam"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ELSEWHERE = PACKAGE / "tools/quantizing/worker.py"  # a program of its own, for environments that other tools are in
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
 CODE_RUNNERS = {"eval", "exec", "compile", "pickle", "marshal", "shelve", "dill", "cloudpickle"}
+EXTENSIONS = {"_native", "_mapping"}
+# Of the standard library, and of libraries that have no other way.
+OF_OTHERS = {"_replace", "_exit", "_registry", "_from_config", "_quantized_data", "_request_id"}
 # Modules that do without, or that are imported by those who say what to install.
 EXTRAS = {
     PACKAGE / "server/http/tracing.py": "tracing",
     **dict.fromkeys((PACKAGE / "cluster/ray").glob("*.py"), "ray"),
 }
+SENTENCE_LIKE = re.compile(r"\bmatch=|in str\(|[\"'][A-Z][^\"'\n]* [^\"'\n]*[a-z]\.[\"']\s*\)")
+PRIVATE_LIKE = re.compile(
+    r"(?<!self)(?<!cls)(?<!super\(\))\._[a-z]|[\"']_[a-z]|import.* _[a-z]|^ +_[a-z]\w*,", re.MULTILINE
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
@@ -186,15 +194,61 @@ def test_every_dependency_is_pinned_within_its_bounds(name: str) -> None:
 
 
 def test_errors_are_recognised_by_what_they_name() -> None:
-    """`tests.errors.raises` instead of a sentence that somebody may write better."""
+    """`tests.errors.raises` with values, instead of a sentence that somebody may write better."""
     found: list[str] = []
-    for module in sorted((ROOT / "tests").rglob("*.py")):
-        if "match=" not in module.read_text(encoding="utf-8"):
+    for module in TESTS:
+        if not SENTENCE_LIKE.search(module.read_text(encoding="utf-8")):
             continue  # to parse them all takes seconds
         for node in nodes(module):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("raises"):
+            if isinstance(node, ast.Call) and last_name(node.func) == "raises":
                 found += places(module, [keyword.value for keyword in node.keywords if keyword.arg == "match"])
+                found += places(module, [named for named in node.args[1:] if is_sentence(named)])
+            elif isinstance(node, ast.Compare) and any(isinstance(each, ast.In) for each in node.ops):
+                found += places(module, [text for text in node.comparators if is_text_of_an_error(text)])
     assert found == []
+
+
+def test_tests_go_through_public_interfaces() -> None:
+    """No `thing._member`, no import of a private name, none given as a text to `monkeypatch.setattr`."""
+    found: list[str] = []
+    for module in TESTS:
+        if not PRIVATE_LIKE.search(module.read_text(encoding="utf-8")):
+            continue
+        for node in nodes(module):
+            if isinstance(node, ast.Attribute):
+                is_private = is_private_name(node.attr) and last_name(node.value) not in ("self", "cls", "super")
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("amalgam"):
+                is_private = any(is_private_name(alias.name) for alias in node.names)
+            elif isinstance(node, ast.Call) and last_name(node.func) in ("setattr", "getattr", "delattr"):
+                is_private = any(is_private_name(text.split(".")[-1]) for text in constants(node.args[:2]))
+            else:
+                continue
+            found += [f"{module.relative_to(ROOT)}:{node.lineno}"] if is_private else []
+    assert found == []
+
+
+def last_name(node: ast.expr) -> str:
+    """`c` of `a.b.c`, and of a call of it."""
+    while isinstance(node, ast.Call):
+        node = node.func
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def constants(given: list[ast.expr]) -> list[str]:
+    return [node.value for node in given if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def is_private_name(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in (EXTENSIONS | OF_OTHERS)
+
+
+def is_sentence(node: ast.expr) -> bool:
+    return any(re.fullmatch("[A-Z].* .*[a-z][.]", text) for text in constants([node]))
+
+
+def is_text_of_an_error(node: ast.expr) -> bool:
+    """`str(error.value)`, `str(last.error)`, and whatever else has such a name."""
+    return re.match(r"str\(.*(err|value|caught|refus)", ast.unparse(node)) is not None
 
 
 def test_the_long_tests_are_there() -> None:

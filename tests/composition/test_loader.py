@@ -15,7 +15,7 @@ from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.loader import ModelLoader
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
-from amalgam.errors import AmalgamError, CheckpointError, PlanError, UnsupportedError
+from amalgam.errors import CheckpointError, PlanError, UnsupportedError
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.weights import WeightVersion
@@ -65,7 +65,7 @@ def build(base: Path, *rules: tuple[str, str], **sources: Path) -> WeightVersion
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
         ({"hidden_size": "absent"}, "hidden_size"),
         ({"num_experts": "absent", "num_local_experts": "absent"}, "num_experts"),
@@ -78,24 +78,23 @@ def build(base: Path, *rules: tuple[str, str], **sources: Path) -> WeightVersion
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
         ({"architectures": ["NoSuchModel"]}, "NoSuchModel"),
         ({"architectures": []}, "architectures"),
-        ({"num_hidden_layers": 3}, "model.layers.2."),
-        ({"num_hidden_layers": 1}, "model.layers.1."),
+        ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 1}, "model.layers.1"),
         ({"moe_intermediate_size": 48}, "[48, 64]"),
-        ({"num_experts": 9, "num_local_experts": 9}, "model.layers.0.mlp."),
+        ({"num_experts": 9, "num_local_experts": 9}, "model.layers.0.mlp"),
         ({"vocab_size": 300}, "[300, 64]"),
         ({"num_hidden_layers": 2**30}, "num_hidden_layers = 1073741824"),
-        ({"num_hidden_layers": 10**6}, "at most 1024 layers"),
-        ({"num_experts": 2**30, "num_local_experts": 2**30}, "2147483648 experts in 2 layers"),
-        ({"num_experts": 10**5, "num_local_experts": 10**5}, "at most 65536 in all"),
+        ({"num_hidden_layers": 10**6}, 1024),
+        ({"num_experts": 2**30, "num_local_experts": 2**30}, 2147483648),
+        ({"num_experts": 10**5, "num_local_experts": 10**5}, 65536),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"rms_norm_eps": -1}, "rms_norm_eps = -1"),
     ],
 )
-def test_a_config_that_does_not_fit(copy: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_config_that_does_not_fit(copy: Path, changes: dict[str, Any], named: object) -> None:
     change_config(copy, **changes)
-    with pytest.raises(AmalgamError) as error:
+    with raises((CheckpointError, PlanError, UnsupportedError), named):
         build(copy)
-    assert message in str(error.value)
 
 
 def test_a_missing_tensor_and_a_leftover_one(copy: Path) -> None:
@@ -109,10 +108,8 @@ def test_a_missing_tensor_and_a_leftover_one(copy: Path) -> None:
 
 def test_a_source_with_another_shape(tiny: Path, copy: Path) -> None:
     change_tensors(copy, lambda tensors: tensors.update({UP: torch.ones(16, 64)}))
-    with pytest.raises(PlanError) as error:
+    with raises(PlanError, "[16, 64]", "[32, 64]"):
         build(tiny, (UP, "other"), other=copy)
-    assert "[16, 64]" in str(error.value)
-    assert "[32, 64]" in str(error.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

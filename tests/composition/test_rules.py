@@ -61,24 +61,22 @@ def test_specificity_counts_literal_characters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"),
+    ("pattern", "named"),
     [
-        ("model.layers.9.*", "matches no weight"),
-        ("model.layers.1.mlp.experts.7.up_proj", "Did you mean"),
-        ("model.layers.[0-2.*", "does not close"),
-        ("model.layers.{0-2.*", "does not close"),
-        ("model.layers.{5-2}.*", "range"),
-        ("model.layers.{0-99999999}.*", "range"),
+        ("model.layers.9.*", "'model.layers.9.*'"),
+        ("model.layers.1.mlp.experts.7.up_proj", EXPERT),
+        ("model.layers.[0-2.*", "'['"),
+        ("model.layers.{0-2.*", "'{'"),
+        ("model.layers.{5-2}.*", "5-2"),
+        ("model.layers.{0-99999999}.*", "0-99999999"),
         ("model.layers.[z-a].*", "[z-a]"),
-        ("model.layers.[].*", "holds []"),
-        ("*a" * 9, "9 stars"),
+        ("model.layers.[].*", "[]"),
+        ("*a" * 9, 9),
     ],
 )
-def test_bad_rules_are_refused_by_name(pattern: str, message: str) -> None:
-    with pytest.raises(PlanError) as error:
+def test_bad_rules_are_refused_by_name(pattern: str, named: object) -> None:
+    with raises(PlanError, repr(pattern), named):
         Choices(NAMES, rules((pattern, "int4")), "base")
-    assert message in str(error.value)
-    assert pattern in str(error.value)
 
 
 def test_a_shadowed_rule_is_no_error() -> None:

@@ -99,32 +99,34 @@ def test_every_setting_has_a_description_and_an_environment_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "named"),
     [
-        ("", "Expected a mapping"),
-        ("[1, 2]", "Expected a mapping"),
-        ("model: {base_path: [}", "not valid YAML"),
-        ("model: {base_path: /m}\nmodel: {base_path: /n}", "'model' stands twice"),
-        ("inference: {}", "model: is required"),
-        (MINIMAL + "servr: {port: 1}", "servr: unknown setting"),
-        (MINIMAL + "server: {prot: 1}", "server.prot: unknown setting"),
-        (MINIMAL + "server: {port: 70000}", "70000"),
-        (MINIMAL + "server: {port: abc}", "'abc'"),
-        (MINIMAL + "inference: {dtype: int4}", "'int4'"),
-        (MINIMAL + "inference: {device_map: tpu}", "'tpu'"),
-        (MINIMAL + "inference: {load_in_8bit: true, load_in_4bit: true}", "choose one"),
-        (MINIMAL + "server: {drain_seconds: .nan}", "nan"),
-        ("model: {base_path: /m, mixed_precision: {weight_mapping: {a: int4}}}", "'int4', which nobody declared"),
-        ("model: {base_path: /m, mixed_precision: {base_path: /x}}", "taken by model.base_path"),
-        ("model: {base_path: /m, mixed_precision: {a_path: /x, sources: {a: /y}}}", "declared twice"),
-        ("model: {base_path: /m, mixed_precision: {derived: {fp8: {format: fp8}}}}", "'fp8', which nobody declared"),
-        ("model: {base_path: !!python/object/apply:os.system [true]}", "not valid YAML"),
+        ("", ["config.yaml", "None"]),
+        ("[1, 2]", ["config.yaml", "['1', '2']"]),
+        ("model: {base_path: [}", ["config.yaml", "line 1", "'}'"]),
+        ("model: {base_path: /m}\nmodel: {base_path: /n}", ["config.yaml", "line 2", "'model'"]),
+        ("inference: {}", ["model"]),
+        (MINIMAL + "servr: {port: 1}", ["servr"]),
+        (MINIMAL + "server: {prot: 1}", ["server.prot"]),
+        (MINIMAL + "server: {port: 70000}", ["server.port", "'70000'", 65535]),
+        (MINIMAL + "server: {port: abc}", ["server.port", "'abc'"]),
+        (MINIMAL + "inference: {dtype: int4}", ["inference.dtype", "'int4'"]),
+        (MINIMAL + "inference: {device_map: tpu}", ["inference.device_map", "'tpu'"]),
+        (MINIMAL + "inference: {load_in_8bit: true, load_in_4bit: true}", ["load_in_8bit", "load_in_4bit"]),
+        (MINIMAL + "server: {drain_seconds: .nan}", ["server.drain_seconds", "'.nan'"]),
+        ("model: {base_path: /m, mixed_precision: {weight_mapping: {a: int4}}}", ["weight_mapping['a']", "'int4'"]),
+        ("model: {base_path: /m, mixed_precision: {base_path: /x}}", ["'base'", "model.base_path"]),
+        ("model: {base_path: /m, mixed_precision: {a_path: /x, sources: {a: /y}}}", ["'a'", "a_path", "sources"]),
+        ("model: {base_path: /m, mixed_precision: {derived: {fp8: {format: fp8}}}}", ["derived['fp8']", "'fp8'"]),
+        (
+            "model: {base_path: !!python/object/apply:os.system [true]}",
+            ["config.yaml", "os.system"],
+        ),
     ],
 )
-def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
+def test_mistakes_are_named(text: str, named: list[object], tmp_path: Path) -> None:
+    with raises(ConfigError, *named):
         load_settings(write(tmp_path, text), environ={})
-    assert message in str(error.value)
 
 
 def test_an_unknown_environment_variable_is_named(tmp_path: Path) -> None:
@@ -209,10 +211,8 @@ def test_a_text_means_what_its_setting_takes(key: str, text: str, expected: Any,
     ],
 )
 def test_a_text_that_a_setting_does_not_take_is_an_error(key: str, text: str, way: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
+    with raises(ConfigError, key, *([environment_name(key)] if way == "variable" else [])):
         read_by(way, key, text, tmp_path)
-    assert key in str(error.value)
-    assert way != "variable" or environment_name(key) in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["a # b", "#", "{x", "a: b", "[", " two  spaces ", "'quoted'", "*", "&a", "null"])

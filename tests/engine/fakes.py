@@ -47,7 +47,7 @@ class FakeDecoder:
         self.nan_token = None
 
     def compile(self, weights):
-        return SimpleNamespace(describe=dict, hidden=lambda: self._hidden, head=self._head)
+        return SimpleNamespace(describe=dict, hidden=lambda: self.hidden, head=self.head)
 
     def forward(self, context, weights):
         token_ids = context.token_ids
@@ -62,10 +62,10 @@ class FakeDecoder:
             context.observer.observe(0, expert_ids, torch.full(expert_ids.shape, 0.5))
         hashes = hashes + 1009 * weights.version_id
         is_nan = token_ids == (-1 if self.nan_token is None else self.nan_token)
-        self._hidden = torch.stack((hashes.double(), is_nan.double()), dim=1)
-        return self._head(self._hidden[context.logit_rows])
+        self.hidden = torch.stack((hashes.double(), is_nan.double()), dim=1)
+        return self.head(self.hidden[context.logit_rows])
 
-    def _head(self, hidden):
+    def head(self, hidden):
         hashes, is_nan = hidden[:, :1].long(), hidden[:, 1:].bool()
         logits = (_STRIDE * torch.arange(VOCAB_SIZE) + 31 * hashes) % VOCAB_SIZE * (8 / VOCAB_SIZE)
         return logits.float().masked_fill(is_nan, torch.nan)

@@ -15,6 +15,7 @@ from amalgam.engine.sampler import NonFiniteLogitsError
 from amalgam.experts.tracker import ExpertTracker
 from tests.engine.fakes import FakeDecoder, FakeVersion, greedy_tokens
 from tests.engine.running import GREEDY, Outputs, is_at_rest, random_prompts, wait_until
+from tests.errors import is_named
 
 
 class FailingDecoder(FakeDecoder):
@@ -32,7 +33,7 @@ class FailingDecoder(FakeDecoder):
         if self.error is not None:
             raise self.error
         logits = super().forward(context, weights)
-        self._hidden[:, 1] = 1
+        self.hidden[:, 1] = 1
         return logits.fill_(float("nan"))
 
 
@@ -72,7 +73,7 @@ def test_those_that_had_begun_to_answer_end_with_an_error_that_says_so(held):
     assert (last.finish_reason, last.usage.version) == (FinishReason.ERROR, 2)
     assert begun.token_ids == greedy_tokens([5], 1, 2)
     assert isinstance(last.error, WeightsFailedError)
-    assert "version 2" in str(last.error) and "version 1" in str(last.error)
+    assert is_named("version 2", str(last.error)) and is_named("version 1", str(last.error))
     assert waiting.last().error is None
     assert waiting.token_ids == greedy_tokens([6], 12, 1)
     assert (told[0].num_restarted, told[0].num_ended) == (0, 1)
@@ -203,9 +204,9 @@ def test_no_prompt_goes_round_between_versions_that_are_both_on_probation(make_e
 
 def test_a_prompt_for_a_vector_that_no_version_bears_is_its_own_fault(make_engine):
     decoder = FakeDecoder()
-    decoder._head = lambda hidden: FakeDecoder._head(decoder, hidden.nan_to_num())
+    decoder.head = lambda hidden: FakeDecoder.head(decoder, hidden.nan_to_num())
     decoder.compile = lambda weights: SimpleNamespace(
-        describe=dict, hidden=lambda: decoder._hidden * float("nan"), head=decoder._head
+        describe=dict, hidden=lambda: decoder.hidden * float("nan"), head=decoder.head
     )
     engine = make_engine(decoder, rollback_answers=8)
     engine.set_version(FakeVersion(2))

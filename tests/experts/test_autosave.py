@@ -11,6 +11,7 @@ import pytest
 from amalgam.errors import AmalgamError, ConflictError
 from amalgam.experts.saved.files import to_bytes
 from amalgam.experts.tracker import ExpertTracker
+from tests.errors import raises
 from tests.experts.routing import LAYER_IDS, START, TOP_K, Clock, busy_tracker, make_tracker, run_tokens
 
 
@@ -119,9 +120,8 @@ def test_two_processes_do_not_keep_their_statistics_in_one_file(tmp_path: Path) 
     path = tmp_path / "statistics.npz"
     first, second = make_tracker(Clock()), make_tracker(Clock())
     first.autosave_to(path)
-    with pytest.raises(ConflictError) as error:
+    with raises(ConflictError, path, "statistics.file"):
         second.autosave_to(path)
-    assert str(path) in str(error.value) and "statistics.file" in str(error.value)
     run_tokens(first, 3)
     first.close()
     first.close()

@@ -222,9 +222,8 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
 def test_a_full_folder_takes_no_more_files(tmp_path: Path) -> None:
     for index in range(1000):
         (tmp_path / f"{index}.json").touch()
-    with raises(ConfigError, tmp_path, 1000, "server.export_dir") as caught:
+    with raises(ConfigError, tmp_path, 1000, "server.export_dir"):
         write_file(tmp_path, "a.json", "{}")
-    assert str(tmp_path) in str(caught.value)
     assert not (tmp_path / "a.json").exists()
     assert write_file(tmp_path, "7.json", "{}").read_text() == "{}"  # in place of the old one
     (tmp_path / "8.json").unlink()

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from amalgam.composition.source import Source
-from amalgam.errors import AmalgamError, CheckpointError, UnsupportedError
+from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.formats.declared.config import parse_declaration, read_declaration
 from amalgam.formats.declared.keys import HARMLESS, TRANSFORMS, TRANSFORMS_OF_A_MODEL
 from amalgam.formats.declared.values import Declared
-from tests.errors import raises
+from tests.errors import is_named, raises
 from tests.formats.layouts import LAYOUTS, ct
 from tests.formats.published import PUBLISHED
 
@@ -210,10 +210,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_understood_is_refused_by_name(case: str) -> None:
-    config, message = REFUSED[case]
-    with pytest.raises((UnsupportedError, CheckpointError)) as error:
+    config, named = REFUSED[case]
+    with raises((UnsupportedError, CheckpointError), named, "config.json"):
         parse_declaration(config, "config.json")
-    assert message in str(error.value) and "config.json" in str(error.value)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -241,12 +240,9 @@ def test_a_key_that_nobody_reads_is_refused_by_name(name: str, path: tuple[str, 
         place = place[key]
     for value in (True, 1, "x", {"a": 1}, ["a"]):
         place["scale_is_squared"] = value
-        with pytest.raises(AmalgamError) as error:
+        keys = () if path[:1] == ("transform_config",) else (*path, "scale_is_squared")  # the former as a whole
+        with raises((UnsupportedError, CheckpointError), "config.json", *keys):
             parse_declaration(config, "config.json")
-        message = str(error.value)
-        assert "config.json" in message, value
-        if path[:1] != ("transform_config",):  # refused as a whole
-            assert "scale_is_squared" in message and all(part in message for part in path), value
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -267,9 +263,9 @@ def test_rotated_weights_are_refused_everywhere(name: str, key: str) -> None:
         {**PUBLISHED[name], "dynamic": {".*": {key: "hadamard"}}},
         {**PUBLISHED[name], "extra_config": {"model.layers.0.mlp.down_proj": {key: {"block_size": 32}}}},
     ):
-        with raises(UnsupportedError, "config.json") as error:
+        with raises(UnsupportedError, "config.json") as refused:
             parse_declaration(config, "config.json")
-        assert key in str(error.value) or "dynamic" in str(error.value) or "extra_config" in str(error.value)
+        assert any(is_named(part, str(refused.value)) for part in (key, "dynamic", "extra_config"))
 
 
 @pytest.mark.parametrize("key", sorted(TRANSFORMS_OF_A_MODEL))
@@ -397,11 +393,11 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any] | None, str]] = {
         {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 8}}},
         "8 bits",
     ),
-    "left alone, and quantized": ("int4", {**ct("pack-quantized", **INT4), "ignore": ["m.x"]}, "not quantized"),
+    "left alone, and quantized": ("int4", {**ct("pack-quantized", **INT4), "ignore": ["m.x"]}, "config.json"),
     "left alone by pattern, and quantized": (
         "fp8-block",
         {**LAYOUTS["fp8-block"].quantization, "modules_to_not_convert": ["x"]},
-        "not quantized",
+        "config.json",
     ),
     "quantized by name, and plain": (
         "bf16",
@@ -409,7 +405,7 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any] | None, str]] = {
             "quant_method": "compressed-tensors",
             "config_groups": {"a": {"targets": ["m.x"], "weights": INT4, "format": "pack-quantized"}},
         },
-        "plain bf16",
+        "bf16",
     ),
     "groups in an order that nothing tells": (
         "gptq-int4",
@@ -427,10 +423,9 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any] | None, str]] = {
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_tensors_that_contradict_are_refused_by_name(case: str, tmp_path: Path) -> None:
-    layout, quantization, message = CONTRADICTIONS[case]
-    with pytest.raises(AmalgamError) as error:
+    layout, quantization, named = CONTRADICTIONS[case]
+    with raises((UnsupportedError, CheckpointError), named, "m.x"):
         open_as(tmp_path, layout, quantization)
-    assert message in str(error.value) and "m.x" in str(error.value)
 
 
 def test_plain_weights_among_quantized_ones_are_what_they_are(tmp_path: Path) -> None:

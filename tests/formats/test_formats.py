@@ -22,6 +22,7 @@ from amalgam.kernels.layouts import pack_nibbles
 from amalgam.kernels.packed import Layout, PackedWeight
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
+from tests.errors import raises
 from tests.formats.layouts import LAYOUTS, get_format
 
 CASES = [
@@ -196,10 +197,10 @@ BROKEN = {
         [("x.weight", torch.zeros(4, 8, dtype=torch.int8)), ("x.weight_scale", torch.ones(4, dtype=torch.int32))],
         "int32",
     ),
-    "integers without a scale": ([("x.weight", torch.zeros(4, 8, dtype=torch.int32))], "no format recognises"),
+    "integers without a scale": ([("x.weight", torch.zeros(4, 8, dtype=torch.int32))], "int32"),
     "an unknown companion": (
         [("x.weight", torch.ones(4, 8)), ("x.weight_scale", torch.ones(4))],
-        "no format recognises",
+        "weight_scale",
     ),
     "groups that do not divide": (
         [
@@ -207,23 +208,21 @@ BROKEN = {
             ("x.weight_scale", torch.ones(4, 3)),
             ("x.weight_shape", torch.tensor([4, 32])),
         ],
-        "3 groups for 32 inputs",
+        "3 groups",
     ),
     "packed without a shape": (
         [("x.weight_packed", torch.zeros(4, 4, dtype=torch.int32)), ("x.weight_scale", torch.ones(4, 1))],
-        "no format recognises",
+        "weight_packed",
     ),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_contradictions_are_refused_by_name(case: str, tmp_path: Path) -> None:
-    tensors, message = BROKEN[case]
+    tensors, named = BROKEN[case]
     write_checkpoint(tmp_path, tensors)
-    with pytest.raises(CheckpointError) as error:
+    with raises(CheckpointError, named, "x.weight"):
         Source.open("test", str(tmp_path))
-    assert message in str(error.value)
-    assert "x.weight" in str(error.value)
 
 
 def test_lying_shape_and_group_index_are_refused_when_read(tmp_path: Path) -> None:
@@ -232,7 +231,7 @@ def test_lying_shape_and_group_index_are_refused_when_read(tmp_path: Path) -> No
         "x.weight_scale": torch.ones(4, 4),
         "x.weight_shape": torch.tensor([4, 32]),
     }
-    for name, tensor, message in (
+    for name, tensor, named in (
         ("x.weight_shape", torch.tensor([4, 31]), "[4, 31]"),
         ("x.weight_g_idx", torch.full((32,), 4, dtype=torch.int32), "0..3"),
     ):
@@ -243,9 +242,8 @@ def test_lying_shape_and_group_index_are_refused_when_read(tmp_path: Path) -> No
         declared = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
         (folder / "config.json").write_text(json.dumps({"quantization_config": declared}))
         source = Source.open("test", str(folder))
-        with pytest.raises(CheckpointError) as error:
+        with raises(CheckpointError, named):
             source.load(source.weights["x.weight"])
-        assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -161,12 +161,11 @@ def test_a_number_of_groups_that_no_size_makes_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("columns", "works"), [(192, ("64", "32")), (160, ("32", "16")), (200, ("8",))])
 def test_quantizing_names_a_size_that_works(columns: int, works: tuple[str, ...]) -> None:
     int4 = writable_format("int4")
-    with pytest.raises(ConfigError) as error:
+    with raises(ConfigError, columns, *works):
         int4.grid((8, columns), torch.bfloat16, QuantizeOptions(group_size=128))
-    assert str(columns) in str(error.value) and all(size in error.value.remedy for size in works)
     for size in works:
         assert int4.grid((8, columns), torch.bfloat16, QuantizeOptions(group_size=int(size))).block == (1, int(size))
     assert columns % int4.grid((8, columns), torch.bfloat16).block[1] == 0
-    with raises(ConfigError, "int8") as error:
+    with raises(ConfigError, "int8"):
         int4.grid((8, 100), torch.bfloat16)
     assert writable_format("int8").grid((8, 100), torch.bfloat16)

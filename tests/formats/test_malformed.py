@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from amalgam.composition.source import Source
-from amalgam.errors import AmalgamError
+from amalgam.errors import CheckpointError, UnsupportedError
 from amalgam.formats.registry import all_formats
 from amalgam.kernels.backends.reference import operators as reference
 from amalgam.kernels.layouts import dense
+from tests.errors import raises
 from tests.formats.layouts import LAYOUTS, Layout, Tensors
 
 ROWS, COLUMNS = 64, 128
@@ -101,9 +102,8 @@ def test_damage_is_refused_by_name(name: str, damage: Damage, tmp_path: Path) ->
     torch.manual_seed(5)
     tensors = layout.make(ROWS, COLUMNS)
     damage(tensors)
-    with pytest.raises(AmalgamError) as error:
+    with raises((CheckpointError, UnsupportedError), "x") as refused:
         source = open_layout(tmp_path, layout, tensors)
         for stored in source.weights.values():
             source.load(stored)
-    assert "x." in str(error.value)
-    assert len(str(error.value)) < 1500
+    assert len(str(refused.value)) < 1500

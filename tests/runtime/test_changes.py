@@ -83,7 +83,7 @@ def test_what_a_change_asks_for_is_one_thing() -> None:
         merged(RULES, {"nothing": None})
     with pytest.raises(PlanError):
         merged(RULES, {})
-    with raises(RequestError, "weight_mapping and reload"):
+    with raises(RequestError, "weight_mapping", "reload"):
         ChangeRequest({"a": "base"}, is_reload=True)
     with pytest.raises(RequestError):
         ChangeRequest()

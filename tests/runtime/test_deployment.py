@@ -21,7 +21,7 @@ from amalgam.composition.source import Source
 from amalgam.config.settings import build_settings, load_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation
-from amalgam.errors import AmalgamError, CheckpointError, ConfigError, ConflictError, PlanError, UnavailableError
+from amalgam.errors import CheckpointError, ConfigError, ConflictError, PlanError, UnavailableError
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from tests.conftest import DEMO, write_demo_config
@@ -164,21 +164,20 @@ def test_a_remap_loads_only_what_changed(deployment: Deployment) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mapping", "message"),
+    ("mapping", "named"),
     [
-        ({}, "empty"),
+        ({}, "weight_mapping"),
         ({EXPERTS: "int3"}, "int3"),
         ({EXPERTS: "../etc"}, "../etc"),
         ({"model.layers.7.*": "int4"}, "model.layers.7.*"),
-        ({"": "int4"}, "pattern"),
+        ({"": "int4"}, "''"),
         ({"model.layers.[": "int4"}, "model.layers.["),
     ],
 )
-def test_a_bad_mapping_changes_nothing(shared: Deployment, mapping: dict[str, str], message: str) -> None:
+def test_a_bad_mapping_changes_nothing(shared: Deployment, mapping: dict[str, str], named: str) -> None:
     before, rules = shared.version, shared.rules
-    with pytest.raises(AmalgamError) as error:
+    with raises((ConfigError, PlanError), named):
         shared.update_weight_mapping(mapping)
-    assert message in str(error.value)
     assert shared.version is before
     assert shared.rules == rules
     assert len(run(shared, [1])[0].token_ids) > 0
@@ -229,11 +228,11 @@ def test_a_load_that_fails_lets_go_of_the_statistics_file(
     settings = load_settings(demo_config, {"statistics.file": str(tmp_path / "statistics.npz")}, {})
 
     def fail(*_: object) -> None:
-        raise CheckpointError("A shard is missing.")
+        raise CheckpointError("The file model-2.safetensors is missing.")
 
     with monkeypatch.context() as patch:
         patch.setattr(Source, "load", fail)
-        with raises(CheckpointError, "A shard is missing."):
+        with raises(CheckpointError, "model-2.safetensors"):
             open_deployment(settings)
     with FileLock(tmp_path / "statistics.npz") as lock:
         assert lock.try_acquire()

@@ -159,7 +159,7 @@ def test_a_draft_takes_no_memory_for_what_the_model_has_got_meanwhile(
         def fail(*parts: Any) -> None:
             raise MemoryError
 
-        monkeypatch.setattr("amalgam.runtime.speculation._build_own_draft", fail)
+        monkeypatch.setattr("amalgam.runtime.speculation.build_own_draft", fail)
         assert deployment.update_weight_mapping({EXPERTS: "base"}).version == deployment.version_id
         assert speculator.proposer.version is deployment.version
         assert {answer.error for answer in run(deployment, 2)} == {None}

@@ -19,5 +19,5 @@ def test_a_set_is_not_merged_under_a_name_that_is_refused(tmp_path: Path, monkey
     served = ExpertStatistics(tracker, lambda: pytest.fail("no weights are asked for"), "a")
     assert served.save_set(tmp_path, "a").file_name == "a.safetensors"
     monkeypatch.setattr(statistics, "load_named", lambda *_: pytest.fail("no set is read"))
-    with raises(RequestError, "name is '../x'"):
+    with raises(RequestError, "name", "'../x'"):
         served.save_set(tmp_path, "../x", ["a"])

@@ -19,26 +19,46 @@ from amalgam.evaluation.running import Contestant
 from amalgam.evaluation.texts import Sample, Window
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
+from amalgam.planning.shadow import Comparison
 from amalgam.planning.trial_plans import CanaryLimits, CanaryPlan, ShadowLimits, ShadowPlan
-from amalgam.runtime import trial
+from amalgam.runtime import opening, trial
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.trial import TrialState
 from tests.conftest import write_demo_config
-from tests.errors import raises
+from tests.errors import is_named, raises
 
 EXPERTS = "model.layers.*.mlp.experts.*"
 TEXTS = ["The old man looked at the sea. ", "明月几时有，把酒问青天。", "def main(argv):\n    ", "import os\n"]
 CHOSEN = Observation(may_move=True)  # as the server says of a request that asks for no weights
 
 
+class Follower:
+    """In the place of a draft model: it is told which weights are in use."""
+
+    speculator = None
+
+    def __init__(self) -> None:
+        self.on_weights: Callable[[WeightVersion], None] = lambda version: None
+
+    def follow(self, loader: object, rules: object, version: WeightVersion, progress: object = None) -> None:
+        self.on_weights(version)
+
+
 @pytest.fixture(scope="module")
-def opened(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def follower() -> Follower:
+    return Follower()
+
+
+@pytest.fixture(scope="module")
+def opened(derived: Path, follower: Follower, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     config = write_demo_config(tmp_path_factory.mktemp("trial"), derived)
     limits = {"inference.max_seq_length": 256, "inference.max_batch_size": 8, "engine.rollback_answers": 2}
-    deployment = open_deployment(load_settings(config, limits, {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "open_speculation", lambda *_: follower)
+        deployment = open_deployment(load_settings(config, limits, {}))
     yield deployment
     deployment.close()
 
@@ -206,16 +226,19 @@ class TestShadow:
         self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shadow = deployment.trials.start_shadow(ShadowPlan("other", 1.0, max_share=1.0))
-        compare = shadow._comparison.add
+        compare, compared = Comparison.add, list[bool]()
 
-        def compare_broken(token_ids: Sequence[int], num_prompt_tokens: int) -> bool:
+        def compare_broken(comparison: Comparison, token_ids: Sequence[int], num_prompt_tokens: int) -> bool:
             with monkeypatch.context() as patched:
                 break_version(patched, shadow.candidate_id)
                 break_version(patched, shadow.now_id)
-                return compare(token_ids, num_prompt_tokens)
+                compared.append(compare(comparison, token_ids, num_prompt_tokens))
+                return compared[-1]
 
-        monkeypatch.setattr(shadow._comparison, "add", compare_broken)
-        assert not compare_broken(deployment.tokenizer.encode(TEXTS[0]), 2)
+        monkeypatch.setattr(Comparison, "add", compare_broken)
+        ask(deployment, 1)
+        wait_until(lambda: compared != [])
+        assert compared == [False]
         assert shadow.is_running and shadow.num_requests == 0
 
     def test_nan_in_the_candidate_rejects_it(self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,24 +264,24 @@ class TestRollback:
         assert deployment.version_id == deployment.engine.version.version_id == before
         wait_until(lambda: deployment.remaps[-1].error is not None)
         record = deployment.remaps[-1]
-        assert (record.version, record.previous_version) == (before, result.version) and "NaN" in str(record.error)
+        assert (record.version, record.previous_version) == (before, result.version)
+        assert record.error is not None and is_named("NaN", record.error)
         wait_until(lambda: deployment.jobs.read()[-1].kind == "failed_version")
         assert deployment.jobs.read()[-1].error == record.error
 
     def test_what_follows_the_weights_in_use_ends_with_those_before_if_the_new_ones_fail_at_once(
-        self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+        self, deployment: Deployment, follower: Follower, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before, followed = deployment.version_id, list[int]()
         break_version(monkeypatch, deployment.versions.find("other").version_id)
 
-        class Follower:
-            def follow(self, loader: object, rules: object, version: WeightVersion, progress: object) -> None:
-                if version.version_id != before:  # the change is still at it
-                    ask(deployment, 4)
-                    assert deployment.version_id == before
-                followed.append(version.version_id)
+        def follow(version: WeightVersion) -> None:
+            if version.version_id != before:  # the change is still at it
+                ask(deployment, 4)
+                assert deployment.version_id == before
+            followed.append(version.version_id)
 
-        monkeypatch.setattr(deployment._remapper, "_speculation", Follower())
+        monkeypatch.setattr(follower, "on_weights", follow)
         result = deployment.change(ChangeRequest(version="other"))
         wait_until(lambda: deployment.jobs.read()[-1].kind == "failed_version" and len(followed) == 2)
         assert followed == [result.version, before]

@@ -55,17 +55,17 @@ class FakeStream:
     """The outputs of one request; closing it ends the request even before any output has been asked for."""
 
     def __init__(self, engine: FakeEngine, request_id: int, outputs: AsyncGenerator[RequestOutput]) -> None:
-        self._engine, self._request_id, self._outputs = engine, request_id, outputs
+        self._engine, self.request_id, self.outputs = engine, request_id, outputs
 
     def __aiter__(self) -> FakeStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        return await anext(self._outputs)
+        return await anext(self.outputs)
 
     async def aclose(self) -> None:
-        await self._outputs.aclose()
-        self._engine.end(self._request_id)
+        await self.outputs.aclose()
+        self._engine.end(self.request_id)
 
 
 @dataclass
@@ -119,7 +119,7 @@ class FakeEngine:
         self.max_running = max(self.max_running, len(self.running))
         self.meter.set_load(Load(len(self.running)))
         version_id = (version or self.version).version_id
-        outputs = self._answer(self.num_submitted, prompt_ids, params, observation, version_id)
+        outputs = self.outputs_of(self.num_submitted, prompt_ids, params, observation, version_id)
         return FakeStream(self, self.num_submitted, outputs)
 
     def end(self, request_id: int) -> None:
@@ -127,7 +127,7 @@ class FakeEngine:
         self.running.discard(request_id)
         self.meter.set_load(Load(len(self.running)))
 
-    async def _answer(
+    async def outputs_of(
         self,
         request_id: int,
         prompt_ids: Sequence[int],

@@ -62,7 +62,7 @@ class WrittenEngine(FakeEngine):
         self.prompts.append("".join(self.vocabulary[token_id] for token_id in prompt_ids))
         return WrittenStream(self, super().stream(prompt_ids, *arguments, **fields))
 
-    async def _answer(
+    async def outputs_of(
         self, request_id: int, prompt_ids: Any, params: Any, observation: Any, version_id: int
     ) -> AsyncGenerator[RequestOutput]:
         try:
@@ -97,12 +97,12 @@ class WrittenEngine(FakeEngine):
 
 class WrittenStream(FakeStream):
     def __init__(self, engine: WrittenEngine, stream: FakeStream) -> None:
-        super().__init__(engine, stream._request_id, stream._outputs)
+        super().__init__(engine, stream.request_id, stream.outputs)
         self._written = engine
 
     def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         self._written.num_cancelled += 1
-        self._written.cancelled[self._request_id] = reason
+        self._written.cancelled[self.request_id] = reason
 
 
 @dataclass
@@ -291,13 +291,13 @@ def test_an_echo_and_its_answer_are_one_text() -> None:
 def test_a_stop_string_is_not_shown_where_it_would_complete_something() -> None:
     """`include_stop_str_in_output` adds it behind what the engine gives."""
     setup = server("forbid", WORD)
-    original = setup.engine._answer
+    original = setup.engine.outputs_of
 
     async def stopped(*arguments: Any) -> AsyncGenerator[RequestOutput]:
         async for output in original(*arguments):
             yield output._replace(stopped_by="den") if output.is_finished else output
 
-    setup.engine._answer = stopped  # type: ignore[method-assign]
+    setup.engine.outputs_of = stopped  # type: ignore[method-assign]
     body = {"prompt": "x ", "stop": "den", "include_stop_str_in_output": True}
     choice = setup.call("/v1/completions", body).json()["choices"][0]
     assert (choice["text"], choice["stop_reason"]) == ("forbid", None)
@@ -514,7 +514,7 @@ def test_a_token_tells_nothing_that_stands_behind_a_stop_string() -> None:
         yield RequestOutput(1, "fine", ids, FinishReason.STOP, None, usage, stopped_by=" ")
         engine.end(1)
 
-    engine._answer = stopped  # type: ignore[method-assign]
+    engine.outputs_of = stopped  # type: ignore[method-assign]
     answer = setup.call("/v1/completions", {"prompt": "x", "stop": " ", "return_token_ids": True}).json()
     assert [engine.vocabulary[token_id] for token_id in answer["choices"][0]["token_ids"]] == ["fine"]
     assert answer["usage"]["completion_tokens"] == 2

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
-
 from amalgam.server.local import LocalServer
 from tests.server.fakes import FakeDeployment, fake_settings
 
@@ -33,10 +31,9 @@ def test_a_body_is_no_longer_than_the_line_that_it_comes_from() -> None:
         assert ask("/tokenize", {"prompt": "月" * count}, max_body_bytes=1024)[0] == status
 
 
-def test_a_document_that_is_refused_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    deployment = FakeDeployment()
+def test_a_document_that_is_refused_is_not_read() -> None:
+    deployment = FakeDeployment(tokenizer_override=object())
     deployment.engine.num_waiting = 10**6
-    monkeypatch.setattr("amalgam.server.api.summaries._token_starts", None)
     sizes = {"chunk_tokens": 20, "overlap_tokens": 2, "max_summary_tokens": 8}
     status, answer = ask("/summarize", {"text": "abc", **sizes}, deployment)
     assert (status, answer["error"]["type"]) == (503, "overloaded")

@@ -13,7 +13,7 @@ import pytest
 from amalgam.errors import RequestError
 from amalgam.text import sandbox
 from amalgam.text.chat import ChatPrompt, ChatTemplates
-from amalgam.text.gguf.metadata import _chat_templates
+from amalgam.text.gguf.metadata import chat_templates
 from amalgam.text.rendering import TemplateError
 from tests.errors import raises
 from tests.lazy import Lazy
@@ -261,8 +261,8 @@ def test_a_template_cannot_change_what_it_is_given() -> None:
 
 def test_templates_of_a_gguf_file_by_name() -> None:
     key = "tokenizer.chat_template"
-    assert _chat_templates({key: "a", f"{key}.tool_use": "b", f"{key}s": ["tool_use"]}) == {
+    assert chat_templates({key: "a", f"{key}.tool_use": "b", f"{key}s": ["tool_use"]}) == {
         "default": "a", "tool_use": "b",
     }  # fmt: skip
-    assert _chat_templates({key: "a"}) == "a"
-    assert _chat_templates({}) is None
+    assert chat_templates({key: "a"}) == "a"
+    assert chat_templates({}) is None

@@ -174,8 +174,13 @@ class PickleShard:
         check_unchanged(self.identity, identify(self.file))
         return self._loaded()[entry.name]
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether pages that were read were not there any more."""
+        return any(watch.has_lost for watch in self._watches)
+
     def check(self) -> None:
-        check_read(self.identity, has_lost=any(watch.has_lost for watch in self._watches))
+        check_read(self.identity, has_lost=self.has_lost)
 
     def release(self, entry: TensorEntry) -> None:
         """Nothing: torch owns the mapping."""

@@ -55,7 +55,7 @@ class Speculation:
         if self.settings.kind != "self" or not isinstance(proposer, DraftProposer):
             return
         try:
-            draft = _build_own_draft(self.settings, loader, rules, (version, proposer.version), progress)
+            draft = build_own_draft(self.settings, loader, rules, (version, proposer.version), progress)
         except Exception as error:
             if not isinstance(error, UnavailableError):  # the model is being closed
                 logger.warning("The draft has the model's own weights, whose guesses save nothing. %s", error)
@@ -122,7 +122,7 @@ def open_speculation(
         proposer = NgramProposer(wanted.min_match)
     elif wanted.kind == "self":
         rules = settings.model.mixed_precision.all_rules
-        draft = _build_own_draft(wanted, loader, rules, (version,), progress)
+        draft = build_own_draft(wanted, loader, rules, (version,), progress)
         proposer = _draft_proposer(settings, loader.spec, draft, device)
     else:
         other = _draft_loader(settings, device)
@@ -202,7 +202,7 @@ def _check_other_model(
             )
 
 
-def _build_own_draft(
+def build_own_draft(
     settings: SpeculationSettings,
     loader: ModelLoader,
     rules: Sequence[Rule],

@@ -59,7 +59,7 @@ def test_a_set_of_before_is_found_and_replaced(tmp_path: Path) -> None:
 def test_a_full_folder_takes_sets_in_place_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    monkeypatch.setattr(module, "_MAX_FILES", 1)
+    monkeypatch.setattr(module, "MAX_FILES", 1)
     saved = busy_tracker(0).saved_set()
     save(saved, tmp_path / f"a{ending}")
     with raises(ConfigError, 1, tmp_path):

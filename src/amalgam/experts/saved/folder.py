@@ -15,7 +15,7 @@ from amalgam.experts.saved.files import load, to_bytes
 from amalgam.experts.saved.names import MAX_FILE_NAME_CHARS, NPZ, SAFE_NAME, SUFFIX, SUFFIXES, check_name, is_name
 from amalgam.experts.saved.sets import SavedSet
 
-_MAX_FILES = 1000  # a client could fill the disk
+MAX_FILES = 1000  # a client could fill the disk
 
 
 def save_named(folder: str | Path, name: str, saved: SavedSet) -> Path:
@@ -75,9 +75,9 @@ def _write(folder: str | Path, name: str, content: str | bytes, in_place_of: Ite
     """
     target = Path(folder) / name
     try:
-        if not any(map(Path.exists, map(target.with_name, in_place_of))) and _num_files(target.parent) >= _MAX_FILES:
+        if not any(map(Path.exists, map(target.with_name, in_place_of))) and _num_files(target.parent) >= MAX_FILES:
             raise ConfigError(
-                f"The export folder {str(folder)!r} holds {_MAX_FILES} files, the most that are kept there.",
+                f"The export folder {str(folder)!r} holds {MAX_FILES} files, the most that are kept there.",
                 remedy="Remove those that are not needed, or set server.export_dir to another folder.",
             )
         return replace_file(target, content)

@@ -88,7 +88,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
         }
         wrapped = PreTrainedTokenizerFast(
             tokenizer_object=backend,
-            chat_template=_chat_templates(metadata),
+            chat_template=chat_templates(metadata),
             clean_up_tokenization_spaces=False,
             **named,
         )
@@ -104,7 +104,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Any, froze
     return wrapped, ends
 
 
-def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+def chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
     """`tokenizer.chat_template`, and others by name behind it."""
     named = {key.removeprefix(_TEMPLATE).lstrip("."): value for key, value in metadata.items()
              if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")}  # fmt: skip
