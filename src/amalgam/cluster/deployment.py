@@ -180,10 +180,10 @@ class ClusterEngine:
     def check_prompt_length(self, num_tokens: int) -> NoReturn:
         _not_here("The gateway computes nothing.")
 
-    def stream(self, *arguments: Any) -> NoReturn:
+    def stream(self, *arguments: Any, **named: Any) -> NoReturn:
         _not_here("The gateway computes nothing.")
 
-    def embed(self, *arguments: Any) -> NoReturn:
+    def embed(self, *arguments: Any, **named: Any) -> NoReturn:
         _not_here("The gateway computes nothing.")
 
     def between_steps(self) -> NoReturn:
@@ -371,7 +371,7 @@ class ClusterTrials:
     def num_failed_versions(self) -> int:
         return self._coordinator.num_failed_versions
 
-    def _refuse(self, *arguments: Any) -> NoReturn:
+    def _refuse(self, *arguments: Any, **named: Any) -> NoReturn:
         raise UnsupportedError(
             "Candidates are not tried on several replicas.",
             remedy="Try them with `amalgam serve`, or name a version and send requests to it.",

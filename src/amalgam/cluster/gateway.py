@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 from starlette.middleware import Middleware
 from starlette.types import Receive, Scope, Send
@@ -89,10 +88,7 @@ class Gateway:
             if self._stopping.wait(LOOK_SECONDS):
                 raise UnavailableError("The gateway is stopping.")
         self.service.more_families = lambda: families(self._routing, self._counts, coordinator)
-        deployment = ClusterDeployment(
-            self._settings, description, members, self._routing, coordinator, self._stopping.set
-        )
-        return cast(Deployment, deployment)
+        return ClusterDeployment(self._settings, description, members, self._routing, coordinator, self._stopping.set)
 
     async def _look(self) -> None:
         """Ask all replicas for their state, again and again."""

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -71,6 +71,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorAnswer, "description": "Loading, draining or overloaded; see Retry-After"},
 }
 
+D = TypeVar("D", bound=Deployment)
+
 UNDOCUMENTED_PAGES = {"/dashboard", "/docs", "/openapi.json"}
 YOUNG_OBJECTS = 10_000  # that the garbage collector waits for; 700 are a fraction of one request
 
@@ -109,14 +111,14 @@ def run(settings: Settings, open_deployment: Callable[[], Deployment], stopping:
     return 0
 
 
-def settling(open_deployment: Callable[[], Deployment]) -> Callable[[], Deployment]:
+def settling(open_deployment: Callable[[], D]) -> Callable[[], D]:
     """The same, and what is in memory then stays out of the garbage collector's sight.
 
     It lives as long as the process. To go over its several hundred thousand objects stops every thread for a tenth of a
     second, and a request with many small objects sets that off several times.
     """
 
-    def open_and_settle() -> Deployment:
+    def open_and_settle() -> D:
         deployment = open_deployment()
         gc.collect()
         gc.freeze()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import FinishReason, Observation, RequestOutput, TokenLogprobs, Usage
 from amalgam.server.filters import Filters, RefusedPrompt
 from amalgam.server.http.record import current_record
 from amalgam.server.interface import Deployment, Engine, OutputStream, Tokenizer
+from amalgam.server.wrapping import WrappedDeployment, WrappedEngine
 from amalgam.text.filters.passing import Found, Passed
 from amalgam.text.stream import TextStream
 
@@ -26,30 +27,24 @@ if TYPE_CHECKING:
 
 def filtering(deployment: Deployment, filters: Filters) -> Deployment:
     """`deployment`, with its engine's answers filtered."""
-    return cast(Deployment, _FilteredDeployment(deployment, filters))
+    return _FilteredDeployment(deployment, filters)
 
 
-class _FilteredDeployment:
+class _FilteredDeployment(WrappedDeployment):
     def __init__(self, deployment: Deployment, filters: Filters) -> None:
-        self._deployment = deployment
+        super().__init__(deployment)
         self._filters = filters
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._deployment, name)
 
     @property
     def engine(self) -> Engine:
-        return cast(Engine, _FilteredEngine(self._deployment, self._filters))
+        return _FilteredEngine(self.wrapped, self._filters)
 
 
-class _FilteredEngine:
+class _FilteredEngine(WrappedEngine):
     def __init__(self, deployment: Deployment, filters: Filters) -> None:
+        super().__init__(deployment.engine)
         self._deployment = deployment
-        self._engine = deployment.engine
         self._filters = filters
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
 
     def stream(
         self,
@@ -64,7 +59,7 @@ class _FilteredEngine:
             if (record := current_record.get()) is not None:
                 record.finish_reasons.append(FinishReason.CONTENT_FILTER.value)
             return _Refusal(prompt_ids.answer, self._deployment.version_id)
-        outputs = self._engine.stream(prompt_ids, params, observation, constraint, version)
+        outputs = self.wrapped.stream(prompt_ids, params, observation, constraint, version)
         if not self._filters.looks_at("answers"):
             return outputs
         return _FilteredStream(outputs, self._filters, self._deployment.tokenizer, prompt_ids, params)

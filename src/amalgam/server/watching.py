@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from amalgam.engine.params import MAX_PRIORITY, SamplingParams
 from amalgam.engine.request import FinishReason, Observation, RequestOutput
@@ -17,6 +17,7 @@ from amalgam.errors import AmalgamError, OverloadedError, RequestError
 from amalgam.server.http.keys import ForbiddenError
 from amalgam.server.http.record import RequestRecord, current_record
 from amalgam.server.interface import Deployment, Engine, OutputStream
+from amalgam.server.wrapping import WrappedDeployment, WrappedEngine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,28 +38,16 @@ class RequestTimeoutError(AmalgamError):
 
 def watched(deployment: Deployment) -> Deployment:
     """`deployment`, with its engine watched."""
-    return cast(Deployment, _WatchedDeployment(deployment))
+    return _WatchedDeployment(deployment)
 
 
-class _WatchedDeployment:
-    def __init__(self, deployment: Deployment) -> None:
-        self._deployment = deployment
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._deployment, name)
-
+class _WatchedDeployment(WrappedDeployment):
     @property
     def engine(self) -> Engine:
-        return cast(Engine, _WatchedEngine(self._deployment.engine))
+        return _WatchedEngine(self.wrapped.engine)
 
 
-class _WatchedEngine:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
+class _WatchedEngine(WrappedEngine):
     def stream(
         self,
         prompt_ids: Sequence[int],
@@ -74,9 +63,9 @@ class _WatchedEngine:
         """
         record = current_record.get()
         if record is None:
-            return self._engine.stream(prompt_ids, params, observation, constraint, version)
+            return self.wrapped.stream(prompt_ids, params, observation, constraint, version)
         params, observation = _with_priority(record, params), _with_arrival(record, observation)
-        outputs = self._engine.stream(prompt_ids, params, observation, constraint, version or record.weights)
+        outputs = self.wrapped.stream(prompt_ids, params, observation, constraint, version or record.weights)
         _note_prompt(record, prompt_ids)
         return _WatchedStream(outputs, record)
 
@@ -90,9 +79,9 @@ class _WatchedEngine:
         """See `Engine.embed`."""
         record = current_record.get()
         if record is None:
-            return await self._engine.embed(prompt_ids, pooling, observation, version)
+            return await self.wrapped.embed(prompt_ids, pooling, observation, version)
         version = version or record.weights
-        result = self._engine.embed(prompt_ids, pooling, _with_arrival(record, observation), version)
+        result = self.wrapped.embed(prompt_ids, pooling, _with_arrival(record, observation), version)
         is_taken = True
         try:
             return await _in_time(record, result)

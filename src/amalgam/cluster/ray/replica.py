@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -31,7 +31,7 @@ class Replica:
         share_one_heap()
         let_threads_sleep()
 
-        def load() -> Any:
+        def load() -> Deployment:
             from amalgam.runtime.opening import open_deployment
             from amalgam.text.grammar import prepare_grammars
 
@@ -39,8 +39,7 @@ class Replica:
             prepare_grammars(deployment.tokenizer)  # in the first request it would hold up all others
             return deployment
 
-        deployment = await asyncio.to_thread(settling(load))
-        self.member = Member(cast("Deployment", deployment), settings)
+        self.member = Member(await asyncio.to_thread(settling(load)), settings)
         await self.member.start()
 
     async def answer(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:

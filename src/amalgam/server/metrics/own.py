@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client.core import Metric
 
@@ -17,14 +16,11 @@ from amalgam.engine.meter import SpeculationCounts
 from amalgam.engine.request import FinishReason
 from amalgam.planning.trial_plans import WHICH
 from amalgam.runtime.changes import RemapRecord
-from amalgam.server.interface import Statistics
+from amalgam.server.interface import Statistics, Trials
 from amalgam.server.metrics.catalogue import PREFIX
 from amalgam.server.metrics.families import EngineFigures, Families
 from amalgam.server.service import Service, Status
 from amalgam.version import __version__
-
-if TYPE_CHECKING:
-    from amalgam.runtime.trial import Trials
 
 _LAYER_GAUGES = ("max_to_mean", "normalized_entropy", "gini", "num_used_experts", "num_hot_experts")
 
