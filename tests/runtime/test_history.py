@@ -118,6 +118,15 @@ def test_a_line_that_is_half_written_is_passed_over(path: Path, num_bytes: int) 
     file.close()
 
 
+def test_a_line_that_two_readers_would_read_differently_is_passed_over(path: Path) -> None:
+    written(path, START, CHANGE)
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join((first, second[:-1] + b', "version": 7}', second[:-1] + b', "seconds": NaN}')))
+    file = HistoryFile(path)
+    assert list(file.records) == [START]
+    file.close()
+
+
 def test_a_full_disk_ends_nothing(path: Path) -> None:
     file = HistoryFile(path)
     file.add(START)

@@ -374,6 +374,20 @@ def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert load_settings(out, environ={}).model.name == "demo"
 
 
+def test_a_file_that_cannot_be_replaced_whole_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.yaml"
+    out.write_text("precious")
+    analysis = analyze_checkpoint(str(DEMO))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with raises(ConfigError, out):
+        export_config(analysis, out, {}, force=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
 @pytest.mark.parametrize("precision", ["", "-fp8", "fp8: x", "a/b", "a\nb", "x" * 65])
 def test_an_impossible_precision_is_refused(precision: str, tmp_path: Path) -> None:
     with raises(ConfigError, "mlp"):

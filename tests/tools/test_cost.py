@@ -145,6 +145,35 @@ def test_what_is_no_measurement_is_refused(tmp_path: Path, text: str) -> None:
         read_measurements(tmp_path / "none", 1.0)
 
 
+@pytest.mark.parametrize(
+    ("document", "key", "value"),
+    [
+        ({**BENCH, "model": 3}, "model", "3"),
+        ({**BENCH, "measurements": {}}, "measurements", "{}"),
+        ({**BENCH, "measurements": [{"name": "load", "unit": "s"}, {"unit": "tokens/s"}]}, "measurements[1].name", ""),
+        (
+            {**BENCH, "measurements": [{"name": "load", "unit": "tokens/s", "value": "fast"}]},
+            "measurements[0].value",
+            "'fast'",
+        ),
+        ({**SERVE, "server": {}}, "server.model", ""),
+        ({**SERVE, "points": [{**SERVE["points"][0], "tokens": {"prompt": 1}}]}, "points[0].tokens.output", ""),
+        ({**SERVE, "points": [{**SERVE["points"][0], "load": 2}]}, "points[0].load", "2"),
+    ],
+)
+def test_what_is_wrong_in_a_measurement_is_named(document: dict[str, Any], key: str, value: str) -> None:
+    with raises(RequestError, "a test", key, *([value] if value else [])):
+        measurements_of(document, 0.0, "a test")
+
+
+def test_a_measurement_that_two_readers_would_read_differently_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    for text, named in (('{"model": "a", "model": "b"}', "'model'"), ('{"model": NaN}', "NaN")):
+        file.write_text(text)
+        with raises(RequestError, file, named):
+            read_measurements(file, 0.0)
+
+
 def test_a_table_and_its_last_line_are_read(tmp_path: Path) -> None:
     file = tmp_path / "bench.txt"
     file.write_text("some table\n" + json.dumps(BENCH) + "\n")

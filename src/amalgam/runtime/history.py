@@ -29,6 +29,7 @@ from pydantic import TypeAdapter
 
 from amalgam.base.files import replace_file
 from amalgam.base.locks import FileLock
+from amalgam.base.strict_json import parse_json
 from amalgam.config.settings import Rule
 from amalgam.errors import ConfigError, ConflictError
 from amalgam.runtime.changes import MAX_REMAPS, RemapRecord
@@ -167,7 +168,7 @@ class HistoryFile:
             if not line.strip():
                 continue
             try:
-                data = json.loads(line)
+                data = parse_json(line)
                 if data.keys() == {_SOUND}:
                     self._sound_ids.add(_VERSION_ID.validate_python(data[_SOUND]))
                     continue
@@ -178,7 +179,7 @@ class HistoryFile:
                 if not math.isfinite(record.at + record.seconds) or record.version > MAX_VERSION_ID:
                     raise ValueError("no time, or no number of a version")
                 records.append(record)
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            except (ValueError, TypeError, LookupError, AttributeError):
                 logger.warning("weights.history %s: line %d is no record and is passed over", self._path, number)
         if lines and not records:
             raise ConfigError(

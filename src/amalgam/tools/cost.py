@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-import orjson
 from pydantic import Field, ValidationError, model_validator
 
 from amalgam.base.energy import EnergyUse
+from amalgam.base.fields import Fields
+from amalgam.base.strict_json import parse_json
 from amalgam.config.fields import Section
 from amalgam.config.text import read_yaml
-from amalgam.errors import ConfigError, RequestError, describe
+from amalgam.errors import CheckpointError, ConfigError, RequestError, describe
 
 HOURS_PER_MONTH = 730.0
 PRICES = Path(__file__).with_name("prices.yaml")
@@ -143,53 +144,72 @@ def read_measurements(path: Path, prompt_tokens: float) -> Measurements:
         text = path.read_bytes().strip()
     except OSError as error:
         raise RequestError(f"{str(path)!r} cannot be read ({error.strerror}).", remedy="Give a file.") from None
+    fault: ValueError | None = None
     for candidate in (text, text.rpartition(b"\n")[2]):
         try:
-            document = orjson.loads(candidate)
-        except orjson.JSONDecodeError:
+            document = parse_json(candidate)
+        except ValueError as error:
+            fault = error  # in the end, the last line's
             continue
         if isinstance(document, dict):
             return measurements_of(document, prompt_tokens, str(path))
-    raise RequestError(f"{str(path)!r} holds no JSON object.", remedy="Give what amalgam bench --json has printed.")
+    raise RequestError(
+        f"{str(path)!r} holds no JSON object" + (f": {fault}." if fault else "."),
+        remedy="Give what amalgam bench --json has printed.",
+    )
 
 
 def measurements_of(document: Mapping[str, Any], prompt_tokens: float, origin: str) -> Measurements:
     """
     Raises:
-        RequestError: it has no throughput.
+        RequestError: a key is missing or has a value that it cannot have, or there is no throughput.
     """
+    fields = _Document(document, origin)
     try:
         if "points" in document:
-            paces = [_pace_of_point(point) for point in document["points"]]
-            model, hardware = str(document["server"]["model"]), ""
+            paces = [_pace_of_point(point) for point in fields.items("points")]
+            model, hardware = fields.object("server").text("model"), ""
         else:
-            paces = _paces_of_bench(document["measurements"], prompt_tokens)
-            described = document.get("hardware") or {}
-            model, hardware = str(document["model"]), str(described.get("gpu") or described.get("processor") or "")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise RequestError(
-            f"{origin} is no measurement of amalgam bench ({type(error).__name__}: {error}).",
-            remedy="Give what amalgam bench --json or amalgam bench serve --json has printed.",
-        ) from None
+            paces = _paces_of_bench(fields.items("measurements"), prompt_tokens, origin)
+            described = fields.object("hardware", default=None)
+            model, hardware = fields.text("model"), "" if described is None else _processor_of(described)
+    except CheckpointError as error:
+        raise RequestError(error.what, remedy=error.remedy) from None
     found = tuple(pace for pace in paces if pace.tokens_per_second > 0)
     if not found:
         raise RequestError(f"{origin} has no throughput.", remedy="Measure again: no answer was whole.")
     return Measurements(model, hardware, found, origin)
 
 
-def _pace_of_point(point: Mapping[str, Any]) -> Pace:
-    load, tokens = point["load"], point["tokens"]
-    words = f"{load['rate']:g} requests/s" if load.get("rate") else f"{load['concurrency']} clients"
-    prompt = tokens["prompt"] / tokens["output"] if tokens["output"] else 0.0
-    return Pace(words, float(point["throughput"]["output_tokens_per_second"]), prompt)
+class _Document(Fields):
+    cure = "Give what amalgam bench --json or amalgam bench serve --json has printed."
+
+    def items(self, key: str) -> list[Self]:
+        """The fields of each object in a list."""
+        values = self.list(key, of=dict, what="objects")
+        return [type(self)(value, self.where, f"{self.path}{key}[{index}].") for index, value in enumerate(values)]
 
 
-def _paces_of_bench(measurements: Sequence[Mapping[str, Any]], prompt_tokens: float) -> list[Pace]:
+def _processor_of(hardware: _Document) -> str:
+    return hardware.text("gpu", default="") or hardware.text("processor", default="")
+
+
+def _pace_of_point(point: _Document) -> Pace:
+    load, tokens = point.object("load"), point.object("tokens")
+    rate = load.float("rate", default=None)
+    words = f"{rate:g} requests/s" if rate else f"{load.int('concurrency')} clients"
+    num_prompt, num_output = tokens.int("prompt"), tokens.int("output")
+    speed = point.object("throughput").float("output_tokens_per_second")
+    return Pace(words, speed, num_prompt / num_output if num_output else 0.0)
+
+
+def _paces_of_bench(measurements: Sequence[_Document], prompt_tokens: float, origin: str) -> list[Pace]:
     """Decoding, with the time that prompts take beside it. The longest prompt's speed counts."""
-    speeds = {str(item["name"]): float(item["value"]) for item in measurements if item["unit"] == "tokens/s"}
+    told = [item for item in measurements if item.text("unit") == "tokens/s"]
+    speeds = {item.text("name"): item.float("value", low=0.0) for item in told}
     prompts = [value for name, value in speeds.items() if name.startswith("prompt of")]
-    if prompt_tokens and not prompts:
-        raise ValueError("it has no speed of prompts: give --prompt-tokens 0")
+    if prompt_tokens and not (prompts and prompts[-1]):
+        raise RequestError(f"{origin} has no speed of prompts.", remedy="Give --prompt-tokens 0.")
     beside = prompt_tokens / prompts[-1] if prompt_tokens else 0.0
     return [
         Pace(name.removeprefix("decode "), 1.0 / (1.0 / value + beside), prompt_tokens)

@@ -17,6 +17,7 @@ from typing import get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from amalgam.base.files import replace_file
 from amalgam.composition.patterns import compile_pattern
 from amalgam.config.settings import BASE_SOURCE, DerivedSource, SourceName, build_settings
 from amalgam.errors import CheckpointError, ConfigError, describe
@@ -115,11 +116,12 @@ def export_config(analysis: Analysis, out: Path, precisions: Mapping[str, str], 
             )
     text = _render(analysis, out, rules, list(sources.values()), notes)
     build_settings(yaml.safe_load(text))
+    if os.path.lexists(out) and not force:
+        raise ConfigError(f"{out} exists already.", remedy="Choose another name, or give --force.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out} cannot be written: there is no such folder.", remedy="Make it first.")
     try:
-        with out.open("w" if force else "x", encoding="utf-8") as stream:
-            stream.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{out} exists already.", remedy="Choose another name, or give --force.") from None
+        replace_file(out, text)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error}).", remedy="Check its folder and its name.") from error
     return Export(out, tuple(rules), (*notes, *_remarks(sources.values())))

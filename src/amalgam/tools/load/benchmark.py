@@ -18,7 +18,8 @@ from typing import Any
 import orjson
 
 from amalgam.base.files import replace_file
-from amalgam.errors import AmalgamError, ConfigError, RequestError, UnavailableError
+from amalgam.base.strict_json import parse_json
+from amalgam.errors import AmalgamError, ConfigError, RequestError, UnavailableError, describe
 from amalgam.tools.load import datasets, saturation
 from amalgam.tools.load.client import PATHS, Answer, Client, Endpoint, Question, model_names
 from amalgam.tools.load.datasets import Lengths, Measure
@@ -337,16 +338,20 @@ def _record(measured: Measured, answer: Answer) -> dict[str, Any]:
 def body_fields(text: str) -> dict[str, Any]:
     """
     Raises:
-        ConfigError: it is no JSON object, or has a field that an option says.
+        ConfigError: it is no JSON object, has a field that an option says, or what cannot be sent.
     """
     try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        value = parse_json(text.encode())
+    except ValueError as error:
         raise ConfigError(f"--body is no JSON: {error}.", remedy='Expected an object: {"temperature": 0}.') from None
     if not isinstance(value, dict):
         raise ConfigError(f"--body is {text!r}.", remedy='Expected an object: {"temperature": 0}.')
     if own := [name for name in value if name in _OWN_FIELDS]:
         raise ConfigError(f"--body has {own[0]}.", remedy=f"That is said by {_OWN_FIELDS[own[0]]}.")
+    try:
+        orjson.dumps(value)
+    except TypeError:
+        raise ConfigError(f"--body is {describe(text)}.", remedy="Expected numbers of at most 64 bits.") from None
     return value
 
 
