@@ -38,6 +38,7 @@ SENTENCE_LIKE = re.compile(r"\bmatch=|in str\(|[\"'][A-Z][^\"'\n]* [^\"'\n]*[a-z
 PRIVATE_LIKE = re.compile(
     r"(?<!self)(?<!cls)(?<!super\(\))\._[a-z]|[\"']_[a-z]|import.* _[a-z]|^ +_[a-z]\w*,", re.MULTILINE
 )
+FILE = re.compile(r"`([\w./]*\w\.(?:py|pyi|h|cpp|js|md|txt)|[\w./]+/)(?:::(\w+))?`")
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
@@ -263,6 +264,21 @@ def test_links_in_the_documents_lead_somewhere() -> None:
             if target and ":" not in target and not (document.parent / target).exists():
                 broken.append(f"{document.relative_to(ROOT)} → {target}")
     assert broken == []
+
+
+def test_files_and_names_in_the_architecture_are_there() -> None:
+    """A file by its path in the package, or the end of that; `file::name` also has the name. X stands for a new one."""
+    paths = [f"/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*")]
+    missing = []
+    for mentioned, name in FILE.findall((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")):
+        if mentioned.endswith("/X.h"):
+            continue
+        end = "/" + mentioned.rstrip("/")
+        found = [PACKAGE / path[1:] for path in paths if path.endswith(end)] or [ROOT / mentioned]
+        texts = (path.read_text(encoding="utf-8") for path in found if path.is_file())
+        if not (any(re.search(rf"\b{name}\b", text) for text in texts) if name else any(map(Path.exists, found))):
+            missing.append(f"{mentioned}::{name}".removesuffix("::"))
+    assert missing == []
 
 
 def test_every_document_is_linked_from_the_readme() -> None:

@@ -1,13 +1,16 @@
-"""The instruction set of `docs/extending.md`: its header and its line of CMake, compiled and run."""
+"""The instruction set and the compiled format of `docs/extending.md`: their headers and tables, compiled and run."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 
@@ -28,21 +31,50 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
+def changed(change: str) -> tuple[str, str]:
+    """A file's name, and its text after a change: `--- NAME`, and hunks that each begin with `@@`."""
+    head, *hunks = re.split(r"^@@\n", change, flags=re.MULTILINE)
+    name = head.removeprefix("--- ").strip()
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for hunk in hunks:
+        before, after = (
+            "".join(line[1:] for line in hunk.splitlines(keepends=True) if not line.startswith(added))
+            for added in ("+", "-")
+        )
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return name, text
+
+
 def test_the_list_of_instruction_sets_takes_one_more_line() -> None:
-    (change,) = blocks("diff")
-    lines = change.splitlines()
-    before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
-    assert before in (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    assert [line for line in lines if line.startswith("+")] == ["+add_isa(toy)"]
+    [change] = [change for change in blocks("diff") if "CMakeLists.txt" in change]
+    name, text = changed(change)
+    assert text.replace("add_isa(toy)\n", "") == (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_weights_of_a_new_compiled_format_are_told_by_their_layout_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = dict(map(changed, blocks("diff")))
+    layouts = types.ModuleType("layouts")
+    monkeypatch.setitem(sys.modules, "layouts", layouts)  # where a dataclass looks its module up
+    exec(compile(texts["src/amalgam/kernels/layouts.py"], "layouts", "exec"), layouts.__dict__)  # noqa: S102 - our own
+    panels = layouts.LAYOUTS["panels_fp8_e5m2"]
+    assert layouts.SCALED8.panels[torch.float8_e5m2] is panels
+    listed = re.search(r"FormatList<  //(.*?)>;", texts["src/amalgam/kernels/csrc/formats/table.h"], re.DOTALL)
+    assert listed is not None
+    number = listed[1].count(",")  # how many stand before the last one
+    assert f"    fp8_e5m2 = {number}\n" in texts["src/amalgam/_native.pyi"]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_one_header_is_an_instruction_set(tmp_path: Path) -> None:
+def test_one_header_is_an_instruction_set_and_one_a_format(tmp_path: Path) -> None:
     """Without optimisation, and only what products need: a full build takes minutes."""
-    (header,) = blocks("cpp")
     tree = tmp_path / "csrc"
     shutil.copytree(CSRC, tree)
-    (tree / "isa" / "toy.h").write_text(header, encoding="utf-8")
+    for header in blocks("cpp"):
+        name = header.removeprefix("// ").partition(":")[0]
+        (tree / ("isa" if name == "toy.h" else "formats") / name).write_text(header, encoding="utf-8")
+    table = dict(map(changed, blocks("diff")))["src/amalgam/kernels/csrc/formats/table.h"]
+    (tree / "formats" / "table.h").write_text(table, encoding="utf-8")
     shutil.copy(Path(__file__).with_name("new_isa.cpp"), tree)
     units = [(source, "portable") for source in (*BASELINE, "new_isa.cpp", "isa/products.cpp")]
     units.append(("isa/products.cpp", "toy"))
