@@ -21,12 +21,13 @@ from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
 from amalgam.planning.shadow import Comparison
 from amalgam.planning.trial_plans import CanaryLimits, CanaryPlan, ShadowLimits, ShadowPlan
-from amalgam.runtime import opening, trial
+from amalgam.runtime import opening
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from amalgam.runtime.served import ServedWeights
-from amalgam.runtime.trial import TrialState
+from amalgam.runtime.trials import shadow as shadows
+from amalgam.runtime.trials.trial import TrialState
 from tests.conftest import write_demo_config
 from tests.errors import is_named, raises
 
@@ -214,7 +215,7 @@ class TestShadow:
             return change(request)
 
         monkeypatch.setattr(deployment, "change", hinder)
-        monkeypatch.setattr(trial, "CHECK_SECONDS", 0.01)
+        monkeypatch.setattr(shadows, "CHECK_SECONDS", 0.01)
         limits = ShadowLimits(min_requests=12, max_divergence=5.0, min_agreement=0.0)
         plan = ShadowPlan("other", 1.0, limits, max_requests=12, max_share=1.0, is_automatic=True)
         shadow = deployment.trials.start_shadow(plan)

@@ -34,7 +34,7 @@ from amalgam.runtime.remapper import Remapper
 from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.speculation import Speculation
 from amalgam.runtime.statistics import ExpertStatistics
-from amalgam.runtime.trial import Trials
+from amalgam.runtime.trials.trials import Trials
 from amalgam.runtime.versions import VersionBook
 from amalgam.text.tokenizer import Tokenizer
 

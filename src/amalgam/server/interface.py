@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from amalgam.planning.trial_plans import CanaryPlan, Kind, ShadowPlan
     from amalgam.runtime.preview import ChangePlan, Difference
     from amalgam.runtime.statistics import SavedSetInfo
-    from amalgam.runtime.trial import Canary, Shadow
+    from amalgam.runtime.trials.canary import Canary
+    from amalgam.runtime.trials.shadow import Shadow
     from amalgam.text.grammar import CompiledGrammar
 
 JSON = dict[str, Any]
@@ -143,7 +144,7 @@ class Version(Protocol):
 
 
 class Versions(Protocol):
-    """Which weights are kept, and by which names: `amalgam.runtime.versions.VersionBook`. All block."""
+    """Which weights are kept, and by which names: `amalgam.runtime.versions.VersionBook`. Methods block."""
 
     def pin(self, version_id: int) -> object: ...
     def unpin(self, version_id: int) -> object: ...
@@ -151,7 +152,7 @@ class Versions(Protocol):
 
 
 class Trials(Protocol):
-    """Candidates for the weights on live requests: `amalgam.runtime.trial.Trials`. All that is called blocks."""
+    """Candidates for the weights on live requests: `amalgam.runtime.trials.trials.Trials`. Methods block."""
 
     @property
     def num_failed_versions(self) -> int: ...

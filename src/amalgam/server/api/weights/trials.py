@@ -1,7 +1,7 @@
 """A candidate for the weights, tried on live requests: canary and shadow.
 
 In: which candidate, which share, what limits. Out: reports with a verdict. What they say is decided in
-`amalgam.runtime.trial`.
+`amalgam.runtime.trials`.
 """
 
 from __future__ import annotations
