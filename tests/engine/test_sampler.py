@@ -104,6 +104,15 @@ def test_choosing_follows_the_cumulative_distribution():
     assert [choose(scores, only_two, u) for u in (0.0, 0.62, 0.63, 1 - 2**-53)] == [0, 0, 2, 2]
 
 
+def test_what_changes_logits_changes_a_copy():
+    """A row is read by several: processors, log-probabilities, the check of guesses, other samples of one prompt."""
+    logits = make_logits(4)
+    before = logits.clone()
+    changes = [{"repetition_penalty": 1.3}, {"logit_bias": {5: 4.0}}, {"presence_penalty": 1.0, "logprobs": 3}, {}]
+    sample(logits, [make_request(index, **change) for index, change in enumerate(changes)])
+    assert torch.equal(logits, before)
+
+
 def test_ties_at_the_k_th_place_all_stay():
     logits = torch.tensor([[1.0, 5.0, 5.0, 5.0, 0.0]])
     drawn = {sampled(logits, [make_request(seed=seed, top_k=2)])[0] for seed in range(100)}

@@ -595,6 +595,24 @@ def test_the_reference_runs_the_same_program_and_shows_it(family: str, tmp_path:
     }
 
 
+@pytest.mark.parametrize("path", ["compiled", "operator by operator", "reference"])
+def test_logits_stay_while_what_the_step_left_is_read(path: str, tmp_path: Path) -> None:
+    """They hold until the next step, and readers of prompts ask the head for others meanwhile."""
+    save_tiny(FAMILIES["qwen3_moe"], tmp_path)
+    decoder, version = load_model(tmp_path)
+    if path != "compiled":
+        decoder = interpreted(decoder) if path != "reference" else like(decoder, ReferenceBackend)
+    kv = KVCache.allocate(decoder.spec, 4, 4, decoder.dtype, torch.device("cpu"))
+    tokens = [3, 1, 4, 1, 5]
+    with torch.inference_mode():
+        logits = decoder.forward(StepContext([StepSequence(tokens, 0, [2, 0], len(tokens))], kv), version)
+        before, compiled = logits.clone(), decoder.compile(version)
+        for hidden in (torch.ones_like(compiled.hidden()), compiled.hidden().clone()):
+            again = compiled.head(hidden)
+            assert torch.equal(logits, before)
+        assert torch.equal(again, before)  # the same rows, the same bits
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt2"])
 def test_a_step_is_the_same_on_any_number_of_threads(
     name: str, tmp_path: Path, use_threads: Callable[[int], None]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from amalgam.errors import ConflictError, VersionNotFoundError
 from amalgam.evaluation.quality import Reference
 from amalgam.evaluation.running import Contestant
 from amalgam.evaluation.texts import Sample, Window
+from amalgam.kernels.backends.cpu.backend import CpuBackend
+from amalgam.kernels.backends.reference.interpreter import ReferenceBackend
 from amalgam.models.decoder import Decoder
 from amalgam.models.weights import WeightVersion
 from amalgam.planning.shadow import Comparison
@@ -250,6 +254,32 @@ class TestShadow:
         wait_until(lambda: not shadow.is_running)
         assert shadow.state is TrialState.FAILED and shadow.verdict().outcome == "reject"
         assert "candidate" not in states(deployment)[shadow.candidate_id]
+
+
+def test_no_version_is_compiled_in_the_step_thread(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes longer than a step: all requests would wait for it."""
+    compiling, stepping = set[int](), set[int]()
+
+    def noting(seen: set[int], function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            seen.add(threading.get_ident())
+            return function(*arguments)
+
+        return noted
+
+    for backend in (CpuBackend, ReferenceBackend):
+        monkeypatch.setattr(backend, "compile", noting(compiling, backend.compile))
+    monkeypatch.setattr(Decoder, "forward", noting(stepping, Decoder.forward))
+    deployment.change(ChangeRequest(mapping={EXPERTS: "base"}))  # on probation beside the one before
+    ask(deployment, 4)
+    deployment.trials.start_canary(CanaryPlan("other", 1.0))
+    ask(deployment, 4)
+    deployment.change(ChangeRequest(mapping={f"{EXPERTS}.up_proj.*": "fp8"}, name="third"))
+    ask(deployment, 4)
+    deployment.trials.promote("canary")
+    ask(deployment, 4)
+    deployment.versions.remove_name("third")
+    assert compiling and stepping and not compiling & stepping
 
 
 class TestRollback:
