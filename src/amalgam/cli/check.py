@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from amalgam.errors import AmalgamError, ConfigError
 if TYPE_CHECKING:
     from amalgam.tools.check.contract import Check
     from amalgam.tools.check.running import Report
-    from amalgam.tools.check.target import Evidence
+    from amalgam.tools.check.target import Target
     from amalgam.tools.check.thresholds import Thresholds
 
 _NOT_READY, _COULD_NOT_RUN, _INTERRUPTED = 1, 2, 130
@@ -118,8 +119,9 @@ def command(
     check failed, 2 when checks could not run, for lack of time too, 130 after Ctrl-C (what was found is reported).
     """
     from amalgam.tools.check.registry import chosen
-    from amalgam.tools.check.target import Evidence
+    from amalgam.tools.check.target import Evidence, Target
     from amalgam.tools.check.thresholds import as_yaml, read_thresholds
+    from amalgam.tools.load.http import Address
 
     if profile not in _PROFILES:
         raise ConfigError(f"--profile is {profile!r}.", remedy="Expected chat or batch.")
@@ -138,10 +140,8 @@ def command(
     evidence = Evidence(log, tuple(rules or ()), prometheus, server_config, backup, pid or drain, drain)
     seconds = max_seconds or (_QUICK_SECONDS if quick else _SECONDS)
     try:
-        return _run(
-            url, key, admin_key, model, thresholds, evidence, checks, seconds,
-            is_strict=strict, as_json=as_json, is_dry=dry_run, html=html, junit=junit,
-        )  # fmt: skip
+        target = Target(Address.parse(url), thresholds, key, admin_key, model, evidence)
+        return _run(target, checks, seconds, None if dry_run else _Output(strict, as_json, html, junit))
     except AmalgamError as error:
         from amalgam.cli.console import note
 
@@ -149,59 +149,52 @@ def command(
         return _COULD_NOT_RUN
 
 
-def _run(
-    url: str,
-    key: str,
-    admin_key: str,
-    model: str,
-    thresholds: Thresholds,
-    evidence: Evidence,
-    checks: tuple[Check, ...],
-    seconds: float,
-    *,
-    is_strict: bool,
-    as_json: bool,
-    is_dry: bool,
-    html: Path | None,
-    junit: Path | None,
-) -> int:
+@dataclass(frozen=True)
+class _Output:
+    """How the report is shown, and where it is written."""
+
+    is_strict: bool
+    as_json: bool
+    html: Path | None
+    junit: Path | None
+
+
+def _run(target: Target, checks: tuple[Check, ...], seconds: float, output: _Output | None) -> int:
+    """`output` is None: only say what would be sent."""
     from amalgam.cli.console import note, print_json, progress_bar, say
     from amalgam.tools.check.running import Report, announcement, run
-    from amalgam.tools.check.target import Target
     from amalgam.tools.load.benchmark import run_until_interrupted
-    from amalgam.tools.load.http import Address
 
-    target = Target(Address.parse(url), thresholds, key, admin_key, model, evidence)
     target.verify_evidence()
     told = announcement(target, checks, seconds)
-    if is_dry:
+    if output is None:
         say(told)
         return 0
     note(told)
     report = Report(target, checks)
     with progress_bar("checks") as progress:
         is_whole = run_until_interrupted(run(target, report, seconds, progress))
-    if as_json:
+    if output.as_json:
         print_json({**report.as_json(), "interrupted": not is_whole})
     else:
-        _show(report, is_strict=is_strict)
-    _write(report, html, junit, is_strict=is_strict)
+        _show(report, is_strict=output.is_strict)
+    _write(report, output)
     if not is_whole:
         note("Interrupted.")
         return _INTERRUPTED
-    if report.num_failed(is_strict=is_strict):
+    if report.num_failed(is_strict=output.is_strict):
         return _NOT_READY
     return _COULD_NOT_RUN if report.out_of_time else 0
 
 
-def _write(report: Report, html: Path | None, junit: Path | None, *, is_strict: bool) -> None:
+def _write(report: Report, output: _Output) -> None:
     from amalgam.base.files import replace_file, writing
     from amalgam.cli.console import note
     from amalgam.tools.check.html import render_html
     from amalgam.tools.check.junit import render_junit
 
-    contents: dict[Path | None, Any] = {html: lambda: render_html(report, is_strict=is_strict)}
-    contents[junit] = lambda: render_junit(report)
+    contents: dict[Path | None, Any] = {output.html: lambda: render_html(report, is_strict=output.is_strict)}
+    contents[output.junit] = lambda: render_junit(report)
     for path, render in contents.items():
         if path is not None:
             with writing(path):
