@@ -23,9 +23,10 @@ from amalgam.planning.following import Decision
 from amalgam.planning.problem import problem_of
 from amalgam.planning.sensitivity import SensitivityStudy
 from amalgam.planning.shadow import shadow
-from amalgam.runtime.autoplan import Autoplan, TokenRing, open_proposer
+from amalgam.runtime.autoplan import Autoplan, open_proposer
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
+from amalgam.runtime.token_ring import TokenRing
 from amalgam.text.tokenizer import Tokenizer
 from tests.errors import raises
 from tests.planning.conftest import small

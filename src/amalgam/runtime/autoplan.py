@@ -2,14 +2,11 @@
 
 In: a deployment, its statistics, sensitivities, tokens of some requests. Out: changes of the weights, and what is told
 of them. Must never know: HTTP. What is decided, and why, is in `planning.following`.
-
-Token ids of sampled requests are kept in memory, in a ring of bounded size; nothing of them is written anywhere.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -45,11 +42,11 @@ from amalgam.planning.use import Use, use_of_tally
 from amalgam.planning.writing import rules_of
 from amalgam.runtime.changes import RemapResult
 from amalgam.runtime.served import shared_weights
+from amalgam.runtime.token_ring import TokenRing
 from amalgam.runtime.versions import VersionBook
 
 logger = logging.getLogger("amalgam.autoplan")
 
-WINDOW_TOKENS = 128  # of a request's beginning, at most
 MAX_DECISIONS, MAX_POINTS = 256, 1440
 _SAFE_SHARE = 0.85
 _OTHERS = "Sensitivities are of other weights than the files hold now."
@@ -72,35 +69,6 @@ class Served(Protocol):
     @property
     def live_versions(self) -> Sequence[WeightVersion]: ...
     def adopt(self, loaded: LoadedVersion, rules: tuple[Rule, ...], version_id: int) -> RemapResult: ...
-
-
-class TokenRing:
-    """The beginnings of some of the latest requests, as token ids. Any thread."""
-
-    def __init__(self, share: float, max_tokens: int, seed: int | None = None) -> None:
-        self._share = share
-        self._max_tokens = max_tokens
-        self._random = random.Random(seed)
-        self._lock = threading.Lock()
-        self._kept: deque[tuple[float, tuple[int, ...]]] = deque()
-        self.num_tokens = 0
-
-    def add(self, token_ids: Sequence[int]) -> None:
-        """A request has ended; whether it is kept is chance. In the step thread, so it must be quick."""
-        if len(token_ids) < 2 or self._random.random() >= self._share:
-            return
-        kept = tuple(token_ids[:WINDOW_TOKENS])
-        with self._lock:
-            self._kept.append((time.monotonic(), kept))
-            self.num_tokens += len(kept)
-            while self.num_tokens > self._max_tokens and len(self._kept) > 1:
-                self.num_tokens -= len(self._kept.popleft()[1])
-
-    def read(self, seconds: float) -> list[tuple[int, ...]]:
-        """Those of the last so many seconds, oldest first."""
-        since = time.monotonic() - seconds
-        with self._lock:
-            return [token_ids for at, token_ids in self._kept if at >= since]
 
 
 @dataclass(frozen=True)
