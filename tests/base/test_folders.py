@@ -22,25 +22,23 @@ def test_json_object_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "value"),
     [
-        (b"", "Expecting value"),
+        (b"", "line 1 column 1"),
         (b"{", "line 1 column 2"),
         (b'{"a": NaN}', "NaN"),
         (b'{"a": -Infinity}', "-Infinity"),
         (b'{"a": 1e999}', "'1e999'"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c'"),
         (b'{"a": "\xff"}', "utf-8"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b"[1, 2]", "[1, 2] instead of a JSON object"),
-        (b'{"a": "' + b"x" * 2000 + b'"}', "has 2009 bytes; at most 1000"),
+        (b"[" * 100_000, "nested"),
+        (b"[1, 2]", "[1, 2]"),
+        (b'{"a": "' + b"x" * 2000 + b'"}', "2009 bytes"),
     ],
 )
 def test_json_is_refused_by_value(content: bytes, value: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content)
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, value, file):
         read_json(tmp_path, "config.json", limit=1000 if b"xxx" in content else 10**6)
-    assert value in caught.value.what
-    assert str(file) in caught.value.what
 
 
 @pytest.mark.parametrize(
@@ -51,9 +49,8 @@ def test_json_names_outside_are_refused(name: str, tmp_path: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "config.json").write_text("{}")
     (tmp_path / "secret.json").write_text("{}")
-    with raises(CheckpointError, folder) as caught:
+    with raises(CheckpointError, folder, repr(name)):
         read_json(folder, name)
-    assert repr(name) in caught.value.what
 
 
 def test_json_links_and_missing_files(tmp_path: Path) -> None:

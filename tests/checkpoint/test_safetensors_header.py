@@ -38,37 +38,37 @@ def a_million_empty() -> bytes:
 
 
 MALFORMED: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
-    "empty file": (b"", "has 0 bytes"),
-    "shorter than the prefix": (b"\x08\0\0", "has 3 bytes"),
+    "empty file": (b"", "0 bytes"),
+    "shorter than the prefix": (b"\x08\0\0", "3 bytes"),
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
     "header length 2^64-1": (layout(b"{}", header_bytes=2**64 - 1), str(2**64 - 1)),
     "header above the limit": (layout(b"{}", header_bytes=MAX_HEADER_BYTES + 1), str(MAX_HEADER_BYTES + 1)),
-    "header past the end": (layout(b"{}", b"", header_bytes=100), "10 bytes, its header alone needs 108"),
-    "a million empty tensors": (lambda: layout(a_million_empty()), " bytes for only 8 bytes"),
+    "header past the end": (layout(b"{}", b"", header_bytes=100), "108"),
+    "a million empty tensors": (lambda: layout(a_million_empty()), "8 bytes"),
     "a million empty tensors and data": (
         lambda: layout(a_million_empty(), bytes(len(a_million_empty()))),
         "commas",
     ),
-    "large metadata": (layout({"__metadata__": {"k": "v" * 2**21}, **one()}), "for only 8 bytes of data"),
-    "empty header": (layout(b""), "begins with b''"),
-    "header is a list": (layout(b"[]"), "begins with b'[]'"),
-    "header begins with a space": (layout(b" {}"), "begins with b' {}'"),
-    "invalid json": (layout(b'{"w":'), "invalid JSON"),
-    "text after the object": (layout(b"{}{}"), "Extra data"),
+    "large metadata": (layout({"__metadata__": {"k": "v" * 2**21}, **one()}), "8 bytes"),
+    "empty header": (layout(b""), "b''"),
+    "header is a list": (layout(b"[]"), "b'[]'"),
+    "header begins with a space": (layout(b" {}"), "b' {}'"),
+    "invalid json": (layout(b'{"w":'), "line 1"),
+    "text after the object": (layout(b"{}{}"), "line 1"),
     "not utf-8": (layout(b'{"\xff":1}'), "utf-8"),
-    "nested deeply": (layout(b'{"w":' + b"[" * 100_000), "nested too deeply"),
-    "repeated tensor": (layout(json.dumps(one())[:-1].encode() + b"," + json.dumps(one())[1:].encode()), "'w' stands"),
+    "nested deeply": (layout(b'{"w":' + b"[" * 100_000), "nested"),
+    "repeated tensor": (layout(json.dumps(one())[:-1].encode() + b"," + json.dumps(one())[1:].encode()), "'w'"),
     "repeated key": (
         layout(b'{"w":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}'),
-        "'dtype' stands",
+        "'dtype'",
     ),
     "nan": (layout(one(shape=[float("nan")])), "NaN"),
     "infinite number": (layout(b'{"w":{"dtype":"F32","shape":[1e999],"data_offsets":[0,8]}}'), "1e999"),
-    "a number of 9000 digits": (layout(b'{"w":{"dtype":"F32","shape":[' + b"9" * 9000 + b"]}}"), "4300 digits"),
+    "a number of 9000 digits": (layout(b'{"w":{"dtype":"F32","shape":[' + b"9" * 9000 + b"]}}"), "4300"),
     "metadata is a list": (layout({"__metadata__": [], **one()}), "__metadata__ []"),
     "metadata value is a number": (layout({"__metadata__": {"k": 17}, **one()}), "17"),
-    "tensor is a list": (layout({"w": [3]}), "'w' as [3]"),
-    "tensor without shape": (layout({"w": {"dtype": "F32", "data_offsets": [0, 8]}}), "'w' as"),
+    "tensor is a list": (layout({"w": [3]}), "[3]"),
+    "tensor without shape": (layout({"w": {"dtype": "F32", "data_offsets": [0, 8]}}), "'w'"),
     "unknown key": (layout(one(strides=[1])), "strides"),
     "empty name": (layout({"": one()["w"]}), "''"),
     "line break in the name": (layout({"a\nb": one()["w"]}), r"'a\nb'"),
@@ -87,11 +87,11 @@ MALFORMED: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "offsets are booleans": (layout(one(data_offsets=[False, True])), "[False, True]"),
     "negative offset": (layout(one(data_offsets=[-8, 0])), "[-8, 0]"),
     "offsets fall": (layout(one(data_offsets=[8, 0])), "[8, 0]"),
-    "size does not fit the shape": (layout(one(data_offsets=[0, 4])), "takes 8"),
-    "offset far past the end": (layout(one(data_offsets=[2**62, 2**62 + 8])), "end at byte 46116860184273880"),
-    "truncated data": (layout(one(), bytes(7)), "tensor 'w'"),
-    "overlap": (layout(one() | {"v": {"dtype": "I8", "shape": [4], "data_offsets": [4, 8]}}), "overlaps tensor 'w'"),
-    "the same bytes twice": (layout(one() | {"v": one()["w"]}), "overlaps tensor 'w'"),
+    "size does not fit the shape": (layout(one(data_offsets=[0, 4])), "8"),
+    "offset far past the end": (layout(one(data_offsets=[2**62, 2**62 + 8])), str(2**62 + 8)),
+    "truncated data": (layout(one(), bytes(7)), "'w'"),
+    "overlap": (layout(one() | {"v": {"dtype": "I8", "shape": [4], "data_offsets": [4, 8]}}), "'w'"),
+    "the same bytes twice": (layout(one() | {"v": one()["w"]}), "'w'"),
 }
 
 
@@ -101,11 +101,9 @@ def test_malformed_file_is_refused_by_value(case: str, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(content() if callable(content) else content)
     started = time.process_time()
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, value, file) as caught:
         read_header(file)
     assert time.process_time() - started < 2
-    assert value in caught.value.what + caught.value.remedy
-    assert str(file) in caught.value.what
     assert caught.value.remedy
     assert len(str(caught.value)) < 1000
 

@@ -318,34 +318,34 @@ def only_empty_files(folder: Path) -> None:
 
 
 REFUSED_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "empty folder": (lambda folder: None, "it holds nothing"),
-    "no weights": (only_config, "it holds ['config.json']"),
-    "no tensors": (only_empty_files, "holds no tensors"),
+    "empty folder": (lambda folder: None, "nothing"),
+    "no weights": (only_config, "['config.json']"),
+    "no tensors": (only_empty_files, "tensors"),
     "missing shard": (missing_shard, "'model-00002-of-00002.safetensors'"),
-    "missing shard without an index": (missing_shard_without_index, "no shard 'model-00001-of-00002.safetensors'"),
-    "missing pickle": (missing_pickle, "no shard 'pytorch_model-00002-of-00002.bin'"),
-    "extra shard": (extra_shard, "'model-00002-of-00002.safetensors', which its index does not name"),
+    "missing shard without an index": (missing_shard_without_index, "'model-00001-of-00002.safetensors'"),
+    "missing pickle": (missing_pickle, "'pytorch_model-00002-of-00002.bin'"),
+    "extra shard": (extra_shard, "'model-00002-of-00002.safetensors'"),
     "index names an unknown tensor": (index_names_unknown_tensor, "'ghost'"),
-    "index leaves a tensor out": (index_leaves_tensor_out, "'b', the index does not list it"),
-    "index swaps the shards": (index_swaps_shards, "'a' in 'model-00002-of-00002.safetensors'"),
-    "tensor in two shards": (tensor_in_two_shards, "'a' is both in"),
+    "index leaves a tensor out": (index_leaves_tensor_out, "'b'"),
+    "index swaps the shards": (index_swaps_shards, "'model-00002-of-00002.safetensors'"),
+    "tensor in two shards": (tensor_in_two_shards, "'a'"),
     "two index files": (two_indices, "'y.safetensors.index.json'"),
     "index goes up": (index_to("../secret.safetensors"), "'../secret.safetensors'"),
     "index is absolute": (index_to("/etc/secret.safetensors"), "'/etc/secret.safetensors'"),
     "index has a backslash": (index_to("..\\secret.safetensors"), "secret.safetensors'"),
     "index has a null byte": (index_to("\0.safetensors"), r"'\x00.safetensors'"),
     "index names another kind of file": (index_to("pytorch_model.bin"), "'pytorch_model.bin'"),
-    "index maps to a number": (index_to(3), "'a' in 3"),
-    "index is not json": (index_text("{"), "invalid JSON"),
-    "index is a list": (index_text("[1]"), "[1] instead of a JSON object"),
+    "index maps to a number": (index_to(3), "3"),
+    "index is not json": (index_text("{"), "model.safetensors.index.json"),
+    "index is a list": (index_text("[1]"), "[1]"),
     "index without weight_map": (index_text('{"metadata":{}}'), "weight_map None"),
     "index with an empty weight_map": (index_text('{"weight_map":{}}'), "weight_map {}"),
-    "index with repeated tensors": (index_text('{"weight_map":{"a":"x","a":"y"}}'), "'a' stands twice"),
-    "link out of the folder": (link_to("../secret.safetensors"), "outside of its folder"),
-    "link to nowhere": (link_to("nowhere"), "cannot be opened"),
-    "link to itself": (link_to("model.safetensors"), "cannot be opened"),
-    "named pipe": (pipe, "not a regular file"),
-    "folder for a file": (lambda folder: (folder / "model.safetensors").mkdir(), "not a regular file"),
+    "index with repeated tensors": (index_text('{"weight_map":{"a":"x","a":"y"}}'), "'a'"),
+    "link out of the folder": (link_to("../secret.safetensors"), "secret.safetensors"),
+    "link to nowhere": (link_to("nowhere"), "model.safetensors"),
+    "link to itself": (link_to("model.safetensors"), "model.safetensors"),
+    "named pipe": (pipe, "model.safetensors"),
+    "folder for a file": (lambda folder: (folder / "model.safetensors").mkdir(), "model.safetensors"),
 }
 
 
@@ -355,10 +355,8 @@ def test_folder_is_refused_by_value(case: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     build(folder)
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, value, folder) as caught:
         TensorStore.open(folder)
-    assert value in caught.value.what
-    assert str(folder) in caught.value.what
     assert caught.value.remedy
 
 
@@ -408,22 +406,22 @@ def recompressed(file: Path) -> None:
 REFUSED_PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (lambda file: torch.save({"a": Canary(file.parent / "fired")}, file), "mkdir"),
     "code beside tensors": (lambda file: torch.save({"a": A, "z": Canary(file.parent / "fired")}, file), "mkdir"),
-    "bare pickle": (lambda file: file.write_bytes(pickle.dumps(Canary(file.parent / "fired"))), "not a zip-based"),
+    "bare pickle": (lambda file: file.write_bytes(pickle.dumps(Canary(file.parent / "fired"))), "pytorch_model.bin"),
     "legacy torch file": (
         lambda file: torch.save({"a": A}, file, _use_new_zipfile_serialization=False),
-        "not a zip-based",
+        "pytorch_model.bin",
     ),
     "whole module": (lambda file: torch.save(torch.nn.Linear(2, 2), file), "Linear"),
     "script": (lambda file: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file), "code/__torch__"),
-    "compressed": (recompressed, "compressed record"),
-    "list": (lambda file: torch.save([A], file), "holds a list"),
-    "entry that is no tensor": (lambda file: torch.save({"a": A, "epoch": 7}, file), "7 under 'epoch'"),
+    "compressed": (recompressed, "compressed"),
+    "list": (lambda file: torch.save([A], file), "list"),
+    "entry that is no tensor": (lambda file: torch.save({"a": A, "epoch": 7}, file), "'epoch'"),
     "nested state dict": (lambda file: torch.save({"state_dict": {"a": A}}, file), "'state_dict'"),
-    "key that is a number": (lambda file: torch.save({5: A}, file), "the key 5"),
+    "key that is a number": (lambda file: torch.save({5: A}, file), "5"),
     "expanded": (lambda file: torch.save({"a": torch.zeros(1).expand(2**40)}, file), str(2**40)),
     "sparse": (lambda file: torch.save({"a": A.to_sparse()}, file), "sparse"),
     "unserved dtype": (lambda file: torch.save({"a": A.to(torch.complex64)}, file), "complex64"),
-    "empty": (lambda file: file.write_bytes(b""), "not a zip-based"),
+    "empty": (lambda file: file.write_bytes(b""), "pytorch_model.bin"),
 }
 
 
@@ -432,9 +430,8 @@ REFUSED_PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_pickle_is_refused_and_runs_nothing(case: str, tmp_path: Path) -> None:
     build, value = REFUSED_PICKLES[case]
     build(tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, value) as caught:
         TensorStore.open(tmp_path)
-    assert value in caught.value.what
     assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "fired").exists()
 

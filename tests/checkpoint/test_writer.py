@@ -87,15 +87,14 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
         ([("__metadata__", torch.zeros(1))], "'__metadata__'"),
         ([("a\nb", torch.zeros(1))], r"'a\nb'"),
         ([("a", torch.zeros(1, dtype=torch.complex64))], "complex64"),
-        ([], "no tensors"),
+        ([], "tensors"),
     ],
 )
 def test_refused_tensors_leave_the_folder_empty(
     tensors: list[tuple[str, torch.Tensor]], value: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, value):
         write_checkpoint(tmp_path, tensors)
-    assert value in caught.value.what
     assert not list(tmp_path.iterdir())
 
 

@@ -224,11 +224,9 @@ class TestCommand:
 
     @pytest.mark.parametrize("name", ["foo", "gguf_q4_0", "bf16", ""])
     def test_only_formats_that_can_be_made_are_named(self, name: str, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedError) as caught:
-            quantize_checkpoint(str(save(tmp_path / "base", "llama")), tmp_path / "out", name)
-        assert repr(name) in caught.value.what
         made = "fp8, fp8-e5m2, int2, int3, int4, int8, int8-packed, mxfp4"
-        assert caught.value.remedy == f"Formats that can be made: {made}."
+        with raises(UnsupportedError, repr(name), f": {made}"):
+            quantize_checkpoint(str(save(tmp_path / "base", "llama")), tmp_path / "out", name)
 
 
 def test_analyze_says_what_it_does_not_count(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     ),
     "longrope": ("llama", changed("llama", rope__scaling__type="longrope"), "type = 'longrope'"),
     "logit_scale": ("llama", changed("llama", logit_scale=0.5), "logit_scale = 0.5"),
-    "attention.scale": ("llama", changed("llama", attention__scale=0.1), "attention.scale = "),
+    "attention.scale": ("llama", changed("llama", attention__scale=0.1), "attention.scale"),
     "softcapping": ("qwen3", changed("qwen3", attn_logit_softcapping=30.0), "attn_logit_softcapping = 30.0"),
     "causal": ("qwen3", changed("qwen3", attention__causal=False), "causal = False"),
     "a number as a flag": ("qwen3", changed("qwen3", attention__sliding_window="0"), "sliding_window = '0'"),
@@ -156,16 +156,20 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "expert_weights_scale": ("qwen3_moe", changed("qwen3moe", expert_weights_scale=2.5), "expert_weights_scale = 2.5"),
     "expert_gating_func": ("qwen3_moe", changed("qwen3moe", expert_gating_func=2), "expert_gating_func = 2"),
     "norm": ("mixtral", changed("llama", expert_weights_norm=False), "expert_weights_norm = False"),
-    "pattern": ("gpt_oss", changed("gpt-oss", attention__sliding_window_pattern=3), "pattern = 3"),
-    "patterns": ("gpt_oss", changed("gpt-oss", attention__sliding_window_pattern=[False, True]), "pattern = "),
+    "pattern": ("gpt_oss", changed("gpt-oss", attention__sliding_window_pattern=3), "sliding_window_pattern = 3"),
+    "patterns": (
+        "gpt_oss",
+        changed("gpt-oss", attention__sliding_window_pattern=[False, True]),
+        "sliding_window_pattern",
+    ),
     "freq_base_swa": ("gpt_oss", changed("gpt-oss", rope__freq_base_swa=7.0), "freq_base_swa = 7.0"),
     "swiglu": ("gpt_oss", changed("gpt-oss", swiglu_clamp_exp=5.0), "swiglu_clamp_exp = 5.0"),
     "one of two group keys": (
         "deepseek_v3",
         without("deepseek2.expert_group_used_count"),
-        "no deepseek2.expert_group_used_count",
+        "deepseek2.expert_group_used_count",
     ),
-    "one of two group keys, GLM": ("glm4_moe", without("glm4moe.expert_group_count"), "no glm4moe.expert_group_count"),
+    "one of two group keys, GLM": ("glm4_moe", without("glm4moe.expert_group_count"), "glm4moe.expert_group_count"),
 }  # fmt: skip
 
 
@@ -173,10 +177,8 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
 def test_is_refused_by_name(case: str, tmp_path: Path) -> None:
     family, edit, named = REFUSED[case]
     save_tiny(FAMILIES[family], tmp_path / "hf")
-    with pytest.raises(UnsupportedError) as caught:
+    with raises(UnsupportedError, named, "config.json"):
         read_config(TensorStore.open(write_gguf(tmp_path / "hf", tmp_path / "model.gguf", edit=edit)))
-    assert named in caught.value.what
-    assert "config.json" in (caught.value.remedy or "")
 
 
 def test_two_scalings_at_once(tmp_path: Path) -> None:

@@ -226,9 +226,8 @@ class TestTokensThatTheOtherFilesName:
             (folder / file).write_text(json.dumps({name: token_id}))
         else:
             edit(folder / "tokenizer_config.json", added_tokens_decoder={str(token_id): {"content": name}})
-        with pytest.raises(CheckpointError) as caught:
+        with raises(CheckpointError, name, token_id):
             Tokenizer.load(folder)
-        assert name in caught.value.what and str(token_id) in caught.value.what
 
     def test_flags_that_differ_are_those_of_the_file(
         self, llama3: Backend, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -271,9 +270,8 @@ class TestRefusals:
         ids=str,
     )
     def test_values_of_another_kind(self, changes: dict[str, Any], llama3: Backend, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError) as caught:
+        with raises(CheckpointError, next(iter(changes))):
             Tokenizer.load(publish(tmp_path, llama3, **changes))
-        assert next(iter(changes)) in caught.value.what
 
     @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
     @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000])
