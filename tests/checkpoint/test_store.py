@@ -419,7 +419,7 @@ REFUSED_PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nested state dict": (lambda file: torch.save({"state_dict": {"a": A}}, file), "'state_dict'"),
     "key that is a number": (lambda file: torch.save({5: A}, file), "5"),
     "expanded": (lambda file: torch.save({"a": torch.zeros(1).expand(2**40)}, file), str(2**40)),
-    "sparse": (lambda file: torch.save({"a": A.to_sparse()}, file), "sparse"),
+    "sparse": (lambda file: torch.save({"a": A.to_sparse()}, file), "torch.sparse_coo"),
     "unserved dtype": (lambda file: torch.save({"a": A.to(torch.complex64)}, file), "complex64"),
     "empty": (lambda file: file.write_bytes(b""), "pytorch_model.bin"),
 }

@@ -239,7 +239,7 @@ MALFORMED: dict[str, tuple[dict[str, torch.Tensor], list[int] | None, str]] = {
         None,
         NAME,
     ),
-    "blocks without scales": ({f"{NAME}_blocks": torch.ones(1, 4, 1, 16, dtype=torch.uint8)}, None, "blocks"),
+    "blocks without scales": ({f"{NAME}_blocks": torch.ones(1, 4, 1, 16, dtype=torch.uint8)}, None, f"{NAME}_blocks[0, 0:2]"),
     "blocks of the wrong rank": (
         {
             f"{NAME}_blocks": torch.ones(1, 4, 16, dtype=torch.uint8),

@@ -148,7 +148,7 @@ REFUSED = {
     "fp8 of another format": ({"quant_method": "fp8", "format": "float8_e5m2"}, "float8_e5m2"),
     "fp8 of another machine": (
         {**ct("float-quantized", num_bits=8, type="float"), "fp8_dtype_flavor": "e4m3fnuz"},
-        "fnuz",
+        "e4m3fnuz",
     ),
     "experts replaced by constants": (
         {**ct("pack-quantized", **INT4), "moe_sparsity_config": {"method": "novice"}},
@@ -187,7 +187,7 @@ REFUSED = {
     ),
     "autoround of floats with more exponents": (
         {"quant_method": "auto-round", "packing_format": "auto_round:fp8_static", "bits": 8, "data_type": "fp8_e5m2"},
-        "e5m2",
+        "fp8_e5m2",
     ),
     "fp8 of odd scales": ({"quant_method": "fp8", "scale_fmt": "log"}, "scale_fmt"),
     "fp8 of impossible blocks": ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "[128, 0]"),

@@ -133,7 +133,7 @@ def test_the_scaling_is_seen_in_the_logits(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, Edit, str]] = {
-    "attn_factor": ("llama", changed("llama", rope__scaling__attn_factor=1.2), "attn_factor = 1.2"),
+    "attn_factor": ("llama", changed("llama", rope__scaling__attn_factor=1.2), "llama.rope.scaling.attn_factor"),
     "alpha": ("llama", changed("llama", rope__scaling__alpha=1000.0), "alpha = 1000.0"),
     "yarn_log_multiplier": (
         "llama",

@@ -256,32 +256,6 @@ class TestShadow:
         assert "candidate" not in states(deployment)[shadow.candidate_id]
 
 
-def test_no_version_is_compiled_in_the_step_thread(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes longer than a step: all requests would wait for it."""
-    compiling, stepping = set[int](), set[int]()
-
-    def noting(seen: set[int], function: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*arguments: Any) -> Any:
-            seen.add(threading.get_ident())
-            return function(*arguments)
-
-        return noted
-
-    for backend in (CpuBackend, ReferenceBackend):
-        monkeypatch.setattr(backend, "compile", noting(compiling, backend.compile))
-    monkeypatch.setattr(Decoder, "forward", noting(stepping, Decoder.forward))
-    deployment.change(ChangeRequest(mapping={EXPERTS: "base"}))  # on probation beside the one before
-    ask(deployment, 4)
-    deployment.trials.start_canary(CanaryPlan("other", 1.0))
-    ask(deployment, 4)
-    deployment.change(ChangeRequest(mapping={f"{EXPERTS}.up_proj.*": "fp8"}, name="third"))
-    ask(deployment, 4)
-    deployment.trials.promote("canary")
-    ask(deployment, 4)
-    deployment.versions.remove_name("third")
-    assert compiling and stepping and not compiling & stepping
-
-
 class TestRollback:
     def test_new_weights_that_compute_nan_are_left_and_nobody_notices(
         self, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
@@ -386,3 +360,29 @@ def test_a_comparison_says_what_an_evaluation_of_the_same_tokens_says(deployment
     assert found.agreement.value == pytest.approx(other.agrees.mean())
     assert found.perplexity_candidate.value == pytest.approx(float(torch.tensor(other.loss).mean().exp()), rel=1e-6)
     assert found.perplexity_now.value == pytest.approx(float(torch.tensor(own.loss).mean().exp()), rel=1e-6)
+
+
+def test_no_version_is_compiled_in_the_step_thread(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes longer than a step: all requests would wait for it."""
+    compiling, stepping = set[int](), set[int]()
+
+    def noting(seen: set[int], function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            seen.add(threading.get_ident())
+            return function(*arguments)
+
+        return noted
+
+    for backend in (CpuBackend, ReferenceBackend):
+        monkeypatch.setattr(backend, "compile", noting(compiling, backend.compile))
+    monkeypatch.setattr(Decoder, "forward", noting(stepping, Decoder.forward))
+    deployment.change(ChangeRequest(mapping={EXPERTS: "base"}))  # on probation beside the one before
+    ask(deployment, 4)
+    deployment.trials.start_canary(CanaryPlan("other", 1.0))
+    ask(deployment, 4)
+    deployment.change(ChangeRequest(mapping={f"{EXPERTS}.up_proj.*": "fp8"}, name="third"))
+    ask(deployment, 4)
+    deployment.trials.promote("canary")
+    ask(deployment, 4)
+    deployment.versions.remove_name("third")
+    assert compiling and stepping and not compiling & stepping
