@@ -20,7 +20,8 @@ from torch import Tensor
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings
 from amalgam.engine.params import SamplingParams
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.kernels.step import StepContext, StepSequence

@@ -20,7 +20,8 @@ from statistics import mean, median
 from typing import Any
 
 from amalgam.config.filters import FiltersSettings
-from amalgam.config.settings import Settings, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import Settings
 from amalgam.runtime.opening import open_deployment
 from amalgam.server.local import LocalServer
 from amalgam.text.filters.passing import TextFilter

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from amalgam import _native
-from amalgam.config.settings import NATIVE_ISA_VARIABLE
+from amalgam.config.environment import NATIVE_ISA_VARIABLE
 from amalgam.formats.gguf import FORMATS as GGUF_FORMATS
 from amalgam.formats.gguf.blocks import GgufFormat
 from amalgam.formats.registry import writable_format

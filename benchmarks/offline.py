@@ -30,7 +30,7 @@ from engines import Child, exit_on_signals
 from rich.console import Console
 from rich.table import Table
 
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.evaluation.texts import read_texts
 from amalgam.text.tokenizer import Tokenizer
 from amalgam.tools.bench import commit, hardware

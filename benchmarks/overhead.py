@@ -19,7 +19,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from amalgam import _native
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.engine import runner
 from amalgam.engine.core import Engine
 from amalgam.engine.runner import Runner

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import RequestOutput

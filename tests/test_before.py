@@ -18,13 +18,8 @@ from amalgam.checkpoint.shards import Identity
 from amalgam.composition import packed_cache, planned
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.source import Source
-from amalgam.config.settings import (
-    InferenceSettings,
-    MixedPrecisionSettings,
-    ModelSettings,
-    StatisticsSettings,
-    load_settings,
-)
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, StatisticsSettings
 from amalgam.experts.overview import drift
 from amalgam.experts.saved.files import load
 from amalgam.experts.saved.sets import merge

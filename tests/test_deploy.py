@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from amalgam.config.settings import Settings, all_settings, environment_name, load_settings
+from amalgam.config.keys import all_settings, environment_name
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import Settings
 from amalgam.server.metrics.board import BOARD, OPERATOR_RULES, RULES
 from amalgam.server.metrics.catalogue import CATALOGUE, PREFIX
 from tests.conftest import ROOT

@@ -16,7 +16,7 @@ from torch import Tensor
 from amalgam import LLM, SamplingParams
 from amalgam.base import plugins
 from amalgam.composition import recognition
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.formats import registry as formats
 from amalgam.models import registry as families
 from amalgam.models.families import llama

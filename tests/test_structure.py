@@ -130,7 +130,7 @@ def test_no_format_and_no_family_imports_another(package: str, attributes: tuple
 def test_scheduling_and_settings_do_without_torch() -> None:
     program = """
 import sys
-import amalgam.engine.request, amalgam.engine.blocks, amalgam.engine.scheduler, amalgam.config.settings, amalgam.errors
+import amalgam.engine.request, amalgam.engine.blocks, amalgam.engine.scheduler, amalgam.config.reading, amalgam.errors
 sys.exit("torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -139,7 +139,7 @@ sys.exit("torch" in sys.modules)
 def test_only_config_reads_the_environment() -> None:
     found: list[str] = []
     for module in MODULES:
-        if module not in (PACKAGE / "config/settings.py", ELSEWHERE):
+        if module not in (PACKAGE / "config/environment.py", PACKAGE / "config/reading.py", ELSEWHERE):
             uses = [
                 node
                 for node in nodes(module)

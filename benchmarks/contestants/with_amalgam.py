@@ -20,7 +20,7 @@ from torch import Tensor
 
 from amalgam import _native
 from amalgam.base.histogram import Histogram
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.kernels.backends.cpu.products import matrix_of
 from amalgam.models.routing import RoutingTrace, TokenSpan
 from amalgam.tools import bench

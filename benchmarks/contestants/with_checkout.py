@@ -39,7 +39,7 @@ def load(stack: ExitStack) -> Measure:
     if not place.is_relative_to(root):
         raise ImportError(f"{sys.executable} imports {place.parent}, which is not in {root}")
     bench.SHAPES = {**bench.SHAPES, **SHAPES}
-    settings = first_of("load_settings", "amalgam.config.settings", "amalgam.config")(
+    settings = first_of("load_settings", "amalgam.config.reading", "amalgam.config.settings", "amalgam.config")(
         None, {"model.base_path": "", "engine.kv_cache_bytes": 1 << 29}, {}
     )
     engine, spec = stack.enter_context(

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 from remapping.live import LiveServer, Question, StreamedAnswer
 
-from amalgam.config.settings import BASE_SOURCE, Settings, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import BASE_SOURCE, Settings
 
 DERIVED: Mapping[str, dict[str, Any]] = {
     "fp8": {"format": "fp8", "scale": "block"},

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import build_rules, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import build_rules
 from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import DEMO
 
 from amalgam.cli import VERBS, main
-from amalgam.config.settings import all_settings, environment_name
+from amalgam.config.keys import all_settings, environment_name
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

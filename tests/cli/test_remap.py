@@ -16,7 +16,7 @@ from tests.server.test_changes import HeldDeployment, held
 
 from amalgam.cli import INTERRUPTED, main
 from amalgam.cli.server import Server
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.runtime.opening import open_deployment
 
 EXPERT = "model.layers.0.mlp.experts.3"

@@ -15,7 +15,8 @@ from amalgam.cluster.gateway import Gateway, check_settings
 from amalgam.cluster.interface import Head
 from amalgam.cluster.member import Member
 from amalgam.cluster.routing import Routing
-from amalgam.config.settings import Settings, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 from amalgam.runtime.opening import open_deployment
 from amalgam.server.http.lifecycle import DrainingServer, listen, url_of

@@ -239,7 +239,11 @@ MALFORMED: dict[str, tuple[dict[str, torch.Tensor], list[int] | None, str]] = {
         None,
         NAME,
     ),
-    "blocks without scales": ({f"{NAME}_blocks": torch.ones(1, 4, 1, 16, dtype=torch.uint8)}, None, f"{NAME}_blocks[0, 0:2]"),
+    "blocks without scales": (
+        {f"{NAME}_blocks": torch.ones(1, 4, 1, 16, dtype=torch.uint8)},
+        None,
+        "uint8",
+    ),
     "blocks of the wrong rank": (
         {
             f"{NAME}_blocks": torch.ones(1, 4, 16, dtype=torch.uint8),

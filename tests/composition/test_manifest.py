@@ -12,7 +12,7 @@ import torch
 from amalgam.cli import main
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.manifest import plan_manifest
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 
 
 def test_it_names_the_version_and_digests_its_bytes(demo_config: Path) -> None:

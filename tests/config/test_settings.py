@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from amalgam.config.settings import (
-    all_settings,
-    environment_name,
-    load_settings,
-    read_settings,
-    setting_keys,
-    state_folder,
-)
+from amalgam.config.environment import state_folder
+from amalgam.config.keys import all_settings, environment_name, setting_keys
+from amalgam.config.reading import load_settings, read_settings
 from amalgam.errors import ConfigError
 from tests.errors import raises
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from amalgam.config.settings import all_settings, load_settings
+from amalgam.config.keys import all_settings
+from amalgam.config.reading import load_settings
 from amalgam.config.text import our_variables, parse_yaml, read_yaml
 from amalgam.errors import ConfigError
 from tests.errors import raises
@@ -45,7 +46,7 @@ SERVICES = {
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_what_an_orchestrator_sets_is_ignored_and_said(service: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "amalgam.config.settings"):
+    with caplog.at_level(logging.WARNING, "amalgam.config"):
         assert our_variables({**SERVICES[service], "PATH": "/bin"}, NAMES) == {}
     [record] = caplog.records
     assert all(name in record.getMessage() for name in SERVICES[service])
@@ -76,7 +77,7 @@ def test_a_misspelt_setting_is_refused(name: str, meant: str) -> None:
 
 @pytest.mark.parametrize("name", ["AMALGAM_HOME", "AMALGAM_IMAGE_TAG", "AMALGAM_ENV_LANG", "AMALGAM_VERSION"])
 def test_another_program_s_variable_stops_nothing(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "amalgam.config.settings"):
+    with caplog.at_level(logging.WARNING, "amalgam.config"):
         assert our_variables({name: "x"}, NAMES) == {}
     assert name in caplog.text
 

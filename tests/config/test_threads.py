@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from amalgam.config.settings import let_threads_sleep
+from amalgam.config.environment import let_threads_sleep
 
 
 def test_threads_sleep_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS
+from amalgam.config.environment import NATIVE_ISA_VARIABLE, NATIVE_ISAS
 from amalgam.kernels.backends.cpu import extension
 
 

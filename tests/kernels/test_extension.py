@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS, native_isa_limit
+from amalgam.config.environment import NATIVE_ISA_VARIABLE, NATIVE_ISAS, native_isa_limit
 from amalgam.errors import ConfigError, UnsupportedError
 from amalgam.kernels.backends.cpu import elementwise, extension
 from amalgam.kernels.backends.cpu.operators import CpuOperators

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.config.settings import NATIVE_ISAS
+from amalgam.config.environment import NATIVE_ISAS
 from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.reference import operators as reference

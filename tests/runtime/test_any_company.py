@@ -10,7 +10,7 @@ from threading import Semaphore
 
 import pytest
 
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import RequestOutput
 from amalgam.runtime.deployment import Deployment

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.errors import ConflictError, PlanError, UnavailableError
 from amalgam.runtime.changes import ChangeRequest
 from amalgam.runtime.config_watch import ConfigWatch, differing

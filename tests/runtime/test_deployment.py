@@ -18,7 +18,8 @@ import torch
 from amalgam.base.locks import FileLock
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.source import Source
-from amalgam.config.settings import build_settings, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import build_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation
 from amalgam.errors import CheckpointError, ConfigError, ConflictError, PlanError, UnavailableError

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from amalgam.config.settings import Rule, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import Rule
 from amalgam.errors import CancelledError, ConfigError, ConflictError, PlanError
 from amalgam.runtime import changes
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord

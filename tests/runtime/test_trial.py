@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation
 from amalgam.errors import ConflictError, VersionNotFoundError

@@ -15,7 +15,8 @@ import httpx
 import orjson
 import pytest
 
-from amalgam.config.settings import build_settings, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import build_settings
 from amalgam.server.dashboard import events, pages
 from amalgam.server.dashboard.events import EventHub
 from tests.server.conftest import serving, wait_until

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import StatisticsSettings, build_settings, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import StatisticsSettings, build_settings
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.runtime.opening import open_deployment
 from amalgam.server.dashboard import events, pages

@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from amalgam.config.settings import build_settings, load_settings
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import build_settings
 from amalgam.engine.runner import Runner
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment

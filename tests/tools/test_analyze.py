@@ -19,7 +19,7 @@ from amalgam.cli import main
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.patterns import compile_pattern
 from amalgam.composition.quantize import quantize_checkpoint
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.errors import CheckpointError, ConfigError
 from amalgam.models.families import mixtral, qwen3_moe
 from amalgam.models.registry import all_families, read_spec

@@ -14,14 +14,14 @@ import pytest
 from amalgam.checkpoint.store import TensorStore
 from amalgam.cli import main
 from amalgam.cli.console import human_bytes
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.tools.estimate import estimate
 from tests.conftest import DEMO, ROOT
 
 FILL_THE_CACHE = """
 import json, sys
 from amalgam import LLM, SamplingParams
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.tools.estimate import estimate
 overrides = {"inference.max_batch_size": 16, "inference.max_seq_length": 1024, "engine.num_threads": 1}
 found = estimate(load_settings(sys.argv[1], overrides))

@@ -26,7 +26,8 @@ from amalgam.cli.sampling import (
     completed,
     described,
 )
-from amalgam.config.settings import Settings, state_folder
+from amalgam.config.environment import state_folder
+from amalgam.config.settings import Settings
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import RequestOutput
 from amalgam.errors import AmalgamError, ConflictError, RequestError, UnavailableError, UnsupportedError

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from amalgam.cli.options import with_settings
-from amalgam.config.settings import SettingInfo, Settings, all_settings
+from amalgam.config.keys import SettingInfo, all_settings
+from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 
 

@@ -15,7 +15,8 @@ import typer
 
 from amalgam.base.files import replace_file
 from amalgam.cli.options import with_settings
-from amalgam.config.settings import Settings, set_variables, state_folder
+from amalgam.config.environment import set_variables, state_folder
+from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError, UnavailableError, UnsupportedError
 from amalgam.version import DISTRIBUTION
 

@@ -48,7 +48,7 @@ def command(
 ) -> None:
     """Measure a configuration on texts: perplexity, KL divergence from a reference, equal first choices."""
     from amalgam.cli.console import note, print_json, progress_bar
-    from amalgam.config.settings import load_settings
+    from amalgam.config.reading import load_settings
     from amalgam.tools.evaluate import TextOptions, compare_models, evaluate
 
     texts = TextOptions(text or [], window, tokens)

@@ -11,7 +11,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from amalgam.base.heap import share_one_heap
-from amalgam.config.settings import SettingInfo, all_settings, let_threads_sleep, read_settings
+from amalgam.config.environment import let_threads_sleep
+from amalgam.config.keys import SettingInfo, all_settings
+from amalgam.config.reading import read_settings
 from amalgam.errors import ConfigError
 
 SHORT = {

@@ -125,7 +125,7 @@ def _body(
     """
     body: dict[str, Any] = {} if name is None else {"name": name}
     if like is not None:
-        from amalgam.config.settings import load_settings
+        from amalgam.config.reading import load_settings
 
         mixed = load_settings(like).model.mixed_precision
         return body | {"rules": [rule.model_dump() for rule in mixed.all_rules]}

@@ -1,35 +1,26 @@
 """Every setting, as frozen pydantic models.
 
-In: a YAML file, `AMALGAM_*` environment variables and command-line overrides, in rising order of precedence.
-Out: one immutable `Settings`. The only module that reads the environment. The command line's flags, `amalgam config`
-and `docs/configuration.md` are generated from the fields here. A text is read as what its field declares.
+In: a nested mapping. Out: one immutable `Settings`. The command line's flags, `amalgam config` and
+`docs/configuration.md` are generated from the fields here (`keys.py`). Must never know: files, the environment.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
 
 from amalgam.base.processors import usable_threads
 from amalgam.config.cluster import ClusterSettings
-from amalgam.config.fields import Section, UserPath, can_be_empty, kind_of, split_list, types_of
+from amalgam.config.fields import Section, UserPath, split_list
 from amalgam.config.filters import FiltersSettings
-from amalgam.config.text import ENV_PREFIX, our_variables, parse_yaml, read_yaml
+from amalgam.config.text import ENV_PREFIX
 from amalgam.errors import ConfigError, describe
 
 BASE_SOURCE = "base"
-NATIVE_ISA_VARIABLE = "AMALGAM_NATIVE_ISA"
-NATIVE_ISAS = ("amx_emulated", "portable", "avx2", "avx512_vnni", "avx512", "amx")  # slowest first
+PATH_SUFFIX = "_path"
 _SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
-_PATH_SUFFIX = "_path"
-
-_MIXED = "model.mixed_precision"
 
 SourceName = Annotated[str, StringConstraints(pattern=_SOURCE_NAME)]
 HostName = Annotated[str, StringConstraints(pattern=r"^(\*|(\*\.)?[a-z0-9_.-]+|\[?[0-9a-f:.]+\]?)$", to_lower=True)]
@@ -79,8 +70,8 @@ class MixedPrecisionSettings(Section):
         result: dict[str, Any] = {}
         sources: dict[str, Any] = dict(data.get("sources") or {})
         for key, value in data.items():
-            if isinstance(key, str) and key.endswith(_PATH_SUFFIX) and key not in cls.model_fields:
-                name = key.removesuffix(_PATH_SUFFIX)
+            if isinstance(key, str) and key.endswith(PATH_SUFFIX) and key not in cls.model_fields:
+                name = key.removesuffix(PATH_SUFFIX)
                 if name in sources:
                     raise ValueError(f"source {name!r} is declared twice, as {key} and in sources")
                 sources[name] = value
@@ -101,7 +92,7 @@ class MixedPrecisionSettings(Section):
             if source not in known:
                 raise ValueError(
                     f"{where} names source {source!r}, which nobody declared. Declared: "
-                    f"{', '.join(sorted(known))}. Add {source}{_PATH_SUFFIX} or correct the name"
+                    f"{', '.join(sorted(known))}. Add {source}{PATH_SUFFIX} or correct the name"
                 )
         return self
 
@@ -427,255 +418,6 @@ def build_rules(mapping: Mapping[str, str]) -> tuple[Rule, ...]:
         return tuple(Rule(pattern=pattern, source=source) for pattern, source in mapping.items())
     except ValidationError as error:
         raise ConfigError("weight_mapping is invalid:\n" + "\n".join(_explain(error))) from None
-
-
-def load_settings(
-    path: str | Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> Settings:
-    """Read settings from a YAML file, the environment and dotted overrides (`{"server.port": 80}`).
-
-    Relative model paths in the file are taken from the file's folder; all other paths from the working directory. `~`
-    is the home folder in all of them. An override holds whatever its value is: None undoes what the file says.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or holds unknown or invalid keys.
-    """
-    return read_settings(path, overrides, environ=environ).settings
-
-
-@dataclass(frozen=True)
-class ReadSettings:
-    """Settings, and where those come from that are not left at their defaults: `file`, a variable's name, `flag`."""
-
-    settings: Settings
-    origins: Mapping[str, str]
-
-
-def read_settings(
-    path: str | Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    sources: Mapping[str, str] | None = None,
-    rules: Sequence[Mapping[str, str]] = (),
-    needs_model: bool = True,
-    environ: Mapping[str, str] | None = None,
-) -> ReadSettings:
-    """The same as `load_settings`, and more.
-
-    Args:
-        sources: are declared beside those of the file and in place of those that have the same names there.
-        rules: come after those of the file.
-        needs_model: False leaves `model.base_path` empty where nobody gives it.
-    """
-    data: dict[str, Any] = {}
-    if path is not None:
-        file = Path(path).expanduser()
-        data = read_yaml(file)
-        _anchor_paths(data, file.resolve().parent)
-    origins = {key: "file" for key in setting_keys() if _is_set(data, key)}
-    for name, (key, value) in _from_environment(os.environ if environ is None else environ).items():
-        _set(data, key, value)
-        origins[key] = name
-    for key, value in (overrides or {}).items():
-        _set(data, key, value)
-        origins[key] = "flag"
-    if sources:
-        mixed = _section(data, _MIXED)
-        for name in sources:
-            mixed.pop(name + _PATH_SUFFIX, None)
-        mixed["sources"] = {**(mixed.get("sources") or {}), **sources}
-        origins[f"{_MIXED}.sources"] = "flag"
-    if rules:
-        mixed = _section(data, _MIXED)
-        mixed["rules"] = [*(mixed.get("rules") or ()), *rules]
-        origins[f"{_MIXED}.rules"] = "flag"
-    if not needs_model:
-        _section(data, "model").setdefault("base_path", "")
-    return ReadSettings(build_settings(data, origins), origins)
-
-
-@dataclass(frozen=True)
-class SettingInfo:
-    """What there is to say about one setting.
-
-    Attributes:
-        kind: what it takes, in words.
-        default: None if there is none, or if that is the default.
-    """
-
-    key: str
-    kind: str
-    is_required: bool
-    default: Any
-    description: str
-    field: FieldInfo
-
-    @property
-    def environment(self) -> str:
-        return environment_name(self.key)
-
-    @property
-    def is_structured(self) -> bool:
-        """A mapping, or a list of them; flags build it piece by piece."""
-        return any(get_origin(kind) is dict or _holds_sections(kind) for kind in types_of(self.field))
-
-    def read(self, text: str) -> Any:
-        """What a variable or a flag says: text as it is, but for lists and mappings.
-
-        Raises:
-            ConfigError: a list or mapping that is neither JSON nor YAML.
-        """
-        if any(get_origin(kind) in (dict, tuple) for kind in types_of(self.field)):
-            if not self.is_structured:
-                return split_list(text)
-            try:
-                return parse_yaml(text)
-            except ValueError as error:
-                raise ConfigError(
-                    f"{self.key} is {describe(text)}, which is not valid: {error}", remedy="Write it as JSON or YAML."
-                ) from None
-        return text
-
-
-def all_settings() -> tuple[SettingInfo, ...]:
-    """Every setting, section by section; the source of flags, environment names and the reference."""
-    found: list[SettingInfo] = []
-
-    def walk(section: type[BaseModel], prefix: str) -> None:
-        for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                walk(field.annotation, f"{prefix}{name}.")
-                continue
-            default = None if field.is_required() else field.get_default(call_default_factory=True)
-            found.append(
-                SettingInfo(prefix + name, kind_of(field), field.is_required(), default, field.description or "", field)
-            )
-
-    walk(Settings, "")
-    return tuple(found)
-
-
-def setting_keys() -> dict[str, str]:
-    """Every setting as dotted key → description."""
-    return {info.key: info.description for info in all_settings()}
-
-
-def environment_name(key: str) -> str:
-    """`server.max_workers` → `AMALGAM_SERVER_MAX_WORKERS`."""
-    return ENV_PREFIX + key.replace(".", "_").upper()
-
-
-def state_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """Where a user's own files are kept between runs, as the XDG base directories have it. It need not exist."""
-    environment = os.environ if environ is None else environ
-    given = environment.get("XDG_STATE_HOME", "")
-    return (Path(given) if os.path.isabs(given) else Path("~/.local/state").expanduser()) / "amalgam"
-
-
-def native_isa_limit(environ: Mapping[str, str] | None = None) -> str | None:
-    """Highest instruction set that the native kernels may use, from `AMALGAM_NATIVE_ISA`; None: no limit.
-
-    A limit above what the processor has changes nothing. Not a setting, because it is for testing and for narrowing
-    down a fault, and kernels are chosen before settings are read.
-
-    Raises:
-        ConfigError: the value is none of `NATIVE_ISAS`.
-    """
-    limit = (os.environ if environ is None else environ).get(NATIVE_ISA_VARIABLE)
-    if limit == "":
-        return None
-    if limit is not None and limit not in NATIVE_ISAS:
-        raise ConfigError(f"{NATIVE_ISA_VARIABLE} is {describe(limit)}.", remedy=f"Allowed: {', '.join(NATIVE_ISAS)}.")
-    return limit
-
-
-def let_threads_sleep() -> None:
-    """Have PyTorch's threads sleep while they wait for each other, unless the environment says how they wait.
-
-    Only before PyTorch is loaded, for its OpenMP reads it then. It runs what the compiled kernels do not have, in many
-    short turns. Threads that spin in between take the cores from the kernels' own, and where another program has one
-    of the cores, a step took five times as long.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def set_variables(variables: Mapping[str, str]) -> None:
-    """Say to a library, and to the processes that it starts, what the environment does not say already."""
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
-
-
-def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
-    """Make the file's relative model paths absolute where they exist or look like paths; hub ids stay as they are."""
-
-    def anchor(value: Any) -> Any:
-        if not isinstance(value, str) or not value or os.path.isabs(os.path.expanduser(value)):
-            return value
-        candidate = folder / value
-        looks_like_path = value.startswith(".") or value.count("/") != 1
-        return os.path.normpath(candidate) if looks_like_path or candidate.exists() else value
-
-    speculation = data.get("speculation")
-    if isinstance(speculation, dict) and "draft" in speculation:
-        speculation["draft"] = anchor(speculation["draft"])
-    model = data.get("model")
-    if not isinstance(model, dict):
-        return
-    if "base_path" in model:
-        model["base_path"] = anchor(model["base_path"])
-    mixed = model.get("mixed_precision")
-    if isinstance(mixed, dict):
-        for key in mixed:
-            if isinstance(key, str) and key.endswith(_PATH_SUFFIX):
-                mixed[key] = anchor(mixed[key])
-        if isinstance(mixed.get("sources"), dict):
-            mixed["sources"] = {name: anchor(value) for name, value in mixed["sources"].items()}
-
-
-def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
-    """Variable → key and value. An empty one says none where a setting can be empty, and nothing otherwise."""
-    known = {info.environment: info for info in all_settings()}
-    values: dict[str, tuple[str, Any]] = {}
-    for name, text in our_variables(environ, {*known, NATIVE_ISA_VARIABLE}).items():
-        if name == NATIVE_ISA_VARIABLE:
-            continue
-        info = known[name]
-        if text:
-            values[name] = info.key, info.read(text)
-        elif can_be_empty(info.field):
-            values[name] = info.key, None
-    return values
-
-
-def _holds_sections(kind: Any) -> bool:
-    return any(isinstance(part, type) and issubclass(part, Section) for part in get_args(kind))
-
-
-def _section(data: dict[str, Any], dotted: str) -> dict[str, Any]:
-    """The mapping at a dotted key, made if absent."""
-    for part in dotted.split("."):
-        child = data.get(part)
-        child = data[part] = {} if child is None else child
-        if not isinstance(child, dict):
-            raise ConfigError(f"{part} is {describe(child)}.", remedy="Expected a mapping.")
-        data = child
-    return data
-
-
-def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
-    parent, _, last = dotted.rpartition(".")
-    _section(data, parent)[last] = value
-
-
-def _is_set(data: Any, dotted: str) -> bool:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        data = data.get(parent) if isinstance(data, dict) else None
-    if not isinstance(data, dict):
-        return False
-    return last in data or (dotted == f"{_MIXED}.sources" and any(str(key).endswith(_PATH_SUFFIX) for key in data))
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str] | None = None) -> list[str]:

@@ -22,7 +22,8 @@ from amalgam.base.machine import detect_machine
 from amalgam.base.threads import EXIT_SECONDS, StoppableThread
 from amalgam.composition.loader import LoadedVersion, ModelLoader
 from amalgam.composition.planned import PlannedWeight
-from amalgam.config.settings import BASE_SOURCE, AutoplanSettings, Rule, Settings, build_rules, state_folder
+from amalgam.config.environment import state_folder
+from amalgam.config.settings import BASE_SOURCE, AutoplanSettings, Rule, Settings, build_rules
 from amalgam.engine.core import Engine
 from amalgam.engine.request import Request, RequestOutput
 from amalgam.engine.speculation.draft import DraftProposer

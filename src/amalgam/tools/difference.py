@@ -17,7 +17,7 @@ from amalgam.base.strict_json import parse_json
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.manifest import plan_manifest
 from amalgam.composition.progress import Progress
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.errors import ConfigError, describe
 from amalgam.runtime.derive import ensure_derived
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amalgam.config.settings import NATIVE_ISA_VARIABLE, NATIVE_ISAS, Settings, all_settings
+from amalgam.config.environment import NATIVE_ISA_VARIABLE, NATIVE_ISAS
+from amalgam.config.keys import all_settings
+from amalgam.config.settings import Settings
 from amalgam.formats.contract import WritableFormat
 from amalgam.formats.gguf.config import ARCHITECTURES
 from amalgam.formats.registry import all_formats

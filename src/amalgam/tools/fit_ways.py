@@ -18,7 +18,8 @@ import torch
 
 from amalgam.composition.loader import ModelLoader
 from amalgam.composition.planned import PlannedWeight
-from amalgam.config.settings import BASE_SOURCE, Rule, Settings, build_rules, read_settings
+from amalgam.config.reading import read_settings
+from amalgam.config.settings import BASE_SOURCE, Rule, Settings, build_rules
 from amalgam.errors import AmalgamError, ConfigError
 from amalgam.formats.grid import QuantizeOptions
 from amalgam.formats.registry import writable_format

@@ -14,7 +14,8 @@ from ray import serve
 from amalgam.base.heap import share_one_heap
 from amalgam.cluster.interface import Ask, Forwarded, Part
 from amalgam.cluster.member import Member
-from amalgam.config.settings import Settings, let_threads_sleep
+from amalgam.config.environment import let_threads_sleep
+from amalgam.config.settings import Settings
 from amalgam.errors import AmalgamError, ReplicaLostError
 from amalgam.server.app import settling
 from amalgam.server.http.logs import start_logging

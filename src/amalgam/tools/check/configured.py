@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amalgam.config.settings import Settings, read_settings
+from amalgam.config.reading import read_settings
+from amalgam.config.settings import Settings
 from amalgam.errors import ConfigError
 from amalgam.tools.check.process import working_folder
 from amalgam.tools.check.target import Target

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amalgam.base.files import resumable_folder
-from amalgam.config.settings import state_folder
+from amalgam.config.environment import state_folder
 from amalgam.errors import UnavailableError
 from amalgam.tools.quantizing.processes import kill_group
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from amalgam.config.settings import NATIVE_ISAS, native_isa_limit
+from amalgam.config.environment import NATIVE_ISAS, native_isa_limit
 from amalgam.errors import UnsupportedError
 
 if TYPE_CHECKING:
