@@ -188,7 +188,7 @@ def test_a_certificate_that_ends_soon_is_found(days: int, status: Status, monkey
         return {"notAfter": "Jan  1 00:00:00 2040 GMT"}
 
     end = ssl.cert_time_to_seconds("Jan  1 00:00:00 2040 GMT")
-    monkeypatch.setattr(access, "_certificate", certificate)
+    monkeypatch.setattr(access, "certificate_of", certificate)
     monkeypatch.setattr(access.time, "time", lambda: end - days * 86400)
     assert asyncio.run(access.encryption.run(Target(Address("https", "far.example", 443)))).status is status
 

@@ -152,7 +152,7 @@ async def encryption(target: Target) -> Finding:
             return skipped("http on this machine's loopback address: nobody else hears it.")
         return warned(f"http to {target.address.host}", "https")
     try:
-        certificate = await _certificate(target)
+        certificate = await certificate_of(target)
     except (OSError, TimeoutError) as error:
         raise CannotTellError(f"No TLS connection: {error}.") from None
     days = (ssl.cert_time_to_seconds(str(certificate["notAfter"])) - time.time()) / _DAY_SECONDS
@@ -161,7 +161,7 @@ async def encryption(target: Target) -> Finding:
     return (failed if days < 0 else warned if days < least else passed)(value, threshold, figures={"days": days})
 
 
-async def _certificate(target: Target) -> Mapping[str, Any]:
+async def certificate_of(target: Target) -> Mapping[str, Any]:
     async with asyncio.timeout(target.thresholds.timeout_seconds):
         _, writer = await asyncio.open_connection(target.address.host, target.address.port, ssl=target.address.tls)
         certificate: Mapping[str, Any] = writer.get_extra_info("peercert")
