@@ -30,15 +30,19 @@ class Server:
 
     Attributes:
         model: a file or folder in the folder of models, or an absolute path.
+        precision: of its weights; servers of the same are compared. Empty: of another model, to try a scenario.
         environment: a virtual environment there; ours if empty.
         command: what is run in the environment; {model}, {port}, {tokens} (of the longest sequence), {sequences} and
             {room} (tokens of all sequences together) are filled in.
+        kv_bytes_per_token: of the model, in 16 bits.
         caching: what is added where prompts share a prefix, and where they do not.
         fields: what the bodies of its requests have beside OpenAI's fields.
     """
 
     model: str
+    precision: str
     command: tuple[str, ...]
+    kv_bytes_per_token: int = 16384  # of shape S
     environment: str = ""
     caching: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -49,27 +53,27 @@ class Server:
         return not self.environment
 
 
-_KV_BYTES_PER_TOKEN = 16384  # of shape S, in 16 bits
-
-
-def _ours(model: str) -> Server:
+def _ours(model: str, precision: str, **fields: Any) -> Server:
     flags = (
         "--inference.max_seq_length {tokens} --inference.max_batch_size {sequences} --engine.kv_cache_bytes {kv_bytes}"
     )
     return Server(
         model,
+        precision,
         (sys.executable, str(ROOT / "main.py"), "--model", "{model}", "--port", "{port}", *flags.split()),
         fields={"ignore_eos": True, "top_k": 0},
+        **fields,
     )
 
 
-def _llama(model: str) -> Server:
+def _llama(model: str, precision: str) -> Server:
     flags = (
         "-m {model} --port {port} --alias model -np {sequences} -c {room} --kv-unified -t 2 -tb 2 -b 2048 -ub 512"
         " --no-ui --offline"
     )
     return Server(
         model,
+        precision,
         (f"{LLAMA_SERVER}/llama-server", *flags.split()),
         environment="llama-server",
         caching=((), ("--no-cache-prompt", "--cache-ram", "0")),
@@ -77,7 +81,7 @@ def _llama(model: str) -> Server:
     )
 
 
-def _vllm(model: str) -> Server:
+def _vllm(model: str, precision: str) -> Server:
     flags = (
         "-m vllm.entrypoints.openai.api_server --model {model} --port {port} --host 127.0.0.1"
         " --served-model-name model --dtype bfloat16 --max-model-len {tokens} --max-num-seqs {sequences}"
@@ -85,6 +89,7 @@ def _vllm(model: str) -> Server:
     )
     return Server(
         model,
+        precision,
         ("bin/python", *flags.split()),
         environment="vllm",
         caching=(("--enable-prefix-caching",), ("--no-enable-prefix-caching",)),
@@ -99,11 +104,12 @@ def _vllm(model: str) -> Server:
 
 
 SERVERS = {
-    "amalgam int4": _ours("S-int4"),
-    "llama.cpp Q4_0": _llama("S-Q4_0.gguf"),
-    "amalgam bf16": _ours("S"),
-    "vLLM bf16": _vllm("S"),
-    "llama.cpp bf16": _llama("S-bf16.gguf"),
+    "amalgam int4": _ours("S-int4", "int4"),
+    "llama.cpp Q4_0": _llama("S-Q4_0.gguf", "int4"),
+    "amalgam bf16": _ours("S", "bf16"),
+    "vLLM bf16": _vllm("S", "bf16"),
+    "llama.cpp bf16": _llama("S-bf16.gguf", "bf16"),
+    "amalgam demo": _ours(str(ROOT / "models" / "demo"), "", kv_bytes_per_token=3072),
 }
 
 
@@ -111,16 +117,24 @@ class Running(Child):
     """A server that answers; stopped while another is asked."""
 
     def __init__(
-        self, name: str, server: Server, folder: Path, *, max_tokens: int, shares_prefixes: bool, flags: tuple[str, ...]
+        self,
+        name: str,
+        server: Server,
+        folder: Path,
+        *,
+        max_tokens: int,
+        room: int | None,
+        shares_prefixes: bool,
+        flags: tuple[str, ...],
     ) -> None:
-        port = free_port()
+        port, room = free_port(), room or max_tokens * MAX_SEQUENCES
         values = {
             "model": folder / server.model,
             "port": port,
             "tokens": max_tokens,
             "sequences": MAX_SEQUENCES,
-            "room": max_tokens * MAX_SEQUENCES,
-            "kv_bytes": max_tokens * MAX_SEQUENCES * _KV_BYTES_PER_TOKEN,
+            "room": room,
+            "kv_bytes": room * server.kv_bytes_per_token,
         }
         program, *arguments = (part.format(**values) for part in server.command)
         if server.environment:
@@ -181,6 +195,7 @@ def serving(
     folder: Path,
     *,
     max_tokens: int,
+    room: int | None = None,
     shares_prefixes: bool = False,
     flags: tuple[str, ...] = (),
 ) -> Iterator[dict[str, Running]]:
@@ -188,13 +203,14 @@ def serving(
 
     Args:
         max_tokens: of the longest sequence.
+        room: tokens of all sequences together; None: for as many of the longest as run together.
         flags: for each server, at the end of its command.
     """
     with ExitStack() as cleanup:
         running = {}
         for name, server in names.items():
             running[name] = Running(
-                name, server, folder, max_tokens=max_tokens, shares_prefixes=shares_prefixes, flags=flags
+                name, server, folder, max_tokens=max_tokens, room=room, shares_prefixes=shares_prefixes, flags=flags
             )
             cleanup.callback(running[name].close)
             running[name].pause()

@@ -23,7 +23,10 @@ def token_ids(count: int, seed: int) -> list[int]:
 
 
 def text(length: int, seed: int) -> str:
-    """So many characters, which are as many tokens for a vocabulary without merges; the same for every engine."""
+    """So many characters, which are as many tokens for a vocabulary without merges; the same for every engine.
+
+    Seeds that are each other's negatives give the same.
+    """
     return "".join(random.Random(seed).choices(string.ascii_letters + string.digits, k=length))
 
 

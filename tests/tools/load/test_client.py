@@ -73,7 +73,7 @@ def cut(content: bytes, size: int) -> list[bytes]:
 def test_how_bytes_are_cut_does_not_matter(size: int) -> None:
     answer = one(cut(WHOLE, size))
     assert (answer.error_kind, answer.status, answer.finish_reason) == ("", 200, "length")
-    assert (answer.num_prompt_tokens, answer.num_new_tokens, len(answer.arrivals)) == (5, 3, 3)
+    assert (answer.num_prompt_tokens, answer.num_new_tokens, len(answer.arrivals), answer.text) == (5, 3, 3, "aaa")
     assert answer.sent <= answer.arrivals[0] <= answer.arrivals[-1] <= answer.ended
     assert len(answer.gaps) == 2 and answer.seconds_per_token is not None
 
@@ -85,6 +85,7 @@ def test_a_chat_may_begin_with_its_reasoning(field: str) -> None:
     parts = [b"data: %b\r\n\r\n" % json.dumps(body).encode() for body in bodies] + [b": comment\n\ndata: [DONE]\n\n"]
     answer = one([STREAM_HEAD + chunked(parts) + b"0\r\n\r\n"], endpoint="chat")
     assert not answer.error_kind and len(answer.arrivals) == 2 and answer.num_new_tokens is None
+    assert answer.text == ("ab" if field == "content" else "b")
     assert answer.num_tokens == 2, "one for each event with text"
 
 
@@ -126,6 +127,12 @@ def test_a_fault_is_an_answer_with_its_kind(fault: str) -> None:
     answer = one(parts)
     assert (answer.error_kind, said in answer.error) == (kind, True)
     assert answer.ended >= answer.sent > 0
+
+
+def test_a_refusal_says_when_to_come_again() -> None:
+    refused = [head("503 Service Unavailable", *JSON_HEAD, "Retry-After: 7"), b'{"error": {}}']
+    assert one(refused).retry_after == "7"
+    assert one([WHOLE]).retry_after == ""
 
 
 def test_a_client_leaves() -> None:

@@ -49,9 +49,11 @@ class Answer:
 
     Attributes:
         due: when the request was to be sent; `sent`: when it was.
+        text: of its choices; of a chat, without reasoning and calls.
         arrivals: when each event with text came.
         ended: when the last event with a choice came; of an answer that failed, when that was known.
         status: of the HTTP answer, 0 if there was none.
+        retry_after: what a refusal says of when to come again, as it stands in the header.
         error_kind: what kind of error it ended with, such as `HTTP 429`; empty for a whole answer.
         num_prompt_tokens, num_new_tokens, num_cached_tokens: of `usage`; None if the server gave none.
     """
@@ -59,9 +61,11 @@ class Answer:
     question: Question
     due: float
     sent: float = 0.0
+    text: str = ""
     arrivals: list[float] = field(default_factory=list)
     ended: float = 0.0
     status: int = 0
+    retry_after: str = ""
     error_kind: str = ""
     error: str = ""
     finish_reason: str = ""
@@ -260,8 +264,9 @@ class _AnswerReader:
         self._content = b""  # of an answer that is no stream
 
     def head(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> bool:
-        self._answer.status = status
-        kind = dict(headers).get(b"content-type", b"")
+        fields = dict(headers)
+        self._answer.status, self._answer.retry_after = status, fields.get(b"retry-after", b"").decode("latin-1")
+        kind = fields.get(b"content-type", b"")
         # A server that does not say what it sends is believed to send what was asked for.
         self._is_stream = status == 200 and (not kind or kind.lower().startswith(b"text/event-stream"))
         self._has_left = self._is_stream and self._leave_after == 0
@@ -309,6 +314,7 @@ class _AnswerReader:
                 if any(_has_text(choice) for choice in choices):
                     self._answer.arrivals.append(now)
                 for choice in choices:
+                    self._answer.text += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                     if reason := choice.get("finish_reason"):
                         self._answer.finish_reason = str(reason)
             if usage := event.get("usage"):
