@@ -1,0 +1,135 @@
+"""A server of the demo, in a process of its own, that is asked, left and made to die.
+
+In: flags. Out: answers and when they came, gauges, memory. Must never know what is a fault.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.request import urlopen
+
+import httpx
+from engines import Child, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+MORTAL = Path(__file__).with_name("mortal.py")
+GENERATE = "/generate"
+PATIENCE = 30.0  # seconds; what has not come by then is lost
+
+Timed = tuple[float, httpx.Response]  # seconds until an answer was there
+
+
+class MortalServer(Child):
+    """A server that is ready; its engine dies at SIGUSR1."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        model = ("--model", str(ROOT / "models" / "demo"), "--port", str(port))
+        super().__init__([sys.executable, "-P", MORTAL, *model, *flags], folder / "server.log")
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE, limits=httpx.Limits(max_connections=None))
+        self.wait_until(lambda: bool(urlopen(f"{self.url}/ready").status == 200))
+
+    def generate(self, num_tokens: int, streams: bool = False, prompt: str = "It was") -> Timed:
+        body = {"prompt": prompt, "max_new_tokens": num_tokens, "ignore_eos": True, "stream": streams}
+        return self.post(GENERATE, body)
+
+    def post(self, path: str, body: Any) -> Timed:
+        """Send JSON, or bytes that say that they are."""
+        content = {"content": body} if isinstance(body, bytes) else {"json": body}
+        return timed(lambda: self.client.post(path, headers={"Content-Type": "application/json"}, **content))
+
+    def leave(self, index: int) -> None:
+        """A client that leaves: after some pieces of a stream, or some time before an answer in one piece.
+
+        Half of the prompts are so long that some leave within them.
+        """
+        prompt = f"{index} " * (500 if index % 4 < 2 else 2)
+        body = {"prompt": prompt, "max_new_tokens": 400, "ignore_eos": True, "stream": index % 2 == 0}
+        timeout = httpx.Timeout(PATIENCE, read=PATIENCE if index % 2 == 0 else 0.02 * (1 + index % 5))
+        with (
+            suppress(httpx.ReadTimeout),
+            httpx.stream("POST", self.url + GENERATE, json=body, timeout=timeout) as response,
+        ):
+            for _ in zip(range(index % 5), response.iter_raw(), strict=False):
+                pass
+
+    def gauge(self, *names: str) -> float:
+        """The sum of some metrics without labels."""
+        lines = (line.split() for line in self.client.get("/metrics").text.splitlines())
+        return sum(float(line[1]) for line in lines if line[0] in {f"amalgam_{name}" for name in names})
+
+    @property
+    def num_requests(self) -> float:
+        return self.gauge("requests_running", "requests_waiting")
+
+    def seconds_until_status(self, path: str, status: int) -> float:
+        return seconds_until(lambda: timed(lambda: self.client.get(path))[1].status_code == status)
+
+    def start_peak(self) -> float:
+        """Memory now, in MiB, from which on `peak` counts."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        return self._mib("VmRSS")
+
+    def peak(self) -> float:
+        return self._mib("VmHWM")
+
+    def _mib(self, name: str) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition(f"{name}:")[2].split()[0]) / 1024
+
+    @contextmanager
+    def asking_health(self) -> Iterator[list[Timed]]:
+        """The answers of `/health`, asked again and again meanwhile."""
+        answers: list[Timed] = []
+        is_over = threading.Event()
+
+        def ask() -> None:
+            with httpx.Client(base_url=self.url, timeout=PATIENCE) as client:
+                while not is_over.wait(0.01):
+                    answers.append(timed(lambda: client.get("/health")))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        try:
+            yield answers
+        finally:
+            is_over.set()
+            thread.join()
+
+
+@contextmanager
+def mortal_server(*flags: str) -> Iterator[MortalServer]:
+    with TemporaryDirectory() as folder:
+        server = MortalServer(Path(folder), *flags)
+        try:
+            yield server
+        finally:
+            server.close()
+
+
+def timed(ask: Callable[[], httpx.Response]) -> Timed:
+    """Status 599 stands for an answer that never came."""
+    began = time.perf_counter()
+    try:
+        response = ask()
+    except httpx.TransportError as error:
+        response = httpx.Response(599, text=str(error))
+    return time.perf_counter() - began, response
+
+
+def seconds_until(condition: Callable[[], bool]) -> float:
+    """How long it took; infinity if it takes longer than `PATIENCE`."""
+    began = time.perf_counter()
+    while not condition():
+        if time.perf_counter() - began > PATIENCE:
+            return float("inf")
+        time.sleep(0.002)
+    return time.perf_counter() - began
