@@ -1,16 +1,46 @@
 """Answers that follow grammars."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from llguidance import LLMatcher
 
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import FinishReason
 from amalgam.errors import RequestError
-from amalgam.text.grammar import Grammar, compile_grammar
-from tests.engine.fakes import greedy_tokens
+from amalgam.text.grammar import CompiledGrammar, Grammar, compile_grammar
+from amalgam.text.grammar_trial import make_matcher, make_tokenizer
+from tests.engine.fakes import FakeDecoder, greedy_tokens
 from tests.engine.running import GREEDY, TINY_CACHE, Outputs, random_prompts
+
+
+class HeldThreads(ThreadPoolExecutor):
+    """Whose work waits until it is let go."""
+
+    def __init__(self):
+        super().__init__(2)
+        self._is_let_go = threading.Event()
+        self._given = []
+
+    def submit(self, function, /, *arguments):
+        def held():
+            assert self._is_let_go.wait(60)
+            return function(*arguments)
+
+        self._given.append(super().submit(held))
+        return self._given[-1]
+
+    def finish(self):
+        """Do what has been given since the last time; how much that was."""
+        given, self._given = self._given, []
+        self._is_let_go.set()
+        for future in given:
+            future.result(60)
+        self._is_let_go.clear()
+        return len(given)
 
 
 class TestConstraints:
@@ -71,3 +101,16 @@ class TestConstraints:
         assert broken.last().finish_reason is FinishReason.ERROR
         assert good.last().error is None
         assert good.token_ids == greedy_tokens([1], 12)
+
+    def test_masks_are_made_while_the_step_is_computed(self, make_engine, tokenizer):
+        """They are begun before it, take nothing that it gives, and hold nobody up: here they end within it."""
+        tokens, special_ids, encode = tokenizer.grammar_vocabulary()
+        vocabulary = make_tokenizer(tokens, special_ids, sorted(tokenizer.eos_token_ids), encode)
+        decoder, steps = FakeDecoder(), []
+        with HeldThreads() as threads:
+            matcher = make_matcher(vocabulary, str(LLMatcher.grammar_from_regex("[a-z]{12}")))
+            constraint = CompiledGrammar(matcher, tokenizer.vocab_size, threads)
+            decoder.on_step = lambda token_ids: steps.append((threads.finish(), len(token_ids)))
+            answers = make_engine(decoder).generate([[1], [2]], self.params(0), constraint=constraint)
+            assert all(re.fullmatch("[a-z]{12}", answer.text) for answer in answers)
+        assert steps and all(num_masks == num_sequences for num_masks, num_sequences in steps)
