@@ -44,6 +44,8 @@ async def _cancel(server: Running, num_requests: int) -> list[Document]:
         left += await closed_loop(server.address, requests, MAX_SEQUENCES, client.ask)
         check([await complete(server.address, Request(text(16, seed), 8))])
         await until_idle(server)
+        if refused := [answer for answer in left if answer.status not in (0, 200)]:
+            raise RuntimeError(f"{len(refused)} were refused: {refused[0].status}, {refused[0].error}")
         if not rows:
             left.clear()
         rows.append(
