@@ -16,6 +16,7 @@ from tests.errors import raises
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import remaps
 from remapping import exact, pause
 from remapping.bench import Bench, Weights
 from remapping.exact import Made, Offline
@@ -64,6 +65,21 @@ def test_changes_in_turn_always_change_something() -> None:
         [(name, source)] = change.items()
         assert now.get(name, "base") != source
         now[name] = source
+
+
+@pytest.mark.parametrize(
+    ("found", "is_whole"),
+    [
+        ({"exact": [{"differing": 0}, {"differing": 0}], "flip": [{"p99": 900.0}]}, True),
+        ({"exact": [{"differing": 0}, {"differing": 1}]}, False),
+        ({"kills": [{"kills": 50, "midway": 40, "differing": 0, "leftovers": 0}]}, True),
+        ({"kills": [{"differing": 2, "leftovers": 0}]}, False),
+        ({"exact": [{"differing": 0}], "kills": [{"differing": 0, "leftovers": 1}]}, False),
+        ({}, True),
+    ],
+)
+def test_what_is_wrong_or_left_over_fails_the_benchmark(found: dict[str, list[dict[str, Any]]], is_whole: bool) -> None:
+    assert remaps.is_whole(found) is is_whole
 
 
 def test_answers_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
