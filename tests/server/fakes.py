@@ -171,7 +171,7 @@ class FakeEngine:
         return nullcontext()
 
     async def embed(
-        self, prompt_ids: Sequence[int], pooling: str, observation: Observation, version: Any = None
+        self, prompt_ids: Sequence[int], pooling: str, observation: Observation, version: Any = None, *more: Any
     ) -> Any:
         self.embedded_by.append((version or self.version).version_id)
         self.observations.append(observation)

@@ -100,6 +100,7 @@ GENERATING: list[tuple[str, dict[str, Any]]] = [
     ("/v1/responses", {"input": "a", "max_output_tokens": 1}),
     ("/v1/embeddings", {"input": "a"}),
     ("/v1/messages", {"model": "fake", "messages": HI, "max_tokens": 1}),
+    ("/v1/messages", {"model": "fake", "messages": HI, "max_tokens": 1, "stream": True}),
 ]
 
 
@@ -112,9 +113,10 @@ def test_a_request_gets_the_weights_that_it_asks_for_and_is_told_which(
             answer = client.post(path, json={**body, "weights": weights})
             assert answer.status_code == 200, answer.text
             assert answer.headers["X-Amalgam-Weight-Version"] == str(version), path
-            if "system_fingerprint" in answer.text:
+            if path.startswith("/v1/") and path != "/v1/messages":
+                assert "system_fingerprint" in answer.text
                 assert f"-weights-{version}" in answer.text and f"-weights-{8 - version}" not in answer.text
-            elif path in ("/generate", "/batch_generate"):
+            elif path in ("/generate", "/batch_generate", "/v1/messages"):
                 assert f'"weight_version":{version}' in answer.text.replace(" ", "")
         refused = client.post(path, json={**body, "weights": "nobody"})
         assert refused.status_code == 404 and "nobody" in refused.text, path

@@ -329,13 +329,17 @@ class Engine:
         pooling: Pooling = "mean",
         observation: Observation = _UNLABELLED,
         version: WeightVersion | None = None,
+        on_output: Callable[[RequestOutput], None] = lambda output: None,
     ) -> npt.NDArray[np.float32]:
         """One vector `[hidden]` for a prompt: of the final norm's outputs the mean over its tokens, or the last one's.
 
         It is not scaled to a length. Computed in turn with answers; cancelling the caller cancels the request. Raises
         the errors of `submit`.
+
+        Args:
+            on_output: is told how the request ended, and on which version.
         """
-        return await streams.embed(self, prompt_ids, pooling, observation, version)
+        return await streams.embed(self, prompt_ids, pooling, observation, version, on_output)
 
     def embed_all(
         self, prompts_ids: Sequence[Sequence[int]], pooling: Pooling = "mean", observation: Observation = _UNLABELLED

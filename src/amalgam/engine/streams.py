@@ -109,13 +109,16 @@ async def embed(
     pooling: Pooling,
     observation: Observation,
     version: WeightVersion | None = None,
+    on_output: Callable[[RequestOutput], None] = lambda output: None,
 ) -> npt.NDArray[np.float32]:
     """See `Engine.embed`."""
     outputs = OutputStream(
         engine, lambda on_output: engine.submit_embedding(prompt_ids, pooling, on_output, observation, version)
     )
     async with aclosing(outputs):
-        return _embedding(await anext(outputs))
+        output = await anext(outputs)
+        on_output(output)
+        return _embedding(output)
 
 
 def embed_all(

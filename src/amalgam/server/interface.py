@@ -6,7 +6,7 @@ needs torch to be imported: the port opens before that.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -71,6 +71,7 @@ class Engine(Protocol):
         pooling: Literal["mean", "last"],
         observation: Observation,
         version: WeightVersion | None = None,
+        on_output: Callable[[RequestOutput], None] = ...,
     ) -> Awaitable[npt.NDArray[np.float32]]: ...
     def stop(self) -> None: ...
 

@@ -7,7 +7,7 @@ So no interface needs to know of logs, limits and traces. Must never know: HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -75,13 +75,19 @@ class _WatchedEngine(WrappedEngine):
         pooling: Literal["mean", "last"],
         observation: Observation,
         version: WeightVersion | None = None,
+        on_output: Callable[[RequestOutput], None] = lambda output: None,
     ) -> npt.NDArray[np.float32]:
         """See `Engine.embed`."""
         record = current_record.get()
         if record is None:
-            return await self.wrapped.embed(prompt_ids, pooling, observation, version)
+            return await self.wrapped.embed(prompt_ids, pooling, observation, version, on_output)
+
+        def note(output: RequestOutput) -> None:
+            _note_version(record, output)
+            on_output(output)
+
         version = version or record.weights
-        result = self.wrapped.embed(prompt_ids, pooling, _with_arrival(record, observation), version)
+        result = self.wrapped.embed(prompt_ids, pooling, _with_arrival(record, observation), version, note)
         is_taken = True
         try:
             return await _in_time(record, result)
@@ -153,12 +159,18 @@ def _note_prompt(record: RequestRecord, prompt_ids: Sequence[int]) -> None:
         record.add_prompt_tokens(len(prompt_ids))
 
 
+def _note_version(record: RequestRecord, output: RequestOutput) -> None:
+    """It may be another one than was chosen, which could not answer."""
+    if output.usage is not None:
+        record.weight_version = output.usage.version
+
+
 def _note_output(record: RequestRecord, output: RequestOutput) -> None:
     record.add_new_tokens(len(output.token_ids))
     if output.finish_reason is None:
         return
     record.finish_reasons.append(output.finish_reason.value)
+    _note_version(record, output)
     if output.usage is not None:
-        record.weight_version = output.usage.version
         record.num_cached_tokens += output.usage.num_cached_tokens
         record.queue_seconds = max(record.queue_seconds or 0.0, output.usage.queue_seconds)

@@ -7,14 +7,14 @@ Each member stands here by its name, so that the type checker finds one that the
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
 
 from amalgam.config.settings import Rule, Settings
 from amalgam.engine.meter import Meter
 from amalgam.engine.params import SamplingParams
-from amalgam.engine.request import EngineStatus, Observation
+from amalgam.engine.request import EngineStatus, Observation, RequestOutput
 from amalgam.runtime.changes import ChangeRequest, RemapRecord, RemapResult
 from amalgam.runtime.jobs import Job, Jobs
 from amalgam.server.interface import (
@@ -78,8 +78,9 @@ class WrappedEngine:
         pooling: Literal["mean", "last"],
         observation: Observation,
         version: WeightVersion | None = None,
+        on_output: Callable[[RequestOutput], None] = lambda output: None,
     ) -> Awaitable[npt.NDArray[np.float32]]:
-        return self.wrapped.embed(prompt_ids, pooling, observation, version)
+        return self.wrapped.embed(prompt_ids, pooling, observation, version, on_output)
 
     def stop(self) -> None:
         self.wrapped.stop()

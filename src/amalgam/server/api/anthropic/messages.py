@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import fastapi
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -73,6 +73,10 @@ class MessageAnswer(BaseModel):
     stop_reason: str | None
     stop_sequence: str | None
     usage: UsageAnswer
+    weight_version: int
+    """The weight version that answers."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class CountAnswer(BaseModel):
@@ -124,7 +128,7 @@ async def _start(service: Service, body: MessagesBody) -> _Answer:
         AmalgamError: the request cannot be served.
     """
     name = service.check_model(body.model)
-    service.choose_weights(body.weights, body.metadata.user_id)
+    version = service.choose_weights(body.weights, body.metadata.user_id)
     use, json_format = tool_use(body), body.output_config.format
     if use.is_strict and not service.answer_format.marks_calls:
         raise UnsupportedError(
@@ -142,7 +146,8 @@ async def _start(service: Service, body: MessagesBody) -> _Answer:
     outputs = service.deployment.engine.stream(chat.prompt_ids, params, Observation(), chat.constraint)
     shows = isinstance(body.thinking, ThinkingDisabled) or body.thinking.display != "omitted"
     blocks = Blocks(shows_reasoning=shows)
-    return _Answer(name, len(chat.prompt_ids), outputs, chat.reader(), blocks, frozenset(body.stop_sequences))
+    stop_sequences = frozenset(body.stop_sequences)
+    return _Answer(name, version, len(chat.prompt_ids), outputs, chat.reader(), blocks, stop_sequences)
 
 
 @dataclass
@@ -150,6 +155,7 @@ class _Answer:
     """One answer as it comes."""
 
     model: str
+    version: int  # that was chosen; at the end, that answered
     num_prompt_tokens: int
     outputs: OutputStream
     reader: AnswerReader
@@ -178,7 +184,12 @@ class _Answer:
         for fields in self.blocks.close():
             yield fields
         ended = {"stop_reason": self.stop_reason, "stop_sequence": self.stop_sequence}
-        yield {"type": "message_delta", "delta": ended, "usage": self._usage()}
+        yield {
+            "type": "message_delta",
+            "delta": ended,
+            "usage": self._usage(),
+            "weight_version": self.version,
+        }
         yield {"type": "message_stop"}
 
     async def encoded(self) -> AsyncGenerator[bytes]:
@@ -189,6 +200,7 @@ class _Answer:
         self.num_new_tokens += output.num_tokens
         if output.usage is not None:
             self.num_cached_tokens = output.usage.num_cached_tokens
+            self.version = output.usage.version
         for delta in self.reader.read(output):
             yield from self.blocks.add(delta)
         if self.reader.is_beyond:
@@ -216,6 +228,7 @@ class _Answer:
             "stop_reason": self.stop_reason,
             "stop_sequence": self.stop_sequence,
             "usage": self._usage(),
+            "weight_version": self.version,
         }
 
     def _usage(self) -> JSON:

@@ -168,6 +168,7 @@ class EmbeddingAnswer(TypedDict):
     object: Literal["list"]
     data: list[EmbeddingShape]
     model: str
+    system_fingerprint: str
     usage: EmbeddingUsage
 
 

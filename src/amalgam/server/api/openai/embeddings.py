@@ -17,6 +17,7 @@ from starlette.responses import Response
 from amalgam.engine.request import Observation
 from amalgam.errors import RequestError
 from amalgam.server.api.common import WeightsField
+from amalgam.server.api.openai.answers import fingerprint
 from amalgam.server.api.openai.documents import EmbeddingAnswer, OpenAIErrorAnswer
 from amalgam.server.api.openai.fields import ModelField
 from amalgam.server.api.openai.prompts import Prompts, encode_prompts
@@ -25,6 +26,7 @@ from amalgam.server.generation import run_all
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import StrictRoute
 from amalgam.server.http.errors import OrjsonResponse
+from amalgam.server.http.record import current_record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +58,7 @@ class EmbeddingBody(ModelField, WeightsField):
 async def create_embeddings(body: EmbeddingBody, request: Request, service: ServiceArgument) -> Response:
     """Vectors of texts."""
     model = body.check_model(service)
-    service.choose_weights(body.weights)
+    version = service.choose_weights(body.weights)
 
     async def answer() -> Response:
         prompts = await encode_prompts(
@@ -77,6 +79,9 @@ async def create_embeddings(body: EmbeddingBody, request: Request, service: Serv
                 f"dimensions is {body.dimensions}.", remedy=f"This model's vectors have {hidden}.", param="dimensions"
             )
 
+        record = current_record.get()
+        answered = version if record is None else record.weight_version or version
+
         def render() -> Response:
             num_tokens = sum(map(len, prompts_ids))
             content = {
@@ -86,6 +91,7 @@ async def create_embeddings(body: EmbeddingBody, request: Request, service: Serv
                     for index, vector in enumerate(vectors)
                 ],
                 "model": model,
+                "system_fingerprint": fingerprint(answered),
                 "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
             }
             return OrjsonResponse(content)
