@@ -80,11 +80,27 @@ def test_weights_change_while_others_stay(llm: LLM) -> None:
         llm.remove_weights("plain")
     del plain
 
+    assert {weight.source_after for weight in llm.plan_update(rules={}, name="other").changed} == {"base"}
+    assert llm.plan_update(rules=llm.versions[0].rules).changed == []
+    assert llm.plan_update(reload=True).load.num_weights == 0
+    assert {weight.source_before for weight in llm.plan_update(version=1).changed} == {"base"}
+    for wrong in ({}, {"reload": True, "version": 1}, {"mapping": {}, "rules": {}}):
+        with pytest.raises(RequestError):
+            llm.plan_update(**wrong)
+
     change = llm.start_update({"model.layers.0.mlp.experts.*": "fp8"})
     assert change.wait().version == llm.versions[0].version.version_id
-    llm.rollback()
+    assert llm.start_rollback().wait().version == changed.version
+    llm.name_weights("here")
+    named = llm.start_update(version="here", name="there").wait()
+    assert (named.name, named.version) == ("there", changed.version)
+    assert llm.versions[0].names == ("here", "there")
+    assert llm.start_update(reload=True, name="anew").wait().num_loaded == 0
+    for name in ("here", "there", "anew"):
+        llm.remove_weights(name)
     assert llm.rollback(1).fingerprint and llm.generate("The old man", GREEDY)[0].token_ids == first
-    assert [status.state for status in llm.changes] == ["done"] * 5
+    kinds = ["mapping", "rules", "mapping", "rollback", "version", "version", "reload", "rollback"]
+    assert [(status.kind, status.state) for status in llm.changes] == [(kind, "done") for kind in kinds]
     with raises(VersionNotFoundError, "nobody"):
         llm.generate("The old man", GREEDY, weights="nobody")
     with raises(PlanError, "model.nothing"):

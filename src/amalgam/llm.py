@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from amalgam.composition.progress import Progress
+from amalgam.config.names import CURRENT
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import build_rules
+from amalgam.config.settings import Rule, build_rules
 from amalgam.engine.core import Engine
 from amalgam.engine.params import SamplingParams
 from amalgam.engine.request import Generation, Observation, Pooling, RequestOutput
@@ -307,22 +308,71 @@ class LLM:
         """The same with the whole set of rules, in place of those in use; `{}`: all from the default source."""
         return self._deployment.change(ChangeRequest(rules=build_rules(mapping), name=name), progress)
 
-    def reload_weights(self, *, progress: Progress | None = None) -> RemapResult:
+    def reload_weights(self, *, name: str | None = None, progress: Progress | None = None) -> RemapResult:
         """Take the files as they are now."""
-        return self._deployment.change(ChangeRequest(is_reload=True), progress)
+        return self._deployment.change(ChangeRequest(is_reload=True, name=name), progress)
 
-    def plan_update(self, mapping: Mapping[str, str | None]) -> ChangePlan:
-        """What `update_weight_mapping` would change, read and take; nothing changes."""
-        return self._deployment.plan_change(ChangeRequest(mapping=mapping))
+    def name_weights(self, name: str, version: str | int = CURRENT) -> RemapResult:
+        """Give a version a name that requests can ask for; one that another version had passes to it.
 
-    def start_update(self, mapping: Mapping[str, str | None], *, name: str | None = None) -> Job:
-        """`update_weight_mapping` in the background: `status()` of what it returns tells how far it is, `cancel()` ends
-        it, `wait()` gives its result.
+        Args:
+            version: itself if it is in memory, otherwise what its rules give now.
+
+        Raises:
+            VersionNotFoundError: nobody knows the version.
+        """
+        return self._deployment.change(ChangeRequest(version=version, name=name))
+
+    def plan_update(
+        self,
+        mapping: Mapping[str, str | None] | None = None,
+        *,
+        rules: Mapping[str, str] | Iterable[Rule] | None = None,
+        reload: bool = False,
+        version: str | int | None = None,
+        name: str | None = None,
+    ) -> ChangePlan:
+        """What a change would change, read and take; nothing changes. One of the first four says which.
+
+        Args:
+            mapping: as of `update_weight_mapping`.
+            rules: as of `set_weight_mapping`, or as a version has them.
+            reload: as `reload_weights`.
+            version: as of `rollback`, by name or id.
+            name: that the version would get, beside the current one.
+
+        Raises:
+            RequestError: not exactly one of the four is given.
+            VersionNotFoundError: nobody knows the version.
+            PlanError, CheckpointError: the change could not be made.
+        """
+        return self._deployment.plan_change(_asked(mapping, rules, version, name, is_reload=reload))
+
+    def start_update(
+        self,
+        mapping: Mapping[str, str | None] | None = None,
+        *,
+        rules: Mapping[str, str] | Iterable[Rule] | None = None,
+        reload: bool = False,
+        version: str | int | None = None,
+        name: str | None = None,
+    ) -> Job:
+        """A change in the background, asked for as of `plan_update`: `status()` of what it returns tells how far it is,
+        `cancel()` ends it, `wait()` gives its result.
+
+        Raises:
+            RequestError: not exactly one change is asked for.
+            ConflictError: another change is under way.
+        """
+        return self._deployment.start_change(_asked(mapping, rules, version, name, is_reload=reload))
+
+    def start_rollback(self) -> Job:
+        """`rollback` to the version before, in the background; to another one: `start_update(version=…)`.
 
         Raises:
             ConflictError: another change is under way.
         """
-        return self._deployment.start_change(ChangeRequest(mapping=mapping, name=name))
+        return self._deployment.start_rollback()
 
     def rollback(self, version: str | int | None = None) -> RemapResult:
         """Go back to an earlier version, by name or id; None: the one before the current one.
@@ -408,3 +458,19 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _asked(
+    mapping: Mapping[str, str | None] | None,
+    rules: Mapping[str, str] | Iterable[Rule] | None,
+    version: str | int | None,
+    name: str | None,
+    *,
+    is_reload: bool,
+) -> ChangeRequest:
+    """
+    Raises:
+        RequestError: not exactly one change is asked for.
+    """
+    whole = build_rules(rules) if isinstance(rules, Mapping) else None if rules is None else tuple(rules)
+    return ChangeRequest(mapping, whole, is_reload, version, name)

@@ -13,10 +13,10 @@ from amalgam.config.reading import load_settings
 from amalgam.config.settings import Rule
 from amalgam.errors import CancelledError, ConfigError, ConflictError, PlanError
 from amalgam.runtime import changes
-from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord
+from amalgam.runtime.changes import MAX_REMAPS, Asked, ChangeRequest, RemapLog, RemapRecord
 from amalgam.runtime.deployment import Deployment
-from amalgam.runtime.history import HistoryFile
-from amalgam.runtime.jobs import status_of_record
+from amalgam.runtime.history import HistoryFile, Kept
+from amalgam.runtime.jobs import JobStatus, status_of_record
 from amalgam.runtime.opening import open_deployment
 from tests.conftest import DEMO
 from tests.errors import raises
@@ -57,11 +57,71 @@ def test_a_change_that_was_cancelled_has_not_failed_after_a_restart(path: Path) 
     file = HistoryFile(path)
     log = RemapLog((), file.add)
     for error in (CancelledError("Enough."), PlanError("Pattern 'x' matches nothing.")):
-        log.add_failure(1, 0.1, error)
+        log.add_failure(1, 0.1, error, Asked("mapping", "1 rule"))
     file.close()
     file = HistoryFile(path)
     assert [status_of_record(record).state for record in file.records] == ["cancelled", "failed"]
+    assert [status_of_record(record).error_type for record in file.records] == ["conflict", "invalid_plan"]
     file.close()
+
+
+def test_lines_without_what_was_asked_for_stay_readable(path: Path) -> None:
+    written(path, START, CHANGE, replace(RELOAD, asked=Asked("reload", "the files as they are now", "abc")))
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines[2]["asked"] == {"kind": "reload", "what": "the files as they are now", "id": "abc"}
+    for line in lines[:2]:
+        del line["asked"], line["error_type"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    file = HistoryFile(path)
+    told = [status_of_record(record) for record in file.records]
+    assert [(status.kind, status.version) for status in told] == [("start", 1), ("earlier", 2), ("reload", 3)]
+    assert told[2].id == "abc" and len({status.id for status in told}) == 3
+    file.close()
+
+
+def test_a_change_that_its_process_did_not_survive_is_told(path: Path) -> None:
+    file = HistoryFile(path)
+    log = RemapLog((), file.add)
+    log.start(START)
+    ended, killed = Asked("mapping", "1 rule"), Asked("rules", "the whole set of 2 rules")
+    log.begin(1, ended)
+    log.add_failure(1, 0.1, PlanError("Pattern 'x' matches nothing."), ended)
+    log.begin(1, killed)
+    file.close()
+    file = HistoryFile(path)
+    _, first, second = map(status_of_record, file.records)
+    assert (first.id, first.error_type) == (ended.id, "invalid_plan")
+    assert (second.id, second.what, second.state, second.version) == (killed.id, killed.what, "failed", 1)
+    assert file.last_rules == RULES
+    file.close()
+
+
+def test_what_is_kept_outlives_any_number_of_changes(path: Path) -> None:
+    file = HistoryFile(path)
+    for record in (START, NAMED):
+        file.add(record)
+    file.note_kept(lambda: Kept({"wide": 4, "名": 4}))
+    file.note_kept(lambda: Kept({"wide": 4}, (1,)))
+    for version_id in range(5, 5 + MAX_REMAPS):
+        file.add(replace(REFUSED, version=version_id))
+    file.close()
+    for _ in range(2):
+        file = HistoryFile(path)
+        assert (file.last_kept, len(file.records)) == (Kept({"wide": 4}, (1,)), MAX_REMAPS + 2)
+        assert [record.version for record in file.records[:2]] == [1, 4]
+        file.close()
+
+
+def test_what_is_kept_is_left_with_a_version_that_kills_every_process(path: Path) -> None:
+    written(path, START, CHANGE)
+    file = HistoryFile(path)
+    file.note_kept(lambda: Kept({"wide": 1}))
+    file.close()
+    for version_id in (3, 4, 5):
+        started(path, version_id)
+        file = HistoryFile(path)
+        file.close()
+        assert file.last_kept == (Kept() if version_id == 5 else Kept({"wide": 1}))
 
 
 def test_a_restart_does_not_begin_with_a_version_that_failed(path: Path) -> None:
@@ -166,6 +226,10 @@ def test_rules_of_a_line_that_is_lost_are_not_made_up(path: Path) -> None:
         b'{"at": 1, "version": 1%s, "previous_version": 1, "num_changed": 0, "loaded_bytes": 0, "seconds": 0}'
         % (b"0" * 30),
         b'{"since": {}, "dropped": 3, "added": [], "version": 9}',
+        b'{"kept": {"named": {"a": "x"}, "pinned": 3}}',
+        b'{"kept": 3}',
+        b'{"at": 1, "version": 9, "previous_version": 1, "num_changed": 0, "loaded_bytes": 0, "seconds": 0, '
+        b'"asked": 3}',
         b"\xff\x00\xfe",
     ],
 )
@@ -244,19 +308,25 @@ def opened(config: Path) -> Deployment:
     return open_deployment(load_settings(config, {}, {}))
 
 
+def described(status: JobStatus) -> tuple[str, str, str, int | None]:
+    return status.id, status.kind, status.what, status.version
+
+
 def test_a_restart_begins_with_the_last_good_version(config: Path) -> None:
     name = "model.layers.1.mlp.experts.{}.up_proj.weight"
     rule = Rule(pattern=name.format(1), source="same")
     deployment = opened(config)
     deployment.update_weight_mapping({rule.pattern: "same"})
     deployment.change(ChangeRequest({name.format(2): "same"}, name="other"))
-    fingerprint = deployment.version.fingerprint
+    fingerprint, told = deployment.version.fingerprint, list(map(described, deployment.jobs.read()))
     deployment.close()
 
     deployment = opened(config)
     assert (deployment.rules, deployment.configured_rules) == ((rule,), ())
     assert (deployment.version.fingerprint, deployment.version_id) == (fingerprint, 4)
     assert [record.version for record in deployment.history] == [1, 2, 3, 4] and deployment.remaps == []
+    assert [described(deployment.jobs.find(status_id)) for status_id, *_ in told] == told
+    assert [kind for _, kind, _, _ in told] == ["mapping", "mapping"]
     assert (deployment.rollback().version, deployment.rules) == (5, ())
     with pytest.raises(ConflictError):
         deployment.rollback()

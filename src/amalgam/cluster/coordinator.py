@@ -28,11 +28,12 @@ from dataclasses import dataclass, replace
 from amalgam.cluster.interface import Description, ReplicaState, Weights
 from amalgam.cluster.members import Interrupted, Members, Outcomes
 from amalgam.cluster.routing import Routing
+from amalgam.config.names import CURRENT
 from amalgam.config.settings import Rule
 from amalgam.errors import AmalgamError, ConflictError, UnavailableError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapResult
 from amalgam.runtime.jobs import Job, Jobs
-from amalgam.runtime.versions import CURRENT, as_id, check_name
+from amalgam.runtime.versions import as_id, check_name
 
 MAX_UNDOS = 64
 RETRY_SECONDS = 5.0
@@ -284,7 +285,7 @@ class Coordinator:
             try:
                 yield job
             except Exception as error:
-                self.log.add_failure(self.version_id, job.status().seconds, error)
+                self.log.add_failure(self.version_id, job.status().seconds, error, job.asked)
                 raise
 
     def _make(self, job: Job, request: ChangeRequest) -> RemapResult:
@@ -307,7 +308,7 @@ class Coordinator:
         rules = request.rules_after(before.rules) if request.version is None else self._known[result.version].rules
         self._note_live(Weights(result.version, rules, digest), before, name)
         result = replace(result, previous_version=before.version_id, seconds=time.monotonic() - started, name=name)
-        self.log.add(result, rules)
+        self.log.add(result, rules, job.asked)
         job.result = result
         return result
 

@@ -21,7 +21,8 @@ import orjson
 
 from amalgam.base.histogram import Bins, Histogram
 from amalgam.cluster.interface import Ask, ReplicaState
-from amalgam.runtime.versions import CURRENT, as_id
+from amalgam.config.names import CURRENT
+from amalgam.runtime.versions import as_id
 
 PIECE_BYTES = 128
 MAX_PIECES = 256  # 32 KiB of a prompt; what is alike for longer is hardly ever something else behind that

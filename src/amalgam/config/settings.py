@@ -15,6 +15,7 @@ from amalgam.base.processors import usable_threads
 from amalgam.config.cluster import ClusterSettings
 from amalgam.config.fields import Section, UserPath, split_list
 from amalgam.config.filters import FiltersSettings
+from amalgam.config.names import MAX_KEPT, WeightsName
 from amalgam.config.text import ENV_PREFIX
 from amalgam.errors import ConfigError, describe
 
@@ -23,6 +24,7 @@ PATH_SUFFIX = "_path"
 _SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
 SourceName = Annotated[str, StringConstraints(pattern=_SOURCE_NAME)]
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 HostName = Annotated[str, StringConstraints(pattern=r"^(\*|(\*\.)?[a-z0-9_.-]+|\[?[0-9a-f:.]+\]?)$", to_lower=True)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+)$", to_lower=True)]
@@ -31,7 +33,7 @@ Origin = Annotated[str, StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*:
 class Rule(Section):
     """One rule of the weight mapping."""
 
-    pattern: str = Field(min_length=1, max_length=1024)
+    pattern: Pattern
     """Logical weight name, or a pattern: `*`, `?`, `[abc]`, `{a,b}` and `{0-15}`."""
     source: SourceName
     """The source that matching weights come from."""
@@ -330,7 +332,9 @@ class WeightsSettings(Section):
     history: UserPath = ""
     """File that keeps what has changed the weights across restarts, one process' own. Empty: it ends with it."""
     resume: bool = False
-    """Start by the rules of the last version that new requests started on, instead of the configured ones."""
+    """Start by the rules of the last version that new requests started on, and with those that had names or pins."""
+    named: dict[WeightsName, dict[Pattern, SourceName]] = Field(default_factory=dict, max_length=MAX_KEPT)
+    """Versions that requests can ask for, made at the start: name → all its rules, as in `weight_mapping`."""
     watch_seconds: float = Field(default=0.0, ge=0, le=86400)
     """How often the server looks at its configuration file, whose rules come into use when they change. 0: never."""
     look_ahead: bool = True
@@ -387,6 +391,18 @@ class Settings(Section):
     """What may not pass in prompts, answers and logs."""
     cluster: ClusterSettings = ClusterSettings()
     """Several replicas behind one address."""
+
+    @model_validator(mode="after")
+    def _check_named(self) -> Settings:
+        known = {BASE_SOURCE, *self.model.mixed_precision.sources}
+        for name, mapping in self.weights.named.items():
+            for pattern, source in mapping.items():
+                if source not in known:
+                    raise ValueError(
+                        f"weights.named[{name!r}][{pattern!r}] names source {source!r}, which nobody declared. "
+                        f"Declared: {', '.join(sorted(known))}"
+                    )
+        return self
 
     def replace(self, **sections: Any) -> Settings:
         """A new object with whole sections exchanged, validated again."""

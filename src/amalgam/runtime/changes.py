@@ -5,14 +5,15 @@ In: mappings and rules. Out: rules, records. Must never know: how a version is b
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from amalgam.base.clock import Clock
 from amalgam.config.settings import Rule, build_rules
-from amalgam.errors import CancelledError, PlanError, RequestError, describe
+from amalgam.errors import CancelledError, PlanError, RequestError, UnavailableError, describe
 
 MAX_REMAPS = 256  # that are remembered
 MAX_REASON_CHARS = 400
@@ -114,6 +115,11 @@ def reason_of(error: BaseException) -> str:
     return text if len(text) <= MAX_REASON_CHARS else f"{text[:MAX_REASON_CHARS]}…"
 
 
+def code_of(error: BaseException) -> str:
+    """What kind of error it is, as answers over HTTP have it."""
+    return str(getattr(error, "code", "internal_error"))
+
+
 @dataclass(frozen=True)
 class WeightChange:
     """One weight whose origin differs between two versions."""
@@ -143,6 +149,20 @@ class RemapResult:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What was asked for, and the id by which it is asked after.
+
+    Attributes:
+        kind: `mapping`, `rules`, `reload`, `undo`, …
+        what: the same in a few words.
+    """
+
+    kind: str
+    what: str
+    id: str = field(default_factory=lambda: secrets.token_hex(6))
+
+
+@dataclass(frozen=True)
 class RemapRecord:
     """One attempt to change the weights."""
 
@@ -158,6 +178,8 @@ class RemapRecord:
     rules: tuple[Rule, ...] | None = None  # of the version; None: nothing has changed
     is_start: bool = False  # of a process, which began with that version
     is_cancelled: bool = False  # somebody has ended it
+    error_type: str | None = None  # as answers over HTTP have it
+    asked: Asked | None = None  # None: a start, or written before this was kept
 
 
 class RemapLog:
@@ -181,7 +203,24 @@ class RemapLog:
         """The process has begun."""
         self._add(replace(record, at=self._clock.now(), is_start=True))
 
-    def add(self, result: RemapResult, rules: tuple[Rule, ...]) -> None:
+    def begin(self, version_id: int, asked: Asked) -> None:
+        """A change has begun. What is written of it holds if its process does not get to write how it ended."""
+        with self._lock:
+            self._write(
+                RemapRecord(
+                    self._clock.now(),
+                    version_id,
+                    version_id,
+                    0,
+                    0,
+                    0.0,
+                    "The process ended before the change did.",
+                    error_type=UnavailableError.code,
+                    asked=asked,
+                )
+            )
+
+    def add(self, result: RemapResult, rules: tuple[Rule, ...], asked: Asked) -> None:
         """A change went live.
 
         Args:
@@ -198,17 +237,31 @@ class RemapLog:
                 name=result.name,
                 fingerprint=result.fingerprint,
                 rules=rules,
+                asked=asked,
             )
         )
 
-    def add_failure(self, version_id: int, seconds: float, error: Exception) -> None:
+    def add_failure(self, version_id: int, seconds: float, error: Exception, asked: Asked) -> None:
         """Nothing has changed: `version_id` is in use still."""
-        now, is_cancelled = self._clock.now(), isinstance(error, CancelledError)
-        self._add(RemapRecord(now, version_id, version_id, 0, 0, seconds, reason_of(error), is_cancelled=is_cancelled))
+        self._add(
+            RemapRecord(
+                self._clock.now(),
+                version_id,
+                version_id,
+                0,
+                0,
+                seconds,
+                reason_of(error),
+                is_cancelled=isinstance(error, CancelledError),
+                error_type=code_of(error),
+                asked=asked,
+            )
+        )
 
     def add_failed_version(self, version_id: int, rules: tuple[Rule, ...], failed_id: int, reason: str) -> RemapRecord:
         """`failed_id` could not answer, and `version_id` with these rules is in use in its place."""
-        record = RemapRecord(self._clock.now(), version_id, failed_id, 0, 0, 0.0, reason, rules=rules)
+        asked = Asked("failed_version", f"version {failed_id} could not answer")
+        record = RemapRecord(self._clock.now(), version_id, failed_id, 0, 0, 0.0, reason, rules=rules, asked=asked)
         self._add(record)
         return record
 

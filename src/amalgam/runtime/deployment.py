@@ -6,7 +6,7 @@ What the server, the command line and the Python interface use; `opening` makes 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,10 @@ from amalgam.models.spec import ModelSpec
 from amalgam.models.weights import WeightVersion, manifest
 from amalgam.planning.following import Proposer
 from amalgam.runtime.autoplan import Autoplan
-from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapResult
+from amalgam.runtime.beside import KeptBeside
+from amalgam.runtime.changes import Asked, ChangeRequest, RemapLog, RemapRecord, RemapResult
 from amalgam.runtime.describe import describe_manifest, describe_model, describe_projections, describe_versions
-from amalgam.runtime.history import HistoryFile
+from amalgam.runtime.history import HistoryFile, Kept
 from amalgam.runtime.jobs import Job, Jobs, status_of_record
 from amalgam.runtime.preview import ChangePlan, Difference
 from amalgam.runtime.remapper import Remapper
@@ -64,6 +65,7 @@ class Deployment:
         proposer: Proposer | None = None,
         speculation: Speculation | None = None,
         history: HistoryFile | None = None,
+        beside: Sequence[KeptBeside] = (),
     ) -> None:
         self.settings = settings
         self.defaults = defaults
@@ -87,6 +89,10 @@ class Deployment:
                 rules=served.rules,
             )
         )
+        for kept in beside:
+            self._keep(kept)
+        self.versions.on_kept = self._note_kept
+        self._note_kept()
         self._remapper = Remapper(settings, self.versions, engine, self.jobs, self._remaps, speculation, loaded)
         self._tracker = tracker
         self.statistics = (
@@ -99,6 +105,28 @@ class Deployment:
         self._remapper.on_live = self.trials.current_changed
         engine.on_ended = self._note_ended
         self.versions.on_failed = self._note_failed
+
+    def _keep(self, kept: KeptBeside) -> None:
+        """A version that the start has made beside the current one."""
+        served = kept.served
+        self.versions.restore(served, kept.names, is_pinned=kept.is_pinned)
+        if not kept.is_new:  # what made it is told already
+            return
+        name = ", ".join(kept.names)
+        self._remaps.start(
+            RemapRecord(
+                at=0.0,
+                version=served.version_id,
+                previous_version=self.version_id,
+                num_changed=0,
+                loaded_bytes=kept.loaded.loaded_bytes,
+                seconds=kept.loaded.seconds,
+                name=name,
+                fingerprint="" if self._history is None else served.version.fingerprint,
+                rules=served.rules,
+                asked=Asked("start", f"a start, called {name}"),
+            )
+        )
 
     @property
     def _served(self) -> ServedWeights:
@@ -388,6 +416,11 @@ class Deployment:
         """A version has answered. In the step thread: the file is written in another one, once for each version."""
         if not history.is_sound(version_id):
             threading.Thread(target=history.note_sound, args=(version_id,), name="amalgam-history", daemon=True).start()
+
+    def _note_kept(self) -> None:
+        """Other versions have names or pins. Written before whoever asked for that hears of it."""
+        if self._history is not None:
+            self._history.note_kept(lambda: Kept(*self.versions.kept))
 
     def _note_failed(self, failed: FailedVersion) -> None:
         """A version has been left. In the step thread: what takes time is done in another one."""

@@ -4,12 +4,14 @@ In: records. Out: the file, and the records and rules of former processes. Must 
 tensors.
 
 One JSON object in a line. A line is on the disk before its change is answered; what a killed process has left half
-written is passed over. Of rules a line has what differs from those of a version before: `since` which one, the places
-`dropped`, the rules `added` behind the rest. The file is locked as long as it is in use: the numbers of versions go on
-from its last one, and two processes would give the same ones.
+written is passed over. A change has a line when it begins, which says that its process has ended, and one when it ends,
+which takes the place of that. Of rules a line has what differs from those of a version before: `since` which one, the
+places `dropped`, the rules `added` behind the rest. The file is locked as long as it is in use: the numbers of versions
+go on from its last one, and two processes would give the same ones.
 
 Between the records stand lines that name a sound version: it has answered, or its process has ended in order. A version
-that kills its process has no such line, and is not begun with again and again.
+that kills its process has no such line, and is not begun with again and again. Other lines name the versions that are
+kept beside the current one: the last of them holds.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,34 @@ _RECORD = TypeAdapter(RemapRecord)
 _RULES = TypeAdapter(tuple[Rule, ...])
 _VERSION_ID = TypeAdapter(int)
 _SOUND = "sound"  # the only key of a line that names a sound version
+_KEPT = "kept"  # the only key of a line that names the versions that are kept
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The versions that are kept beside the current one, because somebody wants that.
+
+    Attributes:
+        named: name → id.
+    """
+
+    named: Mapping[str, int] = field(default_factory=dict)
+    pinned: tuple[int, ...] = ()
+
+    @property
+    def version_ids(self) -> list[int]:
+        return sorted({*self.named.values(), *self.pinned})
+
+
+_KEPT_VERSIONS = TypeAdapter(Kept)
 
 
 class HistoryFile:
     """A history that is open.
 
     Attributes:
-        records: of former processes, the oldest first; the latest 256.
+        records: of former processes, the oldest first; the latest 256, and those of versions that were kept.
+        kept: by the process before, at its end.
 
     Raises:
         ConfigError: the file cannot be read, or is none of ours.
@@ -61,6 +84,7 @@ class HistoryFile:
         self._lock = FileLock(self._path)
         self._writing = threading.Lock()
         self._sound_ids: set[int] = set()
+        self.kept = Kept()
         self._written: tuple[int, tuple[Rule, ...]] | None = None  # the last version in the file, and its rules
         self._is_torn = False  # the last line may be half written
         self._is_closed = False
@@ -71,7 +95,7 @@ class HistoryFile:
                     remedy="Give each process a file of its own.",
                 )
             try:
-                self.records: Sequence[RemapRecord] = self._read()[-MAX_REMAPS:]
+                self.records: Sequence[RemapRecord] = self._latest(self._read())
                 self._rewrite()
             except BaseException:
                 self._lock.release()
@@ -85,7 +109,7 @@ class HistoryFile:
     @property
     def last_version_id(self) -> int:
         """The highest number that a version has had; 0: there was none."""
-        return max((record.version for record in self.records), default=0)
+        return max((*self.kept.version_ids, *(record.version for record in self.records)), default=0)
 
     @property
     def last_rules(self) -> tuple[Rule, ...] | None:
@@ -94,12 +118,10 @@ class HistoryFile:
         Processes may have begun with it several times, and each may have been killed before it gave one answer: then
         those of the last sound version.
         """
-        # A refused change has no rules; one whose version failed has those of the version that was gone back to.
-        live = [record for record in reversed(self.records) if record.rules is not None and record.name is None]
+        live, untold = self._lives()
         if not live:
             return None
-        untold = list(itertools.takewhile(lambda record: record.version not in self._sound_ids, live))
-        num_starts = sum(record.is_start and record.rules == live[0].rules for record in untold)
+        num_starts = _num_starts(untold)
         if num_starts < _MAX_STARTS:
             return live[0].rules
         logger.warning(
@@ -109,6 +131,17 @@ class HistoryFile:
             live[0].version,
         )
         return live[len(untold)].rules if len(untold) < len(live) else None
+
+    @property
+    def last_kept(self) -> Kept:
+        """What was kept beside that version; nothing if processes have been killed with them again and again."""
+        return self.kept if _num_starts(self._lives()[1]) < _MAX_STARTS else Kept()
+
+    def _lives(self) -> tuple[list[RemapRecord], list[RemapRecord]]:
+        """What new requests have started on, the latest first; and those of them behind the last sound version."""
+        # A refused change has no rules; one whose version failed has those of the version that was gone back to.
+        live = [record for record in reversed(self.records) if record.rules is not None and record.name is None]
+        return live, list(itertools.takewhile(lambda record: record.version not in self._sound_ids, live))
 
     def add(self, record: RemapRecord) -> None:
         """Write a record behind the others. A file that cannot be written is logged: the weights matter more."""
@@ -126,6 +159,16 @@ class HistoryFile:
             if version_id not in self._sound_ids:
                 self._sound_ids.add(version_id)
                 self._append(lambda: _sound_line(version_id))
+
+    def note_kept(self, read: Callable[[], Kept]) -> None:
+        """Other versions are kept than before. Any thread.
+
+        Args:
+            read: which ones; called when it is this thread's turn, so that the last line is the latest.
+        """
+        with self._writing:
+            kept = read()
+            self._append(lambda: _kept_line(kept))
 
     def _append(self, make: Callable[[], bytes]) -> bool:
         if self._is_closed:  # somebody else may have it by now
@@ -161,7 +204,7 @@ class HistoryFile:
     def _read(self) -> list[RemapRecord]:
         if not self._path.exists():
             return []
-        records: list[RemapRecord] = []
+        records: dict[str | int, RemapRecord] = {}  # by the ids of changes
         known: tuple[int, tuple[Rule, ...]] | None = 0, ()
         lines = self._path.read_bytes().splitlines()
         for number, line in enumerate(lines, 1):
@@ -172,30 +215,53 @@ class HistoryFile:
                 if data.keys() == {_SOUND}:
                     self._sound_ids.add(_VERSION_ID.validate_python(data[_SOUND]))
                     continue
+                if data.keys() == {_KEPT}:
+                    self.kept = _KEPT_VERSIONS.validate_python(data[_KEPT])
+                    continue
                 if "since" in data:
                     rules = _rules_of(data, known)
                     data["rules"], known = rules, None if rules is None else (data["version"], rules)
                 record = _RECORD.validate_python(data)
                 if not math.isfinite(record.at + record.seconds) or record.version > MAX_VERSION_ID:
                     raise ValueError("no time, or no number of a version")
-                records.append(record)
-            except (ValueError, TypeError, LookupError, AttributeError):
+                key = number if record.asked is None else record.asked.id
+                records.pop(key, None)  # that it had begun
+                records[key] = record
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 logger.warning("weights.history %s: line %d is no record and is passed over", self._path, number)
         if lines and not records:
             raise ConfigError(
                 f"weights.history {str(self._path)!r} holds no record of a change.", remedy="Name another file."
             )
-        return records
+        return list(records.values())
+
+    def _latest(self, records: Sequence[RemapRecord]) -> list[RemapRecord]:
+        """What is to be remembered: the latest records, and the rules of versions that were kept."""
+        older, latest = records[:-MAX_REMAPS], records[-MAX_REMAPS:]
+        wanted = set(self.kept.version_ids)
+        kept = {record.version: record for record in older if record.version in wanted and record.rules is not None}
+        return [*kept.values(), *latest]
 
     def _rewrite(self) -> None:
-        """The records that are kept, each line whole, and which of their versions are sound."""
+        """The records that are kept, each line whole, and which of their versions are sound and kept."""
         self._sound_ids &= {record.version for record in self.records}
         lines = [*map(self._line, self.records), *map(_sound_line, sorted(self._sound_ids))]
+        if self.kept.version_ids:
+            lines.append(_kept_line(self.kept))
         replace_file(self._path, b"".join(lines))
+
+
+def _num_starts(untold: Sequence[RemapRecord]) -> int:
+    """How many processes have begun with the rules of the first of these."""
+    return sum(record.is_start and record.rules == untold[0].rules for record in untold)
 
 
 def _sound_line(version_id: int) -> bytes:
     return json.dumps({_SOUND: version_id}).encode() + b"\n"
+
+
+def _kept_line(kept: Kept) -> bytes:
+    return json.dumps({_KEPT: asdict(kept)}, ensure_ascii=False).encode() + b"\n"
 
 
 def _difference(before: Sequence[Rule], after: Sequence[Rule]) -> tuple[list[int], Sequence[Rule]]:

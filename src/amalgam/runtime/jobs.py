@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -22,7 +21,7 @@ from amalgam.base.escaping import one_line
 from amalgam.base.threads import EXIT_SECONDS, StoppableThread
 from amalgam.composition.progress import LOADING
 from amalgam.errors import AmalgamError, CancelledError, ConflictError, NotFoundError, UnavailableError, describe
-from amalgam.runtime.changes import RemapRecord, RemapResult, reason_of
+from amalgam.runtime.changes import Asked, RemapRecord, RemapResult, code_of, reason_of
 
 MAX_JOBS = 256  # that are remembered
 WAIT_SECONDS = 0.5  # an interrupt is noticed between two waits
@@ -98,22 +97,31 @@ class Job:
     """
 
     def __init__(self, jobs: Jobs, kind: str, what: str, previous_version: int) -> None:
-        self.id = secrets.token_hex(6)
-        self.what = one_line(what)  # it goes to logs and terminals, and bears names that clients have chosen
+        self.asked = Asked(kind, one_line(what))  # it goes to logs and terminals, and bears names from clients
         self.result: RemapResult | None = None  # set in the block
         self.error: BaseException | None = None
         self.revision = 0  # changes with all that is told
         self._jobs = jobs
-        self._kind, self._previous_version = kind, previous_version
+        self._previous_version = previous_version
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._is_cancelled = self._is_going_live = False
+        self.is_detached = False  # nobody waits for it
         self._stage, self._done, self._total = "Planning", 0, 0
         self._num_done = self._num_weights = 0
         self._started_at, self._started = jobs.clock.now(), time.monotonic()
         self._stage_started = self._started
         self._seconds: float | None = None
         self.thread = threading.current_thread()  # that does the work
+
+    @property
+    def id(self) -> str:
+        return self.asked.id
+
+    @property
+    def what(self) -> str:
+        """What was asked for, in a few words."""
+        return self.asked.what
 
     def __enter__(self) -> Job:
         return self
@@ -170,6 +178,11 @@ class Job:
         """
         if self._is_cancelled:
             raise CancelledError(f"The change {self.id} was cancelled.", remedy="Nothing has changed.")
+        if self._jobs.is_draining and self.is_detached:
+            raise CancelledError(
+                f"The change {self.id} was given up: the server ends.",
+                remedy="Nothing has changed. Ask for it again after the restart.",
+            )
         self._jobs.check_open()
 
     def go_live(self) -> None:
@@ -240,7 +253,7 @@ class Job:
                 version = self._previous_version if result is None else result.version
             return JobStatus(
                 id=self.id,
-                kind=self._kind,
+                kind=self.asked.kind,
                 what=self.what,
                 state=self._state(),
                 stage=self._stage,
@@ -259,7 +272,7 @@ class Job:
                 num_changed=0 if result is None else len(result.changed),
                 loaded_bytes=0 if result is None else result.loaded_bytes,
                 error=None if error is None else reason_of(error),
-                error_type=None if error is None else getattr(error, "code", "internal_error"),
+                error_type=None if error is None else code_of(error),
             )
 
     def _state(self) -> JobState:
@@ -288,6 +301,7 @@ class Jobs:
         self._lock = threading.Lock()
         self._running: Job | None = None
         self._jobs: deque[Job | JobStatus] = deque(earlier, maxlen=MAX_JOBS)
+        self.is_draining = False  # changes that nobody waits for give up
         self._is_closing = threading.Event()
         self._reserved = threading.local()  # `job`: which a thread was started for
 
@@ -327,6 +341,7 @@ class Jobs:
         Raises: see `begin`.
         """
         job = self.begin(kind, what)
+        job.is_detached = True
 
         def run() -> None:
             self._reserved.job = job
@@ -399,6 +414,13 @@ class Jobs:
             if job in self._jobs:
                 self._jobs[self._jobs.index(job)] = status
 
+    def drain(self) -> None:
+        """The process ends when what clients wait for is done: the change under way gives up unless one waits for it.
+
+        Takes no lock: it may be called where a signal has interrupted whoever has it.
+        """
+        self.is_draining = True
+
     def close(self) -> None:
         """The change under way gives up, and none begins any more. A weight that takes long is not waited for."""
         self._is_closing.set()
@@ -445,10 +467,14 @@ def conflict_with(status: JobStatus) -> ConflictError:
 def status_of_record(record: RemapRecord) -> JobStatus:
     """What is known of a change of a former process."""
     ended = JobState.CANCELLED if record.is_cancelled else JobState.FAILED
+    asked = record.asked
+    if asked is None:
+        kind, what = ("start", "a start") if record.is_start else ("earlier", "before the latest start")
+        asked = Asked(kind, what, id=f"{int(record.at * 1000):012x}")
     return JobStatus(
-        id=f"{int(record.at * 1000):012x}",
-        kind="start" if record.is_start else "earlier",
-        what="a start" if record.is_start else "before the latest start",
+        id=asked.id,
+        kind=asked.kind,
+        what=asked.what,
         state=JobState.DONE if record.error is None else ended,
         stage="",
         done_bytes=0,
@@ -466,4 +492,5 @@ def status_of_record(record: RemapRecord) -> JobStatus:
         num_changed=record.num_changed,
         loaded_bytes=record.loaded_bytes,
         error=record.error,
+        error_type=record.error_type,
     )

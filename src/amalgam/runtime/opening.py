@@ -23,6 +23,7 @@ from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.decoder import Decoder
 from amalgam.models.spec import ModelSpec
 from amalgam.runtime.autoplan import open_proposer
+from amalgam.runtime.beside import build_beside, plan_beside
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.derive import ensure_derived
 from amalgam.runtime.device import choose_device
@@ -56,6 +57,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
         if history is not None:
             on_failure.callback(history.close)
         rules, planned = _first_plan(settings, loader, history)  # before anything that takes longer
+        beside = plan_beside(settings, loader, planned, history)
         template = read_template(Path(settings.server.chat_template)) if settings.server.chat_template else None
         tokenizer = Tokenizer.load(loader.base_folder, loader.base_metadata, template)
         tokenizer.check_vocabulary(loader.spec.vocab_size)
@@ -68,6 +70,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
             on_failure.callback(tracker.close)
         version_id = 1 if history is None else history.last_version_id + 1
         loaded = loader.build(planned, version_id, progress=progress)
+        kept = build_beside(beside, loader, loaded.version, version_id + 1, progress)
         max_positions = min(settings.inference.max_seq_length, loader.spec.max_positions)
         settings = settings.replace(inference={**settings.inference.model_dump(), "max_seq_length": max_positions})
         decoder = Decoder(loader.spec, max_positions, dtype, device)
@@ -78,7 +81,7 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
             speculation.follow(loader, rules, loaded.version, progress)
         served = ServedWeights(loader, loaded.version, rules)
         deployment = Deployment(
-            settings, served, loaded, engine, tokenizer, tracker, defaults, proposer, speculation, history
+            settings, served, loaded, engine, tokenizer, tracker, defaults, proposer, speculation, history, kept
         )
         on_failure.pop_all()
     engine.start()

@@ -97,6 +97,11 @@ class Prepared:
     planned: Sequence[PlannedWeight]
     shared: WeightVersion
 
+    @property
+    def missing(self) -> list[PlannedWeight]:
+        """What has to be loaded."""
+        return [weight for weight in self.planned if weight.slot.name not in self.shared.keys]
+
 
 @dataclass(frozen=True)
 class Load:
@@ -116,13 +121,12 @@ class Load:
     peak_bytes: int = 0
 
     @classmethod
-    def of(cls, prepared: Prepared, num_threads: int) -> Self:
+    def of(cls, missing: Sequence[PlannedWeight], loader: ModelLoader, num_threads: int) -> Self:
         """
         Args:
             num_threads: that load at a time.
         """
-        missing = [weight for weight in prepared.planned if weight.slot.name not in prepared.shared.keys]
-        new_bytes = sum(weight.memory_bytes for weight in missing if not prepared.loader.maps(weight.format))
+        new_bytes = sum(weight.memory_bytes for weight in missing if not loader.maps(weight.format))
         beside = sorted((_bytes_beside(weight) for weight in missing), reverse=True)[:num_threads]
         return cls(
             num_weights=len(missing),

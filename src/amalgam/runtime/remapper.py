@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from amalgam.composition.loader import LoadedVersion
 from amalgam.composition.progress import LOADING, Progress
@@ -140,8 +139,7 @@ class Remapper:
         with self._following:  # its change may still be at it
             served = self._served
             record = self._log.add_failed_version(served.version_id, served.rules, failed_id, reason)
-            what = f"version {failed_id} could not answer"
-            self._jobs.add(replace(status_of_record(record), kind="failed_version", what=what))
+            self._jobs.add(status_of_record(record))
             if self._earlier_versions[-1:] == [served.version_id]:
                 self._earlier_versions = self._earlier_versions[:-1]
             if self._earlier_rules[-1:] == [served.rules]:
@@ -159,10 +157,11 @@ class Remapper:
         """Refuses instead of waiting: the second of two re-maps must not silently follow the first."""
         with self._jobs.begin(kind, what) as job:
             served = self._served
+            self._log.begin(served.version_id, job.asked)
             try:
                 yield served
             except Exception as error:
-                self._log.add_failure(served.version.version_id, job.status().seconds, error)
+                self._log.add_failure(served.version.version_id, job.status().seconds, error, job.asked)
                 raise
 
     @property
@@ -225,7 +224,7 @@ class Remapper:
         return as_id(version) or 0, Contents.planned(self._served.loader.plan(self._rules_of(version)))
 
     def _load_of(self, prepared: Prepared) -> Load:
-        return Load.of(prepared, self._settings.engine.num_load_threads)
+        return Load.of(prepared.missing, prepared.loader, self._settings.engine.num_load_threads)
 
     def _plan_of(self, prepared: ServedWeights | Prepared, served: ServedWeights, started: float) -> ChangePlan:
         if isinstance(prepared, ServedWeights):
@@ -274,11 +273,13 @@ class Remapper:
         )
         if name is not None:
             self._versions.name(name, served)
-            self._log.add(result, served.rules)
+            self._log.add(result, served.rules, job.asked)
         else:
             with self._following:
                 self._versions.make_current(served)
-                self._log.add(result, served.rules)  # before what takes longer: a process may be killed in it
+                self._log.add(
+                    result, served.rules, job.asked
+                )  # before what takes longer: a process may be killed in it
                 self.on_live(self._versions.current.version_id)  # it may have failed already
                 if after is not before.version:
                     self._earlier_versions = [*self._earlier_versions, before.version_id][-MAX_UNDOS:]

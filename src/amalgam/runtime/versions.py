@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from queue import SimpleQueue
@@ -27,16 +27,12 @@ from weakref import ref
 
 from amalgam.base.heap import return_free_memory
 from amalgam.base.threads import StoppableThread
+from amalgam.config.names import ALLOWED_NAMES, CURRENT, MAX_KEPT, is_weights_name
 from amalgam.engine.core import Engine
 from amalgam.engine.probation import FailedVersion
 from amalgam.errors import ConflictError, RequestError, VersionNotFoundError, describe
 from amalgam.models.weights import WeightVersion
 from amalgam.runtime.served import ServedWeights
-
-CURRENT = "current"  # what a request may ask for, too
-MAX_KEPT = 64  # versions beside the current one
-
-_NAME = re.compile(r"(?![0-9]+\Z)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class VersionState(StrEnum):
@@ -121,6 +117,7 @@ class VersionBook:
         self._is_closed = False
         self._janitor: StoppableThread | None = None
         self.on_failed: Callable[[FailedVersion], None] = lambda failed: None
+        self.on_kept: Callable[[], None] = lambda: None  # other versions have names, or are pinned
         engine.on_left = self._left
         engine.on_version_failed = self._version_failed
 
@@ -162,6 +159,22 @@ class VersionBook:
         self._used_ids.add(version_id)
         self._next_id = max(self._next_id, version_id + 1)
         return version_id
+
+    @property
+    def kept(self) -> tuple[Mapping[str, int], tuple[int, ...]]:
+        """What has names, and what is pinned, by ids."""
+        with self._lock:
+            return {name: served.version_id for name, served in self._named.items()}, tuple(self._pinned)
+
+    def restore(self, served: ServedWeights, names: Iterable[str], *, is_pinned: bool) -> None:
+        """Keep a version that was made before the first request, as a former process did or the settings say."""
+        self._engine.prepare(served.version)
+        with self._lock:
+            self._take(served.version_id)
+            self._named.update(dict.fromkeys(names, served))
+            if is_pinned:
+                self._pinned[served.version_id] = served
+        self._settle()
 
     def make_current(self, served: ServedWeights) -> None:
         """Let new requests run on a version; the one before drains unless it is kept for another reason."""
@@ -208,6 +221,7 @@ class VersionBook:
             if before is not None:
                 self._let_go(before)
         self._settle()
+        self.on_kept()
 
     def remove_name(self, name: str) -> ServedWeights:
         """Take a name away; its version drains unless it is kept for another reason.
@@ -221,6 +235,7 @@ class VersionBook:
                 raise self._unknown(name)
             self._let_go(served)
         self._settle()
+        self.on_kept()
         return served
 
     def pin(self, version_id: int) -> ServedWeights:
@@ -238,6 +253,7 @@ class VersionBook:
             self._pinned[version_id] = served
             self._draining.pop(version_id, None)
         self._settle()
+        self.on_kept()
         return served
 
     def unpin(self, version_id: int) -> ServedWeights:
@@ -255,6 +271,7 @@ class VersionBook:
                 )
             self._let_go(served)
         self._settle()
+        self.on_kept()
         return served
 
     def add_candidate(self, served: ServedWeights) -> None:
@@ -445,9 +462,7 @@ def check_name(name: str) -> None:
     Raises:
         RequestError: a version cannot be called so.
     """
-    if not _NAME.fullmatch(name) or name == CURRENT:
+    if not is_weights_name(name):
         raise RequestError(
-            f"Weights cannot be called {describe(name)}.",
-            remedy=f"Allowed: letters, digits, '.', '_' and '-', at most 64, not digits alone, and not {CURRENT!r}.",
-            param="name",
+            f"Weights cannot be called {describe(name)}.", remedy=f"Allowed: {ALLOWED_NAMES}.", param="name"
         )

@@ -41,7 +41,7 @@ class ChangeAnswer(BaseModel):
     id: str
     kind: str
     """What was asked for: mapping, rules, reload, version, rollback or undo; adopt: by a plan that follows traffic;
-    failed_version: by nobody, the version before could not answer."""
+    failed_version: by nobody, the version before could not answer; start: of a process; earlier: that was not kept."""
     what: str
     """The same in a few words."""
     state: Literal["running", "done", "failed", "cancelled"]
