@@ -140,15 +140,19 @@ class Service:
             deployment.close()
 
     def drain(self) -> None:
-        """Admit nothing more; what has been admitted goes on, and a model that is still loading is given up."""
+        """Admit nothing more; what has been admitted goes on. A model that is still loading is given up, and so is a
+        change of the weights that no client waits for."""
         self._is_draining = True
         if self._deployment is None:
             self._stopping.set()
+        else:
+            self._deployment.jobs.drain()
 
     def abort(self) -> None:
         """End what is still in flight with an error. Blocking."""
         if self._deployment is not None:
             self._deployment.engine.stop()
+            self._deployment.jobs.close()
 
     def close(self) -> None:
         """Release the deployment and the threads. Blocking."""
