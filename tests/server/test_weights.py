@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from amalgam.engine.request import RequestOutput, Usage
 from amalgam.errors import ConflictError, PlanError
 from tests.server.fakes import FakeDeployment, FakeVersion
 
@@ -123,6 +124,22 @@ def test_a_request_gets_the_weights_that_it_asks_for_and_is_told_which(
         assert client.post(path, json={**body, "weights": True}).status_code in (400, 422), path
     assert deployment.engine.embedded_by == [1, 7, 1, 1]
     assert "X-Amalgam-Weight-Version" not in client.get("/model_info").headers
+
+
+def test_embeddings_name_the_version_that_answered(
+    client: httpx.Client, deployment: FakeDeployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that was chosen may have failed: then the one before answers."""
+    embed = deployment.engine.embed
+
+    async def embed_on_another(prompt_ids: Any, pooling: str, observation: Any, version: Any, on_output: Any) -> Any:
+        on_output(RequestOutput(1, "", (), usage=Usage(1, 0, 0.0, 0.0, 0.0, version=5)))
+        return await embed(prompt_ids, pooling, observation, version)
+
+    monkeypatch.setattr(deployment.engine, "embed", embed_on_another)
+    answer = client.post("/v1/embeddings", json={"input": ["a", "b"]})
+    assert answer.json()["system_fingerprint"].endswith("-weights-5")
+    assert answer.headers["X-Amalgam-Weight-Version"] == "5"
 
 
 @pytest.mark.parametrize(

@@ -160,8 +160,8 @@ def _note_prompt(record: RequestRecord, prompt_ids: Sequence[int]) -> None:
 
 
 def _note_version(record: RequestRecord, output: RequestOutput) -> None:
-    """It may be another one than was chosen, which could not answer."""
-    if output.usage is not None:
+    """It may be another one than was chosen, which could not answer; none if the request never ran."""
+    if output.usage is not None and output.usage.version:
         record.weight_version = output.usage.version
 
 

@@ -200,7 +200,7 @@ class _Answer:
         self.num_new_tokens += output.num_tokens
         if output.usage is not None:
             self.num_cached_tokens = output.usage.num_cached_tokens
-            self.version = output.usage.version
+            self.version = output.usage.version or self.version  # 0: it never ran
         for delta in self.reader.read(output):
             yield from self.blocks.add(delta)
         if self.reader.is_beyond:
