@@ -123,12 +123,16 @@ def test_a_request_asks_for_a_plan_by_its_name_before_and_after_a_restart(opened
                 assert (answer.status_code, answer.json()["weight_version"]) == (200, expected[name])
 
 
-def test_what_is_declared_holds_against_what_was_there(opened: Opened) -> None:
+def test_what_is_declared_holds_against_what_was_there(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
     deployment = opened()
     deployment.change(ChangeRequest({UP.format(5): "other"}, name="small"))
     assert names_of(deployment) == {"small": 3}
     small = opened().versions.find("small")
     assert [rule.pattern for rule in small.rules] == [UP.format(2)]
+    assert [record.levelname for record in caplog.records if "weights.named.small" in record.message] == ["WARNING"]
+    caplog.clear()
+    opened()
+    assert "weights.named.small" not in caplog.text  # they agree
 
 
 def test_a_plan_that_cannot_be_fulfilled_any_more_is_left(

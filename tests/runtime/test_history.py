@@ -100,7 +100,7 @@ def test_what_is_kept_outlives_any_number_of_changes(path: Path) -> None:
     file = HistoryFile(path)
     for record in (START, NAMED):
         file.add(record)
-    file.note_kept(lambda: Kept({"wide": 4, "名": 4}))
+    file.note_kept(lambda: Kept({"wide": 4, "broad": 4}))
     file.note_kept(lambda: Kept({"wide": 4}, (1,)))
     for version_id in range(5, 5 + MAX_REMAPS):
         file.add(replace(REFUSED, version=version_id))
@@ -228,6 +228,8 @@ def test_rules_of_a_line_that_is_lost_are_not_made_up(path: Path) -> None:
         b'{"since": {}, "dropped": 3, "added": [], "version": 9}',
         b'{"kept": {"named": {"a": "x"}, "pinned": 3}}',
         b'{"kept": 3}',
+        b'{"kept": {"named": {"current": 1}, "pinned": []}}',
+        b'{"kept": {"named": {}, "pinned": [1%s]}}' % (b"0" * 30),
         b'{"at": 1, "version": 9, "previous_version": 1, "num_changed": 0, "loaded_bytes": 0, "seconds": 0, '
         b'"asked": 3}',
         b"\xff\x00\xfe",

@@ -7,7 +7,7 @@ then loaded. Must never know: requests, HTTP.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from amalgam.composition.loader import LoadedVersion, ModelLoader
@@ -16,9 +16,9 @@ from amalgam.composition.progress import Progress
 from amalgam.config.names import MAX_KEPT
 from amalgam.config.settings import Rule, Settings, build_rules
 from amalgam.engine.memory import available_bytes
-from amalgam.errors import AmalgamError
+from amalgam.errors import AmalgamError, CheckpointError, OutOfMemoryError
 from amalgam.models.weights import WeightVersion
-from amalgam.runtime.history import HistoryFile, Kept
+from amalgam.runtime.history import HistoryFile
 from amalgam.runtime.preview import Contents, Load
 from amalgam.runtime.served import ServedWeights, shared_weights
 
@@ -31,6 +31,7 @@ class PlannedBeside:
 
     Attributes:
         version_id: of these very weights in a former process; None: they have had no number.
+        is_declared: in the configuration.
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class PlannedBeside:
     rules: tuple[Rule, ...]
     planned: Sequence[PlannedWeight]
     version_id: int | None = None
+    is_declared: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,17 @@ def plan_beside(
     memory = _Memory(settings, loader)
     memory.take(current)
     found = []
-    for name, mapping in settings.weights.named.items():
-        rules = build_rules(mapping)
+    declared = {name: build_rules(mapping) for name, mapping in settings.weights.named.items()}
+    for name, rules in declared.items():
         try:
             planned = loader.plan(rules)
             memory.check(planned)
         except AmalgamError as error:
             raise type(error)(f"weights.named.{name}: {error.what}", remedy=error.remedy) from None
         memory.take(planned)
-        found.append(PlannedBeside((name,), False, rules, planned))
+        found.append(PlannedBeside((name,), False, rules, planned, is_declared=True))
     if history is not None and settings.weights.resume:
-        for beside in _kept_before(loader, history, set(settings.weights.named)):
+        for beside in _kept_before(loader, history, declared):
             try:
                 memory.check(beside.planned)
             except AmalgamError as error:
@@ -103,6 +105,8 @@ def build_beside(
 ) -> list[KeptBeside]:
     """Load what they have not in common with each other and the current one. Blocking.
 
+    A version that only a history has and that cannot be read after all is left, and told in the log.
+
     Args:
         next_id: the first number that no version has had.
 
@@ -113,30 +117,41 @@ def build_beside(
     for beside in planned:
         version_id = next_id if beside.version_id is None else beside.version_id
         next_id += beside.version_id is None
-        loaded = loader.build(beside.planned, version_id, shared_weights(beside.planned, *versions), progress)
+        shared = shared_weights(beside.planned, *versions)
+        try:
+            loaded = loader.build(beside.planned, version_id, shared, progress)
+        except (CheckpointError, OutOfMemoryError) as error:
+            if beside.is_declared:
+                raise
+            _warn(beside.names, beside.version_id, error)
+            continue
         versions.append(loaded.version)
         served = ServedWeights(loader, loaded.version, beside.rules)
         found.append(KeptBeside(served, loaded, beside.names, beside.is_pinned, beside.version_id is None))
     return found
 
 
-def _kept_before(loader: ModelLoader, history: HistoryFile, declared: set[str]) -> Iterator[PlannedBeside]:
+def _kept_before(
+    loader: ModelLoader, history: HistoryFile, declared: Mapping[str, tuple[Rule, ...]]
+) -> Iterator[PlannedBeside]:
     """What the process before kept, as far as its rules can be fulfilled.
 
     A version keeps its number if it would be the same weights. A name stands for rules: the files may have changed.
     A pin stands for the weights.
+
+    Args:
+        declared: names whose rules are given, whatever they stood for.
     """
-    kept: Kept = history.last_kept
+    kept = history.last_kept
     for version_id in kept.version_ids:
-        names = tuple(name for name, named_id in kept.named.items() if named_id == version_id and name not in declared)
-        for name in sorted(
-            name for name, named_id in kept.named.items() if named_id == version_id and name in declared
-        ):
-            logger.info("weights.resume: %s is as weights.named has it, and not version %d", name, version_id)
-        is_pinned = version_id in kept.pinned
+        record = next((r for r in reversed(history.records) if r.version == version_id and r.rules is not None), None)
+        called = [name for name, named_id in kept.named.items() if named_id == version_id]
+        names, is_pinned = tuple(name for name in called if name not in declared), version_id in kept.pinned
+        for name in set(called) - set(names):
+            if record is not None and record.rules != declared[name]:
+                logger.warning("weights.named.%s holds: version %d had other rules", name, version_id)
         if not names and not is_pinned:
             continue
-        record = next((r for r in reversed(history.records) if r.version == version_id and r.rules is not None), None)
         if record is None or record.rules is None:
             _warn(names, version_id, "nobody knows its rules any more")
             continue

@@ -25,13 +25,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from amalgam.base.files import replace_file
 from amalgam.base.locks import FileLock
 from amalgam.base.strict_json import parse_json
+from amalgam.config.names import WeightsName
 from amalgam.config.settings import Rule
 from amalgam.errors import ConfigError, ConflictError
 from amalgam.runtime.changes import MAX_REMAPS, RemapRecord
@@ -46,6 +47,7 @@ _RULES = TypeAdapter(tuple[Rule, ...])
 _VERSION_ID = TypeAdapter(int)
 _SOUND = "sound"  # the only key of a line that names a sound version
 _KEPT = "kept"  # the only key of a line that names the versions that are kept
+_KeptId = Annotated[int, Field(ge=1, le=MAX_VERSION_ID)]
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Kept:
         named: name → id.
     """
 
-    named: Mapping[str, int] = field(default_factory=dict)
-    pinned: tuple[int, ...] = ()
+    named: Mapping[WeightsName, _KeptId] = field(default_factory=dict)
+    pinned: tuple[_KeptId, ...] = ()
 
     @property
     def version_ids(self) -> list[int]:
