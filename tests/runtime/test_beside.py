@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from amalgam.config.settings import load_settings
+from amalgam.config.reading import load_settings
 from amalgam.errors import AmalgamError, ConfigError, OutOfMemoryError, PlanError
 from amalgam.runtime import beside
 from amalgam.runtime.changes import ChangeRequest
