@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from amalgam.cluster.interface import Ask, Description, Forwarded, Head, Noted, Part, ReplicaState, Weights
+from amalgam.base.machine import ProcessFigures
+from amalgam.cluster.interface import Ask, Description, Figures, Forwarded, Head, Noted, Part, ReplicaState, Weights
 from amalgam.cluster.routing import Routing
 from amalgam.config.settings import Rule
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Meter, Reading
 from amalgam.engine.request import EngineStatus
-from amalgam.errors import AmalgamError, PlanError, ReplicaLostError, UnavailableError
+from amalgam.errors import AmalgamError, PlanError, ReplicaLostError, UnavailableError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapResult
+from amalgam.text.filters.contract import Where
 
 IDLE = EngineStatus(
     is_alive=True, is_draining=False, num_running=0, num_waiting=0, num_free_blocks=100, num_blocks=100, versions={1: 0}
@@ -26,7 +29,7 @@ STREAM = Head(200, ((b"content-type", b"text/event-stream"),))
 
 def state(**changes: Any) -> ReplicaState:
     """Of an idle replica with version 1."""
-    made = ReplicaState(1, {}, frozenset({1}), 2, 0, IDLE, None)
+    made = ReplicaState(1, {}, frozenset({1}), 2, IDLE, None)
     return replace(made, **changes)
 
 
@@ -36,17 +39,22 @@ class ScriptedMember:
 
     Attributes:
         fails: method → what it raises, once; True: the replica dies in it.
+        hangs: method → what it waits for.
+        before: what is kept for all to go back to.
+        is_on_probation: it has yet to show that it answers.
         events: what an answer streams, before which `before_event` is called with the number of those sent.
     """
 
     fails: dict[str, AmalgamError | bool] = field(default_factory=dict)
+    hangs: dict[str, asyncio.Event] = field(default_factory=dict)
+    before: Weights | None = None
+    is_on_probation: bool = False
+    filtered: Counter[tuple[str, Where, str]] = field(default_factory=Counter)
     current: Weights = FIRST
     kept: dict[int, Weights] = field(default_factory=dict)
     temporary: dict[int, str] = field(default_factory=dict)
     named: dict[str, Weights] = field(default_factory=dict)
     coming_id: int = 2
-    used_ids: set[int] = field(default_factory=lambda: {1})
-    num_left: int = 0
     calls: list[str] = field(default_factory=list)
     is_dead: bool = False
     num_answers: int = 0
@@ -58,6 +66,8 @@ class ScriptedMember:
     async def call(self, method: str, *args: Any) -> Any:
         self.calls.append(method)
         await asyncio.sleep(0)
+        if method in self.hangs:
+            await self.hangs[method].wait()
         failure = self.fails.pop(method, None)
         if failure is True:
             self.is_dead = True
@@ -81,13 +91,31 @@ class ScriptedMember:
     def state(self) -> ReplicaState:
         kept = {self.current.version_id, *self.kept, *(one.version_id for one in self.named.values())}
         names = {name: weights.version_id for name, weights in self.named.items()}
-        return ReplicaState(self.current.version_id, names, frozenset(kept), self.coming_id, self.num_left, IDLE, None)
+        before_id = None if self.before is None else self.before.version_id
+        return ReplicaState(
+            self.current.version_id,
+            names,
+            frozenset(kept),
+            self.coming_id,
+            IDLE,
+            None,
+            is_on_probation=self.is_on_probation,
+            before_id=before_id,
+        )
+
+    def figures(self) -> Figures:
+        return Figures("elsewhere", ProcessFigures({"anonymous": 2**30}, 2**31, 5.0, 1), self.filtered)
 
     def reading(self) -> Reading:
         return Meter().read()
 
     def describe(self) -> Description:
-        return Description(self.current, dict(self.named), "demo", ModelDefaults(), 63, counts_experts=False)
+        return Description(
+            self.current, dict(self.named), "demo", ModelDefaults(), 63, counts_experts=False, before=self.before
+        )
+
+    def rules_of(self, version_id: int) -> tuple[Rule, ...] | None:
+        return next((one.rules for one in (self.current, *self.kept.values()) if one.version_id == version_id), None)
 
     def prepare(self, request: ChangeRequest, keep_as: str) -> tuple[RemapResult, str]:
         if request.version is not None:
@@ -96,8 +124,7 @@ class ScriptedMember:
             weights = known[int(request.version)]
         else:
             assert request.version_id is not None
-            assert request.version_id not in self.used_ids
-            self.used_ids.add(request.version_id)
+            assert request.version_id not in self.kept
             rules = request.rules_after(self.current.rules)
             weights = Weights(request.version_id, rules, self.digest_of(request))
             self.coming_id = max(self.coming_id, request.version_id + 1)
@@ -106,19 +133,31 @@ class ScriptedMember:
         made = RemapResult(weights.version_id, self.current.version_id, "f", [], 1, 1, 0, 0.0, keep_as)
         return made, weights.digest
 
-    def go_live(self, version_id: int, name: str | None = None) -> RemapResult:
-        weights = self.kept.get(version_id, self.current)
-        assert weights.version_id == version_id
+    def go_live(self, version_id: int, name: str | None = None, keeps_before: bool = False) -> RemapResult:
         before = self.current
-        if name is None:
-            self.kept[before.version_id] = before  # as long as it may be needed to fall back to
-            self.current = weights
-        else:
+        weights = {**self.kept, before.version_id: before}.get(version_id)
+        if weights is None:
+            raise VersionNotFoundError(f"Version {version_id} is not in memory.")
+        if name is not None:
             self.named[name] = weights
+        else:
+            self.before = (self.before or before) if keeps_before and self.before != weights != before else None
+            self.kept[before.version_id], self.current = before, weights
         return RemapResult(version_id, before.version_id, "f", [], 0, 0, 0, 0.0, name)
 
     def discard(self, version_id: int | None = None) -> None:
         self.temporary.clear()
+
+    def release(self) -> None:
+        if self.before is not None:
+            self.kept.pop(self.before.version_id, None)
+        self.before = None
+
+    def leave(self) -> None:
+        """What the engine does when its version fails on probation."""
+        assert self.before is not None
+        self.kept.pop(self.current.version_id, None)
+        self.current, self.is_on_probation = self.before, False
 
     def remove_name(self, name: str) -> int:
         return self.named.pop(name).version_id

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from amalgam.errors import (
     VersionNotFoundError,
 )
 from amalgam.runtime.changes import ChangeRequest
+from amalgam.runtime.history import HistoryFile
 from tests.cluster.replicas import RULES, LocalTransport, ScriptedMember, no_such_source
 from tests.errors import raises
 
@@ -31,12 +33,27 @@ MAPPING = ChangeRequest(mapping={"b": "fp8"})
 class Cluster:
     """Scripted members in an event loop of their own, and who coordinates them."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, names: str = "abc") -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, names: str = "abc", history: Path | None = None) -> None:
         self.members = {name: ScriptedMember() for name in names}
-        self.routing = Routing(4)
+        self.loop, self.history = loop, history
+        self.transport = LocalTransport(self.members, Routing(4))
         self.num_held = 0
-        self.transport = LocalTransport(self.members, self.routing)
-        self.coordinator = Coordinator(Members(self.transport, loop), self.routing, self.holding, 0.0)
+        self.replace_coordinator()
+
+    def replace_coordinator(self, *, resumes: bool = False) -> None:
+        """Another one begins, that knows what the replicas and the history tell."""
+        self.routing = self.transport.routing = Routing(4)
+        history = None if self.history is None else HistoryFile(self.history)
+        self.coordinator = Coordinator(
+            Members(self.transport, self.loop),
+            self.routing,
+            self.holding,
+            history,
+            resumes=resumes,
+            retry_seconds=0.0,
+            hold_seconds=0.3,
+        )
+        self.has_begun = False
         self.look()
 
     @contextmanager
@@ -48,8 +65,14 @@ class Cluster:
         """What the gateway does again and again."""
         alive = {name: self.members[name].state() for name in self.transport.ids()}
         self.routing.update(alive, gone=set(self.routing.replicas) - alive.keys())
-        if self.coordinator.jobs.read() or self.coordinator.begin():
+        self.has_begun = self.has_begun or self.coordinator.begin()
+        if self.has_begun:
             self.coordinator.look_after()
+
+    def put_on_probation(self, *names: str) -> None:
+        """The current version has yet to answer in these replicas, and has in the others."""
+        for name, member in self.members.items():
+            member.is_on_probation = name in names
 
     @property
     def versions(self) -> dict[str, int]:
@@ -154,14 +177,140 @@ def test_one_that_has_other_files_gets_no_requests(cluster: Cluster) -> None:
     assert cluster.ready == {"a", "b", "c"}
 
 
-def test_if_one_replica_leaves_a_version_all_do(cluster: Cluster) -> None:
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_if_one_replica_leaves_a_version_all_do(cluster: Cluster, is_replaced: bool) -> None:
     cluster.coordinator.change(MAPPING)
-    failing = cluster.members["b"]
-    failing.go_live(1)
-    failing.num_left += 1
+    cluster.put_on_probation("b")  # the others have shown that they answer, and keep what they may have to go back to
     cluster.look()
+    if is_replaced:
+        cluster.replace_coordinator()
+    cluster.members["b"].leave()
+    for _ in range(3):
+        cluster.look()
     assert cluster.versions == {"a": 1, "b": 1, "c": 1}
+    assert cluster.ready == {"a", "b", "c"}
     assert (cluster.coordinator.version_id, cluster.coordinator.num_failed_versions) == (1, 1)
+    assert all(member.before is None for member in cluster.members.values())
+    job = cluster.coordinator.jobs.read()[-1]
+    assert (job.kind, job.state, job.version, job.previous_version) == ("failed_version", "failed", 1, 2)
+
+
+def test_one_that_has_lost_the_version_before_is_not_ready_until_it_is_there(cluster: Cluster) -> None:
+    cluster.coordinator.change(MAPPING)
+    cluster.put_on_probation("b")
+    cluster.look()
+    cluster.members["c"].release()
+    cluster.members["c"].fails["prepare"] = OutOfMemoryError("Not yet.")
+    cluster.members["b"].leave()
+    cluster.look()
+    assert (cluster.coordinator.version_id, cluster.ready) == (1, {"a", "b"})
+    cluster.look()
+    assert cluster.ready == {"a", "b"}
+    cluster.look()
+    assert cluster.ready == {"a", "b", "c"}
+    assert cluster.versions == {"a": 1, "b": 1, "c": 1}
+
+
+def test_the_version_before_is_kept_until_none_has_doubts(cluster: Cluster) -> None:
+    cluster.coordinator.change(MAPPING)
+    for doubting in ("ab", "b"):
+        cluster.put_on_probation(*doubting)
+        cluster.look()
+        assert all(member.before is not None for member in cluster.members.values())
+    cluster.coordinator.change(ChangeRequest(mapping={"c": "fp8"}))  # nobody knows whether version 2 answers
+    cluster.put_on_probation("b")
+    cluster.look()
+    assert [member.before.version_id for member in cluster.members.values() if member.before is not None] == [1, 1, 1]
+    cluster.put_on_probation()
+    cluster.look()
+    assert all(member.before is None for member in cluster.members.values())
+
+
+def test_one_that_leaves_what_answers_in_all_others_is_alone(cluster: Cluster) -> None:
+    cluster.coordinator.change(MAPPING)
+    cluster.look()
+    late = cluster.members["d"] = ScriptedMember()
+    cluster.look()
+    late.before = late.kept[1]
+    late.leave()
+    cluster.look()
+    assert cluster.versions == {"a": 2, "b": 2, "c": 2, "d": 1}
+    assert cluster.ready == {"a", "b", "c"}
+    assert cluster.coordinator.num_failed_versions == 1
+    cluster.look()
+    assert cluster.versions["d"] == 2
+    assert cluster.ready == {"a", "b", "c", "d"}
+
+
+def test_one_that_hangs_as_others_go_live_is_not_waited_for(cluster: Cluster) -> None:
+    hanging = cluster.members["b"]
+    hanging.hangs["go_live"] = asyncio.Event()
+    ready_when_requests_go_on = set()
+    holding = cluster.holding
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        with holding():
+            yield
+        ready_when_requests_go_on.update(cluster.ready)
+
+    cluster.holding = watched  # type: ignore[method-assign]
+    cluster.replace_coordinator()
+    assert cluster.coordinator.change(MAPPING).version == 2
+    assert ready_when_requests_go_on == {"a", "c"}
+    assert cluster.versions == {"a": 2, "b": 1, "c": 2}
+    cluster.loop.call_soon_threadsafe(hanging.hangs.pop("go_live").set)
+    cluster.look()
+    assert cluster.ready == {"a", "b", "c"}
+    assert set(cluster.versions.values()) == {2}
+
+
+def test_a_coordinator_goes_on_from_the_history(loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
+    cluster = Cluster(loop, history=tmp_path / "h.jsonl")
+    cluster.coordinator.change(MAPPING)
+    cluster.coordinator.change(ChangeRequest(mapping={"c": "fp8"}))
+    cluster.coordinator.note_answered({3})
+    cluster.coordinator.close()
+    cluster.replace_coordinator()
+    coordinator = cluster.coordinator
+    assert coordinator.version_id == 3
+    assert [job.version for job in coordinator.jobs.read()] == [1, 2, 3]
+    assert coordinator.rollback().version == 2
+    assert coordinator.rollback(1).version == 4  # what its rules give, for nobody has kept it
+    assert coordinator.rules == RULES
+    coordinator.close()
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_replicas_that_have_just_begun_get_a_number_that_is_new(
+    loop: asyncio.AbstractEventLoop, tmp_path: Path, resumes: bool
+) -> None:
+    before = Cluster(loop, history=tmp_path / "h.jsonl")
+    before.coordinator.change(MAPPING)
+    before.coordinator.change(ChangeRequest(rules=RULES, name="fast"))
+    before.coordinator.close()
+    after = Cluster(loop, "", history=tmp_path / "h.jsonl")
+    after.members |= {name: ScriptedMember() for name in "ab"}
+    after.coordinator.close()
+    after.replace_coordinator(resumes=resumes)
+    assert set(after.versions.values()) == {4}
+    assert [rule.pattern for rule in after.coordinator.rules] == (["a.*", "b"] if resumes else ["a.*"])
+    assert after.ready == {"a", "b"}
+    after.coordinator.close()
+
+
+def test_rules_that_cannot_be_fulfilled_any_more_are_not_resumed(
+    loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
+    before = Cluster(loop, history=tmp_path / "h.jsonl")
+    before.coordinator.change(MAPPING)
+    before.coordinator.close()
+    after = Cluster(loop, "", history=tmp_path / "h.jsonl")
+    after.members["a"] = ScriptedMember(fails={"prepare": no_such_source()})
+    after.coordinator.close()
+    after.replace_coordinator(resumes=True)
+    assert (after.versions, after.coordinator.rules) == ({"a": 3}, RULES)
+    after.coordinator.close()
 
 
 def test_back_and_forth(cluster: Cluster) -> None:
@@ -215,11 +364,10 @@ def test_who_begins_anew_goes_by_what_most_replicas_have(loop: asyncio.AbstractE
     for name in "ab":
         member = before.members[name]
         member.kept, member.current, member.coming_id = {1: member.current}, newer, 3
-    after = Coordinator(Members(before.transport, loop), before.routing, before.holding)
-    assert after.begin()
-    assert after.version_id == 2
-    after.look_after()
+    before.replace_coordinator()
+    assert before.coordinator.version_id == 2
     assert set(before.versions.values()) == {2}
+    assert before.ready == {"a", "b", "c"}
 
 
 def test_nobody_changes_nothing(loop: asyncio.AbstractEventLoop) -> None:

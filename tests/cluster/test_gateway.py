@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,18 +12,17 @@ from typing import Any
 import httpx
 import pytest
 
-from amalgam.cluster.gateway import Gateway, check_settings
+from amalgam.cluster.gateway import Gateway
 from amalgam.cluster.interface import Head
 from amalgam.cluster.member import Member
 from amalgam.cluster.routing import Routing
 from amalgam.config.reading import load_settings
-from amalgam.config.settings import Settings
-from amalgam.errors import ConfigError
+from amalgam.config.settings import Rule, Settings
+from amalgam.runtime.changes import ChangeRequest
 from amalgam.runtime.opening import open_deployment
 from amalgam.server.http.lifecycle import DrainingServer, listen, url_of
-from tests.cluster.replicas import LocalTransport, ScriptedMember
+from tests.cluster.replicas import RULES, LocalTransport, ScriptedMember
 from tests.conftest import write_demo_config
-from tests.errors import raises
 from tests.server.conftest import running, wait_until
 from tests.server.fakes import fake_settings
 
@@ -154,11 +154,41 @@ def test_keys_are_asked_for_once_and_count_for_all(members: dict[str, ScriptedMe
         assert sum(member.num_answers for member in members.values()) == answers.count(200)
 
 
-def test_what_is_of_one_server_is_refused() -> None:
-    for section, name, value in (("weights", "history", "h.jsonl"), ("statistics", "file", "s.npz")):
-        settings = fake_settings(port=0)
-        with raises(ConfigError, f"{section}.{name}"):
-            check_settings(settings.replace(**{section: {name: value}}))
+def test_a_new_gateway_goes_on_from_the_history(members: dict[str, ScriptedMember], tmp_path: Path) -> None:
+    settings = fake_settings(port=0).replace(weights={"history": str(tmp_path / "h.jsonl")})
+    with serving(settings, dict(members)) as client:
+        assert (
+            client.post("/update_weight_mapping", json={"weight_mapping": {"b": "fp8"}}).json()["weight_version"] == 2
+        )
+    with serving(settings, dict(members)) as client:
+        changes = client.get("/weights/changes").json()["changes"]
+        assert sorted(change["version"] for change in changes) == [1, 2]
+        assert client.post("/weights/rollback").json()["weight_version"] == 3
+        assert {member.current.rules for member in members.values()} == {RULES}
+
+
+def test_memory_and_processor_time_are_those_of_the_replicas_too(
+    client: httpx.Client, members: dict[str, ScriptedMember]
+) -> None:
+    assert metric(client, 'amalgam_memory_bytes{host="elsewhere",kind="anonymous"}') == 2 * 2**30
+    assert metric(client, 'amalgam_memory_limit_bytes{host="elsewhere"}') == 2**31
+    assert metric(client, 'amalgam_cpu_seconds_total{host="elsewhere"}') == 10
+    assert metric(client, 'amalgam_cluster_memory_bytes{kind="anonymous",replica="a"}') == 2**30
+    own = f'amalgam_memory_bytes{{host="{socket.gethostname()}",kind="anonymous"}}'
+    assert metric(client, own) > 0
+    members["a"].is_dead = True
+    wait_until(lambda: metric(client, 'amalgam_memory_bytes{host="elsewhere",kind="anonymous"}') == 2**30)
+    assert metric(client, 'amalgam_cpu_seconds_total{host="elsewhere"}') == 10  # what was counted stays
+
+
+def test_what_filters_find_in_replicas_is_counted(members: dict[str, ScriptedMember]) -> None:
+    for member in members.values():
+        member.filtered["mail", "prompts", "redact"] = 2
+    rule = {"name": "mail", "pii": ["email"], "where": ["prompts"]}
+    settings = fake_settings(port=0).replace(filters={"rules": [rule]})
+    with serving(settings, dict(members)) as client:
+        assert client.get("/filters").json()["filters"][0]["found"] == {"prompts": {"redact": 4}}
+        assert metric(client, 'amalgam_filtered_total{action="redact",filter="mail",where="prompts"}') == 4
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +198,7 @@ def demo(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     overrides = {
         "inference.max_seq_length": 256, "server.port": 0, "server.export_dir": str(tmp_path_factory.mktemp("export")),
         "engine.rollback_answers": 0, "engine.kv_cache_bytes": 2**22, "cluster.batch_seconds": 0.001,
+        "filters.rules": [{"name": "mail", "pii": ["email"], "where": ["prompts"]}],
     }  # fmt: skip
     settings = load_settings(config, overrides, {})
     opened = {name: open_deployment(settings) for name in "ab"}
@@ -232,3 +263,35 @@ def test_a_change_is_of_all_replicas_or_none(demo: tuple[httpx.Client, dict[str,
     assert [change["state"] for change in changes] == ["failed", "done", "done", "done"]
     assert client.put(f"/weights/pins/{first}").json()["error"]["type"] == "unsupported"
     assert client.get("/weights/canary").json() == {"state": "none"}
+
+
+def test_filters_of_replicas_are_counted(demo: tuple[httpx.Client, dict[str, Member]]) -> None:
+    client, _ = demo
+    for name in ("ann", "bob"):
+        generate(client, f"Write to {name}@example.org.")
+    wait_until(lambda: client.get("/filters").json()["filters"][0]["found"] == {"prompts": {"redact": 2}})
+
+
+def test_a_version_that_was_left_is_built_again_under_its_number(demo: tuple[httpx.Client, dict[str, Member]]) -> None:
+    member = demo[1]["a"]
+    rules = (*member.describe().current.rules, Rule(pattern=EXPERT, source="int4"))
+    made = []
+    for _ in range(2):
+        result, digest = member.prepare(ChangeRequest(rules=rules, version_id=90), "again")
+        member.discard()
+        made.append((result.version, digest))
+    assert made[0] == made[1]
+    assert made[0][0] == 90
+
+
+def test_the_version_before_stays_until_it_is_released(demo: tuple[httpx.Client, dict[str, Member]]) -> None:
+    member = demo[1]["b"]
+    first = member.describe().current
+    result, _ = member.prepare(ChangeRequest(mapping={EXPERT: "fp8"}), "next")
+    member.go_live(result.version, None, True)
+    member.discard()
+    described = member.describe()
+    assert (described.current.version_id, described.before) == (result.version, first)
+    member.go_live(first.version_id)
+    assert member.state().before_id is None
+    assert member.describe().current == first

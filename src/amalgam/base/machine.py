@@ -7,8 +7,10 @@ What is missing or cannot be read limits nothing.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,32 @@ def detect_machine(root: Path = _ROOT, affinity: Iterable[int] | None = None) ->
         limit if limited else None,
         min(available, room) if room is not None else available,
     )
+
+
+@dataclass(frozen=True)
+class ProcessFigures:
+    """What one process takes, and may take.
+
+    Attributes:
+        memory: resident bytes by kind, see `resident_memory`.
+        memory_limit: bytes: the machine's memory, or the strictest limit of the control groups.
+        cpu_seconds: processor time so far.
+        threads: that can compute at the same time.
+    """
+
+    memory: Mapping[str, int]
+    memory_limit: int
+    cpu_seconds: float
+    threads: int
+
+
+def this_process() -> ProcessFigures:
+    """Of the process that asks."""
+    machine = _this_machine()
+    return ProcessFigures(resident_memory(), machine.memory_bytes, time.process_time(), machine.threads)
+
+
+_this_machine = functools.cache(detect_machine)  # it reads many files, and nothing that changes is asked of it
 
 
 def resident_memory(root: Path = _ROOT) -> dict[str, int]:

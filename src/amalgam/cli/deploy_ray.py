@@ -67,7 +67,7 @@ def command(
         return _look_or_stop(settings, address or _running_address(), stops=stop, as_json=as_json)
     if not settings.model.base_path:
         raise ConfigError("model.base_path is required.", remedy="Give --config FILE, or --model FOLDER.")
-    from amalgam.cluster.gateway import check_settings
+    from amalgam.cluster.settings import check_settings
 
     check_settings(settings)
     return _run(settings, address)
@@ -88,8 +88,9 @@ def _run(settings: Settings, address: str | None) -> int:
     is_local = address is None
     _prepare_ray(settings.server.host if address is None else address.rpartition(":")[0], is_local=is_local)
     from amalgam.cluster.ray import deploying
+    from amalgam.cluster.settings import prepared
 
-    settings = deploying.prepared(settings, is_local=is_local)
+    settings = prepared(settings, is_local=is_local)
     stopping = threading.Event()
     reached = deploying.connect(address, settings)
     _address_file().parent.mkdir(parents=True, exist_ok=True)

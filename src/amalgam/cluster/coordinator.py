@@ -3,40 +3,40 @@
 In: what is asked for. Out: the same version, under one number, in all replicas. Must never know: HTTP, what carries
 calls.
 
-    prepare   every replica builds the version and keeps it beside the one in use; the number is free in all of them
-    compare   what they have built is the same
-    go live   new requests wait for a moment; every replica exchanges one version for the other between two steps
-    discard   nothing is kept for this change any more
+How replicas change together says `exchange`. Whatever comes in the place of one that has gone, or was set aside, gets
+no requests until it has the version that the others have. If a version turns out to compute NaN in one replica, which
+goes back by itself (`engine.probation`), all others go back, too: all keep the version before until none has doubts
+about the current one any more.
 
-If a replica cannot prepare, or has gone, the others discard what they have built: nothing has changed anywhere. If one
-cannot go live, those that have go back to the version before, which they still have. A replica that dies while others
-go live is no reason to go back: whatever comes in its place begins with the version that the others have, for no
-replica gets requests before it has it. And if a version turns out to compute NaN in one replica, which goes back by
-itself (`engine.probation`), all others go back, too.
+What has changed is in `weights.history`, if that names a file: whoever coordinates next goes on from there.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
+from amalgam.cluster.exchange import HOLD_SECONDS, Exchange, is_same
 from amalgam.cluster.interface import Description, ReplicaState, Weights
-from amalgam.cluster.members import Interrupted, Members, Outcomes
+from amalgam.cluster.members import Members
 from amalgam.cluster.routing import Routing
 from amalgam.config.names import CURRENT
 from amalgam.config.settings import Rule
 from amalgam.errors import AmalgamError, ConflictError, UnavailableError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapLog, RemapRecord, RemapResult
-from amalgam.runtime.jobs import Job, Jobs
+from amalgam.runtime.history import HistoryFile
+from amalgam.runtime.jobs import Job, Jobs, status_of_record
 from amalgam.runtime.versions import as_id, check_name
 
 MAX_UNDOS = 64
 RETRY_SECONDS = 5.0
+STATE_SECONDS = 5.0  # how long a replica may take to tell its state
+_FIRST_ID = 1  # of the version that a replica begins with
 
 logger = logging.getLogger("amalgam.cluster")
 
@@ -55,7 +55,10 @@ class Coordinator:
     Args:
         routing: is told which replicas may have requests.
         holding: keeps new requests waiting as long as its context lasts.
+        history: of former coordinators, to go on from; closed by `close`.
+        resumes: whether replicas that have just begun get the rules that held last.
         retry_seconds: until a replica that could not be brought to the others' weights is tried again.
+        hold_seconds: what a replica has to go live before the others go on without it.
     """
 
     def __init__(
@@ -63,22 +66,28 @@ class Coordinator:
         members: Members,
         routing: Routing,
         holding: Callable[[], AbstractContextManager[None]],
+        history: HistoryFile | None = None,
+        *,
+        resumes: bool = False,
         retry_seconds: float = RETRY_SECONDS,
+        hold_seconds: float = HOLD_SECONDS,
     ) -> None:
         self._members = members
         self._routing = routing
-        self._holding = holding
+        self._exchange = Exchange(members, routing, holding, hold_seconds)
+        self._history = history
+        self._resumes = resumes
         self._retry_seconds = retry_seconds
         self._lock = threading.RLock()  # one change, or one look after the replicas, at a time
         self._goal: _Goal | None = None
-        self._next_id = 2
-        self._earlier: list[Weights] = []  # that new requests started on, the latest last
-        self._known: dict[int, Weights] = {}  # every version that there has been
-        self._num_left: dict[str, int] = {}
+        self._next_id = _FIRST_ID + 1
+        self._before: Weights | None = None  # that all keep to go back to, until the current one has shown its worth
+        self._earlier: list[int] = []  # versions that new requests started on, the latest last
         self._retry_at: dict[str, float] = {}
         self.num_failed_versions = 0
-        self.jobs = Jobs(lambda: self.version_id)
-        self.log = RemapLog()
+        records = () if history is None else history.records
+        self.jobs = Jobs(lambda: self.version_id, map(status_of_record, records))
+        self.log = RemapLog() if history is None else RemapLog(records, history.add)
 
     @property
     def current(self) -> Weights:
@@ -111,19 +120,49 @@ class Coordinator:
         found: dict[str, Description] = dict(self._members.all(self._members.ids(), "describe").results)
         if not found:
             return False
-        votes: dict[tuple[int, str], int] = {}
-        for description in found.values():
-            key = description.current.version_id, description.current.digest
-            votes[key] = votes.get(key, 0) + 1
-        version_id, digest = min(votes, key=lambda key: (-votes[key], key[0]))
-        chosen = next(
-            one for one in found.values() if (one.current.version_id, one.current.digest) == (version_id, digest)
-        )
+        chosen = _most_common(found.values())
         self._goal = _Goal(chosen.current, dict(chosen.named))
-        self._known = {weights.version_id: weights for weights in (chosen.current, *chosen.named.values())}
-        start = RemapRecord(0.0, version_id, version_id, 0, 0, 0.0, rules=chosen.current.rules)
-        self.log.start(start)
+        alike = (one.before for one in found.values() if is_same(one.current, chosen.current))
+        self._before = next((before for before in alike if before is not None), None)
+        if self._history is not None:
+            self._go_on(self._history, found.keys())
+        self._earlier = self.log.earlier_versions(self.rules)[-MAX_UNDOS:]
+        self.log.start(RemapRecord(0.0, self.version_id, self.version_id, 0, 0, 0.0, rules=self.rules))
         return True
+
+    def _go_on(self, history: HistoryFile, ids: Collection[str]) -> None:
+        """Give replicas that have just begun a number that no version has had, and the rules that they are to have."""
+        self._next_id = max(self._next_id, history.last_version_id + 1)
+        current = self.current
+        states: Mapping[str, ReplicaState] = self._members.all(ids, "state").results
+        have_begun = all(state.version_id == _FIRST_ID == state.coming_id - 1 for state in states.values())
+        never_changed = history.last_version_id == _FIRST_ID and self.log.rules_of(_FIRST_ID) == current.rules
+        if not have_begun or not history.records or never_changed:
+            return
+        last_rules = history.last_rules if self._resumes else None
+        for rules in dict.fromkeys((current.rules if last_rules is None else last_rules, current.rules)):
+            try:
+                with self.jobs.begin("start", "the rules to begin with") as job:
+                    job.result, weights = self._put_into_use(job, ids, ChangeRequest(rules=rules))
+            except AmalgamError as error:
+                logger.warning("replicas cannot begin with the rules of the last version: %s", error)
+                continue
+            self._note_live(weights, current, None)
+            return
+
+    def note_answered(self, version_ids: Collection[int]) -> None:
+        """These versions have given answers: a history says so, for whoever begins with them."""
+        if self._history is not None:
+            for version_id in version_ids:
+                self._history.note_sound(version_id)
+
+    def close(self) -> None:
+        """A change under way gives up, and others may have the history."""
+        self.jobs.close()
+        if self._history is not None:
+            if self._goal is not None:
+                self._history.note_sound(self.version_id)
+            self._history.close()
 
     # Looking after the replicas.
 
@@ -137,84 +176,82 @@ class Coordinator:
         try:
             if self.jobs.running is not None:
                 return
-            states: Mapping[str, ReplicaState] = self._members.all(self._members.ids(), "state").results
+            ids = self._members.ids()
+            states: Mapping[str, ReplicaState] = self._members.all(ids, "state", seconds=STATE_SECONDS).results
+            self._next_id = max([self._next_id, *(state.coming_id for state in states.values())])
+            # Nobody but itself changes the version of a replica that is ready.
+            left = [one for one in self._ready_ids() if one in states and states[one].version_id != self.version_id]
+            if left:
+                self._follow_back(left)
+                return
             for replica_id, state in states.items():
-                seen = self._routing.replicas.get(replica_id)
-                if seen is None or seen.is_lost:
-                    continue
-                self._next_id = max(self._next_id, state.coming_id)
-                if seen.is_ready and state.version_id != self.version_id and self._has_left(replica_id, state):
-                    self._follow_back(replica_id)
-                    return
-                self._num_left[replica_id] = state.num_left
-                if not self._is_there(state):
-                    seen.is_ready = False
-                if not seen.is_ready and time.monotonic() >= self._retry_at.get(replica_id, 0.0):
-                    self._bring(replica_id)
+                self._look_at(replica_id, state)
+            if len(states) == len(ids):
+                self._release(states)
         finally:
             self._lock.release()
+
+    def _look_at(self, replica_id: str, state: ReplicaState) -> None:
+        seen = self._routing.replicas.get(replica_id)
+        if seen is None or seen.is_lost:
+            return
+        if not self._is_there(state):
+            self._routing.set_ready(replica_id, is_ready=False)
+        if not seen.is_ready and time.monotonic() >= self._retry_at.get(replica_id, 0.0):
+            self._bring(replica_id)
 
     def _is_there(self, state: ReplicaState) -> bool:
         assert self._goal is not None
         wanted = {name: weights.version_id for name, weights in self._goal.named.items()}
         return state.version_id == self.version_id and dict(state.names) == wanted
 
-    def _has_left(self, replica_id: str, state: ReplicaState) -> bool:
-        return state.num_left > self._num_left.get(replica_id, 0)
+    def _release(self, states: Mapping[str, ReplicaState]) -> None:
+        """The version before is kept no longer once no replica can leave the current one by itself any more."""
+        if any(state.is_on_probation for state in states.values()):
+            return
+        self._before = None
+        keeping = [replica_id for replica_id, state in states.items() if state.before_id is not None]
+        self._members.all(keeping, "release", seconds=STATE_SECONDS)
 
     def _bring(self, replica_id: str) -> None:
         """Give a replica the weights that all have."""
         assert self._goal is not None
         goal = self._goal
         try:
-            has: Description = self._members.call(replica_id, "describe")
-            for name in has.named.keys() - goal.named.keys():
-                self._members.call(replica_id, "remove_name", name)
-            for name, weights in goal.named.items():
-                if has.named.get(name) != weights:
-                    self._give(replica_id, weights, name)
-            if (has.current.version_id, has.current.digest) != (goal.current.version_id, goal.current.digest):
-                self._give(replica_id, goal.current, None)
+            self._exchange.bring(replica_id, goal.current, goal.named)
         except AmalgamError as error:
             self._retry_at[replica_id] = time.monotonic() + self._retry_seconds
             logger.warning("replica %s cannot have weight version %d: %s", replica_id, goal.current.version_id, error)
             return
         self._retry_at.pop(replica_id, None)
-        self._routing.replicas[replica_id].is_ready = True
+        self._routing.set_ready(replica_id, is_ready=True)
         logger.info("replica %s is ready with weight version %d", replica_id, goal.current.version_id)
 
-    def _give(self, replica_id: str, weights: Weights, name: str | None) -> None:
-        keep_as = _temporary()
-        state: ReplicaState = self._members.call(replica_id, "state")
-        if weights.version_id in state.kept_ids:
-            request = ChangeRequest(version=weights.version_id)
-        else:
-            request = ChangeRequest(rules=weights.rules, version_id=weights.version_id)
-        try:
-            _, digest = self._members.call(replica_id, "prepare", request, keep_as)
-            if digest != weights.digest:
-                raise ConflictError(
-                    f"Weight version {weights.version_id} would be something else there than in other replicas.",
-                    remedy="All replicas need the same checkpoints.",
-                )
-            self._members.call(replica_id, "go_live", weights.version_id, name)
-        finally:
-            self._members.call(replica_id, "discard")
-
-    def _follow_back(self, replica_id: str) -> None:
-        """A replica has gone back by itself: all others do the same."""
-        before, failed = self._earlier[-1] if self._earlier else None, self.current
-        self.num_failed_versions += 1
+    def _follow_back(self, left: Collection[str]) -> None:
+        """Replicas have gone back by themselves: all others do the same, or these alone are at fault."""
+        failed, before = self.current, self._before
+        reason = f"version {failed.version_id} could not answer in replica {', '.join(left)}"
         if before is None:
-            return
-        reason = f"version {failed.version_id} could not answer in replica {replica_id}"
+            if len(left) < len(self._ready_ids()):  # in the others it has answered, and nothing is kept any more
+                logger.warning("%s; it has in all others", reason)
+                self.num_failed_versions += 1
+                self._exchange.set_aside(left)
+                self._retry_at |= dict.fromkeys(left, time.monotonic() + self._retry_seconds)
+                return
+            found: Mapping[str, Description] = self._members.all(left, "describe", seconds=STATE_SECONDS).results
+            if not found:  # they have gone, too
+                return
+            before = _most_common(found.values()).current
+        self.num_failed_versions += 1
         logger.warning("%s: all replicas go back to version %d", reason, before.version_id)
-        with self._holding():
-            self._members.all(self._ready_ids(), "go_live", before.version_id, None)
+        self._exchange.go_back(self._ready_ids(), before)
         assert self._goal is not None
-        self._goal = replace(self._goal, current=before)
-        self._earlier.pop()
-        self.log.add_failed_version(before.version_id, before.rules, failed.version_id, reason)
+        self._goal, self._before = replace(self._goal, current=before), None
+        if before.version_id in self._earlier:
+            del self._earlier[self._earlier.index(before.version_id) :]
+        record = self.log.add_failed_version(before.version_id, before.rules, failed.version_id, reason)
+        what = f"version {failed.version_id} could not answer"
+        self.jobs.add(replace(status_of_record(record), kind="failed_version", what=what))
 
     # Changes.
 
@@ -235,7 +272,7 @@ class Coordinator:
             if not self._earlier:
                 raise ConflictError("There is no earlier version to go back to.", remedy="Name one that is kept.")
             earlier = list(self._earlier)
-            result = self._make(job, ChangeRequest(version=earlier[-1].version_id))
+            result = self._make(job, ChangeRequest(version=earlier[-1]))
             self._earlier = earlier[:-1]
             return result
 
@@ -250,7 +287,7 @@ class Coordinator:
             if not self._earlier:
                 raise ConflictError("No change of the weight mapping is left to undo.")
             earlier = list(self._earlier)
-            result = self._make(job, ChangeRequest(rules=earlier[-1].rules))
+            result = self._make(job, ChangeRequest(rules=self._rules_of(earlier[-1], self._ready_ids())))
             self._earlier = earlier[:-1]
             return result
 
@@ -293,44 +330,51 @@ class Coordinator:
         ids = self._ready_ids()
         if not ids:
             raise UnavailableError("No replica is ready.", remedy="GET /ready tells when requests are taken.")
-        request, name = self._resolved(request, ids), request.name
-        keep_as = _temporary()
-        try:
-            made = self._prepared(job, ids, request, keep_as)
-            result, digest = next(iter(made.values()))
-            self._check_alike(made)
-            job.go_live()
-            with self._holding():
-                self._go_live(ids, result.version, before, name)
-        finally:
-            self._members.all(ids, "discard")
-        self._next_id = max(self._next_id, result.version + 1)
-        rules = request.rules_after(before.rules) if request.version is None else self._known[result.version].rules
-        self._note_live(Weights(result.version, rules, digest), before, name)
-        result = replace(result, previous_version=before.version_id, seconds=time.monotonic() - started, name=name)
-        self.log.add(result, rules, job.asked)
+        result, weights = self._put_into_use(job, ids, request)
+        self._note_live(weights, before, request.name)
+        seconds = time.monotonic() - started
+        result = replace(result, previous_version=before.version_id, seconds=seconds, name=request.name)
+        self.log.add(result, weights.rules, job.asked)
         job.result = result
         return result
 
-    def _resolved(self, request: ChangeRequest, ids: Collection[str]) -> ChangeRequest:
-        """The same without what only some replicas know, and with a number that is free in all of them.
+    def _put_into_use(self, job: Job, ids: Collection[str], request: ChangeRequest) -> tuple[RemapResult, Weights]:
+        """What is asked for in all of these replicas, or in none."""
+        resolved, rules = self._resolved(request, ids)
+        result, digest = self._exchange.make(job, ids, resolved, self.current, request.name)
+        self._next_id = max(self._next_id, result.version + 1)
+        return result, Weights(result.version, rules, digest)
+
+    def _resolved(self, request: ChangeRequest, ids: Collection[str]) -> tuple[ChangeRequest, tuple[Rule, ...]]:
+        """The same without what only some replicas know, and with a number that is free in all; the rules of it.
 
         Raises:
             VersionNotFoundError: nobody knows the version that is to come back.
+            PlanError: see `ChangeRequest.rules_after`.
         """
         states: Mapping[str, ReplicaState] = self._members.all(ids, "state").results
         coming = max([self._next_id, *(state.coming_id for state in states.values())])
         if request.version is None:
-            return replace(request, name=None, version_id=coming)
+            return replace(request, name=None, version_id=coming), request.rules_after(self.rules)
         version_id = self._id_of(request.version)
+        rules = self._rules_of(version_id, ids)
         if all(version_id in state.kept_ids for state in states.values()):
-            return ChangeRequest(version=version_id)
-        known = self._known.get(version_id)
-        if known is None:
+            return ChangeRequest(version=version_id), rules
+        return ChangeRequest(rules=rules, version_id=coming), rules
+
+    def _rules_of(self, version_id: int, ids: Collection[str]) -> tuple[Rule, ...]:
+        """
+        Raises:
+            VersionNotFoundError: nobody knows them.
+        """
+        rules: tuple[Rule, ...] | None = self.log.rules_of(version_id)
+        if rules is None:  # there was another coordinator, and no history
+            rules = self._members.any("rules_of", version_id, among=ids)
+        if rules is None:
             raise VersionNotFoundError(
-                f"Nobody knows weight version {request.version}.", remedy="GET /weights/changes tells of earlier ones."
+                f"Nobody knows weight version {version_id}.", remedy="GET /weights/changes tells of earlier ones."
             )
-        return ChangeRequest(rules=known.rules, version_id=coming)
+        return rules
 
     def _id_of(self, version: str | int) -> int:
         assert self._goal is not None
@@ -344,87 +388,30 @@ class Coordinator:
             raise VersionNotFoundError(f"There are no weights {version!r}.", remedy=f"Known: {known}.")
         return version_id
 
-    def _prepared(
-        self, job: Job, ids: Collection[str], request: ChangeRequest, keep_as: str
-    ) -> Mapping[str, tuple[RemapResult, str]]:
-        """What all replicas have built.
-
-        Raises:
-            AmalgamError: one could not, or the change was cancelled.
-        """
-
-        def check(num_done: int) -> None:
-            try:
-                job.report(f"Preparing {len(ids)} replicas", num_done, len(ids))
-            except AmalgamError:
-                self._members.all(ids, "cancel")
-                raise
-
-        check(0)
-        try:
-            outcomes = self._members.all(ids, "prepare", request, keep_as, while_waiting=check)
-        except Interrupted as interruption:
-            raise interruption.__cause__ or interruption from None
-        self._check(outcomes, len(ids), "prepare the change")
-        return outcomes.results
-
-    def _go_live(self, ids: Collection[str], version_id: int, before: Weights, name: str | None) -> None:
-        """
-        Raises:
-            AmalgamError: a replica could not, and those that had are back on the version before.
-        """
-        outcomes = self._members.all(ids, "go_live", version_id, name)
-        if outcomes.errors or not outcomes.results:
-            done = list(outcomes.results)
-            if name is None:
-                back = self._members.all(done, "go_live", before.version_id, None)
-            else:
-                back = self._members.all(done, "remove_name", name)
-            for replica_id in back.errors:  # it gets no requests until it has been brought back
-                self._routing.replicas[replica_id].is_ready = False
-            self._check(outcomes, len(ids), "take the new weights into use")
-
-    def _check(self, outcomes: Outcomes, num_replicas: int, what: str) -> None:
-        """
-        Raises:
-            AmalgamError: of the first replica that failed, with a note that tells which.
-            UnavailableError: a replica has gone.
-        """
-        for replica_id, error in outcomes.errors.items():
-            error.add_note(f"Replica {replica_id} of {num_replicas} could not {what}; no replica has changed")
-            raise error
-        for replica_id in outcomes.lost:
-            raise UnavailableError(
-                f"Replica {replica_id} of {num_replicas} has gone before it could {what}; no replica has changed.",
-                remedy="Try again when it has been replaced.",
-            )
-
-    def _check_alike(self, made: Mapping[str, tuple[RemapResult, str]]) -> None:
-        digests = {digest for _, digest in made.values()}
-        numbers = {result.version for result, _ in made.values()}
-        if len(digests) > 1 or len(numbers) > 1:
-            raise ConflictError(
-                f"{len(made)} replicas have made {max(len(digests), len(numbers))} different versions of one change; "
-                "no replica has changed.",
-                remedy="All replicas need the same checkpoints.",
-            )
-
     def _note_live(self, weights: Weights, before: Weights, name: str | None) -> None:
         assert self._goal is not None
-        self._known[weights.version_id] = weights
         if name is not None:
             self._goal = replace(self._goal, named={**self._goal.named, name: weights})
             return
         self._goal = replace(self._goal, current=weights)
-        if weights.version_id != before.version_id:
-            self._earlier = [*self._earlier, before][-MAX_UNDOS:]
+        if weights.version_id == before.version_id:
+            return
+        self._earlier = [*self._earlier, before.version_id][-MAX_UNDOS:]
+        if self._before is None:
+            self._before = before
+        elif self._before.version_id == weights.version_id:
+            self._before = None
 
     def _ready_ids(self) -> list[str]:
         return sorted(
-            replica_id for replica_id, seen in self._routing.replicas.items() if seen.is_ready and not seen.is_lost
+            replica_id
+            for replica_id, seen in list(self._routing.replicas.items())
+            if seen.is_ready and not seen.is_lost
         )
 
 
-def _temporary() -> str:
-    """A name that keeps a version until it goes live."""
-    return f"preparing-{secrets.token_hex(4)}"
+def _most_common(found: Collection[Description]) -> Description:
+    """What most replicas have, of several the older."""
+    votes = Counter((one.current.version_id, one.current.digest) for one in found)
+    chosen = min(votes, key=lambda key: (-votes[key], key[0]))
+    return next(one for one in found if (one.current.version_id, one.current.digest) == chosen)

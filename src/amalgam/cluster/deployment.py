@@ -158,7 +158,7 @@ class ClusterDeployment:
 
     def close(self) -> None:
         """Replicas go on: they are not the gateway's to close."""
-        self._coordinator.jobs.close()
+        self._coordinator.close()
         self._close()
 
 

@@ -53,6 +53,7 @@ class ForwardingCounts:
     num_resent: int = 0  # to another replica than the one that was lost
     num_cut: int = 0  # streams that ended because their replica was lost
     num_waited: int = 0  # requests for which there was no replica at first
+    versions: set[int] = field(default_factory=set)  # weight versions that have given answers
 
 
 @dataclass
@@ -190,6 +191,7 @@ class Forwarding:
                         await answer.take(parts)
                 if not answer.has_ended:
                     raise ReplicaLostError("The replica has ended before its answer.")
+                self._note_version(scope)
                 return
             except ReplicaLostError:
                 replica_id = self._routing.chosen_for(ask)
@@ -203,6 +205,12 @@ class Forwarding:
                 self._counts.num_resent += 1
             finally:
                 self._routing.ended(ask)
+
+    def _note_version(self, scope: Scope) -> None:
+        record: RequestRecord = scope["state"]["record"]
+        is_answered = record.num_new_tokens > 0 and scope["state"].get("refusal") is None
+        if is_answered and record.weight_version is not None:
+            self._counts.versions.add(record.weight_version)
 
     async def _wait_for_room(self, ask: Ask) -> None:
         """

@@ -13,7 +13,8 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from starlette.middleware import Middleware
 from starlette.types import Receive, Scope, Send
@@ -21,13 +22,16 @@ from starlette.types import Receive, Scope, Send
 from amalgam.base.threads import StoppableThread
 from amalgam.cluster.coordinator import Coordinator
 from amalgam.cluster.deployment import ClusterDeployment
+from amalgam.cluster.figures import ClusterFigures
 from amalgam.cluster.forwarding import Forwarding, ForwardingCounts
 from amalgam.cluster.interface import Description, ReplicaState, Transport
 from amalgam.cluster.members import Members
 from amalgam.cluster.metrics import families
 from amalgam.cluster.routing import Routing
+from amalgam.cluster.settings import check_settings
 from amalgam.config.settings import Settings
-from amalgam.errors import AmalgamError, ConfigError, UnavailableError
+from amalgam.errors import AmalgamError, UnavailableError
+from amalgam.runtime.history import HistoryFile
 from amalgam.server import create_app
 from amalgam.server.http.keys import KeyRing
 from amalgam.server.interface import Deployment
@@ -35,7 +39,6 @@ from amalgam.server.service import Service
 
 LOOK_SECONDS = 0.25  # between two looks at the replicas
 STATE_SECONDS = 5.0  # how long a replica may take to tell its state
-HOLD_SECONDS = 10.0  # how long requests are held at most, should a replica hang while it goes live
 
 logger = logging.getLogger("amalgam.cluster")
 
@@ -78,7 +81,20 @@ class Gateway:
         """In a thread: wait for a replica, and make a deployment of all."""
         assert self._loop is not None, "the application has no lifespan"
         members = Members(self._transport, self._loop)
-        coordinator = Coordinator(members, self._routing, self._holding)
+        path, resumes = self._settings.weights.history, self._settings.weights.resume
+        history = HistoryFile(Path(path)) if path else None
+        coordinator = Coordinator(members, self._routing, self._holding, history, resumes=resumes)
+        with ExitStack() as on_failure:
+            on_failure.callback(coordinator.close)
+            description = self._begin(members, coordinator)
+            on_failure.pop_all()
+        figures = ClusterFigures(members, self.service.filter_counts)
+        self.service.filter_counts, self.service.processes = figures.filtered, figures.by_host
+        self.service.more_families = lambda: families(self._routing, self._counts, coordinator, figures)
+        return ClusterDeployment(self._settings, description, members, self._routing, coordinator, self._stopping.set)
+
+    def _begin(self, members: Members, coordinator: Coordinator) -> Description:
+        """Wait until a replica is ready; what it tells of itself."""
         while not coordinator.begin():
             if self._stopping.wait(LOOK_SECONDS):
                 raise UnavailableError("The gateway is stopping.")
@@ -87,8 +103,7 @@ class Gateway:
         while not any(seen.is_ready for seen in list(self._routing.replicas.values())):
             if self._stopping.wait(LOOK_SECONDS):
                 raise UnavailableError("The gateway is stopping.")
-        self.service.more_families = lambda: families(self._routing, self._counts, coordinator)
-        return ClusterDeployment(self._settings, description, members, self._routing, coordinator, self._stopping.set)
+        return description
 
     async def _look(self) -> None:
         """Ask all replicas for their state, again and again."""
@@ -119,6 +134,7 @@ class Gateway:
         while not self._stopping.wait(LOOK_SECONDS):
             try:
                 coordinator.look_after()
+                coordinator.note_answered(self._counts.versions)
             except AmalgamError as error:
                 logger.warning("replicas could not be looked after: %s", error)
             except Exception:
@@ -130,36 +146,12 @@ class Gateway:
         assert self._loop is not None
         loop, began = self._loop, time.monotonic()
 
-        async def close() -> asyncio.TimerHandle:
+        async def close() -> None:
             self._gate.clear()
-            return loop.call_later(HOLD_SECONDS, self._gate.set)  # a replica that hangs must not hold all requests
 
-        def open_again() -> None:
-            timer.cancel()
-            self._gate.set()
-
-        timer = asyncio.run_coroutine_threadsafe(close(), loop).result()
+        asyncio.run_coroutine_threadsafe(close(), loop).result()
         try:
             yield
         finally:
-            loop.call_soon_threadsafe(open_again)
+            loop.call_soon_threadsafe(self._gate.set)
             logger.info("new requests have waited %.1f ms for all replicas", (time.monotonic() - began) * 1e3)
-
-
-def check_settings(settings: Settings) -> None:
-    """
-    Raises:
-        ConfigError: a setting is of one server only.
-    """
-    refused = {
-        "planning.autoplan.enabled": settings.planning.autoplan.enabled,
-        "weights.watch_seconds": settings.weights.watch_seconds,
-        "weights.history": settings.weights.history,
-        "weights.resume": settings.weights.resume,
-        "statistics.file": settings.statistics.file,
-        "server.unix_socket": settings.server.unix_socket,
-        "engine.pin_threads": settings.engine.pin_threads,
-    }
-    for name, value in refused.items():
-        if value:
-            raise ConfigError(f"{name} is {value!r}, and is of one server only.", remedy="Leave it out for a cluster.")

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from amalgam.base.machine import ProcessFigures
 from amalgam.config.settings import Rule
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.request import EngineStatus
@@ -16,6 +17,8 @@ from amalgam.engine.request import EngineStatus
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from amalgam.server.filters import FilterCount
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class ReplicaState:
         version_id: new requests start on it.
         kept_ids: of versions that requests may ask for.
         coming_id: the lowest id from which on all are free there.
-        num_left: versions that it has gone back from by itself, because they could not answer.
+        is_on_probation: the version has yet to show that it answers; if it fails, the replica goes back by itself.
+        before_id: of the version that is kept for all to go back to; None: it is needed no longer.
         host, pid: where it runs.
         statistics_revision: changes with the expert statistics; None: nothing is counted.
     """
@@ -92,9 +96,10 @@ class ReplicaState:
     names: Mapping[str, int]
     kept_ids: frozenset[int]
     coming_id: int
-    num_left: int
     status: EngineStatus
     statistics_revision: int | None
+    is_on_probation: bool = False
+    before_id: int | None = None
     host: str = ""
     pid: int = 0
 
@@ -119,7 +124,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Description:
-    """What a replica tells once: its weights, and what all replicas have in common."""
+    """What a replica tells once: its weights, and what all replicas have in common.
+
+    Attributes:
+        before: what is kept for all to go back to.
+    """
 
     current: Weights
     named: Mapping[str, Weights]
@@ -127,6 +136,7 @@ class Description:
     defaults: ModelDefaults
     max_prompt_tokens: int
     counts_experts: bool
+    before: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,15 @@ class Counted:
 
     content: bytes
     rates: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a replica's process takes, and what its filters have found."""
+
+    host: str
+    process: ProcessFigures
+    filtered: Mapping[FilterCount, int]
 
 
 class Transport(Protocol):

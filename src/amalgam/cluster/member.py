@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import socket
 import time
@@ -18,7 +19,18 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from amalgam.cluster.interface import Counted, Description, Forwarded, Head, Noted, Part, ReplicaState, Weights
+from amalgam.base.machine import this_process
+from amalgam.cluster.interface import (
+    Counted,
+    Description,
+    Figures,
+    Forwarded,
+    Head,
+    Noted,
+    Part,
+    ReplicaState,
+    Weights,
+)
 from amalgam.cluster.merging import merge_saved_sets
 from amalgam.config.settings import Settings, StatisticsSettings
 from amalgam.engine.meter import Reading
@@ -30,6 +42,7 @@ from amalgam.runtime.changes import ChangeRequest, RemapResult
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.served import ServedWeights
 from amalgam.runtime.statistics import ExpertStatistics
+from amalgam.runtime.versions import VersionState
 from amalgam.server import create_app
 from amalgam.server.http.record import RequestRecord
 from amalgam.server.service import Service, in_own_thread
@@ -52,6 +65,8 @@ STATISTICS_CALLS = frozenset({
 _POLL_SECONDS = 0.01
 _STATE = "forwarded"
 
+logger = logging.getLogger("amalgam.cluster")
+
 
 class Member:
     """A deployment that is one of several.
@@ -68,6 +83,7 @@ class Member:
         self._deployment = deployment
         self._batch_seconds = settings.cluster.batch_seconds if batch_seconds is None else batch_seconds
         self._prepared: dict[int, str] = {}  # version → the name that it is kept by until it goes live
+        self._before_id: int | None = None  # the version that is pinned for all to go back to
         self._merged: tuple[str, ExpertStatistics] | None = None
 
     async def start(self) -> None:
@@ -152,6 +168,7 @@ class Member:
     def state(self) -> ReplicaState:
         """What the router and the coordinator look at all the time."""
         deployment, versions = self._deployment, self._deployment.versions
+        # Before the version's number: a version that fails in between is still told as on probation.
         live = [one for one in versions.live() if any(state != "draining" for state in one.states)]
         hidden = set(self._prepared.values())
         return ReplicaState(
@@ -159,7 +176,8 @@ class Member:
             names={name: one.version.version_id for one in live for name in one.names if name not in hidden},
             kept_ids=frozenset(one.version.version_id for one in live),
             coming_id=versions.coming_id,
-            num_left=deployment.trials.num_failed_versions,
+            is_on_probation=any(VersionState.FALLBACK in one.states for one in live),
+            before_id=self._before_id,
             status=deployment.engine.status(),
             statistics_revision=None if deployment.statistics is None else deployment.statistics.revision,
             host=socket.gethostname(),
@@ -182,11 +200,20 @@ class Member:
             defaults=deployment.defaults,
             max_prompt_tokens=deployment.engine.max_prompt_tokens,
             counts_experts=deployment.statistics is not None,
+            before=self._before(),
         )
+
+    def _before(self) -> Weights | None:
+        found = None if self._before_id is None else self._deployment.versions.alive(self._before_id)
+        return None if found is None else weights_of(found)
 
     def reading(self) -> Reading:
         """Of the engine's meter."""
         return self._deployment.engine.meter.read()
+
+    def figures(self) -> Figures:
+        """Of the process and its filters."""
+        return Figures(socket.gethostname(), this_process(), dict(self._service.filter_counts()))
 
     def rules_of(self, version_id: int) -> Any:
         """The rules of a version that there has been; None: nobody here knows."""
@@ -204,19 +231,49 @@ class Member:
 
         Raises: see `Deployment.change`.
         """
+        versions, wanted = self._deployment.versions, request.version_id
+        if wanted is not None:  # the cluster's number: a version that has failed here, or was left, may come back
+            if (alive := versions.alive(wanted)) is not None and alive.rules == request.rules:
+                request = ChangeRequest(version=wanted)
+            elif alive is None:
+                versions.release_id(wanted)
         result = self._deployment.change(replace(request, name=keep_as))
         self._prepared[result.version] = keep_as
         return result, digest_of(self._deployment.versions.find(keep_as).version)
 
-    def go_live(self, version_id: int, name: str | None = None) -> RemapResult:
+    def go_live(self, version_id: int, name: str | None = None, keeps_before: bool = False) -> RemapResult:
         """Let new requests start on a version that is in memory, or give it the name that a change asked for.
+
+        Args:
+            keeps_before: whether the version in use is kept until `release`, so that all can go back to it; unless one
+                is kept already: those after it have yet to show that they answer.
 
         Raises:
             VersionNotFoundError: it is not in memory.
         """
+        before_id = self._deployment.version_id
         if self._deployment.versions.alive(version_id) is None:
             raise VersionNotFoundError(f"Weight version {version_id} is not in memory.")
-        return self._deployment.change(ChangeRequest(version=version_id, name=name))
+        if keeps_before and self._before_id is None and version_id != before_id:
+            self._keep(before_id)
+        result = self._deployment.change(ChangeRequest(version=version_id, name=name))
+        if name is None and (not keeps_before or version_id == self._before_id):
+            self.release()
+        return result
+
+    def release(self) -> None:
+        """Nobody goes back any more. Harmless when repeated."""
+        before_id, self._before_id = self._before_id, None
+        if before_id is not None:
+            self._deployment.versions.unpin(before_id)
+
+    def _keep(self, version_id: int) -> None:
+        try:
+            self._deployment.versions.pin(version_id)
+        except ConflictError as error:  # as many are kept as may be; to go back it would be built again
+            logger.warning("version %d is not kept to go back to: %s", version_id, error)
+            return
+        self._before_id = version_id
 
     def discard(self, version_id: int | None = None) -> None:
         """Keep what was prepared no longer, unless it is in use; None: all of it. Harmless when repeated."""
@@ -230,12 +287,6 @@ class Member:
         job = self._deployment.jobs.running
         if job is not None:
             job.stop()
-
-    def pin(self, version_id: int) -> None:
-        self._deployment.versions.pin(version_id)
-
-    def unpin(self, version_id: int) -> None:
-        self._deployment.versions.unpin(version_id)
 
     def remove_name(self, name: str) -> int:
         """Take a name away; the id of its version."""
@@ -290,8 +341,8 @@ class Member:
 
 
 CALLS = frozenset({
-    "cancel", "counted", "describe", "discard", "go_live", "merge", "pin", "prepare", "reading", "remove_name",
-    "reset_statistics", "rules_of", "state", "statistics", "unpin",
+    "cancel", "counted", "describe", "discard", "figures", "go_live", "merge", "prepare", "reading", "release",
+    "remove_name", "reset_statistics", "rules_of", "state", "statistics",
 })  # fmt: skip
 
 

@@ -6,6 +6,7 @@ In: names of calls, arguments. Out: what came of it, replica by replica. Must ne
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class Outcomes:
     results: Mapping[str, Any]
     errors: Mapping[str, AmalgamError]  # of replicas that live
     lost: frozenset[str]  # replicas that have gone meanwhile
+    late: frozenset[str] = frozenset()  # replicas that have not answered in time
 
 
 class Members:
@@ -61,11 +63,17 @@ class Members:
         raise UnavailableError("No replica is ready.", remedy="GET /ready tells when requests are taken.")
 
     def all(
-        self, among: Collection[str], method: str, *args: Any, while_waiting: Callable[[int], None] | None = None
+        self,
+        among: Collection[str],
+        method: str,
+        *args: Any,
+        seconds: float | None = None,
+        while_waiting: Callable[[int], None] | None = None,
     ) -> Outcomes:
         """The same call of several replicas at a time.
 
         Args:
+            seconds: to wait for them in all. What is late goes on, and nobody hears of its end. None: as they take.
             while_waiting: called with the number of replicas that have answered, again and again. It may raise once
                 and for all: then what is under way goes on, and is waited for.
         """
@@ -73,18 +81,23 @@ class Members:
             replica_id: asyncio.run_coroutine_threadsafe(self._transport.call(replica_id, method, *args), self._loop)
             for replica_id in among
         }
-        results, errors, lost = {}, {}, set()
+        results, errors, lost, late = {}, {}, set(), set()
+        deadline = None if seconds is None else time.monotonic() + seconds
         interruption: BaseException | None = None
         for replica_id, task in tasks.items():
             while True:
                 try:
-                    results[replica_id] = task.result(None if while_waiting is None or interruption else _POLL_SECONDS)
+                    is_asked = while_waiting is not None and interruption is None
+                    results[replica_id] = task.result(_patience(deadline, _POLL_SECONDS if is_asked else None))
                 except ReplicaLostError:
                     lost.add(replica_id)
                 except AmalgamError as error:
                     errors[replica_id] = error
                 except TimeoutError:
-                    if while_waiting is not None:
+                    if deadline is not None and time.monotonic() >= deadline and not task.done():
+                        late.add(replica_id)
+                        break
+                    if while_waiting is not None and interruption is None:
                         try:
                             while_waiting(sum(other.done() for other in tasks.values()))
                         except AmalgamError as error:
@@ -92,16 +105,18 @@ class Members:
                     continue
                 break
         if interruption is not None:
-            raise Interrupted(Outcomes(results, errors, frozenset(lost))) from interruption
-        return Outcomes(results, errors, frozenset(lost))
+            raise Interrupted() from interruption
+        return Outcomes(results, errors, frozenset(lost), frozenset(late))
 
 
 class Interrupted(Exception):  # noqa: N818 – nothing has gone wrong
     """Somebody wants a call of several replicas no more; its cause says why."""
 
-    def __init__(self, outcomes: Outcomes) -> None:
-        super().__init__()
-        self.outcomes = outcomes
+
+def _patience(deadline: float | None, poll_seconds: float | None) -> float | None:
+    """How long to wait for one replica before looking at anything else; None: until it answers."""
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    return min((wait for wait in (left, poll_seconds) if wait is not None), default=None)
 
 
 _POLL_SECONDS = 0.1

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from prometheus_client.core import Metric
 
 from amalgam.cluster.coordinator import Coordinator
+from amalgam.cluster.figures import ClusterFigures
 from amalgam.cluster.forwarding import ForwardingCounts
 from amalgam.cluster.routing import Routing
 from amalgam.server.metrics.families import Families
@@ -18,7 +19,9 @@ from amalgam.server.metrics.families import Families
 make = Families("amalgam_cluster_")
 
 
-def families(routing: Routing, counts: ForwardingCounts, coordinator: Coordinator) -> Iterator[Metric]:
+def families(
+    routing: Routing, counts: ForwardingCounts, coordinator: Coordinator, figures: ClusterFigures
+) -> Iterator[Metric]:
     """All of one gateway's. Any thread."""
     replicas = list(routing.replicas.items())
     ready = sum(seen.is_ready and not seen.is_lost for _, seen in replicas)
@@ -37,6 +40,10 @@ def families(routing: Routing, counts: ForwardingCounts, coordinator: Coordinato
     yield make.gauge("kv_use", "Share of the KV cache in use.", [(x, seen.state.kv_use) for x, seen in label])
     yield make.gauge("weight_version", "New requests start on it.", [(x, seen.state.version_id) for x, seen in label])
     yield make.counter("requests_routed", "Requests sent to it.", [(x, seen.num_routed) for x, seen in label])
+    processes = [({"replica": replica_id}, process) for replica_id, process in figures.by_replica().items()]
+    memory = [({**x, "kind": kind}, size) for x, process in processes for kind, size in process.memory.items()]
+    yield make.gauge("memory_bytes", "Resident memory; mapped: pages of files, which the system can drop.", memory)
+    yield make.counter("cpu_seconds", "Processor time.", [(x, process.cpu_seconds) for x, process in processes])
     reasons = [({"reason": reason}, count) for reason, count in routing.reasons.items()]
     yield make.counter("routing", "Why a replica was chosen: its weights, a known beginning, its load.", reasons)
     yield make.histogram(

@@ -165,6 +165,12 @@ class Routing:
         if (seen := self.replicas.get(replica_id)) is not None:
             seen.is_lost = True
 
+    def set_ready(self, replica_id: str, *, is_ready: bool) -> None:
+        """Whether a replica may have requests: it has the weights that all have."""
+        with self._lock:
+            if (seen := self.replicas.get(replica_id)) is not None:
+                seen.is_ready = is_ready
+
     def update(self, states: Mapping[str, ReplicaState], gone: Iterable[str] = ()) -> None:
         """What replicas tell of themselves now."""
         with self._lock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -24,7 +24,11 @@ _KINDS = {
 _BOUNDS = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
 
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path or hub id, wherever it was given; `~` is the home folder."""
+"""A path, wherever it was given; `~` is the home folder."""
+
+_HUB_ID = "a hub id"
+ModelPath = Annotated[UserPath, _HUB_ID]
+"""The same, or a hub id."""
 
 
 class Section(BaseModel):
@@ -60,6 +64,39 @@ def types_of(field: FieldInfo) -> tuple[Any, ...]:
     return tuple(str if get_origin(member) is Literal else member for member in _members(field))
 
 
+def with_paths(section: BaseModel, change: Callable[[str, bool], str]) -> dict[str, Any]:
+    """A section's data with other paths, those of the sections in it too; empty ones stay empty.
+
+    Args:
+        change: is given a path, and whether it may be a hub id.
+    """
+    return {
+        name: _with_paths(getattr(section, name), field.annotation, field.metadata, change)
+        for name, field in type(section).model_fields.items()
+    }
+
+
+def _with_paths(value: Any, kind: Any, notes: Sequence[Any], change: Callable[[str, bool], str]) -> Any:
+    """
+    Args:
+        kind, notes: what the value is declared as, and what narrows that down.
+    """
+    if isinstance(value, BaseModel):
+        return with_paths(value, change)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _with_paths(value, arguments[0], [*notes, *arguments[1:]], change)
+    if origin is dict and value:
+        return {key: _with_paths(item, arguments[1], (), change) for key, item in value.items()}
+    if origin is tuple and value:
+        return tuple(_with_paths(item, arguments[0], (), change) for item in value)
+    return change(value, _HUB_ID in notes) if value and _is_path(notes) else value
+
+
+def _is_path(notes: Iterable[Any]) -> bool:
+    return any(getattr(note, "func", None) is os.path.expanduser for note in notes)
+
+
 def kind_of(field: FieldInfo) -> str:
     """What a field takes, in words: `integer from 1 to 65535`."""
     words = []
@@ -71,7 +108,7 @@ def kind_of(field: FieldInfo) -> str:
     [member] = [member for member in members if member is not NoneType]
     if get_origin(member) is Literal:
         name = " | ".join(get_args(member))
-    elif any(getattr(item, "func", None) is os.path.expanduser for item in field.metadata):
+    elif _is_path(field.metadata):
         name = "path"
     else:
         name = _KINDS[get_origin(member) or member]

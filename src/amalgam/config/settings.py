@@ -13,7 +13,7 @@ from pydantic import Field, SecretStr, StringConstraints, ValidationError, field
 
 from amalgam.base.processors import usable_threads
 from amalgam.config.cluster import ClusterSettings
-from amalgam.config.fields import Section, UserPath, split_list
+from amalgam.config.fields import ModelPath, Section, UserPath, split_list
 from amalgam.config.filters import FiltersSettings
 from amalgam.config.names import MAX_KEPT, WeightsName
 from amalgam.config.text import ENV_PREFIX
@@ -53,7 +53,7 @@ class DerivedSource(Section):
 class MixedPrecisionSettings(Section):
     """Where each weight comes from. Every `<name>_path` key declares a source called `<name>`."""
 
-    sources: dict[SourceName, UserPath] = Field(default_factory=dict)
+    sources: dict[SourceName, ModelPath] = Field(default_factory=dict)
     """Name → folder or hub id, for sources whose names do not fit a `<name>_path` key."""
     weight_mapping: dict[str, SourceName] = Field(default_factory=dict)
     """Logical name or pattern → source. Exact names win, then the most specific pattern."""
@@ -110,7 +110,7 @@ class ModelSettings(Section):
 
     name: str = ""
     """Name shown to clients. Empty: the folder's name."""
-    base_path: UserPath
+    base_path: ModelPath
     """Folder, `.gguf` file or hub id (`org/name`, `org/name:file.gguf`): configuration, tokenizer, default weights."""
     mixed_precision: MixedPrecisionSettings = MixedPrecisionSettings()
     """Further sources and the rules that choose among them."""
@@ -360,7 +360,7 @@ class SpeculationSettings(Section):
     """Guess only as many as pay by the measured times of steps and guesses. false: as many as there is room for."""
     min_match: int = Field(default=3, ge=1, le=32)
     """How many of a request's last tokens must have occurred before (ngram)."""
-    draft: UserPath = ""
+    draft: ModelPath = ""
     """Folder, `.gguf` file or hub id of a smaller model with the same vocabulary (draft)."""
     source: str = ""
     """Source of the draft's experts, or linear weights if there are none (self). Empty: the smallest for each."""

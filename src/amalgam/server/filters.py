@@ -30,6 +30,8 @@ _NAMES = {"id", "tool_call_id", "name"}  # what others refer to: it may be block
 _FAILED = "failed"
 _PLACES: tuple[Where, ...] = ("prompts", "answers", "logs")
 
+FilterCount = tuple[str, Where, str]  # a rule, a kind of text, what was done
+
 logger = logging.getLogger("amalgam.server")
 
 
@@ -67,7 +69,7 @@ class Filters:
         self.settings = settings
         self._encoder = encoder
         self.rules = make_rules(settings)
-        self.counts: Counter[tuple[str, Where, str]] = Counter(
+        self.counts: Counter[FilterCount] = Counter(
             {(rule.name, where, self.action(rule, where)): 0 for rule in self.rules for where in sorted(rule.where)}
         )
         self._by_place = {where: [rule for rule in self.rules if where in rule.where] for where in _PLACES}

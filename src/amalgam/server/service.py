@@ -11,18 +11,19 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
 
+from amalgam.base.machine import ProcessFigures, this_process
 from amalgam.base.threads import StoppableThread
 from amalgam.config.settings import Settings
 from amalgam.engine.params import SamplingParams
 from amalgam.errors import ModelNotFoundError, OverloadedError, UnavailableError, UnsupportedError, describe
 from amalgam.server.encoding import Encoder, Prompt, TextPrompt, start_thread
 from amalgam.server.filtering import filtering
-from amalgam.server.filters import Filters, RefusedPrompt
+from amalgam.server.filters import FilterCount, Filters, RefusedPrompt
 from amalgam.server.http.record import current_record
 from amalgam.server.interface import Deployment, Statistics
 from amalgam.server.sharing import SharedAnswers
@@ -120,6 +121,11 @@ class Service:
         self._num_encoding = 0
         self.encoder = Encoder(settings.server.max_workers)
         self.filters = Filters(settings.filters, self.encoder) if settings.filters.rules else None
+        # What may be of several processes. Blocking. Without a host's name: of this one.
+        self.filter_counts: Callable[[], Mapping[FilterCount, int]] = lambda: (
+            {} if self.filters is None else self.filters.counts
+        )
+        self.processes: Callable[[], Mapping[str, ProcessFigures]] = lambda: {"": this_process()}
 
     def start(self) -> None:
         """Begin to load; returns at once."""

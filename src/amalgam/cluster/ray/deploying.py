@@ -9,7 +9,6 @@ and it ends with this process. Everything else in this room belongs to an applic
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +25,9 @@ from amalgam.cluster.ray.gateway import ServeGateway
 from amalgam.cluster.ray.replica import Replica
 from amalgam.cluster.ray.router import ReplicaRouter
 from amalgam.cluster.ray.scaling import ByQueueAndKV
+from amalgam.cluster.settings import settings_of_replicas
 from amalgam.config.settings import Settings
-from amalgam.errors import ConfigError, ConflictError, UnavailableError
+from amalgam.errors import ConflictError, UnavailableError
 
 APPLICATION = "amalgam"
 REPLICAS, GATEWAY = "Replica", "Gateway"
@@ -47,55 +47,6 @@ class ClusterStatus:
     status: str
     message: str
     replicas: dict[str, int]  # Serve's states of replicas → how many are in each
-
-
-def prepared(settings: Settings, *, is_local: bool) -> Settings:
-    """Settings as all processes of a cluster can use them.
-
-    Raises:
-        ConfigError: engine.num_threads is needed for replicas on other machines.
-    """
-    return _with_absolute_paths(_with_threads(settings, is_local=is_local))
-
-
-def _with_threads(settings: Settings, *, is_local: bool) -> Settings:
-    """Settings in which the replicas of this machine share its cores, where nobody says how many each has.
-
-    Raises:
-        ConfigError: replicas on other machines, whose cores nobody knows here.
-    """
-    if settings.engine.num_threads is not None:
-        return settings
-    if not is_local:
-        raise ConfigError(
-            "engine.num_threads is not set, and replicas may run on machines of any size.",
-            remedy="Set it: Ray reserves as many cores for each replica.",
-        )
-    cluster = settings.cluster
-    most = cluster.replicas if cluster.max_replicas is None else cluster.max_replicas
-    return settings.replace(engine={**settings.engine.model_dump(), "num_threads": max(1, usable_threads() // most)})
-
-
-def _with_absolute_paths(settings: Settings) -> Settings:
-    """Paths as they are found from any process's folder; hub ids stay as they are."""
-
-    def absolute(path: str) -> str:
-        return os.path.abspath(path) if path and os.path.exists(path) else path
-
-    model = settings.model.model_dump()
-    model["base_path"] = absolute(model["base_path"])
-    sources = model["mixed_precision"]["sources"]
-    derived = model["mixed_precision"]["derived"]
-    model["mixed_precision"]["sources"] = {
-        name: os.path.abspath(path) if name in derived else absolute(path) for name, path in sources.items()
-    }
-    server = settings.server.model_dump()
-    server["export_dir"] = os.path.abspath(server["export_dir"])
-    for name in ("chat_template", "tls_cert", "tls_key", "api_keys_file"):
-        server[name] = absolute(server[name])
-    inference = settings.inference.model_dump()
-    inference["packed_cache"] = os.path.abspath(inference["packed_cache"]) if inference["packed_cache"] else ""
-    return settings.replace(model=model, server=server, inference=inference)
 
 
 def connect(address: str | None, settings: Settings | None = None) -> str:
@@ -172,9 +123,7 @@ def application(settings: Settings) -> serve.Application:
         graceful_shutdown_timeout_s=drain_seconds + SHUTDOWN_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
     )
-    # Replicas have no use for keys, and what they need not know they are not told.
-    keyless = {**settings.server.model_dump(), "api_keys": (), "admin_key": None, "api_keys_file": ""}
-    bound = replicas.bind(settings.replace(server=keyless))
+    bound = replicas.bind(settings_of_replicas(settings))
     application: serve.Application = gateway.bind(settings, bound)
     return application
 

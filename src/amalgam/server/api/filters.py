@@ -5,6 +5,7 @@ In: a text. Out: figures, and the text as it would pass. What is found in the tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from fastapi import APIRouter
@@ -14,10 +15,10 @@ from starlette.requests import Request
 from amalgam.config.filters import FilterKind
 from amalgam.errors import UnsupportedError
 from amalgam.server.dependencies import ServiceArgument
-from amalgam.server.filters import Filters
+from amalgam.server.filters import FilterCount
 from amalgam.server.http.access import unless_client_leaves
 from amalgam.server.http.body import Body, StrictRoute
-from amalgam.server.service import Service
+from amalgam.server.service import Service, in_own_thread
 from amalgam.text.filters.contract import Action, Where
 from amalgam.text.filters.rules import Rule
 
@@ -74,7 +75,8 @@ async def get_filters(service: ServiceArgument) -> FiltersAnswer:
     """The filters in their order, and how often each has found something."""
     filters = service.filters
     settings = service.settings.filters
-    entries = [] if filters is None else [_entry(service, filters, rule) for rule in filters.rules]
+    counts = await in_own_thread(service.filter_counts)
+    entries = [] if filters is None else [_entry(service, counts, rule) for rule in filters.rules]
     return FiltersAnswer(filters=entries, blocked_prompt=settings.blocked_prompt)
 
 
@@ -93,10 +95,10 @@ async def check_text(body: CheckBody, request: Request, service: ServiceArgument
     return CheckAnswer(text=example.text, found=found, blocked_by=blocked_by)
 
 
-def _entry(service: Service, filters: Filters, rule: Rule) -> FilterEntry:
+def _entry(service: Service, counts: Mapping[FilterCount, int], rule: Rule) -> FilterEntry:
     setting = next(setting for setting in service.settings.filters.rules if setting.name == rule.name)
     found: dict[str, dict[str, int]] = {}
-    for (name, where, action), count in filters.counts.items():
+    for (name, where, action), count in counts.items():
         if name == rule.name:
             found.setdefault(where, {})[action] = count
     return FilterEntry(

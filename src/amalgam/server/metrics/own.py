@@ -5,13 +5,11 @@ In: the service. Out: metric families, those of the catalogue.
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client.core import Metric
 
-from amalgam.base.machine import detect_machine, resident_memory
+from amalgam.base.machine import ProcessFigures
 from amalgam.engine.meter import SpeculationCounts
 from amalgam.engine.request import FinishReason
 from amalgam.planning.trial_plans import WHICH
@@ -25,7 +23,6 @@ from amalgam.version import __version__
 _LAYER_GAUGES = ("max_to_mean", "normalized_entropy", "gini", "num_used_experts", "num_hot_experts")
 
 _family = Families(PREFIX).of
-_machine = functools.cache(detect_machine)  # it reads many files, and nothing that changes is asked of it
 
 
 def families(service: Service, engine: EngineFigures | None) -> Iterator[Metric]:
@@ -52,19 +49,22 @@ def _of_server(service: Service) -> Iterator[Metric]:
     if service.filters is not None:
         filtered = [
             ({"filter": name, "where": where, "action": action}, count)
-            for (name, where, action), count in sorted(service.filters.counts.items())
+            for (name, where, action), count in sorted(service.filter_counts().items())
         ]
         yield _family("filtered", filtered)
-    yield from _of_process()
+    yield from _of_processes(service.processes())
 
 
-def _of_process() -> Iterator[Metric]:
-    """Memory and processor time, and how much of both there is."""
-    machine = _machine()
-    yield _family("memory_bytes", [({"kind": kind}, number) for kind, number in resident_memory().items()])
-    yield _family("memory_limit_bytes", machine.memory_bytes)
-    yield _family("cpu_seconds", time.process_time())
-    yield _family("cpu_threads", machine.threads)
+def _of_processes(hosts: Mapping[str, ProcessFigures]) -> Iterator[Metric]:
+    """Memory and processor time, and how much of both there is; with a host's name where there is one."""
+    labelled = [({"host": host} if host else {}, figures) for host, figures in hosts.items()]
+    memory = [
+        ({"kind": kind, **labels}, number) for labels, figures in labelled for kind, number in figures.memory.items()
+    ]
+    yield _family("memory_bytes", memory)
+    yield _family("memory_limit_bytes", [(labels, figures.memory_limit) for labels, figures in labelled])
+    yield _family("cpu_seconds", [(labels, figures.cpu_seconds) for labels, figures in labelled])
+    yield _family("cpu_threads", [(labels, figures.threads) for labels, figures in labelled])
 
 
 def _of_engine(engine: EngineFigures) -> Iterator[Metric]:
