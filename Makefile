@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check sanitize bench format clean docs manifests wheel try lowest
+.PHONY: help setup serve test cluster check sanitize bench format clean docs manifests wheel try lowest
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ serve: $(INSTALLED) ## serve the demo model (CONFIG=FILE for another one, ARGS="
 # With bytecode kept: to rewrite the assertions of all files takes longer than to collect them.
 test: $(INSTALLED_DEV) ## run the tests in up to four processes (ARGS="-k name" for some, "-n 0 --pdb" to look into one)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The extra alone: to install the project with it would compile the kernels once more.
+cluster: $(INSTALLED_DEV) ## the tests of several replicas, with Ray, which is put into .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q "$$($(BIN)/python -c \
+	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"])')"
+	$(BIN)/python -m pytest -n 0 tests/cluster $(ARGS)
 
 check: $(INSTALLED_DEV) ## formatting, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -8,7 +8,7 @@ Replicas and servers have one thread each. What is shown:
              streams and without; how evenly requests were spread; milliseconds that a request for one token takes
              through the cluster and without it, and of these the router's
     prefix   requests with common beginnings, and how many of their tokens were found in a cache
-    kill     `kill -9` of a replica under load: which answers came whole, which were cut and say so, which were lost;
+    kill     `kill -9` of a replica that streams: which answers came whole, which were cut and say so, which were lost;
              seconds until there are as many replicas as before
     rollback re-maps, and one in which a replica is killed while it builds: the weights of all afterwards
     scale    replicas over time while the load comes and goes
@@ -51,6 +51,7 @@ ONE = "model.layers.3.mlp.experts.9.up_proj.weight"
 ALL = "model.layers.*.mlp.experts.*"
 STOP_SECONDS = 60
 NUM_LATENCIES = 60
+STREAM_SECONDS = 30  # how long to wait for a moment at which the replica to be killed streams
 
 
 class Cluster(LiveServer):
@@ -92,6 +93,12 @@ class Cluster(LiveServer):
                 found[labels["replica"].strip('"')] = int(labels["pid"].strip('"'))
         return found
 
+    @property
+    def resident_bytes(self) -> int:
+        """Of the gateway and all replicas, without pages of files."""
+        samples = self.samples().items()
+        return int(sum(v for k, v in samples if k.startswith("amalgam_memory_bytes{") and 'kind="anonymous"' in k))
+
     def by_replica(self, name: str) -> dict[str, float]:
         prefix = f'amalgam_cluster_{name}{{replica="'
         return {key[len(prefix) : -2]: value for key, value in self.samples().items() if key.startswith(prefix)}
@@ -119,6 +126,12 @@ class Tally:
     num_tokens: int = 0
     versions: Counter[int] = field(default_factory=Counter)
     firsts: list[float] = field(default_factory=list)  # seconds to the first token
+    open: list[StreamedAnswer] = field(default_factory=list)  # streams under way
+
+    @property
+    def num_streaming(self) -> int:
+        """Streams under way of which a token has come."""
+        return sum(bool(answer.arrivals) for answer in self.open)
 
     def as_row(self) -> dict[str, Any]:
         return {
@@ -153,11 +166,16 @@ async def one(port: int, question: Question, tally: Tally, *, streams: bool) -> 
     body = json.dumps({**question.body, **({"stream": True} if streams else {})}).encode()
     reader: Any = StreamedAnswer(question) if streams else Whole()
     sent = time.perf_counter()
+    if streams:
+        tally.open.append(reader)
     try:
         await connections.exchange("POST", "/generate", [("Content-Type", "application/json")], body, reader)
     except (ExchangeError, OSError) as error:
         tally.lost.append(f"{type(error).__name__}: {error}")
         return
+    finally:
+        if streams:
+            tally.open = [other for other in tally.open if other is not reader]
     if streams and not reader.error and reader.version is not None:
         tally.firsts.append(reader.arrivals[0] - sent if reader.arrivals else 0.0)
         version, tokens = reader.version, reader.num_tokens
@@ -177,10 +195,17 @@ async def one(port: int, question: Question, tally: Tally, *, streams: bool) -> 
 
 
 async def load(
-    port: int, num_clients: int, until: Callable[[], bool], *, num_tokens: int, share: float = 0.5, seed: int = 0
+    port: int,
+    num_clients: int,
+    until: Callable[[], bool],
+    *,
+    num_tokens: int,
+    share: float = 0.5,
+    seed: int = 0,
+    into: Tally | None = None,
 ) -> tuple[Tally, float]:
     """Clients that ask anew as soon as they have their answers; `share` of the requests stream."""
-    tally, rng, began = Tally(), random.Random(seed), time.perf_counter()
+    tally, rng, began = into or Tally(), random.Random(seed), time.perf_counter()
 
     async def client(number: int) -> None:
         while not until():
@@ -320,42 +345,55 @@ def show_prefix(bench: Bench) -> list[dict[str, Any]]:
     return [{"requests": tally.whole, "tokens found": hits / asked, **reasons, "lost": len(tally.lost)}]
 
 
+async def streaming_replica(cluster: Cluster, tally: Tally) -> str:
+    """A replica, at a moment at which it streams: more streams are under way than the others have requests."""
+    deadline = time.monotonic() + STREAM_SECONDS
+    while time.monotonic() < deadline:
+        in_flight = await asyncio.to_thread(cluster.by_replica, "in_flight")
+        chosen = max(in_flight, key=lambda replica_id: in_flight[replica_id])
+        if tally.num_streaming > sum(in_flight.values()) - in_flight[chosen]:
+            return chosen
+        await asyncio.sleep(0.05)
+    raise RuntimeError("No replica has streamed.")
+
+
 def show_kill(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for num_replicas in bench.replicas:
         with bench.cluster("--replicas", str(num_replicas)) as cluster:
-            pid = next(iter(cluster.pids.values()))
-
-            async def run(cluster: Cluster = cluster, pid: int = pid, count: int = num_replicas) -> tuple[Tally, float]:
-                back = asyncio.Event()
-
-                async def kill() -> float:
-                    await asyncio.sleep(bench.seconds / 2)
-                    os.kill(pid, signal.SIGKILL)
-                    killed = time.monotonic()
-                    while pid in (  # noqa: ASYNC110 – another process
-                        await asyncio.to_thread(lambda: cluster.pids)
-                    ).values() or (await asyncio.to_thread(lambda: cluster.num_ready) < count):
-                        await asyncio.sleep(0.2)
-                    took = time.monotonic() - killed
-                    await asyncio.sleep(2.0)
-                    back.set()
-                    return took
-
-                (tally, _), took = await asyncio.gather(
-                    load(cluster.port, bench.num_clients, back.is_set, num_tokens=bench.num_tokens), kill()
-                )
-                return tally, took
-
-            tally, took = asyncio.run(run())
-            counters = cluster.counters()
-        rows.append({
-            "replicas": num_replicas,
-            **tally.as_row(),
-            "sent to another": counters["amalgam_cluster_requests_resent_total"],
-            "replaced after s": took,
-        })  # fmt: skip
+            rows.append({"replicas": num_replicas, **asyncio.run(killed(bench, cluster, num_replicas))})
     return rows
+
+
+async def killed(bench: Bench, cluster: Cluster, num_replicas: int) -> dict[str, Any]:
+    tally, is_back, found = Tally(), asyncio.Event(), dict[str, Any]()
+
+    async def kill() -> None:
+        pids = await asyncio.to_thread(lambda: cluster.pids)
+        await asyncio.sleep(bench.seconds / 2)
+        pid = pids[await streaming_replica(cluster, tally)]
+        found["streams at the kill"] = tally.num_streaming
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        while pid in (await asyncio.to_thread(lambda: cluster.pids)).values() or (  # noqa: ASYNC110 – another process
+            await asyncio.to_thread(lambda: cluster.num_ready) < num_replicas
+        ):
+            await asyncio.sleep(0.2)
+        found["replaced after s"] = time.monotonic() - began
+        await asyncio.sleep(2.0)
+        is_back.set()
+
+    asking = load(
+        cluster.port, bench.num_clients, is_back.is_set, num_tokens=4 * bench.num_tokens, share=0.75, into=tally
+    )
+    await asyncio.gather(asking, kill())
+    counters = await asyncio.to_thread(cluster.counters)
+    return {
+        **tally.as_row(),
+        "cut, by the gateway's count": counters["amalgam_cluster_streams_cut_total"],
+        "sent to another": counters["amalgam_cluster_requests_resent_total"],
+        **found,
+    }
 
 
 def weight_versions(cluster: Cluster) -> list[int]:
@@ -458,7 +496,7 @@ def show_soak(bench: Bench) -> list[dict[str, Any]]:
             return tally, seconds, took, failed
 
         tally, seconds, took, failed = asyncio.run(run())
-        resident = cluster.counters().get("process_resident_memory_bytes", 0)
+        resident = cluster.resident_bytes
         ended = cluster.stop()
     return [{
         "minutes": seconds / 60,
@@ -469,7 +507,7 @@ def show_soak(bench: Bench) -> list[dict[str, Any]]:
         "slowest re-map s": max(took, default=0.0),
         **tally.as_row(),
         "drained and ended after s": ended,
-        **({"resident MB": resident / 2**20} if resident else {}),
+        "resident MB": resident / 2**20,
     }]  # fmt: skip
 
 

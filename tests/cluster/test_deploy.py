@@ -69,7 +69,8 @@ def cluster(
         process = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                wait_until(lambda: is_ready(client, 2), seconds=150)
+                wait_until(lambda: process.poll() is not None or is_ready(client, 2), seconds=400)
+                assert process.poll() is None, (folder / "log").read_text()
                 yield client, folder
             assert process.poll() is None, (folder / "log").read_text()
             process.send_signal(signal.SIGTERM)
@@ -93,7 +94,7 @@ def ask(client: httpx.Client, prompt: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_cluster_on_ray(cluster: tuple[httpx.Client, Path]) -> None:
     client, folder = cluster
     for number in range(4):
@@ -119,12 +120,12 @@ def test_a_cluster_on_ray(cluster: tuple[httpx.Client, Path]) -> None:
     os.kill(pids[0], signal.SIGKILL)
     for number in range(8):
         ask(client, f"Another one, {number}. " * 8)
-    wait_until(lambda: pids[0] not in pids_of(client) and is_ready(client, 2), seconds=120)
+    wait_until(lambda: pids[0] not in pids_of(client) and is_ready(client, 2), seconds=300)
     assert versions(client) == [again, again]
     assert client.get("/serving").json()["generated_tokens"] >= 36
 
     os.kill(pid_of_gateway(folder), signal.SIGKILL)
-    wait_until(lambda: is_ready(client, 2), seconds=120)
+    wait_until(lambda: is_ready(client, 2), seconds=300)
     assert ask(client, "The sea")["weight_version"] == again
     back = client.post("/weights/rollback").json()  # the history knows to what
     assert versions(client) == [back["weight_version"]] * 2

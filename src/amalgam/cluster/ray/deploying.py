@@ -74,9 +74,12 @@ def connect(address: str | None, settings: Settings | None = None) -> str:
             )
         else:
             ray.init(address=address, log_to_driver=settings is not None, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of any class: a plain one if a node takes too long to start
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        if address is None:
+            raise UnavailableError(f"Ray does not start: {reason}.", remedy="Its logs are in /tmp/ray.") from None
         raise UnavailableError(
-            f"There is no Ray at {address!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}.",
+            f"There is no Ray at {address!r}: {reason}.",
             remedy="Leave --address out to start one, or start it with `ray start --head`.",
         ) from None
     reached: str = ray.get_runtime_context().gcs_address
