@@ -26,6 +26,7 @@ from tests.conftest import write_demo_config
 from tests.server.conftest import running, wait_until
 from tests.server.fakes import fake_settings
 
+FORMATS = ("bf16", "fp8", "int4")
 EXPERT = "model.layers.3.mlp.experts.9.up_proj.weight"
 JSON_HEAD = Head(200, ((b"content-type", b"application/json"),))
 
@@ -238,6 +239,8 @@ def test_replicas_are_counted_as_one(demo: tuple[httpx.Client, dict[str, Member]
     for path in ("/experts/grid", "/experts/hints", "/experts/precision_map", "/model_info", "/dashboard", "/weights"):
         assert client.get(path).status_code == 200, path
     assert metric(client, "amalgam_generated_tokens_total") == serving["generated_tokens"]
+    by_format = [f'amalgam_expert_activations_by_format_total{{format="{name}",projection="gate"}}' for name in FORMATS]
+    assert sum(metric(client, name) for name in by_format) >= stats["summary"]["total_activations"]  # since the start
     assert client.get("/dashboard/expert", params={"layer_id": 3, "expert_id": 9}).json()["use"]["activations"] >= 0
 
 

@@ -127,6 +127,19 @@ def test_a_remap_under_load_gives_each_answer_one_mapping(deployment: Deployment
     assert deployment.engine.status().versions == {deployment.version.version_id: 0}
 
 
+def test_activations_are_counted_under_the_format_that_they_had(deployment: Deployment) -> None:
+    statistics, few = deployment.statistics, "model.layers.*.mlp.experts.{0-3}.*"  # in fp8; the others are in int4
+    assert statistics is not None
+    run(deployment, [0])
+    before = int(statistics.tracker.activations()[:, :4].sum())
+    deployment.update_weight_mapping({few: "int4"})
+    run(deployment, [1])
+    deployment.update_weight_mapping({few: "fp8"})
+    counts, total = statistics.activations_by_format(), int(statistics.tracker.activations().sum())
+    assert 0 < before == counts["gate", "fp8"]
+    assert counts["gate", "int4"] == total - before
+
+
 def test_a_reader_sees_one_version_with_its_own_rules(deployment: Deployment) -> None:
     """What is served is replaced as a whole: no reader sees rules of one version beside weights of another."""
     is_over = threading.Event()

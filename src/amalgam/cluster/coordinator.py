@@ -250,8 +250,7 @@ class Coordinator:
         if before.version_id in self._earlier:
             del self._earlier[self._earlier.index(before.version_id) :]
         record = self.log.add_failed_version(before.version_id, before.rules, failed.version_id, reason)
-        what = f"version {failed.version_id} could not answer"
-        self.jobs.add(replace(status_of_record(record), kind="failed_version", what=what))
+        self.jobs.add(status_of_record(record))
 
     # Changes.
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from amalgam.cluster.coordinator import Coordinator
 from amalgam.cluster.interface import Counted, Description
 from amalgam.cluster.members import Members
-from amalgam.cluster.merging import Ledger, merge_statuses
+from amalgam.cluster.merging import Ledger, added, merge_statuses
 from amalgam.cluster.routing import Routing
 from amalgam.config.settings import Rule, Settings
 from amalgam.engine.generation_config import ModelDefaults
@@ -232,6 +232,7 @@ class ClusterStatistics:
         self._merged: tuple[str, str] | None = None  # the replica, and the key to ask it by
         self._merged_at = 0.0
         self._latest: dict[str, Counted] = {}  # of each replica, those that have gone too
+        self._by_format: dict[str, dict[tuple[str, str], int]] = {}  # the same
 
     @property
     def revision(self) -> int:
@@ -264,6 +265,13 @@ class ClusterStatistics:
 
     def by_layer(self) -> Any:
         return self._ask("by_layer")
+
+    def activations_by_format(self) -> dict[tuple[str, str], int]:
+        """(projection, format) → activations in all replicas, each since its start."""
+        latest = self._members.all(self._members.ids(), "activations_by_format").results
+        with self._lock:
+            self._by_format |= latest
+            return added(self._by_format.values())
 
     def grid(
         self, minutes: float | None = None, label: str | None = None, phase: str = "all", measure: str = "count"

@@ -296,6 +296,10 @@ class Member:
         """All that has been counted since the last reset."""
         return Counted(to_bytes(self._tracker.saved_set(with_history=True)), self._tracker.snapshot().decaying_rate)
 
+    def activations_by_format(self) -> dict[tuple[str, str], int]:
+        """See `ExpertStatistics.activations_by_format`."""
+        return self._statistics.activations_by_format()
+
     def reset_statistics(self) -> Any:
         """Forget all counts here; what they were."""
         return self._statistics.reset()
@@ -341,8 +345,8 @@ class Member:
 
 
 CALLS = frozenset({
-    "cancel", "counted", "describe", "discard", "figures", "go_live", "merge", "prepare", "reading", "release",
-    "remove_name", "reset_statistics", "rules_of", "state", "statistics",
+    "activations_by_format", "cancel", "counted", "describe", "discard", "figures", "go_live", "merge", "prepare",
+    "reading", "release", "remove_name", "reset_statistics", "rules_of", "state", "statistics",
 })  # fmt: skip
 
 

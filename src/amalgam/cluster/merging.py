@@ -46,7 +46,7 @@ def merge_readings(readings: Sequence[Reading]) -> Reading:
             "now": now,
             "num_prompt_tokens": sum(reading.num_prompt_tokens for reading in readings),
             "num_new_tokens": sum(reading.num_new_tokens for reading in readings),
-            "finished": _added(reading.finished for reading in readings),
+            "finished": added(reading.finished for reading in readings),
             "points": _merge_points([reading.points for reading in readings], now),
             "latencies": [latency for reading in readings for latency in reading.latencies],
             "counts": Counts(*map(sum, zip(*(reading.counts for reading in readings), strict=True))),
@@ -69,7 +69,7 @@ def merge_statuses(statuses: Collection[EngineStatus]) -> EngineStatus:
         num_waiting=sum(status.num_waiting for status in statuses),
         num_free_blocks=sum(status.num_free_blocks for status in statuses),
         num_blocks=sum(status.num_blocks for status in statuses),
-        versions=_added(status.versions for status in statuses),
+        versions=added(status.versions for status in statuses),
     )
 
 
@@ -118,7 +118,8 @@ class Ledger:
         return merge_readings(known) if known else None
 
 
-def _added(counts: Iterable[Mapping[T, int]]) -> dict[T, int]:
+def added(counts: Iterable[Mapping[T, int]]) -> dict[T, int]:
+    """Each name with the sum of its counts."""
     found: Counter[T] = Counter()
     for each in counts:
         found.update(each)

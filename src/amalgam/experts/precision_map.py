@@ -62,15 +62,14 @@ class PrecisionMap:
                 result[name] = result.get(name, 0) + size
         return dict(sorted(result.items(), key=lambda item: -item[1]))
 
-    def activations_by_format(self, counts: npt.NDArray[np.integer]) -> list[dict[str, Any]]:
-        """A row for each projection and format: the sum of `counts`, [layers, experts], over experts that have it."""
+    def activations_by_format(self, counts: npt.NDArray[np.integer]) -> dict[tuple[str, str], int]:
+        """(projection, format) → the sum of `counts`, [layers, experts], over the experts that have it."""
         result: Counter[tuple[str, str]] = Counter()
         for formats, row in zip(self.formats, counts.tolist(), strict=True):
             for expert, count in zip(formats, row, strict=True):
                 for pair in zip(PROJECTIONS, expert, strict=True):
                     result[pair] += count
-        rows = sorted(pair for pair in result if pair[1])
-        return [{"projection": name, "format": format, "activations": result[name, format]} for name, format in rows]
+        return {pair: result[pair] for pair in sorted(result) if pair[1]}
 
     def as_json(self) -> dict[str, Any]:
         return {

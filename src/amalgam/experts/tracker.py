@@ -97,6 +97,7 @@ class ExpertTracker:
         self._pairs = PairCounter(*grid, settings.pair_sampling)
         self._traces = TraceStore(self.layer_ids, top_k, settings.trace_bytes)
         self._distinct = Bins(_DISTINCT_BOUNDS)
+        self._beside_total = np.zeros(grid, np.int64)  # forgotten since the start, less what came from a file
         self._clear(self._latest)
 
     def admit(self, request_id: int, label: str | None, num_traced_tokens: int) -> None:
@@ -165,6 +166,13 @@ class ExpertTracker:
         with self._lock:
             self._sum_up()
             return self._distinct.read()
+
+    def activations(self) -> npt.NDArray[np.int64]:
+        """How often each expert was activated since the start, [layers, experts]: a reset leaves it as it is."""
+        with self._lock:
+            self._sum_up()
+            counts: npt.NDArray[np.int64] = self._total.counts.sum(axis=0, dtype=np.int64) + self._beside_total
+        return counts
 
     def distinct_in_step(self) -> float | None:
         """See `RoutingObserver.distinct_in_step`."""
@@ -265,6 +273,7 @@ class ExpertTracker:
                 num_requests=int(self._total.num_requests),
                 seconds=now - self._cleared_at,
             )
+            self._beside_total += self._total.counts.sum(axis=0, dtype=np.int64)
             self._clear(now)
             self.revision += 1
             return result
@@ -306,6 +315,7 @@ class ExpertTracker:
             tick_seconds = saved.tick_seconds or _FORMER_TICK_SECONDS
             self._cleared_at = saved.start + shift
             self._total.add(saved.total)
+            self._beside_total -= saved.total.counts.sum(axis=0, dtype=np.int64)
             self._last_activation[...] = np.fmin(saved.last_activation + shift, now)
             for label, tally in saved.labels.items():
                 if (mine := self._labels.tally(label)) is not None:

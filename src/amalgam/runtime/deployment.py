@@ -105,6 +105,8 @@ class Deployment:
         self._remapper.on_live = self.trials.current_changed
         engine.on_ended = self._note_ended
         self.versions.on_failed = self._note_failed
+        if self.statistics is not None:
+            self.versions.before_change = self.statistics.activations_by_format
 
     def _keep(self, kept: KeptBeside) -> None:
         """A version that the start has made beside the current one."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from amalgam.config.settings import StatisticsSettings
 from amalgam.errors import RequestError
+from amalgam.experts.by_format import FormatCounter
 from amalgam.experts.hints import COLD, MIN_TOKENS
 from amalgam.experts.overview import build_overview, compare_traffic, drift_minutes, drift_or_reason, drift_sides
 from amalgam.experts.precision_map import precision_map
@@ -56,6 +57,7 @@ class ExpertStatistics:
         self.tracker = tracker
         self._version = version
         self._model = model
+        self._formats = FormatCounter(tracker)
 
     @property
     def revision(self) -> int:
@@ -191,17 +193,20 @@ class ExpertStatistics:
         }
 
     def by_layer(self) -> dict[str, Any]:
-        """`summary`, `layers` (a row each, in order), `formats` (a row for each and projection: the activations of
-        experts that have it now) and `drift`, for those who poll: no expert has a row.
-        """
+        """`summary`, `layers` (a row each, in order) and `drift`, for those who poll: no expert has a row."""
         snapshot = self.tracker.snapshot()
-        precisions = precision_map(self._version(), self.tracker.layer_ids, self.tracker.num_experts)
         return {
             "summary": summary(snapshot),
             "layers": layer_rows(snapshot),
-            "formats": precisions.activations_by_format(snapshot.tally.counts.sum(axis=0)),
             "drift": drift_or_reason(self.tracker),
         }
+
+    def activations_by_format(self) -> dict[tuple[str, str], int]:
+        """(projection, format) → activations since the start, by the format that the expert had then.
+
+        To be called just before new requests start on other weights, too.
+        """
+        return self._formats.attribute(self._version())
 
     def export(self, format: str, minutes: float | None = None) -> Export:
         """The statistics as a file; see `export.report.export`."""

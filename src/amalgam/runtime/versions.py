@@ -121,6 +121,7 @@ class VersionBook:
         self._wake = _Signal()
         self._is_closed = False
         self._janitor: StoppableThread | None = None
+        self.before_change: Callable[[], object] = lambda: None
         self.on_failed: Callable[[FailedVersion], None] = lambda failed: None
         self.on_kept: Callable[[], None] = lambda: None  # other versions have names, or are pinned
         engine.on_left = self._left
@@ -184,6 +185,7 @@ class VersionBook:
     def make_current(self, served: ServedWeights) -> None:
         """Let new requests run on a version; the one before drains unless it is kept for another reason."""
         self._engine.prepare(served.version)
+        self.before_change()
         with self._lock:
             known = self._alive()
             self._engine.set_version(served.version)  # under the lock: it may fail at once

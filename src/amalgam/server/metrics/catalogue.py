@@ -105,9 +105,9 @@ _FAMILIES = (
     # experts, per layer only: one series per expert would be thousands
     _gauge("expert_tokens", "Tokens counted since the last reset.", "phase"),
     _gauge("expert_activations", "Expert activations since the last reset.", "phase"),
-    _gauge(
+    _counter(
         "expert_activations_by_format",
-        "Expert activations since the last reset, by the format that the expert's projection has now.",
+        "Expert activations, by the format that the expert's projection had then.",
         *("projection", "format"),
     ),
     _gauge("expert_max_to_mean", "Busiest expert against the mean. Since the last reset.", "layer"),

@@ -148,8 +148,8 @@ def _of_trials(trials: Trials) -> Iterator[Metric]:
 
 
 def _of_experts(statistics: Statistics) -> Iterator[Metric]:
-    """Expert statistics since the last reset, by layer and by format, and how the last minutes differ from the
-    reference; not the latter if the reference cannot be used.
+    """Expert statistics since the last reset by layer, since the start by format, and how the last minutes differ from
+    the reference; not the latter if the reference cannot be used.
     """
     figures = statistics.by_layer()
     summary, layers, drift = figures["summary"], figures["layers"], figures["drift"]
@@ -157,7 +157,8 @@ def _of_experts(statistics: Statistics) -> Iterator[Metric]:
         samples = [({"phase": phase}, summary[f"{phase}_{what}"]) for phase in ("prompt", "generated")]
         yield _family(f"expert_{what}", samples)
     by_format = [
-        ({"projection": row["projection"], "format": row["format"]}, row["activations"]) for row in figures["formats"]
+        ({"projection": projection, "format": name}, count)
+        for (projection, name), count in sorted(statistics.activations_by_format().items())
     ]
     yield _family("expert_activations_by_format", by_format)
     for name in _LAYER_GAUGES:

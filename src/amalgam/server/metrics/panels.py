@@ -115,7 +115,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Inequality by layer", levels("expert_gini", over="avg"), "percentunit"),
         Panel("Used experts by layer", levels("expert_used_experts", over="max")),
         Panel("Hot experts by layer", levels("expert_hot_experts", over="max")),
-        Panel("Activations by format", levels("expert_activations_by_format"), is_stacked=True),
+        Panel("Activations by format", rates("expert_activations_by_format"), "cps", is_stacked=True),
         Panel("Counted tokens and activations", levels("expert_tokens", "expert_activations")),
         Panel("Distinct experts of a step", quantiles("step_distinct_experts")),
     ),
