@@ -62,7 +62,6 @@ def serve(model: Path, seconds: float = 120.0) -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "amalgam.cli", "serve", "--model", str(model), "--port", str(port)]
-    command += ["--inference.activation", "bf16"]  # so small a model feels it when activations are rounded to int8
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + seconds

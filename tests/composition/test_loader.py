@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ import torch
 from amalgam.checkpoint.store import TensorStore
 from amalgam.checkpoint.writer import write_checkpoint
 from amalgam.composition.loader import ModelLoader
+from amalgam.composition.planned import activation_for
 from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, Rule
 from amalgam.errors import CheckpointError, PlanError, UnsupportedError
 from amalgam.models.families.qwen3_moe import FAMILY
 from amalgam.models.registry import all_families, read_spec
 from amalgam.models.weights import WeightVersion
 from amalgam.tools.analyze import analyze_checkpoint
+from tests.conftest import DEMO
 from tests.errors import raises
 from tests.models.tiny import BASE_CONFIG, save_tiny
 
@@ -258,3 +261,19 @@ def as_fp8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = [name for name in tensors if name.endswith("_proj.weight")]
     values = {name: tensors[name].to(torch.float8_e4m3fn) for name in names}
     return values | {f"{name}_scale_inv": torch.full((len(tensors[name]),), 2.0) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_parameters", "expected"),
+    [(0, 135_000_000, "bf16"), (0, 8_000_000_000, "int8"), (4, 135_000_000, "int8"), (128, 235_000_000_000, "int8")],
+)
+def test_activations_stay_wide_in_small_dense_models(num_experts: int, num_parameters: int, expected: str) -> None:
+    spec: Any = SimpleNamespace(num_experts=num_experts, num_parameters=num_parameters)
+    assert activation_for(spec, InferenceSettings()) == expected
+
+
+def test_the_type_of_activations_can_be_said() -> None:
+    def of(**inference: Any) -> str:
+        return ModelLoader(ModelSettings(base_path=str(DEMO)), InferenceSettings(**inference), CPU, 1).activation
+
+    assert [of(), of(activation="int8"), of(activation="bf16")] == ["int8", "int8", "bf16"]

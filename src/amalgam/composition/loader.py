@@ -20,7 +20,7 @@ import torch
 from amalgam.base.collector import collector_paused
 from amalgam.composition.agreement import check_agreement
 from amalgam.composition.check import SourceCheck
-from amalgam.composition.planned import PlannedWeight, codes_bf16
+from amalgam.composition.planned import PlannedWeight, activation_for, codes_bf16
 from amalgam.composition.progress import Progress, Turn
 from amalgam.composition.reading import WeightReader, packed_cache_folder
 from amalgam.composition.rules import Choice, Choices
@@ -56,6 +56,7 @@ class ModelLoader:
         base_folder, base_metadata: the base checkpoint's folder (or `.gguf` file) and GGUF metadata.
         family, spec: read from the base checkpoint's config.json.
         names: logical name of every weight, in order of use.
+        activation: what bfloat16 activations become for integer weights.
         cache_folder: where the packed cache is; None without one.
     """
 
@@ -81,6 +82,7 @@ class ModelLoader:
         self.base_metadata = base.store.metadata
         self._base_place = base.config_place
         self.family, self.spec = read_spec(base.config, base.config_place)
+        self.activation = activation_for(self.spec, inference)
         self._slots = {self.family.logical_name(slot): slot for slot in self.spec.slots}
         self._sources = {BASE_SOURCE: self._with_logical_names(base)}
         self._built: WeakKeyDictionary[WeightVersion, frozenset[str]] = WeakKeyDictionary()  # version → its sources
@@ -347,7 +349,7 @@ class ModelLoader:
                 remedy=f"A {slot.role} must be floating: choose another source for it.",
             )
         is_multiplied = slot.is_linear or slot.decides or (slot.role == "embedding" and self.spec.has_tied_head)
-        activation = self._inference.activation if is_multiplied else None
+        activation = self.activation if is_multiplied else None
         quantize_to = self._quantize_to(slot, choice, stored)
         coded_bytes = self._coded_bytes(slot, quantize_to or stored.format) if is_multiplied else None
         is_widened = stored.bits in (2, 3) and not (

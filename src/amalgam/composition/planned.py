@@ -22,10 +22,13 @@ from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.kernels.backends import ActivationType, Backend
 from amalgam.kernels.layouts import dense
 from amalgam.kernels.packed import PackedWeight
-from amalgam.models.spec import Slot
+from amalgam.models.spec import ModelSpec, Slot
 from amalgam.models.weights import Origin, Part
 from amalgam.quantizers.contract import quantize
 from amalgam.quantizers.nearest import round_to_nearest
+
+# A dense model with fewer parameters feels it when activations are rounded to int8: docs/performance.md.
+NUM_PARAMETERS_FOR_INT8 = 10**9
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +164,17 @@ class PlannedWeight:
 def _is_lack_of_memory(error: Exception) -> bool:
     """PyTorch raises a plain RuntimeError for it on the CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def activation_for(spec: ModelSpec, inference: InferenceSettings) -> ActivationType:
+    """What bfloat16 activations become for integer weights, chosen by the model where nobody says.
+
+    int8 is fastest. A small dense model feels the rounding; in one with experts, or with many parameters, it makes
+    little difference beside that of the weights.
+    """
+    if inference.activation != "auto":
+        return inference.activation
+    return "bf16" if spec.num_experts == 0 and spec.num_parameters < NUM_PARAMETERS_FOR_INT8 else "int8"
 
 
 def codes_bf16(slot: Slot, inference: InferenceSettings, backend: Backend) -> bool:

@@ -125,8 +125,8 @@ class InferenceSettings(Section):
     """Most sequences in one step."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of activations, and of the KV cache unless engine.kv_dtype names another one."""
-    activation: Literal["int8", "bf16"] = "int8"
-    """int8 | bf16: what bfloat16 activations become for int4 and int8 weights on the CPU. int8 is fastest."""
+    activation: Literal["auto", "int8", "bf16"] = "auto"
+    """What bfloat16 activations become for integer weights on the CPU. auto: int8, bf16 for small dense models."""
     bf16_coding: bool = True
     """Whether a CPU with AVX2 or AVX-512 keeps bf16 weights in 12 bits, without loss: less to read, longer to load."""
     device_map: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")

@@ -100,12 +100,18 @@ def describe_model(
         "kv_blocks": {"total": status.num_blocks, "free": status.num_free_blocks},
         "device": str(loader.device),
         "dtype": settings.inference.dtype,
+        "activation": loader.activation if multiplies_integers(settings.inference.dtype, loader.device) else None,
         "kv_dtype": settings.inference.dtype if settings.engine.kv_dtype == "auto" else settings.engine.kv_dtype,
         "compute_threads": torch.get_num_threads(),
         "kernels": engine.kernels,
         "speculation": None if engine.speculator is None else describe_speculation(engine.speculator, version),
         "load_seconds": round(load_seconds, 3),
     }
+
+
+def multiplies_integers(dtype: str, device: torch.device) -> bool:
+    """Whether `inference.activation` makes a difference to integer weights."""
+    return dtype == "bfloat16" and device.type == "cpu"
 
 
 def describe_speculation(speculator: Speculator, version: WeightVersion) -> dict[str, Any]:

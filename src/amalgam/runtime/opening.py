@@ -26,6 +26,7 @@ from amalgam.runtime.autoplan import open_proposer
 from amalgam.runtime.beside import build_beside, plan_beside
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.derive import ensure_derived
+from amalgam.runtime.describe import multiplies_integers
 from amalgam.runtime.device import choose_device
 from amalgam.runtime.history import HistoryFile
 from amalgam.runtime.served import ServedWeights
@@ -52,6 +53,8 @@ def open_deployment(settings: Settings, progress: Progress | None = None) -> Dep
     device = choose_device(settings.inference.device_map)
     dtype: torch.dtype = getattr(torch, settings.inference.dtype)
     loader = ModelLoader(settings.model, settings.inference, device, settings.engine.num_load_threads)
+    if settings.inference.activation == "auto" and multiplies_integers(settings.inference.dtype, device):
+        logger.info("inference.activation: %s, chosen by the model's kind and size", loader.activation)
     with ExitStack() as on_failure:
         history = _open_history(settings)
         if history is not None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from amalgam.composition.loader import ModelLoader
-from amalgam.composition.planned import codes_bf16
+from amalgam.composition.planned import activation_for, codes_bf16
 from amalgam.composition.progress import Progress
 from amalgam.config.settings import InferenceSettings, ModelSettings, Settings
 from amalgam.engine.core import Engine
@@ -317,7 +317,7 @@ def random_weights(
         weight = _copy(templates[key])
         if slot.is_linear or slot.decides:
             codes = codes_bf16(slot, inference, backend)
-            weight = backend.prepare(weight, inference.activation, codes=codes)
+            weight = backend.prepare(weight, activation_for(spec, inference), codes=codes)
         made[slot.name] = weight.to(device)
         if progress is not None:
             progress("Making weights", index + 1, len(spec.slots))

@@ -206,7 +206,7 @@ class Stock:
             return self._held(weight)
         target = writable_format(name)
         grid = target.grid(slot.shape, torch.bfloat16, options)
-        activation = self._settings.inference.activation
+        activation = self._loader.activation
 
         def load() -> PackedWeight:
             values = torch.randn(slot.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
