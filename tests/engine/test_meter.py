@@ -139,6 +139,7 @@ def test_where_a_request_spent_its_time() -> None:
     reading = meter.read()
     sums = [part.sum for part in (reading.queue, reading.prompt, reading.answer, reading.first_token, reading.total)]
     assert sums == [0.5, 1.5, 4.0, 2.0, 6.0]  # the second one never had a step
+    assert reading.inference.sum == 5.5  # prompt and answer
     assert (reading.prompt_lengths.sum, reading.answer_lengths.sum) == (30, 5)
 
 

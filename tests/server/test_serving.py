@@ -279,8 +279,14 @@ BOARD = {
 ALSO = {
     "prefix_cache_queries_total": "counter", "prefix_cache_hits_total": "counter", "num_preemptions_total": "counter",
     "iteration_tokens_total": "histogram", "cache_config_info": "gauge",
-    "request_time_per_output_token_seconds": "histogram",
+    "request_time_per_output_token_seconds": "histogram", "request_inference_time_seconds": "histogram",
 }  # fmt: skip
+# What boards made for older versions of vLLM ask for.
+OLDER = {
+    "gpu_cache_usage_perc": "gauge", "time_per_output_token_seconds": "histogram",
+    "gpu_prefix_cache_queries_total": "counter", "gpu_prefix_cache_hits_total": "counter",
+}  # fmt: skip
+VLLM = BOARD | ALSO | OLDER
 
 
 def test_vllm_s_board_draws_from_its_names() -> None:
@@ -293,7 +299,7 @@ def test_vllm_s_board_draws_from_its_names() -> None:
         plain = client.get("/metrics").text
         accepted = client.get("/metrics", headers={"Accept": "application/openmetrics-text"}).text
     types = dict(line.split()[2:4] for line in plain.splitlines() if line.startswith("# TYPE vllm:"))
-    assert types == {f"vllm:{name}": kind for name, kind in (BOARD | ALSO).items()}
+    assert types == {f"vllm:{name}": kind for name, kind in VLLM.items()}
     found = {}
     for family in text_string_to_metric_families(plain):
         for sample in family.samples:
@@ -302,7 +308,7 @@ def test_vllm_s_board_draws_from_its_names() -> None:
                 found[sample.name, *sorted(sample.labels.items())] = sample.value
     assert found["vllm:generation_tokens_total",] == 4
     assert found["vllm:prompt_tokens_total",] == 5
-    assert found["vllm:kv_cache_usage_perc",] == 0.25
+    assert found["vllm:kv_cache_usage_perc",] == found["vllm:gpu_cache_usage_perc",] == 0.25
     assert found["vllm:request_success_total", ("finished_reason", "length")] == 1
     assert {key[1][1] for key in found if key[0] == "vllm:request_success_total"} == {
         "stop",
@@ -311,7 +317,7 @@ def test_vllm_s_board_draws_from_its_names() -> None:
         "error",
         "content_filter",
     }
-    for name, kind in (BOARD | ALSO).items():
+    for name, kind in VLLM.items():
         if kind == "histogram":
             assert found[f"vllm:{name}_bucket", ("le", "+Inf")] == found[f"vllm:{name}_count",]
             assert (f"vllm:{name}_sum",) in found
@@ -332,7 +338,7 @@ def test_activations_are_counted_by_format(client: httpx.Client, counted: FakeDe
         origins[slot] = SimpleNamespace(name=slot, format=kind, source="base", shape=(2, 2))
         counted.engine.version.weights[slot] = SimpleNamespace(nbytes=8)
     found = samples(client.get("/metrics").text)
-    name = "amalgam_expert_activations_by_format"
+    name = "amalgam_expert_activations_by_format_total"
     values = {labels: value for (metric, labels), value in found.items() if metric == name}
     # Six tokens in two layers: each goes to expert 3, and to expert 0 or 1.
     assert values == {

@@ -107,6 +107,7 @@ class Reading:
     queue: Histogram  # seconds from submission to the first step, of finished requests that had one
     prompt: Histogram  # seconds from there to the first token
     answer: Histogram  # seconds from there to the end
+    inference: Histogram  # both together: seconds from the first step to the end
     inter_token: Histogram  # seconds between a request's outputs, each step's
     prompt_lengths: Histogram  # tokens, of finished requests that had a step
     answer_lengths: Histogram  # tokens
@@ -175,6 +176,7 @@ class Meter:
         self._first_token, self._per_token = Bins(FIRST_TOKEN_BOUNDS), Bins(PER_TOKEN_BOUNDS)
         self._total, self._queue = Bins(TOTAL_BOUNDS), Bins(QUEUE_BOUNDS)
         self._prompt, self._answer = Bins(FIRST_TOKEN_BOUNDS), Bins(TOTAL_BOUNDS)
+        self._inference = Bins(TOTAL_BOUNDS)
         self._inter_token, self._step = Bins(PER_TOKEN_BOUNDS), Bins(STEP_BOUNDS)
         self._prompt_lengths, self._answer_lengths = Bins(TOKEN_BOUNDS), Bins(TOKEN_BOUNDS)
         self._step_tokens = Bins(TOKEN_BOUNDS)
@@ -227,8 +229,10 @@ class Meter:
             if usage is None or usage.num_new_tokens == 0:
                 return
             decoding = usage.total_seconds - usage.first_token_seconds
-            self._prompt.add(usage.first_token_seconds - usage.queue_seconds - usage.encoding_seconds)
+            prompt = usage.first_token_seconds - usage.queue_seconds - usage.encoding_seconds
+            self._prompt.add(prompt)
             self._answer.add(decoding)
+            self._inference.add(prompt + decoding)
             per_token = decoding / (usage.num_new_tokens - 1) if usage.num_new_tokens > 1 else None
             self._latencies.append(Latency(self._clock.now(), usage.first_token_seconds, per_token))
             self._first_token.add(usage.first_token_seconds)
@@ -254,6 +258,7 @@ class Meter:
                 self._queue.read(),
                 self._prompt.read(),
                 self._answer.read(),
+                self._inference.read(),
                 self._inter_token.read(),
                 self._prompt_lengths.read(),
                 self._answer_lengths.read(),

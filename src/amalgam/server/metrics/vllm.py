@@ -1,7 +1,8 @@
 """Our figures under the names that vLLM's V1 engine gives its own, so that boards and alerts made for it draw from us.
 
 In: the engine's figures. Out: metric families `vllm:…` with vLLM's types, and its labels `model_name` and `engine`. The
-bounds of the histograms are ours. What is not counted here has no family (per-request parameters, LoRA).
+bounds of the histograms are ours. Names that older versions of vLLM gave the same figures are there too. What is not
+counted here has no family (per-request parameters, LoRA).
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ def families(service: Service, engine: EngineFigures) -> Iterator[Metric]:
     yield make.gauge("num_requests_running", "Requests being computed.", status.num_running)
     yield make.gauge("num_requests_waiting", "Requests in the queue.", status.num_waiting)
     used = status.num_blocks - status.num_free_blocks
-    yield make.gauge("kv_cache_usage_perc", "Part of the KV cache in use, 1: all.", used / max(status.num_blocks, 1))
+    for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc"):
+        yield make.gauge(name, "Part of the KV cache in use, 1: all.", used / max(status.num_blocks, 1))
     blocks = {"block_size": service.settings.engine.block_size, "num_gpu_blocks": status.num_blocks}
     yield make.gauge("cache_config_info", "How the KV cache is set up.", [(blocks, 1)])
     counts = reading.counts
-    yield make.counter("prefix_cache_queries", "Prompt tokens looked for.", counts.num_prefix_query_tokens)
-    yield make.counter("prefix_cache_hits", "Prompt tokens found.", counts.num_prefix_hit_tokens)
+    for where in ("", "gpu_"):
+        queries, hits = counts.num_prefix_query_tokens, counts.num_prefix_hit_tokens
+        yield make.counter(f"{where}prefix_cache_queries", "Prompt tokens looked for.", queries)
+        yield make.counter(f"{where}prefix_cache_hits", "Prompt tokens found.", hits)
     yield make.counter("num_preemptions", "Requests that gave their blocks back.", counts.num_preemptions)
     yield make.counter("prompt_tokens", "Prompt tokens computed.", reading.num_prompt_tokens)
     yield make.counter("generation_tokens", "Tokens generated.", reading.num_new_tokens)
@@ -51,11 +55,13 @@ def families(service: Service, engine: EngineFigures) -> Iterator[Metric]:
     for name, help_text, histogram in (
         ("time_to_first_token_seconds", "From arrival to the first token.", reading.first_token),
         ("inter_token_latency_seconds", "Between a request's outputs.", reading.inter_token),
+        ("time_per_output_token_seconds", "Between a request's outputs.", reading.inter_token),
         ("request_time_per_output_token_seconds", "Between later tokens, a request's mean.", reading.per_token),
         ("e2e_request_latency_seconds", "From arrival to the end.", reading.total),
         ("request_queue_time_seconds", "In the queue, until the first step.", reading.queue),
         ("request_prefill_time_seconds", "From the first step to the first token.", reading.prompt),
         ("request_decode_time_seconds", "From the first token to the end.", reading.answer),
+        ("request_inference_time_seconds", "From the first step to the end.", reading.inference),
         ("request_prompt_tokens", "Tokens of a prompt.", reading.prompt_lengths),
         ("request_generation_tokens", "Tokens of an answer.", reading.answer_lengths),
         ("request_max_num_generation_tokens", "Tokens of an answer, each sample counted.", reading.answer_lengths),
