@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from tests.conftest import DEMO
 
-from amalgam.cli import VERBS, main
+from amalgam.cli import VERBS, main, serve
+from amalgam.cli.options import OTHERS
 from amalgam.config.keys import all_settings, environment_name
+from amalgam.config.reading import load_settings
+from amalgam.config.settings import Settings
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -93,6 +96,31 @@ def test_hidden_settings_are_flags_all_the_same(capsys: pytest.CaptureFixture[st
             err = capsys.readouterr().err
             assert "No such option" not in err
             assert code == 0 or info.key in err
+
+
+# A value of each setting that other servers have a name for, and not its default.
+OF_OTHERS = {
+    "engine.block_size": "32", "engine.kv_cache_bytes": "1000000", "engine.kv_dtype": "fp8", "engine.load_threads": "3",
+    "engine.max_step_tokens": "128", "engine.num_threads": "2", "inference.dtype": "float16",
+    "inference.max_batch_size": "5", "inference.max_seq_length": "300", "server.allowed_origins": '["https://a.org"]',
+    "server.api_keys_file": "keys", "server.chat_template": "a.jinja", "server.drain_seconds": "9",
+    "server.embedding_pooling": "last", "server.max_header_bytes": "9999", "server.max_workers": "2",
+    "server.otlp_endpoint": "http://a:4318", "server.reasoning_parser": "think", "server.root_path": "/llm",
+    "server.served_model_names": "a,b", "server.stream_comment_seconds": "7", "server.tls_cert": "a.pem",
+    "server.tls_key": "b.pem", "server.tool_parser": "hermes", "server.unix_socket": "a.sock",
+    "speculation.draft": "/m", "speculation.num_tokens": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_serve_takes_the_names_that_other_servers_give_its_flags(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr("amalgam.server.app.run", lambda settings, *_: seen.append(settings) or 0)
+    monkeypatch.setattr(serve, "begin_to_load_torch", lambda: None)
+    flags = [part for key, names in OTHERS.items() for part in (names[place], OF_OTHERS[key])]
+    assert main(["serve", "--model", "/m", *flags]) == 0
+    values = {key: json.loads(value) if value[0] == "[" else value for key, value in OF_OTHERS.items()}
+    assert seen == [load_settings(None, {"model.base_path": "/m"} | values, {})]
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

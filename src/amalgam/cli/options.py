@@ -21,12 +21,46 @@ SHORT = {
     "server.metrics_compat": "--metrics-compat", "server.port": "--port", "server.root_path": "--root-path",
     "speculation.draft": "--draft", "speculation.kind": "--speculation",
 }  # fmt: skip
+# What vLLM's and llama-server's users type for the same, where a value means the same too.
+OTHERS: Mapping[str, tuple[str, ...]] = {
+    "engine.block_size": ("--block-size",),
+    "engine.kv_cache_bytes": ("--kv-cache-memory-bytes",),
+    "engine.kv_dtype": ("--kv-cache-dtype",),
+    "engine.load_threads": ("--max-parallel-loading-workers",),
+    "engine.max_step_tokens": ("--max-num-batched-tokens", "--batch-size"),
+    "engine.num_threads": ("--threads",),
+    "inference.dtype": ("--dtype",),
+    "inference.max_batch_size": ("--max-num-seqs", "--parallel"),
+    "inference.max_seq_length": ("--max-model-len", "--ctx-size"),
+    "server.allowed_origins": ("--allowed-origins", "--cors-origins"),
+    "server.api_keys_file": ("--api-key-file",),
+    "server.chat_template": ("--chat-template", "--chat-template-file"),
+    "server.drain_seconds": ("--shutdown-timeout",),
+    "server.embedding_pooling": ("--pooling",),
+    "server.max_header_bytes": ("--h11-max-incomplete-event-size",),
+    "server.max_workers": ("--threads-http",),
+    "server.otlp_endpoint": ("--otlp-traces-endpoint",),
+    "server.reasoning_parser": ("--reasoning-parser",),
+    "server.root_path": ("--api-prefix",),
+    "server.served_model_names": ("--served-model-name", "--alias"),
+    "server.stream_comment_seconds": ("--sse-ping-interval",),
+    "server.tls_cert": ("--ssl-certfile", "--ssl-cert-file"),
+    "server.tls_key": ("--ssl-keyfile", "--ssl-key-file"),
+    "server.tool_parser": ("--tool-call-parser",),
+    "server.unix_socket": ("--uds",),
+    "speculation.draft": ("--model-draft", "--spec-draft-model"),
+    "speculation.num_tokens": ("--spec-draft-n-max",),
+}
 _GIVEN = {"settings", "origins", "config_file", "read_again"}  # parameters of a verb that are no flags of its own
 SETTINGS_NOTE = "Every setting is a flag too, such as --inference.max_seq_length 2048: `amalgam config` lists them."
 
 
 def with_settings(
-    function: Callable[..., Any] | None = None, *, needs_model: bool = True, shown: Collection[str] = ()
+    function: Callable[..., Any] | None = None,
+    *,
+    needs_model: bool = True,
+    shown: Collection[str] = (),
+    takes_others: bool = False,
 ) -> Callable[..., Any]:
     """Give a verb `--config`, `--source`, `--map` and a flag for every setting; it receives `settings: Settings`.
 
@@ -37,9 +71,10 @@ def with_settings(
         needs_model: False for a verb that can do without; it sees an empty `model.base_path` when none is given, but a
             configuration file has to have one.
         shown: settings, beside the model, that its help lists. `amalgam config` lists all.
+        takes_others: whether flags may have the names that other servers give them.
     """
     if function is None:
-        return functools.partial(with_settings, needs_model=needs_model, shown=shown)
+        return functools.partial(with_settings, needs_model=needs_model, shown=shown, takes_others=takes_others)
     # Mappings have no flag of their own: --source and --map build them.
     flags = {info.key.replace(".", "_"): info for info in all_settings() if not info.is_structured}
     own = [p for p in inspect.signature(function).parameters.values() if p.name not in _GIVEN]
@@ -75,7 +110,8 @@ def with_settings(
     }
     defaults: dict[str, Any] = {"config": None, "source": [], "map_": []}
     for name, info in flags.items():
-        hints[name] = Annotated[str | None, _option(info, info.key in ("model.base_path", *shown))]
+        is_shown = info.key in ("model.base_path", *shown)
+        hints[name] = Annotated[str | None, _option(info, OTHERS.get(info.key, ()) if takes_others else (), is_shown)]
         defaults[name] = None
     own_hints = get_type_hints(function, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -89,8 +125,8 @@ def with_settings(
     return wrapper
 
 
-def _option(info: SettingInfo, is_shown: bool) -> Any:
-    names = [*([SHORT[info.key]] if info.key in SHORT else []), f"--{info.key}"]
+def _option(info: SettingInfo, others: Collection[str], is_shown: bool) -> Any:
+    names = [*([SHORT[info.key]] if info.key in SHORT else []), f"--{info.key}", *others]
     help_text = f"{info.description} [{info.environment}]"
     return typer.Option(*names, help=help_text, hidden=not is_shown, metavar=info.kind.split()[0].upper())
 

@@ -31,7 +31,7 @@ _SHOWN = (
 )  # fmt: skip
 
 
-@with_settings(shown=_SHOWN)
+@with_settings(shown=_SHOWN, takes_others=True)
 def command(
     settings: Settings,
     config_file: Path | None,

@@ -22,8 +22,9 @@ _INTRODUCTION = f"""# Configuration
 One YAML file (`--config`), environment variables and flags, in rising order of precedence. A flag is the key itself:
 `--inference.max_seq_length 2048`; `--model` is short for `--model.base_path`, and `--host`, `--port`, `--api-key`,
 `--root-path` and `--metrics-compat` are short for settings of the server, `--speculation` and
-`--draft` for `speculation.kind` and `speculation.draft`. `--source NAME=FOLDER` and `--map PATTERN=SOURCE` add a
-source and a rule to the file's; a source of the same name takes the place of the file's.
+`--draft` for `speculation.kind` and `speculation.draft`. `amalgam serve` takes flags of
+[vLLM and llama-server](serving.md#coming-from-vllm-or-llama-server) too. `--source NAME=FOLDER` and
+`--map PATTERN=SOURCE` add a source and a rule to the file's; a source of the same name takes the place of the file's.
 Unknown keys are errors. `amalgam config` checks a configuration and shows each setting's value and where it comes from.
 
 **Types are those below, in the file too**; nothing is guessed. Text is taken as it is (`--host ::`, `--model 2024`,
