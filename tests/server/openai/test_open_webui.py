@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.lazy import Lazy
 from tests.server.openai.conftest import DEMO
+
+openai = Lazy("openai")
 
 HEADERS = {
     "Authorization": "Bearer sk-0p3n-w3bu1",
@@ -131,12 +134,21 @@ def test_it_asks_for_titles_tags_and_questions(http: httpx.Client, limit: str) -
         pytest.param({"parallel_tool_calls": False, "prompt_cache_key": "thread"}, id="a key for the cache"),
         pytest.param({"service_tier": "auto", "store": False, "metadata": {}}, id="what asks for nothing"),
         pytest.param({"tool_choice": "auto", "response_format": {"type": "text"}}, id="the defaults"),
+        pytest.param({"messages": [{"type": "text", "role": "user", "content": "Hello"}]}, id="messages of lm_eval"),
+        pytest.param({"messages": [{"type": "message", "role": "user", "content": "Hello"}]}, id="items as messages"),
     ],
 )
 def test_what_other_clients_add_is_no_error(http: httpx.Client, fields: dict[str, Any]) -> None:
     body = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2} | fields
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
+
+
+def test_a_message_of_another_type_is_refused_by_name(http: httpx.Client) -> None:
+    answer = http.post("/v1/chat/completions", json={"messages": [{"type": "image", "role": "user", "content": "Hi"}]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "type"
+    assert answer.json()["error"]["code"] == "unsupported_parameter"
 
 
 def test_marks_of_prompt_caching_ask_for_nothing(http: httpx.Client) -> None:
@@ -211,6 +223,19 @@ def test_embeddings_are_the_hidden_states_of_transformers(http: httpx.Client, po
         same = np.frombuffer(base64.b64decode(coded["data"][index]["embedding"]), "<f4")
         np.testing.assert_array_equal(same, vector.astype(np.float32))
         assert numbers["data"][index]["index"] == index
+
+
+@pytest.mark.parametrize("encoding", [{}, {"encoding_format": "float"}], ids=["as it comes", "float"])
+def test_openai_s_client_embeds(client: openai.OpenAI, http: httpx.Client, encoding: dict[str, Any]) -> None:
+    texts = ["A dark night", "It was raining, and nobody was there"]
+    answer = client.embeddings.create(model="demo", input=texts, **encoding)
+    expected = http.post("/v1/embeddings", json={"input": texts}).json()
+    assert (answer.model, answer.object, answer.usage.model_dump()) == ("demo", "list", expected["usage"])
+    assert [item.index for item in answer.data] == [0, 1]
+    for item, same in zip(answer.data, expected["data"], strict=True):
+        np.testing.assert_allclose(item.embedding, same["embedding"], rtol=1e-6)
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="other", input=texts)
 
 
 def test_it_embeds_documents(http: httpx.Client) -> None:

@@ -74,6 +74,8 @@ class Message(RefusingBody):
         "function_call": Refused("Functions are called through tool_calls."),
         "annotations": Refused("They say nothing to the model.", ([],)),
         "provider_specific_fields": Refused("They say nothing to the model.", ({},)),
+        # lm_eval puts "text" on messages, /v1/responses has "message".
+        "type": Refused("Messages are of one type; parts of their content have types.", ("text", "message")),
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
