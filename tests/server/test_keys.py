@@ -33,8 +33,8 @@ USER, OTHER, ADMIN = "user-key-1", "user-key-2", "admin-key"
 GENERATE = {"prompt": "a", "max_new_tokens": 1}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 PATHS = sorted(set(paths_of(create_app(Service(fake_settings(), FakeDeployment)).routes)))
-KEYLESS = {"/", "/health", "/ready", "/dashboard", "/docs", "/openapi.json", "/dashboard/static/{name:path}"}
-KEYLESS |= {"/static/{name:path}"}
+KEYLESS = {"/", "/health", "/v1/health", "/ping", "/ready", "/version", "/dashboard", "/docs", "/openapi.json"}
+KEYLESS |= {"/dashboard/static/{name:path}", "/static/{name:path}"}
 CHANGES = [
     "/update_weight_mapping", "/reload_weights", "/reset_expert_stats", "/export_expert_stats", "/experts/sets",
     "/experts/trace", "/dashboard/undo", "/expert_stats",

@@ -35,9 +35,11 @@ from amalgam.server.http.shapes import anthropic, shape_for
 from amalgam.server.service import Service
 
 PATHS = {
-    "/generate", "/batch_generate", "/summarize", "/tokenize", "/detokenize", "/dashboard/chat", "/experts/trace",
+    "/generate", "/batch_generate", "/summarize", "/tokenize", "/detokenize", "/chat/completions", "/dashboard/chat",
+    "/experts/trace",
 }  # fmt: skip
 PATHS_BELOW = ("/v1/",)
+PROPS = ("GET", "/props")  # the gateway has no tokenizer, and so no template
 ROOM_SECONDS = 60.0  # how long a request waits for a replica where there is none at the moment
 LARGE_BODY = 2**18  # that a thread reads
 _POLL_SECONDS = 0.02
@@ -230,7 +232,7 @@ class Forwarding:
 
 def is_forwarded(method: str, path: str) -> bool:
     """Whether a replica answers it: what takes prompts."""
-    return method == "POST" and (path in PATHS or path.startswith(PATHS_BELOW))
+    return (method == "POST" and (path in PATHS or path.startswith(PATHS_BELOW))) or (method, path) == PROPS
 
 
 def lost_midway() -> ReplicaLostError:

@@ -29,6 +29,7 @@ from amalgam.server.api import (
     exports,
     filters,
     native,
+    others,
     probes,
     serving,
     summaries,
@@ -57,8 +58,9 @@ from amalgam.version import __version__
 
 ROUTERS = (  # every interface there is, in the order of /docs
     page.router, native.router, summaries.router, experts.router, exports.router, traces.router, *weights.ROUTERS,
-    autoplan.router, probes.router, serving.router, filters.router, models.router, completions.router, chat.router,
-    responses.router, embeddings.router, tokenize.router, anthropic.router, dashboard.router,
+    autoplan.router, probes.router, others.router, serving.router, filters.router, models.router,
+    completions.router, chat.router, responses.router, embeddings.router, tokenize.router, anthropic.router,
+    dashboard.router,
 )  # fmt: skip
 
 DESCRIPTION = """One running Transformer made out of several checkpoints in different precisions. null in an optional

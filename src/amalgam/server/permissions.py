@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 
 from amalgam.server.http.keys import Needs, Permission
 
-KEYLESS = {"/", "/health", "/ready", "/dashboard", "/docs", "/openapi.json"}
+KEYLESS = {"/", "/health", "/v1/health", "/ping", "/ready", "/version", "/dashboard", "/docs", "/openapi.json"}
 KEYLESS_BELOW = ("/dashboard/static/", "/static/")
 # For everyone with a key: generation, and what is served.
 WITH_KEY = {"/generate", "/batch_generate", "/model_info", "/experts/precision_map", "/tokenize", "/detokenize"}
-WITH_KEY |= {"/dashboard/chat", "/metrics", "/summarize", "/weights"}
+WITH_KEY |= {"/dashboard/chat", "/metrics", "/summarize", "/weights", "/models", "/chat/completions", "/props"}
 WITH_KEY_BELOW = ("/v1/",)
 WITH_ADMIN_KEY = {
     "/update_weight_mapping", "/reload_weights", "/reset_expert_stats", "/export_expert_stats", "/expert_stats",

@@ -22,6 +22,8 @@ class StatusAnswer(BaseModel):
 
 
 @router.get("/health", response_model=StatusAnswer)
+@router.get("/v1/health", response_model=StatusAnswer, include_in_schema=False)  # llama-server's
+@router.api_route("/ping", methods=["GET", "POST"], response_model=StatusAnswer, include_in_schema=False)  # vLLM's
 async def health(service: ServiceArgument) -> StatusAnswer | Response:
     """Alive, which includes loading and draining; 503 once the model could not be loaded or the engine has died."""
     if service.failure is not None:

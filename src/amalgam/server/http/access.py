@@ -29,7 +29,7 @@ from amalgam.server.http.shapes import id_headers
 
 CLIENT_LEFT = 499  # nginx's status for a request whose client closed the connection
 MAX_PATH_CHARS = 200
-PROBES = ("/health", "/ready", "/metrics")  # which machines ask every few seconds
+PROBES = ("/health", "/v1/health", "/ping", "/ready", "/metrics")  # which machines ask every few seconds
 VERSION_HEADER = b"x-amalgam-weight-version"
 SESSION_HEADER = b"x-amalgam-session"  # what a client calls requests that belong together
 MAX_SESSION_CHARS = 256

@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-OPENAI_PATHS = ("/v1", "/tokenize", "/detokenize")  # and what is below them
+OPENAI_PATHS = ("/v1", "/models", "/chat/completions", "/tokenize", "/detokenize")  # and what is below them
 ANTHROPIC_PATHS = ("/v1/messages",)
 OVERLOADED_STATUS = 529  # Anthropic's own
 

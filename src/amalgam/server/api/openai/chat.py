@@ -176,6 +176,7 @@ class ChatBody(SamplingFields):
 
 
 @router.post("/v1/chat/completions", dependencies=[Admission], response_model=ChatAnswer)
+@router.post("/chat/completions", dependencies=[Admission], response_model=ChatAnswer, include_in_schema=False)
 async def create_chat_completion(
     body: ChatBody, request: Request, service: ServiceArgument, request_id: RequestId
 ) -> Response:

@@ -179,8 +179,23 @@ class TokenizeAnswer(TypedDict):
     token_strs: list[str] | None
 
 
+class Piece(TypedDict):
+    """A token as llama-server has it: its text, or its bytes where these are no text by themselves."""
+
+    id: int
+    piece: str | list[int]
+
+
+class ContentTokens(TypedDict):
+    """What llama-server answers to `content`."""
+
+    tokens: list[int] | list[Piece]
+
+
 class DetokenizeAnswer(TypedDict):
     prompt: str
+    content: str
+    """The same, as llama-server calls it."""
 
 
 class ResponseInputDetails(TypedDict):

@@ -20,6 +20,7 @@ router = APIRouter(route_class=StrictRoute, tags=["openai"], responses=OpenAIErr
 
 
 @router.get("/v1/models")
+@router.get("/models", include_in_schema=False)  # as llama-server has it, too
 async def list_models(service: ServiceArgument) -> ModelList:
     """The served model, under each of its names."""
     return {"object": "list", "data": [_describe(service, name) for name in service.model_names]}
