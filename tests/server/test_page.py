@@ -361,6 +361,30 @@ def test_markdown(page: Page, model: ScriptedModel) -> None:
     assert page.driver.execute_async_script(paste) == 'def f():\n    return "<b>"'
 
 
+CODE = {
+    "python": (
+        'def f(x):  # a "comment"\n    return f"{x}" + 1.5e3',
+        [("keyword", "def"), ("call", "f"), ("comment", '# a "comment"'), ("keyword", "return"), ("string", '"{x}"'),
+         ("number", "1.5e3")],
+    ),
+    "json": ('{"a": [1, true, "b"]}', [("key", '"a"'), ("number", "1"), ("keyword", "true"), ("string", '"b"')]),
+    "diff": ("+new\n-old\n same", [("added", "+new\n"), ("removed", "-old\n")]),
+    "c": ("/* a\n*/ int n = 'x';", [("comment", "/* a\n*/"), ("keyword", "int"), ("string", "'x'")]),
+    "sql": ("SELECT 1 -- all", [("keyword", "SELECT"), ("number", "1"), ("comment", "-- all")]),
+    "unheard-of": ("if 1: 'a'", []),
+}  # fmt: skip
+
+
+def test_code_is_shown_in_colours(page: Page, model: ScriptedModel) -> None:
+    model.scripts["code"] = [Script([f"```{name}\n{text}\n```\n" for name, (text, _) in CODE.items()])]
+    say(page, "code")
+    found = page.run(
+        """return [...document.querySelectorAll('.markdown pre code')].map((code) => [code.textContent,
+            [...code.querySelectorAll('span')].map((one) => [one.className.replace('code-', ''), one.textContent])])"""
+    )
+    assert found == [[text, [list(piece) for piece in pieces]] for text, pieces in CODE.values()]
+
+
 def test_nothing_a_model_writes_is_read_as_html(page: Page, model: ScriptedModel, url: str) -> None:
     hidden: list[dict[str, Any]] = [{"reasoning_content": HOSTILE}]
     hidden.append({"tool_calls": [tool_call(0, "c", HOSTILE, HOSTILE)]})
@@ -404,6 +428,7 @@ def test_a_hostile_answer_does_not_stop_the_page(page: Page, model: ScriptedMode
         "|a\n|-\n" * 5_000,
         "- " * 20_000,
     ]
+    texts += [f"```js\n{text * 5_000}" for text in ('"\\', "`\\`", "/*#")]
     texts.append("\n".join("  " * depth + "- a" for depth in range(1_000)))
     for index, text in enumerate(texts):
         model.scripts[f"q{index}"] = [Script([text])]

@@ -5,6 +5,7 @@ import { fill, h } from "../dom.js";
 import { t } from "../i18n.js";
 import { copyButton } from "../copy.js";
 import { parse, split } from "./blocks.js";
+import { highlight } from "./highlight.js";
 import { parseInline } from "./inline.js";
 
 const SAFE = new Set(["http:", "https:", "mailto:"]);
@@ -47,8 +48,10 @@ function inside(lines, depth) {
 function code({ language, text }) {
   return h("div", { class: "code" },
     h("div", { class: "code-head" }, h("span", { class: "code-language" }, language || t("code")), copyButton(() => text)),
-    h("pre", { tabindex: "0" }, h("code", {}, text)));
+    h("pre", { tabindex: "0" }, h("code", {}, highlight(text, language).map(piece))));
 }
+
+const piece = ([kind, text]) => (kind ? h("span", { class: `code-${kind}` }, text) : text);
 
 function list({ isOrdered, start, items, isLoose }, depth) {
   const attributes = isOrdered && start !== 1 ? { start: String(start) } : {};
