@@ -8,8 +8,15 @@ from dataclasses import fields
 import pytest
 from pydantic import BaseModel
 
+from amalgam.cli.options import OTHERS, SHORT
 from amalgam.config.filters import FilterRule, FiltersSettings
-from amalgam.config.settings import EngineSettings, ServerSettings, WeightsSettings
+from amalgam.config.settings import (
+    EngineSettings,
+    InferenceSettings,
+    ServerSettings,
+    SpeculationSettings,
+    WeightsSettings,
+)
 from amalgam.engine.params import SamplingParams
 from amalgam.server.api.anthropic.fields import MessagesBody
 from amalgam.server.api.common import WeightsField
@@ -68,9 +75,18 @@ def test_python_s_parameters() -> None:
     assert {field.name for field in fields(SamplingParams)} - words_of("sampling.md") == set()
 
 
-@pytest.mark.parametrize("section", [ServerSettings, EngineSettings])
+@pytest.mark.parametrize("section", [ServerSettings, EngineSettings, InferenceSettings, SpeculationSettings])
 def test_settings(section: type[BaseModel]) -> None:
     assert set(section.model_fields) - words_of("operation.md", "chat-templates.md", "trials.md") == set()
+
+
+def test_flags_of_other_servers() -> None:
+    text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"`([^`]+)`", row) for row in text.splitlines() if row.startswith("|")]
+    for key, names in OTHERS.items():
+        short = SHORT.get(key, key)
+        for name in names:
+            assert any(name in row and (key in row or short in row) for row in rows), (name, key)
 
 
 @pytest.mark.parametrize("section", [FilterRule, FiltersSettings])
