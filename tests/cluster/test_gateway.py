@@ -236,7 +236,8 @@ def test_replicas_are_counted_as_one(demo: tuple[httpx.Client, dict[str, Member]
     assert client.get("/experts/labels").json()["labels"][0]["label"] == "numbers"
     window = client.get("/expert_stats", params={"minutes": 5}).json()["summary"]
     assert window["total_tokens"] == stats["summary"]["total_tokens"]
-    for path in ("/experts/grid", "/experts/hints", "/experts/precision_map", "/model_info", "/dashboard", "/weights"):
+    experts = ("/experts/grid", "/experts/hints", "/experts/precision_map")
+    for path in (*experts, "/model_info", "/dashboard", "/weights", "/props"):
         assert client.get(path).status_code == 200, path
     assert metric(client, "amalgam_generated_tokens_total") == serving["generated_tokens"]
     by_format = [f'amalgam_expert_activations_by_format_total{{format="{name}",projection="gate"}}' for name in FORMATS]
