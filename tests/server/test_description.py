@@ -1,7 +1,11 @@
-"""The whole OpenAPI description, walked by schemathesis: whatever it makes up, no answer is 5xx."""
+"""The whole OpenAPI description, walked by schemathesis: whatever it makes up, no answer is 5xx.
+
+`SCHEMATHESIS_EXAMPLES=100` walks it with so many examples per operation and mode, in another order each time.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +19,8 @@ from amalgam.runtime.opening import open_deployment
 from tests.server.conftest import serving, wait_until
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
-NUM_EXAMPLES = 2  # per operation and mode: most of the time goes into making them up
+EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES")
+NUM_EXAMPLES = int(EXAMPLES or 2)  # per operation and mode: most of the time goes into making them up
 ENDLESS = {"/dashboard/api/events", "/dashboard/events"}  # streams that end with their client
 
 
@@ -34,6 +39,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.mark.timeout(0 if EXAMPLES else 180)
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_no_answer_is_the_servers_fault(url: str, mode: str) -> None:
     import schemathesis  # takes long, in each process that reads this file
@@ -50,7 +56,7 @@ def test_no_answer_is_the_servers_fault(url: str, mode: str) -> None:
             max_examples=NUM_EXAMPLES,
             deadline=None,
             database=None,
-            derandomize=True,
+            derandomize=EXAMPLES is None,
             phases=[Phase.explicit, Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
@@ -59,7 +65,7 @@ def test_no_answer_is_the_servers_fault(url: str, mode: str) -> None:
             nonlocal called
             called += 1
             with session.stream(**_arguments(case)) as response:
-                assert response.status_code < 500 or response.status_code == 503, (case, response.read())
+                assert response.status_code < 500, (case, response.read())
 
         with suppress(Unsatisfiable):  # nothing about it can be wrong
             call()
