@@ -25,6 +25,7 @@ VERBS = (
     "serve",
     "deploy ray",
     "remap",
+    "trial",
     "generate",
     "chat",
     "summarize",

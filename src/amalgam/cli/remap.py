@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+import urllib.parse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from amalgam.errors import AmalgamError, CancelledError, ConfigError, PlanError,
 if TYPE_CHECKING:
     from amalgam.cli.server import Server
 
-_SERVER, _CHANGE, _LOOK = "The server", "What is changed", "Instead of a change"
+_SERVER, _CHANGE, _KEEP, _LOOK = "The server", "What is changed", "What is kept", "Instead of a change"
 
 
 def command(
@@ -53,60 +53,84 @@ def command(
             rich_help_panel=_CHANGE,
         ),
     ] = None,
+    pin: Annotated[
+        str | None,
+        typer.Option(metavar="VERSION", help="Keep a version in memory, by number or name.", rich_help_panel=_KEEP),
+    ] = None,
+    unpin: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="Keep it no longer.", rich_help_panel=_KEEP)
+    ] = None,
+    unname: Annotated[str | None, typer.Option(metavar="NAME", help="Take a name away.", rich_help_panel=_KEEP)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would change, and change nothing.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Begin, and do not wait for the end.")] = False,
     versions: Annotated[
         bool, typer.Option("--versions", help="List the versions in memory.", rich_help_panel=_LOOK)
     ] = False,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="BEFORE AFTER", help="Tell in what two versions differ.", rich_help_panel=_LOOK),
+    ] = None,
     list_changes: Annotated[
         bool, typer.Option("--list", help="List the changes so far.", rich_help_panel=_LOOK)
     ] = False,
+    status: Annotated[
+        str | None, typer.Option(metavar="ID", help="Tell how far one change is.", rich_help_panel=_LOOK)
+    ] = None,
+    follow: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Wait for the end of a change; Ctrl-C leaves it alone.", rich_help_panel=_LOOK),
+    ] = None,
     cancel: Annotated[
         bool, typer.Option("--cancel", help="Cancel the change that is under way.", rich_help_panel=_LOOK)
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Change where a running server's weights come from, follow it, go back. Requests go on meanwhile."""
+    """Change where a running server's weights come from, follow it, go back, keep versions, while requests go on."""
     from amalgam.cli.server import Server, address_of
     from amalgam.config.settings import ServerSettings
 
-    wanted = {
-        "PATTERN=SOURCE or --remove": bool(rules or remove),
-        "--like": like is not None,
-        "--reload": reload,
-        "--rollback": rollback,
-        "--to": to is not None,
-        "--versions": versions,
-        "--list": list_changes,
-        "--cancel": cancel,
+    changes = {
+        "PATTERN=SOURCE or --remove": rules or remove or None,
+        "--like": like,
+        "--reload": reload or None,
+        "--rollback": rollback or None,
+        "--to": to,
     }
-    given = [flag for flag, is_given in wanted.items() if is_given]
+    others: dict[str, tuple[Any, Callable[[Server, Any, bool], None]]] = {
+        "--pin": (pin, pin_version),
+        "--unpin": (unpin, unpin_version),
+        "--unname": (unname, remove_name),
+        "--versions": (versions or None, list_versions),
+        "--diff": (diff, compare_versions),
+        "--list": (list_changes or None, list_all_changes),
+        "--status": (status, look_at_change),
+        "--follow": (follow, follow_change),
+        "--cancel": (cancel or None, cancel_running),
+    }
+    wanted = {**changes, **{flag: value for flag, (value, _) in others.items()}}
+    given = [flag for flag, value in wanted.items() if value is not None]
     if len(given) != 1:
         raise ConfigError(
             f"{' and '.join(given)} are given together." if given else "Nothing is asked for.",
             remedy=f"Give one of {', '.join(wanted)}.",
         )
-    is_look = versions or list_changes or cancel
     for flag, is_given in {"--dry-run": dry_run, "--detach": detach, "--name": name is not None}.items():
-        if is_given and is_look:
+        if is_given and given[0] in others:
             raise ConfigError(f"{flag} is given with {given[0]}.", remedy=f"Leave {flag} out.")
     if dry_run and rollback:
         raise ConfigError("--dry-run is given with --rollback.", remedy="Name the version with --to.")
     if dry_run and detach:
         raise ConfigError("--dry-run and --detach are given together.", remedy="Give one of them.")
     server = Server(address_of(url, ServerSettings()), key)
-    if versions:
-        show_versions(server, as_json)
-    elif list_changes:
-        show_changes(server, as_json)
-    elif cancel:
-        cancel_running(server, as_json)
+    if given[0] in others:
+        value, do = others[given[0]]
+        do(server, value, as_json)
+        return
+    body = _body(rules or [], remove or [], like, reload, rollback, to, name)
+    if dry_run:
+        plan_change(server, body, as_json)
     else:
-        body = _body(rules or [], remove or [], like, reload, rollback, to, name)
-        if dry_run:
-            show_plan(server, body, as_json)
-        else:
-            change(server, body, as_json, detach=detach)
+        change(server, body, as_json, detach=detach)
 
 
 def _body(
@@ -161,12 +185,12 @@ def change(server: Server, body: Mapping[str, Any], as_json: bool, *, detach: bo
     from amalgam.cli.console import note, print_json, say
 
     status = server.send("POST", "weights/changes", body)
-    path = f"weights/changes/{status['id']}"
+    path = _path("weights/changes", status["id"])
     if detach:
         if as_json:
             print_json(status)
         else:
-            say(f"Change {status['id']} has begun ({status['what']}).")
+            say(f"Change {status['id']} has begun ({status['what']}). --follow {status['id']} waits for its end.")
         return
     try:
         status = _follow(server, path)
@@ -174,6 +198,22 @@ def change(server: Server, body: Mapping[str, Any], as_json: bool, *, detach: bo
         if not isinstance(error, AmalgamError):
             note(_cancelled(server, path))
         raise
+    _show_end(server, status, as_json)
+
+
+def follow_change(server: Server, change_id: str, as_json: bool) -> None:
+    """Follow a change that somebody has begun to its end. Raises the errors of `change`."""
+    _show_end(server, _follow(server, _path("weights/changes", change_id)), as_json)
+
+
+def _show_end(server: Server, status: Mapping[str, Any], as_json: bool) -> None:
+    """
+    Raises:
+        PlanError, CancelledError: the change was not made.
+    """
+    from amalgam.cli.console import print_json, say
+    from amalgam.cli.remap_view import show_groups, told
+
     if as_json:
         print_json(status)
     if status["state"] != "done":
@@ -215,123 +255,94 @@ def _cancelled(server: Server, path: str) -> str:
     return "The change is cancelled; nothing has changed."
 
 
-def told(status: Mapping[str, Any]) -> str:
-    """What a change that went live did, in a line."""
-    from amalgam.cli.console import human_bytes
-
-    what = f"called {status['name']}" if status["name"] else f"live (before: {status['previous_version']})"
-    return (
-        f"Version {status['version']} is {what}: {status['num_changed']:,} weights differ, "
-        f"{human_bytes(status['loaded_bytes'])} read, {status['seconds']:.1f} s."
-    )
-
-
-def show_plan(server: Server, body: Mapping[str, Any], as_json: bool) -> None:
-    """What a change would be."""
-    from amalgam.cli.console import human_bytes, print_json, say
-
-    plan = server.send("POST", "weights/plan", body)
-    if as_json:
-        print_json(plan)
-        return
-    show_groups(plan["changes"])
-    say(
-        f"{plan['num_changed']:,} weights would change: {human_bytes(plan['read_bytes'])} to read, "
-        f"{human_bytes(plan['peak_bytes'])} of memory at most ({human_bytes(plan['available_bytes'])} are available), "
-        f"about {plan['seconds']:.1f} s. Nothing has changed."
-    )
-    if not plan["has_room"]:
-        say("The change would be refused: there is not enough memory.")
-
-
-def show_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Weights that differ, by what they were and what they are."""
-    from amalgam.cli.console import arrow, human_bytes, named, print_table
-
-    rows = [
-        (
-            f"{group['num_weights']:,}",
-            arrow(group["source_before"], group["source_after"]),
-            arrow(group["format_before"], group["format_after"]),
-            human_bytes(group["bytes_before"]),
-            human_bytes(group["bytes_after"]),
-            named(group["examples"], group["num_weights"]),
-        )
-        for group in groups
-    ]
-    if rows:
-        print_table(("weights", "source", "format", "bytes before", "after", "for instance"), rows)
-
-
-def show_versions(server: Server, as_json: bool) -> None:
-    """The versions in memory, and the change under way."""
-    from amalgam.cli.console import human_bytes, print_json, print_table, say
-
-    answer = server.get("weights")
-    if as_json:
-        print_json(answer)
-        return
-    rows = [
-        (
-            str(version["version"]),
-            ", ".join([*version["states"], *(f"“{name}”" for name in version["names"])]),
-            version["fingerprint"],
-            datetime.fromtimestamp(version["created"]).isoformat(" ", "seconds"),
-            str(version["requests"]),
-            human_bytes(version["bytes"]),
-            human_bytes(version["own_bytes"]),
-            ", ".join(f"{name} {human_bytes(size)}" for name, size in version["bytes_by_format"].items()),
-        )
-        for version in answer["versions"]
-    ]
-    columns = ("version", "why it is there", "fingerprint", "made", "requests", "bytes", "its own", "by format")
-    print_table(columns, rows)
-    say(f"Together {human_bytes(answer['bytes'])}; {human_bytes(answer['available_bytes'])} of memory for more.")
-
-
-def show_changes(server: Server, as_json: bool) -> None:
-    """The changes so far, the latest last."""
-    from amalgam.cli.console import human_bytes, print_json, print_table
-
-    answer = server.get("weights/changes")
-    if as_json:
-        print_json(answer)
-        return
-    rows = [
-        (
-            status["id"],
-            datetime.fromtimestamp(status["started_at"]).isoformat(" ", "seconds"),
-            status["what"],
-            _state(status),
-            "" if status["version"] is None else str(status["version"]),
-            f"{status['num_changed']:,}",
-            human_bytes(status["loaded_bytes"]),
-            f"{status['seconds']:.1f}",
-            status["error"] or "",
-        )
-        for status in answer["changes"]
-    ]
-    print_table(("change", "begun", "what", "state", "version", "changed", "read", "seconds", "why not"), rows)
-
-
-def _state(status: Mapping[str, Any]) -> str:
-    if status["state"] != "running" or not status["total_bytes"]:
-        return str(status["state"])
-    return f"{status['stage'].lower()}, {status['done_bytes'] / status['total_bytes']:.0%}"
-
-
-def cancel_running(server: Server, as_json: bool) -> None:
+def cancel_running(server: Server, _: bool, as_json: bool) -> None:
     """
     Raises:
         ConfigError: no change is under way.
     """
-    from amalgam.cli.console import print_json, say
-
     running = server.get("weights/changes")["running"]
     if running is None:
         raise ConfigError("No change of the weights is under way.", remedy="--list shows those that have ended.")
-    status = server.send("DELETE", f"weights/changes/{running}")
+    status = server.send("DELETE", _path("weights/changes", running))
+    _tell(status, as_json, f"Change {running} is cancelled; nothing has changed.")
+
+
+def plan_change(server: Server, body: Mapping[str, Any], as_json: bool) -> None:
+    """What a change would be; nothing changes."""
+    from amalgam.cli.remap_view import show_plan
+
+    _show(server.send("POST", "weights/plan", body), as_json, show_plan)
+
+
+def list_versions(server: Server, _: bool, as_json: bool) -> None:
+    """The versions in memory."""
+    from amalgam.cli.remap_view import show_versions
+
+    _show(server.get("weights"), as_json, show_versions)
+
+
+def compare_versions(server: Server, versions: tuple[str, str], as_json: bool) -> None:
+    """In what two versions differ."""
+    from amalgam.cli.remap_view import show_difference
+
+    before, after = versions
+    _show(server.get("weights/difference", {"before": before, "after": after}), as_json, show_difference)
+
+
+def list_all_changes(server: Server, _: bool, as_json: bool) -> None:
+    """The changes so far."""
+    from amalgam.cli.remap_view import show_changes
+
+    _show(server.get("weights/changes"), as_json, show_changes)
+
+
+def look_at_change(server: Server, change_id: str, as_json: bool) -> None:
+    """How far one change is, or what came of it."""
+    from amalgam.cli.remap_view import show_change
+
+    _show(server.get(_path("weights/changes", change_id)), as_json, show_change)
+
+
+def pin_version(server: Server, version: str, as_json: bool) -> None:
+    """Keep a version in memory, by number or name."""
+    number = server.get(_path("weights/versions", version))["version"]
+    _tell(server.send("PUT", f"weights/pins/{number}"), as_json, f"Version {number} is kept until it is unpinned.")
+
+
+def unpin_version(server: Server, version: str, as_json: bool) -> None:
+    """Keep it no longer."""
+    number = server.get(_path("weights/versions", version))["version"]
+    told = f"Version {number} is pinned no longer: it goes unless it is current or has a name."
+    _tell(server.send("DELETE", f"weights/pins/{number}"), as_json, told)
+
+
+def remove_name(server: Server, name: str, as_json: bool) -> None:
+    """Take a name away."""
+    answer = server.send("DELETE", _path("weights/named", name))
+    _tell(answer, as_json, f"Version {answer['weight_version']} is called {name} no longer.")
+
+
+def _path(folder: str, part: str) -> str:
+    """The path of something by a name that a user gave.
+
+    Raises:
+        ConfigError: the name is empty, which would be another path.
+    """
+    if not part:
+        raise ConfigError("A name or id is empty.", remedy="Give the one that --versions or --list shows.")
+    return f"{folder}/{urllib.parse.quote(part, safe='')}"
+
+
+def _show(answer: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+    from amalgam.cli.console import print_json
+
     if as_json:
-        print_json(status)
+        print_json(answer)
     else:
-        say(f"Change {running} is cancelled; nothing has changed.")
+        show(answer)
+
+
+def _tell(answer: Any, as_json: bool, told: str) -> None:
+    from amalgam.cli.console import say
+
+    _show(answer, as_json, lambda _: say(told))
