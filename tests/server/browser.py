@@ -105,6 +105,11 @@ class Page:
         script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
         self.run(script, self.show(selector), value)
 
+    def type(self, selector: str, text: str) -> None:
+        """Have a text in a field instead of what is there."""
+        script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+        self.run(script, self.show(selector), text)
+
     def click_cell(self, panel: str, row: int, column: int, *, shift: bool = False) -> None:
         """Click a cell of a panel's grid with the mouse."""
         self.show(f"#{panel} .grid-overlay")

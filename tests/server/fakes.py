@@ -322,8 +322,18 @@ class FakeDeployment:
     def num_undoable(self) -> int:
         return len(self.earlier_rules)
 
-    def planned_bytes(self, mapping: dict[str, str]) -> tuple[int, int]:
-        return 2 * len(mapping), 4 * len(mapping)
+    def plan_change(self, request: ChangeRequest) -> Any:
+        changed = [self.changed(name, source) for name, source in (request.mapping or {}).items() if source]
+        size = sum(change.bytes_after for change in changed)
+        return SimpleNamespace(
+            rules=self.rules, version=None, previous_version=self.version_id, fingerprint="f", changed=changed,
+            load=SimpleNamespace(num_weights=len(changed), read_bytes=size, new_bytes=size, peak_bytes=size),
+            shared_bytes=2, available_bytes=8, has_room=size <= 8, seconds=0.5,
+        )  # fmt: skip
+
+    def changed(self, name: str, source: str) -> WeightChange:
+        """A weight, once it comes from a source."""
+        return WeightChange(name, "base", source, "bf16", source, 4, 2)
 
     def undo_weight_mapping(self, version_id: int) -> Any:
         if version_id != self.engine.version.version_id or not self.earlier_rules:
@@ -341,7 +351,7 @@ class FakeDeployment:
         before = self.engine.version.version_id
         self.engine.version = FakeVersion(before + 1)
         self.remaps.append(RemapRecord(time.time(), before + 1, before, len(mapping), 2, 0.0))
-        changed = [WeightChange(name, "base", source, "bf16", source, 4, 2) for name, source in mapping.items()]
+        changed = [self.changed(name, source) for name, source in mapping.items()]
         return SimpleNamespace(
             version=before + 1, previous_version=before, fingerprint="f", changed=changed, num_loaded=len(changed),
             loaded_bytes=2, shared_bytes=3, seconds=0.0, name=None,

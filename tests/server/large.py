@@ -17,7 +17,7 @@ from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import TokenSpan
 from amalgam.models.weights import Origin
 from amalgam.server import run
-from tests.server.fakes import FakeDeployment, FakeEngine, FakeVersion, fake_settings
+from tests.server.fakes import FakeDeployment, FakeEngine, FakeVersion, WeightChange, fake_settings
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 94, 128, 8
 SHAPE = (1536, 4096)
@@ -58,12 +58,10 @@ class LargeDeployment(FakeDeployment):
         super().__init__(FakeEngine(version=version), tracker, num_experts, HOSTILE % "model")
         self.num_layers = num_layers
 
-    def planned_bytes(self, mapping: dict[str, str]) -> tuple[int, int]:
-        bits = {source_of(name): BITS[name] for name in BITS}
-        origins = {origin.name: origin for origin in self.version.origins.values()}
+    def changed(self, name: str, source: str) -> WeightChange:
+        bits = {source_of(format_name): BITS[format_name] for format_name in BITS}
         size = SHAPE[0] * SHAPE[1] // 8
-        before = sum(size * BITS[origins[name].format] for name in mapping)
-        return before, sum(size * bits[source] for source in mapping.values())
+        return WeightChange(name, HOSTILE % "source", source, "int4", "fp8", size * BITS["int4"], size * bits[source])
 
     def model_info(self) -> dict[str, Any]:
         weights = [origin.format for origin in self.version.origins.values()]

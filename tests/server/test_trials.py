@@ -72,6 +72,7 @@ class FakeTrial:
             "reason": "",
             "current": 1,
             "candidate": 2,
+            "weights": self.plan.weights,
             "share": self.plan.share,
             "automatic": self.plan.is_automatic,
             "limits": asdict(self.plan.limits),
@@ -208,6 +209,7 @@ def test_a_panel_shows_both_and_ends_them(browser: Page, client: httpx.Client, t
     page.open(f"{client.base_url}/dashboard".replace("//dashboard", "/dashboard"))
     page.show("#trials")
     page.wait("return document.querySelectorAll('#trials .note').length === 2")
+    assert page.count("#trials form:not([hidden])") == 0  # there is no other version
     trials.start_canary(CanaryPlan("plan", 0.25))
     trials.start_shadow(ShadowPlan("plan"))
     page.wait("return document.querySelectorAll('#trials .tile').length === 6")

@@ -1,6 +1,6 @@
-"""The weight mapping in use: what a change would cost, taking the latest one back, and keeping all as a configuration.
+"""The weight mapping in use: taking the latest change back, and keeping all as a configuration.
 
-In: names and sources. Out: sizes, what changed, YAML. Must never know: tensors.
+In: a version. Out: what changed, YAML. Must never know: tensors.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from amalgam.config.settings import ModelSettings, Rule, SourceName
-from amalgam.server.api.weights import LogicalName, RemapAnswer, remap_answer
+from amalgam.config.settings import ModelSettings, Rule
+from amalgam.server.api.weights import RemapAnswer, remap_answer
 from amalgam.server.dependencies import Admission, ServiceArgument
-from amalgam.server.http.body import MAX_JSON_KEYS, Body, StrictRoute
+from amalgam.server.http.body import Body, StrictRoute
 from amalgam.server.interface import Deployment
 from amalgam.server.service import in_own_thread
 
@@ -35,17 +35,6 @@ class MappingAnswer(BaseModel):
     """Changes that can be taken back."""
 
 
-class SizeBody(Body):
-    weight_mapping: dict[LogicalName, SourceName] = Field(min_length=1, max_length=MAX_JSON_KEYS)
-    """Logical weight name, no patterns → source."""
-
-
-class SizeAnswer(BaseModel):
-    bytes_before: int
-    """In memory, of these weights."""
-    bytes_after: int
-
-
 class UndoBody(Body):
     weight_version: int = Field(ge=1)
     """The version whose change is to be taken back: the one in use."""
@@ -61,14 +50,6 @@ async def mapping(service: ServiceArgument) -> MappingAnswer:
         is_configured=deployment.rules == deployment.configured_rules,
         num_undoable=deployment.num_undoable,
     )
-
-
-@router.post("/dashboard/size", dependencies=[Admission])
-async def size(body: SizeBody, service: ServiceArgument) -> SizeAnswer:
-    """What weights take now and would take from other sources. Nothing changes."""
-    deployment = service.deployment
-    before, after = await in_own_thread(lambda: deployment.planned_bytes(body.weight_mapping))
-    return SizeAnswer(bytes_before=before, bytes_after=after)
 
 
 @router.post("/dashboard/undo", dependencies=[Admission], response_model_exclude_none=True)

@@ -2,12 +2,13 @@
 
 import { followWithKey, post } from "../api.js";
 import { changeWeights, choose, emit, getStatistics, loadInfo, loadMapping, loadPrecision, loadRemaps, on, relativeUse, state } from "../app.js";
-import { coalesced, fill, h, setOptions, table, timed } from "../dom.js";
+import { fill, h, setOptions, table, timed } from "../dom.js";
 import * as format from "../format.js";
 import { CellGrid } from "../grid.js";
 import { onLanguage, t, tOr } from "../i18n.js";
 import { css, pick, scale, toCss } from "../theme.js";
 import { control, followStatistics, frame, note, select } from "./panel.js";
+import { createPlan } from "./plan.js";
 
 const HOT = [1.25, 1.5, 2, 3, 4];
 const COLD = [0.75, 0.5, 0.25, 0.1];
@@ -32,7 +33,8 @@ export function create() {
   const count = h("b", { id: "stage-count" });
   const list = h("div", { id: "stage-list" });
   const outcome = h("div", { id: "stage-outcome", role: "status" });
-  const size = h("p", { class: "note", id: "stage-size" });
+  const name = h("input", { id: "stage-name", autocomplete: "off", spellcheck: "false", oninput: () => { plan.forget(); showStaged(); } });
+  const plan = createPlan("stage-plan", stagedBody, sizeAfter);
   const kept = h("p", { class: "note", id: "stage-kept" });
   const undo = h("button", { type: "button", id: "stage-undo", onclick: undoLast });
   const save = h("a", { class: "button", id: "stage-save", href: "dashboard/mapping.yaml", onclick: followWithKey, download: "weight_mapping.yaml", dataset: { i18n: "save_yaml" } });
@@ -46,7 +48,7 @@ export function create() {
   const stageNode = frame("stage", "stage", null, h("div", {},
     h("p", {}, count), h("div", { class: "buttons" }, chooseHot, chooseCold, chooseLayer, clear),
     h("div", { class: "stage-form" }, boxHost, h("label", { class: "field" }, h("span", { dataset: { i18n: "take_from" } }), source), stage),
-    h("h3", { dataset: { i18n: "staged" } }), list, size, h("div", { class: "buttons" }, apply, discard), outcome,
+    h("h3", { dataset: { i18n: "staged" } }), list, plan.node, h("div", { class: "controls" }, control("stage_name", name)), h("div", { class: "buttons" }, apply, discard), outcome,
     h("h3", { dataset: { i18n: "in_use" } }), kept, h("div", { class: "buttons" }, undo, save)), { wide: "side" });
 
   let map = null; // of the grid: rows, formats by width, marks
@@ -54,8 +56,6 @@ export function create() {
   let marked = { hotNarrow: [], coldWide: [] };
   let use = null; // relative use since the last reset
   let isApplying = false;
-  let sizes = null; // of what is staged: {before, after} or {error}
-  let numStagings = 0;
   let told = () => null; // how the last change went, in the language of the moment
 
   const grid = new CellGrid(host, {
@@ -215,10 +215,11 @@ export function create() {
       if (!groups.has(key)) groups.set(key, { layerId: item.layerId, from: item.before.source, to: item.source, items: [] });
       groups.get(key).items.push(item);
     }
-    apply.textContent = isApplying ? t("applying") : `${t("apply")} (${state.staged.size})`;
+    const what = name.value.trim() ? t("apply_named", name.value.trim()) : t("apply");
+    apply.textContent = isApplying ? t("applying") : `${what} (${state.staged.size})`;
     apply.disabled = isApplying || !state.staged.size;
     discard.disabled = isApplying || !state.staged.size;
-    showSize();
+    plan.redraw();
     if (!groups.size) {
       fill(list, note(t("nothing_staged")));
       return;
@@ -235,42 +236,19 @@ export function create() {
     fill(list, table([t("layer"), t("nav_usage"), t("source"), t("weights_count"), ""], rows));
   }
 
-  const stagedMapping = () => Object.fromEntries([...state.staged.values()].map((item) => [item.name, item.source]));
-
-  // The server knows the size in memory of a weight of any source, in use or not.
-  const readSizes = coalesced(async () => {
-    if (!state.staged.size) return;
-    const staging = numStagings;
-    let found;
-    try {
-      const answer = await post("dashboard/size", { weight_mapping: stagedMapping() });
-      found = { before: answer.bytes_before, after: answer.bytes_after };
-    } catch (error) {
-      found = { error: error.message };
-    }
-    if (staging !== numStagings) return; // it is read again
-    sizes = found;
-    showSize();
-  });
-
-  function forgetSizes() {
-    numStagings += 1;
-    sizes = null;
-    readSizes();
+  // What is staged, as a change is asked for; null: nothing is.
+  function stagedBody() {
+    if (!state.staged.size) return null;
+    const mapping = Object.fromEntries([...state.staged.values()].map((item) => [item.name, item.source]));
+    return { weight_mapping: mapping, name: name.value.trim() || null };
   }
 
-  function showSize() {
-    size.hidden = !state.staged.size;
-    size.classList.toggle("bad", Boolean(sizes?.error));
-    if (size.hidden || !map) return;
-    if (sizes?.error) size.textContent = sizes.error;
-    else if (!sizes) size.textContent = t("loading");
-    else {
-      const difference = sizes.after - sizes.before;
-      const sign = difference > 0 ? "+" : "";
-      size.textContent = t("size_change", format.bytes(map.totalBytes), format.bytes(map.totalBytes + difference),
-        `${sign}${format.bytes(difference)}, ${sign}${format.percent(difference / map.totalBytes)}`);
-    }
+  // All experts' weights once the change is made: the server knows the size of a weight of any source, in use or not.
+  function sizeAfter({ changes }) {
+    const difference = changes.reduce((sum, group) => sum + group.bytes_after - group.bytes_before, 0);
+    const sign = difference > 0 ? "+" : "";
+    return h("p", { class: "note", id: "stage-size" }, t("size_change", format.bytes(map.totalBytes), format.bytes(map.totalBytes + difference),
+      `${sign}${format.bytes(difference)}, ${sign}${format.percent(difference / map.totalBytes)}`));
   }
 
   // Whether what is in use would be there after a restart, and what can be done about it.
@@ -288,10 +266,12 @@ export function create() {
   }
 
   function applyStaged() {
-    return change("applied", async () => {
-      const { version, ...rest } = await changeWeights({ weight_mapping: stagedMapping() }, (status) => tell(() => note(stepOf(status))));
+    const body = stagedBody();
+    return change(body.name ? "applied_named" : "applied", async () => {
+      const { version, ...rest } = await changeWeights(body, (status) => tell(() => note(stepOf(status))));
       state.staged.clear();
       selected.clear();
+      name.value = "";
       return { weight_version: version, ...rest };
     });
   }
@@ -308,7 +288,7 @@ export function create() {
     try {
       const answer = await run();
       tell(() => h("p", { class: "good" }, t(word, answer.weight_version, format.number(answer.num_changed),
-        format.bytes(answer.loaded_bytes), format.seconds(answer.seconds))));
+        format.bytes(answer.loaded_bytes), format.seconds(answer.seconds), answer.name)));
       await Promise.all([loadInfo(), loadPrecision(), loadRemaps(), loadMapping()]);
     } catch (error) {
       tell(() => h("div", { class: "panel-error", role: "alert" }, error.message));
@@ -320,13 +300,13 @@ export function create() {
 
   const mapPanel = followStatistics({ id: "precision", node: mapNode, refresh, redraw, needsStatistics: true }, REFRESH_MS);
   on("precision", () => {
-    forgetSizes();
+    plan.forget();
     adopt();
     redraw();
   });
   on("info", adopt);
   on("staged", () => {
-    forgetSizes();
+    plan.forget();
     showSelection();
   });
   on("mapping", showKept);

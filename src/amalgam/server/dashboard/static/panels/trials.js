@@ -1,5 +1,5 @@
-// A candidate for the weights on live requests: what a canary and a shadow have shown, their checks and verdicts, and how
-// they end.
+// A candidate for the weights on live requests: how a canary and a shadow begin, what they have shown, their checks and
+// verdicts, and how they end.
 
 import { on } from "../app.js";
 import { get, post, request } from "../api.js";
@@ -7,6 +7,7 @@ import { fill, h, table } from "../dom.js";
 import * as format from "../format.js";
 import { t } from "../i18n.js";
 import { frame, note } from "./panel.js";
+import { createTrialForm } from "./trial_form.js";
 
 const REFRESH_MS = 3000;
 const KINDS = ["canary", "shadow"];
@@ -15,14 +16,17 @@ const WRITTEN = { agreement: (value) => format.percent(value, 2), error_increase
 
 export function create() {
   const parts = Object.fromEntries(KINDS.map((kind) => [kind, h("div", { id: `trial-${kind}` })]));
+  const forms = Object.fromEntries(KINDS.map((kind) => [kind, createTrialForm(kind, (body, button) => act(() => request("PUT", `weights/${kind}`, body), button))]));
   const failure = h("div");
-  const body = h("div", {}, failure, h("div", { class: "two" }, KINDS.map((kind) => parts[kind])));
+  const body = h("div", {}, failure, h("div", { class: "two" }, KINDS.map((kind) => h("div", {}, parts[kind], forms[kind].node))));
   const node = frame("trials", "trials", "trials_hint", body);
-  const panel = { id: "trials", node, refresh, redraw };
+  const panel = { id: "trials", node, refresh, redraw, dirtyOn: ["remaps"] };
   let reports = {};
+  let candidates = []; // versions that somebody keeps
 
   async function refresh() {
-    const answers = await Promise.all(KINDS.map((kind) => get(`weights/${kind}`)));
+    const [{ versions }, ...answers] = await Promise.all([get("weights"), ...KINDS.map((kind) => get(`weights/${kind}`))]);
+    candidates = versions.filter(({ states, names, pinned }) => !states.includes("current") && (pinned || names.length));
     reports = Object.fromEntries(KINDS.map((kind, index) => [kind, answers[index]]));
     redraw();
   }
@@ -41,7 +45,11 @@ export function create() {
   }
 
   function redraw() {
-    for (const kind of KINDS) if (reports[kind]) fill(parts[kind], show(kind, reports[kind]));
+    for (const kind of KINDS) {
+      if (!reports[kind]) continue;
+      fill(parts[kind], show(kind, reports[kind]));
+      forms[kind].offer(reports[kind].state === "running" ? null : candidates);
+    }
   }
 
   function show(kind, report) {
