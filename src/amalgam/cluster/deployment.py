@@ -131,10 +131,6 @@ class ClusterDeployment:
         """Of one replica; bytes and seconds are those of each."""
         return self._members.any("plan_change", request)
 
-    def planned_bytes(self, mapping: Mapping[str, str]) -> tuple[int, int]:
-        before, after = self._members.any("planned_bytes", dict(mapping))
-        return before, after
-
     def change(self, request: ChangeRequest) -> RemapResult:
         return self._coordinator.change(request)
 

@@ -56,7 +56,6 @@ _KEPT = (
 # What the gateway may call of the deployment as it is.
 DEPLOYMENT_CALLS = frozenset({
     "describe_version", "describe_weights", "difference", "expert_info", "manifest", "model_info", "plan_change",
-    "planned_bytes",
 })  # fmt: skip
 STATISTICS_CALLS = frozenset({
     "by_layer", "coactivation", "compare", "concentration", "describe", "export", "export_to", "grid", "hints",

@@ -26,7 +26,7 @@ from amalgam.composition.reading import WeightReader, packed_cache_folder
 from amalgam.composition.rules import Choice, Choices
 from amalgam.composition.source import CONFIG_NAME, Source
 from amalgam.config.settings import BASE_SOURCE, InferenceSettings, ModelSettings, Rule, build_rules
-from amalgam.errors import CheckpointError, PlanError, describe
+from amalgam.errors import CheckpointError, PlanError
 from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.formats.fused import FusedTensor
 from amalgam.formats.registry import writable_format
@@ -203,19 +203,6 @@ class ModelLoader:
             if self._keeps_bits(slot, bits, block):
                 size -= math.prod(slot.shape) * (4 - bits) // 8  # which `nbytes` counts with 4
         return size
-
-    def planned_bytes(self, mapping: Mapping[str, str]) -> int:
-        """What weights would take in memory, each from the source given with its logical name; reads headers only.
-
-        Raises:
-            PlanError: no such weight or source, or the source does not hold it.
-            CheckpointError: a source is damaged.
-        """
-        choices = self.choose(build_rules(mapping))
-        for name in mapping:
-            if name not in self._slots:
-                raise PlanError(f"The model has no weight {describe(name)}.", remedy="Give logical names, no patterns.")
-        return sum(self._plan_weight(self._slots[name], choices[name]).memory_bytes for name in mapping)
 
     def _coded_bytes(self, slot: Slot, weight_format: WeightFormat) -> int | None:
         is_coded = weight_format.name == "bf16" and codes_bf16(slot, self._inference, self._backend)

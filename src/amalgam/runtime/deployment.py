@@ -328,20 +328,6 @@ class Deployment:
                 return described
         raise VersionNotFoundError(f"Weight version {weights} is not in memory.", remedy="GET /weights lists those.")
 
-    def planned_bytes(self, mapping: Mapping[str, str]) -> tuple[int, int]:
-        """What the named weights take now, and what they would take from the given sources. Reads headers.
-
-        Args:
-            mapping: logical names, no patterns → sources.
-
-        Raises:
-            PlanError, CheckpointError: see `ModelLoader.planned_bytes`.
-        """
-        served = self._served
-        after = served.loader.planned_bytes(mapping)
-        sizes = {origin.name: served.version[slot].nbytes for slot, origin in served.version.origins.items()}
-        return sum(sizes[name] for name in mapping), after
-
     def model_info(self) -> dict[str, Any]:
         """What `GET /model_info` answers: architecture, sizes, sources, weights and bytes by precision, memory."""
         described = describe_model(

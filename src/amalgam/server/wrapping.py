@@ -182,9 +182,6 @@ class WrappedDeployment:
     def rollback(self, version: str | int | None = None) -> RemapResult:
         return self.wrapped.rollback(version)
 
-    def planned_bytes(self, mapping: Mapping[str, str]) -> tuple[int, int]:
-        return self.wrapped.planned_bytes(mapping)
-
     def update_weight_mapping(self, mapping: Mapping[str, str | None]) -> RemapResult:
         return self.wrapped.update_weight_mapping(mapping)
 
