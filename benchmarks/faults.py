@@ -30,8 +30,7 @@ from rich.table import Table
 
 from amalgam.tools.bench import commit, hardware
 
-MODEL = "demo"
-QUEUE = 8
+MODEL, QUEUE = "demo", 8
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -82,8 +81,7 @@ def terminated() -> Iterator[Row]:
             os.kill(server.process.pid, signal.SIGTERM)
             seconds = server.seconds_until_status("/ready", 503)
             yield Row(f"SIGTERM, {count} requests: /ready 503", seconds, 0.5, "s", 1, int(seconds > PATIENCE))
-            answers = [one.result()[1] for one in waiting]
-            wrong = sum(not (is_whole(answer) and ends_well(answer)) for answer in answers)
+            wrong = sum(not (is_whole(answer) and ends_well(answer)) for _, answer in (one.result() for one in waiting))
             seconds = seconds_until(lambda: not server.is_running)
             wrong += server.process.poll() != 0
             yield Row(f"SIGTERM, {count} requests: answers whole, exit", seconds, PATIENCE, "s", count, wrong)
@@ -144,7 +142,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     options = parser.parse_args()
     exit_on_signals()
-    rows = [row for name in options.only for row in FAULTS[name]()]
+    rows = []
+    for row in (row for name in options.only for row in FAULTS[name]()):
+        print(f"{row.what}: {row.measured:.3g} {row.unit}, {row.verdict}", file=sys.stderr, flush=True)
+        rows.append(row)
     table = Table("fault", "measured", "limit", "", "of", "wrong", "verdict")
     for row in rows:
         figures = (f"{row.measured:.3g}", f"{row.limit:g}", row.unit, str(row.count), str(row.wrong))
