@@ -480,18 +480,18 @@ def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) 
     page.run("[...document.querySelectorAll('#trial-shadow button')].at(-1).click()")
     page.wait("return document.querySelector('#shadow-begin').checkVisibility()")
 
-    # The files are read again once it has been seen what that changes.
-    page.click("#reload")
-    page.wait(states, "#reload-plan", "No weight would change.")
-    page.click("#reload-apply")
-    page.wait("return !document.querySelector('#reload-plan').checkVisibility()")
-
     page.click(row.format(first, "td:last-child button"))  # goes back to it
     page.wait(states, row.format(first, "td:nth-child(2)"), "current, pinned")
     assert httpx.get(demo_url + "/").json()["weight_version"] == first
     page.click(row.format(first, ".name-tag button"))
     page.click(row.format(first, "td:last-child button"))
     page.wait("return !document.querySelector(arguments[0]).textContent.match(/pinned|plain/)", row.format(first, ""))
+
+    # The files are read again once it has been seen what that changes.
+    page.click("#reload")
+    page.wait(states, "#reload-plan", "No weight would change.")
+    page.click("#reload-apply")
+    page.wait(states, "#remap-body", "Files read anew")
     assert_clean(page, demo_url, refused="422")
 
 
