@@ -130,7 +130,7 @@ def test_a_watched_configuration_is_read_again_with_all_flags(
     monkeypatch.setattr("amalgam.text.grammar.prepare_grammars", lambda _: None)
     monkeypatch.setattr(serve, "begin_to_load_torch", lambda: None)
     monkeypatch.setattr(serve.gc, "freeze", lambda: None)
-    flags = ["--autoplan", "--weights.watch_seconds", "5", "--server.port", "1"]
+    flags = ["--autoplan", "--weights.watch_seconds", "5", "--weights.look_ahead", "false", "--server.port", "1"]
     assert main(["serve", "--config", str(demo_config), *flags]) == 0
     [(again, first)] = seen
     assert again == first and first.planning.autoplan.enabled
