@@ -253,7 +253,7 @@ class TestShadow:
         assert all(answer.error is None for answer in answers)
         wait_until(lambda: not shadow.is_running)
         assert shadow.state is TrialState.FAILED and shadow.verdict().outcome == "reject"
-        assert "candidate" not in states(deployment)[shadow.candidate_id]
+        wait_until(lambda: "candidate" not in states(deployment)[shadow.candidate_id])
 
 
 class TestRollback:

@@ -15,7 +15,7 @@ from amalgam.server import sharing
 from amalgam.server.sharing import MAX_ANSWERS, SharedAnswers
 from tests.server.conftest import serving, wait_until
 from tests.server.fakes import fake_settings
-from tests.server.large import LABELS, LargeDeployment
+from tests.server.large import LABELS, LargeDeployment, source_of
 
 NUM_VIEWERS = 20
 
@@ -113,7 +113,7 @@ def test_viewers_share_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len({view(version) for _ in range(NUM_VIEWERS)}) == num_made == 1
         assert view(version, label=LABELS[0]) != view(version, label=LABELS[1])
         assert num_made == 3
-        deployment.update_weight_mapping({"a": "b"})
+        deployment.update_weight_mapping({"a": source_of("fp8")})
         view(version)
         assert num_made == 4
         tracker.reset()

@@ -66,7 +66,7 @@ def test_the_rule_of_thumb_is_explained_by_parts(demo_config: Path) -> None:
     """2 bytes × 1.2 × billions of parameters: how many there are, what each takes, what stands behind the fifth."""
     store = TensorStore.open(DEMO)
     names = [name for name in store if name != "lm_head.weight"]  # the same as the embeddings
-    found = estimate(load_settings(demo_config, environ={}), 128, 1)
+    found = estimate(load_settings(demo_config, {"inference.bf16_coding": False}, {}), 128, 1)
     assert found.num_parameters == sum(math.prod(store[name].shape) for name in names)
     assert found.rule_bytes == round(2.4 * found.num_parameters)
     assert replace(found, num_parameters=25_800_000_000).rule_bytes == 61_920_000_000
