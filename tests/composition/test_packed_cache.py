@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from amalgam.base.locks import FileLock
 from amalgam.checkpoint import packed_file
 from amalgam.checkpoint.packed_file import ALIGNMENT, PackedFile, new_packed_file
 from amalgam.composition import packed_cache
@@ -428,6 +429,16 @@ def test_what_others_keep_in_the_folder_stays(originals: Path, cache: Path) -> N
         (cache / name).write_text("mine")
     build(originals, cache)
     assert {"notes.txt", "model.packed", ".packed-mine.tmp"} <= {path.name for path in cache.iterdir()}
+
+
+def test_locks_of_processes_that_were_killed_go(cache: Path) -> None:
+    cache.mkdir()
+    killed, held = cache / f".{'0' * 16}.lock", FileLock(cache / ("f" * 16))
+    killed.write_text("process 1 on somewhere\n")
+    with held:
+        assert held.try_acquire()
+        packed_cache.PackedCache(cache)
+        assert [path.name for path in cache.iterdir()] == [f".{'f' * 16}.lock"]
 
 
 def test_a_remap_fills_the_cache_and_uses_it(originals: Path, cache: Path, loads: list[str]) -> None:

@@ -138,7 +138,7 @@ def create_locked(folder: Path, prefix: str, suffix: str) -> tuple[Path, int]:
 
 
 def remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
-    """Remove the files of `create_locked` whose makers have ended; never fails."""
+    """Remove the files of `create_locked` and `FileLock` whose makers have ended; never fails."""
     for path in _leftovers(folder, prefix, suffix):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

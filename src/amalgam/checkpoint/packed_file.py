@@ -37,6 +37,7 @@ MAGIC = b"AMALGAM\x01"
 ALIGNMENT = 64
 MAX_INDEX_BYTES = 64 * 2**20
 _TEMPORARY = (".packed-", ".tmp")  # random digits between
+_LOCK = (".", ".lock")  # digits between that name what is written
 
 
 class PackedFile:
@@ -139,8 +140,9 @@ def new_packed_file(folder: Path) -> Iterator[PackedFileWriter]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of processes that ended while they wrote."""
+    """Remove the temporary files and the locks of processes that ended while they wrote."""
     locks.remove_abandoned(folder, *_TEMPORARY)
+    locks.remove_abandoned(folder, *_LOCK)
 
 
 def _aligned(offset: int) -> int:
