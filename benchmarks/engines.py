@@ -65,6 +65,17 @@ def free_port() -> int:
     return port
 
 
+def process_memory(pid: int, field: str) -> int:
+    """Bytes of a process by a field of its /proc/PID/status: VmRSS, VmHWM (the peak of it), RssAnon (no file's)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
+
+
+def reset_peak_memory(pid: int) -> None:
+    """Have VmHWM count from now on."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
 class Child:
     """A process group that ends with this process, however this one ends.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clients import Address
-from engines import Child, free_port
+from engines import Child, free_port, process_memory
 from environments import LLAMA_SERVER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,9 +180,7 @@ class Running(Child):
     @property
     def resident_bytes(self) -> int:
         """Memory that is its own: mapped files are not counted."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
-        return int(line.split()[1]) * 1024
+        return process_memory(self.process.pid, "RssAnon")
 
     @property
     def num_descriptors(self) -> int:

@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from engines import process_memory
 from rich.console import Console
 from rich.table import Table
 
@@ -130,7 +131,7 @@ def start(model: Path, cache: Path | None, flags: list[str]) -> dict[str, float]
                 "cpu s": cpu,
                 "load s": info["load_seconds"],
                 "first token s": answered,
-                "anonymous MiB": anonymous_bytes(server.pid) / 2**20,
+                "anonymous MiB": process_memory(server.pid, "RssAnon") / 2**20,
             }
         finally:
             server.send_signal(signal.SIGTERM)
@@ -161,14 +162,6 @@ def cpu_seconds(pid: int) -> float:
     """Processor time of a process so far: what being ready takes on a machine that does nothing else."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Memory of a process that is no file's: what the system cannot give back."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def in_page_cache(files: list[Path], is_wanted: bool) -> None:

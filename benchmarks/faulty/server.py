@@ -16,7 +16,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import httpx
-from engines import Child, free_port
+from engines import Child, free_port, process_memory, reset_peak_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 MORTAL = Path(__file__).with_name("mortal.py")
@@ -75,15 +75,11 @@ class MortalServer(Child):
 
     def start_peak(self) -> float:
         """Memory now, in MiB, from which on `peak` counts."""
-        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
-        return self._mib("VmRSS")
+        reset_peak_memory(self.process.pid)
+        return process_memory(self.process.pid, "VmRSS") / 2**20
 
     def peak(self) -> float:
-        return self._mib("VmHWM")
-
-    def _mib(self, name: str) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition(f"{name}:")[2].split()[0]) / 1024
+        return process_memory(self.process.pid, "VmHWM") / 2**20
 
     @contextmanager
     def asking_health(self) -> Iterator[list[Timed]]:

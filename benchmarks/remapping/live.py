@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from engines import Child, free_port
+from engines import Child, free_port, process_memory, reset_peak_memory
 
 from amalgam.tools.load.http import Address, Connections
 
@@ -168,7 +168,7 @@ class LiveServer(Child):
 
     @property
     def resident_bytes(self) -> int:
-        return self._memory("VmRSS")
+        return process_memory(self.process.pid, "VmRSS")
 
     async def settled_bytes(self) -> int:
         """`resident_bytes` once it stays the same: weights that nobody uses any more are freed behind the answers."""
@@ -182,10 +182,6 @@ class LiveServer(Child):
             before = now
         return now
 
-    def _memory(self, name: str) -> int:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith(f"{name}:")).split()[1]) * 1024
-
     @contextmanager
     def watching_memory(self) -> Iterator[dict[str, int]]:
         """What the process takes at its peak while the context lasts.
@@ -197,9 +193,9 @@ class LiveServer(Child):
 
         def sample() -> None:
             while not is_over.wait(POLL_SECONDS):
-                peaks["anonymous"] = max(peaks["anonymous"], self._memory("RssAnon"))
+                peaks["anonymous"] = max(peaks["anonymous"], self.anonymous_bytes)
 
-        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")  # resets the mark
+        reset_peak_memory(self.process.pid)
         sampler = threading.Thread(target=sample)
         sampler.start()
         try:
@@ -207,8 +203,8 @@ class LiveServer(Child):
         finally:
             is_over.set()
             sampler.join()
-            peaks["resident"] = self._memory("VmHWM")
+            peaks["resident"] = process_memory(self.process.pid, "VmHWM")
 
     @property
     def anonymous_bytes(self) -> int:
-        return self._memory("RssAnon")
+        return process_memory(self.process.pid, "RssAnon")

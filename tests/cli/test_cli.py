@@ -125,7 +125,8 @@ def test_a_watched_configuration_is_read_again_with_all_flags(
     monkeypatch.setattr("amalgam.runtime.config_watch.ConfigWatch", Watch)
     monkeypatch.setattr("amalgam.server.app.run", run_server)
     monkeypatch.setattr(
-        "amalgam.runtime.opening.open_deployment", lambda *_: SimpleNamespace(change=None, tokenizer=None)
+        "amalgam.runtime.opening.open_deployment",
+        lambda settings, _: SimpleNamespace(change=None, tokenizer=None, settings=settings),
     )
     monkeypatch.setattr("amalgam.text.grammar.prepare_grammars", lambda _: None)
     monkeypatch.setattr(serve, "begin_to_load_torch", lambda: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,17 @@ from safetensors.torch import load_file, save_file
 from amalgam.checkpoint.safetensors_header import TensorEntry
 from amalgam.checkpoint.store import TensorStore
 from amalgam.composition.loader import ModelLoader
-from amalgam.config.settings import InferenceSettings, MixedPrecisionSettings, ModelSettings, build_rules
+from amalgam.config.settings import (
+    InferenceSettings,
+    MixedPrecisionSettings,
+    ModelSettings,
+    build_rules,
+    build_settings,
+)
 from amalgam.errors import CheckpointError
+from amalgam.runtime import lookahead
 from amalgam.runtime.lookahead import LookAhead
+from amalgam.runtime.opening import open_deployment
 from tests.errors import raises
 from tests.planning.conftest import small
 
@@ -50,6 +59,33 @@ def test_a_change_of_experts_reads_nothing_that_was_looked_at(small: Path, monke
     assert read == []
     loader_of(small / "base", int8=small / "int8").plan(build_rules({f"{EXPERT}.up_proj.weight": "int8"}))
     assert all(EXPERT in name for name in read)  # an expert of two sources is looked at for itself
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_a_server_looks_at_what_it_does_not_use_where_that_is_wanted(
+    small: Path, monkeypatch: pytest.MonkeyPatch, is_wanted: bool
+) -> None:
+    looked_at: list[list[str]] = []
+
+    class Noted(LookAhead):
+        def __init__(self, loader: ModelLoader, sources: Iterable[str]) -> None:
+            looked_at.append(list(sources))
+            super().__init__(loader, ())
+
+    monkeypatch.setattr(lookahead, "LookAhead", Noted)
+    sources = {name: str(small / name) for name in ("int3", "int4", "int8")}
+    mixed = {"sources": sources, "weight_mapping": {f"{EXPERT}.*": "int4"}}
+    settings = {
+        "model": {"base_path": str(small / "base"), "mixed_precision": mixed},
+        "inference": {"max_seq_length": 64, "max_batch_size": 1},
+        "weights": {"look_ahead": is_wanted},
+    }
+    deployment = open_deployment(build_settings(settings))
+    try:
+        lookahead.look_ahead(deployment)
+    finally:
+        deployment.close()
+    assert looked_at == ([["int3", "int8"]] if is_wanted else [])
 
 
 def test_what_is_wrong_with_a_source_is_logged_and_the_others_are_looked_at(

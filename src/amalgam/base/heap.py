@@ -2,7 +2,7 @@
 
 Weights come and go while a server runs, in pieces of some kilobytes to some megabytes and in threads that are there for
 one change. By default glibc gives up to eight heaps per core to the threads of a process. Each keeps holes of its own:
-200 changes of a model of 25 MB left 40 MB in them.
+80 changes of a model of 25 MB left 9 MB in them, and 3 MB in a single one (docs/log/changing-precision.md).
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amalgam.cli.address import DEFAULT_URL, AdminKey, Url
 from amalgam.errors import AmalgamError, CancelledError, ConfigError, PlanError, UnavailableError
 
 if TYPE_CHECKING:
     from amalgam.cli.server import Server
 
-_SERVER, _CHANGE, _KEEP, _LOOK = "The server", "What is changed", "What is kept", "Instead of a change"
+_CHANGE, _KEEP, _LOOK = "What is changed", "What is kept", "Instead of a change"
 
 
 def command(
@@ -23,11 +24,8 @@ def command(
         list[str] | None,
         typer.Argument(metavar="[PATTERN=SOURCE]...", help="Where weights come from: names or patterns, and a source."),
     ] = None,
-    url: Annotated[str, typer.Option(help="Address of the server.", rich_help_panel=_SERVER)] = "http://127.0.0.1:8080",
-    key: Annotated[
-        str,
-        typer.Option(envvar="AMALGAM_SERVER_ADMIN_KEY", help="The server's admin key.", rich_help_panel=_SERVER),
-    ] = "",
+    url: Url = DEFAULT_URL,
+    key: AdminKey = "",
     remove: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Remove the rule of this pattern. Repeatable.", rich_help_panel=_CHANGE),

@@ -65,6 +65,7 @@ def command(
         from amalgam.server.app import run
 
         def load() -> Deployment:
+            from amalgam.runtime.lookahead import look_ahead
             from amalgam.runtime.opening import open_deployment  # seconds; the port is open meanwhile
             from amalgam.text.grammar import prepare_grammars
 
@@ -85,11 +86,7 @@ def command(
             prepare_grammars(deployment.tokenizer)  # in the first request it would hold up all others
             gc.freeze()
             gc.enable()
-            if settings.weights.look_ahead:
-                from amalgam.runtime.lookahead import LookAhead
-
-                used = {origin.source for origin in deployment.version.origins.values()}
-                LookAhead(deployment.loader, deployment.loader.sources.keys() - used).start()
+            look_ahead(deployment)
             return deployment
 
         return run(settings, load, stopping)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from amalgam.cli.address import DEFAULT_URL, AdminKey, Url
 from amalgam.errors import ConfigError, PlanError
 from amalgam.planning.trial_plans import Kind
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from amalgam.cli.server import Server
 
 POLL_SECONDS = 1.0  # between two looks at a trial that is waited for
-_SERVER, _BEGIN, _LIMITS = "The server", "How it is tried", "Limits of the checks"
+_BEGIN, _LIMITS = "How it is tried", "Limits of the checks"
 _ONLY: dict[str, Kind] = {
     "--max-error-increase": "canary",
     "--max-divergence": "shadow",
@@ -36,11 +37,8 @@ def command(
     weights: Annotated[
         str | None, typer.Argument(metavar="[VERSION]", help="The candidate to begin with: its number or name.")
     ] = None,
-    url: Annotated[str, typer.Option(help="Address of the server.", rich_help_panel=_SERVER)] = "http://127.0.0.1:8080",
-    key: Annotated[
-        str,
-        typer.Option(envvar="AMALGAM_SERVER_ADMIN_KEY", help="The server's admin key.", rich_help_panel=_SERVER),
-    ] = "",
+    url: Url = DEFAULT_URL,
+    key: AdminKey = "",
     share: Annotated[
         float | None,
         typer.Option(help="Of the requests, 0 to 1. A canary that runs takes another.", rich_help_panel=_BEGIN),

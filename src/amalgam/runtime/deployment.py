@@ -77,18 +77,7 @@ class Deployment:
         self._hashing = threading.Lock()
         self._history = history
         self._remaps = RemapLog() if history is None else RemapLog(history.records, history.add)
-        self._remaps.start(
-            RemapRecord(
-                at=0.0,
-                version=served.version_id,
-                previous_version=served.version_id,
-                num_changed=0,
-                loaded_bytes=loaded.loaded_bytes,
-                seconds=loaded.seconds,
-                fingerprint="" if history is None else served.version.fingerprint,  # which takes a while
-                rules=served.rules,
-            )
-        )
+        self._tell_start(served, loaded)
         for kept in beside:
             self._keep(kept)
         self.versions.on_kept = self._note_kept
@@ -112,21 +101,27 @@ class Deployment:
         """A version that the start has made beside the current one."""
         served = kept.served
         self.versions.restore(served, kept.names, is_pinned=kept.is_pinned)
-        if not kept.is_new:  # what made it is told already
-            return
-        name = ", ".join(kept.names)
+        if kept.is_new:  # what made another one is told already
+            self._tell_start(served, kept.loaded, ", ".join(kept.names))
+
+    def _tell_start(self, served: ServedWeights, loaded: LoadedVersion, name: str | None = None) -> None:
+        """The log begins with what a start has made.
+
+        Args:
+            name: what it is called; None: it is the current version.
+        """
         self._remaps.start(
             RemapRecord(
                 at=0.0,
                 version=served.version_id,
                 previous_version=self.version_id,
                 num_changed=0,
-                loaded_bytes=kept.loaded.loaded_bytes,
-                seconds=kept.loaded.seconds,
+                loaded_bytes=loaded.loaded_bytes,
+                seconds=loaded.seconds,
                 name=name,
-                fingerprint="" if self._history is None else served.version.fingerprint,
+                fingerprint="" if self._history is None else served.version.fingerprint,  # which takes a while
                 rules=served.rules,
-                asked=Asked("start", f"a start, called {name}"),
+                asked=None if name is None else Asked("start", f"a start, called {name}"),
             )
         )
 

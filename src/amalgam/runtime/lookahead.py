@@ -1,7 +1,7 @@
 """Sources that are declared and not used yet, looked at before somebody asks for them.
 
-In: a loader, the names of its sources. Out: nothing but what the loader keeps: opened sources, and how they compare
-with the one that most weights come from. Must never know: versions, requests, HTTP.
+In: a deployment. Out: nothing but what its loader keeps: opened sources, and how they compare with the one that most
+weights come from. Must never know: requests, HTTP.
 
 To open a source and to compare it takes most of the time of the first change that uses it: on a model of 1,500 expert
 weights about a second, while a later one takes a quarter of that.
@@ -18,8 +18,16 @@ from pathlib import Path
 from amalgam.base.threads import StoppableThread
 from amalgam.composition.loader import ModelLoader
 from amalgam.errors import AmalgamError, PlanError
+from amalgam.runtime.deployment import Deployment
 
 logger = logging.getLogger("amalgam.models")
+
+
+def look_ahead(deployment: Deployment) -> None:
+    """Look at the sources that no weight comes from yet, in the background, where `weights.look_ahead` says so."""
+    if deployment.settings.weights.look_ahead:
+        used = {origin.source for origin in deployment.version.origins.values()}
+        LookAhead(deployment.loader, [name for name in deployment.loader.sources if name not in used]).start()
 
 
 class LookAhead:

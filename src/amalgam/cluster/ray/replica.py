@@ -33,11 +33,13 @@ class Replica:
         let_threads_sleep()
 
         def load() -> Deployment:
+            from amalgam.runtime.lookahead import look_ahead
             from amalgam.runtime.opening import open_deployment
             from amalgam.text.grammar import prepare_grammars
 
             deployment = open_deployment(settings)
             prepare_grammars(deployment.tokenizer)  # in the first request it would hold up all others
+            look_ahead(deployment)
             return deployment
 
         self.member = Member(await asyncio.to_thread(settling(load)), settings)
