@@ -9,13 +9,26 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from amalgam.base.machine import ProcessFigures
-from amalgam.cluster.interface import Ask, Description, Figures, Forwarded, Head, Noted, Part, ReplicaState, Weights
+from amalgam.cluster.channel import Address, Listener
+from amalgam.cluster.channels import Channels
+from amalgam.cluster.interface import (
+    Ask,
+    Description,
+    Figures,
+    Forwarded,
+    Head,
+    Noted,
+    Part,
+    ReplicaState,
+    Take,
+    Weights,
+)
 from amalgam.cluster.routing import Routing
 from amalgam.config.settings import Rule
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Meter, Reading
 from amalgam.engine.request import EngineStatus
-from amalgam.errors import AmalgamError, PlanError, ReplicaLostError, UnavailableError, VersionNotFoundError
+from amalgam.errors import AmalgamError, PlanError, ReplicaLostError, VersionNotFoundError
 from amalgam.runtime.changes import ChangeRequest, RemapResult
 from amalgam.text.filters.contract import Where
 
@@ -77,16 +90,16 @@ class ScriptedMember:
             raise ReplicaLostError("It is dead.")
         return getattr(self, method)(*args)
 
-    async def answer(self, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
+    async def answer(self, request: Forwarded, take: Take) -> None:
         self.num_answers += 1
-        yield [self.head]
+        await take(self.head)
         for number, event in enumerate(self.events):
             self.before_event(number)
             if self.is_dead:
                 raise ReplicaLostError("It is dead.")
             await asyncio.sleep(0)
-            yield [event]
-        yield [Noted(num_prompt_tokens=3, num_new_tokens=2, finish_reasons=("length",), weight_version=1)]
+            await take(event)
+        await take(Noted(num_prompt_tokens=3, num_new_tokens=2, finish_reasons=("length",), weight_version=1))
 
     def state(self) -> ReplicaState:
         kept = {self.current.version_id, *self.kept, *(one.version_id for one in self.named.values())}
@@ -167,11 +180,12 @@ class ScriptedMember:
 
 
 class LocalTransport:
-    """Members by name; requests go where the routing says."""
+    """Members by name, each behind a listener of its own, so that requests take the way that they take to processes."""
 
     def __init__(self, members: dict[str, Any], routing: Routing) -> None:
         self.members = members
-        self.routing = routing
+        self._channels = Channels(routing, lambda: self.members, self._address_of)
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """There is nothing to wait for."""
@@ -185,17 +199,21 @@ class LocalTransport:
         member = self.members[replica_id]
         return await member.call(method, *args)
 
-    async def send(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
-        order = self.routing.order(ask, list(self.members))
-        if not order:
-            raise UnavailableError("There is none.")
-        self.routing.routed(ask, order[0])
-        groups = self.members[order[0]].answer(request)
-        try:
-            async for parts in groups:
-                yield parts
-        finally:
-            await groups.aclose()
+    def send(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
+        return self._channels.send(ask, request)
+
+    async def _address_of(self, replica_id: str) -> Address:
+        member = self.members[replica_id]
+
+        async def answer(request: Forwarded, take: Take) -> None:
+            try:
+                await member.answer(request, take)
+            except ReplicaLostError:  # the end of its process, and of its connections
+                self._closing.add(asyncio.create_task(listener.close()))
+                await asyncio.Event().wait()
+
+        listener = Listener(answer)
+        return await listener.listen("127.0.0.1")
 
 
 def no_such_source() -> PlanError:

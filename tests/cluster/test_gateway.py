@@ -119,7 +119,7 @@ def test_a_stream_that_has_begun_says_that_its_replica_is_lost(
     codes = [fields.get("code"), *[fields.get("error", {}).get(key) for key in ("type", "code")]]
     assert "replica_lost" in codes or (path == "/v1/messages" and "api_error" in codes)
     assert ("data: [DONE]" in rest) == (path in ("/generate", "/v1/chat/completions"))
-    assert metric(client, 'amalgam_requests_refused_total{reason="replica_lost"}') == 1
+    wait_until(lambda: metric(client, 'amalgam_requests_refused_total{reason="replica_lost"}') == 1)
 
 
 def test_an_answer_that_does_not_stream_is_never_lost(client: httpx.Client, members: dict[str, ScriptedMember]) -> None:
@@ -198,7 +198,7 @@ def demo(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     config = write_demo_config(tmp_path_factory.mktemp("cluster"), derived)
     overrides = {
         "inference.max_seq_length": 256, "server.port": 0, "server.export_dir": str(tmp_path_factory.mktemp("export")),
-        "engine.rollback_answers": 0, "engine.kv_cache_bytes": 2**22, "cluster.batch_seconds": 0.001,
+        "engine.rollback_answers": 0, "engine.kv_cache_bytes": 2**22,
         "filters.rules": [{"name": "mail", "pii": ["email"], "where": ["prompts"]}],
     }  # fmt: skip
     settings = load_settings(config, overrides, {})

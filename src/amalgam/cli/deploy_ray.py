@@ -91,6 +91,8 @@ def _run(settings: Settings, address: str | None) -> int:
     from amalgam.cluster.settings import prepared
 
     settings = prepared(settings, is_local=is_local)
+    if is_local:
+        settings = _with_port(settings)
     stopping = threading.Event()
     reached = deploying.connect(address, settings)
     _address_file().parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +120,21 @@ def _run(settings: Settings, address: str | None) -> int:
     if left:
         _say(f"{left} requests were cut off.")
     return 0
+
+
+def _with_port(settings: Settings) -> Settings:
+    """A port that is free, known before the model loads and the same for a gateway that comes in the place of another.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    from amalgam.server.http.lifecycle import listen
+
+    listeners = listen(settings.server)
+    port = listeners[0].getsockname()[1]
+    for listener in listeners:
+        listener.close()
+    return settings.replace(server={**settings.server.model_dump(), "port": port})
 
 
 def _look_or_stop(settings: Settings, address: str, *, stops: bool, as_json: bool) -> int:

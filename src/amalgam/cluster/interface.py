@@ -5,7 +5,7 @@ In and out: plain values that any transport can copy. Must never know: what carr
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,6 +59,8 @@ class Noted:
 
 
 Part = Head | bytes | Noted
+Take = Callable[[Part], Awaitable[None]]  # given each part of an answer in turn; waits while there is no room for it
+Answer = Callable[[Forwarded, Take], Awaitable[None]]  # cancelled when nobody wants the answer any more
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import hashlib
 import logging
 import os
 import socket
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +26,8 @@ from amalgam.cluster.interface import (
     Forwarded,
     Head,
     Noted,
-    Part,
     ReplicaState,
+    Take,
     Weights,
 )
 from amalgam.cluster.merging import merge_saved_sets
@@ -68,19 +67,14 @@ logger = logging.getLogger("amalgam.cluster")
 
 
 class Member:
-    """A deployment that is one of several.
+    """A deployment that is one of several."""
 
-    Args:
-        batch_seconds: what the later parts of an answer wait for each other.
-    """
-
-    def __init__(self, deployment: Deployment, settings: Settings, batch_seconds: float | None = None) -> None:
+    def __init__(self, deployment: Deployment, settings: Settings) -> None:
         kept = {name: getattr(settings.server, name) for name in _KEPT}
         self._service = Service(settings.replace(server=kept), lambda: deployment)
         self._app = create_app(self._service)
         self._app.user_middleware.append(Middleware(_CallerOfGateway))  # the innermost: behind what makes a record
         self._deployment = deployment
-        self._batch_seconds = settings.cluster.batch_seconds if batch_seconds is None else batch_seconds
         self._prepared: dict[int, str] = {}  # version → the name that it is kept by until it goes live
         self._before_id: int | None = None  # the version that is pinned for all to go back to
         self._merged: tuple[str, ExpertStatistics] | None = None
@@ -106,48 +100,18 @@ class Member:
         """Release the model. Blocking."""
         self._service.close()
 
-    async def answer(self, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
-        """The answer, in groups of parts: what there is when the consumer asks, after `batch_seconds` if more may come.
-
-        Closing the generator cancels the request.
-        """
-        parts: list[Part] = []
-        has_more = asyncio.Event()
+    async def answer(self, request: Forwarded, take: Take) -> None:
+        """Give the parts of the answer to `take`, the last of them a `Noted`. To be cancelled if nobody wants it."""
         scope = _scope_of(request)
 
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                parts.append(Head(message["status"], tuple(map(tuple, message.get("headers", ())))))
+                await take(Head(message["status"], tuple(map(tuple, message.get("headers", ())))))
             elif body := message.get("body", b""):
-                parts.append(body)
-            has_more.set()
+                await take(body)
 
-        async def run() -> None:
-            try:
-                await self._app(scope, _receiver(request.body), send)
-                parts.append(_noted(scope))
-            finally:
-                has_more.set()
-
-        task = asyncio.create_task(run())
-        sent_at = 0.0
-        try:
-            while not task.done() or parts:
-                if not parts:
-                    await has_more.wait()
-                if (early := sent_at + self._batch_seconds - time.monotonic()) > 0 and not task.done():
-                    await asyncio.wait({task}, timeout=early)
-                has_more.clear()
-                group = _joined(parts)
-                parts.clear()
-                if group:
-                    yield group
-                    if any(isinstance(part, bytes) for part in group):
-                        sent_at = time.monotonic()
-            await task  # what it raised
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._app(scope, _receiver(request.body), send)
+        await take(_noted(scope))
 
     async def call(self, method: str, *args: Any) -> Any:
         """What the gateway asks for by name: a method below, or one of the deployment's. It runs in a thread.
@@ -402,17 +366,6 @@ def _receiver(body: bytes) -> Receive:
         raise AssertionError
 
     return receive
-
-
-def _joined(parts: Sequence[Part]) -> list[Part]:
-    """The same with neighbouring pieces of the body as one."""
-    found: list[Part] = []
-    for part in parts:
-        if isinstance(part, bytes) and found and isinstance(found[-1], bytes):
-            found[-1] += part
-        else:
-            found.append(part)
-    return found
 
 
 def _noted(scope: Scope) -> Noted:

@@ -38,7 +38,14 @@ def prepared(settings: Settings, *, is_local: bool) -> Settings:
     Raises:
         ConfigError: engine.num_threads is needed for replicas on other machines.
     """
-    return _with_absolute_paths(_with_threads(settings, is_local=is_local))
+    return _with_absolute_paths(_with_proxies(_with_threads(settings, is_local=is_local), is_local=is_local))
+
+
+def _with_proxies(settings: Settings, *, is_local: bool) -> Settings:
+    """Where one machine is the whole cluster, the gateway does not move, and needs nobody who finds it."""
+    if settings.cluster.proxies is not None:
+        return settings
+    return settings.replace(cluster={**settings.cluster.model_dump(), "proxies": not is_local})
 
 
 def _with_threads(settings: Settings, *, is_local: bool) -> Settings:

@@ -26,8 +26,9 @@ class ClusterSettings(Section):
     """How long it must ask for fewer before there are fewer."""
     max_imbalance: int = Field(default=8, ge=0, le=2**20)
     """Requests more than the idlest replica that one may have and still get those whose beginning it knows."""
-    batch_seconds: float = Field(default=0.02, ge=0, le=1)
-    """What a stream's tokens wait for each other on their way from a replica. The first one never waits."""
+    proxies: bool | None = None
+    """Whether Ray Serve's proxies take requests, on every machine of the cluster, and hand them to the gateway. Without
+    them the gateway takes requests itself, on its machine, which is faster. None: they do if `--address` is given."""
     health_seconds: float = Field(default=2.0, gt=0, le=3600)
     """How often a replica is asked whether it lives."""
 

@@ -163,7 +163,7 @@ class EngineSettings(Section):
     prefix_cache: bool = True
     """Whether a request uses keys and values that are there already for its beginning. Changes no answer."""
     max_queue: int = Field(default=1024, ge=1, le=2**20)
-    """Most requests waiting; more are refused with 503."""
+    """Most requests that wait beside the inference.max_batch_size that may run; more are refused with 503."""
     rollback_answers: int = Field(default=8, ge=0, le=2**20)
     """New weights that fail (NaN, an exception) before so many answers are left for those before. 0: they stay."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)

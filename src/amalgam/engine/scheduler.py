@@ -61,7 +61,7 @@ class Scheduler:
         max_batch_size: most running requests.
         max_step_tokens: most tokens in one step; longer prompts are computed in chunks.
         max_sequence_tokens: most tokens of one request, prompt and answer; limited by the pool's capacity as well.
-        max_queue: most waiting requests.
+        max_queue: most requests that wait beside those that may run.
         shares_blocks: whether requests use blocks that others have computed.
         states: slots for recurrent states, of which each running request has one; None: the model has none.
 
@@ -139,7 +139,8 @@ class Scheduler:
         Raises:
             OverloadedError: the queue is full.
         """
-        if len(self.waiting) >= self._max_queue:
+        num_free = max(0, self._max_batch_size - len(self.running))  # a burst at an idle engine need not wait for long
+        if len(self.waiting) >= self._max_queue + num_free:
             raise OverloadedError(
                 f"{len(self.waiting)} requests are waiting already, and max_queue is {self._max_queue}.",
                 remedy="Try again later.",

@@ -317,9 +317,11 @@ class Service:
             UnavailableError: see `deployment`.
             OverloadedError: the queue is full.
         """
-        max_queue = self.settings.engine.max_queue
-        if self.deployment.engine.status().num_waiting + self._num_encoding >= max_queue:
-            raise OverloadedError(f"{max_queue} requests are waiting already.", remedy="Try again later.")
+        status, settings = self.deployment.engine.status(), self.settings
+        num_free = max(0, settings.inference.max_batch_size - status.num_running)
+        num_waiting = status.num_waiting + self._num_encoding
+        if num_waiting >= settings.engine.max_queue + num_free:  # as the scheduler counts
+            raise OverloadedError(f"{num_waiting} requests are waiting already.", remedy="Try again later.")
 
     async def compile_grammar(self, grammar: Grammar) -> CompiledGrammar:
         """A grammar that an answer has to follow, made ready in a thread. Takes turns with prompts.

@@ -22,12 +22,14 @@ class Traffic:
         chances: that a guess comes true, of each kind of request; kinds come equally often.
         answer_tokens: of a request, on average.
         coverage: how often there is something to guess.
+        looking: what it takes to look for guesses, in the time of a step of one row.
     """
 
     num_streams: int
     chances: Sequence[float]
     answer_tokens: int = 200
     coverage: float = 1.0
+    looking: float = 0.0
 
 
 def simulate(
@@ -55,16 +57,21 @@ def simulate(
             for request_id, (_, left) in streams.items()
             if left > 1 and rng.random() < traffic.coverage
         ]
+        looks = mode == "always" or (mode == "adaptive" and not model.rests())
         chosen = {one.request_id: one.num_tokens for one in candidates} if mode == "always" else {}
-        if mode == "adaptive":
+        if looks and mode == "adaptive":
             chosen = model.choose(len(streams), len(streams), candidates)
         guess_seconds = costs.guess(max(chosen.values(), default=0), sum(chosen.values()))
         num_rows = len(streams) + sum(chosen.values())
         if mode == "adaptive" and chosen and not is_free:
             model.add_guess(max(chosen.values()), sum(chosen.values()), guess_seconds)
-        if mode == "adaptive":
+        looking = traffic.looking if looks else 0.0
+        elapsed += looking + guess_seconds + costs.step(num_rows)
+        num_before, num_streams = num_given, len(streams)
+        if mode == "adaptive" and looks:
             model.add_step(num_rows, costs.step(num_rows))
-        elapsed += guess_seconds + costs.step(num_rows)
+        if mode == "adaptive" and not chosen:
+            model.add_plain(num_streams, costs.step(num_rows))
         for request_id, (chance, left) in list(streams.items()):
             num_proposed = chosen.get(request_id, 0)
             num_true = 0
@@ -78,4 +85,7 @@ def simulate(
             else:
                 del streams[request_id]
                 model.forget(request_id)
+        if mode == "adaptive" and looks:
+            seconds = looking + guess_seconds + costs.step(num_rows)
+            model.add_trial(num_streams, num_rows, num_given - num_before, seconds)
     return num_given / elapsed

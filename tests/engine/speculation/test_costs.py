@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from amalgam.engine.speculation.costs import Candidate, CostModel, Experts, Fit
+from amalgam.engine.speculation.looking import Looking
 from amalgam.tools.speculation_costs import Costs, speed_up, tokens_of_step
 from tests.engine.speculation.simulation import Traffic, simulate
 
@@ -23,6 +24,8 @@ MIXES = {
     "experts, itself in 4 bits": (MOE(draft=0.35, per_row=0.01), Traffic(1, [0.9])),
     "experts that are read anyway": (MOE(per_row=0.01), Traffic(32, [0.8])),
     "experts, half of the requests copy": (MOE(per_row=0.05), Traffic(8, [0.98, 0.05])),
+    "short steps, hardly anything to copy": (Costs(per_row=0.05), Traffic(4, [0.9], coverage=0.03, looking=0.12)),
+    "short steps, much to copy": (Costs(per_row=0.05), Traffic(4, [0.9], coverage=0.6, looking=0.12)),
 }
 
 
@@ -135,8 +138,35 @@ def test_the_better_of_on_and_off_is_chosen() -> None:
     for name, (costs, traffic) in MIXES.items():
         off, on, adaptive = (simulate(costs, traffic, mode, num_steps=500) for mode in ("off", "always", "adaptive"))
         won[name] = adaptive / max(off, on)
-    assert sum(ratio > 0.97 for ratio in won.values()) >= 9, won
+    assert sum(ratio > 0.97 for ratio in won.values()) >= 11, won
     assert won["experts, half of the requests copy"] > 1.02, "neither is best: each request has its own"
+
+
+def test_looking_in_vain_takes_a_hundredth_of_the_time() -> None:
+    looking = Looking()
+    for _ in range(8):
+        looking.add_plain(2, 1.0)
+    looks = rests = 0
+    for _ in range(4000):
+        if looking.rests():
+            rests += 1
+        else:
+            looks += 1
+            looking.add_trial(2, 2, 1.25)
+    assert looking.gain == pytest.approx(0.8)
+    assert 0.005 < 0.25 * looks / (1.25 * looks + rests) < 0.013, "the last trial is without its rest"
+    for _ in range(2000):  # then it brings something
+        if not looking.rests():
+            looking.add_trial(2, 4, 1.25)
+    assert looking.gain == pytest.approx(1.6) and not looking.rests()
+
+
+def test_long_steps_are_always_looked_at() -> None:
+    looking = Looking()
+    looking.add_plain(1, 1.0)
+    for _ in range(500):
+        assert not looking.rests()
+        looking.add_trial(1, 1, 1.009)
 
 
 def test_the_arithmetic_of_one_sequence() -> None:

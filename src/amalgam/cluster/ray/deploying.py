@@ -33,7 +33,8 @@ APPLICATION = "amalgam"
 REPLICAS, GATEWAY = "Replica", "Gateway"
 OBJECT_STORE_BYTES = 128 * 2**20  # for nothing but what does not fit into a message: a re-map's list, statistics
 SHUTDOWN_SECONDS = 10.0  # beyond the drain
-QUEUE_FACTOR = 2  # Serve's own limit is above the engine's queue, which refuses in words that clients know
+MAX_CALLS = 1000  # of a replica at a time
+QUEUE_FACTOR = 2  # Serve's own limit is above the engines' queues, which refuse in words that clients know
 _POLL_SECONDS = 0.2
 
 logger = logging.getLogger("amalgam.cluster")
@@ -89,10 +90,11 @@ def connect(address: str | None, settings: Settings | None = None) -> str:
 def application(settings: Settings) -> serve.Application:
     """The gateway and its replicas, to be given to Serve."""
     cluster, engine = settings.cluster, settings.engine
+    most = cluster.replicas if cluster.max_replicas is None else cluster.max_replicas
     drain_seconds = settings.server.drain_seconds
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": engine.num_threads},
-        "max_ongoing_requests": QUEUE_FACTOR * (engine.max_queue + settings.inference.max_batch_size),
+        "max_ongoing_requests": MAX_CALLS,
         "health_check_period_s": cluster.health_seconds,
         "health_check_timeout_s": max(10.0, 5 * cluster.health_seconds),
         "graceful_shutdown_timeout_s": drain_seconds + SHUTDOWN_SECONDS,
@@ -121,7 +123,7 @@ def application(settings: Settings) -> serve.Application:
         name=GATEWAY,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=QUEUE_FACTOR * options["max_ongoing_requests"],
+        max_ongoing_requests=MAX_CALLS + QUEUE_FACTOR * most * (engine.max_queue + settings.inference.max_batch_size),
         health_check_period_s=cluster.health_seconds,
         graceful_shutdown_timeout_s=drain_seconds + SHUTDOWN_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
@@ -147,7 +149,7 @@ def deploy(settings: Settings, address: str | None, should_stop: Callable[[], bo
         )
     server = settings.server
     serve.start(
-        proxy_location="HeadOnly" if address is None else "EveryNode",
+        proxy_location=_proxies(settings, is_local=address is None),
         http_options={
             "host": server.host or "0.0.0.0",
             "port": server.port,
@@ -172,6 +174,13 @@ def deploy(settings: Settings, address: str | None, should_stop: Callable[[], bo
         with _ignoring_lost_connections():
             serve.delete(APPLICATION)
     return left
+
+
+def _proxies(settings: Settings, *, is_local: bool) -> str:
+    """Where Serve's proxies run."""
+    if not settings.cluster.proxies:
+        return "Disabled"
+    return "HeadOnly" if is_local else "EveryNode"
 
 
 def status() -> ClusterStatus:

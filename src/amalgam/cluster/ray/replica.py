@@ -6,13 +6,13 @@ In: settings, calls. Out: answers, health, load.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.util import get_node_ip_address
 
 from amalgam.base.heap import share_one_heap
-from amalgam.cluster.interface import Ask, Forwarded, Part
+from amalgam.cluster.channel import Listener
 from amalgam.cluster.member import Member
 from amalgam.config.environment import let_threads_sleep
 from amalgam.config.settings import Settings
@@ -22,6 +22,8 @@ from amalgam.server.http.logs import start_logging
 
 if TYPE_CHECKING:
     from amalgam.runtime.deployment import Deployment
+
+_POLL_SECONDS = 0.05
 
 
 class Replica:
@@ -44,20 +46,15 @@ class Replica:
 
         self.member = Member(await asyncio.to_thread(settling(load)), settings)
         await self.member.start()
-
-    async def answer(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
-        """See `Member.answer`."""
-        groups = self.member.answer(request)
-        try:
-            async for parts in groups:
-                yield parts
-        finally:
-            await groups.aclose()
+        self._listener = Listener(self.member.answer)
+        self._address = await self._listener.listen(get_node_ip_address())
 
     async def call(self, target: Any, method: str, *args: Any) -> Any:
         """See `Member.call`; errors that a user can cause are returned, for Ray changes the class of what is raised."""
         if target is not None and target.replica_id != serve.get_replica_context().replica_id.unique_id:
             return ReplicaLostError(f"The replica {target.replica_id} has gone.")
+        if method == "address":
+            return self._address
         try:
             return await self.member.call(method, *args)
         except AmalgamError as error:
@@ -72,6 +69,11 @@ class Replica:
         """What `scaling` decides by."""
         return {"requests": float(self.member.num_requests), "kv_use": self.member.state().kv_use}
 
-    def __del__(self) -> None:
-        if (member := getattr(self, "member", None)) is not None:  # it may not have been loaded
-            member.close()
+    async def __del__(self) -> None:
+        """Serve waits for calls before this, and for this until `graceful_shutdown_timeout_s` is over."""
+        if (listener := getattr(self, "_listener", None)) is not None:  # it may not have been loaded
+            while listener.num_open:  # noqa: ASYNC110 – requests tell nobody
+                await asyncio.sleep(_POLL_SECONDS)
+            await listener.close()
+        if (member := getattr(self, "member", None)) is not None:
+            await asyncio.to_thread(member.close)

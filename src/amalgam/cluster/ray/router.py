@@ -1,23 +1,19 @@
-"""Ray Serve's request router, asked for the gateway's choice.
+"""Ray Serve's request router: a call goes to the replica that it is for.
 
-In: Serve's pending requests. Out: Serve's replicas, the best first. What is best says `cluster.routing`.
+In: Serve's pending calls. Out: Serve's replicas. Requests do not pass here: `cluster.channels` has them.
 
 Serve pickles this module by value: what it shares with the gateway is reached by way of another module's name.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from amalgam.cluster.interface import Ask
 from amalgam.cluster.ray import shared
 
 
 class ReplicaRouter(RequestRouter):
-    """Sends calls to the replica that they are for, and requests where the gateway's routing says."""
+    """Sends calls to the replica that they are for."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -28,21 +24,9 @@ class ReplicaRouter(RequestRouter):
         """
         wanted = pending_request.args[0] if pending_request is not None and pending_request.args else None
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        everyone = [[replica] for replica in candidate_replicas]
-        if isinstance(wanted, shared.Target):
-            return [[by_id[wanted.replica_id]]] if wanted.replica_id in by_id else everyone
-        if isinstance(wanted, Ask) and shared.here.routing is not None:
-            order = shared.here.routing.order(wanted, list(by_id))
-            if not order:
-                shared.here.misrouted.add(wanted.id)
-            return [[by_id[replica_id]] for replica_id in order] or everyone
-        return everyone
-
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Serve has chosen, and the request is on its way."""
-        wanted = pending_request.args[0] if pending_request.args else None
-        if isinstance(wanted, Ask) and shared.here.routing is not None and wanted.id not in shared.here.misrouted:
-            shared.here.routing.routed(wanted, replica_id.unique_id, time.time() - pending_request.created_at)
+        if isinstance(wanted, shared.Target) and wanted.replica_id in by_id:
+            return [[by_id[wanted.replica_id]]]
+        return [[replica] for replica in candidate_replicas]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve tells which replicas there are."""

@@ -24,9 +24,6 @@ class Here:
 
     routing: Routing | None = None
     replica_ids: frozenset[str] = field(default_factory=frozenset)
-    misrouted: set[str] = field(
-        default_factory=set
-    )  # attempts for which there was no replica: what comes does not count
 
 
 here = Here()

@@ -1,4 +1,4 @@
-"""Calls and requests to replicas, through a Ray Serve handle.
+"""Calls to replicas through a Ray Serve handle, requests past it.
 
 In: what the gateway sends. Out: what replicas answer; a replica that has gone is a `ReplicaLostError`.
 """
@@ -10,13 +10,15 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from contextvars import Context
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from amalgam.cluster.channel import Address
+from amalgam.cluster.channels import Channels
 from amalgam.cluster.interface import Ask, Forwarded, Part
 from amalgam.cluster.ray.shared import Target, here
-from amalgam.errors import AmalgamError, OverloadedError, ReplicaLostError, UnavailableError
+from amalgam.cluster.routing import Routing
+from amalgam.errors import AmalgamError, ReplicaLostError, UnavailableError
 
 ROUTE_SECONDS = 5.0  # a call's replica may go while the call is on its way; Serve would look for it for ever
 
@@ -24,9 +26,9 @@ ROUTE_SECONDS = 5.0  # a call's replica may go while the call is on its way; Ser
 class RayTransport:
     """`interface.Transport` over a handle of the replicas' deployment."""
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], routing: Routing) -> None:
         self._calls = handle
-        self._requests = handle.options(stream=True)
+        self._channels = Channels(routing, self.ids, self._address_of)
 
     async def start(self) -> None:
         """Serve tells of replicas who has a router, and a handle gets that with its first call."""
@@ -66,27 +68,13 @@ class RayTransport:
             raise result
         return result
 
-    async def send(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
+    def send(self, ask: Ask, request: Forwarded) -> AsyncGenerator[Sequence[Part]]:
         """See `Transport.send`."""
-        response = self._requests.answer.remote(ask, request)
-        try:
-            async for parts in response:
-                if ask.id in here.misrouted:
-                    raise ReplicaLostError("There was no replica for this request at that moment.")
-                yield parts
-        except BackPressureError:
-            raise OverloadedError("All replicas have full queues.", remedy="Try again later.") from None
-        except RayActorError as error:
-            raise _lost("of this answer", error) from None
-        except TaskCancelledError as error:
-            raise _lost("of this answer", error) from None
-        except RayTaskError as error:
-            raise _as_error(error) from None
-        except RayError as error:
-            raise _lost("of this answer", error) from None
-        finally:
-            here.misrouted.discard(ask.id)
-            response.cancel()
+        return self._channels.send(ask, request)
+
+    async def _address_of(self, replica_id: str) -> Address:
+        address: Address = await self.call(replica_id, "address")
+        return address
 
 
 async def _awaited(response: Any) -> Any:

@@ -11,7 +11,8 @@ true with probability p^i.
 
 Choice: the rows of a step are shared by all requests, so guesses are chosen together. In order of their chance to come
 true they are added one by one, and the number is taken that gives most tokens in a second, none included. A request
-whose guesses are never worth it gets one now and then, or nobody would see that its text has changed.
+whose guesses are never worth it gets one now and then, or nobody would see that its text has changed. Whether it pays
+to look for guesses at all is measured as a whole: see `looking`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
+
+from amalgam.engine.speculation.looking import Looking
 
 _FADE = 0.98  # of a measurement's weight, with each later one
 _MAX_SURPRISE = 4.0
@@ -36,7 +39,6 @@ _PROBE_STEPS = 32  # without a guess, then comes one
 _MAX_CHANCE = 0.98
 _INSTANT = 1e-9  # seconds; nothing is divided by less
 _PLAIN_STEPS = 32  # with guesses, then comes one without
-_REST_STEPS = 7  # that are not looked at once nothing has paid, unless a request is new
 _FIRST_STEPS = 16  # of which every other one is without
 _SIZES = range(64)  # bit lengths of numbers of rows
 
@@ -187,7 +189,11 @@ class CostModel:
         self._records: dict[int, _Record] = {}
         self._chance = _FIRST_CHANCE
         self._num_guessing = 0  # steps since the last one without guesses
-        self._num_resting = 0  # steps that are not looked at
+        self._looking = Looking()
+
+    def rests(self) -> bool:
+        """Whether the step that begins goes without guesses: none need be looked for. To be asked once for each."""
+        return self._looking.rests()
 
     def add_step(self, num_rows: int, seconds: float, num_distinct: float | None = None) -> None:
         """A step of streams and guesses alone has been computed.
@@ -200,6 +206,21 @@ class CostModel:
         else:
             num_distinct = self._experts.predict(num_rows)
         self._step.add((num_rows, num_distinct), seconds)
+
+    def add_plain(self, num_streams: int, seconds: float) -> None:
+        """A step has been computed that had no guesses; what looking for some took is left out."""
+        self._looking.add_plain(num_streams, seconds)
+
+    def add_trial(self, num_streams: int, num_rows: int, num_given: int, seconds: float) -> None:
+        """A step for which guesses were looked for is over, of streams alone.
+
+        Args:
+            num_given: tokens that it gave.
+            seconds: that it took with all that would not have been without guesses.
+        """
+        if self._step.num_seen >= _FIRST_STEPS:
+            most = _MAX_SURPRISE * self.seconds(num_rows)  # a machine that stands still says nothing
+            self._looking.add_trial(num_streams, num_given, min(seconds, most))
 
     def add_guess(self, num_steps: int, num_tokens: int, seconds: float) -> None:
         """Guesses have been made.
@@ -244,22 +265,18 @@ class CostModel:
         if self._num_guessing >= (1 if self._step.num_seen < _FIRST_STEPS else _PLAIN_STEPS):
             self._num_guessing = 0
             return {}
-        if self._num_resting and all(one.request_id in self._records for one in candidates):
-            self._num_resting -= 1
-            for one in candidates:
-                self._records[one.request_id].num_idle += 1
-            return {}
         guesses = self._likeliest_first(candidates)
         chosen: dict[int, int] = {}
         for guess in guesses[: self._num_best(num_rows, num_streams, guesses)]:
             chosen[guess.candidate.request_id] = guess.place
         self._probe(chosen, num_rows, num_streams, candidates)
         self._num_guessing = self._num_guessing + 1 if chosen else 0
-        self._num_resting = 0 if chosen else _REST_STEPS
         return chosen
 
     def describe(self) -> Mapping[str, float]:
-        """What is known: coefficients in seconds, and the chance of a guess for a new request."""
+        """What is known: coefficients in seconds, the chance of a guess for a new request, and `gain`: tokens that come
+        with guesses in the time of one that comes without.
+        """
         constant, per_row, per_expert = self._step.coefficients
         return {
             "step_seconds": constant,
@@ -269,6 +286,7 @@ class CostModel:
             "guess_seconds_per_step": self._guess.coefficients[1],
             "guess_seconds_per_token": self._guess.coefficients[2],
             "chance": self._chance,
+            "gain": self._looking.gain,
         }
 
     def _likeliest_first(self, candidates: Sequence[Candidate]) -> list[_Guess]:

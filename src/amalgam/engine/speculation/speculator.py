@@ -44,6 +44,7 @@ class Speculator:
         self._vocab_size = vocab_size
         self._has_failed = False
         self._num_steps = 0  # that the cost model was told of
+        self._looked_at: float | None = None  # when guesses for this step were looked for; None: they were not
 
     def propose(self, plan: StepPlan, rooms: Mapping[int, int]) -> dict[int, Sequence[int]]:
         """Request id → tokens that may follow its own. Takes its time where the proposer does.
@@ -51,6 +52,7 @@ class Speculator:
         Args:
             rooms: request id → how many the step can take for it; of those that are left out, none.
         """
+        self._looked_at = None
         wanted = [
             Wanted(item.request, min(self.num_tokens, room))
             for item in plan.scheduled
@@ -58,7 +60,10 @@ class Speculator:
         ]
         if not wanted:
             return {}
-        started = time.monotonic()
+        if self.costs is not None and self.costs.rests():
+            self.counts = self.counts._replace(num_declined=self.counts.num_declined + len(wanted))
+            return {}
+        self._looked_at = started = time.monotonic()
         try:
             known = self._guess(plan, wanted)
         except Exception as error:
@@ -101,10 +106,6 @@ class Speculator:
                 accepted_at[place] += 1
             if self.costs is not None and request_id not in ended and not item.request.is_cancelled:
                 self.costs.add_outcome(request_id, len(item.proposed_ids), count)
-        if self.costs is not None and all(item.is_stream for item in plan.scheduled):
-            is_counted = self._num_steps % _COUNTED_STEPS == 0  # counting takes a while where there are many layers
-            self.costs.add_step(plan.num_tokens, seconds, count_experts() if is_counted else None)
-            self._num_steps += 1
         if num_drafts:
             self.counts = self.counts._replace(
                 num_drafts=self.counts.num_drafts + num_drafts,
@@ -112,6 +113,28 @@ class Speculator:
                 num_accepted=self.counts.num_accepted + num_accepted,
                 accepted_at=tuple(accepted_at),
             )
+        if self.costs is not None and all(item.is_stream for item in plan.scheduled):
+            self._teach(self.costs, plan, num_proposed, num_accepted, seconds, count_experts)
+
+    def _teach(
+        self,
+        costs: CostModel,
+        plan: StepPlan,
+        num_proposed: int,
+        num_accepted: int,
+        seconds: float,
+        count_experts: Callable[[], float | None],
+    ) -> None:
+        """Tell the cost model of a step of streams alone."""
+        num_streams = len(plan.scheduled)
+        if not num_proposed:
+            costs.add_plain(num_streams, seconds)
+        if self._looked_at is None:  # the less is done now, the better
+            return
+        is_counted = self._num_steps % _COUNTED_STEPS == 0  # counting takes a while where there are many layers
+        costs.add_step(plan.num_tokens, seconds, count_experts() if is_counted else None)
+        self._num_steps += 1
+        costs.add_trial(num_streams, plan.num_tokens, num_streams + num_accepted, time.monotonic() - self._looked_at)
 
     def forget(self, request_id: int) -> None:
         """A request has ended."""

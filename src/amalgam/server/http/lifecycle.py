@@ -182,6 +182,7 @@ class DrainingServer(uvicorn.Server):
     Args:
         certificate: for https; None: http.
         reload: called at SIGHUP; a ConfigError is logged, and nothing has changed then. None: SIGHUP ends the process.
+        has_lifespan: whether the application's lifespan is this server's; it may be that of whoever has made both.
     """
 
     def __init__(
@@ -190,13 +191,15 @@ class DrainingServer(uvicorn.Server):
         service: Drainable,
         certificate: Certificate | None = None,
         reload: Callable[[], None] | None = None,
+        *,
+        has_lifespan: bool = True,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 http=JSONErrorProtocol,  # on h11: httptools accepts headers of many megabytes
                 ws="none",
-                lifespan="on",
+                lifespan="on" if has_lifespan else "off",
                 log_config=None,
                 log_level="warning",
                 access_log=False,
