@@ -4,9 +4,9 @@
 
 Replicas and servers have one thread each. What is shown:
 
-    load     tokens/s of one server alone and of one replica, of two servers side by side and of two replicas, with
-             streams and without; how evenly requests were spread; milliseconds that a request for one token takes
-             through the cluster and without it, and of these the router's
+    load     tokens/s of one server alone and of one replica, of two servers side by side and of two replicas, in
+             turns, with streams and without; how evenly requests were spread; milliseconds that a request for one token
+             takes through the cluster and without it, and of these the router's
     prefix   requests with common beginnings, and how many of their tokens were found in a cache
     kill     `kill -9` of a replica that streams: which answers came whole, which were cut and say so, which were lost;
              seconds until there are as many replicas as before
@@ -228,7 +228,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.config, self.folder = arguments.config, folder
         self.seconds, self.num_clients, self.num_tokens = arguments.seconds, arguments.clients, arguments.tokens
-        self.minutes, self.replicas = arguments.minutes, arguments.replicas
+        self.minutes, self.replicas, self.rounds = arguments.minutes, arguments.replicas, arguments.rounds
         self.number = 0
 
     def log(self, name: str) -> Path:
@@ -251,16 +251,13 @@ class Bench:
         finally:
             made.stop()
 
-    def throughput(self, ports: Sequence[int], share: float) -> tuple[float, Tally]:
-        """Tokens/s of all together, with so many clients for each replica or server."""
+    def throughput(self, ports: Sequence[int], num_clients: int, share: float) -> tuple[float, Tally]:
+        """Tokens/s of all together, `num_clients` of which ask at each port; `share` of the answers stream."""
 
         async def run() -> list[tuple[Tally, float]]:
             until = after(self.seconds)
             loads = (
-                load(
-                    port, self.num_clients * 2 // len(ports), until, num_tokens=self.num_tokens, share=share, seed=port
-                )
-                for port in ports
+                load(port, num_clients, until, num_tokens=self.num_tokens, share=share, seed=port) for port in ports
             )
             return list(await asyncio.gather(*loads))
 
@@ -288,40 +285,54 @@ def latency(port: int) -> float:
 
 
 def show_load(bench: Bench) -> list[dict[str, Any]]:
+    """One replica beside a server, then two beside two. All are there, and are asked in turns."""
     rows = []
-    with bench.alone() as first:
-        alone_ms = latency(first.port)
-        one_streams, _ = bench.throughput([first.port, first.port], 1.0)
-        one_whole, _ = bench.throughput([first.port, first.port], 0.0)
-        with bench.alone() as second:
-            two_streams, _ = bench.throughput([first.port, second.port], 1.0)
-            two_whole, _ = bench.throughput([first.port, second.port], 0.0)
-    for num_replicas, streams, whole in ((1, one_streams, one_whole), (2, two_streams, two_whole)):
-        with bench.cluster("--replicas", str(num_replicas)) as cluster:
-            latency(cluster.port)  # warm
-            before = cluster.counters()
-            cluster_ms = latency(cluster.port)
-            after_ = cluster.counters()
-            router = [after_[name] - before[name] for name in
-                      ("amalgam_cluster_route_seconds_sum", "amalgam_cluster_route_seconds_count")]  # fmt: skip
-            got_streams, lost_streams = bench.throughput([cluster.port, cluster.port], 1.0)
-            got_whole, lost_whole = bench.throughput([cluster.port, cluster.port], 0.0)
-            routed = list(cluster.by_replica("requests_routed_total").values())
-        rows.append({
-            "replicas": num_replicas,
-            "servers alone, streams tok/s": streams,
-            "replicas, streams tok/s": got_streams,
-            "streams, ratio": got_streams / streams,
-            "servers alone, whole tok/s": whole,
-            "replicas, whole tok/s": got_whole,
-            "whole, ratio": got_whole / whole,
-            "one token alone ms": alone_ms,
-            "one token through ms": cluster_ms,
-            "of these router ms": router[0] / max(router[1], 1) * 1e3,
-            "busiest against even": max(routed) * len(routed) / max(sum(routed), 1),
-            "lost": len(lost_streams.lost) + len(lost_whole.lost),
-        })  # fmt: skip
+    for count in (1, 2):
+        with ExitStack() as running:
+            ports = [running.enter_context(bench.alone()).port for _ in range(count)]
+            cluster = running.enter_context(bench.cluster("--replicas", str(count)))
+            rows.append(beside(bench, ports, cluster))
     return rows
+
+
+def beside(bench: Bench, ports: Sequence[int], cluster: Cluster) -> dict[str, Any]:
+    """A cluster and as many servers as it has replicas, with as many clients for each of them."""
+    count, lost = len(ports), 0
+    latency(cluster.port)  # warm
+    before = cluster.counters()
+    through_ms, alone_ms = latency(cluster.port), latency(ports[0])
+    after_ = cluster.counters()
+    router = [after_[name] - before[name] for name in
+              ("amalgam_cluster_route_seconds_sum", "amalgam_cluster_route_seconds_count")]  # fmt: skip
+    routed_before = Counter(cluster.by_replica("requests_routed_total"))
+    row: dict[str, Any] = {"replicas": count}
+    for what, share in (("streams", 1.0), ("whole", 0.0)):
+        alone, through = [], []
+        for round_ in range(bench.rounds + 1):  # the first one warms
+            for name in ("alone", "through")[:: 1 if round_ % 2 else -1]:
+                asked, num_clients = (ports, bench.num_clients) if name == "alone" else (
+                    [cluster.port], bench.num_clients * count
+                )  # fmt: skip
+                speed, tally = bench.throughput(asked, num_clients, share)
+                lost += len(tally.lost)
+                if round_:
+                    (alone if name == "alone" else through).append(speed)
+        ratios = [mine / other for mine, other in zip(through, alone, strict=True)]
+        row |= {
+            f"servers alone, {what} tok/s": median(alone),
+            f"replicas, {what} tok/s": median(through),
+            f"{what}, ratio": median(ratios),
+            f"{what}, least": min(ratios),
+            f"{what}, most": max(ratios),
+        }
+    routed = (Counter(cluster.by_replica("requests_routed_total")) - routed_before).values()
+    return row | {
+        "one token alone ms": alone_ms,
+        "one token through ms": through_ms,
+        "of these router ms": router[0] / max(router[1], 1) * 1e3,
+        "busiest against even": max(routed) * count / sum(routed),
+        "lost": lost,
+    }
 
 
 def show_prefix(bench: Bench) -> list[dict[str, Any]]:
@@ -537,6 +548,7 @@ def main() -> int:
     parser.add_argument("--shows", nargs="+", choices=SHOWS, default=SHOWS)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--clients", type=int, default=8, help="that ask at a time; of load, for each replica")
+    parser.add_argument("--rounds", type=int, default=5, help="of load")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak")
     parser.add_argument("--replicas", type=int, nargs="+", default=[2, 3], help="of kill")
