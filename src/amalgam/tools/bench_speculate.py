@@ -27,9 +27,8 @@ from amalgam.tools.speculation_costs import Costs, speed_up
 
 CHANCES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 LENGTHS = (1, 2, 3, 4, 6, 8)
-MODES = ("off", "always", "adaptive")
-
 Mode = Literal["off", "always", "adaptive"]
+MODES: tuple[Mode, ...] = ("off", "always", "adaptive")
 
 _CODE = """def area(shape):
     if shape.kind == "circle":
@@ -188,13 +187,13 @@ def measure(
             rounds: dict[Mode, list[_Round]] = {"off": [], "always": [], "adaptive": []}
             spent: dict[Mode, SpeculationCounts] = dict.fromkeys(rounds, SpeculationCounts())
             for index in range(repeats + 1):  # the first one warms up, and lets the costs be learned
-                for mode, kept in rounds.items():
+                for mode in MODES[:: 1 if index % 2 else -1]:  # on and off change places
                     # Only while nothing runs, so that the step thread does not see the change amid a step.
                     speculator.costs = None if mode == "always" else model
                     before = speculator.counts
                     found = _run(engine, prompt_ids, count, num_tokens, guesses=mode != "off")
                     if index:
-                        kept.append(found)
+                        rounds[mode].append(found)
                         spent[mode] = _sum(spent[mode], before, speculator.counts)
                     done += 1
                     progress("rounds", done, total)

@@ -122,6 +122,19 @@ def test_a_request_that_is_given_up_gets_another_chance() -> None:
     assert 2 <= chosen.count({1: 1}) <= 4 and chosen.count({}) == 100 - chosen.count({1: 1})
 
 
+def test_a_slow_first_guess_is_not_the_last() -> None:
+    model = CostModel()
+    for _ in range(20):
+        for rows in (1, 2, 5):
+            model.add_step(rows, 1.0)
+    for _ in range(2):
+        model.add_guess(4, 4, 50.0)
+    assert model.choose(1, 1, [Candidate(1, 4)]) == {1: 4}
+    model.add_guess(4, 4, 50.0)  # the machine stood still for once
+    chosen = [model.choose(1, 1, [Candidate(1, 4)]) for _ in range(400)]
+    assert chosen.count({1: 1}) == 5, "each 32nd of those after the 256th"
+
+
 def test_long_prompts_are_not_computed_for_short_answers() -> None:
     model = CostModel()
     for _ in range(20):

@@ -6,8 +6,8 @@ what came true. Out: how many tokens to guess for each request. Must never know:
 Model: a step of `n` rows takes `a + b n + c d(n)` seconds, with `d(n)` distinct experts in a layer; guessing takes
 `e + f s + g m` with `s` steps of the draft and `m` tokens computed by it. The coefficients are not negative, fitted by
 least squares in which older measurements fade. What has never been tried, or not for long, costs nothing: so it is
-tried, and then it is known; steps without guesses are asked for now and then too. The i-th guess for a request comes
-true with probability p^i.
+tried, and then it is known; the first guesses, which are slow, do not count. Steps without guesses are asked for now
+and then too. The i-th guess for a request comes true with probability p^i.
 
 Choice: the rows of a step are shared by all requests, so guesses are chosen together. In order of their chance to come
 true they are added one by one, and the number is taken that gives most tokens in a second, none included. A request
@@ -40,6 +40,8 @@ _MAX_CHANCE = 0.98
 _INSTANT = 1e-9  # seconds; nothing is divided by less
 _PLAIN_STEPS = 32  # with guesses, then comes one without
 _FIRST_STEPS = 16  # of which every other one is without
+_COLD_GUESSES = 2  # the first ones, which find nothing in a cache and no buffers
+_RETRY_STEPS = 256  # without a guess, then what guessing has cost is no reason against one
 _SIZES = range(64)  # bit lengths of numbers of rows
 
 
@@ -189,6 +191,8 @@ class CostModel:
         self._records: dict[int, _Record] = {}
         self._chance = _FIRST_CHANCE
         self._num_guessing = 0  # steps since the last one without guesses
+        self._num_cold = 0  # guesses so far that do not count
+        self._num_untried = 0  # steps since the last guess
         self._looking = Looking()
 
     def rests(self) -> bool:
@@ -229,7 +233,11 @@ class CostModel:
             num_steps: one after another, of the draft: the longest guess.
             num_tokens: that the draft has computed.
         """
-        self._guess.add((num_steps, num_tokens), seconds)
+        self._num_untried = 0
+        if self._num_cold < _COLD_GUESSES:
+            self._num_cold += 1
+        else:
+            self._guess.add((num_steps, num_tokens), seconds)
 
     def add_outcome(self, request_id: int, num_proposed: int, num_true: int) -> None:
         """So many of a request's guesses came true, and the next one, if there was any, did not."""
@@ -314,6 +322,7 @@ class CostModel:
 
     def _probe(self, chosen: dict[int, int], num_rows: int, num_streams: int, candidates: Sequence[Candidate]) -> None:
         """One guess for each request that has not been given any for long, if one that is right would pay."""
+        self._num_untried += 1
         due = []
         for one in candidates:
             record = self._records.setdefault(one.request_id, _Record())
@@ -323,7 +332,7 @@ class CostModel:
         if not due:
             return
         before, after = self.seconds(num_rows), self.seconds(num_rows + 1)
-        more = after - before + self._guess.predict(1, 1)
+        more = after - before + (self._guess.predict(1, 1) if self._num_untried < _RETRY_STEPS else 0.0)
         for one in due:
             self._records[one.request_id].num_idle = 0
             if more * num_streams < before:  # a token of the step takes so long

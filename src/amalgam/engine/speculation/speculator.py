@@ -53,15 +53,16 @@ class Speculator:
             rooms: request id → how many the step can take for it; of those that are left out, none.
         """
         self._looked_at = None
+        if self.costs is not None and self.costs.rests():  # before anything else: a step may take no millisecond
+            num = sum(item.request.params.speculate and item.request.request_id in rooms for item in plan.scheduled)
+            self.counts = self.counts._replace(num_declined=self.counts.num_declined + num)
+            return {}
         wanted = [
             Wanted(item.request, min(self.num_tokens, room))
             for item in plan.scheduled
             if item.request.params.speculate and (room := rooms.get(item.request.request_id, 0)) > 0
         ]
         if not wanted:
-            return {}
-        if self.costs is not None and self.costs.rests():
-            self.counts = self.counts._replace(num_declined=self.counts.num_declined + len(wanted))
             return {}
         self._looked_at = started = time.monotonic()
         try:
