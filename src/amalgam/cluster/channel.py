@@ -1,7 +1,7 @@
 """One connection between a gateway and a replica, for all requests to it and all of their answers.
 
-In: requests at one end, parts of answers at the other. Out: the same at the opposite end. Must never know: what answers,
-which replica is best.
+In: requests at one end, parts of answers at the other. Out: the same at the opposite end. Must never know: what
+answers, which replica is best.
 
 A frame is the length of its content, the number of a request, a kind (9 bytes, little-endian) and the content. The
 first one that a gateway sends is the replica's secret, which it has from elsewhere: whoever does not know it is cut
