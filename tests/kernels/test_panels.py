@@ -164,6 +164,17 @@ def test_wide_activations_for_integer_weights() -> None:
             assert error(linear(x, packed), exact(x, weight)) < TOLERANCE[torch.bfloat16], (name, rows)
 
 
+@pytest.mark.parametrize("shape", [(33, 200), BLOCKS, (7, 1000)])
+@pytest.mark.usefixtures("isa")
+def test_weights_are_rounded_to_bf16_and_nothing_else(shape: tuple[int, int]) -> None:
+    """With one input at a time, bf16 activations show what each weight has become."""
+    x = torch.eye(shape[1], dtype=torch.bfloat16)
+    for name, weight in every_layout(shape).items():
+        if name.startswith(QUANTIZED):
+            found = linear(x, prepare(weight, activation="bf16"))
+            assert torch.equal(found, weight.dequantize(torch.float32).T.to(torch.bfloat16)), name
+
+
 def quantize_activations(x: Tensor, chunk: int) -> Tensor:
     """What int8 activations stand for, in float64: symmetric, per token and chunk."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % chunk)).view(x.shape[0], -1, chunk)

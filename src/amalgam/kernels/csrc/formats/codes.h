@@ -98,6 +98,7 @@ struct CodeLoader {
 template <class F, int kBits>
 struct CodeFormat : LineFormat<F, kBits> {
     using Lines = CodeLines<kBits>;
+    using Quads = Lines;
     static constexpr Operand kOperand = Operand::kInt8;
     static constexpr bool kHasScale = true, kIsCodes = true, kIsBytes = true;
     static constexpr int64_t kDirectRows = kAnyRows;

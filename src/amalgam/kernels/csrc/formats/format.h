@@ -6,7 +6,9 @@
 
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
+#include "formats/quads.h"
 #include "isa/isa.h"
 #include "product/matrix.h"
 #include "product/tile.h"
@@ -15,49 +17,6 @@ namespace amalgam {
 namespace {
 
 constexpr int64_t kAnyRows = std::numeric_limits<int64_t>::max();
-
-// What turns the codes of one group or part of a panel into values, a float per lane: value = scale * (code - zero),
-// or scale * code + minimum, or scale * table[code].
-struct GroupValues {
-    alignas(64) float scale[kPanelRows] = {};
-    alignas(64) float zero[kPanelRows] = {};
-    alignas(64) float minimum[kPanelRows] = {};
-    int64_t index = -1;
-
-    template <class F>
-    void load(const Matrix& w, int64_t panel, int64_t wanted) {
-        if (index == wanted) return;
-        index = wanted;
-        const int64_t group = F::kPart > 0 ? wanted * F::kPart / w.group : wanted, at = panel * w.num_groups + group;
-        if (w.scale_lanes == 1) {
-            widen_all(advance(w.scale, w.scale_dtype, at), w.scale_dtype, 1, scale);
-            for (int lane = 1; lane < kPanelRows; ++lane) scale[lane] = scale[0];
-        } else {
-            widen_all(advance(w.scale, w.scale_dtype, at * kPanelRows), w.scale_dtype, kPanelRows, scale);
-        }
-        if (w.factor != 1.0f || w.divisor != 1.0f) {
-            for (float& value : scale) value = value * w.factor / w.divisor;
-        }
-        for (int lane = 0; lane < kPanelRows; ++lane) {
-            zero[lane] =
-                w.zero != nullptr ? static_cast<float>(w.zero[at * kPanelRows + lane]) : static_cast<float>(F::kZero);
-        }
-        if (w.offset != nullptr) {
-            float* to = w.offset_kind == Offset::kZero ? zero : minimum;
-            widen_all(advance(w.offset, w.scale_dtype, at * kPanelRows), w.scale_dtype, kPanelRows, to);
-        }
-        if constexpr (F::kPart > 0) {
-            const uint8_t* pair = w.parts + (panel * w.num_pairs() + wanted / 2) * F::kPairBytes;
-            for (int lane = 0; lane < kPanelRows; ++lane) {
-                const int which = static_cast<int>(wanted % 2);
-                scale[lane] *= static_cast<float>(F::part_scale(pair, lane, which));
-                if constexpr (F::kTakesOffset) {
-                    minimum[lane] *= -static_cast<float>(F::part_minimum(pair, lane, which));
-                }
-            }
-        }
-    }
-};
 
 // F: the format itself, which redefines what is different and adds
 //
@@ -86,6 +45,7 @@ struct LineFormat {
     static constexpr int64_t kDirectRows = 0;        // most rows that multiply the lines as they are, unexpanded
     static constexpr bool kHasRest = false;          // whether lines leave something out, which add_rest adds
     static constexpr int kByteLines = 0;             // lines of unsigned bytes that a line becomes; 0: there are none
+    using Quads = void;                              // how four codes of all rows are read at a time (quads.h)
 
     // --- Packing ---
 
@@ -120,6 +80,11 @@ struct LineFormat {
     // Packed inputs [first, end) of a panel as the lines of a bf16 panel: unscaled, and integers below 256 are exact;
     // or values that are rounded, where the weight is_scaled_by_value.
     static void expand_pairs(const Matrix& w, int64_t panel, int64_t first, int64_t end, uint8_t* out) {
+        if constexpr (!std::is_void_v<typename F::Quads>) {
+            const int64_t rest = expand_quads<F>(w, panel, first, end, out);
+            out += (rest - first) / 2 * kLineBytes;
+            first = rest;
+        }
         const uint8_t* lines = w.panel(panel);
         const bool is_scaled = w.is_scaled_by_value();
         const int64_t shared = F::kPart > 0 ? F::kPart : w.group;

@@ -22,6 +22,7 @@ struct Int4 : LineFormat<Int4, 4> {
     static constexpr int kChainRows = 1;
     static constexpr int kLargest = 15;
     using Lines = CodeLines<4>;
+    using Quads = Lines;
     using Loader = CodeLoader<4>;
     static Partial dot(const Partial& sum, const Bytes& w, Operand4 x) { return dot_codes(sum, w, x); }
 

@@ -16,6 +16,14 @@ struct Int8 : LineFormat<Int8, 8> {
     static constexpr int64_t kDirectRows = kAnyRows;
     static constexpr int kDotsPerLine = 1, kByteLines = 1;
 
+    struct Quads {
+        static constexpr int kStep = 4, kLines = 1;
+        template <int>
+        static Bytes quad(const uint8_t* line) {
+            return load_bytes(line);
+        }
+    };
+
     static constexpr int shift(int64_t p) { return static_cast<int>(p % 4 * 8); }
     static float decode(uint32_t code, float zero) { return static_cast<float>(static_cast<int32_t>(code)) - zero; }
 

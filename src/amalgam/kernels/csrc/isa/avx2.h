@@ -196,6 +196,34 @@ inline __m256 widen_eight(const void* p, DType dtype, int half) {
 inline Floats load_scales(const void* p, DType dtype) { return {widen_eight(p, dtype, 0), widen_eight(p, dtype, 1)}; }
 
 inline Pairs load_pairs(const uint8_t* line) { return load_words(line); }
+template <int kByte, bool kIsSigned>
+inline Ints byte_of(Bytes v) {
+    const auto byte = [](__m256i x) {
+        const __m256i high = kByte == 3 ? x : _mm256_slli_epi32(x, 24 - 8 * kByte);
+        return kIsSigned ? _mm256_srai_epi32(high, 24) : _mm256_srli_epi32(high, 24);
+    };
+    return {byte(v.a), byte(v.b)};
+}
+inline __m256i join_bits(__m256i first, __m256i second) {  // the high halves of both
+    return _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xaa);
+}
+inline Pairs join_exact(Floats first, Floats second) {
+    return {join_bits(_mm256_castps_si256(first.a), _mm256_castps_si256(second.a)),
+            join_bits(_mm256_castps_si256(first.b), _mm256_castps_si256(second.b))};
+}
+// Rounded to bfloat16, in the high half of each lane.
+inline __m256i rounded_high(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, is_nan));
+}
+inline Pairs join_rounded(Floats first, Floats second) {
+    return {join_bits(rounded_high(first.a), rounded_high(second.a)),
+            join_bits(rounded_high(first.b), rounded_high(second.b))};
+}
 inline void store_pairs(uint8_t* line, Pairs v) {
     auto* p = reinterpret_cast<__m256i*>(line);
     _mm256_store_si256(p, v.a);
@@ -395,15 +423,7 @@ inline Floats zero_below(Floats v, Floats x, float limit) {
 }
 inline Floats store_bfloat16(float* out, Floats v) {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-    const auto round = [&](__m256 x) {
-        const __m256i bits = _mm256_castps_si256(x);
-        const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
-        const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-        const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-        return _mm256_and_si256(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, is_nan)), high);
-    };
-    const __m256i a = round(v.a), b = round(v.b);
+    const __m256i a = _mm256_and_si256(rounded_high(v.a), high), b = _mm256_and_si256(rounded_high(v.b), high);
     const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xd8));
     return {_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)};

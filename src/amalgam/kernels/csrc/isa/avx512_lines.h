@@ -125,6 +125,29 @@ inline Floats load_scales(const void* p, DType dtype) {
 inline Pairs load_pairs(const uint8_t* line) { return _mm512_load_si512(line); }
 inline void store_pairs(uint8_t* line, Pairs v) { _mm512_store_si512(line, v); }
 
+template <int kByte, bool kIsSigned>
+inline Ints byte_of(Bytes v) {
+    if constexpr (kIsSigned) return _mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * kByte), 24);
+    if constexpr (kByte == 3) return _mm512_srli_epi32(v, 24);
+    return _mm512_and_si512(_mm512_srli_epi32(v, 8 * kByte), _mm512_set1_epi32(255));
+}
+inline Pairs join_bits(__m512i first, __m512i second) {  // the high halves of both
+    const __m512i low = _mm512_set1_epi32(0xffff);
+    return _mm512_ternarylogic_epi32(low, _mm512_srli_epi32(first, 16), second, 0xca);
+}
+inline Pairs join_exact(Floats first, Floats second) {
+    return join_bits(_mm512_castps_si512(first), _mm512_castps_si512(second));
+}
+// Rounded to bfloat16, in the high half of each lane.
+inline __m512i rounded_high(Floats v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(nearest, is_nan, _mm512_set1_epi32(0x7fc00000));
+}
+inline Pairs join_rounded(Floats first, Floats second) { return join_bits(rounded_high(first), rounded_high(second)); }
+
 // A code in the high byte of each word → bfloat16 of its value / 256, for normal numbers: exponent and mantissa move
 // into place, and what the new exponent has in addition never carries, so that an OR sets it.
 inline __m512i fp8_normal(__m512i code) {

@@ -16,11 +16,7 @@ inline Floats dot_pairs(Floats sum, Pairs w, Operand4 x) {
 }
 
 inline Floats store_bfloat16(float* out, Floats v) {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i rounded = _mm512_mask_mov_epi32(nearest, is_nan, _mm512_set1_epi32(0x7fc00000));
+    const __m512i rounded = rounded_high(v);
     _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
     return second_of_pairs(rounded);
 }

@@ -225,6 +225,31 @@ inline Pairs load_pairs(const uint8_t* line) {
     return result;
 }
 inline void store_pairs(uint8_t* line, const Pairs& v) { std::memcpy(line, v.lane, sizeof v); }
+// Byte kByte of each lane.
+template <int kByte, bool kIsSigned>
+inline Ints byte_of(const Bytes& v) {
+    Ints result;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        const int8_t byte = v.byte[4 * lane + kByte];
+        result.lane[lane] = kIsSigned ? byte : static_cast<uint8_t>(byte);
+    }
+    return result;
+}
+// Two of each lane as bfloat16: to nearest, ties to even; or that are integers below 256, and so are exact.
+inline Pairs join_rounded(const Floats& first, const Floats& second) {
+    Pairs result;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        result.lane[lane] = bfloat16_bits(first.lane[lane]) | uint32_t{bfloat16_bits(second.lane[lane])} << 16;
+    }
+    return result;
+}
+inline Pairs join_exact(const Floats& first, const Floats& second) {
+    Pairs result;
+    for (int lane = 0; lane < kPanelRows; ++lane) {
+        result.lane[lane] = as_bits(first.lane[lane]) >> 16 | (as_bits(second.lane[lane]) & 0xffff0000);
+    }
+    return result;
+}
 // sum[lane] = (sum[lane] + w1 x1) + w0 x0: the order of vdpbf16ps. The products are exact.
 inline Floats dot_pairs(const Floats& sum, const Pairs& w, Operand4 x) {
     const float second = as_float(x.word & 0xffff0000), first = as_float(x.word << 16);

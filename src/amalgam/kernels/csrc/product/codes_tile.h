@@ -4,9 +4,8 @@
 // multiplied by the part's integer scale; a chunk's sum joins the total as in tiles.h. All integers are exact.
 #pragma once
 
-#include <utility>
-
 #include "formats/table.h"
+#include "product/each.h"
 #include "product/tile.h"
 
 namespace amalgam {
@@ -17,16 +16,6 @@ template <class F>
 constexpr int partial_quads() {
     constexpr int64_t kFitting = kLargestPartial / (2 * 127 * F::kLargest);
     return kFitting >= 8 ? 8 : kFitting >= 4 ? 4 : kFitting >= 2 ? 2 : 1;
-}
-
-// function(0), function(1), ... as constants.
-template <class Function, int... kIndices>
-inline void each(std::integer_sequence<int, kIndices...>, Function&& function) {
-    (function(std::integral_constant<int, kIndices>{}), ...);
-}
-template <int kCount, class Function>
-inline void each(Function&& function) {
-    each(std::make_integer_sequence<int, kCount>{}, std::forward<Function>(function));
 }
 
 template <int M>
