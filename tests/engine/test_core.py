@@ -354,7 +354,7 @@ class TestRefusals:
         assert is_at_rest(engine)
 
     def test_a_full_queue(self, make_engine, submit):
-        engine = make_engine(starts=False, max_queue=2)
+        engine = make_engine(starts=False, max_queue=1, max_batch_size=1)
         outputs = [submit(engine, [5]), submit(engine, [6])]
         with pytest.raises(OverloadedError):
             submit(engine, [7])

@@ -258,11 +258,14 @@ def test_an_answer_ends_where_the_sequence_must():
 
 
 def test_the_queue_has_a_limit():
-    scheduler = make_scheduler(max_queue=2)
-    for request_id in (1, 2):
+    scheduler = make_scheduler(max_queue=2, max_batch_size=3)
+    for request_id in range(5):  # three that may run in the next step, and two that wait
         scheduler.add(make_request(request_id, num_prompt=4))
     with raises(OverloadedError, "max_queue", 2):
-        scheduler.add(make_request(3, num_prompt=4))
+        scheduler.add(make_request(5, num_prompt=4))
+    Simulation(scheduler).step()
+    with raises(OverloadedError, "max_queue", 2):
+        scheduler.add(make_request(6, num_prompt=4))
 
 
 def test_a_request_that_leaves_frees_its_blocks_at_once():

@@ -51,7 +51,7 @@ class Stand:
 
 @pytest.fixture
 def stand() -> Iterator[Stand]:
-    settings = fake_settings(port=0).replace(engine={"max_queue": QUEUE})
+    settings = fake_settings(port=0).replace(engine={"max_queue": QUEUE - 1}, inference={"max_batch_size": 1})
     deployment = FakeDeployment(QueueingEngine(max_queue=10**6))
     service = Service(settings, lambda: deployment)
     listeners = listen(settings.server)
