@@ -318,10 +318,14 @@ def _command(api_key: str) -> list[str]:
 
 def _client() -> dict[str, Any]:
     from amalgam.base.machine import detect_machine
-    from amalgam.version import __version__
+    from amalgam.version import __version__, commit
 
     machine = detect_machine()
-    return {"version": __version__, "client": {"processor": machine.processor, "cores": machine.cores}}
+    return {
+        "version": __version__,
+        "commit": commit(),
+        "client": {"processor": machine.processor, "cores": machine.cores},
+    }
 
 
 def _write(benchmark: Benchmark, out: Path | None, records: Path | None) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ from amalgam.runtime.device import choose_device
 from amalgam.runtime.threads import set_threads
 from amalgam.text.parts import TokenizerParts
 from amalgam.text.tokenizer import Tokenizer
+from amalgam.version import commit as commit
 
 PROMPT_LENGTHS = (128, 512)
 BATCH_SIZES = (1, 8, 16)
@@ -396,12 +396,3 @@ def _cpu_models() -> Iterator[str]:
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 yield line.partition(":")[2].strip()
-
-
-def commit() -> str:
-    """The checked-out commit of the project, empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
