@@ -84,6 +84,24 @@ def test_many_answers_at_a_time_keep_their_order() -> None:
     run(answer, use)
 
 
+def test_an_answer_is_whole_for_who_is_slow() -> None:
+    async def answer(request: Forwarded, take: Take) -> None:
+        await take(HEAD)
+        await asyncio.sleep(0.01)
+        await take(b"the end")
+        await take(NOTED)
+
+    async def use(channel: Channel, listener: Listener) -> None:
+        parts: list[Part] = []
+        async for group in channel.ask(REQUEST):
+            parts += group
+            await until(lambda: listener.num_open == 0)
+            await asyncio.sleep(0.05)  # all of it has come meanwhile
+        assert parts == [HEAD, b"the end", NOTED]
+
+    run(answer, use)
+
+
 def test_what_is_wanted_no_more_is_cancelled_there_and_nothing_else() -> None:
     async def answer(request: Forwarded, take: Take) -> None:
         await take(HEAD)

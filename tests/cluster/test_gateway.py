@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,25 @@ def test_a_stream_that_has_not_begun_goes_to_another_replica(
     assert answer.text == "data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
     assert [member.is_dead for member in members.values()].count(True) == 1
     assert metric(client, "amalgam_cluster_requests_resent_total") == 1
+
+
+def test_a_replica_that_is_said_to_be_gone_before_the_routing_knows(
+    members: dict[str, ScriptedMember], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then requests wait, and nothing else does."""
+    with serving(fake_settings(port=0), members) as client:
+        monkeypatch.setattr("amalgam.cluster.gateway.LOOK_SECONDS", 3600.0)  # no more looks at the replicas
+        gone = dict(members)
+        time.sleep(0.5)
+        members.clear()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.post, "/generate", json={"prompt": "x", "stream": True})
+            time.sleep(0.2)
+            assert client.get("/health").status_code == 200
+            assert not answer.done()
+            members |= gone
+            assert answer.result().text == "data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
+        assert metric(client, "amalgam_cluster_requests_resent_total") == 0
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/v1/messages", "/v1/responses"])

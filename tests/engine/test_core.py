@@ -19,6 +19,7 @@ from amalgam.config.settings import StatisticsSettings
 from amalgam.engine.params import SamplingParams, ThinkingLimit
 from amalgam.engine.request import FinishReason, Observation
 from amalgam.engine.scheduler import Scheduler
+from amalgam.engine.speculation.costs import CostModel
 from amalgam.engine.speculation.speculator import Speculator
 from amalgam.errors import OverloadedError, PromptTooLongError, RequestError, UnavailableError
 from amalgam.experts.tracker import ExpertTracker
@@ -239,6 +240,19 @@ class TestProposals:
         params = replace(GREEDY, max_new_tokens=15)
         assert engine.generate([[5]], params)[0].token_ids == greedy_tokens([5], 15)
         assert 0 < engine.meter.read().speculation.num_proposed == proposer.num_computed
+
+    def test_a_step_that_has_no_room_for_guesses_is_not_taken_for_one_that_looked(self, make_engine):
+        class Counting(CostModel):
+            num_trials = 0
+
+            def add_trial(self, *figures):
+                self.num_trials += 1
+
+        costs = Counting()
+        speculator = Speculator("function", FunctionProposer(lambda token_ids: ()), 8, VOCAB_SIZE, costs)
+        engine = make_engine(speculator=speculator)
+        assert engine.generate([[5]], GREEDY)[0].token_ids == greedy_tokens([5], 12)
+        assert costs.num_trials == 11, "the last of 12 steps has no room"
 
     def test_callers_do_not_wait_for_a_guess(self, make_engine):
         is_guessing, may_go_on = threading.Event(), threading.Event()

@@ -27,9 +27,7 @@ from amalgam.errors import AmalgamError, ReplicaLostError, UnavailableError
 
 CONNECT_SECONDS = 5.0
 SECRET_SECONDS = 5.0  # that whoever connects has to show the secret
-SILENT_SECONDS = (
-    10  # of a machine that answers nothing any more, before it is asked; then as long again until it is lost
-)
+SILENT_SECONDS = 10  # of a machine until it is asked whether it is there; without an answer for as long it is lost
 MOST_UNSENT = 2**16  # bytes that wait for the end of a round
 _FRAME = struct.Struct("<IIB")
 _LENGTH = struct.Struct("<I")
@@ -134,7 +132,8 @@ class _Connection(asyncio.Protocol):
         await self._may_write.wait()
 
     def close(self) -> None:
-        """Close it when all has been written. Harmless when repeated."""
+        """Write what is unsent, and read nothing more. Harmless when repeated."""
+        self.is_open = False
         if self._transport is not None:
             self.flush()
             self._transport.close()
@@ -168,9 +167,13 @@ class Listener:
         """End all connections, and with them what is not answered yet."""
         if self._server is not None:
             self._server.close()
-        for connection in list(self._connections):
+        answering, connections = list(self._answering), list(self._connections)
+        for connection in connections:
             connection.close()
-        await asyncio.gather(*self._answering, return_exceptions=True)
+        await asyncio.sleep(0)  # what has been written leaves, where the other end reads
+        for task in answering:
+            task.cancel()
+        await asyncio.gather(*answering, return_exceptions=True)
 
     def _accept(self) -> _Connection:
         tasks: dict[int, asyncio.Task[None]] = {}
@@ -180,8 +183,9 @@ class Listener:
             nonlocal is_known
             if not is_known:
                 is_known = kind == _Kind.SECRET and secrets.compare_digest(content, self._secret)
-                connection.most_bytes = None
-                if not is_known:
+                if is_known:
+                    connection.most_bytes = None
+                else:
                     connection.close()
             elif kind == _Kind.REQUEST:
                 task = asyncio.create_task(self._run(connection, number, _forwarded(content)))
@@ -268,7 +272,7 @@ class Channel:
         asked = self._asked[number] = _Asked()
         self._connection.send(_Kind.REQUEST, number, *_request(request))
         try:
-            while not asked.has_ended:
+            while asked.parts or not asked.has_ended:  # it may end while whoever reads it waits
                 await asked.has_more.wait()
                 asked.has_more.clear()
                 parts, asked.parts = asked.parts, []
@@ -360,8 +364,12 @@ def _pairs(headers: Sequence[Sequence[str]]) -> tuple[tuple[bytes, bytes], ...]:
 
 
 def _watch_for_silence(connected: socket.socket) -> None:
-    """Have the system ask a machine that is silent whether it is still there: one without power closes nothing."""
+    """Have the system notice a machine that is silent, since one without power closes nothing."""
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", SILENT_SECONDS), ("TCP_KEEPINTVL", SILENT_SECONDS // 5), ("TCP_KEEPCNT", 5)):
-        if hasattr(socket, name):
+    options = {
+        "TCP_KEEPIDLE": SILENT_SECONDS, "TCP_KEEPINTVL": SILENT_SECONDS // 5, "TCP_KEEPCNT": 5,
+        "TCP_USER_TIMEOUT": 2 * SILENT_SECONDS * 1000,  # nobody is asked while what was sent is not acknowledged
+    }  # fmt: skip
+    for name, value in options.items():
+        if hasattr(socket, name):  # not every system has all of them
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -45,14 +45,6 @@ class Channels:
             async for parts in groups:
                 yield parts
 
-    def close(self) -> None:
-        """End all channels, and what is under way on them."""
-        for opening in self._opening.values():
-            if _is_open(opening):
-                opening.result().close()
-            else:
-                opening.cancel()
-
     async def _to(self, replica_id: str) -> Channel:
         """The channel to a replica; all that want it wait for the same one.
 

@@ -204,7 +204,10 @@ class Forwarding:
                     self._counts.num_cut += 1
                     await answer.cut(lost_midway())
                     return
-                self._counts.num_resent += 1
+                if replica_id is None:  # who says which replicas there are knew of it before the routing
+                    await asyncio.sleep(_POLL_SECONDS)
+                else:
+                    self._counts.num_resent += 1
             finally:
                 self._routing.ended(ask)
 

@@ -142,7 +142,8 @@ class Scheduler:
         num_free = max(0, self._max_batch_size - len(self.running))  # a burst at an idle engine need not wait for long
         if len(self.waiting) >= self._max_queue + num_free:
             raise OverloadedError(
-                f"{len(self.waiting)} requests are waiting already, and max_queue is {self._max_queue}.",
+                f"{len(self.waiting)} requests are waiting already, and max_queue is {self._max_queue} beside "
+                f"{num_free} that may run.",
                 remedy="Try again later.",
             )
 

@@ -176,7 +176,7 @@ def configuration() -> str:
         ]
         for info in settings:
             if info.key.startswith(f"{name}."):
-                kind, meaning = (text.replace("|", "\\|") for text in (info.kind, info.description))
+                kind, meaning = (text.replace("|", "\\|") for text in (info.kind, " ".join(info.description.split())))
                 default = "required" if info.is_required else _default(info.default)
                 rows.append(f"| `{info.key}` | {kind} | {default} | {meaning} | `{info.environment}` |")
         sections.append("\n".join(rows) + "\n")

@@ -18,7 +18,7 @@ from amalgam.cluster.ray.shared import here
 from amalgam.cluster.ray.transport import RayTransport
 from amalgam.cluster.routing import Routing
 from amalgam.config.settings import Settings
-from amalgam.errors import ConfigError
+from amalgam.errors import ConfigError, UnavailableError
 from amalgam.server.http.lifecycle import DrainingServer, listen, raise_descriptor_limit, url_of
 from amalgam.server.http.logs import start_logging
 from amalgam.server.http.tls import certificate_of
@@ -47,6 +47,8 @@ class ServeGateway:
         """Serve puts another gateway in the place of one that cannot go on."""
         if (failure := self._gateway.service.failure) is not None:
             raise failure
+        if self._own is not None:
+            self._own.check()
 
     async def is_ready(self) -> bool:
         """Whether requests are taken."""
@@ -62,6 +64,7 @@ class ServeGateway:
         return service.num_active
 
     async def __del__(self) -> None:
+        """Serve ends the application before: who ends the cluster in order has drained it."""
         if (own := getattr(self, "_own", None)) is not None:
             await own.stop()
 
@@ -94,6 +97,14 @@ class OwnServer:
             logger.info("listening on %s", url_of(listener, "", "http" if certificate is None else "https"))
         server = DrainingServer(gateway, gateway.service, certificate, has_lifespan=False)
         return cls(server, asyncio.create_task(server.serve(sockets=listeners)))
+
+    def check(self) -> None:
+        """
+        Raises:
+            UnavailableError: nobody listens any more.
+        """
+        if self._running.done():
+            raise UnavailableError("The gateway's server has ended.")
 
     async def stop(self) -> None:
         """Close the port, and connections when their answers have left."""

@@ -114,8 +114,9 @@ class Speculator:
                 num_accepted=self.counts.num_accepted + num_accepted,
                 accepted_at=tuple(accepted_at),
             )
+        looked_at, self._looked_at = self._looked_at, None  # a step without room for guesses is not asked for any
         if self.costs is not None and all(item.is_stream for item in plan.scheduled):
-            self._teach(self.costs, plan, num_proposed, num_accepted, seconds, count_experts)
+            self._teach(self.costs, plan, num_proposed, num_accepted, seconds, looked_at, count_experts)
 
     def _teach(
         self,
@@ -124,18 +125,19 @@ class Speculator:
         num_proposed: int,
         num_accepted: int,
         seconds: float,
+        looked_at: float | None,
         count_experts: Callable[[], float | None],
     ) -> None:
         """Tell the cost model of a step of streams alone."""
         num_streams = len(plan.scheduled)
         if not num_proposed:
             costs.add_plain(num_streams, seconds)
-        if self._looked_at is None:  # the less is done now, the better
+        if looked_at is None:  # the less is done now, the better
             return
         is_counted = self._num_steps % _COUNTED_STEPS == 0  # counting takes a while where there are many layers
         costs.add_step(plan.num_tokens, seconds, count_experts() if is_counted else None)
         self._num_steps += 1
-        costs.add_trial(num_streams, plan.num_tokens, num_streams + num_accepted, time.monotonic() - self._looked_at)
+        costs.add_trial(num_streams, plan.num_tokens, num_streams + num_accepted, time.monotonic() - looked_at)
 
     def forget(self, request_id: int) -> None:
         """A request has ended."""
