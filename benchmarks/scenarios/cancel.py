@@ -38,6 +38,8 @@ async def _cancel(server: Running, num_requests: int) -> list[Document]:
     """What there is after the first `BEFORE` requests, then after each `EVERY`; numbers of requests are added up."""
     rows: list[Document] = []
     left: list[Answer] = []
+    # The largest step there is, for which the kernels take their buffers.
+    check(await closed_loop(server.address, [Request(text(96, seed), 4) for seed in range(MAX_SEQUENCES)], MAX_SEQUENCES))
     for seed, size in enumerate(_sizes(num_requests)):
         client = _Leaving(seed)
         requests = [Request(prompt, 64) for prompt in texts((8, 16, 32), size, seed)]
