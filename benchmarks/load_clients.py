@@ -38,7 +38,11 @@ FIRST_MS, GAP_MS, SLOTS = 50.0, 10.0, 8  # of the simulated server
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked: so many clients, each of which asks again when it has its answer."""
+    """What is asked: by so many clients, each of which asks again when it has its answer; or at a constant rate.
+
+    Attributes:
+        rate: requests a second, however many are under way; None: by clients.
+    """
 
     url: str
     model: str
@@ -47,6 +51,7 @@ class Load:
     requests: int
     prompt_tokens: int
     output_tokens: int
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,10 @@ class Figures:
 
 
 def ours(_: str, load: Load, folder: Path) -> Figures:
+    form = f"--rate {load.rate} --arrivals constant" if load.rate else f"--concurrency {load.clients}"
     [point] = bench_serve(
         load.url,
-        *f"--model {load.model} --tokenizer {load.tokenizer} --concurrency {load.clients}".split(),
+        *f"--model {load.model} --tokenizer {load.tokenizer} {form}".split(),
         *f"--requests {load.requests} --warmup {load.clients}".split(),
         *f"--prompt-tokens {load.prompt_tokens} --output-tokens {load.output_tokens}".split(),
     )["points"]
@@ -73,10 +79,11 @@ def ours(_: str, load: Load, folder: Path) -> Figures:
 
 
 def aiperf(program: str, load: Load, folder: Path) -> Figures:
+    form = f"--request-rate {load.rate} --request-rate-mode constant" if load.rate else f"--concurrency {load.clients}"
     run(
         program, "profile", "--url", load.url, "--model", load.model, "--tokenizer", str(load.tokenizer),
         *["--endpoint-type", "completions", "--streaming", "--ui", "none", "--extra-inputs", "ignore_eos:true"],
-        *f"--concurrency {load.clients} --request-count {load.requests}".split(),
+        *f"{form} --request-count {load.requests}".split(),
         *f"--warmup-request-count {load.clients} --isl {load.prompt_tokens} --osl {load.output_tokens}".split(),
         *f"--random-seed {time.time_ns() % 10**6} --artifact-dir {folder}".split(),
     )  # fmt: skip
@@ -89,7 +96,7 @@ def guidellm(program: str, load: Load, folder: Path) -> Figures:
     run(
         program, "run", "--disable-console",
         "--backend", f"kind=openai_http,target={load.url},model={load.model},request_format=/v1/completions",
-        "--profile", f"kind=concurrent,streams={load.clients}",
+        "--profile", f"kind=constant,rate={load.rate}" if load.rate else f"kind=concurrent,streams={load.clients}",
         "--constraint", f"kind=max_requests,count={load.requests}",
         "--data", f"kind=synthetic_text,prompt_tokens={load.prompt_tokens},output_tokens={load.output_tokens}",
         "--tokenizer", f"kind=huggingface_auto,model={load.tokenizer}",
@@ -184,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--aiperf", metavar="PROGRAM")
     parser.add_argument("--guidellm", metavar="PROGRAM")
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--rate", type=float, help="requests a second, evenly spaced, in place of clients")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=64)
@@ -199,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     document: dict[str, Any] = {"command": sys.argv, "commit": commit(), "hardware": hardware()}
     with simulated() if options.url is None else nullcontext(options.url) as url:
         sizes = options.clients, options.requests, options.prompt_tokens, options.output_tokens
-        load = Load(url, options.model, options.tokenizer.resolve(), *sizes)
+        load = Load(url, options.model, options.tokenizer.resolve(), *sizes, rate=options.rate)
         if options.saturation:
             rates = find_saturation(url, load, options.rounds)
             known = SLOTS / (FIRST_MS + (load.output_tokens - 1) * GAP_MS) * 1e3 if options.url is None else None

@@ -39,7 +39,9 @@ async def _cancel(server: Running, num_requests: int) -> list[Document]:
     rows: list[Document] = []
     left: list[Answer] = []
     # The largest step there is, for which the kernels take their buffers.
-    check(await closed_loop(server.address, [Request(text(96, seed), 4) for seed in range(MAX_SEQUENCES)], MAX_SEQUENCES))
+    check(
+        await closed_loop(server.address, [Request(text(96, seed), 4) for seed in range(MAX_SEQUENCES)], MAX_SEQUENCES)
+    )
     for seed, size in enumerate(_sizes(num_requests)):
         client = _Leaving(seed)
         requests = [Request(prompt, 64) for prompt in texts((8, 16, 32), size, seed)]
