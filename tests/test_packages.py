@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from website.commands import problem_of, shell_lines
+from website.links import LINK, without_links_out
 
 from amalgam.cli import main
 from amalgam.version import __version__
@@ -46,3 +47,20 @@ def test_the_demo_is_a_folder_to_try_things_in(tmp_path: Path, capsys: pytest.Ca
     (folder / "config/model_config.yaml").write_text("mine")
     assert main(["demo", str(folder)]) == 3
     assert (folder / "config/model_config.yaml").read_text() == "mine"
+
+
+def test_the_site_links_to_nothing_that_it_does_not_have() -> None:
+    docs, pages = ROOT / "docs", {ROOT / name for name in ("README.md", "README.zh-CN.md", "CHANGELOG.md")}
+    left = []
+    for path in sorted(docs.rglob("*.md")):
+        for _, target in LINK.findall(without_links_out(path.read_text(encoding="utf-8"), path, docs)):
+            leads_to = (path.parent / target).resolve()
+            if ":" not in target and not leads_to.is_relative_to(docs) and leads_to not in pages:
+                left.append((path.name, target))
+    assert left == []
+    monitored = (
+        "See the [board](../deploy/monitoring/grafana/amalgam.json), [`Dockerfile`](../Dockerfile), [a](check.md)."
+    )
+    assert without_links_out(monitored, docs / "production.md", docs) == (
+        "See the board (`deploy/monitoring/grafana/amalgam.json`), `Dockerfile`, [a](check.md)."
+    )

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 from commands import problem_of, shell_lines  # beside this file, whose folder mkdocs looks in
 from fastapi import FastAPI
+from links import without_links_out
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -169,13 +170,13 @@ def _cell(text: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Check the commands of a document, and let its links to documents of the root lead to their pages."""
+    """Check the commands of a document. Its links to files of the root lead to their pages, if they have any."""
     for line in shell_lines(markdown):
         if problem := problem_of(line):
             logger.warning("%s: %s: %s", page.file.src_uri, problem, line)
     for source, name in PAGES.items():
         markdown = markdown.replace(f"](../{source})", f"]({name})").replace(f"](../../{source})", f"](../{name})")
-    return markdown
+    return without_links_out(markdown, ROOT / "docs" / page.file.src_uri, ROOT / "docs")
 
 
 def on_page_content(html: str, **_: Any) -> str:
