@@ -7,7 +7,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class QueueingEngine(FakeEngine):
 
     def status(self) -> Any:
         self.num_waiting = len(self.running)
-        return super().status()
+        return replace(super().status(), num_running=0)
 
 
 @dataclass
