@@ -126,6 +126,36 @@ def test_a_replica_that_is_said_to_be_gone_before_the_routing_knows(
         assert metric(client, "amalgam_cluster_requests_resent_total") == 0
 
 
+def test_a_request_waits_for_replicas_so_long_in_all(
+    members: dict[str, ScriptedMember], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is tried again."""
+    with serving(fake_settings(port=0), members) as client:
+        monkeypatch.setattr("amalgam.cluster.gateway.LOOK_SECONDS", 3600.0)  # no more looks at the replicas
+        monkeypatch.setattr("amalgam.cluster.forwarding.ROOM_SECONDS", 0.2)
+        time.sleep(0.5)
+        members.clear()
+        answer = client.post("/generate", json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable")
+
+
+def test_a_stream_of_which_only_the_head_has_left_says_that_there_is_no_replica(
+    members: dict[str, ScriptedMember], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amalgam.cluster.forwarding.ROOM_SECONDS", 0.2)
+
+    def die(number: int) -> None:
+        for member in members.values():
+            member.is_dead = True
+
+    with serving(fake_settings(port=0), members) as client:
+        for member in members.values():
+            member.before_event = die
+        answer = client.post("/generate", json={"prompt": "x", "stream": True})
+        assert answer.status_code == 200
+        assert json.loads(answer.text.partition("data: ")[2].split("\n\n")[0])["error"]["type"] == "unavailable"
+
+
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
 def test_a_stream_that_has_begun_says_that_its_replica_is_lost(
     client: httpx.Client, members: dict[str, ScriptedMember], path: str

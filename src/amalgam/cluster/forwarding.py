@@ -81,27 +81,28 @@ class _Answer:
                 await self._end()
 
     async def cut(self, error: AmalgamError) -> None:
-        """Nothing more comes of a stream that has begun."""
+        """Nothing more comes of a stream."""
         self.scope["state"]["refusal"] = error.code
         await self._send_body(_error_event(self.scope, error), more=False)
         self.has_ended = True
 
     @property
-    def _streams(self) -> bool:
+    def is_streaming(self) -> bool:
+        """Its head has left, so that an error can only be one more event."""
         return self.head is not None and _is_stream(self.head)
 
     async def _take_head(self, head: Head) -> None:
-        if self._streams and not _is_stream(head):  # another replica refuses what the first one had taken
+        if self.is_streaming and not _is_stream(head):  # another replica refuses what the first one had taken
             self.held = [head]
             return
         self.held.clear()
         is_first = self.head is None
         self.head = head
-        if self._streams and is_first:
+        if self.is_streaming and is_first:
             await self._send_head(head)
 
     async def _take_body(self, body: bytes) -> None:
-        if not self._streams or self.held:
+        if not self.is_streaming or self.held:
             self.held.append(body)
             return
         self.has_begun = self.has_begun or not _is_idle(body)
@@ -109,10 +110,10 @@ class _Answer:
 
     async def _end(self) -> None:
         self.has_ended = True
-        if self._streams and self.held:
+        if self.is_streaming and self.held:
             body = b"".join(part for part in self.held if isinstance(part, bytes))
             await self._send_body(b"data: %b\n\n" % body + _end_of(self.scope), more=False)
-        elif self._streams:
+        elif self.is_streaming:
             await self._send_body(b"", more=False)
         else:
             assert self.head is not None
@@ -126,6 +127,25 @@ class _Answer:
 
     async def _send_body(self, body: bytes, *, more: bool) -> None:
         await self.send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+class _Patience:
+    """How long one request waits for replicas in all, however often it is sent again."""
+
+    def __init__(self) -> None:
+        self._seconds_left = ROOM_SECONDS
+
+    async def wait(self) -> None:
+        """A moment.
+
+        Raises:
+            UnavailableError: it has waited long enough.
+        """
+        if self._seconds_left <= 0:
+            raise UnavailableError("No replica is ready.", remedy="GET /ready tells when requests are taken.")
+        before = time.monotonic()
+        await asyncio.sleep(_POLL_SECONDS)
+        self._seconds_left -= time.monotonic() - before
 
 
 class Forwarding:
@@ -156,37 +176,39 @@ class Forwarding:
             await self.app(scope, receive, send)
             return
         scope["route"] = SimpleNamespace(path=scope["path"])
-        has_started = has_ended = False
+        has_ended = False
 
         async def noting(message: Message) -> None:
-            nonlocal has_started, has_ended
-            has_started = True
+            nonlocal has_ended
             await send(message)
             has_ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
+        answer = _Answer(noting, scope)
         try:
             with self._service.admit():
                 body = await _read(receive)
                 scope["state"]["record"].received_at = time.monotonic()
-                await unless_client_leaves(receive, self._forward(scope, body, noting))
+                await unless_client_leaves(receive, self._forward(scope, body, answer))
         except ClientDisconnect:  # which ASGI servers tell behind the last part of an answer, too
             if not has_ended:
                 raise
         except AmalgamError as error:
-            if has_started:
-                raise
-            await error_response(error)(scope, receive, send)
+            if answer.is_streaming:
+                await answer.cut(error)
+            else:
+                await error_response(error)(scope, receive, send)
 
-    async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
+    async def _forward(self, scope: Scope, body: bytes, answer: _Answer) -> None:
         fields = await asyncio.to_thread(read_body, body) if len(body) > LARGE_BODY else read_body(body)
         beginnings, weights = beginnings_of(fields), weights_of(fields)
-        request, answer = _forwarded(scope, body), _Answer(send, scope)
+        request = _forwarded(scope, body)
         tried: frozenset[str] = frozenset()
+        patience = _Patience()
         while True:
             await self._gate.wait()
             ask = Ask(secrets.token_hex(8), beginnings, weights, tried)
             try:
-                await self._wait_for_room(ask)
+                await self._wait_for_room(ask, patience)
                 self._counts.num_sent += 1
                 async with aclosing(self._transport.send(ask, request)) as groups:
                     async for parts in groups:
@@ -205,7 +227,7 @@ class Forwarding:
                     await answer.cut(lost_midway())
                     return
                 if replica_id is None:  # who says which replicas there are knew of it before the routing
-                    await asyncio.sleep(_POLL_SECONDS)
+                    await patience.wait()
                 else:
                     self._counts.num_resent += 1
             finally:
@@ -217,7 +239,7 @@ class Forwarding:
         if is_answered and record.weight_version is not None:
             self._counts.versions.add(record.weight_version)
 
-    async def _wait_for_room(self, ask: Ask) -> None:
+    async def _wait_for_room(self, ask: Ask, patience: _Patience) -> None:
         """
         Raises:
             UnavailableError: there is no replica, and none has come for long.
@@ -225,12 +247,9 @@ class Forwarding:
         if self._routing.has_room(ask):
             return
         self._counts.num_waited += 1
-        deadline = time.monotonic() + ROOM_SECONDS
         while not self._routing.has_room(ask):
-            if time.monotonic() > deadline:
-                raise UnavailableError("No replica is ready.", remedy="GET /ready tells when requests are taken.")
             self._service.check_ready()
-            await asyncio.sleep(_POLL_SECONDS)
+            await patience.wait()
 
 
 def is_forwarded(method: str, path: str) -> bool:

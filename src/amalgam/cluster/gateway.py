@@ -33,6 +33,7 @@ from amalgam.config.settings import Settings
 from amalgam.errors import AmalgamError, UnavailableError
 from amalgam.runtime.history import HistoryFile
 from amalgam.server import create_app
+from amalgam.server.app import warn_if_open
 from amalgam.server.http.keys import KeyRing
 from amalgam.server.interface import Deployment
 from amalgam.server.service import Service
@@ -58,10 +59,12 @@ class Gateway:
         self._gate.set()
         self._looking: asyncio.Task[None] | None = None
         self.service = Service(settings, self._open_or_log, self._stopping)
-        self._app = create_app(self.service, KeyRing(settings.server))
+        keys = KeyRing(settings.server)
+        self._app = create_app(self.service, keys)
         self._app.user_middleware.append(  # the innermost
             Middleware(Forwarding, self.service, routing, transport, self._gate, self._counts)
         )
+        warn_if_open(settings, keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._loop is None:

@@ -182,6 +182,17 @@ def test_long_steps_are_always_looked_at() -> None:
         looking.add_trial(1, 1, 1.009)
 
 
+@pytest.mark.parametrize("stalled", ["without guesses", "with guesses"])
+def test_a_machine_that_stood_still_says_nothing_of_looking(stalled: str) -> None:
+    model = CostModel()
+    for number in range(40):
+        model.add_step(1 + number % 2, 1.0)
+        model.add_plain(1, 1000.0 if stalled == "without guesses" and number == 30 else 1.0)
+    for number in range(32):
+        model.add_trial(1, 2, 2, 1000.0 if stalled == "with guesses" and number == 7 else 1.25)
+    assert model.describe()["gain"] == pytest.approx(1.6, rel=0.1)
+
+
 def test_the_arithmetic_of_one_sequence() -> None:
     assert tokens_of_step(0.5, 2) == 1.75
     assert tokens_of_step(1.0, 4) == 5

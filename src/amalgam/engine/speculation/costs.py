@@ -213,7 +213,8 @@ class CostModel:
 
     def add_plain(self, num_streams: int, seconds: float) -> None:
         """A step has been computed that had no guesses; what looking for some took is left out."""
-        self._looking.add_plain(num_streams, seconds)
+        if self._step.num_seen >= _FIRST_STEPS:
+            self._looking.add_plain(num_streams, self._clipped(num_streams, seconds))
 
     def add_trial(self, num_streams: int, num_rows: int, num_given: int, seconds: float) -> None:
         """A step for which guesses were looked for is over, of streams alone.
@@ -223,8 +224,11 @@ class CostModel:
             seconds: that it took with all that would not have been without guesses.
         """
         if self._step.num_seen >= _FIRST_STEPS:
-            most = _MAX_SURPRISE * self.seconds(num_rows)  # a machine that stands still says nothing
-            self._looking.add_trial(num_streams, num_given, min(seconds, most))
+            self._looking.add_trial(num_streams, num_given, self._clipped(num_rows, seconds))
+
+    def _clipped(self, num_rows: int, seconds: float) -> float:
+        """A step's time; a machine that stood still meanwhile says nothing."""
+        return min(seconds, _MAX_SURPRISE * self.seconds(num_rows))
 
     def add_guess(self, num_steps: int, num_tokens: int, seconds: float) -> None:
         """Guesses have been made.
