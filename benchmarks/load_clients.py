@@ -7,7 +7,10 @@
 Without `--url` a server whose times are known is asked (simulated.py): what a tool says can be held against them, and
 differences between rounds are the tools' own. A real server should share no prefixes (`--engine.prefix_cache false`):
 guidellm sends the same prompts in each round. Medians of a round's answers, and of the rounds; `to ours` is a tool's
-figure by ours in the same round. The last line is one JSON object.
+figure by ours in the same round. A real server is not equally fast in all rounds; its own log of requests
+(`--server.log_format json`, as `--server-log`) says what it took for those that a tool asked for. `to server` is the
+tool's figure by that, and `both` that ratio by ours: what tools differ in, without what the server did meanwhile. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -89,7 +93,12 @@ def aiperf(program: str, load: Load, folder: Path) -> Figures:
     )  # fmt: skip
     found = json.loads((folder / "profile_export_aiperf.json").read_text())
     names = ("time_to_first_token", "inter_token_latency", "request_latency")
-    return Figures(found["request_throughput"]["avg"], *(found[name]["p50"] for name in names))
+    # Its own rate is of a window that begins before the first request.
+    lines = (folder / "profile_export.jsonl").read_text().splitlines()
+    sent = [json.loads(line)["metadata"] for line in lines]
+    requests = [one for one in sent if one["benchmark_phase"] == "profiling"]
+    span = max(one["request_end_ns"] for one in requests) - min(one["request_start_ns"] for one in requests)
+    return Figures(len(requests) / span * 1e9, *(found[name]["p50"] for name in names))
 
 
 def guidellm(program: str, load: Load, folder: Path) -> Figures:
@@ -145,27 +154,57 @@ def simulated() -> Iterator[str]:
             server.close()
 
 
-def compare(programs: dict[str, str], load: Load, rounds: int) -> dict[str, list[Figures]]:
-    found: dict[str, list[Figures]] = {name: [] for name in programs}
+@dataclass(frozen=True)
+class Round:
+    """What a tool found, and what the server's log says of the same requests."""
+
+    found: Figures
+    server: Figures | None = None
+
+
+def server_figures(log: Path, load: Load) -> Figures:
+    """Of the latest requests of the load, from a server's log in JSON: those before them warmed it up."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    answers = [line for line in lines if line.get("generated_tokens") == load.output_tokens][-load.requests :]
+    ends = [datetime.fromisoformat(one["time"]).timestamp() for one in answers]
+    first, whole = ([one[name] for one in answers] for name in ("first_token_seconds", "seconds"))
+    span = max(ends) - min(end - seconds for end, seconds in zip(ends, whole, strict=True))
+    tpot = [(b - a) / (load.output_tokens - 1) for a, b in zip(first, whole, strict=True)]
+    return Figures(len(answers) / span, *(statistics.median(values) * 1e3 for values in (first, tpot, whole)))
+
+
+def compare(programs: dict[str, str], load: Load, rounds: int, log: Path | None) -> dict[str, list[Round]]:
+    found: dict[str, list[Round]] = {name: [] for name in programs}
     for index in range(rounds):
         order = list(programs)
         for name in order[index % len(order) :] + order[: index % len(order)]:
             with tempfile.TemporaryDirectory() as folder:
-                found[name].append(TOOLS[name](programs[name], load, Path(folder)))
+                figures = TOOLS[name](programs[name], load, Path(folder))
+            found[name].append(Round(figures, None if log is None else server_figures(log, load)))
             print(f"round {index + 1}, {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     return found
 
 
-def print_comparison(found: dict[str, list[Figures]]) -> None:
-    print(f"{'':10}{'':22}{'median':>9}{'range':>18}{'to ours':>9}")
-    for name, figures in found.items():
+def print_comparison(found: dict[str, list[Round]]) -> None:
+    has_log = found["ours"][0].server is not None
+    print(f"{'':10}{'':22}{'median':>9}{'range':>18}{'to ours':>9}" + f"{'to server':>11}{'both':>8}" * has_log)
+    for name, rounds in found.items():
         for field in Figures.__dataclass_fields__:
-            values = [getattr(one, field) for one in figures]
-            ratios = [
-                getattr(one, field) / getattr(own, field) for one, own in zip(figures, found["ours"], strict=True)
-            ]
+            values = [getattr(one.found, field) for one in rounds]
+            own = [getattr(one.found, field) for one in found["ours"]]
             spread = f"{min(values):.4g} to {max(values):.4g}"
-            print(f"{name:10}{field:22}{statistics.median(values):9.4g}{spread:>18}{statistics.median(ratios):9.3f}")
+            line = f"{name:10}{field:22}{statistics.median(values):9.4g}{spread:>18}{_ratio(values, own):9.3f}"
+            if has_log:
+                told = [getattr(one.server, field) for one in rounds]
+                own_told = [getattr(one.server, field) for one in found["ours"]]
+                both = [a / b / (c / d) for a, b, c, d in zip(values, told, own, own_told, strict=True)]
+                line += f"{_ratio(values, told):11.3f}{statistics.median(both):8.3f}"
+            print(line)
+
+
+def _ratio(values: Sequence[float], to: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(values, to, strict=True))
 
 
 def find_saturation(url: str, load: Load, rounds: int) -> list[float]:
@@ -188,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", help="default: a simulated server")
     parser.add_argument("--model", default="simulated")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models" / "demo", metavar="FOLDER")
+    parser.add_argument("--server-log", type=Path, metavar="FILE", help="of the server at --url, in JSON")
     parser.add_argument("--aiperf", metavar="PROGRAM")
     parser.add_argument("--guidellm", metavar="PROGRAM")
     parser.add_argument("--clients", type=int, default=4)
@@ -217,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             document |= {"found": rates, "known": known}
         else:
-            found = compare(programs, load, options.rounds)
+            found = compare(programs, load, options.rounds, options.server_log)
             print_comparison(found)
             document |= {"rounds": {name: [asdict(one) for one in figures] for name, figures in found.items()}}
     print(json.dumps(document))
