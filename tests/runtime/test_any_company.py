@@ -16,10 +16,12 @@ from amalgam.engine.request import RequestOutput
 from amalgam.runtime.deployment import Deployment
 from amalgam.runtime.opening import open_deployment
 from tests.conftest import write_demo_config
+from tests.server.conftest import wait_until
 
 EXPERTS = "model.layers.*.mlp.experts.*"
 SETTINGS = {"inference.max_seq_length": 256, "inference.max_batch_size": 12, "engine.block_size": 8}
 NUM_REQUESTS = 40
+NUM_AT_ONCE = 20  # at the beginning: too many for the blocks, however long changes of the weights take afterwards
 _BLOCK_BYTES = 8 * 6 * 2 * 2 * 64 * 2  # tokens, layers, keys and values, heads, dimensions, bfloat16
 
 Work = tuple[list[int], SamplingParams]
@@ -102,14 +104,22 @@ def test_requests_get_what_each_gets_alone(
         if output.is_finished:
             has_ended.release()
 
+    def is_in_use() -> bool:
+        """Whether a request has begun on the newest version."""
+        bound = deployment.engine.status().versions[deployment.version_id]
+        usages = [output.usage for parts in list(outputs.values()) for output in list(parts)]
+        return bound > 0 or any(usage is not None and usage.version == deployment.version_id for usage in usages)
+
     ids: list[int] = []
     mapping_of = {deployment.version_id: 0}
     while len(ids) < len(work):
+        count = rng.randint(1, 12) if ids else NUM_AT_ONCE
         with deployment.engine.between_steps():
-            for prompt, params in work[len(ids) : len(ids) + rng.randint(1, 12)]:
+            for prompt, params in work[len(ids) : len(ids) + count]:
                 ids.append(deployment.engine.submit(prompt, params, on_output))
-        if rng.random() < 0.5:
+        if len(ids) > NUM_AT_ONCE and rng.random() < 0.5:
             continue
+        wait_until(is_in_use)  # a change that is quick could otherwise overtake another that nobody has seen
         choice = 1 - mapping_of[deployment.version_id]
         deployment.update_weight_mapping(MAPPINGS[choice])
         mapping_of[deployment.version_id] = choice

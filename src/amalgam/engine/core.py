@@ -17,13 +17,11 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from amalgam.base.threads import StoppableThread
 from amalgam.config.settings import Settings
-from amalgam.engine import streams
+from amalgam.engine.asking import UNLABELLED, Asking
 from amalgam.engine.blocks import BlockPool
 from amalgam.engine.logits import processors_for
 from amalgam.engine.meter import Load, Meter
@@ -35,7 +33,6 @@ from amalgam.engine.prompts import PromptEmbedding, PromptLogprobs
 from amalgam.engine.request import (
     EngineStatus,
     FinishReason,
-    Generation,
     Observation,
     OutputCallback,
     Pooling,
@@ -66,10 +63,8 @@ _MIN_PROMPT_TOKENS = 32  # in a step with streams: with fewer, reading experts c
 _GUESSING_STREAMS = 4  # that have slots for their states before guesses, where there are recurrent states
 _FATAL = (MemoryError, torch.OutOfMemoryError, LostWeightsError)
 
-_UNLABELLED = Observation()
 
-
-class Engine:
+class Engine(Asking):
     """Serves one decoder, and at any moment one or more of its weight versions.
 
     Args:
@@ -106,7 +101,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._vocab_size = decoder.spec.vocab_size
         self._is_on_cpu = device.type == "cpu"
-        self._max_queue = settings.engine.max_queue
+        super().__init__(max_in_flight=settings.engine.max_queue)
         self._thread = StoppableThread(self._loop, "amalgam-engine", self._ask_to_stop)
         self._num_failures = 0  # steps in a row; of the step thread
         self.speculator = speculator
@@ -162,7 +157,7 @@ class Engine:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         on_output: OutputCallback,
-        observation: Observation = _UNLABELLED,
+        observation: Observation = UNLABELLED,
         constraint: CompiledGrammar | None = None,
         version: WeightVersion | None = None,
     ) -> int:
@@ -218,7 +213,7 @@ class Engine:
         prompt_ids: Sequence[int],
         pooling: Pooling,
         on_output: OutputCallback,
-        observation: Observation = _UNLABELLED,
+        observation: Observation = UNLABELLED,
         version: WeightVersion | None = None,
     ) -> int:
         """Queue a request for one vector, which its only output carries; see `embed`. Otherwise as `submit`."""
@@ -278,80 +273,6 @@ class Engine:
                 return
             request.is_cancelled, request.cancelled_as = True, reason
             self._cancelled.append(request)
-
-    def stream(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        observation: Observation = _UNLABELLED,
-        constraint: CompiledGrammar | None = None,
-        version: WeightVersion | None = None,
-    ) -> streams.OutputStream:
-        """Submit a request; its outputs as they come. Closing it early cancels the request: use `contextlib.aclosing`.
-
-        Raises the errors of `submit`.
-        """
-        return streams.stream(self, prompt_ids, params, observation, constraint, version)
-
-    def generate(
-        self,
-        prompts_ids: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams],
-        observation: Observation = _UNLABELLED,
-        watch: Callable[[int, RequestOutput], None] | None = None,
-        constraint: CompiledGrammar | None = None,
-        version: WeightVersion | None = None,
-    ) -> list[Generation]:
-        """Run requests to their end and return the answers in order. Blocks; an interrupt cancels them.
-
-        `watch` is called in this thread with a prompt's index and each output as it comes; what it raises cancels too.
-        `params` is for all prompts, or one for each. Raises the errors of `submit`; a request that fails later has its
-        error in its `Generation`.
-        """
-        return streams.generate(self, prompts_ids, params, observation, self._max_queue, watch, constraint, version)
-
-    async def generate_async(
-        self,
-        prompts_ids: Sequence[Sequence[int]],
-        params: SamplingParams,
-        observation: Observation = _UNLABELLED,
-        constraint: CompiledGrammar | None = None,
-        version: WeightVersion | None = None,
-    ) -> list[Generation]:
-        """`generate`, awaited. Cancelling the caller cancels the requests."""
-        return await streams.generate_async(
-            self, prompts_ids, params, observation, self._max_queue, constraint, version
-        )
-
-    async def embed(
-        self,
-        prompt_ids: Sequence[int],
-        pooling: Pooling = "mean",
-        observation: Observation = _UNLABELLED,
-        version: WeightVersion | None = None,
-        on_output: Callable[[RequestOutput], None] = lambda output: None,
-    ) -> npt.NDArray[np.float32]:
-        """One vector `[hidden]` for a prompt: of the final norm's outputs the mean over its tokens, or the last one's.
-
-        It is not scaled to a length. Computed in turn with answers; cancelling the caller cancels the request. Raises
-        the errors of `submit`.
-
-        Args:
-            on_output: is told how the request ended, and on which version.
-        """
-        return await streams.embed(self, prompt_ids, pooling, observation, version, on_output)
-
-    def embed_all(
-        self, prompts_ids: Sequence[Sequence[int]], pooling: Pooling = "mean", observation: Observation = _UNLABELLED
-    ) -> list[npt.NDArray[np.float32]]:
-        """`embed` of several prompts together. Blocks; an interrupt cancels them."""
-        return streams.embed_all(self, prompts_ids, pooling, observation, self._max_queue)
-
-    async def embed_all_async(
-        self, prompts_ids: Sequence[Sequence[int]], pooling: Pooling = "mean", observation: Observation = _UNLABELLED
-    ) -> list[npt.NDArray[np.float32]]:
-        """`embed_all`, awaited. Cancelling the caller cancels the requests."""
-        return await streams.embed_all_async(self, prompts_ids, pooling, observation, self._max_queue)
 
     def set_version(self, version: WeightVersion) -> None:
         """Give requests that are admitted from now on another weight version; the others keep theirs to the end.
