@@ -187,6 +187,21 @@ def hqq(bits: int, axis: int) -> Layout:
     return Layout("hqq", {"quant_method": "hqq", "quant_config": settings}, make, ("scale", "zero"))
 
 
+def aqlm(books: int, bits: int, rows_of: int, columns_of: int) -> Layout:
+    def make(rows: int, columns: int) -> Tensors:
+        half = 1 << bits - 1
+        codes = torch.randint(-half, half, (rows // rows_of, columns // columns_of, books))
+        return {
+            "codes": codes.to(torch.int8 if bits <= 8 else torch.int16),
+            "codebooks": (torch.randn(books, 2 * half, rows_of, columns_of) * 0.5).half(),
+            "scales": scale(rows // rows_of, 1, 1, 1, dtype=torch.float16),
+        }
+
+    config = {"quant_method": "aqlm", "num_codebooks": books, "nbits_per_codebook": bits}
+    config |= {"out_group_size": rows_of, "in_group_size": columns_of, "linear_weights_not_to_quantize": []}
+    return Layout("aqlm", config, make, ("scales", "codebooks"))
+
+
 def scaled(
     name: str, config: dict[str, Any], values: Callable[[int, int], Tensor], suffix: str, *shape: Any, **more: Any
 ) -> Layout:
@@ -313,6 +328,8 @@ LAYOUTS = {
     "hqq-int4": hqq(4, 1),
     "hqq-int4-cyclic": hqq(4, 0),
     "hqq-int8": hqq(8, 1),
+    "aqlm": aqlm(2, 8, 1, 8),
+    "aqlm-blocks": aqlm(1, 9, 2, 8),
     "nvfp4": Layout(
         "nvfp4",
         ct("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),

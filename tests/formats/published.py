@@ -388,5 +388,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "quant_method": "hqq",
         "skip_modules": ["lm_head"],
     },
+    "AQLM": {
+        "in_group_size": 8,
+        "linear_weights_not_to_quantize": [
+            "model.layers.0.block_sparse_moe.gate.weight",
+            "model.layers.0.input_layernorm.weight",
+            "model.embed_tokens.weight",
+            "lm_head.weight",
+        ],
+        "nbits_per_codebook": 16,
+        "num_codebooks": 1,
+        "out_group_size": 1,
+        "quant_method": "aqlm",
+    },
     "gpt-oss": {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"], "quant_method": "mxfp4"},
 }

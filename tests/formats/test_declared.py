@@ -204,6 +204,8 @@ REFUSED = {
         },
         "scale_quant_params",
     ),
+    "aqlm without codebooks": ({"quant_method": "aqlm", "num_codebooks": 0}, "num_codebooks = 0"),
+    "aqlm of wider codes": ({"quant_method": "aqlm", "nbits_per_codebook": 17}, "nbits_per_codebook = 17"),
     "hqq of seven bits": ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 7}}}, "nbits = 7"),
 }
 
@@ -393,6 +395,9 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any] | None, str]] = {
         {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 8}}},
         "8 bits",
     ),
+    "another number of codebooks": ("aqlm", {**LAYOUTS["aqlm"].quantization, "num_codebooks": 1}, "m.x.codebooks"),
+    "codebooks of other sizes": ("aqlm-blocks", {**LAYOUTS["aqlm-blocks"].quantization, "out_group_size": 1}, "1 × 8"),
+    "aqlm's default": ("aqlm", {"quant_method": "aqlm"}, "2^16"),
     "left alone, and quantized": ("int4", {**ct("pack-quantized", **INT4), "ignore": ["m.x"]}, "config.json"),
     "left alone by pattern, and quantized": (
         "fp8-block",

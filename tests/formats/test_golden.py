@@ -28,6 +28,7 @@ LAYOUTS = {
         *("autoround-int8", "ct-int8-asymmetric", "ct-int8-zero-point", "gptq-int8-asymmetric"),
         *("gptq-v2-int8-asymmetric", "hqq-int8-axis1"),
     },
+    "codebooks": {case for case in CASES if case.startswith("aqlm-")},
     "cyclic4": {"hqq-int2-axis0", "hqq-int4-axis0"},
     "table4": {
         *("bnb-fp4", "bnb-fp4-nested", "bnb-nf4", "bnb-nf4-nested", "bnb-nf4-nested-ragged"),

@@ -67,6 +67,9 @@ def damages(layout: Layout) -> Iterator[tuple[str, Damage]]:
     if layout.format == "hqq":
         for code in (-1, 0x110000):
             yield f"packing with code {code}", lambda t, c=code: t.update(packing=torch.tensor([c]))  # type: ignore[misc]
+    if layout.format == "aqlm" and tensors["codes"].dtype == torch.int16:
+        for code in (-257, 512):
+            yield f"code {code} of 2^9", lambda t, c=code: t["codes"].view(-1)[3:4].fill_(c)  # type: ignore[misc]
     if layout.index:
         yield "group out of range", lambda t: t[layout.index].view(-1)[3:4].fill_(COLUMNS)  # type: ignore[index]
         yield "negative group", lambda t: t[layout.index].view(-1)[3:4].fill_(-1)  # type: ignore[index]

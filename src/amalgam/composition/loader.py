@@ -31,7 +31,7 @@ from amalgam.formats.contract import StoredWeight, WeightFormat, WritableFormat
 from amalgam.formats.fused import FusedTensor
 from amalgam.formats.registry import writable_format
 from amalgam.kernels.backends import choose_backend
-from amalgam.kernels.layouts import is_known
+from amalgam.kernels.layouts import INT4, is_known
 from amalgam.models.registry import fused_tensors, read_spec
 from amalgam.models.spec import Slot
 from amalgam.models.weights import WeightVersion
@@ -339,7 +339,7 @@ class ModelLoader:
         activation = self.activation if is_multiplied else None
         quantize_to = self._quantize_to(slot, choice, stored)
         coded_bytes = self._coded_bytes(slot, quantize_to or stored.format) if is_multiplied else None
-        is_widened = stored.bits in (2, 3) and not (
+        is_widened = (INT4 in stored.format.layouts and stored.bits in (2, 3)) and not (
             activation is not None and self._keeps_bits(slot, stored.bits, stored.block)
         )
         return PlannedWeight(slot, choice, source, stored, quantize_to, activation, is_widened, coded_bytes)

@@ -18,6 +18,9 @@ All are row-major over `[out, in]`:
     table4    weight as int4, an index into table: float32 [16] (NF4, FP4, MXFP4, NVFP4)
               scale:  float, float8_e4m3fn or float8_e8m0fnu [out, in / group_size]
               factor: float32 [], multiplies every scale, or divisor: float32 [], divides every scale; or neither
+    codebooks weight:    int8 or int16 [out / r, in / c, books], codes modulo the vectors of a book, a power of two
+              codebooks: float [books, vectors, r, c]; r rows and c inputs are the sum of a vector from each book (AQLM)
+              scale:     float [out / r, 1]
     X_columns layout X and columns: float32 [in], which multiply the expanded weight (ModelOpt's pre_quant_scale)
 
     panels_*  what the CPU backend reads: int1 to int5, int8, fp8, bf16, fp16, fp32 (`csrc` has the drawings)
@@ -147,6 +150,17 @@ def _table4(weight: PackedWeight) -> Tensor:
     return (values.view(rows, columns // weight.block[1], weight.block[1]) * scale.unsqueeze(-1)).view(rows, columns)
 
 
+def _codebooks(weight: PackedWeight) -> Tensor:
+    """The vectors that codes choose, added up in the order of the books, times the scale; in float32."""
+    codes, books = weight.parts["weight"], weight.parts["codebooks"]
+    vectors = torch.zeros(())
+    for index, book in enumerate(books.float().flatten(2)):
+        chosen = book[codes[..., index].int() & (len(book) - 1)]
+        vectors = chosen if index == 0 else vectors.add_(chosen)
+    scaled = vectors * weight.parts["scale"].float().unsqueeze(-1)
+    return scaled.unflatten(-1, books.shape[2:]).transpose(1, 2).reshape(weight.shape)
+
+
 def _split_affine8(weight: PackedWeight) -> Mapping[str, Tensor]:
     """Codes less 128, as panels of int8 take them."""
     return {**weight.parts, "weight": (weight.parts["weight"] ^ 128).view(torch.int8)}
@@ -254,6 +268,7 @@ TABLE4 = Layout(
     panels={torch.uint8: PANELS_TABLE4},
     split=_split_table4,
 )
+CODEBOOKS = Layout("codebooks", _codebooks, _SCALED | {"codebooks"}, shared=frozenset({"codebooks"}), has_rows=True)
 
 
 def dense(tensor: Tensor) -> PackedWeight:
@@ -282,7 +297,7 @@ def scale_columns(weight: PackedWeight, columns: Tensor) -> PackedWeight:
     return PackedWeight(with_columns(weight.layout), weight.shape, parts, weight.block)
 
 
-_QUANTIZED = (SCALED8, INT4, AFFINE4, AFFINE8, CYCLIC4, CYCLIC8, TABLE4)
+_QUANTIZED = (SCALED8, INT4, AFFINE4, AFFINE8, CYCLIC4, CYCLIC8, TABLE4, CODEBOOKS)
 _PANELS = (
     *(PANELS_INT1, PANELS_INT2, PANELS_INT3, PANELS_INT4, PANELS_INT5, PANELS_INT8),
     *(PANELS_FP8, PANELS_BF16, PANELS_BF16_CODED, PANELS_FP16, PANELS_FP32),

@@ -1,7 +1,7 @@
 """Makes the golden files of this folder with the tools that publish each layout; see README.md.
 
 python make.py TOOL, one of: compressed_tensors, compressed_tensors_old, llm_compressor, transformers, bitsandbytes,
-gptqmodel, autoround, hqq, modelopt
+gptqmodel, autoround, hqq, modelopt, aqlm
 """
 
 from __future__ import annotations
@@ -371,6 +371,30 @@ def hqq() -> None:
         config = {"quant_method": "hqq", "quant_config": settings}
         ragged = "-ragged" if shape[1] % group and axis == 1 else ""
         save(f"hqq-int{bits}-axis{axis}{ragged}", tensors, layer.dequantize(), config)
+
+
+def aqlm() -> None:
+    from aqlm import QuantizedLinear
+    from aqlm.utils import _dequantize_weight, pack_int_data, unpack_int_data
+
+    for books, bits, out_group, in_group, shape, dtype in (
+        (1, 8, 1, 8, (11, 40), torch.float16),
+        (1, 8, 1, 16, (24, 48), torch.float16),
+        (2, 8, 1, 8, (19, 72), torch.float32),
+        (1, 12, 1, 8, (16, 24), torch.float16),
+        (2, 8, 2, 8, (10, 32), torch.float32),
+        (3, 5, 1, 16, (16, 64), torch.float32),
+    ):
+        torch.manual_seed(shape[0] * 1000 + shape[1])
+        layer = QuantizedLinear(shape[1], shape[0], in_group, out_group, books, bits, bias=False, dtype=dtype)
+        layer.codes.data = pack_int_data(torch.randint(0, 2**bits, layer.codes.shape), bits)
+        layer.codebooks.data = (torch.randn(layer.codebooks.shape) * 0.1).to(dtype)
+        layer.scales.data = (torch.rand(layer.scales.shape) + 0.5).to(dtype)
+        expected = _dequantize_weight(unpack_int_data(layer.codes, bits), layer.codebooks, layer.scales)
+        sizes = {"num_codebooks": books, "nbits_per_codebook": bits}
+        sizes |= {"out_group_size": out_group, "in_group_size": in_group}
+        config = {"quant_method": "aqlm", **sizes, "linear_weights_not_to_quantize": ["lm_head.weight"]}
+        save(f"aqlm-{books}x{bits}-{out_group}x{in_group}", dict(layer.state_dict()), expected, config)
 
 
 def modelopt() -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from amalgam.formats.declared import keys as quant_keys
 from amalgam.formats.declared.reader import Reader, regex, wildcards, within
-from amalgam.formats.declared.values import Declaration, Declared, Matches
+from amalgam.formats.declared.values import Codebooks, Declaration, Declared, Matches
 
 
 def _left_alone(reader: Reader, base: Declared, *keys: str) -> tuple[tuple[Matches, Declared], ...]:
@@ -450,12 +450,25 @@ def _hqq(reader: Reader, method: str) -> Declaration:
     return Declaration(plain, rules=tuple(rules))
 
 
+def _aqlm(reader: Reader, method: str) -> Declaration:
+    """AQLM: the same codebooks' sizes for all modules, with the defaults of transformers' `AqlmConfig`."""
+    codebooks = Codebooks(
+        number=reader.int("num_codebooks", default=1, low=1),
+        bits=reader.int("nbits_per_codebook", default=16, low=1, high=16),
+        rows=reader.int("out_group_size", default=1, low=1),
+        columns=reader.int("in_group_size", default=8, low=1),
+    )
+    declared = Declared(method, reader.where, codebooks=codebooks)
+    return Declaration(declared, rules=_left_alone(reader, declared, "linear_weights_not_to_quantize"))
+
+
 def _mxfp4(reader: Reader, method: str) -> Declaration:
     declared = Declared(method, reader.where, bits=4, number="float", strategy="group", group_size=32)
     return Declaration(declared, rules=_left_alone(reader, declared, "modules_to_not_convert"))
 
 
 METHODS: dict[str, Callable[[Reader, str], Declaration]] = {
+    "aqlm": _aqlm,
     "auto-round": _auto_round,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,

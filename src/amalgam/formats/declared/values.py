@@ -11,6 +11,19 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Codebooks:
+    """Vectors that weights are sums of: one from each of `number` books of `2^bits`, each for rows × columns weights."""
+
+    number: int
+    bits: int
+    rows: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"{self.number} codebooks of 2^{self.bits} vectors for {self.rows} × {self.columns} weights"
+
+
+@dataclass(frozen=True)
 class Declared:
     """What is declared for one module. None: nothing is said, the tensors decide.
 
@@ -26,6 +39,7 @@ class Declared:
         block: (rows, columns) that share a scale.
         is_reordered: inputs of a group need not be neighbours, so that each weight needs an index of groups.
         divides_by_scale: the stored scale is a divisor.
+        codebooks: what the vectors are of which a weight is the sum.
     """
 
     method: str | None = None
@@ -40,6 +54,7 @@ class Declared:
     is_symmetric: bool | None = None
     is_reordered: bool = False
     divides_by_scale: bool = False
+    codebooks: Codebooks | None = None
 
     def block_of(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """`(rows, columns)` of a weight `[out, in]` that share a scale; None if nothing is said."""
