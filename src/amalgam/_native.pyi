@@ -43,6 +43,7 @@ class Format(Enum):
     table4 = 16
     k_table4 = 17
     float_table4 = 18
+    codebooks = 19
 
 @final
 class Matrix:
@@ -54,7 +55,7 @@ class Matrix:
     def scale_lanes(self) -> int: ...
     @property
     def begins(self) -> tuple[int, int, int, int, int, int]:
-        """Bytes of `memory` before scales, zero points, offsets, integer scales of parts, table; and all of them."""
+        """Bytes of `memory` before scales, zero points, offsets, integer scales of parts, table or books; and all."""
 
 @final
 class Experts:
@@ -161,8 +162,9 @@ def pack(
     order: Tensor | None,
     quantizes: bool,
     codes: bool,
+    books: Tensor | None = None,
 ) -> Matrix | None:
-    """Scales of 8 bits are given as uint8."""
+    """Scales of 8 bits are given as uint8. `books`: `[codebooks, vectors, inputs]`; then `weight` has codes' bytes."""
 
 def most_coded_bytes(rows: int, columns: int) -> int: ...
 
@@ -205,8 +207,10 @@ def view(
     offset_kind: Offset,
     order: Tensor | None,
     quantizes: bool,
+    books: tuple[int, int, int] = (0, 0, 0),
+    book_dtype: DType = ...,
 ) -> Matrix:
-    """Keeps `memory` alive."""
+    """Keeps `memory` alive. `books`: codebooks, their vectors, inputs of a vector, where the format has them."""
 
 layout_version: int
 

@@ -82,6 +82,22 @@ def learned(weight: Tensor) -> Tensor:
     return rounded
 
 
+def vectors(weight: Tensor) -> Tensor:
+    """Two codebooks of 256 vectors for 8 inputs, the second of what the first leaves over (k-means)."""
+    scale = weight.square().mean(1, keepdim=True).sqrt()
+    points = (weight / scale).view(-1, 8)
+    left = points.clone()
+    for _ in range(2):
+        book = left[:: len(left) // 256][:256].clone()
+        for _ in range(3):
+            nearest = torch.cdist(left, book).argmin(1)
+            counts = torch.bincount(nearest, minlength=256).unsqueeze(1)
+            sums = torch.zeros_like(book).index_add_(0, nearest, left)
+            book = torch.where(counts > 0, sums / counts.clamp(min=1), book)
+        left = left - book[torch.cdist(left, book).argmin(1)]
+    return (points - left).view_as(weight) * scale
+
+
 # Name → how values are rounded, bits, values that share a scale, and the kind of numbers.
 FORMATS: dict[str, tuple[Rounder, int, int, str]] = {
     "wide": (lambda weight: weight, 16, 1, "wide"),
@@ -94,6 +110,7 @@ FORMATS: dict[str, tuple[Rounder, int, int, str]] = {
     "mxfp4": (mxfp4, 4, 32, "float"),
     "int3": (grid(3, 64), 3, 64, "int"),
     "int2": (grid(2, 32), 2, 32, "int"),
+    "vectors": (vectors, 2, COLUMNS, "vectors"),
 }
 KINDS = ("even", "large columns", "heavy tails")
 
@@ -102,9 +119,8 @@ def version(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """A weight in a format, and what its rounding is expected to do."""
     rounder, bits, group, number = FORMATS[name]
     values = rounder(weight)
-    stored: Any = SimpleNamespace(
-        is_wide=number == "wide", bits=bits, block=(1, group), format=SimpleNamespace(bits=bits, number=number)
-    )
+    weight_format = SimpleNamespace(bits=bits, number=number, has_vectors=number == "vectors")
+    stored: Any = SimpleNamespace(is_wide=number == "wide", bits=bits, block=(1, group), format=weight_format)
     return values, rounding_of(cast("StoredWeight", stored), values)
 
 
@@ -151,7 +167,7 @@ def test_movement_is_seen_through_rounding(movement: str, kind: str) -> None:
     move, outputs, inputs = MOVEMENTS[movement]
     weight = trained(kind)
     moved = move(weight)
-    for name in ("wide", "fp8", "int4", "int4 clipped", "mxfp4"):
+    for name in ("wide", "fp8", "int4", "int4 clipped", "mxfp4", "vectors"):
         theirs = version(moved, name)
         for own in ("wide", "int4"):
             mine = version(weight, own)

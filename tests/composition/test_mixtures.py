@@ -66,6 +66,11 @@ CASES = {
         "glm_moe_dsa", "fp8-block", {"modules_to_not_convert": ["weights_proj"]}, INDEXED, ("weights_proj",)
     ),
     "Llama 4 in FP8": Case("llama4", "fp8-channel"),
+    "Mixtral in AQLM": Case(
+        "mixtral",
+        "aqlm",
+        {"linear_weights_not_to_quantize": [f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(2)]},
+    ),
     "Granite MoE in W4A16": Case("granitemoe", "int4"),
     "Gemma 4 in FP8": Case("gemma4", "fp8-block", {"modules_to_not_convert": ["router", "lm_head"]}, GEMMA4_MOE),
     "Gemma 4 in W4A16": Case("gemma4", "int4", changes=GEMMA4_MOE),

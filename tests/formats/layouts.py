@@ -328,8 +328,8 @@ LAYOUTS = {
     "hqq-int4": hqq(4, 1),
     "hqq-int4-cyclic": hqq(4, 0),
     "hqq-int8": hqq(8, 1),
-    "aqlm": aqlm(2, 8, 1, 8),
     "aqlm-blocks": aqlm(1, 9, 2, 8),
+    "aqlm": aqlm(2, 8, 1, 8),
     "nvfp4": Layout(
         "nvfp4",
         ct("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),

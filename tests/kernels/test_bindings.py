@@ -144,6 +144,28 @@ def calls() -> dict[str, Call]:
                 True,
             ],
         ),
+        "pack with codebooks": (
+            _native.pack,
+            [
+                kernels,
+                _native.Format.codebooks,
+                16,
+                torch.zeros(16, 4, dtype=torch.uint8),
+                floats(16, 1),
+                _native.DType.float32,
+                (1, 16),
+                None,
+                None,
+                _native.Offset.none,
+                None,
+                None,
+                None,
+                None,
+                True,
+                True,
+                floats(2, 4, 8),
+            ],
+        ),
         "view": (
             _native.view,
             [

@@ -26,7 +26,18 @@ from amalgam.kernels.layouts import (
 )
 from amalgam.kernels.packed import PackedWeight
 from tests.errors import raises
-from tests.kernels.weights import QUANTIZED, SHAPES, coded, dense, every_layout, few_bits, int4, scaled8, scattered
+from tests.kernels.weights import (
+    QUANTIZED,
+    SHAPES,
+    codebooks,
+    coded,
+    dense,
+    every_layout,
+    few_bits,
+    int4,
+    scaled8,
+    scattered,
+)
 
 # Relative to the largest result. bf16: both sides round the result, the reference the weights too; int8 activations
 # are off by up to 1/254 of a group's largest.
@@ -284,6 +295,13 @@ def test_bias(dtype: torch.dtype, bias_type: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("isa")
+def test_codes_of_sixteen_bits_name_every_vector() -> None:
+    weight = codebooks((512, 1024), 1, 16, 8, torch.float16)
+    weight.parts["weight"].view(-1)[:] = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    assert torch.equal(prepare(weight).dequantize(), weight.dequantize())
+
+
+@pytest.mark.usefixtures("isa")
 def test_embedding_reads_rows_from_panels() -> None:
     ids = torch.tensor([0, 129, 16, 15, 15, 77])
     for name, weight in every_layout((130, 264)).items():
@@ -302,7 +320,10 @@ def test_what_does_not_fit_stays_as_it_is() -> None:
     nan = scaled8((16, 64), torch.float8_e4m3fn, (16, 64))
     nan.parts["weight"].view(torch.uint8)[3, 5] = 0xFF
     vector = PackedWeight(DENSE, (64,), {"weight": torch.ones(64)})
-    for weight in (unequal, nan, vector, dense((4, 4), torch.float64)):
+    blocks = codebooks((8, 64), 1, 4, 8, torch.float16)
+    blocks.parts["codebooks"] = blocks.parts["codebooks"].view(1, 8, 2, 8)  # vectors of two rows
+    short = codebooks((8, 64), 1, 4, 4, torch.float16)
+    for weight in (blocks, short, unequal, nan, vector, dense((4, 4), torch.float64)):
         assert prepare(weight) is weight
     packed = prepare(dense((4, 8), torch.float32))
     assert prepare(packed) is packed

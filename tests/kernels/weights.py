@@ -11,7 +11,7 @@ from torch import Tensor
 from amalgam.checkpoint.gguf import BLOCK_TYPES
 from amalgam.formats.gguf import FORMATS as GGUF_FORMATS
 from amalgam.formats.gguf.blocks import GgufFormat
-from amalgam.kernels.layouts import AFFINE4, AFFINE8, DENSE, E2M1, INT4, SCALED8, TABLE4, pack_nibbles
+from amalgam.kernels.layouts import AFFINE4, AFFINE8, CODEBOOKS, DENSE, E2M1, INT4, SCALED8, TABLE4, pack_nibbles
 from amalgam.kernels.packed import Layout, PackedWeight
 
 # (out, in)
@@ -159,6 +159,22 @@ def nf4(shape: tuple[int, int], group: int, seed: int = 0) -> PackedWeight:
     return PackedWeight(TABLE4, shape, parts, (1, group))
 
 
+def codebooks(
+    shape: tuple[int, int], books: int, bits: int, inputs: int, dtype: torch.dtype, seed: int = 0
+) -> PackedWeight:
+    """Codes of any value that their type has, as they count modulo the number of vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    code_type = torch.int8 if bits <= 8 else torch.int16
+    sizes = (shape[0], shape[1] // inputs, books)
+    limits = torch.iinfo(code_type)
+    parts = {
+        "weight": torch.randint(limits.min, limits.max + 1, sizes, dtype=code_type, generator=generator),
+        "codebooks": torch.randn((books, 1 << bits, 1, inputs), generator=generator).to(dtype),
+        "scale": (torch.rand((shape[0], 1), generator=generator) * 0.1 + 0.01).to(dtype),
+    }
+    return PackedWeight(CODEBOOKS, shape, parts, (1, shape[1]))
+
+
 @cache
 def every_layout(shape: tuple[int, int], seed: int = 0) -> Mapping[str, PackedWeight]:
     """Name → weight, for each layout that the shape allows; made once, and left as they are."""
@@ -196,6 +212,14 @@ def every_layout(shape: tuple[int, int], seed: int = 0) -> Mapping[str, PackedWe
     weights |= {f"nf4-{group}": nf4(shape, group, seed) for group in (4, 8, 64) if columns % group == 0}
     if columns % 16 == 0:
         weights |= {f"nvfp4-{how}": nvfp4(shape, how, seed) for how in ("factor", "divisor")}
+    for books, bits, inputs, dtype in (
+        (2, 8, 8, torch.float16),
+        (1, 11, 8, torch.bfloat16),
+        (1, 9, 16, torch.float16),
+        (3, 5, 16, torch.float32),
+    ):
+        if columns % inputs == 0:
+            weights[f"codebooks-{books}x{bits}-{inputs}"] = codebooks(shape, books, bits, inputs, dtype, seed)
     weights |= {
         name.lower(): blocks(name, shape, seed) for name in _HALVES if columns % _GGUF[name].type.num_elements == 0
     }

@@ -7,6 +7,9 @@ A value on a grid of `bits` bits that reaches from -m to m is moved by a twelfth
 average. Where m is the largest value that shares its scale, that holds for every format within a factor of two. Eight
 bits with a mantissa of three are finer near zero. Values stored wide may have been on a grid before: then few values
 that share a scale differ, and the least distance between two of them is the step.
+
+Vectors have no step. Of values of a normal distribution, a code of b bits for each leaves 4^-b of the energy at least
+(Shannon 1959); codebooks leave half as much again.
 """
 
 from __future__ import annotations
@@ -21,10 +24,15 @@ _FP8_STEP = 2.0**-3  # of a value, as its mantissa has it
 _BF16_STEP = 2.0**-8
 _LARGEST_GROUP = 64  # outliers are local; a scale for a whole row is looked at in parts as well
 _NEIGHBOURS = 16  # values that share a scale in every format
+_LOSS_OF_VECTORS = 1.5
 
 
 def rounding_of(stored: StoredWeight, values: Tensor) -> Tensor:
     """The expected square of the rounding error of some rows of a weight; float32 of their shape."""
+    if stored.format.has_vectors:
+        assert stored.bits is not None
+        energy = values.square().mean(1, keepdim=True).expand_as(values)
+        return energy * (_LOSS_OF_VECTORS / (4.0**stored.bits - 1))
     squares: Tensor = _grid(stored, values).square() / 12
     return squares
 

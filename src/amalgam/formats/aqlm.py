@@ -1,10 +1,10 @@
-"""AQLM (Egiazarian et al. 2024): additive codebooks. r × c neighbouring weights are the sum of one vector from each book.
+"""AQLM (Egiazarian et al. 2024): additive codebooks. r × c neighbouring weights are a sum of one vector of each book.
 
     codes      int8 (int16 above 8 bits) [out / r, in / c, books]: the number of a vector, modulo their count
     codebooks  float [books, 2^bits, r, c]
     scales     float [out / r, 1, 1, 1]
 
-`w[r i.., c j..] = scales[i] × Σ codebooks[b, codes[i, j, b]]`. The package stores numbers from the middle on less 2^bits.
+`w[r i.., c j..] = scales[i] × Σ codebooks[b, codes[i, j, b]]`. Numbers from the middle on are stored less 2^bits.
 Source: inference_lib/src/aqlm/inference.py and utils.py of github.com/Vahe1994/AQLM.
 """
 
@@ -46,6 +46,7 @@ class Aqlm(WeightFormat):
 
     layouts = (CODEBOOKS,)
     name = "aqlm"
+    has_vectors = True
     anchor = _CODES
     required = frozenset({_CODES, _BOOKS, _SCALES})
     methods = frozenset({"aqlm"})

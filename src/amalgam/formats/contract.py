@@ -97,6 +97,8 @@ class WeightFormat(ABC):
     """Short name shown to users: `bf16`, `fp8`, `int4`."""
     is_wide = False
     """Whether the values are stored unquantized."""
+    has_vectors = False
+    """Whether a code stands for several values, so that no value has steps of its own."""
     required: frozenset[str] = frozenset({WEIGHT_SUFFIX})
     """Suffixes that a weight of this format always has."""
     optional: frozenset[str] = frozenset()

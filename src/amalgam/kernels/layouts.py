@@ -30,6 +30,8 @@ All are row-major over `[out, in]`:
               part: uint8, the integers
     panels_table4, panels_k_table4, panels_float_table4  the same for nibbles that look up a table
               table: float32 [18], 16 values, in the first two int8 or halves of one; a factor and a divisor of scales
+    panels_codebooks  the same for codes of vectors
+              weight: uint8, the panels' codes; codebooks: float [books, vectors, c]
     panels_bf16_coded  the same for bf16 in 12 bits a value, without loss
               weight: uint8, the panels' lines; exceptions: uint8, what the code has no place for, and where it is
 
@@ -157,8 +159,8 @@ def _codebooks(weight: PackedWeight) -> Tensor:
     for index, book in enumerate(books.float().flatten(2)):
         chosen = book[codes[..., index].int() & (len(book) - 1)]
         vectors = chosen if index == 0 else vectors.add_(chosen)
-    scaled = vectors * weight.parts["scale"].float().unsqueeze(-1)
-    return scaled.unflatten(-1, books.shape[2:]).transpose(1, 2).reshape(weight.shape)
+    blocks: Tensor = (vectors * weight.parts["scale"].float().unsqueeze(-1)).unflatten(-1, books.shape[2:])
+    return blocks.transpose(1, 2).reshape(weight.shape)
 
 
 def _split_affine8(weight: PackedWeight) -> Mapping[str, Tensor]:
@@ -225,6 +227,7 @@ PANELS_K6 = _panels("k6", "scale", "part")
 PANELS_TABLE4 = _panels("table4", "scale", "table")
 PANELS_FLOAT_TABLE4 = _panels("float_table4", "scale", "table")
 PANELS_K_TABLE4 = _panels("k_table4", "scale", "part", "table")
+PANELS_CODEBOOKS = _panels("codebooks", "scale", "codebooks")
 PANELS_FP8 = _panels("fp8", "scale")
 PANELS_BF16 = _panels("bf16", dtype=torch.bfloat16)
 PANELS_BF16_CODED = _panels("bf16_coded", "exceptions", dtype=torch.bfloat16)
@@ -268,7 +271,14 @@ TABLE4 = Layout(
     panels={torch.uint8: PANELS_TABLE4},
     split=_split_table4,
 )
-CODEBOOKS = Layout("codebooks", _codebooks, _SCALED | {"codebooks"}, shared=frozenset({"codebooks"}), has_rows=True)
+CODEBOOKS = Layout(
+    "codebooks",
+    _codebooks,
+    _SCALED | {"codebooks"},
+    shared=frozenset({"codebooks"}),
+    has_rows=True,
+    panels={torch.int8: PANELS_CODEBOOKS, torch.int16: PANELS_CODEBOOKS},
+)
 
 
 def dense(tensor: Tensor) -> PackedWeight:
@@ -302,6 +312,7 @@ _PANELS = (
     *(PANELS_INT1, PANELS_INT2, PANELS_INT3, PANELS_INT4, PANELS_INT5, PANELS_INT8),
     *(PANELS_FP8, PANELS_BF16, PANELS_BF16_CODED, PANELS_FP16, PANELS_FP32),
     *(PANELS_K2, PANELS_K3, PANELS_K4, PANELS_K5, PANELS_K6, PANELS_TABLE4, PANELS_K_TABLE4, PANELS_FLOAT_TABLE4),
+    PANELS_CODEBOOKS,
 )
 # By name; what a packed cache can hold.
 LAYOUTS: Mapping[str, Layout] = {

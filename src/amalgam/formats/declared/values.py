@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Codebooks:
-    """Vectors that weights are sums of: one from each of `number` books of `2^bits`, each for rows × columns weights."""
+    """Vectors that weights are sums of, one of each book: `number` books of `2^bits`, for rows × columns weights."""
 
     number: int
     bits: int

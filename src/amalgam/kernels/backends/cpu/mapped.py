@@ -30,6 +30,7 @@ _DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e8m0fnu": torch.float8_e8m0fnu,
     "int8": torch.int8,
+    "int16": torch.int16,
     "uint8": torch.uint8,
     "int32": torch.int32,
 }
@@ -87,7 +88,11 @@ def restore(description: Mapping[str, Any], memory: Sequence[Tensor], activation
         zero_dtype = parts["zero"][0] if "zero" in parts else None
         offset = "minimum" if "minimum" in parts else "zero" if zero_dtype not in (None, torch.uint8) else "none"
         has_zero = zero_dtype == torch.uint8
-        kind = Panels(layout, shape, block, scale_dtype, scale_shape[1], scale_shape[2], has_zero, offset)
+        book_dtype, books = parts.get("codebooks", (torch.float32, (0, 0, 0)))
+        if len(books) != 3:
+            raise ValueError(f"panels have codebooks of shape {books}")
+        scales = scale_dtype, scale_shape[1], scale_shape[2]
+        kind = Panels(layout, shape, block, *scales, has_zero, offset, books, book_dtype)
         return panels.view(memory[0], kind, group, activation)
     if len(memory) != len(parts):
         raise ValueError(f"layout {layout.name!r} has {len(memory)} runs")

@@ -7,6 +7,7 @@ Packing loses nothing: values, scales and zero points keep their bits and types,
 gave. What does not fit stays as it is and runs through the reference:
 
 - with an activation order, every group must hold the same number of inputs;
+- vectors of codebooks must lie along the inputs, a multiple of 8 of them;
 - fp8 must hold no NaN.
 
 Codes that need fewer bits than their layout has are packed in as few as they need, as 2 and 3 bits are published.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from amalgam.kernels.backends.base import ActivationType
 from amalgam.kernels.backends.cpu import extension
 from amalgam.kernels.layouts import (
+    CODEBOOKS,
     LAYOUTS,
     PANELS_FLOAT_TABLE4,
     PANELS_INT1,
@@ -77,6 +79,7 @@ class Panels:
         scale_dtype, num_groups, scale_lanes: of the scales; 0 groups where there are none.
         has_zero: whether groups have integer zero points.
         offset: what groups have of the scale's type beside it: none, zero or minimum.
+        books, book_dtype: how many codebooks, their vectors, the inputs of a vector; 0 where there are none.
     """
 
     layout: Layout
@@ -87,6 +90,8 @@ class Panels:
     scale_lanes: int
     has_zero: bool
     offset: str = "none"
+    books: tuple[int, int, int] = (0, 0, 0)
+    book_dtype: torch.dtype = torch.float32
 
 
 def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes: bool = True) -> PackedWeight:
@@ -117,6 +122,7 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes:
         scale_lanes=packed.scale_lanes,
         has_zero="zero" in parts and parts["zero"].dtype == torch.uint8,
         offset=_offset(parts),
+        **_books_of(parts),
     )
     return _with_parts(packed, packed.memory, panels, parts.get("group"))
 
@@ -164,6 +170,8 @@ def view(memory: Tensor, panels: Panels, group: Tensor | None, activation: Activ
         offset_kind=_native.Offset[panels.offset],
         order=None if group is None else _order(group),
         quantizes=activation == "int8",
+        books=panels.books,
+        book_dtype=extension.native_dtype(panels.book_dtype),
     )
     return _with_parts(packed, memory, panels, group)
 
@@ -195,6 +203,8 @@ def _with_parts(packed: _native.Matrix, memory: Tensor, panels: Panels, group: T
             parts["part"] = memory[part_at:table_at]
         if "table" in panels.layout.parts:
             parts["table"] = memory[table_at:end].view(torch.float32)
+        if "codebooks" in panels.layout.parts:
+            parts["codebooks"] = memory[table_at:end].view(panels.book_dtype).view(panels.books)
     elif scale_at < memory.numel():
         parts["exceptions"] = memory[scale_at:]
     if group is not None:
@@ -273,10 +283,25 @@ def _fits(weight: PackedWeight) -> bool:
     if any(part.device.type != "cpu" for part in weight.parts.values()):
         return False
     scale, group = weight.parts.get("scale"), weight.parts.get("group")
+    if weight.layout is CODEBOOKS:
+        return _has_lines(weight)
     if scale is None:
         return True
     assert weight.block is not None
     return group is None or bool((torch.bincount(group.long(), minlength=scale.shape[1]) == weight.block[1]).all())
+
+
+def _has_lines(weight: PackedWeight) -> bool:
+    """Whether codes of vectors take whole bytes for every input of a panel's rows."""
+    number, _, rows, columns = weight.parts["codebooks"].shape
+    return rows == 1 and columns % 8 == 0 and 16 * number * weight.parts["weight"].itemsize % columns == 0
+
+
+def _books_of(parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    if "codebooks" not in parts:
+        return {}
+    number, vectors, _, columns = parts["codebooks"].shape
+    return {"books": (number, vectors, columns), "book_dtype": parts["codebooks"].dtype}
 
 
 def _pack(
@@ -291,7 +316,7 @@ def _pack(
         kernels=extension.kernels(),
         format=_native.Format[target.name.removeprefix(_PREFIX)],
         columns=columns,
-        weight=parts["weight"],
+        weight=parts["weight"].flatten(1),
         scale=scale.view(torch.uint8) if scale is not None and scale.dtype.itemsize == 1 else scale,
         scale_dtype=extension.native_dtype(scale_dtype),
         block=weight.block or (rows, columns),
@@ -304,6 +329,7 @@ def _pack(
         order=None if group is None else _order(group),
         quantizes=activation == "int8",
         codes=codes,
+        books=books.squeeze(2) if (books := parts.get("codebooks")) is not None else None,
     )
 
 

@@ -130,12 +130,12 @@ std::shared_ptr<PackedMatrix> pack(const Kernels& kernels, Format format, int64_
                                    const Tensor& scale, DType scale_dtype, std::pair<int64_t, int64_t> block,
                                    const Tensor& zero, const Tensor& offset, Offset offset_kind,
                                    const Tensor& part_scale, const Tensor& part_minimum, const Tensor& table,
-                                   const Tensor& order, bool quantizes, bool codes) {
+                                   const Tensor& order, bool quantizes, bool codes, const Tensor& books) {
     weight.dense("weight", kAnyKind, {kAny, kAny});
     const int64_t rows = weight.shape(0), row_bits = weight.shape(1) * weight.item_bits();
     struct Has {
         int64_t bits, part, unit;
-        bool scale, zero, offset, order, minimum, table;
+        bool scale, zero, offset, order, minimum, table, books;
     };
     const Has has = with_format(format, [](auto found) {
         using F = decltype(found);
@@ -147,11 +147,24 @@ std::shared_ptr<PackedMatrix> pack(const Kernels& kernels, Format format, int64_
                    F::kTakesOffset,
                    F::kTakesOrder,
                    F::kPart > 0 && F::kTakesOffset,
-                   F::kIsTable};
+                   F::kIsTable,
+                   F::kIsCodebooks};
     });
-    require(rows > 0 && columns > 0 && row_bits == (columns * has.bits + 7) / 8 * 8,
-            "weight is " + weight.describe() + "; needed: rows of " + std::to_string(columns) + " values of " +
-                std::to_string(has.bits) + " bits");
+    require(has.books == static_cast<bool>(books), "codebooks that the format does not have, or none that it has");
+    BookSizes sizes;
+    if (books) {
+        books.dense("books", kFloats, {kAny, kAny, kAny});
+        sizes = {books.shape(0), books.shape(1), books.shape(2), books.dtype()};
+        check_books(sizes, columns);
+        require(rows > 0 && row_bits == columns / sizes.inputs * sizes.number * sizes.code_bytes() * 8,
+                "weight is " + weight.describe() + "; needed: codes of " + std::to_string(sizes.code_bytes()) +
+                    " bytes for vectors of " + books.describe());
+        require(block.first == 1 && block.second >= columns, "a row of this format has one scale");
+    } else {
+        require(rows > 0 && columns > 0 && row_bits == (columns * has.bits + 7) / 8 * 8,
+                "weight is " + weight.describe() + "; needed: rows of " + std::to_string(columns) + " values of " +
+                    std::to_string(has.bits) + " bits");
+    }
     require(has.scale == static_cast<bool>(scale) && (has.zero || !zero) && (has.order || !order) &&
                 (has.offset || !offset) && static_cast<bool>(offset) == (offset_kind != Offset::kNone) &&
                 (!zero || !offset) && (has.part > 0) == static_cast<bool>(part_scale) &&
@@ -171,6 +184,8 @@ std::shared_ptr<PackedMatrix> pack(const Kernels& kernels, Format format, int64_
     args.quantizes = quantizes;
     args.codes = codes;
     args.kernels = &kernels;
+    if (books) args.books = books.data();
+    args.book_sizes = sizes;
     if (scale) {
         const auto [block_rows, block_columns] = block;
         require(block_rows > 0 && block_columns > 0, "block has a size below 1");
@@ -208,11 +223,13 @@ std::shared_ptr<PackedMatrix> pack(const Kernels& kernels, Format format, int64_
 // The memory is kept alive by what is returned.
 std::shared_ptr<PackedMatrix> view(Format format, int64_t rows, int64_t columns, const Tensor& memory,
                                    DType scale_dtype, int64_t num_groups, int64_t group, int scale_lanes, bool has_zero,
-                                   Offset offset_kind, const Tensor& order, bool quantizes) {
+                                   Offset offset_kind, const Tensor& order, bool quantizes,
+                                   std::tuple<int64_t, int64_t, int64_t> books, DType book_dtype) {
     memory.dense("memory", kUint8, {kAny});
     const auto* permutation = order ? order.dense("order", kInt32, {columns}).data<const int32_t>() : nullptr;
+    const BookSizes sizes{std::get<0>(books), std::get<1>(books), std::get<2>(books), book_dtype};
     return PackedMatrix::view({format, rows, columns, memory.data<const uint8_t>(), memory.size(), scale_dtype,
-                               num_groups, group, scale_lanes, has_zero, offset_kind, permutation, quantizes});
+                               num_groups, group, scale_lanes, has_zero, offset_kind, permutation, quantizes, sizes});
 }
 
 using ByteArray = nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>, nb::device::cpu>;
@@ -665,9 +682,12 @@ NB_MODULE(_native, module) {
         .def("moe", &moe_layer, Unlocked());
     module.def("pack", &pack, "kernels"_a, "format"_a, "columns"_a, "weight"_a, "scale"_a.none(), "scale_dtype"_a,
                "block"_a, "zero"_a.none(), "offset"_a.none(), "offset_kind"_a, "part_scale"_a.none(),
-               "part_minimum"_a.none(), "table"_a.none(), "order"_a.none(), "quantizes"_a, "codes"_a, Unlocked());
+               "part_minimum"_a.none(), "table"_a.none(), "order"_a.none(), "quantizes"_a, "codes"_a,
+               "books"_a.none() = nb::none(), Unlocked());
     module.def("view", &view, "format"_a, "rows"_a, "columns"_a, "memory"_a, "scale_dtype"_a, "num_groups"_a, "group"_a,
-               "scale_lanes"_a, "has_zero"_a, "offset_kind"_a, "order"_a.none(), "quantizes"_a, nb::keep_alive<0, 4>());
+               "scale_lanes"_a, "has_zero"_a, "offset_kind"_a, "order"_a.none(), "quantizes"_a,
+               "books"_a = std::make_tuple(int64_t{0}, int64_t{0}, int64_t{0}), "book_dtype"_a = DType::kFloat32,
+               nb::keep_alive<0, 4>());
     module.def("most_coded_bytes", &most_coded_bytes, "rows"_a, "columns"_a);
     module.attr("layout_version") = kLayoutVersion;
     module.def("draw", &draw_tokens, Unlocked());

@@ -37,9 +37,10 @@ struct LineFormat {
     static constexpr bool kHasScale = false, kTakesZero = false, kTakesOffset = false, kTakesOrder = false;
     static constexpr int kZero = 0;          // what is subtracted from every code where the weight has no zero points
     static constexpr bool kIsTable = false;  // whether codes look up Matrix::table
-    static constexpr bool kIsCodes = false;  // whether quads of codes are multiplied (codes.h)
-    static constexpr int kChainRows = 0;     // so many rows at most are multiplied by add_line all the same
-    static constexpr bool kIsBytes = false;  // whether it is packed from a byte for each code
+    static constexpr bool kIsCodebooks = false;      // whether codes look up vectors (codebooks.h)
+    static constexpr bool kIsCodes = false;          // whether quads of codes are multiplied (codes.h)
+    static constexpr int kChainRows = 0;             // so many rows at most are multiplied by add_line all the same
+    static constexpr bool kIsBytes = false;          // whether it is packed from a byte for each code
     static constexpr int kPart = 0, kPairBytes = 0;  // nested.h
     static constexpr float kScaleFactor = 1.0f;      // what loaded or expanded pairs lack; their scale makes up for it
     static constexpr int64_t kDirectRows = 0;        // most rows that multiply the lines as they are, unexpanded

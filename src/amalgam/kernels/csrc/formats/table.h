@@ -6,6 +6,7 @@
 
 #include "formats/bf16.h"
 #include "formats/bf16_coded.h"
+#include "formats/codebooks.h"
 #include "formats/codes.h"
 #include "formats/float_table4.h"
 #include "formats/fp16.h"
@@ -42,7 +43,8 @@ using Formats = FormatList<  //
     K6,                      //
     Table4,                  //
     KTable4,                 //
-    FloatTable4>;
+    FloatTable4,             //
+    Codebooks>;
 
 template <class F, class... All>
 constexpr Format number_of(FormatList<All...>) {

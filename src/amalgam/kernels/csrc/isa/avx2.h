@@ -194,6 +194,9 @@ inline __m256 widen_eight(const void* p, DType dtype, int half) {
     }
 }
 inline Floats load_scales(const void* p, DType dtype) { return {widen_eight(p, dtype, 0), widen_eight(p, dtype, 1)}; }
+inline Floats load_halves(const void* first, const void* second, DType dtype) {
+    return {widen_eight(first, dtype, 0), widen_eight(second, dtype, 0)};
+}
 
 inline Pairs load_pairs(const uint8_t* line) { return load_words(line); }
 template <int kByte, bool kIsSigned>

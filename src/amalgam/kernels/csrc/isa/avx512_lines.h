@@ -122,6 +122,18 @@ inline Floats load_scales(const void* p, DType dtype) {
     }
 }
 
+inline Floats load_halves(const void* first, const void* second, DType dtype) {
+    if (dtype == DType::kFloat32) {
+        const __m512d low = _mm512_castpd256_pd512(_mm256_loadu_pd(static_cast<const double*>(first)));
+        return _mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_loadu_pd(static_cast<const double*>(second)), 1));
+    }
+    const __m256i words =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(first))),
+                                _mm_loadu_si128(static_cast<const __m128i*>(second)), 1);
+    if (dtype == DType::kFloat16) return _mm512_cvtph_ps(words);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
 inline Pairs load_pairs(const uint8_t* line) { return _mm512_load_si512(line); }
 inline void store_pairs(uint8_t* line, Pairs v) { _mm512_store_si512(line, v); }
 

@@ -219,6 +219,14 @@ inline Floats load_scales(const void* p, DType dtype) {
     return result;
 }
 
+// Eight values of a floating type from each of two places.
+inline Floats load_halves(const void* first, const void* second, DType dtype) {
+    Floats result;
+    widen_all(first, dtype, kPanelRows / 2, result.lane);
+    widen_all(second, dtype, kPanelRows / 2, result.lane + kPanelRows / 2);
+    return result;
+}
+
 inline Pairs load_pairs(const uint8_t* line) {
     Pairs result;
     std::memcpy(result.lane, line, sizeof result);

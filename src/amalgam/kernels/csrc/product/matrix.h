@@ -45,6 +45,18 @@ struct Exception {
 // To the next line's beginning.
 constexpr int64_t align(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
 
+// Of codebooks (formats/codebooks.h): how many, of how many vectors, for how many inputs of a row each.
+struct BookSizes {
+    int64_t number = 0;
+    int64_t vectors = 0;  // a power of two, at most 65536
+    int64_t inputs = 0;
+    DType dtype = DType::kFloat32;
+
+    int64_t code_bytes() const { return vectors > 256 ? 2 : 1; }
+    int64_t vector_bytes() const { return inputs * (dtype == DType::kFloat32 ? 4 : 2); }
+    int64_t nbytes() const { return number * vectors * vector_bytes(); }
+};
+
 struct Matrix {
     Format format;
     int bytes_per_input;  // of all 16 rows of a panel
@@ -69,6 +81,8 @@ struct Matrix {
     const float* table;     // [16]
     int8_t looked_up[16];   // the table's values / table_unit
     float table_unit;
+    BookSizes book_sizes;     // codebooks only
+    const uint8_t* books;     // [number, vectors, inputs], or null
     const int32_t* order;     // packed input → input of the product; null: the same
     const int32_t* position;  // its inverse
     // Coded bfloat16 only (formats/bf16_coded.h). Exceptions of panel p are [exception_starts[p], exception_starts[p +

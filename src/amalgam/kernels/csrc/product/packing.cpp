@@ -123,6 +123,19 @@ bool pack_codes(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
     return true;
 }
 
+// Codes of vectors, in panels without lines.
+template <class Code>
+bool pack_vectors(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
+    const int64_t codes = matrix.columns / matrix.book_sizes.inputs * matrix.book_sizes.number;
+    std::memset(out, 0, static_cast<size_t>(matrix.num_panels() * matrix.panel_bytes()));
+    for (int64_t row = 0; row < matrix.rows; ++row) {
+        const auto* from = reinterpret_cast<const Code*>(weight) + row * codes;
+        auto* to = reinterpret_cast<Code*>(out + row / kPanelRows * matrix.panel_bytes()) + row % kPanelRows;
+        for (int64_t i = 0; i < codes; ++i) to[i * kPanelRows] = from[i];
+    }
+    return true;
+}
+
 // Integer scales and minima of parts.
 template <class F>
 void pack_parts(const Matrix& matrix, const int8_t* scale, const int8_t* minimum, uint8_t* out) {
@@ -141,6 +154,10 @@ void pack_parts(const Matrix& matrix, const int8_t* scale, const int8_t* minimum
 template <class F>
 bool pack_lines(const Matrix& matrix, const uint8_t* weight, uint8_t* out) {
     if constexpr (F::kIsBytes) return pack_codes<F>(matrix, weight, out);
+    if constexpr (F::kIsCodebooks) {
+        const bool is_wide = matrix.book_sizes.code_bytes() == 2;
+        return is_wide ? pack_vectors<uint16_t>(matrix, weight, out) : pack_vectors<uint8_t>(matrix, weight, out);
+    }
     const int64_t row_bytes = (matrix.columns * F::kBits + 7) / 8;
     const int64_t num_lines = matrix.panel_bytes() / kLineBytes;
     std::vector<uint8_t> ordered;
@@ -181,6 +198,8 @@ bool has_table(Format format) {
     return with_format(format, [](auto found) { return decltype(found)::kIsTable; });
 }
 
+bool has_books(Format format) { return format == kFormat<Codebooks>; }
+
 constexpr int64_t kTableBytes = 18 * sizeof(float);  // 16 values, factor, divisor
 
 void require(bool condition, const std::string& message) {
@@ -204,6 +223,11 @@ void check_sizes(const ViewArgs& args) {
     require(!args.has_zero || takes_zero, "this format has no zero points");
     require(args.order == nullptr || takes_order, "this format has no order of inputs");
     require(args.offset_kind == Offset::kNone || takes_offset, "this format has no offsets");
+    require(has_books(args.format) || args.book_sizes.number == 0, "this format has no codebooks");
+    if (has_books(args.format)) {
+        check_books(args.book_sizes, args.columns);
+        require(args.num_groups == 1, "a row of this format has one scale");
+    }
     if (part > 0) {
         require(args.columns % unit == 0 && args.num_groups == args.columns / unit &&
                     (args.num_groups == 1 || args.group == unit),
@@ -234,8 +258,27 @@ Matrix empty_matrix(Format format, int64_t rows, int64_t columns, bool quantizes
     });
 }
 
+void check_books(const BookSizes& sizes, int64_t columns) {
+    constexpr int64_t kMostBooks = 256, kMostVectors = 65536;
+    require(sizes.number > 0 && sizes.number <= kMostBooks, "a weight must have between 1 and 256 codebooks");
+    require(sizes.dtype == DType::kFloat32 || sizes.dtype == DType::kBfloat16 || sizes.dtype == DType::kFloat16,
+            "codebooks must be floating");
+    require(sizes.vectors > 1 && sizes.vectors <= kMostVectors && (sizes.vectors & (sizes.vectors - 1)) == 0,
+            "a codebook must have a power of two of vectors, 2 to 65536");
+    require(sizes.inputs > 0 && sizes.inputs % kColumnUnit == 0 && columns % sizes.inputs == 0 &&
+                sizes.number * sizes.code_bytes() * kPanelRows % sizes.inputs == 0,
+            "the vectors of a codebook must have a multiple of 8 inputs that divides the weight's");
+}
+
+void PackedMatrix::set_books(const BookSizes& sizes) {
+    if (!has_books(matrix_.format)) return;
+    matrix_.book_sizes = sizes;
+    matrix_.bytes_per_input = static_cast<int>(sizes.number * sizes.code_bytes() * kPanelRows / sizes.inputs);
+}
+
 PackedMatrix::PackedMatrix(const PackArgs& args, Format format, int64_t num_exceptions)
     : matrix_(empty_matrix(format, args.rows, args.columns, args.quantizes)) {
+    set_books(args.book_sizes);
     matrix_.num_groups = args.scale != nullptr ? args.scale_columns : 0;
     matrix_.group = matrix_.num_groups > 1 ? args.block_columns : matrix_.padded_columns();
     matrix_.scale_dtype = args.scale_dtype;
@@ -281,11 +324,15 @@ PackedMatrix::PackedMatrix(const PackArgs& args, Format format, int64_t num_exce
         });
     }
     if (args.table != nullptr) std::memcpy(owned_ + layout_.table, args.table, kTableBytes);
+    if (args.books != nullptr) {
+        std::memcpy(owned_ + layout_.table, args.books, static_cast<size_t>(args.book_sizes.nbytes()));
+    }
 }
 
 PackedMatrix::PackedMatrix(const ViewArgs& args)
     : matrix_(empty_matrix(args.format, args.rows, args.columns, args.quantizes)) {
     check_sizes(args);
+    set_books(args.book_sizes);
     matrix_.num_groups = args.num_groups;
     matrix_.group = args.num_groups > 1 ? args.group : matrix_.padded_columns();
     matrix_.scale_dtype = args.scale_dtype;
@@ -324,7 +371,7 @@ void PackedMatrix::set_layout(bool has_zero, int64_t num_exceptions) {
     layout_.zero = take(has_zero ? grid * kPanelRows : 0);
     layout_.offset = take(has_offset ? grid * kPanelRows * scale_bytes : 0);
     layout_.parts = take(panels * matrix_.num_pairs() * matrix_.pair_bytes);
-    layout_.table = take(has_table(matrix_.format) ? kTableBytes : 0);
+    layout_.table = take(has_table(matrix_.format) ? kTableBytes : matrix_.book_sizes.nbytes());
     if (matrix_.format == kFormat<CodedBf16>) end += CodingLayout(panels, num_exceptions).nbytes;
     layout_.nbytes = end;
     if (!matrix_.has_even_groups() && matrix_.operand == Operand::kInt8) matrix_.operand = Operand::kBfloat16;
@@ -337,6 +384,7 @@ void PackedMatrix::set_memory(const uint8_t* memory, bool has_zero) {
     if (matrix_.offset_kind != Offset::kNone) matrix_.offset = memory + layout_.offset;
     if (matrix_.part > 0) matrix_.parts = memory + layout_.parts;
     if (has_table(matrix_.format)) matrix_.table = reinterpret_cast<const float*>(memory + layout_.table);
+    if (has_books(matrix_.format)) matrix_.books = memory + layout_.table;
 }
 
 // Reads the table, if there is one. Whether it is one of the format's: integers of int8 times a unit of 1 or a half, or

@@ -14,7 +14,8 @@ struct PackArgs {
     Format format;
     int64_t rows;
     int64_t columns;
-    const void* weight;  // [rows, columns]; int4: input 2k in the low nibble of byte k; other codes: a byte each
+    const void* weight;  // [rows, columns]; int4: input 2k in the low nibble of byte k; other codes: a byte each;
+                         // codebooks: [rows, columns / inputs of a vector, books], of a byte or two
     const void* scale;   // [scale_rows, scale_columns], or null
     DType scale_dtype;
     int64_t scale_rows;
@@ -27,8 +28,10 @@ struct PackArgs {
     const int8_t* part_scale;    // formats with parts: [rows, parts]
     const int8_t* part_minimum;  // the same, or null
     const float* table;          // tables: [16], a factor and a divisor of all scales
-    const int32_t* order;        // integers: packed input → input, or null
-    bool quantizes;              // integer formats: whether bfloat16 activations are quantized to int8
+    const void* books;           // codebooks: as Matrix has them, of these sizes
+    BookSizes book_sizes;
+    const int32_t* order;  // integers: packed input → input, or null
+    bool quantizes;        // integer formats: whether bfloat16 activations are quantized to int8
     bool codes;  // bf16: whether to store it in 12 bits where few values are exceptions (formats/bf16_coded.h)
     const Kernels* kernels = nullptr;  // where `codes`: who does; the bytes are the same with all
 };
@@ -48,6 +51,7 @@ struct ViewArgs {
     Offset offset_kind;
     const int32_t* order;  // a permutation of the inputs, or null
     bool quantizes;
+    BookSizes book_sizes;  // codebooks only
 };
 
 // What a coded weight has besides its lines, as Matrix describes it.
@@ -59,6 +63,10 @@ struct Coding {
 
 // The format and the sizes of a matrix, without memory.
 Matrix empty_matrix(Format format, int64_t rows, int64_t columns, bool quantizes);
+
+// Throws std::invalid_argument unless a weight of so many columns can have codebooks of these sizes, in bytes that are
+// whole for every input.
+void check_books(const BookSizes& sizes, int64_t columns);
 
 // Where what a weight has lies in its memory; what it does not have takes no bytes.
 struct MemoryLayout {
@@ -89,6 +97,7 @@ class PackedMatrix {
     PackedMatrix(const PackArgs& args, Format format, int64_t num_exceptions);
     explicit PackedMatrix(const ViewArgs& args);
     void set_order(const int32_t* order);
+    void set_books(const BookSizes& sizes);
     void set_layout(bool has_zero, int64_t num_exceptions);
     void set_memory(const uint8_t* memory, bool has_zero);
     bool set_table();
