@@ -55,7 +55,7 @@ from amalgam.kernels.backends.cpu import extension, panels
 from amalgam.kernels.backends.cpu.backend import CpuBackend
 from amalgam.kernels.backends.cpu.operators import CpuOperators
 from amalgam.kernels.backends.cpu.products import matrix_of, prepare_experts, supports_moe
-from amalgam.kernels.layouts import AFFINE4, E2M1, INT4, TABLE4, dense, pack_nibbles
+from amalgam.kernels.layouts import AFFINE4, CODEBOOKS, E2M1, INT4, TABLE4, dense, pack_nibbles
 from amalgam.kernels.packed import Expert, ExpertTable, PackedWeight
 from amalgam.kernels.program import Convolve, DeltaRule, Embed, Head, Instruction, Program, Rows, ScanStates
 from amalgam.kernels.step import AttentionBatch, LayerCache, LayerState, SequenceState, StepContext, StepSequence
@@ -92,7 +92,8 @@ GGUF_TYPES = (
 )
 TABLES = ("nvfp4", "nf4")
 GROUPS = ("gptq-int2", "gptq-int3", "hqq-int3", "hqq-int4", "groups-of-12")
-PUBLISHED = (*GGUF_TYPES, *TABLES, *GROUPS)
+BOOKS = {"codebooks-1x16": (1, 16), "codebooks-2x8": (2, 8)}  # how many, bits of a code for 8 inputs
+PUBLISHED = (*GGUF_TYPES, *TABLES, *GROUPS, *BOOKS)
 ROWS = (1, 8, 16, 128, 512)
 RECURRENCES = ("delta_rule", "kimi_delta", "state_space", "convolution")
 KERNELS = ("linear", "moe", *RECURRENCES, "indexer")
@@ -155,6 +156,15 @@ def published(name: str, shape: tuple[int, int]) -> PackedWeight:
         if name == "MXFP4":
             raw[:, 0] = 120
         return found.pack_blocks(raw.view(rows, -1), shape)
+    if name in BOOKS:
+        books, bits = BOOKS[name]
+        parts = {
+            "weight": torch.randint(-(1 << bits - 1), 1 << bits - 1, (rows, columns // 8, books)),
+            "codebooks": torch.randn(books, 1 << bits, 1, 8).half(),
+            "scale": torch.full((rows, 1), 0.01).half(),
+        }
+        parts["weight"] = parts["weight"].to(torch.int8 if bits == 8 else torch.int16)
+        return PackedWeight(CODEBOOKS, shape, parts, (1, columns))
     nibbles = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
     if name in TABLES:
         group, dtype = (16, torch.float8_e4m3fn) if name == "nvfp4" else (64, torch.float32)

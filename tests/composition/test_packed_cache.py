@@ -226,6 +226,36 @@ def test_a_dense_weight_is_as_long_as_it_says() -> None:
         mapped.restore(changed, [aligned(torch.zeros(2, dtype=torch.uint8))], "int8")
 
 
+@pytest.mark.parametrize(
+    "codebooks",
+    [
+        ["float32", [2, 256, 8]],  # twice the bytes
+        ["float16", [1, 512, 8]],  # codes of two bytes
+        ["float16", [2, 255, 8]],
+        ["float16", [4, 128, 8]],
+        ["float16", [2, 128, 16]],
+        ["float16", [2, 512, 4]],
+        ["float16", [0, 256, 8]],
+        ["float16", [2, 256, 1, 8]],
+        ["int16", [2, 256, 8]],
+    ],
+)
+def test_codebooks_are_those_of_the_bytes(codebooks: list[Any]) -> None:
+    weight = panels.prepare(made.codebooks((48, 384), 2, 8, 8, torch.float16))
+    memory = [aligned(run) for run in mapped.runs(weight)]
+    with raises(ValueError):
+        mapped.restore(change(mapped.describe(weight), ("parts", "codebooks"), codebooks), memory, "int8")
+
+
+def test_codes_of_a_damaged_file_name_no_vector_outside() -> None:
+    weight = panels.prepare(made.codebooks((48, 384), 1, 9, 16, torch.float16))
+    memory = aligned(mapped.runs(weight)[0])
+    memory[: weight.parts["weight"].numel()] = 255
+    books = weight.parts["codebooks"].float()
+    values = mapped.restore(mapped.describe(weight), [memory], "int8").dequantize()
+    assert torch.equal(values[0], (books[0, -1] * weight.parts["scale"][0, 0, 0].float()).repeat(24))
+
+
 def test_panels_must_be_aligned() -> None:
     weight = panels.prepare(made.int4((48, 384), 64))
     [run] = mapped.runs(weight)

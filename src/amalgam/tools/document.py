@@ -73,7 +73,8 @@ experts one by one or fused), PyTorch `.bin`, GGUF. Whatever is not listed is re
 
 *native*: in the extension, in the bytes that are published or hardly more. *expanded*: dequantized at every use and
 multiplied by PyTorch, as every quantized weight is on a GPU. *either*: native, but for scales that differ from input to
-input (HQQ's axis 0) and groups of unequal sizes. `moe` runs natively where all experts of the layer do; otherwise
+input (HQQ's axis 0) and groups of unequal sizes. AQLM is native where a vector belongs to one row and to a multiple of
+8 inputs; with vectors of several rows it is expanded. `moe` runs natively where all experts of the layer do; otherwise
 expert by expert. Routers are float32 whatever they are stored in; norms, biases and sinks must be floating. With AVX2
 or AVX-512, bf16 is kept in 12 bits a weight, without loss, where its exponents allow it (`inference.bf16_coding`).
 `GET /manifest` tells each weight's `layout` on the machine at hand: those in `panels_…`, `panels_bf16_coded` among

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -113,6 +113,7 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes:
     if packed is None:
         return weight
     scale = parts.get("scale")
+    books, book_dtype = _books_of(parts)
     panels = Panels(
         layout=LAYOUTS[_PREFIX + packed.format.name],
         shape=weight.shape,
@@ -122,7 +123,8 @@ def prepare(weight: PackedWeight, activation: ActivationType = "int8", *, codes:
         scale_lanes=packed.scale_lanes,
         has_zero="zero" in parts and parts["zero"].dtype == torch.uint8,
         offset=_offset(parts),
-        **_books_of(parts),
+        books=books,
+        book_dtype=book_dtype,
     )
     return _with_parts(packed, packed.memory, panels, parts.get("group"))
 
@@ -157,6 +159,8 @@ def view(memory: Tensor, panels: Panels, group: Tensor | None, activation: Activ
         raise ValueError(f"there is no {name} of shape {panels.shape}")
     if panels.scale_dtype not in extension.SCALE_NAMES or (panels.num_groups and panels.block is None):
         raise ValueError(f"{name} with scales of {panels.scale_dtype} in blocks of {panels.block}")
+    if panels.book_dtype not in extension.NAMES:
+        raise ValueError(f"{name} with codebooks of {panels.book_dtype}")
     packed = _native.view(
         format=_native.Format[name.removeprefix(_PREFIX)],
         rows=panels.shape[0],
@@ -284,24 +288,25 @@ def _fits(weight: PackedWeight) -> bool:
         return False
     scale, group = weight.parts.get("scale"), weight.parts.get("group")
     if weight.layout is CODEBOOKS:
-        return _has_lines(weight)
+        return _fits_vectors(weight)
     if scale is None:
         return True
     assert weight.block is not None
     return group is None or bool((torch.bincount(group.long(), minlength=scale.shape[1]) == weight.block[1]).all())
 
 
-def _has_lines(weight: PackedWeight) -> bool:
-    """Whether codes of vectors take whole bytes for every input of a panel's rows."""
+def _fits_vectors(weight: PackedWeight) -> bool:
+    """Whether vectors are of one row and cover its inputs as panels have them, codes in whole bytes for each input."""
     number, _, rows, columns = weight.parts["codebooks"].shape
     return rows == 1 and columns % 8 == 0 and 16 * number * weight.parts["weight"].itemsize % columns == 0
 
 
-def _books_of(parts: Mapping[str, Tensor]) -> dict[str, Any]:
+def _books_of(parts: Mapping[str, Tensor]) -> tuple[tuple[int, int, int], torch.dtype]:
+    """What `Panels` says of codebooks."""
     if "codebooks" not in parts:
-        return {}
+        return (0, 0, 0), torch.float32
     number, vectors, _, columns = parts["codebooks"].shape
-    return {"books": (number, vectors, columns), "book_dtype": parts["codebooks"].dtype}
+    return (number, vectors, columns), parts["codebooks"].dtype
 
 
 def _pack(
