@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,21 @@ def pytest_configure() -> None:
     # Requests without a seed of their own draw it from the sequence that each test begins anew.
     core.secrets = SimpleNamespace(randbelow=random.randrange)  # type: ignore[assignment]
     gc.disable()
+    let_signals_come()
+
+
+def let_signals_come() -> None:
+    """In the background, and behind `nohup`, a shell has them ignored, and so would be whoever is started by a test.
+
+    What has a handler is not ignored any more after an `exec`.
+    """
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, lambda *_: None),
+        (signal.SIGHUP, lambda *_: None),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.hookimpl(tryfirst=True)

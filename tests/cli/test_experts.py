@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests.conftest import DEMO
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until_ready
 
 from amalgam.cli import main
 from amalgam.cli.experts_view import page, screen, visible
@@ -48,7 +48,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         }
     )
     with serving(settings, lambda: open_deployment(settings)) as address:
-        wait_until(lambda: httpx.get(address + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(address)
         for domain, prompt in (("en", "The captain looked at the sea"), ("zh", "春风又绿江南岸")):
             body = {"prompt": prompt, "max_new_tokens": 8, "domain": domain}
             httpx.post(address + "/generate", json=body, timeout=60).raise_for_status()
@@ -61,14 +61,14 @@ def saved(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     path = tmp_path / "server.safetensors"
     code, out, err = run(capsys, "--url", url, "--save", str(path))
     assert (code, out) == (0, "") and "Saved" in err and not path.read_bytes().startswith(b"PK")
-    assert httpx.get(url + "/experts/sets").json() == {"sets": []}  # nothing of it stays with the server
+    assert httpx.get(url + "/experts/sets", timeout=60).json() == {"sets": []}  # nothing of it stays with the server
     return path
 
 
 def test_a_server_s_statistics_are_shown(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--url", url, "--top-k", "3")
     assert code == 0
-    answer = httpx.get(url + "/expert_stats?top_k=3").json()
+    answer = httpx.get(url + "/expert_stats?top_k=3", timeout=60).json()
     lines = out.splitlines()
     total = answer["summary"]["total_tokens"]
     assert lines[0] == f"{total * 24:,} activations = {total} tokens × 4 experts × 6 layers; 2 requests"
@@ -91,7 +91,7 @@ def test_the_statistics_are_watched_until_interrupted(
     tokens: list[int] = []
 
     def sleep(seconds: float) -> None:
-        tokens.append(httpx.get(url + "/expert_stats").json()["summary"]["total_tokens"])
+        tokens.append(httpx.get(url + "/expert_stats", timeout=60).json()["summary"]["total_tokens"])
         if len(tokens) == 2:
             raise KeyboardInterrupt
         httpx.post(url + "/generate", json={"prompt": "The sea", "max_new_tokens": 2}, timeout=60).raise_for_status()
@@ -154,7 +154,9 @@ def test_watching_waits_while_the_server_restarts(
 
 def test_a_saved_set_is_what_the_server_has_counted(url: str, saved: Path) -> None:
     item = load(saved)
-    assert item.total.counts.sum() == httpx.get(url + "/expert_stats").json()["summary"]["total_activations"]
+    assert (
+        item.total.counts.sum() == httpx.get(url + "/expert_stats", timeout=60).json()["summary"]["total_activations"]
+    )
     assert list(item.labels) == ["en", "zh"]
 
 

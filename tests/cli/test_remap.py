@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.conftest import write_demo_config
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import fake_settings
 from tests.server.test_changes import HeldDeployment, held
 
@@ -33,7 +33,7 @@ def url(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     overrides = {"server.port": 0, "server.export_dir": exports, "inference.max_seq_length": 128}
     settings = load_settings(config, overrides, {})
     with serving(settings, lambda: open_deployment(settings)) as address:
-        wait_until(lambda: httpx.get(address + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(address)
         yield address
 
 
@@ -166,7 +166,7 @@ def test_an_interrupt_cancels_the_change(capsys: pytest.CaptureFixture[str], mon
         raise KeyboardInterrupt
 
     with serving(fake_settings(port=0), lambda: deployment) as address:
-        wait_until(lambda: httpx.get(address + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(address)
         remap = Verb("remap", address, capsys)
         with held(deployment, after=1):
             begun = remap.json("a=b", "--detach")

@@ -40,7 +40,7 @@ class Cluster:
         self.num_held = 0
         self.replace_coordinator()
 
-    def replace_coordinator(self, *, resumes: bool = False) -> None:
+    def replace_coordinator(self, *, resumes: bool = False, hold_seconds: float = 60.0) -> None:
         """Another one begins, that knows what the replicas and the history tell."""
         self.routing = self.transport.routing = Routing(4)
         history = None if self.history is None else HistoryFile(self.history)
@@ -51,7 +51,7 @@ class Cluster:
             history,
             resumes=resumes,
             retry_seconds=0.0,
-            hold_seconds=0.3,
+            hold_seconds=hold_seconds,
         )
         self.has_begun = False
         self.look()
@@ -255,7 +255,7 @@ def test_one_that_hangs_as_others_go_live_is_not_waited_for(cluster: Cluster) ->
         ready_when_requests_go_on.update(cluster.ready)
 
     cluster.holding = watched  # type: ignore[method-assign]
-    cluster.replace_coordinator()
+    cluster.replace_coordinator(hold_seconds=1.0)
     assert cluster.coordinator.change(MAPPING).version == 2
     assert ready_when_requests_go_on == {"a", "c"}
     assert cluster.versions == {"a": 2, "b": 1, "c": 2}

@@ -16,7 +16,8 @@ def random_prompts(count, max_length=50, seed=0):
     return [[rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(1, max_length))] for _ in range(count)]
 
 
-def wait_until(condition, seconds=10):
+def wait_until(condition, seconds=60):
+    """Wait for what must come; the time only ends what would hang."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -669,7 +669,7 @@ class TestEnd:
         with raises(UnavailableError):
             submit(engine, [6])
         decoder.gate.set()
-        assert engine.drain(timeout_seconds=10)
+        assert engine.drain(timeout_seconds=60)
         assert outputs.last().finish_reason is FinishReason.LENGTH
         assert engine.status().is_alive
 

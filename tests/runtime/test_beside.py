@@ -21,7 +21,7 @@ from amalgam.runtime.history import HistoryFile
 from amalgam.runtime.opening import open_deployment
 from tests.conftest import DEMO
 from tests.errors import raises
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until_ready
 
 UP = "model.layers.1.mlp.experts.{}.up_proj.weight"
 Opened = Callable[..., Deployment]
@@ -116,7 +116,7 @@ def test_a_request_asks_for_a_plan_by_its_name_before_and_after_a_restart(opened
         deployment = opened()
         expected = names_of(deployment)
         with serving(settings, lambda d=deployment: d) as url:  # type: ignore[misc]
-            wait_until(lambda url=url: httpx.get(url + "/ready").status_code == 200)  # type: ignore[misc]
+            wait_until_ready(url)
             for name in ("wide", "small"):
                 body = {"prompt": "It was", "max_new_tokens": 1, "weights": name}
                 answer = httpx.post(url + "/generate", json=body, timeout=60)

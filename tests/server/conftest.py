@@ -32,6 +32,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+def wait_until_ready(url: str) -> None:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200)
+
+
 @contextmanager
 def serving(settings: Settings, open_deployment: Callable[[], Any]) -> Iterator[str]:
     """A server in a thread; yields its base URL. The model may still be loading."""
@@ -68,7 +73,7 @@ def url(deployment: FakeDeployment) -> Iterator[str]:
     """Base URL of a server that is ready with `deployment`."""
     settings = fake_settings(port=0, max_body_bytes=8 * 2**20, max_batch_prompts=4)
     with serving(settings, lambda: deployment) as base_url:
-        wait_until(lambda: httpx.get(base_url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(base_url)
         yield base_url
 
 
@@ -82,7 +87,7 @@ def client(url: str) -> Iterator[httpx.Client]:
 def shared_client() -> Iterator[httpx.Client]:
     """One server for tests that leave no trace on it."""
     with serving(fake_settings(port=0), FakeDeployment) as base_url:
-        wait_until(lambda: httpx.get(base_url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(base_url)
         with httpx.Client(base_url=base_url, timeout=60) as client:
             yield client
 

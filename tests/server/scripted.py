@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import httpx
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -24,7 +23,7 @@ from starlette.routing import Route
 from amalgam.server import create_app
 from amalgam.server.http.lifecycle import DrainingServer, listen, url_of
 from amalgam.server.service import Service
-from tests.server.conftest import wait_until
+from tests.server.conftest import wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 6, 16, 4
@@ -217,7 +216,7 @@ def serving_scripts(model: ScriptedModel) -> Iterator[str]:
     thread.start()
     try:
         url = url_of(listeners[0], settings.server.host)
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
         yield url
     finally:
         model.is_released.set()

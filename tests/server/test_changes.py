@@ -14,7 +14,7 @@ import pytest
 from amalgam.composition.progress import LOADING
 from amalgam.errors import PlanError
 from amalgam.runtime.jobs import Job
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 
 MAPPING = {"weight_mapping": {"a.weight": "int4", "b.weight": "fp8"}}
@@ -51,7 +51,7 @@ def deployment() -> HeldDeployment:
 @pytest.fixture(scope="module")
 def client(deployment: HeldDeployment) -> Iterator[httpx.Client]:
     with serving(fake_settings(port=0), lambda: deployment) as base_url:
-        wait_until(lambda: httpx.get(base_url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(base_url)
         with httpx.Client(base_url=base_url, timeout=60) as client:
             yield client
 

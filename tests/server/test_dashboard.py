@@ -19,7 +19,7 @@ from amalgam.config.reading import load_settings
 from amalgam.config.settings import build_settings
 from amalgam.server.dashboard import events, pages
 from amalgam.server.dashboard.events import EventHub
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 from tests.server.large import LargeDeployment
 from tests.server.page_files import assert_one_meaning, assert_only_own_files, used_words
@@ -209,7 +209,7 @@ def test_events_come_while_the_model_loads() -> None:
         may_load.wait(60)
         return FakeDeployment()
 
-    with serving(fake_settings(port=0), open_deployment) as url, httpx.Client(base_url=url) as client:
+    with serving(fake_settings(port=0), open_deployment) as url, httpx.Client(base_url=url, timeout=60) as client:
         [event] = read_events(client, 1)
         may_load.set()
     assert (event["status"], event["serving"], event["weight_version"]) == ("loading", None, None)
@@ -236,7 +236,7 @@ def test_all_viewers_share_one_computation(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(events, "describe_event", held_describe)
     monkeypatch.setattr(events, "INTERVAL_SECONDS", 0.05)
     with serving(fake_settings(port=0), lambda: LargeDeployment(6, 16)) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
 
         def view(_: int) -> list[int]:
             with httpx.Client(base_url=url, timeout=60) as client:
@@ -244,7 +244,7 @@ def test_all_viewers_share_one_computation(monkeypatch: pytest.MonkeyPatch) -> N
 
         with ThreadPoolExecutor(NUM_VIEWERS) as pool:
             futures = [pool.submit(view, index) for index in range(NUM_VIEWERS)]
-            assert httpx.get(url + "/health").status_code == 200
+            assert httpx.get(url + "/health", timeout=60).status_code == 200
             seen = [future.result() for future in futures]
         assert all(numbers[0] == 1 and numbers == sorted(set(numbers)) for numbers in seen)
         wait_until(lambda: hubs[0].num_viewers == 0 and num_begun == num_ended)

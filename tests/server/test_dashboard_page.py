@@ -23,7 +23,7 @@ from amalgam.server.dashboard import events, pages
 from amalgam.server.web.files import PageFile
 from tests.conftest import DEMO
 from tests.server.browser import Page
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 from tests.server.large import LABELS, NUM_EXPERTS, NUM_LAYERS, LargeDeployment
 from tests.server.test_changes import HeldDeployment, held
@@ -186,7 +186,7 @@ def demo_url(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def large_url() -> Iterator[str]:
     deployment = LargeDeployment()
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         yield url
 
 
@@ -259,7 +259,7 @@ def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
     page.open(demo_url + "/dashboard")
     page.click_cell("usage", 2, 5)
     page.wait("return document.querySelector('#expert-card h3')?.textContent === 'Layer 2 · Expert 5'")
-    stats = httpx.get(demo_url + "/expert_stats").json()["expert_stats"]
+    stats = httpx.get(demo_url + "/expert_stats", timeout=60).json()["expert_stats"]
     [row] = [row for row in stats if (row["layer_id"], row["expert_id"]) == (2, 5)]
     assert f"{row['activation_count']:,}" in page.text("#expert-card .facts")
     assert page.text("#expert-card tbody").count("int4") == 6  # source and format of three projections
@@ -286,7 +286,9 @@ def test_clicks_on_the_heatmap(page: Page, demo_url: str) -> None:
     assert "share of the layer's use in A less that in B" in page.text("#usage .panel-head p")
     chips = page.run("return [...document.querySelectorAll('#usage-busiest b')].map((node) => node.textContent)")
     assert all(re.fullmatch(r"[+-]\d+(\.\d)? pp", chip) for chip in chips), chips  # points, not per cent
-    divergence = httpx.get(demo_url + "/experts/compare", params={"a": "label:宋词", "b": "label:prose"}).json()
+    divergence = httpx.get(
+        demo_url + "/experts/compare", params={"a": "label:宋词", "b": "label:prose"}, timeout=60
+    ).json()
     mean = divergence["jensen_shannon"]["mean"]
     assert mean > 0.05  # the domains use different experts
     page.wait(f"return document.querySelector('#usage .figures').textContent.includes('{mean:.3g}')")
@@ -331,7 +333,9 @@ def test_a_hint_shows_the_comparison_that_it_speaks_of(page: Page, demo_url: str
     page.open(demo_url + "/dashboard")
     page.show("#hints")
     page.wait("return document.querySelector('#hint-list [data-kind=domain]') !== null")
-    [hint, *_] = [hint for hint in httpx.get(demo_url + "/experts/hints").json()["hints"] if hint["kind"] == "domain"]
+    [hint, *_] = [
+        hint for hint in httpx.get(demo_url + "/experts/hints", timeout=60).json()["hints"] if hint["kind"] == "domain"
+    ]
     page.choose("#usage-measure", "gate_mass")
     page.click("#hint-list [data-kind=domain] button")
     said = f"divergence {hint['figures']['jensen_shannon']:.3g} bits"
@@ -342,7 +346,7 @@ def test_a_hint_shows_the_comparison_that_it_speaks_of(page: Page, demo_url: str
     page.choose("#usage-measure", "gate_mass")
     page.choose("#usage-phase", "generated")
     query = {**hint["compare"], "measure": "gate_mass", "phase": "generated"}
-    mean = httpx.get(demo_url + "/experts/compare", params=query).json()["jensen_shannon"]["mean"]
+    mean = httpx.get(demo_url + "/experts/compare", params=query, timeout=60).json()["jensen_shannon"]["mean"]
     said = f"divergence {mean:.3g} bits"
     page.wait("return document.querySelector('#usage .figures').textContent.includes(arguments[0])", said)
     assert_clean(page, demo_url)
@@ -365,7 +369,7 @@ def test_windows_are_those_that_the_server_keeps(page: Page) -> None:
     deployment = LargeDeployment(*FEW)
     deployment.tracker.settings = StatisticsSettings(history_minutes=3)
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         page.open(url + "/dashboard")
         page.show("#usage")
         options = "return [...document.querySelector(arguments[0]).options].map((option) => option.value)"
@@ -378,15 +382,15 @@ def test_windows_are_those_that_the_server_keeps(page: Page) -> None:
         assert sides[:5] == ["all", "minutes:1", "before:1", "minutes:3", "before:3"]
         assert set(sides[5:]) == {f"{kind}:{label}" for kind in ("label", "rest") for label in LABELS}
         for side in sides:
-            assert httpx.get(url + "/experts/compare", params={"a": side}).status_code == 200, side
+            assert httpx.get(url + "/experts/compare", params={"a": side}, timeout=60).status_code == 200, side
         assert_clean(page, url)
 
 
 @pytest.mark.usefixtures("without_charts")
 def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, tmp_path: Path) -> None:
     page.open(demo_url + "/dashboard")
-    version = httpx.get(demo_url + "/").json()["weight_version"]
-    before = httpx.get(demo_url + "/experts/precision_map").json()["sources"]
+    version = httpx.get(demo_url + "/", timeout=60).json()["weight_version"]
+    before = httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["sources"]
     assert page.run("return document.querySelector('#stage-undo').disabled")
     page.click_cell("precision", 1, 4)
     page.click_cell("precision", 3, 9, shift=True)
@@ -407,8 +411,8 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
     page.wait("return document.querySelector('#stage-size') !== null")
     page.click("#stage-apply")
     page.wait("return document.querySelector('#stage-outcome').textContent.includes('6 weights changed')")
-    assert httpx.get(demo_url + "/").json()["weight_version"] == version + 1
-    sources = httpx.get(demo_url + "/experts/precision_map").json()["sources"]
+    assert httpx.get(demo_url + "/", timeout=60).json()["weight_version"] == version + 1
+    sources = httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["sources"]
     assert sources[1][4] == sources[3][9] == ["base"] * 3
     page.wait("return document.querySelector('#version').textContent === arguments[0]", f"weights v{version + 1}")
     page.wait("return document.querySelector('#remap-body').textContent.includes(arguments[0])", f"v{version + 1}")
@@ -418,19 +422,19 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
     # A restart would forget it, and the page says so; the file that it offers would not.
     page.wait("return document.querySelector('#stage-kept').textContent.includes('a restart forgets it')")
     saved = tmp_path / "saved.yaml"
-    saved.write_bytes(httpx.get(page.run("return document.querySelector('#stage-save').href")).content)
+    saved.write_bytes(httpx.get(page.run("return document.querySelector('#stage-save').href"), timeout=60).content)
     [choices] = [
         ModelLoader(s.model, s.inference, torch.device("cpu"), 1).choose() for s in [load_settings(saved, {}, {})]
     ]
-    names = httpx.get(demo_url + "/experts/precision_map").json()["names"]
+    names = httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["names"]
     for row, sources_of_row in zip(names, sources, strict=True):
         for expert, sources_of_expert in zip(row, sources_of_row, strict=True):
             assert [choices[name].source for name in expert] == sources_of_expert
 
     page.click("#stage-undo")
     page.wait("return document.querySelector('#stage-outcome').textContent.includes('6 weights changed back')")
-    assert httpx.get(demo_url + "/").json()["weight_version"] == version + 2
-    assert httpx.get(demo_url + "/experts/precision_map").json()["sources"] == before
+    assert httpx.get(demo_url + "/", timeout=60).json()["weight_version"] == version + 2
+    assert httpx.get(demo_url + "/experts/precision_map", timeout=60).json()["sources"] == before
     page.wait("return document.querySelector('#stage-kept').textContent.startsWith('As the server was started')")
     assert page.run("return document.querySelector('#stage-undo').disabled")
     assert_clean(page, demo_url, refused="422")
@@ -438,7 +442,7 @@ def test_a_staged_change_goes_live_and_is_taken_back(page: Page, demo_url: str, 
 
 @pytest.mark.usefixtures("without_charts")
 def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) -> None:
-    first = httpx.get(demo_url + "/").json()["weight_version"]
+    first = httpx.get(demo_url + "/", timeout=60).json()["weight_version"]
     page.open(demo_url + "/dashboard")
     page.show("#weights")
     row = "#versions tr[data-version='{}'] {}"
@@ -474,7 +478,7 @@ def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) 
     page.click("#shadow-begin")
     page.wait("return document.querySelectorAll('#trial-shadow .tile').length === 3")
     assert "20%" in page.text("#trial-shadow")
-    report = httpx.get(demo_url + "/weights/shadow").json()
+    report = httpx.get(demo_url + "/weights/shadow", timeout=60).json()
     assert (report["candidate"], report["share"], report["automatic"]) == (first, 0.2, False)
     page.wait("return !document.querySelector('#shadow-begin').checkVisibility()")
     page.run("[...document.querySelectorAll('#trial-shadow button')].at(-1).click()")
@@ -482,7 +486,7 @@ def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) 
 
     page.click(row.format(first, "td:last-child button"))  # goes back to it
     page.wait(states, row.format(first, "td:nth-child(2)"), "current, pinned")
-    assert httpx.get(demo_url + "/").json()["weight_version"] == first
+    assert httpx.get(demo_url + "/", timeout=60).json()["weight_version"] == first
     page.click(row.format(first, ".name-tag button"))
     page.click(row.format(first, "td:last-child button"))
     page.wait("return !document.querySelector(arguments[0]).textContent.match(/pinned|plain/)", row.format(first, ""))
@@ -499,17 +503,17 @@ def test_versions_are_kept_compared_and_gone_back_to(page: Page, demo_url: str) 
 def test_a_change_is_followed_and_cancelled(page: Page) -> None:
     deployment = HeldDeployment()
     with serving(fake_settings(port=0), lambda: deployment) as url, held(deployment, after=3):
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         page.open(url + "/dashboard")
         page.show("#weights")
         body = {"weight_mapping": {"a": "int4", "<b>": "fp8"}}
-        change = httpx.post(url + "/weights/changes", json=body).json()
+        change = httpx.post(url + "/weights/changes", json=body, timeout=60).json()
         page.wait("return document.querySelector('#change progress')?.value === 0.75")
         assert "Rules" in page.text("#change") and "3 of 4 weights" in page.text("#change")
         page.click("#change-cancel")
         page.wait("return document.querySelector('#change').hidden")
         page.wait("return document.querySelector('#weights-outcome').textContent.includes('cancelled')")
-        assert httpx.get(f"{url}/weights/changes/{change['id']}").json()["state"] == "cancelled"
+        assert httpx.get(f"{url}/weights/changes/{change['id']}", timeout=60).json()["state"] == "cancelled"
         page.show("#remaps")
         page.wait("return document.querySelectorAll('#remap-body td.warn').length === 1")
         assert page.complaints == []
@@ -519,7 +523,7 @@ def test_a_change_is_followed_and_cancelled(page: Page) -> None:
 def test_tokens_and_their_experts(page: Page, demo_url: str) -> None:
     """A character is one chip however many tokens it takes: bytes of one code point, code points of one emoji."""
     text = "The moon 明月 銀😀👩\u200d🚀e\u0301 🇨🇭"
-    trace = httpx.post(demo_url + "/experts/trace", json={"text": text}).json()
+    trace = httpx.post(demo_url + "/experts/trace", json={"text": text}, timeout=60).json()
     parts = [bytes.fromhex(token["bytes"]) if "bytes" in token else token["text"].encode() for token in trace["tokens"]]
     assert b"".join(parts) == text.encode()
     page.open(demo_url + "/dashboard")
@@ -580,7 +584,7 @@ def test_a_long_answer_leaves_the_page_usable(page: Page) -> None:
     """What is there is not written again for each token, and one can stop in the middle."""
     deployment = FakeDeployment()
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         page.open(url + "/dashboard")
         page.run("arguments[0].value = '4000'", page.show("#play-max"))
         page.run(
@@ -618,7 +622,7 @@ def test_enter_sends_in_a_chat(page: Page) -> None:
     """
     deployment = FakeDeployment()
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         page.open(url + "/dashboard")
         assert page.run("return document.querySelector('#play-max').placeholder") == "server default 512"
         assert page.run(press, {}, "a text") is True  # one that is continued may have several lines
@@ -643,7 +647,7 @@ def test_what_is_not_known_is_not_drawn(page: Page) -> None:
     deployment = LargeDeployment(4, 8)
     deployment.tracker = ExpertTracker(range(4), 8, 2, StatisticsSettings())
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         page.open(url + "/dashboard")
         for panel in ("usage", "coactivation"):
             page.show(f"#{panel}")
@@ -678,7 +682,7 @@ def test_the_playground_stops(page: Page) -> None:
         "chat": "in this answer alone, without the conversation before it",
     }
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         page.open(url + "/dashboard")
         for mode, caption in captions.items():
             deployment.engine.held_at = 5  # the answer does not end before it is stopped
@@ -716,7 +720,7 @@ def test_the_playground_stops(page: Page) -> None:
 def test_a_server_that_counts_no_experts(page: Page, num_experts: int, reasons: tuple[str, str]) -> None:
     deployment = FakeDeployment(num_experts=num_experts)
     with serving(fake_settings(port=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         page.open(url + "/dashboard")
         explained = "return document.querySelector(`#${arguments[0]} .panel-empty`)?.checkVisibility()"
         for panel in NEED_STATISTICS:
@@ -821,7 +825,7 @@ def test_a_large_grid_stays_fluid_and_hostile_names_inert(page: Page, large_url:
 @pytest.mark.usefixtures("without_charts")
 def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
     with serving(fake_settings(port=0), lambda: LargeDeployment(*FEW)) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         page.open(url + "/dashboard")
         assert page.run(STALENESS) == ["healthy", "false", 1, ""]
     page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")
@@ -846,14 +850,14 @@ def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest
     monkeypatch.setattr(events, "INTERVAL_SECONDS", 0.3)
     monkeypatch.setattr(events, "describe_event", held_describe)
     with serving(fake_settings(port=0), FakeDeployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         page.open(url + "/dashboard")
         page.wait("return document.querySelector('#status').dataset.status === 'healthy'")
         may_go_on.clear()
         try:
             page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")
             assert page.run(STALENESS)[1] == "true"
-            assert httpx.get(url + "/health").status_code == 200
+            assert httpx.get(url + "/health", timeout=60).status_code == 200
         finally:
             may_go_on.set()
         page.wait("return document.querySelector('#status').dataset.status === 'healthy'")
@@ -863,7 +867,7 @@ def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest
 @pytest.mark.usefixtures("without_charts")
 def test_the_precision_map_follows_the_traffic(page: Page, demo_url: str) -> None:
     """An open page marks what has become hot since. Last, because it forgets the traffic that other tests look at."""
-    httpx.post(demo_url + "/reset_expert_stats")
+    httpx.post(demo_url + "/reset_expert_stats", timeout=60)
     page.open(demo_url + "/dashboard")
     page.choose("#precision-hot", "1.25")
     hot = "return document.querySelector('#precision .swatch.hot').parentNode.textContent"
@@ -871,7 +875,7 @@ def test_the_precision_map_follows_the_traffic(page: Page, demo_url: str) -> Non
     body = {"prompt": "It was a dark night, and", "max_new_tokens": 48, "seed": 1}
     httpx.post(demo_url + "/generate", json=body, timeout=60).raise_for_status()
     page.wait(f"{hot} !== 'hot and narrow (0)'")
-    grid, precision = (httpx.get(f"{demo_url}/experts/{name}").json() for name in ("grid", "precision_map"))
+    grid, precision = (httpx.get(f"{demo_url}/experts/{name}", timeout=60).json() for name in ("grid", "precision_map"))
     marked = sum(
         value * len(row) >= 1.25 * sum(row) and is_narrow
         for row, narrow in zip(grid["values"], precision["is_narrow"], strict=True)

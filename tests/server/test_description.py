@@ -16,7 +16,7 @@ import pytest
 
 from amalgam.config.settings import build_settings
 from amalgam.runtime.opening import open_deployment
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until_ready
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES")
@@ -35,7 +35,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         }
     )
     with serving(settings, lambda: open_deployment(settings)) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         yield url
 
 

@@ -25,7 +25,7 @@ from amalgam.runtime.jobs import status_of_record
 from tests.cli.verb import run_verb
 from tests.conftest import DEMO
 from tests.server.conftest import wait_until
-from tests.server.test_lifecycle import context, free_port, is_ready
+from tests.server.test_lifecycle import context, is_ready, url_told
 
 __all__ = ["context"]  # a fixture
 
@@ -90,53 +90,46 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stand(context: ForkServerContext, tmp_path: Path, other: Path, request: pytest.FixtureRequest) -> Iterator[Stand]:
-    port, history = free_port(), tmp_path / "history.jsonl"
+    history = tmp_path / "history.jsonl"
     content = {
         "model": {"base_path": str(DEMO), "mixed_precision": {"other_path": str(other)}},
         "inference": {"max_seq_length": 64},
         "weights": {"history": str(history), "resume": True},
-        "server": {"port": port, "drain_seconds": request.param},
+        "server": {"port": 0, "drain_seconds": request.param},
     }
     config, log = tmp_path / "config.yaml", tmp_path / "log"
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
     released, let_go = context.Pipe(duplex=False)
     process = context.Process(target=serve_held, args=(log, config, released), kwargs={"waits": request.param > 1})
     process.start()
-    stand = Stand(f"http://127.0.0.1:{port}", process, history, log, let_go)
     try:
-        wait_until(lambda: can_be_asked(stand.url))
+        stand = Stand(url_told(log), process, history, log, let_go)
+        wait_until(lambda: is_ready(stand.url))
         yield stand
     finally:
         process.kill()
         process.join()
 
 
-def can_be_asked(url: str) -> bool:
-    try:
-        return is_ready(url)
-    except httpx.TransportError:
-        return False
-
-
 def is_changing(url: str) -> bool:
-    return httpx.get(url + "/weights/changes").json()["running"] is not None
+    return httpx.get(url + "/weights/changes", timeout=60).json()["running"] is not None
 
 
 @pytest.mark.parametrize("stand", [600], indirect=True)
 def test_a_change_that_nobody_waits_for_ends_with_the_server(stand: Stand) -> None:
-    started = httpx.post(stand.url + "/weights/changes", json=MAPPING)
+    started = httpx.post(stand.url + "/weights/changes", json=MAPPING, timeout=60)
     assert started.status_code == 202
     place = f"{stand.url}/{started.headers['location']}"
-    assert httpx.get(place).json()["state"] == "running"
+    assert httpx.get(place, timeout=60).json()["state"] == "running"
     stand.signal()
-    wait_until(lambda: httpx.get(place).json()["state"] != "running")
-    told = httpx.get(place).json()
+    wait_until(lambda: httpx.get(place, timeout=60).json()["state"] != "running")
+    told = httpx.get(place, timeout=60).json()
     assert (told["state"], told["version"], told["num_changed"]) == ("cancelled", 1, 0)
     for path in ("/update_weight_mapping", "/weights/changes"):
-        refused = httpx.post(stand.url + path, json=MAPPING)
+        refused = httpx.post(stand.url + path, json=MAPPING, timeout=60)
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "unavailable")
         assert "retry-after" in refused.headers
-    assert httpx.get(stand.url + "/weights").json()["current"] == 1
+    assert httpx.get(stand.url + "/weights", timeout=60).json()["current"] == 1
     stand.let_go.send(None)
     code, [record], rules = stand.end()
     assert (code, rules) == (0, ())

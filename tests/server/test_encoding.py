@@ -18,7 +18,7 @@ from amalgam.errors import PromptTooLongError, RequestError
 from amalgam.server.encoding import Encoder
 from amalgam.server.http import body
 from amalgam.text.pieces import PIECE_CHARS
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 
 LONG = "a" * (20 * PIECE_CHARS)
@@ -199,7 +199,7 @@ def test_bodies_that_are_held_are_bounded_together(deployment: FakeDeployment, m
     monkeypatch.setattr(body, "MAX_HELD_BODIES", 2)
     deployment.engine.held_at = 0
     with serving(fake_settings(port=0, max_body_bytes=1024), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
         request = {"prompt": "a" * 40, "stop": ["b" * 800], "stream": True, "max_new_tokens": 1}
         with httpx.Client(base_url=url, timeout=60) as client:
             with client.stream("POST", "/generate", json=request), client.stream("POST", "/generate", json=request):

@@ -20,7 +20,7 @@ from amalgam.engine.request import Observation
 from amalgam.experts.saved.files import from_bytes
 from amalgam.experts.tracker import ExpertTracker
 from amalgam.models.routing import TokenSpan
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 from tests.server.test_native import events
 
@@ -89,8 +89,8 @@ def folder(tmp_path: Path) -> Path:
 def exporting(deployment: FakeDeployment, folder: Path) -> Iterator[httpx.Client]:
     """A server whose exports go to `folder`."""
     with serving(fake_settings(port=0, export_dir=str(folder)), lambda: deployment) as base_url:
-        wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
-        with httpx.Client(base_url=base_url, timeout=10) as client:
+        wait_until_ready(base_url)
+        with httpx.Client(base_url=base_url, timeout=60) as client:
             yield client
 
 
@@ -257,7 +257,7 @@ def test_a_reference_that_cannot_be_used_costs_only_the_drift(deployment: FakeDe
     settings = StatisticsSettings(reference=str(reference))
     deployment.tracker = ExpertTracker([0, 2], num_experts=4, top_k=2, settings=settings)
     with serving(fake_settings(port=0, export_dir=str(tmp_path)), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
         with httpx.Client(base_url=url, timeout=60) as client:
             metrics = client.get("/metrics")
             assert metrics.status_code == 200

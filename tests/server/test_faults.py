@@ -181,6 +181,6 @@ def test_a_log_that_cannot_be_written_stops_nobody(start: Start, tmp_path: Path,
         response = generate(server.url, max_new_tokens=3, stream=streams)
         assert response.status_code == 200
         assert response.text.endswith("data: [DONE]\n\n") is streams
-    assert httpx.get(server.url + "/nowhere").status_code == 404
+    assert httpx.get(server.url + "/nowhere", timeout=60).status_code == 404
     server.signal()
     assert server.wait() == 0

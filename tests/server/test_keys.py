@@ -23,7 +23,7 @@ from amalgam.server.permissions import needs_of
 from amalgam.server.service import Service
 from tests.errors import raises
 from tests.lazy import Lazy
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 
 anthropic = Lazy("anthropic")
@@ -47,7 +47,7 @@ def bearer(key: str) -> dict[str, str]:
 
 def ready(settings: Settings) -> Iterator[httpx.Client]:
     with serving(settings, FakeDeployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
         with httpx.Client(base_url=url, timeout=60) as client:
             yield client
 
@@ -196,7 +196,7 @@ def test_no_key_but_an_administrator_s_passes_others_by(tmp_path: Path, path: st
     ring(tmp_path, OWN_PRIORITY)
     prompt = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1} if "chat" in path else {"prompt": "a"}
     with serving(fake_settings(port=0, api_keys_file=str(tmp_path / "keys")), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
 
         def ask(key: str, **fields: Any) -> httpx.Response:
             return httpx.post(url + path, json={**prompt, **fields}, headers=bearer(key), timeout=60)
@@ -320,7 +320,7 @@ def test_where_keys_are_looked_for() -> None:
 
 def test_openai_s_and_anthropic_s_clients_know_the_errors() -> None:
     with serving(fake_settings(port=0, api_keys=USER, requests_per_minute=1), FakeDeployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
         wrong = openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0)
         with pytest.raises(openai.AuthenticationError) as refused:
             wrong.models.list()

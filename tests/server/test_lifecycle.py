@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -73,43 +74,50 @@ def context() -> Iterator[ForkServerContext]:
 @pytest.fixture
 def start(context: ForkServerContext, tmp_path: Path) -> Iterator[Start]:
     """Starts the fake server: `start(log=…, drain=…, held=…, fault=…)`."""
-    servers = []
+    processes = []
 
     def start(taken_port: int | None = None, log: Path = tmp_path / "log", **how: Any) -> Server:
         released, let_go = context.Pipe(duplex=False)
-        port = taken_port or free_port()
-        process = context.Process(target=serve, args=(port, released, log), kwargs=how)
+        process = context.Process(target=serve, args=(taken_port or 0, released, log), kwargs=how)
         process.start()
-        server = Server(process, f"http://127.0.0.1:{port}", log, let_go)
-        servers.append(server)
-        if taken_port is None:
-            wait_until(lambda: answers(server.url))
+        processes.append(process)
+        if taken_port is not None:
+            return Server(process, f"http://127.0.0.1:{taken_port}", log, let_go)
+        server = Server(process, url_told(log), log, let_go)
+        wait_until(lambda: answers(server.url))
         return server
 
     yield start
-    for server in servers:
-        server.process.kill()
-        server.process.join()
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def num_running(base_url: str) -> int:
-    return int(httpx.get(base_url + "/serving").json()["running"])
+    return int(httpx.get(base_url + "/serving", timeout=60).json()["running"])
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+def url_told(log: Path) -> str:
+    """Where a server listens that has chosen its port itself: one that is chosen for it may be taken meanwhile."""
+    lines: list[str] = []
+
+    def is_told() -> bool:
+        lines[:] = re.findall(r" listening on (\S+)\n", log.read_text(encoding="utf-8") if log.exists() else "")
+        return lines != []
+
+    wait_until(is_told)
+    return lines[0]
 
 
 def answers(base_url: str) -> bool:
     try:
-        return httpx.get(base_url + "/health").status_code > 0
+        return httpx.get(base_url + "/health", timeout=60).status_code > 0
     except httpx.TransportError:
         return False
 
 
 def is_ready(base_url: str) -> bool:
-    return httpx.get(base_url + "/ready").status_code == 200
+    return httpx.get(base_url + "/ready", timeout=60).status_code == 200
 
 
 def generate(base_url: str, **fields: object) -> httpx.Response:
@@ -119,9 +127,13 @@ def generate(base_url: str, **fields: object) -> httpx.Response:
 def test_the_port_answers_while_the_model_loads(start: Start) -> None:
     server = start(held="load")
     base_url = server.url
-    assert httpx.get(base_url + "/health").json() == {"status": "loading"}
-    assert httpx.get(base_url + "/").json()["status"] == "loading"
-    for response in (httpx.get(base_url + "/ready"), generate(base_url), httpx.get(base_url + "/model_info")):
+    assert httpx.get(base_url + "/health", timeout=60).json() == {"status": "loading"}
+    assert httpx.get(base_url + "/", timeout=60).json()["status"] == "loading"
+    for response in (
+        httpx.get(base_url + "/ready", timeout=60),
+        generate(base_url),
+        httpx.get(base_url + "/model_info", timeout=60),
+    ):
         assert response.status_code == 503
         assert "loading" in response.json()["error"]["message"]
         assert int(response.headers["retry-after"]) > 0
@@ -149,7 +161,7 @@ def test_a_drain_finishes_what_is_in_flight(start: Start, number: signal.Signals
         wait_until(lambda: num_running(base_url) == 2)
         server.signal(number)
         wait_until(lambda: not is_ready(base_url))
-        assert httpx.get(base_url + "/health").json() == {"status": "draining"}
+        assert httpx.get(base_url + "/health", timeout=60).json() == {"status": "draining"}
         refused = generate(base_url)
         assert refused.status_code == 503
         assert "retry-after" in refused.headers
@@ -268,7 +280,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(start: Sta
 def test_a_dead_engine_shows_in_health_and_in_the_exit(start: Start) -> None:
     server = start(held="exit", fault="die")
     base_url = server.url
-    wait_until(lambda: httpx.get(base_url + "/health").status_code == 503)
+    wait_until(lambda: httpx.get(base_url + "/health", timeout=60).status_code == 503)
     assert generate(base_url).status_code == 503
     server.release()
     assert server.wait() != 0
@@ -304,7 +316,7 @@ def test_keys_are_read_again_at_a_signal(start: Start, tmp_path: Path) -> None:
     wait_until(lambda: is_ready(server.url))
 
     def status(key: str) -> int:
-        return httpx.get(server.url + "/model_info", headers={"x-api-key": key}).status_code
+        return httpx.get(server.url + "/model_info", headers={"x-api-key": key}, timeout=60).status_code
 
     assert (status("first"), status("second")) == (200, 401)
     keys.write_text("")  # a file that cannot be used changes nothing

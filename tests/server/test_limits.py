@@ -14,7 +14,7 @@ import pytest
 
 from amalgam.server.http.heads import MAX_HEADERS
 from amalgam.server.http.limits import RateLimits, TokenBucket, written
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 
 GENERATE = {"prompt": "abcde", "max_new_tokens": 4}  # 9 tokens
@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def server(deployment: FakeDeployment | None = None, **settings: Any) -> Iterator[httpx.Client]:
     deployment = deployment or FakeDeployment()
     with serving(fake_settings(port=0, **settings), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
         with httpx.Client(base_url=url, timeout=60) as client:
             yield client
 

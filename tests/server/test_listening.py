@@ -114,10 +114,10 @@ def test_https(make_pair: Callable[[str], tuple[Path, Path]]) -> None:
         wait_until(lambda: client.get("/ready").status_code == 200)
         assert client.post("/generate", json={**GENERATE, "stream": True}).text.endswith("data: [DONE]\n\n")
         with pytest.raises(httpx.TransportError):
-            httpx.get(url.replace("https", "http") + "/health")
+            httpx.get(url.replace("https", "http") + "/health", timeout=60)
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        assert httpx.get(url + "/health", verify=context).status_code == 200
+        assert httpx.get(url + "/health", verify=context, timeout=60).status_code == 200
 
 
 @needs_openssl

@@ -240,7 +240,7 @@ def test_a_client_that_leaves_cancels_its_requests(url: str, deployment: FakeDep
 def test_a_client_that_leaves_a_stream_cancels_it(url: str, deployment: FakeDeployment) -> None:
     deployment.engine.held_at = 1
     body = {"prompt": "a", "stream": True}
-    with httpx.Client(base_url=url) as client, client.stream("POST", "/generate", json=body) as response:
+    with httpx.Client(base_url=url, timeout=60) as client, client.stream("POST", "/generate", json=body) as response:
         lines = response.iter_lines()  # dropped, it would close the connection
         assert next(lines)
         assert deployment.engine.running

@@ -13,7 +13,7 @@ from amalgam.config.settings import build_settings
 from amalgam.errors import ConfigError
 from amalgam.server.http.origins import is_loopback
 from tests.errors import raises
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 
 EVIL, FRIEND = "https://evil.example", "https://friend.example:8443"
@@ -24,7 +24,7 @@ CHANGES = ("/generate", "/reload_weights", "/update_weight_mapping", "/reset_exp
 @contextmanager
 def server(**settings: Any) -> Iterator[httpx.Client]:
     with serving(fake_settings(port=0, **settings), FakeDeployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
         with httpx.Client(base_url=url, timeout=60) as client:
             yield client
 

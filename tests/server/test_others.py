@@ -23,7 +23,7 @@ def test_other_health_checks(method: str, path: str) -> None:
         may_load.wait(60)
         return FakeDeployment()
 
-    with serving(fake_settings(port=0), open_deployment) as url, httpx.Client(base_url=url) as client:
+    with serving(fake_settings(port=0), open_deployment) as url, httpx.Client(base_url=url, timeout=60) as client:
         assert client.request(method, path).json() == client.get("/health").json() == {"status": "loading"}
         assert client.get("/props").status_code == 503
         assert client.get("/version").json() == {"version": __version__}

@@ -23,7 +23,7 @@ from amalgam.runtime.opening import open_deployment
 from amalgam.server import page as page_files
 from tests.conftest import DEMO
 from tests.server.browser import Page
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until_ready
 from tests.server.page_files import assert_one_meaning, assert_only_own_files, used_words
 from tests.server.scripted import (
     NUM_EXPERTS,
@@ -157,7 +157,7 @@ def test_a_chinese_word_has_one_meaning() -> None:
 
 
 def test_files_come_with_a_strict_policy(url: str) -> None:
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, timeout=60) as client:
         for path in ("/", *(f"/static/{name}" for name in page_files.files())):
             response = client.get(path, headers={"Accept": "text/html"})
             assert response.status_code == 200
@@ -664,7 +664,7 @@ class Front(BaseHTTPRequestHandler):
 
 def test_behind_a_path_prefix(page: Page, model: ScriptedModel, url: str) -> None:
     with (
-        httpx.Client(base_url=url) as client,
+        httpx.Client(base_url=url, timeout=60) as client,
         ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Front,), {"back": client})) as front,
     ):
         thread = threading.Thread(target=front.serve_forever)
@@ -707,7 +707,7 @@ def demo_url(derived: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         }
     )
     with serving(settings, lambda: open_deployment(settings)) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         yield url
 
 
@@ -725,7 +725,7 @@ def test_with_a_real_model_and_a_users_key(browser: Page, demo_url: str) -> None
     body = {"messages": [{"role": "user", "content": "It was a dark night"}], "max_tokens": 7, "seed": 1}
     headers = {"Authorization": "Bearer sk-user"}
     answer = httpx.post(
-        demo_url + "/v1/chat/completions", json={**body, "routed_experts": True}, headers=headers
+        demo_url + "/v1/chat/completions", json={**body, "routed_experts": True}, headers=headers, timeout=60
     ).json()
     [choice] = answer["choices"]
     kept = """const done = arguments[0];

@@ -15,7 +15,7 @@ from amalgam.errors import ConfigError
 from amalgam.server.api.native import prefers_html
 from amalgam.server.http.lifecycle import listen, url_of
 from tests.errors import raises
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import MAX_SEQ_LENGTH, FakeDeployment, fake_settings
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
@@ -25,7 +25,7 @@ PAGES = ("/", "/health", "/ready", "/metrics", "/dashboard", "/docs", "/openapi.
 def test_a_stream_answers_at_once_and_says_that_it_lives(deployment: FakeDeployment) -> None:
     deployment.engine.held_at = 0
     with serving(fake_settings(port=0, stream_comment_seconds=0.02), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
         body = {"prompt": "a", "stream": True, "max_new_tokens": 2}
         with httpx.stream("POST", url + "/generate", json=body, timeout=60) as response:
             assert response.status_code == 200
@@ -40,9 +40,9 @@ def test_a_stream_answers_at_once_and_says_that_it_lives(deployment: FakeDeploym
 def test_comments_can_be_left_out(deployment: FakeDeployment) -> None:
     deployment.engine.step_seconds = 0.05
     with serving(fake_settings(port=0, stream_comment_seconds=0), lambda: deployment) as url:
-        wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+        wait_until_ready(url)
         body = {"prompt": "a", "stream": True, "max_new_tokens": 3}
-        assert ": " not in [line[:2] for line in httpx.post(url + "/generate", json=body).text.splitlines()]
+        assert ": " not in [line[:2] for line in httpx.post(url + "/generate", json=body, timeout=60).text.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_full_queue_has_its_status(client: httpx.Client, deployment: FakeDeplo
 
 def test_a_client_that_leaves_before_the_first_token_frees_its_place(url: str, deployment: FakeDeployment) -> None:
     deployment.engine.held_at = 0
-    with httpx.stream("POST", url + "/generate", json={"prompt": "a", "stream": True}) as response:
+    with httpx.stream("POST", url + "/generate", json={"prompt": "a", "stream": True}, timeout=60) as response:
         assert response.status_code == 200
         wait_until(lambda: len(deployment.engine.running) == 1)
     wait_until(lambda: not deployment.engine.running)
@@ -184,7 +184,7 @@ def test_every_address_of_a_host_is_listened_on(host: str, addresses: list[str],
         assert url.startswith(shown)
         for address in addresses:
             name = f"[{address}]" if ":" in address else address
-            assert httpx.get(f"http://{name}:{httpx.URL(url).port}/health").status_code == 200
+            assert httpx.get(f"http://{name}:{httpx.URL(url).port}/health", timeout=60).status_code == 200
 
 
 @needs_ipv6

@@ -140,7 +140,7 @@ def test_guesses_have_metrics_where_there_are_any() -> None:
     deployment, counts = FakeDeployment(), SpeculationCounts(3, 9, 4, (3, 1, 0), 2, 0.5)
     deployment.engine.meter = Meter(speculation=lambda: counts)
     with serving(fake_settings(port=0, metrics_compat="vllm"), lambda: deployment) as url:
-        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     values = {series_of(line): float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
     assert values["amalgam_speculation_proposed_tokens_total"] == 9
     assert values["amalgam_speculation_accepted_tokens_total"] == 4
@@ -173,9 +173,9 @@ def test_metrics_of_a_server_that_loads() -> None:
         return FakeDeployment(FakeEngine())
 
     with serving(fake_settings(port=0), open_deployment) as base_url:
-        found = samples(httpx.get(base_url + "/metrics").text)
+        found = samples(httpx.get(base_url + "/metrics", timeout=60).text)
         assert found["amalgam_ready", ""] == 0
-        assert httpx.get(base_url + "/serving").status_code == 503
+        assert httpx.get(base_url + "/serving", timeout=60).status_code == 503
         may_load.set()
 
 
@@ -221,7 +221,10 @@ def test_a_server_that_is_not_ready_counts_what_it_refuses_but_no_probes() -> No
         may_load.wait(60)
         return FakeDeployment(FakeEngine())
 
-    with serving(fake_settings(port=0), open_deployment) as base_url, httpx.Client(base_url=base_url) as client:
+    with (
+        serving(fake_settings(port=0), open_deployment) as base_url,
+        httpx.Client(base_url=base_url, timeout=60) as client,
+    ):
         for _ in range(2):
             assert client.get("/ready").status_code == 503
         assert client.post("/generate", json={"prompt": "a"}).status_code == 503
@@ -251,7 +254,7 @@ def test_labelled_counters_begin_at_zero(client: httpx.Client) -> None:
 def test_probes_can_be_left_out_of_the_access_log(logs_probes: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "amalgam.server")
     settings = fake_settings(port=0, log_probes=logs_probes)
-    with serving(settings, FakeDeployment) as base_url, httpx.Client(base_url=base_url) as client:
+    with serving(settings, FakeDeployment) as base_url, httpx.Client(base_url=base_url, timeout=60) as client:
         wait_until(lambda: client.get("/ready").status_code == 200)
         for path in ("/health", "/metrics", "/serving", "/readyz"):
             client.get(path)
@@ -292,7 +295,7 @@ VLLM = BOARD | ALSO | OLDER
 def test_vllm_s_board_draws_from_its_names() -> None:
     with (
         serving(fake_settings(port=0, metrics_compat="vllm"), FakeDeployment) as url,
-        httpx.Client(base_url=url) as client,
+        httpx.Client(base_url=url, timeout=60) as client,
     ):
         wait_until(lambda: client.get("/ready").status_code == 200)
         client.post("/generate", json={"prompt": "abcde", "max_new_tokens": 4})

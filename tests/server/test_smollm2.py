@@ -15,7 +15,7 @@ def test_it_answers_sensibly_through_both_clients() -> None:
     with smollm2.serve(model) as url:
         chats = dict(smollm2.ask_openai(url))
         messages = dict(smollm2.ask_anthropic(url))
-        weights = httpx.get(f"{url}/manifest").json()["weights"]
+        weights = httpx.get(f"{url}/manifest", timeout=60).json()["weights"]
     assert "Paris" in chats["chat.completions.create"]
     assert "".join(chats["… stream=True"]) == chats["chat.completions.create"] == chats["responses.create"]
     assert chats["… response_format=json_schema"]["capital"] == "Paris"

@@ -17,7 +17,7 @@ from amalgam.planning.trials import Arm, Check
 from amalgam.server.http.keys import Needs
 from amalgam.server.permissions import needs_of
 from tests.server.browser import Page
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until_ready
 from tests.server.fakes import FakeDeployment, fake_settings
 
 ARMS = {
@@ -120,7 +120,7 @@ def deployment() -> FakeDeployment:
 @pytest.fixture(scope="module")
 def client(deployment: FakeDeployment) -> Iterator[httpx.Client]:
     with serving(fake_settings(port=0), lambda: deployment) as base_url:
-        wait_until(lambda: httpx.get(base_url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(base_url)
         with httpx.Client(base_url=base_url, timeout=60) as client:
             yield client
 

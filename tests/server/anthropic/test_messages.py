@@ -25,7 +25,7 @@ from amalgam.text.answers.registry import answer_format, tool_formats
 from amalgam.text.tokenizer import Tokenizer
 from tests.conftest import DEMO
 from tests.lazy import Lazy
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until, wait_until_ready
 from tests.server.fakes import FakeDeployment, FakeEngine, fake_settings
 
 anthropic = Lazy("anthropic")
@@ -116,7 +116,7 @@ def tokenizer_with(folder: Path, marks: Mapping[str, int], *, special: bool = Fa
 def served(tokenizer: Tokenizer) -> Iterator[tuple[str, ScriptedEngine]]:
     engine = ScriptedEngine()
     with serving(fake_settings(port=0), lambda: FakeDeployment(engine, tokenizer_override=tokenizer)) as base_url:
-        wait_until(lambda: httpx.get(base_url + "/ready").status_code == 200)
+        wait_until_ready(base_url)
         yield base_url, engine
 
 
@@ -178,8 +178,10 @@ class TestMessages:
         said = ModelDefaults(from_model={"temperature": 0.5, "top_k": 20})
         open_model = partial(FakeDeployment, engine, tokenizer_override=tokenizer, defaults=said)
         with serving(fake_settings(port=0), open_model) as url:
-            wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
-            httpx.post(url + "/v1/messages", json={"model": "fake", "max_tokens": 7, "messages": HI, "top_k": 3})
+            wait_until_ready(url)
+            httpx.post(
+                url + "/v1/messages", json={"model": "fake", "max_tokens": 7, "messages": HI, "top_k": 3}, timeout=60
+            )
         params = engine.params[0]
         assert (params.temperature, params.top_p, params.top_k) == (0.5, 1.0, 3)
 
@@ -226,7 +228,7 @@ class TestStreams:
     def test_events_are_as_published(self, url: str, engine: ScriptedEngine) -> None:
         engine.answer = f"<think>\nhm</think>\n\nLook.{CALL}"
         body = {"model": "fake", "max_tokens": 9, "messages": HI, "tools": [WEATHER], "stream": True}
-        answer = httpx.post(url + "/v1/messages?beta=true", json=body)
+        answer = httpx.post(url + "/v1/messages?beta=true", json=body, timeout=60)
         assert answer.headers["content-type"].startswith("text/event-stream")
         pairs = [chunk.split("\n") for chunk in answer.text.strip().split("\n\n")]
         names = [lines[0].removeprefix("event: ") for lines in pairs]
@@ -269,7 +271,7 @@ class TestStreams:
     def test_who_leaves_ends_the_request(self, url: str, engine: ScriptedEngine) -> None:
         engine.answer, engine.step_seconds = "abc" * 100_000, 0.001
         body = {"model": "fake", "max_tokens": 9, "messages": HI, "stream": True}
-        with httpx.stream("POST", url + "/v1/messages", json=body) as answer:
+        with httpx.stream("POST", url + "/v1/messages", json=body, timeout=60) as answer:
             next(answer.iter_bytes())
         wait_until(lambda: engine.num_closed == 1)
 
@@ -488,16 +490,16 @@ class TestErrors:
         assert caught.value.request_id
 
     def test_only_its_own_paths_have_its_shape(self, url: str) -> None:
-        assert httpx.post(url + "/v1/messages/nothing").json()["type"] == "error"
-        answer = httpx.post(url + "/v1/messagesX")
+        assert httpx.post(url + "/v1/messages/nothing", timeout=60).json()["type"] == "error"
+        answer = httpx.post(url + "/v1/messagesX", timeout=60)
         assert answer.status_code == 404 and answer.json().keys() == {"error"}
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
         assert "request-id" not in answer.headers
-        assert httpx.post(url + "/tokenizer").json()["error"].keys() == {"message", "type"}
+        assert httpx.post(url + "/tokenizer", timeout=60).json()["error"].keys() == {"message", "type"}
 
     @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
     def test_another_query(self, url: str, engine: ScriptedEngine, path: str) -> None:
-        answer = httpx.post(f"{url}{path}?beta=true&stream=true", json={"model": "fake", "messages": HI})
+        answer = httpx.post(f"{url}{path}?beta=true&stream=true", json={"model": "fake", "messages": HI}, timeout=60)
         assert answer.status_code == 400 and "'stream'" in answer.json()["error"]["message"]
 
     def test_another_model(self, client: anthropic.Anthropic) -> None:
@@ -518,7 +520,7 @@ class TestErrors:
     def test_keys(self, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
         settings = fake_settings(port=0, api_keys=("secret-key-of-a-user",))
         with serving(settings, lambda: FakeDeployment(engine, tokenizer_override=tokenizer)) as url:
-            wait_until(lambda: httpx.get(url + "/ready").status_code == 200)
+            wait_until_ready(url)
             wrong = anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0)
             with pytest.raises(anthropic.AuthenticationError) as caught:
                 wrong.messages.create(model="fake", max_tokens=9, messages=HI)

@@ -11,7 +11,7 @@ import pytest
 from amalgam.config.settings import build_settings
 from amalgam.runtime.opening import open_deployment
 from tests.lazy import Lazy
-from tests.server.conftest import serving, wait_until
+from tests.server.conftest import serving, wait_until_ready
 
 openai = Lazy("openai")
 
@@ -34,7 +34,7 @@ def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         }
     )
     with serving(settings, lambda: open_deployment(settings)) as url:
-        wait_until(lambda: httpx.get(url + "/ready", timeout=60).status_code == 200)
+        wait_until_ready(url)
         yield url
 
 

@@ -106,8 +106,9 @@ class Server:
 def make_app(server: Server) -> FastAPI:
     app = FastAPI(openapi_url=None)
     has = server.has
-    waiting: list[str] = []
+    codes: dict[str, None] = {}
     mixed: dict[str, str] = {}
+    together: asyncio.Barrier | None = None
 
     def guard(request: Request, key: str = KEY) -> None:
         if server.is_draining:
@@ -235,8 +236,8 @@ def make_app(server: Server) -> FastAPI:
             server.asked.labels(body["user"]).inc()
         server.note(f"POST {num_prompt_tokens} tokens")
         num_tokens = min(num_tokens, CONTEXT)
-        if has("mixes") and prompt.startswith("Code "):  # it waits a little for whom to mix it up with
-            await wait_for_company(prompt)
+        if has("mixes") and prompt.startswith("Code "):
+            await mix_up(prompt)
         source = mixed.pop(prompt, prompt)
         tokens = server.answer(source, num_tokens, body)
         tokens, reason = server.filtered(tokens, is_stream=bool(body.get("stream")))
@@ -257,16 +258,16 @@ def make_app(server: Server) -> FastAPI:
         choice = {"index": 0, "message": message, "finish_reason": reason}
         return JSONResponse({"id": id_, "choices": [choice], "usage": usage}, headers=headers)
 
-    async def wait_for_company(prompt: str) -> None:
-        waiting.append(prompt)
-        for _ in range(30):
-            if len(waiting) > 1:
-                break
-            await asyncio.sleep(0.01)
-        others = [other for other in waiting if other != prompt]
-        mixed[prompt] = others[0] if others else prompt
-        await asyncio.sleep(0.02)
-        waiting.remove(prompt)
+    async def mix_up(prompt: str) -> None:
+        """Each has been asked alone before all are asked at a time."""
+        nonlocal together
+        if prompt not in codes or len(codes) == 1:
+            codes.setdefault(prompt)
+            return
+        together = together or asyncio.Barrier(len(codes))
+        await together.wait()
+        others = list(codes)
+        mixed[prompt] = others[others.index(prompt) - 1]
 
     async def produce(prompt: str, tokens: list[str]) -> AsyncIterator[str]:
         server.prompts.append(prompt)

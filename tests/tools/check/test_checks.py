@@ -38,9 +38,9 @@ resources: {{memory_share: 1.0, memory_share_fail: 1.0, disk_free_bytes: 0, desc
 limits: {{body_bytes: 200000, rate_requests: 9}}
 filters: {{input_marker: {FORBIDDEN}, output_marker: {FORBIDDEN}}}
 privacy: {{log_seconds: 0}}
-monitoring: {{health_ms: 100000, fresh_seconds: 0.3}}
-cancel_seconds: 0.6
 """
+# How long is waited for what comes at once of a server that is well, and never of one with this fault.
+WAITS = {"monitoring: {{health_ms: 100000, fresh_seconds: {}}}": "stuck_metrics", "cancel_seconds: {}": "computes_on"}
 RULES = """
 groups:
 - name: tiny
@@ -91,7 +91,8 @@ def check(
 ) -> tuple[int, dict[str, Any]]:
     """The exit code and the report of a server with faults."""
     config, log, rules = folder / "thresholds.yaml", folder / "server.log", folder / "rules.yaml"
-    config.write_text(THRESHOLDS + more)
+    waits = [line.format(0.5 if fault in faults else 60) for line, fault in WAITS.items()]
+    config.write_text("\n".join([THRESHOLDS, *waits, more]))
     rules.write_text(RULES)
     backup = folder / "backup"
     backup.mkdir()
