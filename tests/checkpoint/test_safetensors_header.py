@@ -103,7 +103,7 @@ def test_malformed_file_is_refused_by_value(case: str, tmp_path: Path) -> None:
     started = time.process_time()
     with raises(CheckpointError, value, file) as caught:
         read_header(file)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 10
     assert caught.value.remedy
     assert len(str(caught.value)) < 1000
 

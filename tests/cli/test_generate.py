@@ -6,19 +6,21 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.conftest import DEMO, ROOT
+from tests.cli.verb import run_verb
+from tests.conftest import DEMO
 
 from amalgam.cli import console, main
 from amalgam.engine.core import Engine
 from amalgam.engine.request import FinishReason, RequestOutput
 from amalgam.llm import LLM, SamplingParams
+from amalgam.tools.journal import Journal
 
 ARGUMENTS = ["--model", str(DEMO), "--temperature", "0", "--max-new-tokens"]
 PROMPTS = ["The old man looked", "def main(", "明月几时有"]
@@ -172,7 +174,24 @@ def test_a_wide_terminal_and_a_narrow_one_get_the_same_text(texts: list[str], mo
     assert sys.stdout.getvalue() == texts[0].removesuffix("\n") + "\n"  # type: ignore[attr-defined]
 
 
-def test_a_file_of_lines_survives_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def run_until_killed(log: Path, arguments: tuple[str, ...], num_answers: int) -> None:
+    """The verb, killed as it is about to write one more answer than so many."""
+    add, num_left = Journal.add, num_answers
+
+    def add_some(journal: Journal, item: int, value: Mapping[str, Any]) -> None:
+        nonlocal num_left
+        if not num_left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        num_left -= 1
+        add(journal, item, value)
+
+    Journal.add = add_some  # type: ignore[method-assign]
+    run_verb(log, arguments)
+
+
+def test_a_file_of_lines_survives_a_kill(
+    tmp_path: Path, context: ForkServerContext, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What is there after two kills and a third run is what one run gives."""
     chat = {"url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hello"}]}}
     response = {"url": "/v1/responses", "body": {"input": "Hello"}}
@@ -183,16 +202,15 @@ def test_a_file_of_lines_survives_a_kill(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "in.jsonl").write_text("\n".join([*lines, "", "{broken"]))
     flags = ["--seed", "7", "--max-new-tokens", "12", "--inference.max_batch_size", "4", "--engine.num_threads", "1"]
     flags += ["--input", str(tmp_path / "in.jsonl"), "--model", str(DEMO), "--output"]
-    arguments = [sys.executable, "-m", "amalgam.cli", "generate", *flags, str(tmp_path / "killed.jsonl")]
     journal = tmp_path / "killed.jsonl.partial"
-    for num_lines in (8, 16):
-        process = subprocess.Popen(arguments, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
-        while not (journal.exists() and journal.read_bytes().count(b"\n") > num_lines):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    num_kept = journal.read_bytes().count(b"\n") - 2  # the lines that say what the run is of
+    for num_answers in (7, 9):
+        arguments = (tmp_path / "log", ("generate", *flags, str(tmp_path / "killed.jsonl")), num_answers)
+        process = context.Process(target=run_until_killed, args=arguments)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    num_kept = 7 + 9
+    assert journal.read_bytes().count(b"\n") == 2 + num_kept  # and the lines that say what the run is of
     for name in ("killed", "whole"):
         code, out, err = run(capsys, *flags, str(tmp_path / f"{name}.jsonl"), "--json")
         assert code == 0

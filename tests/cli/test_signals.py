@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -13,13 +14,12 @@ from tests.cli.verb import run_verb
 from tests.conftest import DEMO
 from tests.errors import raises
 from tests.server.conftest import wait_until
-from tests.server.test_lifecycle import context
+from torch import Tensor
 
 from amalgam.composition.quantize import quantize_checkpoint
+from amalgam.composition.quantizing.weights import Quantized, WeightQuantizer
 from amalgam.errors import ConflictError
 from amalgam.formats.grid import QuantizeOptions
-
-__all__ = ["context"]
 
 CONFIG = """
 model:
@@ -34,6 +34,18 @@ server: {{port: 0}}
 Start = Callable[..., ForkServerProcess]
 
 
+def run_slowly(log: Path, arguments: tuple[str, ...]) -> None:
+    """A verb that is not done before whoever looks at it has seen that it is at work."""
+    make = WeightQuantizer.alone
+
+    def alone(quantizer: WeightQuantizer, name: str, weight: Tensor) -> Quantized:
+        time.sleep(0.3)
+        return make(quantizer, name, weight)
+
+    WeightQuantizer.alone = alone  # type: ignore[method-assign]
+    run_verb(log, arguments)
+
+
 @pytest.fixture
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the standard error output of the verb goes."""
@@ -46,7 +58,7 @@ def start(context: ForkServerContext, log: Path) -> Iterator[Start]:
     processes = []
 
     def start(*arguments: str) -> ForkServerProcess:
-        process = context.Process(target=run_verb, args=(log, arguments))
+        process = context.Process(target=run_slowly, args=(log, arguments))
         process.start()
         processes.append(process)
         return process

@@ -174,6 +174,7 @@ def open_browser(profile: Path) -> Iterator[Page]:
     options.add_experimental_option("perfLoggingPrefs", {"enableNetwork": True, "enablePage": False})
     service = webdriver.ChromeService(driver_path, log_output=os.devnull)
     driver = webdriver.Chrome(options=options, service=service)
+    driver.set_script_timeout(WAIT_SECONDS)
     try:
         page = Page(driver)
         page.emulate()

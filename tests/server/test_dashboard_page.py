@@ -229,7 +229,7 @@ def test_every_panel_is_fed_and_can_be_read_and_none_moves_when_a_cell_is_clicke
     page.open(demo_url + "/dashboard")
     show_everything(page)
     assert page.text("#model") == "demo"
-    assert page.text("#status span") == "healthy"
+    page.wait(lambda: page.text("#status span") == "healthy")
     page.wait("return document.querySelectorAll('#serving .tile').length === 6")
     assert page.count("#usage-busiest button") == 12
     assert page.count("#hint-list li[data-severity]") == int(page.text("#hint-count")) > 0
@@ -827,10 +827,14 @@ def test_the_page_says_when_the_server_is_gone(page: Page) -> None:
     with serving(fake_settings(port=0), lambda: LargeDeployment(*FEW)) as url:
         wait_until_ready(url)
         page.open(url + "/dashboard")
-        assert page.run(STALENESS) == ["healthy", "false", 1, ""]
+        page.wait(lambda: page.run(STALENESS) == ["healthy", "false", 1, ""])
     page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")
-    _, is_stale, opacity, words = page.run(STALENESS)
-    assert is_stale == "true" and opacity < 0.7 and words.startswith("figures of ")
+
+    def is_told() -> bool:
+        _, is_stale, opacity, words = page.run(STALENESS)
+        return is_stale == "true" and opacity < 0.7 and words.startswith("figures of ")
+
+    page.wait(is_told)
     for width in (1440, 1200, 900, 390):
         page.emulate(width, 844)
         cut = "return [...document.querySelector('header').children].map((node) => node.getBoundingClientRect().right)"
@@ -855,13 +859,11 @@ def test_the_page_says_when_the_server_is_silent(page: Page, monkeypatch: pytest
         page.wait("return document.querySelector('#status').dataset.status === 'healthy'")
         may_go_on.clear()
         try:
-            page.wait("return document.querySelector('#status').dataset.status === 'disconnected'")
-            assert page.run(STALENESS)[1] == "true"
+            page.wait(lambda: page.run(STALENESS)[:2] == ["disconnected", "true"])
             assert httpx.get(url + "/health", timeout=60).status_code == 200
         finally:
             may_go_on.set()
-        page.wait("return document.querySelector('#status').dataset.status === 'healthy'")
-        assert page.run(STALENESS)[1] == "false"
+        page.wait(lambda: page.run(STALENESS)[:2] == ["healthy", "false"])
 
 
 @pytest.mark.usefixtures("without_charts")

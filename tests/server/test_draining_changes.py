@@ -25,9 +25,7 @@ from amalgam.runtime.jobs import status_of_record
 from tests.cli.verb import run_verb
 from tests.conftest import DEMO
 from tests.server.conftest import wait_until
-from tests.server.test_lifecycle import context, is_ready, url_told
-
-__all__ = ["context"]  # a fixture
+from tests.server.test_lifecycle import is_ready, url_told
 
 UP = "model.layers.1.mlp.experts.2.up_proj.weight"
 MAPPING = {"weight_mapping": {UP: "other"}}

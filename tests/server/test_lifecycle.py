@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import multiprocessing
 import os
 import re
 import resource
@@ -26,8 +25,6 @@ import pytest
 from amalgam.server.http import access
 from tests.server.conftest import wait_until
 from tests.server.fakes import FakeDeployment, serve
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,6 @@ class Server:
 
 
 Start = Callable[..., Server]
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ForkServerContext]:
-    """Forks processes from one that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.server.fakes"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
-        yield context
 
 
 @pytest.fixture

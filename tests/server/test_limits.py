@@ -174,7 +174,7 @@ def test_a_body_that_comes_slowly_is_refused_and_its_connection_closed() -> None
                 time.sleep(0.02)
         assert b" 408 " in answer.partition(b"\r\n")[0]
         assert b"body_timeout" in answer
-        assert client.post("/generate", json=GENERATE).status_code == 200
+        wait_until(lambda: client.post("/generate", json=GENERATE).status_code == 200)  # sooner or later in time
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -188,4 +188,4 @@ def test_a_request_has_its_time_and_no_more(stream: bool) -> None:
         assert response.text.endswith("data: [DONE]\n\n") is stream
         wait_until(lambda: not deployment.engine.running)
         deployment.engine.held_at = None
-        assert client.post("/generate", json=GENERATE).status_code == 200
+        wait_until(lambda: client.post("/generate", json=GENERATE).status_code == 200)  # sooner or later in time

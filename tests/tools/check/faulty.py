@@ -318,7 +318,11 @@ def serving(log: Path, *faults: str) -> Iterator[str]:
 
 
 @contextmanager
-def _running(log: Path, *faults: str) -> Iterator[tuple[str, Server]]:
+def _running(log: Path, *faults: str, waits: bool = False) -> Iterator[tuple[str, Server]]:
+    """
+    Args:
+        waits: at the end until the last bytes have left.
+    """
     log.touch()
     state = Server(frozenset(faults), log)
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -329,7 +333,7 @@ def _running(log: Path, *faults: str) -> Iterator[tuple[str, Server]]:
             _wait(lambda: server.started)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}", state
         finally:
-            server.should_exit = server.force_exit = True
+            server.should_exit, server.force_exit = True, not waits
             thread.join(60)
 
 
@@ -344,14 +348,13 @@ def main() -> None:
     """A process of its own, which drains at SIGTERM: it prints its address."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     log, *faults = sys.argv[1:]
-    with _running(Path(log), *faults) as (url, server):
+    with _running(Path(log), *faults, waits=True) as (url, server):
         print(url, flush=True)
         signal.sigwait({signal.SIGTERM})
         if "ends_at_once" in faults:
             os._exit(3)
         server.is_draining = "takes_all" not in faults
         _wait(lambda: not server.prompts)
-        time.sleep(0.1)  # the last bytes of the last stream
 
 
 if __name__ == "__main__":
