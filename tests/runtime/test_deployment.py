@@ -143,20 +143,23 @@ def test_activations_are_counted_under_the_format_that_they_had(deployment: Depl
 
 def test_a_reader_sees_one_version_with_its_own_rules(deployment: Deployment) -> None:
     """What is served is replaced as a whole: no reader sees rules of one version beside weights of another."""
-    is_over = threading.Event()
+    has_begun, is_over = threading.Event(), threading.Event()
 
     def read() -> set[tuple[int, int, int]]:
-        seen = set()
-        while not is_over.is_set():
+        seen, is_last = set(), False
+        while not is_last:
             time.sleep(0.002)
+            is_last = is_over.is_set()
             info = deployment.model_info()
             bf16 = info["precisions"]["bf16"]["weights"]
             seen.add((info["weight_version"]["version"], len(info["rules"]), bf16))
+            has_begun.set()
         return seen
 
     names = [f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in range(2)]
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(read)
+        assert has_begun.wait(60)
         for name in names:
             deployment.update_weight_mapping({name: "base"})
         is_over.set()
