@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -13,7 +14,7 @@ import pytest
 from amalgam.composition.progress import LOADING
 from amalgam.errors import CancelledError, ConflictError, NotFoundError, PlanError, UnavailableError
 from amalgam.runtime.changes import RemapResult
-from amalgam.runtime.jobs import MAX_JOBS, Job, Jobs, JobState
+from amalgam.runtime.jobs import MAX_JOBS, Job, Jobs, JobState, JobStatus
 from amalgam.runtime.yielding import Turns
 from tests.errors import raises
 
@@ -123,6 +124,26 @@ def test_work_in_the_background_takes_the_place_at_once(jobs: Jobs) -> None:
     may_go_on.set()
     assert job.wait() is RESULT
     assert [status.what for status in jobs.read()] == ["1 rule"]
+
+
+def test_who_has_seen_the_end_of_a_change_can_begin_the_next(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late the thread is that ends it."""
+    job, tell, is_told = jobs.begin("mapping", "1 rule"), Job.status, threading.Event()
+
+    def late_status(told: Job) -> JobStatus:
+        status = tell(told)
+        if status.has_ended and not is_told.is_set():
+            is_told.set()
+            time.sleep(0.2)
+        return status
+
+    monkeypatch.setattr(Job, "status", late_status)
+    ending = threading.Thread(target=job.end, args=[None])
+    ending.start()
+    assert is_told.wait(60) and job.has_ended
+    assert jobs.running is None
+    jobs.begin("mapping", "1 rule").end(None)
+    ending.join()
 
 
 def test_what_is_told_of_a_change_is_one_line(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:

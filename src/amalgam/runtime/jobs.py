@@ -133,11 +133,14 @@ class Job:
 
     def end(self, error: BaseException | None) -> None:
         """Its work is over, and `error` what ended it, if any; `result` is there if none did."""
-        with self._lock:
-            self.error = error
-            self._seconds = time.monotonic() - self._started
-            self.revision += 1
-        self._jobs.note_end(self)
+
+        def note() -> None:
+            with self._lock:
+                self.error = error
+                self._seconds = time.monotonic() - self._started
+                self.revision += 1
+
+        self._jobs.end(self, note)
         self._ended.set()
 
     def report(self, what: str, done: int, total: int) -> None:
@@ -308,7 +311,8 @@ class Jobs:
     @property
     def running(self) -> Job | None:
         """The change under way."""
-        return self._running
+        with self._lock:
+            return self._running
 
     def begin(self, kind: str, what: str) -> Job:
         """Take the only place there is; leaving the job's block gives it back.
@@ -406,10 +410,15 @@ class Jobs:
         found.cancel()
         return found.status()
 
-    def note_end(self, job: Job) -> None:
-        """The place is free again. Called by the job, of which no more is kept than what can be told."""
-        status = job.status()
+    def end(self, job: Job, note: Callable[[], None]) -> None:
+        """The place is free again. Called by the job, of which no more is kept than what can be told.
+
+        Args:
+            note: from then on the job tells that it has ended; who has seen that finds the place free.
+        """
         with self._lock:
+            note()
+            status = job.status()
             self._running = None
             if job in self._jobs:
                 self._jobs[self._jobs.index(job)] = status
