@@ -11,6 +11,7 @@ import math
 import os
 import resource
 import secrets
+import socket
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from amalgam.config.settings import Rule, Settings, build_rules, build_settings
+from amalgam.config.settings import Rule, ServerSettings, Settings, build_rules, build_settings
 from amalgam.engine.generation_config import ModelDefaults
 from amalgam.engine.meter import Load, Meter
 from amalgam.engine.params import SamplingParams
@@ -44,8 +45,9 @@ from amalgam.runtime.changes import ChangeRequest, RemapRecord
 from amalgam.runtime.describe import describe_projections
 from amalgam.runtime.jobs import Job, Jobs
 from amalgam.runtime.statistics import ExpertStatistics
-from amalgam.server import run
+from amalgam.server import app, run
 from amalgam.server.http import lifecycle
+from amalgam.server.http.lifecycle import url_of
 
 FAIL = "fail"  # a prompt that makes the engine raise
 MAX_SEQ_LENGTH = 64
@@ -412,6 +414,25 @@ def _scratch() -> str:
     return folder.name
 
 
+def tell_url(other: Connection) -> None:
+    """Have the server of this process say there where it listens; a port chosen before may be taken meanwhile."""
+    listen = app.listen
+
+    def listen_and_tell(settings: ServerSettings) -> list[socket.socket]:
+        listeners = listen(settings)
+        other.send(url_of(listeners[0], settings.host))
+        return listeners
+
+    app.listen = listen_and_tell
+
+
+def url_told(other: Connection) -> str:
+    """What a process says that has been told to `tell_url`."""
+    assert other.poll(150), "it does not listen"
+    url: str = other.recv()
+    return url
+
+
 def serve(
     port: int,
     released: Connection,
@@ -425,8 +446,8 @@ def serve(
     """Serve until a signal, with the standard error output in `log`.
 
     Args:
-        released: what is `held` waits for a message here: `load` (the model), `steps` (after two tokens) or `exit` (of
-            a server that is drained or has failed).
+        released: where it says its URL, and what is `held` waits for a message: `load` (the model), `steps` (after two
+            tokens) or `exit` (of a server that is drained or has failed).
         fault: `load` (the model cannot be loaded) or `die` (the engine is dead).
         files: the soft limit on file descriptors, unless 0.
         keys: file of API keys.
@@ -455,5 +476,5 @@ def serve(
     if held == "exit":
         lifecycle.MIN_DRAIN_SECONDS = lifecycle.FAILURE_SECONDS = math.inf
     threading.Thread(target=release, daemon=True).start()
-
+    tell_url(released)
     run(fake_settings(port=port, drain_seconds=drain, api_keys_file=keys), open_deployment, stopping)

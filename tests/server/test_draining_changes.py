@@ -25,7 +25,8 @@ from amalgam.runtime.jobs import status_of_record
 from tests.cli.verb import run_verb
 from tests.conftest import DEMO
 from tests.server.conftest import wait_until
-from tests.server.test_lifecycle import is_ready, url_told
+from tests.server.fakes import tell_url, url_told
+from tests.server.test_lifecycle import is_ready
 
 UP = "model.layers.1.mlp.experts.2.up_proj.weight"
 MAPPING = {"weight_mapping": {UP: "other"}}
@@ -53,6 +54,7 @@ def serve_held(log: Path, config: Path, released: Connection, *, waits: bool) ->
         lifecycle.MIN_DRAIN_SECONDS = 0.0
         is_released.set()
 
+    tell_url(released)
     remapper.Turns = HeldTurns  # type: ignore[misc]
     lifecycle.MIN_DRAIN_SECONDS = float("inf") if waits else 0.0
     threading.Thread(target=release, daemon=True).start()
@@ -97,11 +99,11 @@ def stand(context: ForkServerContext, tmp_path: Path, other: Path, request: pyte
     }
     config, log = tmp_path / "config.yaml", tmp_path / "log"
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
-    released, let_go = context.Pipe(duplex=False)
+    released, let_go = context.Pipe()
     process = context.Process(target=serve_held, args=(log, config, released), kwargs={"waits": request.param > 1})
     process.start()
     try:
-        stand = Stand(url_told(log), process, history, log, let_go)
+        stand = Stand(url_told(let_go), process, history, log, let_go)
         wait_until(lambda: is_ready(stand.url))
         yield stand
     finally:

@@ -19,9 +19,9 @@ from amalgam.server.http.lifecycle import DrainingServer, listen, url_of
 from amalgam.server.service import Service
 from tests.server.conftest import running, wait_until
 from tests.server.fakes import FakeDeployment, FakeEngine, encode, fake_settings
-from tests.server.test_lifecycle import Start, context, generate, is_ready, start
+from tests.server.test_lifecycle import Start, generate, is_ready, start
 
-__all__ = ["context", "start"]  # fixtures
+__all__ = ["start"]  # a fixture
 
 QUEUE = 8
 ANSWER_SECONDS = 2.0

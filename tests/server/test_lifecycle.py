@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import socket
@@ -24,7 +23,7 @@ import pytest
 
 from amalgam.server.http import access
 from tests.server.conftest import wait_until
-from tests.server.fakes import FakeDeployment, serve
+from tests.server.fakes import FakeDeployment, serve, url_told
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ def start(context: ForkServerContext, tmp_path: Path) -> Iterator[Start]:
     processes = []
 
     def start(taken_port: int | None = None, log: Path = tmp_path / "log", **how: Any) -> Server:
-        released, let_go = context.Pipe(duplex=False)
+        released, let_go = context.Pipe()
         process = context.Process(target=serve, args=(taken_port or 0, released, log), kwargs=how)
         process.start()
         processes.append(process)
         if taken_port is not None:
             return Server(process, f"http://127.0.0.1:{taken_port}", log, let_go)
-        server = Server(process, url_told(log), log, let_go)
+        server = Server(process, url_told(let_go), log, let_go)
         wait_until(lambda: answers(server.url))
         return server
 
@@ -82,18 +81,6 @@ def start(context: ForkServerContext, tmp_path: Path) -> Iterator[Start]:
 
 def num_running(base_url: str) -> int:
     return int(httpx.get(base_url + "/serving", timeout=60).json()["running"])
-
-
-def url_told(log: Path) -> str:
-    """Where a server listens that has chosen its port itself: one that is chosen for it may be taken meanwhile."""
-    lines: list[str] = []
-
-    def is_told() -> bool:
-        lines[:] = re.findall(r" listening on (\S+)\n", log.read_text(encoding="utf-8") if log.exists() else "")
-        return lines != []
-
-    wait_until(is_told)
-    return lines[0]
 
 
 def answers(base_url: str) -> bool:
