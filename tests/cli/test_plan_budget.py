@@ -10,6 +10,7 @@ import yaml
 from tests.planning.conftest import small, texts
 
 from amalgam.cli import main
+from amalgam.tools import plan
 
 __all__ = ["small"]
 
@@ -49,8 +50,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_plan_is_made_proven_and_written(
-    capsys: pytest.CaptureFixture[str], config: Path, text: Path, cache: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    config: Path,
+    text: Path,
+    cache: Path,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setattr(plan, "FRONTIER_POINTS", 2)
     out, page = tmp_path / "plan.yaml", tmp_path / "frontier.html"
     shared = ["--config", str(config), "--text", str(text), "--cache", str(cache)]
     planning = ["plan", *shared, "--budget", "4.2bpw", "--checks", "0"]

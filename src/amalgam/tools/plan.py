@@ -45,7 +45,7 @@ from amalgam.tools.estimate import workspace_bytes
 from amalgam.tools.evaluate import TextOptions, plan_name
 
 HELD_OUT_SHARE = 0.4
-_FRONTIER_POINTS = 7
+FRONTIER_POINTS = 7
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def _budgets(planner: Planner, wanted: Budget) -> list[Budget]:
     """Bits per weight from the smallest plan to 8 or so, for the frontier."""
     low, high = (8 * value / planner.problem.num_weights for value in planner.range_of("stored"))
     high = min(high, max(8.5, low + 1))
-    steps = [low + (high - low) * (number + 0.25) / _FRONTIER_POINTS for number in range(_FRONTIER_POINTS)]
+    steps = [low + (high - low) * (number + 0.25) / FRONTIER_POINTS for number in range(FRONTIER_POINTS)]
     return [parse_budget(f"{bits:.3f}bpw") for bits in steps]
 
 
