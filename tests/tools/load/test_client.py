@@ -50,7 +50,7 @@ def exchange(
     async def ask() -> list[Answer]:
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
-            client = Client(Address("http", "127.0.0.1", port), endpoint, "model", timeout_seconds=20)
+            client = Client(Address("http", "127.0.0.1", port), endpoint, "model", timeout_seconds=60)
             answers = [await client.ask(QUESTION, **options) for _ in range(asks)]
             client.close()
             return answers
