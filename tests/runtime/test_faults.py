@@ -6,10 +6,11 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -330,31 +331,34 @@ def test_changes_while_a_version_drains(opened: Stand) -> None:
     wait_until(lambda: [version.version_id for version in versions_of(deployment)] == versions[1:])
 
 
-CHILD = """
-import json, sys
-from amalgam.config.settings import build_settings
-from amalgam.runtime.opening import open_deployment
-deployment = open_deployment(build_settings(json.loads(sys.argv[1])))
-print(deployment.version.fingerprint, flush=True)
-while True:
-    for source in ("other", "base"):
-        deployment.update_weight_mapping({sys.argv[2]: source})
-"""
+def change_for_ever(settings: dict[str, Any], told: Connection) -> None:
+    """A process that serves nobody."""
+    deployment = open_deployment(build_settings(settings))
+    told.send(deployment.version.fingerprint)
+    while True:
+        for source in ("other", "base"):
+            deployment.update_weight_mapping({EXPERTS: source})
 
 
 @pytest.mark.skipif(not extension.is_available(), reason="the native kernels are not built")
-def test_a_process_that_is_killed_midway_leaves_nothing(opened: Stand, folders: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_midway_leaves_nothing(
+    opened: Stand, folders: Path, tmp_path: Path, context: ForkServerContext
+) -> None:
     """The next start has the same weights, and what was half written into the packed cache is gone."""
     opened.repair()
     settings = {
         "model": {"base_path": str(folders / "base"), "mixed_precision": {"other_path": str(opened.other)}},
         "inference": {"max_seq_length": 64, "packed_cache": str(tmp_path)},
     }
-    command = [sys.executable, "-c", CHILD, json.dumps(settings), EXPERTS]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        fingerprint = child.stdout.readline().strip()
+    mine, others = context.Pipe()
+    child = context.Process(target=change_for_ever, args=(settings, others))
+    child.start()
+    try:
+        assert mine.poll(150)
+        fingerprint = mine.recv()
+    finally:
         child.kill()
+        child.join()
     deployment = open_deployment(build_settings(settings))
     try:
         assert deployment.version.fingerprint == fingerprint
